@@ -1,0 +1,41 @@
+// The affine Gaussian transition that every sampler step is, for host and device:
+//
+//     mu = A x + B v        x' = mu + S eps        log p = w mean((x' - mu)^2) + c
+//
+// Products and sums round separately (no fused multiply-add): the step, its replay and its gradient
+// then see the same bits of mu on every instruction set, and so does the eager reference.
+#pragma once
+
+#include "philox.h"
+
+namespace EDITR2_NS {
+
+struct Row {  // one fp32 table row; C, sigma and sigma_next are not read by these kernels
+  float A, B, C, S, w, c, sigma, sigma_next;
+};
+static_assert(sizeof(Row) == 8 * sizeof(float), "a table row is eight floats");
+
+template <class F>
+EDITR2_HD F transition_mean(const Row& row, F x, F v) {
+  const F ax = x * row.A;
+  const F bv = v * row.B;
+  return ax + bv;
+}
+
+template <class F>
+EDITR2_HD F transition_sample(const Row& row, F mu, F eps) {
+  const F noise = eps * row.S;
+  return mu + noise;
+}
+
+// d/dv of [ g_lp log p + g_md mean((B (v - v_ref))^2) ] is on_z * z + on_diff * (v - v_ref).
+struct GradientScale {
+  float on_z, on_diff;
+};
+EDITR2_HD GradientScale gradient_scale(const Row& row, float g_lp, float g_md, int64_t n) {
+  const double b_over_n = static_cast<double>(row.B) / static_cast<double>(n);
+  return {static_cast<float>(-2.0 * row.w * b_over_n * g_lp),
+          static_cast<float>(2.0 * row.B * b_over_n * g_md)};
+}
+
+}  // namespace EDITR2_NS

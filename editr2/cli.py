@@ -1,0 +1,296 @@
+"""The command line. Heavy imports happen inside the commands, so that `--help` and `doctor` answer at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from editr2.config import PRESETS, Config, preset_config
+from editr2.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from editr2.policies.unified import UnifiedPolicy
+
+Arguments = Sequence[str]
+
+
+def _flag(arguments: Arguments, name: str) -> str | None:
+    """The last value of `--name value` or `--name=value`."""
+    value = None
+    for i, word in enumerate(arguments):
+        if word == name:
+            if i + 1 == len(arguments):
+                raise ConfigError(f"{name}: needs a value")
+            value = arguments[i + 1]
+        elif word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def _nested(namespace: Namespace) -> dict[str, Any]:
+    values: dict[str, Any] = namespace.as_dict()
+    return values
+
+
+def _run_parser(prog: str, description: str) -> ArgumentParser:
+    description += " `--data PATH` is short for `--data.path PATH`."
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--preset", type=str, help=f"start from a preset: {', '.join(PRESETS)}")
+    parser.add_argument("--config", type=str, help="a YAML file with any of the fields below")
+    parser.add_class_arguments(Config, nested_key=None)
+    return parser
+
+
+def run_config(prog: str, description: str, arguments: Arguments, extra: Sequence[tuple[str, dict]] = ()) -> tuple:
+    """(Config, the values of `extra` flags) from defaults, `--preset`, `--config` and flags, in this order."""
+    from editr2.yaml_config import check_keys, load_yaml, to_dataclass
+
+    # `--data FOLDER` is the short form; jsonargparse would read it as the whole `data` group.
+    arguments = [f"--data.path{w[6:]}" if w == "--data" or w.startswith("--data=") else w for w in arguments]
+    base = asdict(preset_config(_flag(arguments, "--preset")))
+    file = _flag(arguments, "--config")
+    if file is not None:
+        values, lines = load_yaml(file)
+        check_keys(values, lines, Config, file)
+        base = _merged(base, values)
+    parser = _run_parser(prog, description)
+    for name, options in extra:
+        parser.add_argument(name, **options)
+    parser.set_defaults(_dotted(base))
+    try:
+        parsed = _nested(parser.parse_args(list(arguments)))
+    except Exception as error:
+        if type(error).__name__ not in ("ArgumentError", "ParserError"):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error
+    extras = {name.lstrip("-").replace("-", "_"): None for name, _ in extra}
+    extras = {name: parsed.pop(name) for name in extras}
+    for name in ("preset", "config"):
+        parsed.pop(name, None)
+    return to_dataclass(parsed, Config), extras
+
+
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in values.items():
+        free = key == "weights" and isinstance(value, dict)  # a mapping given is the whole mapping
+        result[key] = _merged(base[key], value) if isinstance(value, dict) and not free else value
+    return result
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "weights":
+            flat |= _dotted(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def command_train(arguments: Arguments) -> int:
+    """multi-turn RL from start to report; run again to resume"""
+    profile = ("--profile", {"action": "store_true", "help": "print the seconds of an iteration by phase at the end"})
+    config, extra = run_config("editr2 train", "Train an editor on multi-turn sessions.", arguments, [profile])
+    from editr2.trainer import train
+
+    train(config, profile=bool(extra["profile"]))
+    return 0
+
+
+def command_eval(arguments: Arguments) -> int:
+    """score a policy on held-out sessions"""
+    config, _ = run_config("editr2 eval", "Score a policy on held-out sessions (see --eval.*, --data.*).", arguments)
+    from accelerate import Accelerator
+
+    from editr2.data import open_sessions
+    from editr2.evaluate import evaluate
+    from editr2.rewards.world import WorldReward
+    from editr2.schedule import make_sampler
+
+    policy = _policy(config)
+    source = open_sessions(config, policy)
+    sampler = make_sampler(config.eval.steps or config.rollout.steps, shift=config.rollout.shift)
+    accelerator = Accelerator()
+    row = evaluate(policy, WorldReward(), source.heldout, sampler, config, accelerator).row(0, "eval")
+    if accelerator.is_main_process:
+        print(evaluation_table(row))
+    return 0
+
+
+def evaluation_table(row: dict[str, Any]) -> str:
+    """Mean and standard error by turn, as text."""
+    names = [key for key in row if key.endswith("_turn")]
+    lines = [f"{row['sessions']} sessions", "turn    " + "".join(f"{n.removesuffix('_turn'):>18}" for n in names)]
+    for t in range(len(row[names[0]])):
+        cells = []
+        for name in names:
+            mean, se = row[name][t]["mean"], row[name][t]["se"]
+            cells.append("-" if mean is None else f"{mean:.3f}" + ("" if se is None else f" +- {se:.3f}"))
+        lines.append(f"{t + 1:<8}" + "".join(f"{c:>18}" for c in cells))
+    if row["success"]["mean"] is not None:
+        lines.append(f"sessions with every turn right: {row['success']['mean']:.1%}")
+    for mode, part in row["by_mode"].items():
+        if part["success"] is not None:
+            lines.append(f"  {mode}: {part['success']:.1%}")
+    if row["intents_right"] is not None:
+        lines.append(f"intents equal to the known ones: {row['intents_right']:.1%}")
+    if row["failed_scores"]:
+        lines.append(f"turns without a score: {row['failed_scores']}")
+    return "\n".join(lines)
+
+
+def command_rollout(arguments: Arguments) -> int:
+    """edit sessions and write the images, without training"""
+    config, _ = run_config(
+        "editr2 rollout", "Edit sessions turn by turn and write images and outputs.jsonl into --out.", arguments
+    )
+    from PIL import Image
+
+    from editr2.data import open_sessions
+    from editr2.rollout import Seeds, chunks, rollout_chunk
+    from editr2.schedule import make_sampler
+
+    policy = _policy(config)
+    sessions = open_sessions(config, policy).heldout
+    sampler = make_sampler(config.eval.steps or config.rollout.steps, shift=config.rollout.shift)
+    out = Path(config.out)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    with (out / "outputs.jsonl").open("w") as file:
+        for chunk in chunks(sessions, range(len(sessions)), 1, 4 * config.rollout.groups_per_batch):
+            rollout_chunk(policy, chunk, sampler, Seeds(config.seed, "rollout"), config.policy, greedy=True)
+            for i, session in enumerate(chunk.sessions):
+                turns = []
+                for t, image in enumerate(chunk.images_of(i)):
+                    name = f"images/{chunk.ordinals[i]:05d}_t{t + 1}.png"
+                    Image.fromarray(image).save(out / name)
+                    record = chunk.turns[t]
+                    intent = record.intents[int((record.rollout == i).nonzero()[0, 0])]
+                    turns.append(
+                        {
+                            "instruction": session.turns[t].instruction,
+                            "intent": intent.text if intent else None,
+                            "image": name,
+                        }
+                    )
+                file.write(json.dumps({"id": session.id, "turns": turns}) + "\n")
+    print(f"{len(sessions)} sessions: {out / 'outputs.jsonl'}")
+    return 0
+
+
+def command_report(arguments: Arguments) -> int:
+    """write report.html of a run's folder again"""
+    parser = ArgumentParser(prog="editr2 report", description="Write the run's report.html.", exit_on_error=False)
+    parser.add_argument("run", type=str, help="a run's folder")
+    from editr2.report import build_report
+
+    print(f"report: {build_report(_parsed(parser, arguments).run)}")
+    return 0
+
+
+def command_doctor(arguments: Arguments) -> int:
+    """what works on this machine, and why the rest does not"""
+    _parsed(ArgumentParser(prog="editr2 doctor", description="What is available.", exit_on_error=False), arguments)
+    from editr2.doctor import main as doctor
+
+    return doctor()
+
+
+def command_world(arguments: Arguments) -> int:
+    """the embedded world: `make` sessions on disk, `pretrain` the small policy"""
+    actions: dict[str, Callable[[Arguments], int]] = {"make": _world_make, "pretrain": _world_pretrain}
+    return _dispatch("editr2 world", actions, arguments)
+
+
+def _world_make(arguments: Arguments) -> int:
+    """write sessions of the shapes world as PNG and jsonl"""
+    parser = ArgumentParser(prog="editr2 world make", description=_world_make.__doc__, exit_on_error=False)
+    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    parser.add_argument("--count", type=int, default=24, help="sessions")
+    parser.add_argument("--turns", type=int, default=3, help="turns a session")
+    parser.add_argument("--split", type=str, default="train", help="train or heldout")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the stream")
+    options = _parsed(parser, arguments)
+    from editr2.sessions import save_sessions
+    from editr2.worlds.shapes import make_session
+
+    sessions = [make_session(options.seed, i, split=options.split, turns=options.turns) for i in range(options.count)]
+    print(f"{len(sessions)} sessions: {save_sessions(sessions, options.out)}")
+    return 0
+
+
+def _world_pretrain(arguments: Arguments) -> int:
+    """train the embedded policy from random weights on ground-truth sessions"""
+    parser = ArgumentParser(prog="editr2 world pretrain", description=_world_pretrain.__doc__, exit_on_error=False)
+    from editr2.worlds.pretrain import PretrainConfig, pretrain
+
+    parser.add_argument("--out", type=str, required=True, help="folder for config, tokenizer, weights and log")
+    parser.add_class_arguments(PretrainConfig, nested_key=None)
+    options = _nested(_parsed(parser, arguments))
+    out = Path(options.pop("out"))
+    pretrain(PretrainConfig(**options), out)
+    print(f"policy: {out}")
+    return 0
+
+
+def _policy(config: Config) -> UnifiedPolicy:
+    from editr2.policies.unified import EMBEDDED, UnifiedPolicy
+
+    return UnifiedPolicy.load(Path(config.policy.weights) if config.policy.weights else EMBEDDED)
+
+
+def _parsed(parser: ArgumentParser, arguments: Arguments) -> Namespace:
+    try:
+        return parser.parse_args(list(arguments))
+    except Exception as error:
+        if type(error).__name__ not in ("ArgumentError", "ParserError"):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+COMMANDS: dict[str, Callable[[Arguments], int]] = {
+    "train": command_train,
+    "eval": command_eval,
+    "rollout": command_rollout,
+    "report": command_report,
+    "doctor": command_doctor,
+    "world": command_world,
+}
+
+
+def _dispatch(prog: str, commands: dict[str, Callable[[Arguments], int]], arguments: Arguments) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND [options]   ({prog} COMMAND --help tells its options)\n")
+        for name, command in commands.items():
+            print(f"  {name:<10} {command.__doc__}")
+        return 0 if arguments else 2
+    if arguments[0] not in commands:
+        raise ConfigError(f"command: {arguments[0]!r} (accepted: {', '.join(commands)})")
+    return commands[arguments[0]](arguments[1:])
+
+
+def main(arguments: Arguments | None = None) -> int:
+    """Entry point: 0 when all went well, 2 with one line on standard error for anything the user can mend."""
+    warnings.filterwarnings("default", category=UserWarning, module="editr2")
+    try:
+        return _dispatch("editr2", COMMANDS, sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

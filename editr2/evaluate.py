@@ -1,0 +1,230 @@
+"""Held-out evaluation (deterministic: ODE steps, greedy intents, fixed seeds) and the film-strips of the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+
+from editr2.config import Config
+from editr2.credit import assign_credit, weighted_reward
+from editr2.policies.base import Policy
+from editr2.rewards.base import Reward, Scores, score_batch
+from editr2.rollout import Chunk, Seeds, chunks, rollout_chunk
+from editr2.schedule import Sampler
+from editr2.sessions import Session
+
+
+def share(count: int, accelerator: Accelerator) -> slice:
+    """This process's contiguous part of `count` items."""
+    n, i = accelerator.num_processes, accelerator.process_index
+    return slice(count * i // n, count * (i + 1) // n)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of all sessions. reward: [N, T], NaN where missing. success: [N], 1 where the last turn's GA is full (or
+    every reward is, without GA). intents_right: share of intents equal to the known ones, None where none is known."""
+
+    scores: Scores
+    reward: Tensor
+    success: Tensor
+    modes: list[str | None]
+    intents_right: float | None
+
+    def row(self, iteration: int, name: str) -> dict[str, Any]:
+        """The metrics row: means and standard errors over sessions, by turn."""
+        turns = self.reward.shape[1]
+        row: dict[str, Any] = {"event": "eval", "iteration": iteration, "name": name, "sessions": len(self.modes)}
+        row["reward_turn"] = [mean_se(self.reward[:, t]) for t in range(turns)]
+        for k, label in enumerate(self.scores.names):
+            values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
+            row[f"{label.lower()}_turn"] = [mean_se(values[:, t]) for t in range(turns)]
+        row["success"] = mean_se(self.success)
+        row["failed_scores"] = self.scores.failed
+        row["intents_right"] = self.intents_right
+        row["per_session"] = {"reward": _optional(last_turn(self)), "success": _optional(self.success)}
+        row["by_mode"] = {}
+        for mode in sorted({m for m in self.modes if m}):
+            of_mode = torch.tensor([m == mode for m in self.modes])
+            row["by_mode"][mode] = {
+                "reward_turn": [mean_se(self.reward[of_mode, t])["mean"] for t in range(turns)],
+                "success": mean_se(self.success[of_mode])["mean"],
+            }
+        return row
+
+
+def last_turn(evaluation: Evaluation) -> Tensor:
+    """The reward of every session's own last turn, [N]."""
+    last = (evaluation.scores.expected.sum(1) - 1).clamp(min=0)
+    return evaluation.reward[torch.arange(len(last)), last]
+
+
+def _optional(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(v) else round(v, 6) for v in values.tolist()]
+
+
+def mean_se(values: Tensor) -> dict[str, float | None]:
+    """Mean and its standard error over the finite entries."""
+    finite = values[~values.isnan()].double()
+    if not len(finite):
+        return {"mean": None, "se": None}
+    se = float(finite.std() / math.sqrt(len(finite))) if len(finite) > 1 else None
+    return {"mean": float(finite.mean()), "se": se}
+
+
+def success(scores: Scores) -> Tensor:
+    """1 where the session's last turn has full marks in GA (prefix success), NaN where it could not be scored."""
+    k = scores.names.index("GA") if "GA" in scores.names else slice(None)
+    last = (scores.expected.sum(1) - 1).clamp(min=0)
+    rows = torch.arange(len(last))
+    full = (scores.values[rows, last][:, k] >= 1 - 1e-6).reshape(len(last), -1).all(1)
+    return torch.where(scores.present[rows, last], full.float(), torch.nan)
+
+
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """Scores of consecutive rollouts as one."""
+    reasons, offset = {}, 0
+    for part in parts:
+        reasons.update({(i + offset, t): reason for (i, t), reason in part.reasons.items()})
+        offset += len(part.values)
+    return Scores(
+        parts[0].names,
+        torch.cat([p.values for p in parts]),
+        torch.cat([p.present for p in parts]),
+        torch.cat([p.expected for p in parts]),
+        reasons,
+    )
+
+
+def judge(reward: Reward, done: Sequence[Chunk], turns: int) -> Scores:
+    """Scores of all rollouts of some chunks, in order."""
+    return score_batch(reward, [(c.session_of(i), c.images_of(i)) for c in done for i in range(c.rollouts)], turns)
+
+
+def evaluate(
+    policy: Policy,
+    reward: Reward,
+    sessions: Sequence[Session],
+    sampler: Sampler,
+    config: Config,
+    accelerator: Accelerator,
+) -> Evaluation:
+    """One deterministic rollout a session; split over processes and gathered."""
+    mine = share(len(sessions), accelerator)
+    turns = max(len(s.turns) for s in sessions)
+    done = []
+    for chunk in chunks(sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch):
+        done.append(rollout_chunk(policy, chunk, sampler, Seeds(0, "eval"), config.policy, greedy=True))
+    known = [
+        record.text[j] == turn.intent
+        for chunk in done
+        for t, record in enumerate(chunk.turns)
+        for j, i in enumerate(record.rollout.tolist())
+        if record.intents[j] is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
+    ]
+    parts = gather_object([(judge(reward, done, turns), known)])
+    scores = merge_scores([s for s, _ in parts])
+    rights = [r for _, k in parts for r in k]
+    return Evaluation(
+        scores,
+        weighted_reward(scores, config.credit.weights),
+        success(scores),
+        [s.mode for s in sessions],
+        float(np.mean(rights)) if rights else None,
+    )
+
+
+def comparison_row(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The paired change of the last turn's reward and of session success, from two evaluation rows."""
+    first, last = (torch.tensor(_numbers(row["per_session"]["reward"])) for row in (before, after))
+    difference = mean_se(last - first)
+    return {
+        "event": "comparison",
+        "iteration": after["iteration"],
+        "turn": len(after["reward_turn"]),
+        "reward_before": before["reward_turn"][-1]["mean"],
+        "reward_after": after["reward_turn"][-1]["mean"],
+        "difference": difference["mean"],
+        "se": difference["se"],
+        "sessions": after["sessions"],
+        "success_before": before["success"]["mean"],
+        "success_after": after["success"]["mean"],
+    }
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if v is None else v for v in values]
+
+
+def write_strips(
+    folder: Path,
+    name: str,
+    policy: Policy,
+    reward: Reward,
+    sessions: Sequence[Session],
+    sampler: Sampler,
+    config: Config,
+) -> None:
+    """Rolls out whole groups as in training and writes each group's first rollout, with its advantages, as images and
+    `<name>.json` for the report. Same seeds before and after, so the strips differ by the weights alone."""
+    done = [
+        rollout_chunk(policy, chunk, sampler, Seeds(0, "strips"), config.policy)
+        for chunk in chunks(sessions, range(len(sessions)), config.rollout.siblings, config.rollout.groups_per_batch)
+    ]
+    turns = max(len(s.turns) for s in sessions)
+    scores = judge(reward, done, turns)
+    rewards = weighted_reward(scores, config.credit.weights)
+    group = torch.arange(len(sessions)).repeat_interleave(config.rollout.siblings)
+    credit = assign_credit(scores, group, config.credit)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).mkdir(parents=True)
+    strips: list[dict[str, Any]] = []
+    row = 0
+    for chunk in done:
+        for s, session in enumerate(chunk.sessions):
+            place = len(strips)
+            Image.fromarray(session.image).save(folder / name / f"{place:03d}.png")
+            strip: dict[str, Any] = {
+                "id": session.id,
+                "mode": session.mode,
+                "image": f"{name}/{place:03d}.png",
+                "turns": [],
+            }
+            images = chunk.images_of(s * chunk.siblings)
+            for t, turn in enumerate(session.turns):
+                record = chunk.turns[t]
+                intent = record.intents[int((record.rollout == s * chunk.siblings).nonzero()[0, 0])]
+                file = f"{name}/{place:03d}_t{t + 1}.png"
+                Image.fromarray(images[t]).save(folder / file)
+                present = bool(scores.present[row, t])
+                strip["turns"].append(
+                    {
+                        "instruction": turn.instruction,
+                        "intent": intent.text if intent else None,
+                        "reasoning": intent.reasoning if intent else None,
+                        "expected": None,
+                        "image": file,
+                        "scores": {
+                            n: float(scores.values[row, t, k]) if present else None for k, n in enumerate(scores.names)
+                        },
+                        "reward": float(rewards[row, t]) if present else None,
+                        "advantage": float(credit.advantage[row, t]),
+                        "reason": scores.reasons.get((row, t)),
+                        "masked": not bool(credit.mask[row, t]),
+                    }
+                )
+            strips.append(strip)
+            row += chunk.siblings
+    (folder / f"{name}.json").write_text(json.dumps({"sessions": strips}, indent=1) + "\n")

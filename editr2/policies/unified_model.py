@@ -1,0 +1,525 @@
+"""The unified text + image transformer (BAGEL's architecture and parameter names, any size).
+
+One decoder reads text, clean images and a noisy image, writes text, and predicts the velocity of the noisy image
+(v = noise - data, from t = 1 noise to t = 0 data). Every layer holds two experts, routed by token type: *understanding*
+(text and image marks) and *generation* (image latents; parameters with the suffix `_moe_gen`); attention is joint.
+
+Physical order. Within any block handed to the layers all understanding tokens stand first and all generation tokens
+after them, so routing is two slices instead of a gather. The true order lives in the RoPE positions and the mask only:
+text is causal and advances the position by one a token; all tokens of an image block share one position and the block
+advances it by one; a noisy block sees everything before it and is seen by nobody.
+
+Legend of shapes: B samples, L tokens of the block, K cached tokens, H hidden, N latent tokens, D numbers per latent
+token, heads x head_dim as in the configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from editr2.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class UnifiedConfig:
+    """Sizes of the model. Defaults: the embedded small model; names follow the Qwen2 and BAGEL configurations."""
+
+    vocab_size: int = 64
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    qk_norm: bool = True
+    latent_channels: int = 3  # 16 for FLUX's autoencoder; 3 where pixels are the latents
+    latent_patch_size: int = 4
+    max_latent_size: int = 6  # side of the position table, in latent tokens
+    frequency_size: int = 256  # sinusoidal features of the time embedder
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads: {self.num_attention_heads} must divide hidden_size {self.hidden_size} and be a "
+                f"multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.hidden_size % 4 or self.head_dim % 2:
+            raise ConfigError(f"hidden_size: {self.hidden_size} must be a multiple of 4, with an even head size")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def latent_dim(self) -> int:
+        return self.latent_patch_size**2 * self.latent_channels
+
+    @staticmethod
+    def load(path: Path) -> UnifiedConfig:
+        values = json.loads(path.read_text())
+        unknown = set(values) - {f.name for f in dataclasses.fields(UnifiedConfig)}
+        if unknown:
+            raise ConfigError(f"{path}: unknown keys {sorted(unknown)}")
+        return UnifiedConfig(**values)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _routed(x_BLH: Tensor, split: int, understanding: nn.Module, generation: nn.Module) -> Tensor:
+    """The first `split` tokens through one expert, the rest through the other."""
+    if split == 0:
+        return generation(x_BLH)
+    if split == x_BLH.shape[1]:
+        return understanding(x_BLH)
+    return torch.cat([understanding(x_BLH[:, :split]), generation(x_BLH[:, split:])], dim=1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    q_norm: nn.Module
+    k_norm: nn.Module
+    o_proj: nn.Module
+    q_norm_moe_gen: nn.Module
+    k_norm_moe_gen: nn.Module
+    o_proj_moe_gen: nn.Module
+
+    def __init__(self, config: UnifiedConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        size, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        for suffix in ("", "_moe_gen"):
+            self.add_module(f"q_proj{suffix}", nn.Linear(size, size))
+            self.add_module(f"k_proj{suffix}", nn.Linear(size, kv))
+            self.add_module(f"v_proj{suffix}", nn.Linear(size, kv))
+            self.add_module(f"o_proj{suffix}", nn.Linear(size, size, bias=False))
+            for name in ("q_norm", "k_norm"):
+                norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+                self.add_module(f"{name}{suffix}", norm)
+
+    def forward(
+        self,
+        x_BLH: Tensor,
+        split: int,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        b, length, _ = x_BLH.shape
+
+        def project(name: str, heads: int) -> Tensor:
+            y = _routed(x_BLH, split, getattr(self, f"{name}_proj"), getattr(self, f"{name}_proj_moe_gen"))
+            return y.view(b, length, heads, self.head_dim)
+
+        q = _routed(project("q", self.heads), split, self.q_norm, self.q_norm_moe_gen).transpose(1, 2)
+        k = _routed(project("k", self.kv_heads), split, self.k_norm, self.k_norm_moe_gen).transpose(1, 2)
+        v = project("v", self.kv_heads).transpose(1, 2)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        new = (k, v)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        out = out.transpose(1, 2).reshape(b, length, -1)
+        return _routed(out, split, self.o_proj, self.o_proj_moe_gen), new
+
+
+class Layer(nn.Module):
+    mlp: nn.Module
+    mlp_moe_gen: nn.Module
+    input_layernorm: nn.Module
+    input_layernorm_moe_gen: nn.Module
+    post_attention_layernorm: nn.Module
+    post_attention_layernorm_moe_gen: nn.Module
+
+    def __init__(self, config: UnifiedConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        for suffix in ("", "_moe_gen"):
+            self.add_module(f"mlp{suffix}", MLP(config.hidden_size, config.intermediate_size))
+            self.add_module(f"input_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
+            self.add_module(f"post_attention_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def forward(
+        self,
+        x: Tensor,
+        split: int,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        normed = _routed(x, split, self.input_layernorm, self.input_layernorm_moe_gen)
+        attended, new = self.self_attn(normed, split, cos, sin, mask, past)
+        x = x + attended
+        normed = _routed(x, split, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
+        return x + _routed(normed, split, self.mlp, self.mlp_moe_gen), new
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: UnifiedConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class _LanguageModel(nn.Module):
+    def __init__(self, config: UnifiedConfig) -> None:
+        super().__init__()
+        self.model = _Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class _TimeEmbedder(nn.Module):
+    """256 sinusoidal features of the raw t in [0, 1] (cosines first, period up to 10,000), then two linear layers."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.features // 2
+        exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+        angles = t.float()[..., None] * torch.exp(-math.log(10_000.0) * exponents)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+
+
+class _PositionTable(nn.Module):
+    """Frozen 2-D sine-cosine table [side * side, hidden]: the first half of the width from the column, then the row."""
+
+    def __init__(self, side: int, hidden: int) -> None:
+        super().__init__()
+        quarter = hidden // 4
+        omega = 1.0 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+        grid = torch.arange(side, dtype=torch.float64)
+        row, column = torch.meshgrid(grid, grid, indexing="ij")
+
+        def features(position: Tensor) -> Tensor:
+            angles = position.reshape(-1, 1) * omega
+            return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+        table = torch.cat([features(column), features(row)], dim=1).float()
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the model has read so far. Immutable: appending returns a new one, so branches and siblings are free.
+
+    keys, values: per layer [B, kv_heads, K, head_dim]; valid: bool [B, K] (False at padding); position: int64 [B], the
+    RoPE position of the next token.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    valid: Tensor
+    position: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.position.shape[0]
+
+    def select(self, index: Tensor) -> Context:
+        """The samples at `index` int64 [M] (repeats allowed): siblings share the context of their group this way."""
+        return Context(
+            tuple(k[index] for k in self.keys),
+            tuple(v[index] for v in self.values),
+            self.valid[index],
+            self.position[index],
+        )
+
+    def detach(self) -> Context:
+        return Context(
+            tuple(k.detach() for k in self.keys), tuple(v.detach() for v in self.values), self.valid, self.position
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Context]) -> Context:
+        """Contexts of different lengths as one batch; shorter ones are padded (and masked) at the end."""
+        longest = max(p.valid.shape[1] for p in parts)
+
+        def pad(x: Tensor) -> Tensor:
+            return F.pad(x, (0, 0, 0, longest - x.shape[2]))
+
+        layers = range(len(parts[0].keys))
+        return Context(
+            tuple(torch.cat([pad(p.keys[i]) for p in parts]) for i in layers),
+            tuple(torch.cat([pad(p.values[i]) for p in parts]) for i in layers),
+            torch.cat([F.pad(p.valid, (0, longest - p.valid.shape[1])) for p in parts]),
+            torch.cat([p.position for p in parts]),
+        )
+
+
+class UnifiedModel(nn.Module):
+    """See the module docstring. Parameter names equal those of a published BAGEL checkpoint (without its ViT)."""
+
+    def __init__(self, config: UnifiedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = _LanguageModel(config)
+        self.time_embedder = _TimeEmbedder(config.frequency_size, config.hidden_size)
+        self.vae2llm = nn.Linear(config.latent_dim, config.hidden_size)
+        self.llm2vae = nn.Linear(config.hidden_size, config.latent_dim)
+        self.latent_pos_embed = _PositionTable(config.max_latent_size, config.hidden_size)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Normal(0, 0.02) weights, residual outputs scaled by 1/sqrt(2 layers), zero biases and velocity head."""
+        residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if "norm" in name or "pos_embed" in name:
+                continue
+            with torch.no_grad():
+                if parameter.ndim == 1 or name.startswith("llm2vae"):
+                    parameter.zero_()
+                else:
+                    std = residual if "o_proj" in name or "down_proj" in name else 0.02
+                    if name == "vae2llm.weight":
+                        std = parameter.shape[1] ** -0.5
+                    parameter.normal_(0, std, generator=generator)
+
+    # ------------------------------------------------------------------------------------------------ the two streams
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        return self.language_model.model.embed_tokens(ids)
+
+    def embed_latents(self, latents_BND: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latent tokens [B, N, D] at time t ([B] or a 0-dim tensor) on a (rows, columns) grid -> [B, N, H]."""
+        rows, columns = grid
+        side = self.config.max_latent_size
+        if rows > side or columns > side or rows * columns != latents_BND.shape[1]:
+            raise DataError(
+                f"latents: {latents_BND.shape[1]} tokens on a {rows} x {columns} grid (accepted: sides up to {side})"
+            )
+        device = latents_BND.device
+        index = (torch.arange(rows, device=device)[:, None] * side + torch.arange(columns, device=device)).reshape(-1)
+        time = self.time_embedder(t)
+        x = self.vae2llm(latents_BND.to(self.vae2llm.weight.dtype))
+        return x + (time[:, None] if time.ndim == 2 else time) + self.latent_pos_embed.pos_embed[index].to(x.dtype)
+
+    def run(
+        self,
+        x_BLH: Tensor,
+        split: int,
+        position_BL: Tensor,
+        mask: Tensor | None,
+        context: Context | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """All layers over a block (understanding tokens first, `split` of them) behind a context.
+
+        mask: bool, broadcastable to [B, heads, L, K + L], True = may look. Returns the final hidden states
+        [B, L, H] and the block's own keys and values per layer.
+        """
+        half = self.config.head_dim // 2
+        exponents = torch.arange(half, device=x_BLH.device, dtype=torch.float32) / half
+        angles = position_BL[:, None, :, None].float() * self.config.rope_theta ** (-exponents)
+        cos, sin = angles.cos().to(x_BLH.dtype), angles.sin().to(x_BLH.dtype)
+        keys, values = [], []
+        for i, layer in enumerate(self.language_model.model.layers):
+            past = (context.keys[i], context.values[i]) if context is not None else None
+            x_BLH, (k, v) = layer(x_BLH, split, cos, sin, mask, past)
+            keys.append(k)
+            values.append(v)
+        decoder = self.language_model.model
+        return _routed(x_BLH, split, decoder.norm, decoder.norm_moe_gen), tuple(keys), tuple(values)
+
+    # ------------------------------------------------------------------------------------------- reading and writing
+
+    def empty_context(self, batch: int, device: torch.device | str = "cpu") -> Context:
+        c = self.config
+        dtype = self.vae2llm.weight.dtype
+        nothing = torch.zeros(batch, c.num_key_value_heads, 0, c.head_dim, device=device, dtype=dtype)
+        return Context(
+            (nothing,) * c.num_hidden_layers,
+            (nothing,) * c.num_hidden_layers,
+            torch.zeros(batch, 0, dtype=torch.bool, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+        )
+
+    @staticmethod
+    def _extend(context: Context, keys: tuple, values: tuple, valid: Tensor, advance: Tensor | int) -> Context:
+        return Context(
+            tuple(torch.cat([old, new], 2) for old, new in zip(context.keys, keys, strict=True)),
+            tuple(torch.cat([old, new], 2) for old, new in zip(context.values, values, strict=True)),
+            torch.cat([context.valid, valid], 1),
+            context.position + advance,
+        )
+
+    def append_text(self, context: Context, ids: Tensor, valid: Tensor) -> tuple[Context, Tensor]:
+        """Reads text. ids int64 [B, L], valid bool [B, L] (padding only at the end).
+
+        Returns the longer context and the final hidden states [B, L, H] (for `logits`).
+        """
+        length = ids.shape[1]
+        offsets = torch.arange(length, device=ids.device)
+        causal = offsets[:, None] >= offsets
+        own = causal & valid[:, None, :]
+        mask = torch.cat([context.valid[:, None, :].expand(-1, length, -1), own], dim=2)
+        # A padded query must look at something, else its softmax is NaN: at itself.
+        mask = mask | F.pad(torch.eye(length, dtype=torch.bool, device=ids.device), (context.valid.shape[1], 0))
+        position = context.position[:, None] + offsets
+        hidden, keys, values = self.run(self.embed_text(ids), length, position, mask[:, None], context)
+        return self._extend(context, keys, values, valid, valid.sum(1)), hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.language_model.lm_head(hidden)
+
+    def _image_block(
+        self, context: Context, latents: Tensor, t: Tensor, grid: tuple[int, int], marks: Tensor
+    ) -> tuple[Tensor, tuple, tuple]:
+        b, n, _ = latents.shape
+        x = torch.cat(
+            [
+                self.embed_text(marks).expand(b, -1, -1),
+                self.embed_latents(latents, t, grid).to(self.vae2llm.weight.dtype),
+            ],
+            1,
+        )
+        mask = None
+        if context.valid.shape[1] and not bool(context.valid.all()):
+            mask = F.pad(context.valid, (0, n + 2), value=True)[:, None, None, :]
+        position = context.position[:, None].expand(b, n + 2)
+        return self.run(x, 2, position, mask, context)
+
+    def append_image(self, context: Context, latents: Tensor, grid: tuple[int, int], marks: Tensor) -> Context:
+        """Reads a clean image: latents [B, N, D] at t = 0 between the two `marks` (ids int64 [2])."""
+        b, n, _ = latents.shape
+        _, keys, values = self._image_block(context, latents, torch.zeros((), device=latents.device), grid, marks)
+        valid = torch.ones(b, n + 2, dtype=torch.bool, device=latents.device)
+        return self._extend(context, keys, values, valid, 1)
+
+    def velocity(self, context: Context, x: Tensor, t: Tensor, grid: tuple[int, int], marks: Tensor) -> Tensor:
+        """Velocity of the noisy latents x [B, N, D] at times t [B], in x's place after the context: [B, N, D]."""
+        hidden, _, _ = self._image_block(context, x, t, grid, marks)
+        return self.llm2vae(hidden[:, 2:])
+
+
+# ------------------------------------------------------------------------------------------------------ packed sessions
+
+
+@dataclass
+class Segment:
+    """A stretch of a packed sequence, in logical order.
+
+     ids: understanding tokens int64 [B, U] with `valid` bool [B, U]; latents: generation tokens [B, N, D] at time `t`
+     ([B], or None for clean). A `private` segment (noisy image, question and answer) sees all public segments before it
+    ; nobody else sees it
+     and it does not advance the position.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    latents: Tensor | None = None
+    t: Tensor | None = None
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One batch of packed sequences, physically ordered understanding tokens first."""
+
+    embedded: Tensor
+    split: int
+    position: Tensor
+    mask: Tensor
+    text_slices: tuple[slice, ...]
+    latent_slices: tuple[slice | None, ...]
+
+
+def pack(model: UnifiedModel, segments: Sequence[Segment], grid: tuple[int, int]) -> Packed:
+    """Lays segments out as one sequence: equal to reading them one after the other through contexts."""
+    b = segments[0].ids.shape[0]
+    device = segments[0].ids.device
+    counter = torch.zeros(b, dtype=torch.int64, device=device)
+    text_x, text_position, text_valid, text_slices = [], [], [], []
+    image_x, image_position, latent_slices = [], [], []
+    text_at = image_at = 0
+    for s in segments:
+        width = s.ids.shape[1]
+        text_x.append(model.embed_text(s.ids))
+        if s.latents is None:
+            text_position.append(counter[:, None] + torch.arange(width, device=device))
+            advance: Tensor | int = s.valid.sum(1)
+        else:
+            n = s.latents.shape[1]
+            text_position.append(counter[:, None].expand(b, width))
+            image_position.append(counter[:, None].expand(b, n))
+            t = s.t if s.t is not None else torch.zeros((), device=device)
+            image_x.append(model.embed_latents(s.latents, t, grid))
+            advance = 1
+        text_valid.append(s.valid)
+        text_slices.append(slice(text_at, text_at + width))
+        text_at += width
+        latent_slices.append(None if s.latents is None else slice(image_at, image_at + s.latents.shape[1]))
+        image_at += 0 if s.latents is None else s.latents.shape[1]
+        if not s.private:
+            counter = counter + advance
+    split, total = text_at, text_at + image_at
+    may = torch.zeros(total, total, dtype=torch.bool, device=device)
+    slices = []
+    for text, latent in zip(text_slices, latent_slices, strict=True):
+        parts = [torch.arange(text.start, text.stop)]
+        if latent is not None:
+            parts.append(torch.arange(split + latent.start, split + latent.stop))
+        slices.append(torch.cat(parts).to(device))
+    for i, s in enumerate(segments):
+        own = slices[i]
+        if s.latents is None:
+            offsets = torch.arange(len(own), device=device)
+            may[own[:, None], own] = offsets[:, None] >= offsets
+        else:
+            may[own[:, None], own] = True
+        for j in range(i):
+            if not segments[j].private:
+                may[own[:, None], slices[j]] = True
+    valid = F.pad(torch.cat(text_valid, 1), (0, image_at), value=True)
+    mask = may & valid[:, None, :] | torch.eye(total, dtype=torch.bool, device=device)
+    embedded = torch.cat([*text_x, *image_x], 1)
+    position = torch.cat([*text_position, *image_position], 1)
+    shifted = tuple(None if s is None else slice(split + s.start, split + s.stop) for s in latent_slices)
+    return Packed(embedded, split, position, mask[:, None], tuple(text_slices), shifted)
+
+
+def run_packed(model: UnifiedModel, packed: Packed) -> Tensor:
+    """Final hidden states [B, L, H] of a packed batch, in its physical order."""
+    hidden, _, _ = model.run(packed.embedded, packed.split, packed.position, packed.mask, None)
+    return hidden

@@ -1,0 +1,394 @@
+"""Run folder → `report.html`: prepares everything the template prints, so that the template only places it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from editr2.report import charts
+from editr2.report.data import (
+    MODES,
+    PASS_NAMES,
+    Comparison,
+    Evaluation,
+    Run,
+    Stat,
+    load_run,
+    mean,
+)
+from editr2.report.gallery import build_gallery
+from editr2.report.numbers import plain, signed, with_se
+from editr2.report.pictures import Pictures
+from editr2.tracking import duration
+
+HEALTH = {
+    "loss": "loss",
+    "kl": "KL to the reference",
+    "clip_fraction": "clipped fraction",
+    "advantage_abs": "mean |advantage|",
+    "zero_variance_groups": "groups without variance",
+    "failed_scores": "failed scores",
+    "filtered_turns": "filtered turns",
+    "intent_fallback": "intent fallback",
+}
+
+
+def build_report(run_dir: str | os.PathLike[str], *, max_sessions: int = 48, max_pixels: int = 512) -> Path:
+    """Writes `report.html` into the run folder and returns its path.
+
+    One file: images inline, no script, nothing fetched. Works with what the folder has (metrics, strips of
+    one or both passes) and says on the page what is missing; raises DataError where it has neither.
+
+    max_sessions: more sessions than this are thinned evenly through their order from best to worst change.
+    max_pixels: larger images are scaled down to this long side, to keep the page small.
+    """
+    folder = Path(run_dir)
+    run = load_run(folder)
+    pictures = Pictures(folder / "strips", max_pixels)
+    gallery = build_gallery(run, pictures, max_sessions)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=folder.resolve().name,
+        facts=_facts(run),
+        cards=_cards(run),
+        missing=run.missing + pictures.notes(),
+        eval_charts=_evaluation_charts(run),
+        eval_table=_evaluation_table(run),
+        curves=_curves(run),
+        window=charts.smoothing_window(len(run.train)),
+        health=_health(run),
+        gallery=gallery,
+        config=run.config_text,
+        versions=_versions(run),
+    )
+    path = folder / "report.html"
+    part = folder / "report.html.part"
+    part.write_bytes(
+        page.replace("\0", "\ufffd").encode("utf-8", "replace")
+    )  # a lone surrogate in someone's instruction must not stop it
+    os.replace(part, path)
+    return path
+
+
+# Headline
+
+
+@dataclass(frozen=True)
+class Card:
+    title: str
+    before: str | None
+    after: str | None
+    change: str
+    note: str
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    turns = run.setting("turns", "max_turns") or _turns(run)
+    size = [
+        (run.setting("groups", "sessions_per_iteration", "sessions"), "sessions"),
+        (run.setting("siblings", "group_size", "num_generations"), "siblings"),
+        (turns, "turns"),
+    ]
+    seconds = run.train_seconds()
+    planned = run.setting("iterations", "max_iterations", "num_iterations")
+    done = str(run.train[-1].iteration + 1) if run.train else None
+    facts = {
+        "Preset": run.setting("preset"),
+        "Policy": run.setting("policy", "policy.name", "policy.kind", "model"),
+        "Objective": run.setting("objective", "objective.name", "objective.kind", "algorithm"),
+        "Each iteration" if run.train else "Sessions of": " × ".join(f"{count} {name}" for count, name in size if count)
+        or None,
+        "Iterations": f"{done} of {planned}" if done and planned else done,
+        "Training time": duration(seconds) if seconds is not None else None,
+        "Device": run.start.get("device"),
+        "Seed": run.setting("seed"),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def _turns(run: Run) -> int:
+    lengths = [len(row.turns.get("reward_turn", ())) for row in run.train]
+    lengths += [len(e.turns.get("reward_turn", ())) for e in run.evaluations]
+    lengths += [len(pair.either.turns) for pair in run.pairs]
+    return max(lengths, default=0)
+
+
+def _cards(run: Run) -> list[Card]:
+    before, after = (run.evaluation(name) for name in PASS_NAMES)
+    cards: list[Card] = []
+    if before or after:
+        cards = [_reward_card(run, before, after), _success_card(before, after)]
+    elif len(run.train) > 1 and any(row.scalars.get("reward") is not None for row in run.train):
+        rewards = [row.scalars.get("reward") for row in run.train]
+        part = max(1, len(rewards) // 10)
+        ends = "the first and last iteration" if part == 1 else f"means of the first and last {part} iterations"
+        first, last = mean(rewards[:part]), mean(rewards[-part:])
+        change = signed(last - first) if first is not None and last is not None else ""
+        cards = [
+            Card(
+                "Training reward",
+                plain(first),
+                plain(last),
+                change,
+                f"{ends}; not a held-out evaluation",
+            )
+        ]
+    return cards
+
+
+def _reward_card(run: Run, before: Evaluation | None, after: Evaluation | None) -> Card:
+    turns = [len(e.turns.get("reward_turn", ())) for e in (before, after) if e]
+    turn = min(turns, default=0)
+    stats = [e.turns["reward_turn"][turn - 1] if e and turn else None for e in (before, after)]
+    paired = next((c for c in run.comparisons if c.turn == turn), None)
+    change, note = "", _sessions(before or after)
+    if paired and paired.difference is not None:
+        change, note = _paired(paired, stats)
+    elif stats[0] and stats[1] and stats[0].mean is not None and stats[1].mean is not None:
+        change = signed(stats[1].mean - stats[0].mean)
+    said = [with_se(stat) if stat else None for stat in stats]
+    return Card(f"Reward at turn {turn}", said[0], said[1], change, note)
+
+
+def _paired(paired: Comparison, stats: Sequence[Stat | None]) -> tuple[str, str]:
+    assert paired.difference is not None
+    sessions = f" over {paired.sessions} sessions" if paired.sessions else ""
+    if not paired.se:
+        return signed(paired.difference), f"paired{sessions}"
+    ratio = abs(paired.difference) / paired.se
+    decimals = 3 if paired.se < 0.01 else 2
+    verdict = f"{ratio:.1f} standard errors" if ratio >= 2 else f"only {ratio:.1f} standard errors: may be chance"
+    return (
+        f"{signed(paired.difference, decimals)} ± {paired.se:.{decimals}f}",
+        f"paired difference{sessions}; {verdict}",
+    )
+
+
+def _success_card(before: Evaluation | None, after: Evaluation | None) -> Card:
+    stats = [e.success if e else None for e in (before, after)]
+    means = [s.mean if s else None for s in stats]
+    change = signed(means[1] - means[0]) if means[0] is not None and means[1] is not None else ""
+    said = [with_se(stat) if stat else None for stat in stats]
+    return Card("Session success", said[0], said[1], change, f"every turn right; {_sessions(before or after)}")
+
+
+def _sessions(evaluation: Evaluation | None) -> str:
+    return f"{evaluation.sessions} sessions" if evaluation and evaluation.sessions else "number of sessions not stated"
+
+
+# Charts
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    svg: Markup
+    legend: Sequence[tuple[str, int, str]] = ()
+    """(label, colour, "dot", "hollow" or "bar")."""
+    note: str = ""
+
+
+def _curves(run: Run) -> list[Chart]:
+    if not run.train:
+        return []
+    x = [row.iteration for row in run.train]
+    window = charts.smoothing_window(len(x))
+    turns = max((len(row.turns.get("reward_turn", ())) for row in run.train), default=0)
+
+    def turn(key: str, t: int) -> list[float | None]:
+        return [values[t] if len(values := row.turns.get(key, ())) > t else None for row in run.train]
+
+    reward = [charts.Line(f"t{t + 1}", x, turn("reward_turn", t), t % 6) for t in range(turns)]
+    if not reward:
+        reward = [charts.Line("all", x, [row.scalars.get("reward") for row in run.train], 0)]
+    scores = [
+        charts.Line(name, x, [mean(row.turns.get(key, ())) for row in run.train], colour)
+        for colour, (name, key) in enumerate((("IF", "if_turn"), ("CC", "cc_turn"), ("GA", "ga_turn")))
+    ]
+    success = charts.Line("", x, [row.scalars.get("success") for row in run.train], 0)
+    norm = charts.Line("", x, [row.scalars.get("grad_norm") for row in run.train], 0)
+    ratio = charts.Line("", x, [row.scalars.get("ratio_error") for row in run.train], 0)
+    names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
+    phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
+    exact = sum(value == 0 for value in ratio.y)
+    held_out = {e.iteration: e.turns.get("reward_turn", ()) for e in run.evaluations if e.iteration is not None}
+    at = sorted(held_out)
+    evaluated = [
+        charts.Line(f"t{t + 1}", at, [held_out[i][t].mean if t < len(held_out[i]) else None for i in at], t % 6)
+        for t in range(max(map(len, held_out.values()), default=0))
+    ]
+    found = [
+        Chart("Reward by turn", svg) if (svg := charts.line_chart("Reward by turn", reward, window=window)) else None,
+        Chart(
+            "Scores, mean over turns",
+            svg,
+            note="IF instruction following, CC content consistency, GA global awareness.",
+        )
+        if (svg := charts.line_chart("Scores", scores, window=window))
+        else None,
+        Chart("Session success", svg, note="Share of training sessions with every turn right.")
+        if (svg := charts.line_chart("Session success", [success], window=window))
+        else None,
+        Chart(
+            "Ratio error",
+            svg,
+            note="|ratio − 1| when the rollout is replayed before the update"
+            + (f"; exactly 0 in {exact} of {len(x)} iterations." if exact else "."),
+        )
+        if (svg := charts.log_chart("Ratio error", ratio))
+        else None,
+        # Two evaluations are the before and after above; more make a curve.
+        Chart("Reward by turn, evaluated", svg, note=f"Held-out sessions, {len(at)} evaluations.")
+        if len(at) > 2 and (svg := charts.line_chart("Reward by turn, evaluated", evaluated))
+        else None,
+        Chart("Gradient norm", svg) if (svg := charts.line_chart("Gradient norm", [norm], window=window)) else None,
+        Chart("Seconds by phase", svg, [(name, i % 6, "bar") for i, name in enumerate(names)])
+        if (svg := charts.stacked_bars("Seconds by phase", x, phases))
+        else None,
+    ]
+    return [chart for chart in found if chart is not None]
+
+
+METRICS = {"reward_turn": "Reward", "if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
+
+
+def _evaluation_charts(run: Run) -> list[Chart]:
+    present = [(i, e) for i, name in enumerate(PASS_NAMES) if (e := run.evaluation(name))]
+    if not present:
+        return []
+    panels = {key: [e.turns.get(key, ()) for _, e in present] for key in METRICS}
+    panels["success"] = [(e.success,) for _, e in present]
+    reach = [
+        value
+        for panel in panels.values()
+        for stats in panel
+        for s in stats
+        if s.mean is not None
+        for value in (s.mean - (s.se or 0), s.mean + (s.se or 0))
+    ]
+    reach += [v for _, e in present for mode in e.by_mode.values() for v in mode.reward_turn[-1:] if v is not None]
+    if not reach:
+        return []
+    # One scale for all panels: reward, scores and success are read against each other.
+    y_range = charts.value_range(reach)
+    found = []
+    for key, panel in panels.items():
+        count = max(map(len, panel), default=0)
+        series = [
+            charts.Dots(
+                e.name,
+                [stats[t].mean if t < len(stats) else None for t in range(count)],
+                [stats[t].se if t < len(stats) else None for t in range(count)],
+                colour=1 - i,
+                hollow=i == 0,
+            )
+            for (i, e), stats in zip(present, panel, strict=True)
+        ]
+        name = METRICS.get(key, "Session success")
+        categories = ["all turns"] if key == "success" else [str(t + 1) for t in range(count)]
+        svg = charts.dot_chart(name, categories, series, y_range, "" if key == "success" else "turn")
+        if svg:
+            found.append(Chart(name, svg, [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series]))
+    modes = list(dict.fromkeys(mode for _, e in present for mode in e.by_mode))
+    last = [{m: (e.by_mode[m].reward_turn or (None,))[-1] for m in e.by_mode} for _, e in present]
+    series = [
+        charts.Dots(e.name, [values.get(m) for m in modes], [None] * len(modes), colour=1 - i, hollow=i == 0)
+        for (i, e), values in zip(present, last, strict=True)
+    ]
+    name = "Last-turn reward by kind of session"
+    svg = charts.dot_chart(name, [MODES.get(m, m) for m in modes], series, y_range, "")
+    if svg:
+        found.append(Chart(name, svg, [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series]))
+    return found
+
+
+@dataclass(frozen=True)
+class Table:
+    head: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+
+
+def _evaluation_table(run: Run) -> Table | None:
+    present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
+    if not present:
+        return None
+    rows: list[tuple[str, list[str]]] = []
+    for key, name in METRICS.items():
+        for t in range(max(len(e.turns.get(key, ())) for e in present)):
+            stats = [e.turns.get(key, ()) for e in present]
+            rows.append((f"{name}, turn {t + 1}", [with_se(s[t]) if t < len(s) else "–" for s in stats]))
+    rows.append(("Session success", [with_se(e.success) for e in present]))
+    for mode in dict.fromkeys(mode for e in present for mode in e.by_mode):
+        parts = [e.by_mode.get(mode) for e in present]
+        said = f"{mode} ({MODES[mode]})" if mode in MODES else mode
+        for t in range(max(len(p.reward_turn) if p else 0 for p in parts)):
+            values = [p.reward_turn[t] if p and t < len(p.reward_turn) else None for p in parts]
+            rows.append((f"Reward, turn {t + 1}, {said}", [plain(v) for v in values]))
+        rows.append((f"Session success, {said}", [plain(p.success if p else None) for p in parts]))
+    head = [f"{e.name} ({_sessions(e)})" for e in present]
+    if len(present) == 2:
+        head.append("paired difference")
+        by_turn = {f"Reward, turn {c.turn}": Stat(c.difference, c.se) for c in run.comparisons}
+        for name, cells in rows:
+            stat = by_turn.get(name)
+            cells.append("" if stat is None or stat.mean is None else _difference(stat))
+    return Table(head, [row for row in rows if any(cell not in ("–", "") for cell in row[1])])
+
+
+def _difference(stat: Stat) -> str:
+    text = with_se(stat)
+    return text if text.startswith("−") else f"+{text}"
+
+
+@dataclass(frozen=True)
+class Gauge:
+    name: str
+    spark: Markup
+    last: str
+    low: str
+    high: str
+
+
+def _health(run: Run) -> list[Gauge]:
+    found = []
+    for key, name in HEALTH.items():
+        y = [row.scalars.get(key) for row in run.train]
+        present = [value for value in y if value is not None]
+        if present:
+            found.append(
+                Gauge(
+                    name, charts.sparkline(name, y), f"{present[-1]:.3g}", f"{min(present):.3g}", f"{max(present):.3g}"
+                )
+            )
+    return found
+
+
+# Versions
+
+
+def _versions(run: Run) -> tuple[str, Mapping[str, Any]]:
+    """(whose they are, name → version): the run's own where it recorded them, else this process's."""
+    recorded = run.start.get("versions")
+    if isinstance(recorded, dict):
+        return "as recorded by the run", recorded
+    found = {"python": platform.python_version()}
+    for name in ("editr2", "torch", "triton", "numpy", "pillow"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return "of the process that wrote this page; the run recorded none", found

@@ -1,0 +1,90 @@
+"""Image files as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from editr2.report.data import plural
+
+PNG_BYTES = 96 * 1024
+"""Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 kB as JPEG, and 48 sessions of
+three turns hold more than 300 of them."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    src: str
+    width: int
+    """Width to show, in CSS pixels."""
+    pixelated: bool
+
+
+@dataclass
+class Pictures:
+    """Turns image files below `folder` into data URIs, and remembers what it could not read."""
+
+    folder: Path
+    max_pixels: int
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """File name → kind of error."""
+    reduced: int = 0
+
+    def __call__(self, name: str | None) -> Picture | None:
+        if not name:
+            return None
+        try:
+            path = (self.folder / name).resolve()
+            if not path.is_relative_to(self.folder.resolve()):
+                raise ValueError("outside the folder of strips")
+            return self._read(path)
+        # Pillow raises OSError for what it cannot identify, SyntaxError for broken chunks
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            self.unreadable[name] = type(error).__name__
+            return None
+
+    def _read(self, path: Path) -> Picture:
+        data = path.read_bytes()
+        kind = "png"
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            side = max(image.size)
+            # A whole number of screen pixels for each image pixel keeps small worlds even: 24 px → 192 px.
+            small = side <= 96
+            width = image.width * max(1, 192 // side) if small else min(image.width, 320)
+            if side > self.max_pixels or image.format != "PNG" or len(data) > PNG_BYTES:
+                data, kind = _smaller(image, self.max_pixels)
+                self.reduced += side > self.max_pixels or kind != "png"
+        return Picture(f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii"), width, small)
+
+    def notes(self) -> list[str]:
+        notes = []
+        if self.unreadable:
+            count = len(self.unreadable)
+            some = ", ".join(f"{name} ({kind})" for name, kind in list(self.unreadable.items())[:3]) + (
+                ", …" if count > 3 else ""
+            )
+            notes.append(f"{count} {plural('image', count)} could not be read: {some}.")
+        if self.reduced:
+            notes.append(
+                f"{self.reduced} large {plural('image', self.reduced)}: scaled to {self.max_pixels} px or "
+                "stored as JPEG for this page; the originals are in strips/."
+            )
+        return notes
+
+
+def _smaller(image: Image.Image, max_pixels: int) -> tuple[bytes, str]:
+    """At most `max_pixels` on the long side, as PNG unless that is large and the image opaque: then JPEG."""
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.thumbnail((max_pixels, max_pixels), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    if len(out.getvalue()) <= PNG_BYTES or image.mode == "RGBA":
+        return out.getvalue(), "png"
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=90, subsampling=0)
+    return out.getvalue(), "jpeg"

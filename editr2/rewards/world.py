@@ -1,0 +1,24 @@
+"""The shapes world's exact verifiers as a reward: IF, CC and GA per turn (see `worlds/shapes.py`)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from editr2.errors import DataError
+from editr2.rewards.base import Score
+from editr2.sessions import Session
+from editr2.worlds import shapes
+
+
+class WorldReward:
+    """Judges by parsing pixels. A session that is not of the world gets no score, with the reason."""
+
+    names = ("IF", "CC", "GA")
+
+    def __call__(self, session: Session, images: np.ndarray) -> list[dict[str, Score]]:
+        instructions = [turn.instruction for turn in session.turns]
+        try:
+            rows = shapes.verify(session.image, instructions, images)
+        except DataError as error:
+            return [{name: Score(None, str(error)) for name in self.names} for _ in instructions]
+        return [{name: Score(float(x)) for name, x in zip(self.names, row, strict=True)} for row in rows]

@@ -1,0 +1,106 @@
+"""What an iteration and an evaluation look like in `metrics.jsonl` and on the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from editr2.config import Config
+from editr2.credit import weighted_reward
+from editr2.data import SessionSource
+from editr2.evaluate import mean_se, success
+from editr2.policies.base import Policy, parameter_count
+from editr2.rewards.base import Scores
+from editr2.rollout import Chunk
+from editr2_kernels import GroupAdvantage
+
+
+class Clock:
+    """Seconds by phase of the current iteration."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("rollout", "reward", "credit", "loss", "optimiser"), 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+def start_row(config: Config, source: SessionSource, accelerator: Accelerator, policy: Policy) -> dict[str, Any]:
+    return {
+        "event": "start",
+        "iteration": 0,
+        "processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "threads": torch.get_num_threads(),
+        "trainable_parameters": parameter_count(policy.module, trainable_only=True),
+        "heldout_is_training": source.heldout_is_training,
+    }
+
+
+def train_row(
+    iteration: int,
+    config: Config,
+    scores: Scores,
+    credit: GroupAdvantage,
+    done: list[Chunk],
+    totals: dict[str, float],
+    clock: Clock,
+) -> dict[str, Any]:
+    """Metrics of all processes; means leave out turns without a score."""
+    sampled = [i for chunk in done for record in chunk.turns for i in record.intents if i is not None]
+    parts = gather_object([(totals, clock.seconds, len(sampled), sum(i.text is None for i in sampled))])
+    intents = sum(p[2] for p in parts)
+    reward = weighted_reward(scores, config.credit.weights)
+    flat = reward.view(config.rollout.sessions, -1)
+    spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
+    values = torch.where(scores.present[..., None], scores.values, torch.nan)
+    trained = credit.advantage[credit.mask]
+    return {
+        "event": "train",
+        "iteration": iteration,
+        "reward": float(reward.nanmean()),
+        "reward_turn": reward.nanmean(0).tolist(),
+        **{f"{n.lower()}_turn": values[..., k].nanmean(0).tolist() for k, n in enumerate(scores.names)},
+        "success": mean_se(success(scores))["mean"],
+        "ratio_error": max(p[0]["ratio_error"] for p in parts),
+        "loss": sum(p[0]["loss"] for p in parts),
+        "kl": sum(p[0]["kl"] for p in parts) if config.train.kl_weight > 0 else None,
+        "clip_fraction": sum(p[0]["clipped"] for p in parts),
+        "grad_norm": totals["grad_norm"],
+        "advantage_abs": float(trained.abs().mean()) if len(trained) else 0.0,
+        "zero_variance_groups": float((spread <= 0).float().mean()),
+        "failed_scores": scores.failed,
+        "filtered_turns": int((scores.present & ~credit.mask).sum()),
+        "intent_fallback": sum(p[3] for p in parts) / intents if intents else None,
+        "seconds": {name: max(p[1][name] for p in parts) for name in clock.seconds},
+    }
+
+
+def evaluation_line(row: dict[str, Any]) -> str:
+    """One line for the terminal: `before: reward turn 1 0.93 2 0.70 3 0.52 (+-0.02), sessions right 31%`."""
+    turns = "  ".join(f"t{t + 1} {x['mean']:.3f}" for t, x in enumerate(row["reward_turn"]) if x["mean"] is not None)
+    se, right = row["reward_turn"][-1]["se"], row["success"]["mean"]
+    spread = f" (last +-{se:.3f})" if se is not None else ""
+    whole = f", sessions all right {right:.1%}" if right is not None else ""
+    where = f"{row['name']} (iteration {row['iteration']}, {row['sessions']} held-out sessions)"
+    return f"{where}: reward {turns}{spread}{whole}"
+
+
+def comparison_line(row: dict[str, Any]) -> str:
+    if row["difference"] is None:
+        return "before -> after: no session could be scored both times"
+    times = f" = {row['difference'] / row['se']:.1f} standard errors" if row["se"] else ""
+    return (
+        f"turn {row['turn']} reward {row['reward_before']:.3f} -> {row['reward_after']:.3f}, paired difference "
+        f"{row['difference']:+.3f} +- {row['se'] or 0:.3f}{times}; sessions all right "
+        f"{row['success_before']:.1%} -> {row['success_after']:.1%}"
+    )

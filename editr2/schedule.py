@@ -1,0 +1,70 @@
+"""Samplers as data: sigma schedules and SDE windows become one transition table.
+
+The table holds the ODE rows of all steps, then the SDE rows of all steps. A sample's row at step k is `k` outside its
+window and `k + steps` inside, so samples with different windows share every launch, and moving a window moves an index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from editr2.errors import ConfigError
+from editr2_kernels import DYNAMICS, flow_sigmas, transition_table
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """steps: denoising steps. sigmas: float32 [steps + 1], falling. table: float32 [2 * steps, 8]. window: SDE steps a
+    turn (0: pure ODE). last_start: the largest step at which a window may start."""
+
+    steps: int
+    sigmas: Tensor
+    table: Tensor
+    window: int
+    last_start: int
+
+    def step_index(self, k: int, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """(table rows int64 [B], in-window bool [B]) of step k for window starts int64 [B]."""
+        inside = (starts <= k) & (k < starts + self.window)
+        return k + self.steps * inside, inside
+
+    def to(self, device: torch.device) -> Sampler:
+        return Sampler(self.steps, self.sigmas.to(device), self.table.to(device), self.window, self.last_start)
+
+
+def make_sampler(
+    steps: int,
+    *,
+    shift: float = 1.0,
+    dynamics: str = "flow-sde",
+    noise_level: float = 0.0,
+    window: int = 0,
+    window_range: float = 0.5,
+) -> Sampler:
+    """A sampler of `steps` steps with a window of `window` SDE steps that starts within the first `window_range` of
+    them. Raises `ConfigError` naming the argument."""
+    if steps < 1:
+        raise ConfigError(f"rollout.steps: {steps} (accepted: at least 1)")
+    if not 0 <= window <= steps:
+        raise ConfigError(f"rollout.window: {window} (accepted: 0 to rollout.steps = {steps})")
+    if dynamics not in DYNAMICS or dynamics == "ode":
+        raise ConfigError(f"rollout.dynamics: {dynamics!r} (accepted: {', '.join(d for d in DYNAMICS if d != 'ode')})")
+    if not 0 < window_range <= 1:
+        raise ConfigError(f"rollout.window_range: {window_range} (accepted: above 0, at most 1)")
+    sigmas = flow_sigmas(steps, shift)
+    ode = transition_table(sigmas, dynamics="ode", noise_level=0.0)
+    sde = transition_table(sigmas, dynamics=cast(Any, dynamics), noise_level=noise_level) if window else ode
+    last = max(0, min(steps - window, round(steps * window_range) - 1))
+    deterministic = [k for k in range(last + window) if window and sde[k, 3] == 0]
+    if deterministic:
+        raise ConfigError(
+            f"rollout.window: steps {deterministic} of dynamics {dynamics!r} at noise level {noise_level} have no "
+            "noise and so no log-prob; lower rollout.window_range or rollout.window, or raise rollout.noise_level"
+        )
+    return Sampler(
+        steps, torch.as_tensor(sigmas, dtype=torch.float32), torch.cat([ode, sde]).contiguous(), window, last
+    )

@@ -1,0 +1,274 @@
+"""The training loop: sessions -> rollout -> rewards -> credit -> clipped policy loss -> AdamW.
+
+One process or many (`accelerate launch`), the same numbers: sessions, groups and noise follow from the run's seed and a
+session's place in the stream; every process rolls out its part of the groups, scores are gathered so that credit sees
+all of them, and gradients are summed once per optimiser step. The policy is not wrapped: groups need not divide evenly
+and a session's context is built outside of autograd, so one explicit reduction is simpler than a wrapper's hooks.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, reduce
+from torch import Tensor
+
+from editr2.checkpoint import latest_checkpoint
+from editr2.config import Config, check_config
+from editr2.credit import assign_credit, credit_options
+from editr2.data import SessionSource, open_sessions
+from editr2.errors import CheckpointError, ConfigError, NonFiniteError
+from editr2.evaluate import comparison_row, evaluate, judge, merge_scores, share, write_strips
+from editr2.objective import clipped_policy_loss, gaussian_kl, importance_ratio
+from editr2.policies.base import Policy, with_module
+from editr2.policies.unified import EMBEDDED, UnifiedPolicy
+from editr2.ratio import RatioError, explain_difference, ratio_deviation
+from editr2.report import build_report
+from editr2.rewards.base import Reward, check_failures
+from editr2.rewards.world import WorldReward
+from editr2.rollout import Chunk, Seeds, Walk, chunks, rollout_chunk
+from editr2.rows import Clock, comparison_line, evaluation_line, start_row, train_row
+from editr2.schedule import Sampler, make_sampler
+from editr2.state import State, new_state
+from editr2.tracking import MetricsLog, Progress, profile_table, read_metrics
+from editr2.yaml_config import dump_yaml
+from editr2_kernels import GroupAdvantage, sde_log_prob
+
+
+def train(config: Config, *, policy: Policy | None = None, reward: Reward | None = None, profile: bool = False) -> Path:
+    """Trains as configured and returns the run's folder; an unfinished run there is resumed.
+
+    policy, reward: in place of the configured ones (API use). Raises `UserError` subclasses for bad settings, data,
+    checkpoints, too many failed scores, a ratio that is not 1 on-policy, or a NaN.
+    """
+    check_config(config)
+    credit_options(config.credit)
+    accelerator = Accelerator()
+    torch.manual_seed(config.seed)
+    if policy is None:
+        policy = UnifiedPolicy.load(Path(config.policy.weights) if config.policy.weights else EMBEDDED)
+    policy.module.to(accelerator.device)
+    if reward is None:
+        reward = WorldReward()
+    source = open_sessions(config, policy)
+    r = config.rollout
+    sampler = make_sampler(
+        r.steps,
+        shift=r.shift,
+        dynamics=r.dynamics,
+        noise_level=r.noise_level,
+        window=r.window,
+        window_range=r.window_range,
+    ).to(accelerator.device)
+    eval_sampler = make_sampler(config.eval.steps or r.steps, shift=r.shift).to(accelerator.device)
+    if r.sessions < accelerator.num_processes:
+        raise ConfigError(
+            f"rollout.sessions: {r.sessions} (accepted: at least {accelerator.num_processes}, one a process)"
+        )
+    state = new_state(config, policy)
+    run = Path(config.out)
+    found = latest_checkpoint(run / "checkpoints")
+    if found is not None:
+        state.load(found, config)
+    main = accelerator.is_main_process
+    if main and found is None and (run / "config.yaml").exists():
+        # Killed before its first checkpoint and started again with other settings: nothing of it can be used.
+        if (run / "config.yaml").read_text() != dump_yaml(config):
+            (run / "metrics.jsonl").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    earlier = read_metrics(run / "metrics.jsonl")[0] if (run / "metrics.jsonl").exists() else []
+    kept = [row for row in earlier if row.get("event") == "eval" and row["iteration"] <= state.iteration]
+    accelerator.wait_for_everyone()
+    if main:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(dump_yaml(config))
+    with (
+        MetricsLog(run / "metrics.jsonl", resume_iteration=state.iteration if earlier else None, enabled=main) as log,
+        Progress(config.train.iterations, start=state.iteration, enabled=main) as progress,
+    ):
+
+        def look(name: str) -> dict[str, Any]:
+            done = [row for row in kept if (row["name"], row["iteration"]) == (name, state.iteration)]
+            if done and (name == "during" or (run / "strips" / f"{name}.json").exists()):
+                return done[-1]
+            with state.averaged() as averaged:
+                row = evaluate(averaged, reward, source.heldout, eval_sampler, config, accelerator).row(
+                    state.iteration, name
+                )
+                if main and name != "during":
+                    strips = source.heldout[: config.eval.strips]
+                    write_strips(run / "strips", name, averaged, reward, strips, sampler, config)
+            log.append(row)
+            kept.append(row)
+            progress.note(evaluation_line(row))
+            return row
+
+        if found is not None:
+            progress.note(f"resumed from {found} at iteration {state.iteration}")
+        if not any(row["name"] == "before" for row in kept):
+            if state.iteration:
+                raise CheckpointError(f"{run / 'metrics.jsonl'}: lacks the evaluation before training; was it removed?")
+            log.append(start_row(config, source, accelerator, policy))
+            look("before")
+        rows = []
+        while state.iteration < config.train.iterations:
+            started = time.perf_counter()
+            row = _iteration(config, state, source, reward, sampler, accelerator)
+            state.elapsed += time.perf_counter() - started
+            rows.append(row | {"elapsed_s": state.elapsed})
+            log.append(rows[-1])
+            progress.update(rows[-1])
+            state.iteration += 1
+            if state.iteration % config.checkpoint.every == 0 or state.iteration == config.train.iterations:
+                if main:
+                    state.save(run / "checkpoints", config)
+                accelerator.wait_for_everyone()
+            if config.eval.every and state.iteration % config.eval.every == 0:
+                look("during")
+        after = look("after")
+        comparison = comparison_row(next(row for row in kept if row["name"] == "before"), after)
+        log.append(comparison)
+        progress.note(comparison_line(comparison))
+        if profile and rows:
+            progress.note(profile_table(rows))
+    if main:
+        with state.averaged() as averaged:
+            if isinstance(averaged, UnifiedPolicy):
+                averaged.save(run / "policy")
+        print(f"report: {build_report(run)}")
+    accelerator.wait_for_everyone()
+    return run
+
+
+def _iteration(
+    config: Config,
+    state: State,
+    source: SessionSource,
+    reward: Reward,
+    sampler: Sampler,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """One rollout and its updates; returns the metrics row."""
+    r, clock = config.rollout, Clock()
+    ordinals = range(state.iteration * r.sessions, (state.iteration + 1) * r.sessions)
+    mine = share(r.sessions, accelerator)
+    seeds = Seeds(config.seed, "train")
+    with clock.phase("rollout"):
+        done = [
+            rollout_chunk(state.policy, chunk, sampler, seeds, config.policy)
+            for chunk in chunks([source[o] for o in ordinals[mine]], ordinals[mine], r.siblings, r.groups_per_batch)
+        ]
+    with clock.phase("reward"):
+        turns = max(len(source[o].turns) for o in ordinals)
+        scores = merge_scores(gather_object([judge(reward, done, turns)]))
+        check_failures(scores, config.train.max_failed_scores)
+    with clock.phase("credit"):
+        group = torch.arange(r.sessions).repeat_interleave(r.siblings)
+        credit = assign_credit(scores, group, config.credit)
+        local = slice(mine.start * r.siblings, mine.stop * r.siblings)
+    totals: dict[str, float] = {}
+    for update in range(config.train.updates):
+        with clock.phase("loss"):
+            totals = accumulate_gradient(config, state, done, credit, local, sampler, seeds, update, accelerator)
+        with clock.phase("optimiser"):
+            totals["grad_norm"] = _step(config, state, accelerator)
+    return train_row(state.iteration, config, scores, credit, done, totals, clock)
+
+
+def accumulate_gradient(
+    config: Config,
+    state: State,
+    done: list[Chunk],
+    credit: GroupAdvantage,
+    local: slice,
+    sampler: Sampler,
+    seeds: Seeds,
+    update: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Backward of the whole rollout's loss, chunk by chunk and turn by turn; context is built without gradient.
+
+    The loss is the mean over all turns that train, of all processes, and their window steps.
+    """
+    t, device = config.train, accelerator.device
+    advantage, mask = credit.advantage[local].to(device), credit.mask[local].to(device)
+    count = max(1, int(credit.mask.sum())) * sampler.window
+    sums = dict.fromkeys(("loss", "kl", "clipped", "ratio_error"), 0.0)
+    offset = 0
+    for chunk in done:
+        policies = [state.policy] + ([with_module(state.policy, state.reference)] if state.reference else [])
+        walks = [Walk(p, chunk) for p in policies]
+        for turn, record in enumerate(chunk.turns):
+            with torch.no_grad():
+                for walk in walks:
+                    if turn:
+                        walk.advance(turn, chunk.turns[turn - 1].images)
+                contexts = [walk.instruct(record.text) for walk in walks]
+            rows = (record.rollout + offset).to(device)
+            a, m = advantage[rows, turn], mask[rows, turn].float()
+            for k in range(sampler.window):
+                x, sigma, index = record.x[:, k], record.sigma[:, k], record.step_index[:, k]
+                v = state.policy.velocity(x, sigma, contexts[0])
+                v_ref = None
+                if len(policies) > 1:
+                    with torch.no_grad():
+                        v_ref = policies[1].velocity(x, sigma, contexts[1])
+                replay = sde_log_prob(x, record.x_next[:, k], v, sampler.table, index, v_ref=v_ref)
+                ratio = importance_ratio(replay.log_prob, record.log_prob[:, k])
+                if update == 0:
+                    error = ratio_deviation(replay.log_prob.detach(), record.log_prob[:, k])
+                    if state.iteration == 0 and error > t.ratio_tolerance:
+                        cause = explain_difference(state.policy, chunk, sampler, seeds, config.policy)
+                        raise RatioError(
+                            f"ratio: differs from 1 by {error:.3g} before any update "
+                            f"(accepted: {t.ratio_tolerance:g}); first difference: {cause}"
+                        )
+                    sums["ratio_error"] = max(sums["ratio_error"], error)
+                loss = (m * clipped_policy_loss(ratio, a, t.clip_low, t.clip_high)).sum() / count
+                if replay.mean_diff is not None:
+                    kl = (m * gaussian_kl(replay.mean_diff, sampler.table[index, 3])).sum() / count
+                    loss = loss + t.kl_weight * kl
+                    sums["kl"] += float(kl.detach())
+                if not bool(torch.isfinite(loss.detach())):
+                    seen = {"x": x, "velocity": v, "log_prob": replay.log_prob, "advantage": a}
+                    bad = _first_non_finite(seen)
+                    raise NonFiniteError(
+                        f"loss: {float(loss.detach())} at iteration {state.iteration}, turn {turn + 1}, "
+                        f"window step {k + 1}; {bad}"
+                    )
+                loss.backward()
+                sums["loss"] += float(loss.detach())
+                outside = (ratio < 1 - t.clip_low) | (ratio > 1 + t.clip_high)
+                sums["clipped"] += float((outside * m).sum()) / count
+        offset += chunk.rollouts
+    return sums
+
+
+def _first_non_finite(tensors: dict[str, Tensor]) -> str:
+    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x.detach()).all())]
+    return f"first non-finite tensor: {bad[0]}" if bad else "its inputs are finite"
+
+
+def _step(config: Config, state: State, accelerator: Accelerator) -> float:
+    """Sums gradients over processes, clips, steps; refuses a non-finite gradient before anything is changed."""
+    parameters = [p for p in state.policy.module.parameters() if p.requires_grad and p.grad is not None]
+    if accelerator.num_processes > 1:
+        flat = reduce(torch.cat([p.grad.reshape(-1) for p in parameters]), "sum")
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_norm)
+    if not bool(torch.isfinite(norm)):
+        named = {n: p.grad for n, p in state.policy.module.named_parameters() if p.grad is not None}
+        raise NonFiniteError(
+            f"gradient at iteration {state.iteration}: {_first_non_finite(named)}; nothing was updated"
+        )
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None and config.train.ema is not None:
+        for name, value in state.policy.module.state_dict().items():
+            state.ema[name].lerp_(value, 1 - config.train.ema)
+    return float(norm)

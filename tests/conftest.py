@@ -1,0 +1,52 @@
+"""One environment for every test: offline, two threads, seeded; tests marked gpu are skipped without a CUDA device."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub or initialises CUDA: both read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose among kernels freely
+
+import pytest
+import torch
+from hypothesis import settings
+
+from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
+from editr2.policies.unified_model import UnifiedConfig
+
+THREADS = 2
+
+# The same examples in every run: a failure here must fail again on the next machine.
+settings.register_profile("editr2", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("editr2")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(THREADS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items or torch.cuda.is_available():
+        return
+    why = "this torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
+    for item in gpu_items:
+        item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why}"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Tests that draw from torch's global generator draw the same, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_unified() -> UnifiedPolicy:
+    """A random unified policy of two small layers whose velocity head is not zero."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    policy = new_embedded_policy(config, seed=0)
+    torch.nn.init.normal_(policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return policy

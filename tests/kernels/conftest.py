@@ -1,0 +1,50 @@
+"""Fixtures of the operator tests.
+
+The same tests run on every backend: "ref" and "cpu" here, "triton" in the interpreter, in a process of its own that
+`test_triton.py` starts, because Triton reads TRITON_INTERPRET when it is imported.
+"""
+
+import os
+
+import pytest
+import torch
+
+import editr2_kernels as ek
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["ref", "cpu", *(["triton"] if INTERPRETED else [])])
+def backend(request):
+    status = ek.backends()[request.param]
+    if not status.available:
+        pytest.skip(f"backend {request.param}: {status.reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """Deterministic mode fills every torch.empty with NaN, so an element left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """A function that runs another on one intra-op thread."""
+
+    def run(function):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run

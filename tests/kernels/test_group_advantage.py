@@ -1,0 +1,327 @@
+"""group_advantage: presets against NumPy written from the papers, exactness, masks, the filter."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import editr2_kernels as ek
+
+OPTIONS = [
+    ek.CreditOptions(
+        aggregate=aggregate,
+        fusion=fusion,
+        baseline=baseline,
+        std=std,
+        unbiased=unbiased,
+        broadcast=aggregate != "none",
+        filter_reward=1 if unbiased else None,
+    )
+    for aggregate, fusion, baseline, std, unbiased in itertools.product(
+        ("none", "mean", "last", "product", "prefix"),
+        ("reward", "advantage"),
+        ("session", "session_turn"),
+        ("group", "global", "none"),
+        (False, True),
+    )
+    if aggregate == "none" or baseline == "session"
+]
+# All of them on fast backends; a spread of them (5 is coprime to the innermost cycles) in the interpreter.
+SPREAD = {"ref": OPTIONS, "cpu": OPTIONS, "triton": OPTIONS[::5]}
+
+
+def data(n=18, turns=3, rewards=2, groups=3, levels=None):
+    scores = torch.rand(n, turns, rewards)
+    if levels:
+        scores = (scores * levels).round() / levels
+    return scores, torch.arange(n) % groups
+
+
+def close(actual, expected):
+    # fp32 statistics against float64: a few roundings of values of size 1, divided by std of about 0.3.
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def edit_r2_oracle(scores, group, weights, filter_in_statistics):
+    """Edit-R2: fused reward a turn, mean over the session's group and all its turns, std over everything gathered."""
+    s = scores.double().numpy()
+    reward = (s * weights.double().numpy()).sum(-1)
+    failed = s[:, :, 0] == 0
+    masked = np.zeros_like(failed)
+    for i, t in zip(*np.nonzero(failed)):
+        masked[i, t + 1 :] = True
+    counted = np.ones_like(masked) if filter_in_statistics else ~masked
+    advantage = np.zeros_like(reward)
+    for g in np.unique(group):
+        rows = group.numpy() == g
+        advantage[rows] = reward[rows] - reward[rows][counted[rows]].mean()
+    advantage = np.clip(advantage / (reward[counted].std() + 1e-4), -5, 5)
+    advantage[masked] = 0
+    return advantage, ~masked
+
+
+@pytest.mark.parametrize("preset", ["edit-r2", "edit-r2-released"])
+def test_edit_r2(backend, preset):
+    scores, group = data(rewards=3, levels=4)
+    weights = torch.tensor([0.3, 0.3, 0.4])
+    out = ek.group_advantage(scores, group, ek.CREDIT_PRESETS[preset], weights=weights, backend=backend)
+    advantage, mask = edit_r2_oracle(scores, group, weights, preset.endswith("released"))
+    assert not mask.all()
+    assert out.mask.numpy().tolist() == mask.tolist()
+    close(out.advantage, advantage)
+    assert not out.advantage[~out.mask].any()
+
+
+def test_mt_editflow(backend):
+    scores, group = data()
+    out = ek.group_advantage(
+        scores, group, ek.CREDIT_PRESETS["mt-editflow"], weights=torch.tensor([0.6, 0.4]), backend=backend
+    )
+    r = scores.double().numpy().mean(1)
+    expected = np.zeros(len(r))
+    for g in range(3):
+        rows = group.numpy() == g
+        normal = (r[rows] - r[rows].mean(0)) / (r[rows].std(0) + 1e-4)
+        expected[rows] = normal @ np.array([0.6, 0.4])
+    close(out.advantage, np.clip(expected, -5, 5)[:, None].repeat(3, 1))
+    assert out.mask.all()
+
+
+def test_flow_grpo(backend):
+    scores, group = data(rewards=1)
+    out = ek.group_advantage(scores, group, ek.CREDIT_PRESETS["flow-grpo"], backend=backend)
+    s = scores.double().numpy()[:, :, 0]
+    expected = np.zeros_like(s)
+    for g in range(3):
+        rows = group.numpy() == g
+        expected[rows] = (s[rows] - s[rows].mean(0)) / (s[rows].std(0) + 1e-4)
+    close(out.advantage, np.clip(expected, -5, 5))
+
+
+@pytest.mark.parametrize("how", ["mean", "last", "product", "prefix"])
+def test_aggregates(backend, how):
+    scores, group = data(rewards=1, turns=4)
+    s = scores.double().numpy()[:, :, 0]
+    value = {
+        "mean": s.mean(1),
+        "last": s[:, -1],
+        "product": s.prod(1),
+        "prefix": np.cumprod(s, 1).mean(1),
+    }[how]
+    options = ek.CreditOptions(aggregate=how, std="group", unbiased=True, eps=0.0, clip=None, broadcast=True)
+    out = ek.group_advantage(scores, group, options, backend=backend)
+    expected = np.zeros_like(value)
+    for g in range(3):
+        rows = group.numpy() == g
+        expected[rows] = (value[rows] - value[rows].mean()) / value[rows].std(ddof=1)
+    close(out.advantage, expected[:, None].repeat(4, 1))
+
+
+def test_same_bits_on_every_backend(backend):
+    for i, options in enumerate(SPREAD[backend]):
+        scores, group = data(n=23, groups=4, levels=5 if i % 2 else None)
+        scores = scores * 10.0 ** (i % 7 - 3)
+        group = group * -(2**40) + 3
+        mask = torch.rand(23, 3) < 0.9
+        weights = torch.tensor([0.7, 0.2])
+        options = dataclasses.replace(options, eps=0.0 if i % 3 else 1e-4, clip=1.5 if i % 4 else None)
+        expected = ek.group_advantage(scores, group, options, weights=weights, mask=mask, backend="ref")
+        out = ek.group_advantage(scores, group, options, weights=weights, mask=mask, backend=backend)
+        assert torch.equal(out.mask, expected.mask)
+        assert torch.equal(out.advantage.view(torch.int32), expected.advantage.view(torch.int32)), options
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 4, st.integers(-2, 2)), min_size=1, max_size=12),
+    st.sampled_from(OPTIONS),
+    st.randoms(use_true_random=False),
+)
+def test_permuting_samples_permutes_advantages_bitwise(samples, options, random):
+    scores = torch.tensor([s[:4] for s in samples]).view(-1, 2, 2)
+    group = torch.tensor([s[4] for s in samples])
+    order = list(range(len(samples)))
+    random.shuffle(order)
+    for name in ("ref", "cpu"):
+        if not ek.backends()[name].available:
+            continue
+        out = ek.group_advantage(scores, group, options, backend=name)
+        permuted = ek.group_advantage(scores[order], group[order], options, backend=name)
+        assert torch.equal(out.advantage[order].view(torch.int32), permuted.advantage.view(torch.int32))
+        assert torch.equal(out.mask[order], permuted.mask)
+        assert out.advantage.isfinite().all()
+
+
+def test_permutation(backend):
+    scores, group = data()
+    order = torch.randperm(18)
+    for options in SPREAD[backend][::7]:
+        out = ek.group_advantage(scores, group, options, backend=backend)
+        permuted = ek.group_advantage(scores[order], group[order] * 17 - 2**60, options, backend=backend)
+        assert torch.equal(out.advantage[order], permuted.advantage) and torch.equal(out.mask[order], permuted.mask)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, -1e-7, 0.0])
+def test_equal_scores_give_exactly_zero(backend, value):
+    scores = torch.full((7, 3, 2), value)
+    scores[4:] = 0.9  # another group, so that a global std is not zero
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    for options in SPREAD[backend]:
+        out = ek.group_advantage(scores, group, dataclasses.replace(options, eps=0.0), backend=backend)
+        assert torch.equal(out.advantage.view(torch.int32), torch.zeros(7, 3, dtype=torch.int32)), options
+
+
+def test_single_sample_gives_zero_and_not_nan(backend):
+    scores = torch.rand(3, 1, 2)
+    for options in SPREAD[backend][::3]:
+        out = ek.group_advantage(scores, torch.arange(3), options, backend=backend)
+        assert torch.equal(out.advantage, torch.zeros(3, 1))
+
+
+def test_failed_scores_stay_outside(backend):
+    """A masked score changes nothing, whatever it holds, and its turn (or sample, when aggregated) does not train."""
+    scores, group = data()
+    mask = torch.ones(18, 3, dtype=torch.bool)
+    mask[4, 1] = mask[7, 2] = False
+    for options in SPREAD[backend][::3]:
+        outputs = []
+        for junk in (0.0, 0.5, float("nan"), float("inf")):
+            broken = scores.clone()
+            broken[~mask] = junk
+            outputs.append(ek.group_advantage(broken, group, options, mask=mask, backend=backend))
+        for out in outputs[1:]:
+            assert torch.equal(out.advantage, outputs[0].advantage) and torch.equal(out.mask, outputs[0].mask)
+        out = outputs[0]
+        assert not out.mask[~mask].any() and not out.advantage[~out.mask].any()
+        if options.aggregate != "none":
+            assert not out.mask[[4, 7]].any()
+            keep = mask.all(1)
+            without = ek.group_advantage(scores[keep], group[keep], options, backend=backend)
+            assert torch.equal(out.advantage[keep], without.advantage)
+
+
+def test_everything_masked(backend):
+    scores, group = data()
+    for options in SPREAD[backend][::9]:
+        out = ek.group_advantage(scores, group, options, mask=torch.zeros(18, 3, dtype=torch.bool), backend=backend)
+        assert not out.mask.any() and not out.advantage.any()
+
+
+def test_filter_masks_later_turns_only(backend):
+    scores, group = data(turns=4)
+    scores[2, 1, 0] = 0
+    scores[5, 3, 0] = 0
+    scores[6, 0, 1] = 0  # another reward
+    mask = torch.ones(18, 4, dtype=torch.bool)
+    scores[9, 0, 0], mask[9, 0] = 0, False  # not a score: filters nothing
+    out = ek.group_advantage(scores, group, ek.CreditOptions(filter_reward=0), mask=mask, backend=backend)
+    expected = mask.clone()
+    expected[2, 2:] = False
+    assert torch.equal(out.mask, expected)
+    assert out.advantage[2, 1] != 0 and not out.advantage[2, 2:].any()
+
+
+def test_filter_in_statistics(backend):
+    scores, group = data()
+    scores[0, 0, 0] = 0
+    changed = scores.clone()
+    changed[0, 2] = 0.123
+    for inside in (False, True):
+        options = ek.CreditOptions(filter_reward=0, filter_in_statistics=inside)
+        a = ek.group_advantage(scores, group, options, backend=backend).advantage
+        b = ek.group_advantage(changed, group, options, backend=backend).advantage
+        assert torch.equal(a, b) != inside
+
+
+def test_sums_are_zero_without_std(backend):
+    scores, group = data(n=64, rewards=1)
+    options = ek.CreditOptions(std="none", clip=None)
+    out = ek.group_advantage(scores, group, options, backend=backend).advantage.double()
+    assert max(abs(out[group == g].sum()) for g in range(3)) < 1e-5  # 64 roundings of 2^-25 each, times two
+
+
+def test_dtypes_strides_and_empty(backend):
+    scores, group = data()
+    options = ek.CREDIT_PRESETS["flow-grpo"]
+    out = ek.group_advantage(scores, group, options, backend=backend)
+    strided = torch.stack([scores, scores], 3).permute(2, 0, 1, 3)[:, :, :, 0].permute(1, 2, 0)
+    assert torch.equal(out.advantage, ek.group_advantage(strided, group, options, backend=backend).advantage)
+    half = ek.group_advantage(scores.half(), group, options, backend=backend)
+    assert half.advantage.dtype == torch.float32
+    assert torch.equal(
+        half.advantage, ek.group_advantage(scores.half().float(), group, options, backend=backend).advantage
+    )
+    empty = ek.group_advantage(scores[:0], group[:0], options, backend=backend)
+    assert empty.advantage.shape == empty.mask.shape == (0, 3)
+
+
+def test_inputs_stay_as_they_were(backend):
+    scores, group = data()
+    weights, mask = torch.tensor([0.5, 0.5]), torch.rand(18, 3) < 0.8
+    before = [t.clone() for t in (scores, group, weights, mask)]
+    ek.group_advantage(scores, group, OPTIONS[0], weights=weights, mask=mask, backend=backend).mask.fill_(False)
+    assert all(torch.equal(a, b) for a, b in zip(before, (scores, group, weights, mask)))
+
+
+def test_opcheck_and_compile():
+    scores, group = data()
+    options = ("none", "reward", "session", "group", False, 1e-4, 5.0, None, False)
+    mask = torch.ones(18, 3, dtype=torch.bool)
+    for name in ("ref", "cpu"):
+        if ek.backends()[name].available:
+            torch.library.opcheck(
+                torch.ops.editr2.group_advantage, (scores, group, torch.ones(2), mask, *options, name)
+            )
+    function = lambda scores: ek.group_advantage(scores, group, ek.CREDIT_PRESETS["edit-r2"])  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(scores).advantage, function(scores).advantage)
+
+
+@pytest.mark.parametrize(
+    "error, name, change",
+    [
+        (TypeError, "scores", {"scores": [1.0]}),
+        (TypeError, "scores", {"scores": torch.ones(18, 3, 2, dtype=torch.int64)}),
+        (ValueError, "scores", {"scores": torch.ones(18, 3)}),
+        (ValueError, "scores", {"scores": torch.full((18, 3, 2), torch.nan)}),
+        (ValueError, "scores", {"scores": torch.full((18, 3, 2), torch.inf)}),
+        (ValueError, "scores", {"scores": torch.zeros(1, 1, 1).expand(2**20, 2, 1)}),
+        (TypeError, "group", {"group": torch.zeros(18)}),
+        (ValueError, "group", {"group": torch.zeros(17, dtype=torch.int64)}),
+        (TypeError, "options", {"options": "edit-r2"}),
+        (ValueError, "options.filter_reward", {"options": ek.CreditOptions(filter_reward=2)}),
+        (ValueError, "weights", {"weights": torch.ones(3)}),
+        (ValueError, "mask", {"mask": torch.ones(18, 2, dtype=torch.bool)}),
+        (ValueError, "mask", {"mask": torch.ones(18, 3)}),
+        (ValueError, "backend", {"backend": "numpy"}),
+    ],
+)
+def test_errors_name_the_argument(error, name, change):
+    scores, group = data()
+    arguments = {"scores": scores, "group": group, "options": OPTIONS[0], **change}
+    with pytest.raises(error, match=f"^{name}"):
+        ek.group_advantage(**arguments)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("aggregate", {"aggregate": "sum"}),
+        ("fusion", {"fusion": "gdpo"}),
+        ("baseline", {"baseline": "turn"}),
+        ("baseline", {"aggregate": "mean", "broadcast": True, "baseline": "session_turn"}),
+        ("std", {"std": "batch"}),
+        ("eps", {"eps": -1.0}),
+        ("clip", {"clip": 0.0}),
+        ("broadcast", {"aggregate": "mean"}),
+        ("broadcast", {"broadcast": True}),
+        ("filter_reward", {"filter_reward": -1}),
+    ],
+)
+def test_option_errors_name_the_field(name, change):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        ek.CreditOptions(**change)

@@ -1,0 +1,335 @@
+"""sde_step and sde_log_prob: numerics, the replay theorem, independence of everything a result must not depend on."""
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import editr2_kernels as ek
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1,), (7,), (1025,), (3, 21, 19), ()]
+TABLE = ek.transition_table(ek.flow_sigmas(8, 3.0), noise_level=0.9, window=(1, 8))
+CPS = ek.transition_table(ek.flow_sigmas(8, 3.0), dynamics="cps", noise_level=0.8)
+INDEX = torch.tensor([1, 5, 0, 7])
+SEED = torch.tensor([3, -4, 2**50, 0])
+
+
+def case(shape, x_dtype=torch.float32, v_dtype=torch.float32, batch=4):
+    x = torch.randn(batch, *shape).to(x_dtype)
+    v = torch.randn(batch, *shape).to(v_dtype)
+    return x, v, (v.float() + 0.1 * torch.randn(batch, *shape)).to(v_dtype)
+
+
+def broadcast_row(table, index, shape):
+    row = table[index].T
+    return [c.view(-1, *[1] * len(shape)) for c in row]
+
+
+def naive(x, v, eps, table, index):
+    """A step as eager trainers write it, in whatever dtype comes in: the yardstick of rounding error."""
+    a, b, _, s, w, c, _, _ = (value.to(x.dtype) for value in broadcast_row(table, index, x.shape[1:]))
+    mu = a * x + b * v.to(x.dtype)
+    x_next = mu + s * eps.to(x.dtype)
+    z = x_next - mu
+    return x_next, w.flatten() * (z * z).flatten(1).mean(1) + c.flatten() if x.dim() > 1 else None
+
+
+def worst(actual, expected):
+    return (actual.double() - expected.double()).abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_step_error_is_that_of_rounding(backend, shape, dtype):
+    """Two references: against float64, at most twice the error of the same-dtype eager step."""
+    x, v, _ = case(shape, dtype, dtype)
+    eps = torch.randn_like(x)
+    exact, _ = naive(x.double(), v.double(), eps.double(), TABLE.double(), INDEX)
+    eager, _ = naive(x, v, eps, TABLE, INDEX)
+    out = ek.sde_step(x, v, TABLE, INDEX, None, noise=eps, backend=backend)
+    assert out.x_next.dtype == dtype and out.log_prob.dtype == torch.float32
+    assert worst(out.x_next, exact) <= 2 * worst(eager, exact) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_log_prob_against_float64(backend, shape, dtype):
+    """Inputs are read exactly and everything after is fp32, so the same tight bound holds for every dtype."""
+    x, v, v_ref = case(shape, dtype, dtype)
+    x_next = ek.sde_step(x, v, TABLE, INDEX, SEED, backend=backend).x_next
+    out = ek.sde_log_prob(x, x_next, v, TABLE, INDEX, v_ref=v_ref, backend=backend)
+    a, b, _, _, w, c, _, _ = broadcast_row(TABLE.double(), INDEX, shape)
+    z = x_next.double() - (a * x.double() + b * v.double())
+    exact = w.flatten() * (z * z).flatten(1).mean(1) + c.flatten()
+    diff = b * (v.double() - v_ref.double())
+    # z is a difference of fp32 numbers of size ~4: absolute error 2^-22; relative to S >= 0.3 about 1e-6, squared 2x.
+    torch.testing.assert_close(out.log_prob.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.mean_diff.double(), (diff * diff).flatten(1).mean(1), rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_gradient_error_is_that_of_rounding(backend, shape, dtype):
+    x, v, v_ref = case(shape, dtype, dtype)
+    x_next = ek.sde_step(x, v, TABLE, INDEX, SEED, backend=backend).x_next
+    g_log, g_diff = torch.randn(4), 5 * torch.randn(4)
+
+    def gradient(function, v):
+        v = v.clone().requires_grad_()
+        out = function(v)
+        (out[0] * g_log.to(out[0].dtype)).sum().add((out[1] * g_diff.to(out[1].dtype)).sum()).backward()
+        return v.grad
+
+    def eager(x, x_next, v, v_ref, table):
+        a, b, _, _, w, c, _, _ = (value.to(v.dtype) for value in broadcast_row(table, INDEX, shape))
+        z = x_next - (a * x + b * v)
+        log_prob = w.flatten() * (z * z).flatten(1).mean(1) + c.flatten()
+        return log_prob, (b * (v - v_ref)).square().flatten(1).mean(1)
+
+    exact = gradient(lambda v: eager(x.double(), x_next.double(), v, v_ref.double(), TABLE.double()), v.double())
+    same_dtype = gradient(lambda v: eager(x, x_next, v, v_ref, TABLE), v)
+    ours = gradient(lambda v: ek.sde_log_prob(x, x_next, v, TABLE, INDEX, v_ref=v_ref, backend=backend), v)
+    assert ours.dtype == dtype
+    # The floor is three fp32 roundings of the largest value: on four elements the eager path can be lucky.
+    assert worst(ours, exact) <= 2 * worst(same_dtype, exact) + 2e-7 * exact.abs().max().item()
+    # Stored once from fp32: half a unit of the dtype (plus fp32 cancellation in z), whatever the eager path loses.
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.double(), exact, rtol=max(unit, 2e-5), atol=1e-5 * exact.abs().max().item())
+
+
+def test_each_gradient_alone(backend):
+    x, v, v_ref = case((33,))
+    x_next = ek.sde_step(x, v, TABLE, INDEX, SEED, backend=backend).x_next
+    both = [v.clone().requires_grad_() for _ in range(3)]
+    out = [ek.sde_log_prob(x, x_next, leaf, TABLE, INDEX, v_ref=v_ref, backend=backend) for leaf in both]
+    out[0].log_prob.sum().backward()
+    out[1].mean_diff.sum().backward()
+    (out[2].log_prob.sum() + out[2].mean_diff.sum()).backward()
+    torch.testing.assert_close(both[0].grad + both[1].grad, both[2].grad, rtol=1e-5, atol=1e-7)
+    alone = v.clone().requires_grad_()
+    ek.sde_log_prob(x, x_next, alone, TABLE, INDEX, backend=backend).log_prob.sum().backward()
+    assert torch.equal(alone.grad, both[0].grad)
+
+
+def test_gradient_goes_to_v_only(backend):
+    x, v, v_ref = (t.requires_grad_() for t in case((9,)))
+    step = ek.sde_step(x, v, TABLE, INDEX, SEED, backend=backend)
+    assert not step.x_next.requires_grad and not step.log_prob.requires_grad
+    x_next = step.x_next.requires_grad_()
+    out = ek.sde_log_prob(x, x_next, v, TABLE, INDEX, v_ref=v_ref, backend=backend)
+    (out.log_prob.sum() + out.mean_diff.sum()).backward()
+    assert v.grad is not None and x.grad is None and x_next.grad is None and v_ref.grad is None
+
+
+def test_inputs_and_incoming_gradients_stay_as_they_were(backend):
+    x, v, v_ref = case((130,))
+    x_next = ek.sde_step(x, v, TABLE, INDEX, SEED, backend=backend).x_next
+    grads = torch.randn(4), torch.randn(4)
+    inputs = [x, v, v_ref, x_next, TABLE, INDEX, SEED, *grads]
+    before = [t.clone() for t in inputs]
+    leaf = v.requires_grad_()
+    out = ek.sde_log_prob(x, x_next, leaf, TABLE, INDEX, v_ref=v_ref, backend=backend)
+    torch.autograd.backward(out, grads)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+@pytest.mark.parametrize("table", [TABLE, CPS], ids=["flow-sde", "cps"])
+@pytest.mark.parametrize("store", DTYPES)
+@pytest.mark.parametrize("x_dtype, v_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_replay_is_bitwise(backend, table, store, x_dtype, v_dtype):
+    """The theorem: with the same velocity, the stored sample replays to the very bits of the rollout's log-prob."""
+    for shape in SHAPES:
+        x, v, v_ref = case(shape, x_dtype, v_dtype)
+        step = ek.sde_step(x, v, table, INDEX, SEED, store_dtype=store, backend=backend)
+        assert step.x_next.dtype == store and step.x_next.shape == x.shape
+        for reference in (None, v_ref):
+            replay = ek.sde_log_prob(x, step.x_next, v, table, INDEX, v_ref=reference, backend=backend)
+            assert torch.equal(replay.log_prob, step.log_prob)
+        noise = ek.philox_normal(SEED, INDEX, shape, backend=backend)
+        given = ek.sde_step(x, v, table, INDEX, None, noise=noise, store_dtype=store, backend=backend)
+        assert torch.equal(given.x_next, step.x_next) and torch.equal(given.log_prob, step.log_prob)
+
+
+@pytest.mark.parametrize("store", DTYPES)
+def test_samples_have_the_same_bits_on_every_backend(backend, store):
+    x, v, _ = case((2, 1031), torch.float32, torch.bfloat16)
+    ours = ek.sde_step(x, v, TABLE, INDEX, SEED, store_dtype=store, backend=backend)
+    reference = ek.sde_step_ref(x, v, TABLE, INDEX, SEED, store_dtype=store)
+    assert torch.equal(ours.x_next, reference.x_next)
+    torch.testing.assert_close(ours.log_prob, reference.log_prob, rtol=1e-6, atol=1e-6)  # orders of summation differ
+
+
+def test_ode_rows_are_euler_with_no_log_prob(backend):
+    x, v, _ = case((301,))
+    table = ek.transition_table(ek.flow_sigmas(8), dynamics="ode")
+    step = ek.sde_step(x, v, table, INDEX, SEED, backend=backend)
+    assert torch.equal(step.x_next, x + table[INDEX][:, 1:2] * v)
+    assert torch.equal(step.log_prob, torch.zeros(4))
+    leaf = v.requires_grad_()
+    out = ek.sde_log_prob(x, step.x_next, leaf, table, INDEX, backend=backend)
+    assert torch.equal(out.log_prob, torch.zeros(4))
+    out.log_prob.sum().backward()
+    assert not leaf.grad.any()
+
+
+def everything(x, v, v_ref, table, index, seed, backend):
+    step = ek.sde_step(x, v, table, index, seed, backend=backend)
+    leaf = v.detach().clone().requires_grad_()
+    out = ek.sde_log_prob(x, step.x_next, leaf, table, index, v_ref=v_ref, backend=backend)
+    (out.log_prob.sum() + out.mean_diff.sum()).backward()
+    return step.x_next, step.log_prob, out.log_prob.detach(), out.mean_diff.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("n", [37, 5003])
+def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thread):
+    x, v, v_ref = case((n,), torch.bfloat16, torch.float32, batch=8)
+    index, seed = torch.tensor([1, 5, 0, 7, 2, 2, 6, 3]), torch.arange(8) * 12345
+    run = lambda rows: everything(x[rows], v[rows], v_ref[rows], TABLE, index[rows], seed[rows], backend)  # noqa: E731
+    whole = run(slice(None))
+    order = torch.randperm(8)
+    for rows, again in [
+        (slice(None), run(slice(None))),
+        (slice(None), one_thread(lambda: run(slice(None)))),
+        (slice(2, 3), run(slice(2, 3))),
+        (slice(4, 7), run(slice(4, 7))),
+        (order, run(order)),
+    ]:
+        for a, b in zip(whole, again):
+            assert torch.equal(a[rows], b)
+
+
+def test_non_contiguous_inputs(backend):
+    base = case((6, 5, 4))
+    plain = everything(*base, TABLE, INDEX, SEED, backend)
+    strided = [torch.empty(4, 4, 6, 5).permute(0, 2, 3, 1).copy_(t) for t in base]  # channels last
+    wide = [torch.cat([t.flatten(1), torch.ones(4, 3)], 1)[:, :120].view(4, 6, 5, 4) for t in base]  # batch stride 123
+    table = torch.stack([TABLE, TABLE], 2)[:, :, 0]
+    index, seed = torch.stack([INDEX, INDEX], 1)[:, 0], torch.stack([SEED, SEED], 1)[:, 1]
+    for inputs in (strided, wide):
+        for a, b in zip(plain, everything(*inputs, table, index, seed, backend)):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_batch(backend, dtype):
+    x, v, v_ref = case((3, 5), dtype, dtype, batch=0)
+    outputs = everything(x, v, v_ref, TABLE, INDEX[:0], SEED[:0], backend)
+    assert [tuple(t.shape) for t in outputs] == [(0, 3, 5), (0,), (0,), (0,), (0, 3, 5)]
+
+
+def test_references_differentiate_in_float64():
+    x, v, v_ref = (t.double() for t in case((2, 3)))
+    table = TABLE.double()
+    x_next = ek.sde_step_ref(x, v, table, INDEX, SEED).x_next
+    assert x_next.dtype == torch.float64
+    function = lambda v: tuple(ek.sde_log_prob_ref(x, x_next, v, table, INDEX, v_ref=v_ref))  # noqa: E731
+    assert torch.autograd.gradcheck(function, v.requires_grad_())
+
+
+@pytest.mark.parametrize("bad", [-1, 8])
+def test_step_index_out_of_range(backend, bad):
+    x, v, _ = case((5,))
+    index = torch.tensor([1, 5, bad, 7])
+    with pytest.raises(ValueError, match="step_index"):
+        ek.sde_step(x, v, TABLE, index, SEED, backend=backend)
+    with pytest.raises(ValueError, match="step_index"):
+        ek.sde_log_prob(x, x, v, TABLE, index, backend=backend)
+    out = ek.sde_step_ref(x, v, TABLE, index, SEED)  # what a GPU gives, where looking would be a sync
+    assert out.x_next.isnan().any(1).tolist() == out.log_prob.isnan().tolist() == [False, False, True, False]
+
+
+STEP_ERRORS = [
+    (TypeError, "x ", {"x": None}),
+    (TypeError, "x.dtype", {"x": torch.zeros(4, 6, dtype=torch.float64)}),
+    (ValueError, "x ", {"x": torch.zeros(())}),
+    (ValueError, "x ", {"x": torch.zeros(4, 0), "v": torch.zeros(4, 0)}),
+    (ValueError, "v ", {"v": torch.zeros(4, 5)}),
+    (TypeError, "v.dtype", {"v": torch.zeros(4, 6, dtype=torch.int32)}),
+    (TypeError, "table", {"table": TABLE.double()}),
+    (ValueError, "table", {"table": TABLE[:, :7]}),
+    (TypeError, "step_index", {"step_index": INDEX.int()}),
+    (ValueError, "step_index", {"step_index": INDEX[:2]}),
+    (ValueError, "backend", {"backend": "fast"}),
+]
+
+
+@pytest.mark.parametrize("error, name, change", STEP_ERRORS)
+def test_errors_name_the_argument(error, name, change):
+    arguments = {"x": torch.zeros(4, 6), "v": torch.zeros(4, 6), "table": TABLE, "step_index": INDEX, **change}
+    with pytest.raises(error, match=f"^{name}"):
+        ek.sde_step(**arguments, seed=SEED)
+    with pytest.raises(error, match=f"^{name}"):
+        ek.sde_log_prob(**arguments, x_next=arguments["x"])
+
+
+def test_errors_of_one_op_only():
+    x = torch.zeros(4, 6)
+    with pytest.raises(ValueError, match="seed"):
+        ek.sde_step(x, x, TABLE, INDEX, None)
+    with pytest.raises(TypeError, match="seed"):
+        ek.sde_step(x, x, TABLE, INDEX, SEED.int())
+    with pytest.raises(ValueError, match="noise"):
+        ek.sde_step(x, x, TABLE, INDEX, SEED, noise=x[:, :3])
+    with pytest.raises(TypeError, match="store_dtype"):
+        ek.sde_step(x, x, TABLE, INDEX, SEED, store_dtype=torch.float64)
+    with pytest.raises(ValueError, match="x_next"):
+        ek.sde_log_prob(x, x[:, :3], x, TABLE, INDEX)
+    with pytest.raises(ValueError, match="v_ref"):
+        ek.sde_log_prob(x, x, x, TABLE, INDEX, v_ref=x[:2])
+
+
+def test_opcheck(backend):
+    if backend == "triton":
+        pytest.skip("opcheck is about the registration, which all backends share")
+    x, v, v_ref = case((11,), torch.bfloat16, torch.float32)
+    ops = torch.ops.editr2
+    torch.library.opcheck(ops.philox_normal, (SEED, INDEX, 9, torch.bfloat16, backend))
+    torch.library.opcheck(ops.sde_step, (x, v, TABLE, INDEX, SEED, None, torch.float16, backend))
+    torch.library.opcheck(ops.sde_step, (x, v, TABLE, INDEX, None, v_ref, torch.float32, backend))
+    leaf = v.clone().requires_grad_()
+    torch.library.opcheck(ops.sde_log_prob, (x, x, leaf, v_ref, TABLE, INDEX, backend))
+    torch.library.opcheck(ops.sde_log_prob, (x, x, leaf, None, TABLE, INDEX, backend))
+    grads = torch.randn(4), torch.randn(4)
+    torch.library.opcheck(ops.sde_log_prob_backward, (x, x, v, v_ref, TABLE, INDEX, *grads, backend))
+
+
+def training_step(x, v, v_ref, index, seed):
+    step = ek.sde_step(x, v, TABLE, index, seed)
+    out = ek.sde_log_prob(x, step.x_next, v, TABLE, index, v_ref=v_ref)
+    ratio = torch.exp(out.log_prob - step.log_prob)
+    return step.x_next, (ratio + 0.1 * out.mean_diff).sum()
+
+
+def check_compiled(compiled, sizes):
+    for batch, height in sizes:
+        x, v, v_ref = case((height, 6), torch.bfloat16, torch.float32, batch=batch)
+        index, seed = torch.arange(batch) % 8, torch.arange(batch)
+        results = []
+        for function in (training_step, compiled):
+            leaf = v.clone().requires_grad_()
+            inputs = (x, leaf, v_ref, index, seed)
+            for tensor in inputs:
+                torch._dynamo.mark_dynamic(tensor, 0)
+                if tensor.dim() > 1:
+                    torch._dynamo.mark_dynamic(tensor, 1)
+            x_next, loss = function(*inputs)
+            loss.backward()
+            results.append((x_next, loss.detach(), leaf.grad))
+        assert math.isclose(results[0][1].item(), results[1][1].item(), rel_tol=1e-6)
+        assert torch.equal(results[0][0], results[1][0])
+        torch.testing.assert_close(results[0][2], results[1][2])
+
+
+def test_compiles_fullgraph_once_for_all_sizes():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    check_compiled(torch.compile(training_step, fullgraph=True, backend=counter), [(4, 5), (2, 9), (7, 16), (3, 33)])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    check_compiled(torch.compile(training_step, fullgraph=True), [(4, 5), (3, 8)])

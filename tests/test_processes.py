@@ -1,0 +1,50 @@
+"""One process or two under accelerate: the same sessions, groups and noise, and the same numbers to rounding."""
+
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(processes: int, out: Path) -> dict:
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        + ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        + ["--main_process_port", "0", str(ROOT / "tests" / "two_processes.py"), str(out)],
+        check=True,
+        cwd=ROOT,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    return torch.load(out)
+
+
+def by_turn(result: dict, key: str, turn: int) -> list:
+    return [record[key] for record in result["records"] if record["turn"] == turn]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    one, two = launch(1, tmp_path / "1.pt"), launch(2, tmp_path / "2.pt")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for turn in range(3):
+        for key in ("ids", "text"):
+            assert list(chain(*by_turn(one, key, turn))) == list(chain(*by_turn(two, key, turn)))
+        for which in (0, 1):
+            seeds = [torch.cat([s[which] for s in by_turn(r, "seeds", turn)]) for r in (one, two)]
+            assert torch.equal(*seeds)
+        assert torch.equal(*(torch.cat(by_turn(r, "step_index", turn)) for r in (one, two)))
+        images = [torch.cat(by_turn(r, "images", turn)).int() for r in (one, two)]
+        # Different batches round matrix products differently; 8-bit images may flip their last bit.
+        assert (images[0] - images[1]).abs().max() <= 1
+    assert torch.equal(one["scores"], two["scores"])
+    assert torch.equal(one["advantage"], two["advantage"]) and torch.equal(one["mask"], two["mask"])
+    assert one["gradient"].abs().max() > 0
+    error = (one["gradient"] - two["gradient"]).norm() / one["gradient"].norm()
+    assert error < 1e-3

@@ -1,0 +1,405 @@
+import base64
+import html.parser
+import io
+import json
+import math
+import random
+import re
+
+import pytest
+from PIL import Image
+
+from editr2.errors import DataError
+from editr2.report import build_report, charts
+from editr2.report.data import load_run
+from editr2.report.gallery import thin
+
+EVIL = '<script>alert("x")</script> & "quoted" \ud800 \u202e'
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags nest, and collects what the tests ask about."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.stack, self.tags, self.words, self.images = [], [], [], []
+        self.feed(text)
+        assert not self.stack, f"not closed: {self.stack}"
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag, f"{tag} closes another tag"
+
+    def handle_data(self, data):
+        if "style" not in self.stack:
+            self.words.append(data)
+
+
+def page_of(folder, **options):
+    path = build_report(folder, **options)
+    assert path == folder / "report.html"
+    assert not list(folder.glob("*.part"))
+    return Page(path.read_text("utf-8"))
+
+
+def train_row(rng, i, turns=3):
+    reward = [0.5 + 0.01 * i - 0.1 * t for t in range(turns)]
+    return {
+        "event": "train",
+        "iteration": i,
+        "elapsed_s": 5.0 * (i + 1),
+        "reward": sum(reward) / turns,
+        "reward_turn": reward,
+        "if_turn": [rng.random(), None, rng.random()],
+        "cc_turn": [0.9] * turns,
+        "ga_turn": None,
+        "success": 0.1 + 0.01 * i,
+        "ratio_error": 0.0 if i % 3 else 2e-7,
+        "loss": math.nan if i == 4 else 0.1,
+        "kl": None,
+        "grad_norm": 0.5,
+        "failed_scores": 0,
+        "seconds": {"rollout": 3.0, "loss": 2.0},
+    }
+
+
+def eval_row(name, iteration, reward):
+    return {
+        "event": "eval",
+        "name": name,
+        "iteration": iteration,
+        "sessions": 64,
+        "reward_turn": [{"mean": reward - 0.1 * t, "se": 0.02} for t in range(3)],
+        "if_turn": [{"mean": 0.6, "se": None}] * 3,
+        "cc_turn": [{"mean": None, "se": None}] * 3,
+        "success": {"mean": reward / 2, "se": 0.05},
+        "by_mode": {"cm": {"reward_turn": [0.4, 0.3, 0.2], "success": 0.25}, "cu": {}},
+    }
+
+
+COMPARISON = {
+    "event": "comparison",
+    "turn": 3,
+    "reward_before": 0.3,
+    "reward_after": 0.45,
+    "difference": 0.15,
+    "se": 0.03,
+    "sessions": 64,
+}
+
+
+def write_metrics(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text + '{"event": "train", "iterat')
+
+
+def write_strips(folder, name, changes, size=24, evil=False):
+    """Session k has reward 0.5 before and 0.5 + changes[k] after; None: not scored."""
+    rng = random.Random(0)
+    strips = folder / "strips"
+    (strips / name).mkdir(parents=True, exist_ok=True)
+
+    def picture(file):
+        data = bytes(rng.randrange(256) for _ in range(size * size * 3))
+        Image.frombytes("RGB", (size, size), data).save(strips / name / file)
+        return f"{name}/{file}"
+
+    sessions = []
+    for k, change in enumerate(changes):
+        missing = change is None
+        reward = None if missing else 0.5 + (change if name == "after" else 0.0)
+        turns = [
+            {
+                "instruction": EVIL if evil else f"paint it {t}",
+                "intent": EVIL if evil else None,
+                "reasoning": "because" if t else None,
+                "expected": picture(f"e{k}{t}.png") if t == 0 else None,
+                "image": picture(f"s{k}t{t}.png"),
+                "scores": {"IF": None if missing else 1.0, "CC": 0.25, "GA": math.nan},
+                "reward": reward,
+                "advantage": -0.5,
+                "reason": "judge timed out" if missing else None,
+                "masked": missing,
+            }
+            for t in range(3)
+        ]
+        id = EVIL if evil else f"session-{k}"
+        sessions.append({"id": id, "mode": "cm", "image": picture(f"s{k}.png"), "turns": turns})
+    (strips / f"{name}.json").write_text(json.dumps({"sessions": sessions}))
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "first run"
+    rng = random.Random(0)
+    rows = [{"event": "start", "device": "cpu", "versions": {"torch": "9.9"}}, eval_row("before", 0, 0.5)]
+    rows += [train_row(rng, i) for i in range(20)]
+    write_metrics(folder, [*rows, eval_row("after", 20, 0.65), COMPARISON])
+    (folder / "config.yaml").write_text(
+        "iterations: 20\nrollout:\n  groups: 8\n  siblings: 6\njudge:\n  api_key: sk-secret\n"
+        "  url: http://me:pw@host/v1\n  password: null\n  max_tokens: 300\n"
+    )
+    for name in ("before", "after"):
+        write_strips(folder, name, [0.0, 0.3, -0.2, None, 0.1])
+    return folder
+
+
+def test_headline(run):
+    text = page_of(run).text
+    assert "first run" in text
+    assert "8 sessions × 6 siblings × 3 turns" in text
+    assert "20 of 20" in text and "1m40s" in text
+    assert "Reward at turn 3 0.30 ± 0.02 → 0.45 ± 0.02 +0.15 ± 0.03" in text
+    assert "paired difference over 64 sessions; 5.0 standard errors" in text
+    assert "Session success 0.25 ± 0.05 → 0.33 ± 0.05" in text or "Session success 0.25 ± 0.05 → 0.32 ± 0.05" in text
+    assert "torch 9.9" in text
+
+
+def test_a_difference_within_noise_is_called_that(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps({**COMPARISON, "difference": -0.03}) + "\n")
+    assert (
+        "−0.03 ± 0.03 · paired difference over 64 sessions; only 1.0 standard errors: may be chance"
+        in page_of(run).text
+    )
+
+
+def test_what_is_missing_is_said(run):
+    text = page_of(run).text
+    assert "1 unreadable line of metrics.jsonl was left out" in text
+    (run / "strips" / "after" / "s1t0.png").unlink()
+    (run / "strips" / "after" / "s2t0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    with open(run / "metrics.jsonl", "a") as file:
+        row = train_row(random.Random(0), 3) | {"loss": None, "non_finite": ["loss", "if_turn.0"]}
+        file.write("\n" + json.dumps(row) + "\n")
+    text = page_of(run).text
+    assert "2 images could not be read: after/s1t0.png (FileNotFoundError), after/s2t0.png" in text
+    assert "if_turn, loss: NaN or infinite in 1 iteration" in text
+    assert "1 iteration of metrics.jsonl repeated" in text
+
+
+def test_sessions_are_all_shown_from_best_to_worst_with_counts(run):
+    page = page_of(run)
+    headings = re.findall(r"(session-\d) standing rules", page.text)
+    assert headings == ["session-1", "session-4", "session-0", "session-2", "session-3"]
+    assert "2 better 1 unchanged 1 worse 1 not comparable" in page.text
+    assert "All 5 sessions are shown" in page.text
+    assert "reward 0.50 → 0.30 −0.20" in page.text
+    assert "masked : judge timed out" in page.text
+    targets = {attrs.get("id") for _, attrs in page.tags}
+    assert {attrs["href"][1:] for tag, attrs in page.tags if tag == "a"} <= targets
+
+
+def test_thinned_sessions_keep_best_and_worst_and_say_so(run):
+    text = page_of(run, max_sessions=3).text
+    assert "3 of 5 sessions are shown, evenly spaced" in text
+    assert re.findall(r"(session-\d) standing rules", text) == ["session-1", "session-0", "session-3"]
+    assert thin(list(range(10)), 4) == [0, 3, 6, 9]
+
+
+def test_change_counts_only_turns_scored_on_both_sides(run):
+    for name, rewards in (("before", [0.3, None, 1.0]), ("after", [0.4, 0.9, None])):
+        path = run / "strips" / f"{name}.json"
+        strips = json.loads(path.read_text())
+        for turn, reward in zip(strips["sessions"][1]["turns"], rewards, strict=True):
+            turn["reward"] = reward
+        path.write_text(json.dumps(strips))
+    pair = load_run(run).pairs[1]
+    assert pair.rewards() == (0.3, 0.4) and pair.verdict == "better"
+
+
+def test_one_offline_file(run):
+    page = page_of(run)
+    text = (run / "report.html").read_text("utf-8")
+    assert "http://" not in text.replace("http://(withheld)@host", "") and "https://" not in text
+    assert "url(" not in text and "@import" not in text
+    for tag, attrs in page.tags:
+        assert tag not in ("script", "iframe", "object")
+        assert not any(name.startswith("on") for name in attrs)
+        if tag == "img":
+            data = attrs["src"].removeprefix("data:image/png;base64,")
+            Image.open(io.BytesIO(base64.b64decode(data, validate=True))).verify()
+        elif "src" in attrs or ("href" in attrs and tag != "a"):
+            assert attrs.get("href") == "data:,"
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+    # 5 sessions: source, and each turn before and after; one expected image, equal in both passes
+    assert len(page.images) == 5 * (1 + 6 + 1)
+    assert all(attrs["alt"] for attrs in page.images)
+    assert all("pixelated" in attrs["class"] for attrs in page.images)
+    assert all(attrs.get("aria-label") for tag, attrs in page.tags if tag == "svg")
+
+
+def test_text_is_escaped_everywhere(run):
+    for name in ("before", "after"):
+        write_strips(run, name, [0.1], evil=True)
+    (run / "config.yaml").write_text("seed: 1\npolicy: '<b>bold</b>'\n# </pre><script>\n")
+    with open(run / "metrics.jsonl", "a") as file:
+        start = {"event": "start", "device": EVIL, "versions": {EVIL: EVIL}}
+        odd = eval_row("after", 20, 0.6) | {"by_mode": {EVIL: {"reward_turn": [0.1], "success": 0.5}}}
+        phases = train_row(random.Random(0), 20) | {"seconds": {EVIL: 1.0}}
+        file.write("\n" + "\n".join(map(json.dumps, (start, odd, phases))) + "\n")
+    page = page_of(run)  # Page also checks that the nesting held
+    assert not any(tag in ("script", "b") and "on" in attrs for tag, attrs in page.tags)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert '<script>alert("x")</script> & "quoted"' in page.text
+    assert "<b>bold</b>" in page.text
+
+
+def test_secrets_of_the_configuration_stay_out(run):
+    text = page_of(run).text
+    assert "sk-secret" not in text and "me:pw" not in text
+    assert "api_key: (withheld)" in text and "password: null" in text and "max_tokens: 300" in text
+
+
+def test_images_outside_the_strips_are_not_read(run):
+    Image.new("RGB", (8, 8)).save(run / "private.png")
+    path = run / "strips" / "before.json"
+    strips = json.loads(path.read_text())
+    strips["sessions"][0]["turns"][0]["image"] = "../private.png"
+    strips["sessions"][0]["turns"][1]["image"] = str(run / "private.png")
+    strips["sessions"][0]["turns"][2]["image"] = "nul\0.png"
+    path.write_text(json.dumps(strips))
+    page = page_of(run)
+    assert "3 images could not be read" in page.text
+    assert len(page.images) == 5 * 8 - 3
+
+
+def test_large_images_are_reduced_and_not_pixelated(tmp_path):
+    write_strips(tmp_path, "before", [0.0], size=600)
+    page = page_of(tmp_path, max_pixels=512)
+    assert "large images: scaled to 512 px or stored as JPEG" in page.text
+    for attrs in page.images:
+        assert "pixelated" not in attrs["class"]
+        picture = Image.open(io.BytesIO(base64.b64decode(attrs["src"].partition(",")[2])))
+        assert picture.format == "JPEG" and max(picture.size) == 512
+        assert attrs["src"].startswith("data:image/jpeg")
+
+
+def test_large_images_with_few_bytes_stay_png(tmp_path):
+    write_strips(tmp_path, "before", [0.0])
+    for path in (tmp_path / "strips" / "before").glob("*.png"):
+        Image.new("RGB", (1000, 500), "red").save(path)
+    for attrs in page_of(tmp_path, max_pixels=512).images:
+        picture = Image.open(io.BytesIO(base64.b64decode(attrs["src"].partition(",")[2])))
+        assert (picture.format, picture.size) == ("PNG", (512, 256))
+
+
+def test_evaluations_during_the_run_make_a_curve(run):
+    assert "Reward by turn, evaluated" not in page_of(run).text
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps(eval_row("during", 10, 0.6)) + "\n")
+    text = page_of(run).text
+    assert "Held-out sessions, 3 evaluations." in text and "iteration 10: t1 0.6, t2 0.5, t3 0.4" in text
+
+
+def test_only_metrics(tmp_path):
+    write_metrics(tmp_path, [train_row(random.Random(0), i) for i in range(3)])
+    text = page_of(tmp_path).text
+    assert "There are no strips" in text and "There is no evaluation “before”" in text
+    assert "the first and last iteration; not a held-out evaluation" in text
+
+
+def test_only_before(run):
+    (run / "strips" / "after.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:10]))
+    text = page_of(run).text
+    assert "The strips have no “after” pass" in text and "There is no evaluation “after”" in text
+    assert "The run is at iteration 8 of 20" in text
+    assert "0.30 ± 0.02 → not evaluated" in text
+    assert "All 5 sessions are shown" in text and "In the order of the file" in text
+
+
+def test_only_strips_and_unpaired_sessions(tmp_path):
+    write_strips(tmp_path, "before", [0.0, 0.0])
+    write_strips(tmp_path, "after", [0.1])
+    text = page_of(tmp_path).text
+    assert "There is no metrics.jsonl" in text and "1 session of the strips only in one pass" in text
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"event": "train", "iteration": 0}],
+        [{"event": "train", "iteration": 0, "seconds": {}, "reward_turn": [None], "ratio_error": 0.0}],
+        [{"event": "train", "iteration": i, "reward_turn": [0.5] * (i + 1), "seconds": {"a": 0}} for i in range(3)],
+        [{"event": "eval"}, {"event": "comparison"}, {"event": "other"}, {"no": "event"}],
+        [{"event": "eval", "name": "before", "reward_turn": [], "success": None, "by_mode": {"cm": None, "cu": {}}}],
+        [{"event": "eval", "name": "after", "reward_turn": [0.5], "success": {"mean": 1}}, {**COMPARISON, "se": 0}],
+        [{"event": "train", "iteration": i, "reward": -1e9 * i, "grad_norm": 1e-12} for i in range(300)],
+        [{"event": "train", "iteration": "x", "seconds": 5}, {"event": "train", "iteration": 1, "seconds": "x"}],
+    ],
+)
+def test_sparse_and_odd_rows(tmp_path, rows):
+    write_metrics(tmp_path, rows)
+    page_of(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sessions": [1]}', '{"sessions": [{"turns": []}]}'])
+def test_unreadable_strips_are_said(tmp_path, text):
+    (tmp_path / "strips").mkdir()
+    (tmp_path / "strips" / "before.json").write_text(text)
+    assert "strips/before.json is not readable" in page_of(tmp_path).text
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no run"):
+        build_report(tmp_path)
+
+
+def test_duration_adds_up_over_a_restarted_clock(tmp_path):
+    times = [10.0, 20.0, 5.0, 15.0]
+    write_metrics(tmp_path, [{"event": "train", "iteration": i, "elapsed_s": s} for i, s in enumerate(times)])
+    assert load_run(tmp_path).train_seconds() == 35.0
+
+
+def test_the_same_run_gives_the_same_page(run):
+    first = build_report(run).read_bytes()
+    assert build_report(run).read_bytes() == first
+
+
+def test_smoothing_keeps_constants_lines_and_gaps():
+    assert charts.smooth([2.0] * 5, 3) == [2.0] * 5
+    assert charts.smooth([0.0, 1.0, 2.0, 3.0], 3)[1:3] == [1.0, 2.0]
+    assert charts.smooth([1.0, None, 3.0], 3) == [1.0, None, 3.0]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.37, 0.41), (-3e6, 5e6), (0.0, 59.0), (1e-9, 3e-9)])
+def test_ticks_are_few_and_inside(low, high):
+    got = charts.ticks(low, high)
+    assert 2 <= len(got) <= 7
+    assert all(low - 1e-9 * abs(high) <= t <= high + 1e-9 * abs(high) for t in got)
+
+
+def test_whiskers_span_one_standard_error():
+    svg = charts.dot_chart("x", ["1"], [charts.Dots("a", [0.5], [0.25], 0)], (0.0, 1.0), "turn")
+    up, down = map(float, re.search(r'whisker c0" d="M[\d.]+ ([\d.]+)V([\d.]+)', svg).groups())
+    plot = charts.HEIGHT - charts.BOTTOM - charts.TOP
+    assert down - up == pytest.approx(0.5 * plot, abs=0.2)
+    centre = float(re.search(r'cy="([\d.]+)"', svg).group(1))
+    assert centre == pytest.approx((up + down) / 2, abs=0.1)
+
+
+def test_exact_zeros_have_a_place_on_the_logarithmic_axis():
+    svg = charts.log_chart("Ratio error", charts.Line("", [0, 1, 2], [0.0, 1e-7, None], 0))
+    heights = {text: float(y) for y, text in re.findall(r'y="([\d.]+)" text-anchor="end">([^<]+)<', svg)}
+    zero, error = (float(y) for y in re.findall(r"M[\d.]+ ([\d.]+)h0", svg))
+    assert zero == pytest.approx(heights["0"] - 4) and error == pytest.approx(heights["1e-7"] - 4)
+    assert "Exactly 0 in 1 of 2 iterations" in svg
+    assert charts.log_chart("Ratio error", charts.Line("", [0, 1], [0.0, 0.0], 0)) is not None
+    assert charts.log_chart("Ratio error", charts.Line("", [0], [None], 0)) is None

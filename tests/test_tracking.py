@@ -1,0 +1,252 @@
+import io
+import json
+import logging
+import math
+import sys
+
+import pytest
+
+from editr2.errors import CheckpointError
+from editr2.tracking import MetricsLog, Progress, duration, flatten, profile_table, read_metrics
+
+
+def train(iteration, **extra):
+    return {"event": "train", "iteration": iteration, "reward": 0.5, **extra}
+
+
+def iterations(rows, event="train"):
+    return [row["iteration"] for row in rows if row["event"] == event]
+
+
+def test_rows_come_back_as_written(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = [train(0, note="line\u2028separator é"), train(1, reward_turn=[0.1, None])]
+    with MetricsLog(path, tensorboard=False) as metrics:
+        for row in rows:
+            metrics.append(row)
+            assert path.read_bytes().endswith(b"\n")  # on disk before the next, not at close
+    assert read_metrics(path) == (rows, 0)
+
+
+def test_reader_drops_and_counts_torn_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    torn = b'{"event": "train", "iter'
+    path.write_bytes(b'{"a": NaN}\n[1, 2]\n\x00\x00\xff\n\n' + torn + b'{"b": 2}\n{"c": 3}\n' + torn)
+    assert read_metrics(path) == ([{"a": None}, {"c": 3}], 4)
+    with pytest.raises(FileNotFoundError):
+        read_metrics(tmp_path / "absent.jsonl")
+
+
+def test_a_complete_last_line_without_its_newline_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}')
+    assert read_metrics(path) == ([{"a": 1}], 0)
+
+
+def test_killed_and_resumed_run_has_each_iteration_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, tensorboard=False) as metrics:
+        metrics.append({"event": "start"})
+        metrics.append({"event": "eval", "name": "before", "iteration": 0})
+        for i in range(4):
+            metrics.append(train(i))
+        metrics.append({"event": "eval", "name": "during", "iteration": 4})
+        for i in range(4, 7):
+            metrics.append(train(i, attempt=1))
+        metrics.append({"event": "eval", "name": "after", "iteration": 7})
+        metrics.append({"event": "comparison", "turn": 3})
+    with open(path, "ab") as file:
+        file.write(b'{"event": "train", "itera')
+    with MetricsLog(path, resume_iteration=4, tensorboard=False) as metrics:
+        assert metrics.dropped == 1
+        for i in range(4, 6):
+            metrics.append(train(i, attempt=2))
+    rows, dropped = read_metrics(path)
+    assert dropped == 0
+    assert iterations(rows) == list(range(6))
+    assert [row["attempt"] for row in rows if "attempt" in row] == [2, 2]
+    assert iterations(rows, "eval") == [0, 4]
+    assert [row["event"] for row in rows].count("start") == 1
+    assert not any(row["event"] == "comparison" for row in rows)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_comparison_stays_with_the_evaluation_it_follows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, tensorboard=False) as metrics:
+        metrics.append(train(0))
+        metrics.append({"event": "eval", "name": "after", "iteration": 1})
+        metrics.append({"event": "comparison", "turn": 3})
+    MetricsLog(path, resume_iteration=1, tensorboard=False).close()  # a finished run, extended
+    assert [row["event"] for row in read_metrics(path)[0]] == ["train", "eval", "comparison"]
+
+
+def test_a_torn_tail_never_swallows_the_next_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"event": "tra')
+    with MetricsLog(path, resume_iteration=0, tensorboard=False) as metrics:
+        metrics.append(train(0))
+    assert read_metrics(path) == ([train(0)], 0)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, tensorboard=False) as metrics:
+        metrics.append(train(0))
+    with pytest.raises(CheckpointError, match="resume_iteration"):
+        MetricsLog(path, tensorboard=False)
+    with pytest.raises(ValueError, match="resume_iteration is -1"):
+        MetricsLog(path, resume_iteration=-1, tensorboard=False)
+
+
+def test_non_finite_numbers_become_null_and_are_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    with caplog.at_level(logging.WARNING), MetricsLog(path, tensorboard=False) as metrics:
+        for i in range(2):
+            metrics.append(train(i, loss=math.nan, seconds={"reward": math.inf}, if_turn=(1.0, -math.inf)))
+    raw = path.read_text()
+    assert "NaN" not in raw and "Infinity" not in raw
+    row = json.loads(raw.splitlines()[0])
+    assert row["loss"] is None and row["seconds"] == {"reward": None} and row["if_turn"] == [1.0, None]
+    assert row["non_finite"] == ["loss", "seconds.reward", "if_turn.1"]
+    assert len(caplog.records) == 3  # each name once, not at every iteration
+
+
+def test_tensors_and_arrays_are_numbers_and_other_objects_are_refused(tmp_path):
+    import numpy
+    import torch
+
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, tensorboard=False) as metrics:
+        metrics.append({"a": torch.tensor(1.5), "b": numpy.arange(2), "c": numpy.float32(0.5), "d": torch.tensor(3)})
+        with pytest.raises(TypeError, match=r"'run\.path' holds a PosixPath"):
+            metrics.append({"run": {"path": tmp_path}})
+    assert read_metrics(path) == ([{"a": 1.5, "b": [0, 1], "c": 0.5, "d": 3}], 0)
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with MetricsLog(tmp_path / "run" / "metrics.jsonl", enabled=False) as metrics:
+        metrics.append(train(0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_flatten_counts_turns_from_one():
+    row = {"event": "eval", "r": [{"mean": 0.5, "se": None}, 2], "ok": True, "seconds": {"loss": 1}, "bad": math.nan}
+    assert dict(flatten(row)) == {"r/1/mean": 0.5, "r/2": 2.0, "seconds/loss": 1.0}
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_each_iteration_of_a_resumed_run_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, tensorboard=True) as metrics:
+        for i in range(4):
+            metrics.append(train(i, reward_turn=[0.25, None]))
+        metrics.append({"event": "eval", "iteration": 4, "success": {"mean": 0.75, "se": 0.1}})
+        metrics.append(train(4, reward=9.0))
+        metrics.append(train(5, reward=9.0))
+    with MetricsLog(path, resume_iteration=4, tensorboard=True) as metrics:
+        metrics.append(train(4))
+        metrics.append({"event": "comparison", "turn": 3, "difference": 0.5})
+    got = scalars(tmp_path / "tensorboard")
+    assert got["train/reward"] == dict.fromkeys(range(5), 0.5)
+    assert got["train/reward_turn/1"] == dict.fromkeys(range(4), 0.25)
+    assert got["eval/success/mean"] == {4: 0.75}
+    assert got["comparison/turn3/difference"] == {4: 0.5}
+
+
+def test_without_tensorboard_the_run_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with caplog.at_level(logging.INFO), MetricsLog(tmp_path / "a" / "metrics.jsonl") as metrics:
+        metrics.append(train(0))
+        metrics.append(train(1))
+    assert len(caplog.records) == 1 and "TensorBoard" in caplog.text
+    with pytest.raises(ImportError):
+        MetricsLog(tmp_path / "b" / "metrics.jsonl", tensorboard=True)
+
+
+FULL = train(
+    11,
+    reward=0.62,
+    reward_turn=[0.78, 0.63, None],
+    if_turn=[0.8, 0.82],
+    cc_turn=[1.0, None],
+    ga_turn=[None],
+    ratio_error=2e-7,
+    seconds={"rollout": 4.0, "loss": 1.1},
+)
+
+
+def test_progress_prints_one_plain_line_for_each_iteration():
+    stream = io.StringIO()
+    with Progress(60, stream=stream) as progress:
+        progress.update(FULL)
+    assert stream.getvalue() == (
+        "iter 12/60  reward 0.62 (t1 .78 t2 .63 t3 –)  IF .81 CC 1.00 GA –  |ratio-1| 2e-07  5.1 s/iter  left 4m05s\n"
+    )
+
+
+def test_time_left_is_from_the_median_of_recent_iterations(monkeypatch):
+    now = iter([0.0, 2.0, 4.0, 104.0, 106.0])
+    monkeypatch.setattr("editr2.tracking.time.monotonic", lambda: next(now))
+    stream = io.StringIO()
+    progress = Progress(10, stream=stream)
+    for i in range(5):
+        progress.update({"iteration": i})
+    assert stream.getvalue().splitlines()[-1].endswith("2 s/iter  left 10s")  # one slow iteration does not sway it
+
+
+def test_progress_survives_a_bare_row_and_prints_only_on_the_main_process():
+    stream = io.StringIO()
+    Progress(3, stream=stream).update({})
+    assert stream.getvalue() == "iter 1/3  reward –\n"
+    quiet = io.StringIO()
+    progress = Progress(3, enabled=False, stream=quiet)
+    progress.update(FULL)
+    progress.note("hidden")
+    assert quiet.getvalue() == ""
+
+
+def test_progress_on_a_terminal_keeps_its_line_in_place(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with Progress(60, stream=stream) as progress:
+        progress.update(FULL)
+        progress.note("[a note]")
+        progress.update({**FULL, "iteration": 12})
+    text = stream.getvalue()
+    assert "iter 12/60" in text and "iter 13/60" in text and "[a note]" in text
+    assert "\x1b[1A" in text  # went up and drew over the earlier line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (245, "4m05s"), (7500, "2h05m"), (200000, "2d07h")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_profile_table_shares_add_up_and_show_untimed_seconds():
+    rows = [
+        train(0, elapsed_s=4.0, seconds={"rollout": 3.0, "loss": 1.0}),
+        train(1, elapsed_s=9.0, seconds={"rollout": 3.0, "loss": 1.0}),  # 1 s untimed
+        {"event": "eval", "iteration": 2},
+        train(2, elapsed_s=99.0, seconds={"rollout": 6.0}),  # the evaluation is not the iteration's
+    ]
+    lines = {line.split()[0]: line.split()[1:] for line in profile_table(rows).splitlines()}
+    assert lines["rollout"] == ["4.0000", "70.6%", "6.0000"]
+    assert lines["loss"] == ["0.6667", "11.8%", "1.0000"]
+    assert lines["untimed"] == ["1.0000", "17.6%", "1.0000"]
+    assert lines["iteration"][:2] == ["5.6667", "100.0%"]
+    assert profile_table([]) == "no timed iterations"

@@ -1,0 +1,82 @@
+"""Run under `accelerate launch`: one iteration's rollout and gradient, gathered and written by the main process.
+
+accelerate launch --cpu --num_processes N tests/two_processes.py OUT.pt
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, reduce
+
+from editr2.config import Config, replace_nested
+from editr2.credit import assign_credit
+from editr2.data import open_sessions
+from editr2.evaluate import judge, merge_scores, share
+from editr2.policies.unified import UnifiedPolicy
+from editr2.rewards.world import WorldReward
+from editr2.rollout import Seeds, chunks, rollout_chunk
+from editr2.schedule import make_sampler
+from editr2.trainer import State, accumulate_gradient
+
+
+def main(out: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    torch.set_num_threads(1)
+    config = replace_nested(
+        Config(),
+        {"rollout": {"sessions": 3, "siblings": 3, "steps": 4, "groups_per_batch": 2}, "eval": {"sessions": 2}},
+    )
+    policy = UnifiedPolicy.load()
+    source, r = open_sessions(config, policy), config.rollout
+    sampler = make_sampler(r.steps, dynamics=r.dynamics, noise_level=r.noise_level, window=r.window)
+    mine, seeds = share(r.sessions, accelerator), Seeds(config.seed, "train")
+    done = [
+        rollout_chunk(policy, chunk, sampler, seeds, config.policy)
+        for chunk in chunks([source[o] for o in range(3)[mine]], range(3)[mine], r.siblings, r.groups_per_batch)
+    ]
+    scores = merge_scores(gather_object([judge(WorldReward(), done, r.turns)]))
+    group = torch.arange(r.sessions).repeat_interleave(r.siblings)
+    credit = assign_credit(scores, group, config.credit)
+    local = slice(mine.start * r.siblings, mine.stop * r.siblings)
+    state = State(policy, torch.optim.SGD(policy.module.parameters(), lr=0.0), None, None)
+    accumulate_gradient(config, state, done, credit, local, sampler, seeds, 0, accelerator)
+    parameters = [p for p in policy.module.parameters() if p.grad is not None]
+    gradient = torch.cat([p.grad.reshape(-1) for p in parameters])
+    if accelerator.num_processes > 1:
+        gradient = reduce(gradient, "sum")
+
+    def noise(chunk, record, turn):
+        """The noise that reached the samples: x_next - mu over S would round, so the seeds and the first latent."""
+        return seeds.window(chunk, record.rollout, turn), seeds.initial(chunk, record.rollout, turn)
+
+    mine_out = [
+        {
+            "ids": [chunk.session_of(i).id for i in record.rollout.tolist()],
+            "text": record.text,
+            "seeds": noise(chunk, record, turn),
+            "step_index": record.step_index,
+            "images": torch.from_numpy(record.images),
+            "turn": turn,
+        }
+        for chunk in done
+        for turn, record in enumerate(chunk.turns)
+    ]
+    gathered = gather_object(mine_out)
+    if accelerator.is_main_process:
+        torch.save(
+            {
+                "processes": accelerator.num_processes,
+                "records": gathered,
+                "scores": scores.values,
+                "advantage": credit.advantage,
+                "mask": credit.mask,
+                "gradient": gradient,
+            },
+            out,
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
