@@ -8,7 +8,7 @@ import torch
 
 from editr2.errors import CheckpointError, DataError
 from editr2.policies.unified import UnifiedPolicy, patchify, question, read_intent, unpatchify
-from editr2.policies.unified_model import Context, Segment, UnifiedConfig, UnifiedModel, pack, run_packed
+from editr2.policies.unified_model import Branch, Context, Segment, UnifiedConfig, UnifiedModel, pack, run_packed
 from editr2.worlds.shapes import make_session
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 matrix products batched differently, two layers deep
@@ -185,6 +185,22 @@ def test_a_latent_sees_the_earlier_image_and_the_text_but_not_what_comes_later(p
     for other in (other_text, other_image):
         assert (policy.velocity(x, sigma, other) - v).abs().max() > 1e-6
     assert torch.equal(policy.velocity(x, sigma, context), v)
+
+
+def test_a_branch_reads_token_by_token_what_a_context_reads_at_once(policy):
+    batch = sessions(3)
+    context = policy.instruct(policy.encode(np.stack([s.image for s in batch])), ["remove it"] * 3)
+    rows = [policy.text_ids(s.turns[0].instruction) for s in batch]
+    ids, valid = policy.codec.pad([*rows[:2], rows[2][:3]])
+    with torch.no_grad():
+        _, whole = policy.module.append_text(context, ids, valid)
+        branch = Branch(context, ids.shape[1])
+        parts = [
+            policy.module.extend_branch(branch, ids[:, i : i + 1], valid[:, i : i + 1]) for i in range(ids.shape[1])
+        ]
+    torch.testing.assert_close(torch.cat(parts, 1)[valid], whole[valid], **CLOSE)
+    with pytest.raises(ValueError, match="capacity"):
+        policy.module.extend_branch(branch, ids[:, :1], valid[:, :1])
 
 
 def test_sampled_text_is_counter_based(policy):

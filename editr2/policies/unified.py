@@ -20,7 +20,7 @@ from torch import Tensor
 from editr2.errors import CheckpointError, DataError
 from editr2.policies.base import Intent
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
-from editr2.policies.unified_model import Context, UnifiedConfig, UnifiedModel
+from editr2.policies.unified_model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2_kernels import philox_normal
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "unified-small"
@@ -158,7 +158,8 @@ class UnifiedPolicy:
     ) -> list[Intent]:
         rows = [self.question_ids(e, c) for e, c in zip(earlier, current, strict=True)]
         ids, valid = (x.to(self.device) for x in self.codec.pad(rows))
-        branch, hidden = self.module.append_text(context, ids, valid)
+        branch = Branch(context, ids.shape[1] + max_tokens)
+        hidden = self.module.extend_branch(branch, ids, valid)
         last = hidden[torch.arange(len(rows)), valid.sum(1) - 1]
         done = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         sampled: list[Tensor] = []
@@ -166,11 +167,11 @@ class UnifiedPolicy:
             token = self._sample(self.module.logits(last), seeds, k, temperature)
             token = torch.where(done, 0, token)
             sampled.append(token)
-            branch, hidden = self.module.append_text(branch, token[:, None], ~done[:, None])
-            last = hidden[:, 0]
+            still = ~done
             done = done | (token == self.codec.im_end)
-            if bool(done.all()):
+            if bool(done.all()) or k + 1 == max_tokens:
                 break
+            last = self.module.extend_branch(branch, token[:, None], still[:, None])[:, 0]
         columns = torch.stack(sampled, 1).tolist()
         intents = []
         for row in columns:

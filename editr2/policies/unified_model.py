@@ -5,7 +5,8 @@ One decoder reads text, clean images and a noisy image, writes text, and predict
 (text and image marks) and *generation* (image latents; parameters with the suffix `_moe_gen`); attention is joint.
 
 Physical order. Within any block handed to the layers all understanding tokens stand first and all generation tokens
-after them, so routing is two slices instead of a gather. The true order lives in the RoPE positions and the mask only:
+after them, so routing is two slices instead of a gather, and the two streams are joined for
+attention alone. The true order lives in the RoPE positions and the mask only:
 text is causal and advances the position by one a token; all tokens of an image block share one position and the block
 advances it by one; a noisy block sees everything before it and is seen by nobody.
 
@@ -18,8 +19,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,13 +96,24 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def _routed(x_BLH: Tensor, split: int, understanding: nn.Module, generation: nn.Module) -> Tensor:
-    """The first `split` tokens through one expert, the rest through the other."""
-    if split == 0:
-        return generation(x_BLH)
-    if split == x_BLH.shape[1]:
-        return understanding(x_BLH)
-    return torch.cat([understanding(x_BLH[:, :split]), generation(x_BLH[:, split:])], dim=1)
+Reach = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""New keys and values of a block, [B, kv_heads, L, head_dim] each -> those of the past with the new ones behind."""
+
+Streams = dict[str, Tensor]
+"""A block's hidden states by expert, the key being the suffix of the expert's parameters: "" for understanding, then
+`_moe_gen` for generation. An expert without tokens is left out, so most layers' work is done in place, without gathers.
+"""
+
+
+def _streams(x_BLH: Tensor, split: int) -> Streams:
+    parts = {"": x_BLH[:, :split], "_moe_gen": x_BLH[:, split:]}
+    return {suffix: x for suffix, x in parts.items() if x.shape[1]}
+
+
+def _join(parts: Iterable[Tensor]) -> Tensor:
+    """The block of the streams, understanding first."""
+    found = list(parts)
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -109,13 +122,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    q_norm: nn.Module
-    k_norm: nn.Module
-    o_proj: nn.Module
-    q_norm_moe_gen: nn.Module
-    k_norm_moe_gen: nn.Module
-    o_proj_moe_gen: nn.Module
-
     def __init__(self, config: UnifiedConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
@@ -134,40 +140,28 @@ class Attention(nn.Module):
                 self.add_module(f"{name}{suffix}", norm)
 
     def forward(
-        self,
-        x_BLH: Tensor,
-        split: int,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        past: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        b, length, _ = x_BLH.shape
+        self, streams: Streams, cos: Tensor, sin: Tensor, mask: Tensor | None, reach: Reach | None
+    ) -> tuple[Streams, tuple[Tensor, Tensor]]:
+        def project(name: str, heads: int, normed: bool) -> Tensor:
+            parts = []
+            for suffix, x in streams.items():
+                y = getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (heads, self.head_dim))
+                parts.append(getattr(self, f"{name}_norm{suffix}")(y) if normed else y)
+            return _join(parts).transpose(1, 2)
 
-        def project(name: str, heads: int) -> Tensor:
-            y = _routed(x_BLH, split, getattr(self, f"{name}_proj"), getattr(self, f"{name}_proj_moe_gen"))
-            return y.view(b, length, heads, self.head_dim)
-
-        q = _routed(project("q", self.heads), split, self.q_norm, self.q_norm_moe_gen).transpose(1, 2)
-        k = _routed(project("k", self.kv_heads), split, self.k_norm, self.k_norm_moe_gen).transpose(1, 2)
-        v = project("v", self.kv_heads).transpose(1, 2)
+        q, k = project("q", self.heads, True), project("k", self.kv_heads, True)
+        v = project("v", self.kv_heads, False)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         new = (k, v)
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        if reach is not None:
+            k, v = reach(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
-        out = out.transpose(1, 2).reshape(b, length, -1)
-        return _routed(out, split, self.o_proj, self.o_proj_moe_gen), new
+        parts = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in streams.values()], dim=1)
+        attended = zip(streams, parts, strict=True)
+        return {suffix: getattr(self, f"o_proj{suffix}")(part) for suffix, part in attended}, new
 
 
 class Layer(nn.Module):
-    mlp: nn.Module
-    mlp_moe_gen: nn.Module
-    input_layernorm: nn.Module
-    input_layernorm_moe_gen: nn.Module
-    post_attention_layernorm: nn.Module
-    post_attention_layernorm_moe_gen: nn.Module
-
     def __init__(self, config: UnifiedConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -177,19 +171,16 @@ class Layer(nn.Module):
             self.add_module(f"post_attention_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(
-        self,
-        x: Tensor,
-        split: int,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        past: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        normed = _routed(x, split, self.input_layernorm, self.input_layernorm_moe_gen)
-        attended, new = self.self_attn(normed, split, cos, sin, mask, past)
-        x = x + attended
-        normed = _routed(x, split, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
-        return x + _routed(normed, split, self.mlp, self.mlp_moe_gen), new
+        self, streams: Streams, cos: Tensor, sin: Tensor, mask: Tensor | None, reach: Reach | None
+    ) -> tuple[Streams, tuple[Tensor, Tensor]]:
+        normed = {suffix: getattr(self, f"input_layernorm{suffix}")(x) for suffix, x in streams.items()}
+        attended, new = self.self_attn(normed, cos, sin, mask, reach)
+        result = {}
+        for suffix, x in streams.items():
+            x = x + attended[suffix]
+            normed_x = getattr(self, f"post_attention_layernorm{suffix}")(x)
+            result[suffix] = x + getattr(self, f"mlp{suffix}")(normed_x)
+        return result, new
 
 
 class _Decoder(nn.Module):
@@ -259,6 +250,9 @@ class Context:
     def batch(self) -> int:
         return self.position.shape[0]
 
+    def reach(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys[layer], k], dim=2), torch.cat([self.values[layer], v], dim=2)
+
     def select(self, index: Tensor) -> Context:
         """The samples at `index` int64 [M] (repeats allowed): siblings share the context of their group this way."""
         return Context(
@@ -288,6 +282,26 @@ class Context:
             torch.cat([F.pad(p.valid, (0, longest - p.valid.shape[1])) for p in parts]),
             torch.cat([p.position for p in parts]),
         )
+
+
+class Branch:
+    """A copy of a context with room for `capacity` more tokens, written in place: for text decoded token by token,
+    where copying the whole past at every token would cost more than the token."""
+
+    def __init__(self, context: Context, capacity: int) -> None:
+        def room(x: Tensor) -> Tensor:
+            return torch.cat([x, x.new_zeros(*x.shape[:2], capacity, x.shape[3])], dim=2)
+
+        self.keys, self.values = [room(k) for k in context.keys], [room(v) for v in context.values]
+        self.valid = F.pad(context.valid, (0, capacity), value=False)
+        self.position = context.position
+        self.length = context.valid.shape[1]
+
+    def reach(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 class UnifiedModel(nn.Module):
@@ -342,7 +356,7 @@ class UnifiedModel(nn.Module):
         split: int,
         position_BL: Tensor,
         mask: Tensor | None,
-        context: Context | None,
+        context: Context | Branch | None,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """All layers over a block (understanding tokens first, `split` of them) behind a context.
 
@@ -353,14 +367,14 @@ class UnifiedModel(nn.Module):
         exponents = torch.arange(half, device=x_BLH.device, dtype=torch.float32) / half
         angles = position_BL[:, None, :, None].float() * self.config.rope_theta ** (-exponents)
         cos, sin = angles.cos().to(x_BLH.dtype), angles.sin().to(x_BLH.dtype)
-        keys, values = [], []
+        keys, values, streams = [], [], _streams(x_BLH, split)
         for i, layer in enumerate(self.language_model.model.layers):
-            past = (context.keys[i], context.values[i]) if context is not None else None
-            x_BLH, (k, v) = layer(x_BLH, split, cos, sin, mask, past)
+            reach = partial(context.reach, i) if context is not None else None
+            streams, (k, v) = layer(streams, cos, sin, mask, reach)
             keys.append(k)
             values.append(v)
-        decoder = self.language_model.model
-        return _routed(x_BLH, split, decoder.norm, decoder.norm_moe_gen), tuple(keys), tuple(values)
+        final = (getattr(self.language_model.model, f"norm{suffix}")(x) for suffix, x in streams.items())
+        return _join(final), tuple(keys), tuple(values)
 
     # ------------------------------------------------------------------------------------------- reading and writing
 
@@ -389,16 +403,31 @@ class UnifiedModel(nn.Module):
 
         Returns the longer context and the final hidden states [B, L, H] (for `logits`).
         """
+        hidden, keys, values = self._text_block(context, context.valid, ids, valid)
+        return self._extend(context, keys, values, valid, valid.sum(1)), hidden
+
+    def extend_branch(self, branch: Branch, ids: Tensor, valid: Tensor) -> Tensor:
+        """`append_text` in place: the same hidden states [B, L, H]; no gradient. Raises ValueError beyond capacity."""
+        start, end = branch.length, branch.length + ids.shape[1]
+        if end > branch.valid.shape[1]:
+            raise ValueError(f"branch: {end} tokens in a capacity of {branch.valid.shape[1]}")
+        hidden, _, _ = self._text_block(branch, branch.valid[:, :start], ids, valid)
+        branch.valid[:, start:end] = valid
+        branch.position = branch.position + valid.sum(1)
+        branch.length = end
+        return hidden
+
+    def _text_block(
+        self, context: Context | Branch, past: Tensor, ids: Tensor, valid: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         length = ids.shape[1]
         offsets = torch.arange(length, device=ids.device)
-        causal = offsets[:, None] >= offsets
-        own = causal & valid[:, None, :]
-        mask = torch.cat([context.valid[:, None, :].expand(-1, length, -1), own], dim=2)
+        own = (offsets[:, None] >= offsets) & valid[:, None, :]
         # A padded query must look at something, else its softmax is NaN: at itself.
-        mask = mask | F.pad(torch.eye(length, dtype=torch.bool, device=ids.device), (context.valid.shape[1], 0))
+        own = own | torch.eye(length, dtype=torch.bool, device=ids.device)
+        mask = torch.cat([past[:, None, :].expand(-1, length, -1), own], dim=2)
         position = context.position[:, None] + offsets
-        hidden, keys, values = self.run(self.embed_text(ids), length, position, mask[:, None], context)
-        return self._extend(context, keys, values, valid, valid.sum(1)), hidden
+        return self.run(self.embed_text(ids), length, position, mask[:, None], context)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.language_model.lm_head(hidden)

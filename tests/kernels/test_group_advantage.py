@@ -30,8 +30,8 @@ OPTIONS = [
     )
     if aggregate == "none" or baseline == "session"
 ]
-# All of them on fast backends; a spread of them (5 is coprime to the innermost cycles) in the interpreter.
-SPREAD = {"ref": OPTIONS, "cpu": OPTIONS, "triton": OPTIONS[::5]}
+# All of them on fast backends; a spread of them in the interpreter (7 is coprime to all the cycles).
+SPREAD = {"ref": OPTIONS, "cpu": OPTIONS, "triton": OPTIONS[::7]}
 
 
 def data(n=18, turns=3, rewards=2, groups=3, levels=None):

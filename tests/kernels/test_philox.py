@@ -53,8 +53,8 @@ def test_against_oracle(backend, step):
 
 def test_same_bits_on_every_backend(backend):
     seed, step = torch.tensor(SEEDS), torch.arange(len(SEEDS)) - 2
-    z = ek.philox_normal(seed, step, (5003,), backend=backend)
-    assert torch.equal(z, ek.philox_normal_ref(seed, step, 5003))
+    z = ek.philox_normal(seed, step, (2053,), backend=backend)
+    assert torch.equal(z, ek.philox_normal_ref(seed, step, 2053))
 
 
 def test_moments():
@@ -86,7 +86,8 @@ def test_sample_depends_on_its_own_seed_and_elements_only(backend, one_thread):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes_and_empty(backend, dtype):
+def test_dtypes_and_empty(backend, dtype, skip_interpreted_bf16):
+    skip_interpreted_bf16(dtype)
     seed = torch.tensor([5, 6])
     z = ek.philox_normal(seed, 1, (37,), backend=backend)
     assert torch.equal(ek.philox_normal(seed, 1, (37,), dtype=dtype, backend=backend), z.to(dtype))

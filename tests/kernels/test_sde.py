@@ -135,25 +135,26 @@ def test_inputs_and_incoming_gradients_stay_as_they_were(backend):
     assert all(torch.equal(a, b) for a, b in zip(inputs, before))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("table", [TABLE, CPS], ids=["flow-sde", "cps"])
 @pytest.mark.parametrize("store", DTYPES)
 @pytest.mark.parametrize("x_dtype, v_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
-def test_replay_is_bitwise(backend, table, store, x_dtype, v_dtype):
+def test_replay_is_bitwise(backend, table, store, x_dtype, v_dtype, shape):
     """The theorem: with the same velocity, the stored sample replays to the very bits of the rollout's log-prob."""
-    for shape in SHAPES:
-        x, v, v_ref = case(shape, x_dtype, v_dtype)
-        step = ek.sde_step(x, v, table, INDEX, SEED, store_dtype=store, backend=backend)
-        assert step.x_next.dtype == store and step.x_next.shape == x.shape
-        for reference in (None, v_ref):
-            replay = ek.sde_log_prob(x, step.x_next, v, table, INDEX, v_ref=reference, backend=backend)
-            assert torch.equal(replay.log_prob, step.log_prob)
-        noise = ek.philox_normal(SEED, INDEX, shape, backend=backend)
-        given = ek.sde_step(x, v, table, INDEX, None, noise=noise, store_dtype=store, backend=backend)
-        assert torch.equal(given.x_next, step.x_next) and torch.equal(given.log_prob, step.log_prob)
+    x, v, v_ref = case(shape, x_dtype, v_dtype)
+    step = ek.sde_step(x, v, table, INDEX, SEED, store_dtype=store, backend=backend)
+    assert step.x_next.dtype == store and step.x_next.shape == x.shape
+    for reference in (None, v_ref):
+        replay = ek.sde_log_prob(x, step.x_next, v, table, INDEX, v_ref=reference, backend=backend)
+        assert torch.equal(replay.log_prob, step.log_prob)
+    noise = ek.philox_normal(SEED, INDEX, shape, backend=backend)
+    given = ek.sde_step(x, v, table, INDEX, None, noise=noise, store_dtype=store, backend=backend)
+    assert torch.equal(given.x_next, step.x_next) and torch.equal(given.log_prob, step.log_prob)
 
 
 @pytest.mark.parametrize("store", DTYPES)
-def test_samples_have_the_same_bits_on_every_backend(backend, store):
+def test_samples_have_the_same_bits_on_every_backend(backend, store, skip_interpreted_bf16):
+    skip_interpreted_bf16(store)
     x, v, _ = case((2, 1031), torch.float32, torch.bfloat16)
     ours = ek.sde_step(x, v, TABLE, INDEX, SEED, store_dtype=store, backend=backend)
     reference = ek.sde_step_ref(x, v, TABLE, INDEX, SEED, store_dtype=store)
@@ -184,6 +185,8 @@ def everything(x, v, v_ref, table, index, seed, backend):
 
 @pytest.mark.parametrize("n", [37, 5003])
 def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thread):
+    if backend == "triton":
+        n = min(n, 1100)  # two programs a sample
     x, v, v_ref = case((n,), torch.bfloat16, torch.float32, batch=8)
     index, seed = torch.tensor([1, 5, 0, 7, 2, 2, 6, 3]), torch.arange(8) * 12345
     run = lambda rows: everything(x[rows], v[rows], v_ref[rows], TABLE, index[rows], seed[rows], backend)  # noqa: E731

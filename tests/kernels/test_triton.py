@@ -97,4 +97,6 @@ def test_compiles_to_exact_ptx(variant, capability):
     assert ".f64" not in ptx
     assert "fma.rn" not in ptx
     assert ".approx" not in ptx and "div.full" not in ptx
+    if variant in ("philox", "step-bf16", "backward"):
+        assert "cvt.rn.bf16" in ptx
     assert not re.search(r"\batom\.|\bred\.", ptx)

@@ -1,0 +1,124 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import editr2
+from editr2.cli import main, run_config
+from editr2.config import Config
+from editr2.sessions import load_sessions
+from editr2.tracking import read_metrics
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples" / "shapes"
+
+
+def configured(*arguments):
+    return run_config("editr2 train", "x", list(arguments))[0]
+
+
+def test_flags_beat_the_file_which_beats_the_preset(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("policy: {intent: true}\ntrain:\n  lr: 3e-5\n  iterations: 7\n")
+    config = configured("--preset", "flow-grpo", "--config", str(file), "--train.iterations", "9")
+    assert config.credit.preset == "flow-grpo" and config.policy.intent is True
+    assert config.train.lr == 3e-5 and config.train.iterations == 9
+    assert configured() == Config()
+
+
+def test_data_is_short_for_its_path():
+    assert configured("--data", "some/folder").data.path == "some/folder"
+    assert configured("--data=some/folder").data.path == "some/folder"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--rollout.stesp", "3"], "--rollout.stesp"),
+        (["train", "--rollout.steps", "many"], "rollout.steps"),
+        (["train", "--preset", "best"], "accepted: edit-r2, mt-editflow-grpo, flow-grpo"),
+        (["train", "--config"], "--config: needs a value"),
+        (["train", "--data", "no/such/folder"], "no/such/folder"),
+        (["train", "--policy.weights", "no/such"], "no/such"),
+        (["fly"], "accepted: train, eval"),
+        (["report", "no/such/run"], "no/such/run"),
+        (["world", "make", "--out", "x", "--split", "test"], "'train', 'heldout'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) == 1
+
+
+def test_an_unknown_key_is_named_with_file_and_line(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 1\ntrain:\n  lrr: 1\n")
+    assert main(["train", "--config", str(file)]) == 2
+    assert f"{file}:3: unknown key 'train.lrr' (did you mean 'train.lr'?)" in capsys.readouterr().err
+
+
+def test_a_broken_session_stops_before_anything_is_written(tmp_path, capsys):
+    data = tmp_path / "sessions.jsonl"
+    lines = (EXAMPLES / "sessions.jsonl").read_text().splitlines()
+    good = json.loads(lines[0])
+    good["image"] = str(EXAMPLES / good["image"])
+    data.write_text(json.dumps(good) + "\n" + lines[1][:40] + "\n")
+    assert main(["train", "--data", str(data), "--out", str(tmp_path / "run")]) == 2
+    assert f"{data}:2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_example_sessions_are_valid_and_of_both_modes():
+    sessions = load_sessions(EXAMPLES)
+    assert {s.mode for s in sessions} == {"cm", "cu"} and all(len(s.turns) == 3 for s in sessions)
+
+
+def test_world_make_writes_what_load_reads(tmp_path, capsys):
+    assert main(["world", "make", "--out", str(tmp_path / "w"), "--count", "4", "--split", "heldout"]) == 0
+    assert len(load_sessions(tmp_path / "w")) == 4
+    assert "4 sessions" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_main_job_on_real_files(tmp_path):
+    """`editr2 train --data` as the README shows it, then rollout, eval and report on what it left."""
+    run = tmp_path / "run"
+    small = ["--rollout.sessions=2", "--rollout.siblings=3", "--rollout.steps=4", "--data.limit=4", "--eval.strips=2"]
+    small = [*small, "--eval.sessions=4", f"--data={EXAMPLES}"]
+
+    def editr2_command(*arguments):
+        command = [sys.executable, "-m", "editr2.cli", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, env=os.environ)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    said = editr2_command("train", f"--out={run}", "--train.iterations=2", "--profile", *small)
+    for part in ("iter 2/2", "|ratio-1|", "rollout", "optimiser", "report:", "t3 "):
+        assert part in said, part
+    rows, dropped = read_metrics(run / "metrics.jsonl")
+    assert dropped == 0 and [r["event"] for r in rows] == ["start", "eval", "train", "train", "eval", "comparison"]
+    page = (run / "report.html").read_text()
+    assert "always use" in page and "<svg" in page and "http" not in page.split("<body")[1]
+    said = editr2_command("eval", f"--policy.weights={run / 'policy'}", *small)
+    assert "4 sessions" in said and "every turn right" in said
+    editr2_command("rollout", f"--out={tmp_path / 'edited'}", *small)
+    lines = (tmp_path / "edited" / "outputs.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and all(
+        (tmp_path / "edited" / json.loads(lines[0])["turns"][t]["image"]).exists() for t in (0, 2)
+    )
+    editr2_command("report", str(run))
+
+
+def test_the_library_loads_lazily_and_names_what_it_has():
+    assert editr2.Config is Config
+    for name in editr2.__all__:
+        assert getattr(editr2, name) is not None
+    with pytest.raises(AttributeError, match="nothing_here"):
+        _ = editr2.nothing_here
