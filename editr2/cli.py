@@ -116,11 +116,11 @@ def command_eval(arguments: Arguments) -> int:
     from editr2.data import open_sessions
     from editr2.evaluate import evaluate
     from editr2.rewards.world import WorldReward
-    from editr2.schedule import make_sampler
+    from editr2.schedule import eval_sampler
 
     policy = _policy(config)
     source = open_sessions(config, policy)
-    sampler = make_sampler(config.eval.steps or config.rollout.steps, shift=config.rollout.shift)
+    sampler = eval_sampler(config)
     accelerator = Accelerator()
     row = evaluate(policy, WorldReward(), source.heldout, sampler, config, accelerator).row(0, "eval")
     if accelerator.is_main_process:
@@ -159,11 +159,11 @@ def command_rollout(arguments: Arguments) -> int:
 
     from editr2.data import open_sessions
     from editr2.rollout import Seeds, chunks, rollout_chunk
-    from editr2.schedule import make_sampler
+    from editr2.schedule import eval_sampler
 
     policy = _policy(config)
     sessions = open_sessions(config, policy).heldout
-    sampler = make_sampler(config.eval.steps or config.rollout.steps, shift=config.rollout.shift)
+    sampler = eval_sampler(config)
     out = Path(config.out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     with (out / "outputs.jsonl").open("w") as file:

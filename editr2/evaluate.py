@@ -1,4 +1,4 @@
-"""Held-out evaluation (deterministic: ODE steps, greedy intents, fixed seeds) and the film-strips of the report."""
+"""Held-out evaluation (fixed seeds, greedy intents) and the film-strips of the report."""
 
 from __future__ import annotations
 

@@ -6,12 +6,14 @@ window and `k + steps` inside, so samples with different windows share every lau
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from editr2.config import Config, RolloutConfig
 from editr2.errors import ConfigError
 from editr2_kernels import DYNAMICS, flow_sigmas, transition_table
 
@@ -34,6 +36,28 @@ class Sampler:
 
     def to(self, device: torch.device) -> Sampler:
         return Sampler(self.steps, self.sigmas.to(device), self.table.to(device), self.window, self.last_start)
+
+
+def rollout_sampler(config: RolloutConfig) -> Sampler:
+    """The sampler of training. Raises `ConfigError` naming the field."""
+    return make_sampler(
+        config.steps,
+        shift=config.shift,
+        dynamics=config.dynamics,
+        noise_level=config.noise_level,
+        window=config.window,
+        window_range=config.window_range,
+    )
+
+
+def eval_sampler(config: Config) -> Sampler:
+    """The sampler of evaluation, as `eval.sampler` and `eval.steps` say."""
+    rollout = dataclasses.replace(config.rollout, steps=config.eval.steps or config.rollout.steps)
+    return (
+        rollout_sampler(rollout)
+        if config.eval.sampler == "rollout"
+        else make_sampler(rollout.steps, shift=rollout.shift)
+    )
 
 
 def make_sampler(

@@ -32,7 +32,7 @@ from editr2.rewards.base import Reward, check_failures
 from editr2.rewards.world import WorldReward
 from editr2.rollout import Chunk, Seeds, Walk, chunks, rollout_chunk
 from editr2.rows import Clock, comparison_line, evaluation_line, start_row, train_row
-from editr2.schedule import Sampler, make_sampler
+from editr2.schedule import Sampler, eval_sampler, rollout_sampler
 from editr2.state import State, new_state
 from editr2.tracking import MetricsLog, Progress, profile_table, read_metrics
 from editr2.yaml_config import dump_yaml
@@ -56,15 +56,8 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
         reward = WorldReward()
     source = open_sessions(config, policy)
     r = config.rollout
-    sampler = make_sampler(
-        r.steps,
-        shift=r.shift,
-        dynamics=r.dynamics,
-        noise_level=r.noise_level,
-        window=r.window,
-        window_range=r.window_range,
-    ).to(accelerator.device)
-    eval_sampler = make_sampler(config.eval.steps or r.steps, shift=r.shift).to(accelerator.device)
+    sampler = rollout_sampler(r).to(accelerator.device)
+    evaluation_sampler = eval_sampler(config).to(accelerator.device)
     if r.sessions < accelerator.num_processes:
         raise ConfigError(
             f"rollout.sessions: {r.sessions} (accepted: at least {accelerator.num_processes}, one a process)"
@@ -96,7 +89,7 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
             if done and (name == "during" or (run / "strips" / f"{name}.json").exists()):
                 return done[-1]
             with state.averaged() as averaged:
-                row = evaluate(averaged, reward, source.heldout, eval_sampler, config, accelerator).row(
+                row = evaluate(averaged, reward, source.heldout, evaluation_sampler, config, accelerator).row(
                     state.iteration, name
                 )
                 if main and name != "during":
@@ -260,6 +253,9 @@ def _step(config: Config, state: State, accelerator: Accelerator) -> float:
         flat = reduce(torch.cat([p.grad.reshape(-1) for p in parameters]), "sum")
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
+    progress = state.iteration / max(1, config.train.iterations - 1)
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.train.lr * (1 - (1 - config.train.lr_decay) * progress)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_norm)
     if not bool(torch.isfinite(norm)):
         named = {n: p.grad for n, p in state.policy.module.named_parameters() if p.grad is not None}

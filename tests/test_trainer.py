@@ -31,7 +31,7 @@ def small(tmp_path, **changes):
         "rollout": {"sessions": 2, "siblings": 4, "turns": 2, "steps": 4, "groups_per_batch": 2},
         "credit": {"preset": "flow-grpo", "weights": {"bright": 1.0}},
         "policy": {"intent_tokens": 3},
-        "train": {"iterations": 2, "lr": 1e-3},
+        "train": {"iterations": 2, "lr": 1e-3, "lr_decay": 1.0, "ema": None},
         "eval": {"sessions": 4, "strips": 2},
     }
     for key, value in changes.items():
@@ -228,6 +228,7 @@ def test_failed_scores_are_counted_and_masked_and_too_many_stop_the_run(tiny_uni
         ({"rollout": {"dynamics": "sde"}}, "dynamics"),
         ({"rollout": {"dynamics": "dance-sde", "window_range": 1.0}}, "window_range"),
         ({"train": {"lr": 0.0}}, r"train\.lr"),
+        ({"eval": {"sampler": "euler"}}, r"eval\.sampler"),
         ({"credit": {"preset": "x"}}, r"credit\.preset"),
         ({"credit": {"weights": {"IF": 1.0}}}, r"credit\.weights"),
     ],
