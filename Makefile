@@ -25,7 +25,7 @@ install:  ## make .venv and install everything into it; does nothing when up to 
 	@# A .venv that does not run (an interrupted or a moved one) is as good as none.
 	@$(BIN)/python -c 'from importlib.util import find_spec as f; assert f("pip") and f("torch") and f("editr2_kernels")' \
 		>/dev/null 2>&1 || rm -f $(STAMP)
-	@$(MAKE) --no-print-directory $(STAMP)
+	@$(MAKE) -s $(STAMP)  # -s: no word when there is nothing to do
 
 $(STAMP): $(INPUTS)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/preflight.sh

@@ -111,6 +111,7 @@ def command_train(arguments: Arguments) -> int:
 def command_eval(arguments: Arguments) -> int:
     """score a policy on held-out sessions"""
     config, _ = run_config("editr2 eval", "Score a policy on held-out sessions (see --eval.*, --data.*).", arguments)
+    import torch
     from accelerate import Accelerator
 
     from editr2.data import open_sessions
@@ -121,7 +122,7 @@ def command_eval(arguments: Arguments) -> int:
     policy = _policy(config)
     source = open_sessions(config, policy)
     sampler = eval_sampler(config)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     row = evaluate(policy, WorldReward(), source.heldout, sampler, config, accelerator).row(0, "eval")
     if accelerator.is_main_process:
         print(evaluation_table(row))

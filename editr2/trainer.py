@@ -1,9 +1,9 @@
 """The training loop: sessions -> rollout -> rewards -> credit -> clipped policy loss -> AdamW.
 
-One process or many (`accelerate launch`), the same numbers: sessions, groups and noise follow from the run's seed and a
-session's place in the stream; every process rolls out its part of the groups, scores are gathered so that credit sees
-all of them, and gradients are summed once per optimiser step. The policy is not wrapped: groups need not divide evenly
-and a session's context is built outside of autograd, so one explicit reduction is simpler than a wrapper's hooks.
+One process or many (torchrun), the same numbers: sessions, groups and noise follow from the run's seed and a session's
+place in the stream; every process rolls out its part of the groups, scores are gathered so that
+credit sees all of them, and gradients are summed once per optimiser step. The policy is not wrapped: groups need not
+divide evenly and a session's context is built outside of autograd, so one explicit reduction is simpler than hooks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from editr2.policies.base import Policy, with_module
 from editr2.policies.unified import EMBEDDED, UnifiedPolicy
 from editr2.ratio import RatioError, explain_difference, ratio_deviation
 from editr2.report import build_report
-from editr2.rewards.base import Reward, check_failures
+from editr2.rewards.base import Reward, check_failures, weight_vector
 from editr2.rewards.world import WorldReward
 from editr2.rollout import Chunk, Seeds, Walk, chunks, rollout_chunk
 from editr2.rows import Clock, comparison_line, evaluation_line, start_row, train_row
@@ -47,13 +47,14 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
     """
     check_config(config)
     credit_options(config.credit)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     torch.manual_seed(config.seed)
     if policy is None:
         policy = UnifiedPolicy.load(Path(config.policy.weights) if config.policy.weights else EMBEDDED)
     policy.module.to(accelerator.device)
     if reward is None:
         reward = WorldReward()
+    weight_vector(reward.names, config.credit.weights)
     source = open_sessions(config, policy)
     r = config.rollout
     sampler = rollout_sampler(r).to(accelerator.device)

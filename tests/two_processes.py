@@ -1,4 +1,4 @@
-"""Run under `accelerate launch`: one iteration's rollout and gradient, gathered and written by the main process.
+"""Run under torchrun: one iteration's rollout and gradient, gathered and written by the main process.
 
 accelerate launch --cpu --num_processes N tests/two_processes.py OUT.pt
 """

@@ -213,6 +213,9 @@ def test_non_contiguous_inputs(backend):
     for inputs in (strided, wide):
         for a, b in zip(plain, everything(*inputs, table, index, seed, backend)):
             assert torch.equal(a, b)
+    transposed = [t.flatten(1).t().contiguous().t() for t in base]  # [B, N] whose elements are B apart
+    for a, b in zip(plain, everything(*transposed, table, index, seed, backend)):
+        assert torch.equal(a.flatten(1) if a.dim() > 1 else a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
