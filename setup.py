@@ -74,6 +74,9 @@ def find_compiler() -> Compiler | str:
     """The C++ compiler, or the reason why there is none."""
     if os.name != "posix":
         return f"the native kernels need a GCC-compatible compiler on a POSIX system, not {sys.platform}"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if not headers.exists():
+        return f"no Python headers ({headers.name}): install python3-dev"
     asked = os.environ.get("CXX")
     for candidate in [asked] if asked else ["g++", "c++", "clang++"]:
         command = shlex.split(candidate)
