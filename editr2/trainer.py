@@ -107,6 +107,8 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
             if state.iteration:
                 raise CheckpointError(f"{run / 'metrics.jsonl'}: lacks the evaluation before training; was it removed?")
             log.append(start_row(config, source, accelerator, policy))
+            if source.heldout_is_training:
+                progress.note("no --data.heldout given: evaluating on the training sessions")
             look("before")
         rows = []
         while state.iteration < config.train.iterations:

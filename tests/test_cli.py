@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import errno
 import json
 import os
 import subprocess
@@ -86,6 +87,23 @@ def test_world_make_writes_what_load_reads(tmp_path, capsys):
     assert "4 sessions" in capsys.readouterr().out
 
 
+def test_a_full_disk_is_one_line_and_other_failures_keep_their_traceback(monkeypatch, capsys):
+    from editr2 import cli
+
+    def fail(number):
+        def command(arguments):
+            raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
+
+        return command
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail(errno.ENOSPC))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == ("error: runs/x/metrics.jsonl: the disk is full; what was saved before stands\n")
+    monkeypatch.setitem(cli.COMMANDS, "train", fail(errno.EACCES))
+    with pytest.raises(PermissionError):
+        main(["train"])
+
+
 @pytest.mark.slow
 def test_the_main_job_on_real_files(tmp_path):
     """`editr2 train --data` as the README shows it, then rollout, eval and report on what it left."""
@@ -104,7 +122,9 @@ def test_the_main_job_on_real_files(tmp_path):
         assert part in said, part
     rows, dropped = read_metrics(run / "metrics.jsonl")
     assert dropped == 0 and [r["event"] for r in rows] == ["start", "eval", "train", "train", "eval", "comparison"]
+    assert "no --data.heldout given" in said
     page = (run / "report.html").read_text()
+    assert "the evaluations are on the training sessions" in page
     assert "always use" in page and "<svg" in page and "http" not in page.split("<body")[1]
     said = editr2_command("eval", f"--policy.weights={run / 'policy'}", *small)
     assert "4 sessions" in said and "every turn right" in said

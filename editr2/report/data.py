@@ -333,6 +333,8 @@ def _note_absences(run: Run) -> None:
     planned = _int(run.setting("iterations", "max_iterations", "num_iterations"))
     if run.train and planned and run.train[-1].iteration + 1 < planned:
         run.missing.append(f"The run is at iteration {run.train[-1].iteration + 1} of {planned}.")
+    if run.start.get("heldout_is_training"):
+        run.missing.append("No held-out sessions were given: the evaluations are on the training sessions.")
     if run.train or run.evaluations:
         for name in PASS_NAMES:
             if run.evaluation(name) is None:
