@@ -38,7 +38,7 @@ $(STAMP): $(INPUTS)
 	@touch $@
 
 demo: install  ## train the small model that ships with the package; writes a report
-	@$(BIN)/editr2 train --out $(DEMO) $(ARGS)
+	@$(BIN)/editr2 train --out $(DEMO) --profile $(ARGS)
 	@echo "report: $(CURDIR)/$(DEMO)/report.html"
 
 test: install  ## the tests

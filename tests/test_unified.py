@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from editr2.errors import CheckpointError, DataError
+from editr2.policies.packed import Segment, pack, run_packed
 from editr2.policies.unified import UnifiedPolicy, patchify, question, read_intent, unpatchify
-from editr2.policies.unified_model import Branch, Context, Segment, UnifiedConfig, UnifiedModel, pack, run_packed
+from editr2.policies.unified_model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.worlds.shapes import make_session
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 matrix products batched differently, two layers deep

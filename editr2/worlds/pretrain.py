@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from editr2.policies.packed import Segment, pack, run_packed
 from editr2.policies.tokens import THINK_END
 from editr2.policies.unified import UnifiedPolicy, new_embedded_policy, patchify
-from editr2.policies.unified_model import Segment, UnifiedConfig, pack, run_packed
+from editr2.policies.unified_model import UnifiedConfig
 from editr2.sessions import Session
 from editr2.worlds import shapes
 
