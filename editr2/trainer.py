@@ -1,9 +1,9 @@
 """The training loop: sessions -> rollout -> rewards -> credit -> clipped policy loss -> AdamW.
 
 One process or many (torchrun), the same numbers: sessions, groups and noise follow from the run's seed and a session's
-place in the stream; every process rolls out its part of the groups, scores are gathered so that
-credit sees all of them, and gradients are summed once per optimiser step. The policy is not wrapped: groups need not
-divide evenly and a session's context is built outside of autograd, so one explicit reduction is simpler than hooks.
+place in the stream; every process rolls out its part of the groups, scores are gathered so that credit sees all of
+them, and gradients are summed once per optimiser step. The policy is not wrapped: groups need not divide evenly and a
+session's context is built outside of autograd, so one explicit reduction is simpler than a wrapper's hooks.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
                 look("during")
         after = look("after")
         comparison = comparison_row(next(row for row in kept if row["name"] == "before"), after)
-        log.append(comparison)
+        if not any(row.get("event") == "comparison" and row["iteration"] == state.iteration for row in earlier):
+            log.append(comparison)
         progress.note(comparison_line(comparison))
         if profile and rows:
             progress.note(profile_table(rows))
@@ -197,7 +198,8 @@ def accumulate_gradient(
     offset = 0
     for chunk in done:
         policies = [state.policy] + ([with_module(state.policy, state.reference)] if state.reference else [])
-        walks = [Walk(p, chunk) for p in policies]
+        with torch.no_grad():
+            walks = [Walk(p, chunk) for p in policies]
         for turn, record in enumerate(chunk.turns):
             with torch.no_grad():
                 for walk in walks:

@@ -16,10 +16,9 @@ from editr2.policies.unified_model import UnifiedModel
 class Segment:
     """A stretch of a packed sequence, in logical order.
 
-     ids: understanding tokens int64 [B, U] with `valid` bool [B, U]; latents: generation tokens [B, N, D] at time `t`
-     ([B], or None for clean). A `private` segment (noisy image, question and answer) sees all public segments before it
-    ; nobody else sees it
-     and it does not advance the position.
+    ids: understanding tokens int64 [B, U] with `valid` bool [B, U]; latents: generation tokens [B, N, D] at time `t`
+    ([B], or None for clean). A `private` segment (noisy image, question and answer) sees all public segments before it;
+    nobody else sees it and it does not advance the position.
     """
 
     ids: Tensor
