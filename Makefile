@@ -59,5 +59,5 @@ bench-gpu: install  ## the benchmarks that need a CUDA device
 
 clean:  ## remove what was built, .venv included; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	@rm -f kernels/editr2_kernels/_native.* kernels/editr2_kernels/_build_info.json
+	@rm -f kernels/editr2_kernels/_native.* kernels/editr2_kernels/_cuda.* kernels/editr2_kernels/_build_info.json
 	@find editr2 kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,7 +36,8 @@ class Row:
     p50_ms: float
     p80_ms: float
     speedup_vs_eager: float
-    speedup_vs_compile: float
+    speedup_vs_compile: float | None  # where there is no compiled baseline
+    peak_mib: float  # the most torch had allocated at one time beyond what was there before the call
     max_error: float | None
     threads: int
     device: str
@@ -81,6 +82,18 @@ def _interleave(providers: dict[str, Callable[[], Any]], seconds: float) -> dict
     return times
 
 
+def _peak_mib(run: Callable[[], Any]) -> float:
+    """From the profiler's record of every allocation; memory that C++ code takes for itself is not in it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, Row]]:
     """compare(op, mode, shape, dtype, providers, max_error) -> rows by provider.
@@ -101,7 +114,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
         times = _interleave(providers, seconds)
         median = {name: statistics.median(values) for name, values in times.items()}
         eager = min(ms for name, ms in median.items() if name.startswith("eager"))
-        compiled = min(ms for name, ms in median.items() if name.startswith("compile"))
+        compiled = min((ms for name, ms in median.items() if name.startswith("compile")), default=None)
         commit, date = _commit(), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         rows = {}
         for name, values in times.items():
@@ -116,7 +129,8 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
                 p50,
                 p80,
                 round(eager / median[name], 2),
-                round(compiled / median[name], 2),
+                None if compiled is None else round(compiled / median[name], 2),
+                round(_peak_mib(providers[name]), 2),
                 max_error.get(name),
                 torch.get_num_threads(),
                 _cpu_model(),
@@ -144,7 +158,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     first = rows[0]
     terminalreporter.line(f"{first.device}, {first.threads} threads, torch {first.torch}, commit {first.commit}")
     terminalreporter.line("providers in turns; speed-ups against the best eager and the best compiled provider\n")
-    head = ("p20 ms", "p50 ms", "p80 ms", "x eager", "x compile", "max error")
+    head = ("p20 ms", "p50 ms", "p80 ms", "x eager", "x compile", "peak MiB", "max error")
     case = None
     for row in rows:
         if case != (row.op, row.mode, row.shape):
@@ -152,5 +166,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             title = f"{row.op} {row.mode} {row.shape} {row.dtype}"
             terminalreporter.line(f"{title:66}" + "".join(f"{name:>10}" for name in head))
         error = "" if row.max_error is None else f"{row.max_error:.1e}"
-        numbers = (row.p20_ms, row.p50_ms, row.p80_ms, row.speedup_vs_eager, row.speedup_vs_compile)
-        terminalreporter.line(f"  {row.provider:64}" + "".join(f"{n:10.2f}" for n in numbers) + f"{error:>10}")
+        numbers = (row.p20_ms, row.p50_ms, row.p80_ms, row.speedup_vs_eager, row.speedup_vs_compile, row.peak_mib)
+        columns = (" " * 10 if n is None else f"{n:10.3f}" if n < 0.1 else f"{n:10.2f}" for n in numbers)
+        terminalreporter.line(f"  {row.provider:64}" + "".join(columns) + f"{error:>10}")

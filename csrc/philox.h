@@ -52,7 +52,11 @@ struct ScalarLanes {
 
 template <class L>
 EDITR2_HD void philox4x32_10(typename L::U c[4], uint32_t k0, uint32_t k1) {
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     typename L::U hi0, lo0, hi1, lo1;
     L::multiply(c[0], 0xD2511F53u, hi0, lo0);
@@ -74,7 +78,7 @@ EDITR2_HD typename L::F log_unit(typename L::F u) {
   using I = typename L::I;
   const I bits = L::float_bits(u);
   const I e = (bits - 0x3F3504F3) >> 23;
-  const F f = L::bits_float(bits - (e << 23)) - 1.0f;
+  const F f = L::bits_float(bits - (I)((typename L::U)e << 23)) - 1.0f;  // unsigned: shifts that may overflow
   const F exponent = L::from_int(e);
   const F f2 = f * f;
   F p = f * 7.0376836292e-2f - 1.1514610310e-1f;
@@ -109,8 +113,8 @@ EDITR2_HD void sincos_k(typename L::I k, typename L::F& sine, typename L::F& cos
   c = c * r2 + 4.166664568298827e-2f;
   c = (1.0f - 0.5f * r2) + (r2 * r2) * c;
   const auto odd = (q & 1) != 0;
-  const I flip_sine = (q & 2) << 30;
-  const I flip_cosine = ((q + 1) & 2) << 30;
+  const I flip_sine = (I)((typename L::U)(q & 2) << 30);
+  const I flip_cosine = (I)((typename L::U)((q + 1) & 2) << 30);
   sine = L::bits_float(L::float_bits(L::select(odd, c, s)) ^ flip_sine);
   cosine = L::bits_float(L::float_bits(L::select(odd, s, c)) ^ flip_cosine);
 }

@@ -1,6 +1,9 @@
 // The affine Gaussian transition that every sampler step is, for host and device:
 //
-//     mu = A x + B v        x' = mu + S eps        log p = w mean((x' - mu)^2) + c
+//     mu = A x + B u (+ C m_prev)        x' = mu + S eps        log p = w mean((x' - mu)^2) + c
+//
+// u is the velocity, guided where there is guidance (guidance.h); m_prev the previous step's x0, for
+// second-order solvers.
 //
 // Products and sums round separately (no fused multiply-add): the step, its replay and its gradient
 // then see the same bits of mu on every instruction set, and so does the eager reference.
@@ -10,7 +13,7 @@
 
 namespace EDITR2_NS {
 
-struct Row {  // one fp32 table row; C, sigma and sigma_next are not read by these kernels
+struct Row {  // one fp32 table row
   float A, B, C, S, w, c, sigma, sigma_next;
 };
 static_assert(sizeof(Row) == 8 * sizeof(float), "a table row is eight floats");
@@ -20,6 +23,20 @@ EDITR2_HD F transition_mean(const Row& row, F x, F v) {
   const F ax = x * row.A;
   const F bv = v * row.B;
   return ax + bv;
+}
+
+template <class F>
+EDITR2_HD F transition_mean(const Row& row, F x, F v, F previous) {
+  const F first_order = transition_mean(row, x, v);
+  const F cm = previous * row.C;
+  return first_order + cm;
+}
+
+// The clean image this velocity points to: what the next step calls m_prev.
+template <class F>
+EDITR2_HD F clean_prediction(const Row& row, F x, F v) {
+  const F noise = v * row.sigma;
+  return x - noise;
 }
 
 template <class F>

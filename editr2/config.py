@@ -55,7 +55,7 @@ class RolloutConfig:
         turns: turns of sessions drawn from the world (sessions from files have their own).
         steps: denoising steps.
         shift: timestep shift of the sigma schedule.
-        dynamics: flow-sde, dance-sde or cps.
+        dynamics: flow-sde, dance-sde, wan-sde, cps or ddim-sde.
         noise_level: of the dynamics.
         window: consecutive SDE steps a turn that are trained; all others are ODE steps and store nothing.
         window_range: the window starts within this first fraction of the steps.
@@ -79,7 +79,8 @@ class CreditConfig:
     """Scores to advantages.
 
     Args:
-        preset: edit-r2, edit-r2-released, mt-editflow or flow-grpo.
+        preset: edit-r2, edit-r2-released, mt-editflow, flow-grpo, dance-grpo, mixgrpo, flow-factory, gdpo, verl-omni,
+            dr-grpo or pku.
         weights: weight of every reward.
         baseline: session (all turns of a group share one mean, as released) or session_turn (each turn its own, because
             later turns score lower); none is the preset's own. Credit that aggregates over turns has no use for it.

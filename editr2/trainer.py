@@ -8,6 +8,7 @@ session's context is built outside of autograd, so one explicit reduction is sim
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from editr2.credit import assign_credit, credit_options
 from editr2.data import SessionSource, open_sessions
 from editr2.errors import CheckpointError, ConfigError, NonFiniteError
 from editr2.evaluate import comparison_row, evaluate, judge, merge_scores, share, write_strips
-from editr2.objective import clipped_policy_loss, gaussian_kl, importance_ratio
 from editr2.policies.base import Policy, with_module
 from editr2.policies.unified import EMBEDDED, UnifiedPolicy
 from editr2.ratio import RatioError, explain_difference, ratio_deviation
@@ -36,7 +36,7 @@ from editr2.schedule import Sampler, eval_sampler, rollout_sampler
 from editr2.state import State, new_state
 from editr2.tracking import MetricsLog, Progress, profile_table, read_metrics
 from editr2.yaml_config import dump_yaml
-from editr2_kernels import GroupAdvantage, sde_log_prob
+from editr2_kernels import GroupAdvantage, grpo_loss
 
 
 def train(config: Config, *, policy: Policy | None = None, reward: Reward | None = None, profile: bool = False) -> Path:
@@ -192,7 +192,7 @@ def accumulate_gradient(
     The loss is the mean over all turns that train, of all processes, and their window steps.
     """
     t, device = config.train, accelerator.device
-    advantage, mask = credit.advantage[local].to(device), credit.mask[local].to(device)
+    advantage, mask = credit.advantage[local], credit.mask[local]
     count = max(1, int(credit.mask.sum())) * sampler.window
     sums = dict.fromkeys(("loss", "kl", "clipped", "ratio_error"), 0.0)
     offset = 0
@@ -206,8 +206,9 @@ def accumulate_gradient(
                     if turn:
                         walk.advance(turn, chunk.turns[turn - 1].images)
                 contexts = [walk.instruct(record.text) for walk in walks]
-            rows = (record.rollout + offset).to(device)
-            a, m = advantage[rows, turn], mask[rows, turn].float()
+            rows = record.rollout + offset
+            a, m = advantage[rows, turn].to(device), mask[rows, turn].to(device)
+            share_of_loss = int(mask[rows, turn].sum()) / count  # on the host: credit is
             for k in range(sampler.window):
                 x, sigma, index = record.x[:, k], record.sigma[:, k], record.step_index[:, k]
                 v = state.policy.velocity(x, sigma, contexts[0])
@@ -215,10 +216,23 @@ def accumulate_gradient(
                 if len(policies) > 1:
                     with torch.no_grad():
                         v_ref = policies[1].velocity(x, sigma, contexts[1])
-                replay = sde_log_prob(x, record.x_next[:, k], v, sampler.table, index, v_ref=v_ref)
-                ratio = importance_ratio(replay.log_prob, record.log_prob[:, k])
+                out = grpo_loss(
+                    x,
+                    record.x_next[:, k],
+                    v,
+                    sampler.table,
+                    index,
+                    record.log_prob[:, k],
+                    a,
+                    clip=(t.clip_low, t.clip_high),
+                    advantage_clip=None,
+                    v_ref=v_ref,
+                    kl_weight=t.kl_weight if v_ref is not None else 0.0,
+                    mask=m,
+                    normalizer=count,
+                )
                 if update == 0:
-                    error = ratio_deviation(replay.log_prob.detach(), record.log_prob[:, k])
+                    error = ratio_deviation(out.log_prob, record.log_prob[:, k])
                     if state.iteration == 0 and error > t.ratio_tolerance:
                         cause = explain_difference(state.policy, chunk, sampler, seeds, config.policy)
                         raise RatioError(
@@ -226,22 +240,19 @@ def accumulate_gradient(
                             f"(accepted: {t.ratio_tolerance:g}); first difference: {cause}"
                         )
                     sums["ratio_error"] = max(sums["ratio_error"], error)
-                loss = (m * clipped_policy_loss(ratio, a, t.clip_low, t.clip_high)).sum() / count
-                if replay.mean_diff is not None:
-                    kl = (m * gaussian_kl(replay.mean_diff, sampler.table[index, 3])).sum() / count
-                    loss = loss + t.kl_weight * kl
-                    sums["kl"] += float(kl.detach())
-                if not bool(torch.isfinite(loss.detach())):
-                    seen = {"x": x, "velocity": v, "log_prob": replay.log_prob, "advantage": a}
-                    bad = _first_non_finite(seen)
+                seen = out.metrics
+                values = (out.loss.detach(), seen.kl, seen.clip_fraction_low, seen.clip_fraction_high)
+                loss, kl, below, above = torch.stack(values).tolist()  # the one wait for the device of this step
+                if not math.isfinite(loss):
+                    tensors = {"x": x, "velocity": v, "log_prob": out.log_prob, "advantage": a}
                     raise NonFiniteError(
-                        f"loss: {float(loss.detach())} at iteration {state.iteration}, turn {turn + 1}, "
-                        f"window step {k + 1}; {bad}"
+                        f"loss: {loss} at iteration {state.iteration}, turn {turn + 1}, "
+                        f"window step {k + 1}; {_first_non_finite(tensors)}"
                     )
-                loss.backward()
-                sums["loss"] += float(loss.detach())
-                outside = (ratio < 1 - t.clip_low) | (ratio > 1 + t.clip_high)
-                sums["clipped"] += float((outside * m).sum()) / count
+                out.loss.backward()
+                sums["loss"] += loss
+                sums["kl"] += kl * share_of_loss
+                sums["clipped"] += (below + above) * share_of_loss
         offset += chunk.rollouts
     return sums
 

@@ -20,7 +20,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"editr2": ROOT / "editr2", "editr2_kernels": ROOT / "kernels" / "editr2_kernels"}
-BUILT = ("_native.*", "_build_info.json", "__pycache__", "*.egg-info")
+BUILT = ("_native.*", "_cuda.*", "_build_info.json", "__pycache__", "*.egg-info")
 posix = pytest.mark.skipif(os.name != "posix", reason="the preflight is a POSIX shell script")
 
 
@@ -59,7 +59,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
         if path.is_file() and not any(path.match(pattern) or path.parent.match(pattern) for pattern in BUILT)
     }
     packaged = {name for name in names if ".dist-info/" not in name}
-    built = {name for name in packaged if re.fullmatch(r"editr2_kernels/_native\..*|.*/_build_info\.json", name)}
+    built = {name for name in packaged if re.fullmatch(r"editr2_kernels/_(native|cuda)\..*|.*/_build_info\.json", name)}
     assert packaged - built == expected
     assert "editr2_kernels/_build_info.json" in built
 

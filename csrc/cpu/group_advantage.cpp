@@ -1,224 +1,203 @@
-// The numbered steps are those of editr2_kernels/group_advantage.py, which defines every rounding.
-// Sums are taken in int64 fixed point, so the result is the same bits for any order of the samples.
+// Counted units are packed set by set, so that every statistic runs over one dense range; the arithmetic, and the
+// steps it is numbered by, are in credit.h.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "ops.h"
+#include "pool.h"
 
 namespace editr2 {
 namespace {
 
-constexpr int64_t kMaxUnits = int64_t{1} << 20;
+constexpr int64_t kParallelUnits = 16384;  // about half a millisecond of work; waking a thread costs some 10 us
 
-// Running extremes, then the fixed-point sum, of one set. Values that overflowed fp32 make it NaN.
-struct Moment {
-  int64_t count = 0;
-  bool finite = true;
-  float low = 0, high = 0, magnitude = 0;
-  int exponent = 0;
+int64_t sum_of(const float* x, int64_t n, int32_t size) {
+  if (!credit_finite(size)) return 0;
+  const float scale = credit_scale(size);
   int64_t sum = 0;
-
-  void observe(float x) {
-    low = count == 0 ? x : std::min(low, x);
-    high = count == 0 ? x : std::max(high, x);
-    magnitude = std::max(magnitude, std::fabs(x));
-    finite = finite && std::isfinite(x);
-    ++count;
-  }
-  void fix_exponent() {
-    std::frexp(magnitude, &exponent);
-    exponent = std::max(exponent, -80);
-  }
-  void add(float x) {
-    if (finite) sum += static_cast<int64_t>(std::rint(x * std::ldexp(1.0f, 40 - exponent)));
-  }
-
-  float value(int64_t divisor) const {
-    if (!finite) return std::numeric_limits<float>::quiet_NaN();
-    if (divisor <= 0) return 0.0f;
-    const int64_t rounded = (2 * std::abs(sum) + divisor) / (2 * divisor);
-    return static_cast<float>(sum < 0 ? -rounded : rounded) * std::ldexp(1.0f, exponent - 40);
-  }
-  float mean() const { return finite && low == high ? high : value(count); }
-};
-
-struct Unit {
-  int64_t set;
-  float value;
-  float advantage;
-  bool counted;
-};
-
-// Moments of f(unit) over the counted units of each set (all in one when `together`).
-template <class Function>
-std::vector<Moment> moments(const std::vector<Unit>& units, int64_t sets, bool together,
-                            const Function& f) {
-  std::vector<Moment> result(static_cast<size_t>(together ? 1 : sets));
-  const auto of = [&](const Unit& u) -> Moment& {
-    return result[static_cast<size_t>(together ? 0 : u.set)];
-  };
-  for (const Unit& u : units)
-    if (u.counted) of(u).observe(f(u));
-  for (Moment& m : result) m.fix_exponent();
-  for (const Unit& u : units)
-    if (u.counted) of(u).add(f(u));
-  return result;
+  for (int64_t j = 0; j < n; ++j) sum += credit_fixed(x[j], scale);
+  return sum;
 }
 
-float square(float x) { return x * x; }
+float mean_of(const float* x, int64_t n) {
+  int32_t size = 0, differ = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    size = std::max(size, credit_size(x[j]));
+    differ |= x[j] != x[0];
+  }
+  if (n == 0) return 0.0f;
+  return credit_mean(x[0], !differ, differ ? sum_of(x, n, size) : 0, n, size);
+}
 
-void normalise(std::vector<Unit>& units, int64_t sets, const AdvantageArgs& a) {  // step 7
-  const auto value = [](const Unit& u) { return u.value; };
-  const std::vector<Moment> means = moments(units, sets, false, value);
-  std::vector<float> centre(means.size());
-  for (size_t s = 0; s < means.size(); ++s) centre[s] = means[s].mean();
-  const auto divisor = [&](int64_t count) { return a.unbiased ? count - 1 : count; };
+float std_of(const AdvantageArgs& a, const float* x, float mean, int64_t n, float* square) {
+  int32_t size = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const float d = x[j] - mean;
+    square[j] = d * d;
+    size = std::max(size, credit_size(square[j]));
+  }
+  return ScalarLanes::sqrt(credit_moment(sum_of(square, n, size), a.divisor(n), size));
+}
 
-  const bool global = a.std == 1;
-  std::vector<float> denominator(global ? 1 : means.size(), 1.0f);
-  if (a.std != 2) {
-    std::vector<Moment> squares;
-    if (global) {
-      const float g = moments(units, sets, true, value)[0].mean();
-      squares = moments(units, sets, true, [&](const Unit& u) { return square(u.value - g); });
-    } else {
-      squares = moments(units, sets, false, [&](const Unit& u) {
-        return square(u.value - centre[static_cast<size_t>(u.set)]);
-      });
+// Samples by group, groups in order of first appearance: members[start[g]] .. members[start[g + 1] - 1].
+struct Groups {
+  std::vector<int32_t> members, start;
+
+  explicit Groups(const AdvantageArgs& a) : members(static_cast<size_t>(a.n)) {
+    int bits = 1;
+    while ((int64_t{1} << bits) < 2 * a.n) ++bits;
+    std::vector<int32_t> table(size_t{1} << bits, -1), of(members.size());
+    std::vector<int64_t> ids;
+    for (int64_t i = 0; i < a.n; ++i) {
+      const int64_t id = a.group[i];
+      size_t at = static_cast<size_t>((static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u) >> (64 - bits));
+      while (table[at] >= 0 && ids[static_cast<size_t>(table[at])] != id) at = (at + 1) & (table.size() - 1);
+      if (table[at] < 0) {
+        table[at] = static_cast<int32_t>(ids.size());
+        ids.push_back(id);
+      }
+      of[static_cast<size_t>(i)] = table[at];
     }
-    for (size_t s = 0; s < squares.size(); ++s)
-      denominator[s] = std::sqrt(squares[s].value(divisor(squares[s].count))) + a.eps;
+    start.assign(ids.size() + 2, 0);
+    for (const int32_t g : of) ++start[static_cast<size_t>(g) + 2];
+    for (size_t g = 2; g < start.size(); ++g) start[g] += start[g - 1];
+    for (size_t i = 0; i < of.size(); ++i)
+      members[static_cast<size_t>(start[static_cast<size_t>(of[i]) + 1]++)] = static_cast<int32_t>(i);
+    start.pop_back();
   }
+};
 
-  for (Unit& u : units) {
-    const size_t s = static_cast<size_t>(u.set);
-    u.advantage = 0.0f;
-    if (!u.counted) continue;
-    const float d = u.value - centre[s];
-    const float scale = denominator[global ? 0 : s];
-    if (a.std == 2)
-      u.advantage = d;
-    else if (!(scale <= 0.0f))
-      u.advantage = d / scale;
+struct Sets {
+  std::vector<int32_t> unit;   // counted units, set after set
+  std::vector<int64_t> begin;  // set s is unit[begin[s]] .. unit[begin[s + 1] - 1]
+
+  int64_t count() const { return static_cast<int64_t>(begin.size()) - 1; }
+  int64_t size(int64_t s) const { return begin[static_cast<size_t>(s) + 1] - begin[static_cast<size_t>(s)]; }
+};
+
+// Steps 1, 2 and 5. Leaves in mask_out: 1 "trains" + 2 "its unit counts". The arguments come by value, so that no byte
+// stored there can be one of them.
+Sets counted_sets(const AdvantageArgs a) {
+  const Groups groups(a);
+  const bool by_turn = a.baseline == Baseline::kSessionTurn;
+  const int64_t per_sample = a.per_turn() ? a.turns : 1;
+  const int64_t ranges = by_turn ? per_sample : 1;
+  const int64_t length = by_turn ? 1 : per_sample;
+  for (int64_t i = 0; i < a.n; ++i) {
+    const int64_t last_live = credit_last_live(a, i);
+    for (int64_t t = 0; t < a.turns; ++t)
+      a.mask_out[i * a.turns + t] = static_cast<uint8_t>(credit_trained(a, i, t, last_live) |
+                                                         credit_counted(a, i, t, last_live) << 1);
   }
+  Sets sets;
+  sets.unit.resize(static_cast<size_t>(a.units()) + 1);  // one to spare: an entry is written, then kept or not
+  sets.begin.push_back(0);
+  int32_t* next = sets.unit.data();
+  for (size_t g = 0; g + 1 < groups.start.size(); ++g)
+    for (int64_t first = 0; first < ranges; ++first) {
+      for (int32_t m = groups.start[g]; m < groups.start[g + 1]; ++m) {
+        const int64_t i = groups.members[static_cast<size_t>(m)];
+        for (int64_t t = first; t < first + length; ++t) {
+          *next = static_cast<int32_t>(i * per_sample + t);
+          next += a.mask_out[i * a.turns + t] >> 1;
+        }
+      }
+      sets.begin.push_back(next - sets.unit.data());
+    }
+  sets.unit.resize(static_cast<size_t>(next - sets.unit.data()));
+  return sets;
 }
 
-float aggregate(const float* score, int64_t turns, int64_t stride, int how) {  // step 3
-  if (how == 2) return score[(turns - 1) * stride];
-  float product = score[0], sum = score[0];
-  for (int64_t t = 1; t < turns; ++t) {
-    const float s = score[t * stride];
-    product = product * s;
-    sum = sum + (how == 1 ? s : product);
+// The end of step 5: takes dropped sets out of `sets` and mask_out. value and square: scratch for all units.
+void drop_sets(const AdvantageArgs& a, Sets& sets, float* value, float* square) {
+  const int64_t cells = a.per_turn() ? 1 : a.turns;
+  auto kept = sets.unit.begin();
+  for (int64_t s = 0; s < sets.count(); ++s) {
+    const auto first = sets.unit.begin() + sets.begin[static_cast<size_t>(s)];
+    const auto last = sets.unit.begin() + sets.begin[static_cast<size_t>(s) + 1];
+    const int64_t n = last - first;
+    for (int64_t j = 0; j < n; ++j) value[j] = credit_fused(a, first[j]);
+    const float mean = mean_of(value, n);
+    const bool drop = credit_drops(a, mean, std_of(a, value, mean, n, square));
+    sets.begin[static_cast<size_t>(s)] = kept - sets.unit.begin();
+    if (!drop)
+      kept = std::copy(first, last, kept);
+    else
+      for (auto unit = first; unit != last; ++unit) std::fill_n(a.mask_out + *unit * cells, cells, uint8_t{0});
   }
-  return how == 3 ? product : sum / static_cast<float>(turns);
+  sets.begin.back() = kept - sets.unit.begin();
+  sets.unit.erase(kept, sets.unit.end());
+}
+
+// Writes the fused advantage of every packed unit. value and square: scratch as long.
+void normalise(const AdvantageArgs& a, const Sets& sets, int threads, float* value, float* square, float* fused) {
+  const int64_t total = static_cast<int64_t>(sets.unit.size());
+  for (int64_t k = 0; k < a.columns(); ++k) {
+    const int32_t* unit = sets.unit.data();
+    if (a.per_turn() && a.fusion != Fusion::kReward)
+      for (int64_t j = 0; j < total; ++j) value[j] = a.scores[unit[j] * a.rewards + k];
+    else
+      for (int64_t j = 0; j < total; ++j) value[j] = credit_column(a, unit[j], k);
+    float global = 0.0f;
+    if (a.std == StdOver::kGlobal)
+      global = credit_denominator(a, std_of(a, value, mean_of(value, total), total, square));
+    const auto one_set = [&](int64_t s) {
+      const int64_t begin = sets.begin[static_cast<size_t>(s)], n = sets.size(s);
+      float* x = value + begin;
+      const float mean = mean_of(x, n);
+      float denominator = global;
+      if (a.std == StdOver::kGroup) denominator = credit_denominator(a, std_of(a, x, mean, n, square + begin));
+      for (int64_t j = 0; j < n; ++j) {
+        const float d = x[j] - mean;
+        const float result = a.std == StdOver::kNone ? d : credit_normalise(d, denominator);
+        fused[begin + j] = a.fusion == Fusion::kReward ? result : credit_fuse(a, k, fused[begin + j], result);
+      }
+    };
+    parallel_for(sets.count(), total >= kParallelUnits ? threads : 1, one_set);
+  }
 }
 
 void check(const AdvantageArgs& a) {
-  const auto code = [](int value, int last, const char* name) {
-    need(value >= 0 && value <= last, name, value, ("0 .. " + std::to_string(last)).c_str());
-  };
-  need(a.n >= 0, "N", a.n, "a size >= 0");
-  need(a.turns >= 0, "T", a.turns, "a size >= 0");
-  need(a.rewards >= 1, "K", a.rewards, "a size >= 1");
-  need(a.turns == 0 || a.n <= kMaxUnits / a.turns, "N", a.n, "at most 2^20 / T samples");
-  code(a.aggregate, 4, "aggregate");
-  code(a.fusion, 1, "fusion");
-  code(a.baseline, 1, "baseline");
-  code(a.std, 2, "std");
-  need(a.broadcast == (a.aggregate != 0), "broadcast", a.broadcast,
-       "true exactly when aggregate is not 0 (none)");
-  need(a.baseline == 0 || a.aggregate == 0, "baseline", a.baseline,
-       "0 (session) unless aggregate is 0 (none)");
-  need(a.filter_reward >= -1 && a.filter_reward < a.rewards, "filter_reward", a.filter_reward,
-       "-1 (no filter) or the index of a reward");
-  if (a.n * a.turns == 0) return;
-  const auto present = [](const void* p, const char* name) {
-    if (p == nullptr) reject(name, "0", "the address of a tensor");
-  };
-  present(a.scores, "scores_ptr");
-  present(a.group, "group_ptr");
-  present(a.weights, "weights_ptr");
-  present(a.advantage, "advantage_ptr");
-  present(a.mask_out, "mask_out_ptr");
+  credit_check(a, need);
+  int bad = 0;  // first without branches: almost always nothing is
+  for (int64_t j = 0; j < a.n * a.turns * a.rewards; ++j) bad |= !credit_finite(credit_size(a.scores[j]));
+  for (int64_t cell = 0; bad && cell < a.n * a.turns; ++cell)
+    for (int64_t k = 0; k < a.rewards; ++k) {
+      const float score = a.scores[cell * a.rewards + k];
+      if (!credit_finite(credit_size(score)) && credit_valid(a, cell))
+        reject("scores", std::to_string(score), "finite wherever mask is true");
+    }
 }
 
 }  // namespace
 
-void group_advantage(const AdvantageArgs& a) {
+void group_advantage(const AdvantageArgs& a, int threads) {
   check(a);
-  const int64_t n = a.n, turns = a.turns, rewards = a.rewards;
-  if (n * turns == 0) return;
-  const auto valid = [&](int64_t cell) { return a.mask == nullptr || a.mask[cell] != 0; };
-  const bool per_turn = a.aggregate == 0;
+  if (a.n * a.turns == 0) return;
+  Sets sets = counted_sets(a);
+  std::vector<float> value(sets.unit.size()), square(value.size()), fused(value.size());
+  if (a.drops()) drop_sets(a, sets, value.data(), square.data());
+  normalise(a, sets, threads, value.data(), square.data(), fused.data());
 
-  // Sets: group ids in sorted order, times turns where every turn has its own baseline.
-  std::vector<int64_t> ids(a.group, a.group + n);
-  std::sort(ids.begin(), ids.end());
-  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
-  const int64_t sets_per_group = per_turn && a.baseline == 1 ? turns : 1;
-  const int64_t sets = static_cast<int64_t>(ids.size()) * sets_per_group;
-
-  // Steps 1, 2 and 5: which units count, which turns train.
-  std::vector<Unit> units(static_cast<size_t>(per_turn ? n * turns : n));
-  std::vector<uint8_t> trained(static_cast<size_t>(n * turns));
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t set =
-        (std::lower_bound(ids.begin(), ids.end(), a.group[i]) - ids.begin()) * sets_per_group;
-    bool all_valid = true, failed = false;
-    for (int64_t t = 0; t < turns; ++t) {
-      const int64_t cell = i * turns + t;
-      const bool live = valid(cell) && !failed;
-      trained[static_cast<size_t>(cell)] = live;
-      all_valid = all_valid && valid(cell);
-      if (a.filter_reward >= 0 && valid(cell) &&
-          a.scores[cell * rewards + a.filter_reward] == 0.0f)
-        failed = true;
-      if (per_turn)
-        units[static_cast<size_t>(cell)] = {sets_per_group == 1 ? set : set + t, 0.0f, 0.0f,
-                                            a.filter_in_statistics ? valid(cell) : live};
-    }
-    if (!per_turn) {
-      units[static_cast<size_t>(i)] = {set, 0.0f, 0.0f, all_valid};
-      if (!all_valid) std::fill_n(trained.begin() + i * turns, turns, uint8_t{0});
-    }
+  const int64_t total = static_cast<int64_t>(sets.unit.size());
+  if (a.fusion == Fusion::kGdpo) {  // step 10
+    const float mean = mean_of(fused.data(), total);
+    const float denominator = credit_denominator(a, std_of(a, fused.data(), mean, total, square.data()));
+    for (float& x : fused) x = credit_normalise(x - mean, denominator);
   }
 
-  const auto column = [&](int64_t unit, int64_t k) {  // step 3
-    return per_turn ? a.scores[unit * rewards + k]
-                    : aggregate(a.scores + unit * turns * rewards + k, turns, rewards, a.aggregate);
-  };
-  const auto weighted = [&](float sum, int64_t k, float x) {  // steps 4 and 9, left to right
-    const float term = a.weights[k] * x;
-    return k == 0 ? term : sum + term;
-  };
-
-  std::vector<float> result(units.size(), 0.0f);
-  if (a.fusion == 0) {
-    for (size_t u = 0; u < units.size(); ++u)
-      for (int64_t k = 0; units[u].counted && k < rewards; ++k)
-        units[u].value = weighted(units[u].value, k, column(static_cast<int64_t>(u), k));
-    normalise(units, sets, a);
-    for (size_t u = 0; u < units.size(); ++u) result[u] = units[u].advantage;
-  } else {
-    for (int64_t k = 0; k < rewards; ++k) {
-      for (size_t u = 0; u < units.size(); ++u)
-        if (units[u].counted) units[u].value = column(static_cast<int64_t>(u), k);
-      normalise(units, sets, a);
-      for (size_t u = 0; u < units.size(); ++u)
-        result[u] = weighted(result[u], k, units[u].advantage);
-    }
-  }
-
-  for (int64_t cell = 0; cell < n * turns; ++cell) {  // steps 10 and 11
-    float advantage = result[static_cast<size_t>(per_turn ? cell : cell / turns)];
-    if (a.clip >= 0.0f) advantage = std::min(std::max(advantage, -a.clip), a.clip);
-    const bool train = trained[static_cast<size_t>(cell)] != 0;
-    a.advantage[cell] = train ? advantage + 0.0f : 0.0f;
-    a.mask_out[cell] = train;
+  const int64_t all_cells = a.n * a.turns, cells = a.per_turn() ? 1 : a.turns;
+  uint8_t* trained = a.mask_out;
+  float* advantage = a.advantage;
+  for (int64_t cell = 0; cell < all_cells; ++cell) trained[cell] &= 1;
+  std::fill_n(advantage, all_cells, 0.0f);  // steps 11 and 12
+  for (float& x : fused) x = credit_finish(a, x);
+  for (int64_t j = 0; j < total; ++j) {
+    const int64_t first = sets.unit[static_cast<size_t>(j)] * cells;
+    for (int64_t cell = first; cell < first + cells; ++cell)
+      advantage[cell] = trained[cell] != 0 ? fused[static_cast<size_t>(j)] : 0.0f;
   }
 }
 

@@ -4,32 +4,58 @@ Every sampler step is an affine Gaussian transition read from a table; noise is 
 its storage dtype before it is scored. Importing this touches no GPU, compiler or network.
 """
 
+from .awm_loss import awm_log_prob, awm_loss
 from .backends import BackendStatus, backends
+from .compat import COMPAT, Compat
 from .group_advantage import CREDIT_PRESETS, CreditOptions, GroupAdvantage, group_advantage, group_advantage_ref
+from .grpo_loss import KL_SCALES, GrpoLoss, GrpoMetrics, grpo_loss, grpo_loss_ref
+from .guidance import RENORMS
+from .nft_loss import NftLoss, NftMetrics, nft_loss, nft_loss_ref, nft_optimality
 from .philox import INITIAL_STEP, philox_normal, philox_normal_ref
 from .sde_log_prob import SdeLogProb, sde_log_prob, sde_log_prob_ref
 from .sde_step import SdeStep, sde_step, sde_step_ref
-from .table import COLUMNS, DYNAMICS, flow_sigmas, transition_table
+from .table import COLUMNS, DYNAMICS, LOG_PROBS, SOLVERS, flow_sigmas, transition_table
+from .token_log_prob import TokenLogProb, token_log_prob, token_log_prob_ref
 
 __all__ = [
     "COLUMNS",
+    "COMPAT",
     "CREDIT_PRESETS",
     "DYNAMICS",
     "INITIAL_STEP",
+    "KL_SCALES",
+    "LOG_PROBS",
+    "RENORMS",
+    "SOLVERS",
     "BackendStatus",
+    "Compat",
     "CreditOptions",
     "GroupAdvantage",
+    "GrpoLoss",
+    "GrpoMetrics",
+    "NftLoss",
+    "NftMetrics",
     "SdeLogProb",
     "SdeStep",
+    "TokenLogProb",
+    "awm_log_prob",
+    "awm_loss",
     "backends",
     "flow_sigmas",
     "group_advantage",
     "group_advantage_ref",
+    "grpo_loss",
+    "grpo_loss_ref",
+    "nft_loss",
+    "nft_loss_ref",
+    "nft_optimality",
     "philox_normal",
     "philox_normal_ref",
     "sde_log_prob",
     "sde_log_prob_ref",
     "sde_step",
     "sde_step_ref",
+    "token_log_prob",
+    "token_log_prob_ref",
     "transition_table",
 ]

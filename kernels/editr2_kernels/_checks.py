@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,16 +30,17 @@ def backend_name(backend: str | None) -> str:
     return backend
 
 
-def samples(name: str, value: Tensor) -> None:
-    """A batch-first latent tensor in a dtype the operators read."""
+def samples(name: str, value: Tensor, *, doubles: bool = False) -> None:
+    """A batch-first latent tensor in a dtype the operators read; `doubles`: or in float64, as references do."""
     tensor(name, value)
-    float_dtype(f"{name}.dtype", value.dtype)
+    if not (doubles and value.dtype == torch.float64):
+        float_dtype(f"{name}.dtype", value.dtype)
     if value.dim() == 0:
         raise ValueError(f"{name} must have a batch dimension first, [B, ...]; got a 0-dim tensor")
 
 
-def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    samples(name, value)
+def like(name: str, value: Tensor, other_name: str, other: Tensor, *, doubles: bool = False) -> None:
+    samples(name, value, doubles=doubles)
     if value.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}; got {list(value.shape)}")
     same_device(name, value, other_name, other)
@@ -58,9 +61,41 @@ def per_sample(name: str, value: Tensor, batch: int, other_name: str, other: Ten
     same_device(name, value, other_name, other)
 
 
-def transition(table: Tensor, step_index: Tensor, x: Tensor) -> None:
+def scalars(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """One fp32 per sample, on the device of the latents."""
+    tensor(name, value)
+    if value.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {value.dtype}")
+    if value.dim() != 1 or value.shape[0] != other.shape[0]:
+        raise ValueError(f"{name} must have shape [{other.shape[0]}], one entry a sample; got {list(value.shape)}")
+    same_device(name, value, other_name, other)
+
+
+def mask(value: Tensor | None, other_name: str, other: Tensor) -> None:
+    """None, or one bool per sample, on the device of the latents."""
+    if value is None:
+        return
+    tensor("mask", value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {value.dtype}")
+    if value.dim() != 1 or value.shape[0] != other.shape[0]:
+        raise ValueError(f"mask must have shape [{other.shape[0]}], one entry a sample; got {list(value.shape)}")
+    same_device("mask", value, other_name, other)
+
+
+def positive(name: str, value: float) -> None:
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and > 0, got {value}")
+
+
+def not_negative(name: str, value: float) -> None:
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def transition(table: Tensor, step_index: Tensor, x: Tensor, *, doubles: bool = False) -> None:
     tensor("table", table)
-    if table.dtype != torch.float32:
+    if table.dtype != torch.float32 and not (doubles and table.dtype == torch.float64):
         raise TypeError(f"table must be float32, got {table.dtype}")
     if table.dim() != 2 or table.shape[1] != 8 or table.shape[0] == 0:
         raise ValueError(f"table must have shape [rows, 8] with rows >= 1, got {list(table.shape)}")
@@ -81,11 +116,27 @@ def rows(value: Tensor) -> Tensor:
     return value if value.shape[1] == 1 or value.stride(1) == 1 else value.contiguous()
 
 
-def steps_in_range(step_index: Tensor, table: Tensor) -> None:
-    """CPU only, where looking costs nothing; elsewhere an index out of range yields NaN instead of a sync."""
+def table_rows(table: Tensor, step_index: Tensor, m_prev: Tensor | None) -> None:
+    """CPU only, where looking costs nothing; elsewhere an index out of range, or a row with C != 0 without m_prev,
+    yields NaN instead of a sync."""
     if step_index.device.type == "cpu" and step_index.numel() > 0:
         low, high = (int(value) for value in step_index.aminmax())
         if low < 0 or high >= table.shape[0]:
             raise ValueError(
                 f"step_index must lie in [0, {table.shape[0] - 1}], the rows of table; got values {low} to {high}"
             )
+        if m_prev is None and bool((table[step_index, 2] != 0).any()):
+            raise ValueError("m_prev is required: a sample's table row has C != 0 (the x0 of the step before)")
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory spans of two tensors meet."""
+    if a.device != b.device or a.numel() == 0 or b.numel() == 0:
+        return False
+
+    def span(value: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+
+    (a_start, a_end), (b_start, b_end) = span(a), span(b)
+    return a_start < b_end and b_start < a_end

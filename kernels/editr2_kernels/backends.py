@@ -1,7 +1,8 @@
 """Which implementations exist here, why the others do not, and which one a call gets.
 
-`backend=None` picks: CPU tensors -> "cpu" if the native module is there, else "ref"; GPU tensors -> "triton" if it is
-there, else "ref". An explicit backend never falls back: it runs or raises RuntimeError with the reason.
+`backend=None` picks: CPU tensors -> "cpu" if the native module is there, else "ref"; GPU tensors -> "triton", else
+"cuda", else "ref", whichever is there first. An explicit backend never falls back: it runs or raises RuntimeError with
+the reason.
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ def _native() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
+@functools.cache
+def _cuda() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(f"{__package__}._cuda"), None
+    except ImportError as error:
+        built = _build_info().get("cuda", {}).get("reason")
+        return None, built or f"the compiled module editr2_kernels._cuda cannot be imported ({error})"
+
+
 def _build_info() -> dict[str, Any]:
     """What the build recorded about itself; empty in a source tree that was never built."""
     path = Path(__file__).with_name("_build_info.json")
@@ -55,6 +65,48 @@ def native() -> Any:
     if module is None:
         raise RuntimeError(f"backend 'cpu' is not available: {reason}")
     return module
+
+
+def cuda() -> Any:
+    module, reason = _cuda()
+    if module is None:
+        raise RuntimeError(f"backend 'cuda' is not available: {reason}")
+    return module
+
+
+def compiled(chosen: str, tensor: Tensor) -> tuple[Any, dict[str, int]]:
+    """The module of backend "cpu" or "cuda" and where its functions are to run: both have the same functions."""
+    if chosen == "cpu":
+        return native(), {"threads": torch.get_num_threads()}
+    module = cuda()
+    if module.emulated:
+        return module, {"device": 0, "stream": 0}
+    return module, {
+        "device": tensor.get_device(),
+        "stream": torch.cuda.current_stream(tensor.device).cuda_stream,
+    }
+
+
+def workspace(module: Any, tensor: Tensor, *sizes: int) -> Tensor | None:
+    """Scratch memory of one call, from torch's allocator so that streams and graphs may own it; None if none is asked.
+
+    sizes: as `module.workspace` takes them.
+    """
+    size = module.workspace(*sizes)
+    return torch.empty(size, dtype=torch.uint8, device=tensor.device) if size else None
+
+
+def _cuda_status() -> BackendStatus:
+    module, reason = _cuda()
+    if module is None:
+        return BackendStatus(False, reason)
+    if module.emulated:
+        return BackendStatus(True, detail="emulated on the CPU: for tests, slow")
+    if torch.version.cuda is None:
+        return BackendStatus(False, "this PyTorch is built without CUDA")
+    if torch.cuda.device_count() == 0:
+        return BackendStatus(False, "no GPU is visible")
+    return BackendStatus(True, detail=f"built for {', '.join(module.architectures())}")
 
 
 def triton_interpreted() -> bool:
@@ -77,15 +129,21 @@ def _triton_status() -> BackendStatus:
     return BackendStatus(True, detail="GPU tensors only (CPU tensors need TRITON_INTERPRET=1 before import)")
 
 
+def _cpu_status() -> BackendStatus:
+    module, reason = _native()
+    return BackendStatus(module is not None, reason, None if module is None else module.isa())
+
+
+def _status(name: str) -> BackendStatus:
+    """Of one backend: looking for the others costs an operator call more than some operators do."""
+    if name == "ref":
+        return BackendStatus(True, detail="eager PyTorch, any device")
+    return {"cpu": _cpu_status, "triton": _triton_status, "cuda": _cuda_status}[name]()
+
+
 def backends() -> dict[str, BackendStatus]:
     """Status of every backend by name ("ref", "cpu", "triton", "cuda"). Creates no GPU context."""
-    module, reason = _native()
-    return {
-        "ref": BackendStatus(True, detail="eager PyTorch, any device"),
-        "cpu": BackendStatus(module is not None, reason, None if module is None else module.isa()),
-        "triton": _triton_status(),
-        "cuda": BackendStatus(False, "CUDA C++ kernels are not part of this build"),
-    }
+    return {name: _status(name) for name in BACKENDS}
 
 
 def select(backend: str, device: torch.device) -> str:
@@ -93,14 +151,17 @@ def select(backend: str, device: torch.device) -> str:
     if backend == "auto":
         if device.type == "cpu":
             return "cpu" if _native()[0] is not None else "ref"
-        return "triton" if device.type == "cuda" and _triton_status().available else "ref"
+        on_gpu = (("triton", _triton_status), ("cuda", _cuda_status)) if device.type == "cuda" else ()
+        return next((name for name, status in on_gpu if status().available), "ref")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    status = backends()[backend]
+    status = _status(backend)
     if not status.available:
         raise RuntimeError(f"backend {backend!r} is not available: {status.reason}")
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' works on CPU tensors only, got tensors on {device}")
+    if backend == "cuda" and device.type != "cuda" and not cuda().emulated:
+        raise RuntimeError(f"backend 'cuda' works on CUDA tensors only, got tensors on {device}")
     if backend == "triton" and device.type == "cpu" and not triton_interpreted():
         raise RuntimeError("backend 'triton' works on CPU tensors only under TRITON_INTERPRET=1, set before import")
     return backend

@@ -1,7 +1,7 @@
 """Scores of a group of rollouts -> advantages, under the credit options of multi-turn editing RL.
 
     value      (aggregate over turns) -> (fuse rewards | keep apart) -> one fp32 value per unit
-    advantage  (value - mean of its group) / (std + eps), (sum over rewards), clip
+    advantage  (value - mean of its set) / (std + eps), (sum over rewards), (renormalise over the batch), clip
 
 A *unit* is a (sample, turn) when `aggregate == "none"` and a sample otherwise. A *set* is what shares one mean:
 all units of a group (baseline "session"), or those of one turn of a group (baseline "session_turn").
@@ -17,54 +17,69 @@ round to nearest even, unless stated). Integers are int64.
       last     s[T-1]
       product  ((s0 * s1) * s2) * ...
       prefix   p0 = s0, p_t = p_{t-1} * s_t;  (((p0 + p1) + p2) + ...) / float(T)
- 4. fusion "reward":    value = ((w0*r0 + w1*r1) + w2*r2) + ...   one column of values
-    fusion "advantage": K columns of values, steps 6-8 for each column, then step 9.
+ 4. fused value = ((w0*r0 + w1*r1) + w2*r2) + ...   Columns of values: the fused value for fusion "reward", each of the
+    K rewards for "advantage" and "gdpo".
  5. counted units (those inside the statistics):
       aggregate none:  filter_in_statistics ? valid : live
       else:            samples whose turns are all valid (the filter does not change the statistics)
     trained turns (the returned mask):
       aggregate none:  live;    else: live and all turns of the sample valid
+    A set is dropped when, by the fused value whatever the fusion, std <= float32(min_std) or mean >= float32(max_mean)
+    (steps 6 and 7, before any eps). Its units no longer count, in no statistic, and its turns no longer train.
  6. moment(x over a set, divisor), order-free:
-      m = max |x|;   e = frexp exponent of m (m = f * 2^e, 0.5 <= f < 1; e = 0 for m = 0), then e = max(e, -80)
+      m = max |x|;   e = frexp exponent of m (m = f * 2^e, 0.5 <= f < 1), then e = max(e, -80)
       q = rint(x * 2^(40-e))  (fp32 multiply, exact; rint to even)  as int64;     Q = sum of q in int64
       M = sign(Q) * floor((2*|Q| + divisor) / (2*divisor))         (int64: nearest, halves away from zero)
-      moment = float32(M) * 2^(e-40)
-    mean(set) = max(x) if max(x) == min(x), else moment(x, count)
- 7. d = value - mean(set of the unit).  std:
+      moment = float32(M) * 2^(e-40);   divisor <= 0 gives 0;   NaN if any x is not finite
+    mean(set) = max(x) if max(x) == min(x) and finite, else moment(x, count)
+    std(set, m) = sqrt(moment((x-m)*(x-m), divisor)), divisor = count, or count - 1 when `unbiased`
+    (sqrt correctly rounded)
+ 7. d = value - mean(set of the unit), and by `std`:
       none     a = d
-      group    var = moment(d*d over the counted units of the set, divisor)
-      global   g = mean(all counted units of the column); var = moment((value-g)*(value-g) over all counted, divisor)
-    with divisor = count, or count - 1 when `unbiased`; divisor 0 gives var = 0.
-    denominator = sqrt(var) + float32(eps) (sqrt correctly rounded);   a = denominator > 0 ? d / denominator : 0
+      group    a = normal(d, std(set, mean(set)))
+      global   a = normal(d, std(all counted units of the column, their mean))
+    normal(d, std) = d / denominator, or 0 where denominator == 0, and
+    denominator = std + float32(eps)  (eps_mode "add")  or  max(std, float32(eps))  ("floor")
  8. (It follows that a set with a single counted unit has a = 0; a set with none has no unit that trains.)
- 9. fusion "advantage": a = ((w0*a0 + w1*a1) + w2*a2) + ...
-10. a = min(max(a, -clip), clip) if clip is set;   a = a + 0.0 (no negative zeros)
-11. advantage[i,t] = a of its unit where the turn trains, else 0.
+ 9. fusion "advantage" and "gdpo": a = ((w0*a0 + w1*a1) + w2*a2) + ...
+10. fusion "gdpo": over all counted units of the batch, a = normal(a - mean, std)
+11. a = NaN (bits 0x7FC00000) where not finite;  a = min(max(a, -clip), clip) if clip is set;  a = a + 0.0 (no -0)
+12. advantage[i,t] = a of its unit where the turn trains, else 0.
 
-At most 2^20 units, so the int64 sums cannot overflow. Scores must be finite where valid, and so must their squares.
+At most 2^20 units, so the int64 sums cannot overflow. Scores must be finite where valid (CPU tensors are checked).
+Whatever is not finite, or leaves the range of fp32 on the way, makes NaN of all that depends on it: of its set with
+std "group" or "none", of the whole batch with "global" or fusion "gdpo"; a set with NaN statistics is not dropped.
 
-Sources: Edit-R2 (arXiv 2606.05950), MT-EditFlow (arXiv 2606.01985), Flow-GRPO (arXiv 2505.05470).
+Cost: linear in the units on CPUs; on GPUs one launch that compares at most N^2 pairs of group ids, plus per group a few
+scans of all ids, plus linear work of one last program for std "global" and fusion "gdpo".
+
+Sources: Edit-R2 (arXiv 2606.05950), MT-EditFlow (arXiv 2606.01985), Flow-GRPO (arXiv 2505.05470), GDPO
+(arXiv 2601.05242), Dr. GRPO (arXiv 2503.20783), UniWorld-V2 (arXiv 2510.16888), and the released code of DanceGRPO,
+MixGRPO, Flow-Factory and verl-omni.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from .backends import native, pointer, select
+from ._operator import operator
+from .backends import compiled, pointer, select
 from .philox import sqrt_ref
 
 MAX_UNITS = 1 << 20  # each term is at most 2^40, so the int64 sum stays below 2^60
 
 AGGREGATES = ("none", "mean", "last", "product", "prefix")
-FUSIONS = ("reward", "advantage")
+FUSIONS = ("reward", "advantage", "gdpo")
 BASELINES = ("session", "session_turn")
 STDS = ("group", "global", "none")
+EPS_MODES = ("add", "floor")
 
 
 @dataclass(frozen=True)
@@ -72,19 +87,24 @@ class CreditOptions:
     """How scores become advantages; the module docstring has the arithmetic.
 
     aggregate: over turns. "none" keeps one value a turn; "prefix" is the mean over turns of the running products.
-    fusion: weigh rewards before normalising ("reward") or normalise each, then weigh ("advantage").
+    fusion: weigh rewards before normalising ("reward"); normalise each, then weigh ("advantage"); or that and then
+        normalise the result over the whole batch ("gdpo").
     baseline: whether all turns of a group share one mean; "session_turn" needs aggregate "none".
     std: divide by the std of the set ("group"), of all counted values ("global"), or not at all ("none").
     unbiased: divide the squared sum by count - 1 instead of count; a single value has std 0.
-    eps: added to the std.
+    eps: added to the std ("add"), or the least it may be ("floor").
+    eps_mode: which of the two.
     clip: bound on |advantage|, last; None for none.
     broadcast: put the aggregated advantage on every turn; true exactly when aggregate is not "none".
     filter_reward: index k of a reward; once scores[i, t, k] == 0, the later turns of sample i do not train.
     filter_in_statistics: whether those turns still count in mean and std (aggregate "none" only).
+    min_std: drop every set whose weighted reward has a std of this or less, 0.0 those of equal values; None keeps all.
+    max_mean: drop every set whose weighted reward has a mean of this or more; None keeps all. What is dropped has
+        advantage 0 and mask False, and counts in no statistic.
     """
 
     aggregate: Literal["none", "mean", "last", "product", "prefix"] = "none"
-    fusion: Literal["reward", "advantage"] = "reward"
+    fusion: Literal["reward", "advantage", "gdpo"] = "reward"
     baseline: Literal["session", "session_turn"] = "session"
     std: Literal["group", "global", "none"] = "group"
     unbiased: bool = False
@@ -93,6 +113,9 @@ class CreditOptions:
     broadcast: bool = False
     filter_reward: int | None = None
     filter_in_statistics: bool = False
+    eps_mode: Literal["add", "floor"] = "add"
+    min_std: float | None = None
+    max_mean: float | None = None
 
     def __post_init__(self) -> None:
         for name, accepted in (
@@ -100,6 +123,7 @@ class CreditOptions:
             ("fusion", FUSIONS),
             ("baseline", BASELINES),
             ("std", STDS),
+            ("eps_mode", EPS_MODES),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
@@ -116,13 +140,25 @@ class CreditOptions:
             raise ValueError(f"baseline 'session_turn' needs aggregate 'none', got aggregate {self.aggregate!r}")
         if self.filter_reward is not None and self.filter_reward < 0:
             raise ValueError(f"filter_reward must be None or an index >= 0, got {self.filter_reward}")
+        if self.min_std is not None and not (self.min_std >= 0 and math.isfinite(self.min_std)):
+            raise ValueError(f"min_std must be None or finite and >= 0, got {self.min_std}")
+        if self.max_mean is not None and not math.isfinite(self.max_mean):
+            raise ValueError(f"max_mean must be None or finite, got {self.max_mean}")
 
 
+_UNBIASED = CreditOptions(baseline="session_turn", unbiased=True, eps=1e-8)
 CREDIT_PRESETS: dict[str, CreditOptions] = {
     "edit-r2": CreditOptions(std="global", filter_reward=0),
     "edit-r2-released": CreditOptions(std="global", filter_reward=0, filter_in_statistics=True),
     "mt-editflow": CreditOptions(aggregate="mean", fusion="advantage", broadcast=True),
     "flow-grpo": CreditOptions(baseline="session_turn"),
+    "dance-grpo": _UNBIASED,
+    "mixgrpo": replace(_UNBIASED, fusion="advantage"),
+    "flow-factory": CreditOptions(baseline="session_turn", std="global", eps=1e-6, eps_mode="floor"),
+    "gdpo": CreditOptions(fusion="gdpo", baseline="session_turn", eps=1e-6, eps_mode="floor"),
+    "verl-omni": CreditOptions(baseline="session_turn", std="global", unbiased=True),
+    "dr-grpo": CreditOptions(baseline="session_turn", std="none"),
+    "pku": CreditOptions(baseline="session_turn", min_std=0.05, max_mean=0.9),
 }
 
 
@@ -134,9 +170,10 @@ class GroupAdvantage(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """What is normalised: C columns of U values, who shares a set, who is inside the statistics, which turns train."""
+    """What is normalised: K values and one fused value of each of U units, who shares a set, who counts and trains."""
 
-    value_CU: Tensor
+    value_KU: Tensor
+    fused_U: Tensor
     group_U: Tensor
     turn_U: Tensor
     counted_U: Tensor
@@ -144,7 +181,7 @@ class _Units(NamedTuple):
 
 
 def _units(scores: Tensor, group: Tensor, weights: Tensor, mask: Tensor, options: CreditOptions) -> _Units:
-    """Steps 1-5 of the module docstring."""
+    """Steps 1-5 of the module docstring, before sets are dropped."""
     n, turns, _ = scores.shape
     s_NTK = torch.where(mask[:, :, None], scores, torch.zeros_like(scores))
     live = mask
@@ -163,8 +200,7 @@ def _units(scores: Tensor, group: Tensor, weights: Tensor, mask: Tensor, options
         group_U, turn_U = group, torch.zeros_like(group)
         counted = mask.all(1)
         trained = live & counted[:, None]
-    columns = _fuse(value_UK.T, weights)[None] if options.fusion == "reward" else value_UK.T
-    return _Units(columns.contiguous(), group_U.contiguous(), turn_U.contiguous(), counted, trained)
+    return _Units(value_UK.T, _fuse(value_UK.T, weights), group_U, turn_U, counted, trained)
 
 
 def _aggregate(s_NTK: Tensor, how: str) -> Tensor:
@@ -190,50 +226,62 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
 
 
-def _moment(value: Tensor, counted: Tensor, which: Tensor, divisor: Tensor) -> Tensor:
-    """Step 6: sum / divisor per set by a fixed-point sum, which no order can change. `which` is the set of a unit."""
+class _Sets(NamedTuple):
+    """Set of each unit, which units count, how many count in each set."""
+
+    which_U: Tensor
+    counted_U: Tensor
+    count_S: Tensor
+
+
+def _sets(which: Tensor, counted: Tensor, sets: int) -> _Sets:
+    count = torch.zeros(sets, dtype=torch.int64, device=which.device)
+    return _Sets(which, counted, count.index_add(0, which, counted.to(torch.int64)))
+
+
+def _moment(value: Tensor, sets: _Sets, divisor: Tensor) -> Tensor:
+    """Step 6: sum / divisor per set by a fixed-point sum, which no order can change."""
     zeros = torch.zeros(divisor.shape, dtype=torch.float32, device=value.device)
-    largest = zeros.scatter_reduce(0, which, torch.where(counted, value.abs(), 0.0), "amax")
+    finite = value.isfinite()
+    broken = torch.zeros_like(divisor).index_add(0, sets.which_U, (sets.counted_U & ~finite).to(torch.int64)) > 0
+    value = torch.where(sets.counted_U & finite, value, 0.0)
+    largest = zeros.scatter_reduce(0, sets.which_U, value.abs(), "amax")
     exponent = torch.frexp(largest).exponent.to(torch.int64).clamp(min=-80)
-    q = torch.round(value * _power_of_two(40 - exponent)[which])
-    q = torch.where(counted, q, 0.0).to(torch.int64)
-    total = torch.zeros_like(divisor).index_add(0, which, q)
+    q = torch.round(value * _power_of_two(40 - exponent)[sets.which_U]).to(torch.int64)
+    total = torch.zeros_like(divisor).index_add(0, sets.which_U, q)
     safe = divisor.clamp(min=1)
     mean = total.sign() * torch.div(2 * total.abs() + safe, 2 * safe, rounding_mode="floor")
-    return torch.where(divisor > 0, mean.to(torch.float32) * _power_of_two(exponent - 40), 0.0)
+    moment = torch.where(divisor > 0, mean.to(torch.float32) * _power_of_two(exponent - 40), 0.0)
+    return torch.where(broken, torch.nan, moment)
 
 
-def _mean(value: Tensor, counted: Tensor, which: Tensor, count: Tensor) -> Tensor:
-    start = torch.zeros(count.shape, dtype=torch.float32, device=value.device)
-    high = start.sub(torch.inf).scatter_reduce(0, which, torch.where(counted, value, -torch.inf), "amax")
-    low = start.add(torch.inf).scatter_reduce(0, which, torch.where(counted, value, torch.inf), "amin")
-    return torch.where(high == low, high, _moment(value, counted, which, count))
+def _statistics(value: Tensor, sets: _Sets, options: CreditOptions) -> tuple[Tensor, Tensor]:
+    """Mean and std of each set, [S] each."""
+    start = torch.zeros(sets.count_S.shape, dtype=torch.float32, device=value.device)
+    high = start.sub(torch.inf).scatter_reduce(0, sets.which_U, torch.where(sets.counted_U, value, -torch.inf), "amax")
+    low = start.add(torch.inf).scatter_reduce(0, sets.which_U, torch.where(sets.counted_U, value, torch.inf), "amin")
+    mean = torch.where((high == low) & high.isfinite(), high, _moment(value, sets, sets.count_S))
+    d = value - mean[sets.which_U]
+    return mean, sqrt_ref(_moment(d * d, sets, sets.count_S - int(options.unbiased)))
 
 
-def _normalise(value: Tensor, counted: Tensor, which: Tensor, sets: int, options: CreditOptions) -> Tensor:
-    """Steps 6-7 for one column, [U] -> [U]."""
+def _divide(d: Tensor, std: Tensor, options: CreditOptions) -> Tensor:
+    """normal(d, std) of step 7."""
+    denominator = (
+        torch.maximum(std, torch.full_like(std, options.eps)) if options.eps_mode == "floor" else std + options.eps
+    )
+    return torch.where(denominator == 0, 0.0, d / denominator)
 
-    def statistics(which: Tensor, sets: int) -> tuple[Tensor, Tensor]:
-        count = torch.zeros(sets, dtype=torch.int64, device=value.device).index_add(0, which, counted.to(torch.int64))
-        d = value - _mean(value, counted, which, count)[which]
-        return d, sqrt_ref(_moment(d * d, counted, which, count - int(options.unbiased)))[which]
 
-    d, std = statistics(which, sets)
+def _normalise(value: Tensor, sets: _Sets, batch: _Sets, options: CreditOptions) -> Tensor:
+    """Step 7 for one column, [U] -> [U]."""
+    mean, std = _statistics(value, sets, options)
+    d = value - mean[sets.which_U]
     if options.std == "none":
         return d
     if options.std == "global":
-        _, std = statistics(torch.zeros_like(which), 1)
-    denominator = std + options.eps
-    return torch.where(denominator > 0, d / denominator, 0.0)
-
-
-def _finish(a_CU: Tensor, weights: Tensor, trained: Tensor, options: CreditOptions) -> Tensor:
-    """Steps 9-11."""
-    a_U = _fuse(a_CU, weights) if options.fusion == "advantage" else a_CU[0]
-    if options.clip is not None:
-        a_U = a_U.clamp(-options.clip, options.clip)
-    a_NT = (a_U + 0.0).view(trained.shape[0], -1).expand(trained.shape)
-    return torch.where(trained, a_NT, 0.0)
+        return _divide(d, _statistics(value, batch, options)[1], options)
+    return _divide(d, std[sets.which_U], options)
 
 
 def group_advantage_ref(
@@ -241,95 +289,130 @@ def group_advantage_ref(
 ) -> GroupAdvantage:
     """The definition, in plain PyTorch on any device."""
     units = _units(scores, group, weights, mask, options)
-    turns = int(units.turn_U.max()) + 1 if units.turn_U.numel() else 1
-    which = torch.unique(units.group_U, return_inverse=True)[1] * turns + units.turn_U
-    sets = int(which.max()) + 1 if which.numel() else 0
-    columns = [_normalise(value, units.counted_U, which, sets, options) for value in units.value_CU]
-    return GroupAdvantage(_finish(torch.stack(columns), weights, units.trained_NT, options), units.trained_NT)
+    trained = units.trained_NT
+    turns = scores.shape[1] if options.baseline == "session_turn" else 1
+    ids, index = torch.unique(units.group_U, return_inverse=True)
+    sets = _sets(index * turns + units.turn_U, units.counted_U, ids.numel() * turns)
+    if options.min_std is not None or options.max_mean is not None:
+        mean, std = _statistics(units.fused_U, sets, options)
+        drop = torch.zeros_like(mean, dtype=torch.bool)
+        if options.min_std is not None:
+            drop |= std <= torch.full_like(std, options.min_std)
+        if options.max_mean is not None:
+            drop |= mean >= torch.full_like(mean, options.max_mean)
+        kept = ~drop[sets.which_U]
+        sets = _sets(sets.which_U, sets.counted_U & kept, ids.numel() * turns)
+        trained = trained & kept.view(trained.shape[0], -1)
+    batch = _sets(torch.zeros_like(sets.which_U), sets.counted_U, 1)
+    columns = units.fused_U[None] if options.fusion == "reward" else units.value_KU
+    a_CU = torch.stack([_normalise(value, sets, batch, options) for value in columns])
+    a_U = a_CU[0] if options.fusion == "reward" else _fuse(a_CU, weights)
+    if options.fusion == "gdpo":
+        mean, std = _statistics(a_U, batch, options)
+        a_U = _divide(a_U - mean, std, options)
+    a_U = torch.where(a_U.isfinite(), a_U, torch.nan)
+    if options.clip is not None:
+        a_U = a_U.clamp(-options.clip, options.clip)
+    a_NT = (a_U + 0.0).view(trained.shape[0], -1).expand(trained.shape)
+    return GroupAdvantage(torch.where(trained, a_NT, 0.0), trained)
 
 
-@torch.library.custom_op(
-    "editr2::group_advantage",
-    mutates_args=(),
-    schema="(Tensor scores, Tensor group, Tensor weights, Tensor mask, str aggregate, str fusion, str baseline, "
-    "str std, bool unbiased, float eps, float? clip, int? filter_reward, bool filter_in_statistics, str backend)"
-    " -> (Tensor, Tensor)",
+def workspace_of(options: CreditOptions, scores: Tensor) -> Tensor:
+    """Scratch of a GPU backend, int32, for what needs the whole batch; empty where nothing does.
+
+    First a counter, 0, and three words that keep the rest aligned; for the global std then each column's differences
+    from the mean of the set, as fp32.
+    """
+    samples, turns, rewards = scores.shape
+    size = 4 if options.fusion == "gdpo" or options.std == "global" else 0
+    if options.std == "global":
+        units = samples if options.aggregate != "none" else samples * turns
+        size += units * (1 if options.fusion == "reward" else rewards)
+    workspace = torch.empty(size, dtype=torch.int32, device=scores.device)
+    workspace[:1] = 0
+    return workspace
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(*values: Any) -> tuple[CreditOptions, dict[str, Any]]:
+    """The operator's arguments as options (`broadcast` follows from aggregate) and as compiled modules take them."""
+    names = (field.name for field in fields(CreditOptions) if field.name != "broadcast")
+    options = CreditOptions(broadcast=values[0] != "none", **dict(zip(names, values)))
+    return options, {
+        "aggregate": AGGREGATES.index(options.aggregate),
+        "fusion": FUSIONS.index(options.fusion),
+        "baseline": BASELINES.index(options.baseline),
+        "std": STDS.index(options.std),
+        "unbiased": options.unbiased,
+        "eps": options.eps,
+        "eps_floor": options.eps_mode == "floor",
+        "clip": -1.0 if options.clip is None else options.clip,
+        "filter_reward": -1 if options.filter_reward is None else options.filter_reward,
+        "filter_in_statistics": options.filter_in_statistics,
+        "min_std": -1.0 if options.min_std is None else options.min_std,
+        "max_mean": math.inf if options.max_mean is None else options.max_mean,
+    }
+
+
+def _fake(scores: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    shape = scores.shape[:2]
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.bool)
+
+
+@operator(
+    "group_advantage",
+    "(Tensor scores, Tensor group, Tensor weights, Tensor? mask, str aggregate, str fusion, str baseline, "
+    "str std, bool unbiased, float eps, float? clip, int? filter_reward, bool filter_in_statistics, str eps_mode, "
+    "float? min_std, float? max_mean, str backend) -> (Tensor, Tensor)",
+    fake=_fake,
 )
 def _group_advantage(
-    scores: Tensor,
-    group: Tensor,
-    weights: Tensor,
-    mask: Tensor,
-    aggregate: str,
-    fusion: str,
-    baseline: str,
-    std: str,
-    unbiased: bool,
-    eps: float,
-    clip: float | None,
-    filter_reward: int | None,
-    filter_in_statistics: bool,
-    backend: str,
+    scores: Tensor, group: Tensor, weights: Tensor, mask: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    options = CreditOptions(
-        aggregate,  # type: ignore[arg-type]
-        fusion,  # type: ignore[arg-type]
-        baseline,  # type: ignore[arg-type]
-        std,  # type: ignore[arg-type]
-        unbiased,
-        eps,
-        clip,
-        aggregate != "none",
-        filter_reward,
-        filter_in_statistics,
-    )
+    *values, backend = arguments
+    options, codes = _parsed(*values)
+    n, turns, rewards = scores.shape
     chosen = select(backend, scores.device)
-    if scores.device.type == "cpu" and not bool((scores.isfinite() | ~mask[:, :, None]).all()):
-        raise ValueError("scores must be finite wherever mask is True; mark failed scores in mask instead")
-    if scores.shape[0] == 0:
-        return scores.new_zeros(mask.shape), mask.clone()
-    if chosen == "ref":
+    if mask is None and chosen != "cpu":  # which takes its absence for all True, at no cost
+        mask = torch.ones(n, turns, dtype=torch.bool, device=scores.device)
+    if mask is not None and chosen != "cpu" and scores.device.type == "cpu":  # "cpu" looks for itself
+        if not bool((scores.isfinite() | ~mask[:, :, None]).all()):
+            raise ValueError("scores must be finite wherever mask is True; mark failed scores in mask instead")
+    advantage = torch.empty(n, turns, dtype=torch.float32, device=scores.device)
+    trained = torch.empty(n, turns, dtype=torch.bool, device=scores.device)
+    if n == 0:
+        return advantage, trained
+    if chosen == "ref" and mask is not None:
         out = group_advantage_ref(scores, group, options, weights=weights, mask=mask)
-        # An operator's output may not be one of its inputs, which the mask is when nothing is filtered.
-        return out.advantage, out.mask.clone()
-    if chosen == "cpu":
-        scores, group, weights = scores.contiguous(), group.contiguous(), weights.contiguous()
-        mask = mask.contiguous().view(torch.uint8)
-        advantage = torch.empty(mask.shape, dtype=torch.float32, device=scores.device)
-        trained = torch.empty_like(mask)
-        native().group_advantage(
-            pointer(scores),
-            pointer(group),
-            pointer(weights),
-            pointer(mask),
-            AGGREGATES.index(aggregate),
-            FUSIONS.index(fusion),
-            BASELINES.index(baseline),
-            STDS.index(std),
-            int(unbiased),
-            eps,
-            -1.0 if clip is None else clip,
-            int(options.broadcast),
-            -1 if filter_reward is None else filter_reward,
-            int(filter_in_statistics),
-            pointer(advantage),
-            pointer(trained),
-            *scores.shape,
-        )
-        return advantage, trained.view(torch.bool)
-    from . import triton_kernels
+        return advantage.copy_(out.advantage), trained.copy_(out.mask)
+    scores, group, weights = scores.contiguous(), group.contiguous(), weights.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    if chosen == "triton" and mask is not None:
+        from . import triton_kernels
 
-    units = _units(scores, group, weights, mask, options)
-    a_CU = torch.empty_like(units.value_CU)
-    triton_kernels.group_normalise(
-        units.value_CU, units.group_U, units.turn_U, units.counted_U, a_CU, STDS.index(std), unbiased, eps
+        triton_kernels.group_advantage(scores, group, weights, mask, options, advantage, trained)
+        return advantage, trained
+    module, place = compiled(chosen, scores)
+    workspace = None if chosen == "cpu" else workspace_of(options, scores)
+    module.group_advantage(
+        scores=pointer(scores),
+        group=pointer(group),
+        weights=pointer(weights),
+        mask=pointer(mask),
+        **codes,
+        advantage=pointer(advantage),
+        mask_out=pointer(trained),
+        workspace=pointer(workspace),
+        N=n,
+        T=turns,
+        K=rewards,
+        **place,
     )
-    return _finish(a_CU, weights, units.trained_NT, options), units.trained_NT.clone()
+    return advantage, trained
 
 
-@_group_advantage.register_fake
-def _(scores: Tensor, group: Tensor, weights: Tensor, mask: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-    return scores.new_empty(mask.shape), torch.empty(mask.shape, dtype=torch.bool, device=mask.device)
+def _fp32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float32 and not value.requires_grad else value.detach().to(torch.float32)
 
 
 def group_advantage(
@@ -353,7 +436,7 @@ def group_advantage(
         backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
-        advantage [N, T] fp32, and mask [N, T] bool: the turns that train (given, and not behind the filter).
+        advantage [N, T] fp32, and mask [N, T] bool: the turns that train (given, not behind the filter, not dropped).
 
     Raises:
         ValueError or TypeError naming the argument. Scores that are not finite raise on CPU tensors only.
@@ -377,16 +460,15 @@ def group_advantage(
     if list(weights.shape) != [rewards]:
         raise ValueError(f"weights must have shape [{rewards}], one a reward; got {list(weights.shape)}")
     _checks.same_device("weights", weights, "scores", scores)
-    if mask is None:
-        mask = torch.ones(n, turns, dtype=torch.bool, device=scores.device)
-    _checks.tensor("mask", mask)
-    if mask.dtype != torch.bool or list(mask.shape) != [n, turns]:
-        raise ValueError(f"mask must be bool of shape [{n}, {turns}], got {mask.dtype} of {list(mask.shape)}")
-    _checks.same_device("mask", mask, "scores", scores)
+    if mask is not None:
+        _checks.tensor("mask", mask)
+        if mask.dtype != torch.bool or list(mask.shape) != [n, turns]:
+            raise ValueError(f"mask must be bool of shape [{n}, {turns}], got {mask.dtype} of {list(mask.shape)}")
+        _checks.same_device("mask", mask, "scores", scores)
     advantage, trained = torch.ops.editr2.group_advantage(
-        scores.detach().to(torch.float32),
+        _fp32(scores),
         group,
-        weights.detach().to(torch.float32),
+        _fp32(weights),
         mask,
         options.aggregate,
         options.fusion,
@@ -397,6 +479,9 @@ def group_advantage(
         options.clip,
         options.filter_reward,
         options.filter_in_statistics,
+        options.eps_mode,
+        options.min_std,
+        options.max_mean,
         _checks.backend_name(backend),
     )
     return GroupAdvantage(advantage, trained)

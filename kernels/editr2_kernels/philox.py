@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .backends import DTYPE_CODES, native, pointer, select
+from ._operator import operator
+from .backends import compiled, pointer, rows_of, select
 
 _LOW32 = 0xFFFFFFFF
 INITIAL_STEP = -1  # by convention the initial latents are the noise of this step
@@ -106,10 +107,14 @@ def philox_normal_ref(seed: Tensor, step: Tensor, n: int) -> Tensor:
     return z.flatten(1)[:, :n]
 
 
-@torch.library.custom_op(
-    "editr2::philox_normal",
-    mutates_args=(),
-    schema="(Tensor seed, Tensor step, SymInt n, ScalarType dtype, str backend) -> Tensor",
+def _fake_philox_normal(seed: Tensor, step: Tensor, n: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return torch.empty(seed.shape[0], n, dtype=dtype, device=seed.device)
+
+
+@operator(
+    "philox_normal",
+    "(Tensor seed, Tensor step, SymInt n, ScalarType dtype, str backend) -> Tensor",
+    fake=_fake_philox_normal,
 )
 def _philox_normal(seed: Tensor, step: Tensor, n: int, dtype: torch.dtype, backend: str) -> Tensor:
     chosen = select(backend, seed.device)
@@ -119,20 +124,15 @@ def _philox_normal(seed: Tensor, step: Tensor, n: int, dtype: torch.dtype, backe
     out = torch.empty(seed.shape[0], n, dtype=dtype, device=seed.device)
     if out.numel() == 0:
         return out
-    if chosen == "cpu":
-        native().philox_normal(
-            pointer(seed), pointer(step), pointer(out), DTYPE_CODES[dtype], *out.shape, torch.get_num_threads()
-        )
-    else:
+    if chosen == "triton":
         from . import triton_kernels
 
         triton_kernels.philox_normal(seed, step, out)
+    else:
+        module, where = compiled(chosen, seed)
+        batch, _ = out.shape
+        module.philox_normal(seed=pointer(seed), step=pointer(step), out=rows_of(out), B=batch, N=n, **where)
     return out
-
-
-@_philox_normal.register_fake
-def _(seed: Tensor, step: Tensor, n: int, dtype: torch.dtype, backend: str) -> Tensor:
-    return torch.empty(seed.shape[0], n, dtype=dtype, device=seed.device)
 
 
 def philox_normal(

@@ -1,10 +1,16 @@
 """Fixtures of the operator tests.
 
-The same tests run on every backend: "ref" and "cpu" here, "triton" in the interpreter, in a process of its own that
-`test_triton.py` starts, because Triton reads TRITON_INTERPRET when it is imported.
+The same tests run on every backend: "ref", "cpu" and "cuda" here, "triton" in the interpreter, in a process of its own
+that `test_triton.py` starts, because Triton reads TRITON_INTERPRET when it is imported. "cuda" is the CUDA C++ sources
+compiled for the CPU and run by cuda_emulator/; on a GPU, `test_gpu.py` runs the real ones.
 """
 
+from __future__ import annotations
+
+import importlib
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,27 +18,73 @@ import torch
 import editr2_kernels as ek
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Cases a test keeps on the backends that are slow: 50 ms a program in the interpreter, 2 ms a block in the emulator.
+KEPT = {"triton": 4, "cuda": 16}
+backends_module = importlib.import_module("editr2_kernels.backends")  # the attribute of that name is the function
 
 
-@pytest.fixture(params=["ref", "cpu", *(["triton"] if INTERPRETED else [])])
+def load_by_path(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def emulated_module(request):
+    """The CUDA C++ backend for CPU tensors; EDITR2_EMULATOR names a folder with another build of it."""
+    emulator = load_by_path(Path(__file__).with_name("cuda_emulator") / "build.py")
+    reason = emulator.absence()
+    if reason is not None:
+        pytest.skip(f"backend cuda: {reason}")
+    folder = os.environ.get("EDITR2_EMULATOR")
+    if folder is not None:
+        return emulator.load(Path(folder) / emulator.MODULE)
+    return emulator.load(emulator.build(Path(request.config.cache.mkdir("cuda_emulator"))))
+
+
+@pytest.fixture
+def emulated_cuda(emulated_module, monkeypatch):
+    """Makes the backend "cuda" the emulated one."""
+    monkeypatch.setattr(backends_module, "_cuda", lambda: (emulated_module, None))
+    return emulated_module
+
+
+@pytest.fixture(params=["ref", "cpu", "cuda", *(["triton"] if INTERPRETED else [])])
 def backend(request):
+    if request.param == "cuda":
+        request.getfixturevalue("emulated_cuda")
     status = ek.backends()[request.param]
     if not status.available:
         pytest.skip(f"backend {request.param}: {status.reason}")
     return request.param
 
 
-def pytest_collection_modifyitems(items):
-    """The interpreter takes about 50 ms a program: of each test it runs about four cases.
+def slow_backend(item):
+    """Which of the slow backends a collected test runs on."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return params["backend"] if params.get("backend") in KEPT else None
 
-    One more than a quarter as the stride: a stride that divides the number of cases would keep to one shape.
+
+def pytest_collection_modifyitems(items):
+    """The slow backends run a sample of each test's cases, and none but Triton runs in the interpreter's process.
+
+    One more than the quotient as the stride: a stride that divides the number of cases would keep to one shape.
     """
-    if not INTERPRETED:
-        return
     cases = {}
     for item in items:
-        cases.setdefault(item.nodeid.split("[")[0] + ("[triton" if "[triton" in item.nodeid else ""), []).append(item)
-    items[:] = [item for group in cases.values() for item in group[:: len(group) // 4 + 1]]
+        slow = slow_backend(item)
+        if INTERPRETED and slow == "cuda":
+            continue
+        kept = KEPT[slow] if slow else KEPT["triton"] if INTERPRETED else None
+        cases.setdefault((item.nodeid.split("[")[0], slow, kept), []).append(item)
+    order = {id(item): place for place, item in enumerate(items)}
+    chosen = [
+        item
+        for (_, _, kept), group in cases.items()
+        for item in group[:: 1 if kept is None else len(group) // kept + 1]
+    ]
+    items[:] = sorted(chosen, key=lambda item: order[id(item)])
 
 
 @pytest.fixture

@@ -27,14 +27,50 @@ def test_every_status_has_a_reason_or_is_available():
     assert list(status) == ["ref", "cpu", "triton", "cuda"]
     assert status["ref"].available
     assert all(s.available or s.reason for s in status.values())
-    assert status["cuda"] == ek.BackendStatus(False, "CUDA C++ kernels are not part of this build")
+    if not torch.cuda.is_available():
+        assert not status["cuda"].available
     if status["cpu"].available:
         assert status["cpu"].detail
 
 
+class BuiltCuda:
+    emulated = False
+
+    @staticmethod
+    def architectures():
+        return ["sm_80", "compute_80"]
+
+
+@pytest.mark.parametrize(
+    "module, why, version, devices, expected",
+    [
+        (None, "nvcc was not found", "13.0", 1, ek.BackendStatus(False, "nvcc was not found")),
+        (BuiltCuda, None, None, 0, ek.BackendStatus(False, "this PyTorch is built without CUDA")),
+        (BuiltCuda, None, "13.0", 0, ek.BackendStatus(False, "no GPU is visible")),
+        (BuiltCuda, None, "13.0", 1, ek.BackendStatus(True, detail="built for sm_80, compute_80")),
+    ],
+)
+def test_status_of_the_cuda_module(module, why, version, devices, expected, monkeypatch):
+    monkeypatch.setattr(backends_module, "_cuda", lambda: (module, why))
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    assert ek.backends()["cuda"] == expected
+
+
+def test_the_emulated_module_takes_cpu_tensors_and_the_built_one_does_not(emulated_cuda, monkeypatch):
+    assert "emulated" in ek.backends()["cuda"].detail
+    assert backends_module.select("cuda", torch.device("cpu")) == "cuda"
+    assert backends_module.select("auto", torch.device("cpu")) != "cuda"
+    monkeypatch.setattr(backends_module, "_cuda", lambda: (BuiltCuda, None))
+    monkeypatch.setattr(backends_module, "_cuda_status", lambda: ek.BackendStatus(True))
+    with pytest.raises(RuntimeError, match="'cuda' works on CUDA tensors only, got tensors on cpu"):
+        backends_module.select("cuda", torch.device("cpu"))
+
+
 @pytest.mark.parametrize("op", CALLS)
 def test_an_explicit_backend_never_falls_back(op, monkeypatch):
-    with pytest.raises(RuntimeError, match=r"'cuda' is not available: CUDA C\+\+ kernels are not part"):
+    monkeypatch.setattr(backends_module, "_cuda", lambda: (None, "nvcc was not found"))
+    with pytest.raises(RuntimeError, match=r"'cuda' is not available: nvcc was not found"):
         CALLS[op]("cuda")
     monkeypatch.setattr(backends_module, "triton_interpreted", lambda: False)
     with pytest.raises(RuntimeError, match=r"'triton'.*TRITON_INTERPRET"):

@@ -1,7 +1,9 @@
-"""group_advantage: presets against NumPy written from the papers, exactness, masks, the filter."""
+"""group_advantage: presets against NumPy written from the papers, bits on all backends, masks, filter, dropped sets."""
 
+import ctypes
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -17,21 +19,31 @@ OPTIONS = [
         fusion=fusion,
         baseline=baseline,
         std=std,
-        unbiased=unbiased,
+        unbiased=i % 2 == 1,
         broadcast=aggregate != "none",
-        filter_reward=1 if unbiased else None,
+        filter_reward=(None, 0, 1)[i % 3],
+        filter_in_statistics=i % 5 == 0,
+        eps_mode=("add", "floor")[i // 2 % 2],
+        min_std=(None, None, 0.0, 0.2)[i % 4],
+        max_mean=(None, None, None, 0.55)[i // 3 % 4],
     )
-    for aggregate, fusion, baseline, std, unbiased in itertools.product(
-        ("none", "mean", "last", "product", "prefix"),
-        ("reward", "advantage"),
-        ("session", "session_turn"),
-        ("group", "global", "none"),
-        (False, True),
+    for i, (aggregate, fusion, baseline, std) in enumerate(
+        itertools.product(
+            ("none", "mean", "last", "product", "prefix"),
+            ("reward", "advantage", "gdpo"),
+            ("session", "session_turn"),
+            ("group", "global", "none"),
+        )
     )
     if aggregate == "none" or baseline == "session"
 ]
-# All of them on fast backends; a spread of them in the interpreter (7 is coprime to all the cycles).
-SPREAD = {"ref": OPTIONS, "cpu": OPTIONS, "triton": OPTIONS[::7]}
+# All of them on fast backends, a spread of them on slow ones (steps that are coprime to all the cycles).
+SPREAD = {"ref": OPTIONS, "cpu": OPTIONS, "cuda": OPTIONS[::7], "triton": OPTIONS[::17]}
+FAST = [name for name in ("ref", "cpu") if ek.backends()[name].available]
+
+
+def bits(t):
+    return t.view(torch.int32)
 
 
 def data(n=18, turns=3, rewards=2, groups=3, levels=None):
@@ -122,17 +134,190 @@ def test_aggregates(backend, how):
 
 
 def test_same_bits_on_every_backend(backend):
+    n = 23 if backend != "triton" else 7
     for i, options in enumerate(SPREAD[backend]):
-        scores, group = data(n=23, groups=4, levels=5 if i % 2 else None)
+        scores, group = data(n=n, groups=4, levels=5 if i % 2 else None)
         scores = scores * 10.0 ** (i % 7 - 3)
         group = group * -(2**40) + 3
-        mask = torch.rand(23, 3) < 0.9
+        mask = torch.rand(n, 3) < 0.9
         weights = torch.tensor([0.7, 0.2])
         options = dataclasses.replace(options, eps=0.0 if i % 3 else 1e-4, clip=1.5 if i % 4 else None)
         expected = ek.group_advantage(scores, group, options, weights=weights, mask=mask, backend="ref")
         out = ek.group_advantage(scores, group, options, weights=weights, mask=mask, backend=backend)
         assert torch.equal(out.mask, expected.mask)
         assert torch.equal(out.advantage.view(torch.int32), expected.advantage.view(torch.int32)), options
+        again = ek.group_advantage(scores, group, options, weights=weights, mask=mask, backend=backend)
+        assert torch.equal(out.advantage, again.advantage) and torch.equal(out.mask, again.mask)
+
+
+@pytest.mark.parametrize("scale", [3e38, 1e25, 1e-25])
+def test_what_leaves_the_range_of_fp32_is_nan_everywhere_alike(backend, scale):
+    """Sums, differences and squares that overflow; squares that underflow. One bit pattern, no arbitrary number."""
+    scores, group = data(n=8, turns=2, groups=2)
+    scores = scores - 0.5
+    scores[group == 0] *= scale
+    for i, options in enumerate(SPREAD[backend][::3]):
+        options = dataclasses.replace(options, clip=(None, 5.0)[i % 2])
+        weights = torch.tensor([0.5, 4.0])
+        expected = ek.group_advantage(scores, group, options, weights=weights, backend="ref")
+        out = ek.group_advantage(scores, group, options, weights=weights, backend=backend)
+        assert torch.equal(out.mask, expected.mask)
+        assert torch.equal(bits(out.advantage), bits(expected.advantage)), options
+        broken = out.advantage.isnan()
+        assert torch.equal(bits(out.advantage)[broken], torch.full_like(bits(out.advantage)[broken], 0x7FC00000))
+        if scale > 1:
+            assert not out.advantage.isinf().any()
+    if scale > 1:
+        for std, other in (("group", False), ("global", True)):
+            out = ek.group_advantage(
+                scores, group, ek.CreditOptions(std=std), weights=torch.tensor([0.5, 4.0]), backend=backend
+            )
+            assert out.mask.all() and out.advantage[group == 0].isnan().all()
+            assert out.advantage[group == 1].isnan().all() == other
+
+
+def test_dropped_sets(backend):
+    """The thresholds themselves drop; what is dropped has advantage 0, mask False and no part in any statistic."""
+    scores = torch.tensor([0.5, 0.5, 0.25, 0.75, 0.0, 1.0, 0.875, 1.0]).view(8, 1, 1)
+    group = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])  # std 0, 1/4, 1/2, 1/16; mean 1/2, 1/2, 1/2, 15/16
+    for change, kept in (
+        ({}, [0, 1, 2, 3]),
+        ({"min_std": 0.0}, [1, 2, 3]),
+        ({"min_std": 0.0625}, [1, 2]),
+        ({"min_std": 0.25}, [2]),
+        ({"max_mean": 0.9375}, [0, 1, 2]),
+        ({"max_mean": 0.95}, [0, 1, 2, 3]),
+        ({"min_std": 0.2, "max_mean": 0.5}, []),
+    ):
+        for base in (ek.CreditOptions(std="global"), ek.CreditOptions(fusion="gdpo", std="none")):
+            options = dataclasses.replace(base, eps=0.0, **change)
+            out = ek.group_advantage(scores, group, options, backend=backend)
+            mask = torch.isin(group, torch.tensor(kept))
+            assert torch.equal(out.mask[:, 0], mask)
+            without = ek.group_advantage(scores[mask], group[mask], dataclasses.replace(base, eps=0.0), backend=backend)
+            assert torch.equal(bits(out.advantage[mask]), bits(without.advantage))
+            assert not out.advantage[~mask].any()
+
+
+def test_dropping_looks_at_the_weighted_reward_of_the_set(backend):
+    """Not at single rewards, whatever the fusion; a turn of its own where turns have their own baseline."""
+    scores = torch.rand(6, 2, 2)
+    scores[:, 0, 1] = 1 - scores[:, 0, 0]  # the sum of both is constant in turn 0
+    scores[:, 0] = (scores[:, 0] * 64).round() / 64
+    group = torch.zeros(6, dtype=torch.int64)
+    for fusion in ("reward", "advantage", "gdpo"):
+        options = ek.CreditOptions(fusion=fusion, baseline="session_turn", min_std=0.0)
+        out = ek.group_advantage(scores, group, options, weights=torch.tensor([0.5, 0.5]), backend=backend)
+        assert not out.mask[:, 0].any() and out.mask[:, 1].all()
+        pooled = dataclasses.replace(options, baseline="session")
+        assert ek.group_advantage(scores, group, pooled, weights=torch.ones(2), backend=backend).mask.all()
+
+
+def per_prompt(prompts, rewards, global_std, unbiased=False, eps=1e-4):
+    """The tracker most trainers use: for each unique prompt, rewards [N, T] minus their mean, over std + eps."""
+    out = np.zeros_like(rewards)
+    for prompt in np.unique(prompts):
+        mask = prompts == prompt
+        std = (rewards if global_std else rewards[mask]).std(axis=None if global_std else 0, ddof=int(unbiased))
+        out[mask] = (rewards[mask] - rewards[mask].mean(axis=0)) / (std + eps)
+    return np.clip(out, -5, 5)
+
+
+@pytest.mark.parametrize(
+    "preset, arguments",
+    [
+        ("flow-grpo", (False,)),
+        ("dance-grpo", (False, True, 1e-8)),
+        ("verl-omni", (True, True)),
+    ],
+)
+def test_per_prompt_tracker(backend, preset, arguments):
+    scores, group = data(n=12, rewards=1, turns=2)
+    prompts = np.array([f"make cube {g} red" for g in group.tolist()])
+    out = ek.group_advantage(scores, group, ek.CREDIT_PRESETS[preset], backend=backend)
+    close(out.advantage, per_prompt(prompts, scores[:, :, 0].double().numpy(), *arguments))
+
+
+def test_presets_of_other_trainers():
+    scores, group = data(n=24, turns=1)
+    s, w = scores[:, 0].double().numpy(), np.array([0.7, 0.3])
+    weights = torch.tensor([0.7, 0.3])
+
+    def run(preset):
+        return ek.group_advantage(scores, group, ek.CREDIT_PRESETS[preset], weights=weights).advantage[:, 0]
+
+    def by_group(values, scale):
+        out = np.zeros_like(values)
+        for g in range(3):
+            rows = group.numpy() == g
+            out[rows] = (values[rows] - values[rows].mean(0)) / scale(values[rows])
+        return out
+
+    close(run("mixgrpo"), np.clip(by_group(s, lambda x: x.std(0, ddof=1) + 1e-8) @ w, -5, 5))
+    close(run("flow-factory"), np.clip(by_group(s @ w, lambda x: max((s @ w).std(), 1e-6)), -5, 5))
+    close(run("dr-grpo"), by_group(s @ w, lambda x: 1.0))
+    combined = by_group(s, lambda x: np.maximum(x.std(0), 1e-6)) @ w
+    close(run("gdpo"), (combined - combined.mean()) / combined.std())
+    kept = ek.group_advantage(scores, group, ek.CREDIT_PRESETS["pku"], weights=weights)
+    assert kept.mask.all()
+    close(run("pku"), by_group(s @ w, lambda x: x.std() + 1e-4))
+    flat = scores * 0.05 + 0.5  # std of about 0.01
+    assert not ek.group_advantage(flat, group, ek.CREDIT_PRESETS["pku"], weights=weights).mask.any()
+    high = scores * 0.2 + torch.tensor([0.85, 0.85])  # std of about 0.045 a reward, mean of about 0.95
+    assert not ek.group_advantage(high, group, ek.CREDIT_PRESETS["pku"], weights=weights).mask.any()
+
+
+def test_groups_together_or_apart(backend):
+    """Where statistics are a group's own, the other groups of a batch change no bit."""
+    n = 9
+    scores, group = data(n=n, groups=2)
+    for options in SPREAD[backend][::3]:
+        if options.std == "global" or options.fusion == "gdpo":
+            options = dataclasses.replace(options, std="group", fusion="advantage")
+        together = ek.group_advantage(scores, group, options, backend=backend)
+        for g in range(2):
+            alone = ek.group_advantage(scores[group == g], group[group == g], options, backend=backend)
+            assert torch.equal(bits(together.advantage[group == g]), bits(alone.advantage))
+            assert torch.equal(together.mask[group == g], alone.mask)
+
+
+def test_prefix_falls_with_a_failure_and_never_rises(backend):
+    """One more failed turn never raises the value that prefix aggregation ranks by."""
+    patterns = list(itertools.product((0.0, 1.0), repeat=3))
+    scores = torch.tensor(patterns)[:, :, None]
+    options = ek.CreditOptions(aggregate="prefix", std="none", clip=None, broadcast=True)
+    group = torch.zeros(len(patterns), dtype=torch.int64)
+    a = ek.group_advantage(scores, group, options, backend=backend).advantage[:, 0]
+    for i, j in itertools.product(range(8), repeat=2):
+        if all(x <= y for x, y in zip(patterns[i], patterns[j])):
+            assert a[i] <= a[j]
+    assert a[patterns.index((1.0, 1.0, 0.0))] < a[patterns.index((1.0, 1.0, 1.0))]
+
+
+def test_threads_and_sizes_change_no_bit(one_thread):
+    scores, group = data(n=12000, turns=2, groups=700)  # more units than go to one thread alone
+    for options in OPTIONS[::11]:
+        out = ek.group_advantage(scores, group, options)
+        single = one_thread(lambda options=options: ek.group_advantage(scores, group, options))
+        reference = ek.group_advantage(scores, group, options, backend="ref")
+        assert torch.equal(bits(out.advantage), bits(single.advantage)) and torch.equal(out.mask, single.mask)
+        assert torch.equal(bits(out.advantage), bits(reference.advantage))
+
+
+def test_order_of_blocks_and_threads_changes_no_bit(emulated_cuda):
+    """Also which block finishes last."""
+    scores, group = data(n=11, groups=3)
+    order = ctypes.CDLL(emulated_cuda.__file__).editr2_emulator_order
+    for options in OPTIONS[::13]:
+        expected = ek.group_advantage(scores, group, options, backend="ref")
+        for seed in (0, 1, 2):
+            order(seed)
+            try:
+                out = ek.group_advantage(scores, group, options, backend="cuda")
+            finally:
+                order(0)
+            assert torch.equal(bits(out.advantage), bits(expected.advantage)), options
+            assert torch.equal(out.mask, expected.mask)
 
 
 @settings(max_examples=40, deadline=None)
@@ -146,9 +331,7 @@ def test_permuting_samples_permutes_advantages_bitwise(samples, options, random)
     group = torch.tensor([s[4] for s in samples])
     order = list(range(len(samples)))
     random.shuffle(order)
-    for name in ("ref", "cpu"):
-        if not ek.backends()[name].available:
-            continue
+    for name in FAST:
         out = ek.group_advantage(scores, group, options, backend=name)
         permuted = ek.group_advantage(scores[order], group[order], options, backend=name)
         assert torch.equal(out.advantage[order].view(torch.int32), permuted.advantage.view(torch.int32))
@@ -269,16 +452,18 @@ def test_inputs_stay_as_they_were(backend):
 
 def test_opcheck_and_compile():
     scores, group = data()
-    options = ("none", "reward", "session", "group", False, 1e-4, 5.0, None, False)
     mask = torch.ones(18, 3, dtype=torch.bool)
-    for name in ("ref", "cpu"):
-        if ek.backends()[name].available:
-            torch.library.opcheck(
-                torch.ops.editr2.group_advantage, (scores, group, torch.ones(2), mask, *options, name)
-            )
-    function = lambda scores: ek.group_advantage(scores, group, ek.CREDIT_PRESETS["edit-r2"])  # noqa: E731
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(scores).advantage, function(scores).advantage)
+    fields = [
+        getattr(ek.CREDIT_PRESETS["pku"], field.name)
+        for field in dataclasses.fields(ek.CreditOptions)
+        if field.name != "broadcast"
+    ]
+    for name in FAST:
+        torch.library.opcheck(torch.ops.editr2.group_advantage, (scores, group, torch.ones(2), mask, *fields, name))
+    for preset in ("edit-r2", "gdpo", "pku"):
+        function = lambda scores: ek.group_advantage(scores, group, ek.CREDIT_PRESETS[preset])  # noqa: B023, E731
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(scores).advantage, function(scores).advantage)
 
 
 @pytest.mark.parametrize(
@@ -311,11 +496,15 @@ def test_errors_name_the_argument(error, name, change):
     "name, change",
     [
         ("aggregate", {"aggregate": "sum"}),
-        ("fusion", {"fusion": "gdpo"}),
+        ("fusion", {"fusion": "sum"}),
         ("baseline", {"baseline": "turn"}),
         ("baseline", {"aggregate": "mean", "broadcast": True, "baseline": "session_turn"}),
         ("std", {"std": "batch"}),
         ("eps", {"eps": -1.0}),
+        ("eps_mode", {"eps_mode": "max"}),
+        ("min_std", {"min_std": -0.1}),
+        ("min_std", {"min_std": math.inf}),
+        ("max_mean", {"max_mean": math.nan}),
         ("clip", {"clip": 0.0}),
         ("broadcast", {"aggregate": "mean"}),
         ("broadcast", {"broadcast": True}),

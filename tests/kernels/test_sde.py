@@ -7,6 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import editr2_kernels as ek
+from editr2_kernels.guidance import make_latents
+from editr2_kernels.replay import make_replay
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (7,), (1025,), (3, 21, 19), ()]
@@ -14,6 +16,7 @@ TABLE = ek.transition_table(ek.flow_sigmas(8, 3.0), noise_level=0.9, window=(1, 
 CPS = ek.transition_table(ek.flow_sigmas(8, 3.0), dynamics="cps", noise_level=0.8)
 INDEX = torch.tensor([1, 5, 0, 7])
 SEED = torch.tensor([3, -4, 2**50, 0])
+X, V, BOTH = torch.zeros(4, 6), torch.zeros(24).view(4, 6), torch.zeros(6, 6)
 
 
 def case(shape, x_dtype=torch.float32, v_dtype=torch.float32, batch=4):
@@ -286,19 +289,148 @@ def test_errors_of_one_op_only():
         ek.sde_log_prob(x, x, x, TABLE, INDEX, v_ref=x[:2])
 
 
-def test_opcheck(backend):
-    if backend == "triton":
-        pytest.skip("opcheck is about the registration, which all backends share")
+OUT_ERRORS = [
+    (ValueError, r"out.x_next must have the shape", {"x_next": torch.empty(4, 5)}),
+    (TypeError, r"out.x_next.dtype", {"x_next": torch.empty(4, 6, dtype=torch.float64)}),
+    (TypeError, r"out.x_next must have the store_dtype", {"x_next": torch.empty(4, 6), "store_dtype": torch.float16}),
+    (ValueError, r"out.x_next must be contiguous", {"x_next": torch.empty(6, 4).t()}),
+    (ValueError, r"out.x_next must not require grad", {"x_next": torch.empty(4, 6, requires_grad=True)}),
+    (ValueError, r"out.x_next must not share memory with x", {"x_next": X}),
+    (ValueError, r"out.x_next must not share memory with v", {"x_next": V.view(4, 6)}),
+    (ValueError, r"out.x_next must not share memory with out.x0", {"x_next": BOTH[:4], "x0": BOTH[2:]}),
+    (ValueError, r"out.x0 is required", {"return_x0": True}),
+    (TypeError, r"out.x0 must have the dtype of out.x_next", {"x0": torch.empty(4, 6).half()}),
+    (TypeError, r"out.log_prob must be float32", {"log_prob": torch.empty(4).half()}),
+    (ValueError, r"out.log_prob must have shape", {"log_prob": torch.empty(3)}),
+    (TypeError, r"out.log_prob", {"log_prob": None}),
+]
+
+
+@pytest.mark.parametrize("error, message, change", OUT_ERRORS)
+def test_errors_of_out_name_the_tensor(error, message, change):
+    options = {name: change[name] for name in ("store_dtype", "return_x0") if name in change}
+    given = {name: value for name, value in change.items() if name not in options}
+    out = ek.SdeStep(**{"x_next": torch.empty(4, 6), "log_prob": torch.empty(4), **given})
+    before = X.clone(), V.clone()
+    with pytest.raises(error, match=f"^{message}"):
+        ek.sde_step(X, V, TABLE, INDEX, SEED, out=out, **options)
+    assert torch.equal(X, before[0]) and torch.equal(V, before[1])
+
+
+@pytest.mark.parametrize("store", DTYPES)
+@pytest.mark.parametrize("with_x0", [False, True])
+def test_out_is_filled_with_what_would_be_returned(backend, store, with_x0):
+    x, v, _ = case((3, 43))
+    fresh = ek.sde_step(x, v, TABLE, INDEX, SEED, store_dtype=store, return_x0=with_x0, backend=backend)
+    x0 = torch.empty(4, 3, 43, dtype=store) if with_x0 else None
+    out = ek.SdeStep(torch.empty(4, 3, 43, dtype=store), torch.empty(4), x0)
+    assert ek.sde_step(x, v, TABLE, INDEX, SEED, out=out, backend=backend) is out
+    assert torch.equal(out.x_next, fresh.x_next) and torch.equal(out.log_prob, fresh.log_prob)
+    assert torch.equal(out.x0, fresh.x0) if with_x0 else fresh.x0 is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 21, 19)])
+def test_clean_prediction(backend, shape, dtype):
+    """x0 = x - sigma v, rounded once; every backend has the same bits."""
+    x, v, _ = case(shape, dtype, dtype)
+    sigma = broadcast_row(TABLE, INDEX, shape)[6]
+    out = ek.sde_step(x, v, TABLE, INDEX, SEED, store_dtype=torch.float32, return_x0=True, backend=backend)
+    assert torch.equal(out.x0, x.float() - sigma * v.float())
+    if backend != "triton" or dtype != torch.bfloat16:  # the interpreter truncates to bf16
+        stored = ek.sde_step(x, v, TABLE, INDEX, SEED, return_x0=True, backend=backend).x0
+        assert torch.equal(stored, out.x0.to(dtype))
+
+
+@pytest.mark.parametrize("dynamics", ["ode", "dpm++sde"])
+def test_second_order_rows(backend, dynamics):
+    """C m_prev enters mu, its replay and its gradient; the reference is written out in float64."""
+    table = ek.transition_table(ek.flow_sigmas(8, 3.0), dynamics=dynamics, solver="dpm++2m")
+    index = torch.tensor([2, 5, 0, 4])
+    x, v, v_ref = case((3, 21))
+    m_prev = torch.randn_like(x).bfloat16()
+    with pytest.raises(ValueError, match="^m_prev is required"):
+        ek.sde_step(x, v, table, index, SEED, backend=backend)
+    with pytest.raises(ValueError, match="^m_prev is required"):
+        ek.sde_log_prob(x, x, v, table, index, backend=backend)
+    missing = ek.sde_step_ref(x, v, table, index, SEED)  # what a GPU gives, where looking would be a sync
+    assert missing.x_next.isnan().flatten(1).any(1).tolist() == [True, True, False, True]
+    step = ek.sde_step(x, v, table, index, SEED, m_prev=m_prev, backend=backend)
+    reference = ek.sde_step_ref(x, v, table, index, SEED, m_prev=m_prev)
+    assert torch.equal(step.x_next, reference.x_next)
+
+    a, b, c, s, w, const, _, _ = broadcast_row(table.double(), index, x.shape[1:])
+    leaf = v.double().requires_grad_()
+    mu = a * x.double() + b * leaf + c * m_prev.double()
+    eps = ek.philox_normal(SEED, index, x.shape[1:])
+    assert worst(step.x_next, mu + s * eps.double()) < 3e-6
+    log_prob = w.flatten() * (step.x_next.double() - mu).square().flatten(1).mean(1) + const.flatten()
+    log_prob.sum().backward()
+    ours = v.clone().requires_grad_()
+    out = ek.sde_log_prob(x, step.x_next, ours, table, index, m_prev=m_prev, backend=backend)
+    assert torch.equal(out.log_prob, step.log_prob)
+    out.log_prob.sum().backward()
+    torch.testing.assert_close(out.log_prob.double(), log_prob.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.grad.double(), leaf.grad, rtol=2e-5, atol=1e-5 * leaf.grad.abs().max().item())
+
+
+def test_first_order_rows_ignore_a_missing_previous(backend):
+    x, v, _ = case((9,))
+    table = ek.transition_table(ek.flow_sigmas(8), dynamics="ode", solver="dpm++2m")
+    ends = torch.tensor([0, 7, 0, 7])
+    euler = ek.transition_table(ek.flow_sigmas(8), dynamics="ode")
+    ours = ek.sde_step(x, v, table, ends, SEED, backend=backend)
+    assert torch.equal(ours.x_next, ek.sde_step(x, v, euler, ends, SEED, backend=backend).x_next)
+
+
+@pytest.mark.parametrize("store", DTYPES)
+def test_score_of_the_unrounded_sample(backend, store):
+    """As peers score: the log-prob of x' before its cast. Only in fp32 does the replay still agree."""
+    x, v, _ = case((3, 401))
+    eps = torch.randn_like(x)
+    args = {"noise": eps, "store_dtype": store, "backend": backend}
+    stored = ek.sde_step(x, v, TABLE, INDEX, None, **args)
+    peer = ek.sde_step(x, v, TABLE, INDEX, None, score="unrounded", **args)
+    assert torch.equal(peer.x_next, stored.x_next)
+    row = TABLE[INDEX].double()
+    expected = -0.5 * (row[:, 3:4] > 0) * eps.double().square().flatten(1).mean(1, keepdim=True) + row[:, 5:6]
+    # z is recovered from x' - mu: an fp32 rounding of values of size 8 relative to S >= 0.3, averaged over elements.
+    torch.testing.assert_close(peer.log_prob.double(), expected[:, 0], rtol=1e-6, atol=2e-6)
+    replay = ek.sde_log_prob(x, stored.x_next, v, TABLE, INDEX, backend=backend)
+    noisy = TABLE[INDEX, 3] > 0
+    assert torch.equal(replay.log_prob, stored.log_prob)
+    assert torch.equal(replay.log_prob == peer.log_prob, ~noisy) or store == torch.float32
+    with pytest.raises(ValueError, match="^score must be one of"):
+        ek.sde_step(x, v, TABLE, INDEX, SEED, score="rounded")
+
+
+def test_autocast_changes_nothing(backend):
+    x, v, v_ref = case((33,), torch.float32, torch.bfloat16)
+    plain = everything(x, v, v_ref, TABLE, INDEX, SEED, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = everything(x, v, v_ref, TABLE, INDEX, SEED, backend)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(plain, cast))
+
+
+def test_opcheck():
+    """Of the registration, which all backends share."""
     x, v, v_ref = case((11,), torch.bfloat16, torch.float32)
-    ops = torch.ops.editr2
+    ops, backend = torch.ops.editr2, "ref"
     torch.library.opcheck(ops.philox_normal, (SEED, INDEX, 9, torch.bfloat16, backend))
-    torch.library.opcheck(ops.sde_step, (x, v, TABLE, INDEX, SEED, None, torch.float16, backend))
-    torch.library.opcheck(ops.sde_step, (x, v, TABLE, INDEX, None, v_ref, torch.float32, backend))
+    latents = make_latents(x, v)
+    torch.library.opcheck(ops.sde_step, (*latents, None, TABLE, INDEX, SEED, True, torch.float16, False, backend))
+    torch.library.opcheck(ops.sde_step, (*latents, v_ref, TABLE, INDEX, None, False, torch.float32, True, backend))
+    for x0 in (None, torch.empty(4, 11)):
+        out = torch.empty(4, 11), x0, torch.empty(4)
+        torch.library.opcheck(ops.sde_step_out, (*latents, None, TABLE, INDEX, SEED, True, backend, *out))
     leaf = v.clone().requires_grad_()
-    torch.library.opcheck(ops.sde_log_prob, (x, x, leaf, v_ref, TABLE, INDEX, backend))
-    torch.library.opcheck(ops.sde_log_prob, (x, x, leaf, None, TABLE, INDEX, backend))
+    for reference in (v_ref, None):
+        replay = make_replay(x, x, leaf, TABLE, INDEX, v_ref=reference)
+        torch.library.opcheck(ops.sde_log_prob, (*replay, backend))
+    replay = make_replay(x, x, v, TABLE, INDEX, v_ref=v_ref)
     grads = torch.randn(4), torch.randn(4)
-    torch.library.opcheck(ops.sde_log_prob_backward, (x, x, v, v_ref, TABLE, INDEX, *grads, backend))
+    wanted = [True, False, False]
+    torch.library.opcheck(ops.replay_backward, (*replay, None, None, *grads, wanted, backend))
 
 
 def training_step(x, v, v_ref, index, seed):
@@ -326,6 +458,22 @@ def check_compiled(compiled, sizes):
         assert math.isclose(results[0][1].item(), results[1][1].item(), rel_tol=1e-6)
         assert torch.equal(results[0][0], results[1][0])
         torch.testing.assert_close(results[0][2], results[1][2])
+
+
+def test_compiles_with_out_buffers():
+    torch._dynamo.reset()
+    x, v, _ = case((5, 6))
+    expected = ek.sde_step(x, v, TABLE, INDEX, SEED, return_x0=True)
+
+    def step(x, v, x_next, log_prob, x0):
+        ek.sde_step(x, v, TABLE, INDEX, SEED, out=ek.SdeStep(x_next, log_prob, x0))
+        return x_next + x0
+
+    out = torch.empty(4, 5, 6), torch.empty(4), torch.empty(4, 5, 6)
+    total = torch.compile(step, fullgraph=True, backend="aot_eager")(x, v, *out)
+    assert torch.equal(total, expected.x_next + expected.x0)
+    for ours, theirs in zip(out, expected):
+        assert torch.equal(ours, theirs)
 
 
 def test_compiles_fullgraph_once_for_all_sizes():

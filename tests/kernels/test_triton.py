@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: the operator tests in the interpreter, and compilation for three GPU targets."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -14,11 +15,12 @@ if importlib.util.find_spec("triton") is None:
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPERATORS = ["philox", "sde", "guidance", "grpo_loss", "nft_loss", "group_advantage", "token_log_prob"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter already")
 @pytest.mark.timeout(900)  # seconds on idle cores; the margin is for busy ones
-@pytest.mark.parametrize("name", ["philox", "sde", "group_advantage"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_interpreter_passes_the_operator_tests(name):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", "-W", "ignore"]
     run = subprocess.run(
@@ -31,47 +33,117 @@ def test_interpreter_passes_the_operator_tests(name):
     assert re.search(r"\d+ passed", run.stdout)
 
 
-BLOCK = {"BLOCK": 1024, "LEVELS": 10}
-GROUP = {"ROWS": 16, "COLS": 128}
-# kernel, pointer types, constants; every other argument is an int32. A None pointer is a constant.
+CHUNK = {"BLOCK": 1024, "LEVELS": 10}
+PARTIALS = {"PARTIALS": 256, "LEVELS": 8}
+UNITS = {"UNITS": 16, "UNIT_LEVELS": 4, **PARTIALS}
+NARROW = {"WIDE": False, "BLOCK": 1024, "COLS": 64, "LEVELS": 6}
+WIDE = {"WIDE": True, "BLOCK": 1024, "COLS": 1024, "LEVELS": 10}
+
+
+def absent(*names):
+    return {f"{name}_ptr": None for name in names}
+
+
+UNGUIDED = {**absent("v_uncond", "v_uncond_image", "guidance", "scales"), "RENORM": 0, "WIDE": False}
+BF16 = dict.fromkeys(
+    ("x_ptr", "x_next_ptr", "v_ptr", "m_prev_ptr", "v_uncond_ptr", "v_uncond_image_ptr", "v_ref_ptr", "v_old_ptr")
+    + ("x0_ptr", "noise_ptr", "grad_v_ptr", "grad_v_uncond_ptr", "grad_v_uncond_image_ptr"),
+    "*bf16",
+)
+NO_GRADS = absent("grad_log_prob", "grad_mean_diff")
+STORED = {"SCORE_STORED": True, **CHUNK}
+GROUP_TYPES = {
+    **dict.fromkeys(("eps", "clip", "min_std", "max_mean"), "fp32"),
+    "mask_out_ptr": "*u8",
+    "counter_ptr": "*i32",
+}
+GROUP = {
+    **{"K": 2, "COLUMNS": 1, "AGGREGATE": 1, "FUSION": 0, "BY_TURN": False, "STD": 0, "UNBIASED": True, "FLOOR": False},
+    **{"CLIP": True, "FILTER": 0, "COUNT_FILTER": 0, "DROPS": False, "COLLECTIVE": False, "COLS": 256},
+}
+# module.kernel, types that differ from `type_of`, constants (a None pointer is one).
 VARIANTS = {
-    "philox": ("philox_kernel", {"out_ptr": "*bf16", "seed_ptr": "*i64", "step_ptr": "*i64"}, {"BLOCK": 1024}),
-    "step-bf16": (
-        "step_kernel",
-        {"x_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*bf16", "seed_ptr": "*i64"},
-        {"noise_ptr": None, "HAS_NOISE": False, **BLOCK},
-    ),
+    "philox": ("step.philox_kernel", {"out_ptr": "*bf16"}, {"BLOCK": 1024}),
+    "finish": ("common.finish_kernel", {}, PARTIALS),
+    "step": ("step.step_kernel", BF16, {**absent("noise", "m_prev", "x0"), **UNGUIDED, **STORED}),
     "step-noise": (
-        "step_kernel",
-        {"x_ptr": "*fp32", "v_ptr": "*fp16", "out_ptr": "*fp32", "noise_ptr": "*fp32"},
-        {"seed_ptr": None, "HAS_NOISE": True, **BLOCK},
+        "step.step_kernel",
+        {"v_ptr": "*fp16", "x_next_ptr": "*fp16"},
+        {**absent("seed"), **UNGUIDED, "SCORE_STORED": False, **CHUNK},
     ),
-    "log-prob": (
-        "log_prob_kernel",
-        {"x_ptr": "*bf16", "x_next_ptr": "*bf16", "v_ptr": "*bf16", "v_ref_ptr": "*bf16"},
-        {"HAS_REF": True, **BLOCK},
+    "step-guided": (
+        "step.step_kernel",
+        BF16,
+        {**absent("noise", "scales"), "RENORM": 0, "WIDE": False, **STORED},
     ),
-    "finish": ("finish_kernel", {"log_prob_ptr": "*fp32", "mean_diff_ptr": "*fp32"}, {"HAS_REF": True, **BLOCK}),
+    "step-token": ("step.step_kernel", BF16, {**absent("noise", "m_prev"), "RENORM": 1, "WIDE": False, **STORED}),
+    "step-global": ("step.step_kernel", BF16, {**absent("noise", "m_prev"), "RENORM": 4, "WIDE": True, **STORED}),
+    "moments": ("replay.moments_kernel", BF16, {**UNGUIDED, **absent("m_prev"), "PLAIN_REF": False, **CHUNK}),
+    "moments-text-channel": (
+        "replay.moments_kernel",
+        {},
+        {**absent("v_old", "old_squares"), "RENORM": 2, "WIDE": False, "PLAIN_REF": True, **CHUNK},
+    ),
+    "scale": ("guidance.scale_kernel", BF16, {**absent("v_squares", "w_squares"), "RENORM": 1, **NARROW}),
+    "scale-wide": ("guidance.scale_kernel", {}, {"RENORM": 4, **WIDE}),
+    "scale-finish": ("guidance.scale_finish_kernel", {}, {"RENORM": 4, **PARTIALS}),
+    "dot": ("replay.dot_kernel", BF16, {**NO_GRADS, "RENORM": 1, **NARROW}),
+    "dot-wide": ("replay.dot_kernel", {}, {**absent("factors", "factor_scale"), "RENORM": 2, **WIDE}),
+    "dot-finish": ("replay.dot_finish_kernel", {}, PARTIALS),
     "backward": (
-        "log_prob_backward_kernel",
-        {"x_ptr": "*bf16", "x_next_ptr": "*bf16", "v_ptr": "*bf16", "v_ref_ptr": "*bf16", "grad_v_ptr": "*bf16"},
-        {"HAS_DIFF": True, "BLOCK": 1024},
+        "replay.backward_kernel",
+        BF16,
+        {**absent("dots", "grad_v_uncond", "grad_v_uncond_image"), **NO_GRADS, **UNGUIDED, "BLOCK": 1024},
     ),
-    "group": (
-        "group_kernel",
-        {"value_ptr": "*fp32", "group_ptr": "*i64", "turn_ptr": "*i64", "counted_ptr": "*u8", "out_ptr": "*fp32"},
-        {"STD": 1, "UNBIASED": True, **GROUP},
+    "backward-guided": (
+        "replay.backward_kernel",
+        {},
+        {**absent("dots", "scales", "factors", "factor_scale"), "RENORM": 0, "WIDE": False, "BLOCK": 1024},
+    ),
+    "backward-text-channel": (
+        "replay.backward_kernel",
+        BF16,
+        {**NO_GRADS, "RENORM": 2, "WIDE": False, "BLOCK": 1024},
+    ),
+    "backward-global": ("replay.backward_kernel", BF16, {**NO_GRADS, "RENORM": 4, "WIDE": True, "BLOCK": 1024}),
+    "grpo": (
+        "grpo.grpo_finish_kernel",
+        {},
+        {**absent("old_squares", "mask"), "KL_SCALE": 3, "GUARD": False, **UNITS},
+    ),
+    "grpo-guard": ("grpo.grpo_finish_kernel", {}, {"KL_SCALE": 1, "GUARD": True, **UNITS}),
+    "nft": ("nft.nft_moments_kernel", BF16, CHUNK),
+    "nft-finish": ("nft.nft_finish_kernel", {}, {"HAS_REF": True, **UNITS}),
+    "nft-backward": ("nft.nft_backward_kernel", BF16, {"BLOCK": 1024}),
+    "tokens": ("tokens.token_kernel", {"logits_ptr": "*bf16", "scale": "fp32"}, {"BLOCK": 4096, "LEVELS": 12}),
+    "tokens-backward": (
+        "tokens.token_backward_kernel",
+        {"logits_ptr": "*bf16", "grad_ptr": "*bf16", "scale": "fp32"},
+        {"BLOCK": 1024},
+    ),
+    "tokens-backward-entropy": (
+        "tokens.token_backward_kernel",
+        {"logits_ptr": "*fp16", "grad_ptr": "*fp16", "scale": "fp32"},
+        {**absent("grad_log_prob"), "BLOCK": 1024},
+    ),
+    "group": ("group.group_kernel", GROUP_TYPES, {**absent("counter", "scratch"), **GROUP}),
+    "group-batch": (
+        "group.group_kernel",
+        GROUP_TYPES,
+        {**GROUP, "FUSION": 2, "COLUMNS": 2, "STD": 1, "FLOOR": True, "DROPS": True, "COLLECTIVE": True},
     ),
 }
-COMMON = {
-    "table_ptr": "*fp32",
-    "index_ptr": "*i64",
-    "partial_ptr": "*fp32",
-    "diff_partial_ptr": "*fp32",
-    "grad_log_prob_ptr": "*fp32",
-    "grad_mean_diff_ptr": "*fp32",
-    "eps": "fp32",
-}
+INTEGERS = ("index_ptr", "seed_ptr", "step_ptr", "ids_ptr", "group_ptr")
+NUMBERS = ("clip_low", "clip_high", "advantage_clip", "kl_weight", "normalizer", "beta", "advantage_max", "ref_weight")
+ROUNDS_TO_BF16 = ("philox", "step", "step-token", "backward", "backward-global", "nft-backward", "tokens-backward")
+
+
+def type_of(name):
+    if name in INTEGERS:
+        return "*i64"
+    if name == "mask_ptr":
+        return "*u8"
+    return "*fp32" if name.endswith("_ptr") else "fp32" if name in (*NUMBERS, "min_weight") else "i32"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
@@ -85,10 +157,12 @@ def test_compiles_to_exact_ptx(variant, capability):
 
     from editr2_kernels import triton_kernels
 
-    name, types, constants = VARIANTS[variant]
-    kernel = getattr(triton_kernels, name)
+    where, types, constants = VARIANTS[variant]
+    module, name = where.split(".")
+    kernel = getattr(importlib.import_module(f"{triton_kernels.__name__}.{module}"), name)
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else {**COMMON, **types}.get(n, "i32") for n in names}
+    assert set(constants) <= set(names)
+    signature = {n: "constexpr" if n in constants else types.get(n, type_of(n)) for n in names}
     source = ASTSource(
         fn=kernel, signature=signature, constexprs={(names.index(n),): value for n, value in constants.items()}
     )
@@ -97,6 +171,8 @@ def test_compiles_to_exact_ptx(variant, capability):
     assert ".f64" not in ptx
     assert "fma.rn" not in ptx
     assert ".approx" not in ptx and "div.full" not in ptx
-    if variant in ("philox", "step-bf16", "backward"):
+    if variant in ROUNDS_TO_BF16:
         assert "cvt.rn.bf16" in ptx
-    assert not re.search(r"\batom\.|\bred\.", ptx)
+    atomics = re.findall(r"\b(?:atom|red)\.[\w.]+", ptx)
+    # One arrival of each program at a counter, an integer; no sum of floats.
+    assert atomics == (["atom.global.gpu.acq_rel.add.u32"] if variant == "group-batch" else [])

@@ -1,0 +1,131 @@
+"""What other trainers compute, as arguments of the operators here: presets for comparing with them and replacing them.
+
+    preset = COMPAT["flow_grpo"]
+    table = transition_table(sigmas, noise_level=0.7, compat="flow_grpo")
+    step = sde_step(x, v, table, step_index, seed, score=preset.score)
+    loss = grpo_loss(..., v_ref=v_ref, kl_weight=0.04, **preset.grpo)
+    advantage = group_advantage(scores, group, preset.credit).advantage
+
+A preset holds what a project's code fixes. What its recipes choose (noise level, clip range, weights of losses) stays
+an argument. Each scores the sample before it is cast to its storage dtype, so `score` is "unrounded": with a dtype
+below fp32 the log-prob of a replay then differs from the rollout's, which `score="stored"`, the default of `sde_step`,
+exists to avoid.
+
+Sources: the projects' published code, read between November 2025 and August 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from .group_advantage import CREDIT_PRESETS, CreditOptions
+
+
+def _keywords(**values: Any) -> Mapping[str, Any]:
+    return MappingProxyType(values)
+
+
+@dataclass(frozen=True)
+class Compat:
+    """One project's conventions.
+
+    log_prob: by dynamics, `log_prob` of `transition_table`; its keys are the dynamics the project has.
+    score: `score` of `sde_step`.
+    grpo: keywords of `grpo_loss` that the project's policy loss fixes; empty where it has none.
+    nft: keywords of `nft_loss`; empty where it has none.
+    credit: options of `group_advantage`.
+    renorm: `renorm` of `sde_step` by model family; families without an entry use none.
+    note: what an argument here cannot express, or expresses under another name.
+    """
+
+    log_prob: Mapping[str, str]
+    credit: CreditOptions
+    score: Literal["stored", "unrounded"] = "unrounded"
+    grpo: Mapping[str, Any] = field(default_factory=_keywords)
+    nft: Mapping[str, Any] = field(default_factory=_keywords)
+    renorm: Mapping[str, str] = field(default_factory=_keywords)
+    note: str = ""
+
+    def log_prob_of(self, dynamics: str) -> Any:
+        """For `transition_table`; the ODE has no log-prob and needs no entry."""
+        if dynamics != "ode" and dynamics not in self.log_prob:
+            raise ValueError(
+                f"dynamics {dynamics!r} is not in this compat preset, which has {', '.join(self.log_prob)}"
+            )
+        return self.log_prob.get(dynamics)
+
+
+def _credit(name: str) -> CreditOptions:
+    """Peers clamp the advantage in the loss, where `grpo_loss` and `nft_optimality` do it too."""
+    return replace(CREDIT_PRESETS[name], clip=None)
+
+
+_FLOW_GRPO = Compat(
+    log_prob=_keywords(**{"flow-sde": "full", "cps": "unscaled"}),
+    credit=_credit("flow-grpo"),
+    grpo=_keywords(kl_scale="diffusion", advantage_clip=5.0),
+    renorm=_keywords(qwen_image="token"),
+    note="std over the group; over the batch: replace(credit, std='global'). Statistics in float64 there.",
+)
+
+COMPAT: Mapping[str, Compat] = MappingProxyType(
+    {
+        "flow_grpo": _FLOW_GRPO,
+        "flow_grpo_wan": replace(
+            _FLOW_GRPO,
+            log_prob=_keywords(**{"wan-sde": "full"}),
+            grpo=_keywords(kl_scale="step", advantage_clip=5.0),
+            renorm=_keywords(),
+        ),
+        "flow_grpo_bagel": replace(
+            _FLOW_GRPO,
+            log_prob=_keywords(**{"flow-sde": "scaled"}),
+            renorm=_keywords(),
+            note="renorm is a setting there: 'global', 'channel' or 'text_channel', within a guidance_interval.",
+        ),
+        "dance_grpo": Compat(
+            log_prob=_keywords(**{"dance-sde": "full"}),
+            credit=_credit("dance-grpo"),
+            grpo=_keywords(advantage_clip=5.0),
+            note="The last step is not trained on and the image is its x0: a deterministic row here.",
+        ),
+        "mixgrpo": Compat(
+            log_prob=_keywords(**{"flow-sde": "full", "dance-sde": "scaled", "dpm++sde": "full"}),
+            credit=_credit("mixgrpo"),
+            grpo=_keywords(advantage_clip=5.0),
+            note="Its KL, half the mean square of log p - log p_old, is `metrics.approx_kl` of `grpo_loss`. Its "
+            "Dance-SDE loses the constants of log p, which cancel in the ratio.",
+        ),
+        "diffusion_nft": Compat(
+            log_prob=_keywords(**{"ddim-sde": "full"}),
+            credit=_credit("flow-grpo"),
+            nft=_keywords(advantage_max=5.0, ref_weight=1e-4, min_weight=1e-5),
+            note="std over the group; over the batch: replace(credit, std='global'). The loss runs in float64 there.",
+        ),
+        "flow_factory": Compat(
+            log_prob=_keywords(**{"flow-sde": "full", "dance-sde": "full", "cps": "unscaled"}),
+            credit=_credit("flow-factory"),
+            grpo=_keywords(kl_scale="mean", advantage_clip=5.0),
+            renorm=_keywords(qwen_image="token"),
+            note="A KL in v instead of x: kl_scale='velocity'. Several rewards by GDPO: CREDIT_PRESETS['gdpo'].",
+        ),
+        "verl_omni": Compat(
+            log_prob=_keywords(**{"flow-sde": "full", "dance-sde": "full", "cps": "unscaled"}),
+            credit=_credit("verl-omni"),
+            grpo=_keywords(kl_scale="diffusion", advantage_clip=5.0),
+            renorm=_keywords(qwen_image="token"),
+            note="include_logprob_normalizer=False is log_prob='scaled'; Dr. GRPO is replace(credit, std='none'). Its "
+            "GRPO-Guard uses batch means of S: equal to guard=True where a batch is at one step.",
+        ),
+    }
+)
+
+
+def compat_preset(name: str) -> Compat:
+    """The preset of a project. Raises ValueError for a name that is not in `COMPAT`."""
+    if name not in COMPAT:
+        raise ValueError(f"compat must be one of {', '.join(COMPAT)}, got {name!r}")
+    return COMPAT[name]

@@ -1,0 +1,314 @@
+"""Classifier-free guidance with renormalisation: from the velocities of two or three branches to the one that steps.
+
+    t = v_text  + g_text  (v - v_text)          t = v where g_text is 1
+    u = v_image + g_image (t - v_image)         u = t where g_image is 1
+    token, channel, global: u <- s u            text_channel: t <- s t, before u
+
+over rows of the last dimension (`global`: the whole sample), norms in fp32:
+
+    token                       s = |v| / |u|                         Qwen-Image
+    channel, global             s = min(1, |v| / (|u| + 1e-8))        BAGEL
+    text_channel                s = min(1, |v| / (|t| + 1e-8))        BAGEL
+
+Guidance applies to a sample while low < sigma <= high; outside, and where both weights are 1, u = v exactly, without
+renormalisation. With g the gradient to u, w the vector that is scaled and dot = sum(w g) over the row, a scale passes
+
+    to w:  s g - on_w dot w       to v:  on_v dot v       on_w = s / base / |w|,  on_v = 1 / (|v| base)
+
+where base is the denominator of s, and on_w = on_v = 0 where the scale is clamped (or base is 0).
+
+Sources: classifier-free guidance (arXiv 2207.12598); the released pipelines of Qwen-Image and BAGEL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .backends import compiled, pointer, rows_of, workspace
+from .table import sum_ref
+
+Renorm = Literal["none", "token", "text_channel", "channel", "global"]
+RENORMS = ("none", "token", "text_channel", "channel", "global")  # the position is the code the kernels take
+NONE, TOKEN, TEXT_CHANNEL, CHANNEL, GLOBAL = range(5)
+
+
+class Latents(NamedTuple):
+    """What a step reads, as the operators carry it; absent tensors are None.
+
+    x, v, m_prev, v_uncond, v_uncond_image: [B, N]. guidance: [B, 4] fp32, text and image weight, low and high sigma.
+    renorm: a position in `RENORMS`. width: size of the last dimension, the row of a renormalisation.
+    """
+
+    x: Tensor
+    v: Tensor
+    m_prev: Tensor | None
+    v_uncond: Tensor | None
+    v_uncond_image: Tensor | None
+    guidance: Tensor | None
+    renorm: int
+    width: int
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Latents:
+        values: dict[str, Any] = {
+            name: function(value) if isinstance(value, Tensor) else value for name, value in self._asdict().items()
+        }
+        return Latents(**values)
+
+    def rows(self) -> Latents:
+        """Every row contiguous: what kernels address."""
+        guidance = None if self.guidance is None else self.guidance.contiguous()
+        return self.map(_checks.rows)._replace(guidance=guidance)
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments every function of a compiled module takes for these."""
+        return {
+            "x": rows_of(self.x),
+            "v": rows_of(self.v),
+            "m_prev": rows_of(self.m_prev),
+            "v_uncond": rows_of(self.v_uncond),
+            "v_uncond_image": rows_of(self.v_uncond_image),
+            "guidance": pointer(self.guidance),
+            "renorm": self.renorm,
+            "width": self.width,
+        }
+
+
+# The fields of `Latents` in the schema of an operator.
+LATENTS_SCHEMA = (
+    "Tensor x, Tensor v, Tensor? m_prev, Tensor? v_uncond, Tensor? v_uncond_image, Tensor? guidance, int renorm, "
+    "SymInt width"
+)
+
+
+def call_compiled(chosen: str, function: str, latents: Latents, **arguments: Any) -> None:
+    """Run a latent operator of backend "cpu" or "cuda"; `latents` have contiguous rows."""
+    module, where = compiled(chosen, latents.x)
+    batch, n = latents.x.shape
+    scratch = workspace(module, latents.x, batch, n, latents.width, latents.renorm)
+    getattr(module, function)(**latents.arguments(), **arguments, workspace=pointer(scratch), B=batch, N=n, **where)
+
+
+def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """[B] fp32; a number is filled in on the device, so nothing waits and graphs can capture it."""
+    batch = like.shape[0]
+    if isinstance(value, Tensor):
+        if value.dtype != torch.float32:
+            raise TypeError(f"{name} must be a number or a float32 tensor, got {value.dtype}")
+        if value.shape != (batch,):
+            raise ValueError(f"{name} must have shape [{batch}], one weight a sample; got {list(value.shape)}")
+        _checks.same_device(name, value, "x", like)
+        return value.detach()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number or a float32 tensor, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return torch.full((batch,), value, dtype=torch.float32, device=like.device)
+
+
+def _interval(value: tuple[float, float] | Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    batch = like.shape[0]
+    if isinstance(value, Tensor):
+        if value.dtype != torch.float32:
+            raise TypeError(f"guidance_interval must be two numbers or a float32 tensor, got {value.dtype}")
+        if value.shape != (batch, 2):
+            raise ValueError(
+                f"guidance_interval must have shape [{batch}, 2], (low, high) a sample; got {list(value.shape)}"
+            )
+        _checks.same_device("guidance_interval", value, "x", like)
+        return value.detach().unbind(1)  # type: ignore[return-value]
+    low, high = (-math.inf, math.inf) if value is None else value
+    if not low < high:
+        raise ValueError(f"guidance_interval must be (low, high) with low < high, got {(low, high)}")
+    low_B, high_B = (torch.full((batch,), bound, dtype=torch.float32, device=like.device) for bound in (low, high))
+    return low_B, high_B
+
+
+def _guidance_rows(
+    like: Tensor,
+    v_uncond: Tensor | None,
+    guidance: float | Tensor | None,
+    v_uncond_image: Tensor | None,
+    guidance_image: float | Tensor | None,
+    interval: tuple[float, float] | Tensor | None,
+    renorm: str,
+) -> Tensor | None:
+    for branch_name, branch, weight_name, weight in (
+        ("v_uncond", v_uncond, "guidance", guidance),
+        ("v_uncond_image", v_uncond_image, "guidance_image", guidance_image),
+    ):
+        if branch is not None and weight is None:
+            raise ValueError(f"{weight_name} is required with {branch_name}: the weight of that branch")
+        if branch is None and weight is not None:
+            raise ValueError(f"{branch_name} is required with {weight_name}: the velocity without that condition")
+    if renorm not in RENORMS:
+        raise ValueError(f"renorm must be one of {', '.join(RENORMS)}, got {renorm!r}")
+    if guidance is None and guidance_image is None:
+        if renorm != "none":
+            raise ValueError(f"renorm {renorm!r} needs guidance: v_uncond or v_uncond_image is absent")
+        if interval is not None:
+            raise ValueError("guidance_interval needs guidance: v_uncond or v_uncond_image is absent")
+        return None
+    text = _weight("guidance", 1.0 if guidance is None else guidance, like)
+    image = _weight("guidance_image", 1.0 if guidance_image is None else guidance_image, like)
+    return torch.stack((text, image, *_interval(interval, like)), dim=1)
+
+
+def make_latents(
+    x: Tensor,
+    v: Tensor,
+    *,
+    m_prev: Tensor | None = None,
+    v_uncond: Tensor | None = None,
+    guidance: float | Tensor | None = None,
+    v_uncond_image: Tensor | None = None,
+    guidance_image: float | Tensor | None = None,
+    guidance_interval: tuple[float, float] | Tensor | None = None,
+    renorm: str = "none",
+    doubles: bool = False,
+) -> Latents:
+    """Check the public arguments of a step and flatten them; only v, v_uncond and v_uncond_image keep a gradient.
+
+    Makes tensors on the device only, without a host sync. doubles: accept float64 too, as the references do.
+    Raises ValueError or TypeError naming the argument.
+    """
+    _checks.samples("x", x, doubles=doubles)
+    _checks.like("v", v, "x", x, doubles=doubles)
+    flat: dict[str, Tensor | None] = {"v_uncond": v_uncond, "v_uncond_image": v_uncond_image}
+    for name, branch in flat.items():
+        if branch is not None:
+            _checks.like(name, branch, "v", v, doubles=doubles)
+            if branch.dtype != v.dtype:
+                raise TypeError(f"{name} must have the dtype of v, {v.dtype}; got {branch.dtype}")
+            flat[name] = _checks.flat(name, branch)
+    if m_prev is not None:
+        _checks.like("m_prev", m_prev, "x", x, doubles=doubles)
+        m_prev = _checks.flat("m_prev", m_prev.detach())
+    return Latents(
+        _checks.flat("x", x.detach()),
+        _checks.flat("v", v),
+        m_prev,
+        flat["v_uncond"],
+        flat["v_uncond_image"],
+        _guidance_rows(x, v_uncond, guidance, v_uncond_image, guidance_image, guidance_interval, renorm),
+        RENORMS.index(renorm),
+        x.shape[-1] if x.dim() > 1 else 1,
+    )
+
+
+class _Guide(NamedTuple):
+    """Weights of the samples, [B, 1], both 1 where guidance is inactive."""
+
+    text: Tensor
+    image: Tensor
+    active: Tensor
+
+
+def _guide(guidance: Tensor, sigma: Tensor) -> _Guide:
+    text, image, low, high = guidance.to(sigma.dtype).split(1, dim=1)
+    inside = (sigma > low) & (sigma <= high)
+    text, image = torch.where(inside, text, 1.0), torch.where(inside, image, 1.0)
+    return _Guide(text, image, (text != 1) | (image != 1))
+
+
+def _guided(base: Tensor | None, v: Tensor, weight: Tensor) -> Tensor:
+    if base is None:
+        return v
+    base = torch.where(weight == 1, v.detach(), base)  # a branch that does not count is not read: it may hold NaN
+    return torch.where(weight == 1, v, base + (v - base) * weight)
+
+
+def _norm(squares: Tensor) -> Tensor:
+    """Correctly rounded square root with gradient 0 at 0."""
+    zero = squares == 0
+    root = torch.where(zero, 1.0, squares).to(torch.float64).sqrt().to(squares.dtype)
+    return torch.where(zero, 0.0, root)
+
+
+class _Rows:
+    """Rows of a renormalisation: [B, N] as [B, rows, width]."""
+
+    def __init__(self, latents: Latents):
+        self.renorm = latents.renorm
+        self.width = latents.x.shape[1] if latents.renorm == GLOBAL else latents.width
+
+    def sums(self, value_BN: Tensor) -> Tensor:
+        batch, n = value_BN.shape
+        rows = n // self.width
+        return sum_ref(value_BN.reshape(batch * rows, self.width)).view(batch, rows, 1)
+
+    def times(self, factor: Tensor, value_BN: Tensor) -> Tensor:
+        batch, n = value_BN.shape
+        return (factor * value_BN.reshape(batch, n // self.width, self.width)).reshape(batch, n)
+
+    def scale(self, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """s, on_w, on_v of the module docstring, each [B, rows, 1]; s is differentiable."""
+        v_norm, w_norm = _norm(self.sums(v * v)), _norm(self.sums(w * w))
+        base = w_norm if self.renorm == TOKEN else w_norm + 1e-8
+        free = base != 0
+        base = torch.where(free, base, 1.0)
+        s = v_norm / base
+        if self.renorm != TOKEN:
+            free = free & ~(s > 1)
+        s = torch.where(free, s, 1.0)
+        on_w = torch.where(free & (w_norm > 0), s / base / w_norm, 0.0)
+        on_v = torch.where(free & (v_norm > 0), 1.0 / v_norm / base, 0.0)
+        return s, on_w, on_v
+
+
+def _in(latents: Latents, dtype: torch.dtype) -> Latents:
+    return latents.map(lambda value: value.to(dtype))
+
+
+def guided_ref(latents: Latents, sigma: Tensor) -> Tensor:
+    """The guided velocity u, [B, N] in the dtype of sigma ([B, 1], fp32 or fp64); differentiable to the branches."""
+    latents = _in(latents, sigma.dtype)
+    v = latents.v
+    if latents.guidance is None:
+        return v
+    guide = _guide(latents.guidance, sigma)
+    rows = _Rows(latents)
+    t = _guided(latents.v_uncond, v, guide.text)
+    if latents.renorm == TEXT_CHANNEL:
+        t = torch.where(guide.active, rows.times(rows.scale(v, t)[0], t), t)
+    u = _guided(latents.v_uncond_image, t, guide.image)
+    if latents.renorm not in (NONE, TEXT_CHANNEL):
+        u = torch.where(guide.active, rows.times(rows.scale(v, u)[0], u), u)
+    return torch.where(guide.active, u, v)
+
+
+def guidance_backward_ref(latents: Latents, sigma: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """From the gradient to u, [B, N], to those to v, v_uncond and v_uncond_image (None where absent), by formula."""
+    latents = _in(latents, sigma.dtype)
+    v = latents.v
+    if latents.guidance is None:
+        return grad, None, None
+    guide = _guide(latents.guidance, sigma)
+    rows = _Rows(latents)
+    t = _guided(latents.v_uncond, v, guide.text)
+
+    def through_scale(w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        s, on_w, on_v = (torch.where(guide.active[:, :, None], a, b) for a, b in zip(rows.scale(v, w), (1.0, 0.0, 0.0)))
+        dot = rows.sums(w * h)
+        return rows.times(s, h) - rows.times(on_w * dot, w), rows.times(on_v * dot, v)
+
+    to_v = torch.zeros_like(grad)
+    if latents.renorm == TEXT_CHANNEL:
+        to_image = (1 - guide.image) * grad
+        on_t, to_v = through_scale(t, guide.image * grad)
+    else:
+        on_u = grad
+        if latents.renorm != NONE:
+            on_u, to_v = through_scale(_guided(latents.v_uncond_image, t, guide.image), grad)
+        to_image = (1 - guide.image) * on_u
+        on_t = guide.image * on_u
+    return (
+        guide.text * on_t + to_v,
+        None if latents.v_uncond is None else (1 - guide.text) * on_t,
+        None if latents.v_uncond_image is None else to_image,
+    )

@@ -1,0 +1,286 @@
+"""What the Triton kernels share: noise, exponential, ordered sums, addressing, table rows.
+
+Layout: one program reads one chunk of BLOCK elements of one sample; sums leave as one partial per chunk, and a second
+kernel adds a sample's partials in order. Nothing depends on the batch, no atomics, no autotuning. Inside a chunk the
+sum is a tree of pairs written out with reshapes: `tl.sum` over a whole block would add in an order that follows the
+layout the compiler picks, which differs between a bf16 and an fp32 kernel and so between a step and its replay.
+
+A pointer may be None, for an absent tensor: that is a constant to Triton, so the code that reads it is not compiled.
+
+Floating-point contraction is off (`enable_fp_fusion=False`): mu must have the same bits in every kernel. exp, log,
+sin and cos are our own (Cephes polynomials): `tl.exp` and `tl.log` are approximations, the second with a large relative
+error near 1, and libdevice's `sin` brings fp64 instructions along.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# 1024 elements are 8 per thread at 4 warps: one 16-byte access of bf16, two of fp32.
+BLOCK = 1024
+LOG2_BLOCK = 10
+# Partials of a sample that are added at once; the order of the sum follows from it, in every kernel that finishes.
+PARTIALS = 256
+LOG2_PARTIALS = 8
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+@triton.jit
+def log_unit(u):
+    """ln u for u in [2^-33, 1]: Cephes logf, about 1 ulp."""
+    bits = u.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23
+    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    exponent = e.to(tl.float32)
+    f2 = f * f
+    p = f * 7.0376836292e-2 - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    tail = p * (f * f2)
+    tail = tail + exponent * -2.12194440e-4
+    tail = tail - 0.5 * f2
+    return (f + tail) + exponent * 0.693359375
+
+
+@triton.jit
+def normal_pair(a, b):
+    """Box-Muller. The quadrant comes from the bits of k, so the reduction to [-pi/4, pi/4] is exact."""
+    u = a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    radius = tl.sqrt_rn(log_unit(u) * -2.0)
+    k = b.to(tl.int32, bitcast=True) >> 8
+    theta = (k.to(tl.float32) + 0.5) * 3.7450704144e-07  # float32(pi 2^-23)
+    q = (k + (1 << 21)) >> 22
+    quadrant = q.to(tl.float32)
+    r = (theta - quadrant * 1.57079637) + quadrant * 4.37113883e-8
+    r2 = r * r
+    s = r2 * -1.9515295891e-4 + 8.3321608736e-3
+    s = s * r2 - 1.6666654611e-1
+    s = r + r * (r2 * s)
+    c = r2 * 2.443315711809948e-5 - 1.388731625493765e-3
+    c = c * r2 + 4.166664568298827e-2
+    c = (1.0 - 0.5 * r2) + (r2 * r2) * c
+    odd = (q & 1) != 0
+    sine = tl.where(odd, c, s)
+    cosine = tl.where(odd, s, c)
+    sine = tl.where((q & 2) != 0, -sine, sine)
+    cosine = tl.where(((q + 1) & 2) != 0, -cosine, cosine)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def philox_block(seed, step, chunk, BLOCK: tl.constexpr):
+    """The BLOCK normals of elements chunk * BLOCK .. of one sample, in element order."""
+    j = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4).to(tl.int64)
+    low = j.to(tl.uint32)
+    zero = low * 0
+    r0, r1, r2, r3 = tl.philox(seed, low, (j >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero)
+    z0, z1 = normal_pair(r0, r1)
+    z2, z3 = normal_pair(r2, r3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit
+def exponential(x):
+    """e^x: Cephes expf, about 1 ulp; exactly 1 at 0, inf, 0 and NaN where they belong."""
+    x = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))
+    k = tl.floor(x * 1.44269504088896341 + 0.5)
+    k = tl.where(x == x, k, 0.0)
+    r = x - k * 0.693359375
+    r = r - k * -2.12194440e-4
+    p = r * 1.9875691500e-4 + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    p = ((r * r) * p + r) + 1.0
+    exponent = k.to(tl.int32)  # -150..128: two factors, for neither end is a normal number
+    half = exponent >> 1
+    low = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    high = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+    return (p * low) * high
+
+
+@triton.jit
+def pair_sums(value, LEVELS: tl.constexpr):
+    """[M 2^LEVELS] -> [M], by neighbouring pairs, level after level: the same order in every layout."""
+    for _ in tl.static_range(LEVELS):
+        value = tl.sum(tl.reshape(value, (value.shape[0] // 2, 2)), axis=1)
+    return value
+
+
+@triton.jit
+def tree_sum(value, LEVELS: tl.constexpr):
+    """Sum of 2^LEVELS elements, as a scalar."""
+    return tl.sum(pair_sums(value, LEVELS), axis=0)
+
+
+@triton.jit
+def place(chunks, n, BLOCK: tl.constexpr):
+    """(sample, chunk, element offsets, mask) of this program; all int64."""
+    pid = tl.program_id(0).to(tl.int64)
+    sample = pid // chunks
+    chunk = pid % chunks
+    offsets = chunk * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    return sample, chunk, offsets, offsets < n
+
+
+@triton.jit
+def mask_if(condition, mask):
+    """mask, all False unless a sample's condition holds. Not `&`: the interpreter broadcasts a comparison of floats as
+    floats, which have no `&`."""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
+def load_row(ptr, stride, sample, offsets, mask):
+    """Elements of one sample in fp32; 0 where masked."""
+    return tl.load(ptr + sample * stride + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(ptr, stride, sample, offsets, value, mask):
+    tl.store(ptr + sample * stride + offsets, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_at(table_ptr, index_ptr, sample, rows):
+    """Step index, whether it is inside the table, and the address of its row (clamped)."""
+    step = tl.load(index_ptr + sample)
+    inside = (step >= 0) & (step < rows)
+    return step, inside, table_ptr + tl.where(inside, step, 0) * 8
+
+
+@triton.jit
+def entry(row, column, inside):
+    """A column of a table row; NaN where the index was outside, so that it cannot pass unseen."""
+    return tl.where(inside, tl.load(row + column), float("nan"))
+
+
+@triton.jit
+def transition_mean(x, u, m_prev_ptr, m_prev_stride, sample, offsets, mask, row, inside):
+    """mu = A x + B u + C m_prev; m_prev is not read where C is 0, and mu is NaN where it is absent and C is not."""
+    mu = entry(row, 0, inside) * x + entry(row, 1, inside) * u
+    c = entry(row, 2, inside)
+    if m_prev_ptr is None:
+        return tl.where(c == 0.0, mu, float("nan"))
+    else:
+        m_prev = load_row(m_prev_ptr, m_prev_stride, sample, offsets, mask_if(c != 0.0, mask))
+        return tl.where(c == 0.0, mu, mu + c * m_prev)
+
+
+@triton.jit
+def totals(partial_ptr, first, count, chunks, UNITS: tl.constexpr, PARTIALS: tl.constexpr, LEVELS: tl.constexpr):
+    """[UNITS]: the sums of units first .. of partial[count, chunks], each in an order of its own; 0 beyond count."""
+    lane = tl.arange(0, UNITS * PARTIALS)
+    unit = first + lane // PARTIALS
+    total = tl.zeros((UNITS,), tl.float32)
+    for start in range(0, chunks, PARTIALS):
+        chunk = start + lane % PARTIALS
+        value = tl.load(partial_ptr + unit * chunks + chunk, mask=(unit < count) & (chunk < chunks), other=0.0)
+        total += pair_sums(value, LEVELS)
+    return total
+
+
+@triton.jit
+def means(partial_ptr, first, count, chunks, n, UNITS: tl.constexpr, PARTIALS: tl.constexpr, LEVELS: tl.constexpr):
+    return tl.div_rn(totals(partial_ptr, first, count, chunks, UNITS, PARTIALS, LEVELS), tl.cast(n, tl.float32))
+
+
+@triton.jit
+def count_of(mask_ptr, batch):
+    """How many samples count, at least 1, in fp32. mask_ptr: uint8[batch]; None: all."""
+    if mask_ptr is None:
+        return tl.cast(batch, tl.float32)
+    else:
+        count = tl.zeros((256,), tl.int32)
+        for start in range(0, batch, 256):
+            sample = start + tl.arange(0, 256)
+            count += (tl.load(mask_ptr + sample, mask=sample < batch, other=0) != 0).to(tl.int32)
+        return tl.maximum(tl.sum(count, axis=0), 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["n", "batch", "rows", "chunks"])
+def finish_kernel(
+    partial_ptr,
+    diff_partial_ptr,
+    table_ptr,
+    index_ptr,
+    log_prob_ptr,
+    mean_diff_ptr,
+    n,
+    batch,
+    rows,
+    chunks,
+    PARTIALS: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """One program a sample: log_prob = w mean + c, and the mean difference."""
+    first = tl.program_id(0).to(tl.int64)
+    sample = first + tl.arange(0, 1)
+    _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
+    z2 = means(partial_ptr, first, batch, chunks, n, 1, PARTIALS, LEVELS)
+    tl.store(log_prob_ptr + sample, entry(row, 4, inside) * z2 + entry(row, 5, inside))
+    if diff_partial_ptr is not None:
+        tl.store(mean_diff_ptr + sample, means(diff_partial_ptr, first, batch, chunks, n, 1, PARTIALS, LEVELS))
+
+
+INTERPRETED = not isinstance(tree_sum, triton.runtime.JITFunction)
+
+
+def chunks_of(n: int) -> int:
+    return (n + BLOCK - 1) // BLOCK
+
+
+def on_device(value: Tensor) -> Any:
+    """Triton launches on the current device: make it the tensors'."""
+    return torch.cuda.device_of(value)
+
+
+def rows_of(**tensors: Tensor | None) -> dict[str, Any]:
+    """[B, N] tensors as the kernels take them: NAME_ptr and NAME_stride, a sample's distance in elements."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        arguments[f"{name}_ptr"] = tensor
+        arguments[f"{name}_stride"] = 0 if tensor is None else tensor.stride(0)
+    return arguments
+
+
+def finish(
+    partial: Tensor,
+    diff_partial: Tensor | None,
+    table: Tensor,
+    step_index: Tensor,
+    log_prob: Tensor,
+    mean_diff: Tensor | None,
+    n: int,
+) -> None:
+    """partial, diff_partial: [B, chunks] -> log_prob, mean_diff: [B]."""
+    batch, chunks = partial.shape
+    finish_kernel[(batch,)](
+        partial,
+        diff_partial,
+        table,
+        step_index,
+        log_prob,
+        mean_diff,
+        n,
+        batch,
+        table.shape[0],
+        chunks,
+        PARTIALS=PARTIALS,
+        LEVELS=LOG2_PARTIALS,
+        **OPTIONS,
+    )

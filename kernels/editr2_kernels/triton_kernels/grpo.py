@@ -1,0 +1,230 @@
+"""grpo_loss: the moments of `replay`, then one program that makes everything else of them (csrc/objective.h)."""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..guidance import Latents
+from .common import (
+    LOG2_PARTIALS,
+    OPTIONS,
+    PARTIALS,
+    count_of,
+    entry,
+    exponential,
+    means,
+    on_device,
+    row_at,
+    tree_sum,
+)
+from .replay import moments
+
+UNITS = 16  # samples finished at once
+LOG2_UNITS = 4
+VELOCITY = 3  # the code of kl_scale whose difference is not multiplied with B
+
+
+@triton.jit(do_not_specialize=["n", "batch", "rows", "chunks"])
+def grpo_finish_kernel(
+    z_squares_ptr,
+    ref_squares_ptr,
+    old_squares_ptr,
+    table_ptr,
+    index_ptr,
+    old_log_prob_ptr,
+    advantage_ptr,
+    mask_ptr,
+    loss_ptr,
+    log_prob_ptr,
+    ratio_ptr,
+    kl_ptr,
+    metrics_ptr,
+    factors_ptr,
+    clip_low,
+    clip_high,
+    advantage_clip,
+    kl_weight,
+    normalizer,
+    n,
+    batch,
+    rows,
+    chunks,
+    KL_SCALE: tl.constexpr,
+    GUARD: tl.constexpr,
+    UNITS: tl.constexpr,
+    UNIT_LEVELS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """One program: samples in blocks of UNITS; sums over samples by lane, block after block, then over the lanes."""
+    size = tl.cast(n, tl.float32)
+    low = 1.0 - tl.cast(clip_low, tl.float32)
+    high = 1.0 + tl.cast(clip_high, tl.float32)
+    bound = tl.cast(advantage_clip, tl.float32)
+    bound = tl.where(bound >= 0.0, bound, float("inf"))
+    kl_weight = tl.cast(kl_weight, tl.float32)
+    normalizer = tl.cast(normalizer, tl.float32)
+    count = count_of(mask_ptr, batch)
+    unit_weight = tl.div_rn(tl.cast(1.0, tl.float32), tl.where(normalizer > 0.0, normalizer, count))
+
+    zero = tl.zeros((UNITS,), tl.float32)
+    loss_sum = zero
+    ratio_sum = zero
+    deviation = zero
+    low_sum = zero
+    high_sum = zero
+    square_sum = zero
+    kl_sum = zero
+    policy_sum = zero
+    broken = zero
+    for first in range(0, batch, UNITS):
+        sample = first + tl.arange(0, UNITS).to(tl.int64)
+        inside_batch = sample < batch
+        at = tl.where(inside_batch, sample, 0)
+        counted = inside_batch
+        if mask_ptr is not None:
+            counted = counted & (tl.load(mask_ptr + at) != 0)
+        weight = tl.where(counted, unit_weight, 0.0)
+        _, inside, row = row_at(table_ptr, index_ptr, at, rows)
+        b = entry(row, 1, inside)
+        spread = entry(row, 3, inside)
+        w = entry(row, 4, inside)
+        delta = entry(row, 6, inside) - entry(row, 7, inside)
+        noisy = spread != 0.0
+        variance = 2.0 * spread * spread
+        safe = tl.where(noisy, variance, 1.0)
+
+        z2 = means(z_squares_ptr, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+        log_prob = w * z2 + entry(row, 5, inside)
+        log_ratio = log_prob - tl.load(old_log_prob_ptr + at)
+        exponent = log_ratio
+        if GUARD:
+            old2 = means(old_squares_ptr, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+            exponent = tl.where(noisy, (log_ratio + tl.div_rn(old2, safe)) * spread, 0.0)
+        ratio = exponential(exponent)
+
+        a = tl.load(advantage_ptr + at)
+        a = tl.where(a < -bound, -bound, a)
+        a = tl.where(a > bound, bound, a)
+        clipped = tl.where(ratio < low, low, ratio)
+        clipped = tl.where(clipped > high, high, clipped)
+        free_loss = -a * ratio
+        clipped_loss = -a * clipped
+        held = free_loss < clipped_loss  # false for NaN, which must stay visible
+        policy = tl.where(held, clipped_loss, free_loss)
+        on_exponent = tl.where(held, 0.0, free_loss)
+        if GUARD:
+            policy = tl.div_rn(policy, delta)
+            on_exponent = tl.div_rn(on_exponent, delta) * spread
+
+        kl_factor = zero + 1.0
+        if KL_SCALE == 0:
+            kl_factor = tl.where(noisy, tl.div_rn(zero + 1.0, safe), 0.0)
+        if KL_SCALE == 1:
+            kl_factor = tl.where(noisy, tl.div_rn(delta, safe), 0.0)
+        kl = zero
+        on_ref = zero
+        if ref_squares_ptr is not None:
+            kl = kl_factor * means(ref_squares_ptr, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+            factor = zero + 1.0 if KL_SCALE == 3 else b
+            on_ref = tl.div_rn(2.0 * factor * factor, size) * (kl_factor * kl_weight * weight)
+        policy_weight = weight * on_exponent
+        on_z = tl.div_rn(-2.0 * w * b, size) * policy_weight
+        on_old = zero
+        if GUARD:
+            on_old = tl.where(noisy, tl.div_rn(b * b, size) * tl.div_rn(2.0 * policy_weight, safe), 0.0)
+
+        tl.store(log_prob_ptr + sample, log_prob, mask=inside_batch)
+        tl.store(ratio_ptr + sample, ratio, mask=inside_batch)
+        tl.store(kl_ptr + sample, kl, mask=inside_batch)
+        tl.store(factors_ptr + sample * 3, tl.where(counted, on_z, 0.0), mask=inside_batch)
+        tl.store(factors_ptr + sample * 3 + 1, tl.where(counted, on_ref, 0.0), mask=inside_batch)
+        tl.store(factors_ptr + sample * 3 + 2, tl.where(counted, on_old, 0.0), mask=inside_batch)
+
+        sample_loss = policy + kl_weight * kl
+        away = tl.where(counted, tl.abs(ratio - 1.0), 0.0)
+        loss_sum += tl.where(counted, weight * sample_loss, 0.0)
+        ratio_sum += tl.where(counted, ratio, 0.0)
+        deviation = tl.where((away > deviation) | (away != away), away, deviation)
+        low_sum += tl.where(counted & (ratio < low), 1.0, 0.0)
+        high_sum += tl.where(counted & (ratio > high), 1.0, 0.0)
+        square_sum += tl.where(counted, 0.5 * log_ratio * log_ratio, 0.0)
+        kl_sum += tl.where(counted, kl, 0.0)
+        policy_sum += tl.where(counted, policy, 0.0)
+        broken = tl.where(counted & (sample_loss - sample_loss != 0.0), 1.0, broken)
+
+    lost = tree_sum(deviation, UNIT_LEVELS)  # a maximum drops NaN, a sum does not
+    tl.store(loss_ptr, tree_sum(loss_sum, UNIT_LEVELS))
+    tl.store(metrics_ptr, tl.div_rn(tree_sum(ratio_sum, UNIT_LEVELS), count))
+    tl.store(metrics_ptr + 1, tl.where(lost == lost, tl.max(deviation, axis=0), lost))
+    tl.store(metrics_ptr + 2, tl.div_rn(tree_sum(low_sum, UNIT_LEVELS), count))
+    tl.store(metrics_ptr + 3, tl.div_rn(tree_sum(high_sum, UNIT_LEVELS), count))
+    tl.store(metrics_ptr + 4, tl.div_rn(tree_sum(square_sum, UNIT_LEVELS), count))
+    tl.store(metrics_ptr + 5, tl.div_rn(tree_sum(kl_sum, UNIT_LEVELS), count))
+    tl.store(metrics_ptr + 6, tl.div_rn(tree_sum(policy_sum, UNIT_LEVELS), count))
+    tl.store(metrics_ptr + 7, tl.max(broken, axis=0))
+
+
+def grpo_loss(
+    latents: Latents,
+    x_next: Tensor,
+    v_ref: Tensor | None,
+    v_old: Tensor | None,
+    table: Tensor,
+    step_index: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    mask: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    advantage_clip: float,
+    kl_weight: float,
+    kl_scale: int,
+    guard: bool,
+    normalizer: float,
+    loss: Tensor,
+    log_prob: Tensor,
+    ratio: Tensor,
+    kl: Tensor,
+    metrics: Tensor,
+    factors: Tensor,
+) -> None:
+    """mask: uint8 [B]. v_old is read where guard is set."""
+    batch, n = latents.x.shape
+    with on_device(latents.x):
+        squares = moments(latents, x_next, v_ref, v_old if guard else None, table, step_index, kl_scale == VELOCITY)
+        grpo_finish_kernel[(1,)](
+            *squares,
+            table,
+            step_index,
+            old_log_prob,
+            advantage,
+            mask,
+            loss,
+            log_prob,
+            ratio,
+            kl,
+            metrics,
+            factors,
+            float(clip_low),
+            float(clip_high),
+            float(advantage_clip),
+            float(kl_weight),
+            float(normalizer),
+            n,
+            batch,
+            table.shape[0],
+            squares[0].shape[1],
+            KL_SCALE=kl_scale,
+            GUARD=guard,
+            UNITS=UNITS,
+            UNIT_LEVELS=LOG2_UNITS,
+            PARTIALS=PARTIALS,
+            LEVELS=LOG2_PARTIALS,
+            **OPTIONS,
+        )
