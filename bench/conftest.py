@@ -65,11 +65,17 @@ def _commit() -> str:
         return "unknown"
 
 
+SAMPLE_S = 0.02  # calls shorter than this are timed several at a time, like timeit's
+
+
 def _interleave(providers: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Milliseconds per call; rounds until `seconds` are used, at least 10 and at most 200."""
-    for run in providers.values():
+    calls = {}
+    for name, run in providers.items():
         for _ in range(3):
+            before = time.perf_counter()
             run()
+        calls[name] = max(1, round(SAMPLE_S / (time.perf_counter() - before)))
     times: dict[str, list[float]] = {name: [] for name in providers}
     start = time.perf_counter()
     for done in range(200):
@@ -77,8 +83,9 @@ def _interleave(providers: dict[str, Callable[[], Any]], seconds: float) -> dict
             break
         for name, run in providers.items():
             before = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - before) * 1e3)
+            for _ in range(calls[name]):
+                run()
+            times[name].append((time.perf_counter() - before) / calls[name] * 1e3)
     return times
 
 

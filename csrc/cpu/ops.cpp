@@ -88,7 +88,7 @@ void check_latents(Latents& l, const Sizes& s) {
              ("0 <= step_index < " + std::to_string(s.rows) + ", the rows of the table").c_str());
     if (s.n == 0) continue;
     if (l.m_prev.data == nullptr && row_at(l, b).C != 0.0f)
-      reject("m_prev", "pointer 0", "the previous x0, as the table has rows with C != 0");
+      reject("m_prev", "none", "the x0 of the step before: a sample's table row has C != 0");
     if (l.guidance == nullptr) continue;
     const Guide guide = guide_at(l.guidance + 4 * b, row_at(l, b).sigma);
     check_pointer(l.v_uncond.data, guide.text != 1.0f, "v_uncond");

@@ -116,10 +116,10 @@ def rows(value: Tensor) -> Tensor:
     return value if value.shape[1] == 1 or value.stride(1) == 1 else value.contiguous()
 
 
-def table_rows(table: Tensor, step_index: Tensor, m_prev: Tensor | None) -> None:
-    """CPU only, where looking costs nothing; elsewhere an index out of range, or a row with C != 0 without m_prev,
-    yields NaN instead of a sync."""
-    if step_index.device.type == "cpu" and step_index.numel() > 0:
+def table_rows(chosen: str, table: Tensor, step_index: Tensor, m_prev: Tensor | None) -> None:
+    """CPU tensors only, where looking costs little; elsewhere an index out of range, or a row with C != 0 without
+    m_prev, yields NaN instead of a sync. Backend "cpu" looks for itself."""
+    if chosen != "cpu" and step_index.device.type == "cpu" and step_index.numel() > 0:
         low, high = (int(value) for value in step_index.aminmax())
         if low < 0 or high >= table.shape[0]:
             raise ValueError(

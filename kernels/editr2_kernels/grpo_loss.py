@@ -250,7 +250,7 @@ def _grpo_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Te
     replay, (old_log_prob, advantage, mask, *numbers, backend) = Replay.split(inputs)
     options = _Options(*numbers)
     chosen = select(backend, replay.x.device)
-    replay = replay.checked()
+    replay = replay.checked(chosen)
     if chosen == "ref":
         loss, log_prob, ratio, kl, metrics, factors = _grpo_ref(replay, old_log_prob, advantage, mask, options)
         return loss, log_prob, ratio, kl, metrics, factors

@@ -23,8 +23,6 @@ from .backends import pointer, rows_of, select
 from .guidance import Latents, call_compiled, guidance_backward_ref, guided_ref, make_latents
 from .table import Rows, compute_dtype, mean_of_rows_ref, rows_ref
 
-_LATENTS = frozenset(("x", "x_next", "v", "m_prev", "v_uncond", "v_uncond_image", "v_ref", "v_old"))
-
 # The fields of `Replay` in the schema of an operator.
 REPLAY_SCHEMA = (
     "Tensor x, Tensor x_next, Tensor v, Tensor? m_prev, Tensor? v_uncond, Tensor? v_uncond_image, Tensor? guidance, "
@@ -71,18 +69,28 @@ class Replay(NamedTuple):
             self.width,
         )
 
-    def checked(self) -> Replay:
+    def checked(self, chosen: str) -> Replay:
         """With contiguous rows, as kernels read them. On CPU tensors, ValueError for a row the table does not have."""
-        _checks.table_rows(self.table, self.step_index, self.m_prev)
-        values: dict[str, Any] = {
-            name: value
-            if not isinstance(value, Tensor)
-            else _checks.rows(value)
-            if name in _LATENTS
-            else value.contiguous()
-            for name, value in self._asdict().items()
-        }
-        return Replay(**values)
+        _checks.table_rows(chosen, self.table, self.step_index, self.m_prev)
+
+        def rows(value: Tensor | None) -> Tensor | None:
+            return None if value is None else _checks.rows(value)
+
+        return Replay(
+            _checks.rows(self.x),
+            _checks.rows(self.x_next),
+            _checks.rows(self.v),
+            rows(self.m_prev),
+            rows(self.v_uncond),
+            rows(self.v_uncond_image),
+            None if self.guidance is None else self.guidance.contiguous(),
+            self.renorm,
+            self.width,
+            rows(self.v_ref),
+            rows(self.v_old),
+            self.table.contiguous(),
+            self.step_index.contiguous(),
+        )
 
     def arguments(self, *, old: bool = True) -> dict[str, Any]:
         """What the functions of a compiled module take beyond `Latents`; `old=False` for one without v_old."""
@@ -216,7 +224,7 @@ def _fake_replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     replay, (factors, scale, grad_log_prob, grad_mean_diff, wanted, backend) = Replay.split(inputs)
     chosen = select(backend, replay.x.device)
-    replay = replay.checked()
+    replay = replay.checked(chosen)
     grads = _outputs(replay, wanted)
     outputs = [grad if want and grad.dim() == 2 else None for grad, want in zip(grads, wanted, strict=True)]
     given = {

@@ -69,7 +69,7 @@ def _sde_log_prob(*inputs: Any) -> tuple[Tensor, Tensor]:
     """The second output is empty, [0], without v_ref: a schema cannot return an optional tensor."""
     replay, (backend,) = Replay.split(inputs)
     chosen = select(backend, replay.x.device)
-    replay = replay.checked()
+    replay = replay.checked(chosen)
     if chosen == "ref":
         out = _replayed(replay)
         return out.log_prob, replay.x.new_empty(0, dtype=torch.float32) if out.mean_diff is None else out.mean_diff

@@ -91,7 +91,7 @@ def sde_step_ref(
 def _run(latents: Latents, given: _Inputs, backend: str, x_next: Tensor, x0: Tensor | None, log_prob: Tensor) -> None:
     """Fill the outputs: x_next [B, N], x0 like it or None, log_prob [B], all contiguous."""
     chosen = select(backend, latents.x.device)
-    _checks.table_rows(given.table, given.step_index, latents.m_prev)
+    _checks.table_rows(chosen, given.table, given.step_index, latents.m_prev)
     if chosen == "ref":
         out = _stepped(latents, given, x_next.dtype)
         for target, value in ((x_next, out.x_next), (x0, out.x0), (log_prob, out.log_prob)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import editr2_kernels as ek
+from editr2_kernels import _checks
 
 
 @pytest.fixture
@@ -103,6 +104,35 @@ def test_no_operator_depends_on_the_order_of_blocks_or_threads(library: ctypes.C
         assert len(values) > 60
         for a, b in zip(first, values):
             assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("renorm", ["none", "text_channel", "channel", "global"])
+@pytest.mark.parametrize("fault", [6, -1, 2**62, "m_prev"])
+def test_a_sample_without_its_row_is_nan(
+    fault: int | str, renorm: str, emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU nobody looks; on CPU tensors the operators would raise before the kernels run."""
+    monkeypatch.setattr(_checks, "table_rows", lambda *given: None)
+    table = ek.transition_table(ek.flow_sigmas(6, 3.0), noise_level=0.7, window=(0, 6))
+    x, v, uncond, v_ref = (torch.randn(3, 17, 40) for _ in range(4))
+    good, bad = torch.tensor([0, 2, 4]), torch.tensor([0, 2, 4])
+    broken = table.clone()
+    if fault == "m_prev":
+        broken[2, 2] = 0.5  # a row that asks for the previous x0
+    else:
+        bad[1] = fault
+    outputs = []
+    for index, rows_ in ((good, table), (bad, broken)):
+        leaf = v.clone().requires_grad_()
+        guided: dict[str, Any] = {"v_uncond": uncond, "guidance": 2.0, "renorm": renorm, "backend": "cuda"}
+        step = ek.sde_step(x, v, rows_, index, index, **guided, return_x0=True)
+        replay = ek.sde_log_prob(x, uncond, leaf, rows_, index, v_ref=v_ref, **guided)
+        assert step.x0 is not None and replay.mean_diff is not None
+        (grad,) = torch.autograd.grad(replay.log_prob.sum() + replay.mean_diff.sum(), leaf)
+        outputs.append([*step, replay.log_prob.detach(), replay.mean_diff.detach(), grad])
+    for whole, damaged in zip(*outputs):
+        assert damaged[1].isnan().all() and not whole.isnan().any()
+        assert torch.equal(damaged[[0, 2]], whole[[0, 2]])
 
 
 def rows(t: Tensor) -> tuple[int, int, int]:

@@ -490,7 +490,7 @@ BUFFER = torch.zeros(200)
         ({"renorm": 3, "width": 0}, "width: got 0"),
         ({"v_uncond": (0, 0, 0)}, "v_uncond: got pointer 0"),
         ({"v_uncond_image": (0, 0, 0)}, "v_uncond_image: got pointer 0"),
-        ({"m_prev": (0, 0, 0)}, "m_prev: got pointer 0"),
+        ({"m_prev": (0, 0, 0)}, "m_prev: got none"),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_written(native: Any, change: dict[str, Any], message: str) -> None:

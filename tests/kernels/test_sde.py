@@ -349,9 +349,9 @@ def test_second_order_rows(backend, dynamics):
     index = torch.tensor([2, 5, 0, 4])
     x, v, v_ref = case((3, 21))
     m_prev = torch.randn_like(x).bfloat16()
-    with pytest.raises(ValueError, match="^m_prev is required"):
+    with pytest.raises(ValueError, match="^m_prev"):
         ek.sde_step(x, v, table, index, SEED, backend=backend)
-    with pytest.raises(ValueError, match="^m_prev is required"):
+    with pytest.raises(ValueError, match="^m_prev"):
         ek.sde_log_prob(x, x, v, table, index, backend=backend)
     missing = ek.sde_step_ref(x, v, table, index, SEED)  # what a GPU gives, where looking would be a sync
     assert missing.x_next.isnan().flatten(1).any(1).tolist() == [True, True, False, True]
