@@ -62,12 +62,14 @@ ISA_FLAGS = {  # baseline is whatever the compiler targets by default: SSE2 on x
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
-# No contraction: a product and a sum that merge on one instruction set only would break replay.
+# No contraction: a product and a sum that merge on one instruction set only would break replay. These come after
+# CXXFLAGS, whose -ffast-math would take the rules for NaN away.
 FLAGS = [
     "-std=c++17",
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
+    "-fno-fast-math",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-pthread",

@@ -71,6 +71,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("emulated") = false;
 #endif
   m.def("architectures", &architectures, "What the kernels are compiled for: sm_NN code, compute_NN PTX.");
+  m.def("driver_version", &gpu::driver_version, 
+        "1000 major + 10 minor of CUDA that the driver supports; 0 without one.");
+  m.def("runtime_version", &gpu::runtime_version, "1000 major + 10 minor of the CUDA runtime linked in.");
   m.def("workspace", &gpu::workspace_bytes, arg("B"), arg("N"), arg("width"), arg("renorm"),
         "Bytes of scratch memory that are enough for any operator on latents of these sizes.");
 

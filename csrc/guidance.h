@@ -45,7 +45,10 @@ EDITR2_HD F guided(F base, F v, float weight) {
 struct Scale {
   float s, on_w, on_v;
 };
+constexpr float kNoSquares = 1e-30f;  // squares below count as 0: the quotients by their roots would overflow
 EDITR2_HD Scale renorm_scale(int renorm, float v_squares, float w_squares) {
+  v_squares = v_squares < kNoSquares ? 0.0f : v_squares;
+  w_squares = w_squares < kNoSquares ? 0.0f : w_squares;
   const float v_norm = ScalarLanes::sqrt(v_squares), w_norm = ScalarLanes::sqrt(w_squares);
   const float base = renorm == kToken ? w_norm : w_norm + 1e-8f;
   if (!(base != 0.0f)) return {1.0f, 0.0f, 0.0f};

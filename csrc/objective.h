@@ -40,9 +40,9 @@ EDITR2_HD float scaled_factor(float factor, float scale) { return factor == 0.0f
 
 EDITR2_HD bool is_finite(float a) { return a - a == 0.0f; }
 
-// z2 = mean z^2, ref2 = mean (reference_factor (u - v_ref))^2 and old2 = mean (B (u - v_old))^2, the
-// last two 0 where there is no such velocity. `weight` is 1 / normalizer, or 0 for a masked sample.
-EDITR2_HD GrpoSample grpo_sample(const Row& row, int64_t n, float z2, float ref2, float old2,
+// z2 = mean z^2, ref2 = mean (reference_factor (u - v_ref))^2, read where there is a v_ref, and old2 =
+// mean (B (u - v_old))^2, read with the guard. `weight` is 1 / normalizer, or 0 for a masked sample.
+EDITR2_HD GrpoSample grpo_sample(const Row& row, int64_t n, float z2, float ref2, bool has_ref, float old2,
                                  float old_log_prob, float advantage, float weight,
                                  const GrpoOptions& o) {
   GrpoSample r;
@@ -61,10 +61,13 @@ EDITR2_HD GrpoSample grpo_sample(const Row& row, int64_t n, float z2, float ref2
     a = a < -o.advantage_clip ? -o.advantage_clip : a;
     a = a > o.advantage_clip ? o.advantage_clip : a;
   }
-  float clipped = r.ratio;
+  // A sample without advantage has no loss, also where its ratio overflows and 0 * inf would be NaN.
+  const bool overflows = r.ratio == ScalarLanes::bits_float(0x7F800000);
+  const float ratio = a == 0.0f && overflows ? 1.0f : r.ratio;
+  float clipped = ratio;
   clipped = clipped < 1.0f - o.clip_low ? 1.0f - o.clip_low : clipped;
   clipped = clipped > 1.0f + o.clip_high ? 1.0f + o.clip_high : clipped;
-  const float free_loss = -a * r.ratio, clipped_loss = -a * clipped;
+  const float free_loss = -a * ratio, clipped_loss = -a * clipped;
   const bool free = !(free_loss < clipped_loss);  // true for NaN, which must stay visible
   float on_exponent = free ? free_loss : 0.0f;
   r.policy = free ? free_loss : clipped_loss;
@@ -76,14 +79,14 @@ EDITR2_HD GrpoSample grpo_sample(const Row& row, int64_t n, float z2, float ref2
   float kl_factor = 1.0f;
   if (o.kl_scale == kStep) kl_factor = noisy ? 1.0f / twice_variance : 0.0f;
   if (o.kl_scale == kDiffusion) kl_factor = noisy ? delta / twice_variance : 0.0f;
-  r.kl = kl_factor * ref2;
+  r.kl = has_ref ? kl_factor * ref2 : 0.0f;
 
   const double b = row.B, over_n = 1.0 / static_cast<double>(n);
   const double policy_weight = static_cast<double>(weight) * on_exponent;
   const double f = reference_factor(row, o.kl_scale);
   r.factors.on_z = static_cast<float>(-2.0 * row.w * b * over_n * policy_weight);
-  r.factors.on_ref =
-      static_cast<float>(2.0 * f * f * over_n * kl_factor * o.kl_weight * static_cast<double>(weight));
+  const double on_ref = 2.0 * f * f * over_n * kl_factor * o.kl_weight * static_cast<double>(weight);
+  r.factors.on_ref = has_ref ? static_cast<float>(on_ref) : 0.0f;
   r.factors.on_old =
       o.guard && noisy ? static_cast<float>(b * b * over_n * policy_weight * 2.0 / twice_variance) : 0.0f;
   if (!(weight != 0.0f)) r.factors = {0.0f, 0.0f, 0.0f};  // 0 * NaN would not be 0
@@ -107,16 +110,17 @@ struct NftOptions {
 };
 
 // Moments of e -+ beta d with e = (noise - x0) - v_old and d = v - v_old: x_hat(+-) - x0 = t (e -+ beta d).
+// ref_square is read where there is a v_ref.
 struct NftMoments {
   float positive_abs, positive_square, negative_abs, negative_square, ref_square;
 };
 
 // d loss / d v = on_positive (e - beta d) + on_negative (e + beta d) + on_ref (v - v_ref).
 struct NftSample {
-  float policy, positive, negative;
+  float policy, positive, negative, reference;
   float on_positive, on_negative, on_ref;
 };
-EDITR2_HD NftSample nft_sample(const NftMoments& m, float t, float r, int64_t n, float weight,
+EDITR2_HD NftSample nft_sample(const NftMoments& m, bool has_ref, float t, float r, int64_t n, float weight,
                                const NftOptions& o) {
   NftSample s;
   const float t2 = t * t;
@@ -129,7 +133,9 @@ EDITR2_HD NftSample nft_sample(const NftMoments& m, float t, float r, int64_t n,
   const double scale = 2.0 * o.advantage_max * t2 / static_cast<double>(n) * static_cast<double>(weight);
   s.on_positive = static_cast<float>(-scale * r / w_positive);
   s.on_negative = static_cast<float>(scale * (1.0 - r) / w_negative);
-  s.on_ref = static_cast<float>(2.0 * o.ref_weight / static_cast<double>(n) * static_cast<double>(weight));
+  const double on_ref = 2.0 * o.ref_weight / static_cast<double>(n) * static_cast<double>(weight);
+  s.on_ref = has_ref ? static_cast<float>(on_ref) : 0.0f;
+  s.reference = has_ref ? m.ref_square : 0.0f;
   if (!(weight != 0.0f)) s.on_positive = s.on_negative = s.on_ref = 0.0f;
   return s;
 }

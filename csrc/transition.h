@@ -51,8 +51,9 @@ struct GradientScale {
 };
 EDITR2_HD GradientScale gradient_scale(const Row& row, float g_lp, float g_md, int64_t n) {
   const double b_over_n = static_cast<double>(row.B) / static_cast<double>(n);
-  return {static_cast<float>(-2.0 * row.w * b_over_n * g_lp),
-          static_cast<float>(2.0 * row.B * b_over_n * g_md)};
+  const double on_z = -2.0 * row.w * b_over_n, on_diff = 2.0 * row.B * b_over_n;
+  return {on_z == 0.0 ? 0.0f : static_cast<float>(on_z * g_lp),  // 0 stays 0, also times infinity
+          on_diff == 0.0 ? 0.0f : static_cast<float>(on_diff * g_md)};
 }
 
 }  // namespace EDITR2_NS

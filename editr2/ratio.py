@@ -17,12 +17,6 @@ class RatioError(UserError):
     """Training does not reproduce its own rollout."""
 
 
-def ratio_deviation(log_prob: Tensor, old_log_prob: Tensor) -> float:
-    """max |rho - 1|; NaN counts as infinite."""
-    deviation = torch.expm1(log_prob.float() - old_log_prob.float()).abs()
-    return float(deviation.nan_to_num(nan=torch.inf).max()) if deviation.numel() else 0.0
-
-
 def explain_difference(policy: Policy, chunk: Chunk, sampler: Sampler, seeds: Seeds, options: PolicyConfig) -> str:
     """Rolls the chunk out again with velocities kept, replays it as training does, and names the first difference.
 

@@ -26,7 +26,7 @@ from editr2.errors import CheckpointError, ConfigError, NonFiniteError
 from editr2.evaluate import comparison_row, evaluate, judge, merge_scores, share, write_strips
 from editr2.policies.base import Policy, with_module
 from editr2.policies.unified import EMBEDDED, UnifiedPolicy
-from editr2.ratio import RatioError, explain_difference, ratio_deviation
+from editr2.ratio import RatioError, explain_difference
 from editr2.report import build_report
 from editr2.rewards.base import Reward, check_failures, weight_vector
 from editr2.rewards.world import WorldReward
@@ -231,18 +231,18 @@ def accumulate_gradient(
                     mask=m,
                     normalizer=count,
                 )
+                seen = out.metrics
+                values = (out.loss.detach(), seen.kl, seen.clip_fraction_low, seen.clip_fraction_high)
+                # The one wait for the device of this step.
+                loss, kl, below, above, error = torch.stack((*values, seen.ratio_max_deviation)).tolist()
                 if update == 0:
-                    error = ratio_deviation(out.log_prob, record.log_prob[:, k])
-                    if state.iteration == 0 and error > t.ratio_tolerance:
+                    if state.iteration == 0 and not error <= t.ratio_tolerance:
                         cause = explain_difference(state.policy, chunk, sampler, seeds, config.policy)
                         raise RatioError(
                             f"ratio: differs from 1 by {error:.3g} before any update "
                             f"(accepted: {t.ratio_tolerance:g}); first difference: {cause}"
                         )
                     sums["ratio_error"] = max(sums["ratio_error"], error)
-                seen = out.metrics
-                values = (out.loss.detach(), seen.kl, seen.clip_fraction_low, seen.clip_fraction_high)
-                loss, kl, below, above = torch.stack(values).tolist()  # the one wait for the device of this step
                 if not math.isfinite(loss):
                     tensors = {"x": x, "velocity": v, "log_prob": out.log_prob, "advantage": a}
                     raise NonFiniteError(

@@ -34,7 +34,7 @@ def python(code: str, cwd: Path, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a copy, so that nothing of the checkout's own build leaks in or out."""
+    """Built in a copy, so that nothing of the checkout's own build leaks in or out, and without compiler warnings."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for name in ("csrc", "editr2", "kernels", "tests", "bench", "configs", "docs"):
         if (ROOT / name).is_dir():
@@ -42,10 +42,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy2(path, tree)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--verbose",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        out,
+    ]
     env = {**os.environ, "EDITR2_BUILD_CUDA": "0"}  # twice the time; test_cuda_build.py looks at that module
     done = subprocess.run([*command, "."], cwd=tree, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search(r"csrc/.*warning:", done.stdout + done.stderr)
     (path,) = out.glob("*.whl")
     return path
 
@@ -83,6 +94,10 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     assert Path(where).is_relative_to(tmp_path)
     info = json.loads((tmp_path / "editr2_kernels" / "_build_info.json").read_text())
     assert available == str(info["cpu"]["built"])
+    if shutil.which("g++"):
+        assert info["cpu"] == {"built": True, "reason": None} and info["compiler"]
+    for module in (tmp_path / "editr2_kernels").glob("*.so"):
+        assert str(module.read_bytes()).find("/tree0/csrc") < 0, "it holds a path of the machine that built it"
 
 
 def test_hugging_face_kernels_is_not_shadowed() -> None:

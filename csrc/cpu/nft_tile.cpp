@@ -73,7 +73,11 @@ void nft_backward(const NftArgs& a, int64_t b, int64_t tile) {
   blocks(0, range.end - range.begin, [&](int64_t i, int64_t valid) EDITR2_INLINE {
     F v[kVectors], p[kVectors], q[kVectors], g[kVectors];
     from.load_sides(a.beta, i, valid, v, p, q);
-    for (int n = 0; n < kVectors; ++n) g[n] = p[n] * on_p + q[n] * on_q;
+    for (int n = 0; n < kVectors; ++n) g[n] = F{};
+    if (on_p != 0.0f)  // not evaluated where it is 0: inf * 0 is NaN
+      for (int n = 0; n < kVectors; ++n) g[n] = p[n] * on_p;
+    if (on_q != 0.0f)
+      for (int n = 0; n < kVectors; ++n) g[n] = g[n] + q[n] * on_q;
     if (on_ref != 0.0f) {
       F ref[kVectors];
       load(from.ref, i, valid, ref);

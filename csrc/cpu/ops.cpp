@@ -106,8 +106,8 @@ void check_replay(ReplayArgs& a, const Sizes& s) {
 template <class Task>  // task(b, tile, flat index)
 void for_tiles(const Sizes& s, const Tiling& tiling, const Task& task) {
   const int64_t count = s.batch * tiling.tiles;
-  const int64_t useful = std::max<int64_t>(1, s.batch * tiling.n / kElementsPerThread);
-  parallel_for(count, static_cast<int>(std::min<int64_t>(s.threads, useful)),
+  const bool repays = s.batch * tiling.n >= 2 * kElementsPerThread;
+  parallel_for(count, repays ? s.threads : 1,
                [&](int64_t i) { task(i / tiling.tiles, i % tiling.tiles, i); });
 }
 
@@ -262,13 +262,13 @@ void grpo_loss(GrpoArgs a, const Sizes& s) {
     const ReplayMeans& m = means[static_cast<size_t>(b)];
     const bool counts_here = counts(a.mask, b);
     const GrpoSample g =
-        grpo_sample(row_at(a.replay.latents, b), s.n, m.z2, m.ref2, m.old2, a.old_log_prob[b],
-                    a.advantage[b], counts_here ? weight : 0.0f, options);
+        grpo_sample(row_at(a.replay.latents, b), s.n, m.z2, m.ref2, a.replay.v_ref.data != nullptr, m.old2,
+                    a.old_log_prob[b], a.advantage[b], counts_here ? weight : 0.0f, options);
     a.log_prob[b] = g.log_prob;
     a.ratio[b] = g.ratio;
     a.kl[b] = g.kl;
     a.factors[3 * b] = g.factors.on_z;
-    a.factors[3 * b + 1] = a.replay.v_ref.data == nullptr ? 0.0f : g.factors.on_ref;
+    a.factors[3 * b + 1] = g.factors.on_ref;
     a.factors[3 * b + 2] = g.factors.on_old;
     if (!counts_here) continue;
     const float total = g.policy + a.kl_weight * g.kl;
@@ -299,7 +299,8 @@ void replay_backward(BackwardArgs a, const FactorArgs& from, const Sizes& s) {
   std::vector<float> factors;
   for (int64_t b = 0; b < s.batch; ++b) {
     if (from.factors != nullptr) {
-      for (int i = 0; i < 3; ++i) factors.push_back(scaled_factor(from.factors[3 * b + i], from.scale != nullptr ? *from.scale : 1.0f));
+      const float scale = from.scale != nullptr ? *from.scale : 1.0f;
+      for (int i = 0; i < 3; ++i) factors.push_back(scaled_factor(from.factors[3 * b + i], scale));
     } else {
       const GradientScale g = gradient_scale(
           row_at(a.replay.latents, b), from.grad_log_prob != nullptr ? from.grad_log_prob[b] : 0.0f,
@@ -354,19 +355,20 @@ void nft_loss(NftLossArgs a, const Sizes& s) {
     };
     const NftMoments m = {mean(&NftSums::positive_abs), mean(&NftSums::positive_square),
                           mean(&NftSums::negative_abs), mean(&NftSums::negative_square),
-                          a.nft.v_ref.data == nullptr ? 0.0f : mean(&NftSums::ref_square)};
+                          mean(&NftSums::ref_square)};
     const bool counts_here = counts(a.mask, b);
-    const NftSample g = nft_sample(m, a.sigma[b], a.r[b], s.n, counts_here ? weight : 0.0f, options);
+    const NftSample g = nft_sample(m, a.nft.v_ref.data != nullptr, a.sigma[b], a.r[b], s.n,
+                                   counts_here ? weight : 0.0f, options);
     a.factors[3 * b] = g.on_positive;
     a.factors[3 * b + 1] = g.on_negative;
-    a.factors[3 * b + 2] = a.nft.v_ref.data == nullptr ? 0.0f : g.on_ref;
+    a.factors[3 * b + 2] = g.on_ref;
     if (!counts_here) continue;
-    const float total = g.policy + a.ref_weight * m.ref_square;
+    const float total = g.policy + a.ref_weight * g.reference;
     loss += static_cast<double>(weight * total);
     sums[kNftPolicyLoss] += static_cast<double>(g.policy);
     sums[kNftPositive] += static_cast<double>(g.positive);
     sums[kNftNegative] += static_cast<double>(g.negative);
-    sums[kNftReference] += static_cast<double>(m.ref_square);
+    sums[kNftReference] += static_cast<double>(g.reference);
     if (!is_finite(total)) sums[kNftNonFinite] = 1.0;
   }
   a.loss[0] = static_cast<float>(loss);

@@ -10,11 +10,13 @@ namespace editr2 {
 namespace {
 
 // GNU's name for "run this on a team"; LLVM's and Intel's runtimes have it too. Null where the process
-// has none, and in a forked child, whose runtime believes in threads that do not exist there.
+// has none, and in a forked child, whose runtime believes in threads that do not exist there. Forks are
+// watched for from the moment the module is loaded; for those before, see backends.py.
+std::atomic<bool> forked{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
 using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
 OpenMP openmp() {
-  static std::atomic<bool> forked{false};
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   static const OpenMP found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return registered != 0 || forked.load() ? nullptr : found;
 }
@@ -33,9 +35,9 @@ struct Share {
 }  // namespace
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-  threads = static_cast<int>(std::min<int64_t>(std::min(threads, 256), count));
+  threads = std::min(threads, 256);
   Share share{task, count};
-  const OpenMP run = threads > 1 ? openmp() : nullptr;
+  const OpenMP run = threads > 1 && count > 1 ? openmp() : nullptr;
   if (run != nullptr)
     run(&Share::drain, &share, static_cast<unsigned>(threads), 0);
   else

@@ -8,9 +8,12 @@
 
 namespace editr2 {
 
-// Runs task(0) ... task(count - 1) on up to `threads` threads, the caller among them; tasks are handed
-// out in order, one at a time. Tasks must not throw. On the caller alone where the process has no OpenMP
-// runtime, and in a forked child.
+// Runs task(0) ... task(count - 1) on `threads` threads, the caller among them; tasks are handed out in
+// order, one at a time. Tasks must not throw. On the caller alone for one task or one thread, where the
+// process has no OpenMP runtime, and in a forked child.
+//
+// Ask for one thread or for all that torch uses, whatever the work: GNU's runtime ends and creates
+// threads whenever a team is not as large as the one before.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
 }  // namespace editr2

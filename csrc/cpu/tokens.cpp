@@ -1,6 +1,5 @@
 #include "tokens.h"
 
-#include <algorithm>
 #include <string>
 
 #include "dispatch.h"
@@ -45,9 +44,8 @@ void check(const Args& a, int threads) {
 
 template <class Args, class Kernel>
 void for_rows(const Args& a, int threads, Kernel kernel) {
-  const int64_t useful = std::max<int64_t>(1, a.m * a.v / kLogitsPerThread);
-  parallel_for(a.m, static_cast<int>(std::min<int64_t>(threads, useful)),
-               [&](int64_t i) { kernel(a, i); });
+  const bool repays = a.m * a.v >= 2 * kLogitsPerThread;
+  parallel_for(a.m, repays ? threads : 1, [&](int64_t i) { kernel(a, i); });
 }
 
 }  // namespace

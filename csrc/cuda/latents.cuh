@@ -104,7 +104,7 @@ __device__ __forceinline__ void velocity8(const LatentsView& a, const Sample& s,
 
 __device__ __forceinline__ void mean8(const LatentsView& a, const Sample& s, const Span& at, bool wide,
                                       const float x[kVector], const float u[kVector], float mu[kVector]) {
-  if (a.m_prev.data == nullptr) {
+  if (a.m_prev.data == nullptr || s.row.C == 0.0f) {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) mu[k] = transition_mean(s.row, x[k], u[k]);
     return;

@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads) nft_kernel(const __grid_constant__ N
 struct NftFinishArgs {
   NftOptions options;
   NftBatch samples;
+  bool has_ref;
   const float* partials;
   float* moments;
   unsigned chunks;
@@ -89,25 +90,25 @@ __global__ void __launch_bounds__(kThreads) nft_finish_kernel(const __grid_const
   const NftBatch& out = a.samples;
   const double counted = count_samples(out.mask, a.batch, shared);
   const float weight = sample_weight(out.normalizer, counted);
-  float loss = 0.0f, policy = 0.0f, positive = 0.0f, negative = 0.0f, reference = 0.0f, bad = 0.0f;
+  double loss = 0.0, policy = 0.0, positive = 0.0, negative = 0.0, reference = 0.0, bad = 0.0;
   for (int64_t b = threadIdx.x; b < a.batch; b += kThreads) {
     const bool counts = out.mask == nullptr || out.mask[b] != 0;
     const float* m = a.moments + kMaxMoments * b;
-    const NftSample s = nft_sample({m[0], m[1], m[2], m[3], m[4]}, out.sigma[b], out.r[b], a.n,
+    const NftSample s = nft_sample({m[0], m[1], m[2], m[3], m[4]}, a.has_ref, out.sigma[b], out.r[b], a.n,
                                    counts ? weight : 0.0f, a.options);
     float* factors = out.factors + 3 * b;
     factors[0] = s.on_positive, factors[1] = s.on_negative, factors[2] = s.on_ref;
     if (!counts) continue;
-    const float of_sample = s.policy + a.options.ref_weight * m[4];
-    loss += of_sample;
+    const float of_sample = s.policy + a.options.ref_weight * s.reference;
+    loss += static_cast<double>(weight * of_sample);
     policy += s.policy;
     positive += s.positive;
     negative += s.negative;
-    reference += m[4];
-    bad += is_finite(of_sample) ? 0.0f : 1.0f;
+    reference += s.reference;
+    bad += is_finite(of_sample) ? 0.0 : 1.0;
   }
   const double over_counted = counted < 1.0 ? 0.0 : 1.0 / counted;
-  put(out.loss, block_sum(loss, shared) * weight);
+  put(out.loss, block_sum(loss, shared));
   put(out.metrics + kNftPolicyLoss, block_sum(policy, shared) * over_counted);
   put(out.metrics + kNftPositive, block_sum(positive, shared) * over_counted);
   put(out.metrics + kNftNegative, block_sum(negative, shared) * over_counted);
@@ -133,8 +134,11 @@ __global__ void __launch_bounds__(kThreads) nft_backward_kernel(const __grid_con
     Directions q;
     directions8(a.latents, at, q);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) g[k] = q.positive[k] * on_positive + q.negative[k] * on_negative;
-    if (a.latents.v_ref.data != nullptr) {
+    for (int k = 0; k < kVector; ++k) {  // a side whose factor is 0 is not evaluated: inf * 0 is NaN
+      if (on_positive != 0.0f) g[k] = q.positive[k] * on_positive;
+      if (on_negative != 0.0f) g[k] = g[k] + q.negative[k] * on_negative;
+    }
+    if (a.latents.v_ref.data != nullptr && on_ref != 0.0f) {
       float ref[kVector];
       load8(a.latents.v_ref, at.b, at.i, at.valid, ref);
 #pragma unroll
@@ -177,7 +181,8 @@ void nft_loss(const NftLatents& latents, const NftOptions& options, const NftBat
     EDITR2_LAUNCH(nft_kernel, grid_of(batch * view.chunks), kThreads, 0, target.stream,
                   NftMomentArgs{view, scratch.partials});
   EDITR2_LAUNCH(nft_finish_kernel, 1, kThreads, 0, target.stream,
-                NftFinishArgs{options, samples, scratch.partials, scratch.moments, view.chunks, batch, latents.n});
+                NftFinishArgs{options, samples, view.v_ref.data != nullptr, scratch.partials, scratch.moments,
+                              view.chunks, batch, latents.n});
 }
 
 void nft_loss_backward(const NftLatents& latents, const float* factors, const float* scale, Rows grad_v,

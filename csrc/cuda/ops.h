@@ -41,6 +41,11 @@ struct Latents {
   int64_t n;
 };
 
+// As CUDA numbers them, 1000 major + 10 minor: what the driver supports, 0 where there is none, and the runtime linked
+// in. Both make no context.
+int driver_version();
+int runtime_version();
+
 int64_t workspace_bytes(int64_t batch, int64_t n, int64_t width, int renorm);
 
 void philox_normal(const int64_t* seed, const int64_t* step, Rows out, int64_t batch, int64_t n, Target target);

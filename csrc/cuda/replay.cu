@@ -71,6 +71,7 @@ struct GrpoArgs {
   LatentsView latents;
   GrpoOptions options;
   GrpoBatch samples;
+  bool has_ref;
   const float* partials;
   float* moments;  // [batch, kMaxMoments]
   int64_t batch;
@@ -82,13 +83,13 @@ __global__ void __launch_bounds__(kThreads) grpo_kernel(const __grid_constant__ 
   const GrpoBatch& out = a.samples;
   const double counted = count_samples(out.mask, a.batch, shared);
   const float weight = sample_weight(out.normalizer, counted);
-  float loss = 0.0f, deviation = 0.0f, bad = 0.0f;
-  float ratio = 0.0f, low = 0.0f, high = 0.0f, approx_kl = 0.0f, kl = 0.0f, policy = 0.0f;
+  double loss = 0.0, ratio = 0.0, approx_kl = 0.0, kl = 0.0, policy = 0.0;
+  float deviation = 0.0f, low = 0.0f, high = 0.0f, bad = 0.0f;  // a maximum and counts: exact
   for (int64_t b = threadIdx.x; b < a.batch; b += kThreads) {
     const bool counts = out.mask == nullptr || out.mask[b] != 0;
     const float* m = a.moments + kMaxMoments * b;
-    const GrpoSample s = grpo_sample(sample_at(a.latents, b).row, a.latents.n, m[0], m[1], m[2], out.old_log_prob[b],
-                                     out.advantage[b], counts ? weight : 0.0f, a.options);
+    const GrpoSample s = grpo_sample(sample_at(a.latents, b).row, a.latents.n, m[0], m[1], a.has_ref, m[2],
+                                     out.old_log_prob[b], out.advantage[b], counts ? weight : 0.0f, a.options);
     out.log_prob[b] = s.log_prob;
     out.ratio[b] = s.ratio;
     out.kl[b] = s.kl;
@@ -96,18 +97,18 @@ __global__ void __launch_bounds__(kThreads) grpo_kernel(const __grid_constant__ 
     factors[0] = s.factors.on_z, factors[1] = s.factors.on_ref, factors[2] = s.factors.on_old;
     if (!counts) continue;
     const float of_sample = s.policy + a.options.kl_weight * s.kl;
-    loss += of_sample;
+    loss += static_cast<double>(weight * of_sample);
     ratio += s.ratio;
     deviation = larger(deviation, s.ratio < 1.0f ? 1.0f - s.ratio : s.ratio - 1.0f);
     low += s.ratio < 1.0f - a.options.clip_low ? 1.0f : 0.0f;
     high += s.ratio > 1.0f + a.options.clip_high ? 1.0f : 0.0f;
-    approx_kl += 0.5f * s.log_ratio * s.log_ratio;
+    approx_kl += s.log_ratio * s.log_ratio * 0.5f;
     kl += s.kl;
     policy += s.policy;
     bad += is_finite(of_sample) ? 0.0f : 1.0f;
   }
   const double over_counted = counted < 1.0 ? 0.0 : 1.0 / counted;
-  put(out.loss, block_sum(loss, shared) * weight);
+  put(out.loss, block_sum(loss, shared));
   put(out.metrics + kRatioMean, block_sum(ratio, shared) * over_counted);
   put(out.metrics + kRatioMaxDeviation, block_max(deviation, shared));
   put(out.metrics + kClipFractionLow, block_sum(low, shared) * over_counted);
@@ -259,7 +260,8 @@ void grpo_loss(const Latents& latents, Rows x_next, Rows v_ref, Rows v_old, cons
   view.latents = prepare(latents, workspace, batch, target, scratch);
   fill_partials(view, options.kl_scale, scratch.partials, batch, target);
   EDITR2_LAUNCH(grpo_kernel, 1, kThreads, 0, target.stream,
-                GrpoArgs{view.latents, options, samples, scratch.partials, scratch.moments, batch});
+                GrpoArgs{view.latents, options, samples, view.v_ref.data != nullptr, scratch.partials,
+                         scratch.moments, batch});
 }
 
 void replay_backward(const Latents& latents, Rows x_next, Rows v_ref, Rows v_old, const Incoming& incoming,

@@ -34,10 +34,10 @@ __device__ __forceinline__ void residual8(const ReplayView& a, const Sample& s, 
   for (int k = 0; k < kVector; ++k) z[k] = z[k] - mu[k];
 }
 
-// g += factor (u - other)
+// g += factor (u - other); not evaluated where the factor is 0.
 __device__ __forceinline__ void pull8(const Lanes& other, float factor, const Span& at, bool wide,
                                       const float u[kVector], float g[kVector]) {
-  if (other.data == nullptr) return;
+  if (other.data == nullptr || factor == 0.0f) return;
   float v[kVector];
   load8(other.data, other.dtype, wide && other.wide, at.b * other.stride + at.i, at.valid, v);
 #pragma unroll
@@ -47,12 +47,16 @@ __device__ __forceinline__ void pull8(const Lanes& other, float factor, const Sp
   }
 }
 
-// The gradient to the guided velocity u.
+// The gradient to the guided velocity u. A term whose factor is 0 is neither read nor evaluated: inf * 0 is NaN.
 __device__ __forceinline__ void gradient8(const ReplayView& a, const Sample& s, const Factors& f, const Span& at,
                                           bool wide, const float u[kVector], float g[kVector]) {
-  residual8(a, s, at, wide, u, g);
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) g[k] = g[k] * f.on_z;
+  for (int k = 0; k < kVector; ++k) g[k] = 0.0f;
+  if (f.on_z != 0.0f) {
+    residual8(a, s, at, wide, u, g);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) g[k] = g[k] * f.on_z;
+  }
   pull8(a.v_ref, f.on_ref, at, wide, u, g);
   pull8(a.v_old, f.on_old, at, wide, u, g);
 }

@@ -1,4 +1,4 @@
-// philox_normal and sde_step.
+// philox_normal, sde_step and the versions of CUDA.
 #include "latents.cuh"
 
 namespace editr2::gpu {
@@ -96,6 +96,18 @@ void sde_step(const Latents& latents, Rows noise, const int64_t* seed, Rows x_ne
   a.partials = log_prob == nullptr ? nullptr : scratch.partials;
   if (any) EDITR2_LAUNCH(step_kernel, grid_of(batch * a.latents.chunks), kThreads, 0, target.stream, a);
   finish_log_prob(a.latents, scratch.partials, 1, log_prob, nullptr, batch, target);
+}
+
+int driver_version() {
+  int version = 0;
+  check_cuda(cudaDriverGetVersion(&version), "asking for the driver's version");
+  return version;
+}
+
+int runtime_version() {
+  int version = 0;
+  check_cuda(cudaRuntimeGetVersion(&version), "asking for the runtime's version");
+  return version;
 }
 
 }  // namespace editr2::gpu

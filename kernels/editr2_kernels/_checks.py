@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,14 +86,41 @@ def mask(value: Tensor | None, other_name: str, other: Tensor) -> None:
     same_device("mask", value, other_name, other)
 
 
+def number(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor: reading it would make the host wait for a GPU")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair of numbers, got {value!r}")
+    for part in value:
+        number(name, part)
+    first, second = value
+    return first, second
+
+
 def positive(name: str, value: float) -> None:
+    number(name, value)
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
 def not_negative(name: str, value: float) -> None:
+    number(name, value)
     if not 0.0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def unit_range(name: str, value: Tensor, counted: Tensor | None) -> None:
+    """CPU tensors only: [B] fp32 within [0, 1], NaN is not, wherever the mask counts."""
+    if value.device.type == "cpu":
+        inside = (value >= 0) & (value <= 1)
+        outside = ~inside if counted is None else counted & ~inside
+        if bool(outside.any()):
+            raise ValueError(f"{name} must lie in [0, 1], got {value[outside][0].item()}")
 
 
 def transition(table: Tensor, step_index: Tensor, x: Tensor, *, doubles: bool = False) -> None:

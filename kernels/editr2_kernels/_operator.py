@@ -31,10 +31,21 @@ def operator(name: str, schema: str, *, fake: Callable[..., Any]) -> Callable[[C
     return register
 
 
+def _once(name: str, gradients: tuple) -> tuple:
+    """The gradients of a backward that is being recorded, so made that differentiating them raises RuntimeError.
+
+    As torch.autograd.function.once_differentiable, which looks at the incoming gradient alone: it would let the
+    second derivative to what the operator saved pass for 0.
+    """
+    message = f"editr2::{name} can be differentiated once only"
+    refuse: Callable[..., tuple] = torch._C._functions.DelayedError(message.encode(), len(gradients))
+    return refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients))
+
+
 def differentiable(
     name: str, *, setup_context: Callable[[Any, tuple, Any], None], backward: Callable[..., tuple]
 ) -> None:
-    """Gives an operator its gradient; the two functions are as torch.library.register_autograd takes them."""
+    """Gives an operator its gradient, once; the two functions are as torch.library.register_autograd takes them."""
     overload = getattr(torch.ops.editr2, name).default
 
     def below(keyset: Any, arguments: tuple) -> Any:
@@ -50,7 +61,9 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-            return *backward(ctx, *gradients), None
+            with torch.no_grad():
+                grads = *backward(ctx, *gradients), None
+            return _once(name, grads) if torch.is_grad_enabled() else grads
 
     def run(keyset: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):

@@ -23,6 +23,19 @@ from torch import Tensor
 
 from ._checks import BACKENDS
 
+# OpenMP's threads do not survive a fork, but its runtime believes that they do and would wait for them for ever. The
+# compiled module knows of the forks since it was loaded; it may be loaded by the child.
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -77,7 +90,7 @@ def cuda() -> Any:
 def compiled(chosen: str, tensor: Tensor) -> tuple[Any, dict[str, int]]:
     """The module of backend "cpu" or "cuda" and where its functions are to run: both have the same functions."""
     if chosen == "cpu":
-        return native(), {"threads": torch.get_num_threads()}
+        return native(), {"threads": 1 if _forked else torch.get_num_threads()}
     module = cuda()
     if module.emulated:
         return module, {"device": 0, "stream": 0}
@@ -96,6 +109,15 @@ def workspace(module: Any, tensor: Tensor, *sizes: int) -> Tensor | None:
     return torch.empty(size, dtype=torch.uint8, device=tensor.device) if size else None
 
 
+@functools.cache
+def _cuda_versions(module: Any) -> tuple[int, int]:
+    return module.driver_version(), module.runtime_version()
+
+
+def _release(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def _cuda_status() -> BackendStatus:
     module, reason = _cuda()
     if module is None:
@@ -106,6 +128,12 @@ def _cuda_status() -> BackendStatus:
         return BackendStatus(False, "this PyTorch is built without CUDA")
     if torch.cuda.device_count() == 0:
         return BackendStatus(False, "no GPU is visible")
+    driver, runtime = _cuda_versions(module)
+    # Within a major version an older driver runs what a newer toolkit built.
+    if driver // 1000 < runtime // 1000:
+        return BackendStatus(
+            False, f"the driver supports CUDA {_release(driver)}, the module needs {_release(runtime)}"
+        )
     return BackendStatus(True, detail=f"built for {', '.join(module.architectures())}")
 
 

@@ -3,7 +3,7 @@
     preset = COMPAT["flow_grpo"]
     table = transition_table(sigmas, noise_level=0.7, compat="flow_grpo")
     step = sde_step(x, v, table, step_index, seed, score=preset.score)
-    loss = grpo_loss(..., v_ref=v_ref, kl_weight=0.04, **preset.grpo)
+    loss = grpo_loss(..., v_ref=v_ref, kl_weight=0.04, **preset.grpo_for("flow-sde"))
     advantage = group_advantage(scores, group, preset.credit).advantage
 
 A preset holds what a project's code fixes. What its recipes choose (noise level, clip range, weights of losses) stays
@@ -18,14 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, Literal
 
 from .group_advantage import CREDIT_PRESETS, CreditOptions
-
-
-def _keywords(**values: Any) -> Mapping[str, Any]:
-    return MappingProxyType(values)
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,8 @@ class Compat:
 
     log_prob: by dynamics, `log_prob` of `transition_table`; its keys are the dynamics the project has.
     score: `score` of `sde_step`.
-    grpo: keywords of `grpo_loss` that the project's policy loss fixes; empty where it has none.
+    grpo: keywords of `grpo_loss` that the project's policy loss fixes, but for kl_scale; empty where it has none.
+    kl_scale: by dynamics, `kl_scale` of `grpo_loss`; "step" where there is no entry.
     nft: keywords of `nft_loss`; empty where it has none.
     credit: options of `group_advantage`.
     renorm: `renorm` of `sde_step` by model family; families without an entry use none.
@@ -44,9 +40,10 @@ class Compat:
     log_prob: Mapping[str, str]
     credit: CreditOptions
     score: Literal["stored", "unrounded"] = "unrounded"
-    grpo: Mapping[str, Any] = field(default_factory=_keywords)
-    nft: Mapping[str, Any] = field(default_factory=_keywords)
-    renorm: Mapping[str, str] = field(default_factory=_keywords)
+    grpo: Mapping[str, Any] = field(default_factory=dict)
+    kl_scale: Mapping[str, str] = field(default_factory=dict)
+    nft: Mapping[str, Any] = field(default_factory=dict)
+    renorm: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
     def log_prob_of(self, dynamics: str) -> Any:
@@ -57,6 +54,11 @@ class Compat:
             )
         return self.log_prob.get(dynamics)
 
+    def grpo_for(self, dynamics: str) -> dict[str, Any]:
+        """The keywords of `grpo_loss`. Raises ValueError for dynamics that the project does not have."""
+        self.log_prob_of(dynamics)
+        return {**self.grpo, "kl_scale": self.kl_scale.get(dynamics, "step")}
+
 
 def _credit(name: str) -> CreditOptions:
     """Peers clamp the advantage in the loss, where `grpo_loss` and `nft_optimality` do it too."""
@@ -64,64 +66,65 @@ def _credit(name: str) -> CreditOptions:
 
 
 _FLOW_GRPO = Compat(
-    log_prob=_keywords(**{"flow-sde": "full", "cps": "unscaled"}),
+    log_prob={"flow-sde": "full", "cps": "unscaled"},
     credit=_credit("flow-grpo"),
-    grpo=_keywords(kl_scale="diffusion", advantage_clip=5.0),
-    renorm=_keywords(qwen_image="token"),
+    grpo={"advantage_clip": 5.0},
+    kl_scale={"flow-sde": "diffusion"},
+    renorm={"qwen_image": "token"},
     note="std over the group; over the batch: replace(credit, std='global'). Statistics in float64 there.",
 )
 
-COMPAT: Mapping[str, Compat] = MappingProxyType(
-    {
-        "flow_grpo": _FLOW_GRPO,
-        "flow_grpo_wan": replace(
-            _FLOW_GRPO,
-            log_prob=_keywords(**{"wan-sde": "full"}),
-            grpo=_keywords(kl_scale="step", advantage_clip=5.0),
-            renorm=_keywords(),
-        ),
-        "flow_grpo_bagel": replace(
-            _FLOW_GRPO,
-            log_prob=_keywords(**{"flow-sde": "scaled"}),
-            renorm=_keywords(),
-            note="renorm is a setting there: 'global', 'channel' or 'text_channel', within a guidance_interval.",
-        ),
-        "dance_grpo": Compat(
-            log_prob=_keywords(**{"dance-sde": "full"}),
-            credit=_credit("dance-grpo"),
-            grpo=_keywords(advantage_clip=5.0),
-            note="The last step is not trained on and the image is its x0: a deterministic row here.",
-        ),
-        "mixgrpo": Compat(
-            log_prob=_keywords(**{"flow-sde": "full", "dance-sde": "scaled", "dpm++sde": "full"}),
-            credit=_credit("mixgrpo"),
-            grpo=_keywords(advantage_clip=5.0),
-            note="Its KL, half the mean square of log p - log p_old, is `metrics.approx_kl` of `grpo_loss`. Its "
-            "Dance-SDE loses the constants of log p, which cancel in the ratio.",
-        ),
-        "diffusion_nft": Compat(
-            log_prob=_keywords(**{"ddim-sde": "full"}),
-            credit=_credit("flow-grpo"),
-            nft=_keywords(advantage_max=5.0, ref_weight=1e-4, min_weight=1e-5),
-            note="std over the group; over the batch: replace(credit, std='global'). The loss runs in float64 there.",
-        ),
-        "flow_factory": Compat(
-            log_prob=_keywords(**{"flow-sde": "full", "dance-sde": "full", "cps": "unscaled"}),
-            credit=_credit("flow-factory"),
-            grpo=_keywords(kl_scale="mean", advantage_clip=5.0),
-            renorm=_keywords(qwen_image="token"),
-            note="A KL in v instead of x: kl_scale='velocity'. Several rewards by GDPO: CREDIT_PRESETS['gdpo'].",
-        ),
-        "verl_omni": Compat(
-            log_prob=_keywords(**{"flow-sde": "full", "dance-sde": "full", "cps": "unscaled"}),
-            credit=_credit("verl-omni"),
-            grpo=_keywords(kl_scale="diffusion", advantage_clip=5.0),
-            renorm=_keywords(qwen_image="token"),
-            note="include_logprob_normalizer=False is log_prob='scaled'; Dr. GRPO is replace(credit, std='none'). Its "
-            "GRPO-Guard uses batch means of S: equal to guard=True where a batch is at one step.",
-        ),
-    }
-)
+COMPAT: dict[str, Compat] = {
+    "flow_grpo": _FLOW_GRPO,
+    "flow_grpo_wan": replace(
+        _FLOW_GRPO,
+        log_prob={"wan-sde": "full"},
+        kl_scale={},
+        renorm={},
+    ),
+    "flow_grpo_bagel": replace(
+        _FLOW_GRPO,
+        log_prob={"flow-sde": "scaled"},
+        renorm={},
+        note="renorm is a setting there: 'global', 'channel' or 'text_channel', within a guidance_interval.",
+    ),
+    "dance_grpo": Compat(
+        log_prob={"dance-sde": "full"},
+        credit=_credit("dance-grpo"),
+        grpo={"advantage_clip": 5.0},
+        note="The last step is not trained on and the image is its x0: a deterministic row here.",
+    ),
+    "mixgrpo": Compat(
+        log_prob={"flow-sde": "full", "dance-sde": "scaled", "dpm++sde": "full"},
+        credit=_credit("mixgrpo"),
+        grpo={"advantage_clip": 5.0},
+        note="Its KL, half the mean square of log p - log p_old, is `metrics.approx_kl` of `grpo_loss`. Its "
+        "Dance-SDE loses the constants of log p, which cancel in the ratio.",
+    ),
+    "diffusion_nft": Compat(
+        log_prob={"ddim-sde": "full"},
+        credit=_credit("flow-grpo"),
+        nft={"advantage_max": 5.0, "ref_weight": 1e-4, "min_weight": 1e-5},
+        note="std over the group; over the batch: replace(credit, std='global'). The loss runs in float64 there.",
+    ),
+    "flow_factory": Compat(
+        log_prob={"flow-sde": "full", "dance-sde": "full", "cps": "unscaled"},
+        credit=_credit("flow-factory"),
+        grpo={"advantage_clip": 5.0},
+        kl_scale={"flow-sde": "mean", "dance-sde": "mean", "cps": "mean"},
+        renorm={"qwen_image": "token"},
+        note="A KL in v instead of x: kl_scale='velocity'. Several rewards by GDPO: CREDIT_PRESETS['gdpo'].",
+    ),
+    "verl_omni": Compat(
+        log_prob={"flow-sde": "full", "dance-sde": "full", "cps": "unscaled"},
+        credit=_credit("verl-omni"),
+        grpo={"advantage_clip": 5.0},
+        kl_scale={"flow-sde": "diffusion", "dance-sde": "diffusion"},
+        renorm={"qwen_image": "token"},
+        note="include_logprob_normalizer=False is log_prob='scaled'; Dr. GRPO is replace(credit, std='none'). Its "
+        "GRPO-Guard uses batch means of S: equal to guard=True where a batch is at one step.",
+    ),
+}
 
 
 def compat_preset(name: str) -> Compat:

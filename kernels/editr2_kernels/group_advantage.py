@@ -127,10 +127,9 @@ class CreditOptions:
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
-        if not (self.eps >= 0 and math.isfinite(self.eps)):
-            raise ValueError(f"eps must be finite and >= 0, got {self.eps}")
-        if self.clip is not None and not (self.clip > 0 and math.isfinite(self.clip)):
-            raise ValueError(f"clip must be None or positive and finite, got {self.clip}")
+        _checks.not_negative("eps", self.eps)
+        if self.clip is not None:
+            _checks.positive("clip", self.clip)
         if self.broadcast != (self.aggregate != "none"):
             raise ValueError(
                 f"broadcast must be {self.aggregate != 'none'} with aggregate {self.aggregate!r} (an aggregated "
@@ -138,12 +137,16 @@ class CreditOptions:
             )
         if self.aggregate != "none" and self.baseline == "session_turn":
             raise ValueError(f"baseline 'session_turn' needs aggregate 'none', got aggregate {self.aggregate!r}")
+        if self.aggregate != "none" and self.filter_in_statistics:
+            raise ValueError(f"filter_in_statistics needs aggregate 'none', got aggregate {self.aggregate!r}")
         if self.filter_reward is not None and self.filter_reward < 0:
             raise ValueError(f"filter_reward must be None or an index >= 0, got {self.filter_reward}")
-        if self.min_std is not None and not (self.min_std >= 0 and math.isfinite(self.min_std)):
-            raise ValueError(f"min_std must be None or finite and >= 0, got {self.min_std}")
-        if self.max_mean is not None and not math.isfinite(self.max_mean):
-            raise ValueError(f"max_mean must be None or finite, got {self.max_mean}")
+        if self.min_std is not None:
+            _checks.not_negative("min_std", self.min_std)
+        if self.max_mean is not None:
+            _checks.number("max_mean", self.max_mean)
+            if not math.isfinite(self.max_mean):
+                raise ValueError(f"max_mean must be None or finite, got {self.max_mean}")
 
 
 _UNBIASED = CreditOptions(baseline="session_turn", unbiased=True, eps=1e-8)
@@ -373,10 +376,13 @@ def _group_advantage(
     options, codes = _parsed(*values)
     n, turns, rewards = scores.shape
     chosen = select(backend, scores.device)
-    if mask is None and chosen != "cpu":  # which takes its absence for all True, at no cost
+    if weights.device.type == "cpu" and not bool(weights.isfinite().all()):
+        raise ValueError(f"weights must be finite, got {weights.tolist()}")
+    if mask is None and chosen not in ("cpu", "cuda"):  # which take its absence for all True, at no cost
         mask = torch.ones(n, turns, dtype=torch.bool, device=scores.device)
-    if mask is not None and chosen != "cpu" and scores.device.type == "cpu":  # "cpu" looks for itself
-        if not bool((scores.isfinite() | ~mask[:, :, None]).all()):
+    if chosen != "cpu" and scores.device.type == "cpu":  # "cpu" looks for itself
+        finite = scores.isfinite()
+        if not bool((finite if mask is None else finite | ~mask[:, :, None]).all()):
             raise ValueError("scores must be finite wherever mask is True; mark failed scores in mask instead")
     advantage = torch.empty(n, turns, dtype=torch.float32, device=scores.device)
     trained = torch.empty(n, turns, dtype=torch.bool, device=scores.device)
@@ -439,7 +445,8 @@ def group_advantage(
         advantage [N, T] fp32, and mask [N, T] bool: the turns that train (given, not behind the filter, not dropped).
 
     Raises:
-        ValueError or TypeError naming the argument. Scores that are not finite raise on CPU tensors only.
+        ValueError or TypeError naming the argument. Scores and weights that are not finite raise on CPU
+        tensors only.
     """
     _checks.tensor("scores", scores)
     if not scores.is_floating_point():

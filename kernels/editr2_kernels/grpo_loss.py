@@ -87,11 +87,11 @@ def _options(
     v_old: Tensor | None,
     normalizer: float | None,
 ) -> _Options:
-    if isinstance(clip, tuple | list) and len(clip) != 2:
-        raise ValueError(f"clip must be a number or (low, high), got {clip}")
-    low, high = clip if isinstance(clip, tuple | list) else (clip, clip)
+    low, high = _checks.pair("clip", clip) if isinstance(clip, tuple | list) else (clip, clip)
     _checks.not_negative("clip", low)
     _checks.not_negative("clip", high)
+    if low > 1:
+        raise ValueError(f"clip must leave the ratio a lower bound of at least 0, low <= 1; got {low}")
     if advantage_clip is not None:
         _checks.positive("advantage_clip", advantage_clip)
     _checks.not_negative("kl_weight", kl_weight)
@@ -153,17 +153,18 @@ def _grpo_ref(
     exponent = log_ratio
     if o.guard:
         exponent = torch.where(noisy, (log_ratio + moment(replay.v_old, b) / twice_variance) * s, 0.0)
-    ratio = torch.exp(exponent)
-
     a = advantage.to(dtype)
     if o.advantage_clip >= 0:
         a = a.clamp(-o.advantage_clip, o.advantage_clip)
-    low, high = torch.ones_like(ratio) - o.clip_low, torch.ones_like(ratio) + o.clip_high
-    clipped = torch.where(ratio < low, low, ratio)
+    ratio = torch.exp(exponent.detach())
+    # 0 times a ratio of infinity is 0; where the ratio is NaN the loss stays so.
+    rho = torch.exp(torch.where((a == 0) & (ratio == torch.inf), 0.0, exponent))
+    low, high = torch.ones_like(rho) - o.clip_low, torch.ones_like(rho) + o.clip_high
+    clipped = torch.where(rho < low, low, rho)
     clipped = torch.where(clipped > high, high, clipped)
-    bound = -a * ratio < -a * clipped  # false for NaN, which must stay visible
-    policy = torch.where(bound, -a * clipped, -a * ratio)
-    on_exponent = torch.where(bound, 0.0, -a * ratio).detach()
+    bound = -a * rho < -a * clipped  # false for NaN, which must stay visible
+    policy = torch.where(bound, -a * clipped, -a * rho)
+    on_exponent = torch.where(bound, 0.0, -a * rho).detach()
     if o.guard:
         policy = policy / delta
         on_exponent = on_exponent / delta * s
@@ -179,7 +180,7 @@ def _grpo_ref(
     loss = torch.where(counted, weight * sample_loss, 0.0).sum()
     means = (ratio, ratio < low, ratio > high, log_ratio * log_ratio * 0.5, kl, policy)
     sums = torch.where(counted, torch.stack([value.detach().to(dtype) for value in means]), 0.0).sum(1) / total
-    deviation = torch.where(counted, (ratio.detach() - 1.0).abs(), 0.0)
+    deviation = torch.where(counted, (ratio - 1.0).abs(), 0.0)
     metrics = torch.stack(
         (
             sums[0],
@@ -191,10 +192,11 @@ def _grpo_ref(
 
     b, weight = b.double(), weight.double()
     policy_weight = weight * on_exponent
-    on_old = torch.zeros_like(b)
-    if o.guard:
+    on_ref = on_old = torch.zeros_like(b)
+    if o.guard and replay.v_old is not None:
         on_old = torch.where(noisy, b * b / n * policy_weight * 2.0 / twice_variance, 0.0)
-    on_ref = 2.0 * kl_b.double() ** 2 / n * kl_factor * o.kl_weight * weight
+    if replay.v_ref is not None:
+        on_ref = 2.0 * kl_b.double() ** 2 / n * kl_factor * o.kl_weight * weight
     factors = torch.stack((-2.0 * w * b / n * policy_weight, on_ref, on_old), 1)
     factors = torch.where(counted[:, None], factors, 0.0).to(torch.float32).detach()
     return loss, log_prob, ratio, kl, metrics, factors
@@ -345,17 +347,21 @@ def grpo_loss(
             different steps and rows. Arithmetic is fp32 whatever their dtypes, also under autocast.
         old_log_prob: [B] float32, what `sde_step` returned.
         advantage: [B] float32.
-        clip: the ratio is clipped to 1 -+ clip, or to (1 - low, 1 + high). Log-probs are means over elements: small.
+        clip: the ratio is clipped to 1 -+ clip, or to (1 - low, 1 + high), low <= 1. Log-probs are means over elements:
+            small.
         advantage_clip: bound of |advantage|; None for none.
         v_ref: like x in shape; a reference policy's (guided) velocity, for the KL.
         kl_weight: weight of the KL, >= 0; above 0 it needs v_ref. With v_ref and 0 the KL is reported only.
-        kl_scale: "step" divides the mean's squared difference by 2 S^2; "diffusion" by 2 g^2, S^2 = g^2 (sigma -
-            sigma'), as published code does; "mean" takes it as it is; "velocity" is mean((u - v_ref)^2). The first two
-            are 0 for ODE rows.
-        guard: GRPO-Guard's ratio normalisation; needs v_old, the (guided) velocity of the rollout, like x in shape.
-        mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds (NaN included).
+        kl_scale: "step" divides the mean's squared difference by 2 S^2; "diffusion" by 2 S^2 / (sigma - sigma'), which
+            is 2 g^2 of the dynamics with S = g sqrt(sigma - sigma') (flow, dance, wan) and of no other; "mean" takes it
+            as it is; "velocity" is mean((u - v_ref)^2). The first two are 0 for ODE rows.
+        guard: GRPO-Guard's ratio normalisation, which also divides the policy loss by sigma - sigma'; needs v_old, the
+            (guided) velocity of the rollout, like x in shape.
+        mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds (NaN included). ODE
+            rows (S = 0) count, in the normaliser too, though they train nothing: mask them.
         normalizer: what the sum over samples is divided by, > 0; give the common one when a batch comes in parts.
-            None: the number of samples that count, at least 1.
+            None: the number of samples that count, at least 1. Under torch.compile this and the other numbers are
+            constants: a new value compiles again.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:

@@ -15,7 +15,8 @@ renormalisation. With g the gradient to u, w the vector that is scaled and dot =
 
     to w:  s g - on_w dot w       to v:  on_v dot v       on_w = s / base / |w|,  on_v = 1 / (|v| base)
 
-where base is the denominator of s, and on_w = on_v = 0 where the scale is clamped (or base is 0).
+where base is the denominator of s, and on_w = on_v = 0 where the scale is clamped (or base is 0). A norm below 1e-15
+counts as 0.
 
 Sources: classifier-free guidance (arXiv 2207.12598); the released pipelines of Qwen-Image and BAGEL.
 """
@@ -36,6 +37,7 @@ from .table import sum_ref
 Renorm = Literal["none", "token", "text_channel", "channel", "global"]
 RENORMS = ("none", "token", "text_channel", "channel", "global")  # the position is the code the kernels take
 NONE, TOKEN, TEXT_CHANNEL, CHANNEL, GLOBAL = range(5)
+LEAST_SQUARES = 1e-30  # a squared norm below it counts as 0: its reciprocal must stay in the range of fp32
 
 
 class Latents(NamedTuple):
@@ -106,7 +108,7 @@ def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
         return value.detach()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a float32 tensor, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would break the graph of a number that changes
         raise ValueError(f"{name} must be finite, got {value}")
     return torch.full((batch,), value, dtype=torch.float32, device=like.device)
 
@@ -122,7 +124,7 @@ def _interval(value: tuple[float, float] | Tensor | None, like: Tensor) -> tuple
             )
         _checks.same_device("guidance_interval", value, "x", like)
         return value.detach().unbind(1)  # type: ignore[return-value]
-    low, high = (-math.inf, math.inf) if value is None else value
+    low, high = _checks.pair("guidance_interval", (-math.inf, math.inf) if value is None else value)
     if not low < high:
         raise ValueError(f"guidance_interval must be (low, high) with low < high, got {(low, high)}")
     low_B, high_B = (torch.full((batch,), bound, dtype=torch.float32, device=like.device) for bound in (low, high))
@@ -224,8 +226,8 @@ def _guided(base: Tensor | None, v: Tensor, weight: Tensor) -> Tensor:
 
 
 def _norm(squares: Tensor) -> Tensor:
-    """Correctly rounded square root with gradient 0 at 0."""
-    zero = squares == 0
+    """Correctly rounded square root; 0, with gradient 0, of what is below `LEAST_SQUARES`."""
+    zero = squares < LEAST_SQUARES
     root = torch.where(zero, 1.0, squares).to(torch.float64).sqrt().to(squares.dtype)
     return torch.where(zero, 0.0, root)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import _checks
 from ._operator import differentiable, operator
 from .backends import compiled, pointer, rows_of, select, workspace
-from .table import compute_dtype, mean_ref
+from .table import compute_dtype, mean_ref, times_ref
 
 
 class NftMetrics(NamedTuple):
@@ -151,13 +151,13 @@ def nft_loss_backward_ref(
     beta: float,
 ) -> Tensor:
     """Gradient to v, [B, N] in v.dtype: the combination of the docstring; exactly 0 where all factors are."""
-    on_positive, on_negative, on_ref = (factors * scale).unbind(1)
+    on_positive, on_negative, on_ref = times_ref(factors, scale).split(1, dim=1)
     v_BN, v_old_BN = v.float(), v_old.float()
     e_BN = (noise.float() - x0.float()) - v_old_BN
     beta_d_BN = (v_BN - v_old_BN) * beta
-    grad_BN = on_positive[:, None] * (e_BN - beta_d_BN) + on_negative[:, None] * (e_BN + beta_d_BN)
+    grad_BN = times_ref(on_positive, e_BN - beta_d_BN) + times_ref(on_negative, e_BN + beta_d_BN)
     if v_ref is not None:
-        grad_BN = grad_BN + on_ref[:, None] * (v_BN - v_ref.float())
+        grad_BN = grad_BN + times_ref(on_ref, v_BN - v_ref.float())
     return torch.where((factors != 0).any(1)[:, None], grad_BN, 0.0).to(v.dtype)
 
 
@@ -190,6 +190,8 @@ def _nft_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], metrics [5], factors [B, 3] of a unit incoming gradient), all fp32."""
     chosen = select(backend, v.device)
+    _checks.unit_range("sigma", sigma, mask)
+    _checks.unit_range("r", r, mask)
     if chosen == "ref":
         out = _nft_ref(
             x0, noise, v, v_old, v_ref, sigma, r, mask, beta, advantage_max, ref_weight, min_weight, normalizer
@@ -355,22 +357,23 @@ def nft_loss(
         x0: [B, ...] clean latents of the rollout, float32, bfloat16 or float16. Arithmetic is fp32 for all of them,
             also under autocast.
         noise: like x0 in shape; the eps of x_t = (1 - sigma) x0 + sigma eps, at which the velocities were predicted.
-        sigma: [B] float32, the noise level t of each sample.
+        sigma: [B] float32 in [0, 1], the noise level t of each sample.
         v: like x0 in shape; the trained policy's velocity at x_t. The gradient has its dtype.
         v_old: like x0 in shape; the sampling policy's velocity.
-        r: [B] float32 in [0, 1], `nft_optimality` of the advantages. Not looked at: that would be a host sync.
+        r: [B] float32 in [0, 1], `nft_optimality` of the advantages.
         beta: how far v+ and v- lie from v_old, > 0.
-        v_ref: like x0 in shape; a reference policy's velocity; None for no such term.
+        v_ref: like x0 in shape; a reference policy's velocity. None: the loss has no such term, whatever ref_weight.
         advantage_max: A_max, > 0.
         ref_weight: weight of mean((v - v_ref)^2), >= 0.
         min_weight: least adaptive weight w, > 0.
         mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds (NaN included).
         normalizer: what the sum over samples is divided by, > 0; give the common one when a batch comes in parts.
-            None: the number of samples that count, at least 1.
+            None: the number of samples that count, at least 1. Numbers are constants under torch.compile.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Raises:
-        ValueError or TypeError naming the argument.
+        ValueError or TypeError naming the argument. A sigma or r outside [0, 1] of a sample that counts raises on CPU
+        tensors only; on a GPU looking would stall the queue.
     """
     _checks.samples("x0", x0)
     for name, value in (("noise", noise), ("v", v), ("v_old", v_old)):

@@ -161,6 +161,8 @@ def philox_normal(
         step = torch.full_like(seed, step)
     _checks.per_sample("step", step, seed.shape[0], "seed", seed)
     _checks.float_dtype("dtype", dtype)
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"shape must be a sequence of sizes, got {type(shape).__name__}")
     n = math.prod(shape)
     if n < 0 or any(size < 0 for size in shape):
         raise ValueError(f"shape must hold sizes >= 0, got {list(shape)}")

@@ -21,7 +21,7 @@ from . import _checks
 from ._operator import operator
 from .backends import pointer, rows_of, select
 from .guidance import Latents, call_compiled, guidance_backward_ref, guided_ref, make_latents
-from .table import Rows, compute_dtype, mean_of_rows_ref, rows_ref
+from .table import Rows, compute_dtype, mean_of_rows_ref, rows_ref, times_ref
 
 # The fields of `Replay` in the schema of an operator.
 REPLAY_SCHEMA = (
@@ -176,22 +176,19 @@ def replay_backward_ref(
     row, u, z = moments_ref(replay)
     dtype, n = z.dtype, replay.x.shape[1]
     if factors is None:
-        zero, b_over_n = torch.zeros_like(row.B), row.B.double() / n
-        on_z = on_ref = zero
+        b_over_n = row.B.double() / n
+        on_z = on_ref = on_old = torch.zeros_like(row.B)
         if grad_log_prob is not None:
-            on_z = (-2.0 * row.w.double() * b_over_n * grad_log_prob[:, None]).to(dtype)
+            on_z = times_ref(-2.0 * row.w.double() * b_over_n, grad_log_prob[:, None]).to(dtype)
         if grad_mean_diff is not None:
-            on_ref = (2.0 * row.B.double() * b_over_n * grad_mean_diff[:, None]).to(dtype)
-        on_old = zero
+            on_ref = times_ref(2.0 * row.B.double() * b_over_n, grad_mean_diff[:, None]).to(dtype)
     else:
-        if scale is not None:  # 0 stays 0 whatever comes in
-            factors = torch.where(factors == 0, 0.0, factors * scale)
-        on_z, on_ref, on_old = factors.split(1, dim=1)
-    g = on_z * z
+        on_z, on_ref, on_old = (factors if scale is None else times_ref(factors, scale)).split(1, dim=1)
+    g = times_ref(on_z, z)
     if replay.v_ref is not None:
-        g = g + on_ref * (u - replay.v_ref.to(dtype))
+        g = g + times_ref(on_ref, u - replay.v_ref.to(dtype))
     if replay.v_old is not None:
-        g = g + on_old * (u - replay.v_old.to(dtype))
+        g = g + times_ref(on_old, u - replay.v_old.to(dtype))
     idle = (on_z == 0) & (on_ref == 0) & (on_old == 0)
     grads = guidance_backward_ref(replay.latents, row.sigma, g)
     v, text, image = (None if grad is None else torch.where(idle, 0.0, grad).to(replay.v.dtype) for grad in grads)

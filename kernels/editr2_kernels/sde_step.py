@@ -182,6 +182,8 @@ def _(*inputs: Any) -> None:
 
 
 def _check_out(out: SdeStep, x: Tensor, store_dtype: torch.dtype | None, return_x0: bool) -> None:
+    if not isinstance(out, SdeStep):
+        raise TypeError(f"out must be an SdeStep, got {type(out).__name__}")
     _checks.like("out.x_next", out.x_next, "x", x)
     if store_dtype is not None and out.x_next.dtype != store_dtype:
         raise TypeError(f"out.x_next must have the store_dtype, {store_dtype}; got {out.x_next.dtype}")
@@ -232,12 +234,13 @@ def sde_step(
         v: like x in shape; predicted velocity (noise - data); its dtype may differ.
         table: [rows, 8] float32 from `transition_table`, on the device of x.
         step_index: [B] int64 on the device of x; samples may be at different steps.
-        seed: [B] int64, the noise key of each sample; may be None only where `noise` is given.
+        seed: [B] int64, the noise key of each sample; may be None only where `noise` is given. The noise is a function
+            of (seed, step_index, element): a slice of a table whose index starts again repeats it.
         noise: like x in shape; used in place of the counter-based noise.
         m_prev: like x in shape; the x0 of the step before, read by rows with C != 0 (second-order solvers).
-        v_uncond: like v in shape and dtype; the velocity without the text, for guidance.
+        v_uncond: like v in shape, of its dtype (as every branch); the velocity without the text, for guidance.
         guidance: its weight, a number or [B] float32: u = v_uncond + guidance (v - v_uncond).
-        v_uncond_image, guidance_image: the same for a second branch without the image, applied to the result.
+        v_uncond_image, guidance_image: the same for a second branch, without the image; applied to the result.
         guidance_interval: (low, high) or [B, 2] float32: guide only while low < sigma <= high. None: always.
         renorm: bring the guided velocity back to the size of v, by "token" (Qwen-Image), "text_channel", "channel" or
             "global" (BAGEL); a row is the last dimension of x. Needs guidance.

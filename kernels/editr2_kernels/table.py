@@ -41,6 +41,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _checks
 from .compat import compat_preset
 
 Dynamics = Literal["flow-sde", "dance-sde", "wan-sde", "cps", "ddim-sde", "dpm++sde", "ode"]
@@ -173,7 +174,7 @@ def transition_table(
         log_prob: "full", "scaled", "unscaled"; None: as published for the dynamics.
         sigma_max: stands in for sigma where "flow-sde" divides by 0 (sigma == 1), and is the largest sigma of
             "wan-sde". None: the second entry of sigmas.
-        compat: a name in `COMPAT`: `log_prob` as that project has it for these dynamics, where it is not given.
+        compat: a name in `COMPAT`, of a project that has these dynamics: `log_prob` as it has it, where not given.
         device: where the table goes. Default: the CPU.
     """
     values = [float(s) for s in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)]
@@ -185,8 +186,9 @@ def transition_table(
         raise ValueError(f"sigmas must fall strictly, got {values}")
     _one_of("dynamics", dynamics, DYNAMICS)
     _one_of("solver", solver, SOLVERS)
-    if compat is not None and log_prob is None:
-        log_prob = compat_preset(compat).log_prob_of(dynamics)
+    if compat is not None:
+        published = compat_preset(compat).log_prob_of(dynamics)
+        log_prob = published if log_prob is None else log_prob
     if log_prob is None:
         log_prob = "unscaled" if dynamics == "cps" else "full"
     _one_of("log_prob", log_prob, LOG_PROBS)
@@ -196,7 +198,7 @@ def transition_table(
     if not 0.0 <= sigma_max < 1.0:
         raise ValueError(f"sigma_max must lie in [0, 1), got {sigma_max}")
     steps = len(values) - 1
-    start, stop = (0, steps) if window is None else window
+    start, stop = _checks.pair("window", (0, steps) if window is None else window)
     if not 0 <= start <= stop <= steps:
         raise ValueError(f"window must satisfy 0 <= start <= stop <= {steps} (the steps), got {window}")
 
@@ -234,11 +236,12 @@ def rows_ref(table: Tensor, step_index: Tensor, dtype: torch.dtype) -> Rows:
 
 
 def mean_of_rows_ref(row: Rows, x: Tensor, u: Tensor, m_prev: Tensor | None) -> Tensor:
-    """mu = A x + B u + C m_prev, [B, N] in the dtype of u; NaN where a row needs the m_prev that is not there."""
+    """mu = A x + B u + C m_prev, [B, N] in the dtype of u; NaN where a row needs the m_prev that is not there.
+
+    Rows with C = 0 do not look at m_prev.
+    """
     mu = row.A * x.to(u.dtype) + row.B * u
-    if m_prev is None:
-        return torch.where(row.C == 0, mu, torch.nan)
-    return mu + row.C * m_prev.to(u.dtype)
+    return torch.where(row.C == 0, mu, torch.nan if m_prev is None else mu + row.C * m_prev.to(u.dtype))
 
 
 def sum_ref(value: Tensor) -> Tensor:
@@ -255,6 +258,11 @@ def sum_ref(value: Tensor) -> Tensor:
 def mean_ref(value: Tensor) -> Tensor:
     """[B, N] -> [B], the sum of `sum_ref` over N."""
     return sum_ref(value) / value.shape[1]
+
+
+def times_ref(factor: Tensor, value: Tensor) -> Tensor:
+    """factor * value, exactly 0 where the factor is, whatever the value holds."""
+    return torch.where(factor == 0, 0.0, factor * value)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

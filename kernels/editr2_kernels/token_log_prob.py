@@ -493,7 +493,8 @@ def token_log_prob(
 
     Args:
         logits: [..., V] float32, bfloat16 or float16, -inf allowed; or a pair (hidden [..., H], weight [V, H]) of one
-            dtype, for logits = hidden @ weight.T that are never held for more than a chunk of rows.
+            dtype, for logits = hidden @ weight.T that are never held for more than a chunk of rows. Under autocast a
+            hidden state is of the low dtype and the weight is not: give weight.to(hidden.dtype).
         ids: [...] int64 on the device of logits.
         temperature: > 0.
         ignore_index: where ids has this value, log_prob and entropy are 0 and so is the gradient; the row is not looked

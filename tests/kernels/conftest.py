@@ -10,6 +10,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,8 @@ import editr2_kernels as ek
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Cases a test keeps on the backends that are slow: 50 ms a program in the interpreter, 2 ms a block in the emulator.
-KEPT = {"triton": 4, "cuda": 16}
+KEPT = {"triton": 2, "cuda": 16}
+WAITING = "test_interpreter_passes_the_operator_tests"
 backends_module = importlib.import_module("editr2_kernels.backends")  # the attribute of that name is the function
 
 
@@ -84,7 +88,35 @@ def pytest_collection_modifyitems(items):
         for (_, _, kept), group in cases.items()
         for item in group[:: 1 if kept is None else len(group) // kept + 1]
     ]
-    items[:] = sorted(chosen, key=lambda item: order[id(item)])
+    # The tests that wait for the interpreter come last: it works beside the others.
+    items[:] = sorted(chosen, key=lambda item: (item.originalname == WAITING, order[id(item)]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted(request):
+    """Runs of whole test files in Triton's interpreter, one after the other beside the tests of this process: by the
+    `name` of the tests that wait for them, futures of (exit status, output)."""
+    names = [item.callspec.params["name"] for item in request.session.items if item.originalname == WAITING]
+    current = []
+
+    def run(name):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", "-W", "ignore"]
+        process = subprocess.Popen(
+            [*command, str(Path(__file__).with_name(f"test_{name}.py"))],
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        current[:] = [process]
+        output, _ = process.communicate()
+        return process.returncode, output
+
+    with ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(run, name) for name in names}
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in current:
+            process.kill()
 
 
 @pytest.fixture
@@ -111,16 +143,26 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def one_thread():
-    """A function that runs another on one intra-op thread."""
+def on_threads(count):
+    """A function that runs another on so many intra-op threads."""
 
     def run(function):
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        torch.set_num_threads(count)
         try:
             return function()
         finally:
             torch.set_num_threads(threads)
 
     return run
+
+
+@pytest.fixture
+def one_thread():
+    return on_threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    """Backend "cpu" takes the second one for latents of 40 000 elements or more."""
+    return on_threads(2)

@@ -40,6 +40,20 @@ class BuiltCuda:
     def architectures():
         return ["sm_80", "compute_80"]
 
+    @staticmethod
+    def driver_version():
+        return 13000
+
+    @staticmethod
+    def runtime_version():
+        return 13010
+
+
+class BuiltForALaterDriver(BuiltCuda):
+    @staticmethod
+    def driver_version():
+        return 12090
+
 
 @pytest.mark.parametrize(
     "module, why, version, devices, expected",
@@ -48,6 +62,13 @@ class BuiltCuda:
         (BuiltCuda, None, None, 0, ek.BackendStatus(False, "this PyTorch is built without CUDA")),
         (BuiltCuda, None, "13.0", 0, ek.BackendStatus(False, "no GPU is visible")),
         (BuiltCuda, None, "13.0", 1, ek.BackendStatus(True, detail="built for sm_80, compute_80")),
+        (
+            BuiltForALaterDriver,
+            None,
+            "13.0",
+            1,
+            ek.BackendStatus(False, "the driver supports CUDA 12.9, the module needs 13.1"),
+        ),
     ],
 )
 def test_status_of_the_cuda_module(module, why, version, devices, expected, monkeypatch):

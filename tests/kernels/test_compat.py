@@ -4,8 +4,10 @@ Tolerances: our arithmetic is fp32 (2^-24 a rounding) on values up to about 8 an
 right to 3e-6 and a log-prob, an average over elements, to 1e-5.
 """
 
+import copy
 import dataclasses
 import math
+import pickle
 from collections import defaultdict
 
 import numpy as np
@@ -19,7 +21,7 @@ STEPS = [0, 2, 3, 4]
 INDEX = torch.tensor(STEPS)
 LEVEL = {"wan-sde": None, "dpm++sde": None}
 PAIRS = [(name, dynamics) for name, preset in ek.COMPAT.items() for dynamics in preset.log_prob]
-LOSSES = [name for name, preset in ek.COMPAT.items() if preset.grpo]
+LOSSES = [(name, dynamics) for name, dynamics in PAIRS if ek.COMPAT[name].grpo]
 SEED = torch.arange(4)
 
 
@@ -121,28 +123,29 @@ def test_the_dance_window_ends_before_the_last_step():
     assert not out.log_prob.any() and (table[:-1, 3] > 0).all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_policy_loss_and_kl(name):
+@pytest.mark.parametrize("name, dynamics", LOSSES)
+def test_policy_loss_and_kl(backend, name, dynamics):
     preset, weight, clip = ek.COMPAT[name], 0.04, 1e-3
-    dynamics = next(iter(preset.log_prob))
     x, v, eps, m_prev, v_ref = inputs()
     table = ek.transition_table(SIGMAS, dynamics=dynamics, noise_level=level_of(dynamics), compat=name)
-    x_next = ek.sde_step(x, v_ref, table, INDEX, None, noise=eps).x_next
+    x_next = ek.sde_step(x, v_ref, table, INDEX, None, noise=eps, m_prev=m_prev).x_next
     advantage = torch.tensor([1.0, -9.0, 7.0, -0.5])
     shift = torch.tensor([3e-4, -2e-3, -2e-3, 4e-3])
-    old = ek.sde_log_prob(x, x_next, v, table, INDEX).log_prob - shift
+    old = ek.sde_log_prob(x, x_next, v, table, INDEX, m_prev=m_prev, backend=backend).log_prob - shift
     out = ek.grpo_loss(
-        x, x_next, v, table, INDEX, old, advantage, clip=clip, v_ref=v_ref, kl_weight=weight, **preset.grpo
-    )
+        x, x_next, v, table, INDEX, old, advantage, clip=clip, v_ref=v_ref, kl_weight=weight, m_prev=m_prev,
+        backend=backend, **preset.grpo_for(dynamics),
+    )  # fmt: skip
 
     def kl(b, i):
         part = slice(b, b + 1)
-        mean, std = step_of(dynamics, i, x[part].double(), v[part].double(), None)
-        ref_mean, _ = step_of(dynamics, i, x[part].double(), v_ref[part].double(), None)
+        mean, std = step_of(dynamics, i, x[part].double(), v[part].double(), m_prev[part].double())
+        ref_mean, _ = step_of(dynamics, i, x[part].double(), v_ref[part].double(), m_prev[part].double())
         square = (mean - ref_mean).square().mean().view(1)
         if name == "flow_factory":  # plain mean square in x
             return (square,)
-        if name in ("flow_grpo", "flow_grpo_bagel", "verl_omni"):  # image scripts: by the diffusion coefficient
+        # Image scripts divide by the diffusion coefficient; CPS has none, and its std stands there.
+        if name in ("flow_grpo", "flow_grpo_bagel", "verl_omni") and dynamics != "cps":
             std = diffusion(dynamics, SIGMAS[i], level_of(dynamics))
         return (square / (2 * std**2),)
 
@@ -174,7 +177,7 @@ def test_guard_of_verl_omni_at_one_step():
     advantage = torch.tensor([1.0, -2.0, 3.0, -0.5])
     out = ek.grpo_loss(
         x, step.x_next, v, table, index, step.log_prob, advantage, clip=clip, guard=True, v_old=v_old,
-        **ek.COMPAT["verl_omni"].grpo,
+        **ek.COMPAT["verl_omni"].grpo_for("flow-sde"),
     )  # fmt: skip
     sigma, dt = SIGMAS[i], SIGMAS[i + 1] - SIGMAS[i]
     g = 0.7 * math.sqrt(sigma / (1 - sigma))
@@ -276,10 +279,17 @@ def test_scoring_before_the_cast_breaks_replay_by_the_known_amount(name):
 
 
 def test_presets_are_constants():
-    preset = ek.COMPAT["flow_grpo"]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        preset.score = "stored"
-    with pytest.raises(TypeError):
-        preset.grpo["clip"] = 1.0
-    with pytest.raises(TypeError):
-        ek.COMPAT["mine"] = preset
+        ek.COMPAT["flow_grpo"].score = "stored"
+
+
+@pytest.mark.parametrize("name", ek.COMPAT)
+def test_presets_can_be_sent_and_copied(name):
+    """To the workers of a trainer, in its configuration."""
+    preset = ek.COMPAT[name]
+    assert pickle.loads(pickle.dumps(preset)) == copy.deepcopy(preset) == preset
+
+
+def test_dynamics_a_project_does_not_have():
+    with pytest.raises(ValueError, match="^dynamics 'cps'"):
+        ek.COMPAT["dance_grpo"].grpo_for("cps")

@@ -135,6 +135,36 @@ def test_a_sample_without_its_row_is_nan(
         assert torch.equal(damaged[[0, 2]], whole[[0, 2]])
 
 
+def test_sums_over_the_batch_are_in_double_precision(emulated_cuda: Any) -> None:
+    """Three samples of one thread whose losses are 2^24, 1 and -2^24."""
+    batch = 513
+    table = ek.transition_table(ek.flow_sigmas(6, 3.0), noise_level=0.7, window=(0, 6))
+    x, v, x_next = torch.randn(3, batch, 8)
+    index = torch.zeros(batch, dtype=torch.int64)
+    replay = ek.sde_log_prob(x, x_next, v, table, index, backend="cuda")
+    advantage = torch.zeros(batch)
+    advantage[[0, 256, 512]] = torch.tensor([-(2.0**24), -1.0, 2.0**24])
+    out = ek.grpo_loss(
+        x, x_next, v, table, index, replay.log_prob, advantage, advantage_clip=None, normalizer=1.0, backend="cuda"
+    )
+    assert out.loss == 1.0
+
+
+def test_an_absent_mask_of_scores_counts_them_all(emulated_cuda: Any) -> None:
+    scores, group = torch.rand(24, 3, 2), torch.arange(24) // 6
+    for options in ek.CREDIT_PRESETS.values():
+        absent = ek.group_advantage(scores, group, options, backend="cuda")
+        whole = ek.group_advantage(scores, group, options, mask=torch.ones(24, 3, dtype=torch.bool), backend="cuda")
+        assert torch.equal(absent.advantage, whole.advantage) and torch.equal(absent.mask, whole.mask)
+    scores[3, 1, 1] = torch.nan
+    with pytest.raises(ValueError, match="scores must be finite"):
+        ek.group_advantage(scores, group, options, backend="cuda")
+
+
+def test_versions_of_the_emulated_cuda(emulated_module: Any) -> None:
+    assert emulated_module.driver_version() == emulated_module.runtime_version() == 0
+
+
 def rows(t: Tensor) -> tuple[int, int, int]:
     return t.data_ptr(), 0, t.stride(0)
 

@@ -22,7 +22,7 @@ OPTIONS = [
         unbiased=i % 2 == 1,
         broadcast=aggregate != "none",
         filter_reward=(None, 0, 1)[i % 3],
-        filter_in_statistics=i % 5 == 0,
+        filter_in_statistics=aggregate == "none" and i % 5 == 0,
         eps_mode=("add", "floor")[i // 2 % 2],
         min_std=(None, None, 0.0, 0.2)[i % 4],
         max_mean=(None, None, None, 0.55)[i // 3 % 4],
@@ -294,10 +294,10 @@ def test_prefix_falls_with_a_failure_and_never_rises(backend):
     assert a[patterns.index((1.0, 1.0, 0.0))] < a[patterns.index((1.0, 1.0, 1.0))]
 
 
-def test_threads_and_sizes_change_no_bit(one_thread):
+def test_threads_and_sizes_change_no_bit(one_thread, two_threads):
     scores, group = data(n=12000, turns=2, groups=700)  # more units than go to one thread alone
     for options in OPTIONS[::11]:
-        out = ek.group_advantage(scores, group, options)
+        out = two_threads(lambda options=options: ek.group_advantage(scores, group, options))
         single = one_thread(lambda options=options: ek.group_advantage(scores, group, options))
         reference = ek.group_advantage(scores, group, options, backend="ref")
         assert torch.equal(bits(out.advantage), bits(single.advantage)) and torch.equal(out.mask, single.mask)
@@ -509,8 +509,23 @@ def test_errors_name_the_argument(error, name, change):
         ("broadcast", {"aggregate": "mean"}),
         ("broadcast", {"broadcast": True}),
         ("filter_reward", {"filter_reward": -1}),
+        ("filter_in_statistics", {"aggregate": "mean", "broadcast": True, "filter_in_statistics": True}),
     ],
 )
 def test_option_errors_name_the_field(name, change):
     with pytest.raises(ValueError, match=f"^{name}"):
         ek.CreditOptions(**change)
+
+
+@pytest.mark.parametrize("name", ["eps", "clip", "min_std", "max_mean"])
+@pytest.mark.parametrize("value", ["1", torch.tensor(1.0), True])
+def test_an_option_that_is_no_number(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be a number"):
+        ek.CreditOptions(**{name: value})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_must_be_finite(backend, bad):
+    scores, group = data()
+    with pytest.raises(ValueError, match="^weights must be finite"):
+        ek.group_advantage(scores, group, OPTIONS[0], weights=torch.tensor([0.5, bad]), backend=backend)

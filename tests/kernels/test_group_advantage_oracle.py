@@ -109,7 +109,7 @@ def cases(draw):
         clip=draw(st.sampled_from([None, 0.5, 5.0])),
         broadcast=aggregate != "none",
         filter_reward=draw(st.sampled_from([None, 0, 1])),
-        filter_in_statistics=draw(st.booleans()),
+        filter_in_statistics=draw(st.booleans()) if aggregate == "none" else False,
         eps_mode=draw(st.sampled_from(["add", "floor"])),
         min_std=draw(st.sampled_from([None, 0.0, 0.1234567])),
         max_mean=draw(st.sampled_from([None, 0.6180339])),

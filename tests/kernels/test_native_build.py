@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -148,6 +149,44 @@ assert all(r.numpy().tobytes() == expected for r in results)
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
 
 
+def test_a_child_that_loads_the_module_itself_does_not_wait_for_the_threads_of_its_parent() -> None:
+    """The parent has an OpenMP team of torch's and no module yet, which therefore could not see the fork."""
+    program = """
+import os, signal, sys
+import torch
+import editr2_kernels as ek
+torch.set_num_threads(2)
+torch.ones(1 << 22).sqrt()
+assert "editr2_kernels._native" not in sys.modules
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    assert torch.get_num_threads() == 2
+    ek.philox_normal(torch.arange(8), 0, (1 << 16,), backend="cpu")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    pytest.importorskip("editr2_kernels._native")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_fast_math_asked_for_by_the_user_does_not_come_in() -> None:
+    spec = importlib.util.spec_from_file_location("editr2_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    builder = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = builder  # dataclasses look their module up
+    spec.loader.exec_module(builder)
+    macros = [
+        subprocess.run(
+            ["g++", *flags, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True
+        ).stdout
+        for flags in (["-ffast-math"], ["-ffast-math", *builder.FLAGS])
+    ]
+    assert ["__FAST_MATH__" in text for text in macros] == [True, False]
+    assert "__FINITE_MATH_ONLY__ 0" in macros[1]
+
+
 @pytest.fixture
 def source_tree(tmp_path: Path) -> Path:
     """What a build reads, apart from the repository so that nothing of it is touched."""
@@ -214,16 +253,3 @@ def test_a_compile_failure_is_an_error(source_tree: Path) -> None:
 def test_cuda_asked_for_and_impossible_is_an_error(source_tree: Path, value: str, message: str) -> None:
     done = build(source_tree, CXX="no-such-compiler", EDITR2_BUILD_CUDA=value)
     assert done.returncode != 0 and "EDITR2_BUILD_CUDA" in done.stderr and message in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_build_in_place(source_tree: Path) -> None:
-    done = build(source_tree)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stdout + done.stderr
-    info = json.loads((source_tree / "kernels/editr2_kernels/_build_info.json").read_text())
-    assert info["cpu"] == {"built": True, "reason": None} and info["compiler"]
-    (module,) = modules(source_tree)
-    text = (source_tree / "kernels/editr2_kernels" / module).read_bytes()
-    assert str(source_tree).encode() not in text, "the module holds a path of the machine that built it"

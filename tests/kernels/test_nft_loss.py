@@ -232,8 +232,24 @@ def test_incoming_gradient_scales(backend):
     assert torch.equal(grads[0] * 4, grads[1])
 
 
+@pytest.mark.parametrize("r", [0.0, 1.0])
+def test_a_term_whose_factor_is_zero_is_not_evaluated(backend, r):
+    """r = 0 and r = 1 have one side alone: 0 times an infinite gradient, or times an infinite latent, would be NaN."""
+    x0, noise, v, v_old, v_ref = case((9,))
+    given = {"beta": BETA, "ref_weight": 0.0, "backend": backend}
+    leaf = v.clone().requires_grad_()
+    loss = ek.nft_loss(x0, noise, SIGMA, leaf, v_old, torch.full((4,), r), v_ref=v_ref, **given).loss
+    (loss * math.inf).backward()
+    assert leaf.grad.isinf().all()
+    factors, scale = torch.tensor([[-r, 1.0 - r, 0.0]]).expand(4, 3), torch.ones(1)
+    backward = torch.ops.editr2.nft_loss_backward
+    clean = backward(x0, noise, v, v_old, v_ref, factors, scale, BETA, backend)
+    infinite = backward(x0, noise, v, v_old, torch.full_like(v, math.inf), factors, scale, BETA, backend)
+    assert clean.all() and torch.equal(infinite, clean)
+
+
 @pytest.mark.parametrize("n", [37, 5003])
-def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thread):
+def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thread, two_threads):
     if backend == "triton":
         n = min(n, 1100)
     tensors = case((n,), torch.bfloat16, batch=8)
@@ -243,7 +259,7 @@ def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thre
     def run(rows):
         return ours([t[rows] for t in tensors], sigma[rows], r[rows], normalizer=8.0, backend=backend)
 
-    whole = run(slice(None))
+    whole = two_threads(lambda: run(slice(None)))
     for again in (run(slice(None)), one_thread(lambda: run(slice(None)))):
         assert all(torch.equal(a, b) for a, b in zip(whole, again))
     order = torch.randperm(8)
@@ -303,6 +319,8 @@ ERRORS = [
     (ValueError, "mask", {"mask": torch.ones(5, dtype=torch.bool)}),
     (ValueError, "beta", {"beta": 0.0}),
     (ValueError, "advantage_max", {"advantage_max": -1.0}),
+    (TypeError, "beta", {"beta": "0.3"}),
+    (TypeError, "normalizer", {"normalizer": torch.tensor(4.0)}),
     (ValueError, "ref_weight", {"ref_weight": -1e-4}),
     (ValueError, "min_weight", {"min_weight": 0.0}),
     (ValueError, "normalizer", {"normalizer": 0.0}),
@@ -315,6 +333,25 @@ def test_errors_name_the_argument(error, name, change):
     latents = {key: torch.zeros(4, 6) for key in ("x0", "noise", "v", "v_old")}
     with pytest.raises(error, match=f"^{name}"):
         ek.nft_loss(**{**latents, "sigma": SIGMA, "r": R, "beta": BETA, **change})
+
+
+@pytest.mark.parametrize("name", ["sigma", "r"])
+@pytest.mark.parametrize("bad", [-0.01, 1.01, math.nan])
+def test_values_outside_the_unit_interval(backend, name, bad):
+    tensors, values = case((5,)), {"sigma": SIGMA.clone(), "r": R.clone()}
+    values[name][2] = bad
+    with pytest.raises(ValueError, match=rf"^{name} must lie in \[0, 1\]"):
+        ours(tensors, **values, backend=backend)
+    ours(tensors, **values, mask=torch.tensor([True, True, False, True]), backend=backend)
+
+
+def test_a_second_derivative_raises():
+    x0, noise, v, v_old, _ = case((9,))
+    leaf = v.requires_grad_()
+    loss = ek.nft_loss(x0, noise, SIGMA, leaf, v_old, R, beta=BETA).loss
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="nft_loss can be differentiated once only"):
+        (grad.square().sum() + leaf.square().sum()).backward()
 
 
 def test_opcheck(backend):

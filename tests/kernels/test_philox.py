@@ -72,10 +72,10 @@ def test_moments():
     assert abs(torch.corrcoef(steps) - torch.eye(4)).max() < 5 / math.sqrt(n)
 
 
-def test_sample_depends_on_its_own_seed_and_elements_only(backend, one_thread):
+def test_sample_depends_on_its_own_seed_and_elements_only(backend, one_thread, two_threads):
     seed, step = torch.tensor(SEEDS), torch.arange(len(SEEDS))
-    shape = (3, 41, 9)
-    z = ek.philox_normal(seed, step, shape, backend=backend)
+    shape = (3, 41, 60) if backend in ("ref", "cpu") else (3, 41, 9)  # the first has the elements of two threads
+    z = two_threads(lambda: ek.philox_normal(seed, step, shape, backend=backend))
     assert z.shape == (len(SEEDS), *shape)
     assert torch.equal(z, ek.philox_normal(seed, step, shape, backend=backend))
     assert torch.equal(z[2:3], ek.philox_normal(seed[2:3], step[2:3], shape, backend=backend))
@@ -103,6 +103,7 @@ def test_errors_name_the_argument():
         (ValueError, "step", lambda: ek.philox_normal(seed, seed[:1], (4,))),
         (TypeError, "step", lambda: ek.philox_normal(seed, 0.5, (4,))),
         (TypeError, "dtype", lambda: ek.philox_normal(seed, 0, (4,), dtype=torch.float64)),
+        (TypeError, "^shape must be a sequence", lambda: ek.philox_normal(seed, 0, 4)),
         (ValueError, "shape", lambda: ek.philox_normal(seed, 0, (-4,))),
         (ValueError, "backend", lambda: ek.philox_normal(seed, 0, (4,), backend="gpu")),
     ]:

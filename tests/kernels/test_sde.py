@@ -187,13 +187,13 @@ def everything(x, v, v_ref, table, index, seed, backend):
 
 
 @pytest.mark.parametrize("n", [37, 5003])
-def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thread):
+def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thread, two_threads):
     if backend == "triton":
         n = min(n, 1100)  # two programs a sample
     x, v, v_ref = case((n,), torch.bfloat16, torch.float32, batch=8)
     index, seed = torch.tensor([1, 5, 0, 7, 2, 2, 6, 3]), torch.arange(8) * 12345
     run = lambda rows: everything(x[rows], v[rows], v_ref[rows], TABLE, index[rows], seed[rows], backend)  # noqa: E731
-    whole = run(slice(None))
+    whole = two_threads(lambda: run(slice(None)))
     order = torch.randperm(8)
     for rows, again in [
         (slice(None), run(slice(None))),
@@ -283,6 +283,8 @@ def test_errors_of_one_op_only():
         ek.sde_step(x, x, TABLE, INDEX, SEED, noise=x[:, :3])
     with pytest.raises(TypeError, match="store_dtype"):
         ek.sde_step(x, x, TABLE, INDEX, SEED, store_dtype=torch.float64)
+    with pytest.raises(TypeError, match="^out must be an SdeStep, got tuple"):
+        ek.sde_step(x, x, TABLE, INDEX, SEED, out=(x, x[:, 0]))
     with pytest.raises(ValueError, match="x_next"):
         ek.sde_log_prob(x, x[:, :3], x, TABLE, INDEX)
     with pytest.raises(ValueError, match="v_ref"):
@@ -381,6 +383,54 @@ def test_first_order_rows_ignore_a_missing_previous(backend):
     euler = ek.transition_table(ek.flow_sigmas(8), dynamics="ode")
     ours = ek.sde_step(x, v, table, ends, SEED, backend=backend)
     assert torch.equal(ours.x_next, ek.sde_step(x, v, euler, ends, SEED, backend=backend).x_next)
+
+
+def test_rows_without_c_do_not_read_the_previous(backend):
+    base = x, v, v_ref = case((9,))
+    step_next, step_log_prob, log_prob, diff, grad = everything(*base, TABLE, INDEX, SEED, backend)
+    m_prev, leaf = torch.full_like(x, math.nan), v.clone().requires_grad_()
+    step = ek.sde_step(x, v, TABLE, INDEX, SEED, m_prev=m_prev, backend=backend)
+    out = ek.sde_log_prob(x, step.x_next, leaf, TABLE, INDEX, m_prev=m_prev, v_ref=v_ref, backend=backend)
+    (out.log_prob.sum() + out.mean_diff.sum()).backward()
+    assert torch.equal(step.x_next, step_next) and torch.equal(step.log_prob, step_log_prob)
+    assert torch.equal(out.log_prob, log_prob) and torch.equal(out.mean_diff, diff) and torch.equal(leaf.grad, grad)
+
+
+@pytest.mark.parametrize("name", ["x_next", "v_ref", "v_old"])
+def test_a_term_whose_factor_is_zero_is_not_evaluated(backend, name):
+    """0 times infinity would be NaN, on either side."""
+    x, v, v_ref = case((9,))
+    tensors = {"x_next": x + v, "v_ref": v_ref, "v_old": v_ref + 1}
+    factors = torch.zeros(4, 3)
+    factors[:, list(tensors).index(name) - 1] = 1.0  # of another term
+
+    def gradient(scale=1.0, **change):
+        latents = {**tensors, **change}
+        replay = make_replay(x, latents.pop("x_next"), v, TABLE, INDEX, **latents)
+        given = factors, torch.tensor([scale]), None, None
+        return torch.ops.editr2.replay_backward(*replay, *given, [True, False, False], backend)[0]
+
+    clean = gradient()
+    assert clean.isfinite().all() and torch.equal(gradient(**{name: torch.full_like(x, math.inf)}), clean)
+    assert gradient(scale=math.inf).isinf().all()
+
+
+def test_an_infinite_gradient_trains_no_ode_row(backend):
+    x, v, _ = case((9,))
+    leaf = v.requires_grad_()
+    out = ek.sde_log_prob(x, x, leaf, TABLE, torch.tensor([0, 1, 0, 2]), backend=backend)
+    out.log_prob.backward(torch.full((4,), math.inf))
+    assert not leaf.grad[::2].any() and not leaf.grad[1::2].isfinite().any()
+
+
+def test_a_second_derivative_raises():
+    """Of the registration, which all backends share."""
+    x, v, _ = case((9,))
+    leaf = v.requires_grad_()
+    out = ek.sde_log_prob(x, x, leaf, TABLE, INDEX)
+    (grad,) = torch.autograd.grad(out.log_prob.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="sde_log_prob can be differentiated once only"):
+        (grad.square().sum() + leaf.square().sum()).backward()
 
 
 @pytest.mark.parametrize("store", DTYPES)

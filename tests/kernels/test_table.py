@@ -225,6 +225,8 @@ def test_flow_sigmas():
         ("noise_level", {"dynamics": "cps", "noise_level": 1.5}),
         ("window", {"window": (2, 9)}),
         ("window", {"window": (3, 1)}),
+        ("window", {"window": (1, 2, 3)}),
+        ("window", {"window": 2}),
         ("noise_level", {"dynamics": "ddim-sde", "noise_level": 1.5}),
         ("noise_level", {"dynamics": "dpm++sde", "noise_level": 0.5}),
         ("solver", {"solver": "heun"}),
@@ -232,6 +234,8 @@ def test_flow_sigmas():
         ("sigma_max", {"sigma_max": 1.0}),
         ("compat", {"compat": "flowgrpo"}),
         ("dynamics", {"compat": "dance_grpo"}),
+        ("compat", {"compat": "flowgrpo", "log_prob": "full"}),
+        ("dynamics", {"compat": "dance_grpo", "log_prob": "full"}),
     ],
 )
 def test_errors_name_the_argument(name, arguments):

@@ -186,13 +186,13 @@ def test_backward_is_the_reference_differentiated(backend):
 
 
 @pytest.mark.parametrize("v", [37, 70001])
-def test_a_row_is_independent_of_batch_threads_and_order(backend, v, one_thread):
+def test_a_row_is_independent_of_batch_threads_and_order(backend, v, one_thread, two_threads):
     if backend == "triton":
         v = min(v, 5000)  # two blocks a row
     logits, ids = case(6, v, torch.bfloat16)
     grads = torch.randn(6), torch.randn(6)
     run = lambda rows: everything(logits[rows], ids[rows], [g[rows] for g in grads], backend=backend)  # noqa: E731
-    whole = run(slice(None))
+    whole = two_threads(lambda: run(slice(None)))
     order = torch.randperm(6)
     for rows, again in [
         (slice(None), run(slice(None))),
@@ -417,6 +417,8 @@ ERRORS = [
     (ValueError, "ids ", {"ids": torch.tensor([0, 1, -1, 0])}),
     (ValueError, "temperature", {"temperature": 0.0}),
     (ValueError, "temperature", {"temperature": math.nan}),
+    (TypeError, "temperature", {"temperature": torch.tensor(1.0)}),
+    (TypeError, "temperature", {"temperature": None}),
     (ValueError, "chunk_rows", {"chunk_rows": 2}),
     (ValueError, "chunk_rows", {"logits": (torch.zeros(4, 2), torch.zeros(6, 2)), "chunk_rows": 0}),
     (ValueError, "backend", {"backend": "fast"}),
@@ -475,6 +477,16 @@ def test_native_checks_its_arguments():
     with pytest.raises(ValueError, match="^ids"):
         native().token_log_prob(**good)
     assert (out == 7.0).all()
+
+
+@pytest.mark.parametrize("form", ["token_log_prob", "hidden_token_log_prob"])
+def test_a_second_derivative_raises(form):
+    leaf, weight, ids = hidden_case(4, 6, 6, torch.float32)
+    leaf.requires_grad_()
+    out = ek.token_log_prob((leaf, weight) if form.startswith("hidden") else leaf, ids)
+    (grad,) = torch.autograd.grad(out.log_prob.sum() + out.entropy.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"editr2::{form} can be differentiated once only"):
+        (grad.square().sum() + leaf.square().sum()).backward()
 
 
 def test_opcheck(backend):

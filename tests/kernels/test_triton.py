@@ -4,33 +4,23 @@ import importlib
 import importlib.util
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
-HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPERATORS = ["philox", "sde", "guidance", "grpo_loss", "nft_loss", "group_advantage", "token_log_prob"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter already")
-@pytest.mark.timeout(900)  # seconds on idle cores; the margin is for busy ones
+@pytest.mark.timeout(1200)  # minutes on idle cores; the margin is for busy ones
 @pytest.mark.parametrize("name", OPERATORS)
-def test_interpreter_passes_the_operator_tests(name):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", "-W", "ignore"]
-    run = subprocess.run(
-        [*command, str(HERE / f"test_{name}.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert re.search(r"\d+ passed", run.stdout)
+def test_interpreter_passes_the_operator_tests(interpreted, name):
+    code, output = interpreted[name].result()
+    assert code == 0, output[-7000:]
+    assert re.search(r"\d+ passed", output)
 
 
 CHUNK = {"BLOCK": 1024, "LEVELS": 10}

@@ -182,6 +182,12 @@ def transition_mean(x, u, m_prev_ptr, m_prev_stride, sample, offsets, mask, row,
 
 
 @triton.jit
+def scaled(factor, scale):
+    """A factor times the incoming gradient; 0 stays 0 whatever comes in."""
+    return tl.where(factor == 0.0, 0.0, factor * scale)
+
+
+@triton.jit
 def totals(partial_ptr, first, count, chunks, UNITS: tl.constexpr, PARTIALS: tl.constexpr, LEVELS: tl.constexpr):
     """[UNITS]: the sums of units first .. of partial[count, chunks], each in an order of its own; 0 beyond count."""
     lane = tl.arange(0, UNITS * PARTIALS)

@@ -111,9 +111,11 @@ def grpo_finish_kernel(
         a = tl.load(advantage_ptr + at)
         a = tl.where(a < -bound, -bound, a)
         a = tl.where(a > bound, bound, a)
-        clipped = tl.where(ratio < low, low, ratio)
+        # A sample without advantage has no loss, also where its ratio overflows and 0 * inf would be NaN.
+        surrogate = tl.where((a == 0.0) & (ratio == float("inf")), 1.0, ratio)
+        clipped = tl.where(surrogate < low, low, surrogate)
         clipped = tl.where(clipped > high, high, clipped)
-        free_loss = -a * ratio
+        free_loss = -a * surrogate
         clipped_loss = -a * clipped
         held = free_loss < clipped_loss  # false for NaN, which must stay visible
         policy = tl.where(held, clipped_loss, free_loss)

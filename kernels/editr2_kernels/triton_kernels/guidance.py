@@ -169,8 +169,8 @@ def place_rows(width, row_count, BLOCK: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _store_scales(scales_ptr, line, mask, v_squares, w_squares, active, TOKEN: tl.constexpr):
-    v_norm = tl.sqrt_rn(v_squares)
-    w_norm = tl.sqrt_rn(w_squares)
+    v_norm = tl.sqrt_rn(tl.where(v_squares < 1e-30, 0.0, v_squares))  # kNoSquares of csrc/guidance.h
+    w_norm = tl.sqrt_rn(tl.where(w_squares < 1e-30, 0.0, w_squares))
     base = w_norm if TOKEN else w_norm + 1e-8
     free = mask_if(active, base != 0.0)
     base = tl.where(base != 0.0, base, 1.0)

@@ -24,6 +24,7 @@ from .common import (
     on_device,
     place,
     rows_of,
+    scaled,
     store_row,
     tree_sum,
 )
@@ -216,14 +217,14 @@ def nft_backward_kernel(
     chunks,
     BLOCK: tl.constexpr,
 ):
-    """One linear combination. A sample whose factors are all 0 gets 0 unread."""
+    """One linear combination; a term whose factor is 0 is not added. A sample whose factors are all 0 gets 0 unread."""
     sample, _, offsets, mask = place(chunks, n, BLOCK)
-    on_positive = tl.load(factors_ptr + sample * 3)
-    on_negative = tl.load(factors_ptr + sample * 3 + 1)
-    on_ref = tl.load(factors_ptr + sample * 3 + 2)
+    scale = tl.load(scale_ptr)
+    on_positive = scaled(tl.load(factors_ptr + sample * 3), scale)
+    on_negative = scaled(tl.load(factors_ptr + sample * 3 + 1), scale)
+    on_ref = scaled(tl.load(factors_ptr + sample * 3 + 2), scale)
     live = (on_positive != 0.0) | (on_negative != 0.0) | (on_ref != 0.0)
     read = mask_if(live, mask)
-    scale = tl.load(scale_ptr)
     positive, negative, v = _errors(
         x0_ptr,
         noise_ptr,
@@ -238,10 +239,12 @@ def nft_backward_kernel(
         offsets,
         read,
     )
-    grad = (on_positive * scale) * positive + (on_negative * scale) * negative
+    grad = tl.where(on_positive != 0.0, on_positive * positive, 0.0)
+    grad = tl.where(on_negative != 0.0, grad + on_negative * negative, grad)
     if v_ref_ptr is not None:
-        grad += (on_ref * scale) * (v - load_row(v_ref_ptr, v_ref_stride, sample, offsets, read))
-    store_row(grad_v_ptr, grad_v_stride, sample, offsets, tl.where(live, grad, 0.0), mask)
+        v_ref = load_row(v_ref_ptr, v_ref_stride, sample, offsets, mask_if(on_ref != 0.0, mask))
+        grad = tl.where(on_ref != 0.0, grad + on_ref * (v - v_ref), grad)
+    store_row(grad_v_ptr, grad_v_stride, sample, offsets, grad, mask)
 
 
 def nft_loss(

@@ -29,6 +29,7 @@ from .common import (
     place,
     row_at,
     rows_of,
+    scaled,
     store_row,
     totals,
     transition_mean,
@@ -128,11 +129,6 @@ def moments_kernel(
 
 
 @triton.jit
-def _scaled(factor, scale):
-    return tl.where(factor == 0.0, 0.0, factor * scale)  # 0 stays 0 whatever comes in
-
-
-@triton.jit
 def factors_at(factors_ptr, factor_scale_ptr, grad_log_prob_ptr, grad_mean_diff_ptr, sample, row, inside, n):
     """(on_z, on_ref, on_old) of a sample: as given, or those of sde_log_prob's incoming gradients."""
     if factors_ptr is not None:
@@ -141,9 +137,9 @@ def factors_at(factors_ptr, factor_scale_ptr, grad_log_prob_ptr, grad_mean_diff_
         on_old = tl.load(factors_ptr + sample * 3 + 2)
         if factor_scale_ptr is not None:
             scale = tl.load(factor_scale_ptr)
-            on_z = _scaled(on_z, scale)
-            on_ref = _scaled(on_ref, scale)
-            on_old = _scaled(on_old, scale)
+            on_z = scaled(on_z, scale)
+            on_ref = scaled(on_ref, scale)
+            on_old = scaled(on_old, scale)
         return on_z, on_ref, on_old
     else:
         size = tl.cast(n, tl.float32)
@@ -151,9 +147,9 @@ def factors_at(factors_ptr, factor_scale_ptr, grad_log_prob_ptr, grad_mean_diff_
         on_z = b * 0.0
         on_ref = b * 0.0
         if grad_log_prob_ptr is not None:
-            on_z = tl.div_rn(-2.0 * entry(row, 4, inside) * b, size) * tl.load(grad_log_prob_ptr + sample)
+            on_z = scaled(tl.div_rn(-2.0 * entry(row, 4, inside) * b, size), tl.load(grad_log_prob_ptr + sample))
         if grad_mean_diff_ptr is not None:
-            on_ref = tl.div_rn(2.0 * b * b, size) * tl.load(grad_mean_diff_ptr + sample)
+            on_ref = scaled(tl.div_rn(2.0 * b * b, size), tl.load(grad_mean_diff_ptr + sample))
         return on_z, on_ref, tl.zeros_like(on_z)
 
 
