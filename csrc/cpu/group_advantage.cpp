@@ -161,6 +161,8 @@ void normalise(const AdvantageArgs& a, const Sets& sets, int threads, float* val
 
 void check(const AdvantageArgs& a) {
   credit_check(a, need);
+  for (int64_t k = 0; a.weights != nullptr && k < a.rewards; ++k)
+    if (!credit_finite(credit_size(a.weights[k]))) reject("weights", std::to_string(a.weights[k]), "a finite number");
   int bad = 0;  // first without branches: almost always nothing is
   for (int64_t j = 0; j < a.n * a.turns * a.rewards; ++j) bad |= !credit_finite(credit_size(a.scores[j]));
   for (int64_t cell = 0; bad && cell < a.n * a.turns; ++cell)

@@ -376,11 +376,11 @@ def _group_advantage(
     options, codes = _parsed(*values)
     n, turns, rewards = scores.shape
     chosen = select(backend, scores.device)
-    if weights.device.type == "cpu" and not bool(weights.isfinite().all()):
-        raise ValueError(f"weights must be finite, got {weights.tolist()}")
     if mask is None and chosen not in ("cpu", "cuda"):  # which take its absence for all True, at no cost
         mask = torch.ones(n, turns, dtype=torch.bool, device=scores.device)
     if chosen != "cpu" and scores.device.type == "cpu":  # "cpu" looks for itself
+        if not bool(weights.isfinite().all()):
+            raise ValueError(f"weights must be finite, got {weights.tolist()}")
         finite = scores.isfinite()
         if not bool((finite if mask is None else finite | ~mask[:, :, None]).all()):
             raise ValueError("scores must be finite wherever mask is True; mark failed scores in mask instead")

@@ -527,5 +527,5 @@ def test_an_option_that_is_no_number(name, value):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_must_be_finite(backend, bad):
     scores, group = data()
-    with pytest.raises(ValueError, match="^weights must be finite"):
+    with pytest.raises(ValueError, match="^weights"):
         ek.group_advantage(scores, group, OPTIONS[0], weights=torch.tensor([0.5, bad]), backend=backend)
