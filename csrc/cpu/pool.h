@@ -1,6 +1,6 @@
 // Threads: those of the OpenMP runtime that torch brought into the process, found by name, so that
 // nothing is linked. Threads of our own would share the cores with torch's, which spin for a while after
-// every operator of torch's: measured, half of the second core.
+// every operator of torch's: docs/measured.md has the figures.
 #pragma once
 
 #include <cstdint>
