@@ -195,9 +195,7 @@ def _contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def _fake_token_log_prob(
-    logits: Tensor, ids: Tensor, temperature: float, ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_token_log_prob(logits: Tensor, ids: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_rows(ids)
 
 
@@ -218,17 +216,7 @@ def _token_log_prob(
     return outputs
 
 
-def _fake_token_log_prob_backward(
-    logits: Tensor,
-    ids: Tensor,
-    temperature: float,
-    ignore_index: int,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_log_prob: Tensor | None,
-    grad_entropy: Tensor | None,
-    backend: str,
-) -> Tensor:
+def _fake_token_log_prob_backward(logits: Tensor, *others: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
@@ -308,13 +296,7 @@ def _chunks(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[tuple[s
 
 
 def _fake_hidden_token_log_prob(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    temperature: float,
-    ignore_index: int,
-    chunk_rows: int,
-    backend: str,
+    hidden: Tensor, weight: Tensor, ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_rows(ids)
 
