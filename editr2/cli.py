@@ -177,7 +177,8 @@ def command_rollout(arguments: Arguments) -> int:
                     name = f"images/{chunk.ordinals[i]:05d}_t{t + 1}.png"
                     Image.fromarray(image).save(out / name)
                     record = chunk.turns[t]
-                    intent = record.intents[int((record.rollout == i).nonzero()[0, 0])]
+                    at = int((record.rollout == i).nonzero()[0, 0])
+                    intent = record.intents[at] if record.intents is not None else None
                     turns.append(
                         {
                             "instruction": session.turns[t].instruction,
@@ -245,10 +246,39 @@ def _world_pretrain(arguments: Arguments) -> int:
     return 0
 
 
-def _policy(config: Config) -> UnifiedPolicy:
-    from editr2.policies.unified import EMBEDDED, UnifiedPolicy
+def command_reproduce(arguments: Arguments) -> int:
+    """the papers' comparisons on the world: train every arm, write tables with intervals; run again to resume"""
+    from editr2.reproduce.arms import Settings, find_arms
 
-    return UnifiedPolicy.load(Path(config.policy.weights) if config.policy.weights else EMBEDDED)
+    parser = ArgumentParser(prog="editr2 reproduce", description=command_reproduce.__doc__, exit_on_error=False)
+    parser.add_argument("--out", type=str, default="runs/reproduce", help="folder of the runs")
+    parser.add_argument("--docs", type=str, default="docs", help="folder of reproduction.md, its plots and its rows")
+    parser.add_argument("--arms", type=str, help="comma-separated names; all of them if not given")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds of every arm")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side; they share the cores")
+    parser.add_argument("--report-only", action="store_true", help="write the page from the rows there are")
+    parser.add_class_arguments(Settings, nested_key=None)
+    options = _nested(_parsed(parser, arguments))
+    out, docs, report_only = Path(options.pop("out")), Path(options.pop("docs")), options.pop("report_only")
+    arms, seeds, jobs = find_arms(options.pop("arms")), options.pop("seeds"), options.pop("jobs")
+    for name, value in {"seeds": seeds, "jobs": jobs}.items():
+        if value < 1:
+            raise ConfigError(f"--{name}: {value} (accepted: at least 1)")
+    from editr2.reproduce.page import write_page
+    from editr2.reproduce.runs import reproduce
+
+    failures = [] if report_only else reproduce(out, docs, Settings(**options), arms=arms, seeds=seeds, jobs=jobs)
+    if failures:
+        print(f"failed: {', '.join(failures)}", file=sys.stderr)
+    if not failures or (docs / "reproduction.jsonl").exists():
+        print(f"page: {write_page(docs)}")
+    return 1 if failures else 0
+
+
+def _policy(config: Config) -> UnifiedPolicy:
+    from editr2.policies.load import load_policy
+
+    return load_policy(config.policy)
 
 
 def _parsed(parser: ArgumentParser, arguments: Arguments) -> Namespace:
@@ -265,6 +295,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "eval": command_eval,
     "rollout": command_rollout,
     "report": command_report,
+    "reproduce": command_reproduce,
     "doctor": command_doctor,
     "world": command_world,
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from editr2.errors import ConfigError
+from editr2_kernels import KL_SCALES, RENORMS
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,22 @@ class PolicyConfig:
         intent: write an intent before every turn from the second on (Edit-R2); policies without text ignore it.
         temperature: of sampled intents during training (evaluation is greedy).
         intent_tokens: at most this many tokens an intent.
+        guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
+        guidance_image: weight of image guidance, applied to the result; 1 is none.
+        renorm: brings the guided velocity to the plain one's size: none, token, text_channel, channel or global.
+        lora_rank: rank of LoRA adapters on all attention and MLP layers; 0 trains all weights.
+        lora_alpha: strength of the adapters; none is twice the rank.
     """
 
     weights: str | None = None
     intent: bool = True
     temperature: float = 0.7
     intent_tokens: int = 24
+    guidance: float = 1.0
+    guidance_image: float = 1.0
+    renorm: str = "none"
+    lora_rank: int = 0
+    lora_alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,12 @@ class RolloutConfig:
         noise_level: of the dynamics.
         window: consecutive SDE steps a turn that are trained; all others are ODE steps and store nothing.
         window_range: the window starts within this first fraction of the steps.
+        window_schedule: random (each group and turn draws its start), progressive (the start moves on by one step every
+            window_every iterations, and back to the first after the last) or fixed (always the first step).
+        window_every: iterations between two moves of a progressive window.
+        shared_noise: siblings start a turn from the same initial noise and differ in the window's; off, each has its
+            own (as an ODE rollout needs).
+        store_dtype: float32 or bfloat16, of stored latents and velocities; the sampler rounds to it before it scores.
         groups_per_batch: groups that go through the model together, in rollout and in training.
     """
 
@@ -71,25 +88,37 @@ class RolloutConfig:
     noise_level: float = 0.7
     window: int = 2
     window_range: float = 0.5
+    window_schedule: str = "random"
+    window_every: int = 25
+    shared_noise: bool = True
+    store_dtype: str = "float32"
     groups_per_batch: int = 6
 
 
 @dataclass(frozen=True)
 class CreditConfig:
-    """Scores to advantages.
+    """Scores to advantages. Fields that are none keep what the preset says.
 
     Args:
         preset: edit-r2, edit-r2-released, mt-editflow, flow-grpo, dance-grpo, mixgrpo, flow-factory, gdpo, verl-omni,
             dr-grpo or pku.
         weights: weight of every reward.
         baseline: session (all turns of a group share one mean, as released) or session_turn (each turn its own, because
-            later turns score lower); none is the preset's own. Credit that aggregates over turns has no use for it.
-        clip: bound on the advantage in place of the preset's.
+            later turns score lower). Credit that aggregates over turns has no use for it.
+        aggregate: none keeps the preset's; per-turn, or mean, last, product or prefix over turns, then broadcast.
+        fusion: of several rewards: reward, advantage or gdpo.
+        std: what the advantage is divided by: group, global, or off for nothing.
+        filter: whether turns after a failed instruction (IF = 0) are left out.
+        clip: bound on the advantage.
     """
 
     preset: str = "edit-r2"
     weights: dict[str, float] = field(default_factory=lambda: {"IF": 0.3, "CC": 0.3, "GA": 0.4})
     baseline: str | None = "session_turn"
+    aggregate: str | None = None
+    fusion: str | None = None
+    std: str | None = None
+    filter: bool | None = None
     clip: float | None = None
 
 
@@ -99,32 +128,70 @@ class TrainConfig:
 
     Args:
         iterations: rollouts in all.
-        updates: optimiser steps a rollout, each over all of it (ratios leave 1 from the second on).
+        updates: passes over a rollout (ratios leave 1 after the first optimiser step).
+        minibatches: optimiser steps a pass, each on its part of the groups.
+        loss: grpo (clipped ratio over the window's steps) or nft (DiffusionNFT: rollouts by an old policy, no window).
         lr: AdamW learning rate, of the first iteration.
+        warmup: iterations over which the learning rate rises to lr (Adam's first steps are as large as any).
         lr_decay: the learning rate falls linearly to this fraction of itself at the last iteration (1: constant).
         betas: AdamW betas.
         weight_decay: AdamW weight decay.
         clip_low: lower clip range of the ratio (log-probs are means over the latent, so ranges are small).
         clip_high: upper clip range of the ratio.
-        kl_weight: weight of the KL to the start; above 0 keeps a frozen copy of the policy.
+        guard: GRPO-Guard's normalised ratio; the rollout then keeps its velocities inside the window.
+        kl_weight: weight of the distance to the start; above 0 keeps a copy of the trainable weights.
+        kl_scale: of grpo's KL: step (by 2 S^2), diffusion (2 g^2), mean (as it is) or velocity.
+        text_weight: weight of the intents' policy loss beside the sum of the image losses over a turn's window; none is
+            1 / rollout.window, 0 leaves the text untrained.
+        text_clip: clip range of the tokens' ratios.
+        text_lr: learning rate of the weights that write text (the understanding expert), in place of lr; it falls as lr
+            does. None: the same.
+        nft_beta: how far nft's implicit positive and negative policies lie from the old one.
+        nft_draws: noise levels a turn and update at which nft compares velocities.
+        old_decay: nft's old policy keeps min(old_decay * iteration, old_decay_max) of itself at every iteration.
+        old_decay_max: see old_decay.
+        context_gradient: let gradients through the context (earlier images and texts) too.
+        packed: replay whole sessions in one forward where the policy can: auto (where it counts fewer operations), on
+            or off.
+        micro_batch: rows (rollout, turn and step, mixed) a training forward; none is as the rollout batched them.
+        old_log_prob: rollout (as sampled), replay (from the first update's own forward), or auto: rollout where both
+            batch alike in float32.
         grad_norm: gradient norm clip.
         ema: decay of averaged weights that evaluation and export use; none trains without.
         ratio_tolerance: the first update of a run stops when a ratio differs from 1 by more than this.
+        text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by token.
         max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
     """
 
     iterations: int = 90
     updates: int = 1
+    minibatches: int = 1
+    loss: str = "grpo"
     lr: float = 2e-4
+    warmup: int = 0
     lr_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     clip_low: float = 1e-4
     clip_high: float = 1e-4
+    guard: bool = False
     kl_weight: float = 0.0
+    kl_scale: str = "step"
+    text_weight: float | None = None
+    text_clip: float = 0.2
+    text_lr: float | None = None
+    nft_beta: float = 1.0
+    nft_draws: int = 2
+    old_decay: float = 0.001
+    old_decay_max: float = 0.5
+    context_gradient: bool = False
+    packed: str = "auto"
+    micro_batch: int | None = None
+    old_log_prob: str = "auto"
     grad_norm: float = 1.0
     ema: float | None = 0.95
     ratio_tolerance: float = 1e-5
+    text_ratio_tolerance: float = 1e-3
     max_failed_scores: float = 0.5
 
 
@@ -134,6 +201,7 @@ class EvalConfig:
 
     Args:
         sessions: held-out sessions.
+        turns: turns of held-out sessions drawn from the world; none is rollout.turns.
         sampler: rollout (as in training, window noise and all, with fixed seeds: the policy that is trained) or ode (no
             noise after the initial latent).
         steps: denoising steps; none uses rollout.steps.
@@ -142,6 +210,7 @@ class EvalConfig:
     """
 
     sessions: int = 200
+    turns: int | None = None
     sampler: str = "rollout"
     steps: int | None = None
     every: int = 0
@@ -181,12 +250,108 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "edit-r2": {"policy": {"intent": True}, "credit": {"preset": "edit-r2", "baseline": None}},
-    "mt-editflow-grpo": {"policy": {"intent": False}, "credit": {"preset": "mt-editflow", "baseline": None}},
-    "flow-grpo": {"policy": {"intent": False}, "credit": {"preset": "flow-grpo", "baseline": None}},
+_EDITFLOW_WEIGHTS = {"IF": 0.5, "CC": 0.5, "GA": 0.0}
+_ONE_TEXT: dict[str, dict[str, Any]] = {"policy": {"intent": False}}
+
+
+def _preset(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Later parts win, field by field."""
+    merged: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for section, values in part.items():
+            merged[section] = {**merged.get(section, {}), **values}
+    return merged
+
+
+_FLOW_GRPO = _preset(
+    _ONE_TEXT,
+    {
+        "rollout": {"dynamics": "flow-sde", "noise_level": 0.7, "steps": 10, "window": 9, "window_range": 0.1},
+        "credit": {"preset": "flow-grpo", "baseline": None},
+        "train": {"clip_low": 1e-4, "clip_high": 1e-4, "kl_weight": 0.04, "kl_scale": "diffusion"},
+    },
+)
+_FLOW_GRPO_FAST = _preset(_FLOW_GRPO, {"rollout": {"window": 2, "window_range": 0.5}, "train": {"kl_weight": 0.0}})
+_NFT: dict[str, dict[str, Any]] = {
+    "rollout": {"window": 0, "shared_noise": False, "steps": 10},
+    "train": {"loss": "nft", "kl_weight": 1e-4, "nft_beta": 1.0, "old_decay": 0.001, "old_decay_max": 0.5},
 }
-"""Named starting points; each changes only the fields it stands for."""
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "edit-r2": {"policy": {"intent": True}, "credit": {"preset": "edit-r2", "baseline": "session_turn"}},
+    "edit-r2-released": {
+        "policy": {
+            "intent": True,
+            "intent_tokens": 150,
+            "guidance": 4.0,
+            "guidance_image": 2.0,
+            "renorm": "text_channel",
+            "lora_rank": 64,
+            "lora_alpha": 128.0,
+        },
+        "rollout": {
+            "sessions": 16,
+            "siblings": 6,
+            "steps": 14,
+            "shift": 3.0,
+            "dynamics": "flow-sde",
+            "noise_level": 1.3,
+            "window": 2,
+            "window_range": 1 / 3,
+        },
+        "credit": {"preset": "edit-r2-released", "baseline": None},
+        "train": {
+            "minibatches": 2,
+            "lr": 1e-4,
+            "lr_decay": 1.0,
+            "clip_low": 1e-5,
+            "clip_high": 1e-5,
+            "kl_weight": 0.01,
+            "text_weight": 1.0,
+            "text_clip": 1e-5,
+            "ema": None,
+        },
+        "eval": {"sampler": "ode", "steps": 50},
+    },
+    "mt-editflow-grpo": _preset(
+        _ONE_TEXT, {"credit": {"preset": "mt-editflow", "baseline": None, "weights": _EDITFLOW_WEIGHTS}}
+    ),
+    "mt-editflow-nft": _preset(
+        _ONE_TEXT, _NFT, {"credit": {"preset": "mt-editflow", "baseline": None, "weights": _EDITFLOW_WEIGHTS}}
+    ),
+    "flow-grpo": _FLOW_GRPO,
+    "flow-grpo-fast": _FLOW_GRPO_FAST,
+    "dance-grpo": _preset(
+        _ONE_TEXT,
+        {
+            "rollout": {"dynamics": "dance-sde", "noise_level": 0.3, "steps": 10, "window": 9, "window_range": 0.1},
+            "credit": {"preset": "dance-grpo", "baseline": None},
+        },
+    ),
+    "cps": _preset(_FLOW_GRPO_FAST, {"rollout": {"dynamics": "cps"}}),
+    "mixgrpo": _preset(
+        _FLOW_GRPO_FAST,
+        {
+            "rollout": {"window": 4, "window_range": 1.0, "window_schedule": "progressive", "window_every": 25},
+            "credit": {"preset": "mixgrpo"},
+        },
+    ),
+    "mixgrpo-random": _preset(
+        _FLOW_GRPO_FAST, {"rollout": {"window": 4, "window_range": 1.0}, "credit": {"preset": "mixgrpo"}}
+    ),
+    "grpo-guard": _preset(_FLOW_GRPO_FAST, {"train": {"guard": True, "updates": 2}}),
+    "unigrpo": _preset(
+        _FLOW_GRPO_FAST,
+        {
+            "policy": {"intent": True, "guidance": 1.0, "guidance_image": 1.0},
+            "credit": {"preset": "flow-grpo"},
+            "train": {"kl_weight": 0.01, "kl_scale": "velocity"},
+        },
+    ),
+    "pku": _preset(_ONE_TEXT, _NFT, {"credit": {"preset": "pku", "baseline": None}}),
+    "dr-grpo": _preset(_FLOW_GRPO_FAST, {"credit": {"preset": "dr-grpo"}}),
+}
+"""Named starting points; each changes only the fields it stands for. docs/methods.md says where the values are from."""
 
 
 def replace_nested(config: Any, values: dict[str, Any]) -> Any:
@@ -211,41 +376,81 @@ def preset_config(name: str | None) -> Config:
     return replace_nested(Config(), PRESETS[name])
 
 
+def _choices(name: str, value: object, accepted: tuple[str | None, ...]) -> None:
+    if value not in accepted:
+        raise ConfigError(f"{name}: {value!r} (accepted: {', '.join(a if a else 'none' for a in accepted)})")
+
+
 def check_config(config: Config) -> None:
     """Range checks that need nothing but the configuration; each error names the field."""
+    r, t, p = config.rollout, config.train, config.policy
     positive = {
-        "rollout.sessions": config.rollout.sessions,
-        "rollout.siblings": config.rollout.siblings,
-        "rollout.turns": config.rollout.turns,
-        "rollout.groups_per_batch": config.rollout.groups_per_batch,
-        "train.iterations": config.train.iterations,
-        "train.updates": config.train.updates,
+        "rollout.sessions": r.sessions,
+        "rollout.siblings": r.siblings,
+        "rollout.turns": r.turns,
+        "rollout.groups_per_batch": r.groups_per_batch,
+        "rollout.window_every": r.window_every,
+        "train.iterations": t.iterations,
+        "train.updates": t.updates,
+        "train.minibatches": t.minibatches,
+        "train.nft_draws": t.nft_draws,
+        "train.micro_batch": 1 if t.micro_batch is None else t.micro_batch,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "eval.sessions": config.eval.sessions,
-        "policy.intent_tokens": config.policy.intent_tokens,
+        "policy.intent_tokens": p.intent_tokens,
     }
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"{name}: {value} (accepted: at least 1)")
-    if config.rollout.siblings < 2:
+    if r.siblings < 2:
         raise ConfigError("rollout.siblings: 1 (accepted: at least 2; an advantage compares siblings)")
-    if config.rollout.window < 1:
-        raise ConfigError("rollout.window: 0 (accepted: at least 1; without an SDE step nothing trains)")
+    _choices("train.loss", t.loss, ("grpo", "nft"))
+    if t.loss == "grpo" and r.window < 1:
+        raise ConfigError("rollout.window: 0 (accepted: at least 1; without an SDE step grpo trains nothing)")
+    if t.loss == "nft" and r.window:
+        raise ConfigError(f"rollout.window: {r.window} (accepted with train.loss nft: 0; it samples by ODE)")
+    if r.window == 0 and r.shared_noise:
+        raise ConfigError("rollout.shared_noise: true (accepted without a window: false, or all siblings are equal)")
     for name, number in {
-        "train.lr": config.train.lr,
-        "train.clip_low": config.train.clip_low,
-        "train.clip_high": config.train.clip_high,
-        "train.grad_norm": config.train.grad_norm,
-        "train.ratio_tolerance": config.train.ratio_tolerance,
-        "rollout.noise_level": config.rollout.noise_level,
-        "rollout.shift": config.rollout.shift,
+        "train.lr": t.lr,
+        "train.clip_low": t.clip_low,
+        "train.clip_high": t.clip_high,
+        "train.text_clip": t.text_clip,
+        "train.text_lr": t.lr if t.text_lr is None else t.text_lr,
+        "train.nft_beta": t.nft_beta,
+        "train.grad_norm": t.grad_norm,
+        "train.ratio_tolerance": t.ratio_tolerance,
+        "train.text_ratio_tolerance": t.text_ratio_tolerance,
+        "rollout.noise_level": r.noise_level,
+        "rollout.shift": r.shift,
+        "policy.temperature": p.temperature,
     }.items():
         if not number > 0:
             raise ConfigError(f"{name}: {number} (accepted: above 0)")
-    if not 0 <= config.train.lr_decay <= 1:
-        raise ConfigError(f"train.lr_decay: {config.train.lr_decay} (accepted: 0 to 1)")
-    if config.eval.sampler not in ("ode", "rollout"):
-        raise ConfigError(f"eval.sampler: {config.eval.sampler!r} (accepted: ode, rollout)")
-    if config.train.ema is not None and not 0 < config.train.ema < 1:
-        raise ConfigError(f"train.ema: {config.train.ema} (accepted: above 0, below 1)")
+    for name, number in {
+        "train.lr_decay": t.lr_decay,
+        "train.old_decay": t.old_decay,
+        "train.old_decay_max": t.old_decay_max,
+    }.items():
+        if not 0 <= number <= 1:
+            raise ConfigError(f"{name}: {number} (accepted: 0 to 1)")
+    for name, number in {
+        "train.warmup": t.warmup,
+        "train.kl_weight": t.kl_weight,
+        "train.text_weight": t.text_weight or 0.0,
+        "policy.lora_rank": p.lora_rank,
+    }.items():
+        if number < 0:
+            raise ConfigError(f"{name}: {number} (accepted: at least 0)")
+    _choices("eval.sampler", config.eval.sampler, ("ode", "rollout"))
+    _choices("rollout.window_schedule", r.window_schedule, ("random", "progressive", "fixed"))
+    _choices("rollout.store_dtype", r.store_dtype, ("float32", "bfloat16"))
+    _choices("policy.renorm", p.renorm, RENORMS)
+    _choices("train.kl_scale", t.kl_scale, KL_SCALES)
+    _choices("train.packed", t.packed, ("auto", "on", "off"))
+    _choices("train.old_log_prob", t.old_log_prob, ("auto", "rollout", "replay"))
+    if t.loss == "nft" and (p.guidance != 1 or p.guidance_image != 1):
+        raise ConfigError("policy.guidance: not 1 (accepted with train.loss nft: 1; it compares plain velocities)")
+    if t.ema is not None and not 0 < t.ema < 1:
+        raise ConfigError(f"train.ema: {t.ema} (accepted: above 0, below 1)")

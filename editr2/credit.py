@@ -1,9 +1,9 @@
-"""Scores to advantages: one call of `group_advantage` under a named preset."""
+"""Scores to advantages: `group_advantage` under a named preset and the settings' own changes to it."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,34 +13,69 @@ from editr2.errors import ConfigError
 from editr2.rewards.base import Scores, weight_vector
 from editr2_kernels import CREDIT_PRESETS, CreditOptions, GroupAdvantage, group_advantage
 
+FILTER_REWARD = "IF"  # a turn with none of it failed, and what follows is not the editor's fault
 
-def credit_options(config: CreditConfig) -> CreditOptions:
-    """The options of a preset; raises `ConfigError` for an unknown name."""
+_AGGREGATES = {"per-turn": "none", "mean": "mean", "last": "last", "product": "product", "prefix": "prefix"}
+_STDS = {"group": "group", "global": "global", "off": "none"}
+
+
+def _choice(name: str, value: str, accepted: Any) -> Any:
+    if value not in accepted:
+        raise ConfigError(f"credit.{name}: {value!r} (accepted: {', '.join(accepted)} or none)")
+    return accepted[value] if isinstance(accepted, dict) else value
+
+
+def credit_options(config: CreditConfig, names: tuple[str, ...] = ("IF", "CC", "GA")) -> CreditOptions:
+    """The options of a preset with the settings' changes, for rewards `names`; `ConfigError` names a bad field."""
     if config.preset not in CREDIT_PRESETS:
         raise ConfigError(f"credit.preset: {config.preset!r} (accepted: {', '.join(sorted(CREDIT_PRESETS))})")
     options = CREDIT_PRESETS[config.preset]
-    if config.baseline not in (None, "session", "session_turn"):
-        raise ConfigError(f"credit.baseline: {config.baseline!r} (accepted: session, session_turn or none)")
-    if config.baseline is not None and options.aggregate == "none":
-        options = dataclasses.replace(options, baseline=cast(Any, config.baseline))
+    changes: dict[str, Any] = {}
+    if config.aggregate is not None:
+        changes["aggregate"] = _choice("aggregate", config.aggregate, _AGGREGATES)
+        changes["broadcast"] = changes["aggregate"] != "none"
+    per_turn = changes.get("aggregate", options.aggregate) == "none"
+    if config.baseline is not None:
+        baseline = _choice("baseline", config.baseline, ("session", "session_turn"))
+        changes["baseline"] = baseline if per_turn else "session"
+    elif not per_turn:
+        changes["baseline"] = "session"
+    if config.fusion is not None:
+        changes["fusion"] = _choice("fusion", config.fusion, ("reward", "advantage", "gdpo"))
+    if config.std is not None:
+        changes["std"] = _choice("std", config.std, _STDS)
     if config.clip is not None:
-        options = dataclasses.replace(options, clip=config.clip)
-    return options
+        changes["clip"] = config.clip
+    filtered = config.filter if config.filter is not None else options.filter_reward is not None
+    if filtered and FILTER_REWARD not in names:
+        raise ConfigError(f"credit.filter: true needs a reward named {FILTER_REWARD} (the rewards: {', '.join(names)})")
+    changes["filter_reward"] = names.index(FILTER_REWARD) if filtered else None
+    if not filtered or not per_turn:
+        changes["filter_in_statistics"] = False
+    return dataclasses.replace(options, **changes)
 
 
 def assign_credit(scores: Scores, group: Tensor, config: CreditConfig) -> GroupAdvantage:
     """Advantages [N, T] and the mask [N, T] of turns that train, of *all* rollouts of an iteration.
 
-    group: int64 [N], equal for siblings. Turns without a score, or after a failed instruction where the preset filters,
-    have advantage exactly 0 and mask False.
+    group: int64 [N], equal for siblings. Turns without a score, or after a failed instruction where the credit filters,
+    have advantage exactly 0 and mask False. Credit over whole trajectories is given among sessions of one length at a
+    time: a mean over turns that do not exist would be none.
     """
-    return group_advantage(
-        scores.values,
-        group,
-        credit_options(config),
-        weights=weight_vector(scores.names, config.weights),
-        mask=scores.present,
-    )
+    options = credit_options(config, scores.names)
+    weights = weight_vector(scores.names, config.weights)
+    lengths = scores.expected.sum(1)
+    if options.aggregate == "none" or len(lengths.unique()) == 1:
+        width = scores.values.shape[1] if options.aggregate == "none" else int(lengths[0])
+        parts = [(torch.arange(len(group)), width)]
+    else:
+        parts = [((lengths == n).nonzero()[:, 0], int(n)) for n in lengths.unique() if n > 0]
+    advantage, mask = torch.zeros_like(scores.present, dtype=torch.float32), torch.zeros_like(scores.present)
+    for rows, width in parts:
+        values, present = scores.values[rows, :width], scores.present[rows, :width]
+        part = group_advantage(values, group[rows], options, weights=weights, mask=present)
+        advantage[rows, :width], mask[rows, :width] = part.advantage, part.mask
+    return GroupAdvantage(advantage, mask)
 
 
 def weighted_reward(scores: Scores, weights: dict[str, float]) -> Tensor:

@@ -47,6 +47,7 @@ def open_sessions(config: Config, policy: Policy) -> SessionSource:
         heldout = train[:count]
     else:
         heldout = [
-            shapes.make_session(HELDOUT_SEED, i, split="heldout", turns=config.rollout.turns) for i in range(count)
+            shapes.make_session(HELDOUT_SEED, i, split="heldout", turns=config.eval.turns or config.rollout.turns)
+            for i in range(count)
         ]
     return SessionSource(config.seed, config.rollout.turns, train, heldout, not data.heldout and train is not None)

@@ -44,24 +44,36 @@ class Evaluation:
     intents_right: float | None
 
     def row(self, iteration: int, name: str) -> dict[str, Any]:
-        """The metrics row: means and standard errors over sessions, by turn."""
+        """The metrics row: means and standard errors over sessions, by turn. `marginal_turn` is the share of turns
+        whose own instruction is fully followed (IF = 1) whatever came before (EdiVal-Bench's marginal success)."""
         turns = self.reward.shape[1]
         row: dict[str, Any] = {"event": "eval", "iteration": iteration, "name": name, "sessions": len(self.modes)}
         row["reward_turn"] = [mean_se(self.reward[:, t]) for t in range(turns)]
         for k, label in enumerate(self.scores.names):
             values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
             row[f"{label.lower()}_turn"] = [mean_se(values[:, t]) for t in range(turns)]
+        if "IF" in self.scores.names:
+            followed = (self.scores.values[..., self.scores.names.index("IF")] >= 1 - 1e-6).float()
+            marginal = torch.where(self.scores.present, followed, torch.nan)
+            row["marginal_turn"] = [mean_se(marginal[:, t]) for t in range(turns)]
         row["success"] = mean_se(self.success)
         row["failed_scores"] = self.scores.failed
         row["intents_right"] = self.intents_right
         row["per_session"] = {"reward": _optional(last_turn(self)), "success": _optional(self.success)}
+        for k, label in enumerate(self.scores.names):
+            values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
+            row["per_session"][label.lower()] = [_optional(v) for v in values]
         row["by_mode"] = {}
         for mode in sorted({m for m in self.modes if m}):
             of_mode = torch.tensor([m == mode for m in self.modes])
             row["by_mode"][mode] = {
                 "reward_turn": [mean_se(self.reward[of_mode, t])["mean"] for t in range(turns)],
                 "success": mean_se(self.success[of_mode])["mean"],
+                "sessions": int(of_mode.sum()),
             }
+            if "GA" in self.scores.names:
+                ga = torch.where(self.scores.present, self.scores.values[..., self.scores.names.index("GA")], torch.nan)
+                row["by_mode"][mode]["ga_turn"] = [mean_se(ga[of_mode, t])["mean"] for t in range(turns)]
         return row
 
 
@@ -132,7 +144,7 @@ def evaluate(
         for chunk in done
         for t, record in enumerate(chunk.turns)
         for j, i in enumerate(record.rollout.tolist())
-        if record.intents[j] is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
+        if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
     parts = gather_object([(judge(reward, done, turns), known)])
     scores = merge_scores([s for s, _ in parts])
@@ -180,7 +192,7 @@ def write_strips(
     """Rolls out whole groups as in training and writes each group's first rollout, with its advantages, as images and
     `<name>.json` for the report. Same seeds before and after, so the strips differ by the weights alone."""
     done = [
-        rollout_chunk(policy, chunk, sampler, Seeds(0, "strips"), config.policy)
+        rollout_chunk(policy, chunk, sampler, Seeds(0, "strips"), config.policy, rollout=config.rollout)
         for chunk in chunks(sessions, range(len(sessions)), config.rollout.siblings, config.rollout.groups_per_batch)
     ]
     turns = max(len(s.turns) for s in sessions)
@@ -205,7 +217,8 @@ def write_strips(
             images = chunk.images_of(s * chunk.siblings)
             for t, turn in enumerate(session.turns):
                 record = chunk.turns[t]
-                intent = record.intents[int((record.rollout == s * chunk.siblings).nonzero()[0, 0])]
+                at = int((record.rollout == s * chunk.siblings).nonzero()[0, 0])
+                intent = record.intents[at] if record.intents is not None else None
                 file = f"{name}/{place:03d}_t{t + 1}.png"
                 Image.fromarray(images[t]).save(folder / file)
                 present = bool(scores.present[row, t])

@@ -1,22 +1,23 @@
 """Group rollout over turns on the policy's own outputs, and the walk that rollout and training share.
 
 Every turn: (intent ->) instruction into the context -> denoise behind it -> decode -> the output into the context.
-Only the steps of the SDE window are stored. Siblings share the source encoding, the first instruction and each turn's
-initial noise; they differ in the noise of the window.
+Only the steps of the SDE window are stored. Siblings share the source encoding, the first instruction and, by default,
+each turn's initial noise; they differ in the noise of the window. Until its window opens a group's first turn is the
+same for all siblings and is denoised once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from editr2.config import PolicyConfig
-from editr2.policies.base import Intent, Policy, device_of
+from editr2.config import PolicyConfig, RolloutConfig
+from editr2.policies.base import Intent, Policy, Questions, TextPolicy, device_of
 from editr2.schedule import Sampler
 from editr2.seeds import derive_seed, seed_tensor
 from editr2.sessions import Session
@@ -27,19 +28,22 @@ from editr2_kernels import INITIAL_STEP, philox_normal, sde_step
 class TurnRecord:
     """One turn of a chunk of rollouts; only rollouts whose session has this turn (M of them).
 
-    rollout: int64 [M], position in the chunk. text: what the context got. intents: what was sampled (None: no text).
-    x, x_next: [M, W, *latent] the window's transitions; step_index: int64 [M, W]; sigma: [M, W]; log_prob: [M, W].
-    velocity: as x, only when asked for (the ratio sentinel). images: uint8 [M, H, W, 3].
+    rollout: int64 [M], position in the chunk. text: what the context got. questions, intents: what the intents were
+    asked and what was sampled; None without text. x, x_next: [M, W, *latent] the window's transitions, in the storage
+    dtype; step_index: int64 [M, W]; sigma: [M, W]; log_prob: [M, W]. velocity: as x, combined, only when asked for.
+    x0: [M, *latent], the clean latents. images: uint8 [M, H, W, 3].
     """
 
     rollout: Tensor
     text: list[str]
-    intents: list[Intent | None]
+    questions: Questions | None
+    intents: list[Intent] | None
     x: Tensor
     x_next: Tensor
     step_index: Tensor
     sigma: Tensor
     log_prob: Tensor
+    x0: Tensor
     images: np.ndarray
     velocity: Tensor | None = None
 
@@ -125,9 +129,11 @@ class Seeds:
     run: int
     purpose: str
 
-    def initial(self, chunk: Chunk, rollouts: Tensor, turn: int) -> Tensor:
-        """Initial noise: shared by siblings."""
-        return self._tensor(chunk, rollouts, lambda o, _: (self.run, self.purpose, "initial", o, turn))
+    def initial(self, chunk: Chunk, rollouts: Tensor, turn: int, shared: bool = True) -> Tensor:
+        """Initial noise: of the group, or each sibling its own."""
+        if shared:
+            return self._tensor(chunk, rollouts, lambda o, _: (self.run, self.purpose, "initial", o, turn))
+        return self._tensor(chunk, rollouts, lambda o, i: (self.run, self.purpose, "initial", o, turn, i))
 
     def window(self, chunk: Chunk, rollouts: Tensor, turn: int) -> Tensor:
         """Noise of the SDE steps: each sibling its own."""
@@ -140,6 +146,10 @@ class Seeds:
         """Window starts int64 [M], one per group and turn, in [0, choices)."""
         seeds = self._tensor(chunk, rollouts, lambda o, _: (self.run, self.purpose, "start", o, turn))
         return (seeds & 0xFFFFFFFF) % choices
+
+    def noised(self, chunk: Chunk, rollouts: Tensor, turn: int, update: int) -> Tensor:
+        """Noise and noise levels at which NFT compares velocities."""
+        return self._tensor(chunk, rollouts, lambda o, i: (self.run, self.purpose, "noised", o, i, turn, update))
 
     @staticmethod
     def _tensor(chunk: Chunk, rollouts: Tensor, parts: Any) -> Tensor:
@@ -155,10 +165,12 @@ def rollout_chunk(
     seeds: Seeds,
     options: PolicyConfig,
     *,
+    rollout: RolloutConfig | None = None,
     greedy: bool = False,
     keep_velocity: bool = False,
 ) -> Chunk:
-    """Fills `chunk.turns`. greedy: intents by argmax (evaluation). Returns the chunk."""
+    """Fills `chunk.turns`. rollout: shared noise and storage dtype (default: shared, fp32). greedy: intents by argmax
+    (evaluation). Returns the chunk."""
     device = device_of(policy.module)
     sampler = sampler.to(device)
     walk = Walk(policy, chunk)
@@ -166,62 +178,87 @@ def rollout_chunk(
     for turn in range(max(len(s.turns) for s in chunk.sessions)):
         if turn:
             walk.advance(turn, chunk.turns[-1].images)
-        rollouts = walk.rollout
-        raw = [[u.instruction for u in chunk.session_of(i).turns[: turn + 1]] for i in rollouts.tolist()]
-        intents: list[Intent | None] = [None] * len(raw)
+        rows = walk.rollout
+        raw = [[u.instruction for u in chunk.session_of(i).turns[: turn + 1]] for i in rows.tolist()]
+        text, questions, intents = [r[-1] for r in raw], None, None
         if turn and options.intent and policy.writes_text:
-            text_seeds = None if greedy else seeds.text(chunk, rollouts, turn).to(device)
-            sampled = policy.intend(
+            questions = Questions([r[:-1] for r in raw], text, [chunk.session_of(i).mode for i in rows.tolist()])
+            intents = cast(TextPolicy, policy).intend(
                 walk.context,
-                [r[:-1] for r in raw],
-                [r[-1] for r in raw],
-                text_seeds,
+                questions,
+                None if greedy else seeds.text(chunk, rows, turn).to(device),
                 temperature=options.temperature,
                 max_tokens=options.intent_tokens,
             )
-            intents = list(sampled) if sampled is not None else intents
-        text = [i.text if i is not None and i.text else r[-1] for i, r in zip(intents, raw, strict=True)]
-        context = walk.instruct(text)
-        chunk.turns.append(
-            _denoise(policy, chunk, rollouts, turn, context, sampler, seeds, text, intents, keep_velocity)
+            text = [intent.text or said for intent, said in zip(intents, text, strict=True)]
+        path = _denoise(
+            policy, chunk, turn, walk.instruct(text), sampler, seeds, rows, rollout or RolloutConfig(), keep_velocity
         )
+        chunk.turns.append(TurnRecord(rows, text, questions, intents, **path, images=policy.decode(path["x0"].float())))
     return chunk
 
 
 def _denoise(
     policy: Policy,
     chunk: Chunk,
-    rollouts: Tensor,
     turn: int,
     context: Any,
     sampler: Sampler,
     seeds: Seeds,
-    text: list[str],
-    intents: list[Intent | None],
+    rollouts: Tensor,
+    options: RolloutConfig,
     keep_velocity: bool,
-) -> TurnRecord:
+) -> dict[str, Tensor]:
+    """The fields of a `TurnRecord` that one turn's denoising gives.
+
+    On the first turn siblings with common initial noise agree in everything until their group's window opens: up to
+    there only each group's first rollout is denoised, and then copied to the others.
+    """
     device, m, w = sampler.table.device, len(rollouts), sampler.window
+    dtype = torch.bfloat16 if options.store_dtype == "bfloat16" else torch.float32
     noise_seeds = seeds.window(chunk, rollouts, turn).to(device)
-    starts = seeds.start(chunk, rollouts, turn, sampler.last_start + 1)
-    x = philox_normal(seeds.initial(chunk, rollouts, turn).to(device), INITIAL_STEP, policy.latent_shape)
-    stored = torch.empty(m, w, *policy.latent_shape, device=device)
+    starts = sampler.first_start + seeds.start(chunk, rollouts, turn, sampler.last_start - sampler.first_start + 1)
+    first = seeds.initial(chunk, rollouts, turn, options.shared_noise).to(device)
+    x = philox_normal(first, INITIAL_STEP, policy.latent_shape).to(dtype)
+    stored = torch.empty(m, w, *policy.latent_shape, device=device, dtype=dtype)
     following, velocity = torch.empty_like(stored), torch.empty_like(stored) if keep_velocity else None
     log_prob = torch.empty(m, w, device=device)
     step_index = torch.empty(m, w, dtype=torch.int64, device=device)
+    leader = rollouts // chunk.siblings * chunk.siblings if turn == 0 and options.shared_noise else rollouts
+    if not w:
+        leader = rollouts
+    live, here = torch.zeros(0, dtype=torch.int64), context
     for k in range(sampler.steps):
         row, inside = sampler.step_index(k, starts)
-        v = policy.velocity(x, sampler.sigmas[k].expand(m), context)
-        step = sde_step(x, v, sampler.table, row.to(device), noise_seeds)
+        now = ((leader == rollouts) | (starts <= k)).nonzero()[:, 0]
+        if len(now) != len(live):
+            # Positions equal rollouts on the first turn, where alone a leader is somebody else.
+            opening = (starts == k) & (leader != rollouts)
+            if k and bool(opening.any()):
+                at = opening.nonzero()[:, 0]
+                x[at.to(device)] = x[leader[at].to(device)]
+            live, here = now, context if len(now) == m else policy.select(context, now)
+        on = live.to(device)
+        x_live, row_live = (x, row.to(device)) if len(live) == m else (x[on], row[live].to(device))
+        sigma = sampler.sigmas[k].expand(len(live))
+        v = policy.velocity(x_live, sigma, here)
+        step = sde_step(x_live, v.v, sampler.table, row_live, noise_seeds[on], store_dtype=dtype, **v.guidance)
         if bool(inside.any()):
-            at = inside.nonzero()[:, 0]
-            slot = (k - starts[at]).to(device)
-            at = at.to(device)
-            stored[at, slot], following[at, slot] = x[at], step.x_next[at]
-            log_prob[at, slot], step_index[at, slot] = step.log_prob[at], row.to(device)[at]
+            # Whoever is inside its window is live.
+            picked = inside[live].nonzero()[:, 0]
+            at, slot = live[picked].to(device), (k - starts[live[picked]]).to(device)
+            picked = picked.to(device)
+            stored[at, slot], following[at, slot] = x_live[picked], step.x_next[picked]
+            log_prob[at, slot], step_index[at, slot] = step.log_prob[picked], row_live[picked]
             if velocity is not None:
-                velocity[at, slot] = v[at].float()
-        x = step.x_next
-    sigma = sampler.sigmas[step_index % sampler.steps]
-    return TurnRecord(
-        rollouts, text, intents, stored, following, step_index, sigma, log_prob, policy.decode(x), velocity
+                velocity[at, slot] = v.combined(sigma)[picked].to(dtype)
+        if len(live) == m:
+            x = step.x_next
+        else:
+            x[on] = step.x_next
+    path = {"x": stored, "x_next": following, "step_index": step_index, "log_prob": log_prob, "x0": x}
+    return (
+        path
+        | {"sigma": sampler.sigmas[step_index % sampler.steps]}
+        | ({} if velocity is None else {"velocity": velocity})
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from editr2.config import Config
 from editr2.credit import weighted_reward
 from editr2.data import SessionSource
 from editr2.evaluate import mean_se, success
+from editr2.gradient import STATISTICS
 from editr2.policies.base import Policy, parameter_count
 from editr2.rewards.base import Scores
 from editr2.rollout import Chunk
@@ -52,18 +53,22 @@ def train_row(
     scores: Scores,
     credit: GroupAdvantage,
     done: list[Chunk],
-    totals: dict[str, float],
+    totals: list[dict[str, float]],
     clock: Clock,
 ) -> dict[str, Any]:
-    """Metrics of all processes; means leave out turns without a score."""
-    sampled = [i for chunk in done for record in chunk.turns for i in record.intents if i is not None]
-    parts = gather_object([(totals, clock.seconds, len(sampled), sum(i.text is None for i in sampled))])
-    intents = sum(p[2] for p in parts)
+    """Metrics of all processes; means leave out turns without a score. totals: one entry an optimiser step. Losses and
+    shares are those of the last pass over the rollout; ratio errors those of its first step."""
+    intents = _Intents.of(done)
+    last = totals[-config.train.minibatches :]
+    sums = {name: sum(part[name] for part in last) for name in STATISTICS}
+    parts = gather_object([(sums, totals[0], clock.seconds, intents)])
+    sampled, right, known, failed, tokens = (sum(column) for column in zip(*(p[3] for p in parts), strict=True))
     reward = weighted_reward(scores, config.credit.weights)
     flat = reward.view(config.rollout.sessions, -1)
     spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
     values = torch.where(scores.present[..., None], scores.values, torch.nan)
     trained = credit.advantage[credit.mask]
+    totals_of = {name: sum(p[0][name] for p in parts) for name in STATISTICS}
     return {
         "event": "train",
         "iteration": iteration,
@@ -71,18 +76,49 @@ def train_row(
         "reward_turn": reward.nanmean(0).tolist(),
         **{f"{n.lower()}_turn": values[..., k].nanmean(0).tolist() for k, n in enumerate(scores.names)},
         "success": mean_se(success(scores))["mean"],
-        "ratio_error": max(p[0]["ratio_error"] for p in parts),
-        "loss": sum(p[0]["loss"] for p in parts),
-        "kl": sum(p[0]["kl"] for p in parts) if config.train.kl_weight > 0 else None,
-        "clip_fraction": sum(p[0]["clipped"] for p in parts),
-        "grad_norm": totals["grad_norm"],
+        "ratio_error": max(p[1]["ratio_error"] for p in parts),
+        "loss": totals_of["loss"],
+        "kl": totals_of["kl"] if config.train.kl_weight > 0 else None,
+        "clip_fraction": totals_of["clipped"],
+        "grad_norm": totals[-1]["grad_norm"],
         "advantage_abs": float(trained.abs().mean()) if len(trained) else 0.0,
         "zero_variance_groups": float((spread <= 0).float().mean()),
         "failed_scores": scores.failed,
         "filtered_turns": int((scores.present & ~credit.mask).sum()),
-        "intent_fallback": sum(p[3] for p in parts) / intents if intents else None,
-        "seconds": {name: max(p[1][name] for p in parts) for name in clock.seconds},
+        "intent_fallback": failed / sampled if sampled else None,
+        "intents_right": right / known if known else None,
+        "intent_tokens": tokens / sampled if sampled else None,
+        "text_loss": totals_of["text_loss"] if sampled else None,
+        "text_clip_fraction": totals_of["text_clipped"] if sampled else None,
+        "text_ratio_error": max(p[1]["text_error"] for p in parts) if sampled else None,
+        "seconds": {name: max(p[2][name] for p in parts) for name in clock.seconds},
     }
+
+
+class _Intents(NamedTuple):
+    """Counts: sampled, equal to the known intent, of which one is known, unreadable (fallbacks), tokens."""
+
+    sampled: int
+    right: int
+    known: int
+    failed: int
+    tokens: int
+
+    @staticmethod
+    def of(done: list[Chunk]) -> _Intents:
+        pairs = [
+            (intent, chunk.session_of(i).turns[t].intent)
+            for chunk in done
+            for t, record in enumerate(chunk.turns)
+            for i, intent in zip(record.rollout.tolist(), record.intents or [], strict=bool(record.intents))
+        ]
+        return _Intents(
+            len(pairs),
+            sum(known is not None and intent.text == known for intent, known in pairs),
+            sum(known is not None for _, known in pairs),
+            sum(intent.text is None for intent, _ in pairs),
+            sum(len(intent.ids) for intent, _ in pairs),
+        )
 
 
 def evaluation_line(row: dict[str, Any]) -> str:

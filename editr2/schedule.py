@@ -24,13 +24,24 @@ ROLLOUT_DYNAMICS = tuple(name for name in DYNAMICS if name not in ("ode", "dpm++
 @dataclass(frozen=True)
 class Sampler:
     """steps: denoising steps. sigmas: float32 [steps + 1], falling. table: float32 [2 * steps, 8]. window: SDE steps a
-    turn (0: pure ODE). last_start: the largest step at which a window may start."""
+    turn (0: pure ODE). A window may start at any step from first_start to last_start; `every` moves both on
+    (see `at`)."""
 
     steps: int
     sigmas: Tensor
     table: Tensor
     window: int
     last_start: int
+    first_start: int = 0
+    every: int | None = None
+
+    def at(self, iteration: int) -> Sampler:
+        """The sampler of an iteration: a progressive window (MixGRPO) starts at one step, the next one after `every`
+        iterations, and at the first again after the last."""
+        if self.every is None:
+            return self
+        start = iteration // self.every % (self.last_start + 1)
+        return dataclasses.replace(self, first_start=start, last_start=start, every=None)
 
     def step_index(self, k: int, starts: Tensor) -> tuple[Tensor, Tensor]:
         """(table rows int64 [B], in-window bool [B]) of step k for window starts int64 [B]."""
@@ -38,12 +49,12 @@ class Sampler:
         return k + self.steps * inside, inside
 
     def to(self, device: torch.device) -> Sampler:
-        return Sampler(self.steps, self.sigmas.to(device), self.table.to(device), self.window, self.last_start)
+        return dataclasses.replace(self, sigmas=self.sigmas.to(device), table=self.table.to(device))
 
 
 def rollout_sampler(config: RolloutConfig) -> Sampler:
     """The sampler of training. Raises `ConfigError` naming the field."""
-    return make_sampler(
+    sampler = make_sampler(
         config.steps,
         shift=config.shift,
         dynamics=config.dynamics,
@@ -51,6 +62,11 @@ def rollout_sampler(config: RolloutConfig) -> Sampler:
         window=config.window,
         window_range=config.window_range,
     )
+    if config.window_schedule == "fixed":
+        return dataclasses.replace(sampler, last_start=0)
+    if config.window_schedule == "progressive":
+        return dataclasses.replace(sampler, every=config.window_every)
+    return sampler
 
 
 def eval_sampler(config: Config) -> Sampler:

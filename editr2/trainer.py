@@ -1,4 +1,4 @@
-"""The training loop: sessions -> rollout -> rewards -> credit -> clipped policy loss -> AdamW.
+"""The training loop: sessions -> rollout -> rewards -> credit -> policy loss of images and intents -> AdamW.
 
 One process or many (torchrun), the same numbers: sessions, groups and noise follow from the run's seed and a session's
 place in the stream; every process rolls out its part of the groups, scores are gathered so that credit sees all of
@@ -8,7 +8,6 @@ session's context is built outside of autograd, so one explicit reduction is sim
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
-from torch import Tensor
 
 from editr2.checkpoint import latest_checkpoint
 from editr2.config import Config, check_config
@@ -24,19 +22,20 @@ from editr2.credit import assign_credit, credit_options
 from editr2.data import SessionSource, open_sessions
 from editr2.errors import CheckpointError, ConfigError, NonFiniteError
 from editr2.evaluate import comparison_row, evaluate, judge, merge_scores, share, write_strips
-from editr2.policies.base import Policy, with_module
-from editr2.policies.unified import EMBEDDED, UnifiedPolicy
-from editr2.ratio import RatioError, explain_difference
+from editr2.gradient import Batch, accumulate_gradient, first_non_finite
+from editr2.policies.base import Policy
+from editr2.policies.load import load_policy
+from editr2.policies.unified import UnifiedPolicy
+from editr2.policies.weights import exchanged, trainable
 from editr2.report import build_report
 from editr2.rewards.base import Reward, check_failures, weight_vector
 from editr2.rewards.world import WorldReward
-from editr2.rollout import Chunk, Seeds, Walk, chunks, rollout_chunk
+from editr2.rollout import Seeds, chunks, rollout_chunk
 from editr2.rows import Clock, comparison_line, evaluation_line, start_row, train_row
 from editr2.schedule import Sampler, eval_sampler, rollout_sampler
 from editr2.state import State, new_state
 from editr2.tracking import MetricsLog, Progress, profile_table, read_metrics
 from editr2.yaml_config import dump_yaml
-from editr2_kernels import GroupAdvantage, grpo_loss
 
 
 def train(config: Config, *, policy: Policy | None = None, reward: Reward | None = None, profile: bool = False) -> Path:
@@ -46,15 +45,14 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
     checkpoints, too many failed scores, a ratio that is not 1 on-policy, or a NaN.
     """
     check_config(config)
-    credit_options(config.credit)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     torch.manual_seed(config.seed)
-    if policy is None:
-        policy = UnifiedPolicy.load(Path(config.policy.weights) if config.policy.weights else EMBEDDED)
+    policy = policy or load_policy(config.policy)
     policy.module.to(accelerator.device)
     if reward is None:
         reward = WorldReward()
     weight_vector(reward.names, config.credit.weights)
+    credit_options(config.credit, tuple(reward.names))
     source = open_sessions(config, policy)
     r = config.rollout
     sampler = rollout_sampler(r).to(accelerator.device)
@@ -62,6 +60,12 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
     if r.sessions < accelerator.num_processes:
         raise ConfigError(
             f"rollout.sessions: {r.sessions} (accepted: at least {accelerator.num_processes}, one a process)"
+        )
+    batches = -(-(r.sessions // accelerator.num_processes) // r.groups_per_batch)
+    if batches < config.train.minibatches:
+        raise ConfigError(
+            f"train.minibatches: {config.train.minibatches} (accepted: at most {batches}, the batches of "
+            f"rollout.groups_per_batch = {r.groups_per_batch} groups a process has; lower that)"
         )
     state = new_state(config, policy)
     run = Path(config.out)
@@ -150,137 +154,57 @@ def _iteration(
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """One rollout and its updates; returns the metrics row."""
-    r, clock = config.rollout, Clock()
+    r, t, clock = config.rollout, config.train, Clock()
     ordinals = range(state.iteration * r.sessions, (state.iteration + 1) * r.sessions)
     mine = share(r.sessions, accelerator)
     seeds = Seeds(config.seed, "train")
-    with clock.phase("rollout"):
+    sampler = sampler.at(state.iteration)
+    with clock.phase("rollout"), exchanged(state.policy.module, state.old):
         done = [
-            rollout_chunk(state.policy, chunk, sampler, seeds, config.policy)
+            rollout_chunk(state.policy, chunk, sampler, seeds, config.policy, rollout=r, keep_velocity=t.guard)
             for chunk in chunks([source[o] for o in ordinals[mine]], ordinals[mine], r.siblings, r.groups_per_batch)
         ]
     with clock.phase("reward"):
         turns = max(len(source[o].turns) for o in ordinals)
         scores = merge_scores(gather_object([judge(reward, done, turns)]))
-        check_failures(scores, config.train.max_failed_scores)
+        check_failures(scores, t.max_failed_scores)
     with clock.phase("credit"):
         group = torch.arange(r.sessions).repeat_interleave(r.siblings)
         credit = assign_credit(scores, group, config.credit)
         local = slice(mine.start * r.siblings, mine.stop * r.siblings)
-    totals: dict[str, float] = {}
-    for update in range(config.train.updates):
-        with clock.phase("loss"):
-            totals = accumulate_gradient(config, state, done, credit, local, sampler, seeds, update, accelerator)
-        with clock.phase("optimiser"):
-            totals["grad_norm"] = _step(config, state, accelerator)
-    return train_row(state.iteration, config, scores, credit, done, totals, clock)
-
-
-def accumulate_gradient(
-    config: Config,
-    state: State,
-    done: list[Chunk],
-    credit: GroupAdvantage,
-    local: slice,
-    sampler: Sampler,
-    seeds: Seeds,
-    update: int,
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """Backward of the whole rollout's loss, chunk by chunk and turn by turn; context is built without gradient.
-
-    The loss is the mean over all turns that train, of all processes, and their window steps.
-    """
-    t, device = config.train, accelerator.device
-    advantage, mask = credit.advantage[local], credit.mask[local]
-    count = max(1, int(credit.mask.sum())) * sampler.window
-    sums = dict.fromkeys(("loss", "kl", "clipped", "ratio_error"), 0.0)
-    offset = 0
-    for chunk in done:
-        policies = [state.policy] + ([with_module(state.policy, state.reference)] if state.reference else [])
-        with torch.no_grad():
-            walks = [Walk(p, chunk) for p in policies]
-        for turn, record in enumerate(chunk.turns):
-            with torch.no_grad():
-                for walk in walks:
-                    if turn:
-                        walk.advance(turn, chunk.turns[turn - 1].images)
-                contexts = [walk.instruct(record.text) for walk in walks]
-            rows = record.rollout + offset
-            a, m = advantage[rows, turn].to(device), mask[rows, turn].to(device)
-            share_of_loss = int(mask[rows, turn].sum()) / count  # on the host: credit is
-            for k in range(sampler.window):
-                x, sigma, index = record.x[:, k], record.sigma[:, k], record.step_index[:, k]
-                v = state.policy.velocity(x, sigma, contexts[0])
-                v_ref = None
-                if len(policies) > 1:
-                    with torch.no_grad():
-                        v_ref = policies[1].velocity(x, sigma, contexts[1])
-                out = grpo_loss(
-                    x,
-                    record.x_next[:, k],
-                    v,
-                    sampler.table,
-                    index,
-                    record.log_prob[:, k],
-                    a,
-                    clip=(t.clip_low, t.clip_high),
-                    advantage_clip=None,
-                    v_ref=v_ref,
-                    kl_weight=t.kl_weight if v_ref is not None else 0.0,
-                    mask=m,
-                    normalizer=count,
-                )
-                seen = out.metrics
-                values = (out.loss.detach(), seen.kl, seen.clip_fraction_low, seen.clip_fraction_high)
-                # The one wait for the device of this step.
-                loss, kl, below, above, error = torch.stack((*values, seen.ratio_max_deviation)).tolist()
-                if update == 0:
-                    if state.iteration == 0 and not error <= t.ratio_tolerance:
-                        cause = explain_difference(state.policy, chunk, sampler, seeds, config.policy)
-                        raise RatioError(
-                            f"ratio: differs from 1 by {error:.3g} before any update "
-                            f"(accepted: {t.ratio_tolerance:g}); first difference: {cause}"
-                        )
-                    sums["ratio_error"] = max(sums["ratio_error"], error)
-                if not math.isfinite(loss):
-                    tensors = {"x": x, "velocity": v, "log_prob": out.log_prob, "advantage": a}
-                    raise NonFiniteError(
-                        f"loss: {loss} at iteration {state.iteration}, turn {turn + 1}, "
-                        f"window step {k + 1}; {_first_non_finite(tensors)}"
-                    )
-                out.loss.backward()
-                sums["loss"] += loss
-                sums["kl"] += kl * share_of_loss
-                sums["clipped"] += (below + above) * share_of_loss
-        offset += chunk.rollouts
-    return sums
-
-
-def _first_non_finite(tensors: dict[str, Tensor]) -> str:
-    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x.detach()).all())]
-    return f"first non-finite tensor: {bad[0]}" if bad else "its inputs are finite"
+        trained = int(credit.mask.sum())
+    batch = Batch(done, credit.advantage[local], credit.mask[local], trained, sampler, seeds)
+    totals: list[dict[str, float]] = []
+    for update in range(t.updates):
+        for minibatch in range(t.minibatches):
+            with clock.phase("loss"):
+                totals.append(accumulate_gradient(config, state, batch, update, minibatch, accelerator.device))
+            with clock.phase("optimiser"):
+                totals[-1]["grad_norm"] = _step(config, state, accelerator)
+                state.step_copies(config, iteration_done=False)
+    row = train_row(state.iteration, config, scores, credit, done, totals, clock)
+    state.step_copies(config, iteration_done=True)
+    return row
 
 
 def _step(config: Config, state: State, accelerator: Accelerator) -> float:
     """Sums gradients over processes, clips, steps; refuses a non-finite gradient before anything is changed."""
-    parameters = [p for p in state.policy.module.parameters() if p.requires_grad and p.grad is not None]
+    parameters = list(trainable(state.policy.module).values())
     if accelerator.num_processes > 1:
-        flat = reduce(torch.cat([p.grad.reshape(-1) for p in parameters]), "sum")
+        # A process without intents has no gradient for the weights that write them; the sum must line up all the same.
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = reduce(torch.cat([part.reshape(-1) for part in parts]), "sum")
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
+    parameters = [p for p in parameters if p.grad is not None]
     progress = state.iteration / max(1, config.train.iterations - 1)
+    scale = (1 - (1 - config.train.lr_decay) * progress) * min(1.0, (state.iteration + 1) / (config.train.warmup + 1))
     for group in state.optimizer.param_groups:
-        group["lr"] = config.train.lr * (1 - (1 - config.train.lr_decay) * progress)
+        group["lr"] = group["base_lr"] * scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_norm)
     if not bool(torch.isfinite(norm)):
         named = {n: p.grad for n, p in state.policy.module.named_parameters() if p.grad is not None}
-        raise NonFiniteError(
-            f"gradient at iteration {state.iteration}: {_first_non_finite(named)}; nothing was updated"
-        )
+        raise NonFiniteError(f"gradient at iteration {state.iteration}: {first_non_finite(named)}; nothing was updated")
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None and config.train.ema is not None:
-        for name, value in state.policy.module.state_dict().items():
-            state.ema[name].lerp_(value, 1 - config.train.ema)
     return float(norm)

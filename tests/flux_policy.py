@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 
+from editr2.policies.base import Velocity
 from editr2.policies.unified import patchify, unpatchify
 
 GRID, PATCH, WIDTH, WORDS = 6, 4, 32, 8
@@ -58,9 +59,6 @@ class FluxPolicy:
         ]
         return torch.cat([torch.stack(vectors), torch.zeros(WORDS - len(vectors), WIDTH)])
 
-    def intend(self, context, earlier, current, seeds, *, temperature, max_tokens) -> None:
-        return None
-
     def velocity(self, x, sigma, context: FluxContext):
         out = self.module(
             hidden_states=torch.cat([x, context.condition], 1),
@@ -71,13 +69,16 @@ class FluxPolicy:
             txt_ids=torch.zeros(WORDS, 3),
             return_dict=False,
         )[0]
-        return out[:, : x.shape[1]]
+        return Velocity(out[:, : x.shape[1]])
 
     def append(self, context: FluxContext, images: np.ndarray) -> FluxContext:
         return dataclasses.replace(context, condition=patchify(images, PATCH))
 
     def select(self, context: FluxContext, index: torch.Tensor) -> FluxContext:
         return FluxContext(context.condition[index], context.prompt[index])
+
+    def join(self, contexts) -> FluxContext:
+        return FluxContext(torch.cat([c.condition for c in contexts]), torch.cat([c.prompt for c in contexts]))
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         return unpatchify(latents, (GRID, GRID), PATCH)

@@ -1,5 +1,6 @@
 """The loop: learns, replays exactly, stops on what is wrong, resumes bitwise."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -79,13 +80,8 @@ def test_learning_rate_falls_and_a_finished_run_is_left_as_it_is(tiny_unified, t
     assert (run / "metrics.jsonl").read_text() == before
 
 
-def test_a_policy_of_another_architecture_trains_through_the_same_loop(tmp_path):
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("flux_policy", ROOT / "tests" / "flux_policy.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    policy = module.FluxPolicy()
+def test_a_policy_of_another_architecture_trains_through_the_same_loop(tmp_path, beside):
+    policy = beside("flux_policy").FluxPolicy()
     start = {k: v.clone() for k, v in policy.module.state_dict().items()}
     run = train(small(tmp_path), policy=policy, reward=Brightness())
     trained = rows(run, "train")
@@ -115,7 +111,7 @@ def test_ratio_is_one_for_every_window_step_turn_and_sibling_also_in_other_batch
                     walk.advance(turn, part.turns[turn - 1].images)
                 context = walk.instruct(record.text)
                 for k in range(3):
-                    v = policy.velocity(record.x[:, k], record.sigma[:, k], context)
+                    v = policy.velocity(record.x[:, k], record.sigma[:, k], context).v
                     new = sde_log_prob(record.x[:, k], record.x_next[:, k], v, sampler.table, record.step_index[:, k])
                     assert (torch.exp(new.log_prob - record.log_prob[:, k]) - 1).abs().max() <= 1e-6
 
@@ -132,12 +128,14 @@ def _part(chunk, i):
             TurnRecord(
                 r.rollout[keep] - i * chunk.siblings,
                 [r.text[j] for j in at],
-                [r.intents[j] for j in at],
+                r.questions and r.questions.select(at),
+                r.intents and [r.intents[j] for j in at],
                 r.x[keep],
                 r.x_next[keep],
                 r.step_index[keep],
                 r.sigma[keep],
                 r.log_prob[keep],
+                r.x0[keep],
                 r.images[at],
             )
         )
@@ -204,7 +202,8 @@ def test_a_nan_is_stopped_before_it_reaches_the_weights(tiny_unified, tmp_path, 
         if torch.is_grad_enabled():
             calls.append(1)
         bad = torch.is_grad_enabled() and len(calls) == 6
-        return original(self, x, sigma, context) * (torch.nan if bad else 1)
+        v = original(self, x, sigma, context)
+        return dataclasses.replace(v, v=v.v * torch.nan) if bad else v
 
     monkeypatch.setattr(type(tiny_unified), "velocity", velocity)
     with pytest.raises(NonFiniteError, match="iteration 1, turn 1, window step 2; first non-finite tensor: velocity"):

@@ -14,11 +14,12 @@ from editr2.config import Config, replace_nested
 from editr2.credit import assign_credit
 from editr2.data import open_sessions
 from editr2.evaluate import judge, merge_scores, share
+from editr2.gradient import Batch, accumulate_gradient
 from editr2.policies.unified import UnifiedPolicy
 from editr2.rewards.world import WorldReward
 from editr2.rollout import Seeds, chunks, rollout_chunk
 from editr2.schedule import make_sampler
-from editr2.trainer import State, accumulate_gradient
+from editr2.state import State
 
 
 def main(out: Path) -> None:
@@ -40,8 +41,10 @@ def main(out: Path) -> None:
     group = torch.arange(r.sessions).repeat_interleave(r.siblings)
     credit = assign_credit(scores, group, config.credit)
     local = slice(mine.start * r.siblings, mine.stop * r.siblings)
-    state = State(policy, torch.optim.SGD(policy.module.parameters(), lr=0.0), None, None)
-    accumulate_gradient(config, state, done, credit, local, sampler, seeds, 0, accelerator)
+    state = State(policy, torch.optim.SGD(policy.module.parameters(), lr=0.0))
+    trained = int(credit.mask.sum())
+    batch = Batch(done, credit.advantage[local], credit.mask[local], trained, sampler, seeds)
+    accumulate_gradient(config, state, batch, 0, 0, accelerator.device)
     parameters = [p for p in policy.module.parameters() if p.grad is not None]
     gradient = torch.cat([p.grad.reshape(-1) for p in parameters])
     if accelerator.num_processes > 1:

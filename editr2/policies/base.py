@@ -10,13 +10,15 @@ Everything slow that does not depend on the noise (text encoders, image encodes,
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from editr2_kernels import guided_velocity
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,77 @@ class Intent:
 
     text: the self-contained instruction that replaces the raw one, or None when none could be read from the sample
     (then the raw instruction stands: a fallback). reasoning: what was written before `</think>`. ids: the sampled
-    tokens, for the text objective.
+    tokens, end mark included, for the text objective. log_prob: theirs while decoding, at the sampling temperature.
     """
 
     text: str | None
     reasoning: str
     ids: tuple[int, ...] = field(default=())
+    log_prob: tuple[float, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """A prediction (noise - data), and under guidance the unguided branches beside it, for the kernels to combine.
+
+    v: [B, *latent_shape]. guidance: keywords of `sde_step`, `sde_log_prob` and `grpo_loss` (v_uncond, guidance,
+    v_uncond_image, guidance_image, guidance_interval, renorm); empty without guidance.
+    """
+
+    v: Tensor
+    guidance: Mapping[str, Any] = field(default_factory=dict)
+
+    def combined(self, sigma: Tensor) -> Tensor:
+        """The guided velocity as one tensor; `v` itself without guidance."""
+        return guided_velocity(self.v, sigma, **self.guidance) if self.guidance else self.v
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the intents of a batch answer: raw earlier and current instructions, and each session's mode."""
+
+    earlier: list[list[str]]
+    current: list[str]
+    modes: list[str | None]
+
+    def select(self, index: Sequence[int]) -> Questions:
+        return Questions(
+            [self.earlier[i] for i in index], [self.current[i] for i in index], [self.modes[i] for i in index]
+        )
+
+
+@dataclass(frozen=True)
+class TurnTask:
+    """One turn of B rollouts that training replays.
+
+    text: what the context got as instruction. images: uint8 [B, H, W, 3], the turn's outputs, which later turns see.
+    x: [B, Q, *latent_shape] and sigma: [B, Q], the places where velocities are asked for (Q may be 0).
+    questions, answers: the intents' questions and the sampled ids (an empty answer counts nothing); None without text.
+    """
+
+    text: list[str]
+    images: np.ndarray
+    x: Tensor
+    sigma: Tensor
+    questions: Questions | None = None
+    answers: list[tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Log-probs of given answers, float32 [B, L], 0 where valid (bool [B, L]) is False."""
+
+    log_prob: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class TurnReplay:
+    """What a turn predicts under the present weights: the velocity at every place, [B * Q, *latent_shape] in the order
+    (rollout, place), and the answers' log-probs."""
+
+    velocity: Velocity
+    tokens: TokenScores | None
 
 
 class Policy(Protocol):
@@ -49,7 +116,7 @@ class Policy(Protocol):
 
     @property
     def writes_text(self) -> bool:
-        """Whether `intend` writes intents; a policy that does not returns None from it."""
+        """Whether it writes intents, and then also has the methods of `TextPolicy`."""
 
     def encode(self, images: np.ndarray) -> Any:
         """Source images -> context of B samples."""
@@ -57,23 +124,7 @@ class Policy(Protocol):
     def instruct(self, context: Any, instructions: Sequence[str]) -> Any:
         """The context with this turn's instruction (or intent) added."""
 
-    def intend(
-        self,
-        context: Any,
-        earlier: Sequence[Sequence[str]],
-        current: Sequence[str],
-        seeds: Tensor | None,
-        *,
-        temperature: float,
-        max_tokens: int,
-    ) -> list[Intent] | None:
-        """Writes each sample's intent on a branch of `context`, which itself stays as it is.
-
-        earlier, current: raw instructions. seeds: int64 [B] (one per sample: the text does not depend on the batch), or
-        None for greedy. None from a policy without text.
-        """
-
-    def velocity(self, x: Tensor, sigma: Tensor, context: Any) -> Tensor:
+    def velocity(self, x: Tensor, sigma: Tensor, context: Any) -> Velocity:
         """Velocity (noise - data) of latents x [B, *latent_shape] at sigma [B]; differentiable in the weights."""
 
     def append(self, context: Any, images: np.ndarray) -> Any:
@@ -82,8 +133,46 @@ class Policy(Protocol):
     def select(self, context: Any, index: Tensor) -> Any:
         """The samples at `index` (repeats allowed) as a context."""
 
+    def join(self, contexts: Sequence[Any]) -> Any:
+        """Several contexts, of different turns perhaps, as one batch in their order."""
+
     def decode(self, latents: Tensor) -> np.ndarray:
         """Clean latents -> uint8 images."""
+
+
+@runtime_checkable
+class TextPolicy(Policy, Protocol):
+    """A policy that writes intents (`writes_text`)."""
+
+    def writes_text_with(self, name: str) -> bool:
+        """Whether a parameter of `module` serves the text (and takes `train.text_lr`)."""
+
+    def intend(
+        self, context: Any, questions: Questions, seeds: Tensor | None, *, temperature: float, max_tokens: int
+    ) -> list[Intent]:
+        """Writes each sample's intent on a branch of `context`, which itself stays as it is.
+
+        seeds: int64 [B] (one per sample: the text does not depend on the batch), or None for greedy.
+        """
+
+    def answer_log_prob(
+        self, context: Any, questions: Questions, answers: Sequence[tuple[int, ...]], *, temperature: float
+    ) -> TokenScores:
+        """Teacher-forced log-probs of given answers behind `context`; differentiable in the weights."""
+
+
+@runtime_checkable
+class PackedPolicy(Protocol):
+    """A policy that can replay whole sessions in one forward, equal to walking through them up to rounding."""
+
+    def packs(self, turns: Sequence[TurnTask], *, context_gradient: bool) -> bool:
+        """Whether the packed forward is the cheaper one for these turns, by its token and attention counts."""
+
+    def replay_packed(
+        self, images: np.ndarray, turns: Sequence[TurnTask], *, context_gradient: bool, temperature: float
+    ) -> list[TurnReplay]:
+        """Every turn of B rollouts from their source images [B, H, W, 3]; gradients go through the context (the past
+        images and texts) only with `context_gradient`."""
 
 
 def with_module(policy: Any, module: nn.Module) -> Any:

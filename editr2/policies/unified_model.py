@@ -99,6 +99,12 @@ class MLP(nn.Module):
 Reach = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """New keys and values of a block, [B, kv_heads, L, head_dim] each -> those of the past with the new ones behind."""
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention in a form of its own: queries, keys and values [B, heads, ., head_dim] -> [B, heads, L, head_dim]."""
+
+Mask = Tensor | Attend | None
+"""A boolean mask (True = may look) for dense attention, `Attend`, or None: everything sees everything."""
+
 Streams = dict[str, Tensor]
 """A block's hidden states by expert, the key being the suffix of the expert's parameters: "" for understanding, then
 `_moe_gen` for generation. An expert without tokens is left out, so most layers' work is done in place, without gathers.
@@ -140,7 +146,7 @@ class Attention(nn.Module):
                 self.add_module(f"{name}{suffix}", norm)
 
     def forward(
-        self, streams: Streams, cos: Tensor, sin: Tensor, mask: Tensor | None, reach: Reach | None
+        self, streams: Streams, cos: Tensor, sin: Tensor, mask: Mask, reach: Reach | None
     ) -> tuple[Streams, tuple[Tensor, Tensor]]:
         def project(name: str, heads: int, normed: bool) -> Tensor:
             parts = []
@@ -155,7 +161,10 @@ class Attention(nn.Module):
         new = (k, v)
         if reach is not None:
             k, v = reach(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        if mask is None or isinstance(mask, Tensor):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        else:
+            out = mask(q, k, v)
         parts = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in streams.values()], dim=1)
         attended = zip(streams, parts, strict=True)
         return {suffix: getattr(self, f"o_proj{suffix}")(part) for suffix, part in attended}, new
@@ -171,7 +180,7 @@ class Layer(nn.Module):
             self.add_module(f"post_attention_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(
-        self, streams: Streams, cos: Tensor, sin: Tensor, mask: Tensor | None, reach: Reach | None
+        self, streams: Streams, cos: Tensor, sin: Tensor, mask: Mask, reach: Reach | None
     ) -> tuple[Streams, tuple[Tensor, Tensor]]:
         normed = {suffix: getattr(self, f"input_layernorm{suffix}")(x) for suffix, x in streams.items()}
         attended, new = self.self_attn(normed, cos, sin, mask, reach)
@@ -355,12 +364,12 @@ class UnifiedModel(nn.Module):
         x_BLH: Tensor,
         split: int,
         position_BL: Tensor,
-        mask: Tensor | None,
+        mask: Mask,
         context: Context | Branch | None,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """All layers over a block (understanding tokens first, `split` of them) behind a context.
 
-        mask: bool, broadcastable to [B, heads, L, K + L], True = may look. Returns the final hidden states
+        mask: bool, broadcastable to [B, heads, L, K + L], or attention of another form. Returns the final hidden states
         [B, L, H] and the block's own keys and values per layer.
         """
         half = self.config.head_dim // 2
@@ -405,6 +414,10 @@ class UnifiedModel(nn.Module):
         """
         hidden, keys, values = self._text_block(context, context.valid, ids, valid)
         return self._extend(context, keys, values, valid, valid.sum(1)), hidden
+
+    def text_hidden(self, context: Context, ids: Tensor, valid: Tensor) -> Tensor:
+        """The hidden states of `append_text` alone, where nothing will read what was read: differentiable."""
+        return self._text_block(context, context.valid, ids, valid)[0]
 
     def extend_branch(self, branch: Branch, ids: Tensor, valid: Tensor) -> Tensor:
         """`append_text` in place: the same hidden states [B, L, H]; no gradient. Raises ValueError beyond capacity."""

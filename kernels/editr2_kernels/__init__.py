@@ -9,7 +9,7 @@ from .backends import BackendStatus, backends
 from .compat import COMPAT, Compat
 from .group_advantage import CREDIT_PRESETS, CreditOptions, GroupAdvantage, group_advantage, group_advantage_ref
 from .grpo_loss import KL_SCALES, GrpoLoss, GrpoMetrics, grpo_loss, grpo_loss_ref
-from .guidance import RENORMS
+from .guidance import RENORMS, guided_velocity
 from .nft_loss import NftLoss, NftMetrics, nft_loss, nft_loss_ref, nft_optimality
 from .philox import INITIAL_STEP, philox_normal, philox_normal_ref
 from .sde_log_prob import SdeLogProb, sde_log_prob, sde_log_prob_ref
@@ -46,6 +46,7 @@ __all__ = [
     "group_advantage_ref",
     "grpo_loss",
     "grpo_loss_ref",
+    "guided_velocity",
     "nft_loss",
     "nft_loss_ref",
     "nft_optimality",

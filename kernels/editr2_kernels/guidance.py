@@ -284,6 +284,18 @@ def guided_ref(latents: Latents, sigma: Tensor) -> Tensor:
     return torch.where(guide.active, u, v)
 
 
+def guided_velocity(v: Tensor, sigma: Tensor, **guidance: Any) -> Tensor:
+    """The combined velocity itself, fp32 in the shape of v; differentiable to the branches. Plain torch: the steps and
+    losses combine in their kernels, and this is for where the velocity alone is wanted.
+
+    v: [B, ...]. sigma: [B] float32. guidance: from v_uncond to renorm, as in `sde_step`; without them v itself in fp32.
+    Raises ValueError or TypeError naming the argument.
+    """
+    latents = make_latents(v.detach(), v, **guidance)
+    _checks.scalars("sigma", sigma, "v", v)
+    return guided_ref(latents, sigma[:, None]).view(v.shape)
+
+
 def guidance_backward_ref(latents: Latents, sigma: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """From the gradient to u, [B, N], to those to v, v_uncond and v_uncond_image (None where absent), by formula."""
     latents = _in(latents, sigma.dtype)

@@ -1,0 +1,90 @@
+"""Other weights of the same policy: the start (reference), the sampling policy of NFT, the running average.
+
+All three are copies of the *trainable* parameters alone, exchanged with the live ones while they are used. Under LoRA
+that is a few adapter matrices, and the reference (whose B matrices are zero) is the base model with its adapters off;
+without LoRA it is the frozen copy that is needed anyway. One mechanism, no second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from editr2.errors import CheckpointError
+
+LORA_TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
+"""Attention and MLP of both experts."""
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the trainable parameters."""
+    return {name: p.detach().clone() for name, p in trainable(module).items()}
+
+
+@contextmanager
+def exchanged(module: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """The module holds `values` inside (None: its own). Nothing is copied, and a graph built before stays valid,
+    because afterwards every parameter holds its own storage again."""
+    if values is None:
+        yield
+        return
+    parameters = trainable(module)
+    own = {name: p.data for name, p in parameters.items()}
+    for name, p in parameters.items():
+        p.data = values[name]
+    try:
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.data = own[name]
+
+
+@torch.no_grad()
+def mix(values: dict[str, Tensor], module: nn.Module, keep: float) -> None:
+    """values <- keep * values + (1 - keep) * live, in place."""
+    for name, p in trainable(module).items():
+        values[name].lerp_(p.detach(), 1 - keep)
+
+
+@torch.no_grad()
+def load_trainable(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copies `values` into the trainable parameters. Raises `CheckpointError` naming one that is missing or unknown."""
+    parameters = trainable(module)
+    if odd := sorted(set(parameters) ^ set(values)):
+        where = "missing from" if odd[0] in parameters else "unknown to the policy but in"
+        raise CheckpointError(f"{odd[0]}: {where} the checkpoint (and {len(odd) - 1} more)")
+    for name, p in parameters.items():
+        p.copy_(values[name])
+
+
+def add_lora(module: nn.Module, rank: int, alpha: float | None = None) -> None:
+    """Adapters of rank `rank` and strength alpha (default 2 * rank) on every attention and MLP projection; everything
+    else is frozen. B starts at zero: the policy is unchanged."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=LORA_TARGETS)
+    inject_adapter_in_model(config, module)
+    for name, p in module.named_parameters():
+        p.requires_grad_(".lora_" in name)
+
+
+def merged_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the module without adapters: LoRA's product added to the weights it adapts."""
+    state = {k.replace(".base_layer.", "."): v.detach() for k, v in module.state_dict().items() if ".lora_" not in k}
+    if len(state) == len(module.state_dict()):
+        return state
+    from peft.tuners.lora import LoraLayer  # seconds of imports, so only where there are adapters
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            for adapter in layer.active_adapters:
+                state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(adapter)
+    return state

@@ -1,0 +1,159 @@
+"""What is compared: every arm is a name, a preset and the fields that it changes, as data.
+
+All arms share the start, the seeds, the held-out sessions and the number of edits an iteration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from editr2.config import Config, check_config, preset_config, replace_nested
+from editr2.errors import ConfigError
+
+TURNS = 3
+"""Turns of every held-out session, as in all published work."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One policy of the comparison.
+
+    Args:
+        name: its folder, its key in the rows.
+        title: as tables and plots call it.
+        isolates: the one thing in which it differs from `beside`, or what it stands for.
+        preset: the preset it starts from.
+        overrides: fields of `Config` that it changes, nested by section; they win over `Settings`.
+        beside: the arm it differs from in what it isolates, and in nothing else.
+        trained: false for the start itself, which is only evaluated.
+    """
+
+    name: str
+    title: str
+    isolates: str
+    preset: str = "edit-r2"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    beside: str | None = None
+    trained: bool = True
+
+
+_NO_INTENT = {"intent": False}
+_UNFILTERED = {"filter": False}
+
+ARMS: tuple[Arm, ...] = (
+    Arm("base", "start", "the shipped weights, raw instructions", overrides={"policy": _NO_INTENT}, trained=False),
+    Arm("base-intent", "start + intent", "the shipped weights write an intent first", beside="base", trained=False),
+    Arm(
+        "single-turn",
+        "single-turn RL",
+        "RL on one-turn sessions, three times as many; evaluated on three turns",
+        overrides={"policy": _NO_INTENT, "rollout": {"turns": 1}, "credit": _UNFILTERED},
+    ),
+    Arm(
+        "multi-turn",
+        "multi-turn RL",
+        "rollouts of three turns on the policy's own outputs",
+        overrides={"policy": _NO_INTENT, "credit": _UNFILTERED},
+        beside="single-turn",
+    ),
+    Arm(
+        "intent",
+        "+ intent",
+        "an intent is written before turns 2 and 3, its tokens trained too",
+        overrides={"credit": _UNFILTERED},
+        beside="multi-turn",
+    ),
+    Arm("edit-r2", "+ filter = Edit-R2", "turns after a failed instruction do not train", beside="intent"),
+    Arm(
+        "mt-editflow-grpo",
+        "MT-EditFlow, GRPO",
+        "IF and CC, each normalised in its group (advantage fusion), their mean over turns on every turn",
+        preset="mt-editflow-grpo",
+    ),
+    Arm(
+        "mt-reward-fusion",
+        "reward fusion",
+        "IF and CC are weighed before they are normalised",
+        preset="mt-editflow-grpo",
+        overrides={"credit": {"fusion": "reward"}},
+        beside="mt-editflow-grpo",
+    ),
+    Arm(
+        "mt-per-turn",
+        "per-turn credit",
+        "every turn has its own advantage against its own baseline, nothing is broadcast",
+        preset="mt-editflow-grpo",
+        overrides={"credit": {"aggregate": "per-turn", "baseline": "session_turn"}},
+        beside="mt-editflow-grpo",
+    ),
+    Arm(
+        "mt-editflow-nft",
+        "MT-EditFlow, NFT",
+        "DiffusionNFT on ODE rollouts in place of GRPO on an SDE window",
+        preset="mt-editflow-nft",
+        # The preset's ten steps would be 2.5 times the rollout of the other arms.
+        overrides={"rollout": {"steps": Config().rollout.steps}},
+        beside="mt-editflow-grpo",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all arms of one reproduction share, and all rows of one page.
+
+    Args:
+        iterations: of training.
+        sessions: held-out sessions.
+        groups: three-turn sessions an iteration (an arm with fewer turns gets as many more).
+        siblings: rollouts a session.
+        sampler: of the evaluation, as `eval.sampler`.
+    """
+
+    iterations: int = Config().train.iterations
+    sessions: int = 500
+    groups: int = Config().rollout.sessions
+    siblings: int = Config().rollout.siblings
+    sampler: str = Config().eval.sampler
+
+
+def find_arms(names: str | None) -> tuple[Arm, ...]:
+    """The arms of a comma-separated list, in the order of `ARMS`; all of them for none."""
+    if names is None:
+        return ARMS
+    known = {arm.name: arm for arm in ARMS}
+    asked = [name.strip() for name in names.split(",")]
+    for name in asked:
+        if name not in known:
+            raise ConfigError(f"--arms: {name!r} (accepted: {', '.join(known)})")
+    return tuple(arm for arm in ARMS if arm.name in asked)
+
+
+def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Config:
+    """The checked configuration of one run."""
+    turns = arm.overrides.get("rollout", {}).get("turns", TURNS)
+    common = {
+        "seed": seed,
+        "out": str(out),
+        "rollout": {"sessions": settings.groups * TURNS // turns, "siblings": settings.siblings, "turns": turns},
+        "train": {"iterations": settings.iterations, "kl_weight": 0.0},
+        "eval": {"sessions": settings.sessions, "turns": TURNS, "sampler": settings.sampler, "every": 0, "strips": 2},
+        # The last iteration always writes one.
+        "checkpoint": {"every": settings.iterations, "keep": 1},
+    }
+    config: Config = replace_nested(replace_nested(preset_config(arm.preset), common), arm.overrides)
+    check_config(config)
+    return config
+
+
+def start_of(arm: Arm) -> str:
+    """The untrained arm that an arm starts from: with an intent or without."""
+    return "base-intent" if arm_config(arm, Settings(), 0, "").policy.intent else "base"
+
+
+def evaluation_sampler(config: Config) -> str:
+    """How an arm is sampled in evaluation: "ode", or the dynamics of its window."""
+    ode = config.eval.sampler == "ode" or config.rollout.window == 0
+    return "ode" if ode else config.rollout.dynamics

@@ -1,0 +1,272 @@
+"""Training the arms: a process a run, several side by side, resumable by whole runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from editr2.config import Config
+from editr2.errors import ConfigError
+from editr2.reproduce.arms import Arm, Settings, arm_config, evaluation_sampler, find_arms, start_of
+from editr2.reproduce.rows import FILE, Key, Row, cores, fingerprints, make_row, read_rows, shared_settings, write_rows
+from editr2.tracking import read_metrics
+from editr2.yaml_config import dump_yaml, load_yaml, to_dataclass
+
+TAIL = 8
+"""Lines of a failed run's output that are shown; all of it is in the log beside the run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm under one training seed."""
+
+    arm: Arm
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm.name} seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    @property
+    def file(self) -> Path:
+        return self.folder.with_suffix(".yaml")
+
+    def metrics(self) -> list[Row]:
+        path = self.folder / "metrics.jsonl"
+        return read_metrics(path)[0] if path.exists() else []
+
+    def finished(self) -> bool:
+        return any(row.get("event") == "comparison" for row in self.metrics())
+
+
+def command(config_file: Path) -> list[str]:
+    """What trains one run."""
+    return [sys.executable, "-m", "editr2.cli", "train", "--config", str(config_file)]
+
+
+def reproduce(
+    out: Path, docs: Path, settings: Settings, *, arms: Sequence[Arm], seeds: int = 3, jobs: int = 2
+) -> list[str]:
+    """Trains what is missing, writes `reproduction.jsonl` after every run, and returns the labels of runs that failed.
+
+    Raises `ConfigError` before anything is trained when `out` or `docs` holds results of other settings.
+    """
+    # Seed by seed, so that an interrupted reproduction has whole seeds.
+    runs = [
+        Run(arm, seed, arm_config(arm, settings, seed, out / arm.name / f"seed{seed}"))
+        for seed in range(seeds)
+        for arm in arms
+        if arm.trained
+    ]
+    _check_credit(runs)
+    rows = read_rows(docs)
+    if rows and not (shared_settings(rows, docs / FILE) == settings and _current(rows, settings)):
+        raise ConfigError(
+            f"{docs / FILE}: holds rows of other settings (accepted: another --docs, or without the file)"
+        )
+    for run in runs:
+        _check_earlier(run)
+    count = 0
+
+    def done(run: Run) -> None:
+        nonlocal count
+        count += 1
+        rows.update(run_rows(run, settings, rows))
+        write_rows(docs, rows)
+        row = rows[run.arm.name, run.seed, evaluation_sampler(run.config)]
+        start = _evaluation(run, "before")["ga_turn"][-1]["mean"]
+        progress = f"turn-{len(row['ga_turn'])} GA {_shown(start)} -> {_shown(row['ga_turn'][-1])}"
+        print(f"{run.label}: {progress}, {row['seconds']:.0f} s of training ({count} of {len(runs)})", flush=True)
+
+    def failed(run: Run, reason: str) -> None:
+        failures.append(run.label)
+        print(f"{run.label}: failed, {reason}\n{_tail(run.log)}", flush=True)
+
+    failures: list[str] = []
+    for run in runs:
+        if run.finished():
+            done(run)
+    _side_by_side([run for run in runs if not run.finished()], jobs, done, failed)
+    for arm in arms:
+        config = arm_config(arm, settings, 0, out / arm.name)
+        sampler = evaluation_sampler(config)
+        if not arm.trained and (arm.name, None, sampler) not in rows:
+            rows[arm.name, None, sampler] = make_row(
+                arm, None, sampler, settings, evaluate_start(config), **fingerprints(config)
+            )
+            write_rows(docs, rows)
+    return failures
+
+
+def _check_credit(runs: Sequence[Run]) -> None:
+    from editr2.credit import credit_options
+
+    for run in runs:
+        credit_options(run.config.credit)
+
+
+def _current(rows: Mapping[Key, Row], settings: Settings) -> bool:
+    """Whether the rows are of the arms as they are now."""
+    known = {arm.name: arm for arm in find_arms(None)}
+    for row in rows.values():
+        if row["arm"] not in known:
+            return False
+        now = fingerprints(arm_config(known[row["arm"]], settings, 0, ""))
+        if row["start"] != now["start"] or (row["seed"] is not None and row["config"] != now["config"]):
+            return False
+    return True
+
+
+def _check_earlier(run: Run) -> None:
+    """A finished run of other settings is neither used nor overwritten."""
+    file = run.folder / "config.yaml"
+    if not (run.finished() and file.exists()):
+        return
+    try:
+        earlier = to_dataclass(load_yaml(file)[0], Config)
+    except ConfigError:
+        earlier = None
+    other = run.file.exists() and not run.file.read_text().startswith(_head(run.config))
+    if other or earlier is None or replace(earlier, out=run.config.out) != run.config:
+        raise ConfigError(
+            f"{run.folder}: holds a finished run of other settings (accepted: another --out, or without it)"
+        )
+
+
+def _head(config: Config) -> str:
+    """The first line of a run's configuration file. The trainer's own copy does not say which weights were shipped."""
+    return f"# starts from {fingerprints(config)['start']}\n"
+
+
+def _evaluation(run: Run, name: str) -> Row:
+    return next(row for row in reversed(run.metrics()) if (row.get("event"), row.get("name")) == ("eval", name))
+
+
+def run_rows(run: Run, settings: Settings, known: dict[Key, Row]) -> dict[Key, Row]:
+    """The row of a finished run, and that of the start it began from where none is known: the same settings, weights
+    and sessions were evaluated before training."""
+    metrics = run.metrics()
+    start = next(row for row in metrics if row.get("event") == "start")
+    took = round([row["elapsed_s"] for row in metrics if row.get("event") == "train"][-1], 1)
+    facts: dict[str, Any] = {"threads": start["threads"], "device": start["device"], **fingerprints(run.config)}
+    sampler = evaluation_sampler(run.config)
+    key: Key = (run.arm.name, run.seed, sampler)
+    rows: dict[Key, Row] = {
+        key: make_row(run.arm, run.seed, sampler, settings, _evaluation(run, "after"), seconds=took, **facts)
+    }
+    if key in known and {**known[key], "date": None} == {**rows[key], "date": None}:
+        rows[key] = known[key]  # measured then, read again today
+    (base,) = find_arms(start_of(run.arm))
+    if (base.name, None, sampler) not in known:
+        before = make_row(base, None, sampler, settings, _evaluation(run, "before"), **facts)
+        rows[base.name, None, sampler] = before
+    return rows
+
+
+def evaluate_start(config: Config) -> Row:
+    """The evaluation of the start, in this process."""
+    import torch
+    from accelerate import Accelerator
+
+    from editr2.data import open_sessions
+    from editr2.evaluate import evaluate
+    from editr2.policies.load import load_policy
+    from editr2.rewards.world import WorldReward
+    from editr2.schedule import eval_sampler
+
+    policy = load_policy(config.policy)
+    heldout = open_sessions(config, policy).heldout
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    return evaluate(policy, WorldReward(), heldout, eval_sampler(config), config, accelerator).row(0, "before")
+
+
+def _side_by_side(
+    runs: Sequence[Run], jobs: int, done: Callable[[Run], None], failed: Callable[[Run, str], None]
+) -> None:
+    """Trains `runs` in order, `jobs` at a time, each with its share of the cores. Whatever ends this call ends them."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+    waiting, running = deque(runs), list[tuple[Run, subprocess.Popen[bytes]]]()
+    with _terminated_as_interrupted():
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.popleft()
+                    running.append((run, _start(run, environment)))
+                for run, process in list(running):
+                    if process.poll() is None:
+                        continue
+                    running.remove((run, process))
+                    if process.returncode == 0 and run.finished():
+                        done(run)
+                    else:
+                        failed(run, _reason(process.returncode))
+                time.sleep(0.05)
+        finally:
+            for _, process in running:
+                process.terminate()
+            for _, process in running:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    run.file.write_text(_head(run.config) + dump_yaml(run.config))
+    with run.log.open("wb") as log:
+        return subprocess.Popen(
+            command(run.file), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the children too, as Ctrl-C does: an orphan would write into a run's folder beside its successor."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def _reason(code: int) -> str:
+    if code == 0:
+        return "it ended without its comparison row"
+    return f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+
+
+def _tail(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return "\n".join(f"    {line}" for line in lines[-TAIL:])
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,421 @@
+"""What must hold of the methods whatever the policy: ratios, filters, zero gradients, NFT at its start, credit."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from editr2.config import Config, CreditConfig, preset_config, replace_nested
+from editr2.credit import assign_credit, credit_options
+from editr2.errors import ConfigError
+from editr2.evaluate import judge
+from editr2.gradient import Batch, accumulate_gradient
+from editr2.objective import noised_places, noised_rows, window_places
+from editr2.policies.base import Velocity
+from editr2.policies.unified import Guidance
+from editr2.policies.weights import add_lora, exchanged, merged_weights, mix, snapshot, trainable
+from editr2.rewards.base import Scores
+from editr2.rewards.world import WorldReward
+from editr2.rollout import Chunk, Seeds, rollout_chunk
+from editr2.schedule import make_sampler, rollout_sampler
+from editr2.state import new_state
+from editr2.worlds.shapes import make_session
+from editr2_kernels import nft_loss, nft_optimality
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes) -> Config:
+    base = {"policy": {"intent_tokens": 5}, "rollout": {"sessions": 2, "siblings": 3}, "train": {"ema": None}}
+    return replace_nested(replace_nested(Config(), base), changes)
+
+
+def sampled(policy, config, turns=(3, 3)):
+    """One chunk of rollouts with random advantages: (batch, state)."""
+    sampler, seeds = rollout_sampler(config.rollout), Seeds(0, "train")
+    sessions = [make_session(0, i, turns=n) for i, n in enumerate(turns)]
+    chunk = Chunk(sessions, list(range(len(sessions))), config.rollout.siblings)
+    rollout_chunk(
+        policy, chunk, sampler, seeds, config.policy, rollout=config.rollout, keep_velocity=config.train.guard
+    )
+    shape = (chunk.rollouts, max(turns))
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for turn, record in enumerate(chunk.turns):
+        mask[record.rollout, turn] = True
+    advantage = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    batch = Batch([chunk], advantage, mask, int(mask.sum()), sampler, seeds)
+    return batch, new_state(config, policy)
+
+
+def gradient(config, state, batch, update=0):
+    """(flat gradient, statistics); the policy's gradients are empty before and after."""
+    state.optimizer.zero_grad()
+    seen = accumulate_gradient(config, state, batch, update, 0, CPU)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(state.policy.module).values()]
+    flat = torch.cat([g.flatten() for g in grads]).clone()
+    state.optimizer.zero_grad()
+    return flat, seen
+
+
+def again(batch, **changes):
+    """The same rollout before any update was made of it."""
+    return dataclasses.replace(batch, old={}, old_text={}, **changes)
+
+
+# ----------------------------------------------------------------------------------------------------- on-policy ratios
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"micro_batch": 5},
+        {"packed": "on"},
+        {"packed": "on", "context_gradient": True},
+        {"context_gradient": True},
+        {"guard": True},
+        {"kl_weight": 0.1},
+    ],
+    ids=str,
+)
+def test_the_first_update_finds_ratios_of_one_for_images_and_intents_at_every_turn(tiny_unified, train):
+    config = settings(train=train)
+    batch, state = sampled(tiny_unified, config, turns=(3, 2))
+    flat, seen = gradient(config, state, batch)
+    assert seen["ratio_error"] <= 1e-6 and seen["text_error"] <= 2e-5 and seen["clipped"] == seen["text_clipped"] == 0
+    assert flat.abs().max() > 0
+    assert {turn for _, turn in batch.old_text} == {1, 2}
+    # The ratio is 1 because both sides were computed, not because one was copied: other weights are told apart.
+    with torch.no_grad():
+        for p in trainable(tiny_unified.module).values():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)), alpha=3e-2)
+    moved = again(batch)
+    state.iteration = 1  # past the sentinel, which would stop here
+    _, seen = gradient(config, state, moved)
+    assert seen["ratio_error"] > 1e-4 and seen["text_error"] > 1e-4
+
+
+@pytest.mark.parametrize("renorm", ["none", "text_channel", "global"])
+def test_ratios_of_one_under_guidance(tiny_unified, renorm):
+    tiny_unified.guidance = Guidance(3.0, 2.0, renorm)
+    config = settings(train={"kl_weight": 0.1})
+    batch, state = sampled(tiny_unified, config)
+    _, seen = gradient(config, state, batch)
+    assert seen["ratio_error"] <= 1e-6 and seen["kl"] <= 1e-10
+
+
+def test_ratios_of_one_in_bf16_storage_because_samples_are_rounded_before_they_are_scored(tiny_unified):
+    config = settings(rollout={"store_dtype": "bfloat16"}, train={"guard": True})
+    batch, state = sampled(tiny_unified, config)
+    record = batch.chunks[0].turns[0]
+    assert record.x.dtype == record.x_next.dtype == record.velocity.dtype == torch.bfloat16
+    _, seen = gradient(config, state, batch)
+    assert seen["ratio_error"] <= 1e-5  # guard's bias term sees the rounded velocity
+
+
+def test_all_ways_to_replay_give_one_gradient(tiny_unified):
+    base = settings(train={"kl_weight": 0.05})
+    batch, state = sampled(tiny_unified, base, turns=(3, 2))
+    expected, _ = gradient(base, state, batch)
+    for train in ({"micro_batch": 7}, {"micro_batch": 1000}, {"packed": "on"}):
+        config = replace_nested(base, {"train": train})
+        got, _ = gradient(config, state, again(batch))
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    through, _ = gradient(replace_nested(base, {"train": {"context_gradient": True}}), state, again(batch))
+    packed = replace_nested(base, {"train": {"context_gradient": True, "packed": "on"}})
+    got, _ = gradient(packed, state, again(batch))
+    torch.testing.assert_close(got, through, rtol=1e-3, atol=1e-4 * float(through.abs().max()))
+    assert (through - expected).norm() > 0.01 * expected.norm()  # the flag does something
+
+
+# ------------------------------------------------------------------------------------------------------- filter, masks
+
+
+@pytest.mark.parametrize("packed", ["off", "on"])
+def test_a_filtered_turn_adds_exactly_nothing_whatever_it_holds(tiny_unified, packed):
+    config = settings(train={"packed": packed, "old_log_prob": "rollout"})
+    batch, state = sampled(tiny_unified, config)
+    mask = batch.mask.clone()
+    mask[1, 1:] = False  # rollout 1 failed its first instruction
+    batch = again(batch, mask=mask)
+    expected, _ = gradient(config, state, batch)
+    record = batch.chunks[0].turns[1]
+    at = int((record.rollout == 1).nonzero()[0, 0])
+    record.x_next[at] = torch.nan
+    record.log_prob[at] = torch.inf
+    other = again(batch, advantage=batch.advantage.clone())
+    other.advantage[1, 1:] = 1e6
+    got, seen = gradient(config, state, other)
+    assert torch.equal(got, expected) and expected.abs().max() > 0
+    nothing, _ = gradient(config, state, again(batch, mask=torch.zeros_like(mask)))
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+def test_equal_scores_give_exactly_zero_advantage_and_gradient(tiny_unified):
+    config = settings()
+    batch, state = sampled(tiny_unified, config)
+    scores = scores_of(torch.full((6, 3, 3), 0.37))
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    for preset in ("edit-r2", "mt-editflow", "flow-grpo", "dr-grpo", "gdpo"):
+        credit = assign_credit(scores, group, CreditConfig(preset=preset, baseline=None))
+        assert torch.equal(credit.advantage, torch.zeros(6, 3))
+    flat, _ = gradient(config, state, again(batch, advantage=credit.advantage))
+    assert torch.equal(flat, torch.zeros_like(flat))
+
+
+def scores_of(values, expected=None):
+    present = torch.ones(values.shape[:2], dtype=torch.bool) if expected is None else expected
+    return Scores(("IF", "CC", "GA"), values, present, present, {})
+
+
+@pytest.mark.parametrize("preset", ["edit-r2", "edit-r2-released", "mt-editflow", "gdpo", "dr-grpo"])
+def test_permuting_siblings_permutes_advantages_bitwise(preset):
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randint(0, 5, (12, 3, 3), generator=generator) / 4
+    group = torch.arange(2).repeat_interleave(6)
+    order = torch.cat([torch.randperm(6, generator=generator), 6 + torch.randperm(6, generator=generator)])
+    config = CreditConfig(preset=preset, baseline=None)
+    one, two = assign_credit(scores_of(values), group, config), assign_credit(scores_of(values[order]), group, config)
+    assert torch.equal(one.advantage[order], two.advantage) and torch.equal(one.mask[order], two.mask)
+    if preset == "dr-grpo":  # centred and not divided: GCPO's form
+        sums = one.advantage.view(2, 6, 3).double().sum(1)
+        assert sums.abs().max() < 1e-5
+
+
+def test_credit_over_trajectories_of_different_lengths(tiny_unified):
+    """A session of two turns is normalised with its siblings over its two turns; the missing third counts nowhere."""
+    generator = torch.Generator().manual_seed(4)
+    values = torch.rand(8, 3, 3, generator=generator)
+    expected = torch.ones(8, 3, dtype=torch.bool)
+    expected[4:, 2] = False
+    group = torch.arange(2).repeat_interleave(4)
+    config = CreditConfig(preset="mt-editflow", baseline=None)
+    credit = assign_credit(scores_of(values, expected), group, config)
+    alone = assign_credit(scores_of(values[4:, :2]), group[:4], config)
+    assert torch.equal(credit.advantage[4:, :2], alone.advantage) and (credit.advantage[:4] != 0).any()
+    assert not credit.mask[4:, 2].any() and credit.mask[4:, :2].all()
+
+
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"aggregate": "median"}, "credit.aggregate"),
+        ({"fusion": "sum"}, "credit.fusion"),
+        ({"std": "none"}, "credit.std"),
+        ({"baseline": "turn"}, "credit.baseline"),
+    ],
+)
+def test_a_bad_credit_setting_is_named(changes, field):
+    with pytest.raises(ConfigError, match=field.replace(".", r"\.")):
+        credit_options(CreditConfig(**changes))
+
+
+def test_the_filter_needs_a_reward_named_if():
+    with pytest.raises(ConfigError, match=r"credit\.filter: true needs a reward named IF"):
+        credit_options(CreditConfig(preset="edit-r2"), ("bright",))
+    assert credit_options(CreditConfig(preset="edit-r2", filter=False), ("bright",)).filter_reward is None
+    assert credit_options(CreditConfig(preset="edit-r2"), ("CC", "IF")).filter_reward == 1
+
+
+def test_global_awareness_is_monotone_over_turns_under_an_exact_judge():
+    """The shipped start on sessions of four turns: once wrong, wrong for good."""
+    from editr2.policies.unified import UnifiedPolicy
+
+    policy = UnifiedPolicy.load()
+    sessions = [make_session(7, i, turns=4) for i in range(12)]
+    chunk = Chunk(sessions, list(range(12)), 1)
+    rollout_chunk(policy, chunk, make_sampler(4), Seeds(0, "eval"), Config().policy, greedy=True)
+    ga = judge(WorldReward(), [chunk], 4).values[..., 2]
+    assert (ga[:, 1:] <= ga[:, :-1]).all() and 0 < ga.mean() < 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ NFT
+
+
+def nft(**train) -> Config:
+    return settings(
+        policy={"intent": False},
+        rollout={"window": 0, "shared_noise": False},
+        train={"loss": "nft", "kl_weight": 1e-4, **train},
+    )
+
+
+def test_nft_starts_with_equal_halves_and_learns_towards_the_better_sibling(tiny_unified):
+    config = nft()
+    batch, state = sampled(tiny_unified, config)
+    places, noise = noised_places(batch.chunks[0], batch.sampler, batch.seeds, 0, 2)
+    rows = noised_rows(batch.chunks[0], places, noise, batch.advantage, batch.mask)
+    v = torch.randn(rows.x.shape)
+    args = (rows.x_next, rows.noise, rows.sigma, v, v.clone(), nft_optimality(rows.advantage))
+    halves = nft_loss(*args, beta=1.0).metrics
+    assert torch.equal(halves.positive, halves.negative)  # at v = v_old both are v_old itself
+    assert torch.allclose(rows.x, torch.lerp(rows.x_next, rows.noise, rows.sigma[:, None, None]))
+    assert (places.sigma[0][:, 0] > places.sigma[0][:, 1]).all()  # one noise level from each half of the steps
+    flat, _ = gradient(config, state, batch)
+    zero, _ = gradient(config, state, again(batch, advantage=torch.zeros_like(batch.advantage)))
+    assert zero.norm() < 1e-4 * flat.norm()  # r = 1/2 on both halves: they cancel at v = v_old
+
+
+def test_nft_draws_anew_for_every_update_and_the_old_policy_follows(tiny_unified):
+    config = nft(updates=2)
+    batch, state = sampled(tiny_unified, config)
+    one, _ = noised_places(batch.chunks[0], batch.sampler, batch.seeds, 0, 2)
+    two, _ = noised_places(batch.chunks[0], batch.sampler, batch.seeds, 1, 2)
+    assert not torch.equal(one.x[0], two.x[0])
+    with torch.no_grad():
+        for p in trainable(tiny_unified.module).values():
+            p.add_(1.0)
+    name = "llm2vae.bias"
+    before = state.old[name].clone()
+    state.iteration = 200  # keeps min(0.001 * 200, 0.5)
+    state.step_copies(config, iteration_done=True)
+    live = trainable(tiny_unified.module)[name]
+    torch.testing.assert_close(state.old[name], 0.2 * before + 0.8 * live.detach())
+
+
+# --------------------------------------------------------------------------------------------- windows, shared prefix
+
+
+class Counting:
+    """A policy whose velocity is cheap and counts the samples it is asked about."""
+
+    writes_text, latent_shape, image_size = False, (4, 3), (24, 24)
+
+    def __init__(self):
+        self.module = torch.nn.Linear(1, 1)
+        self.asked = []
+
+    def encode(self, images):
+        return torch.arange(len(images)).float()
+
+    def instruct(self, context, instructions):
+        return context + sum(len(c) for c in instructions) * 0
+
+    def velocity(self, x, sigma, context):
+        self.asked.append(len(x))
+        return Velocity(x * 0.3 + sigma[:, None, None] + context[:, None, None])
+
+    def append(self, context, images):
+        return context
+
+    def select(self, context, index):
+        return context[index]
+
+    def join(self, contexts):
+        return torch.cat(contexts)
+
+    def decode(self, latents):
+        return latents.new_zeros(len(latents), 24, 24, 3).byte().numpy()
+
+
+def test_the_first_turn_is_denoised_once_a_group_until_its_window_opens():
+    config = replace_nested(Config(), {"rollout": {"steps": 8, "window": 2, "window_range": 0.75}})
+    sampler, sessions = rollout_sampler(config.rollout), [make_session(0, i, turns=2) for i in range(3)]
+    runs = []
+    for siblings in (1, 4):
+        policy, chunk = Counting(), Chunk(sessions, [0, 1, 2], siblings)
+        rollout_chunk(policy, chunk, sampler, Seeds(0, "train"), config.policy, rollout=config.rollout)
+        runs.append((policy, chunk))
+    (_, alone), (policy, group) = runs
+    starts = sampler.first_start + Seeds(0, "train").start(group, torch.arange(12), 0, sampler.last_start + 1)
+    expected = [sum(1 if k < s else 4 for s in starts[::4].tolist()) for k in range(8)]
+    assert policy.asked[:8] == expected and policy.asked[8:] == [12] * 8 and min(expected) < 12
+    # The first sibling of a group is what it would be alone, bit for bit.
+    for name in ("x", "x_next", "log_prob", "step_index", "x0"):
+        for one, all_ in zip(alone.turns, group.turns, strict=True):
+            assert torch.equal(getattr(one, name), getattr(all_, name)[::4]), name
+    first = group.turns[0]
+    assert torch.equal(first.x[0, 0], first.x[3, 0]) and not torch.equal(first.x_next[0, 0], first.x_next[3, 0])
+
+
+def test_windows_random_fixed_and_progressive():
+    base = replace_nested(Config(), {"rollout": {"steps": 6, "window": 2, "window_range": 1.0, "window_every": 3}})
+
+    def at(schedule, iteration):
+        rollout = dataclasses.replace(base.rollout, window_schedule=schedule, dynamics="flow-sde")
+        sampler = rollout_sampler(rollout).at(iteration)
+        return sampler.first_start, sampler.last_start
+
+    assert [at("progressive", i)[0] for i in (0, 2, 3, 6, 12, 15)] == [0, 0, 1, 2, 4, 0]
+    assert all(len(set(at("progressive", i))) == 1 for i in range(5))
+    assert at("random", 7) == (0, 4) and at("fixed", 7) == (0, 0)
+
+
+# ------------------------------------------------------------------------------------------------- reference and LoRA
+
+
+def test_lora_trains_adapters_alone_and_its_reference_is_the_base_model(tiny_unified):
+    config = settings(train={"kl_weight": 0.1})
+    base = {k: v.clone() for k, v in tiny_unified.module.state_dict().items()}
+    batch, _ = sampled(tiny_unified, config)
+    chunk = batch.chunks[0]
+    add_lora(tiny_unified.module, 4)
+    state = new_state(config, tiny_unified)
+    names = set(trainable(tiny_unified.module))
+    assert names and all(".lora_" in n for n in names) and set(state.reference) == names
+    _, seen = gradient(config, state, again(batch))
+    assert seen["ratio_error"] <= 1e-6 and seen["kl"] == 0  # B starts at zero: nothing has changed
+    with torch.no_grad():
+        for p in trainable(tiny_unified.module).values():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)), alpha=0.05)
+    state.iteration = 1
+    _, seen = gradient(config, state, again(batch))
+    assert seen["kl"] > 0
+    walked = window_places(chunk)
+    context = tiny_unified.instruct(tiny_unified.encode(chunk.sessions[0].image[None]), chunk.turns[0].text[:1])
+    x, sigma = walked.x[0][:1, 0], walked.sigma[0][:1, 0]
+    adapted = tiny_unified.velocity(x, sigma, context).v
+    merged = merged_weights(tiny_unified.module)
+    assert set(merged) == set(base)
+    with exchanged(tiny_unified.module, state.reference):
+        plain_context = tiny_unified.instruct(
+            tiny_unified.encode(chunk.sessions[0].image[None]), chunk.turns[0].text[:1]
+        )
+        plain = tiny_unified.velocity(x, sigma, plain_context).v
+    from editr2.policies.unified import UnifiedPolicy
+    from editr2.policies.unified_model import UnifiedModel
+
+    for weights, expected in ((base, plain), (merged, adapted)):
+        model = UnifiedModel(tiny_unified.module.config)
+        model.load_state_dict(weights)
+        other = UnifiedPolicy(model, tiny_unified.codec)
+        there = other.instruct(other.encode(chunk.sessions[0].image[None]), chunk.turns[0].text[:1])
+        torch.testing.assert_close(other.velocity(x, sigma, there).v, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_exchanged_weights_leave_a_graph_and_the_weights_as_they_were():
+    module = torch.nn.Linear(3, 3)
+    values = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    x = torch.randn(2, 3)
+    out = module(module(x)).sum()
+    expected = torch.autograd.grad(module(module(x)).sum(), module.weight)[0]
+    before = snapshot(module)
+    with exchanged(module, values):
+        assert module(x).abs().max() == 0
+        mix(values, SimpleNamespace(named_parameters=lambda: []), 0.5)
+    assert all(torch.equal(before[n], p) for n, p in module.named_parameters())
+    assert torch.equal(torch.autograd.grad(out, module.weight)[0], expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("preset", ["edit-r2", "edit-r2-released", "mt-editflow-nft", "mixgrpo", "grpo-guard", "pku"])
+def test_a_preset_gives_the_same_bits_twice(preset, tmp_path, beside):
+    """Those that differ in mechanism; `python tests/presets_twice.py 20` runs all of them for longer."""
+    different, moved = beside("presets_twice").differing(preset, tmp_path, 2)
+    assert different == [] and moved
+
+
+def test_released_constants():
+    config = preset_config("edit-r2-released")
+    r, t, p = config.rollout, config.train, config.policy
+    assert (r.sessions, r.siblings, r.turns, r.steps, r.shift, r.noise_level) == (16, 6, 3, 14, 3.0, 1.3)
+    assert (p.guidance, p.guidance_image, p.renorm, p.temperature, p.intent_tokens) == (4, 2, "text_channel", 0.7, 150)
+    assert (p.lora_rank, p.lora_alpha, t.lr, t.minibatches, t.kl_weight) == (64, 128, 1e-4, 2, 0.01)
+    assert (t.clip_low, t.text_clip, t.text_weight, config.eval.steps) == (1e-5, 1e-5, 1.0, 50)
+    sampler = rollout_sampler(r)
+    assert sampler.window == 2 and sampler.last_start < 14 / 3
+    options = credit_options(config.credit)
+    assert options.filter_in_statistics and options.baseline == "session" and options.std == "global"

@@ -1,0 +1,300 @@
+"""Packed replay against the walk it stands for: values, gradients, masks, counts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from editr2.policies.base import PackedPolicy, Questions, TurnTask
+from editr2.policies.packed import Segment, by_segment, dense_mask, flex, mask_mod, pack, token_counts
+from editr2.policies.unified import Guidance, UnifiedPolicy
+from editr2.worlds.shapes import make_session
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 matrix products batched differently, two layers deep
+TEMPERATURE = 0.7
+
+
+@pytest.fixture
+def policy(tiny_unified):
+    return tiny_unified
+
+
+def tasks(policy, batch=3, turns=3, places=2, text=True):
+    """(source images, tasks) with instructions, questions and answers of different lengths; one answer is empty."""
+    sessions = [make_session(0, i, turns=turns) for i in range(batch)]
+    done = []
+    for t in range(turns):
+        asks, answers = None, None
+        if t and text:
+            earlier = [[u.instruction for u in s.turns[:t]] for s in sessions]
+            asks = Questions(earlier, [s.turns[t].instruction for s in sessions], [s.mode for s in sessions])
+            answers = [tuple(range(7, 7 + (3 * i * t) % 8)) for i in range(batch)]
+        images = np.stack([make_session(1 + t, i).image for i in range(batch)])
+        x, sigma = torch.randn(batch, places, *policy.latent_shape), torch.rand(batch, places)
+        done.append(TurnTask([s.turns[t].instruction for s in sessions], images, x, sigma, asks, answers))
+    return np.stack([s.image for s in sessions]), done
+
+
+def walk(policy, images, turns, context_gradient):
+    """What a rollout does, with every turn's context detached or not: (velocities, token scores) turn by turn."""
+    context, done = None, []
+    for turn in turns:
+        with torch.set_grad_enabled(context_gradient):
+            context = policy.encode(images) if context is None else policy.append(context, images)
+            before, context = context, policy.instruct(context, turn.text)
+        tokens = None
+        if turn.questions is not None:
+            tokens = policy.answer_log_prob(before, turn.questions, turn.answers, temperature=TEMPERATURE)
+        v = [policy.velocity(turn.x[:, q], turn.sigma[:, q], context).v for q in range(turn.sigma.shape[1])]
+        done.append((torch.stack(v, 1).flatten(0, 1) if v else None, tokens))
+        images = turn.images
+    return done
+
+
+def replay(policy, images, turns, context_gradient):
+    done = policy.replay_packed(images, turns, context_gradient=context_gradient, temperature=TEMPERATURE)
+    return [(r.velocity.v, r.tokens) for r in done]
+
+
+def gradients(policy, done):
+    """Of a loss that tells places and tokens apart."""
+    loss = torch.zeros(())
+    for t, (v, tokens) in enumerate(done):
+        if v is not None and v.numel():
+            loss = loss + ((1 + t + torch.arange(v.numel()).view(v.shape) % 7) * v).square().mean()
+        if tokens is not None and tokens.valid.any():
+            loss = loss + ((1 + torch.arange(tokens.log_prob.shape[1])) * tokens.log_prob).mean()
+    weights = [p for p in policy.module.parameters() if p.requires_grad]
+    return torch.autograd.grad(loss, weights, allow_unused=True)
+
+
+def assert_same(policy, found, expected):
+    for (v, tokens), (v_walk, tokens_walk) in zip(found, expected, strict=True):
+        if v_walk is None:
+            assert v.shape == (0, *policy.latent_shape)
+        else:
+            torch.testing.assert_close(v, v_walk, **CLOSE)
+        assert (tokens is None) == (tokens_walk is None)
+        if tokens is not None:
+            assert torch.equal(tokens.valid, tokens_walk.valid)
+            torch.testing.assert_close(tokens.log_prob, tokens_walk.log_prob, **CLOSE)
+    for g, h in zip(gradients(policy, found), gradients(policy, expected), strict=True):
+        size = max([float(x.abs().max()) for x in (g, h) if x is not None], default=0.0)
+        if g is None or h is None:
+            assert size == 0
+        else:
+            torch.testing.assert_close(g, h, rtol=1e-3, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("context_gradient", [False, True])
+def test_packed_replay_equals_the_walk(policy, context_gradient):
+    images, turns = tasks(policy)
+    expected = walk(policy, images, turns, context_gradient)
+    assert_same(policy, replay(policy, images, turns, context_gradient), expected)
+
+
+@pytest.mark.parametrize("context_gradient", [False, True])
+def test_gradients_through_the_context_are_what_the_flag_says(policy, context_gradient):
+    images, turns = tasks(policy)
+    here, other = (
+        gradients(policy, replay(policy, images, turns, g)) for g in (context_gradient, not context_gradient)
+    )
+    assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(here, other) if a is not None and b is not None)
+
+
+@pytest.mark.parametrize("context_gradient", [False, True])
+def test_a_turn_may_ask_for_nothing(policy, context_gradient):
+    """No places in turns 1 and 3, all answers of turn 2 empty, no questions at all in turn 3."""
+    images, turns = tasks(policy)
+    none = {"x": turns[0].x[:, :0], "sigma": turns[0].sigma[:, :0]}
+    turns = [
+        dataclasses.replace(turns[0], **none),
+        dataclasses.replace(turns[1], answers=[()] * 3),
+        dataclasses.replace(turns[2], questions=None, answers=None, **none),
+    ]
+    found = replay(policy, images, turns, context_gradient)
+    assert found[1][1].log_prob.shape == (3, 0)
+    assert_same(policy, found, walk(policy, images, turns, context_gradient))
+    nothing = [dataclasses.replace(t, questions=None, answers=None, **none) for t in turns]
+    assert all(v.shape == (0, 36, 48) for v, _ in replay(policy, images, nothing, context_gradient))
+    assert not policy.packs(nothing, context_gradient=context_gradient)
+
+
+@pytest.mark.parametrize("context_gradient", [False, True])
+def test_nothing_is_computed_that_nobody_asks_for(policy, context_gradient, monkeypatch):
+    images, turns = tasks(policy)
+    tokens = []
+    run = policy.module.run
+
+    def counted(x, *rest):
+        tokens.append(x.shape[1])
+        return run(x, *rest)
+
+    monkeypatch.setattr(policy.module, "run", counted)
+    replay(policy, images, turns, context_gradient)
+    text = [max(len(policy.text_ids(c)) for c in t.text) for t in turns]
+    asked = [0, *(policy._asked(t.questions, t.answers)[0].shape[1] for t in turns[1:])]
+    assert sum(tokens) == token_counts(38, text, [2] * 3, asked)["packed"].tokens
+    assert len(tokens) == (1 if context_gradient else 2)
+    blank = [*turns[:2], dataclasses.replace(turns[2], images=np.zeros_like(images))]
+    for (a, _), (b, _) in zip(*(replay(policy, images, t, context_gradient) for t in (turns, blank)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_session_does_not_depend_on_its_neighbours(policy):
+    images, turns = tasks(policy)
+    together = replay(policy, images, turns, True)
+    one = [
+        dataclasses.replace(
+            t,
+            text=t.text[1:2],
+            images=t.images[1:2],
+            x=t.x[1:2],
+            sigma=t.sigma[1:2],
+            questions=t.questions and Questions(*(f[1:2] for f in vars(t.questions).values())),
+            answers=None if t.answers is None else t.answers[1:2],
+        )
+        for t in turns
+    ]
+    for (v, tokens), (v_alone, tokens_alone) in zip(together, replay(policy, images[1:2], one, True), strict=True):
+        torch.testing.assert_close(v_alone, v[2:4], **CLOSE)
+        if tokens is not None:
+            n = len(tokens_alone.log_prob[0])
+            torch.testing.assert_close(tokens_alone.log_prob[0], tokens.log_prob[1, :n], **CLOSE)
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def segments(policy):
+    marks, both = policy.marks.expand(2, -1), torch.ones(2, 2, dtype=torch.bool)
+    texts = [policy.codec.pad([[2, *[9] * n, 3], [2, 9, 3]]) for n in (1, 4, 6)]
+    x = torch.randn(3, 2, 36, 48)
+    return [
+        Segment(marks, both, x[0]),
+        Segment(*texts[0]),
+        Segment(marks, both, x[1], torch.rand(2), private=True),
+        Segment(marks, both, x[2]),
+        Segment(*texts[1], private=True),
+        Segment(*texts[2]),
+        Segment(marks, both, x[1], torch.rand(2), private=True),
+    ]
+
+
+def layouts(policy):
+    """(queries, keys) of one forward, of the context alone, and of the private segments behind it."""
+    public, private, every = (pack(policy.module, segments(policy), policy.grid, p).layout for p in (False, True, None))
+    return [(every, every), (public, public), (private, private.behind(public))]
+
+
+def test_the_mask_is_the_rule_token_by_token(policy):
+    """The rule told once more, over lists."""
+    for queries, keys in layouts(policy):
+        mask = dense_mask(queries, keys)
+        described = [
+            [(s, private, image, offset) for s, private, image, n in pieces for offset in range(n)]
+            for pieces in ([(s, p, n in (2, 36), n) for s, p, n in layout.pieces] for layout in (queries, keys))
+        ]
+        for b in range(2):
+            for i, (s, _, image, at) in enumerate(described[0]):
+                for j, (other, private, _, before) in enumerate(described[1]):
+                    own = s == other and (image or before <= at)
+                    past = other < s and not private
+                    itself = s == other and before == at
+                    assert bool(mask[b, i, j]) == ((own or past) and (bool(keys.valid[b, j]) or itself)), (b, i, j)
+
+
+def test_the_block_mask_evaluates_to_the_dense_mask(policy):
+    for queries, keys in layouts(policy):
+        made = create_mask(mask_mod(queries, keys), 2, 1, len(queries.segment), len(keys.segment), device="cpu")
+        assert torch.equal(made[:, 0], dense_mask(queries, keys))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("form", ["by_segment", "flex"])
+def test_every_form_of_attention_is_the_dense_one(policy, form, kv_heads):
+    for queries, keys in layouts(policy):
+        q = torch.randn(2, 4, len(queries.segment), 16)
+        k, v = (torch.randn(2, kv_heads, len(keys.segment), 16) for _ in range(2))
+        mask = dense_mask(queries, keys)[:, None]
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        attend = by_segment(queries, keys) if form == "by_segment" else flex(queries, keys, compiled=False)
+        torch.testing.assert_close(attend(q, k, v), expected, **CLOSE)
+
+
+def test_nobody_looks_at_padding_or_at_private_segments(policy):
+    """By gradient: what the context's last text and a later noisy image see of earlier embeddings."""
+    one = pack(policy.module, segments(policy), policy.grid)
+    embedded = one.embedded.detach().requires_grad_()
+    attend = by_segment(one.layout, one.layout)
+    hidden, _, _ = policy.module.run(embedded, one.split, one.position, attend, None)
+    for number in (5, 6):
+        at = one.latent_slices[number] or one.text_slices[number]
+        rows = hidden[:, at] if one.latent_slices[number] else hidden[:, at] * one.layout.valid[:, at, None]
+        seen = torch.autograd.grad(rows.sum(), embedded, retain_graph=True)[0].abs().sum(-1) > 0
+        for other, segment in enumerate(segments(policy)[:number]):
+            for part in (one.text_slices[other], one.latent_slices[other]):
+                if part is not None:
+                    assert torch.equal(seen[:, part], one.layout.valid[:, part] & (not segment.private))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context_gradient", [False, True])
+def test_on_a_gpu_flex_attention_equals_the_cpu(policy, context_gradient):
+    images, turns = tasks(policy)
+    expected = replay(policy, images, turns, context_gradient)
+    expected_gradients = gradients(policy, expected)
+    policy.module.cuda()
+    moved = [dataclasses.replace(t, x=t.x.cuda(), sigma=t.sigma.cuda()) for t in turns]
+    done = policy.replay_packed(images, moved, context_gradient=context_gradient, temperature=TEMPERATURE)
+    found = [
+        (
+            r.velocity.v.cpu(),
+            r.tokens and dataclasses.replace(r.tokens, log_prob=r.tokens.log_prob.cpu(), valid=r.tokens.valid.cpu()),
+        )
+        for r in done
+    ]
+    for (v, tokens), (v_cpu, tokens_cpu) in zip(found, expected, strict=True):
+        torch.testing.assert_close(v, v_cpu, rtol=1e-3, atol=1e-4)
+        if tokens is not None:
+            torch.testing.assert_close(tokens.log_prob, tokens_cpu.log_prob, rtol=1e-3, atol=1e-4)
+    for g, h in zip(gradients(policy, found), expected_gradients, strict=True):
+        if g is not None and h is not None:
+            torch.testing.assert_close(g.cpu(), h, rtol=1e-2, atol=1e-3 * float(h.abs().max()))
+
+
+# ------------------------------------------------------------------------------------------------- guidance and counts
+
+
+def test_guidance_is_walked(policy):
+    images, turns = tasks(policy)
+    guided = UnifiedPolicy(policy.module, policy.codec, Guidance(text=4.0))
+    assert isinstance(guided, PackedPolicy) and not guided.packs(turns, context_gradient=False)
+    with pytest.raises(ValueError, match="guidance"):
+        guided.replay_packed(images, turns, context_gradient=False, temperature=1.0)
+
+
+@pytest.mark.parametrize("turns, ratio", [(3, 1.30), (5, 1.85), (8, 2.64)])
+def test_rebuilding_the_context_costs_what_is_known(turns, ratio):
+    counts = token_counts(1026, [64] * turns, [1] * turns, [0] * turns, last_image=True)
+    assert round(counts["rebuild"].tokens / counts["packed"].tokens, 2) == ratio
+    more = token_counts(1026, [64] * turns, [2] * turns, [0] * turns, last_image=True)
+    assert more["packed"].tokens - counts["packed"].tokens == turns * 1026
+    assert more["rebuild"].tokens == 2 * counts["rebuild"].tokens
+
+
+def test_counted_pairs_are_the_ones_of_the_mask(policy):
+    every = pack(policy.module, segments(policy), policy.grid).layout
+    whole = dataclasses.replace(every, valid=torch.ones_like(every.valid))
+    counts = token_counts(38, [3, 8], [1, 1], [0, 6])
+    assert counts["packed"].tokens == len(every.segment)
+    assert counts["packed"].pairs == counts["walk"].pairs == int(dense_mask(whole, whole)[0].sum())
+    assert (counts["walk"].forwards, counts["packed"].forwards, counts["rebuild"].forwards) == (7, 1, 3)
+
+
+@pytest.mark.parametrize("context_gradient", [False, True])
+def test_small_batches_pack_and_large_ones_walk(policy, context_gradient):
+    assert policy.packs(tasks(policy)[1], context_gradient=context_gradient)
+    assert not policy.packs(tasks(policy, batch=48)[1], context_gradient=context_gradient)
