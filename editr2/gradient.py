@@ -117,13 +117,16 @@ def _terms(
     options = ReplayOptions(
         False, t.context_gradient, t.micro_batch, config.policy.temperature, asked and text_weight > 0
     )
-    packed = t.packed == "on" or (t.packed == "auto" and can_pack(state.policy, chunk, places, options))
+    # A row without advantage moves nothing, unless something else than the advantage pulls at it.
+    pulled = t.kl_weight > 0 or t.loss == "nft"
+    needed = mask if pulled else mask & (advantage != 0)
+    packed = t.packed == "on" or (t.packed == "auto" and can_pack(state.policy, chunk, places, options, needed))
     options = replace(options, packed=packed)
     own = t.loss == "grpo" and replays_old_log_prob(config, state, packed)
-    reference = _Beside(state, state.reference, chunk, places, replace(options, text=False))
-    sampled = _Beside(state, state.old, chunk, places, options)
+    reference = _Beside(state, state.reference, replace(options, text=False), chunk, places, needed)
+    sampled = _Beside(state, state.old, options, chunk, places, needed)
     normalizer = max(1, batch.trained) * draws / t.minibatches
-    for part in replay(state.policy, chunk, places, options):
+    for part in replay(state.policy, chunk, places, options, needed):
         picked = rows.pick(part.rows)
         drift = None
         if own:
@@ -175,10 +178,16 @@ class _Beside:
     """The same replay under other weights, part for part, without gradient."""
 
     def __init__(
-        self, state: State, values: dict[str, Tensor] | None, chunk: Chunk, places: Places, options: ReplayOptions
+        self,
+        state: State,
+        values: dict[str, Tensor] | None,
+        options: ReplayOptions,
+        chunk: Chunk,
+        places: Places,
+        needed: Tensor,
     ) -> None:
         self.state, self.values = state, values
-        self.parts = replay(state.policy, chunk, places, options) if values is not None else None
+        self.parts = replay(state.policy, chunk, places, options, needed) if values is not None else None
         self.scored: dict[int, Tensor] = {}
 
     def velocity(self, part: Part, sigma: Tensor) -> Tensor | None:

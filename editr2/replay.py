@@ -1,5 +1,8 @@
 """What training computes again of a rollout: velocities at stored places and log-probs of sampled intents.
 
+Only for turns that are `needed`: one that is masked, or whose advantage is exactly 0 where nothing else pulls (half of
+all turns, since siblings often score alike), adds nothing to the gradient and is left out.
+
 Two ways, equal up to rounding: *walking* through the sessions as the rollout did, and one *packed* forward of whole
 sessions where the policy has one. Both give `Part`s: rows of the chunk's places, mixed over turns and steps, with what
 the present weights predict there. The reference and the old policy are replayed the same way under their own weights,
@@ -67,23 +70,27 @@ class ReplayOptions:
     text: bool
 
 
-def replay(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions) -> Iterator[Part]:
-    """Parts that together cover every row once; with gradients where they are enabled. With `context_gradient` there is
-    exactly one part, since its backward pass goes through everything."""
+def replay(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor) -> Iterator[Part]:
+    """Parts that cover every row of the needed turns once (and perhaps others); with gradients where they are enabled.
+    With `context_gradient` there is at most one part, since its backward pass goes through everything.
+
+    needed: bool [rollouts of the chunk, T] on the host.
+    """
+    if not bool(needed.any()):
+        return
     if options.packed:
-        part = _packed(policy, chunk, places, options)
-        yield part
+        yield _packed(policy, chunk, places, options, needed)
     else:
-        yield from _walked(policy, chunk, places, options)
+        yield from _walked(policy, chunk, places, options, needed)
 
 
-def can_pack(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions) -> bool:
+def can_pack(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor) -> bool:
     """Whether the policy's packed forward is there and cheaper for this chunk, by its own count."""
     if not isinstance(policy, PackedPolicy):
         return False
     return all(
         policy.packs(tasks, context_gradient=options.context_gradient)
-        for _, tasks in _by_length(chunk, places, options.text)
+        for _, tasks in _by_length(chunk, places, options.text, needed)
     )
 
 
@@ -100,21 +107,27 @@ class _Block:
     rows: Tensor
 
 
-def _walked(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions) -> Iterator[Part]:
+def _walked(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor) -> Iterator[Part]:
     waiting: list[_Block] = []
     answers: list[Answers] = []
-    for turn, (asking, context) in enumerate(_contexts(policy, chunk, options)):
-        record, x, sigma = chunk.turns[turn], places.x[turn], places.sigma[turn]
+    for turn, (rollouts, asking, context) in enumerate(_contexts(policy, chunk, options, needed)):
+        record, q = chunk.turns[turn], places.sigma[turn].shape[1]
+        live = needed[rollouts, turn].nonzero()[:, 0]
+        if not len(live):
+            continue
+        if len(live) < len(rollouts):
+            context = policy.select(context, live)
+        at = torch.searchsorted(record.rollout, rollouts[live])
         if options.text and record.questions is not None:
-            answers.append(_answer(policy, asking, turn, record, options.temperature))
-        m, q = sigma.shape
+            if len(live) < len(rollouts):
+                asking = policy.select(asking, live)
+            answers.append(_answer(policy, asking, turn, record, at, options.temperature))
+        on = at.to(places.x[turn].device)
         for place in range(q):
-            rows = places.first[turn] + torch.arange(m) * q + place
-            waiting.append(_Block(context, x[:, place], sigma[:, place], rows))
-            if options.context_gradient:
-                continue
-            limit = options.micro_batch or m
-            while sum(len(b.rows) for b in waiting) >= limit:
+            rows = places.first[turn] + at * q + place
+            waiting.append(_Block(context, places.x[turn][on, place], places.sigma[turn][on, place], rows))
+            limit = options.micro_batch or len(at)
+            while not options.context_gradient and sum(len(b.rows) for b in waiting) >= limit:
                 block, waiting = _take(policy, waiting, limit)
                 yield Part(block.rows, policy.velocity(block.x, block.sigma, block.context), answers)
                 answers = []
@@ -123,26 +136,35 @@ def _walked(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions
         yield Part(block.rows, policy.velocity(block.x, block.sigma, block.context), answers)
 
 
-def _contexts(policy: Policy, chunk: Chunk, options: ReplayOptions) -> Iterator[tuple[Any, Any]]:
-    """(the context that a turn's intent is asked on, the context behind its instruction), turn by turn."""
+def _contexts(
+    policy: Policy, chunk: Chunk, options: ReplayOptions, needed: Tensor
+) -> Iterator[tuple[Tensor, Any, Any]]:
+    """(rollouts, the context that their intents are asked on, the context behind their instruction), turn by turn, of
+    the rollouts that have a needed turn from there on."""
     walk: Walk | None = None
     for turn, record in enumerate(chunk.turns):
+        if not bool(needed[:, turn:].any()):
+            return
         # Left before every yield: a generator's frame would keep the mode set for its caller.
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.context_gradient):
             if walk is None:
                 walk = Walk(policy, chunk)
             if turn:
-                walk.advance(turn, chunk.turns[turn - 1].images)
+                walk.drop(needed[:, turn:].any(1))
+                before = chunk.turns[turn - 1]
+                walk.advance(turn, before.images[torch.searchsorted(before.rollout, walk.rollout).numpy()])
             asking = walk.context
-            context = walk.instruct(record.text)
-        yield asking, context
+            at = torch.searchsorted(record.rollout, walk.rollout)
+            context = walk.instruct([record.text[i] for i in at.tolist()])
+        yield walk.rollout, asking, context
 
 
-def _answer(policy: Policy, context: Any, turn: int, record: TurnRecord, temperature: float) -> Answers:
+def _answer(policy: Policy, context: Any, turn: int, record: TurnRecord, at: Tensor, temperature: float) -> Answers:
     assert record.questions is not None and record.intents is not None
-    ids = [intent.ids for intent in record.intents]
-    scores = cast(TextPolicy, policy).answer_log_prob(context, record.questions, ids, temperature=temperature)
-    return Answers(turn, torch.arange(len(ids)), scores)
+    ids = [record.intents[i].ids for i in at.tolist()]
+    questions = record.questions.select(at.tolist())
+    scores = cast(TextPolicy, policy).answer_log_prob(context, questions, ids, temperature=temperature)
+    return Answers(turn, at, scores)
 
 
 def _take(policy: Policy, waiting: Sequence[_Block], limit: int) -> tuple[_Block, list[_Block]]:
@@ -175,10 +197,11 @@ def _part_of(policy: Policy, block: _Block, at: Tensor) -> _Block:
 # -------------------------------------------------------------------------------------------------------------- packed
 
 
-def _by_length(chunk: Chunk, places: Places, text: bool) -> Iterator[tuple[Tensor, list[TurnTask]]]:
-    """Rollouts whose sessions have equally many turns, and those turns."""
+def _by_length(chunk: Chunk, places: Places, text: bool, needed: Tensor) -> Iterator[tuple[Tensor, list[TurnTask]]]:
+    """Rollouts with any needed turn whose sessions have equally many turns, and those turns."""
     lengths = torch.tensor([len(s.turns) for s in chunk.sessions]).repeat_interleave(chunk.siblings)
-    for length in lengths.unique().tolist():
+    lengths = torch.where(needed.any(1), lengths, 0)
+    for length in lengths[lengths > 0].unique().tolist():
         rollouts = (lengths == length).nonzero()[:, 0]
         tasks = []
         for turn in range(length):
@@ -199,9 +222,9 @@ def _by_length(chunk: Chunk, places: Places, text: bool) -> Iterator[tuple[Tenso
         yield rollouts, tasks
 
 
-def _packed(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions) -> Part:
+def _packed(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor) -> Part:
     rows, velocities, answers = [], [], []
-    for rollouts, tasks in _by_length(chunk, places, options.text):
+    for rollouts, tasks in _by_length(chunk, places, options.text, needed):
         images = np.stack([chunk.session_of(i).image for i in rollouts.tolist()])
         done = cast(PackedPolicy, policy).replay_packed(
             images, tasks, context_gradient=options.context_gradient, temperature=options.temperature

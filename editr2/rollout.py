@@ -104,6 +104,13 @@ class Walk:
             self.rollout = self.rollout[keep]
         self._context = context
 
+    def drop(self, keep: Tensor) -> None:
+        """Leaves out the rollouts of the chunk (bool [rollouts]) that nobody asks about any more."""
+        at = keep[self.rollout].nonzero()[:, 0]
+        if len(at) < len(self.rollout):
+            self._context = self.policy.select(self._context, at)
+            self.rollout = self.rollout[at]
+
     @property
     def context(self) -> Any:
         """The context of all live rollouts (before turn 1's instruction: of the sessions)."""

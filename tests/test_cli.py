@@ -42,7 +42,10 @@ def test_data_is_short_for_its_path():
     [
         (["train", "--rollout.stesp", "3"], "--rollout.stesp"),
         (["train", "--rollout.steps", "many"], "rollout.steps"),
-        (["train", "--preset", "best"], "accepted: edit-r2, edit-r2-released, mt-editflow-grpo, mt-editflow-nft, flow-grpo"),
+        (
+            ["train", "--preset", "best"],
+            "accepted: edit-r2, edit-r2-released, mt-editflow-grpo, mt-edit",
+        ),
         (["train", "--config"], "--config: needs a value"),
         (["train", "--data", "no/such/folder"], "no/such/folder"),
         (["train", "--policy.weights", "no/such"], "no/such"),

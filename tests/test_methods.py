@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from editr2 import gradient as gradient_module
 from editr2.config import Config, CreditConfig, preset_config, replace_nested
 from editr2.credit import assign_credit, credit_options
 from editr2.errors import ConfigError
@@ -27,7 +28,11 @@ CPU = torch.device("cpu")
 
 
 def settings(**changes) -> Config:
-    base = {"policy": {"intent_tokens": 5}, "rollout": {"sessions": 2, "siblings": 3}, "train": {"ema": None}}
+    base = {
+        "policy": {"intent_tokens": 5},
+        "rollout": {"sessions": 2, "siblings": 3},
+        "train": {"ema": None, "packed": "off"},
+    }
     return replace_nested(replace_nested(Config(), base), changes)
 
 
@@ -162,6 +167,30 @@ def test_equal_scores_give_exactly_zero_advantage_and_gradient(tiny_unified):
         assert torch.equal(credit.advantage, torch.zeros(6, 3))
     flat, _ = gradient(config, state, again(batch, advantage=credit.advantage))
     assert torch.equal(flat, torch.zeros_like(flat))
+
+
+def test_turns_without_advantage_are_not_replayed_and_the_gradient_is_the_same(tiny_unified, monkeypatch):
+    config = settings()
+    batch, state = sampled(tiny_unified, config, turns=(3, 2))
+    advantage = batch.advantage.clone()
+    advantage[:3] = 0  # a group whose siblings all scored alike
+    advantage[4, 1] = 0
+    batch = again(batch, advantage=advantage)
+    asked, velocity = [], type(tiny_unified).velocity
+
+    def counting(self, x, sigma, context):
+        asked.append(len(x))
+        return velocity(self, x, sigma, context)
+
+    monkeypatch.setattr(type(tiny_unified), "velocity", counting)
+    got, _ = gradient(config, state, again(batch))
+    assert sum(asked) == 2 * int((batch.mask & (advantage != 0)).sum()) == 2 * 5
+    asked.clear()
+    real = gradient_module.replay
+    monkeypatch.setattr(gradient_module, "replay", lambda *args: real(*args[:-1], batch.mask))
+    everything, _ = gradient(config, state, again(batch))
+    assert sum(asked) == 2 * int(batch.mask.sum()) > 20
+    torch.testing.assert_close(got, everything, rtol=1e-4, atol=1e-6 * float(everything.abs().max()))
 
 
 def scores_of(values, expected=None):

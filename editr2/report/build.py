@@ -38,6 +38,8 @@ HEALTH = {
     "failed_scores": "failed scores",
     "filtered_turns": "filtered turns",
     "intent_fallback": "intent fallback",
+    "intents_right": "sampled intents equal to the known ones",
+    "text_clip_fraction": "clipped fraction of intent tokens",
 }
 
 
