@@ -136,13 +136,13 @@ class TrainConfig:
         lr_decay: the learning rate falls linearly to this fraction of itself at the last iteration (1: constant).
         betas: AdamW betas.
         weight_decay: AdamW weight decay.
-        clip_low: lower clip range of the ratio (log-probs are means over the latent, so ranges are small).
-        clip_high: upper clip range of the ratio.
-        guard: GRPO-Guard's normalised ratio; the rollout then keeps its velocities inside the window.
+        clip_low: lower clip range of grpo's ratio (log-probs are means over the latent, so ranges are small).
+        clip_high: upper clip range of grpo's ratio.
+        guard: GRPO-Guard's normalised ratio (grpo); the rollout then keeps its velocities inside the window.
         kl_weight: weight of the distance to the start; above 0 keeps a copy of the trainable weights.
-        kl_scale: of grpo's KL: step (by 2 S^2), diffusion (2 g^2), mean (as it is) or velocity.
+        kl_scale: of grpo's KL (nft has velocity's): step (by 2 S^2), diffusion (2 g^2), mean (as it is) or velocity.
         text_weight: weight of the intents' policy loss beside the sum of the image losses over a turn's window; none is
-            1 / rollout.window, 0 leaves the text untrained.
+            1 / rollout.window (nft: 1 / nft_draws), 0 leaves the text untrained.
         text_clip: clip range of the tokens' ratios.
         text_lr: learning rate of the weights that write text (the understanding expert), in place of lr; it falls as lr
             does. None: the same.
@@ -151,11 +151,12 @@ class TrainConfig:
         old_decay: nft's old policy keeps min(old_decay * iteration, old_decay_max) of itself at every iteration.
         old_decay_max: see old_decay.
         context_gradient: let gradients through the context (earlier images and texts) too.
-        packed: replay whole sessions in one forward where the policy can: auto (where it counts fewer operations), on
-            or off.
-        micro_batch: rows (rollout, turn and step, mixed) a training forward; none is as the rollout batched them.
-        old_log_prob: rollout (as sampled), replay (from the first update's own forward), or auto: rollout where both
-            batch alike in float32.
+        packed: replay whole sessions in one forward where the policy can: auto (on a CPU, where it counts fewer
+            operations), on or off.
+        micro_batch: rows (rollout, turn and step, mixed) a training forward; none is one turn and step of a chunk, as
+            the rollout went.
+        old_log_prob: grpo's: rollout (as sampled), replay (from the first update's own forward), or auto: rollout where
+            training walks as it did in float32.
         grad_norm: gradient norm clip.
         ema: decay of averaged weights that evaluation and export use; none trains without.
         ratio_tolerance: the first update of a run stops when a ratio differs from 1 by more than this.
@@ -205,6 +206,7 @@ class EvalConfig:
         sampler: rollout (as in training, window noise and all, with fixed seeds: the policy that is trained) or ode (no
             noise after the initial latent).
         steps: denoising steps; none uses rollout.steps.
+        intent_tokens: at most this many tokens an intent; none uses policy.intent_tokens.
         every: also evaluate each so many iterations; 0 only before and after.
         strips: sessions shown as film-strips in the report.
     """
@@ -213,6 +215,7 @@ class EvalConfig:
     turns: int | None = None
     sampler: str = "rollout"
     steps: int | None = None
+    intent_tokens: int | None = None
     every: int = 0
     strips: int = 12
 
@@ -266,7 +269,14 @@ def _preset(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 _FLOW_GRPO = _preset(
     _ONE_TEXT,
     {
-        "rollout": {"dynamics": "flow-sde", "noise_level": 0.7, "steps": 10, "window": 9, "window_range": 0.1},
+        "rollout": {
+            "dynamics": "flow-sde",
+            "noise_level": 0.7,
+            "steps": 10,
+            "window": 9,
+            "window_range": 0.1,
+            "shared_noise": False,
+        },
         "credit": {"preset": "flow-grpo", "baseline": None},
         "train": {"clip_low": 1e-4, "clip_high": 1e-4, "kl_weight": 0.04, "kl_scale": "diffusion"},
     },
@@ -292,6 +302,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "rollout": {
             "sessions": 16,
             "siblings": 6,
+            "groups_per_batch": 4,
             "steps": 14,
             "shift": 3.0,
             "dynamics": "flow-sde",
@@ -311,7 +322,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "text_clip": 1e-5,
             "ema": None,
         },
-        "eval": {"sampler": "ode", "steps": 50},
+        "eval": {"sampler": "ode", "steps": 50, "intent_tokens": 300},
     },
     "mt-editflow-grpo": _preset(
         _ONE_TEXT, {"credit": {"preset": "mt-editflow", "baseline": None, "weights": _EDITFLOW_WEIGHTS}}
@@ -328,16 +339,24 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "credit": {"preset": "dance-grpo", "baseline": None},
         },
     ),
-    "cps": _preset(_FLOW_GRPO_FAST, {"rollout": {"dynamics": "cps"}}),
+    # 2 g^2, flow-GRPO's scale of the KL, is none of CPS.
+    "cps": _preset(_FLOW_GRPO_FAST, {"rollout": {"dynamics": "cps"}, "train": {"kl_scale": "step"}}),
     "mixgrpo": _preset(
         _FLOW_GRPO_FAST,
         {
-            "rollout": {"window": 4, "window_range": 1.0, "window_schedule": "progressive", "window_every": 25},
+            "rollout": {
+                "window": 4,
+                "window_range": 1.0,
+                "window_schedule": "progressive",
+                "window_every": 25,
+                "shared_noise": True,
+            },
             "credit": {"preset": "mixgrpo"},
         },
     ),
     "mixgrpo-random": _preset(
-        _FLOW_GRPO_FAST, {"rollout": {"window": 4, "window_range": 1.0}, "credit": {"preset": "mixgrpo"}}
+        _FLOW_GRPO_FAST,
+        {"rollout": {"window": 4, "window_range": 1.0, "shared_noise": True}, "credit": {"preset": "mixgrpo"}},
     ),
     "grpo-guard": _preset(_FLOW_GRPO_FAST, {"train": {"guard": True, "updates": 2}}),
     "unigrpo": _preset(
@@ -398,6 +417,7 @@ def check_config(config: Config) -> None:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "eval.sessions": config.eval.sessions,
+        "eval.intent_tokens": 1 if config.eval.intent_tokens is None else config.eval.intent_tokens,
         "policy.intent_tokens": p.intent_tokens,
     }
     for name, value in positive.items():
@@ -450,6 +470,11 @@ def check_config(config: Config) -> None:
     _choices("train.kl_scale", t.kl_scale, KL_SCALES)
     _choices("train.packed", t.packed, ("auto", "on", "off"))
     _choices("train.old_log_prob", t.old_log_prob, ("auto", "rollout", "replay"))
+    if t.packed == "on" and (p.guidance != 1 or p.guidance_image != 1):
+        raise ConfigError("train.packed: on (accepted with policy.guidance other than 1: auto, off)")
+    if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
+        what = "train.packed on" if t.packed == "on" else "train.context_gradient"
+        raise ConfigError(f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one forward)")
     if t.loss == "nft" and (p.guidance != 1 or p.guidance_image != 1):
         raise ConfigError("policy.guidance: not 1 (accepted with train.loss nft: 1; it compares plain velocities)")
     if t.ema is not None and not 0 < t.ema < 1:

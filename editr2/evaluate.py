@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from editr2.config import Config
+from editr2.config import Config, RolloutConfig
 from editr2.credit import assign_credit, weighted_reward
 from editr2.policies.base import Policy
 from editr2.rewards.base import Reward, Scores, score_batch
@@ -137,8 +138,11 @@ def evaluate(
     mine = share(len(sessions), accelerator)
     turns = max(len(s.turns) for s in sessions)
     done = []
+    tokens = config.eval.intent_tokens or config.policy.intent_tokens
+    options = dataclasses.replace(config.policy, intent_tokens=tokens)
+    rollout = RolloutConfig(store_dtype=config.rollout.store_dtype)
     for chunk in chunks(sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch):
-        done.append(rollout_chunk(policy, chunk, sampler, Seeds(0, "eval"), config.policy, greedy=True))
+        done.append(rollout_chunk(policy, chunk, sampler, Seeds(0, "eval"), options, rollout=rollout, greedy=True))
     known = [
         record.text[j] == turn.intent
         for chunk in done

@@ -31,7 +31,7 @@ from editr2.rollout import Chunk, Seeds
 from editr2.schedule import Sampler
 from editr2.state import State
 
-STATISTICS = ("loss", "kl", "clipped", "text_loss", "text_clipped")  # sums over parts
+STATISTICS = ("loss", "kl", "clipped", "rows", "text_loss", "text_clipped", "tokens")  # sums over parts
 ERRORS = ("ratio_error", "text_error")  # maxima over parts
 
 
@@ -40,7 +40,8 @@ class Batch:
     """A rollout of this process and its credit.
 
     advantage, mask: [rollouts, T] on the host. trained: turns that train, over all processes. old, old_text: log-probs
-    of the policy that sampled, by chunk and by chunk and turn, once training's own code has computed them.
+    of the policy that sampled, by chunk and by (chunk, turn, first rollout of the answers), once training's own code
+    has computed them.
     """
 
     chunks: list[Chunk]
@@ -50,7 +51,7 @@ class Batch:
     sampler: Sampler
     seeds: Seeds
     old: dict[int, Tensor] = field(default_factory=dict)
-    old_text: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    old_text: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def credit_of(self, number: int) -> tuple[Tensor, Tensor]:
         start = sum(chunk.rollouts for chunk in self.chunks[:number])
@@ -68,12 +69,14 @@ def accumulate_gradient(
     """
     t = config.train
     fresh = update == minibatch == 0
+    sums = dict.fromkeys((*STATISTICS, *ERRORS), 0.0)
     if fresh and t.minibatches > 1 and t.loss == "grpo":
         with torch.no_grad():  # later minibatches meet weights that have moved
             for number in range(len(batch.chunks)):
-                for _ in _terms(config, state, batch, number, update, device, remember=True):
-                    pass
-    sums = dict.fromkeys((*STATISTICS, *ERRORS), 0.0)
+                for _, _, seen in _terms(config, state, batch, number, update, device, remember=True):
+                    errors = {name: float(seen[name]) for name in ERRORS}
+                    _check_ratio(config, state, batch, number, errors)
+                    sums |= {name: max(sums[name], error) for name, error in errors.items()}
     for number in range(minibatch, len(batch.chunks), t.minibatches):
         remember = fresh and t.minibatches == 1
         for where, loss, seen in _terms(config, state, batch, number, update, device, remember=remember):
@@ -94,8 +97,8 @@ def accumulate_gradient(
 def replays_old_log_prob(config: Config, state: State, packed: bool) -> bool:
     """Whether old log-probs come from training's own forward instead of the rollout's.
 
-    By `auto` the rollout's are taken where training batches as it did, in float32: they are equal to the last bit or
-    two. Elsewhere a difference in rounding can exceed the clip range.
+    By `auto` the rollout's are taken where training walks by its turns and steps in float32: in its batches, less what
+    has no advantage, the two are equal to the last bits. Elsewhere rounding can differ by more than a clip range.
     """
     how = config.train.old_log_prob
     if how != "auto":
@@ -120,10 +123,13 @@ def _terms(
     # A row without advantage moves nothing, unless something else than the advantage pulls at it.
     pulled = t.kl_weight > 0 or t.loss == "nft"
     needed = mask if pulled else mask & (advantage != 0)
-    packed = t.packed == "on" or (t.packed == "auto" and can_pack(state.policy, chunk, places, options, needed))
+    packed = t.packed == "on"
+    if t.packed == "auto" and t.micro_batch is None:  # whoever bounds a forward does not want a session in one
+        packed = can_pack(state.policy, chunk, places, options, needed)
     options = replace(options, packed=packed)
     own = t.loss == "grpo" and replays_old_log_prob(config, state, packed)
-    reference = _Beside(state, state.reference, replace(options, text=False), chunk, places, needed)
+    start = state.reference if torch.is_grad_enabled() else None
+    reference = _Beside(state, start, replace(options, text=False), chunk, places, needed)
     sampled = _Beside(state, state.old, options, chunk, places, needed)
     normalizer = max(1, batch.trained) * draws / t.minibatches
     for part in replay(state.policy, chunk, places, options, needed):
@@ -144,21 +150,23 @@ def _terms(
             v_old = sampled.velocity(part, picked.sigma)
             assert v_old is not None
             image = nft_term(t, picked, part.velocity, v_old, v_ref, normalizer)
-        share = picked.mask.sum() / normalizer
-        seen = {"loss": image.loss, "kl": image.means["kl"] * share}
-        seen["clipped"] = image.means.get("clipped", torch.zeros_like(share)) * share
+        counted = picked.mask.sum().float()
+        none = torch.zeros_like(counted)
+        seen = {"loss": image.loss, "kl": image.means["kl"] * counted / normalizer, "rows": counted}
+        seen["clipped"] = image.means.get("clipped", none) * counted
         error = drift if drift is not None else image.ratio_error
-        seen["ratio_error"] = error if error is not None else torch.zeros_like(share)
+        seen["ratio_error"] = error if error is not None else none
         loss = image.loss
-        seen |= dict.fromkeys(("text_loss", "text_clipped", "text_error"), torch.zeros_like(share))
+        seen |= dict.fromkeys(("text_loss", "text_clipped", "tokens", "text_error"), none)
         for answers in part.answers:
             a = advantage[chunk.turns[answers.turn].rollout[answers.rollout], answers.turn].to(device)
             m = mask[chunk.turns[answers.turn].rollout[answers.rollout], answers.turn].to(device)
-            old, drift = _old_text(batch, number, answers, remember, sampled.answers(answers.turn))
+            old, drift = _old_text(batch, number, answers, remember, sampled.answers(answers))
             term = text_term(t, answers, old, a, m, normalizer)
             loss = loss + text_weight * term.loss
             seen["text_loss"] = seen["text_loss"] + text_weight * term.loss
-            seen["text_clipped"] = seen["text_clipped"] + term.means["clipped"] * m.sum() * draws / normalizer
+            seen["text_clipped"] = seen["text_clipped"] + term.means["clipped"]
+            seen["tokens"] = seen["tokens"] + term.means["tokens"]
             seen["text_error"] = torch.maximum(seen["text_error"], drift)
         yield partial(_describe, places, picked, part, image), loss, seen
 
@@ -188,7 +196,7 @@ class _Beside:
     ) -> None:
         self.state, self.values = state, values
         self.parts = replay(state.policy, chunk, places, options, needed) if values is not None else None
-        self.scored: dict[int, Tensor] = {}
+        self.scored: dict[tuple[int, int], Tensor] = {}
 
     def velocity(self, part: Part, sigma: Tensor) -> Tensor | None:
         """The combined velocity of the part's rows; None without such weights."""
@@ -197,11 +205,16 @@ class _Beside:
         with torch.no_grad(), exchanged(self.state.policy.module, self.values):
             other = next(self.parts)
         assert torch.equal(other.rows, part.rows)
-        self.scored = {a.turn: a.scores.log_prob for a in other.answers}
+        self.scored = {_key(a): a.scores.log_prob for a in other.answers}
         return other.velocity.combined(sigma)
 
-    def answers(self, turn: int) -> Tensor | None:
-        return self.scored.get(turn)
+    def answers(self, answers: Answers) -> Tensor | None:
+        return self.scored.get(_key(answers))
+
+
+def _key(answers: Answers) -> tuple[int, int]:
+    """Tells the answers of one part apart: packed, a turn comes once for every length of session."""
+    return answers.turn, int(answers.rollout[0])
 
 
 def _old_text(
@@ -212,7 +225,7 @@ def _old_text(
     They come from one teacher-forced forward by training's own code: under the sampling weights where those differ
     (NFT), else from the first forward that meets the answers.
     """
-    key = (number, answers.turn)
+    key = (number, *_key(answers))
     log_prob, valid = answers.scores.log_prob, answers.scores.valid
     if sampled is not None:
         old = sampled
@@ -222,10 +235,8 @@ def _old_text(
         old = batch.old_text[key]
     intents = batch.chunks[number].turns[answers.turn].intents
     assert intents is not None
-    decoded = torch.zeros_like(old)
-    for row, i in enumerate(answers.rollout.tolist()):
-        known = intents[i].log_prob
-        decoded[row, : len(known)] = torch.tensor(known)
+    known = [intents[i].log_prob for i in answers.rollout.tolist()]
+    decoded = torch.tensor([[*row, *[0.0] * (old.shape[1] - len(row))] for row in known]).to(old.device)
     gap = torch.where(valid, old - decoded, 0.0).exp().sub(1).abs()
     return old, gap.max() if gap.numel() else gap.new_zeros(())
 

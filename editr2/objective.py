@@ -51,8 +51,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Term:
-    """A loss with gradient, and its metrics as 0-dim tensors: shares and means over the rows that count, and the
-    largest |ratio - 1|."""
+    """A loss with gradient, and its metrics as 0-dim tensors: means over the rows that count (of the text: numbers of
+    tokens), and the largest |ratio - 1|."""
 
     loss: Tensor
     means: dict[str, Tensor]
@@ -192,7 +192,6 @@ def text_term(
     sample = torch.where(counted, token, 0.0).sum(1) / valid.sum(1).clamp(min=1)
     outside = counted & ((ratio - 1).abs() > t.text_clip)
     with torch.no_grad():
-        share = outside.sum() / counted.sum().clamp(min=1)
         deviation = torch.where(valid, log_prob - old, 0.0).exp().sub(1).abs()
         error = deviation.max() if deviation.numel() else deviation.new_zeros(())
-    return Term(sample.sum() / normalizer, {"clipped": share}, error)
+    return Term(sample.sum() / normalizer, {"clipped": outside.sum().float(), "tokens": counted.sum().float()}, error)

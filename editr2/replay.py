@@ -60,8 +60,7 @@ class Part:
 @dataclass(frozen=True)
 class ReplayOptions:
     """packed: one forward a session. context_gradient: let gradients through the context. micro_batch: rows a forward
-    (None: the M rollouts of one turn and step, as the rollout batched them). temperature: of the sampled intents.
-    text: score the intents."""
+    (None: the needed rollouts of one turn and step). temperature: of the sampled intents. text: score the intents."""
 
     packed: bool
     context_gradient: bool
@@ -90,7 +89,7 @@ def can_pack(policy: Policy, chunk: Chunk, places: Places, options: ReplayOption
         return False
     return all(
         policy.packs(tasks, context_gradient=options.context_gradient)
-        for _, tasks in _by_length(chunk, places, options.text, needed)
+        for _, tasks in _by_length(chunk, places, options.text, needed, counting=True)
     )
 
 
@@ -197,8 +196,11 @@ def _part_of(policy: Policy, block: _Block, at: Tensor) -> _Block:
 # -------------------------------------------------------------------------------------------------------------- packed
 
 
-def _by_length(chunk: Chunk, places: Places, text: bool, needed: Tensor) -> Iterator[tuple[Tensor, list[TurnTask]]]:
-    """Rollouts with any needed turn whose sessions have equally many turns, and those turns."""
+def _by_length(
+    chunk: Chunk, places: Places, text: bool, needed: Tensor, *, counting: bool = False
+) -> Iterator[tuple[Tensor, list[TurnTask]]]:
+    """Rollouts with any needed turn whose sessions have equally many turns, and those turns. counting: with latents of
+    the right shape that are anybody's, since nobody reads them."""
     lengths = torch.tensor([len(s.turns) for s in chunk.sessions]).repeat_interleave(chunk.siblings)
     lengths = torch.where(needed.any(1), lengths, 0)
     for length in lengths[lengths > 0].unique().tolist():
@@ -207,7 +209,8 @@ def _by_length(chunk: Chunk, places: Places, text: bool, needed: Tensor) -> Iter
         for turn in range(length):
             record = chunk.turns[turn]
             at = torch.searchsorted(record.rollout, rollouts)
-            on, asked = at.to(places.x[turn].device), text and record.questions is not None
+            on: Any = slice(len(at)) if counting else at.to(places.x[turn].device)
+            asked = text and record.questions is not None
             picked = at.tolist()
             tasks.append(
                 TurnTask(

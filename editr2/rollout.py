@@ -82,7 +82,7 @@ def chunks(sessions: Sequence[Session], ordinals: Sequence[int], siblings: int, 
 
 class Walk:
     """The context of a chunk, turn by turn. Rollout and training both move through sessions with exactly these calls,
-    in these batches, so that a replay sees the numbers of the rollout."""
+    so that a replay sees the numbers of the rollout; training drops the rollouts that it does not need."""
 
     def __init__(self, policy: Policy, chunk: Chunk) -> None:
         self.policy = policy

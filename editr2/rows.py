@@ -60,7 +60,9 @@ def train_row(
     shares are those of the last pass over the rollout; ratio errors those of its first step."""
     intents = _Intents.of(done)
     last = totals[-config.train.minibatches :]
-    sums = {name: sum(part[name] for part in last) for name in STATISTICS}
+    # Each step's loss is a mean over its own minibatch.
+    shares = {"loss", "kl", "text_loss"}
+    sums = {name: sum(part[name] for part in last) / (len(last) if name in shares else 1) for name in STATISTICS}
     parts = gather_object([(sums, totals[0], clock.seconds, intents)])
     sampled, right, known, failed, tokens = (sum(column) for column in zip(*(p[3] for p in parts), strict=True))
     reward = weighted_reward(scores, config.credit.weights)
@@ -79,7 +81,7 @@ def train_row(
         "ratio_error": max(p[1]["ratio_error"] for p in parts),
         "loss": totals_of["loss"],
         "kl": totals_of["kl"] if config.train.kl_weight > 0 else None,
-        "clip_fraction": totals_of["clipped"],
+        "clip_fraction": totals_of["clipped"] / max(1.0, totals_of["rows"]),
         "grad_norm": totals[-1]["grad_norm"],
         "advantage_abs": float(trained.abs().mean()) if len(trained) else 0.0,
         "zero_variance_groups": float((spread <= 0).float().mean()),
@@ -89,7 +91,7 @@ def train_row(
         "intents_right": right / known if known else None,
         "intent_tokens": tokens / sampled if sampled else None,
         "text_loss": totals_of["text_loss"] if sampled else None,
-        "text_clip_fraction": totals_of["text_clipped"] if sampled else None,
+        "text_clip_fraction": totals_of["text_clipped"] / max(1.0, totals_of["tokens"]) if sampled else None,
         "text_ratio_error": max(p[1]["text_error"] for p in parts) if sampled else None,
         "seconds": {name: max(p[2][name] for p in parts) for name in clock.seconds},
     }

@@ -23,7 +23,7 @@ from editr2.data import SessionSource, open_sessions
 from editr2.errors import CheckpointError, ConfigError, NonFiniteError
 from editr2.evaluate import comparison_row, evaluate, judge, merge_scores, share, write_strips
 from editr2.gradient import Batch, accumulate_gradient, first_non_finite
-from editr2.policies.base import Policy
+from editr2.policies.base import PackedPolicy, Policy
 from editr2.policies.load import load_policy
 from editr2.policies.unified import UnifiedPolicy
 from editr2.policies.weights import exchanged, trainable
@@ -62,11 +62,13 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
             f"rollout.sessions: {r.sessions} (accepted: at least {accelerator.num_processes}, one a process)"
         )
     batches = -(-(r.sessions // accelerator.num_processes) // r.groups_per_batch)
-    if batches < config.train.minibatches:
+    if batches % config.train.minibatches:
         raise ConfigError(
-            f"train.minibatches: {config.train.minibatches} (accepted: at most {batches}, the batches of "
-            f"rollout.groups_per_batch = {r.groups_per_batch} groups a process has; lower that)"
+            f"train.minibatches: {config.train.minibatches} (accepted: a divisor of {batches}, the batches of "
+            f"rollout.groups_per_batch = {r.groups_per_batch} groups that a process has)"
         )
+    if config.train.packed == "on" and not isinstance(policy, PackedPolicy):
+        raise ConfigError(f"train.packed: on (accepted for a {type(policy).__name__}, which cannot: auto, off)")
     state = new_state(config, policy)
     run = Path(config.out)
     found = latest_checkpoint(run / "checkpoints")
@@ -190,13 +192,15 @@ def _iteration(
 def _step(config: Config, state: State, accelerator: Accelerator) -> float:
     """Sums gradients over processes, clips, steps; refuses a non-finite gradient before anything is changed."""
     parameters = list(trainable(state.policy.module).values())
+    # A weight without gradient (nobody's advantage pulled at it) steps as one with gradient 0, on one process or many.
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     if accelerator.num_processes > 1:
-        # A process without intents has no gradient for the weights that write them; the sum must line up all the same.
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = reduce(torch.cat([part.reshape(-1) for part in parts]), "sum")
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
-    parameters = [p for p in parameters if p.grad is not None]
+        parts = [
+            part.view_as(p) for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True)
+        ]
+    for p, part in zip(parameters, parts, strict=True):
+        p.grad = part
     progress = state.iteration / max(1, config.train.iterations - 1)
     scale = (1 - (1 - config.train.lr_decay) * progress) * min(1.0, (state.iteration + 1) / (config.train.warmup + 1))
     for group in state.optimizer.param_groups:

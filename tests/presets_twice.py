@@ -47,7 +47,7 @@ def tiny(preset: str, out: Path, iterations: int) -> Config:
         "policy": {"intent_tokens": 4},
         "rollout": {"sessions": 2, "siblings": 3, "turns": 2, "groups_per_batch": 1, "window_every": 2},
         "train": {"iterations": iterations},
-        "eval": {"sessions": 2, "strips": 1, "sampler": "ode", "steps": 2},
+        "eval": {"sessions": 2, "strips": 1, "sampler": "ode", "steps": 2, "intent_tokens": 4},
         "checkpoint": {"every": iterations},
     }
     return replace_nested(preset_config(preset), changes)

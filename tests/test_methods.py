@@ -16,9 +16,10 @@ from editr2.objective import noised_places, noised_rows, window_places
 from editr2.policies.base import Velocity
 from editr2.policies.unified import Guidance
 from editr2.policies.weights import add_lora, exchanged, merged_weights, mix, snapshot, trainable
+from editr2.ratio import RatioError
 from editr2.rewards.base import Scores
 from editr2.rewards.world import WorldReward
-from editr2.rollout import Chunk, Seeds, rollout_chunk
+from editr2.rollout import Chunk, Seeds, Walk, rollout_chunk
 from editr2.schedule import make_sampler, rollout_sampler
 from editr2.state import new_state
 from editr2.worlds.shapes import make_session
@@ -437,14 +438,132 @@ def test_a_preset_gives_the_same_bits_twice(preset, tmp_path, beside):
     assert different == [] and moved
 
 
+def test_the_loss_by_hand(tiny_unified):
+    """On-policy every ratio is 1, so the loss is minus the mean advantage: per trained turn over its two steps, and the
+    text beside it by lambda over the steps."""
+    for weight in (None, 1.0, 0.25):
+        config = settings(train={"text_weight": weight})
+        batch, state = sampled(tiny_unified, config)
+        mask = batch.mask.clone()
+        mask[2, 1:] = False
+        batch = again(batch, mask=mask, trained=int(mask.sum()))
+        _, seen = gradient(config, state, batch)
+        a, n = torch.where(mask, batch.advantage, 0.0), int(mask.sum())
+        assert seen["loss"] == pytest.approx(-float(a.sum()) / n, rel=1e-5)
+        text = (0.5 if weight is None else weight) * -float(a[:, 1:].sum()) / (n * 2)
+        assert seen["text_loss"] == pytest.approx(text, rel=1e-5)
+        assert seen["rows"] == 2 * n and seen["tokens"] > 0
+
+
+@pytest.mark.parametrize("loss", ["grpo", "nft"])
+@pytest.mark.parametrize("packed", ["off", "on"])
+def test_a_second_update_measures_against_what_sampled(tiny_unified, loss, packed):
+    """Sessions of different lengths and intents: the old log-probs of every answer are its own, walked or packed."""
+    if loss == "nft":
+        config = replace_nested(nft(packed=packed, updates=2), {"policy": {"intent": True}})
+    else:
+        config = settings(train={"packed": packed, "updates": 2, "clip_low": 0.5, "clip_high": 0.5, "text_clip": 0.5})
+    batch, state = sampled(tiny_unified, config, turns=(3, 2))
+    gradient(config, state, batch)
+    generator = torch.Generator().manual_seed(6)
+    start = snapshot(tiny_unified.module)
+    with torch.no_grad():
+        for p in trainable(tiny_unified.module).values():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=1e-2)
+    flat, seen = gradient(config, state, batch, update=1)
+    reference = dict.fromkeys(("text_loss", "text_clipped"), 0.0)
+    chunk = batch.chunks[0]
+    total, q = int(batch.mask.sum()), 2
+    for turn in (1, 2):
+        record = chunk.turns[turn]
+        asking = again_context(tiny_unified, chunk, turn)
+        ids = [i.ids for i in record.intents]
+        new = tiny_unified.answer_log_prob(asking, record.questions, ids, temperature=0.7)
+        with exchanged(tiny_unified.module, start), torch.no_grad():
+            before = again_context(tiny_unified, chunk, turn)
+            old = tiny_unified.answer_log_prob(before, record.questions, ids, temperature=0.7)
+        ratio = (new.log_prob - old.log_prob).exp()
+        a = batch.advantage[record.rollout, turn][:, None]
+        token = torch.maximum(-a * ratio, -a * ratio.clamp(1 - config.train.text_clip, 1 + config.train.text_clip))
+        sample = torch.where(new.valid, token, 0.0).sum(1) / new.valid.sum(1)
+        reference["text_loss"] += float(0.5 * sample.detach().sum() / (total * q))
+    assert seen["text_loss"] == pytest.approx(reference["text_loss"], rel=1e-3)
+    assert flat.abs().max() > 0
+
+
+@torch.no_grad()
+def again_context(policy, chunk, turn):
+    """The context on which the intents of a turn were asked."""
+    walk = Walk(policy, chunk)
+    for t in range(turn):
+        if t:
+            walk.advance(t, chunk.turns[t - 1].images)
+        walk.instruct(chunk.turns[t].text)
+    walk.advance(turn, chunk.turns[turn - 1].images)
+    return walk.context
+
+
+def test_minibatches_are_part_of_one_mean_and_the_sentinel_sees_all_of_them(tiny_unified, monkeypatch):
+    base = settings(rollout={"groups_per_batch": 1})
+    one, state = sampled(tiny_unified, base, turns=(2,))
+    two, _ = sampled(tiny_unified, base, turns=(3,))
+    mask = torch.zeros(6, 3, dtype=torch.bool)
+    mask[:3, :2], mask[3:] = one.mask, two.mask
+    advantage = torch.zeros(6, 3)
+    advantage[:3, :2], advantage[3:] = one.advantage, two.advantage
+    chunks = [one.chunks[0], two.chunks[0]]
+    batch = dataclasses.replace(one, chunks=chunks, advantage=advantage, mask=mask, trained=int(mask.sum()))
+    whole, _ = gradient(base, state, batch)
+    halves = replace_nested(base, {"train": {"minibatches": 2, "old_log_prob": "replay"}})
+    parts, batch = [], again(batch)
+    for minibatch in range(2):
+        state.optimizer.zero_grad()
+        accumulate_gradient(halves, state, batch, 0, minibatch, CPU)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(tiny_unified.module).values()]
+        parts.append(torch.cat([g.flatten() for g in grads]).clone())
+    torch.testing.assert_close((parts[0] + parts[1]) / 2, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
+    assert set(batch.old) == {0, 1}
+    chunks[1].turns[1].log_prob[0] += 1e-2  # as if the rollout of the second minibatch had come from other code
+    with pytest.raises(RatioError, match="ratio: differs from 1 by 0.0"):
+        gradient(halves, state, again(batch))
+
+
 def test_released_constants():
     config = preset_config("edit-r2-released")
     r, t, p = config.rollout, config.train, config.policy
     assert (r.sessions, r.siblings, r.turns, r.steps, r.shift, r.noise_level) == (16, 6, 3, 14, 3.0, 1.3)
     assert (p.guidance, p.guidance_image, p.renorm, p.temperature, p.intent_tokens) == (4, 2, "text_channel", 0.7, 150)
     assert (p.lora_rank, p.lora_alpha, t.lr, t.minibatches, t.kl_weight) == (64, 128, 1e-4, 2, 0.01)
+    assert r.sessions % (t.minibatches * r.groups_per_batch) == 0  # two equal optimiser steps
     assert (t.clip_low, t.text_clip, t.text_weight, config.eval.steps) == (1e-5, 1e-5, 1.0, 50)
     sampler = rollout_sampler(r)
     assert sampler.window == 2 and sampler.last_start < 14 / 3
     options = credit_options(config.credit)
     assert options.filter_in_statistics and options.baseline == "session" and options.std == "global"
+
+
+def test_a_checkpoint_holds_every_copy_of_the_weights(tiny_unified, tmp_path):
+    config = nft(ema=0.5, kl_weight=1e-4)
+    add_lora(tiny_unified.module, 4)
+    state = new_state(config, tiny_unified)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for values in (state.reference, state.old, state.ema, trainable(tiny_unified.module)):
+            for value in values.values():
+                value.copy_(torch.randn(value.shape, generator=generator))
+    state.iteration = 3
+    expected = {k: {n: v.clone() for n, v in c.items()} for k, c in state._copies().items()}
+    live = snapshot(tiny_unified.module)
+    state.save(tmp_path, config)
+    (saved,) = tmp_path.glob("step_*")
+    files = {f.stem for f in saved.glob("*.safetensors")}
+    assert {"policy", "reference", "old", "ema"} <= files
+    with torch.no_grad():
+        for p in trainable(tiny_unified.module).values():
+            p.zero_()
+    other = new_state(config, tiny_unified)
+    other.load(saved, config)
+    assert other.iteration == 3
+    assert all(torch.equal(live[n], p) for n, p in trainable(tiny_unified.module).items())
+    for kind, copies in other._copies().items():
+        assert all(torch.equal(expected[kind][n], v) for n, v in copies.items())

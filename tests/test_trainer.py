@@ -82,6 +82,8 @@ def test_learning_rate_falls_and_a_finished_run_is_left_as_it_is(tiny_unified, t
 
 def test_a_policy_of_another_architecture_trains_through_the_same_loop(tmp_path, beside):
     policy = beside("flux_policy").FluxPolicy()
+    with pytest.raises(ConfigError, match=r"train\.packed: on \(accepted for a FluxPolicy"):
+        train(small(tmp_path, train={"packed": "on"}), policy=policy, reward=Brightness())
     start = {k: v.clone() for k, v in policy.module.state_dict().items()}
     run = train(small(tmp_path), policy=policy, reward=Brightness())
     trained = rows(run, "train")

@@ -45,8 +45,8 @@ def main(out: Path) -> None:
     trained = int(credit.mask.sum())
     batch = Batch(done, credit.advantage[local], credit.mask[local], trained, sampler, seeds)
     accumulate_gradient(config, state, batch, 0, 0, accelerator.device)
-    parameters = [p for p in policy.module.parameters() if p.grad is not None]
-    gradient = torch.cat([p.grad.reshape(-1) for p in parameters])
+    parameters = [p for p in policy.module.parameters() if p.requires_grad]
+    gradient = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters])
     if accelerator.num_processes > 1:
         gradient = reduce(gradient, "sum")
 

@@ -355,8 +355,12 @@ class UnifiedPolicy:
     # --------------------------------------------------------------------------------------------------------- packed
 
     def packs(self, turns: Sequence[TurnTask], *, context_gradient: bool) -> bool:
-        """As `PackedPolicy.packs`; never under guidance."""
-        if self.guidance.active or not any(t.sigma.numel() or any(t.answers or ()) for t in turns):
+        """As `PackedPolicy.packs`; never under guidance, and on a CPU only: on no GPU has it been measured, nor run."""
+        if (
+            self.guidance.active
+            or self.device.type != "cpu"
+            or not any(t.sigma.numel() or any(t.answers or ()) for t in turns)
+        ):
             return False
         text = [max(len(self.text_ids(c)) for c in turn.text) for turn in turns]
         asked = [0] * len(turns)

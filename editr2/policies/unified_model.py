@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -259,6 +259,11 @@ class Context:
     def batch(self) -> int:
         return self.position.shape[0]
 
+    @cached_property
+    def padded(self) -> bool:
+        """Whether anything here is padding; looked up once a context, since on a GPU looking waits."""
+        return bool(self.valid.shape[1]) and not bool(self.valid.all())
+
     def reach(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys[layer], k], dim=2), torch.cat([self.values[layer], v], dim=2)
 
@@ -457,7 +462,7 @@ class UnifiedModel(nn.Module):
             1,
         )
         mask = None
-        if context.valid.shape[1] and not bool(context.valid.all()):
+        if context.padded:
             mask = F.pad(context.valid, (0, n + 2), value=True)[:, None, None, :]
         position = context.position[:, None].expand(b, n + 2)
         return self.run(x, 2, position, mask, context)

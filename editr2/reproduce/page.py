@@ -277,7 +277,12 @@ def _arms(found: Sequence[Result]) -> str:
         ]
         for r in found
     ]
-    return _table(["name", "arm", "what it is", "differs only in this from", "settings"], lines)
+    table = _table(["name", "arm", "what it is", "differs only in this from", "settings"], lines)
+    common = (
+        "All arms train without a distance to the start (`train.kl_weight = 0`, also where the preset has one) and in "
+        "the default sizes but for those above. NFT samples by ODE, each sibling from its own initial noise."
+    )
+    return f"{table}\n\n{_wrapped(common)}"
 
 
 # --------------------------------------------------------------------------------------------------------------- plots

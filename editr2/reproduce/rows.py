@@ -22,7 +22,6 @@ from editr2.errors import ConfigError
 from editr2.reproduce.arms import ARMS, TURNS, Arm, Settings
 from editr2.tracking import read_metrics
 from editr2.worlds.shapes import make_session
-from editr2.yaml_config import dump_yaml
 
 Row = dict[str, Any]
 Key = tuple[str, int | None, str]
@@ -123,8 +122,18 @@ def write_rows(folder: Path, rows: Mapping[Key, Row]) -> None:
 
 
 def fingerprints(config: Config) -> dict[str, str]:
-    """Short hashes of a run's configuration but for seed and folder, and of the weights it starts from."""
-    text = dump_yaml(dataclasses.replace(config, seed=0, out=""))
+    """Short hashes of a run's configuration but for seed and folder, and of the weights it starts from.
+
+    Of the configuration counts what differs from the defaults, so that a field that is added later, at the value that
+    stands for what was done before, does not make old rows another experiment.
+    """
+    given, default = (asdict(c) for c in (dataclasses.replace(config, seed=0, out=""), Config()))
+    changed = {
+        section: {k: v for k, v in values.items() if v != default[section][k]}
+        for section, values in given.items()
+        if isinstance(values, dict)
+    }
+    text = json.dumps(changed, sort_keys=True)
     return {"config": hashlib.sha256(text.encode()).hexdigest()[:12], "start": _start_weights()}
 
 

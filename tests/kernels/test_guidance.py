@@ -557,3 +557,21 @@ def test_compiles_fullgraph_with_a_weight_that_changes():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for weight in (2.0, 3.5, 4.25):
         assert torch.equal(compiled(weight), step(weight))
+
+
+@pytest.mark.parametrize("renorm", ek.RENORMS)
+def test_guided_velocity_is_the_one_that_steps(renorm):
+    """An ODE step from x = 0 is the velocity times the step's size."""
+    ode = ek.transition_table(ek.flow_sigmas(8, 3.0), dynamics="ode", noise_level=0.0)
+    _, _, v, text, image = case((3, 7))
+    guidance = {"v_uncond": text, "guidance": TEXT, "v_uncond_image": image, "guidance_image": IMAGE}
+    guidance |= {"renorm": renorm, "guidance_interval": INTERVAL}
+    leaf = v.clone().requires_grad_()
+    u = ek.guided_velocity(leaf, ode[INDEX, 6], **guidance)
+    step = ek.sde_step(torch.zeros_like(v), v, ode, INDEX, None, noise=torch.zeros_like(v), **guidance)
+    torch.testing.assert_close(u.detach() * ode[INDEX, 1].view(-1, 1, 1), step.x_next, rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(u.sum(), leaf)
+    assert grad.shape == v.shape and grad.abs().max() > 0
+    assert torch.equal(ek.guided_velocity(v, ode[INDEX, 6]), v)
+    with pytest.raises(ValueError, match="v_uncond is required with guidance"):
+        ek.guided_velocity(v, ode[INDEX, 6], guidance=2.0)
