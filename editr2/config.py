@@ -164,7 +164,7 @@ class TrainConfig:
         max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
     """
 
-    iterations: int = 90
+    iterations: int = 60
     updates: int = 1
     minibatches: int = 1
     loss: str = "grpo"

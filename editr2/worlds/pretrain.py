@@ -36,7 +36,6 @@ class PretrainConfig:
     """Settings of `editr2 world pretrain`.
 
     Args:
-        start: a folder with weights to go on from (its optimiser is not kept); none is random weights.
         steps: optimiser steps.
         decay_steps: the learning rate falls as a cosine to 0 here. The shipped start stops before that, on
             purpose: most single edits are right, third turns often are not.
@@ -47,19 +46,15 @@ class PretrainConfig:
         betas: AdamW betas.
         weight_decay: AdamW weight decay.
         text_weight: weight of the intent cross-entropy.
-        text_from: step from which intents are taught: late and briefly, so that many are still wrong at the end and
-            reinforcement learning of the text has something to mend.
         raw_fraction: share of sessions whose context holds the raw instructions instead of the intents.
         ema: decay of the averaged weights that are saved.
         grad_norm: gradient norm clip.
         bf16: matrix products in bfloat16.
         compile: `torch.compile` of the layers (needs a C++ compiler; about 1.6 times as fast).
-        snapshots: also keep the weights of every so many steps, in `step_000025` and so on; 0 keeps only the last.
         seed: of weights, sessions and noise.
     """
 
-    start: str | None = None
-    steps: int = 1450
+    steps: int = 1250
     decay_steps: int = 2000
     batch: int = 24
     turns: int = 3
@@ -68,13 +63,11 @@ class PretrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     text_weight: float = 0.2
-    text_from: int = 1100
     raw_fraction: float = 0.25
     ema: float = 0.995
     grad_norm: float = 1.0
     bf16: bool = True
     compile: bool = True
-    snapshots: int = 0
     seed: int = 0
 
 
@@ -84,11 +77,11 @@ def _answer(policy: UnifiedPolicy, session: Session, turn: int) -> list[int]:
 
 
 def training_loss(
-    policy: UnifiedPolicy, sessions: list[Session], raw: np.ndarray, generator: torch.Generator, text: bool = True
+    policy: UnifiedPolicy, sessions: list[Session], raw: np.ndarray, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """(velocity loss, intent cross-entropy) of one batch of sessions with ground-truth intents.
 
-    raw: bool [B], True where the context holds raw instructions. text: False leaves the intents out (loss 0).
+    raw: bool [B], True where the context holds raw instructions.
     """
     b, turns = len(sessions), len(sessions[0].turns)
     marks = policy.marks.expand(b, -1)
@@ -101,14 +94,11 @@ def training_loss(
     segments, targets, answers = [], [], []
     for t in range(turns):
         segments.append(Segment(marks, both, latents[t]))
-        if t > 0 and text:
-            asks = [
-                policy.question_ids([u.instruction for u in s.turns[:t]], s.turns[t].instruction, s.mode)
-                for s in sessions
-            ]
+        if t > 0:
+            asks = [policy.question_ids([u.instruction for u in s.turns[:t]], s.turns[t].instruction) for s in sessions]
             replies = [_answer(policy, s, t) for s in sessions]
-            length = 29 + 9 * (t - 1) + 9
-            ids, valid = policy.codec.pad([a + r for a, r in zip(asks, replies, strict=True)], max(length, 44))
+            length = 27 + 9 * (t - 1) + 9
+            ids, valid = policy.codec.pad([a + r for a, r in zip(asks, replies, strict=True)], max(length, 42))
             answers.append((len(segments), [len(a) for a in asks], replies))
             segments.append(Segment(ids, valid, private=True))
         said = [s.turns[t].instruction if t == 0 or raw[i] else str(s.turns[t].intent) for i, s in enumerate(sessions)]
@@ -123,8 +113,6 @@ def training_loss(
     image_loss = torch.stack(
         [F.mse_loss(policy.module.llm2vae(hidden[:, packed.latent_slices[i]]).float(), target) for i, target in targets]
     ).mean()
-    if not answers:
-        return image_loss, torch.zeros(())
     flat, gold = [], []
     for i, starts, replies in answers:
         block = hidden[:, packed.text_slices[i]]
@@ -153,13 +141,8 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 
 def pretrain(config: PretrainConfig, out: Path, model_config: UnifiedConfig | None = None) -> UnifiedPolicy:
-    """Trains from random weights, or those in `config.start`, and writes `out`: config, tokenizer, fp16 weights
-    (averaged) and `pretrain.jsonl`. `model_config`: sizes of a random model."""
-    policy = (
-        UnifiedPolicy.load(Path(config.start))
-        if config.start
-        else new_embedded_policy(model_config or UnifiedConfig(), config.seed)
-    )
+    """Trains from random weights and writes `out`: config, tokenizer, fp16 weights (averaged) and `pretrain.jsonl`."""
+    policy = new_embedded_policy(model_config or UnifiedConfig(), config.seed)
     model = policy.module
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
@@ -178,9 +161,7 @@ def pretrain(config: PretrainConfig, out: Path, model_config: UnifiedConfig | No
                 group["lr"] = learning_rate(config, step)
             raw = chooser.random(config.batch) < config.raw_fraction
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-                image_loss, text_loss = training_loss(
-                    policy, sample_sessions(config, step), raw, generator, step >= config.text_from
-                )
+                image_loss, text_loss = training_loss(policy, sample_sessions(config, step), raw, generator)
             (image_loss + config.text_weight * text_loss).backward()
             norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_norm)
             optimizer.step()
@@ -199,12 +180,9 @@ def pretrain(config: PretrainConfig, out: Path, model_config: UnifiedConfig | No
                 log.flush()
                 print(row, flush=True)
                 sums[:] = 0
-            snapshot = bool(config.snapshots) and (step + 1) % config.snapshots == 0
-            if snapshot or (step + 1) % 250 == 0 or step + 1 == config.steps:
+            if (step + 1) % 250 == 0 or step + 1 == config.steps:
                 live = {k: v.clone() for k, v in model.state_dict().items()}
                 model.load_state_dict(average)
                 policy.save(out, torch.float16)
-                if snapshot:
-                    policy.save(out / f"step_{step + 1:06d}", torch.float16)
                 model.load_state_dict(live)
     return UnifiedPolicy.load(out)
