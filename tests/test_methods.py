@@ -91,7 +91,7 @@ def test_the_first_update_finds_ratios_of_one_for_images_and_intents_at_every_tu
     flat, seen = gradient(config, state, batch)
     assert seen["ratio_error"] <= 1e-6 and seen["text_error"] <= 2e-5 and seen["clipped"] == seen["text_clipped"] == 0
     assert flat.abs().max() > 0
-    assert {turn for _, turn in batch.old_text} == {1, 2}
+    assert {turn for _, turn, _ in batch.old_text} == {1, 2}
     # The ratio is 1 because both sides were computed, not because one was copied: other weights are told apart.
     with torch.no_grad():
         for p in trainable(tiny_unified.module).values():

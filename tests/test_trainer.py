@@ -32,7 +32,7 @@ def small(tmp_path, **changes):
         "rollout": {"sessions": 2, "siblings": 4, "turns": 2, "steps": 4, "groups_per_batch": 2},
         "credit": {"preset": "flow-grpo", "weights": {"bright": 1.0}},
         "policy": {"intent_tokens": 3},
-        "train": {"iterations": 2, "lr": 1e-3, "lr_decay": 1.0, "ema": None},
+        "train": {"iterations": 2, "lr": 1e-3, "lr_decay": 1.0, "ema": None, "packed": "off"},
         "eval": {"sessions": 4, "strips": 2},
     }
     for key, value in changes.items():
