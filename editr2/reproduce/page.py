@@ -17,7 +17,11 @@ NOTES = "reproduction_notes.md"
 PAGE = "reproduction.md"
 GA_PLOT, FOREST_PLOT = "reproduction_ga.svg", "reproduction_differences.svg"
 
-SUMMARY = {"reproduces": "reproduce", "does not show": "do not show", "reversed": "are reversed"}
+SUMMARY = {
+    "reproduces": ("reproduces", "reproduce"),
+    "does not show": ("does not show", "do not show"),
+    "reversed": ("is reversed", "are reversed"),
+}
 
 _PANELS = (
     ("Edit-R2, step by step", ("base", "base-intent", "single-turn", "multi-turn", "intent", "edit-r2")),
@@ -150,7 +154,7 @@ def _circumstances(settings: Settings, found: Sequence[Result]) -> str:
 
 def _summary(findings: Sequence[Finding]) -> str:
     verdicts = [f.verdict for f in findings if f.claim.ordered and not f.claim.least and f.difference is not None]
-    counts = ", ".join(f"{verdicts.count(v)} {said}" for v, said in SUMMARY.items())
+    counts = ", ".join(f"{n} {words[n != 1]}" for v, words in SUMMARY.items() if (n := verdicts.count(v)))
     text = f"Of {len(verdicts)} orderings that the papers state and that were run, {counts}."
     for f in findings:
         if f.claim.least and f.difference is not None:
@@ -301,7 +305,7 @@ def _panels(found: Sequence[Result]) -> list[tuple[str, list[Series]]]:
             present = [i for i in turns if i is not None]
             if len(present) == TURNS:
                 series.append(Series(_title(of[0], found), present, (colour + 5) % 6, dashed=not of[0].arm.trained))
-        if series:
+        if any(not s.dashed for s in series):  # the start alone compares nothing
             panels.append((title, series))
     return panels
 
