@@ -105,7 +105,9 @@ def reproduce(
     for run in runs:
         if run.finished():
             done(run)
-    _side_by_side([run for run in runs if not run.finished()], jobs, done, failed)
+    # A row is enough: the folder it came from may have stayed on another machine.
+    missing = [run for run in runs if (run.arm.name, run.seed, evaluation_sampler(run.config)) not in rows]
+    _side_by_side(missing, jobs, done, failed)
     for arm in arms:
         config = arm_config(arm, settings, 0, out / arm.name)
         sampler = evaluation_sampler(config)
