@@ -98,7 +98,7 @@ def can_pack(policy: Policy, chunk: Chunk, places: Places, options: ReplayOption
 
 @dataclass(frozen=True)
 class _Block:
-    """The rollouts of one turn and place behind one context; `at`: their positions in the turn's record."""
+    """Rollouts of one turn and place behind one context; rows: theirs among `Places`."""
 
     context: Any
     x: Tensor
