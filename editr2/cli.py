@@ -117,14 +117,14 @@ def command_eval(arguments: Arguments) -> int:
 
     from editr2.data import open_sessions
     from editr2.evaluate import evaluate
-    from editr2.rewards.world import WorldReward
-    from editr2.schedule import eval_sampler
+    from editr2.rewards.load import load_reward
+    from editr2.schedule import eval_sampler, own_schedule
 
     policy = _policy(config)
     source = open_sessions(config, policy)
-    sampler = eval_sampler(config)
+    sampler = eval_sampler(config, own_schedule(policy))
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    row = evaluate(policy, WorldReward(), source.heldout, sampler, config, accelerator).row(0, "eval")
+    row = evaluate(policy, load_reward(config.reward), source.heldout, sampler, config, accelerator).row(0, "eval")
     if accelerator.is_main_process:
         print(evaluation_table(row))
     return 0
@@ -161,11 +161,11 @@ def command_rollout(arguments: Arguments) -> int:
 
     from editr2.data import open_sessions
     from editr2.rollout import Seeds, chunks, rollout_chunk
-    from editr2.schedule import eval_sampler
+    from editr2.schedule import eval_sampler, own_schedule
 
     policy = _policy(config)
     sessions = open_sessions(config, policy).heldout
-    sampler = eval_sampler(config)
+    sampler = eval_sampler(config, own_schedule(policy))
     out = Path(config.out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     with (out / "outputs.jsonl").open("w") as file:

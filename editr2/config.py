@@ -12,6 +12,8 @@ from typing import Any
 from editr2.errors import ConfigError
 from editr2_kernels import KL_SCALES, RENORMS
 
+MODELS = ("unified", "kontext", "klein", "qwen-edit", "qwen-edit-plus")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -22,19 +24,37 @@ class DataConfig:
         heldout: the same for the evaluation before and after training; none uses the world's held-out split when `path`
             is none too, and otherwise the training sessions themselves (said in the report).
         limit: read at most this many sessions of `path`.
+        resize: what to do with images of another size than the policy's: no (an error), crop (scale to cover, cut the
+            middle out) or stretch.
     """
 
     path: str | None = None
     heldout: str | None = None
     limit: int | None = None
+    resize: str = "no"
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What judges the outputs.
+
+    Args:
+        function: `package.module:name` of a `Reward`, or of something to call without arguments that returns one (the
+            protocol: editr2/rewards/base.py); none is the shapes world's verifiers.
+    """
+
+    function: str | None = None
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The editor to train.
+    """The editor to train. From `resolution` on: only for models on diffusers (all but unified).
 
     Args:
-        weights: a folder written by `editr2 world pretrain` or a run's `policy/`; none is the shipped small model.
+        model: unified (BAGEL's architecture; the shipped small model), kontext (FLUX.1-Kontext), klein (FLUX.2-klein),
+            qwen-edit or qwen-edit-plus (Qwen-Image-Edit and its multi-image successor, 2509).
+        weights: unified: a folder written by `editr2 world pretrain` or a run's `policy/`, none is the shipped small
+            model. Others: a diffusers folder or a hub id, none is the model's published one.
         intent: write an intent before every turn from the second on (Edit-R2); policies without text ignore it.
         temperature: of sampled intents during training (evaluation is greedy).
         intent_tokens: at most this many tokens an intent.
@@ -43,8 +63,24 @@ class PolicyConfig:
         renorm: brings the guided velocity to the plain one's size: none, token, text_channel, channel or global.
         lora_rank: rank of LoRA adapters on all attention and MLP layers; 0 trains all weights.
         lora_alpha: strength of the adapters; none is twice the rank.
+        lora_targets: regular expression over the names of the layers that get adapters; none is the model's attention
+            and MLP layers.
+        resolution: [height, width] in pixels of what is edited and written.
+        condition_resolution: the same of the condition image as the transformer sees it; none is `resolution`.
+        keep_source: from the second turn on the source image stands beside the previous output as a second condition.
+        guidance_embed: the guidance value that guidance-distilled transformers (kontext) take as input; none is the
+            pipeline's own default. `guidance` is true guidance by a second, negative branch.
+        negative_prompt: of that branch.
+        text_tokens: longest prompt in tokens; none is the pipeline's own limit.
+        dtype: float32 or bfloat16, of frozen weights and of all weights' computation; latents stay float32 and so do
+            trained adapters.
+        gradient_checkpointing: compute activations again in the backward pass.
+        compile: torch.compile the transformer's repeated blocks.
+        offload: keep text encoder and VAE on the host while they are not in use.
+        quantize: none, or 4bit (the frozen base through bitsandbytes; needs a CUDA device and LoRA).
     """
 
+    model: str = "unified"
     weights: str | None = None
     intent: bool = True
     temperature: float = 0.7
@@ -54,6 +90,18 @@ class PolicyConfig:
     renorm: str = "none"
     lora_rank: int = 0
     lora_alpha: float | None = None
+    lora_targets: str | None = None
+    resolution: tuple[int, int] = (512, 512)
+    condition_resolution: tuple[int, int] | None = None
+    keep_source: bool = False
+    guidance_embed: float | None = None
+    negative_prompt: str = " "
+    text_tokens: int | None = None
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    offload: bool = False
+    quantize: str = "none"
 
 
 @dataclass(frozen=True)
@@ -65,7 +113,7 @@ class RolloutConfig:
         siblings: rollouts a session.
         turns: turns of sessions drawn from the world (sessions from files have their own).
         steps: denoising steps.
-        shift: timestep shift of the sigma schedule.
+        shift: timestep shift of the sigma schedule; none is the policy's own schedule (unified: no shift).
         dynamics: flow-sde, dance-sde, wan-sde, cps or ddim-sde.
         noise_level: of the dynamics.
         window: consecutive SDE steps a turn that are trained; all others are ODE steps and store nothing.
@@ -77,13 +125,15 @@ class RolloutConfig:
             own (as an ODE rollout needs).
         store_dtype: float32 or bfloat16, of stored latents and velocities; the sampler rounds to it before it scores.
         groups_per_batch: groups that go through the model together, in rollout and in training.
+        capture: how a denoising step runs: off (plain calls), compile (torch.compile of velocity and step, a graph for
+            each shape) or graph (a CUDA graph for each shape).
     """
 
     sessions: int = 12
     siblings: int = 8
     turns: int = 3
     steps: int = 4
-    shift: float = 1.0
+    shift: float | None = None
     dynamics: str = "cps"
     noise_level: float = 0.7
     window: int = 2
@@ -93,6 +143,7 @@ class RolloutConfig:
     shared_noise: bool = True
     store_dtype: str = "float32"
     groups_per_batch: int = 6
+    capture: str = "off"
 
 
 @dataclass(frozen=True)
@@ -246,6 +297,7 @@ class Config:
     out: str = "runs/train"
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -443,7 +495,7 @@ def check_config(config: Config) -> None:
         "train.ratio_tolerance": t.ratio_tolerance,
         "train.text_ratio_tolerance": t.text_ratio_tolerance,
         "rollout.noise_level": r.noise_level,
-        "rollout.shift": r.shift,
+        "rollout.shift": 1.0 if r.shift is None else r.shift,
         "policy.temperature": p.temperature,
     }.items():
         if not number > 0:
@@ -466,6 +518,11 @@ def check_config(config: Config) -> None:
     _choices("eval.sampler", config.eval.sampler, ("ode", "rollout"))
     _choices("rollout.window_schedule", r.window_schedule, ("random", "progressive", "fixed"))
     _choices("rollout.store_dtype", r.store_dtype, ("float32", "bfloat16"))
+    _choices("rollout.capture", r.capture, ("off", "compile", "graph"))
+    _choices("data.resize", config.data.resize, ("no", "crop", "stretch"))
+    _choices("policy.model", p.model, MODELS)
+    _choices("policy.dtype", p.dtype, ("float32", "bfloat16"))
+    _choices("policy.quantize", p.quantize, ("none", "4bit"))
     _choices("policy.renorm", p.renorm, RENORMS)
     _choices("train.kl_scale", t.kl_scale, KL_SCALES)
     _choices("train.packed", t.packed, ("auto", "on", "off"))

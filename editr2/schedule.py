@@ -7,6 +7,7 @@ window and `k + steps` inside, so samples with different windows share every lau
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from editr2.config import Config, RolloutConfig
 from editr2.errors import ConfigError
+from editr2.policies.base import Policy, ScheduledPolicy
 from editr2_kernels import DYNAMICS, flow_sigmas, transition_table
 
 # The rollout keeps no x0 of the step before, which the rows of a second-order solver read.
@@ -52,11 +54,17 @@ class Sampler:
         return dataclasses.replace(self, sigmas=self.sigmas.to(device), table=self.table.to(device))
 
 
-def rollout_sampler(config: RolloutConfig) -> Sampler:
-    """The sampler of training. Raises `ConfigError` naming the field."""
+Schedule = Callable[[int], Sequence[float]]
+"""From a number of steps to sigmas, steps + 1 of them falling from 1 to 0."""
+
+
+def rollout_sampler(config: RolloutConfig, own: Schedule | None = None) -> Sampler:
+    """The sampler of training. own: the policy's schedule, taken where `rollout.shift` is none (see `own_schedule`).
+    Raises `ConfigError` naming the field."""
     sampler = make_sampler(
         config.steps,
         shift=config.shift,
+        own=own,
         dynamics=config.dynamics,
         noise_level=config.noise_level,
         window=config.window,
@@ -69,27 +77,34 @@ def rollout_sampler(config: RolloutConfig) -> Sampler:
     return sampler
 
 
-def eval_sampler(config: Config) -> Sampler:
-    """The sampler of evaluation, as `eval.sampler` and `eval.steps` say."""
+def eval_sampler(config: Config, own: Schedule | None = None) -> Sampler:
+    """The sampler of evaluation, as `eval.sampler` and `eval.steps` say; own as for `rollout_sampler`."""
     rollout = dataclasses.replace(config.rollout, steps=config.eval.steps or config.rollout.steps)
     return (
-        rollout_sampler(rollout)
+        rollout_sampler(rollout, own)
         if config.eval.sampler == "rollout"
-        else make_sampler(rollout.steps, shift=rollout.shift)
+        else make_sampler(rollout.steps, shift=rollout.shift, own=own)
     )
+
+
+def own_schedule(policy: Policy) -> Schedule | None:
+    """The policy's noise schedule, if it has one of its own."""
+    return policy.sigmas if isinstance(policy, ScheduledPolicy) else None
 
 
 def make_sampler(
     steps: int,
     *,
-    shift: float = 1.0,
+    shift: float | None = None,
+    own: Schedule | None = None,
     dynamics: str = "flow-sde",
     noise_level: float = 0.0,
     window: int = 0,
     window_range: float = 0.5,
 ) -> Sampler:
     """A sampler of `steps` steps with a window of `window` SDE steps that starts within the first `window_range` of
-    them. Raises `ConfigError` naming the argument."""
+    them. Sigmas are shifted by `shift`; where it is none they are `own`'s, or unshifted. Raises `ConfigError` naming
+    the argument."""
     if steps < 1:
         raise ConfigError(f"rollout.steps: {steps} (accepted: at least 1)")
     if not 0 <= window <= steps:
@@ -98,7 +113,7 @@ def make_sampler(
         raise ConfigError(f"rollout.dynamics: {dynamics!r} (accepted: {', '.join(ROLLOUT_DYNAMICS)})")
     if not 0 < window_range <= 1:
         raise ConfigError(f"rollout.window_range: {window_range} (accepted: above 0, at most 1)")
-    sigmas = flow_sigmas(steps, shift)
+    sigmas = [float(s) for s in own(steps)] if shift is None and own else flow_sigmas(steps, shift or 1.0)
     ode = transition_table(sigmas, dynamics="ode", noise_level=0.0)
     sde = transition_table(sigmas, dynamics=cast(Any, dynamics), noise_level=noise_level) if window else ode
     last = max(0, min(steps - window, round(steps * window_range) - 1))

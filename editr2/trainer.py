@@ -29,10 +29,10 @@ from editr2.policies.unified import UnifiedPolicy
 from editr2.policies.weights import exchanged, trainable
 from editr2.report import build_report
 from editr2.rewards.base import Reward, check_failures, weight_vector
-from editr2.rewards.world import WorldReward
+from editr2.rewards.load import load_reward
 from editr2.rollout import Seeds, chunks, rollout_chunk
 from editr2.rows import Clock, comparison_line, evaluation_line, start_row, train_row
-from editr2.schedule import Sampler, eval_sampler, rollout_sampler
+from editr2.schedule import Sampler, eval_sampler, own_schedule, rollout_sampler
 from editr2.state import State, new_state
 from editr2.tracking import MetricsLog, Progress, profile_table, read_metrics
 from editr2.yaml_config import dump_yaml
@@ -49,14 +49,13 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
     torch.manual_seed(config.seed)
     policy = policy or load_policy(config.policy)
     policy.module.to(accelerator.device)
-    if reward is None:
-        reward = WorldReward()
+    reward = reward or load_reward(config.reward)
     weight_vector(reward.names, config.credit.weights)
     credit_options(config.credit, tuple(reward.names))
     source = open_sessions(config, policy)
     r = config.rollout
-    sampler = rollout_sampler(r).to(accelerator.device)
-    evaluation_sampler = eval_sampler(config).to(accelerator.device)
+    sampler = rollout_sampler(r, own_schedule(policy)).to(accelerator.device)
+    evaluation_sampler = eval_sampler(config, own_schedule(policy)).to(accelerator.device)
     if r.sessions < accelerator.num_processes:
         raise ConfigError(
             f"rollout.sessions: {r.sessions} (accepted: at least {accelerator.num_processes}, one a process)"

@@ -162,6 +162,14 @@ class TextPolicy(Policy, Protocol):
 
 
 @runtime_checkable
+class ScheduledPolicy(Protocol):
+    """A policy with a noise schedule of its own (its pipeline's), taken where `rollout.shift` is none."""
+
+    def sigmas(self, steps: int) -> list[float]:
+        """steps + 1 noise levels, falling from 1 to 0."""
+
+
+@runtime_checkable
 class PackedPolicy(Protocol):
     """A policy that can replay whole sessions in one forward, equal to walking through them up to rounding."""
 
