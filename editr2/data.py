@@ -37,12 +37,15 @@ class SessionSource:
 
 
 def open_sessions(config: Config, policy: Policy) -> SessionSource:
-    """Reads and checks every session file before anything is trained. Raises `DataError` with file and line."""
+    """Reads and checks every session file before anything is trained. Raises `DataError` with file and line.
+
+    Images are of the policy's size from here on (`data.resize`), for the policy and for whoever judges.
+    """
     data, size = config.data, policy.image_size
-    train = load_sessions(data.path, limit=data.limit, size=size) if data.path else None
+    train = load_sessions(data.path, limit=data.limit, size=size, resize=data.resize) if data.path else None
     count = config.eval.sessions
     if data.heldout:
-        heldout = load_sessions(data.heldout, limit=count, size=size)
+        heldout = load_sessions(data.heldout, limit=count, size=size, resize=data.resize)
     elif train is not None:
         heldout = train[:count]
     else:

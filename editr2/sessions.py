@@ -6,7 +6,8 @@ A set of sessions is a folder with `sessions.jsonl`, one JSON object a line, and
      "turns": [{"instruction": "add a red cup"}, {"instruction": "make it blue", "intent": "make the cup blue"}]}
 
 `image` is relative to the folder, or absolute. `id`, `mode` and `meta` are optional, and so are a turn's `intent`,
-`task` and `meta`; null means absent. Blank lines are allowed.
+`task` and `meta`; null means absent. Blank lines are allowed. A Hugging Face dataset whose rows are sessions is read in
+the same way (editr2/importers/hub.py). docs/data.md is the user's page.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +29,13 @@ from PIL import Image, ImageOps
 
 from editr2.errors import DataError, UserError
 
-__all__ = ["Session", "Turn", "load_sessions", "save_sessions", "validate"]
+__all__ = ["ImageFile", "Session", "Survey", "Turn", "load_sessions", "save_sessions", "survey", "validate"]
 
 FILE_NAME = "sessions.jsonl"
 MODES = ("cm", "cu")
+RESIZES = ("no", "crop", "stretch")
+Pixels = npt.NDArray[np.uint8]
+Size = tuple[int, int]
 _SESSION_KEYS = ("id", "image", "turns", "mode", "meta")
 _TURN_KEYS = ("instruction", "intent", "task", "meta")
 _PIXEL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
@@ -58,20 +63,34 @@ class Turn:
             raise DataError("Turn: meta: None (accepted: a mapping)")
 
 
+class _PixelsField:
+    """`Session.image`: the array that was given, or what the function that was given returns, at every access."""
+
+    def __set__(self, session: Session, value: Pixels | Callable[[], Pixels]) -> None:
+        vars(session)["image"] = value
+
+    def __get__(self, session: Session | None, owner: type[Session]) -> Pixels:
+        if session is None:
+            raise AttributeError("image")  # which tells `dataclass` that the field has no default
+        value = vars(session)["image"]
+        return value() if callable(value) else value
+
+
 @dataclass(frozen=True, eq=False)  # eq=False: comparing arrays gives arrays; a session is compared by identity
 class Session:
     """An image and the turns to apply to it.
 
     id: unique in its set.
-    image: uint8 [H, W, 3], RGB.
+    image: uint8 [H, W, 3], RGB; or a function without arguments that returns it, such as an `ImageFile`, which is
+        called whenever the attribute is read.
     turns: at least one.
     mode: "cm" (a standing rule set early holds for later turns), "cu" (later turns refer back by pronouns) or None.
     meta: whatever a reward needs to judge the session; JSON values only, if it is to be saved.
     """
 
     id: str
-    image: npt.NDArray[np.uint8]
-    turns: tuple[Turn, ...]
+    image: _PixelsField = _PixelsField()
+    turns: tuple[Turn, ...]  # type: ignore[misc]  # mypy takes the descriptor for a default
     mode: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,76 +99,145 @@ class Session:
             raise DataError(f"Session {self.id!r}: {name}: {problem}")
         if self.id is None or self.meta is None:
             raise DataError(f"Session {self.id!r}: id and meta cannot be None (accepted: a string; a mapping)")
-        image = self.image
-        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+        image = vars(self)["image"]
+        array = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        if not array and not callable(image):
             given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
             raise DataError(f"Session {self.id!r}: image: {given} (accepted: a uint8 array [H, W, 3])")
-        if 0 in image.shape:
+        if array and 0 in image.shape:
             raise DataError(f"Session {self.id!r}: image: no pixels, shape {list(image.shape)}")
         if not (isinstance(self.turns, tuple) and self.turns and all(isinstance(turn, Turn) for turn in self.turns)):
             raise DataError(f"Session {self.id!r}: turns: wrong value (accepted: a tuple of one or more Turn)")
 
 
+class StoredImage(Protocol):
+    """A dataclass of pixels that stay where they are stored: called, it decodes them as `decode_image` says."""
+
+    @property
+    def size(self) -> Size | None: ...
+
+    @property
+    def resize(self) -> str: ...
+
+    def __call__(self) -> Pixels: ...
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """Pixels that stay in their file: called, it decodes them, uint8 [H, W, 3].
+
+    size, resize: as in `load_sessions`. Raises DataError for whatever is wrong with the file.
+    """
+
+    path: Path
+    size: Size | None = None
+    resize: str = "no"
+
+    def __call__(self) -> Pixels:
+        return read_image(self.path, self.size, self.resize)
+
+
 def load_sessions(
-    path: str | os.PathLike[str], *, limit: int | None = None, size: tuple[int, int] | None = None
+    path: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    size: Size | None = None,
+    resize: str = "no",
+    memory: int = 1 << 30,
 ) -> list[Session]:
     """Read a set of sessions and decode every image, so that a bad file fails here and not hours into a run.
 
-    path: a sessions.jsonl file, or a folder that holds one.
+    path: a sessions.jsonl file, a folder that holds one, a folder that `datasets` saved to disk, or a dataset of the
+        Hugging Face hub, "hf:owner/name:split".
     limit: read only the first `limit` sessions.
     size: (height, width) that every image must have; None accepts any.
+    resize: what becomes of an image of another size: "no" (an error), "crop" (scale to cover, cut the middle out) or
+        "stretch".
+    memory: bytes of pixels to keep. Images beyond them (3·H·W bytes each, 1.3 thousand of 512² in the default) are
+        decoded here to be checked, and again whenever `Session.image` is read.
 
     A session without an id is named after its line, `line-000007`. Images may be anything that Pillow decodes to
     8-bit grey, palette or RGB, with or without alpha: EXIF orientation is applied, transparency is composited over
-    white, and the result is uint8 [H, W, 3]. All images stay in memory: 3·H·W bytes each, 0.8 GB for a thousand of
-    512².
+    white, and the result is uint8 [H, W, 3].
 
     Raises DataError, `path:line: field: problem (accepted: …)`, for the first thing that is wrong.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit: {limit} (accepted: 1 or more)")
     sessions = []
-    for item in _scan(_locate(path), size):
+    for item in scan(path, size=size, resize=resize, memory=memory):
         if isinstance(item, str):
             raise DataError(item)
         sessions.append(item)
         if len(sessions) == limit:
             break
-    if not sessions:
-        raise DataError(f"{_locate(path)}: no sessions in the file (accepted: one JSON object a line, at least one)")
     return sessions
 
 
-def validate(path: str | os.PathLike[str], *, size: tuple[int, int] | None = None) -> list[str]:
-    """Everything that is wrong with a set of sessions, in the order of the file; empty if it would load."""
+@dataclass(frozen=True)
+class Survey:
+    """What a set of sessions holds. Sessions with problems are counted nowhere but there.
+
+    problems: everything that is wrong, in the order of the file.
+    turns, sizes, modes: number of sessions by number of turns, by (height, width) and by mode.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    turns: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[Size] = field(default_factory=Counter)
+    modes: Counter[str | None] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        turns = [f"{turns} ({count})" for turns, count in sorted(self.turns.items())]
+        sizes = [f"{height}×{width} ({count})" for (height, width), count in self.sizes.most_common(4)]
+        more = [f"{len(self.sizes) - 4} more"] if len(self.sizes) > 4 else []
+        modes = [
+            f"{mode or 'none'} ({count})" for mode, count in sorted(self.modes.items(), key=lambda item: item[0] or "")
+        ]
+        lists = {"turns": turns, "height×width": sizes + more, "mode": modes}
+        return "; ".join([f"{self.turns.total()} sessions", *(f"{k} {', '.join(v)}" for k, v in lists.items())])
+
+
+def survey(path: str | os.PathLike[str], *, size: Size | None = None, resize: str = "no") -> Survey:
+    """Reads a whole set, images too, and keeps none of it. Arguments as in `load_sessions`; raises for none of what is
+    wrong with the set."""
+    result = Survey()
     try:
-        file = _locate(path)
-        items = [item if isinstance(item, str) else None for item in _scan(file, size)]
+        for item in scan(path, size=size, resize=resize):
+            if isinstance(item, str):
+                result.problems.append(item)
+                continue
+            result.turns[len(item.turns)] += 1
+            result.sizes[item.image.shape[:2]] += 1
+            result.modes[item.mode] += 1
     except DataError as error:
-        return [str(error)]
-    if not items:
-        return [f"{file}: no sessions in the file (accepted: one JSON object a line, at least one)"]
-    return [item for item in items if item is not None]
+        result.problems.append(str(error))
+    return result
+
+
+def validate(path: str | os.PathLike[str], *, size: Size | None = None, resize: str = "no") -> list[str]:
+    """Everything that is wrong with a set of sessions, in the order of the file; empty if it would load."""
+    return survey(path, size=size, resize=resize).problems
 
 
 def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -> Path:
-    """Write `folder/sessions.jsonl` and its images as PNG; returns the path of sessions.jsonl.
+    """Write `folder/sessions.jsonl` and its images; returns the path of sessions.jsonl.
 
-    `load_sessions` gives back equal ids, pixels, turns, modes and meta. An existing set in the folder is replaced at
-    one instant: image files are named by their content, so they never overwrite another's pixels, and sessions.jsonl
-    is renamed into place last. Images that only the old set used stay.
+    `load_sessions` gives back equal ids, pixels, turns, modes and meta. Images are written as the sessions come, so an
+    iterator of any length will do: an `ImageFile` is copied as it is, pixels become PNG. An existing set in the folder
+    is replaced at one instant: image files are named by their content, so they never overwrite another's pixels, and
+    sessions.jsonl is renamed into place last. Images that only the old set used stay, and so do those of a save that
+    failed.
 
-    Raises DataError for no sessions, a repeated id, or a meta that is not JSON.
+    Raises DataError for no sessions, a repeated id, an image that cannot be read, or a meta that is not JSON.
     """
     folder = Path(folder)
     lines: dict[str, bytes] = {}
-    images: dict[str, npt.NDArray[np.uint8]] = {}
+    written: set[str] = set()
     for session in sessions:
         if session.id in lines:
             raise DataError(f"{folder / FILE_NAME}: id: {session.id!r} given twice")
-        pixels = np.ascontiguousarray(session.image)
-        name = f"images/{hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:24]}.png"
-        images[name] = pixels
+        name, image = _stored(session)
         turns = [
             _without_absent(instruction=t.instruction, intent=t.intent, task=t.task, meta=t.meta) for t in session.turns
         ]
@@ -159,18 +247,69 @@ def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -
         except (TypeError, ValueError, RecursionError) as error:
             problem = f"{error} (accepted: Unicode text, and JSON values in meta)"
             raise DataError(f"session {session.id!r}: {problem}") from error
+        if name not in written:
+            try:
+                (folder / "images").mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"{folder}: cannot be written: {error.strerror}") from error
+            _write_atomically(folder / name, image)
+            written.add(name)
     if not lines:
         raise DataError(f"{folder / FILE_NAME}: no sessions to save")
-    try:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror}") from error
-    for name, pixels in images.items():
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG")
-        _write_atomically(folder / name, buffer.getvalue())
     _write_atomically(folder / FILE_NAME, b"".join(lines.values()))
     return folder / FILE_NAME
+
+
+def _stored(session: Session) -> tuple[str, bytes]:
+    """The name, which follows from the content, and the bytes of the file of a session's image."""
+    source = vars(session)["image"]
+    if isinstance(source, ImageFile) and source.resize == "no":
+        source()  # whoever loads the set must be able to decode it
+        data = source.path.read_bytes()
+        return f"images/{hashlib.sha256(data).hexdigest()[:24]}{source.path.suffix.lower()}", data
+    pixels = np.ascontiguousarray(session.image)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return (
+        f"images/{hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:24]}.png",
+        buffer.getvalue(),
+    )
+
+
+class Entry(NamedTuple):
+    """A session as it is stored, yet to be checked.
+
+    where: the file and line that a message starts with; place: the line or row alone, as `line 7`.
+    record: the object of a line of sessions.jsonl, or what is wrong with it; its `image` is not looked at.
+    image: decodes the image; None: there is none to decode.
+    """
+
+    where: str
+    place: str
+    record: Mapping[str, Any] | DataError
+    image: StoredImage | None
+
+
+def scan(
+    path: str | os.PathLike[str], *, size: Size | None = None, resize: str = "no", memory: int = 1 << 30
+) -> Iterator[Session | str]:
+    """The sessions of a set in order, and a line of text for each problem. Lazy: an image is decoded when reached.
+
+    Arguments as in `load_sessions`. Raises DataError when there is no set at `path`.
+    """
+    if resize not in RESIZES:
+        raise UserError(f"resize: {resize!r} (accepted: {', '.join(RESIZES)})")
+    if is_dataset(path):
+        from editr2.importers.hub import dataset_entries
+
+        return _checked(dataset_entries(os.fspath(path), size, resize), memory)
+    return _checked(_file_entries(_locate(path), size, resize), memory)
+
+
+def is_dataset(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a Hugging Face dataset: of the hub (hf:…), or a folder that `datasets` saved."""
+    saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return os.fspath(path).startswith("hf:") or (saved and not (Path(path) / FILE_NAME).exists())
 
 
 def _locate(path: str | os.PathLike[str]) -> Path:
@@ -182,42 +321,64 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def _scan(file: Path, size: tuple[int, int] | None) -> Iterator[Session | str]:
-    """The sessions of a file in order, and a line of text for each problem. Lazy: an image is decoded when reached."""
+def _file_entries(file: Path, size: Size | None, resize: str) -> Iterator[Entry]:
+    lines_there = False
+    for number, raw in lines_of(file):
+        lines_there = True
+        where, place = f"{file}:{number}", f"line {number}"
+        try:
+            record = parse_object(raw)
+        except DataError as error:
+            yield Entry(where, place, error, None)
+            continue
+        image = record.get("image")
+        named = isinstance(image, str) and bool(image.strip())
+        yield Entry(where, place, record, ImageFile(file.parent / str(image), size, resize) if named else None)
+    if not lines_there:
+        raise DataError(f"{file}: no sessions in the file (accepted: one JSON object a line, at least one)")
+
+
+def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of the lines that are not blank, from 1, without a byte order mark. Raises DataError."""
     try:
         raw_lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    seen: dict[str, int] = {}
-    for number, raw in enumerate(raw_lines, start=1):
-        if not raw.strip():
-            continue
-        try:
-            record = _parse_line(raw)
-        except DataError as error:
-            yield f"{file}:{number}: {error}"
+    return ((number, raw) for number, raw in enumerate(raw_lines, start=1) if raw.strip())
+
+
+def _checked(entries: Iterable[Entry], memory: int) -> Iterator[Session | str]:
+    seen: dict[str, str] = {}
+    for where, place, record, stored in entries:
+        if isinstance(record, DataError):
+            yield f"{where}: {record}"
             continue
         problems = list(_record_problems(record))
         given = record.get("id")
-        name = given if isinstance(given, str) else f"line-{number:06d}"
+        name = given if isinstance(given, str) else "{}-{:0>6}".format(*place.split())
         if name in seen:
-            problems.append(("id", f"{name!r} was already used on line {seen[name]} (accepted: unique ids)"))
-        seen.setdefault(name, number)
-        image = None
-        if isinstance(record.get("image"), str) and record["image"].strip():
+            problems.append(("id", f"{name!r} was already used on {seen[name]} (accepted: unique ids)"))
+        seen.setdefault(name, place)
+        pixels = None
+        if stored is not None:
             try:
-                image = _read_image(file.parent / record["image"], size)
+                pixels = stored()
             except DataError as error:
                 problems.append(("image", str(error)))
-        yield from (f"{file}:{number}: {where}: {problem}" for where, problem in problems)
-        if image is not None and not problems:
-            turns = tuple(
-                Turn(t["instruction"], t.get("intent"), t.get("task"), t.get("meta") or {}) for t in record["turns"]
-            )
-            yield Session(name, image, turns, record.get("mode"), record.get("meta") or {})
+        yield from (f"{where}: {field}: {problem}" for field, problem in problems)
+        if pixels is None or stored is None or problems:
+            continue
+        turns = tuple(
+            Turn(t["instruction"], t.get("intent"), t.get("task"), t.get("meta") or {}) for t in record["turns"]
+        )
+        memory -= pixels.nbytes
+        # The size that was seen stands, so that a file that is replaced while a run reads it is an error.
+        later: Any = None if memory >= 0 else replace(stored, size=pixels.shape[:2])  # type: ignore[type-var]
+        yield Session(name, later or pixels, turns, record.get("mode"), record.get("meta") or {})
 
 
-def _parse_line(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes, accepted: str = "one JSON object a line") -> dict[str, Any]:
+    """A JSON object, strictly. Raises DataError without the place, which the caller knows."""
     try:
         text = raw.decode("utf-8").rstrip("\r")
     except UnicodeDecodeError as error:
@@ -227,13 +388,13 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
         # "\ud800" alone is legal JSON, but no tokenizer and no UTF-8 file can hold it.
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        raise DataError(f"column {error.colno}: malformed JSON: {error.msg} (accepted: one object a line)") from error
+        raise DataError(f"column {error.colno}: malformed JSON: {error.msg} (accepted: {accepted})") from error
     except UnicodeEncodeError as error:
         raise DataError("a string holds half of a surrogate pair (accepted: Unicode text)") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting beyond any use
         raise DataError(f"malformed JSON: {error}") from error
     if not isinstance(record, dict):
-        raise DataError(f"{_kind(record)} (accepted: one JSON object a line)")
+        raise DataError(f"{kind(record)} (accepted: {accepted})")
     return record
 
 
@@ -258,46 +419,46 @@ def _record_problems(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if image is None:
         yield "image", "missing (accepted: the path of an image, relative to this file)"
     elif not isinstance(image, str) or not image.strip():
-        yield "image", f"{_kind(image)} (accepted: the path of an image, relative to this file)"
+        yield "image", f"{kind(image)} (accepted: the path of an image, relative to this file)"
     turns = record.get("turns")
     if turns is None:
         yield "turns", "missing (accepted: a list of one or more turns)"
     elif not isinstance(turns, list) or not turns:
-        yield "turns", f"{_kind(turns)} (accepted: a list of one or more turns)"
+        yield "turns", f"{kind(turns)} (accepted: a list of one or more turns)"
     else:
         for index, turn in enumerate(turns):
             where = f"turns[{index}]"
             if not isinstance(turn, dict):
-                yield where, f"{_kind(turn)} (accepted: an object with an instruction)"
+                yield where, f"{kind(turn)} (accepted: an object with an instruction)"
                 continue
             yield from _unknown_keys(turn, _TURN_KEYS, where + ".")
             yield from ((f"{where}.{name}", problem) for name, problem in _turn_problems(turn))
 
 
 def _session_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if values.get("id") is not None and not _is_text(values["id"]):
-        yield "id", f"{_kind(values['id'])} (accepted: a non-empty string)"
+    if values.get("id") is not None and not is_text(values["id"]):
+        yield "id", f"{kind(values['id'])} (accepted: a non-empty string)"
     mode = values.get("mode")
     if mode is not None and mode not in MODES:
-        yield "mode", f"{_kind(mode)} (accepted: {', '.join(map(repr, MODES))} or absent)"
+        yield "mode", f"{kind(mode)} (accepted: {', '.join(map(repr, MODES))} or absent)"
     yield from _meta_problems(values)
 
 
 def _turn_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("instruction") is None:
         yield "instruction", "missing (accepted: a non-empty string)"
-    elif not _is_text(values["instruction"]):
-        yield "instruction", f"{_kind(values['instruction'])} (accepted: a non-empty string)"
+    elif not is_text(values["instruction"]):
+        yield "instruction", f"{kind(values['instruction'])} (accepted: a non-empty string)"
     for name in ("intent", "task"):
-        if values.get(name) is not None and not _is_text(values[name]):
-            yield name, f"{_kind(values[name])} (accepted: a non-empty string, or absent)"
+        if values.get(name) is not None and not is_text(values[name]):
+            yield name, f"{kind(values[name])} (accepted: a non-empty string, or absent)"
     yield from _meta_problems(values)
 
 
 def _meta_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     meta = values.get("meta")
     if meta is not None and not isinstance(meta, Mapping):
-        yield "meta", f"{_kind(meta)} (accepted: an object, or absent)"
+        yield "meta", f"{kind(meta)} (accepted: an object, or absent)"
 
 
 def _unknown_keys(record: Mapping[str, Any], known: tuple[str, ...], prefix: str) -> Iterator[tuple[str, str]]:
@@ -308,11 +469,11 @@ def _unknown_keys(record: Mapping[str, Any], known: tuple[str, ...], prefix: str
             yield f"{prefix}{key}", f"unknown key ({hint}accepted: {', '.join(known)})"
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
     """What was given, short enough for one line."""
     if isinstance(value, str):
         return f"the string {value if len(value) <= 40 else value[:37] + '...'!r}" if value.strip() else "blank string"
@@ -327,16 +488,22 @@ def _kind(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _read_image(path: Path, size: tuple[int, int] | None) -> npt.NDArray[np.uint8]:
-    """Decode to uint8 [H, W, 3]; DataError says what is wrong with the file."""
+def read_image(path: Path, size: Size | None = None, resize: str = "no") -> Pixels:
+    """`decode_image` of a file; DataError says what is wrong with it."""
     if not path.is_file():  # also keeps out folders and pipes, which would block
         raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
     try:
-        data = path.read_bytes()
+        return decode_image(path.read_bytes(), size, resize)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def decode_image(data: bytes, size: Size | None = None, resize: str = "no") -> Pixels:
+    """An encoded image to uint8 [H, W, 3], brought to `size` as `load_sessions` says. Raises DataError."""
     if not data:
-        raise DataError(f"{path}: empty file (accepted: an image)")
+        raise DataError("empty file (accepted: an image)")
     # Pillow's decoders raise whatever their parsing runs into (OSError, SyntaxError, ValueError, struct.error,
     # IndexError, …); for a file that a user gave, all of it means the same.
     try:
@@ -346,15 +513,24 @@ def _read_image(path: Path, size: tuple[int, int] | None) -> npt.NDArray[np.uint
             if image.has_transparency_data:
                 rgba = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            pixels = np.array(image.convert("RGB"))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+            image = image.convert("RGB")
+    except DataError:
+        raise
     except Exception as error:
-        raise DataError(f"{path}: not a readable image: {_first_line(error)}") from error
-    if size is not None and pixels.shape[:2] != tuple(size):
-        given = f"{pixels.shape[0]}×{pixels.shape[1]}"
-        raise DataError(f"{path}: {given} pixels, height × width (accepted: {size[0]}×{size[1]})")
-    return pixels
+        raise DataError(f"not a readable image: {_first_line(error)}") from error
+    return np.array(image if size is None else _fitted(image, size, resize))
+
+
+def _fitted(image: Image.Image, size: Size, resize: str) -> Image.Image:
+    height, width = size
+    if image.size == (width, height):
+        return image
+    if resize == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    if resize == "stretch":
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    accepted = f"{height}×{width}; --data.resize crop or stretch brings others to it"
+    raise DataError(f"{image.height}×{image.width} pixels, height × width (accepted: {accepted})")
 
 
 def _require_still_8_bit(image: Image.Image) -> None:

@@ -6,8 +6,10 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,8 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from editr2.config import Config, replace_nested
+from editr2.data import open_sessions
 from editr2.errors import DataError, UserError
-from editr2.sessions import Session, Turn, load_sessions, save_sessions, validate
+from editr2.sessions import ImageFile, Session, Turn, load_sessions, save_sessions, survey, validate
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 TURNS = [{"instruction": "add a cup"}]
@@ -87,7 +91,7 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ('{"id" "a"}', ":1: column 7: malformed JSON: Expecting ':' delimiter"),
-        ("nonsense", ":1: column 1: malformed JSON: Expecting value (accepted: one object a line)"),
+        ("nonsense", ":1: column 1: malformed JSON: Expecting value (accepted: one JSON object a line)"),
         (b'{"id": "\xff"}', ":1: byte 9 is not UTF-8"),
         ("[1]", ":1: a list of 1 (accepted: one JSON object a line)"),
         ("3", ":1: the number 3 (accepted: one JSON object a line)"),
@@ -198,7 +202,7 @@ def test_bad_images(tmp_path: Path) -> None:
     deep = encoded(Image.fromarray(np.full((4, 4), 40_000, np.uint16)))
     assert image_problem(tmp_path, deep).startswith("pixel format I;16 (accepted: 8-bit 1, L")
     assert image_problem(tmp_path, encoded(Image.new("CMYK", (4, 4)), "JPEG")).startswith("pixel format CMYK")
-    expected = "4×6 pixels, height × width (accepted: 6×4)"
+    expected = "4×6 pixels, height × width (accepted: 6×4; --data.resize crop or stretch brings others to it)"
     assert image_problem(tmp_path, png(PIXELS), size=(6, 4)) == expected
 
 
@@ -261,6 +265,107 @@ def test_grey_and_orientation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
     assert np.array_equal(loaded_pixels(tmp_path, png(PIXELS, exif=exif)), np.rot90(PIXELS, k=-1))
+
+
+def test_images_beyond_the_memory_stay_in_their_files(tmp_path: Path) -> None:
+    other = 255 - PIXELS
+    save_sessions([Session("a", PIXELS, (Turn("x"),)), Session("b", other, (Turn("x"),))], tmp_path)
+    for memory, stored in [(0, [True, True]), (PIXELS.nbytes, [False, True]), (2 * PIXELS.nbytes, [False, False])]:
+        sessions = load_sessions(tmp_path, memory=memory)
+        assert [isinstance(vars(s)["image"], ImageFile) for s in sessions] == stored
+        assert np.array_equal(sessions[0].image, PIXELS) and np.array_equal(sessions[1].image, other)
+        assert np.array_equal(np.stack([s.image for s in sessions]), [PIXELS, other])
+    lazy = pickle.loads(pickle.dumps(load_sessions(tmp_path, memory=0)[1]))
+    path = vars(lazy)["image"].path
+    path.write_bytes(png(PIXELS[:2]))  # a run must not go on with something else than it checked
+    with pytest.raises(DataError, match=f"^{path}: 2×6 pixels"):
+        _ = lazy.image
+    path.unlink()
+    with pytest.raises(DataError, match=f"^{path}: no such file$"):
+        _ = lazy.image
+
+
+def test_a_broken_image_is_found_at_once_wherever_pixels_are_kept(tmp_path: Path) -> None:
+    write(tmp_path, {"image": "b", "turns": TURNS})
+    (tmp_path / "b").write_bytes(b"hello")
+    with pytest.raises(DataError, match=":1: image: .*not a readable image"):
+        load_sessions(tmp_path, memory=0)
+
+
+def test_files_are_copied_as_they_are(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.open(io.BytesIO(png(PIXELS))), "JPEG")
+    turned = png(PIXELS, exif=exif)
+    (tmp_path / "a.JPG").write_bytes(data)
+    (tmp_path / "b").write_bytes(turned)
+    items = [Session(name, ImageFile(tmp_path / name), (Turn("x"),)) for name in ("a.JPG", "b")]
+    small = Session("small", ImageFile(tmp_path / "a.JPG", (2, 3), "stretch"), (Turn("x"),))
+    back = load_sessions(save_sessions([*items, small], tmp_path / "set"))
+    assert_equal([*items, small], back)
+    assert np.array_equal(back[1].image, np.rot90(PIXELS, k=-1)) and back[2].image.shape == (2, 3, 3)
+    files = {path.suffix: path.read_bytes() for path in (tmp_path / "set/images").iterdir()}
+    assert files.keys() == {".jpg", "", ".png"} and files[".jpg"] == data and files[""] == turned
+    (tmp_path / "c").write_bytes(b"no image")
+    with pytest.raises(DataError, match="c: not a readable image"):
+        save_sessions([Session("c", ImageFile(tmp_path / "c"), (Turn("x"),))], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_images_of_another_size(tmp_path: Path) -> None:
+    half = np.zeros((4, 8, 3), np.uint8)
+    half[:, 2:6] = 255  # white, with two black columns on either side
+    write(tmp_path, {"image": "b", "turns": TURNS})
+    (tmp_path / "b").write_bytes(png(half))
+    (cropped,) = load_sessions(tmp_path, size=(4, 4), resize="crop")
+    assert cropped.image.shape == (4, 4, 3) and cropped.image.min() == 255  # the middle, not squeezed
+    (larger,) = load_sessions(tmp_path, size=(8, 8), resize="crop")
+    assert larger.image.shape == (8, 8, 3) and larger.image[:, 2:6].min() > 240  # Lanczos rings
+    (stretched,) = load_sessions(tmp_path, size=(4, 4), resize="stretch")
+    assert stretched.image.shape == (4, 4, 3) and stretched.image[:, 0].max() < 80 < 180 < stretched.image[:, 1].min()
+    (same,) = load_sessions(tmp_path, size=(4, 8), resize="crop")
+    assert np.array_equal(same.image, half)
+    (lazy,) = load_sessions(tmp_path, size=(4, 4), resize="crop", memory=0)
+    assert np.array_equal(lazy.image, cropped.image)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "b").write_bytes(png(half, exif=exif))  # upright it is 8 × 4: the size is that of what is seen
+    assert np.array_equal(load_sessions(tmp_path, size=(8, 4))[0].image, np.rot90(half, k=-1))
+    with pytest.raises(UserError, match=r"resize: 'fit' \(accepted: no, crop, stretch\)"):
+        load_sessions(tmp_path, resize="fit")
+
+
+@pytest.mark.parametrize("resize", ["no", "crop", "stretch"])
+def test_a_run_reads_its_sets_at_the_policy_s_size(tmp_path: Path, resize: str) -> None:
+    save_sessions([Session("a", PIXELS, (Turn("x"),))], tmp_path / "train")
+    save_sessions([Session("b", PIXELS[1:], (Turn("x"),))], tmp_path / "heldout")
+    data = {"path": str(tmp_path / "train"), "heldout": str(tmp_path / "heldout"), "resize": resize}
+    config = replace_nested(Config(), {"data": data})
+    policy: Any = SimpleNamespace(image_size=(4, 4))
+    if resize == "no":
+        with pytest.raises(DataError, match=r":1: image: .*4×6 pixels.*--data\.resize crop or stretch"):
+            open_sessions(config, policy)
+        return
+    source = open_sessions(config, policy)
+    assert source[0].image.shape == source.heldout[0].image.shape == (4, 4, 3)
+
+
+def test_a_survey_counts(tmp_path: Path) -> None:
+    sizes = [(4, 4), (4, 5), (4, 6), (4, 7), (4, 8), (4, 4)]
+    items = [
+        Session(f"{i}", np.zeros((*size, 3), np.uint8), (Turn("x"),) * (1 + (i == 5)), [None, "cm"][i % 2])
+        for i, size in enumerate(sizes)
+    ]
+    file = save_sessions(items, tmp_path)
+    found = survey(tmp_path)
+    assert found.problems == [] and found.turns == {1: 5, 2: 1} and found.modes == {None: 3, "cm": 3}
+    text = (
+        "6 sessions; turns 1 (5), 2 (1); height×width 4×4 (2), 4×5 (1), 4×6 (1), 4×7 (1), 1 more; mode none (3), cm (3)"
+    )
+    assert str(found) == text
+    file.write_text(file.read_text() + "3\n")
+    assert survey(tmp_path).problems == [f"{file}:7: the number 3 (accepted: one JSON object a line)"]
+    assert survey(tmp_path, size=(4, 4), resize="crop").sizes == {(4, 4): 6}
 
 
 def test_sessions_made_in_memory_are_checked() -> None:
