@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from editr2.capture import capture_step
 from editr2.config import PolicyConfig, RolloutConfig
 from editr2.policies.base import Intent, Policy, Questions, TextPolicy, device_of
 from editr2.schedule import Sampler
 from editr2.seeds import derive_seed, seed_tensor
 from editr2.sessions import Session
-from editr2_kernels import INITIAL_STEP, philox_normal, sde_step
+from editr2_kernels import INITIAL_STEP, philox_normal
 
 
 @dataclass
@@ -234,6 +235,7 @@ def _denoise(
     leader = rollouts // chunk.siblings * chunk.siblings if turn == 0 and options.shared_noise else rollouts
     if not w:
         leader = rollouts
+    take = capture_step(policy, options.capture, device, keep_velocity)
     live, here = torch.zeros(0, dtype=torch.int64), context
     for k in range(sampler.steps):
         row, inside = sampler.step_index(k, starts)
@@ -248,8 +250,7 @@ def _denoise(
         on = live.to(device)
         x_live, row_live = (x, row.to(device)) if len(live) == m else (x[on], row[live].to(device))
         sigma = sampler.sigmas[k].expand(len(live))
-        v = policy.velocity(x_live, sigma, here)
-        step = sde_step(x_live, v.v, sampler.table, row_live, noise_seeds[on], store_dtype=dtype, **v.guidance)
+        step = take(x_live, sigma, here, sampler.table, row_live, noise_seeds[on])
         if bool(inside.any()):
             # Whoever is inside its window is live.
             picked = inside[live].nonzero()[:, 0]
@@ -257,8 +258,8 @@ def _denoise(
             picked = picked.to(device)
             stored[at, slot], following[at, slot] = x_live[picked], step.x_next[picked]
             log_prob[at, slot], step_index[at, slot] = step.log_prob[picked], row_live[picked]
-            if velocity is not None:
-                velocity[at, slot] = v.combined(sigma)[picked].to(dtype)
+            if velocity is not None and step.velocity is not None:
+                velocity[at, slot] = step.velocity[picked].to(dtype)
         if len(live) == m:
             x = step.x_next
         else:

@@ -10,6 +10,8 @@ from torch.nn.attention.flex_attention import create_mask
 from editr2.policies.base import PackedPolicy, Questions, TurnTask
 from editr2.policies.packed import Segment, by_segment, dense_mask, flex, mask_mod, pack, token_counts
 from editr2.policies.unified import Guidance, UnifiedPolicy
+from editr2.replay import Places, ReplayOptions, can_pack
+from editr2.rollout import Chunk, TurnRecord
 from editr2.worlds.shapes import make_session
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 matrix products batched differently, two layers deep
@@ -298,3 +300,19 @@ def test_counted_pairs_are_the_ones_of_the_mask(policy):
 def test_small_batches_pack_and_large_ones_walk(policy, context_gradient):
     assert policy.packs(tasks(policy)[1], context_gradient=context_gradient)
     assert not policy.packs(tasks(policy, batch=48)[1], context_gradient=context_gradient)
+
+
+def test_turns_that_nobody_needs_speak_for_walking(policy):
+    """Packing computes every turn of a rollout that is needed at all; walking leaves out the turns that are not."""
+    sessions = [make_session(0, i, turns=3) for i in range(2)]
+    places = Places([torch.zeros(4, 2, *policy.latent_shape)] * 3, [torch.zeros(4, 2)] * 3)
+    nothing, images = torch.zeros(4, 0), np.zeros((4, *policy.image_size, 3), np.uint8)
+    records = [TurnRecord(torch.arange(4), ["red"] * 4, None, None, *[nothing] * 6, images) for _ in range(3)]
+    chunk = Chunk(sessions, [0, 1], 2, records)
+    options = ReplayOptions(False, False, None, TEMPERATURE, True)
+    needed = torch.ones(4, 3, dtype=torch.bool)
+    assert can_pack(policy, chunk, places, options, needed)
+    needed[2:] = False  # rollouts that nobody needs cost neither way anything
+    assert can_pack(policy, chunk, places, options, needed)
+    needed[:2, 1] = False
+    assert not can_pack(policy, chunk, places, options, needed)
