@@ -6,13 +6,14 @@ Precedence: field defaults, then `--preset`, then `--config file.yaml`, then fla
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from editr2.errors import ConfigError
 from editr2_kernels import KL_SCALES, RENORMS
 
-MODELS = ("unified", "kontext", "klein", "qwen-edit", "qwen-edit-plus")
+MODELS = ("unified", "kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class DataConfig:
     """Where sessions come from.
 
     Args:
-        path: a `sessions.jsonl` or the folder that holds one; none draws endless sessions from the shapes world.
+        path: a `sessions.jsonl` or the folder that holds one, or a Hugging Face dataset, hf:owner/name:split or a saved
+            one's folder; none draws endless sessions from the shapes world.
         heldout: the same for the evaluation before and after training; none uses the world's held-out split when `path`
             is none too, and otherwise the training sessions themselves (said in the report).
         limit: read at most this many sessions of `path`.
@@ -52,7 +54,8 @@ class PolicyConfig:
 
     Args:
         model: unified (BAGEL's architecture; the shipped small model), kontext (FLUX.1-Kontext), klein (FLUX.2-klein),
-            qwen-edit or qwen-edit-plus (Qwen-Image-Edit and its multi-image successor, 2509).
+            klein-kv (its variant that reads the references once a turn), qwen-edit or qwen-edit-plus (Qwen-Image-Edit
+            and its multi-image successor, 2509).
         weights: unified: a folder written by `editr2 world pretrain` or a run's `policy/`, none is the shipped small
             model. Others: a diffusers folder or a hub id, none is the model's published one.
         intent: write an intent before every turn from the second on (Edit-R2); policies without text ignore it.
@@ -60,7 +63,8 @@ class PolicyConfig:
         intent_tokens: at most this many tokens an intent.
         guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
         guidance_image: weight of image guidance, applied to the result; 1 is none.
-        renorm: brings the guided velocity to the plain one's size: none, token, text_channel, channel or global.
+        renorm: brings the guided velocity to the plain one's size: none, token, text_channel, channel or global; auto
+            is the model's own (qwen-edit: token, the others: none).
         lora_rank: rank of LoRA adapters on all attention and MLP layers; 0 trains all weights.
         lora_alpha: strength of the adapters; none is twice the rank.
         lora_targets: regular expression over the names of the layers that get adapters; none is the model's attention
@@ -70,7 +74,7 @@ class PolicyConfig:
         keep_source: from the second turn on the source image stands beside the previous output as a second condition.
         guidance_embed: the guidance value that guidance-distilled transformers (kontext) take as input; none is the
             pipeline's own default. `guidance` is true guidance by a second, negative branch.
-        negative_prompt: of that branch.
+        negative_prompt: of that branch; none is the model's own (qwen-edit: a space, the others: empty).
         text_tokens: longest prompt in tokens; none is the pipeline's own limit.
         dtype: float32 or bfloat16, of frozen weights and of all weights' computation; latents stay float32 and so do
             trained adapters.
@@ -87,7 +91,7 @@ class PolicyConfig:
     intent_tokens: int = 24
     guidance: float = 1.0
     guidance_image: float = 1.0
-    renorm: str = "none"
+    renorm: str = "auto"
     lora_rank: int = 0
     lora_alpha: float | None = None
     lora_targets: str | None = None
@@ -95,7 +99,7 @@ class PolicyConfig:
     condition_resolution: tuple[int, int] | None = None
     keep_source: bool = False
     guidance_embed: float | None = None
-    negative_prompt: str = " "
+    negative_prompt: str | None = None
     text_tokens: int | None = None
     dtype: str = "float32"
     gradient_checkpointing: bool = False
@@ -125,8 +129,8 @@ class RolloutConfig:
             own (as an ODE rollout needs).
         store_dtype: float32 or bfloat16, of stored latents and velocities; the sampler rounds to it before it scores.
         groups_per_batch: groups that go through the model together, in rollout and in training.
-        capture: how a denoising step runs: off (plain calls), compile (torch.compile of velocity and step, a graph for
-            each shape) or graph (a CUDA graph for each shape).
+        capture: how a denoising step runs: off (plain calls), compile (torch.compile of velocity and step in one; sizes
+            that change become symbols) or graph (a CUDA graph for each shape).
     """
 
     sessions: int = 12
@@ -447,13 +451,19 @@ def preset_config(name: str | None) -> Config:
     return replace_nested(Config(), PRESETS[name])
 
 
-def _choices(name: str, value: object, accepted: tuple[str | None, ...]) -> None:
+def _choices(name: str, value: object, accepted: tuple[str | None, ...]) -> Iterator[str]:
     if value not in accepted:
-        raise ConfigError(f"{name}: {value!r} (accepted: {', '.join(a if a else 'none' for a in accepted)})")
+        yield f"{name}: {value!r} (accepted: {', '.join(a if a else 'none' for a in accepted)})"
 
 
 def check_config(config: Config) -> None:
-    """Range checks that need nothing but the configuration; each error names the field."""
+    """Raises `ConfigError` with the first of `config_problems`."""
+    for problem in config_problems(config):
+        raise ConfigError(problem)
+
+
+def config_problems(config: Config) -> Iterator[str]:
+    """Range checks that need nothing but the configuration; each line names the field."""
     r, t, p = config.rollout, config.train, config.policy
     positive = {
         "rollout.sessions": r.sessions,
@@ -474,16 +484,16 @@ def check_config(config: Config) -> None:
     }
     for name, value in positive.items():
         if value < 1:
-            raise ConfigError(f"{name}: {value} (accepted: at least 1)")
-    if r.siblings < 2:
-        raise ConfigError("rollout.siblings: 1 (accepted: at least 2; an advantage compares siblings)")
-    _choices("train.loss", t.loss, ("grpo", "nft"))
+            yield f"{name}: {value} (accepted: at least 1)"
+    if r.siblings == 1:
+        yield "rollout.siblings: 1 (accepted: at least 2; an advantage compares siblings)"
+    yield from _choices("train.loss", t.loss, ("grpo", "nft"))
     if t.loss == "grpo" and r.window < 1:
-        raise ConfigError("rollout.window: 0 (accepted: at least 1; without an SDE step grpo trains nothing)")
+        yield "rollout.window: 0 (accepted: at least 1; without an SDE step grpo trains nothing)"
     if t.loss == "nft" and r.window:
-        raise ConfigError(f"rollout.window: {r.window} (accepted with train.loss nft: 0; it samples by ODE)")
+        yield f"rollout.window: {r.window} (accepted with train.loss nft: 0; it samples by ODE)"
     if r.window == 0 and r.shared_noise:
-        raise ConfigError("rollout.shared_noise: true (accepted without a window: false, or all siblings are equal)")
+        yield "rollout.shared_noise: true (accepted without a window: false, or all siblings are equal)"
     for name, number in {
         "train.lr": t.lr,
         "train.clip_low": t.clip_low,
@@ -499,14 +509,14 @@ def check_config(config: Config) -> None:
         "policy.temperature": p.temperature,
     }.items():
         if not number > 0:
-            raise ConfigError(f"{name}: {number} (accepted: above 0)")
+            yield f"{name}: {number} (accepted: above 0)"
     for name, number in {
         "train.lr_decay": t.lr_decay,
         "train.old_decay": t.old_decay,
         "train.old_decay_max": t.old_decay_max,
     }.items():
         if not 0 <= number <= 1:
-            raise ConfigError(f"{name}: {number} (accepted: 0 to 1)")
+            yield f"{name}: {number} (accepted: 0 to 1)"
     for name, number in {
         "train.warmup": t.warmup,
         "train.kl_weight": t.kl_weight,
@@ -514,25 +524,46 @@ def check_config(config: Config) -> None:
         "policy.lora_rank": p.lora_rank,
     }.items():
         if number < 0:
-            raise ConfigError(f"{name}: {number} (accepted: at least 0)")
-    _choices("eval.sampler", config.eval.sampler, ("ode", "rollout"))
-    _choices("rollout.window_schedule", r.window_schedule, ("random", "progressive", "fixed"))
-    _choices("rollout.store_dtype", r.store_dtype, ("float32", "bfloat16"))
-    _choices("rollout.capture", r.capture, ("off", "compile", "graph"))
-    _choices("data.resize", config.data.resize, ("no", "crop", "stretch"))
-    _choices("policy.model", p.model, MODELS)
-    _choices("policy.dtype", p.dtype, ("float32", "bfloat16"))
-    _choices("policy.quantize", p.quantize, ("none", "4bit"))
-    _choices("policy.renorm", p.renorm, RENORMS)
-    _choices("train.kl_scale", t.kl_scale, KL_SCALES)
-    _choices("train.packed", t.packed, ("auto", "on", "off"))
-    _choices("train.old_log_prob", t.old_log_prob, ("auto", "rollout", "replay"))
+            yield f"{name}: {number} (accepted: at least 0)"
+    yield from _choices("eval.sampler", config.eval.sampler, ("ode", "rollout"))
+    yield from _choices("rollout.window_schedule", r.window_schedule, ("random", "progressive", "fixed"))
+    yield from _choices("rollout.store_dtype", r.store_dtype, ("float32", "bfloat16"))
+    yield from _choices("rollout.capture", r.capture, ("off", "compile", "graph"))
+    yield from _choices("data.resize", config.data.resize, ("no", "crop", "stretch"))
+    yield from _choices("policy.model", p.model, MODELS)
+    yield from _choices("policy.dtype", p.dtype, ("float32", "bfloat16"))
+    yield from _choices("policy.quantize", p.quantize, ("none", "4bit"))
+    yield from _choices("policy.renorm", p.renorm, ("auto", *RENORMS))
+    yield from _model_problems(config)
+    yield from _choices("train.kl_scale", t.kl_scale, KL_SCALES)
+    yield from _choices("train.packed", t.packed, ("auto", "on", "off"))
+    yield from _choices("train.old_log_prob", t.old_log_prob, ("auto", "rollout", "replay"))
     if t.packed == "on" and (p.guidance != 1 or p.guidance_image != 1):
-        raise ConfigError("train.packed: on (accepted with policy.guidance other than 1: auto, off)")
+        yield "train.packed: on (accepted with policy.guidance other than 1: auto, off)"
     if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
         what = "train.packed on" if t.packed == "on" else "train.context_gradient"
-        raise ConfigError(f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one forward)")
+        yield f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one forward)"
     if t.loss == "nft" and (p.guidance != 1 or p.guidance_image != 1):
-        raise ConfigError("policy.guidance: not 1 (accepted with train.loss nft: 1; it compares plain velocities)")
+        yield "policy.guidance: not 1 (accepted with train.loss nft: 1; it compares plain velocities)"
     if t.ema is not None and not 0 < t.ema < 1:
-        raise ConfigError(f"train.ema: {t.ema} (accepted: above 0, below 1)")
+        yield f"train.ema: {t.ema} (accepted: above 0, below 1)"
+
+
+_POLICY_FIELDS = [f.name for f in dataclasses.fields(PolicyConfig)]
+DIFFUSION_ONLY = tuple(_POLICY_FIELDS[_POLICY_FIELDS.index("resolution") :])
+"""Settings that the unified model has no use for."""
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    p, default = config.policy, PolicyConfig()
+    if p.model == "unified":
+        for name in DIFFUSION_ONLY:
+            if (value := getattr(p, name)) != (accepted := getattr(default, name)):
+                yield f"policy.{name}: {value!r} (accepted with policy.model unified: {accepted!r}, the default)"
+    elif config.data.path is None:
+        yield (
+            f"data.path: none (accepted with policy.model {p.model}: a sessions.jsonl; the shapes world's images are "
+            "too small for it)"
+        )
+    if p.quantize != "none" and not p.lora_rank:
+        yield f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what trains is not quantized)"

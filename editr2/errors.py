@@ -22,3 +22,11 @@ class CheckpointError(UserError):
 
 class NonFiniteError(UserError):
     """A loss, gradient or latent became NaN or infinite."""
+
+
+class ExportError(UserError):
+    """What was exported is not, when loaded again, the policy that was trained."""
+
+
+class IntegrationError(UserError):
+    """Another project's code is not there, or not one of the versions that a drop-in knows."""

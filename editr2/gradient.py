@@ -97,14 +97,16 @@ def accumulate_gradient(
 def replays_old_log_prob(config: Config, state: State, packed: bool) -> bool:
     """Whether old log-probs come from training's own forward instead of the rollout's.
 
-    By `auto` the rollout's are taken where training walks by its turns and steps in float32: in its batches, less what
-    has no advantage, the two are equal to the last bits. Elsewhere rounding can differ by more than a clip range.
+    By `auto` the rollout's are taken where training walks by its turns and steps in float32 and the rollout's steps
+    were not captured: in its batches, less what has no advantage, the two are equal to the last bits. Elsewhere
+    rounding can differ by more than a clip range.
     """
     how = config.train.old_log_prob
     if how != "auto":
         return how == "replay"
     full = all(p.dtype == torch.float32 for p in state.policy.module.parameters() if p.requires_grad)
-    return packed or not full or config.train.micro_batch is not None
+    full = full and config.policy.dtype == "float32"
+    return packed or not full or config.train.micro_batch is not None or config.rollout.capture != "off"
 
 
 def _terms(

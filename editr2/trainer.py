@@ -16,19 +16,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
 
+from editr2.capture import check_capture
 from editr2.checkpoint import latest_checkpoint
 from editr2.config import Config, check_config
-from editr2.credit import assign_credit, credit_options
+from editr2.credit import assign_credit
 from editr2.data import SessionSource, open_sessions
-from editr2.errors import CheckpointError, ConfigError, NonFiniteError
+from editr2.errors import CheckpointError, NonFiniteError
 from editr2.evaluate import comparison_row, evaluate, judge, merge_scores, share, write_strips
 from editr2.gradient import Batch, accumulate_gradient, first_non_finite
 from editr2.policies.base import PackedPolicy, Policy
 from editr2.policies.load import load_policy
-from editr2.policies.unified import UnifiedPolicy
 from editr2.policies.weights import exchanged, trainable
+from editr2.preflight.rules import check_run
 from editr2.report import build_report
-from editr2.rewards.base import Reward, check_failures, weight_vector
+from editr2.rewards.base import Reward, check_failures
 from editr2.rewards.load import load_reward
 from editr2.rollout import Seeds, chunks, rollout_chunk
 from editr2.rows import Clock, comparison_line, evaluation_line, start_row, train_row
@@ -50,24 +51,13 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
     policy = policy or load_policy(config.policy)
     policy.module.to(accelerator.device)
     reward = reward or load_reward(config.reward)
-    weight_vector(reward.names, config.credit.weights)
-    credit_options(config.credit, tuple(reward.names))
+    cannot_pack = None if isinstance(policy, PackedPolicy) else type(policy).__name__
+    own, processes = own_schedule(policy), accelerator.num_processes
+    check_run(config, reward.names, own, cannot_pack=cannot_pack, processes=processes)
+    check_capture(config.rollout.capture, accelerator.device)
     source = open_sessions(config, policy)
-    r = config.rollout
-    sampler = rollout_sampler(r, own_schedule(policy)).to(accelerator.device)
-    evaluation_sampler = eval_sampler(config, own_schedule(policy)).to(accelerator.device)
-    if r.sessions < accelerator.num_processes:
-        raise ConfigError(
-            f"rollout.sessions: {r.sessions} (accepted: at least {accelerator.num_processes}, one a process)"
-        )
-    batches = -(-(r.sessions // accelerator.num_processes) // r.groups_per_batch)
-    if batches % config.train.minibatches:
-        raise ConfigError(
-            f"train.minibatches: {config.train.minibatches} (accepted: a divisor of {batches}, the batches of "
-            f"rollout.groups_per_batch = {r.groups_per_batch} groups that a process has)"
-        )
-    if config.train.packed == "on" and not isinstance(policy, PackedPolicy):
-        raise ConfigError(f"train.packed: on (accepted for a {type(policy).__name__}, which cannot: auto, off)")
+    sampler = rollout_sampler(config.rollout, own).to(accelerator.device)
+    evaluation_sampler = eval_sampler(config, own).to(accelerator.device)
     state = new_state(config, policy)
     run = Path(config.out)
     found = latest_checkpoint(run / "checkpoints")
@@ -139,8 +129,7 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
             progress.note(profile_table(rows))
     if main:
         with state.averaged() as averaged:
-            if isinstance(averaged, UnifiedPolicy):
-                averaged.save(run / "policy")
+            averaged.save(run / "policy")
         print(f"report: {build_report(run)}")
     accelerator.wait_for_everyone()
     return run

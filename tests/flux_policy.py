@@ -6,6 +6,7 @@ Pixels stand in for an autoencoder's latents and fixed random word vectors for a
 
 import dataclasses
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -82,3 +83,6 @@ class FluxPolicy:
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         return unpatchify(latents, (GRID, GRID), PATCH)
+
+    def save(self, folder: Path) -> None:
+        self.module.save_pretrained(folder)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from editr2.config import PRESETS, Config, preset_config, replace_nested
-from editr2.policies.unified import Guidance, UnifiedPolicy, new_embedded_policy
+from editr2.policies.load import unified_guidance
+from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
 from editr2.policies.unified_model import UnifiedConfig
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
@@ -33,7 +34,7 @@ def tiny_policy(config: Config) -> UnifiedPolicy:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     policy = new_embedded_policy(UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0)
     torch.nn.init.normal_(policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-    policy.guidance = Guidance(config.policy.guidance, config.policy.guidance_image, config.policy.renorm)
+    policy.guidance = unified_guidance(config.policy)
     if config.policy.lora_rank:
         torch.manual_seed(0)
         add_lora(policy.module, 4)

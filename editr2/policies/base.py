@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -139,6 +140,9 @@ class Policy(Protocol):
     def decode(self, latents: Tensor) -> np.ndarray:
         """Clean latents -> uint8 images."""
 
+    def save(self, folder: Path) -> None:
+        """Writes the weights as `policy.weights` takes them, into a folder that may exist."""
+
 
 @runtime_checkable
 class TextPolicy(Policy, Protocol):
@@ -167,6 +171,14 @@ class ScheduledPolicy(Protocol):
 
     def sigmas(self, steps: int) -> list[float]:
         """steps + 1 noise levels, falling from 1 to 0."""
+
+
+@runtime_checkable
+class BucketedPolicy(Protocol):
+    """A policy that can pad contexts to a few sizes, so that one captured step serves many of them."""
+
+    def bucket(self, context: Any) -> Any:
+        """The context with more, masked tokens: equal velocities up to rounding."""
 
 
 @runtime_checkable

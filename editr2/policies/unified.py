@@ -33,6 +33,8 @@ from editr2_kernels import RENORMS, philox_normal, token_log_prob
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "unified-small"
 
+BUCKET = 64  # tokens; the embedded world's turns are about 50 long
+
 
 def patchify(images: np.ndarray, patch: int) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 tokens [B, (H/p)(W/p), p*p*3] in [-1, 1], each ordered (row, column, channel)."""
@@ -204,7 +206,9 @@ class UnifiedPolicy:
 
     @property
     def marks(self) -> Tensor:
-        return self._marks.to(self.device)
+        if self._marks.device != self.device:  # moved once: a copy from the host cannot be captured
+            self._marks = self._marks.to(self.device)
+        return self._marks
 
     def encode(self, images: np.ndarray) -> AnyContext:
         empty = self.module.empty_context(len(images), self.device)
@@ -259,6 +263,14 @@ class UnifiedPolicy:
     def join(self, contexts: Sequence[AnyContext]) -> AnyContext:
         guided = [c for c in contexts if isinstance(c, GuidedContext)]
         return GuidedContext.join_all(guided) if guided else Context.join([_full(c) for c in contexts])
+
+    def bucket(self, context: AnyContext) -> AnyContext:
+        """Padded to the next multiple of `BUCKET` tokens, and always by one: one form, masked, for every length."""
+
+        def padded(c: Context) -> Context:
+            return c.pad((c.valid.shape[1] // BUCKET + 1) * BUCKET)
+
+        return context.map(padded) if isinstance(context, GuidedContext) else padded(context)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         return unpatchify(latents, self.grid, self.patch)

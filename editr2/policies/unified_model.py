@@ -281,20 +281,23 @@ class Context:
             tuple(k.detach() for k in self.keys), tuple(v.detach() for v in self.values), self.valid, self.position
         )
 
+    def pad(self, length: int) -> Context:
+        """With masked tokens at the end, `length` in all."""
+        more = length - self.valid.shape[1]
+        keys, values = (tuple(F.pad(x, (0, 0, 0, more)) for x in layers) for layers in (self.keys, self.values))
+        return Context(keys, values, F.pad(self.valid, (0, more)), self.position)
+
     @staticmethod
     def join(parts: Sequence[Context]) -> Context:
         """Contexts of different lengths as one batch; shorter ones are padded (and masked) at the end."""
         longest = max(p.valid.shape[1] for p in parts)
-
-        def pad(x: Tensor) -> Tensor:
-            return F.pad(x, (0, 0, 0, longest - x.shape[2]))
-
+        padded = [p if p.valid.shape[1] == longest else p.pad(longest) for p in parts]
         layers = range(len(parts[0].keys))
         return Context(
-            tuple(torch.cat([pad(p.keys[i]) for p in parts]) for i in layers),
-            tuple(torch.cat([pad(p.values[i]) for p in parts]) for i in layers),
-            torch.cat([F.pad(p.valid, (0, longest - p.valid.shape[1])) for p in parts]),
-            torch.cat([p.position for p in parts]),
+            tuple(torch.cat([p.keys[i] for p in padded]) for i in layers),
+            tuple(torch.cat([p.values[i] for p in padded]) for i in layers),
+            torch.cat([p.valid for p in padded]),
+            torch.cat([p.position for p in padded]),
         )
 
 

@@ -65,12 +65,13 @@ def load_trainable(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         p.copy_(values[name])
 
 
-def add_lora(module: nn.Module, rank: int, alpha: float | None = None) -> None:
-    """Adapters of rank `rank` and strength alpha (default 2 * rank) on every attention and MLP projection; everything
-    else is frozen. B starts at zero: the policy is unchanged."""
+def add_lora(module: nn.Module, rank: int, alpha: float | None = None, targets: str | None = None) -> None:
+    """Adapters of rank `rank` and strength alpha (default 2 * rank) on every attention and MLP projection (or where
+    the expression `targets` says); everything else is frozen. B starts at zero: the policy is unchanged."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=LORA_TARGETS)
+    strength = 2 * rank if alpha is None else alpha
+    config = LoraConfig(r=rank, lora_alpha=strength, target_modules=targets or LORA_TARGETS)
     inject_adapter_in_model(config, module)
     for name, p in module.named_parameters():
         p.requires_grad_(".lora_" in name)

@@ -69,7 +69,7 @@ def build_report(run_dir: str | os.PathLike[str], *, max_sessions: int = 48, max
         cards=_cards(run),
         missing=run.missing + pictures.notes(),
         eval_charts=_evaluation_charts(run),
-        eval_table=_evaluation_table(run),
+        eval_table=evaluation_table(run),
         curves=_curves(run),
         window=charts.smoothing_window(len(run.train)),
         health=_health(run),
@@ -324,12 +324,14 @@ class Table:
     rows: Sequence[tuple[str, Sequence[str]]]
 
 
-def _evaluation_table(run: Run) -> Table | None:
+def evaluation_table(run: Run) -> Table | None:
+    """Every score before and after training with its standard error; None without an evaluation."""
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
     if not present:
         return None
     rows: list[tuple[str, list[str]]] = []
-    for key, name in METRICS.items():
+    own = {key: key.removesuffix("_turn") for e in present for key in e.turns if key != "marginal_turn"}
+    for key, name in {**own, **METRICS}.items():
         for t in range(max(len(e.turns.get(key, ())) for e in present)):
             stats = [e.turns.get(key, ()) for e in present]
             rows.append((f"{name}, turn {t + 1}", [with_se(s[t]) if t < len(s) else "–" for s in stats]))

@@ -294,7 +294,7 @@ def _strip_turn(value: Mapping[str, Any]) -> StripTurn:
         reasoning=_text(value.get("reasoning")),
         expected=_text(value.get("expected")),
         image=_text(value.get("image")),
-        scores={name: number(scores.get(name)) for name in {**dict.fromkeys(SCORES), **scores}},
+        scores={name: number(scores.get(name)) for name in scores or SCORES},
         reward=number(value.get("reward")),
         advantage=number(value.get("advantage")),
         reason=_text(value.get("reason")),

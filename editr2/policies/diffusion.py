@@ -1,0 +1,426 @@
+"""Image editors on diffusers' own transformer, autoencoder, text encoders and scheduler settings.
+
+The policy drives the components of a stock pipeline, not the pipeline: what depends on images and words alone is
+computed once, in `encode`, `instruct` and `append`, and the denoising loop runs the transformer and nothing else. Only
+the transformer trains; autoencoder and text encoders are frozen and run without gradient.
+
+A model is a subclass of `DiffusionPolicy`, which says what it has to provide.
+
+Legend of shapes: B samples, N latent tokens, D numbers a token, L text tokens, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from editr2.config import PolicyConfig
+from editr2.errors import ConfigError, DataError
+from editr2.policies.base import Velocity, device_of
+
+Prompt = Mapping[str, Tensor]
+"""What a model's text encoders make of the instructions, by the model's own names; samples first."""
+
+CACHED_PROMPTS = 256
+TEXT_BATCH = 8
+"""Prompts that go through the text encoders at once: these are as large as the transformer, and so are activations."""
+
+
+@dataclass(frozen=True)
+class EditContext:
+    """All that a velocity depends on besides the noise; every tensor has the samples first.
+
+    conditions: the images beside the noise as latent tokens, float32 [B, N, D], in the order of their positions: the
+    image to edit, then (with `keep_source`, from the second turn on) the source. images: the same as the text encoder
+    reads them, uint8 [B, H, W, 3] on the host; empty where it reads words only. prompt, negative: of the last
+    instruction, and of the unguided branch (empty without guidance). derived: what a model computes from its
+    conditions once, where it does (`DiffusionPolicy.derive`).
+    """
+
+    conditions: tuple[Tensor, ...]
+    images: tuple[Tensor, ...] = ()
+    prompt: Prompt = field(default_factory=dict)
+    negative: Prompt = field(default_factory=dict)
+    derived: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.conditions[0])
+
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        shapes = tuple(t.shape[1:] for t in (*self.conditions, *self.images, *self.derived))
+        return shapes, self.prompt.keys() | {f"negative {name}" for name in self.negative}
+
+    def select(self, index: Tensor) -> EditContext:
+        def rows(t: Tensor) -> Tensor:
+            return t[index.to(t.device)]
+
+        return EditContext(
+            tuple(map(rows, self.conditions)),
+            tuple(map(rows, self.images)),
+            {name: rows(t) for name, t in self.prompt.items()},
+            {name: rows(t) for name, t in self.negative.items()},
+            tuple(map(rows, self.derived)),
+        )
+
+    @staticmethod
+    def join(parts: Sequence[EditContext]) -> EditContext:
+        """Of one kind (equally many images, all instructed or none); shorter prompts are padded with zeros."""
+
+        def together(name: str) -> tuple[Tensor, ...]:
+            return tuple(torch.cat(same) for same in zip(*(getattr(p, name) for p in parts), strict=True))
+
+        return EditContext(
+            together("conditions"),
+            together("images"),
+            _padded([p.prompt for p in parts]),
+            _padded([p.negative for p in parts]),
+            together("derived"),
+        )
+
+
+@dataclass(frozen=True)
+class MixedContext:
+    """Contexts that are no one batch (one image here, two there). order: int64 [B], each sample's place in the parts
+    laid end to end."""
+
+    parts: tuple[EditContext, ...]
+    order: Tensor
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def select(self, index: Tensor) -> MixedContext:
+        order = self.order[index.cpu()]
+        parts, places, first, kept = [], torch.zeros_like(order), 0, 0
+        for part in self.parts:
+            mine = ((order >= first) & (order < first + len(part))).nonzero()[:, 0]
+            if len(mine):
+                parts.append(part.select(order[mine] - first))
+                places[mine] = kept + torch.arange(len(mine))
+            first, kept = first + len(part), kept + len(mine)
+        return MixedContext(tuple(parts), places)
+
+
+AnyEditContext = EditContext | MixedContext
+
+
+def _padded(prompts: Sequence[Prompt]) -> Prompt:
+    """Several batches of prompts as one."""
+    return {
+        name: pad_sequence([row for p in prompts for row in p[name].unbind(0)], batch_first=True) for name in prompts[0]
+    }
+
+
+class DiffusionPolicy:
+    """`Policy` and `ScheduledPolicy` over the components of a diffusers pipeline.
+
+    A subclass names its pipeline and published weights, and provides
+
+    - `embed`: words (and images, with `text_sees_images`) -> what the transformer reads as text, a row a prompt;
+    - `to_latents`, `to_pixels`: images in [-1, 1] <-> latent tokens [B, N, D], normalised as the transformer sees them;
+    - `mu`: the scheduler's shift for a number of steps, None where its settings have no use for one;
+    - `predict`: the transformer's velocity for the noisy tokens, given conditions and prompt;
+    - `check`, when it has settings of its own to refuse, and `derive`, when it computes something from the conditions.
+
+    It finds here the sizes (`grid`, `condition_grid`: rows and columns of latent tokens; `text_image_size`: of images
+    as the text encoder reads them, the condition's unless `check` changes it), `positions` (their ids), `text_tokens`,
+    `device` and the pipeline's components (`pipe`). Text that is padded needs a mask among `embed`'s
+    tensors, since rows of different lengths are padded with zeros at the end.
+    """
+
+    writes_text = False
+
+    model: ClassVar[str]
+    """Its name in `policy.model`."""
+    pipeline: ClassVar[str]
+    """Its class in diffusers."""
+    transformer: ClassVar[str]
+    """The class of what trains."""
+    published: ClassVar[str]
+    """The hub id of its published weights."""
+    lora_targets: ClassVar[str]
+    """Regular expression over the names of the transformer's attention and MLP layers."""
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    """The pipeline's components that `embed` runs."""
+    text_sees_images: ClassVar[bool] = False
+    own_renorm: ClassVar[str] = "none"
+    """What `policy.renorm` auto stands for."""
+    tiles: ClassVar[bool] = True
+    """Whether the autoencoder may work in tiles, which it should only above the sizes it is used at."""
+    negative_prompt: ClassVar[str] = ""
+    """Of the unguided branch where the settings name none."""
+    position_axes: ClassVar[int] = 3
+
+    def __init__(self, pipe: Any, config: PolicyConfig) -> None:
+        """pipe: the diffusers pipeline, on any device. Raises `ConfigError` for settings this model cannot follow."""
+        self.pipe = pipe
+        self.config = config
+        self.base = str(pipe.config.get("_name_or_path") or self.published)
+        self.module = pipe.transformer
+        self.compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.patch = 2 * int(pipe.vae_scale_factor)
+        self.text_tokens = config.text_tokens
+        self.negative = self.negative_prompt if config.negative_prompt is None else config.negative_prompt
+        self.image_size = self._size("resolution", config.resolution)
+        self.condition_size = self._size("condition_resolution", config.condition_resolution or config.resolution)
+        self.grid = (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
+        self.text_image_size = self.condition_size
+        self.renorm = self.own_renorm if config.renorm == "auto" else config.renorm
+        self.condition_grid = (self.condition_size[0] // self.patch, self.condition_size[1] // self.patch)
+        self.latent_shape = (self.grid[0] * self.grid[1], int(pipe.transformer.config.in_channels))
+        self._prompts: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
+        if config.guidance_image != 1:
+            self.refuse("guidance_image", config.guidance_image, "1")
+        self.check(config)
+        for name in ("vae", *self.text_encoders):
+            getattr(pipe, name).requires_grad_(False).eval()
+        self.module.eval()
+
+    @classmethod
+    def load_pipeline(cls, base: str, **components: Any) -> Any:
+        """The stock pipeline of a folder or hub id. components: keywords of its `from_pretrained`."""
+        import diffusers
+
+        return getattr(diffusers, cls.pipeline).from_pretrained(base, **components)
+
+    def refuse(self, name: str, given: object, accepted: str) -> None:
+        """Raises the `ConfigError` of a setting that this model cannot follow."""
+        raise ConfigError(f"policy.{name}: {given} (accepted with policy.model {self.model}: {accepted})")
+
+    def _size(self, name: str, size: Sequence[int]) -> tuple[int, int]:
+        height, width = (int(n) for n in size)
+        if min(height, width) < 1 or height % self.patch or width % self.patch:
+            self.refuse(name, [height, width], f"multiples of {self.patch}")
+        return height, width
+
+    # ------------------------------------------------------------------------------------------- what a model provides
+
+    def check(self, config: PolicyConfig) -> None:
+        """Refuses settings (`refuse`) that this model or these weights cannot follow."""
+
+    def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """The text encoders' output for each prompt, by the names that `predict` reads; without the batch dimension.
+
+        images: uint8 [len(texts), H, W, 3] of each condition image, empty unless `text_sees_images`. Called without
+        gradient, the text encoders on `device`.
+        """
+        raise NotImplementedError
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1], in the autoencoder's dtype -> tokens [B, N, D]: the mode of the distribution,
+        as the pipelines take it."""
+        raise NotImplementedError
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        """Tokens [B, N, D] of the target's size -> images [B, 3, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def mu(self, steps: int) -> float | None:
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, sigma: Tensor, context: EditContext, prompt: Prompt) -> Tensor:
+        """The velocity of the noisy tokens x [B, N, D] at sigma [B] (float32), behind `context.conditions` and
+        `prompt` (which is the negative one for the unguided branch)."""
+        raise NotImplementedError
+
+    def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return ()
+
+    # ----------------------------------------------------------------------------------------------------- the protocol
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.module)
+
+    def encode(self, images: np.ndarray) -> EditContext:
+        return self._with_conditions(images, None)
+
+    def append(self, context: AnyEditContext, images: np.ndarray) -> EditContext:
+        """The output is the image to edit next; what stood there before is forgotten, but for the source."""
+        if isinstance(context, MixedContext):
+            raise TypeError("context: joined of several turns (accepted: of one turn; append before joining)")
+        return self._with_conditions(images, context)
+
+    def _with_conditions(self, images: np.ndarray, earlier: EditContext | None) -> EditContext:
+        if images.shape[1:3] != self.image_size:
+            raise DataError(f"images: {images.shape[1]} x {images.shape[2]} px (accepted: {self.image_size})")
+        seen = torch.from_numpy(resized(images, self.condition_size))
+        with self._at_work("vae"), torch.no_grad():
+            pixels = seen.to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+            conditions: tuple[Tensor, ...] = (self.to_latents(pixels.to(self.pipe.vae.dtype)).float(),)
+        looks: tuple[Tensor, ...] = ()
+        if self.text_sees_images:
+            looks = (torch.from_numpy(resized(images, self.text_image_size)),)
+        if earlier is not None and self.config.keep_source:
+            conditions, looks = (*conditions, earlier.conditions[-1]), (*looks, *earlier.images[-1:])
+        return EditContext(conditions, looks, derived=self.derive(conditions))
+
+    def instruct(self, context: AnyEditContext, instructions: Sequence[str]) -> EditContext:
+        if isinstance(context, MixedContext):
+            raise TypeError("context: joined of several turns (accepted: of one turn; instruct before joining)")
+        negative = self._prompts_of([self.negative] * len(instructions), context) if self.config.guidance != 1 else {}
+        prompt = self._prompts_of(instructions, context)
+        return EditContext(context.conditions, context.images, prompt, negative, context.derived)
+
+    def _prompts_of(self, texts: Sequence[str], context: EditContext) -> Prompt:
+        """Every distinct prompt (and what it is about) goes through the text encoders once, and not again while it is
+        among the last `CACHED_PROMPTS`: training asks for the rollout's, and sessions come back every epoch."""
+        digests = [hashlib.sha256(b"".join(t[i].numpy().tobytes() for t in context.images)) for i in range(len(texts))]
+        keys = [(text, digest.digest()) for text, digest in zip(texts, digests, strict=True)]
+        found = {key: self._prompts[key] for key in keys if key in self._prompts}
+        if missing := [i for i, key in enumerate(keys) if key not in found and keys.index(key) == i]:
+            with self._at_work(*self.text_encoders), torch.no_grad():
+                for at in (missing[i : i + TEXT_BATCH] for i in range(0, len(missing), TEXT_BATCH)):
+                    rows = self.embed([texts[i] for i in at], [t[at] for t in context.images])
+                    found |= {keys[i]: {n: t.cpu() for n, t in row.items()} for i, row in zip(at, rows, strict=True)}
+        for key in dict.fromkeys(keys):
+            self._prompts[key] = found[key]
+            self._prompts.move_to_end(key)
+        while len(self._prompts) > CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        names = found[keys[0]]
+        return {n: pad_sequence([found[key][n] for key in keys], batch_first=True).to(self.device) for n in names}
+
+    def velocity(self, x: Tensor, sigma: Tensor, context: AnyEditContext) -> Velocity:
+        """In the computing dtype. Under guidance both branches, for the kernels to combine."""
+        if isinstance(context, MixedContext):
+            return self._mixed_velocity(x, sigma, context)
+        with self.autocast(x.device):
+            x = x.to(self.compute_dtype)
+            v = self.predict(x, sigma, context, context.prompt)
+            if not context.negative:
+                return Velocity(v)
+            dropped = self.predict(x, sigma, context, context.negative)
+        return Velocity(v, {"v_uncond": dropped, "guidance": self.config.guidance, "renorm": self.renorm})
+
+    def _mixed_velocity(self, x: Tensor, sigma: Tensor, context: MixedContext) -> Velocity:
+        order = context.order.to(x.device)
+        at = order.argsort()
+        done, first = [], 0
+        for part in context.parts:
+            mine = at[first : first + len(part)]
+            done.append(self.velocity(x[mine], sigma[mine], part))
+            first += len(part)
+        v, guidance = torch.cat([d.v for d in done])[order], dict(done[0].guidance)
+        if guidance:
+            guidance["v_uncond"] = torch.cat([d.guidance["v_uncond"] for d in done])[order]
+        return Velocity(v, guidance)
+
+    def select(self, context: AnyEditContext, index: Tensor) -> AnyEditContext:
+        return context.select(index)
+
+    def join(self, contexts: Sequence[AnyEditContext]) -> AnyEditContext:
+        parts: list[EditContext] = []
+        order: list[Tensor] = []
+        first = 0
+        for context in contexts:
+            if isinstance(context, MixedContext):
+                parts += context.parts
+                order.append(first + context.order)
+            else:
+                parts.append(context)
+                order.append(first + torch.arange(len(context)))
+            first += len(context)
+        kinds: list[list[int]] = []
+        for i, part in enumerate(parts):
+            for kind in kinds:
+                if parts[kind[0]]._kind == part._kind:
+                    kind.append(i)
+                    break
+            else:
+                kinds.append([i])
+        starts = np.cumsum([0, *(len(p) for p in parts)])
+        places = torch.empty(first, dtype=torch.int64)
+        laid = torch.cat([torch.arange(starts[i], starts[i + 1]) for kind in kinds for i in kind])
+        places[laid] = torch.arange(first)
+        merged = tuple(EditContext.join([parts[i] for i in kind]) for kind in kinds)
+        places = places[torch.cat(order)]
+        return merged[0] if len(merged) == 1 else MixedContext(merged, places)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        with self._at_work("vae"), torch.no_grad():
+            pixels = self.to_pixels(latents.to(self.device)).float()
+        return (pixels * 0.5 + 0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    def sigmas(self, steps: int) -> list[float]:
+        """The pipeline's own: evenly spaced, shifted by the scheduler's settings and the target's token count."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
+        mu = {} if (mu := self.mu(steps)) is None else {"mu": mu}
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **mu)
+        return [float(s) for s in scheduler.sigmas.double()]
+
+    def save(self, folder: Path) -> None:
+        """What `load_policy` reads as `policy.weights`: the LoRA as stock diffusers loads it, or the transformer."""
+        from editr2.policies.load import save_policy
+
+        save_policy(self, folder)
+
+    # ------------------------------------------------------------------------------------------------------- the tools
+
+    def positions(self, place: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """Ids of an image's tokens, float32 [N, position_axes]: its place among the images, row, column, zeros."""
+        rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
+        ids = torch.zeros(*grid, self.position_axes, device=device)
+        ids[..., 0], ids[..., 1], ids[..., 2] = place, rows[:, None], columns
+        return ids.flatten(0, 1)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Around the transformer, whose trained weights are float32 whatever it computes in."""
+        return torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    @contextmanager
+    def _at_work(self, *names: str) -> Iterator[None]:
+        """The pipeline's components of these names on the transformer's device; back on the host afterwards with
+        `policy.offload`."""
+        parts = [getattr(self.pipe, name) for name in names]
+        for part in parts:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            if self.config.offload:
+                for part in parts:
+                    part.to("cpu")
+
+
+def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [B, H, W, 3] brought to `size` (height, width) by Lanczos, as the pipelines do; a copy."""
+    if images.shape[1:3] == size:
+        return np.array(images)
+    picked = [Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS) for image in images]
+    return np.stack([np.asarray(image) for image in picked])
+
+
+def patchified(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, 4 C, h / 2, w / 2]: every 2 x 2 patch as channels, (channel, row, column)."""
+    return F.pixel_unshuffle(latents, 2)
+
+
+def unpatchified(latents: Tensor) -> Tensor:
+    """The inverse of `patchified`."""
+    return F.pixel_shuffle(latents, 2)
+
+
+def tokens(latents: Tensor) -> Tensor:
+    """[B, D, h, w] -> [B, h w, D], row by row."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def from_tokens(latents: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `tokens`."""
+    return latents.transpose(1, 2).unflatten(2, grid)

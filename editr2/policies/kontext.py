@@ -1,0 +1,86 @@
+"""FLUX.1-Kontext: the condition's tokens stand behind the noisy ones and differ from them by the first position.
+
+T5 gives the text tokens, CLIP one pooled vector; neither is masked (the pipeline pads to its limit and attends to it
+all). Guidance is distilled: the transformer takes its value as input, and true guidance is a second branch on top.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from editr2.config import PolicyConfig
+from editr2.policies.diffusion import (
+    DiffusionPolicy,
+    EditContext,
+    Prompt,
+    from_tokens,
+    patchified,
+    tokens,
+    unpatchified,
+)
+
+
+class KontextPolicy(DiffusionPolicy):
+    """See the module docstring. Conditions have places 1, 2, ... in the first position axis, the target 0; the stock
+    pipeline knows only the first."""
+
+    model = "kontext"
+    pipeline = "FluxKontextPipeline"
+    transformer = "FluxTransformer2DModel"
+    published = "black-forest-labs/FLUX.1-Kontext-dev"
+    lora_targets = (
+        r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+    )
+    text_encoders = ("text_encoder", "text_encoder_2")
+    default_guidance_embed = 3.5
+    """The stock pipeline's default."""
+
+    def check(self, config: PolicyConfig) -> None:
+        if config.guidance_embed is not None and not self.module.config.guidance_embeds:
+            self.refuse("guidance_embed", config.guidance_embed, "none; these weights do not take it")
+
+    def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
+        limit = {} if self.text_tokens is None else {"max_sequence_length": self.text_tokens}
+        words, pooled, _ = self.pipe.encode_prompt(texts, device=self.device, **limit)
+        return [{"words": w, "pooled": p} for w, p in zip(words, pooled, strict=True)]
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = vae.encode(images).latent_dist.mode()
+        return tokens(patchified((latents - vae.config.shift_factor) * vae.config.scaling_factor))
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = unpatchified(from_tokens(latents, self.grid)).to(vae.dtype)
+        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+
+    def mu(self, steps: int) -> float | None:
+        return linear_mu(self.pipe.scheduler.config, self.latent_shape[0])
+
+    def predict(self, x: Tensor, sigma: Tensor, context: EditContext, prompt: Prompt) -> Tensor:
+        ids = [self.positions(0, self.grid, x.device)]
+        ids += [self.positions(1 + i, self.condition_grid, x.device) for i in range(len(context.conditions))]
+        guidance = None
+        if self.module.config.guidance_embeds:
+            value = self.config.guidance_embed
+            guidance = torch.full_like(sigma, self.default_guidance_embed if value is None else value)
+        out = self.module(
+            hidden_states=torch.cat([x, *(c.to(x.dtype) for c in context.conditions)], 1),
+            timestep=sigma,
+            guidance=guidance,
+            pooled_projections=prompt["pooled"],
+            encoder_hidden_states=prompt["words"],
+            txt_ids=torch.zeros(prompt["words"].shape[1], self.position_axes, device=x.device),
+            img_ids=torch.cat(ids),
+            return_dict=False,
+        )[0]
+        return out[:, : x.shape[1]]
+
+
+def linear_mu(config: dict, count: int) -> float:
+    """A shift that grows linearly with the number of target tokens, from the scheduler's settings."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return base + (most - base) * (count - low) / (high - low)

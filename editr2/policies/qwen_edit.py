@@ -1,0 +1,169 @@
+"""Qwen-Image-Edit and Qwen-Image-Edit-Plus: the text encoder, Qwen2.5-VL, reads the instruction with the image.
+
+So an instruction's embedding belongs to one image and is computed anew for every turn's; the transformer gets the image
+a second time, as latent tokens behind the noisy ones, told apart by the frame axis of its rotary positions. Guidance
+is true guidance by a negative prompt, renormalised token by token.
+
+The encoder gets the multimodal positions that it was trained with. Transformers 5 computes them from token types, which
+the stock pipelines do not pass on yet (diffusers issue 14194): there they fall back to positions of plain text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editr2.config import PolicyConfig
+from editr2.policies.diffusion import (
+    DiffusionPolicy,
+    EditContext,
+    Prompt,
+    from_tokens,
+    patchified,
+    tokens,
+    unpatchified,
+)
+from editr2.policies.kontext import linear_mu
+
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+"""Where an image stands in a prompt."""
+PLUS_AREA = 384 * 384
+"""Pixels of an image as Plus shows it to its text encoder, whatever the size of the condition."""
+BUCKET = 64  # text tokens; an image alone is hundreds
+
+
+class QwenEditPolicy(DiffusionPolicy):
+    """The image to edit is the one condition, and the text encoder sees it as the transformer does."""
+
+    model = "qwen-edit"
+    pipeline = "QwenImageEditPipeline"
+    transformer = "QwenImageTransformer2DModel"
+    published = "Qwen/Qwen-Image-Edit"
+    lora_targets = (
+        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        r"|(img|txt)_mlp\.net\.(0\.proj|2))"
+    )
+    text_sees_images = True
+    negative_prompt = " "
+    own_renorm = "token"
+    tiles = False  # its tiles are 256 pixels wide: seams at every size in use
+
+    @classmethod
+    def load_pipeline(cls, base: str, **components: Any) -> Any:
+        if importlib.util.find_spec("torchvision"):
+            return super().load_pipeline(base, **components)
+        # The pipeline's processor wants a video processor, and that one torchvision; images need neither.
+        from transformers import Qwen2VLImageProcessor
+
+        pipe = super().load_pipeline(base, processor=None, **components)
+        pipe.register_modules(processor=Qwen2VLImageProcessor.from_pretrained(base, subfolder="processor"))
+        return pipe
+
+    def check(self, config: PolicyConfig) -> None:
+        if config.guidance < 1:
+            self.refuse("guidance", config.guidance, "1, which is none, or above")
+        if config.guidance_embed is not None:
+            self.refuse("guidance_embed", config.guidance_embed, "none; the transformer does not take it")
+        if config.keep_source and self.model == QwenEditPolicy.model:
+            self.refuse("keep_source", "true", "false; it reads one image, qwen-edit-plus several")
+
+    # -------------------------------------------------------------------------------------------------------- the text
+
+    def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """One prompt at a time: with its image each is long enough to fill a device, and none depends on another."""
+        return [self._embed(text, [seen[i] for seen in images]) for i, text in enumerate(texts)]
+
+    def _embed(self, text: str, images: list[Tensor]) -> dict[str, Tensor]:
+        """words [L, width], what follows the system part of the template; mask [L], true."""
+        encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
+        processor = getattr(self.pipe.processor, "image_processor", self.pipe.processor)
+        if self.text_tokens is not None:
+            text = tokenizer.decode(tokenizer(text)["input_ids"][: self.text_tokens])
+        seen = processor(images=[image.numpy() for image in images], return_tensors="pt").to(self.device)
+        ids = tokenizer(self._template(text, len(images)), return_tensors="pt")["input_ids"][0].to(self.device)
+        repeats = torch.ones_like(ids)
+        repeats[ids == encoder.config.image_token_id] = seen["image_grid_thw"].prod(1) // processor.merge_size**2
+        ids = ids.repeat_interleave(repeats)[None]
+        words = encoder.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=seen["pixel_values"],
+            image_grid_thw=seen["image_grid_thw"],
+            mm_token_type_ids=(ids == encoder.config.image_token_id).int(),
+        ).last_hidden_state[0, self.pipe.prompt_template_encode_start_idx :]
+        return {"words": words, "mask": torch.ones(len(words), dtype=torch.bool)}
+
+    def _template(self, text: str, images: int) -> str:
+        return self.pipe.prompt_template_encode.format(text)
+
+    # ------------------------------------------------------------------------------------------------------ the images
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents, [1, C, 1, 1]."""
+        config = self.pipe.vae.config
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1).to(like) for x in (config.latents_mean, config.latents_std))
+        return mean, std
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        latents = self.pipe.vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]  # a video of one frame
+        mean, std = self._statistics(latents)
+        return tokens(patchified((latents - mean) / std))
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        latents = unpatchified(from_tokens(latents, self.grid)).to(self.pipe.vae.dtype)
+        mean, std = self._statistics(latents)
+        return self.pipe.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0]
+
+    # -------------------------------------------------------------------------------------------------- the transformer
+
+    def mu(self, steps: int) -> float | None:
+        return linear_mu(self.pipe.scheduler.config, self.latent_shape[0])
+
+    def predict(self, x: Tensor, sigma: Tensor, context: EditContext, prompt: Prompt) -> Tensor:
+        shapes = [(1, *self.grid), *((1, *self.condition_grid) for _ in context.conditions)]
+        out = self.module(
+            hidden_states=torch.cat([x, *(c.to(x.dtype) for c in context.conditions)], 1),
+            timestep=sigma,
+            encoder_hidden_states=prompt["words"].to(x.dtype),
+            encoder_hidden_states_mask=prompt["mask"],
+            img_shapes=[shapes] * len(x),
+            return_dict=False,
+        )[0]
+        return out[:, : x.shape[1]]
+
+    def bucket(self, context: EditContext) -> EditContext:
+        """Prompts padded, and masked, to the next multiple of `BUCKET` tokens."""
+
+        def padded(prompt: Prompt) -> Prompt:
+            return {name: _longer(t, -t.shape[1] % BUCKET) for name, t in prompt.items()}
+
+        return dataclasses.replace(context, prompt=padded(context.prompt), negative=padded(context.negative))
+
+
+def _longer(rows: Tensor, more: int) -> Tensor:
+    """[B, L, ...] with `more` zeros behind each row."""
+    return torch.cat([rows, rows.new_zeros(len(rows), more, *rows.shape[2:])], 1)
+
+
+class QwenEditPlusPolicy(QwenEditPolicy):
+    """Its successor reads several images: the text encoder numbers them, in the order of the conditions, and sees them
+    at a size of its own."""
+
+    model = "qwen-edit-plus"
+    pipeline = "QwenImageEditPlusPipeline"
+    published = "Qwen/Qwen-Image-Edit-2509"
+
+    def check(self, config: PolicyConfig) -> None:
+        super().check(config)
+        height, width = self.image_size
+        wide = math.sqrt(PLUS_AREA * width / height)
+        self.text_image_size = (round(wide * height / width / 32) * 32, round(wide / 32) * 32)
+
+    def _template(self, text: str, images: int) -> str:
+        pictures = "".join(f"Picture {i + 1}: {PICTURE}" for i in range(images))
+        return super()._template(pictures + text, images)

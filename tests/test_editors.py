@@ -1,0 +1,536 @@
+"""FLUX.1-Kontext and FLUX.2-klein as policies: equal to the stock pipelines, trained end to end, saved and found again.
+
+All on tiny random pipelines (tiny_editors.py) of the stock classes.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from editr2.config import Config, PolicyConfig, check_config, replace_nested
+from editr2.errors import ConfigError, DataError
+from editr2.policies.base import ScheduledPolicy
+from editr2.policies.diffusion import MixedContext, from_tokens
+from editr2.policies.load import load_policy, policy_class
+from editr2.policies.weights import trainable
+from editr2.rewards.base import Score
+from editr2.schedule import make_sampler
+from editr2.tracking import read_metrics
+from editr2.trainer import train
+from editr2_kernels import sde_step
+
+SIZE = (32, 48)
+PROMPTS = ["make it red", "more light, please", "remove the dog"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operators this small wait longer for a second thread than it helps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    spec = spec_from_file_location("tiny_editors", Path(__file__).parent / "tiny_editors.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def make(tiny):
+    """A policy of a model over its tiny pipeline."""
+
+    def build(model, pipe=None, **settings):
+        pipe = pipe or getattr(tiny, f"{model.replace('-', '_')}_pipeline")()
+        return policy_class(model)(
+            pipe, PolicyConfig(**{"model": model, "resolution": SIZE, "text_tokens": 32} | settings)
+        )
+
+    return build
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """Where a model's tiny pipeline and four sessions of three turns are saved: (weights, sessions)."""
+
+    def save(model, size=(32, 32)):
+        pipe = getattr(tiny, f"{model.replace('-', '_')}_pipeline")(seed=0 if model == "kontext" else 3)
+        pipe.save_pretrained(tmp_path / "weights")
+        lines = []
+        for i, image in enumerate(tiny.pictures(4, size)):
+            Image.fromarray(image).save(tmp_path / f"{i}.png")
+            turns = [{"instruction": text} for text in PROMPTS]
+            lines.append(json.dumps({"id": f"s{i}", "image": f"{i}.png", "turns": turns}))
+        (tmp_path / "sessions.jsonl").write_text("\n".join(lines) + "\n")
+        return tmp_path / "weights", tmp_path / "sessions.jsonl"
+
+    return save
+
+
+def denoised(policy, x, context, steps=3):
+    """The latents of an ODE rollout by our own sampler."""
+    sampler = make_sampler(steps, own=policy.sigmas)
+    rows = torch.zeros(len(x), dtype=torch.int64)
+    with torch.no_grad():
+        for k in range(steps):
+            v = policy.velocity(x, sampler.sigmas[k].expand(len(x)), context)
+            x = sde_step(x, v.v, sampler.table, rows + k, rows, **v.guidance).x_next
+    return x
+
+
+def velocities(policy, context, seed=0, sigma=0.6):
+    x = torch.randn(len(context), *policy.latent_shape, generator=torch.Generator().manual_seed(seed))
+    return policy.velocity(x, torch.linspace(sigma, 0.2, len(context)), context)
+
+
+# ------------------------------------------------------------------------------------------------- the stock pipelines
+
+
+@pytest.mark.parametrize(("guidance", "embeds"), [(1.0, True), (1.0, False), (2.5, True)])
+def test_kontext_is_the_stock_pipeline(tiny, make, guidance, embeds):
+    pipe = tiny.kontext_pipeline(guidance_embeds=embeds)
+    embed = 2.5 if embeds and guidance == 1 else None
+    policy = make("kontext", pipe, guidance=guidance, guidance_embed=embed, negative_prompt="dull")
+    (image,) = tiny.pictures(1, SIZE)
+    x = torch.randn(1, *policy.latent_shape)
+    ours = denoised(policy, x, policy.instruct(policy.encode(image[None]), PROMPTS[:1]))
+    options = {"height": SIZE[0], "width": SIZE[1], "max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
+    options |= {"num_inference_steps": 3, "latents": x, "max_sequence_length": 32} | (
+        {"guidance_scale": embed} if embed else {}
+    )
+    if guidance != 1:
+        options |= {"true_cfg_scale": guidance, "negative_prompt": "dull"}
+    stock = [pipe(Image.fromarray(image), PROMPTS[0], output_type=kind, **options).images for kind in ("latent", "np")]
+    assert (ours - stock[0]).abs().max() <= 2e-6 * stock[0].abs().max()
+    # 8 bits are all that `decode` keeps.
+    assert np.abs(policy.decode(ours)[0] / 255 - stock[1][0]).max() <= 0.5 / 255 + 1e-5
+    assert policy.decode(ours).std() > 10
+
+
+@pytest.mark.parametrize(("model", "guidance"), [("klein", 1.0), ("klein", 4.0), ("klein-kv", 1.0)])
+def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
+    size = (64, 80)  # the pipeline refuses smaller references
+    policy = make(model, resolution=size, guidance=guidance, keep_source=True)
+    first, second = tiny.pictures(2, size)
+    x = torch.randn(1, *policy.latent_shape)
+
+    def stock(*images):
+        pipe = policy.pipe
+        options = {"height": size[0], "width": size[1], "num_inference_steps": 3, "max_sequence_length": 32}
+        noise = from_tokens(x, policy.grid)
+        references = [Image.fromarray(i) for i in images]
+        if model == "klein":
+            options["guidance_scale"] = guidance
+        return pipe(references, PROMPTS[0], latents=noise, output_type="np", **options).images
+
+    context = policy.encode(first[None])
+    ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
+    assert np.abs(ours / 255 - stock(first)).max() <= 0.5 / 255 + 1e-5
+    # The second turn: what is edited, then the source, as the pipeline takes a list of references.
+    context = policy.append(policy.instruct(context, PROMPTS[1:2]), second[None])
+    ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
+    assert np.abs(ours / 255 - stock(second, first)).max() <= 0.5 / 255 + 1e-5
+    assert np.abs(ours / 255 - stock(first, second)).max() > 0.01
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein", "klein-kv"])
+def test_words_images_time_and_place_all_count(tiny, make, model):
+    policy = make(model, keep_source=True)
+    assert isinstance(policy, ScheduledPolicy)
+    images = tiny.pictures(2, SIZE)
+    source = policy.encode(images[:1])
+    context = policy.instruct(source, ["red"])
+    v = velocities(policy, context).v
+    others = {
+        "words": policy.instruct(source, ["blue"]),
+        "image": policy.instruct(policy.encode(images[1:]), ["red"]),
+        "source": policy.instruct(policy.append(source, images[:1]), ["red"]),
+    }
+    for name, other in others.items():
+        assert (velocities(policy, other).v - v).abs().max() > 1e-3, name
+    assert (velocities(policy, context, sigma=0.9).v - v).abs().max() > 1e-3
+    turned = policy.instruct(policy.append(policy.encode(images[:1]), images[1:]), ["red"])
+    straight = policy.instruct(policy.append(policy.encode(images[1:]), images[:1]), ["red"])
+    assert torch.equal(turned.conditions[0], straight.conditions[1])
+    assert (velocities(policy, turned).v - velocities(policy, straight).v).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- contexts
+
+
+def test_keys_and_values_of_references_carry_gradient_when_asked(tiny, make):
+    policy = make("klein-kv")
+    gradients = []
+    for through in (True, False):
+        with torch.set_grad_enabled(through):
+            context = policy.instruct(policy.encode(tiny.pictures(2, SIZE)), PROMPTS[:2])
+        assert all(t.requires_grad == through and len(t) == 2 for t in context.derived) and len(context.derived) == 8
+        velocities(policy, context).v.square().mean().backward()
+        gradients.append({n: p.grad for n, p in policy.module.named_parameters() if p.grad is not None})
+        policy.module.zero_grad(set_to_none=True)
+    # What only the references go through at their own time, the image stream's keys, changes most.
+    name = "transformer_blocks.0.attn.to_k.weight"
+    assert not torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-3)
+    with pytest.raises(ConfigError, match="policy.gradient_checkpointing: True .*klein-kv: false"):
+        make("klein-kv", gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein", "klein-kv"])
+def test_a_joined_batch_predicts_what_its_parts_do(tiny, make, model):
+    policy = make(model, keep_source=True, guidance=1.0 if model == "klein-kv" else 2.0)
+    images = tiny.pictures(4, SIZE)
+    one = policy.instruct(policy.encode(images[:3]), PROMPTS)
+    two = policy.instruct(policy.append(policy.encode(images[2:]), images[:2]), PROMPTS[:2])
+    x = torch.randn(6, *policy.latent_shape)
+    sigma = torch.linspace(0.9, 0.1, 6)
+
+    def by_row(contexts):
+        singles = [policy.select(c, torch.tensor([i])) for c in contexts for i in range(len(c))]
+        done = [policy.velocity(x[i : i + 1], sigma[i : i + 1], c) for i, c in enumerate(singles)]
+        return [torch.cat([d.v for d in done]), torch.cat([d.guidance.get("v_uncond", d.v) for d in done])]
+
+    same = policy.join([one, policy.select(one, torch.tensor([2, 0, 0]))])
+    assert not isinstance(same, MixedContext) and len(same) == 6
+    mixed = policy.join([two, one, policy.select(two, torch.tensor([1]))])
+    assert isinstance(mixed, MixedContext) and len(mixed.parts) == 2
+    again = policy.select(policy.join([mixed, one]), torch.tensor([5, 8, 1, 1, 0, 3]))
+    for batch, rows in (
+        (same, [one, policy.select(one, torch.tensor([2, 0, 0]))]),
+        (mixed, [two, one, policy.select(two, torch.tensor([1]))]),
+        (
+            again,
+            [
+                policy.select(c, torch.tensor([i]))
+                for c, i in ((two, 1), (one, 2), (two, 1), (two, 1), (two, 0), (one, 1))
+            ],
+        ),
+    ):
+        found = policy.velocity(x, sigma, batch)
+        both = [found.v, found.guidance.get("v_uncond", found.v)]
+        torch.testing.assert_close(both, by_row(rows), rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="joined of several turns"):
+        policy.append(mixed, images)
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein"])
+def test_frozen_parts_run_once_and_never_while_denoising(tiny, make, model):
+    policy = make(model, guidance=2.0)
+    calls = {"text": [], "vae": 0}
+    encoder, vae = policy.pipe.text_encoder, policy.pipe.vae
+    encoder.register_forward_hook(
+        lambda module, args, kwargs, out: calls["text"].append(len(kwargs.get("input_ids", args[0] if args else None))),
+        with_kwargs=True,
+    )
+    encode = vae.encode
+
+    def counted(images):
+        calls["vae"] += 1
+        return encode(images)
+
+    vae.encode = counted
+    images = tiny.pictures(4, SIZE)
+    context = policy.encode(images)
+    assert calls == {"text": [], "vae": 1}
+    context = policy.instruct(context, ["a", "b", "a", "b"])
+    assert sum(calls["text"]) == 3  # a, b and the negative prompt
+    context = policy.select(context, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
+    denoised(policy, torch.randn(8, *policy.latent_shape), context)
+    context = policy.append(context, tiny.pictures(8, SIZE))
+    policy.instruct(context, ["c", *"bbbbbbb"])
+    assert sum(calls["text"]) == 4 and calls["vae"] == 2
+    assert not any(p.requires_grad for part in (encoder, vae) for p in part.parameters())
+
+
+def test_condition_resolution_and_wrong_images(tiny, make):
+    policy = make("kontext", resolution=(32, 48), condition_resolution=(64, 96))
+    assert policy.image_size == (32, 48) and policy.latent_shape[0] == 6
+    context = policy.instruct(policy.encode(tiny.pictures(1, SIZE)), ["red"])
+    assert context.conditions[0].shape[1] == 24 and velocities(policy, context).v.shape[1] == 6
+    with pytest.raises(DataError, match=r"images: 64 x 64 px \(accepted: \(32, 48\)\)"):
+        policy.encode(tiny.pictures(1, (64, 64)))
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "line"),
+    [
+        ("kontext", {"resolution": (32, 40)}, r"policy.resolution: \[32, 40\] .*multiples of 16"),
+        ("klein", {"condition_resolution": (0, 32)}, "policy.condition_resolution: .*multiples of 16"),
+        ("kontext", {"guidance_image": 2.0}, "policy.guidance_image: 2.0 .*kontext: 1"),
+        ("klein", {"guidance_embed": 2.0}, "policy.guidance_embed: 2.0 .*none"),
+    ],
+)
+def test_settings_a_model_cannot_follow(make, model, settings, line):
+    with pytest.raises(ConfigError, match=line):
+        make(model, **settings)
+
+
+def test_settings_these_weights_cannot_follow(tiny, make):
+    with pytest.raises(ConfigError, match="policy.guidance_embed: 3.0 .*these weights do not take it"):
+        make("kontext", tiny.kontext_pipeline(guidance_embeds=False), guidance_embed=3.0)
+    with pytest.raises(ConfigError, match=r"policy.guidance: 2.0 .*distilled"):
+        make("klein", tiny.klein_pipeline(is_distilled=True), guidance=2.0)
+
+
+def test_settings_that_need_no_weights():
+    for policy, line in (
+        ({"resolution": (256, 256)}, "policy.resolution: .*unified"),
+        ({"offload": True}, "policy.offload: True .*unified"),
+        ({"model": "kontext"}, "data.path: none .*kontext"),
+        ({"model": "kontext", "quantize": "4bit"}, "data.path|policy.quantize: 4bit .*lora_rank 0"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            check_config(replace_nested(Config(), {"policy": policy}))
+    with pytest.raises(ConfigError, match="policy.model: 'sdxl' .*kontext, klein"):
+        policy_class("sdxl")
+
+
+def test_weights_that_are_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="policy.weights: .*nowhere: no FluxKontextPipeline") as error:
+        load_policy(PolicyConfig(model="kontext", weights=str(tmp_path / "nowhere")))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a CUDA device")
+def test_four_bits_without_a_device(folder):
+    weights, _ = folder("kontext")
+    with pytest.raises(ConfigError, match=r"policy.quantize: 4bit \(accepted without a CUDA device: none\)"):
+        load_policy(PolicyConfig(model="kontext", weights=str(weights), lora_rank=2, quantize="4bit"))
+
+
+def test_the_shipped_policy_needs_no_diffusers():
+    code = "import sys, editr2.trainer, editr2.cli; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------- weights and adapters
+
+
+def loaded(weights, model="kontext", **settings):
+    settings = {"model": model, "weights": str(weights), "resolution": (32, 32), "text_tokens": 32} | settings
+    return load_policy(PolicyConfig(**settings))
+
+
+def stirred(policy):
+    """Moves what trains, so that an adapter is no longer zero."""
+    torch.manual_seed(1)
+    for p in trainable(policy.module).values():
+        p.data += 0.05 * torch.randn_like(p)
+    return policy
+
+
+def seen(tiny, policy):
+    context = policy.instruct(policy.encode(tiny.pictures(2, (32, 32))), PROMPTS[:2])
+    return velocities(policy, context).v.detach()
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein"])
+def test_adapters_sit_on_attention_and_mlp_and_start_at_nothing(folder, tiny, model):
+    weights, _ = folder(model)
+    base, adapted = loaded(weights, model), loaded(weights, model, lora_rank=3)
+    assert torch.equal(seen(tiny, base), seen(tiny, adapted))
+    blocks = [n for n, m in base.module.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n]
+    expected = {n for n in blocks if ".norm" not in n}  # all linear layers of the blocks but the modulation's
+    found = {n.split(".lora_")[0] for n in trainable(adapted.module)}
+    assert found == expected and len(found) > 10
+    assert trainable(base.module).keys() == dict(base.module.named_parameters()).keys()
+    few = loaded(weights, model, lora_rank=3, lora_targets=r".*\.attn\.add_._proj")
+    assert {n.split(".lora_")[0].rsplit(".", 1)[1] for n in trainable(few.module)} == {f"add_{c}_proj" for c in "qkv"}
+    for nothing in ("nothing", r".*\.attn"):
+        with pytest.raises(ConfigError, match="policy.lora_targets: .*accepted with policy.model") as error:
+            loaded(weights, model, lora_rank=3, lora_targets=nothing)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein"])
+def test_a_saved_adapter_is_found_again_and_stock_diffusers_loads_it(folder, tiny, tmp_path, model):
+    weights, _ = folder(model)
+    trained = stirred(loaded(weights, model, lora_rank=3, lora_alpha=5.0))
+    trained.save(tmp_path / "policy")
+    expected = seen(tiny, trained)
+    again = loaded(tmp_path / "policy", model, lora_rank=3, lora_alpha=5.0)
+    assert torch.equal(seen(tiny, again), expected)
+    assert trainable(again.module).keys() == trainable(trained.module).keys()
+    merged = loaded(tmp_path / "policy", model)
+    torch.testing.assert_close(seen(tiny, merged), expected, rtol=1e-5, atol=1e-5)
+    assert trainable(merged.module).keys() == dict(loaded(weights, model).module.named_parameters()).keys()
+    stock = type(again.pipe).from_pretrained(weights)
+    stock.load_lora_weights(tmp_path / "policy")
+    stock.vae.enable_slicing()  # as ours, since a batch of images rounds differently
+    assert torch.equal(seen(tiny, policy_class(model)(stock, again.config)), expected)
+    with pytest.raises(ConfigError, match=r"policy.lora_alpha: 6.0 \(accepted .*: 5.0, that of the LoRA"):
+        loaded(tmp_path / "policy", model, lora_rank=3)
+    with pytest.raises(ConfigError, match="policy.weights: .* is of model"):
+        loaded(tmp_path / "policy", {"kontext": "klein", "klein": "kontext"}[model])
+
+
+def test_saved_weights_are_found_again_with_and_without_an_adapter_over_them(folder, tiny, tmp_path):
+    weights, _ = folder("kontext")
+    trained = stirred(loaded(weights))
+    trained.save(tmp_path / "full")
+    assert torch.equal(seen(tiny, loaded(tmp_path / "full")), seen(tiny, trained))
+    over = stirred(loaded(tmp_path / "full", lora_rank=2))
+    over.save(tmp_path / "over")
+    assert torch.equal(seen(tiny, loaded(tmp_path / "over", lora_rank=2)), seen(tiny, over))
+    assert json.loads((tmp_path / "over" / "policy.json").read_text())["base"] == str(tmp_path / "full")
+
+
+def test_bfloat16_keeps_trained_weights_and_latents_in_float32(folder, tiny):
+    weights, _ = folder("kontext")
+
+    def seen(policy):
+        # Times and guidance that bfloat16 holds even times 1000, as the transformer embeds them.
+        context = policy.instruct(policy.encode(tiny.pictures(2, (32, 32))), PROMPTS[:2])
+        x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+        return policy.velocity(x, torch.tensor([0.5, 0.25]), context).v
+
+    exact = seen(loaded(weights, guidance_embed=2.0)).detach()
+    for rank in (0, 3):
+        policy = loaded(weights, dtype="bfloat16", lora_rank=rank, guidance_embed=2.0)
+        assert all(p.dtype == torch.float32 for p in trainable(policy.module).values())
+        assert policy.pipe.vae.dtype == policy.pipe.text_encoder_2.dtype == torch.bfloat16
+        frozen = {p.dtype for p in policy.module.parameters() if not p.requires_grad}
+        assert frozen == ({torch.bfloat16} if rank else set())
+        v = seen(policy)
+        assert v.dtype == torch.bfloat16
+        assert (v.float() - exact).norm() < 0.05 * exact.norm()
+        v.float().square().mean().backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trainable(policy.module).values())
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein"])
+def test_checkpointed_gradients_are_the_plain_ones(folder, tiny, model):
+    weights, _ = folder(model)
+    policy = stirred(loaded(weights, model, lora_rank=3, gradient_checkpointing=True))
+    assert policy.module.is_gradient_checkpointing
+    context = policy.instruct(policy.encode(tiny.pictures(2, (32, 32))), PROMPTS[:2])
+    gradients, forwards = [], []
+    policy.module.transformer_blocks[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    for _ in range(2):
+        velocities(policy, context).v.square().mean().backward()
+        gradients.append({n: p.grad for n, p in trainable(policy.module).items()})
+        policy.module.zero_grad(set_to_none=True)
+        policy.module.disable_gradient_checkpointing()
+    assert len(forwards) == 3  # twice with checkpoints, once without
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    assert any(g.abs().max() > 1e-3 for g in gradients[0].values())
+
+
+def test_offloaded_parts_go_back_to_the_host(tiny, make):
+    moves = []
+    for offload in (True, False):
+        policy = make("kontext", offload=offload)
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            part = getattr(policy.pipe, name)
+            part.to = lambda device, name=name, part=part: moves.append((name, str(device))) or part
+        policy.instruct(policy.encode(tiny.pictures(1, SIZE)), ["red"])
+        policy.decode(torch.zeros(1, *policy.latent_shape))
+        assert len(moves) == (8 if offload else 4)
+        moves.clear()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class Brightness:
+    """A toy reward: the mean pixel value."""
+
+    names = ("bright",)
+
+    def __call__(self, session, images):
+        return [{"bright": Score(float(image.mean() / 255))} for image in images]
+
+
+def run_config(weights, sessions, model, out, loss="grpo", **changes):
+    nft = loss == "nft"
+    values = {
+        "out": str(out),
+        "data": {"path": str(sessions)},
+        "policy": {"model": model, "weights": str(weights), "resolution": (32, 32), "lora_rank": 4, "text_tokens": 24},
+        "rollout": {"sessions": 2, "siblings": 6, "steps": 3, "window": 0 if nft else 2, "shared_noise": not nft}
+        | {"window_range": 0.34},
+        "credit": {"preset": "flow-grpo", "weights": {"bright": 1.0}},
+        "train": {"iterations": 8, "lr": 2e-2, "lr_decay": 1.0, "ema": None, "loss": loss},
+        "eval": {"sessions": 4, "strips": 1},
+    }
+    for key, value in changes.items():
+        values[key] = {**values[key], **value}
+    return replace_nested(Config(), values)
+
+
+def events(run, event):
+    return [row for row in read_metrics(run / "metrics.jsonl")[0] if row["event"] == event]
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein"])
+@pytest.mark.parametrize("loss", ["grpo", "nft"])
+def test_a_toy_reward_rises(folder, tmp_path, model, loss):
+    weights, sessions = folder(model)
+    run = train(run_config(weights, sessions, model, tmp_path / "run", loss), reward=Brightness())
+    (comparison,) = events(run, "comparison")
+    assert comparison["turn"] == 3 and comparison["difference"] > 3 * comparison["se"] > 0, comparison
+    rows = events(run, "train")
+    if loss == "grpo":
+        assert all(row["ratio_error"] <= 1e-6 for row in rows)
+    assert {p.name for p in (run / "policy").iterdir()} == {"policy.json", "pytorch_lora_weights.safetensors"}
+    report = (run / "report.html").read_text()
+    assert "bright, turn 3" in report and "GA" not in re.sub(
+        '<(style|script).*?</(style|script)>|data:[^"]*', "", report, flags=re.S
+    )
+
+
+def test_killed_and_resumed_runs_are_bitwise_one(folder, tmp_path):
+    weights, sessions = folder("kontext")
+
+    def config(out, iterations):
+        few = {"rollout": {"siblings": 2}, "eval": {"sessions": 1}}
+        few["train"] = {"iterations": iterations}
+        return run_config(weights, sessions, "kontext", tmp_path / out, **few)
+
+    train(config("whole", 3), reward=Brightness())
+    train(config("parts", 1), reward=Brightness())
+    train(config("parts", 3), reward=Brightness())
+    a, b = (load_file(tmp_path / out / "policy" / "pytorch_lora_weights.safetensors") for out in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        # Turns with one condition and with two in one batch, both branches, all weights.
+        (
+            "kontext",
+            {
+                "policy": {"keep_source": True, "guidance": 2.0, "lora_rank": 0, "gradient_checkpointing": True},
+                "train": {"micro_batch": 3, "ema": 0.9, "kl_weight": 0.01},
+            },
+        ),
+        ("kontext", {"policy": {"dtype": "bfloat16", "offload": True}, "rollout": {"store_dtype": "bfloat16"}}),
+        ("klein-kv", {"policy": {"keep_source": True}, "train": {"context_gradient": True}}),
+        ("klein-kv", {"train": {"loss": "nft"}, "rollout": {"window": 0, "shared_noise": False}}),
+    ],
+)
+def test_a_replay_meets_the_rollout_however_it_trains(folder, tmp_path, model, changes):
+    weights, sessions = folder(model)
+    few = {"rollout": {"siblings": 2}, "train": {"iterations": 1}, "eval": {"sessions": 1}}
+    changes = {key: {**few.get(key, {}), **changes.get(key, {})} for key in few | changes}
+    run = train(run_config(weights, sessions, model, tmp_path / "run", **changes), reward=Brightness())
+    (row,) = events(run, "train")
+    assert row["grad_norm"] > 0 and row.get("ratio_error", 0.0) <= 1e-6
+    config = run_config(run / "policy", sessions, model, tmp_path / "again", **changes)
+    load_policy(config.policy)

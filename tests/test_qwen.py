@@ -1,0 +1,287 @@
+"""Qwen-Image-Edit and -Plus: what diffusers' pipelines compute, turn by turn, and what training makes of it."""
+
+import dataclasses
+import functools
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from editr2.config import Config, PolicyConfig, replace_nested
+from editr2.errors import ConfigError
+from editr2.policies.diffusion import MixedContext
+from editr2.policies.load import load_policy, policy_class
+from editr2.rewards.base import Score
+from editr2.rollout import Chunk, Seeds, rollout_chunk
+from editr2.schedule import make_sampler
+from editr2.sessions import Session, Turn, save_sessions
+from editr2.tracking import read_metrics
+from editr2.trainer import train
+from editr2_kernels import INITIAL_STEP, philox_normal
+
+MODELS = ("qwen-edit", "qwen-edit-plus")
+SIZE, CONDITION, STEPS = (64, 96), (48, 80), 4
+WORDS = (("make the square brighter", "now remove it"), ("add a red circle on the left", "brighter", "undo"))
+
+
+@pytest.fixture
+def pipeline(beside):
+    """A fresh tiny pipeline by model; the same weights every time."""
+    return lambda model, **settings: beside("tiny_qwen").qwen_pipeline(plus=model == "qwen-edit-plus", **settings)
+
+
+@pytest.fixture
+def policy(pipeline):
+    def make(model, **settings):
+        config = PolicyConfig(**({"model": model, "resolution": SIZE} | settings))
+        return policy_class(model)(pipeline(model), config)
+
+    return make
+
+
+def pictures(count, size=SIZE, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
+
+
+def sessions(count, turns=2):
+    said = [tuple(Turn(text) for text in (WORDS[i % 2] * 2)[:turns]) for i in range(count)]
+    return [Session(str(i), image, said[i]) for i, image in enumerate(pictures(count))]
+
+
+# ------------------------------------------------------------------------------------------- the pipelines' own numbers
+
+
+def stock(pipe, condition, monkeypatch):
+    """The pipeline as a function (images, prompt, settings) -> (latents, image), with conditions of size `condition`
+    where it would take about a million pixels, and with token types for its text encoder (see qwen_edit.py)."""
+    module = importlib.import_module(type(pipe).__module__)
+    plus = type(pipe).__name__.endswith("PlusPipeline")
+    own, area = module.calculate_dimensions, 1024 * 1024
+
+    def dimensions(target, ratio):
+        return (*condition[::-1], *(() if plus else (None,))) if target == area else own(target, ratio)
+
+    monkeypatch.setattr(module, "calculate_dimensions", dimensions)
+    encoder, forward = pipe.text_encoder, pipe.text_encoder.forward
+
+    @functools.wraps(forward)
+    def typed(*args, input_ids, **given):
+        types = (input_ids == encoder.config.image_token_id).int()
+        return forward(*args, input_ids=input_ids, **({"mm_token_type_ids": types} | given))
+
+    monkeypatch.setattr(encoder, "forward", typed)
+
+    def run(images, prompt, **settings):
+        seen = [Image.fromarray(image) for image in images]
+        size = {"height": SIZE[0], "width": SIZE[1]}
+        call = functools.partial(pipe, seen if plus else seen[0], prompt, num_inference_steps=STEPS, **size, **settings)
+        return call(output_type="latent").images, call(output_type="np").images
+
+    return run
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("model", MODELS)
+def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(policy, model, guidance, monkeypatch):
+    """With guidance, with conditions of another size, and for Plus with the source beside the previous output. The
+    latents differ by rounding alone (a sum of eight layers' products: 1e-5 of about 1)."""
+    ours = policy(model, guidance=guidance, condition_resolution=CONDITION, keep_source=model == "qwen-edit-plus")
+    (session,) = sessions(1)
+    sampler, seeds = make_sampler(STEPS, own=ours.sigmas), Seeds(0, "test")
+    chunk = rollout_chunk(ours, Chunk([session], [0], 1), sampler, seeds, ours.config)
+    theirs, image = stock(ours.pipe, CONDITION, monkeypatch), session.image
+    for turn, record in enumerate(chunk.turns):
+        noise = philox_normal(seeds.initial(chunk, record.rollout, turn), INITIAL_STEP, ours.latent_shape)
+        images = [image, session.image] if turn and ours.config.keep_source else [image]
+        settings = {"true_cfg_scale": guidance, "negative_prompt": " " if guidance > 1 else None}
+        latents, pixels = theirs(images, session.turns[turn].instruction, latents=noise, **settings)
+        torch.testing.assert_close(record.x0, latents, rtol=0, atol=1e-5)
+        assert np.abs(record.images / 255 - pixels).max() <= 0.5 / 255 + 1e-4  # ours are whole numbers
+        assert (record.x0 - noise).abs().mean() > 0.3
+        image = record.images[0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_comparison_above_would_notice(policy, model):
+    """What could be forgotten moves the latents by far more than rounding."""
+    (session,) = sessions(1)
+
+    def latents(words=None, **settings):
+        ours = policy(model, **({"guidance": 4.0, "condition_resolution": CONDITION} | settings))
+        said = session if words is None else dataclasses.replace(session, turns=(Turn(words),))
+        sampler = make_sampler(STEPS, own=ours.sigmas)
+        return rollout_chunk(ours, Chunk([said], [0], 1), sampler, Seeds(0, "test"), ours.config).turns[0].x0
+
+    right = latents()
+    for wrong in (
+        {"guidance": 1.0},
+        {"renorm": "none"},
+        {"negative_prompt": "ugly"},
+        {"condition_resolution": SIZE},
+        {"words": "make the square darker"},
+        {"text_tokens": 2},
+    ):
+        assert (latents(**wrong) - right).abs().max() > 1e-3, wrong
+
+
+def test_the_text_encoder_sees_the_image_and_the_mode_of_its_size(policy):
+    for model, seen in (("qwen-edit", CONDITION), ("qwen-edit-plus", (320, 480))):
+        ours = policy(model, condition_resolution=CONDITION)
+        one, other = (ours.instruct(ours.encode(pictures(1, seed=seed)), ["brighter"]) for seed in (0, 1))
+        assert one.images[0].shape == (1, *seen, 3)
+        assert (one.prompt["words"] - other.prompt["words"]).abs().mean() > 1e-2
+
+
+def test_a_batch_is_its_samples_one_by_one(policy):
+    ours = policy("qwen-edit-plus", guidance=4.0, keep_source=True)
+    texts = ["brighter", "remove the red square on the left, and then the circle", "a b c"]
+    images = pictures(3)
+    x, sigma = torch.randn(3, *ours.latent_shape), torch.tensor([0.9, 0.5, 0.2])
+    batch = ours.instruct(ours.encode(images), texts)
+    alone = [ours.instruct(ours.encode(images[i : i + 1]), texts[i : i + 1]) for i in range(3)]
+    lengths = batch.prompt["mask"].sum(1)
+    assert lengths.unique().numel() == 3 and lengths.tolist() == [a.prompt["words"].shape[1] for a in alone]
+
+    def velocity(context, at=slice(None)):
+        with torch.no_grad():
+            v = ours.velocity(x[at], sigma[at], context)
+        return torch.stack([v.v, v.guidance["v_uncond"]])
+
+    expected = torch.cat([velocity(a, slice(i, i + 1)) for i, a in enumerate(alone)], 1)
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    close(velocity(batch), expected)
+    close(velocity(ours.join(alone)), expected)
+    close(velocity(ours.select(batch, torch.tensor([2, 0])), [2, 0]), expected[:, [2, 0]])
+    longer = ours.bucket(batch)
+    assert longer.prompt["words"].shape[1] == 64 and longer.prompt["mask"].sum(1).tolist() == lengths.tolist()
+    close(velocity(longer), expected)
+    later = ours.instruct(ours.append(batch, images[::-1].copy()), texts)  # two images from here on
+    mixed = ours.join([later, batch])
+    assert isinstance(mixed, MixedContext) and len(later.conditions) == 2
+    picked = velocity(ours.select(mixed, torch.tensor([0, 4, 2])), [0, 1, 2])
+    close(picked, torch.stack([velocity(later)[:, 0], expected[:, 1], velocity(later)[:, 2]], 1))
+
+
+def test_words_and_images_are_read_once_and_never_between_denoising_steps(policy, monkeypatch):
+    ours = policy("qwen-edit", guidance=4.0)
+    calls = {"text": 0, "image": 0}
+
+    def counted(owner, name, what):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            calls[what] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(ours.pipe.text_encoder.model, "forward", "text")
+    counted(ours.pipe.vae, "encode", "image")
+    chunk = Chunk(sessions(2), [0, 1], 4)
+    sampler = make_sampler(STEPS, own=ours.sigmas, dynamics="cps", noise_level=0.7, window=2)
+    rollout_chunk(ours, chunk, sampler, Seeds(0, "test"), ours.config)
+    # A prompt and the negative one for every image: two sources, then eight outputs.
+    assert calls == {"text": 2 * (2 + 8), "image": 1 + 1}
+    rollout_chunk(ours, chunk, sampler, Seeds(0, "test"), ours.config)
+    assert calls["text"] == 2 * (2 + 8)
+
+
+@pytest.mark.parametrize(
+    "model, settings, message",
+    [
+        ("qwen-edit", {"keep_source": True}, "policy.keep_source: true (accepted with policy.model qwen-edit: false"),
+        ("qwen-edit", {"guidance": 0.5}, "policy.guidance: 0.5 (accepted with policy.model qwen-edit: 1"),
+        ("qwen-edit-plus", {"guidance_embed": 3.5}, "policy.guidance_embed: 3.5 (accepted with policy.model"),
+        ("qwen-edit-plus", {"resolution": (64, 72)}, "policy.resolution: [64, 72] (accepted with policy.model"),
+    ],
+)
+def test_settings_that_the_model_cannot_follow_are_refused(policy, model, settings, message):
+    with pytest.raises(ConfigError) as error:
+        policy(model, **settings)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class Brightness:
+    names = ("bright",)
+
+    def __call__(self, session, images):
+        return [{"bright": Score(float(image.mean() / 255))} for image in images]
+
+
+@pytest.fixture
+def settings(beside, pipeline, tmp_path):
+    """A run on files alone: a pipeline's folder and a set of sessions of three turns."""
+
+    def make(model, **changes):
+        weights = tmp_path / model
+        if not weights.exists():
+            beside("tiny_qwen").save_pipeline(pipeline(model), weights)
+        size = (32, 48)
+        said = [dataclasses.replace(s, image=pictures(1, size, i)[0]) for i, s in enumerate(sessions(2, turns=3))]
+        values = {
+            "out": str(tmp_path / "run"),
+            "data": {"path": str(save_sessions(said, tmp_path / "data"))},
+            "policy": {"model": model, "weights": str(weights), "resolution": size, "lora_rank": 4},
+            "rollout": {"sessions": 2, "siblings": 4, "steps": 3, "window": 1, "groups_per_batch": 2},
+            "credit": {"preset": "flow-grpo", "weights": {"bright": 1.0}},
+            "train": {"iterations": 2, "lr": 1e-3, "lr_decay": 1.0, "ema": None},
+            "eval": {"sessions": 2, "strips": 1},
+        }
+        for key, value in changes.items():
+            values[key] = {**values[key], **value} if isinstance(value, dict) else value
+        return replace_nested(Config(), values)
+
+    return make
+
+
+def rows(run, event):
+    return [row for row in read_metrics(run / "metrics.jsonl")[0] if row["event"] == event]
+
+
+def rises(run):
+    """The mean over sessions at every turn; untrained weights give the same numbers before and after."""
+    before, after = ([turn["mean"] for turn in row["reward_turn"]] for row in rows(run, "eval"))
+    return len(before) == 3 and all(b > a + 0.01 for a, b in zip(before, after, strict=True))
+
+
+def test_brightness_rises_by_grpo_with_guidance_and_the_source_beside_the_output(settings):
+    policy = {"keep_source": True, "guidance": 2.0}
+    run = train(settings("qwen-edit-plus", policy=policy, train={"iterations": 6, "lr": 3e-2}), reward=Brightness())
+    assert rises(run) and rows(run, "train")[0]["ratio_error"] <= 1e-6
+    assert (run / "policy" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_brightness_rises_by_nft(settings):
+    config = settings(
+        "qwen-edit",
+        policy={"lora_rank": 0},  # and so all weights
+        rollout={"window": 0, "shared_noise": False},
+        train={"iterations": 6, "lr": 2e-2, "loss": "nft", "old_decay": 0.0},
+    )
+    assert rises(train(config, reward=Brightness()))
+
+
+def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_path):
+    whole = train(settings("qwen-edit", out=str(tmp_path / "whole")), reward=Brightness())
+    train(settings("qwen-edit", train={"iterations": 1}), reward=Brightness())
+    run = train(settings("qwen-edit"), reward=Brightness())
+    one, two = (load_file(r / "checkpoints" / "step_000002" / "policy.safetensors") for r in (whole, run))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert any(bool(value.any()) for name, value in one.items() if ".lora_B." in name)
+    first, second = ({k: v for k, v in rows(r, "train")[-1].items() if k == "reward_turn"} for r in (whole, run))
+    assert first == second
+
+
+def test_a_trained_lora_is_loaded_again_from_its_folder(settings):
+    config = settings("qwen-edit")
+    run = train(config, reward=Brightness())
+    again = load_policy(dataclasses.replace(config.policy, weights=str(run / "policy")))
+    saved = load_file(run / "checkpoints" / "step_000002" / "policy.safetensors")
+    own = dict(again.module.named_parameters())
+    assert saved and all(torch.equal(own[name], value) for name, value in saved.items())
