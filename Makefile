@@ -7,6 +7,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 DEMO ?= runs/demo
+BASE ?= HEAD
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,10 +17,10 @@ STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench bench-gpu clean
+.PHONY: help install demo test lint bench bench-gpu bench-compare bench-report clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install:  ## make .venv and install everything into it; does nothing when up to date
 	@# A .venv that does not run (an interrupted or a moved one) is as good as none.
@@ -34,28 +35,34 @@ $(STAMP): $(INPUTS)
 	@echo "[2/3] installing torch (the largest part)"
 	@$(PIP) -c constraints.txt torch
 	@echo "[3/3] installing editr2 and building its operators"
-	@$(PIP) -c constraints.txt -e '.[test,dev,tensorboard]'
+	@$(PIP) -c constraints.txt -e '.[test,dev,tensorboard,bench]'
 	@touch $@
 
 demo: install  ## train the small model that ships with the package; writes a report
 	@$(BIN)/editr2 train --out $(DEMO) --profile $(ARGS)
 	@echo "report: $(CURDIR)/$(DEMO)/report.html"
 
-test: install  ## the tests
-	@$(BIN)/python -m pytest tests -q $(ARGS)
+test: install  ## the tests, in up to four processes of one thread each
+	@$(BIN)/python -m pytest tests -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: install  ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: install  ## the benchmarks that run on this machine's CPU
+bench: install  ## the benchmarks that run on this machine's CPU; ARGS=--full for the whole grid
 	@$(BIN)/python -m pytest bench -q -m 'not gpu' $(ARGS)
 
 bench-gpu: install  ## the benchmarks that need a CUDA device
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
 		echo "bench-gpu needs a CUDA device and a CUDA build of torch; 'editr2 doctor' tells which is missing"; exit 1; }
-	@$(BIN)/python -m pytest bench -q -m gpu $(ARGS)
+	@$(BIN)/python -m pytest bench -q -m gpu --timeout 900 $(ARGS)
+
+bench-compare: install  ## this tree against commit BASE, in turns: make bench-compare BASE=main ARGS="-k sde"
+	@$(BIN)/python -m bench compare $(BASE) $(ARGS)
+
+bench-report: install  ## docs/performance.md and its plots, from the rows in bench/results
+	@$(BIN)/python -m bench report $(ARGS)
 
 clean:  ## remove what was built, .venv included; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

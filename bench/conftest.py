@@ -1,157 +1,181 @@
-"""The frame of the benchmarks: a gate, interleaved timing, one row per provider, a table at the end.
+"""`compare`: the only way to a row. A gate before the timing and after it, providers in turns, one row a provider.
 
-A benchmark hands `compare` its providers after its correctness gate has passed in the same process. Providers run in
-turns, so that a disturbance of the machine falls on all of them alike; ratios are between medians. Rows are appended to
-bench/results/<op>.jsonl and our first provider is also run under pytest-benchmark, for its tables and files.
+Options: --results DIR (bench/results), --seconds S of timing a case, --full for the whole grid of sizes, dtypes, modes.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-ROWS = pytest.StashKey[list["Row"]]()
+from bench import frame
+from bench.frame import Clock, EventClock, Graph, HostClock, Provider, Row
+
+ROWS = pytest.StashKey[list[Row]]()
+LEFT_OUT = pytest.StashKey[list[str]]()
+COPY = "copy"  # the name of the copy among the providers of a round
 
 
-@dataclass(frozen=True)
-class Row:
-    op: str
-    provider: str
-    mode: str
-    shape: list[int]
-    dtype: str
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    speedup_vs_eager: float
-    speedup_vs_compile: float | None  # where there is no compiled baseline
-    peak_mib: float  # the most torch had allocated at one time beyond what was there before the call
-    max_error: float | None
-    threads: int
-    device: str
-    torch: str
-    commit: str
-    date: str
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("editr2 benchmarks")
+    group.addoption("--results", type=Path, default=frame.RESULTS, help="folder that rows are appended to")
+    group.addoption("--seconds", type=float, default=None, help="of timing in each case, in place of its own")
+    group.addoption("--full", action="store_true", help="the whole grid; without it the subset that takes minutes")
+    group.addoption("--serve", default=None, help="used by `python -m bench compare`")
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        full = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=full)
+        items[:] = [item for item in items if item not in full]
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device: {why}"))
 
 
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(RESULTS.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Every case compiles for its own sizes; without this dynamo would stop after eight of one function."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
-SAMPLE_S = 0.02  # calls shorter than this are timed several at a time, like timeit's
-
-
-def _interleave(providers: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds per call; rounds until `seconds` are used, at least 10 and at most 200."""
-    calls = {}
-    for name, run in providers.items():
-        for _ in range(3):
-            before = time.perf_counter()
-            run()
-        calls[name] = max(1, round(SAMPLE_S / (time.perf_counter() - before)))
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    start = time.perf_counter()
-    for done in range(200):
-        if done >= 10 and time.perf_counter() - start > seconds:
-            break
-        for name, run in providers.items():
-            before = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            times[name].append((time.perf_counter() - before) / calls[name] * 1e3)
-    return times
-
-
-def _peak_mib(run: Callable[[], Any]) -> float:
-    """From the profiler's record of every allocation; memory that C++ code takes for itself is not in it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
+def run_gate(gate: Callable[..., Mapping[str, float]], copies: list[Any], providers: Mapping[str, Any]) -> dict:
+    errors = dict(gate(*copies[:1]))
+    if missing := [name for name in providers if frame.is_ours(name) and name not in errors]:
+        raise AssertionError(f"gate: says nothing of {', '.join(missing)}; no row without a gate")
+    if wrong := [f"{name} {error}" for name, error in errors.items() if not math.isfinite(error)]:
+        raise AssertionError(f"gate: errors must be finite, got {', '.join(wrong)}")
+    return errors
 
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, Row]]:
-    """compare(op, mode, shape, dtype, providers, max_error) -> rows by provider.
+    """compare(op=, mode=, shape=, dtype=, providers=, gate=, ...) -> rows by provider, appended to <op>.jsonl.
 
-    Provider names that start with "eager" or "compile" are the baselines. max_error: by provider, the error its
-    correctness gate found; baselines have none.
+    providers: by name, callables; names that start with "eager", "compile" or "peer" are baselines. `frame.Graph(f)`
+        is f replayed as a CUDA graph. None where `times` measures.
+    gate: compares results, raises where one is wrong, and returns the error by provider, of all that are ours. It runs
+        before the timing and after it, and what it raises leaves no row.
+    inputs: makes one set of inputs; gate and providers then take one. On a GPU more are made than fit in its L2.
+    bytes_moved, flops: of one call, by our plan: one number, or by provider. With the first a copy of as many bytes
+        (of the largest) is timed in the same rounds.
+    device: "cpu" or "cuda". seconds, min_rounds: of the timing.
+    times: in place of timing the providers here, gives milliseconds by provider (over several processes, say).
+    extra: extra(provider) -> own columns, asked for after the timing.
     """
+    config = request.config
 
     def run(
+        *,
         op: str,
         mode: str,
         shape: tuple[int, ...],
         dtype: str,
-        providers: dict[str, Callable[[], Any]],
-        max_error: dict[str, float],
-        seconds: float = 8.0,
+        providers: Mapping[str, Provider | None],
+        gate: Callable[..., Mapping[str, float]],
+        inputs: Callable[[], Any] | None = None,
+        bytes_moved: int | Mapping[str, int] | None = None,
+        flops: int | Mapping[str, int] | None = None,
+        device: str = "cpu",
+        seconds: float = 6.0,
+        min_rounds: int = 10,
+        times: Callable[[], Mapping[str, list[float]]] | None = None,
+        extra: Callable[[str], Mapping[str, Any]] | None = None,
     ) -> dict[str, Row]:
-        times = _interleave(providers, seconds)
-        median = {name: statistics.median(values) for name, values in times.items()}
-        eager = min(ms for name, ms in median.items() if name.startswith("eager"))
-        compiled = min((ms for name, ms in median.items() if name.startswith("compile")), default=None)
-        commit, date = _commit(), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        asked = config.getoption("--seconds")
+        if asked is not None:
+            seconds, min_rounds = asked, min(min_rounds, 3)
+        copies = [] if inputs is None else frame.make_copies(inputs, device)
+        runs = {}
+        for name, provider in providers.items():
+            if provider is None:
+                continue
+            try:
+                runs[name] = frame.rotation(provider, copies)
+            except frame.NotCapturable as error:
+                config.stash.setdefault(LEFT_OUT, []).append(f"{op} {mode} {list(shape)}: {name}: {error}")
+        clock: Clock = EventClock() if device == "cuda" else HostClock()
+
+        def green() -> dict[str, float]:
+            return run_gate(gate, copies, providers)
+
+        if served := config.getoption("--serve"):
+            from bench.compare import serve
+
+            serve(request.node.name, {n: call for n, call in runs.items() if frame.is_ours(n)}, clock, green, served)
+            benchmark.pedantic(lambda: None)
+            return {}
+        errors = green()
+
+        def of(numbers: int | Mapping[str, int] | None, name: str) -> int | None:
+            return numbers.get(name) if isinstance(numbers, Mapping) else numbers
+
+        moved = max(bytes_moved.values()) if isinstance(bytes_moved, Mapping) else bytes_moved
+        if times is not None:
+            found = dict(times())
+        else:
+            timed = {**runs, COPY: frame.copy_provider(moved, device)} if moved else runs
+            found = frame.interleave(timed, clock, seconds, min_rounds)
+        copy = found.pop(COPY, None)
+        rate = moved / frame.quantiles(copy)[1] / 1e6 if copy and moved else None  # GB/s
+        quantiles = {name: frame.quantiles(values) for name, values in found.items()}
+
+        def best(kind: str) -> float | None:
+            return min((q[1] for name, q in quantiles.items() if name.startswith(kind)), default=None)
+
+        eager, compiled = best("eager"), best("compile")
+        where = frame.environment(device)
         rows = {}
-        for name, values in times.items():
-            p20, p50, p80 = (round(q, 4) for q in (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7)))
+        for name, (p20, p50, p80) in quantiles.items():
+            seen = frame.profile(runs[name], device) if name in runs else frame.Profile(None, None, None)
+            if isinstance(providers[name], Graph):
+                seen = seen._replace(peak_mib=None)  # a replay allocates nothing: its memory was taken at the capture
+            if device == "cpu" and name.startswith("compile"):
+                seen = seen._replace(launches=None)
+            size = of(bytes_moved, name) if frame.is_ours(name) else None
             rows[name] = Row(
-                op,
-                name,
-                mode,
-                list(shape),
-                dtype,
-                p20,
-                p50,
-                p80,
-                round(eager / median[name], 2),
-                None if compiled is None else round(compiled / median[name], 2),
-                round(_peak_mib(providers[name]), 2),
-                max_error.get(name),
-                torch.get_num_threads(),
-                _cpu_model(),
-                torch.__version__,
-                commit,
-                date,
+                op=op,
+                provider=name,
+                mode=mode,
+                shape=list(shape),
+                dtype=dtype,
+                p20_ms=round(p20, 4),
+                p50_ms=round(p50, 4),
+                p80_ms=round(p80, 4),
+                speedup_vs_eager=None if eager is None else round(eager / p50, 2),
+                speedup_vs_compile=None if compiled is None else round(compiled / p50, 2),
+                peak_mib=None if seen.peak_mib is None else round(seen.peak_mib, 2),
+                bytes=size,
+                flops=of(flops, name) if frame.is_ours(name) else None,
+                copy_gb_s=None if rate is None else round(rate, 2),
+                copy_percent=None if rate is None or size is None else round(size / p50 / 1e6 / rate * 100, 1),
+                launches=seen.launches,
+                host_syncs=seen.host_syncs,
+                max_error=errors.get(name),
+                rounds=len(found[name]),
+                extra=dict(extra(name)) if extra else {},
+                **where,
             )
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / f"{op}.jsonl").open("a") as file:
-            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows.values())
-        request.config.stash.setdefault(ROWS, []).extend(rows.values())
-        ours = next(name for name in providers if not name.startswith(("eager", "compile")))
-        benchmark.extra_info.update(asdict(rows[ours]))
-        benchmark.pedantic(providers[ours], rounds=20, warmup_rounds=3)
+        green()
+        frame.append_rows(config.getoption("--results"), rows.values())
+        config.stash.setdefault(ROWS, []).extend(rows.values())
+        ours = next((name for name in rows if frame.is_ours(name)), next(iter(rows)))
+        benchmark.extra_info.update(dataclasses.asdict(rows[ours]))
+        # For pytest-benchmark's own tables and files, which know of neither turns nor events.
+        once = max(1, min(20, int(1000 / rows[ours].p50_ms))) if asked is None else 1
+        benchmark.pedantic(runs.get(ours, lambda: None), rounds=once)
         return rows
 
     return run
@@ -165,14 +189,33 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     first = rows[0]
     terminalreporter.line(f"{first.device}, {first.threads} threads, torch {first.torch}, commit {first.commit}")
     terminalreporter.line("providers in turns; speed-ups against the best eager and the best compiled provider\n")
-    head = ("p20 ms", "p50 ms", "p80 ms", "x eager", "x compile", "peak MiB", "max error")
+    head = (
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        "x eager",
+        "x compile",
+        "peak MiB",
+        "% copy",
+        "launches",
+        "syncs",
+        "max error",
+    )
     case = None
     for row in rows:
-        if case != (row.op, row.mode, row.shape):
-            case = (row.op, row.mode, row.shape)
+        if case != row.case:
+            case = row.case
             title = f"{row.op} {row.mode} {row.shape} {row.dtype}"
             terminalreporter.line(f"{title:66}" + "".join(f"{name:>10}" for name in head))
+        numbers = (
+            row.p20_ms, row.p50_ms, row.p80_ms, row.speedup_vs_eager, row.speedup_vs_compile, row.peak_mib,
+            row.copy_percent, row.launches, row.host_syncs,
+        )  # fmt: skip
+        columns = (
+            " " * 10 if n is None else f"{n:10d}" if isinstance(n, int) else f"{n:10.3f}" if n < 0.1 else f"{n:10.2f}"
+            for n in numbers
+        )
         error = "" if row.max_error is None else f"{row.max_error:.1e}"
-        numbers = (row.p20_ms, row.p50_ms, row.p80_ms, row.speedup_vs_eager, row.speedup_vs_compile, row.peak_mib)
-        columns = (" " * 10 if n is None else f"{n:10.3f}" if n < 0.1 else f"{n:10.2f}" for n in numbers)
         terminalreporter.line(f"  {row.provider:64}" + "".join(columns) + f"{error:>10}")
+    for line in config.stash.get(LEFT_OUT, []):
+        terminalreporter.line(f"left out, no graph can hold it: {line}")

@@ -1,4 +1,4 @@
-"""token_log_prob from logits, forward and backward, against log-softmax, gather and entropy as trainers write them."""
+"""token_log_prob against log-softmax, gather and entropy as trainers write them, from logits and from hidden states."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 import editr2_kernels
-from bench.flow_sde import worst
+from bench import sizes
+from bench.flow_sde import normal
+from bench.providers import MODES, compare_loss
+from bench.sizes import FP32, Dtypes, Size
 
-SHAPES = [(512, 32000), (512, 512)]  # the second: the embedded model's vocabulary, roughly
+BF16 = Dtypes("bf16", torch.bfloat16, torch.bfloat16)
+# [tokens, vocabulary]. On a CPU the second is about the embedded model's; on a GPU both are language models'.
+CPU, CUDA = [(512, 32000), (512, 512)], [(8192, 32000), (1024, 152064)]
+WIDTH = 512  # of hidden states
 ENTROPY_WEIGHT = 0.01
 
 
@@ -23,36 +29,75 @@ def loss(logits: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     return (weight * chosen + ENTROPY_WEIGHT * entropy).sum()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_token_log_prob(shape: tuple[int, int], compare: Callable[..., Any]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(shape, generator=generator)).requires_grad_()
-    ids = torch.randint(shape[1], shape[:1], generator=generator)
-    weight = torch.linspace(-1.0, 1.0, shape[0])
+def loss_of_hidden(hidden: Tensor, head: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    return loss(hidden @ head.T, ids, weight)
 
-    def ours(logits: Tensor) -> Tensor:
-        out = editr2_kernels.token_log_prob(logits, ids, backend="cpu")
-        return (weight * out.log_prob + ENTROPY_WEIGHT * out.entropy).sum()
 
-    def gradient(function: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.autograd.grad(function(logits), logits)[0]
+def drawn(size: Size) -> tuple[Tensor, Tensor]:
+    """ids [M] and the weight [M] of their log-probs."""
+    ids = torch.randint(size.shape[1], size.shape[:1], generator=torch.Generator().manual_seed(0))
+    return ids.to(size.device), torch.linspace(-1.0, 1.0, size.shape[0], device=size.device)
 
-    # Gate. Both are fp32 with sums in other orders: some 1e-6 of the largest value.
-    worst("loss", ours(logits), loss(logits, ids, weight), 1e-5)
-    first = gradient(ours)
-    error = worst("gradient", first, gradient(lambda logits: loss(logits, ids, weight)), 5e-6)
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=False)
-    compare(
+def summed(out: editr2_kernels.TokenLogProb, weight: Tensor) -> Tensor:
+    return (weight * out.log_prob + ENTROPY_WEIGHT * out.entropy).sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", sizes.shapes(CPU, CUDA, [FP32, BF16]))
+def test_token_log_prob(size: Size, mode: str, compare: Callable[..., Any]) -> None:
+    def inputs() -> tuple[Tensor, ...]:
+        return (3 * normal(size, 0)).to(size.dtypes.x).requires_grad_(), *drawn(size)
+
+    def operator(logits: Tensor, i: tuple[Tensor, ...], backend: str) -> Tensor:
+        return summed(editr2_kernels.token_log_prob(logits, i[1], backend=backend), i[2])
+
+    compare_loss(
+        compare,
         op="token_log_prob",
-        mode="forward + backward, entropy",
-        shape=shape,
-        dtype="fp32",
-        providers={
-            "eager": lambda: gradient(lambda logits: loss(logits, ids, weight)),
-            "compile": lambda: gradient(lambda logits: compiled(logits, ids, weight)),
-            "editr2 cpu": lambda: gradient(ours),
-        },
-        max_error={"editr2 cpu": error},
+        size=size,
+        mode=mode,
+        variant=", entropy",
+        inputs=inputs,
+        leaf=lambda i: i[0],
+        arguments=lambda i: i[1:],
+        eager={"": loss},
+        operator=operator,
+        read=size.bytes(x=1),
+        written=size.bytes(x=1),
+        flops=12 * size.elements,
+        atol=5e-6,
     )
-    assert torch.equal(gradient(ours), first)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", sizes.shapes(CPU[:1], CUDA[:1], [FP32]))
+def test_token_log_prob_of_hidden(size: Size, compare: Callable[..., Any]) -> None:
+    """The head's product is most of the time in either; what differs is that ours never holds the logits."""
+    tokens, vocabulary = size.shape
+
+    def inputs() -> tuple[Tensor, ...]:
+        hidden = normal(Size(size.device, (tokens, WIDTH)), 0).requires_grad_()
+        head = normal(Size(size.device, (vocabulary, WIDTH)), 1) * (3 / WIDTH**0.5)
+        return hidden, head, *drawn(size)
+
+    def operator(hidden: Tensor, i: tuple[Tensor, ...], backend: str) -> Tensor:
+        return summed(editr2_kernels.token_log_prob((hidden, i[1]), i[2], backend=backend), i[3])
+
+    product = 2 * tokens * vocabulary * WIDTH
+    compare_loss(
+        compare,
+        op="token_log_prob",
+        size=size,
+        mode="forward + backward",
+        variant=f", entropy, from hidden of {WIDTH}",
+        inputs=inputs,
+        leaf=lambda i: i[0],
+        arguments=lambda i: i[1:],
+        eager={"": loss_of_hidden},
+        operator=operator,
+        read=4 * WIDTH * (tokens + vocabulary),
+        written=4 * WIDTH * tokens,
+        flops=12 * size.elements + 2 * product,
+        atol=2e-5,  # sums over the vocabulary of products that were summed in another order
+    )

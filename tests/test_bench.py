@@ -1,0 +1,366 @@
+"""The frame of the benchmarks, not the benchmarks: no row without a green gate, turns and clocks, the report from rows
+alone, the comparison of two commits. Nothing here asserts how long anything takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import compare, frame, page, report, sizes
+from bench.frame import Row
+
+pytest_plugins = ["pytester"]
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+BENCHMARKS = """
+import pytest
+ours, calls = "editr2 cpu", []
+
+def run(compare, gate, **options):
+    return compare(op="op", mode="forward", shape=(2, 3), dtype="fp32", gate=gate,
+                   providers={"eager": lambda: None, "compile": lambda: None, ours: lambda: None}, **options)
+
+def test_green(compare):
+    rows = run(compare, lambda: {ours: 0.5}, bytes_moved=800, flops=7, extra=lambda name: {"told": name})
+    assert list(rows) == ["eager", "compile", ours]
+
+def test_red_before(compare):
+    def gate():
+        assert False, "wrong before"
+    run(compare, gate)
+
+def test_red_after(compare):
+    def gate():
+        calls.append(1)
+        assert len(calls) == 1, "wrong after"
+        return {ours: 0.0}
+    run(compare, gate)
+
+def test_says_nothing_of_ours(compare):
+    run(compare, lambda: {"eager": 0.0})
+
+def test_error_is_nan(compare):
+    run(compare, lambda: {ours: float("nan")})
+
+@pytest.mark.full
+def test_full(compare):
+    raise AssertionError("only with --full")
+
+@pytest.mark.gpu
+def test_gpu(compare):
+    raise AssertionError("only on a GPU")
+"""
+
+
+def test_only_a_green_gate_gives_rows(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytester.makepyfile(BENCHMARKS)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ["-p", "bench.conftest", "-p", "no:cacheprovider", "--results", "rows", "--seconds", "0"]
+    done = pytester.runpytest_subprocess(*options, "-m", "not gpu or full")
+    done.assert_outcomes(passed=1, failed=4, deselected=2)
+    for said in ("*wrong before*", "*wrong after*", "*says nothing of editr2 cpu*", "*errors must be finite*"):
+        done.stdout.fnmatch_lines([said])
+    rows = frame.read_rows(pytester.path / "rows")
+    assert [row.provider for row in rows] == ["eager", "compile", "editr2 cpu"]
+    ours = rows[-1]
+    assert (ours.shape, ours.max_error, ours.bytes, ours.flops, ours.rounds) == ([2, 3], 0.5, 800, 7, 3)
+    assert ours.extra == {"told": "editr2 cpu"} and ours.copy_percent is not None
+    assert ours.threads == 1 and ours.torch == torch.__version__ and ours.driver is None
+    assert rows[0].bytes is None and rows[0].max_error is None and rows[1].launches is None
+
+
+class CountingClock:
+    """Milliseconds by call, told beforehand; what ran is in `ran`."""
+
+    def __init__(self, ms: float) -> None:
+        self.ms = ms
+
+    def measure(self, run: Any, calls: int) -> float:
+        run()
+        return self.ms
+
+
+def test_providers_take_turns() -> None:
+    ran: list[str] = []
+    times = frame.interleave({name: lambda n=name: ran.append(n) for name in "ab"}, CountingClock(30.0), 0.0, 4)
+    assert ran == ["a"] * 3 + ["b"] * 3 + ["a", "b"] * 4  # warmed up one by one, then in turns
+    assert times == {"a": [30.0] * 4, "b": [30.0] * 4}
+
+
+def test_short_calls_are_timed_together_and_long_ones_warmed_up_twice() -> None:
+    ran: list[int] = []
+    assert frame.warm_up(lambda: ran.append(0), CountingClock(0.1)) == 200
+    assert len(ran) == 3
+    assert frame.warm_up(lambda: ran.append(0), CountingClock(800.0)) == 1
+    assert len(ran) == 5
+
+
+def test_event_clock_starts_on_an_idle_device_and_divides_by_the_calls() -> None:
+    done: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            done.append("record")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 12.0
+
+    clock = frame.EventClock(Event, lambda: done.append("wait"))
+    assert clock.measure(lambda: done.append("call"), 3) == 4.0
+    assert done == ["wait", "record", "call", "call", "call", "record", "wait"]
+
+
+def test_inputs_rotate_past_the_cache() -> None:
+    one = {"x": torch.zeros(256), "more": (torch.zeros(256, dtype=torch.bfloat16), [None, 3])}  # 1536 bytes
+    assert frame.copies_past_cache(one, 4096) == 6  # 2 * 4096 / 1536, rounded up
+    assert frame.copies_past_cache(one, 1 << 30) == frame.MAX_COPIES
+    assert frame.copies_past_cache(one, 0) == 1
+    seen: list[int] = []
+    run = frame.rotation(seen.append, [1, 2, 3])
+    assert seen == [1, 2, 3]  # each once before the timing
+    for _ in range(4):
+        run()
+    assert seen[3:] == [1, 2, 3, 1]
+
+
+def test_profile_counts_operators_waits_and_memory() -> None:
+    x = torch.ones(1 << 18)
+    seen = frame.profile(lambda: (x + 1).sum().item(), "cpu")
+    assert (seen.launches, seen.host_syncs) == (3, 1)  # and not the copies and fills inside of them
+    assert seen.peak_mib is not None and 1.0 <= seen.peak_mib < 1.01
+
+
+def test_gpu_sizes_are_marked_and_pass_the_l2() -> None:
+    for params in (sizes.latents(), sizes.latents(variant=True), sizes.shapes([(2, 3)], [(2, 3)])):
+        assert len({p.id for p in params}) == len(params)
+        for p in params:
+            assert (p.values[0].device == "cuda") == any(mark.name == "gpu" for mark in p.marks)
+    grid = {(p.values[0].device, p.values[0].shape, p.values[0].dtypes.name) for p in sizes.latents()}
+    for batch in (1, 4, 16):
+        for shape in ((batch, 1024, 64), (batch, 4096, 64), (batch, 1024, 128), (batch, 4096, 128)):
+            assert {("cpu", shape, "fp32"), ("cuda", shape, "bf16"), ("cuda", shape, "x fp32, v bf16")} <= grid
+    assert sizes.Size("cuda", sizes.PAST_L2, sizes.MIXED).bytes(x=2, v=1) >= 1 << 30
+
+
+# The report
+
+
+def row(provider: str, **changes: Any) -> Row:
+    values: dict[str, Any] = {
+        "op": "sde_step", "mode": "forward", "shape": [8, 4096, 64], "dtype": "fp32", "p20_ms": 1.0, "p50_ms": 2.0,
+        "p80_ms": 3.0, "device": "A CPU", "commit": "abc1234", "date": "2026-11-21T10:00:00+00:00", "threads": 2,
+    }  # fmt: skip
+    return Row(provider=provider, **{**values, **changes})
+
+
+def rendered(rows: list[Row], folder: Path) -> str:
+    frame.append_rows(folder / "rows", rows)
+    assert report.main(["--results", str(folder / "rows"), "--out", str(folder / "performance.md")]) == 0
+    return (folder / "performance.md").read_text()
+
+
+def test_report_is_made_of_rows_alone(tmp_path: Path) -> None:
+    ours = {"speedup_vs_eager": 7.5, "speedup_vs_compile": 2.5, "copy_percent": 61.0, "flops": 100, "bytes": 50}
+    ours |= {"copy_gb_s": 9.0, "max_error": 1e-6, "launches": 11, "host_syncs": 0, "peak_mib": 8.0}
+    rows = [
+        row("eager", p50_ms=15.0),
+        row("editr2 cpu", p50_ms=777.0, date="2026-11-20T10:00:00+00:00"),  # an earlier run of the same case
+        row("editr2 cpu", **ours),
+        row("editr2 cpu", **{**ours, "shape": [8, 1024, 64], "speedup_vs_eager": 5.0}),
+    ]
+    text = rendered(rows, tmp_path)
+    assert "No row here was measured on a GPU" in text
+    assert "777" not in text
+    assert "| **editr2 cpu** | 2 (1–3) | 7.5 | 2.5 | 8 | 61 | 11 | 0 | 1e-06 |" in text
+    assert "A CPU, 2 threads, commit abc1234, 2026-11-21" in text
+    for plot in ("speedup-a-cpu", "roofline-a-cpu"):
+        assert f"(performance/{plot}.png)" in text
+        assert (tmp_path / "performance" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_with_a_gpu_says_nothing_of_its_absence(tmp_path: Path) -> None:
+    text = rendered([row("editr2 cuda", device="A GPU", driver="580.1")], tmp_path)
+    assert "No row here was measured on a GPU" not in text
+    assert "| A GPU | 580.1 |" in text
+
+
+def test_rows_of_before_the_columns_are_read(tmp_path: Path) -> None:
+    old = {f.name: getattr(row("editr2 cpu"), f.name) for f in dataclasses.fields(Row) if f.name not in ADDED}
+    (tmp_path / "sde_step.jsonl").write_text(json.dumps({**old, "peak_rss": 3}) + "\n")
+    (found,) = frame.read_rows(tmp_path)
+    assert found.copy_percent is None and found.driver is None and found.launches is None
+    assert found.extra == {"peak_rss": 3}  # of a column that this version does not know
+    assert "No row here" in report.render([found], tmp_path / "performance.md")
+    (tmp_path / "sde_step.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"sde_step.jsonl:1: not a row of a benchmark"):
+        frame.read_rows(tmp_path)
+
+
+ADDED = {
+    "bytes",
+    "flops",
+    "copy_gb_s",
+    "copy_percent",
+    "launches",
+    "host_syncs",
+    "rounds",
+    "driver",
+    "triton",
+    "editr2",
+}
+ADDED |= {"extra", "peak_mib"}
+
+
+def test_rows_in_the_repository_are_read() -> None:
+    rows = frame.read_rows(REPOSITORY / "bench" / "results")
+    assert rows and all(row.p20_ms <= row.p50_ms <= row.p80_ms for row in rows)
+
+
+def test_report_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--results", str(tmp_path), "--out", str(tmp_path / "performance.md")]) == 1
+    assert "no rows in" in capsys.readouterr().err
+    assert not (tmp_path / "performance.md").exists()
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, ""), (0, "0"), (0.0123456, "0.0123"), (12.345, "12.3"), (123456.0, "123,000"), (2e-7, "2.0e-07")],
+)
+def test_numbers_are_written_short(value: float | None, text: str) -> None:
+    assert page.number(value) == text
+
+
+# Two commits
+
+SIDE = """
+import json, os, sys
+reader, writer = map(int, sys.argv[-1].split(","))
+case, package, ms, end = sys.argv[1:5]
+def say(**message):
+    os.write(writer, (json.dumps(message) + "\\n").encode())
+lines = os.fdopen(reader)
+if end == "red before":
+    say(case=case, error="AssertionError: wrong")
+    sys.exit(1)
+say(case=case, providers=["editr2 cpu", case], package=package)
+for line in lines:
+    if line == "\\n":
+        break
+    say(ms=float(ms))
+if end == "red after":
+    say(case=case, error="AssertionError: wrong")
+    sys.exit(1)
+if end == "dies":
+    sys.exit(3)
+say(gate="green")
+sys.exit(5 if end == "nothing" else 0)
+"""
+
+
+def sides(folder: Path, base: tuple[str, str, str], here: tuple[str, str, str]) -> list[compare.Side]:
+    """A case, a package and an end for each, in processes that speak as pytest does; base takes twice as long."""
+    made = []
+    for name, ms, (case, package, end) in (("BASE", "4", base), ("this tree", "2", here)):
+        command = [sys.executable, "-c", SIDE, case, str(folder / package), ms, end]
+        made.append(compare.Side(name, folder, command, folder / name))
+    return made
+
+
+def compared(folder: Path, base: tuple[str, str, str], here: tuple[str, str, str]) -> list[compare.Comparison]:
+    both = sides(folder, base, here)
+    try:
+        return compare.interleaved(*both, 3)
+    finally:
+        for side in both:
+            side.stop()
+
+
+def test_ratio_of_two_sides(tmp_path: Path) -> None:
+    (found,) = compared(tmp_path, ("a", "here.py", ""), ("a", "here.py", ""))[:1]
+    assert (found.case, found.provider, found.base_ms, found.here_ms) == ("a", "editr2 cpu", [4.0] * 3, [2.0] * 3)
+    assert found.ratio == (2.0, 2.0, 2.0)
+    assert "2.000 to 2.000" in compare.table([found])
+
+
+@pytest.mark.parametrize(
+    "base, here, why",
+    [
+        (("a", "p", "red before"), ("a", "p", ""), "gate of a is red on BASE: AssertionError: wrong"),
+        (("a", "p", ""), ("a", "p", "red after"), "gate of a is red on this tree: AssertionError: wrong"),
+        (("a", "p", ""), ("b", "p", ""), "BASE is at a, this tree at b"),
+        (("a", "p", ""), ("a", "../p", ""), "which is not below"),
+        (("a", "p", "dies"), ("a", "p", ""), "BASE broke off"),
+        (("a", "p", ""), ("a", "p", "nothing"), "this tree: no case matches"),
+    ],
+)
+def test_no_ratio_is_reported(tmp_path: Path, base: Any, here: Any, why: str) -> None:
+    with pytest.raises(compare.Refused, match=why):
+        compared(tmp_path, base, here)
+
+
+def test_unknown_base(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(["no-such-commit"]) == 1
+    assert "BASE must name a commit, got 'no-such-commit'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gates", [["green", "green"], ["green", "red"], ["red"]])
+def test_a_case_is_served(gates: list[str]) -> None:
+    """The end inside pytest, against what the asking end says."""
+    to_worker, from_parent = os.pipe()
+    to_parent, from_worker = os.pipe()
+    left, raised = list(gates), []
+
+    def gate() -> None:
+        assert left.pop(0) == "green", "wrong"
+
+    def work() -> None:
+        try:
+            compare.serve("case", {"editr2 cpu": int}, CountingClock(6.0), gate, f"{to_worker},{from_worker}")
+        except AssertionError as error:
+            raised.append(error)
+        os.close(from_worker)
+
+    os.write(from_parent, b"editr2 cpu\neditr2 cpu\n\n")
+    worker = threading.Thread(target=work)
+    worker.start()
+    with os.fdopen(to_parent) as answers:
+        said = [json.loads(line) for line in answers]
+    worker.join()
+    for descriptor in (to_worker, from_parent):
+        os.close(descriptor)
+    started = [] if gates[0] == "red" else [{"case": "case", "providers": ["editr2 cpu"]}, {"ms": 6.0}, {"ms": 6.0}]
+    if started:
+        assert Path(said[0].pop("package")).name == "__init__.py"
+    red = "red" in gates
+    assert said == [*started, {"case": "case", "error": "AssertionError: wrong"} if red else {"gate": "green"}]
+    assert bool(raised) == red
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_graphs_are_checked_and_waits_counted() -> None:
+    x = [torch.full((1024,), float(k), device="cuda") for k in range(3)]
+    out: list[torch.Tensor] = []
+    run = frame.rotation(frame.Graph(lambda t: out.append(t * 2) or out[-1]), x)
+    for _ in x:
+        run()
+    torch.cuda.synchronize()
+    assert frame.profile(run, "cuda").launches == 1
+    with pytest.raises(frame.NotCapturable):
+        frame.rotation(frame.Graph(lambda t: t.sum().item()), x)
+    torch.cuda.synchronize()
+    seen = frame.profile(lambda: x[0].sum().item(), "cuda")
+    assert seen.host_syncs == 1 and seen.launches is not None and seen.launches >= 2
+    assert frame.EventClock().measure(lambda: x[0].mul(2), 10) > 0
