@@ -68,7 +68,8 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
         is f replayed as a CUDA graph. None where `times` measures.
     gate: compares results, raises where one is wrong, and returns the error by provider, of all that are ours. It runs
         before the timing and after it, and what it raises leaves no row.
-    inputs: makes one set of inputs; gate and providers then take one. On a GPU more are made than fit in its L2.
+    inputs: makes one set of inputs; gate and providers then take one. On a GPU so many are made that what the leanest
+        provider reads of them does not fit in its L2; where that would be too many no row says % of a copy.
     bytes_moved, flops: of one call, by our plan: one number, or by provider. With the first a copy of as many bytes
         (of the largest) is timed in the same rounds.
     device: "cpu" or "cuda". seconds, min_rounds: of the timing.
@@ -97,7 +98,10 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
         asked = config.getoption("--seconds")
         if asked is not None:
             seconds, min_rounds = asked, min(min_rounds, 3)
-        copies = [] if inputs is None else frame.make_copies(inputs, device)
+        by_name = list(bytes_moved.values()) if isinstance(bytes_moved, Mapping) else [bytes_moved or 0]
+        moved, leanest = max(by_name), min(by_name) // 2  # no operator writes more than it reads
+        copies = [] if inputs is None else frame.make_copies(inputs, device, leanest or None)
+        cold = frame.past_cache(len(copies) or 1, leanest, frame.l2_bytes(device))
         runs = {}
         for name, provider in providers.items():
             if provider is None:
@@ -122,14 +126,13 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
         def of(numbers: int | Mapping[str, int] | None, name: str) -> int | None:
             return numbers.get(name) if isinstance(numbers, Mapping) else numbers
 
-        moved = max(bytes_moved.values()) if isinstance(bytes_moved, Mapping) else bytes_moved
         if times is not None:
             found = dict(times())
         else:
             timed = {**runs, COPY: frame.copy_provider(moved, device)} if moved else runs
             found = frame.interleave(timed, clock, seconds, min_rounds)
         copy = found.pop(COPY, None)
-        rate = moved / frame.quantiles(copy)[1] / 1e6 if copy and moved else None  # GB/s
+        rate = moved / frame.quantiles(copy)[1] / 1e6 if copy else None  # GB/s
         quantiles = {name: frame.quantiles(values) for name, values in found.items()}
 
         def best(kind: str) -> float | None:
@@ -145,6 +148,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
             if device == "cpu" and name.startswith("compile"):
                 seen = seen._replace(launches=None)
             size = of(bytes_moved, name) if frame.is_ours(name) else None
+            follows = cold and rate is not None and size is not None
             rows[name] = Row(
                 op=op,
                 provider=name,
@@ -160,7 +164,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
                 bytes=size,
                 flops=of(flops, name) if frame.is_ours(name) else None,
                 copy_gb_s=None if rate is None else round(rate, 2),
-                copy_percent=None if rate is None or size is None else round(size / p50 / 1e6 / rate * 100, 1),
+                copy_percent=round(size / p50 / 1e6 / rate * 100, 1) if follows else None,
                 launches=seen.launches,
                 host_syncs=seen.host_syncs,
                 max_error=errors.get(name),
@@ -188,7 +192,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("editr2 benchmarks")
     first = rows[0]
     terminalreporter.line(f"{first.device}, {first.threads} threads, torch {first.torch}, commit {first.commit}")
-    terminalreporter.line("providers in turns; speed-ups against the best eager and the best compiled provider\n")
+    terminalreporter.line(
+        "providers in turns; speed-ups against the best eager and the best compiled provider, graphs too\n"
+    )
     head = (
         "p20 ms",
         "p50 ms",

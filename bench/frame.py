@@ -29,7 +29,7 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_S = 0.02  # calls shorter than this are timed several at a time, like timeit's
 MAX_ROUNDS = 200
-MAX_COPIES = 64  # of the inputs, on a GPU
+MAX_COPIES = 256  # of the inputs, on a GPU: as many graphs of a provider are captured
 BASELINES = ("eager", "compile", "peer")  # what a provider's name starts with when it is not ours
 
 
@@ -45,13 +45,13 @@ class Row:
     p20_ms: float
     p50_ms: float
     p80_ms: float
-    speedup_vs_eager: float | None = None  # the best eager provider's median over this one's, same run
+    speedup_vs_eager: float | None = None  # of the best eager provider (as a graph too) over this one's median
     speedup_vs_compile: float | None = None  # likewise; None where there is no compiled baseline
     peak_mib: float | None = None  # the most torch had allocated at one time beyond what was there before the call
     bytes: int | None = None  # what our plan must read and write
     flops: int | None = None
     copy_gb_s: float | None = None  # of a copy that moves as many bytes, timed in the same rounds
-    copy_percent: float | None = None  # bytes / p50, in percent of that
+    copy_percent: float | None = None  # bytes / p50, in percent of that; None where inputs stay in the L2
     launches: int | None = None  # CUDA: launches; CPU: operators called, not those in them; compiled code None
     host_syncs: int | None = None  # CUDA: waits for the device; CPU: what would be one (item, nonzero)
     max_error: float | None = None  # what the gate found
@@ -208,19 +208,29 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from itertools.chain.from_iterable(tensors(getattr(value, f.name)) for f in dataclasses.fields(value))
 
 
-def copies_past_cache(one: Any, l2_bytes: int) -> int:
-    """How many copies of the inputs a rotation needs so that none of them is still in the L2 when its turn comes."""
-    size = sum(t.numel() * t.element_size() for t in tensors(one))
-    return min(MAX_COPIES, max(1, math.ceil(2 * l2_bytes / max(size, 1))))
+def copies_past_cache(read: int, l2_bytes: int) -> int:
+    """How many copies of the inputs a rotation needs so that none is still in the L2 when its turn comes, where a call
+    reads `read` bytes of one. At most MAX_COPIES, with which small inputs stay there (`past_cache`)."""
+    return min(MAX_COPIES, max(1, math.ceil(2 * l2_bytes / max(read, 1))))
 
 
-def make_copies(make: Callable[[], Any], device: str) -> list[Any]:
-    """One on a CPU, where a call finds its inputs as warm as the last one left them; on a GPU past its L2."""
+def past_cache(copies: int, read: int, l2_bytes: int) -> bool:
+    """Whether a rotation of so many copies reads twice the L2 before it comes round. What a call writes is not asked
+    after: torch's allocator gives it the memory of the call before, and a small result may never leave the L2."""
+    return copies * read >= 2 * l2_bytes
+
+
+def l2_bytes(device: str) -> int:
+    """0 for a CPU, where a call finds its inputs as warm as the last one left them."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
+
+
+def make_copies(make: Callable[[], Any], device: str, read: int | None = None) -> list[Any]:
+    """One on a CPU; on a GPU past its L2. read: bytes that the leanest provider reads of one; None: all."""
     first = make()
-    if device != "cuda":
-        return [first]
-    count = copies_past_cache(first, torch.cuda.get_device_properties(device).L2_cache_size)
-    return [first, *(make() for _ in range(count - 1))]
+    if read is None:
+        read = sum(t.numel() * t.element_size() for t in tensors(first))
+    return [first, *(make() for _ in range(copies_past_cache(read, l2_bytes(device)) - 1))]
 
 
 def _capture(graph: Graph, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -273,7 +283,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Milliseconds per call by provider, one sample a round; rounds until `seconds` are used, never fewer than asked.
 
-    Providers run in turns, so that a disturbance of the machine falls on all of them alike.
+    Providers run in turns, so that a disturbance of the machine falls on all of them alike, and every other round in
+    reverse, so that none always runs behind the same one.
     """
     calls = {name: warm_up(run, clock) for name, run in providers.items()}
     times: dict[str, list[float]] = {name: [] for name in providers}
@@ -281,8 +292,8 @@ def interleave(
     for done in range(MAX_ROUNDS):
         if done >= min_rounds and time.perf_counter() - start > seconds:
             break
-        for name, run in providers.items():
-            times[name].append(clock.measure(run, calls[name]))
+        for name in reversed(calls) if done % 2 else calls:
+            times[name].append(clock.measure(providers[name], calls[name]))
     return times
 
 
@@ -318,6 +329,7 @@ def profile(run: Callable[[], Any], device: str) -> Profile:
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
+            waits.clear()  # the mode warns of itself, the first time
             try:
                 run()
             finally:
@@ -326,7 +338,8 @@ def profile(run: Callable[[], Any], device: str) -> Profile:
             run()
             torch.cuda.synchronize()
         launches = sum(bool(LAUNCH.match(event.name())) for event in seen.profiler.kineto_results.events())
-        return Profile(peak / 2**20, launches, sum("synchronizing" in str(w.message) for w in waits))
+        syncs = sum("called a synchronizing" in str(w.message) for w in waits)
+        return Profile(peak / 2**20, launches or None, syncs)  # no launch at all: the profiler saw none of the device
     with torch.profiler.profile(activities=[activities.CPU], profile_memory=True) as seen:
         run()
     held = peak = 0
@@ -350,9 +363,9 @@ def _outermost(events: Iterable[Any]) -> int:
 
 
 def copy_provider(moved: int, device: str) -> Callable[[], Any]:
-    """A copy that reads and writes `moved` bytes together, past the L2 of a GPU."""
+    """A copy that reads and writes `moved` bytes together; on a GPU what it reads is rotated past the L2."""
 
     def make() -> tuple[Tensor, Tensor]:
         return tuple(torch.ones(max(1, moved // 8), device=device) for _ in range(2))  # type: ignore[return-value]
 
-    return rotation(lambda pair: pair[1].copy_(pair[0]), make_copies(make, device))
+    return rotation(lambda pair: pair[1].copy_(pair[0]), make_copies(make, device, moved // 2))

@@ -231,13 +231,14 @@ class PeerPlan:
     # -------------------------------------------------------------------------------------------------------- training
 
     def _reader(self, block: Tensor, done: Sequence[_Turn]) -> Any:
-        """turn -> its two contexts, without gradient: read anew at every call, or extended turn by turn."""
+        """turn -> its contexts before and behind the instruction, without gradient: read anew at every call (the second
+        only for images), or extended turn by turn."""
         kept: list[tuple[Any, Any]] = []
 
-        def read(turn: int) -> tuple[Any, Any]:
+        def read(turn: int, images: bool = True) -> tuple[Any, Any]:
             with torch.no_grad():
                 if not self.habits.kept:
-                    return self._context(block, turn, done, done[turn].text)
+                    return self._context(block, turn, done, done[turn].text if images else None)
                 while len(kept) <= turn:
                     t = len(kept)
                     if t == 0:
@@ -272,7 +273,7 @@ class PeerPlan:
                     columns.append(replayed_log_prob(rows, velocity, self.sampler))
                 scores = None
                 if turn.questions is not None:
-                    scores = self._answer(read(t)[0], turn, torch.arange(len(block))).log_prob
+                    scores = self._answer(read(t, images=False)[0], turn, torch.arange(len(block))).log_prob
                 found.append((torch.stack(columns, 1), scores))
         return found
 
@@ -309,7 +310,7 @@ class PeerPlan:
                 loss.backward()
                 total += loss.item()
             if left.questions is not None and text_weight > 0:
-                scores = self._answer(self._picked(read(turn)[0], live, len(block)), left, live)
+                scores = self._answer(self._picked(read(turn, images=False)[0], live, len(block)), left, live)
                 sampled = scores.log_prob.detach() if old_text is None else old_text[live, : scores.valid.shape[1]]
                 answers = Answers(turn, live, scores)
                 loss = text_weight * text_term(t, answers, sampled, a, m, normalizer).loss

@@ -74,12 +74,13 @@ CPU, `make bench-gpu` on a GPU; both append rows. `python -m bench compare BASE`
   *Max error* is what the gate found against the eager baseline (of a bf16 gradient: one rounding).
 - **Time** is milliseconds a call: the median, in brackets the 20th and 80th percentile. Providers take turns, so that a
   disturbance falls on all; a sample is 20 ms of calls. On a GPU it is the time between two events, on copies of the
-  inputs that exceed the L2.
+  inputs that exceed the L2, but for the smallest.
 - **Baselines** of the operators are the step and the losses as published trainers write them, eager and under
   `torch.compile` (noise drawn inside and outside of it; on a GPU also autotuned, and both as CUDA graphs). *× eager*
-  and *× compile*: against the fastest of each in the same run.
+  and *× compile*: against the fastest of each in the same run, on a GPU its CUDA graph included.
 - **% copy** is the bandwidth of our plan (the bytes it must read and write, over the time) in percent of a copy's that
-  moves as many bytes, timed in the same rounds. A CPU keeps small sizes in its caches, where a copy is hard to follow.
+  moves as many bytes, timed in the same rounds. A CPU keeps small sizes in its caches, where a copy is hard to follow;
+  on a GPU no percentage stands where the inputs stay in the L2.
 - **Peak** is the most torch had allocated beyond the inputs. **Launches**: on a CPU the operators that are called.
   **Waits**: of the host for the device; on a CPU calls of `item` and `nonzero`, which would wait on a GPU.
 - Only the last run of each case is shown; older rows stay in the files.

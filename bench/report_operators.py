@@ -43,7 +43,9 @@ def largest(rows: Iterable[Row]) -> list[list[Row]]:
 
 def summary(page: Page) -> None:
     for device, rows in by_device(page).items():
-        page.add(f"## Operators on {device}", "", "The largest size of each; our fastest provider.", "")
+        graphs = ", CUDA graphs included" if any(row.driver is not None for row in rows) else ""
+        what = f"The largest size of each; our fastest provider against the fastest eager and compiled ones{graphs}."
+        page.add(f"## Operators on {device}", "", what, "")
         lines = []
         for case in largest(rows):
             ours = best(case)

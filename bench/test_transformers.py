@@ -22,16 +22,15 @@ from bench import frame
 from bench.eager_operators import EagerSampler
 from bench.providers import our_backends, worst
 from editr2.config import RolloutConfig
+from editr2.policies.load import policy_class
 from editr2.policies.unified_model import UnifiedConfig, UnifiedModel
+from editr2.policies.weights import add_lora
 from editr2.preflight import devices
 from editr2.preflight.published import PUBLISHED
 from editr2.schedule import make_sampler
 from editr2_kernels import grpo_loss, sde_step
 
 STEPS, WINDOW, RANK, TEXT_TOKENS = 10, 2, 32, 512
-TARGETS = (
-    r".*(to_q|to_k|to_v|to_out\.0|to_add_out|to_qkv_mlp_proj|proj_mlp|proj_out|linear_in|linear_out|[qkvo]_proj.*)"
-)
 DYNAMICS = RolloutConfig(steps=STEPS, dynamics="flow-sde", noise_level=0.7)
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -39,11 +38,13 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """name: as in the row. make: (device, dtype, batch, side) -> the module and its velocity. side: latent tokens a
-    side. channels: numbers a token. batch: of a rollout step, `trained` of a training step."""
+    """name: as in the row. make: (device, dtype, batch, side) -> the module and its velocity. model: as in
+    `policy.model`; its layers get the adapters. side: latent tokens a side. channels: numbers a token. batch: of a
+    rollout step, `trained` of a training step."""
 
     name: str
     make: Callable[..., tuple[nn.Module, Velocity]]
+    model: str
     side: int
     channels: int
     batch: int
@@ -182,12 +183,12 @@ TINY = functools.partial(
 )
 
 CASES = [
-    Case("tiny FLUX.1 (a smoke case)", TINY, 4, 64, 2, 2, "cpu", torch.float32),
-    Case("FLUX.1-Kontext 12 B, 512²", KONTEXT, 32, 64, 4, 1),
-    Case("FLUX.1-Kontext 12 B, 1024²", KONTEXT, 64, 64, 1, 1),
-    Case("FLUX.2-klein 4 B, 512²", KLEIN, 32, 128, 8, 2),
-    Case("BAGEL-shaped 7 B of 14 B, 512²", BAGEL, 32, 64, 4, 1),
-    Case("a FLUX.1 of 0.3 B, 512²", SMALL, 32, 64, 16, 8),
+    Case("tiny FLUX.1 (a smoke case)", TINY, "kontext", 4, 64, 2, 2, "cpu", torch.float32),
+    Case("FLUX.1-Kontext 12 B, 512²", KONTEXT, "kontext", 32, 64, 4, 1),
+    Case("FLUX.1-Kontext 12 B, 1024²", KONTEXT, "kontext", 64, 64, 1, 1),
+    Case("FLUX.2-klein 4 B, 512²", KLEIN, "klein", 32, 128, 8, 2),
+    Case("BAGEL-shaped 7 B of 14 B, 512²", BAGEL, "unified", 32, 64, 4, 1),
+    Case("a FLUX.1 of 0.3 B, 512²", SMALL, "kontext", 32, 64, 16, 8),
 ]
 
 
@@ -210,22 +211,26 @@ def build(case: Case, device: str, batch: int, train: bool) -> tuple[nn.Module, 
         module, velocity = case.make(device, case.dtype, batch, case.side)
         module.requires_grad_(False)
         if train:
-            from peft import LoraConfig, inject_adapter_in_model
-
-            inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS), module)
+            add_lora(module, RANK, targets=None if case.model == "unified" else policy_class(case.model).lora_targets)
             for name, p in module.named_parameters():
                 if "lora_B" in name:
                     nn.init.normal_(p, std=1e-3)
-                p.requires_grad_("lora_" in name)
     return module, velocity
 
 
 def count_flops(case: Case, batch: int, train: bool) -> int:
     """Of one step, on tensors without data: forward, and where it trains the backward pass (no recomputation)."""
     _, velocity = build(case, "meta", batch, train)
-    x = torch.empty(batch, case.side**2, case.channels, device="meta")
+    return flops_of(velocity, torch.empty(batch, case.side**2, case.channels, device="meta"), train)
+
+
+def flops_of(velocity: Velocity, x: Tensor, train: bool) -> int:
+    """Of a call like those timed: what only the first one makes, a context, is made before."""
+    sigma = torch.ones(len(x), device=x.device)
+    with torch.no_grad():
+        velocity(x, sigma)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-        v = velocity(x, torch.ones(batch, device="meta"))
+        v = velocity(x, sigma)
         if train:
             v.float().square().mean().backward()
     return counter.get_total_flops()

@@ -93,11 +93,19 @@ def _compiled_step(
             return step(policy, keep_velocity, x, sigma, context, *rest)
         torch.compiler.cudagraph_mark_step_begin()  # what the step before returned was copied
         return step(policy, keep_velocity, x, sigma, context, *rest).clone()
-    except torch._dynamo.exc.TorchDynamoException as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(
-            f"rollout.capture: compile (accepted for this {type(policy).__name__}: off; torch.compile: {first})"
-        ) from error
+    except _compile_errors() as error:
+        raise _refusal("compile", f"this {type(policy).__name__}", "torch.compile", error) from error
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
+    exc = torch._dynamo.exc
+    # More recompilations than dynamo allows are no TorchDynamoException, and not in every torch an error of their own.
+    return exc.TorchDynamoException, getattr(exc, "FailOnRecompileLimitHit", exc.TorchDynamoException)
+
+
+def _refusal(how: str, what: str, by: str, error: BaseException) -> ConfigError:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ConfigError(f"rollout.capture: {how} (accepted for {what}: off; {by}: {first})")
 
 
 # --------------------------------------------------------------------------------------------------------------- graph
@@ -182,14 +190,21 @@ class GraphStep:
 
 
 def _record(run: Callable[[], Stepped], pool: Any) -> tuple[Stepped, Callable[[], None]]:
+    """Raises `ConfigError` for what runs but cannot be captured: it copies from or to the host, or waits."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what libraries set up at their first call must not be recorded
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        outputs = run()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            outputs = run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # Ending a capture that broke fails in turn, and says nothing of the reason.
+        raise _refusal("graph", "this policy", "CUDA", error.__context__ or error) from error
     return outputs, graph.replay
 
 

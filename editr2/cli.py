@@ -17,7 +17,9 @@ from editr2.config import PRESETS, Config, preset_config
 from editr2.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from editr2.policies.unified import UnifiedPolicy
+    import torch
+
+    from editr2.policies.base import Policy
 
 Arguments = Sequence[str]
 
@@ -109,21 +111,47 @@ def command_train(arguments: Arguments) -> int:
     return 0
 
 
+def command_check(arguments: Arguments) -> int:
+    """find what is wrong with a run before it starts; what it takes in memory and time"""
+    extra: list[tuple[str, dict]] = [
+        ("--gpu", {"type": str, "default": "h100", "help": "to estimate for: h100, rtx4090, ... or cpu (this one)"}),
+        ("--processes", {"type": int, "default": 1, "help": "that torchrun will start, one a GPU"}),
+        ("--dry-run", {"action": "store_true", "help": "then train two iterations into a temporary folder"}),
+    ]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    description = "Check the settings, data and reward of a run and estimate its memory and time; loads no weights."
+    config, given = run_config("editr2 check", description, arguments, extra)
+    from editr2.preflight import preflight
+
+    report = preflight(config, given["gpu"], given["processes"])
+    print("\n".join(report.problems), file=sys.stderr, end="\n" if report.problems else "")
+    if report.problems:
+        return 2
+    print("\n".join(report.lines))
+    if given["dry_run"]:
+        import tempfile
+
+        from editr2.preflight import dry_run
+
+        with tempfile.TemporaryDirectory(prefix="editr2-check-") as folder:
+            print("\n".join(["", *dry_run(config, folder)]))
+    return 0 if report.fits else 2
+
+
 def command_eval(arguments: Arguments) -> int:
     """score a policy on held-out sessions"""
     config, _ = run_config("editr2 eval", "Score a policy on held-out sessions (see --eval.*, --data.*).", arguments)
-    import torch
-    from accelerate import Accelerator
-
     from editr2.data import open_sessions
     from editr2.evaluate import evaluate
+    from editr2.processes import open_accelerator
     from editr2.rewards.load import load_reward
     from editr2.schedule import eval_sampler, own_schedule
 
-    policy = _policy(config)
+    accelerator = open_accelerator()  # first: it says which device is this process's
+    policy = _policy(config, accelerator.device)
     source = open_sessions(config, policy)
-    sampler = eval_sampler(config, own_schedule(policy))
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    sampler = eval_sampler(config, own_schedule(policy)).to(accelerator.device)
     row = evaluate(policy, load_reward(config.reward), source.heldout, sampler, config, accelerator).row(0, "eval")
     if accelerator.is_main_process:
         print(evaluation_table(row))
@@ -160,12 +188,14 @@ def command_rollout(arguments: Arguments) -> int:
     from PIL import Image
 
     from editr2.data import open_sessions
+    from editr2.processes import open_accelerator
     from editr2.rollout import Seeds, chunks, rollout_chunk
     from editr2.schedule import eval_sampler, own_schedule
 
-    policy = _policy(config)
+    device = open_accelerator().device
+    policy = _policy(config, device)
     sessions = open_sessions(config, policy).heldout
-    sampler = eval_sampler(config, own_schedule(policy))
+    sampler = eval_sampler(config, own_schedule(policy)).to(device)
     out = Path(config.out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     with (out / "outputs.jsonl").open("w") as file:
@@ -201,12 +231,62 @@ def command_report(arguments: Arguments) -> int:
     return 0
 
 
+def command_export(arguments: Arguments) -> int:
+    """write a run's policy for other programs, with proof that they load the same"""
+    parser = ArgumentParser(prog="editr2 export", description="Write a run's policy for others.", exit_on_error=False)
+    parser.add_argument("run", type=str, help="a run's folder; its newest checkpoint is taken")
+    parser.add_argument("--out", type=str, required=True, help="folder to write, new or empty")
+    parser.add_argument("--weights", type=str, help="ema (averaged; the default where there is one) or live")
+    parser.add_argument("--merge", action="store_true", help="add LoRA to the weights it adapts and write them all")
+    options = _parsed(parser, arguments)
+    from editr2.export import export
+
+    done = export(Path(options.run), Path(options.out), weights=options.weights, merge=options.merge)
+    print(done)
+    return 0
+
+
 def command_doctor(arguments: Arguments) -> int:
     """what works on this machine, and why the rest does not"""
     _parsed(ArgumentParser(prog="editr2 doctor", description="What is available.", exit_on_error=False), arguments)
     from editr2.doctor import main as doctor
 
     return doctor()
+
+
+def command_data(arguments: Arguments) -> int:
+    """sets of sessions: `import` a public one, `validate` one on disk"""
+    actions: dict[str, Callable[[Arguments], int]] = {"import": _data_import, "validate": _data_validate}
+    return _dispatch("editr2 data", actions, arguments)
+
+
+def _data_import(arguments: Arguments) -> int:
+    """write a public multi-turn set as sessions.jsonl and images (docs/data.md)"""
+    from editr2.importers import FORMATS, import_sessions
+
+    parser = ArgumentParser(prog="editr2 data import", description=_data_import.__doc__, exit_on_error=False)
+    parser.add_argument("format", type=str, help=", ".join(FORMATS))
+    parser.add_argument("source", type=str, help="the set's file or folder, or hf:owner/name:split")
+    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    parser.add_argument("--images", type=str, help="folder of the images, when they are not where the release has them")
+    parser.add_argument("--mode", type=str, help="cm or cu for every session, in place of what the set says")
+    parser.add_argument("--limit", type=int, help="only the first so many sessions")
+    options = _nested(_parsed(parser, arguments))
+    format, source, out = (options.pop(name) for name in ("format", "source", "out"))
+    print(f"sessions: {import_sessions(format, source, out, **options)}")
+    return 0
+
+
+def _data_validate(arguments: Arguments) -> int:
+    """everything that is wrong with a set of sessions, with its line"""
+    parser = ArgumentParser(prog="editr2 data validate", description=_data_validate.__doc__, exit_on_error=False)
+    parser.add_argument("path", type=str, help="a sessions.jsonl, a folder that holds one, or hf:owner/name:split")
+    path = _parsed(parser, arguments).path
+    from editr2.sessions import survey
+
+    found = survey(path)
+    print("\n".join(found.problems) if found.problems else found)
+    return 2 if found.problems else 0
 
 
 def command_world(arguments: Arguments) -> int:
@@ -275,10 +355,12 @@ def command_reproduce(arguments: Arguments) -> int:
     return 1 if failures else 0
 
 
-def _policy(config: Config) -> UnifiedPolicy:
+def _policy(config: Config, device: torch.device) -> Policy:
     from editr2.policies.load import load_policy
 
-    return load_policy(config.policy)
+    policy = load_policy(config.policy, trains=False)
+    policy.module.to(device)
+    return policy
 
 
 def _parsed(parser: ArgumentParser, arguments: Arguments) -> Namespace:
@@ -292,11 +374,14 @@ def _parsed(parser: ArgumentParser, arguments: Arguments) -> Namespace:
 
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "train": command_train,
+    "check": command_check,
     "eval": command_eval,
     "rollout": command_rollout,
     "report": command_report,
+    "export": command_export,
     "reproduce": command_reproduce,
     "doctor": command_doctor,
+    "data": command_data,
     "world": command_world,
 }
 

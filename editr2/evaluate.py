@@ -21,16 +21,11 @@ from torch import Tensor
 from editr2.config import Config, RolloutConfig
 from editr2.credit import assign_credit, weighted_reward
 from editr2.policies.base import Policy
+from editr2.processes import share
 from editr2.rewards.base import Reward, Scores, score_batch
 from editr2.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.schedule import Sampler
 from editr2.sessions import Session
-
-
-def share(count: int, accelerator: Accelerator) -> slice:
-    """This process's contiguous part of `count` items."""
-    n, i = accelerator.num_processes, accelerator.process_index
-    return slice(count * i // n, count * (i + 1) // n)
 
 
 @dataclass(frozen=True)

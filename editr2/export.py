@@ -247,9 +247,10 @@ class DiffusersFolder:
         policy.module.save_pretrained(folder / TRANSFORMER)
 
     def load(self, base: Any, folder: Path) -> Policy:
-        dtypes = {TRANSFORMER: base.module.dtype, "default": base.compute_dtype}
+        dtypes, device = {TRANSFORMER: base.module.dtype, "default": base.compute_dtype}, base.device
+        base.module.to("cpu")  # two transformers are more than a device may hold
         pipe = base.load_pipeline(str(folder), torch_dtype=dtypes)
-        return with_module(base, pipe.transformer.to(base.device))
+        return with_module(base, pipe.transformer.to(device))
 
 
 class UnifiedFolder:

@@ -87,12 +87,13 @@ def _what(config: Config, base: Base, done: Exported) -> str:
 
 def _how(base: Base, done: Exported, config: Config) -> str:
     this, origin = done.folder.name, base.hub_id or config.policy.weights
+    dtype = config.policy.dtype if done.kind == "lora" or config.policy.lora_rank else "float32"
     if base.pipeline and done.kind == "lora":
         lines = [
             "import torch",
             f"from diffusers import {base.pipeline}",
             "",
-            f'pipe = {base.pipeline}.from_pretrained("{origin}", torch_dtype=torch.bfloat16)',
+            f'pipe = {base.pipeline}.from_pretrained("{origin}", torch_dtype=torch.{dtype})',
             f'pipe.load_lora_weights("{this}")',
         ]
     elif base.pipeline:
@@ -100,7 +101,7 @@ def _how(base: Base, done: Exported, config: Config) -> str:
             "import torch",
             f"from diffusers import {base.pipeline}",
             "",
-            f'pipe = {base.pipeline}.from_pretrained("{this}", torch_dtype=torch.bfloat16)',
+            f'pipe = {base.pipeline}.from_pretrained("{this}", torch_dtype=torch.{dtype})',
         ]
     else:
         lines = ["from pathlib import Path", "", "from editr2.policies.unified import UnifiedPolicy"]

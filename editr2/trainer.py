@@ -22,12 +22,13 @@ from editr2.config import Config, check_config
 from editr2.credit import assign_credit
 from editr2.data import SessionSource, open_sessions
 from editr2.errors import CheckpointError, NonFiniteError
-from editr2.evaluate import comparison_row, evaluate, judge, merge_scores, share, write_strips
+from editr2.evaluate import comparison_row, evaluate, judge, merge_scores, write_strips
 from editr2.gradient import Batch, accumulate_gradient, first_non_finite
 from editr2.policies.base import PackedPolicy, Policy
 from editr2.policies.load import load_policy
 from editr2.policies.weights import exchanged, trainable
 from editr2.preflight.rules import check_run
+from editr2.processes import open_accelerator, share
 from editr2.report import build_report
 from editr2.rewards.base import Reward, check_failures
 from editr2.rewards.load import load_reward
@@ -46,7 +47,7 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
     checkpoints, too many failed scores, a ratio that is not 1 on-policy, or a NaN.
     """
     check_config(config)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = open_accelerator()
     torch.manual_seed(config.seed)
     policy = policy or load_policy(config.policy)
     policy.module.to(accelerator.device)

@@ -133,7 +133,8 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
         known = set(self.sigmas.tolist())
         if not set(sigma.tolist()) <= known:
             raise ValueError("sigma is not in the schedule")
-        return torch.tensor([self.noise_level if s in noisy else 0.0 for s in sigma.tolist()])
+        levels = [self.noise_level if s in noisy else 0.0 for s in sigma.tolist()]
+        return torch.tensor(levels, device=sigma.device)
 
     def step(
         self,
@@ -164,7 +165,7 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
             noise_level = self.get_noise_level_for_sigma(sigma)
 
         def wide(value):
-            value = torch.as_tensor(value, dtype=x.dtype).view(-1)
+            value = torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1)
             return value.expand(x.shape[0]).view(-1, *[1] * (x.dim() - 1))
 
         level, sigma, after = wide(noise_level), wide(sigma), wide(after)
@@ -191,7 +192,7 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
             x_next = x_next.to(dtype).float() if self.rounds else x_next
         log_prob = None
         if compute_log_prob and dynamics == "ODE":
-            log_prob = torch.zeros(x.shape[0])
+            log_prob = torch.zeros(x.shape[0], device=x.device)
         elif compute_log_prob:
             score = -((x_next.detach() - mean) ** 2) if dynamics == "CPS" else gaussian(x_next, mean, std)
             log_prob = mean_over_elements(score)

@@ -8,6 +8,8 @@ import json
 import os
 import sys
 import threading
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 from bench import compare, frame, page, report, sizes
 from bench.frame import Row
+from editr2.policies.unified_model import UnifiedConfig
 
 pytest_plugins = ["pytester"]
 
@@ -32,6 +35,10 @@ def run(compare, gate, **options):
 def test_green(compare):
     rows = run(compare, lambda: {ours: 0.5}, bytes_moved=800, flops=7, extra=lambda name: {"told": name})
     assert list(rows) == ["eager", "compile", ours]
+
+def test_inputs_stay_in_the_cache(compare, monkeypatch):
+    monkeypatch.setattr("bench.frame.l2_bytes", lambda device: 4096)
+    run(compare, lambda: {ours: 0.5}, bytes_moved=800)
 
 def test_red_before(compare):
     def gate():
@@ -67,12 +74,13 @@ def test_only_a_green_gate_gives_rows(pytester: pytest.Pytester, monkeypatch: py
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ["-p", "bench.conftest", "-p", "no:cacheprovider", "--results", "rows", "--seconds", "0"]
     done = pytester.runpytest_subprocess(*options, "-m", "not gpu or full")
-    done.assert_outcomes(passed=1, failed=4, deselected=2)
+    done.assert_outcomes(passed=2, failed=4, deselected=2)
     for said in ("*wrong before*", "*wrong after*", "*says nothing of editr2 cpu*", "*errors must be finite*"):
         done.stdout.fnmatch_lines([said])
     rows = frame.read_rows(pytester.path / "rows")
-    assert [row.provider for row in rows] == ["eager", "compile", "editr2 cpu"]
-    ours = rows[-1]
+    assert [row.provider for row in rows] == ["eager", "compile", "editr2 cpu"] * 2
+    ours, warm = rows[2], rows[5]
+    assert warm.bytes == 800 and warm.copy_gb_s is not None and warm.copy_percent is None
     assert (ours.shape, ours.max_error, ours.bytes, ours.flops, ours.rounds) == ([2, 3], 0.5, 800, 7, 3)
     assert ours.extra == {"told": "editr2 cpu"} and ours.copy_percent is not None
     assert ours.threads == 1 and ours.torch == torch.__version__ and ours.driver is None
@@ -93,7 +101,7 @@ class CountingClock:
 def test_providers_take_turns() -> None:
     ran: list[str] = []
     times = frame.interleave({name: lambda n=name: ran.append(n) for name in "ab"}, CountingClock(30.0), 0.0, 4)
-    assert ran == ["a"] * 3 + ["b"] * 3 + ["a", "b"] * 4  # warmed up one by one, then in turns
+    assert ran == ["a"] * 3 + ["b"] * 3 + list("abba") * 2  # warmed up one by one, then in turns, in either order
     assert times == {"a": [30.0] * 4, "b": [30.0] * 4}
 
 
@@ -121,10 +129,11 @@ def test_event_clock_starts_on_an_idle_device_and_divides_by_the_calls() -> None
 
 
 def test_inputs_rotate_past_the_cache() -> None:
-    one = {"x": torch.zeros(256), "more": (torch.zeros(256, dtype=torch.bfloat16), [None, 3])}  # 1536 bytes
-    assert frame.copies_past_cache(one, 4096) == 6  # 2 * 4096 / 1536, rounded up
-    assert frame.copies_past_cache(one, 1 << 30) == frame.MAX_COPIES
-    assert frame.copies_past_cache(one, 0) == 1
+    assert frame.copies_past_cache(1536, 4096) == 6  # 2 * 4096 / 1536, rounded up
+    assert frame.past_cache(6, 1536, 4096) and not frame.past_cache(5, 1536, 4096)
+    assert frame.copies_past_cache(1536, 1 << 30) == frame.MAX_COPIES
+    assert not frame.past_cache(frame.MAX_COPIES, 1536, 1 << 30)
+    assert frame.copies_past_cache(1536, 0) == 1 and frame.past_cache(1, 1536, 0)  # a CPU
     seen: list[int] = []
     run = frame.rotation(seen.append, [1, 2, 3])
     assert seen == [1, 2, 3]  # each once before the timing
@@ -138,6 +147,58 @@ def test_profile_counts_operators_waits_and_memory() -> None:
     seen = frame.profile(lambda: (x + 1).sum().item(), "cpu")
     assert (seen.launches, seen.host_syncs) == (3, 1)  # and not the copies and fills inside of them
     assert seen.peak_mib is not None and 1.0 <= seen.peak_mib < 1.01
+
+
+def test_what_is_read_of_the_inputs_decides_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"x": torch.zeros(256), "more": (torch.zeros(256, dtype=torch.bfloat16), [None, 3])}  # 1536 bytes
+    monkeypatch.setattr(frame, "l2_bytes", lambda device: 4096)
+    assert len(frame.make_copies(lambda: one, "cuda")) == 6
+    assert len(frame.make_copies(lambda: one, "cuda", read=512)) == 16
+
+
+def test_a_wait_is_what_torch_calls_one_and_launches_unseen_are_not_none_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def set_mode(mode: str) -> None:
+        if mode == "warn":
+            warnings.warn("Synchronization debug mode does not yet detect all synchronizing operations", stacklevel=1)
+
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a GPU the profiler says that it sees none
+        none = frame.profile(lambda: None, "cuda")
+        one = frame.profile(lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1), "cuda")
+    assert (none.host_syncs, one.host_syncs) == (0, 1)
+    assert none.launches is None
+
+
+def test_operations_are_counted_without_what_only_the_first_call_makes() -> None:
+    """A context is made at the first call, and every later one attends to what it kept."""
+    from bench import test_transformers as benchmark
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "frequency_size": 8}
+    make = partial(benchmark.unified, text=8, num_attention_heads=2, num_key_value_heads=2, **sizes)
+    channels = UnifiedConfig().latent_dim
+    case = benchmark.Case("tiny", make, "unified", 4, channels, 2, 2, "cpu", torch.float32)
+    for train in (False, True):
+        _, velocity = benchmark.build(case, "meta", 2, train)
+        x = torch.empty(2, 16, channels, device="meta")
+        first = benchmark.flops_of(velocity, x, train)
+        assert first == benchmark.flops_of(velocity, x, train) > 0
+
+
+@pytest.mark.parametrize("name", ["tiny FLUX.1 (a smoke case)", "FLUX.2-klein 4 B, 512²"])
+def test_adapters_stand_where_the_trainer_puts_them(name: str) -> None:
+    from bench import test_transformers as benchmark
+
+    (case,) = (case for case in benchmark.CASES if case.name == name)
+    module, _ = benchmark.build(case, "meta", 1, True)
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
 
 
 def test_gpu_sizes_are_marked_and_pass_the_l2() -> None:
@@ -224,6 +285,20 @@ ADDED |= {"extra", "peak_mib"}
 def test_rows_in_the_repository_are_read() -> None:
     rows = frame.read_rows(REPOSITORY / "bench" / "results")
     assert rows and all(row.p20_ms <= row.p50_ms <= row.p80_ms for row in rows)
+
+
+def test_gains_are_counted_from_the_batched_plan(tmp_path: Path) -> None:
+    names = {"peer-plan, sample by sample": 80.0, "peer-plan": 40.0, "peer + context kept": 20.0, "eager": 12.0}
+    rows = [
+        row(name, op="iteration", shape=[1, 4, 2], p50_ms=ms, extra={"phases_s": {"rollout": ms / 1e3}})
+        for name, ms in {**names, "editr2": 10.0}.items()
+    ]
+    text = report.render(rows, tmp_path / "performance.md")
+    assert "Gains over *peer-plan*, one after the other: + context kept 2.00 ×, the trainer itself 2.00 ×;" in text
+    assert "all together 4.00 ×" in text
+    assert "Over *peer-plan, sample by sample*: samples batched 2.00 ×, *editr2* 8.00 ×." in text
+    text = report.render([r for r in rows if "sample by sample" not in r.provider], tmp_path / "performance.md")
+    assert "all together 4.00 ×" in text and "Over *peer-plan, sample" not in text
 
 
 def test_report_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

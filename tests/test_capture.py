@@ -1,7 +1,9 @@
 """A denoising step compiled or recorded: the same images and log-probs as plain calls, over turns and shapes."""
 
 import dataclasses
+from contextlib import contextmanager
 from functools import cached_property
+from unittest.mock import MagicMock
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -114,6 +116,16 @@ def test_what_cannot_be_compiled_whole_is_refused_in_one_line(monkeypatch):
     assert "\n" not in str(found.value)
 
 
+def test_more_recompilations_than_dynamo_allows_are_refused(monkeypatch):
+    compiled_by(monkeypatch)
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.raises(ConfigError, match=r"rollout.capture: compile \("),
+    ):
+        rolled(tiny(), "compile")
+    torch._dynamo.reset()
+
+
 def test_training_takes_old_log_probs_of_its_own_where_the_rollout_was_captured(monkeypatch, tmp_path):
     from editr2.tracking import read_metrics
     from editr2.trainer import train
@@ -137,6 +149,33 @@ def test_training_takes_old_log_probs_of_its_own_where_the_rollout_was_captured(
 def test_a_graph_without_a_cuda_device_is_refused():
     with pytest.raises(ConfigError, match=r"rollout.capture: graph \(accepted on device cpu: off, compile"):
         rolled(tiny(), "graph")
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["the body's error", "and that of the capture's end"])
+def test_what_a_graph_cannot_hold_is_refused_in_one_line(monkeypatch, ends):
+    """A copy from the host, say, runs outside of a capture and not in one."""
+    capturing = []
+
+    @contextmanager
+    def graph(made, pool):
+        capturing.append(made)
+        try:
+            yield
+        finally:
+            capturing.clear()
+            if ends:
+                raise RuntimeError("CUDA error: an earlier error in the capture")
+
+    def run():
+        if capturing:
+            raise RuntimeError("\nCUDA error: operation not permitted\nwhen the stream is capturing")
+
+    for name in ("Stream", "current_stream", "CUDAGraph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    said = r"rollout.capture: graph \(accepted for this policy: off; CUDA: CUDA error: operation not permitted\)$"
+    with pytest.raises(ConfigError, match=said):
+        capture._record(run, None)
 
 
 def rerun(run, pool):

@@ -49,7 +49,7 @@ def test_data_is_short_for_its_path():
         (["train", "--config"], "--config: needs a value"),
         (["train", "--data", "no/such/folder"], "no/such/folder"),
         (["train", "--policy.weights", "no/such"], "no/such"),
-        (["fly"], "accepted: train, eval"),
+        (["fly"], "accepted: train, check, eval"),
         (["report", "no/such/run"], "no/such/run"),
         (["world", "make", "--out", "x", "--split", "test"], "'train', 'heldout'"),
     ],

@@ -233,6 +233,25 @@ def test_shapes_and_extras_of_flow_grpo(peers):
             close(our, their, **LOG_PROB_TOL)
 
 
+@pytest.mark.parametrize("at", [[0, 4, 2, 3], [1]])
+def test_a_timestep_for_all_samples_of_verl_omni(peers, at):
+    module = sys.modules["verl_omni.pipelines.schedulers.flow_match_sde"]
+    x, v, x_next = torch.randn(3, *SHAPE, generator=generator(1))
+
+    def call():
+        scheduler = stock_schedule(module.FlowMatchSDEDiscreteScheduler())
+        return scheduler.sample_previous_step(
+            sample=x, model_output=v, timestep=scheduler.timesteps[at], prev_sample=x_next, return_sqrt_dt=True
+        )
+
+    theirs = call()
+    with patch("verl_omni"):
+        ours = call()
+    assert [a.shape for a in ours] == [b.shape for b in theirs] and ours[-1].shape == (len(x),)
+    for our, their in zip(ours, theirs, strict=True):
+        close(our, their, **LOG_PROB_TOL)
+
+
 def test_cps_without_noise_is_scored(peers):
     """Its last step has S = 0, and -mean(z^2) there is not 0 for another velocity."""
     step, timesteps = flow_grpo_loop(peers, "cps")

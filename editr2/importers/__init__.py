@@ -74,6 +74,9 @@ def _unique(sessions: Iterator[Session]) -> Iterator[Session]:
     """Ids as they are, the second of a name with -2, and so on: some sets edit one image in several sessions."""
     seen: dict[str, int] = {}
     for session in sessions:
-        count = seen[session.id] = seen.get(session.id, 0) + 1
-        again = f"{session.id}-{count}"
-        yield session if count == 1 else replace(session, id=again, image=vars(session)["image"])
+        name = session.id
+        while name in seen:
+            seen[session.id] += 1
+            name = f"{session.id}-{seen[session.id]}"
+        seen[name] = 1
+        yield session if name == session.id else replace(session, id=name, image=vars(session)["image"])

@@ -136,9 +136,17 @@ def _open(path: str) -> Dataset:
 
 
 def _image_columns(data: Dataset) -> set[str]:
+    """Columns that hold images, in lists and objects too."""
     from datasets import Image
 
-    return {name for name, feature in data.features.items() if isinstance(feature, Image)}
+    def holds(feature: Any) -> bool:
+        if isinstance(feature, Mapping):
+            return any(map(holds, feature.values()))
+        if isinstance(feature, list):
+            return any(map(holds, feature))
+        return isinstance(feature, Image) or holds(getattr(feature, "feature", []))
+
+    return {name for name, feature in data.features.items() if holds(feature)}
 
 
 def _undecoded(data: Dataset, path: str, column: str) -> Dataset:

@@ -314,8 +314,7 @@ def _verl_omni_step(original: Function, noise: str, convention: None) -> Functio
         mean = affine(sample, model_output, taken.mean, index)
         count = len(at) if shape else 1
         out = (x_next, log_prob, mean, std[:count].view(shape))
-        sqrt_dt = (-taken.dt[index]).sqrt()
-        return (*out, sqrt_dt[: len(at)] if shape else sqrt_dt) if return_sqrt_dt else out
+        return (*out, (-taken.dt[index]).sqrt()) if return_sqrt_dt else out
 
     return ours
 
@@ -398,11 +397,11 @@ def _probe_flow_grpo_step(function: Function, module: ModuleType) -> Iterator[An
     scheduler = SimpleNamespace(
         sigmas=torch.tensor(_SIGMAS), timesteps=timesteps, index_for_timestep=index_for_timestep
     )
-    for at in ([0, 2], [1, 3]):
+    for at in ([0, 2], [1, 3], [1]):  # a timestep a sample, and one for all
         for given in (False, True):
             x, v, x_next = _latents()
             draw = {"prev_sample": x_next} if given else {"generator": _generator()}
-            yield v, function(scheduler, v, timesteps[at], x, noise_level=0.6, **draw)
+            yield v, function(scheduler, v, timesteps[at], x, noise_level=0.6, return_sqrt_dt=True, **draw)
             yield v, function(scheduler, v, timesteps[at], x, noise_level=0.6, sde_type="cps", **draw)
 
 
@@ -425,6 +424,7 @@ def _probe_flow_factory(function: Function, module: ModuleType) -> Iterator[Any]
             x, at = x.to(dtype), scheduler.timesteps[[0, 2]]
             draw = {"next_latents": x_next} if given else {"generator": _generator()}
             yield v, function(scheduler, v, at, x, noise_level=level, return_dict=False, **draw)
+            yield v, function(scheduler, v, at[1:], x, noise_level=level, return_dict=False, **draw)
             if level is not None:
                 yield v, function(scheduler, v, at, x, timestep_next=at - 50.0, noise_level=level, **draw)
 
@@ -432,7 +432,7 @@ def _probe_flow_factory(function: Function, module: ModuleType) -> Iterator[Any]
 def _probe_verl_omni(function: Function, module: ModuleType) -> Iterator[Any]:
     scheduler = module.FlowMatchSDEDiscreteScheduler()
     scheduler.set_timesteps(4)
-    for kind, given in itertools.product(_SDE_TYPES, (False, True)):
+    for kind, given, at in itertools.product(_SDE_TYPES, (False, True), ([0, 2], [1])):
         x, v, x_next = _latents()
         draw = {"prev_sample": x_next} if given else {"generator": _generator()}
         yield (
@@ -441,7 +441,7 @@ def _probe_verl_omni(function: Function, module: ModuleType) -> Iterator[Any]:
                 scheduler,
                 sample=x,
                 model_output=v,
-                timestep=scheduler.timesteps[[0, 2]],
+                timestep=scheduler.timesteps[at],
                 noise_level=0.6,
                 sde_type=kind,
                 return_sqrt_dt=True,

@@ -12,6 +12,7 @@ Legend of shapes: B samples, N latent tokens, D numbers a token, L text tokens, 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,10 @@ from editr2.errors import ConfigError, DataError
 from editr2.policies.base import Velocity, device_of
 
 Prompt = Mapping[str, Tensor]
-"""What a model's text encoders make of the instructions, by the model's own names; samples first."""
+"""What a model's text encoders make of the instructions, by name and samples first: `words` [B, L, width], with `mask`
+[B, L] where rows are padded, and whatever else the model reads."""
+
+WORDS, MASK = "words", "mask"
 
 CACHED_PROMPTS = 256
 TEXT_BATCH = 8
@@ -61,7 +65,7 @@ class EditContext:
     @property
     def _kind(self) -> tuple[Any, ...]:
         shapes = tuple(t.shape[1:] for t in (*self.conditions, *self.images, *self.derived))
-        return shapes, self.prompt.keys() | {f"negative {name}" for name in self.negative}
+        return shapes, bool(self.prompt), bool(self.negative)
 
     def select(self, index: Tensor) -> EditContext:
         def rows(t: Tensor) -> Tensor:
@@ -117,8 +121,18 @@ class MixedContext:
 AnyEditContext = EditContext | MixedContext
 
 
+def masked(prompt: Prompt) -> Prompt:
+    """The prompt with its mask [B, L], bool; it has none where no row is padded, which is faster."""
+    if not prompt or MASK in prompt:
+        return prompt
+    words = prompt[WORDS]
+    return {**prompt, MASK: torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)}
+
+
 def _padded(prompts: Sequence[Prompt]) -> Prompt:
     """Several batches of prompts as one."""
+    if any(MASK in p for p in prompts) or len({p[WORDS].shape[1] for p in prompts if p}) > 1:
+        prompts = [masked(p) for p in prompts]
     return {
         name: pad_sequence([row for p in prompts for row in p[name].unbind(0)], batch_first=True) for name in prompts[0]
     }
@@ -137,8 +151,8 @@ class DiffusionPolicy:
 
     It finds here the sizes (`grid`, `condition_grid`: rows and columns of latent tokens; `text_image_size`: of images
     as the text encoder reads them, the condition's unless `check` changes it), `positions` (their ids), `text_tokens`,
-    `device` and the pipeline's components (`pipe`). Text that is padded needs a mask among `embed`'s
-    tensors, since rows of different lengths are padded with zeros at the end.
+    `device` and the pipeline's components (`pipe`). Rows of words of different lengths are padded with
+    zeros at the end and then have a mask.
     """
 
     writes_text = False
@@ -212,7 +226,7 @@ class DiffusionPolicy:
         """Refuses settings (`refuse`) that this model or these weights cannot follow."""
 
     def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """The text encoders' output for each prompt, by the names that `predict` reads; without the batch dimension.
+        """The text encoders' output for each prompt, `words` [L, width] and more; without the batch dimension.
 
         images: uint8 [len(texts), H, W, 3] of each condition image, empty unless `text_sees_images`. Called without
         gradient, the text encoders on `device`.
@@ -291,8 +305,8 @@ class DiffusionPolicy:
             self._prompts.move_to_end(key)
         while len(self._prompts) > CACHED_PROMPTS:
             self._prompts.popitem(last=False)
-        names = found[keys[0]]
-        return {n: pad_sequence([found[key][n] for key in keys], batch_first=True).to(self.device) for n in names}
+        rows = [{n: t[None] for n, t in found[key].items()} for key in keys]
+        return {n: t.to(self.device) for n, t in _padded(rows).items()}
 
     def velocity(self, x: Tensor, sigma: Tensor, context: AnyEditContext) -> Velocity:
         """In the computing dtype. Under guidance both branches, for the kernels to combine."""
@@ -385,17 +399,23 @@ class DiffusionPolicy:
 
     @contextmanager
     def _at_work(self, *names: str) -> Iterator[None]:
-        """The pipeline's components of these names on the transformer's device; back on the host afterwards with
-        `policy.offload`."""
+        """The pipeline's components of these names on the transformer's device; with `policy.offload` their weights are
+        copied there and dropped afterwards, since the host's copy is still right."""
+        device = self.device
         parts = [getattr(self.pipe, name) for name in names]
-        for part in parts:
-            part.to(self.device)
+        if not self.config.offload or device.type == "cpu":
+            for part in parts:
+                part.to(device)
+            yield
+            return
+        kept = [(t, t.data) for part in parts for t in itertools.chain(part.parameters(), part.buffers())]
+        for tensor, host in kept:
+            tensor.data = host.to(device, non_blocking=True)
         try:
             yield
         finally:
-            if self.config.offload:
-                for part in parts:
-                    part.to("cpu")
+            for tensor, host in kept:
+                tensor.data = host
 
 
 def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

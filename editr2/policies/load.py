@@ -34,13 +34,14 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER = "transformer"
 
 
-def load_policy(config: PolicyConfig) -> Policy:
+def load_policy(config: PolicyConfig, *, trains: bool = True) -> Policy:
     """The configured weights, ready to train: adapters alone where `lora_rank` is above 0, else all of the model's.
+    trains: off, nothing trains, and the weights of models on diffusers are in `policy.dtype`.
 
     Raises `ConfigError` for settings the model cannot follow, and for weights that are not there or another model's.
     """
     if config.model != "unified":
-        return load_diffusion(config)
+        return load_diffusion(config, trains=trains)
     policy = UnifiedPolicy.load(Path(config.weights) if config.weights else EMBEDDED, unified_guidance(config))
     if config.lora_rank:
         add_lora(policy.module, config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -60,17 +61,17 @@ def policy_class(model: str) -> type[DiffusionPolicy]:
     return cast("type[DiffusionPolicy]", getattr(importlib.import_module(module), name))
 
 
-def load_diffusion(config: PolicyConfig) -> DiffusionPolicy:
+def load_diffusion(config: PolicyConfig, *, trains: bool = True) -> DiffusionPolicy:
     """A pipeline's folder, a hub id, or a folder that `save_policy` wrote; see `load_policy`."""
     kind = policy_class(config.model)
-    adapter, trained, base = _sources(config.weights or kind.published, config.model)
-    pipe = _pipeline(kind, config, base, trained)
+    adapter, trained, base = weight_sources(config.weights or kind.published, config.model)
+    pipe = _pipeline(kind, config, base, trained, whole=trains and not config.lora_rank)
     pipe.vae.enable_slicing()
     if kind.tiles:
         pipe.vae.enable_tiling()  # only above the autoencoder's own sample size
     policy = kind(pipe, config)
     policy.base = str(trained or base)
-    _adapt(policy, config, adapter)
+    _adapt(policy, config, adapter, trains)
     if config.gradient_checkpointing:
         policy.module.enable_gradient_checkpointing()
     if config.compile:
@@ -78,8 +79,9 @@ def load_diffusion(config: PolicyConfig) -> DiffusionPolicy:
     return policy
 
 
-def _pipeline(kind: type[DiffusionPolicy], config: PolicyConfig, base: str, trained: Path | None) -> Any:
-    """The stock pipeline with all its components, the transformer from `trained` if there is one."""
+def _pipeline(kind: type[DiffusionPolicy], config: PolicyConfig, base: str, trained: Path | None, whole: bool) -> Any:
+    """The stock pipeline with all its components, the transformer from `trained` if there is one. whole: all of the
+    transformer's weights will train."""
     import diffusers
 
     if not hasattr(diffusers, kind.pipeline):
@@ -89,7 +91,7 @@ def _pipeline(kind: type[DiffusionPolicy], config: PolicyConfig, base: str, trai
         )
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     # Trained weights stay float32: an update of a bfloat16 weight is smaller than its rounding.
-    options: dict[str, Any] = {"torch_dtype": dtype if config.lora_rank else torch.float32}
+    options: dict[str, Any] = {"torch_dtype": torch.float32 if whole else dtype}
     if config.quantize == "4bit":
         options["quantization_config"] = _four_bits(dtype)
     where = {"pretrained_model_name_or_path": trained or base, "subfolder": TRANSFORMER}
@@ -104,7 +106,7 @@ def _pipeline(kind: type[DiffusionPolicy], config: PolicyConfig, base: str, trai
         raise ConfigError(f"policy.weights: {config.weights or base}: no {kind.pipeline}: {what}") from error
 
 
-def _sources(weights: str, model: str) -> tuple[Path | None, Path | None, str]:
+def weight_sources(weights: str, model: str) -> tuple[Path | None, Path | None, str]:
     """Where the adapter, the transformer (None: with the rest) and the rest are: a saved policy names what it was
     trained from, which may be a saved policy too."""
     adapter = trained = None
@@ -133,8 +135,26 @@ def _four_bits(dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _adapt(policy: DiffusionPolicy, config: PolicyConfig, adapter: Path | None) -> None:
-    """The module with what trains: an adapter over frozen weights, or all of it with a saved adapter merged in.
+def _asked_lora(config: PolicyConfig, kind: type[DiffusionPolicy]) -> dict[str, Any]:
+    return {
+        "rank": config.lora_rank,
+        "alpha": float(2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha),
+        "targets": config.lora_targets or kind.lora_targets,
+    }
+
+
+def check_adapter(config: PolicyConfig, kind: type[DiffusionPolicy], folder: Path) -> dict[str, Any]:
+    """The settings (rank, alpha, targets) of a saved LoRA. Raises `ConfigError` where others are asked for."""
+    saved: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())["lora"]
+    for name, value in _asked_lora(config, kind).items():
+        if config.lora_rank and saved[name] != value:
+            raise ConfigError(f"policy.lora_{name}: {value} (accepted: {saved[name]}, that of the LoRA in {folder})")
+    return saved
+
+
+def _adapt(policy: DiffusionPolicy, config: PolicyConfig, adapter: Path | None, trains: bool) -> None:
+    """The module with what trains: an adapter over frozen weights, or all of it with a saved adapter merged in. Where
+    nothing trains a saved adapter stays beside the weights, as it was trained.
 
     Trained adapters are float32 whatever the base is.
     """
@@ -142,20 +162,11 @@ def _adapt(policy: DiffusionPolicy, config: PolicyConfig, adapter: Path | None) 
     from safetensors.torch import load_file
 
     module = policy.module
-    saved: dict[str, Any] | None = None
-    if adapter is not None:
-        saved = json.loads((adapter / DESCRIPTION).read_text())["lora"]
-    asked = {
-        "rank": config.lora_rank,
-        "alpha": float(2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha),
-        "targets": config.lora_targets or policy.lora_targets,
-    }
-    for name, value in asked.items():
-        if saved is not None and config.lora_rank and saved[name] != value:
-            policy.refuse(f"lora_{name}", value, f"{saved[name]}, that of the LoRA in {adapter}")
+    asked = _asked_lora(config, type(policy))
+    saved = check_adapter(config, type(policy), adapter) if adapter is not None else None
     lora = asked if config.lora_rank else saved
     if lora is None:
-        module.requires_grad_(True)
+        module.requires_grad_(trains)
         return
     module.requires_grad_(False)
     try:
@@ -168,13 +179,13 @@ def _adapt(policy: DiffusionPolicy, config: PolicyConfig, adapter: Path | None) 
     for name, p in module.named_parameters():
         if ".lora_" in name:
             p.data = p.data.float()
-            p.requires_grad_(True)
+            p.requires_grad_(trains)
     if adapter is not None:
         weights = {k.removeprefix(f"{TRANSFORMER}."): v for k, v in load_file(adapter / LORA_FILE).items()}
         found = set_peft_model_state_dict(module, weights)
         if found.unexpected_keys:
             raise CheckpointError(f"{adapter / LORA_FILE}: {found.unexpected_keys[0]}: unknown to the model")
-    if not config.lora_rank:
+    if trains and not config.lora_rank:
         module.fuse_lora()
         module.unload_lora()
         module.requires_grad_(True)

@@ -24,6 +24,7 @@ from editr2.policies.diffusion import (
     EditContext,
     Prompt,
     from_tokens,
+    masked,
     patchified,
     tokens,
     unpatchified,
@@ -79,7 +80,7 @@ class QwenEditPolicy(DiffusionPolicy):
         return [self._embed(text, [seen[i] for seen in images]) for i, text in enumerate(texts)]
 
     def _embed(self, text: str, images: list[Tensor]) -> dict[str, Tensor]:
-        """words [L, width], what follows the system part of the template; mask [L], true."""
+        """words [L, width], what follows the system part of the template."""
         encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
         processor = getattr(self.pipe.processor, "image_processor", self.pipe.processor)
         if self.text_tokens is not None:
@@ -96,7 +97,7 @@ class QwenEditPolicy(DiffusionPolicy):
             image_grid_thw=seen["image_grid_thw"],
             mm_token_type_ids=(ids == encoder.config.image_token_id).int(),
         ).last_hidden_state[0, self.pipe.prompt_template_encode_start_idx :]
-        return {"words": words, "mask": torch.ones(len(words), dtype=torch.bool)}
+        return {"words": words}
 
     def _template(self, text: str, images: int) -> str:
         return self.pipe.prompt_template_encode.format(text)
@@ -130,7 +131,7 @@ class QwenEditPolicy(DiffusionPolicy):
             hidden_states=torch.cat([x, *(c.to(x.dtype) for c in context.conditions)], 1),
             timestep=sigma,
             encoder_hidden_states=prompt["words"].to(x.dtype),
-            encoder_hidden_states_mask=prompt["mask"],
+            encoder_hidden_states_mask=prompt.get("mask"),
             img_shapes=[shapes] * len(x),
             return_dict=False,
         )[0]
@@ -140,7 +141,7 @@ class QwenEditPolicy(DiffusionPolicy):
         """Prompts padded, and masked, to the next multiple of `BUCKET` tokens."""
 
         def padded(prompt: Prompt) -> Prompt:
-            return {name: _longer(t, -t.shape[1] % BUCKET) for name, t in prompt.items()}
+            return {name: _longer(t, -t.shape[1] % BUCKET) for name, t in masked(prompt).items()}
 
         return dataclasses.replace(context, prompt=padded(context.prompt), negative=padded(context.negative))
 

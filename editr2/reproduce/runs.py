@@ -186,18 +186,16 @@ def run_rows(run: Run, settings: Settings, known: dict[Key, Row]) -> dict[Key, R
 
 def evaluate_start(config: Config) -> Row:
     """The evaluation of the start, in this process."""
-    import torch
-    from accelerate import Accelerator
-
     from editr2.data import open_sessions
     from editr2.evaluate import evaluate
     from editr2.policies.load import load_policy
+    from editr2.processes import open_accelerator
     from editr2.rewards.world import WorldReward
     from editr2.schedule import eval_sampler
 
     policy = load_policy(config.policy)
     heldout = open_sessions(config, policy).heldout
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = open_accelerator()
     return evaluate(policy, WorldReward(), heldout, eval_sampler(config), config, accelerator).row(0, "before")
 
 

@@ -1,0 +1,514 @@
+"""Every editor without its weights: the policy's own code over fake tensors, measured step by step.
+
+The modules are built at two blocks of each kind and measured again with one more, which gives the cost of the full
+depth exactly (`at_depth`); autoencoders are measured whole. Text encoders are counted by their parameters.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from editr2.config import PolicyConfig
+from editr2.errors import CheckpointError, ConfigError
+from editr2.policies.load import unified_guidance
+from editr2.policies.unified import EMBEDDED, GuidedContext, UnifiedPolicy
+from editr2.policies.unified_model import Branch, Context, UnifiedConfig, UnifiedModel
+from editr2.policies.weights import add_lora
+from editr2.preflight.meter import Cost, Meter, at_depth, simulated
+from editr2.preflight.published import PUBLISHED, Parts
+from editr2.schedule import Schedule
+from editr2.sessions import Session
+
+if TYPE_CHECKING:
+    from editr2.policies.diffusion import DiffusionPolicy
+
+SHALLOW = 1
+"""Blocks of each kind that are measured. The first hands on no gradient; what one more adds is any later one's."""
+SMALL_BATCH = 2
+"""Samples of the smaller of two measured batches; one sample is spared some copies."""
+FOUR_BITS = 0.5 + 4 / 64
+"""Bytes of a 4-bit weight: half a byte and its share of a float32 scale for every 64."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """parameters, trainable: numbers of them. weights: bytes of what is frozen; trained: of what trains. dequantized:
+    bytes of the largest layer's weights while it is used (4-bit). text, vae: bytes of the text encoders and the
+    autoencoder. targets: adapted layers by their name in a block."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    trained: int
+    dequantized: int
+    text: int
+    vae: int
+    targets: Mapping[str, int]
+
+
+class Editor(Protocol):
+    """What the estimate asks. Turns count from 0.
+
+    own: the noise schedule, None where the policy has none. cannot_pack: the policy's name, where it has no packed
+    replay. writes_text: whether intents are written. prompt_per_output: whether siblings' instructions are read apart.
+    """
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+    @property
+    def own(self) -> Schedule | None: ...
+    @property
+    def cannot_pack(self) -> str | None: ...
+    @property
+    def writes_text(self) -> bool: ...
+    @property
+    def prompt_per_output(self) -> bool: ...
+
+    def see(self, sessions: Sequence[Session]) -> None:
+        """Instructions are as long as those of these sessions from here on."""
+
+    def sizes(self) -> Sizes: ...
+
+    def read_again(self, prompts: int) -> bool:
+        """Whether training reads the `prompts` instructions of an iteration again."""
+
+    def carried(self, step: str) -> int:
+        """Bytes of weights that a call of the step brings to the device first."""
+
+    def cost(self, step: str, batch: int, turn: int, checkpointing: bool | None = None) -> Cost:
+        """Of encode, instruct, intend, velocity, train (forward and backward of velocity), answer (the same of an
+        intent) or decode; checkpointing: in place of the configured one."""
+
+
+def open_editor(config: PolicyConfig) -> Editor:
+    """Raises `ConfigError` (or `CheckpointError`) for settings or a folder that the policy would refuse."""
+    return UnifiedEditor(config) if config.model == "unified" else DiffusionEditor(config)
+
+
+def _affine(measure: Callable[[int], Cost], at: int, first: int) -> Cost:
+    """A cost at some batch (or context length), from two small ones: it is a constant and something for each more."""
+    if at <= first + 1:
+        return measure(at)
+    return Cost(**at_depth([asdict(measure(first)), asdict(measure(first + 1))], [at - first]))
+
+
+def _backward(outputs: Sequence[Tensor]) -> None:
+    torch.autograd.backward(outputs, [torch.ones_like(v) for v in outputs])
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _module_sizes(module: nn.Module, four_bits: bool) -> dict[str, Any]:
+    """The fields of `Sizes` that the module alone decides."""
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    trained = _trainable(module)
+    linear = {id(m.weight): m for m in module.modules() if isinstance(m, nn.Linear)} if four_bits else {}
+    weights = sum(p.numel() * FOUR_BITS if id(p) in linear else p.numel() * p.element_size() for p in frozen)
+    # "transformer_blocks.7.attn.to_q" counts as "attn.to_q".
+    adapted = Counter(re.sub(r"^.*?\.\d+\.", "", n) for n, m in module.named_modules() if hasattr(m, "lora_A"))
+    return {
+        "parameters": sum(p.numel() for p in (*frozen, *trained)),
+        "trainable": sum(p.numel() for p in trained),
+        "weights": weights,
+        "trained": sum(p.numel() * p.element_size() for p in trained),
+        "dequantized": max((2 * p.numel() for p in frozen if id(p) in linear), default=0),
+        "targets": dict(adapted),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ diffusion
+
+
+def _parts(config: PolicyConfig, kind: type[DiffusionPolicy]) -> Parts:
+    """Of a hub id that is known here, or of a local folder (a pipeline's, or one that names its base)."""
+    from editr2.policies.load import check_adapter, weight_sources
+
+    adapter, trained, weights = weight_sources(config.weights or kind.published, config.model)
+    if adapter is not None:
+        check_adapter(config, kind, adapter)
+    if weights in PUBLISHED and PUBLISHED[weights].of == kind.pipeline:
+        return PUBLISHED[weights]
+    folder = Path(weights)
+    if not folder.is_dir():
+        known = [name for name, parts in PUBLISHED.items() if parts.of == kind.pipeline]
+        raise ConfigError(
+            f"policy.weights: {weights!r} is no folder, and `check` downloads nothing (accepted with policy.model "
+            f"{kind.model}: {', '.join(['a folder of its pipeline', *known])})"
+        )
+
+    def read(name: str) -> dict[str, Any]:
+        if not (folder / name).is_file():
+            raise ConfigError(f"policy.weights: {folder}: no {name} (accepted: a pipeline's folder)")
+        values = json.loads((folder / name).read_text())
+        return {k: v for k, v in values.items() if not k.startswith("_")}
+
+    return Parts(
+        read("transformer/config.json"),
+        read("vae/config.json"),
+        read("scheduler/scheduler_config.json"),
+        {path.parent.name: _text_parameters(path) for path in sorted(folder.glob("text_encoder*/config.json"))},
+        {k: v for k, v in read("model_index.json").items() if not isinstance(v, list)},
+    )
+
+
+def _text_parameters(path: Path) -> int:
+    """Of the encoder that a transformers configuration describes."""
+    import transformers
+
+    (name,) = json.loads(path.read_text())["architectures"]
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        return sum(p.numel() for p in kind(kind.config_class.from_json_file(str(path))).parameters())
+
+
+class DiffusionEditor:
+    """`Editor` over a `DiffusionPolicy` whose components hold no data."""
+
+    writes_text = False
+
+    def __init__(self, config: PolicyConfig) -> None:
+        import diffusers
+
+        from editr2.policies.load import policy_class
+
+        self.config = config
+        self.kind = policy_class(config.model)
+        self.parts = _parts(config, self.kind)
+        self.transformer = getattr(diffusers, self.kind.transformer)
+        settings = inspect.signature(self.transformer.__init__).parameters
+        self.depth = {
+            name: int(self.parts.transformer.get(name, p.default))
+            for name, p in settings.items()
+            if name.startswith("num_") and name.endswith("layers")
+        }
+        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.policy = self._policy({name: min(n, SHALLOW) for name, n in self.depth.items()})
+        self.image_size, self.latent_shape = self.policy.image_size, self.policy.latent_shape
+        self.own, self.cannot_pack = self.policy.sigmas, self.kind.__name__
+        self.prompt_per_output = self.kind.text_sees_images
+        self._found: dict[tuple, Cost] = {}
+        self.said = 16
+
+    def see(self, sessions: Sequence[Session]) -> None:
+        words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]
+        self.said = round(1.4 * sum(words) / len(words))  # tokens of English; it matters where nothing is padded
+
+    def _policy(self, depth: Mapping[str, int]) -> Any:
+        """The real policy over a real pipeline; raises the `ConfigError` of settings that it refuses."""
+        import diffusers
+        from peft import LoraConfig
+
+        pipeline = getattr(diffusers, self.kind.pipeline)
+        arguments = inspect.signature(pipeline.__init__).parameters
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**self.parts.scheduler)
+        with simulated(self.dtype):
+            vae = arguments["vae"].annotation(**self.parts.vae).requires_grad_(False)
+        # Trained weights are float32 whatever the base is, as `load_policy` has them.
+        with simulated(self.dtype if self.config.lora_rank else torch.float32):
+            module = self.transformer(**{**self.parts.transformer, **depth})
+        given = {"vae": vae, "transformer": module, "scheduler": scheduler}
+        for name, argument in arguments.items():
+            if name not in given and name != "self" and argument.default is inspect.Parameter.empty:
+                given[name] = nn.Identity() if name in self.kind.text_encoders else None
+        policy = self.kind(pipeline(**given, **self.parts.pipeline), self.config)
+        if self.config.lora_rank:
+            module.requires_grad_(False)
+            rank = self.config.lora_rank
+            targets = self.config.lora_targets or self.kind.lora_targets
+            try:
+                # On meta, peft does not move the adapters, which fake tensors do not bear.
+                with simulated(self.dtype), torch.device("meta"):
+                    module.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+            except ValueError as error:
+                raise ConfigError(f"policy.lora_targets: {targets!r}: {' '.join(str(error).split())}") from error
+            with simulated(torch.float32):
+                for layer in [m for name, m in module.named_modules() if ".lora_" in name and hasattr(m, "weight")]:
+                    layer.weight = nn.Parameter(torch.empty(layer.weight.shape))
+        return policy
+
+    @cached_property
+    def _measured(self) -> list[tuple[Any, int]]:
+        """Policies to measure, with how many blocks of the kind that the policy has one more of are missing."""
+        shallow = {name: min(n, SHALLOW) for name, n in self.depth.items()}
+        deeper = [name for name, n in self.depth.items() if n > SHALLOW]
+        return [
+            (self.policy, 0),
+            *((self._policy({**shallow, name: SHALLOW + 1}), self.depth[name] - SHALLOW) for name in deeper),
+        ]
+
+    def _at_full_depth(self, measure: Callable[[Any], Any]) -> Any:
+        return at_depth([measure(policy) for policy, _ in self._measured], [n for _, n in self._measured[1:]])
+
+    def sizes(self) -> Sizes:
+        four_bits = self.config.quantize == "4bit"
+        found = self._at_full_depth(lambda policy: _module_sizes(policy.module, four_bits))
+        largest = max(_module_sizes(policy.module, four_bits)["dequantized"] for policy, _ in self._measured)
+        item = torch.empty((), dtype=self.dtype).element_size()
+        vae = sum(p.numel() for p in self.policy.pipe.vae.parameters()) * item
+        return Sizes(**{**found, "dequantized": largest}, text=sum(self.parts.text.values()) * item, vae=vae)
+
+    def carried(self, step: str) -> int:
+        if not self.config.offload:
+            return 0
+        sizes = self._sizes
+        return {"instruct": sizes.text, "encode": sizes.vae, "decode": sizes.vae}.get(step, 0)
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return self.sizes()
+
+    def read_again(self, prompts: int) -> bool:
+        from editr2.policies.diffusion import CACHED_PROMPTS
+
+        return prompts > CACHED_PROMPTS
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of an instruction as the transformer sees it."""
+        if not self.prompt_per_output:
+            return self.config.text_tokens or 512  # both pipelines pad to it
+        from editr2.policies.qwen_edit import PLUS_AREA
+
+        # A token of Qwen2.5-VL stands for 28 x 28 pixels; its template leaves 10 tokens.
+        words = 10 + min(self.config.text_tokens or self.said, self.said)
+        plus = self.config.model.endswith("plus")
+        height, width = (math.sqrt(PLUS_AREA),) * 2 if plus else self.policy.condition_size
+        return words + round(height / 28) * round(width / 28) * (2 if self.config.keep_source else 1)
+
+    def context(self, policy: Any, batch: int, turn: int) -> Any:
+        """A context of the sizes that a batch has at this turn."""
+        from editr2.policies.diffusion import EditContext
+
+        sizes = policy.module.config
+        words = torch.empty(batch, self.text_length, sizes.joint_attention_dim, dtype=self.dtype)
+        prompt = {"words": words}
+        if "pooled_projection_dim" in sizes:
+            prompt["pooled"] = torch.empty(batch, sizes.pooled_projection_dim, dtype=self.dtype)
+        if self.prompt_per_output and batch > 1:
+            prompt["mask"] = torch.ones(batch, self.text_length, dtype=torch.bool)
+        rows, columns = policy.condition_grid
+        images = 2 if turn and self.config.keep_source else 1
+        conditions = tuple(torch.empty(batch, rows * columns, self.latent_shape[1]) for _ in range(images))
+        negative = prompt if self.config.guidance != 1 else {}
+        return EditContext(conditions, (), prompt, negative, policy.derive(conditions))
+
+    def cost(self, step: str, batch: int, turn: int, checkpointing: bool | None = None) -> Cost:
+        if step == "instruct":
+            tokens = (self.text_length + 64) * (2 if self.config.guidance != 1 and self.prompt_per_output else 1)
+            parameters = sum(self.parts.text.values())
+            item = torch.empty((), dtype=self.dtype).element_size()
+            return Cost({self.dtype: 2 * parameters * tokens * batch}, 0, parameters * item * batch, 0, 0, 0)
+        if step in ("encode", "decode"):
+            one = self._autoencoder(step)
+            return Cost(**{**at_depth([asdict(_nothing(one)), asdict(one)], [batch]), "peak": one.peak, "kept": 0})
+        again = self.config.gradient_checkpointing if checkpointing is None else checkpointing
+        kind = int(turn > 0 and self.config.keep_source)  # all that tells turns apart
+        return _affine(lambda b: self._denoiser(step, b, kind, again), batch, SMALL_BATCH)
+
+    def _denoiser(self, step: str, batch: int, turn: int, checkpointing: bool) -> Cost:
+        key = (step, batch, turn, checkpointing and step == "train")
+        if key not in self._found:
+            found = self._at_full_depth(lambda policy: asdict(self._forward(policy, *key)))
+            self._found[key] = Cost(**found)
+        return self._found[key]
+
+    def _autoencoder(self, step: str) -> Cost:
+        """Of one image: the policy slices batches."""
+        with simulated(), torch.no_grad():
+            if step == "encode":
+                given = torch.empty(1, 3, *self.policy.condition_size, dtype=self.dtype)
+            else:
+                given = torch.empty(1, *self.latent_shape)
+            with Meter() as meter:
+                out = (self.policy.to_latents if step == "encode" else self.policy.to_pixels)(given)
+            del out
+        return meter.cost
+
+    def _forward(self, policy: Any, step: str, batch: int, turn: int, checkpointing: bool) -> Cost:
+        module, train = policy.module, step == "train"
+        if train and checkpointing:
+            module.enable_gradient_checkpointing()
+        with simulated(), torch.enable_grad() if train else torch.no_grad():
+            context = self.context(policy, batch, turn)
+            x, sigma = torch.empty(batch, *self.latent_shape), torch.empty(batch)
+            for p in _trainable(module) if train else ():
+                p.grad = torch.zeros_like(p)
+            with Meter() as meter:
+                v = policy.velocity(x, sigma, context)
+                if train:
+                    _backward([v.v, *(b for b in v.guidance.values() if isinstance(b, Tensor))])
+            del v
+        for p in _trainable(module):
+            p.grad = None
+        module.disable_gradient_checkpointing()
+        return meter.cost
+
+
+def _nothing(like: Cost) -> Cost:
+    return Cost(dict.fromkeys(like.flops, 0), 0, 0, 0, 0, 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- unified
+
+
+class UnifiedEditor:
+    """`Editor` over the unified model. Texts are as long as the sessions' own."""
+
+    prompt_per_output = True
+    cannot_pack = None
+    own = None
+
+    def __init__(self, config: PolicyConfig) -> None:
+        from editr2.policies.tokens import TextCodec
+
+        folder = Path(config.weights) if config.weights else EMBEDDED
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder}: no {name}; expected a folder written by `editr2 world pretrain`")
+        codec = TextCodec.load(folder / "tokenizer.json")
+        with simulated():
+            module = UnifiedModel(UnifiedConfig.load(folder / "config.json"))
+            if config.lora_rank:
+                add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets)
+            self.policy = UnifiedPolicy(module, codec, unified_guidance(config))
+        self.config = config
+        self.writes_text = config.intent
+        self.image_size, self.latent_shape = self.policy.image_size, self.policy.latent_shape
+        self.image = self.latent_shape[0] + 2
+        self.text = self.question = 16
+        self._found: dict[tuple, Cost] = {}
+
+    def see(self, sessions: Sequence[Session]) -> None:
+        texts = [len(self.policy.text_ids(turn.instruction)) for s in sessions for turn in s.turns]
+        self.text = round(sum(texts) / len(texts))
+        asked = [
+            len(self.policy.question_ids([t.instruction for t in s.turns[:i]], turn.instruction, s.mode))
+            for s in sessions
+            for i, turn in enumerate(s.turns)
+            if i
+        ]
+        self.question = round(sum(asked) / len(asked)) if asked else 0
+        self._found.clear()
+
+    def sizes(self) -> Sizes:
+        return Sizes(**_module_sizes(self.policy.module, False), text=0, vae=0)
+
+    def carried(self, step: str) -> int:
+        return 0
+
+    def read_again(self, prompts: int) -> bool:
+        return True
+
+    @property
+    def answer(self) -> int:
+        """Tokens of an intent: a self-contained instruction is about a third longer than the raw one, and some thought
+        goes before it."""
+        return min(self.config.intent_tokens, round(self.text * 4 / 3))
+
+    def _context(self, batch: int, tokens: int) -> Context:
+        c = self.policy.module.config
+        one = torch.empty(batch, c.num_key_value_heads, tokens, c.head_dim)
+        layers = (one,) * c.num_hidden_layers
+        context = Context(layers, layers, torch.ones(batch, tokens, dtype=torch.bool), torch.zeros(batch))
+        context.__dict__["padded"] = True  # texts of a batch differ in length; nobody can look into a fake tensor
+        return context
+
+    def _guided(self, batch: int, tokens: int) -> Context | GuidedContext:
+        full = self._context(batch, tokens)
+        g = self.policy.guidance
+        if not g.active:
+            return full
+        text, image = (full if weight != 1 else None for weight in (g.text, g.image))
+        guided = GuidedContext(full, text, image)
+        guided.__dict__["joined"] = self._context(batch * len(guided.branches), tokens)
+        return guided
+
+    def cost(self, step: str, batch: int, turn: int, checkpointing: bool | None = None) -> Cost:
+        """Checkpointing is no option of this model."""
+        if step == "decode":  # pixels are latents here
+            return Cost({}, 0, 0, 0, 0, 0)
+
+        def length(tokens: int) -> Callable[[int], Cost]:
+            return lambda b: _affine(lambda t: self._step(step, b, t, tokens), turn, 0)
+
+        if step != "intend":
+            return _affine(length(0), batch, SMALL_BATCH)
+        return _affine(lambda tokens: _affine(length(tokens), batch, SMALL_BATCH), self.answer, 2)
+
+    def _step(self, step: str, batch: int, turn: int, tokens: int) -> Cost:
+        key = (step, batch, turn, tokens)
+        if key not in self._found:
+            self._found[key] = self._measure(*key)
+        return self._found[key]
+
+    def _measure(self, step: str, batch: int, turn: int, tokens: int) -> Cost:
+        train, module = step in ("train", "answer"), self.policy.module
+        with simulated(), torch.enable_grad() if train else torch.no_grad():
+            for p in _trainable(module) if train else ():
+                p.grad = torch.zeros_like(p)
+            before = turn * (self.image + self.text)
+            if step == "encode":
+                context: Any = self._context(batch, before)
+            elif step in ("velocity", "train"):
+                context = self._guided(batch, before + self.image + self.text)
+            else:
+                context = self._context(batch, before + self.image)
+            more = (tokens,) if step == "intend" else ()
+            with Meter() as meter:
+                kept = getattr(self, f"_{step}")(batch, context, *more)
+            del kept
+        for p in _trainable(module):
+            p.grad = None
+        return meter.cost
+
+    def _encode(self, batch: int, context: Context) -> Any:
+        model = self.policy.module
+        return model.append_image(context, torch.empty(batch, *self.latent_shape), self.policy.grid, self.policy.marks)
+
+    def _instruct(self, batch: int, context: Context) -> Any:
+        twice = self.config.guidance_image != 1  # the texts alone are a context of their own
+        said = self._said(batch, self.text)
+        return [self.policy.module.append_text(context, *said) for _ in range(1 + twice)]
+
+    @staticmethod
+    def _said(batch: int, length: int) -> tuple[Tensor, Tensor]:
+        shape = (batch, length)
+        return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
+
+    def _intend(self, batch: int, context: Context, tokens: int) -> Any:
+        model = self.policy.module
+        branch = Branch(context, self.question + self.config.intent_tokens)
+        hidden = model.extend_branch(branch, *self._said(batch, self.question))
+        for _ in range(tokens - 1):
+            model.logits(hidden[:, -1]).softmax(-1).cumsum(-1)
+            hidden = model.extend_branch(branch, *self._said(batch, 1))
+        return model.logits(hidden[:, -1])
+
+    def _velocity(self, batch: int, context: Any) -> Any:
+        return self.policy.velocity(torch.empty(batch, *self.latent_shape), torch.empty(batch), context)
+
+    def _train(self, batch: int, context: Any) -> Any:
+        v = self._velocity(batch, context)
+        _backward([v.v, *(b for b in v.guidance.values() if isinstance(b, Tensor))])
+        return v
+
+    def _answer(self, batch: int, context: Context) -> Any:
+        hidden = self.policy.module.text_hidden(context, *self._said(batch, self.question + self.answer - 1))
+        _backward([self.policy.module.logits(hidden[:, -self.answer :]).log_softmax(-1)])
+        return hidden

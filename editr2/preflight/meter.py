@@ -1,0 +1,178 @@
+"""What a piece of PyTorch costs, counted operation by operation while it runs on tensors without data.
+
+Inside `simulated()` every tensor is fake: shapes, dtypes and lifetimes are real, storage is not, so a forward and
+backward pass of a 20 B model takes a second of one core. `Meter` sees each operation that reaches a kernel and counts
+its floating-point operations (matrix products, attention, convolutions), the bytes it reads and writes, and the memory
+alive. Nothing about an architecture is written down here: what is counted is the code that will run, adapters and
+gradient checkpointing included.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+
+_aten = torch.ops.aten
+
+
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the CPU's fused attention, from shapes; torch's registry does not know it."""
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# Fake tensors live on the CPU. Its fused attention keeps for backward what a GPU's keeps (the output and one number a
+# query), so memory is a GPU's, too.
+CPU_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+_FLOPS = {**flop_registry, **{op: shape_wrapper(count) for op, count in CPU_ATTENTION.items()}}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A device as the model of time sees it.
+
+    flops: multiply-adds count 2, a second, in matrix products of each dtype that occurs. bandwidth: bytes a second of
+    everything else. launch: seconds that starting one operation takes. overlaps: operations start while earlier ones
+    run (a GPU), so the slower of the two decides; else they add up.
+    """
+
+    flops: dict[torch.dtype, float]
+    bandwidth: float
+    launch: float
+    overlaps: bool
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one piece: flops by dtype; bytes moved by operations without flops; moved_dense: by those with; operations;
+    peak: bytes alive at once of what the piece allocates; kept: bytes of it that are still alive at its end."""
+
+    flops: dict[torch.dtype, int]
+    bytes: int
+    moved_dense: int
+    operations: int
+    peak: int
+    kept: int
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops.values())
+
+    def seconds(self, speed: Speed) -> float:
+        """Matrix products at the device's rate (or as fast as their operands arrive), the rest at its bandwidth."""
+        dense = sum(n / speed.flops[dtype] for dtype, n in self.flops.items())
+        device = max(dense, self.moved_dense / speed.bandwidth) + self.bytes / speed.bandwidth
+        host = self.operations * speed.launch
+        return max(device, host) if speed.overlaps else device + host
+
+
+def at_depth(measured: Sequence[Any], by: Sequence[int]) -> Any:
+    """What a deep model costs, from shallow ones: every cost is linear in the number of equal blocks.
+
+    measured: pytrees of numbers, of one shape: of the shallow model, then of that model with one more block of each
+    kind. by: how many blocks of each kind the deep one has more than the shallow one.
+    """
+
+    def line(base: float, *more: float) -> int:
+        return round(base + sum(n * (value - base) for n, value in zip(by, more, strict=True)))
+
+    return tree_map(line, *measured)
+
+
+class Meter(TorchDispatchMode):
+    """Counts what runs inside; `cost` afterwards. Memory of tensors made before does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._flops: dict[torch.dtype, int] = {}
+        self._bytes = self._dense = self._operations = 0
+        self._live: dict[int, Any] = {}
+        self._now = self._peak = 0
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(dict(self._flops), self._bytes, self._dense, self._operations, self._peak, self._now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = _storages(*args, *kwargs.values())
+        out = func(*args, **kwargs)
+        made = _storages(out)
+        for key, storage in made.items():
+            if key not in given and key not in self._live:
+                self._adopt(key, storage)
+        if not made or _is_view(func) or (made.keys() <= given.keys() and not func._schema.is_mutable):
+            return out  # a question, a view, or a copy that was none
+        self._operations += 1
+        moved = sum(s.nbytes() for s in (given | made).values())
+        count = _FLOPS.get(func._overloadpacket)
+        if count is None:
+            self._bytes += moved
+        else:
+            dtype = next(x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            self._flops[dtype] = self._flops.get(dtype, 0) + int(count(*args, **kwargs, out_val=out))
+            self._dense += moved
+        return out
+
+    def _adopt(self, key: int, storage: Any) -> None:
+        size = storage.nbytes()
+
+        def freed(_: Any) -> None:
+            self._now -= size
+            self._live.pop(key, None)
+
+        self._live[key] = weakref.ref(storage, freed)
+        self._now += size
+        self._peak = max(self._peak, self._now)
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    return bool(func.is_view)
+
+
+def _storages(*values: Any) -> dict[int, Any]:
+    """By address, of tensors and of those in lists; arguments nest no deeper."""
+    found = {}
+    for x in values:
+        if isinstance(x, Tensor):
+            storage = x.untyped_storage()
+            found[storage._cdata] = storage
+        elif isinstance(x, (tuple, list)):
+            found |= _storages(*x)
+    return found
+
+
+@functools.cache
+def _mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()  # one for all: fake tensors of two cannot meet
+
+
+@contextmanager
+def simulated(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Tensors made inside hold no data; floating-point ones are `dtype` unless they say otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _mode():
+            yield
+    finally:
+        torch.set_default_dtype(before)

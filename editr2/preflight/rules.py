@@ -1,0 +1,66 @@
+"""What must hold between settings, reward, schedule and processes before anything runs.
+
+The trainer raises the first of these problems, `editr2 check` prints them all: every rule stands once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from editr2.config import Config, config_problems
+from editr2.credit import credit_options
+from editr2.errors import ConfigError, UserError
+from editr2.rewards.base import weight_vector
+from editr2.schedule import Schedule, eval_sampler, rollout_sampler
+
+
+def batches(config: Config, processes: int) -> int:
+    """Chunks of at most `rollout.groups_per_batch` groups that a process has in an iteration."""
+    return -(-(config.rollout.sessions // processes) // config.rollout.groups_per_batch)
+
+
+def run_problems(
+    config: Config, names: Sequence[str] | None, own: Schedule | None, *, cannot_pack: str | None, processes: int
+) -> Iterator[str]:
+    """One line for each rule that is broken.
+
+    names: of the rewards; None skips what needs them. own: the policy's noise schedule. cannot_pack: what the policy is
+    called if it has no packed replay. processes: of the run.
+    """
+    yield from config_problems(config)
+    checks: list[Callable[[], Any]] = [
+        lambda: rollout_sampler(config.rollout, own),
+        lambda: eval_sampler(config, own),
+    ]
+    if names is not None:
+        checks += [
+            lambda: weight_vector(names, config.credit.weights),
+            lambda: credit_options(config.credit, tuple(names)),
+        ]
+    said: set[str] = set()
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            if str(error) not in said:  # both samplers read the same fields
+                yield str(error)
+            said.add(str(error))
+    r, t = config.rollout, config.train
+    if r.sessions < processes:
+        yield f"rollout.sessions: {r.sessions} (accepted: at least {processes}, one a process)"
+    elif r.groups_per_batch > 0 and t.minibatches > 0 and (count := batches(config, processes)) % t.minibatches:
+        yield (
+            f"train.minibatches: {t.minibatches} (accepted: a divisor of {count}, the batches of "
+            f"rollout.groups_per_batch = {r.groups_per_batch} groups that a process has)"
+        )
+    if t.packed == "on" and cannot_pack:
+        yield f"train.packed: on (accepted for a {cannot_pack}, which cannot: auto, off)"
+
+
+def check_run(
+    config: Config, names: Sequence[str], own: Schedule | None, *, cannot_pack: str | None, processes: int
+) -> None:
+    """Raises `ConfigError` with the first of `run_problems`."""
+    for problem in run_problems(config, names, own, cannot_pack=cannot_pack, processes=processes):
+        raise ConfigError(problem)

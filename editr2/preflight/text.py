@@ -1,0 +1,124 @@
+"""The estimate as a page of text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from editr2.config import Config
+from editr2.preflight.devices import (
+    BANDWIDTH_EFFICIENCY,
+    FRAGMENTATION,
+    LAUNCH_SECONDS,
+    LINK,
+    MATRIX_EFFICIENCY,
+    RESERVE,
+    Device,
+)
+from editr2.preflight.editors import Editor
+from editr2.preflight.estimate import Estimate
+from editr2.preflight.rules import batches
+from editr2.schedule import Sampler
+
+GIB = 2**30
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that leaves two or three digits."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if count >= unit or name == "MiB":
+            return f"{count / unit:.1f} {name}"
+    raise AssertionError
+
+
+def number(count: float) -> str:
+    for unit, name in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= unit:
+            return f"{count / unit:.4g}{name}"
+    return f"{count:g}"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.1f} s"
+
+
+def render(
+    config: Config,
+    editor: Editor,
+    device: Device,
+    sampler: Sampler,
+    turns: tuple[Sequence[int], Sequence[int]],
+    processes: int,
+    result: Estimate,
+    fits: bool,
+) -> list[str]:
+    """What will run, memory by part, time by phase, and whether it fits."""
+    r, t, p = config.rollout, config.train, config.policy
+    sizes = editor.sizes()
+    each = f" on each of {processes} processes" if processes > 1 else ""
+    groups = -(-r.sessions // processes)
+    lengths = ", ".join(f"{n} ({count})" for n, count in sorted(Counter(turns[0]).items()))
+    sigmas = [round(s, 3) for s in sampler.sigmas.tolist()]
+    lines = [
+        f"iteration   {r.sessions} sessions x {r.siblings} siblings; {groups} groups{each}, "
+        f"{batches(config, processes)} batch(es) of up to {min(groups, r.groups_per_batch)}",
+        f"sessions    turns (sessions): {lengths}; held out {len(turns[1])}",
+        f"run         {t.iterations} iterations, {t.updates * t.minibatches} optimizer step(s) each, "
+        f"{result.optimizer_steps} in all; {result.evaluations} evaluations",
+        f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training an iteration{each}, "
+        f"{result.flops / 1e12:.4g} TFLOP",
+        f"policy      {p.model}, {p.dtype}{', 4-bit base' if p.quantize == '4bit' else ''}, "
+        f"{editor.image_size[0]} x {editor.image_size[1]} px, latents {list(editor.latent_shape)}",
+        f"parameters  {number(sizes.parameters - (sizes.trainable if p.lora_rank else 0))}; "
+        f"{number(sizes.trainable)} train"
+        + (
+            f": LoRA of rank {p.lora_rank} on {sum(sizes.targets.values())} layers" if p.lora_rank else " (all weights)"
+        ),
+    ]
+    if sizes.targets:
+        lines.append("targets     " + ", ".join(f"{count} x {name}" for name, count in sizes.targets.items()))
+    lines += [
+        f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma {sigmas}",
+        f"trained     {_window(config, sampler)}",
+        "",
+        f"memory of {device.name}{each}",
+    ]
+    chosen = {
+        "activations, train": not p.gradient_checkpointing,
+        "activations, train, checkpointing": p.gradient_checkpointing,
+    }
+    other = next(name for name, taken in chosen.items() if taken)
+    for name, count in result.memory.items():
+        if count and (chosen.get(name, True) or count != result.memory[other]):
+            note = "" if chosen.get(name, True) else "  (not chosen)"
+            note = "  (on the host while idle)" if p.offload and name in ("text encoders", "autoencoder") else note
+            lines.append(f"  {name:<36}{size(count):>12}{note}")
+    lines += [f"  alive at most in {phase:<19}{size(count):>12}" for phase, count in result.peaks.items()]
+    lines += ["", f"time on {device.name}{each} (reward: not estimated)"]
+    hours = result.hours(t.iterations)
+    for phase, seconds in result.seconds.items():
+        per = {"evaluate": "an evaluation", "strips": "a drawing"}.get(phase, "an iteration")
+        lines.append(f"  {phase:<12}{seconds:>10.1f} s {per:<14}{_duration(hours[phase]):>10} in all")
+    lines.append(f"  {'run':<38}{_duration(sum(hours.values())):>10} in all")
+    if device.gpu:
+        lines.append(
+            f"  assumed: {MATRIX_EFFICIENCY:.0%} of the sheet's matrix rate, {BANDWIDTH_EFFICIENCY:.0%} of its "
+            f"bandwidth, {LAUNCH_SECONDS * 1e6:g} us an operation, {LINK / 1e9:g} GB/s from the host; "
+            f"memory x {FRAGMENTATION:g} + {size(RESERVE)}; all turns trained"
+        )
+        lines.append(
+            "  not yet compared with a GPU run of ours (the error seen elsewhere: editr2/preflight/__init__.py)"
+        )
+    verdict = "fits" if fits else "DOES NOT FIT"
+    lines += ["", f"verdict: {verdict} {device.name}: {size(device.needed(result.peak))} of {size(device.memory)}"]
+    return lines
+
+
+def _window(config: Config, sampler: Sampler) -> str:
+    if not sampler.window:
+        return f"{config.train.nft_draws} noise levels a turn and update, drawn anew (nft)"
+    starts = f"step {sampler.first_start + 1}"
+    if sampler.last_start > sampler.first_start:
+        starts = f"steps {sampler.first_start + 1} to {sampler.last_start + 1}"
+    schedule = config.rollout.window_schedule
+    return f"{sampler.window} of {sampler.steps} steps a turn; the window starts at {starts}, {schedule}"

@@ -1,0 +1,388 @@
+"""The pre-flight check: what it counts against what really runs, what it finds, and the recipes."""
+
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from editr2.cli import main
+from editr2.config import Config, PolicyConfig, RewardConfig, replace_nested
+from editr2.data import open_sessions
+from editr2.evaluate import evaluate
+from editr2.gradient import Batch, accumulate_gradient
+from editr2.policies.load import load_policy
+from editr2.preflight import Report, preflight
+from editr2.preflight.devices import _SHEETS, find_device
+from editr2.preflight.editors import DiffusionEditor, UnifiedEditor
+from editr2.preflight.estimate import evaluation_plan, plan
+from editr2.preflight.meter import Meter, simulated
+from editr2.rewards.base import Score
+from editr2.rewards.load import load_reward
+from editr2.rollout import Seeds, chunks, rollout_chunk
+from editr2.schedule import rollout_sampler
+from editr2.state import new_state
+from editr2.worlds.shapes import make_session
+
+ROOT = Path(__file__).parent.parent
+DIFFUSION = ("kontext", "klein", "qwen-edit", "qwen-edit-plus")
+TEXTS = ["make it red", "make it a good deal bluer"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of tiny pipelines by model; kontext's has three blocks of each kind, one more than any that is measured,
+    and small's has one."""
+
+    def load(name):
+        spec = spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    editors, qwen = load("tiny_editors"), load("tiny_qwen")
+    made = {}
+
+    def folder(model):
+        if model not in made:
+            made[model] = tmp_path_factory.mktemp(model)
+            if model.startswith("qwen"):
+                qwen.save_pipeline(qwen.qwen_pipeline(plus=model.endswith("plus"), num_layers=2), made[model])
+            elif model == "klein":
+                editors.klein_pipeline(num_layers=2).save_pretrained(made[model])
+            else:
+                blocks = {"num_layers": 3, "num_single_layers": 3} if model == "kontext" else {}
+                editors.kontext_pipeline(**blocks).save_pretrained(made[model])
+        return str(made[model])
+
+    return folder
+
+
+def counted(run):
+    """torch's own count. It does not know the CPU's fused attention: two matrix products forward, and backward those of
+    the scores again and two for each of the two."""
+
+    def pairs(query, key):
+        return 2 * query[0] * query[1] * query[2] * key[2] * query[3]
+
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    known = {op: lambda q, k, *_, **__: 2 * pairs(q, k), backward: lambda grad, q, k, *_, **__: 5 * pairs(q, k)}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def opened(folders):
+    """A loaded policy, its editor without weights, and a context of two instructions, by model."""
+    made = {}
+
+    def of(model):
+        if model not in made:
+            config = PolicyConfig(model=model, weights=folders(model), resolution=(64, 64), lora_rank=4)
+            policy, editor = load_policy(config), DiffusionEditor(config)
+            context = policy.instruct(policy.encode(np.zeros((2, 64, 64, 3), dtype=np.uint8)), TEXTS)
+            length = context.prompt["words"].shape[1]
+            if model.startswith("qwen"):  # whose prompts are as long as they are
+                editor.__class__ = type("Known", (DiffusionEditor,), {"text_length": length})
+            assert editor.text_length == length
+            made[model] = policy, editor, context
+        return made[model]
+
+    return of
+
+
+@pytest.mark.parametrize("model", DIFFUSION)
+def test_flops_and_parameters_are_those_of_the_loaded_policy(opened, model):
+    policy, editor, context = opened(model)
+    x, sigma = torch.randn(2, *policy.latent_shape), torch.tensor([0.3, 0.7])
+    assert (editor.image_size, editor.latent_shape) == (policy.image_size, policy.latent_shape)
+    assert editor.own(4) == policy.sigmas(4)
+
+    def forward():
+        with sdpa_kernel(SDPBackend.MATH):  # as matrix products, which torch's counter sees by itself
+            policy.velocity(x, sigma, context)
+
+    def backward():
+        policy.velocity(x, sigma, context).v.sum().backward()
+
+    with torch.no_grad():
+        assert editor.cost("velocity", 2, 0).total_flops == counted(forward)
+    assert editor.cost("train", 2, 0, False).total_flops == counted(backward)
+    if model == "kontext":
+        policy.module.enable_gradient_checkpointing()
+        again = counted(backward)
+        policy.module.disable_gradient_checkpointing()
+        assert editor.cost("train", 2, 0, True).total_flops == again > editor.cost("train", 2, 0, False).total_flops
+    images = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        assert editor.cost("encode", 1, 0).total_flops == counted(lambda: policy.to_latents(images))
+        assert editor.cost("decode", 1, 0).total_flops == counted(lambda: policy.to_pixels(x[:1]))
+    sizes, parameters = editor.sizes(), list(policy.module.parameters())
+    assert sizes.parameters == sum(p.numel() for p in parameters)
+    assert sizes.trainable == sum(p.numel() for p in parameters if p.requires_grad)
+    assert sizes.weights == 4 * (sizes.parameters - sizes.trainable) and sizes.trained == 4 * sizes.trainable
+    text = sum(p.numel() for name in policy.text_encoders for p in getattr(policy.pipe, name).parameters())
+    assert (sizes.text, sizes.vae) == (4 * text, 4 * sum(p.numel() for p in policy.pipe.vae.parameters()))
+
+
+def test_cost_at_a_batch_is_the_line_through_two_smaller_ones(opened):
+    policy, editor, context = opened("kontext")
+    rows = torch.tensor([0, 1, 0, 1, 0])
+    x, wide = torch.randn(5, *policy.latent_shape), policy.select(context, rows)
+    with torch.no_grad(), Meter() as meter:
+        v = policy.velocity(x, torch.full((5,), 0.5), wide)
+    del v
+    estimated = editor.cost("velocity", 5, 0)
+    assert estimated.total_flops == meter.cost.total_flops
+    assert estimated.peak == pytest.approx(meter.cost.peak, rel=0.02)
+    assert estimated.bytes == pytest.approx(meter.cost.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_memory_is_what_the_allocator_hands_out(opened, checkpointing):
+    policy, editor, context = opened("kontext")
+    x, sigma = torch.randn(2, *policy.latent_shape), torch.tensor([0.3, 0.7])
+    if checkpointing:
+        policy.module.enable_gradient_checkpointing()
+
+    def step():
+        policy.velocity(x, sigma, context).v.sum().backward()
+
+    step()  # gradients are there from now on
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    policy.module.disable_gradient_checkpointing()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    # Kernels take small workspaces of their own; as measured, 0.03 and 0.5 %.
+    assert editor.cost("train", 2, 0, checkpointing).peak == pytest.approx(peak, rel=0.02)
+
+
+def test_flops_of_the_unified_policy_are_those_of_a_walk():
+    config = PolicyConfig(intent=False)
+    policy, editor = load_policy(config), UnifiedEditor(config)
+    session = make_session(0, 0)
+    said = session.turns[0].instruction
+    same = replace(session, turns=(session.turns[0],) * 3)
+    editor.see([same])
+    images = np.stack([session.image] * 4)
+    with torch.no_grad():
+        context = policy.instruct(policy.encode(images), [said] * 4)
+        context = policy.instruct(policy.append(context, images), [said] * 4)
+    x, sigma = torch.randn(4, *policy.latent_shape), torch.full((4,), 0.5)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        assert editor.cost("velocity", 4, 1).total_flops == counted(lambda: policy.velocity(x, sigma, context))
+        assert editor.cost("encode", 4, 2).total_flops == counted(lambda: policy.append(context, images))
+    backward = counted(lambda: policy.velocity(x, sigma, context).v.sum().backward())
+    assert editor.cost("train", 4, 1).total_flops == backward
+
+
+@pytest.mark.parametrize("loss", ["grpo", "nft"])
+def test_the_plan_lists_the_velocities_that_an_iteration_asks_for(tiny_unified, loss):
+    settings = {
+        "policy": {"intent": False},
+        "rollout": {"sessions": 3, "siblings": 3, "groups_per_batch": 2, "steps": 4, "turns": 2, "shared_noise": False},
+        "train": {"packed": "off", "kl_weight": 0.1, "loss": loss, "ema": None, "old_log_prob": "rollout"},
+        "eval": {"sessions": 9},
+    }
+    settings["rollout"] |= {"window": 0} if loss == "nft" else {}
+    settings["train"] |= {} if loss == "nft" else {"micro_batch": 5}
+    config = replace_nested(Config(), settings)
+    sampler, asked, velocity = rollout_sampler(config.rollout), [], tiny_unified.velocity
+
+    def counting(x, sigma, context):
+        asked.append(("train" if torch.is_grad_enabled() else "velocity", len(x)))
+        return velocity(x, sigma, context)
+
+    def same(calls):
+        found = Counter()
+        for c in calls:
+            found[c.step, c.batch] += c.times
+        seen, wanted = Counter(asked), {k: n for k, n in found.items() if k[0] in ("velocity", "train")}
+        asked.clear()
+        return seen == wanted
+
+    tiny_unified.velocity = counting
+    editor = UnifiedEditor(config.policy)
+    listed = plan(config, editor, sampler, [2, 2, 2], 1)
+    source, seeds = open_sessions(config, tiny_unified), Seeds(0, "train")
+    done = [
+        rollout_chunk(tiny_unified, chunk, sampler, seeds, config.policy, rollout=config.rollout)
+        for chunk in chunks([source[o] for o in range(3)], range(3), 3, 2)
+    ]
+    assert same([c for c in listed if c.phase == "rollout"])
+    batch = Batch(done, torch.randn(9, 2), torch.ones(9, 2, dtype=torch.bool), 18, sampler, seeds)
+    accumulate_gradient(config, new_state(config, tiny_unified), batch, 0, 0, torch.device("cpu"))
+    assert same([c for c in listed if c.phase == "train"])
+    evaluate(tiny_unified, load_reward(config.reward), source.heldout, sampler, config, Accelerator(cpu=True))
+    assert same(evaluation_plan(config, editor, sampler, [2] * 9, 1))
+
+
+def test_simulated_tensors_hold_nothing_and_memory_comes_back():
+    with simulated(torch.bfloat16):
+        big = torch.empty(2**20, 2**16)  # 128 GiB
+        with Meter() as meter:
+            half = big[: 2**19] + 1
+            assert meter.cost.peak == meter.cost.kept == half.untyped_storage().nbytes() == 2**36
+            del half
+        assert meter.cost.kept == 0 and meter.cost.operations == 1 and meter.cost.bytes == 2**37 + 2**36
+    assert torch.get_default_dtype() == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------------- problems
+
+
+def failing(session, images):
+    return [{"IF": Score(None, "no judge at this address")} for _ in images]
+
+
+def test_all_problems_come_together(tmp_path, capsys):
+    images = tmp_path / "sessions.jsonl"
+    images.write_text('{"image": "none.png", "turns": [{"instruction": "x"}]}\n{"turns": 3}\n')
+    arguments = ["--data", str(images), "--rollout.window", "9", "--train.minibatches", "5", "--train.lr", "0"]
+    arguments += ["--credit.weights", '{"beauty": 1.0}', "--rollout.siblings", "1", "--credit.fusion", "none-such"]
+    assert main(["check", *arguments]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    lines = said.err.splitlines()
+    for start in (
+        "rollout.window: 9",
+        "train.minibatches: 5",
+        "train.lr: 0",
+        "rollout.siblings: 1",
+        "credit.weights: ['beauty']",
+        "credit.fusion: 'none-such'",
+        f"{images}:1: ",
+        f"{images}:2: ",
+    ):
+        assert any(line.startswith(start) for line in lines), (start, lines)
+    assert len(set(lines)) == len(lines)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"policy": {"model": "kontext", "resolution": [500, 512]}}, r"policy\.resolution: \[500, 512\]"),
+        ({"policy": {"model": "qwen-edit", "keep_source": True}}, r"policy\.keep_source: true"),
+        (
+            {"policy": {"model": "klein", "weights": "someone/else"}},
+            r"policy\.weights: 'someone/else'.*downloads nothing",
+        ),
+        ({"policy": {"model": "klein", "lora_rank": 4, "lora_targets": "none"}}, r"policy\.lora_targets: 'none'"),
+        ({"policy": {"weights": "no/such"}}, "no/such: no config.json"),
+        ({"reward": {"function": "editr2.rewards.brightness:Dark"}}, r"reward\.function: .*Dark"),
+        ({"rollout": {"dynamics": "ddim-sde", "noise_level": 1.0, "window": 4}}, r"rollout\.window: steps \[3\]"),
+    ],
+)
+def test_a_problem_is_one_line_that_names_the_field(settings, message):
+    config = replace_nested(Config(), settings)
+    if config.policy.model != "unified":
+        config = replace_nested(config, {"data": {"path": str(ROOT / "examples" / "shapes"), "resize": "crop"}})
+    (problem,) = preflight(config).problems
+    assert re.search(message, problem) and "\n" not in problem
+
+
+def test_a_reward_is_asked_once(monkeypatch):
+    module = sys.modules[__name__]
+    monkeypatch.setitem(sys.modules, "a_judge", module)
+    monkeypatch.setattr(failing, "names", ("IF",), raising=False)
+    config = replace_nested(Config(), {"credit": {"preset": "flow-grpo", "baseline": None, "weights": {"IF": 1.0}}})
+    config = replace(config, reward=RewardConfig("a_judge:failing"))
+    (problem,) = preflight(config).problems
+    assert problem.startswith("reward.function: no score for session") and "no judge at this address" in problem
+
+
+def test_groups_must_go_around(capsys):
+    assert main(["check", "--processes", "13"]) == 2
+    assert "rollout.sessions: 12 (accepted: at least 13, one a process)" in capsys.readouterr().err
+    assert main(["check", "--gpu", "abacus"]) == 2
+    assert "--gpu: 'abacus' (accepted: b200, h200, h100" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- what it says
+
+
+def small(folders, **policy):
+    settings = {
+        "policy": {"model": "kontext", "weights": folders("small"), "resolution": [64, 64], "lora_rank": 4} | policy,
+        "data": {"path": str(ROOT / "examples" / "shapes"), "resize": "crop"},
+        "reward": {"function": "editr2.rewards.brightness:Brightness"},
+        "credit": {"preset": "flow-grpo", "baseline": None, "weights": {"brightness": 1.0}},
+    }
+    return replace_nested(Config(), settings)
+
+
+def test_offload_checkpointing_and_four_bits_take_less(folders):
+    lean_settings = {"offload": True, "gradient_checkpointing": True, "quantize": "4bit"}
+    reports = [preflight(small(folders, **settings), "rtx4090") for settings in ({}, lean_settings)]
+    assert all(not report.problems and report.fits for report in reports)
+    plain, lean = ("\n".join(report.lines) for report in reports)
+    assert "(not chosen)" in plain and "4-bit base" in lean and "on the host while idle" in lean
+    assert "verdict: fits rtx4090" in plain
+
+    def megabytes(text, part):
+        (value,) = re.findall(rf"{part} +([\d.]+) MiB", text)
+        return float(value)
+
+    for part in ("alive at most in rollout", "alive at most in train", "frozen weights"):
+        assert megabytes(lean, part) < megabytes(plain, part)
+
+
+def test_too_large_is_said(folders, monkeypatch):
+    monkeypatch.setitem(_SHEETS, "tiny", (10, *_SHEETS["rtx4090"][1:]))
+    report = preflight(small(folders), "tiny")
+    assert not report.fits and not report.problems and report.lines[-1].startswith("verdict: DOES NOT FIT tiny: ")
+
+
+def test_dry_run_trains_two_iterations_by_the_trainers_own_code(capsys, monkeypatch):
+    monkeypatch.setattr("editr2.preflight.preflight", lambda *_: Report([], ["checked"], True))
+    small = ["--rollout.sessions", "2", "--rollout.siblings", "2", "--rollout.turns", "1", "--policy.intent", "false"]
+    assert main(["check", "--gpu", "cpu", "--dry-run", *small]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("checked\n")
+    assert re.search(r"dry run +the second iteration took rollout [\d.]+ s", said)
+
+
+def test_this_machine_is_measured():
+    device = find_device("cpu")
+    assert not device.gpu and 1e8 < device.speed.flops[torch.float32] < 1e14
+    assert 1e8 < device.speed.bandwidth < 1e13 and 1e-8 < device.speed.launch < 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    spec = spec_from_file_location("recipe_estimates", ROOT / "scripts" / "recipe_estimates.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_passes_and_carries_what_the_check_prints(path, recipes, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = path.read_text()
+    now, then = recipes.printed(text), recipes.recorded(text)
+    number = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+    for new, old in zip(now, then, strict=True):
+        assert re.split(number, new.replace(" ", "")) == re.split(number, old.replace(" ", "")), (
+            "run scripts/recipe_estimates.py"
+        )
+        for a, b in zip(re.findall(number, new), re.findall(number, old), strict=True):
+            assert float(a) == pytest.approx(float(b), rel=0.03, abs=0.06), (new, old)
+    assert now[-1].startswith("verdict: fits ")
