@@ -116,7 +116,8 @@ def test_the_main_job_on_real_files(tmp_path):
 
     def editr2_command(*arguments):
         command = [sys.executable, "-m", "editr2.cli", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, env=os.environ)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 

@@ -275,7 +275,7 @@ def command(run, iterations=4):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    subprocess.run(command(run), check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=200)
+    subprocess.run(command(run), check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
     return run
 
 
@@ -298,9 +298,9 @@ def test_killed_at_any_moment_it_resumes_bitwise(uninterrupted, tmp_path, point)
         "while saving": lambda: any((run / "checkpoints").glob(".*")) and (run / "checkpoints/step_000001").exists(),
         "between iterations": lambda: (run / "checkpoints" / "step_000002").exists(),
     }
-    process = subprocess.Popen(command(run), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    process = subprocess.Popen(command(run), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert wait_and_kill(process, conditions[point]), "finished before it could be killed"
-    subprocess.run(command(run), check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=200)
+    subprocess.run(command(run), check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
     for name, value in final_weights(uninterrupted, 4).items():
         assert torch.equal(value, final_weights(run, 4)[name]), name
     a, b = (load_checkpoint(r / "checkpoints" / "step_000004").optimizer for r in (uninterrupted, run))

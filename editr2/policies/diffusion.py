@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from editr2.config import PolicyConfig
@@ -408,14 +408,23 @@ class DiffusionPolicy:
                 part.to(device)
             yield
             return
-        kept = [(t, t.data) for part in parts for t in itertools.chain(part.parameters(), part.buffers())]
-        for tensor, host in kept:
-            tensor.data = host.to(device, non_blocking=True)
+        kept = list(_weights(parts))
+        there = {id(tensor): tensor.to(device, non_blocking=True) for _, _, tensor in kept}
         try:
+            for owner, name, tensor in kept:
+                moved = there[id(tensor)]  # weights that two layers share stay shared
+                owner[name] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
             yield
         finally:
-            for tensor, host in kept:
-                tensor.data = host
+            for owner, name, tensor in kept:
+                owner[name] = tensor
+
+
+def _weights(parts: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Every parameter and buffer with the dictionary of its module that holds it, and its name there."""
+    for module in itertools.chain.from_iterable(part.modules() for part in parts):
+        for owner in (module._parameters, module._buffers):
+            yield from ((owner, name, tensor) for name, tensor in owner.items() if tensor is not None)
 
 
 def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
