@@ -463,6 +463,8 @@ def test_an_interrupt_ends_the_children(tmp_path, stub, number):
     stub(waits=60)
     words = runs.command(Path("FILE"))
     code = (
+        # A shell's background job, and whatever runs the tests in one, hands on that SIGINT is ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from pathlib import Path; from editr2.cli import main; from editr2.reproduce import runs; import sys; "
         f"runs.command = lambda file: [w.replace('FILE', str(file)) for w in {words!r}]; "
         f"sys.exit(main(['reproduce', '--out={tmp_path / 'runs'}', '--docs={tmp_path / 'docs'}', "
