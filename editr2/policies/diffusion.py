@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ def _padded(prompts: Sequence[Prompt]) -> Prompt:
     }
 
 
-class DiffusionPolicy:
+class DiffusionPolicy(ABC):
     """`Policy` and `ScheduledPolicy` over the components of a diffusers pipeline.
 
     A subclass names its pipeline and published weights, and provides
@@ -196,8 +197,6 @@ class DiffusionPolicy:
         self.condition_grid = (self.condition_size[0] // self.patch, self.condition_size[1] // self.patch)
         self.latent_shape = (self.grid[0] * self.grid[1], int(pipe.transformer.config.in_channels))
         self._prompts: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
-        if config.guidance_image != 1:
-            self.refuse("guidance_image", config.guidance_image, "1")
         self.check(config)
         for name in ("vae", *self.text_encoders):
             getattr(pipe, name).requires_grad_(False).eval()
@@ -224,31 +223,34 @@ class DiffusionPolicy:
 
     def check(self, config: PolicyConfig) -> None:
         """Refuses settings (`refuse`) that this model or these weights cannot follow."""
+        if config.guidance_image != 1:
+            self.refuse("guidance_image", config.guidance_image, "1")
 
+    @abstractmethod
     def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
         """The text encoders' output for each prompt, `words` [L, width] and more; without the batch dimension.
 
         images: uint8 [len(texts), H, W, 3] of each condition image, empty unless `text_sees_images`. Called without
         gradient, the text encoders on `device`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def to_latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], in the autoencoder's dtype -> tokens [B, N, D]: the mode of the distribution,
         as the pipelines take it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_pixels(self, latents: Tensor) -> Tensor:
         """Tokens [B, N, D] of the target's size -> images [B, 3, H, W] in [-1, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mu(self, steps: int) -> float | None:
-        raise NotImplementedError
+        """The scheduler's shift, None where its settings have no use for one."""
 
+    @abstractmethod
     def predict(self, x: Tensor, sigma: Tensor, context: EditContext, prompt: Prompt) -> Tensor:
         """The velocity of the noisy tokens x [B, N, D] at sigma [B] (float32), behind `context.conditions` and
         `prompt` (which is the negative one for the unguided branch)."""
-        raise NotImplementedError
 
     def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ()

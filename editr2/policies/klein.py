@@ -45,6 +45,7 @@ class KleinPolicy(DiffusionPolicy):
     position_axes = 4
 
     def check(self, config: PolicyConfig) -> None:
+        super().check(config)
         # The KV pipeline, whose weights are all distilled, does not say so in its settings.
         if config.guidance != 1 and getattr(self.pipe.config, "is_distilled", True):
             self.refuse("guidance", config.guidance, "1; these weights are distilled")

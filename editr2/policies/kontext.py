@@ -38,6 +38,7 @@ class KontextPolicy(DiffusionPolicy):
     """The stock pipeline's default."""
 
     def check(self, config: PolicyConfig) -> None:
+        super().check(config)
         if config.guidance_embed is not None and not self.module.config.guidance_embeds:
             self.refuse("guidance_embed", config.guidance_embed, "none; these weights do not take it")
 

@@ -66,6 +66,7 @@ class QwenEditPolicy(DiffusionPolicy):
         return pipe
 
     def check(self, config: PolicyConfig) -> None:
+        super().check(config)
         if config.guidance < 1:
             self.refuse("guidance", config.guidance, "1, which is none, or above")
         if config.guidance_embed is not None:
