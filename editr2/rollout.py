@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -220,53 +220,80 @@ def _denoise(
     """The fields of a `TurnRecord` that one turn's denoising gives.
 
     On the first turn siblings with common initial noise agree in everything until their group's window opens: up to
-    there only each group's first rollout is denoised, and then copied to the others.
+    there only each group's first rollout is denoised, and then copied to the others. Who is denoised when is known
+    before the first step, and reaches the device at once.
     """
     device, m, w = sampler.table.device, len(rollouts), sampler.window
     dtype = torch.bfloat16 if options.store_dtype == "bfloat16" else torch.float32
-    noise_seeds = seeds.window(chunk, rollouts, turn).to(device)
     starts = sampler.first_start + seeds.start(chunk, rollouts, turn, sampler.last_start - sampler.first_start + 1)
-    first = seeds.initial(chunk, rollouts, turn, options.shared_noise).to(device)
+    leader = rollouts // chunk.siblings * chunk.siblings if turn == 0 and options.shared_noise else rollouts
+    if not w:
+        leader = rollouts
+    plan = [_move(sampler, k, starts, leader, leader == rollouts) for k in range(sampler.steps)]
+    window, initial = seeds.window(chunk, rollouts, turn), seeds.initial(chunk, rollouts, turn, options.shared_noise)
+    noise_seeds, first, *indices = _in_one_copy([window, initial, *(t for move in plan for t in move)], device)
+    moves = [_Move(*indices[i : i + len(_Move._fields)]) for i in range(0, len(indices), len(_Move._fields))]
     x = philox_normal(first, INITIAL_STEP, policy.latent_shape).to(dtype)
     stored = torch.empty(m, w, *policy.latent_shape, device=device, dtype=dtype)
     following, velocity = torch.empty_like(stored), torch.empty_like(stored) if keep_velocity else None
     log_prob = torch.empty(m, w, device=device)
     step_index = torch.empty(m, w, dtype=torch.int64, device=device)
-    leader = rollouts // chunk.siblings * chunk.siblings if turn == 0 and options.shared_noise else rollouts
-    if not w:
-        leader = rollouts
     take = capture_step(policy, options.capture, device, keep_velocity)
-    live, here = torch.zeros(0, dtype=torch.int64), context
-    for k in range(sampler.steps):
-        row, inside = sampler.step_index(k, starts)
-        now = ((leader == rollouts) | (starts <= k)).nonzero()[:, 0]
-        if len(now) != len(live):
-            # Positions equal rollouts on the first turn, where alone a leader is somebody else.
-            opening = (starts == k) & (leader != rollouts)
-            if k and bool(opening.any()):
-                at = opening.nonzero()[:, 0]
-                x[at.to(device)] = x[leader[at].to(device)]
-            live, here = now, context if len(now) == m else policy.select(context, now)
-        on = live.to(device)
-        x_live, row_live = (x, row.to(device)) if len(live) == m else (x[on], row[live].to(device))
-        sigma = sampler.sigmas[k].expand(len(live))
-        step = take(x_live, sigma, here, sampler.table, row_live, noise_seeds[on])
-        if bool(inside.any()):
-            # Whoever is inside its window is live.
-            picked = inside[live].nonzero()[:, 0]
-            at, slot = live[picked].to(device), (k - starts[live[picked]]).to(device)
-            picked = picked.to(device)
-            stored[at, slot], following[at, slot] = x_live[picked], step.x_next[picked]
-            log_prob[at, slot], step_index[at, slot] = step.log_prob[picked], row_live[picked]
+    count, here = 0, context
+    for k, move in enumerate(moves):
+        if len(move.joining):
+            x[move.joining] = x[move.leader]
+        if len(move.live) != count:
+            count = len(move.live)
+            here = context if count == m else policy.select(context, plan[k].live)
+        x_live = x if count == m else x[move.live]
+        sigma = sampler.sigmas[k].expand(count)
+        step = take(x_live, sigma, here, sampler.table, move.row, noise_seeds[move.live])
+        if len(move.inside):
+            at, slot = move.at, move.slot
+            stored[at, slot], following[at, slot] = x_live[move.inside], step.x_next[move.inside]
+            log_prob[at, slot], step_index[at, slot] = step.log_prob[move.inside], move.row[move.inside]
             if velocity is not None and step.velocity is not None:
-                velocity[at, slot] = step.velocity[picked].to(dtype)
-        if len(live) == m:
+                velocity[at, slot] = step.velocity[move.inside].to(dtype)
+        if count == m:
             x = step.x_next
         else:
-            x[on] = step.x_next
+            x[move.live] = step.x_next
     path = {"x": stored, "x_next": following, "step_index": step_index, "log_prob": log_prob, "x0": x}
     return (
         path
         | {"sigma": sampler.sigmas[step_index % sampler.steps]}
         | ({} if velocity is None else {"velocity": velocity})
     )
+
+
+class _Move(NamedTuple):
+    """Which rollouts one denoising step touches, as int64 indices.
+
+    joining, leader: those whose window opens, and whose latents they have so far. live: those that are denoised, and
+    row: their rows of the transition table. inside: which of the live ones are inside their window; at, slot: where
+    these are stored.
+    """
+
+    joining: Tensor
+    leader: Tensor
+    live: Tensor
+    row: Tensor
+    inside: Tensor
+    at: Tensor
+    slot: Tensor
+
+
+def _move(sampler: Sampler, k: int, starts: Tensor, leader: Tensor, leads: Tensor) -> _Move:
+    row, inside = sampler.step_index(k, starts)
+    # Positions equal rollouts on the first turn, where alone a leader is somebody else.
+    joining = (~leads & (starts == k) & (k > 0)).nonzero()[:, 0]
+    live = (leads | (starts <= k)).nonzero()[:, 0]
+    picked = inside[live].nonzero()[:, 0]  # whoever is inside its window is live
+    at = live[picked]
+    return _Move(joining, leader[joining], live, row[live], picked, at, k - starts[at])
+
+
+def _in_one_copy(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Vectors of one dtype on the device. A step that copied its own would wait for the device each time."""
+    return torch.cat(list(parts)).to(device).split([len(part) for part in parts])
