@@ -1,4 +1,5 @@
-"""Other trainers' step in a loop, before and after `patch`: a rollout step, a training step with a KL to a reference.
+"""Other trainers' step in a loop, before and after `patch`: a rollout step, a training step with a KL to a reference;
+and verl-omni's NFT loss.
 
 The originals are the stand-ins of the tests (tests/peers.py), with the arithmetic and the look-ups of those projects.
 """
@@ -10,6 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,6 +198,58 @@ def test_patched(
         device=device,
         inputs=make,
         providers=providers,
+        gate=gate,
+        seconds=4.0,
+    )
+
+
+NFT = SimpleNamespace(mix_beta=0.5, adv_clip_max=5.0, adaptive_weight_min=1e-5, ref_kl_coef=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_patched_nft_loss(
+    shape: tuple[int, ...], device: str, modules: dict[str, Any], compare: Callable[..., Any]
+) -> None:
+    """With its metrics, which the host reads: numbers are what the original returns."""
+    owner = modules["verl_omni.trainer.diffusion.diffusion_algos"].DiffusionNFTLoss
+    eager = owner.compute_loss
+    patch("verl_omni")
+    ours = owner.compute_loss
+    unpatch("verl_omni")
+
+    def make() -> dict[str, Any]:
+        generator = torch.Generator(device).manual_seed(0)
+        x0, noise, *changes = torch.randn(5, *shape, generator=generator, device=device)
+        t = torch.linspace(0.1, 0.95, shape[0], device=device).view(-1, 1, 1)
+        v, v_old, v_ref = (noise - x0 + 0.2 * change for change in changes)  # near the target, as a trained model's
+        return {
+            "forward_prediction": v.requires_grad_(),
+            "old_prediction": v_old,
+            "ref_forward_prediction": v_ref,
+            "x0": x0,
+            "xt": torch.lerp(x0, noise, t),
+            "t_expanded": t,
+            "reward_prob": torch.linspace(0, 1, shape[0], device=device),
+        }
+
+    def full(compute: Call, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        loss, _ = compute(**inputs, config=SimpleNamespace(diffusion_loss=NFT))
+        return loss.detach(), torch.autograd.grad(loss, inputs["forward_prediction"])[0]
+
+    def gate(inputs: dict[str, Any]) -> dict[str, float]:
+        (their_loss, theirs), (loss, grad) = full(eager, inputs), full(ours, inputs)
+        worst("loss", loss, their_loss, 1e-5)
+        return {"editr2": worst("gradient", grad / theirs.abs().max(), theirs / theirs.abs().max(), 1e-5)}
+
+    compare(
+        op="integrations",
+        mode="verl_omni, NFT loss, forward + backward",
+        shape=shape,
+        dtype=FP32.name,
+        device=device,
+        inputs=make,
+        providers={"eager": lambda inputs: full(eager, inputs), "editr2": lambda inputs: full(ours, inputs)},
         gate=gate,
         seconds=4.0,
     )

@@ -296,6 +296,54 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
         return (*out, torch.sqrt(-dt).reshape(-1).expand(x.shape[0])) if return_sqrt_dt else out
 
 
+class DiffusionNFTLoss:
+    """Of the registered losses the one over latents; its settings are attributes of `config.diffusion_loss`."""
+
+    # What another version might do: 2 in place of 1 weighs the negative branch twice.
+    negative_share = 1.0
+
+    @classmethod
+    def compute_loss(
+        cls,
+        *,
+        forward_prediction,
+        old_prediction,
+        ref_forward_prediction,
+        x0,
+        xt,
+        t_expanded,
+        reward_prob,
+        config,
+    ):
+        settings, v = config.diffusion_loss, forward_prediction
+        v_old, v_ref = old_prediction.detach(), ref_forward_prediction.detach()
+        r = (reward_prob.flatten(1).mean(1) if reward_prob.dim() > 1 else reward_prob).to(x0)
+        every = tuple(range(1, x0.dim()))
+
+        def matching(beta):
+            clean = xt - t_expanded * (beta * v + (1 - beta) * v_old)
+            with torch.no_grad():
+                distance = (clean.double() - x0.double()).abs().mean(every, keepdim=True)
+                weight = distance.clamp(min=settings.adaptive_weight_min).to(clean.dtype)
+            return ((clean - x0) ** 2 / weight).mean(every)
+
+        positive, negative = matching(settings.mix_beta), matching(-settings.mix_beta)
+        both = r * positive / settings.mix_beta + cls.negative_share * (1 - r) * negative / settings.mix_beta
+        policy = (both * settings.adv_clip_max).mean()
+        reference = ((v - v_ref) ** 2).mean(every).mean()
+        loss = policy + settings.ref_kl_coef * reference
+        seen = {
+            "policy_loss": policy,
+            "positive_loss": positive.mean(),
+            "negative_loss": negative.mean(),
+            "ref_kl_loss": reference,
+            "old_deviate": ((v - v_old) ** 2).mean(),
+            "reward_prob_mean": r.mean(),
+            "total_loss": loss,
+        }
+        return loss, {f"actor/{name}": value.item() for name, value in seen.items()}
+
+
 # DanceGRPO, and a fork that lost the constants and keeps deterministic steps deterministic
 
 
@@ -326,6 +374,7 @@ MODULES = {
         "FlowMatchEulerDiscreteSDEScheduler": FlowMatchEulerDiscreteSDEScheduler
     },
     "verl_omni.pipelines.schedulers.flow_match_sde": {"FlowMatchSDEDiscreteScheduler": FlowMatchSDEDiscreteScheduler},
+    "verl_omni.trainer.diffusion.diffusion_algos": {"DiffusionNFTLoss": DiffusionNFTLoss},
     "fastvideo.train_grpo_flux": {"flux_step": flux_step_of(constants=True, always_noisy=True)},
 }
 

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ _ACTIVE: dict[str, Patched] = {}
 
 
 def patch(name: str, *, module: str | ModuleType | None = None, noise: str = "generator") -> Patched:
-    """Replace a project's sampler step, log-prob and, where it has a place for it, advantage by the operators here.
+    """Replace a project's sampler step, log-prob and, where it has a place for them, advantage and NFT loss by the
+    operators here.
 
     Args:
         name: "flow_grpo", "flow_factory", "verl_omni" or "dance_grpo" (MixGRPO too, with `module`).
@@ -114,9 +116,12 @@ def _exchange(owner: Any, name: str, old: Function, new: Function) -> None:
 def _prepared(seam: Seam, where: str | ModuleType, noise: str) -> _Replaced:
     module = _module(where)
     owner, name = _found(seam, module)
-    original = vars(owner)[name]
+    held = vars(owner)[name]
+    original = held.__func__ if isinstance(held, classmethod) else held
     if not inspect.isfunction(original):
-        raise IntegrationError(f"{module.__name__}.{name}: {type(original).__name__} (accepted: a plain function)")
+        raise IntegrationError(
+            f"{module.__name__}.{name}: {type(original).__name__} (accepted: a plain function or a class method)"
+        )
     signature = _signature(original)
     if signature not in seam.signatures:
         raise IntegrationError(
@@ -132,7 +137,8 @@ def _prepared(seam: Seam, where: str | ModuleType, noise: str) -> _Replaced:
         for convention in seam.conventions:
             reason = _difference(expected, _results(seam, _wrapped(seam, original, "generator", convention), module))
             if reason is None:
-                return _Replaced(owner, name, original, _wrapped(seam, original, noise, convention))
+                ours: Any = _wrapped(seam, original, noise, convention)
+                return _Replaced(owner, name, held, classmethod(ours) if held is not original else ours)
             reasons.append(reason)
     raise IntegrationError(
         f"{module.__name__}.{original.__qualname__}: its results are not those of a version known: {reasons[0]} "
@@ -163,9 +169,10 @@ def _found(seam: Seam, module: ModuleType) -> tuple[Any, str]:
 
 
 def _signature(function: Function) -> str:
-    """Names, order and defaults after the first argument."""
+    """Names, order, kinds and defaults after the first argument."""
     _, *parameters = inspect.signature(function).parameters.values()
-    return ", ".join(str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters)
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(plain))[1:-1]
 
 
 def _wrapped(seam: Seam, original: Function, noise: str, convention: Any) -> Function:
@@ -183,38 +190,46 @@ def _wrapped(seam: Seam, original: Function, noise: str, convention: Any) -> Fun
     return replacement
 
 
-def _results(seam: Seam, function: Function, module: ModuleType) -> Iterator[tuple[type, list[Tensor | None]]]:
-    """Of every call of the probe: the type of the result, its tensors, and the gradient of their squares to v."""
+_Result = tuple[type, list[tuple[str, Tensor | None]]]
+
+
+def _results(seam: Seam, function: Function, module: ModuleType) -> Iterator[_Result]:
+    """Of every call of the probe: the type of the result, its tensors and numbers by name, and the gradient of their
+    squares to v."""
     for v, result in seam.probe(function, module):
         leaves = list(_leaves(result))
-        tracked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        tracked = [leaf for _, leaf in leaves if leaf is not None and leaf.requires_grad]
         if tracked:
             loss = torch.stack([leaf.float().square().sum() for leaf in tracked]).sum()
-            leaves += torch.autograd.grad(loss, v)
+            leaves.append(("gradient", torch.autograd.grad(loss, v)[0]))
         yield type(result), leaves
 
 
-def _leaves(value: Any) -> Iterator[Tensor | None]:
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor | None]]:
     if value is None or isinstance(value, Tensor):
-        yield value
+        yield name, value
+    elif isinstance(value, Real):
+        yield name, torch.tensor(float(value), dtype=torch.float64)
     else:
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _leaves(part)
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(part, f"{name}.{key}" if name else str(key))
 
 
-def _difference(expected: list[tuple[type, list[Tensor | None]]], given: Iterator[Any]) -> str | None:
+def _difference(expected: list[_Result], given: Iterator[_Result]) -> str | None:
     """Of the first call that differs; None where all agree."""
     for call, ((kind, theirs), (our_kind, ours)) in enumerate(zip(expected, given, strict=True)):
-        if kind is not our_kind or len(theirs) != len(ours):
-            return f"call {call} of the probe returns {kind.__name__} of {len(theirs)} tensors"
-        for position, (their, our) in enumerate(zip(theirs, ours)):
+        names = [name for name, _ in theirs]
+        if kind is not our_kind or names != [name for name, _ in ours]:
+            return f"call {call} of the probe returns {kind.__name__} of {', '.join(names)}"
+        for name, their, our in zip(names, (leaf for _, leaf in theirs), (leaf for _, leaf in ours), strict=True):
+            what = f"output {name} of call {call} of the probe"
             if (their is None) != (our is None):
-                return f"output {position} of call {call} of the probe is {'None' if their is None else 'not None'}"
+                return f"{what} is {'None' if their is None else 'not None'}"
             if their is None or our is None:
                 continue
             if their.shape != our.shape or their.dtype != our.dtype:
-                return f"output {position} of call {call} of the probe is {their.dtype} {list(their.shape)}"
+                return f"{what} is {their.dtype} {list(their.shape)}"
             error = (their - our).abs().max().item()
             if not error <= TOLERANCE * max(1.0, their.abs().max().item()):
-                return f"output {position} of call {call} of the probe differs by {error:.1e}"
+                return f"{what} differs by {error:.1e}"
     return None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from editr2.integrations.losses import probe_verl_omni_nft, verl_omni_nft
 from editr2.integrations.steps import (
     Draw,
     Rows,
@@ -40,10 +41,10 @@ Function = Callable[..., Any]
 class Seam:
     """One function of a project.
 
-    module: where it is defined. paths: its name there, or Class.name; the first that exists. signatures: the known
-    ones, without the first argument. build(original, noise, convention): what replaces it; its first argument is given
-    by position, the others by name. conventions: those to try, in order. probe(function, module): calls on fixed
-    inputs, each as (the velocity or None, the result).
+    module: where it is defined. paths: its name there, or Class.name (a class method too); the first that exists.
+    signatures: the known ones, without the first argument. build(original, noise, convention): what replaces it; its
+    first argument is given by position, the others by name. conventions: those to try, in order.
+    probe(function, module): calls on fixed inputs, each as (the velocity or None, the result).
     """
 
     module: str
@@ -504,6 +505,13 @@ PROJECTS: dict[str, tuple[Seam, ...]] = {
             (f"{_VERL_OMNI}, include_logprob_normalizer=True",),
             _verl_omni_step,
             _probe_verl_omni,
+        ),
+        Seam(
+            "verl_omni.trainer.diffusion.diffusion_algos",
+            ("DiffusionNFTLoss.compute_loss",),
+            ("*, forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, reward_prob, config",),
+            verl_omni_nft,
+            probe_verl_omni_nft,
         ),
     ),
     "dance_grpo": (
