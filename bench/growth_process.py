@@ -18,7 +18,7 @@ def main(iterations: int) -> None:
     ours = iteration(groups=8)
     for _ in range(iterations):
         row = ours()
-        if ours.accelerator.is_main_process:
+        if ours.processes.main:
             print(
                 json.dumps({name: row[name] for name in ("seconds", "reward", "ratio_error", "grad_norm")}), flush=True
             )

@@ -33,6 +33,7 @@ from editr2.config import Config, replace_nested
 from editr2.data import open_sessions
 from editr2.policies.unified import UnifiedPolicy
 from editr2.policies.weights import trainable
+from editr2.processes import Processes
 from editr2.rewards.world import WorldReward
 from editr2.rollout import Chunk
 from editr2.schedule import rollout_sampler
@@ -60,14 +61,14 @@ class Ours:
         self.config, self.policy, self.eager = config, policy, eager
         self.source = open_sessions(config, policy)
         self.sampler = rollout_sampler(config.rollout)
-        self.accelerator = Accelerator(cpu=True)
+        self.processes = Processes(Accelerator(cpu=True))
         self.state = new_state(config, policy)
         self.reward = WorldReward()
         self.seconds: dict[str, float] = {}
 
     def __call__(self) -> dict[str, Any]:
         with eager_operators(self.config.rollout) if self.eager else nullcontext():
-            row = trainer._iteration(self.config, self.state, self.source, self.reward, self.sampler, self.accelerator)
+            row = trainer._iteration(self.config, self.state, self.source, self.reward, self.sampler, self.processes)
         self.seconds = row["seconds"]
         return row
 
@@ -105,7 +106,7 @@ class Peer:
     def __call__(self) -> float:
         loss, _ = self.plan.iterate(self.ours.reward)
         start = time.perf_counter()
-        trainer._step(self.plan.config, self.ours.state, self.ours.accelerator)
+        trainer._step(self.plan.config, self.ours.state, self.ours.processes)
         self.plan.seconds["optimiser"] = time.perf_counter() - start
         return loss
 

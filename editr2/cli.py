@@ -17,9 +17,7 @@ from editr2.config import PRESETS, Config, preset_config
 from editr2.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    import torch
-
-    from editr2.policies.base import Policy
+    pass
 
 Arguments = Sequence[str]
 
@@ -144,16 +142,17 @@ def command_eval(arguments: Arguments) -> int:
     config, _ = run_config("editr2 eval", "Score a policy on held-out sessions (see --eval.*, --data.*).", arguments)
     from editr2.data import open_sessions
     from editr2.evaluate import evaluate
-    from editr2.processes import open_accelerator
+    from editr2.policies.load import open_policy
+    from editr2.processes import open_processes
     from editr2.rewards.load import load_reward
     from editr2.schedule import eval_sampler, own_schedule
 
-    accelerator = open_accelerator()  # first: it says which device is this process's
-    policy = _policy(config, accelerator.device)
+    processes = open_processes()  # first: it says which device is this process's
+    policy = open_policy(config.policy, processes, trains=False)
     source = open_sessions(config, policy)
-    sampler = eval_sampler(config, own_schedule(policy)).to(accelerator.device)
-    row = evaluate(policy, load_reward(config.reward), source.heldout, sampler, config, accelerator).row(0, "eval")
-    if accelerator.is_main_process:
+    sampler = eval_sampler(config, own_schedule(policy)).to(processes.device)
+    row = evaluate(policy, load_reward(config.reward), source.heldout, sampler, config, processes).row(0, "eval")
+    if processes.main:
         print(evaluation_table(row))
     return 0
 
@@ -188,18 +187,20 @@ def command_rollout(arguments: Arguments) -> int:
     from PIL import Image
 
     from editr2.data import open_sessions
-    from editr2.processes import open_accelerator
+    from editr2.policies.load import open_policy
+    from editr2.processes import open_processes
     from editr2.rollout import Seeds, chunks, rollout_chunk
     from editr2.schedule import eval_sampler, own_schedule
 
-    device = open_accelerator().device
-    policy = _policy(config, device)
+    processes = open_processes()
+    policy = open_policy(config.policy, processes, trains=False)
     sessions = open_sessions(config, policy).heldout
-    sampler = eval_sampler(config, own_schedule(policy)).to(device)
-    out = Path(config.out)
+    sampler = eval_sampler(config, own_schedule(policy)).to(processes.device)
+    out, mine = Path(config.out), processes.share(len(sessions))
     (out / "images").mkdir(parents=True, exist_ok=True)
-    with (out / "outputs.jsonl").open("w") as file:
-        for chunk in chunks(sessions, range(len(sessions)), 1, 4 * config.rollout.groups_per_batch):
+    parts = [out / "outputs.jsonl", *(out / f"outputs.{i}.jsonl" for i in range(1, processes.count))]
+    with parts[processes.index].open("w") as file:
+        for chunk in chunks(sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch):
             rollout_chunk(policy, chunk, sampler, Seeds(config.seed, "rollout"), config.policy, greedy=True)
             for i, session in enumerate(chunk.sessions):
                 turns = []
@@ -217,7 +218,13 @@ def command_rollout(arguments: Arguments) -> int:
                         }
                     )
                 file.write(json.dumps({"id": session.id, "turns": turns}) + "\n")
-    print(f"{len(sessions)} sessions: {out / 'outputs.jsonl'}")
+    processes.wait()
+    if processes.main:
+        with parts[0].open("a") as file:
+            for part in parts[1:]:
+                file.write(part.read_text())
+                part.unlink()
+        print(f"{len(sessions)} sessions: {parts[0]}")
     return 0
 
 
@@ -353,14 +360,6 @@ def command_reproduce(arguments: Arguments) -> int:
     if not failures or (docs / "reproduction.jsonl").exists():
         print(f"page: {write_page(docs)}")
     return 1 if failures else 0
-
-
-def _policy(config: Config, device: torch.device) -> Policy:
-    from editr2.policies.load import load_policy
-
-    policy = load_policy(config.policy, trains=False)
-    policy.module.to(device)
-    return policy
 
 
 def _parsed(parser: ArgumentParser, arguments: Arguments) -> Namespace:

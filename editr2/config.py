@@ -82,6 +82,8 @@ class PolicyConfig:
         compile: torch.compile the transformer's repeated blocks.
         offload: keep text encoder and VAE on the host while they are not in use.
         quantize: none, or 4bit (the frozen base through bitsandbytes; needs a CUDA device and LoRA).
+        shard: each process holds its part of the transformer's frozen weights and gathers a block while it computes
+            (FSDP2); needs LoRA. On one process there is nothing to share out.
     """
 
     model: str = "unified"
@@ -106,6 +108,7 @@ class PolicyConfig:
     compile: bool = False
     offload: bool = False
     quantize: str = "none"
+    shard: bool = False
 
 
 @dataclass(frozen=True)
@@ -567,3 +570,13 @@ def _model_problems(config: Config) -> Iterator[str]:
         )
     if p.quantize != "none" and not p.lora_rank:
         yield f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what trains is not quantized)"
+    if p.shard:
+        for name, value, accepted, why in (
+            ("policy.lora_rank", p.lora_rank, p.lora_rank > 0, "at least 1; only frozen weights are sharded"),
+            ("policy.quantize", p.quantize, p.quantize == "none", "none; 4-bit weights are not sharded"),
+            ("policy.model", p.model, p.model != "klein-kv", "klein; its cache is made inside of the blocks"),
+            ("policy.compile", p.compile, not p.compile, "false; compiled blocks are not computed again as they were"),
+            ("rollout.capture", config.rollout.capture, config.rollout.capture == "off", "off; gathering waits"),
+        ):
+            if not accepted:
+                yield f"{name}: {value} (accepted with policy.shard: {why})"

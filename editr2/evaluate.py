@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
 from editr2.config import Config, RolloutConfig
 from editr2.credit import assign_credit, weighted_reward
-from editr2.policies.base import Policy
-from editr2.processes import share
+from editr2.policies.base import Intent, Policy
+from editr2.processes import Processes
 from editr2.rewards.base import Reward, Scores, score_batch
 from editr2.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.schedule import Sampler
@@ -127,10 +125,10 @@ def evaluate(
     sessions: Sequence[Session],
     sampler: Sampler,
     config: Config,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> Evaluation:
     """One deterministic rollout a session; split over processes and gathered."""
-    mine = share(len(sessions), accelerator)
+    mine = processes.share(len(sessions))
     turns = max(len(s.turns) for s in sessions)
     done = []
     tokens = config.eval.intent_tokens or config.policy.intent_tokens
@@ -138,6 +136,7 @@ def evaluate(
     rollout = RolloutConfig(store_dtype=config.rollout.store_dtype)
     for chunk in chunks(sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch):
         done.append(rollout_chunk(policy, chunk, sampler, Seeds(0, "eval"), options, rollout=rollout, greedy=True))
+    processes.lend()
     known = [
         record.text[j] == turn.intent
         for chunk in done
@@ -145,7 +144,7 @@ def evaluate(
         for j, i in enumerate(record.rollout.tolist())
         if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
-    parts = gather_object([(judge(reward, done, turns), known)])
+    parts = processes.gather([(judge(reward, done, turns), known)])
     scores = merge_scores([s for s, _ in parts])
     rights = [r for _, k in parts for r in k]
     return Evaluation(
@@ -179,7 +178,16 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
     return [math.nan if v is None else v for v in values]
 
 
-def write_strips(
+@dataclass(frozen=True)
+class _Drawn:
+    """The first rollout of a group: uint8 [T, H, W, 3] and, turn by turn, the intent."""
+
+    session: Session
+    images: np.ndarray
+    intents: list[Intent | None]
+
+
+def draw_strips(
     folder: Path,
     name: str,
     policy: Policy,
@@ -187,56 +195,64 @@ def write_strips(
     sessions: Sequence[Session],
     sampler: Sampler,
     config: Config,
+    processes: Processes,
 ) -> None:
     """Rolls out whole groups as in training and writes each group's first rollout, with its advantages, as images and
-    `<name>.json` for the report. Same seeds before and after, so the strips differ by the weights alone."""
+    `<name>.json` for the report. Same seeds before and after, so the strips differ by the weights alone. Groups are
+    split over processes; the main one writes."""
+    mine = processes.share(len(sessions))
+    r, ordinals = config.rollout, range(len(sessions))[mine]
     done = [
-        rollout_chunk(policy, chunk, sampler, Seeds(0, "strips"), config.policy, rollout=config.rollout)
-        for chunk in chunks(sessions, range(len(sessions)), config.rollout.siblings, config.rollout.groups_per_batch)
+        rollout_chunk(policy, chunk, sampler, Seeds(0, "strips"), config.policy, rollout=r)
+        for chunk in chunks(sessions[mine], ordinals, r.siblings, r.groups_per_batch)
     ]
     turns = max(len(s.turns) for s in sessions)
-    scores = judge(reward, done, turns)
+    processes.lend()
+    drawn = [_first_of(chunk, s) for chunk in done for s in range(len(chunk.sessions))]
+    parts = processes.gather([(judge(reward, done, turns), drawn)])
+    if processes.main:
+        scores = merge_scores([s for s, _ in parts])
+        _write_strips(folder, name, [d for _, part in parts for d in part], scores, config)
+
+
+def _first_of(chunk: Chunk, place: int) -> _Drawn:
+    rollout, intents = place * chunk.siblings, []
+    for record in chunk.turns[: len(chunk.sessions[place].turns)]:
+        at = int((record.rollout == rollout).nonzero()[0, 0])
+        intents.append(record.intents[at] if record.intents is not None else None)
+    return _Drawn(chunk.sessions[place], chunk.images_of(rollout), intents)
+
+
+def _write_strips(folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scores, config: Config) -> None:
     rewards = weighted_reward(scores, config.credit.weights)
-    group = torch.arange(len(sessions)).repeat_interleave(config.rollout.siblings)
+    group = torch.arange(len(drawn)).repeat_interleave(config.rollout.siblings)
     credit = assign_credit(scores, group, config.credit)
     shutil.rmtree(folder / name, ignore_errors=True)
     (folder / name).mkdir(parents=True)
     strips: list[dict[str, Any]] = []
-    row = 0
-    for chunk in done:
-        for s, session in enumerate(chunk.sessions):
-            place = len(strips)
-            Image.fromarray(session.image).save(folder / name / f"{place:03d}.png")
-            strip: dict[str, Any] = {
-                "id": session.id,
-                "mode": session.mode,
-                "image": f"{name}/{place:03d}.png",
-                "turns": [],
-            }
-            images = chunk.images_of(s * chunk.siblings)
-            for t, turn in enumerate(session.turns):
-                record = chunk.turns[t]
-                at = int((record.rollout == s * chunk.siblings).nonzero()[0, 0])
-                intent = record.intents[at] if record.intents is not None else None
-                file = f"{name}/{place:03d}_t{t + 1}.png"
-                Image.fromarray(images[t]).save(folder / file)
-                present = bool(scores.present[row, t])
-                strip["turns"].append(
-                    {
-                        "instruction": turn.instruction,
-                        "intent": intent.text if intent else None,
-                        "reasoning": intent.reasoning if intent else None,
-                        "expected": None,
-                        "image": file,
-                        "scores": {
-                            n: float(scores.values[row, t, k]) if present else None for k, n in enumerate(scores.names)
-                        },
-                        "reward": float(rewards[row, t]) if present else None,
-                        "advantage": float(credit.advantage[row, t]),
-                        "reason": scores.reasons.get((row, t)),
-                        "masked": not bool(credit.mask[row, t]),
-                    }
-                )
-            strips.append(strip)
-            row += chunk.siblings
+    for place, strip in enumerate(drawn):
+        session, row = strip.session, place * config.rollout.siblings
+        Image.fromarray(session.image).save(folder / name / f"{place:03d}.png")
+        shown = []
+        for t, (turn, intent) in enumerate(zip(session.turns, strip.intents, strict=True)):
+            file = f"{name}/{place:03d}_t{t + 1}.png"
+            Image.fromarray(strip.images[t]).save(folder / file)
+            present = bool(scores.present[row, t])
+            shown.append(
+                {
+                    "instruction": turn.instruction,
+                    "intent": intent.text if intent else None,
+                    "reasoning": intent.reasoning if intent else None,
+                    "expected": None,
+                    "image": file,
+                    "scores": {
+                        n: float(scores.values[row, t, k]) if present else None for k, n in enumerate(scores.names)
+                    },
+                    "reward": float(rewards[row, t]) if present else None,
+                    "advantage": float(credit.advantage[row, t]),
+                    "reason": scores.reasons.get((row, t)),
+                    "masked": not bool(credit.mask[row, t]),
+                }
+            )
+        strips.append({"id": session.id, "mode": session.mode, "image": f"{name}/{place:03d}.png", "turns": shown})
     (folder / f"{name}.json").write_text(json.dumps({"sessions": strips}, indent=1) + "\n")

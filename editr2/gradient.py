@@ -25,6 +25,7 @@ from editr2.objective import (
     window_rows,
 )
 from editr2.policies.weights import exchanged
+from editr2.processes import Processes
 from editr2.ratio import RatioError, explain_difference
 from editr2.replay import Answers, Part, Places, ReplayOptions, can_pack, replay
 from editr2.rollout import Chunk, Seeds
@@ -60,14 +61,14 @@ class Batch:
 
 
 def accumulate_gradient(
-    config: Config, state: State, batch: Batch, update: int, minibatch: int, device: torch.device
+    config: Config, state: State, batch: Batch, update: int, minibatch: int, processes: Processes
 ) -> dict[str, float]:
     """Backward of the loss over one minibatch (every chunk whose number is `minibatch` modulo train.minibatches).
 
     Returns `STATISTICS` (this process's share of the sums) and `ERRORS`. Raises `RatioError` where the first update of
     a run does not find a ratio of 1, and `NonFiniteError` for a loss that is not finite.
     """
-    t = config.train
+    t, device = config.train, processes.device
     fresh = update == minibatch == 0
     sums = dict.fromkeys((*STATISTICS, *ERRORS), 0.0)
     if fresh and t.minibatches > 1 and t.loss == "grpo":
@@ -88,7 +89,7 @@ def accumulate_gradient(
                 raise NonFiniteError(
                     f"loss: {values['loss'] + values['text_loss']} at iteration {state.iteration}, {where()}"
                 )
-            loss.backward()
+            processes.backward(loss)
             for name, value in values.items():
                 sums[name] = max(sums[name], value) if name in ERRORS else sums[name] + value
     return sums

@@ -1,24 +1,85 @@
-"""This process among those of a run, and its part of the work."""
+"""The processes of a run: which one this is, its part of the work, and what they do together."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object, reduce
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from editr2.policies.sharding import Lockstep
 
 PATIENCE = timedelta(hours=6)
-"""How long a process waits for the others: a judge may take minutes over what only the first process rolls out, while
-the default of a GPU's process group is ten."""
+"""How long a process waits for the others: a judge may take minutes over another's sessions, while the default of a
+GPU's process group is ten."""
 
 
-def open_accelerator() -> Accelerator:
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
-    )
+def open_processes() -> Processes:
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
+    return Processes(Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers))
 
 
-def share(count: int, accelerator: Accelerator) -> slice:
-    """This process's contiguous part of `count` items."""
-    n, i = accelerator.num_processes, accelerator.process_index
-    return slice(count * i // n, count * (i + 1) // n)
+@dataclass
+class Processes:
+    """Everything that needs all processes goes through here.
+
+    lockstep: of a policy whose weights are shared out (`editr2.policies.sharding`). A process that waits for the others
+    lends them its part of the weights meanwhile.
+    """
+
+    accelerator: Accelerator
+    lockstep: Lockstep | None = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def main(self) -> bool:
+        return self.index == 0
+
+    @property
+    def count(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def index(self) -> int:
+        return int(self.accelerator.process_index)
+
+    def share(self, items: int) -> slice:
+        """This process's contiguous part of `items`."""
+        n, i = self.count, self.index
+        return slice(items * i // n, items * (i + 1) // n)
+
+    def wait(self) -> None:
+        self.lend()
+        self.accelerator.wait_for_everyone()
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in their order, on each of them."""
+        self.lend()
+        return list(gather_object(items))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over processes."""
+        self.lend()
+        return reduce(values, "sum") if self.count > 1 else values
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of this process's loss to its parameters'."""
+        if self.lockstep is None:
+            loss.backward()
+        else:
+            self.lockstep.backward(loss)
+
+    def lend(self) -> None:
+        """Before work without the policy that takes a while: lends this process's part of the weights until all
+        processes are here. Returns at once where weights are whole."""
+        if self.lockstep is not None:
+            self.lockstep.finish()

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from editr2.config import Config
 from editr2.credit import weighted_reward
@@ -17,6 +15,7 @@ from editr2.data import SessionSource
 from editr2.evaluate import mean_se, success
 from editr2.gradient import STATISTICS
 from editr2.policies.base import Policy, parameter_count
+from editr2.processes import Processes
 from editr2.rewards.base import Scores
 from editr2.rollout import Chunk
 from editr2_kernels import GroupAdvantage
@@ -35,12 +34,12 @@ class Clock:
         self.seconds[name] += time.perf_counter() - start
 
 
-def start_row(config: Config, source: SessionSource, accelerator: Accelerator, policy: Policy) -> dict[str, Any]:
+def start_row(config: Config, source: SessionSource, processes: Processes, policy: Policy) -> dict[str, Any]:
     return {
         "event": "start",
         "iteration": 0,
-        "processes": accelerator.num_processes,
-        "device": str(accelerator.device),
+        "processes": processes.count,
+        "device": str(processes.device),
         "threads": torch.get_num_threads(),
         "trainable_parameters": parameter_count(policy.module, trainable_only=True),
         "heldout_is_training": source.heldout_is_training,
@@ -55,6 +54,7 @@ def train_row(
     done: list[Chunk],
     totals: list[dict[str, float]],
     clock: Clock,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Metrics of all processes; means leave out turns without a score. totals: one entry an optimiser step. Losses and
     shares are those of the last pass over the rollout; ratio errors those of its first step."""
@@ -63,7 +63,7 @@ def train_row(
     # Each step's loss is a mean over its own minibatch.
     shares = {"loss", "kl", "text_loss"}
     sums = {name: sum(part[name] for part in last) / (len(last) if name in shares else 1) for name in STATISTICS}
-    parts = gather_object([(sums, totals[0], clock.seconds, intents)])
+    parts = processes.gather([(sums, totals[0], clock.seconds, intents)])
     sampled, right, known, failed, tokens = (sum(column) for column in zip(*(p[3] for p in parts), strict=True))
     reward = weighted_reward(scores, config.credit.weights)
     flat = reward.view(config.rollout.sessions, -1)

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object, reduce
 
 from editr2.capture import check_capture
 from editr2.checkpoint import latest_checkpoint
@@ -22,13 +20,14 @@ from editr2.config import Config, check_config
 from editr2.credit import assign_credit
 from editr2.data import SessionSource, open_sessions
 from editr2.errors import CheckpointError, NonFiniteError
-from editr2.evaluate import comparison_row, evaluate, judge, merge_scores, write_strips
+from editr2.evaluate import comparison_row, draw_strips, evaluate, judge, merge_scores
 from editr2.gradient import Batch, accumulate_gradient, first_non_finite
 from editr2.policies.base import PackedPolicy, Policy
-from editr2.policies.load import load_policy
+from editr2.policies.load import open_policy
+from editr2.policies.sharding import place
 from editr2.policies.weights import exchanged, trainable
 from editr2.preflight.rules import check_run
-from editr2.processes import open_accelerator, share
+from editr2.processes import Processes, open_processes
 from editr2.report import build_report
 from editr2.rewards.base import Reward, check_failures
 from editr2.rewards.load import load_reward
@@ -47,32 +46,33 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
     checkpoints, too many failed scores, a ratio that is not 1 on-policy, or a NaN.
     """
     check_config(config)
-    accelerator = open_accelerator()
+    processes = open_processes()
     torch.manual_seed(config.seed)
-    policy = policy or load_policy(config.policy)
-    policy.module.to(accelerator.device)
+    if policy is None:
+        policy = open_policy(config.policy, processes)
+    else:
+        place(policy, config.policy.shard, processes)
     reward = reward or load_reward(config.reward)
     cannot_pack = None if isinstance(policy, PackedPolicy) else type(policy).__name__
-    own, processes = own_schedule(policy), accelerator.num_processes
-    check_run(config, reward.names, own, cannot_pack=cannot_pack, processes=processes)
-    check_capture(config.rollout.capture, accelerator.device)
+    own, main = own_schedule(policy), processes.main
+    check_run(config, reward.names, own, cannot_pack=cannot_pack, processes=processes.count)
+    check_capture(config.rollout.capture, processes.device)
     source = open_sessions(config, policy)
-    sampler = rollout_sampler(config.rollout, own).to(accelerator.device)
-    evaluation_sampler = eval_sampler(config, own).to(accelerator.device)
+    sampler = rollout_sampler(config.rollout, own).to(processes.device)
+    evaluation_sampler = eval_sampler(config, own).to(processes.device)
     state = new_state(config, policy)
     run = Path(config.out)
     found = latest_checkpoint(run / "checkpoints")
     if found is not None:
         state.load(found, config)
-    main = accelerator.is_main_process
     if main and found is None and (run / "config.yaml").exists():
         # Killed before its first checkpoint and started again with other settings: nothing of it can be used.
         if (run / "config.yaml").read_text() != dump_yaml(config):
             (run / "metrics.jsonl").unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    processes.wait()
     earlier = read_metrics(run / "metrics.jsonl")[0] if (run / "metrics.jsonl").exists() else []
     kept = [row for row in earlier if row.get("event") == "eval" and row["iteration"] <= state.iteration]
-    accelerator.wait_for_everyone()
+    processes.wait()
     if main:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(dump_yaml(config))
@@ -86,12 +86,12 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
             if done and (name == "during" or (run / "strips" / f"{name}.json").exists()):
                 return done[-1]
             with state.averaged() as averaged:
-                row = evaluate(averaged, reward, source.heldout, evaluation_sampler, config, accelerator).row(
+                row = evaluate(averaged, reward, source.heldout, evaluation_sampler, config, processes).row(
                     state.iteration, name
                 )
-                if main and name != "during":
-                    strips = source.heldout[: config.eval.strips]
-                    write_strips(run / "strips", name, averaged, reward, strips, sampler, config)
+                if name != "during":
+                    shown = source.heldout[: config.eval.strips]
+                    draw_strips(run / "strips", name, averaged, reward, shown, sampler, config, processes)
             log.append(row)
             kept.append(row)
             progress.note(evaluation_line(row))
@@ -102,14 +102,14 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
         if not any(row["name"] == "before" for row in kept):
             if state.iteration:
                 raise CheckpointError(f"{run / 'metrics.jsonl'}: lacks the evaluation before training; was it removed?")
-            log.append(start_row(config, source, accelerator, policy))
+            log.append(start_row(config, source, processes, policy))
             if source.heldout_is_training:
                 progress.note("no --data.heldout given: evaluating on the training sessions")
             look("before")
         rows = []
         while state.iteration < config.train.iterations:
             started = time.perf_counter()
-            row = _iteration(config, state, source, reward, sampler, accelerator)
+            row = _iteration(config, state, source, reward, sampler, processes)
             state.elapsed += time.perf_counter() - started
             rows.append(row | {"elapsed_s": state.elapsed})
             log.append(rows[-1])
@@ -118,7 +118,7 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
             if state.iteration % config.checkpoint.every == 0 or state.iteration == config.train.iterations:
                 if main:
                     state.save(run / "checkpoints", config)
-                accelerator.wait_for_everyone()
+                processes.wait()
             if config.eval.every and state.iteration % config.eval.every == 0:
                 look("during")
         after = look("after")
@@ -132,7 +132,7 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
         with state.averaged() as averaged:
             averaged.save(run / "policy")
         print(f"report: {build_report(run)}")
-    accelerator.wait_for_everyone()
+    processes.wait()
     return run
 
 
@@ -142,12 +142,12 @@ def _iteration(
     source: SessionSource,
     reward: Reward,
     sampler: Sampler,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> dict[str, Any]:
     """One rollout and its updates; returns the metrics row."""
     r, t, clock = config.rollout, config.train, Clock()
     ordinals = range(state.iteration * r.sessions, (state.iteration + 1) * r.sessions)
-    mine = share(r.sessions, accelerator)
+    mine = processes.share(r.sessions)
     seeds = Seeds(config.seed, "train")
     sampler = sampler.at(state.iteration)
     with clock.phase("rollout"), exchanged(state.policy.module, state.old):
@@ -155,9 +155,10 @@ def _iteration(
             rollout_chunk(state.policy, chunk, sampler, seeds, config.policy, rollout=r, keep_velocity=t.guard)
             for chunk in chunks([source[o] for o in ordinals[mine]], ordinals[mine], r.siblings, r.groups_per_batch)
         ]
+        processes.lend()
     with clock.phase("reward"):
         turns = max(len(source[o].turns) for o in ordinals)
-        scores = merge_scores(gather_object([judge(reward, done, turns)]))
+        scores = merge_scores(processes.gather([judge(reward, done, turns)]))
         check_failures(scores, t.max_failed_scores)
     with clock.phase("credit"):
         group = torch.arange(r.sessions).repeat_interleave(r.siblings)
@@ -169,22 +170,22 @@ def _iteration(
     for update in range(t.updates):
         for minibatch in range(t.minibatches):
             with clock.phase("loss"):
-                totals.append(accumulate_gradient(config, state, batch, update, minibatch, accelerator.device))
+                totals.append(accumulate_gradient(config, state, batch, update, minibatch, processes))
             with clock.phase("optimiser"):
-                totals[-1]["grad_norm"] = _step(config, state, accelerator)
+                totals[-1]["grad_norm"] = _step(config, state, processes)
                 state.step_copies(config, iteration_done=False)
-    row = train_row(state.iteration, config, scores, credit, done, totals, clock)
+    row = train_row(state.iteration, config, scores, credit, done, totals, clock, processes)
     state.step_copies(config, iteration_done=True)
     return row
 
 
-def _step(config: Config, state: State, accelerator: Accelerator) -> float:
+def _step(config: Config, state: State, processes: Processes) -> float:
     """Sums gradients over processes, clips, steps; refuses a non-finite gradient before anything is changed."""
     parameters = list(trainable(state.policy.module).values())
     # A weight without gradient (nobody's advantage pulled at it) steps as one with gradient 0, on one process or many.
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    if accelerator.num_processes > 1:
-        flat = reduce(torch.cat([part.reshape(-1) for part in parts]), "sum")
+    if processes.count > 1:
+        flat = processes.sum(torch.cat([part.reshape(-1) for part in parts]))
         parts = [
             part.view_as(p) for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True)
         ]

@@ -47,7 +47,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def beside() -> Callable[[str], ModuleType]:
     """A module of helpers in this folder, by name; the folder is on nobody's import path."""
 

@@ -21,10 +21,11 @@ from editr2.evaluate import evaluate
 from editr2.gradient import Batch, accumulate_gradient
 from editr2.policies.load import load_policy
 from editr2.preflight import Report, preflight
-from editr2.preflight.devices import _SHEETS, find_device
+from editr2.preflight.devices import _SHEETS, PEER_EFFICIENCY, Device, find_device
 from editr2.preflight.editors import DiffusionEditor, UnifiedEditor
-from editr2.preflight.estimate import evaluation_plan, plan
-from editr2.preflight.meter import Meter, simulated
+from editr2.preflight.estimate import estimate, evaluation_plan, plan, strips_plan
+from editr2.preflight.meter import Cost, Meter, Speed, simulated
+from editr2.processes import Processes
 from editr2.rewards.base import Score
 from editr2.rewards.load import load_reward
 from editr2.rollout import Seeds, chunks, rollout_chunk
@@ -33,7 +34,7 @@ from editr2.state import new_state
 from editr2.worlds.shapes import make_session
 
 ROOT = Path(__file__).parent.parent
-DIFFUSION = ("kontext", "klein", "qwen-edit", "qwen-edit-plus")
+DIFFUSION = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
 TEXTS = ["make it red", "make it a good deal bluer"]
 
 
@@ -58,6 +59,8 @@ def folders(tmp_path_factory):
                 qwen.save_pipeline(qwen.qwen_pipeline(plus=model.endswith("plus"), num_layers=2), made[model])
             elif model == "klein":
                 editors.klein_pipeline(num_layers=2).save_pretrained(made[model])
+            elif model == "klein-kv":
+                editors.klein_kv_pipeline().save_pretrained(made[model])
             else:
                 blocks = {"num_layers": 3, "num_single_layers": 3} if model == "kontext" else {}
                 editors.kontext_pipeline(**blocks).save_pretrained(made[model])
@@ -102,6 +105,14 @@ def opened(folders):
 
 
 @pytest.mark.parametrize("model", DIFFUSION)
+def test_a_context_takes_what_the_loaded_policys_takes(opened, model):
+    _, editor, context = opened(model)
+    tensors = (*context.conditions, *context.prompt.values(), *context.derived)
+    assert editor.held(2, 0) == sum(t.nbytes for t in tensors)
+    assert (len(context.derived) > 0) == (model == "klein-kv") == editor.derives
+
+
+@pytest.mark.parametrize("model", DIFFUSION)
 def test_flops_and_parameters_are_those_of_the_loaded_policy(opened, model):
     policy, editor, context = opened(model)
     x, sigma = torch.randn(2, *policy.latent_shape), torch.tensor([0.3, 0.7])
@@ -125,12 +136,17 @@ def test_flops_and_parameters_are_those_of_the_loaded_policy(opened, model):
         assert editor.cost("train", 2, 0, True).total_flops == again > editor.cost("train", 2, 0, False).total_flops
     images = torch.zeros(1, 3, 64, 64)
     with torch.no_grad():
-        assert editor.cost("encode", 1, 0).total_flops == counted(lambda: policy.to_latents(images))
+        conditions = policy.to_latents(images)
+        read = counted(lambda: policy.to_latents(images)) + counted(lambda: policy.derive((conditions,)))
+        assert editor.cost("encode", 1, 0).total_flops == read
         assert editor.cost("decode", 1, 0).total_flops == counted(lambda: policy.to_pixels(x[:1]))
     sizes, parameters = editor.sizes(), list(policy.module.parameters())
     assert sizes.parameters == sum(p.numel() for p in parameters)
     assert sizes.trainable == sum(p.numel() for p in parameters if p.requires_grad)
     assert sizes.weights == 4 * (sizes.parameters - sizes.trainable) and sizes.trained == 4 * sizes.trainable
+    blocks = [p for p in policy.module.modules() if type(p).__name__ in policy.module._repeated_blocks]
+    frozen = [4 * sum(p.numel() for name, p in b.named_parameters() if ".lora_" not in name) for b in blocks]
+    assert len(blocks) >= 2 and (sizes.block, sizes.outside) == (max(frozen), sizes.weights - sum(frozen))
     text = sum(p.numel() for name in policy.text_encoders for p in getattr(policy.pipe, name).parameters())
     assert (sizes.text, sizes.vae) == (4 * text, 4 * sum(p.numel() for p in policy.pipe.vae.parameters()))
 
@@ -219,15 +235,16 @@ def test_the_plan_lists_the_velocities_that_an_iteration_asks_for(tiny_unified, 
     editor = UnifiedEditor(config.policy)
     listed = plan(config, editor, sampler, [2, 2, 2], 1)
     source, seeds = open_sessions(config, tiny_unified), Seeds(0, "train")
+    processes = Processes(Accelerator(cpu=True))
     done = [
         rollout_chunk(tiny_unified, chunk, sampler, seeds, config.policy, rollout=config.rollout)
         for chunk in chunks([source[o] for o in range(3)], range(3), 3, 2)
     ]
     assert same([c for c in listed if c.phase == "rollout"])
     batch = Batch(done, torch.randn(9, 2), torch.ones(9, 2, dtype=torch.bool), 18, sampler, seeds)
-    accumulate_gradient(config, new_state(config, tiny_unified), batch, 0, 0, torch.device("cpu"))
+    accumulate_gradient(config, new_state(config, tiny_unified), batch, 0, 0, processes)
     assert same([c for c in listed if c.phase == "train"])
-    evaluate(tiny_unified, load_reward(config.reward), source.heldout, sampler, config, Accelerator(cpu=True))
+    evaluate(tiny_unified, load_reward(config.reward), source.heldout, sampler, config, processes)
     assert same(evaluation_plan(config, editor, sampler, [2] * 9, 1))
 
 
@@ -332,6 +349,7 @@ def test_offload_checkpointing_and_four_bits_take_less(folders):
     plain, lean = ("\n".join(report.lines) for report in reports)
     assert "(not chosen)" in plain and "4-bit base" in lean and "on the host while idle" in lean
     assert "verdict: fits rtx4090" in plain
+    assert "while loading" in plain and "while training" not in plain and "at most while training" in lean
 
     def megabytes(text, part):
         (value,) = re.findall(rf"{part} +([\d.]+) MiB", text)
@@ -345,6 +363,119 @@ def test_too_large_is_said(folders, monkeypatch):
     monkeypatch.setitem(_SHEETS, "tiny", (10, *_SHEETS["rtx4090"][1:]))
     report = preflight(small(folders), "tiny")
     assert not report.fits and not report.problems and report.lines[-1].startswith("verdict: DOES NOT FIT tiny: ")
+
+
+BLOCK = 37_888, 15_744
+"""Weights of the tiny kontext's two kinds of block. 32 wide, of the first: two modulations of 32 x 192 + 192; eight
+projections of 32 x 32 + 32; four norms of 16; two MLPs of 32 x 128 + 128 and back. Of the second: 32 x 96 + 96; three
+projections and two norms; 32 x 128 + 128 and 160 x 32 + 32."""
+OUTSIDE = 24_400
+"""Outside of them: tokens 16 x 32 + 32 in and 32 x 16 + 16 out, words 32 x 32 + 32, time and guidance 256 x 32 + 32 and
+32 x 32 + 32 each, the pooled words 16 x 32 + 32 and 32 x 32 + 32, the last norm 32 x 64 + 64."""
+FROZEN = 4 * (OUTSIDE + 3 * sum(BLOCK))
+
+
+@pytest.fixture(scope="module")
+def two_processes(folders):
+    """The estimate for two processes of a tiny kontext with three blocks of each kind, whose forwards are all a billion
+    operations; by changes to the policy and to the device. Only what is asked for here takes time."""
+
+    class Even(DiffusionEditor):
+        def cost(self, step, *_):
+            return Cost({torch.float32: 10**9 if step in ("velocity", "train") else 0}, 0, 0, 0, 100, 0)
+
+    editor = Even(small(folders, weights=folders("kontext")).policy)
+
+    def of(flops=1e30, bandwidth=float("inf"), **policy):
+        config = small(folders, weights=folders("kontext"), **policy)
+        speed = Speed({torch.float32: flops}, bandwidth, 0.0, True)
+        device = Device("made up", 2**30, speed, peers=1e6)
+        samplers = (rollout_sampler(config.rollout, editor.own),) * 2
+        return estimate(config, editor, device, samplers, ([3] * 4, [3] * 4), 2)
+
+    of.sizes = editor.sizes()
+    return of
+
+
+def test_sharded_weights_are_held_by_share_and_gathered_block_by_block(two_processes):
+    plain, sharded = (two_processes(shard=on) for on in (False, True))
+    assert (plain.memory["frozen weights"], plain.memory["gathered blocks"]) == (FROZEN, 0)
+    gathered = 4 * (3 * max(BLOCK) + OUTSIDE)
+    assert (sharded.memory["frozen weights"], sharded.memory["gathered blocks"]) == (FROZEN // 2, gathered)
+    less = {phase: plain.peaks[phase] - sharded.peaks[phase] for phase in plain.peaks}
+    # While images and words are read no block is gathered; what is outside of the blocks stays whole.
+    at_work = FROZEN // 2 - gathered
+    assert less == {"rollout": at_work, "encode": FROZEN // 2 - 4 * OUTSIDE, "train": at_work}
+    for part in ("adapters", "gradients", "optimizer states", "text encoders"):
+        assert sharded.memory[part] == plain.memory[part] > 0
+
+
+def test_gathering_takes_the_time_that_computing_does_not_cover(two_processes):
+    once = FROZEN / 2 / 1e6  # the other process's half, at a million bytes a second: 0.37 s
+    bare = two_processes(shard=True)
+    assert bare.gathering == pytest.approx(once) and two_processes().gathering == 0
+    assert bare.seconds["rollout"] == pytest.approx(bare.rollout_forwards * once)
+    assert bare.seconds["train"] == pytest.approx(bare.train_forwards * 2 * once)
+    guided = two_processes(shard=True, guidance=2.0)
+    assert guided.seconds["rollout"] == pytest.approx(2 * bare.seconds["rollout"])
+    half = two_processes(flops=2e9, shard=True)  # a call computes for 0.5 s: more than gathering once, less than twice
+    assert half.seconds["rollout"] == pytest.approx(half.rollout_forwards * 0.5)
+    assert half.seconds["train"] == pytest.approx(half.train_forwards * 2 * once)
+    copied = two_processes(bandwidth=1e6, shard=True)
+    assert copied.seconds["rollout"] == pytest.approx(copied.rollout_forwards * 2 * FROZEN / 1e6)
+
+
+def test_contexts_of_all_who_are_denoised_together_are_alive(folders):
+    """Of four siblings and one group a batch; training in twos copies two more."""
+    for micro_batch, rows in ((None, 4), (2, 6)):
+        config = small(folders)
+        sizes = {"rollout": {"siblings": 4, "groups_per_batch": 1}, "train": {"micro_batch": micro_batch}}
+        config = replace_nested(config, sizes)
+        editor = DiffusionEditor(config.policy)
+        samplers = (rollout_sampler(config.rollout, editor.own),) * 2
+        device = Device("made up", 2**30, Speed({torch.float32: 1e12}, 1e12, 0.0, True))
+        result = estimate(config, editor, device, samplers, ([3] * 4, [3] * 4), 1)
+        # Of a row: 16 condition tokens of 16 numbers, 512 words of 32, one pooled vector of 16.
+        assert result.memory["contexts"] == rows * 4 * (16 * 16 + 512 * 32 + 16)
+        beside = ("contexts", "frozen weights", "adapters", "optimizer states", "stored latents", "gradients")
+        beside = (*beside, "text encoders", "autoencoder", "activations, train", "copies (reference, old, average)")
+        assert result.peaks["train"] == sum(result.memory[part] for part in beside)
+
+
+def test_the_sheets_rate_between_devices():
+    for name, rate in (("h100", 450e9), ("rtx4090", 16e9)):
+        assert find_device(name).peers == rate * PEER_EFFICIENCY
+
+
+def test_memory_of_the_host_is_that_of_all_processes(two_processes):
+    sizes = two_processes.sizes
+    beside, whole = 2 * (sizes.text + sizes.vae), FROZEN + sizes.trained
+    for settings, loading, training in (
+        ({}, 2 * whole, 0),
+        ({"shard": True}, whole, 0),
+        ({"shard": True, "offload": True}, whole, beside),
+    ):
+        assert two_processes(**settings).host == {"loading": loading + beside, "training": training}
+
+
+def test_what_is_sharded_and_on_the_host_is_said(folders):
+    config = small(folders, shard=True)
+    plain, sharded = ("\n".join(preflight(config, "rtx4090", n).lines) for n in (1, 2))
+    assert re.search(r"frozen weights .*\(sharded over 2 processes\)\n +gathered blocks +[\d.]+ MiB\n", sharded)
+    assert "70% of the sheet's rate between devices" in sharded and "2 processes together" in sharded
+    assert "gather" not in plain and "sharded" not in plain and "together" not in plain
+    for lines in (plain, sharded):  # and nothing while training
+        assert re.search(r"memory of the host.*\n  at most while loading +[\d.]+ MiB\n\n", lines)
+    assert "memory of the host" not in "\n".join(preflight(config, "cpu", 2).lines)
+
+
+def test_strips_are_shared_out(folders):
+    config = replace_nested(small(folders), {"eval": {"strips": 3}, "rollout": {"groups_per_batch": 9}})
+    editor = DiffusionEditor(config.policy)
+    sampler = rollout_sampler(config.rollout, editor.own)
+    for processes, most in ((1, 3), (2, 2), (8, 1)):
+        calls = strips_plan(config, editor, sampler, [1] * 5, processes)
+        assert [c.batch for c in calls if c.step == "encode"] == [most]
 
 
 def test_dry_run_trains_two_iterations_by_the_trainers_own_code(capsys, monkeypatch):

@@ -108,14 +108,23 @@ def test_a_full_disk_is_one_line_and_other_failures_keep_their_traceback(monkeyp
 
 
 @pytest.mark.slow
+def test_libraries_say_nothing_that_nobody_needs():
+    """Importing a Flux pipeline touches image processors that would rather have torchvision."""
+    command = [sys.executable, "-m", "editr2.cli", "check", "configs/kontext-grpo-80gb.yaml", "--gpu", "h100"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert "verdict: fits" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.slow
 def test_the_main_job_on_real_files(tmp_path):
     """`editr2 train --data` as the README shows it, then rollout, eval and report on what it left."""
     run = tmp_path / "run"
     small = ["--rollout.sessions=2", "--rollout.siblings=3", "--rollout.steps=4", "--data.limit=4", "--eval.strips=2"]
     small = [*small, "--eval.sessions=4", f"--data={EXAMPLES}"]
 
-    def editr2_command(*arguments):
-        command = [sys.executable, "-m", "editr2.cli", *arguments]
+    def editr2_command(*arguments, processes=1):
+        several = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        command = [sys.executable, "-m", *(several if processes > 1 else []), "editr2.cli", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, env=environment)
         assert done.returncode == 0, done.stderr
@@ -137,6 +146,12 @@ def test_the_main_job_on_real_files(tmp_path):
     assert len(lines) == 4 and all(
         (tmp_path / "edited" / json.loads(lines[0])["turns"][t]["image"]).exists() for t in (0, 2)
     )
+    said = editr2_command("rollout", f"--out={tmp_path / 'shared'}", *small, processes=2)
+    assert said.count("4 sessions") == 1
+    again = (tmp_path / "shared" / "outputs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in again] == [json.loads(line)["id"] for line in lines]
+    assert {p.name for p in (tmp_path / "shared").iterdir()} == {"images", "outputs.jsonl"}
+    assert len(list((tmp_path / "shared" / "images").iterdir())) == len(list((tmp_path / "edited/images").iterdir()))
     editr2_command("report", str(run))
 
 

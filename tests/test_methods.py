@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from editr2 import gradient as gradient_module
 from editr2.config import Config, CreditConfig, preset_config, replace_nested
@@ -16,6 +17,7 @@ from editr2.objective import noised_places, noised_rows, window_places
 from editr2.policies.base import Velocity
 from editr2.policies.unified import Guidance
 from editr2.policies.weights import add_lora, exchanged, merged_weights, mix, snapshot, trainable
+from editr2.processes import Processes
 from editr2.ratio import RatioError
 from editr2.rewards.base import Scores
 from editr2.rewards.world import WorldReward
@@ -25,7 +27,7 @@ from editr2.state import new_state
 from editr2.worlds.shapes import make_session
 from editr2_kernels import nft_loss, nft_optimality
 
-CPU = torch.device("cpu")
+HERE = Processes(Accelerator(cpu=True))
 
 
 def settings(**changes) -> Config:
@@ -57,7 +59,7 @@ def sampled(policy, config, turns=(3, 3)):
 def gradient(config, state, batch, update=0):
     """(flat gradient, statistics); the policy's gradients are empty before and after."""
     state.optimizer.zero_grad()
-    seen = accumulate_gradient(config, state, batch, update, 0, CPU)
+    seen = accumulate_gradient(config, state, batch, update, 0, HERE)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(state.policy.module).values()]
     flat = torch.cat([g.flatten() for g in grads]).clone()
     state.optimizer.zero_grad()
@@ -518,7 +520,7 @@ def test_minibatches_are_part_of_one_mean_and_the_sentinel_sees_all_of_them(tiny
     parts, batch = [], again(batch)
     for minibatch in range(2):
         state.optimizer.zero_grad()
-        accumulate_gradient(halves, state, batch, 0, minibatch, CPU)
+        accumulate_gradient(halves, state, batch, 0, minibatch, HERE)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(tiny_unified.module).values()]
         parts.append(torch.cat([g.flatten() for g in grads]).clone())
     torch.testing.assert_close((parts[0] + parts[1]) / 2, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))

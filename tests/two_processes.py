@@ -1,6 +1,6 @@
 """Run under torchrun: one iteration's rollout and gradient, gathered and written by the main process.
 
-accelerate launch --cpu --num_processes N tests/two_processes.py OUT.pt
+torchrun --nproc_per_node N tests/two_processes.py OUT.pt
 """
 
 import sys
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, reduce
 
 from editr2.config import Config, replace_nested
 from editr2.credit import assign_credit
 from editr2.data import open_sessions
-from editr2.evaluate import judge, merge_scores, share
+from editr2.evaluate import judge, merge_scores
 from editr2.gradient import Batch, accumulate_gradient
 from editr2.policies.unified import UnifiedPolicy
+from editr2.processes import Processes
 from editr2.rewards.world import WorldReward
 from editr2.rollout import Seeds, chunks, rollout_chunk
 from editr2.schedule import make_sampler
@@ -23,7 +23,7 @@ from editr2.state import State
 
 
 def main(out: Path) -> None:
-    accelerator = Accelerator(cpu=True)
+    processes = Processes(Accelerator(cpu=True))
     torch.set_num_threads(1)
     config = replace_nested(
         Config(),
@@ -32,23 +32,22 @@ def main(out: Path) -> None:
     policy = UnifiedPolicy.load()
     source, r = open_sessions(config, policy), config.rollout
     sampler = make_sampler(r.steps, dynamics=r.dynamics, noise_level=r.noise_level, window=r.window)
-    mine, seeds = share(r.sessions, accelerator), Seeds(config.seed, "train")
+    mine, seeds = processes.share(r.sessions), Seeds(config.seed, "train")
     done = [
         rollout_chunk(policy, chunk, sampler, seeds, config.policy)
         for chunk in chunks([source[o] for o in range(3)[mine]], range(3)[mine], r.siblings, r.groups_per_batch)
     ]
-    scores = merge_scores(gather_object([judge(WorldReward(), done, r.turns)]))
+    scores = merge_scores(processes.gather([judge(WorldReward(), done, r.turns)]))
     group = torch.arange(r.sessions).repeat_interleave(r.siblings)
     credit = assign_credit(scores, group, config.credit)
     local = slice(mine.start * r.siblings, mine.stop * r.siblings)
     state = State(policy, torch.optim.SGD(policy.module.parameters(), lr=0.0))
     trained = int(credit.mask.sum())
     batch = Batch(done, credit.advantage[local], credit.mask[local], trained, sampler, seeds)
-    accumulate_gradient(config, state, batch, 0, 0, accelerator.device)
+    accumulate_gradient(config, state, batch, 0, 0, processes)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
     gradient = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters])
-    if accelerator.num_processes > 1:
-        gradient = reduce(gradient, "sum")
+    gradient = processes.sum(gradient)
 
     def noise(chunk, record, turn):
         """The noise that reached the samples: x_next - mu over S would round, so the seeds and the first latent."""
@@ -66,11 +65,11 @@ def main(out: Path) -> None:
         for chunk in done
         for turn, record in enumerate(chunk.turns)
     ]
-    gathered = gather_object(mine_out)
-    if accelerator.is_main_process:
+    gathered = processes.gather(mine_out)
+    if processes.main:
         torch.save(
             {
-                "processes": accelerator.num_processes,
+                "processes": processes.count,
                 "records": gathered,
                 "scores": scores.values,
                 "advantage": credit.advantage,

@@ -11,8 +11,11 @@ Legend of shapes: B samples, N latent tokens, D numbers a token, L text tokens, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
+import logging
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -173,6 +176,8 @@ class DiffusionPolicy(ABC):
     text_sees_images: ClassVar[bool] = False
     own_renorm: ClassVar[str] = "none"
     """What `policy.renorm` auto stands for."""
+    recomputes: ClassVar[bool] = True
+    """Whether the blocks can be computed again in the backward pass."""
     tiles: ClassVar[bool] = True
     """Whether the autoencoder may work in tiles, which it should only above the sizes it is used at."""
     negative_prompt: ClassVar[str] = ""
@@ -205,9 +210,7 @@ class DiffusionPolicy(ABC):
     @classmethod
     def load_pipeline(cls, base: str, **components: Any) -> Any:
         """The stock pipeline of a folder or hub id. components: keywords of its `from_pretrained`."""
-        import diffusers
-
-        return getattr(diffusers, cls.pipeline).from_pretrained(base, **components)
+        return stock_pipeline(cls.pipeline).from_pretrained(base, **components)
 
     def refuse(self, name: str, given: object, accepted: str) -> None:
         """Raises the `ConfigError` of a setting that this model cannot follow."""
@@ -223,6 +226,8 @@ class DiffusionPolicy(ABC):
 
     def check(self, config: PolicyConfig) -> None:
         """Refuses settings (`refuse`) that this model or these weights cannot follow."""
+        if config.gradient_checkpointing and not self.recomputes:
+            self.refuse("gradient_checkpointing", True, "false; its blocks cannot be computed again")
         if config.guidance_image != 1:
             self.refuse("guidance_image", config.guidance_image, "1")
 
@@ -254,6 +259,30 @@ class DiffusionPolicy(ABC):
 
     def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ()
+
+    def blank(self, batch: int, text: int, images: int = 1, *, padded: bool = False) -> EditContext:
+        """A context that says nothing: zeros in place of what the encoders give. text: tokens of the prompt. padded: as
+        prompts of different lengths are."""
+        sizes, device = self.module.config, self.device
+        prompt = {WORDS: torch.zeros(batch, text, sizes.joint_attention_dim, dtype=self.compute_dtype, device=device)}
+        if "pooled_projection_dim" in sizes:
+            prompt["pooled"] = prompt[WORDS].new_zeros(batch, sizes.pooled_projection_dim)
+        rows, columns = self.condition_grid
+        conditions = tuple(
+            torch.zeros(batch, rows * columns, self.latent_shape[1], device=device) for _ in range(images)
+        )
+        prompt = dict(masked(prompt)) if padded else prompt
+        negative = {name: t.clone() for name, t in prompt.items()} if self.config.guidance != 1 else {}
+        return EditContext(conditions, (), prompt, negative, self.derive(conditions))
+
+    def idle(self) -> Tensor:
+        """The transformer's answer about one token of nothing: the smallest forward there is."""
+        small = copy.copy(self)
+        small.grid = small.condition_grid = (1, 1)
+        context = small.blank(1, 1)
+        x = context.conditions[0].to(self.compute_dtype)
+        with self.autocast(x.device):
+            return small.predict(x, x.new_ones(1, dtype=torch.float32), context, context.prompt)
 
     # ----------------------------------------------------------------------------------------------------- the protocol
 
@@ -420,6 +449,35 @@ class DiffusionPolicy(ABC):
         finally:
             for owner, name, tensor in kept:
                 owner[name] = tensor
+
+
+def stock_pipeline(name: str) -> Any:
+    """diffusers' class."""
+    import diffusers
+
+    with without_processor_notes():
+        return getattr(diffusers, name)
+
+
+_PROCESSOR_NOTE = re.compile(
+    r"`(CLIP|Siglip|Qwen2VL)ImageProcessor` requires torchvision \(not installed\); falling back"
+)
+
+
+@contextmanager
+def without_processor_notes() -> Iterator[None]:
+    """Without transformers' notes that image processors work without torchvision: a Flux pipeline's import touches two
+    that it has no use for, and Qwen's is meant to."""
+
+    def needed(record: logging.LogRecord) -> bool:
+        return not _PROCESSOR_NOTE.match(record.getMessage())
+
+    logger = logging.getLogger("transformers.utils.import_utils")
+    logger.addFilter(needed)
+    try:
+        yield
+    finally:
+        logger.removeFilter(needed)
 
 
 def _weights(parts: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

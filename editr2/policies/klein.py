@@ -115,11 +115,8 @@ class KleinKVPolicy(KleinPolicy):
     pipeline = "Flux2KleinKVPipeline"
     published = "black-forest-labs/FLUX.2-klein-9b-kv"
 
-    def check(self, config: PolicyConfig) -> None:
-        super().check(config)
-        if config.gradient_checkpointing:
-            # diffusers hands every block's cache over in one dict: a block computed again would read the last one's.
-            self.refuse("gradient_checkpointing", True, "false; its blocks cannot be computed again")
+    # diffusers hands every block's cache over in one dict: a block computed again would read the last one's.
+    recomputes = False
 
     def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Keys and values [B, N, heads, width] of all references, block by block."""

@@ -14,8 +14,10 @@ import torch
 from editr2.config import MODELS, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError
 from editr2.policies.base import Policy
+from editr2.policies.sharding import place
 from editr2.policies.unified import EMBEDDED, Guidance, UnifiedPolicy
 from editr2.policies.weights import add_lora
+from editr2.processes import Processes
 
 if TYPE_CHECKING:
     from editr2.policies.diffusion import DiffusionPolicy
@@ -34,17 +36,25 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER = "transformer"
 
 
-def load_policy(config: PolicyConfig, *, trains: bool = True) -> Policy:
+def load_policy(config: PolicyConfig, *, trains: bool = True, empty: bool = False) -> Policy:
     """The configured weights, ready to train: adapters alone where `lora_rank` is above 0, else all of the model's.
-    trains: off, nothing trains, and the weights of models on diffusers are in `policy.dtype`.
+    trains: off, nothing trains, and the weights of models on diffusers are in `policy.dtype`. empty: the transformer
+    of a model on diffusers holds no data, for another process's to be put there (`editr2.policies.sharding`).
 
     Raises `ConfigError` for settings the model cannot follow, and for weights that are not there or another model's.
     """
     if config.model != "unified":
-        return load_diffusion(config, trains=trains)
+        return load_diffusion(config, trains=trains, empty=empty)
     policy = UnifiedPolicy.load(Path(config.weights) if config.weights else EMBEDDED, unified_guidance(config))
     if config.lora_rank:
         add_lora(policy.module, config.lora_rank, config.lora_alpha, config.lora_targets)
+    return policy
+
+
+def open_policy(config: PolicyConfig, processes: Processes, *, trains: bool = True) -> Policy:
+    """`load_policy` for a run of several processes: on their devices, whole or shared out (`policy.shard`)."""
+    policy = load_policy(config, trains=trains, empty=config.shard and not processes.main)
+    place(policy, config.shard, processes)
     return policy
 
 
@@ -61,11 +71,11 @@ def policy_class(model: str) -> type[DiffusionPolicy]:
     return cast("type[DiffusionPolicy]", getattr(importlib.import_module(module), name))
 
 
-def load_diffusion(config: PolicyConfig, *, trains: bool = True) -> DiffusionPolicy:
+def load_diffusion(config: PolicyConfig, *, trains: bool = True, empty: bool = False) -> DiffusionPolicy:
     """A pipeline's folder, a hub id, or a folder that `save_policy` wrote; see `load_policy`."""
     kind = policy_class(config.model)
     adapter, trained, base = weight_sources(config.weights or kind.published, config.model)
-    pipe = _pipeline(kind, config, base, trained, whole=trains and not config.lora_rank)
+    pipe = _pipeline(kind, config, base, trained, whole=trains and not config.lora_rank, empty=empty)
     pipe.vae.enable_slicing()
     if kind.tiles:
         pipe.vae.enable_tiling()  # only above the autoencoder's own sample size
@@ -79,16 +89,23 @@ def load_diffusion(config: PolicyConfig, *, trains: bool = True) -> DiffusionPol
     return policy
 
 
-def _pipeline(kind: type[DiffusionPolicy], config: PolicyConfig, base: str, trained: Path | None, whole: bool) -> Any:
+def _pipeline(
+    kind: type[DiffusionPolicy], config: PolicyConfig, base: str, trained: Path | None, *, whole: bool, empty: bool
+) -> Any:
     """The stock pipeline with all its components, the transformer from `trained` if there is one. whole: all of the
-    transformer's weights will train."""
+    transformer's weights will train. empty: they are on the meta device."""
     import diffusers
+    from accelerate import init_empty_weights
 
-    if not hasattr(diffusers, kind.pipeline):
+    from editr2.policies.diffusion import stock_pipeline
+
+    try:
+        stock_pipeline(kind.pipeline)
+    except AttributeError as error:
         raise ConfigError(
             f"policy.model: {kind.model} (accepted with a diffusers that has {kind.pipeline}; this is "
             f"{diffusers.__version__})"
-        )
+        ) from error
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     # Trained weights stay float32: an update of a bfloat16 weight is smaller than its rounding.
     options: dict[str, Any] = {"torch_dtype": torch.float32 if whole else dtype}
@@ -99,7 +116,12 @@ def _pipeline(kind: type[DiffusionPolicy], config: PolicyConfig, base: str, trai
         with warnings.catch_warnings():
             # torch_dtype's new name, dtype, is unknown to the oldest diffusers that we accept.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            transformer = getattr(diffusers, kind.transformer).from_pretrained(**where, **options)
+            made = getattr(diffusers, kind.transformer)
+            if empty:
+                with init_empty_weights(include_buffers=False):
+                    transformer = made.from_config(made.load_config(**where)).to(options["torch_dtype"])
+            else:
+                transformer = made.from_pretrained(**where, **options)
             return kind.load_pipeline(base, torch_dtype=dtype, transformer=transformer)
     except (OSError, ValueError) as error:
         what = " ".join(str(error).split())

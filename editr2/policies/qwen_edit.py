@@ -28,6 +28,7 @@ from editr2.policies.diffusion import (
     patchified,
     tokens,
     unpatchified,
+    without_processor_notes,
 )
 from editr2.policies.kontext import linear_mu
 
@@ -59,7 +60,8 @@ class QwenEditPolicy(DiffusionPolicy):
         if importlib.util.find_spec("torchvision"):
             return super().load_pipeline(base, **components)
         # The pipeline's processor wants a video processor, and that one torchvision; images need neither.
-        from transformers import Qwen2VLImageProcessor
+        with without_processor_notes():
+            from transformers import Qwen2VLImageProcessor
 
         pipe = super().load_pipeline(base, processor=None, **components)
         pipe.register_modules(processor=Qwen2VLImageProcessor.from_pretrained(base, subfolder="processor"))

@@ -23,6 +23,8 @@ LAUNCH_SECONDS = 6e-6
 """Assumed host time of one eager PyTorch operation; it hides behind the device's work."""
 LINK = 10e9
 """Assumed bytes a second from the host's ordinary memory to the device."""
+PEER_EFFICIENCY = 0.7
+"""Assumed share of the data sheet's rate between devices: NCCL gathering blocks of hundreds of megabytes."""
 RESERVE = 1.2 * 2**30
 """Bytes assumed for the CUDA context, cuBLAS workspaces and kernels that no tensor shows."""
 FRAGMENTATION = 1.06
@@ -32,12 +34,13 @@ FRAGMENTATION = 1.06
 @dataclass(frozen=True)
 class Device:
     """name: of `--gpu`. memory: bytes. speed: as the estimate uses it, efficiencies applied. gpu: False for a CPU.
-    link: bytes a second from the host."""
+    peers: bytes a second that it receives from the others of its machine. link: the same from the host."""
 
     name: str
     memory: float
     speed: Speed
     gpu: bool = True
+    peers: float = float("inf")
 
     @property
     def link(self) -> float:
@@ -48,20 +51,21 @@ class Device:
         return alive * FRAGMENTATION + RESERVE if self.gpu else alive
 
 
-_TERA, _MIB = 1e12, 2**20
+_TERA, _GIGA, _MIB = 1e12, 1e9, 2**20
 
-# name: memory in MiB, bf16 TFLOP/s, fp32 TFLOP/s, TB/s
+# name: memory in MiB, bf16 TFLOP/s, fp32 TFLOP/s, TB/s, GB/s from other devices (one direction of NVLink, or else of
+# PCIe x16; no bridges; GeForce cards reach each other through the host's memory alone, at half of that)
 _SHEETS = {
-    "b200": (183_359, 2250, 75, 8.0),
-    "h200": (143_771, 989, 67, 4.8),
-    "h100": (81_559, 989, 67, 3.35),
-    "a100-80": (81_920, 312, 19.5, 2.04),
-    "a100-40": (40_960, 312, 19.5, 1.555),
-    "l40s": (46_068, 362, 91.6, 0.864),
-    "a6000": (49_140, 155, 38.7, 0.768),
-    "rtx5090": (32_607, 209, 104.8, 1.79),
-    "rtx4090": (24_564, 165, 82.6, 1.008),
-    "rtx3090": (24_576, 71, 35.6, 0.936),
+    "b200": (183_359, 2250, 75, 7.7, 900),
+    "h200": (143_771, 989, 67, 4.8, 450),
+    "h100": (81_559, 989, 67, 3.35, 450),
+    "a100-80": (81_920, 312, 19.5, 2.04, 300),
+    "a100-40": (40_960, 312, 19.5, 1.555, 300),
+    "l40s": (46_068, 362, 91.6, 0.864, 32),
+    "a6000": (49_140, 155, 38.7, 0.768, 32),
+    "rtx5090": (32_607, 209, 104.8, 1.79, 32),
+    "rtx4090": (24_564, 165, 82.6, 1.008, 16),
+    "rtx3090": (24_576, 71, 35.6, 0.936, 16),
 }
 DEVICES = (*_SHEETS, "cpu")
 
@@ -72,7 +76,7 @@ def find_device(name: str) -> Device:
         return this_machine()
     if name not in _SHEETS:
         raise ConfigError(f"--gpu: {name!r} (accepted: {', '.join(DEVICES)})")
-    memory, half, single, bandwidth = _SHEETS[name]
+    memory, half, single, bandwidth, peers = _SHEETS[name]
     rates = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
     speed = Speed(
         {dtype: rate * _TERA * MATRIX_EFFICIENCY for dtype, rate in rates.items()},
@@ -80,7 +84,7 @@ def find_device(name: str) -> Device:
         LAUNCH_SECONDS,
         overlaps=True,
     )
-    return Device(name, memory * _MIB, speed)
+    return Device(name, memory * _MIB, speed, peers=peers * _GIGA * PEER_EFFICIENCY)
 
 
 def this_machine() -> Device:

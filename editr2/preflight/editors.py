@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,13 +44,16 @@ FOUR_BITS = 0.5 + 4 / 64
 
 @dataclass(frozen=True)
 class Sizes:
-    """parameters, trainable: numbers of them. weights: bytes of what is frozen; trained: of what trains. dequantized:
-    bytes of the largest layer's weights while it is used (4-bit). text, vae: bytes of the text encoders and the
-    autoencoder. targets: adapted layers by their name in a block."""
+    """parameters, trainable: numbers of them. weights: bytes of what is frozen; block, outside: of it in the largest of
+    the repeated blocks, and in none of them. trained: bytes of what trains. dequantized: bytes of the largest layer's
+    weights while it is used (4-bit). text, vae: bytes of the text encoders and the autoencoder. targets: adapted layers
+    by their name in a block."""
 
     parameters: int
     trainable: int
     weights: int
+    block: int
+    outside: int
     trained: int
     dequantized: int
     text: int
@@ -89,6 +92,9 @@ class Editor(Protocol):
     def carried(self, step: str) -> int:
         """Bytes of weights that a call of the step brings to the device first."""
 
+    def held(self, batch: int, turn: int) -> int:
+        """Bytes of the context of a batch at a turn, behind its instruction."""
+
     def cost(self, step: str, batch: int, turn: int, checkpointing: bool | None = None) -> Cost:
         """Of encode, instruct, intend, velocity, train (forward and backward of velocity), answer (the same of an
         intent) or decode; checkpointing: in place of the configured one."""
@@ -119,13 +125,24 @@ def _module_sizes(module: nn.Module, four_bits: bool) -> dict[str, Any]:
     frozen = [p for p in module.parameters() if not p.requires_grad]
     trained = _trainable(module)
     linear = {id(m.weight): m for m in module.modules() if isinstance(m, nn.Linear)} if four_bits else {}
-    weights = sum(p.numel() * FOUR_BITS if id(p) in linear else p.numel() * p.element_size() for p in frozen)
+
+    def size(parameters: Iterable[nn.Parameter]) -> float:
+        return sum(p.numel() * FOUR_BITS if id(p) in linear else p.numel() * p.element_size() for p in parameters)
+
+    repeated = getattr(module, "_repeated_blocks", ())  # diffusers' names, by which `policies.sharding` finds them
+    blocks = [
+        size(p for p in part.parameters() if not p.requires_grad)
+        for part in module.modules()
+        if type(part).__name__ in repeated
+    ]
     # "transformer_blocks.7.attn.to_q" counts as "attn.to_q".
     adapted = Counter(re.sub(r"^.*?\.\d+\.", "", n) for n, m in module.named_modules() if hasattr(m, "lora_A"))
     return {
         "parameters": sum(p.numel() for p in (*frozen, *trained)),
         "trainable": sum(p.numel() for p in trained),
-        "weights": weights,
+        "weights": size(frozen),
+        "block": max(blocks, default=0),
+        "outside": size(frozen) - sum(blocks),
         "trained": sum(p.numel() * p.element_size() for p in trained),
         "dequantized": max((2 * p.numel() for p in frozen if id(p) in linear), default=0),
         "targets": dict(adapted),
@@ -214,7 +231,9 @@ class DiffusionEditor:
         import diffusers
         from peft import LoraConfig
 
-        pipeline = getattr(diffusers, self.kind.pipeline)
+        from editr2.policies.diffusion import stock_pipeline
+
+        pipeline = stock_pipeline(self.kind.pipeline)
         arguments = inspect.signature(pipeline.__init__).parameters
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**self.parts.scheduler)
         with simulated(self.dtype):
@@ -293,20 +312,8 @@ class DiffusionEditor:
 
     def context(self, policy: Any, batch: int, turn: int) -> Any:
         """A context of the sizes that a batch has at this turn."""
-        from editr2.policies.diffusion import EditContext
-
-        sizes = policy.module.config
-        words = torch.empty(batch, self.text_length, sizes.joint_attention_dim, dtype=self.dtype)
-        prompt = {"words": words}
-        if "pooled_projection_dim" in sizes:
-            prompt["pooled"] = torch.empty(batch, sizes.pooled_projection_dim, dtype=self.dtype)
-        if self.prompt_per_output and batch > 1:
-            prompt["mask"] = torch.ones(batch, self.text_length, dtype=torch.bool)
-        rows, columns = policy.condition_grid
         images = 2 if turn and self.config.keep_source else 1
-        conditions = tuple(torch.empty(batch, rows * columns, self.latent_shape[1]) for _ in range(images))
-        negative = prompt if self.config.guidance != 1 else {}
-        return EditContext(conditions, (), prompt, negative, policy.derive(conditions))
+        return policy.blank(batch, self.text_length, images, padded=self.prompt_per_output and batch > 1)
 
     def cost(self, step: str, batch: int, turn: int, checkpointing: bool | None = None) -> Cost:
         if step == "instruct":
@@ -316,17 +323,35 @@ class DiffusionEditor:
             return Cost({self.dtype: 2 * parameters * tokens * batch}, 0, parameters * item * batch, 0, 0, 0)
         if step in ("encode", "decode"):
             one = self._autoencoder(step)
-            return Cost(**{**at_depth([asdict(_nothing(one)), asdict(one)], [batch]), "peak": one.peak, "kept": 0})
+            images = Cost(**{**at_depth([asdict(_nothing(one)), asdict(one)], [batch]), "peak": one.peak, "kept": 0})
+            return images if step == "decode" or not self.derives else _both(images, self._context_cost(batch, turn))
         again = self.config.gradient_checkpointing if checkpointing is None else checkpointing
-        kind = int(turn > 0 and self.config.keep_source)  # all that tells turns apart
-        return _affine(lambda b: self._denoiser(step, b, kind, again), batch, SMALL_BATCH)
+        return self._denoiser(step, batch, turn, again and self.kind.recomputes)
+
+    @property
+    def derives(self) -> bool:
+        """Whether the model computes something of its own from the condition images."""
+        from editr2.policies.diffusion import DiffusionPolicy
+
+        return self.kind.derive is not DiffusionPolicy.derive
+
+    def held(self, batch: int, turn: int) -> int:
+        return self._context_cost(batch, turn).kept
+
+    def _context_cost(self, batch: int, turn: int) -> Cost:
+        return self._denoiser("context", batch, turn, False)
 
     def _denoiser(self, step: str, batch: int, turn: int, checkpointing: bool) -> Cost:
-        key = (step, batch, turn, checkpointing and step == "train")
-        if key not in self._found:
-            found = self._at_full_depth(lambda policy: asdict(self._forward(policy, *key)))
-            self._found[key] = Cost(**found)
-        return self._found[key]
+        kind = int(turn > 0 and self.config.keep_source)  # all that tells turns apart
+
+        def measured(b: int) -> Cost:
+            key = (step, b, kind, checkpointing and step == "train")
+            if key not in self._found:
+                measure = self._contextualised if step == "context" else self._forward
+                self._found[key] = Cost(**self._at_full_depth(lambda policy: asdict(measure(policy, *key))))
+            return self._found[key]
+
+        return _affine(measured, batch, SMALL_BATCH)
 
     def _autoencoder(self, step: str) -> Cost:
         """Of one image: the policy slices batches."""
@@ -339,6 +364,14 @@ class DiffusionEditor:
                 out = (self.policy.to_latents if step == "encode" else self.policy.to_pixels)(given)
             del out
         return meter.cost
+
+    def _contextualised(self, policy: Any, step: str, batch: int, turn: int, checkpointing: bool) -> Cost:
+        """Of a context: of what is computed from the images' latents; `kept` is all that it holds."""
+        with simulated(), torch.no_grad(), Meter() as meter:
+            context = self.context(policy, batch, turn)
+            cost = meter.cost
+        del context
+        return cost
 
     def _forward(self, policy: Any, step: str, batch: int, turn: int, checkpointing: bool) -> Cost:
         module, train = policy.module, step == "train"
@@ -362,6 +395,13 @@ class DiffusionEditor:
 
 def _nothing(like: Cost) -> Cost:
     return Cost(dict.fromkeys(like.flops, 0), 0, 0, 0, 0, 0)
+
+
+def _both(first: Cost, second: Cost) -> Cost:
+    """One after the other, of which nothing is kept."""
+    flops = {dtype: first.flops.get(dtype, 0) + second.flops.get(dtype, 0) for dtype in {**first.flops, **second.flops}}
+    moved, dense = first.bytes + second.bytes, first.moved_dense + second.moved_dense
+    return Cost(flops, moved, dense, first.operations + second.operations, max(first.peak, second.peak), 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- unified
@@ -420,6 +460,12 @@ class UnifiedEditor:
         """Tokens of an intent: a self-contained instruction is about a third longer than the raw one, and some thought
         goes before it."""
         return min(self.config.intent_tokens, round(self.text * 4 / 3))
+
+    def held(self, batch: int, turn: int) -> int:
+        c, g = self.policy.module.config, self.policy.guidance
+        tokens = (turn + 1) * (self.image + self.text)
+        branches = 1 + (g.text != 1) + (g.image != 1)
+        return 4 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * tokens * batch * branches
 
     def _context(self, batch: int, tokens: int) -> Context:
         c = self.policy.module.config

@@ -14,12 +14,15 @@ import torch
 
 from editr2.config import Config
 from editr2.preflight.devices import Device
-from editr2.preflight.editors import Editor
+from editr2.preflight.editors import Editor, Sizes
 from editr2.schedule import Sampler
 
 PHASES = ("rollout", "encode", "train", "evaluate", "strips")
 STRIPS = 2
 """Film-strips are drawn before and after training."""
+GATHERED = 3
+"""Times the largest block that FSDP2 takes for whole ones: the block that computes, the buffer that it was copied out
+of (kept until the next copy), and the buffer into which the next block is gathered meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,12 @@ def plan(config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int],
     return [c for c in calls if c.times]
 
 
-def strips_plan(config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int]) -> list[Call]:
-    """The calls of the report's film-strips, whole groups that the first process rolls out. turns: of held-out ones."""
+def strips_plan(config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int) -> list[Call]:
+    """The calls of one drawing of the report's film-strips, whole groups, of the process with most to do. turns: of
+    held-out sessions."""
     shown = turns[: config.eval.strips]
-    return _group_rollout("strips", config, editor, sampler, len(shown), _shares(shown)) if shown else []
+    groups = -(-len(shown) // processes)
+    return _group_rollout("strips", config, editor, sampler, groups, _shares(shown)) if shown else []
 
 
 def evaluation_plan(
@@ -134,6 +139,11 @@ def evaluation_plan(
     return calls
 
 
+def sharded(config: Config, processes: int) -> bool:
+    """Whether the transformer's frozen weights are shared out over the processes."""
+    return config.policy.shard and processes > 1
+
+
 def merged(calls: Sequence[Call]) -> list[Call]:
     """Equal calls as one."""
     times: dict[Call, float] = defaultdict(float)
@@ -144,15 +154,18 @@ def merged(calls: Sequence[Call]) -> list[Call]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process.
+    """Of one process, but for the host.
 
-    memory: bytes by part. peaks: bytes alive in each phase. seconds: by phase, of an iteration (evaluate: of one
-    evaluation; strips: of one drawing). flops, train_forwards: of an iteration. evaluations: how many.
-    optimizer_steps: of the run.
+    memory: bytes by part. peaks: bytes alive in each phase. host: bytes of weights that all processes together hold on
+    the host, at most. gathering: seconds that bringing sharded weights together once takes. seconds: by phase, of an
+    iteration (evaluate: of one evaluation; strips: of one drawing). flops, train_forwards: of an iteration.
+    evaluations: how many. optimizer_steps: of the run.
     """
 
     memory: dict[str, int]
     peaks: dict[str, int]
+    host: dict[str, int]
+    gathering: float
     seconds: dict[str, float]
     flops: float
     evaluations: int
@@ -182,18 +195,27 @@ def estimate(
     t = config.train
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
-    evaluation += merged(strips_plan(config, editor, samplers[0], turns[1]))
+    evaluation += merged(strips_plan(config, editor, samplers[0], turns[1], processes))
     costs = {c: editor.cost(c.step, c.batch, c.turn) for c in (*calls, *evaluation)}
-    seconds = dict.fromkeys(PHASES, 0.0)
+    seconds, sizes = dict.fromkeys(PHASES, 0.0), editor.sizes()
+    gathering = copying = 0.0
+    if sharded(config, processes):
+        # The blocks arrive beside the computing; copying them out of their buffer is a part of it.
+        gathering = sizes.weights * (1 - 1 / processes) / device.peers
+        copying = 2 * sizes.weights / device.speed.bandwidth
+    branches = 1 if config.policy.guidance == 1 else 2
     for call, cost in costs.items():
-        seconds[call.phase] += call.times * (cost.seconds(device.speed) + editor.carried(call.step) / device.link)
-    sizes = editor.sizes()
+        times = {"velocity": 1, "train": 2}.get(call.step, 0) * branches  # the backward pass gathers once more
+        computing = cost.seconds(device.speed) + editor.carried(call.step) / device.link + times * copying
+        seconds[call.phase] += call.times * max(computing, times * gathering)
     # AdamW reads and writes a weight, its gradient and two moments, and clipping reads the gradient once more.
     steps = t.updates * t.minibatches
     seconds["train"] += steps * 9 * 4 * sizes.trainable / device.speed.bandwidth
     forwards = [c for c in calls if c.step in ("velocity", "train")]
     return Estimate(
         *_memory(config, editor, list(costs), samplers[0], turns[0], processes),
+        _host(config, sizes, processes),
+        gathering,
         seconds,
         sum(c.times * costs[c].total_flops for c in calls),
         2 + (t.iterations // config.eval.every if config.eval.every else 0),
@@ -217,9 +239,16 @@ def _memory(
         return max((editor.cost(*key, checkpointing).peak for key in found), default=0)
 
     train = {on: largest("train", "answer", checkpointing=on) for on in (False, True)}
+    # The context of everyone who is denoised together; training in smaller batches copies theirs out of it.
+    contexts = max(editor.held(c.batch, c.turn) for c in calls if c.step == "velocity" and c.phase == "rollout")
+    copied = max((editor.held(c.batch, c.turn) for c in calls if c.step == "train"), default=0) if t.micro_batch else 0
     copies = (t.kl_weight > 0) + (t.loss == "nft") + (t.ema is not None)
+    shares, blocks, outside = 1, 0, 0
+    if sharded(config, processes):  # adapters are not; what is in no block stays whole after the first forward
+        shares, blocks, outside = processes, GATHERED * sizes.block, sizes.outside
     memory = {
-        "frozen weights": round(sizes.weights),
+        "frozen weights": round(sizes.weights / shares),
+        "gathered blocks": blocks + outside,
         "adapters" if p.lora_rank else "trained weights": sizes.trained,
         "gradients": sizes.trained,
         "optimizer states": 2 * sizes.trained,
@@ -227,18 +256,33 @@ def _memory(
         "text encoders": sizes.text,
         "autoencoder": sizes.vae,
         "stored latents": round(rollouts * latent * ((2 + t.guard) * sampler.window + 1)),
+        "contexts": contexts + copied,
         "activations, rollout": largest("velocity", "intend") + sizes.dequantized,
         "activations, encode and decode": largest("encode", "decode"),
         "activations, train": train[False] + sizes.dequantized,
         "activations, train, checkpointing": train[True] + sizes.dequantized,
     }
-    always = sum(list(memory.values())[:2]) + sum(memory[k] for k in ("optimizer states", "stored latents"))
-    always += memory["copies (reference, old, average)"]
+    always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
+    always += sizes.trained + memory["copies (reference, old, average)"] + outside + contexts
     resident = 0 if p.offload else sizes.text + sizes.vae
     trains = memory["activations, train, checkpointing" if p.gradient_checkpointing else "activations, train"]
     peaks = {
-        "rollout": always + resident + memory["activations, rollout"],
+        "rollout": always + resident + blocks + memory["activations, rollout"],
         "encode": always + (max(sizes.text, sizes.vae) if p.offload else resident) + largest("encode", "decode"),
-        "train": always + resident + memory["gradients"] + trains,
+        "train": always + resident + blocks + memory["gradients"] + copied + trains,
     }
     return memory, {phase: round(n) for phase, n in peaks.items()}
+
+
+def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
+    """Bytes of weights that all processes together hold on the host, were they all on one machine. At most: what is
+    loaded in its file's own dtype is mapped and not copied (seen with safetensors 0.8), and processes share the pages.
+    """
+    # Sharded, the first process alone loads the transformer. 4-bit weights are made on the device, tensor by tensor:
+    # their own bytes stand for what is read meanwhile.
+    loaders = 1 if sharded(config, processes) else processes
+    beside = processes * (sizes.text + sizes.vae)
+    return {
+        "loading": loaders * (sizes.weights + sizes.trained) + beside,
+        "training": beside if config.policy.offload else 0,
+    }

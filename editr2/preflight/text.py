@@ -12,11 +12,12 @@ from editr2.preflight.devices import (
     LAUNCH_SECONDS,
     LINK,
     MATRIX_EFFICIENCY,
+    PEER_EFFICIENCY,
     RESERVE,
     Device,
 )
 from editr2.preflight.editors import Editor
-from editr2.preflight.estimate import Estimate
+from editr2.preflight.estimate import Estimate, sharded
 from editr2.preflight.rules import batches
 from editr2.schedule import Sampler
 
@@ -54,7 +55,7 @@ def render(
 ) -> list[str]:
     """What will run, memory by part, time by phase, and whether it fits."""
     r, t, p = config.rollout, config.train, config.policy
-    sizes = editor.sizes()
+    sizes, shards = editor.sizes(), sharded(config, processes)
     each = f" on each of {processes} processes" if processes > 1 else ""
     groups = -(-r.sessions // processes)
     lengths = ", ".join(f"{n} ({count})" for n, count in sorted(Counter(turns[0]).items()))
@@ -92,8 +93,13 @@ def render(
         if count and (chosen.get(name, True) or count != result.memory[other]):
             note = "" if chosen.get(name, True) else "  (not chosen)"
             note = "  (on the host while idle)" if p.offload and name in ("text encoders", "autoencoder") else note
+            note = f"  (sharded over {processes} processes)" if shards and name == "frozen weights" else note
             lines.append(f"  {name:<36}{size(count):>12}{note}")
     lines += [f"  alive at most in {phase:<19}{size(count):>12}" for phase, count in result.peaks.items()]
+    if device.gpu:
+        together = f", {processes} processes together (less where the files have policy.dtype: then pages are shared)"
+        lines += ["", f"memory of the host{together if processes > 1 else ''}"]
+        lines += [f"  at most while {when:<22}{size(count):>12}" for when, count in result.host.items() if count]
     lines += ["", f"time on {device.name}{each} (reward: not estimated)"]
     hours = result.hours(t.iterations)
     for phase, seconds in result.seconds.items():
@@ -101,10 +107,12 @@ def render(
         lines.append(f"  {phase:<12}{seconds:>10.1f} s {per:<14}{_duration(hours[phase]):>10} in all")
     lines.append(f"  {'run':<38}{_duration(sum(hours.values())):>10} in all")
     if device.gpu:
+        rate = f"{PEER_EFFICIENCY:.0%} of the sheet's rate between devices"
+        gathers = f"{rate} ({result.gathering:.2g} s to gather the weights, beside computing); " if shards else ""
         lines.append(
             f"  assumed: {MATRIX_EFFICIENCY:.0%} of the sheet's matrix rate, {BANDWIDTH_EFFICIENCY:.0%} of its "
             f"bandwidth, {LAUNCH_SECONDS * 1e6:g} us an operation, {LINK / 1e9:g} GB/s from the host; "
-            f"memory x {FRAGMENTATION:g} + {size(RESERVE)}; all turns trained"
+            f"{gathers}memory x {FRAGMENTATION:g} + {size(RESERVE)}; all turns trained"
         )
         lines.append(
             "  not yet compared with a GPU run of ours (the error seen elsewhere: editr2/preflight/__init__.py)"

@@ -189,14 +189,13 @@ def evaluate_start(config: Config) -> Row:
     from editr2.data import open_sessions
     from editr2.evaluate import evaluate
     from editr2.policies.load import load_policy
-    from editr2.processes import open_accelerator
+    from editr2.processes import open_processes
     from editr2.rewards.world import WorldReward
     from editr2.schedule import eval_sampler
 
     policy = load_policy(config.policy)
     heldout = open_sessions(config, policy).heldout
-    accelerator = open_accelerator()
-    return evaluate(policy, WorldReward(), heldout, eval_sampler(config), config, accelerator).row(0, "before")
+    return evaluate(policy, WorldReward(), heldout, eval_sampler(config), config, open_processes()).row(0, "before")
 
 
 def _side_by_side(

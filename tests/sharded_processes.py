@@ -1,0 +1,61 @@
+"""Run under torchrun: the same small run with whole weights and with weights shared out, case by case.
+
+torchrun --nproc_per_node N tests/sharded_processes.py FOLDER CASES.json
+
+CASES.json: case -> changes to the configuration (`replace_nested`). Writes the runs, FOLDER/CASE-whole and
+FOLDER/CASE-shared, and FOLDER/facts.RANK.json: what the process held of the transformer, and how often it was idle.
+"""
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from editr2 import trainer
+from editr2.config import Config, replace_nested
+from editr2.policies import sharding
+
+
+def main(folder: Path, cases: dict) -> None:
+    torch.set_num_threads(1)
+    facts: dict = {}
+    for case, changes in cases.items():
+        for kind in ("whole", "shared"):
+            values = {**changes, "out": str(folder / f"{case}-{kind}")}
+            values["policy"] = {**changes["policy"], "shard": kind == "shared"}
+            config = replace_nested(Config(), values)
+            seen: dict = facts.setdefault(case, {}).setdefault(kind, {"idle": [0, 0], "held": 0, "whole": 0})
+            train(config, seen)
+    rank = torch.distributed.get_rank()
+    (folder / f"facts.{rank}.json").write_text(json.dumps(facts))
+
+
+def train(config: Config, seen: dict) -> None:
+    """Two iterations, the second after a restart."""
+
+    def place(policy, shard, processes):
+        seen["empty"] = any(p.is_meta for p in policy.module.parameters())
+        sharding.place(policy, shard, processes)
+        frozen = [p for p in policy.module.parameters() if not p.requires_grad]
+        seen["held"] = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+        seen["whole"] = sum(p.numel() for p in frozen)
+        if processes.lockstep is not None:
+            step, idle = processes.lockstep, processes.lockstep._idle
+
+            def counted():
+                seen["idle"][torch.is_grad_enabled()] += 1
+                return idle()
+
+            step._idle = counted
+
+    with mock.patch("editr2.policies.load.place", place):
+        for iterations in (1, config.train.iterations):
+            few = replace_nested(config, {"train": {"iterations": iterations}})
+            trainer.train(few)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

@@ -1,0 +1,114 @@
+"""Frozen weights shared out over two processes (FSDP2, gloo): the same runs, to the last bit, as with whole weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from editr2.config import Config, config_problems, replace_nested
+from editr2.tracking import read_metrics
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["make it red", "more light, please", "remove the dog"]
+TIMES = ("seconds", "elapsed_s")
+
+
+@pytest.fixture
+def runs(tmp_path, beside):
+    """A folder with both runs of every case, on three sessions of one, three and two turns."""
+    folder = tmp_path
+    editors, qwen = beside("tiny_editors"), beside("tiny_qwen")
+    editors.kontext_pipeline().save_pretrained(folder / "kontext")
+    qwen.save_pipeline(qwen.qwen_pipeline(), folder / "qwen-edit")
+    lines = []
+    for i, (image, turns) in enumerate(zip(editors.pictures(3, (32, 32)), (1, 3, 2), strict=True)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+        said = [{"instruction": text} for text in PROMPTS[:turns]]
+        lines.append(json.dumps({"id": f"s{i}", "image": f"{i}.png", "turns": said}))
+    (folder / "sessions.jsonl").write_text("\n".join(lines) + "\n")
+
+    def case(model, policy, rollout, train):
+        sizes = {"resolution": [32, 32], "lora_rank": 4, "text_tokens": 24}
+        return {
+            "data": {"path": str(folder / "sessions.jsonl")},
+            "reward": {"function": "editr2.rewards.brightness:Brightness"},
+            "policy": {"model": model, "weights": str(folder / model), **sizes, **policy},
+            "rollout": {"sessions": 3, "siblings": 2, "steps": 3, "groups_per_batch": 1, **rollout},
+            "credit": {"preset": "flow-grpo", "weights": {"brightness": 1.0}, "baseline": None},
+            "train": {"iterations": 2, "lr": 1e-2, "lr_decay": 1.0, "ema": 0.9, **train},
+            "eval": {"sessions": 3, "strips": 3},
+        }
+
+    cases = {
+        # Forwards without gradient (the reference) between those with, several a backward (both branches, one and two
+        # conditions), blocks computed again.
+        "grpo": case(
+            "kontext",
+            {"keep_source": True, "guidance": 2.0, "gradient_checkpointing": True},
+            {"window": 2, "window_range": 0.34},
+            {"kl_weight": 0.1, "micro_batch": 2, "ratio_tolerance": 1e-3},
+        ),
+        "nft": case("qwen-edit", {"dtype": "bfloat16"}, {"window": 0, "shared_noise": False}, {"loss": "nft"}),
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "sharded_processes.py"), str(folder), str(folder / "cases.json")],
+        cwd=ROOT,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_runs_are_bitwise_those_of_whole_weights(runs):
+    facts = [json.loads((runs / f"facts.{rank}.json").read_text()) for rank in (0, 1)]
+    for case in ("grpo", "nft"):
+        whole, shared = (runs / f"{case}-{kind}" for kind in ("whole", "shared"))
+        a, b = (load_file(run / "policy" / "pytorch_lora_weights.safetensors") for run in (whole, shared))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert max(t.abs().max() for k, t in a.items() if "lora_B" in k) > 1e-3  # it did train
+        rows = [
+            [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run / "metrics.jsonl")[0]]
+            for run in (whole, shared)
+        ]
+        assert rows[0] == rows[1] and sum(row["event"] == "train" for row in rows[0]) == 2
+        strips = [(run / "strips" / "after.json").read_text() for run in (whole, shared)]
+        assert strips[0] == strips[1] and len(json.loads(strips[0])["sessions"]) == 3
+
+        whole, shared = ([fact[case][kind] for fact in facts] for kind in ("whole", "shared"))
+        assert all(f["held"] == f["whole"] > 10_000 and not f["empty"] and f["idle"] == [0, 0] for f in whole)
+        # The first dimensions are even, so halves are halves.
+        assert all(f["held"] == f["whole"] // 2 == whole[0]["whole"] // 2 for f in shared)
+        assert [f["empty"] for f in shared] == [False, True]  # one process reads the weights
+        # Process 0 has one session of one turn, process 1 the others.
+        assert shared[0]["idle"][0] > 10 and shared[0]["idle"][1] > 1 and shared[1]["idle"] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"policy": {"lora_rank": 0}}, "policy.lora_rank: 0"),
+        ({"policy": {"quantize": "4bit"}}, "policy.quantize: 4bit"),
+        ({"policy": {"model": "klein-kv"}}, "policy.model: klein-kv"),
+        ({"policy": {"compile": True}}, "policy.compile: True"),
+        ({"rollout": {"capture": "compile"}}, "rollout.capture: compile"),
+        ({"policy": {"model": "unified", "lora_rank": 4}}, "policy.shard: True"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(changes, named):
+    start = {"policy": {"model": "kontext", "lora_rank": 4, "shard": True}, "data": {"path": "sessions.jsonl"}}
+    config = replace_nested(Config(), start)
+    assert not any("shard" in problem for problem in config_problems(config))
+    found = [problem for problem in config_problems(replace_nested(config, changes)) if problem.startswith(named)]
+    assert len(found) == 1 and "accepted" in found[0]
