@@ -71,7 +71,8 @@ class PolicyConfig:
             and MLP layers.
         resolution: [height, width] in pixels of what is edited and written.
         condition_resolution: the same of the condition image as the transformer sees it; none is `resolution`.
-        keep_source: from the second turn on the source image stands beside the previous output as a second condition.
+        history: images of a session that a turn sees: the one to edit and those before it, the newest first.
+        keep_source: the source image stands behind them when it is none of them any more.
         guidance_embed: the guidance value that guidance-distilled transformers (kontext) take as input; none is the
             pipeline's own default. `guidance` is true guidance by a second, negative branch.
         negative_prompt: of that branch; none is the model's own (qwen-edit: a space, the others: empty).
@@ -99,6 +100,7 @@ class PolicyConfig:
     lora_targets: str | None = None
     resolution: tuple[int, int] = (512, 512)
     condition_resolution: tuple[int, int] | None = None
+    history: int = 1
     keep_source: bool = False
     guidance_embed: float | None = None
     negative_prompt: str | None = None

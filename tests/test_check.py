@@ -96,8 +96,8 @@ def opened(folders):
             context = policy.instruct(policy.encode(np.zeros((2, 64, 64, 3), dtype=np.uint8)), TEXTS)
             length = context.prompt["words"].shape[1]
             if model.startswith("qwen"):  # whose prompts are as long as they are
-                editor.__class__ = type("Known", (DiffusionEditor,), {"text_length": length})
-            assert editor.text_length == length
+                editor.__class__ = type("Known", (DiffusionEditor,), {"text_length": lambda *_: length})
+            assert editor.text_length(0) == length
             made[model] = policy, editor, context
         return made[model]
 
@@ -293,7 +293,7 @@ def test_all_problems_come_together(tmp_path, capsys):
     "settings, message",
     [
         ({"policy": {"model": "kontext", "resolution": [500, 512]}}, r"policy\.resolution: \[500, 512\]"),
-        ({"policy": {"model": "qwen-edit", "keep_source": True}}, r"policy\.keep_source: true"),
+        ({"policy": {"model": "qwen-edit", "keep_source": True}}, r"policy\.keep_source: True"),
         (
             {"policy": {"model": "klein", "weights": "someone/else"}},
             r"policy\.weights: 'someone/else'.*downloads nothing",
@@ -440,6 +440,16 @@ def test_contexts_of_all_who_are_denoised_together_are_alive(folders):
         beside = ("contexts", "frozen weights", "adapters", "optimizer states", "stored latents", "gradients")
         beside = (*beside, "text encoders", "autoencoder", "activations, train", "copies (reference, old, average)")
         assert result.peaks["train"] == sum(result.memory[part] for part in beside)
+
+
+def test_each_further_image_that_a_turn_sees_costs(opened):
+    policy, editor, _ = opened("kontext")
+    config = replace(policy.config, history=2, keep_source=True)
+    longer = DiffusionEditor(config)
+    assert [longer.conditions(turn) for turn in range(4)] == [1, 2, 3, 3]
+    one, *more = (longer.cost("velocity", 1, turn).total_flops for turn in range(4))
+    assert one == editor.cost("velocity", 1, 3).total_flops < more[0] < more[1] == more[2]
+    assert longer.held(1, 2) - longer.held(1, 0) == 2 * 4 * 16 * 16
 
 
 def test_the_sheets_rate_between_devices():

@@ -123,8 +123,8 @@ def test_kontext_is_the_stock_pipeline(tiny, make, guidance, embeds):
 @pytest.mark.parametrize(("model", "guidance"), [("klein", 1.0), ("klein", 4.0), ("klein-kv", 1.0)])
 def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
     size = (64, 80)  # the pipeline refuses smaller references
-    policy = make(model, resolution=size, guidance=guidance, keep_source=True)
-    first, second = tiny.pictures(2, size)
+    policy = make(model, resolution=size, guidance=guidance, history=2, keep_source=True)
+    first, second, third = tiny.pictures(3, size)
     x = torch.randn(1, *policy.latent_shape)
 
     def stock(*images):
@@ -144,6 +144,9 @@ def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
     ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
     assert np.abs(ours / 255 - stock(second, first)).max() <= 0.5 / 255 + 1e-5
     assert np.abs(ours / 255 - stock(first, second)).max() > 0.01
+    context = policy.append(policy.instruct(context, PROMPTS[1:2]), third[None])
+    ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
+    assert np.abs(ours / 255 - stock(third, second, first)).max() <= 0.5 / 255 + 1e-5
 
 
 @pytest.mark.parametrize("model", ["kontext", "klein", "klein-kv"])
@@ -169,6 +172,28 @@ def test_words_images_time_and_place_all_count(tiny, make, model):
 
 
 # ------------------------------------------------------------------------------------------------------------- contexts
+
+
+@pytest.mark.parametrize(
+    ("history", "keep_source", "seen"),
+    [
+        (1, False, ["0", "1", "2", "3"]),
+        (1, True, ["0", "10", "20", "30"]),
+        (2, False, ["0", "10", "21", "32"]),
+        (3, True, ["0", "10", "210", "3210"]),
+        (9, False, ["0", "10", "210", "3210"]),
+    ],
+)
+def test_a_turn_sees_as_much_of_the_session_as_it_is_told(tiny, make, history, keep_source, seen):
+    policy = make("kontext", history=history, keep_source=keep_source)
+    images = tiny.pictures(4, SIZE)
+    alone = [policy.encode(image[None]).conditions[0] for image in images]
+    context = policy.encode(images[:1])
+    for turn, expected in enumerate(seen):
+        if turn:
+            context = policy.append(policy.instruct(context, PROMPTS[:1]), images[turn][None])
+        assert len(context.conditions) == len(expected)
+        assert all(torch.equal(c, alone[int(i)]) for c, i in zip(context.conditions, expected, strict=True))
 
 
 def test_keys_and_values_of_references_carry_gradient_when_asked(tiny, make):

@@ -192,7 +192,9 @@ def test_words_and_images_are_read_once_and_never_between_denoising_steps(policy
 @pytest.mark.parametrize(
     "model, settings, message",
     [
-        ("qwen-edit", {"keep_source": True}, "policy.keep_source: true (accepted with policy.model qwen-edit: false"),
+        ("qwen-edit", {"keep_source": True}, "policy.keep_source: True (accepted with policy.model qwen-edit: False"),
+        ("qwen-edit", {"history": 2}, "policy.history: 2 (accepted with policy.model qwen-edit: 1; it reads one image"),
+        ("qwen-edit-plus", {"history": 0}, "policy.history: 0 (accepted with policy.model qwen-edit-plus: at least 1"),
         ("qwen-edit", {"guidance": 0.5}, "policy.guidance: 0.5 (accepted with policy.model qwen-edit: 1"),
         ("qwen-edit-plus", {"guidance_embed": 3.5}, "policy.guidance_embed: 3.5 (accepted with policy.model"),
         ("qwen-edit-plus", {"resolution": (64, 72)}, "policy.resolution: [64, 72] (accepted with policy.model"),

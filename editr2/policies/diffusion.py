@@ -51,7 +51,7 @@ class EditContext:
     """All that a velocity depends on besides the noise; every tensor has the samples first.
 
     conditions: the images beside the noise as latent tokens, float32 [B, N, D], in the order of their positions: the
-    image to edit, then (with `keep_source`, from the second turn on) the source. images: the same as the text encoder
+    image to edit, then those before it (`history`) and the source (`keep_source`). images: the same as the text encoder
     reads them, uint8 [B, H, W, 3] on the host; empty where it reads words only. prompt, negative: of the last
     instruction, and of the unguided branch (empty without guidance). derived: what a model computes from its
     conditions once, where it does (`DiffusionPolicy.derive`).
@@ -226,6 +226,8 @@ class DiffusionPolicy(ABC):
 
     def check(self, config: PolicyConfig) -> None:
         """Refuses settings (`refuse`) that this model or these weights cannot follow."""
+        if config.history < 1:
+            self.refuse("history", config.history, "at least 1, the image to edit")
         if config.gradient_checkpointing and not self.recomputes:
             self.refuse("gradient_checkpointing", True, "false; its blocks cannot be computed again")
         if config.guidance_image != 1:
@@ -294,7 +296,7 @@ class DiffusionPolicy(ABC):
         return self._with_conditions(images, None)
 
     def append(self, context: AnyEditContext, images: np.ndarray) -> EditContext:
-        """The output is the image to edit next; what stood there before is forgotten, but for the source."""
+        """The output is the image to edit next; of what stood there before, the settings say what is kept."""
         if isinstance(context, MixedContext):
             raise TypeError("context: joined of several turns (accepted: of one turn; append before joining)")
         return self._with_conditions(images, context)
@@ -309,9 +311,15 @@ class DiffusionPolicy(ABC):
         looks: tuple[Tensor, ...] = ()
         if self.text_sees_images:
             looks = (torch.from_numpy(resized(images, self.text_image_size)),)
-        if earlier is not None and self.config.keep_source:
-            conditions, looks = (*conditions, earlier.conditions[-1]), (*looks, *earlier.images[-1:])
+        if earlier is not None:
+            conditions = self._remembered((*conditions, *earlier.conditions))
+            looks = self._remembered((*looks, *earlier.images))
         return EditContext(conditions, looks, derived=self.derive(conditions))
+
+    def _remembered(self, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What a turn sees of a session's images, the newest first; of earlier ones, what the turn before saw."""
+        recent = images[: self.config.history]
+        return (*recent, images[-1]) if self.config.keep_source and len(images) > len(recent) else recent
 
     def instruct(self, context: AnyEditContext, instructions: Sequence[str]) -> EditContext:
         if isinstance(context, MixedContext):

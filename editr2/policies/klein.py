@@ -28,10 +28,11 @@ from editr2.policies.diffusion import (
 
 
 class KleinPolicy(DiffusionPolicy):
-    """See the module docstring. References have times 10, 20, ...: the image to edit, then the source where it is kept.
+    """See the module docstring. References have times 10, 20, ...: the image to edit, then whatever else of the session
+    a turn sees.
 
-    The model could be shown every earlier output; a turn sees only the last, since each further reference adds a
-    target's worth of tokens to every step and what earlier turns did shows in the last output.
+    The model could be shown every earlier output (`policy.history`). By default a turn sees the last one: each further
+    reference adds a target's worth of tokens to every step, and what earlier turns did shows in the last output.
     """
 
     model = "klein"

@@ -73,8 +73,10 @@ class QwenEditPolicy(DiffusionPolicy):
             self.refuse("guidance", config.guidance, "1, which is none, or above")
         if config.guidance_embed is not None:
             self.refuse("guidance_embed", config.guidance_embed, "none; the transformer does not take it")
-        if config.keep_source and self.model == QwenEditPolicy.model:
-            self.refuse("keep_source", "true", "false; it reads one image, qwen-edit-plus several")
+        if self.model == QwenEditPolicy.model:
+            for name, one in (("history", 1), ("keep_source", False)):
+                if (given := getattr(config, name)) != one:
+                    self.refuse(name, given, f"{one}; it reads one image, qwen-edit-plus several")
 
     # -------------------------------------------------------------------------------------------------------- the text
 

@@ -297,8 +297,12 @@ class DiffusionEditor:
 
         return prompts > CACHED_PROMPTS
 
-    @property
-    def text_length(self) -> int:
+    def conditions(self, turn: int) -> int:
+        """Images that a turn sees."""
+        recent = min(turn + 1, self.config.history)
+        return recent + (self.config.keep_source and turn + 1 > recent)
+
+    def text_length(self, turn: int) -> int:
         """Tokens of an instruction as the transformer sees it."""
         if not self.prompt_per_output:
             return self.config.text_tokens or 512  # both pipelines pad to it
@@ -308,16 +312,16 @@ class DiffusionEditor:
         words = 10 + min(self.config.text_tokens or self.said, self.said)
         plus = self.config.model.endswith("plus")
         height, width = (math.sqrt(PLUS_AREA),) * 2 if plus else self.policy.condition_size
-        return words + round(height / 28) * round(width / 28) * (2 if self.config.keep_source else 1)
+        return words + round(height / 28) * round(width / 28) * self.conditions(turn)
 
     def context(self, policy: Any, batch: int, turn: int) -> Any:
         """A context of the sizes that a batch has at this turn."""
-        images = 2 if turn and self.config.keep_source else 1
-        return policy.blank(batch, self.text_length, images, padded=self.prompt_per_output and batch > 1)
+        images, text = self.conditions(turn), self.text_length(turn)
+        return policy.blank(batch, text, images, padded=self.prompt_per_output and batch > 1)
 
     def cost(self, step: str, batch: int, turn: int, checkpointing: bool | None = None) -> Cost:
         if step == "instruct":
-            tokens = (self.text_length + 64) * (2 if self.config.guidance != 1 and self.prompt_per_output else 1)
+            tokens = (self.text_length(turn) + 64) * (2 if self.config.guidance != 1 and self.prompt_per_output else 1)
             parameters = sum(self.parts.text.values())
             item = torch.empty((), dtype=self.dtype).element_size()
             return Cost({self.dtype: 2 * parameters * tokens * batch}, 0, parameters * item * batch, 0, 0, 0)
@@ -342,7 +346,7 @@ class DiffusionEditor:
         return self._denoiser("context", batch, turn, False)
 
     def _denoiser(self, step: str, batch: int, turn: int, checkpointing: bool) -> Cost:
-        kind = int(turn > 0 and self.config.keep_source)  # all that tells turns apart
+        kind = min(turn, self.config.history - 1 + self.config.keep_source)  # what later turns see is as much
 
         def measured(b: int) -> Cost:
             key = (step, b, kind, checkpointing and step == "train")
