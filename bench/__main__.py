@@ -1,4 +1,4 @@
-"""python -m bench report | compare BASE."""
+"""python -m bench report | compare BASE | full_size CONFIG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ def main() -> int:
         from bench import compare
 
         return compare.main(arguments)
-    print(f"usage: python -m bench report [...] | compare BASE [...]; got {command!r}", file=sys.stderr)
+    if command == "full_size":
+        from bench import full_size
+
+        return full_size.main(arguments)
+    usage = "report [...] | compare BASE [...] | full_size CONFIG [...]"
+    print(f"usage: python -m bench {usage}; got {command!r}", file=sys.stderr)
     return 2
 
 

@@ -170,6 +170,34 @@ def transformers(page: Page) -> None:
         )
 
 
+def full_sizes(page: Page) -> None:
+    rows = page.of(["full_size"])
+    if not rows:
+        return
+    page.add(
+        "## Editors of full size, and what `editr2 check` says of them",
+        "",
+        "Iterations of the trainer on random weights, without text encoders (`python -m bench full_size`), beside the "
+        "estimate for the same device. *Ratio*: measured over estimated. Memory is the most that was alive: of torch's "
+        "allocator on a GPU, of the process on a CPU.",
+        "",
+    )
+
+    def cells(said: float | None, seen: float | None, unit: float) -> tuple[str, str, str]:
+        ratio = None if not said or seen is None else seen / said
+        return number(said and said / unit), number(seen and seen / unit), number(ratio)
+
+    found = []
+    for case in cases(rows).values():
+        by_name = {row.provider: row for row in case}
+        if by_name.keys() >= {"editr2 check", "editr2"}:
+            said, seen = by_name["editr2 check"], by_name["editr2"]
+            name = f"{seen.mode}, {seen.shape} (sessions, siblings, pixels), {seen.dtype}; {where(seen)}"
+            times = cells(said.p50_ms, seen.p50_ms, 1000)
+            found.append((name, *times, *cells(said.peak_mib, seen.peak_mib, 1024)))
+    page.table(("", "s, estimated", "measured", "ratio", "GiB, estimated", "measured", "ratio"), found)
+
+
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     """The slope of log(y) over log(x) by least squares; None with fewer than two sizes."""
     logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
@@ -278,4 +306,4 @@ def sessions(page: Page) -> None:
     )
 
 
-SECTIONS: list[Callable[[Page], None]] = [iteration, transformers, sessions, growth]
+SECTIONS: list[Callable[[Page], None]] = [iteration, transformers, full_sizes, sessions, growth]

@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, frame, page, report, sizes
+from bench import compare, frame, full_size, page, report, sizes
 from bench.frame import Row
+from editr2.config import PolicyConfig
+from editr2.errors import ConfigError
 from editr2.policies.unified_model import UnifiedConfig
+from editr2.preflight.editors import DiffusionEditor
 
 pytest_plugins = ["pytester"]
 
@@ -439,3 +442,72 @@ def test_graphs_are_checked_and_waits_counted() -> None:
     seen = frame.profile(lambda: x[0].sum().item(), "cuda")
     assert seen.host_syncs == 1 and seen.launches is not None and seen.launches >= 2
     assert frame.EventClock().measure(lambda: x[0].mul(2), 10) > 0
+
+
+# An editor of full size
+
+
+def full_size_config(folder: Path, weights: Path, **policy: Any) -> Path:
+    values = {
+        "data": {"path": str(REPOSITORY / "examples" / "shapes"), "resize": "crop"},
+        "reward": {"function": "editr2.rewards.brightness:Brightness"},
+        "credit": {"preset": "flow-grpo", "baseline": None, "weights": {"brightness": 1.0}},
+        "policy": {"model": "kontext", "weights": str(weights), "lora_rank": 4, "resolution": [32, 32]} | policy,
+        "rollout": {"sessions": 1, "siblings": 2, "steps": 2, "window": 1, "window_range": 0.5},
+        "train": {"ema": None},
+    }
+    (folder / "run.yaml").write_text(json.dumps(values))
+    return folder / "run.yaml"
+
+
+def test_full_size_iterations_stand_beside_their_estimate(
+    tmp_path: Path, beside: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside("tiny_editors").kontext_pipeline(num_layers=2).save_pretrained(tmp_path / "weights")
+    file = full_size_config(tmp_path, tmp_path / "weights", gradient_checkpointing=True)
+    assert full_size.main([str(file), "--iterations=3", f"--results={tmp_path / 'rows'}"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("iteration ") == 3 and "kontext rollout" in said and "kontext train" in said
+    rows = frame.read_rows(tmp_path / "rows")
+    assert [(row.provider, row.mode) for row in rows] == [
+        (provider, f"kontext {phase}") for phase in ("rollout", "train") for provider in ("editr2 check", "editr2")
+    ]
+    assert all(row.p50_ms > 0 and row.peak_mib is not None and row.peak_mib > 0 for row in rows)
+    assert all(row.shape == [1, 2, 32, 32] and row.device == frame.cpu_model() for row in rows)
+    text = report.render(rows, tmp_path / "performance.md")
+    assert "Editors of full size" in text and "kontext train, [1, 2, 32, 32] (sessions, siblings, pixels)" in text
+    ratio = rows[1].p50_ms / rows[0].p50_ms
+    assert f"| {page.number(ratio)} |" in text
+
+
+def test_full_size_weights_are_those_of_the_settings_and_words_are_repeatable(tmp_path: Path, beside: Any) -> None:
+    pipe = beside("tiny_editors").kontext_pipeline(num_layers=2)
+    pipe.save_pretrained(tmp_path / "weights")
+    config = PolicyConfig(model="kontext", weights=str(tmp_path / "weights"), lora_rank=4, resolution=(32, 32))
+    policy = full_size.random_policy(DiffusionEditor(config), torch.device("cpu"))
+    frozen = {n.replace(".base_layer", ""): p for n, p in policy.module.named_parameters() if ".lora_" not in n}
+    stock = dict(pipe.transformer.named_parameters())
+    assert {n: p.shape for n, p in frozen.items()} == {n: p.shape for n, p in stock.items()}
+    assert all(0.5 < float(p.std()) * p[0].numel() ** 0.5 < 1.5 for p in frozen.values() if p.dim() > 1)
+    one, same, other = (policy.embed([text], [])[0]["words"] for text in ("a", "a", "b"))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_full_size_says_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = full_size_config(tmp_path, tmp_path / "none")
+    for arguments, message in (
+        ([str(file), "--iterations=1"], "at least two iterations"),
+        (["--policy.model=unified"], "an editor on diffusers"),
+        ([str(file), "--gpu=h100"], "--gpu: h100"),
+        ([str(file)], "policy.weights: .* is no folder"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            full_size.main(arguments)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80", "NVIDIA GeForce RTX 4090": "rtx4090"}
+    for name, device in (names | {"NVIDIA RTX A6000": "a6000", "NVIDIA H100 80GB HBM3": "h100"}).items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert full_size.this_device() == device
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T4")
+    with pytest.raises(ConfigError, match="NVIDIA T4 is none of"):
+        full_size.this_device()

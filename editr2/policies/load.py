@@ -81,7 +81,7 @@ def load_diffusion(config: PolicyConfig, *, trains: bool = True, empty: bool = F
         pipe.vae.enable_tiling()  # only above the autoencoder's own sample size
     policy = kind(pipe, config)
     policy.base = str(trained or base)
-    _adapt(policy, config, adapter, trains)
+    adapt(policy, config, adapter, trains)
     if config.gradient_checkpointing:
         policy.module.enable_gradient_checkpointing()
     if config.compile:
@@ -174,7 +174,7 @@ def check_adapter(config: PolicyConfig, kind: type[DiffusionPolicy], folder: Pat
     return saved
 
 
-def _adapt(policy: DiffusionPolicy, config: PolicyConfig, adapter: Path | None, trains: bool) -> None:
+def adapt(policy: DiffusionPolicy, config: PolicyConfig, adapter: Path | None, trains: bool) -> None:
     """The module with what trains: an adapter over frozen weights, or all of it with a saved adapter merged in. Where
     nothing trains a saved adapter stays beside the weights, as it was trained.
 

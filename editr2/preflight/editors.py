@@ -227,25 +227,15 @@ class DiffusionEditor:
         self.said = round(1.4 * sum(words) / len(words))  # tokens of English; it matters where nothing is padded
 
     def _policy(self, depth: Mapping[str, int]) -> Any:
-        """The real policy over a real pipeline; raises the `ConfigError` of settings that it refuses."""
-        import diffusers
+        """The policy without data, so deep; raises the `ConfigError` of settings that it refuses."""
         from peft import LoraConfig
 
-        from editr2.policies.diffusion import stock_pipeline
-
-        pipeline = stock_pipeline(self.kind.pipeline)
-        arguments = inspect.signature(pipeline.__init__).parameters
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**self.parts.scheduler)
         with simulated(self.dtype):
-            vae = arguments["vae"].annotation(**self.parts.vae).requires_grad_(False)
+            vae = self.autoencoder(**self.parts.vae).requires_grad_(False)
         # Trained weights are float32 whatever the base is, as `load_policy` has them.
         with simulated(self.dtype if self.config.lora_rank else torch.float32):
             module = self.transformer(**{**self.parts.transformer, **depth})
-        given = {"vae": vae, "transformer": module, "scheduler": scheduler}
-        for name, argument in arguments.items():
-            if name not in given and name != "self" and argument.default is inspect.Parameter.empty:
-                given[name] = nn.Identity() if name in self.kind.text_encoders else None
-        policy = self.kind(pipeline(**given, **self.parts.pipeline), self.config)
+        policy = self.assembled(vae, module)
         if self.config.lora_rank:
             module.requires_grad_(False)
             rank = self.config.lora_rank
@@ -260,6 +250,30 @@ class DiffusionEditor:
                 for layer in [m for name, m in module.named_modules() if ".lora_" in name and hasattr(m, "weight")]:
                     layer.weight = nn.Parameter(torch.empty(layer.weight.shape))
         return policy
+
+    @property
+    def autoencoder(self) -> Any:
+        """The class of the pipeline's autoencoder."""
+        return self._arguments["vae"].annotation
+
+    @cached_property
+    def _arguments(self) -> Mapping[str, inspect.Parameter]:
+        from editr2.policies.diffusion import stock_pipeline
+
+        return inspect.signature(stock_pipeline(self.kind.pipeline).__init__).parameters
+
+    def assembled(self, vae: nn.Module, transformer: nn.Module) -> DiffusionPolicy:
+        """The real policy over a real pipeline of these, which has no text encoders."""
+        import diffusers
+
+        from editr2.policies.diffusion import stock_pipeline
+
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**self.parts.scheduler)
+        given: dict[str, Any] = {"vae": vae, "transformer": transformer, "scheduler": scheduler}
+        for name, argument in self._arguments.items():
+            if name not in given and name != "self" and argument.default is inspect.Parameter.empty:
+                given[name] = nn.Identity() if name in self.kind.text_encoders else None
+        return self.kind(stock_pipeline(self.kind.pipeline)(**given, **self.parts.pipeline), self.config)
 
     @cached_property
     def _measured(self) -> list[tuple[Any, int]]:

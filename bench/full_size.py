@@ -1,0 +1,234 @@
+"""Iterations of a real editor at its full size, on random weights, beside what `editr2 check` says of them.
+
+python -m bench full_size CONFIG [--gpu h100] [--iterations 3] [settings]
+
+Transformer and autoencoder have their published settings (or those of `policy.weights`, a folder) and random weights,
+made on the device; nothing is downloaded. Text encoders are left out, here and in the estimate: embeddings are random,
+of the right size. The trainer runs everything else. Rows: `full_size`, of the estimate and of what was measured (the
+first iteration, which warms up, is left out), by phase: rollout with encoding and decoding, and training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+from torch import Tensor, nn
+
+from bench import frame
+from editr2 import trainer
+from editr2.cli import run_config
+from editr2.config import Config
+from editr2.data import open_sessions
+from editr2.errors import ConfigError, UserError
+from editr2.policies.diffusion import DiffusionPolicy
+from editr2.policies.load import adapt
+from editr2.preflight.devices import DEVICES, find_device
+from editr2.preflight.editors import DiffusionEditor
+from editr2.preflight.estimate import Estimate, estimate
+from editr2.preflight.rules import check_run
+from editr2.processes import Processes
+from editr2.rewards.load import load_reward
+from editr2.schedule import eval_sampler, rollout_sampler
+from editr2.state import new_state
+
+PHASES = ("rollout", "train")
+
+
+def random_transformer(editor: DiffusionEditor, device: torch.device) -> nn.Module:
+    """Of full size. Matrices keep the size of what goes through them; norms start as they do."""
+    with init_empty_weights(include_buffers=False):
+        module = editor.transformer(**editor.parts.transformer)
+    dtype = editor.dtype if editor.config.lora_rank else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is None:
+                continue
+            values = torch.empty(p.shape, dtype=dtype, device=device)
+            if p.dim() > 1:
+                values.normal_(0, p.shape[1:].numel() ** -0.5, generator=generator)
+            else:
+                values.fill_(float(name == "weight"))
+            part._parameters[name] = nn.Parameter(values)
+    return module.to(device)
+
+
+def random_policy(editor: DiffusionEditor, device: torch.device) -> DiffusionPolicy:
+    """As `load_policy` makes it, but for weights and words."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(editor.dtype)
+    try:
+        vae = editor.autoencoder(**editor.parts.vae).to(device)
+    finally:
+        torch.set_default_dtype(before)
+    policy = editor.assembled(vae, random_transformer(editor, device))
+    policy.pipe.vae.enable_slicing()
+    policy.text_encoders = ()
+    adapt(policy, editor.config, None, trains=True)
+    if editor.config.gradient_checkpointing:
+        policy.module.enable_gradient_checkpointing()
+    blank = editor.context(policy, 1, 0).prompt
+
+    def embed(texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
+        rows = []
+        for text in texts:
+            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+            generator = torch.Generator(device).manual_seed(seed)
+            rows.append(
+                {name: torch.empty_like(t[0], device=device).normal_(generator=generator) for name, t in blank.items()}
+            )
+        return rows
+
+    policy.embed = embed
+    return policy
+
+
+class Memory:
+    """The most that was alive since `start`, beyond what there was when this was made: of torch's allocator on a GPU,
+    of the process on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before = 0 if device.type == "cuda" else self._status("VmRSS")
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        return self._status("VmHWM") - self.before
+
+    @staticmethod
+    def _status(name: str) -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+        return 1024 * int(line.split()[1])
+
+
+@contextmanager
+def memory_by_phase(memory: Memory, peaks: dict[str, int]) -> Iterator[None]:
+    """peaks: by phase, the most of all iterations."""
+    accumulate = trainer.accumulate_gradient
+
+    def accumulated(*arguments: Any) -> Any:
+        peaks["rollout"] = max(peaks["rollout"], memory.peak())
+        memory.start()
+        return accumulate(*arguments)
+
+    with mock.patch.object(trainer, "accumulate_gradient", accumulated):
+        memory.start()
+        yield
+    peaks["train"] = max(peaks["train"], memory.peak())
+
+
+def measure(config: Config, editor: DiffusionEditor, iterations: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every iteration after the first, and the most memory, by phase."""
+    processes = Processes(Accelerator(cpu=not torch.cuda.is_available()))
+    memory = Memory(processes.device)
+    policy, reward = random_policy(editor, processes.device), load_reward(config.reward)
+    check_run(config, reward.names, policy.sigmas, cannot_pack=editor.cannot_pack, processes=1)
+    source, state = open_sessions(config, policy), new_state(config, policy)
+    sampler = rollout_sampler(config.rollout, policy.sigmas).to(processes.device)
+    seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    peaks = dict.fromkeys(PHASES, 0)
+    for _ in range(iterations):
+        with memory_by_phase(memory, peaks):
+            row = trainer._iteration(config, state, source, reward, sampler, processes)
+        print(f"iteration {state.iteration}: " + ", ".join(f"{k} {s:.2f} s" for k, s in row["seconds"].items()))
+        if state.iteration:
+            seconds["rollout"].append(row["seconds"]["rollout"])
+            seconds["train"].append(row["seconds"]["loss"] + row["seconds"]["optimiser"])
+        state.iteration += 1
+    return seconds, peaks
+
+
+def estimated(config: Config, editor: DiffusionEditor, gpu: str) -> Estimate:
+    source = open_sessions(config, editor)
+    assert source.sessions is not None
+    editor.see(source.sessions)
+    samplers = rollout_sampler(config.rollout, editor.own), eval_sampler(config, editor.own)
+    turns = [len(s.turns) for s in source.sessions], [len(s.turns) for s in source.heldout]
+    return estimate(config, editor, find_device(gpu), samplers, turns)
+
+
+def this_device() -> str:
+    """As `editr2 check --gpu` calls it. Raises `ConfigError` where it has no sheet for it."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name()
+    plain = name.lower().replace(" ", "")
+    for device in DEVICES:
+        if all(part in plain for part in device.split("-")):
+            return device
+    raise ConfigError(f"--gpu: none given, and {name} is none of {', '.join(DEVICES)}")
+
+
+def rows_of(
+    config: Config, result: Estimate, seconds: dict[str, list[float]], peaks: dict[str, int], device: str
+) -> list[frame.Row]:
+    r, p = config.rollout, config.policy
+    most = {"rollout": max(result.peaks["rollout"], result.peaks["encode"]), "train": result.peaks["train"]}
+    spent = {"rollout": result.seconds["rollout"] + result.seconds["encode"], "train": result.seconds["train"]}
+    rows = []
+    for phase in PHASES:
+        shape, mode = [r.sessions, r.siblings, *p.resolution], f"{p.model} {phase}"
+        for provider, times, peak in (
+            ("editr2 check", [spent[phase]], most[phase]),
+            ("editr2", seconds[phase], peaks[phase]),
+        ):
+            p20, p50, p80 = (1000 * t for t in frame.quantiles(times))
+            where = frame.environment(device)
+            row = frame.Row("full_size", provider, mode, shape, p.dtype, p20, p50, p80, peak_mib=peak / 2**20, **where)
+            rows.append(row)
+    return rows
+
+
+def text_of(rows: Sequence[frame.Row]) -> str:
+    lines = [f"{'':<24}{'estimated':>14}{'measured':>14}{'ratio':>8}"]
+    for said, seen in zip(rows[::2], rows[1::2], strict=True):
+        pairs = (
+            (said.mode, "s", said.p50_ms / 1000, seen.p50_ms / 1000),
+            ("", "GiB", (said.peak_mib or 0) / 1024, (seen.peak_mib or 0) / 1024),
+        )
+        for name, unit, expected, found in pairs:
+            lines.append(f"{name:<24}{expected:>10.2f} {unit:<3}{found:>10.2f} {unit:<3}{found / expected:>8.2f}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    extra: list[tuple[str, dict]] = [
+        ("--gpu", {"type": str, "help": f"what this device is, if it does not say so: {', '.join(DEVICES)}"}),
+        ("--iterations", {"type": int, "default": 3, "help": "in all; the first is not counted"}),
+        ("--results", {"type": Path, "default": frame.RESULTS, "help": "folder of rows (bench/results)"}),
+    ]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    try:
+        config, given = run_config("python -m bench full_size", (__doc__ or "").splitlines()[0], arguments, extra)
+        if config.policy.model == "unified" or config.policy.quantize != "none" or given["iterations"] < 2:
+            raise ConfigError("full_size: an editor on diffusers that is not quantized, and at least two iterations")
+        gpu = given["gpu"] or this_device()
+        if (gpu == "cpu") == torch.cuda.is_available():
+            raise ConfigError(f"--gpu: {gpu} (accepted: the name of this device, cpu without a GPU)")
+        editor = DiffusionEditor(dataclasses.replace(config.policy, offload=False, shard=False))
+        editor.parts = dataclasses.replace(editor.parts, text={})
+        config = dataclasses.replace(config, policy=editor.config)
+        result = estimated(config, editor, gpu)
+        seconds, peaks = measure(config, editor, given["iterations"])
+    except UserError as error:
+        raise SystemExit(f"full_size: {error}") from error
+    rows = rows_of(config, result, seconds, peaks, "cuda" if torch.cuda.is_available() else "cpu")
+    frame.append_rows(given["results"], rows)
+    print(text_of(rows))
+    return 0
