@@ -9,15 +9,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from editr2.config import PRESETS, Config, preset_config
 from editr2.errors import ConfigError, UserError
-
-if TYPE_CHECKING:
-    pass
 
 Arguments = Sequence[str]
 
@@ -120,6 +117,8 @@ def command_check(arguments: Arguments) -> int:
         arguments = ["--config", *arguments]
     description = "Check the settings, data and reward of a run and estimate its memory and time; loads no weights."
     config, given = run_config("editr2 check", description, arguments, extra)
+    if given["processes"] < 1:
+        raise ConfigError(f"--processes: {given['processes']} (accepted: at least 1)")
     from editr2.preflight import preflight
 
     report = preflight(config, given["gpu"], given["processes"])

@@ -559,26 +559,34 @@ DIFFUSION_ONLY = tuple(_POLICY_FIELDS[_POLICY_FIELDS.index("resolution") :])
 """Settings that the unified model has no use for."""
 
 
-def _model_problems(config: Config) -> Iterator[str]:
-    p, default = config.policy, PolicyConfig()
+def policy_problems(p: PolicyConfig, trains: bool = True) -> Iterator[str]:
+    """One line for each rule that the policy's settings break among themselves. trains: whether it will."""
+    default = PolicyConfig()
     if p.model == "unified":
         for name in DIFFUSION_ONLY:
             if (value := getattr(p, name)) != (accepted := getattr(default, name)):
                 yield f"policy.{name}: {value!r} (accepted with policy.model unified: {accepted!r}, the default)"
-    elif config.data.path is None:
-        yield (
-            f"data.path: none (accepted with policy.model {p.model}: a sessions.jsonl; the shapes world's images are "
-            "too small for it)"
-        )
+        return
     if p.quantize != "none" and not p.lora_rank:
         yield f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what trains is not quantized)"
     if p.shard:
         for name, value, accepted, why in (
-            ("policy.lora_rank", p.lora_rank, p.lora_rank > 0, "at least 1; only frozen weights are sharded"),
-            ("policy.quantize", p.quantize, p.quantize == "none", "none; 4-bit weights are not sharded"),
-            ("policy.model", p.model, p.model != "klein-kv", "klein; its cache is made inside of the blocks"),
-            ("policy.compile", p.compile, not p.compile, "false; compiled blocks are not computed again as they were"),
-            ("rollout.capture", config.rollout.capture, config.rollout.capture == "off", "off; gathering waits"),
+            ("lora_rank", p.lora_rank, p.lora_rank > 0 or not trains, "at least 1; only frozen weights are sharded"),
+            ("quantize", p.quantize, p.quantize == "none", "none; 4-bit weights are not sharded"),
+            ("model", p.model, p.model != "klein-kv", "klein; its cache is made inside of the blocks"),
+            ("compile", p.compile, not p.compile, "false; compiled blocks are not computed again as they were"),
         ):
             if not accepted:
-                yield f"{name}: {value} (accepted with policy.shard: {why})"
+                yield f"policy.{name}: {value} (accepted with policy.shard: {why})"
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    p = config.policy
+    yield from policy_problems(p)
+    if p.model != "unified" and config.data.path is None:
+        yield (
+            f"data.path: none (accepted with policy.model {p.model}: a sessions.jsonl; the shapes world's images are "
+            "too small for it)"
+        )
+    if p.shard and config.rollout.capture != "off":
+        yield f"rollout.capture: {config.rollout.capture} (accepted with policy.shard: off; gathering waits)"

@@ -137,8 +137,10 @@ def comparison_line(row: dict[str, Any]) -> str:
     if row["difference"] is None:
         return "before -> after: no session could be scored both times"
     times = f" = {row['difference'] / row['se']:.1f} standard errors" if row["se"] else ""
+    right = ""
+    if row["success_before"] is not None and row["success_after"] is not None:
+        right = f"; sessions all right {row['success_before']:.1%} -> {row['success_after']:.1%}"
     return (
-        f"turn {row['turn']} reward {row['reward_before']:.3f} -> {row['reward_after']:.3f}, paired difference "
-        f"{row['difference']:+.3f} +- {row['se'] or 0:.3f}{times}; sessions all right "
-        f"{row['success_before']:.1%} -> {row['success_after']:.1%}"
+        f"last turn's reward {row['reward_before']:.3f} -> {row['reward_after']:.3f}, paired difference "
+        f"{row['difference']:+.3f} +- {row['se'] or 0:.3f}{times}{right}"
     )

@@ -3,7 +3,8 @@
 torchrun --nproc_per_node N tests/sharded_processes.py FOLDER CASES.json
 
 CASES.json: case -> changes to the configuration (`replace_nested`). Writes the runs, FOLDER/CASE-whole and
-FOLDER/CASE-shared, and FOLDER/facts.RANK.json: what the process held of the transformer, and how often it was idle.
+FOLDER/CASE-shared, and FOLDER/facts.RANK.json: what the process held of the transformer, how
+often it was idle without and with gradient, and in how many of its own backwards idle forwards took part.
 """
 
 import json
@@ -27,7 +28,9 @@ def main(folder: Path, cases: dict) -> None:
             values = {**changes, "out": str(folder / f"{case}-{kind}")}
             values["policy"] = {**changes["policy"], "shard": kind == "shared"}
             config = replace_nested(Config(), values)
-            seen: dict = facts.setdefault(case, {}).setdefault(kind, {"idle": [0, 0], "held": 0, "whole": 0})
+            seen: dict = facts.setdefault(case, {}).setdefault(
+                kind, {"idle": [0, 0], "mixed": 0, "held": 0, "whole": 0}
+            )
             train(config, seen)
     rank = torch.distributed.get_rank()
     (folder / f"facts.{rank}.json").write_text(json.dumps(facts))
@@ -49,7 +52,11 @@ def train(config: Config, seen: dict) -> None:
                 seen["idle"][torch.is_grad_enabled()] += 1
                 return idle()
 
-            step._idle = counted
+            def backward(losses):
+                seen["mixed"] += bool(losses and step._unused)
+                return backwards(losses)
+
+            step._idle, backwards, step._backward = counted, step._backward, backward
 
     with mock.patch("editr2.policies.load.place", place):
         for iterations in (1, config.train.iterations):

@@ -25,6 +25,7 @@ from editr2.preflight.devices import _SHEETS, PEER_EFFICIENCY, Device, find_devi
 from editr2.preflight.editors import DiffusionEditor, UnifiedEditor
 from editr2.preflight.estimate import estimate, evaluation_plan, plan, strips_plan
 from editr2.preflight.meter import Cost, Meter, Speed, simulated
+from editr2.preflight.rules import run_problems
 from editr2.processes import Processes
 from editr2.rewards.base import Score
 from editr2.rewards.load import load_reward
@@ -325,8 +326,26 @@ def test_a_reward_is_asked_once(monkeypatch):
 def test_groups_must_go_around(capsys):
     assert main(["check", "--processes", "13"]) == 2
     assert "rollout.sessions: 12 (accepted: at least 13, one a process)" in capsys.readouterr().err
+    assert main(["check", "--processes", "0"]) == 2
+    assert "--processes: 0 (accepted: at least 1)" in capsys.readouterr().err
     assert main(["check", "--gpu", "abacus"]) == 2
     assert "--gpu: 'abacus' (accepted: b200, h200, h100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sessions", "minibatches", "message"),
+    [
+        (4, 2, None),
+        (4, 3, "accepted: a divisor of 2"),
+        (5, 1, None),
+        (5, 2, "accepted: 1, since some processes have 2 batches of rollout.groups_per_batch = 1 groups and some 3"),
+    ],
+)
+def test_minibatches_are_the_same_on_all_processes(sessions, minibatches, message):
+    changes = {"rollout": {"sessions": sessions, "groups_per_batch": 1}, "train": {"minibatches": minibatches}}
+    found = list(run_problems(replace_nested(Config(), changes), None, None, cannot_pack=None, processes=2))
+    assert len(found) == (message is not None)
+    assert all(problem.startswith(f"train.minibatches: {minibatches}") and message in problem for problem in found)
 
 
 # -------------------------------------------------------------------------------------------------------- what it says
@@ -347,7 +366,9 @@ def test_offload_checkpointing_and_four_bits_take_less(folders):
     reports = [preflight(small(folders, **settings), "rtx4090") for settings in ({}, lean_settings)]
     assert all(not report.problems and report.fits for report in reports)
     plain, lean = ("\n".join(report.lines) for report in reports)
-    assert "(not chosen)" in plain and "4-bit base" in lean and "on the host while idle" in lean
+    assert re.search(r"activations, train +[\d.]+ MiB  \(with checkpointing [\d.]+ MiB\)", plain)
+    assert re.search(r"activations, train, checkpointing +[\d.]+ MiB  \(without checkpointing [\d.]+ MiB\)", lean)
+    assert "4-bit base" in lean and "on the host while idle" in lean
     assert "verdict: fits rtx4090" in plain
     assert "while loading" in plain and "while training" not in plain and "at most while training" in lean
 

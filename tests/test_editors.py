@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -402,6 +403,21 @@ def test_a_saved_adapter_is_found_again_and_stock_diffusers_loads_it(folder, tin
         loaded(tmp_path / "policy", model, lora_rank=3)
     with pytest.raises(ConfigError, match="policy.weights: .* is of model"):
         loaded(tmp_path / "policy", {"kontext": "klein", "klein": "kontext"}[model])
+
+
+def test_a_policy_without_data_is_loaded_without_a_word(folder, tmp_path):
+    """A process whose weights come from another one reads no adapter either; torch would warn of every matrix."""
+    weights, _ = folder("kontext")
+    stirred(loaded(weights, lora_rank=3)).save(tmp_path / "policy")
+    config = PolicyConfig("kontext", str(tmp_path / "policy"), resolution=(32, 32), text_tokens=32, lora_rank=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        empty = load_policy(config, empty=True)
+    assert all(p.is_meta for n, p in empty.module.named_parameters() if ".lora_" not in n)
+    whole = load_policy(config)
+    assert {n: p.shape for n, p in empty.module.named_parameters()} == {
+        n: p.shape for n, p in whole.module.named_parameters()
+    }
 
 
 def test_saved_weights_are_found_again_with_and_without_an_adapter_over_them(folder, tiny, tmp_path):

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from editr2.checkpoint import load_checkpoint
 from editr2.config import Config, replace_nested
 from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from editr2.evaluate import comparison_row
 from editr2.policies.unified import UnifiedPolicy
 from editr2.ratio import RatioError
 from editr2.rewards.base import RewardFailure, Score
+from editr2.rows import comparison_line
 from editr2.tracking import read_metrics
 from editr2.trainer import train
 
@@ -314,3 +316,24 @@ def test_killed_at_any_moment_it_resumes_bitwise(uninterrupted, tmp_path, point)
                 assert one[key] == two[key], (event, key)
     moved = np.mean([float((v.float()).abs().mean()) for v in final_weights(run, 4).values()])
     assert moved > 0
+
+
+def test_a_comparison_is_of_what_it_says_whoever_could_not_be_scored():
+    """Each session's own last turn, paired; the longest sessions' last turn may have no score at all."""
+
+    def row(iteration, reward, right):
+        turns = [{"mean": 0.5, "se": None}, {"mean": None, "se": None}]
+        return {
+            "iteration": iteration,
+            "reward_turn": turns,
+            "success": {"mean": right, "se": None},
+            "sessions": 3,
+            "per_session": {"reward": reward},
+        }
+
+    compared = comparison_row(row(0, [0.25, 0.5, None], None), row(4, [0.5, 0.5, None], 0.5))
+    assert (compared["reward_before"], compared["reward_after"], compared["difference"]) == (0.375, 0.5, 0.125)
+    said = comparison_line(compared)
+    assert "reward 0.375 -> 0.500, paired difference +0.125" in said and "all right" not in said
+    nothing = comparison_row(row(0, [None], None), row(4, [None], None))
+    assert "no session could be scored both times" in comparison_line(nothing)

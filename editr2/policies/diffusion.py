@@ -283,7 +283,11 @@ class DiffusionPolicy(ABC):
         small.grid = small.condition_grid = (1, 1)
         context = small.blank(1, 1)
         x = context.conditions[0].to(self.compute_dtype)
-        with self.autocast(x.device):
+        # Asked for inside of another forward's autocast, whose cache must not keep casts of weights without a graph
+        # (torch 2.9 would hand them to that forward).
+        with torch.autocast(
+            x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32, cache_enabled=False
+        ):
             return small.predict(x, x.new_ones(1, dtype=torch.float32), context, context.prompt)
 
     # ----------------------------------------------------------------------------------------------------- the protocol

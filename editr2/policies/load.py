@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from editr2.config import MODELS, PolicyConfig
+from editr2.config import MODELS, PolicyConfig, policy_problems
 from editr2.errors import CheckpointError, ConfigError
 from editr2.policies.base import Policy
 from editr2.policies.sharding import place
@@ -52,7 +52,12 @@ def load_policy(config: PolicyConfig, *, trains: bool = True, empty: bool = Fals
 
 
 def open_policy(config: PolicyConfig, processes: Processes, *, trains: bool = True) -> Policy:
-    """`load_policy` for a run of several processes: on their devices, whole or shared out (`policy.shard`)."""
+    """`load_policy` for a run of several processes: on their devices, whole or shared out (`policy.shard`).
+
+    Raises `ConfigError` as `load_policy`, and for settings that cannot be shared out.
+    """
+    for problem in policy_problems(config, trains):
+        raise ConfigError(problem)
     policy = load_policy(config, trains=trains, empty=config.shard and not processes.main)
     place(policy, config.shard, processes)
     return policy
@@ -202,7 +207,8 @@ def adapt(policy: DiffusionPolicy, config: PolicyConfig, adapter: Path | None, t
         if ".lora_" in name:
             p.data = p.data.float()
             p.requires_grad_(trains)
-    if adapter is not None:
+    empty = any(p.is_meta for p in module.parameters())  # then its adapters come from another process, too
+    if adapter is not None and not empty:
         weights = {k.removeprefix(f"{TRANSFORMER}."): v for k, v in load_file(adapter / LORA_FILE).items()}
         found = set_peft_model_state_dict(module, weights)
         if found.unexpected_keys:

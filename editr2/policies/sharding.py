@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, UserError
 from editr2.processes import PATIENCE, Processes
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FORWARD, RECORDED, BACKWARD, FINISHED = 3, 2, 1, 0
 """What a process wants next: a forward without gradient, one with, the backward of all of the latter since the last
-one, or nothing before all others want nothing. The largest is done first, so a backward waits for every forward."""
+one, or nothing before all others want nothing. The largest is done first: a backward waits for every forward."""
 
 
 class Lockstep:
@@ -71,7 +71,10 @@ class Lockstep:
 
     def _agree(self, wish: int) -> int:
         largest = torch.tensor(wish)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        try:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        except RuntimeError as error:
+            raise UserError("the other processes do not answer; the error of one that stopped stands above") from error
         return int(largest)
 
     def _backward(self, losses: list[Tensor]) -> None:
@@ -82,11 +85,14 @@ class Lockstep:
 def place(policy: Any, shard: bool, processes: Processes) -> None:
     """Brings a policy to the device, whole or (where there are several processes) this process's share of it.
 
-    Process 0's weights count; the others' may be without data, on the meta device.
+    Process 0's weights count; the others' may be without data, on the meta device. Raises `ConfigError` for weights
+    that are shared out already, and where those of another process have other shapes.
     """
     if not shard or processes.count == 1:
         policy.module.to(processes.device)
         return
+    if isinstance(policy.module, FSDPModule):
+        raise ConfigError("policy.shard: true (accepted for weights that are not shared out yet; load them anew)")
     _shard(policy, processes.device)
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     processes.lockstep = Lockstep(policy.module, policy.idle, group)
@@ -115,7 +121,7 @@ def _own(part: nn.Module, seen: set[nn.Module]) -> list[tuple[dict[str, Any], st
 
 
 def _spread(places: Sequence[tuple[dict[str, Any], str]], device: torch.device) -> None:
-    """Process 0's tensors to all devices. Raises `ConfigError` where another process expects other shapes."""
+    """Process 0's tensors to all devices."""
     said = [[(tuple(held[name].shape), held[name].dtype) for held, name in places]]
     mine = said[0]
     dist.broadcast_object_list(said, device=device)

@@ -16,8 +16,9 @@ from editr2.schedule import Schedule, eval_sampler, rollout_sampler
 
 
 def batches(config: Config, processes: int) -> int:
-    """Chunks of at most `rollout.groups_per_batch` groups that a process has in an iteration."""
-    return -(-(config.rollout.sessions // processes) // config.rollout.groups_per_batch)
+    """Chunks of at most `rollout.groups_per_batch` groups that the process with most to do has in an iteration."""
+    most = -(-config.rollout.sessions // processes)
+    return -(-most // config.rollout.groups_per_batch)
 
 
 def run_problems(
@@ -49,11 +50,19 @@ def run_problems(
     r, t = config.rollout, config.train
     if r.sessions < processes:
         yield f"rollout.sessions: {r.sessions} (accepted: at least {processes}, one a process)"
-    elif r.groups_per_batch > 0 and t.minibatches > 0 and (count := batches(config, processes)) % t.minibatches:
-        yield (
-            f"train.minibatches: {t.minibatches} (accepted: a divisor of {count}, the batches of "
-            f"rollout.groups_per_batch = {r.groups_per_batch} groups that a process has)"
-        )
+    elif r.groups_per_batch > 0 and t.minibatches > 1:
+        # The processes with least and with most to do: an optimizer step is all processes' equally numbered minibatch.
+        least, most = -(-(r.sessions // processes) // r.groups_per_batch), batches(config, processes)
+        if least != most:
+            yield (
+                f"train.minibatches: {t.minibatches} (accepted: 1, since some processes have {least} batches of "
+                f"rollout.groups_per_batch = {r.groups_per_batch} groups and some {most})"
+            )
+        elif most % t.minibatches:
+            yield (
+                f"train.minibatches: {t.minibatches} (accepted: a divisor of {most}, the batches of "
+                f"rollout.groups_per_batch = {r.groups_per_batch} groups that a process has)"
+            )
     if t.packed == "on" and cannot_pack:
         yield f"train.packed: on (accepted for a {cannot_pack}, which cannot: auto, off)"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -77,23 +78,25 @@ def render(
         ),
     ]
     if sizes.targets:
-        lines.append("targets     " + ", ".join(f"{count} x {name}" for name, count in sizes.targets.items()))
+        found = ", ".join(f"{count} x {name}" for name, count in sizes.targets.items())
+        lines += textwrap.wrap(found, 108, initial_indent="targets     ", subsequent_indent=" " * 12)
     lines += [
         f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma {sigmas}",
         f"trained     {_window(config, sampler)}",
         "",
         f"memory of {device.name}{each}",
     ]
-    chosen = {
-        "activations, train": not p.gradient_checkpointing,
-        "activations, train, checkpointing": p.gradient_checkpointing,
-    }
-    other = next(name for name, taken in chosen.items() if taken)
+    kept, again = (f"activations, train{how}" for how in ("", ", checkpointing"))
+    left, used = (kept, again) if p.gradient_checkpointing else (again, kept)
     for name, count in result.memory.items():
-        if count and (chosen.get(name, True) or count != result.memory[other]):
-            note = "" if chosen.get(name, True) else "  (not chosen)"
-            note = "  (on the host while idle)" if p.offload and name in ("text encoders", "autoencoder") else note
-            note = f"  (sharded over {processes} processes)" if shards and name == "frozen weights" else note
+        if count and name != left:
+            note = ""
+            if name == used and count != result.memory[left]:
+                note = f"  (with{'out' if used == again else ''} checkpointing {size(result.memory[left])})"
+            elif p.offload and name in ("text encoders", "autoencoder"):
+                note = "  (on the host while idle)"
+            elif shards and name == "frozen weights":
+                note = f"  (sharded over {processes} processes)"
             lines.append(f"  {name:<36}{size(count):>12}{note}")
     lines += [f"  alive at most in {phase:<19}{size(count):>12}" for phase, count in result.peaks.items()]
     if device.gpu:
