@@ -78,8 +78,9 @@ def render(
         ),
     ]
     if sizes.targets:
-        found = ", ".join(f"{count} x {name}" for name, count in sizes.targets.items())
-        lines += textwrap.wrap(found, 108, initial_indent="targets     ", subsequent_indent=" " * 12)
+        found = ", ".join(f"{name} ({count})".replace(" ", "\xa0") for name, count in sizes.targets.items())
+        wrapped = textwrap.wrap(found, 116, initial_indent="targets     ", subsequent_indent=" " * 12)
+        lines += [line.replace("\xa0", " ") for line in wrapped]
     lines += [
         f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma {sigmas}",
         f"trained     {_window(config, sampler)}",
