@@ -24,8 +24,8 @@ def explain_difference(policy: Policy, chunk: Chunk, sampler: Sampler, seeds: Se
 
     Order of comparison, turn by turn: rollout against its own repetition (text, images, x, x_next), then the replay
     (the intents' tokens, velocity with gradients on, log_prob). The replay goes in rows of at most `train.micro_batch`,
-    as training does, and leaves every graph before the next. Its forwards with gradient have no backward, so where weights
-    are sharded nothing can be trained afterwards: the caller raises.
+    as training does, and leaves every graph before the next. Its forwards with gradient have no backward: where weights
+    are sharded nothing can be trained afterwards, and the caller raises.
     """
     again = rollout_chunk(
         policy,
