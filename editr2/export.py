@@ -147,7 +147,7 @@ def _chosen(run: Path, weights: str | None) -> tuple[Checkpoint, str, dict[str, 
 
 def _load(config: PolicyConfig) -> Policy:
     policy = load_policy(config)
-    policy.module.to(torch.accelerator.current_accelerator() or "cpu")
+    policy.module.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     return policy
 
 

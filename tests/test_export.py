@@ -23,6 +23,17 @@ from editr2.policies.weights import load_trainable, snapshot, trainable
 from editr2.state import new_state
 from editr2.yaml_config import dump_yaml
 
+
+@pytest.fixture(autouse=True)
+def a_cuda_build(monkeypatch):
+    """torch built for CUDA names it as the accelerator without a device as well, unless asked whether one is there."""
+    if not torch.cuda.is_available():
+        cuda = torch.device("cuda")
+        monkeypatch.setattr(
+            torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else cuda
+        )
+
+
 EDITORS = ("kontext", "klein", "qwen-edit", "qwen-edit-plus")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 

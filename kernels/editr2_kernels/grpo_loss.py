@@ -87,7 +87,7 @@ def _options(
     v_old: Tensor | None,
     normalizer: float | None,
 ) -> _Options:
-    low, high = _checks.pair("clip", clip) if isinstance(clip, tuple | list) else (clip, clip)
+    low, high = _checks.pair("clip", clip) if isinstance(clip, (tuple, list)) else (clip, clip)
     _checks.not_negative("clip", low)
     _checks.not_negative("clip", high)
     if low > 1:

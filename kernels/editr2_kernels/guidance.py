@@ -106,7 +106,7 @@ def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(f"{name} must have shape [{batch}], one weight a sample; got {list(value.shape)}")
         _checks.same_device(name, value, "x", like)
         return value.detach()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a float32 tensor, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # math.isfinite would break the graph of a number that changes
         raise ValueError(f"{name} must be finite, got {value}")

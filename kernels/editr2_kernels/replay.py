@@ -268,7 +268,7 @@ def _replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def save(ctx: Any, replay: Replay, *more: Tensor | None) -> None:
     """In the `setup_context` of an operator whose arguments begin with `Replay`: keep it and `more` for backward."""
-    ctx.save_for_backward(*(field for field in replay if not isinstance(field, int | torch.SymInt)), *more)
+    ctx.save_for_backward(*(field for field in replay if not isinstance(field, (int, torch.SymInt))), *more)
     ctx.renorm, ctx.width = replay.renorm, replay.width
 
 

@@ -494,7 +494,7 @@ def token_log_prob(
         ValueError or TypeError naming the argument. An id outside [0, V) that is not ignore_index raises on CPU
         tensors; on a GPU, where looking would stall the queue, the row's outputs and gradient are NaN.
     """
-    pair = isinstance(logits, tuple | list)
+    pair = isinstance(logits, (tuple, list))
     if pair:
         if len(logits) != 2:
             raise ValueError(f"logits must be a tensor or a pair (hidden, weight), got {len(logits)} items")
