@@ -31,13 +31,13 @@ def main(folder: Path, cases: dict) -> None:
             seen: dict = facts.setdefault(case, {}).setdefault(
                 kind, {"idle": [0, 0], "mixed": 0, "held": 0, "whole": 0}
             )
-            train(config, seen)
+            train(config, seen, restarts=kind == "shared")
     rank = torch.distributed.get_rank()
     (folder / f"facts.{rank}.json").write_text(json.dumps(facts))
 
 
-def train(config: Config, seen: dict) -> None:
-    """Two iterations, the second after a restart."""
+def train(config: Config, seen: dict, restarts: bool) -> None:
+    """The configured iterations; restarts: those after the first in a second call."""
 
     def place(policy, shard, processes):
         seen["empty"] = any(p.is_meta for p in policy.module.parameters())
@@ -59,7 +59,7 @@ def train(config: Config, seen: dict) -> None:
             step._idle, backwards, step._backward = counted, step._backward, backward
 
     with mock.patch("editr2.policies.load.place", place):
-        for iterations in (1, config.train.iterations):
+        for iterations in (1, config.train.iterations) if restarts else (config.train.iterations,):
             few = replace_nested(config, {"train": {"iterations": iterations}})
             trainer.train(few)
 
