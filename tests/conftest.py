@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose among kernels freely
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +59,18 @@ def beside() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def peers(beside: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Stand-ins of other trainers (peers.py), importable by their names; nothing stays patched."""
+    from editr2.integrations import patching, unpatch
+
+    module = beside("peers")
+    module.modules = module.install(monkeypatch)
+    yield module
+    for name in list(patching._ACTIVE):
+        unpatch(name)
 
 
 @pytest.fixture
