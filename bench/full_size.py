@@ -4,8 +4,9 @@ python -m bench full_size CONFIG [--gpu h100] [--iterations 3] [settings]
 
 Transformer and autoencoder have their published settings (or those of `policy.weights`, a folder) and random weights,
 made on the device; nothing is downloaded. Text encoders are left out, here and in the estimate: embeddings are random,
-of the right size. The trainer runs everything else. Rows: `full_size`, of the estimate and of what was measured (the
-first iteration, which warms up, is left out), by phase: rollout with encoding and decoding, and training.
+of the right size. `policy.offload` and `policy.shard` are off. The trainer runs everything else. Rows: `full_size`, of
+the estimate and of what was measured (the first iteration, which warms up, is left out), by phase: rollout with
+encoding and decoding, and training.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from editr2.config import Config
 from editr2.data import open_sessions
 from editr2.errors import ConfigError, UserError
 from editr2.policies.diffusion import DiffusionPolicy
-from editr2.policies.load import adapt
+from editr2.policies.load import make_ready
 from editr2.preflight.devices import DEVICES, find_device
 from editr2.preflight.editors import DiffusionEditor
 from editr2.preflight.estimate import Estimate, estimate
@@ -70,11 +71,8 @@ def random_policy(editor: DiffusionEditor, device: torch.device) -> DiffusionPol
     finally:
         torch.set_default_dtype(before)
     policy = editor.assembled(vae, random_transformer(editor, device))
-    policy.pipe.vae.enable_slicing()
     policy.text_encoders = ()
-    adapt(policy, editor.config, None, trains=True)
-    if editor.config.gradient_checkpointing:
-        policy.module.enable_gradient_checkpointing()
+    make_ready(policy, None, trains=True)
     blank = editor.context(policy, 1, 0).prompt
 
     def embed(texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -180,7 +178,7 @@ def rows_of(
     r, p = config.rollout, config.policy
     most = {"rollout": max(result.peaks["rollout"], result.peaks["encode"]), "train": result.peaks["train"]}
     spent = {"rollout": result.seconds["rollout"] + result.seconds["encode"], "train": result.seconds["train"]}
-    rows = []
+    rows, where = [], frame.environment(device)
     for phase in PHASES:
         shape, mode = [r.sessions, r.siblings, *p.resolution], f"{p.model} {phase}"
         for provider, times, peak in (
@@ -188,7 +186,6 @@ def rows_of(
             ("editr2", seconds[phase], peaks[phase]),
         ):
             p20, p50, p80 = (1000 * t for t in frame.quantiles(times))
-            where = frame.environment(device)
             row = frame.Row("full_size", provider, mode, shape, p.dtype, p20, p50, p80, peak_mib=peak / 2**20, **where)
             rows.append(row)
     return rows

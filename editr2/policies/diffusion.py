@@ -285,9 +285,7 @@ class DiffusionPolicy(ABC):
         x = context.conditions[0].to(self.compute_dtype)
         # Asked for inside of another forward's autocast, whose cache must not keep casts of weights without a graph
         # (torch 2.9 would hand them to that forward).
-        with torch.autocast(
-            x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32, cache_enabled=False
-        ):
+        with self.autocast(x.device, cache=False):
             return small.predict(x, x.new_ones(1, dtype=torch.float32), context, context.prompt)
 
     # ----------------------------------------------------------------------------------------------------- the protocol
@@ -436,9 +434,10 @@ class DiffusionPolicy(ABC):
         ids[..., 0], ids[..., 1], ids[..., 2] = place, rows[:, None], columns
         return ids.flatten(0, 1)
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """Around the transformer, whose trained weights are float32 whatever it computes in."""
-        return torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+    def autocast(self, device: torch.device, *, cache: bool = True) -> torch.autocast:
+        """Around the transformer, whose trained weights are float32 whatever it computes in. cache: of their casts."""
+        on = self.compute_dtype != torch.float32
+        return torch.autocast(device.type, self.compute_dtype, enabled=on, cache_enabled=cache)
 
     @contextmanager
     def _at_work(self, *names: str) -> Iterator[None]:

@@ -81,17 +81,22 @@ def load_diffusion(config: PolicyConfig, *, trains: bool = True, empty: bool = F
     kind = policy_class(config.model)
     adapter, trained, base = weight_sources(config.weights or kind.published, config.model)
     pipe = _pipeline(kind, config, base, trained, whole=trains and not config.lora_rank, empty=empty)
-    pipe.vae.enable_slicing()
-    if kind.tiles:
-        pipe.vae.enable_tiling()  # only above the autoencoder's own sample size
     policy = kind(pipe, config)
     policy.base = str(trained or base)
-    adapt(policy, config, adapter, trains)
-    if config.gradient_checkpointing:
-        policy.module.enable_gradient_checkpointing()
-    if config.compile:
-        policy.module.compile_repeated_blocks()
+    make_ready(policy, adapter, trains)
     return policy
+
+
+def make_ready(policy: DiffusionPolicy, adapter: Path | None, trains: bool) -> None:
+    """What follows a policy's assembly from its parts: its settings for autoencoder, adapters and execution."""
+    policy.pipe.vae.enable_slicing()
+    if policy.tiles:
+        policy.pipe.vae.enable_tiling()  # only above the autoencoder's own sample size
+    _adapt(policy, adapter, trains)
+    if policy.config.gradient_checkpointing:
+        policy.module.enable_gradient_checkpointing()
+    if policy.config.compile:
+        policy.module.compile_repeated_blocks()
 
 
 def _pipeline(
@@ -179,7 +184,7 @@ def check_adapter(config: PolicyConfig, kind: type[DiffusionPolicy], folder: Pat
     return saved
 
 
-def adapt(policy: DiffusionPolicy, config: PolicyConfig, adapter: Path | None, trains: bool) -> None:
+def _adapt(policy: DiffusionPolicy, adapter: Path | None, trains: bool) -> None:
     """The module with what trains: an adapter over frozen weights, or all of it with a saved adapter merged in. Where
     nothing trains a saved adapter stays beside the weights, as it was trained.
 
@@ -188,7 +193,7 @@ def adapt(policy: DiffusionPolicy, config: PolicyConfig, adapter: Path | None, t
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    module = policy.module
+    module, config = policy.module, policy.config
     asked = _asked_lora(config, type(policy))
     saved = check_adapter(config, type(policy), adapter) if adapter is not None else None
     lora = asked if config.lora_rank else saved
