@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench bench-gpu bench-compare bench-report clean
+.PHONY: help install demo test test-all lint bench bench-gpu bench-compare bench-report clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ demo: install  ## train the small model that ships with the package; writes a re
 
 test: install  ## the tests, in up to four processes of one thread each
 	@$(BIN)/python -m pytest tests -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-all: install  ## and the whole of the tables that `make test` runs a part of (long)
+	@$(BIN)/python -m pytest tests -q -n auto --maxprocesses 4 --dist worksteal --exhaustive $(ARGS)
 
 lint: install  ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check .
