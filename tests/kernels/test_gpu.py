@@ -188,9 +188,9 @@ def test_matches_the_reference(
         # An fp32 sum over N terms in another order, and one rounding to the storage dtype at another value.
         unit = torch.finfo(a.dtype).eps
         largest = float(b.detach().float().abs().nan_to_num().max())
-        torch.testing.assert_close(
-            a.float(), b.float(), rtol=max(2 * unit, 2e-5), atol=max(2 * unit, 2e-5) * largest * 0.1, equal_nan=True
-        )
+        # Near zero a step of the dtype is no part of the value: an H200 gave a float16 gradient one such step off.
+        atol = max(2 * unit, 2e-5) * largest * 0.1 + torch.finfo(a.dtype).smallest_normal * unit
+        torch.testing.assert_close(a.float(), b.float(), rtol=max(2 * unit, 2e-5), atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
