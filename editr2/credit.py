@@ -52,7 +52,12 @@ def credit_options(config: CreditConfig, names: tuple[str, ...] = ("IF", "CC", "
     changes["filter_reward"] = names.index(FILTER_REWARD) if filtered else None
     if not filtered or not per_turn:
         changes["filter_in_statistics"] = False
-    return dataclasses.replace(options, **changes)
+    try:
+        return dataclasses.replace(options, **changes)
+    except ValueError as error:
+        raise ConfigError(
+            f"credit: {' '.join(str(error).split())} (accepted: other fields or another preset)"
+        ) from error
 
 
 def assign_credit(scores: Scores, group: Tensor, config: CreditConfig) -> GroupAdvantage:

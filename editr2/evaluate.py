@@ -199,7 +199,12 @@ def draw_strips(
 ) -> None:
     """Rolls out whole groups as in training and writes each group's first rollout, with its advantages, as images and
     `<name>.json` for the report. Same seeds before and after, so the strips differ by the weights alone. Groups are
-    split over processes; the main one writes."""
+    split over processes; the main one writes. Of no sessions (`eval.strips` 0) there are no strips."""
+    if not sessions:
+        if processes.main:
+            _clear(folder, name)
+            _write(folder, name, [])
+        return
     mine = processes.share(len(sessions))
     r, ordinals = config.rollout, range(len(sessions))[mine]
     done = [
@@ -227,8 +232,7 @@ def _write_strips(folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scor
     rewards = weighted_reward(scores, config.credit.weights)
     group = torch.arange(len(drawn)).repeat_interleave(config.rollout.siblings)
     credit = assign_credit(scores, group, config.credit)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / name).mkdir(parents=True)
+    _clear(folder, name)
     strips: list[dict[str, Any]] = []
     for place, strip in enumerate(drawn):
         session, row = strip.session, place * config.rollout.siblings
@@ -255,4 +259,13 @@ def _write_strips(folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scor
                 }
             )
         strips.append({"id": session.id, "mode": session.mode, "image": f"{name}/{place:03d}.png", "turns": shown})
+    _write(folder, name, strips)
+
+
+def _clear(folder: Path, name: str) -> None:
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).mkdir(parents=True)
+
+
+def _write(folder: Path, name: str, strips: list[dict[str, Any]]) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"sessions": strips}, indent=1) + "\n")

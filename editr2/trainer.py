@@ -45,7 +45,7 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
     policy, reward: in place of the configured ones (API use). Raises `UserError` subclasses for bad settings, data,
     checkpoints, too many failed scores, a ratio that is not 1 on-policy, or a NaN.
     """
-    check_config(config)
+    config = check_config(config)
     processes = open_processes()
     torch.manual_seed(config.seed)
     if policy is None:

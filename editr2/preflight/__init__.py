@@ -25,6 +25,7 @@ from editr2.capture import check_capture
 from editr2.config import Config
 from editr2.data import open_sessions
 from editr2.errors import UserError
+from editr2.fields import mended
 from editr2.preflight.rules import run_problems
 from editr2.rewards.base import Reward
 from editr2.rewards.load import load_reward
@@ -53,6 +54,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     from editr2.preflight.devices import find_device
 
     device = find_device(gpu)
+    given, config = config, mended(config)  # what is wrong by itself is said once, and not met again
     problems: list[str] = []
 
     def found(make: Any) -> Any:
@@ -71,7 +73,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     editor = found(opened)
     own, cannot_pack = (editor.own, editor.cannot_pack) if editor else (None, None)
     names = reward.names if reward else None
-    problems += run_problems(config, names, own, cannot_pack=cannot_pack, processes=processes)
+    problems += run_problems(given, names, own, cannot_pack=cannot_pack, processes=processes, command="check")
     found(lambda: check_capture(config.rollout.capture, torch.device("cuda" if device.gpu else "cpu")))
     source = None
     if editor:
@@ -127,7 +129,7 @@ def dry_run(config: Config, folder: str) -> list[str]:
         config,
         out=folder,
         train=replace(config.train, iterations=2),
-        eval=replace(config.eval, sessions=1, strips=1, every=0),
+        eval=replace(config.eval, sessions=1, strips=min(1, config.eval.strips), every=0),
         checkpoint=replace(config.checkpoint, every=2, keep=1),
     )
     cuda = torch.cuda.is_available()
