@@ -262,7 +262,10 @@ def _serve(calls: queue.SimpleQueue[Callable[[], None]], device: int | None) -> 
 
 def told(error: BaseException) -> str:
     """An exception in one line: type, message, and where in the user's own file."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its __str__ is a user's code, too
+        text = "(a message that cannot be read)"
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if frame.filename not in _OURS and "importlib" not in frame.filename]
     # The deepest frame of the file that we called, not of the library that it called.

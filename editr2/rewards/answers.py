@@ -59,9 +59,10 @@ def _listed(said: object, expected: int) -> list[Any] | None:
 
 
 def _count(said: object, entries: list[Any], expected: int) -> str:
-    if len(entries) <= expected or not hasattr(said, "__len__"):
-        return f"{len(entries)} entries" if len(entries) <= expected else f"more than {expected} entries"
-    return f"{len(said)} entries"
+    """How many came back; of an iterator that was cut off, more than were expected."""
+    count = len(said) if hasattr(said, "__len__") else len(entries)
+    more = "more than " if not hasattr(said, "__len__") and count > expected else ""
+    return f"{more}{expected if more else count} {'entry' if count == 1 else 'entries'}"
 
 
 def _row(said: object, names: Sequence[str], none: Score) -> Row:

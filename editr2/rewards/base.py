@@ -43,12 +43,11 @@ def as_number(value: object) -> float:
 
 def described(value: object) -> str:
     """What came back, in a few words: numbers and None as they are, else the type, with its size where it has one."""
-    if value is None or isinstance(value, numbers.Number | np.generic):
-        return f"{value}"
+    if value is None or isinstance(value, numbers.Number | np.generic | str):
+        text = repr(value) if isinstance(value, str) else str(value)
+        return text if len(text) <= 40 else text[:37] + "..."
     if isinstance(value, Tensor | np.ndarray):
         return f"a {type(value).__name__} of shape {list(value.shape)}"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 40 else value[:37] + "...")
     article = "an" if type(value).__name__[0] in "aeiouAEIOU" else "a"
     return f"{article} {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list | tuple) else "")
 
@@ -215,12 +214,17 @@ class RewardFailure(UserError):
     """Too many scores failed in one iteration: the circuit breaker stopped the run."""
 
 
+FEWEST = 8
+"""A reward that applies to fewer turns of an iteration is held against so many: two failures of two say little."""
+
+
 def check_failures(scores: Scores, limit: float) -> None:
     """Stops the run when one of the rewards failed on more than `limit` (a fraction) of the turns it applies to."""
     failures, skipped = scores.of_state(FAILED), scores.of_state(NOT_APPLICABLE)
     turns = int(scores.expected.sum())
     for k, name in enumerate(scores.names):
-        failed, asked = int(failures[..., k].sum()), turns - int(skipped[..., k].sum())
+        failed = int(failures[..., k].sum())
+        asked = max(turns - int(skipped[..., k].sum()), min(turns, FEWEST))
         if asked and failed / asked > limit:
             first = next(reason for at, reason in scores.reasons.items() if bool(failures[(*at, k)]))
             raise RewardFailure(
