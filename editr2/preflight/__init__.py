@@ -94,7 +94,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     result = estimate(config, editor, device, samplers, turns, processes)
     fits = device.needed(result.peak) <= device.memory
     lines = render(config, editor, device, samplers[0], turns, processes, result, fits)
-    return Report([], lines + credit_notes(config.credit, reward.names), fits)
+    return Report([], [*lines[:-1], *credit_notes(config.credit, reward.names), *lines[-1:]], fits)
 
 
 def _data_problems(config: Config, editor: Editor) -> list[str]:
