@@ -264,7 +264,7 @@ def _write_strips(folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scor
                     },
                     "reward": float(rewards[row, t]) if present else None,
                     "advantage": float(credit.advantage[row, t]),
-                    "reason": scores.reasons.get((row, t)),
+                    "reason": scores.reasons.get((row, t)) or (None if present else "a reward does not apply"),
                     "masked": not bool(credit.mask[row, t]),
                 }
             )

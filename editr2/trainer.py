@@ -101,6 +101,8 @@ def train(
             progress.note(evaluation_line(row))
             return row
 
+        for line in credit_notes(config.credit, asked.names):
+            progress.note(line)
         if found is not None:
             progress.note(f"resumed from {found} at iteration {state.iteration}")
         if not any(row["name"] == "before" for row in kept):
@@ -112,8 +114,6 @@ def train(
             look("before")
         if state.iteration < config.train.iterations:
             first_answer(asked, source.heldout, config.train.max_failed_scores, processes)
-            for line in credit_notes(config.credit, asked.names):
-                progress.note(line)
         rows = []
         while state.iteration < config.train.iterations:
             started = time.perf_counter()

@@ -44,12 +44,18 @@ _ACCEPTED = (
 
 class CheckedReward:
     """A reward as the trainer asks it: `judge` answers for every turn of every session and lets nothing through but
-    Ctrl-C. names: of the rewards. answered: whether it ever gave a score (or said that it does not apply)."""
+    Ctrl-C. names: of the rewards. given: what the user's own function or object is. answered: whether it ever gave a
+    score (or said that it does not apply)."""
 
     def __init__(
-        self, names: tuple[str, ...], rows: Callable[[Sequence[Item]], list[list[Row]]], together: bool, caller: Caller
+        self,
+        given: object,
+        names: tuple[str, ...],
+        rows: Callable[[Sequence[Item]], list[list[Row]]],
+        together: bool,
+        caller: Caller,
     ) -> None:
-        self.names, self.answered = names, False
+        self.given, self.names, self.answered = given, names, False
         self._rows, self._together, self._caller = rows, together, caller
 
     def judge(self, items: Sequence[Item]) -> list[list[Row]]:
@@ -96,7 +102,7 @@ def adapt(given: object, *, title: str = "reward", timeout: float | None = None)
             return batch_rows(said, turns, names, none)
         return [session_rows(said, turns[0], names, none)]
 
-    return CheckedReward(names, rows, together, Caller(timeout))
+    return CheckedReward(made, names, rows, together, Caller(timeout))
 
 
 def _made(given: Any, title: str) -> Any:

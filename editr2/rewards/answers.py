@@ -50,11 +50,11 @@ def session_rows(said: object, turns: int, names: Sequence[str], none: Score) ->
     return [_row(row, names, none) for row in rows]
 
 
-def _listed(said: object, expected: int) -> list[Any] | None:
+def _listed(said: Any, expected: int) -> list[Any] | None:
     """The entries of a sequence, array or iterator, at most one more than expected; None of anything else."""
     arrays = isinstance(said, np.ndarray | Tensor) and said.ndim > 0
     if arrays or isinstance(said, Iterator) or (isinstance(said, Sequence) and not isinstance(said, str | bytes)):
-        return list(itertools.islice(said, expected + 1))  # type: ignore[arg-type]
+        return list(itertools.islice(said, expected + 1))
     return None
 
 

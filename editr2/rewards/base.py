@@ -25,20 +25,19 @@ ROUNDING = 1e-6
 """So far outside of [0, 1] a number is taken for rounding (a cosine of 1 + 1e-7) and put on the bound."""
 
 
-def as_number(value: object) -> float:
+def as_number(value: Any) -> float:
     """A number in [0, 1]: of Python or NumPy, or a tensor or an array without dimensions. True is 1, False is 0.
 
     Raises TypeError or ValueError that says what was given and what is accepted.
     """
-    given = value
-    if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
-        value = value.item()  # not float(): it warns where a tensor carries a gradient
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{described(given)} (accepted: a number in [0, 1])")
-    if not -ROUNDING <= value <= 1 + ROUNDING:  # not so for NaN
-        why = "is not finite" if value != value or value in (float("inf"), float("-inf")) else "is outside of [0, 1]"
-        raise ValueError(f"{described(given)} {why}; return Score(None, reason) instead")
-    return min(max(float(value), 0.0), 1.0)
+    scalar = isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0
+    plain = value.item() if scalar else value  # not float(): it warns where a tensor carries a gradient
+    if not issubclass(type(plain), numbers.Real):
+        raise TypeError(f"{described(value)} (accepted: a number in [0, 1])")
+    if not -ROUNDING <= plain <= 1 + ROUNDING:  # not so for NaN; compared first: an int may be too large for a float
+        why = "is not finite" if plain != plain or plain in (float("inf"), float("-inf")) else "is outside of [0, 1]"
+        raise ValueError(f"{described(value)} {why}; return Score(None, reason) instead")
+    return min(max(float(plain), 0.0), 1.0)
 
 
 def described(value: object) -> str:

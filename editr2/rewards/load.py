@@ -24,9 +24,9 @@ def load_reward(config: RewardConfig) -> CheckedReward:
     title = f"reward.function: {config.function!r}"
     if not module or not name or module.startswith("."):
         raise ConfigError(f"{title} (accepted: package.module:name)")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # the console script's path lacks it
     try:
+        if not {"", os.getcwd()} & set(sys.path):
+            sys.path.append(os.getcwd())  # the console script's path lacks it
         found = importlib.import_module(module)
         given = getattr(found, name, None)
     except KeyboardInterrupt:
