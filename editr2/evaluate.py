@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,19 +116,34 @@ FIRST_CALLS = 4
 def first_answer(reward: CheckedReward, sessions: Sequence[Session], limit: float, processes: Processes) -> None:
     """Asks a reward that has not answered yet about the source images of a few sessions, as if they were the outputs:
     no image is made for a judge that is down. Raises `RewardFailure` when one of its names fails every time. limit:
-    `train.max_failed_scores`; 1 never stops. All processes call this together."""
+    `train.max_failed_scores`; 1 never stops. All processes call this together. Generators are left as they were: a run
+    that is resumed asks once more than one that was not."""
     failures: list[str] = []
-    for session in sessions[: FIRST_CALLS if limit < 1 and not reward.answered else 0]:
-        image, turns = session.image, len(session.turns)
-        try:
-            check_failures(score_batch(reward, [(session, np.stack([image] * turns))], turns), math.nextafter(1, 0))
-        except RewardFailure as error:
-            failures.append(str(error))
-        else:
-            failures.clear()
-            break
+    with _generators_kept():
+        for session in sessions[: FIRST_CALLS if limit < 1 and not reward.answered else 0]:
+            image, turns = session.image, len(session.turns)
+            scores = score_batch(reward, [(session, np.stack([image] * turns))], turns)
+            try:
+                check_failures(scores, math.nextafter(1, 0))
+            except RewardFailure as error:
+                failures.append(str(error))
+            else:
+                failures.clear()
+                break
     if first := [failure for failure in processes.gather(failures) if failure]:
         raise RewardFailure(f"asked about source images, before any was edited: {first[0]}")
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 def evaluate(

@@ -7,6 +7,7 @@ then by `editr2 train`, `eval` and `check`: nothing ends with a traceback, nothi
 from __future__ import annotations
 
 import json
+import random
 import re
 import sys
 import threading
@@ -491,14 +492,21 @@ def test_a_reward_that_answered_is_not_asked_about_source_images_again():
 
     def judge(session, images):
         asked.append(session.id)
+        random.random(), np.random.rand(), torch.rand(1)
         return [1] * len(images) if len(asked) >= 3 else []
+
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(1).item()
 
     reward, sessions = adapt(judge), [session(f"s{i}") for i in range(9)]
     first_answer(reward, sessions, 1.0, open_processes())
     assert not asked  # 1 never stops, so there is nothing to find out
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = drawn()
+    random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
     first_answer(reward, sessions, 0.5, open_processes())
     first_answer(reward, sessions, 0.5, open_processes())
-    assert asked == ["s0", "s1", "s2"]
+    assert asked == ["s0", "s1", "s2"] and drawn() == expected
 
 
 @pytest.mark.parametrize("timeout", [None, 60])
