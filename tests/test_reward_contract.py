@@ -124,6 +124,14 @@ ROWS = {
         f"class judge:\n    {THREE}\n    def __call__(self, session, images): return [0.5] * 3",
         Failed(r"0.5 came back for 3 rewards \(accepted: a dict of IF, CC, GA\)"),
     ),
+    "an object, one row of three": (
+        "class judge:\n    names = ('a',)\n    def __call__(self, session, images): return [{'a': Score(1.0)}]",
+        Failed("1 entry came back for 3 turns"),
+    ),
+    "an object, no rows": (
+        "class judge:\n    names = ('a',)\n    def __call__(self, session, images): return []",
+        Failed("0 entries came back for 3 turns"),
+    ),
     # what goes wrong inside
     "no connection": (
         "def judge(session, images):\n    raise ConnectionError('refused\\nby the server')",
