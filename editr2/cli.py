@@ -134,11 +134,13 @@ def command_eval(arguments: Arguments) -> int:
     from editr2.policies.load import open_policy
     from editr2.preflight.rules import check_run
     from editr2.processes import open_processes
+    from editr2.rewards.base import weight_vector
     from editr2.rewards.load import load_reward
     from editr2.schedule import eval_sampler, own_schedule
 
     processes = open_processes()  # first: it says which device is this process's
     reward = load_reward(config.reward)
+    weight_vector(reward.names, config.credit.weights)  # before weights are read, as in training
     policy = open_policy(config.policy, processes, trains=False)
     own = own_schedule(policy)
     check_run(config, reward.names, own, processes=processes.count, command="eval")
@@ -168,7 +170,9 @@ def evaluation_table(row: dict[str, Any]) -> str:
     if row["intents_right"] is not None:
         lines.append(f"intents equal to the known ones: {row['intents_right']:.1%}")
     if row["failed_scores"]:
-        lines.append(f"turns without a score: {row['failed_scores']}")
+        lines.append(f"turns without a score: {row['failed_scores']}; first: {row['first_failure']}")
+    if row["not_applicable"]:
+        lines.append(f"turns to which a reward does not apply: {row['not_applicable']}")
     return "\n".join(lines)
 
 

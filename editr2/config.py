@@ -79,11 +79,13 @@ class RewardConfig:
     """What judges the outputs.
 
     Args:
-        function: `package.module:name` of a `Reward`, or of something to call without arguments that returns one (the
-            protocol: editr2/rewards/base.py); none is the shapes world's verifiers.
+        function: `package.module:name` of a function, an object or a class that judges (docs/rewards.md has the forms);
+            none is the shapes world's verifiers.
+        timeout: seconds that a call may take, at most a day; one that takes longer is a failed score. None: no limit.
     """
 
     function: str | None = setting(None, what="package.module:name or none")
+    timeout: float | None = setting(None, Bounds(above=0, at_most=86400))
 
 
 @dataclass(frozen=True)
@@ -200,13 +202,14 @@ class CreditConfig:
     Args:
         preset: edit-r2, edit-r2-released, mt-editflow, flow-grpo, dance-grpo, mixgrpo, flow-factory, gdpo, verl-omni,
             dr-grpo or pku.
-        weights: weight of every reward.
+        weights: weight of every reward, by name. Of a single reward it is 1 unless you set another.
         baseline: session (all turns of a group share one mean, as released) or session_turn (each turn its own, because
             later turns score lower). Credit that aggregates over turns has no use for it.
         aggregate: none keeps the preset's; per-turn, or mean, last, product or prefix over turns, then broadcast.
         fusion: of several rewards: reward, advantage or gdpo.
         std: what the advantage is divided by: group, global, or off for nothing.
-        filter: whether turns after a failed instruction (IF = 0) are left out.
+        filter: whether turns after a failed instruction (IF = 0) are left out; none is as the preset has it, and false
+            where no reward is named IF.
         clip: bound on the advantage.
     """
 
@@ -356,6 +359,8 @@ class Config:
 
 
 _EDITFLOW_WEIGHTS = {"IF": 0.5, "CC": 0.5, "GA": 0.0}
+UNSET_WEIGHTS = (CreditConfig().weights, _EDITFLOW_WEIGHTS)
+"""What `credit.weights` is where nobody set it: of the world's reward, by default and in a preset."""
 _ONE_TEXT: dict[str, dict[str, Any]] = {"policy": {"intent": False}}
 
 

@@ -322,6 +322,8 @@ class Progress:
             parts.append(f"|ratio-1| {row['ratio_error']:.0e}")
         if row.get("failed_scores"):
             parts.append(f"{row['failed_scores']} scores failed")
+        if row.get("not_applicable"):
+            parts.append(f"{row['not_applicable']} turns do not apply")
         if self._recent:
             typical = statistics.median(self._recent)
             parts.append(f"{typical:.3g} s/iter")

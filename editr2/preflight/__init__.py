@@ -23,11 +23,13 @@ import torch
 
 from editr2.capture import check_capture
 from editr2.config import Config
+from editr2.credit import credit_notes
 from editr2.data import open_sessions
 from editr2.errors import UserError
 from editr2.fields import mended
 from editr2.preflight.rules import run_problems
-from editr2.rewards.base import Reward
+from editr2.rewards.adapt import CheckedReward, score_batch
+from editr2.rewards.base import FAILED
 from editr2.rewards.load import load_reward
 from editr2.schedule import eval_sampler, rollout_sampler
 from editr2.sessions import Session, validate
@@ -82,7 +84,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
             source = found(lambda: open_sessions(config, editor))
     if source and reward:
         found(lambda: _judge_once(reward, source[0]))
-    if problems or not (source and editor):
+    if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
     from editr2.preflight.estimate import estimate
     from editr2.preflight.text import render
@@ -93,7 +95,8 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.heldout]
     result = estimate(config, editor, device, samplers, turns, processes)
     fits = device.needed(result.peak) <= device.memory
-    return Report([], render(config, editor, device, samplers[0], turns, processes, result, fits), fits)
+    lines = render(config, editor, device, samplers[0], turns, processes, result, fits)
+    return Report([], [*lines[:-1], *credit_notes(config.credit, reward.names), *lines[-1:]], fits)
 
 
 def _data_problems(config: Config, editor: Editor) -> list[str]:
@@ -102,19 +105,14 @@ def _data_problems(config: Config, editor: Editor) -> list[str]:
     return [p for path in paths for p in validate(path, size=editor.image_size, resize=config.data.resize)]
 
 
-def _judge_once(reward: Reward, session: Session) -> None:
-    """Asks the reward about a session's own source image, as the output of every turn. Raises `UserError` where it
-    answers in another form than `Reward`'s, or has no score for any turn."""
-    said = reward(session, np.stack([session.image] * len(session.turns)))
-    if len(said) != len(session.turns) or any(set(row) != set(reward.names) for row in said):
-        form = f"{len(said)} rows of {sorted(said[0]) if said else []}"
-        raise UserError(
-            f"reward.function: gave {form} for {len(session.turns)} turns (accepted: a row a turn of "
-            f"{sorted(reward.names)})"
-        )
-    reasons = [score.reason for row in said for score in row.values()]
-    if all(reason is not None for reason in reasons):
-        raise UserError(f"reward.function: no score for session {session.id}: {reasons[0]}")
+def _judge_once(reward: CheckedReward, session: Session) -> None:
+    """Asks the reward about a session's own source image, as the output of every turn. Raises `UserError` where one of
+    its names has no score for any turn, whatever it answered."""
+    turns = len(session.turns)
+    scores = score_batch(reward, [(session, np.stack([session.image] * turns))], turns)
+    failed = scores.of_state(FAILED)[0].all(0)
+    if bool(failed.any()):
+        raise UserError(f"reward.function: no score for session {session.id}: {scores.first_failure}")
 
 
 def dry_run(config: Config, folder: str) -> list[str]:
