@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
+from editr2.machine import wait_passively
+
+if __name__ == "__main__":  # as torchrun starts it; `editr2` starts `editr2.__main__`
+    wait_passively()  # before the imports below load torch
+
 import errno
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace

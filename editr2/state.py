@@ -12,6 +12,7 @@ from torch import Tensor
 
 from editr2.checkpoint import check_config, load_checkpoint, restore_rng, save_checkpoint
 from editr2.config import Config
+from editr2.finite import check_state
 from editr2.policies.base import Policy, TextPolicy
 from editr2.policies.weights import exchanged, load_trainable, mix, snapshot, trainable
 
@@ -39,17 +40,21 @@ class State:
         return {name: values for name, values in copies.items() if values is not None}
 
     def save(self, root: Path, config: Config) -> None:
+        """Raises `NonFiniteError` before anything is written."""
+        tensors, optimizer = {"policy": snapshot(self.policy.module), **self._copies()}, self.optimizer.state_dict()
+        check_state(f"{root}: step {self.iteration} is not saved", tensors, optimizer)
         save_checkpoint(
             root,
             self.iteration,
-            tensors={"policy": snapshot(self.policy.module), **self._copies()},
-            optimizer=self.optimizer.state_dict(),
+            tensors=tensors,
+            optimizer=optimizer,
             state={"elapsed": self.elapsed, "config": dataclasses.asdict(config)},
             keep=config.checkpoint.keep,
         )
 
     def load(self, path: Path, config: Config) -> None:
         saved = load_checkpoint(path)
+        check_state(path, saved.tensors, saved.optimizer)
         check_config(saved.state["config"], dataclasses.asdict(config), RESUME_MAY_CHANGE)
         load_trainable(self.policy.module, saved.tensors["policy"])
         self.optimizer.load_state_dict(saved.optimizer)

@@ -21,6 +21,7 @@ from editr2.credit import assign_credit, credit_notes
 from editr2.data import SessionSource, open_sessions
 from editr2.errors import CheckpointError, NonFiniteError
 from editr2.evaluate import comparison_row, draw_strips, evaluate, first_answer, judge
+from editr2.finite import ACCEPTED, LARGEST, check_weights, unusable
 from editr2.gradient import Batch, accumulate_gradient, first_non_finite
 from editr2.policies.base import PackedPolicy, Policy
 from editr2.policies.load import open_policy
@@ -56,6 +57,7 @@ def train(
     if policy is None:
         policy = open_policy(config.policy, processes)
     else:
+        check_weights(policy, f"policy: {type(policy).__name__}")
         place(policy, config.policy.shard, processes)
     cannot_pack = None if isinstance(policy, PackedPolicy) else type(policy).__name__
     own, main = own_schedule(policy), processes.main
@@ -203,10 +205,17 @@ def _step(config: Config, state: State, processes: Processes) -> float:
     scale = (1 - (1 - config.train.lr_decay) * progress) * min(1.0, (state.iteration + 1) / (config.train.warmup + 1))
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale
+        if not group["lr"] <= LARGEST:  # AdamW would stop halfway, or make every weight NaN
+            raise NonFiniteError(f"iteration {state.iteration}: train.lr: {group['lr']:g} ({ACCEPTED})")
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_norm)
     if not bool(torch.isfinite(norm)):
         named = {n: p.grad for n, p in state.policy.module.named_parameters() if p.grad is not None}
         raise NonFiniteError(f"gradient at iteration {state.iteration}: {first_non_finite(named)}; nothing was updated")
     state.optimizer.step()
+    if name := unusable(trainable(state.policy.module).items()):
+        raise NonFiniteError(
+            f"iteration {state.iteration}, after the optimiser's step: {name}: NaN, infinite or too large ({ACCEPTED}; "
+            f"train.lr is {config.train.lr:g}); it was not saved, and what was saved before stands"
+        )
     state.optimizer.zero_grad(set_to_none=True)
     return float(norm)

@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError
-from editr2.policies.base import Velocity, device_of
+from editr2.policies.base import Velocity, device_of, to_bytes
 
 Prompt = Mapping[str, Tensor]
 """What a model's text encoders make of the instructions, by name and samples first: `words` [B, L, width], with `mask`
@@ -294,6 +294,11 @@ class DiffusionPolicy(ABC):
     def device(self) -> torch.device:
         return device_of(self.module)
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """By the pipeline's names."""
+        return {"transformer": self.module} | {name: getattr(self.pipe, name) for name in ("vae", *self.text_encoders)}
+
     def encode(self, images: np.ndarray) -> EditContext:
         return self._with_conditions(images, None)
 
@@ -405,10 +410,12 @@ class DiffusionPolicy(ABC):
         places = places[torch.cat(order)]
         return merged[0] if len(merged) == 1 else MixedContext(merged, places)
 
-    def decode(self, latents: Tensor) -> np.ndarray:
+    def pixels(self, latents: Tensor) -> Tensor:
         with self._at_work("vae"), torch.no_grad():
-            pixels = self.to_pixels(latents.to(self.device)).float()
-        return (pixels * 0.5 + 0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            return self.to_pixels(latents.to(self.device)).permute(0, 2, 3, 1)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return to_bytes(self.pixels(latents))
 
     def sigmas(self, steps: int) -> list[float]:
         """The pipeline's own: evenly spaced, shifted by the scheduler's settings and the target's token count."""

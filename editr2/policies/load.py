@@ -13,6 +13,7 @@ import torch
 
 from editr2.config import MODELS, PolicyConfig, policy_problems
 from editr2.errors import CheckpointError, ConfigError
+from editr2.finite import check_weights
 from editr2.policies.base import Policy
 from editr2.policies.sharding import place
 from editr2.policies.unified import EMBEDDED, Guidance, UnifiedPolicy
@@ -41,8 +42,15 @@ def load_policy(config: PolicyConfig, *, trains: bool = True, empty: bool = Fals
     trains: off, nothing trains, and the weights of models on diffusers are in `policy.dtype`. empty: the transformer
     of a model on diffusers holds no data, for another process's to be put there (`editr2.policies.sharding`).
 
-    Raises `ConfigError` for settings the model cannot follow, and for weights that are not there or another model's.
+    Raises `ConfigError` for settings the model cannot follow, and for weights that are not there or another model's,
+    and `NonFiniteError` for weights that are not finite.
     """
+    policy = _load(config, trains, empty)
+    check_weights(policy, f"policy.weights: {config.weights or 'default'}")
+    return policy
+
+
+def _load(config: PolicyConfig, trains: bool, empty: bool) -> Policy:
     if config.model != "unified":
         return load_diffusion(config, trains=trains, empty=empty)
     policy = UnifiedPolicy.load(Path(config.weights) if config.weights else EMBEDDED, unified_guidance(config))

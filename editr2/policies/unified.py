@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from editr2.errors import CheckpointError, ConfigError, DataError
-from editr2.policies.base import Intent, Questions, TokenScores, TurnReplay, TurnTask, Velocity
+from editr2.policies.base import Intent, Questions, TokenScores, TurnReplay, TurnTask, Velocity, to_bytes
 from editr2.policies.packed import Segment, packed_is_cheaper, run_session, token_counts
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
 from editr2.policies.unified_model import Branch, Context, UnifiedConfig, UnifiedModel
@@ -46,10 +46,13 @@ def patchify(images: np.ndarray, patch: int) -> Tensor:
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> np.ndarray:
     """The inverse of `patchify`, clamped and rounded to uint8."""
-    b = tokens.shape[0]
-    x = tokens.detach().float().cpu().view(b, *grid, patch, patch, -1).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(b, grid[0] * patch, grid[1] * patch, -1)
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    return to_bytes(painted(tokens, grid, patch))
+
+
+def painted(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Tokens [B, N, p*p*3] as pixels [B, H, W, 3]."""
+    x = tokens.view(len(tokens), *grid, patch, patch, -1).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(len(tokens), grid[0] * patch, grid[1] * patch, -1)
 
 
 REQUESTS = {"cm": "rewrite always", "cu": "rewrite it", None: "rewrite"}
@@ -272,8 +275,11 @@ class UnifiedPolicy:
 
         return context.map(padded) if isinstance(context, GuidedContext) else padded(context)
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        return painted(latents, self.grid, self.patch)
+
     def decode(self, latents: Tensor) -> np.ndarray:
-        return unpatchify(latents, self.grid, self.patch)
+        return to_bytes(self.pixels(latents))
 
     # ----------------------------------------------------------------------------------------------------------- text
 
