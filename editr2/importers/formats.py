@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError
+from editr2.images import ImageFile, inside, locate, shown
 from editr2.importers.rows import Row, csv_rows, json_document, json_lines, parquet_rows
-from editr2.sessions import ImageFile, Session, Turn, kind, lines_of, parse_object
+from editr2.sessions import Session, Turn, kind, lines_of, parse_object
 
 # What object-centred rewards judge a turn by: as MICE-Bench names it, with its kind. EdiVal-Bench has the same.
 _JUDGED = {
@@ -51,15 +53,25 @@ class Source:
         raise DataError(f"{self.path}: a folder (accepted: one file in it: {accepted})")
 
     def image(self, row: Row, field: str, name: str, *places: Path) -> ImageFile:
-        """The image that the row's field names, in `images` or else in the first of `places` that has it."""
+        """The image that the row's field names, in `images` or else in the first of `places` that has it; never one
+        that lies elsewhere, whatever the name."""
+        try:
+            locate(Path(), name, contained=False)
+        except DataError as error:
+            raise row.error(field, str(error)) from error
         if self.images is not None:
-            candidates = [self.images / name, self.images / Path(name).name]
+            found = [inside(self.images, name), inside(self.images, Path(name).name)]
         else:
-            candidates = [place / name for place in places]
+            found = [inside(place, name) for place in places]
+        candidates = [path for path in found if path is not None]
+        if not candidates:
+            accepted = f"(accepted: a path inside of {shown(self.images or places[0])}, or --images FOLDER)"
+            raise row.error(field, f"{shown(name)} leads out of the folder {accepted}")
         for path in candidates:
-            if path.is_file():
-                return ImageFile(path)
-        raise row.error(field, f"{candidates[0]}: no such file (accepted: an image there, or --images FOLDER)")
+            if os.path.exists(path):
+                return ImageFile(path, where=f"{row.where}: {field}")
+        problem = f"{shown(candidates[0])}: no such file (accepted: an image there, or --images FOLDER)"
+        raise row.error(field, problem)
 
 
 def mice(source: Source) -> Iterator[Session]:
