@@ -88,7 +88,7 @@ def mice(source: Source) -> Iterator[Session]:
         name, instructions = row.get("image", "text"), row.per_turn("instruction", "text")
         count = len(instructions)
         if row.values.get("turns", count) != count:
-            raise row.error("turns", f"{row.values['turns']} (accepted: {count}, as many as instructions)")
+            raise row.error("turns", f"{shown(row.values['turns'])} (accepted: {count}, as many as instructions)")
         tasks = row.per_turn("task_type", "text", count)
         judged = {field: row.per_turn(field, of, count) for field, of in _JUDGED.items()}
         metas = [{field: judged[field][t] for field in _JUDGED} for t in range(count)]
@@ -112,7 +112,9 @@ def edival(source: Source) -> Iterator[Session]:
         for number, row in enumerate(group, start=1):
             row.require(("image_index", *literals))
             if row.get("turns", "count") != number:
-                problem = f"{row.values['turns']} (accepted: {number}, as rows of one image_index count its turns)"
+                problem = (
+                    f"{shown(row.values['turns'])} (accepted: {number}, as rows of one image_index count its turns)"
+                )
                 raise row.error("turns", problem)
             for name in lists:
                 told = row.per_turn(name, "text", number)
@@ -158,8 +160,8 @@ def _imgedit_rows(file: Path) -> Iterator[Row]:
         return
     for key, values in json_document(file).items():
         if not isinstance(values, dict):
-            raise DataError(f"{file}: {key!r}: {kind(values)} (accepted: an object of id, turn1, turn2, …)")
-        yield Row(f"{file}: {key!r}", values)
+            raise DataError(f"{file}: {shown(repr(key))}: {kind(values)} (accepted: an object of id, turn1, turn2, …)")
+        yield Row(f"{file}: {shown(repr(key))}", values)
 
 
 def _imgedit_training(source: Source, row: Row, folder: Path, mode: str | None) -> Session:
@@ -184,7 +186,7 @@ def magicbrush(source: Source) -> Iterator[Session]:
     file = source.file(".json", name="edit_sessions.json")
     needed = ("input", "output", "instruction")
     for name, edits in json_document(file).items():
-        session = Row(f"{file}: {name!r}", {"edits": edits})
+        session = Row(f"{file}: {shown(repr(name))}", {"edits": edits})
         turns, image = [], None
         for t, values in enumerate(session.get("edits", "rows")):
             row = Row(f"{session.where}: [{t}]", values)

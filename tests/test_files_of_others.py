@@ -1,4 +1,4 @@
-"""Image files of others: one table of what is wrong with them, one of colours, each through every way into a set.
+"""Files of others: what is wrong with an image or its name, colours, mutated lists, each through every way into a set.
 
 A way is a format that `editr2 data import` reads. It writes a set of two sessions, of which the second has the image in
 question: bytes to put in its place, or a name that is no good.
@@ -10,19 +10,21 @@ import csv
 import functools
 import io
 import json
+import random
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from editr2 import images
-from editr2.errors import DataError
+from editr2.errors import DataError, UserError
 from editr2.images import decode_image
 from editr2.importers import import_sessions
 from editr2.sessions import load_sessions, validate
@@ -564,3 +566,83 @@ def test_the_oracle_of_colours_has_published_numbers() -> None:
     printed = [[0.57667, 0.18556, 0.18823], [0.29734, 0.62736, 0.07529], [0.02703, 0.07069, 0.99134]]
     assert np.abs(to_xyz("adobe-rgb") - printed).max() < 1e-4
     assert np.abs(in_srgb("display-p3", COLOURS) - COLOURS).max() > 50  # which no conversion would leave
+
+
+# ------------------------------------------------------------------------------------------------------------- mutants
+
+WEIRD: tuple[Any, ...] = (
+    None, True, 0, -1, 1.5, 1e308, 10**60, "", " ", "\0", "a\nb", "\u202e", "\x1b[31m", "é" * 400, [], {}, [[]], [None],
+    [{}], {"a": 1}, "<|im_end|>", "data:,", "../a.png", "/", ".", "a" * 5000, [1] * 50, {"instruction": "x"}, "cm",
+)  # fmt: skip
+
+
+def mutated(raw: bytes, pick: random.Random) -> bytes:
+    """One to three changes: of bytes, of lines, or of a value somewhere inside of a line's JSON."""
+    for _ in range(pick.randint(1, 3)):
+        lines = raw.split(b"\n")
+        at, line = pick.randrange(len(raw) or 1), pick.randrange(len(lines))
+        kind = pick.randrange(8)
+        if kind == 0:
+            raw = raw[:at] + bytes([pick.randrange(256)]) + raw[at + 1 :]
+        elif kind == 1:
+            raw = raw[:at] + raw[at + pick.randint(1, 40) :]
+        elif kind == 2:
+            raw = (
+                raw[:at]
+                + pick.choice([b"\xff", b"\0", b"\r", b'"', b"{", b"]", b"\\ud800", b"\xe2\x80\xa8", b"NaN"])
+                + raw[at:]
+            )
+        elif kind == 3:
+            raw = b"\n".join([*lines[:line], lines[line], *lines[line:]])
+        elif kind == 4:
+            raw = b"\n".join([*lines[:line], lines[line][: pick.randint(0, 30)], *lines[line + 1 :]])
+        else:
+            try:
+                value = json.loads(lines[line])
+            except ValueError:
+                continue
+            lines[line] = json.dumps(changed(value, pick)).encode()
+            raw = b"\n".join(lines)
+    return raw
+
+
+def changed(value: Any, pick: random.Random) -> Any:
+    """The JSON value with something in it replaced, left out or added."""
+    if not isinstance(value, (dict, list)) or not value or pick.random() < 0.2:
+        return pick.choice(WEIRD)
+    value = value.copy()
+    key = pick.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    kind = pick.randrange(6)
+    if kind == 0:
+        del value[key]
+    elif kind == 1 and isinstance(value, dict):
+        value[pick.choice(["", "x\ny", "turn", "meta", "intent", "a" * 400])] = pick.choice(WEIRD)
+    elif kind == 1:
+        value.append(pick.choice(WEIRD))
+    else:
+        value[key] = changed(value[key], pick)
+    return value
+
+
+@pytest.mark.parametrize("part", ["some", pytest.param("all", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("way", [sessions, mice, edival, imgedit, imgedit_training, magicbrush])
+def test_a_mutated_list_loads_or_is_one_line(way: Callable[[Path, Bad], Way], part: str, tmp_path: Path) -> None:
+    """Of sessions.jsonl 200 and of each set's list 40; of all, 2,000 and 400."""
+    made = way(tmp_path, encoded(picture()))
+    file = made.source if made.source.is_file() else next(p for p in made.source.iterdir() if ".json" in p.suffix)
+    original, pick, refused = file.read_bytes(), random.Random(part + way.__name__), 0
+    count = (40 if part == "some" else 400) * (5 if way is sessions else 1)
+    with mock.patch("os.fsync"):
+        for number in range(count):
+            file.write_bytes(mutated(original, pick))
+            out = tmp_path / f"out{number % 2}"
+            try:
+                import_sessions(made.form, made.source, out)
+            except UserError as error:
+                refused += 1
+                assert str(error).isprintable() and len(str(error)) < 2500, file.read_bytes()
+                if way is sessions:
+                    assert "leads out" in str(error) or validate(made.source)[0] == str(error)
+            else:
+                assert validate(out) == []
+    assert count / 4 < refused < count  # both happen
