@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -286,6 +286,14 @@ class UnifiedPolicy:
     def writes_text_with(self, name: str) -> bool:
         return name.startswith("language_model.") and "_moe_gen" not in name
 
+    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """As `ReadingPolicy.unreadable`: words that the vocabulary does not hold; a context has any length."""
+        for turn, text in enumerate(instructions):
+            try:
+                self.text_ids(text)
+            except DataError as error:
+                yield turn, f"{error} (accepted: words of the policy's own)"
+
     def text_ids(self, text: str) -> list[int]:
         return [self.codec.im_start, *self.codec.encode(text), self.codec.im_end]
 
@@ -325,6 +333,8 @@ class UnifiedPolicy:
         for row, log_prob in zip(torch.stack(sampled, 1).tolist(), torch.stack(scored, 1).tolist(), strict=True):
             end = row.index(self.codec.im_end) if self.codec.im_end in row else len(row)
             text, thought = read_intent(self.codec.decode(row[:end]))
+            if text is not None and not self.codec.can_say(text):
+                text = None  # a fallback, and nobody's fault: a mark or an unknown word was sampled into it
             intents.append(Intent(text, thought, tuple(row[: end + 1]), tuple(log_prob[: end + 1])))
         return intents
 

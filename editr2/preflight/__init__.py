@@ -16,6 +16,7 @@ sheets' figures are written down here, not read from their files.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from editr2.credit import credit_notes
 from editr2.data import open_sessions
 from editr2.errors import UserError
 from editr2.fields import mended
+from editr2.policies.base import ReadingPolicy
 from editr2.preflight.rules import run_problems
 from editr2.rewards.adapt import CheckedReward, score_batch
 from editr2.rewards.base import FAILED
@@ -102,7 +104,9 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
 def _data_problems(config: Config, editor: Editor) -> list[str]:
     """Of all session files; those past `data.limit` count, too."""
     paths = dict.fromkeys(path for path in (config.data.path, config.data.heldout) if path)
-    return [p for path in paths for p in validate(path, size=editor.image_size, resize=config.data.resize)]
+    unreadable = editor.unreadable if isinstance(editor, ReadingPolicy) else None
+    check = partial(validate, size=editor.image_size, resize=config.data.resize, unreadable=unreadable)
+    return [problem for path in paths for problem in check(path)]
 
 
 def _judge_once(reward: CheckedReward, session: Session) -> None:

@@ -450,6 +450,7 @@ class UnifiedEditor:
         self.image_size, self.latent_shape = self.policy.image_size, self.policy.latent_shape
         self.image = self.latent_shape[0] + 2
         self.text = self.question = 16
+        self.unreadable = self.policy.unreadable
         self._found: dict[tuple, Cost] = {}
 
     def see(self, sessions: Sequence[Session]) -> None:
