@@ -122,6 +122,8 @@ class PolicyConfig:
         gradient_checkpointing: compute activations again in the backward pass.
         compile: torch.compile the transformer's repeated blocks.
         offload: keep text encoder and VAE on the host while they are not in use.
+        vae_tiling: the VAE works in tiles above its own sample size (1024 pixels), which takes less memory and gives
+            other latents than the stock pipeline's; not with qwen-edit.
         quantize: none, or 4bit (the frozen base through bitsandbytes; needs a CUDA device and LoRA).
         shard: each process holds its part of the transformer's frozen weights and gathers a block while it computes
             (FSDP2); needs LoRA. On one process there is nothing to share out.
@@ -149,6 +151,7 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     offload: bool = False
+    vae_tiling: bool = False
     quantize: Literal["none", "4bit"] = "none"
     shard: bool = False
 

@@ -24,7 +24,7 @@ from editr2.evaluate import comparison_row, draw_strips, evaluate, first_answer,
 from editr2.finite import ACCEPTED, LARGEST, check_weights, unusable
 from editr2.gradient import Batch, accumulate_gradient, first_non_finite
 from editr2.policies.base import PackedPolicy, Policy
-from editr2.policies.load import open_policy
+from editr2.policies.load import open_policy, rehearse_save
 from editr2.policies.sharding import place
 from editr2.policies.weights import exchanged, trainable
 from editr2.preflight.rules import check_run
@@ -82,6 +82,8 @@ def train(
     if main:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(dump_yaml(config))
+        if not state.iteration:
+            rehearse_save(policy, run)
     with (
         MetricsLog(run / "metrics.jsonl", resume_iteration=state.iteration if earlier else None, enabled=main) as log,
         Progress(config.train.iterations, start=state.iteration, enabled=main) as progress,

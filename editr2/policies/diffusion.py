@@ -33,8 +33,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError
-from editr2.policies.base import Velocity, device_of, to_bytes
 from editr2.images import shown
+from editr2.policies.base import Velocity, device_of, to_bytes
 
 Prompt = Mapping[str, Tensor]
 """What a model's text encoders make of the instructions, by name and samples first: `words` [B, L, width], with `mask`
@@ -153,7 +153,9 @@ class DiffusionPolicy(ABC):
     - `mu`: the scheduler's shift for a number of steps, None where its settings have no use for one;
     - `predict`: the transformer's velocity for the noisy tokens, given conditions and prompt;
     - `text_length`, and `text_limit` or `text_room`, so that longer instructions are refused when sessions are opened;
-    - `check`, when it has settings of its own to refuse, and `derive`, when it computes something from the conditions.
+    - `check`, when it has settings of its own to refuse, and `derive`, when it computes something from the conditions;
+    - `prompt_length`, when prompts are not padded, and `pipeline_class`, `transformer_class`, when they are not of
+      diffusers. `editr2 check` asks the class for everything else, too.
 
     It finds here the sizes (`grid`, `condition_grid`: rows and columns of latent tokens; `text_image_size`: of images
     as the text encoder reads them, the condition's unless `check` changes it), `positions` (their ids), `text_tokens`,
@@ -181,7 +183,7 @@ class DiffusionPolicy(ABC):
     recomputes: ClassVar[bool] = True
     """Whether the blocks can be computed again in the backward pass."""
     tiles: ClassVar[bool] = True
-    """Whether the autoencoder may work in tiles, which it should only above the sizes it is used at."""
+    """Whether the autoencoder may work in tiles where `policy.vae_tiling` asks for it."""
     negative_prompt: ClassVar[str] = ""
     """Of the unguided branch where the settings name none."""
     position_axes: ClassVar[int] = 3
@@ -212,9 +214,21 @@ class DiffusionPolicy(ABC):
         self.module.eval()
 
     @classmethod
+    def pipeline_class(cls) -> Any:
+        """`pipeline`, of diffusers. Raises `AttributeError` where the installed one has it not."""
+        return stock_pipeline(cls.pipeline)
+
+    @classmethod
+    def transformer_class(cls) -> Any:
+        """`transformer`, of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, cls.transformer)
+
+    @classmethod
     def load_pipeline(cls, base: str, **components: Any) -> Any:
         """The stock pipeline of a folder or hub id. components: keywords of its `from_pretrained`."""
-        return stock_pipeline(cls.pipeline).from_pretrained(base, **components)
+        return cls.pipeline_class().from_pretrained(base, **components)
 
     def refuse(self, name: str, given: object, accepted: str) -> None:
         """Raises the `ConfigError` of a setting that this model cannot follow."""
@@ -234,6 +248,8 @@ class DiffusionPolicy(ABC):
             self.refuse("history", config.history, "at least 1, the image to edit")
         if config.gradient_checkpointing and not self.recomputes:
             self.refuse("gradient_checkpointing", True, "false; its blocks cannot be computed again")
+        if config.vae_tiling and not self.tiles:
+            self.refuse("vae_tiling", True, "false; its tiles leave seams at every size in use")
         if config.guidance_image != 1:
             self.refuse("guidance_image", config.guidance_image, "1")
 
@@ -273,6 +289,11 @@ class DiffusionPolicy(ABC):
 
     def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ()
+
+    def prompt_length(self, said: int, images: int) -> int:
+        """Tokens of a prompt as the transformer sees it, for `check`. said: tokens of the instruction; images: that the
+        turn sees. By default what FLUX's pipelines pad to."""
+        return self.text_tokens or 512
 
     def blank(self, batch: int, text: int, images: int = 1, *, padded: bool = False) -> EditContext:
         """A context that says nothing: zeros in place of what the encoders give. text: tokens of the prompt. padded: as

@@ -56,7 +56,7 @@ class QwenEditPolicy(DiffusionPolicy):
     text_sees_images = True
     negative_prompt = " "
     own_renorm = "token"
-    tiles = False  # its tiles are 256 pixels wide: seams at every size in use
+    tiles = False  # they are 256 pixels wide: seams at every size in use
 
     @classmethod
     def load_pipeline(cls, base: str, **components: Any) -> Any:
@@ -140,6 +140,11 @@ class QwenEditPolicy(DiffusionPolicy):
         before, after = self._around(images)
         template = len(self._words.within(before, "", after)) + images * (self._tokens_an_image - 1)
         return places - (template - self.pipe.prompt_template_encode_start_idx)
+
+    def prompt_length(self, said: int, images: int) -> int:
+        # A token of Qwen2.5-VL stands for 28 x 28 pixels; its template leaves 10 tokens.
+        height, width = self.text_image_size
+        return 10 + min(self.text_tokens or said, said) + round(height / 28) * round(width / 28) * images
 
     # ------------------------------------------------------------------------------------------------------ the images
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from editr2.errors import DataError
 from editr2.images import shown
+from editr2.tensor_files import reading
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -104,7 +105,8 @@ class TextCodec:
 
     @staticmethod
     def load(path: Path) -> TextCodec:
-        tokenizer = Tokenizer.from_file(str(path))
+        with reading(f"{path}: no tokenizer (was it cut short?)"):
+            tokenizer = Tokenizer.from_file(str(path))
         try:
             return TextCodec.of(tokenizer)
         except DataError as error:
