@@ -31,6 +31,11 @@ Draw = Callable[[], tuple[Tensor | None, Tensor | None]]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class NotCovered(Exception):
+    """The transition table has no such step: a level below 0, of CPS above 1, a rising schedule. The original, which
+    computes something all the same, runs instead."""
+
+
 class Rows(NamedTuple):
     """Steps as numbers on a device, one row each.
 
@@ -68,10 +73,13 @@ def _row(step: Step, dynamics: Dynamics, log_prob: str, sigma_max: float) -> Ten
 @functools.lru_cache(maxsize=512)
 def rows(steps: tuple[Step, ...], dynamics: Dynamics, log_prob: str, sigma_max: float, device: torch.device) -> Rows:
     """The rows of `steps` on `device`, made once. log_prob: "full" or "scaled", of `transition_table`; CPS is always
-    "unscaled". sigma_max: stands in for a sigma of 1 where the flow-SDE would divide by 0."""
+    "unscaled". sigma_max: stands in for a sigma of 1 where the flow-SDE would divide by 0. Raises NotCovered."""
     # A rollout under inference_mode would leave tables behind that training cannot save for its backward.
     with torch.inference_mode(False):
-        table = torch.stack([_row(step, dynamics, log_prob, sigma_max) for step in steps])
+        try:
+            table = torch.stack([_row(step, dynamics, log_prob, sigma_max) for step in steps])
+        except ValueError as error:
+            raise NotCovered(str(error)) from error
         mean = table.clone()
         mean[:, 3:6] = 0.0
         clean = mean.clone()
