@@ -25,6 +25,7 @@ from editr2.integrations.steps import (
     Rows,
     affine,
     covers,
+    drawn_seeds,
     index_of,
     on_host,
     per_sample,
@@ -59,14 +60,8 @@ class Seam:
 def _drawer(noise: str, like: Tensor, generator: Any) -> Draw:
     """Noise like `like` in fp32, drawn from the caller's generator as the original does; "philox": a seed a sample."""
 
-    def seeds(count: int, source: torch.Generator | None) -> Tensor:
-        device = like.device if source is None else source.device
-        return torch.randint(2**63 - 1, (count,), generator=source, device=device).to(like.device)
-
     def philox() -> tuple[Tensor, None]:
-        if isinstance(generator, list):
-            return torch.cat([seeds(1, source) for source in generator]), None
-        return seeds(like.shape[0], generator), None
+        return drawn_seeds(generator, like.shape[0], like.device, like.device), None
 
     def generated() -> tuple[None, Tensor]:
         from diffusers.utils.torch_utils import randn_tensor

@@ -115,6 +115,21 @@ def vector(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((1,), value.item() if isinstance(value, Tensor) else value, device=device)
 
 
+def drawn_seeds(generator: Any, count: int, device: torch.device, default: torch.device) -> Tensor:
+    """int64 [count] on `device`, from a generator, from one a sample, or (None) from that of the device `default`.
+
+    As diffusers takes them: a list of one generator serves all samples. ValueError for a list of another length.
+    """
+    if isinstance(generator, (list, tuple)) and len(generator) == 1:
+        generator = generator[0]
+    if not isinstance(generator, (list, tuple)):
+        source = default if generator is None else generator.device
+        return torch.randint(2**63 - 1, (count,), generator=generator, device=source).to(device)
+    if len(generator) != count:
+        raise ValueError(f"generator must be one, or a list of {count}, one a sample; got a list of {len(generator)}")
+    return torch.cat([drawn_seeds(source, 1, device, default) for source in generator])
+
+
 def index_of(timestep: Tensor, timesteps: Tensor) -> Tensor:
     """Where each of timestep [B] stands in timesteps [N]: int64 [B], without waiting for the device.
 
