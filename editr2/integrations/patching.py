@@ -198,7 +198,8 @@ def _module(where: str | ModuleType) -> ModuleType:
         if missing == package:
             why, accepted = "it is not installed", f"{package} on the import path"
         elif inner and missing is not None and f"{where}.".startswith(f"{missing}."):
-            why, accepted = f"{package} is installed, but has no module {missing}", "the versions in docs/integrations.md"
+            why = f"{package} is installed, but has no module {missing}"
+            accepted = "the versions in docs/integrations.md"
         else:
             first = next(iter(str(error).splitlines()), "")
             why = f"it is installed, but raises {type(error).__name__}{first and f': {first}'}"
