@@ -159,9 +159,7 @@ def _prepared(seam: Seam, where: str | ModuleType, noise: str) -> _Replaced:
     held = vars(owner)[name]
     original = held.__func__ if isinstance(held, classmethod) else held
     if not inspect.isfunction(original):
-        raise IntegrationError(
-            f"{place}: {type(original).__name__} (accepted: a plain function or a class method)"
-        )
+        raise IntegrationError(f"{place}: {type(original).__name__} (accepted: a plain function or a class method)")
     signature = _signature(original)
     if signature not in seam.signatures:
         raise IntegrationError(
