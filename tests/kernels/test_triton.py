@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OPERATORS = ["philox", "sde", "guidance", "grpo_loss", "nft_loss", "group_advantage", "token_log_prob"]
+OPERATORS = ["philox", "sde", "guidance", "grpo_loss", "nft_loss", "group_advantage", "token_log_prob", "non_finite"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter already")
