@@ -114,7 +114,9 @@ name_the_commit() {
 }
 
 GPU=tests/kernels/test_gpu.py
-STRICT="two_gpu or never_waits or captured or out_of_range or other_stream or (matches and shape2)"
+STRICT="two_gpu or never_waits or captured or out_of_range or other_stream or (matches and shape2) or last_block"
+# Triton compiles anew for each alignment, and waits for the rest.
+STRICT+=" or two_to_the_31 or (off_16 and cuda and dtype1) or (repeats and shape2 and dtype1)"
 FUSED="(test_sde_step or test_grpo_loss or test_nft_loss) and mixed"
 NOT="guard or guided or given or log_prob or awm"
 BENCH=(bench/test_sde_step.py bench/test_grpo_loss.py bench/test_nft_loss.py -m gpu)
