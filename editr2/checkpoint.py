@@ -28,6 +28,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,12 @@ from editr2.errors import CheckpointError
 __all__ = [
     "Checkpoint",
     "capture_rng",
-    "check_config",
+    "generators_aside",
     "latest_checkpoint",
     "load_checkpoint",
     "restore_rng",
     "save_checkpoint",
+    "seed_generators",
 ]
 
 FORMAT = 1
@@ -228,29 +230,22 @@ def restore_rng(rng: Mapping[str, Any]) -> None:
         raise CheckpointError(f"rng: the saved generators cannot be restored: {what}") from error
 
 
-def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: set[str]) -> None:
-    """Raise CheckpointError naming every dotted key whose value differs, unless `allowed` has it or a section of it."""
-    before, now = dict(_flat(_json(saved, "config"))), dict(_flat(_json(current, "config")))
-    absent = object()
-    differences = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key, absent), now.get(key, absent)
-        parts = key.split(".")
-        if old == new or any(".".join(parts[: n + 1]) in allowed for n in range(len(parts))):
-            continue
-        shown = ["absent" if value is absent else repr(value) for value in (old, new)]
-        differences.append(f"{key}: {shown[0]} saved, {shown[1]} given")
-    if differences:
-        may = ", ".join(sorted(allowed)) or "nothing"
-        raise CheckpointError(f"config differs from the checkpoint's: {'; '.join(differences)} (may differ: {may})")
+def seed_generators(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's global generators: rewards and policies of others may draw from any."""
+    random.seed(seed & 0xFFFF_FFFF_FFFF_FFFF)
+    np.random.seed(seed & 0xFFFF_FFFF)
+    torch.manual_seed(seed)
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield prefix + key, item
+@contextmanager
+def generators_aside(seed: int) -> Iterator[None]:
+    """Inside, the generators start from `seed`; afterwards they are where they were."""
+    before = capture_rng()
+    seed_generators(seed)
+    try:
+        yield
+    finally:
+        restore_rng(before)
 
 
 def _group(name: str, group: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -119,6 +119,9 @@ class StoredImage(Protocol):
     @property
     def resize(self) -> str: ...
 
+    @property
+    def checksum(self) -> str | None: ...
+
     def __call__(self) -> Pixels: ...
 
 
@@ -126,15 +129,28 @@ class StoredImage(Protocol):
 class ImageFile:
     """Pixels that stay in their file: called, it decodes them, uint8 [H, W, 3].
 
-    size, resize: as in `load_sessions`. Raises DataError for whatever is wrong with the file.
+    size, resize: as in `load_sessions`. checksum: of the pixels, where they were decoded before (`pixel_sum`). Raises
+    DataError for whatever is wrong with the file.
     """
 
     path: Path
     size: Size | None = None
     resize: str = "no"
+    checksum: str | None = field(default=None, compare=False)
 
     def __call__(self) -> Pixels:
         return read_image(self.path, self.size, self.resize)
+
+
+def pixel_sum(session: Session) -> str:
+    """A checksum of a session's pixels and their shape; what was decoded once to be checked is not decoded again."""
+    known: str | None = getattr(vars(session)["image"], "checksum", None)
+    return known or _pixel_sum(session.image)
+
+
+def _pixel_sum(pixels: Pixels) -> str:
+    content = np.ascontiguousarray(pixels)
+    return hashlib.sha256(repr(pixels.shape).encode() + content.tobytes()).hexdigest()
 
 
 def load_sessions(
@@ -373,7 +389,9 @@ def _checked(entries: Iterable[Entry], memory: int) -> Iterator[Session | str]:
         )
         memory -= pixels.nbytes
         # The size that was seen stands, so that a file that is replaced while a run reads it is an error.
-        later: Any = None if memory >= 0 else replace(stored, size=pixels.shape[:2])  # type: ignore[type-var]
+        later: Any = None
+        if memory < 0:
+            later = replace(stored, size=pixels.shape[:2], checksum=_pixel_sum(pixels))  # type: ignore[type-var]
         yield Session(name, later or pixels, turns, record.get("mode"), record.get("meta") or {})
 
 

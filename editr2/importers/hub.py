@@ -24,13 +24,14 @@ _SESSION = ("id", "image", "turns", "instructions", "mode", "meta")
 class DatasetImage:
     """Pixels that stay in a row of a dataset: called, it decodes them.
 
-    data: has the one column, undecoded. size, resize: as in `load_sessions`.
+    data: has the one column, undecoded. size, resize: as in `load_sessions`; checksum: as in `ImageFile`.
     """
 
     data: Dataset
     row: int
     size: Size | None
     resize: str
+    checksum: str | None = None
 
     def __call__(self) -> Pixels:
         (cell,) = self.data[self.row].values()
