@@ -24,7 +24,6 @@ from editr2.config import Config
 from editr2.errors import CheckpointError
 from editr2.policies.base import Policy, TextPolicy
 from editr2.policies.weights import exchanged, load_trainable, mix, snapshot, trainable
-from editr2.processes import Processes
 from editr2.run.identity import Identity, differences, named, settle, told
 from editr2.seeds import derive_seed
 
@@ -72,8 +71,11 @@ class State:
             p.data = self._own[name]
         self.optimizer.zero_grad(set_to_none=True)
 
-    def save(self, root: Path, config: Config, identity: Identity, rng: Sequence[Any]) -> None:
-        """rng: the generators of every process."""
+    def save(
+        self, root: Path, config: Config, identity: Identity | None = None, rng: Sequence[Any] | None = None
+    ) -> None:
+        """identity: what the run depends on; without it a resumed run can compare settings alone. rng: the generators
+        of every process, none are this one's."""
         save_checkpoint(
             root,
             self.iteration,
@@ -81,21 +83,30 @@ class State:
             optimizer=self.optimizer.state_dict(),
             state={
                 "elapsed": self.elapsed,
+                "moments": len(self.optimizer.state),
                 "config": dataclasses.asdict(config),
-                "identity": dataclasses.asdict(identity),
+                **({} if identity is None else {"identity": dataclasses.asdict(identity)}),
             },
-            rng=list(rng),
+            rng=[self.rng] if rng is None else list(rng),
             keep=config.checkpoint.keep,
         )
 
     def load(
-        self, path: Path, config: Config, identity: Identity, processes: Processes, insist: Sequence[str] = ()
+        self,
+        path: Path,
+        config: Config,
+        identity: Identity | None = None,
+        *,
+        rank: int = 0,
+        insist: Sequence[str] = (),
     ) -> Resumed:
         """Takes on a checkpoint's state. Nothing is changed before all of it was looked at.
 
-        insist: names of settings, sections or fingerprints that may differ. Raises CheckpointError naming every other
-        one that does, and for contents that are none of this run's.
+        identity: of this run; None compares settings alone. rank: whose generators. insist: names of settings, sections
+        or fingerprints that may differ. Raises CheckpointError naming every other one that does, and for contents that
+        are none of this run's.
         """
+        identity = identity or Identity({}, {})
         saved = load_checkpoint(path)
         elapsed = _field(saved, saved.state, "elapsed", (int, float))
         if not math.isfinite(elapsed):
@@ -107,7 +118,7 @@ class State:
         found = differences(named(settings, depends), now, apart_from={"start"})
         insisted = settle(found, insist, path)
         self._take_on(saved, anything=bool(insisted))
-        self._restore_rng(saved.rng, config, processes)
+        self._restore_rng(saved.rng, config, rank)
         self.iteration, self.elapsed = saved.iteration, float(elapsed)
         different = told(made, identity.made) if made else []
         return Resumed(different, insisted, recorded.get("resumed", []), not depends, made.get("date"))
@@ -140,9 +151,9 @@ class State:
                 for name, value in moments.items()
                 if value.shape not in (p.shape, torch.Size())
             ]
-            parameters = sum(len(group["params"]) for group in self.optimizer.param_groups)
-            if saved.iteration and len(self.optimizer.state) != parameters:
-                wrong.append(f"moments of {len(self.optimizer.state)} of {parameters} weights")
+            held = len(self.optimizer.state)
+            if (expected := saved.state.get("moments", held)) != held:
+                wrong.append(f"moments of {held} weights (accepted: of {expected})")
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             wrong = [f"{type(error).__name__}: {' '.join(str(error).split())}"]
         if wrong:
@@ -152,12 +163,12 @@ class State:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
 
-    def _restore_rng(self, rng: Any, config: Config, processes: Processes) -> None:
+    def _restore_rng(self, rng: Any, config: Config, rank: int) -> None:
         ranks = rng if isinstance(rng, list) else [rng]  # editr2 0.1 kept those of the first process
-        if processes.index < len(ranks):
-            restore_rng(ranks[processes.index])
+        if rank < len(ranks):
+            restore_rng(ranks[rank])
         else:
-            seed_generators(derive_seed(config.seed, "rank", processes.index))
+            seed_generators(derive_seed(config.seed, "rank", rank))
         self.rng = capture_rng()
 
     @contextmanager

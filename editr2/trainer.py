@@ -132,7 +132,7 @@ def _start(config: Config, state: State, identity: Identity, processes: Processe
     metrics, settings = run / "metrics.jsonl", run / "config.yaml"
     found = processes.on_main(lambda: latest_checkpoint(run / "checkpoints"))
     if found is not None:
-        seen = state.load(found, config, identity, processes, insist)
+        seen = state.load(found, config, identity, rank=processes.index, insist=insist)
         notes.append(f"resumed from {found} at iteration {state.iteration}")
         if seen.unknown:
             notes.append("it was written without fingerprints: sessions, weights and reward are taken for the same")

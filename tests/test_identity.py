@@ -290,6 +290,7 @@ def cut(values: dict[str, torch.Tensor]) -> None:
         (put("state", "identity", "depends", to=5), "depends is a int in state.json"),
         (put("state", to={}), "elapsed is missing from state.json"),
         (put("optimizer", to={"dict": []}), "optimizer: KeyError"),
+        (put("state", "moments", to=7), r"optimizer: moments of \d+ weights \(accepted: of 7\)"),
         (put("rng", to=[{"dict": []}]), "the saved generators cannot be restored: KeyError"),
         (tensors("policy", cut), r"policy.safetensors: .*: \[1, 2\] \(accepted|policy.safetensors: .*: \[1, "),
         (tensors("policy", lambda values: values.popitem()), "policy.safetensors: .*: missing from it"),

@@ -268,7 +268,7 @@ def command(run, iterations=4):
         "rollout.turns": 2,
         "train.iterations": iterations,
         "checkpoint.every": 1,
-        "eval.sessions": 3,
+        "eval.sessions": 2,
         "eval.every": 1,
         "eval.strips": 1,
     }
