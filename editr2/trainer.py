@@ -53,6 +53,7 @@ from editr2.run.identity import (
     loaded_weights,
     named,
     provenance,
+    told,
 )
 from editr2.run.lock import RunLock
 from editr2.run.stop import NAMES, Stop, Stopped
@@ -102,8 +103,13 @@ def train(
         if processes.index:  # weights that are drawn have to be equal everywhere; what follows need not
             seed_generators(derive_seed(config.seed, "rank", processes.index))
         state = new_state(config, policy)
-        depends = processes.on_main(lambda: identify(config, source, weights or loaded_weights(config), reward))
-        identity = Identity(depends, provenance(processes.count, _device_name(processes.device)))
+        device = _device_name(processes.device)
+        identity = processes.on_main(
+            lambda: Identity(
+                identify(config, source, weights or loaded_weights(config), reward),
+                provenance(processes.count, device),
+            )
+        )
         processes.on_main(lambda: lock.take(make=True))
         start = _start(config, state, identity, processes, resume_anyway)
         if lock.problem:
@@ -137,7 +143,7 @@ def _start(config: Config, state: State, identity: Identity, processes: Processe
         if seen.unknown:
             notes.append("it was written without fingerprints: sessions, weights and reward are taken for the same")
         if seen.told:
-            notes.append(f"saved {seen.date} by others, recorded: {'; '.join(seen.told)}")
+            notes.append(f"changed since {seen.date}, recorded: {'; '.join(seen.told)}")
         if seen.insisted:
             listed = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in seen.insisted.items())
             notes.append(f"--resume-anyway, recorded: {listed}")
@@ -163,11 +169,18 @@ def _start(config: Config, state: State, identity: Identity, processes: Processe
         return rows_behind(rows, state.iteration)
 
     record, notes = processes.on_main(lambda: (read(), notes))
+    if found is None and record:
+        began = (find_row(record, "start", 0) or {}).get("identity", {})
+        if different := told(began, identity.made) if began else []:
+            notes.append(f"changed since {began.get('date')}, recorded: {'; '.join(different)}")
+        resumed = {"iteration": 0, **identity.made, "insisted": {}}
+        identity.resumed.append(resumed)
     lost = rows_lost(record, state.iteration, config)
     if any(row in lost for row in ("start 0", "before 0")):
         raise CheckpointError(f"{metrics}: lacks the evaluation before training; was it removed?")
     if lost:
-        notes.append(f"{metrics}: lacks {', '.join(lost)}, which cannot be made any more")
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        notes.append(f"{metrics}: lacks {', '.join(lost[:5])}{more}, which cannot be made any more")
     return _Start(record, resumed, notes, None if found is None else state.iteration)
 
 

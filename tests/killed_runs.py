@@ -1,6 +1,6 @@
 """Runs that die at a chosen point: shared by test_record.py and, under torchrun, by itself.
 
-torchrun --nproc_per_node N tests/killed_runs.py RUN POINT RANK   (POINT 0: not at all)
+torchrun --nproc_per_node N tests/killed_runs.py RUN POINT RANK exit|term   (POINT 0: not at all)
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
 from editr2.policies.unified_model import UnifiedConfig
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
+from editr2.run.stop import Stopped
 from editr2.tracking import MetricsLog, read_metrics
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -131,5 +133,10 @@ def record(run: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with dying_at(int(sys.argv[2]) if os.environ["RANK"] == sys.argv[3] else 0, lambda: os._exit(9)):
-        train_once(Path(sys.argv[1]))
+    end = {"exit": lambda: os._exit(9), "term": lambda: signal.raise_signal(signal.SIGTERM)}[sys.argv[4]]
+    with dying_at(int(sys.argv[2]) if os.environ["RANK"] == sys.argv[3] else 0, end):
+        try:
+            train_once(Path(sys.argv[1]), checkpoint={"every": 2 if sys.argv[4] == "exit" else 99})
+        except Stopped as stopped:
+            print(f"{os.environ['RANK']} stopped: {stopped}", file=sys.stderr)
+            sys.exit(128 + stopped.signum)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import shutil
+import signal
 import time
 from pathlib import Path
 from types import ModuleType
@@ -45,7 +47,7 @@ from editr2.worlds import shapes
 class Bright:
     names = ("bright",)
 
-    def __init__(self, scale: float = 1.0) -> None:
+    def __init__(self, scale: Any = 1.0) -> None:
         self.scale, self.calls = scale, 0
 
     def __call__(self, session: Session, images: np.ndarray) -> list[dict[str, Score]]:
@@ -210,7 +212,7 @@ def test_versions_host_commit_and_command_are_recorded_and_told(begun, tmp_path,
     assert len(said) == 1 and all(
         part in said[0]
         for part in (
-            f"saved {first['date']} by others",
+            f"changed since {first['date']}, recorded: ",
             f"host {here['host']} then, elsewhere now",
             f"torch {torch.__version__} then, 9 now",
             "processes 1 then, 4 now",
@@ -448,6 +450,11 @@ def test_a_hub_id_is_known_by_the_commit_in_the_cache(tmp_path, monkeypatch):
     assert hub_revision("owner/other") == "owner/other@unknown revision"
 
 
+def linear(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Linear(2, 2)
+
+
 def closed(threshold: float) -> Any:
     return lambda session, images: threshold
 
@@ -467,6 +474,16 @@ def judge(threshold: float, session: Any, images: Any) -> None: ...
         (closed(0.5), closed(0.5), True),
         (closed(0.5), closed(0.6), False),
         (closed, judge, False),
+        (
+            Bright({"a": [Path("x"), re.compile("y"), np.float32(1)]}),
+            Bright({"a": [Path("x"), re.compile("y"), 1.0]}),
+            True,
+        ),
+        (Bright(signal.SIGINT), Bright(signal.SIGTERM), False),
+        (Bright(torch.ones(3)), Bright(torch.zeros(3)), False),
+        (Bright(np.ones(3)), Bright(np.zeros(3)), False),
+        (Bright(linear(0)), Bright(linear(0)), True),
+        (Bright(linear(0)), Bright(linear(1)), False),
     ],
 )
 def test_rewards_are_known_by_source_and_settings(one, other, same):

@@ -118,25 +118,32 @@ def test_killed_again_and_again(runs, whole, tmp_path):
     assert_same(runs, uninterrupted, runs.train_once(tmp_path / "run", "ema"))
 
 
-def launch(run: Path, number: int = 0, rank: int = 0, processes: int = 2) -> int:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def launch(run: Path, number: int = 0, rank: int = 0, how: str = "exit") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*command, str(ROOT / "tests" / "killed_runs.py"), str(run), str(number), str(rank)]
-    done = subprocess.run(command, cwd=ROOT, timeout=200, env=environment, capture_output=True, check=False)
-    return done.returncode
+    command = [*command, str(ROOT / "tests" / "killed_runs.py"), str(run), str(number), str(rank), how]
+    return subprocess.run(command, cwd=ROOT, timeout=200, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.exhaustive
-def test_two_processes_of_which_one_is_killed(runs, whole, tmp_path):
-    """By os._exit, which cleans up as little as a SIGKILL; the launcher then ends the other."""
-    assert launch(tmp_path / "whole") == 0
+@pytest.mark.timeout(900)
+def test_two_processes_of_which_one_is_killed_or_told_to_stop(runs, whole, tmp_path):
+    """Killed by os._exit, which cleans up as little as a SIGKILL; the launcher then ends the other."""
+    assert launch(tmp_path / "whole").returncode == 0
     _, passed = whole("ema")
     points = numbers(
         passed, [("evaluate: before", 1), ("evaluate: before", 3), ("_step: after", 3), ("save: after", 1)]
     )
     for number, rank in zip(points, (0, 0, 1, 0), strict=True):
         run = tmp_path / f"{number}"
-        assert launch(run, number, rank) != 0
-        assert launch(run) == 0
+        assert launch(run, number, rank).returncode != 0
+        assert launch(run).returncode == 0
         assert_same(runs, tmp_path / "whole", run)
     assert len(load_checkpoint(tmp_path / "whole" / "checkpoints" / "step_000003").rng) == 2
+    # Told to stop, one of them is enough: both finish the iteration and agree.
+    (number,) = numbers(passed, [("_step: after", 1)])
+    said = launch(tmp_path / "told", number, 1, "term").stderr
+    for rank in (0, 1):
+        assert f"{rank} stopped: stopped by SIGTERM; {tmp_path / 'told'} is saved at iteration 1 of 3" in said
+    assert launch(tmp_path / "told", how="term").returncode == 0
+    assert_same(runs, tmp_path / "whole", tmp_path / "told")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from editr2 import cli
 from editr2.checkpoint import latest_checkpoint, load_checkpoint
@@ -80,6 +81,25 @@ def test_a_signal_anywhere_saves_what_is_done(runs, whole, tmp_path, name, which
     assert runs.record(run) == runs.record(uninterrupted)
     a, b = (load_checkpoint(r / "checkpoints" / "step_000003") for r in (uninterrupted, run))
     assert all(str(getattr(a, part)) == str(getattr(b, part)) for part in ("tensors", "optimizer", "rng"))
+
+
+def test_what_is_saved_are_the_live_weights_wherever_an_exchange_was_left(runs, whole, tmp_path, monkeypatch):
+    """A signal between two instructions of an exchange leaves the module with some of the other weights."""
+    uninterrupted, passed = whole
+    policy = runs.tiny()
+    weight = policy.module.llm2vae.weight
+
+    def halfway() -> None:
+        weight.data = torch.zeros_like(weight)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(runs, "tiny", lambda: policy)
+    number = [i for i, p in enumerate(passed, 1) if p == "judge: before"][2]  # outside of every other exchange
+    with pytest.raises(Stopped), runs.dying_at(number, halfway):
+        runs.train_once(tmp_path / "run", checkpoint={"every": 99})
+    monkeypatch.undo()
+    runs.train_once(tmp_path / "run", checkpoint={"every": 99})
+    assert runs.record(tmp_path / "run") == runs.record(uninterrupted)
 
 
 def test_a_second_ctrl_c_stops_at_once(runs, tmp_path):

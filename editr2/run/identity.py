@@ -14,12 +14,14 @@ insists by name (`--resume-anyway`). Versions, command, commit, host and date ma
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -172,7 +174,7 @@ def given_weights(policy: Any) -> dict[str, str]:
 
 def _modules(policy: Any) -> Iterator[tuple[str, nn.Module]]:
     yield "module", policy.module
-    parts = {**vars(policy), **getattr(getattr(policy, "pipe", None), "components", {})}
+    parts = {**getattr(policy, "__dict__", {}), **getattr(getattr(policy, "pipe", None), "components", {})}
     yield from ((name, part) for name, part in sorted(parts.items()) if isinstance(part, nn.Module))
 
 
@@ -203,6 +205,8 @@ def reward_fingerprint(reward: Any) -> str:
     Settings are what the constructor takes and the object keeps under the same name (or that behind an underscore), so
     counters and caches are none. A judge whose answers change without any of this says so by its `version`.
     """
+    if type(reward).__module__.startswith("editr2."):
+        reward = getattr(reward, "given", reward)  # what we put around a user's own
     said = json.dumps(_described(reward), sort_keys=True).encode("utf-8", "surrogatepass")
     return f"{_name(reward if inspect.isroutine(reward) else type(reward))} {_short(hashlib.sha256(said))}"
 
@@ -223,7 +227,11 @@ def _described(value: Any, depth: int = 0) -> Any:
         return {str(key): _described(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted(json.dumps(_described(item, depth + 1), sort_keys=True) for item in value)
-    if isinstance(value, Path):
+    if isinstance(value, enum.Enum):
+        return [_name(type(value)), value.name]
+    if isinstance(value, np.generic):
+        return _described(value.item(), depth + 1)
+    if isinstance(value, (Path, torch.dtype, torch.device, re.Pattern)):
         return str(value)
     if isinstance(value, np.ndarray):
         return [str(value.dtype), list(value.shape), _short(hashlib.sha256(np.ascontiguousarray(value).tobytes()))]
@@ -239,6 +247,9 @@ def _described(value: Any, depth: int = 0) -> Any:
         return {"name": _name(value), "source": _sources(value), "settings": settings}
     if inspect.isroutine(value) or inspect.isclass(value):
         return {"name": _name(value), "source": _sources(value)}
+    if isinstance(value, nn.Module):
+        weights = _short(_tensor_digest(_tensors(value)))
+        return {"name": _name(type(value)), "source": _sources(type(value)), "weights": weights}
     if depth and _installed(type(value)):  # a client, a pool, ...: what it holds is nobody's setting
         return _name(type(value))
     settings = {name: _described(item, depth + 1) for name, item in _settings(value)}
