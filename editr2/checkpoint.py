@@ -419,7 +419,7 @@ def _document(path: Path, names: Sequence[str]) -> dict[str, Any]:
     if not isinstance(said, list) or sorted(map(str, said)) != sorted(groups):
         given = f"groups in {_STATE} are {said}, those in {_MANIFEST} {sorted(groups)}"
         raise CheckpointError(f"{path}: damaged: {given} (accepted: the same)")
-    return document  # type: ignore[no-any-return]
+    return document
 
 
 def _line(error: BaseException) -> str:

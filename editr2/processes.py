@@ -82,7 +82,7 @@ class Processes:
         value, problem = self.gather([done])[0]
         if problem is not None:
             raise problem
-        return value  # type: ignore[no-any-return]
+        return value
 
     def sum(self, values: Tensor) -> Tensor:
         """Over processes."""

@@ -9,9 +9,10 @@ session's context is built outside of autograd, so one explicit reduction is sim
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ from editr2.run.identity import (
 )
 from editr2.run.lock import RunLock
 from editr2.run.stop import NAMES, Stop, Stopped
-from editr2.schedule import Sampler, eval_sampler, own_schedule, rollout_sampler
+from editr2.schedule import Sampler, Schedule, eval_sampler, own_schedule, rollout_sampler
 from editr2.seeds import derive_seed
 from editr2.state import State, new_state
 from editr2.tracking import MetricsLog, Progress, profile_table, read_metrics, rows_behind, write_whole
@@ -197,7 +198,7 @@ class _Loop:
         state: State,
         source: SessionSource,
         reward: Reward,
-        own: Callable[[int], list[float]] | None,
+        own: Schedule | None,
         processes: Processes,
         identity: Identity,
         start: _Start,
@@ -257,7 +258,9 @@ class _Loop:
                 state.put_back()
                 if state.iteration != (self.saved or 0):
                     self._save()
-                raise Stopped(stopped.signum, f"stopped by {NAMES[stopped.signum]}; {self._standing()}") from None
+                raise Stopped(
+                    stopped.signum, f"stopped by {NAMES[Signals(stopped.signum)]}; {self._standing()}"
+                ) from None
         processes.wait()
         return self.folder
 

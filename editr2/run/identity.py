@@ -243,8 +243,8 @@ def _described(value: Any, depth: int = 0) -> Any:
         return [_described(value.__func__, depth + 1), _described(value.__self__, depth + 1)]
     if inspect.isfunction(value):
         held = [value.__defaults__, value.__kwdefaults__, inspect.getclosurevars(value).nonlocals]
-        settings = [_described(item, depth + 1) for item in held]
-        return {"name": _name(value), "source": _sources(value), "settings": settings}
+        around = [_described(item, depth + 1) for item in held]
+        return {"name": _name(value), "source": _sources(value), "settings": around}
     if inspect.isroutine(value) or inspect.isclass(value):
         return {"name": _name(value), "source": _sources(value)}
     if isinstance(value, nn.Module):
