@@ -101,8 +101,8 @@ def train(
         check_run(config, reward.names, own, cannot_pack=cannot_pack, processes=processes.count)
         check_capture(config.rollout.capture, processes.device)
         source = open_sessions(config, policy)
-        if processes.index:  # weights that are drawn have to be equal everywhere; what follows need not
-            seed_generators(derive_seed(config.seed, "rank", processes.index))
+        # Weights that are drawn have to be equal on all processes; what follows must not be, nor depend on loading.
+        seed_generators(derive_seed(config.seed, "rank", processes.index))
         state = new_state(config, policy)
         device = _device_name(processes.device)
         identity = processes.on_main(
@@ -309,10 +309,9 @@ class _Loop:
         """The same weights score the same, whatever a reward drew before, and an evaluation leaves no trace."""
         config, processes = self.config, self.processes
         seed = derive_seed(0, "eval", processes.index)
-        with generators_aside(seed), self.state.averaged() as averaged:
-            if name != "during":
-                shown = self.source.heldout[: config.eval.strips]
-                strips = self.folder / "strips"
+        if name != "during":
+            shown, strips = self.source.heldout[: config.eval.strips], self.folder / "strips"
+            with generators_aside(seed), self.state.averaged() as averaged:
                 draw_strips(strips, name, averaged, self.reward, shown, self.sampler, config, processes)
         if row is None:
             with generators_aside(seed), self.state.averaged() as averaged:
