@@ -16,7 +16,7 @@ from editr2.evaluate import mean_se, success
 from editr2.gradient import STATISTICS
 from editr2.policies.base import Policy, parameter_count
 from editr2.processes import Processes
-from editr2.rewards.base import Scores
+from editr2.rewards.base import Scores, weights_of
 from editr2.rollout import Chunk
 from editr2.run.identity import Identity
 from editr2_kernels import GroupAdvantage
@@ -67,7 +67,12 @@ def rows_lost(record: Sequence[dict[str, Any]], iteration: int, config: Config) 
 
 
 def start_row(
-    config: Config, source: SessionSource, processes: Processes, policy: Policy, identity: Identity
+    config: Config,
+    source: SessionSource,
+    processes: Processes,
+    policy: Policy,
+    rewards: Sequence[str],
+    identity: Identity,
 ) -> dict[str, Any]:
     """identity: what the run depends on and where it was made; `resumed` gets an entry from each process that goes on
     with it."""
@@ -79,6 +84,7 @@ def start_row(
         "threads": torch.get_num_threads(),
         "trainable_parameters": parameter_count(policy.module, trainable_only=True),
         "heldout_is_training": source.heldout_is_training,
+        "rewards": weights_of(rewards, config.credit.weights),
         "identity": {"depends": identity.depends, **identity.made, "resumed": []},
     }
 
@@ -123,6 +129,8 @@ def train_row(
         "advantage_abs": float(trained.abs().mean()) if len(trained) else 0.0,
         "zero_variance_groups": float((spread <= 0).float().mean()),
         "failed_scores": scores.failed,
+        "not_applicable": scores.not_applicable,
+        "first_failure": scores.first_failure,
         "filtered_turns": int((scores.present & ~credit.mask).sum()),
         "intent_fallback": failed / sampled if sampled else None,
         "intents_right": right / known if known else None,

@@ -22,6 +22,7 @@ from editr2.checkpoint import (
 )
 from editr2.config import Config
 from editr2.errors import CheckpointError
+from editr2.finite import check_state
 from editr2.policies.base import Policy, TextPolicy
 from editr2.policies.weights import exchanged, load_trainable, mix, snapshot, trainable
 from editr2.run.identity import Identity, differences, named, settle, told
@@ -75,12 +76,14 @@ class State:
         self, root: Path, config: Config, identity: Identity | None = None, rng: Sequence[Any] | None = None
     ) -> None:
         """identity: what the run depends on; without it a resumed run can compare settings alone. rng: the generators
-        of every process, none are this one's."""
+        of every process, none are this one's. Raises `NonFiniteError` before anything is written."""
+        tensors, optimizer = {"policy": snapshot(self.policy.module), **self._copies()}, self.optimizer.state_dict()
+        check_state(f"{root}: step {self.iteration} is not saved", tensors, optimizer)
         save_checkpoint(
             root,
             self.iteration,
-            tensors={"policy": snapshot(self.policy.module), **self._copies()},
-            optimizer=self.optimizer.state_dict(),
+            tensors=tensors,
+            optimizer=optimizer,
             state={
                 "elapsed": self.elapsed,
                 "moments": len(self.optimizer.state),
@@ -117,6 +120,7 @@ class State:
         now = named(config, identity.depends)
         found = differences(named(settings, depends), now, apart_from={"start"})
         insisted = settle(found, insist, path)
+        check_state(path, saved.tensors, saved.optimizer)
         self._take_on(saved, anything=bool(insisted))
         self._restore_rng(saved.rng, config, rank)
         self.iteration, self.elapsed = saved.iteration, float(elapsed)

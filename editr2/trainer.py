@@ -20,19 +20,21 @@ import torch
 from editr2.capture import check_capture
 from editr2.checkpoint import capture_rng, generators_aside, latest_checkpoint, seed_generators
 from editr2.config import Config, check_config
-from editr2.credit import assign_credit
+from editr2.credit import assign_credit, credit_notes
 from editr2.data import SessionSource, open_sessions
 from editr2.errors import CheckpointError, NonFiniteError
-from editr2.evaluate import comparison_row, draw_strips, evaluate, judge, merge_scores
+from editr2.evaluate import comparison_row, draw_strips, evaluate, first_answer, judge
+from editr2.finite import ACCEPTED, LARGEST, check_weights, unusable
 from editr2.gradient import Batch, accumulate_gradient, first_non_finite
 from editr2.policies.base import PackedPolicy, Policy
-from editr2.policies.load import open_policy
+from editr2.policies.load import open_policy, rehearse_save
 from editr2.policies.sharding import place
 from editr2.policies.weights import exchanged, trainable
 from editr2.preflight.rules import check_run
 from editr2.processes import Processes, open_processes
 from editr2.report import build_report
-from editr2.rewards.base import Reward, check_failures
+from editr2.rewards.adapt import CheckedReward, adapt
+from editr2.rewards.base import GivenReward, check_failures, merge_scores
 from editr2.rewards.load import load_reward
 from editr2.rollout import Seeds, chunks, rollout_chunk
 from editr2.rows import (
@@ -69,36 +71,38 @@ def train(
     config: Config,
     *,
     policy: Policy | None = None,
-    reward: Reward | None = None,
+    reward: GivenReward | None = None,
     profile: bool = False,
     resume_anyway: Sequence[str] = (),
 ) -> Path:
     """Trains as configured and returns the run's folder; an unfinished run there is resumed.
 
-    policy, reward: in place of the configured ones (API use). resume_anyway: what may differ from the run that is
-    resumed, by name: settings, sections of them, or sessions, heldout, weights and reward.
+    policy, reward: in place of the configured ones (API use; docs/rewards.md has the forms of a reward). resume_anyway:
+    what may differ from the run that is resumed, by name: settings, sections of them, or sessions, heldout, weights and
+    reward.
 
     Raises `UserError` subclasses for bad settings, data, checkpoints, a run of something else or one that is at work in
     the folder, too many failed scores, a ratio that is not 1 on-policy, or a NaN; and `Stopped`, once what is done is
     saved, after Ctrl-C or SIGTERM.
     """
-    check_config(config)
+    config = check_config(config)
     check_insisted(resume_anyway)
     processes = open_processes()
     run = Path(config.out)
     with RunLock(run) as lock:
         processes.on_main(lambda: lock.take(make=False))  # before minutes of loading
         seed_generators(config.seed)
+        asked = load_reward(config.reward) if reward is None else adapt(reward, timeout=config.reward.timeout)
         weights: dict[str, str] = {}
         if policy is None:
             policy = open_policy(config.policy, processes)
         else:
+            check_weights(policy, f"policy: {type(policy).__name__}")
             weights = given_weights(policy) if processes.main else {}
             place(policy, config.policy.shard, processes)
-        reward = reward or load_reward(config.reward)
         cannot_pack = None if isinstance(policy, PackedPolicy) else type(policy).__name__
         own = own_schedule(policy)
-        check_run(config, reward.names, own, cannot_pack=cannot_pack, processes=processes.count)
+        check_run(config, asked.names, own, cannot_pack=cannot_pack, processes=processes.count)
         check_capture(config.rollout.capture, processes.device)
         source = open_sessions(config, policy)
         # Weights that are drawn have to be equal on all processes; what follows must not be, nor depend on loading.
@@ -107,15 +111,18 @@ def train(
         device = _device_name(processes.device)
         identity = processes.on_main(
             lambda: Identity(
-                identify(config, source, weights or loaded_weights(config), reward),
+                identify(config, source, weights or loaded_weights(config), asked),
                 provenance(processes.count, device),
             )
         )
         processes.on_main(lambda: lock.take(make=True))
         start = _start(config, state, identity, processes, resume_anyway)
+        start.notes[:0] = credit_notes(config.credit, asked.names)
         if lock.problem:
             start.notes.append(lock.problem)
-        return _Loop(config, state, source, reward, own, processes, identity, start).run(profile)
+        if not state.iteration:
+            processes.on_main(lambda: rehearse_save(policy, run))
+        return _Loop(config, state, source, asked, own, processes, identity, start).run(profile)
 
 
 @dataclass
@@ -197,7 +204,7 @@ class _Loop:
         config: Config,
         state: State,
         source: SessionSource,
-        reward: Reward,
+        reward: CheckedReward,
         own: Schedule | None,
         processes: Processes,
         identity: Identity,
@@ -233,6 +240,8 @@ class _Loop:
                         self._make(name)
                     if state.iteration >= config.train.iterations:
                         break
+                    if not rows:
+                        first_answer(self.reward, self.source.heldout, config.train.max_failed_scores, processes)
                     stop.agree()
                     started = time.perf_counter()
                     row = _iteration(config, state, self.source, self.reward, self.sampler, processes, stop)
@@ -292,7 +301,11 @@ class _Loop:
         there = find_row(self.record, name, at)
         if name == "start":
             if there is None:
-                self._append(start_row(self.config, self.source, self.processes, self.state.policy, self.identity))
+                self._append(
+                    start_row(
+                        self.config, self.source, self.processes, self.state.policy, self.reward.names, self.identity
+                    )
+                )
         elif name == "comparison":
             before, after = (find_row(self.record, which, k) for which, k in (("before", 0), ("after", at)))
             assert before is not None and after is not None  # due earlier, so made
@@ -325,7 +338,7 @@ def _iteration(
     config: Config,
     state: State,
     source: SessionSource,
-    reward: Reward,
+    reward: CheckedReward,
     sampler: Sampler,
     processes: Processes,
     stop: Stop,
@@ -382,10 +395,17 @@ def _step(config: Config, state: State, processes: Processes) -> float:
     scale = (1 - (1 - config.train.lr_decay) * progress) * min(1.0, (state.iteration + 1) / (config.train.warmup + 1))
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale
+        if not group["lr"] <= LARGEST:  # AdamW would stop halfway, or make every weight NaN
+            raise NonFiniteError(f"iteration {state.iteration}: train.lr: {group['lr']:g} ({ACCEPTED})")
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.grad_norm)
     if not bool(torch.isfinite(norm)):
         named = {n: p.grad for n, p in state.policy.module.named_parameters() if p.grad is not None}
         raise NonFiniteError(f"gradient at iteration {state.iteration}: {first_non_finite(named)}; nothing was updated")
     state.optimizer.step()
+    if name := unusable(trainable(state.policy.module).items()):
+        raise NonFiniteError(
+            f"iteration {state.iteration}, after the optimiser's step: {name}: NaN, infinite or too large ({ACCEPTED}; "
+            f"train.lr is {config.train.lr:g}); it was not saved, and what was saved before stands"
+        )
     state.optimizer.zero_grad(set_to_none=True)
     return float(norm)

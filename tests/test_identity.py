@@ -370,7 +370,7 @@ def test_the_flag_may_be_given_again_and_with_commas(monkeypatch):
 def test_sessions_that_are_not_kept_in_memory_are_decoded_no_second_time(tmp_path, monkeypatch):
     data = save_sessions([shapes.make_session(0, i, turns=1) for i in range(4)], tmp_path / "data")
     kept, dropped = load_sessions(data), load_sessions(data, memory=24 * 24 * 3)
-    monkeypatch.setattr("editr2.sessions.read_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("editr2.images.read_image", lambda *_: pytest.fail("decoded again"))
     assert sessions_fingerprint(kept) == sessions_fingerprint(dropped)
     assert sessions_fingerprint(kept[:3]) != sessions_fingerprint(kept)
 
@@ -428,7 +428,7 @@ def test_weights_of_an_editor_and_of_what_was_trained_from_it(tmp_path):
     for name in ("base", "lora"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.safetensors").write_bytes(name.encode())
-    said = {"model": "kontext", "base": str(tmp_path / "base"), "lora": {}}
+    said = {"model": "kontext", "base": str(tmp_path / "base"), "lora": {"rank": 2, "alpha": 4.0, "targets": "x"}}
     (tmp_path / "lora" / "policy.json").write_text(json.dumps(said))
     config = replace_nested(Config(), {"policy": {"model": "kontext", "weights": str(tmp_path / "lora")}})
     first = loaded_weights(config)["weights"]
