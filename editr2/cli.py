@@ -12,25 +12,30 @@ if __name__ == "__main__":  # as torchrun starts it; `editr2` starts `editr2.__m
 import errno
 import json
 import os
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from editr2.config import (
-    PRESETS,
-    SEED,
-    TURNS,
-    Config,
-    check_config,
-    folder_problem,
-    preset_config,
-    replace_nested,
-)
-from editr2.errors import ConfigError, UserError
-from editr2.fields import Bounds, Wrong, field_problems
-from editr2.flags import Flags, values_of
+try:
+    from editr2.config import (
+        PRESETS,
+        SEED,
+        TURNS,
+        Config,
+        check_config,
+        folder_problem,
+        preset_config,
+        replace_nested,
+    )
+    from editr2.errors import ConfigError, UserError
+    from editr2.fields import Bounds, Wrong, field_problems
+    from editr2.flags import Flags, values_of
+except KeyboardInterrupt:  # torch takes seconds to load
+    print("stopped while starting: nothing was done", file=sys.stderr)
+    raise SystemExit(130) from None
 
 Arguments = Sequence[str]
 
@@ -96,10 +101,13 @@ def _with(config: Any, path: Sequence[str], value: Any) -> Any:
 def command_train(arguments: Arguments) -> int:
     """multi-turn RL from start to report; run again to resume"""
     profile = ("--profile", {"action": "store_true", "help": "print the seconds of an iteration by phase at the end"})
-    config, extra = run_config("editr2 train", "Train an editor on multi-turn sessions.", arguments, [profile])
+    told = "go on although this differs from the run that is resumed: sessions, heldout, weights, reward, or a setting"
+    anyway = ("--resume-anyway", {"type": str, "action": "append", "help": f"{told}; again, or with commas, for more"})
+    config, extra = run_config("editr2 train", "Train an editor on multi-turn sessions.", arguments, [profile, anyway])
+    insisted = [name.strip() for names in extra["resume_anyway"] or () for name in names.split(",") if name.strip()]
     from editr2.trainer import train
 
-    train(config, profile=bool(extra["profile"]))
+    train(config, profile=bool(extra["profile"]), resume_anyway=insisted)
     return 0
 
 
@@ -386,6 +394,16 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
 }
 
 
+STOPPED = {
+    "train": "nothing was trained by this start; the same command begins again, or goes on from the newest checkpoint",
+    "check": "nothing was written; start it again",
+    "eval": "nothing was written; start it again",
+    "rollout": "what is in --out is not whole; the same command begins again",
+    "reproduce": "finished runs stand; the same command trains the rest",
+}
+"""What is true of a command that Ctrl-C ended. The trainer itself says what it saved (`editr2.run.stop`)."""
+
+
 def _dispatch(prog: str, commands: dict[str, Callable[[Arguments], int]], arguments: Arguments) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: {prog} COMMAND [options]   ({prog} COMMAND --help tells its options)\n")
@@ -430,8 +448,9 @@ def os_problem(error: OSError) -> str:
 def main(arguments: Arguments | None = None) -> int:
     """Entry point: 0 when all went well, 2 with one line on standard error for anything the user can mend."""
     warnings.filterwarnings("default", category=UserWarning, module="editr2")
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        status = _dispatch("editr2", COMMANDS, sys.argv[1:] if arguments is None else arguments)
+        status = _dispatch("editr2", COMMANDS, given)
         sys.stdout.flush()  # while there is somebody to say that it cannot be written
         return status
     except UserError as error:
@@ -444,9 +463,13 @@ def main(arguments: Arguments | None = None) -> int:
     except OSError as error:
         print(f"error: {os_problem(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        name = given[0] if given else ""
+        # `check` trains, too, in a folder that is gone now.
+        said = str(stopped) if name == "train" else ""
+        what = STOPPED.get(name, "what it was writing may not be whole; the same command begins again")
+        print(said or f"stopped; {what}", file=sys.stderr)
+        return 128 + int(getattr(stopped, "signum", signal.SIGINT))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,16 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 class ImageFile:
     """Pixels that stay in their file: called, it decodes them, uint8 [H, W, 3].
 
-    size, resize: as in `load_sessions`. where: the file, line and field that name the image, for messages. Raises
-    DataError for whatever is wrong with the file.
+    size, resize: as in `load_sessions`. where: the file, line and field that name the image, for messages. checksum: of
+    the pixels, where they were decoded before (`editr2.sessions.pixel_sum`). Raises DataError for whatever is wrong
+    with the file.
     """
 
     path: Path
     size: Size | None = None
     resize: str = "no"
     where: str = ""
+    checksum: str | None = field(default=None, compare=False)
 
     def __call__(self) -> Pixels:
         try:

@@ -115,12 +115,26 @@ class StoredImage(Protocol):
     @property
     def resize(self) -> str: ...
 
+    @property
+    def checksum(self) -> str | None: ...
+
     def __call__(self) -> Pixels: ...
 
 
 Unreadable: TypeAlias = Callable[[Sequence[str]], Iterable[tuple[int, str]]]
 """(turn from 0, what is wrong) for those of a session's instructions that their reader has no use for: too long a text,
 a word that its vocabulary does not have."""
+
+
+def pixel_sum(session: Session) -> str:
+    """A checksum of a session's pixels and their shape; what was decoded once to be checked is not decoded again."""
+    known: str | None = getattr(vars(session)["image"], "checksum", None)
+    return known or _pixel_sum(session.image)
+
+
+def _pixel_sum(pixels: Pixels) -> str:
+    content = np.ascontiguousarray(pixels)
+    return hashlib.sha256(repr(pixels.shape).encode() + content.tobytes()).hexdigest()
 
 
 def load_sessions(
@@ -298,6 +312,7 @@ class _NoImage:
     problem: str
     size: Size | None = None
     resize: str = "no"
+    checksum: str | None = None
 
     def __call__(self) -> Pixels:
         raise DataError(self.problem)
@@ -405,7 +420,9 @@ def _checked(entries: Iterable[Entry], memory: int, unreadable: Unreadable | Non
         )
         memory -= pixels.nbytes
         # The size that was seen stands, so that a file that is replaced while a run reads it is an error.
-        later: Any = None if memory >= 0 else replace(stored, size=pixels.shape[:2])  # type: ignore[type-var]
+        later: Any = None
+        if memory < 0:
+            later = replace(stored, size=pixels.shape[:2], checksum=_pixel_sum(pixels))  # type: ignore[type-var]
         yield Session(name, later or pixels, turns, record.get("mode"), record.get("meta") or {})
 
 

@@ -74,6 +74,7 @@ class MetricsLog:
         mixing two runs. k continues from a checkpoint at iteration k: train rows with iteration >= k, eval
         rows with iteration > k and a torn tail are removed (atomically) before the first append. Rows
         without an iteration (start, comparison) share the fate of the row before them.
+    resumed: about the process that continues the run, for the list of that name in the start row's identity.
     tensorboard: None writes event files when tensorboard is installed, True demands it (ImportError),
         False leaves it out. They go to the folder `tensorboard` beside the file.
     enabled: False (any process but the first) touches no file.
@@ -84,6 +85,7 @@ class MetricsLog:
         path: str | os.PathLike[str],
         *,
         resume_iteration: int | None = None,
+        resumed: Mapping[str, Any] | None = None,
         tensorboard: bool | None = None,
         enabled: bool = True,
     ) -> None:
@@ -103,7 +105,7 @@ class MetricsLog:
                 raise CheckpointError(
                     f"{self.path} already holds a run; give resume_iteration to continue it, or another folder"
                 )
-            kept, self.dropped = _trim(self.path, resume_iteration)
+            kept, self.dropped = _trim(self.path, resume_iteration, resumed)
         if tensorboard is not False:
             sink = tensorboard_sink(
                 self.path.parent / "tensorboard",
@@ -140,6 +142,11 @@ class MetricsLog:
         for sink in self._sinks:
             sink.append(clean)
 
+    def sync(self) -> None:
+        """Brings the rows to the disk: before a checkpoint, which has them behind it."""
+        if self._fd is not None:
+            os.fsync(self._fd)
+
     def close(self) -> None:
         if self._fd is not None:
             os.fsync(self._fd)
@@ -161,25 +168,39 @@ def _iteration(row: Mapping[str, Any]) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _trim(path: Path, resume_iteration: int) -> tuple[list[Row], int]:
+def _trim(path: Path, resume_iteration: int, resumed: Mapping[str, Any] | None) -> tuple[list[Row], int]:
     """Rewrites `path` with the rows that a checkpoint at `resume_iteration` has behind it."""
     rows, dropped = read_metrics(path)
+    kept = rows_behind(rows, resume_iteration)
+    if resumed is not None:
+        for row in kept:
+            if row.get("event") == "start":
+                row.setdefault("identity", {}).setdefault("resumed", []).append(dict(resumed))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    return kept, dropped
+
+
+def rows_behind(rows: Iterable[Row], iteration: int) -> list[Row]:
+    """The rows that a checkpoint at `iteration` has behind it."""
     kept: list[Row] = []
     keep = True
     for row in rows:
-        iteration = _iteration(row)
-        if iteration is not None:
-            keep = iteration < resume_iteration if row.get("event") == "train" else iteration <= resume_iteration
+        of = _iteration(row)
+        if of is not None:
+            keep = of < iteration if row.get("event") == "train" else of <= iteration
         if keep:
             kept.append(row)
+    return kept
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there with all of the text, or as it was: synced and renamed into place."""
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8", errors="replace") as file:
-        for row in kept:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    return kept, dropped
 
 
 def _plain(value: Any, name: str, non_finite: list[str]) -> Any:

@@ -26,7 +26,7 @@ class DatasetImage:
     """Pixels that stay in a row of a dataset: called, it decodes them.
 
     data: has the one column, undecoded. size, resize: as in `load_sessions`. contained: as in `scan`; a row names files
-    from where the program runs.
+    from where the program runs. checksum: as in `ImageFile`.
     """
 
     data: Dataset
@@ -34,6 +34,7 @@ class DatasetImage:
     size: Size | None
     resize: str
     contained: bool
+    checksum: str | None = None
 
     def __call__(self) -> Pixels:
         (cell,) = self.data[self.row].values()
