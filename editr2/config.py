@@ -558,8 +558,15 @@ def _loss_and_window(config: Config, command: str) -> Iterator[str]:
 def _noise_level(config: Config, command: str) -> Iterator[str]:
     r = config.rollout
     drawn = r.window > 0 and (command in _TRAINS or config.eval.sampler == "rollout")
-    if drawn and not (bounds := NOISE_LEVELS[r.dynamics]).hold(r.noise_level):
-        yield f"rollout.noise_level: {r.noise_level} (accepted with rollout.dynamics {r.dynamics}: {bounds})"
+    if drawn and (problem := noise_problem(r.dynamics, r.noise_level)):
+        yield problem
+
+
+def noise_problem(dynamics: str, level: float) -> str | None:
+    """What is wrong with the noise level of a window's steps, or None."""
+    if (bounds := NOISE_LEVELS[dynamics]).hold(level):
+        return None
+    return f"rollout.noise_level: {level} (accepted with rollout.dynamics {dynamics}: {bounds})"
 
 
 @_rule(*_TRAINS)

@@ -393,9 +393,11 @@ def _normalised(config: Any, prefix: str) -> Any:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             better = _normalised(value, f"{prefix}{name}.")
+            changed = better is not value
         else:
             better = convert(value, slot.hint, prefix + name, slot.accepts)
-        if better is not value and (type(better) is not type(value) or better != value):
+            changed = repr(better) != repr(value)  # 1 and 1.0 are equal
+        if changed:
             changes[name] = better
     return dataclasses.replace(config, **changes) if changes else config
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Sequence
@@ -98,7 +99,7 @@ class Flags:
 
     def settings(self, schema: type[Any]) -> None:
         """A flag for every field of a dataclass and of those nested in it, with help from the docstrings."""
-        told = dict(_documented(schema))
+        told = documented(schema)
         for key, slot in leaves(schema):
             group, text, default = told[key]
             self.options[f"--{key}"] = Option(f"--{key}", slot, text, default, group=group)
@@ -266,6 +267,12 @@ def _metavar(option: Option) -> str:
     if get_origin(kind) in (list, tuple):
         return ",".join(names.get(item, "TEXT") for item in get_args(kind))
     return "{NAME: X}" if get_origin(kind) is dict else names.get(kind, "TEXT")
+
+
+@functools.cache
+def documented(schema: type[Any]) -> dict[str, tuple[str, str, Any]]:
+    """The heading, help and default of every field, by its dotted key."""
+    return dict(_documented(schema))
 
 
 def _documented(schema: type[Any], prefix: str = "") -> Iterable[tuple[str, tuple[str, str, Any]]]:
