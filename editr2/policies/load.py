@@ -13,6 +13,7 @@ import torch
 
 from editr2.config import MODELS, PolicyConfig, policy_problems
 from editr2.errors import CheckpointError, ConfigError
+from editr2.hub import check_model
 from editr2.policies.base import Policy
 from editr2.policies.sharding import place
 from editr2.policies.unified import EMBEDDED, Guidance, UnifiedPolicy
@@ -80,6 +81,7 @@ def load_diffusion(config: PolicyConfig, *, trains: bool = True, empty: bool = F
     """A pipeline's folder, a hub id, or a folder that `save_policy` wrote; see `load_policy`."""
     kind = policy_class(config.model)
     adapter, trained, base = weight_sources(config.weights or kind.published, config.model)
+    check_model(base, "policy.weights")
     pipe = _pipeline(kind, config, base, trained, whole=trains and not config.lora_rank, empty=empty)
     policy = kind(pipe, config)
     policy.base = str(trained or base)
