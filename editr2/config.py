@@ -47,6 +47,7 @@ SHARE = Bounds(at_least=0, at_most=1)
 POSITIVE = Bounds(above=0, at_most=1_000_000)
 WEIGHT = Bounds(at_least=0, at_most=1_000_000)
 TOKENS = Bounds(at_least=1, at_most=32_768)
+SIBLINGS = Bounds(at_least=2, at_most=4_096, why="an advantage compares siblings")
 TURNS = Bounds(at_least=1, at_most=64)
 STEPS = Bounds(at_least=1, at_most=1_000)
 PIXELS = Bounds(at_least=8, at_most=8_192)
@@ -177,7 +178,7 @@ class RolloutConfig:
     """
 
     sessions: int = setting(12, COUNT)
-    siblings: int = setting(8, Bounds(at_least=2, at_most=4_096, why="an advantage compares siblings"))
+    siblings: int = setting(8, SIBLINGS)
     turns: int = setting(3, TURNS)
     steps: int = setting(4, STEPS)
     shift: float | None = setting(None, Bounds(above=0, at_most=100))
@@ -344,7 +345,7 @@ class Config:
     """
 
     seed: int = setting(0, SEED)
-    out: str = setting("runs/train", path=True)
+    out: str = setting("runs/train", path=True, what="a folder")
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -326,9 +326,9 @@ def out_of_bounds(value: Any, slot: Slot, key: str) -> str | None:
             return f"{at}: {_shown(item)} (accepted: {accepted(slot.hint if at == key else type(item), accepts)})"
         if isinstance(item, str) and get_origin(slot.hint) is not Literal:
             if not item and not accepts.empty:
-                return problem(at, item)
+                return problem(at, item, "; this is empty")
             if accepts.path and "\0" in item:
-                return problem(at, item, " without a NUL")
+                return problem(at, item, "; this has a NUL")
     if accepts.among is not None and value not in tuple(accepts.among()):
         return problem(key, value)
     if accepts.check is not None and (wrong := accepts.check(value)):

@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -58,6 +59,13 @@ class Option:
     @property
     def accepted(self) -> str:
         return accepted(self.slot.hint, self.slot.accepts)
+
+
+class _Help(argparse.HelpFormatter):
+    """A name such as ddim-sde stays whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Flags:
@@ -176,7 +184,8 @@ class Flags:
 
     def help(self) -> str:
         """As argparse prints it."""
-        parser = argparse.ArgumentParser(self.prog, self.usage().removeprefix("usage: "), self.description)
+        usage = self.usage().removeprefix("usage: ")
+        parser = argparse.ArgumentParser(self.prog, usage, self.description, formatter_class=_Help)
         groups: dict[str, Any] = {"": parser}
         for option in [*self.positional, *self.options.values()]:
             if option.group not in groups:
@@ -227,13 +236,14 @@ def suggestions(name: str, known: Iterable[str]) -> list[str]:
 
 def from_text(text: str, hint: Any) -> Any:
     """A flag's text as YAML reads it, or as it is where a text is wanted. What YAML cannot read stays a text, for the
-    converter to refuse. `0.9,0.99` is a list where one is wanted."""
+    converter to refuse. `0.9,0.99` and `512x512` are lists where one is wanted."""
     kinds = [kind for kind in (get_args(hint) if type(None) in get_args(hint) else (hint,)) if kind is not type(None)]
     if all(kind is str or get_origin(kind) is Literal for kind in kinds):
         return text
     value = _scalar(text)
-    if isinstance(value, str) and "," in value and any(get_origin(kind) in (list, tuple) for kind in kinds):
-        return [_scalar(part) for part in value.split(",")]
+    if isinstance(value, str) and any(get_origin(kind) in (list, tuple) for kind in kinds):
+        parts = re.split(r"[,x]", value)
+        return [_scalar(part) for part in parts] if len(parts) > 1 else value
     return value
 
 

@@ -41,8 +41,10 @@ from editr2.patterns import pattern_problem
 from editr2.policies.unified import new_embedded_policy
 from editr2.policies.unified_model import UnifiedConfig
 from editr2.preflight.rules import run_problems
+from editr2.reproduce.arms import Settings
 from editr2.rewards.base import Score
 from editr2.trainer import train
+from editr2.worlds.pretrain import PretrainConfig
 from editr2_kernels import KL_SCALES, RENORMS, flow_sigmas, transition_table
 from editr2_kernels.group_advantage import FUSIONS
 
@@ -78,9 +80,9 @@ MINUS_ONE = {"credit.weights"}
 """A reward that is a penalty."""
 
 
-def kinds(key: str) -> list[Any]:
+def kinds(field: str | Slot) -> list[Any]:
     """The types of a field but for none, those within its lists and mappings in place of these."""
-    hint = FIELDS[key].hint
+    hint = (FIELDS[field] if isinstance(field, str) else field).hint
     options = get_args(hint) if type(None) in get_args(hint) else (hint,)
     found: list[Any] = []
     for option in options:
@@ -145,8 +147,10 @@ def problems_of(config: Config, command: str) -> list[str]:
     return list(run_problems(config, None, None, processes=1, command=command))
 
 
-def test_every_number_has_bounds_or_an_explicit_any():
-    unbounded = [key for key in FIELDS if is_number(key) and FIELDS[key].accepts.bounds is None]
+@pytest.mark.parametrize("schema", [Config, PretrainConfig, Settings])
+def test_every_number_has_bounds_or_an_explicit_any(schema):
+    fields = dict(leaves(schema))
+    unbounded = [key for key, slot in fields.items() if {int, float} & set(kinds(slot)) and not slot.accepts.bounds]
     assert not unbounded, f"give {unbounded} Bounds, or ANY where every finite number is of use"
     assert set(FIELDS) >= ZERO | MINUS_ONE
 
