@@ -139,9 +139,13 @@ class Slot:
     accepts: Accepts
 
 
-@functools.cache
 def slots(schema: type[Any]) -> dict[str, Slot]:
     """What the constructor of a dataclass takes, by name."""
+    return _slots(schema)  # type: ignore[arg-type]  # mypy holds classes to be unhashable
+
+
+@functools.cache
+def _slots(schema: type[Any]) -> dict[str, Slot]:
     hints = get_type_hints(schema)
     missing = dataclasses.MISSING
     return {
@@ -257,8 +261,7 @@ def _convert(value: Any, hint: Any, key: str, accepts: Accepts, *, build: bool) 
             return {name: _convert(v, kind, f"{key}.{name}", accepts, build=build) for name, v in value.items()}
     elif hint is float:
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            with_range = abs(value) < 1 << 1023 if isinstance(value, numbers.Integral) else True
-            if with_range:
+            if not isinstance(value, numbers.Integral) or abs(int(value)) < 1 << 1023:
                 return float(value)
         if isinstance(value, str) and _FLOAT.fullmatch(value) and math.isfinite(float(value)):
             return float(value)

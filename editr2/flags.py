@@ -107,7 +107,7 @@ class Flags:
 
     def settings(self, schema: type[Any]) -> None:
         """A flag for every field of a dataclass and of those nested in it, with help from the docstrings."""
-        told = documented(schema)
+        told = documented(schema)  # type: ignore[arg-type]  # mypy holds classes to be unhashable
         for key, slot in leaves(schema):
             group, text, default = told[key]
             self.options[f"--{key}"] = Option(f"--{key}", slot, text, default, group=group)
