@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editr2.errors import DataError
+from editr2.hub import offline
 from editr2.images import Pixels, Size, decode_image, locate, read_image
 from editr2.sessions import Entry, kind
 
@@ -127,6 +128,8 @@ def _open(path: str) -> Dataset:
         name, _, split = path.removeprefix("hf:").partition(":")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise DataError(f"{path}: no name of a dataset (accepted: hf:owner/name or hf:owner/name:split)")
+        if offline():
+            datasets.config.HF_DATASETS_OFFLINE = True  # what was downloaded before is found at once
         if not split:
             splits = datasets.get_dataset_split_names(name)  # before anything large is downloaded
             if len(splits) != 1:

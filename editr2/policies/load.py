@@ -19,6 +19,7 @@ import torch
 from editr2.config import MODELS, PolicyConfig, policy_problems
 from editr2.errors import CheckpointError, ConfigError
 from editr2.finite import check_weights
+from editr2.hub import check_model
 from editr2.policies.adapters import (
     ALL_LINEAR,
     DESCRIPTION,
@@ -105,6 +106,7 @@ def load_diffusion(config: PolicyConfig, *, trains: bool = True, empty: bool = F
         saved_lora(config, kind, adapter)  # what is wrong with it is said before gigabytes are read
     if os.path.isabs(base) and not Path(base).is_dir():
         raise ConfigError(f"policy.weights: {base}: no {kind.pipeline} there (accepted: its folder, or a hub id)")
+    check_model(base, "policy.weights")
     pipe = _pipeline(kind, config, base, trained, whole=trains and not config.lora_rank, empty=empty)
     policy = kind(pipe, config)
     policy.base = str(trained or base)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from editr2.errors import CheckpointError
+from editr2.errors import CheckpointError, ConfigError
 
 LORA_TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
 """Attention and MLP of both experts."""
@@ -72,7 +72,12 @@ def add_lora(module: nn.Module, rank: int, alpha: float | None = None, targets: 
 
     strength = 2 * rank if alpha is None else alpha
     config = LoraConfig(r=rank, lora_alpha=strength, target_modules=targets or LORA_TARGETS)
-    inject_adapter_in_model(config, module)
+    try:
+        inject_adapter_in_model(config, module)
+    except ValueError as error:
+        why = " ".join(str(error).split())
+        accepted = f"an expression that matches linear layers of the model; {why}"
+        raise ConfigError(f"policy.lora_targets: {targets!r} (accepted: {accepted})") from error
     for name, p in module.named_parameters():
         p.requires_grad_(".lora_" in name)
 
