@@ -295,7 +295,8 @@ def saved_lora(config: PolicyConfig, kind: type[DiffusionPolicy], folder: Path) 
         have, value = getattr(saved, name), getattr(asked, name)
         spelt_out = isinstance(have, list) and isinstance(value, str) and value.lower() == ALL_LINEAR
         if have != value and not spelt_out:  # the file's names are compared anyway
-            raise ConfigError(f"policy.lora_{name}: {value} (accepted: {have}, that of the LoRA in {folder})")
+            accepted = f"the {len(have)} names in {DESCRIPTION}" if isinstance(have, list) else have
+            raise ConfigError(f"policy.lora_{name}: {value} (accepted: {accepted}, that of the LoRA in {folder})")
     strength = check_file(folder / LORA_FILE)
     # What goes on training keeps its alpha; else the file counts as any loader takes it, without rounding it again.
     return saved if config.lora_rank else replace(saved, alpha=saved.rank * strength)
