@@ -297,7 +297,7 @@ def saved_lora(config: PolicyConfig, kind: type[DiffusionPolicy], folder: Path) 
         if have != value and not spelt_out:  # the file's names are compared anyway
             accepted = f"the {len(have)} names in {DESCRIPTION}" if isinstance(have, list) else have
             raise ConfigError(f"policy.lora_{name}: {value} (accepted: {accepted}, that of the LoRA in {folder})")
-    strength = check_file(folder / LORA_FILE)
+    strength = check_file(folder / LORA_FILE, saved.rank)
     # What goes on training keeps its alpha; else the file counts as any loader takes it, without rounding it again.
     return saved if config.lora_rank else replace(saved, alpha=saved.rank * strength)
 
