@@ -193,6 +193,20 @@ def _text_encoder(path: Path) -> nn.Module:
 
 
 @contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without diffusers' progress bars, for what takes no time."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def adapters_without_data(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Adapters put on a simulated module inside: on meta, where peft does not move them, which fake tensors do not
     bear; afterwards they are simulated, too, in float32. dtype: of the module."""
