@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from safetensors.torch import load_file, save_file
 
 from editr2.cli import main
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import CheckpointError, UserError
-from editr2.export import export
+from editr2.export import export, probe
 from editr2.policies.adapters import adapter_weights
 from editr2.policies.klein import KleinPolicy
 from editr2.policies.load import CLASSES, load_policy, policy_class
@@ -87,6 +89,33 @@ def test_a_users_umask_counts(good, folders, tmp_path):
     assert set(modes(tmp_path).values()) == {"0o600"}
 
 
+# ------------------------------------------------------------------------------------------------------------- strength
+
+
+def test_a_lora_is_applied_at_its_files_strength(good, folders, tmp_path):
+    """B with alpha / rank in it, as written now, and B beside an alpha of its own, as it was written before and as
+    others write it, are one policy: to go on training from, to evaluate, and merged."""
+    model, base = good["klein"]
+    policy = folders.loaded(model, base, lora_rank=folders.RANK, lora_alpha=8.0)
+    for name, p in adapter_weights(policy.module).items():
+        torch.nn.init.normal_(p.data, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    policy.save(tmp_path / "now")
+    shutil.copytree(tmp_path / "now", tmp_path / "before")
+    file = tmp_path / "before" / "pytorch_lora_weights.safetensors"
+    said = {"lora_adapter_metadata": json.dumps({"transformer.r": folders.RANK, "transformer.lora_alpha": 8.0})}
+    save_file({n: t / 4 if "lora_B" in n else t for n, t in load_file(file).items()}, file, metadata=said)
+    expected = probe(policy)
+    for name in ("now", "before"):
+        again = folders.loaded(model, tmp_path / name, lora_rank=folders.RANK, lora_alpha=8.0)
+        evaluated = load_policy(folders.settings(model, tmp_path / name), trains=False)
+        for other in (again, evaluated):
+            assert all(torch.equal(a, b) for a, b in zip(probe(other), expected, strict=True))
+        for a, b in zip(probe(folders.loaded(model, tmp_path / name)), expected, strict=True):  # merged
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    untrained = probe(folders.loaded(model, base))
+    assert max(float((a - b).abs().max()) for a, b in zip(untrained, expected, strict=True)) > 0.01
+
+
 # ------------------------------------------------------------------------------------------- saved before it is trained
 
 
@@ -120,7 +149,8 @@ def test_what_cannot_be_saved_is_said_before_the_first_iteration(beside, tmp_pat
         raise CheckpointError(f"{folder}: no place left")
 
     policy.save = save
-    config = replace_nested(Config(), {"out": str(tmp_path / "run"), "eval": {"sessions": 1}})
+    small = {"rollout": {"sessions": 1, "siblings": 2, "turns": 1}, "train": {"iterations": 1}, "eval": {"sessions": 1}}
+    config = replace_nested(Config(), {"out": str(tmp_path / "run"), **small})
     with pytest.raises(CheckpointError, match="no place left"):
         train(config, policy=policy)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml"}
