@@ -353,6 +353,23 @@ def test_an_instruction_that_is_too_long_is_an_error_of_its_line(
     assert str(error.value) == f"text {LONG!r}: {problem}"
 
 
+@pytest.mark.parametrize("model", ("kontext", "qwen-edit"))
+def test_a_check_says_it_too(model: str, pipelines: Any, policy: Any, beside: Any, tmp_path: Path) -> None:
+    """By the tokenizers in the weights' folder."""
+    count = tokens_by_the_stock_tokenizer(policy(model), LONG)
+    if model == "kontext":
+        pipelines(model).save_pretrained(tmp_path / "weights")
+    else:
+        beside("tiny_qwen").save_pipeline(pipelines(model), tmp_path / "weights")
+    save_sessions([Session("k", np.zeros((*SIZE, 3), np.uint8), (Turn(LONG),))], tmp_path / "data")
+    settings = {"model": model, "weights": str(tmp_path / "weights"), "resolution": SIZE, "text_tokens": count - 1}
+    config = replace_nested(Config(), {"data": {"path": str(tmp_path / "data")}, "policy": settings})
+    where = f"{tmp_path}/data/sessions.jsonl:1: turns[0].instruction: of session 'k': "
+    assert f"{where}{count} tokens (accepted: up to {count - 1}, policy.text_tokens)" in preflight(config).problems
+    fits = replace_nested(config, {"policy": {"text_tokens": count}})
+    assert not [problem for problem in preflight(fits).problems if "tokens" in problem]
+
+
 @pytest.mark.parametrize("model", ("kontext", "klein", "klein-kv"))
 def test_the_models_own_limits(model: str, policy: Callable[..., Any]) -> None:
     made = policy(model)
