@@ -203,6 +203,22 @@ def test_marks_that_are_no_special_tokens_are_text_too(
     assert think not in read.ids("a<think>b") and read.ids("abc") == words.encode("abc").ids
 
 
+def test_words_are_tokenised_with_the_template_s_beside_them(pipelines: Callable[[str], Any]) -> None:
+    """A line's end before an instruction that begins with one is one token with it in Qwen's vocabulary."""
+    from transformers import PreTrainedTokenizerFast
+
+    parts = json.loads(pipelines("qwen-edit").tokenizer.backend_tokenizer.to_str())
+    parts["model"]["vocab"]["ĊĊ"] = 500
+    parts["model"]["merges"].append(["Ċ", "Ċ"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)))
+    read = Words(tokenizer)
+    before, after = "<|im_start|>user\n", "\n<|im_end|>\n<|im_start|>assistant\n"
+    for text in (*ORDINARY, "\nx", "x\n"):
+        whole = tokenizer(before + text + after)["input_ids"]
+        assert read.within(before, text, after) == whole
+    assert 500 not in read.ids("\nx") and 500 in read.within(before, "\nx", after)
+
+
 def test_a_model_of_whole_pieces_does_not_know_its_marks_in_words() -> None:
     """Unigram, WordLevel and WordPiece hold their marks among their pieces; a BPE does not."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", "▁a", *"</>spadunk|"]
