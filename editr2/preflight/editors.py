@@ -227,13 +227,12 @@ class DiffusionEditor:
         self.said = round(1.4 * sum(words) / len(words))  # tokens of English; it matters where nothing is padded
 
     def unreadable(self, instructions: Sequence[str]) -> Iterable[tuple[int, str]]:
-        """As the policy's; of weights that are not here, neither are the tokenizers, and nothing is known."""
-        return self._reader.unreadable(instructions) if self._reader else ()
+        """As the policy's, by the tokenizers in the weights' folder; of a published id they are not here."""
+        return self._reader.unreadable(instructions)
 
     @cached_property
-    def _reader(self) -> DiffusionPolicy | None:
-        """The policy with the tokenizers of a pipeline's folder, where it has them. Raises `ConfigError` for broken
-        ones."""
+    def _reader(self) -> DiffusionPolicy:
+        """The policy with the tokenizers that there are. Raises `ConfigError` for broken ones."""
         import transformers
 
         from editr2.policies.diffusion import without_processor_notes
@@ -242,9 +241,7 @@ class DiffusionEditor:
         folder = Path(weight_sources(self.config.weights or self.kind.published, self.config.model)[2])
         loaders = {"tokenizer": "AutoTokenizer", "tokenizer_2": "AutoTokenizer", "processor": "Qwen2VLImageProcessor"}
         needed = [name for name in loaders if name in self._arguments]
-        if not all((folder / name).is_dir() for name in needed):
-            return None
-        for name in needed:
+        for name in needed if all((folder / name).is_dir() for name in needed) else ():
             try:
                 with without_processor_notes():
                     loader = getattr(transformers, loaders[name])
