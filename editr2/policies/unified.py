@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from editr2.errors import CheckpointError, ConfigError, DataError
+from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from editr2.finite import ACCEPTED, unusable
 from editr2.policies.base import Intent, Questions, TokenScores, TurnReplay, TurnTask, Velocity, to_bytes
 from editr2.policies.packed import Segment, packed_is_cheaper, run_session, token_counts
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
@@ -192,11 +193,14 @@ class UnifiedPolicy:
         return UnifiedPolicy(model.eval(), TextCodec.load(folder / "tokenizer.json"), guidance)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes what `load` reads, adapters merged, weights rounded to `dtype`."""
+        """Writes what `load` reads, adapters merged, weights rounded to `dtype`. Raises `NonFiniteError` for a weight
+        that is not finite in it."""
         from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in merged_weights(self.module).items()}
+        if name := unusable(weights.items()):
+            raise NonFiniteError(f"{folder}: {name}: NaN, infinite or too large in {dtype} ({ACCEPTED}); not written")
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.module.config), indent=1) + "\n")
         self.codec.tokenizer.save(str(folder / "tokenizer.json"))
