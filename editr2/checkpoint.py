@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from editr2.errors import CheckpointError
+from editr2.tensor_files import ordinary_modes
 
 __all__ = [
     "Checkpoint",
@@ -318,6 +319,7 @@ def _write_folder(folder: Path, files: Mapping[str, dict[str, Tensor]], state: s
     for name, group in files.items():
         save_file(group, folder / f"{name}.safetensors")
     (folder / _STATE).write_text(state, encoding="utf-8")
+    ordinary_modes([folder])
     entries = {}
     for path in sorted(folder.iterdir()):
         _sync(path)

@@ -1,9 +1,9 @@
 """A run's policy as something that other programs load, with proof that they load the same policy.
 
-What is written: the LoRA that diffusers' own pipeline loads, with the adapters' settings in the file's metadata
-(without them the loader applies the product at strength 1 instead of alpha / rank); a diffusers folder where all
-weights trained or adapters are merged; for the unified model the folder that `policy.weights` takes, or adapters in
-peft's format.
+What is written: the LoRA that diffusers' own pipeline loads; a diffusers folder where all weights trained or adapters
+are merged; for the unified model the folder that `policy.weights` takes, or adapters in peft's format. Adapters are
+written at strength 1, alpha / rank being part of B, so that loaders that do not read alpha apply them as trained
+(`editr2.policies.adapters`).
 
 The proof: the policy as exported predicts velocities (and log-probs of text) for fixed images, noise and noise levels
 over two turns. Then the base weights are loaded anew, the export is put on them by the loader that a user will call,
@@ -31,11 +31,13 @@ from editr2.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, ExportError
 from editr2.finite import check_state
+from editr2.policies.adapters import TRANSFORMER, fold_strength
 from editr2.policies.base import Policy, Questions, TextPolicy, with_module
-from editr2.policies.load import TRANSFORMER, load_policy
+from editr2.policies.load import load_policy, quiet_libraries
 from editr2.policies.unified import UnifiedPolicy
 from editr2.policies.weights import load_trainable
 from editr2.report.data import load_run
+from editr2.tensor_files import ordinary_modes, write_tensors, writing
 from editr2_kernels import philox_normal
 
 WEIGHTS = ("ema", "live")
@@ -67,7 +69,8 @@ class Proof:
 @dataclass(frozen=True)
 class Exported:
     """folder: what was written. kind: lora, merged or full. weights: ema or live. iteration: of the checkpoint,
-    of so many planned."""
+    of so many planned. folding: the largest relative change of a number of a LoRA's B by taking alpha / rank into it; 0
+    where that is a power of two."""
 
     folder: Path
     kind: str
@@ -75,6 +78,7 @@ class Exported:
     iteration: int
     iterations: int
     proof: Proof
+    folding: float = 0.0
 
     def __str__(self) -> str:
         unfinished = " (unfinished: its newest checkpoint)" if self.iteration < self.iterations else ""
@@ -109,7 +113,8 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
     load_trainable(policy.module, values)
     with _appearing(out) as folder:
         trained = probe(policy)
-        form.write(policy, folder)
+        folding = form.write(policy, folder)
+        ordinary_modes([folder])
         exported = probe(policy)
         del policy
         gc.collect()
@@ -117,7 +122,7 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
         remove_lora(base.module)
         start = probe(base)
         proof = _proof(trained, exported, start, probe(form.load(base, folder)))
-        done = Exported(out, kind, weights, saved.iteration, config.train.iterations, proof)
+        done = Exported(out, kind, weights, saved.iteration, config.train.iterations, proof, folding)
         write_card(folder, seen, config, Base.of(base, config.policy.weights), done)
     return done
 
@@ -158,8 +163,9 @@ def _appearing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when all went well, and is gone otherwise."""
     folder = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
+        with writing(out):
+            folder.mkdir(parents=True)
         yield folder
         os.replace(folder, out)
     finally:
@@ -213,11 +219,11 @@ def _proof(trained: list[Tensor], exported: list[Tensor], start: list[Tensor], l
 
 
 class Form(Protocol):
-    """A way to write a policy. `write` fills a folder and leaves the policy with exactly the numbers that a reload will
-    have; `load` gives the policy of that folder by the loader that its users call, on the base weights where the folder
-    does not hold them."""
+    """A way to write a policy. `write` fills a folder, leaves the policy with exactly the numbers that a reload will
+    have, and returns `Exported.folding`; `load` gives the policy of that folder by the loader that its users call, on
+    the base weights where the folder does not hold them."""
 
-    def write(self, policy: Any, folder: Path) -> None: ...
+    def write(self, policy: Any, folder: Path) -> float: ...
 
     def load(self, base: Any, folder: Path) -> Policy: ...
 
@@ -225,11 +231,12 @@ class Form(Protocol):
 class DiffusersLora:
     """`pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`, in the adapters' own precision."""
 
-    def write(self, policy: Any, folder: Path) -> None:
+    def write(self, policy: Any, folder: Path) -> float:
         policy.save(folder)
+        return fold_strength(policy.module)
 
     def load(self, base: Any, folder: Path) -> Policy:
-        with _quiet_diffusers():  # it warns that a LoRA without text encoders has none
+        with quiet_libraries():  # diffusers warns that a LoRA without text encoders has none
             base.pipe.load_lora_weights(folder)
         return base
 
@@ -238,7 +245,7 @@ class DiffusersFolder:
     """All of a pipeline, for `DiffusionPipeline.from_pretrained(folder)` and `policy.weights`: the trained transformer,
     and of the base pipeline's files every other component's."""
 
-    def write(self, policy: Any, folder: Path) -> None:
+    def write(self, policy: Any, folder: Path) -> float:
         merge_lora(policy.module)
         source = policy.pipe.name_or_path
         source = Path(source if Path(source).is_dir() else type(policy.pipe).download(source))
@@ -247,6 +254,7 @@ class DiffusersFolder:
             if name != TRANSFORMER and (source / name).is_dir():
                 shutil.copytree(source / name, folder / name)
         policy.module.save_pretrained(folder / TRANSFORMER)
+        return 0.0
 
     def load(self, base: Any, folder: Path) -> Policy:
         dtypes, device = {TRANSFORMER: base.module.dtype, "default": base.compute_dtype}, base.device
@@ -258,9 +266,10 @@ class DiffusersFolder:
 class UnifiedFolder:
     """What `UnifiedPolicy.load` and `policy.weights` take."""
 
-    def write(self, policy: Any, folder: Path) -> None:
+    def write(self, policy: Any, folder: Path) -> float:
         merge_lora(policy.module)
         policy.save(folder)
+        return 0.0
 
     def load(self, base: Any, folder: Path) -> Policy:
         loaded = UnifiedPolicy.load(folder, base.guidance)
@@ -271,14 +280,15 @@ class UnifiedFolder:
 class PeftAdapter:
     """`adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained(module, folder)`."""
 
-    def write(self, policy: Any, folder: Path) -> None:
+    def write(self, policy: Any, folder: Path) -> float:
         from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
 
+        folding = fold_strength(policy.module)
         layers = get_peft_model_state_dict(policy.module)
         tensors = {f"base_model.model.{name}": p.detach().cpu().contiguous() for name, p in layers.items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         policy.module.peft_config["default"].save_pretrained(folder)
+        return folding
 
     def load(self, base: Any, folder: Path) -> Policy:
         from peft import PeftModel
@@ -291,18 +301,6 @@ def _form(unified: bool, kind: str) -> Form:
     if unified:
         return PeftAdapter() if kind == "lora" else UnifiedFolder()
     return DiffusersLora() if kind == "lora" else DiffusersFolder()
-
-
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _lora_layers(module: nn.Module) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def write_card(folder: Path, seen: Run, config: Config, base: Base, done: Export
         f"# {done.folder.name}",
         _what(config, base, done),
         "![Sessions before and after training](strips.png)" if pictured else "",
-        f"## How to load it\n\n{_how(base, done, config)}",
+        f"## How to load it\n\n{_how(base, done, config)}{_strength(done, config)}",
         f"## Proof\n\nAt export, the base weights and these files were loaded anew as above: {done.proof}.",
         f"## Scores\n\n{_scores(seen, config, done)}",
         f"## How it was made\n\n{_made(seen, config)}",
@@ -115,6 +115,19 @@ def _how(base: Base, done: Exported, config: Config) -> str:
     return code if base.pipeline or done.kind == "lora" else f"{code}\n\nor `--policy.weights {this}` of `editr2`."
 
 
+def _strength(done: Exported, config: Config) -> str:
+    """Of adapters: that every loader applies them alike, and what that cost."""
+    if done.kind != "lora":
+        return ""
+    rank, alpha = config.policy.lora_rank, config.policy.lora_alpha
+    trained = (2 * rank if alpha is None else alpha) / rank
+    cost = f"a number of B moved by {done.folding:.1e} of itself at most" if done.folding else "exactly"
+    return (
+        f"\n\nThe adapters stand at strength 1: alpha / rank, {trained:.6g} in training, is part of B ({cost}), and "
+        "the alpha in the settings is the rank. So they act the same in a loader that does not read the settings."
+    )
+
+
 def _scores(run: Run, config: Config, done: Exported) -> str:
     table = evaluation_table(run)
     if table is None:
@@ -136,7 +149,8 @@ def _scores(run: Run, config: Config, done: Exported) -> str:
 
 def _made(run: Run, config: Config) -> str:
     r, t = config.rollout, config.train
-    reward = ", ".join(f"{name} x {weight:g}" for name, weight in config.credit.weights.items())
+    weights = run.start.get("rewards") or config.credit.weights  # a run knows what its rewards were called
+    reward = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
     facts = {
         "Method": f"{t.loss}, credit preset {config.credit.preset}",
         "Sessions": config.data.path or "drawn from the procedural shapes world",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from editr2.evaluate import mean_se, success
 from editr2.gradient import STATISTICS
 from editr2.policies.base import Policy, parameter_count
 from editr2.processes import Processes
-from editr2.rewards.base import Scores
+from editr2.rewards.base import Scores, weights_of
 from editr2.rollout import Chunk
 from editr2_kernels import GroupAdvantage
 
@@ -34,7 +34,9 @@ class Clock:
         self.seconds[name] += time.perf_counter() - start
 
 
-def start_row(config: Config, source: SessionSource, processes: Processes, policy: Policy) -> dict[str, Any]:
+def start_row(
+    config: Config, source: SessionSource, processes: Processes, policy: Policy, rewards: Sequence[str]
+) -> dict[str, Any]:
     return {
         "event": "start",
         "iteration": 0,
@@ -43,6 +45,7 @@ def start_row(config: Config, source: SessionSource, processes: Processes, polic
         "threads": torch.get_num_threads(),
         "trainable_parameters": parameter_count(policy.module, trainable_only=True),
         "heldout_is_training": source.heldout_is_training,
+        "rewards": weights_of(rewards, config.credit.weights),
     }
 
 
@@ -86,6 +89,8 @@ def train_row(
         "advantage_abs": float(trained.abs().mean()) if len(trained) else 0.0,
         "zero_variance_groups": float((spread <= 0).float().mean()),
         "failed_scores": scores.failed,
+        "not_applicable": scores.not_applicable,
+        "first_failure": scores.first_failure,
         "filtered_turns": int((scores.present & ~credit.mask).sum()),
         "intent_fallback": failed / sampled if sampled else None,
         "intents_right": right / known if known else None,

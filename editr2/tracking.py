@@ -347,6 +347,8 @@ class Progress:
             parts.append(f"|ratio-1| {row['ratio_error']:.0e}")
         if row.get("failed_scores"):
             parts.append(f"{row['failed_scores']} scores failed")
+        if row.get("not_applicable"):
+            parts.append(f"{row['not_applicable']} turns do not apply")
         if self._seconds:
             typical = statistics.median(self._seconds)
             parts.append(f"{_precise(self._seconds[-1])} s/iter (typical {_precise(typical)})")

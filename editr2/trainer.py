@@ -17,20 +17,21 @@ import torch
 from editr2.capture import check_capture
 from editr2.checkpoint import latest_checkpoint
 from editr2.config import Config, check_config
-from editr2.credit import assign_credit
+from editr2.credit import assign_credit, credit_notes
 from editr2.data import SessionSource, open_sessions
 from editr2.errors import CheckpointError, NonFiniteError
-from editr2.evaluate import comparison_row, draw_strips, evaluate, judge, merge_scores
+from editr2.evaluate import comparison_row, draw_strips, evaluate, first_answer, judge
 from editr2.finite import ACCEPTED, LARGEST, check_weights, unusable
 from editr2.gradient import Batch, accumulate_gradient, first_non_finite
 from editr2.policies.base import PackedPolicy, Policy
-from editr2.policies.load import open_policy
+from editr2.policies.load import open_policy, rehearse_save
 from editr2.policies.sharding import place
 from editr2.policies.weights import exchanged, trainable
 from editr2.preflight.rules import check_run
 from editr2.processes import Processes, open_processes
 from editr2.report import build_report
-from editr2.rewards.base import Reward, check_failures
+from editr2.rewards.adapt import CheckedReward, adapt
+from editr2.rewards.base import GivenReward, check_failures, merge_scores
 from editr2.rewards.load import load_reward
 from editr2.rollout import Seeds, chunks, rollout_chunk
 from editr2.rows import Clock, comparison_line, evaluation_line, start_row, train_row
@@ -40,24 +41,27 @@ from editr2.tracking import MetricsLog, Progress, profile_table, read_metrics
 from editr2.yaml_config import dump_yaml
 
 
-def train(config: Config, *, policy: Policy | None = None, reward: Reward | None = None, profile: bool = False) -> Path:
+def train(
+    config: Config, *, policy: Policy | None = None, reward: GivenReward | None = None, profile: bool = False
+) -> Path:
     """Trains as configured and returns the run's folder; an unfinished run there is resumed.
 
-    policy, reward: in place of the configured ones (API use). Raises `UserError` subclasses for bad settings, data,
-    checkpoints, too many failed scores, a ratio that is not 1 on-policy, or a NaN.
+    policy, reward: in place of the configured ones (API use; docs/rewards.md has the forms of a reward). Raises
+    `UserError` subclasses for bad settings, data, checkpoints, too many failed scores, a ratio that is not 1 on-policy,
+    or a NaN.
     """
-    check_config(config)
+    config = check_config(config)
     processes = open_processes()
     torch.manual_seed(config.seed)
+    asked = load_reward(config.reward) if reward is None else adapt(reward, timeout=config.reward.timeout)
     if policy is None:
         policy = open_policy(config.policy, processes)
     else:
         check_weights(policy, f"policy: {type(policy).__name__}")
         place(policy, config.policy.shard, processes)
-    reward = reward or load_reward(config.reward)
     cannot_pack = None if isinstance(policy, PackedPolicy) else type(policy).__name__
     own, main = own_schedule(policy), processes.main
-    check_run(config, reward.names, own, cannot_pack=cannot_pack, processes=processes.count)
+    check_run(config, asked.names, own, cannot_pack=cannot_pack, processes=processes.count)
     check_capture(config.rollout.capture, processes.device)
     source = open_sessions(config, policy)
     sampler = rollout_sampler(config.rollout, own).to(processes.device)
@@ -78,6 +82,8 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
     if main:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(dump_yaml(config))
+        if not state.iteration:
+            rehearse_save(policy, run)
     with (
         MetricsLog(run / "metrics.jsonl", resume_iteration=state.iteration if earlier else None, enabled=main) as log,
         Progress(config.train.iterations, start=state.iteration, enabled=main) as progress,
@@ -88,30 +94,34 @@ def train(config: Config, *, policy: Policy | None = None, reward: Reward | None
             if done and (name == "during" or (run / "strips" / f"{name}.json").exists()):
                 return done[-1]
             with state.averaged() as averaged:
-                row = evaluate(averaged, reward, source.heldout, evaluation_sampler, config, processes).row(
+                row = evaluate(averaged, asked, source.heldout, evaluation_sampler, config, processes).row(
                     state.iteration, name
                 )
                 if name != "during":
                     shown = source.heldout[: config.eval.strips]
-                    draw_strips(run / "strips", name, averaged, reward, shown, sampler, config, processes)
+                    draw_strips(run / "strips", name, averaged, asked, shown, sampler, config, processes)
             log.append(row)
             kept.append(row)
             progress.note(evaluation_line(row))
             return row
 
+        for line in credit_notes(config.credit, asked.names):
+            progress.note(line)
         if found is not None:
             progress.note(f"resumed from {found} at iteration {state.iteration}")
         if not any(row["name"] == "before" for row in kept):
             if state.iteration:
                 raise CheckpointError(f"{run / 'metrics.jsonl'}: lacks the evaluation before training; was it removed?")
-            log.append(start_row(config, source, processes, policy))
+            log.append(start_row(config, source, processes, policy, asked.names))
             if source.heldout_is_training:
                 progress.note("no --data.heldout given: evaluating on the training sessions")
             look("before")
+        if state.iteration < config.train.iterations:
+            first_answer(asked, source.heldout, config.train.max_failed_scores, processes)
         rows = []
         while state.iteration < config.train.iterations:
             started = time.perf_counter()
-            row = _iteration(config, state, source, reward, sampler, processes)
+            row = _iteration(config, state, source, asked, sampler, processes)
             state.elapsed += time.perf_counter() - started
             rows.append(row | {"elapsed_s": state.elapsed})
             log.append(rows[-1])
@@ -142,7 +152,7 @@ def _iteration(
     config: Config,
     state: State,
     source: SessionSource,
-    reward: Reward,
+    reward: CheckedReward,
     sampler: Sampler,
     processes: Processes,
 ) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import editr2
+from editr2 import cli
 from editr2.cli import main, run_config
 from editr2.config import Config
 from editr2.sessions import load_sessions
@@ -51,7 +52,7 @@ def test_data_is_short_for_its_path():
         (["train", "--policy.weights", "no/such"], "no/such"),
         (["fly"], "accepted: train, check, eval"),
         (["report", "no/such/run"], "no/such/run"),
-        (["world", "make", "--out", "x", "--split", "test"], "'train', 'heldout'"),
+        (["world", "make", "--out", "x", "--split", "test"], "--split: 'test' (accepted: train, heldout)"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -90,21 +91,50 @@ def test_world_make_writes_what_load_reads(tmp_path, capsys):
     assert "4 sessions" in capsys.readouterr().out
 
 
-def test_a_full_disk_is_one_line_and_other_failures_keep_their_traceback(monkeypatch, capsys):
-    from editr2 import cli
+REFUSED = [
+    (
+        OSError(errno.ENOSPC, "x", "runs/x/metrics.jsonl"),
+        "runs/x/metrics.jsonl: the disk is full; what was saved before",
+    ),
+    (OSError(errno.EDQUOT, "x"), "output: the disk is full"),
+    (PermissionError(errno.EACCES, "x", "runs"), "runs: permission denied (accepted: a file or folder that is yours"),
+    (OSError(errno.EROFS, "x", "/mnt/a"), "/mnt/a: its file system cannot be written (accepted: another folder)"),
+    (NotADirectoryError(errno.ENOTDIR, "x", b"a/b"), "a/b: is below a file (accepted: a folder)"),
+    (FileExistsError(errno.EEXIST, "x", Path("a")), "a: is there already, and no folder"),
+    (IsADirectoryError(errno.EISDIR, "x", "a"), "a: is a folder (accepted: a file)"),
+    (OSError(errno.ENAMETOOLONG, "x", "a"), "a: the name is too long"),
+    (OSError(errno.EMFILE, "x", "a"), "a: too many open files (accepted: fewer at once, or a higher limit by ulimit"),
+    (OSError(errno.EIO, "x", "a", None, "b"), "a -> b: the device does not read or write"),
+    (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused"),
+    (OSError("no hub\n  in sight"), "no hub in sight"),
+    (TimeoutError(), "TimeoutError"),
+]
 
-    def fail(number):
-        def command(arguments):
-            raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
 
-        return command
+@pytest.mark.parametrize("error, message", REFUSED, ids=lambda v: type(v).__name__ if isinstance(v, OSError) else None)
+def test_what_the_system_refuses_is_one_line(error, message, monkeypatch, capsys):
+    def command(arguments):
+        raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "train", fail(errno.ENOSPC))
+    monkeypatch.setitem(cli.COMMANDS, "train", command)
     assert main(["train"]) == 2
-    assert capsys.readouterr().err == ("error: runs/x/metrics.jsonl: the disk is full; what was saved before stands\n")
-    monkeypatch.setitem(cli.COMMANDS, "train", fail(errno.EACCES))
-    with pytest.raises(PermissionError):
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda arguments: {}["x"])
+    with pytest.raises(KeyError):
         main(["train"])
+
+
+def test_a_reader_who_has_enough_is_no_error():
+    code = "from editr2.cli import main; import sys; sys.exit(main(['check', '--help']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from editr2.cli import main
@@ -71,7 +73,7 @@ def make_run(tmp_path, weights):
     """A run's folder as the trainer leaves it, its trained weights moved at random; and the trained policy."""
 
     def make(model: str, iteration: int = 3, **policy) -> tuple[Path, object]:
-        own = {"resolution": (32, 32), "text_tokens": 16 if model == "klein" else None} if model != "unified" else {}
+        own = {"resolution": (32, 32), "text_tokens": 48 if model == "klein" else None} if model != "unified" else {}
         policy = {"model": model, "weights": weights[model], **own, **policy}
         config = replace_nested(Config(), {"policy": policy, "train": {"iterations": 3}})
         trained = load_policy(config.policy)
@@ -112,19 +114,28 @@ def _largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("model", EDITORS)
-def test_stock_pipeline_loads_the_lora_to_the_last_bit(model, make_run, weights, tmp_path):
-    run, trained = make_run(model, lora_rank=3, lora_alpha=10.0)
+@pytest.mark.parametrize(
+    ("model", "alpha"), [*((model, 12.0) for model in EDITORS), ("kontext", 10.0)], ids=lambda value: str(value)
+)
+def test_every_loader_gets_the_lora_at_the_strength_it_was_trained_at(model, alpha, make_run, weights, tmp_path):
+    """alpha / rank 4 is taken into B to the last bit, 10 / 3 within one rounding of B; whether the loader reads the
+    file's settings or not."""
+    run, trained = make_run(model, lora_rank=3, lora_alpha=alpha)
     done = export(run, tmp_path / "out")
-    assert done.proof.error == 0 and done.proof.rounding == 0 and done.proof.effect > 0.01 * done.proof.size
-    kind = policy_class(model)
+    exact = alpha == 12
+    assert done.proof.error == 0 and done.proof.effect > 0.01 * done.proof.size
+    assert (done.folding == 0) == (done.proof.rounding == 0) == exact and done.folding <= 2**-24
+    kind, file = policy_class(model), tmp_path / "out" / LORA_FILE
     pipe = kind.load_pipeline(weights[model])
     pipe.vae.enable_slicing()  # as in the policy: another batch is another rounding
-    pipe.load_lora_weights(tmp_path / "out")
-    loaded = kind(pipe, dataclasses.replace(trained.config, lora_rank=0))
-    assert _largest(probe(loaded), probe(trained)) == 0
-    pipe.unload_lora_weights()
-    assert _largest(probe(loaded), probe(trained)) > 0.01
+    loaded, expected = kind(pipe, dataclasses.replace(trained.config, lora_rank=0)), probe(trained)
+    for settings_read in (True, False):
+        if not settings_read:
+            save_file(load_file(file), file, metadata={"format": "pt"})
+        pipe.load_lora_weights(tmp_path / "out")
+        assert _largest(probe(loaded), expected) <= (0 if exact else 1e-5)
+        pipe.unload_lora_weights()
+        assert _largest(probe(loaded), expected) > 0.01
 
 
 @pytest.mark.parametrize("model", EDITORS)
@@ -145,14 +156,20 @@ def test_ranks_and_strengths_of_single_layers_are_kept(model, weights, tmp_path)
     assert _largest(probe(policy), before) > 0.01
 
 
-def test_adapters_are_stored_as_trained(make_run, tmp_path):
-    run, trained = make_run("kontext", lora_rank=3, lora_alpha=10.0, dtype="bfloat16")
+def test_adapters_are_stored_in_their_own_precision_and_at_strength_one(make_run, tmp_path):
+    run, trained = make_run("kontext", lora_rank=3, lora_alpha=12.0, dtype="bfloat16")
     done = export(run, tmp_path / "out")
     assert done.proof.error == done.proof.rounding == 0
     stored = load_file(tmp_path / "out" / LORA_FILE)
     trained = {n.replace(".default", ""): t for n, t in snapshot(trained.module).items()}
     assert {t.dtype for t in stored.values()} == {torch.float32}
+    trained = {n: 4 * t if "lora_B" in n else t for n, t in trained.items()}
     assert all(torch.equal(stored[f"transformer.{n}"], t) for n, t in trained.items()) and len(stored) == len(trained)
+    with safe_open(tmp_path / "out" / LORA_FILE, "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert said["transformer.lora_alpha"] == said["transformer.r"] == 3
+    # What goes on training from it keeps the alpha that it was trained with.
+    assert json.loads((tmp_path / "out" / "policy.json").read_text())["lora"]["alpha"] == 12.0
 
 
 @pytest.mark.parametrize("kind", ["lora", "merged", "full"])
@@ -163,12 +180,13 @@ def test_unified(kind, make_run, weights, tmp_path):
     if kind == "lora":
         from peft import PeftModel
 
+        assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 3
         loaded = UnifiedPolicy.load(Path(weights["unified"]))
         PeftModel.from_pretrained(loaded.module, tmp_path / "out")
     else:
         loaded = UnifiedPolicy.load(tmp_path / "out")
-    # A merged weight is rounded once more.
-    assert _largest(probe(loaded), probe(trained)) <= (1e-4 if kind == "merged" else 0)
+    # A merged weight is rounded once more, and so is B with alpha / rank in it.
+    assert _largest(probe(loaded), probe(trained)) <= {"merged": 1e-4, "lora": 1e-5, "full": 0}[kind]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("full", "float32"), ("merged", "bfloat16")])
@@ -191,11 +209,13 @@ def test_wrong_strength_is_caught_and_leaves_nothing(make_run, tmp_path, monkeyp
     run, _ = make_run("kontext", lora_rank=3, lora_alpha=10.0)
     write = DiffusersLora.write
 
-    def without_metadata(self, policy, folder):
-        write(self, policy, folder)
-        save_file(load_file(folder / LORA_FILE), folder / LORA_FILE, metadata={"format": "pt"})
+    def at_half(self, policy, folder):
+        folding = write(self, policy, folder)
+        halved = {name: t / 2 if "lora_B" in name else t for name, t in load_file(folder / LORA_FILE).items()}
+        save_file(halved, folder / LORA_FILE, metadata={"format": "pt"})
+        return folding
 
-    monkeypatch.setattr(DiffusersLora, "write", without_metadata)
+    monkeypatch.setattr(DiffusersLora, "write", at_half)
     with pytest.raises(ExportError, match=r"differ by up to .*% of what training changed \(accepted: 0\)"):
         export(run, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -206,11 +226,12 @@ def test_wrong_weight_is_caught(make_run, tmp_path, monkeypatch):
     write = PeftAdapter.write
 
     def changed(self, policy, folder):
-        write(self, policy, folder)
+        folding = write(self, policy, folder)
         file = folder / "adapter_model.safetensors"
         tensors = load_file(file)
         next(iter(tensors.values()))[0, 0] += 1e-2
         save_file(tensors, file, metadata={"format": "pt"})
+        return folding
 
     monkeypatch.setattr(PeftAdapter, "write", changed)
     with pytest.raises(ExportError, match="another policy"):
@@ -236,6 +257,7 @@ def test_card(make_run, tmp_path):
     header = yaml.safe_load(header)
     assert header["library_name"] == "diffusers" and "lora" in header["tags"] and "base_model" not in header
     assert "LoRA adapters (rank 3, alpha 10) for kontext (a local folder)" in text
+    assert re.search(r"strength 1: alpha / rank, 3\.33333 in training, .*by [3-6]\.\de-08 of itself at most", text)
     assert 'pipe.load_lora_weights("out")' in text and "| brightness, turn 2 | 0.50 ± 0.03 | 0.50 ± 0.03 |" in text
     assert "- Reward: IF x 0.3, CC x 0.3, GA x 0.4\n" in text
     assert "lora_alpha: 10.0" in text and "equal to the last bit" in text

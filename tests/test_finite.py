@@ -150,7 +150,9 @@ def test_loaded_weights_are_finite(case, command, whole, tmp_path, capsys):
         words += ["--credit.weights={'brightness': 1.0}", "--credit.preset=flow-grpo"]
     said = refused(capsys, command, *words)
     last = found.split(".")[-3 if ".lora_" in found else -2]
-    assert said.startswith(f"policy.weights: {weights}: ") and last in said and "finite" in said
+    assert (
+        said.startswith((f"policy.weights: {weights}: ", f"{weights / file}: ")) and last in said and "finite" in said
+    )
     assert not (tmp_path / "run" / "outputs.jsonl").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -422,7 +424,7 @@ def test_nothing_is_saved_after_a_bad_step(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize("lr", [INF, 1e30, 1e38])
 def test_a_learning_rate_without_bound_is_stopped_at_its_first_step(lr, tmp_path, monkeypatch):
     """As a configuration of one's own may hold, which the rules of the settings did not see."""
-    monkeypatch.setattr("editr2.trainer.check_config", lambda config: None)
+    monkeypatch.setattr("editr2.trainer.check_config", lambda config: config)
     monkeypatch.setattr("editr2.trainer.check_run", lambda *given, **named: None)
     config = replace_nested(Config(), SMALL | BRIGHT | {"out": str(tmp_path / "run"), "policy": {"intent": False}})
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=lr))

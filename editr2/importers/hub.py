@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editr2.errors import DataError
-from editr2.sessions import Entry, Pixels, Size, decode_image, kind, read_image
+from editr2.images import Pixels, Size, decode_image, locate, read_image
+from editr2.sessions import Entry, kind
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,24 +25,27 @@ _SESSION = ("id", "image", "turns", "instructions", "mode", "meta")
 class DatasetImage:
     """Pixels that stay in a row of a dataset: called, it decodes them.
 
-    data: has the one column, undecoded. size, resize: as in `load_sessions`.
+    data: has the one column, undecoded. size, resize: as in `load_sessions`. contained: as in `scan`; a row names files
+    from where the program runs.
     """
 
     data: Dataset
     row: int
     size: Size | None
     resize: str
+    contained: bool
 
     def __call__(self) -> Pixels:
         (cell,) = self.data[self.row].values()
         if cell is None:
             raise DataError("missing (accepted: an image)")
         if cell["bytes"] is None:
-            return read_image(Path(cell["path"]), self.size, self.resize)
+            path = locate(Path(), cell["path"] or "", contained=self.contained)
+            return read_image(path, self.size, self.resize)
         return decode_image(cell["bytes"], self.size, self.resize)
 
 
-def dataset_entries(path: str, size: Size | None, resize: str) -> Iterator[Entry]:
+def dataset_entries(path: str, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
     """The sessions of a dataset, unchecked. path: "hf:owner/name", "hf:owner/name:split" or a saved dataset's folder.
 
     Columns: image and either turns (objects as in sessions.jsonl) or instructions (strings), and if they are there id,
@@ -62,7 +66,7 @@ def dataset_entries(path: str, size: Size | None, resize: str) -> Iterator[Entry
     images = _undecoded(data, path, column)
     for row, record in records:
         values = record if isinstance(record, DataError) else {**record, "image": column}
-        yield Entry(f"{path}: row {row}", f"row {row}", values, DatasetImage(images, row, size, resize))
+        yield Entry(f"{path}: row {row}", f"row {row}", values, DatasetImage(images, row, size, resize, contained))
 
 
 def _session_records(path: str, data: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError
+from editr2.images import shown
 from editr2.sessions import is_text, kind, lines_of, parse_object
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -35,7 +36,7 @@ class Row:
     values: dict[str, Any]
 
     def error(self, field: str, problem: str) -> DataError:
-        return DataError(f"{self.where}: {field}: {problem}")
+        return DataError(f"{self.where}: {shown(field)}: {problem}")
 
     def require(self, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
         """Raises DataError when a field of `needed` is missing or one of neither list is there."""

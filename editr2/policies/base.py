@@ -10,7 +10,7 @@ Everything slow that does not depend on the noise (text encoders, image encodes,
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -182,6 +182,14 @@ class AssembledPolicy(Protocol):
     @property
     def parts(self) -> Mapping[str, nn.Module]:
         """All parts that hold weights, `module` too, by the name that errors give them."""
+
+
+@runtime_checkable
+class ReadingPolicy(Protocol):
+    """A policy that can tell, before anything is trained, which instructions it cannot read."""
+
+    def unreadable(self, instructions: Sequence[str]) -> Iterable[tuple[int, str]]:
+        """(turn from 0, what is wrong) for those of a session's instructions."""
 
 
 @runtime_checkable

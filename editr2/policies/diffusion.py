@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError
+from editr2.images import shown
 from editr2.policies.base import Velocity, device_of, to_bytes
 
 Prompt = Mapping[str, Tensor]
@@ -151,7 +152,10 @@ class DiffusionPolicy(ABC):
     - `to_latents`, `to_pixels`: images in [-1, 1] <-> latent tokens [B, N, D], normalised as the transformer sees them;
     - `mu`: the scheduler's shift for a number of steps, None where its settings have no use for one;
     - `predict`: the transformer's velocity for the noisy tokens, given conditions and prompt;
-    - `check`, when it has settings of its own to refuse, and `derive`, when it computes something from the conditions.
+    - `text_length`, and `text_limit` or `text_room`, so that longer instructions are refused when sessions are opened;
+    - `check`, when it has settings of its own to refuse, and `derive`, when it computes something from the conditions;
+    - `prompt_length`, when prompts are not padded, and `pipeline_class`, `transformer_class`, when they are not of
+      diffusers. `editr2 check` asks the class for everything else, too.
 
     It finds here the sizes (`grid`, `condition_grid`: rows and columns of latent tokens; `text_image_size`: of images
     as the text encoder reads them, the condition's unless `check` changes it), `positions` (their ids), `text_tokens`,
@@ -179,10 +183,12 @@ class DiffusionPolicy(ABC):
     recomputes: ClassVar[bool] = True
     """Whether the blocks can be computed again in the backward pass."""
     tiles: ClassVar[bool] = True
-    """Whether the autoencoder may work in tiles, which it should only above the sizes it is used at."""
+    """Whether the autoencoder may work in tiles where `policy.vae_tiling` asks for it."""
     negative_prompt: ClassVar[str] = ""
     """Of the unguided branch where the settings name none."""
     position_axes: ClassVar[int] = 3
+    text_limit: ClassVar[int | None] = None
+    """Tokens of a prompt that the model reads, as `text_length` counts them; None: any number."""
 
     def __init__(self, pipe: Any, config: PolicyConfig) -> None:
         """pipe: the diffusers pipeline, on any device. Raises `ConfigError` for settings this model cannot follow."""
@@ -208,9 +214,21 @@ class DiffusionPolicy(ABC):
         self.module.eval()
 
     @classmethod
+    def pipeline_class(cls) -> Any:
+        """`pipeline`, of diffusers. Raises `AttributeError` where the installed one has it not."""
+        return stock_pipeline(cls.pipeline)
+
+    @classmethod
+    def transformer_class(cls) -> Any:
+        """`transformer`, of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, cls.transformer)
+
+    @classmethod
     def load_pipeline(cls, base: str, **components: Any) -> Any:
         """The stock pipeline of a folder or hub id. components: keywords of its `from_pretrained`."""
-        return stock_pipeline(cls.pipeline).from_pretrained(base, **components)
+        return cls.pipeline_class().from_pretrained(base, **components)
 
     def refuse(self, name: str, given: object, accepted: str) -> None:
         """Raises the `ConfigError` of a setting that this model cannot follow."""
@@ -230,6 +248,8 @@ class DiffusionPolicy(ABC):
             self.refuse("history", config.history, "at least 1, the image to edit")
         if config.gradient_checkpointing and not self.recomputes:
             self.refuse("gradient_checkpointing", True, "false; its blocks cannot be computed again")
+        if config.vae_tiling and not self.tiles:
+            self.refuse("vae_tiling", True, "false; its tiles leave seams at every size in use")
         if config.guidance_image != 1:
             self.refuse("guidance_image", config.guidance_image, "1")
 
@@ -240,6 +260,14 @@ class DiffusionPolicy(ABC):
         images: uint8 [len(texts), H, W, 3] of each condition image, empty unless `text_sees_images`. Called without
         gradient, the text encoders on `device`.
         """
+
+    def text_length(self, text: str) -> int | None:
+        """Tokens of an instruction, as `policy.text_tokens` counts them; None: not known before it is read."""
+        return None
+
+    def text_room(self, images: int) -> int | None:
+        """How many of them the model reads beside so many images."""
+        return self.text_limit
 
     @abstractmethod
     def to_latents(self, images: Tensor) -> Tensor:
@@ -261,6 +289,11 @@ class DiffusionPolicy(ABC):
 
     def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ()
+
+    def prompt_length(self, said: int, images: int) -> int:
+        """Tokens of a prompt as the transformer sees it, for `check`. said: tokens of the instruction; images: that the
+        turn sees. By default what FLUX's pipelines pad to."""
+        return self.text_tokens or 512
 
     def blank(self, batch: int, text: int, images: int = 1, *, padded: bool = False) -> EditContext:
         """A context that says nothing: zeros in place of what the encoders give. text: tokens of the prompt. padded: as
@@ -322,6 +355,32 @@ class DiffusionPolicy(ABC):
             conditions = self._remembered((*conditions, *earlier.conditions))
             looks = self._remembered((*looks, *earlier.images))
         return EditContext(conditions, looks, derived=self.derive(conditions))
+
+    def images_at(self, turn: int) -> int:
+        """How many images a turn (from 0) sees, as `_remembered` keeps them."""
+        recent = min(turn + 1, self.config.history)
+        return recent + (self.config.keep_source and turn + 1 > recent)
+
+    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """As `ReadingPolicy.unreadable`: instructions that are too long."""
+        for turn, text in enumerate(instructions):
+            if problem := self._too_long(text, self.images_at(turn)):
+                yield turn, problem
+
+    def _too_long(self, text: str, images: int) -> str | None:
+        limits = {"policy.text_tokens": self.text_tokens, f"all that {self.model} reads": self.text_room(images)}
+        named = {name: limit for name, limit in limits.items() if limit is not None}
+        length = self.text_length(text) if named else None
+        if length is None or length <= (least := min(named.values())):
+            return None
+        (name, *_) = (name for name, limit in named.items() if limit == least)
+        return f"{length} tokens (accepted: up to {least}, {name})"
+
+    def readable(self, text: str, images: int = 1) -> str:
+        """The text. Raises `DataError` where it is too long: none is cut short."""
+        if problem := self._too_long(text, images):
+            raise DataError(f"text {shown(repr(text))}: {problem}")
+        return text
 
     def _remembered(self, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What a turn sees of a session's images, the newest first; of earlier ones, what the turn before saw."""

@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
+import shutil
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,11 +19,24 @@ import torch
 from editr2.config import MODELS, PolicyConfig, policy_problems
 from editr2.errors import CheckpointError, ConfigError
 from editr2.finite import check_weights
+from editr2.policies.adapters import (
+    ALL_LINEAR,
+    DESCRIPTION,
+    LORA_FILE,
+    TRANSFORMER,
+    Lora,
+    add_adapter,
+    check_file,
+    load_adapter,
+    read_description,
+    save_adapter,
+)
 from editr2.policies.base import Policy
 from editr2.policies.sharding import place
 from editr2.policies.unified import EMBEDDED, Guidance, UnifiedPolicy
 from editr2.policies.weights import add_lora
 from editr2.processes import Processes
+from editr2.tensor_files import ordinary_modes, read_json, reading, writing
 
 if TYPE_CHECKING:
     from editr2.policies.diffusion import DiffusionPolicy
@@ -30,11 +48,6 @@ CLASSES = {
     "qwen-edit": "editr2.policies.qwen_edit:QwenEditPolicy",
     "qwen-edit-plus": "editr2.policies.qwen_edit:QwenEditPlusPolicy",
 }
-DESCRIPTION = "policy.json"
-"""In a saved policy's folder: model, base (the weights it was trained from) and, of a LoRA, rank, alpha and targets."""
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The name stock diffusers looks for."""
-TRANSFORMER = "transformer"
 
 
 def load_policy(config: PolicyConfig, *, trains: bool = True, empty: bool = False) -> Policy:
@@ -88,6 +101,10 @@ def load_diffusion(config: PolicyConfig, *, trains: bool = True, empty: bool = F
     """A pipeline's folder, a hub id, or a folder that `save_policy` wrote; see `load_policy`."""
     kind = policy_class(config.model)
     adapter, trained, base = weight_sources(config.weights or kind.published, config.model)
+    if adapter is not None:
+        saved_lora(config, kind, adapter)  # what is wrong with it is said before gigabytes are read
+    if os.path.isabs(base) and not Path(base).is_dir():
+        raise ConfigError(f"policy.weights: {base}: no {kind.pipeline} there (accepted: its folder, or a hub id)")
     pipe = _pipeline(kind, config, base, trained, whole=trains and not config.lora_rank, empty=empty)
     policy = kind(pipe, config)
     policy.base = str(trained or base)
@@ -97,9 +114,7 @@ def load_diffusion(config: PolicyConfig, *, trains: bool = True, empty: bool = F
 
 def make_ready(policy: DiffusionPolicy, adapter: Path | None, trains: bool) -> None:
     """What follows a policy's assembly from its parts: its settings for autoencoder, adapters and execution."""
-    policy.pipe.vae.enable_slicing()
-    if policy.tiles:
-        policy.pipe.vae.enable_tiling()  # only above the autoencoder's own sample size
+    ready_autoencoder(policy)
     _adapt(policy, adapter, trains)
     if policy.config.gradient_checkpointing:
         policy.module.enable_gradient_checkpointing()
@@ -115,10 +130,8 @@ def _pipeline(
     import diffusers
     from accelerate import init_empty_weights
 
-    from editr2.policies.diffusion import stock_pipeline
-
     try:
-        stock_pipeline(kind.pipeline)
+        stock = kind.pipeline_class()
     except AttributeError as error:
         raise ConfigError(
             f"policy.model: {kind.model} (accepted with a diffusers that has {kind.pipeline}; this is "
@@ -129,38 +142,139 @@ def _pipeline(
     options: dict[str, Any] = {"torch_dtype": torch.float32 if whole else dtype}
     if config.quantize == "4bit":
         options["quantization_config"] = _four_bits(dtype)
-    where = {"pretrained_model_name_or_path": trained or base, "subfolder": TRANSFORMER}
+    given = config.weights or base
+    where = f"policy.weights: {given}" if base == given else f"policy.weights: {given}: base {base}"
+    where = f"{where}: no {kind.pipeline}"
+    made = kind.transformer_class()
+    source = {"pretrained_model_name_or_path": trained or base, "subfolder": TRANSFORMER}
+    here = f"policy.weights: {trained}" if trained else where
+    if empty:
+        with reading(f"{here}: {TRANSFORMER}"), quiet_libraries(), init_empty_weights(include_buffers=False):
+            parts = {TRANSFORMER: made.from_config(made.load_config(**source)).to(options["torch_dtype"])}
+    else:
+        parts = {TRANSFORMER: load_part(made, source, f"{here}: {TRANSFORMER}", exact=True, **options)}
+    with reading(f"{where}: model_index.json"):
+        index = dict(stock.load_config(base))
+    for name in ("vae", *kind.text_encoders):
+        made = part_class(index, name, f"{where}: model_index.json")
+        source = {"pretrained_model_name_or_path": base, "subfolder": name}
+        parts[name] = load_part(made, source, f"{where}: {name}", torch_dtype=dtype)
+    return load_rest(kind, base, parts, where, torch_dtype=dtype)
+
+
+def load_rest(kind: type[DiffusionPolicy], base: str, parts: Mapping[str, Any], where: str, **options: Any) -> Any:
+    """The pipeline with these components and all others read. Raises `ConfigError` naming one that cannot be, is not
+    there, or does not fit the rest."""
+    with reading(f"{where}: model_index.json"):
+        index = dict(kind.pipeline_class().load_config(base))
+    others = {name: said for name, said in index.items() if name not in parts and isinstance(said, (list, tuple))}
+    for name, said in others.items():
+        # Without its folder transformers makes a tokenizer of its default words, which are none.
+        if said[0] is not None and Path(base).is_dir() and not (Path(base) / name).is_dir():
+            raise ConfigError(f"{where}: no {name} (accepted: the folder that model_index.json names)")
+    try:
+        with quiet_libraries():
+            pipe = kind.load_pipeline(base, **parts, **options)
+    except Exception:
+        # The first that fails by itself is named; the processor last, since Qwen's does without parts of it.
+        for name in sorted(others, key=lambda name: name == "processor"):
+            with reading(f"{where}: {name}"), quiet_libraries(), suppress(ImportError):
+                part_class(index, name, where).from_pretrained(base, subfolder=name)
+        with reading(where):
+            raise
+    check_words(pipe, kind, where)
+    return pipe
+
+
+def part_class(index: Mapping[str, Any], name: str, where: str) -> Any:
+    """The class of a pipeline's component, which its index names by library and name."""
+    said = index.get(name)
+    if not isinstance(said, (list, tuple)) or [type(word) for word in said] != [str, str]:
+        raise ConfigError(f"{where}: {name}: {said!r} (accepted: a library and the class of its {name})")
+    with reading(f"{where}: {name}: {list(said)!r}"):
+        return getattr(importlib.import_module(said[0]), said[1])
+
+
+def load_part(made: Any, source: Mapping[str, Any], where: str, *, exact: bool = False, **options: Any) -> Any:
+    """A component with weights by its own class's `from_pretrained`, which makes up what a file lacks. Here it is a
+    `ConfigError`, as is a tensor of another shape or (exact) of another name."""
+    if not made.__module__.startswith("diffusers."):
+        options["dtype"] = options.pop("torch_dtype")
+    if "quantization_config" not in options:
+        options["ignore_mismatched_sizes"] = True  # so that they come back by name
+    folder = Path(source["pretrained_model_name_or_path"])
+    if folder.is_dir():  # without it transformers builds a model of its default size, billions of numbers
+        read_json(folder / source["subfolder"] / "config.json")
+    with reading(where), quiet_libraries():
+        module, found = made.from_pretrained(**source, output_loading_info=True, **options)
+        misfits = sorted((key, list(given), list(own)) for key, given, own in found["mismatched_keys"])
+        gone, odd = sorted(found["missing_keys"]), sorted(found["unexpected_keys"]) if exact else []
+    for key, given, own in misfits:
+        raise ConfigError(f"{where}: {key}: {given} (accepted: {own}, by its config.json)")
+    for kind, keys in (("missing from", gone), ("unknown to its config.json but in", odd)):
+        if keys:
+            raise ConfigError(f"{where}: {keys[0]}: {kind} the weights (and {len(keys) - 1} more)")
+    return module
+
+
+def check_words(pipe: Any, kind: type[DiffusionPolicy], where: str) -> None:
+    """Raises `ConfigError` where a tokenizer has tokens that its text encoder does not know."""
+    for name in kind.text_encoders:
+        encoder = getattr(pipe, name)
+        tokenizer = getattr(pipe, beside := name.replace("text_encoder", "tokenizer"), None)
+        if tokenizer is None or not hasattr(encoder, "get_input_embeddings"):
+            continue
+        with reading(f"{where}: {beside}"):
+            words, known = len(tokenizer), encoder.get_input_embeddings().weight.shape[0]
+            special_only = not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+        if special_only:
+            raise ConfigError(f"{where}: {beside}: no words (accepted: a vocabulary; was its file removed?)")
+        if words > known:
+            raise ConfigError(f"{where}: {beside}: {words} tokens (accepted: at most {known}, those of its {name})")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the libraries' notes about weights that are missing, which `load_part` turns into errors."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             # torch_dtype's new name, dtype, is unknown to the oldest diffusers that we accept.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            made = getattr(diffusers, kind.transformer)
-            if empty:
-                with init_empty_weights(include_buffers=False):
-                    transformer = made.from_config(made.load_config(**where)).to(options["torch_dtype"])
-            else:
-                transformer = made.from_pretrained(**where, **options)
-            return kind.load_pipeline(base, torch_dtype=dtype, transformer=transformer)
-    except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())
-        raise ConfigError(f"policy.weights: {config.weights or base}: no {kind.pipeline}: {what}") from error
+            yield
+    finally:
+        diffusers_logging.set_verbosity(before[0])
+        transformers_logging.set_verbosity(before[1])
 
 
 def weight_sources(weights: str, model: str) -> tuple[Path | None, Path | None, str]:
     """Where the adapter, the transformer (None: with the rest) and the rest are: a saved policy names what it was
-    trained from, which may be a saved policy too."""
+    trained from, which may be a saved policy too. Raises `CheckpointError` for a policy.json that is none."""
     adapter = trained = None
+    given, seen = weights, set()
     while (path := Path(weights) / DESCRIPTION).is_file():
-        said = json.loads(path.read_text())
-        if said["model"] != model:
-            raise ConfigError(f"policy.weights: {weights} is of model {said['model']} (accepted: of {model})")
-        if (Path(weights) / TRANSFORMER).is_dir():
+        if path.resolve() in seen:
+            raise CheckpointError(
+                f"{Path(given) / DESCRIPTION}: base: leads back to {weights} (accepted: what it was trained from)"
+            )
+        seen.add(path.resolve())
+        said = read_description(Path(weights))
+        if said.model != model:
+            raise ConfigError(f"policy.weights: {weights} is of model {said.model} (accepted: of {model})")
+        if said.lora is None:
             trained = trained or Path(weights)
         elif adapter is None and trained is None:
             adapter = Path(weights)
         else:
             raise ConfigError(f"policy.weights: {weights} is a LoRA below another one (accepted: one in all)")
-        weights = said["base"]
+        if os.path.isabs(said.base) and not Path(said.base).is_dir():
+            raise CheckpointError(f"{path}: base: {said.base} is not there (accepted: its new place, or a hub id)")
+        weights = said.base
     return adapter, trained, weights
 
 
@@ -175,21 +289,36 @@ def _four_bits(dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _asked_lora(config: PolicyConfig, kind: type[DiffusionPolicy]) -> dict[str, Any]:
-    return {
-        "rank": config.lora_rank,
-        "alpha": float(2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha),
-        "targets": config.lora_targets or kind.lora_targets,
-    }
+def asked_lora(config: PolicyConfig, kind: type[DiffusionPolicy]) -> Lora:
+    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    return Lora(config.lora_rank, float(alpha), config.lora_targets or kind.lora_targets)
 
 
-def check_adapter(config: PolicyConfig, kind: type[DiffusionPolicy], folder: Path) -> dict[str, Any]:
-    """The settings (rank, alpha, targets) of a saved LoRA. Raises `ConfigError` where others are asked for."""
-    saved: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())["lora"]
-    for name, value in _asked_lora(config, kind).items():
-        if config.lora_rank and saved[name] != value:
-            raise ConfigError(f"policy.lora_{name}: {value} (accepted: {saved[name]}, that of the LoRA in {folder})")
-    return saved
+def saved_lora(config: PolicyConfig, kind: type[DiffusionPolicy], folder: Path) -> Lora:
+    """The settings of a saved LoRA. Raises `ConfigError` where others are asked for, and `CheckpointError` for settings
+    or a file that are none."""
+    saved, asked = read_description(folder).lora, asked_lora(config, kind)
+    assert saved is not None  # by `weight_sources`
+    for name in ("rank", "alpha", "targets") if config.lora_rank else ():
+        have, value = getattr(saved, name), getattr(asked, name)
+        spelt_out = isinstance(have, list) and isinstance(value, str) and value.lower() == ALL_LINEAR
+        if have != value and not spelt_out:  # the file's names are compared anyway
+            raise ConfigError(f"policy.lora_{name}: {value} (accepted: {have}, that of the LoRA in {folder})")
+    strength = check_file(folder / LORA_FILE)
+    # What goes on training keeps its alpha; else the file counts as any loader takes it, without rounding it again.
+    return saved if config.lora_rank else replace(saved, alpha=saved.rank * strength)
+
+
+def put_adapter(module: Any, config: PolicyConfig, kind: type[DiffusionPolicy], adapter: Path | None) -> Lora | None:
+    """Adapters as configured, or as those saved in the folder `adapter`; None where there are none."""
+    saved = None if adapter is None else saved_lora(config, kind, adapter)
+    lora = saved or (asked_lora(config, kind) if config.lora_rank else None)
+    if lora is None:
+        return None
+    where = f"{adapter / DESCRIPTION}: lora.targets" if adapter and not config.lora_targets else "policy.lora_targets"
+    accepted = f"accepted with policy.model {kind.model}: an expression that matches linear layers of it"
+    add_adapter(module, lora, where, accepted)
+    return lora
 
 
 def _adapt(policy: DiffusionPolicy, adapter: Path | None, trains: bool) -> None:
@@ -198,56 +327,53 @@ def _adapt(policy: DiffusionPolicy, adapter: Path | None, trains: bool) -> None:
 
     Trained adapters are float32 whatever the base is.
     """
-    from peft import LoraConfig, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     module, config = policy.module, policy.config
-    asked = _asked_lora(config, type(policy))
-    saved = check_adapter(config, type(policy), adapter) if adapter is not None else None
-    lora = asked if config.lora_rank else saved
+    lora = put_adapter(module, config, type(policy), adapter)
     if lora is None:
         module.requires_grad_(trains)
         return
     module.requires_grad_(False)
-    try:
-        module.add_adapter(
-            LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], lora_dropout=0.0)
-        )
-    except ValueError as error:
-        why = " ".join(str(error).split())
-        policy.refuse("lora_targets", repr(lora["targets"]), f"an expression that matches linear layers of it; {why}")
     for name, p in module.named_parameters():
         if ".lora_" in name:
             p.data = p.data.float()
             p.requires_grad_(trains)
     empty = any(p.is_meta for p in module.parameters())  # then its adapters come from another process, too
     if adapter is not None and not empty:
-        weights = {k.removeprefix(f"{TRANSFORMER}."): v for k, v in load_file(adapter / LORA_FILE).items()}
-        found = set_peft_model_state_dict(module, weights)
-        if found.unexpected_keys:
-            raise CheckpointError(f"{adapter / LORA_FILE}: {found.unexpected_keys[0]}: unknown to the model")
+        load_adapter(module, adapter / LORA_FILE, lora)
     if trains and not config.lora_rank:
         module.fuse_lora()
         module.unload_lora()
         module.requires_grad_(True)
 
 
+def ready_autoencoder(policy: DiffusionPolicy) -> None:
+    """One image at a time; in tiles (above the autoencoder's own sample size) only where it was asked for, since tiles
+    are not the stock pipeline's numbers."""
+    policy.pipe.vae.enable_slicing()
+    if policy.config.vae_tiling:
+        policy.pipe.vae.enable_tiling()
+
+
 def save_policy(policy: DiffusionPolicy, folder: Path) -> None:
     """Writes what `load_policy` reads: a LoRA in stock diffusers' file with its metadata, or the transformer's folder,
-    and `DESCRIPTION`."""
-    from peft import get_peft_model_state_dict
-
-    folder.mkdir(parents=True, exist_ok=True)
+    and `DESCRIPTION`. Raises `CheckpointError` where it cannot."""
     base = Path(policy.base)
     said: dict[str, Any] = {"model": policy.model, "base": str(base.resolve()) if base.is_dir() else policy.base}
     module = policy.module
-    if getattr(module, "peft_config", None):
-        lora = module.peft_config["default"]
-        said["lora"] = {"rank": lora.r, "alpha": float(lora.lora_alpha), "targets": lora.target_modules}
-        weights = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(module).items()}
-        type(policy.pipe).save_lora_weights(
-            folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=lora.to_dict()
-        )
-    else:
-        module.save_pretrained(folder / TRANSFORMER)
-    (folder / DESCRIPTION).write_text(json.dumps(said, indent=1) + "\n")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if getattr(module, "peft_config", None):
+            said["lora"] = vars(save_adapter(type(policy.pipe), module, folder))
+        else:
+            module.save_pretrained(folder / TRANSFORMER)
+        (folder / DESCRIPTION).write_text(json.dumps(said, indent=1) + "\n")
+        ordinary_modes([folder])
+
+
+def rehearse_save(policy: Policy, run: Path) -> None:
+    """Saves the policy into a run's folder and removes it again: what cannot be saved fails before it is trained."""
+    folder = run / f".tmp-policy-{os.getpid()}"
+    try:
+        policy.save(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

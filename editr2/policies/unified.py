@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +30,12 @@ from editr2.policies.packed import Segment, packed_is_cheaper, run_session, toke
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
 from editr2.policies.unified_model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.weights import merged_weights
+from editr2.tensor_files import check_shapes, read_header, read_tensors, write_tensors, writing
 from editr2_kernels import RENORMS, philox_normal, token_log_prob
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "unified-small"
+SIZES, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
+"""The files of a folder."""
 
 BUCKET = 64  # tokens; the embedded world's turns are about 50 long
 
@@ -150,6 +153,30 @@ def _full(context: AnyContext) -> Context:
     return context.full if isinstance(context, GuidedContext) else context
 
 
+def read_parts(folder: Path) -> tuple[UnifiedConfig, TextCodec]:
+    """Sizes and words of a unified policy's folder, whose weights fit them; the weights themselves are not read.
+
+    Raises a `UserError` that names the file and key of what is missing, broken or does not fit the rest.
+    """
+    for name in (SIZES, TOKENIZER, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: no {name}; expected a folder written by `editr2 world pretrain`")
+    config, codec = UnifiedConfig.load(folder / SIZES), TextCodec.load(folder / TOKENIZER)
+    if (words := codec.tokenizer.get_vocab_size()) > config.vocab_size:
+        raise CheckpointError(
+            f"{folder / SIZES}: vocab_size: {config.vocab_size} (accepted: at least {words}, the words of {TOKENIZER})"
+        )
+    if config.latent_channels != 3:
+        raise CheckpointError(
+            f"{folder / SIZES}: latent_channels: {config.latent_channels} (accepted: 3; this policy paints pixels)"
+        )
+    with torch.device("meta"):
+        needed = {name: tuple(t.shape) for name, t in UnifiedModel(config).state_dict().items()}
+    shapes, _ = read_header(folder / WEIGHTS)
+    check_shapes(folder / WEIGHTS, shapes, needed, f"the model that {SIZES} describes")
+    return config, codec
+
+
 class UnifiedPolicy:
     """`PackedPolicy` and `TextPolicy` over a `UnifiedModel` whose latents are pixels (the embedded world's).
 
@@ -177,33 +204,27 @@ class UnifiedPolicy:
 
     @staticmethod
     def load(folder: Path = EMBEDDED, guidance: Guidance = Guidance()) -> UnifiedPolicy:
-        """Weights (`model.safetensors`), `config.json` and `tokenizer.json` from a folder; fp32 whatever is stored."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """Weights (`model.safetensors`), `config.json` and `tokenizer.json` from a folder; fp32 whatever is stored.
 
-        for name in ("config.json", "tokenizer.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder}: no {name}; expected a folder written by `editr2 world pretrain`")
-        model = UnifiedModel(UnifiedConfig.load(folder / "config.json"))
-        try:
-            weights = load_file(folder / "model.safetensors")
-        except SafetensorError as error:
-            raise CheckpointError(f"{folder / 'model.safetensors'}: {error}") from error
+        Raises a `UserError` that names the file and key of what is missing, broken or does not fit the rest.
+        """
+        config, codec = read_parts(folder)
+        weights = read_tensors(folder / WEIGHTS)
+        model = UnifiedModel(config)
         model.load_state_dict({k: v.float() for k, v in weights.items()})
-        return UnifiedPolicy(model.eval(), TextCodec.load(folder / "tokenizer.json"), guidance)
+        return UnifiedPolicy(model.eval(), codec, guidance)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes what `load` reads, adapters merged, weights rounded to `dtype`. Raises `NonFiniteError` for a weight
         that is not finite in it."""
-        from safetensors.torch import save_file
-
         weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in merged_weights(self.module).items()}
         if name := unusable(weights.items()):
             raise NonFiniteError(f"{folder}: {name}: NaN, infinite or too large in {dtype} ({ACCEPTED}); not written")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.module.config), indent=1) + "\n")
-        self.codec.tokenizer.save(str(folder / "tokenizer.json"))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(weights, folder / WEIGHTS)
+            (folder / SIZES).write_text(json.dumps(dataclasses.asdict(self.module.config), indent=1) + "\n")
+            self.codec.tokenizer.save(str(folder / TOKENIZER))
 
     # ------------------------------------------------------------------------------------------------------- protocol
 
@@ -290,6 +311,14 @@ class UnifiedPolicy:
     def writes_text_with(self, name: str) -> bool:
         return name.startswith("language_model.") and "_moe_gen" not in name
 
+    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """As `ReadingPolicy.unreadable`: words that the vocabulary does not hold; a context has any length."""
+        for turn, text in enumerate(instructions):
+            try:
+                self.text_ids(text)
+            except DataError as error:
+                yield turn, f"{error} (accepted: words of the policy's own)"
+
     def text_ids(self, text: str) -> list[int]:
         return [self.codec.im_start, *self.codec.encode(text), self.codec.im_end]
 
@@ -329,6 +358,8 @@ class UnifiedPolicy:
         for row, log_prob in zip(torch.stack(sampled, 1).tolist(), torch.stack(scored, 1).tolist(), strict=True):
             end = row.index(self.codec.im_end) if self.codec.im_end in row else len(row)
             text, thought = read_intent(self.codec.decode(row[:end]))
+            if text is not None and not self.codec.can_say(text):
+                text = None  # a fallback, and nobody's fault: a mark or an unknown word was sampled into it
             intents.append(Intent(text, thought, tuple(row[: end + 1]), tuple(log_prob[: end + 1])))
         return intents
 

@@ -17,7 +17,6 @@ token, heads x head_dim as in the configuration.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from editr2.errors import ConfigError, DataError
+from editr2.tensor_files import read_json
+
+LARGEST_SIZE = 1 << 20
+LARGEST = {"num_hidden_layers": 1024, "latent_patch_size": 256, "latent_channels": 1024, "max_latent_size": 4096}
+"""Of sizes in a file: far above any model, far below what would fill the host before the weights are compared."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,29 @@ class UnifiedConfig:
 
     @staticmethod
     def load(path: Path) -> UnifiedConfig:
-        values = json.loads(path.read_text())
-        unknown = set(values) - {f.name for f in dataclasses.fields(UnifiedConfig)}
-        if unknown:
-            raise ConfigError(f"{path}: unknown keys {sorted(unknown)}")
-        return UnifiedConfig(**values)
+        """A file that `UnifiedPolicy.save` wrote. Raises `CheckpointError` or `ConfigError` naming the key."""
+        values = read_json(path)
+        fields = {f.name: f.default for f in dataclasses.fields(UnifiedConfig)}
+        if unknown := sorted(set(values) - set(fields)):
+            raise ConfigError(f"{path}: unknown keys {unknown} (accepted: {', '.join(fields)})")
+        if gone := sorted(set(fields) - set(values)):
+            raise ConfigError(f"{path}: {gone[0]}: missing (accepted: all of {', '.join(fields)})")
+        for name, default in fields.items():
+            given, kind = values[name], type(default)
+            if kind is bool:
+                fits, accepted = isinstance(given, bool), "true or false"
+            elif kind is int:
+                most = LARGEST.get(name, LARGEST_SIZE)
+                fits, accepted = type(given) is int and 1 <= given <= most, f"a whole number, 1 to {most}"
+            else:
+                fits = type(given) in (int, float) and 0 < given < math.inf
+                accepted = "a number above 0"
+            if not fits:
+                raise ConfigError(f"{path}: {name}: {given!r} (accepted: {accepted})")
+        try:
+            return UnifiedConfig(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 class RMSNorm(nn.Module):

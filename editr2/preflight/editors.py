@@ -7,11 +7,10 @@ depth exactly (`at_depth`); autoencoders are measured whole. Text encoders are c
 from __future__ import annotations
 
 import inspect
-import json
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from editr2.config import PolicyConfig
-from editr2.errors import CheckpointError, ConfigError
-from editr2.policies.load import unified_guidance
-from editr2.policies.unified import EMBEDDED, GuidedContext, UnifiedPolicy
-from editr2.policies.unified_model import Branch, Context, UnifiedConfig, UnifiedModel
+from editr2.errors import ConfigError
+from editr2.policies.adapters import LORA_FILE, TRANSFORMER, adapter_weights, check_file
+from editr2.policies.load import load_rest, ready_autoencoder, unified_guidance
+from editr2.policies.unified import EMBEDDED, GuidedContext, UnifiedPolicy, read_parts
+from editr2.policies.unified_model import Branch, Context, UnifiedModel
 from editr2.policies.weights import add_lora
 from editr2.preflight.meter import Cost, Meter, at_depth, simulated
 from editr2.preflight.published import PUBLISHED, Parts
 from editr2.schedule import Schedule
 from editr2.sessions import Session
+from editr2.tensor_files import check_shapes, read_header, read_json, reading
 
 if TYPE_CHECKING:
     from editr2.policies.diffusion import DiffusionPolicy
@@ -152,46 +153,54 @@ def _module_sizes(module: nn.Module, four_bits: bool) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ diffusion
 
 
-def _parts(config: PolicyConfig, kind: type[DiffusionPolicy]) -> Parts:
-    """Of a hub id that is known here, or of a local folder (a pipeline's, or one that names its base)."""
-    from editr2.policies.load import check_adapter, weight_sources
-
-    adapter, trained, weights = weight_sources(config.weights or kind.published, config.model)
-    if adapter is not None:
-        check_adapter(config, kind, adapter)
-    if weights in PUBLISHED and PUBLISHED[weights].of == kind.pipeline:
-        return PUBLISHED[weights]
-    folder = Path(weights)
+def _parts(config: PolicyConfig, kind: type[DiffusionPolicy], base: str) -> Parts:
+    """Of a hub id that is known here, or of a pipeline's folder."""
+    if base in PUBLISHED and PUBLISHED[base].of == kind.pipeline:
+        return PUBLISHED[base]
+    folder = Path(base)
     if not folder.is_dir():
         known = [name for name, parts in PUBLISHED.items() if parts.of == kind.pipeline]
         raise ConfigError(
-            f"policy.weights: {weights!r} is no folder, and `check` downloads nothing (accepted with policy.model "
+            f"policy.weights: {base!r} is no folder, and `check` downloads nothing (accepted with policy.model "
             f"{kind.model}: {', '.join(['a folder of its pipeline', *known])})"
         )
 
     def read(name: str) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise ConfigError(f"policy.weights: {folder}: no {name} (accepted: a pipeline's folder)")
-        values = json.loads((folder / name).read_text())
-        return {k: v for k, v in values.items() if not k.startswith("_")}
+        return {k: v for k, v in read_json(folder / name).items() if not k.startswith("_")}
 
     return Parts(
         read("transformer/config.json"),
         read("vae/config.json"),
         read("scheduler/scheduler_config.json"),
-        {path.parent.name: _text_parameters(path) for path in sorted(folder.glob("text_encoder*/config.json"))},
+        {
+            path.parent.name: sum(p.numel() for p in _text_encoder(path).parameters())
+            for path in sorted(folder.glob("text_encoder*/config.json"))
+        },
         {k: v for k, v in read("model_index.json").items() if not isinstance(v, list)},
     )
 
 
-def _text_parameters(path: Path) -> int:
-    """Of the encoder that a transformers configuration describes."""
+def _text_encoder(path: Path) -> nn.Module:
+    """What a transformers configuration describes, without data."""
     import transformers
 
-    (name,) = json.loads(path.read_text())["architectures"]
-    kind = getattr(transformers, name)
-    with torch.device("meta"):
-        return sum(p.numel() for p in kind(kind.config_class.from_json_file(str(path))).parameters())
+    with reading(f"policy.weights: {path}"), torch.device("meta"):
+        (name,) = read_json(path)["architectures"]
+        kind = getattr(transformers, name)
+        return kind(kind.config_class.from_json_file(str(path)))
+
+
+@contextmanager
+def adapters_without_data(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Adapters put on a simulated module inside: on meta, where peft does not move them, which fake tensors do not
+    bear; afterwards they are simulated, too, in float32. dtype: of the module."""
+    with simulated(dtype), torch.device("meta"):
+        yield
+    with simulated(torch.float32):
+        for layer in [m for name, m in module.named_modules() if ".lora_" in name and hasattr(m, "weight")]:
+            layer.weight = nn.Parameter(torch.empty(layer.weight.shape))
 
 
 class DiffusionEditor:
@@ -199,23 +208,28 @@ class DiffusionEditor:
 
     writes_text = False
 
-    def __init__(self, config: PolicyConfig) -> None:
-        import diffusers
-
-        from editr2.policies.load import policy_class
+    def __init__(self, config: PolicyConfig, kind: type[DiffusionPolicy] | None = None) -> None:
+        """kind: the model's class, in place of the one that `policy.model` names."""
+        from editr2.policies.load import policy_class, saved_lora, weight_sources
 
         self.config = config
-        self.kind = policy_class(config.model)
-        self.parts = _parts(config, self.kind)
-        self.transformer = getattr(diffusers, self.kind.transformer)
+        self.kind = kind or policy_class(config.model)
+        adapter, trained, base = weight_sources(config.weights or self.kind.published, config.model)
+        if adapter is not None:
+            saved_lora(config, self.kind, adapter)
+        self.parts = _parts(config, self.kind, base)
+        self.folder = Path(base) if Path(base).is_dir() else None
+        self.transformer = self.kind.transformer_class()
         settings = inspect.signature(self.transformer.__init__).parameters
-        self.depth = {
-            name: int(self.parts.transformer.get(name, p.default))
-            for name, p in settings.items()
-            if name.startswith("num_") and name.endswith("layers")
-        }
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        self.policy = self._policy({name: min(n, SHALLOW) for name, n in self.depth.items()})
+        with reading(f"policy.weights: {config.weights or base}: no {self.kind.pipeline}"):
+            self._check_weights(adapter, trained)
+            self.depth = {
+                name: int(self.parts.transformer.get(name, p.default))
+                for name, p in settings.items()
+                if name.startswith("num_") and name.endswith("layers")
+            }
+            self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+            self.policy = self._policy({name: min(n, SHALLOW) for name, n in self.depth.items()})
         self.image_size, self.latent_shape = self.policy.image_size, self.policy.latent_shape
         self.own, self.cannot_pack = self.policy.sigmas, self.kind.__name__
         self.prompt_per_output = self.kind.text_sees_images
@@ -228,7 +242,7 @@ class DiffusionEditor:
 
     def _policy(self, depth: Mapping[str, int]) -> Any:
         """The policy without data, so deep; raises the `ConfigError` of settings that it refuses."""
-        from peft import LoraConfig
+        from editr2.policies.load import put_adapter
 
         with simulated(self.dtype):
             vae = self.autoencoder(**self.parts.vae).requires_grad_(False)
@@ -238,42 +252,76 @@ class DiffusionEditor:
         policy = self.assembled(vae, module)
         if self.config.lora_rank:
             module.requires_grad_(False)
-            rank = self.config.lora_rank
-            targets = self.config.lora_targets or self.kind.lora_targets
-            try:
-                # On meta, peft does not move the adapters, which fake tensors do not bear.
-                with simulated(self.dtype), torch.device("meta"):
-                    module.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-            except ValueError as error:
-                raise ConfigError(f"policy.lora_targets: {targets!r}: {' '.join(str(error).split())}") from error
-            with simulated(torch.float32):
-                for layer in [m for name, m in module.named_modules() if ".lora_" in name and hasattr(m, "weight")]:
-                    layer.weight = nn.Parameter(torch.empty(layer.weight.shape))
+            with adapters_without_data(module, self.dtype):
+                put_adapter(module, self.config, self.kind, None)
         return policy
+
+    def _check_weights(self, adapter: Path | None, trained: Path | None) -> None:
+        """Raises the `UserError` of a transformer's or a LoRA's files that are not all of what they should hold; only
+        their headers are read."""
+        from editr2.policies.load import put_adapter
+
+        folder = trained or self.folder
+        if adapter is None and folder is None:
+            return
+        with torch.device("meta"):
+            module = self.transformer(**self.parts.transformer)
+        if folder is not None and "quantization_config" not in self.parts.transformer:
+            shapes = {}
+            for path in (folder / TRANSFORMER).glob("*.safetensors"):
+                if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", path.name):
+                    shapes |= read_header(path)[0]
+            needed = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+            check_shapes(folder / TRANSFORMER, shapes, needed, "its config.json")
+        if adapter is not None:
+            put_adapter(module, self.config, self.kind, adapter)
+            check_file(adapter / LORA_FILE, {name: tuple(p.shape) for name, p in adapter_weights(module).items()})
+
+    @cached_property
+    def _arguments(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.kind.pipeline_class().__init__).parameters
 
     @property
     def autoencoder(self) -> Any:
         """The class of the pipeline's autoencoder."""
-        return self._arguments["vae"].annotation
+        from editr2.policies.load import part_class
 
-    @cached_property
-    def _arguments(self) -> Mapping[str, inspect.Parameter]:
-        from editr2.policies.diffusion import stock_pipeline
-
-        return inspect.signature(stock_pipeline(self.kind.pipeline).__init__).parameters
+        if self.folder is None:
+            return self._arguments["vae"].annotation
+        path = self.folder / "model_index.json"
+        return part_class(read_json(path), "vae", f"policy.weights: {path}")
 
     def assembled(self, vae: nn.Module, transformer: nn.Module) -> DiffusionPolicy:
-        """The real policy over a real pipeline of these, which has no text encoders."""
+        """The real policy over a real pipeline of these, whose text encoders hold no data."""
+        pipe = self._pipeline
+        settings = {name: value for name, value in pipe.config.items() if name in self._arguments}
+        given = {**settings, **pipe.components, "vae": vae, "transformer": transformer}
+        policy = self.kind(type(pipe)(**given), self.config)  # whose constructor may change the transformer
+        ready_autoencoder(policy)
+        return policy
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        """As the model's class loads it from its folder, where there is one: what is not weights is read. A pipeline
+        known here by name alone is put together of what has data."""
         import diffusers
 
-        from editr2.policies.diffusion import stock_pipeline
-
+        with simulated(self.dtype):
+            vae = self.autoencoder(**self.parts.vae)
+        with torch.device("meta"):
+            transformer = self.transformer(**self.parts.transformer)
+        if self.folder is not None:
+            texts = {name: _text_encoder(self.folder / name / "config.json") for name in self.kind.text_encoders}
+            parts = {"vae": vae, "transformer": transformer, **texts}
+            return load_rest(
+                self.kind, str(self.folder), parts, f"policy.weights: {self.folder}: no {self.kind.pipeline}"
+            )
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**self.parts.scheduler)
         given: dict[str, Any] = {"vae": vae, "transformer": transformer, "scheduler": scheduler}
         for name, argument in self._arguments.items():
             if name not in given and name != "self" and argument.default is inspect.Parameter.empty:
                 given[name] = nn.Identity() if name in self.kind.text_encoders else None
-        return self.kind(stock_pipeline(self.kind.pipeline)(**given, **self.parts.pipeline), self.config)
+        return self.kind.pipeline_class()(**given, **self.parts.pipeline)
 
     @cached_property
     def _measured(self) -> list[tuple[Any, int]]:
@@ -318,15 +366,7 @@ class DiffusionEditor:
 
     def text_length(self, turn: int) -> int:
         """Tokens of an instruction as the transformer sees it."""
-        if not self.prompt_per_output:
-            return self.config.text_tokens or 512  # both pipelines pad to it
-        from editr2.policies.qwen_edit import PLUS_AREA
-
-        # A token of Qwen2.5-VL stands for 28 x 28 pixels; its template leaves 10 tokens.
-        words = 10 + min(self.config.text_tokens or self.said, self.said)
-        plus = self.config.model.endswith("plus")
-        height, width = (math.sqrt(PLUS_AREA),) * 2 if plus else self.policy.condition_size
-        return words + round(height / 28) * round(width / 28) * self.conditions(turn)
+        return self.policy.prompt_length(self.said, self.conditions(turn))
 
     def context(self, policy: Any, batch: int, turn: int) -> Any:
         """A context of the sizes that a batch has at this turn."""
@@ -433,23 +473,20 @@ class UnifiedEditor:
     own = None
 
     def __init__(self, config: PolicyConfig) -> None:
-        from editr2.policies.tokens import TextCodec
-
-        folder = Path(config.weights) if config.weights else EMBEDDED
-        for name in ("config.json", "tokenizer.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder}: no {name}; expected a folder written by `editr2 world pretrain`")
-        codec = TextCodec.load(folder / "tokenizer.json")
+        sizes, codec = read_parts(Path(config.weights) if config.weights else EMBEDDED)
         with simulated():
-            module = UnifiedModel(UnifiedConfig.load(folder / "config.json"))
-            if config.lora_rank:
+            module = UnifiedModel(sizes)
+        if config.lora_rank:
+            with adapters_without_data(module, torch.float32):
                 add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets)
+        with simulated():
             self.policy = UnifiedPolicy(module, codec, unified_guidance(config))
         self.config = config
         self.writes_text = config.intent
         self.image_size, self.latent_shape = self.policy.image_size, self.policy.latent_shape
         self.image = self.latent_shape[0] + 2
         self.text = self.question = 16
+        self.unreadable = self.policy.unreadable
         self._found: dict[tuple, Cost] = {}
 
     def see(self, sessions: Sequence[Session]) -> None:

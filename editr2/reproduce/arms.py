@@ -136,7 +136,7 @@ def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Conf
     turns = arm.overrides.get("rollout", {}).get("turns", TURNS)
     common = {
         "seed": seed,
-        "out": str(out),
+        "out": str(Path(out)),
         "rollout": {"sessions": settings.groups * TURNS // turns, "siblings": settings.siblings, "turns": turns},
         "train": {"iterations": settings.iterations, "kl_weight": 0.0},
         "eval": {"sessions": settings.sessions, "turns": TURNS, "sampler": settings.sampler, "every": 0, "strips": 2},
@@ -144,8 +144,7 @@ def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Conf
         "checkpoint": {"every": settings.iterations, "keep": 1},
     }
     config: Config = replace_nested(replace_nested(preset_config(arm.preset), common), arm.overrides)
-    check_config(config)
-    return config
+    return check_config(config)
 
 
 def start_of(arm: Arm) -> str:

@@ -74,7 +74,7 @@ class PretrainConfig:
 
 def _answer(policy: UnifiedPolicy, session: Session, turn: int) -> list[int]:
     thought, intent = session.turns[turn].meta["reasoning"], session.turns[turn].intent
-    return [*policy.codec.encode(f"{thought} {THINK_END} {intent}"), policy.codec.im_end]
+    return [*policy.codec.encode(f"{thought} {THINK_END} {intent}", marks=True), policy.codec.im_end]
 
 
 def training_loss(

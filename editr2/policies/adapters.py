@@ -1,0 +1,197 @@
+"""LoRA adapters of models on diffusers: where they sit, how strong they are, and their file.
+
+A layer's output gets alpha / rank times B A x. Whoever loads the file may or may not read alpha, which stands in its
+metadata; so files are written at strength 1: B is scaled by alpha / rank, and the alpha beside it is the rank. That is
+exact where alpha / rank is a power of two and else rounds each number of B once. While training, alpha is its own
+number, because how far a step moves the weights depends on it; `policy.json` keeps it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from editr2.errors import CheckpointError, ConfigError
+from editr2.tensor_files import Shape, check_finite, check_shapes, one_line, read_header, read_json, read_tensors
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name stock diffusers looks for."""
+TRANSFORMER = "transformer"
+DESCRIPTION = "policy.json"
+"""In a saved policy's folder: model, base (the weights it was trained from) and, of a LoRA, rank, alpha and targets."""
+ALL_LINEAR = "all-linear"
+_SETTINGS = "lora_adapter_metadata"
+"""The key of the file's metadata under which diffusers keeps the adapters' settings."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """targets: an expression over the names of layers, or a list of names."""
+
+    rank: int
+    alpha: float
+    targets: str | list[str]
+
+    @property
+    def strength(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a policy's folder says of itself. lora: None where all weights were saved."""
+
+    model: str
+    base: str
+    lora: Lora | None
+
+
+def read_description(folder: Path) -> Saved:
+    """Raises `CheckpointError` naming the file and key of what is missing or of another kind."""
+    path = folder / DESCRIPTION
+    said = read_json(path)
+    for name in ("model", "base"):
+        if not isinstance(said.get(name), str) or not said[name]:
+            raise CheckpointError(f"{path}: {name}: {said.get(name)!r} (accepted: {_MEANT[name]})")
+    if (folder / TRANSFORMER).is_dir() and "lora" not in said:
+        return Saved(said["model"], said["base"], None)
+    lora = said.get("lora")
+    if not isinstance(lora, dict):
+        what = f"rank, alpha and targets; without them a {TRANSFORMER} folder stands beside it"
+        raise CheckpointError(f"{path}: lora: {lora!r} (accepted: {what})")
+    rank, alpha, targets = (lora.get(name) for name in ("rank", "alpha", "targets"))
+    if type(rank) is not int or rank < 1:
+        raise CheckpointError(f"{path}: lora.rank: {rank!r} (accepted: a whole number, at least 1)")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise CheckpointError(f"{path}: lora.alpha: {alpha!r} (accepted: a number above 0)")
+    named = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
+    if not named and not (isinstance(targets, str) and targets):
+        raise CheckpointError(f"{path}: lora.targets: {targets!r} (accepted: an expression, or a list of names)")
+    return Saved(said["model"], said["base"], Lora(rank, float(alpha), targets))
+
+
+_MEANT = {"model": "a name of policy.model", "base": "the folder or hub id of the weights it was trained from"}
+
+
+def add_adapter(module: Any, lora: Lora, where: str, accepted: str) -> None:
+    """Fresh adapters, B at zero; nothing else trains. where, accepted: of the `ConfigError` for targets that match no
+    layer, or one that takes none."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0)
+    try:
+        module.add_adapter(config)
+    except (ValueError, TypeError, re.error) as error:
+        raise ConfigError(f"{where}: {lora.targets!r} ({accepted}; {one_line(error)})") from error
+
+
+def adapter_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of every layer by their names in the file."""
+    return {
+        f"{TRANSFORMER}.{name.replace('.default.', '.')}": p
+        for name, p in module.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def check_file(path: Path, needed: Mapping[str, Shape] | None = None) -> float:
+    """The strength at which a LoRA file is to be applied: what its settings say, 1 without any.
+
+    needed: shapes of the adapters it is for; None skips them. Raises `CheckpointError` naming the key."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not there (accepted: the LoRA that {path.parent / DESCRIPTION} describes)")
+    shapes, metadata = read_header(path)
+    if needed is not None:
+        check_shapes(path, shapes, needed, f"the adapters that {DESCRIPTION} describes")
+    if _SETTINGS not in metadata:
+        return 1.0
+    try:
+        said = json.loads(metadata[_SETTINGS])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {_SETTINGS}: no JSON: {one_line(error)}") from error
+    found = {}
+    for name in ("r", "lora_alpha"):
+        value = found[name] = said.get(f"{TRANSFORMER}.{name}") if isinstance(said, dict) else None
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise CheckpointError(f"{path}: {_SETTINGS}: {TRANSFORMER}.{name}: {value!r} (accepted: a number above 0)")
+    for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
+        if value := said.get(f"{TRANSFORMER}.{name}"):
+            raise CheckpointError(f"{path}: {_SETTINGS}: {TRANSFORMER}.{name}: {value!r} (accepted: none)")
+    return float(found["lora_alpha"] / found["r"])
+
+
+@torch.no_grad()
+def load_adapter(module: nn.Module, path: Path, lora: Lora) -> None:
+    """Fills adapters of these settings from a file, whatever its strength. Raises `CheckpointError` unless its tensors
+    are exactly theirs: every key, every shape, every number finite."""
+    needed = adapter_weights(module)
+    strength = check_file(path, {name: tuple(p.shape) for name, p in needed.items()})
+    found = read_tensors(path)
+    check_finite(path, found)
+    for name, p in needed.items():
+        p.copy_(scaled(found[name].to(p.dtype), strength / lora.strength) if ".lora_B." in name else found[name])
+
+
+def save_adapter(pipeline: Any, module: Any, folder: Path) -> Lora:
+    """Writes the LoRA at strength 1 in stock diffusers' file, by the pipeline's class, and leaves the module as it is.
+    Returns the settings it trained with."""
+    from peft import get_peft_model_state_dict
+
+    config = module.peft_config["default"]
+    weights = {name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(module).items()}
+    for name in weights:
+        layer, found, _ = name.partition(".lora_B.")
+        if found:
+            weights[name] = scaled(weights[name], module.get_submodule(layer).scaling["default"])
+    pipeline.save_lora_weights(
+        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=_at_strength_one(config).to_dict()
+    )
+    return Lora(config.r, float(config.lora_alpha), _listed(config.target_modules))
+
+
+@torch.no_grad()
+def fold_strength(module: Any) -> float:
+    """Brings all adapters to strength 1 in place, as `save_adapter` writes them. Returns the largest relative change of
+    a number of B by rounding: 0 where alpha / rank is a power of two."""
+    from peft.tuners.lora import LoraLayer
+
+    furthest = 0.0
+    for layer in module.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for name in layer.active_adapters:
+            weight, strength = layer.lora_B[name].weight, layer.scaling[name]
+            exact = weight.double() * strength
+            weight.copy_(scaled(weight, strength))
+            furthest = max(furthest, float(((weight.double() - exact) / exact.abs().clamp_min(1e-300)).abs().max()))
+            layer.scaling[name] = 1.0
+    for name, config in module.peft_config.items():
+        module.peft_config[name] = _at_strength_one(config)
+    return furthest
+
+
+def scaled(weight: Tensor, strength: float) -> Tensor:
+    """weight * strength, rounded once."""
+    return (weight.double() * strength).to(weight.dtype)
+
+
+def _at_strength_one(config: Any) -> Any:
+    """The adapters' settings with alpha = rank, in every layer."""
+    config = copy.copy(config)
+    config.lora_alpha, config.alpha_pattern, config.use_rslora = config.r, dict(config.rank_pattern), False
+    config.target_modules = _listed(config.target_modules)
+    return config
+
+
+def _listed(targets: Any) -> str | list[str]:
+    """A set, which is what peft makes of `all-linear` and of lists, in an order; JSON has none."""
+    return targets if isinstance(targets, str) else sorted(targets)
