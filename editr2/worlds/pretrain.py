@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from editr2.config import COUNT, DECAY, POSITIVE, SEED, SHARE, TIMES, TURNS, WEIGHT
+from editr2.errors import NonFiniteError
 from editr2.fields import Bounds, setting
 from editr2.policies.packed import Segment, pack, run_packed
 from editr2.policies.tokens import THINK_END
@@ -166,6 +167,8 @@ def pretrain(config: PretrainConfig, out: Path, model_config: UnifiedConfig | No
                 image_loss, text_loss = training_loss(policy, sample_sessions(config, step), raw, generator)
             (image_loss + config.text_weight * text_loss).backward()
             norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_norm)
+            if not bool(torch.isfinite(norm)):
+                raise NonFiniteError(f"step {step + 1}: gradient: {float(norm)} (accepted: finite numbers)")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             decay = min(config.ema, (1 + step) / (10 + step))
