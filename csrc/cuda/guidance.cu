@@ -106,7 +106,8 @@ __device__ __forceinline__ void add_rows(const RowsArgs& a) {
 }
 
 __global__ void __launch_bounds__(kThreads) row_norms_kernel(const __grid_constant__ RowsArgs a) { add_rows<false>(a); }
-__global__ void __launch_bounds__(kThreads) row_dots_kernel(const __grid_constant__ RowsArgs a) { add_rows<true>(a); }
+// Three blocks a multiprocessor: left alone, ptxas squeezes it into 64 registers for sm_100 and spills.
+__global__ void __launch_bounds__(kThreads, 3) row_dots_kernel(const __grid_constant__ RowsArgs a) { add_rows<true>(a); }
 
 template <bool kDots>
 __device__ __forceinline__ void finish_rows(const RowsArgs& a) {
