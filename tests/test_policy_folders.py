@@ -253,6 +253,14 @@ def _smaller_words(folder: Path) -> None:
     values("text_encoder/config.json", vocab_size=20)(folder)
 
 
+def _word_beyond(folder: Path) -> None:
+    """As many words as the model knows, one of them numbered far beyond."""
+    said = json.loads((folder / "tokenizer.json").read_text())
+    word = max(said["model"]["vocab"], key=said["model"]["vocab"].get)
+    said["model"]["vocab"][word] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+
+
 UNIFIED: dict[str, tuple[Break, str]] = {
     **{f"no {name}": (text(name, None), name) for name in ("config.json", "tokenizer.json", "model.safetensors")},
     **{
@@ -273,6 +281,7 @@ UNIFIED: dict[str, tuple[Break, str]] = {
     "another channel count": (values("config.json", latent_channels=4), "latent_channels"),
     "tokenizer is another thing": (text("tokenizer.json", "{}"), "tokenizer.json"),
     "tokenizer knows more words": (values("config.json", vocab_size=20), "vocab_size"),
+    "a word beyond all": (_word_beyond, "vocab_size"),
     "no tensors": (tensors("model.safetensors", lambda kept: {}), "no tensors"),
     "a key missing": (tensors("model.safetensors", _without_one), "missing"),
     "a key too many": (tensors("model.safetensors", lambda kept: kept.update(odd=torch.zeros(2))), "odd"),
