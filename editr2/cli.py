@@ -405,7 +405,7 @@ STOPPED = {
 
 
 def _dispatch(prog: str, commands: dict[str, Callable[[Arguments], int]], arguments: Arguments) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(f"usage: {prog} COMMAND [options]   ({prog} COMMAND --help tells its options)\n")
         for name, command in commands.items():
             print(f"  {name:<10} {command.__doc__}")

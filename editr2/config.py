@@ -47,6 +47,7 @@ SHARE = Bounds(at_least=0, at_most=1)
 POSITIVE = Bounds(above=0, at_most=1_000_000)
 WEIGHT = Bounds(at_least=0, at_most=1_000_000)
 TOKENS = Bounds(at_least=1, at_most=32_768)
+SIBLINGS = Bounds(at_least=2, at_most=4_096, why="an advantage compares siblings")
 TURNS = Bounds(at_least=1, at_most=64)
 STEPS = Bounds(at_least=1, at_most=1_000)
 PIXELS = Bounds(at_least=8, at_most=8_192)
@@ -182,7 +183,7 @@ class RolloutConfig:
     """
 
     sessions: int = setting(12, COUNT)
-    siblings: int = setting(8, Bounds(at_least=2, at_most=4_096, why="an advantage compares siblings"))
+    siblings: int = setting(8, SIBLINGS)
     turns: int = setting(3, TURNS)
     steps: int = setting(4, STEPS)
     shift: float | None = setting(None, Bounds(above=0, at_most=100))
@@ -350,7 +351,7 @@ class Config:
     """
 
     seed: int = setting(0, SEED)
-    out: str = setting("runs/train", path=True)
+    out: str = setting("runs/train", path=True, what="a folder")
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -566,8 +567,15 @@ def _loss_and_window(config: Config, command: str) -> Iterator[str]:
 def _noise_level(config: Config, command: str) -> Iterator[str]:
     r = config.rollout
     drawn = r.window > 0 and (command in _TRAINS or config.eval.sampler == "rollout")
-    if drawn and not (bounds := NOISE_LEVELS[r.dynamics]).hold(r.noise_level):
-        yield f"rollout.noise_level: {r.noise_level} (accepted with rollout.dynamics {r.dynamics}: {bounds})"
+    if drawn and (problem := noise_problem(r.dynamics, r.noise_level)):
+        yield problem
+
+
+def noise_problem(dynamics: str, level: float) -> str | None:
+    """What is wrong with the noise level of a window's steps, or None."""
+    if (bounds := NOISE_LEVELS[dynamics]).hold(level):
+        return None
+    return f"rollout.noise_level: {level} (accepted with rollout.dynamics {dynamics}: {bounds})"
 
 
 @_rule(*_TRAINS)

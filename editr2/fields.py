@@ -139,9 +139,13 @@ class Slot:
     accepts: Accepts
 
 
-@functools.cache
 def slots(schema: type[Any]) -> dict[str, Slot]:
     """What the constructor of a dataclass takes, by name."""
+    return _slots(schema)  # type: ignore[arg-type]  # mypy holds classes to be unhashable
+
+
+@functools.cache
+def _slots(schema: type[Any]) -> dict[str, Slot]:
     hints = get_type_hints(schema)
     missing = dataclasses.MISSING
     return {
@@ -257,8 +261,7 @@ def _convert(value: Any, hint: Any, key: str, accepts: Accepts, *, build: bool) 
             return {name: _convert(v, kind, f"{key}.{name}", accepts, build=build) for name, v in value.items()}
     elif hint is float:
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            with_range = abs(value) < 1 << 1023 if isinstance(value, numbers.Integral) else True
-            if with_range:
+            if not isinstance(value, numbers.Integral) or abs(int(value)) < 1 << 1023:
                 return float(value)
         if isinstance(value, str) and _FLOAT.fullmatch(value) and math.isfinite(float(value)):
             return float(value)
@@ -326,9 +329,9 @@ def out_of_bounds(value: Any, slot: Slot, key: str) -> str | None:
             return f"{at}: {_shown(item)} (accepted: {accepted(slot.hint if at == key else type(item), accepts)})"
         if isinstance(item, str) and get_origin(slot.hint) is not Literal:
             if not item and not accepts.empty:
-                return problem(at, item)
+                return problem(at, item, "; this is empty")
             if accepts.path and "\0" in item:
-                return problem(at, item, " without a NUL")
+                return problem(at, item, "; this has a NUL")
     if accepts.among is not None and value not in tuple(accepts.among()):
         return problem(key, value)
     if accepts.check is not None and (wrong := accepts.check(value)):
@@ -393,9 +396,11 @@ def _normalised(config: Any, prefix: str) -> Any:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             better = _normalised(value, f"{prefix}{name}.")
+            changed = better is not value
         else:
             better = convert(value, slot.hint, prefix + name, slot.accepts)
-        if better is not value and (type(better) is not type(value) or better != value):
+            changed = repr(better) != repr(value)  # 1 and 1.0 are equal
+        if changed:
             changes[name] = better
     return dataclasses.replace(config, **changes) if changes else config
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -59,6 +61,13 @@ class Option:
         return accepted(self.slot.hint, self.slot.accepts)
 
 
+class _Help(argparse.HelpFormatter):
+    """A name such as ddim-sde stays whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Flags:
     """The flags of one command.
 
@@ -98,7 +107,7 @@ class Flags:
 
     def settings(self, schema: type[Any]) -> None:
         """A flag for every field of a dataclass and of those nested in it, with help from the docstrings."""
-        told = dict(_documented(schema))
+        told = documented(schema)  # type: ignore[arg-type]  # mypy holds classes to be unhashable
         for key, slot in leaves(schema):
             group, text, default = told[key]
             self.options[f"--{key}"] = Option(f"--{key}", slot, text, default, group=group)
@@ -175,7 +184,8 @@ class Flags:
 
     def help(self) -> str:
         """As argparse prints it."""
-        parser = argparse.ArgumentParser(self.prog, self.usage().removeprefix("usage: "), self.description)
+        usage = self.usage().removeprefix("usage: ")
+        parser = argparse.ArgumentParser(self.prog, usage, self.description, formatter_class=_Help)
         groups: dict[str, Any] = {"": parser}
         for option in [*self.positional, *self.options.values()]:
             if option.group not in groups:
@@ -226,13 +236,14 @@ def suggestions(name: str, known: Iterable[str]) -> list[str]:
 
 def from_text(text: str, hint: Any) -> Any:
     """A flag's text as YAML reads it, or as it is where a text is wanted. What YAML cannot read stays a text, for the
-    converter to refuse. `0.9,0.99` is a list where one is wanted."""
+    converter to refuse. `0.9,0.99` and `512x512` are lists where one is wanted."""
     kinds = [kind for kind in (get_args(hint) if type(None) in get_args(hint) else (hint,)) if kind is not type(None)]
     if all(kind is str or get_origin(kind) is Literal for kind in kinds):
         return text
     value = _scalar(text)
-    if isinstance(value, str) and "," in value and any(get_origin(kind) in (list, tuple) for kind in kinds):
-        return [_scalar(part) for part in value.split(",")]
+    if isinstance(value, str) and any(get_origin(kind) in (list, tuple) for kind in kinds):
+        parts = re.split(r"[,x]", value)
+        return [_scalar(part) for part in parts] if len(parts) > 1 else value
     return value
 
 
@@ -266,6 +277,12 @@ def _metavar(option: Option) -> str:
     if get_origin(kind) in (list, tuple):
         return ",".join(names.get(item, "TEXT") for item in get_args(kind))
     return "{NAME: X}" if get_origin(kind) is dict else names.get(kind, "TEXT")
+
+
+@functools.cache
+def documented(schema: type[Any]) -> dict[str, tuple[str, str, Any]]:
+    """The heading, help and default of every field, by its dotted key."""
+    return dict(_documented(schema))
 
 
 def _documented(schema: type[Any], prefix: str = "") -> Iterable[tuple[str, tuple[str, str, Any]]]:

@@ -123,7 +123,7 @@ def decode_image(data: bytes, size: Size | None = None, resize: str = "no") -> P
     except Image.DecompressionBombError as error:
         raise DataError(f"several times more pixels than any image may have (accepted: {_fewer_pixels()})") from error
     except Exception as error:
-        raise DataError(f"not a readable image: {_first_line(error)}") from error
+        raise DataError(f"not a readable image: {first_line(error)}") from error
     return np.array(image if size is None else _fitted(image, size, resize))
 
 
@@ -231,7 +231,7 @@ def _to_srgb(profile: bytes) -> tuple[bool, Any]:
         before = colours if mode == "RGB" else np.arange(256, dtype=np.uint8)[None]
         after = np.asarray(ImageCms.applyTransform(Image.fromarray(before), transform)).astype(int)
     except (OSError, ImageCms.PyCMSError, ValueError) as error:
-        raise DataError(f"colour profile cannot be read: {_first_line(error)} {accepted}") from error
+        raise DataError(f"colour profile cannot be read: {first_line(error)} {accepted}") from error
     moved = np.abs(after - before.reshape(1, after.shape[1], -1)).max()
     return mode == "L", None if moved <= SRGB_LEVELS else transform
 
@@ -252,7 +252,8 @@ def _fitted(image: Image.Image, size: Size, resize: str) -> Image.Image:
     raise DataError(_another_size(image.height, image.width, size))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for a message of ours."""
     # Pillow names the buffer's address in "cannot identify image file <_io.BytesIO object at 0x…>".
     text = str(error).split(" <_io.BytesIO")[0].strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return shown(text.splitlines()[0] if text else type(error).__name__)

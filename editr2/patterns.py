@@ -9,14 +9,12 @@ price is that some expressions of many nested repeats are refused that would hav
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
-if hasattr(re, "_parser"):  # since Python 3.11
-    from re import _parser as sre_parse  # type: ignore[attr-defined]
-else:
-    import sre_parse  # type: ignore[no-redef]
+sre_parse: Any = importlib.import_module("re._parser" if hasattr(re, "_parser") else "sre_parse")  # the name since 3.11
 
 LENGTH = 64
 """Characters of a layer's name that a repeat can share out; published transformers have names of up to 60."""

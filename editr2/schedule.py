@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from editr2.config import ROLLOUT_DYNAMICS, Config, RolloutConfig
+from editr2.config import ROLLOUT_DYNAMICS, Config, RolloutConfig, noise_problem
 from editr2.errors import ConfigError
 from editr2.policies.base import Policy, ScheduledPolicy
 from editr2_kernels import flow_sigmas, transition_table
@@ -110,6 +110,8 @@ def make_sampler(
         raise ConfigError(f"rollout.window: {window} (accepted: 0 to {named} = {steps})")
     if dynamics not in ROLLOUT_DYNAMICS:
         raise ConfigError(f"rollout.dynamics: {dynamics!r} (accepted: {', '.join(ROLLOUT_DYNAMICS)})")
+    if window and (problem := noise_problem(dynamics, noise_level)):
+        raise ConfigError(problem)
     if not 0 < window_range <= 1:
         raise ConfigError(f"rollout.window_range: {window_range} (accepted: above 0, at most 1)")
     try:

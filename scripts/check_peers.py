@@ -106,10 +106,12 @@ class Sandbox:
     """Within, some modules of a checkout can be imported; what they brought is gone again at the end."""
 
     def __init__(self, root: Path, modules: Collection[str]) -> None:
-        self._finders = (_Own(root, modules), _Missing(root))
+        self._own = _Own(root, modules)
+        self._finders = (self._own, _Missing(root))
 
     def __enter__(self) -> Sandbox:
-        self._before = dict(sys.modules)
+        names = [name for name in sys.modules if name.partition(".")[0] in self._own.packages]
+        self._hidden = {name: sys.modules.pop(name) for name in names}
         sys.meta_path.insert(0, self._finders[0])
         sys.meta_path.append(self._finders[1])
         return self
@@ -121,8 +123,7 @@ class Sandbox:
             sys.meta_path.remove(finder)
             for name in finder.found:
                 sys.modules.pop(name, None)
-                if name in self._before:
-                    sys.modules[name] = self._before[name]
+        sys.modules.update(self._hidden)
 
 
 class _Finder(MetaPathFinder):
@@ -199,13 +200,18 @@ def _defined(file: Path) -> set[str]:
     text = file.read_text(errors="replace")
     if "_step" not in text:
         return set()
-    return {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    with contextlib.suppress(SyntaxError):  # a template, or Python 2
+        return {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    return set()
 
 
 def commit_of(root: Path) -> tuple[str, str]:
     """Its commit and date; dashes for a folder that is no checkout."""
     command = ["git", "-C", str(root), "log", "-1", "--format=%h %cs"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # without git
+        return "-", "-"
     commit, _, date = done.stdout.strip().partition(" ")
     return (commit, date) if done.returncode == 0 and date else ("-", "-")
 
@@ -237,6 +243,10 @@ def drawing(how: str, x_next: Tensor, name: str = "prev_sample") -> tuple[dict[s
         return {name: x_next}, []
     sources = [generator(seed) for seed in range(len(x_next) if how == "list" else 1)]
     return {"generator": sources if how == "list" else sources[0]}, sources
+
+
+def product(*choices: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    return itertools.product(*choices)
 
 
 SHAPES = ((3, 4, 6, 6), (3, 10, 8), (1, 5, 7), (2, 4, 2, 3, 5))
@@ -272,7 +282,7 @@ def flow_grpo_steps(module: ModuleType) -> Iterator[Call]:
     options: tuple[dict[str, Any], ...] = ({},)
     if newer:
         options = tuple({"sde_type": kind, "return_sqrt_dt": dt} for kind in ("sde", "cps") for dt in (True, False))
-    for shape, steps, *rest in itertools.product(
+    for shape, steps, *rest in product(
         SHAPES, (4, 10), (0.1, 0.7, 1.3), HOWS, (torch.float32, torch.bfloat16), options
     ):
         for at in places(steps, shape[0]) if newer or len(shape) == 4 else ():
@@ -305,8 +315,8 @@ def flow_grpo_advantage(
 
 def flow_grpo_advantages(module: ModuleType) -> Iterator[Call]:
     wide, kinds = (False, True), (("grpo", 1), ("grpo", 2), ("rwr", 1))
-    for *case, (kind, times) in itertools.product(SCORES, (4, 48), (1, 3), (None, 1, 5), wide, kinds):
-        yield partial(flow_grpo_advantage, module, *case, kind, times)
+    for *case, (kind, times) in product(SCORES, (4, 48), (1, 3), (None, 1, 5), wide, kinds):
+        yield partial(flow_grpo_advantage, module, *(*case, kind, times))
 
 
 LEVELS: dict[str, Any] = {"0.6": 0.6, "1.2": 1.2, "a sample": torch.tensor([0.6, 0.2, 0.9]), "own": None}
@@ -337,7 +347,7 @@ def flow_factory_step(
 
 def flow_factory_steps(module: ModuleType) -> Iterator[Call]:
     kinds, ways = ("Flow-SDE", "Dance-SDE", "CPS", "ODE"), ("0-dim", "float", "[1]", "[B]", "both ends")
-    for shape, kind, level, how, way, dtype, scored in itertools.product(
+    for shape, kind, level, how, way, dtype, scored in product(
         SHAPES[:2], kinds, LEVELS, HOWS, ways, (torch.float32, torch.bfloat16), (True, False)
     ):
         if level != "own" or way != "both ends":  # the schedule has no level there
@@ -384,10 +394,10 @@ def verl_omni_rollout(module: ModuleType, shape: tuple[int, ...], sde_type: str,
 
 def verl_omni_steps(module: ModuleType) -> Iterator[Call]:
     kinds, levels, constants = ("sde", "cps", "dance_sde"), (0.1, 0.7, 1.3), (True, False)
-    for shape, *case in itertools.product(SHAPES, kinds, levels, HOWS, constants):
+    for shape, *case in product(SHAPES, kinds, levels, HOWS, constants):
         for at in (None, *places(8, shape[0])):
-            yield partial(verl_omni_step, module, shape, *case, at)
-    for whole in itertools.product(SHAPES, kinds, levels, (True, False)):
+            yield partial(verl_omni_step, module, *(shape, *case, at))
+    for whole in product(SHAPES, kinds, levels, (True, False)):
         yield partial(verl_omni_rollout, module, *whole)
 
 
@@ -419,7 +429,7 @@ def verl_omni_nft(
 
 def verl_omni_losses(module: ModuleType) -> Iterator[Call]:
     dtypes = (torch.float32, torch.float64)
-    for case in itertools.product(SHAPES, (0.1, 1.0), (1e-5, 0.6), (0.0, 0.2), (1, 3), (1.0, 5.0), dtypes):
+    for case in product(SHAPES, (0.1, 1.0), (1e-5, 0.6), (0.0, 0.2), (1, 3), (1.0, 5.0), dtypes):
         yield partial(verl_omni_nft, module, *case)
 
 
@@ -448,11 +458,9 @@ def dance_grpo_step(
 
 def dance_grpo_steps(module: ModuleType) -> Iterator[Call]:
     either = (True, False)
-    for shape, steps, *case in itertools.product(
-        SHAPES, (4, 10), (0.1, 0.3, 1.0), either, either, either, (int, torch.tensor)
-    ):
+    for shape, steps, *case in product(SHAPES, (4, 10), (0.1, 0.3, 1.0), either, either, either, (int, torch.tensor)):
         for place in (0, steps // 2, steps - 1):
-            yield partial(dance_grpo_step, module, shape, steps, *case, place)
+            yield partial(dance_grpo_step, module, *(shape, steps, *case, place))
 
 
 GRIDS: dict[str, tuple[Callable[[ModuleType], Iterator[Call]], ...]] = {

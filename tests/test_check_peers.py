@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -52,7 +53,9 @@ def lines(capsys):
 
 
 @pytest.mark.parametrize("name, source", [("flow_grpo", ""), ("flow_factory", "src"), ("verl_omni", "")])
-def test_a_project_that_agrees(script, tmp_path, capsys, name, source):
+def test_a_project_that_agrees(script, tmp_path, capsys, monkeypatch, name, source):
+    installed = ModuleType(name)  # another version: out of the way while the checkout is looked at
+    monkeypatch.setitem(sys.modules, name, installed)
     before = set(sys.modules)
     assert script.main([str(checkout(tmp_path, name, source=source)), "--every", "61"]) == 0
     rows = lines(capsys)
@@ -63,6 +66,7 @@ def test_a_project_that_agrees(script, tmp_path, capsys, name, source):
         back = int(row[4].split()[1])
         assert back < int(row[4].partition(",")[0]), "the operators must have some calls"
     assert not {module for module in set(sys.modules) - before if module.startswith(name)}, "nothing stays behind"
+    assert sys.modules[name] is installed
 
 
 def test_scripts_that_define_a_step_and_what_they_cannot_import(script, tmp_path, capsys):

@@ -646,3 +646,29 @@ def test_a_mutated_list_loads_or_is_one_line(way: Callable[[Path, Bad], Way], pa
             else:
                 assert validate(out) == []
     assert count / 4 < refused < count  # both happen
+
+
+@pytest.mark.parametrize("column", [b"input_images", b"prompt"])
+def test_a_broken_parquet_file_is_one_line(column: bytes, tmp_path: Path) -> None:
+    """pyarrow gives it as anything; here as a UnicodeDecodeError, and as a name with an escape sequence."""
+    for byte in (b"\xff", b"\x1b"):
+        made = imgedit_parquet(tmp_path, encoded(picture()))
+        made.source.write_bytes(made.source.read_bytes().replace(column, byte + column[1:]))
+        with pytest.raises(DataError) as error:
+            import_sessions(made.form, made.source, tmp_path / "out")
+        assert str(error.value).isprintable() and str(error.value).startswith(f"{made.source}: ")
+
+
+@pytest.mark.parametrize("part", ["__iter__", "__getitem__"])
+def test_a_broken_dataset_is_one_line(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder that can be opened: its rows, or a row's image, cannot be read."""
+    made = dataset_of_paths(tmp_path, encoded(picture()))
+    where = made.source if part == "__iter__" else f"{made.source}: row 0: image"
+
+    def broken(*given: Any) -> Any:
+        raise ValueError("Buffer #0 too small\nand more")
+
+    monkeypatch.setattr(pytest.importorskip("datasets").Dataset, part, broken)
+    with pytest.raises(DataError) as error:
+        import_sessions(made.form, made.source, tmp_path / "out")
+    assert str(error.value) == f"{where}: cannot be read: Buffer #0 too small"

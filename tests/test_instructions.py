@@ -203,6 +203,22 @@ def test_marks_that_are_no_special_tokens_are_text_too(
     assert think not in read.ids("a<think>b") and read.ids("abc") == words.encode("abc").ids
 
 
+def test_words_are_tokenised_with_the_template_s_beside_them(pipelines: Callable[[str], Any]) -> None:
+    """A line's end before an instruction that begins with one is one token with it in Qwen's vocabulary."""
+    from transformers import PreTrainedTokenizerFast
+
+    parts = json.loads(pipelines("qwen-edit").tokenizer.backend_tokenizer.to_str())
+    parts["model"]["vocab"]["ĊĊ"] = 500
+    parts["model"]["merges"].append(["Ċ", "Ċ"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)))
+    read = Words(tokenizer)
+    before, after = "<|im_start|>user\n", "\n<|im_end|>\n<|im_start|>assistant\n"
+    for text in (*ORDINARY, "\nx", "x\n"):
+        whole = tokenizer(before + text + after)["input_ids"]
+        assert read.within(before, text, after) == whole
+    assert 500 not in read.ids("\nx") and 500 in read.within(before, "\nx", after)
+
+
 def test_a_model_of_whole_pieces_does_not_know_its_marks_in_words() -> None:
     """Unigram, WordLevel and WordPiece hold their marks among their pieces; a BPE does not."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", "▁a", *"</>spadunk|"]
@@ -353,6 +369,23 @@ def test_an_instruction_that_is_too_long_is_an_error_of_its_line(
     assert str(error.value) == f"text {LONG!r}: {problem}"
 
 
+@pytest.mark.parametrize("model", ("kontext", "qwen-edit"))
+def test_a_check_says_it_too(model: str, pipelines: Any, policy: Any, beside: Any, tmp_path: Path) -> None:
+    """By the tokenizers in the weights' folder."""
+    count = tokens_by_the_stock_tokenizer(policy(model), LONG)
+    if model == "kontext":
+        pipelines(model).save_pretrained(tmp_path / "weights")
+    else:
+        beside("tiny_qwen").save_pipeline(pipelines(model), tmp_path / "weights")
+    save_sessions([Session("k", np.zeros((*SIZE, 3), np.uint8), (Turn(LONG),))], tmp_path / "data")
+    settings = {"model": model, "weights": str(tmp_path / "weights"), "resolution": SIZE, "text_tokens": count - 1}
+    config = replace_nested(Config(), {"data": {"path": str(tmp_path / "data")}, "policy": settings})
+    where = f"{tmp_path}/data/sessions.jsonl:1: turns[0].instruction: of session 'k': "
+    assert f"{where}{count} tokens (accepted: up to {count - 1}, policy.text_tokens)" in preflight(config).problems
+    fits = replace_nested(config, {"policy": {"text_tokens": count}})
+    assert not [problem for problem in preflight(fits).problems if "tokens" in problem]
+
+
 @pytest.mark.parametrize("model", ("kontext", "klein", "klein-kv"))
 def test_the_models_own_limits(model: str, policy: Callable[..., Any]) -> None:
     made = policy(model)
@@ -396,9 +429,11 @@ def test_qwen_has_places_for_so_many_words_beside_its_images(
         assert problem == f"{rooms[turn] + 1} tokens (accepted: up to {rooms[turn]}, all that {model} reads)"
 
 
-def test_policies_without_a_tongue_are_not_asked(tmp_path: Path) -> None:
+def test_policies_without_a_tokenizer_are_not_asked(policy: Callable[..., Any], tmp_path: Path) -> None:
     save_sessions([Session("a", np.zeros((4, 4, 3), np.uint8), (Turn("x" * 10_000),))], tmp_path)
     config = replace_nested(Config(), {"data": {"path": str(tmp_path)}})
     made: Any = SimpleNamespace(image_size=(4, 4))
     assert len(open_sessions(config, made).sessions or []) == 1
-    assert json.loads((tmp_path / "sessions.jsonl").read_text())["id"] == "a"
+    made = policy("klein", text_tokens=20)
+    made.pipe = SimpleNamespace()  # as a benchmark of its own words has it
+    assert list(made.unreadable(["x" * 10_000])) == []

@@ -162,13 +162,14 @@ __device__ __forceinline__ void unscale8(const LatentsView& a, const Sample& s, 
                                          float g[kVector], float to_v[kVector]) {
   if (s.scales == nullptr) return;
   RowCursor cursor(s, at.i, a.width);
+  const bool one_row = a.width % kVector == 0;
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
     const RowScale& scale = cursor.scale;
     const float on_w = scale.on_w * scale.dot, on_v = scale.on_v * scale.dot;
     g[k] = scale.s * g[k] - on_w * q.w[k];
     to_v[k] = on_v * q.v[k];
-    cursor.next(k + 1 < at.valid);
+    if (!one_row) cursor.next(k + 1 < at.valid);
   }
 }
 

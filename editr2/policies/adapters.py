@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,15 +67,20 @@ def read_description(folder: Path) -> Saved:
     if not isinstance(lora, dict):
         what = f"rank, alpha and targets; without them a {TRANSFORMER} folder stands beside it"
         raise CheckpointError(f"{path}: lora: {lora!r} (accepted: {what})")
-    rank, alpha, targets = (lora.get(name) for name in ("rank", "alpha", "targets"))
+    rank, alpha, targets = lora.get("rank"), _above_zero(lora.get("alpha")), lora.get("targets")
     if type(rank) is not int or rank < 1:
         raise CheckpointError(f"{path}: lora.rank: {rank!r} (accepted: a whole number, at least 1)")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise CheckpointError(f"{path}: lora.alpha: {alpha!r} (accepted: a number above 0)")
-    named = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
-    if not named and not (isinstance(targets, str) and targets):
+    if alpha is None:
+        raise CheckpointError(f"{path}: lora.alpha: {lora.get('alpha')!r} (accepted: a number above 0)")
+    listed = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not targets or not (listed or isinstance(targets, str)):
         raise CheckpointError(f"{path}: lora.targets: {targets!r} (accepted: an expression, or a list of names)")
-    return Saved(said["model"], said["base"], Lora(rank, float(alpha), targets))
+    return Saved(said["model"], said["base"], Lora(rank, alpha, targets))
+
+
+def _above_zero(value: object) -> float | None:
+    """The number that JSON holds, None for another value."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9 else None
 
 
 _MEANT = {"model": "a name of policy.model", "base": "the folder or hub id of the weights it was trained from"}
@@ -103,7 +107,7 @@ def adapter_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def check_file(path: Path, needed: Mapping[str, Shape] | None = None) -> float:
+def check_file(path: Path, rank: int, needed: Mapping[str, Shape] | None = None) -> float:
     """The strength at which a LoRA file is to be applied: what its settings say, 1 without any.
 
     needed: shapes of the adapters it is for; None skips them. Raises `CheckpointError` naming the key."""
@@ -112,21 +116,28 @@ def check_file(path: Path, needed: Mapping[str, Shape] | None = None) -> float:
     shapes, metadata = read_header(path)
     if needed is not None:
         check_shapes(path, shapes, needed, f"the adapters that {DESCRIPTION} describes")
+    # Before adapters of a rank without bounds are made.
+    for key, shape in shapes.items():
+        if len(shape) == 2 and rank != (own := shape[0] if ".lora_A." in key else shape[1]):
+            raise CheckpointError(f"{path}: {key}: {list(shape)}, rank {own} (accepted: {rank}, by {DESCRIPTION})")
     if _SETTINGS not in metadata:
         return 1.0
     try:
         said = json.loads(metadata[_SETTINGS])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {_SETTINGS}: no JSON: {one_line(error)}") from error
-    found = {}
-    for name in ("r", "lora_alpha"):
-        value = found[name] = said.get(f"{TRANSFORMER}.{name}") if isinstance(said, dict) else None
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise CheckpointError(f"{path}: {_SETTINGS}: {TRANSFORMER}.{name}: {value!r} (accepted: a number above 0)")
+    values = said if isinstance(said, dict) else {}
+    found = []
+    for name in ("lora_alpha", "r"):
+        value = _above_zero(values.get(f"{TRANSFORMER}.{name}"))
+        if value is None:
+            what = f"{TRANSFORMER}.{name}: {values.get(f'{TRANSFORMER}.{name}')!r}"
+            raise CheckpointError(f"{path}: {_SETTINGS}: {what} (accepted: a number above 0)")
+        found.append(value)
     for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
-        if value := said.get(f"{TRANSFORMER}.{name}"):
+        if value := values.get(f"{TRANSFORMER}.{name}"):
             raise CheckpointError(f"{path}: {_SETTINGS}: {TRANSFORMER}.{name}: {value!r} (accepted: none)")
-    return float(found["lora_alpha"] / found["r"])
+    return found[0] / found[1]
 
 
 @torch.no_grad()
@@ -134,7 +145,7 @@ def load_adapter(module: nn.Module, path: Path, lora: Lora) -> None:
     """Fills adapters of these settings from a file, whatever its strength. Raises `CheckpointError` unless its tensors
     are exactly theirs: every key, every shape, every number finite."""
     needed = adapter_weights(module)
-    strength = check_file(path, {name: tuple(p.shape) for name, p in needed.items()})
+    strength = check_file(path, lora.rank, {name: tuple(p.shape) for name, p in needed.items()})
     found = read_tensors(path)
     check_finite(path, found)
     for name, p in needed.items():

@@ -362,7 +362,9 @@ class DiffusionPolicy(ABC):
         return recent + (self.config.keep_source and turn + 1 > recent)
 
     def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """As `ReadingPolicy.unreadable`: instructions that are too long."""
+        """As `ReadingPolicy.unreadable`: instructions that are too long; without its tokenizer nobody knows."""
+        if getattr(self.pipe, "tokenizer", None) is None:
+            return
         for turn, text in enumerate(instructions):
             if problem := self._too_long(text, self.images_at(turn)):
                 yield turn, problem

@@ -19,6 +19,7 @@ import torch
 from editr2.config import MODELS, PolicyConfig, policy_problems
 from editr2.errors import CheckpointError, ConfigError
 from editr2.finite import check_weights
+from editr2.hub import check_model
 from editr2.policies.adapters import (
     ALL_LINEAR,
     DESCRIPTION,
@@ -105,6 +106,7 @@ def load_diffusion(config: PolicyConfig, *, trains: bool = True, empty: bool = F
         saved_lora(config, kind, adapter)  # what is wrong with it is said before gigabytes are read
     if os.path.isabs(base) and not Path(base).is_dir():
         raise ConfigError(f"policy.weights: {base}: no {kind.pipeline} there (accepted: its folder, or a hub id)")
+    check_model(base, "policy.weights")
     pipe = _pipeline(kind, config, base, trained, whole=trains and not config.lora_rank, empty=empty)
     policy = kind(pipe, config)
     policy.base = str(trained or base)
@@ -211,9 +213,10 @@ def load_part(made: Any, source: Mapping[str, Any], where: str, *, exact: bool =
         gone, odd = sorted(found["missing_keys"]), sorted(found["unexpected_keys"]) if exact else []
     for key, given, own in misfits:
         raise ConfigError(f"{where}: {key}: {given} (accepted: {own}, by its config.json)")
-    for kind, keys in (("missing from", gone), ("unknown to its config.json but in", odd)):
+    for what, keys in (("missing from the weights", gone), ("no weight of its config.json's", odd)):
         if keys:
-            raise ConfigError(f"{where}: {keys[0]}: {kind} the weights (and {len(keys) - 1} more)")
+            more = f" (and {len(keys) - 1} more)" if keys[1:] else ""
+            raise ConfigError(f"{where}: {keys[0]}: {what}{more} (accepted: exactly what its config.json describes)")
     return module
 
 
@@ -303,8 +306,9 @@ def saved_lora(config: PolicyConfig, kind: type[DiffusionPolicy], folder: Path) 
         have, value = getattr(saved, name), getattr(asked, name)
         spelt_out = isinstance(have, list) and isinstance(value, str) and value.lower() == ALL_LINEAR
         if have != value and not spelt_out:  # the file's names are compared anyway
-            raise ConfigError(f"policy.lora_{name}: {value} (accepted: {have}, that of the LoRA in {folder})")
-    strength = check_file(folder / LORA_FILE)
+            accepted = f"the {len(have)} names in {DESCRIPTION}" if isinstance(have, list) else have
+            raise ConfigError(f"policy.lora_{name}: {value} (accepted: {accepted}, that of the LoRA in {folder})")
+    strength = check_file(folder / LORA_FILE, saved.rank)
     # What goes on training keeps its alpha; else the file counts as any loader takes it, without rounding it again.
     return saved if config.lora_rank else replace(saved, alpha=saved.rank * strength)
 
@@ -372,7 +376,8 @@ def save_policy(policy: DiffusionPolicy, folder: Path) -> None:
 
 def rehearse_save(policy: Policy, run: Path) -> None:
     """Saves the policy into a run's folder and removes it again: what cannot be saved fails before it is trained."""
-    folder = run / f".tmp-policy-{os.getpid()}"
+    folder = run / ".tmp-policy"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
     try:
         policy.save(folder)
     finally:

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from editr2.errors import CheckpointError, ConfigError, DataError
+from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from editr2.finite import ACCEPTED, unusable
 from editr2.policies.base import Intent, Questions, TokenScores, TurnReplay, TurnTask, Velocity, to_bytes
 from editr2.policies.packed import Segment, packed_is_cheaper, run_session, token_counts
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
@@ -214,8 +215,11 @@ class UnifiedPolicy:
         return UnifiedPolicy(model.eval(), codec, guidance)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes what `load` reads, adapters merged, weights rounded to `dtype`."""
+        """Writes what `load` reads, adapters merged, weights rounded to `dtype`. Raises `NonFiniteError` for a weight
+        that is not finite in it."""
         weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in merged_weights(self.module).items()}
+        if name := unusable(weights.items()):
+            raise NonFiniteError(f"{folder}: {name}: NaN, infinite or too large in {dtype} ({ACCEPTED}); not written")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(weights, folder / WEIGHTS)

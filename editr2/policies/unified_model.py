@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class UnifiedConfig:
     def load(path: Path) -> UnifiedConfig:
         """A file that `UnifiedPolicy.save` wrote. Raises `CheckpointError` or `ConfigError` naming the key."""
         values = read_json(path)
-        fields = {f.name: f.default for f in dataclasses.fields(UnifiedConfig)}
+        fields: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(UnifiedConfig)}
         if unknown := sorted(set(values) - set(fields)):
             raise ConfigError(f"{path}: unknown keys {unknown} (accepted: {', '.join(fields)})")
         if gone := sorted(set(fields) - set(values)):

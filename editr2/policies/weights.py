@@ -7,13 +7,15 @@ without LoRA it is the frozen copy that is needed anyway. One mechanism, no seco
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from editr2.errors import CheckpointError
+from editr2.errors import CheckpointError, ConfigError
+from editr2.tensor_files import one_line
 
 LORA_TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
 """Attention and MLP of both experts."""
@@ -67,12 +69,18 @@ def load_trainable(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def add_lora(module: nn.Module, rank: int, alpha: float | None = None, targets: str | None = None) -> None:
     """Adapters of rank `rank` and strength alpha (default 2 * rank) on every attention and MLP projection (or where
-    the expression `targets` says); everything else is frozen. B starts at zero: the policy is unchanged."""
+    the expression `targets` says); everything else is frozen. B starts at zero: the policy is unchanged.
+
+    Raises `ConfigError` for targets that match no layer, or one that takes no adapter."""
     from peft import LoraConfig, inject_adapter_in_model
 
     strength = 2 * rank if alpha is None else alpha
     config = LoraConfig(r=rank, lora_alpha=strength, target_modules=targets or LORA_TARGETS)
-    inject_adapter_in_model(config, module)
+    try:
+        inject_adapter_in_model(config, module)
+    except (ValueError, TypeError, re.error) as error:
+        why = f"an expression that matches linear layers of the model; {one_line(error)}"
+        raise ConfigError(f"policy.lora_targets: {targets!r} (accepted: {why})") from error
     for name, p in module.named_parameters():
         p.requires_grad_(".lora_" in name)
 

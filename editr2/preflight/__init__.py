@@ -81,8 +81,9 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     found(lambda: check_capture(config.rollout.capture, torch.device("cuda" if device.gpu else "cpu")))
     source = None
     if editor:
-        problems += (data := list(_data_problems(config, editor)))
-        if not data:
+        data = found(lambda: _data_problems(config, editor))
+        problems += data or []
+        if data == []:
             source = found(lambda: open_sessions(config, editor))
     if source and reward:
         found(lambda: _judge_once(reward, source[0]))

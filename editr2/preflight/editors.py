@@ -193,6 +193,20 @@ def _text_encoder(path: Path) -> nn.Module:
 
 
 @contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without diffusers' progress bars, for what takes no time."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def adapters_without_data(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Adapters put on a simulated module inside: on meta, where peft does not move them, which fake tensors do not
     bear; afterwards they are simulated, too, in float32. dtype: of the module."""
@@ -240,6 +254,30 @@ class DiffusionEditor:
         words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]
         self.said = round(1.4 * sum(words) / len(words))  # tokens of English; it matters where nothing is padded
 
+    def unreadable(self, instructions: Sequence[str]) -> Iterable[tuple[int, str]]:
+        """As the policy's, by the tokenizers in the weights' folder; of a published id they are not here."""
+        return self._reader.unreadable(instructions)
+
+    @cached_property
+    def _reader(self) -> DiffusionPolicy:
+        """The policy with the tokenizers that there are. Raises `ConfigError` for broken ones."""
+        import transformers
+
+        from editr2.policies.diffusion import without_processor_notes
+        from editr2.policies.load import weight_sources
+
+        folder = Path(weight_sources(self.config.weights or self.kind.published, self.config.model)[2])
+        loaders = {"tokenizer": "AutoTokenizer", "tokenizer_2": "AutoTokenizer", "processor": "Qwen2VLImageProcessor"}
+        needed = [name for name in loaders if name in self._arguments]
+        for name in needed if all((folder / name).is_dir() for name in needed) else ():
+            try:
+                with without_processor_notes():
+                    loader = getattr(transformers, loaders[name])
+                setattr(self.policy.pipe, name, loader.from_pretrained(folder / name))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"policy.weights: {folder / name}: {' '.join(str(error).split())}") from error
+        return self.policy
+
     def _policy(self, depth: Mapping[str, int]) -> Any:
         """The policy without data, so deep; raises the `ConfigError` of settings that it refuses."""
         from editr2.policies.load import put_adapter
@@ -267,15 +305,19 @@ class DiffusionEditor:
         with torch.device("meta"):
             module = self.transformer(**self.parts.transformer)
         if folder is not None and "quantization_config" not in self.parts.transformer:
-            shapes = {}
-            for path in (folder / TRANSFORMER).glob("*.safetensors"):
-                if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", path.name):
+            files = list((folder / TRANSFORMER).glob("diffusion_pytorch_model*.*"))
+            shapes: dict[str, tuple[int, ...]] = {}
+            for path in files:
+                if re.fullmatch(r"\w+(-\d+-of-\d+)?\.safetensors", path.name):  # no variant's
                     shapes |= read_header(path)[0]
-            needed = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-            check_shapes(folder / TRANSFORMER, shapes, needed, "its config.json")
+            if shapes or not any(path.suffix == ".bin" for path in files):  # torch's own format has no header
+                needed = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+                check_shapes(folder / TRANSFORMER, shapes, needed, "its config.json")
         if adapter is not None:
-            put_adapter(module, self.config, self.kind, adapter)
-            check_file(adapter / LORA_FILE, {name: tuple(p.shape) for name, p in adapter_weights(module).items()})
+            lora = put_adapter(module, self.config, self.kind, adapter)
+            assert lora is not None  # the folder has one
+            needed = {name: tuple(p.shape) for name, p in adapter_weights(module).items()}
+            check_file(adapter / LORA_FILE, lora.rank, needed)
 
     @cached_property
     def _arguments(self) -> Mapping[str, inspect.Parameter]:

@@ -36,7 +36,10 @@ def run_problems(
     names: of the rewards; None skips what needs them. own: the policy's noise schedule. cannot_pack: what the policy is
     called if it has no packed replay. processes: of the run.
     """
-    yield from config_problems(config, command)
+    said = set()
+    for problem in config_problems(config, command):
+        said.add(problem)
+        yield problem
     config, trains = mended(config), command in ("train", "check")
     checks: list[Callable[[], Any]] = [lambda: eval_sampler(config, own)]
     if trains:
@@ -45,12 +48,11 @@ def run_problems(
         checks.append(lambda: weight_vector(names, config.credit.weights))
     if names is not None and trains:
         checks.append(lambda: credit_options(config.credit, tuple(names)))
-    said: set[str] = set()
     for check in checks:
         try:
             check()
         except UserError as error:
-            if str(error) not in said:  # both samplers read the same fields
+            if str(error) not in said:  # the samplers read the same fields
                 yield str(error)
             said.add(str(error))
     if not trains:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from editr2.config import Config, check_config, preset_config, replace_nested
+from editr2.config import COUNT, SIBLINGS, TIMES, Config, check_config, preset_config, replace_nested
 from editr2.errors import ConfigError
+from editr2.fields import setting
 
 TURNS = 3
 """Turns of every held-out session, as in all published work."""
@@ -112,11 +113,11 @@ class Settings:
         sampler: of the evaluation, as `eval.sampler`.
     """
 
-    iterations: int = Config().train.iterations
-    sessions: int = 500
-    groups: int = Config().rollout.sessions
-    siblings: int = Config().rollout.siblings
-    sampler: str = Config().eval.sampler
+    iterations: int = setting(Config().train.iterations, TIMES)
+    sessions: int = setting(500, COUNT)
+    groups: int = setting(Config().rollout.sessions, COUNT)
+    siblings: int = setting(Config().rollout.siblings, SIBLINGS)
+    sampler: Literal["rollout", "ode"] = Config().eval.sampler
 
 
 def find_arms(names: str | None) -> tuple[Arm, ...]:

@@ -57,8 +57,8 @@ def _no_tangent(name: str, values: Sequence[Any]) -> None:
 def differentiable(
     name: str, *, setup_context: Callable[[Any, tuple, Any], None], backward: Callable[..., tuple]
 ) -> None:
-    """Gives an operator its gradient, once and in reverse mode; the two functions are as torch.library.register_autograd
-    takes them. What it does not have, a second derivative or a forward mode, raises RuntimeError."""
+    """Gives an operator its gradient, once, in reverse mode: a second derivative and forward mode raise RuntimeError.
+    The two functions are as torch.library.register_autograd takes them."""
     overload = getattr(torch.ops.editr2, name).default
 
     def below(keyset: Any, arguments: tuple) -> Any:

@@ -1,4 +1,4 @@
-"""What gradients are not: of second order, nor in forward mode. Both raise, of every differentiable operator and branch.
+"""What gradients are not: of second order, or in forward mode. Both raise, of every operator that has a gradient.
 
 Of the registration, which all backends share. A row is an operator and the argument that is differentiated.
 """
