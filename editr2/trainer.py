@@ -321,15 +321,16 @@ class _Loop:
     def _evaluate(self, name: str, row: dict[str, Any] | None) -> None:
         """The same weights score the same, whatever a reward drew before, and an evaluation leaves no trace."""
         config, processes = self.config, self.processes
-        seed = derive_seed(0, "eval", processes.index)
-        if name != "during":
-            shown, strips = self.source.heldout[: config.eval.strips], self.folder / "strips"
-            with generators_aside(seed), self.state.averaged() as averaged:
-                draw_strips(strips, name, averaged, self.reward, shown, self.sampler, config, processes)
+        seed, made = derive_seed(0, "eval", processes.index), row is None
         if row is None:
             with generators_aside(seed), self.state.averaged() as averaged:
                 found = evaluate(averaged, self.reward, self.source.heldout, self.evaluation_sampler, config, processes)
             row = found.row(self.state.iteration, name)
+        if name != "during":
+            shown, strips = self.source.heldout[: config.eval.strips], self.folder / "strips"
+            with generators_aside(seed), self.state.averaged() as averaged:
+                draw_strips(strips, name, averaged, self.reward, shown, self.sampler, config, processes)
+        if made:
             self._append(row)
             self.progress.note(evaluation_line(row))
 
