@@ -7,7 +7,7 @@
 # Every step has a limit of its own and leaves its log before the next begins, so that a limit loses only what follows;
 # they stand in the order of their worth. Run it in the repository's root, with what the machine lacks as wheels in
 # .whl/ (from a machine with a network: pip download --no-deps -d .whl diffusers==0.42.1 jsonargparse typeshed_client
-# docstring_parser importlib_resources importlib_metadata 'setuptools>=77,<82'):
+# docstring_parser importlib_resources importlib_metadata 'setuptools>=77,<82'; git describe --always > .whl/COMMIT):
 #
 #   OUT=results bash scripts/gpu_session.sh
 #
@@ -105,11 +105,11 @@ install_wheels() {
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$SCRATCH/site" .whl/*.whl
 }
 
-# Rows name the commit; a copy without git's folder cannot know it, unless .whl/COMMIT says it.
+# Rows name the commit. A copy that travelled may have no folder of git's, or a stale one: .whl/COMMIT is believed first.
 name_the_commit() {
   local commit
   if [[ -d $ROWS && -f .whl/COMMIT ]] && commit=$(< .whl/COMMIT) && [[ $commit =~ ^[0-9a-z.-]+$ ]]; then
-    sed -i "s/\"commit\": \"unknown\"/\"commit\": \"$commit\"/" "$ROWS"/*.jsonl
+    sed -i "s/\"commit\": \"[^\"]*\"/\"commit\": \"$commit\"/" "$ROWS"/*.jsonl
   fi
 }
 
