@@ -105,7 +105,7 @@ install_wheels() {
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$SCRATCH/site" .whl/*.whl
 }
 
-# Rows name the commit. A copy that travelled may have no folder of git's, or a stale one: .whl/COMMIT is believed first.
+# Rows name the commit. What travelled may have no folder of git's, or a stale one: .whl/COMMIT goes first.
 name_the_commit() {
   local commit
   if [[ -d $ROWS && -f .whl/COMMIT ]] && commit=$(< .whl/COMMIT) && [[ $commit =~ ^[0-9a-z.-]+$ ]]; then
@@ -148,8 +148,8 @@ SECTIONS=(SpeedOfLight MemoryWorkloadAnalysis SchedulerStats WarpStateStats Inst
 on_gpu counters 45 ncu --clock-control none "${SECTIONS[@]/#/--section=}" --kernel-id '::regex:^[a-z_]+_kernel$:1' \
   "$PYTHON" -m scripts.headline --first 1 --backends cuda --seconds 0
 tests bench_usual 110 "${TIMED[@]}" "${BENCH[@]}" -k "$FUSED and 16x4096 and not ($NOT)"
-tests rest 120 "${PARALLEL[@]}" $GPU tests/kernels/test_token_log_prob.py tests/test_packed.py tests/test_bench.py -m gpu \
-  -k "not (test_gpu and ($STRICT))"
+OTHERS=(tests/kernels/test_token_log_prob.py tests/test_packed.py tests/test_bench.py)
+tests rest 120 "${PARALLEL[@]}" $GPU "${OTHERS[@]}" -m gpu -k "not (test_gpu and ($STRICT))"
 
 name_the_commit
 keep
