@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_session.sh"
 # The steps that pytest runs, and a word that one of the selected tests must have in its name, for each of these.
 OPERATORS = ("philox_normal", "sde_step", "sde_log_prob", "grpo_loss", "nft_loss", "token_log_prob", "group_advantage")
+LIMITS = ("last_block", "31_elements", "off_16", "repeats")
 SELECTED = {
-    "strict": (*OPERATORS, "two_gpu", "never_waits", "captured", "out_of_range", "other_stream", "dtype2"),
+    "strict": (*OPERATORS, "two_gpu", "never_waits", "captured", "out_of_range", "other_stream", "dtype2", *LIMITS),
     "bench_large": ("test_sde_step[512x4096", "test_grpo_loss[512x4096", "test_nft_loss[512x4096"),
     "editors": ("Kontext", "klein", "-train", "-rollout"),
     "capture": ("captured_rollout", "does_not_wait", "never_wait"),

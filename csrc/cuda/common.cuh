@@ -277,17 +277,7 @@ __device__ __forceinline__ float sample_mean(const float* partials, int64_t b, u
   return static_cast<float>(lanes_sum(sum) / static_cast<double>(n));
 }
 
-// The means of every sample's moments -> moments[B, kMaxMoments], by one block; all its threads may read them.
 constexpr int kMaxMoments = 5;
-__device__ inline void fill_moments(const float* partials, unsigned chunks, int count, int64_t n, int64_t batch,
-                                    float* moments) {
-  for (int64_t b = warp_of(); b < batch; b += kWarps)
-    for (int m = 0; m < count; ++m) {
-      const float mean = sample_mean(partials, b, chunks, count, m, n);
-      if (lane_of() == 0) moments[kMaxMoments * b + m] = mean;
-    }
-  __syncthreads();
-}
 
 __device__ __forceinline__ double larger(double a, double b) { return b > a || b != b ? b : a; }  // NaN wins
 

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(editr2_kernels.__file__).parent
 # Kernels over latents or logits, by the tensors they read: those that only write have no loads to look for.
 ELEMENTWISE = {
-    "normal_kernel": 0, "step_kernel": 3, "replay_kernel": 4, "backward_kernel": 5, "row_sums_kernel": 3,
+    "normal_kernel": 0, "step_kernel": 3, "replay_kernel": 4, "backward_kernel": 5, "row_norms_kernel": 3,
+    "row_dots_kernel": 5,
     "nft_kernel": 5, "nft_backward_kernel": 5, "token_kernel": 1, "token_backward_kernel": 1,
 }  # fmt: skip
 # Kernels that write latents or logits, by the places where they store eight elements.
