@@ -68,4 +68,4 @@ def check_model(name: str, key: str) -> None:
         return
     why = offline()
     if why and not isinstance(try_to_load_from_cache(name, "model_index.json"), str):
-        raise ConfigError(f"{key}: {name}: no folder, not downloaded before, and {why} (accepted: a pipeline's folder)")
+        raise ConfigError(f"{key}: {name}: no folder, not downloaded before, and {why} (accepted: its folder, or network)")
