@@ -469,7 +469,7 @@ def assembled(key: str, value: Any, start: dict[str, Any], out: Path) -> Config:
     return config
 
 
-BUDGET = 60
+BUDGET = 120
 """Seconds of the CPU for the smallest run with one setting changed. It takes 0.4, and 30 where it is compiled."""
 
 
