@@ -152,7 +152,7 @@ class DiffusionPolicy(ABC):
     - `mu`: the scheduler's shift for a number of steps, None where its settings have no use for one;
     - `predict`: the transformer's velocity for the noisy tokens, given conditions and prompt;
     - `check`, when it has settings of its own to refuse, and `derive`, when it computes something from the conditions;
-    - `text_length`, when prompts are not padded, and `pipeline_class`, `transformer_class`, when they are not of
+    - `prompt_length`, when prompts are not padded, and `pipeline_class`, `transformer_class`, when they are not of
       diffusers. `editr2 check` asks the class for everything else, too.
 
     It finds here the sizes (`grid`, `condition_grid`: rows and columns of latent tokens; `text_image_size`: of images
@@ -278,7 +278,7 @@ class DiffusionPolicy(ABC):
     def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ()
 
-    def text_length(self, said: int, images: int) -> int:
+    def prompt_length(self, said: int, images: int) -> int:
         """Tokens of a prompt as the transformer sees it, for `check`. said: tokens of the instruction; images: that the
         turn sees. By default what FLUX's pipelines pad to."""
         return self.text_tokens or 512

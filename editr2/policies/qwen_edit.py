@@ -107,7 +107,7 @@ class QwenEditPolicy(DiffusionPolicy):
     def _template(self, text: str, images: int) -> str:
         return self.pipe.prompt_template_encode.format(text)
 
-    def text_length(self, said: int, images: int) -> int:
+    def prompt_length(self, said: int, images: int) -> int:
         # A token of Qwen2.5-VL stands for 28 x 28 pixels; its template leaves 10 tokens.
         height, width = self.text_image_size
         return 10 + min(self.text_tokens or said, said) + round(height / 28) * round(width / 28) * images

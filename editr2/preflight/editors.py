@@ -384,7 +384,7 @@ class DiffusionEditor:
 
     def text_length(self, turn: int) -> int:
         """Tokens of an instruction as the transformer sees it."""
-        return self.policy.text_length(self.said, self.conditions(turn))
+        return self.policy.prompt_length(self.said, self.conditions(turn))
 
     def context(self, policy: Any, batch: int, turn: int) -> Any:
         """A context of the sizes that a batch has at this turn."""
