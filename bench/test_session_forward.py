@@ -38,7 +38,7 @@ def make_tasks(policy: UnifiedPolicy, turns: int, rollouts: int = ROLLOUTS) -> t
             earlier = [[u.instruction for u in s.turns[:t]] for s in sessions]
             questions = Questions(earlier, [s.turns[t].instruction for s in sessions], [s.mode for s in sessions])
             told = [f"{s.turns[t].meta['reasoning']} {THINK_END} {s.turns[t].intent}" for s in sessions]
-            answers = [(*policy.codec.encode(text), policy.codec.im_end) for text in told]
+            answers = [(*policy.codec.encode(text, marks=True), policy.codec.im_end) for text in told]
         outputs = np.stack([shapes.render(s[t + 1].scene) for s in scenes])
         x = torch.randn(rollouts, PLACES, *policy.latent_shape, generator=generator)
         sigma = torch.rand(rollouts, PLACES, generator=generator)

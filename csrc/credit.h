@@ -137,13 +137,21 @@ EDITR2_HD float credit_moment(int64_t sum, int64_t divisor, int32_t size) {
   const int64_t rounded = (2 * magnitude + divisor) / (2 * divisor);
   return static_cast<float>(sum < 0 ? -rounded : rounded) * credit_power(credit_exponent(size) - 40);
 }
-EDITR2_HD float credit_mean(float x, bool all_equal_x, int64_t sum, int64_t count, int32_t size) {
-  return all_equal_x && credit_finite(size) ? x : credit_moment(sum, count, size);
+
+// A set's least value and its mean above that: about it, scores far from 0 that hardly differ lose nothing.
+struct Centre {
+  float least, above;
+};
+EDITR2_HD float credit_above(float x, float least) { return x - least; }
+EDITR2_HD float credit_deviation(const Centre& centre, float x) {
+  const float y = credit_above(x, centre.least);
+  return y - centre.above;
 }
+EDITR2_HD float credit_mean(const Centre& centre) { return centre.least + centre.above; }
 
 // Steps 5b and 7.
-EDITR2_HD bool credit_drops(const AdvantageArgs& a, float mean, float std) {
-  return std <= a.min_std || mean >= a.max_mean;
+EDITR2_HD bool credit_drops(const AdvantageArgs& a, const Centre& centre, float std) {
+  return std <= a.min_std || credit_mean(centre) >= a.max_mean;
 }
 EDITR2_HD float credit_denominator(const AdvantageArgs& a, float std) {
   if (a.eps_floor) return std < a.eps ? a.eps : std;

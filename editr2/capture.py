@@ -19,22 +19,24 @@ import torch
 from torch import Tensor
 
 from editr2.errors import ConfigError
-from editr2.policies.base import BucketedPolicy, Policy
+from editr2.policies.base import BucketedPolicy, Policy, witness
 from editr2_kernels import sde_step
 
 GRAPHS = 64  # kept a policy, the latest used; more shapes than that cost more recordings
 
 
 class Stepped(NamedTuple):
-    """x_next [B, *latent] in the dtype of x, log_prob [B]; velocity, combined, like x_next where it is kept."""
+    """x_next [B, *latent] in the dtype of x, log_prob [B]; velocity, combined, like x_next where it is kept. witness:
+    float32 [B], not finite where the velocity or a branch of its guidance is not."""
 
     x_next: Tensor
     log_prob: Tensor
     velocity: Tensor | None
+    witness: Tensor
 
     def clone(self) -> Stepped:
         velocity = None if self.velocity is None else self.velocity.clone()
-        return Stepped(self.x_next.clone(), self.log_prob.clone(), velocity)
+        return Stepped(self.x_next.clone(), self.log_prob.clone(), velocity, self.witness.clone())
 
 
 Step = Callable[[Tensor, Tensor, Any, Tensor, Tensor, Tensor], Stepped]
@@ -53,7 +55,9 @@ def denoising_step(
 ) -> Stepped:
     v = policy.velocity(x, sigma, context)
     step = sde_step(x, v.v, table, step_index, seed, **v.guidance)
-    return Stepped(step.x_next, step.log_prob, v.combined(sigma) if keep_velocity else None)
+    branches = (v.guidance[name] for name in ("v_uncond", "v_uncond_image") if name in v.guidance)
+    seen = sum((witness(branch) for branch in branches), witness(v.v))
+    return Stepped(step.x_next, step.log_prob, v.combined(sigma) if keep_velocity else None, seen)
 
 
 def check_capture(how: str, device: torch.device) -> None:

@@ -7,7 +7,8 @@ does not match its manifest is never used. Inside:
     <group>.safetensors     one file for each group of tensors, such as policy and ema
     optimizer.safetensors   the optimiser's tensors, numbered; their places stand in state.json
     rng.safetensors         the random generators' tensors, likewise
-    state.json              iteration, versions, the caller's state, the structure of optimiser and generators
+    state.json              iteration, versions, the groups' names, the caller's state, the structure of optimiser and
+                            generators
     manifest.json           written last
 
 While a checkpoint of the same iteration is being replaced, the old one is called `step_000010.replaced` and counts.
@@ -26,7 +27,8 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,17 +45,28 @@ from editr2.tensor_files import ordinary_modes
 __all__ = [
     "Checkpoint",
     "capture_rng",
-    "check_config",
+    "generators_aside",
     "latest_checkpoint",
     "load_checkpoint",
     "restore_rng",
     "save_checkpoint",
+    "seed_generators",
 ]
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _RESERVED = ("optimizer", "rng")
+_TENSORS = ".safetensors"
+_REQUIRED = (_STATE, *(name + _TENSORS for name in _RESERVED))
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "iteration": (int,),
+    "versions": (dict,),
+    "state": (dict,),
+    "optimizer": (dict,),
+    "rng": (dict, list),
+}
+"""What state.json holds, and of which types."""
 _TEMPORARY = ".tmp-step_"
 _REPLACED = ".replaced"
 _STEP = re.compile(r"step_(\d{6,})(\.replaced)?")
@@ -108,6 +121,7 @@ def save_checkpoint(
         "format": FORMAT,
         "iteration": iteration,
         "versions": _versions(),
+        "groups": sorted(tensors),
         "state": _json(state, "state"),
         "optimizer": _encode(optimizer, files["optimizer"], set(), "optimizer"),
         "rng": _encode(capture_rng() if rng is None else rng, files["rng"], set(), "rng"),
@@ -158,20 +172,27 @@ def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint folder, tensors to the CPU. Restores nothing by itself: see `restore_rng`.
 
-    Raises CheckpointError if a file is missing or differs from the manifest in any byte.
+    Raises CheckpointError if a file is missing or differs from the manifest in any byte, and for contents that no
+    `save_checkpoint` wrote, whatever the manifest says.
     """
     path = Path(path)
     names = _verify(path)
+    document = _document(path, names)
     try:
-        document = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        files = {
-            name.removesuffix(".safetensors"): load_file(path / name) for name in names if name.endswith(".safetensors")
-        }
-        optimizer = _decode(document["optimizer"], files.pop("optimizer"))
-        rng = _decode(document["rng"], files.pop("rng"))
-        return Checkpoint(path, document["iteration"], files, optimizer, document["state"], rng, document["versions"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+        files = {name.removesuffix(_TENSORS): load_file(path / name) for name in names if name.endswith(_TENSORS)}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {_line(error)}") from error
+    decoded = {}
+    for name in _RESERVED:
+        try:
+            decoded[name] = _decode(document[name], files.pop(name))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            what = f"{type(error).__name__}: {_line(error)}"
+            raise CheckpointError(f"{path}: damaged: {name} in {_STATE} cannot be decoded: {what}") from error
+    if not isinstance(decoded["optimizer"], dict):
+        raise CheckpointError(f"{path}: damaged: optimizer in {_STATE} is not a state dict")
+    state, versions = document["state"], document["versions"]
+    return Checkpoint(path, document["iteration"], files, decoded["optimizer"], state, decoded["rng"], versions)
 
 
 def capture_rng() -> dict[str, Any]:
@@ -192,40 +213,40 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(rng: Mapping[str, Any]) -> None:
-    """Set the generators to what `capture_rng` saw. CUDA states are set for the devices that exist here."""
-    random.setstate(rng["python"])
-    legacy = rng["numpy"]
-    key = legacy["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state({**legacy, "state": {**legacy["state"], "key": key}})
-    torch.set_rng_state(rng["torch"])
-    if torch.cuda.is_available():
-        for device, state in enumerate(rng["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, device)
+    """Set the generators to what `capture_rng` saw. CUDA states are set for the devices that exist here.
+
+    Raises CheckpointError for states that are none.
+    """
+    try:
+        random.setstate(rng["python"])
+        legacy = rng["numpy"]
+        key = legacy["state"]["key"].numpy().astype(np.uint32)
+        np.random.set_state({**legacy, "state": {**legacy["state"], "key": key}})
+        torch.set_rng_state(rng["torch"])
+        if torch.cuda.is_available():
+            for device, state in enumerate(rng["cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, device)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {_line(error)}"
+        raise CheckpointError(f"rng: the saved generators cannot be restored: {what}") from error
 
 
-def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: set[str]) -> None:
-    """Raise CheckpointError naming every dotted key whose value differs, unless `allowed` has it or a section of it."""
-    before, now = dict(_flat(_json(saved, "config"))), dict(_flat(_json(current, "config")))
-    absent = object()
-    differences = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key, absent), now.get(key, absent)
-        parts = key.split(".")
-        if old == new or any(".".join(parts[: n + 1]) in allowed for n in range(len(parts))):
-            continue
-        shown = ["absent" if value is absent else repr(value) for value in (old, new)]
-        differences.append(f"{key}: {shown[0]} saved, {shown[1]} given")
-    if differences:
-        may = ", ".join(sorted(allowed)) or "nothing"
-        raise CheckpointError(f"config differs from the checkpoint's: {'; '.join(differences)} (may differ: {may})")
+def seed_generators(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's global generators: rewards and policies of others may draw from any."""
+    random.seed(seed & 0xFFFF_FFFF_FFFF_FFFF)
+    np.random.seed(seed & 0xFFFF_FFFF)
+    torch.manual_seed(seed)
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield prefix + key, item
+@contextmanager
+def generators_aside(seed: int) -> Iterator[None]:
+    """Inside, the generators start from `seed`; afterwards they are where they were."""
+    before = capture_rng()
+    seed_generators(seed)
+    try:
+        yield
+    finally:
+        restore_rng(before)
 
 
 def _group(name: str, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -349,18 +370,21 @@ def _verify(path: Path, *, contents: bool = True) -> list[str]:
     """The names of a checkpoint's files; CheckpointError unless it is whole. Without `contents`, only sizes count."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        form, entries = manifest["format"], manifest["files"]
+        form, entries = manifest["format"], dict(manifest["files"])
         if form != FORMAT:
             raise CheckpointError(f"{path}: checkpoint format {form!r} (accepted: {FORMAT})")
-        if _STATE not in entries:
-            raise CheckpointError(f"{path}: damaged: the manifest does not list {_STATE}")
+        # An entry that was taken out must not take its weights along in silence.
+        written = {file.name for file in path.iterdir() if file.name.endswith(_TENSORS)}
+        if unlisted := sorted({*_REQUIRED, *written} - set(entries)):
+            raise CheckpointError(f"{path}: damaged: {_MANIFEST} does not list {unlisted[0]}")
+        if odd := [name for name in entries if Path(name).name != name]:
+            raise CheckpointError(f"{path}: damaged: {_MANIFEST} lists {odd[0]!r} (accepted: files of the folder)")
         for name, entry in entries.items():
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
                 raise CheckpointError(f"{path}: damaged: {name} has {size} bytes, {entry['bytes']} were written")
             if contents and _checksum(path / name) != entry["sha256"]:
                 raise CheckpointError(f"{path}: damaged: {name} does not match its checksum")
-        return list(entries)
     except FileNotFoundError as error:
         missing = f"{Path(error.filename).name} is missing" if path.is_dir() else "no such folder"
         raise CheckpointError(f"{path}: not a whole checkpoint: {missing}") from error
@@ -368,6 +392,40 @@ def _verify(path: Path, *, contents: bool = True) -> list[str]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged: {_MANIFEST} cannot be read") from error
+    if contents:
+        _document(path, list(entries))
+    return list(entries)
+
+
+def _document(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """state.json, its fields of the right types and its iteration and groups those of the folder."""
+    try:
+        document = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged: {_STATE} cannot be read: {_line(error)}") from error
+    for field, kinds in _FIELDS.items():
+        value = document.get(field) if isinstance(document, dict) else None
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            accepted = " or ".join(kind.__name__ for kind in kinds)
+            raise CheckpointError(
+                f"{path}: damaged: {field} in {_STATE} is a {type(value).__name__} (accepted: {accepted})"
+            )
+    named = _STEP.fullmatch(path.name)
+    if document["iteration"] != (int(named[1]) if named else abs(document["iteration"])):
+        accepted = f"{int(named[1])}, as the folder is called" if named else "at least 0"
+        raise CheckpointError(
+            f"{path}: damaged: iteration in {_STATE} is {document['iteration']} (accepted: {accepted})"
+        )
+    groups = {name.removesuffix(_TENSORS) for name in names if name.endswith(_TENSORS)} - set(_RESERVED)
+    said = document.get("groups", sorted(groups))  # editr2 0.1 did not say
+    if not isinstance(said, list) or sorted(map(str, said)) != sorted(groups):
+        given = f"groups in {_STATE} are {said}, those in {_MANIFEST} {sorted(groups)}"
+        raise CheckpointError(f"{path}: damaged: {given} (accepted: the same)")
+    return document
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _steps(root: Path) -> list[Path]:

@@ -6,14 +6,53 @@ Precedence: field defaults, then `--preset`, then `--config file.yaml`, then fla
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from editr2.errors import ConfigError
-from editr2_kernels import KL_SCALES, RENORMS
+from editr2.fields import (
+    ACCEPTS,
+    Accepts,
+    Bounds,
+    Wrong,
+    arguments,
+    field_problems,
+    mended,
+    normalised,
+    setting,
+)
+from editr2.patterns import pattern_problem
+from editr2_kernels import CREDIT_PRESETS, DYNAMICS
+from editr2_kernels.group_advantage import MAX_UNITS
 
 MODELS = ("unified", "kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
+
+# The rollout keeps no x0 of the step before, which the rows of a second-order solver read.
+ROLLOUT_DYNAMICS = tuple(name for name in DYNAMICS if name not in ("ode", "dpm++sde"))
+
+NOISE_LEVELS = {name: Bounds(above=0, at_most=1 if name in ("cps", "ddim-sde") else 10) for name in ROLLOUT_DYNAMICS}
+"""Of each dynamics: of those that keep the noise schedule it is a share of the noise there is, of the others a factor
+of the diffusion, published at up to 1.3."""
+
+# Upper ends are where the program stops being of use, far above what anyone runs: a slip of three digits is caught here
+# and not by the kernel's out-of-memory killer.
+COUNT = Bounds(at_least=1, at_most=1_000_000)
+"""How many of something are held, or done in one go."""
+TIMES = Bounds(at_least=1, at_most=1_000_000_000)
+"""How often something happens."""
+SHARE = Bounds(at_least=0, at_most=1)
+POSITIVE = Bounds(above=0, at_most=1_000_000)
+WEIGHT = Bounds(at_least=0, at_most=1_000_000)
+TOKENS = Bounds(at_least=1, at_most=32_768)
+SIBLINGS = Bounds(at_least=2, at_most=4_096, why="an advantage compares siblings")
+TURNS = Bounds(at_least=1, at_most=64)
+STEPS = Bounds(at_least=1, at_most=1_000)
+PIXELS = Bounds(at_least=8, at_most=8_192)
+DECAY = Bounds(above=0, below=1)
+SEED = Bounds(at_least=0, at_most=2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -30,10 +69,10 @@ class DataConfig:
             middle out) or stretch.
     """
 
-    path: str | None = None
-    heldout: str | None = None
-    limit: int | None = None
-    resize: str = "no"
+    path: str | None = setting(None, path=True)
+    heldout: str | None = setting(None, path=True)
+    limit: int | None = setting(None, COUNT)
+    resize: Literal["no", "crop", "stretch"] = "no"
 
 
 @dataclass(frozen=True)
@@ -41,11 +80,13 @@ class RewardConfig:
     """What judges the outputs.
 
     Args:
-        function: `package.module:name` of a `Reward`, or of something to call without arguments that returns one (the
-            protocol: editr2/rewards/base.py); none is the shapes world's verifiers.
+        function: `package.module:name` of a function, an object or a class that judges (docs/rewards.md has the forms);
+            none is the shapes world's verifiers.
+        timeout: seconds that a call may take, at most a day; one that takes longer is a failed score. None: no limit.
     """
 
-    function: str | None = None
+    function: str | None = setting(None, what="package.module:name or none")
+    timeout: float | None = setting(None, Bounds(above=0, at_most=86400))
 
 
 @dataclass(frozen=True)
@@ -89,30 +130,30 @@ class PolicyConfig:
             (FSDP2); needs LoRA. On one process there is nothing to share out.
     """
 
-    model: str = "unified"
-    weights: str | None = None
+    model: str = setting("unified", among=lambda: MODELS)
+    weights: str | None = setting(None, path=True)
     intent: bool = True
-    temperature: float = 0.7
-    intent_tokens: int = 24
-    guidance: float = 1.0
-    guidance_image: float = 1.0
-    renorm: str = "auto"
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    lora_targets: str | None = None
-    resolution: tuple[int, int] = (512, 512)
-    condition_resolution: tuple[int, int] | None = None
-    history: int = 1
+    temperature: float = setting(0.7, Bounds(above=0, at_most=100))
+    intent_tokens: int = setting(24, TOKENS)
+    guidance: float = setting(1.0, Bounds(at_least=0, at_most=100))
+    guidance_image: float = setting(1.0, Bounds(at_least=0, at_most=100))
+    renorm: Literal["auto", "none", "token", "text_channel", "channel", "global"] = "auto"
+    lora_rank: int = setting(0, Bounds(at_least=0, at_most=4_096))
+    lora_alpha: float | None = setting(None, POSITIVE)
+    lora_targets: str | None = setting(None, check=pattern_problem, what="a regular expression or none")
+    resolution: tuple[int, int] = setting((512, 512), PIXELS)
+    condition_resolution: tuple[int, int] | None = setting(None, PIXELS)
+    history: int = setting(1, TURNS)
     keep_source: bool = False
-    guidance_embed: float | None = None
-    negative_prompt: str | None = None
-    text_tokens: int | None = None
-    dtype: str = "float32"
+    guidance_embed: float | None = setting(None, Bounds(at_least=0, at_most=100))
+    negative_prompt: str | None = setting(None, empty=True)
+    text_tokens: int | None = setting(None, TOKENS)
+    dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     compile: bool = False
     offload: bool = False
     vae_tiling: bool = False
-    quantize: str = "none"
+    quantize: Literal["none", "4bit"] = "none"
     shard: bool = False
 
 
@@ -141,21 +182,21 @@ class RolloutConfig:
             that change become symbols) or graph (a CUDA graph for each shape).
     """
 
-    sessions: int = 12
-    siblings: int = 8
-    turns: int = 3
-    steps: int = 4
-    shift: float | None = None
-    dynamics: str = "cps"
-    noise_level: float = 0.7
-    window: int = 2
-    window_range: float = 0.5
-    window_schedule: str = "random"
-    window_every: int = 25
+    sessions: int = setting(12, COUNT)
+    siblings: int = setting(8, SIBLINGS)
+    turns: int = setting(3, TURNS)
+    steps: int = setting(4, STEPS)
+    shift: float | None = setting(None, Bounds(above=0, at_most=100))
+    dynamics: str = setting("cps", among=lambda: ROLLOUT_DYNAMICS)
+    noise_level: float = setting(0.7, Bounds(above=0, at_most=10))
+    window: int = setting(2, Bounds(at_least=0, at_most=1_000))
+    window_range: float = setting(0.5, Bounds(above=0, at_most=1))
+    window_schedule: Literal["random", "progressive", "fixed"] = "random"
+    window_every: int = setting(25, TIMES)
     shared_noise: bool = True
-    store_dtype: str = "float32"
-    groups_per_batch: int = 6
-    capture: str = "off"
+    store_dtype: Literal["float32", "bfloat16"] = "float32"
+    groups_per_batch: int = setting(6, COUNT)
+    capture: Literal["off", "compile", "graph"] = "off"
 
 
 @dataclass(frozen=True)
@@ -165,24 +206,28 @@ class CreditConfig:
     Args:
         preset: edit-r2, edit-r2-released, mt-editflow, flow-grpo, dance-grpo, mixgrpo, flow-factory, gdpo, verl-omni,
             dr-grpo or pku.
-        weights: weight of every reward.
+        weights: weight of every reward, by name. Of a single reward it is 1 unless you set another.
         baseline: session (all turns of a group share one mean, as released) or session_turn (each turn its own, because
             later turns score lower). Credit that aggregates over turns has no use for it.
         aggregate: none keeps the preset's; per-turn, or mean, last, product or prefix over turns, then broadcast.
         fusion: of several rewards: reward, advantage or gdpo.
         std: what the advantage is divided by: group, global, or off for nothing.
-        filter: whether turns after a failed instruction (IF = 0) are left out.
+        filter: whether turns after a failed instruction (IF = 0) are left out; none is as the preset has it, and false
+            where no reward is named IF.
         clip: bound on the advantage.
     """
 
-    preset: str = "edit-r2"
-    weights: dict[str, float] = field(default_factory=lambda: {"IF": 0.3, "CC": 0.3, "GA": 0.4})
-    baseline: str | None = "session_turn"
-    aggregate: str | None = None
-    fusion: str | None = None
-    std: str | None = None
+    preset: str = setting("edit-r2", among=lambda: CREDIT_PRESETS)
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"IF": 0.3, "CC": 0.3, "GA": 0.4},
+        metadata={ACCEPTS: Accepts(Bounds(at_least=-1_000_000, at_most=1_000_000))},
+    )
+    baseline: Literal["session", "session_turn"] | None = "session_turn"
+    aggregate: Literal["per-turn", "mean", "last", "product", "prefix"] | None = None
+    fusion: Literal["reward", "advantage", "gdpo"] | None = None
+    std: Literal["group", "global", "off"] | None = None
     filter: bool | None = None
-    clip: float | None = None
+    clip: float | None = setting(None, POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -227,36 +272,36 @@ class TrainConfig:
         max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
     """
 
-    iterations: int = 60
-    updates: int = 1
-    minibatches: int = 1
-    loss: str = "grpo"
-    lr: float = 2e-4
-    warmup: int = 0
-    lr_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip_low: float = 1e-4
-    clip_high: float = 1e-4
+    iterations: int = setting(60, TIMES)
+    updates: int = setting(1, COUNT)
+    minibatches: int = setting(1, COUNT)
+    loss: Literal["grpo", "nft"] = "grpo"
+    lr: float = setting(2e-4, Bounds(above=0, at_most=1))
+    warmup: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
+    lr_decay: float = setting(0.1, SHARE)
+    betas: tuple[float, float] = setting((0.9, 0.99), Bounds(at_least=0, below=1))
+    weight_decay: float = setting(0.0, Bounds(at_least=0, at_most=100))
+    clip_low: float = setting(1e-4, Bounds(above=0, at_most=1))
+    clip_high: float = setting(1e-4, Bounds(above=0, at_most=1_000))
     guard: bool = False
-    kl_weight: float = 0.0
-    kl_scale: str = "step"
-    text_weight: float | None = None
-    text_clip: float = 0.2
-    text_lr: float | None = None
-    nft_beta: float = 1.0
-    nft_draws: int = 2
-    old_decay: float = 0.001
-    old_decay_max: float = 0.5
+    kl_weight: float = setting(0.0, WEIGHT)
+    kl_scale: Literal["step", "diffusion", "mean", "velocity"] = "step"
+    text_weight: float | None = setting(None, WEIGHT)
+    text_clip: float = setting(0.2, Bounds(above=0, at_most=1))
+    text_lr: float | None = setting(None, Bounds(above=0, at_most=1))
+    nft_beta: float = setting(1.0, Bounds(above=0, at_most=1_000))
+    nft_draws: int = setting(2, Bounds(at_least=1, at_most=1_000))
+    old_decay: float = setting(0.001, SHARE)
+    old_decay_max: float = setting(0.5, SHARE)
     context_gradient: bool = False
-    packed: str = "auto"
-    micro_batch: int | None = None
-    old_log_prob: str = "auto"
-    grad_norm: float = 1.0
-    ema: float | None = 0.95
-    ratio_tolerance: float = 1e-5
-    text_ratio_tolerance: float = 1e-3
-    max_failed_scores: float = 0.5
+    packed: Literal["auto", "on", "off"] = "auto"
+    micro_batch: int | None = setting(None, COUNT)
+    old_log_prob: Literal["auto", "rollout", "replay"] = "auto"
+    grad_norm: float = setting(1.0, POSITIVE)
+    ema: float | None = setting(0.95, DECAY)
+    ratio_tolerance: float = setting(1e-5, POSITIVE)
+    text_ratio_tolerance: float = setting(1e-3, POSITIVE)
+    max_failed_scores: float = setting(0.5, SHARE)
 
 
 @dataclass(frozen=True)
@@ -274,13 +319,13 @@ class EvalConfig:
         strips: sessions shown as film-strips in the report.
     """
 
-    sessions: int = 200
-    turns: int | None = None
-    sampler: str = "rollout"
-    steps: int | None = None
-    intent_tokens: int | None = None
-    every: int = 0
-    strips: int = 12
+    sessions: int = setting(200, COUNT)
+    turns: int | None = setting(None, TURNS)
+    sampler: Literal["rollout", "ode"] = "rollout"
+    steps: int | None = setting(None, STEPS)
+    intent_tokens: int | None = setting(None, TOKENS)
+    every: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
+    strips: int = setting(12, Bounds(at_least=0, at_most=1_000))
 
 
 @dataclass(frozen=True)
@@ -292,8 +337,8 @@ class CheckpointConfig:
         keep: newest checkpoints kept.
     """
 
-    every: int = 5
-    keep: int = 2
+    every: int = setting(5, TIMES)
+    keep: int = setting(2, TIMES)
 
 
 @dataclass(frozen=True)
@@ -305,8 +350,8 @@ class Config:
         out: the run's folder; an unfinished run there is resumed.
     """
 
-    seed: int = 0
-    out: str = "runs/train"
+    seed: int = setting(0, SEED)
+    out: str = setting("runs/train", path=True, what="a folder")
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -318,6 +363,8 @@ class Config:
 
 
 _EDITFLOW_WEIGHTS = {"IF": 0.5, "CC": 0.5, "GA": 0.0}
+UNSET_WEIGHTS = (CreditConfig().weights, _EDITFLOW_WEIGHTS)
+"""What `credit.weights` is where nobody set it: of the world's reward, by default and in a preset."""
 _ONE_TEXT: dict[str, dict[str, Any]] = {"policy": {"intent": False}}
 
 
@@ -438,15 +485,20 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def replace_nested(config: Any, values: dict[str, Any]) -> Any:
-    """A copy of a dataclass with nested `values` put in. Raises `ConfigError` for an unknown field."""
+    """A copy of a dataclass with nested `values` put in, converted as those of a YAML file are. Raises `ConfigError`
+    for an unknown field and for a value that does not fit its field's type."""
+    try:
+        return _replaced(config, values, "")
+    except Wrong as wrong:
+        raise ConfigError(wrong.problem) from None
+
+
+def _replaced(config: Any, values: dict[str, Any], key: str) -> Any:
     changes = {}
-    names = {f.name for f in dataclasses.fields(config)}
-    for key, value in values.items():
-        if key not in names:
-            raise ConfigError(f"unknown key {key!r} in {type(config).__name__} (accepted: {', '.join(sorted(names))})")
-        current = getattr(config, key)
+    for name, value in arguments(values, type(config), key, partial=True).items():
+        current = getattr(config, name)
         nested = dataclasses.is_dataclass(current) and isinstance(value, dict)
-        changes[key] = replace_nested(current, value) if nested else value
+        changes[name] = _replaced(current, value, f"{key}.{name}" if key else name) if nested else value
     return dataclasses.replace(config, **changes)
 
 
@@ -456,105 +508,97 @@ def preset_config(name: str | None) -> Config:
         return Config()
     if name not in PRESETS:
         raise ConfigError(f"preset: {name!r} (accepted: {', '.join(PRESETS)})")
-    return replace_nested(Config(), PRESETS[name])
+    made: Config = replace_nested(Config(), PRESETS[name])
+    return made
 
 
-def _choices(name: str, value: object, accepted: tuple[str | None, ...]) -> Iterator[str]:
-    if value not in accepted:
-        yield f"{name}: {value!r} (accepted: {', '.join(a if a else 'none' for a in accepted)})"
+# --------------------------------------------------------------------------------------------------------------- rules
+
+Command = Literal["train", "check", "eval", "rollout"]
+_TRAINS = ("train", "check")
+_SAMPLES = ("train", "check", "eval", "rollout")
+
+RULES: list[tuple[tuple[str, ...], Callable[[Config, str], Iterator[str]]]] = []
+"""What fields demand of each other: the commands that use these fields, and a function of the configuration and the
+command that yields a line for each rule that is broken."""
 
 
-def check_config(config: Config) -> None:
-    """Raises `ConfigError` with the first of `config_problems`."""
-    for problem in config_problems(config):
+def _rule(*commands: str) -> Callable[[Callable[[Config, str], Iterator[str]]], Callable[[Config, str], Iterator[str]]]:
+    def add(rule: Callable[[Config, str], Iterator[str]]) -> Callable[[Config, str], Iterator[str]]:
+        RULES.append((commands, rule))
+        return rule
+
+    return add
+
+
+def check_config(config: Config, command: Command = "train") -> Config:
+    """The configuration with every value as the converter gives it. Raises `ConfigError` with the first of
+    `config_problems`."""
+    for problem in config_problems(config, command):
         raise ConfigError(problem)
+    return normalised(config)
 
 
-def config_problems(config: Config) -> Iterator[str]:
-    """Range checks that need nothing but the configuration; each line names the field."""
-    r, t, p = config.rollout, config.train, config.policy
-    positive = {
-        "rollout.sessions": r.sessions,
-        "rollout.siblings": r.siblings,
-        "rollout.turns": r.turns,
-        "rollout.groups_per_batch": r.groups_per_batch,
-        "rollout.window_every": r.window_every,
-        "train.iterations": t.iterations,
-        "train.updates": t.updates,
-        "train.minibatches": t.minibatches,
-        "train.nft_draws": t.nft_draws,
-        "train.micro_batch": 1 if t.micro_batch is None else t.micro_batch,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "eval.sessions": config.eval.sessions,
-        "eval.intent_tokens": 1 if config.eval.intent_tokens is None else config.eval.intent_tokens,
-        "policy.intent_tokens": p.intent_tokens,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            yield f"{name}: {value} (accepted: at least 1)"
-    if r.siblings == 1:
-        yield "rollout.siblings: 1 (accepted: at least 2; an advantage compares siblings)"
-    yield from _choices("train.loss", t.loss, ("grpo", "nft"))
+def config_problems(config: Config, command: Command = "train") -> Iterator[str]:
+    """One line, naming the field, for each rule that is broken and needs nothing but the configuration and its paths.
+
+    First every field by itself, for every command: a value that is out of its range is a slip whoever reads it. Then
+    what the fields that this command uses demand of each other, with broken ones at their defaults.
+    """
+    yield from (problem for _, problem in field_problems(config))
+    whole = mended(config)
+    for commands, rule in RULES:
+        if command in commands:
+            yield from rule(whole, command)
+
+
+@_rule(*_TRAINS)
+def _loss_and_window(config: Config, command: str) -> Iterator[str]:
+    r, t = config.rollout, config.train
     if t.loss == "grpo" and r.window < 1:
         yield "rollout.window: 0 (accepted: at least 1; without an SDE step grpo trains nothing)"
     if t.loss == "nft" and r.window:
         yield f"rollout.window: {r.window} (accepted with train.loss nft: 0; it samples by ODE)"
     if r.window == 0 and r.shared_noise:
         yield "rollout.shared_noise: true (accepted without a window: false, or all siblings are equal)"
-    for name, number in {
-        "train.lr": t.lr,
-        "train.clip_low": t.clip_low,
-        "train.clip_high": t.clip_high,
-        "train.text_clip": t.text_clip,
-        "train.text_lr": t.lr if t.text_lr is None else t.text_lr,
-        "train.nft_beta": t.nft_beta,
-        "train.grad_norm": t.grad_norm,
-        "train.ratio_tolerance": t.ratio_tolerance,
-        "train.text_ratio_tolerance": t.text_ratio_tolerance,
-        "rollout.noise_level": r.noise_level,
-        "rollout.shift": 1.0 if r.shift is None else r.shift,
-        "policy.temperature": p.temperature,
-    }.items():
-        if not number > 0:
-            yield f"{name}: {number} (accepted: above 0)"
-    for name, number in {
-        "train.lr_decay": t.lr_decay,
-        "train.old_decay": t.old_decay,
-        "train.old_decay_max": t.old_decay_max,
-    }.items():
-        if not 0 <= number <= 1:
-            yield f"{name}: {number} (accepted: 0 to 1)"
-    for name, number in {
-        "train.warmup": t.warmup,
-        "train.kl_weight": t.kl_weight,
-        "train.text_weight": t.text_weight or 0.0,
-        "policy.lora_rank": p.lora_rank,
-    }.items():
-        if number < 0:
-            yield f"{name}: {number} (accepted: at least 0)"
-    yield from _choices("eval.sampler", config.eval.sampler, ("ode", "rollout"))
-    yield from _choices("rollout.window_schedule", r.window_schedule, ("random", "progressive", "fixed"))
-    yield from _choices("rollout.store_dtype", r.store_dtype, ("float32", "bfloat16"))
-    yield from _choices("rollout.capture", r.capture, ("off", "compile", "graph"))
-    yield from _choices("data.resize", config.data.resize, ("no", "crop", "stretch"))
-    yield from _choices("policy.model", p.model, MODELS)
-    yield from _choices("policy.dtype", p.dtype, ("float32", "bfloat16"))
-    yield from _choices("policy.quantize", p.quantize, ("none", "4bit"))
-    yield from _choices("policy.renorm", p.renorm, ("auto", *RENORMS))
-    yield from _model_problems(config)
-    yield from _choices("train.kl_scale", t.kl_scale, KL_SCALES)
-    yield from _choices("train.packed", t.packed, ("auto", "on", "off"))
-    yield from _choices("train.old_log_prob", t.old_log_prob, ("auto", "rollout", "replay"))
-    if t.packed == "on" and (p.guidance != 1 or p.guidance_image != 1):
+
+
+@_rule(*_SAMPLES)
+def _noise_level(config: Config, command: str) -> Iterator[str]:
+    r = config.rollout
+    drawn = r.window > 0 and (command in _TRAINS or config.eval.sampler == "rollout")
+    if drawn and (problem := noise_problem(r.dynamics, r.noise_level)):
+        yield problem
+
+
+def noise_problem(dynamics: str, level: float) -> str | None:
+    """What is wrong with the noise level of a window's steps, or None."""
+    if (bounds := NOISE_LEVELS[dynamics]).hold(level):
+        return None
+    return f"rollout.noise_level: {level} (accepted with rollout.dynamics {dynamics}: {bounds})"
+
+
+@_rule(*_TRAINS)
+def _units(config: Config, command: str) -> Iterator[str]:
+    r = config.rollout
+    if (units := r.sessions * r.siblings * r.turns) > MAX_UNITS:
+        yield (
+            f"rollout.sessions: {r.sessions} (accepted: sessions * siblings * turns of at most {MAX_UNITS}, which "
+            f"credit sums exactly; this is {units})"
+        )
+
+
+@_rule(*_TRAINS)
+def _replay(config: Config, command: str) -> Iterator[str]:
+    t, p = config.train, config.policy
+    guided = p.guidance != 1 or p.guidance_image != 1
+    if t.packed == "on" and guided:
         yield "train.packed: on (accepted with policy.guidance other than 1: auto, off)"
     if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
         what = "train.packed on" if t.packed == "on" else "train.context_gradient"
         yield f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one forward)"
-    if t.loss == "nft" and (p.guidance != 1 or p.guidance_image != 1):
+    if t.loss == "nft" and guided:
         yield "policy.guidance: not 1 (accepted with train.loss nft: 1; it compares plain velocities)"
-    if t.ema is not None and not 0 < t.ema < 1:
-        yield f"train.ema: {t.ema} (accepted: above 0, below 1)"
 
 
 _POLICY_FIELDS = [f.name for f in dataclasses.fields(PolicyConfig)]
@@ -583,13 +627,33 @@ def policy_problems(p: PolicyConfig, trains: bool = True) -> Iterator[str]:
                 yield f"policy.{name}: {value} (accepted with policy.shard: {why})"
 
 
-def _model_problems(config: Config) -> Iterator[str]:
-    p = config.policy
-    yield from policy_problems(p)
-    if p.model != "unified" and config.data.path is None:
+@_rule(*_SAMPLES)
+def _model(config: Config, command: str) -> Iterator[str]:
+    p, data, trains = config.policy, config.data, command in _TRAINS
+    yield from policy_problems(p, trains)
+    # Evaluation looks at data.heldout where there is one, and at data.path only if not.
+    if p.model != "unified" and data.path is None and (trains or data.heldout is None):
         yield (
             f"data.path: none (accepted with policy.model {p.model}: a sessions.jsonl; the shapes world's images are "
             "too small for it)"
         )
-    if p.shard and config.rollout.capture != "off":
+    if trains and p.shard and config.rollout.capture != "off":
         yield f"rollout.capture: {config.rollout.capture} (accepted with policy.shard: off; gathering waits)"
+
+
+@_rule("train", "check", "rollout")
+def _out(config: Config, command: str) -> Iterator[str]:
+    if problem := folder_problem(config.out):
+        yield f"out: {config.out!r} (accepted: a folder; {problem})"
+
+
+def folder_problem(folder: str | os.PathLike[str]) -> str | None:
+    """Why a folder, new or not, cannot be written into; None if it can. Nothing is made."""
+    at = Path(folder).expanduser()
+    while not os.path.lexists(at) and at != at.parent:
+        at = at.parent
+    if not at.is_dir():
+        return f"{at} is a file"
+    if not os.access(at, os.W_OK | os.X_OK):
+        return f"{at} is not yours to write into"
+    return None

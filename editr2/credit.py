@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,13 +47,34 @@ def credit_options(config: CreditConfig, names: tuple[str, ...] = ("IF", "CC", "
         changes["std"] = _choice("std", config.std, _STDS)
     if config.clip is not None:
         changes["clip"] = config.clip
-    filtered = config.filter if config.filter is not None else options.filter_reward is not None
+    filtered = config.filter if config.filter is not None else filters(config, names)
     if filtered and FILTER_REWARD not in names:
         raise ConfigError(f"credit.filter: true needs a reward named {FILTER_REWARD} (the rewards: {', '.join(names)})")
     changes["filter_reward"] = names.index(FILTER_REWARD) if filtered else None
     if not filtered or not per_turn:
         changes["filter_in_statistics"] = False
-    return dataclasses.replace(options, **changes)
+    try:
+        return dataclasses.replace(options, **changes)
+    except ValueError as error:
+        raise ConfigError(
+            f"credit: {' '.join(str(error).split())} (accepted: other fields or another preset)"
+        ) from error
+
+
+def filters(config: CreditConfig, names: Sequence[str]) -> bool:
+    """Whether a preset's filter is on for rewards `names`; without one named IF it is not."""
+    return CREDIT_PRESETS[config.preset].filter_reward is not None and FILTER_REWARD in names
+
+
+def credit_notes(config: CreditConfig, names: Sequence[str]) -> list[str]:
+    """What a run should say of its credit: a line where the preset's filter has switched itself off."""
+    off = config.filter is None and CREDIT_PRESETS[config.preset].filter_reward is not None
+    if not off or filters(config, names):
+        return []
+    return [
+        f"credit: no reward is named {FILTER_REWARD} (the rewards: {', '.join(names)}), so the filter of turns after a "
+        f"failed instruction is off"
+    ]
 
 
 def assign_credit(scores: Scores, group: Tensor, config: CreditConfig) -> GroupAdvantage:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from editr2.config import Config
-from editr2.policies.base import Policy
+from editr2.policies.base import Policy, ReadingPolicy
 from editr2.sessions import Session, load_sessions
 from editr2.worlds import shapes
 
@@ -37,15 +38,18 @@ class SessionSource:
 
 
 def open_sessions(config: Config, policy: Policy) -> SessionSource:
-    """Reads and checks every session file before anything is trained. Raises `DataError` with file and line.
+    """Reads and checks every session file before anything is trained. Raises `DataError` with file and line, of an
+    instruction that the policy cannot read too.
 
     Images are of the policy's size from here on (`data.resize`), for the policy and for whoever judges.
     """
-    data, size = config.data, policy.image_size
-    train = load_sessions(data.path, limit=data.limit, size=size, resize=data.resize) if data.path else None
+    data = config.data
+    unreadable = policy.unreadable if isinstance(policy, ReadingPolicy) else None
+    load = partial(load_sessions, size=policy.image_size, resize=data.resize, unreadable=unreadable)
+    train = load(data.path, limit=data.limit) if data.path else None
     count = config.eval.sessions
     if data.heldout:
-        heldout = load_sessions(data.heldout, limit=count, size=size, resize=data.resize)
+        heldout = load(data.heldout, limit=count)
     elif train is not None:
         heldout = train[:count]
     else:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from editr2.config import Config, RolloutConfig
 from editr2.credit import assign_credit, weighted_reward
 from editr2.policies.base import Intent, Policy
 from editr2.processes import Processes
-from editr2.rewards.base import Reward, Scores, score_batch
+from editr2.rewards.adapt import CheckedReward, adapt, score_batch
+from editr2.rewards.base import GivenReward, RewardFailure, Scores, check_failures, merge_scores
 from editr2.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.schedule import Sampler
 from editr2.sessions import Session
@@ -52,6 +55,8 @@ class Evaluation:
             row["marginal_turn"] = [mean_se(marginal[:, t]) for t in range(turns)]
         row["success"] = mean_se(self.success)
         row["failed_scores"] = self.scores.failed
+        row["not_applicable"] = self.scores.not_applicable
+        row["first_failure"] = self.scores.first_failure
         row["intents_right"] = self.intents_right
         row["per_session"] = {"reward": _optional(last_turn(self)), "success": _optional(self.success)}
         for k, label in enumerate(self.scores.names):
@@ -99,35 +104,60 @@ def success(scores: Scores) -> Tensor:
     return torch.where(scores.present[rows, last], full.float(), torch.nan)
 
 
-def merge_scores(parts: Sequence[Scores]) -> Scores:
-    """Scores of consecutive rollouts as one."""
-    reasons, offset = {}, 0
-    for part in parts:
-        reasons.update({(i + offset, t): reason for (i, t), reason in part.reasons.items()})
-        offset += len(part.values)
-    return Scores(
-        parts[0].names,
-        torch.cat([p.values for p in parts]),
-        torch.cat([p.present for p in parts]),
-        torch.cat([p.expected for p in parts]),
-        reasons,
-    )
-
-
-def judge(reward: Reward, done: Sequence[Chunk], turns: int) -> Scores:
+def judge(reward: GivenReward | CheckedReward, done: Sequence[Chunk], turns: int) -> Scores:
     """Scores of all rollouts of some chunks, in order."""
     return score_batch(reward, [(c.session_of(i), c.images_of(i)) for c in done for i in range(c.rollouts)], turns)
 
 
+FIRST_CALLS = 4
+"""Sessions that a reward is asked about before the first rollout; when all of them fail, the run stops there."""
+
+
+def first_answer(reward: CheckedReward, sessions: Sequence[Session], limit: float, processes: Processes) -> None:
+    """Asks a reward that has not answered yet about the source images of a few sessions, as if they were the outputs:
+    no image is made for a judge that is down. Raises `RewardFailure` when one of its names fails every time. limit:
+    `train.max_failed_scores`; 1 never stops. All processes call this together. Generators are left as they were: a run
+    that is resumed asks once more than one that was not."""
+    failures: list[str] = []
+    with _generators_kept():
+        for session in sessions[: FIRST_CALLS if limit < 1 and not reward.answered else 0]:
+            image, turns = session.image, len(session.turns)
+            scores = score_batch(reward, [(session, np.stack([image] * turns))], turns)
+            try:
+                check_failures(scores, math.nextafter(1, 0))
+            except RewardFailure as error:
+                failures.append(str(error))
+            else:
+                failures.clear()
+                break
+    if first := [failure for failure in processes.gather(failures) if failure]:
+        raise RewardFailure(f"asked about source images, before any was edited: {first[0]}")
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
 def evaluate(
     policy: Policy,
-    reward: Reward,
+    reward: GivenReward | CheckedReward,
     sessions: Sequence[Session],
     sampler: Sampler,
     config: Config,
     processes: Processes,
 ) -> Evaluation:
-    """One deterministic rollout a session; split over processes and gathered."""
+    """One deterministic rollout a session; split over processes and gathered. Raises `RewardFailure` where the reward
+    is down, or fails on more turns than `train.max_failed_scores` lets pass."""
+    reward, limit = adapt(reward, timeout=config.reward.timeout), config.train.max_failed_scores
+    first_answer(reward, sessions, limit, processes)
     mine = processes.share(len(sessions))
     turns = max(len(s.turns) for s in sessions)
     done = []
@@ -146,6 +176,7 @@ def evaluate(
     ]
     parts = processes.gather([(judge(reward, done, turns), known)])
     scores = merge_scores([s for s, _ in parts])
+    check_failures(scores, limit)
     rights = [r for _, k in parts for r in k]
     return Evaluation(
         scores,
@@ -191,7 +222,7 @@ def draw_strips(
     folder: Path,
     name: str,
     policy: Policy,
-    reward: Reward,
+    reward: GivenReward | CheckedReward,
     sessions: Sequence[Session],
     sampler: Sampler,
     config: Config,
@@ -199,7 +230,12 @@ def draw_strips(
 ) -> None:
     """Rolls out whole groups as in training and writes each group's first rollout, with its advantages, as images and
     `<name>.json` for the report. Same seeds before and after, so the strips differ by the weights alone. Groups are
-    split over processes; the main one writes."""
+    split over processes; the main one writes. Of no sessions (`eval.strips` 0) there are no strips."""
+    if not sessions:
+        if processes.main:
+            _clear(folder, name)
+            _write(folder, name, [])
+        return
     mine = processes.share(len(sessions))
     r, ordinals = config.rollout, range(len(sessions))[mine]
     done = [
@@ -227,8 +263,7 @@ def _write_strips(folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scor
     rewards = weighted_reward(scores, config.credit.weights)
     group = torch.arange(len(drawn)).repeat_interleave(config.rollout.siblings)
     credit = assign_credit(scores, group, config.credit)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / name).mkdir(parents=True)
+    _clear(folder, name)
     strips: list[dict[str, Any]] = []
     for place, strip in enumerate(drawn):
         session, row = strip.session, place * config.rollout.siblings
@@ -250,9 +285,18 @@ def _write_strips(folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scor
                     },
                     "reward": float(rewards[row, t]) if present else None,
                     "advantage": float(credit.advantage[row, t]),
-                    "reason": scores.reasons.get((row, t)),
+                    "reason": scores.reasons.get((row, t)) or (None if present else "a reward does not apply"),
                     "masked": not bool(credit.mask[row, t]),
                 }
             )
         strips.append({"id": session.id, "mode": session.mode, "image": f"{name}/{place:03d}.png", "turns": shown})
+    _write(folder, name, strips)
+
+
+def _clear(folder: Path, name: str) -> None:
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).mkdir(parents=True)
+
+
+def _write(folder: Path, name: str, strips: list[dict[str, Any]]) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"sessions": strips}, indent=1) + "\n")

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from editr2.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, ExportError
+from editr2.finite import check_state
 from editr2.policies.adapters import TRANSFORMER, fold_strength
 from editr2.policies.base import Policy, Questions, TextPolicy, with_module
 from editr2.policies.load import load_policy, quiet_libraries
@@ -143,6 +144,7 @@ def _chosen(run: Path, weights: str | None) -> tuple[Checkpoint, str, dict[str, 
     if path is None:
         raise CheckpointError(f"{run / 'checkpoints'}: no checkpoint yet; train on, or set checkpoint.every lower")
     saved = load_checkpoint(path)
+    check_state(path, saved.tensors, {})
     have = [name for name in WEIGHTS if name == "live" or name in saved.tensors]
     weights = weights or have[0]
     if weights not in have:

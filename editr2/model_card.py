@@ -149,7 +149,8 @@ def _scores(run: Run, config: Config, done: Exported) -> str:
 
 def _made(run: Run, config: Config) -> str:
     r, t = config.rollout, config.train
-    reward = ", ".join(f"{name} x {weight:g}" for name, weight in config.credit.weights.items())
+    weights = run.start.get("rewards") or config.credit.weights  # a run knows what its rewards were called
+    reward = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
     facts = {
         "Method": f"{t.loss}, credit preset {config.credit.preset}",
         "Sessions": config.data.path or "drawn from the procedural shapes world",

@@ -143,7 +143,7 @@ def grpo_term(
         advantage_clip=None,
         v_ref=v_ref,
         kl_weight=t.kl_weight if v_ref is not None else 0.0,
-        kl_scale=t.kl_scale,  # type: ignore[arg-type]
+        kl_scale=t.kl_scale,
         guard=t.guard,
         v_old=rows.v_old if t.guard else None,
         mask=rows.mask,

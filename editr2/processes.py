@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
+from editr2.errors import UserError
+
 if TYPE_CHECKING:
     from editr2.policies.sharding import Lockstep
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: a judge may take minutes over another's sessions, while the default of a
@@ -65,6 +70,19 @@ class Processes:
         """The items of all processes, in their order, on each of them."""
         self.lend()
         return list(gather_object(items))
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first process, on each of them; a UserError there is raised on all."""
+        done: tuple[Any, UserError | None] = (None, None)
+        if self.main:
+            try:
+                done = (work(), None)
+            except UserError as error:
+                done = (None, error)
+        value, problem = self.gather([done])[0]
+        if problem is not None:
+            raise problem
+        return value
 
     def sum(self, values: Tensor) -> Tensor:
         """Over processes."""

@@ -8,6 +8,7 @@ same for all siblings and is denoised once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from editr2.capture import capture_step
 from editr2.config import PolicyConfig, RolloutConfig
+from editr2.errors import NonFiniteError
+from editr2.finite import LOOK_AT, read_turn
 from editr2.policies.base import Intent, Policy, Questions, TextPolicy, device_of
 from editr2.schedule import Sampler
 from editr2.seeds import derive_seed, seed_tensor
@@ -198,12 +201,24 @@ def rollout_chunk(
                 temperature=options.temperature,
                 max_tokens=options.intent_tokens,
             )
+            for i, intent in zip(rows.tolist(), intents, strict=True):
+                if not all(map(math.isfinite, intent.log_prob)):
+                    raise _non_finite(chunk, turn, i, "intent's log-probs", "look at policy.weights")
             text = [intent.text or said for intent, said in zip(intents, text, strict=True)]
-        path = _denoise(
+        path, velocity = _denoise(
             policy, chunk, turn, walk.instruct(text), sampler, seeds, rows, rollout or RolloutConfig(), keep_velocity
         )
-        chunk.turns.append(TurnRecord(rows, text, questions, intents, **path, images=policy.decode(path["x0"].float())))
+        images, bad = read_turn(policy, path["x0"], velocity)
+        if bad is not None:
+            at, what = bad
+            raise _non_finite(chunk, turn, int(rows[at]), what, LOOK_AT[what])
+        chunk.turns.append(TurnRecord(rows, text, questions, intents, **path, images=images))
     return chunk
+
+
+def _non_finite(chunk: Chunk, turn: int, rollout: int, what: str, advice: str) -> NonFiniteError:
+    where = f"session {chunk.session_of(rollout).id!r}, turn {turn + 1}"
+    return NonFiniteError(f"{where}: {what}: NaN or infinite (accepted: finite numbers); {advice}")
 
 
 def _denoise(
@@ -216,8 +231,8 @@ def _denoise(
     rollouts: Tensor,
     options: RolloutConfig,
     keep_velocity: bool,
-) -> dict[str, Tensor]:
-    """The fields of a `TurnRecord` that one turn's denoising gives.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The fields of a `TurnRecord` that one turn's denoising gives, and the sum of its velocities' `witness`, [M].
 
     On the first turn siblings with common initial noise agree in everything until their group's window opens: up to
     there only each group's first rollout is denoised, and then copied to the others. Who is denoised when is known
@@ -238,6 +253,7 @@ def _denoise(
     following, velocity = torch.empty_like(stored), torch.empty_like(stored) if keep_velocity else None
     log_prob = torch.empty(m, w, device=device)
     step_index = torch.empty(m, w, dtype=torch.int64, device=device)
+    seen = torch.zeros(m, device=device)
     take = capture_step(policy, options.capture, device, keep_velocity)
     count, here = 0, context
     for k, move in enumerate(moves):
@@ -256,15 +272,13 @@ def _denoise(
             if velocity is not None and step.velocity is not None:
                 velocity[at, slot] = step.velocity[move.inside].to(dtype)
         if count == m:
-            x = step.x_next
+            x, seen = step.x_next, seen + step.witness
         else:
             x[move.live] = step.x_next
+            seen[move.live] += step.witness
     path = {"x": stored, "x_next": following, "step_index": step_index, "log_prob": log_prob, "x0": x}
-    return (
-        path
-        | {"sigma": sampler.sigmas[step_index % sampler.steps]}
-        | ({} if velocity is None else {"velocity": velocity})
-    )
+    path |= {"sigma": sampler.sigmas[step_index % sampler.steps]}
+    return path | ({} if velocity is None else {"velocity": velocity}), seen
 
 
 class _Move(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from editr2.evaluate import mean_se, success
 from editr2.gradient import STATISTICS
 from editr2.policies.base import Policy, parameter_count
 from editr2.processes import Processes
-from editr2.rewards.base import Scores
+from editr2.rewards.base import Scores, weights_of
 from editr2.rollout import Chunk
+from editr2.run.identity import Identity
 from editr2_kernels import GroupAdvantage
 
 
@@ -34,7 +35,47 @@ class Clock:
         self.seconds[name] += time.perf_counter() - start
 
 
-def start_row(config: Config, source: SessionSource, processes: Processes, policy: Policy) -> dict[str, Any]:
+def rows_due(iteration: int, config: Config) -> list[str]:
+    """Which rows the record has to hold, besides the train rows of the iterations done, before the next one begins; in
+    their order. Rows of an evaluation are called by its name.
+
+    The loop asks this at every iteration and after the last, and makes what is missing: so it does not matter where a
+    run was killed.
+    """
+    due = ["start", "before"] if iteration == 0 else []
+    if iteration and config.eval.every and iteration % config.eval.every == 0:
+        due.append("during")
+    if iteration >= config.train.iterations:
+        due += ["after", "comparison"]
+    return due
+
+
+def find_row(record: Sequence[dict[str, Any]], name: str, iteration: int) -> dict[str, Any] | None:
+    """The row of an iteration that `rows_due` calls so, or its train row."""
+    for row in record:
+        if row.get("iteration") == iteration and name in (row.get("event"), row.get("name")):
+            return row
+    return None
+
+
+def rows_lost(record: Sequence[dict[str, Any]], iteration: int, config: Config) -> list[str]:
+    """Rows of before a checkpoint that are not in the record and cannot be made any more, as `train 3`."""
+    due = [("train", i) for i in range(iteration)]
+    due += [(name, i) for i in range(iteration) for name in rows_due(i, config)]
+    there = {(name, row.get("iteration")) for row in record for name in (row.get("event"), row.get("name"))}
+    return [f"{name} {i}" for name, i in sorted(due, key=lambda place: place[1]) if (name, i) not in there]
+
+
+def start_row(
+    config: Config,
+    source: SessionSource,
+    processes: Processes,
+    policy: Policy,
+    rewards: Sequence[str],
+    identity: Identity,
+) -> dict[str, Any]:
+    """identity: what the run depends on and where it was made; `resumed` gets an entry from each process that goes on
+    with it."""
     return {
         "event": "start",
         "iteration": 0,
@@ -43,6 +84,8 @@ def start_row(config: Config, source: SessionSource, processes: Processes, polic
         "threads": torch.get_num_threads(),
         "trainable_parameters": parameter_count(policy.module, trainable_only=True),
         "heldout_is_training": source.heldout_is_training,
+        "rewards": weights_of(rewards, config.credit.weights),
+        "identity": {"depends": identity.depends, **identity.made, "resumed": []},
     }
 
 
@@ -86,6 +129,8 @@ def train_row(
         "advantage_abs": float(trained.abs().mean()) if len(trained) else 0.0,
         "zero_variance_groups": float((spread <= 0).float().mean()),
         "failed_scores": scores.failed,
+        "not_applicable": scores.not_applicable,
+        "first_failure": scores.first_failure,
         "filtered_turns": int((scores.present & ~credit.mask).sum()),
         "intent_fallback": failed / sampled if sampled else None,
         "intents_right": right / known if known else None,

@@ -14,13 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from editr2.config import Config, RolloutConfig
+from editr2.config import ROLLOUT_DYNAMICS, Config, RolloutConfig, noise_problem
 from editr2.errors import ConfigError
 from editr2.policies.base import Policy, ScheduledPolicy
-from editr2_kernels import DYNAMICS, flow_sigmas, transition_table
-
-# The rollout keeps no x0 of the step before, which the rows of a second-order solver read.
-ROLLOUT_DYNAMICS = tuple(name for name in DYNAMICS if name not in ("ode", "dpm++sde"))
+from editr2_kernels import flow_sigmas, transition_table
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,9 @@ Schedule = Callable[[int], Sequence[float]]
 """From a number of steps to sigmas, steps + 1 of them falling from 1 to 0."""
 
 
-def rollout_sampler(config: RolloutConfig, own: Schedule | None = None) -> Sampler:
+def rollout_sampler(config: RolloutConfig, own: Schedule | None = None, named: str = "rollout.steps") -> Sampler:
     """The sampler of training. own: the policy's schedule, taken where `rollout.shift` is none (see `own_schedule`).
-    Raises `ConfigError` naming the field."""
+    named: the field that `steps` is from. Raises `ConfigError` naming the field."""
     sampler = make_sampler(
         config.steps,
         shift=config.shift,
@@ -69,6 +66,7 @@ def rollout_sampler(config: RolloutConfig, own: Schedule | None = None) -> Sampl
         noise_level=config.noise_level,
         window=config.window,
         window_range=config.window_range,
+        named=named,
     )
     if config.window_schedule == "fixed":
         return dataclasses.replace(sampler, last_start=0)
@@ -79,12 +77,12 @@ def rollout_sampler(config: RolloutConfig, own: Schedule | None = None) -> Sampl
 
 def eval_sampler(config: Config, own: Schedule | None = None) -> Sampler:
     """The sampler of evaluation, as `eval.sampler` and `eval.steps` say; own as for `rollout_sampler`."""
-    rollout = dataclasses.replace(config.rollout, steps=config.eval.steps or config.rollout.steps)
-    return (
-        rollout_sampler(rollout, own)
-        if config.eval.sampler == "rollout"
-        else make_sampler(rollout.steps, shift=rollout.shift, own=own)
-    )
+    rollout, named = config.rollout, "rollout.steps"
+    if config.eval.steps is not None:
+        rollout, named = dataclasses.replace(rollout, steps=config.eval.steps), "eval.steps"
+    if config.eval.sampler == "rollout":
+        return rollout_sampler(rollout, own, named)
+    return make_sampler(rollout.steps, shift=rollout.shift, own=own, named=named)
 
 
 def own_schedule(policy: Policy) -> Schedule | None:
@@ -101,21 +99,28 @@ def make_sampler(
     noise_level: float = 0.0,
     window: int = 0,
     window_range: float = 0.5,
+    named: str = "rollout.steps",
 ) -> Sampler:
     """A sampler of `steps` steps with a window of `window` SDE steps that starts within the first `window_range` of
-    them. Sigmas are shifted by `shift`; where it is none they are `own`'s, or unshifted. Raises `ConfigError` naming
-    the argument."""
+    them. Sigmas are shifted by `shift`; where it is none they are `own`'s, or unshifted. named: the field that
+    `steps` is from. Raises `ConfigError` naming the field."""
     if steps < 1:
-        raise ConfigError(f"rollout.steps: {steps} (accepted: at least 1)")
+        raise ConfigError(f"{named}: {steps} (accepted: at least 1)")
     if not 0 <= window <= steps:
-        raise ConfigError(f"rollout.window: {window} (accepted: 0 to rollout.steps = {steps})")
+        raise ConfigError(f"rollout.window: {window} (accepted: 0 to {named} = {steps})")
     if dynamics not in ROLLOUT_DYNAMICS:
         raise ConfigError(f"rollout.dynamics: {dynamics!r} (accepted: {', '.join(ROLLOUT_DYNAMICS)})")
+    if window and (problem := noise_problem(dynamics, noise_level)):
+        raise ConfigError(problem)
     if not 0 < window_range <= 1:
         raise ConfigError(f"rollout.window_range: {window_range} (accepted: above 0, at most 1)")
-    sigmas = [float(s) for s in own(steps)] if shift is None and own else flow_sigmas(steps, shift or 1.0)
-    ode = transition_table(sigmas, dynamics="ode", noise_level=0.0)
-    sde = transition_table(sigmas, dynamics=cast(Any, dynamics), noise_level=noise_level) if window else ode
+    try:
+        sigmas = [float(s) for s in own(steps)] if shift is None and own else flow_sigmas(steps, shift or 1.0)
+        ode = transition_table(sigmas, dynamics="ode", noise_level=0.0)
+        sde = transition_table(sigmas, dynamics=cast(Any, dynamics), noise_level=noise_level) if window else ode
+    except ValueError as error:  # what no bound of a single field can say
+        said = f"{named} {steps}, shift {shift}, dynamics {dynamics} and noise_level {noise_level}"
+        raise ConfigError(f"rollout: no sampler of {said}: {error}") from error
     last = max(0, min(steps - window, round(steps * window_range) - 1))
     deterministic = [k for k in range(last + window) if window and sde[k, 3] == 0]
     if deterministic:

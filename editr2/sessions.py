@@ -18,27 +18,23 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from editr2.errors import DataError, UserError
+from editr2.images import RESIZES, ImageFile, Pixels, Size, locate, shown
 
 __all__ = ["ImageFile", "Session", "Survey", "Turn", "load_sessions", "save_sessions", "survey", "validate"]
 
 FILE_NAME = "sessions.jsonl"
 MODES = ("cm", "cu")
-RESIZES = ("no", "crop", "stretch")
-Pixels = npt.NDArray[np.uint8]
-Size = tuple[int, int]
 _SESSION_KEYS = ("id", "image", "turns", "mode", "meta")
 _TURN_KEYS = ("instruction", "intent", "task", "meta")
-_PIXEL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
 @dataclass(frozen=True)
@@ -119,22 +115,26 @@ class StoredImage(Protocol):
     @property
     def resize(self) -> str: ...
 
+    @property
+    def checksum(self) -> str | None: ...
+
     def __call__(self) -> Pixels: ...
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """Pixels that stay in their file: called, it decodes them, uint8 [H, W, 3].
+Unreadable: TypeAlias = Callable[[Sequence[str]], Iterable[tuple[int, str]]]
+"""(turn from 0, what is wrong) for those of a session's instructions that their reader has no use for: too long a text,
+a word that its vocabulary does not have."""
 
-    size, resize: as in `load_sessions`. Raises DataError for whatever is wrong with the file.
-    """
 
-    path: Path
-    size: Size | None = None
-    resize: str = "no"
+def pixel_sum(session: Session) -> str:
+    """A checksum of a session's pixels and their shape; what was decoded once to be checked is not decoded again."""
+    known: str | None = getattr(vars(session)["image"], "checksum", None)
+    return known or _pixel_sum(session.image)
 
-    def __call__(self) -> Pixels:
-        return read_image(self.path, self.size, self.resize)
+
+def _pixel_sum(pixels: Pixels) -> str:
+    content = np.ascontiguousarray(pixels)
+    return hashlib.sha256(repr(pixels.shape).encode() + content.tobytes()).hexdigest()
 
 
 def load_sessions(
@@ -144,6 +144,7 @@ def load_sessions(
     size: Size | None = None,
     resize: str = "no",
     memory: int = 1 << 30,
+    unreadable: Unreadable | None = None,
 ) -> list[Session]:
     """Read a set of sessions and decode every image, so that a bad file fails here and not hours into a run.
 
@@ -155,17 +156,18 @@ def load_sessions(
         "stretch".
     memory: bytes of pixels to keep. Images beyond them (3·H·W bytes each, 1.3 thousand of 512² in the default) are
         decoded here to be checked, and again whenever `Session.image` is read.
+    unreadable: what a policy cannot make of the instructions, which is then an error of the line.
 
-    A session without an id is named after its line, `line-000007`. Images may be anything that Pillow decodes to
-    8-bit grey, palette or RGB, with or without alpha: EXIF orientation is applied, transparency is composited over
-    white, and the result is uint8 [H, W, 3].
+    A session without an id is named after its line, `line-000007`. Images may be 8-bit grey, palette or RGB, with or
+    without alpha, in one of `editr2.images.FORMATS`: EXIF orientation is applied, a colour profile is converted to
+    sRGB, transparency is composited over white, and the result is uint8 [H, W, 3].
 
     Raises DataError, `path:line: field: problem (accepted: …)`, for the first thing that is wrong.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit: {limit} (accepted: 1 or more)")
     sessions = []
-    for item in scan(path, size=size, resize=resize, memory=memory):
+    for item in scan(path, size=size, resize=resize, memory=memory, unreadable=unreadable):
         if isinstance(item, str):
             raise DataError(item)
         sessions.append(item)
@@ -198,12 +200,18 @@ class Survey:
         return "; ".join([f"{self.turns.total()} sessions", *(f"{k} {', '.join(v)}" for k, v in lists.items())])
 
 
-def survey(path: str | os.PathLike[str], *, size: Size | None = None, resize: str = "no") -> Survey:
+def survey(
+    path: str | os.PathLike[str],
+    *,
+    size: Size | None = None,
+    resize: str = "no",
+    unreadable: Unreadable | None = None,
+) -> Survey:
     """Reads a whole set, images too, and keeps none of it. Arguments as in `load_sessions`; raises for none of what is
     wrong with the set."""
     result = Survey()
     try:
-        for item in scan(path, size=size, resize=resize):
+        for item in scan(path, size=size, resize=resize, unreadable=unreadable):
             if isinstance(item, str):
                 result.problems.append(item)
                 continue
@@ -215,9 +223,16 @@ def survey(path: str | os.PathLike[str], *, size: Size | None = None, resize: st
     return result
 
 
-def validate(path: str | os.PathLike[str], *, size: Size | None = None, resize: str = "no") -> list[str]:
-    """Everything that is wrong with a set of sessions, in the order of the file; empty if it would load."""
-    return survey(path, size=size, resize=resize).problems
+def validate(
+    path: str | os.PathLike[str],
+    *,
+    size: Size | None = None,
+    resize: str = "no",
+    unreadable: Unreadable | None = None,
+) -> list[str]:
+    """Everything that is wrong with a set of sessions, in the order of the file; empty if it would load. Arguments as
+    in `load_sessions`."""
+    return survey(path, size=size, resize=resize, unreadable=unreadable).problems
 
 
 def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -> Path:
@@ -290,38 +305,61 @@ class Entry(NamedTuple):
     image: StoredImage | None
 
 
+@dataclass(frozen=True)
+class _NoImage:
+    """In place of an image whose name alone is wrong."""
+
+    problem: str
+    size: Size | None = None
+    resize: str = "no"
+    checksum: str | None = None
+
+    def __call__(self) -> Pixels:
+        raise DataError(self.problem)
+
+
 def scan(
-    path: str | os.PathLike[str], *, size: Size | None = None, resize: str = "no", memory: int = 1 << 30
+    path: str | os.PathLike[str],
+    *,
+    size: Size | None = None,
+    resize: str = "no",
+    memory: int = 1 << 30,
+    unreadable: Unreadable | None = None,
+    contained: bool = False,
 ) -> Iterator[Session | str]:
     """The sessions of a set in order, and a line of text for each problem. Lazy: an image is decoded when reached.
 
-    Arguments as in `load_sessions`. Raises DataError when there is no set at `path`.
+    contained: the set is of others, and relative names of images must not lead out of its folder. The other arguments
+    as in `load_sessions`. Raises DataError when there is no set at `path`.
     """
     if resize not in RESIZES:
         raise UserError(f"resize: {resize!r} (accepted: {', '.join(RESIZES)})")
     if is_dataset(path):
         from editr2.importers.hub import dataset_entries
 
-        return _checked(dataset_entries(os.fspath(path), size, resize), memory)
-    return _checked(_file_entries(_locate(path), size, resize), memory)
+        entries = dataset_entries(os.fspath(path), size, resize, contained)
+    else:
+        entries = _file_entries(_locate(path), size, resize, contained)
+    return _checked(entries, memory, unreadable)
 
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
     """Whether this is a Hugging Face dataset: of the hub (hf:…), or a folder that `datasets` saved."""
-    saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    return os.fspath(path).startswith("hf:") or (saved and not (Path(path) / FILE_NAME).exists())
+    # os.path answers for names that are too long for any file, where pathlib raises.
+    saved = any(os.path.isfile(Path(path) / name) for name in ("state.json", "dataset_dict.json"))
+    return os.fspath(path).startswith("hf:") or (saved and not os.path.exists(Path(path) / FILE_NAME))
 
 
 def _locate(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    file = path / FILE_NAME if path.is_dir() else path
-    if not file.is_file():
-        problem = f"no {FILE_NAME} in the folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {problem} (accepted: a {FILE_NAME} file or a folder that holds one)")
+    file = path / FILE_NAME if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        problem = f"no {FILE_NAME} in the folder" if os.path.isdir(path) else "no such file"
+        raise DataError(f"{shown(path)}: {problem} (accepted: a {FILE_NAME} file or a folder that holds one)")
     return file
 
 
-def _file_entries(file: Path, size: Size | None, resize: str) -> Iterator[Entry]:
+def _file_entries(file: Path, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
     lines_there = False
     for number, raw in lines_of(file):
         lines_there = True
@@ -331,9 +369,14 @@ def _file_entries(file: Path, size: Size | None, resize: str) -> Iterator[Entry]
         except DataError as error:
             yield Entry(where, place, error, None)
             continue
-        image = record.get("image")
-        named = isinstance(image, str) and bool(image.strip())
-        yield Entry(where, place, record, ImageFile(file.parent / str(image), size, resize) if named else None)
+        name = record.get("image")
+        image: StoredImage | None = None
+        if is_text(name):
+            try:
+                image = ImageFile(locate(file.parent, name, contained=contained), size, resize)
+            except DataError as error:
+                image = _NoImage(str(error))
+        yield Entry(where, place, record, image)
     if not lines_there:
         raise DataError(f"{file}: no sessions in the file (accepted: one JSON object a line, at least one)")
 
@@ -347,7 +390,7 @@ def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
     return ((number, raw) for number, raw in enumerate(raw_lines, start=1) if raw.strip())
 
 
-def _checked(entries: Iterable[Entry], memory: int) -> Iterator[Session | str]:
+def _checked(entries: Iterable[Entry], memory: int, unreadable: Unreadable | None) -> Iterator[Session | str]:
     seen: dict[str, str] = {}
     for where, place, record, stored in entries:
         if isinstance(record, DataError):
@@ -357,8 +400,12 @@ def _checked(entries: Iterable[Entry], memory: int) -> Iterator[Session | str]:
         given = record.get("id")
         name = given if isinstance(given, str) else "{}-{:0>6}".format(*place.split())
         if name in seen:
-            problems.append(("id", f"{name!r} was already used on {seen[name]} (accepted: unique ids)"))
+            problems.append(("id", f"{shown(repr(name))} was already used on {seen[name]} (accepted: unique ids)"))
         seen.setdefault(name, place)
+        if unreadable is not None and not problems:
+            of = f"of session {shown(repr(name))}: "
+            told = [turn["instruction"] for turn in record["turns"]]
+            problems += ((f"turns[{turn}].instruction", of + problem) for turn, problem in unreadable(told))
         pixels = None
         if stored is not None:
             try:
@@ -373,7 +420,9 @@ def _checked(entries: Iterable[Entry], memory: int) -> Iterator[Session | str]:
         )
         memory -= pixels.nbytes
         # The size that was seen stands, so that a file that is replaced while a run reads it is an error.
-        later: Any = None if memory >= 0 else replace(stored, size=pixels.shape[:2])  # type: ignore[type-var]
+        later: Any = None
+        if memory < 0:
+            later = replace(stored, size=pixels.shape[:2], checksum=_pixel_sum(pixels))  # type: ignore[type-var]
         yield Session(name, later or pixels, turns, record.get("mode"), record.get("meta") or {})
 
 
@@ -403,7 +452,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         names = [key for key, _ in pairs]
         repeated = next(key for key in names if names.count(key) > 1)
-        raise DataError(f"{repeated}: key given twice in one object")
+        raise DataError(f"{shown(repeated)}: key given twice in one object")
     return result
 
 
@@ -466,10 +515,10 @@ def _unknown_keys(record: Mapping[str, Any], known: tuple[str, ...], prefix: str
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            yield f"{prefix}{key}", f"unknown key ({hint}accepted: {', '.join(known)})"
+            yield f"{prefix}{shown(key)}", f"unknown key ({hint}accepted: {', '.join(known)})"
 
 
-def is_text(value: object) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value.strip())
 
 
@@ -484,68 +533,8 @@ def kind(value: object) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (int, float)):
-        return f"the number {value}"
+        return f"the number {shown(value)}"
     return f"a {type(value).__name__}"
-
-
-def read_image(path: Path, size: Size | None = None, resize: str = "no") -> Pixels:
-    """`decode_image` of a file; DataError says what is wrong with it."""
-    if not path.is_file():  # also keeps out folders and pipes, which would block
-        raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
-    try:
-        return decode_image(path.read_bytes(), size, resize)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def decode_image(data: bytes, size: Size | None = None, resize: str = "no") -> Pixels:
-    """An encoded image to uint8 [H, W, 3], brought to `size` as `load_sessions` says. Raises DataError."""
-    if not data:
-        raise DataError("empty file (accepted: an image)")
-    # Pillow's decoders raise whatever their parsing runs into (OSError, SyntaxError, ValueError, struct.error,
-    # IndexError, …); for a file that a user gave, all of it means the same.
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            _require_still_8_bit(opened)
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            image = image.convert("RGB")
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"not a readable image: {_first_line(error)}") from error
-    return np.array(image if size is None else _fitted(image, size, resize))
-
-
-def _fitted(image: Image.Image, size: Size, resize: str) -> Image.Image:
-    height, width = size
-    if image.size == (width, height):
-        return image
-    if resize == "crop":
-        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    if resize == "stretch":
-        return image.resize((width, height), Image.Resampling.LANCZOS)
-    accepted = f"{height}×{width}; --data.resize crop or stretch brings others to it"
-    raise DataError(f"{image.height}×{image.width} pixels, height × width (accepted: {accepted})")
-
-
-def _require_still_8_bit(image: Image.Image) -> None:
-    # An MPO is a phone's JPEG with a depth or gain map behind the picture, not an animation.
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise DataError(f"animated, {frames} frames (accepted: a still image)")
-    if image.mode not in _PIXEL_MODES:
-        raise DataError(f"pixel format {image.mode} (accepted: 8-bit {', '.join(_PIXEL_MODES)})")
-
-
-def _first_line(error: BaseException) -> str:
-    # Pillow names the buffer's address in "cannot identify image file <_io.BytesIO object at 0x…>".
-    text = str(error).split(" <_io.BytesIO")[0].strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _without_absent(**values: Any) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from editr2.errors import CheckpointError
+from editr2.machine import CoreWatch
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class MetricsLog:
         mixing two runs. k continues from a checkpoint at iteration k: train rows with iteration >= k, eval
         rows with iteration > k and a torn tail are removed (atomically) before the first append. Rows
         without an iteration (start, comparison) share the fate of the row before them.
+    resumed: about the process that continues the run, for the list of that name in the start row's identity.
     tensorboard: None writes event files when tensorboard is installed, True demands it (ImportError),
         False leaves it out. They go to the folder `tensorboard` beside the file.
     enabled: False (any process but the first) touches no file.
@@ -83,6 +85,7 @@ class MetricsLog:
         path: str | os.PathLike[str],
         *,
         resume_iteration: int | None = None,
+        resumed: Mapping[str, Any] | None = None,
         tensorboard: bool | None = None,
         enabled: bool = True,
     ) -> None:
@@ -102,7 +105,7 @@ class MetricsLog:
                 raise CheckpointError(
                     f"{self.path} already holds a run; give resume_iteration to continue it, or another folder"
                 )
-            kept, self.dropped = _trim(self.path, resume_iteration)
+            kept, self.dropped = _trim(self.path, resume_iteration, resumed)
         if tensorboard is not False:
             sink = tensorboard_sink(
                 self.path.parent / "tensorboard",
@@ -139,6 +142,11 @@ class MetricsLog:
         for sink in self._sinks:
             sink.append(clean)
 
+    def sync(self) -> None:
+        """Brings the rows to the disk: before a checkpoint, which has them behind it."""
+        if self._fd is not None:
+            os.fsync(self._fd)
+
     def close(self) -> None:
         if self._fd is not None:
             os.fsync(self._fd)
@@ -160,25 +168,39 @@ def _iteration(row: Mapping[str, Any]) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _trim(path: Path, resume_iteration: int) -> tuple[list[Row], int]:
+def _trim(path: Path, resume_iteration: int, resumed: Mapping[str, Any] | None) -> tuple[list[Row], int]:
     """Rewrites `path` with the rows that a checkpoint at `resume_iteration` has behind it."""
     rows, dropped = read_metrics(path)
+    kept = rows_behind(rows, resume_iteration)
+    if resumed is not None:
+        for row in kept:
+            if row.get("event") == "start":
+                row.setdefault("identity", {}).setdefault("resumed", []).append(dict(resumed))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    return kept, dropped
+
+
+def rows_behind(rows: Iterable[Row], iteration: int) -> list[Row]:
+    """The rows that a checkpoint at `iteration` has behind it."""
     kept: list[Row] = []
     keep = True
     for row in rows:
-        iteration = _iteration(row)
-        if iteration is not None:
-            keep = iteration < resume_iteration if row.get("event") == "train" else iteration <= resume_iteration
+        of = _iteration(row)
+        if of is not None:
+            keep = of < iteration if row.get("event") == "train" else of <= iteration
         if keep:
             kept.append(row)
+    return kept
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there with all of the text, or as it was: synced and renamed into place."""
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8", errors="replace") as file:
-        for row in kept:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    return kept, dropped
 
 
 def _plain(value: Any, name: str, non_finite: list[str]) -> Any:
@@ -256,43 +278,67 @@ def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 
 # The terminal
 
+TYPICAL = 16
+"""Iterations whose median is the typical one: enough to outvote a few slow ones."""
+
+RECENT = 5
+"""Iterations from which the time left is reckoned: few, so that it follows a machine that becomes busy or free."""
+
 
 class Progress:
-    """One line for each iteration, with the time left from the median of recent iterations.
+    """One line for each iteration: its seconds beside the typical ones, the time left, and whether the machine is busy.
 
-    On a terminal the line stays in place above a bar; elsewhere each iteration prints a line of its own.
+    An iteration's seconds are those of the row's phases, or, without them, from one row to the next. The time left is
+    the mean of the last `RECENT` iterations, and of what the run spent between iterations (evaluations, checkpoints),
+    for each that remains. On a terminal the line stays in place above a bar; elsewhere each iteration prints a line of
+    its own.
 
     iterations: how many the run has; start: how many are done already (a resumed run).
     enabled: False (any process but the first) prints nothing.
     stream: stderr unless given.
+    busy: since its last call, words for a busy machine or "" (`CoreWatch.lap`). clock: seconds, rising.
     """
 
-    def __init__(self, iterations: int, *, start: int = 0, enabled: bool = True, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        iterations: int,
+        *,
+        start: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        busy: Callable[[], str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.iterations = iterations
         self.done = start
         self._enabled = enabled
         self._stream = sys.stderr if stream is None else stream
-        # 16: long enough to outvote an evaluation or a checkpoint in between, short enough to follow a
-        # change of speed.
-        self._recent: deque[float] = deque(maxlen=16)
+        self._busy = CoreWatch().lap if busy is None else busy
+        self._clock = clock
+        self._seconds: deque[float] = deque(maxlen=TYPICAL)
+        self._between = 0.0
+        self._gaps = 0
         self._last: float | None = None
         self._live: Any = None
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Takes the train row of an iteration that has just finished."""
-        now = time.monotonic()
+        now = self._clock()
         iteration = _iteration(row)
         self.done = self.done + 1 if iteration is None else iteration + 1
-        if self._last is not None:
-            self._recent.append(now - self._last)
-        else:  # no earlier update to measure from: the row's own phases
-            seconds = [s for _, s in flatten({"seconds": row.get("seconds") or {}})]
-            if seconds:
-                self._recent.append(sum(seconds))
+        phases = [s for _, s in flatten({"seconds": row.get("seconds") or {}})]
+        gap = None if self._last is None else now - self._last
+        if phases or gap is not None:
+            self._seconds.append(sum(phases) if phases else gap or 0.0)
+        if gap is not None:
+            self._between += max(gap - self._seconds[-1], 0.0)
+            self._gaps += 1
         self._last = now
         if not self._enabled:
             return
         line = self.line(row)
+        if busy := self._busy():
+            line += f"  {busy}"
         if self._stream.isatty():
             self._show(line)
         else:
@@ -322,10 +368,13 @@ class Progress:
             parts.append(f"|ratio-1| {row['ratio_error']:.0e}")
         if row.get("failed_scores"):
             parts.append(f"{row['failed_scores']} scores failed")
-        if self._recent:
-            typical = statistics.median(self._recent)
-            parts.append(f"{typical:.3g} s/iter")
-            parts.append(f"left {duration(typical * max(self.iterations - self.done, 0))}")
+        if row.get("not_applicable"):
+            parts.append(f"{row['not_applicable']} turns do not apply")
+        if self._seconds:
+            typical = statistics.median(self._seconds)
+            parts.append(f"{_precise(self._seconds[-1])} s/iter (typical {_precise(typical)})")
+            each = statistics.fmean(list(self._seconds)[-RECENT:]) + self._between / max(self._gaps, 1)
+            parts.append(f"left {duration(each * max(self.iterations - self.done, 0))}")
         return "  ".join(part for part in parts if part)
 
     def _show(self, line: str) -> None:
@@ -364,6 +413,11 @@ def _short(value: float | None, *, zero: bool = False) -> str:
         return "–"
     text = f"{value:.2f}"
     return text if zero else text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
+
+
+def _precise(seconds: float) -> str:
+    """Three digits, all of those before the point."""
+    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
 def duration(seconds: float) -> str:

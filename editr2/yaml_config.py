@@ -1,39 +1,27 @@
 """YAML to frozen dataclasses and back, with errors that name the file, the line and the key.
 
-Plain YAML only: one document, string keys, no tags beyond the standard scalars, no merge keys. The accepted types of a
-field are bool, int, float, str, Path, Any, Literal, Optional and unions, list, tuple, dict[str, …] and nested
-dataclasses. An int is accepted for a float, and so is `1e-4`, which YAML 1.1 reads as a string.
+Plain YAML only: one document, string keys, no tags beyond the standard scalars, no merge keys. What a field accepts is
+`editr2.fields`' matter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
-import re
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 
 from editr2.errors import ConfigError
+from editr2.fields import Wrong, arguments, convert
 
-__all__ = ["check_keys", "dump_yaml", "load_yaml", "to_dataclass"]
+__all__ = ["check_keys", "dump_yaml", "load_yaml", "place_of", "to_dataclass"]
 
 T = TypeVar("T")
 _MAX_NODES = 100_000  # aliases can expand a few lines to billions of nodes; a configuration has hundreds
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-
-
-class _Wrong(Exception):
-    """A value that does not fit its field: dotted key, problem."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(key, problem)
-        self.key, self.problem = key, problem
 
 
 def load_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -78,17 +66,18 @@ def check_keys(
     default, or value of the wrong type, naming the key, what was given and what is accepted.
     """
     try:
-        _dataclass_arguments(values, schema, "")
-    except _Wrong as wrong:
-        raise ConfigError(f"{_place(path, lines, wrong.key)}: {wrong.problem}") from None
+        arguments(values, schema, "")
+    except Wrong as wrong:
+        raise ConfigError(f"{place_of(path, lines, wrong.key)}: {wrong.problem}") from None
 
 
 def to_dataclass(values: Mapping[str, Any], schema: type[T]) -> T:
     """Make the dataclass and those nested in it; absent keys take their defaults. ConfigError as `check_keys`."""
     try:
-        return _convert(values, schema, "", build=True)
-    except _Wrong as wrong:
+        made: T = convert(values, schema, "", build=True)
+    except Wrong as wrong:
         raise ConfigError(wrong.problem) from None
+    return made
 
 
 def dump_yaml(config: Any) -> str:
@@ -187,144 +176,11 @@ def _node_kind(node: yaml.Node) -> str:
     return {"scalar": "a single value", "sequence": "a list", "mapping": "a mapping"}[node.id]
 
 
-def _place(path: str | os.PathLike[str], lines: Mapping[str, int], key: str) -> str:
+def place_of(path: str | os.PathLike[str], lines: Mapping[str, int], key: str) -> str:
     """`file:line` of a key, or of the nearest thing around it (a missing key has no line of its own)."""
     while key and key not in lines:
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return f"{path}:{lines[key]}" if key else str(path)
-
-
-def _fields(schema: type[Any]) -> dict[str, tuple[Any, bool]]:
-    """Name -> (type, required) of what the constructor takes."""
-    hints = get_type_hints(schema)
-    missing = dataclasses.MISSING
-    return {
-        f.name: (hints[f.name], f.default is missing and f.default_factory is missing)
-        for f in dataclasses.fields(schema)
-        if f.init
-    }
-
-
-def _dataclass_arguments(value: Any, schema: type[Any], key: str, *, build: bool = False) -> dict[str, Any]:
-    """The constructor's arguments, converted. `build=False` only checks: nested dataclasses stay dicts, so that a
-    complaint of their `__post_init__` cannot precede that of a later key."""
-    if not isinstance(value, Mapping):
-        raise _Wrong(key, f"{key}: given {_shown(value)} (accepted: keys and values)")
-    fields = _fields(schema)
-    result = {}
-    for name, item in value.items():
-        dotted = f"{key}.{name}" if key else name
-        if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
-            prefix = f"{key}." if key else ""
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"accepted: {', '.join(fields)}"
-            raise _Wrong(dotted, f"unknown key {dotted!r} ({hint})")
-        result[name] = _convert(item, fields[name][0], dotted, build=build)
-    for name, (_, required) in fields.items():
-        if required and name not in value:
-            dotted = f"{key}.{name}" if key else name
-            raise _Wrong(dotted, f"missing key {dotted!r} (it has no default)")
-    return result
-
-
-def _convert(value: Any, hint: Any, key: str, *, build: bool) -> Any:
-    """The value as the type wants it; _Wrong if it does not fit."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        converted = _dataclass_arguments(value, hint, key, build=build)
-        return hint(**converted) if build else converted
-    if origin in (Union, types.UnionType):
-        return _convert_union(value, hint, key, build=build)
-    if origin is Literal:
-        for option in arguments:
-            if value == option and type(value) is type(option):
-                return value
-    elif origin in (list, tuple) or hint in (list, tuple):
-        if isinstance(value, (list, tuple)):
-            return _convert_sequence(value, hint, key, build=build)
-    elif origin in (dict, Mapping) or hint in (dict, Mapping):
-        if isinstance(value, Mapping):
-            item = arguments[1] if arguments else Any
-            return {name: _convert(v, item, f"{key}.{name}", build=build) for name, v in value.items()}
-    elif hint is float:
-        if isinstance(value, float):
-            return value
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 1023:
-            return float(value)
-        if isinstance(value, str) and _FLOAT.fullmatch(value) and math.isfinite(float(value)):
-            return float(value)
-    elif hint is Path:
-        if isinstance(value, (str, Path)):
-            return Path(value)
-    elif hint in (bool, int, str, type(None), None):
-        if type(value) is (type(None) if hint is None else hint):
-            return value
-    else:
-        raise TypeError(f"{key}: fields of type {hint} are not supported")
-    raise _Wrong(key, f"{key}: given {_shown(value)} (accepted: {_type_name(hint)})")
-
-
-def _convert_union(value: Any, hint: Any, key: str, *, build: bool) -> Any:
-    options = get_args(hint)
-    nested = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
-    if isinstance(value, Mapping) and len(nested) == 1:
-        return _convert(value, nested[0], key, build=build)  # so that its own complaint is heard
-    exact = [option for option in options if option is type(value)]
-    for option in [*exact, *options]:
-        try:
-            return _convert(value, option, key, build=build)
-        except _Wrong:
-            continue
-    raise _Wrong(key, f"{key}: given {_shown(value)} (accepted: {_type_name(hint)})")
-
-
-def _convert_sequence(value: list[Any] | tuple[Any, ...], hint: Any, key: str, *, build: bool) -> Any:
-    arguments = get_args(hint)
-    make = tuple if (get_origin(hint) or hint) is tuple else list
-    if make is list or not arguments or arguments[-1] is Ellipsis:
-        expected = [arguments[0] if arguments else Any] * len(value)
-    else:
-        expected = list(arguments)
-        if len(expected) != len(value):
-            raise _Wrong(key, f"{key}: given a list of {len(value)} (accepted: a list of {len(expected)})")
-    items = zip(value, expected, strict=True)
-    return make(_convert(item, kind, f"{key}[{n}]", build=build) for n, (item, kind) in enumerate(items))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return f"{str(value).lower()} (a bool; quote it if a string is meant)"
-    if value is None:
-        return "null"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}"
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
-def _type_name(hint: Any) -> str:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_union_names(arguments))
-    if origin is Literal:
-        return ", ".join(repr(option) for option in arguments)
-    if origin in (list, tuple) or hint in (list, tuple):
-        inner = [_type_name(argument) for argument in arguments if argument is not Ellipsis]
-        return f"a list of {', '.join(inner)}" if inner else "a list"
-    if origin in (dict, Mapping) or hint in (dict, Mapping) or dataclasses.is_dataclass(hint):
-        return "keys and values"
-    if hint in (None, type(None)):
-        return "null"
-    return "a path" if hint is Path else str(getattr(hint, "__name__", hint))
-
-
-def _union_names(options: tuple[Any, ...]) -> Iterator[str]:
-    for option in sorted(options, key=lambda option: option is type(None)):
-        yield _type_name(option)
 
 
 def _plain(value: Any) -> Any:

@@ -293,7 +293,10 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
         elif return_logprobs:
             log_prob = mean_over_elements(gaussian(prev_sample, mean, std, include_logprob_normalizer))
         out = (prev_sample, log_prob, mean, g)
-        return (*out, torch.sqrt(-dt).reshape(-1).expand(x.shape[0])) if return_sqrt_dt else out
+        if not return_sqrt_dt:
+            return out
+        sqrt_dt = torch.sqrt(-dt)  # one a timestep given, not a sample
+        return (*out, sqrt_dt.expand(x.shape[0]).clone() if timestep is None else sqrt_dt.reshape(-1))
 
 
 class DiffusionNFTLoss:

@@ -13,7 +13,7 @@ from torch import Tensor
 import editr2.capture as capture
 from editr2.capture import Graphs, GraphStep, Stepped, capture_step
 from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, NonFiniteError
 from editr2.policies.base import Velocity
 from editr2.policies.unified import Guidance, UnifiedPolicy, new_embedded_policy
 from editr2.policies.unified_model import UnifiedConfig
@@ -84,6 +84,11 @@ def test_a_compiled_step_gives_the_plain_steps_rollout(monkeypatch):
     assert 1 < len(graphs) <= 5
     seen = len(graphs)
     rolled(policy, "compile")
+    assert len(graphs) == seen
+    with torch.no_grad():
+        policy.module.llm2vae.bias[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="turn 1: velocity"):
+        rolled(policy, "compile")
     assert len(graphs) == seen
 
 

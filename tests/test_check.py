@@ -299,7 +299,7 @@ def test_all_problems_come_together(tmp_path, capsys):
             {"policy": {"model": "klein", "weights": "someone/else"}},
             r"policy\.weights: 'someone/else'.*downloads nothing",
         ),
-        ({"policy": {"model": "klein", "lora_rank": 4, "lora_targets": "none"}}, r"policy\.lora_targets: 'none'"),
+        ({"policy": {"model": "klein", "lora_rank": 4, "lora_targets": "nothing"}}, r"policy\.lora_targets: 'nothing'"),
         ({"policy": {"weights": "no/such"}}, "no/such: no config.json"),
         ({"reward": {"function": "editr2.rewards.brightness:Dark"}}, r"reward\.function: .*Dark"),
         ({"rollout": {"dynamics": "ddim-sde", "noise_level": 1.0, "window": 4}}, r"rollout\.window: steps \[3\]"),
@@ -327,7 +327,7 @@ def test_groups_must_go_around(capsys):
     assert main(["check", "--processes", "13"]) == 2
     assert "rollout.sessions: 12 (accepted: at least 13, one a process)" in capsys.readouterr().err
     assert main(["check", "--processes", "0"]) == 2
-    assert "--processes: 0 (accepted: at least 1)" in capsys.readouterr().err
+    assert "--processes: 0 (accepted: a whole number, 1 to 1000000)" in capsys.readouterr().err
     assert main(["check", "--gpu", "abacus"]) == 2
     assert "--gpu: 'abacus' (accepted: b200, h200, h100" in capsys.readouterr().err
 

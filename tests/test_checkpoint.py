@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from torch import nn
 from editr2 import checkpoint
 from editr2.checkpoint import (
     capture_rng,
-    check_config,
     latest_checkpoint,
     load_checkpoint,
     restore_rng,
@@ -238,6 +238,111 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "absent")
 
 
+def forged(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The change, and then a manifest whose sums are right again."""
+
+    def apply(path: Path) -> None:
+        change(path)
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name in manifest["files"]:
+            content = (path / name).read_bytes()
+            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    return apply
+
+
+def field(name: str, value: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        document = json.loads((path / "state.json").read_text())
+        document[name] = value
+        (path / "state.json").write_text(json.dumps(document))
+
+    return forged(change)
+
+
+def entry(name: str, *, file: bool = False) -> Callable[[Path], None]:
+    """The manifest without an entry (and the file with it)."""
+
+    def change(path: Path) -> None:
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["files"][name]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        if file:
+            (path / name).unlink()
+
+    return change
+
+
+def listed(name: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"][name] = {"bytes": 0, "sha256": ""}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+def emptied(name: str) -> Callable[[Path], None]:
+    return forged(lambda path: (path / name).write_bytes(b""))  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (entry("policy.safetensors"), "manifest.json does not list policy.safetensors"),
+        (entry("policy.safetensors", file=True), r"groups in state.json are \['policy'\], those in manifest.json \[\]"),
+        (entry("optimizer.safetensors", file=True), "manifest.json does not list optimizer.safetensors"),
+        (entry("rng.safetensors"), "manifest.json does not list rng.safetensors"),
+        (entry("state.json"), "manifest.json does not list state.json"),
+        (listed("../step_000001/policy.safetensors"), r"manifest.json lists '../step_000001/policy.safetensors'"),
+        (field("iteration", 1), r"iteration in state.json is 1 \(accepted: 2, as the folder is called\)"),
+        (field("iteration", "2"), r"iteration in state.json is a str \(accepted: int\)"),
+        (field("iteration", True), r"iteration in state.json is a bool \(accepted: int\)"),
+        (field("versions", None), r"versions in state.json is a NoneType \(accepted: dict\)"),
+        (field("state", [1]), r"state in state.json is a list \(accepted: dict\)"),
+        (field("groups", []), r"groups in state.json are \[\]"),
+        (field("groups", 5), r"groups in state.json are 5"),
+        (field("optimizer", {"dict": 5}), "optimizer in state.json cannot be decoded: TypeError"),
+        (field("optimizer", {"tensor": "9"}), "optimizer in state.json cannot be decoded: KeyError: '9'"),
+        (field("optimizer", {"tuple": []}), "optimizer in state.json is not a state dict"),
+        (field("optimizer", {"float": "x"}), "optimizer in state.json cannot be decoded: ValueError"),
+        (field("rng", {"a": 1, "b": 2}), "rng in state.json cannot be decoded: ValueError"),
+        (forged(lambda path: (path / "state.json").write_text("[]") and None), "iteration in state.json is a NoneType"),
+        (emptied("state.json"), "state.json cannot be read"),
+        (emptied("policy.safetensors"), "cannot be read: SafetensorError"),
+    ],
+)
+def test_what_no_save_wrote_is_refused_in_one_line(
+    tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    """Entries taken out of the manifest, and fields that were forged and summed up again."""
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    change(path)
+    with pytest.raises(CheckpointError, match=f"step_000002: .*{message}") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_under_another_name_is_what_it_says(tmp_path: Path) -> None:
+    os.rename(save(tmp_path, 2), tmp_path / "best")
+    assert load_checkpoint(tmp_path / "best").iteration == 2
+    os.rename(tmp_path / "best", tmp_path / "step_000007")
+    with pytest.raises(CheckpointError, match="iteration in state.json is 2"):
+        load_checkpoint(tmp_path / "step_000007")
+
+
+@pytest.mark.parametrize("change", [{}, {"python": (3, (), None)}, {"torch": torch.zeros(3)}, {"numpy": {}}, 5])
+def test_generators_that_are_none_are_refused(change: Any) -> None:
+    before = capture_rng()
+    try:
+        with pytest.raises(CheckpointError, match="rng: the saved generators cannot be restored"):
+            restore_rng({**before, **change} if change and change != 5 else change)
+    finally:
+        restore_rng(before)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -259,19 +364,6 @@ def test_what_cannot_be_stored_is_named(tmp_path: Path, change: dict[str, Any], 
     with pytest.raises(CheckpointError, match=message):
         save_checkpoint(tmp_path, 2, **given)
     assert names(tmp_path) == ["step_000001"]
-
-
-def test_check_config() -> None:
-    saved = {"train": {"lr": 1e-4, "betas": [0.9, 0.99], "amp": {}}, "out": "a", "gone": 1}
-    check_config(saved, {**saved, "train": {**saved["train"], "betas": (0.9, 0.99)}}, set())  # type: ignore[dict-item]
-    current = {"train": {"lr": 1e-3, "betas": [0.9, 0.99], "amp": {"on": True}}, "out": "b", "new": None}
-    with pytest.raises(CheckpointError) as caught:
-        check_config(saved, current, {"out", "new"})
-    assert str(caught.value) == (
-        "config differs from the checkpoint's: train.lr: 0.0001 saved, 0.001 given; train.amp: {} saved, absent given; "
-        "gone: 1 saved, absent given; train.amp.on: absent saved, True given (may differ: new, out)"
-    )
-    check_config(saved, current, {"out", "new", "train", "gone"})
 
 
 # Each child is one process that imports torch once and forks for every case, so that a kill takes only the fork.

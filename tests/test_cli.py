@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import editr2
+from editr2 import cli
 from editr2.cli import main, run_config
 from editr2.config import Config
+from editr2.fields import leaves
 from editr2.sessions import load_sessions
 from editr2.tracking import read_metrics
 
@@ -32,6 +34,32 @@ def test_flags_beat_the_file_which_beats_the_preset(tmp_path):
     assert configured() == Config()
 
 
+def test_flags_are_read_as_yaml_is(tmp_path):
+    config = configured(
+        "--train.betas=0.5,0.75", "--policy.resolution", "512x640", "--credit.weights", "{IF: 1, CC: 2}",
+        "--credit.weights.CC", "3", "--policy.intent",
+        "--train.ema=none", "--train.lr", "3e-4", "--credit.clip", "null",
+        "--policy.negative_prompt", "- no: [text]", "--data.limit", "5", "--data.limit=6", "--out=~/x",
+        "--policy.keep_source", "yes", "--train.kl_weight", "1",
+    )  # fmt: skip
+    assert config.train.betas == (0.5, 0.75) and config.policy.resolution == (512, 640)
+    assert config.credit.weights == {"IF": 1.0, "CC": 3.0} and config.policy.intent and config.policy.keep_source
+    assert (config.train.ema, config.train.lr, config.credit.clip) == (None, 3e-4, None)
+    assert config.policy.negative_prompt == "- no: [text]" and config.data.limit == 6
+    assert config.out == str(Path.home() / "x") and isinstance(config.train.kl_weight, float)
+
+
+def test_help_has_every_field_with_what_it_accepts(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and "<class" not in said
+    for key, _ in leaves(Config):
+        assert f"--{key} " in said
+    assert "AdamW learning rate, of the first iteration. (a number, above 0, at most 1; default: 0.0002)" in said
+    assert "(flow-sde, dance-sde, wan-sde, cps, ddim-sde; default: cps)" in said
+
+
 def test_data_is_short_for_its_path():
     assert configured("--data", "some/folder").data.path == "some/folder"
     assert configured("--data=some/folder").data.path == "some/folder"
@@ -40,8 +68,52 @@ def test_data_is_short_for_its_path():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "--rollout.stesp", "3"], "--rollout.stesp"),
-        (["train", "--rollout.steps", "many"], "rollout.steps"),
+        (["train", "--rollout.stesp", "3"], "--rollout.stesp: unknown flag (did you mean --rollout.steps?)"),
+        (["train", "--iterations", "3"], "--iterations: unknown flag (did you mean --train.iterations?)"),
+        (["train", "--train.iter", "3"], "--train.iter: unknown flag (did you mean --train.iterations?)"),
+        (["train", "--sessions=3"], "--sessions: unknown flag (did you mean --rollout.sessions or --eval.sessions?)"),
+        (["train", "--policy.lora-rank=3"], "--policy.lora-rank: unknown flag (did you mean --policy.lora_rank?)"),
+        (["train", "--modle", "kontext"], "--modle: unknown flag (did you mean --policy.model?)"),
+        (["train", "--zebra"], "--zebra: unknown flag (editr2 train --help lists what there is)"),
+        (["train", "--checkpoint", "3"], "a group of settings (accepted: --checkpoint.every and --checkpoint.keep)"),
+        (["train", "train.lr=3"], "'train.lr=3': not understood (did you mean --train.lr=3?)"),
+        (["train", "now"], "'now': not understood (usage: editr2 train [options])"),
+        (["train", "--rollout.steps", "many"], "rollout.steps: 'many' (accepted: a whole number, 1 to 1000)"),
+        (["train", "--train.lr", "abc"], "train.lr: 'abc' (accepted: a number, above 0, at most 1)"),
+        (["train", "--train.lr", "-1e-4"], "train.lr: -0.0001 (accepted: a number, above 0, at most 1)"),
+        (["train", "--train.lr"], "--train.lr: needs a value (accepted: a number, above 0, at most 1)"),
+        (["train", "--train.lr", "--profile"], "--train.lr: needs a value"),
+        (["train", "--policy.intent", "perhaps"], "policy.intent: 'perhaps' (accepted: true or false)"),
+        (["train", "--train.betas", "0.9"], "train.betas: 0.9 (accepted: a list of 2, each a number, at least 0, bel"),
+        (["train", "--train.betas", "0.9,1"], "train.betas[1]: 1.0 (accepted: a number, at least 0, below 1)"),
+        (["train", "--credit.weights.IF", "x"], "credit.weights.IF: 'x' (accepted: a number, "),
+        (["train", "--profile=3"], "--profile: '3' (accepted: --profile alone, without a value)"),
+        (["train", "--out", "no\0such"], "out: 'no\\x00such' (accepted: a folder; this has a NUL)"),
+        (["train", "--out", ""], "out: '' (accepted: a folder; this is empty)"),
+        (["train", "--out", __file__], "(accepted: a folder; "),
+        (["train", "--policy.weights=~/no/such"], f"{Path.home()}/no/such: no config.json"),
+        (["check", "--processes", "-1"], "--processes: -1 (accepted: a whole number, 1 to"),
+        (["check", "--gpu"], "--gpu: needs a value"),
+        (["check", "a.yaml", "b.yaml"], "'b.yaml': not understood"),
+        (["eval", "--data", "~/no/such"], f"{Path.home()}/no/such"),
+        (["rollout", "--out", f"{__file__}/x"], "(accepted: a folder; "),
+        (["report"], "run: missing (usage: editr2 report RUN [options])"),
+        (["report", "a", "b"], "'b': not understood"),
+        (["export", "a"], "--out: missing (usage: editr2 export RUN --out PATH [options])"),
+        (["export", "~/no/such", "--out", "x"], f"{Path.home()}/no/such: no config.yaml"),
+        (["doctor", "--all"], "--all: unknown flag (editr2 doctor --help"),
+        (["data", "import", "coco", "x", "--out", "y"], "format: 'coco' (accepted: mice, edival"),
+        (["data", "import", "mice", "x", "--out", "y", "--limit=-1"], "--limit: -1 (accepted: a whole number, 1 to"),
+        (["data", "import", "mice", "x", "--out", "y", "--mode=c"], "--mode: 'c' (accepted: cm, cu"),
+        (["data", "improt"], "command: 'improt' (accepted: import, validate)"),
+        (["world", "make"], "--out: missing (usage: editr2 world make --out PATH [options])"),
+        (["world", "make", "--out", "x", "--count", "-3"], "--count: -3 (accepted: a whole number, 1 to 1000000)"),
+        (["world", "make", "--out", __file__], "--out: "),
+        (["world", "pretrain", "--out", "x", "--lr=.nan"], "lr: nan (accepted: a number, above 0, at most 1)"),
+        (["world", "pretrain", "--out", "x", "--steps=0"], "steps: 0 (accepted: a whole number, 1 to"),
+        (["reproduce", "--jobs=0"], "--jobs: 0 (accepted: a whole number, 1 to"),
+        (["reproduce", "--sampler=dde"], "sampler: 'dde' (accepted: rollout, ode)"),
+        (["reproduce", "--sessions=0"], "sessions: 0 (accepted: a whole number, 1 to"),
         (
             ["train", "--preset", "best"],
             "accepted: edit-r2, edit-r2-released, mt-editflow-grpo, mt-edit",
@@ -51,7 +123,7 @@ def test_data_is_short_for_its_path():
         (["train", "--policy.weights", "no/such"], "no/such"),
         (["fly"], "accepted: train, check, eval"),
         (["report", "no/such/run"], "no/such/run"),
-        (["world", "make", "--out", "x", "--split", "test"], "'train', 'heldout'"),
+        (["world", "make", "--out", "x", "--split", "test"], "--split: 'test' (accepted: train, heldout)"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -90,21 +162,50 @@ def test_world_make_writes_what_load_reads(tmp_path, capsys):
     assert "4 sessions" in capsys.readouterr().out
 
 
-def test_a_full_disk_is_one_line_and_other_failures_keep_their_traceback(monkeypatch, capsys):
-    from editr2 import cli
+REFUSED = [
+    (
+        OSError(errno.ENOSPC, "x", "runs/x/metrics.jsonl"),
+        "runs/x/metrics.jsonl: the disk is full; what was saved before",
+    ),
+    (OSError(errno.EDQUOT, "x"), "output: the disk is full"),
+    (PermissionError(errno.EACCES, "x", "runs"), "runs: permission denied (accepted: a file or folder that is yours"),
+    (OSError(errno.EROFS, "x", "/mnt/a"), "/mnt/a: its file system cannot be written (accepted: another folder)"),
+    (NotADirectoryError(errno.ENOTDIR, "x", b"a/b"), "a/b: is below a file (accepted: a folder)"),
+    (FileExistsError(errno.EEXIST, "x", Path("a")), "a: is there already, and no folder"),
+    (IsADirectoryError(errno.EISDIR, "x", "a"), "a: is a folder (accepted: a file)"),
+    (OSError(errno.ENAMETOOLONG, "x", "a"), "a: the name is too long"),
+    (OSError(errno.EMFILE, "x", "a"), "a: too many open files (accepted: fewer at once, or a higher limit by ulimit"),
+    (OSError(errno.EIO, "x", "a", None, "b"), "a -> b: the device does not read or write"),
+    (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused"),
+    (OSError("no hub\n  in sight"), "no hub in sight"),
+    (TimeoutError(), "TimeoutError"),
+]
 
-    def fail(number):
-        def command(arguments):
-            raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
 
-        return command
+@pytest.mark.parametrize("error, message", REFUSED, ids=lambda v: type(v).__name__ if isinstance(v, OSError) else None)
+def test_what_the_system_refuses_is_one_line(error, message, monkeypatch, capsys):
+    def command(arguments):
+        raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "train", fail(errno.ENOSPC))
+    monkeypatch.setitem(cli.COMMANDS, "train", command)
     assert main(["train"]) == 2
-    assert capsys.readouterr().err == ("error: runs/x/metrics.jsonl: the disk is full; what was saved before stands\n")
-    monkeypatch.setitem(cli.COMMANDS, "train", fail(errno.EACCES))
-    with pytest.raises(PermissionError):
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda arguments: {}["x"])
+    with pytest.raises(KeyError):
         main(["train"])
+
+
+def test_a_reader_who_has_enough_is_no_error():
+    code = "from editr2.cli import main; import sys; sys.exit(main(['check', '--help']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def make(tiny):
     def build(model, pipe=None, **settings):
         pipe = pipe or getattr(tiny, f"{model.replace('-', '_')}_pipeline")()
         return policy_class(model)(
-            pipe, PolicyConfig(**{"model": model, "resolution": SIZE, "text_tokens": 32} | settings)
+            pipe, PolicyConfig(**{"model": model, "resolution": SIZE, "text_tokens": 48} | settings)
         )
 
     return build
@@ -109,7 +109,7 @@ def test_kontext_is_the_stock_pipeline(tiny, make, guidance, embeds):
     x = torch.randn(1, *policy.latent_shape)
     ours = denoised(policy, x, policy.instruct(policy.encode(image[None]), PROMPTS[:1]))
     options = {"height": SIZE[0], "width": SIZE[1], "max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
-    options |= {"num_inference_steps": 3, "latents": x, "max_sequence_length": 32} | (
+    options |= {"num_inference_steps": 3, "latents": x, "max_sequence_length": 48} | (
         {"guidance_scale": embed} if embed else {}
     )
     if guidance != 1:
@@ -130,7 +130,7 @@ def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
 
     def stock(*images):
         pipe = policy.pipe
-        options = {"height": size[0], "width": size[1], "num_inference_steps": 3, "max_sequence_length": 32}
+        options = {"height": size[0], "width": size[1], "num_inference_steps": 3, "max_sequence_length": 48}
         noise = from_tokens(x, policy.grid)
         references = [Image.fromarray(i) for i in images]
         if model == "klein":
@@ -348,7 +348,7 @@ def test_the_shipped_policy_needs_no_diffusers():
 
 
 def loaded(weights, model="kontext", **settings):
-    settings = {"model": model, "weights": str(weights), "resolution": (32, 32), "text_tokens": 32} | settings
+    settings = {"model": model, "weights": str(weights), "resolution": (32, 32), "text_tokens": 48} | settings
     return load_policy(PolicyConfig(**settings))
 
 
@@ -510,7 +510,7 @@ def run_config(weights, sessions, model, out, loss="grpo", **changes):
     values = {
         "out": str(out),
         "data": {"path": str(sessions)},
-        "policy": {"model": model, "weights": str(weights), "resolution": (32, 32), "lora_rank": 4, "text_tokens": 24},
+        "policy": {"model": model, "weights": str(weights), "resolution": (32, 32), "lora_rank": 4, "text_tokens": 48},
         "rollout": {"sessions": 2, "siblings": 6, "steps": 3, "window": 0 if nft else 2, "shared_noise": not nft}
         | {"window_range": 0.34},
         "credit": {"preset": "flow-grpo", "weights": {"bright": 1.0}},

@@ -73,7 +73,7 @@ def make_run(tmp_path, weights):
     """A run's folder as the trainer leaves it, its trained weights moved at random; and the trained policy."""
 
     def make(model: str, iteration: int = 3, **policy) -> tuple[Path, object]:
-        own = {"resolution": (32, 32), "text_tokens": 16 if model == "klein" else None} if model != "unified" else {}
+        own = {"resolution": (32, 32), "text_tokens": 48 if model == "klein" else None} if model != "unified" else {}
         policy = {"model": model, "weights": weights[model], **own, **policy}
         config = replace_nested(Config(), {"policy": policy, "train": {"iterations": 3}})
         trained = load_policy(config.policy)

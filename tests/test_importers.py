@@ -94,7 +94,7 @@ def test_mice_mode_limit_and_images_elsewhere(tmp_path: Path) -> None:
     file = lines(tmp_path / "cm/test_metadata.jsonl", record, record, "{")
     (only,) = taken("mice", file, tmp_path / "out", images=image.parent, limit=1)
     assert only.mode == "cm" and np.array_equal(only.image, pixels(image))
-    assert "no such file (accepted: an image there, or --images FOLDER)" in wrong("mice", file, tmp_path / "b")
+    assert "leads out of the folder (accepted: a path inside of" in wrong("mice", file, tmp_path / "b")
     assert ":3: column 2: malformed JSON" in wrong("mice", file, tmp_path / "c", images=image.parent)
     file = lines(tmp_path / "other/file.jsonl", record)
     assert "(accepted: --mode cm or cu)" in wrong("mice", file, tmp_path / "d", images=image.parent)

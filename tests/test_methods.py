@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from editr2 import gradient as gradient_module
 from editr2.config import Config, CreditConfig, preset_config, replace_nested
-from editr2.credit import assign_credit, credit_options
+from editr2.credit import assign_credit, credit_notes, credit_options
 from editr2.errors import ConfigError
 from editr2.evaluate import judge
 from editr2.gradient import Batch, accumulate_gradient
@@ -245,7 +245,13 @@ def test_a_bad_credit_setting_is_named(changes, field):
 
 def test_the_filter_needs_a_reward_named_if():
     with pytest.raises(ConfigError, match=r"credit\.filter: true needs a reward named IF"):
-        credit_options(CreditConfig(preset="edit-r2"), ("bright",))
+        credit_options(CreditConfig(preset="edit-r2", filter=True), ("bright",))
+    assert credit_options(CreditConfig(preset="edit-r2"), ("bright",)).filter_reward is None  # off, and said
+    (note,) = credit_notes(CreditConfig(preset="edit-r2"), ("bright",))
+    assert "no reward is named IF (the rewards: bright)" in note
+    assert not credit_notes(CreditConfig(preset="edit-r2"), ("CC", "IF"))
+    assert not credit_notes(CreditConfig(preset="flow-grpo"), ("bright",))
+    assert not credit_notes(CreditConfig(preset="edit-r2", filter=False), ("bright",))
     assert credit_options(CreditConfig(preset="edit-r2", filter=False), ("bright",)).filter_reward is None
     assert credit_options(CreditConfig(preset="edit-r2"), ("CC", "IF")).filter_reward == 1
 

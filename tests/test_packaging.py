@@ -80,7 +80,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
 def test_wheel_metadata(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
-    assert "editr2 = editr2.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "editr2 = editr2.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
     assert b"Apache License" in archive.read(f"{info}/licenses/LICENSE")
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "Requires-Python: >=3.10" in metadata and "License-Expression: Apache-2.0" in metadata

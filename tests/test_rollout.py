@@ -89,11 +89,18 @@ class Affine:
         return np.zeros((len(latents), 24, 24, 3), np.uint8)
 
 
-def rolled(device, steps, store_dtype="float32"):
+class Painting(Affine):
+    """Hands its pixels over as they are."""
+
+    def pixels(self, latents):
+        return latents.sum((1, 2))[:, None, None, None].expand(-1, 24, 24, 3)
+
+
+def rolled(device, steps, store_dtype="float32", kind=Affine):
     """Three groups of three siblings over up to three turns; windows open at different steps."""
     chunk = Chunk([make_session(0, i, turns=2 + i % 2) for i in range(3)], [0, 1, 2], 3)
     return rollout_chunk(
-        Affine(device),
+        kind(device),
         chunk,
         make_sampler(steps, dynamics="flow-sde", noise_level=0.7, window=2, window_range=0.75),
         Seeds(0, "test"),
@@ -103,20 +110,24 @@ def rolled(device, steps, store_dtype="float32"):
     )
 
 
+@pytest.mark.parametrize("kind", [Affine, Painting])
 @pytest.mark.parametrize("steps", [4, 12])
-def test_a_turn_crosses_to_the_device_once_whatever_its_steps(steps):
+def test_a_turn_crosses_to_the_device_once_and_back_once_whatever_its_steps(steps, kind):
     with Link() as link:
-        rolled(AWAY, steps)
-    # The sampler's two tables, then everything that three turns need to know.
-    assert link.crossings == ["aten._to_copy.default"] * (2 + 3)
+        rolled(AWAY, steps, kind=kind)
+    # The sampler's two tables; then everything that a turn needs to know, and whether all that it made is finite: with
+    # the images, where the policy hands its pixels over.
+    assert link.crossings == ["aten._to_copy.default"] * (2 + 2 * 3)
 
 
+@pytest.mark.parametrize("kind", [Affine, Painting])
 @pytest.mark.parametrize("store_dtype", ["float32", "bfloat16"])
-def test_what_is_computed_there_is_what_is_computed_here(store_dtype):
+def test_what_is_computed_there_is_what_is_computed_here(store_dtype, kind):
     with Link():
-        there = rolled(AWAY, 7, store_dtype)
-    here = rolled("cpu", 7, store_dtype)
+        there = rolled(AWAY, 7, store_dtype, kind)
+    here = rolled("cpu", 7, store_dtype, kind)
     assert len({tuple(r.step_index[0].tolist()) for r in here.turns}) > 1
     for a, b in zip(there.turns, here.turns, strict=True):
         for name in ("x", "x_next", "step_index", "sigma", "log_prob", "x0", "velocity"):
             assert torch.equal(getattr(a, name).held, getattr(b, name)), name
+        assert (a.images == b.images).all() and (kind is Affine or len(np.unique(b.images)) > 1)

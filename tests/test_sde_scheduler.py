@@ -175,6 +175,24 @@ def test_seeds_nobody_set_come_from_a_generator(pipeline):
     assert torch.equal(stepped(generator(5)), stepped(generator(5)))
 
 
+def test_a_list_of_generators_has_one_a_sample(pipeline):
+    """As diffusers takes them: a sample's noise is its own generator's; a list of one serves all."""
+    scheduler = with_ours(pipeline)
+    x = torch.zeros(3, 16, 16)
+
+    def stepped(generators, x=x):
+        begin(scheduler)
+        return scheduler.step(x, None, x, generator=generators).prev_sample
+
+    three = stepped([generator(5), generator(6), generator(7)])
+    turned = stepped([generator(7), generator(5), generator(6)])
+    assert torch.equal(three, turned[[1, 2, 0]]) and not torch.equal(three[0], three[1])
+    assert torch.equal(three[1:2], stepped([generator(6)], x[:1]))
+    assert torch.equal(stepped([generator(5)]), stepped(generator(5)))
+    with pytest.raises(ValueError, match="generator must be one, or a list of 3, one a sample; got a list of 2"):
+        stepped([generator(5), generator(6)])
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_schedules_are_the_base_classs(dynamic):
     options = dict(shift=2.5, use_dynamic_shifting=dynamic, shift_terminal=0.05)

@@ -41,7 +41,7 @@ def runs(tmp_path, beside):
     (folder / "sessions.jsonl").write_text("\n".join(lines) + "\n")
 
     def case(model, policy, rollout, train):
-        sizes = {"resolution": [32, 32], "lora_rank": 4, "text_tokens": 24}
+        sizes = {"resolution": [32, 32], "lora_rank": 4, "text_tokens": 48}
         return {
             "data": {"path": str(folder / "sessions.jsonl")},
             "reward": {"function": "editr2.rewards.brightness:Brightness"},

@@ -184,28 +184,62 @@ FULL = train(
 )
 
 
+def calm():
+    return ""
+
+
 def test_progress_prints_one_plain_line_for_each_iteration():
     stream = io.StringIO()
-    with Progress(60, stream=stream) as progress:
+    with Progress(60, stream=stream, busy=calm) as progress:
         progress.update(FULL)
     assert stream.getvalue() == (
-        "iter 12/60  reward 0.62 (t1 .78 t2 .63 t3 –)  IF .81 CC 1.00 GA –  |ratio-1| 2e-07  5.1 s/iter  left 4m05s\n"
+        "iter 12/60  reward 0.62 (t1 .78 t2 .63 t3 –)  IF .81 CC 1.00 GA –  |ratio-1| 2e-07  "
+        "5.1 s/iter (typical 5.1)  left 4m05s\n"
     )
 
 
-def test_time_left_is_from_the_median_of_recent_iterations(monkeypatch):
-    now = iter([0.0, 2.0, 4.0, 104.0, 106.0])
-    monkeypatch.setattr("editr2.tracking.time.monotonic", lambda: next(now))
-    stream = io.StringIO()
-    progress = Progress(10, stream=stream)
-    for i in range(5):
-        progress.update({"iteration": i})
-    assert stream.getvalue().splitlines()[-1].endswith("2 s/iter  left 10s")  # one slow iteration does not sway it
+def timed(seconds, *, iterations, between=(), phases=True):
+    """The lines of iterations that take `seconds`, with `between` seconds (by number of the iteration) after them."""
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(iterations, stream=stream, busy=calm, clock=lambda: now[0])
+    for i, s in enumerate(seconds):
+        now[0] += s
+        progress.update({"iteration": i} | ({"seconds": {"rollout": s / 2, "loss": s / 2}} if phases else {}))
+        now[0] += dict(between).get(i, 0.0)
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("run", "ends"),
+    [
+        # A machine that becomes busy: the typical iteration is as before, the time left is that of the last five.
+        (dict(seconds=[5] * 10 + [800], iterations=21), "800 s/iter (typical 5)  left 27m20s"),
+        (dict(seconds=[5] * 10 + [800] * 5, iterations=25), "800 s/iter (typical 5)  left 2h13m"),
+        # And free again.
+        (dict(seconds=[800] * 10 + [5] * 5, iterations=25), "5 s/iter (typical 800)  left 50s"),
+        (dict(seconds=[2] * 4 + [1234.5], iterations=5), "1234 s/iter (typical 2)  left 0s"),
+        # An evaluation of 60 s after every other iteration is no part of an iteration, but of the time left.
+        (dict(seconds=[5] * 5, iterations=9, between=[(1, 60), (3, 60)]), "5 s/iter (typical 5)  left 2m20s"),
+        # Rows without phases: from one to the next.
+        (dict(seconds=[2, 2, 2, 100, 2], iterations=10, phases=False), "2 s/iter (typical 2)  left 2m12s"),
+    ],
+)
+def test_seconds_of_the_last_iteration_the_typical_one_and_the_time_left(run, ends):
+    assert timed(**run)[-1].endswith(ends)
+
+
+def test_a_busy_machine_is_said_behind_the_line():
+    stream, words = io.StringIO(), iter(["", "busy machine: ..."])
+    progress = Progress(3, stream=stream, busy=lambda: next(words))
+    progress.update({"iteration": 0})
+    progress.update({"iteration": 1})
+    first, second = stream.getvalue().splitlines()
+    assert "busy" not in first and second.endswith("  busy machine: ...")
 
 
 def test_progress_survives_a_bare_row_and_prints_only_on_the_main_process():
     stream = io.StringIO()
-    Progress(3, stream=stream).update({})
+    Progress(3, stream=stream, busy=calm).update({})
     assert stream.getvalue() == "iter 1/3  reward –\n"
     quiet = io.StringIO()
     progress = Progress(3, enabled=False, stream=quiet)

@@ -13,32 +13,36 @@ namespace {
 
 constexpr int64_t kParallelUnits = 16384;  // about half a millisecond of work; waking a thread costs some 10 us
 
-int64_t sum_of(const float* x, int64_t n, int32_t size) {
+constexpr float kInfinity = __builtin_inff();
+
+// Sum of value(x[j]) in fixed point; `size` that of the largest.
+template <class Value>
+int64_t sum_of(const float* x, int64_t n, int32_t size, const Value& value) {
   if (!credit_finite(size)) return 0;
   const float scale = credit_scale(size);
   int64_t sum = 0;
-  for (int64_t j = 0; j < n; ++j) sum += credit_fixed(x[j], scale);
+  for (int64_t j = 0; j < n; ++j) sum += credit_fixed(value(x[j]), scale);
   return sum;
 }
 
-float mean_of(const float* x, int64_t n) {
-  int32_t size = 0, differ = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    size = std::max(size, credit_size(x[j]));
-    differ |= x[j] != x[0];
-  }
-  if (n == 0) return 0.0f;
-  return credit_mean(x[0], !differ, differ ? sum_of(x, n, size) : 0, n, size);
+Centre centre_of(const float* x, int64_t n) {
+  float least = kInfinity;
+  for (int64_t j = 0; j < n; ++j) least = x[j] < least ? x[j] : least;
+  int32_t size = 0;
+  for (int64_t j = 0; j < n; ++j) size = std::max(size, credit_size(credit_above(x[j], least)));
+  const auto above = [least](float value) { return credit_above(value, least); };
+  return {least, credit_moment(sum_of(x, n, size, above), n, size)};
 }
 
-float std_of(const AdvantageArgs& a, const float* x, float mean, int64_t n, float* square) {
+float std_of(const AdvantageArgs& a, const float* x, const Centre& centre, int64_t n, float* square) {
   int32_t size = 0;
   for (int64_t j = 0; j < n; ++j) {
-    const float d = x[j] - mean;
+    const float d = credit_deviation(centre, x[j]);
     square[j] = d * d;
     size = std::max(size, credit_size(square[j]));
   }
-  return ScalarLanes::sqrt(credit_moment(sum_of(square, n, size), a.divisor(n), size));
+  const int64_t sum = sum_of(square, n, size, [](float value) { return value; });
+  return ScalarLanes::sqrt(credit_moment(sum, a.divisor(n), size));
 }
 
 // Samples by group, groups in order of first appearance: members[start[g]] .. members[start[g + 1] - 1].
@@ -119,8 +123,8 @@ void drop_sets(const AdvantageArgs& a, Sets& sets, float* value, float* square) 
     const auto last = sets.unit.begin() + sets.begin[static_cast<size_t>(s) + 1];
     const int64_t n = last - first;
     for (int64_t j = 0; j < n; ++j) value[j] = credit_fused(a, first[j]);
-    const float mean = mean_of(value, n);
-    const bool drop = credit_drops(a, mean, std_of(a, value, mean, n, square));
+    const Centre centre = centre_of(value, n);
+    const bool drop = credit_drops(a, centre, std_of(a, value, centre, n, square));
     sets.begin[static_cast<size_t>(s)] = kept - sets.unit.begin();
     if (!drop)
       kept = std::copy(first, last, kept);
@@ -142,15 +146,15 @@ void normalise(const AdvantageArgs& a, const Sets& sets, int threads, float* val
       for (int64_t j = 0; j < total; ++j) value[j] = credit_column(a, unit[j], k);
     float global = 0.0f;
     if (a.std == StdOver::kGlobal)
-      global = credit_denominator(a, std_of(a, value, mean_of(value, total), total, square));
+      global = credit_denominator(a, std_of(a, value, centre_of(value, total), total, square));
     const auto one_set = [&](int64_t s) {
       const int64_t begin = sets.begin[static_cast<size_t>(s)], n = sets.size(s);
       float* x = value + begin;
-      const float mean = mean_of(x, n);
+      const Centre centre = centre_of(x, n);
       float denominator = global;
-      if (a.std == StdOver::kGroup) denominator = credit_denominator(a, std_of(a, x, mean, n, square + begin));
+      if (a.std == StdOver::kGroup) denominator = credit_denominator(a, std_of(a, x, centre, n, square + begin));
       for (int64_t j = 0; j < n; ++j) {
-        const float d = x[j] - mean;
+        const float d = credit_deviation(centre, x[j]);
         const float result = a.std == StdOver::kNone ? d : credit_normalise(d, denominator);
         fused[begin + j] = a.fusion == Fusion::kReward ? result : credit_fuse(a, k, fused[begin + j], result);
       }
@@ -185,9 +189,9 @@ void group_advantage(const AdvantageArgs& a, int threads) {
 
   const int64_t total = static_cast<int64_t>(sets.unit.size());
   if (a.fusion == Fusion::kGdpo) {  // step 10
-    const float mean = mean_of(fused.data(), total);
-    const float denominator = credit_denominator(a, std_of(a, fused.data(), mean, total, square.data()));
-    for (float& x : fused) x = credit_normalise(x - mean, denominator);
+    const Centre centre = centre_of(fused.data(), total);
+    const float denominator = credit_denominator(a, std_of(a, fused.data(), centre, total, square.data()));
+    for (float& x : fused) x = credit_normalise(credit_deviation(centre, x), denominator);
   }
 
   const int64_t all_cells = a.n * a.turns, cells = a.per_turn() ? 1 : a.turns;

@@ -275,7 +275,7 @@ void grpo_loss(GrpoArgs a, const Sizes& s) {
     const float deviation = std::fabs(g.ratio - 1.0f);
     loss += static_cast<double>(weight * total);
     sums[kRatioMean] += static_cast<double>(g.ratio);
-    if (!(static_cast<double>(deviation) <= sums[kRatioMaxDeviation]))  // NaN must stay visible
+    if (deviation > sums[kRatioMaxDeviation] || deviation != deviation)  // NaN comes in, and stays
       sums[kRatioMaxDeviation] = static_cast<double>(deviation);
     sums[kClipFractionLow] += g.ratio < 1.0f - a.clip_low;
     sums[kClipFractionHigh] += g.ratio > 1.0f + a.clip_high;

@@ -129,11 +129,25 @@ __device__ __forceinline__ uint32_t to_bfloat16(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+
+// One 16-byte store. nvcc 13.0 takes the assignment of a uint4 or float4 apart for compute_80 and compute_90, already
+// in the PTX: four 4-byte stores, and so many times the transactions of a warp. It leaves an asm whole.
+__device__ __forceinline__ void store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
 #else
 using editr2_emulator::from_float16;
+using editr2_emulator::store16;
 using editr2_emulator::to_bfloat16;
 using editr2_emulator::to_float16;
 #endif
+
+__device__ __forceinline__ uint32_t word_of(float value) {
+  return static_cast<uint32_t>(ScalarLanes::float_bits(value));
+}
 
 __device__ __forceinline__ float from_half(uint32_t bits, int dtype) {
   return dtype == kBfloat16 ? from_bfloat16(bits) : from_float16(bits);
@@ -181,8 +195,9 @@ __device__ __forceinline__ void store8(const Lanes& t, int64_t b, int64_t i, int
   if (t.dtype == kFloat32) {
     float* p = static_cast<float*>(t.data) + offset;
     if (t.wide && valid == kVector) {
-      reinterpret_cast<float4*>(p)[0] = make_float4(values[0], values[1], values[2], values[3]);
-      reinterpret_cast<float4*>(p)[1] = make_float4(values[4], values[5], values[6], values[7]);
+#pragma unroll
+      for (int k = 0; k < kVector; k += 4)
+        store16(p + k, word_of(values[k]), word_of(values[k + 1]), word_of(values[k + 2]), word_of(values[k + 3]));
     } else {
 #pragma unroll
       for (int k = 0; k < kVector; ++k)
@@ -198,8 +213,7 @@ __device__ __forceinline__ void store8(const Lanes& t, int64_t b, int64_t i, int
     values[k] = from_half(bits[k], t.dtype);
   }
   if (t.wide && valid == kVector) {
-    *reinterpret_cast<uint4*>(p) = make_uint4(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16,
-                                              bits[4] | bits[5] << 16, bits[6] | bits[7] << 16);
+    store16(p, bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16, bits[6] | bits[7] << 16);
   } else {
 #pragma unroll
     for (int k = 0; k < kVector; ++k)
@@ -263,17 +277,7 @@ __device__ __forceinline__ float sample_mean(const float* partials, int64_t b, u
   return static_cast<float>(lanes_sum(sum) / static_cast<double>(n));
 }
 
-// The means of every sample's moments -> moments[B, kMaxMoments], by one block; all its threads may read them.
 constexpr int kMaxMoments = 5;
-__device__ inline void fill_moments(const float* partials, unsigned chunks, int count, int64_t n, int64_t batch,
-                                    float* moments) {
-  for (int64_t b = warp_of(); b < batch; b += kWarps)
-    for (int m = 0; m < count; ++m) {
-      const float mean = sample_mean(partials, b, chunks, count, m, n);
-      if (lane_of() == 0) moments[kMaxMoments * b + m] = mean;
-    }
-  __syncthreads();
-}
 
 __device__ __forceinline__ double larger(double a, double b) { return b > a || b != b ? b : a; }  // NaN wins
 

@@ -79,13 +79,13 @@ __device__ void each_counted(const AdvantageArgs& a, const Range& range, int64_t
 }
 
 struct Statistics {
-  float mean, std;
+  Centre centre;
+  float std;
 };
 
 __device__ Statistics statistics(const AdvantageArgs& a, const Range& range, int64_t column, bool with_std,
                                  int64_t* shared) {
-  const float infinity = ScalarLanes::bits_float(0x7F800000);
-  float high = -infinity, low = infinity;
+  float high = -ScalarLanes::bits_float(0x7F800000), low = -high;
   int32_t size = 0;
   int64_t count = 0, sum = 0;
   each_counted(a, range, column, [&](const Unit&, float x) {
@@ -98,22 +98,24 @@ __device__ Statistics statistics(const AdvantageArgs& a, const Range& range, int
   low = -block_largest(-low, shared);
   size = block_largest(size, shared);
   count = block_add(count, shared);
+  if (credit_finite(size)) size = credit_size(credit_above(high, low));  // rounding keeps order: the largest above low
   if (credit_finite(size))
-    each_counted(a, range, column, [&](const Unit&, float x) { sum += credit_fixed(x, credit_scale(size)); });
+    each_counted(a, range, column,
+                 [&](const Unit&, float x) { sum += credit_fixed(credit_above(x, low), credit_scale(size)); });
   sum = block_add(sum, shared);
-  Statistics result = {credit_mean(high, high == low, sum, count, size), 0.0f};
+  Statistics result = {{low, credit_moment(sum, count, size)}, 0.0f};
   if (!with_std) return result;
 
   size = 0;
   sum = 0;
   each_counted(a, range, column, [&](const Unit&, float x) {
-    const float d = x - result.mean;
+    const float d = credit_deviation(result.centre, x);
     size = credit_size(d * d) > size ? credit_size(d * d) : size;
   });
   size = block_largest(size, shared);
   if (credit_finite(size))
     each_counted(a, range, column, [&](const Unit&, float x) {
-      const float d = x - result.mean;
+      const float d = credit_deviation(result.centre, x);
       sum += credit_fixed(d * d, credit_scale(size));
     });
   sum = block_add(sum, shared);
@@ -133,14 +135,14 @@ __device__ void one_set(const GroupArgs& g, const Range& set, int64_t* shared) {
     AdvantageArgs fused = a;
     fused.fusion = Fusion::kReward;  // by the fused value whatever the fusion
     const Statistics s = statistics(fused, set, 0, true, shared);
-    keep = !credit_drops(a, s.mean, s.std);
+    keep = !credit_drops(a, s.centre, s.std);
   }
 #pragma unroll 1
   for (int64_t k = 0; keep && k < a.columns(); ++k) {
     const Statistics s = statistics(a, set, k, a.std == StdOver::kGroup, shared);
     const float denominator = credit_denominator(a, s.std);
     each_counted(a, set, k, [&](const Unit& u, float x) {
-      const float d = x - s.mean;
+      const float d = credit_deviation(s.centre, x);
       if (a.std == StdOver::kGlobal)
         g.scratch[k * a.units() + u.index] = d;
       else
@@ -174,14 +176,14 @@ __device__ void whole_batch(const GroupArgs& g, int64_t* shared) {
       accumulate(a, k, u, credit_normalise(g.scratch[k * a.units() + u.index], denominator));
     });
   }
-  Statistics s = {0.0f, 0.0f};
+  Statistics s = {{0.0f, 0.0f}, 0.0f};
   if (a.fusion == Fusion::kGdpo) s = statistics(a, {kFused, 0, 0, a.units()}, 0, true, shared);
   const float denominator = credit_denominator(a, s.std);
 #pragma unroll 1
   for (int64_t j = threadIdx.x; j < batch.length; j += kThreads) {  // steps 10 to 12
     const Unit u = unit_of(a, batch, j);
     float x = u.counted ? a.advantage[u.first] : 0.0f;
-    if (a.fusion == Fusion::kGdpo) x = credit_normalise(x - s.mean, denominator);
+    if (a.fusion == Fusion::kGdpo) x = credit_normalise(credit_deviation(s.centre, x), denominator);
     x = credit_finish(a, x);
 #pragma unroll 1
     for (int64_t t = u.turn; t < (a.per_turn() ? u.turn + 1 : a.turns); ++t) {

@@ -9,17 +9,20 @@
 namespace editr2::gpu {
 namespace {
 
+constexpr uint32_t kRowsALane = 4;  // rows that a group of lanes adds one after another, and then finishes side by side
+
 struct RowsArgs {
   ReplayView replay;    // norms: only its latents
   FactorsView factors;  // dots only
   float* sums;          // [B * rows_per_sample, segments, 2]
   uint32_t rows, segments, lanes;
-  bool dots;
+  uint32_t at_once;  // rows of a group of lanes: kRowsALane, or 1 where rows have several segments or groups few lanes
 };
 
+template <bool kDots>
 __device__ __forceinline__ void finish_row(const RowsArgs& a, uint32_t row, float first, float second) {
   RowScale* scale = a.replay.latents.scales + row;
-  if (a.dots) {
+  if (kDots) {
     scale->dot = first;
   } else {
     const Scale made = renorm_scale(a.replay.latents.renorm, first, second);
@@ -28,71 +31,86 @@ __device__ __forceinline__ void finish_row(const RowsArgs& a, uint32_t row, floa
 }
 
 // Adds what the elements of one thread contribute to the squares of v and w, or to the dot product.
+template <bool kDots>
 __device__ __forceinline__ void add8(const RowsArgs& a, const Sample& s, const Factors& f, const Span& at, bool wide,
                                      float sums[2]) {
   const LatentsView& latents = a.replay.latents;
   Velocity q;
   velocity8(latents, s, at, wide, q);
   float first[kVector], second[kVector];
-  if (a.dots) {
+  if (kDots) {
     gradient8(a.replay, s, f, at, wide, q.u, first);
     const float image = latents.renorm == kTextChannel ? s.guide.image : 1.0f;
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       const float h = image * first[k];
-      first[k] = q.w[k] * h;
-      second[k] = 0.0f;
+      first[k] = k < at.valid ? q.w[k] * h : 0.0f;
     }
   } else {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      first[k] = q.v[k] * q.v[k];
-      second[k] = q.w[k] * q.w[k];
+      first[k] = k < at.valid ? q.v[k] * q.v[k] : 0.0f;
+      second[k] = k < at.valid ? q.w[k] * q.w[k] : 0.0f;
     }
-  }
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    first[k] = k < at.valid ? first[k] : 0.0f;
-    second[k] = k < at.valid ? second[k] : 0.0f;
+    sums[1] += sum8(second);
   }
   sums[0] += sum8(first);
-  sums[1] += sum8(second);
 }
 
-__global__ void __launch_bounds__(kThreads) row_sums_kernel(const __grid_constant__ RowsArgs a) {
-  const uint32_t lane = threadIdx.x % a.lanes, item = blockIdx.x * (kThreads / a.lanes) + threadIdx.x / a.lanes;
-  const uint32_t row = item / a.segments, segment = item - row * a.segments;
+// A group of lanes adds its rows in turn; lane j of it keeps the sums of the j-th. What is of the sample is read once
+// for all of them, and the roots and divisions that end a row are made for several rows by one instruction.
+template <bool kDots>
+__device__ __forceinline__ void add_rows(const RowsArgs& a) {
+  const uint32_t lane = threadIdx.x % a.lanes, group = blockIdx.x * (kThreads / a.lanes) + threadIdx.x / a.lanes;
+  const uint32_t first_item = group * a.at_once;
   const LatentsView& latents = a.replay.latents;
-  float sums[2] = {0.0f, 0.0f};
-  bool counts = row < a.rows;
-  if (counts) {  // no early return: the lanes of a warp meet again in the sums
-    const uint32_t b = row / latents.rows_per_sample;
-    Sample s = sample_at(latents, b);
-    Factors f = {};
-    if (!a.dots) s.scales = nullptr;  // they are what is being made
-    if (a.dots) f = factors_at(a.factors, b);
-    counts = s.guide.active && !(a.dots && all_zero(f));
-    if (counts) {
-      const uint32_t start = (row - b * latents.rows_per_sample) * latents.width;
+  uint32_t row = first_item / a.segments, segment = first_item - row * a.segments;
+  uint32_t b = row / latents.rows_per_sample, at_row = row - b * latents.rows_per_sample;
+  Sample s = {};
+  Factors f = {};
+  bool known = false, counts = false, mine_counts = false;
+  float mine[2] = {0.0f, 0.0f};
+#pragma unroll 1
+  for (uint32_t j = 0; j < a.at_once; ++j, ++row, ++at_row) {  // no early end: the lanes of a warp meet in the sums
+    float sums[2] = {0.0f, 0.0f};
+    const bool inside = row < a.rows;
+    if (at_row == latents.rows_per_sample) at_row = 0, ++b, known = false;
+    if (inside && !known) {
+      known = true;
+      s = sample_at(latents, b);
+      if (!kDots) s.scales = nullptr;  // they are what is being made
+      if (kDots) f = factors_at(a.factors, b);
+      counts = s.guide.active && !(kDots && all_zero(f));
+    }
+    if (inside && counts) {
+      const uint32_t start = at_row * latents.width;
       const uint32_t end = segment + 1 < a.segments ? (segment + 1) * kSegment : latents.width;
+#pragma unroll 1
       for (uint32_t at = segment * kSegment + lane * kVector; at < end; at += a.lanes * kVector) {
         const int valid = end - at >= kVector ? kVector : static_cast<int>(end - at);
-        add8(a, s, f, {b, start + at, valid}, latents.width % kVector == 0, sums);
+        add8<kDots>(a, s, f, {b, start + at, valid}, latents.width % kVector == 0, sums);
       }
     }
+    sums[0] = lanes_sum(sums[0], a.lanes);
+    if (!kDots) sums[1] = lanes_sum(sums[1], a.lanes);
+    if (lane == j) mine[0] = sums[0], mine[1] = sums[1], mine_counts = inside && counts;
   }
-  const float first = lanes_sum(sums[0], a.lanes), second = lanes_sum(sums[1], a.lanes);
-  if (lane != 0 || !counts) return;
+  if (!mine_counts) return;
   if (a.segments == 1) {
-    finish_row(a, row, first, second);
+    finish_row<kDots>(a, first_item + lane, mine[0], mine[1]);
   } else {
-    float* sum = a.sums + 2 * static_cast<int64_t>(item);
-    sum[0] = first;
-    sum[1] = second;
+    float* sum = a.sums + 2 * static_cast<int64_t>(first_item);
+    sum[0] = mine[0];
+    sum[1] = mine[1];
   }
 }
 
-__global__ void __launch_bounds__(kThreads) row_finish_kernel(const __grid_constant__ RowsArgs a) {
+__global__ void __launch_bounds__(kThreads) row_norms_kernel(const __grid_constant__ RowsArgs a) { add_rows<false>(a); }
+// Three blocks a multiprocessor: left alone, ptxas squeezes it into 64 registers for sm_100 and spills.
+__global__ void __launch_bounds__(kThreads, 3) row_dots_kernel(const __grid_constant__ RowsArgs a) { add_rows<true>(a); }
+
+template <bool kDots>
+__device__ __forceinline__ void finish_rows(const RowsArgs& a) {
   const uint32_t row = blockIdx.x * kWarps + warp_of();
   if (row >= a.rows) return;  // a whole warp
   const float* sums = a.sums + 2 * static_cast<int64_t>(row) * a.segments;
@@ -103,7 +121,14 @@ __global__ void __launch_bounds__(kThreads) row_finish_kernel(const __grid_const
   }
   first = lanes_sum(first);
   second = lanes_sum(second);
-  if (lane_of() == 0) finish_row(a, row, static_cast<float>(first), static_cast<float>(second));
+  if (lane_of() == 0) finish_row<kDots>(a, row, static_cast<float>(first), static_cast<float>(second));
+}
+
+__global__ void __launch_bounds__(kThreads) norms_finish_kernel(const __grid_constant__ RowsArgs a) {
+  finish_rows<false>(a);
+}
+__global__ void __launch_bounds__(kThreads) dots_finish_kernel(const __grid_constant__ RowsArgs a) {
+  finish_rows<true>(a);
 }
 
 uint32_t lanes_for(int64_t width) {
@@ -112,15 +137,23 @@ uint32_t lanes_for(int64_t width) {
   return lanes;
 }
 
-void run_rows(RowsArgs a, int64_t batch, const Target& target) {
+void run_rows(bool dots, RowsArgs a, int64_t batch, const Target& target) {
   const LatentsView& latents = a.replay.latents;
   const int64_t segments = segments_of(latents.width), rows = batch * latents.rows_per_sample;
   a.rows = static_cast<uint32_t>(rows);
   a.segments = static_cast<uint32_t>(segments);
   a.lanes = lanes_for(latents.width);
-  EDITR2_LAUNCH(row_sums_kernel, grid_of(ceil_div(rows * segments, kThreads / a.lanes)), kThreads, 0, target.stream,
-                a);
-  if (segments > 1) EDITR2_LAUNCH(row_finish_kernel, grid_of(ceil_div(rows, kWarps)), kThreads, 0, target.stream, a);
+  a.at_once = segments == 1 && a.lanes >= kRowsALane ? kRowsALane : 1;
+  const int64_t groups = ceil_div(rows * segments, a.at_once), blocks = ceil_div(groups, kThreads / a.lanes);
+  if (dots)
+    EDITR2_LAUNCH(row_dots_kernel, grid_of(blocks), kThreads, 0, target.stream, a);
+  else
+    EDITR2_LAUNCH(row_norms_kernel, grid_of(blocks), kThreads, 0, target.stream, a);
+  if (segments == 1) return;
+  if (dots)
+    EDITR2_LAUNCH(dots_finish_kernel, grid_of(ceil_div(rows, kWarps)), kThreads, 0, target.stream, a);
+  else
+    EDITR2_LAUNCH(norms_finish_kernel, grid_of(ceil_div(rows, kWarps)), kThreads, 0, target.stream, a);
 }
 
 }  // namespace
@@ -160,13 +193,13 @@ LatentsView prepare(const Latents& in, void* workspace, int64_t batch, const Tar
   RowsArgs norms = {};
   norms.replay.latents = a;
   norms.sums = scratch.row_sums;
-  run_rows(norms, batch, target);
+  run_rows(false, norms, batch, target);
   return a;
 }
 
 void fill_row_dots(const ReplayView& replay, const FactorsView& factors, const Workspace& scratch, int64_t batch,
                    const Target& target) {
-  run_rows({replay, factors, scratch.row_sums, 0, 0, 0, true}, batch, target);
+  run_rows(true, {replay, factors, scratch.row_sums, 0, 0, 0, 0}, batch, target);
 }
 
 }  // namespace editr2::gpu

@@ -78,15 +78,12 @@ struct NftFinishArgs {
   NftOptions options;
   NftBatch samples;
   bool has_ref;
-  const float* partials;
-  float* moments;
-  unsigned chunks;
+  const float* moments;  // [batch, kMaxMoments]
   int64_t batch, n;
 };
 
 __global__ void __launch_bounds__(kThreads) nft_finish_kernel(const __grid_constant__ NftFinishArgs a) {
   __shared__ double shared[kWarps];
-  fill_moments(a.partials, a.chunks, kMaxMoments, a.n, a.batch, a.moments);
   const NftBatch& out = a.samples;
   const double counted = count_samples(out.mask, a.batch, shared);
   const float weight = sample_weight(out.normalizer, counted);
@@ -180,9 +177,9 @@ void nft_loss(const NftLatents& latents, const NftOptions& options, const NftBat
   if (batch * latents.n > 0)
     EDITR2_LAUNCH(nft_kernel, grid_of(batch * view.chunks), kThreads, 0, target.stream,
                   NftMomentArgs{view, scratch.partials});
+  fill_moments(scratch, view.chunks, kMaxMoments, latents.n, batch, target);
   EDITR2_LAUNCH(nft_finish_kernel, 1, kThreads, 0, target.stream,
-                NftFinishArgs{options, samples, view.v_ref.data != nullptr, scratch.partials, scratch.moments,
-                              view.chunks, batch, latents.n});
+                NftFinishArgs{options, samples, view.v_ref.data != nullptr, scratch.moments, batch, latents.n});
 }
 
 void nft_loss_backward(const NftLatents& latents, const float* factors, const float* scale, Rows grad_v,

@@ -72,14 +72,12 @@ struct GrpoArgs {
   GrpoOptions options;
   GrpoBatch samples;
   bool has_ref;
-  const float* partials;
-  float* moments;  // [batch, kMaxMoments]
+  const float* moments;  // [batch, kMaxMoments]
   int64_t batch;
 };
 
 __global__ void __launch_bounds__(kThreads) grpo_kernel(const __grid_constant__ GrpoArgs a) {
   __shared__ double shared[kWarps];
-  fill_moments(a.partials, a.latents.chunks, kReplayMoments, a.latents.n, a.batch, a.moments);
   const GrpoBatch& out = a.samples;
   const double counted = count_samples(out.mask, a.batch, shared);
   const float weight = sample_weight(out.normalizer, counted);
@@ -164,13 +162,14 @@ __device__ __forceinline__ void unscale8(const LatentsView& a, const Sample& s, 
                                          float g[kVector], float to_v[kVector]) {
   if (s.scales == nullptr) return;
   RowCursor cursor(s, at.i, a.width);
+  const bool one_row = a.width % kVector == 0;
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
     const RowScale& scale = cursor.scale;
     const float on_w = scale.on_w * scale.dot, on_v = scale.on_v * scale.dot;
     g[k] = scale.s * g[k] - on_w * q.w[k];
     to_v[k] = on_v * q.v[k];
-    cursor.next(k + 1 < at.valid);
+    if (!one_row) cursor.next(k + 1 < at.valid);
   }
 }
 
@@ -259,9 +258,9 @@ void grpo_loss(const Latents& latents, Rows x_next, Rows v_ref, Rows v_old, cons
   const DeviceGuard guard(target.device);
   view.latents = prepare(latents, workspace, batch, target, scratch);
   fill_partials(view, options.kl_scale, scratch.partials, batch, target);
+  fill_moments(scratch, view.latents.chunks, kReplayMoments, latents.n, batch, target);
   EDITR2_LAUNCH(grpo_kernel, 1, kThreads, 0, target.stream,
-                GrpoArgs{view.latents, options, samples, view.v_ref.data != nullptr, scratch.partials,
-                         scratch.moments, batch});
+                GrpoArgs{view.latents, options, samples, view.v_ref.data != nullptr, scratch.moments, batch});
 }
 
 void replay_backward(const Latents& latents, Rows x_next, Rows v_ref, Rows v_old, const Incoming& incoming,

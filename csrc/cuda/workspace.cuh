@@ -46,6 +46,9 @@ inline Workspace workspace_of(void* memory, int64_t batch, int64_t n, int64_t wi
   return w;
 }
 
+// scratch.moments from scratch.partials, the sums of `count` moments over a sample's chunks.
+void fill_moments(const Workspace& scratch, unsigned chunks, int count, int64_t n, int64_t batch, const Target& target);
+
 inline void need_workspace(const void* memory) {
   need_pointer(memory, "workspace");
   const uintptr_t at = reinterpret_cast<uintptr_t>(memory);

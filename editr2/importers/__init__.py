@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from editr2.errors import DataError, UserError
+from editr2.images import shown
 from editr2.importers.formats import Source, edival, imgedit, magicbrush, mice
 from editr2.sessions import MODES, Session, is_dataset, save_sessions, scan
 
@@ -57,14 +58,14 @@ def import_sessions(
         sessions = _loadable(source, mode)
     else:
         path = Path(source)
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
+        if not os.path.exists(path):
+            raise DataError(f"{shown(path)}: no such file or folder")
         sessions = _READERS[format](Source(path, None if images is None else Path(images), mode))
     return save_sessions(itertools.islice(_unique(sessions), limit), folder)
 
 
 def _loadable(source: str | os.PathLike[str], mode: str | None) -> Iterator[Session]:
-    for item in scan(source, memory=0):
+    for item in scan(source, memory=0, contained=True):
         if isinstance(item, str):
             raise DataError(item)
         yield item if mode is None else replace(item, image=vars(item)["image"], mode=mode)

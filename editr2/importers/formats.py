@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError
+from editr2.images import ImageFile, inside, locate, shown
 from editr2.importers.rows import Row, csv_rows, json_document, json_lines, parquet_rows
-from editr2.sessions import ImageFile, Session, Turn, kind, lines_of, parse_object
+from editr2.sessions import Session, Turn, kind, lines_of, parse_object
 
 # What object-centred rewards judge a turn by: as MICE-Bench names it, with its kind. EdiVal-Bench has the same.
 _JUDGED = {
@@ -51,15 +53,25 @@ class Source:
         raise DataError(f"{self.path}: a folder (accepted: one file in it: {accepted})")
 
     def image(self, row: Row, field: str, name: str, *places: Path) -> ImageFile:
-        """The image that the row's field names, in `images` or else in the first of `places` that has it."""
+        """The image that the row's field names, in `images` or else in the first of `places` that has it; never one
+        that lies elsewhere, whatever the name."""
+        try:
+            locate(Path(), name, contained=False)
+        except DataError as error:
+            raise row.error(field, str(error)) from error
         if self.images is not None:
-            candidates = [self.images / name, self.images / Path(name).name]
+            found = [inside(self.images, name), inside(self.images, Path(name).name)]
         else:
-            candidates = [place / name for place in places]
+            found = [inside(place, name) for place in places]
+        candidates = [path for path in found if path is not None]
+        if not candidates:
+            accepted = f"(accepted: a path inside of {shown(self.images or places[0])}, or --images FOLDER)"
+            raise row.error(field, f"{shown(name)} leads out of the folder {accepted}")
         for path in candidates:
-            if path.is_file():
-                return ImageFile(path)
-        raise row.error(field, f"{candidates[0]}: no such file (accepted: an image there, or --images FOLDER)")
+            if os.path.exists(path):
+                return ImageFile(path, where=f"{row.where}: {field}")
+        problem = f"{shown(candidates[0])}: no such file (accepted: an image there, or --images FOLDER)"
+        raise row.error(field, problem)
 
 
 def mice(source: Source) -> Iterator[Session]:
@@ -76,7 +88,7 @@ def mice(source: Source) -> Iterator[Session]:
         name, instructions = row.get("image", "text"), row.per_turn("instruction", "text")
         count = len(instructions)
         if row.values.get("turns", count) != count:
-            raise row.error("turns", f"{row.values['turns']} (accepted: {count}, as many as instructions)")
+            raise row.error("turns", f"{shown(row.values['turns'])} (accepted: {count}, as many as instructions)")
         tasks = row.per_turn("task_type", "text", count)
         judged = {field: row.per_turn(field, of, count) for field, of in _JUDGED.items()}
         metas = [{field: judged[field][t] for field in _JUDGED} for t in range(count)]
@@ -100,7 +112,9 @@ def edival(source: Source) -> Iterator[Session]:
         for number, row in enumerate(group, start=1):
             row.require(("image_index", *literals))
             if row.get("turns", "count") != number:
-                problem = f"{row.values['turns']} (accepted: {number}, as rows of one image_index count its turns)"
+                problem = (
+                    f"{shown(row.values['turns'])} (accepted: {number}, as rows of one image_index count its turns)"
+                )
                 raise row.error("turns", problem)
             for name in lists:
                 told = row.per_turn(name, "text", number)
@@ -146,8 +160,8 @@ def _imgedit_rows(file: Path) -> Iterator[Row]:
         return
     for key, values in json_document(file).items():
         if not isinstance(values, dict):
-            raise DataError(f"{file}: {key!r}: {kind(values)} (accepted: an object of id, turn1, turn2, …)")
-        yield Row(f"{file}: {key!r}", values)
+            raise DataError(f"{file}: {shown(repr(key))}: {kind(values)} (accepted: an object of id, turn1, turn2, …)")
+        yield Row(f"{file}: {shown(repr(key))}", values)
 
 
 def _imgedit_training(source: Source, row: Row, folder: Path, mode: str | None) -> Session:
@@ -172,7 +186,7 @@ def magicbrush(source: Source) -> Iterator[Session]:
     file = source.file(".json", name="edit_sessions.json")
     needed = ("input", "output", "instruction")
     for name, edits in json_document(file).items():
-        session = Row(f"{file}: {name!r}", {"edits": edits})
+        session = Row(f"{file}: {shown(repr(name))}", {"edits": edits})
         turns, image = [], None
         for t, values in enumerate(session.get("edits", "rows")):
             row = Row(f"{session.where}: [{t}]", values)

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editr2.errors import DataError
-from editr2.sessions import Entry, Pixels, Size, decode_image, kind, read_image
+from editr2.hub import offline
+from editr2.images import Pixels, Size, decode_image, first_line, locate, read_image
+from editr2.sessions import Entry, kind
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,31 +27,52 @@ _SESSION = ("id", "image", "turns", "instructions", "mode", "meta")
 class DatasetImage:
     """Pixels that stay in a row of a dataset: called, it decodes them.
 
-    data: has the one column, undecoded. size, resize: as in `load_sessions`.
+    data: has the one column, undecoded. size, resize: as in `load_sessions`. contained: as in `scan`; a row names files
+    from where the program runs. checksum: as in `ImageFile`.
     """
 
     data: Dataset
     row: int
     size: Size | None
     resize: str
+    contained: bool
+    checksum: str | None = None
 
     def __call__(self) -> Pixels:
-        (cell,) = self.data[self.row].values()
+        with _one_line():
+            (cell,) = self.data[self.row].values()
         if cell is None:
             raise DataError("missing (accepted: an image)")
         if cell["bytes"] is None:
-            return read_image(Path(cell["path"]), self.size, self.resize)
+            path = locate(Path(), cell["path"] or "", contained=self.contained)
+            return read_image(path, self.size, self.resize)
         return decode_image(cell["bytes"], self.size, self.resize)
 
 
-def dataset_entries(path: str, size: Size | None, resize: str) -> Iterator[Entry]:
+@contextmanager
+def _one_line(where: str = "", problem: str = "cannot be read") -> Iterator[None]:
+    """What a download, a cache, a script of a dataset or a broken file can raise is open-ended; to the user it is one
+    thing."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where}{problem}: {first_line(error)}") from error
+
+
+def dataset_entries(path: str, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
     """The sessions of a dataset, unchecked. path: "hf:owner/name", "hf:owner/name:split" or a saved dataset's folder.
 
     Columns: image and either turns (objects as in sessions.jsonl) or instructions (strings), and if they are there id,
     mode and meta; further columns, images apart, go to the session's meta. Or MagicBrush's columns, where rows of one
     img_id that count up from turn_index 1 are a session. Raises DataError when there is no such dataset.
     """
-    data = _open(path)
+    with _one_line(f"{path}: "):
+        yield from _entries(path, _open(path), size, resize, contained)
+
+
+def _entries(path: str, data: Dataset, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
     names = set(data.column_names)
     if names.issuperset(_MAGICBRUSH):
         column, records = "source_img", _magicbrush_records(path, data)
@@ -62,7 +86,7 @@ def dataset_entries(path: str, size: Size | None, resize: str) -> Iterator[Entry
     images = _undecoded(data, path, column)
     for row, record in records:
         values = record if isinstance(record, DataError) else {**record, "image": column}
-        yield Entry(f"{path}: row {row}", f"row {row}", values, DatasetImage(images, row, size, resize))
+        yield Entry(f"{path}: row {row}", f"row {row}", values, DatasetImage(images, row, size, resize, contained))
 
 
 def _session_records(path: str, data: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -111,8 +135,7 @@ def _open(path: str) -> Dataset:
         import datasets
     except ImportError as error:
         raise DataError(f"{path}: needs the package datasets (accepted: pip install 'editr2[data]')") from error
-    # What a download, a cache or a script of a dataset can raise is open-ended; to the user it is one thing.
-    try:
+    with _one_line(f"{path}: ", "cannot be opened"):
         if not path.startswith("hf:"):
             data = datasets.load_from_disk(path)
             if isinstance(data, datasets.DatasetDict):
@@ -122,17 +145,14 @@ def _open(path: str) -> Dataset:
         name, _, split = path.removeprefix("hf:").partition(":")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise DataError(f"{path}: no name of a dataset (accepted: hf:owner/name or hf:owner/name:split)")
+        if offline():
+            datasets.config.HF_DATASETS_OFFLINE = True  # what was downloaded before is found at once
         if not split:
             splits = datasets.get_dataset_split_names(name)  # before anything large is downloaded
             if len(splits) != 1:
                 raise DataError(f"{path}: no split (accepted: {', '.join(f'hf:{name}:{s}' for s in splits)})")
             (split,) = splits
         return datasets.load_dataset(name, split=split)
-    except DataError:
-        raise
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        raise DataError(f"{path}: cannot be opened: {text[0] if text else type(error).__name__}") from error
 
 
 def _image_columns(data: Dataset) -> set[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError
+from editr2.images import first_line, shown
 from editr2.sessions import is_text, kind, lines_of, parse_object
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -35,7 +36,7 @@ class Row:
     values: dict[str, Any]
 
     def error(self, field: str, problem: str) -> DataError:
-        return DataError(f"{self.where}: {field}: {problem}")
+        return DataError(f"{self.where}: {shown(field)}: {problem}")
 
     def require(self, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
         """Raises DataError when a field of `needed` is missing or one of neither list is there."""
@@ -120,14 +121,14 @@ def _literal(row: Row, name: str) -> Any:
 def parquet_rows(file: Path) -> Iterator[Row]:
     """The rows of a Parquet file, counted from 0."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"{file}: Parquet needs pyarrow (accepted: pip install 'editr2[data]')") from error
     number = 0
-    try:
+    try:  # what pyarrow raises for a broken file is open-ended, down to a UnicodeDecodeError for a column's name
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for values in batch.to_pylist():
                 yield Row(f"{file}: row {number}", values)
                 number += 1
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise DataError(f"{file}: cannot be read: {first_line(error)}") from error

@@ -5,6 +5,6 @@ import editr2.integrations as e
 e.patch("flow_grpo")
 """
 
-from editr2.integrations.patching import Patched, patch, unpatch
+from editr2.integrations.patching import Patched, original, patch, unpatch
 
-__all__ = ["Patched", "patch", "unpatch"]
+__all__ = ["Patched", "original", "patch", "unpatch"]

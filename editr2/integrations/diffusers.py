@@ -25,7 +25,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin  # noqa: F
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from editr2.integrations.steps import index_of, vector
+from editr2.integrations.steps import drawn_seeds, index_of, vector
 from editr2_kernels import DYNAMICS, sde_log_prob, sde_step, transition_table
 
 # The scheduler keeps no x0 of the step before, which the rows of second-order dynamics read.
@@ -133,7 +133,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         s_tmin: float = 0.0,
         s_tmax: float = float("inf"),
         s_noise: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
         *,
@@ -149,7 +149,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
                 have one a sample, [B].
             sample: like model_output in shape; the latents before the step.
             s_churn, s_tmin, s_tmax, s_noise: ignored, as the base class does.
-            generator: seeds are drawn from it where none are set.
+            generator: seeds are drawn from it where none are set; a list has one a sample, whose seed is then its own.
             per_token_timesteps: must be None.
             return_dict: whether to return the output class or the tuple (prev_sample, log_prob).
             prev_sample: like model_output in shape; the latents after the step, to score. The trajectory does not move.
@@ -207,11 +207,10 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         self._tables[level] = table
         return table
 
-    def _seeds_of(self, sample: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _seeds_of(self, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         seeds = self._drawn if self._seeds is None else self._seeds
         if seeds is None:
-            source = torch.device("cpu") if generator is None else generator.device
-            seeds = torch.randint(2**63 - 1, sample.shape[:1], generator=generator, device=source)
+            seeds = drawn_seeds(generator, sample.shape[0], sample.device, torch.device("cpu"))
         if len(seeds) != sample.shape[0]:
             raise ValueError(f"set_seeds must be given one seed a sample, {sample.shape[0]}; got {len(seeds)}")
         seeds = seeds.to(sample.device)

@@ -1,7 +1,8 @@
 """Put the operators in the place of another project's functions, and take them out again.
 
-`patch` looks before it leaps: all seams of a project are checked, by signature and by result, before the first is
-replaced. A function that other modules imported by name is replaced in them too.
+`patch` looks before it leaps: the seams of a project are checked one by one, by signature and by result, and those that
+pass are replaced; what is refused is told with its reason. A function that other modules imported by name is replaced
+in them too, so a name of one's own that was bound to it becomes ours: `original` gives the functions as they were.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from editr2.errors import IntegrationError
 from editr2.integrations.projects import PROJECTS, Function, Seam
+from editr2.integrations.steps import NotCovered
 
 NOISES = ("generator", "philox")
 TOLERANCE = 1e-4
@@ -27,22 +30,37 @@ TOLERANCE = 1e-4
 
 
 class _Replaced(NamedTuple):
+    full_name: str  # module.name or module.Class.name
     owner: Any  # module or class
     name: str
-    original: Function
-    replacement: Function
+    original: Any  # as the owner held it: a function or a class method
+    replacement: Any
+
+    @property
+    def callable(self) -> Callable[..., Any]:
+        """The original as an attribute of its owner gives it."""
+        return self.original.__get__(None, self.owner) if isinstance(self.owner, type) else self.original
 
 
 class Patched:
-    """What `patch` replaced; as a context manager it is undone at the end. replaced: the full names."""
+    """What `patch` replaced; as a context manager it is undone at the end.
 
-    def __init__(self, name: str, entries: tuple[_Replaced, ...]) -> None:
+    replaced: the full names. originals: by full name, the functions as they were; calling one runs the project's own
+    code, patched or not. refused: by full name, the reason why a seam was left as it is.
+    """
+
+    def __init__(self, name: str, entries: tuple[_Replaced, ...], refused: Mapping[str, str]) -> None:
         self.name = name
+        self.refused = dict(refused)
         self._entries = entries
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        return tuple(f"{entry.original.__module__}.{entry.original.__qualname__}" for entry in self._entries)
+        return tuple(entry.full_name for entry in self._entries)
+
+    @property
+    def originals(self) -> dict[str, Callable[..., Any]]:
+        return {entry.full_name: entry.callable for entry in self._entries}
 
     def __enter__(self) -> Patched:
         return self
@@ -54,7 +72,8 @@ class Patched:
             unpatch(self.name)
 
     def __repr__(self) -> str:
-        return f"Patched({self.name!r}: {', '.join(self.replaced)})"
+        refused = "".join(f"; refused {reason}" for reason in self.refused.values())
+        return f"Patched({self.name!r}: {', '.join(self.replaced)}{refused})"
 
 
 _ACTIVE: dict[str, Patched] = {}
@@ -72,11 +91,11 @@ def patch(name: str, *, module: str | ModuleType | None = None, noise: str = "ge
             "philox" draws one seed a sample from it and makes the noise inside the step, counter-based.
 
     Returns:
-        what was replaced, which is also a context manager.
+        what was replaced and what was not, which is also a context manager. A seam that is not one of the versions
+        known, by its signature or by its results, is left as it is, with one warning that says why.
 
     Raises:
-        IntegrationError where the project is not there, or is not one of the versions known: the signature or the
-        results of a function are others. Nothing is replaced then.
+        IntegrationError where the project is not there or cannot be imported, or where nothing of it could be replaced.
     """
     if name not in PROJECTS:
         raise IntegrationError(f"patch: {name!r} (accepted: {', '.join(PROJECTS)})")
@@ -86,20 +105,40 @@ def patch(name: str, *, module: str | ModuleType | None = None, noise: str = "ge
         raise IntegrationError(f"patch: {name!r} is patched already (accepted: unpatch it first)")
     if module is not None and len(PROJECTS[name]) > 1:
         raise IntegrationError(f"module: {name!r} has seams in several modules (accepted: none)")
-    entries = tuple(_prepared(seam, module or seam.module, noise) for seam in PROJECTS[name])
+    entries: list[_Replaced] = []
+    refused: dict[str, str] = {}
+    for seam in PROJECTS[name]:
+        try:
+            entries.append(_prepared(seam, module or seam.module, noise))
+        except IntegrationError as error:
+            refused[f"{getattr(module, '__name__', module) or seam.module}.{seam.paths[0]}"] = str(error)
+    if not entries:
+        raise IntegrationError("; ".join(dict.fromkeys(refused.values())))
+    for reason in refused.values():
+        warnings.warn(f"patch: {name!r} in part, {reason}", stacklevel=2)
     for entry in entries:
         _exchange(entry.owner, entry.name, entry.original, entry.replacement)
-    _ACTIVE[name] = patched = Patched(name, entries)
+    _ACTIVE[name] = patched = Patched(name, tuple(entries), refused)
     return patched
 
 
 def unpatch(name: str) -> None:
     """Put a project's own functions back, also into modules that imported ours by name meanwhile. Raises
     IntegrationError for a project that is not patched."""
-    if name not in _ACTIVE:
-        raise IntegrationError(f"unpatch: {name!r} is not patched (accepted: {', '.join(_ACTIVE) or 'nothing is'})")
-    for entry in _ACTIVE.pop(name)._entries:
+    for entry in _active("unpatch", name)._entries:
         _exchange(entry.owner, entry.name, entry.replacement, entry.original)
+    del _ACTIVE[name]
+
+
+def original(name: str) -> dict[str, Callable[..., Any]]:
+    """`originals` of a project that is patched: its own functions by full name. Raises IntegrationError for another."""
+    return _active("original", name).originals
+
+
+def _active(what: str, name: str) -> Patched:
+    if name not in _ACTIVE:
+        raise IntegrationError(f"{what}: {name!r} is not patched (accepted: {', '.join(_ACTIVE) or 'nothing is'})")
+    return _ACTIVE[name]
 
 
 def _exchange(owner: Any, name: str, old: Function, new: Function) -> None:
@@ -115,17 +154,16 @@ def _exchange(owner: Any, name: str, old: Function, new: Function) -> None:
 
 def _prepared(seam: Seam, where: str | ModuleType, noise: str) -> _Replaced:
     module = _module(where)
-    owner, name = _found(seam, module)
+    owner, path = _found(seam, module)
+    name, place = path.rpartition(".")[2], f"{module.__name__}.{path}"
     held = vars(owner)[name]
     original = held.__func__ if isinstance(held, classmethod) else held
     if not inspect.isfunction(original):
-        raise IntegrationError(
-            f"{module.__name__}.{name}: {type(original).__name__} (accepted: a plain function or a class method)"
-        )
+        raise IntegrationError(f"{place}: {type(original).__name__} (accepted: a plain function or a class method)")
     signature = _signature(original)
     if signature not in seam.signatures:
         raise IntegrationError(
-            f"{module.__name__}.{original.__qualname__}: takes ({signature}) after its first argument "
+            f"{place}: takes ({signature}) after its first argument "
             f"(accepted: {' or '.join(f'({known})' for known in seam.signatures)})"
         )
     try:
@@ -138,33 +176,44 @@ def _prepared(seam: Seam, where: str | ModuleType, noise: str) -> _Replaced:
             reason = _difference(expected, _results(seam, _wrapped(seam, original, "generator", convention), module))
             if reason is None:
                 ours: Any = _wrapped(seam, original, noise, convention)
-                return _Replaced(owner, name, held, classmethod(ours) if held is not original else ours)
+                return _Replaced(place, owner, name, held, classmethod(ours) if held is not original else ours)
             reasons.append(reason)
     raise IntegrationError(
-        f"{module.__name__}.{original.__qualname__}: its results are not those of a version known: {reasons[0]} "
+        f"{place}: its results are not those of a version known: {reasons[0]} "
         "(accepted: the versions in docs/integrations.md)"
     )
 
 
 def _module(where: str | ModuleType) -> ModuleType:
+    """By name, from wherever Python finds it; told apart: not installed, another version, installed but broken."""
     if isinstance(where, ModuleType):
         return where
     try:
         return importlib.import_module(where)
-    except ImportError as error:
-        raise IntegrationError(
-            f"{where}: cannot be imported, {error} (accepted: a project that is installed)"
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever a project does when it is imported, a script's exit too
+        package, _, inner = where.partition(".")
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing == package:
+            why, accepted = "it is not installed", f"{package} on the import path"
+        elif inner and missing is not None and f"{where}.".startswith(f"{missing}."):
+            why = f"{package} is installed, but has no module {missing}"
+            accepted = "the versions in docs/integrations.md"
+        else:
+            first = next(iter(str(error).splitlines()), "")
+            why = f"it is installed, but raises {type(error).__name__}{first and f': {first}'}"
+            accepted = "a project that Python can import"
+        raise IntegrationError(f"{where}: cannot be imported, {why} (accepted: {accepted})") from error
 
 
 def _found(seam: Seam, module: ModuleType) -> tuple[Any, str]:
+    """The module or class that holds the function, and its path from the module."""
     for path in seam.paths:
         owner: Any = module
         *classes, name = path.split(".")
         for part in classes:
             owner = getattr(owner, part, None)
         if owner is not None and name in vars(owner):
-            return owner, name
+            return owner, path
     raise IntegrationError(f"{module.__name__}: has no {' or '.join(seam.paths)} (accepted: a module that has)")
 
 
@@ -184,7 +233,10 @@ def _wrapped(seam: Seam, original: Function, noise: str, convention: Any) -> Fun
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         (_, first), *rest = call.arguments.items()
-        result = ours(first, **dict(rest))
+        try:
+            result = ours(first, **dict(rest))
+        except NotCovered:
+            result = NotImplemented
         return original(*args, **kwargs) if result is NotImplemented else result
 
     return replacement
@@ -229,6 +281,8 @@ def _difference(expected: list[_Result], given: Iterator[_Result]) -> str | None
                 continue
             if their.shape != our.shape or their.dtype != our.dtype:
                 return f"{what} is {their.dtype} {list(their.shape)}"
+            if their.requires_grad != our.requires_grad:
+                return f"{what} has {'a' if their.requires_grad else 'no'} gradient"
             error = (their - our).abs().max().item()
             if not error <= TOLERANCE * max(1.0, their.abs().max().item()):
                 return f"{what} differs by {error:.1e}"

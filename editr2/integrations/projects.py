@@ -8,6 +8,7 @@ meant. A replacement returns `NotImplemented` for a call that the operators do n
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from editr2.integrations.steps import (
     Rows,
     affine,
     covers,
+    drawn_seeds,
     index_of,
     on_host,
     per_sample,
@@ -58,14 +60,8 @@ class Seam:
 def _drawer(noise: str, like: Tensor, generator: Any) -> Draw:
     """Noise like `like` in fp32, drawn from the caller's generator as the original does; "philox": a seed a sample."""
 
-    def seeds(count: int, source: torch.Generator | None) -> Tensor:
-        device = like.device if source is None else source.device
-        return torch.randint(2**63 - 1, (count,), generator=source, device=device).to(like.device)
-
     def philox() -> tuple[Tensor, None]:
-        if isinstance(generator, list):
-            return torch.cat([seeds(1, source) for source in generator]), None
-        return seeds(like.shape[0], generator), None
+        return drawn_seeds(generator, like.shape[0], like.device, like.device), None
 
     def generated() -> tuple[None, Tensor]:
         from diffusers.utils.torch_utils import randn_tensor
@@ -90,7 +86,14 @@ def _rows_of(scheduler: Any, level: float, sde_type: str, device: torch.device, 
 # flow_grpo: a function that is imported by name, and a class that normalises rewards.
 
 
+def _has_sde_type(function: Function) -> bool:
+    """The flow_grpo of July 2025 has not, and reshapes its coefficients for latents of four dimensions only."""
+    return "sde_type" in inspect.signature(function).parameters
+
+
 def _flow_grpo_step(original: Function, noise: str, convention: None) -> Function:
+    any_shape = _has_sde_type(original)
+
     def ours(
         scheduler: Any,
         *,
@@ -106,6 +109,7 @@ def _flow_grpo_step(original: Function, noise: str, convention: None) -> Functio
         if (
             not (isinstance(timestep, Tensor) and timestep.dim() == 1)
             or sde_type not in ("sde", "cps")
+            or not (any_shape or sample.dim() == 4)
             or not _number(noise_level)
             or not covers(sample, model_output, prev_sample)
         ):
@@ -131,17 +135,22 @@ def _advantages(original: Function, noise: str, convention: None) -> Function:
     def ours(tracker: Any, *, prompts: Any, rewards: Any, type: str, **more: Any) -> Any:
         values = np.array(rewards, dtype=np.float64)
         names, group, counts = np.unique(np.array(prompts), return_inverse=True, return_counts=True)
-        single = values.astype(np.float32)
         if (
             type != "grpo"
             or values.ndim not in (1, 2)
             or not 0 < values.size <= 2**20
-            or not (single == values).all()  # a score that fp32 does not hold, or NaN
-            or not np.isfinite(values).all()
+            or group.shape != values.shape[:1]
             or any(name in tracker.stats for name in names)  # statistics of an earlier call join in
         ):
             return NotImplemented
         parts = np.split(values[np.argsort(group, kind="stable")], np.cumsum(counts)[:-1])
+        # fp32 holds what scores differ by, not what they have in common: that goes in float64, of each group, or of
+        # all where they are compared with one another.
+        pivots = np.stack([values.min(0)] * len(parts) if tracker.global_std else [part.min(0) for part in parts])
+        with np.errstate(over="ignore", invalid="ignore"):
+            single = (values - pivots[group]).astype(np.float32)
+        if not np.isfinite(single).all():  # a score that is not finite, or a range that fp32 does not hold
+            return NotImplemented
         for name, part in zip(names, parts):
             tracker.stats[name] = part
             tracker.history_prompts.add(hash(name))
@@ -243,6 +252,7 @@ def _flow_factory_step(original: Function, noise: str, convention: _Factory) -> 
         taken, index = _flow_factory_rows(scheduler, timestep, timestep_next, noise_level, dynamics, sigma_max, latents)
         if dynamics == "ode" and next_latents is None:
             next_latents = affine(latents, noise_pred, taken.mean, index)
+        scored = compute_log_prob and dynamics != "ode"
         x_next, log_prob = step(
             latents,
             noise_pred,
@@ -251,8 +261,10 @@ def _flow_factory_step(original: Function, noise: str, convention: _Factory) -> 
             next_latents,
             _drawer(noise, noise_pred, generator),
             store_dtype=latents.dtype if convention.rounds else torch.float32,
-            log_prob=compute_log_prob,
+            log_prob=scored,
         )
+        if compute_log_prob and not scored:  # a 0 that has nothing to do with the velocity
+            log_prob = torch.zeros(latents.shape[0], device=latents.device)
         wanted = set(return_kwargs) if return_dict else {"next_latents_mean", "noise_pred"}
         std = taken.std if dynamics == "dance-sde" and convention.dance_std == "std" else taken.g
         values = {
@@ -295,6 +307,7 @@ def _verl_omni_step(original: Function, noise: str, convention: None) -> Functio
         if (
             any(value.dtype != torch.float32 for value in latents)
             or per_token_timesteps is not None
+            or not (timestep is None or (isinstance(timestep, Tensor) and timestep.dim() == 1))
             or sde_type not in _SDE_TYPES
             or not _number(noise_level)
             or not covers(sample, model_output, prev_sample)
@@ -302,7 +315,7 @@ def _verl_omni_step(original: Function, noise: str, convention: None) -> Functio
             return NotImplemented
         batch, device = sample.shape[0], sample.device
         if timestep is None:
-            index = torch.full((batch,), scheduler.step_index, dtype=torch.int64, device=device)
+            index = at = torch.full((batch,), scheduler.step_index, dtype=torch.int64, device=device)
             shape: tuple[int, ...] = ()
         else:
             at = index_of(timestep.to(device), scheduler.timesteps)
@@ -315,7 +328,7 @@ def _verl_omni_step(original: Function, noise: str, convention: None) -> Functio
         mean = affine(sample, model_output, taken.mean, index)
         count = len(at) if shape else 1
         out = (x_next, log_prob, mean, std[:count].view(shape))
-        return (*out, (-taken.dt[index]).sqrt()) if return_sqrt_dt else out
+        return (*out, (-taken.dt[at]).sqrt()) if return_sqrt_dt else out  # one a timestep given, of none one a sample
 
     return ours
 
@@ -379,9 +392,9 @@ _SIGMAS = (1.0, 0.9, 0.7, 0.4, 0.0)
 _SHAPE = (2, 3, 8)
 
 
-def _latents() -> tuple[Tensor, Tensor, Tensor]:
+def _latents(shape: tuple[int, ...] = _SHAPE) -> tuple[Tensor, Tensor, Tensor]:
     """x, v, x_next; the same at every call."""
-    x, v, change = torch.randn(3, *_SHAPE, generator=torch.Generator().manual_seed(1))
+    x, v, change = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
     return x, v.requires_grad_(), x + 0.1 * change
 
 
@@ -398,12 +411,13 @@ def _probe_flow_grpo_step(function: Function, module: ModuleType) -> Iterator[An
     scheduler = SimpleNamespace(
         sigmas=torch.tensor(_SIGMAS), timesteps=timesteps, index_for_timestep=index_for_timestep
     )
+    newer = _has_sde_type(function)
+    more: tuple[dict[str, Any], ...] = ({"return_sqrt_dt": True}, {"sde_type": "cps"}) if newer else ({},)
     for at in ([0, 2], [1, 3], [1]):  # a timestep a sample, and one for all
-        for given in (False, True):
-            x, v, x_next = _latents()
+        for given, options in itertools.product((False, True), more):
+            x, v, x_next = _latents(_SHAPE if newer else (2, 3, 4, 2))
             draw = {"prev_sample": x_next} if given else {"generator": _generator()}
-            yield v, function(scheduler, v, timesteps[at], x, noise_level=0.6, return_sqrt_dt=True, **draw)
-            yield v, function(scheduler, v, timesteps[at], x, noise_level=0.6, sde_type="cps", **draw)
+            yield v, function(scheduler, v, timesteps[at], x, noise_level=0.6, **options, **draw)
 
 
 def _probe_advantages(function: Function, module: ModuleType) -> Iterator[Any]:
@@ -428,12 +442,18 @@ def _probe_flow_factory(function: Function, module: ModuleType) -> Iterator[Any]
             yield v, function(scheduler, v, at[1:], x, noise_level=level, return_dict=False, **draw)
             if level is not None:
                 yield v, function(scheduler, v, at, x, timestep_next=at - 50.0, noise_level=level, **draw)
+    scheduler = module.FlowMatchEulerDiscreteSDEScheduler(noise_level=0.5, dynamics_type="ODE")
+    scheduler.set_timesteps(4)
+    for given in (True, False):
+        x, v, x_next = _latents()
+        yield v, function(scheduler, v, scheduler.timesteps[[0, 2]], x, x_next if given else None, return_dict=False)
 
 
 def _probe_verl_omni(function: Function, module: ModuleType) -> Iterator[Any]:
     scheduler = module.FlowMatchSDEDiscreteScheduler()
     scheduler.set_timesteps(4)
-    for kind, given, at in itertools.product(_SDE_TYPES, (False, True), ([0, 2], [1])):
+    scheduler._init_step_index(scheduler.timesteps[1])  # where a call without a timestep stands
+    for kind, given, at in itertools.product(_SDE_TYPES, (False, True), ([0, 2], [1], None)):
         x, v, x_next = _latents()
         draw = {"prev_sample": x_next} if given else {"generator": _generator()}
         yield (
@@ -442,7 +462,7 @@ def _probe_verl_omni(function: Function, module: ModuleType) -> Iterator[Any]:
                 scheduler,
                 sample=x,
                 model_output=v,
-                timestep=scheduler.timesteps[at],
+                timestep=None if at is None else scheduler.timesteps[at],
                 noise_level=0.6,
                 sde_type=kind,
                 return_sqrt_dt=True,
@@ -472,7 +492,7 @@ PROJECTS: dict[str, tuple[Seam, ...]] = {
         Seam(
             "flow_grpo.diffusers_patch.sd3_sde_with_logprob",
             ("sde_step_with_logprob",),
-            (f"{_FLOW_GRPO}, sde_type='sde', return_sqrt_dt=False",),
+            (f"{_FLOW_GRPO}, sde_type='sde', return_sqrt_dt=False", _FLOW_GRPO),
             _flow_grpo_step,
             _probe_flow_grpo_step,
         ),

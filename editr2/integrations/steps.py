@@ -31,6 +31,11 @@ Draw = Callable[[], tuple[Tensor | None, Tensor | None]]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class NotCovered(Exception):
+    """The transition table has no such step: a level below 0, of CPS above 1, a rising schedule. The original, which
+    computes something all the same, runs instead."""
+
+
 class Rows(NamedTuple):
     """Steps as numbers on a device, one row each.
 
@@ -68,10 +73,13 @@ def _row(step: Step, dynamics: Dynamics, log_prob: str, sigma_max: float) -> Ten
 @functools.lru_cache(maxsize=512)
 def rows(steps: tuple[Step, ...], dynamics: Dynamics, log_prob: str, sigma_max: float, device: torch.device) -> Rows:
     """The rows of `steps` on `device`, made once. log_prob: "full" or "scaled", of `transition_table`; CPS is always
-    "unscaled". sigma_max: stands in for a sigma of 1 where the flow-SDE would divide by 0."""
+    "unscaled". sigma_max: stands in for a sigma of 1 where the flow-SDE would divide by 0. Raises NotCovered."""
     # A rollout under inference_mode would leave tables behind that training cannot save for its backward.
     with torch.inference_mode(False):
-        table = torch.stack([_row(step, dynamics, log_prob, sigma_max) for step in steps])
+        try:
+            table = torch.stack([_row(step, dynamics, log_prob, sigma_max) for step in steps])
+        except ValueError as error:
+            raise NotCovered(str(error)) from error
         mean = table.clone()
         mean[:, 3:6] = 0.0
         clean = mean.clone()
@@ -105,6 +113,21 @@ def vector(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor) and (value.device == device or value.numel() != 1):
         return value.to(device).reshape(-1)
     return torch.full((1,), value.item() if isinstance(value, Tensor) else value, device=device)
+
+
+def drawn_seeds(generator: Any, count: int, device: torch.device, default: torch.device) -> Tensor:
+    """int64 [count] on `device`, from a generator, from one a sample, or (None) from that of the device `default`.
+
+    As diffusers takes them: a list of one generator serves all samples. ValueError for a list of another length.
+    """
+    if isinstance(generator, (list, tuple)) and len(generator) == 1:
+        generator = generator[0]
+    if not isinstance(generator, (list, tuple)):
+        source = default if generator is None else generator.device
+        return torch.randint(2**63 - 1, (count,), generator=generator, device=source).to(device)
+    if len(generator) != count:
+        raise ValueError(f"generator must be one, or a list of {count}, one a sample; got a list of {len(generator)}")
+    return torch.cat([drawn_seeds(source, 1, device, default) for source in generator])
 
 
 def index_of(timestep: Tensor, timesteps: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Everything slow that does not depend on the noise (text encoders, image encodes,
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from editr2.errors import NonFiniteError
 from editr2_kernels import guided_velocity
 
 
@@ -138,7 +139,7 @@ class Policy(Protocol):
         """Several contexts, of different turns perhaps, as one batch in their order."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Clean latents -> uint8 images."""
+        """Clean latents -> uint8 images. A policy whose decoder can fail also has `PixelPolicy.pixels`."""
 
     def save(self, folder: Path) -> None:
         """Writes the weights as `policy.weights` takes them, into a folder that may exist."""
@@ -163,6 +164,32 @@ class TextPolicy(Policy, Protocol):
         self, context: Any, questions: Questions, answers: Sequence[tuple[int, ...]], *, temperature: float
     ) -> TokenScores:
         """Teacher-forced log-probs of given answers behind `context`; differentiable in the weights."""
+
+
+@runtime_checkable
+class PixelPolicy(Protocol):
+    """A policy that hands its pixels over before they become bytes, which hide a NaN; then rollouts do not call
+    `decode`, and check them."""
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Clean latents -> images [B, H, W, 3] on the device, -1 is black and 1 white, in any floating dtype."""
+
+
+@runtime_checkable
+class AssembledPolicy(Protocol):
+    """A policy with frozen parts beside `module`."""
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """All parts that hold weights, `module` too, by the name that errors give them."""
+
+
+@runtime_checkable
+class ReadingPolicy(Protocol):
+    """A policy that can tell, before anything is trained, which instructions it cannot read."""
+
+    def unreadable(self, instructions: Sequence[str]) -> Iterable[tuple[int, str]]:
+        """(turn from 0, what is wrong) for those of a session's instructions."""
 
 
 @runtime_checkable
@@ -193,6 +220,24 @@ class PackedPolicy(Protocol):
     ) -> list[TurnReplay]:
         """Every turn of B rollouts from their source images [B, H, W, 3]; gradients go through the context (the past
         images and texts) only with `context_gradient`."""
+
+
+def witness(x: Tensor) -> Tensor:
+    """float32 [B]: finite exactly where all of x [B, ...] is, if nothing in it comes near 1e38: its sum, which one
+    pass over x gives on the device, in a recording too."""
+    return x.sum(tuple(range(1, x.dim())), dtype=torch.float32)
+
+
+def as_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] clamped and rounded to uint8, where they are."""
+    return ((pixels.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_bytes(pixels: Tensor) -> np.ndarray:
+    """Pixels [B, H, W, 3] in [-1, 1] as uint8 on the host: a `decode`. Raises `NonFiniteError`."""
+    if not bool(witness(pixels).isfinite().all()):
+        raise NonFiniteError("pixels: NaN or infinite (accepted: finite numbers)")
+    return as_bytes(pixels).cpu().numpy()
 
 
 def with_module(policy: Any, module: nn.Module) -> Any:

@@ -33,7 +33,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError
-from editr2.policies.base import Velocity, device_of
+from editr2.images import shown
+from editr2.policies.base import Velocity, device_of, to_bytes
 
 Prompt = Mapping[str, Tensor]
 """What a model's text encoders make of the instructions, by name and samples first: `words` [B, L, width], with `mask`
@@ -151,6 +152,7 @@ class DiffusionPolicy(ABC):
     - `to_latents`, `to_pixels`: images in [-1, 1] <-> latent tokens [B, N, D], normalised as the transformer sees them;
     - `mu`: the scheduler's shift for a number of steps, None where its settings have no use for one;
     - `predict`: the transformer's velocity for the noisy tokens, given conditions and prompt;
+    - `text_length`, and `text_limit` or `text_room`, so that longer instructions are refused when sessions are opened;
     - `check`, when it has settings of its own to refuse, and `derive`, when it computes something from the conditions;
     - `prompt_length`, when prompts are not padded, and `pipeline_class`, `transformer_class`, when they are not of
       diffusers. `editr2 check` asks the class for everything else, too.
@@ -185,6 +187,8 @@ class DiffusionPolicy(ABC):
     negative_prompt: ClassVar[str] = ""
     """Of the unguided branch where the settings name none."""
     position_axes: ClassVar[int] = 3
+    text_limit: ClassVar[int | None] = None
+    """Tokens of a prompt that the model reads, as `text_length` counts them; None: any number."""
 
     def __init__(self, pipe: Any, config: PolicyConfig) -> None:
         """pipe: the diffusers pipeline, on any device. Raises `ConfigError` for settings this model cannot follow."""
@@ -205,6 +209,9 @@ class DiffusionPolicy(ABC):
         self.latent_shape = (self.grid[0] * self.grid[1], int(pipe.transformer.config.in_channels))
         self._prompts: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
         self.check(config)
+        if config.negative_prompt is not None:
+            for _, problem in self.unreadable([self.negative]):
+                raise ConfigError(f"policy.negative_prompt: {problem}")
         for name in ("vae", *self.text_encoders):
             getattr(pipe, name).requires_grad_(False).eval()
         self.module.eval()
@@ -256,6 +263,14 @@ class DiffusionPolicy(ABC):
         images: uint8 [len(texts), H, W, 3] of each condition image, empty unless `text_sees_images`. Called without
         gradient, the text encoders on `device`.
         """
+
+    def text_length(self, text: str) -> int | None:
+        """Tokens of an instruction, as `policy.text_tokens` counts them; None: not known before it is read."""
+        return None
+
+    def text_room(self, images: int) -> int | None:
+        """How many of them the model reads beside so many images."""
+        return self.text_limit
 
     @abstractmethod
     def to_latents(self, images: Tensor) -> Tensor:
@@ -315,6 +330,11 @@ class DiffusionPolicy(ABC):
     def device(self) -> torch.device:
         return device_of(self.module)
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """By the pipeline's names."""
+        return {"transformer": self.module} | {name: getattr(self.pipe, name) for name in ("vae", *self.text_encoders)}
+
     def encode(self, images: np.ndarray) -> EditContext:
         return self._with_conditions(images, None)
 
@@ -338,6 +358,34 @@ class DiffusionPolicy(ABC):
             conditions = self._remembered((*conditions, *earlier.conditions))
             looks = self._remembered((*looks, *earlier.images))
         return EditContext(conditions, looks, derived=self.derive(conditions))
+
+    def images_at(self, turn: int) -> int:
+        """How many images a turn (from 0) sees, as `_remembered` keeps them."""
+        recent = min(turn + 1, self.config.history)
+        return recent + (self.config.keep_source and turn + 1 > recent)
+
+    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """As `ReadingPolicy.unreadable`: instructions that are too long; without its tokenizer nobody knows."""
+        if getattr(self.pipe, "tokenizer", None) is None:
+            return
+        for turn, text in enumerate(instructions):
+            if problem := self._too_long(text, self.images_at(turn)):
+                yield turn, problem
+
+    def _too_long(self, text: str, images: int) -> str | None:
+        limits = {"policy.text_tokens": self.text_tokens, f"all that {self.model} reads": self.text_room(images)}
+        named = {name: limit for name, limit in limits.items() if limit is not None}
+        length = self.text_length(text) if named else None
+        if length is None or length <= (least := min(named.values())):
+            return None
+        (name, *_) = (name for name, limit in named.items() if limit == least)
+        return f"{length} tokens (accepted: up to {least}, {name})"
+
+    def readable(self, text: str, images: int = 1) -> str:
+        """The text. Raises `DataError` where it is too long: none is cut short."""
+        if problem := self._too_long(text, images):
+            raise DataError(f"text {shown(repr(text))}: {problem}")
+        return text
 
     def _remembered(self, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What a turn sees of a session's images, the newest first; of earlier ones, what the turn before saw."""
@@ -426,10 +474,12 @@ class DiffusionPolicy(ABC):
         places = places[torch.cat(order)]
         return merged[0] if len(merged) == 1 else MixedContext(merged, places)
 
-    def decode(self, latents: Tensor) -> np.ndarray:
+    def pixels(self, latents: Tensor) -> Tensor:
         with self._at_work("vae"), torch.no_grad():
-            pixels = self.to_pixels(latents.to(self.device)).float()
-        return (pixels * 0.5 + 0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            return self.to_pixels(latents.to(self.device)).permute(0, 2, 3, 1)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return to_bytes(self.pixels(latents))
 
     def sigmas(self, steps: int) -> list[float]:
         """The pipeline's own: evenly spaced, shifted by the scheduler's settings and the target's token count."""

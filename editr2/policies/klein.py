@@ -10,12 +10,15 @@ depend on nothing else and are computed once a turn, for all steps and siblings.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from editr2.config import PolicyConfig
+from editr2.errors import DataError
+from editr2.images import shown
 from editr2.policies.diffusion import (
     DiffusionPolicy,
     EditContext,
@@ -25,6 +28,10 @@ from editr2.policies.diffusion import (
     tokens,
     unpatchified,
 )
+from editr2.policies.tokens import Words
+
+TEXT_LAYERS = (9, 18, 27)
+"""Of the text encoder's hidden states, the ones whose numbers side by side are a token."""
 
 
 class KleinPolicy(DiffusionPolicy):
@@ -44,6 +51,7 @@ class KleinPolicy(DiffusionPolicy):
         r"|ff(_context)?\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     )
     position_axes = 4
+    text_limit = 512
 
     def check(self, config: PolicyConfig) -> None:
         super().check(config)
@@ -54,9 +62,33 @@ class KleinPolicy(DiffusionPolicy):
             self.refuse("guidance_embed", config.guidance_embed, "none; klein does not take it")
 
     def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
-        limit = {} if self.text_tokens is None else {"max_sequence_length": self.text_tokens}
-        words, _ = self.pipe.encode_prompt(texts, device=self.device, **limit)
-        return [{"words": row} for row in words]
+        said = [self._ids(self.readable(text)) for text in texts]
+        ids, valid = (x.to(self.device) for x in self._words.filled(said, self.text_tokens or self.text_limit))
+        states = self.pipe.text_encoder(
+            input_ids=ids, attention_mask=valid, output_hidden_states=True, use_cache=False
+        ).hidden_states
+        return [{"words": row} for row in torch.cat([states[layer] for layer in TEXT_LAYERS], -1)]
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self.pipe.tokenizer)
+
+    def _ids(self, text: str) -> list[int]:
+        """Of a conversation's one message, in the tokenizer's own template."""
+
+        def rendered(content: str) -> str:
+            message = [{"role": "user", "content": content}]
+            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+            return str(self.pipe.tokenizer.apply_chat_template(message, **options))
+
+        before, _, after = rendered("\0").partition("\0")
+        whole = rendered(text)  # a template may trim what is said
+        if len(whole) < len(before + after) or not (whole.startswith(before) and whole.endswith(after)):
+            raise DataError(f"text {shown(repr(text))}: changes the tokenizer's chat template (accepted: other words)")
+        return self._words.within(before, whole[len(before) : len(whole) - len(after)], after)
+
+    def text_length(self, text: str) -> int:
+        return len(self._ids(text))
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents, [1, D, 1, 1]."""

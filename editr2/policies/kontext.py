@@ -1,10 +1,13 @@
 """FLUX.1-Kontext: the condition's tokens stand behind the noisy ones and differ from them by the first position.
 
 T5 gives the text tokens, CLIP one pooled vector; neither is masked (the pipeline pads to its limit and attends to it
-all). Guidance is distilled: the transformer takes its value as input, and true guidance is a second branch on top.
+all). Of a longer prompt CLIP reads the first 77 tokens, T5 all. Guidance is distilled: the transformer takes its value
+as input, and true guidance is a second branch on top.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from editr2.policies.diffusion import (
     tokens,
     unpatchified,
 )
+from editr2.policies.tokens import Words
 
 
 class KontextPolicy(DiffusionPolicy):
@@ -34,6 +38,7 @@ class KontextPolicy(DiffusionPolicy):
         r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
     )
     text_encoders = ("text_encoder", "text_encoder_2")
+    text_limit = 512
     default_guidance_embed = 3.5
     """The stock pipeline's default."""
 
@@ -43,9 +48,24 @@ class KontextPolicy(DiffusionPolicy):
             self.refuse("guidance_embed", config.guidance_embed, "none; these weights do not take it")
 
     def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
-        limit = {} if self.text_tokens is None else {"max_sequence_length": self.text_tokens}
-        words, pooled, _ = self.pipe.encode_prompt(texts, device=self.device, **limit)
+        said = [self._t5.ids(self.readable(text), ends=True) for text in texts]
+        ids, _ = self._t5.filled(said, self.text_tokens or self.text_limit)
+        words = self.pipe.text_encoder_2(ids.to(self.device), output_hidden_states=False)[0]
+        most = self.pipe.tokenizer_max_length
+        ids, _ = self._clip.filled([self._clip.ids(text, ends=True, most=most) for text in texts], most)
+        pooled = self.pipe.text_encoder(ids.to(self.device), output_hidden_states=False).pooler_output
         return [{"words": w, "pooled": p} for w, p in zip(words, pooled, strict=True)]
+
+    @cached_property
+    def _t5(self) -> Words:
+        return Words(self.pipe.tokenizer_2)
+
+    @cached_property
+    def _clip(self) -> Words:
+        return Words(self.pipe.tokenizer)
+
+    def text_length(self, text: str) -> int:
+        return len(self._t5.ids(text, ends=True))
 
     def to_latents(self, images: Tensor) -> Tensor:
         vae = self.pipe.vae

@@ -18,6 +18,8 @@ import torch
 
 from editr2.config import MODELS, PolicyConfig, policy_problems
 from editr2.errors import CheckpointError, ConfigError
+from editr2.finite import check_weights
+from editr2.hub import check_model
 from editr2.policies.adapters import (
     ALL_LINEAR,
     DESCRIPTION,
@@ -54,8 +56,15 @@ def load_policy(config: PolicyConfig, *, trains: bool = True, empty: bool = Fals
     trains: off, nothing trains, and the weights of models on diffusers are in `policy.dtype`. empty: the transformer
     of a model on diffusers holds no data, for another process's to be put there (`editr2.policies.sharding`).
 
-    Raises `ConfigError` for settings the model cannot follow, and for weights that are not there or another model's.
+    Raises `ConfigError` for settings the model cannot follow, and for weights that are not there or another model's,
+    and `NonFiniteError` for weights that are not finite.
     """
+    policy = _load(config, trains, empty)
+    check_weights(policy, f"policy.weights: {config.weights or 'default'}")
+    return policy
+
+
+def _load(config: PolicyConfig, trains: bool, empty: bool) -> Policy:
     if config.model != "unified":
         return load_diffusion(config, trains=trains, empty=empty)
     policy = UnifiedPolicy.load(Path(config.weights) if config.weights else EMBEDDED, unified_guidance(config))
@@ -97,6 +106,7 @@ def load_diffusion(config: PolicyConfig, *, trains: bool = True, empty: bool = F
         saved_lora(config, kind, adapter)  # what is wrong with it is said before gigabytes are read
     if os.path.isabs(base) and not Path(base).is_dir():
         raise ConfigError(f"policy.weights: {base}: no {kind.pipeline} there (accepted: its folder, or a hub id)")
+    check_model(base, "policy.weights")
     pipe = _pipeline(kind, config, base, trained, whole=trains and not config.lora_rank, empty=empty)
     policy = kind(pipe, config)
     policy.base = str(trained or base)

@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from editr2.policies.diffusion import (
     without_processor_notes,
 )
 from editr2.policies.kontext import linear_mu
+from editr2.policies.tokens import Words
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 """Where an image stands in a prompt."""
@@ -86,14 +89,13 @@ class QwenEditPolicy(DiffusionPolicy):
 
     def _embed(self, text: str, images: list[Tensor]) -> dict[str, Tensor]:
         """words [L, width], what follows the system part of the template."""
-        encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
-        processor = getattr(self.pipe.processor, "image_processor", self.pipe.processor)
-        if self.text_tokens is not None:
-            text = tokenizer.decode(tokenizer(text)["input_ids"][: self.text_tokens])
-        seen = processor(images=[image.numpy() for image in images], return_tensors="pt").to(self.device)
-        ids = tokenizer(self._template(text, len(images)), return_tensors="pt")["input_ids"][0].to(self.device)
+        encoder = self.pipe.text_encoder
+        before, after = self._around(len(images))
+        seen = self._seen([image.numpy() for image in images]).to(self.device)
+        said = self._words.within(before, self.readable(text, len(images)), after)
+        ids = torch.tensor(said, device=self.device)
         repeats = torch.ones_like(ids)
-        repeats[ids == encoder.config.image_token_id] = seen["image_grid_thw"].prod(1) // processor.merge_size**2
+        repeats[ids == encoder.config.image_token_id] = self._image_tokens(seen)
         ids = ids.repeat_interleave(repeats)[None]
         words = encoder.model(
             input_ids=ids,
@@ -104,8 +106,40 @@ class QwenEditPolicy(DiffusionPolicy):
         ).last_hidden_state[0, self.pipe.prompt_template_encode_start_idx :]
         return {"words": words}
 
-    def _template(self, text: str, images: int) -> str:
-        return self.pipe.prompt_template_encode.format(text)
+    def _around(self, images: int) -> tuple[str, str]:
+        """The template before and after the instruction."""
+        before, _, after = self.pipe.prompt_template_encode.partition("{}")
+        return before, after
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self.pipe.tokenizer)
+
+    @property
+    def _processor(self) -> Any:
+        return getattr(self.pipe.processor, "image_processor", self.pipe.processor)
+
+    def _seen(self, images: list[np.ndarray]) -> Any:
+        return self._processor(images=images, return_tensors="pt")
+
+    def _image_tokens(self, seen: Any) -> Tensor:
+        """Of each image [images]."""
+        return seen["image_grid_thw"].prod(1) // self._processor.merge_size**2
+
+    def text_length(self, text: str) -> int:
+        return len(self._words.ids(text))
+
+    @cached_property
+    def _tokens_an_image(self) -> int:
+        return int(self._image_tokens(self._seen([np.zeros((*self.text_image_size, 3), np.uint8)])))
+
+    def text_room(self, images: int) -> int:
+        """The transformer's table of positions has places for so many, behind those of the image's rows or columns."""
+        first = max(*self.grid, *self.condition_grid) // 2
+        places = (len(self.module.pos_embed.pos_freqs) - first) // BUCKET * BUCKET  # `bucket` fills the last one up
+        before, after = self._around(images)
+        template = len(self._words.within(before, "", after)) + images * (self._tokens_an_image - 1)
+        return places - (template - self.pipe.prompt_template_encode_start_idx)
 
     def prompt_length(self, said: int, images: int) -> int:
         # A token of Qwen2.5-VL stands for 28 x 28 pixels; its template leaves 10 tokens.
@@ -175,6 +209,6 @@ class QwenEditPlusPolicy(QwenEditPolicy):
         wide = math.sqrt(PLUS_AREA * width / height)
         self.text_image_size = (round(wide * height / width / 32) * 32, round(wide / 32) * 32)
 
-    def _template(self, text: str, images: int) -> str:
-        pictures = "".join(f"Picture {i + 1}: {PICTURE}" for i in range(images))
-        return super()._template(pictures + text, images)
+    def _around(self, images: int) -> tuple[str, str]:
+        before, after = super()._around(images)
+        return before + "".join(f"Picture {i + 1}: {PICTURE}" for i in range(images)), after

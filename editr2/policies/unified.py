@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from editr2.errors import CheckpointError, ConfigError, DataError
-from editr2.policies.base import Intent, Questions, TokenScores, TurnReplay, TurnTask, Velocity
+from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from editr2.finite import ACCEPTED, unusable
+from editr2.policies.base import Intent, Questions, TokenScores, TurnReplay, TurnTask, Velocity, to_bytes
 from editr2.policies.packed import Segment, packed_is_cheaper, run_session, token_counts
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
 from editr2.policies.unified_model import Branch, Context, UnifiedConfig, UnifiedModel
@@ -49,10 +50,13 @@ def patchify(images: np.ndarray, patch: int) -> Tensor:
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> np.ndarray:
     """The inverse of `patchify`, clamped and rounded to uint8."""
-    b = tokens.shape[0]
-    x = tokens.detach().float().cpu().view(b, *grid, patch, patch, -1).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(b, grid[0] * patch, grid[1] * patch, -1)
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    return to_bytes(painted(tokens, grid, patch))
+
+
+def painted(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Tokens [B, N, p*p*3] as pixels [B, H, W, 3]."""
+    x = tokens.view(len(tokens), *grid, patch, patch, -1).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(len(tokens), grid[0] * patch, grid[1] * patch, -1)
 
 
 REQUESTS = {"cm": "rewrite always", "cu": "rewrite it", None: "rewrite"}
@@ -211,8 +215,11 @@ class UnifiedPolicy:
         return UnifiedPolicy(model.eval(), codec, guidance)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes what `load` reads, adapters merged, weights rounded to `dtype`."""
+        """Writes what `load` reads, adapters merged, weights rounded to `dtype`. Raises `NonFiniteError` for a weight
+        that is not finite in it."""
         weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in merged_weights(self.module).items()}
+        if name := unusable(weights.items()):
+            raise NonFiniteError(f"{folder}: {name}: NaN, infinite or too large in {dtype} ({ACCEPTED}); not written")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(weights, folder / WEIGHTS)
@@ -293,13 +300,24 @@ class UnifiedPolicy:
 
         return context.map(padded) if isinstance(context, GuidedContext) else padded(context)
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        return painted(latents, self.grid, self.patch)
+
     def decode(self, latents: Tensor) -> np.ndarray:
-        return unpatchify(latents, self.grid, self.patch)
+        return to_bytes(self.pixels(latents))
 
     # ----------------------------------------------------------------------------------------------------------- text
 
     def writes_text_with(self, name: str) -> bool:
         return name.startswith("language_model.") and "_moe_gen" not in name
+
+    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """As `ReadingPolicy.unreadable`: words that the vocabulary does not hold; a context has any length."""
+        for turn, text in enumerate(instructions):
+            try:
+                self.text_ids(text)
+            except DataError as error:
+                yield turn, f"{error} (accepted: words of the policy's own)"
 
     def text_ids(self, text: str) -> list[int]:
         return [self.codec.im_start, *self.codec.encode(text), self.codec.im_end]
@@ -340,6 +358,8 @@ class UnifiedPolicy:
         for row, log_prob in zip(torch.stack(sampled, 1).tolist(), torch.stack(scored, 1).tolist(), strict=True):
             end = row.index(self.codec.im_end) if self.codec.im_end in row else len(row)
             text, thought = read_intent(self.codec.decode(row[:end]))
+            if text is not None and not self.codec.can_say(text):
+                text = None  # a fallback, and nobody's fault: a mark or an unknown word was sampled into it
             intents.append(Intent(text, thought, tuple(row[: end + 1]), tuple(log_prob[: end + 1])))
         return intents
 

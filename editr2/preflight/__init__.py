@@ -16,6 +16,7 @@ sheets' figures are written down here, not read from their files.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,10 +24,14 @@ import torch
 
 from editr2.capture import check_capture
 from editr2.config import Config
+from editr2.credit import credit_notes
 from editr2.data import open_sessions
 from editr2.errors import UserError
+from editr2.fields import mended
+from editr2.policies.base import ReadingPolicy
 from editr2.preflight.rules import run_problems
-from editr2.rewards.base import Reward
+from editr2.rewards.adapt import CheckedReward, score_batch
+from editr2.rewards.base import FAILED
 from editr2.rewards.load import load_reward
 from editr2.schedule import eval_sampler, rollout_sampler
 from editr2.sessions import Session, validate
@@ -53,6 +58,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     from editr2.preflight.devices import find_device
 
     device = find_device(gpu)
+    given, config = config, mended(config)  # what is wrong by itself is said once, and not met again
     problems: list[str] = []
 
     def found(make: Any) -> Any:
@@ -71,16 +77,17 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     editor = found(opened)
     own, cannot_pack = (editor.own, editor.cannot_pack) if editor else (None, None)
     names = reward.names if reward else None
-    problems += run_problems(config, names, own, cannot_pack=cannot_pack, processes=processes)
+    problems += run_problems(given, names, own, cannot_pack=cannot_pack, processes=processes, command="check")
     found(lambda: check_capture(config.rollout.capture, torch.device("cuda" if device.gpu else "cpu")))
     source = None
     if editor:
-        problems += (data := list(_data_problems(config, editor)))
-        if not data:
+        data = found(lambda: _data_problems(config, editor))
+        problems += data or []
+        if data == []:
             source = found(lambda: open_sessions(config, editor))
     if source and reward:
         found(lambda: _judge_once(reward, source[0]))
-    if problems or not (source and editor):
+    if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
     from editr2.preflight.estimate import estimate
     from editr2.preflight.text import render
@@ -91,28 +98,26 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.heldout]
     result = estimate(config, editor, device, samplers, turns, processes)
     fits = device.needed(result.peak) <= device.memory
-    return Report([], render(config, editor, device, samplers[0], turns, processes, result, fits), fits)
+    lines = render(config, editor, device, samplers[0], turns, processes, result, fits)
+    return Report([], [*lines[:-1], *credit_notes(config.credit, reward.names), *lines[-1:]], fits)
 
 
 def _data_problems(config: Config, editor: Editor) -> list[str]:
     """Of all session files; those past `data.limit` count, too."""
     paths = dict.fromkeys(path for path in (config.data.path, config.data.heldout) if path)
-    return [p for path in paths for p in validate(path, size=editor.image_size, resize=config.data.resize)]
+    unreadable = editor.unreadable if isinstance(editor, ReadingPolicy) else None
+    check = partial(validate, size=editor.image_size, resize=config.data.resize, unreadable=unreadable)
+    return [problem for path in paths for problem in check(path)]
 
 
-def _judge_once(reward: Reward, session: Session) -> None:
-    """Asks the reward about a session's own source image, as the output of every turn. Raises `UserError` where it
-    answers in another form than `Reward`'s, or has no score for any turn."""
-    said = reward(session, np.stack([session.image] * len(session.turns)))
-    if len(said) != len(session.turns) or any(set(row) != set(reward.names) for row in said):
-        form = f"{len(said)} rows of {sorted(said[0]) if said else []}"
-        raise UserError(
-            f"reward.function: gave {form} for {len(session.turns)} turns (accepted: a row a turn of "
-            f"{sorted(reward.names)})"
-        )
-    reasons = [score.reason for row in said for score in row.values()]
-    if all(reason is not None for reason in reasons):
-        raise UserError(f"reward.function: no score for session {session.id}: {reasons[0]}")
+def _judge_once(reward: CheckedReward, session: Session) -> None:
+    """Asks the reward about a session's own source image, as the output of every turn. Raises `UserError` where one of
+    its names has no score for any turn, whatever it answered."""
+    turns = len(session.turns)
+    scores = score_batch(reward, [(session, np.stack([session.image] * turns))], turns)
+    failed = scores.of_state(FAILED)[0].all(0)
+    if bool(failed.any()):
+        raise UserError(f"reward.function: no score for session {session.id}: {scores.first_failure}")
 
 
 def dry_run(config: Config, folder: str) -> list[str]:
@@ -127,7 +132,7 @@ def dry_run(config: Config, folder: str) -> list[str]:
         config,
         out=folder,
         train=replace(config.train, iterations=2),
-        eval=replace(config.eval, sessions=1, strips=1, every=0),
+        eval=replace(config.eval, sessions=1, strips=min(1, config.eval.strips), every=0),
         checkpoint=replace(config.checkpoint, every=2, keep=1),
     )
     cuda = torch.cuda.is_available()

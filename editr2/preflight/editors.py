@@ -254,6 +254,30 @@ class DiffusionEditor:
         words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]
         self.said = round(1.4 * sum(words) / len(words))  # tokens of English; it matters where nothing is padded
 
+    def unreadable(self, instructions: Sequence[str]) -> Iterable[tuple[int, str]]:
+        """As the policy's, by the tokenizers in the weights' folder; of a published id they are not here."""
+        return self._reader.unreadable(instructions)
+
+    @cached_property
+    def _reader(self) -> DiffusionPolicy:
+        """The policy with the tokenizers that there are. Raises `ConfigError` for broken ones."""
+        import transformers
+
+        from editr2.policies.diffusion import without_processor_notes
+        from editr2.policies.load import weight_sources
+
+        folder = Path(weight_sources(self.config.weights or self.kind.published, self.config.model)[2])
+        loaders = {"tokenizer": "AutoTokenizer", "tokenizer_2": "AutoTokenizer", "processor": "Qwen2VLImageProcessor"}
+        needed = [name for name in loaders if name in self._arguments]
+        for name in needed if all((folder / name).is_dir() for name in needed) else ():
+            try:
+                with without_processor_notes():
+                    loader = getattr(transformers, loaders[name])
+                setattr(self.policy.pipe, name, loader.from_pretrained(folder / name))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"policy.weights: {folder / name}: {' '.join(str(error).split())}") from error
+        return self.policy
+
     def _policy(self, depth: Mapping[str, int]) -> Any:
         """The policy without data, so deep; raises the `ConfigError` of settings that it refuses."""
         from editr2.policies.load import put_adapter
@@ -504,6 +528,7 @@ class UnifiedEditor:
         self.image_size, self.latent_shape = self.policy.image_size, self.policy.latent_shape
         self.image = self.latent_shape[0] + 2
         self.text = self.question = 16
+        self.unreadable = self.policy.unreadable
         self._found: dict[tuple, Cost] = {}
 
     def see(self, sessions: Sequence[Session]) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from editr2.config import Config, config_problems
+from editr2.config import Command, Config, config_problems
 from editr2.credit import credit_options
 from editr2.errors import ConfigError, UserError
+from editr2.fields import mended
 from editr2.rewards.base import weight_vector
 from editr2.schedule import Schedule, eval_sampler, rollout_sampler
 
@@ -22,35 +23,44 @@ def batches(config: Config, processes: int) -> int:
 
 
 def run_problems(
-    config: Config, names: Sequence[str] | None, own: Schedule | None, *, cannot_pack: str | None, processes: int
+    config: Config,
+    names: Sequence[str] | None,
+    own: Schedule | None,
+    *,
+    processes: int,
+    cannot_pack: str | None = None,
+    command: Command = "train",
 ) -> Iterator[str]:
-    """One line for each rule that is broken.
+    """One line for each rule that is broken, of those that the command's settings are under.
 
     names: of the rewards; None skips what needs them. own: the policy's noise schedule. cannot_pack: what the policy is
     called if it has no packed replay. processes: of the run.
     """
-    yield from config_problems(config)
-    checks: list[Callable[[], Any]] = [
-        lambda: rollout_sampler(config.rollout, own),
-        lambda: eval_sampler(config, own),
-    ]
+    said = set()
+    for problem in config_problems(config, command):
+        said.add(problem)
+        yield problem
+    config, trains = mended(config), command in ("train", "check")
+    checks: list[Callable[[], Any]] = [lambda: eval_sampler(config, own)]
+    if trains:
+        checks.insert(0, lambda: rollout_sampler(config.rollout, own))
     if names is not None:
-        checks += [
-            lambda: weight_vector(names, config.credit.weights),
-            lambda: credit_options(config.credit, tuple(names)),
-        ]
-    said: set[str] = set()
+        checks.append(lambda: weight_vector(names, config.credit.weights))
+    if names is not None and trains:
+        checks.append(lambda: credit_options(config.credit, tuple(names)))
     for check in checks:
         try:
             check()
         except UserError as error:
-            if str(error) not in said:  # both samplers read the same fields
+            if str(error) not in said:  # the samplers read the same fields
                 yield str(error)
             said.add(str(error))
+    if not trains:
+        return
     r, t = config.rollout, config.train
     if r.sessions < processes:
         yield f"rollout.sessions: {r.sessions} (accepted: at least {processes}, one a process)"
-    elif r.groups_per_batch > 0 and t.minibatches > 1:
+    elif t.minibatches > 1:
         # The processes with least and with most to do: an optimizer step is all processes' equally numbered minibatch.
         least, most = -(-(r.sessions // processes) // r.groups_per_batch), batches(config, processes)
         if least != most:
@@ -68,8 +78,14 @@ def run_problems(
 
 
 def check_run(
-    config: Config, names: Sequence[str], own: Schedule | None, *, cannot_pack: str | None, processes: int
+    config: Config,
+    names: Sequence[str] | None,
+    own: Schedule | None,
+    *,
+    processes: int,
+    cannot_pack: str | None = None,
+    command: Command = "train",
 ) -> None:
     """Raises `ConfigError` with the first of `run_problems`."""
-    for problem in run_problems(config, names, own, cannot_pack=cannot_pack, processes=processes):
+    for problem in run_problems(config, names, own, processes=processes, cannot_pack=cannot_pack, command=command):
         raise ConfigError(problem)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from editr2.config import Config, check_config, preset_config, replace_nested
+from editr2.config import COUNT, SIBLINGS, TIMES, Config, check_config, preset_config, replace_nested
 from editr2.errors import ConfigError
+from editr2.fields import setting
 
 TURNS = 3
 """Turns of every held-out session, as in all published work."""
@@ -112,11 +113,11 @@ class Settings:
         sampler: of the evaluation, as `eval.sampler`.
     """
 
-    iterations: int = Config().train.iterations
-    sessions: int = 500
-    groups: int = Config().rollout.sessions
-    siblings: int = Config().rollout.siblings
-    sampler: str = Config().eval.sampler
+    iterations: int = setting(Config().train.iterations, TIMES)
+    sessions: int = setting(500, COUNT)
+    groups: int = setting(Config().rollout.sessions, COUNT)
+    siblings: int = setting(Config().rollout.siblings, SIBLINGS)
+    sampler: Literal["rollout", "ode"] = Config().eval.sampler
 
 
 def find_arms(names: str | None) -> tuple[Arm, ...]:
@@ -136,7 +137,7 @@ def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Conf
     turns = arm.overrides.get("rollout", {}).get("turns", TURNS)
     common = {
         "seed": seed,
-        "out": str(out),
+        "out": str(Path(out)),
         "rollout": {"sessions": settings.groups * TURNS // turns, "siblings": settings.siblings, "turns": turns},
         "train": {"iterations": settings.iterations, "kl_weight": 0.0},
         "eval": {"sessions": settings.sessions, "turns": TURNS, "sampler": settings.sampler, "every": 0, "strips": 2},
@@ -144,8 +145,7 @@ def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Conf
         "checkpoint": {"every": settings.iterations, "keep": 1},
     }
     config: Config = replace_nested(replace_nested(preset_config(arm.preset), common), arm.overrides)
-    check_config(config)
-    return config
+    return check_config(config)
 
 
 def start_of(arm: Arm) -> str:

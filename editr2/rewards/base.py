@@ -1,94 +1,250 @@
-"""What a reward returns: a number, or no number and why. A failed judge is never replaced by an invented number."""
+"""What a reward says of a turn: a number, that it does not apply, or no number and why. A failed judge is never
+replaced by an invented number.
+
+Here are the states and the batch of them; `adapt` makes one form of whatever a user gives as a reward, and `answers`
+makes `Score`s of whatever came back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from editr2.errors import DataError, UserError
+from editr2.config import UNSET_WEIGHTS
+from editr2.errors import ConfigError, UserError
 from editr2.sessions import Session
+
+ROUNDING = 1e-6
+"""So far outside of [0, 1] a number is taken for rounding (a cosine of 1 + 1e-7) and put on the bound."""
+
+
+def as_number(value: Any) -> float:
+    """A number in [0, 1]: of Python or NumPy, or a tensor or an array without dimensions. True is 1, False is 0.
+
+    Raises TypeError or ValueError that says what was given and what is accepted.
+    """
+    scalar = isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0
+    plain = value.item() if scalar else value  # not float(): it warns where a tensor carries a gradient
+    if not issubclass(type(plain), numbers.Real):
+        raise TypeError(f"{described(value)} (accepted: a number in [0, 1])")
+    if not -ROUNDING <= plain <= 1 + ROUNDING:  # not so for NaN; compared first: an int may be too large for a float
+        why = "is not finite" if plain != plain or plain in (float("inf"), float("-inf")) else "is outside of [0, 1]"
+        raise ValueError(f"{described(value)} {why}; return Score(None, reason) instead")
+    return min(max(float(plain), 0.0), 1.0)
+
+
+def described(value: object) -> str:
+    """What came back, in a few words: numbers and None as they are, else the type, with its size where it has one."""
+    if value is None or isinstance(value, numbers.Number | np.generic | str):
+        text = repr(value) if isinstance(value, str) else str(value)
+        return text if len(text) <= 40 else text[:37] + "..."
+    if isinstance(value, Tensor | np.ndarray):
+        return f"a {type(value).__name__} of shape {list(value.shape)}"
+    article = "an" if type(value).__name__[0] in "aeiouAEIOU" else "a"
+    return f"{article} {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list | tuple) else "")
 
 
 @dataclass(frozen=True)
 class Score:
-    """value: in [0, 1], or None when it could not be judged; reason: then why."""
+    """What a reward says of one turn. One of three:
+
+    `Score(0.7)`: a number in [0, 1] (see `as_number`), with a reason if you like; `Score(None, "why")`: it could not be
+    judged (masked, counted as failed, and too many stop the run); `Score.not_applicable()`: there is nothing to judge,
+    such as consistency with nothing left to compare (masked, counted apart, and never a failure).
+    Raises TypeError or ValueError for anything else.
+    """
 
     value: float | None
     reason: str | None = None
+    applies: bool = True
 
     def __post_init__(self) -> None:
-        if self.value is None and not self.reason:
+        if self.reason is not None and not isinstance(self.reason, str):
+            raise TypeError(f"Score: reason: {described(self.reason)} (accepted: a string)")
+        if self.value is not None and not self.applies:
+            raise ValueError(f"Score: {described(self.value)} of a reward that does not apply (accepted: None)")
+        if self.value is None and self.applies and not (self.reason or "").strip():
             raise ValueError("Score: a missing value needs a reason")
-        if self.value is not None and not np.isfinite(self.value):
-            raise ValueError(f"Score: {self.value} is not finite; return Score(None, reason) instead")
+        if self.value is not None:
+            try:
+                object.__setattr__(self, "value", as_number(self.value))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"Score: {error}") from None
+
+    @staticmethod
+    def not_applicable(reason: str | None = None) -> Score:
+        """There is nothing to judge here."""
+        return Score(None, reason, applies=False)
+
+    @property
+    def failed(self) -> bool:
+        return self.value is None and self.applies
+
+
+class Item(NamedTuple):
+    """One rollout to judge. images: uint8 [T, H, W, 3], the output of every turn of the session."""
+
+    session: Session
+    images: np.ndarray
 
 
 class Reward(Protocol):
-    """Judges a whole session at once: `reward(session, images)` with images uint8 [T, H, W, 3], the output of every
-    turn, returns one `Score` per turn and name in `names`."""
+    """Judges many sessions at once: `judge(items)` returns, for every item, a dict of a `Score` for each of `names` for
+    every turn of its session."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
 
-    def __call__(self, session: Session, images: np.ndarray) -> list[dict[str, Score]]: ...
+    def judge(self, items: Sequence[Item]) -> Sequence[Sequence[dict[str, Score]]]: ...
+
+
+class SessionReward(Protocol):
+    """Judges one session a call: `reward(session, images)` with images uint8 [T, H, W, 3], the output of every turn,
+    returns a dict of a `Score` for each of `names` for every turn."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def __call__(self, session: Session, images: np.ndarray) -> Sequence[dict[str, Score]]: ...
+
+
+GivenReward = Reward | SessionReward | Callable[..., Any]
+"""What a user may give: docs/rewards.md lists the forms, `editr2.rewards.adapt` tells them apart."""
+
+ANSWERED, NOT_APPLICABLE, FAILED = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Scores:
     """Scores of a batch. values: float32 [N, T, K], 0 where missing. present: bool [N, T], False where any of a turn's
-    scores is missing or the session has no such turn. expected: bool [N, T], the turns that exist. reasons: why a
-    present-but-for-failure turn is missing, by (rollout, turn)."""
+    scores is missing or the session has no such turn. expected: bool [N, T], the turns that the sessions have, whatever
+    was returned. reasons: why turns failed, by (rollout, turn), naming rewards, session and turn. states: int8
+    [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE or FAILED; none: whatever is missing failed."""
 
     names: tuple[str, ...]
     values: Tensor
     present: Tensor
     expected: Tensor
     reasons: dict[tuple[int, int], str]
+    states: Tensor | None = None
+
+    def of_state(self, state: int) -> Tensor:
+        """bool [N, T, K]: the scores of turns that exist which are in `state`."""
+        if self.states is None:
+            missing = torch.full(self.values.shape, FAILED, dtype=torch.int8)
+            states = torch.where(self.present[..., None], torch.zeros_like(missing), missing)
+        else:
+            states = self.states
+        return (states == state) & self.expected[..., None]
 
     @property
     def failed(self) -> int:
-        return int((self.expected & ~self.present).sum())
+        """Turns of which at least one score failed."""
+        return int(self.of_state(FAILED).any(-1).sum())
+
+    @property
+    def not_applicable(self) -> int:
+        """Turns without a failed score that are masked because a reward does not apply to them."""
+        return int((self.of_state(NOT_APPLICABLE).any(-1) & ~self.of_state(FAILED).any(-1)).sum())
+
+    @property
+    def first_failure(self) -> str | None:
+        return next(iter(self.reasons.values()), None)
 
 
-def score_batch(reward: Reward, judged: Sequence[tuple[Session, np.ndarray]], turns: int) -> Scores:
-    """Scores every (session, images) pair; `turns` is the width T of the result."""
-    shape = (len(judged), turns, len(reward.names))
-    values, present = torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.bool)
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """Scores of consecutive rollouts as one."""
+    reasons, offset = {}, 0
+    for part in parts:
+        reasons.update({(i + offset, t): reason for (i, t), reason in part.reasons.items()})
+        offset += len(part.values)
+    states = [p.states for p in parts if p.states is not None]
+    return Scores(
+        parts[0].names,
+        torch.cat([p.values for p in parts]),
+        torch.cat([p.present for p in parts]),
+        torch.cat([p.expected for p in parts]),
+        reasons,
+        torch.cat(states) if len(states) == len(parts) else None,
+    )
+
+
+def lay_out(
+    names: tuple[str, ...], sessions: Sequence[Session], said: Sequence[Sequence[dict[str, Score]]], turns: int
+) -> Scores:
+    """Well-formed answers, a row a turn of every session, as a batch; `turns` is its width T."""
+    shape = (len(sessions), turns, len(names))
+    values, states = torch.zeros(shape), torch.zeros(shape, dtype=torch.int8)
     expected, reasons = torch.zeros(shape[:2], dtype=torch.bool), {}
-    for i, (session, images) in enumerate(judged):
-        for t, scores in enumerate(reward(session, images)):
+    for i, (session, rows) in enumerate(zip(sessions, said, strict=True)):
+        for t, row in enumerate(rows):
             expected[i, t] = True
-            missing = [f"{name}: {scores[name].reason}" for name in reward.names if scores[name].value is None]
-            if missing:
-                reasons[i, t] = "; ".join(missing)
-                continue
-            present[i, t] = True
-            values[i, t] = torch.tensor([float(scores[name].value or 0.0) for name in reward.names])
-    return Scores(reward.names, values, present, expected, reasons)
+            for k, score in enumerate(row[name] for name in names):
+                if score.value is not None:
+                    values[i, t, k] = score.value
+                else:
+                    states[i, t, k] = FAILED if score.failed else NOT_APPLICABLE
+            if (states[i, t] == FAILED).any():
+                reasons[i, t] = _failure(row, session.id, t)
+    present = expected & (states == ANSWERED).all(-1)
+    return Scores(names, values * present[..., None], present, expected, reasons, states)
+
+
+def _failure(row: dict[str, Score], session: str, turn: int) -> str:
+    """`reward IF, session a1, turn 2: why` in one line; rewards that failed for one reason are named together."""
+    parts = []
+    failed = {name: " ".join(str(score.reason).split()) for name, score in row.items() if score.failed}
+    for reason in Counter(failed.values()):
+        named = [name for name, why in failed.items() if why == reason]
+        shown = reason if len(reason) <= 300 else reason[:297] + "..."
+        who = f"reward{'s' if len(named) > 1 else ''} {', '.join(named)}"
+        parts.append(f"{who}, session {session}, turn {turn + 1}: {shown}")
+    return "; ".join(parts)
 
 
 class RewardFailure(UserError):
     """Too many scores failed in one iteration: the circuit breaker stopped the run."""
 
 
+FEWEST = 8
+"""A reward that applies to fewer turns of an iteration is held against so many: two failures of two say little."""
+
+
 def check_failures(scores: Scores, limit: float) -> None:
-    """Stops the run when more than `limit` (a fraction) of the turns could not be scored."""
-    total = int(scores.expected.sum())
-    if total and scores.failed / total > limit:
-        (rollout, turn), reason = next(iter(scores.reasons.items()))
-        raise RewardFailure(
-            f"reward: {scores.failed} of {total} turns could not be scored (limit {limit:.0%}); "
-            f"first: rollout {rollout}, turn {turn + 1}: {reason}"
+    """Stops the run when one of the rewards failed on more than `limit` (a fraction) of the turns it applies to."""
+    failures, skipped = scores.of_state(FAILED), scores.of_state(NOT_APPLICABLE)
+    turns = int(scores.expected.sum())
+    for k, name in enumerate(scores.names):
+        failed = int(failures[..., k].sum())
+        asked = max(turns - int(skipped[..., k].sum()), min(turns, FEWEST))
+        if asked and failed / asked > limit:
+            first = next(reason for at, reason in scores.reasons.items() if bool(failures[(*at, k)]))
+            raise RewardFailure(
+                f"reward {name}: {failed} of {asked} turns could not be scored (train.max_failed_scores: {limit:g}); "
+                f"first: {first}"
+            )
+
+
+def weights_of(names: Sequence[str], weights: dict[str, float]) -> dict[str, float]:
+    """The weight of every reward, in the order of `names`. Weights that nobody set (`UNSET_WEIGHTS`) are 1 for a single
+    reward, and one of 0 may name a reward that there is not; any other unknown or missing name is a `ConfigError`."""
+    if len(names) == 1 and any(weights == unset for unset in UNSET_WEIGHTS):
+        return {names[0]: 1.0}
+    if {name for name, weight in weights.items() if weight or name in names} != set(names):
+        example = ", ".join(f'"{name}": {1 / len(names):.2g}' for name in names)
+        raise ConfigError(
+            f"credit.weights: {sorted(weights)} (accepted: a weight for exactly {sorted(names)}, such as {{{example}}})"
         )
+    return {name: weights[name] for name in names}
 
 
 def weight_vector(names: Sequence[str], weights: dict[str, float]) -> Tensor:
-    """Weights in the order of `names`, float32 [K]; an unknown or missing name is an error."""
-    if set(weights) != set(names):
-        raise DataError(f"credit.weights: {sorted(weights)} (accepted: exactly {sorted(names)})")
-    return torch.tensor([weights[n] for n in names])
+    """`weights_of` as float32 [K]."""
+    return torch.tensor(list(weights_of(names, weights).values()))

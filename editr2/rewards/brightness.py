@@ -1,7 +1,6 @@
 """A stand-in for a judge: the mean brightness of every output. It says nothing about edits.
 
-With it a recipe can be tried from end to end before the real judge is ready; and it is the form of a reward of one's
-own: copy the class, return a `Score` for every turn and name, and name it in `reward.function` as package.module:Class.
+With it a recipe can be tried from end to end before the real judge is ready; docs/rewards.md tells how to write one.
 """
 
 from __future__ import annotations

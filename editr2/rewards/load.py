@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
-import inspect
-from typing import cast
+import os
+import sys
 
 from editr2.config import RewardConfig
 from editr2.errors import ConfigError
-from editr2.rewards.base import Reward
+from editr2.rewards.adapt import CheckedReward, adapt, told
 from editr2.rewards.world import WorldReward
 
 
-def load_reward(config: RewardConfig) -> Reward:
-    """The configured reward. Raises `ConfigError` naming `reward.function`."""
+def load_reward(config: RewardConfig) -> CheckedReward:
+    """The configured reward. A module is looked for in the working folder, too, after everything that is installed.
+
+    Raises `ConfigError` naming `reward.function`, whatever goes wrong in the module or its constructor.
+    """
     if config.function is None:
-        return WorldReward()
+        return adapt(WorldReward(), timeout=config.timeout)
     module, _, name = config.function.partition(":")
-    if not module or not name:
-        raise ConfigError(f"reward.function: {config.function!r} (accepted: package.module:name)")
+    title = f"reward.function: {config.function!r}"
+    if not module or not name or module.startswith("."):
+        raise ConfigError(f"{title} (accepted: package.module:name)")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"reward.function: {config.function!r}: {error}") from error
-    if inspect.isclass(found) or (callable(found) and not hasattr(found, "names")):
-        found = found()
-    if not callable(found) or not hasattr(found, "names"):
-        raise ConfigError(
-            f"reward.function: {config.function!r} is a {type(found).__name__} (accepted: a Reward, callable and with "
-            "names, or something to call without arguments that returns one)"
-        )
-    return cast(Reward, found)
+        if not {"", os.getcwd()} & set(sys.path):
+            sys.path.append(os.getcwd())  # the console script's path lacks it
+        found = importlib.import_module(module)
+        given = getattr(found, name, None)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ConfigError(f"{title}: importing {module} raised {told(error)}") from error
+    if given is None:
+        near = difflib.get_close_matches(name, vars(found), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{title}: module {module} has no {name!r}{hint}")
+    return adapt(given, title=title, timeout=config.timeout)

@@ -14,6 +14,7 @@ class WorldReward:
     """Judges by parsing pixels. A session that is not of the world gets no score, with the reason."""
 
     names = ("IF", "CC", "GA")
+    version = shapes.VERSION
 
     def __call__(self, session: Session, images: np.ndarray) -> list[dict[str, Score]]:
         instructions = [turn.instruction for turn in session.turns]

@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from editr2.config import COUNT, DECAY, POSITIVE, SEED, SHARE, TIMES, TURNS, WEIGHT
+from editr2.errors import NonFiniteError
+from editr2.fields import Bounds, setting
 from editr2.policies.packed import Segment, pack, run_packed
 from editr2.policies.tokens import THINK_END
 from editr2.policies.unified import UnifiedPolicy, new_embedded_policy, patchify
@@ -54,26 +57,26 @@ class PretrainConfig:
         seed: of weights, sessions and noise.
     """
 
-    steps: int = 1250
-    decay_steps: int = 2000
-    batch: int = 24
-    turns: int = 3
-    lr: float = 2e-3
-    warmup: int = 200
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    text_weight: float = 0.2
-    raw_fraction: float = 0.25
-    ema: float = 0.995
-    grad_norm: float = 1.0
+    steps: int = setting(1250, TIMES)
+    decay_steps: int = setting(2000, TIMES)
+    batch: int = setting(24, COUNT)
+    turns: int = setting(3, TURNS)
+    lr: float = setting(2e-3, Bounds(above=0, at_most=1))
+    warmup: int = setting(200, TIMES)
+    betas: tuple[float, float] = setting((0.9, 0.99), Bounds(at_least=0, below=1))
+    weight_decay: float = setting(0.01, Bounds(at_least=0, at_most=100))
+    text_weight: float = setting(0.2, WEIGHT)
+    raw_fraction: float = setting(0.25, SHARE)
+    ema: float = setting(0.995, DECAY)
+    grad_norm: float = setting(1.0, POSITIVE)
     bf16: bool = True
     compile: bool = True
-    seed: int = 0
+    seed: int = setting(0, SEED)
 
 
 def _answer(policy: UnifiedPolicy, session: Session, turn: int) -> list[int]:
     thought, intent = session.turns[turn].meta["reasoning"], session.turns[turn].intent
-    return [*policy.codec.encode(f"{thought} {THINK_END} {intent}"), policy.codec.im_end]
+    return [*policy.codec.encode(f"{thought} {THINK_END} {intent}", marks=True), policy.codec.im_end]
 
 
 def training_loss(
@@ -164,6 +167,8 @@ def pretrain(config: PretrainConfig, out: Path, model_config: UnifiedConfig | No
                 image_loss, text_loss = training_loss(policy, sample_sessions(config, step), raw, generator)
             (image_loss + config.text_weight * text_loss).backward()
             norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_norm)
+            if not bool(torch.isfinite(norm)):
+                raise NonFiniteError(f"step {step + 1}: gradient: {float(norm)} (accepted: finite numbers)")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             decay = min(config.ema, (1 + step) / (10 + step))

@@ -31,6 +31,10 @@ import numpy as np
 from editr2.errors import DataError
 from editr2.sessions import Session, Turn
 
+VERSION = 1
+"""Of the sessions and the verifiers: raised whenever either gives anything else than before (a test holds sums), so
+that no run goes on in another world than it began in."""
+
 GRID = 3
 CELL = 8
 SIZE = GRID * CELL

@@ -6,11 +6,12 @@ half of a small call. What replaces them here are the calls they are made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("editr2", "FRAGMENT")
 
@@ -42,10 +43,22 @@ def _once(name: str, gradients: tuple) -> tuple:
     return refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients))
 
 
+def _no_tangent(name: str, values: Sequence[Any]) -> None:
+    """RuntimeError in forward mode, where what the kernels compute would pass for a constant, its derivative for 0."""
+    if forward_ad._current_level >= 0 and any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
+    ):
+        raise RuntimeError(
+            f"editr2::{name} has no forward-mode derivative (jvp, jacfwd); use reverse mode (backward, autograd.grad), "
+            "or the operator's *_ref, which has both"
+        )
+
+
 def differentiable(
     name: str, *, setup_context: Callable[[Any, tuple, Any], None], backward: Callable[..., tuple]
 ) -> None:
-    """Gives an operator its gradient, once; the two functions are as torch.library.register_autograd takes them."""
+    """Gives an operator its gradient, once, in reverse mode: a second derivative and forward mode raise RuntimeError.
+    The two functions are as torch.library.register_autograd takes them."""
     overload = getattr(torch.ops.editr2, name).default
 
     def below(keyset: Any, arguments: tuple) -> Any:
@@ -61,11 +74,13 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+            _no_tangent(name, gradients)
             with torch.no_grad():
                 grads = *backward(ctx, *gradients), None
             return _once(name, grads) if torch.is_grad_enabled() else grads
 
     def run(keyset: Any, *arguments: Any) -> Any:
+        _no_tangent(name, arguments)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             return Function.apply(*arguments, keyset)
         return below(keyset, arguments)

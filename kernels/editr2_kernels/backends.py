@@ -7,6 +7,7 @@ the reason.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -118,7 +119,50 @@ def _release(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-def _cuda_status() -> BackendStatus:
+SM_80 = (8, 0)
+"""What the CUDA kernels are built for at least, and what Triton asks of NVIDIA devices: bf16 arithmetic."""
+
+
+@functools.cache
+def _capabilities() -> tuple[tuple[int, int], ...]:
+    """Of the NVIDIA devices of this machine, by its management library: no GPU context is made, and a fork stays
+    possible. Empty where it cannot be asked."""
+    count, major, minor, handle = ctypes.c_uint(), ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+    found = []
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+            return ()
+        for i in range(count.value):
+            if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(i), ctypes.byref(handle)) == 0:
+                if nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)) == 0:
+                    found.append((major.value, minor.value))
+    except (OSError, AttributeError):  # no library, or one without these functions
+        return ()
+    return tuple(found)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _too_old(device: torch.device | None) -> str | None:
+    """Why no kernel of ours runs on this GPU, or on none of those of this machine; None where one does."""
+    if torch.version.hip is not None:
+        return None
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found: tuple[tuple[int, int], ...] = (_capability(index),)
+    else:
+        found = _capabilities()
+    if not found or max(found) >= SM_80:
+        return None
+    major, minor = max(found)
+    return f"a GPU of compute capability 8.0 (sm_80) or later is needed, this one has {major}.{minor}"
+
+
+def _cuda_status(device: torch.device | None = None) -> BackendStatus:
     module, reason = _cuda()
     if module is None:
         return BackendStatus(False, reason)
@@ -128,6 +172,9 @@ def _cuda_status() -> BackendStatus:
         return BackendStatus(False, "this PyTorch is built without CUDA")
     if torch.cuda.device_count() == 0:
         return BackendStatus(False, "no GPU is visible")
+    old = _too_old(device)
+    if old is not None:
+        return BackendStatus(False, old)
     driver, runtime = _cuda_versions(module)
     # Within a major version an older driver runs what a newer toolkit built.
     if driver // 1000 < runtime // 1000:
@@ -143,7 +190,7 @@ def triton_interpreted() -> bool:
     return kernels.INTERPRETED if kernels is not None else os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_status() -> BackendStatus:
+def _triton_status(device: torch.device | None = None) -> BackendStatus:
     if importlib.util.find_spec("triton") is None:
         return BackendStatus(False, "the package triton is not installed")
     if triton_interpreted():
@@ -154,19 +201,23 @@ def _triton_status() -> BackendStatus:
         )
     if torch.cuda.device_count() == 0:  # counted through NVML where possible: no CUDA context is created
         return BackendStatus(False, "no GPU is visible (CPU tensors need TRITON_INTERPRET=1 before import)")
+    old = _too_old(device)
+    if old is not None:
+        return BackendStatus(False, old)
     return BackendStatus(True, detail="GPU tensors only (CPU tensors need TRITON_INTERPRET=1 before import)")
 
 
-def _cpu_status() -> BackendStatus:
+def _cpu_status(device: torch.device | None = None) -> BackendStatus:
     module, reason = _native()
     return BackendStatus(module is not None, reason, None if module is None else module.isa())
 
 
-def _status(name: str) -> BackendStatus:
-    """Of one backend: looking for the others costs an operator call more than some operators do."""
+def _status(name: str, device: torch.device | None = None) -> BackendStatus:
+    """Of one backend, for the tensors of a device, or (None) on this machine at all: looking for the others costs an
+    operator call more than some operators do."""
     if name == "ref":
         return BackendStatus(True, detail="eager PyTorch, any device")
-    return {"cpu": _cpu_status, "triton": _triton_status, "cuda": _cuda_status}[name]()
+    return {"cpu": _cpu_status, "triton": _triton_status, "cuda": _cuda_status}[name](device)
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -180,10 +231,10 @@ def select(backend: str, device: torch.device) -> str:
         if device.type == "cpu":
             return "cpu" if _native()[0] is not None else "ref"
         on_gpu = (("triton", _triton_status), ("cuda", _cuda_status)) if device.type == "cuda" else ()
-        return next((name for name, status in on_gpu if status().available), "ref")
+        return next((name for name, status in on_gpu if status(device).available), "ref")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    status = _status(backend)
+    status = _status(backend, device)
     if not status.available:
         raise RuntimeError(f"backend {backend!r} is not available: {status.reason}")
     if backend == "cpu" and device.type != "cpu":

@@ -3,6 +3,9 @@
     value      (aggregate over turns) -> (fuse rewards | keep apart) -> one fp32 value per unit
     advantage  (value - mean of its set) / (std + eps), (sum over rewards), (renormalise over the batch), clip
 
+Means and deviations are taken about the least value of their set, which no order changes: of scores that are far from 0
+and hardly differ nothing is lost, as it would be in a mean rounded to fp32.
+
 A *unit* is a (sample, turn) when `aggregate == "none"` and a sample otherwise. A *set* is what shares one mean:
 all units of a group (baseline "session"), or those of one turn of a group (baseline "session_turn").
 
@@ -31,18 +34,19 @@ round to nearest even, unless stated). Integers are int64.
       q = rint(x * 2^(40-e))  (fp32 multiply, exact; rint to even)  as int64;     Q = sum of q in int64
       M = sign(Q) * floor((2*|Q| + divisor) / (2*divisor))         (int64: nearest, halves away from zero)
       moment = float32(M) * 2^(e-40);   divisor <= 0 gives 0;   NaN if any x is not finite
-    mean(set) = max(x) if max(x) == min(x) and finite, else moment(x, count)
-    std(set, m) = sqrt(moment((x-m)*(x-m), divisor)), divisor = count, or count - 1 when `unbiased`
+    With p = min x over the set and m = moment(x - p, count):
+    deviation(x) = (x - p) - m          mean(set) = p + m
+    std(set) = sqrt(moment(deviation(x)*deviation(x), divisor)), divisor = count, or count - 1 when `unbiased`
     (sqrt correctly rounded)
- 7. d = value - mean(set of the unit), and by `std`:
+ 7. d = deviation(value) in the set of the unit, and by `std`:
       none     a = d
-      group    a = normal(d, std(set, mean(set)))
-      global   a = normal(d, std(all counted units of the column, their mean))
+      group    a = normal(d, std(set))
+      global   a = normal(d, std(all counted units of the column))
     normal(d, std) = d / denominator, or 0 where denominator == 0, and
     denominator = std + float32(eps)  (eps_mode "add")  or  max(std, float32(eps))  ("floor")
  8. (It follows that a set with a single counted unit has a = 0; a set with none has no unit that trains.)
  9. fusion "advantage" and "gdpo": a = ((w0*a0 + w1*a1) + w2*a2) + ...
-10. fusion "gdpo": over all counted units of the batch, a = normal(a - mean, std)
+10. fusion "gdpo": over all counted units of the batch, a = normal(deviation(a), std)
 11. a = NaN (bits 0x7FC00000) where not finite;  a = min(max(a, -clip), clip) if clip is set;  a = a + 0.0 (no -0)
 12. advantage[i,t] = a of its unit where the turn trains, else 0.
 
@@ -258,14 +262,24 @@ def _moment(value: Tensor, sets: _Sets, divisor: Tensor) -> Tensor:
     return torch.where(broken, torch.nan, moment)
 
 
-def _statistics(value: Tensor, sets: _Sets, options: CreditOptions) -> tuple[Tensor, Tensor]:
-    """Mean and std of each set, [S] each."""
-    start = torch.zeros(sets.count_S.shape, dtype=torch.float32, device=value.device)
-    high = start.sub(torch.inf).scatter_reduce(0, sets.which_U, torch.where(sets.counted_U, value, -torch.inf), "amax")
-    low = start.add(torch.inf).scatter_reduce(0, sets.which_U, torch.where(sets.counted_U, value, torch.inf), "amin")
-    mean = torch.where((high == low) & high.isfinite(), high, _moment(value, sets, sets.count_S))
-    d = value - mean[sets.which_U]
-    return mean, sqrt_ref(_moment(d * d, sets, sets.count_S - int(options.unbiased)))
+class _Centre(NamedTuple):
+    """Of each set, [S]: its least value, and its mean above that."""
+
+    least: Tensor
+    above: Tensor
+
+    def deviation(self, value: Tensor, sets: _Sets) -> Tensor:
+        return (value - self.least[sets.which_U]) - self.above[sets.which_U]
+
+
+def _centre(value: Tensor, sets: _Sets) -> _Centre:
+    start = torch.full(sets.count_S.shape, torch.inf, dtype=torch.float32, device=value.device)
+    least = start.scatter_reduce(0, sets.which_U, torch.where(sets.counted_U, value, torch.inf), "amin")
+    return _Centre(least, _moment(value - least[sets.which_U], sets, sets.count_S))
+
+
+def _std(deviation: Tensor, sets: _Sets, options: CreditOptions) -> Tensor:
+    return sqrt_ref(_moment(deviation * deviation, sets, sets.count_S - int(options.unbiased)))
 
 
 def _divide(d: Tensor, std: Tensor, options: CreditOptions) -> Tensor:
@@ -278,13 +292,12 @@ def _divide(d: Tensor, std: Tensor, options: CreditOptions) -> Tensor:
 
 def _normalise(value: Tensor, sets: _Sets, batch: _Sets, options: CreditOptions) -> Tensor:
     """Step 7 for one column, [U] -> [U]."""
-    mean, std = _statistics(value, sets, options)
-    d = value - mean[sets.which_U]
+    d = _centre(value, sets).deviation(value, sets)
     if options.std == "none":
         return d
     if options.std == "global":
-        return _divide(d, _statistics(value, batch, options)[1], options)
-    return _divide(d, std[sets.which_U], options)
+        return _divide(d, _std(_centre(value, batch).deviation(value, batch), batch, options), options)
+    return _divide(d, _std(d, sets, options)[sets.which_U], options)
 
 
 def group_advantage_ref(
@@ -297,7 +310,8 @@ def group_advantage_ref(
     ids, index = torch.unique(units.group_U, return_inverse=True)
     sets = _sets(index * turns + units.turn_U, units.counted_U, ids.numel() * turns)
     if options.min_std is not None or options.max_mean is not None:
-        mean, std = _statistics(units.fused_U, sets, options)
+        centre = _centre(units.fused_U, sets)
+        mean, std = centre.least + centre.above, _std(centre.deviation(units.fused_U, sets), sets, options)
         drop = torch.zeros_like(mean, dtype=torch.bool)
         if options.min_std is not None:
             drop |= std <= torch.full_like(std, options.min_std)
@@ -311,8 +325,8 @@ def group_advantage_ref(
     a_CU = torch.stack([_normalise(value, sets, batch, options) for value in columns])
     a_U = a_CU[0] if options.fusion == "reward" else _fuse(a_CU, weights)
     if options.fusion == "gdpo":
-        mean, std = _statistics(a_U, batch, options)
-        a_U = _divide(a_U - mean, std, options)
+        d = _centre(a_U, batch).deviation(a_U, batch)
+        a_U = _divide(d, _std(d, batch, options), options)
     a_U = torch.where(a_U.isfinite(), a_U, torch.nan)
     if options.clip is not None:
         a_U = a_U.clamp(-options.clip, options.clip)

@@ -29,7 +29,7 @@ from . import _checks
 from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
-from .replay import REPLAY_SCHEMA, Replay, backward, make_replay, moments_ref, save, saved
+from .replay import REPLAY_SCHEMA, Replay, backward, make_replay, moments_ref, save, saved, without_gradient
 from .table import mean_ref
 
 KlScale = Literal["step", "diffusion", "mean", "velocity"]
@@ -118,23 +118,13 @@ def _options(
     )
 
 
-def _without_masked(replay: Replay, counted: Tensor) -> Replay:
-    """The same values; no gradient reaches a masked sample, whatever it holds."""
-    branches: dict[str, Any] = {
-        name: torch.where(counted[:, None], value, value.detach())
-        for name in ("v", "v_uncond", "v_uncond_image")
-        if (value := getattr(replay, name)) is not None
-    }
-    return replay._replace(**branches)
-
-
 def _grpo_ref(
     replay: Replay, old_log_prob: Tensor, advantage: Tensor, mask: Tensor | None, o: _Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, log_prob, ratio, kl, metrics [8], factors [B, 3]), differentiable; the sample in order of objective.h."""
     batch, n = replay.x.shape
     counted = torch.ones(batch, dtype=torch.bool, device=replay.x.device) if mask is None else mask
-    row, u_BN, z_BN = moments_ref(_without_masked(replay, counted))
+    row, u_BN, z_BN = moments_ref(without_gradient(replay, ~counted))
     dtype = u_BN.dtype
     _, b, _, s, w, c, sigma, sigma_next = (scalar[:, 0] for scalar in row)
     noisy = s != 0

@@ -152,6 +152,16 @@ class Moments(NamedTuple):
     z: Tensor
 
 
+def without_gradient(replay: Replay, samples: Tensor) -> Replay:
+    """The same values; no gradient reaches these samples (bool [B]), whatever they hold: 0 times NaN would be one."""
+    branches: dict[str, Any] = {
+        name: torch.where(samples[:, None], value.detach(), value)
+        for name in ("v", "v_uncond", "v_uncond_image")
+        if (value := getattr(replay, name)) is not None
+    }
+    return replay._replace(**branches)
+
+
 def moments_ref(replay: Replay) -> Moments:
     """In plain PyTorch, in fp32, or fp64 where the latents are; differentiable to v, v_uncond and v_uncond_image."""
     dtype = compute_dtype(replay.x, replay.x_next, replay.v, replay.v_ref, replay.v_old)

@@ -22,8 +22,8 @@ from . import _checks
 from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
-from .replay import REPLAY_SCHEMA, Replay, backward, make_replay, moments_ref, save, saved
-from .table import mean_ref
+from .replay import REPLAY_SCHEMA, Replay, backward, make_replay, moments_ref, save, saved, without_gradient
+from .table import mean_ref, rows_ref
 
 
 class SdeLogProb(NamedTuple):
@@ -35,6 +35,7 @@ class SdeLogProb(NamedTuple):
 
 def _replayed(replay: Replay) -> SdeLogProb:
     row, u, z = moments_ref(replay)
+    z = torch.where(row.w == 0, z.detach(), z)
     log_prob = row.w[:, 0] * mean_ref(z * z) + row.c[:, 0]
     if replay.v_ref is None:
         return SdeLogProb(log_prob, None)
@@ -53,7 +54,10 @@ def sde_log_prob_ref(
     **guidance: Any,
 ) -> SdeLogProb:
     """The definition, in plain PyTorch on any device; arguments of `sde_log_prob`. fp64 is computed in fp64."""
-    return _replayed(make_replay(x, x_next, v, table, step_index, v_ref=v_ref, doubles=True, **guidance))
+    replay = make_replay(x, x_next, v, table, step_index, v_ref=v_ref, doubles=True, **guidance)
+    if v_ref is None:  # an ODE row has no gradient then, whatever it holds
+        replay = without_gradient(replay, rows_ref(table, step_index, table.dtype).w[:, 0] == 0)
+    return _replayed(replay)
 
 
 def _fake_sde_log_prob(*inputs: Any) -> tuple[Tensor, Tensor]:

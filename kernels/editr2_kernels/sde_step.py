@@ -59,7 +59,7 @@ def _stepped(latents: Latents, given: _Inputs, store_dtype: torch.dtype) -> SdeS
         assert given.seed is not None
         eps = philox_normal_ref(given.seed, given.step_index, x.shape[1]).to(dtype)
     mu = mean_of_rows_ref(row, x, u, latents.m_prev)
-    sample = mu + row.S * eps
+    sample = torch.where(row.S == 0, mu, mu + row.S * eps)  # a step without noise does not look at any
     x_next = sample.to(store_dtype)
     z = (x_next.to(dtype) if given.score_stored else sample) - mu
     log_prob = row.w[:, 0] * mean_ref(z * z) + row.c[:, 0]
@@ -236,7 +236,7 @@ def sde_step(
         step_index: [B] int64 on the device of x; samples may be at different steps.
         seed: [B] int64, the noise key of each sample; may be None only where `noise` is given. The noise is a function
             of (seed, step_index, element): a slice of a table whose index starts again repeats it.
-        noise: like x in shape; used in place of the counter-based noise.
+        noise: like x in shape; used in place of the counter-based noise. Rows with S = 0 do not look at it.
         m_prev: like x in shape; the x0 of the step before, read by rows with C != 0 (second-order solvers).
         v_uncond: like v in shape, of its dtype (as every branch); the velocity without the text, for guidance.
         guidance: its weight, a number or [B] float32: u = v_uncond + guidance (v - v_uncond).

@@ -55,27 +55,105 @@ class BuiltForALaterDriver(BuiltCuda):
         return 12090
 
 
+OLD = "a GPU of compute capability 8.0 (sm_80) or later is needed, this one has 7.5"
+GOOD = ((9, 0),)
+
+
 @pytest.mark.parametrize(
-    "module, why, version, devices, expected",
+    "module, why, version, devices, capabilities, expected",
     [
-        (None, "nvcc was not found", "13.0", 1, ek.BackendStatus(False, "nvcc was not found")),
-        (BuiltCuda, None, None, 0, ek.BackendStatus(False, "this PyTorch is built without CUDA")),
-        (BuiltCuda, None, "13.0", 0, ek.BackendStatus(False, "no GPU is visible")),
-        (BuiltCuda, None, "13.0", 1, ek.BackendStatus(True, detail="built for sm_80, compute_80")),
+        (None, "nvcc was not found", "13.0", 1, GOOD, ek.BackendStatus(False, "nvcc was not found")),
+        (BuiltCuda, None, None, 0, (), ek.BackendStatus(False, "this PyTorch is built without CUDA")),
+        (BuiltCuda, None, "13.0", 0, (), ek.BackendStatus(False, "no GPU is visible")),
+        (BuiltCuda, None, "13.0", 1, GOOD, ek.BackendStatus(True, detail="built for sm_80, compute_80")),
+        (BuiltCuda, None, "13.0", 1, ((8, 0),), ek.BackendStatus(True, detail="built for sm_80, compute_80")),
+        (BuiltCuda, None, "13.0", 1, (), ek.BackendStatus(True, detail="built for sm_80, compute_80")),
+        (BuiltCuda, None, "13.0", 1, ((7, 5),), ek.BackendStatus(False, OLD)),
+        (BuiltCuda, None, "13.0", 2, ((7, 0), (7, 5)), ek.BackendStatus(False, OLD)),
+        (BuiltCuda, None, "13.0", 2, ((7, 5), (8, 6)), ek.BackendStatus(True, detail="built for sm_80, compute_80")),
         (
             BuiltForALaterDriver,
             None,
             "13.0",
             1,
+            GOOD,
             ek.BackendStatus(False, "the driver supports CUDA 12.9, the module needs 13.1"),
         ),
     ],
 )
-def test_status_of_the_cuda_module(module, why, version, devices, expected, monkeypatch):
+def test_status_of_the_cuda_module(module, why, version, devices, capabilities, expected, monkeypatch):
     monkeypatch.setattr(backends_module, "_cuda", lambda: (module, why))
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(backends_module, "_capabilities", lambda: capabilities)
     assert ek.backends()["cuda"] == expected
+
+
+def test_a_gpu_below_sm_80_has_no_kernels_of_ours(monkeypatch):
+    """Of two GPUs the older: neither compiled kernels nor Triton's, and the reference where nothing is named."""
+    capabilities = {0: (8, 6), 1: (7, 5)}
+    monkeypatch.setattr(backends_module, "_cuda", lambda: (BuiltCuda, None))
+    monkeypatch.setattr(backends_module, "triton_interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(backends_module, "_capabilities", lambda: tuple(capabilities.values()))
+    monkeypatch.setattr(backends_module, "_capability", capabilities.get)
+    names = ("cuda", "triton") if ek.backends()["triton"].available else ("cuda",)
+    for device in ("cuda:1", "cuda"):
+        assert backends_module.select("auto", torch.device(device)) == "ref"
+        for name in names:
+            with pytest.raises(RuntimeError) as raised:
+                backends_module.select(name, torch.device(device))
+            assert str(raised.value) == f"backend {name!r} is not available: {OLD}"
+    for name in names:
+        assert backends_module.select(name, torch.device("cuda:0")) == name
+    assert backends_module.select("auto", torch.device("cuda:0")) in ("triton", "cuda")
+    monkeypatch.setattr(torch.version, "hip", "6.2")  # whose devices have other numbers
+    assert backends_module._too_old(torch.device("cuda:1")) is None
+
+
+class Nvml:
+    """The management library of a machine with a Turing and a Hopper GPU, and one that does not answer."""
+
+    def nvmlInit_v2(self):
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = 3
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle):
+        handle._obj.value = index.value + 1
+        return 15 if index.value == 2 else 0
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle, major, minor):
+        major._obj.value, minor._obj.value = ((7, 5), (9, 0))[handle.value - 1]
+        return 0
+
+
+class NvmlWithoutDriver(Nvml):
+    def nvmlInit_v2(self):
+        return 9
+
+
+def no_library(name):
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+@pytest.mark.parametrize(
+    "library, expected",
+    [
+        (lambda name: Nvml(), ((7, 5), (9, 0))),
+        (lambda name: NvmlWithoutDriver(), ()),
+        (lambda name: object(), ()),
+        (no_library, ()),
+    ],
+)
+def test_capabilities_are_read_without_a_context(library, expected, monkeypatch):
+    monkeypatch.setattr(backends_module.ctypes, "CDLL", library)
+    assert backends_module._capabilities.__wrapped__() == expected
+    assert not torch.cuda.is_initialized()
 
 
 def test_the_emulated_module_takes_cpu_tensors_and_the_built_one_does_not(emulated_cuda, monkeypatch):
@@ -83,7 +161,7 @@ def test_the_emulated_module_takes_cpu_tensors_and_the_built_one_does_not(emulat
     assert backends_module.select("cuda", torch.device("cpu")) == "cuda"
     assert backends_module.select("auto", torch.device("cpu")) != "cuda"
     monkeypatch.setattr(backends_module, "_cuda", lambda: (BuiltCuda, None))
-    monkeypatch.setattr(backends_module, "_cuda_status", lambda: ek.BackendStatus(True))
+    monkeypatch.setattr(backends_module, "_cuda_status", lambda device: ek.BackendStatus(True))
     with pytest.raises(RuntimeError, match="'cuda' works on CUDA tensors only, got tensors on cpu"):
         backends_module.select("cuda", torch.device("cpu"))
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(editr2_kernels.__file__).parent
 # Kernels over latents or logits, by the tensors they read: those that only write have no loads to look for.
 ELEMENTWISE = {
-    "normal_kernel": 0, "step_kernel": 3, "replay_kernel": 4, "backward_kernel": 5, "row_sums_kernel": 3,
+    "normal_kernel": 0, "step_kernel": 3, "replay_kernel": 4, "backward_kernel": 5, "row_norms_kernel": 3,
+    "row_dots_kernel": 5,
     "nft_kernel": 5, "nft_backward_kernel": 5, "token_kernel": 1, "token_backward_kernel": 1,
 }  # fmt: skip
-WRITERS = ("normal_kernel", "step_kernel", "backward_kernel", "nft_backward_kernel", "token_backward_kernel")
+# Kernels that write latents or logits, by the places where they store eight elements.
+WRITERS = {
+    "normal_kernel": 1, "step_kernel": 2, "backward_kernel": 6, "nft_backward_kernel": 1, "token_backward_kernel": 1,
+}  # fmt: skip
+ENTRY = r"\.entry \S*?\d([a-z_]+_kernel)E\S*\((.*?)\n\}"  # a kernel's name and body in PTX
+WIDE = 3  # 16-byte stores of a place: two of fp32, one of the half-width dtypes
 # No division, root or exponential, which are made of fused steps inside: any FFMA were a contracted product and sum.
 EXACT = ("replay_kernel", "nft_kernel", "nft_backward_kernel")
 
@@ -96,8 +103,6 @@ def test_machine_code(sass: dict[str, list[str]]) -> None:
     assert set(ELEMENTWISE) < set(sass)
     for name, inputs in ELEMENTWISE.items():
         assert sum(opcode.startswith("LDG.E.128") for opcode in sass[name]) >= inputs, name
-    for name in WRITERS:
-        assert any(opcode.startswith("STG.E.128") for opcode in sass[name]), name
     for name, opcodes in sass.items():
         assert len(opcodes) > 20, name
         if name != "group_kernel":
@@ -108,10 +113,24 @@ def test_machine_code(sass: dict[str, list[str]]) -> None:
         assert "FFMA" not in {opcode.split(".")[0] for opcode in sass[name]}, name
 
 
+def test_every_wide_path_stores_sixteen_bytes(sass: dict[str, list[str]]) -> None:
+    """None is taken apart: the narrow stores are those of the narrow paths, an element each."""
+    for name, places in WRITERS.items():
+        stores = Counter(opcode for opcode in sass[name] if opcode.startswith("STG"))
+        words = stores.pop("STG.E") - (name == "step_kernel")  # its partial sum
+        assert stores == {"STG.E.128": WIDE * places, "STG.E.U16": 8 * places} and words == 8 * places, (name, stores)
+
+
 def test_ptx_is_embedded(info: dict[str, Any], module_path: Path, cuobjdump: str) -> None:
     listed = subprocess.run([cuobjdump, "-lptx", str(module_path)], capture_output=True, text=True, check=True).stdout
     units = len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     assert listed.count(info["architectures"][-1].replace("compute_", "sm_") + ".ptx") == units
+
+
+def test_every_wide_path_of_the_ptx_stores_sixteen_bytes(module_path: Path, cuobjdump: str) -> None:
+    ptx = subprocess.run([cuobjdump, "-ptx", str(module_path)], capture_output=True, text=True, check=True).stdout
+    found = {name: body.count("st.global.v4.b32") for name, body in re.findall(ENTRY, ptx, re.DOTALL)}
+    assert {name: found[name] for name in WRITERS} == {name: WIDE * places for name, places in WRITERS.items()}
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")

@@ -188,13 +188,14 @@ def test_matches_the_reference(
         # An fp32 sum over N terms in another order, and one rounding to the storage dtype at another value.
         unit = torch.finfo(a.dtype).eps
         largest = float(b.detach().float().abs().nan_to_num().max())
-        torch.testing.assert_close(
-            a.float(), b.float(), rtol=max(2 * unit, 2e-5), atol=max(2 * unit, 2e-5) * largest * 0.1, equal_nan=True
-        )
+        # Near zero a step of the dtype is no part of the value: an H200 gave a float16 gradient one such step off.
+        atol = max(2 * unit, 2e-5) * largest * 0.1 + torch.finfo(a.dtype).smallest_normal * unit
+        torch.testing.assert_close(a.float(), b.float(), rtol=max(2 * unit, 2e-5), atol=atol, equal_nan=True)
 
 
+# The last is 2,048 blocks of 256 threads, more than any device holds at one time.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(41, 25), (1024, 64)])
+@pytest.mark.parametrize("shape", [(41, 25), (1024, 64), (16384, 64)])
 @pytest.mark.parametrize("run, renorm", CASES)
 def test_repeats_and_batch_slices(
     run: Operator, renorm: str | None, shape: tuple[int, ...], dtype: torch.dtype, on_gpu: str
@@ -208,6 +209,51 @@ def test_repeats_and_batch_slices(
     for place, (a, b) in enumerate(zip(run(part, on_gpu, renorm), whole, strict=True)):
         if b.dim() > 0:  # losses and metrics are over the batch
             assert torch.equal(a.nan_to_num(7), b[1:3].nan_to_num(7)), place
+
+
+def off_16_bytes(t: Tensor) -> Tensor:
+    """The same values, contiguous, an element behind a multiple of 16 bytes."""
+    moved = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:]
+    assert moved.data_ptr() % 16 == t.element_size()
+    return moved.copy_(t.flatten()).view(t.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("run, renorm", CASES)
+def test_latents_off_16_bytes(run: Operator, renorm: str | None, dtype: torch.dtype, on_gpu: str) -> None:
+    i = inputs(dtype=dtype)
+    expected = run(i, on_gpu, renorm)
+    latents = [name for name, value in i.items() if isinstance(value, Tensor) and value.shape == i["x"].shape]
+    for names in [[name] for name in latents] + [latents]:  # one pointer, and all
+        assert_same_bits(run({**i, **{name: off_16_bytes(i[name]) for name in names}}, on_gpu, renorm), expected)
+
+
+@pytest.mark.parametrize("shape", [(33, 1 << 16, 1 << 10), (1, (1 << 15) + 1, 1 << 16)], ids=["samples", "a_sample"])
+def test_a_step_past_two_to_the_31_elements(shape: tuple[int, ...], on_gpu: str) -> None:
+    """Its last elements are those of a step on them alone; without noise, which depends on an element's place."""
+    table = ek.transition_table(ek.flow_sigmas(8, 3.0), noise_level=0.9, window=(1, 8), device=DEVICE)
+    index, seed = (torch.zeros(shape[0], dtype=torch.int64, device=DEVICE) for _ in range(2))
+    x = torch.randn(shape[-1], device=DEVICE, dtype=torch.bfloat16).expand(shape).contiguous()
+    v = torch.randn(shape[-2], 1, device=DEVICE, dtype=torch.bfloat16).expand(shape).contiguous()
+    x[-1, -1], v[-1, -1] = torch.randn(2, shape[-1], device=DEVICE)  # as nowhere else
+    assert x.numel() > 2**31
+    out = ek.sde_step(x, v, table, index, seed, backend=on_gpu).x_next
+    last = slice(-1, None), slice(-1, None), slice(-9, None)
+    expected = ek.sde_step(x[last], v[last], table, index[-1:], seed[-1:], backend="ref").x_next
+    assert torch.equal(out[last], expected) and not torch.equal(out[last], x[last])
+
+
+@pytest.mark.parametrize("preset", ["edit-r2", "gdpo"])
+@pytest.mark.parametrize("rows", [1152, 20_000])
+def test_statistics_of_the_whole_batch_by_the_last_block(rows: int, preset: str, on_gpu: str) -> None:
+    """It reads what all the others wrote. Launches queue up, more blocks each than a device holds at one time."""
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    scores = torch.rand(rows, 3, 2, generator=generator, device=DEVICE)
+    group = torch.arange(rows, device=DEVICE) // 16
+    options = ek.CREDIT_PRESETS[preset]
+    expected = list(ek.group_advantage(scores, group, options, backend="ref"))
+    for out in [ek.group_advantage(scores, group, options, backend=on_gpu) for _ in range(200)]:
+        assert_same_bits(list(out), expected)
 
 
 @pytest.mark.parametrize("run, renorm", CASES)

@@ -420,6 +420,40 @@ def test_filter_in_statistics(backend):
         assert torch.equal(a, b) != inside
 
 
+FAR = {
+    "about 25": [25.0, 25.001, 25.002, 25.003],
+    "about 1e4": [1e4, 1e4 + 0.01, 1e4 + 0.02, 1e4 + 0.03],
+    "about 1e7": [1e7, 1e7 + 1, 1e7 + 2, 1e7 + 5],
+    "about -25": [-25.0, -25.001, -25.002, -25.003],
+    "one of them far": [0.0, 0.001, 0.002, 25.0],
+    "on both sides of 0": [-0.25, 0.75, 0.5, -1.0],
+    "in [0, 1]": [0.1, 0.7, 0.3, 0.9],
+    "small": [1e-9, 2e-9, 3e-9, 5e-9],
+}
+
+
+@pytest.mark.parametrize("std", ["group", "global", "none"])
+@pytest.mark.parametrize("values", FAR.values(), ids=FAR)
+def test_scores_far_from_zero_lose_nothing(backend, values, std):
+    """Against float64 on the same fp32 scores, some roundings of the deviations: whatever the scores have in common.
+
+    In every order, two groups of which the second lies twice as far away.
+    """
+    values = torch.tensor(values)
+    scores = torch.stack([values, 2 * values]).view(8, 1, 1)
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    s = scores.double().view(2, 4)
+    d = s - s.mean(1, keepdim=True)
+    scale = {"group": s.std(1, correction=0, keepdim=True), "global": s.std(correction=0), "none": torch.ones(())}[std]
+    options = ek.CreditOptions(std=std, eps=0.0, clip=None)
+    out = ek.group_advantage(scores, group, options, backend=backend).advantage
+    tolerance = 4e-7 * (d / scale).abs().max().item()
+    torch.testing.assert_close(out.view(2, 4).double(), d / scale, rtol=0, atol=tolerance)
+    for order in ([7, 6, 5, 4, 3, 2, 1, 0], [1, 0, 4, 2, 6, 3, 7, 5]):
+        permuted = ek.group_advantage(scores[order], group[order], options, backend=backend).advantage
+        assert torch.equal(bits(permuted), bits(out[order]))
+
+
 def test_sums_are_zero_without_std(backend):
     scores, group = data(n=64, rewards=1)
     options = ek.CreditOptions(std="none", clip=None)

@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OPERATORS = ["philox", "sde", "guidance", "grpo_loss", "nft_loss", "group_advantage", "token_log_prob"]
+OPERATORS = ["philox", "sde", "guidance", "grpo_loss", "nft_loss", "group_advantage", "token_log_prob", "non_finite"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter already")
@@ -25,7 +25,7 @@ def test_interpreter_passes_the_operator_tests(interpreted, name):
 
 CHUNK = {"BLOCK": 1024, "LEVELS": 10}
 PARTIALS = {"PARTIALS": 256, "LEVELS": 8}
-UNITS = {"UNITS": 16, "UNIT_LEVELS": 4, **PARTIALS}
+UNITS = {"UNITS": 16, "UNIT_LEVELS": 4}
 NARROW = {"WIDE": False, "BLOCK": 1024, "COLS": 64, "LEVELS": 6}
 WIDE = {"WIDE": True, "BLOCK": 1024, "COLS": 1024, "LEVELS": 10}
 
@@ -96,12 +96,13 @@ VARIANTS = {
         {**NO_GRADS, "RENORM": 2, "WIDE": False, "BLOCK": 1024},
     ),
     "backward-global": ("replay.backward_kernel", BF16, {**NO_GRADS, "RENORM": 4, "WIDE": True, "BLOCK": 1024}),
+    "means": ("common.means_kernel", {}, {"UNITS": 16, **PARTIALS}),
     "grpo": (
         "grpo.grpo_finish_kernel",
         {},
-        {**absent("old_squares", "mask"), "KL_SCALE": 3, "GUARD": False, **UNITS},
+        {**absent("mask"), "KL_SCALE": 3, "GUARD": False, "HAS_REF": True, **UNITS},
     ),
-    "grpo-guard": ("grpo.grpo_finish_kernel", {}, {"KL_SCALE": 1, "GUARD": True, **UNITS}),
+    "grpo-guard": ("grpo.grpo_finish_kernel", {}, {"KL_SCALE": 1, "GUARD": True, "HAS_REF": False, **UNITS}),
     "nft": ("nft.nft_moments_kernel", BF16, CHUNK),
     "nft-finish": ("nft.nft_finish_kernel", {}, {"HAS_REF": True, **UNITS}),
     "nft-backward": ("nft.nft_backward_kernel", BF16, {"BLOCK": 1024}),

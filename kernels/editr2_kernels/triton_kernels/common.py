@@ -30,6 +30,8 @@ LOG2_BLOCK = 10
 # Partials of a sample that are added at once; the order of the sum follows from it, in every kernel that finishes.
 PARTIALS = 256
 LOG2_PARTIALS = 8
+UNITS = 16  # samples that a program of the kernels below finishes at once
+LOG2_UNITS = 4
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -205,6 +207,26 @@ def means(partial_ptr, first, count, chunks, n, UNITS: tl.constexpr, PARTIALS: t
     return tl.div_rn(totals(partial_ptr, first, count, chunks, UNITS, PARTIALS, LEVELS), tl.cast(n, tl.float32))
 
 
+@triton.jit(do_not_specialize=["n", "batch", "chunks", "plane"])
+def means_kernel(
+    partial_ptr,
+    means_ptr,
+    n,
+    batch,
+    chunks,
+    plane,
+    UNITS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """means[M, B] of M planes partial[B, chunks], `plane` apart; a program UNITS samples of one plane."""
+    first = tl.program_id(0).to(tl.int64) * UNITS
+    moment = tl.program_id(1).to(tl.int64)
+    sample = first + tl.arange(0, UNITS)
+    mean = means(partial_ptr + moment * plane, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+    tl.store(means_ptr + moment * batch + sample, mean, mask=sample < batch)
+
+
 @triton.jit
 def count_of(mask_ptr, batch):
     """How many samples count, at least 1, in fp32. mask_ptr: uint8[batch]; None: all."""
@@ -264,6 +286,16 @@ def rows_of(**tensors: Tensor | None) -> dict[str, Any]:
     return arguments
 
 
+def sample_means(partial: Tensor, batch: int, chunks: int, n: int) -> Tensor:
+    """partial: [M, B * chunks or more] -> [M, B]. By many programs: one would read all partial sums of the batch."""
+    moments, plane = partial.shape
+    found = torch.empty(moments, batch, dtype=torch.float32, device=partial.device)
+    means_kernel[((batch + UNITS - 1) // UNITS, moments)](
+        partial, found, n, batch, chunks, plane, UNITS=UNITS, PARTIALS=PARTIALS, LEVELS=LOG2_PARTIALS, **OPTIONS
+    )
+    return found
+
+
 def finish(
     partial: Tensor,
     diff_partial: Tensor | None,
@@ -273,8 +305,8 @@ def finish(
     mean_diff: Tensor | None,
     n: int,
 ) -> None:
-    """partial, diff_partial: [B, chunks] -> log_prob, mean_diff: [B]."""
-    batch, chunks = partial.shape
+    """partial, diff_partial: [B, chunks], or longer and flat -> log_prob, mean_diff: [B]."""
+    batch, chunks = log_prob.shape[0], chunks_of(n)
     finish_kernel[(batch,)](
         partial,
         diff_partial,

@@ -254,7 +254,8 @@ def _statistics(
     WHERE: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Step 6: the mean, and if STD the std (else 0), of one set or of the batch, in two or four passes."""
+    """Step 6: the least value, the mean above it, and if STD the std (else 0), of one set or of the batch, in two or
+    four passes."""
     if AGGREGATE != NONE or (BY_TURN and WHERE == SET):
         end = samples
     else:
@@ -272,14 +273,16 @@ def _statistics(
         low = tl.minimum(low, tl.min(tl.where(inside, value, float("inf")), axis=0))
         size = tl.maximum(size, tl.max(tl.where(inside, _size(value), 0), axis=0))
         count += tl.sum(inside.to(tl.int64), axis=0)
+    # Rounding keeps order: the largest above low is that of high.
+    size = tl.where(size < 0x7F800000, _size(high - low), size)
     total = tl.cast(0, tl.int64)
     for start in range(0, end, COLS):
         _, _, _, inside, value = _read(
             scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, start, samples, turns,
             group, turn, k, K, AGGREGATE, BY_TURN, FILTER, FUSE, WHERE, COLS,
         )  # fmt: skip
-        total += _fixed(value, inside, size)
-    mean = tl.where((high == low) & (size < 0x7F800000), high, _moment(total, count, size))
+        total += _fixed(value - low, inside, size)
+    above = _moment(total, count, size)
     std = tl.cast(0.0, tl.float32)
     if STD:
         size = tl.cast(0, tl.int32)
@@ -288,7 +291,7 @@ def _statistics(
                 scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, start, samples, turns,
                 group, turn, k, K, AGGREGATE, BY_TURN, FILTER, FUSE, WHERE, COLS,
             )  # fmt: skip
-            d = value - mean
+            d = _deviation(value, low, above)
             size = tl.maximum(size, tl.max(tl.where(inside, _size(d * d), 0), axis=0))
         total = tl.cast(0, tl.int64)
         for start in range(0, end, COLS):
@@ -296,12 +299,17 @@ def _statistics(
                 scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, start, samples, turns,
                 group, turn, k, K, AGGREGATE, BY_TURN, FILTER, FUSE, WHERE, COLS,
             )  # fmt: skip
-            d = value - mean
+            d = _deviation(value, low, above)
             total += _fixed(d * d, inside, size)
         if UNBIASED:
             count = count - 1
         std = tl.sqrt_rn(_moment(total, count, size))
-    return mean, std
+    return low, above, std
+
+
+@triton.jit
+def _deviation(value, low, above):
+    return (value - low) - above
 
 
 @triton.jit
@@ -372,13 +380,13 @@ def _one_set(
     units = samples if AGGREGATE != NONE else samples * turns
     keep = tl.cast(1, tl.int1)
     if DROPS:
-        mean, std = _statistics(
+        low, above, std = _statistics(
             scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, samples, turns, group, turn, 0,
             UNBIASED, True, K, AGGREGATE, BY_TURN, COUNT_FILTER, True, SET, COLS,
         )  # fmt: skip
-        keep = ((std <= min_std) | (mean >= max_mean)) == 0
+        keep = ((std <= min_std) | (low + above >= max_mean)) == 0
     for k in range(0, COLUMNS):
-        mean, std = _statistics(
+        low, above, std = _statistics(
             scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, samples, turns, group, turn, k,
             UNBIASED, STD == GROUP_STD, K, AGGREGATE, BY_TURN, COUNT_FILTER, FUSION == REWARD, SET, COLS,
         )  # fmt: skip
@@ -387,7 +395,7 @@ def _one_set(
                 scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, start, samples, turns,
                 group, turn, k, K, AGGREGATE, BY_TURN, COUNT_FILTER, FUSION == REWARD, SET, COLS,
             )  # fmt: skip
-            d = value - mean
+            d = _deviation(value, low, above)
             if STD == GLOBAL_STD:
                 tl.store(scratch_ptr + tl.cast(k, tl.int64) * units + unit, d, mask=inside)
             else:
@@ -451,7 +459,7 @@ def _whole_batch(
     units = samples if AGGREGATE != NONE else samples * turns
     if STD == GLOBAL_STD:
         for k in range(0, COLUMNS):
-            _, std = _statistics(
+            _, _, std = _statistics(
                 scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, samples, turns, 0, 0, k,
                 UNBIASED, True, K, AGGREGATE, False, -1, FUSION == REWARD, BATCH, COLS,
             )  # fmt: skip
@@ -465,7 +473,7 @@ def _whole_batch(
                 _accumulate(weights_ptr, advantage_ptr + sample * turns + turn_of, a, k, inside, FUSION)
             tl.debug_barrier()
     if FUSION == GDPO:
-        mean, std = _statistics(
+        low, above, std = _statistics(
             scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, samples, turns, 0, 0, 0,
             UNBIASED, True, K, AGGREGATE, False, -1, False, FUSED, COLS,
         )  # fmt: skip
@@ -476,7 +484,7 @@ def _whole_batch(
         )  # fmt: skip
         a = tl.load(advantage_ptr + sample * turns + turn_of, mask=counted, other=0.0)
         if FUSION == GDPO:
-            a = _normal(a - mean, std, eps, FLOOR)
+            a = _normal(_deviation(a, low, above), std, eps, FLOOR)
         a = _finished(a, clip, CLIP)
         inside = sample < samples
         for t in range(0, turns if AGGREGATE != NONE else 1):

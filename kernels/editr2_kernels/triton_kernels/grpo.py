@@ -1,4 +1,4 @@
-"""grpo_loss: the moments of `replay`, then one program that makes everything else of them (csrc/objective.h)."""
+"""grpo_loss: the moments of `replay`, their means, then one program that makes the rest of them (csrc/objective.h)."""
 
 # mypy: disable-error-code="no-untyped-def"
 # Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
@@ -11,29 +11,26 @@ from torch import Tensor
 
 from ..guidance import Latents
 from .common import (
-    LOG2_PARTIALS,
+    LOG2_UNITS,
     OPTIONS,
-    PARTIALS,
+    UNITS,
+    chunks_of,
     count_of,
     entry,
     exponential,
-    means,
     on_device,
     row_at,
+    sample_means,
     tree_sum,
 )
 from .replay import moments
 
-UNITS = 16  # samples finished at once
-LOG2_UNITS = 4
 VELOCITY = 3  # the code of kl_scale whose difference is not multiplied with B
 
 
-@triton.jit(do_not_specialize=["n", "batch", "rows", "chunks"])
+@triton.jit(do_not_specialize=["n", "batch", "rows"])
 def grpo_finish_kernel(
-    z_squares_ptr,
-    ref_squares_ptr,
-    old_squares_ptr,
+    means_ptr,
     table_ptr,
     index_ptr,
     old_log_prob_ptr,
@@ -53,15 +50,14 @@ def grpo_finish_kernel(
     n,
     batch,
     rows,
-    chunks,
     KL_SCALE: tl.constexpr,
     GUARD: tl.constexpr,
+    HAS_REF: tl.constexpr,
     UNITS: tl.constexpr,
     UNIT_LEVELS: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    LEVELS: tl.constexpr,
 ):
-    """One program: samples in blocks of UNITS; sums over samples by lane, block after block, then over the lanes."""
+    """One program, on the means [1 to 3, B] of the squares: samples in blocks of UNITS; sums over samples by lane,
+    block after block, then over the lanes."""
     size = tl.cast(n, tl.float32)
     low = 1.0 - tl.cast(clip_low, tl.float32)
     high = 1.0 + tl.cast(clip_high, tl.float32)
@@ -99,12 +95,12 @@ def grpo_finish_kernel(
         variance = 2.0 * spread * spread
         safe = tl.where(noisy, variance, 1.0)
 
-        z2 = means(z_squares_ptr, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+        z2 = tl.load(means_ptr + at)
         log_prob = w * z2 + entry(row, 5, inside)
         log_ratio = log_prob - tl.load(old_log_prob_ptr + at)
         exponent = log_ratio
         if GUARD:
-            old2 = means(old_squares_ptr, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+            old2 = tl.load(means_ptr + (2 if HAS_REF else 1) * batch + at)
             exponent = tl.where(noisy, (log_ratio + tl.div_rn(old2, safe)) * spread, 0.0)
         ratio = exponential(exponent)
 
@@ -131,8 +127,8 @@ def grpo_finish_kernel(
             kl_factor = tl.where(noisy, tl.div_rn(delta, safe), 0.0)
         kl = zero
         on_ref = zero
-        if ref_squares_ptr is not None:
-            kl = kl_factor * means(ref_squares_ptr, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+        if HAS_REF:
+            kl = kl_factor * tl.load(means_ptr + batch + at)
             factor = zero + 1.0 if KL_SCALE == 3 else b
             on_ref = tl.div_rn(2.0 * factor * factor, size) * (kl_factor * kl_weight * weight)
         policy_weight = weight * on_exponent
@@ -201,7 +197,7 @@ def grpo_loss(
     with on_device(latents.x):
         squares = moments(latents, x_next, v_ref, v_old if guard else None, table, step_index, kl_scale == VELOCITY)
         grpo_finish_kernel[(1,)](
-            *squares,
+            sample_means(squares, batch, chunks_of(n), n),
             table,
             step_index,
             old_log_prob,
@@ -221,12 +217,10 @@ def grpo_loss(
             n,
             batch,
             table.shape[0],
-            squares[0].shape[1],
             KL_SCALE=kl_scale,
             GUARD=guard,
+            HAS_REF=v_ref is not None,
             UNITS=UNITS,
             UNIT_LEVELS=LOG2_UNITS,
-            PARTIALS=PARTIALS,
-            LEVELS=LOG2_PARTIALS,
             **OPTIONS,
         )

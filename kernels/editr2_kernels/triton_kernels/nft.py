@@ -13,24 +13,21 @@ from torch import Tensor
 from .common import (
     BLOCK,
     LOG2_BLOCK,
-    LOG2_PARTIALS,
+    LOG2_UNITS,
     OPTIONS,
-    PARTIALS,
+    UNITS,
     chunks_of,
     count_of,
     load_row,
     mask_if,
-    means,
     on_device,
     place,
     rows_of,
+    sample_means,
     scaled,
     store_row,
     tree_sum,
 )
-
-UNITS = 16  # samples finished at once
-LOG2_UNITS = 4
 
 
 @triton.jit
@@ -105,9 +102,9 @@ def nft_moments_kernel(
         tl.store(at + 4 * plane, tree_sum(difference * difference, LEVELS))
 
 
-@triton.jit(do_not_specialize=["n", "batch", "chunks"])
+@triton.jit(do_not_specialize=["n", "batch"])
 def nft_finish_kernel(
-    partial_ptr,
+    means_ptr,
     sigma_ptr,
     r_ptr,
     mask_ptr,
@@ -121,14 +118,12 @@ def nft_finish_kernel(
     normalizer,
     n,
     batch,
-    chunks,
     HAS_REF: tl.constexpr,
     UNITS: tl.constexpr,
     UNIT_LEVELS: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    LEVELS: tl.constexpr,
 ):
-    """One program: samples in blocks of UNITS; sums over samples by lane, block after block, then over the lanes."""
+    """One program, on means[4 or 5, B]: samples in blocks of UNITS; sums over samples by lane, block after block, then
+    over the lanes."""
     size = tl.cast(n, tl.float32)
     beta = tl.cast(beta, tl.float32)
     advantage_max = tl.cast(advantage_max, tl.float32)
@@ -137,7 +132,6 @@ def nft_finish_kernel(
     normalizer = tl.cast(normalizer, tl.float32)
     count = count_of(mask_ptr, batch)
     unit_weight = tl.div_rn(tl.cast(1.0, tl.float32), tl.where(normalizer > 0.0, normalizer, count))
-    plane = chunks * tl.cast(batch, tl.int64)
 
     zero = tl.zeros((UNITS,), tl.float32)
     loss_sum = zero
@@ -158,13 +152,13 @@ def nft_finish_kernel(
         r = tl.load(r_ptr + at)
 
         t2 = t * t
-        w_positive = t * means(partial_ptr, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+        w_positive = t * tl.load(means_ptr + at)
         w_positive = tl.where(w_positive < min_weight, min_weight, w_positive)
-        w_negative = t * means(partial_ptr + 2 * plane, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+        w_negative = t * tl.load(means_ptr + 2 * batch + at)
         w_negative = tl.where(w_negative < min_weight, min_weight, w_negative)
-        positive = t2 * means(partial_ptr + plane, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+        positive = t2 * tl.load(means_ptr + batch + at)
         positive = tl.div_rn(positive, w_positive)
-        negative = t2 * means(partial_ptr + 3 * plane, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+        negative = t2 * tl.load(means_ptr + 3 * batch + at)
         negative = tl.div_rn(negative, w_negative)
         policy = tl.div_rn(advantage_max * (r * positive + (1.0 - r) * negative), zero + beta)
         scale = tl.div_rn(2.0 * advantage_max * t2, size) * weight
@@ -173,7 +167,7 @@ def nft_finish_kernel(
         reference = zero
         on_ref = zero
         if HAS_REF:
-            reference = means(partial_ptr + 4 * plane, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
+            reference = tl.load(means_ptr + 4 * batch + at)
             on_ref = tl.div_rn(2.0 * ref_weight, size) * weight
 
         tl.store(factors_ptr + sample * 3, tl.where(counted, on_positive, 0.0), mask=inside_batch)
@@ -281,8 +275,9 @@ def nft_loss(
             LEVELS=LOG2_BLOCK,
             **OPTIONS,
         )
+        means = sample_means(partial.view(5, -1)[: 5 if v_ref is not None else 4], batch, chunks, n)
         nft_finish_kernel[(1,)](
-            partial,
+            means,
             sigma,
             r,
             mask,
@@ -296,12 +291,9 @@ def nft_loss(
             float(normalizer),
             n,
             batch,
-            chunks,
             HAS_REF=v_ref is not None,
             UNITS=UNITS,
             UNIT_LEVELS=LOG2_UNITS,
-            PARTIALS=PARTIALS,
-            LEVELS=LOG2_PARTIALS,
             **OPTIONS,
         )
 

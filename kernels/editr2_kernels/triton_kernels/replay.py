@@ -434,20 +434,20 @@ def moments(
     table: Tensor,
     step_index: Tensor,
     plain_ref: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Partial sums of squares, [B, chunks] each; None for the velocities that are absent. Call on the device."""
+) -> Tensor:
+    """Partial sums of squares, a row each for z, v_ref and v_old; none for a velocity that is absent. A row begins with
+    [B, chunks] and ends on 16 bytes, or each alignment would be a kernel of its own. Call on the device."""
     batch, n = latents.x.shape
     chunks = chunks_of(n)
-
-    def partial(wanted: bool) -> Tensor | None:
-        return torch.empty(batch, chunks, dtype=torch.float32, device=latents.x.device) if wanted else None
-
-    z_squares, ref_squares, old_squares = partial(True), partial(v_ref is not None), partial(v_old is not None)
-    assert z_squares is not None
+    count = 1 + (v_ref is not None) + (v_old is not None)
+    squares = torch.empty(count, (batch * chunks + 3) // 4 * 4, dtype=torch.float32, device=latents.x.device)
+    rest = iter(squares[1:])
+    ref_squares = None if v_ref is None else next(rest)
+    old_squares = None if v_old is None else next(rest)
     moments_kernel[(batch * chunks,)](
         **latent_arguments(latents, table, step_index),
         **rows_of(x_next=x_next, v_ref=v_ref, v_old=v_old),
-        z_squares_ptr=z_squares,
+        z_squares_ptr=squares[0],
         ref_squares_ptr=ref_squares,
         old_squares_ptr=old_squares,
         n=n,
@@ -457,7 +457,7 @@ def moments(
         LEVELS=LOG2_BLOCK,
         **OPTIONS,
     )
-    return z_squares, ref_squares, old_squares
+    return squares
 
 
 def sde_log_prob(
@@ -471,8 +471,9 @@ def sde_log_prob(
 ) -> None:
     """mean_diff is written where v_ref is given."""
     with on_device(latents.x):
-        z_squares, ref_squares, _ = moments(latents, x_next, v_ref, None, table, step_index, False)
-        finish(z_squares, ref_squares, table, step_index, log_prob, mean_diff, latents.x.shape[1])
+        squares = moments(latents, x_next, v_ref, None, table, step_index, False)
+        ref_squares = None if v_ref is None else squares[1]
+        finish(squares[0], ref_squares, table, step_index, log_prob, mean_diff, latents.x.shape[1])
 
 
 def replay_backward(

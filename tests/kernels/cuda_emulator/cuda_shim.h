@@ -84,6 +84,12 @@ inline uint32_t to_bfloat16(float value) {  // to nearest even, as cvt.rn.bf16.f
   return (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
 }
 
+inline void store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail(__FILE__, __LINE__, "a 16-byte store off 16 bytes");
+  const uint32_t words[4] = {a, b, c, d};
+  std::memcpy(to, words, sizeof words);
+}
+
 }  // namespace editr2_emulator
 
 struct alignas(16) float4 {

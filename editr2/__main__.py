@@ -1,0 +1,19 @@
+"""`editr2`, and `python -m editr2`: sets how threads wait, which has to be before torch is loaded, then runs the
+command line."""
+
+from __future__ import annotations
+
+import sys
+
+from editr2.machine import wait_passively
+
+
+def main() -> int:
+    wait_passively()
+    from editr2.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

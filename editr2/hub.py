@@ -1,0 +1,71 @@
+"""Whether the Hugging Face hub can be reached, asked once and briefly, before its libraries ask at length.
+
+They try every file six times with growing pauses, half a minute for a name that does not resolve, and then say that a
+file is missing. Without the hub they are told so (offline mode), so that what was downloaded before is found at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from editr2.errors import ConfigError
+
+PATIENCE = 5.0
+"""Seconds for an answer of any kind. Resolving a name has no time limit of its own, hence the thread."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def unreachable(endpoint: str) -> str | None:
+    """Why the hub at an address does not answer, through the proxies of the environment; None if it does."""
+    found: list[str | None] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE):
+                found.append(None)
+        except (urllib.error.HTTPError, HTTPException):
+            found.append(None)  # an answer all the same
+        except OSError as error:
+            why = getattr(error, "reason", error)
+            # The hub's own client may have certificates that Python does not know of.
+            found.append(None if isinstance(why, ssl.SSLError) else str(why) or type(why).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE + 1)
+    return found[0] if found else f"no answer within {PATIENCE:g} s"
+
+
+@functools.cache
+def offline() -> str | None:
+    """Why nothing can be fetched, or None; asked once. Where the hub does not answer its libraries are in offline mode
+    from here on."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    why = unreachable(constants.ENDPOINT)
+    if why is None:
+        return None
+    constants.HF_HUB_OFFLINE = True
+    return f"{constants.ENDPOINT.partition('://')[2]} cannot be reached: {why}"
+
+
+def check_model(name: str, key: str) -> None:
+    """Raises `ConfigError`, naming the setting `key`, for a hub id whose model is neither here nor to be had. The name
+    of a folder passes, and so does what is no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).exists() or not HUB_ID.fullmatch(name):
+        return
+    why = offline()
+    if why and not isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+        raise ConfigError(f"{key}: {name}: no folder, not downloaded before, and {why} (accepted: a pipeline's folder)")

@@ -1,0 +1,92 @@
+"""The cores of this machine: how threads wait for work on them, and how long they wait for one. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""What a user may have set to say how OpenMP's threads wait."""
+
+BUSY_SHARE = 0.25
+"""Of the time in which threads wanted to compute, the part that they waited for a core, above which a machine is busy:
+a program alone waits 0 to 3 %, beside one busy process for each core half."""
+
+BUSY_WALL = 0.1
+"""And at least so many seconds of waiting a second of wall time: a run that computes little (it waits for a GPU or a
+judge) is not held up by waiting for a core."""
+
+BUSY_LOAD = 1.5
+"""Runnable processes a core, where the kernel does not tell who waited: our own threads are one a core."""
+
+
+def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Lets OpenMP's threads sleep between operators. By default they spin for milliseconds after each, and take the
+    cores from whoever computes.
+
+    For a program's first lines: OpenMP reads it when torch is loaded, and it is the whole process's, so a library must
+    not. Does nothing where torch is loaded already or the user has said how to wait.
+    """
+    if "torch" not in sys.modules and not any(name in environment for name in WAITING):
+        environment["OMP_WAIT_POLICY"] = "passive"
+
+
+def _load() -> float:
+    return os.getloadavg()[0]
+
+
+class CoreWatch:
+    """Says in words when this process's threads had to wait for a core.
+
+    tasks: a folder with one folder a thread and the kernel's `schedstat` in it. load, cores: of the whole machine.
+    """
+
+    def __init__(
+        self,
+        *,
+        tasks: Path = Path("/proc/self/task"),
+        load: Callable[[], float] | None = None,
+        cores: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tasks, self._load, self._clock = tasks, load or _load, clock
+        self._cores = cores or os.cpu_count() or 1
+        self._before, self._since = self._read(), clock()
+
+    def lap(self) -> str:
+        """Words for a busy machine since the last call (since this was made), "" for any other."""
+        (before, since), now = (self._before, self._since), self._clock()
+        self._before, self._since = self._read(), now
+        if not self._before:
+            return self._by_load()
+        spent = [
+            tuple(b - a for a, b in zip(before.get(thread, (0.0, 0.0)), after, strict=True))
+            for thread, after in self._before.items()
+        ]
+        computed, waited = (sum(part) for part in zip(*spent, strict=True))
+        if waited < BUSY_WALL * (now - since) or waited <= BUSY_SHARE * (computed + waited):
+            return ""
+        return f"busy machine: threads waited for a core {waited / (computed + waited):.0%} of the time"
+
+    def _by_load(self) -> str:
+        try:
+            load = self._load()
+        except OSError:  # not to be had: nothing can be said
+            return ""
+        busy = load > BUSY_LOAD * self._cores
+        return f"busy machine: {load:.1f} processes for {self._cores} cores" if busy else ""
+
+    def _read(self) -> dict[str, tuple[float, float]]:
+        """By thread, the seconds that it computed and that it waited for a core; empty where the kernel does not tell.
+        Threads that end meanwhile leave no trace."""
+        told = {}
+        for stat in self._tasks.glob("*/schedstat"):
+            try:
+                computed, waited = (int(word) / 1e9 for word in stat.read_text().split()[:2])
+            except (OSError, ValueError):
+                continue
+            told[stat.parent.name] = (computed, waited)
+        return told

@@ -1,0 +1,416 @@
+"""What a run's numbers depend on, and where they were made.
+
+A checkpoint and the first row of `metrics.jsonl` hold both. What numbers depend on has a name and a fingerprint each,
+
+    sessions   the training set: ids, instructions, modes, meta and pixels; of the endless world settings and version
+    heldout    the same of the evaluation's sessions
+    weights    the weights that training starts from and adapters lie over
+    reward     the judge's name, its source and the settings that its constructor was given
+
+beside the settings under their dotted names: a run goes on only where all of them are what they were, or where the user
+insists by name (`--resume-anyway`). Versions, command, commit, host and date may differ; they are recorded and told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from editr2.config import Config
+from editr2.data import SessionSource
+from editr2.errors import CheckpointError, ConfigError
+from editr2.sessions import Session, pixel_sum
+from editr2.worlds import shapes
+
+MAY_CHANGE = {"out", "train.iterations", "checkpoint.every", "checkpoint.keep"}
+"""Settings that a resumed run may have others of: no number of an iteration follows from them."""
+STANDS_FOR = {"sessions": "data.path", "heldout": "data.heldout", "weights": "policy.weights"}
+"""Fingerprints of what a path leads to: where both are known, the path may be another one."""
+PACKAGES = ("editr2", "torch", "numpy", "accelerate", "diffusers", "transformers", "peft", "tokenizers")
+WHOLE = 16 << 20
+"""Bytes up to which a file of weights is read whole; larger ones are sampled."""
+BLOCK = 4 << 10
+"""Bytes of a sample: every tensor of a safetensors file gives one, other files SAMPLES of them."""
+SAMPLES = 256
+_ABSENT = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """depends: fingerprints by name (see above), and `start`, the trainable weights of a policy that was given ready
+    made. made: versions, command, commit, host, date, processes and device. resumed: the same, with what was insisted
+    on, of every process that went on with the run, this one last."""
+
+    depends: dict[str, str]
+    made: dict[str, Any]
+    resumed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def identify(config: Config, source: SessionSource, weights: dict[str, str], reward: Any) -> dict[str, str]:
+    """`Identity.depends`. weights: of `loaded_weights` or `given_weights`."""
+    endless = f"endless shapes world {shapes.VERSION}, seed {source.seed}, {source.turns} turns"
+    return {
+        "sessions": endless if source.sessions is None else sessions_fingerprint(source.sessions),
+        "heldout": sessions_fingerprint(source.heldout),
+        **weights,
+        "reward": reward_fingerprint(reward),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ sessions
+
+
+def sessions_fingerprint(sessions: Sequence[Session]) -> str:
+    """By content. Pixels that were read to be checked and not kept are not read again."""
+    digest = hashlib.sha256()
+    for s in sessions:
+        turns = [[t.instruction, t.intent, t.task, t.meta] for t in s.turns]
+        said = json.dumps([s.id, s.mode, turns, s.meta, pixel_sum(s)], sort_keys=True, default=_described)
+        digest.update(said.encode("utf-8", "surrogatepass") + b"\n")
+    return f"{len(sessions)} sessions {_short(digest)}"
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def loaded_weights(config: Config) -> dict[str, str]:
+    """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the cache holds."""
+    from editr2.policies.load import policy_class, weight_sources
+    from editr2.policies.unified import EMBEDDED
+
+    p = config.policy
+    if p.model == "unified":
+        return {"weights": folder_fingerprint(Path(p.weights) if p.weights else EMBEDDED)}
+    parts = weight_sources(p.weights or policy_class(p.model).published, p.model)
+    texts = [
+        folder_fingerprint(Path(part)) if Path(part).is_dir() else hub_revision(str(part)) for part in parts if part
+    ]
+    return {"weights": " over ".join(texts)}
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Of everything below a folder that a loader may read: names, sizes, and contents, sampled where they are large.
+
+    40 GB of weights take a few thousand reads of 4 KiB: one inside of every tensor, so that a change to any one of
+    them is seen unless it leaves that block alone.
+    """
+    digest, size = hashlib.sha256(), 0
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        # policy.json names its base by a path, and that one is told apart by its own content.
+        if hidden or file.suffix not in _READ or file.name == "policy.json" or not file.is_file():
+            continue
+        bytes_ = file.stat().st_size
+        digest.update(f"{name} {bytes_}\n".encode())
+        size += bytes_
+        with open(file, "rb") as stream:
+            for start, length in [(0, bytes_)] if bytes_ <= WHOLE else _samples(stream, bytes_, file.suffix):
+                stream.seek(start)
+                digest.update(stream.read(length))
+    return f"{folder.name} {size} bytes {_short(digest)}"
+
+
+_READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".txt", ".model", ".jinja"}
+
+
+def _samples(stream: Any, size: int, suffix: str) -> list[tuple[int, int]]:
+    """(start, length) of what is read of a large file: a safetensors header and a block of every tensor, or blocks at
+    equal distances."""
+    if suffix == ".safetensors":
+        length = int.from_bytes(stream.read(8), "little")
+        if length < size:
+            try:
+                header = json.loads(stream.read(length))
+                tensors = [(v["data_offsets"][0], v["data_offsets"][1]) for k, v in header.items() if k[0] != "_"]
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+                tensors = []  # the loader is the one to say so
+            if tensors:
+                blocks = [(8 + length + max(a, (a + b - BLOCK) // 2), min(BLOCK, b - a)) for a, b in sorted(tensors)]
+                return [(0, 8 + length), *blocks]
+    return [(size * i // SAMPLES, BLOCK) for i in range(SAMPLES)] + [(size - BLOCK, BLOCK)]
+
+
+def hub_revision(name: str) -> str:
+    """`owner/name@commit`, as the local cache has it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "model_index.json")
+    revision = Path(found).parent.name if isinstance(found, str) else "unknown revision"
+    return f"{name}@{revision}"
+
+
+def given_weights(policy: Any) -> dict[str, str]:
+    """Of a policy that was handed over ready made, by its tensors: `weights` are the frozen ones and the buffers of all
+    its parts, `start` those that train (which only a run without checkpoint depends on)."""
+    parts = dict(_modules(policy))
+    frozen = [(f"{k}.{n}", t) for k, m in parts.items() for n, t in _tensors(m) if not t.requires_grad]
+    trained = [(n, t) for n, t in policy.module.named_parameters() if t.requires_grad]
+    name = type(policy).__qualname__
+    return {
+        "weights": f"{name} {_short(_tensor_digest(frozen))}",
+        "start": f"{name} {_short(_tensor_digest(trained))}",
+    }
+
+
+def _modules(policy: Any) -> Iterator[tuple[str, nn.Module]]:
+    yield "module", policy.module
+    parts = {**getattr(policy, "__dict__", {}), **getattr(getattr(policy, "pipe", None), "components", {})}
+    yield from ((name, part) for name, part in sorted(parts.items()) if isinstance(part, nn.Module))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _tensor_digest(named: Iterable[tuple[str, Tensor]]) -> Any:
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        if not tensor.is_meta:
+            flat = tensor.detach().reshape(-1)
+            if flat.numel() * flat.element_size() > 1 << 20:
+                middle = flat.numel() // 2
+                flat = flat[middle : middle + BLOCK]
+            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest
+
+
+# -------------------------------------------------------------------------------------------------------------- reward
+
+
+def reward_fingerprint(reward: Any) -> str:
+    """Qualified name, source and settings, as far as they can be had.
+
+    Settings are what the constructor takes and the object keeps under the same name (or that behind an underscore), so
+    counters and caches are none. A judge whose answers change without any of this says so by its `version`.
+    """
+    if type(reward).__module__.startswith("editr2."):
+        reward = getattr(reward, "given", reward)  # what we put around a user's own
+    said = json.dumps(_described(reward), sort_keys=True).encode("utf-8", "surrogatepass")
+    return f"{_name(reward if inspect.isroutine(reward) else type(reward))} {_short(hashlib.sha256(said))}"
+
+
+def _name(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '?')}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
+def _described(value: Any, depth: int = 0) -> Any:
+    """A value as JSON that is equal in another process wherever the value means the same."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if depth > 6:  # deep enough for any settings; objects may refer to themselves
+        return _name(type(value))
+    if isinstance(value, (list, tuple)):
+        return [_described(item, depth + 1) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _described(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(_described(item, depth + 1), sort_keys=True) for item in value)
+    if isinstance(value, enum.Enum):
+        return [_name(type(value)), value.name]
+    if isinstance(value, np.generic):
+        return _described(value.item(), depth + 1)
+    if isinstance(value, (Path, torch.dtype, torch.device, re.Pattern)):
+        return str(value)
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), _short(hashlib.sha256(np.ascontiguousarray(value).tobytes()))]
+    if isinstance(value, Tensor):
+        return _short(_tensor_digest([("", value)]))
+    if isinstance(value, functools.partial):
+        return [_described(part, depth + 1) for part in (value.func, value.args, value.keywords)]
+    if inspect.ismethod(value):
+        return [_described(value.__func__, depth + 1), _described(value.__self__, depth + 1)]
+    if inspect.isfunction(value):
+        held = [value.__defaults__, value.__kwdefaults__, inspect.getclosurevars(value).nonlocals]
+        around = [_described(item, depth + 1) for item in held]
+        return {"name": _name(value), "source": _sources(value), "settings": around}
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return {"name": _name(value), "source": _sources(value)}
+    if isinstance(value, nn.Module):
+        weights = _short(_tensor_digest(_tensors(value)))
+        return {"name": _name(type(value)), "source": _sources(type(value)), "weights": weights}
+    if depth and _installed(type(value)):  # a client, a pool, ...: what it holds is nobody's setting
+        return _name(type(value))
+    settings = {name: _described(item, depth + 1) for name, item in _settings(value)}
+    version = _described(getattr(value, "version", None), depth + 1)
+    return {"name": _name(type(value)), "source": _sources(type(value)), "settings": settings, "version": version}
+
+
+def _settings(value: Any) -> Iterator[tuple[str, Any]]:
+    try:
+        names = list(inspect.signature(type(value)).parameters)
+    except (TypeError, ValueError):  # a class of an extension module
+        names = []
+    held = getattr(value, "__dict__", {})
+    for name in names:
+        kept = held.get(name, held.get(f"_{name}", _ABSENT))
+        if kept is not _ABSENT:
+            yield name, kept
+
+
+def _sources(thing: Any) -> list[str]:
+    """Of a function, or a class and its bases; none of the standard library, of installed packages and of ours, which
+    have versions."""
+    texts = []
+    for part in inspect.getmro(thing) if inspect.isclass(thing) else (thing,):
+        if _installed(part):
+            continue
+        try:
+            text = inspect.getsource(part)
+        except (OSError, TypeError):  # typed at a prompt
+            continue
+        texts.append("\n".join(line.rstrip() for line in text.strip().splitlines()))
+    return texts
+
+
+def _installed(thing: Any) -> bool:
+    try:
+        file = inspect.getsourcefile(thing) or ""
+    except TypeError:  # built in
+        return True
+    return file.startswith(_ROOTS) or "site-packages" in file or "dist-packages" in file
+
+
+_ROOTS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent.parent))
+
+
+# --------------------------------------------------------------------------------------------------- where it was made
+
+
+def provenance(processes: int, device: str) -> dict[str, Any]:
+    """`Identity.made` of this process."""
+    return {
+        "versions": dict(_versions()),
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "host": platform.node(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processes": processes,
+        "device": device,
+    }
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = [("python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of editr2's own sources, where they are a git checkout, else of the folder that the run was started
+    in; `+changes` where tracked files differ from it. None: neither is, or there is no git."""
+    for folder in (Path(__file__).parent, Path.cwd()):
+        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return None
+
+
+def told(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`torch 2.9.0 then, 2.10.0 now` for everything that may differ and does; the date always does."""
+    before, after = (dict(_flat({**made, **dict(made.get("versions", {}))})) for made in (saved, now))
+    names = [n for n in dict.fromkeys([*before, *after]) if n != "date" and not n.startswith("versions.")]
+    different = [name for name in names if before.get(name) != after.get(name)]
+    return [f"{name} {before.get(name, 'unknown')} then, {after.get(name, 'unknown')} now" for name in different]
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def named(config: Config | Mapping[str, Any], depends: Mapping[str, str] | None) -> dict[str, Any]:
+    """Settings under their dotted names, and fingerprints."""
+    plain = config if isinstance(config, Mapping) else json.loads(json.dumps(dataclasses.asdict(config)))
+    return {**dict(_flat(plain)), **(depends or {})}
+
+
+def differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, apart_from: Iterable[str] = ()
+) -> dict[str, tuple[str, str]]:
+    """What differs between two results of `named`, as (saved, given).
+
+    A setting that only one of them knows has its default in the other (editr2 gained or lost it since). A fingerprint
+    that only one of them has is not compared; one that both have stands in for its path.
+    """
+    defaults = named(Config(), None)
+    both = {name for name in (*STANDS_FOR, "start", "reward") if name in saved and name in now}
+    skipped = {*MAY_CHANGE, *apart_from, *(STANDS_FOR[name] for name in both if name in STANDS_FOR)}
+    found = {}
+    for name in dict.fromkeys([*saved, *now]):
+        if name in skipped or (name in (*STANDS_FOR, "start", "reward") and name not in both):
+            continue
+        old, new = (values.get(name, defaults.get(name, _ABSENT)) for values in (saved, now))
+        if old != new:
+            shown = ["absent" if value is _ABSENT else _text(value, name in both) for value in (old, new)]
+            found[name] = (shown[0], shown[1])
+    return found
+
+
+def check_insisted(insisted: Iterable[str]) -> None:
+    """Raises `ConfigError` for a name that stands for nothing a run depends on."""
+    settings = named(Config(), None)
+    sections = {name.rpartition(".")[0] for name in settings} - {""}
+    known = {*STANDS_FOR, "start", "reward", *settings, *sections}
+    for name in insisted:
+        if name not in known:
+            accepted = f"{', '.join([*STANDS_FOR, 'reward'])}, or a setting such as train.lr or a section of them"
+            raise ConfigError(f"--resume-anyway: {name!r} (accepted: {accepted})")
+
+
+def settle(found: Mapping[str, tuple[str, str]], insisted: Iterable[str], where: object) -> dict[str, tuple[str, str]]:
+    """The differences that the user insists on; raises `CheckpointError` naming all others."""
+    allowed = set(insisted)
+    kept = {n: v for n, v in found.items() if {n, *(n[:i] for i, c in enumerate(n) if c == ".")} & allowed}
+    if refused := {name: values for name, values in found.items() if name not in kept}:
+        listed = "; ".join(f"{name}: {old} saved, {new} given" for name, (old, new) in refused.items())
+        raise CheckpointError(
+            f"{where}: differs from what is given: {listed} (accepted: the same, another --out for a new run, or "
+            f"--resume-anyway {','.join(refused)} to go on all the same)"
+        )
+    return kept
+
+
+def _text(value: Any, fingerprint: bool) -> str:
+    return str(value) if fingerprint else repr(value)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value and key != "weights":  # credit.weights is one setting
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), value
+
+
+def _short(digest: Any) -> str:
+    return str(digest.hexdigest()[:16])

@@ -1,0 +1,328 @@
+"""Every code block of the README and of docs/ is run, or is named here with the reason why there is nothing to run.
+
+Python is executed; commands go through the real parser and the rules of the settings, up to where work would begin, so
+a renamed flag, preset or file fails; what a page prints as output is what comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from editr2.cli import main
+from editr2.config import Config, check_config, replace_nested
+from editr2.sessions import save_sessions, validate
+from editr2.worlds.shapes import make_session
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"^(\$ )?(editr2|torchrun|make) ")
+
+# A judge of a few lines, where a page has `my_reward`, `my_judge:Judge` or `my_package.judge:reward`.
+JUDGE = '''
+class Judge:
+    """The share of pixels that a turn left alone."""
+
+    names = ("kept",)
+
+    def __call__(self, session, images):
+        before = [session.image, *images]
+        return [float((old == new).all(-1).mean()) for old, new in zip(before, images)]
+
+
+reward = Judge()
+'''
+
+
+@dataclass(frozen=True)
+class Block:
+    """language: what stands behind the fence, "" for none and for an indented block."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.stem}:{self.line}"
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """Fenced blocks, and indented ones after an empty line (Markdown's two kinds)."""
+    lines, at = page.read_text("utf-8").splitlines(), 0
+    while at < len(lines):
+        start = at + 1
+        if lines[at].startswith("```"):
+            end = lines.index("```", start)
+            yield Block(page, start, lines[at][3:].strip(), "\n".join(lines[start:end]))
+            at = end
+        elif lines[at].startswith("    ") and not lines[at - 1].strip():
+            end = next((i for i in range(at, len(lines)) if not lines[i].startswith("    ")), len(lines))
+            yield Block(page, start, "", "\n".join(line[4:] for line in lines[at:end]))
+            at = end
+        at += 1
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+SHELL = [b for b in BLOCKS if b.language in ("", "console", "sh", "bash") and COMMAND.match(b.text)]
+PYTHON = {page.stem: [b for b in BLOCKS if b.language == "python" and b.page == page] for page in PAGES}
+OTHER = [b for b in BLOCKS if b not in SHELL and b.language != "python"]
+
+NOT_RUN = {
+    ("design", "μ = A·x"): "a formula",
+    ("design", "csrc/ "): "the tree of the repository",
+    ("methods", "1/(turns that train"): "a formula",
+}
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A folder with what the pages speak of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in ("examples", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my.yaml").write_text("train:\n  iterations: 9\n")
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "judge.py").write_text(JUDGE)
+    of_page = "\n\n".join(block.text for block in PYTHON["rewards"])
+    (tmp_path / "my_judge.py").write_text(of_page + JUDGE)
+    yield tmp_path
+    for name in ("my_judge", "my_package", "my_package.judge"):
+        sys.modules.pop(name, None)
+
+
+class Enough(Exception):
+    """The command was understood; here its work would begin."""
+
+
+@pytest.fixture
+def understood(monkeypatch):
+    """Runs a command up to where work would begin, and gives what it was understood as."""
+    import editr2.cli
+    from editr2.importers import FORMATS
+    from editr2.preflight.devices import find_device
+    from editr2.preflight.rules import check_run
+    from editr2.rewards.load import load_reward
+
+    seen, processes = [], [1]
+    real = editr2.cli.run_config
+
+    def run_config(*arguments):
+        config, extra = real(*arguments)
+        check_config(config)
+        seen.append(config)
+        return config, extra
+
+    def planned(config, gpu="h100", processes_=1, **_):
+        find_device(gpu)
+        check_run(config, load_reward(config.reward).names, None, cannot_pack=None, processes=max(processes))
+        raise Enough
+
+    def enough(*_, **__):
+        seen.append(None)
+        raise Enough
+
+    def imported(format, source, out, **_):
+        assert format in FORMATS
+        enough()
+
+    monkeypatch.setattr("editr2.cli.run_config", run_config)
+    monkeypatch.setattr("editr2.trainer.train", planned)
+    monkeypatch.setattr("editr2.preflight.preflight", planned)
+    monkeypatch.setattr("editr2.importers.import_sessions", imported)
+    for work in ("policies.load.open_policy", "report.build_report", "export.export", "reproduce.runs.reproduce"):
+        monkeypatch.setattr(f"editr2.{work}", enough)
+
+    def run(words: list[str]):
+        seen.clear()
+        processes[0] = 1
+        if words[0] == "torchrun":
+            processes[0] = int(words[words.index("--nproc_per_node") + 1])
+            words = ["editr2", *words[words.index("editr2.cli") + 1 :]]
+        try:
+            code = main(words[1:])
+        except Enough:
+            code = 0
+        return code, (seen or [None])[0]
+
+    return run
+
+
+def commands(block: Block) -> Iterator[tuple[str, list[str]]]:
+    """(a command, the lines of output that the page shows for it)."""
+    command, output = None, []
+    for line in block.text.splitlines():
+        if COMMAND.match(line):
+            if command:
+                yield command, output
+            command, output = line.removeprefix("$ "), []
+        elif line.strip():
+            output.append(line)
+    yield command, output
+
+
+def written_out(command: str) -> list[str]:
+    """Words of a command; in a synopsis every option is given, its first choice, and names stand for what they name."""
+    words = shlex.split(command, comments=True)
+    if "FORMAT" in words:
+        words = [w.strip("[]").split("|")[0] for w in words]
+        words = [{"FORMAT": "mice", "N": "3"}.get(w, w) for w in words]
+    return [w for w in words if w != "..."]
+
+
+@pytest.mark.parametrize("block", SHELL, ids=lambda b: b.name)
+def test_commands_are_understood(block, workspace, understood, capsys):
+    seven = [replace(make_session(0, i), id=f"s{i}") for i in range(7)]
+    lines = save_sessions(seven, workspace / "my_set").read_text().splitlines()
+    third = json.loads(lines[2])
+    third["turns"][1]["instruction"] = " "
+    seventh = json.loads(lines[6]) | {"image": "images/7.png"}
+    lines[2], lines[6] = json.dumps(third), json.dumps(seventh)
+    (workspace / "my_set" / "sessions.jsonl").write_text("\n".join(lines) + "\n")
+    for command, output in commands(block):
+        words = written_out(command)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+            continue
+        code, _ = understood(words)
+        told = capsys.readouterr()
+        if output:
+            assert (told.out + told.err).splitlines() == output, command
+        else:
+            assert code == 0 and not told.err, (command, told.err)
+
+
+@dataclass
+class Pipe:
+    """A pipeline as diffusers' are towards their scheduler."""
+
+    scheduler: object
+
+    def transformer(self, *_):
+        return (torch.ones(4, 16, 8, requires_grad=True) / 2,)
+
+    def __call__(self, prompt, num_images_per_prompt):
+        self.scheduler.set_timesteps(4)
+        x = torch.randn(num_images_per_prompt, 16, 8)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(torch.ones_like(x) / 2, t, x).prev_sample
+        return SimpleNamespace(images=x)
+
+
+def names_for(page: str, policy) -> dict:
+    """What a page's blocks take as given."""
+    if page == "README":
+        judge: dict = {}
+        exec(JUDGE, judge)
+        return {"my_policy": policy, "my_reward": judge["reward"]}
+    if page == "integrations":
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return {"pipe": Pipe(FlowMatchEulerDiscreteScheduler(shift=3.0)), "prompt": "a cup"}
+    if page == "operators":
+        import editr2_kernels
+
+        x, x_next, v, v_text, v_image, v_ref = (torch.randn(2, 16, 8) for _ in range(6))
+        given = {
+            "x": x,
+            "x_next": x_next,
+            "v": v.requires_grad_(),
+            "v_text": v_text,
+            "v_image": v_image,
+            "v_ref": v_ref,
+        }
+        given |= {"step_index": torch.tensor([0, 1]), "seed": torch.tensor([11, 12]), "total": 2}
+        given |= {"old_log_prob": torch.zeros(2), "advantage": torch.ones(2), "trains": torch.ones(2, dtype=torch.bool)}
+        return {name: getattr(editr2_kernels, name) for name in editr2_kernels.__all__} | given
+    return {}
+
+
+@pytest.mark.parametrize("page", [page for page, blocks in PYTHON.items() if blocks])
+def test_python_runs(page, workspace, tiny_unified, monkeypatch, peers):
+    import editr2.trainer
+
+    real, runs = editr2.trainer.train, []
+
+    def small(config, **given):
+        sizes = {"sessions": 1, "siblings": 2, "turns": 2, "steps": 2, "window": 1, "groups_per_batch": 1}
+        less = {"rollout": sizes, "train": {"iterations": 1}, "eval": {"sessions": 1, "strips": 1}}
+        less["policy"] = {"intent": False}
+        runs.append(real(replace_nested(config, less), **given))
+        return runs[-1]
+
+    monkeypatch.setattr("editr2.trainer.train", small)
+    names = names_for(page, tiny_unified)
+    for block in PYTHON[page]:
+        exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)
+    if page == "README":
+        row = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+        assert [r["failed_scores"] for r in row if r["event"] == "train"] == [0]
+
+
+@pytest.mark.parametrize("name", ["warmth", "DoneAndKept", "brightness"])
+def test_the_judges_of_the_page_judge(name, workspace):
+    from editr2.config import RewardConfig
+    from editr2.rewards.adapt import score_batch
+    from editr2.rewards.load import load_reward
+
+    session = make_session(0, 0)
+    images = np.stack([session.image, 255 - session.image, session.image])
+    reward = load_reward(RewardConfig(f"my_judge:{name}"))
+    scores = score_batch(reward, [(session, images)] * 2, len(session.turns))
+    assert scores.failed == 0 and reward.names == (("IF", "CC") if name == "DoneAndKept" else (name,))
+    assert scores.not_applicable == (4 if name == "DoneAndKept" else 0)  # inverted, and back: nothing is kept
+
+
+def test_other_blocks(workspace, understood, capsys):
+    """Sessions are valid sessions, output is what comes out, and the rest is named."""
+    for block in OTHER:
+        if block.text.startswith('{"id"'):
+            text = " ".join(line.strip() for line in block.text.splitlines())
+            image = workspace / "set" / json.loads(text)["image"]
+            image.parent.mkdir(parents=True, exist_ok=True)
+            make_session(0, 0)
+            from PIL import Image
+
+            Image.fromarray(make_session(0, 0).image).save(image)
+            (workspace / "set" / "sessions.jsonl").write_text(text + "\n")
+            assert not list(validate(workspace / "set")), block.name
+        elif block.text.startswith("16 sessions;"):
+            assert main(["data", "validate", "examples/shapes"]) == 0
+            assert capsys.readouterr().out.strip() == block.text
+        else:
+            known = [
+                why
+                for (page, start), why in NOT_RUN.items()
+                if page == block.page.stem and block.text.startswith(start)
+            ]
+            assert known, f"{block.name}: a block that nothing runs: {block.text[:60]!r}"
+
+
+def settings(config: object, prefix: str = "") -> Iterator[str]:
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        yield prefix + field.name
+        if is_dataclass(value):
+            yield from settings(value, f"{prefix}{field.name}.")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_settings_that_a_page_names_are_there(page):
+    known = set(settings(Config()))
+    sections = "|".join(name for name in known if any(other.startswith(f"{name}.") for other in known))
+    named = re.findall(rf"`(?:--)?((?:{sections})\.[a-z_]+)\b(?!\.|/|\()", page.read_text("utf-8"))
+    files = {name for name in named if name.rpartition(".")[2] in ("py", "md", "jsonl", "yaml", "json")}
+    assert set(named) - files <= known
