@@ -6,8 +6,8 @@
 #
 # Every step has a limit of its own and leaves its log before the next begins, so that a limit loses only what follows;
 # they stand in the order of their worth. Run it in the repository's root, with what the machine lacks as wheels in
-# .whl/ (from a machine with a network: pip download --no-deps -d .whl diffusers==0.42.1 jsonargparse typeshed_client
-# docstring_parser importlib_resources importlib_metadata 'setuptools>=77,<82'; git describe --always > .whl/COMMIT):
+# .whl/ (from a machine with a network: pip download --no-deps -d .whl diffusers==0.42.1 'setuptools>=77,<82';
+# git describe --always > .whl/COMMIT):
 #
 #   OUT=results bash scripts/gpu_session.sh
 #
@@ -90,7 +90,7 @@ import platform
 
 print(platform.platform())
 for name in (
-    "torch triton transformers diffusers peft accelerate setuptools pybind11 ninja hypothesis jsonargparse pytest "
+    "torch triton transformers diffusers peft accelerate setuptools pybind11 ninja hypothesis pytest "
     "pytest-benchmark pytest-timeout pytest-xdist"
 ).split():
     try:
