@@ -488,17 +488,18 @@ def replace_nested(config: Any, values: dict[str, Any]) -> Any:
     """A copy of a dataclass with nested `values` put in, converted as those of a YAML file are. Raises `ConfigError`
     for an unknown field and for a value that does not fit its field's type."""
     try:
-        return _replaced(config, values, "")
+        converted = arguments(values, type(config), "", partial=True)
     except Wrong as wrong:
         raise ConfigError(wrong.problem) from None
+    return _replaced(config, converted)
 
 
-def _replaced(config: Any, values: dict[str, Any], key: str) -> Any:
+def _replaced(config: Any, values: dict[str, Any]) -> Any:
     changes = {}
-    for name, value in arguments(values, type(config), key, partial=True).items():
+    for name, value in values.items():
         current = getattr(config, name)
         nested = dataclasses.is_dataclass(current) and isinstance(value, dict)
-        changes[name] = _replaced(current, value, f"{key}.{name}" if key else name) if nested else value
+        changes[name] = _replaced(current, value) if nested else value
     return dataclasses.replace(config, **changes)
 
 

@@ -46,7 +46,9 @@ class Option:
 
     @property
     def key(self) -> str:
-        return self.name.lstrip("-").replace("-", "_")
+        """A setting's dotted key as it is written (a reward's name may hold a `-`); else an argument's name."""
+        name = self.name.lstrip("-")
+        return name if self.group else name.replace("-", "_")
 
     def read(self, text: str, *, check: bool = True) -> Any:
         """The value of a text. Raises `Wrong` where it is not of the type or, if check, not accepted otherwise."""

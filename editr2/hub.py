@@ -12,7 +12,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from editr2.errors import ConfigError
@@ -27,10 +27,12 @@ def unreachable(endpoint: str) -> str | None:
     found: list[str | None] = []
 
     def ask() -> None:
-        request = urllib.request.Request(endpoint, method="HEAD")
         try:
+            request = urllib.request.Request(endpoint, method="HEAD")
             with urllib.request.urlopen(request, timeout=PATIENCE):
                 found.append(None)
+        except (ValueError, InvalidURL) as error:  # HF_ENDPOINT is the user's
+            found.append(f"no address: {error}")
         except (urllib.error.HTTPError, HTTPException):
             found.append(None)  # an answer all the same
         except OSError as error:
@@ -56,7 +58,7 @@ def offline() -> str | None:
     if why is None:
         return None
     constants.HF_HUB_OFFLINE = True
-    return f"{constants.ENDPOINT.partition('://')[2]} cannot be reached: {why}"
+    return f"{constants.ENDPOINT.rpartition('://')[2]} cannot be reached: {why}"
 
 
 def check_model(name: str, key: str) -> None:

@@ -37,13 +37,14 @@ def test_flags_beat_the_file_which_beats_the_preset(tmp_path):
 def test_flags_are_read_as_yaml_is(tmp_path):
     config = configured(
         "--train.betas=0.5,0.75", "--policy.resolution", "512x640", "--credit.weights", "{IF: 1, CC: 2}",
-        "--credit.weights.CC", "3", "--policy.intent",
+        "--credit.weights.CC", "3", "--credit.weights.my-judge", "1", "--policy.intent",
         "--train.ema=none", "--train.lr", "3e-4", "--credit.clip", "null",
         "--policy.negative_prompt", "- no: [text]", "--data.limit", "5", "--data.limit=6", "--out=~/x",
         "--policy.keep_source", "yes", "--train.kl_weight", "1",
     )  # fmt: skip
     assert config.train.betas == (0.5, 0.75) and config.policy.resolution == (512, 640)
-    assert config.credit.weights == {"IF": 1.0, "CC": 3.0} and config.policy.intent and config.policy.keep_source
+    assert config.credit.weights == {"IF": 1.0, "CC": 3.0, "my-judge": 1.0}
+    assert config.policy.intent and config.policy.keep_source
     assert (config.train.ema, config.train.lr, config.credit.clip) == (None, 3e-4, None)
     assert config.policy.negative_prompt == "- no: [text]" and config.data.limit == 6
     assert config.out == str(Path.home() / "x") and isinstance(config.train.kl_weight, float)

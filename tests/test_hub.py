@@ -51,6 +51,12 @@ def test_any_answer_is_one(status):
         thread.join()
 
 
+@pytest.mark.parametrize("endpoint", ["hub.example", "http://[bad", "http://a\nb.example", ""])
+def test_what_is_no_address_is_said(endpoint, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    assert "no address" in (hub.offline() or "") and not capsys.readouterr().err
+
+
 def test_nobody_there_and_nobody_who_answers(monkeypatch):
     assert "refused" in (hub.unreachable(f"http://127.0.0.1:{closed_port()}") or "")
     monkeypatch.setattr(hub, "PATIENCE", 0.2)
