@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from editr2.errors import CheckpointError
+from editr2.errors import CheckpointError, one_line
 from editr2.tensor_files import ordinary_modes
 
 __all__ = [
@@ -181,13 +181,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         files = {name.removesuffix(_TENSORS): load_file(path / name) for name in names if name.endswith(_TENSORS)}
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read: {one_line(error, kind=True)}") from error
     decoded = {}
     for name in _RESERVED:
         try:
             decoded[name] = _decode(document[name], files.pop(name))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            what = f"{type(error).__name__}: {_line(error)}"
+            what = one_line(error, kind=True)
             raise CheckpointError(f"{path}: damaged: {name} in {_STATE} cannot be decoded: {what}") from error
     if not isinstance(decoded["optimizer"], dict):
         raise CheckpointError(f"{path}: damaged: optimizer in {_STATE} is not a state dict")
@@ -227,7 +227,7 @@ def restore_rng(rng: Mapping[str, Any]) -> None:
             for device, state in enumerate(rng["cuda"][: torch.cuda.device_count()]):
                 torch.cuda.set_rng_state(state, device)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {_line(error)}"
+        what = one_line(error, kind=True)
         raise CheckpointError(f"rng: the saved generators cannot be restored: {what}") from error
 
 
@@ -402,7 +402,7 @@ def _document(path: Path, names: Sequence[str]) -> dict[str, Any]:
     try:
         document = json.loads((path / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged: {_STATE} cannot be read: {_line(error)}") from error
+        raise CheckpointError(f"{path}: damaged: {_STATE} cannot be read: {one_line(error, kind=True)}") from error
     for field, kinds in _FIELDS.items():
         value = document.get(field) if isinstance(document, dict) else None
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -422,10 +422,6 @@ def _document(path: Path, names: Sequence[str]) -> dict[str, Any]:
         given = f"groups in {_STATE} are {said}, those in {_MANIFEST} {sorted(groups)}"
         raise CheckpointError(f"{path}: damaged: {given} (accepted: the same)")
     return document
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _steps(root: Path) -> list[Path]:

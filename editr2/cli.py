@@ -30,7 +30,7 @@ try:
         preset_config,
         replace_nested,
     )
-    from editr2.errors import ConfigError, UserError
+    from editr2.errors import ConfigError, UserError, one_line
     from editr2.fields import Bounds, Wrong, field_problems
     from editr2.flags import Flags, values_of
 except KeyboardInterrupt:  # torch takes seconds to load
@@ -435,7 +435,7 @@ _REMEDIES = {
 
 def os_problem(error: OSError) -> str:
     """What the system refused, in one line: the file, and what to do."""
-    what = _REMEDIES.get(error.errno or 0) or error.strerror or " ".join(str(error).split()) or type(error).__name__
+    what = _REMEDIES.get(error.errno or 0) or error.strerror or one_line(error)
     names = [
         os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else str(name)
         for name in (error.filename, error.filename2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from editr2.config import CreditConfig
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, one_line
 from editr2.rewards.base import Scores, weight_vector
 from editr2_kernels import CREDIT_PRESETS, CreditOptions, GroupAdvantage, group_advantage
 
@@ -56,9 +56,7 @@ def credit_options(config: CreditConfig, names: tuple[str, ...] = ("IF", "CC", "
     try:
         return dataclasses.replace(options, **changes)
     except ValueError as error:
-        raise ConfigError(
-            f"credit: {' '.join(str(error).split())} (accepted: other fields or another preset)"
-        ) from error
+        raise ConfigError(f"credit: {one_line(error)} (accepted: other fields or another preset)") from error
 
 
 def filters(config: CreditConfig, names: Sequence[str]) -> bool:

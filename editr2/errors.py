@@ -4,6 +4,22 @@ as `error: …` and exits with status 2. Everything else that escapes is a defec
 from __future__ import annotations
 
 
+def one_line(error: BaseException, *, kind: bool = False, limit: int = 400) -> str:
+    """Another library's words for a message of ours, with the error's kind where they are fewer than three, or if
+    `kind`."""
+    words, name = " ".join(str(error).split()), type(error).__name__
+    said = words if len(words.split()) > 2 and not kind else f"{name}: {words}" if words else name
+    said = said if said.isprintable() else repr(said)
+    return said if len(said) <= limit else f"{said[:limit]}..."
+
+
+def shown(name: object) -> str:
+    """A path or a name of a user's for a message: on one line, and no page of it."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 300 else f"{text[:80]}... ({len(text)} characters)"
+
+
 class UserError(Exception):
     """Something that the user gave is wrong, and the message says what and what is accepted."""
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps
 from PIL import ImageFile as PillowFile
 
-from editr2.errors import DataError
+from editr2.errors import DataError, one_line, shown
 
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]
@@ -61,13 +61,6 @@ class ImageFile:
             if not self.where:
                 raise
             raise DataError(f"{self.where}: {error}") from error
-
-
-def shown(name: object) -> str:
-    """A path or a name for a message: on one line, and no page of it."""
-    text = str(name)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 300 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def locate(folder: Path, name: str, *, contained: bool) -> Path:
@@ -123,7 +116,9 @@ def decode_image(data: bytes, size: Size | None = None, resize: str = "no") -> P
     except Image.DecompressionBombError as error:
         raise DataError(f"several times more pixels than any image may have (accepted: {_fewer_pixels()})") from error
     except Exception as error:
-        raise DataError(f"not a readable image: {first_line(error)}") from error
+        # Pillow names the buffer's address in "cannot identify image file <_io.BytesIO object at 0x…>".
+        why = one_line(error).split(" <_io.BytesIO")[0]
+        raise DataError(f"not a readable image: {why}") from error
     return np.array(image if size is None else _fitted(image, size, resize))
 
 
@@ -231,7 +226,7 @@ def _to_srgb(profile: bytes) -> tuple[bool, Any]:
         before = colours if mode == "RGB" else np.arange(256, dtype=np.uint8)[None]
         after = np.asarray(ImageCms.applyTransform(Image.fromarray(before), transform)).astype(int)
     except (OSError, ImageCms.PyCMSError, ValueError) as error:
-        raise DataError(f"colour profile cannot be read: {first_line(error)} {accepted}") from error
+        raise DataError(f"colour profile cannot be read: {one_line(error)} {accepted}") from error
     moved = np.abs(after - before.reshape(1, after.shape[1], -1)).max()
     return mode == "L", None if moved <= SRGB_LEVELS else transform
 
@@ -250,10 +245,3 @@ def _fitted(image: Image.Image, size: Size, resize: str) -> Image.Image:
     if resize == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
     raise DataError(_another_size(image.height, image.width, size))
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says, for a message of ours."""
-    # Pillow names the buffer's address in "cannot identify image file <_io.BytesIO object at 0x…>".
-    text = str(error).split(" <_io.BytesIO")[0].strip()
-    return shown(text.splitlines()[0] if text else type(error).__name__)

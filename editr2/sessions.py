@@ -26,8 +26,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard
 import numpy as np
 from PIL import Image
 
-from editr2.errors import DataError, UserError
-from editr2.images import RESIZES, ImageFile, Pixels, Size, locate, shown
+from editr2.errors import DataError, UserError, shown
+from editr2.images import RESIZES, ImageFile, Pixels, Size, locate
 
 __all__ = ["ImageFile", "Session", "Survey", "Turn", "load_sessions", "save_sessions", "survey", "validate"]
 

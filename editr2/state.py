@@ -21,7 +21,7 @@ from editr2.checkpoint import (
     seed_generators,
 )
 from editr2.config import Config
-from editr2.errors import CheckpointError
+from editr2.errors import CheckpointError, one_line
 from editr2.finite import check_state
 from editr2.policies.base import Policy, TextPolicy
 from editr2.policies.weights import exchanged, load_trainable, mix, snapshot, trainable
@@ -103,7 +103,7 @@ class State:
         rank: int = 0,
         insist: Sequence[str] = (),
     ) -> Resumed:
-        """Takes on a checkpoint's state. Nothing is changed before all of it was looked at.
+        """Takes on a checkpoint's state. No weight is changed before all of them were looked at.
 
         identity: of this run; None compares settings alone. rank: whose generators. insist: names of settings, sections
         or fingerprints that may differ. Raises CheckpointError naming every other one that does, and for contents that
@@ -117,6 +117,8 @@ class State:
         settings = _field(saved, saved.state, "config", dict)
         recorded = _field(saved, saved.state, "identity", dict, {})
         depends, made = (_field(saved, recorded, key, dict, {}) for key in ("depends", "made"))
+        _field(saved, made, "versions", dict, {})
+        resumed = _field(saved, recorded, "resumed", list, [])
         now = named(config, identity.depends)
         found = differences(named(settings, depends), now, apart_from={"start"})
         insisted = settle(found, insist, path)
@@ -125,7 +127,7 @@ class State:
         self._restore_rng(saved.rng, config, rank)
         self.iteration, self.elapsed = saved.iteration, float(elapsed)
         different = told(made, identity.made) if made else []
-        return Resumed(different, insisted, recorded.get("resumed", []), not depends, made.get("date"))
+        return Resumed(different, insisted, resumed, not depends, made.get("date"))
 
     def _take_on(self, saved: Checkpoint, *, anything: bool) -> None:
         """anything: copies of weights may be missing, since other settings need others."""
@@ -159,7 +161,7 @@ class State:
             if (expected := saved.state.get("moments", held)) != held:
                 wrong.append(f"moments of {held} weights (accepted: of {expected})")
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            wrong = [f"{type(error).__name__}: {' '.join(str(error).split())}"]
+            wrong = [one_line(error, kind=True)]
         if wrong:
             self.optimizer.load_state_dict(empty)
             raise CheckpointError(f"{saved.path}: damaged: optimizer: {wrong[0]}")

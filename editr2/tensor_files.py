@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from editr2.errors import CheckpointError, ConfigError, UserError
+from editr2.errors import CheckpointError, ConfigError, UserError, one_line
 
 Shape = tuple[int, ...]
 
@@ -42,13 +42,6 @@ def writing(where: object) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: cannot be written: {one_line(error)}") from error
-
-
-def one_line(error: BaseException, limit: int = 400) -> str:
-    """The error's own words, or its kind where it has none."""
-    words = " ".join(str(error).split())
-    said = f"{type(error).__name__}: {words}" if len(words.split()) < 3 else words
-    return said if len(said) <= limit else f"{said[:limit]}..."
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,13 +96,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: no safetensors file: {one_line(error)} (was it cut short?)") from error
-
-
-def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises `CheckpointError` naming the first tensor with a NaN or an infinity."""
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: {key}: NaN or infinite (accepted: finite numbers; take an earlier one)")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

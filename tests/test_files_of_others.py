@@ -671,4 +671,4 @@ def test_a_broken_dataset_is_one_line(part: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(pytest.importorskip("datasets").Dataset, part, broken)
     with pytest.raises(DataError) as error:
         import_sessions(made.form, made.source, tmp_path / "out")
-    assert str(error.value) == f"{where}: cannot be read: Buffer #0 too small"
+    assert str(error.value) == f"{where}: cannot be read: Buffer #0 too small and more"

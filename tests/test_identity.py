@@ -291,6 +291,8 @@ def cut(values: dict[str, torch.Tensor]) -> None:
         (put("state", "config", to={}), "seed|data"),
         (put("state", "identity", to=[1]), "identity is a list in state.json"),
         (put("state", "identity", "depends", to=5), "depends is a int in state.json"),
+        (put("state", "identity", "resumed", to=5), "resumed is a int in state.json"),
+        (put("state", "identity", "made", "versions", to="2.9"), "versions is a str in state.json"),
         (put("state", to={}), "elapsed is missing from state.json"),
         (put("optimizer", to={"dict": []}), "optimizer: KeyError"),
         (put("state", "moments", to=7), r"optimizer: moments of \d+ weights \(accepted: of 7\)"),
@@ -489,6 +491,16 @@ def judge(threshold: float, session: Any, images: Any) -> None: ...
 )
 def test_rewards_are_known_by_source_and_settings(one, other, same):
     assert (reward_fingerprint(one) == reward_fingerprint(other)) is same
+
+
+def test_a_reward_whose_version_raises_is_one_line():
+    class Shy(Bright):
+        @property
+        def version(self) -> str:
+            raise OSError("the judge's\nserver is down")
+
+    with pytest.raises(ConfigError, match=r"^reward: \S+Shy: its settings cannot be read: the judge's server is down$"):
+        reward_fingerprint(Shy())
 
 
 def test_a_reward_of_another_version_is_another(monkeypatch):

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from editr2.errors import DataError, UserError
-from editr2.images import shown
+from editr2.errors import DataError, UserError, shown
 from editr2.importers.formats import Source, edival, imgedit, magicbrush, mice
 from editr2.sessions import MODES, Session, is_dataset, save_sessions, scan
 

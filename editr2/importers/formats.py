@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editr2.errors import DataError
-from editr2.images import ImageFile, inside, locate, shown
+from editr2.errors import DataError, shown
+from editr2.images import ImageFile, inside, locate
 from editr2.importers.rows import Row, csv_rows, json_document, json_lines, parquet_rows
 from editr2.sessions import Session, Turn, kind, lines_of, parse_object
 

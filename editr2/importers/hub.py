@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editr2.errors import DataError
+from editr2.errors import DataError, one_line
 from editr2.hub import offline
-from editr2.images import Pixels, Size, decode_image, first_line, locate, read_image
+from editr2.images import Pixels, Size, decode_image, locate, read_image
 from editr2.sessions import Entry, kind
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _one_line(where: str = "", problem: str = "cannot be read") -> Iterator[None
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{where}{problem}: {first_line(error)}") from error
+        raise DataError(f"{where}{problem}: {one_line(error)}") from error
 
 
 def dataset_entries(path: str, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editr2.errors import DataError
-from editr2.images import first_line, shown
+from editr2.errors import DataError, one_line, shown
 from editr2.sessions import is_text, kind, lines_of, parse_object
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -131,4 +130,4 @@ def parquet_rows(file: Path) -> Iterator[Row]:
                 yield Row(f"{file}: row {number}", values)
                 number += 1
     except Exception as error:
-        raise DataError(f"{file}: cannot be read: {first_line(error)}") from error
+        raise DataError(f"{file}: cannot be read: {one_line(error)}") from error

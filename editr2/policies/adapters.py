@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from editr2.errors import CheckpointError, ConfigError
-from editr2.tensor_files import Shape, check_finite, check_shapes, one_line, read_header, read_json, read_tensors
+from editr2.errors import CheckpointError, ConfigError, one_line
+from editr2.finite import ACCEPTED, unusable
+from editr2.tensor_files import Shape, check_shapes, read_header, read_json, read_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name stock diffusers looks for."""
@@ -147,7 +148,8 @@ def load_adapter(module: nn.Module, path: Path, lora: Lora) -> None:
     needed = adapter_weights(module)
     strength = check_file(path, lora.rank, {name: tuple(p.shape) for name, p in needed.items()})
     found = read_tensors(path)
-    check_finite(path, found)
+    if name := unusable(found.items()):
+        raise CheckpointError(f"{path}: {name}: NaN, infinite or too large ({ACCEPTED}; take an earlier one)")
     for name, p in needed.items():
         p.copy_(scaled(found[name].to(p.dtype), strength / lora.strength) if ".lora_B." in name else found[name])
 

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from editr2.config import PolicyConfig
-from editr2.errors import ConfigError, DataError
-from editr2.images import shown
+from editr2.errors import ConfigError, DataError, shown
 from editr2.policies.base import Velocity, device_of, to_bytes
 
 Prompt = Mapping[str, Tensor]

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from editr2.config import PolicyConfig
-from editr2.errors import DataError
-from editr2.images import shown
+from editr2.errors import DataError, shown
 from editr2.policies.diffusion import (
     DiffusionPolicy,
     EditContext,

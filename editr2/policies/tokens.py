@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from editr2.errors import DataError
-from editr2.images import shown
+from editr2.errors import DataError, shown
 from editr2.tensor_files import reading
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"

@@ -14,8 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from editr2.errors import CheckpointError, ConfigError
-from editr2.tensor_files import one_line
+from editr2.errors import CheckpointError, ConfigError, one_line
 
 LORA_TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
 """Attention and MLP of both experts."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from editr2.config import PolicyConfig
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, one_line
 from editr2.policies.adapters import LORA_FILE, TRANSFORMER, adapter_weights, check_file
 from editr2.policies.load import load_rest, ready_autoencoder, unified_guidance
 from editr2.policies.unified import EMBEDDED, GuidedContext, UnifiedPolicy, read_parts
@@ -275,7 +275,7 @@ class DiffusionEditor:
                     loader = getattr(transformers, loaders[name])
                 setattr(self.policy.pipe, name, loader.from_pretrained(folder / name))
             except (OSError, ValueError) as error:
-                raise ConfigError(f"policy.weights: {folder / name}: {' '.join(str(error).split())}") from error
+                raise ConfigError(f"policy.weights: {folder / name}: {one_line(error)}") from error
         return self.policy
 
     def _policy(self, depth: Mapping[str, int]) -> Any:

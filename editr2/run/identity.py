@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from editr2.config import Config
 from editr2.data import SessionSource
-from editr2.errors import CheckpointError, ConfigError
+from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.sessions import Session, pixel_sum
 from editr2.worlds import shapes
 
@@ -203,11 +203,15 @@ def reward_fingerprint(reward: Any) -> str:
     """Qualified name, source and settings, as far as they can be had.
 
     Settings are what the constructor takes and the object keeps under the same name (or that behind an underscore), so
-    counters and caches are none. A judge whose answers change without any of this says so by its `version`.
+    counters and caches are none. A judge whose answers change without any of this says so by its `version`. Raises
+    `ConfigError` where its own code raises.
     """
     if type(reward).__module__.startswith("editr2."):
         reward = getattr(reward, "given", reward)  # what we put around a user's own
-    said = json.dumps(_described(reward), sort_keys=True).encode("utf-8", "surrogatepass")
+    try:
+        said = json.dumps(_described(reward), sort_keys=True).encode("utf-8", "surrogatepass")
+    except Exception as error:  # of a user's own property or descriptor
+        raise ConfigError(f"reward: {_name(type(reward))}: its settings cannot be read: {one_line(error)}") from error
     return f"{_name(reward if inspect.isroutine(reward) else type(reward))} {_short(hashlib.sha256(said))}"
 
 
