@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import random
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from editr2.checkpoint import generators_aside
 from editr2.config import Config, RolloutConfig
 from editr2.credit import assign_credit, weighted_reward
 from editr2.policies.base import Intent, Policy
 from editr2.processes import Processes
 from editr2.rewards.adapt import CheckedReward, adapt, score_batch
-from editr2.rewards.base import GivenReward, RewardFailure, Scores, check_failures, merge_scores
+from editr2.rewards.base import GivenReward, RewardFailure, Scores, check_failures, merge_scores, unscored
 from editr2.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.schedule import Sampler
 from editr2.sessions import Session
@@ -119,31 +118,16 @@ def first_answer(reward: CheckedReward, sessions: Sequence[Session], limit: floa
     `train.max_failed_scores`; 1 never stops. All processes call this together. Generators are left as they were: a run
     that is resumed asks once more than one that was not."""
     failures: list[str] = []
-    with _generators_kept():
+    with generators_aside(0):
         for session in sessions[: FIRST_CALLS if limit < 1 and not reward.answered else 0]:
             image, turns = session.image, len(session.turns)
             scores = score_batch(reward, [(session, np.stack([image] * turns))], turns)
-            try:
-                check_failures(scores, math.nextafter(1, 0))
-            except RewardFailure as error:
-                failures.append(str(error))
-            else:
+            if (failure := unscored(scores)) is None:
                 failures.clear()
                 break
-    if first := [failure for failure in processes.gather(failures) if failure]:
-        raise RewardFailure(f"asked about source images, before any was edited: {first[0]}")
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    python, arrays = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
+            failures.append(failure)
+    if first := processes.gather(failures):
+        raise RewardFailure(f"asked about source images, before any was edited: no score for any turn: {first[0]}")
 
 
 def evaluate(

@@ -31,7 +31,7 @@ from editr2.fields import mended
 from editr2.policies.base import ReadingPolicy
 from editr2.preflight.rules import run_problems
 from editr2.rewards.adapt import CheckedReward, score_batch
-from editr2.rewards.base import FAILED
+from editr2.rewards.base import unscored
 from editr2.rewards.load import load_reward
 from editr2.schedule import eval_sampler, rollout_sampler
 from editr2.sessions import Session, validate
@@ -115,9 +115,8 @@ def _judge_once(reward: CheckedReward, session: Session) -> None:
     its names has no score for any turn, whatever it answered."""
     turns = len(session.turns)
     scores = score_batch(reward, [(session, np.stack([session.image] * turns))], turns)
-    failed = scores.of_state(FAILED)[0].all(0)
-    if bool(failed.any()):
-        raise UserError(f"reward.function: no score for session {session.id}: {scores.first_failure}")
+    if failure := unscored(scores):
+        raise UserError(f"reward.function: no score for session {session.id}: {failure}")
 
 
 def dry_run(config: Config, folder: str) -> list[str]:

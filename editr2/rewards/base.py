@@ -225,11 +225,21 @@ def check_failures(scores: Scores, limit: float) -> None:
         failed = int(failures[..., k].sum())
         asked = max(turns - int(skipped[..., k].sum()), min(turns, FEWEST))
         if asked and failed / asked > limit:
-            first = next(reason for at, reason in scores.reasons.items() if bool(failures[(*at, k)]))
             raise RewardFailure(
                 f"reward {name}: {failed} of {asked} turns could not be scored (train.max_failed_scores: {limit:g}); "
-                f"first: {first}"
+                f"first: {_first_reason(scores, k)}"
             )
+
+
+def unscored(scores: Scores) -> str | None:
+    """Of the first reward that failed on every turn, how it did on the first; None where each has something to say."""
+    failed = (scores.of_state(FAILED) | ~scores.expected[..., None]).flatten(0, 1).all(0)
+    return next((_first_reason(scores, k) for k in range(len(scores.names)) if failed[k] and scores.reasons), None)
+
+
+def _first_reason(scores: Scores, k: int) -> str:
+    failures = scores.of_state(FAILED)[..., k]
+    return next(reason for at, reason in scores.reasons.items() if failures[at])
 
 
 def weights_of(names: Sequence[str], weights: dict[str, float]) -> dict[str, float]:
