@@ -68,4 +68,5 @@ def check_model(name: str, key: str) -> None:
         return
     why = offline()
     if why and not isinstance(try_to_load_from_cache(name, "model_index.json"), str):
-        raise ConfigError(f"{key}: {name}: no folder, not downloaded before, and {why} (accepted: a pipeline's folder)")
+        said = f"no folder, not downloaded before, and {why}"
+        raise ConfigError(f"{key}: {name}: {said} (accepted: its folder, or a machine with network)")

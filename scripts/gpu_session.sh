@@ -6,8 +6,8 @@
 #
 # Every step has a limit of its own and leaves its log before the next begins, so that a limit loses only what follows;
 # they stand in the order of their worth. Run it in the repository's root, with what the machine lacks as wheels in
-# .whl/ (from a machine with a network: pip download --no-deps -d .whl diffusers==0.42.1 jsonargparse typeshed_client
-# docstring_parser importlib_resources importlib_metadata 'setuptools>=77,<82'):
+# .whl/ (from a machine with a network: pip download --no-deps -d .whl diffusers==0.42.1 'setuptools>=77,<82';
+# git describe --always > .whl/COMMIT):
 #
 #   OUT=results bash scripts/gpu_session.sh
 #
@@ -90,7 +90,7 @@ import platform
 
 print(platform.platform())
 for name in (
-    "torch triton transformers diffusers peft accelerate setuptools pybind11 ninja hypothesis jsonargparse pytest "
+    "torch triton transformers diffusers peft accelerate setuptools pybind11 ninja hypothesis pytest "
     "pytest-benchmark pytest-timeout pytest-xdist"
 ).split():
     try:
@@ -105,11 +105,11 @@ install_wheels() {
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$SCRATCH/site" .whl/*.whl
 }
 
-# Rows name the commit; a copy without git's folder cannot know it, unless .whl/COMMIT says it.
+# Rows name the commit. What travelled may have no folder of git's, or a stale one: .whl/COMMIT goes first.
 name_the_commit() {
   local commit
   if [[ -d $ROWS && -f .whl/COMMIT ]] && commit=$(< .whl/COMMIT) && [[ $commit =~ ^[0-9a-z.-]+$ ]]; then
-    sed -i "s/\"commit\": \"unknown\"/\"commit\": \"$commit\"/" "$ROWS"/*.jsonl
+    sed -i "s/\"commit\": \"[^\"]*\"/\"commit\": \"$commit\"/" "$ROWS"/*.jsonl
   fi
 }
 
@@ -148,8 +148,8 @@ SECTIONS=(SpeedOfLight MemoryWorkloadAnalysis SchedulerStats WarpStateStats Inst
 on_gpu counters 45 ncu --clock-control none "${SECTIONS[@]/#/--section=}" --kernel-id '::regex:^[a-z_]+_kernel$:1' \
   "$PYTHON" -m scripts.headline --first 1 --backends cuda --seconds 0
 tests bench_usual 110 "${TIMED[@]}" "${BENCH[@]}" -k "$FUSED and 16x4096 and not ($NOT)"
-tests rest 120 "${PARALLEL[@]}" $GPU tests/kernels/test_token_log_prob.py tests/test_packed.py tests/test_bench.py -m gpu \
-  -k "not (test_gpu and ($STRICT))"
+OTHERS=(tests/kernels/test_token_log_prob.py tests/test_packed.py tests/test_bench.py)
+tests rest 120 "${PARALLEL[@]}" $GPU "${OTHERS[@]}" -m gpu -k "not (test_gpu and ($STRICT))"
 
 name_the_commit
 keep

@@ -25,7 +25,7 @@ from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested
 from editr2.data import HELDOUT_SEED
 from editr2.errors import DataError, NonFiniteError
 from editr2.finite import LARGEST, unusable
-from editr2.policies.base import to_bytes
+from editr2.policies.base import Velocity, to_bytes
 from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
 from editr2.policies.unified_model import UnifiedConfig
 from editr2.rewards.base import Score
@@ -354,6 +354,20 @@ def test_recorded_steps_tell_as_plain_ones(how, monkeypatch):
         policy.module.llm2vae.bias[0] = NAN
     with pytest.raises(NonFiniteError, match=r"turn 1: velocity"):
         rolled(policy, how)
+
+
+def test_a_step_of_the_groups_first_rollouts_alone_is_told_of():
+    """Before the windows open; what is spoilt there comes to the siblings by the latents, not by a velocity."""
+
+    class Early(UnifiedPolicy):
+        def velocity(self, x, sigma, context):
+            none = torch.zeros_like(x)
+            spoilt = none + NAN if len(x) < 6 else none
+            return Velocity(none, {"v_uncond": spoilt, "guidance": 2.0, "renorm": "none"})
+
+    policy = tiny()
+    with pytest.raises(NonFiniteError, match=r"turn 1: velocity"):
+        rolled(Early(policy.module, policy.codec), "off")
 
 
 def test_pixels_are_checked_before_they_become_bytes_wherever_they_are_asked_for():

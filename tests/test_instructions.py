@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.data import open_sessions
-from editr2.errors import DataError
+from editr2.errors import ConfigError, DataError
 from editr2.policies.base import ReadingPolicy
 from editr2.policies.load import policy_class
 from editr2.policies.qwen_edit import BUCKET
@@ -367,6 +367,16 @@ def test_an_instruction_that_is_too_long_is_an_error_of_its_line(
     with pytest.raises(DataError) as error:
         short.instruct(short.encode(np.zeros((1, *SIZE, 3), np.uint8)), [LONG])
     assert str(error.value) == f"text {LONG!r}: {problem}"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_negative_prompt_that_is_too_long_is_refused_with_the_settings(
+    model: str, policy: Callable[..., Any]
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^policy\.negative_prompt: \d+ tokens \(accepted: up to 20, policy\.text_tok"
+    ):
+        policy(model, negative_prompt="dull, and blurred, and dark", text_tokens=20)
 
 
 @pytest.mark.parametrize("model", ("kontext", "qwen-edit"))

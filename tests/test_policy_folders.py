@@ -8,9 +8,12 @@ every one of them; `check`, which reads no weights, must refuse it too or pass, 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -253,6 +256,14 @@ def _smaller_words(folder: Path) -> None:
     values("text_encoder/config.json", vocab_size=20)(folder)
 
 
+def _word_beyond(folder: Path) -> None:
+    """As many words as the model knows, one of them numbered far beyond."""
+    said = json.loads((folder / "tokenizer.json").read_text())
+    word = max(said["model"]["vocab"], key=said["model"]["vocab"].get)
+    said["model"]["vocab"][word] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+
+
 UNIFIED: dict[str, tuple[Break, str]] = {
     **{f"no {name}": (text(name, None), name) for name in ("config.json", "tokenizer.json", "model.safetensors")},
     **{
@@ -273,6 +284,7 @@ UNIFIED: dict[str, tuple[Break, str]] = {
     "another channel count": (values("config.json", latent_channels=4), "latent_channels"),
     "tokenizer is another thing": (text("tokenizer.json", "{}"), "tokenizer.json"),
     "tokenizer knows more words": (values("config.json", vocab_size=20), "vocab_size"),
+    "a word beyond all": (_word_beyond, "vocab_size"),
     "no tensors": (tensors("model.safetensors", lambda kept: {}), "no tensors"),
     "a key missing": (tensors("model.safetensors", _without_one), "missing"),
     "a key too many": (tensors("model.safetensors", lambda kept: kept.update(odd=torch.zeros(2))), "odd"),
@@ -323,3 +335,46 @@ def test_a_good_folder_is_none_of_them(kind, good, folders, tmp_path):
     config = folders.settings(model, shutil.copytree(source, tmp_path / "given"))
     load_policy(config, trains=False)
     open_editor(config)
+
+
+def _mutated(content: bytes, random: Random) -> bytes:
+    """A bit turned, bytes taken out or put in, the end cut off, or a number that is another thing: in the first bytes,
+    where a file says what it is."""
+    end = min(len(content), 3000)
+    at = random.randrange(end) if end else 0
+    numbers = list(re.finditer(rb"-?\d+(\.\d+)?", content[:end]))
+    kind = random.choice(["bit", "out", "in", "end", "number"])
+    if kind == "bit" and end:
+        return content[:at] + bytes([content[at] ^ 1 << random.randrange(8)]) + content[at + 1 :]
+    if kind == "out":
+        return content[:at] + content[at + random.randrange(1, 20) :]
+    if kind == "in":
+        return content[:at] + bytes(random.choices(b'0123456789"{}[],:-.eN', k=3)) + content[at:]
+    if kind == "number" and numbers:
+        match = random.choice(numbers)
+        odd = [b"0", b"-1", b"1e400", b"9" * 20, b"null", b'"x"', b"[]", b"true", b"1.5"]
+        return content[: match.start()] + random.choice(odd) + content[match.end() :]
+    return content[:at]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["unified", "klein", "klein-lora", "klein-full"])
+def test_a_mutated_folder_is_one_line_or_a_policy(kind, good, folders, tmp_path):
+    """150 times one file of a folder: it is loaded or refused in one line, by `check` as well."""
+    random, (model, source) = Random(0), good[kind]
+    said = {"taken": 0, "refused": 0}
+    for i in range(150):
+        folder = shutil.copytree(source, tmp_path / str(i))
+        file = random.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+        file.write_bytes(_mutated(file.read_bytes(), random))
+        config = folders.settings(model, folder)
+        for use in (partial(load_policy, config, trains=False), partial(open_editor, config)):
+            try:
+                use()
+                said["taken"] += 1
+            except UserError as error:
+                assert "\n" not in str(error)
+                said["refused"] += 1
+        shutil.rmtree(folder)
+    print(said)
+    assert said["refused"] > 100

@@ -192,7 +192,7 @@ class OwnPolicy(KleinPolicy):
     def pipeline_class(cls):
         return DemandingPipeline
 
-    def text_length(self, said, images):
+    def prompt_length(self, said, images):
         return said + 3
 
 

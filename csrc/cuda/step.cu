@@ -69,10 +69,18 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
 #pragma unroll
     for (int k = 0; k < kVector; ++k) stored[k] = next[k];
     store8(a.x_next, at.b, at.i, at.valid, stored);
+    if (a.score_stored) {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) next[k] = stored[k];
+    }
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      const float z = (a.score_stored ? stored[k] : next[k]) - mu[k];
-      mu[k] = k < at.valid ? z * z : 0.0f;
+      const float z = next[k] - mu[k];
+      mu[k] = z * z;
+    }
+    if (at.valid < kVector) {  // asked once, not once an element: this kernel is bound by its instructions
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) mu[k] = k < at.valid ? mu[k] : 0.0f;
     }
     z2[0] = sum8(mu);
   }

@@ -209,6 +209,9 @@ class DiffusionPolicy(ABC):
         self.latent_shape = (self.grid[0] * self.grid[1], int(pipe.transformer.config.in_channels))
         self._prompts: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
         self.check(config)
+        if config.negative_prompt is not None:
+            for _, problem in self.unreadable([self.negative]):
+                raise ConfigError(f"policy.negative_prompt: {problem}")
         for name in ("vae", *self.text_encoders):
             getattr(pipe, name).requires_grad_(False).eval()
         self.module.eval()

@@ -228,8 +228,9 @@ def check_words(pipe: Any, kind: type[DiffusionPolicy], where: str) -> None:
         if tokenizer is None or not hasattr(encoder, "get_input_embeddings"):
             continue
         with reading(f"{where}: {beside}"):
-            words, known = len(tokenizer), encoder.get_input_embeddings().weight.shape[0]
-            special_only = not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+            vocabulary, known = tokenizer.get_vocab(), encoder.get_input_embeddings().weight.shape[0]
+            words = 1 + max(vocabulary.values(), default=-1)
+            special_only = not vocabulary.keys() - tokenizer.get_added_vocab().keys()
         if special_only:
             raise ConfigError(f"{where}: {beside}: no words (accepted: a vocabulary; was its file removed?)")
         if words > known:

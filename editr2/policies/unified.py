@@ -162,7 +162,7 @@ def read_parts(folder: Path) -> tuple[UnifiedConfig, TextCodec]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: no {name}; expected a folder written by `editr2 world pretrain`")
     config, codec = UnifiedConfig.load(folder / SIZES), TextCodec.load(folder / TOKENIZER)
-    if (words := codec.tokenizer.get_vocab_size()) > config.vocab_size:
+    if (words := 1 + max(codec.tokenizer.get_vocab().values())) > config.vocab_size:
         raise CheckpointError(
             f"{folder / SIZES}: vocab_size: {config.vocab_size} (accepted: at least {words}, the words of {TOKENIZER})"
         )
