@@ -178,10 +178,13 @@ def test_whoever_insists_goes_on_and_it_is_recorded(begun, tmp_path, case, capsy
 
 def test_what_moved_is_the_same_and_counters_are_no_settings(begun, tmp_path):
     folder = shutil.copytree(begun, tmp_path / "elsewhere")
-    shutil.copy(folder / "base" / "config.json", folder / "base" / "README.md")
+    (folder / "base").rename(folder / "weights")
+    (folder / "data").rename(folder / "sessions")
+    shutil.copy(folder / "weights" / "config.json", folder / "weights" / "README.md")
     reward = Bright()
     reward.calls = 77
-    run = go_on(folder, reward=reward)
+    moved = {"policy": {"weights": str(folder / "weights")}, "data": {"path": str(folder / "sessions")}}
+    run = go_on(folder, reward=reward, **moved)
     rows, _ = read_metrics(run / "metrics.jsonl")
     assert [row["event"] for row in rows] == [
         "start",
@@ -408,7 +411,7 @@ def test_forty_gigabytes_of_weights_are_known_in_no_time(tmp_path):
     began = time.process_time()
     first = folder_fingerprint(tmp_path)
     assert time.process_time() - began < 1.0
-    assert first.split()[1] == str(sum(f.stat().st_size for f in files) + 2)
+    assert first.split()[0] == str(sum(f.stat().st_size for f in files) + 2)
     with open(files[1], "r+b") as stream:  # one tensor of 800
         stream.seek(begins[1] + 123 * 50_000_000 + 24_999_000)
         stream.write(b"\x01" * 4096)
