@@ -153,7 +153,7 @@ def test_what_cannot_be_saved_is_said_before_the_first_iteration(beside, tmp_pat
     config = replace_nested(Config(), {"out": str(tmp_path / "run"), **small})
     with pytest.raises(CheckpointError, match="no place left"):
         train(config, policy=policy)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml", ".lock"}
 
 
 # -------------------------------------------------------------------------------------------------- check and the class
