@@ -34,6 +34,7 @@ from editr2.data import open_sessions
 from editr2.policies.unified import UnifiedPolicy
 from editr2.policies.weights import trainable
 from editr2.processes import Processes
+from editr2.rewards.adapt import adapt
 from editr2.rewards.world import WorldReward
 from editr2.rollout import Chunk
 from editr2.schedule import rollout_sampler
@@ -63,7 +64,7 @@ class Ours:
         self.sampler = rollout_sampler(config.rollout)
         self.processes = Processes(Accelerator(cpu=True))
         self.state = new_state(config, policy)
-        self.reward = WorldReward()
+        self.reward = adapt(WorldReward())
         self.seconds: dict[str, float] = {}
 
     def __call__(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class RewardConfig:
     """
 
     function: str | None = setting(None, what="package.module:name or none")
-    timeout: float | None = setting(None, Bounds(above=0, at_most=86400))
+    timeout: float | None = setting(None, Bounds(above=0, at_most=86400), what="seconds or none")
 
 
 @dataclass(frozen=True)

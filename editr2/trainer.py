@@ -244,7 +244,7 @@ class _Loop:
                         first_answer(self.reward, self.source.heldout, config.train.max_failed_scores, processes)
                     stop.agree()
                     started = time.perf_counter()
-                    row = _iteration(config, state, self.source, self.reward, self.sampler, processes, stop)
+                    row = _iteration(config, state, self.source, self.reward, self.sampler, processes, stop.finish)
                     state.elapsed += time.perf_counter() - started
                     rows.append(row | {"elapsed_s": state.elapsed})
                     self._append(rows[-1])
@@ -342,9 +342,9 @@ def _iteration(
     reward: CheckedReward,
     sampler: Sampler,
     processes: Processes,
-    stop: Stop,
+    before_update: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """One rollout and its updates; returns the metrics row."""
+    """One rollout and its updates; returns the metrics row. before_update: called before the first weight changes."""
     r, t, clock = config.rollout, config.train, Clock()
     ordinals = range(state.iteration * r.sessions, (state.iteration + 1) * r.sessions)
     mine = processes.share(r.sessions)
@@ -371,7 +371,8 @@ def _iteration(
         for minibatch in range(t.minibatches):
             with clock.phase("loss"):
                 totals.append(accumulate_gradient(config, state, batch, update, minibatch, processes))
-            stop.finish()
+            if before_update is not None:
+                before_update()
             with clock.phase("optimiser"):
                 totals[-1]["grad_norm"] = _step(config, state, processes)
                 state.step_copies(config, iteration_done=False)

@@ -178,11 +178,13 @@ def test_whoever_insists_goes_on_and_it_is_recorded(begun, tmp_path, case, capsy
 
 def test_what_moved_is_the_same_and_counters_are_no_settings(begun, tmp_path):
     folder = shutil.copytree(begun, tmp_path / "elsewhere")
-    base = (folder / "base").rename(folder / "moved")
-    shutil.copy(base / "config.json", base / "README.md")
+    (folder / "base").rename(folder / "weights")
+    (folder / "data").rename(folder / "sessions")
+    shutil.copy(folder / "weights" / "config.json", folder / "weights" / "README.md")
     reward = Bright()
     reward.calls = 77
-    run = go_on(folder, reward=reward, policy={"weights": str(base)})
+    moved = {"policy": {"weights": str(folder / "weights")}, "data": {"path": str(folder / "sessions")}}
+    run = go_on(folder, reward=reward, **moved)
     rows, _ = read_metrics(run / "metrics.jsonl")
     assert [row["event"] for row in rows] == [
         "start",

@@ -543,7 +543,7 @@ def test_a_call_that_hangs_is_left_behind_and_the_next_has_a_thread_of_its_own()
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9])
 def test_a_timeout_that_is_none_is_refused(timeout, tmp_path):
-    with pytest.raises(ConfigError, match=r"reward\.timeout: .*accepted: a number, above 0, at most 86400 or none"):
+    with pytest.raises(ConfigError, match=r"reward\.timeout: .*accepted: seconds, above 0, at most 86400 or none"):
         train(run_of(tmp_path, timeout=timeout))
 
 

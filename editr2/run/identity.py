@@ -127,7 +127,7 @@ def folder_fingerprint(folder: Path) -> str:
             for start, length in [(0, bytes_)] if bytes_ <= WHOLE else _samples(stream, bytes_, file.suffix):
                 stream.seek(start)
                 digest.update(stream.read(length))
-    return f"{size} bytes {_short(digest)}"  # not where: the folder may be another one
+    return f"{size} bytes {_short(digest)}"
 
 
 _READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".txt", ".model", ".jinja"}
