@@ -257,6 +257,12 @@ def test_a_mistake_is_one_line_with_its_remedy(mistake: Mistake, tmp_path: Path)
     assert "Traceback" not in said and "<class" not in said
 
 
+def test_the_page_has_every_mistake() -> None:
+    """And no other; the answers are as of its writing."""
+    written = [line.rpartition(" | ")[0] for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| ")]
+    assert written[1:] == [f"| {m.what} | `editr2 {m.command}`" for m in MISTAKES]
+
+
 def page() -> str:
     """docs/mistakes.md."""
     rows = []
