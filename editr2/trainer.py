@@ -9,7 +9,7 @@ session's context is built outside of autograd, so one explicit reduction is sim
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals

@@ -226,9 +226,9 @@ def check_failures(scores: Scores, limit: float) -> None:
         asked = max(turns - int(skipped[..., k].sum()), min(turns, FEWEST))
         if asked and failed / asked > limit:
             first = next(reason for at, reason in scores.reasons.items() if bool(failures[(*at, k)]))
+            allowed = f" (train.max_failed_scores: {limit:g})" if failed < asked else ""
             raise RewardFailure(
-                f"reward {name}: {failed} of {asked} turns could not be scored (train.max_failed_scores: {limit:g}); "
-                f"first: {first}"
+                f"reward {name}: {failed} of {asked} turns could not be scored{allowed}; first: {first}"
             )
 
 
