@@ -141,8 +141,10 @@ class PolicyConfig:
     lora_rank: int = setting(0, Bounds(at_least=0, at_most=4_096))
     lora_alpha: float | None = setting(None, POSITIVE)
     lora_targets: str | None = setting(None, check=pattern_problem, what="a regular expression or none")
-    resolution: tuple[int, int] = setting((512, 512), PIXELS)
-    condition_resolution: tuple[int, int] | None = setting(None, PIXELS)
+    resolution: tuple[int, int] = setting((512, 512), PIXELS, what="height and width, such as 512x512")
+    condition_resolution: tuple[int, int] | None = setting(
+        None, PIXELS, what="height and width, such as 512x512, or none"
+    )
     history: int = setting(1, TURNS)
     keep_source: bool = False
     guidance_embed: float | None = setting(None, Bounds(at_least=0, at_most=100))

@@ -192,7 +192,7 @@ MISTAKES = [
         "SystemExit",
         {JUDGE: "def judge(session, images):\n    raise SystemExit(0)\n"},
     ),
-    M("weights of other rewards", 'train --credit.weights {"IF":1.0}', "exactly ['CC', 'GA', 'IF']"),
+    M("weights of other rewards", "train --credit.weights.Beauty 1.0", "credit.weights"),
     # Folders of earlier work.
     M(
         "a torn policy",

@@ -160,7 +160,11 @@ def read_parts(folder: Path) -> tuple[UnifiedConfig, TextCodec]:
     """
     for name in (SIZES, TOKENIZER, WEIGHTS):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: no {name}; expected a folder written by `editr2 world pretrain`")
+            run = folder / "policy"  # that of the folder of a run
+            found = f", such as {run}" if (run / name).is_file() else ""
+            raise CheckpointError(
+                f"{folder}: no {name} (accepted: what `editr2 world pretrain` wrote, or a run's policy/{found})"
+            )
     config, codec = UnifiedConfig.load(folder / SIZES), TextCodec.load(folder / TOKENIZER)
     if (words := 1 + max(codec.tokenizer.get_vocab().values())) > config.vocab_size:
         raise CheckpointError(
