@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from editr2.config import PolicyConfig
-from editr2.errors import ConfigError, one_line
+from editr2.errors import ConfigError
 from editr2.policies.adapters import LORA_FILE, TRANSFORMER, adapter_weights, check_file
 from editr2.policies.load import load_rest, ready_autoencoder, unified_guidance
 from editr2.policies.unified import EMBEDDED, GuidedContext, UnifiedPolicy, read_parts
@@ -256,27 +256,7 @@ class DiffusionEditor:
 
     def unreadable(self, instructions: Sequence[str]) -> Iterable[tuple[int, str]]:
         """As the policy's, by the tokenizers in the weights' folder; of a published id they are not here."""
-        return self._reader.unreadable(instructions)
-
-    @cached_property
-    def _reader(self) -> DiffusionPolicy:
-        """The policy with the tokenizers that there are. Raises `ConfigError` for broken ones."""
-        import transformers
-
-        from editr2.policies.diffusion import without_processor_notes
-        from editr2.policies.load import weight_sources
-
-        folder = Path(weight_sources(self.config.weights or self.kind.published, self.config.model)[2])
-        loaders = {"tokenizer": "AutoTokenizer", "tokenizer_2": "AutoTokenizer", "processor": "Qwen2VLImageProcessor"}
-        needed = [name for name in loaders if name in self._arguments]
-        for name in needed if all((folder / name).is_dir() for name in needed) else ():
-            try:
-                with without_processor_notes():
-                    loader = getattr(transformers, loaders[name])
-                setattr(self.policy.pipe, name, loader.from_pretrained(folder / name))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"policy.weights: {folder / name}: {one_line(error)}") from error
-        return self.policy
+        return self.policy.unreadable(instructions)
 
     def _policy(self, depth: Mapping[str, int]) -> Any:
         """The policy without data, so deep; raises the `ConfigError` of settings that it refuses."""
@@ -355,9 +335,9 @@ class DiffusionEditor:
         if self.folder is not None:
             texts = {name: _text_encoder(self.folder / name / "config.json") for name in self.kind.text_encoders}
             parts = {"vae": vae, "transformer": transformer, **texts}
-            return load_rest(
-                self.kind, str(self.folder), parts, f"policy.weights: {self.folder}: no {self.kind.pipeline}"
-            )
+            where = f"policy.weights: {self.folder}: no {self.kind.pipeline}"
+            with _no_bars():
+                return load_rest(self.kind, str(self.folder), parts, where)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**self.parts.scheduler)
         given: dict[str, Any] = {"vae": vae, "transformer": transformer, "scheduler": scheduler}
         for name, argument in self._arguments.items():
