@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from editr2.machine import wait_passively
+from editr2.machine import open_streams, wait_passively
 
 if __name__ == "__main__":  # as torchrun starts it; `editr2` starts `editr2.__main__`
     wait_passively()  # before the imports below load torch
@@ -447,6 +447,7 @@ def os_problem(error: OSError) -> str:
 
 def main(arguments: Arguments | None = None) -> int:
     """Entry point: 0 when all went well, 2 with one line on standard error for anything the user can mend."""
+    open_streams()
     warnings.filterwarnings("default", category=UserWarning, module="editr2")
     given = sys.argv[1:] if arguments is None else arguments
     try:

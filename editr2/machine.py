@@ -23,6 +23,18 @@ BUSY_LOAD = 1.5
 """Runnable processes a core, where the kernel does not tell who waited: our own threads are one a core."""
 
 
+def open_streams() -> None:
+    """Puts the null device where standard input, output or error is closed (`>&-`, as some services start programs):
+    else Python has None there, and the first files of a run take their numbers, and what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  # the process's
+
+
 def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
     """Lets OpenMP's threads sleep between operators. By default they spin for milliseconds after each, and take the
     cores from whoever computes.
