@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import sys
 
-from editr2.machine import wait_passively
+from editr2.machine import starting, wait_passively
 
 
 def main() -> int:
-    wait_passively()
-    from editr2.cli import main as run
+    with starting():
+        wait_passively()
+        from editr2.cli import main as run
 
     return run()
 

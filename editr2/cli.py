@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from editr2.machine import wait_passively
+from editr2.machine import open_streams, starting, wait_passively
 
 if __name__ == "__main__":  # as torchrun starts it; `editr2` starts `editr2.__main__`
     wait_passively()  # before the imports below load torch
@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-try:
+with starting(__name__ == "__main__"):  # torch takes seconds to load
     from editr2.config import (
         PRESETS,
         SEED,
@@ -33,9 +33,6 @@ try:
     from editr2.errors import ConfigError, UserError, one_line
     from editr2.fields import Bounds, Wrong, field_problems
     from editr2.flags import Flags, values_of
-except KeyboardInterrupt:  # torch takes seconds to load
-    print("stopped while starting: nothing was done", file=sys.stderr)
-    raise SystemExit(130) from None
 
 Arguments = Sequence[str]
 
@@ -447,6 +444,7 @@ def os_problem(error: OSError) -> str:
 
 def main(arguments: Arguments | None = None) -> int:
     """Entry point: 0 when all went well, 2 with one line on standard error for anything the user can mend."""
+    open_streams()
     warnings.filterwarnings("default", category=UserWarning, module="editr2")
     given = sys.argv[1:] if arguments is None else arguments
     try:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """What a user may have set to say how OpenMP's threads wait."""
@@ -21,6 +25,40 @@ judge) is not held up by waiting for a core."""
 
 BUSY_LOAD = 1.5
 """Runnable processes a core, where the kernel does not tell who waited: our own threads are one a core."""
+
+
+def open_streams() -> None:
+    """Puts the null device where standard input, output or error is closed (`>&-`, as some services start programs):
+    else Python has None there, and the first files of a run take their numbers, and what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  # the process's
+
+
+@contextmanager
+def starting(program: bool = True) -> Iterator[None]:
+    """Around the imports of a `program`: Ctrl-C ends the process there and then.
+
+    As an exception it is lost inside of extension modules: torch, interrupted while it loads numpy, goes on without.
+    """
+    usual = program and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        os.write(2, b"stopped while starting: nothing was done\n")
+        os._exit(128 + signum)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -175,7 +175,7 @@ def evaluation_line(row: dict[str, Any]) -> str:
     spread = f" (last +-{se:.3f})" if se is not None else ""
     whole = f", sessions all right {right:.1%}" if right is not None else ""
     where = f"{row['name']} (iteration {row['iteration']}, {row['sessions']} held-out sessions)"
-    return f"{where}: reward {turns}{spread}{whole}"
+    return f"{where}: reward {turns or '–'}{spread}{whole}"
 
 
 def comparison_line(row: dict[str, Any]) -> str:

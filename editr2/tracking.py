@@ -342,7 +342,7 @@ class Progress:
         if self._stream.isatty():
             self._show(line)
         else:
-            print(line, file=self._stream, flush=True)
+            self._print(line)
 
     def note(self, text: str) -> None:
         """Prints `text` on a line of its own, above the live line if there is one."""
@@ -351,7 +351,15 @@ class Progress:
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
             print(text, file=self._stream, flush=True)
+        except BrokenPipeError:  # whoever read has enough of it, as any program takes it
+            raise
+        except OSError:  # the terminal went away, or the log's disk is full: the run's own files say it all
+            self._enabled = False
 
     def line(self, row: Mapping[str, Any]) -> str:
         turns = row.get("reward_turn") or []

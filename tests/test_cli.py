@@ -210,6 +210,17 @@ def test_a_reader_who_has_enough_is_no_error():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed):
+    """As services start programs; no file of ours takes the number of a stream."""
+    code = "import os, sys; from editr2.cli import main; code = main(['world', '--help']); print('said')"
+    code += "; sys.exit(code or os.open('/', os.O_RDONLY) < 3)"
+    done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and ("said" in done.stdout) == (
+        ">&-" not in closed.replace("2>&-", "")
+    )
+
+
 def test_libraries_say_nothing_that_nobody_needs():
     """Importing a Flux pipeline touches image processors that would rather have torchvision."""
     code = "from editr2.policies.diffusion import stock_pipeline; print(stock_pipeline('FluxKontextPipeline').__name__)"

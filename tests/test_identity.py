@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -503,6 +506,96 @@ def test_a_reward_whose_version_raises_is_one_line():
 
     with pytest.raises(ConfigError, match=r"^reward: \S+Shy: its settings cannot be read: the judge's server is down$"):
         reward_fingerprint(Shy())
+
+
+JUDGE = """
+import os
+
+from helpers_of_a_test import SCALE, bright as how
+import more_of_a_test.parts
+
+THRESHOLD = 0.5  # of what
+if os.name:
+    LIMIT = 1
+
+def helper(image):
+    return how(image) * THRESHOLD * more_of_a_test.parts.half()
+
+def apart():
+    return 3
+
+class Base:
+    names = ("a",)
+    limit = LIMIT
+
+class Judge(Base):
+    def __call__(self, session, images):
+        return [min(helper(i), self.limit) for i in images]
+
+def judge(session, images):
+    return [helper(i) for i in images]
+
+small = lambda session, images: helper(images)
+"""
+HELPERS = "SCALE = 1\n\ndef bright(image):\n    return image.mean() * SCALE\n\ndef apart(): pass\n"
+SOURCES = {
+    "nothing": ("judge.py", "", "", "none"),
+    "a helper's code": ("judge.py", "* THRESHOLD", "/ THRESHOLD", "all"),
+    "a constant": ("judge.py", "THRESHOLD = 0.5", "THRESHOLD = 0.25", "all"),
+    "what nobody uses": ("judge.py", "return 3", "return 4", "none"),
+    "a comment above": ("judge.py", "\nimport os", "\n# mine\nimport os", "none"),
+    "a base class": ("judge.py", '("a",)', '("b",)', "Judge"),
+    "what a class's constant comes from": ("judge.py", "LIMIT = 1", "LIMIT = 2", "Judge"),
+    "a helper in another file": ("helpers_of_a_test.py", "image.mean()", "image.max()", "all"),
+    "a constant in another file": ("helpers_of_a_test.py", "SCALE = 1", "SCALE = 2", "all"),
+    "what nobody uses in another file": ("helpers_of_a_test.py", "apart", "aside", "none"),
+    "a module that is used by its name": ("more_of_a_test/parts.py", "0.5", "0.25", "all"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_reward_is_known_by_all_that_it_calls(name, tmp_path, monkeypatch):
+    """Modules of the user's, changed between two starts."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "more_of_a_test").mkdir()
+    texts = {
+        "judge.py": JUDGE,
+        "helpers_of_a_test.py": HELPERS,
+        "more_of_a_test/__init__.py": "",
+        "more_of_a_test/parts.py": "def half():\n    return 0.5\n",
+    }
+    for file, text in texts.items():
+        (tmp_path / file).write_text(text)
+
+    def known() -> dict[str, str]:
+        monkeypatch.syspath_prepend(str(tmp_path))  # forgets what the folder held
+        spec = importlib.util.spec_from_file_location("judge_of_a_test", tmp_path / "judge.py")
+        assert spec is not None and spec.loader is not None
+        module = sys.modules["judge_of_a_test"] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            found = {name: reward_fingerprint(getattr(module, name)) for name in ("judge", "Judge", "small")}
+            return found | {"made": reward_fingerprint(module.Judge())}
+        finally:
+            for loaded in [n for n in sys.modules if n.endswith("_of_a_test") or n.startswith("more_of_a_test")]:
+                del sys.modules[loaded]
+
+    before = known()
+    file, old, new, whose = SOURCES[name]
+    assert old in texts[file]
+    (tmp_path / file).write_text(texts[file].replace(old, new, 1))
+    after = known()
+    changed = {n for n in before if before[n] != after[n]}
+    assert changed == {"none": set(), "all": set(before), "Judge": {"Judge", "made"}}[whose]
+
+
+def test_a_reward_that_was_typed_at_a_prompt_is_one():
+    code = "class Judge:\n    names = ('a',)\n    def __call__(self, s, i): return 1\n"
+    code += "from editr2.run.identity import reward_fingerprint\nprint(reward_fingerprint(Judge()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("__main__:Judge ")
 
 
 def test_a_reward_of_another_version_is_another(monkeypatch):

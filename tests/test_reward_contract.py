@@ -7,6 +7,7 @@ then by `editr2 train`, `eval` and `check`: nothing ends with a traceback, nothi
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import sys
@@ -103,6 +104,14 @@ ROWS = {
         Failed("TypeError: Score: 'high'"),
     ),
     "a score without a reason": ("def judge(session, images): return [Score(None)] * 3", Failed("needs a reason")),
+    "a score that was changed": (
+        "def judge(session, images):\n    score = Score(0.5)\n    vars(score)['value'] = 7.5\n    return [score] * 3",
+        Failed("7.5 is outside"),
+    ),
+    "a message for the terminal": (
+        "def judge(session, images): raise OSError('\\x1b[2Jdown')",
+        Failed(r"OSError: \\x1b\[2Jdown"),
+    ),
     "a failed score": ("def judge(session, images): return [Score(None, 'timed\\nout')] * 3", Failed("timed out$")),
     "a string": ("def judge(session, images): return 'yes'", Failed(r"'yes' \(accepted: a number in \[0, 1\]")),
     "strings": ("def judge(session, images): return ['0.5'] * 3", Failed("'0.5' .accepted")),
@@ -310,6 +319,42 @@ def test_what_comes_back_never_decides_what_was_expected(name, written):
     expected = torch.tensor([value or 0 for value in outcome.of_turns]).view(TURNS, -1)
     torch.testing.assert_close(scores.values[1, :TURNS], expected.float(), rtol=0, atol=0)
     check_failures(scores, 0.0)
+
+
+TRACES = {
+    "writes into the images": "def judge(session, images):\n    images[:] = 9\n    return 0.5",
+    "writes into the source": "def judge(session, images):\n    session.image[:] = 9\n    return 0.5",
+    "writes into the source, all at once": "def judge(sessions, images):\n    for s in sessions: s.image.fill(9)\n"
+    "    return [0.5 for s in sessions]",
+    "takes from meta": "def judge(session, images):\n    session.meta['a'].clear()\n    session.turns[0].meta.clear()\n"
+    "    return 0.5",
+    "no gradients": "def judge(session, images):\n    torch.set_grad_enabled(False)\n    return 0.5",
+    "no gradients, from its import on": "torch.set_grad_enabled(False)\ndef judge(session, images): return 0.5",
+    "no gradients, from its constructor on": "class judge:\n    def __init__(self): torch.set_grad_enabled(False)\n"
+    "    def __call__(self, session, images): return 0.5",
+    "another dtype": "def judge(session, images):\n    torch.set_default_dtype(torch.float64)\n    return 0.5",
+    "another device": "def judge(session, images):\n    torch.set_default_device('meta')\n    return 0.5",
+    "another folder": "import os\nos.chdir('/')\ndef judge(session, images):\n    os.chdir('/')\n    return 0.5",
+    "and raises": "def judge(session, images):\n    torch.set_grad_enabled(False)\n    raise OSError",
+}
+"""What judges do to what they are given and to the process, on their way to a score."""
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_a_judge_leaves_nothing_behind(name, written, tmp_path):
+    image, images, meta = np.ones((24, 24, 3), np.uint8), np.ones((1, 24, 24, 3), np.uint8), {"a": [1]}
+    given = Session("a", image, (Turn("paint", meta={"b": 1}),), meta=meta)
+    try:
+        reward = load_reward(RewardConfig(written(TRACES[name])))
+        scores = score_batch(reward, [(given, images.copy())], 1)
+        assert scores.failed == (name == "and raises")
+        assert (image == 1).all() and meta == {"a": [1]} and given.turns[0].meta == {"b": 1}
+        assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+        assert torch.get_default_device().type == "cpu" and os.getcwd() == str(tmp_path)
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 def run_of(tmp_path, function: str | None = None, timeout: float | None = None, limit: float = 0.5) -> Config:

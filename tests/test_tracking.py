@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import logging
@@ -246,6 +247,21 @@ def test_progress_survives_a_bare_row_and_prints_only_on_the_main_process():
     progress.update(FULL)
     progress.note("hidden")
     assert quiet.getvalue() == ""
+
+
+def test_a_terminal_that_went_away_stops_no_run():
+    class Gone(io.StringIO):
+        error: OSError = OSError(errno.EIO, "Input/output error")
+
+        def write(self, text):
+            raise self.error
+
+    progress = Progress(3, stream=Gone())
+    progress.update(FULL)
+    progress.note("hidden")
+    Gone.error = BrokenPipeError()
+    with pytest.raises(BrokenPipeError):  # `| head`
+        Progress(3, stream=Gone()).note("read by nobody")
 
 
 def test_progress_on_a_terminal_keeps_its_line_in_place(monkeypatch):

@@ -12,11 +12,14 @@ Told apart by what there is and by the names of the parameters, never by what co
 
 from __future__ import annotations
 
+import copy
 import inspect
+import os
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +30,7 @@ import torch
 from editr2.errors import ConfigError
 from editr2.rewards import answers
 from editr2.rewards.answers import NOT_A_SCORE, Row, batch_rows, failed_rows, session_rows
-from editr2.rewards.base import Item, Score, Scores, described, lay_out
+from editr2.rewards.base import Item, Score, Scores, described, lay_out, one_line
 from editr2.sessions import Session
 
 T = TypeVar("T")
@@ -60,6 +63,7 @@ class CheckedReward:
 
     def judge(self, items: Sequence[Item]) -> list[list[Row]]:
         """A row a turn for every item, of a `Score` for each name."""
+        items = [Item(_apart(item.session), item.images) for item in items]
         calls = [items] if self._together else [[item] for item in items]
         said = [rows for call in calls if call for rows in self._call(call)]
         self.answered |= any(not all(score.failed for score in row.values()) for rows in said for row in rows)
@@ -80,6 +84,50 @@ def score_batch(reward: object, judged: Sequence[tuple[Session, np.ndarray]], tu
     return lay_out(asked.names, [item.session for item in items], asked.judge(items), turns)
 
 
+def _apart(session: Session) -> Session:
+    """The same session, whose pixels and `meta` may be written into: what is edited next does not depend on a judge."""
+    turns = []
+    for turn in session.turns:
+        turns.append(copy.copy(turn))
+        vars(turns[-1])["meta"] = _containers(turn.meta)
+    mine = copy.copy(session)
+    vars(mine).update(image=lambda: session.image.copy(), turns=tuple(turns), meta=_containers(session.meta))
+    return mine
+
+
+def _containers(value: Any) -> Any:
+    """Dicts and lists of JSON anew; what is in them is shared."""
+    if type(value) is dict:
+        return {key: _containers(item) for key, item in value.items()}
+    return [_containers(item) for item in value] if type(value) is list else value
+
+
+@contextmanager
+def process_kept() -> Iterator[None]:
+    """Puts back what a judge's code sets for the whole process or thread and training would follow: the working folder,
+    torch's default dtype and device, the current GPU, and whether gradients are recorded."""
+    folder, dtype, device = _working_folder(), torch.get_default_dtype(), torch.get_default_device()
+    recorded, cuda = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        if folder is not None and _working_folder() != folder:
+            os.chdir(folder)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(recorded)
+        if cuda is not None:
+            torch.cuda.set_device(cuda)
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # somebody removed it
+        return None
+
+
 def adapt(given: object, *, title: str = "reward", timeout: float | None = None) -> CheckedReward:
     """A reward of any form. title: what to call it in errors. timeout: seconds a call; see `Caller`.
 
@@ -88,9 +136,10 @@ def adapt(given: object, *, title: str = "reward", timeout: float | None = None)
     if isinstance(given, CheckedReward):
         return given
     try:
-        made = _made(given, title)
-        function, together, none = _form(made, title)
-        names = _names(made, title)
+        with process_kept():
+            made = _made(given, title)
+            function, together, none = _form(made, title)
+            names = _names(made, title)
     except (KeyboardInterrupt, ConfigError):
         raise
     except BaseException as error:  # of its attributes: `names` may be a property
@@ -228,7 +277,8 @@ class Caller:
     def call(self, function: Callable[[], T]) -> T:
         """`function()`; raises `NoAnswerError` whatever else happens in there but Ctrl-C."""
         try:
-            return function() if self.timeout is None else self._within(function, self.timeout)
+            with process_kept():
+                return function() if self.timeout is None else self._within(function, self.timeout)
         except (KeyboardInterrupt, NoAnswerError):
             raise
         except BaseException as error:  # SystemExit, too: a judge does not end the run
@@ -269,7 +319,7 @@ def _serve(calls: queue.SimpleQueue[Callable[[], None]], device: int | None) -> 
 def told(error: BaseException) -> str:
     """An exception in one line: type, message, and where in the user's own file."""
     try:
-        text = " ".join(str(error).split())
+        text = one_line(str(error))
     except Exception:  # its __str__ is a user's code, too
         text = "(a message that cannot be read)"
     frames = traceback.extract_tb(error.__traceback__)

@@ -82,11 +82,11 @@ def _row(said: object, names: Sequence[str], none: Score) -> Row:
 
 
 def _score(said: object, none: Score) -> Score:
-    if isinstance(said, Score):
-        return said
     if said is None:
         return none
     try:
+        if isinstance(said, Score):  # once more: frozen is a request
+            return Score(said.value, said.reason, said.applies)
         return Score(said)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         return Score(None, str(error).removeprefix("Score: "))

@@ -40,6 +40,12 @@ def as_number(value: Any) -> float:
     return min(max(float(plain), 0.0), 1.0)
 
 
+def one_line(text: str) -> str:
+    """A text of somebody else's in one line that a terminal only prints."""
+    text = " ".join(text.split())
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def described(value: object) -> str:
     """What came back, in a few words: numbers and None as they are, else the type, with its size where it has one."""
     if value is None or isinstance(value, numbers.Number | np.generic | str):
@@ -200,7 +206,7 @@ def lay_out(
 def _failure(row: dict[str, Score], session: str, turn: int) -> str:
     """`reward IF, session a1, turn 2: why` in one line; rewards that failed for one reason are named together."""
     parts = []
-    failed = {name: " ".join(str(score.reason).split()) for name, score in row.items() if score.failed}
+    failed = {name: one_line(str(score.reason)) for name, score in row.items() if score.failed}
     for reason in Counter(failed.values()):
         named = [name for name, why in failed.items() if why == reason]
         shown = reason if len(reason) <= 300 else reason[:297] + "..."

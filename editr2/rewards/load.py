@@ -9,7 +9,7 @@ import sys
 
 from editr2.config import RewardConfig
 from editr2.errors import ConfigError
-from editr2.rewards.adapt import CheckedReward, adapt, told
+from editr2.rewards.adapt import CheckedReward, adapt, process_kept, told
 from editr2.rewards.world import WorldReward
 
 
@@ -27,7 +27,8 @@ def load_reward(config: RewardConfig) -> CheckedReward:
     try:
         if not {"", os.getcwd()} & set(sys.path):
             sys.path.append(os.getcwd())  # the console script's path lacks it
-        found = importlib.import_module(module)
+        with process_kept():
+            found = importlib.import_module(module)
         given = getattr(found, name, None)
     except KeyboardInterrupt:
         raise

@@ -5,7 +5,8 @@ A checkpoint and the first row of `metrics.jsonl` hold both. What numbers depend
     sessions   the training set: ids, instructions, modes, meta and pixels; of the endless world settings and version
     heldout    the same of the evaluation's sessions
     weights    the weights that training starts from and adapters lie over
-    reward     the judge's name, its source and the settings that its constructor was given
+    reward     the judge's name, its source with that of its helpers (`sources`), and the settings that its constructor
+               was given
 
 beside the settings under their dotted names: a run goes on only where all of them are what they were, or where the user
 insists by name (`--resume-anyway`). Versions, command, commit, host and date may differ; they are recorded and told.
@@ -25,7 +26,6 @@ import re
 import shlex
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from editr2.config import Config
 from editr2.data import SessionSource
 from editr2.errors import CheckpointError, ConfigError, one_line
+from editr2.run.sources import installed, sources
 from editr2.sessions import Session, pixel_sum
 from editr2.worlds import shapes
 
@@ -248,17 +249,17 @@ def _described(value: Any, depth: int = 0) -> Any:
     if inspect.isfunction(value):
         held = [value.__defaults__, value.__kwdefaults__, inspect.getclosurevars(value).nonlocals]
         around = [_described(item, depth + 1) for item in held]
-        return {"name": _name(value), "source": _sources(value), "settings": around}
+        return {"name": _name(value), "source": sources(value), "settings": around}
     if inspect.isroutine(value) or inspect.isclass(value):
-        return {"name": _name(value), "source": _sources(value)}
+        return {"name": _name(value), "source": sources(value)}
     if isinstance(value, nn.Module):
         weights = _short(_tensor_digest(_tensors(value)))
-        return {"name": _name(type(value)), "source": _sources(type(value)), "weights": weights}
-    if depth and _installed(type(value)):  # a client, a pool, ...: what it holds is nobody's setting
+        return {"name": _name(type(value)), "source": sources(type(value)), "weights": weights}
+    if depth and installed(type(value)):  # a client, a pool, ...: what it holds is nobody's setting
         return _name(type(value))
     settings = {name: _described(item, depth + 1) for name, item in _settings(value)}
     version = _described(getattr(value, "version", None), depth + 1)
-    return {"name": _name(type(value)), "source": _sources(type(value)), "settings": settings, "version": version}
+    return {"name": _name(type(value)), "source": sources(type(value)), "settings": settings, "version": version}
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:
@@ -271,32 +272,6 @@ def _settings(value: Any) -> Iterator[tuple[str, Any]]:
         kept = held.get(name, held.get(f"_{name}", _ABSENT))
         if kept is not _ABSENT:
             yield name, kept
-
-
-def _sources(thing: Any) -> list[str]:
-    """Of a function, or a class and its bases; none of the standard library, of installed packages and of ours, which
-    have versions."""
-    texts = []
-    for part in inspect.getmro(thing) if inspect.isclass(thing) else (thing,):
-        if _installed(part):
-            continue
-        try:
-            text = inspect.getsource(part)
-        except (OSError, TypeError):  # typed at a prompt
-            continue
-        texts.append("\n".join(line.rstrip() for line in text.strip().splitlines()))
-    return texts
-
-
-def _installed(thing: Any) -> bool:
-    try:
-        file = inspect.getsourcefile(thing) or ""
-    except TypeError:  # built in
-        return True
-    return file.startswith(_ROOTS) or "site-packages" in file or "dist-packages" in file
-
-
-_ROOTS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent.parent))
 
 
 # --------------------------------------------------------------------------------------------------- where it was made
