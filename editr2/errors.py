@@ -4,12 +4,17 @@ as `error: …` and exits with status 2. Everything else that escapes is a defec
 from __future__ import annotations
 
 
+def plain(text: str) -> str:
+    """A text of somebody else's in one line that a terminal only prints."""
+    text = " ".join(text.split())
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def one_line(error: BaseException, *, kind: bool = False, limit: int = 400) -> str:
     """Another library's words for a message of ours, with the error's kind where they are fewer than three, or if
     `kind`."""
-    words, name = " ".join(str(error).split()), type(error).__name__
+    words, name = plain(str(error)), type(error).__name__
     said = words if len(words.split()) > 2 and not kind else f"{name}: {words}" if words else name
-    said = said if said.isprintable() else repr(said)
     return said if len(said) <= limit else f"{said[:limit]}..."
 
 

@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, plain
 from editr2.rewards import answers
 from editr2.rewards.answers import NOT_A_SCORE, Row, batch_rows, failed_rows, session_rows
-from editr2.rewards.base import Item, Score, Scores, described, lay_out, one_line
+from editr2.rewards.base import Item, Score, Scores, described, lay_out
 from editr2.sessions import Session
 
 T = TypeVar("T")
@@ -319,7 +319,7 @@ def _serve(calls: queue.SimpleQueue[Callable[[], None]], device: int | None) -> 
 def told(error: BaseException) -> str:
     """An exception in one line: type, message, and where in the user's own file."""
     try:
-        text = one_line(str(error))
+        text = plain(str(error))
     except Exception:  # its __str__ is a user's code, too
         text = "(a message that cannot be read)"
     frames = traceback.extract_tb(error.__traceback__)

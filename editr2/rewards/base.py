@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from editr2.config import UNSET_WEIGHTS
-from editr2.errors import ConfigError, UserError
+from editr2.errors import ConfigError, UserError, plain
 from editr2.sessions import Session
 
 ROUNDING = 1e-6
@@ -38,12 +38,6 @@ def as_number(value: Any) -> float:
         why = "is not finite" if plain != plain or plain in (float("inf"), float("-inf")) else "is outside of [0, 1]"
         raise ValueError(f"{described(value)} {why}; return Score(None, reason) instead")
     return min(max(float(plain), 0.0), 1.0)
-
-
-def one_line(text: str) -> str:
-    """A text of somebody else's in one line that a terminal only prints."""
-    text = " ".join(text.split())
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def described(value: object) -> str:
@@ -206,7 +200,7 @@ def lay_out(
 def _failure(row: dict[str, Score], session: str, turn: int) -> str:
     """`reward IF, session a1, turn 2: why` in one line; rewards that failed for one reason are named together."""
     parts = []
-    failed = {name: one_line(str(score.reason)) for name, score in row.items() if score.failed}
+    failed = {name: plain(str(score.reason)) for name, score in row.items() if score.failed}
     for reason in Counter(failed.values()):
         named = [name for name, why in failed.items() if why == reason]
         shown = reason if len(reason) <= 300 else reason[:297] + "..."
