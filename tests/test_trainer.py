@@ -293,7 +293,15 @@ def wait_and_kill(process, when, timeout=120):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ["in the first iteration", "while saving", "between iterations"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        "while saving",
+        # tests/test_record.py kills in process at these points and many more, in a tenth of the time.
+        pytest.param("in the first iteration", marks=pytest.mark.exhaustive),
+        pytest.param("between iterations", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_killed_at_any_moment_it_resumes_bitwise(uninterrupted, tmp_path, point):
     run = tmp_path / "run"
     conditions = {
