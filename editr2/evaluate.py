@@ -124,7 +124,7 @@ def first_answer(reward: CheckedReward, sessions: Sequence[Session], limit: floa
             image, turns = session.image, len(session.turns)
             scores = score_batch(reward, [(session, np.stack([image] * turns))], turns)
             try:
-                check_failures(scores, math.nextafter(1, 0))
+                check_failures(scores, limit, all_of_them=True)
             except RewardFailure as error:
                 failures.append(str(error))
             else:

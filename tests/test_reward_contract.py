@@ -382,7 +382,7 @@ def test_a_judge_that_always_fails_stops_the_run_before_anything_is_edited(name,
     config = run_of(tmp_path, written(code), outcome.timeout)
     sessions, pattern = (
         [session("a", 2)] * 9,
-        r"before any was edited: reward .* could not be scored .*session a, turn 1",
+        r"before any was edited: reward .* could not be scored .train.max_failed_scores: 0.5.; .*session a, turn 1",
     )
     with pytest.raises(RewardFailure, match=pattern) as error:
         evaluate(None, load_reward(config.reward), sessions, None, config, open_processes())

@@ -223,14 +223,15 @@ FEWEST = 8
 """A reward that applies to fewer turns of an iteration is held against so many: two failures of two say little."""
 
 
-def check_failures(scores: Scores, limit: float) -> None:
-    """Stops the run when one of the rewards failed on more than `limit` (a fraction) of the turns it applies to."""
+def check_failures(scores: Scores, limit: float, *, all_of_them: bool = False) -> None:
+    """Stops the run when one of the rewards failed on more than `limit` (a fraction) of the turns it applies to, or,
+    with `all_of_them`, on all of at least as many as count."""
     failures, skipped = scores.of_state(FAILED), scores.of_state(NOT_APPLICABLE)
     turns = int(scores.expected.sum())
     for k, name in enumerate(scores.names):
         failed = int(failures[..., k].sum())
         asked = max(turns - int(skipped[..., k].sum()), min(turns, FEWEST))
-        if asked and failed / asked > limit:
+        if asked and (failed == asked if all_of_them else failed / asked > limit):
             first = next(reason for at, reason in scores.reasons.items() if bool(failures[(*at, k)]))
             raise RewardFailure(
                 f"reward {name}: {failed} of {asked} turns could not be scored (train.max_failed_scores: {limit:g}); "
