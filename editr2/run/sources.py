@@ -54,9 +54,9 @@ class _Module:
     (module, name there), where None is the whole module."""
 
     def __init__(self, module: ModuleType, text: str) -> None:
-        self.lines, self.bound, self.imported = text.splitlines(), {}, {}  # type: ignore[var-annotated]
-        self.bound: dict[str, list[ast.stmt]]
-        self.imported: dict[str, tuple[str, str | None]]
+        self.lines = text.splitlines()
+        self.bound: dict[str, list[ast.stmt]] = {}
+        self.imported: dict[str, tuple[str, str | None]] = {}
         for statement in ast.parse(text).body:
             for name in _binds(statement):
                 self.bound.setdefault(name, []).append(statement)
