@@ -652,7 +652,9 @@ def _out(config: Config, command: str) -> Iterator[str]:
 
 def folder_problem(folder: str | os.PathLike[str]) -> str | None:
     """Why a folder, new or not, cannot be written into; None if it can. Nothing is made."""
-    at = Path(folder).expanduser()
+    at = Path(os.path.expanduser(folder))
+    if str(at).startswith("~"):
+        return f"there is no home folder {at.parts[0]}; ./{at} is one of that name"
     while not os.path.lexists(at) and at != at.parent:
         at = at.parent
     if not at.is_dir():

@@ -20,6 +20,7 @@ import yaml
 
 from editr2.errors import ConfigError
 from editr2.fields import Accepts, Bounds, Slot, Wrong, accepted, convert, is_schema, leaves, out_of_bounds, slots
+from editr2.yaml_config import is_misread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +252,7 @@ def from_text(text: str, hint: Any) -> Any:
 
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return text if is_misread(text) else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         return text
 

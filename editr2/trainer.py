@@ -83,7 +83,7 @@ def train(
 
     Raises `UserError` subclasses for bad settings, data, checkpoints, a run of something else or one that is at work in
     the folder, too many failed scores, a ratio that is not 1 on-policy, or a NaN; and `Stopped`, once what is done is
-    saved, after Ctrl-C or SIGTERM.
+    saved, after Ctrl-C, SIGTERM or SIGHUP.
     """
     config = check_config(config)
     check_insisted(resume_anyway)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +79,14 @@ def to_dataclass(values: Mapping[str, Any], schema: type[T]) -> T:
     except Wrong as wrong:
         raise ConfigError(wrong.problem) from None
     return made
+
+
+def is_misread(text: str) -> bool:
+    """Whether YAML 1.1 makes a number of it that nobody means: `010` is 8 and `1:30` is 90."""
+    return _MISREAD.fullmatch(text) is not None
+
+
+_MISREAD = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 def dump_yaml(config: Any) -> str:
@@ -155,7 +164,11 @@ class _Builder:
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
         try:
-            return self.scalars.construct_object(node)
+            value = self.scalars.construct_object(node)
+            if isinstance(value, int | float) and is_misread(node.value):
+                meant = f"accepted: {value}, or quoted if it is a text"
+                raise self.error(node, f"{node.value} is {value} in YAML ({meant})")
+            return value
         except (yaml.MarkedYAMLError, ValueError, KeyError, IndexError, OverflowError) as error:
             # such as `!!int x`, a date like 2020-13-45, or a tag that is not standard
             raise self.error(node, f"{node.value!r} is not a valid {_short(node.tag)}") from error

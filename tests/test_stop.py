@@ -17,7 +17,7 @@ import torch
 from editr2 import cli
 from editr2.checkpoint import latest_checkpoint, load_checkpoint
 from editr2.run.lock import LockedError, RunLock
-from editr2.run.stop import Stopped
+from editr2.run.stop import NAMES, Stopped
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,14 +63,14 @@ def test_a_signal_anywhere_saves_what_is_done(runs, whole, tmp_path, name, which
     """And the same command goes on to what one leaves that was never stopped."""
     uninterrupted, passed = whole
     number = [i for i, p in enumerate(passed, 1) if p == name][which - 1]
-    run, signum = tmp_path / "run", (signal.SIGTERM, signal.SIGINT)[number % 2]
+    run, signum = tmp_path / "run", list(NAMES)[number % 3]
     with pytest.raises(Stopped) as caught, runs.dying_at(number, lambda: signal.raise_signal(signum)):
         runs.train_once(run, checkpoint={"every": 99})
     assert caught.value.signum == signum and not caught.value.at_once
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     said = str(caught.value)
-    assert said.startswith(f"stopped by {'SIGTERM' if signum == signal.SIGTERM else 'Ctrl-C'}; {run} ")
+    assert said.startswith(f"stopped by {NAMES[signum]}; {run} ")
     found = latest_checkpoint(run / "checkpoints")
     if done:
         assert load_checkpoint(found).iteration == done and f"saved at iteration {done} of 3; the same command" in said

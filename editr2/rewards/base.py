@@ -252,6 +252,8 @@ def weights_of(names: Sequence[str], weights: dict[str, float]) -> dict[str, flo
         raise ConfigError(
             f"credit.weights: {sorted(weights)} (accepted: a weight for exactly {sorted(names)}, such as {{{example}}})"
         )
+    if not any(weights[name] for name in names):
+        raise ConfigError("credit.weights: all are 0, so nothing trains (accepted: at least one that is not)")
     return {name: weights[name] for name in names}
 
 

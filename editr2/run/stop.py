@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: what is done is saved, and the user is told how to go on.
+"""SIGTERM, SIGHUP and Ctrl-C: what is done is saved, and the user is told how to go on.
 
 A process that is alone gives an iteration or an evaluation up at once while nothing of it has changed the weights, and
 finishes it afterwards. Several processes finish the iteration and then agree, since a signal reaches them at different
@@ -11,12 +11,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 from editr2.processes import Processes
 
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+"""SIGHUP: the terminal was closed; under nohup it is ignored, and stays so."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -50,7 +52,8 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            for signum in NAMES:
+                usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
                 if signal.getsignal(signum) is usual:
                     self._earlier[signum] = signal.signal(signum, self._heard)
         return self
@@ -96,4 +99,5 @@ class Stop:
     @staticmethod
     def _say(text: str) -> None:
         # A handler runs between any two instructions, perhaps inside of a print.
-        os.write(2, f"\n{text}\n".encode())
+        with suppress(OSError):  # a terminal that went away
+            os.write(2, f"\n{text}\n".encode())
