@@ -144,6 +144,7 @@ def dry_run(config: Config, folder: str) -> list[str]:
     lines = [f"dry run     the second iteration took {seconds}"]
     if cuda:
         lines.append(f"            alive at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the device")
+    lines.append("            its folder is removed again, with the report")
     return lines
 
 
