@@ -40,7 +40,6 @@ $(STAMP): $(INPUTS)
 
 demo: install  ## train the small model that ships with the package; writes a report
 	@$(BIN)/editr2 train --out $(DEMO) --profile $(ARGS)
-	@echo "report: $(CURDIR)/$(DEMO)/report.html"
 
 test: install  ## the tests, in up to four processes of one thread each
 	@$(BIN)/python -m pytest tests -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)

@@ -173,6 +173,8 @@ def evaluation_table(row: dict[str, Any]) -> str:
             mean, se = row[name][t]["mean"], row[name][t]["se"]
             cells.append("-" if mean is None else f"{mean:.3f}" + ("" if se is None else f" +- {se:.3f}"))
         lines.append(f"{t + 1:<8}" + "".join(f"{c:>18}" for c in cells))
+    if "marginal_turn" in names:
+        lines.append("marginal: the share of turns with IF = 1, whatever came before")
     if row["success"]["mean"] is not None:
         lines.append(f"sessions with every turn right: {row['success']['mean']:.1%}")
     for mode, part in row["by_mode"].items():

@@ -73,7 +73,9 @@ def _torch() -> list[Row]:
     if torch is None:
         return [Row("torch", False, problem, f"{INSTALL} (or reinstall torch)")]
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
-    rows = [Row("torch", True, f"{torch.__version__}, built for {built_for}, {torch.get_num_threads()} threads")]
+    threads = torch.get_num_threads()
+    built = f"{torch.__version__}, built for {built_for}, {threads} thread{'' if threads == 1 else 's'}"
+    rows = [Row("torch", True, built)]
     try:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [torch.cuda.get_device_properties(index) for index in range(count)]

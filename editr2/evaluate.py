@@ -30,8 +30,8 @@ from editr2.sessions import Session
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of all sessions. reward: [N, T], NaN where missing. success: [N], 1 where the last turn's GA is full (or
-    every reward is, without GA). intents_right: share of intents equal to the known ones, None where none is known."""
+    """Scores of all sessions. reward: [N, T], NaN where missing. success: [N], 1 where every turn is right, NaN where
+    one could not be scored. intents_right: share of intents equal to the known ones, None where none is known."""
 
     scores: Scores
     reward: Tensor
@@ -95,12 +95,17 @@ def mean_se(values: Tensor) -> dict[str, float | None]:
 
 
 def success(scores: Scores) -> Tensor:
-    """1 where the session's last turn has full marks in GA (prefix success), NaN where it could not be scored."""
-    k = scores.names.index("GA") if "GA" in scores.names else slice(None)
-    last = (scores.expected.sum(1) - 1).clamp(min=0)
-    rows = torch.arange(len(last))
-    full = (scores.values[rows, last][:, k] >= 1 - 1e-6).reshape(len(last), -1).all(1)
-    return torch.where(scores.present[rows, last], full.float(), torch.nan)
+    """[N], 1 where every turn of a session is right, NaN where one of those looked at could not be scored. GA speaks of
+    all turns so far, so that of the last turn says it; without GA every turn needs full marks in every score."""
+    full = scores.values >= 1 - 1e-6
+    if "GA" in scores.names:
+        last = (scores.expected.sum(1) - 1).clamp(min=0)
+        rows = torch.arange(len(last))
+        right, scored = full[rows, last, scores.names.index("GA")], scores.present[rows, last]
+    else:
+        right = (full.all(-1) | ~scores.expected).all(1)
+        scored = (scores.present | ~scores.expected).all(1)
+    return torch.where(scored, right.float(), torch.nan)
 
 
 def judge(reward: GivenReward | CheckedReward, done: Sequence[Chunk], turns: int) -> Scores:

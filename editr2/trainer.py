@@ -332,7 +332,8 @@ class _Loop:
                 draw_strips(strips, name, averaged, self.reward, shown, self.sampler, config, processes)
         if made:
             self._append(row)
-            self.progress.note(evaluation_line(row))
+            kind = "training" if self.source.heldout_is_training else "held-out"
+            self.progress.note(evaluation_line(row, kind))
 
 
 def _iteration(

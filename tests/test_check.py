@@ -313,6 +313,13 @@ def test_a_problem_is_one_line_that_names_the_field(settings, message):
     assert re.search(message, problem) and "\n" not in problem
 
 
+def test_a_problem_of_every_image_is_not_a_line_of_every_image():
+    data = str(ROOT / "examples" / "shapes")
+    problems = preflight(replace_nested(Config(), {"policy": {"model": "kontext"}, "data": {"path": data}})).problems
+    assert len(problems) == 9 and all("data.resize" in line for line in problems[:8])
+    assert problems[8] == f"{data}: 8 more problems after these 8"
+
+
 def test_a_reward_is_asked_once(monkeypatch):
     module = sys.modules[__name__]
     monkeypatch.setitem(sys.modules, "a_judge", module)

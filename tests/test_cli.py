@@ -253,12 +253,12 @@ def test_the_main_job_on_real_files(tmp_path):
         assert part in said, part
     rows, dropped = read_metrics(run / "metrics.jsonl")
     assert dropped == 0 and [r["event"] for r in rows] == ["start", "eval", "train", "train", "eval", "comparison"]
-    assert "no --data.heldout given" in said
+    assert "no --data.heldout given" in said and "4 training sessions)" in said and "held-out sessions" not in said
     page = (run / "report.html").read_text()
-    assert "the evaluations are on the training sessions" in page
+    assert "the evaluations are on the training sessions" in page and "The same training sessions" in page
     assert "always use" in page and "<svg" in page and "http" not in page.split("<body")[1]
     said = editr2_command("eval", f"--policy.weights={run / 'policy'}", *small)
-    assert "4 sessions" in said and "every turn right" in said
+    assert "4 sessions" in said and "every turn right" in said and "marginal: " in said
     editr2_command("rollout", f"--out={tmp_path / 'edited'}", *small)
     lines = (tmp_path / "edited" / "outputs.jsonl").read_text().splitlines()
     assert len(lines) == 4 and all(

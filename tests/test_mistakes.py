@@ -269,7 +269,8 @@ def page() -> str:
     for mistake in MISTAKES:
         with tempfile.TemporaryDirectory() as folder:
             said = run(mistake, Path(folder))[1].strip().splitlines()[-1]
-        cells = [mistake.what, f"`editr2 {mistake.command}`", f"`{said}`".replace("|", "\\|")]
+        mark = "``" if "`" in said else "`"
+        cells = [mistake.what, f"`editr2 {mistake.command}`", f"{mark}{said}{mark}".replace("|", "\\|")]
         rows.append(f"| {' | '.join(cells)} |")
     head = [
         "# What a mistake prints",

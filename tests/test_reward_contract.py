@@ -488,7 +488,8 @@ def test_weights(names, weights, expected):
     if expected is not None:
         assert list(weights_of(names, weights)) == list(names) and list(weights_of(names, weights).values()) == expected
         return
-    with pytest.raises(ConfigError, match=rf"credit\.weights: .*such as \{{\"{names[0]}\": "):
+    defaults = ", the defaults" if weights == CreditConfig().weights else ""
+    with pytest.raises(ConfigError, match=rf"credit\.weights: \[.*\]{defaults} \(.*such as \{{\"{names[0]}\": "):
         weights_of(names, weights)
 
 

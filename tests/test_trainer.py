@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from editr2.checkpoint import load_checkpoint
 from editr2.config import Config, replace_nested
 from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from editr2.evaluate import comparison_row
+from editr2.evaluate import comparison_row, success
 from editr2.policies.unified import UnifiedPolicy
 from editr2.ratio import RatioError
-from editr2.rewards.base import RewardFailure, Score
+from editr2.rewards.base import RewardFailure, Score, lay_out
 from editr2.rows import comparison_line
+from editr2.sessions import Session, Turn
 from editr2.tracking import read_metrics
 from editr2.trainer import train
 
@@ -325,6 +326,28 @@ def test_killed_at_any_moment_it_resumes_bitwise(uninterrupted, tmp_path, point)
     assert second[0]["identity"]["depends"] == first[0]["identity"]["depends"]
     moved = np.mean([float((v.float()).abs().mean()) for v in final_weights(run, 4).values()])
     assert moved > 0
+
+
+@pytest.mark.parametrize(
+    "names,turns,right",
+    [
+        (["GA"], [[1.0], [1.0]], 1),
+        (["GA"], [[1.0], [0.0]], 0),
+        (["GA"], [[None], [1.0]], 1),  # the last one's speaks of both
+        (["GA"], [[1.0], [None]], None),
+        (["GA", "style"], [[1.0, 0.0], [1.0, 0.5]], 1),
+        (["IF", "CC"], [[1.0, 1.0], [1.0, 1.0]], 1),
+        (["IF", "CC"], [[0.0, 1.0], [1.0, 1.0]], 0),  # without GA a wrong first turn is a wrong session, too
+        (["IF", "CC"], [[1.0, 1.0], [1.0, 0.9]], 0),
+        (["IF", "CC"], [[1.0, None], [1.0, 1.0]], None),
+        (["mine"], [[1.0]], 1),  # a session shorter than the batch
+    ],
+)
+def test_a_session_is_right_when_every_turn_is(names, turns, right):
+    said = [[{n: Score(v, None if v is not None else "down") for n, v in zip(names, t, strict=True)} for t in turns]]
+    session = Session("a1", np.zeros((24, 24, 3), np.uint8), tuple(Turn("paint") for _ in turns))
+    found = success(lay_out(tuple(names), [session], said, 2)).tolist()
+    assert found == [right] if right is not None else np.isnan(found).all()
 
 
 def test_a_comparison_is_of_what_it_says_whoever_could_not_be_scored():

@@ -102,12 +102,21 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     return Report([], [*lines[:-1], *credit_notes(config.credit, reward.names), *lines[-1:]], fits)
 
 
+_SHOWN = 8
+
+
 def _data_problems(config: Config, editor: Editor) -> list[str]:
-    """Of all session files; those past `data.limit` count, too."""
+    """Of all session files, the first few of each; those past `data.limit` count, too."""
     paths = dict.fromkeys(path for path in (config.data.path, config.data.heldout) if path)
     unreadable = editor.unreadable if isinstance(editor, ReadingPolicy) else None
     check = partial(validate, size=editor.image_size, resize=config.data.resize, unreadable=unreadable)
-    return [problem for path in paths for problem in check(path)]
+    shown: list[str] = []
+    for path in paths:
+        problems = check(path)
+        shown += problems[:_SHOWN]
+        if len(problems) > _SHOWN:  # one missing setting is a problem of every image, and a set may have 50,000
+            shown.append(f"{path}: {len(problems) - _SHOWN} more problems after these {_SHOWN}")
+    return shown
 
 
 def _judge_once(reward: CheckedReward, session: Session) -> None:
@@ -143,6 +152,7 @@ def dry_run(config: Config, folder: str) -> list[str]:
     lines = [f"dry run     the second iteration took {seconds}"]
     if cuda:
         lines.append(f"            alive at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the device")
+    lines.append("            its folder is removed again, with the report")
     return lines
 
 

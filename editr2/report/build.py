@@ -69,6 +69,7 @@ def build_report(run_dir: str | os.PathLike[str], *, max_sessions: int = 48, max
         cards=_cards(run),
         missing=run.missing + pictures.notes(),
         eval_charts=_evaluation_charts(run),
+        eval_sessions="training" if run.start.get("heldout_is_training") else "held-out",
         eval_table=evaluation_table(run),
         curves=_curves(run),
         window=charts.smoothing_window(len(run.train)),

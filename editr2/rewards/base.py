@@ -249,8 +249,9 @@ def weights_of(names: Sequence[str], weights: dict[str, float]) -> dict[str, flo
         return {names[0]: 1.0}
     if {name for name, weight in weights.items() if weight or name in names} != set(names):
         example = ", ".join(f'"{name}": {1 / len(names):.2g}' for name in names)
+        given = f"{sorted(weights)}{', the defaults' if weights in UNSET_WEIGHTS else ''}"
         raise ConfigError(
-            f"credit.weights: {sorted(weights)} (accepted: a weight for exactly {sorted(names)}, such as {{{example}}})"
+            f"credit.weights: {given} (accepted: a weight for exactly {sorted(names)}, such as {{{example}}})"
         )
     if not any(weights[name] for name in names):
         raise ConfigError("credit.weights: all are 0, so nothing trains (accepted: at least one that is not)")
