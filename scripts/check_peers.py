@@ -22,7 +22,7 @@ import math
 import subprocess
 import sys
 import warnings
-from abc import ABCMeta
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from importlib.abc import Loader, MetaPathFinder
@@ -131,8 +131,9 @@ class _Finder(MetaPathFinder):
         self.root = root
         self.found: list[str] = []
 
+    @abstractmethod
     def spec(self, name: str) -> ModuleSpec | None:
-        raise NotImplementedError
+        """Where a module's code is, None where it is none of ours."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         spec = self.spec(name)
