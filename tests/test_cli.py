@@ -81,7 +81,7 @@ def test_data_is_short_for_its_path():
         (["train", "now"], "'now': not understood (usage: editr2 train [options])"),
         (["train", "--rollout.steps", "many"], "rollout.steps: 'many' (accepted: a whole number, 1 to 1000)"),
         (["train", "--rollout.steps", "010"], "rollout.steps: '010' (accepted: a whole number, 1 to 1000)"),
-        (["train", "--reward.timeout", "1:30"], "reward.timeout: '1:30' (accepted: a number, above 0"),
+        (["train", "--reward.timeout", "1:30"], "reward.timeout: '1:30' (accepted: seconds, above 0"),
         (["train", "--out", "~no-such-user/x"], "(accepted: a folder; there is no home folder ~no-such-user; ./~no"),
         (["world", "make", "--out", "~no-such-user"], "there is no home folder ~no-such-user"),
         (["train", "--credit.weights", "{IF: 0, CC: 0, GA: 0}"], "credit.weights: all are 0, so nothing trains"),
