@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import sys
 
-from editr2.machine import starting, wait_passively
+from editr2.machine import choose_waiting, starting
 
 
 def main() -> int:
     with starting():
-        wait_passively()
+        choose_waiting()
         from editr2.cli import main as run
 
     return run()

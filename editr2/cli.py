@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from editr2.machine import open_streams, starting, wait_passively
+from editr2.machine import choose_waiting, open_streams, starting
 
 if __name__ == "__main__":  # as torchrun starts it; `editr2` starts `editr2.__main__`
-    wait_passively()  # before the imports below load torch
+    choose_waiting()  # before the imports below load torch
 
 import errno
 import json

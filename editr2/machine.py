@@ -61,15 +61,38 @@ def starting(program: bool = True) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Lets OpenMP's threads sleep between operators. By default they spin for milliseconds after each, and take the
-    cores from whoever computes.
+SPINS = 10_000
+"""How often a thread of libgomp looks for work before it sleeps, where the machine is ours. Its own default is thirty
+times as much, and sleeping at once made an iteration twice as long on an idle machine (docs/measured.md)."""
+
+
+def competing(running: Path = Path("/proc/loadavg"), samples: int = 5) -> int:
+    """How many other threads of the machine compute just now, the median of a few looks; 0 where nobody can tell."""
+    counts = []
+    for _ in range(samples):
+        try:
+            counts.append(int(running.read_text(encoding="ascii").split()[3].split("/")[0]) - 1)
+        except (OSError, ValueError, IndexError):
+            return 0
+        time.sleep(0.01)
+    return max(0, sorted(counts)[len(counts) // 2])
+
+
+def choose_waiting(
+    environment: MutableMapping[str, str] = os.environ, busy: Callable[[], int] = competing, cores: int | None = None
+) -> None:
+    """How OpenMP's threads wait between operators: a little while spinning on a machine that is ours, asleep beside
+    others, from whom threads that spin would take the cores.
 
     For a program's first lines: OpenMP reads it when torch is loaded, and it is the whole process's, so a library must
     not. Does nothing where torch is loaded already or the user has said how to wait.
     """
-    if "torch" not in sys.modules and not any(name in environment for name in WAITING):
+    if "torch" in sys.modules or any(name in environment for name in WAITING):
+        return
+    if busy() >= max(1, (cores or os.cpu_count() or 1) // 4):
         environment["OMP_WAIT_POLICY"] = "passive"
+    else:
+        environment["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def _load() -> float:

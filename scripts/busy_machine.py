@@ -18,11 +18,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 LIMIT = 600
 BUSY = f"import time; end = time.monotonic() + {LIMIT}\nwhile time.monotonic() < end: pass"
-WAYS = {"passive (editr2's own)": {}, "spinning (OpenMP's default)": {"GOMP_SPINCOUNT": "300000"}}
+WAYS = {"editr2's own": {}, "spinning (OpenMP's default)": {"GOMP_SPINCOUNT": "300000"}}
 """By name, what the environment says; the second is what libgomp does where nothing is said."""
 SETTINGS = ["--rollout.sessions=4", "--rollout.siblings=8", "--eval.sessions=1", "--eval.strips=1"]
 
@@ -31,6 +32,7 @@ def seconds(iterations: int, busy: int, way: dict[str, str]) -> float:
     """Of all iterations of a run, beside `busy` processes; what comes before and after them is left out."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | way
     beside = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
+    time.sleep(1)  # they are at work before anybody looks whether the machine is busy
     try:
         with tempfile.TemporaryDirectory(prefix="editr2-busy-") as folder:
             command = [sys.executable, "-m", "editr2", "train", f"--out={folder}/run", *SETTINGS]

@@ -1,35 +1,49 @@
 """How threads wait for work, and what is said of a busy machine."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from editr2.machine import CoreWatch, wait_passively
+from editr2.machine import CoreWatch, choose_waiting, competing
 
 MAIN, WORKER, NEW = "100", "101", "102"
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "others", "cores", "expected"),
     [
-        ({}, {"OMP_WAIT_POLICY": "passive"}),
-        ({"OMP_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}),
-        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
-        ({"GOMP_SPINCOUNT": "1000"}, {"GOMP_SPINCOUNT": "1000"}),
-        ({"KMP_BLOCKTIME": "200"}, {"KMP_BLOCKTIME": "200"}),
+        ({}, 0, 2, {"GOMP_SPINCOUNT": "10000"}),
+        ({}, 1, 2, {"OMP_WAIT_POLICY": "passive"}),
+        ({}, 3, 64, {"GOMP_SPINCOUNT": "10000"}),
+        ({}, 16, 64, {"OMP_WAIT_POLICY": "passive"}),
+        ({"OMP_NUM_THREADS": "2"}, 3, 2, {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}),
+        ({"OMP_WAIT_POLICY": "active"}, 3, 2, {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "1000"}, 3, 2, {"GOMP_SPINCOUNT": "1000"}),
+        ({"KMP_BLOCKTIME": "200"}, 0, 2, {"KMP_BLOCKTIME": "200"}),
     ],
 )
-def test_threads_sleep_between_operators_unless_the_user_says_otherwise(given, expected, monkeypatch):
+def test_threads_sleep_beside_others_unless_the_user_says_otherwise(given, others, cores, expected, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch")
-    wait_passively(given)
+    choose_waiting(given, lambda: others, cores)
     assert given == expected
+
+
+def test_who_computes_is_counted_without_us(tmp_path):
+    told = tmp_path / "loadavg"
+    assert competing(told) == 0, "nobody can tell"
+    told.write_text("0.10 0.20 0.30 4/512 1234\n", encoding="ascii")
+    assert competing(told) == 3
+    told.write_text("?", encoding="ascii")
+    assert competing(told) == 0
+    assert competing() >= 0
 
 
 def test_nothing_is_set_where_torch_is_there_already():
     environment = {}
-    wait_passively(environment)
+    choose_waiting(environment)
     assert environment == {}
 
 
@@ -45,9 +59,8 @@ SPIES = {
 @pytest.mark.parametrize("entry", SPIES)
 @pytest.mark.parametrize("own", [None, "active"])
 def test_every_way_into_the_command_sets_it_before_torch_and_a_library_does_not(entry, own, tmp_path):
-    (tmp_path / "torch.py").write_text(
-        "import os; print(os.environ.get('OMP_WAIT_POLICY')); raise SystemExit(7)", encoding="utf-8"
-    )
+    spy = "import json, os; print(json.dumps([os.environ.get(n) for n in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')]))"
+    (tmp_path / "torch.py").write_text(f"{spy}; raise SystemExit(7)", encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
     if own:
@@ -56,7 +69,8 @@ def test_every_way_into_the_command_sets_it_before_torch_and_a_library_does_not(
         [sys.executable, "-c", SPIES[entry]], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 7, done.stderr
-    assert done.stdout.strip() == str(own or (None if entry == "a library" else "passive"))
+    ours = [["passive", None], [None, "10000"]]  # as busy as the machine is
+    assert json.loads(done.stdout) in ([[own, None]] if own or entry == "a library" else ours)
 
 
 class Machine:
