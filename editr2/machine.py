@@ -71,7 +71,7 @@ def competing(running: Path = Path("/proc/loadavg"), samples: int = 5) -> int:
     counts = []
     for _ in range(samples):
         try:
-            counts.append(int(running.read_text(encoding="ascii").split()[3].split("/")[0]) - 1)
+            counts.append(int(running.read_text(encoding="utf-8").split()[3].split("/")[0]) - 1)
         except (OSError, ValueError, IndexError):
             return 0
         time.sleep(0.01)

@@ -161,13 +161,13 @@ def test_ctrl_c_while_the_libraries_load_is_one_line():
     code = """
         import builtins, os, signal, sys
         real = builtins.__import__
-        def load(name, *rest):
+        def load(name, *rest, **named):
             if name == "editr2.config":
                 try:
                     os.kill(os.getpid(), signal.SIGINT)
                 except KeyboardInterrupt:
                     pass
-            return real(name, *rest)
+            return real(name, *rest, **named)
         builtins.__import__ = load
         sys.argv[1:] = ["world", "--help"]
         from editr2.__main__ import main
