@@ -5,8 +5,8 @@
 Trains the shipped model for a few small iterations, alone and beside processes that only compute, on a machine that is
 otherwise idle. With two threads and three busy processes on two cores the fair share is 2/5 of each core, 2.5 times the
 time. --spin: also with threads that always sleep between operators, and that spin as by OpenMP's default. Everything
-started here shares one session, since the scheduler may share cores by session first. Each run ends after ten minutes at the latest, and
-with it the processes beside it.
+started here shares one session, since the scheduler may share cores by session first. Each run ends after ten minutes
+at the latest, and with it the processes beside it.
 """
 
 from __future__ import annotations
