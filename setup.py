@@ -1,11 +1,15 @@
 """The build step of the native kernels; everything else about the package stands in pyproject.toml.
 
-A ninja file with plain compiler rules, so that each instruction set gets its own flags and the result
-needs no torch headers. Two modules: `_native` for the CPU and, where nvcc is found, `_cuda` (which needs
+A ninja file with plain compiler rules, so that each instruction set gets its own flags and the
+result
+needs no torch headers. Two modules: `_native` for the CPU and, where nvcc is found, `_cuda` (which
+needs
 no GPU to be built). Honours CXX, CXXFLAGS, LDFLAGS, CUDA_HOME and EDITR2_BUILD_CUDA=0|1|auto.
 
-Without a compiler the package installs without its module and says so; a failing compile is an error.
-Either way `editr2_kernels/_build_info.json` records what was built, with what, and why the rest was not.
+Without a compiler the package installs without its module and says so; a failing compile is an
+error.
+Either way `editr2_kernels/_build_info.json` records what was built, with what, and why the rest was
+not.
 """
 
 from __future__ import annotations
@@ -62,8 +66,8 @@ ISA_FLAGS = {  # baseline is whatever the compiler targets by default: SSE2 on x
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
-# No contraction: a product and a sum that merge on one instruction set only would break replay. These come after
-# CXXFLAGS, whose -ffast-math would take the rules for NaN away.
+# No contraction: a product and a sum that merge on one instruction set only would break replay.
+# These come after CXXFLAGS, whose -ffast-math would take the rules for NaN away.
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -91,7 +95,11 @@ CUDA_FLAGS = [
     "-Xptxas=-v",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas",
 ]
-CUDA_TARGETS = ("80", "90", "100")  # Ampere, Hopper, Blackwell; the PTX of the last serves what comes after
+CUDA_TARGETS = (
+    "80",
+    "90",
+    "100",
+)  # Ampere, Hopper, Blackwell; the PTX of the last serves what comes after
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,10 @@ class Compiler:
 def find_compiler() -> Compiler | str:
     """The C++ compiler, or the reason why there is none."""
     if os.name != "posix":
-        return f"the native kernels need a GCC-compatible compiler on a POSIX system, not {sys.platform}"
+        return (
+            f"the native kernels need a GCC-compatible compiler on a POSIX system, not "
+            f"{sys.platform}"
+        )
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     if not headers.exists():
         return f"no Python headers ({headers.name}): install python3-dev"
@@ -111,11 +122,16 @@ def find_compiler() -> Compiler | str:
     for candidate in [asked] if asked else ["g++", "c++", "clang++"]:
         command = shlex.split(candidate)
         if command and shutil.which(command[0]):
-            version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+            version = subprocess.run(
+                [*command, "--version"], capture_output=True, text=True, check=False
+            )
             if version.returncode:
                 raise CompileError(f"CXX: {candidate!r} --version failed: {version.stderr.strip()}")
             return Compiler(command, version.stdout.splitlines()[0])
-    return f"no C++ compiler: {f'CXX={asked!r} was' if asked else 'g++, c++ and clang++ were'} not found"
+    return (
+        f"no C++ compiler: {f'CXX={asked!r} was' if asked else 'g++, c++ and clang++ were'} not "
+        f"found"
+    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +147,11 @@ class Nvcc:
     @property
     def flags(self) -> list[str]:
         code = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in self.targets]
-        return [*CUDA_FLAGS, *code, f"-gencode=arch=compute_{self.targets[-1]},code=compute_{self.targets[-1]}"]
+        return [
+            *CUDA_FLAGS,
+            *code,
+            f"-gencode=arch=compute_{self.targets[-1]},code=compute_{self.targets[-1]}",
+        ]
 
 
 def find_nvcc(compiler: Compiler | str) -> Nvcc | str:
@@ -149,9 +169,14 @@ def find_nvcc(compiler: Compiler | str) -> Nvcc | str:
 
 def _nvcc() -> Nvcc | str:
     home = os.environ.get("CUDA_HOME")
-    path = shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None)
+    path = shutil.which("nvcc") or (
+        shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
+    )
     if path is None:
-        return f"nvcc was not found on PATH{f' or in {home}/bin' if home else ', and CUDA_HOME is not set'}"
+        return (
+            f"nvcc was not found on "
+            f"PATH{f' or in {home}/bin' if home else ', and CUDA_HOME is not set'}"
+        )
     version, code = (
         subprocess.run([path, option], capture_output=True, text=True, check=False).stdout
         for option in ("--version", "--list-gpu-code")
@@ -164,15 +189,20 @@ def _nvcc() -> Nvcc | str:
 
 
 def cuda_resources(logs: list[Path]) -> dict[str, dict[str, dict[str, int]]]:
-    """What ptxas says of every kernel and target: registers, bytes of shared memory, of stack and of spills."""
+    """What ptxas says of every kernel and target: registers, bytes of shared memory, of stack and
+    of spills."""
     kernels: dict[str, dict[str, dict[str, int]]] = {}
     for log in logs:
         entry: dict[str, int] = {}
         for line in log.read_text().splitlines():
             if start := re.search(r"Compiling entry function '(\S+)' for '(\w+)'", line):
                 entry = kernels.setdefault(_kernel_name(start[1]), {}).setdefault(start[2], {})
-            elif bytes_ := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line):
-                entry.update(stack=int(bytes_[1]), spill_stores=int(bytes_[2]), spill_loads=int(bytes_[3]))
+            elif bytes_ := re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line
+            ):
+                entry.update(
+                    stack=int(bytes_[1]), spill_stores=int(bytes_[2]), spill_loads=int(bytes_[3])
+                )
             elif used := re.search(r"Used (\d+) registers", line):
                 shared = re.search(r"(\d+) bytes smem", line)
                 entry.update(registers=int(used[1]), shared=int(shared[1]) if shared else 0)
@@ -180,7 +210,8 @@ def cuda_resources(logs: list[Path]) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def _kernel_name(mangled: str) -> str:
-    """The last of the length-prefixed names of a mangled function: _ZN6editr23gpu11step_kernelE... -> step_kernel."""
+    """The last of the length-prefixed names of a mangled function: _ZN6editr23gpu11step_kernelE...
+    -> step_kernel."""
     rest, name = mangled[3:] if mangled.startswith("_ZN") else mangled[2:], mangled
     while length := re.match(r"\d+", rest):
         end = length.end() + int(length[0])
@@ -242,40 +273,57 @@ def ninja_text(compiler: Compiler, nvcc: Nvcc | None, csrc: Path) -> str:
     if nvcc is None:
         return "\n".join(lines)
     host = ["-ccbin", *compiler.command] if len(compiler.command) == 1 else []
-    lines.extend([
-        "nvcc = " + shlex.join([nvcc.path, *host]),
-        "nvcc_flags = " + shlex.join(nvcc.flags),
-        # ptxas reports on stderr also where all is well.
-        "rule nvcc",
-        "  command = $nvcc -MMD -MF $out.d $nvcc_flags -c $in -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }",
-        "  deps = gcc",
-        "  depfile = $out.d",
-        "  description = nvcc $out",
-        # nvcc knows where its runtime lies. Hidden, it cannot be mistaken for the one of another library.
-        "rule link_cuda",
-        "  command = $nvcc -shared -cudart static -Xlinker=--exclude-libs=ALL -o $out $in",
-        "  description = link $out",
-    ])  # fmt: skip
+    lines.extend(
+        [
+            "nvcc = " + shlex.join([nvcc.path, *host]),
+            "nvcc_flags = " + shlex.join(nvcc.flags),
+            # ptxas reports on stderr also where all is well.
+            "rule nvcc",
+            "  command = $nvcc -MMD -MF $out.d $nvcc_flags -c $in -o $out > $out.log 2>&1 || { cat "
+            "$out.log; exit 1; }",
+            "  deps = gcc",
+            "  depfile = $out.d",
+            "  description = nvcc $out",
+            # nvcc knows where its runtime lies. Hidden, it cannot be mistaken for the one of another
+            # library.
+            "rule link_cuda",
+            "  command = $nvcc -shared -cudart static -Xlinker=--exclude-libs=ALL -o $out $in",
+            "  description = link $out",
+        ]
+    )
     macro = shlex.quote(f'-DEDITR2_CUDA_ARCHITECTURES="{" ".join(nvcc.architectures)}"')
     lines.extend(
-        [f"build cuda_bindings.o: compile {escaped(csrc / 'bindings_cuda.cpp')}", f"  extra = $includes {macro}"]
+        [
+            f"build cuda_bindings.o: compile {escaped(csrc / 'bindings_cuda.cpp')}",
+            f"  extra = $includes {macro}",
+        ]
     )
     cuda_objects = ["cuda_bindings.o"]
     for source in cuda_sources(csrc):
         lines.append(f"build cuda_{source.stem}.o: nvcc {escaped(source)}")
         cuda_objects.append(f"cuda_{source.stem}.o")
-    lines.extend([f"build {CUDA_MODULE}: link_cuda {' '.join(cuda_objects)}", f"default {CUDA_MODULE}", ""])
+    lines.extend(
+        [f"build {CUDA_MODULE}: link_cuda {' '.join(cuda_objects)}", f"default {CUDA_MODULE}", ""]
+    )
     return "\n".join(lines)
 
 
-def build_native(build_dir: Path, csrc: Path = ROOT / "csrc") -> tuple[list[Path], dict[str, object]]:
-    """Builds the modules in `build_dir`; returns their paths (none without a compiler) and the build info."""
+def build_native(
+    build_dir: Path, csrc: Path = ROOT / "csrc"
+) -> tuple[list[Path], dict[str, object]]:
+    """Builds the modules in `build_dir`; returns their paths (none without a compiler) and the
+    build info."""
     compiler = find_compiler()
     nvcc = find_nvcc(compiler)
     cuda: dict[str, object] = {"built": False, "reason": nvcc}
     if isinstance(compiler, str):
         print(f"editr2_kernels: installing without native kernels: {compiler}", file=sys.stderr)
-        info = {"cpu": {"built": False, "reason": compiler}, "cuda": cuda, "compiler": None, "flags": None}
+        info = {
+            "cpu": {"built": False, "reason": compiler},
+            "cuda": cuda,
+            "compiler": None,
+            "flags": None,
+        }
         return [], info
     csrc = csrc.resolve()
     build_dir.mkdir(parents=True, exist_ok=True)
@@ -283,7 +331,11 @@ def build_native(build_dir: Path, csrc: Path = ROOT / "csrc") -> tuple[list[Path
     (build_dir / "build.ninja").write_text(ninja_text(compiler, with_cuda, csrc))
     ninja = subprocess.run([sys.executable, "-m", "ninja"], cwd=build_dir, check=False)
     if ninja.returncode:
-        also = f" and {with_cuda.version} (EDITR2_BUILD_CUDA=0 leaves the CUDA kernels out)" if with_cuda else ""
+        also = (
+            f" and {with_cuda.version} (EDITR2_BUILD_CUDA=0 leaves the CUDA kernels out)"
+            if with_cuda
+            else ""
+        )
         raise CompileError(f"the native kernels failed to compile with {compiler.version}{also}")
     if with_cuda is None:
         print(f"editr2_kernels: without CUDA kernels: {nvcc}", file=sys.stderr)
@@ -294,7 +346,9 @@ def build_native(build_dir: Path, csrc: Path = ROOT / "csrc") -> tuple[list[Path
             "compiler": with_cuda.version,
             "architectures": with_cuda.architectures,
             "flags": with_cuda.flags,
-            "kernels": cuda_resources([build_dir / f"cuda_{source.stem}.o.log" for source in cuda_sources(csrc)]),
+            "kernels": cuda_resources(
+                [build_dir / f"cuda_{source.stem}.o.log" for source in cuda_sources(csrc)]
+            ),
         }
     info = {
         "cpu": {"built": True, "reason": None},
@@ -306,14 +360,16 @@ def build_native(build_dir: Path, csrc: Path = ROOT / "csrc") -> tuple[list[Path
 
 
 class BuildNative(build_ext):
-    """Puts the modules and the build info into the wheel's tree and, in place, beside the sources."""
+    """Puts the modules and the build info into the wheel's tree and, in place, beside the
+    sources."""
 
     def run(self) -> None:
         modules, info = build_native(Path(self.build_temp).resolve() / "native")
         for package in self._packages():
             package.mkdir(parents=True, exist_ok=True)
             for name in (MODULE, CUDA_MODULE):
-                # Away with a stale module, and never new bytes in the old file: a process may have it mapped.
+                # Away with a stale module, and never new bytes in the old file: a process may have
+                # it mapped.
                 (package / name).unlink(missing_ok=True)
             for module in modules:
                 shutil.copy2(module, package / module.name)
@@ -327,7 +383,9 @@ class BuildNative(build_ext):
 
     def _files(self) -> list[str]:
         return [
-            name for name in (MODULE, CUDA_MODULE, BUILD_INFO) if any((p / name).exists() for p in self._packages())
+            name
+            for name in (MODULE, CUDA_MODULE, BUILD_INFO)
+            if any((p / name).exists() for p in self._packages())
         ]
 
     def get_outputs(self) -> list[str]:
@@ -337,7 +395,9 @@ class BuildNative(build_ext):
         if not self.inplace:
             return {}
         (source,) = self._packages()
-        return {str(Path(self.build_lib) / PACKAGE / name): str(source / name) for name in self._files()}
+        return {
+            str(Path(self.build_lib) / PACKAGE / name): str(source / name) for name in self._files()
+        }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What one agreement of sharded processes costs (`editr2.policies.sharding.Lockstep`), without anything to agree on.
+"""What one agreement of sharded processes costs (`editr2.policies.sharding.Lockstep`), without
+anything to agree on.
 
 torchrun --nproc_per_node N -m bench.agreement        (prints microseconds: p20, median, p80)
 """

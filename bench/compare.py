@@ -1,9 +1,11 @@
-"""python -m bench compare BASE [-k EXPRESSION] [--rounds N]: this tree's library against a commit's, round by round.
+"""python -m bench compare BASE [-k EXPRESSION] [--rounds N]: this tree's library against a
+commit's, round by round.
 
-Both are measured by this tree's benchmarks, so that inputs, gate and clock are the same: BASE is unpacked beside it,
-its native modules are built (copied from here where the sources are the same), and its `bench` is replaced. Two
-processes hold the same case at the same time and take turns; only one works at any moment, and who begins changes every
-round. A red gate on either side, before the timing or after it, ends everything: nothing is reported.
+Both are measured by this tree's benchmarks, so that inputs, gate and clock are the same: BASE is
+unpacked beside it, its native modules are built (copied from here where the sources are the same),
+and its `bench` is replaced. Two processes hold the same case at the same time and take turns; only
+one works at any moment, and who begins changes every round. A red gate on either side, before the
+timing or after it, ends everything: nothing is reported.
 
 The working tree counts as it is, uncommitted changes included; its native modules must be built.
 """
@@ -40,9 +42,14 @@ class Refused(Exception):
 
 
 def serve(
-    case: str, providers: Mapping[str, Callable[[], Any]], clock: frame.Clock, gate: Callable[[], Any], pipes: str
+    case: str,
+    providers: Mapping[str, Callable[[], Any]],
+    clock: frame.Clock,
+    gate: Callable[[], Any],
+    pipes: str,
 ) -> None:
-    """Run one case at the orders of the other end. pipes: "READ,WRITE", the file descriptors of it."""
+    """Run one case at the orders of the other end. pipes: "READ,WRITE", the file descriptors of
+    it."""
     reader, writer = map(int, pipes.split(","))
 
     def say(**message: Any) -> None:
@@ -110,7 +117,9 @@ class Side:
             return None
         message = json.loads(line)
         if "error" in message:
-            raise Refused(f"the gate of {message['case']} is red on {self.name}: {message['error']}")
+            raise Refused(
+                f"the gate of {message['case']} is red on {self.name}: {message['error']}"
+            )
         return message
 
     def milliseconds(self, provider: str) -> float:
@@ -152,7 +161,8 @@ class Comparison:
 
 
 def interleaved(base: Side, here: Side, rounds: int) -> list[Comparison]:
-    """Every case both sides have. Raises Refused where a gate is red, or the sides do not agree on the cases."""
+    """Every case both sides have. Raises Refused where a gate is red, or the sides do not agree on
+    the cases."""
     found = []
     while True:
         cases = {side: side.answer() for side in (base, here)}
@@ -160,20 +170,29 @@ def interleaved(base: Side, here: Side, rounds: int) -> list[Comparison]:
             break
         names = [case and case.get("case") for case in cases.values()]
         if names[0] != names[1]:
-            raise Refused(f"{base.name} is at {names[0] or 'the end'}, {here.name} at {names[1] or 'the end'}")
+            raise Refused(
+                f"{base.name} is at {names[0] or 'the end'}, {here.name} at {names[1] or 'the end'}"
+            )
         for side, case in cases.items():
             if case and not Path(case["package"]).resolve().is_relative_to(side.root.resolve()):
-                raise Refused(f"{side.name} measures {case['package']}, which is not below {side.root}")
+                raise Refused(
+                    f"{side.name} measures {case['package']}, which is not below {side.root}"
+                )
         offered = [case["providers"] for case in cases.values() if case]
         common = [provider for provider in offered[0] if provider in offered[1]]
-        times: dict[str, dict[Side, list[float]]] = {provider: {base: [], here: []} for provider in common}
+        times: dict[str, dict[Side, list[float]]] = {
+            provider: {base: [], here: []} for provider in common
+        }
         for done in range(rounds):
             for provider in common:
                 for side in (base, here) if done % 2 == 0 else (here, base):
                     times[provider][side].append(side.milliseconds(provider))
         for side in (base, here):
             side.finish_case()
-        found += [Comparison(str(names[0]), provider, of[base], of[here]) for provider, of in times.items()]
+        found += [
+            Comparison(str(names[0]), provider, of[base], of[here])
+            for provider, of in times.items()
+        ]
     for side in (base, here):
         if (code := side.exit_code()) != 0:
             why = "no case matches" if code == 5 else f"pytest ended with {code}"
@@ -189,7 +208,10 @@ def table(found: Sequence[Comparison]) -> str:
     for c in found:
         p20, p50, p80 = c.ratio
         base, here = (frame.quantiles(values)[1] for values in (c.base_ms, c.here_ms))
-        lines.append(f"{f'{c.case}  {c.provider}':{width}}{base:10.3f}{here:10.3f}{p50:8.3f}   {p20:.3f} to {p80:.3f}")
+        lines.append(
+            f"{f'{c.case}  {c.provider}':{width}}{base:10.3f}{here:10.3f}{p50:8.3f}   {p20:.3f} "
+            f"to {p80:.3f}"
+        )
     return "\n".join(lines)
 
 
@@ -202,16 +224,28 @@ def unpacked(base: str) -> Iterator[Path]:
     """The tree of a commit, able to run this tree's benchmarks; removed afterwards."""
     archive = _git("archive", "--format=tar", base)
     if archive.returncode != 0:
-        raise Refused(f"BASE must name a commit, got {base!r}: {archive.stderr.decode().strip().splitlines()[-1]}")
+        raise Refused(
+            f"BASE must name a commit, got {base!r}: "
+            f"{archive.stderr.decode().strip().splitlines()[-1]}"
+        )
     with tempfile.TemporaryDirectory(prefix="editr2-bench-") as folder:
         root = Path(folder)
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
             tar.extractall(root, filter="data")
         shutil.rmtree(root / "bench", ignore_errors=True)
-        shutil.copytree(REPOSITORY / "bench", root / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
-        shutil.copy(REPOSITORY / "pyproject.toml", root)  # pytest's settings belong to the benchmarks
+        shutil.copytree(
+            REPOSITORY / "bench",
+            root / "bench",
+            ignore=shutil.ignore_patterns("results", "__pycache__"),
+        )
+        shutil.copy(
+            REPOSITORY / "pyproject.toml", root
+        )  # pytest's settings belong to the benchmarks
         if _git("diff", "--quiet", base, "--", "csrc", "setup.py").returncode == 0:
-            compiled = [*(REPOSITORY / COMPILED).glob("*.so"), REPOSITORY / COMPILED / "_build_info.json"]
+            compiled = [
+                *(REPOSITORY / COMPILED).glob("*.so"),
+                REPOSITORY / COMPILED / "_build_info.json",
+            ]
             for file in compiled:
                 shutil.copy(file, root / COMPILED)
         else:
@@ -219,23 +253,36 @@ def unpacked(base: str) -> Iterator[Path]:
             build = [sys.executable, "setup.py", "build_ext", "--inplace"]
             done = subprocess.run(build, cwd=root, capture_output=True, text=True)
             if done.returncode != 0:
-                raise Refused(f"{base} does not build: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+                raise Refused(
+                    f"{base} does not build: "
+                    f"{(done.stderr or done.stdout).strip().splitlines()[-1]}"
+                )
         yield root
 
 
 def files_of(chosen: Sequence[str]) -> list[str]:
     """The benchmarks' files in this tree that have a case for these options of pytest."""
-    done = subprocess.run([*PYTEST, "bench", "--collect-only", *chosen], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [*PYTEST, "bench", "--collect-only", *chosen],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     files = dict.fromkeys(line.split("::")[0] for line in done.stdout.splitlines() if "::" in line)
     if done.returncode == 5:
         raise Refused("no case matches")
     if done.returncode != 0:
-        raise Refused(f"pytest cannot collect the cases: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        raise Refused(
+            f"pytest cannot collect the cases: "
+            f"{(done.stderr or done.stdout).strip().splitlines()[-1]}"
+        )
     return list(files)
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench compare", description=(__doc__ or "").split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compare", description=(__doc__ or "").split("\n\n")[1]
+    )
     parser.add_argument("base", metavar="BASE", help="a commit")
     parser.add_argument("-k", metavar="EXPRESSION", default="", help="pytest's: which cases")
     parser.add_argument("--rounds", type=int, default=30, help="samples of each side and case (30)")
@@ -244,11 +291,18 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
-    chosen = ["-m", "gpu" if options.gpu else "not gpu", "-k", options.k, *(["--full"] if options.full else [])]
+    chosen = [
+        "-m",
+        "gpu" if options.gpu else "not gpu",
+        "-k",
+        options.k,
+        *(["--full"] if options.full else []),
+    ]
     sides: list[Side] = []
     try:
         with unpacked(options.base) as root:
-            # Only the files that are asked for: others may need of the library what BASE does not have.
+            # Only the files that are asked for: others may need of the library what BASE does not
+            # have.
             command = [*PYTEST, "--timeout=0", *files_of(chosen), *chosen]
             logs = Path(tempfile.mkdtemp(prefix="editr2-bench-log-"))
             try:
@@ -262,6 +316,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"no ratio is reported: {refused}", file=sys.stderr)
         return 1
     shutil.rmtree(logs)
-    print(f"base: {options.base}; {options.rounds} rounds in turns; ratio = base / here, above 1 this tree is faster")
+    print(
+        f"base: {options.base}; {options.rounds} rounds in turns; ratio = base / here, above 1 "
+        f"this tree is faster"
+    )
     print(table(found))
     return 0

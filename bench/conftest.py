@@ -1,6 +1,8 @@
-"""`compare`: the only way to a row. A gate before the timing and after it, providers in turns, one row a provider.
+"""`compare`: the only way to a row. A gate before the timing and after it, providers in turns, one
+row a provider.
 
-Options: --results DIR (bench/results), --seconds S of timing a case, --full for the whole grid of sizes, dtypes, modes.
+Options: --results DIR (bench/results), --seconds S of timing a case, --full for the whole grid of
+    sizes, dtypes, modes.
 """
 
 from __future__ import annotations
@@ -25,9 +27,17 @@ COPY = "copy"  # the name of the copy among the providers of a round
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("editr2 benchmarks")
-    group.addoption("--results", type=Path, default=frame.RESULTS, help="folder that rows are appended to")
-    group.addoption("--seconds", type=float, default=None, help="of timing in each case, in place of its own")
-    group.addoption("--full", action="store_true", help="the whole grid; without it the subset that takes minutes")
+    group.addoption(
+        "--results", type=Path, default=frame.RESULTS, help="folder that rows are appended to"
+    )
+    group.addoption(
+        "--seconds", type=float, default=None, help="of timing in each case, in place of its own"
+    )
+    group.addoption(
+        "--full",
+        action="store_true",
+        help="the whole grid; without it the subset that takes minutes",
+    )
     group.addoption("--serve", default=None, help="used by `python -m bench compare`")
 
 
@@ -37,7 +47,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=full)
         items[:] = [item for item in items if item not in full]
     if not torch.cuda.is_available():
-        why = "this torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
+        why = (
+            "this torch is a CPU build"
+            if torch.version.cuda is None
+            else "no CUDA device is visible"
+        )
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device: {why}"))
@@ -45,13 +59,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Every case compiles for its own sizes; without this dynamo would stop after eight of one function."""
+    """Every case compiles for its own sizes; without this dynamo would stop after eight of one
+    function."""
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
 
-def run_gate(gate: Callable[..., Mapping[str, float]], copies: list[Any], providers: Mapping[str, Any]) -> dict:
+def run_gate(
+    gate: Callable[..., Mapping[str, float]], copies: list[Any], providers: Mapping[str, Any]
+) -> dict:
     errors = dict(gate(*copies[:1]))
     if missing := [name for name in providers if frame.is_ours(name) and name not in errors]:
         raise AssertionError(f"gate: says nothing of {', '.join(missing)}; no row without a gate")
@@ -62,18 +79,23 @@ def run_gate(gate: Callable[..., Mapping[str, float]], copies: list[Any], provid
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, Row]]:
-    """compare(op=, mode=, shape=, dtype=, providers=, gate=, ...) -> rows by provider, appended to <op>.jsonl.
+    """compare(op=, mode=, shape=, dtype=, providers=, gate=, ...) -> rows by provider, appended to
+    <op>.jsonl.
 
-    providers: by name, callables; names that start with "eager", "compile" or "peer" are baselines. `frame.Graph(f)`
+    providers: by name, callables; names that start with "eager", "compile" or "peer" are baselines.
+        `frame.Graph(f)`
         is f replayed as a CUDA graph. None where `times` measures.
-    gate: compares results, raises where one is wrong, and returns the error by provider, of all that are ours. It runs
-        before the timing and after it, and what it raises leaves no row.
-    inputs: makes one set of inputs; gate and providers then take one. On a GPU so many are made that what the leanest
-        provider reads of them does not fit in its L2; where that would be too many no row says % of a copy.
-    bytes_moved, flops: of one call, by our plan: one number, or by provider. With the first a copy of as many bytes
+    gate: compares results, raises where one is wrong, and returns the error by provider, of all
+        that are ours. It runs before the timing and after it, and what it raises leaves no row.
+    inputs: makes one set of inputs; gate and providers then take one. On a GPU so many are made
+        that what the leanest provider reads of them does not fit in its L2; where that would be too
+        many no row says % of a copy.
+    bytes_moved, flops: of one call, by our plan: one number, or by provider. With the first a copy
+        of as many bytes
         (of the largest) is timed in the same rounds.
     device: "cpu" or "cuda". seconds, min_rounds: of the timing.
-    times: in place of timing the providers here, gives milliseconds by provider (over several processes, say).
+    times: in place of timing the providers here, gives milliseconds by provider (over several
+        processes, say).
     extra: extra(provider) -> own columns, asked for after the timing.
     """
     config = request.config
@@ -98,7 +120,9 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
         asked = config.getoption("--seconds")
         if asked is not None:
             seconds, min_rounds = asked, min(min_rounds, 3)
-        by_name = list(bytes_moved.values()) if isinstance(bytes_moved, Mapping) else [bytes_moved or 0]
+        by_name = (
+            list(bytes_moved.values()) if isinstance(bytes_moved, Mapping) else [bytes_moved or 0]
+        )
         moved, leanest = max(by_name), min(by_name) // 2  # no operator writes more than it reads
         copies = [] if inputs is None else frame.make_copies(inputs, device, leanest or None)
         cold = frame.past_cache(len(copies) or 1, leanest, frame.l2_bytes(device))
@@ -109,7 +133,9 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
             try:
                 runs[name] = frame.rotation(provider, copies)
             except frame.NotCapturable as error:
-                config.stash.setdefault(LEFT_OUT, []).append(f"{op} {mode} {list(shape)}: {name}: {error}")
+                config.stash.setdefault(LEFT_OUT, []).append(
+                    f"{op} {mode} {list(shape)}: {name}: {error}"
+                )
         clock: Clock = EventClock() if device == "cuda" else HostClock()
 
         def green() -> dict[str, float]:
@@ -118,7 +144,13 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
         if served := config.getoption("--serve"):
             from bench.compare import serve
 
-            serve(request.node.name, {n: call for n, call in runs.items() if frame.is_ours(n)}, clock, green, served)
+            serve(
+                request.node.name,
+                {n: call for n, call in runs.items() if frame.is_ours(n)},
+                clock,
+                green,
+                served,
+            )
             benchmark.pedantic(lambda: None)
             return {}
         errors = green()
@@ -136,15 +168,23 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
         quantiles = {name: frame.quantiles(values) for name, values in found.items()}
 
         def best(kind: str) -> float | None:
-            return min((q[1] for name, q in quantiles.items() if name.startswith(kind)), default=None)
+            return min(
+                (q[1] for name, q in quantiles.items() if name.startswith(kind)), default=None
+            )
 
         eager, compiled = best("eager"), best("compile")
         where = frame.environment(device)
         rows = {}
         for name, (p20, p50, p80) in quantiles.items():
-            seen = frame.profile(runs[name], device) if name in runs else frame.Profile(None, None, None)
+            seen = (
+                frame.profile(runs[name], device)
+                if name in runs
+                else frame.Profile(None, None, None)
+            )
             if isinstance(providers[name], Graph):
-                seen = seen._replace(peak_mib=None)  # a replay allocates nothing: its memory was taken at the capture
+                seen = seen._replace(
+                    peak_mib=None
+                )  # a replay allocates nothing: its memory was taken at the capture
             if device == "cpu" and name.startswith("compile"):
                 seen = seen._replace(launches=None)
             size = of(bytes_moved, name) if frame.is_ours(name) else None
@@ -191,9 +231,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("editr2 benchmarks")
     first = rows[0]
-    terminalreporter.line(f"{first.device}, {first.threads} threads, torch {first.torch}, commit {first.commit}")
     terminalreporter.line(
-        "providers in turns; speed-ups against the best eager and the best compiled provider, graphs too\n"
+        f"{first.device}, {first.threads} threads, torch {first.torch}, commit {first.commit}"
+    )
+    terminalreporter.line(
+        "providers in turns; speed-ups against the best eager and the best compiled provider, "
+        "graphs too\n"
     )
     head = (
         "p20 ms",
@@ -214,11 +257,24 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             title = f"{row.op} {row.mode} {row.shape} {row.dtype}"
             terminalreporter.line(f"{title:66}" + "".join(f"{name:>10}" for name in head))
         numbers = (
-            row.p20_ms, row.p50_ms, row.p80_ms, row.speedup_vs_eager, row.speedup_vs_compile, row.peak_mib,
-            row.copy_percent, row.launches, row.host_syncs,
-        )  # fmt: skip
+            row.p20_ms,
+            row.p50_ms,
+            row.p80_ms,
+            row.speedup_vs_eager,
+            row.speedup_vs_compile,
+            row.peak_mib,
+            row.copy_percent,
+            row.launches,
+            row.host_syncs,
+        )
         columns = (
-            " " * 10 if n is None else f"{n:10d}" if isinstance(n, int) else f"{n:10.3f}" if n < 0.1 else f"{n:10.2f}"
+            " " * 10
+            if n is None
+            else f"{n:10d}"
+            if isinstance(n, int)
+            else f"{n:10.3f}"
+            if n < 0.1
+            else f"{n:10.2f}"
             for n in numbers
         )
         error = "" if row.max_error is None else f"{row.max_error:.1e}"

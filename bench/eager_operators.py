@@ -1,11 +1,13 @@
-"""The trainer's operators as trainers write them in PyTorch, op for op, to run the trainer on: baseline `eager`.
+"""The trainer's operators as trainers write them in PyTorch, op for op, to run the trainer on:
+baseline `eager`.
 
-Host waits are kept: every sample searches the schedule for its timestep (a `nonzero` and an `item` each), and credit is
-a NumPy loop over prompts. Two things are ours, so that results are equal and can be compared: the noise, which
-counter-based costs about what `torch.randn` does, and the rounding to the storage dtype before a sample is scored.
+Host waits are kept: every sample searches the schedule for its timestep (a `nonzero` and an `item`
+each), and credit is a NumPy loop over prompts. Two things are ours, so that results are equal and
+can be compared: the noise, which counter-based costs about what `torch.randn` does, and the
+rounding to the storage dtype before a sample is scored.
 
-Only what the default settings use is here: flow-SDE and CPS without guidance, the KL per step, credit per turn with
-fused rewards. Anything else raises NotImplementedError.
+Only what the default settings use is here: flow-SDE and CPS without guidance, the KL per step,
+credit per turn with fused rewards. Anything else raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -44,14 +46,18 @@ def _supported(**asked: bool) -> None:
 
 
 class EagerSampler:
-    """Step, replay and loss of one dynamics over tables of ODE rows and then SDE rows (`editr2.schedule.Sampler`)."""
+    """Step, replay and loss of one dynamics over tables of ODE rows and then SDE rows
+    (`editr2.schedule.Sampler`)."""
 
     def __init__(self, rollout: RolloutConfig) -> None:
         _supported(**{f"dynamics {rollout.dynamics}": rollout.dynamics not in ("cps", "flow-sde")})
         self.dynamics, self.noise_level = rollout.dynamics, rollout.noise_level
 
-    def _look_up(self, table: Tensor, step_index: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """sigma, the next one, the noise level (0 on ODE rows) and the largest sigma below 1, all [B, 1, ...]."""
+    def _look_up(
+        self, table: Tensor, step_index: Tensor, dims: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """sigma, the next one, the noise level (0 on ODE rows) and the largest sigma below 1, all
+        [B, 1, ...]."""
         steps = len(table) // 2
         sigmas = torch.cat([table[:steps, 6], table[steps - 1 : steps, 7]])
         schedule, timesteps = sigmas[:-1] * 1000, sigmas[step_index % steps] * 1000
@@ -61,7 +67,9 @@ class EagerSampler:
         after = [i + 1 for i in place]
         return sigmas[place].view(wide), sigmas[after].view(wide), level.view(wide), sigmas[1]
 
-    def transition(self, x: Tensor, v: Tensor, table: Tensor, step_index: Tensor) -> tuple[Tensor, Tensor]:
+    def transition(
+        self, x: Tensor, v: Tensor, table: Tensor, step_index: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (0 on ODE rows)."""
         sigma, after, level, sigma_max = self._look_up(table, step_index, x.dim())
         x, v = x.float(), v.float()
@@ -71,7 +79,10 @@ class EagerSampler:
             return clean * (1 - after) + noise * torch.sqrt(after**2 - std**2), std
         delta = after - sigma
         g = torch.sqrt(sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))) * level
-        mean = x * (1 + g**2 / (2 * sigma) * delta) + v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * delta
+        mean = (
+            x * (1 + g**2 / (2 * sigma) * delta)
+            + v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * delta
+        )
         return mean, g * torch.sqrt(-delta)
 
     def log_prob(self, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -92,7 +103,13 @@ class EagerSampler:
         return SdeStep(x_next, self.log_prob(x_next, mean, std))
 
     def sde_log_prob(
-        self, x: Tensor, x_next: Tensor, v: Tensor, table: Tensor, step_index: Tensor, **guidance: Any
+        self,
+        x: Tensor,
+        x_next: Tensor,
+        v: Tensor,
+        table: Tensor,
+        step_index: Tensor,
+        **guidance: Any,
     ) -> SdeLogProb:
         _supported(guidance=bool(guidance))
         return SdeLogProb(self.log_prob(x_next, *self.transition(x, v, table, step_index)), None)
@@ -118,18 +135,24 @@ class EagerSampler:
         v_old: Tensor | None = None,
         **guidance: Any,
     ) -> GrpoLoss:
-        _supported(guidance=bool(guidance), guard=guard, kl_scale=v_ref is not None and kl_scale != "step")
+        _supported(
+            guidance=bool(guidance), guard=guard, kl_scale=v_ref is not None and kl_scale != "step"
+        )
         mean, std = self.transition(x, v, table, step_index)
         log_prob = self.log_prob(x_next, mean, std)
         if advantage_clip is not None:
             advantage = advantage.clamp(-advantage_clip, advantage_clip)
         ratio = torch.exp(log_prob - old_log_prob)
-        policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip[0], 1 + clip[1]))
+        policy = torch.maximum(
+            -advantage * ratio, -advantage * ratio.clamp(1 - clip[0], 1 + clip[1])
+        )
         kl = torch.zeros_like(policy)
         if v_ref is not None:
             with torch.no_grad():
                 mean_ref, _ = self.transition(x, v_ref, table, step_index)
-            kl = ((mean - mean_ref) ** 2).mean(dim=tuple(range(1, mean.dim()))) / (2 * std.flatten() ** 2)
+            kl = ((mean - mean_ref) ** 2).mean(dim=tuple(range(1, mean.dim()))) / (
+                2 * std.flatten() ** 2
+            )
         counted = mask.float()
         loss = ((policy + kl_weight * kl) * counted).sum() / normalizer
         rows = counted.sum().clamp(min=1)
@@ -152,7 +175,11 @@ class EagerSampler:
 
 
 def token_log_prob(
-    logits: Tensor | tuple[Tensor, Tensor], ids: Tensor, *, temperature: float = 1.0, ignore_index: int = -100
+    logits: Tensor | tuple[Tensor, Tensor],
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
 ) -> TokenLogProb:
     """Of the whole vocabulary, then one picked; (hidden, weight) gives the logits."""
     if isinstance(logits, tuple):
@@ -183,7 +210,11 @@ def group_advantage(
         live &= ~(np.cumsum(failed, 1) - failed > 0)
     counted = valid if options.filter_in_statistics else live
     advantage = np.zeros_like(reward)
-    turns = [slice(t, t + 1) for t in range(reward.shape[1])] if options.baseline == "session_turn" else [slice(None)]
+    turns = (
+        [slice(t, t + 1) for t in range(reward.shape[1])]
+        if options.baseline == "session_turn"
+        else [slice(None)]
+    )
     spread = reward[counted].std() if counted.any() else 0.0
     for key in np.unique(keys):
         rows = keys == key
@@ -195,11 +226,15 @@ def group_advantage(
             if np.ptp(own[seen]) == 0:  # rounding of a mean is no advantage
                 centred = np.zeros_like(own)
             if options.std != "none":
-                centred = centred / ((own[seen].std() if options.std == "group" else spread) + options.eps)
+                centred = centred / (
+                    (own[seen].std() if options.std == "group" else spread) + options.eps
+                )
             advantage[rows, turn] = centred
     if options.clip is not None:
         advantage = np.clip(advantage, -options.clip, options.clip)
-    return GroupAdvantage(torch.from_numpy(np.where(live, advantage, 0.0)).float(), torch.from_numpy(live))
+    return GroupAdvantage(
+        torch.from_numpy(np.where(live, advantage, 0.0)).float(), torch.from_numpy(live)
+    )
 
 
 @contextmanager

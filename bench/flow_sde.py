@@ -1,7 +1,8 @@
-"""The flow-SDE step as trainers write it in PyTorch, and inputs for it: the baseline of several benchmarks.
+"""The flow-SDE step as trainers write it in PyTorch, and inputs for it: the baseline of several
+benchmarks.
 
-The baselines get their sigmas as tensors looked up once, outside the timing, but for the one provider that looks them
-up as the published code does, sample by sample.
+The baselines get their sigmas as tensors looked up once, outside the timing, but for the one
+provider that looks them up as the published code does, sample by sample.
 """
 
 from __future__ import annotations
@@ -70,12 +71,15 @@ def transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    density = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi))
+    density = (
+        -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi))
+    )
     return density.mean(dim=tuple(range(1, density.ndim)))
 
 
 def looked_up(i: Inputs) -> tuple[Tensor, Tensor]:
-    """sigma and sigma' as the published step finds them: for each sample a search, whose answer the host waits for."""
+    """sigma and sigma' as the published step finds them: for each sample a search, whose answer the
+    host waits for."""
     at = i.schedule[i.step_index]
     index = [int((i.schedule == t).nonzero()[0].item()) for t in at]
     return i.schedule[index].view(-1, 1, 1), i.schedule[[k + 1 for k in index]].view(-1, 1, 1)

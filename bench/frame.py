@@ -1,6 +1,8 @@
-"""How a benchmark is timed and what a row says: interleaved rounds, a clock a device, copies of the inputs past the L2.
+"""How a benchmark is timed and what a row says: interleaved rounds, a clock a device, copies of the
+inputs past the L2.
 
-Nothing here knows of pytest or of an operator; `conftest.py` has the gate without which no row is written.
+Nothing here knows of pytest or of an operator; `conftest.py` has the gate without which no row is
+written.
 """
 
 from __future__ import annotations
@@ -45,15 +47,25 @@ class Row:
     p20_ms: float
     p50_ms: float
     p80_ms: float
-    speedup_vs_eager: float | None = None  # of the best eager provider (as a graph too) over this one's median
+    speedup_vs_eager: float | None = (
+        None  # of the best eager provider (as a graph too) over this one's median
+    )
     speedup_vs_compile: float | None = None  # likewise; None where there is no compiled baseline
-    peak_mib: float | None = None  # the most torch had allocated at one time beyond what was there before the call
+    peak_mib: float | None = (
+        None  # the most torch had allocated at one time beyond what was there before the call
+    )
     bytes: int | None = None  # what our plan must read and write
     flops: int | None = None
     copy_gb_s: float | None = None  # of a copy that moves as many bytes, timed in the same rounds
-    copy_percent: float | None = None  # bytes / p50, in percent of that; None where inputs stay in the L2
-    launches: int | None = None  # CUDA: launches; CPU: operators called, not those in them; compiled code None
-    host_syncs: int | None = None  # CUDA: waits for the device; CPU: what would be one (item, nonzero)
+    copy_percent: float | None = (
+        None  # bytes / p50, in percent of that; None where inputs stay in the L2
+    )
+    launches: int | None = (
+        None  # CUDA: launches; CPU: operators called, not those in them; compiled code None
+    )
+    host_syncs: int | None = (
+        None  # CUDA: waits for the device; CPU: what would be one (item, nonzero)
+    )
     max_error: float | None = None  # what the gate found
     rounds: int | None = None
     threads: int | None = None
@@ -80,7 +92,8 @@ def is_ours(provider: str) -> bool:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Of a results file, or of every one in a folder, in order. Columns that this version does not know are kept."""
+    """Of a results file, or of every one in a folder, in order. Columns that this version does not
+    know are kept."""
     names = {f.name for f in dataclasses.fields(Row)}
     rows = []
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
@@ -114,7 +127,10 @@ def cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _version(name: str) -> str | None:
@@ -158,12 +174,15 @@ class HostClock:
 
 
 class EventClock:
-    """Between two events of the device. It is idle before, so what the host needs to launch the calls counts.
+    """Between two events of the device. It is idle before, so what the host needs to launch the
+    calls counts.
 
     `event` and `wait` are torch.cuda's; a test gives its own.
     """
 
-    def __init__(self, event: Callable[[], Any] | None = None, wait: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, event: Callable[[], Any] | None = None, wait: Callable[[], Any] | None = None
+    ) -> None:
         self.event = event or functools.partial(torch.cuda.Event, enable_timing=True)
         self.wait = wait or torch.cuda.synchronize
 
@@ -182,7 +201,8 @@ class EventClock:
 class Graph:
     """A provider that replays a CUDA graph of `run`, one for each copy of the inputs.
 
-    same_bits: a replay must give the bits of a plain call; False where torch's generator makes the noise.
+    same_bits: a replay must give the bits of a plain call; False where torch's generator makes the
+        noise.
     """
 
     run: Callable[..., Any]
@@ -205,18 +225,22 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         yield from itertools.chain.from_iterable(map(tensors, value))
     elif dataclasses.is_dataclass(value):
-        yield from itertools.chain.from_iterable(tensors(getattr(value, f.name)) for f in dataclasses.fields(value))
+        yield from itertools.chain.from_iterable(
+            tensors(getattr(value, f.name)) for f in dataclasses.fields(value)
+        )
 
 
 def copies_past_cache(read: int, l2_bytes: int) -> int:
-    """How many copies of the inputs a rotation needs so that none is still in the L2 when its turn comes, where a call
-    reads `read` bytes of one. At most MAX_COPIES, with which small inputs stay there (`past_cache`)."""
+    """How many copies of the inputs a rotation needs so that none is still in the L2 when its turn
+    comes, where a call reads `read` bytes of one. At most MAX_COPIES, with which small inputs stay
+    there (`past_cache`)."""
     return min(MAX_COPIES, max(1, math.ceil(2 * l2_bytes / max(read, 1))))
 
 
 def past_cache(copies: int, read: int, l2_bytes: int) -> bool:
-    """Whether a rotation of so many copies reads twice the L2 before it comes round. What a call writes is not asked
-    after: torch's allocator gives it the memory of the call before, and a small result may never leave the L2."""
+    """Whether a rotation of so many copies reads twice the L2 before it comes round. What a call
+    writes is not asked after: torch's allocator gives it the memory of the call before, and a small
+    result may never leave the L2."""
     return copies * read >= 2 * l2_bytes
 
 
@@ -226,7 +250,8 @@ def l2_bytes(device: str) -> int:
 
 
 def make_copies(make: Callable[[], Any], device: str, read: int | None = None) -> list[Any]:
-    """One on a CPU; on a GPU past its L2. read: bytes that the leanest provider reads of one; None: all."""
+    """One on a CPU; on a GPU past its L2. read: bytes that the leanest provider reads of one; None:
+    all."""
     first = make()
     if read is None:
         read = sum(t.numel() * t.element_size() for t in tensors(first))
@@ -251,7 +276,9 @@ def _capture(graph: Graph, run: Callable[[], Any]) -> Callable[[], Any]:
     if graph.same_bits:
         for place, (a, b) in enumerate(zip(tensors(out), tensors(expected), strict=True)):
             if not torch.equal(a, b):
-                raise AssertionError(f"output {place} of the captured graph differs from the plain call's")
+                raise AssertionError(
+                    f"output {place} of the captured graph differs from the plain call's"
+                )
     return captured.replay
 
 
@@ -281,10 +308,11 @@ def warm_up(run: Callable[[], Any], clock: Clock) -> int:
 def interleave(
     providers: Mapping[str, Callable[[], Any]], clock: Clock, seconds: float, min_rounds: int = 10
 ) -> dict[str, list[float]]:
-    """Milliseconds per call by provider, one sample a round; rounds until `seconds` are used, never fewer than asked.
+    """Milliseconds per call by provider, one sample a round; rounds until `seconds` are used, never
+    fewer than asked.
 
-    Providers run in turns, so that a disturbance of the machine falls on all of them alike, and every other round in
-    reverse, so that none always runs behind the same one.
+    Providers run in turns, so that a disturbance of the machine falls on all of them alike, and
+    every other round in reverse, so that none always runs behind the same one.
     """
     calls = {name: warm_up(run, clock) for name, run in providers.items()}
     times: dict[str, list[float]] = {name: [] for name in providers}
@@ -337,14 +365,20 @@ def profile(run: Callable[[], Any], device: str) -> Profile:
         with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as seen:
             run()
             torch.cuda.synchronize()
-        launches = sum(bool(LAUNCH.match(event.name())) for event in seen.profiler.kineto_results.events())
+        launches = sum(
+            bool(LAUNCH.match(event.name())) for event in seen.profiler.kineto_results.events()
+        )
         syncs = sum("called a synchronizing" in str(w.message) for w in waits)
-        return Profile(peak / 2**20, launches or None, syncs)  # no launch at all: the profiler saw none of the device
+        return Profile(
+            peak / 2**20, launches or None, syncs
+        )  # no launch at all: the profiler saw none of the device
     with torch.profiler.profile(activities=[activities.CPU], profile_memory=True) as seen:
         run()
     held = peak = 0
     events = seen.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
+    for event in sorted(
+        (e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()
+    ):
         held += event.nbytes()
         peak = max(peak, held)
     return Profile(peak / 2**20, _outermost(events), sum(event.name() in WAITS for event in events))
@@ -363,7 +397,8 @@ def _outermost(events: Iterable[Any]) -> int:
 
 
 def copy_provider(moved: int, device: str) -> Callable[[], Any]:
-    """A copy that reads and writes `moved` bytes together; on a GPU what it reads is rotated past the L2."""
+    """A copy that reads and writes `moved` bytes together; on a GPU what it reads is rotated past
+    the L2."""
 
     def make() -> tuple[Tensor, Tensor]:
         return tuple(torch.ones(max(1, moved // 8), device=device) for _ in range(2))  # type: ignore[return-value]

@@ -1,12 +1,14 @@
-"""Iterations of a real editor at its full size, on random weights, beside what `editr2 check` says of them.
+"""Iterations of a real editor at its full size, on random weights, beside what `editr2 check` says
+of them.
 
 python -m bench full_size CONFIG [--gpu h100] [--iterations 3] [settings]
 
-Transformer and autoencoder have their published settings (or those of `policy.weights`, a folder) and random weights,
-made on the device; nothing is downloaded. Text encoders are left out, here and in the estimate: embeddings are random,
-of the right size. `policy.offload` and `policy.shard` are off. The trainer runs everything else. Rows: `full_size`, of
-the estimate and of what was measured (the first iteration, which warms up, is left out), by phase: rollout with
-encoding and decoding, and training.
+Transformer and autoencoder have their published settings (or those of `policy.weights`, a folder)
+and random weights, made on the device; nothing is downloaded. Text encoders are left out, here and
+in the estimate: embeddings are random, of the right size. `policy.offload` and `policy.shard` are
+off. The trainer runs everything else. Rows: `full_size`, of the estimate and of what was measured
+(the first iteration, which warms up, is left out), by phase: rollout with encoding and decoding,
+and training.
 """
 
 from __future__ import annotations
@@ -81,7 +83,10 @@ def random_policy(editor: DiffusionEditor, device: torch.device) -> DiffusionPol
             seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
             generator = torch.Generator(device).manual_seed(seed)
             rows.append(
-                {name: torch.empty_like(t[0], device=device).normal_(generator=generator) for name, t in blank.items()}
+                {
+                    name: torch.empty_like(t[0], device=device).normal_(generator=generator)
+                    for name, t in blank.items()
+                }
             )
         return rows
 
@@ -90,8 +95,8 @@ def random_policy(editor: DiffusionEditor, device: torch.device) -> DiffusionPol
 
 
 class Memory:
-    """The most that was alive since `start`, beyond what there was when this was made: of torch's allocator on a GPU,
-    of the process on a CPU."""
+    """The most that was alive since `start`, beyond what there was when this was made: of torch's
+    allocator on a GPU, of the process on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -110,7 +115,11 @@ class Memory:
 
     @staticmethod
     def _status(name: str) -> int:
-        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+        (line,) = [
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(name)
+        ]
         return 1024 * int(line.split()[1])
 
 
@@ -130,7 +139,9 @@ def memory_by_phase(memory: Memory, peaks: dict[str, int]) -> Iterator[None]:
     peaks["train"] = max(peaks["train"], memory.peak())
 
 
-def measure(config: Config, editor: DiffusionEditor, iterations: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+def measure(
+    config: Config, editor: DiffusionEditor, iterations: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of every iteration after the first, and the most memory, by phase."""
     processes = Processes(Accelerator(cpu=not torch.cuda.is_available()))
     memory = Memory(processes.device)
@@ -143,7 +154,10 @@ def measure(config: Config, editor: DiffusionEditor, iterations: int) -> tuple[d
     for _ in range(iterations):
         with memory_by_phase(memory, peaks):
             row = trainer._iteration(config, state, source, reward, sampler, processes)
-        print(f"iteration {state.iteration}: " + ", ".join(f"{k} {s:.2f} s" for k, s in row["seconds"].items()))
+        print(
+            f"iteration {state.iteration}: "
+            + ", ".join(f"{k} {s:.2f} s" for k, s in row["seconds"].items())
+        )
         if state.iteration:
             seconds["rollout"].append(row["seconds"]["rollout"])
             seconds["train"].append(row["seconds"]["loss"] + row["seconds"]["optimiser"])
@@ -173,11 +187,21 @@ def this_device() -> str:
 
 
 def rows_of(
-    config: Config, result: Estimate, seconds: dict[str, list[float]], peaks: dict[str, int], device: str
+    config: Config,
+    result: Estimate,
+    seconds: dict[str, list[float]],
+    peaks: dict[str, int],
+    device: str,
 ) -> list[frame.Row]:
     r, p = config.rollout, config.policy
-    most = {"rollout": max(result.peaks["rollout"], result.peaks["encode"]), "train": result.peaks["train"]}
-    spent = {"rollout": result.seconds["rollout"] + result.seconds["encode"], "train": result.seconds["train"]}
+    most = {
+        "rollout": max(result.peaks["rollout"], result.peaks["encode"]),
+        "train": result.peaks["train"],
+    }
+    spent = {
+        "rollout": result.seconds["rollout"] + result.seconds["encode"],
+        "train": result.seconds["train"],
+    }
     rows, where = [], frame.environment(device)
     for phase in PHASES:
         shape, mode = [r.sessions, r.siblings, *p.resolution], f"{p.model} {phase}"
@@ -186,7 +210,18 @@ def rows_of(
             ("editr2", seconds[phase], peaks[phase]),
         ):
             p20, p50, p80 = (1000 * t for t in frame.quantiles(times))
-            row = frame.Row("full_size", provider, mode, shape, p.dtype, p20, p50, p80, peak_mib=peak / 2**20, **where)
+            row = frame.Row(
+                "full_size",
+                provider,
+                mode,
+                shape,
+                p.dtype,
+                p20,
+                p50,
+                p80,
+                peak_mib=peak / 2**20,
+                **where,
+            )
             rows.append(row)
     return rows
 
@@ -199,25 +234,48 @@ def text_of(rows: Sequence[frame.Row]) -> str:
             ("", "GiB", (said.peak_mib or 0) / 1024, (seen.peak_mib or 0) / 1024),
         )
         for name, unit, expected, found in pairs:
-            lines.append(f"{name:<24}{expected:>10.2f} {unit:<3}{found:>10.2f} {unit:<3}{found / expected:>8.2f}")
+            lines.append(
+                f"{name:<24}{expected:>10.2f} {unit:<3}{found:>10.2f} "
+                f"{unit:<3}{found / expected:>8.2f}"
+            )
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> int:
     extra: list[tuple[str, dict]] = [
-        ("--gpu", {"type": str, "help": f"what this device is, if it does not say so: {', '.join(DEVICES)}"}),
+        (
+            "--gpu",
+            {
+                "type": str,
+                "help": f"what this device is, if it does not say so: {', '.join(DEVICES)}",
+            },
+        ),
         ("--iterations", {"type": int, "default": 3, "help": "in all; the first is not counted"}),
-        ("--results", {"type": Path, "default": frame.RESULTS, "help": "folder of rows (bench/results)"}),
+        (
+            "--results",
+            {"type": Path, "default": frame.RESULTS, "help": "folder of rows (bench/results)"},
+        ),
     ]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     try:
-        config, given = run_config("python -m bench full_size", (__doc__ or "").splitlines()[0], arguments, extra)
-        if config.policy.model == "unified" or config.policy.quantize != "none" or given["iterations"] < 2:
-            raise ConfigError("full_size: an editor on diffusers that is not quantized, and at least two iterations")
+        config, given = run_config(
+            "python -m bench full_size", (__doc__ or "").splitlines()[0], arguments, extra
+        )
+        if (
+            config.policy.model == "unified"
+            or config.policy.quantize != "none"
+            or given["iterations"] < 2
+        ):
+            raise ConfigError(
+                "full_size: an editor on diffusers that is not quantized, and at least two "
+                "iterations"
+            )
         gpu = given["gpu"] or this_device()
         if (gpu == "cpu") == torch.cuda.is_available():
-            raise ConfigError(f"--gpu: {gpu} (accepted: the name of this device, cpu without a GPU)")
+            raise ConfigError(
+                f"--gpu: {gpu} (accepted: the name of this device, cpu without a GPU)"
+            )
         editor = DiffusionEditor(dataclasses.replace(config.policy, offload=False, shard=False))
         editor.parts = dataclasses.replace(editor.parts, text={})
         config = dataclasses.replace(config, policy=editor.config)

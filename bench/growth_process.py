@@ -1,4 +1,5 @@
-"""One of the processes of test_growth.py: some iterations on its share of the groups; the main one prints their rows.
+"""One of the processes of test_growth.py: some iterations on its share of the groups; the main one
+prints their rows.
 
 torchrun --nproc_per_node N -m bench.growth_process ITERATIONS
 """
@@ -20,7 +21,10 @@ def main(iterations: int) -> None:
         row = ours()
         if ours.processes.main:
             print(
-                json.dumps({name: row[name] for name in ("seconds", "reward", "ratio_error", "grad_norm")}), flush=True
+                json.dumps(
+                    {name: row[name] for name in ("seconds", "reward", "ratio_error", "grad_norm")}
+                ),
+                flush=True,
             )
 
 

@@ -1,9 +1,10 @@
-"""Packed replay over walking, by the share of turns that are needed: where `editr2.replay.PACKED_SHARE` comes from.
+"""Packed replay over walking, by the share of turns that are needed: where
+`editr2.replay.PACKED_SHARE` comes from.
 
 python -m bench.packed_share        (about a minute on one core; prints, writes no rows)
 
-Forward and backward of a rollout's stored places and intents on the embedded model, both plans in turns; median, 20th
-and 80th percentile of the ratio.
+Forward and backward of a rollout's stored places and intents on the embedded model, both plans in
+turns; median, 20th and 80th percentile of the ratio.
 """
 
 from __future__ import annotations
@@ -32,16 +33,25 @@ def roll_out(policy: UnifiedPolicy, groups: int, siblings: int) -> tuple[Config,
     source = open_sessions(config, policy)
     (chunk,) = chunks([source[i] for i in range(groups)], range(groups), siblings, groups)
     sampler = rollout_sampler(config.rollout)
-    return config, rollout_chunk(policy, chunk, sampler, Seeds(0, "train"), config.policy, rollout=config.rollout)
+    return config, rollout_chunk(
+        policy, chunk, sampler, Seeds(0, "train"), config.policy, rollout=config.rollout
+    )
 
 
 def seconds(
-    policy: UnifiedPolicy, chunk: Chunk, places: Places, needed: Tensor, temperature: float, packed: bool
+    policy: UnifiedPolicy,
+    chunk: Chunk,
+    places: Places,
+    needed: Tensor,
+    temperature: float,
+    packed: bool,
 ) -> float:
     options = ReplayOptions(packed, False, None, temperature, True)
     start = time.perf_counter()
     for part in replay(policy, chunk, places, options, needed):
-        loss = part.velocity.v.float().square().mean() - sum(a.scores.log_prob.sum() for a in part.answers)
+        loss = part.velocity.v.float().square().mean() - sum(
+            a.scores.log_prob.sum() for a in part.answers
+        )
         loss.backward()
     policy.module.zero_grad(set_to_none=True)
     return time.perf_counter() - start
@@ -60,11 +70,17 @@ def main() -> None:
             needed.view(-1)[order[: round(0.1 * without * needed.numel())]] = False
             ratios = []
             for _ in range(ROUNDS + 1):
-                walk, packed = (seconds(policy, chunk, places, needed, temperature, how) for how in (False, True))
+                walk, packed = (
+                    seconds(policy, chunk, places, needed, temperature, how)
+                    for how in (False, True)
+                )
                 ratios.append(packed / walk)
             low, middle, high = frame.quantiles(ratios[1:])
             share = int(needed.sum()) / (TURNS * int(needed.any(1).sum()))
-            print(f"{chunk.rollouts:>8}{share:>14.2f}{middle:>15.2f} ({low:.2f}-{high:.2f})", flush=True)
+            print(
+                f"{chunk.rollouts:>8}{share:>14.2f}{middle:>15.2f} ({low:.2f}-{high:.2f})",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

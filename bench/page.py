@@ -1,4 +1,5 @@
-"""What the sections of the report share: a page that takes text, tables and plots, and how numbers are written.
+"""What the sections of the report share: a page that takes text, tables and plots, and how numbers
+are written.
 
 A section is a function of a `Page` that adds to it, or nothing where no row is its own.
 """
@@ -16,7 +17,8 @@ from bench.frame import Row
 
 @dataclass
 class Page:
-    """rows: of the last run of every case, in the order of their files. plots: folder for PNG files, made by `plot`."""
+    """rows: of the last run of every case, in the order of their files. plots: folder for PNG
+    files, made by `plot`."""
 
     rows: list[Row]
     path: Path
@@ -34,8 +36,11 @@ class Page:
         self.add("| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|")
         self.add(*("| " + " | ".join(row) + " |" for row in rows), "")
 
-    def plot(self, name: str, alt: str, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
-        """draw(figure) on an empty matplotlib figure of so many inches; saved beside the page and shown."""
+    def plot(
+        self, name: str, alt: str, draw: Callable[[Any], None], size: tuple[float, float]
+    ) -> None:
+        """draw(figure) on an empty matplotlib figure of so many inches; saved beside the page and
+        shown."""
         from matplotlib.figure import Figure
 
         folder = self.path.with_suffix("")
@@ -53,7 +58,13 @@ def number(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     whole = f"{value:.{digits}g}"
-    return f"{float(whole):,.0f}" if "e" in whole and abs(value) >= 1 else f"{value:.1e}" if "e" in whole else whole
+    return (
+        f"{float(whole):,.0f}"
+        if "e" in whole and abs(value) >= 1
+        else f"{value:.1e}"
+        if "e" in whole
+        else whole
+    )
 
 
 def on_gpu(row: Row) -> bool:

@@ -1,7 +1,9 @@
-"""One multi-turn RL iteration the way published trainers execute it, as a plain script: baseline `peer-plan`.
+"""One multi-turn RL iteration the way published trainers execute it, as a plain script: baseline
+`peer-plan`.
 
-Every habit below costs time and changes no result, and each can be exchanged for ours alone, so that a waterfall over
-them says which gain comes from what (PEERS: execution habits; METHODS: Edit-R2's iteration):
+Every habit below costs time and changes no result, and each can be exchanged for ours alone, so
+that a waterfall over them says which gain comes from what (PEERS: execution habits; METHODS:
+Edit-R2's iteration):
 
     batched   siblings go through the model together; else one sample at a time, as the released BAGEL trainers do
     shared    siblings share the source's encoding and the first instruction; else each encodes for itself
@@ -12,9 +14,9 @@ them says which gain comes from what (PEERS: execution habits; METHODS: Edit-R2'
     skipped   turns without advantage are left out; else they are computed and multiplied by zero
     fused     our operators; else `bench.eager_operators`
 
-Always as the peers do: latents and log-probs of all steps are stored, one forward and backward for each trained step,
-no packed forward, and no first-turn steps shared before the window. Only full sessions of equally many turns, GRPO
-without reference, one update.
+Always as the peers do: latents and log-probs of all steps are stored, one forward and backward for
+each trained step, no packed forward, and no first-turn steps shared before the window. Only full
+sessions of equally many turns, GRPO without reference, one update.
 """
 
 from __future__ import annotations
@@ -59,13 +61,15 @@ class Habits:
 
     def __post_init__(self) -> None:
         if self.shared and not self.batched:
-            raise ValueError("shared: True (accepted with batched: False: False; one sample has no siblings)")
+            raise ValueError(
+                "shared: True (accepted with batched: False: False; one sample has no siblings)"
+            )
 
 
 @dataclass
 class _Turn:
-    """What one block of rollouts leaves of a turn: latents of all steps [steps + 1, B, *latent], log-probs and table
-    rows [steps, B]."""
+    """What one block of rollouts leaves of a turn: latents of all steps [steps + 1, B, *latent],
+    log-probs and table rows [steps, B]."""
 
     text: list[str]
     questions: Questions | None
@@ -78,17 +82,27 @@ class _Turn:
 
 
 class PeerPlan:
-    """`iterate` leaves the gradient on the policy's weights; `seconds` holds the phases of the latest one."""
+    """`iterate` leaves the gradient on the policy's weights; `seconds` holds the phases of the
+    latest one."""
 
     def __init__(
-        self, habits: Habits, config: Config, policy: TextPolicy, sessions: Sequence[Session], sampler: Sampler
+        self,
+        habits: Habits,
+        config: Config,
+        policy: TextPolicy,
+        sessions: Sequence[Session],
+        sampler: Sampler,
     ) -> None:
         self.habits, self.config, self.policy, self.sampler = habits, config, policy, sampler
         r = config.rollout
         self.whole = Chunk(list(sessions), list(range(len(sessions))), r.siblings)
         self.turns = len(sessions[0].turns)
         assert all(len(s.turns) == self.turns for s in sessions)
-        assert config.train.loss == "grpo" and config.train.kl_weight == 0 and config.train.updates == 1
+        assert (
+            config.train.loss == "grpo"
+            and config.train.kl_weight == 0
+            and config.train.updates == 1
+        )
         self.seeds = Seeds(config.seed, "train")
         size = r.siblings * r.groups_per_batch if habits.batched else 1
         self.blocks = torch.arange(self.whole.rollouts).split(size)
@@ -110,14 +124,16 @@ class PeerPlan:
             with self._phase("reward"):
                 scores = judge(reward, [self.whole], self.turns)
             with self._phase("credit"):
-                group = torch.arange(len(self.whole.sessions)).repeat_interleave(self.whole.siblings)
+                group = torch.arange(len(self.whole.sessions)).repeat_interleave(
+                    self.whole.siblings
+                )
                 credit = assign_credit(scores, group, self.config.credit)
             olds = [self._old(block, turns) for block, turns in zip(self.blocks, done, strict=True)]
             with self._phase("loss"):
                 parts = zip(self.blocks, done, olds, strict=True)
                 return sum(self._loss(*part, credit) for part in parts), credit
 
-    # --------------------------------------------------------------------------------------------------------- context
+    # -------------------------------------------------------------------------------------- context
 
     def _sources(self, block: Tensor) -> np.ndarray:
         return np.stack([self.whole.session_of(i).image for i in block.tolist()])
@@ -130,9 +146,13 @@ class PeerPlan:
             return before, policy.instruct(before, text)
         groups = torch.arange(len(block) // g).repeat_interleave(g)
         before = policy.encode(self._sources(block[::g]))
-        return policy.select(before, groups), policy.select(policy.instruct(before, text[::g]), groups)
+        return policy.select(before, groups), policy.select(
+            policy.instruct(before, text[::g]), groups
+        )
 
-    def _context(self, block: Tensor, turn: int, past: Sequence[_Turn], text: Sequence[str] | None) -> tuple[Any, Any]:
+    def _context(
+        self, block: Tensor, turn: int, past: Sequence[_Turn], text: Sequence[str] | None
+    ) -> tuple[Any, Any]:
         """The contexts of a turn before and behind its instruction, read from the source on."""
         before: Any = None
         behind: Any = None
@@ -146,13 +166,16 @@ class PeerPlan:
             behind = None if said is None else self.policy.instruct(before, said)
         return before, behind
 
-    # --------------------------------------------------------------------------------------------------------- rollout
+    # -------------------------------------------------------------------------------------- rollout
 
     def _roll_out(self, block: Tensor) -> list[_Turn]:
         done: list[_Turn] = []
         behind: Any = None
         for turn in range(self.turns):
-            raw = [[u.instruction for u in self.whole.session_of(i).turns[: turn + 1]] for i in block.tolist()]
+            raw = [
+                [u.instruction for u in self.whole.session_of(i).turns[: turn + 1]]
+                for i in block.tolist()
+            ]
             text, questions, intents = [r[-1] for r in raw], None, None
             before = None
             if turn and self.habits.kept:
@@ -170,24 +193,32 @@ class PeerPlan:
                 )
                 text = [intent.text or said for intent, said in zip(intents, text, strict=True)]
             behind = (
-                self.policy.instruct(before, text) if before is not None else self._context(block, turn, done, text)[1]
+                self.policy.instruct(before, text)
+                if before is not None
+                else self._context(block, turn, done, text)[1]
             )
             latents, log_prob, rows, starts = self._denoise(block, turn, behind)
             images = self.policy.decode(latents[-1].float())
             done.append(_Turn(text, questions, intents, latents, log_prob, rows, starts, images))
         return done
 
-    def _denoise(self, block: Tensor, turn: int, context: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _denoise(
+        self, block: Tensor, turn: int, context: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         s = self.sampler
         first = self.seeds.initial(self.whole, block, turn, self.config.rollout.shared_noise)
         seeds = self.seeds.window(self.whole, block, turn)
-        starts = s.first_start + self.seeds.start(self.whole, block, turn, s.last_start - s.first_start + 1)
+        starts = s.first_start + self.seeds.start(
+            self.whole, block, turn, s.last_start - s.first_start + 1
+        )
         latents = [philox_normal(first, INITIAL_STEP, self.policy.latent_shape)]
         log_probs, rows = [], []
         for k in range(s.steps):
             row, _ = s.step_index(k, starts)
             sigma = s.sigmas[k].expand(len(block))
-            step = denoising_step(self.policy, False, latents[-1], sigma, context, s.table, row, seeds)
+            step = denoising_step(
+                self.policy, False, latents[-1], sigma, context, s.table, row, seeds
+            )
             latents.append(step.x_next)
             log_probs.append(step.log_prob)
             rows.append(row)
@@ -199,7 +230,9 @@ class PeerPlan:
         for turn in range(self.turns):
             parts = [block[turn] for block in done]
             places = [self._places(part) for part in parts]
-            x, x_next, step_index, sigma, log_prob = (torch.cat(column) for column in zip(*places, strict=True))
+            x, x_next, step_index, sigma, log_prob = (
+                torch.cat(column) for column in zip(*places, strict=True)
+            )
             self.whole.turns.append(
                 TurnRecord(
                     torch.arange(self.whole.rollouts),
@@ -228,11 +261,11 @@ class PeerPlan:
             turn.log_prob[at, here],
         )
 
-    # -------------------------------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------------------- training
 
     def _reader(self, block: Tensor, done: Sequence[_Turn]) -> Any:
-        """turn -> its contexts before and behind the instruction, without gradient: read anew at every call (the second
-        only for images), or extended turn by turn."""
+        """turn -> its contexts before and behind the instruction, without gradient: read anew at
+        every call (the second only for images), or extended turn by turn."""
         kept: list[tuple[Any, Any]] = []
 
         def read(turn: int, images: bool = True) -> tuple[Any, Any]:
@@ -255,7 +288,9 @@ class PeerPlan:
         picked = live.tolist()
         ids = [turn.intents[i].ids for i in picked]
         temperature = self.config.policy.temperature
-        return self.policy.answer_log_prob(context, turn.questions.select(picked), ids, temperature=temperature)
+        return self.policy.answer_log_prob(
+            context, turn.questions.select(picked), ids, temperature=temperature
+        )
 
     def _old(self, block: Tensor, done: Sequence[_Turn]) -> list[tuple[Tensor, Tensor | None]]:
         """Per turn the old log-probs of the window [B, W] and of the intents [B, L]."""
@@ -273,13 +308,25 @@ class PeerPlan:
                     columns.append(replayed_log_prob(rows, velocity, self.sampler))
                 scores = None
                 if turn.questions is not None:
-                    scores = self._answer(read(t, images=False)[0], turn, torch.arange(len(block))).log_prob
+                    scores = self._answer(
+                        read(t, images=False)[0], turn, torch.arange(len(block))
+                    ).log_prob
                 found.append((torch.stack(columns, 1), scores))
         return found
 
     @staticmethod
-    def _rows(x: Tensor, x_next: Tensor, index: Tensor, sigma: Tensor, q: int, a: Any, m: Any, old: Any) -> Rows:
-        return Rows(x[:, q], x_next[:, q], sigma[:, q], a, m, index[:, q], None if old is None else old[:, q])
+    def _rows(
+        x: Tensor, x_next: Tensor, index: Tensor, sigma: Tensor, q: int, a: Any, m: Any, old: Any
+    ) -> Rows:
+        return Rows(
+            x[:, q],
+            x_next[:, q],
+            sigma[:, q],
+            a,
+            m,
+            index[:, q],
+            None if old is None else old[:, q],
+        )
 
     def _loss(
         self,
@@ -310,8 +357,14 @@ class PeerPlan:
                 loss.backward()
                 total += loss.item()
             if left.questions is not None and text_weight > 0:
-                scores = self._answer(self._picked(read(turn, images=False)[0], live, len(block)), left, live)
-                sampled = scores.log_prob.detach() if old_text is None else old_text[live, : scores.valid.shape[1]]
+                scores = self._answer(
+                    self._picked(read(turn, images=False)[0], live, len(block)), left, live
+                )
+                sampled = (
+                    scores.log_prob.detach()
+                    if old_text is None
+                    else old_text[live, : scores.valid.shape[1]]
+                )
                 answers = Answers(turn, live, scores)
                 loss = text_weight * text_term(t, answers, sampled, a, m, normalizer).loss
                 if loss.requires_grad:  # nothing to score: every answer of the block is empty

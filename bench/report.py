@@ -1,6 +1,8 @@
-"""python -m bench report: docs/performance.md and its plots, from the rows in bench/results and nothing else.
+"""python -m bench report: docs/performance.md and its plots, from the rows in bench/results and
+nothing else.
 
-A benchmark of other things than operators brings its sections along (`report_<what>.py`) and they join `SECTIONS`.
+A benchmark of other things than operators brings its sections along (`report_<what>.py`) and they
+join `SECTIONS`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from bench.page import Page, on_gpu
 
 
 def last_runs(rows: Iterable[Row]) -> list[Row]:
-    """Of every case the rows of its last run only: what stands side by side was measured side by side."""
+    """Of every case the rows of its last run only: what stands side by side was measured side by
+    side."""
     latest: dict[tuple[Any, ...], str] = {}
     kept = list(rows)
     for row in kept:
@@ -33,7 +36,9 @@ def machines(page: Page) -> None:
         by_device.setdefault(row.device, []).append(row)
 
     def all_of(rows: list[Row], column: str) -> str:
-        return ", ".join(sorted({str(v) for row in rows if (v := getattr(row, column)) is not None}))
+        return ", ".join(
+            sorted({str(v) for row in rows if (v := getattr(row, column)) is not None})
+        )
 
     page.table(
         ("device", "driver", "threads", "torch", "triton", "commits", "days", "rows"),
@@ -53,8 +58,8 @@ def machines(page: Page) -> None:
     )
     if not any(on_gpu(row) for row in page.rows):
         page.add(
-            "**No row here was measured on a GPU: none was at hand.** `make bench-gpu` runs the same cases on one; "
-            "nothing below says anything about how fast a GPU would be.",
+            "**No row here was measured on a GPU: none was at hand.** `make bench-gpu` runs the "
+            "same cases on one; nothing below says anything about how fast a GPU would be.",
             "",
         )
 
@@ -98,9 +103,15 @@ def render(rows: Iterable[Row], path: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=frame.RESULTS, help="folder of rows (bench/results)")
-    parser.add_argument("--out", type=Path, default=frame.RESULTS.parent.parent / "docs" / "performance.md")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--results", type=Path, default=frame.RESULTS, help="folder of rows (bench/results)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=frame.RESULTS.parent.parent / "docs" / "performance.md"
+    )
     options = parser.parse_args(arguments)
     try:
         rows = frame.read_rows(options.results)
@@ -108,7 +119,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"bench report: {error}", file=sys.stderr)
         return 1
     if not rows:
-        print(f"bench report: no rows in {options.results}; make bench writes them", file=sys.stderr)
+        print(
+            f"bench report: no rows in {options.results}; make bench writes them", file=sys.stderr
+        )
         return 1
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(render(rows, options.out))

@@ -1,4 +1,5 @@
-"""Whole iterations in the report: the waterfall from the peers' plan to ours, transformers of real sizes, growth."""
+"""Whole iterations in the report: the waterfall from the peers' plan to ours, transformers of real
+sizes, growth."""
 
 from __future__ import annotations
 
@@ -15,14 +16,18 @@ PHASES = ("rollout", "reward", "credit", "old log-prob", "loss", "optimiser")
 COLOURS = ("#0067ad", "#8a8f98", "#444444", "#d98032", "#3d9a5f", "#b04a5a")
 
 EXPECTED = {
-    "groups": "linear: groups share nothing but the calls (below 1 while a call's fixed cost shows)",
-    "siblings": "linear, less what is shared: the source, the first instruction, the steps before the first window",
-    "turns": "linear in tokens read; every turn attends to all before it, so above 1 once attention weighs",
+    "groups": "linear: groups share nothing but the calls (below 1 while a call's fixed cost "
+    "shows)",
+    "siblings": "linear, less what is shared: the source, the first instruction, the steps before "
+    "the first window",
+    "turns": "linear in tokens read; every turn attends to all before it, so above 1 once "
+    "attention weighs",
     "steps": "rollout linear, loss flat (the window is fixed)",
     "tokens": "linear where matrix products weigh, towards 2 where attention does",
     "processes": "-1 with a core for each process",
 }
-"""What a sound implementation shows, as exponents of the seconds over the size; found ones stand beside."""
+"""What a sound implementation shows, as exponents of the seconds over the size; found ones stand
+beside."""
 
 
 def _phases(row: Row) -> dict[str, float]:
@@ -37,11 +42,13 @@ def iteration(page: Page) -> None:
         page.add(
             f"## One iteration, {groups} groups of {siblings}, {turns} turns",
             "",
-            f"{first.mode}; {where(first)}. All plans give the same texts and, within tolerance, the same images, "
-            "advantages, loss and gradient. *eager* is the trainer on the peers' arithmetic; *peer-plan* the iteration "
-            "as published trainers execute it, its samples batched; every line below it has one habit more of ours "
-            "(`bench/peer_plan.py`). The last step, to *editr2*, is the trainer itself: steps before the window "
-            "shared, rollouts without advantage dropped from the walk, packed sessions where cheaper.",
+            f"{first.mode}; {where(first)}. All plans give the same texts and, within tolerance, "
+            f"the same images, "
+            "advantages, loss and gradient. *eager* is the trainer on the peers' arithmetic; "
+            "*peer-plan* the iteration as published trainers execute it, its samples batched; "
+            "every line below it has one habit more of ours (`bench/peer_plan.py`). The last "
+            "step, to *editr2*, is the trainer itself: steps before the window shared, rollouts "
+            "without advantage dropped from the walk, packed sessions where cheaper.",
             "",
         )
         ours = next((row for row in case if row.ours), None)
@@ -79,12 +86,14 @@ def _gains(page: Page, case: Sequence[Row], ours: Row) -> None:
         steps.append(("the trainer itself", ladder[-1].p50_ms / ours.p50_ms))
         product = ", ".join(f"{name} {gain:.2f} ×" for name, gain in steps)
         page.add(
-            f"Gains over *{PLAN}*, one after the other: {product}; all together {plan.p50_ms / ours.p50_ms:.2f} ×.", ""
+            f"Gains over *{PLAN}*, one after the other: {product}; all together "
+            f"{plan.p50_ms / ours.p50_ms:.2f} ×.",
+            "",
         )
         for row in ladder[:start]:
             page.add(
-                f"Over *{row.provider}*: samples batched {row.p50_ms / plan.p50_ms:.2f} ×, *editr2* "
-                f"{row.p50_ms / ours.p50_ms:.2f} ×.",
+                f"Over *{row.provider}*: samples batched {row.p50_ms / plan.p50_ms:.2f} ×, "
+                f"*editr2* {row.p50_ms / ours.p50_ms:.2f} ×.",
                 "",
             )
     for row in case:
@@ -121,17 +130,31 @@ def transformers(page: Page) -> None:
     page.add(
         "## Transformers of real sizes",
         "",
-        "Random weights, one denoising step rolled out and one trained, with the peers' arithmetic around the "
-        "transformer and with our operators. *Operators*: the sampler's step or the loss (forward and backward), timed "
-        "alone, as a share of the step. *MFU*: counted operations over the time, against the data sheet's dense bf16 "
-        "rate. *Images/s*: of ten steps rolled out, of two trained.",
+        "Random weights, one denoising step rolled out and one trained, with the peers' "
+        "arithmetic around the transformer and with our operators. *Operators*: the sampler's "
+        "step or the loss (forward and backward), timed alone, as a share of the step. *MFU*: "
+        "counted operations over the time, against the data sheet's dense bf16 rate. *Images/s*: "
+        "of ten steps rolled out, of two trained.",
         "",
     )
     for case in cases(rows).values():
         first = case[0]
-        page.add(f"{first.mode}, {first.shape} (batch, latent tokens), {first.dtype}; {where(first)}", "")
+        page.add(
+            f"{first.mode}, {first.shape} (batch, latent tokens), {first.dtype}; {where(first)}", ""
+        )
         page.table(
-            ("", "ms", "× eager", "images/s", "MFU", "peak MiB", "operators", "launches", "waits", "max error"),
+            (
+                "",
+                "ms",
+                "× eager",
+                "images/s",
+                "MFU",
+                "peak MiB",
+                "operators",
+                "launches",
+                "waits",
+                "max error",
+            ),
             (
                 (
                     f"**{row.provider}**" if row.ours else row.provider,
@@ -140,7 +163,9 @@ def transformers(page: Page) -> None:
                     number(row.extra.get("images_per_s")),
                     "" if row.extra.get("mfu") is None else f"{row.extra['mfu']:.1%}",
                     number(row.peak_mib),
-                    "" if row.extra.get("operator_share") is None else f"{row.extra['operator_share']:.2%}",
+                    ""
+                    if row.extra.get("operator_share") is None
+                    else f"{row.extra['operator_share']:.2%}",
                     "" if row.launches is None else str(row.launches),
                     "" if row.host_syncs is None else str(row.host_syncs),
                     "" if row.max_error is None else f"{row.max_error:.0e}",
@@ -156,16 +181,19 @@ def transformers(page: Page) -> None:
     if shares:
         share, row = min(shares, key=lambda pair: pair[0])
         page.add(
-            f"**Where kernels do not matter:** the eager arithmetic is {share:.2%} of the step of {row.mode}, and no "
-            "kernel can gain more than that there. At these sizes the gains are those of the plan above, the memory "
-            "that is not allocated, and steps that wait for nobody and can be captured.",
+            f"**Where kernels do not matter:** the eager arithmetic is {share:.2%} of the step of "
+            f"{row.mode}, and no "
+            "kernel can gain more than that there. At these sizes the gains are those of the plan "
+            "above, the memory that is not allocated, and steps that wait for nobody and can be "
+            "captured.",
             "",
         )
     else:
         page.add(
-            "**No transformer of real size was run: no GPU was at hand.** By count (the bytes that the eager step "
-            "moves against the transformer's operations) it is 0.1 to 1.6 % of a denoising step at 12 B parameters: "
-            "kernels alone can gain no more than that there, and what pays is the plan of the iteration above.",
+            "**No transformer of real size was run: no GPU was at hand.** By count (the bytes "
+            "that the eager step moves against the transformer's operations) it is 0.1 to 1.6 % "
+            "of a denoising step at 12 B parameters: kernels alone can gain no more than that "
+            "there, and what pays is the plan of the iteration above.",
             "",
         )
 
@@ -177,9 +205,10 @@ def full_sizes(page: Page) -> None:
     page.add(
         "## Editors of full size, and what `editr2 check` says of them",
         "",
-        "Iterations of the trainer on random weights, without text encoders (`python -m bench full_size`), beside the "
-        "estimate for the same device. *Ratio*: measured over estimated. Memory is the most that was alive: of torch's "
-        "allocator on a GPU, of the process on a CPU.",
+        "Iterations of the trainer on random weights, without text encoders (`python -m bench "
+        "full_size`), beside the estimate for the same device. *Ratio*: measured over estimated. "
+        "Memory is the most that was alive: of torch's allocator on a GPU, of the process on a "
+        "CPU.",
         "",
     )
 
@@ -192,10 +221,15 @@ def full_sizes(page: Page) -> None:
         by_name = {row.provider: row for row in case}
         if by_name.keys() >= {"editr2 check", "editr2"}:
             said, seen = by_name["editr2 check"], by_name["editr2"]
-            name = f"{seen.mode}, {seen.shape} (sessions, siblings, pixels), {seen.dtype}; {where(seen)}"
+            name = (
+                f"{seen.mode}, {seen.shape} (sessions, siblings, pixels), {seen.dtype}; "
+                f"{where(seen)}"
+            )
             times = cells(said.p50_ms, seen.p50_ms, 1000)
             found.append((name, *times, *cells(said.peak_mib, seen.peak_mib, 1024)))
-    page.table(("", "s, estimated", "measured", "ratio", "GiB, estimated", "measured", "ratio"), found)
+    page.table(
+        ("", "s, estimated", "measured", "ratio", "GiB, estimated", "measured", "ratio"), found
+    )
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
@@ -204,7 +238,9 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     if len({x for x, _ in logs}) < 2:
         return None
     mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs))
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum(
+        (x - mean_x) ** 2 for x, _ in logs
+    )
 
 
 def growth(page: Page) -> None:
@@ -219,7 +255,8 @@ def growth(page: Page) -> None:
         page.add(
             f"## Growth on {device}",
             "",
-            "Time of an iteration (of *tokens*: of one step rolled out and trained) over one size, the others held; "
+            "Time of an iteration (of *tokens*: of one step rolled out and trained) over one "
+            "size, the others held; "
             f"exponents are slopes on log-log axes. {where(of[0])}.",
             "",
         )
@@ -259,11 +296,24 @@ def _curves(page: Page, device: str, axes: dict[str, list[Row]]) -> None:
         panels = list(figure.subplots(height, columns, squeeze=False).flat)
         for panel, (axis, found) in zip(panels, axes.items()):
             sizes = [row.extra["size"] for row in found]
-            panel.plot(sizes, [row.p50_ms / 1e3 for row in found], "o-", color="black", label="all", markersize=4)
+            panel.plot(
+                sizes,
+                [row.p50_ms / 1e3 for row in found],
+                "o-",
+                color="black",
+                label="all",
+                markersize=4,
+            )
             for phase, colour in zip(PHASES, COLOURS):
-                known = [(row.extra["size"], _phases(row)[phase]) for row in found if phase in _phases(row)]
+                known = [
+                    (row.extra["size"], _phases(row)[phase])
+                    for row in found
+                    if phase in _phases(row)
+                ]
                 if phase in ("rollout", "loss") and known:
-                    panel.plot(*zip(*known), "o-", color=colour, label=phase, markersize=3, linewidth=1)
+                    panel.plot(
+                        *zip(*known), "o-", color=colour, label=phase, markersize=3, linewidth=1
+                    )
             panel.set(xscale="log", yscale="log", title=axis, xlabel="size", ylabel="s")
             panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -275,7 +325,12 @@ def _curves(page: Page, device: str, axes: dict[str, list[Row]]) -> None:
         for panel in panels[len(axes) :]:
             panel.set_axis_off()
 
-    page.plot(f"growth-{slug(device)}", f"Growth of an iteration on {device}", draw, (3.4 * columns, 2.9 * height))
+    page.plot(
+        f"growth-{slug(device)}",
+        f"Growth of an iteration on {device}",
+        draw,
+        (3.4 * columns, 2.9 * height),
+    )
 
 
 def sessions(page: Page) -> None:
@@ -285,9 +340,9 @@ def sessions(page: Page) -> None:
     page.add(
         "## Training forward of whole sessions",
         "",
-        "Forward and backward of [rollouts, turns, places], one loss and one gradient: *rebuild* reads the context "
-        "again for every trained step and answer, *incremental* keeps its keys and values, *packed* runs a session in "
-        "one forward.",
+        "Forward and backward of [rollouts, turns, places], one loss and one gradient: *rebuild* "
+        "reads the context again for every trained step and answer, *incremental* keeps its keys "
+        "and values, *packed* runs a session in one forward.",
         "",
     )
     page.table(

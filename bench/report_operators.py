@@ -1,4 +1,5 @@
-"""The operators in the report: what a reader wants first, speed-up by size, bandwidth, and a table a case."""
+"""The operators in the report: what a reader wants first, speed-up by size, bandwidth, and a table
+a case."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def by_device(page: Page) -> dict[str, list[Row]]:
 
 
 def largest(rows: Iterable[Row]) -> list[list[Row]]:
-    """Of every operator and mode of one device the case of the largest size, in the operators' order."""
+    """Of every operator and mode of one device the case of the largest size, in the operators'
+    order."""
     found: dict[tuple[str, str], list[Row]] = {}
     for case in cases(rows).values():
         key = case[0].op, case[0].mode
@@ -44,7 +46,10 @@ def largest(rows: Iterable[Row]) -> list[list[Row]]:
 def summary(page: Page) -> None:
     for device, rows in by_device(page).items():
         graphs = ", CUDA graphs included" if any(row.driver is not None for row in rows) else ""
-        what = f"The largest size of each; our fastest provider against the fastest eager and compiled ones{graphs}."
+        what = (
+            f"The largest size of each; our fastest provider against the fastest eager and "
+            f"compiled ones{graphs}."
+        )
         page.add(f"## Operators on {device}", "", what, "")
         lines = []
         for case in largest(rows):
@@ -71,7 +76,11 @@ def by_size(page: Page, device: str, rows: list[Row]) -> None:
     for case in cases(rows).values():
         if (ours := best(case)) is not None:
             curves.setdefault((ours.op, ours.mode), {}).setdefault(ours.dtype, []).append(ours)
-    panels = {key: of for key, of in curves.items() if len({elements(r) for rs in of.values() for r in rs}) > 1}
+    panels = {
+        key: of
+        for key, of in curves.items()
+        if len({elements(r) for rs in of.values() for r in rs}) > 1
+    }
     if not panels:
         return
     ordered = sorted(panels, key=lambda key: (OPERATORS.index(key[0]), key[1]))
@@ -85,14 +94,25 @@ def by_size(page: Page, device: str, rows: list[Row]) -> None:
         for axis, key in zip(axes, ordered):
             points = sorted((row for of in panels[key].values() for row in of), key=elements)
             sizes = sorted({elements(row) for row in points})
-            style = "o-" if len(sizes) == len(points) else "o"  # several dtypes of one size are no curve
+            style = (
+                "o-" if len(sizes) == len(points) else "o"
+            )  # several dtypes of one size are no curve
             for column, colour, name in (
                 ("speedup_vs_eager", EAGER, "eager"),
                 ("speedup_vs_compile", COMPILE, "compile"),
             ):
-                known = [(elements(row), y) for row in points if (y := getattr(row, column)) is not None]
+                known = [
+                    (elements(row), y) for row in points if (y := getattr(row, column)) is not None
+                ]
                 if known:
-                    axis.plot(*zip(*known), style, color=colour, label=f"× {name}", markersize=4, linewidth=1)
+                    axis.plot(
+                        *zip(*known),
+                        style,
+                        color=colour,
+                        label=f"× {name}",
+                        markersize=4,
+                        linewidth=1,
+                    )
             axis.axhline(1, color="black", linewidth=0.7)
             axis.set(xscale="log", yscale="log", title=f"{key[0]}\n{key[1]}", xlabel="elements")
             axis.xaxis.set_minor_formatter(NullFormatter())
@@ -107,7 +127,12 @@ def by_size(page: Page, device: str, rows: list[Row]) -> None:
         for axis in list(axes)[len(ordered) :]:
             axis.set_axis_off()
 
-    page.plot(f"speedup-{slug(device)}", f"Speed-up by size on {device}", draw, (3.4 * columns, 2.9 * height))
+    page.plot(
+        f"speedup-{slug(device)}",
+        f"Speed-up by size on {device}",
+        draw,
+        (3.4 * columns, 2.9 * height),
+    )
 
 
 def thousands(count: int) -> str:
@@ -121,7 +146,11 @@ def bandwidth(page: Page, device: str, rows: list[Row]) -> None:
         ours = best(case)
         if ours is None or ours.copy_percent is None:
             continue
-        of = [(row, colour) for row, colour in ((best(case, "eager"), EAGER), (best(case, "compile"), COMPILE)) if row]
+        of = [
+            (row, colour)
+            for row, colour in ((best(case, "eager"), EAGER), (best(case, "compile"), COMPILE))
+            if row
+        ]
         of.append((ours, OURS))
         values = [(ours.copy_percent * ours.p50_ms / row.p50_ms, colour) for row, colour in of]
         bars.append((f"{ours.op}\n{ours.mode}\n{ours.shape}, {ours.dtype}", values))
@@ -142,14 +171,26 @@ def bandwidth(page: Page, device: str, rows: list[Row]) -> None:
             axis.barh(0, 0, color=colour, label=name)
         axis.legend(fontsize=8, loc="lower right")
 
-    page.plot(f"roofline-{slug(device)}", f"Bandwidth against a copy on {device}", draw, (8.2, 0.75 * len(bars) + 1))
-    steps = [row for case in largest(rows) for row in case if row.op in ("sde_step", "philox_normal") and row.flops]
+    page.plot(
+        f"roofline-{slug(device)}",
+        f"Bandwidth against a copy on {device}",
+        draw,
+        (8.2, 0.75 * len(bars) + 1),
+    )
+    steps = [
+        row
+        for case in largest(rows)
+        for row in case
+        if row.op in ("sde_step", "philox_normal") and row.flops
+    ]
     if steps:
         page.add(
-            f"Noise made in the kernel is work, not traffic: {NORMAL_INTEGERS} integer and {NORMAL_FLOATS} floating "
-            "operations a normal (ten rounds of Philox shared by four, a logarithm, a root, a sine and a cosine of our "
-            "own by two; no fused multiply-add, so that all backends give the same bits). A step of fp32 latents and a "
-            "bf16 velocity moves 10 bytes an element: it stays below a copy's bandwidth wherever the device does fewer "
+            f"Noise made in the kernel is work, not traffic: {NORMAL_INTEGERS} integer and "
+            f"{NORMAL_FLOATS} floating "
+            "operations a normal (ten rounds of Philox shared by four, a logarithm, a root, a "
+            "sine and a cosine of our own by two; no fused multiply-add, so that all backends "
+            "give the same bits). A step of fp32 latents and a bf16 velocity moves 10 bytes an "
+            "element: it stays below a copy's bandwidth wherever the device does fewer "
             f"than {(NORMAL + STEP) / 10:.1f} such operations in the time of a byte.",
             "",
         )
@@ -180,11 +221,23 @@ def tables(page: Page) -> None:
         of = cases(row for row in rows if row.op == op)
         if of:
             page.add(f"### `{op}`", "")
-        for case in sorted(of.values(), key=lambda case: (case[0].device, case[0].mode, -elements(case[0]))):
+        for case in sorted(
+            of.values(), key=lambda case: (case[0].device, case[0].mode, -elements(case[0]))
+        ):
             first = case[0]
             page.add(f"{first.mode}, {first.shape}, {first.dtype}; {where(first)}", "")
             page.table(
-                ("", "ms", "× eager", "× compile", "peak MiB", "% copy", "launches", "waits", "max error"),
+                (
+                    "",
+                    "ms",
+                    "× eager",
+                    "× compile",
+                    "peak MiB",
+                    "% copy",
+                    "launches",
+                    "waits",
+                    "max error",
+                ),
                 (
                     (
                         f"**{row.provider}**" if row.ours else row.provider,

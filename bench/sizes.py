@@ -1,8 +1,9 @@
 """Every size that an operator is timed at, and which of them a plain `make bench` takes.
 
-Latents are [batch, tokens, channels], as the transformers pack them: a 16-channel VAE at an eighth of the image, two
-by two latents a token, is 64 channels for FLUX.1-Kontext, Qwen-Image-Edit and BAGEL alike; the 32-channel VAE of
-FLUX.2-klein gives 128. 512² pixels are 1,024 tokens, 1024² are 4,096.
+Latents are [batch, tokens, channels], as the transformers pack them: a 16-channel VAE at an eighth
+of the image, two
+by two latents a token, is 64 channels for FLUX.1-Kontext, Qwen-Image-Edit and BAGEL alike; the
+32-channel VAE of FLUX.2-klein gives 128. 512² pixels are 1,024 tokens, 1024² are 4,096.
 """
 
 from __future__ import annotations
@@ -57,9 +58,14 @@ GRID = [
     for batch in BATCHES
     for dtypes in (FP32, MIXED, BF16)
 ]
-# The operators are compared at eight samples on a CPU and sixteen on a GPU; the small ones show the cost of a call.
+# The operators are compared at eight samples on a CPU and sixteen on a GPU; the small ones show the
+# cost of a call.
 DEFAULT = {
-    "cpu": [Size("", (8, 4096, 64), MIXED), Size("", (8, 1024, 64), MIXED), Size("", EMBEDDED, FP32)],
+    "cpu": [
+        Size("", (8, 4096, 64), MIXED),
+        Size("", (8, 1024, 64), MIXED),
+        Size("", EMBEDDED, FP32),
+    ],
     "cuda": [
         Size("", PAST_L2, MIXED),
         Size("", PAST_L2, BF16),
@@ -71,34 +77,47 @@ DEFAULT = {
 
 
 def params(sizes: dict[str, Iterable[Size]], full: dict[str, Iterable[Size]]) -> list[Any]:
-    """pytest parameters: those of `full` that are not in `sizes` only run with --full, those for CUDA only on a GPU."""
+    """pytest parameters: those of `full` that are not in `sizes` only run with --full, those for
+    CUDA only on a GPU."""
     found = []
     for device in ("cpu", "cuda"):
         default = list(sizes[device])
         for size in dict.fromkeys([*default, *full[device]]):
             marks = [pytest.mark.gpu] if device == "cuda" else []
             marks += [] if size in default else [pytest.mark.full]
-            dtypes = "mixed" if size.dtypes.x != size.dtypes.v else size.dtypes.name  # words that -k takes
+            dtypes = (
+                "mixed" if size.dtypes.x != size.dtypes.v else size.dtypes.name
+            )  # words that -k takes
             name = "-".join(("x".join(map(str, size.shape)), dtypes, device))
             found.append(pytest.param(Size(device, size.shape, size.dtypes), id=name, marks=marks))
     return found
 
 
 def latents(variant: bool = False) -> list[Any]:
-    """Of an operator's main form, or of a variant of it, for which the first size of each device is enough."""
+    """Of an operator's main form, or of a variant of it, for which the first size of each device is
+    enough."""
     chosen = {device: sizes[:1] if variant else sizes for device, sizes in DEFAULT.items()}
     return params(chosen, {device: [*sizes, *GRID] for device, sizes in DEFAULT.items()})
 
 
-def shapes(cpu: Iterable[tuple[int, ...]], cuda: Iterable[tuple[int, ...]], dtypes: Iterable[Dtypes] = (FP32,)) -> Any:
-    """For operators of other things than latents: the first dtype everywhere, the others with --full."""
+def shapes(
+    cpu: Iterable[tuple[int, ...]],
+    cuda: Iterable[tuple[int, ...]],
+    dtypes: Iterable[Dtypes] = (FP32,),
+) -> Any:
+    """For operators of other things than latents: the first dtype everywhere, the others with
+    --full."""
     first, *others = dtypes
     default = {"cpu": [Size("", s, first) for s in cpu], "cuda": [Size("", s, first) for s in cuda]}
-    return params(default, {d: [Size("", s.shape, t) for s in sizes for t in others] for d, sizes in default.items()})
+    return params(
+        default,
+        {d: [Size("", s.shape, t) for s in sizes for t in others] for d, sizes in default.items()},
+    )
 
 
-# Operations of one counter-based normal, from csrc/philox.h: ten rounds of four multiplications, four exclusive ors and
-# two additions are shared by four normals; a logarithm, a root, a sine and a cosine of our own by two.
+# Operations of one counter-based normal, from csrc/philox.h: ten rounds of four multiplications,
+# four exclusive ors and two additions are shared by four normals; a logarithm, a root, a sine and a
+# cosine of our own by two.
 NORMAL_INTEGERS, NORMAL_FLOATS = 32, 28
 NORMAL = NORMAL_INTEGERS + NORMAL_FLOATS
 STEP = 8  # mean, noise, difference to the mean, its square and the sum

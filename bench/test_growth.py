@@ -1,8 +1,10 @@
-"""How an iteration's cost grows, one size at a time: batch, siblings, turns, steps, tokens, processes.
+"""How an iteration's cost grows, one size at a time: batch, siblings, turns, steps, tokens,
+processes.
 
-The reward never ties, so every turn trains at every size. Gate: the trainer's own sentinel, training meets the
-rollout's log-probs at that size (of the token sizes: the sampler's step against its definition). The exponents are
-fitted from the rows by the report; nothing here is asserted about time.
+The reward never ties, so every turn trains at every size. Gate: the trainer's own sentinel,
+training meets the rollout's log-probs at that size (of the token sizes: the sampler's step against
+its definition). The exponents are fitted from the rows by the report; nothing here is asserted
+about time.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Brightness:
     names = ("bright",)
 
     def __call__(self, session: Session, images: np.ndarray) -> list[dict[str, Score]]:
-        return [{"bright": Score(float(image.mean() / 255 + image.std() / 512))} for image in images]
+        return [
+            {"bright": Score(float(image.mean() / 255 + image.std() / 512))} for image in images
+        ]
 
 
 def iteration(**sizes: int) -> Ours:
@@ -80,11 +84,15 @@ def test_growth_of_an_iteration(axis: str, compare: Callable[..., Any]) -> None:
         for name, run in runs.items():
             row = run()
             errors[name] = row["ratio_error"]
-            assert row["advantage_abs"] > 0 and errors[name] < 1e-5, f"{name}: ratio differs from 1 by {errors[name]}"
+            assert row["advantage_abs"] > 0 and errors[name] < 1e-5, (
+                f"{name}: ratio differs from 1 by {errors[name]}"
+            )
         return errors
 
     def extra(name: str) -> dict[str, Any]:
-        seconds = {p: round(statistics.median(s[p] for s in phases[name]), 5) for p in phases[name][0]}
+        seconds = {
+            p: round(statistics.median(s[p] for s in phases[name]), 5) for p in phases[name][0]
+        }
         return {"axis": axis, "size": SIZES[axis][list(runs).index(name)], "phases_s": seconds}
 
     compare(
@@ -102,15 +110,20 @@ def test_growth_of_an_iteration(axis: str, compare: Callable[..., Any]) -> None:
 
 @pytest.mark.timeout(900)
 def test_growth_with_tokens(compare: Callable[..., Any]) -> None:
-    """One step rolled out and trained behind a source image, eight samples, on larger latents and random weights."""
+    """One step rolled out and trained behind a source image, eight samples, on larger latents and
+    random weights."""
     batch = 8
     sampler = make_sampler(4, dynamics="cps", noise_level=0.7, window=2)
     step_index, seed = torch.full((batch,), sampler.steps), torch.arange(batch)
 
     def prepared(side: int) -> tuple[UnifiedPolicy, torch.Tensor, Any]:
         policy = new_embedded_policy(UnifiedConfig(max_latent_size=side), seed=0)
-        torch.nn.init.normal_(policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-        images = np.random.default_rng(0).integers(0, 256, (batch, *policy.image_size, 3), dtype=np.uint8)
+        torch.nn.init.normal_(
+            policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0)
+        )
+        images = np.random.default_rng(0).integers(
+            0, 256, (batch, *policy.image_size, 3), dtype=np.uint8
+        )
         with torch.no_grad():
             context = policy.encode(images)
         x = torch.randn(batch, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
@@ -126,14 +139,18 @@ def test_growth_with_tokens(compare: Callable[..., Any]) -> None:
             done = sde_step(x, v, sampler.table, step_index, seed)
         v = policy.velocity(x, torch.ones(batch), context).v
         advantage = torch.linspace(-1, 1, batch)
-        grpo_loss(x, done.x_next, v, sampler.table, step_index, done.log_prob, advantage, clip=1e-4).loss.backward()
+        grpo_loss(
+            x, done.x_next, v, sampler.table, step_index, done.log_prob, advantage, clip=1e-4
+        ).loss.backward()
 
     def gate() -> dict[str, float]:
         errors = {}
         for name, (_, policy, x, context) in cases.items():
             with torch.no_grad():
                 v = policy.velocity(x, torch.ones(batch), context).v
-            found, expected = (f(x, v, sampler.table, step_index, seed) for f in (sde_step, sde_step_ref))
+            found, expected = (
+                f(x, v, sampler.table, step_index, seed) for f in (sde_step, sde_step_ref)
+            )
             errors[name] = worst(name, found.x_next, expected.x_next, 1e-6)
         return errors
 
@@ -152,7 +169,14 @@ def test_growth_with_tokens(compare: Callable[..., Any]) -> None:
 
 def across_processes(count: int, iterations: int) -> list[dict[str, Any]]:
     """The rows of some iterations on `count` processes, one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(count),
+    ]
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [*command, "-m", "bench.growth_process", str(iterations)],
@@ -174,11 +198,17 @@ def test_growth_over_processes(compare: Callable[..., Any], request: pytest.Fixt
 
     def gate() -> dict[str, float]:
         if not rows:
-            rows.update({name: across_processes(count, iterations) for name, count in names.items()})
+            rows.update(
+                {name: across_processes(count, iterations) for name, count in names.items()}
+            )
         one = rows[next(iter(names))][0]
         for name, found in rows.items():
-            assert abs(found[0]["reward"] - one["reward"]) < 1e-4, f"{name}: other rewards than on one process"
-            assert abs(found[0]["grad_norm"] / one["grad_norm"] - 1) < 1e-3, f"{name}: another gradient"
+            assert abs(found[0]["reward"] - one["reward"]) < 1e-4, (
+                f"{name}: other rewards than on one process"
+            )
+            assert abs(found[0]["grad_norm"] / one["grad_norm"] - 1) < 1e-3, (
+                f"{name}: another gradient"
+            )
         return {name: max(row["ratio_error"] for row in found) for name, found in rows.items()}
 
     def extra(name: str) -> dict[str, Any]:
@@ -193,6 +223,9 @@ def test_growth_over_processes(compare: Callable[..., Any], request: pytest.Fixt
         dtype="fp32",
         providers=dict.fromkeys(names),
         gate=gate,
-        times=lambda: {name: [sum(r["seconds"].values()) * 1e3 for r in found[1:]] for name, found in rows.items()},
+        times=lambda: {
+            name: [sum(r["seconds"].values()) * 1e3 for r in found[1:]]
+            for name, found in rows.items()
+        },
         extra=extra,
     )

@@ -1,7 +1,9 @@
-"""grpo_loss, with its KL, with GRPO-Guard, and awm_loss on the same kernels, against the losses as trainers write them.
+"""grpo_loss, with its KL, with GRPO-Guard, and awm_loss on the same kernels, against the losses as
+trainers write them.
 
-The baseline takes the reference's mean alone and looks no sigma up: the published scripts also compute the reference's
-log-prob and throw it away, and search the schedule once a sample. Its metrics are left out, ours come with the loss.
+The baseline takes the reference's mean alone and looks no sigma up: the published scripts also
+compute the reference's log-prob and throw it away, and search the schedule once a sample. Its
+metrics are left out, ours come with the loss.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ CLIP, KL_WEIGHT, ADVANTAGE_CLIP = 1e-5, 0.01, 5.0
 
 @dataclass(frozen=True)
 class Move:
-    """A step of the rollout, a policy a little off the one that sampled, and a reference a little off both."""
+    """A step of the rollout, a policy a little off the one that sampled, and a reference a little
+    off both."""
 
     step: Inputs
     x_next: Tensor
@@ -47,7 +50,14 @@ def make_move(size: Size) -> Move:
     step = editr2_kernels.sde_step(i.x, i.v, i.table, i.step_index, i.seed, backend=backend)
     v = (i.v.float() + 1e-3 * normal(size, 2)).to(size.dtypes.v).requires_grad_()
     v_ref = (i.v.float() + 0.1 * normal(size, 3)).to(size.dtypes.v)
-    return Move(i, step.x_next, step.log_prob, v, v_ref, torch.linspace(-2.0, 2.0, size.shape[0], device=size.device))
+    return Move(
+        i,
+        step.x_next,
+        step.log_prob,
+        v,
+        v_ref,
+        torch.linspace(-2.0, 2.0, size.shape[0], device=size.device),
+    )
 
 
 def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
@@ -85,7 +95,8 @@ def guarded_loss(
     sigma: Tensor,
     after: Tensor,
 ) -> Tensor:
-    """GRPO-Guard: the ratio is centred and scaled by the step's noise, the loss divided by its length."""
+    """GRPO-Guard: the ratio is centred and scaled by the step's noise, the loss divided by its
+    length."""
     mean, std = transition(x, v, sigma, after)
     with torch.no_grad():
         mean_old, _ = transition(x, v_old, sigma, after)
@@ -101,9 +112,19 @@ def test_grpo_loss(size: Size, mode: str, compare: Callable[..., Any]) -> None:
     def operator(v: Tensor, m: Move, backend: str) -> Tensor:
         i = m.step
         return editr2_kernels.grpo_loss(
-            i.x, m.x_next, v, i.table, i.step_index, m.old, m.advantage, clip=CLIP, advantage_clip=ADVANTAGE_CLIP,
-            v_ref=m.v_ref, kl_weight=KL_WEIGHT, backend=backend,
-        ).loss  # fmt: skip
+            i.x,
+            m.x_next,
+            v,
+            i.table,
+            i.step_index,
+            m.old,
+            m.advantage,
+            clip=CLIP,
+            advantage_clip=ADVANTAGE_CLIP,
+            v_ref=m.v_ref,
+            kl_weight=KL_WEIGHT,
+            backend=backend,
+        ).loss
 
     compare_loss(
         compare,
@@ -128,9 +149,19 @@ def test_grpo_loss_guard(size: Size, mode: str, compare: Callable[..., Any]) -> 
     def operator(v: Tensor, m: Move, backend: str) -> Tensor:
         i = m.step
         return editr2_kernels.grpo_loss(
-            i.x, m.x_next, v, i.table, i.step_index, m.old, m.advantage, clip=CLIP, advantage_clip=ADVANTAGE_CLIP,
-            guard=True, v_old=i.v, backend=backend,
-        ).loss  # fmt: skip
+            i.x,
+            m.x_next,
+            v,
+            i.table,
+            i.step_index,
+            m.old,
+            m.advantage,
+            clip=CLIP,
+            advantage_clip=ADVANTAGE_CLIP,
+            guard=True,
+            v_old=i.v,
+            backend=backend,
+        ).loss
 
     compare_loss(
         compare,
@@ -149,11 +180,15 @@ def test_grpo_loss_guard(size: Size, mode: str, compare: Callable[..., Any]) -> 
     )
 
 
-def matching_loss(v: Tensor, v_ref: Tensor, noise: Tensor, x0: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+def matching_loss(
+    v: Tensor, v_ref: Tensor, noise: Tensor, x0: Tensor, old: Tensor, advantage: Tensor
+) -> Tensor:
     """Advantage-weighted matching: flow matching's error is the log-prob."""
     v = v.float()
     ratio = torch.exp(-((v - (noise - x0.float())) ** 2).mean(dim=(1, 2)) - old)
-    return (clipped(ratio, advantage) + KL_WEIGHT * ((v - v_ref.float()) ** 2).mean(dim=(1, 2))).mean()
+    return (
+        clipped(ratio, advantage) + KL_WEIGHT * ((v - v_ref.float()) ** 2).mean(dim=(1, 2))
+    ).mean()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -161,14 +196,24 @@ def matching_loss(v: Tensor, v_ref: Tensor, noise: Tensor, x0: Tensor, old: Tens
 def test_awm_loss(size: Size, mode: str, compare: Callable[..., Any]) -> None:
     def inputs() -> tuple[Move, Tensor]:
         m = make_move(size)
-        return m, editr2_kernels.awm_log_prob(m.step.x, m.step.noise, m.step.v, backend=our_backends(size.device)[0])
+        return m, editr2_kernels.awm_log_prob(
+            m.step.x, m.step.noise, m.step.v, backend=our_backends(size.device)[0]
+        )
 
     def operator(v: Tensor, both: tuple[Move, Tensor], backend: str) -> Tensor:
         m, old = both
         return editr2_kernels.awm_loss(
-            m.step.x, m.step.noise, v, old, m.advantage, clip=CLIP, advantage_clip=ADVANTAGE_CLIP, v_ref=m.v_ref,
-            kl_weight=KL_WEIGHT, backend=backend,
-        ).loss  # fmt: skip
+            m.step.x,
+            m.step.noise,
+            v,
+            old,
+            m.advantage,
+            clip=CLIP,
+            advantage_clip=ADVANTAGE_CLIP,
+            v_ref=m.v_ref,
+            kl_weight=KL_WEIGHT,
+            backend=backend,
+        ).loss
 
     compare_loss(
         compare,
@@ -178,7 +223,13 @@ def test_awm_loss(size: Size, mode: str, compare: Callable[..., Any]) -> None:
         variant=", KL",
         inputs=inputs,
         leaf=lambda both: both[0].v,
-        arguments=lambda both: (both[0].v_ref, both[0].step.noise, both[0].step.x, both[1], both[0].advantage),
+        arguments=lambda both: (
+            both[0].v_ref,
+            both[0].step.noise,
+            both[0].step.x,
+            both[1],
+            both[0].advantage,
+        ),
         eager={"": matching_loss},
         operator=operator,
         read=size.bytes(x=1, v=2) + 4 * size.elements,

@@ -1,7 +1,8 @@
-"""Other trainers' step in a loop, before and after `patch`: a rollout step, a training step with a KL to a reference;
-and verl-omni's NFT loss.
+"""Other trainers' step in a loop, before and after `patch`: a rollout step, a training step with a
+KL to a reference; and verl-omni's NFT loss.
 
-The originals are the stand-ins of the tests (tests/peers.py), with the arithmetic and the look-ups of those projects.
+The originals are the stand-ins of the tests (tests/peers.py), with the arithmetic and the look-ups
+of those projects.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def flow_grpo(modules: dict[str, Any], device: str) -> Call:
     function = modules["flow_grpo.diffusers_patch.sd3_sde_with_logprob"].sde_step_with_logprob
     scheduler = scheduled(peers().FlowMatchEulerDiscreteScheduler, device)
 
-    def step(v: Tensor, x: Tensor, x_next: Tensor | None, generator: Any = None) -> tuple[Tensor, ...]:
+    def step(
+        v: Tensor, x: Tensor, x_next: Tensor | None, generator: Any = None
+    ) -> tuple[Tensor, ...]:
         at = scheduler.timesteps[AT].expand(len(x))
         return function(scheduler, v, at, x, LEVEL, x_next, generator)
 
@@ -72,12 +75,18 @@ def flow_grpo(modules: dict[str, Any], device: str) -> Call:
 
 
 def flow_factory(modules: dict[str, Any], device: str) -> Call:
-    cls = modules["flow_factory.scheduler.flow_match_euler_discrete"].FlowMatchEulerDiscreteSDEScheduler
+    cls = modules[
+        "flow_factory.scheduler.flow_match_euler_discrete"
+    ].FlowMatchEulerDiscreteSDEScheduler
     function, scheduler = cls.step, scheduled(cls, device)
 
-    def step(v: Tensor, x: Tensor, x_next: Tensor | None, generator: Any = None) -> tuple[Tensor, ...]:
+    def step(
+        v: Tensor, x: Tensor, x_next: Tensor | None, generator: Any = None
+    ) -> tuple[Tensor, ...]:
         at = scheduler.timesteps[AT].expand(len(x))
-        out = function(scheduler, v, at, x, next_latents=x_next, noise_level=LEVEL, generator=generator)
+        out = function(
+            scheduler, v, at, x, next_latents=x_next, noise_level=LEVEL, generator=generator
+        )
         return out.next_latents, out.log_prob, out.next_latents_mean, out.std_dev_t
 
     return step
@@ -87,10 +96,18 @@ def verl_omni(modules: dict[str, Any], device: str) -> Call:
     cls = modules["verl_omni.pipelines.schedulers.flow_match_sde"].FlowMatchSDEDiscreteScheduler
     function, scheduler = cls.sample_previous_step, scheduled(cls, device)
 
-    def step(v: Tensor, x: Tensor, x_next: Tensor | None, generator: Any = None) -> tuple[Tensor, ...]:
+    def step(
+        v: Tensor, x: Tensor, x_next: Tensor | None, generator: Any = None
+    ) -> tuple[Tensor, ...]:
         at = scheduler.timesteps[AT].expand(len(x))
         return function(
-            scheduler, sample=x, model_output=v, timestep=at, prev_sample=x_next, noise_level=LEVEL, generator=generator
+            scheduler,
+            sample=x,
+            model_output=v,
+            timestep=at,
+            prev_sample=x_next,
+            noise_level=LEVEL,
+            generator=generator,
         )
 
     return step
@@ -100,7 +117,9 @@ def dance_grpo(modules: dict[str, Any], device: str) -> Call:
     function = modules["fastvideo.train_grpo_flux"].flux_step
     sigmas = torch.tensor(editr2_kernels.flow_sigmas(STEPS, 3.0), device=device)
 
-    def step(v: Tensor, x: Tensor, x_next: Tensor | None, generator: Any = None) -> tuple[Tensor, ...]:
+    def step(
+        v: Tensor, x: Tensor, x_next: Tensor | None, generator: Any = None
+    ) -> tuple[Tensor, ...]:
         if generator is not None:
             torch.manual_seed(generator.initial_seed())  # it draws from the global one
         x_next, x0, log_prob = function(v, x, 0.3, sigmas, AT, x_next, True, True)
@@ -109,7 +128,12 @@ def dance_grpo(modules: dict[str, Any], device: str) -> Call:
     return step
 
 
-PROJECTS = {"flow_grpo": flow_grpo, "flow_factory": flow_factory, "verl_omni": verl_omni, "dance_grpo": dance_grpo}
+PROJECTS = {
+    "flow_grpo": flow_grpo,
+    "flow_factory": flow_factory,
+    "verl_omni": verl_omni,
+    "dance_grpo": dance_grpo,
+}
 
 
 def rollout(step: Call, i: Inputs) -> tuple[Tensor, ...]:
@@ -126,7 +150,10 @@ def training(step: Call, i: Inputs, kl: bool) -> tuple[Tensor, Tensor]:
     if kl:
         with torch.no_grad():
             mean_ref = step(i.v_ref, i.x, i.x_next)[2]
-        loss = loss + 0.04 * (((mean - mean_ref) ** 2).mean(dim=(1, 2), keepdim=True) / (2 * std**2)).mean()
+        loss = (
+            loss
+            + 0.04 * (((mean - mean_ref) ** 2).mean(dim=(1, 2), keepdim=True) / (2 * std**2)).mean()
+        )
     return loss.detach(), torch.autograd.grad(loss, v)[0]
 
 
@@ -135,7 +162,12 @@ def training(step: Call, i: Inputs, kl: bool) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("mode", ["rollout step", "training step, forward + backward"])
 @pytest.mark.parametrize("project", PROJECTS)
 def test_patched(
-    project: str, mode: str, shape: tuple[int, ...], device: str, modules: dict[str, Any], compare: Callable[..., Any]
+    project: str,
+    mode: str,
+    shape: tuple[int, ...],
+    device: str,
+    modules: dict[str, Any],
+    compare: Callable[..., Any],
 ) -> None:
     size = Size(device, shape, MIXED if project in ("flow_grpo", "flow_factory") else FP32)
     eager = PROJECTS[project](modules, device)
@@ -170,11 +202,19 @@ def test_patched(
         }
 
     def training_gate(i: Inputs) -> dict[str, float]:
-        (their_loss, theirs), (loss, ours) = training(eager, i, kl), training(steps["generator"], i, kl)
+        (their_loss, theirs), (loss, ours) = (
+            training(eager, i, kl),
+            training(steps["generator"], i, kl),
+        )
         worst("loss", loss, their_loss, 1e-4)
-        # The gradient leaves in the velocity's dtype: one rounding of bf16 may fall to the other side.
+        # The gradient leaves in the velocity's dtype: one rounding of bf16 may fall to the other
+        # side.
         tolerance = 1e-4 if size.dtypes.v == torch.float32 else 2**-7
-        return {"editr2": worst("gradient", ours / theirs.abs().max(), theirs / theirs.abs().max(), tolerance)}
+        return {
+            "editr2": worst(
+                "gradient", ours / theirs.abs().max(), theirs / theirs.abs().max(), tolerance
+            )
+        }
 
     providers: dict[str, Any]
     if mode == "rollout step":
@@ -222,7 +262,9 @@ def test_patched_nft_loss(
         generator = torch.Generator(device).manual_seed(0)
         x0, noise, *changes = torch.randn(5, *shape, generator=generator, device=device)
         t = torch.linspace(0.1, 0.95, shape[0], device=device).view(-1, 1, 1)
-        v, v_old, v_ref = (noise - x0 + 0.2 * change for change in changes)  # near the target, as a trained model's
+        v, v_old, v_ref = (
+            noise - x0 + 0.2 * change for change in changes
+        )  # near the target, as a trained model's
         return {
             "forward_prediction": v.requires_grad_(),
             "old_prediction": v_old,
@@ -240,7 +282,11 @@ def test_patched_nft_loss(
     def gate(inputs: dict[str, Any]) -> dict[str, float]:
         (their_loss, theirs), (loss, grad) = full(eager, inputs), full(ours, inputs)
         worst("loss", loss, their_loss, 1e-5)
-        return {"editr2": worst("gradient", grad / theirs.abs().max(), theirs / theirs.abs().max(), 1e-5)}
+        return {
+            "editr2": worst(
+                "gradient", grad / theirs.abs().max(), theirs / theirs.abs().max(), 1e-5
+            )
+        }
 
     compare(
         op="integrations",
@@ -249,7 +295,10 @@ def test_patched_nft_loss(
         dtype=FP32.name,
         device=device,
         inputs=make,
-        providers={"eager": lambda inputs: full(eager, inputs), "editr2": lambda inputs: full(ours, inputs)},
+        providers={
+            "eager": lambda inputs: full(eager, inputs),
+            "editr2": lambda inputs: full(ours, inputs),
+        },
         gate=gate,
         seconds=4.0,
     )

@@ -1,11 +1,12 @@
-"""One RL iteration of the embedded model at three turns: the trainer against two baselines, and a waterfall between.
+"""One RL iteration of the embedded model at three turns: the trainer against two baselines, and a
+waterfall between.
 
     eager       the trainer on the peers' arithmetic (bench/eager_operators.py): what the operators alone are worth
     peer-plan   the iteration executed as published trainers do (bench/peer_plan.py), batched
     peer +...   the same with one habit after the other exchanged for ours
 
-All start from the same weights, sessions and seeds; the learning rate is 0, so every round does the same work. Gate:
-every plan's images, texts, advantages, loss and gradient are the trainer's.
+All start from the same weights, sessions and seeds; the learning rate is 0, so every round does the
+same work. Gate: every plan's images, texts, advantages, loss and gradient are the trainer's.
 """
 
 from __future__ import annotations
@@ -41,12 +42,21 @@ from editr2.schedule import rollout_sampler
 from editr2.state import new_state
 
 OURS, EAGER = "editr2", "eager"
-SINGLY = (1, 4, 3)  # groups, siblings, turns; the plan that takes one sample at a time is run on this size alone
+SINGLY = (
+    1,
+    4,
+    3,
+)  # groups, siblings, turns; the plan that takes one sample at a time is run on this size alone
 
 
 def make_config(groups: int, siblings: int, turns: int, **more: Any) -> Config:
     values: dict[str, Any] = {
-        "rollout": {"sessions": groups, "siblings": siblings, "turns": turns, "groups_per_batch": groups},
+        "rollout": {
+            "sessions": groups,
+            "siblings": siblings,
+            "turns": turns,
+            "groups_per_batch": groups,
+        },
         "train": {"lr": 0.0, "ema": None},
         "eval": {"sessions": 1},
     }
@@ -69,7 +79,9 @@ class Ours:
 
     def __call__(self) -> dict[str, Any]:
         with eager_operators(self.config.rollout) if self.eager else nullcontext():
-            row = trainer._iteration(self.config, self.state, self.source, self.reward, self.sampler, self.processes)
+            row = trainer._iteration(
+                self.config, self.state, self.source, self.reward, self.sampler, self.processes
+            )
         self.seconds = row["seconds"]
         return row
 
@@ -91,7 +103,11 @@ class Ours:
 
         rolled, stepped, assigned = trainer.rollout_chunk, trainer._step, trainer.assign_credit
         with ExitStack() as stack:
-            for name, function in (("rollout_chunk", roll_out), ("_step", step), ("assign_credit", credit)):
+            for name, function in (
+                ("rollout_chunk", roll_out),
+                ("_step", step),
+                ("assign_credit", credit),
+            ):
                 stack.enter_context(mock.patch.object(trainer, name, function))
             row = self()
         loss = row["loss"] + (row["text_loss"] or 0.0)
@@ -126,7 +142,9 @@ class Peer:
 class Result:
     def __init__(self, done: list[Chunk], advantage: Tensor, loss: float, gradient: Tensor) -> None:
         turns = range(len(done[0].turns))
-        self.images = [np.concatenate([chunk.turns[t].images for chunk in done]).astype(int) for t in turns]
+        self.images = [
+            np.concatenate([chunk.turns[t].images for chunk in done]).astype(int) for t in turns
+        ]
         self.text = [[text for chunk in done for text in chunk.turns[t].text] for t in turns]
         self.advantage, self.loss, self.gradient = advantage, loss, gradient
 
@@ -139,23 +157,29 @@ def gradient_of(policy: Any) -> Tensor:
 def assert_equal(name: str, found: Result, ours: Result) -> float:
     """The largest difference of the gradient, of its largest entry.
 
-    Other batches and other operators round differently, 1e-6 of a latent; 1e-4 as for whole sessions replayed. An image
-    may differ by one of 255, where a pixel falls to the other side of a rounding.
+    Other batches and other operators round differently, 1e-6 of a latent; 1e-4 as for whole
+    sessions replayed. An image may differ by one of 255, where a pixel falls to the other side of a
+    rounding.
     """
     for turn, (a, b) in enumerate(zip(found.images, ours.images, strict=True)):
-        assert abs(a - b).max() <= 1, f"{name}: images of turn {turn + 1} differ by {abs(a - b).max()} of 255"
+        assert abs(a - b).max() <= 1, (
+            f"{name}: images of turn {turn + 1} differ by {abs(a - b).max()} of 255"
+        )
     assert found.text == ours.text, f"{name}: intents differ"
     worst = (found.advantage - ours.advantage).abs().max().item()
     assert worst <= 1e-4, f"{name}: advantages differ by {worst}"
-    assert abs(found.loss - ours.loss) <= 1e-5, f"{name}: loss {found.loss}, the trainer's {ours.loss}"
+    assert abs(found.loss - ours.loss) <= 1e-5, (
+        f"{name}: loss {found.loss}, the trainer's {ours.loss}"
+    )
     error = ((found.gradient - ours.gradient).abs().max() / ours.gradient.abs().max()).item()
     assert error <= 1e-4, f"{name}: gradient differs by {error} of its largest entry"
     return error
 
 
 def operator_seconds(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds that one iteration spends in the sampler's step and in the image loss, forward and backward to the
-    velocity. The loss is computed twice here, the second time on a velocity of its own, so as to time it alone."""
+    """Seconds that one iteration spends in the sampler's step and in the image loss, forward and
+    backward to the velocity. The loss is computed twice here, the second time on a velocity of its
+    own, so as to time it alone."""
     spent = {"sampler": 0.0, "image loss": 0.0}
     step, loss = editr2.capture.sde_step, editr2.objective.grpo_loss
 
@@ -202,7 +226,11 @@ def test_iteration(groups: int, siblings: int, turns: int, compare: Callable[...
     def gate() -> dict[str, float]:
         expected = ours.result()
         assert expected.gradient.abs().max() > 0
-        others = {name: assert_equal(name, run.result(), expected) for name, run in runs.items() if name != OURS}
+        others = {
+            name: assert_equal(name, run.result(), expected)
+            for name, run in runs.items()
+            if name != OURS
+        }
         return {OURS: max(others.values())}
 
     phases: dict[str, list[Mapping[str, float]]] = defaultdict(list)

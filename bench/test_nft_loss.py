@@ -1,6 +1,8 @@
-"""nft_loss against DiffusionNFT's loss as published: its weights are float64, and so all after them.
+"""nft_loss against DiffusionNFT's loss as published: its weights are float64, and so all after
+them.
 
-A second eager baseline keeps to fp32, which the published code does not, so that the dtype's share is visible.
+A second eager baseline keeps to fp32, which the published code does not, so that the dtype's share
+is visible.
 """
 
 from __future__ import annotations
@@ -51,7 +53,14 @@ def make_inputs(size: Size) -> Inputs:
 
 
 def loss(
-    weights: torch.dtype, v: Tensor, v_old: Tensor, v_ref: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, r: Tensor
+    weights: torch.dtype,
+    v: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    r: Tensor,
 ) -> Tensor:
     v, v_old, v_ref, x0 = v.float(), v_old.float(), v_ref.float(), x0.float()
     positive = BETA * v + (1 - BETA) * v_old
@@ -71,9 +80,19 @@ def loss(
 def test_nft_loss(size: Size, mode: str, compare: Callable[..., Any]) -> None:
     def operator(v: Tensor, i: Inputs, backend: str) -> Tensor:
         return editr2_kernels.nft_loss(
-            i.x0, i.noise, i.t, v, i.v_old, i.r, beta=BETA, v_ref=i.v_ref, advantage_max=ADVANTAGE_MAX,
-            ref_weight=REF_WEIGHT, min_weight=MIN_WEIGHT, backend=backend,
-        ).loss  # fmt: skip
+            i.x0,
+            i.noise,
+            i.t,
+            v,
+            i.v_old,
+            i.r,
+            beta=BETA,
+            v_ref=i.v_ref,
+            advantage_max=ADVANTAGE_MAX,
+            ref_weight=REF_WEIGHT,
+            min_weight=MIN_WEIGHT,
+            backend=backend,
+        ).loss
 
     compare_loss(
         compare,
@@ -83,7 +102,10 @@ def test_nft_loss(size: Size, mode: str, compare: Callable[..., Any]) -> None:
         inputs=partial(make_inputs, size),
         leaf=lambda i: i.v,
         arguments=lambda i: i.tensors,
-        eager={", float64 weights": partial(loss, torch.float64), ", fp32": partial(loss, torch.float32)},
+        eager={
+            ", float64 weights": partial(loss, torch.float64),
+            ", fp32": partial(loss, torch.float32),
+        },
         operator=operator,
         read=size.bytes(x=2, v=3),
         written=size.bytes(v=1),

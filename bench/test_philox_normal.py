@@ -1,4 +1,5 @@
-"""philox_normal against torch's own generator, which gives other noise for another batch size, order or device."""
+"""philox_normal against torch's own generator, which gives other noise for another batch size,
+order or device."""
 
 from __future__ import annotations
 
@@ -26,16 +27,22 @@ def test_philox_normal(size: Size, compare: Callable[..., Any]) -> None:
     same = SameBits()
 
     def operator(backend: str, _: Any = None) -> Tensor:
-        return editr2_kernels.philox_normal(seed, step, sample, dtype=size.dtypes.x, backend=backend)
+        return editr2_kernels.philox_normal(
+            seed, step, sample, dtype=size.dtypes.x, backend=backend
+        )
 
     def gate() -> dict[str, float]:
         errors = {}
         few = 8  # samples: the reference goes through int64 and takes a hundred times the memory
-        expected = editr2_kernels.philox_normal_ref(seed[:few], step[:few], size.elements // batch).view(-1, *sample)
+        expected = editr2_kernels.philox_normal_ref(
+            seed[:few], step[:few], size.elements // batch
+        ).view(-1, *sample)
         for backend in our_backends(size.device):
             found = without_waiting(size.device, partial(operator, backend))
             same.check(backend, (found,))
-            assert torch.equal(found[:few], expected.to(size.dtypes.x)), f"{backend}: not the reference's bits"
+            assert torch.equal(found[:few], expected.to(size.dtypes.x)), (
+                f"{backend}: not the reference's bits"
+            )
             errors |= dict.fromkeys((f"editr2 {backend}", f"editr2 {backend}, graph"), 0.0)
         return errors
 
@@ -46,7 +53,10 @@ def test_philox_normal(size: Size, compare: Callable[..., Any]) -> None:
         shape=size.shape,
         dtype=size.dtypes.name,
         device=size.device,
-        providers={**baselines(draw, lambda f, _=None: f(), size.device, random=True), **ours(operator, size.device)},
+        providers={
+            **baselines(draw, lambda f, _=None: f(), size.device, random=True),
+            **ours(operator, size.device),
+        },
         gate=gate,
         bytes_moved=size.bytes(x=1),
         flops=NORMAL * size.elements,

@@ -1,4 +1,5 @@
-"""token_log_prob against log-softmax, gather and entropy as trainers write them, from logits and from hidden states."""
+"""token_log_prob against log-softmax, gather and entropy as trainers write them, from logits and
+from hidden states."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from bench.providers import MODES, compare_loss
 from bench.sizes import FP32, Dtypes, Size
 
 BF16 = Dtypes("bf16", torch.bfloat16, torch.bfloat16)
-# [tokens, vocabulary]. On a CPU the second is about the embedded model's; on a GPU both are language models'.
+# [tokens, vocabulary]. On a CPU the second is about the embedded model's; on a GPU both are
+# language models'.
 CPU, CUDA = [(512, 32000), (512, 512)], [(8192, 32000), (1024, 152064)]
 WIDTH = 512  # of hidden states
 ENTROPY_WEIGHT = 0.01
@@ -73,7 +75,8 @@ def test_token_log_prob(size: Size, mode: str, compare: Callable[..., Any]) -> N
 @pytest.mark.full
 @pytest.mark.parametrize("size", sizes.shapes(CPU[:1], CUDA[:1], [FP32]))
 def test_token_log_prob_of_hidden(size: Size, compare: Callable[..., Any]) -> None:
-    """The head's product is most of the time in either; what differs is that ours never holds the logits."""
+    """The head's product is most of the time in either; what differs is that ours never holds the
+    logits."""
     tokens, vocabulary = size.shape
 
     def inputs() -> tuple[Tensor, ...]:

@@ -1,8 +1,10 @@
-"""Transformers of the real editors' shapes, random weights made on the device: one step rolled out, one trained.
+"""Transformers of the real editors' shapes, random weights made on the device: one step rolled out,
+one trained.
 
-The transformer is driven directly, without text encoder and autoencoder: that is the denoising loop. Around it stands
-the peers' arithmetic (`eager`) or our operators, on the same inputs. Training has LoRA on attention and MLP, and
-checkpointed activations where diffusers can. A tiny case runs on a CPU; what it shows is that the code runs.
+The transformer is driven directly, without text encoder and autoencoder: that is the denoising
+loop. Around it stands the peers' arithmetic (`eager`) or our operators, on the same inputs.
+Training has LoRA on attention and MLP, and checkpointed activations where diffusers can. A tiny
+case runs on a CPU; what it shows is that the code runs.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """name: as in the row. make: (device, dtype, batch, side) -> the module and its velocity. model: as in
-    `policy.model`; its layers get the adapters. side: latent tokens a side. channels: numbers a token. batch: of a
-    rollout step, `trained` of a training step."""
+    """name: as in the row. make: (device, dtype, batch, side) -> the module and its velocity.
+    model: as in `policy.model`; its layers get the adapters. side: latent tokens a side. channels:
+    numbers a token. batch: of a rollout step, `trained` of a training step."""
 
     name: str
     make: Callable[..., tuple[nn.Module, Velocity]]
@@ -61,9 +63,16 @@ def _ids(side: int, first: int, columns: int, device: str) -> Tensor:
 
 
 def flux(
-    device: str, dtype: torch.dtype, batch: int, side: int, *, text: int = TEXT_TOKENS, **settings: Any
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    side: int,
+    *,
+    text: int = TEXT_TOKENS,
+    **settings: Any,
 ) -> tuple[nn.Module, Velocity]:
-    """FLUX.1 used the Kontext way: a condition of the target's size stands behind the noisy tokens."""
+    """FLUX.1 used the Kontext way: a condition of the target's size stands behind the noisy
+    tokens."""
     from diffusers import FluxTransformer2DModel
 
     module = FluxTransformer2DModel(**settings).eval()
@@ -92,7 +101,13 @@ def flux(
 
 
 def flux2(
-    device: str, dtype: torch.dtype, batch: int, side: int, *, text: int = TEXT_TOKENS, **settings: Any
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    side: int,
+    *,
+    text: int = TEXT_TOKENS,
+    **settings: Any,
 ) -> tuple[nn.Module, Velocity]:
     """FLUX.2 with one reference image of the target's size."""
     from diffusers import Flux2Transformer2DModel
@@ -123,7 +138,8 @@ def flux2(
 def unified(
     device: str, dtype: torch.dtype, batch: int, side: int, *, text: int = 64, **settings: Any
 ) -> tuple[nn.Module, Velocity]:
-    """BAGEL's architecture behind a context of one image and one instruction, whose keys and values are kept."""
+    """BAGEL's architecture behind a context of one image and one instruction, whose keys and values
+    are kept."""
     module = UnifiedModel(UnifiedConfig(**settings)).eval()
     c = module.config
     grid, marks = (side, side), torch.zeros(2, dtype=torch.int64, device=device)
@@ -205,13 +221,18 @@ def built_on(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def build(case: Case, device: str, batch: int, train: bool) -> tuple[nn.Module, Velocity]:
-    """With adapters, half of whose product is not zero, where it trains; no weight else has a gradient."""
+    """With adapters, half of whose product is not zero, where it trains; no weight else has a
+    gradient."""
     torch.manual_seed(0)
     with built_on(device, case.dtype):
         module, velocity = case.make(device, case.dtype, batch, case.side)
         module.requires_grad_(False)
         if train:
-            add_lora(module, RANK, targets=None if case.model == "unified" else policy_class(case.model).lora_targets)
+            add_lora(
+                module,
+                RANK,
+                targets=None if case.model == "unified" else policy_class(case.model).lora_targets,
+            )
             for name, p in module.named_parameters():
                 if "lora_B" in name:
                     nn.init.normal_(p, std=1e-3)
@@ -219,7 +240,8 @@ def build(case: Case, device: str, batch: int, train: bool) -> tuple[nn.Module, 
 
 
 def count_flops(case: Case, batch: int, train: bool) -> int:
-    """Of one step, on tensors without data: forward, and where it trains the backward pass (no recomputation)."""
+    """Of one step, on tensors without data: forward, and where it trains the backward pass (no
+    recomputation)."""
     _, velocity = build(case, "meta", batch, train)
     return flops_of(velocity, torch.empty(batch, case.side**2, case.channels, device="meta"), train)
 
@@ -237,7 +259,8 @@ def flops_of(velocity: Velocity, x: Tensor, train: bool) -> int:
 
 
 def peak_rate(device: str) -> float | None:
-    """Dense bf16 operations a second by the data sheet; None for a device that is not in the table, and for a CPU."""
+    """Dense bf16 operations a second by the data sheet; None for a device that is not in the table,
+    and for a CPU."""
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name().lower().replace(" ", "")
@@ -246,19 +269,22 @@ def peak_rate(device: str) -> float | None:
 
 
 class Step:
-    """One step of a batch: rolled out (no gradient) or trained (forward and backward to the adapters)."""
+    """One step of a batch: rolled out (no gradient) or trained (forward and backward to the
+    adapters)."""
 
     def __init__(self, case: Case, train: bool) -> None:
         self.case, self.train = case, train
         self.batch = case.trained if train else case.batch
         device = case.device
         self.module, self.transformer = build(case, device, self.batch, train)
-        if train and isinstance(getattr(self.module, "_supports_gradient_checkpointing", None), bool):
+        if train and isinstance(
+            getattr(self.module, "_supports_gradient_checkpointing", None), bool
+        ):
             self.module.enable_gradient_checkpointing()
             self.module.train()  # diffusers checkpoints in training mode alone; there is no dropout
-        self.table = make_sampler(STEPS, dynamics="flow-sde", noise_level=0.7, window=WINDOW, shift=3.0).table.to(
-            device
-        )
+        self.table = make_sampler(
+            STEPS, dynamics="flow-sde", noise_level=0.7, window=WINDOW, shift=3.0
+        ).table.to(device)
         shape = (self.batch, case.side**2, case.channels)
         self.x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
         self.step_index = torch.full((self.batch,), STEPS + 2, device=device)
@@ -277,7 +303,9 @@ class Step:
             eager = EagerSampler(DYNAMICS)
             return eager.sde_step, eager.grpo_loss
         backend = name.removeprefix("editr2 ")
-        return functools.partial(sde_step, backend=backend), functools.partial(grpo_loss, backend=backend)
+        return functools.partial(sde_step, backend=backend), functools.partial(
+            grpo_loss, backend=backend
+        )
 
     def loss(self, function: Callable[..., Any], v: Tensor) -> Tensor:
         where = (self.table, self.step_index, self.old, self.advantage)
@@ -304,7 +332,8 @@ class Step:
         return lambda: torch.autograd.grad(self.loss(loss, leaf), leaf)
 
     def error(self, name: str) -> float:
-        """Against eager, on the same velocity: the next latents, or the gradient to the velocity."""
+        """Against eager, on the same velocity: the next latents, or the gradient to the
+        velocity."""
         if not self.train:
             return worst(name, self.alone(name)().x_next, self.alone("eager")().x_next, 2e-6)
         # A bf16 gradient: one rounding, 2^-8 of the value, may fall to the other side.

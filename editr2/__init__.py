@@ -1,4 +1,5 @@
-"""Reinforcement learning of multi-turn image editors. `from editr2 import ...` loads what is asked for, when asked."""
+"""Reinforcement learning of multi-turn image editors. `from editr2 import ...` loads what is asked
+for, when asked."""
 
 from __future__ import annotations
 

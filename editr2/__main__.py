@@ -1,5 +1,5 @@
-"""`editr2`, and `python -m editr2`: sets how threads wait, which has to be before torch is loaded, then runs the
-command line."""
+"""`editr2`, and `python -m editr2`: sets how threads wait, which has to be before torch is loaded,
+then runs the command line."""
 
 from __future__ import annotations
 

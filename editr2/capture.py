@@ -1,9 +1,11 @@
-"""One denoising step, the policy's velocity and the sampler's move: as it is, compiled, or as a CUDA graph.
+"""One denoising step, the policy's velocity and the sampler's move: as it is, compiled, or as a
+CUDA graph.
 
-A step waits for the device nowhere and reads its row of the transition table by an index that lives there, so it can be
-recorded whole. What differs from one call to the next (latents, sigma, context, rows, seeds) is copied into the
-recording's own tensors; what decides its form (shapes, dtypes, whatever of a context is no tensor, where the weights
-lie) is its key. A turn's context is copied once, for all steps behind it.
+A step waits for the device nowhere and reads its row of the transition table by an index that lives
+there, so it can be recorded whole. What differs from one call to the next (latents, sigma, context,
+rows, seeds) is copied into the recording's own tensors; what decides its form (shapes, dtypes,
+whatever of a context is no tensor, where the weights lie) is its key. A turn's context is copied
+once, for all steps behind it.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ GRAPHS = 64  # kept a policy, the latest used; more shapes than that cost more r
 
 
 class Stepped(NamedTuple):
-    """x_next [B, *latent] in the dtype of x, log_prob [B]; velocity, combined, like x_next where it is kept. witness:
-    float32 [B], not finite where the velocity or a branch of its guidance is not."""
+    """x_next [B, *latent] in the dtype of x, log_prob [B]; velocity, combined, like x_next where it
+    is kept. witness: float32 [B], not finite where the velocity or a branch of its guidance is
+    not."""
 
     x_next: Tensor
     log_prob: Tensor
@@ -40,7 +43,8 @@ class Stepped(NamedTuple):
 
 
 Step = Callable[[Tensor, Tensor, Any, Tensor, Tensor, Tensor], Stepped]
-"""(x [B, *latent], sigma [B], context, transition table, step_index [B], seed [B]) -> the caller's own tensors."""
+"""(x [B, *latent], sigma [B], context, transition table, step_index [B], seed [B]) -> the caller's
+own tensors."""
 
 
 def denoising_step(
@@ -63,12 +67,17 @@ def denoising_step(
 def check_capture(how: str, device: torch.device) -> None:
     """Raises `ConfigError` where `rollout.capture` asks for what the device cannot do."""
     if how == "graph" and device.type != "cuda":
-        raise ConfigError(f"rollout.capture: graph (accepted on device {device}: off, compile; graphs are CUDA's)")
+        raise ConfigError(
+            f"rollout.capture: graph (accepted on device {device}: off, compile; graphs are CUDA's)"
+        )
 
 
-def capture_step(policy: Policy, how: str, device: torch.device, keep_velocity: bool = False) -> Step:
-    """The step of one turn, as `rollout.capture` says (off, compile or graph); the weights stay what they are while it
-    is used. Raises `ConfigError` for a policy or a device that cannot be captured."""
+def capture_step(
+    policy: Policy, how: str, device: torch.device, keep_velocity: bool = False
+) -> Step:
+    """The step of one turn, as `rollout.capture` says (off, compile or graph); the weights stay
+    what they are while it is used. Raises `ConfigError` for a policy or a device that cannot be
+    captured."""
     check_capture(how, device)
     if how == "compile":
         return functools.partial(_compiled_step, policy, keep_velocity)
@@ -77,12 +86,13 @@ def capture_step(policy: Policy, how: str, device: torch.device, keep_velocity: 
     return functools.partial(denoising_step, policy, keep_velocity)
 
 
-# ------------------------------------------------------------------------------------------------------------- compile
+# ------------------------------------------------------------------------------------------ compile
 
 
 @functools.cache
 def _compiled(device_type: str) -> Callable[..., Stepped]:
-    # fullgraph: whatever cannot be compiled whole, or not any more, is an error and no silent return to plain calls.
+    # fullgraph: whatever cannot be compiled whole, or not any more, is an error and no silent
+    #     return to plain calls.
     mode = "reduce-overhead" if device_type == "cuda" else "default"
     return torch.compile(denoising_step, fullgraph=True, mode=mode)
 
@@ -98,28 +108,36 @@ def _compiled_step(
         torch.compiler.cudagraph_mark_step_begin()  # what the step before returned was copied
         return step(policy, keep_velocity, x, sigma, context, *rest).clone()
     except _compile_errors() as error:
-        raise _refusal("compile", f"this {type(policy).__name__}", "torch.compile", error) from error
+        raise _refusal(
+            "compile", f"this {type(policy).__name__}", "torch.compile", error
+        ) from error
 
 
 def _compile_errors() -> tuple[type[Exception], ...]:
     exc = torch._dynamo.exc
-    # More recompilations than dynamo allows are no TorchDynamoException, and not in every torch an error of their own.
-    return exc.TorchDynamoException, getattr(exc, "FailOnRecompileLimitHit", exc.TorchDynamoException)
+    # More recompilations than dynamo allows are no TorchDynamoException, and not in every torch an
+    # error of their own.
+    return exc.TorchDynamoException, getattr(
+        exc, "FailOnRecompileLimitHit", exc.TorchDynamoException
+    )
 
 
 def _refusal(how: str, what: str, by: str, error: BaseException) -> ConfigError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     return ConfigError(f"rollout.capture: {how} (accepted for {what}: off; {by}: {first})")
 
 
-# --------------------------------------------------------------------------------------------------------------- graph
+# -------------------------------------------------------------------------------------------- graph
 
 Recorder = Callable[[Callable[[], Stepped], Any], tuple[Stepped, Callable[[], None]]]
 """(what to record, the memory pool) -> (the tensors a replay writes, the replay)."""
 
 
 class Graphs:
-    """A policy's recordings, the latest used last, in one memory pool: only one of them runs at a time."""
+    """A policy's recordings, the latest used last, in one memory pool: only one of them runs at a
+    time."""
 
     def __init__(self, pool: Any) -> None:
         self.pool = pool
@@ -145,7 +163,12 @@ class _Recording:
     """Tensors of its own, for what goes in and what comes out, and the replay between them."""
 
     def __init__(
-        self, run: Callable[..., Stepped], inputs: list[Tensor], read: list[Tensor], form: Hashable, record: Callable
+        self,
+        run: Callable[..., Stepped],
+        inputs: list[Tensor],
+        read: list[Tensor],
+        form: Hashable,
+        record: Callable,
     ) -> None:
         self.inputs, self.read = [t.clone() for t in inputs], [t.clone() for t in read]
         context = _close(form, iter(self.read))
@@ -156,7 +179,9 @@ class _Recording:
 class GraphStep:
     """A `Step` that replays recordings, one for each shape it meets."""
 
-    def __init__(self, policy: Policy, keep_velocity: bool, graphs: Graphs, record: Recorder) -> None:
+    def __init__(
+        self, policy: Policy, keep_velocity: bool, graphs: Graphs, record: Recorder
+    ) -> None:
         self.policy, self.graphs = policy, graphs
         self.run = functools.partial(denoising_step, policy, keep_velocity)
         self.record = record
@@ -190,11 +215,14 @@ class GraphStep:
         self.filled = set()
 
     def _make(self, inputs: list[Tensor]) -> _Recording:
-        return _Recording(self.run, inputs, self.read, self.form, lambda run: self.record(run, self.graphs.pool))
+        return _Recording(
+            self.run, inputs, self.read, self.form, lambda run: self.record(run, self.graphs.pool)
+        )
 
 
 def _record(run: Callable[[], Stepped], pool: Any) -> tuple[Stepped, Callable[[], None]]:
-    """Raises `ConfigError` for what runs but cannot be captured: it copies from or to the host, or waits."""
+    """Raises `ConfigError` for what runs but cannot be captured: it copies from or to the host, or
+    waits."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what libraries set up at their first call must not be recorded
@@ -217,7 +245,7 @@ def _copy(into: list[Tensor], values: list[Tensor]) -> None:
         own.copy_(value)
 
 
-# ------------------------------------------------------------------------------------- contexts as tensors and a form
+# ------------------------------------------------------------------- contexts as tensors and a form
 
 
 def _is_record(value: Any) -> bool:
@@ -225,11 +253,14 @@ def _is_record(value: Any) -> bool:
 
 
 def _settle(value: Any) -> None:
-    """Looks every cached property of a context up: what it finds out may wait for the device, which a recording
+    """Looks every cached property of a context up: what it finds out may wait for the device, which
+    a recording
     cannot."""
     if _is_record(value):
         members = [item for cls in type(value).__mro__ for item in vars(cls).items()]
-        for name in (name for name, member in members if isinstance(member, functools.cached_property)):
+        for name in (
+            name for name, member in members if isinstance(member, functools.cached_property)
+        ):
             _settle(getattr(value, name))
         for f in dataclasses.fields(value):
             _settle(getattr(value, f.name))
@@ -242,13 +273,20 @@ def _settle(value: Any) -> None:
 
 
 def _open(value: Any, tensors: list[Tensor]) -> Hashable:
-    """The form of a nested value, hashable; its tensors are added to `tensors` in the form's order."""
+    """The form of a nested value, hashable; its tensors are added to `tensors` in the form's
+    order."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return ("tensor", value.dtype, value.shape)
     if _is_record(value):
-        held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} | getattr(value, "__dict__", {})
-        return ("record", type(value), tuple((name, _open(part, tensors)) for name, part in held.items()))
+        held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} | getattr(
+            value, "__dict__", {}
+        )
+        return (
+            "record",
+            type(value),
+            tuple((name, _open(part, tensors)) for name, part in held.items()),
+        )
     if isinstance(value, dict):
         return ("dict", tuple((key, _open(part, tensors)) for key, part in value.items()))
     if isinstance(value, list | tuple):
@@ -256,8 +294,9 @@ def _open(value: Any, tensors: list[Tensor]) -> Hashable:
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return ("value", type(value), value)
     raise ConfigError(
-        f"rollout.capture: graph (accepted for contexts of tensors, numbers and texts in dataclasses, dicts, lists and "
-        f"tuples: off, compile; this one holds a {type(value).__name__})"
+        f"rollout.capture: graph (accepted for contexts of tensors, numbers and texts in "
+        f"dataclasses, dicts, lists and tuples: off, compile; this one holds a "
+        f"{type(value).__name__})"
     )
 
 

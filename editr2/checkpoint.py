@@ -1,8 +1,8 @@
 """Checkpoints that survive being killed: complete, checked, and free of pickle.
 
-A checkpoint is a folder `step_000010`. It is written under a hidden name beside its place, flushed, sealed by a
-manifest of sizes and SHA-256 sums, and renamed: at any moment the folder either is not there or is whole. A folder that
-does not match its manifest is never used. Inside:
+A checkpoint is a folder `step_000010`. It is written under a hidden name beside its place, flushed,
+sealed by a manifest of sizes and SHA-256 sums, and renamed: at any moment the folder either is not
+there or is whole. A folder that does not match its manifest is never used. Inside:
 
     <group>.safetensors     one file for each group of tensors, such as policy and ema
     optimizer.safetensors   the optimiser's tensors, numbered; their places stand in state.json
@@ -11,7 +11,8 @@ does not match its manifest is never used. Inside:
                             generators
     manifest.json           written last
 
-While a checkpoint of the same iteration is being replaced, the old one is called `step_000010.replaced` and counts.
+While a checkpoint of the same iteration is being replaced, the old one is called
+`step_000010.replaced` and counts.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ _TEMPORARY = ".tmp-step_"
 _REPLACED = ".replaced"
 _STEP = re.compile(r"step_(\d{6,})(\.replaced)?")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# safetensors raises its own type with the text of Rust's error: "... No space left on device (os error 28) ..."
+# safetensors raises its own type with the text of Rust's error: "... No space left on device (os
+# error 28) ..."
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 
@@ -98,18 +100,20 @@ def save_checkpoint(
     rng: Any = None,
     keep: int = 2,
 ) -> Path:
-    """Write `root/step_<iteration>` and return its path. When it returns, the checkpoint is on the disk.
+    """Write `root/step_<iteration>` and return its path. When it returns, the checkpoint is on the
+    disk.
 
-    tensors: groups by name, each a state dict; any dtype, device and layout that is dense. Bits are kept. Tied tensors
-        are written once for each name.
+    tensors: groups by name, each a state dict; any dtype, device and layout that is dense. Bits are
+        kept. Tied tensors are written once for each name.
     optimizer: a torch optimiser's state dict, or {}.
     state: JSON values with string keys; tuples come back as lists.
-    rng: None for this process's generators (`capture_rng()`), or e.g. a list of those of every rank.
-    keep: how many checkpoints to leave, this one included. Those of a later iteration are removed with a warning: the
-        run was taken back past them, and resuming from them would undo that.
+    rng: None for this process's generators (`capture_rng()`), or e.g. a list of those of every
+        rank.
+    keep: how many checkpoints to leave, this one included. Those of a later iteration are removed
+        with a warning: the run was taken back past them, and resuming from them would undo that.
 
-    Raises CheckpointError if the disk is full or not writable, or for content that cannot be stored exactly. Nothing
-    saved earlier is touched before the new one is in place.
+    Raises CheckpointError if the disk is full or not writable, or for content that cannot be stored
+    exactly. Nothing saved earlier is touched before the new one is in place.
     """
     if iteration < 0 or keep < 1:
         raise ValueError(f"iteration {iteration}, keep {keep} (accepted: iteration ≥ 0, keep ≥ 1)")
@@ -127,8 +131,12 @@ def save_checkpoint(
         "rng": _encode(capture_rng() if rng is None else rng, files["rng"], set(), "rng"),
     }
     text = json.dumps(document, indent=1)
-    needed = sum(t.numel() * t.element_size() for group in files.values() for t in group.values()) + len(text)
-    needed += 4096 * (len(files) + 3) + 256 * sum(map(len, files.values()))  # block rounding; safetensors headers
+    needed = sum(
+        t.numel() * t.element_size() for group in files.values() for t in group.values()
+    ) + len(text)
+    needed += 4096 * (len(files) + 3) + 256 * sum(
+        map(len, files.values())
+    )  # block rounding; safetensors headers
     temporary = root / f"{_TEMPORARY}{iteration:06d}-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -151,8 +159,8 @@ def save_checkpoint(
 def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
     """The newest whole checkpoint under `root`; None if there is no checkpoint.
 
-    Each damaged one that is passed over is named in a warning. If all are damaged, CheckpointError: starting anew over
-    them is for the user to decide.
+    Each damaged one that is passed over is named in a warning. If all are damaged, CheckpointError:
+    starting anew over them is for the user to decide.
     """
     problems = []
     for path in _steps(Path(root)):
@@ -172,14 +180,18 @@ def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint folder, tensors to the CPU. Restores nothing by itself: see `restore_rng`.
 
-    Raises CheckpointError if a file is missing or differs from the manifest in any byte, and for contents that no
-    `save_checkpoint` wrote, whatever the manifest says.
+    Raises CheckpointError if a file is missing or differs from the manifest in any byte, and for
+    contents that no `save_checkpoint` wrote, whatever the manifest says.
     """
     path = Path(path)
     names = _verify(path)
     document = _document(path, names)
     try:
-        files = {name.removesuffix(_TENSORS): load_file(path / name) for name in names if name.endswith(_TENSORS)}
+        files = {
+            name.removesuffix(_TENSORS): load_file(path / name)
+            for name in names
+            if name.endswith(_TENSORS)
+        }
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {one_line(error, kind=True)}") from error
     decoded = {}
@@ -188,20 +200,30 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             decoded[name] = _decode(document[name], files.pop(name))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = one_line(error, kind=True)
-            raise CheckpointError(f"{path}: damaged: {name} in {_STATE} cannot be decoded: {what}") from error
+            raise CheckpointError(
+                f"{path}: damaged: {name} in {_STATE} cannot be decoded: {what}"
+            ) from error
     if not isinstance(decoded["optimizer"], dict):
         raise CheckpointError(f"{path}: damaged: optimizer in {_STATE} is not a state dict")
     state, versions = document["state"], document["versions"]
-    return Checkpoint(path, document["iteration"], files, decoded["optimizer"], state, decoded["rng"], versions)
+    return Checkpoint(
+        path, document["iteration"], files, decoded["optimizer"], state, decoded["rng"], versions
+    )
 
 
 def capture_rng() -> dict[str, Any]:
-    """The states of this process's generators: torch CPU and CUDA (if in use), numpy's and Python's global ones."""
+    """The states of this process's generators: torch CPU and CUDA (if in use), numpy's and Python's
+    global ones."""
     legacy = dict(np.random.get_state(legacy=False))
     if legacy["bit_generator"] != "MT19937":
         name = legacy["bit_generator"]
-        raise CheckpointError(f"rng: numpy's global generator is {name} (accepted: MT19937, its default)")
-    legacy["state"] = {**legacy["state"], "key": torch.from_numpy(legacy["state"]["key"].astype(np.int64))}
+        raise CheckpointError(
+            f"rng: numpy's global generator is {name} (accepted: MT19937, its default)"
+        )
+    legacy["state"] = {
+        **legacy["state"],
+        "key": torch.from_numpy(legacy["state"]["key"].astype(np.int64)),
+    }
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
     cuda = torch.cuda.get_rng_state_all() if in_use else []
     return {
@@ -213,7 +235,8 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(rng: Mapping[str, Any]) -> None:
-    """Set the generators to what `capture_rng` saw. CUDA states are set for the devices that exist here.
+    """Set the generators to what `capture_rng` saw. CUDA states are set for the devices that exist
+    here.
 
     Raises CheckpointError for states that are none.
     """
@@ -232,7 +255,8 @@ def restore_rng(rng: Mapping[str, Any]) -> None:
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds Python's, numpy's and torch's global generators: rewards and policies of others may draw from any."""
+    """Seeds Python's, numpy's and torch's global generators: rewards and policies of others may
+    draw from any."""
     random.seed(seed & 0xFFFF_FFFF_FFFF_FFFF)
     np.random.seed(seed & 0xFFFF_FFFF)
     torch.manual_seed(seed)
@@ -253,19 +277,25 @@ def _group(name: str, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Dense CPU tensors that share no memory, which is what safetensors can write."""
     if name in _RESERVED or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
         reserved = ", ".join(_RESERVED)
-        raise CheckpointError(f"tensors: group name {name!r} (accepted: letters, digits, _ and -; not {reserved})")
+        raise CheckpointError(
+            f"tensors: group name {name!r} (accepted: letters, digits, _ and -; not {reserved})"
+        )
     result: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key, tensor in group.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"tensors: {name}.{key} is a {type(tensor).__name__} (accepted: a tensor)")
+            raise CheckpointError(
+                f"tensors: {name}.{key} is a {type(tensor).__name__} (accepted: a tensor)"
+            )
         result[key] = _own(tensor, storages, f"{name}.{key}")
     return result
 
 
 def _own(tensor: Tensor, storages: set[int], where: str) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise CheckpointError(f"tensors: {where}: {tensor.layout} on {tensor.device} (accepted: dense, with data)")
+        raise CheckpointError(
+            f"tensors: {where}: {tensor.layout} on {tensor.device} (accepted: dense, with data)"
+        )
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     storage = tensor.untyped_storage()
     # A view would make safetensors refuse its neighbours; a tied tensor would be refused outright.
@@ -276,7 +306,8 @@ def _own(tensor: Tensor, storages: set[int], where: str) -> Tensor:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], storages: set[int], where: str) -> Any:
-    """A nested value as JSON that `_decode` turns back exactly. Tensors go to `tensors`, under running numbers."""
+    """A nested value as JSON that `_decode` turns back exactly. Tensors go to `tensors`, under
+    running numbers."""
     if value is None or isinstance(value, (bool, str)) or type(value) is int:
         return value
     if isinstance(value, float):
@@ -292,10 +323,17 @@ def _encode(value: Any, tensors: dict[str, Tensor], storages: set[int], where: s
         for key in value:
             if not isinstance(key, (str, int)) or isinstance(key, bool):
                 raise CheckpointError(f"{where}: key {key!r} (accepted: strings and integers)")
-        return {"dict": [[key, _encode(item, tensors, storages, f"{where}.{key}")] for key, item in value.items()]}
+        return {
+            "dict": [
+                [key, _encode(item, tensors, storages, f"{where}.{key}")]
+                for key, item in value.items()
+            ]
+        }
     if isinstance(value, np.generic):
         return _encode(value.item(), tensors, storages, where)
-    raise CheckpointError(f"{where}: a {type(value).__name__} (accepted: tensors, numbers, strings, dicts, lists)")
+    raise CheckpointError(
+        f"{where}: a {type(value).__name__} (accepted: tensors, numbers, strings, dicts, lists)"
+    )
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -345,7 +383,9 @@ def _write_folder(folder: Path, files: Mapping[str, dict[str, Tensor]], state: s
     for path in sorted(folder.iterdir()):
         _sync(path)
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-    (folder / _MANIFEST).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
+    (folder / _MANIFEST).write_text(
+        json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8"
+    )
     _sync(folder / _MANIFEST)
     _sync(folder)
 
@@ -367,7 +407,8 @@ def _checksum(path: Path) -> str:
 
 
 def _verify(path: Path, *, contents: bool = True) -> list[str]:
-    """The names of a checkpoint's files; CheckpointError unless it is whole. Without `contents`, only sizes count."""
+    """The names of a checkpoint's files; CheckpointError unless it is whole. Without `contents`,
+    only sizes count."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         form, entries = manifest["format"], dict(manifest["files"])
@@ -378,11 +419,15 @@ def _verify(path: Path, *, contents: bool = True) -> list[str]:
         if unlisted := sorted({*_REQUIRED, *written} - set(entries)):
             raise CheckpointError(f"{path}: damaged: {_MANIFEST} does not list {unlisted[0]}")
         if odd := [name for name in entries if Path(name).name != name]:
-            raise CheckpointError(f"{path}: damaged: {_MANIFEST} lists {odd[0]!r} (accepted: files of the folder)")
+            raise CheckpointError(
+                f"{path}: damaged: {_MANIFEST} lists {odd[0]!r} (accepted: files of the folder)"
+            )
         for name, entry in entries.items():
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
-                raise CheckpointError(f"{path}: damaged: {name} has {size} bytes, {entry['bytes']} were written")
+                raise CheckpointError(
+                    f"{path}: damaged: {name} has {size} bytes, {entry['bytes']} were written"
+                )
             if contents and _checksum(path / name) != entry["sha256"]:
                 raise CheckpointError(f"{path}: damaged: {name} does not match its checksum")
     except FileNotFoundError as error:
@@ -398,25 +443,32 @@ def _verify(path: Path, *, contents: bool = True) -> list[str]:
 
 
 def _document(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """state.json, its fields of the right types and its iteration and groups those of the folder."""
+    """state.json, its fields of the right types and its iteration and groups those of the
+    folder."""
     try:
         document = json.loads((path / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged: {_STATE} cannot be read: {one_line(error, kind=True)}") from error
+        raise CheckpointError(
+            f"{path}: damaged: {_STATE} cannot be read: {one_line(error, kind=True)}"
+        ) from error
     for field, kinds in _FIELDS.items():
         value = document.get(field) if isinstance(document, dict) else None
         if not isinstance(value, kinds) or isinstance(value, bool):
             accepted = " or ".join(kind.__name__ for kind in kinds)
             raise CheckpointError(
-                f"{path}: damaged: {field} in {_STATE} is a {type(value).__name__} (accepted: {accepted})"
+                f"{path}: damaged: {field} in {_STATE} is a {type(value).__name__} (accepted: "
+                f"{accepted})"
             )
     named = _STEP.fullmatch(path.name)
     if document["iteration"] != (int(named[1]) if named else abs(document["iteration"])):
         accepted = f"{int(named[1])}, as the folder is called" if named else "at least 0"
         raise CheckpointError(
-            f"{path}: damaged: iteration in {_STATE} is {document['iteration']} (accepted: {accepted})"
+            f"{path}: damaged: iteration in {_STATE} is {document['iteration']} (accepted: "
+            f"{accepted})"
         )
-    groups = {name.removesuffix(_TENSORS) for name in names if name.endswith(_TENSORS)} - set(_RESERVED)
+    groups = {name.removesuffix(_TENSORS) for name in names if name.endswith(_TENSORS)} - set(
+        _RESERVED
+    )
     said = document.get("groups", sorted(groups))  # editr2 0.1 did not say
     if not isinstance(said, list) or sorted(map(str, said)) != sorted(groups):
         given = f"groups in {_STATE} are {said}, those in {_MANIFEST} {sorted(groups)}"
@@ -442,7 +494,10 @@ def _remove_leftovers(root: Path) -> None:
     for path in root.iterdir():
         if path.name.startswith(_TEMPORARY):
             shutil.rmtree(path)
-        elif path.name.endswith(_REPLACED) and path.with_name(path.name.removesuffix(_REPLACED)).exists():
+        elif (
+            path.name.endswith(_REPLACED)
+            and path.with_name(path.name.removesuffix(_REPLACED)).exists()
+        ):
             _discard(path)
 
 
@@ -459,14 +514,19 @@ def _prune(root: Path, iteration: int, keep: int) -> None:
     try:
         for path in _steps(root):
             if _iteration(path) > iteration:
-                warnings.warn(f"{path}: removed: the run was taken back to iteration {iteration}", stacklevel=3)
+                warnings.warn(
+                    f"{path}: removed: the run was taken back to iteration {iteration}",
+                    stacklevel=3,
+                )
                 _discard(path)
             elif kept >= keep or (path.name.endswith(_REPLACED) and _iteration(path) == iteration):
                 _discard(path)
             elif _is_whole(path):
                 kept += 1  # damaged ones do not count: they must not push a good one out
     except OSError as error:  # the new checkpoint is in place; old ones too many do no harm
-        warnings.warn(f"{root}: an old checkpoint cannot be removed: {error.strerror}", stacklevel=3)
+        warnings.warn(
+            f"{root}: an old checkpoint cannot be removed: {error.strerror}", stacklevel=3
+        )
 
 
 def _is_whole(path: Path) -> bool:
@@ -485,6 +545,7 @@ def _write_error(error: OSError | SafetensorError, final: Path, needed: int) -> 
         return CheckpointError(f"{final}: cannot be written: {reason}")
     free = shutil.disk_usage(final.parent).free
     return CheckpointError(
-        f"{final}: not saved: {reason}; it needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+        f"{final}: not saved: {reason}; it needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB "
+        f"are free"
         " (earlier checkpoints are intact)"
     )

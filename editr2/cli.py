@@ -1,4 +1,5 @@
-"""The command line. Heavy imports happen inside the commands, so that `--help` and `doctor` answer at once."""
+"""The command line. Heavy imports happen inside the commands, so that `--help` and `doctor` answer
+at once."""
 
 from __future__ import annotations
 
@@ -47,10 +48,12 @@ def run_config(
     *,
     strict: bool = True,
 ) -> tuple[Config, dict[str, Any]]:
-    """(Config, the values of `extra` flags) from defaults, `--preset`, `--config` and flags, in this order.
+    """(Config, the values of `extra` flags) from defaults, `--preset`, `--config` and flags, in
+    this order.
 
-    strict: raises `ConfigError` for the first value that its field does not accept, with the file's line where it is
-    from one. Otherwise such values are left as they are, for `config_problems` to say all of them.
+    strict: raises `ConfigError` for the first value that its field does not accept, with the file's
+    line where it is from one. Otherwise such values are left as they are, for `config_problems` to
+    say all of them.
     """
     from editr2.yaml_config import check_keys, load_yaml, place_of
 
@@ -61,7 +64,12 @@ def run_config(
     for name, options in extra:
         flags.add(name, **options)
     flags.settings(Config)
-    found = flags.given([f"--data.path{w[6:]}" if w == "--data" or w.startswith("--data=") else w for w in arguments])
+    found = flags.given(
+        [
+            f"--data.path{w[6:]}" if w == "--data" or w.startswith("--data=") else w
+            for w in arguments
+        ]
+    )
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     config = preset_config(beside.pop("preset"))
     file = beside.pop("config")
@@ -92,16 +100,32 @@ def _with(config: Any, path: Sequence[str], value: Any) -> Any:
     return replace(config, **{name: _with(getattr(config, name), rest, value) if rest else value})
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def command_train(arguments: Arguments) -> int:
     """multi-turn RL from start to report; run again to resume"""
-    profile = ("--profile", {"action": "store_true", "help": "print the seconds of an iteration by phase at the end"})
-    told = "go on although this differs from the run that is resumed: sessions, heldout, weights, reward, or a setting"
-    anyway = ("--resume-anyway", {"type": str, "action": "append", "help": f"{told}; again, or with commas, for more"})
-    config, extra = run_config("editr2 train", "Train an editor on multi-turn sessions.", arguments, [profile, anyway])
-    insisted = [name.strip() for names in extra["resume_anyway"] or () for name in names.split(",") if name.strip()]
+    profile = (
+        "--profile",
+        {"action": "store_true", "help": "print the seconds of an iteration by phase at the end"},
+    )
+    told = (
+        "go on although this differs from the run that is resumed: sessions, heldout, weights, "
+        "reward, or a setting"
+    )
+    anyway = (
+        "--resume-anyway",
+        {"type": str, "action": "append", "help": f"{told}; again, or with commas, for more"},
+    )
+    config, extra = run_config(
+        "editr2 train", "Train an editor on multi-turn sessions.", arguments, [profile, anyway]
+    )
+    insisted = [
+        name.strip()
+        for names in extra["resume_anyway"] or ()
+        for name in names.split(",")
+        if name.strip()
+    ]
     from editr2.trainer import train
 
     train(config, profile=bool(extra["profile"]), resume_anyway=insisted)
@@ -111,13 +135,34 @@ def command_train(arguments: Arguments) -> int:
 def command_check(arguments: Arguments) -> int:
     """find what is wrong with a run before it starts; what it takes in memory and time"""
     extra: list[tuple[str, dict]] = [
-        ("--gpu", {"type": str, "default": "h100", "help": "to estimate for: h100, rtx4090, ... or cpu (this one)"}),
-        ("--processes", {"type": int, "default": 1, "bounds": _SOME, "help": "that torchrun will start, one a GPU"}),
-        ("--dry-run", {"action": "store_true", "help": "then train two iterations into a temporary folder"}),
+        (
+            "--gpu",
+            {
+                "type": str,
+                "default": "h100",
+                "help": "to estimate for: h100, rtx4090, ... or cpu (this one)",
+            },
+        ),
+        (
+            "--processes",
+            {
+                "type": int,
+                "default": 1,
+                "bounds": _SOME,
+                "help": "that torchrun will start, one a GPU",
+            },
+        ),
+        (
+            "--dry-run",
+            {"action": "store_true", "help": "then train two iterations into a temporary folder"},
+        ),
     ]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
-    description = "Check the settings, data and reward of a run and estimate its memory and time; loads no weights."
+    description = (
+        "Check the settings, data and reward of a run and estimate its memory and time; loads no "
+        "weights."
+    )
     config, given = run_config("editr2 check", description, arguments, extra, strict=False)
     from editr2.preflight import preflight
 
@@ -138,7 +183,9 @@ def command_check(arguments: Arguments) -> int:
 
 def command_eval(arguments: Arguments) -> int:
     """score a policy on held-out sessions"""
-    config, _ = run_config("editr2 eval", "Score a policy on held-out sessions (see --eval.*, --data.*).", arguments)
+    config, _ = run_config(
+        "editr2 eval", "Score a policy on held-out sessions (see --eval.*, --data.*).", arguments
+    )
     config = check_config(config, "eval")
     from editr2.data import open_sessions
     from editr2.evaluate import evaluate
@@ -166,12 +213,17 @@ def command_eval(arguments: Arguments) -> int:
 def evaluation_table(row: dict[str, Any]) -> str:
     """Mean and standard error by turn, as text."""
     names = [key for key in row if key.endswith("_turn")]
-    lines = [f"{row['sessions']} sessions", "turn    " + "".join(f"{n.removesuffix('_turn'):>18}" for n in names)]
+    lines = [
+        f"{row['sessions']} sessions",
+        "turn    " + "".join(f"{n.removesuffix('_turn'):>18}" for n in names),
+    ]
     for t in range(len(row[names[0]])):
         cells = []
         for name in names:
             mean, se = row[name][t]["mean"], row[name][t]["se"]
-            cells.append("-" if mean is None else f"{mean:.3f}" + ("" if se is None else f" +- {se:.3f}"))
+            cells.append(
+                "-" if mean is None else f"{mean:.3f}" + ("" if se is None else f" +- {se:.3f}")
+            )
         lines.append(f"{t + 1:<8}" + "".join(f"{c:>18}" for c in cells))
     if "marginal_turn" in names:
         lines.append("marginal: the share of turns with IF = 1, whatever came before")
@@ -183,7 +235,9 @@ def evaluation_table(row: dict[str, Any]) -> str:
     if row["intents_right"] is not None:
         lines.append(f"intents equal to the known ones: {row['intents_right']:.1%}")
     if row["failed_scores"]:
-        lines.append(f"turns without a score: {row['failed_scores']}; first: {row['first_failure']}")
+        lines.append(
+            f"turns without a score: {row['failed_scores']}; first: {row['first_failure']}"
+        )
     if row["not_applicable"]:
         lines.append(f"turns to which a reward does not apply: {row['not_applicable']}")
     return "\n".join(lines)
@@ -192,7 +246,9 @@ def evaluation_table(row: dict[str, Any]) -> str:
 def command_rollout(arguments: Arguments) -> int:
     """edit sessions and write the images, without training"""
     config, _ = run_config(
-        "editr2 rollout", "Edit sessions turn by turn and write images and outputs.jsonl into --out.", arguments
+        "editr2 rollout",
+        "Edit sessions turn by turn and write images and outputs.jsonl into --out.",
+        arguments,
     )
     config = check_config(config, "rollout")
     from PIL import Image
@@ -212,10 +268,17 @@ def command_rollout(arguments: Arguments) -> int:
     sampler = eval_sampler(config, own).to(processes.device)
     out, mine = Path(config.out), processes.share(len(sessions))
     (out / "images").mkdir(parents=True, exist_ok=True)
-    parts = [out / "outputs.jsonl", *(out / f"outputs.{i}.jsonl" for i in range(1, processes.count))]
+    parts = [
+        out / "outputs.jsonl",
+        *(out / f"outputs.{i}.jsonl" for i in range(1, processes.count)),
+    ]
     with parts[processes.index].open("w") as file:
-        for chunk in chunks(sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch):
-            rollout_chunk(policy, chunk, sampler, Seeds(config.seed, "rollout"), config.policy, greedy=True)
+        for chunk in chunks(
+            sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch
+        ):
+            rollout_chunk(
+                policy, chunk, sampler, Seeds(config.seed, "rollout"), config.policy, greedy=True
+            )
             for i, session in enumerate(chunk.sessions):
                 turns = []
                 for t, image in enumerate(chunk.images_of(i)):
@@ -259,11 +322,18 @@ def command_export(arguments: Arguments) -> int:
     flags.add("run", path=True, help="a run's folder; its newest checkpoint is taken")
     flags.add("--out", path=True, required=True, help="folder to write, new or empty")
     flags.add("--weights", help="ema (averaged; the default where there is one) or live")
-    flags.add("--merge", action="store_true", help="add LoRA to the weights it adapts and write them all")
+    flags.add(
+        "--merge", action="store_true", help="add LoRA to the weights it adapts and write them all"
+    )
     options = flags.parse(arguments)
     from editr2.export import export
 
-    done = export(Path(options["run"]), Path(options["out"]), weights=options["weights"], merge=options["merge"])
+    done = export(
+        Path(options["run"]),
+        Path(options["out"]),
+        weights=options["weights"],
+        merge=options["merge"],
+    )
     print(done)
     return 0
 
@@ -278,7 +348,10 @@ def command_doctor(arguments: Arguments) -> int:
 
 def command_data(arguments: Arguments) -> int:
     """sets of sessions: `import` a public one, `validate` one on disk"""
-    actions: dict[str, Callable[[Arguments], int]] = {"import": _data_import, "validate": _data_validate}
+    actions: dict[str, Callable[[Arguments], int]] = {
+        "import": _data_import,
+        "validate": _data_validate,
+    }
     return _dispatch("editr2 data", actions, arguments)
 
 
@@ -289,9 +362,22 @@ def _data_import(arguments: Arguments) -> int:
     flags = Flags("editr2 data import", _data_import.__doc__ or "")
     flags.add("format", among=lambda: FORMATS, help="the set's")
     flags.add("source", path=True, help="the set's file or folder, or hf:owner/name:split")
-    flags.add("--out", path=True, check=folder_problem, what="a folder", required=True, help="folder to write")
-    flags.add("--images", path=True, help="folder of the images, when they are not where the release has them")
-    flags.add("--mode", type=Literal["cm", "cu"], help="of every session, in place of what the set says")
+    flags.add(
+        "--out",
+        path=True,
+        check=folder_problem,
+        what="a folder",
+        required=True,
+        help="folder to write",
+    )
+    flags.add(
+        "--images",
+        path=True,
+        help="folder of the images, when they are not where the release has them",
+    )
+    flags.add(
+        "--mode", type=Literal["cm", "cu"], help="of every session, in place of what the set says"
+    )
     flags.add("--limit", type=int, bounds=_SOME, help="only the first so many sessions")
     options = flags.parse(arguments)
     format, source, out = (options.pop(name) for name in ("format", "source", "out"))
@@ -302,7 +388,9 @@ def _data_import(arguments: Arguments) -> int:
 def _data_validate(arguments: Arguments) -> int:
     """everything that is wrong with a set of sessions, with its line"""
     flags = Flags("editr2 data validate", _data_validate.__doc__ or "")
-    flags.add("path", path=True, help="a sessions.jsonl, a folder that holds one, or hf:owner/name:split")
+    flags.add(
+        "path", path=True, help="a sessions.jsonl, a folder that holds one, or hf:owner/name:split"
+    )
     path = flags.parse(arguments)["path"]
     from editr2.sessions import survey
 
@@ -313,17 +401,29 @@ def _data_validate(arguments: Arguments) -> int:
 
 def command_world(arguments: Arguments) -> int:
     """the embedded world: `make` sessions on disk, `pretrain` the small policy"""
-    actions: dict[str, Callable[[Arguments], int]] = {"make": _world_make, "pretrain": _world_pretrain}
+    actions: dict[str, Callable[[Arguments], int]] = {
+        "make": _world_make,
+        "pretrain": _world_pretrain,
+    }
     return _dispatch("editr2 world", actions, arguments)
 
 
 def _world_make(arguments: Arguments) -> int:
     """write sessions of the shapes world as PNG and jsonl"""
     flags = Flags("editr2 world make", _world_make.__doc__ or "")
-    flags.add("--out", path=True, check=folder_problem, what="a folder", required=True, help="folder to write")
+    flags.add(
+        "--out",
+        path=True,
+        check=folder_problem,
+        what="a folder",
+        required=True,
+        help="folder to write",
+    )
     flags.add("--count", type=int, default=24, bounds=_SOME, help="sessions")
     flags.add("--turns", type=int, default=3, bounds=TURNS, help="turns a session")
-    flags.add("--split", type=Literal["train", "heldout"], default="train", help="of the world's sessions")
+    flags.add(
+        "--split", type=Literal["train", "heldout"], default="train", help="of the world's sessions"
+    )
     flags.add("--seed", type=int, default=0, bounds=SEED, help="seed of the stream")
     options = flags.parse(arguments)
     from editr2.sessions import save_sessions
@@ -341,7 +441,9 @@ def _world_pretrain(arguments: Arguments) -> int:
 
     flags = Flags("editr2 world pretrain", _world_pretrain.__doc__ or "")
     out_help = "folder for config, tokenizer, weights and log"
-    flags.add("--out", path=True, check=folder_problem, what="a folder", required=True, help=out_help)
+    flags.add(
+        "--out", path=True, check=folder_problem, what="a folder", required=True, help=out_help
+    )
     flags.settings(PretrainConfig)
     options = flags.parse(arguments)
     out = Path(options.pop("out"))
@@ -351,27 +453,45 @@ def _world_pretrain(arguments: Arguments) -> int:
 
 
 def command_reproduce(arguments: Arguments) -> int:
-    """the papers' comparisons on the world: train every arm, write tables with intervals; run again to resume"""
+    """the papers' comparisons on the world: train every arm, write tables with intervals; run again
+    to resume"""
     from editr2.reproduce.arms import Settings, find_arms
 
     docs_help = "folder of reproduction.md, its plots and its rows"
     flags = Flags("editr2 reproduce", command_reproduce.__doc__ or "")
     flags.add(
-        "--out", path=True, check=folder_problem, what="a folder", default="runs/reproduce", help="folder of the runs"
+        "--out",
+        path=True,
+        check=folder_problem,
+        what="a folder",
+        default="runs/reproduce",
+        help="folder of the runs",
     )
-    flags.add("--docs", path=True, check=folder_problem, what="a folder", default="docs", help=docs_help)
+    flags.add(
+        "--docs", path=True, check=folder_problem, what="a folder", default="docs", help=docs_help
+    )
     flags.add("--arms", help="comma-separated names; all of them if not given")
     flags.add("--seeds", type=int, default=3, bounds=_SOME, help="training seeds of every arm")
-    flags.add("--jobs", type=int, default=2, bounds=_SOME, help="runs side by side; they share the cores")
+    flags.add(
+        "--jobs", type=int, default=2, bounds=_SOME, help="runs side by side; they share the cores"
+    )
     flags.add("--report-only", action="store_true", help="write the page from the rows there are")
     flags.settings(Settings)
     options = flags.parse(arguments)
-    out, docs, report_only = Path(options.pop("out")), Path(options.pop("docs")), options.pop("report_only")
+    out, docs, report_only = (
+        Path(options.pop("out")),
+        Path(options.pop("docs")),
+        options.pop("report_only"),
+    )
     arms, seeds, jobs = find_arms(options.pop("arms")), options.pop("seeds"), options.pop("jobs")
     from editr2.reproduce.page import write_page
     from editr2.reproduce.runs import reproduce
 
-    failures = [] if report_only else reproduce(out, docs, Settings(**options), arms=arms, seeds=seeds, jobs=jobs)
+    failures = (
+        []
+        if report_only
+        else reproduce(out, docs, Settings(**options), arms=arms, seeds=seeds, jobs=jobs)
+    )
     if failures:
         print(f"failed: {', '.join(failures)}", file=sys.stderr)
     if not failures or (docs / "reproduction.jsonl").exists():
@@ -394,16 +514,20 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
 
 
 STOPPED = {
-    "train": "nothing was trained by this start; the same command begins again, or goes on from the newest checkpoint",
+    "train": "nothing was trained by this start; the same command begins again, or goes on from "
+    "the newest checkpoint",
     "check": "nothing was written; start it again",
     "eval": "nothing was written; start it again",
     "rollout": "what is in --out is not whole; the same command begins again",
     "reproduce": "finished runs stand; the same command trains the rest",
 }
-"""What is true of a command that Ctrl-C ended. The trainer itself says what it saved (`editr2.run.stop`)."""
+"""What is true of a command that Ctrl-C ended. The trainer itself says what it saved
+(`editr2.run.stop`)."""
 
 
-def _dispatch(prog: str, commands: dict[str, Callable[[Arguments], int]], arguments: Arguments) -> int:
+def _dispatch(
+    prog: str, commands: dict[str, Callable[[Arguments], int]], arguments: Arguments
+) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(f"usage: {prog} COMMAND [options]   ({prog} COMMAND --help tells its options)\n")
         for name, command in commands.items():
@@ -445,7 +569,8 @@ def os_problem(error: OSError) -> str:
 
 
 def main(arguments: Arguments | None = None) -> int:
-    """Entry point: 0 when all went well, 2 with one line on standard error for anything the user can mend."""
+    """Entry point: 0 when all went well, 2 with one line on standard error for anything the user
+    can mend."""
     open_streams()
     warnings.filterwarnings("default", category=UserWarning, module="editr2")
     given = sys.argv[1:] if arguments is None else arguments
@@ -457,7 +582,8 @@ def main(arguments: Arguments | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Whoever read our output has enough of it. Python would complain once more when it flushes at exit.
+        # Whoever read our output has enough of it. Python would complain once more when it flushes
+        # at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports SIGPIPE
     except OSError as error:
@@ -467,7 +593,9 @@ def main(arguments: Arguments | None = None) -> int:
         name = given[0] if given else ""
         # `check` trains, too, in a folder that is gone now.
         said = str(stopped) if name == "train" else ""
-        what = STOPPED.get(name, "what it was writing may not be whole; the same command begins again")
+        what = STOPPED.get(
+            name, "what it was writing may not be whole; the same command begins again"
+        )
         print(said or f"stopped; {what}", file=sys.stderr)
         return 128 + int(getattr(stopped, "signum", signal.SIGINT))
 

@@ -33,12 +33,15 @@ MODELS = ("unified", "kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plu
 # The rollout keeps no x0 of the step before, which the rows of a second-order solver read.
 ROLLOUT_DYNAMICS = tuple(name for name in DYNAMICS if name not in ("ode", "dpm++sde"))
 
-NOISE_LEVELS = {name: Bounds(above=0, at_most=1 if name in ("cps", "ddim-sde") else 10) for name in ROLLOUT_DYNAMICS}
-"""Of each dynamics: of those that keep the noise schedule it is a share of the noise there is, of the others a factor
-of the diffusion, published at up to 1.3."""
+NOISE_LEVELS = {
+    name: Bounds(above=0, at_most=1 if name in ("cps", "ddim-sde") else 10)
+    for name in ROLLOUT_DYNAMICS
+}
+"""Of each dynamics: of those that keep the noise schedule it is a share of the noise there is, of
+the others a factor of the diffusion, published at up to 1.3."""
 
-# Upper ends are where the program stops being of use, far above what anyone runs: a slip of three digits is caught here
-# and not by the kernel's out-of-memory killer.
+# Upper ends are where the program stops being of use, far above what anyone runs: a slip of three
+# digits is caught here and not by the kernel's out-of-memory killer.
 COUNT = Bounds(at_least=1, at_most=1_000_000)
 """How many of something are held, or done in one go."""
 TIMES = Bounds(at_least=1, at_most=1_000_000_000)
@@ -60,13 +63,15 @@ class DataConfig:
     """Where sessions come from.
 
     Args:
-        path: a `sessions.jsonl` or the folder that holds one, or a Hugging Face dataset, hf:owner/name:split or a saved
-            one's folder; none draws endless sessions from the shapes world.
-        heldout: the same for the evaluation before and after training; none uses the world's held-out split when `path`
-            is none too, and otherwise the training sessions themselves (said in the report).
+        path: a `sessions.jsonl` or the folder that holds one, or a Hugging Face dataset,
+            hf:owner/name:split or a saved one's folder; none draws endless sessions from the shapes
+            world.
+        heldout: the same for the evaluation before and after training; none uses the world's
+            held-out split when `path` is none too, and otherwise the training sessions themselves
+            (said in the report).
         limit: read at most this many sessions of `path`.
-        resize: what to do with images of another size than the policy's: no (an error), crop (scale to cover, cut the
-            middle out) or stretch.
+        resize: what to do with images of another size than the policy's: no (an error), crop (scale
+            to cover, cut the middle out) or stretch.
     """
 
     path: str | None = setting(None, path=True)
@@ -80,9 +85,10 @@ class RewardConfig:
     """What judges the outputs.
 
     Args:
-        function: `package.module:name` of a function, an object or a class that judges (docs/rewards.md has the forms);
-            none is the shapes world's verifiers.
-        timeout: seconds that a call may take, at most a day; one that takes longer is a failed score. None: no limit.
+        function: `package.module:name` of a function, an object or a class that judges
+            (docs/rewards.md has the forms); none is the shapes world's verifiers.
+        timeout: seconds that a call may take, at most a day; one that takes longer is a failed
+            score. None: no limit.
     """
 
     function: str | None = setting(None, what="package.module:name or none")
@@ -94,40 +100,46 @@ class PolicyConfig:
     """The editor to train. From `resolution` on: only for models on diffusers (all but unified).
 
     Args:
-        model: unified (BAGEL's architecture; the shipped small model), kontext (FLUX.1-Kontext), klein (FLUX.2-klein),
-            klein-kv (its variant that reads the references once a turn), qwen-edit or qwen-edit-plus (Qwen-Image-Edit
-            and its multi-image successor, 2509).
-        weights: unified: a folder written by `editr2 world pretrain` or a run's `policy/`, none is the shipped small
-            model. Others: a diffusers folder or a hub id, none is the model's published one.
-        intent: write an intent before every turn from the second on (Edit-R2); policies without text ignore it.
-        temperature: of sampled intents during training (evaluation is greedy).
+        model: unified (BAGEL's architecture; the shipped small model), kontext (FLUX.1-Kontext),
+            klein (FLUX.2-klein), klein-kv (its variant that reads the references once a turn),
+            qwen-edit or qwen-edit-plus (Qwen-Image-Edit and its multi-image successor, 2509).
+        weights: unified: a folder written by `editr2 world pretrain` or a run's `policy/`, none is
+            the shipped small model. Others: a diffusers folder or a hub id, none is the model's
+            published one.
+        intent: write an intent before every turn from the second on (Edit-R2); policies without
+        text ignore it. temperature: of sampled intents during training (evaluation is greedy).
         intent_tokens: at most this many tokens an intent.
         guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
         guidance_image: weight of image guidance, applied to the result; 1 is none.
-        renorm: brings the guided velocity to the plain one's size: none, token, text_channel, channel or global; auto
-            is the model's own (qwen-edit: token, the others: none).
+        renorm: brings the guided velocity to the plain one's size: none, token, text_channel,
+            channel or global; auto is the model's own (qwen-edit: token, the others: none).
         lora_rank: rank of LoRA adapters on all attention and MLP layers; 0 trains all weights.
         lora_alpha: strength of the adapters; none is twice the rank.
-        lora_targets: regular expression over the names of the layers that get adapters; none is the model's attention
-            and MLP layers.
+        lora_targets: regular expression over the names of the layers that get adapters; none is the
+            model's attention and MLP layers.
         resolution: [height, width] in pixels of what is edited and written.
-        condition_resolution: the same of the condition image as the transformer sees it; none is `resolution`.
-        history: images of a session that a turn sees: the one to edit and those before it, the newest first.
-        keep_source: the source image stands behind them when it is none of them any more.
-        guidance_embed: the guidance value that guidance-distilled transformers (kontext) take as input; none is the
-            pipeline's own default. `guidance` is true guidance by a second, negative branch.
-        negative_prompt: of that branch; none is the model's own (qwen-edit: a space, the others: empty).
+        condition_resolution: the same of the condition image as the transformer sees it; none is
+            `resolution`.
+        history: images of a session that a turn sees: the one to edit and those before it, the
+        newest first. keep_source: the source image stands behind them when it is none of them any
+        more.
+        guidance_embed: the guidance value that guidance-distilled transformers (kontext) take as
+            input; none is the pipeline's own default. `guidance` is true guidance by a second,
+            negative branch.
+        negative_prompt: of that branch; none is the model's own (qwen-edit: a space, the others:
+            empty).
         text_tokens: longest prompt in tokens; none is the pipeline's own limit.
-        dtype: float32 or bfloat16, of frozen weights and of all weights' computation; latents stay float32 and so do
-            trained adapters.
+        dtype: float32 or bfloat16, of frozen weights and of all weights' computation; latents stay
+            float32 and so do trained adapters.
         gradient_checkpointing: compute activations again in the backward pass.
         compile: torch.compile the transformer's repeated blocks.
         offload: keep text encoder and VAE on the host while they are not in use.
-        vae_tiling: the VAE works in tiles above its own sample size (1024 pixels), which takes less memory and gives
-            other latents than the stock pipeline's; not with qwen-edit.
-        quantize: none, or 4bit (the frozen base through bitsandbytes; needs a CUDA device and LoRA).
-        shard: each process holds its part of the transformer's frozen weights and gathers a block while it computes
-            (FSDP2); needs LoRA. On one process there is nothing to share out.
+        vae_tiling: the VAE works in tiles above its own sample size (1024 pixels), which takes less
+            memory and gives other latents than the stock pipeline's; not with qwen-edit.
+        quantize: none, or 4bit (the frozen base through bitsandbytes; needs a CUDA device and
+            LoRA).
+        shard: each process holds its part of the transformer's frozen weights and gathers a block
+            while it computes (FSDP2); needs LoRA. On one process there is nothing to share out.
     """
 
     model: str = setting("unified", among=lambda: MODELS)
@@ -140,8 +152,12 @@ class PolicyConfig:
     renorm: Literal["auto", "none", "token", "text_channel", "channel", "global"] = "auto"
     lora_rank: int = setting(0, Bounds(at_least=0, at_most=4_096))
     lora_alpha: float | None = setting(None, POSITIVE)
-    lora_targets: str | None = setting(None, check=pattern_problem, what="a regular expression or none")
-    resolution: tuple[int, int] = setting((512, 512), PIXELS, what="height and width, such as 512x512")
+    lora_targets: str | None = setting(
+        None, check=pattern_problem, what="a regular expression or none"
+    )
+    resolution: tuple[int, int] = setting(
+        (512, 512), PIXELS, what="height and width, such as 512x512"
+    )
     condition_resolution: tuple[int, int] | None = setting(
         None, PIXELS, what="height and width, such as 512x512, or none"
     )
@@ -168,20 +184,25 @@ class RolloutConfig:
         siblings: rollouts a session.
         turns: turns of sessions drawn from the world (sessions from files have their own).
         steps: denoising steps.
-        shift: timestep shift of the sigma schedule; none is the policy's own schedule (unified: no shift).
+        shift: timestep shift of the sigma schedule; none is the policy's own schedule (unified: no
+            shift).
         dynamics: flow-sde, dance-sde, wan-sde, cps or ddim-sde.
         noise_level: of the dynamics.
-        window: consecutive SDE steps a turn that are trained; all others are ODE steps and store nothing.
+        window: consecutive SDE steps a turn that are trained; all others are ODE steps and store
+            nothing.
         window_range: the window starts within this first fraction of the steps.
-        window_schedule: random (each group and turn draws its start), progressive (the start moves on by one step every
-            window_every iterations, and back to the first after the last) or fixed (always the first step).
+        window_schedule: random (each group and turn draws its start), progressive (the start moves
+            on by one step every window_every iterations, and back to the first after the last) or
+            fixed (always the first step).
         window_every: iterations between two moves of a progressive window.
-        shared_noise: siblings start a turn from the same initial noise and differ in the window's; off, each has its
-            own (as an ODE rollout needs).
-        store_dtype: float32 or bfloat16, of stored latents and velocities; the sampler rounds to it before it scores.
-        groups_per_batch: groups that go through the model together, in rollout and in training.
-        capture: how a denoising step runs: off (plain calls), compile (torch.compile of velocity and step in one; sizes
-            that change become symbols) or graph (a CUDA graph for each shape).
+        shared_noise: siblings start a turn from the same initial noise and differ in the window's;
+            off, each has its own (as an ODE rollout needs).
+        store_dtype: float32 or bfloat16, of stored latents and velocities; the sampler rounds to it
+        before it scores. groups_per_batch: groups that go through the model together, in rollout
+        and in training.
+        capture: how a denoising step runs: off (plain calls), compile (torch.compile of velocity
+            and step in one; sizes that change become symbols) or graph (a CUDA graph for each
+            shape).
     """
 
     sessions: int = setting(12, COUNT)
@@ -206,16 +227,17 @@ class CreditConfig:
     """Scores to advantages. Fields that are none keep what the preset says.
 
     Args:
-        preset: edit-r2, edit-r2-released, mt-editflow, flow-grpo, dance-grpo, mixgrpo, flow-factory, gdpo, verl-omni,
-            dr-grpo or pku.
+        preset: edit-r2, edit-r2-released, mt-editflow, flow-grpo, dance-grpo, mixgrpo,
+            flow-factory, gdpo, verl-omni, dr-grpo or pku.
         weights: weight of every reward, by name. Of a single reward it is 1 unless you set another.
-        baseline: session (all turns of a group share one mean, as released) or session_turn (each turn its own, because
-            later turns score lower). Credit that aggregates over turns has no use for it.
-        aggregate: none keeps the preset's; per-turn, or mean, last, product or prefix over turns, then broadcast.
-        fusion: of several rewards: reward, advantage or gdpo.
+        baseline: session (all turns of a group share one mean, as released) or session_turn (each
+            turn its own, because later turns score lower). Credit that aggregates over turns has no
+            use for it.
+        aggregate: none keeps the preset's; per-turn, or mean, last, product or prefix over turns,
+        then broadcast. fusion: of several rewards: reward, advantage or gdpo.
         std: what the advantage is divided by: group, global, or off for nothing.
-        filter: whether turns after a failed instruction (IF = 0) are left out; none is as the preset has it, and false
-            where no reward is named IF.
+        filter: whether turns after a failed instruction (IF = 0) are left out; none is as the
+            preset has it, and false where no reward is named IF.
         clip: bound on the advantage.
     """
 
@@ -240,37 +262,42 @@ class TrainConfig:
         iterations: rollouts in all.
         updates: passes over a rollout (ratios leave 1 after the first optimiser step).
         minibatches: optimiser steps a pass, each on its part of the groups.
-        loss: grpo (clipped ratio over the window's steps) or nft (DiffusionNFT: rollouts by an old policy, no window).
-        lr: AdamW learning rate, of the first iteration.
-        warmup: iterations over which the learning rate rises to lr (Adam's first steps are as large as any).
-        lr_decay: the learning rate falls linearly to this fraction of itself at the last iteration (1: constant).
-        betas: AdamW betas.
+        loss: grpo (clipped ratio over the window's steps) or nft (DiffusionNFT: rollouts by an old
+        policy, no window). lr: AdamW learning rate, of the first iteration.
+        warmup: iterations over which the learning rate rises to lr (Adam's first steps are as large
+            as any).
+        lr_decay: the learning rate falls linearly to this fraction of itself at the last iteration
+        (1: constant). betas: AdamW betas.
         weight_decay: AdamW weight decay.
-        clip_low: lower clip range of grpo's ratio (log-probs are means over the latent, so ranges are small).
-        clip_high: upper clip range of grpo's ratio.
-        guard: GRPO-Guard's normalised ratio (grpo); the rollout then keeps its velocities inside the window.
-        kl_weight: weight of the distance to the start; above 0 keeps a copy of the trainable weights.
-        kl_scale: of grpo's KL (nft has velocity's): step (by 2 S^2), diffusion (2 g^2), mean (as it is) or velocity.
-        text_weight: weight of the intents' policy loss beside the sum of the image losses over a turn's window; none is
+        clip_low: lower clip range of grpo's ratio (log-probs are means over the latent, so ranges
+        are small). clip_high: upper clip range of grpo's ratio.
+        guard: GRPO-Guard's normalised ratio (grpo); the rollout then keeps its velocities inside
+            the window.
+        kl_weight: weight of the distance to the start; above 0 keeps a copy of the trainable
+            weights.
+        kl_scale: of grpo's KL (nft has velocity's): step (by 2 S^2), diffusion (2 g^2), mean (as it
+        is) or velocity. text_weight: weight of the intents' policy loss beside the sum of the image
+        losses over a turn's window; none is
             1 / rollout.window (nft: 1 / nft_draws), 0 leaves the text untrained.
         text_clip: clip range of the tokens' ratios.
-        text_lr: learning rate of the weights that write text (the understanding expert), in place of lr; it falls as lr
-            does. None: the same.
+        text_lr: learning rate of the weights that write text (the understanding expert), in place
+            of lr; it falls as lr does. None: the same.
         nft_beta: how far nft's implicit positive and negative policies lie from the old one.
         nft_draws: noise levels a turn and update at which nft compares velocities.
-        old_decay: nft's old policy keeps min(old_decay * iteration, old_decay_max) of itself at every iteration.
-        old_decay_max: see old_decay.
+        old_decay: nft's old policy keeps min(old_decay * iteration, old_decay_max) of itself at
+        every iteration. old_decay_max: see old_decay.
         context_gradient: let gradients through the context (earlier images and texts) too.
-        packed: replay whole sessions in one forward where the policy can: auto (on a CPU, where it counts fewer
-            operations), on or off.
-        micro_batch: rows (rollout, turn and step, mixed) a training forward; none is one turn and step of a chunk, as
-            the rollout went.
-        old_log_prob: grpo's: rollout (as sampled), replay (from the first update's own forward), or auto: rollout where
-            training walks as it did in float32.
+        packed: replay whole sessions in one forward where the policy can: auto (on a CPU, where it
+            counts fewer operations), on or off.
+        micro_batch: rows (rollout, turn and step, mixed) a training forward; none is one turn and
+            step of a chunk, as the rollout went.
+        old_log_prob: grpo's: rollout (as sampled), replay (from the first update's own forward), or
+            auto: rollout where training walks as it did in float32.
         grad_norm: gradient norm clip.
         ema: decay of averaged weights that evaluation and export use; none trains without.
-        ratio_tolerance: the first update of a run stops when a ratio differs from 1 by more than this.
-        text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by token.
+        ratio_tolerance: the first update of a run stops when a ratio differs from 1 by more than
+        this. text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by
+        token.
         max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
     """
 
@@ -313,8 +340,8 @@ class EvalConfig:
     Args:
         sessions: held-out sessions.
         turns: turns of held-out sessions drawn from the world; none is rollout.turns.
-        sampler: rollout (as in training, window noise and all, with fixed seeds: the policy that is trained) or ode (no
-            noise after the initial latent).
+        sampler: rollout (as in training, window noise and all, with fixed seeds: the policy that is
+            trained) or ode (no noise after the initial latent).
         steps: denoising steps; none uses rollout.steps.
         intent_tokens: at most this many tokens an intent; none uses policy.intent_tokens.
         every: also evaluate each so many iterations; 0 only before and after.
@@ -366,7 +393,8 @@ class Config:
 
 _EDITFLOW_WEIGHTS = {"IF": 0.5, "CC": 0.5, "GA": 0.0}
 UNSET_WEIGHTS = (CreditConfig().weights, _EDITFLOW_WEIGHTS)
-"""What `credit.weights` is where nobody set it: of the world's reward, by default and in a preset."""
+"""What `credit.weights` is where nobody set it: of the world's reward, by default and in a
+preset."""
 _ONE_TEXT: dict[str, dict[str, Any]] = {"policy": {"intent": False}}
 
 
@@ -394,14 +422,25 @@ _FLOW_GRPO = _preset(
         "train": {"clip_low": 1e-4, "clip_high": 1e-4, "kl_weight": 0.04, "kl_scale": "diffusion"},
     },
 )
-_FLOW_GRPO_FAST = _preset(_FLOW_GRPO, {"rollout": {"window": 2, "window_range": 0.5}, "train": {"kl_weight": 0.0}})
+_FLOW_GRPO_FAST = _preset(
+    _FLOW_GRPO, {"rollout": {"window": 2, "window_range": 0.5}, "train": {"kl_weight": 0.0}}
+)
 _NFT: dict[str, dict[str, Any]] = {
     "rollout": {"window": 0, "shared_noise": False, "steps": 10},
-    "train": {"loss": "nft", "kl_weight": 1e-4, "nft_beta": 1.0, "old_decay": 0.001, "old_decay_max": 0.5},
+    "train": {
+        "loss": "nft",
+        "kl_weight": 1e-4,
+        "nft_beta": 1.0,
+        "old_decay": 0.001,
+        "old_decay_max": 0.5,
+    },
 }
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "edit-r2": {"policy": {"intent": True}, "credit": {"preset": "edit-r2", "baseline": "session_turn"}},
+    "edit-r2": {
+        "policy": {"intent": True},
+        "credit": {"preset": "edit-r2", "baseline": "session_turn"},
+    },
     "edit-r2-released": {
         "policy": {
             "intent": True,
@@ -438,22 +477,33 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "eval": {"sampler": "ode", "steps": 50, "intent_tokens": 300},
     },
     "mt-editflow-grpo": _preset(
-        _ONE_TEXT, {"credit": {"preset": "mt-editflow", "baseline": None, "weights": _EDITFLOW_WEIGHTS}}
+        _ONE_TEXT,
+        {"credit": {"preset": "mt-editflow", "baseline": None, "weights": _EDITFLOW_WEIGHTS}},
     ),
     "mt-editflow-nft": _preset(
-        _ONE_TEXT, _NFT, {"credit": {"preset": "mt-editflow", "baseline": None, "weights": _EDITFLOW_WEIGHTS}}
+        _ONE_TEXT,
+        _NFT,
+        {"credit": {"preset": "mt-editflow", "baseline": None, "weights": _EDITFLOW_WEIGHTS}},
     ),
     "flow-grpo": _FLOW_GRPO,
     "flow-grpo-fast": _FLOW_GRPO_FAST,
     "dance-grpo": _preset(
         _ONE_TEXT,
         {
-            "rollout": {"dynamics": "dance-sde", "noise_level": 0.3, "steps": 10, "window": 9, "window_range": 0.1},
+            "rollout": {
+                "dynamics": "dance-sde",
+                "noise_level": 0.3,
+                "steps": 10,
+                "window": 9,
+                "window_range": 0.1,
+            },
             "credit": {"preset": "dance-grpo", "baseline": None},
         },
     ),
     # 2 g^2, flow-GRPO's scale of the KL, is none of CPS.
-    "cps": _preset(_FLOW_GRPO_FAST, {"rollout": {"dynamics": "cps"}, "train": {"kl_scale": "step"}}),
+    "cps": _preset(
+        _FLOW_GRPO_FAST, {"rollout": {"dynamics": "cps"}, "train": {"kl_scale": "step"}}
+    ),
     "mixgrpo": _preset(
         _FLOW_GRPO_FAST,
         {
@@ -469,7 +519,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     ),
     "mixgrpo-random": _preset(
         _FLOW_GRPO_FAST,
-        {"rollout": {"window": 4, "window_range": 1.0, "shared_noise": True}, "credit": {"preset": "mixgrpo"}},
+        {
+            "rollout": {"window": 4, "window_range": 1.0, "shared_noise": True},
+            "credit": {"preset": "mixgrpo"},
+        },
     ),
     "grpo-guard": _preset(_FLOW_GRPO_FAST, {"train": {"guard": True, "updates": 2}}),
     "unigrpo": _preset(
@@ -483,12 +536,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "pku": _preset(_ONE_TEXT, _NFT, {"credit": {"preset": "pku", "baseline": None}}),
     "dr-grpo": _preset(_FLOW_GRPO_FAST, {"credit": {"preset": "dr-grpo"}}),
 }
-"""Named starting points; each changes only the fields it stands for. docs/methods.md says where the values are from."""
+"""Named starting points; each changes only the fields it stands for. docs/methods.md says where the
+values are from."""
 
 
 def replace_nested(config: Any, values: dict[str, Any]) -> Any:
-    """A copy of a dataclass with nested `values` put in, converted as those of a YAML file are. Raises `ConfigError`
-    for an unknown field and for a value that does not fit its field's type."""
+    """A copy of a dataclass with nested `values` put in, converted as those of a YAML file are.
+    Raises `ConfigError` for an unknown field and for a value that does not fit its field's type."""
     try:
         converted = arguments(values, type(config), "", partial=True)
     except Wrong as wrong:
@@ -515,18 +569,20 @@ def preset_config(name: str | None) -> Config:
     return made
 
 
-# --------------------------------------------------------------------------------------------------------------- rules
+# -------------------------------------------------------------------------------------------- rules
 
 Command = Literal["train", "check", "eval", "rollout"]
 _TRAINS = ("train", "check")
 _SAMPLES = ("train", "check", "eval", "rollout")
 
 RULES: list[tuple[tuple[str, ...], Callable[[Config, str], Iterator[str]]]] = []
-"""What fields demand of each other: the commands that use these fields, and a function of the configuration and the
-command that yields a line for each rule that is broken."""
+"""What fields demand of each other: the commands that use these fields, and a function of the
+configuration and the command that yields a line for each rule that is broken."""
 
 
-def _rule(*commands: str) -> Callable[[Callable[[Config, str], Iterator[str]]], Callable[[Config, str], Iterator[str]]]:
+def _rule(
+    *commands: str,
+) -> Callable[[Callable[[Config, str], Iterator[str]]], Callable[[Config, str], Iterator[str]]]:
     def add(rule: Callable[[Config, str], Iterator[str]]) -> Callable[[Config, str], Iterator[str]]:
         RULES.append((commands, rule))
         return rule
@@ -535,18 +591,20 @@ def _rule(*commands: str) -> Callable[[Callable[[Config, str], Iterator[str]]], 
 
 
 def check_config(config: Config, command: Command = "train") -> Config:
-    """The configuration with every value as the converter gives it. Raises `ConfigError` with the first of
-    `config_problems`."""
+    """The configuration with every value as the converter gives it. Raises `ConfigError` with the
+    first of `config_problems`."""
     for problem in config_problems(config, command):
         raise ConfigError(problem)
     return normalised(config)
 
 
 def config_problems(config: Config, command: Command = "train") -> Iterator[str]:
-    """One line, naming the field, for each rule that is broken and needs nothing but the configuration and its paths.
+    """One line, naming the field, for each rule that is broken and needs nothing but the
+    configuration and its paths.
 
-    First every field by itself, for every command: a value that is out of its range is a slip whoever reads it. Then
-    what the fields that this command uses demand of each other, with broken ones at their defaults.
+    First every field by itself, for every command: a value that is out of its range is a slip
+    whoever reads it. Then what the fields that this command uses demand of each other, with broken
+    ones at their defaults.
     """
     yield from (problem for _, problem in field_problems(config))
     whole = mended(config)
@@ -563,7 +621,10 @@ def _loss_and_window(config: Config, command: str) -> Iterator[str]:
     if t.loss == "nft" and r.window:
         yield f"rollout.window: {r.window} (accepted with train.loss nft: 0; it samples by ODE)"
     if r.window == 0 and r.shared_noise:
-        yield "rollout.shared_noise: true (accepted without a window: false, or all siblings are equal)"
+        yield (
+            "rollout.shared_noise: true (accepted without a window: false, or all siblings are "
+            "equal)"
+        )
 
 
 @_rule(*_SAMPLES)
@@ -586,8 +647,8 @@ def _units(config: Config, command: str) -> Iterator[str]:
     r = config.rollout
     if (units := r.sessions * r.siblings * r.turns) > MAX_UNITS:
         yield (
-            f"rollout.sessions: {r.sessions} (accepted: sessions * siblings * turns of at most {MAX_UNITS}, which "
-            f"credit sums exactly; this is {units})"
+            f"rollout.sessions: {r.sessions} (accepted: sessions * siblings * turns of at most "
+            f"{MAX_UNITS}, which credit sums exactly; this is {units})"
         )
 
 
@@ -599,9 +660,14 @@ def _replay(config: Config, command: str) -> Iterator[str]:
         yield "train.packed: on (accepted with policy.guidance other than 1: auto, off)"
     if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
         what = "train.packed on" if t.packed == "on" else "train.context_gradient"
-        yield f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one forward)"
+        yield (
+            f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one "
+            f"forward)"
+        )
     if t.loss == "nft" and guided:
-        yield "policy.guidance: not 1 (accepted with train.loss nft: 1; it compares plain velocities)"
+        yield (
+            "policy.guidance: not 1 (accepted with train.loss nft: 1; it compares plain velocities)"
+        )
 
 
 _POLICY_FIELDS = [f.name for f in dataclasses.fields(PolicyConfig)]
@@ -610,21 +676,43 @@ DIFFUSION_ONLY = tuple(_POLICY_FIELDS[_POLICY_FIELDS.index("resolution") :])
 
 
 def policy_problems(p: PolicyConfig, trains: bool = True) -> Iterator[str]:
-    """One line for each rule that the policy's settings break among themselves. trains: whether it will."""
+    """One line for each rule that the policy's settings break among themselves. trains: whether it
+    will."""
     default = PolicyConfig()
     if p.model == "unified":
         for name in DIFFUSION_ONLY:
             if (value := getattr(p, name)) != (accepted := getattr(default, name)):
-                yield f"policy.{name}: {value!r} (accepted with policy.model unified: {accepted!r}, the default)"
+                yield (
+                    f"policy.{name}: {value!r} (accepted with policy.model unified: {accepted!r}, "
+                    f"the default)"
+                )
         return
     if p.quantize != "none" and not p.lora_rank:
-        yield f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what trains is not quantized)"
+        yield (
+            f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what trains "
+            f"is not quantized)"
+        )
     if p.shard:
         for name, value, accepted, why in (
-            ("lora_rank", p.lora_rank, p.lora_rank > 0 or not trains, "at least 1; only frozen weights are sharded"),
+            (
+                "lora_rank",
+                p.lora_rank,
+                p.lora_rank > 0 or not trains,
+                "at least 1; only frozen weights are sharded",
+            ),
             ("quantize", p.quantize, p.quantize == "none", "none; 4-bit weights are not sharded"),
-            ("model", p.model, p.model != "klein-kv", "klein; its cache is made inside of the blocks"),
-            ("compile", p.compile, not p.compile, "false; compiled blocks are not computed again as they were"),
+            (
+                "model",
+                p.model,
+                p.model != "klein-kv",
+                "klein; its cache is made inside of the blocks",
+            ),
+            (
+                "compile",
+                p.compile,
+                not p.compile,
+                "false; compiled blocks are not computed again as they were",
+            ),
         ):
             if not accepted:
                 yield f"policy.{name}: {value} (accepted with policy.shard: {why})"
@@ -637,11 +725,15 @@ def _model(config: Config, command: str) -> Iterator[str]:
     # Evaluation looks at data.heldout where there is one, and at data.path only if not.
     if p.model != "unified" and data.path is None and (trains or data.heldout is None):
         yield (
-            f"data.path: none (accepted with policy.model {p.model}: a sessions.jsonl; the shapes world's images are "
+            f"data.path: none (accepted with policy.model {p.model}: a sessions.jsonl; the shapes "
+            f"world's images are "
             "too small for it)"
         )
     if trains and p.shard and config.rollout.capture != "off":
-        yield f"rollout.capture: {config.rollout.capture} (accepted with policy.shard: off; gathering waits)"
+        yield (
+            f"rollout.capture: {config.rollout.capture} (accepted with policy.shard: off; "
+            f"gathering waits)"
+        )
 
 
 @_rule("train", "check", "rollout")

@@ -1,4 +1,5 @@
-"""Scores to advantages: `group_advantage` under a named preset and the settings' own changes to it."""
+"""Scores to advantages: `group_advantage` under a named preset and the settings' own changes to
+it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from editr2_kernels import CREDIT_PRESETS, CreditOptions, GroupAdvantage, group_
 
 FILTER_REWARD = "IF"  # a turn with none of it failed, and what follows is not the editor's fault
 
-_AGGREGATES = {"per-turn": "none", "mean": "mean", "last": "last", "product": "product", "prefix": "prefix"}
+_AGGREGATES = {
+    "per-turn": "none",
+    "mean": "mean",
+    "last": "last",
+    "product": "product",
+    "prefix": "prefix",
+}
 _STDS = {"group": "group", "global": "global", "off": "none"}
 
 
@@ -26,10 +33,15 @@ def _choice(name: str, value: str, accepted: Any) -> Any:
     return accepted[value] if isinstance(accepted, dict) else value
 
 
-def credit_options(config: CreditConfig, names: tuple[str, ...] = ("IF", "CC", "GA")) -> CreditOptions:
-    """The options of a preset with the settings' changes, for rewards `names`; `ConfigError` names a bad field."""
+def credit_options(
+    config: CreditConfig, names: tuple[str, ...] = ("IF", "CC", "GA")
+) -> CreditOptions:
+    """The options of a preset with the settings' changes, for rewards `names`; `ConfigError` names
+    a bad field."""
     if config.preset not in CREDIT_PRESETS:
-        raise ConfigError(f"credit.preset: {config.preset!r} (accepted: {', '.join(sorted(CREDIT_PRESETS))})")
+        raise ConfigError(
+            f"credit.preset: {config.preset!r} (accepted: {', '.join(sorted(CREDIT_PRESETS))})"
+        )
     options = CREDIT_PRESETS[config.preset]
     changes: dict[str, Any] = {}
     if config.aggregate is not None:
@@ -49,14 +61,19 @@ def credit_options(config: CreditConfig, names: tuple[str, ...] = ("IF", "CC", "
         changes["clip"] = config.clip
     filtered = config.filter if config.filter is not None else filters(config, names)
     if filtered and FILTER_REWARD not in names:
-        raise ConfigError(f"credit.filter: true needs a reward named {FILTER_REWARD} (the rewards: {', '.join(names)})")
+        raise ConfigError(
+            f"credit.filter: true needs a reward named {FILTER_REWARD} (the rewards: "
+            f"{', '.join(names)})"
+        )
     changes["filter_reward"] = names.index(FILTER_REWARD) if filtered else None
     if not filtered or not per_turn:
         changes["filter_in_statistics"] = False
     try:
         return dataclasses.replace(options, **changes)
     except ValueError as error:
-        raise ConfigError(f"credit: {one_line(error)} (accepted: other fields or another preset)") from error
+        raise ConfigError(
+            f"credit: {one_line(error)} (accepted: other fields or another preset)"
+        ) from error
 
 
 def filters(config: CreditConfig, names: Sequence[str]) -> bool:
@@ -65,22 +82,23 @@ def filters(config: CreditConfig, names: Sequence[str]) -> bool:
 
 
 def credit_notes(config: CreditConfig, names: Sequence[str]) -> list[str]:
-    """What a run should say of its credit: a line where the preset's filter has switched itself off."""
+    """What a run should say of its credit: a line where the preset's filter has switched itself
+    off."""
     off = config.filter is None and CREDIT_PRESETS[config.preset].filter_reward is not None
     if not off or filters(config, names):
         return []
     return [
-        f"credit: no reward is named {FILTER_REWARD} (the rewards: {', '.join(names)}), so the filter of turns after a "
-        f"failed instruction is off"
+        f"credit: no reward is named {FILTER_REWARD} (the rewards: {', '.join(names)}), so the "
+        f"filter of turns after a failed instruction is off"
     ]
 
 
 def assign_credit(scores: Scores, group: Tensor, config: CreditConfig) -> GroupAdvantage:
     """Advantages [N, T] and the mask [N, T] of turns that train, of *all* rollouts of an iteration.
 
-    group: int64 [N], equal for siblings. Turns without a score, or after a failed instruction where the credit filters,
-    have advantage exactly 0 and mask False. Credit over whole trajectories is given among sessions of one length at a
-    time: a mean over turns that do not exist would be none.
+    group: int64 [N], equal for siblings. Turns without a score, or after a failed instruction where
+    the credit filters, have advantage exactly 0 and mask False. Credit over whole trajectories is
+    given among sessions of one length at a time: a mean over turns that do not exist would be none.
     """
     options = credit_options(config, scores.names)
     weights = weight_vector(scores.names, config.weights)
@@ -90,7 +108,10 @@ def assign_credit(scores: Scores, group: Tensor, config: CreditConfig) -> GroupA
         parts = [(torch.arange(len(group)), width)]
     else:
         parts = [((lengths == n).nonzero()[:, 0], int(n)) for n in lengths.unique() if n > 0]
-    advantage, mask = torch.zeros_like(scores.present, dtype=torch.float32), torch.zeros_like(scores.present)
+    advantage, mask = (
+        torch.zeros_like(scores.present, dtype=torch.float32),
+        torch.zeros_like(scores.present),
+    )
     for rows, width in parts:
         values, present = scores.values[rows, :width], scores.present[rows, :width]
         part = group_advantage(values, group[rows], options, weights=weights, mask=present)

@@ -1,4 +1,5 @@
-"""Which sessions a run trains and evaluates on: endless from the world, or the user's file over and over."""
+"""Which sessions a run trains and evaluates on: endless from the world, or the user's file over and
+over."""
 
 from __future__ import annotations
 
@@ -38,10 +39,11 @@ class SessionSource:
 
 
 def open_sessions(config: Config, policy: Policy) -> SessionSource:
-    """Reads and checks every session file before anything is trained. Raises `DataError` with file and line, of an
-    instruction that the policy cannot read too.
+    """Reads and checks every session file before anything is trained. Raises `DataError` with file
+    and line, of an instruction that the policy cannot read too.
 
-    Images are of the policy's size from here on (`data.resize`), for the policy and for whoever judges.
+    Images are of the policy's size from here on (`data.resize`), for the policy and for whoever
+    judges.
     """
     data = config.data
     unreadable = policy.unreadable if isinstance(policy, ReadingPolicy) else None
@@ -54,7 +56,11 @@ def open_sessions(config: Config, policy: Policy) -> SessionSource:
         heldout = train[:count]
     else:
         heldout = [
-            shapes.make_session(HELDOUT_SEED, i, split="heldout", turns=config.eval.turns or config.rollout.turns)
+            shapes.make_session(
+                HELDOUT_SEED, i, split="heldout", turns=config.eval.turns or config.rollout.turns
+            )
             for i in range(count)
         ]
-    return SessionSource(config.seed, config.rollout.turns, train, heldout, not data.heldout and train is not None)
+    return SessionSource(
+        config.seed, config.rollout.turns, train, heldout, not data.heldout and train is not None
+    )

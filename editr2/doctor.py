@@ -1,7 +1,8 @@
 """What this machine can run, and how to mend what it cannot: `editr2 doctor`.
 
-`report()` looks and changes nothing; `render()` makes text of it; `main()` prints it. A row's `ok` is True (in order),
-None (absent or weak, and editr2 runs without it) or False (required and broken). Only the last makes `main` return 1.
+`report()` looks and changes nothing; `render()` makes text of it; `main()` prints it. A row's `ok`
+is True (in order), None (absent or weak, and editr2 runs without it) or False (required and
+broken). Only the last makes `main` return 1.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ from rich.table import Table
 DISTRIBUTION = "editr2"
 OLDEST_PYTHON = (3, 10)
 WEIGHTS = "unified-small"
-LOW_DISK_GB = 2.0  # a run of the shipped model writes tens of MB; a checkpoint of a 7B LoRA a few hundred
+LOW_DISK_GB = (
+    2.0  # a run of the shipped model writes tens of MB; a checkpoint of a 7B LoRA a few hundred
+)
 
 INSTALL = "pip install -e ."
-REBUILD = "install a C++ compiler and the Python headers (apt-get install g++ python3-dev), then pip install -e ."
+REBUILD = (
+    "install a C++ compiler and the Python headers (apt-get install g++ python3-dev), then pip "
+    "install -e ."
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ def _usable_cores() -> int:
 
 
 def _import(name: str) -> tuple[ModuleType | None, str]:
-    """The module, or None and why. Anything can go wrong in a broken install, so any Exception is a finding."""
+    """The module, or None and why. Anything can go wrong in a broken install, so any Exception is a
+    finding."""
     try:
         return importlib.import_module(name), ""
     except Exception as error:
@@ -72,25 +79,40 @@ def _torch() -> list[Row]:
     torch, problem = _import("torch")
     if torch is None:
         return [Row("torch", False, problem, f"{INSTALL} (or reinstall torch)")]
-    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
+    built_for = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else "ROCm"
+        if torch.version.hip
+        else "CPU"
+    )
     threads = torch.get_num_threads()
-    built = f"{torch.__version__}, built for {built_for}, {threads} thread{'' if threads == 1 else 's'}"
+    built = (
+        f"{torch.__version__}, built for {built_for}, {threads} thread{'' if threads == 1 else 's'}"
+    )
     rows = [Row("torch", True, built)]
     try:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [torch.cuda.get_device_properties(index) for index in range(count)]
-    except Exception as error:  # a driver older than torch's CUDA raises here; it is a finding, not a crash
+    except (
+        Exception
+    ) as error:  # a driver older than torch's CUDA raises here; it is a finding, not a crash
         remedy = "update the GPU driver, or install a torch built for its CUDA version"
         return [*rows, Row("cuda", None, f"{type(error).__name__}: {error}", remedy)]
     if devices:
         for index, device in enumerate(devices):
-            detail = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+            detail = (
+                f"{device.name}, sm_{device.major}{device.minor}, "
+                f"{device.total_memory / 2**30:.0f} GiB"
+            )
             rows.append(Row(f"cuda:{index}", True, detail))
     elif built_for == "CPU":
         remedy = "on a machine with a GPU, install a CUDA build of torch"
         rows.append(Row("cuda", None, "this torch is a CPU build", remedy))
     else:
-        rows.append(Row("cuda", None, "no device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES"))
+        rows.append(
+            Row("cuda", None, "no device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+        )
     return rows
 
 
@@ -105,9 +127,14 @@ def _operators() -> list[Row]:
         if status.available:
             rows.append(Row(f"operators: {name}", True, status.detail or "available"))
         else:
-            # The reference is what every other backend is measured against: without it nothing is trustworthy.
+            # The reference is what every other backend is measured against: without it nothing is
+            # trustworthy.
             ok = False if name == "ref" else None
-            rows.append(Row(f"operators: {name}", ok, str(status.reason), REBUILD if name == "cpu" else None))
+            rows.append(
+                Row(
+                    f"operators: {name}", ok, str(status.reason), REBUILD if name == "cpu" else None
+                )
+            )
     return [*rows, _build_info(Path(str(kernels.__file__)).parent / "_build_info.json")]
 
 
@@ -119,12 +146,20 @@ def _build_info(path: Path) -> Row:
         parts = []
         for module in ("cpu", "cuda"):
             entry = info.get(module) or {}
-            parts.append(f"{module}: " + ("built" if entry.get("built") else f"not built ({entry.get('reason')})"))
+            parts.append(
+                f"{module}: "
+                + ("built" if entry.get("built") else f"not built ({entry.get('reason')})")
+            )
     except (OSError, ValueError, AttributeError) as error:
         return Row("native build", None, f"{path.name} cannot be read: {error}", INSTALL)
     built = bool((info.get("cpu") or {}).get("built"))
     compiler = f"; {info['compiler']}" if info.get("compiler") else ""
-    return Row("native build", True if built else None, ", ".join(parts) + compiler, None if built else REBUILD)
+    return Row(
+        "native build",
+        True if built else None,
+        ", ".join(parts) + compiler,
+        None if built else REBUILD,
+    )
 
 
 def _requirements() -> list[Requirement] | None:
@@ -142,7 +177,14 @@ def _dependencies() -> list[Row]:
     except InvalidRequirement as error:
         return [Row("dependencies", False, f"the installed metadata is damaged: {error}", INSTALL)]
     if requirements is None:
-        return [Row("dependencies", None, "editr2 runs from its source tree, uninstalled: not checked", INSTALL)]
+        return [
+            Row(
+                "dependencies",
+                None,
+                "editr2 runs from its source tree, uninstalled: not checked",
+                INSTALL,
+            )
+        ]
     rows = []
     for requirement in requirements:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -171,18 +213,33 @@ def _weights() -> Row:
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     name = f"weights: {WEIGHTS}"
     if not any(path.suffix == ".safetensors" for path in files):
-        return Row(name, None, "not in this install", "editr2 world pretrain makes them; a release ships them")
-    return Row(name, True, f"{len(files)} files, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB")
+        return Row(
+            name,
+            None,
+            "not in this install",
+            "editr2 world pretrain makes them; a release ships them",
+        )
+    return Row(
+        name,
+        True,
+        f"{len(files)} files, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB",
+    )
 
 
 def _disk() -> Row:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     low = free < LOW_DISK_GB
-    return Row("disk", None if low else True, f"{free:.1f} GiB free here", "free some disk" if low else None)
+    return Row(
+        "disk",
+        None if low else True,
+        f"{free:.1f} GiB free here",
+        "free some disk" if low else None,
+    )
 
 
 def report() -> list[Row]:
-    """Every finding about this machine and install, in the order of a first install. Creates no files."""
+    """Every finding about this machine and install, in the order of a first install. Creates no
+    files."""
     checks: Sequence[Callable[[], list[Row]]] = (
         _python,
         _torch,

@@ -1,5 +1,6 @@
-"""Errors that a user can act on. The message is one line, `file:line: what (accepted: …)`; the command line prints it
-as `error: …` and exits with status 2. Everything else that escapes is a defect of ours and keeps its traceback."""
+"""Errors that a user can act on. The message is one line, `file:line: what (accepted: …)`; the
+command line prints it as `error: …` and exits with status 2. Everything else that escapes is a
+defect of ours and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ def plain(text: str) -> str:
 
 
 def one_line(error: BaseException, *, kind: bool = False, limit: int = 400) -> str:
-    """Another library's words for a message of ours, with the error's kind where they are fewer than three, or if
-    `kind`."""
+    """Another library's words for a message of ours, with the error's kind where they are fewer
+    than three, or if `kind`."""
     words, name = plain(str(error)), type(error).__name__
     said = words if len(words.split()) > 2 and not kind else f"{name}: {words}" if words else name
     return said if len(said) <= limit else f"{said[:limit]}..."

@@ -22,7 +22,14 @@ from editr2.credit import assign_credit, weighted_reward
 from editr2.policies.base import Intent, Policy
 from editr2.processes import Processes
 from editr2.rewards.adapt import CheckedReward, adapt, score_batch
-from editr2.rewards.base import GivenReward, RewardFailure, Scores, check_failures, merge_scores, unscored
+from editr2.rewards.base import (
+    GivenReward,
+    RewardFailure,
+    Scores,
+    check_failures,
+    merge_scores,
+    unscored,
+)
 from editr2.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.schedule import Sampler
 from editr2.sessions import Session
@@ -30,8 +37,9 @@ from editr2.sessions import Session
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of all sessions. reward: [N, T], NaN where missing. success: [N], 1 where every turn is right, NaN where
-    one could not be scored. intents_right: share of intents equal to the known ones, None where none is known."""
+    """Scores of all sessions. reward: [N, T], NaN where missing. success: [N], 1 where every turn
+    is right, NaN where one could not be scored. intents_right: share of intents equal to the known
+    ones, None where none is known."""
 
     scores: Scores
     reward: Tensor
@@ -40,10 +48,16 @@ class Evaluation:
     intents_right: float | None
 
     def row(self, iteration: int, name: str) -> dict[str, Any]:
-        """The metrics row: means and standard errors over sessions, by turn. `marginal_turn` is the share of turns
-        whose own instruction is fully followed (IF = 1) whatever came before (EdiVal-Bench's marginal success)."""
+        """The metrics row: means and standard errors over sessions, by turn. `marginal_turn` is the
+        share of turns whose own instruction is fully followed (IF = 1) whatever came before
+        (EdiVal-Bench's marginal success)."""
         turns = self.reward.shape[1]
-        row: dict[str, Any] = {"event": "eval", "iteration": iteration, "name": name, "sessions": len(self.modes)}
+        row: dict[str, Any] = {
+            "event": "eval",
+            "iteration": iteration,
+            "name": name,
+            "sessions": len(self.modes),
+        }
         row["reward_turn"] = [mean_se(self.reward[:, t]) for t in range(turns)]
         for k, label in enumerate(self.scores.names):
             values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
@@ -57,7 +71,10 @@ class Evaluation:
         row["not_applicable"] = self.scores.not_applicable
         row["first_failure"] = self.scores.first_failure
         row["intents_right"] = self.intents_right
-        row["per_session"] = {"reward": _optional(last_turn(self)), "success": _optional(self.success)}
+        row["per_session"] = {
+            "reward": _optional(last_turn(self)),
+            "success": _optional(self.success),
+        }
         for k, label in enumerate(self.scores.names):
             values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
             row["per_session"][label.lower()] = [_optional(v) for v in values]
@@ -70,8 +87,14 @@ class Evaluation:
                 "sessions": int(of_mode.sum()),
             }
             if "GA" in self.scores.names:
-                ga = torch.where(self.scores.present, self.scores.values[..., self.scores.names.index("GA")], torch.nan)
-                row["by_mode"][mode]["ga_turn"] = [mean_se(ga[of_mode, t])["mean"] for t in range(turns)]
+                ga = torch.where(
+                    self.scores.present,
+                    self.scores.values[..., self.scores.names.index("GA")],
+                    torch.nan,
+                )
+                row["by_mode"][mode]["ga_turn"] = [
+                    mean_se(ga[of_mode, t])["mean"] for t in range(turns)
+                ]
         return row
 
 
@@ -95,8 +118,9 @@ def mean_se(values: Tensor) -> dict[str, float | None]:
 
 
 def success(scores: Scores) -> Tensor:
-    """[N], 1 where every turn of a session is right, NaN where one of those looked at could not be scored. GA speaks of
-    all turns so far, so that of the last turn says it; without GA every turn needs full marks in every score."""
+    """[N], 1 where every turn of a session is right, NaN where one of those looked at could not be
+    scored. GA speaks of all turns so far, so that of the last turn says it; without GA every turn
+    needs full marks in every score."""
     full = scores.values >= 1 - 1e-6
     if "GA" in scores.names:
         last = (scores.expected.sum(1) - 1).clamp(min=0)
@@ -110,18 +134,24 @@ def success(scores: Scores) -> Tensor:
 
 def judge(reward: GivenReward | CheckedReward, done: Sequence[Chunk], turns: int) -> Scores:
     """Scores of all rollouts of some chunks, in order."""
-    return score_batch(reward, [(c.session_of(i), c.images_of(i)) for c in done for i in range(c.rollouts)], turns)
+    return score_batch(
+        reward, [(c.session_of(i), c.images_of(i)) for c in done for i in range(c.rollouts)], turns
+    )
 
 
 FIRST_CALLS = 4
-"""Sessions that a reward is asked about before the first rollout; when all of them fail, the run stops there."""
+"""Sessions that a reward is asked about before the first rollout; when all of them fail, the run
+stops there."""
 
 
-def first_answer(reward: CheckedReward, sessions: Sequence[Session], limit: float, processes: Processes) -> None:
-    """Asks a reward that has not answered yet about the source images of a few sessions, as if they were the outputs:
-    no image is made for a judge that is down. Raises `RewardFailure` when one of its names fails every time. limit:
-    `train.max_failed_scores`; 1 never stops. All processes call this together. Generators are left as they were: a run
-    that is resumed asks once more than one that was not."""
+def first_answer(
+    reward: CheckedReward, sessions: Sequence[Session], limit: float, processes: Processes
+) -> None:
+    """Asks a reward that has not answered yet about the source images of a few sessions, as if they
+    were the outputs: no image is made for a judge that is down. Raises `RewardFailure` when one of
+    its names fails every time. limit: `train.max_failed_scores`; 1 never stops. All processes call
+    this together. Generators are left as they were: a run that is resumed asks once more than one
+    that was not."""
     failures: list[str] = []
     with generators_aside(0):
         for session in sessions[: FIRST_CALLS if limit < 1 and not reward.answered else 0]:
@@ -132,7 +162,9 @@ def first_answer(reward: CheckedReward, sessions: Sequence[Session], limit: floa
                 break
             failures.append(failure)
     if first := processes.gather(failures):
-        raise RewardFailure(f"asked about source images, before any was edited: no score for any turn: {first[0]}")
+        raise RewardFailure(
+            f"asked about source images, before any was edited: no score for any turn: {first[0]}"
+        )
 
 
 def evaluate(
@@ -143,8 +175,9 @@ def evaluate(
     config: Config,
     processes: Processes,
 ) -> Evaluation:
-    """One deterministic rollout a session; split over processes and gathered. Raises `RewardFailure` where the reward
-    is down, or fails on more turns than `train.max_failed_scores` lets pass."""
+    """One deterministic rollout a session; split over processes and gathered. Raises
+    `RewardFailure` where the reward is down, or fails on more turns than `train.max_failed_scores`
+    lets pass."""
     reward, limit = adapt(reward, timeout=config.reward.timeout), config.train.max_failed_scores
     first_answer(reward, sessions, limit, processes)
     mine = processes.share(len(sessions))
@@ -153,8 +186,14 @@ def evaluate(
     tokens = config.eval.intent_tokens or config.policy.intent_tokens
     options = dataclasses.replace(config.policy, intent_tokens=tokens)
     rollout = RolloutConfig(store_dtype=config.rollout.store_dtype)
-    for chunk in chunks(sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch):
-        done.append(rollout_chunk(policy, chunk, sampler, Seeds(0, "eval"), options, rollout=rollout, greedy=True))
+    for chunk in chunks(
+        sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch
+    ):
+        done.append(
+            rollout_chunk(
+                policy, chunk, sampler, Seeds(0, "eval"), options, rollout=rollout, greedy=True
+            )
+        )
     processes.lend()
     known = [
         record.text[j] == turn.intent
@@ -177,7 +216,8 @@ def evaluate(
 
 
 def comparison_row(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The paired change of the last turn's reward and of session success, from two evaluation rows."""
+    """The paired change of the last turn's reward and of session success, from two evaluation
+    rows."""
     first, last = (torch.tensor(_numbers(row["per_session"]["reward"])) for row in (before, after))
     difference = mean_se(last - first)
     return {
@@ -217,9 +257,10 @@ def draw_strips(
     config: Config,
     processes: Processes,
 ) -> None:
-    """Rolls out whole groups as in training and writes each group's first rollout, with its advantages, as images and
-    `<name>.json` for the report. Same seeds before and after, so the strips differ by the weights alone. Groups are
-    split over processes; the main one writes. Of no sessions (`eval.strips` 0) there are no strips."""
+    """Rolls out whole groups as in training and writes each group's first rollout, with its
+    advantages, as images and `<name>.json` for the report. Same seeds before and after, so the
+    strips differ by the weights alone. Groups are split over processes; the main one writes. Of no
+    sessions (`eval.strips` 0) there are no strips."""
     if not sessions:
         if processes.main:
             _clear(folder, name)
@@ -248,7 +289,9 @@ def _first_of(chunk: Chunk, place: int) -> _Drawn:
     return _Drawn(chunk.sessions[place], chunk.images_of(rollout), intents)
 
 
-def _write_strips(folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scores, config: Config) -> None:
+def _write_strips(
+    folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scores, config: Config
+) -> None:
     rewards = weighted_reward(scores, config.credit.weights)
     group = torch.arange(len(drawn)).repeat_interleave(config.rollout.siblings)
     credit = assign_credit(scores, group, config.credit)
@@ -270,15 +313,24 @@ def _write_strips(folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scor
                     "expected": None,
                     "image": file,
                     "scores": {
-                        n: float(scores.values[row, t, k]) if present else None for k, n in enumerate(scores.names)
+                        n: float(scores.values[row, t, k]) if present else None
+                        for k, n in enumerate(scores.names)
                     },
                     "reward": float(rewards[row, t]) if present else None,
                     "advantage": float(credit.advantage[row, t]),
-                    "reason": scores.reasons.get((row, t)) or (None if present else "a reward does not apply"),
+                    "reason": scores.reasons.get((row, t))
+                    or (None if present else "a reward does not apply"),
                     "masked": not bool(credit.mask[row, t]),
                 }
             )
-        strips.append({"id": session.id, "mode": session.mode, "image": f"{name}/{place:03d}.png", "turns": shown})
+        strips.append(
+            {
+                "id": session.id,
+                "mode": session.mode,
+                "image": f"{name}/{place:03d}.png",
+                "turns": shown,
+            }
+        )
     _write(folder, name, strips)
 
 

@@ -1,13 +1,15 @@
 """What a field of a settings dataclass accepts: its type, and what its metadata says.
 
-YAML files, flags and values that Python code sets go through one converter, so all three meet the same conversion and
-the same errors, `key: given (accepted: …)`. Constraints stand on the field: `Literal` for a closed choice, `setting`
-for the rest (bounds of numbers, a table that can grow, a path, a check of one's own).
+YAML files, flags and values that Python code sets go through one converter, so all three meet the
+same conversion and the same errors, `key: given (accepted: …)`. Constraints stand on the field:
+`Literal` for a closed choice, `setting` for the rest (bounds of numbers, a table that can grow, a
+path, a check of one's own).
 
-The types: bool, int, float, str, Path, Any, Literal, Optional and unions, list, tuple, dict[str, …] and nested
-dataclasses. An int is a float too, and so is `1e-4`, which YAML 1.1 reads as a text. Where nothing is a value, the text
-`none` is it, as errors and help spell it; and `on`, `off`, `yes` and `no`, which YAML 1.1 reads as true and false, are
-what they were written as where a choice has one of them.
+The types: bool, int, float, str, Path, Any, Literal, Optional and unions, list, tuple, dict[str, …]
+and nested dataclasses. An int is a float too, and so is `1e-4`, which YAML 1.1 reads as a text.
+Where nothing is a value, the text `none` is it, as errors and help spell it; and `on`, `off`, `yes`
+and `no`, which YAML 1.1 reads as true and false, are what they were written as where a choice has
+one of them.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ _NONE_WORDS = ("none", "null")
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The numbers that a field accepts, or each of several numbers in it. NaN and infinity are never among them.
+    """The numbers that a field accepts, or each of several numbers in it. NaN and infinity are
+    never among them.
 
     Args:
         at_least, above: the lower end, which is itself accepted or not.
@@ -63,7 +66,8 @@ class Bounds:
     why: str = ""
 
     def hold(self, value: float) -> bool:
-        """Whether the number is accepted. Asked so that NaN, which compares false with everything, is not."""
+        """Whether the number is accepted. Asked so that NaN, which compares false with everything,
+        is not."""
         return (
             (isinstance(value, int) or math.isfinite(value))  # an int may be too large to be asked
             and (self.at_least is None or value >= self.at_least)
@@ -76,8 +80,15 @@ class Bounds:
         if self.at_least is not None and self.at_most is not None:
             said = f"{_number(self.at_least)} to {_number(self.at_most)}"
         else:
-            ends = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-            said = ", ".join(f"{word} {_number(end)}" for word, end in ends.items() if end is not None)
+            ends = {
+                "at least": self.at_least,
+                "above": self.above,
+                "at most": self.at_most,
+                "below": self.below,
+            }
+            said = ", ".join(
+                f"{word} {_number(end)}" for word, end in ends.items() if end is not None
+            )
         return "; ".join(part for part in (said, self.why) if part)
 
 
@@ -114,7 +125,9 @@ ACCEPTS = "accepts"
 _NOTHING = Accepts()
 
 
-def setting(default: Any = dataclasses.MISSING, bounds: Bounds | None = None, **accepts: Any) -> Any:
+def setting(
+    default: Any = dataclasses.MISSING, bounds: Bounds | None = None, **accepts: Any
+) -> Any:
     """A dataclass field with its default and what it accepts."""
     return dataclasses.field(default=default, metadata={ACCEPTS: Accepts(bounds, **accepts)})
 
@@ -127,7 +140,7 @@ class Wrong(Exception):
         self.key, self.problem = key, problem
 
 
-# ------------------------------------------------------------------------------------------------------------ schemas
+# ------------------------------------------------------------------------------------------ schemas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +173,8 @@ def _slots(schema: type[Any]) -> dict[str, Slot]:
 
 
 def leaves(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Slot]]:
-    """The dotted key of every field that is no dataclass itself, of a dataclass and those nested in it."""
+    """The dotted key of every field that is no dataclass itself, of a dataclass and those nested in
+    it."""
     for name, slot in slots(schema).items():
         if is_schema(slot.hint):
             yield from leaves(slot.hint, f"{prefix}{name}.")
@@ -195,13 +209,15 @@ def unknown_key(name: str, known: Sequence[str], prefix: str = "") -> str:
     return f"unknown key {dotted!r} ({hint})"
 
 
-# --------------------------------------------------------------------------------------------------------- conversion
+# --------------------------------------------------------------------------------------- conversion
 
 
-def arguments(value: Any, schema: type[Any], key: str, *, build: bool = False, partial: bool = False) -> dict[str, Any]:
-    """The constructor's arguments, converted. `build=False` only checks: nested dataclasses stay dicts, so that a
-    complaint of their `__post_init__` cannot precede that of a later key. partial: no key has to be there. Raises
-    `Wrong`."""
+def arguments(
+    value: Any, schema: type[Any], key: str, *, build: bool = False, partial: bool = False
+) -> dict[str, Any]:
+    """The constructor's arguments, converted. `build=False` only checks: nested dataclasses stay
+    dicts, so that a complaint of their `__post_init__` cannot precede that of a later key. partial:
+    no key has to be there. Raises `Wrong`."""
     if not isinstance(value, Mapping):
         raise Wrong(key, f"{key}: {_shown(value)} (accepted: keys and values)")
     known = slots(schema)
@@ -222,9 +238,11 @@ def arguments(value: Any, schema: type[Any], key: str, *, build: bool = False, p
     return result
 
 
-def convert(value: Any, hint: Any, key: str, accepts: Accepts = _NOTHING, *, build: bool = False) -> Any:
-    """The value as the type wants it, with `~` of a path expanded. Raises `Wrong` if it does not fit the type; what
-    else a field accepts is `out_of_bounds`'s."""
+def convert(
+    value: Any, hint: Any, key: str, accepts: Accepts = _NOTHING, *, build: bool = False
+) -> Any:
+    """The value as the type wants it, with `~` of a path expanded. Raises `Wrong` if it does not
+    fit the type; what else a field accepts is `out_of_bounds`'s."""
     converted = _convert(value, hint, key, accepts, build=build)
     if accepts.path and isinstance(converted, str):
         return os.path.expanduser(converted)
@@ -246,7 +264,11 @@ def _convert(value: Any, hint: Any, key: str, accepts: Accepts, *, build: bool) 
         for option in options:
             if value == option and type(value) is type(option):
                 return value
-        meant = [word for word in _BOOL_WORDS.get(value, ()) if word in options] if isinstance(value, bool) else []
+        meant = (
+            [word for word in _BOOL_WORDS.get(value, ()) if word in options]
+            if isinstance(value, bool)
+            else []
+        )
         if len(meant) == 1:
             return meant[0]
     elif origin in (list, tuple) or hint in (list, tuple):
@@ -258,7 +280,10 @@ def _convert(value: Any, hint: Any, key: str, accepts: Accepts, *, build: bool) 
             for name in value:
                 if not isinstance(name, str):
                     raise Wrong(key, f"{key}: key {_shown(name)} (accepted: a name)")
-            return {name: _convert(v, kind, f"{key}.{name}", accepts, build=build) for name, v in value.items()}
+            return {
+                name: _convert(v, kind, f"{key}.{name}", accepts, build=build)
+                for name, v in value.items()
+            }
     elif hint is float:
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             if not isinstance(value, numbers.Integral) or abs(int(value)) < 1 << 1023:
@@ -288,10 +313,17 @@ def _convert_union(value: Any, hint: Any, key: str, accepts: Accepts, *, build: 
     options = get_args(hint)
     nested = [option for option in options if is_schema(option)]
     if isinstance(value, Mapping) and len(nested) == 1:
-        return _convert(value, nested[0], key, accepts, build=build)  # so that its own complaint is heard
+        return _convert(
+            value, nested[0], key, accepts, build=build
+        )  # so that its own complaint is heard
     # A text in a union that has other uses for it (dict values, say) stays one.
     only = [option for option in options if option is not type(None)]
-    if type(None) in options and len(only) == 1 and isinstance(value, str) and value.lower() in _NONE_WORDS:
+    if (
+        type(None) in options
+        and len(only) == 1
+        and isinstance(value, str)
+        and value.lower() in _NONE_WORDS
+    ):
         return None
     exact = [option for option in options if option is type(value)]
     for option in [*exact, *options]:
@@ -302,7 +334,9 @@ def _convert_union(value: Any, hint: Any, key: str, accepts: Accepts, *, build: 
     raise Wrong(key, f"{key}: {_shown(value)} (accepted: {accepted(hint, accepts)})")
 
 
-def _convert_sequence(value: list[Any] | tuple[Any, ...], hint: Any, key: str, accepts: Accepts, *, build: bool) -> Any:
+def _convert_sequence(
+    value: list[Any] | tuple[Any, ...], hint: Any, key: str, accepts: Accepts, *, build: bool
+) -> Any:
     kinds = get_args(hint)
     make = tuple if (get_origin(hint) or hint) is tuple else list
     if make is list or not kinds or kinds[-1] is Ellipsis:
@@ -312,7 +346,10 @@ def _convert_sequence(value: list[Any] | tuple[Any, ...], hint: Any, key: str, a
         if len(expected) != len(value):
             raise Wrong(key, f"{key}: a list of {len(value)} (accepted: {accepted(hint, accepts)})")
     items = zip(value, expected, strict=True)
-    return make(_convert(item, kind, f"{key}[{n}]", accepts, build=build) for n, (item, kind) in enumerate(items))
+    return make(
+        _convert(item, kind, f"{key}[{n}]", accepts, build=build)
+        for n, (item, kind) in enumerate(items)
+    )
 
 
 def out_of_bounds(value: Any, slot: Slot, key: str) -> str | None:
@@ -326,7 +363,10 @@ def out_of_bounds(value: Any, slot: Slot, key: str) -> str | None:
         return None
     for at, item in _items(value, key):
         if isinstance(item, int | float) and not (accepts.bounds or ANY).hold(item):
-            return f"{at}: {_shown(item)} (accepted: {accepted(slot.hint if at == key else type(item), accepts)})"
+            return (
+                f"{at}: {_shown(item)} (accepted: "
+                f"{accepted(slot.hint if at == key else type(item), accepts)})"
+            )
         if isinstance(item, str) and get_origin(slot.hint) is not Literal:
             if not item and not accepts.empty:
                 return problem(at, item, "; this is empty")
@@ -351,8 +391,8 @@ def _items(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def field_problems(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The dotted key and one line for every field of a dataclass, and of those nested in it, that holds what it does
-    not accept."""
+    """The dotted key and one line for every field of a dataclass, and of those nested in it, that
+    holds what it does not accept."""
     for name, slot in slots(type(config)).items():
         key, value = prefix + name, getattr(config, name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -368,8 +408,8 @@ def field_problems(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def mended(config: T) -> T:
-    """The dataclass, normalised, with every field that holds what it does not accept at its default: what further rules
-    can be asked about without meeting the same mistake again."""
+    """The dataclass, normalised, with every field that holds what it does not accept at its
+    default: what further rules can be asked about without meeting the same mistake again."""
     for key, _ in list(field_problems(config)):
         config = _reset(config, key.split("."))
     return normalised(config)
@@ -382,8 +422,8 @@ def _reset(config: Any, path: list[str]) -> Any:
 
 
 def normalised(config: T) -> T:
-    """The dataclass with every value as the converter gives it (`"3e-4"` a number, `~` the home folder). Raises
-    `ConfigError` for the first that does not fit its field's type."""
+    """The dataclass with every value as the converter gives it (`"3e-4"` a number, `~` the home
+    folder). Raises `ConfigError` for the first that does not fit its field's type."""
     try:
         return _normalised(config, "")
     except Wrong as wrong:
@@ -405,7 +445,7 @@ def _normalised(config: Any, prefix: str) -> Any:
     return dataclasses.replace(config, **changes) if changes else config
 
 
-# -------------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------- words
 
 
 def _shown(value: Any) -> str:
@@ -419,7 +459,11 @@ def _shown(value: Any) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of more than 60 digits"
-    text = repr(value) if isinstance(value, str | int | float) else f"{value!r}, a {type(value).__name__}"
+    text = (
+        repr(value)
+        if isinstance(value, str | int | float)
+        else f"{value!r}, a {type(value).__name__}"
+    )
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -436,8 +480,17 @@ def _type_name(hint: Any) -> str:
         return f"a list of {', '.join(inner)}" if inner else "a list"
     if origin in (dict, Mapping) or hint in (dict, Mapping) or dataclasses.is_dataclass(hint):
         return "keys and values"
-    names = {None: "none", type(None): "none", Path: "a path", int: "a whole number", float: "a number", str: "a text"}
-    return names.get(hint) or ("true or false" if hint is bool else str(getattr(hint, "__name__", hint)))
+    names = {
+        None: "none",
+        type(None): "none",
+        Path: "a path",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+    }
+    return names.get(hint) or (
+        "true or false" if hint is bool else str(getattr(hint, "__name__", hint))
+    )
 
 
 def _union_names(options: tuple[Any, ...]) -> Iterator[str]:

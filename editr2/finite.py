@@ -1,6 +1,8 @@
-"""Nothing that is not a finite number passes: weights when loaded and after a step, checkpoints, all that a turn makes.
+"""Nothing that is not a finite number passes: weights when loaded and after a step, checkpoints,
+all that a turn makes.
 
-A NaN that goes on unseen ends as a black image, equal rewards, no advantage and an exit status of 0.
+A NaN that goes on unseen ends as a black image, equal rewards, no advantage and an exit status of
+0.
 """
 
 from __future__ import annotations
@@ -30,14 +32,15 @@ LOOK_AT = {
 """What a turn makes, in the order in which it is made, and what may be wrong."""
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def unusable(tensors: Iterable[tuple[str, Tensor]], limit: float = LARGEST) -> str | None:
-    """The first name whose tensor holds NaN, infinity or something beyond `limit`; one wait for each device.
+    """The first name whose tensor holds NaN, infinity or something beyond `limit`; one wait for
+    each device.
 
-    Integers, empty tensors and those without data (meta) count as finite; of a tensor that is shared out, this
-    process's part is looked at.
+    Integers, empty tensors and those without data (meta) count as finite; of a tensor that is
+    shared out, this process's part is looked at.
     """
     names: list[str] = []
     found: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -47,18 +50,24 @@ def unusable(tensors: Iterable[tuple[str, Tensor]], limit: float = LARGEST) -> s
             continue
         if own.itemsize == 1:  # float8 has few operators
             own = own.float()
-        # A single pass whose result is finite exactly if all is; isfinite() makes a copy and takes ten times as long.
+        # A single pass whose result is finite exactly if all is; isfinite() makes a copy and takes
+        # ten times as long.
         found.setdefault(own.device, []).append((len(names), torch.stack(own.aminmax()).float()))
         names.append(name)
     bad = []
     for parts in found.values():
         largest = torch.stack([extremes for _, extremes in parts]).abs().amax(1).cpu()
-        bad += [at for (at, _), x in zip(parts, largest.tolist(), strict=True) if not (math.isfinite(x) and x <= limit)]
+        bad += [
+            at
+            for (at, _), x in zip(parts, largest.tolist(), strict=True)
+            if not (math.isfinite(x) and x <= limit)
+        ]
     return names[min(bad)] if bad else None
 
 
 def check_weights(policy: Policy, source: str) -> None:
-    """All weights of a policy, those of its frozen parts too. Raises `NonFiniteError` that begins with `source`.
+    """All weights of a policy, those of its frozen parts too. Raises `NonFiniteError` that begins
+    with `source`.
 
     Buffers may hold infinity, as masks do, but no NaN.
     """
@@ -66,14 +75,21 @@ def check_weights(policy: Policy, source: str) -> None:
     for prefix, module in parts.items():
         dot = f"{prefix}." if prefix else ""
         name = unusable((dot + name, p) for name, p in module.named_parameters())
-        name = name or unusable((dot + n, b.nan_to_num(torch.nan, 0.0, 0.0)) for n, b in module.named_buffers())
+        name = name or unusable(
+            (dot + n, b.nan_to_num(torch.nan, 0.0, 0.0)) for n, b in module.named_buffers()
+        )
         if name is not None:
             raise NonFiniteError(f"{source}: {name}: NaN, infinite or too large ({ACCEPTED})")
 
 
-def check_state(where: Path | str, tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Mapping[str, Any]) -> None:
-    """What a checkpoint holds: groups of weights by name, and an optimiser's state. Raises `NonFiniteError`."""
-    weights = ((f"{group}.{name}", t) for group, held in tensors.items() for name, t in held.items())
+def check_state(
+    where: Path | str, tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Mapping[str, Any]
+) -> None:
+    """What a checkpoint holds: groups of weights by name, and an optimiser's state. Raises
+    `NonFiniteError`."""
+    weights = (
+        (f"{group}.{name}", t) for group, held in tensors.items() for name, t in held.items()
+    )
     name = unusable(weights) or unusable(_nested("optimizer", optimizer), torch.inf)
     if name is not None:
         what = f"{where}: {name}: NaN, infinite or too large"
@@ -88,14 +104,18 @@ def _nested(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _nested(f"{name}.{key}", part)
 
 
-# ---------------------------------------------------------------------------------------------- what a turn has made
+# ----------------------------------------------------------------------------- what a turn has made
 
 
-def read_turn(policy: Policy, latents: Tensor, velocity: Tensor) -> tuple[np.ndarray, tuple[int, str] | None]:
-    """Decodes a turn. latents: [M, *latent_shape], clean; velocity: [M], the sum of its velocities' `witness`.
+def read_turn(
+    policy: Policy, latents: Tensor, velocity: Tensor
+) -> tuple[np.ndarray, tuple[int, str] | None]:
+    """Decodes a turn. latents: [M, *latent_shape], clean; velocity: [M], the sum of its velocities'
+    `witness`.
 
-    Returns the images (uint8 [M, H, W, 3], on the host) and what was not finite: (which of the M, its name), or None.
-    Both come from the device in one copy, where the policy hands its pixels over (`PixelPolicy`); what becomes of a
+    Returns the images (uint8 [M, H, W, 3], on the host) and what was not finite: (which of the M,
+    its name), or None. Both come from the device in one copy, where the policy hands its pixels
+    over (`PixelPolicy`); what becomes of a
     NaN in a `decode` of its own cannot be seen.
     """
     sums = {"velocity": velocity, "latents": witness(latents)}
@@ -105,12 +125,18 @@ def read_turn(policy: Policy, latents: Tensor, velocity: Tensor) -> tuple[np.nda
         made = as_bytes(pixels)
         finite = torch.stack([s.to(made.device) for s in sums.values()]).isfinite()
         read = torch.cat([made.flatten(), finite.flatten().byte()]).cpu()
-        images, finite = read[: made.numel()].view(made.shape).numpy(), read[made.numel() :].view(finite.shape).bool()
+        images, finite = (
+            read[: made.numel()].view(made.shape).numpy(),
+            read[made.numel() :].view(finite.shape).bool(),
+        )
     else:
         images = np.asarray(policy.decode(latents.float()))
         if images.dtype != np.uint8:
             name = f"{type(policy).__name__}.decode"
-            raise DataError(f"{name}: {images.dtype} (accepted: uint8 [B, H, W, 3]; numbers are given by `pixels`)")
+            raise DataError(
+                f"{name}: {images.dtype} (accepted: uint8 [B, H, W, 3]; numbers are given by "
+                f"`pixels`)"
+            )
         finite = torch.stack(list(sums.values())).isfinite().cpu()
     bad = (~finite).nonzero()
     return images, (int(bad[0, 1]), list(sums)[int(bad[0, 0])]) if len(bad) else None

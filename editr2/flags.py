@@ -1,7 +1,8 @@
 """Flags to values: what the command line accepts, what it says when it does not, and its help.
 
-Every value is a text here and goes through `editr2.fields`' converter, as those of YAML files do. A flag is its whole
-name, never the beginning of one: an abbreviation that means something today means something else tomorrow.
+Every value is a text here and goes through `editr2.fields`' converter, as those of YAML files do. A
+flag is its whole name, never the beginning of one: an abbreviation that means something today means
+something else tomorrow.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from editr2.errors import ConfigError
-from editr2.fields import Accepts, Bounds, Slot, Wrong, accepted, convert, is_schema, leaves, out_of_bounds, slots
+from editr2.fields import (
+    Accepts,
+    Bounds,
+    Slot,
+    Wrong,
+    accepted,
+    convert,
+    is_schema,
+    leaves,
+    out_of_bounds,
+    slots,
+)
 from editr2.yaml_config import is_misread
 
 
@@ -47,12 +59,14 @@ class Option:
 
     @property
     def key(self) -> str:
-        """A setting's dotted key as it is written (a reward's name may hold a `-`); else an argument's name."""
+        """A setting's dotted key as it is written (a reward's name may hold a `-`); else an
+        argument's name."""
         name = self.name.lstrip("-")
         return name if self.group else name.replace("-", "_")
 
     def read(self, text: str, *, check: bool = True) -> Any:
-        """The value of a text. Raises `Wrong` where it is not of the type or, if check, not accepted otherwise."""
+        """The value of a text. Raises `Wrong` where it is not of the type or, if check, not
+        accepted otherwise."""
         label = self.name.lstrip("-") if self.group else self.name
         value = convert(from_text(text, self.slot.hint), self.slot.hint, label, self.slot.accepts)
         if check and (problem := out_of_bounds(value, self.slot, label)):
@@ -96,8 +110,8 @@ class Flags:
         help: str = "",
         **accepts: Any,
     ) -> None:
-        """One more argument, a flag if its name starts with `--`; the words are argparse's, and `accepts` are
-        `editr2.fields.Accepts`' (bounds, path, …)."""
+        """One more argument, a flag if its name starts with `--`; the words are argparse's, and
+        `accepts` are `editr2.fields.Accepts`' (bounds, path, …)."""
         switch, many = action == "store_true", action == "append"
         fallback = False if switch else [] if many else default
         positional = not name.startswith("-")
@@ -109,16 +123,18 @@ class Flags:
             self.options[name] = option
 
     def settings(self, schema: type[Any]) -> None:
-        """A flag for every field of a dataclass and of those nested in it, with help from the docstrings."""
+        """A flag for every field of a dataclass and of those nested in it, with help from the
+        docstrings."""
         told = documented(schema)  # type: ignore[arg-type]  # mypy holds classes to be unhashable
         for key, slot in leaves(schema):
             group, text, default = told[key]
             self.options[f"--{key}"] = Option(f"--{key}", slot, text, default, group=group)
 
     def given(self, words: Sequence[str]) -> list[tuple[Option, str]]:
-        """Every argument given and its text, in their order; an entry of a mapping (`--credit.weights.IF`) is an option
-        of its own. Raises `ConfigError` for a word that is no argument of this command, for a flag without its value,
-        and where a required argument is missing."""
+        """Every argument given and its text, in their order; an entry of a mapping
+        (`--credit.weights.IF`) is an option of its own. Raises `ConfigError` for a word that is no
+        argument of this command, for a flag without its value, and where a required argument is
+        missing."""
         found: list[tuple[Option, str]] = []
         places, queue = iter(self.positional), list(reversed(words))
         while queue:
@@ -154,11 +170,11 @@ class Flags:
         return [option for option in [*self.positional, *self.options.values()] if not option.group]
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
-        """The value of every argument, by its key. Raises `ConfigError` as `given` does, and for the first value that
-        is not accepted."""
+        """The value of every argument, by its key. Raises `ConfigError` as `given` does, and for
+        the first value that is not accepted."""
         return values_of([*self.positional, *self.options.values()], self.given(words))
 
-    # ----------------------------------------------------------------------------------------------------- what is said
+    # --------------------------------------------------------------------------------- what is said
 
     def _find(self, name: str) -> Option:
         if name in self.options:
@@ -171,7 +187,11 @@ class Flags:
         if below:
             raise ConfigError(f"{name}: a group of settings (accepted: {_listed(below, 'and')})")
         near = suggestions(name, self.options)
-        hint = f"did you mean {_listed(near, 'or')}?" if near else f"{self.prog} --help lists what there is"
+        hint = (
+            f"did you mean {_listed(near, 'or')}?"
+            if near
+            else f"{self.prog} --help lists what there is"
+        )
         raise ConfigError(f"{name}: unknown flag ({hint})")
 
     def _surplus(self, word: str) -> str:
@@ -182,7 +202,11 @@ class Flags:
 
     def usage(self) -> str:
         places = [option.name.upper() for option in self.positional]
-        needed = [f"{o.name} {_metavar(o)}" for o in self.own() if o.slot.required and o.name.startswith("-")]
+        needed = [
+            f"{o.name} {_metavar(o)}"
+            for o in self.own()
+            if o.slot.required and o.name.startswith("-")
+        ]
         return f"usage: {' '.join([self.prog, *places, *needed])} [options]"
 
     def help(self) -> str:
@@ -196,14 +220,16 @@ class Flags:
             text = option.help
             if not option.switch and not option.slot.required and not option.many:
                 text += f" ({option.accepted}; default: {_written(option.default)})"
-            kind: dict[str, Any] = {"action": "store_true"} if option.switch else {"metavar": _metavar(option)}
+            kind: dict[str, Any] = (
+                {"action": "store_true"} if option.switch else {"metavar": _metavar(option)}
+            )
             groups[option.group].add_argument(option.name, help=text.replace("%", "%%"), **kind)
         return parser.format_help()
 
 
 def values_of(options: Iterable[Option], found: Sequence[tuple[Option, str]]) -> dict[str, Any]:
-    """The value of each option, by its key: of the last text given for it, of all of them, or its default. Raises
-    `ConfigError` for a value that is not accepted."""
+    """The value of each option, by its key: of the last text given for it, of all of them, or its
+    default. Raises `ConfigError` for a value that is not accepted."""
     try:
         read: dict[str, list[Any]] = {}
         for option, text in found:
@@ -211,13 +237,16 @@ def values_of(options: Iterable[Option], found: Sequence[tuple[Option, str]]) ->
     except Wrong as wrong:
         raise ConfigError(wrong.problem) from None
     return {
-        option.key: read.get(option.key, []) if option.many else [option.default, *read.get(option.key, [])][-1]
+        option.key: read.get(option.key, [])
+        if option.many
+        else [option.default, *read.get(option.key, [])][-1]
         for option in options
     }
 
 
 def suggestions(name: str, known: Iterable[str]) -> list[str]:
-    """The flags that somebody who wrote `name` may have meant, the likeliest first; at most three."""
+    """The flags that somebody who wrote `name` may have meant, the likeliest first; at most
+    three."""
     plain = {flag: flag.lstrip("-").replace("-", "_") for flag in known}
     ends = {flag: text.rpartition(".")[2] for flag, text in plain.items()}
     said = name.lstrip("-").replace("-", "_").lower()
@@ -238,9 +267,14 @@ def suggestions(name: str, known: Iterable[str]) -> list[str]:
 
 
 def from_text(text: str, hint: Any) -> Any:
-    """A flag's text as YAML reads it, or as it is where a text is wanted. What YAML cannot read stays a text, for the
-    converter to refuse. `0.9,0.99` and `512x512` are lists where one is wanted."""
-    kinds = [kind for kind in (get_args(hint) if type(None) in get_args(hint) else (hint,)) if kind is not type(None)]
+    """A flag's text as YAML reads it, or as it is where a text is wanted. What YAML cannot read
+    stays a text, for the converter to refuse. `0.9,0.99` and `512x512` are lists where one is
+    wanted."""
+    kinds = [
+        kind
+        for kind in (get_args(hint) if type(None) in get_args(hint) else (hint,))
+        if kind is not type(None)
+    ]
     if all(kind is str or get_origin(kind) is Literal for kind in kinds):
         return text
     value = _scalar(text)
@@ -269,7 +303,11 @@ def _written(value: Any) -> str:
 
 def _metavar(option: Option) -> str:
     hint, names = option.slot.hint, {int: "N", float: "X", bool: "true|false", str: "TEXT"}
-    kinds = [kind for kind in (get_args(hint) if type(None) in get_args(hint) else (hint,)) if kind is not type(None)]
+    kinds = [
+        kind
+        for kind in (get_args(hint) if type(None) in get_args(hint) else (hint,))
+        if kind is not type(None)
+    ]
     kind = kinds[0]
     if option.slot.accepts.path:
         return "PATH"
@@ -289,10 +327,14 @@ def documented(schema: type[Any]) -> dict[str, tuple[str, str, Any]]:
 
 
 def _documented(schema: type[Any], prefix: str = "") -> Iterable[tuple[str, tuple[str, str, Any]]]:
-    """Every leaf's dotted key with the first line of its dataclass' docstring, its own line there and its default."""
+    """Every leaf's dotted key with the first line of its dataclass' docstring, its own line there
+    and its default."""
     head, _, rest = inspect.cleandoc(schema.__doc__ or "").partition("Args:")
     group = head.strip().partition("\n")[0].rstrip(".")
-    told = {name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", rest, re.M)}
+    told = {
+        name: " ".join(text.split())
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", rest, re.M)
+    }
     default, hints = schema(), get_type_hints(schema)
     for name in slots(schema):
         if is_schema(hints[name]):

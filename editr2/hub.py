@@ -1,7 +1,9 @@
-"""Whether the Hugging Face hub can be reached, asked once and briefly, before its libraries ask at length.
+"""Whether the Hugging Face hub can be reached, asked once and briefly, before its libraries ask at
+length.
 
-They try every file six times with growing pauses, half a minute for a name that does not resolve, and then say that a
-file is missing. Without the hub they are told so (offline mode), so that what was downloaded before is found at once.
+They try every file six times with growing pauses, half a minute for a name that does not resolve,
+and then say that a file is missing. Without the hub they are told so (offline mode), so that what
+was downloaded before is found at once.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from pathlib import Path
 from editr2.errors import ConfigError
 
 PATIENCE = 5.0
-"""Seconds for an answer of any kind. Resolving a name has no time limit of its own, hence the thread."""
+"""Seconds for an answer of any kind. Resolving a name has no time limit of its own, hence the
+thread."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def unreachable(endpoint: str) -> str | None:
-    """Why the hub at an address does not answer, through the proxies of the environment; None if it does."""
+    """Why the hub at an address does not answer, through the proxies of the environment; None if it
+    does."""
     found: list[str | None] = []
 
     def ask() -> None:
@@ -48,8 +52,8 @@ def unreachable(endpoint: str) -> str | None:
 
 @functools.cache
 def offline() -> str | None:
-    """Why nothing can be fetched, or None; asked once. Where the hub does not answer its libraries are in offline mode
-    from here on."""
+    """Why nothing can be fetched, or None; asked once. Where the hub does not answer its libraries
+    are in offline mode from here on."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -62,8 +66,8 @@ def offline() -> str | None:
 
 
 def check_model(name: str, key: str) -> None:
-    """Raises `ConfigError`, naming the setting `key`, for a hub id whose model is neither here nor to be had. The name
-    of a folder passes, and so does what is no hub id."""
+    """Raises `ConfigError`, naming the setting `key`, for a hub id whose model is neither here nor
+    to be had. The name of a folder passes, and so does what is no hub id."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(name).exists() or not HUB_ID.fullmatch(name):
@@ -71,4 +75,6 @@ def check_model(name: str, key: str) -> None:
     why = offline()
     if why and not isinstance(try_to_load_from_cache(name, "model_index.json"), str):
         said = f"no folder, not downloaded before, and {why}"
-        raise ConfigError(f"{key}: {name}: {said} (accepted: its folder, or a machine with network)")
+        raise ConfigError(
+            f"{key}: {name}: {said} (accepted: its folder, or a machine with network)"
+        )

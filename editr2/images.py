@@ -1,7 +1,8 @@
-"""Image files of others to pixels: what is refused before it is decoded, and colours brought to sRGB.
+"""Image files of others to pixels: what is refused before it is decoded, and colours brought to
+sRGB.
 
-An encoded image is judged by its header first (format, frames, bits a sample, number of pixels, size), so that what
-cannot be used costs no memory. docs/data.md is the user's page.
+An encoded image is judged by its header first (format, frames, bits a sample, number of pixels,
+size), so that what cannot be used costs no memory. docs/data.md is the user's page.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]
 RESIZES = ("no", "crop", "stretch")
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
-"""By Pillow's names; an MPO is a phone's JPEG. Of the others Pillow would, for one, run Ghostscript on EPS."""
+"""By Pillow's names; an MPO is a phone's JPEG. Of the others Pillow would, for one, run Ghostscript
+on EPS."""
 MOST_PIXELS = 1 << 26
-"""Of one image, 67 million: above most cameras, and 0.3 GiB while it is decoded and brought to a policy's size."""
+"""Of one image, 67 million: above most cameras, and 0.3 GiB while it is decoded and brought to a
+policy's size."""
 MOST_BYTES = 1 << 29
 """Of one encoded image, which is read whole; `MOST_PIXELS` without compression are 0.25 GiB."""
 SRGB_LEVELS = 1
-"""A profile that moves no colour by more, of 255, is sRGB: what remains is the rounding of its curves."""
+"""A profile that moves no colour by more, of 255, is sRGB: what remains is the rounding of its
+curves."""
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
@@ -43,9 +47,9 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 class ImageFile:
     """Pixels that stay in their file: called, it decodes them, uint8 [H, W, 3].
 
-    size, resize: as in `load_sessions`. where: the file, line and field that name the image, for messages. checksum: of
-    the pixels, where they were decoded before (`editr2.sessions.pixel_sum`). Raises DataError for whatever is wrong
-    with the file.
+    size, resize: as in `load_sessions`. where: the file, line and field that name the image, for
+    messages. checksum: of the pixels, where they were decoded before (`editr2.sessions.pixel_sum`).
+    Raises DataError for whatever is wrong with the file.
     """
 
     path: Path
@@ -64,19 +68,27 @@ class ImageFile:
 
 
 def locate(folder: Path, name: str, *, contained: bool) -> Path:
-    """The file that a set in `folder` calls `name`. contained: a relative name must not lead out of the folder, which
-    is what a set of others gets; links are followed, they are not the set's. Raises DataError."""
+    """The file that a set in `folder` calls `name`. contained: a relative name must not lead out of
+    the folder, which is what a set of others gets; links are followed, they are not the set's.
+    Raises DataError."""
     if url := re.search(r"(?:^|/)((?:data:|[A-Za-z][A-Za-z0-9+.-]*://)[^,;]{0,24})", name):
-        raise DataError(f"a URL, {shown(url[1])}... (accepted: the path of a file; nothing is downloaded or unpacked)")
+        raise DataError(
+            f"a URL, {shown(url[1])}... (accepted: the path of a file; nothing is downloaded or "
+            f"unpacked)"
+        )
     if contained and not os.path.isabs(name) and inside(folder, name) is None:
-        raise DataError(f"{shown(name)} leads out of {shown(folder)} (accepted: a path inside of it)")
+        raise DataError(
+            f"{shown(name)} leads out of {shown(folder)} (accepted: a path inside of it)"
+        )
     return folder / name
 
 
 def inside(folder: Path, name: str) -> Path | None:
     """`folder/name` if it lies in the folder, whatever `..` the name has; else None."""
     root, path = os.path.abspath(folder), os.path.abspath(folder / name)
-    return Path(os.path.normpath(folder / name)) if path.startswith(os.path.join(root, "")) else None
+    return (
+        Path(os.path.normpath(folder / name)) if path.startswith(os.path.join(root, "")) else None
+    )
 
 
 def read_image(path: Path, size: Size | None = None, resize: str = "no") -> Pixels:
@@ -88,7 +100,11 @@ def read_image(path: Path, size: Size | None = None, resize: str = "no") -> Pixe
         if found.st_size > MOST_BYTES:
             raise DataError(f"{found.st_size:,} bytes (accepted: up to {MOST_BYTES:,})")
         return decode_image(path.read_bytes(), size, resize)
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a name with a null character
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+    ) as error:  # ValueError: a name with a null character
         raise DataError(f"{shown(path)}: no such file") from error
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
@@ -97,16 +113,21 @@ def read_image(path: Path, size: Size | None = None, resize: str = "no") -> Pixe
 
 
 def decode_image(data: bytes, size: Size | None = None, resize: str = "no") -> Pixels:
-    """An encoded image to uint8 [H, W, 3], brought to `size` as `load_sessions` says. Raises DataError."""
+    """An encoded image to uint8 [H, W, 3], brought to `size` as `load_sessions` says. Raises
+    DataError."""
     if not data:
         raise DataError("empty file (accepted: an image)")
-    # Pillow's decoders raise whatever their parsing runs into (OSError, SyntaxError, ValueError, struct.error,
-    # IndexError, …); for a file that a user gave, all of it means the same.
+    # Pillow's decoders raise whatever their parsing runs into (OSError, SyntaxError, ValueError,
+    # struct.error, IndexError, …); for a file that a user gave, all of it means the same.
     try:
         with _strict(), Image.open(io.BytesIO(data)) as opened:
             _check_header(opened, data, size, resize)
             image = _upright(opened)
-            image = _in_srgb(image, opened.info["icc_profile"]) if "icc_profile" in opened.info else image
+            image = (
+                _in_srgb(image, opened.info["icc_profile"])
+                if "icc_profile" in opened.info
+                else image
+            )
             if image.has_transparency_data:
                 rgba = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -114,9 +135,12 @@ def decode_image(data: bytes, size: Size | None = None, resize: str = "no") -> P
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"several times more pixels than any image may have (accepted: {_fewer_pixels()})") from error
+        raise DataError(
+            f"several times more pixels than any image may have (accepted: {_fewer_pixels()})"
+        ) from error
     except Exception as error:
-        # Pillow names the buffer's address in "cannot identify image file <_io.BytesIO object at 0x…>".
+        # Pillow names the buffer's address in "cannot identify image file <_io.BytesIO object at
+        # 0x…>".
         why = one_line(error).split(" <_io.BytesIO")[0]
         raise DataError(f"not a readable image: {why}") from error
     return np.array(image if size is None else _fitted(image, size, resize))
@@ -124,8 +148,8 @@ def decode_image(data: bytes, size: Size | None = None, resize: str = "no") -> P
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    """Pillow as it comes, whatever a reward's module has told it: a part of an image is not an image. Its warning about
-    many pixels is left out, as `MOST_PIXELS` is below what it warns of."""
+    """Pillow as it comes, whatever a reward's module has told it: a part of an image is not an
+    image. Its warning about many pixels is left out, as `MOST_PIXELS` is below what it warns of."""
     lenient = PillowFile.LOAD_TRUNCATED_IMAGES
     PillowFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -146,8 +170,12 @@ def _check_header(image: Image.Image, data: bytes, size: Size | None, resize: st
         raise DataError(f"format {image.format} (accepted: {', '.join(FORMATS)})")
     height, width = _seen_size(image)
     if height * width > MOST_PIXELS:
-        raise DataError(f"{height}×{width}, {height * width:,} pixels (accepted: {_fewer_pixels()})")
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # an MPO's others are depth or gain maps
+        raise DataError(
+            f"{height}×{width}, {height * width:,} pixels (accepted: {_fewer_pixels()})"
+        )
+    frames = (
+        1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    )  # an MPO's others are depth or gain maps
     if frames > 1:
         raise DataError(f"animated, {frames} frames (accepted: a still image)")
     accepted = f"(accepted: 8-bit {', '.join(_MODES)})"
@@ -165,7 +193,11 @@ def _seen_size(image: Image.Image) -> Size:
     """(height, width) by the header alone, turned as EXIF says."""
     # Pillow turns a TIFF's size itself, and would decode a PNG to look for EXIF behind its pixels.
     told = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-    return image.size if told and image.getexif().get(0x0112) in (5, 6, 7, 8) else (image.height, image.width)
+    return (
+        image.size
+        if told and image.getexif().get(0x0112) in (5, 6, 7, 8)
+        else (image.height, image.width)
+    )
 
 
 def _bits(image: Image.Image, data: bytes) -> int:
@@ -176,13 +208,17 @@ def _bits(image: Image.Image, data: bytes) -> int:
         return max(image.tag_v2.get(258, (1,)))  # type: ignore[attr-defined]
     if image.format == "PPM":
         (_, _, _, options) = image.tile[0]  # type: ignore[attr-defined]
-        return int(options[1]).bit_length() if isinstance(options, tuple) else 8  # options: pixel format, largest value
+        return (
+            int(options[1]).bit_length() if isinstance(options, tuple) else 8
+        )  # options: pixel format, largest value
     if image.format == "JPEG2000":
         start = data.find(b"\xff\x4f\xff\x51") + 40  # start of the codestream, and its sizes
         count = int.from_bytes(data[start : start + 2], "big")
         return max((data[start + 2 + 3 * i] & 0x7F) + 1 for i in range(count))
     if image.format == "AVIF":
-        flags = [found[1][0] >> 5 & 3 for found in re.finditer(rb"av1C\x81.(.)", data, re.S)]  # high, twelve
+        flags = [
+            found[1][0] >> 5 & 3 for found in re.finditer(rb"av1C\x81.(.)", data, re.S)
+        ]  # high, twelve
         return max((8 + 2 * (deep >> 1) + 2 * (deep == 3) for deep in flags), default=8)
     return 8
 
@@ -194,10 +230,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The image in sRGB, transparency as it is. profile: None where the file's is torn. Raises DataError."""
+    """The image in sRGB, transparency as it is. profile: None where the file's is torn. Raises
+    DataError."""
     grey, transform = _to_srgb(profile or b"")
     if grey and image.mode not in ("1", "L", "LA"):
-        raise DataError("a grey image's colour profile on colours (accepted: an RGB profile, or none)")
+        raise DataError(
+            "a grey image's colour profile on colours (accepted: an RGB profile, or none)"
+        )
     if transform is None:
         return image
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -210,7 +249,8 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _to_srgb(profile: bytes) -> tuple[bool, Any]:
-    """(whether the profile is of grey, the transform of 8-bit pixels; None where it would change nothing)."""
+    """(whether the profile is of grey, the transform of 8-bit pixels; None where it would change
+    nothing)."""
     accepted = "(accepted: an ICC profile of RGB or grey, or none)"
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -219,7 +259,11 @@ def _to_srgb(profile: bytes) -> tuple[bool, Any]:
             raise DataError(f"colour profile of {shown(space)} {accepted}")
         mode = "L" if space == "GRAY" else "RGB"
         transform = ImageCms.buildTransform(
-            opened, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC
+            opened,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
         )
         levels = np.arange(0, 256, 15, dtype=np.uint8)
         colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)

@@ -1,5 +1,5 @@
-"""The README.md of an export: what the weights are, how to load them, what was proven, how they score, how they were
-made; and the film-strip beside it, drawn from the run's strips."""
+"""The README.md of an export: what the weights are, how to load them, what was proven, how they
+score, how they were made; and the film-strip beside it, drawn from the run's strips."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 STRIP_SESSIONS = 3
 CELL, GAP, LINE = 192, 8, 16
-"""Pixels of a film-strip: the side of a picture, the space between two, the height of a line of text."""
+"""Pixels of a film-strip: the side of a picture, the space between two, the height of a line of
+text."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Base:
-    """What was trained. hub_id: None for weights that stand in a folder. pipeline: its class in diffusers, None for the
-    unified model. name: for the text."""
+    """What was trained. hub_id: None for weights that stand in a folder. pipeline: its class in
+    diffusers, None for the unified model. name: for the text."""
 
     name: str
     hub_id: str | None
@@ -56,7 +57,8 @@ def write_card(folder: Path, seen: Run, config: Config, base: Base, done: Export
         _what(config, base, done),
         "![Sessions before and after training](strips.png)" if pictured else "",
         f"## How to load it\n\n{_how(base, done, config)}{_strength(done, config)}",
-        f"## Proof\n\nAt export, the base weights and these files were loaded anew as above: {done.proof}.",
+        f"## Proof\n\nAt export, the base weights and these files were loaded anew as above: "
+        f"{done.proof}.",
         f"## Scores\n\n{_scores(seen, config, done)}",
         f"## How it was made\n\n{_made(seen, config)}",
     ]
@@ -65,11 +67,19 @@ def write_card(folder: Path, seen: Run, config: Config, base: Base, done: Export
 
 def _header(base: Base, done: Exported) -> dict[str, Any]:
     adapter = done.kind == "lora"
-    header: dict[str, Any] = {"library_name": "diffusers" if base.pipeline else "peft" if adapter else "editr2"}
+    header: dict[str, Any] = {
+        "library_name": "diffusers" if base.pipeline else "peft" if adapter else "editr2"
+    }
     if base.hub_id:
         relation = {"lora": "adapter", "merged": "merge", "full": "finetune"}[done.kind]
         header |= {"base_model": base.hub_id, "base_model_relation": relation}
-    tags = ["editr2", "image-editing", "multi-turn", "reinforcement-learning", *(["lora"] if adapter else [])]
+    tags = [
+        "editr2",
+        "image-editing",
+        "multi-turn",
+        "reinforcement-learning",
+        *(["lora"] if adapter else []),
+    ]
     return header | {"pipeline_tag": "image-to-image", "tags": tags}
 
 
@@ -80,8 +90,10 @@ def _what(config: Config, base: Base, done: Exported) -> str:
     kinds = {"lora": f"{lora} for", "merged": f"{lora} merged into", "full": "All weights of"}
     weights = "averaged" if done.weights == "ema" else "last"
     stage = f"iteration {done.iteration} of {config.train.iterations}"
-    return f"{kinds[done.kind]} {base.name}, trained on multi-turn edits: the {weights} weights of {stage}." + (
-        " The training was not finished." if done.iteration < config.train.iterations else ""
+    return (
+        f"{kinds[done.kind]} {base.name}, trained on multi-turn edits: the {weights} weights of "
+        f"{stage}."
+        + (" The training was not finished." if done.iteration < config.train.iterations else "")
     )
 
 
@@ -104,15 +116,31 @@ def _how(base: Base, done: Exported, config: Config) -> str:
             f'pipe = {base.pipeline}.from_pretrained("{this}", torch_dtype=torch.{dtype})',
         ]
     else:
-        lines = ["from pathlib import Path", "", "from editr2.policies.unified import UnifiedPolicy"]
+        lines = [
+            "from pathlib import Path",
+            "",
+            "from editr2.policies.unified import UnifiedPolicy",
+        ]
         lora = done.kind == "lora"
-        source = f'Path("{config.policy.weights}")' if lora and config.policy.weights else f'Path("{this}")'
+        source = (
+            f'Path("{config.policy.weights}")'
+            if lora and config.policy.weights
+            else f'Path("{this}")'
+        )
         source = "" if lora and not config.policy.weights else source
         lines = [*(lines if source else lines[2:]), "", f"policy = UnifiedPolicy.load({source})"]
         if lora:
-            lines = ["from peft import PeftModel", *lines, f'PeftModel.from_pretrained(policy.module, "{this}")']
+            lines = [
+                "from peft import PeftModel",
+                *lines,
+                f'PeftModel.from_pretrained(policy.module, "{this}")',
+            ]
     code = "```python\n" + "\n".join(lines) + "\n```"
-    return code if base.pipeline or done.kind == "lora" else f"{code}\n\nor `--policy.weights {this}` of `editr2`."
+    return (
+        code
+        if base.pipeline or done.kind == "lora"
+        else f"{code}\n\nor `--policy.weights {this}` of `editr2`."
+    )
 
 
 def _strength(done: Exported, config: Config) -> str:
@@ -121,10 +149,16 @@ def _strength(done: Exported, config: Config) -> str:
         return ""
     rank, alpha = config.policy.lora_rank, config.policy.lora_alpha
     trained = (2 * rank if alpha is None else alpha) / rank
-    cost = f"a number of B moved by {done.folding:.1e} of itself at most" if done.folding else "exactly"
+    cost = (
+        f"a number of B moved by {done.folding:.1e} of itself at most"
+        if done.folding
+        else "exactly"
+    )
     return (
-        f"\n\nThe adapters stand at strength 1: alpha / rank, {trained:.6g} in training, is part of B ({cost}), and "
-        "the alpha in the settings is the rank. So they act the same in a loader that does not read the settings."
+        f"\n\nThe adapters stand at strength 1: alpha / rank, {trained:.6g} in training, is part "
+        f"of B ({cost}), and "
+        "the alpha in the settings is the rank. So they act the same in a loader that does not "
+        "read the settings."
     )
 
 
@@ -132,11 +166,17 @@ def _scores(run: Run, config: Config, done: Exported) -> str:
     table = evaluation_table(run)
     if table is None:
         return "The run has no evaluation."
-    rows = [["", *table.head], ["---"] * (len(table.head) + 1), *([name, *cells] for name, cells in table.rows)]
+    rows = [
+        ["", *table.head],
+        ["---"] * (len(table.head) + 1),
+        *([name, *cells] for name, cells in table.rows),
+    ]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     notes = ["Means and standard errors over held-out sessions."]
     if run.start.get("heldout_is_training"):
-        notes = ["Means and standard errors over the training sessions: no held-out ones were given."]
+        notes = [
+            "Means and standard errors over the training sessions: no held-out ones were given."
+        ]
     after = run.evaluation("after")
     if after is None:
         notes.append("The run was not finished, so there is no evaluation after training.")
@@ -149,7 +189,9 @@ def _scores(run: Run, config: Config, done: Exported) -> str:
 
 def _made(run: Run, config: Config) -> str:
     r, t = config.rollout, config.train
-    weights = run.start.get("rewards") or config.credit.weights  # a run knows what its rewards were called
+    weights = (
+        run.start.get("rewards") or config.credit.weights
+    )  # a run knows what its rewards were called
     reward = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
     facts = {
         "Method": f"{t.loss}, credit preset {config.credit.preset}",
@@ -160,7 +202,8 @@ def _made(run: Run, config: Config) -> str:
     }
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     settings = (
-        f"<details><summary>All settings</summary>\n\n```yaml\n{(run.config_text or '').strip()}\n```\n\n</details>"
+        f"<details><summary>All "
+        f"settings</summary>\n\n```yaml\n{(run.config_text or '').strip()}\n```\n\n</details>"
     )
     return f"{listed}\n\n{settings}"
 
@@ -169,10 +212,14 @@ def _made(run: Run, config: Config) -> str:
 
 
 def film_strip(run: Run, path: Path) -> bool:
-    """Draws up to `STRIP_SESSIONS` sessions, from the most to the least improved: source and every turn's output, one
-    row a pass, the instructions above. Returns whether there was anything to draw."""
+    """Draws up to `STRIP_SESSIONS` sessions, from the most to the least improved: source and every
+    turn's output, one row a pass, the instructions above. Returns whether there was anything to
+    draw."""
     pairs = thin(sorted(run.pairs, key=lambda pair: -(pair.change or 0.0)), STRIP_SESSIONS)
-    blocks = [_block(run.folder / "strips", [(n, s) for n in PASS_NAMES if (s := getattr(p, n))]) for p in pairs]
+    blocks = [
+        _block(run.folder / "strips", [(n, s) for n in PASS_NAMES if (s := getattr(p, n))])
+        for p in pairs
+    ]
     if not blocks:
         return False
     sheet = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), "white")
@@ -190,7 +237,9 @@ def _block(folder: Path, passes: list[tuple[str, Any]]) -> Image.Image:
     said = [["source"], *(textwrap.wrap(turn.instruction, CELL // 7) for turn in turns)]
     head = GAP + LINE * max(map(len, said))
     row = CELL + LINE + GAP
-    block = Image.new("RGB", (GAP + (CELL + GAP) * len(said), head + row * len(passes) + GAP), "white")
+    block = Image.new(
+        "RGB", (GAP + (CELL + GAP) * len(said), head + row * len(passes) + GAP), "white"
+    )
     draw, font = ImageDraw.Draw(block), ImageFont.load_default(12)
     for column, lines in enumerate(said):
         draw.text((GAP + column * (CELL + GAP), GAP), "\n".join(lines), fill="black", font=font)
@@ -200,7 +249,11 @@ def _block(folder: Path, passes: list[tuple[str, Any]]) -> Image.Image:
             left = GAP + column * (CELL + GAP)
             block.paste(_picture(folder, shown.image), (left, top))
             reward = getattr(shown, "reward", None)
-            note = "" if column == 0 else f"{name}" + ("" if reward is None else f": reward {reward:.2f}")
+            note = (
+                ""
+                if column == 0
+                else f"{name}" + ("" if reward is None else f": reward {reward:.2f}")
+            )
             draw.text((left, top + CELL + 1), note, fill="dimgray", font=font)
     return block
 

@@ -1,9 +1,12 @@
-"""The training terms as functions of tensors: image loss of some rows (GRPO or NFT) and the intents' policy loss.
+"""The training terms as functions of tensors: image loss of some rows (GRPO or NFT) and the
+intents' policy loss.
 
-    loss = 1/(samples * Q) * sum over trained (rollout, turn) of [ sum over its Q places of image + lambda * text ]
+    loss = 1/(samples * Q) * sum over trained (rollout, turn) of [ sum over its Q places of image +
+    lambda * text ]
 
-GRPO's places are the window's steps; NFT's are noise levels drawn anew for every update. Sources: Edit-R2 (arXiv
-2606.05950), Flow-GRPO (arXiv 2505.05470), GRPO-Guard (arXiv 2510.22319), DiffusionNFT (arXiv 2509.16117).
+GRPO's places are the window's steps; NFT's are noise levels drawn anew for every update. Sources:
+Edit-R2 (arXiv 2606.05950), Flow-GRPO (arXiv 2505.05470), GRPO-Guard (arXiv 2510.22319),
+DiffusionNFT (arXiv 2509.16117).
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from editr2_kernels import grpo_loss, nft_loss, nft_optimality, philox_normal, s
 class Rows:
     """Training rows of a chunk in the order of `Places`, R in all.
 
-    sigma, advantage, mask: [R]. GRPO: x, x_next [R, *latent], step_index and old_log_prob [R], v_old (guarded) as x.
-    NFT: x is the noised latent, x_next the clean one, noise what was added.
+    sigma, advantage, mask: [R]. GRPO: x, x_next [R, *latent], step_index and old_log_prob [R],
+    v_old (guarded) as x. NFT: x is the noised latent, x_next the clean one, noise what was added.
     """
 
     x: Tensor
@@ -45,14 +48,16 @@ class Rows:
         if len(rows) == len(self.sigma) and torch.equal(rows, torch.arange(len(rows))):
             return self
         on = rows.to(self.x.device)
-        picked: dict[str, Any] = {name: None if x is None else x[on] for name, x in vars(self).items()}
+        picked: dict[str, Any] = {
+            name: None if x is None else x[on] for name, x in vars(self).items()
+        }
         return Rows(**picked)
 
 
 @dataclass(frozen=True)
 class Term:
-    """A loss with gradient, and its metrics as 0-dim tensors: means over the rows that count (of the text: numbers of
-    tokens), and the largest |ratio - 1|."""
+    """A loss with gradient, and its metrics as 0-dim tensors: means over the rows that count (of
+    the text: numbers of tokens), and the largest |ratio - 1|."""
 
     loss: Tensor
     means: dict[str, Tensor]
@@ -65,16 +70,24 @@ def window_places(chunk: Chunk) -> Places:
     return Places([r.x for r in chunk.turns], [r.sigma for r in chunk.turns])
 
 
-def noised_places(chunk: Chunk, sampler: Sampler, seeds: Seeds, update: int, draws: int) -> tuple[Places, list[Tensor]]:
-    """NFT's places x_t = (1 - sigma) x0 + sigma noise, and the noise: `draws` noise levels a turn among the sampler's
-    own, one from each of as many equal parts of its steps."""
+def noised_places(
+    chunk: Chunk, sampler: Sampler, seeds: Seeds, update: int, draws: int
+) -> tuple[Places, list[Tensor]]:
+    """NFT's places x_t = (1 - sigma) x0 + sigma noise, and the noise: `draws` noise levels a turn
+    among the sampler's own, one from each of as many equal parts of its steps."""
     xs, sigmas, noises = [], [], []
     for turn, record in enumerate(chunk.turns):
         seed = seeds.noised(chunk, record.rollout, turn, update)
         uniform = (seed & 0xFFFFFF).double() / (1 << 24)
-        index = ((torch.arange(draws) + uniform[:, None]) * (sampler.steps / draws)).long().clamp(max=sampler.steps - 1)
+        index = (
+            ((torch.arange(draws) + uniform[:, None]) * (sampler.steps / draws))
+            .long()
+            .clamp(max=sampler.steps - 1)
+        )
         x0, on = record.x0.float(), record.x0.device
-        noise = torch.stack([philox_normal(seed.to(on), place, x0.shape[1:]) for place in range(draws)], 1)
+        noise = torch.stack(
+            [philox_normal(seed.to(on), place, x0.shape[1:]) for place in range(draws)], 1
+        )
         sigma = sampler.sigmas[index.to(on)]
         wide = sigma.view(*sigma.shape, *[1] * (x0.dim() - 1))
         xs.append(torch.lerp(x0[:, None].expand_as(noise), noise, wide))
@@ -84,7 +97,8 @@ def noised_places(chunk: Chunk, sampler: Sampler, seeds: Seeds, update: int, dra
 
 
 def window_rows(chunk: Chunk, places: Places, advantage: Tensor, mask: Tensor) -> Rows:
-    """GRPO's rows. advantage [rollouts, T], mask [rollouts, T] of the chunk; old log-probs are the rollout's."""
+    """GRPO's rows. advantage [rollouts, T], mask [rollouts, T] of the chunk; old log-probs are the
+    rollout's."""
     records = chunk.turns
     velocity = [r.velocity for r in records if r.velocity is not None]
     return replace(
@@ -95,13 +109,23 @@ def window_rows(chunk: Chunk, places: Places, advantage: Tensor, mask: Tensor) -
     )
 
 
-def noised_rows(chunk: Chunk, places: Places, noise: list[Tensor], advantage: Tensor, mask: Tensor) -> Rows:
+def noised_rows(
+    chunk: Chunk, places: Places, noise: list[Tensor], advantage: Tensor, mask: Tensor
+) -> Rows:
     """NFT's rows; `x_next` is the clean latent."""
-    clean = [r.x0.float().repeat_interleave(n.shape[1], 0) for r, n in zip(chunk.turns, noise, strict=True)]
-    return replace(_rows(chunk, places, clean, advantage, mask), noise=torch.cat([n.flatten(0, 1) for n in noise]))
+    clean = [
+        r.x0.float().repeat_interleave(n.shape[1], 0)
+        for r, n in zip(chunk.turns, noise, strict=True)
+    ]
+    return replace(
+        _rows(chunk, places, clean, advantage, mask),
+        noise=torch.cat([n.flatten(0, 1) for n in noise]),
+    )
 
 
-def _rows(chunk: Chunk, places: Places, following: list[Tensor], advantage: Tensor, mask: Tensor) -> Rows:
+def _rows(
+    chunk: Chunk, places: Places, following: list[Tensor], advantage: Tensor, mask: Tensor
+) -> Rows:
     device = places.x[0].device
     counts = [s.shape[1] for s in places.sigma]
     own = [
@@ -121,13 +145,22 @@ def replayed_log_prob(rows: Rows, velocity: Velocity, sampler: Sampler) -> Tenso
     """Log-probs of the rows under a velocity, without gradient."""
     assert rows.step_index is not None
     with torch.no_grad():
-        branches: dict[str, Any] = {k: v.detach() if isinstance(v, Tensor) else v for k, v in velocity.guidance.items()}
-        out = sde_log_prob(rows.x, rows.x_next, velocity.v.detach(), sampler.table, rows.step_index, **branches)
+        branches: dict[str, Any] = {
+            k: v.detach() if isinstance(v, Tensor) else v for k, v in velocity.guidance.items()
+        }
+        out = sde_log_prob(
+            rows.x, rows.x_next, velocity.v.detach(), sampler.table, rows.step_index, **branches
+        )
     return out.log_prob
 
 
 def grpo_term(
-    t: TrainConfig, rows: Rows, velocity: Velocity, v_ref: Tensor | None, sampler: Sampler, normalizer: float
+    t: TrainConfig,
+    rows: Rows,
+    velocity: Velocity,
+    v_ref: Tensor | None,
+    sampler: Sampler,
+    normalizer: float,
 ) -> Term:
     """Clipped policy loss of transitions, with the KL to the reference where there is one."""
     assert rows.step_index is not None and rows.old_log_prob is not None
@@ -156,7 +189,12 @@ def grpo_term(
 
 
 def nft_term(
-    t: TrainConfig, rows: Rows, velocity: Velocity, v_old: Tensor, v_ref: Tensor | None, normalizer: float
+    t: TrainConfig,
+    rows: Rows,
+    velocity: Velocity,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    normalizer: float,
 ) -> Term:
     """DiffusionNFT's loss; `t.kl_weight` weighs mean((v - v_ref)^2)."""
     assert rows.noise is not None
@@ -177,9 +215,15 @@ def nft_term(
 
 
 def text_term(
-    t: TrainConfig, answers: Answers, old: Tensor, advantage: Tensor, mask: Tensor, normalizer: float
+    t: TrainConfig,
+    answers: Answers,
+    old: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    normalizer: float,
 ) -> Term:
-    """The intents' policy loss: per sample the mean over its tokens of max(-A rho, -A clip(rho, 1 -+ text_clip)).
+    """The intents' policy loss: per sample the mean over its tokens of max(-A rho, -A clip(rho, 1
+    -+ text_clip)).
 
     old: [B, L] log-probs of the sampling policy; advantage, mask: [B], those of the turn.
     """
@@ -194,4 +238,8 @@ def text_term(
     with torch.no_grad():
         deviation = torch.where(valid, log_prob - old, 0.0).exp().sub(1).abs()
         error = deviation.max() if deviation.numel() else deviation.new_zeros(())
-    return Term(sample.sum() / normalizer, {"clipped": outside.sum().float(), "tokens": counted.sum().float()}, error)
+    return Term(
+        sample.sum() / normalizer,
+        {"clipped": outside.sum().float(), "tokens": counted.sum().float()},
+        error,
+    )

@@ -1,10 +1,12 @@
-"""Regular expressions that a user gives: is it one, and can it be matched in the time that anyone waits.
+"""Regular expressions that a user gives: is it one, and can it be matched in the time that anyone
+waits.
 
-Python's engine tries the ways in which an expression can match one after the other, and `(a+)+b` has 2^n of them on n
-letters: it would hang the program inside of C, where no exception ends it. So the ways are counted beforehand, from the
-engine's own parse tree and for names of up to `LENGTH` characters, and too many are refused. That needs no clock, no
-other process and no layer names: the same answer on every machine, in every command, before any weights are loaded. The
-price is that some expressions of many nested repeats are refused that would have matched quickly.
+Python's engine tries the ways in which an expression can match one after the other, and `(a+)+b`
+has 2^n of them on n letters: it would hang the program inside of C, where no exception ends it. So
+the ways are counted beforehand, from the engine's own parse tree and for names of up to `LENGTH`
+characters, and too many are refused. That needs no clock, no other process and no layer names: the
+same answer on every machine, in every command, before any weights are loaded. The price is that
+some expressions of many nested repeats are refused that would have matched quickly.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-sre_parse: Any = importlib.import_module("re._parser" if hasattr(re, "_parser") else "sre_parse")  # the name since 3.11
+sre_parse: Any = importlib.import_module(
+    "re._parser" if hasattr(re, "_parser") else "sre_parse"
+)  # the name since 3.11
 
 LENGTH = 64
-"""Characters of a layer's name that a repeat can share out; published transformers have names of up to 60."""
+"""Characters of a layer's name that a repeat can share out; published transformers have names of up
+to 60."""
 DIGITS = 4
 """The same of digits in a row: numbers of blocks."""
 MOST_WAYS = LENGTH**5

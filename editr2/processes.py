@@ -20,21 +20,23 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
-"""How long a process waits for the others: a judge may take minutes over another's sessions, while the default of a
-GPU's process group is ten."""
+"""How long a process waits for the others: a judge may take minutes over another's sessions, while
+the default of a GPU's process group is ten."""
 
 
 def open_processes() -> Processes:
     handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
-    return Processes(Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers))
+    return Processes(
+        Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers)
+    )
 
 
 @dataclass
 class Processes:
     """Everything that needs all processes goes through here.
 
-    lockstep: of a policy whose weights are shared out (`editr2.policies.sharding`). A process that waits for the others
-    lends them its part of the weights meanwhile.
+    lockstep: of a policy whose weights are shared out (`editr2.policies.sharding`). A process that
+    waits for the others lends them its part of the weights meanwhile.
     """
 
     accelerator: Accelerator
@@ -72,7 +74,8 @@ class Processes:
         return list(gather_object(items))
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first process, on each of them; a UserError there is raised on all."""
+        """What `work` returns on the first process, on each of them; a UserError there is raised on
+        all."""
         done: tuple[Any, UserError | None] = (None, None)
         if self.main:
             try:
@@ -97,7 +100,7 @@ class Processes:
             self.lockstep.backward(loss)
 
     def lend(self) -> None:
-        """Before work without the policy that takes a while: lends this process's part of the weights until all
-        processes are here. Returns at once where weights are whole."""
+        """Before work without the policy that takes a while: lends this process's part of the
+        weights until all processes are here. Returns at once where weights are whole."""
         if self.lockstep is not None:
             self.lockstep.finish()

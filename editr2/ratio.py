@@ -1,4 +1,5 @@
-"""The on-policy sentinel: before the first update every ratio must be 1; if not, say which tensor differs first."""
+"""The on-policy sentinel: before the first update every ratio must be 1; if not, say which tensor
+differs first."""
 
 from __future__ import annotations
 
@@ -19,13 +20,17 @@ class RatioError(UserError):
     """Training does not reproduce its own rollout."""
 
 
-def explain_difference(policy: Policy, chunk: Chunk, sampler: Sampler, seeds: Seeds, config: Config) -> str:
-    """Rolls the chunk out again with velocities kept, replays it as training does, and names the first difference.
+def explain_difference(
+    policy: Policy, chunk: Chunk, sampler: Sampler, seeds: Seeds, config: Config
+) -> str:
+    """Rolls the chunk out again with velocities kept, replays it as training does, and names the
+    first difference.
 
-    Order of comparison, turn by turn: rollout against its own repetition (text, images, x, x_next), then the replay
-    (the intents' tokens, velocity with gradients on, log_prob). The replay goes in rows of at most `train.micro_batch`,
-    as training does, and leaves every graph before the next. Its forwards with gradient have no backward: where weights
-    are sharded nothing can be trained afterwards, and the caller raises.
+    Order of comparison, turn by turn: rollout against its own repetition (text, images, x, x_next),
+    then the replay (the intents' tokens, velocity with gradients on, log_prob). The replay goes in
+    rows of at most `train.micro_batch`, as training does, and leaves every graph before the next.
+    Its forwards with gradient have no backward: where weights are sharded nothing can be trained
+    afterwards, and the caller raises.
     """
     again = rollout_chunk(
         policy,
@@ -44,7 +49,10 @@ def explain_difference(policy: Policy, chunk: Chunk, sampler: Sampler, seeds: Se
         for name in ("x", "x_next", "log_prob"):
             a, b = getattr(old, name), getattr(new, name)
             if not torch.equal(a, b):
-                return f"{where}: {name}: the rollout itself is not repeatable (max difference {_gap(a, b):.3g})"
+                return (
+                    f"{where}: {name}: the rollout itself is not repeatable (max difference "
+                    f"{_gap(a, b):.3g})"
+                )
         with torch.no_grad():
             if turn:
                 walk.advance(turn, chunk.turns[turn - 1].images)
@@ -58,7 +66,8 @@ def explain_difference(policy: Policy, chunk: Chunk, sampler: Sampler, seeds: Se
                     gap = _gap(log_prob[: len(seen)], seen)
                     if gap > config.train.text_ratio_tolerance:
                         return (
-                            f"{where}: intent of rollout {i}: sampling and scoring its tokens differ by up to {gap:.3g}"
+                            f"{where}: intent of rollout {i}: sampling and scoring its tokens "
+                            f"differ by up to {gap:.3g}"
                         )
         assert new.velocity is not None
         for k in range(old.x.shape[1]):
@@ -67,18 +76,29 @@ def explain_difference(policy: Policy, chunk: Chunk, sampler: Sampler, seeds: Se
             velocity, log_prob = (torch.cat(part) for part in zip(*parts, strict=True))
             gap = _gap(velocity.to(new.velocity.dtype).float(), seen)
             if gap > 1e-5 * float(seen.abs().max()):
-                return f"{where}, window step {k + 1}: velocity: rollout and training differ by up to {gap:.3g}"
+                return (
+                    f"{where}, window step {k + 1}: velocity: rollout and training differ by up "
+                    f"to {gap:.3g}"
+                )
             gap = _gap(log_prob, old.log_prob[:, k])
             if gap > 1e-5:
-                return f"{where}, window step {k + 1}: log_prob: rollout and training differ by up to {gap:.3g}"
-    return "none when the chunk is walked as it was rolled out; look at train.packed and train.micro_batch"
+                return (
+                    f"{where}, window step {k + 1}: log_prob: rollout and training differ by up "
+                    f"to {gap:.3g}"
+                )
+    return (
+        "none when the chunk is walked as it was rolled out; look at train.packed and "
+        "train.micro_batch"
+    )
 
 
 def _of(policy: Policy, context: Any, record: TurnRecord, rows: Tensor) -> Any:
     return context if len(rows) == len(record.text) else policy.select(context, rows)
 
 
-def _answered(policy: Policy, context: Any, record: TurnRecord, rows: Tensor, temperature: float) -> Tensor:
+def _answered(
+    policy: Policy, context: Any, record: TurnRecord, rows: Tensor, temperature: float
+) -> Tensor:
     """Log-probs of the tokens of some rollouts' intents, as training scores them."""
     assert record.questions is not None and record.intents is not None
     index = rows.tolist()
@@ -94,11 +114,14 @@ def _answered(policy: Policy, context: Any, record: TurnRecord, rows: Tensor, te
 def _predicted(
     policy: Policy, context: Any, record: TurnRecord, k: int, rows: Tensor, sampler: Sampler
 ) -> tuple[Tensor, Tensor]:
-    """Combined velocity and log-prob of some rollouts at window step k, as training computes them."""
+    """Combined velocity and log-prob of some rollouts at window step k, as training computes
+    them."""
     on = rows.to(record.x.device)
     x, sigma = record.x[on, k], record.sigma[on, k]
     v = policy.velocity(x, sigma, _of(policy, context, record, rows))
-    replay = sde_log_prob(x, record.x_next[on, k], v.v, sampler.table, record.step_index[on, k], **v.guidance)
+    replay = sde_log_prob(
+        x, record.x_next[on, k], v.v, sampler.table, record.step_index[on, k], **v.guidance
+    )
     return v.combined(sigma).detach(), replay.log_prob.detach()
 
 

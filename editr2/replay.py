@@ -1,12 +1,14 @@
-"""What training computes again of a rollout: velocities at stored places and log-probs of sampled intents.
+"""What training computes again of a rollout: velocities at stored places and log-probs of sampled
+intents.
 
-Only for turns that are `needed`: one that is masked, or whose advantage is exactly 0 where nothing else pulls (half of
-all turns, since siblings often score alike), adds nothing to the gradient and is left out.
+Only for turns that are `needed`: one that is masked, or whose advantage is exactly 0 where nothing
+else pulls (half of all turns, since siblings often score alike), adds nothing to the gradient and
+is left out.
 
-Two ways, equal up to rounding: *walking* through the sessions as the rollout did, and one *packed* forward of whole
-sessions where the policy has one. Both give `Part`s: rows of the chunk's places, mixed over turns and steps, with what
-the present weights predict there. The reference and the old policy are replayed the same way under their own weights,
-so their parts come in the same rows.
+Two ways, equal up to rounding: *walking* through the sessions as the rollout did, and one *packed*
+forward of whole sessions where the policy has one. Both give `Part`s: rows of the chunk's places,
+mixed over turns and steps, with what the present weights predict there. The reference and the old
+policy are replayed the same way under their own weights, so their parts come in the same rows.
 """
 
 from __future__ import annotations
@@ -59,8 +61,9 @@ class Part:
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """packed: one forward a session. context_gradient: let gradients through the context. micro_batch: rows a forward
-    (None: the needed rollouts of one turn and step). temperature: of the sampled intents. text: score the intents."""
+    """packed: one forward a session. context_gradient: let gradients through the context.
+    micro_batch: rows a forward (None: the needed rollouts of one turn and step). temperature: of
+    the sampled intents. text: score the intents."""
 
     packed: bool
     context_gradient: bool
@@ -69,9 +72,12 @@ class ReplayOptions:
     text: bool
 
 
-def replay(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor) -> Iterator[Part]:
-    """Parts that cover every row of the needed turns once (and perhaps others); with gradients where they are enabled.
-    With `context_gradient` there is at most one part, since its backward pass goes through everything.
+def replay(
+    policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor
+) -> Iterator[Part]:
+    """Parts that cover every row of the needed turns once (and perhaps others); with gradients
+    where they are enabled. With `context_gradient` there is at most one part, since its backward
+    pass goes through everything.
 
     needed: bool [rollouts of the chunk, T] on the host.
     """
@@ -84,11 +90,14 @@ def replay(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions,
 
 
 PACKED_SHARE = 0.9
-"""The least share of needed turns at which packing pays: it computes every turn of a rollout that is needed at all,
-where walking leaves the others out. Measured where the two meet: 0.6 with 4 rollouts, 0.9 with 8 (docs/measured.md)."""
+"""The least share of needed turns at which packing pays: it computes every turn of a rollout that
+is needed at all, where walking leaves the others out. Measured where the two meet: 0.6 with 4
+rollouts, 0.9 with 8 (docs/measured.md)."""
 
 
-def can_pack(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor) -> bool:
+def can_pack(
+    policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor
+) -> bool:
     """Whether the policy's packed forward is there and cheaper for this chunk, by its own count."""
     if not isinstance(policy, PackedPolicy):
         return False
@@ -101,7 +110,7 @@ def can_pack(policy: Policy, chunk: Chunk, places: Places, options: ReplayOption
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- walking
+# ------------------------------------------------------------------------------------------ walking
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,9 @@ class _Block:
     rows: Tensor
 
 
-def _walked(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor) -> Iterator[Part]:
+def _walked(
+    policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor
+) -> Iterator[Part]:
     waiting: list[_Block] = []
     answers: list[Answers] = []
     for turn, (rollouts, asking, context) in enumerate(_contexts(policy, chunk, options, needed)):
@@ -132,11 +143,15 @@ def _walked(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions
         on = at.to(places.x[turn].device)
         for place in range(q):
             rows = places.first[turn] + at * q + place
-            waiting.append(_Block(context, places.x[turn][on, place], places.sigma[turn][on, place], rows))
+            waiting.append(
+                _Block(context, places.x[turn][on, place], places.sigma[turn][on, place], rows)
+            )
             limit = options.micro_batch or len(at)
             while not options.context_gradient and sum(len(b.rows) for b in waiting) >= limit:
                 block, waiting = _take(policy, waiting, limit)
-                yield Part(block.rows, policy.velocity(block.x, block.sigma, block.context), answers)
+                yield Part(
+                    block.rows, policy.velocity(block.x, block.sigma, block.context), answers
+                )
                 answers = []
     if waiting:
         block, _ = _take(policy, waiting, sum(len(b.rows) for b in waiting))
@@ -146,8 +161,8 @@ def _walked(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions
 def _contexts(
     policy: Policy, chunk: Chunk, options: ReplayOptions, needed: Tensor
 ) -> Iterator[tuple[Tensor, Any, Any]]:
-    """(rollouts, the context that their intents are asked on, the context behind their instruction), turn by turn, of
-    the rollouts that have a needed turn from there on."""
+    """(rollouts, the context that their intents are asked on, the context behind their
+    instruction), turn by turn, of the rollouts that have a needed turn from there on."""
     walk: Walk | None = None
     for turn, record in enumerate(chunk.turns):
         if not bool(needed[:, turn:].any()):
@@ -159,18 +174,24 @@ def _contexts(
             if turn:
                 walk.drop(needed[:, turn:].any(1))
                 before = chunk.turns[turn - 1]
-                walk.advance(turn, before.images[torch.searchsorted(before.rollout, walk.rollout).numpy()])
+                walk.advance(
+                    turn, before.images[torch.searchsorted(before.rollout, walk.rollout).numpy()]
+                )
             asking = walk.context
             at = torch.searchsorted(record.rollout, walk.rollout)
             context = walk.instruct([record.text[i] for i in at.tolist()])
         yield walk.rollout, asking, context
 
 
-def _answer(policy: Policy, context: Any, turn: int, record: TurnRecord, at: Tensor, temperature: float) -> Answers:
+def _answer(
+    policy: Policy, context: Any, turn: int, record: TurnRecord, at: Tensor, temperature: float
+) -> Answers:
     assert record.questions is not None and record.intents is not None
     ids = [record.intents[i].ids for i in at.tolist()]
     questions = record.questions.select(at.tolist())
-    scores = cast(TextPolicy, policy).answer_log_prob(context, questions, ids, temperature=temperature)
+    scores = cast(TextPolicy, policy).answer_log_prob(
+        context, questions, ids, temperature=temperature
+    )
     return Answers(turn, at, scores)
 
 
@@ -201,14 +222,14 @@ def _part_of(policy: Policy, block: _Block, at: Tensor) -> _Block:
     return _Block(policy.select(block.context, at), block.x[on], block.sigma[on], block.rows[at])
 
 
-# -------------------------------------------------------------------------------------------------------------- packed
+# ------------------------------------------------------------------------------------------- packed
 
 
 def _by_length(
     chunk: Chunk, places: Places, text: bool, needed: Tensor, *, counting: bool = False
 ) -> Iterator[tuple[Tensor, list[TurnTask]]]:
-    """Rollouts with any needed turn whose sessions have equally many turns, and those turns. counting: with latents of
-    the right shape that are anybody's, since nobody reads them."""
+    """Rollouts with any needed turn whose sessions have equally many turns, and those turns.
+    counting: with latents of the right shape that are anybody's, since nobody reads them."""
     lengths = torch.tensor([len(s.turns) for s in chunk.sessions]).repeat_interleave(chunk.siblings)
     lengths = torch.where(needed.any(1), lengths, 0)
     for length in lengths[lengths > 0].unique().tolist():
@@ -233,12 +254,17 @@ def _by_length(
         yield rollouts, tasks
 
 
-def _packed(policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor) -> Part:
+def _packed(
+    policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor
+) -> Part:
     rows, velocities, answers = [], [], []
     for rollouts, tasks in _by_length(chunk, places, options.text, needed):
         images = np.stack([chunk.session_of(i).image for i in rollouts.tolist()])
         done = cast(PackedPolicy, policy).replay_packed(
-            images, tasks, context_gradient=options.context_gradient, temperature=options.temperature
+            images,
+            tasks,
+            context_gradient=options.context_gradient,
+            temperature=options.temperature,
         )
         for turn, result in enumerate(done):
             at = torch.searchsorted(chunk.turns[turn].rollout, rollouts)

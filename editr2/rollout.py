@@ -1,9 +1,11 @@
-"""Group rollout over turns on the policy's own outputs, and the walk that rollout and training share.
+"""Group rollout over turns on the policy's own outputs, and the walk that rollout and training
+share.
 
-Every turn: (intent ->) instruction into the context -> denoise behind it -> decode -> the output into the context.
-Only the steps of the SDE window are stored. Siblings share the source encoding, the first instruction and, by default,
-each turn's initial noise; they differ in the noise of the window. Until its window opens a group's first turn is the
-same for all siblings and is denoised once.
+Every turn: (intent ->) instruction into the context -> denoise behind it -> decode -> the output
+into the context.
+Only the steps of the SDE window are stored. Siblings share the source encoding, the first
+instruction and, by default, each turn's initial noise; they differ in the noise of the window.
+Until its window opens a group's first turn is the same for all siblings and is denoised once.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ from editr2_kernels import INITIAL_STEP, philox_normal
 class TurnRecord:
     """One turn of a chunk of rollouts; only rollouts whose session has this turn (M of them).
 
-    rollout: int64 [M], position in the chunk. text: what the context got. questions, intents: what the intents were
-    asked and what was sampled; None without text. x, x_next: [M, W, *latent] the window's transitions, in the storage
-    dtype; step_index: int64 [M, W]; sigma: [M, W]; log_prob: [M, W]. velocity: as x, combined, only when asked for.
+    rollout: int64 [M], position in the chunk. text: what the context got. questions, intents: what
+    the intents were asked and what was sampled; None without text. x, x_next: [M, W, *latent] the
+    window's transitions, in the storage dtype; step_index: int64 [M, W]; sigma: [M, W]; log_prob:
+    [M, W]. velocity: as x, combined, only when asked for.
     x0: [M, *latent], the clean latents. images: uint8 [M, H, W, 3].
     """
 
@@ -54,7 +57,8 @@ class TurnRecord:
 
 @dataclass
 class Chunk:
-    """Groups that go through the model together. ordinals: the sessions' places in the run's stream (seed material)."""
+    """Groups that go through the model together. ordinals: the sessions' places in the run's stream
+    (seed material)."""
 
     sessions: list[Session]
     ordinals: list[int]
@@ -78,15 +82,18 @@ class Chunk:
         return np.stack(frames)
 
 
-def chunks(sessions: Sequence[Session], ordinals: Sequence[int], siblings: int, groups: int) -> Iterator[Chunk]:
+def chunks(
+    sessions: Sequence[Session], ordinals: Sequence[int], siblings: int, groups: int
+) -> Iterator[Chunk]:
     """`sessions` in chunks of at most `groups`."""
     for i in range(0, len(sessions), groups):
         yield Chunk(list(sessions[i : i + groups]), list(ordinals[i : i + groups]), siblings)
 
 
 class Walk:
-    """The context of a chunk, turn by turn. Rollout and training both move through sessions with exactly these calls,
-    so that a replay sees the numbers of the rollout; training drops the rollouts that it does not need."""
+    """The context of a chunk, turn by turn. Rollout and training both move through sessions with
+    exactly these calls, so that a replay sees the numbers of the rollout; training drops the
+    rollouts that it does not need."""
 
     def __init__(self, policy: Policy, chunk: Chunk) -> None:
         self.policy = policy
@@ -96,7 +103,9 @@ class Walk:
         self._expanded = False
 
     def _active(self, turn: int) -> Tensor:
-        lengths = torch.tensor([len(s.turns) for s in self.chunk.sessions]).repeat_interleave(self.chunk.siblings)
+        lengths = torch.tensor([len(s.turns) for s in self.chunk.sessions]).repeat_interleave(
+            self.chunk.siblings
+        )
         return lengths[self.rollout] > turn
 
     def advance(self, turn: int, images: np.ndarray) -> None:
@@ -109,7 +118,8 @@ class Walk:
         self._context = context
 
     def drop(self, keep: Tensor) -> None:
-        """Leaves out the rollouts of the chunk (bool [rollouts]) that nobody asks about any more."""
+        """Leaves out the rollouts of the chunk (bool [rollouts]) that nobody asks about any
+        more."""
         at = keep[self.rollout].nonzero()[:, 0]
         if len(at) < len(self.rollout):
             self._context = self.policy.select(self._context, at)
@@ -121,7 +131,8 @@ class Walk:
         return self._context
 
     def instruct(self, text: Sequence[str]) -> Any:
-        """Adds every live rollout's instruction; on the first turn siblings agree, so it is read once a session."""
+        """Adds every live rollout's instruction; on the first turn siblings agree, so it is read
+        once a session."""
         if not self._expanded:
             siblings = self.chunk.siblings
             context = self.policy.instruct(self._context, text[::siblings])
@@ -135,7 +146,8 @@ class Walk:
 
 @dataclass(frozen=True)
 class Seeds:
-    """Seeds of a chunk's randomness, all derived from the run's seed and the session's place in the stream."""
+    """Seeds of a chunk's randomness, all derived from the run's seed and the session's place in the
+    stream."""
 
     run: int
     purpose: str
@@ -143,29 +155,43 @@ class Seeds:
     def initial(self, chunk: Chunk, rollouts: Tensor, turn: int, shared: bool = True) -> Tensor:
         """Initial noise: of the group, or each sibling its own."""
         if shared:
-            return self._tensor(chunk, rollouts, lambda o, _: (self.run, self.purpose, "initial", o, turn))
-        return self._tensor(chunk, rollouts, lambda o, i: (self.run, self.purpose, "initial", o, turn, i))
+            return self._tensor(
+                chunk, rollouts, lambda o, _: (self.run, self.purpose, "initial", o, turn)
+            )
+        return self._tensor(
+            chunk, rollouts, lambda o, i: (self.run, self.purpose, "initial", o, turn, i)
+        )
 
     def window(self, chunk: Chunk, rollouts: Tensor, turn: int) -> Tensor:
         """Noise of the SDE steps: each sibling its own."""
-        return self._tensor(chunk, rollouts, lambda o, i: (self.run, self.purpose, "window", o, i, turn))
+        return self._tensor(
+            chunk, rollouts, lambda o, i: (self.run, self.purpose, "window", o, i, turn)
+        )
 
     def text(self, chunk: Chunk, rollouts: Tensor, turn: int) -> Tensor:
-        return self._tensor(chunk, rollouts, lambda o, i: (self.run, self.purpose, "text", o, i, turn))
+        return self._tensor(
+            chunk, rollouts, lambda o, i: (self.run, self.purpose, "text", o, i, turn)
+        )
 
     def start(self, chunk: Chunk, rollouts: Tensor, turn: int, choices: int) -> Tensor:
         """Window starts int64 [M], one per group and turn, in [0, choices)."""
-        seeds = self._tensor(chunk, rollouts, lambda o, _: (self.run, self.purpose, "start", o, turn))
+        seeds = self._tensor(
+            chunk, rollouts, lambda o, _: (self.run, self.purpose, "start", o, turn)
+        )
         return (seeds & 0xFFFFFFFF) % choices
 
     def noised(self, chunk: Chunk, rollouts: Tensor, turn: int, update: int) -> Tensor:
         """Noise and noise levels at which NFT compares velocities."""
-        return self._tensor(chunk, rollouts, lambda o, i: (self.run, self.purpose, "noised", o, i, turn, update))
+        return self._tensor(
+            chunk, rollouts, lambda o, i: (self.run, self.purpose, "noised", o, i, turn, update)
+        )
 
     @staticmethod
     def _tensor(chunk: Chunk, rollouts: Tensor, parts: Any) -> Tensor:
         g = chunk.siblings
-        return seed_tensor([derive_seed(*parts(chunk.ordinals[i // g], i % g)) for i in rollouts.tolist()])
+        return seed_tensor(
+            [derive_seed(*parts(chunk.ordinals[i // g], i % g)) for i in rollouts.tolist()]
+        )
 
 
 @torch.no_grad()
@@ -180,8 +206,8 @@ def rollout_chunk(
     greedy: bool = False,
     keep_velocity: bool = False,
 ) -> Chunk:
-    """Fills `chunk.turns`. rollout: shared noise and storage dtype (default: shared, fp32). greedy: intents by argmax
-    (evaluation). Returns the chunk."""
+    """Fills `chunk.turns`. rollout: shared noise and storage dtype (default: shared, fp32). greedy:
+    intents by argmax (evaluation). Returns the chunk."""
     device = device_of(policy.module)
     sampler = sampler.to(device)
     walk = Walk(policy, chunk)
@@ -190,10 +216,14 @@ def rollout_chunk(
         if turn:
             walk.advance(turn, chunk.turns[-1].images)
         rows = walk.rollout
-        raw = [[u.instruction for u in chunk.session_of(i).turns[: turn + 1]] for i in rows.tolist()]
+        raw = [
+            [u.instruction for u in chunk.session_of(i).turns[: turn + 1]] for i in rows.tolist()
+        ]
         text, questions, intents = [r[-1] for r in raw], None, None
         if turn and options.intent and policy.writes_text:
-            questions = Questions([r[:-1] for r in raw], text, [chunk.session_of(i).mode for i in rows.tolist()])
+            questions = Questions(
+                [r[:-1] for r in raw], text, [chunk.session_of(i).mode for i in rows.tolist()]
+            )
             intents = cast(TextPolicy, policy).intend(
                 walk.context,
                 questions,
@@ -203,10 +233,20 @@ def rollout_chunk(
             )
             for i, intent in zip(rows.tolist(), intents, strict=True):
                 if not all(map(math.isfinite, intent.log_prob)):
-                    raise _non_finite(chunk, turn, i, "intent's log-probs", "look at policy.weights")
+                    raise _non_finite(
+                        chunk, turn, i, "intent's log-probs", "look at policy.weights"
+                    )
             text = [intent.text or said for intent, said in zip(intents, text, strict=True)]
         path, velocity = _denoise(
-            policy, chunk, turn, walk.instruct(text), sampler, seeds, rows, rollout or RolloutConfig(), keep_velocity
+            policy,
+            chunk,
+            turn,
+            walk.instruct(text),
+            sampler,
+            seeds,
+            rows,
+            rollout or RolloutConfig(),
+            keep_velocity,
         )
         images, bad = read_turn(policy, path["x0"], velocity)
         if bad is not None:
@@ -232,25 +272,43 @@ def _denoise(
     options: RolloutConfig,
     keep_velocity: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The fields of a `TurnRecord` that one turn's denoising gives, and the sum of its velocities' `witness`, [M].
+    """The fields of a `TurnRecord` that one turn's denoising gives, and the sum of its velocities'
+    `witness`, [M].
 
-    On the first turn siblings with common initial noise agree in everything until their group's window opens: up to
-    there only each group's first rollout is denoised, and then copied to the others. Who is denoised when is known
-    before the first step, and reaches the device at once.
+    On the first turn siblings with common initial noise agree in everything until their group's
+    window opens: up to there only each group's first rollout is denoised, and then copied to the
+    others. Who is denoised when is known before the first step, and reaches the device at once.
     """
     device, m, w = sampler.table.device, len(rollouts), sampler.window
     dtype = torch.bfloat16 if options.store_dtype == "bfloat16" else torch.float32
-    starts = sampler.first_start + seeds.start(chunk, rollouts, turn, sampler.last_start - sampler.first_start + 1)
-    leader = rollouts // chunk.siblings * chunk.siblings if turn == 0 and options.shared_noise else rollouts
+    starts = sampler.first_start + seeds.start(
+        chunk, rollouts, turn, sampler.last_start - sampler.first_start + 1
+    )
+    leader = (
+        rollouts // chunk.siblings * chunk.siblings
+        if turn == 0 and options.shared_noise
+        else rollouts
+    )
     if not w:
         leader = rollouts
     plan = [_move(sampler, k, starts, leader, leader == rollouts) for k in range(sampler.steps)]
-    window, initial = seeds.window(chunk, rollouts, turn), seeds.initial(chunk, rollouts, turn, options.shared_noise)
-    noise_seeds, first, *indices = _in_one_copy([window, initial, *(t for move in plan for t in move)], device)
-    moves = [_Move(*indices[i : i + len(_Move._fields)]) for i in range(0, len(indices), len(_Move._fields))]
+    window, initial = (
+        seeds.window(chunk, rollouts, turn),
+        seeds.initial(chunk, rollouts, turn, options.shared_noise),
+    )
+    noise_seeds, first, *indices = _in_one_copy(
+        [window, initial, *(t for move in plan for t in move)], device
+    )
+    moves = [
+        _Move(*indices[i : i + len(_Move._fields)])
+        for i in range(0, len(indices), len(_Move._fields))
+    ]
     x = philox_normal(first, INITIAL_STEP, policy.latent_shape).to(dtype)
     stored = torch.empty(m, w, *policy.latent_shape, device=device, dtype=dtype)
-    following, velocity = torch.empty_like(stored), torch.empty_like(stored) if keep_velocity else None
+    following, velocity = (
+        torch.empty_like(stored),
+        torch.empty_like(stored) if keep_velocity else None,
+    )
     log_prob = torch.empty(m, w, device=device)
     step_index = torch.empty(m, w, dtype=torch.int64, device=device)
     seen = torch.zeros(m, device=device)
@@ -268,7 +326,10 @@ def _denoise(
         if len(move.inside):
             at, slot = move.at, move.slot
             stored[at, slot], following[at, slot] = x_live[move.inside], step.x_next[move.inside]
-            log_prob[at, slot], step_index[at, slot] = step.log_prob[move.inside], move.row[move.inside]
+            log_prob[at, slot], step_index[at, slot] = (
+                step.log_prob[move.inside],
+                move.row[move.inside],
+            )
             if velocity is not None and step.velocity is not None:
                 velocity[at, slot] = step.velocity[move.inside].to(dtype)
         if count == m:
@@ -276,7 +337,13 @@ def _denoise(
         else:
             x[move.live] = step.x_next
             seen[move.live] += step.witness
-    path = {"x": stored, "x_next": following, "step_index": step_index, "log_prob": log_prob, "x0": x}
+    path = {
+        "x": stored,
+        "x_next": following,
+        "step_index": step_index,
+        "log_prob": log_prob,
+        "x0": x,
+    }
     path |= {"sigma": sampler.sigmas[step_index % sampler.steps]}
     return path | ({} if velocity is None else {"velocity": velocity}), seen
 
@@ -284,9 +351,9 @@ def _denoise(
 class _Move(NamedTuple):
     """Which rollouts one denoising step touches, as int64 indices.
 
-    joining, leader: those whose window opens, and whose latents they have so far. live: those that are denoised, and
-    row: their rows of the transition table. inside: which of the live ones are inside their window; at, slot: where
-    these are stored.
+    joining, leader: those whose window opens, and whose latents they have so far. live: those that
+    are denoised, and row: their rows of the transition table. inside: which of the live ones are
+    inside their window; at, slot: where these are stored.
     """
 
     joining: Tensor
@@ -309,5 +376,6 @@ def _move(sampler: Sampler, k: int, starts: Tensor, leader: Tensor, leads: Tenso
 
 
 def _in_one_copy(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Vectors of one dtype on the device. A step that copied its own would wait for the device each time."""
+    """Vectors of one dtype on the device. A step that copied its own would wait for the device each
+    time."""
     return torch.cat(list(parts)).to(device).split([len(part) for part in parts])

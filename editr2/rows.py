@@ -36,11 +36,11 @@ class Clock:
 
 
 def rows_due(iteration: int, config: Config) -> list[str]:
-    """Which rows the record has to hold, besides the train rows of the iterations done, before the next one begins; in
-    their order. Rows of an evaluation are called by its name.
+    """Which rows the record has to hold, besides the train rows of the iterations done, before the
+    next one begins; in their order. Rows of an evaluation are called by its name.
 
-    The loop asks this at every iteration and after the last, and makes what is missing: so it does not matter where a
-    run was killed.
+    The loop asks this at every iteration and after the last, and makes what is missing: so it does
+    not matter where a run was killed.
     """
     due = ["start", "before"] if iteration == 0 else []
     if iteration and config.eval.every and iteration % config.eval.every == 0:
@@ -59,11 +59,20 @@ def find_row(record: Sequence[dict[str, Any]], name: str, iteration: int) -> dic
 
 
 def rows_lost(record: Sequence[dict[str, Any]], iteration: int, config: Config) -> list[str]:
-    """Rows of before a checkpoint that are not in the record and cannot be made any more, as `train 3`."""
+    """Rows of before a checkpoint that are not in the record and cannot be made any more, as `train
+    3`."""
     due = [("train", i) for i in range(iteration)]
     due += [(name, i) for i in range(iteration) for name in rows_due(i, config)]
-    there = {(name, row.get("iteration")) for row in record for name in (row.get("event"), row.get("name"))}
-    return [f"{name} {i}" for name, i in sorted(due, key=lambda place: place[1]) if (name, i) not in there]
+    there = {
+        (name, row.get("iteration"))
+        for row in record
+        for name in (row.get("event"), row.get("name"))
+    }
+    return [
+        f"{name} {i}"
+        for name, i in sorted(due, key=lambda place: place[1])
+        if (name, i) not in there
+    ]
 
 
 def start_row(
@@ -74,8 +83,8 @@ def start_row(
     rewards: Sequence[str],
     identity: Identity,
 ) -> dict[str, Any]:
-    """identity: what the run depends on and where it was made; `resumed` gets an entry from each process that goes on
-    with it."""
+    """identity: what the run depends on and where it was made; `resumed` gets an entry from each
+    process that goes on with it."""
     return {
         "event": "start",
         "iteration": 0,
@@ -99,15 +108,21 @@ def train_row(
     clock: Clock,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Metrics of all processes; means leave out turns without a score. totals: one entry an optimiser step. Losses and
-    shares are those of the last pass over the rollout; ratio errors those of its first step."""
+    """Metrics of all processes; means leave out turns without a score. totals: one entry an
+    optimiser step. Losses and shares are those of the last pass over the rollout; ratio errors
+    those of its first step."""
     intents = _Intents.of(done)
     last = totals[-config.train.minibatches :]
     # Each step's loss is a mean over its own minibatch.
     shares = {"loss", "kl", "text_loss"}
-    sums = {name: sum(part[name] for part in last) / (len(last) if name in shares else 1) for name in STATISTICS}
+    sums = {
+        name: sum(part[name] for part in last) / (len(last) if name in shares else 1)
+        for name in STATISTICS
+    }
     parts = processes.gather([(sums, totals[0], clock.seconds, intents)])
-    sampled, right, known, failed, tokens = (sum(column) for column in zip(*(p[3] for p in parts), strict=True))
+    sampled, right, known, failed, tokens = (
+        sum(column) for column in zip(*(p[3] for p in parts), strict=True)
+    )
     reward = weighted_reward(scores, config.credit.weights)
     flat = reward.view(config.rollout.sessions, -1)
     spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
@@ -119,7 +134,10 @@ def train_row(
         "iteration": iteration,
         "reward": float(reward.nanmean()),
         "reward_turn": reward.nanmean(0).tolist(),
-        **{f"{n.lower()}_turn": values[..., k].nanmean(0).tolist() for k, n in enumerate(scores.names)},
+        **{
+            f"{n.lower()}_turn": values[..., k].nanmean(0).tolist()
+            for k, n in enumerate(scores.names)
+        },
         "success": mean_se(success(scores))["mean"],
         "ratio_error": max(p[1]["ratio_error"] for p in parts),
         "loss": totals_of["loss"],
@@ -136,14 +154,17 @@ def train_row(
         "intents_right": right / known if known else None,
         "intent_tokens": tokens / sampled if sampled else None,
         "text_loss": totals_of["text_loss"] if sampled else None,
-        "text_clip_fraction": totals_of["text_clipped"] / max(1.0, totals_of["tokens"]) if sampled else None,
+        "text_clip_fraction": totals_of["text_clipped"] / max(1.0, totals_of["tokens"])
+        if sampled
+        else None,
         "text_ratio_error": max(p[1]["text_error"] for p in parts) if sampled else None,
         "seconds": {name: max(p[2][name] for p in parts) for name in clock.seconds},
     }
 
 
 class _Intents(NamedTuple):
-    """Counts: sampled, equal to the known intent, of which one is known, unreadable (fallbacks), tokens."""
+    """Counts: sampled, equal to the known intent, of which one is known, unreadable (fallbacks),
+    tokens."""
 
     sampled: int
     right: int
@@ -157,7 +178,9 @@ class _Intents(NamedTuple):
             (intent, chunk.session_of(i).turns[t].intent)
             for chunk in done
             for t, record in enumerate(chunk.turns)
-            for i, intent in zip(record.rollout.tolist(), record.intents or [], strict=bool(record.intents))
+            for i, intent in zip(
+                record.rollout.tolist(), record.intents or [], strict=bool(record.intents)
+            )
         ]
         return _Intents(
             len(pairs),
@@ -171,7 +194,11 @@ class _Intents(NamedTuple):
 def evaluation_line(row: dict[str, Any], kind: str = "held-out") -> str:
     """One line for the terminal: `before (iteration 0, 200 held-out sessions): reward t1 0.829  t2 0.719 (last +-0.02),
     sessions all right 35.0%`. kind: of the sessions, "training" where none are held out."""
-    turns = "  ".join(f"t{t + 1} {x['mean']:.3f}" for t, x in enumerate(row["reward_turn"]) if x["mean"] is not None)
+    turns = "  ".join(
+        f"t{t + 1} {x['mean']:.3f}"
+        for t, x in enumerate(row["reward_turn"])
+        if x["mean"] is not None
+    )
     se, right = row["reward_turn"][-1]["se"], row["success"]["mean"]
     spread = f" (last +-{se:.3f})" if se is not None else ""
     whole = f", sessions all right {right:.1%}" if right is not None else ""
@@ -187,6 +214,6 @@ def comparison_line(row: dict[str, Any]) -> str:
     if row["success_before"] is not None and row["success_after"] is not None:
         right = f"; sessions all right {row['success_before']:.1%} -> {row['success_after']:.1%}"
     return (
-        f"last turn's reward {row['reward_before']:.3f} -> {row['reward_after']:.3f}, paired difference "
-        f"{row['difference']:+.3f} +- {row['se'] or 0:.3f}{times}{right}"
+        f"last turn's reward {row['reward_before']:.3f} -> {row['reward_after']:.3f}, paired "
+        f"difference {row['difference']:+.3f} +- {row['se'] or 0:.3f}{times}{right}"
     )

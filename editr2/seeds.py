@@ -1,7 +1,8 @@
 """One rule for every random number of a run: a 64-bit seed is a hash of what it is for.
 
-Nothing depends on the order of calls, the batch, the process or the device, so the same run seed gives the same
-sessions, groups and noise on any number of processes, and a resumed run needs no generator state.
+Nothing depends on the order of calls, the batch, the process or the device, so the same run seed
+gives the same sessions, groups and noise on any number of processes, and a resumed run needs no
+generator state.
 """
 
 from __future__ import annotations

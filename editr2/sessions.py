@@ -1,13 +1,16 @@
 """Sessions: an image and the instructions to apply to it, turn by turn, and their form on disk.
 
-A set of sessions is a folder with `sessions.jsonl`, one JSON object a line, and the images that it names:
+A set of sessions is a folder with `sessions.jsonl`, one JSON object a line, and the images that it
+names:
 
     {"id": "kitchen", "image": "images/kitchen.png", "mode": "cu",
-     "turns": [{"instruction": "add a red cup"}, {"instruction": "make it blue", "intent": "make the cup blue"}]}
+     "turns": [{"instruction": "add a red cup"}, {"instruction": "make it blue", "intent": "make the
+         cup blue"}]}
 
-`image` is relative to the folder, or absolute. `id`, `mode` and `meta` are optional, and so are a turn's `intent`,
-`task` and `meta`; null means absent. Blank lines are allowed. A Hugging Face dataset whose rows are sessions is read in
-the same way (editr2/importers/hub.py). docs/data.md is the user's page.
+`image` is relative to the folder, or absolute. `id`, `mode` and `meta` are optional, and so are a
+turn's `intent`, `task` and `meta`; null means absent. Blank lines are allowed. A Hugging Face
+dataset whose rows are sessions is read in the same way (editr2/importers/hub.py). docs/data.md is
+the user's page.
 """
 
 from __future__ import annotations
@@ -29,7 +32,16 @@ from PIL import Image
 from editr2.errors import DataError, UserError, shown
 from editr2.images import RESIZES, ImageFile, Pixels, Size, locate
 
-__all__ = ["ImageFile", "Session", "Survey", "Turn", "load_sessions", "save_sessions", "survey", "validate"]
+__all__ = [
+    "ImageFile",
+    "Session",
+    "Survey",
+    "Turn",
+    "load_sessions",
+    "save_sessions",
+    "survey",
+    "validate",
+]
 
 FILE_NAME = "sessions.jsonl"
 MODES = ("cm", "cu")
@@ -60,7 +72,8 @@ class Turn:
 
 
 class _PixelsField:
-    """`Session.image`: the array that was given, or what the function that was given returns, at every access."""
+    """`Session.image`: the array that was given, or what the function that was given returns, at
+    every access."""
 
     def __set__(self, session: Session, value: Pixels | Callable[[], Pixels]) -> None:
         vars(session)["image"] = value
@@ -72,16 +85,19 @@ class _PixelsField:
         return value() if callable(value) else value
 
 
-@dataclass(frozen=True, eq=False)  # eq=False: comparing arrays gives arrays; a session is compared by identity
+@dataclass(
+    frozen=True, eq=False
+)  # eq=False: comparing arrays gives arrays; a session is compared by identity
 class Session:
     """An image and the turns to apply to it.
 
     id: unique in its set.
-    image: uint8 [H, W, 3], RGB; or a function without arguments that returns it, such as an `ImageFile`, which is
-        called whenever the attribute is read.
+    image: uint8 [H, W, 3], RGB; or a function without arguments that returns it, such as an
+        `ImageFile`, which is called whenever the attribute is read.
     turns: at least one.
-    mode: "cm" (a standing rule set early holds for later turns), "cu" (later turns refer back by pronouns) or None.
-    meta: whatever a reward needs to judge the session; JSON values only, if it is to be saved.
+    mode: "cm" (a standing rule set early holds for later turns), "cu" (later turns refer back by
+    pronouns) or None. meta: whatever a reward needs to judge the session; JSON values only, if it
+    is to be saved.
     """
 
     id: str
@@ -94,20 +110,40 @@ class Session:
         for name, problem in _session_problems(vars(self)):
             raise DataError(f"Session {self.id!r}: {name}: {problem}")
         if self.id is None or self.meta is None:
-            raise DataError(f"Session {self.id!r}: id and meta cannot be None (accepted: a string; a mapping)")
+            raise DataError(
+                f"Session {self.id!r}: id and meta cannot be None (accepted: a string; a mapping)"
+            )
         image = vars(self)["image"]
-        array = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        array = (
+            isinstance(image, np.ndarray)
+            and image.dtype == np.uint8
+            and image.ndim == 3
+            and image.shape[2] == 3
+        )
         if not array and not callable(image):
-            given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise DataError(f"Session {self.id!r}: image: {given} (accepted: a uint8 array [H, W, 3])")
+            given = (
+                f"{image.dtype} {list(image.shape)}"
+                if isinstance(image, np.ndarray)
+                else type(image).__name__
+            )
+            raise DataError(
+                f"Session {self.id!r}: image: {given} (accepted: a uint8 array [H, W, 3])"
+            )
         if array and 0 in image.shape:
             raise DataError(f"Session {self.id!r}: image: no pixels, shape {list(image.shape)}")
-        if not (isinstance(self.turns, tuple) and self.turns and all(isinstance(turn, Turn) for turn in self.turns)):
-            raise DataError(f"Session {self.id!r}: turns: wrong value (accepted: a tuple of one or more Turn)")
+        if not (
+            isinstance(self.turns, tuple)
+            and self.turns
+            and all(isinstance(turn, Turn) for turn in self.turns)
+        ):
+            raise DataError(
+                f"Session {self.id!r}: turns: wrong value (accepted: a tuple of one or more Turn)"
+            )
 
 
 class StoredImage(Protocol):
-    """A dataclass of pixels that stay where they are stored: called, it decodes them as `decode_image` says."""
+    """A dataclass of pixels that stay where they are stored: called, it decodes them as
+    `decode_image` says."""
 
     @property
     def size(self) -> Size | None: ...
@@ -122,12 +158,13 @@ class StoredImage(Protocol):
 
 
 Unreadable: TypeAlias = Callable[[Sequence[str]], Iterable[tuple[int, str]]]
-"""(turn from 0, what is wrong) for those of a session's instructions that their reader has no use for: too long a text,
-a word that its vocabulary does not have."""
+"""(turn from 0, what is wrong) for those of a session's instructions that their reader has no use
+for: too long a text, a word that its vocabulary does not have."""
 
 
 def pixel_sum(session: Session) -> str:
-    """A checksum of a session's pixels and their shape; what was decoded once to be checked is not decoded again."""
+    """A checksum of a session's pixels and their shape; what was decoded once to be checked is not
+    decoded again."""
     known: str | None = getattr(vars(session)["image"], "checksum", None)
     return known or _pixel_sum(session.image)
 
@@ -146,21 +183,23 @@ def load_sessions(
     memory: int = 1 << 30,
     unreadable: Unreadable | None = None,
 ) -> list[Session]:
-    """Read a set of sessions and decode every image, so that a bad file fails here and not hours into a run.
+    """Read a set of sessions and decode every image, so that a bad file fails here and not hours
+    into a run.
 
-    path: a sessions.jsonl file, a folder that holds one, a folder that `datasets` saved to disk, or a dataset of the
-        Hugging Face hub, "hf:owner/name:split".
+    path: a sessions.jsonl file, a folder that holds one, a folder that `datasets` saved to disk, or
+        a dataset of the Hugging Face hub, "hf:owner/name:split".
     limit: read only the first `limit` sessions.
     size: (height, width) that every image must have; None accepts any.
-    resize: what becomes of an image of another size: "no" (an error), "crop" (scale to cover, cut the middle out) or
-        "stretch".
-    memory: bytes of pixels to keep. Images beyond them (3·H·W bytes each, 1.3 thousand of 512² in the default) are
-        decoded here to be checked, and again whenever `Session.image` is read.
+    resize: what becomes of an image of another size: "no" (an error), "crop" (scale to cover, cut
+        the middle out) or "stretch".
+    memory: bytes of pixels to keep. Images beyond them (3·H·W bytes each, 1.3 thousand of 512² in
+        the default) are decoded here to be checked, and again whenever `Session.image` is read.
     unreadable: what a policy cannot make of the instructions, which is then an error of the line.
 
-    A session without an id is named after its line, `line-000007`. Images may be 8-bit grey, palette or RGB, with or
-    without alpha, in one of `editr2.images.FORMATS`: EXIF orientation is applied, a colour profile is converted to
-    sRGB, transparency is composited over white, and the result is uint8 [H, W, 3].
+    A session without an id is named after its line, `line-000007`. Images may be 8-bit grey,
+    palette or RGB, with or without alpha, in one of `editr2.images.FORMATS`: EXIF orientation is
+    applied, a colour profile is converted to sRGB, transparency is composited over white, and the
+    result is uint8 [H, W, 3].
 
     Raises DataError, `path:line: field: problem (accepted: …)`, for the first thing that is wrong.
     """
@@ -191,13 +230,18 @@ class Survey:
 
     def __str__(self) -> str:
         turns = [f"{turns} ({count})" for turns, count in sorted(self.turns.items())]
-        sizes = [f"{height}×{width} ({count})" for (height, width), count in self.sizes.most_common(4)]
+        sizes = [
+            f"{height}×{width} ({count})" for (height, width), count in self.sizes.most_common(4)
+        ]
         more = [f"{len(self.sizes) - 4} more"] if len(self.sizes) > 4 else []
         modes = [
-            f"{mode or 'none'} ({count})" for mode, count in sorted(self.modes.items(), key=lambda item: item[0] or "")
+            f"{mode or 'none'} ({count})"
+            for mode, count in sorted(self.modes.items(), key=lambda item: item[0] or "")
         ]
         lists = {"turns": turns, "height×width": sizes + more, "mode": modes}
-        return "; ".join([f"{self.turns.total()} sessions", *(f"{k} {', '.join(v)}" for k, v in lists.items())])
+        return "; ".join(
+            [f"{self.turns.total()} sessions", *(f"{k} {', '.join(v)}" for k, v in lists.items())]
+        )
 
 
 def survey(
@@ -207,8 +251,8 @@ def survey(
     resize: str = "no",
     unreadable: Unreadable | None = None,
 ) -> Survey:
-    """Reads a whole set, images too, and keeps none of it. Arguments as in `load_sessions`; raises for none of what is
-    wrong with the set."""
+    """Reads a whole set, images too, and keeps none of it. Arguments as in `load_sessions`; raises
+    for none of what is wrong with the set."""
     result = Survey()
     try:
         for item in scan(path, size=size, resize=resize, unreadable=unreadable):
@@ -230,21 +274,22 @@ def validate(
     resize: str = "no",
     unreadable: Unreadable | None = None,
 ) -> list[str]:
-    """Everything that is wrong with a set of sessions, in the order of the file; empty if it would load. Arguments as
-    in `load_sessions`."""
+    """Everything that is wrong with a set of sessions, in the order of the file; empty if it would
+    load. Arguments as in `load_sessions`."""
     return survey(path, size=size, resize=resize, unreadable=unreadable).problems
 
 
 def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -> Path:
     """Write `folder/sessions.jsonl` and its images; returns the path of sessions.jsonl.
 
-    `load_sessions` gives back equal ids, pixels, turns, modes and meta. Images are written as the sessions come, so an
-    iterator of any length will do: an `ImageFile` is copied as it is, pixels become PNG. An existing set in the folder
-    is replaced at one instant: image files are named by their content, so they never overwrite another's pixels, and
-    sessions.jsonl is renamed into place last. Images that only the old set used stay, and so do those of a save that
-    failed.
+    `load_sessions` gives back equal ids, pixels, turns, modes and meta. Images are written as the
+    sessions come, so an iterator of any length will do: an `ImageFile` is copied as it is, pixels
+    become PNG. An existing set in the folder is replaced at one instant: image files are named by
+    their content, so they never overwrite another's pixels, and sessions.jsonl is renamed into
+    place last. Images that only the old set used stay, and so do those of a save that failed.
 
-    Raises DataError for no sessions, a repeated id, an image that cannot be read, or a meta that is not JSON.
+    Raises DataError for no sessions, a repeated id, an image that cannot be read, or a meta that is
+    not JSON.
     """
     folder = Path(folder)
     lines: dict[str, bytes] = {}
@@ -254,11 +299,16 @@ def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -
             raise DataError(f"{folder / FILE_NAME}: id: {session.id!r} given twice")
         name, image = _stored(session)
         turns = [
-            _without_absent(instruction=t.instruction, intent=t.intent, task=t.task, meta=t.meta) for t in session.turns
+            _without_absent(instruction=t.instruction, intent=t.intent, task=t.task, meta=t.meta)
+            for t in session.turns
         ]
-        record = _without_absent(id=session.id, image=name, mode=session.mode, turns=turns, meta=session.meta)
+        record = _without_absent(
+            id=session.id, image=name, mode=session.mode, turns=turns, meta=session.meta
+        )
         try:
-            lines[session.id] = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            lines[session.id] = (
+                json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            )
         except (TypeError, ValueError, RecursionError) as error:
             problem = f"{error} (accepted: Unicode text, and JSON values in meta)"
             raise DataError(f"session {session.id!r}: {problem}") from error
@@ -295,7 +345,8 @@ class Entry(NamedTuple):
     """A session as it is stored, yet to be checked.
 
     where: the file and line that a message starts with; place: the line or row alone, as `line 7`.
-    record: the object of a line of sessions.jsonl, or what is wrong with it; its `image` is not looked at.
+    record: the object of a line of sessions.jsonl, or what is wrong with it; its `image` is not
+        looked at.
     image: decodes the image; None: there is none to decode.
     """
 
@@ -327,10 +378,11 @@ def scan(
     unreadable: Unreadable | None = None,
     contained: bool = False,
 ) -> Iterator[Session | str]:
-    """The sessions of a set in order, and a line of text for each problem. Lazy: an image is decoded when reached.
+    """The sessions of a set in order, and a line of text for each problem. Lazy: an image is
+    decoded when reached.
 
-    contained: the set is of others, and relative names of images must not lead out of its folder. The other arguments
-    as in `load_sessions`. Raises DataError when there is no set at `path`.
+    contained: the set is of others, and relative names of images must not lead out of its folder.
+    The other arguments as in `load_sessions`. Raises DataError when there is no set at `path`.
     """
     if resize not in RESIZES:
         raise UserError(f"resize: {resize!r} (accepted: {', '.join(RESIZES)})")
@@ -344,10 +396,13 @@ def scan(
 
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a Hugging Face dataset: of the hub (hf:…), or a folder that `datasets` saved."""
+    """Whether this is a Hugging Face dataset: of the hub (hf:…), or a folder that `datasets`
+    saved."""
     # os.path answers for names that are too long for any file, where pathlib raises.
     saved = any(os.path.isfile(Path(path) / name) for name in ("state.json", "dataset_dict.json"))
-    return os.fspath(path).startswith("hf:") or (saved and not os.path.exists(Path(path) / FILE_NAME))
+    return os.fspath(path).startswith("hf:") or (
+        saved and not os.path.exists(Path(path) / FILE_NAME)
+    )
 
 
 def _locate(path: str | os.PathLike[str]) -> Path:
@@ -355,7 +410,9 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     file = path / FILE_NAME if os.path.isdir(path) else path
     if not os.path.isfile(file):
         problem = f"no {FILE_NAME} in the folder" if os.path.isdir(path) else "no such file"
-        raise DataError(f"{shown(path)}: {problem} (accepted: a {FILE_NAME} file or a folder that holds one)")
+        raise DataError(
+            f"{shown(path)}: {problem} (accepted: a {FILE_NAME} file or a folder that holds one)"
+        )
     return file
 
 
@@ -378,11 +435,14 @@ def _file_entries(file: Path, size: Size | None, resize: str, contained: bool) -
                 image = _NoImage(str(error))
         yield Entry(where, place, record, image)
     if not lines_there:
-        raise DataError(f"{file}: no sessions in the file (accepted: one JSON object a line, at least one)")
+        raise DataError(
+            f"{file}: no sessions in the file (accepted: one JSON object a line, at least one)"
+        )
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, content) of the lines that are not blank, from 1, without a byte order mark. Raises DataError."""
+    """(number, content) of the lines that are not blank, from 1, without a byte order mark. Raises
+    DataError."""
     try:
         raw_lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
@@ -390,7 +450,9 @@ def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
     return ((number, raw) for number, raw in enumerate(raw_lines, start=1) if raw.strip())
 
 
-def _checked(entries: Iterable[Entry], memory: int, unreadable: Unreadable | None) -> Iterator[Session | str]:
+def _checked(
+    entries: Iterable[Entry], memory: int, unreadable: Unreadable | None
+) -> Iterator[Session | str]:
     seen: dict[str, str] = {}
     for where, place, record, stored in entries:
         if isinstance(record, DataError):
@@ -400,12 +462,19 @@ def _checked(entries: Iterable[Entry], memory: int, unreadable: Unreadable | Non
         given = record.get("id")
         name = given if isinstance(given, str) else "{}-{:0>6}".format(*place.split())
         if name in seen:
-            problems.append(("id", f"{shown(repr(name))} was already used on {seen[name]} (accepted: unique ids)"))
+            problems.append(
+                (
+                    "id",
+                    f"{shown(repr(name))} was already used on {seen[name]} (accepted: unique ids)",
+                )
+            )
         seen.setdefault(name, place)
         if unreadable is not None and not problems:
             of = f"of session {shown(repr(name))}: "
             told = [turn["instruction"] for turn in record["turns"]]
-            problems += ((f"turns[{turn}].instruction", of + problem) for turn, problem in unreadable(told))
+            problems += (
+                (f"turns[{turn}].instruction", of + problem) for turn, problem in unreadable(told)
+            )
         pixels = None
         if stored is not None:
             try:
@@ -416,10 +485,12 @@ def _checked(entries: Iterable[Entry], memory: int, unreadable: Unreadable | Non
         if pixels is None or stored is None or problems:
             continue
         turns = tuple(
-            Turn(t["instruction"], t.get("intent"), t.get("task"), t.get("meta") or {}) for t in record["turns"]
+            Turn(t["instruction"], t.get("intent"), t.get("task"), t.get("meta") or {})
+            for t in record["turns"]
         )
         memory -= pixels.nbytes
-        # The size that was seen stands, so that a file that is replaced while a run reads it is an error.
+        # The size that was seen stands, so that a file that is replaced while a run reads it is an
+        # error.
         later: Any = None
         if memory < 0:
             later = replace(stored, size=pixels.shape[:2], checksum=_pixel_sum(pixels))  # type: ignore[type-var]
@@ -437,10 +508,17 @@ def parse_object(raw: bytes, accepted: str = "one JSON object a line") -> dict[s
         # "\ud800" alone is legal JSON, but no tokenizer and no UTF-8 file can hold it.
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        raise DataError(f"column {error.colno}: malformed JSON: {error.msg} (accepted: {accepted})") from error
+        raise DataError(
+            f"column {error.colno}: malformed JSON: {error.msg} (accepted: {accepted})"
+        ) from error
     except UnicodeEncodeError as error:
-        raise DataError("a string holds half of a surrogate pair (accepted: Unicode text)") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting beyond any use
+        raise DataError(
+            "a string holds half of a surrogate pair (accepted: Unicode text)"
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of thousands of digits; nesting beyond any use
         raise DataError(f"malformed JSON: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{kind(record)} (accepted: {accepted})")
@@ -510,7 +588,9 @@ def _meta_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "meta", f"{kind(meta)} (accepted: an object, or absent)"
 
 
-def _unknown_keys(record: Mapping[str, Any], known: tuple[str, ...], prefix: str) -> Iterator[tuple[str, str]]:
+def _unknown_keys(
+    record: Mapping[str, Any], known: tuple[str, ...], prefix: str
+) -> Iterator[tuple[str, str]]:
     for key in record:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -525,7 +605,11 @@ def is_text(value: object) -> TypeGuard[str]:
 def kind(value: object) -> str:
     """What was given, short enough for one line."""
     if isinstance(value, str):
-        return f"the string {value if len(value) <= 40 else value[:37] + '...'!r}" if value.strip() else "blank string"
+        return (
+            f"the string {value if len(value) <= 40 else value[:37] + '...'!r}"
+            if value.strip()
+            else "blank string"
+        )
     if isinstance(value, (list, tuple)):
         return "an empty list" if not value else f"a list of {len(value)}"
     if isinstance(value, Mapping):
@@ -538,7 +622,9 @@ def kind(value: object) -> str:
 
 
 def _without_absent(**values: Any) -> dict[str, Any]:
-    plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    plain = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()
+    }
     return {key: value for key, value in plain.items() if value is not None and value != {}}
 
 

@@ -31,9 +31,10 @@ from editr2.seeds import derive_seed
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint was found to be. told: what may differ and does, as text. insisted: what else differs, as
-    (saved, given), because the user said so. resumed: who went on with the run before. unknown: it was written without
-    fingerprints. date: the process that saved it began then."""
+    """What a checkpoint was found to be. told: what may differ and does, as text. insisted: what
+    else differs, as (saved, given), because the user said so. resumed: who went on with the run
+    before. unknown: it was written without fingerprints. date: the process that saved it began
+    then."""
 
     told: list[str]
     insisted: dict[str, tuple[str, str]]
@@ -46,8 +47,9 @@ class Resumed:
 class State:
     """All that changes while training, and all that a checkpoint must hold.
 
-    reference, old, ema: the trainable parameters of the start (KL), of NFT's sampling policy, and their running
-    average; None where the settings have no use for them. rng: this process's generators after the iterations done.
+    reference, old, ema: the trainable parameters of the start (KL), of NFT's sampling policy, and
+    their running average; None where the settings have no use for them. rng: this process's
+    generators after the iterations done.
     """
 
     policy: Policy
@@ -67,17 +69,26 @@ class State:
         return {name: values for name, values in copies.items() if values is not None}
 
     def put_back(self) -> None:
-        """Gives the module its live weights, wherever an exchange of them was left, and no gradients."""
+        """Gives the module its live weights, wherever an exchange of them was left, and no
+        gradients."""
         for name, p in trainable(self.policy.module).items():
             p.data = self._own[name]
         self.optimizer.zero_grad(set_to_none=True)
 
     def save(
-        self, root: Path, config: Config, identity: Identity | None = None, rng: Sequence[Any] | None = None
+        self,
+        root: Path,
+        config: Config,
+        identity: Identity | None = None,
+        rng: Sequence[Any] | None = None,
     ) -> None:
-        """identity: what the run depends on; without it a resumed run can compare settings alone. rng: the generators
-        of every process, none are this one's. Raises `NonFiniteError` before anything is written."""
-        tensors, optimizer = {"policy": snapshot(self.policy.module), **self._copies()}, self.optimizer.state_dict()
+        """identity: what the run depends on; without it a resumed run can compare settings alone.
+        rng: the generators of every process, none are this one's. Raises `NonFiniteError` before
+        anything is written."""
+        tensors, optimizer = (
+            {"policy": snapshot(self.policy.module), **self._copies()},
+            self.optimizer.state_dict(),
+        )
         check_state(f"{root}: step {self.iteration} is not saved", tensors, optimizer)
         save_checkpoint(
             root,
@@ -105,15 +116,17 @@ class State:
     ) -> Resumed:
         """Takes on a checkpoint's state. No weight is changed before all of them were looked at.
 
-        identity: of this run; None compares settings alone. rank: whose generators. insist: names of settings, sections
-        or fingerprints that may differ. Raises CheckpointError naming every other one that does, and for contents that
-        are none of this run's.
+        identity: of this run; None compares settings alone. rank: whose generators. insist: names
+        of settings, sections or fingerprints that may differ. Raises CheckpointError naming every
+        other one that does, and for contents that are none of this run's.
         """
         identity = identity or Identity({}, {})
         saved = load_checkpoint(path)
         elapsed = _field(saved, saved.state, "elapsed", (int, float))
         if not math.isfinite(elapsed):
-            raise CheckpointError(f"{path}: damaged: elapsed in state.json is {elapsed} (accepted: seconds)")
+            raise CheckpointError(
+                f"{path}: damaged: elapsed in state.json is {elapsed} (accepted: seconds)"
+            )
         settings = _field(saved, saved.state, "config", dict)
         recorded = _field(saved, saved.state, "identity", dict, {})
         depends, made = (_field(saved, recorded, key, dict, {}) for key in ("depends", "made"))
@@ -137,17 +150,25 @@ class State:
             if name in saved.tensors:
                 _check_shapes(saved, name, like)
             elif not (anything and name in copies):
-                raise CheckpointError(f"{saved.path}: damaged: no {name}.safetensors, which these settings need")
+                raise CheckpointError(
+                    f"{saved.path}: damaged: no {name}.safetensors, which these settings need"
+                )
         self._load_optimizer(saved)
         load_trainable(self.policy.module, saved.tensors["policy"])
         for name, values in copies.items():
-            # A reference stays the start; an average or an old policy that there was not begins here.
-            given = saved.tensors.get(name, values if name == "reference" else saved.tensors["policy"])
+            # A reference stays the start; an average or an old policy that there was not begins
+            # here.
+            given = saved.tensors.get(
+                name, values if name == "reference" else saved.tensors["policy"]
+            )
             for key, value in values.items():
                 value.copy_(given[key])
 
     def _load_optimizer(self, saved: Checkpoint) -> None:
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        settings = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
         empty = self.optimizer.state_dict()
         try:
             self.optimizer.load_state_dict(saved.optimizer)
@@ -165,12 +186,15 @@ class State:
         if wrong:
             self.optimizer.load_state_dict(empty)
             raise CheckpointError(f"{saved.path}: damaged: optimizer: {wrong[0]}")
-        # Learning rates and the like are the settings', which were compared; what was insisted on has to act.
+        # Learning rates and the like are the settings', which were compared; what was insisted on
+        # has to act.
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
 
     def _restore_rng(self, rng: Any, config: Config, rank: int) -> None:
-        ranks = rng if isinstance(rng, list) else [rng]  # editr2 0.1 kept those of the first process
+        ranks = (
+            rng if isinstance(rng, list) else [rng]
+        )  # editr2 0.1 kept those of the first process
         if rank < len(ranks):
             restore_rng(ranks[rank])
         else:
@@ -197,7 +221,9 @@ class State:
 _NEEDED: Any = object()
 
 
-def _field(saved: Checkpoint, values: Mapping[str, Any], key: str, kinds: Any, default: Any = _NEEDED) -> Any:
+def _field(
+    saved: Checkpoint, values: Mapping[str, Any], key: str, kinds: Any, default: Any = _NEEDED
+) -> Any:
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, kinds):
         what = "missing from" if value is _NEEDED else f"a {type(value).__name__} in"
@@ -219,8 +245,14 @@ def _check_shapes(saved: Checkpoint, name: str, like: Mapping[str, Tensor]) -> N
 def new_state(config: Config, policy: Policy) -> State:
     t = config.train
     writes = policy.writes_text_with if isinstance(policy, TextPolicy) else (lambda name: False)
-    image = {"params": [p for n, p in trainable(policy.module).items() if not writes(n)], "base_lr": t.lr}
-    text = {"params": [p for n, p in trainable(policy.module).items() if writes(n)], "base_lr": t.text_lr or t.lr}
+    image = {
+        "params": [p for n, p in trainable(policy.module).items() if not writes(n)],
+        "base_lr": t.lr,
+    }
+    text = {
+        "params": [p for n, p in trainable(policy.module).items() if writes(n)],
+        "base_lr": t.text_lr or t.lr,
+    }
     groups = [group for group in (image, text) if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay)
     optimizer.zero_grad(set_to_none=True)  # of a run that was stopped before, in the same process

@@ -1,4 +1,5 @@
-"""Files of tensors and of settings: read strictly, since others may have written them, and written for all to read."""
+"""Files of tensors and of settings: read strictly, since others may have written them, and written
+for all to read."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ Shape = tuple[int, ...]
 
 @contextmanager
 def reading(where: object) -> Iterator[None]:
-    """Around libraries that read files of others: what they raise becomes a `ConfigError` that starts with `where`.
+    """Around libraries that read files of others: what they raise becomes a `ConfigError` that
+    starts with `where`.
 
-    They raise anything (tokenizers a plain `Exception`, model classes whatever a setting's wrong type leads to), so
-    every exception counts but ours, which say more, and a lack of memory, which is no fault of the files.
+    They raise anything (tokenizers a plain `Exception`, model classes whatever a setting's wrong
+    type leads to), so every exception counts but ours, which say more, and a lack of memory, which
+    is no fault of the files.
     """
     try:
         yield
@@ -37,7 +40,8 @@ def reading(where: object) -> Iterator[None]:
 
 @contextmanager
 def writing(where: object) -> Iterator[None]:
-    """Around what writes tensors: a full disk and what cannot be stored become a `CheckpointError`."""
+    """Around what writes tensors: a full disk and what cannot be stored become a
+    `CheckpointError`."""
     try:
         yield
     except (OSError, SafetensorError, TypeError, ValueError) as error:
@@ -66,13 +70,19 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
                 tensor = file.get_slice(key)
                 shapes[key] = tuple(tensor.get_shape())
                 if "F" not in (kind := tensor.get_dtype()):
-                    raise CheckpointError(f"{path}: {key}: {kind} (accepted: floating point, such as F32 or BF16)")
+                    raise CheckpointError(
+                        f"{path}: {key}: {kind} (accepted: floating point, such as F32 or BF16)"
+                    )
             return shapes, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: no safetensors file: {one_line(error)} (was it cut short?)") from error
+        raise CheckpointError(
+            f"{path}: no safetensors file: {one_line(error)} (was it cut short?)"
+        ) from error
 
 
-def check_shapes(path: Path, found: Mapping[str, Shape], needed: Mapping[str, Shape], whose: str) -> None:
+def check_shapes(
+    path: Path, found: Mapping[str, Shape], needed: Mapping[str, Shape], whose: str
+) -> None:
     """Raises `CheckpointError` naming the first key that is unknown, missing or of another shape.
 
     whose: what needs the tensors, for the message.
@@ -81,13 +91,19 @@ def check_shapes(path: Path, found: Mapping[str, Shape], needed: Mapping[str, Sh
         raise CheckpointError(f"{path}: no tensors (accepted: the {len(needed)} of {whose})")
     if odd := sorted(set(found) - set(needed)):
         more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
-        raise CheckpointError(f"{path}: {odd[0]}: unknown to {whose}{more}; was it written for another model?")
+        raise CheckpointError(
+            f"{path}: {odd[0]}: unknown to {whose}{more}; was it written for another model?"
+        )
     if gone := sorted(set(needed) - set(found)):
         more = f" (and {len(gone) - 1} more)" if gone[1:] else ""
-        raise CheckpointError(f"{path}: {gone[0]}: missing{more} (accepted: all {len(needed)} tensors of {whose})")
+        raise CheckpointError(
+            f"{path}: {gone[0]}: missing{more} (accepted: all {len(needed)} tensors of {whose})"
+        )
     for key, shape in found.items():
         if shape != tuple(needed[key]):
-            raise CheckpointError(f"{path}: {key}: {list(shape)} (accepted: {list(needed[key])}, of {whose})")
+            raise CheckpointError(
+                f"{path}: {key}: {list(shape)} (accepted: {list(needed[key])}, of {whose})"
+            )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -95,17 +111,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: no safetensors file: {one_line(error)} (was it cut short?)") from error
+        raise CheckpointError(
+            f"{path}: no safetensors file: {one_line(error)} (was it cut short?)"
+        ) from error
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """A safetensors file with the modes that any new file has (see `ordinary_modes`)."""
     save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     ordinary_modes([path])
 
 
 def ordinary_modes(paths: Iterable[Path]) -> None:
-    """Gives files, and those below folders, the modes that `open` gives a new one (0644 under the usual umask).
+    """Gives files, and those below folders, the modes that `open` gives a new one (0644 under the
+    usual umask).
 
     safetensors writes to a temporary file, which nobody else may read, and renames it: mode 0600.
     """
@@ -113,5 +134,9 @@ def ordinary_modes(paths: Iterable[Path]) -> None:
     os.umask(mask)
     for path in paths:
         for file in path.rglob("*") if path.is_dir() else (path,):
-            if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != 0o666 & ~mask:
+            if (
+                file.is_file()
+                and not file.is_symlink()
+                and stat.S_IMODE(file.stat().st_mode) != 0o666 & ~mask
+            ):
                 file.chmod(0o666 & ~mask)

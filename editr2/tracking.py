@@ -1,8 +1,11 @@
-"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard where installed, a line on the terminal.
+"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard where installed, a line on the
+terminal.
 
 `metrics.jsonl` holds one JSON object a line, told apart by its "event": "start", "train", "eval" or
-"comparison". A train row of iteration i is measured with the weights after i updates, so a checkpoint
-at iteration k comes after train row k - 1 and before train row k. The file is the record of the run:
+"comparison". A train row of iteration i is measured with the weights after i updates, so a
+checkpoint
+at iteration k comes after train row k - 1 and before train row k. The file is the record of the
+run:
 a run that is killed and resumed has every iteration in it exactly once.
 """
 
@@ -33,8 +36,10 @@ Row = dict[str, Any]
 def read_metrics(path: str | os.PathLike[str]) -> tuple[list[Row], int]:
     """The rows of a metrics file, and how many lines were dropped.
 
-    A process killed while writing, or a machine that went down, leaves a torn line. Such a line (or any
-    that is not a JSON object) is dropped and counted; NaN and Infinity from other writers read as None.
+    A process killed while writing, or a machine that went down, leaves a torn line. Such a line (or
+    any
+    that is not a JSON object) is dropped and counted; NaN and Infinity from other writers read as
+    None.
     Raises FileNotFoundError when there is no such file.
     """
     rows: list[Row] = []
@@ -66,16 +71,21 @@ class Sink(Protocol):
 class MetricsLog:
     """Appends rows to `metrics.jsonl`, and passes them on to TensorBoard.
 
-    Each row is one `write` of a whole line, so killing the process loses no finished row. The file is
+    Each row is one `write` of a whole line, so killing the process loses no finished row. The file
+    is
     synced to the disk when it is trimmed and closed, not at every row.
 
     path: the file; its folder is made.
-    resume_iteration: None starts a run, and an existing non-empty file raises CheckpointError rather than
-        mixing two runs. k continues from a checkpoint at iteration k: train rows with iteration >= k, eval
-        rows with iteration > k and a torn tail are removed (atomically) before the first append. Rows
+    resume_iteration: None starts a run, and an existing non-empty file raises CheckpointError
+        rather than
+        mixing two runs. k continues from a checkpoint at iteration k: train rows with iteration >=
+        k, eval
+        rows with iteration > k and a torn tail are removed (atomically) before the first append.
+        Rows
         without an iteration (start, comparison) share the fate of the row before them.
-    resumed: about the process that continues the run, for the list of that name in the start row's identity.
-    tensorboard: None writes event files when tensorboard is installed, True demands it (ImportError),
+    resumed: about the process that continues the run, for the list of that name in the start row's
+    identity. tensorboard: None writes event files when tensorboard is installed, True demands it
+    (ImportError),
         False leaves it out. They go to the folder `tensorboard` beside the file.
     enabled: False (any process but the first) touches no file.
     """
@@ -103,7 +113,8 @@ class MetricsLog:
         if self.path.exists() and self.path.stat().st_size:
             if resume_iteration is None:
                 raise CheckpointError(
-                    f"{self.path} already holds a run; give resume_iteration to continue it, or another folder"
+                    f"{self.path} already holds a run; give resume_iteration to continue it, or "
+                    f"another folder"
                 )
             kept, self.dropped = _trim(self.path, resume_iteration, resumed)
         if tensorboard is not False:
@@ -121,9 +132,11 @@ class MetricsLog:
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Writes one row. NaN and infinities become null, their keys are listed under "non_finite" and warned of once.
+        """Writes one row. NaN and infinities become null, their keys are listed under "non_finite"
+        and warned of once.
 
-        Scalars and arrays of torch or numpy are taken as numbers and lists. Raises TypeError for other objects.
+        Scalars and arrays of torch or numpy are taken as numbers and lists. Raises TypeError for
+        other objects.
         """
         if self._fd is None:
             return
@@ -134,11 +147,19 @@ class MetricsLog:
             for name in non_finite:
                 if name not in self._warned:
                     self._warned.add(name)
-                    log.warning("%s is not finite at iteration %s; written as null", name, row.get("iteration"))
-        line = (json.dumps(clean, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+                    log.warning(
+                        "%s is not finite at iteration %s; written as null",
+                        name,
+                        row.get("iteration"),
+                    )
+        line = (json.dumps(clean, allow_nan=False, ensure_ascii=False) + "\n").encode(
+            "utf-8", "replace"
+        )
         written = os.write(self._fd, line)
         if written != len(line):
-            raise OSError(f"{self.path}: wrote {written} of {len(line)} bytes of a row; is the disk full?")
+            raise OSError(
+                f"{self.path}: wrote {written} of {len(line)} bytes of a row; is the disk full?"
+            )
         for sink in self._sinks:
             sink.append(clean)
 
@@ -159,7 +180,12 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -168,7 +194,9 @@ def _iteration(row: Mapping[str, Any]) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _trim(path: Path, resume_iteration: int, resumed: Mapping[str, Any] | None) -> tuple[list[Row], int]:
+def _trim(
+    path: Path, resume_iteration: int, resumed: Mapping[str, Any] | None
+) -> tuple[list[Row], int]:
     """Rewrites `path` with the rows that a checkpoint at `resume_iteration` has behind it."""
     rows, dropped = read_metrics(path)
     kept = rows_behind(rows, resume_iteration)
@@ -204,7 +232,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _plain(value: Any, name: str, non_finite: list[str]) -> Any:
-    """`value` as JSON can hold it; the dotted names of numbers that it cannot hold go to `non_finite`."""
+    """`value` as JSON can hold it; the dotted names of numbers that it cannot hold go to
+    `non_finite`."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -213,12 +242,18 @@ def _plain(value: Any, name: str, non_finite: list[str]) -> Any:
         non_finite.append(name)
         return None
     if isinstance(value, Mapping):
-        return {str(k): _plain(v, f"{name}.{k}" if name else str(k), non_finite) for k, v in value.items()}
+        return {
+            str(k): _plain(v, f"{name}.{k}" if name else str(k), non_finite)
+            for k, v in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_plain(v, f"{name}.{i}", non_finite) for i, v in enumerate(value)]
     if hasattr(value, "tolist"):  # torch and numpy, without importing either
         return _plain(value.tolist(), name, non_finite)
-    raise TypeError(f"row key {name!r} holds a {type(value).__name__}; use numbers, strings, lists, dicts or None")
+    raise TypeError(
+        f"row key {name!r} holds a {type(value).__name__}; use numbers, strings, lists, dicts or "
+        f"None"
+    )
 
 
 # TensorBoard
@@ -242,7 +277,8 @@ def tensorboard_sink(
 
 
 class TensorBoardSink:
-    """Every number of a row as a scalar: `train/reward`, `train/reward_turn/3`, `eval/success/mean`, ..."""
+    """Every number of a row as a scalar: `train/reward`, `train/reward_turn/3`,
+    `eval/success/mean`, ..."""
 
     def __init__(self, folder: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -265,14 +301,17 @@ class TensorBoardSink:
 
 
 def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a row as (slash-separated name, value); list items count from 1, as turns do."""
+    """The numbers of a row as (slash-separated name, value); list items count from 1, as turns
+    do."""
     for key, value in row.items():
         name = f"{prefix}{key}"
         if isinstance(value, list):
             value = {i: item for i, item in enumerate(value, 1)}
         if isinstance(value, Mapping):
             yield from flatten(value, f"{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        elif (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ):
             yield name, float(value)
 
 
@@ -282,21 +321,24 @@ TYPICAL = 16
 """Iterations whose median is the typical one: enough to outvote a few slow ones."""
 
 RECENT = 5
-"""Iterations from which the time left is reckoned: few, so that it follows a machine that becomes busy or free."""
+"""Iterations from which the time left is reckoned: few, so that it follows a machine that becomes
+busy or free."""
 
 
 class Progress:
-    """One line for each iteration: its seconds beside the typical ones, the time left, and whether the machine is busy.
+    """One line for each iteration: its seconds beside the typical ones, the time left, and whether
+    the machine is busy.
 
-    An iteration's seconds are those of the row's phases, or, without them, from one row to the next. The time left is
-    the mean of the last `RECENT` iterations, and of what the run spent between iterations (evaluations, checkpoints),
-    for each that remains. On a terminal the line stays in place above a bar; elsewhere each iteration prints a line of
-    its own.
+    An iteration's seconds are those of the row's phases, or, without them, from one row to the
+    next. The time left is the mean of the last `RECENT` iterations, and of what the run spent
+    between iterations (evaluations, checkpoints), for each that remains. On a terminal the line
+    stays in place above a bar; elsewhere each iteration prints a line of its own.
 
     iterations: how many the run has; start: how many are done already (a resumed run).
     enabled: False (any process but the first) prints nothing.
     stream: stderr unless given.
-    busy: since its last call, words for a busy machine or "" (`CoreWatch.lap`). clock: seconds, rising.
+    busy: since its last call, words for a busy machine or "" (`CoreWatch.lap`). clock: seconds,
+        rising.
     """
 
     def __init__(
@@ -358,14 +400,18 @@ class Progress:
             print(text, file=self._stream, flush=True)
         except BrokenPipeError:  # whoever read has enough of it, as any program takes it
             raise
-        except OSError:  # the terminal went away, or the log's disk is full: the run's own files say it all
+        except (
+            OSError
+        ):  # the terminal went away, or the log's disk is full: the run's own files say it all
             self._enabled = False
 
     def line(self, row: Mapping[str, Any]) -> str:
         turns = row.get("reward_turn") or []
         reward = f"reward {_short(row.get('reward'), zero=True)}"
         if turns:
-            reward += " (" + " ".join(f"t{t} {_short(value)}" for t, value in enumerate(turns, 1)) + ")"
+            reward += (
+                " (" + " ".join(f"t{t} {_short(value)}" for t, value in enumerate(turns, 1)) + ")"
+            )
         scores = [
             f"{name} {_short(_mean(row[key]))}"
             for name, key in (("IF", "if_turn"), ("CC", "cc_turn"), ("GA", "ga_turn"))
@@ -381,7 +427,9 @@ class Progress:
         if self._seconds:
             typical = statistics.median(self._seconds)
             parts.append(f"{_precise(self._seconds[-1])} s/iter (typical {_precise(typical)})")
-            each = statistics.fmean(list(self._seconds)[-RECENT:]) + self._between / max(self._gaps, 1)
+            each = statistics.fmean(list(self._seconds)[-RECENT:]) + self._between / max(
+                self._gaps, 1
+            )
             parts.append(f"left {duration(each * max(self.iterations - self.done, 0))}")
         return "  ".join(part for part in parts if part)
 
@@ -406,7 +454,12 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -420,7 +473,9 @@ def _short(value: float | None, *, zero: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:.2f}"
-    return text if zero else text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
+    return (
+        text if zero else text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
+    )
 
 
 def _precise(seconds: float) -> str:
@@ -431,20 +486,30 @@ def _precise(seconds: float) -> str:
 def duration(seconds: float) -> str:
     """5.2 → "5s", 245 → "4m05s", 7500 → "2h05m", 200000 → "2d07h"."""
     whole = round(seconds)
-    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+    for unit, size, below, part in (
+        ("d", 86400, "h", 3600),
+        ("h", 3600, "m", 60),
+        ("m", 60, "s", 1),
+    ):
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // part:02d}{below}"
     return f"{whole}s"
 
 
 def profile_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Where the time of an iteration goes: for each phase the mean seconds, its share, and the slowest iteration.
+    """Where the time of an iteration goes: for each phase the mean seconds, its share, and the
+    slowest iteration.
 
-    "untimed" is what lies between two train rows (their elapsed_s) beyond the timed phases: logging,
+    "untimed" is what lies between two train rows (their elapsed_s) beyond the timed phases:
+    logging,
     checkpoints, waiting. Pairs with an evaluation in between are left out of it.
     """
     rows = list(rows)
-    timed = [row for row in rows if row.get("event") == "train" and isinstance(row.get("seconds"), Mapping)]
+    timed = [
+        row
+        for row in rows
+        if row.get("event") == "train" and isinstance(row.get("seconds"), Mapping)
+    ]
     if not timed:
         return "no timed iterations"
     phases: dict[str, list[float]] = {}
@@ -453,11 +518,17 @@ def profile_table(rows: Iterable[Mapping[str, Any]]) -> str:
             phases.setdefault(phase, []).append(value)
     gaps: list[float] = []
     for before, row in itertools.pairwise(rows):
-        if before.get("event") != "train" or row.get("event") != "train" or not isinstance(row.get("seconds"), Mapping):
+        if (
+            before.get("event") != "train"
+            or row.get("event") != "train"
+            or not isinstance(row.get("seconds"), Mapping)
+        ):
             continue
         began, ended = before.get("elapsed_s"), row.get("elapsed_s")
         if began is not None and ended is not None and ended >= began:
-            gaps.append(max(ended - began - sum(value for _, value in flatten(row["seconds"])), 0.0))
+            gaps.append(
+                max(ended - began - sum(value for _, value in flatten(row["seconds"])), 0.0)
+            )
     # A phase that some iterations lack took no time in them: divide by all timed iterations.
     lines = [(name, sum(values) / len(timed), max(values)) for name, values in phases.items()]
     if gaps:
@@ -468,5 +539,8 @@ def profile_table(rows: Iterable[Mapping[str, Any]]) -> str:
     for name, mean, slowest in lines:
         share = 100 * mean / total if total else 0.0
         table.append(f"{name:<{width}}  {mean:>9.4f}  {share:>5.1f}%  {slowest:>9.4f}")
-    table.append(f"{'iteration':<{width}}  {total:>9.4f}  {100 if total else 0:>5.1f}%  over {len(timed)} iterations")
+    table.append(
+        f"{'iteration':<{width}}  {total:>9.4f}  {100 if total else 0:>5.1f}%  over {len(timed)} "
+        f"iterations"
+    )
     return "\n".join(table)

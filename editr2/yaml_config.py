@@ -1,7 +1,7 @@
 """YAML to frozen dataclasses and back, with errors that name the file, the line and the key.
 
-Plain YAML only: one document, string keys, no tags beyond the standard scalars, no merge keys. What a field accepts is
-`editr2.fields`' matter.
+Plain YAML only: one document, string keys, no tags beyond the standard scalars, no merge keys. What
+a field accepts is `editr2.fields`' matter.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from editr2.fields import Wrong, arguments, convert
 __all__ = ["check_keys", "dump_yaml", "load_yaml", "place_of", "to_dataclass"]
 
 T = TypeVar("T")
-_MAX_NODES = 100_000  # aliases can expand a few lines to billions of nodes; a configuration has hundreds
+_MAX_NODES = (
+    100_000  # aliases can expand a few lines to billions of nodes; a configuration has hundreds
+)
 
 
 def load_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Read one YAML mapping: its values, and the line of every dotted key (`train.lr`, `rewards[0].name`).
+    """Read one YAML mapping: its values, and the line of every dotted key (`train.lr`,
+    `rewards[0].name`).
 
-    An empty file is an empty mapping. Raises ConfigError, `file:line:column: problem`, for a syntax error, a repeated
-    key, a key that is not a string, or more than plain YAML.
+    An empty file is an empty mapping. Raises ConfigError, `file:line:column: problem`, for a syntax
+    error, a repeated key, a key that is not a string, or more than plain YAML.
     """
     path = Path(path)
     try:
@@ -45,26 +48,34 @@ def load_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, i
         raise ConfigError(f"{_at(path, mark)}: {error.problem or error.context}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{path}:{line}: character {error.character!r} is not allowed in YAML") from error
+        raise ConfigError(
+            f"{path}:{line}: character {error.character!r} is not allowed in YAML"
+        ) from error
     except RecursionError as error:
         raise ConfigError(f"{path}: nested too deeply") from error
     # An empty document, or one of comments, or a bare null.
     if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == "tag:yaml.org,2002:null"):
         return {}, {}
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{_at(path, root.start_mark)}: {_node_kind(root)} (accepted: keys and values)")
+        raise ConfigError(
+            f"{_at(path, root.start_mark)}: {_node_kind(root)} (accepted: keys and values)"
+        )
     lines: dict[str, int] = {}
     values: dict[str, Any] = _Builder(path, lines).build(root, "")
     return values, lines
 
 
 def check_keys(
-    values: Mapping[str, Any], lines: Mapping[str, int], schema: type[Any], path: str | os.PathLike[str]
+    values: Mapping[str, Any],
+    lines: Mapping[str, int],
+    schema: type[Any],
+    path: str | os.PathLike[str],
 ) -> None:
     """Check values against a dataclass and the dataclasses nested in it.
 
-    Raises ConfigError, `file:line: …`, for the first unknown key (with the nearest known one), missing key without a
-    default, or value of the wrong type, naming the key, what was given and what is accepted.
+    Raises ConfigError, `file:line: …`, for the first unknown key (with the nearest known one),
+    missing key without a default, or value of the wrong type, naming the key, what was given and
+    what is accepted.
     """
     try:
         arguments(values, schema, "")
@@ -73,7 +84,8 @@ def check_keys(
 
 
 def to_dataclass(values: Mapping[str, Any], schema: type[T]) -> T:
-    """Make the dataclass and those nested in it; absent keys take their defaults. ConfigError as `check_keys`."""
+    """Make the dataclass and those nested in it; absent keys take their defaults. ConfigError as
+    `check_keys`."""
     try:
         made: T = convert(values, schema, "", build=True)
     except Wrong as wrong:
@@ -90,10 +102,13 @@ _MISREAD = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*
 
 
 def dump_yaml(config: Any) -> str:
-    """A dataclass as YAML, in the order of its fields; `load_yaml` and `to_dataclass` give back an equal one."""
+    """A dataclass as YAML, in the order of its fields; `load_yaml` and `to_dataclass` give back an
+    equal one."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"config: a {type(config).__name__} (accepted: an instance of a dataclass)")
-    text: str = yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    text: str = yaml.dump(
+        _plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf
+    )
     return text
 
 
@@ -104,7 +119,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def text(self, value: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"'
+        )
 
 
 _Dumper.add_representer(str, _Dumper.text)
@@ -131,7 +148,11 @@ class _Builder:
         standard = "map" if isinstance(node, yaml.MappingNode) else "seq"
         if node.tag != f"tag:yaml.org,2002:{standard}":
             raise self.error(node, f"tag {_short(node.tag)} (accepted: no tag)")
-        value = self.mapping(node, key) if isinstance(node, yaml.MappingNode) else self.sequence(node, key)
+        value = (
+            self.mapping(node, key)
+            if isinstance(node, yaml.MappingNode)
+            else self.sequence(node, key)
+        )
         self.open.discard(id(node))
         return value
 
@@ -143,8 +164,14 @@ class _Builder:
                 raise self.error(key_node, "merge keys (<<) are not accepted; write the keys out")
             key = self.scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str):
-                given = key_node.value if isinstance(key_node, yaml.ScalarNode) else _node_kind(key_node)
-                raise self.error(key_node, f"key {given} is not a string (accepted: a name, quoted if need be)")
+                given = (
+                    key_node.value
+                    if isinstance(key_node, yaml.ScalarNode)
+                    else _node_kind(key_node)
+                )
+                raise self.error(
+                    key_node, f"key {given} is not a string (accepted: a name, quoted if need be)"
+                )
             line = key_node.start_mark.line + 1
             dotted = f"{prefix}.{key}" if prefix else key
             if key in result:
@@ -190,7 +217,8 @@ def _node_kind(node: yaml.Node) -> str:
 
 
 def place_of(path: str | os.PathLike[str], lines: Mapping[str, int], key: str) -> str:
-    """`file:line` of a key, or of the nearest thing around it (a missing key has no line of its own)."""
+    """`file:line` of a key, or of the nearest thing around it (a missing key has no line of its
+    own)."""
     while key and key not in lines:
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return f"{path}:{lines[key]}" if key else str(path)

@@ -1,12 +1,14 @@
-"""Check the drop-ins of `editr2.integrations` against checkouts of the projects they are for. It runs their code.
+"""Check the drop-ins of `editr2.integrations` against checkouts of the projects they are for. It
+runs their code.
 
     python scripts/check_peers.py ../flow_grpo ../Flow-Factory ...
 
-A checkout is recognised by the modules it has. Its packages are entered without their `__init__`, and what cannot be
-imported, installed or not, is stood in for by empty names, so that the few functions concerned are there without the
-rest. Each seam is then patched as `patch` does it, and a grid of calls is made before, during and after: results,
-gradients, errors and the state of the generators must agree. Prints the table that docs/integrations.md has; exits with
-1 if something differs.
+A checkout is recognised by the modules it has. Its packages are entered without their `__init__`,
+and what cannot be imported, installed or not, is stood in for by empty names, so that the few
+functions concerned are there without the rest. Each seam is then patched as `patch` does it, and a
+grid of calls is made before, during and after: results, gradients, errors and the state of the
+generators must agree. Prints the table that docs/integrations.md has; exits with 1 if something
+differs.
 """
 
 from __future__ import annotations
@@ -51,18 +53,23 @@ class _Meta(ABCMeta):
         return absent(name)
 
     def __call__(cls, *given: Any, **named: Any) -> Any:
-        if len(given) == 1 and callable(given[0]) and not named:  # a decorator leaves what it decorates
+        if (
+            len(given) == 1 and callable(given[0]) and not named
+        ):  # a decorator leaves what it decorates
             return given[0]
         return super().__call__()
 
 
 def absent(name: str) -> type:
-    """Stands in for a name of a library that is not installed: a base class, a decorator, an annotation."""
+    """Stands in for a name of a library that is not installed: a base class, a decorator, an
+    annotation."""
 
     def __call__(self: Any, *given: Any, **named: Any) -> Any:
         return given[0] if len(given) == 1 and callable(given[0]) else absent(name)
 
-    return _Meta(name, (), {"__call__": __call__, "__class_getitem__": classmethod(lambda cls, item: cls)})
+    return _Meta(
+        name, (), {"__call__": __call__, "__class_getitem__": classmethod(lambda cls, item: cls)}
+    )
 
 
 def _empty(module: ModuleType) -> None:
@@ -93,7 +100,8 @@ class _Empty(Loader):
 
 
 class _Whole(SourceFileLoader):
-    """Of a module that the one of a seam imports: what it got to, and empty names where it ended in an error."""
+    """Of a module that the one of a seam imports: what it got to, and empty names where it ended in
+    an error."""
 
     def exec_module(self, module: ModuleType) -> None:
         try:
@@ -103,7 +111,8 @@ class _Whole(SourceFileLoader):
 
 
 class Sandbox:
-    """Within, some modules of a checkout can be imported; what they brought is gone again at the end."""
+    """Within, some modules of a checkout can be imported; what they brought is gone again at the
+    end."""
 
     def __init__(self, root: Path, modules: Collection[str]) -> None:
         self._own = _Own(root, modules)
@@ -117,7 +126,10 @@ class Sandbox:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for finder in self._finders:
             sys.meta_path.remove(finder)
@@ -143,7 +155,8 @@ class _Finder(MetaPathFinder):
 
 
 class _Own(_Finder):
-    """The modules of the checkout, before all others of that name; of `modules` an error is an error."""
+    """The modules of the checkout, before all others of that name; of `modules` an error is an
+    error."""
 
     def __init__(self, root: Path, modules: Collection[str]) -> None:
         super().__init__(root)
@@ -151,7 +164,9 @@ class _Own(_Finder):
         self.packages = {name.partition(".")[0] for name in modules}
 
     def spec(self, name: str) -> ModuleSpec | None:
-        for folder in (self.root, self.root / "src") if name.partition(".")[0] in self.packages else ():
+        for folder in (
+            (self.root, self.root / "src") if name.partition(".")[0] in self.packages else ()
+        ):
             place = folder.joinpath(*name.split("."))
             file = place.with_suffix(".py")
             if file.is_file():
@@ -171,27 +186,37 @@ class _Missing(_Finder):
             frame = frame.f_back
         importer = frame.f_code.co_filename if frame else ""
         # A library that tries an import to see whether it works must still see that it does not.
-        return ModuleSpec(name, _Empty(None), is_package=True) if importer.startswith(f"{self.root}/") else None
+        return (
+            ModuleSpec(name, _Empty(None), is_package=True)
+            if importer.startswith(f"{self.root}/")
+            else None
+        )
 
 
 class Found(NamedTuple):
-    """A project in a checkout: its name for `patch`, and the module that has its function where that is a choice."""
+    """A project in a checkout: its name for `patch`, and the module that has its function where
+    that is a choice."""
 
     name: str
     module: str | None
 
 
 def recognised(root: Path) -> list[Found]:
-    """By the modules of the seams; a project whose step is part of its scripts by every script that defines it."""
+    """By the modules of the seams; a project whose step is part of its scripts by every script that
+    defines it."""
     found = []
     for name, seams in PROJECTS.items():
         if len({seam.module for seam in seams}) == 1 and "." not in seams[0].paths[0]:
             package = seams[0].module.partition(".")[0]
             for file in sorted((root / package).rglob("*.py")):
                 if set(seams[0].paths) & _defined(file):
-                    found.append(Found(name, ".".join(file.relative_to(root).with_suffix("").parts)))
+                    found.append(
+                        Found(name, ".".join(file.relative_to(root).with_suffix("").parts))
+                    )
         elif any(
-            (root / top / f"{seam.module.replace('.', '/')}.py").is_file() for seam in seams for top in ("", "src")
+            (root / top / f"{seam.module.replace('.', '/')}.py").is_file()
+            for seam in seams
+            for top in ("", "src")
         ):
             found.append(Found(name, None))
     return found
@@ -227,7 +252,9 @@ def generator(seed: int = 2) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """x, v with gradient, x_next."""
     x, v, change = torch.randn(3, *shape, generator=generator(1))
     return x, v.to(dtype).requires_grad_(), x + 0.1 * change
@@ -238,8 +265,11 @@ def scheduled(scheduler: Any, steps: int) -> Any:
     return scheduler
 
 
-def drawing(how: str, x_next: Tensor, name: str = "prev_sample") -> tuple[dict[str, Any], list[torch.Generator]]:
-    """The arguments that a sample is "given" by, or drawn by: from "one" generator, or a "list" of one a sample."""
+def drawing(
+    how: str, x_next: Tensor, name: str = "prev_sample"
+) -> tuple[dict[str, Any], list[torch.Generator]]:
+    """The arguments that a sample is "given" by, or drawn by: from "one" generator, or a "list" of
+    one a sample."""
     if how == "given":
         return {name: x_next}, []
     sources = [generator(seed) for seed in range(len(x_next) if how == "list" else 1)]
@@ -275,14 +305,22 @@ def flow_grpo_step(
     x, v, x_next = tensors(shape, dtype)
     draw, sources = drawing(how, x_next)
     times = scheduler.timesteps[at]
-    return v, module.sde_step_with_logprob(scheduler, v, times, x, noise_level=level, **draw, **more), sources
+    return (
+        v,
+        module.sde_step_with_logprob(scheduler, v, times, x, noise_level=level, **draw, **more),
+        sources,
+    )
 
 
 def flow_grpo_steps(module: ModuleType) -> Iterator[Call]:
     newer = "sde_type" in inspect.signature(module.sde_step_with_logprob).parameters
     options: tuple[dict[str, Any], ...] = ({},)
     if newer:
-        options = tuple({"sde_type": kind, "return_sqrt_dt": dt} for kind in ("sde", "cps") for dt in (True, False))
+        options = tuple(
+            {"sde_type": kind, "return_sqrt_dt": dt}
+            for kind in ("sde", "cps")
+            for dt in (True, False)
+        )
     for shape, steps, *rest in product(
         SHAPES, (4, 10), (0.1, 0.7, 1.3), HOWS, (torch.float32, torch.bfloat16), options
     ):
@@ -303,7 +341,14 @@ SCORES: dict[str, Callable[[np.random.Generator, Any], Any]] = {
 
 
 def flow_grpo_advantage(
-    module: ModuleType, scores: str, count: int, groups: int, columns: int | None, wide: bool, kind: str, times: int
+    module: ModuleType,
+    scores: str,
+    count: int,
+    groups: int,
+    columns: int | None,
+    wide: bool,
+    kind: str,
+    times: int,
 ) -> Any:
     tracker = module.PerPromptStatTracker(wide)
     shape = (count,) if columns is None else (count, columns)
@@ -320,7 +365,12 @@ def flow_grpo_advantages(module: ModuleType) -> Iterator[Call]:
         yield partial(flow_grpo_advantage, module, *(*case, kind, times))
 
 
-LEVELS: dict[str, Any] = {"0.6": 0.6, "1.2": 1.2, "a sample": torch.tensor([0.6, 0.2, 0.9]), "own": None}
+LEVELS: dict[str, Any] = {
+    "0.6": 0.6,
+    "1.2": 1.2,
+    "a sample": torch.tensor([0.6, 0.2, 0.9]),
+    "own": None,
+}
 
 
 def flow_factory_step(
@@ -337,17 +387,29 @@ def flow_factory_step(
     scheduler = scheduled(module.FlowMatchEulerDiscreteSDEScheduler(**options), 6)
     x, v, x_next = tensors(shape, dtype)
     times = scheduler.timesteps
-    timestep = {"0-dim": times[2], "float": times[2].item(), "[1]": times[2:3]}.get(way, times[[0, 1, 4]])
+    timestep = {"0-dim": times[2], "float": times[2].item(), "[1]": times[2:3]}.get(
+        way, times[[0, 1, 4]]
+    )
     ends = {"timestep_next": timestep - 50.0} if way == "both ends" else {}
     draw, sources = drawing(how, x_next.to(dtype), "next_latents")
     result = scheduler.step(
-        v, timestep, x.to(dtype), noise_level=LEVELS[level], compute_log_prob=scored, return_dict=scored, **draw, **ends
+        v,
+        timestep,
+        x.to(dtype),
+        noise_level=LEVELS[level],
+        compute_log_prob=scored,
+        return_dict=scored,
+        **draw,
+        **ends,
     )
     return v, result, sources
 
 
 def flow_factory_steps(module: ModuleType) -> Iterator[Call]:
-    kinds, ways = ("Flow-SDE", "Dance-SDE", "CPS", "ODE"), ("0-dim", "float", "[1]", "[B]", "both ends")
+    kinds, ways = (
+        ("Flow-SDE", "Dance-SDE", "CPS", "ODE"),
+        ("0-dim", "float", "[1]", "[B]", "both ends"),
+    )
     for shape, kind, level, how, way, dtype, scored in product(
         SHAPES[:2], kinds, LEVELS, HOWS, ways, (torch.float32, torch.bfloat16), (True, False)
     ):
@@ -382,12 +444,16 @@ def verl_omni_step(
     return v, result, sources
 
 
-def verl_omni_rollout(module: ModuleType, shape: tuple[int, ...], sde_type: str, level: float, as_dict: bool) -> Any:
+def verl_omni_rollout(
+    module: ModuleType, shape: tuple[int, ...], sde_type: str, level: float, as_dict: bool
+) -> Any:
     scheduler, source = scheduled(module.FlowMatchSDEDiscreteScheduler(shift=3.0), 4), generator()
     x, v, _ = tensors(shape)
     taken: list[Any] = []
     for t in scheduler.timesteps:
-        out = scheduler.step(v, t, x, generator=source, noise_level=level, sde_type=sde_type, return_dict=as_dict)
+        out = scheduler.step(
+            v, t, x, generator=source, noise_level=level, sde_type=sde_type, return_dict=as_dict
+        )
         taken += list(out.values()) if as_dict else list(out)
         x = (out.prev_sample if as_dict else out[0]).detach()
     return v, taken, [source]
@@ -414,7 +480,9 @@ def verl_omni_nft(
 ) -> Any:
     x0, noise, v, v_old, v_ref = torch.randn(5, *shape, generator=generator(3)).to(dtype)
     t = torch.linspace(0.1, 1.0, shape[0]).view(-1, *[1] * (len(shape) - 1)).to(dtype)
-    settings = SimpleNamespace(mix_beta=beta, adv_clip_max=upper, adaptive_weight_min=least, ref_kl_coef=kl)
+    settings = SimpleNamespace(
+        mix_beta=beta, adv_clip_max=upper, adaptive_weight_min=least, ref_kl_coef=kl
+    )
     result = module.DiffusionNFTLoss.compute_loss(
         forward_prediction=v.requires_grad_(),
         old_prediction=v_old,
@@ -459,7 +527,9 @@ def dance_grpo_step(
 
 def dance_grpo_steps(module: ModuleType) -> Iterator[Call]:
     either = (True, False)
-    for shape, steps, *case in product(SHAPES, (4, 10), (0.1, 0.3, 1.0), either, either, either, (int, torch.tensor)):
+    for shape, steps, *case in product(
+        SHAPES, (4, 10), (0.1, 0.3, 1.0), either, either, either, (int, torch.tensor)
+    ):
         for place in (0, steps // 2, steps - 1):
             yield partial(dance_grpo_step, module, *(shape, steps, *case, place))
 
@@ -482,7 +552,8 @@ def described(call: Call) -> str:
 
 
 class Answer(NamedTuple):
-    """Of a call: the type of its result or of what it raised; its tensors; gradients by name; generators' states."""
+    """Of a call: the type of its result or of what it raised; its tensors; gradients by name;
+    generators' states."""
 
     kind: type
     leaves: list[tuple[str, Tensor | None]]
@@ -506,25 +577,35 @@ def answer(call: Call) -> Answer:
 
 
 def difference(theirs: Answer, ours: Answer) -> tuple[str | None, float]:
-    """What differs first, or None; and the largest error in fp32, in units of max(1, the largest value)."""
+    """What differs first, or None; and the largest error in fp32, in units of max(1, the largest
+    value)."""
     if theirs.kind is not ours.kind:
         return f"{ours.kind.__name__} for {theirs.kind.__name__}", math.inf
     if [name for name, _ in theirs.leaves] != [name for name, _ in ours.leaves]:
         return "other outputs", math.inf
     if theirs.gradients.keys() != ours.gradients.keys():
-        return f"gradients of {sorted(ours.gradients)} for those of {sorted(theirs.gradients)}", math.inf
+        return (
+            f"gradients of {sorted(ours.gradients)} for those of {sorted(theirs.gradients)}",
+            math.inf,
+        )
     if not all(map(torch.equal, theirs.states, ours.states)):
         return "the generator is elsewhere", math.inf
     worst = 0.0
     pairs = [(name, a, b) for (name, a), (_, b) in zip(theirs.leaves, ours.leaves, strict=True)]
-    pairs += [(f"gradient of {name}", grad, ours.gradients[name]) for name, grad in theirs.gradients.items()]
+    pairs += [
+        (f"gradient of {name}", grad, ours.gradients[name])
+        for name, grad in theirs.gradients.items()
+    ]
     for name, their, our in pairs:
         if (their is None) != (our is None):
             return f"{name} is {our}", math.inf
         if their is None or our is None:
             continue
         if their.shape != our.shape or their.dtype != our.dtype:
-            return f"{name} is {our.dtype} {list(our.shape)} for {their.dtype} {list(their.shape)}", math.inf
+            return (
+                f"{name} is {our.dtype} {list(our.shape)} for {their.dtype} {list(their.shape)}",
+                math.inf,
+            )
         unlike = their.isfinite() != our.isfinite()
         if bool((their.isnan() != our.isnan()).any() | unlike.any()):
             return f"{name} is finite where the original is not, or the other way", math.inf
@@ -568,7 +649,8 @@ def counted(seam: Seam, handed: list[bool]) -> Seam:
 
 
 class Checking(NamedTuple):
-    """A seam: where it is, its calls, what the original answers; and what the patched one does with each call."""
+    """A seam: where it is, its calls, what the original answers; and what the patched one does with
+    each call."""
 
     place: str
     calls: list[Call]
@@ -577,7 +659,9 @@ class Checking(NamedTuple):
     during: list[tuple[Answer, list[bool]]]
 
 
-def prepared(seam: Seam, module_name: str, grid: Callable[[ModuleType], Iterator[Call]], every: int) -> Checking:
+def prepared(
+    seam: Seam, module_name: str, grid: Callable[[ModuleType], Iterator[Call]], every: int
+) -> Checking:
     calls: list[Call] = []
     path = seam.paths[0]
     with contextlib.suppress(Exception, SystemExit):  # `patch` says why
@@ -594,7 +678,9 @@ def checked(root: Path, found: Found, every: int) -> Iterator[Row]:
         prepared(seam, found.module or seam.module, grid, every)
         for seam, grid in zip(seams, GRIDS[found.name], strict=True)
     ]
-    PROJECTS[found.name] = tuple(counted(seam, check.handed) for seam, check in zip(seams, checks, strict=True))
+    PROJECTS[found.name] = tuple(
+        counted(seam, check.handed) for seam, check in zip(seams, checks, strict=True)
+    )
     try:
         with integrations.patch(found.name, module=found.module) as patched:
             refused = patched.refused
@@ -610,15 +696,29 @@ def checked(root: Path, found: Found, every: int) -> Iterator[Row]:
         calls, result, agrees = "", f"refused: {refused.get(check.place)}", False
         if check.place not in refused:
             calls, result, agrees = judged(check)
-        yield Row(root.name, *commit_of(root), ".".join(check.place.split(".")[-2:]), calls, result, agrees)
+        yield Row(
+            root.name,
+            *commit_of(root),
+            ".".join(check.place.split(".")[-2:]),
+            calls,
+            result,
+            agrees,
+        )
 
 
 def judged(check: Checking) -> tuple[str, str, bool]:
     """The numbers of calls, the result in words, and whether all is well."""
     back = sum(any(handed) for _, handed in check.during)
     count = f"{len(check.calls)}, {back} by the original"
-    results = [difference(theirs, ours) for theirs, (ours, _) in zip(check.before, check.during, strict=True)]
-    differing = [(call, what) for call, (what, _) in zip(check.calls, results, strict=True) if what is not None]
+    results = [
+        difference(theirs, ours)
+        for theirs, (ours, _) in zip(check.before, check.during, strict=True)
+    ]
+    differing = [
+        (call, what)
+        for call, (what, _) in zip(check.calls, results, strict=True)
+        if what is not None
+    ]
     if differing:
         call, what = differing[0]
         return count, f"{len(differing)} differ, first {described(call)}: {what}", False
@@ -635,27 +735,39 @@ def judged(check: Checking) -> tuple[str, str, bool]:
 
 def table(rows: Iterable[Row]) -> str:
     lines = ["| project | commit | date | seam | calls | result |", "|---|---|---|---|---|---|"]
-    lines += [f"| {' | '.join((f'`{row.project}`', *row[1:3], f'`{row.seam}`', *row[4:6]))} |" for row in rows]
+    lines += [
+        f"| {' | '.join((f'`{row.project}`', *row[1:3], f'`{row.seam}`', *row[4:6]))} |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkout of a project")
-    parser.add_argument("--every", type=int, default=1, help="of the calls, one in so many (default: all)")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="a checkout of a project"
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, help="of the calls, one in so many (default: all)"
+    )
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     roots = [path.expanduser().resolve() for path in options.paths]
     projects = [recognised(root) for root in roots]
     for root, found in zip(roots, projects, strict=True):
         if not found:
-            print(f"error: {root}: no project here (accepted: a checkout of {', '.join(PROJECTS)})", file=sys.stderr)
+            print(
+                f"error: {root}: no project here (accepted: a checkout of {', '.join(PROJECTS)})",
+                file=sys.stderr,
+            )
             return 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, and of seams that are refused: a row each
         for root, found in zip(roots, projects, strict=True):
             for project in found:
-                with Sandbox(root, [project.module or seam.module for seam in PROJECTS[project.name]]):
+                with Sandbox(
+                    root, [project.module or seam.module for seam in PROJECTS[project.name]]
+                ):
                     rows += checked(root, project, options.every)
     print(table(rows))
     return 0 if all(row.agrees for row in rows) else 1

@@ -1,9 +1,11 @@
-"""The operators of a training step on this device, each beside a copy of as many bytes: python -m scripts.headline
+"""The operators of a training step on this device, each beside a copy of as many bytes: python -m
+scripts.headline
 
-On a GPU the calls on all sets of inputs are one CUDA graph, replayed in turns with the backends and the copy: what is
-timed is the device alone, on inputs that together are past its L2. The host's part of a call is timed apart. Nothing is
-compiled but Triton's kernels, so that all of it takes half a minute; against eager and compiled code `bench/` compares.
-Every result is first compared with the reference's. On a CPU the sizes are tiny: it shows that every call works.
+On a GPU the calls on all sets of inputs are one CUDA graph, replayed in turns with the backends and
+the copy: what is timed is the device alone, on inputs that together are past its L2. The host's
+part of a call is timed apart. Nothing is compiled but Triton's kernels, so that all of it takes
+half a minute; against eager and compiled code `bench/` compares. Every result is first compared
+with the reference's. On a CPU the sizes are tiny: it shows that every call works.
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ MAX_SETS = 32  # of inputs; where they stay in the L2 no share of a copy is told
 HOST_CALLS = {"cuda": 50, "cpu": 1}
 COPY = "copy"
 COLUMNS = "{:22} {:18} {:15} {:7} {:>8} {:>8} {:>7} {:>6} {:>8} {:>8}"
-HEAD = COLUMNS.format("operator", "shape", "dtype", "backend", "us", "copy us", "% copy", "GB/s", "host us", "error")
+HEAD = COLUMNS.format(
+    "operator", "shape", "dtype", "backend", "us", "copy us", "% copy", "GB/s", "host us", "error"
+)
 
 
 @dataclass(frozen=True)
 class Latents:
-    """One set of inputs. x, x_next, noise: [B, N, C]; v, v_ref, v_old: likewise, as a model gives them."""
+    """One set of inputs. x, x_next, noise: [B, N, C]; v, v_ref, v_old: likewise, as a model gives
+    them."""
 
     x: Tensor
     x_next: Tensor
@@ -43,7 +48,9 @@ class Latents:
     v: Tensor  # requires grad
     v_ref: Tensor
     v_old: Tensor
-    old_log_prob: Tensor  # that of v: no ratio is clipped, so that the backward pass reads everything
+    old_log_prob: (
+        Tensor  # that of v: no ratio is clipped, so that the backward pass reads everything
+    )
     advantage: Tensor
     sigma: Tensor
     r: Tensor
@@ -86,7 +93,9 @@ def make_latents(size: Size) -> Latents:
         return torch.randn(size.shape, device=size.device).to(dtype)
 
     x, v = drawn(size.dtypes.x), drawn(size.dtypes.v)
-    table = ek.transition_table(ek.flow_sigmas(STEPS, 3.0), noise_level=0.7, device=torch.device(size.device))
+    table = ek.transition_table(
+        ek.flow_sigmas(STEPS, 3.0), noise_level=0.7, device=torch.device(size.device)
+    )
     step_index = torch.arange(batch, device=size.device) % (STEPS - 2) + 1
     seed = torch.arange(batch, device=size.device)
     step = ek.sde_step(x, v, table, step_index, seed, backend=our_backends(size.device)[0])
@@ -134,9 +143,18 @@ def normal(i: Latents, backend: str) -> Tensor:
 
 def grpo(i: Latents, v: Tensor, backend: str) -> ek.GrpoLoss:
     return ek.grpo_loss(
-        i.x, i.x_next, v, i.table, i.step_index, i.old_log_prob, i.advantage, clip=0.2, v_ref=i.v_ref, kl_weight=0.1,
+        i.x,
+        i.x_next,
+        v,
+        i.table,
+        i.step_index,
+        i.old_log_prob,
+        i.advantage,
+        clip=0.2,
+        v_ref=i.v_ref,
+        kl_weight=0.1,
         backend=backend,
-    )  # fmt: skip
+    )
 
 
 def grpo_forward(i: Latents, backend: str) -> tuple[Tensor, ...]:
@@ -149,7 +167,16 @@ def grpo_gradient(i: Latents, backend: str) -> tuple[Tensor, ...]:
 
 def nft_gradient(i: Latents, backend: str) -> tuple[Tensor, ...]:
     loss = ek.nft_loss(
-        i.x, i.x_next, i.sigma, i.v, i.v_old, i.r, beta=0.5, v_ref=i.v_ref, ref_weight=0.1, backend=backend
+        i.x,
+        i.x_next,
+        i.sigma,
+        i.v,
+        i.v_old,
+        i.r,
+        beta=0.5,
+        v_ref=i.v_ref,
+        ref_weight=0.1,
+        backend=backend,
     ).loss
     return torch.autograd.grad(loss, i.v, i.one)
 
@@ -196,18 +223,23 @@ def cases(device: str) -> list[Case]:
 
 
 def largest_error(found: Any, expected: Any) -> tuple[float, bool]:
-    """The largest difference between two results, in the largest value of its tensor; and whether a sum in another
-    order, or one rounding to the tensor's dtype, explains it."""
+    """The largest difference between two results, in the largest value of its tensor; and whether a
+    sum in another order, or one rounding to the tensor's dtype, explains it."""
     worst, green = 0.0, True
     for a, b in zip(frame.tensors(found), frame.tensors(expected), strict=True):
-        error = (a.float() - b.float()).abs().max().item() / max(b.float().abs().max().item(), 1e-30)
+        error = (a.float() - b.float()).abs().max().item() / max(
+            b.float().abs().max().item(), 1e-30
+        )
         green = green and error <= max(2e-5, torch.finfo(a.dtype).eps)
         worst = error if error != error else max(worst, error)
     return worst, green
 
 
-def one_after_another(call: Callable[[Any], Any], sets: Sequence[Any], device: str) -> Callable[[], Any]:
-    """The call on every set; on a GPU as one graph, in which the results of all sets have memory of their own."""
+def one_after_another(
+    call: Callable[[Any], Any], sets: Sequence[Any], device: str
+) -> Callable[[], Any]:
+    """The call on every set; on a GPU as one graph, in which the results of all sets have memory of
+    their own."""
 
     def run() -> list[Any]:
         return [call(one) for one in sets]
@@ -251,10 +283,12 @@ def measure(
     seconds: float,
     where: dict[str, Any],
 ) -> Iterator[frame.Row | str]:
-    """A row a backend; or words, of a backend that fails, and of one whose result is wrong with its times."""
+    """A row a backend; or words, of a backend that fails, and of one whose result is wrong with its
+    times."""
     size, device = case.size, case.size.device
     l2 = frame.l2_bytes(device)
-    # Plain calls: the copies of an H200's graph took 1.6 times as long at some sizes, as if by another engine.
+    # Plain calls: the copies of an H200's graph took 1.6 times as long at some sizes, as if by
+    # another engine.
     runs = {COPY: (frame.copy_provider(operator.moved, device), 1)}
     errors: dict[str, tuple[float, bool]] = {}
     host: dict[str, float] = {}
@@ -263,15 +297,26 @@ def measure(
         try:
             errors[backend] = largest_error(operator.call(sets[0], backend), expected)
             host[backend] = host_us(partial(operator.call, sets[0], backend), device)
-            runs[backend] = one_after_another(partial(operator.call, backend=backend), sets, device), len(sets)
-        # On a machine that is lent for minutes a fault of one backend must not hide the rest; it is the exit status.
+            runs[backend] = (
+                one_after_another(partial(operator.call, backend=backend), sets, device),
+                len(sets),
+            )
+        # On a machine that is lent for minutes a fault of one backend must not hide the rest; it is
+        # the exit status.
         except Exception as fault:
-            yield f"{operator.name} {list(size.shape)} {size.dtypes.name} {backend}: {type(fault).__name__}: {fault}"
+            yield (
+                f"{operator.name} {list(size.shape)} {size.dtypes.name} {backend}: "
+                f"{type(fault).__name__}: {fault}"
+            )
     del expected
     clock: frame.Clock = frame.EventClock() if device == "cuda" else frame.HostClock()
-    times = frame.interleave({name: run for name, (run, _) in runs.items()}, clock, seconds, min_rounds=3)
+    times = frame.interleave(
+        {name: run for name, (run, _) in runs.items()}, clock, seconds, min_rounds=3
+    )
     cold = frame.past_cache(len(sets), case.read, l2)
-    quantiles = {name: [ms / runs[name][1] for ms in frame.quantiles(found)] for name, found in times.items()}
+    quantiles = {
+        name: [ms / runs[name][1] for ms in frame.quantiles(found)] for name, found in times.items()
+    }
     copy_ms = quantiles.pop(COPY)[1]
     for backend, (p20, p50, p80) in quantiles.items():
         error, green = errors[backend]
@@ -289,7 +334,11 @@ def measure(
             copy_percent=round(100 * copy_ms / p50, 1) if cold else None,
             max_error=error,
             rounds=len(times[backend]),
-            extra={"host_us": round(host[backend], 1), "sets": len(sets), "copy_ms": round(copy_ms, 5)},
+            extra={
+                "host_us": round(host[backend], 1),
+                "sets": len(sets),
+                "copy_ms": round(copy_ms, 5),
+            },
             **where,
         )
         yield row if green else f"the result is wrong, no row: {line(row)}"
@@ -312,19 +361,30 @@ def line(row: frame.Row) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="folder that rows are appended to (headline.jsonl)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results", type=Path, help="folder that rows are appended to (headline.jsonl)"
+    )
     parser.add_argument("--seconds", type=float, default=0.25, help="of timing an operator")
     parser.add_argument("--first", type=int, help="so many cases only")
-    parser.add_argument("--backends", nargs="+", choices=("cpu", "cuda", "triton"), help="all that the device has")
+    parser.add_argument(
+        "--backends", nargs="+", choices=("cpu", "cuda", "triton"), help="all that the device has"
+    )
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours = given.backends or our_backends(device)
     torch.manual_seed(0)
     where = frame.environment(device)
-    print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}")
+    print(
+        f"{where['device']}, torch {where['torch']}, triton {where['triton']}, commit "
+        f"{where['commit']}"
+    )
     for name, status in ek.backends().items():
-        print(f"backend {name}: {status.detail if status.available else f'absent: {status.reason}'}")
+        print(
+            f"backend {name}: {status.detail if status.available else f'absent: {status.reason}'}"
+        )
     print(HEAD, flush=True)
     failed = 0
     for case in cases(device)[: given.first]:

@@ -1,4 +1,5 @@
-"""Writes what `editr2 check` prints into the header of every recipe: python scripts/recipe_estimates.py
+"""Writes what `editr2 check` prints into the header of every recipe: python
+scripts/recipe_estimates.py
 
 The command stands in the recipe's own header, in the line that begins with "#   editr2 check".
 """

@@ -1,4 +1,5 @@
-"""One environment for every test: offline, one thread, seeded; tests marked gpu are skipped without a CUDA device."""
+"""One environment for every test: offline, one thread, seeded; tests marked gpu are skipped without
+a CUDA device."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import os
 # Before anything imports huggingface_hub or initialises CUDA: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose among kernels freely
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # without it cuBLAS may choose among kernels freely
 
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
@@ -33,7 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="also the tests marked exhaustive (`make test-all`)")
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="also the tests marked exhaustive (`make test-all`)",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,7 +77,9 @@ def beside() -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture
-def peers(beside: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def peers(
+    beside: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModuleType]:
     """Stand-ins of other trainers (peers.py), importable by their names; nothing stays patched."""
     from editr2.integrations import patching, unpatch
 
@@ -87,5 +96,7 @@ def tiny_unified() -> UnifiedPolicy:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
     policy = new_embedded_policy(config, seed=0)
-    torch.nn.init.normal_(policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(
+        policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0)
+    )
     return policy

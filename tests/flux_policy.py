@@ -1,5 +1,6 @@
-"""A text-free policy of another architecture for the trainer's tests: a tiny random `FluxTransformer2DModel` used the
-Kontext way (the condition image's tokens stand behind the noisy ones, told apart by the first position axis).
+"""A text-free policy of another architecture for the trainer's tests: a tiny random
+`FluxTransformer2DModel` used the Kontext way (the condition image's tokens stand behind the noisy
+ones, told apart by the first position axis).
 
 Pixels stand in for an autoencoder's latents and fixed random word vectors for a text encoder.
 """
@@ -50,7 +51,9 @@ class FluxPolicy:
         return FluxContext(patchify(images, PATCH), torch.zeros(len(images), WORDS, WIDTH))
 
     def instruct(self, context: FluxContext, instructions) -> FluxContext:
-        return dataclasses.replace(context, prompt=torch.stack([self._words(text) for text in instructions]))
+        return dataclasses.replace(
+            context, prompt=torch.stack([self._words(text) for text in instructions])
+        )
 
     @staticmethod
     def _words(text: str) -> torch.Tensor:
@@ -79,7 +82,9 @@ class FluxPolicy:
         return FluxContext(context.condition[index], context.prompt[index])
 
     def join(self, contexts) -> FluxContext:
-        return FluxContext(torch.cat([c.condition for c in contexts]), torch.cat([c.prompt for c in contexts]))
+        return FluxContext(
+            torch.cat([c.condition for c in contexts]), torch.cat([c.prompt for c in contexts])
+        )
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         return unpatchify(latents, (GRID, GRID), PATCH)

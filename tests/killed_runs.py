@@ -30,12 +30,16 @@ from editr2.tracking import MetricsLog, read_metrics
 METHODS: dict[str, dict[str, Any]] = {
     "ema": {"train": {"ema": 0.5}},
     "lora": {},
-    "nft": {"rollout": {"window": 0, "shared_noise": False}, "train": {"loss": "nft", "old_decay": 0.1}},
+    "nft": {
+        "rollout": {"window": 0, "shared_noise": False},
+        "train": {"loss": "nft", "old_decay": 0.1},
+    },
     "text": {"policy": {"intent": True, "intent_tokens": 2}, "train": {"updates": 2}},
     "kl": {"train": {"kl_weight": 0.1, "ema": 0.9}},
 }
 
-# Where a run can die, as it passes them; append stands for the moment before a row is written and after.
+# Where a run can die, as it passes them; append stands for the moment before a row is written and
+# after.
 POINTS: list[tuple[Any, str]] = [
     (trainer, "draw_strips"),
     (trainer, "evaluate"),
@@ -61,20 +65,33 @@ class Drawing:
 
     def __call__(self, session: Any, images: np.ndarray) -> list[dict[str, Score]]:
         noise = (random.random() + float(np.random.rand()) + float(torch.rand(()))) / 30
-        return [{"bright": Score(min(1.0, float(image.mean() / 255) * 0.9 + noise))} for image in images]
+        return [
+            {"bright": Score(min(1.0, float(image.mean() / 255) * 0.9 + noise))} for image in images
+        ]
 
 
 def tiny() -> UnifiedPolicy:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    policy = new_embedded_policy(UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0)
-    torch.nn.init.normal_(policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    policy = new_embedded_policy(
+        UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0
+    )
+    torch.nn.init.normal_(
+        policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0)
+    )
     return policy
 
 
 def configured(out: Path, method: str, **changes: Any) -> Config:
     values: dict[str, Any] = {
         "out": str(out),
-        "rollout": {"sessions": 2, "siblings": 2, "turns": 2, "steps": 2, "window": 1, "groups_per_batch": 2},
+        "rollout": {
+            "sessions": 2,
+            "siblings": 2,
+            "turns": 2,
+            "steps": 2,
+            "window": 1,
+            "groups_per_batch": 2,
+        },
         "credit": {"preset": "flow-grpo", "weights": {"bright": 1.0}},
         "policy": {"intent": False},
         "train": {"iterations": 3, "lr": 1e-3, "ema": None, "packed": "off"},
@@ -101,7 +118,8 @@ def train_once(out: Path, method: str = "ema", **changes: Any) -> Path:
 
 @contextlib.contextmanager
 def dying_at(number: int, die: Callable[[], None]) -> Iterator[list[str]]:
-    """Calls `die` when the run passes its point `number`, counted from 1. Yields the names of the points passed."""
+    """Calls `die` when the run passes its point `number`, counted from 1. Yields the names of the
+    points passed."""
     passed: list[str] = []
 
     def pass_(name: str) -> None:
@@ -128,12 +146,17 @@ def record(run: Path) -> list[dict[str, Any]]:
     """The rows without what is not a number of the run: clocks, and where it was made."""
     rows, dropped = read_metrics(run / "metrics.jsonl")
     assert not dropped
-    return [{k: v for k, v in row.items() if k not in ("elapsed_s", "seconds", "identity")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("elapsed_s", "seconds", "identity")}
+        for row in rows
+    ]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    end = {"exit": lambda: os._exit(9), "term": lambda: signal.raise_signal(signal.SIGTERM)}[sys.argv[4]]
+    end = {"exit": lambda: os._exit(9), "term": lambda: signal.raise_signal(signal.SIGTERM)}[
+        sys.argv[4]
+    ]
     with dying_at(int(sys.argv[2]) if os.environ["RANK"] == sys.argv[3] else 0, end):
         try:
             train_once(Path(sys.argv[1]), checkpoint={"every": 2 if sys.argv[4] == "exit" else 99})

@@ -1,4 +1,5 @@
-"""Stand-ins for other trainers: the interfaces they document and the arithmetic they publish, in eager fp32 PyTorch.
+"""Stand-ins for other trainers: the interfaces they document and the arithmetic they publish, in
+eager fp32 PyTorch.
 
 They are oracles, written from the formulas. `install` puts them where those projects have them.
 """
@@ -68,9 +69,15 @@ def sde_step_with_logprob(
         g = std = after * math.sin(noise_level * math.pi / 2)
         mean = cps_mean(x, v, sigma, after, std)
     if prev_sample is None:
-        prev_sample = mean + std * randn_tensor(v.shape, generator=generator, device=v.device, dtype=v.dtype)
+        prev_sample = mean + std * randn_tensor(
+            v.shape, generator=generator, device=v.device, dtype=v.dtype
+        )
     prev_sample = prev_sample.float()
-    score = gaussian(prev_sample, mean, std) if sde_type == "sde" else -((prev_sample.detach() - mean) ** 2)
+    score = (
+        gaussian(prev_sample, mean, std)
+        if sde_type == "sde"
+        else -((prev_sample.detach() - mean) ** 2)
+    )
     out = (prev_sample, mean_over_elements(score), mean, g)
     return (*out, torch.sqrt(-dt)) if return_sqrt_dt else out
 
@@ -90,7 +97,9 @@ class PerPromptStatTracker:
             self.history_prompts.add(hash(prompt))
             seen = rewards if self.global_std else self.stats[prompt]
             centred = rewards[mine] - self.stats[prompt].mean(0, keepdims=True)
-            advantages[mine] = centred / (seen.std(0, keepdims=True) + 1e-4) if type == "grpo" else rewards[mine]
+            advantages[mine] = (
+                centred / (seen.std(0, keepdims=True) + 1e-4) if type == "grpo" else rewards[mine]
+            )
         return advantages
 
     def clear(self):
@@ -126,7 +135,11 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
     @property
     def current_sde_steps(self):
-        return torch.arange(len(self.timesteps) - 1) if self._sde_steps is None else torch.tensor(self._sde_steps)
+        return (
+            torch.arange(len(self.timesteps) - 1)
+            if self._sde_steps is None
+            else torch.tensor(self._sde_steps)
+        )
 
     def get_noise_level_for_sigma(self, sigma):
         noisy = {self.sigmas[i].item() for i in self.current_sde_steps}
@@ -147,7 +160,14 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
         noise_level=None,
         compute_log_prob=True,
         return_dict=True,
-        return_kwargs=["next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred"],  # noqa: B006
+        return_kwargs=[
+            "next_latents",
+            "next_latents_mean",
+            "std_dev_t",
+            "dt",
+            "log_prob",
+            "noise_pred",
+        ],  # noqa: B006
         dynamics_type=None,
         sigma_max=None,
     ):
@@ -188,13 +208,19 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
         elif dynamics == "ODE":
             x_next = mean
         else:
-            x_next = mean + std * randn_tensor(v.shape, generator=generator, device=v.device, dtype=v.dtype)
+            x_next = mean + std * randn_tensor(
+                v.shape, generator=generator, device=v.device, dtype=v.dtype
+            )
             x_next = x_next.to(dtype).float() if self.rounds else x_next
         log_prob = None
         if compute_log_prob and dynamics == "ODE":
             log_prob = torch.zeros(x.shape[0], device=x.device)
         elif compute_log_prob:
-            score = -((x_next.detach() - mean) ** 2) if dynamics == "CPS" else gaussian(x_next, mean, std)
+            score = (
+                -((x_next.detach() - mean) ** 2)
+                if dynamics == "CPS"
+                else gaussian(x_next, mean, std)
+            )
             log_prob = mean_over_elements(score)
         if not return_dict:
             return x_next, mean, v, log_prob, g, dt
@@ -286,21 +312,29 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
             g = std = after * math.sin(noise_level * math.pi / 2)
             mean = cps_mean(x, v, sigma, after, std)
         if prev_sample is None:
-            prev_sample = mean + std * randn_tensor(v.shape, generator=generator, device=v.device, dtype=v.dtype)
+            prev_sample = mean + std * randn_tensor(
+                v.shape, generator=generator, device=v.device, dtype=v.dtype
+            )
         log_prob = None
         if return_logprobs and sde_type == "cps":
             log_prob = mean_over_elements(-((prev_sample.detach() - mean) ** 2))
         elif return_logprobs:
-            log_prob = mean_over_elements(gaussian(prev_sample, mean, std, include_logprob_normalizer))
+            log_prob = mean_over_elements(
+                gaussian(prev_sample, mean, std, include_logprob_normalizer)
+            )
         out = (prev_sample, log_prob, mean, g)
         if not return_sqrt_dt:
             return out
         sqrt_dt = torch.sqrt(-dt)  # one a timestep given, not a sample
-        return (*out, sqrt_dt.expand(x.shape[0]).clone() if timestep is None else sqrt_dt.reshape(-1))
+        return (
+            *out,
+            sqrt_dt.expand(x.shape[0]).clone() if timestep is None else sqrt_dt.reshape(-1),
+        )
 
 
 class DiffusionNFTLoss:
-    """Of the registered losses the one over latents; its settings are attributes of `config.diffusion_loss`."""
+    """Of the registered losses the one over latents; its settings are attributes of
+    `config.diffusion_loss`."""
 
     # What another version might do: 2 in place of 1 weighs the negative branch twice.
     negative_share = 1.0
@@ -331,7 +365,10 @@ class DiffusionNFTLoss:
             return ((clean - x0) ** 2 / weight).mean(every)
 
         positive, negative = matching(settings.mix_beta), matching(-settings.mix_beta)
-        both = r * positive / settings.mix_beta + cls.negative_share * (1 - r) * negative / settings.mix_beta
+        both = (
+            r * positive / settings.mix_beta
+            + cls.negative_share * (1 - r) * negative / settings.mix_beta
+        )
         policy = (both * settings.adv_clip_max).mean()
         reference = ((v - v_ref) ** 2).mean(every).mean()
         loss = policy + settings.ref_kl_coef * reference
@@ -371,12 +408,16 @@ def flux_step_of(constants, always_noisy):
 
 
 MODULES = {
-    "flow_grpo.diffusers_patch.sd3_sde_with_logprob": {"sde_step_with_logprob": sde_step_with_logprob},
+    "flow_grpo.diffusers_patch.sd3_sde_with_logprob": {
+        "sde_step_with_logprob": sde_step_with_logprob
+    },
     "flow_grpo.stat_tracking": {"PerPromptStatTracker": PerPromptStatTracker},
     "flow_factory.scheduler.flow_match_euler_discrete": {
         "FlowMatchEulerDiscreteSDEScheduler": FlowMatchEulerDiscreteSDEScheduler
     },
-    "verl_omni.pipelines.schedulers.flow_match_sde": {"FlowMatchSDEDiscreteScheduler": FlowMatchSDEDiscreteScheduler},
+    "verl_omni.pipelines.schedulers.flow_match_sde": {
+        "FlowMatchSDEDiscreteScheduler": FlowMatchSDEDiscreteScheduler
+    },
     "verl_omni.trainer.diffusion.diffusion_algos": {"DiffusionNFTLoss": DiffusionNFTLoss},
     "fastvideo.train_grpo_flux": {"flux_step": flux_step_of(constants=True, always_noisy=True)},
 }

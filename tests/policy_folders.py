@@ -16,14 +16,21 @@ RANK = 2
 
 
 def make(root: Path, beside: Callable[[str], ModuleType]) -> dict[str, tuple[str, Path]]:
-    """Model and folder by kind of folder, all below root: pipelines, a LoRA and a transformer over one, the unified
-    model's."""
+    """Model and folder by kind of folder, all below root: pipelines, a LoRA and a transformer over
+    one, the unified model's."""
     flux, qwen = beside("tiny_editors"), beside("tiny_qwen")
     flux.klein_pipeline().save_pretrained(root / "klein")
     flux.kontext_pipeline().save_pretrained(root / "kontext")
     qwen.save_pipeline(qwen.qwen_pipeline(), root / "qwen-edit")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "frequency_size": 32}
-    unified = new_embedded_policy(UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "frequency_size": 32,
+    }
+    unified = new_embedded_policy(
+        UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0
+    )
     unified.save(root / "unified")
     folders = {name: (name, root / name) for name in ("klein", "kontext", "qwen-edit", "unified")}
     for model in ("klein", "kontext"):

@@ -1,10 +1,13 @@
-"""Run under torchrun: the same small run with whole weights and with weights shared out, case by case.
+"""Run under torchrun: the same small run with whole weights and with weights shared out, case by
+case.
 
 torchrun --nproc_per_node N tests/sharded_processes.py FOLDER CASES.json
 
-CASES.json: case -> changes to the configuration (`replace_nested`). Writes the runs, FOLDER/CASE-whole and
-FOLDER/CASE-shared, and FOLDER/facts.RANK.json: what the process held of the transformer, how
-often it was idle without and with gradient, and in how many of its own backwards idle forwards took part.
+CASES.json: case -> changes to the configuration (`replace_nested`). Writes the runs,
+FOLDER/CASE-whole and FOLDER/CASE-shared, and FOLDER/facts.RANK.json: what the process held of the
+transformer, how
+often it was idle without and with gradient, and in how many of its own backwards idle forwards took
+part.
 """
 
 import json

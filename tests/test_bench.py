@@ -1,5 +1,6 @@
-"""The frame of the benchmarks, not the benchmarks: no row without a green gate, turns and clocks, the report from rows
-alone, the comparison of two commits. Nothing here asserts how long anything takes."""
+"""The frame of the benchmarks, not the benchmarks: no row without a green gate, turns and clocks,
+the report from rows alone, the comparison of two commits. Nothing here asserts how long anything
+takes."""
 
 from __future__ import annotations
 
@@ -71,20 +72,42 @@ def test_gpu(compare):
 """
 
 
-def test_only_a_green_gate_gives_rows(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_green_gate_gives_rows(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytester.makepyfile(BENCHMARKS)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = ["-p", "bench.conftest", "-p", "no:cacheprovider", "--results", "rows", "--seconds", "0"]
+    options = [
+        "-p",
+        "bench.conftest",
+        "-p",
+        "no:cacheprovider",
+        "--results",
+        "rows",
+        "--seconds",
+        "0",
+    ]
     done = pytester.runpytest_subprocess(*options, "-m", "not gpu or full")
     done.assert_outcomes(passed=2, failed=4, deselected=2)
-    for said in ("*wrong before*", "*wrong after*", "*says nothing of editr2 cpu*", "*errors must be finite*"):
+    for said in (
+        "*wrong before*",
+        "*wrong after*",
+        "*says nothing of editr2 cpu*",
+        "*errors must be finite*",
+    ):
         done.stdout.fnmatch_lines([said])
     rows = frame.read_rows(pytester.path / "rows")
     assert [row.provider for row in rows] == ["eager", "compile", "editr2 cpu"] * 2
     ours, warm = rows[2], rows[5]
     assert warm.bytes == 800 and warm.copy_gb_s is not None and warm.copy_percent is None
-    assert (ours.shape, ours.max_error, ours.bytes, ours.flops, ours.rounds) == ([2, 3], 0.5, 800, 7, 3)
+    assert (ours.shape, ours.max_error, ours.bytes, ours.flops, ours.rounds) == (
+        [2, 3],
+        0.5,
+        800,
+        7,
+        3,
+    )
     assert ours.extra == {"told": "editr2 cpu"} and ours.copy_percent is not None
     assert ours.threads == 1 and ours.torch == torch.__version__ and ours.driver is None
     assert rows[0].bytes is None and rows[0].max_error is None and rows[1].launches is None
@@ -103,8 +126,12 @@ class CountingClock:
 
 def test_providers_take_turns() -> None:
     ran: list[str] = []
-    times = frame.interleave({name: lambda n=name: ran.append(n) for name in "ab"}, CountingClock(30.0), 0.0, 4)
-    assert ran == ["a"] * 3 + ["b"] * 3 + list("abba") * 2  # warmed up one by one, then in turns, in either order
+    times = frame.interleave(
+        {name: lambda n=name: ran.append(n) for name in "ab"}, CountingClock(30.0), 0.0, 4
+    )
+    assert (
+        ran == ["a"] * 3 + ["b"] * 3 + list("abba") * 2
+    )  # warmed up one by one, then in turns, in either order
     assert times == {"a": [30.0] * 4, "b": [30.0] * 4}
 
 
@@ -153,7 +180,10 @@ def test_profile_counts_operators_waits_and_memory() -> None:
 
 
 def test_what_is_read_of_the_inputs_decides_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = {"x": torch.zeros(256), "more": (torch.zeros(256, dtype=torch.bfloat16), [None, 3])}  # 1536 bytes
+    one = {
+        "x": torch.zeros(256),
+        "more": (torch.zeros(256, dtype=torch.bfloat16), [None, 3]),
+    }  # 1536 bytes
     monkeypatch.setattr(frame, "l2_bytes", lambda device: 4096)
     assert len(frame.make_copies(lambda: one, "cuda")) == 6
     assert len(frame.make_copies(lambda: one, "cuda", read=512)) == 16
@@ -164,7 +194,10 @@ def test_a_wait_is_what_torch_calls_one_and_launches_unseen_are_not_none_at_all(
 ) -> None:
     def set_mode(mode: str) -> None:
         if mode == "warn":
-            warnings.warn("Synchronization debug mode does not yet detect all synchronizing operations", stacklevel=1)
+            warnings.warn(
+                "Synchronization debug mode does not yet detect all synchronizing operations",
+                stacklevel=1,
+            )
 
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -174,7 +207,9 @@ def test_a_wait_is_what_torch_calls_one_and_launches_unseen_are_not_none_at_all(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without a GPU the profiler says that it sees none
         none = frame.profile(lambda: None, "cuda")
-        one = frame.profile(lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1), "cuda")
+        one = frame.profile(
+            lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1), "cuda"
+        )
     assert (none.host_syncs, one.host_syncs) == (0, 1)
     assert none.launches is None
 
@@ -183,7 +218,12 @@ def test_operations_are_counted_without_what_only_the_first_call_makes() -> None
     """A context is made at the first call, and every later one attends to what it kept."""
     from bench import test_transformers as benchmark
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "frequency_size": 8}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "frequency_size": 8,
+    }
     make = partial(benchmark.unified, text=8, num_attention_heads=2, num_key_value_heads=2, **sizes)
     channels = UnifiedConfig().latent_dim
     case = benchmark.Case("tiny", make, "unified", 4, channels, 2, 2, "cpu", torch.float32)
@@ -209,10 +249,16 @@ def test_gpu_sizes_are_marked_and_pass_the_l2() -> None:
         assert len({p.id for p in params}) == len(params)
         for p in params:
             assert (p.values[0].device == "cuda") == any(mark.name == "gpu" for mark in p.marks)
-    grid = {(p.values[0].device, p.values[0].shape, p.values[0].dtypes.name) for p in sizes.latents()}
+    grid = {
+        (p.values[0].device, p.values[0].shape, p.values[0].dtypes.name) for p in sizes.latents()
+    }
     for batch in (1, 4, 16):
         for shape in ((batch, 1024, 64), (batch, 4096, 64), (batch, 1024, 128), (batch, 4096, 128)):
-            assert {("cpu", shape, "fp32"), ("cuda", shape, "bf16"), ("cuda", shape, "x fp32, v bf16")} <= grid
+            assert {
+                ("cpu", shape, "fp32"),
+                ("cuda", shape, "bf16"),
+                ("cuda", shape, "x fp32, v bf16"),
+            } <= grid
     assert sizes.Size("cuda", sizes.PAST_L2, sizes.MIXED).bytes(x=2, v=1) >= 1 << 30
 
 
@@ -221,24 +267,44 @@ def test_gpu_sizes_are_marked_and_pass_the_l2() -> None:
 
 def row(provider: str, **changes: Any) -> Row:
     values: dict[str, Any] = {
-        "op": "sde_step", "mode": "forward", "shape": [8, 4096, 64], "dtype": "fp32", "p20_ms": 1.0, "p50_ms": 2.0,
-        "p80_ms": 3.0, "device": "A CPU", "commit": "abc1234", "date": "2026-11-21T10:00:00+00:00", "threads": 2,
-    }  # fmt: skip
+        "op": "sde_step",
+        "mode": "forward",
+        "shape": [8, 4096, 64],
+        "dtype": "fp32",
+        "p20_ms": 1.0,
+        "p50_ms": 2.0,
+        "p80_ms": 3.0,
+        "device": "A CPU",
+        "commit": "abc1234",
+        "date": "2026-11-21T10:00:00+00:00",
+        "threads": 2,
+    }
     return Row(provider=provider, **{**values, **changes})
 
 
 def rendered(rows: list[Row], folder: Path) -> str:
     frame.append_rows(folder / "rows", rows)
-    assert report.main(["--results", str(folder / "rows"), "--out", str(folder / "performance.md")]) == 0
+    assert (
+        report.main(["--results", str(folder / "rows"), "--out", str(folder / "performance.md")])
+        == 0
+    )
     return (folder / "performance.md").read_text()
 
 
 def test_report_is_made_of_rows_alone(tmp_path: Path) -> None:
-    ours = {"speedup_vs_eager": 7.5, "speedup_vs_compile": 2.5, "copy_percent": 61.0, "flops": 100, "bytes": 50}
+    ours = {
+        "speedup_vs_eager": 7.5,
+        "speedup_vs_compile": 2.5,
+        "copy_percent": 61.0,
+        "flops": 100,
+        "bytes": 50,
+    }
     ours |= {"copy_gb_s": 9.0, "max_error": 1e-6, "launches": 11, "host_syncs": 0, "peak_mib": 8.0}
     rows = [
         row("eager", p50_ms=15.0),
-        row("editr2 cpu", p50_ms=777.0, date="2026-11-20T10:00:00+00:00"),  # an earlier run of the same case
+        row(
+            "editr2 cpu", p50_ms=777.0, date="2026-11-20T10:00:00+00:00"
+        ),  # an earlier run of the same case
         row("editr2 cpu", **ours),
         row("editr2 cpu", **{**ours, "shape": [8, 1024, 64], "speedup_vs_eager": 5.0}),
     ]
@@ -259,7 +325,11 @@ def test_report_with_a_gpu_says_nothing_of_its_absence(tmp_path: Path) -> None:
 
 
 def test_rows_of_before_the_columns_are_read(tmp_path: Path) -> None:
-    old = {f.name: getattr(row("editr2 cpu"), f.name) for f in dataclasses.fields(Row) if f.name not in ADDED}
+    old = {
+        f.name: getattr(row("editr2 cpu"), f.name)
+        for f in dataclasses.fields(Row)
+        if f.name not in ADDED
+    }
     (tmp_path / "sde_step.jsonl").write_text(json.dumps({**old, "peak_rss": 3}) + "\n")
     (found,) = frame.read_rows(tmp_path)
     assert found.copy_percent is None and found.driver is None and found.launches is None
@@ -291,16 +361,32 @@ def test_rows_in_the_repository_are_read() -> None:
 
 
 def test_gains_are_counted_from_the_batched_plan(tmp_path: Path) -> None:
-    names = {"peer-plan, sample by sample": 80.0, "peer-plan": 40.0, "peer + context kept": 20.0, "eager": 12.0}
+    names = {
+        "peer-plan, sample by sample": 80.0,
+        "peer-plan": 40.0,
+        "peer + context kept": 20.0,
+        "eager": 12.0,
+    }
     rows = [
-        row(name, op="iteration", shape=[1, 4, 2], p50_ms=ms, extra={"phases_s": {"rollout": ms / 1e3}})
+        row(
+            name,
+            op="iteration",
+            shape=[1, 4, 2],
+            p50_ms=ms,
+            extra={"phases_s": {"rollout": ms / 1e3}},
+        )
         for name, ms in {**names, "editr2": 10.0}.items()
     ]
     text = report.render(rows, tmp_path / "performance.md")
-    assert "Gains over *peer-plan*, one after the other: + context kept 2.00 ×, the trainer itself 2.00 ×;" in text
+    assert (
+        "Gains over *peer-plan*, one after the other: + context kept 2.00 ×, the trainer itself "
+        "2.00 ×;" in text
+    )
     assert "all together 4.00 ×" in text
     assert "Over *peer-plan, sample by sample*: samples batched 2.00 ×, *editr2* 8.00 ×." in text
-    text = report.render([r for r in rows if "sample by sample" not in r.provider], tmp_path / "performance.md")
+    text = report.render(
+        [r for r in rows if "sample by sample" not in r.provider], tmp_path / "performance.md"
+    )
     assert "all together 4.00 ×" in text and "Over *peer-plan, sample" not in text
 
 
@@ -312,7 +398,14 @@ def test_report_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(
     "value, text",
-    [(None, ""), (0, "0"), (0.0123456, "0.0123"), (12.345, "12.3"), (123456.0, "123,000"), (2e-7, "2.0e-07")],
+    [
+        (None, ""),
+        (0, "0"),
+        (0.0123456, "0.0123"),
+        (12.345, "12.3"),
+        (123456.0, "123,000"),
+        (2e-7, "2.0e-07"),
+    ],
 )
 def test_numbers_are_written_short(value: float | None, text: str) -> None:
     assert page.number(value) == text
@@ -345,8 +438,11 @@ sys.exit(5 if end == "nothing" else 0)
 """
 
 
-def sides(folder: Path, base: tuple[str, str, str], here: tuple[str, str, str]) -> list[compare.Side]:
-    """A case, a package and an end for each, in processes that speak as pytest does; base takes twice as long."""
+def sides(
+    folder: Path, base: tuple[str, str, str], here: tuple[str, str, str]
+) -> list[compare.Side]:
+    """A case, a package and an end for each, in processes that speak as pytest does; base takes
+    twice as long."""
     made = []
     for name, ms, (case, package, end) in (("BASE", "4", base), ("this tree", "2", here)):
         command = [sys.executable, "-c", SIDE, case, str(folder / package), ms, end]
@@ -354,7 +450,9 @@ def sides(folder: Path, base: tuple[str, str, str], here: tuple[str, str, str]) 
     return made
 
 
-def compared(folder: Path, base: tuple[str, str, str], here: tuple[str, str, str]) -> list[compare.Comparison]:
+def compared(
+    folder: Path, base: tuple[str, str, str], here: tuple[str, str, str]
+) -> list[compare.Comparison]:
     both = sides(folder, base, here)
     try:
         return compare.interleaved(*both, 3)
@@ -365,7 +463,12 @@ def compared(folder: Path, base: tuple[str, str, str], here: tuple[str, str, str
 
 def test_ratio_of_two_sides(tmp_path: Path) -> None:
     (found,) = compared(tmp_path, ("a", "here.py", ""), ("a", "here.py", ""))[:1]
-    assert (found.case, found.provider, found.base_ms, found.here_ms) == ("a", "editr2 cpu", [4.0] * 3, [2.0] * 3)
+    assert (found.case, found.provider, found.base_ms, found.here_ms) == (
+        "a",
+        "editr2 cpu",
+        [4.0] * 3,
+        [2.0] * 3,
+    )
     assert found.ratio == (2.0, 2.0, 2.0)
     assert "2.000 to 2.000" in compare.table([found])
 
@@ -373,8 +476,16 @@ def test_ratio_of_two_sides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "base, here, why",
     [
-        (("a", "p", "red before"), ("a", "p", ""), "gate of a is red on BASE: AssertionError: wrong"),
-        (("a", "p", ""), ("a", "p", "red after"), "gate of a is red on this tree: AssertionError: wrong"),
+        (
+            ("a", "p", "red before"),
+            ("a", "p", ""),
+            "gate of a is red on BASE: AssertionError: wrong",
+        ),
+        (
+            ("a", "p", ""),
+            ("a", "p", "red after"),
+            "gate of a is red on this tree: AssertionError: wrong",
+        ),
         (("a", "p", ""), ("b", "p", ""), "BASE is at a, this tree at b"),
         (("a", "p", ""), ("a", "../p", ""), "which is not below"),
         (("a", "p", "dies"), ("a", "p", ""), "BASE broke off"),
@@ -403,7 +514,9 @@ def test_a_case_is_served(gates: list[str]) -> None:
 
     def work() -> None:
         try:
-            compare.serve("case", {"editr2 cpu": int}, CountingClock(6.0), gate, f"{to_worker},{from_worker}")
+            compare.serve(
+                "case", {"editr2 cpu": int}, CountingClock(6.0), gate, f"{to_worker},{from_worker}"
+            )
         except AssertionError as error:
             raised.append(error)
         os.close(from_worker)
@@ -416,11 +529,18 @@ def test_a_case_is_served(gates: list[str]) -> None:
     worker.join()
     for descriptor in (to_worker, from_parent):
         os.close(descriptor)
-    started = [] if gates[0] == "red" else [{"case": "case", "providers": ["editr2 cpu"]}, {"ms": 6.0}, {"ms": 6.0}]
+    started = (
+        []
+        if gates[0] == "red"
+        else [{"case": "case", "providers": ["editr2 cpu"]}, {"ms": 6.0}, {"ms": 6.0}]
+    )
     if started:
         assert Path(said[0].pop("package")).name == "__init__.py"
     red = "red" in gates
-    assert said == [*started, {"case": "case", "error": "AssertionError: wrong"} if red else {"gate": "green"}]
+    assert said == [
+        *started,
+        {"case": "case", "error": "AssertionError: wrong"} if red else {"gate": "green"},
+    ]
     assert bool(raised) == red
 
 
@@ -452,7 +572,13 @@ def full_size_config(folder: Path, weights: Path, **policy: Any) -> Path:
         "data": {"path": str(REPOSITORY / "examples" / "shapes"), "resize": "crop"},
         "reward": {"function": "editr2.rewards.brightness:Brightness"},
         "credit": {"preset": "flow-grpo", "baseline": None, "weights": {"brightness": 1.0}},
-        "policy": {"model": "kontext", "weights": str(weights), "lora_rank": 4, "resolution": [32, 32]} | policy,
+        "policy": {
+            "model": "kontext",
+            "weights": str(weights),
+            "lora_rank": 4,
+            "resolution": [32, 32],
+        }
+        | policy,
         "rollout": {"sessions": 1, "siblings": 2, "steps": 2, "window": 1, "window_range": 0.5},
         "train": {"ema": None},
     }
@@ -470,25 +596,40 @@ def test_full_size_iterations_stand_beside_their_estimate(
     assert said.count("iteration ") == 3 and "kontext rollout" in said and "kontext train" in said
     rows = frame.read_rows(tmp_path / "rows")
     assert [(row.provider, row.mode) for row in rows] == [
-        (provider, f"kontext {phase}") for phase in ("rollout", "train") for provider in ("editr2 check", "editr2")
+        (provider, f"kontext {phase}")
+        for phase in ("rollout", "train")
+        for provider in ("editr2 check", "editr2")
     ]
     assert all(row.p50_ms > 0 and row.peak_mib is not None and row.peak_mib > 0 for row in rows)
     assert all(row.shape == [1, 2, 32, 32] and row.device == frame.cpu_model() for row in rows)
     text = report.render(rows, tmp_path / "performance.md")
-    assert "Editors of full size" in text and "kontext train, [1, 2, 32, 32] (sessions, siblings, pixels)" in text
+    assert (
+        "Editors of full size" in text
+        and "kontext train, [1, 2, 32, 32] (sessions, siblings, pixels)" in text
+    )
     ratio = rows[1].p50_ms / rows[0].p50_ms
     assert f"| {page.number(ratio)} |" in text
 
 
-def test_full_size_weights_are_those_of_the_settings_and_words_are_repeatable(tmp_path: Path, beside: Any) -> None:
+def test_full_size_weights_are_those_of_the_settings_and_words_are_repeatable(
+    tmp_path: Path, beside: Any
+) -> None:
     pipe = beside("tiny_editors").kontext_pipeline(num_layers=2)
     pipe.save_pretrained(tmp_path / "weights")
-    config = PolicyConfig(model="kontext", weights=str(tmp_path / "weights"), lora_rank=4, resolution=(32, 32))
+    config = PolicyConfig(
+        model="kontext", weights=str(tmp_path / "weights"), lora_rank=4, resolution=(32, 32)
+    )
     policy = full_size.random_policy(DiffusionEditor(config), torch.device("cpu"))
-    frozen = {n.replace(".base_layer", ""): p for n, p in policy.module.named_parameters() if ".lora_" not in n}
+    frozen = {
+        n.replace(".base_layer", ""): p
+        for n, p in policy.module.named_parameters()
+        if ".lora_" not in n
+    }
     stock = dict(pipe.transformer.named_parameters())
     assert {n: p.shape for n, p in frozen.items()} == {n: p.shape for n, p in stock.items()}
-    assert all(0.5 < float(p.std()) * p[0].numel() ** 0.5 < 1.5 for p in frozen.values() if p.dim() > 1)
+    assert all(
+        0.5 < float(p.std()) * p[0].numel() ** 0.5 < 1.5 for p in frozen.values() if p.dim() > 1
+    )
     one, same, other = (policy.embed([text], [])[0]["words"] for text in ("a", "a", "b"))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
@@ -504,8 +645,14 @@ def test_full_size_says_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(SystemExit, match=message):
             full_size.main(arguments)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    names = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80", "NVIDIA GeForce RTX 4090": "rtx4090"}
-    for name, device in (names | {"NVIDIA RTX A6000": "a6000", "NVIDIA H100 80GB HBM3": "h100"}).items():
+    names = {
+        "NVIDIA H200": "h200",
+        "NVIDIA A100-SXM4-80GB": "a100-80",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+    }
+    for name, device in (
+        names | {"NVIDIA RTX A6000": "a6000", "NVIDIA H100 80GB HBM3": "h100"}
+    ).items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert full_size.this_device() == device
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T4")

@@ -1,4 +1,5 @@
-"""A denoising step compiled or recorded: the same images and log-probs as plain calls, over turns and shapes."""
+"""A denoising step compiled or recorded: the same images and log-probs as plain calls, over turns
+and shapes."""
 
 import dataclasses
 from contextlib import contextmanager
@@ -27,14 +28,26 @@ GUIDED = Guidance(text=3.0, image=1.5)
 
 
 def tiny(guidance: Guidance = PLAIN) -> UnifiedPolicy:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "frequency_size": 8}
-    policy = new_embedded_policy(UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0)
-    torch.nn.init.normal_(policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "frequency_size": 8,
+    }
+    policy = new_embedded_policy(
+        UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0
+    )
+    torch.nn.init.normal_(
+        policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0)
+    )
     return UnifiedPolicy(policy.module, policy.codec, guidance)
 
 
-def rolled(policy: UnifiedPolicy, how: str, device: str = "cpu", keep_velocity: bool = True) -> Chunk:
-    """Sessions of two and three turns: rollouts leave, contexts grow, leaders hand over inside the first turn."""
+def rolled(
+    policy: UnifiedPolicy, how: str, device: str = "cpu", keep_velocity: bool = True
+) -> Chunk:
+    """Sessions of two and three turns: rollouts leave, contexts grow, leaders hand over inside the
+    first turn."""
     sessions = [shapes.make_session(0, i, turns=2 + i % 2) for i in range(3)]
     policy.module.to(device)
     return rollout_chunk(
@@ -49,18 +62,21 @@ def rolled(policy: UnifiedPolicy, how: str, device: str = "cpu", keep_velocity: 
 
 
 def assert_same(found: Chunk, plain: Chunk) -> None:
-    """Up to the rounding of a few layers in fp32; pixels may fall to the other side of a rounding."""
+    """Up to the rounding of a few layers in fp32; pixels may fall to the other side of a
+    rounding."""
     for a, b in zip(found.turns, plain.turns, strict=True):
         assert a.text == b.text and torch.equal(a.step_index, b.step_index)
         for name in ("x", "x_next", "x0", "velocity"):
-            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=2e-5, msg=name)
+            torch.testing.assert_close(
+                getattr(a, name), getattr(b, name), rtol=0, atol=2e-5, msg=name
+            )
         torch.testing.assert_close(a.log_prob, b.log_prob, rtol=0, atol=1e-6)
         assert abs(a.images.astype(int) - b.images).max() <= 1
 
 
 def compiled_by(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Traces and guards as torch.compile does, but runs the graphs as they are: Inductor takes ten seconds for each.
-    Returns the graphs."""
+    """Traces and guards as torch.compile does, but runs the graphs as they are: Inductor takes ten
+    seconds for each. Returns the graphs."""
     graphs: list[object] = []
 
     def counting(graph, inputs):
@@ -73,14 +89,15 @@ def compiled_by(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return graphs
 
 
-# ------------------------------------------------------------------------------------------------------------- compile
+# ------------------------------------------------------------------------------------------ compile
 
 
 def test_a_compiled_step_gives_the_plain_steps_rollout(monkeypatch):
     graphs = compiled_by(monkeypatch)
     policy = tiny(GUIDED)
     assert_same(rolled(policy, "compile"), rolled(policy, "off"))
-    # The batch grows inside the first turn and the context after it: sizes that change become symbols, once each.
+    # The batch grows inside the first turn and the context after it: sizes that change become
+    # symbols, once each.
     assert 1 < len(graphs) <= 5
     seen = len(graphs)
     rolled(policy, "compile")
@@ -98,11 +115,15 @@ def test_inductor_compiles_a_step():
     policy = tiny()
     session = shapes.make_session(0, 0, turns=1)
     x = torch.randn(2, *policy.latent_shape)
-    context = policy.instruct(policy.encode(session.image[None].repeat(2, 0)), [session.turns[0].instruction] * 2)
+    context = policy.instruct(
+        policy.encode(session.image[None].repeat(2, 0)), [session.turns[0].instruction] * 2
+    )
     table = make_sampler(4, dynamics="cps", noise_level=0.7, window=2).table
     given = (x, torch.ones(2), context, table, torch.tensor([4, 0]), torch.tensor([1, 2]))
     with torch.no_grad():
-        found, plain = (capture_step(policy, how, x.device, True)(*given) for how in ("compile", "off"))
+        found, plain = (
+            capture_step(policy, how, x.device, True)(*given) for how in ("compile", "off")
+        )
     torch.testing.assert_close(found.x_next, plain.x_next, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.log_prob, plain.log_prob, rtol=0, atol=1e-6)
 
@@ -116,7 +137,9 @@ def test_what_cannot_be_compiled_whole_is_refused_in_one_line(monkeypatch):
             return super().velocity(x, sigma, context)
 
     policy = tiny()
-    with pytest.raises(ConfigError, match=r"rollout.capture: compile \(accepted for this Breaks: off") as found:
+    with pytest.raises(
+        ConfigError, match=r"rollout.capture: compile \(accepted for this Breaks: off"
+    ) as found:
         rolled(Breaks(policy.module, policy.codec), "compile")
     assert "\n" not in str(found.value)
 
@@ -131,7 +154,9 @@ def test_more_recompilations_than_dynamo_allows_are_refused(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_training_takes_old_log_probs_of_its_own_where_the_rollout_was_captured(monkeypatch, tmp_path):
+def test_training_takes_old_log_probs_of_its_own_where_the_rollout_was_captured(
+    monkeypatch, tmp_path
+):
     from editr2.tracking import read_metrics
     from editr2.trainer import train
 
@@ -139,7 +164,13 @@ def test_training_takes_old_log_probs_of_its_own_where_the_rollout_was_captured(
     values = {
         "out": str(tmp_path / "run"),
         "policy": {"intent": False},
-        "rollout": {"sessions": 2, "siblings": 3, "turns": 2, "groups_per_batch": 2, "capture": "compile"},
+        "rollout": {
+            "sessions": 2,
+            "siblings": 3,
+            "turns": 2,
+            "groups_per_batch": 2,
+            "capture": "compile",
+        },
         "train": {"iterations": 1, "packed": "off"},
         "eval": {"sessions": 2, "strips": 1},
     }
@@ -148,15 +179,19 @@ def test_training_takes_old_log_probs_of_its_own_where_the_rollout_was_captured(
     assert row["ratio_error"] < 1e-6  # the sentinel's own limit is 1e-5
 
 
-# --------------------------------------------------------------------------------------------------------------- graph
+# -------------------------------------------------------------------------------------------- graph
 
 
 def test_a_graph_without_a_cuda_device_is_refused():
-    with pytest.raises(ConfigError, match=r"rollout.capture: graph \(accepted on device cpu: off, compile"):
+    with pytest.raises(
+        ConfigError, match=r"rollout.capture: graph \(accepted on device cpu: off, compile"
+    ):
         rolled(tiny(), "graph")
 
 
-@pytest.mark.parametrize("ends", [False, True], ids=["the body's error", "and that of the capture's end"])
+@pytest.mark.parametrize(
+    "ends", [False, True], ids=["the body's error", "and that of the capture's end"]
+)
 def test_what_a_graph_cannot_hold_is_refused_in_one_line(monkeypatch, ends):
     """A copy from the host, say, runs outside of a capture and not in one."""
     capturing = []
@@ -173,18 +208,24 @@ def test_what_a_graph_cannot_hold_is_refused_in_one_line(monkeypatch, ends):
 
     def run():
         if capturing:
-            raise RuntimeError("\nCUDA error: operation not permitted\nwhen the stream is capturing")
+            raise RuntimeError(
+                "\nCUDA error: operation not permitted\nwhen the stream is capturing"
+            )
 
     for name in ("Stream", "current_stream", "CUDAGraph", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *given: MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    said = r"rollout.capture: graph \(accepted for this policy: off; CUDA: CUDA error: operation not permitted\)$"
+    said = (
+        r"rollout.capture: graph \(accepted for this policy: off; CUDA: CUDA error: operation not "
+        r"permitted\)$"
+    )
     with pytest.raises(ConfigError, match=said):
         capture._record(run, None)
 
 
 def rerun(run, pool):
-    """Stands in for a CUDA graph: always the same code on the same tensors, written to the same outputs."""
+    """Stands in for a CUDA graph: always the same code on the same tensors, written to the same
+    outputs."""
     outputs = run()
 
     def replay() -> None:
@@ -231,7 +272,10 @@ def test_a_recording_belongs_to_where_the_weights_lie(graphs, monkeypatch):
         return outputs, on_those
 
     monkeypatch.setattr(capture, "_record", record)
-    other = {name: value + 0.05 * torch.randn_like(value) for name, value in snapshot(policy.module).items()}
+    other = {
+        name: value + 0.05 * torch.randn_like(value)
+        for name, value in snapshot(policy.module).items()
+    }
     first = rolled(policy, "graph")
     with exchanged(policy.module, other):
         second, plain = rolled(policy, "graph"), rolled(policy, "off")
@@ -276,9 +320,15 @@ def test_contexts_are_any_nest_of_tensors_and_what_is_none_is_part_of_the_key(mo
         given = torch.randn(4, batch, 3).unbind()
         context = Nested({"a": [given[0]]}, scale, (given[1], given[2]))
         rest = (table, torch.full((batch,), 4), torch.arange(batch))
-        replayed: Stepped = GraphStep(policy, False, kept, rerun)(given[3], torch.ones(batch), context, *rest)
-        plain = capture_step(policy, "off", torch.device("cpu"))(given[3], torch.ones(batch), context, *rest)
-        assert torch.equal(replayed.x_next, plain.x_next) and torch.equal(replayed.log_prob, plain.log_prob)
+        replayed: Stepped = GraphStep(policy, False, kept, rerun)(
+            given[3], torch.ones(batch), context, *rest
+        )
+        plain = capture_step(policy, "off", torch.device("cpu"))(
+            given[3], torch.ones(batch), context, *rest
+        )
+        assert torch.equal(replayed.x_next, plain.x_next) and torch.equal(
+            replayed.log_prob, plain.log_prob
+        )
         assert replayed.velocity is None
 
     with torch.no_grad():
@@ -287,7 +337,12 @@ def test_contexts_are_any_nest_of_tensors_and_what_is_none_is_part_of_the_key(mo
             assert len(kept.by_key) == recordings
         with pytest.raises(ConfigError, match="rollout.capture: graph .*holds a Linear"):
             GraphStep(policy, False, kept, rerun)(
-                torch.ones(1, 3), torch.ones(1), policy.module, table, torch.zeros(1).long(), torch.zeros(1).long()
+                torch.ones(1, 3),
+                torch.ones(1),
+                policy.module,
+                table,
+                torch.zeros(1).long(),
+                torch.zeros(1).long(),
             )
 
 
@@ -300,7 +355,7 @@ def test_a_policys_recordings_go_with_it(monkeypatch):
     assert not capture._OF_POLICY
 
 
-# ----------------------------------------------------------------------------------------------------------------- gpu
+# ---------------------------------------------------------------------------------------------- gpu
 
 
 @pytest.mark.gpu

@@ -41,8 +41,8 @@ TEXTS = ["make it red", "make it a good deal bluer"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of tiny pipelines by model; kontext's has three blocks of each kind, one more than any that is measured,
-    and small's has one."""
+    """Folders of tiny pipelines by model; kontext's has three blocks of each kind, one more than
+    any that is measured, and small's has one."""
 
     def load(name):
         spec = spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
@@ -57,7 +57,9 @@ def folders(tmp_path_factory):
         if model not in made:
             made[model] = tmp_path_factory.mktemp(model)
             if model.startswith("qwen"):
-                qwen.save_pipeline(qwen.qwen_pipeline(plus=model.endswith("plus"), num_layers=2), made[model])
+                qwen.save_pipeline(
+                    qwen.qwen_pipeline(plus=model.endswith("plus"), num_layers=2), made[model]
+                )
             elif model == "klein":
                 editors.klein_pipeline(num_layers=2).save_pretrained(made[model])
             elif model == "klein-kv":
@@ -71,15 +73,18 @@ def folders(tmp_path_factory):
 
 
 def counted(run):
-    """torch's own count. It does not know the CPU's fused attention: two matrix products forward, and backward those of
-    the scores again and two for each of the two."""
+    """torch's own count. It does not know the CPU's fused attention: two matrix products forward,
+    and backward those of the scores again and two for each of the two."""
 
     def pairs(query, key):
         return 2 * query[0] * query[1] * query[2] * key[2] * query[3]
 
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    known = {op: lambda q, k, *_, **__: 2 * pairs(q, k), backward: lambda grad, q, k, *_, **__: 5 * pairs(q, k)}
+    known = {
+        op: lambda q, k, *_, **__: 2 * pairs(q, k),
+        backward: lambda grad, q, k, *_, **__: 5 * pairs(q, k),
+    }
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         run()
     return counter.get_total_flops()
@@ -92,12 +97,18 @@ def opened(folders):
 
     def of(model):
         if model not in made:
-            config = PolicyConfig(model=model, weights=folders(model), resolution=(64, 64), lora_rank=4)
+            config = PolicyConfig(
+                model=model, weights=folders(model), resolution=(64, 64), lora_rank=4
+            )
             policy, editor = load_policy(config), DiffusionEditor(config)
-            context = policy.instruct(policy.encode(np.zeros((2, 64, 64, 3), dtype=np.uint8)), TEXTS)
+            context = policy.instruct(
+                policy.encode(np.zeros((2, 64, 64, 3), dtype=np.uint8)), TEXTS
+            )
             length = context.prompt["words"].shape[1]
             if model.startswith("qwen"):  # whose prompts are as long as they are
-                editor.__class__ = type("Known", (DiffusionEditor,), {"text_length": lambda *_: length})
+                editor.__class__ = type(
+                    "Known", (DiffusionEditor,), {"text_length": lambda *_: length}
+                )
             assert editor.text_length(0) == length
             made[model] = policy, editor, context
         return made[model]
@@ -121,7 +132,9 @@ def test_flops_and_parameters_are_those_of_the_loaded_policy(opened, model):
     assert editor.own(4) == policy.sigmas(4)
 
     def forward():
-        with sdpa_kernel(SDPBackend.MATH):  # as matrix products, which torch's counter sees by itself
+        with sdpa_kernel(
+            SDPBackend.MATH
+        ):  # as matrix products, which torch's counter sees by itself
             policy.velocity(x, sigma, context)
 
     def backward():
@@ -134,22 +147,44 @@ def test_flops_and_parameters_are_those_of_the_loaded_policy(opened, model):
         policy.module.enable_gradient_checkpointing()
         again = counted(backward)
         policy.module.disable_gradient_checkpointing()
-        assert editor.cost("train", 2, 0, True).total_flops == again > editor.cost("train", 2, 0, False).total_flops
+        assert (
+            editor.cost("train", 2, 0, True).total_flops
+            == again
+            > editor.cost("train", 2, 0, False).total_flops
+        )
     images = torch.zeros(1, 3, 64, 64)
     with torch.no_grad():
         conditions = policy.to_latents(images)
-        read = counted(lambda: policy.to_latents(images)) + counted(lambda: policy.derive((conditions,)))
+        read = counted(lambda: policy.to_latents(images)) + counted(
+            lambda: policy.derive((conditions,))
+        )
         assert editor.cost("encode", 1, 0).total_flops == read
         assert editor.cost("decode", 1, 0).total_flops == counted(lambda: policy.to_pixels(x[:1]))
     sizes, parameters = editor.sizes(), list(policy.module.parameters())
     assert sizes.parameters == sum(p.numel() for p in parameters)
     assert sizes.trainable == sum(p.numel() for p in parameters if p.requires_grad)
-    assert sizes.weights == 4 * (sizes.parameters - sizes.trainable) and sizes.trained == 4 * sizes.trainable
-    blocks = [p for p in policy.module.modules() if type(p).__name__ in policy.module._repeated_blocks]
-    frozen = [4 * sum(p.numel() for name, p in b.named_parameters() if ".lora_" not in name) for b in blocks]
-    assert len(blocks) >= 2 and (sizes.block, sizes.outside) == (max(frozen), sizes.weights - sum(frozen))
-    text = sum(p.numel() for name in policy.text_encoders for p in getattr(policy.pipe, name).parameters())
-    assert (sizes.text, sizes.vae) == (4 * text, 4 * sum(p.numel() for p in policy.pipe.vae.parameters()))
+    assert (
+        sizes.weights == 4 * (sizes.parameters - sizes.trainable)
+        and sizes.trained == 4 * sizes.trainable
+    )
+    blocks = [
+        p for p in policy.module.modules() if type(p).__name__ in policy.module._repeated_blocks
+    ]
+    frozen = [
+        4 * sum(p.numel() for name, p in b.named_parameters() if ".lora_" not in name)
+        for b in blocks
+    ]
+    assert len(blocks) >= 2 and (sizes.block, sizes.outside) == (
+        max(frozen),
+        sizes.weights - sum(frozen),
+    )
+    text = sum(
+        p.numel() for name in policy.text_encoders for p in getattr(policy.pipe, name).parameters()
+    )
+    assert (sizes.text, sizes.vae) == (
+        4 * text,
+        4 * sum(p.numel() for p in policy.pipe.vae.parameters()),
+    )
 
 
 def test_cost_at_a_batch_is_the_line_through_two_smaller_ones(opened):
@@ -201,8 +236,12 @@ def test_flops_of_the_unified_policy_are_those_of_a_walk():
         context = policy.instruct(policy.append(context, images), [said] * 4)
     x, sigma = torch.randn(4, *policy.latent_shape), torch.full((4,), 0.5)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        assert editor.cost("velocity", 4, 1).total_flops == counted(lambda: policy.velocity(x, sigma, context))
-        assert editor.cost("encode", 4, 2).total_flops == counted(lambda: policy.append(context, images))
+        assert editor.cost("velocity", 4, 1).total_flops == counted(
+            lambda: policy.velocity(x, sigma, context)
+        )
+        assert editor.cost("encode", 4, 2).total_flops == counted(
+            lambda: policy.append(context, images)
+        )
     backward = counted(lambda: policy.velocity(x, sigma, context).v.sum().backward())
     assert editor.cost("train", 4, 1).total_flops == backward
 
@@ -211,8 +250,21 @@ def test_flops_of_the_unified_policy_are_those_of_a_walk():
 def test_the_plan_lists_the_velocities_that_an_iteration_asks_for(tiny_unified, loss):
     settings = {
         "policy": {"intent": False},
-        "rollout": {"sessions": 3, "siblings": 3, "groups_per_batch": 2, "steps": 4, "turns": 2, "shared_noise": False},
-        "train": {"packed": "off", "kl_weight": 0.1, "loss": loss, "ema": None, "old_log_prob": "rollout"},
+        "rollout": {
+            "sessions": 3,
+            "siblings": 3,
+            "groups_per_batch": 2,
+            "steps": 4,
+            "turns": 2,
+            "shared_noise": False,
+        },
+        "train": {
+            "packed": "off",
+            "kl_weight": 0.1,
+            "loss": loss,
+            "ema": None,
+            "old_log_prob": "rollout",
+        },
         "eval": {"sessions": 9},
     }
     settings["rollout"] |= {"window": 0} if loss == "nft" else {}
@@ -228,7 +280,10 @@ def test_the_plan_lists_the_velocities_that_an_iteration_asks_for(tiny_unified, 
         found = Counter()
         for c in calls:
             found[c.step, c.batch] += c.times
-        seen, wanted = Counter(asked), {k: n for k, n in found.items() if k[0] in ("velocity", "train")}
+        seen, wanted = (
+            Counter(asked),
+            {k: n for k, n in found.items() if k[0] in ("velocity", "train")},
+        )
         asked.clear()
         return seen == wanted
 
@@ -256,11 +311,15 @@ def test_simulated_tensors_hold_nothing_and_memory_comes_back():
             half = big[: 2**19] + 1
             assert meter.cost.peak == meter.cost.kept == half.untyped_storage().nbytes() == 2**36
             del half
-        assert meter.cost.kept == 0 and meter.cost.operations == 1 and meter.cost.bytes == 2**37 + 2**36
+        assert (
+            meter.cost.kept == 0
+            and meter.cost.operations == 1
+            and meter.cost.bytes == 2**37 + 2**36
+        )
     assert torch.get_default_dtype() == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------------- problems
+# ----------------------------------------------------------------------------------------- problems
 
 
 def failing(session, images):
@@ -270,8 +329,24 @@ def failing(session, images):
 def test_all_problems_come_together(tmp_path, capsys):
     images = tmp_path / "sessions.jsonl"
     images.write_text('{"image": "none.png", "turns": [{"instruction": "x"}]}\n{"turns": 3}\n')
-    arguments = ["--data", str(images), "--rollout.window", "9", "--train.minibatches", "5", "--train.lr", "0"]
-    arguments += ["--credit.weights", '{"beauty": 1.0}', "--rollout.siblings", "1", "--credit.fusion", "none-such"]
+    arguments = [
+        "--data",
+        str(images),
+        "--rollout.window",
+        "9",
+        "--train.minibatches",
+        "5",
+        "--train.lr",
+        "0",
+    ]
+    arguments += [
+        "--credit.weights",
+        '{"beauty": 1.0}',
+        "--rollout.siblings",
+        "1",
+        "--credit.fusion",
+        "none-such",
+    ]
     assert main(["check", *arguments]) == 2
     said = capsys.readouterr()
     assert not said.out
@@ -293,29 +368,42 @@ def test_all_problems_come_together(tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"policy": {"model": "kontext", "resolution": [500, 512]}}, r"policy\.resolution: \[500, 512\]"),
+        (
+            {"policy": {"model": "kontext", "resolution": [500, 512]}},
+            r"policy\.resolution: \[500, 512\]",
+        ),
         ({"policy": {"model": "qwen-edit", "keep_source": True}}, r"policy\.keep_source: True"),
         (
             {"policy": {"model": "klein", "weights": "someone/else"}},
             r"policy\.weights: 'someone/else'.*downloads nothing",
         ),
-        ({"policy": {"model": "klein", "lora_rank": 4, "lora_targets": "nothing"}}, r"policy\.lora_targets: 'nothing'"),
+        (
+            {"policy": {"model": "klein", "lora_rank": 4, "lora_targets": "nothing"}},
+            r"policy\.lora_targets: 'nothing'",
+        ),
         ({"policy": {"weights": "no/such"}}, "no/such: no config.json"),
         ({"reward": {"function": "editr2.rewards.brightness:Dark"}}, r"reward\.function: .*Dark"),
-        ({"rollout": {"dynamics": "ddim-sde", "noise_level": 1.0, "window": 4}}, r"rollout\.window: steps \[3\]"),
+        (
+            {"rollout": {"dynamics": "ddim-sde", "noise_level": 1.0, "window": 4}},
+            r"rollout\.window: steps \[3\]",
+        ),
     ],
 )
 def test_a_problem_is_one_line_that_names_the_field(settings, message):
     config = replace_nested(Config(), settings)
     if config.policy.model != "unified":
-        config = replace_nested(config, {"data": {"path": str(ROOT / "examples" / "shapes"), "resize": "crop"}})
+        config = replace_nested(
+            config, {"data": {"path": str(ROOT / "examples" / "shapes"), "resize": "crop"}}
+        )
     (problem,) = preflight(config).problems
     assert re.search(message, problem) and "\n" not in problem
 
 
 def test_a_problem_of_every_image_is_not_a_line_of_every_image():
     data = str(ROOT / "examples" / "shapes")
-    problems = preflight(replace_nested(Config(), {"policy": {"model": "kontext"}, "data": {"path": data}})).problems
+    problems = preflight(
+        replace_nested(Config(), {"policy": {"model": "kontext"}, "data": {"path": data}})
+    ).problems
     assert len(problems) == 9 and all("data.resize" in line for line in problems[:8])
     assert problems[8] == f"{data}: 8 more problems after these 8"
 
@@ -324,10 +412,15 @@ def test_a_reward_is_asked_once(monkeypatch):
     module = sys.modules[__name__]
     monkeypatch.setitem(sys.modules, "a_judge", module)
     monkeypatch.setattr(failing, "names", ("IF",), raising=False)
-    config = replace_nested(Config(), {"credit": {"preset": "flow-grpo", "baseline": None, "weights": {"IF": 1.0}}})
+    config = replace_nested(
+        Config(), {"credit": {"preset": "flow-grpo", "baseline": None, "weights": {"IF": 1.0}}}
+    )
     config = replace(config, reward=RewardConfig("a_judge:failing"))
     (problem,) = preflight(config).problems
-    assert problem.startswith("reward.function: no score for session") and "no judge at this address" in problem
+    assert (
+        problem.startswith("reward.function: no score for session")
+        and "no judge at this address" in problem
+    )
 
 
 def test_groups_must_go_around(capsys):
@@ -345,22 +438,41 @@ def test_groups_must_go_around(capsys):
         (4, 2, None),
         (4, 3, "accepted: a divisor of 2"),
         (5, 1, None),
-        (5, 2, "accepted: 1, since some processes have 2 batches of rollout.groups_per_batch = 1 groups and some 3"),
+        (
+            5,
+            2,
+            "accepted: 1, since some processes have 2 batches of rollout.groups_per_batch = 1 "
+            "groups and some 3",
+        ),
     ],
 )
 def test_minibatches_are_the_same_on_all_processes(sessions, minibatches, message):
-    changes = {"rollout": {"sessions": sessions, "groups_per_batch": 1}, "train": {"minibatches": minibatches}}
-    found = list(run_problems(replace_nested(Config(), changes), None, None, cannot_pack=None, processes=2))
+    changes = {
+        "rollout": {"sessions": sessions, "groups_per_batch": 1},
+        "train": {"minibatches": minibatches},
+    }
+    found = list(
+        run_problems(replace_nested(Config(), changes), None, None, cannot_pack=None, processes=2)
+    )
     assert len(found) == (message is not None)
-    assert all(problem.startswith(f"train.minibatches: {minibatches}") and message in problem for problem in found)
+    assert all(
+        problem.startswith(f"train.minibatches: {minibatches}") and message in problem
+        for problem in found
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------------------------- what it says
 
 
 def small(folders, **policy):
     settings = {
-        "policy": {"model": "kontext", "weights": folders("small"), "resolution": [64, 64], "lora_rank": 4} | policy,
+        "policy": {
+            "model": "kontext",
+            "weights": folders("small"),
+            "resolution": [64, 64],
+            "lora_rank": 4,
+        }
+        | policy,
         "data": {"path": str(ROOT / "examples" / "shapes"), "resize": "crop"},
         "reward": {"function": "editr2.rewards.brightness:Brightness"},
         "credit": {"preset": "flow-grpo", "baseline": None, "weights": {"brightness": 1.0}},
@@ -374,10 +486,16 @@ def test_offload_checkpointing_and_four_bits_take_less(folders):
     assert all(not report.problems and report.fits for report in reports)
     plain, lean = ("\n".join(report.lines) for report in reports)
     assert re.search(r"activations, train +[\d.]+ MiB  \(with checkpointing [\d.]+ MiB\)", plain)
-    assert re.search(r"activations, train, checkpointing +[\d.]+ MiB  \(without checkpointing [\d.]+ MiB\)", lean)
+    assert re.search(
+        r"activations, train, checkpointing +[\d.]+ MiB  \(without checkpointing [\d.]+ MiB\)", lean
+    )
     assert "4-bit base" in lean and "on the host while idle" in lean
     assert "verdict: fits rtx4090" in plain
-    assert "while loading" in plain and "while training" not in plain and "at most while training" in lean
+    assert (
+        "while loading" in plain
+        and "while training" not in plain
+        and "at most while training" in lean
+    )
 
     def megabytes(text, part):
         (value,) = re.findall(rf"{part} +([\d.]+) MiB", text)
@@ -390,27 +508,35 @@ def test_offload_checkpointing_and_four_bits_take_less(folders):
 def test_too_large_is_said(folders, monkeypatch):
     monkeypatch.setitem(_SHEETS, "tiny", (10, *_SHEETS["rtx4090"][1:]))
     report = preflight(small(folders), "tiny")
-    assert not report.fits and not report.problems and report.lines[-1].startswith("verdict: DOES NOT FIT tiny: ")
+    assert (
+        not report.fits
+        and not report.problems
+        and report.lines[-1].startswith("verdict: DOES NOT FIT tiny: ")
+    )
 
 
 BLOCK = 37_888, 15_744
-"""Weights of the tiny kontext's two kinds of block. 32 wide, of the first: two modulations of 32 x 192 + 192; eight
-projections of 32 x 32 + 32; four norms of 16; two MLPs of 32 x 128 + 128 and back. Of the second: 32 x 96 + 96; three
-projections and two norms; 32 x 128 + 128 and 160 x 32 + 32."""
+"""Weights of the tiny kontext's two kinds of block. 32 wide, of the first: two modulations of 32 x
+192 + 192; eight projections of 32 x 32 + 32; four norms of 16; two MLPs of 32 x 128 + 128 and back.
+Of the second: 32 x 96 + 96; three projections and two norms; 32 x 128 + 128 and 160 x 32 + 32."""
 OUTSIDE = 24_400
-"""Outside of them: tokens 16 x 32 + 32 in and 32 x 16 + 16 out, words 32 x 32 + 32, time and guidance 256 x 32 + 32 and
-32 x 32 + 32 each, the pooled words 16 x 32 + 32 and 32 x 32 + 32, the last norm 32 x 64 + 64."""
+"""Outside of them: tokens 16 x 32 + 32 in and 32 x 16 + 16 out, words 32 x 32 + 32, time and
+guidance 256 x 32 + 32 and 32 x 32 + 32 each, the pooled words 16 x 32 + 32 and 32 x 32 + 32, the
+last norm 32 x 64 + 64."""
 FROZEN = 4 * (OUTSIDE + 3 * sum(BLOCK))
 
 
 @pytest.fixture(scope="module")
 def two_processes(folders):
-    """The estimate for two processes of a tiny kontext with three blocks of each kind, whose forwards are all a billion
-    operations; by changes to the policy and to the device. Only what is asked for here takes time."""
+    """The estimate for two processes of a tiny kontext with three blocks of each kind, whose
+    forwards are all a billion operations; by changes to the policy and to the device. Only what is
+    asked for here takes time."""
 
     class Even(DiffusionEditor):
         def cost(self, step, *_):
-            return Cost({torch.float32: 10**9 if step in ("velocity", "train") else 0}, 0, 0, 0, 100, 0)
+            return Cost(
+                {torch.float32: 10**9 if step in ("velocity", "train") else 0}, 0, 0, 0, 100, 0
+            )
 
     editor = Even(small(folders, weights=folders("kontext")).policy)
 
@@ -429,9 +555,13 @@ def test_sharded_weights_are_held_by_share_and_gathered_block_by_block(two_proce
     plain, sharded = (two_processes(shard=on) for on in (False, True))
     assert (plain.memory["frozen weights"], plain.memory["gathered blocks"]) == (FROZEN, 0)
     gathered = 4 * (3 * max(BLOCK) + OUTSIDE)
-    assert (sharded.memory["frozen weights"], sharded.memory["gathered blocks"]) == (FROZEN // 2, gathered)
+    assert (sharded.memory["frozen weights"], sharded.memory["gathered blocks"]) == (
+        FROZEN // 2,
+        gathered,
+    )
     less = {phase: plain.peaks[phase] - sharded.peaks[phase] for phase in plain.peaks}
-    # While images and words are read no block is gathered; what is outside of the blocks stays whole.
+    # While images and words are read no block is gathered; what is outside of the blocks stays
+    # whole.
     at_work = FROZEN // 2 - gathered
     assert less == {"rollout": at_work, "encode": FROZEN // 2 - 4 * OUTSIDE, "train": at_work}
     for part in ("adapters", "gradients", "optimizer states", "text encoders"):
@@ -446,7 +576,9 @@ def test_gathering_takes_the_time_that_computing_does_not_cover(two_processes):
     assert bare.seconds["train"] == pytest.approx(bare.train_forwards * 2 * once)
     guided = two_processes(shard=True, guidance=2.0)
     assert guided.seconds["rollout"] == pytest.approx(2 * bare.seconds["rollout"])
-    half = two_processes(flops=2e9, shard=True)  # a call computes for 0.5 s: more than gathering once, less than twice
+    half = two_processes(
+        flops=2e9, shard=True
+    )  # a call computes for 0.5 s: more than gathering once, less than twice
     assert half.seconds["rollout"] == pytest.approx(half.rollout_forwards * 0.5)
     assert half.seconds["train"] == pytest.approx(half.train_forwards * 2 * once)
     copied = two_processes(bandwidth=1e6, shard=True)
@@ -457,7 +589,10 @@ def test_contexts_of_all_who_are_denoised_together_are_alive(folders):
     """Of four siblings and one group a batch; training in twos copies two more."""
     for micro_batch, rows in ((None, 4), (2, 6)):
         config = small(folders)
-        sizes = {"rollout": {"siblings": 4, "groups_per_batch": 1}, "train": {"micro_batch": micro_batch}}
+        sizes = {
+            "rollout": {"siblings": 4, "groups_per_batch": 1},
+            "train": {"micro_batch": micro_batch},
+        }
         config = replace_nested(config, sizes)
         editor = DiffusionEditor(config.policy)
         samplers = (rollout_sampler(config.rollout, editor.own),) * 2
@@ -465,8 +600,21 @@ def test_contexts_of_all_who_are_denoised_together_are_alive(folders):
         result = estimate(config, editor, device, samplers, ([3] * 4, [3] * 4), 1)
         # Of a row: 16 condition tokens of 16 numbers, 512 words of 32, one pooled vector of 16.
         assert result.memory["contexts"] == rows * 4 * (16 * 16 + 512 * 32 + 16)
-        beside = ("contexts", "frozen weights", "adapters", "optimizer states", "stored latents", "gradients")
-        beside = (*beside, "text encoders", "autoencoder", "activations, train", "copies (reference, old, average)")
+        beside = (
+            "contexts",
+            "frozen weights",
+            "adapters",
+            "optimizer states",
+            "stored latents",
+            "gradients",
+        )
+        beside = (
+            *beside,
+            "text encoders",
+            "autoencoder",
+            "activations, train",
+            "copies (reference, old, average)",
+        )
         assert result.peaks["train"] == sum(result.memory[part] for part in beside)
 
 
@@ -499,8 +647,12 @@ def test_memory_of_the_host_is_that_of_all_processes(two_processes):
 def test_what_is_sharded_and_on_the_host_is_said(folders):
     config = small(folders, shard=True)
     plain, sharded = ("\n".join(preflight(config, "rtx4090", n).lines) for n in (1, 2))
-    assert re.search(r"frozen weights .*\(sharded over 2 processes\)\n +gathered blocks +[\d.]+ MiB\n", sharded)
-    assert "70% of the sheet's rate between devices" in sharded and "2 processes together" in sharded
+    assert re.search(
+        r"frozen weights .*\(sharded over 2 processes\)\n +gathered blocks +[\d.]+ MiB\n", sharded
+    )
+    assert (
+        "70% of the sheet's rate between devices" in sharded and "2 processes together" in sharded
+    )
     assert "gather" not in plain and "sharded" not in plain and "together" not in plain
     for lines in (plain, sharded):  # and nothing while training
         assert re.search(r"memory of the host.*\n  at most while loading +[\d.]+ MiB\n\n", lines)
@@ -508,7 +660,9 @@ def test_what_is_sharded_and_on_the_host_is_said(folders):
 
 
 def test_strips_are_shared_out(folders):
-    config = replace_nested(small(folders), {"eval": {"strips": 3}, "rollout": {"groups_per_batch": 9}})
+    config = replace_nested(
+        small(folders), {"eval": {"strips": 3}, "rollout": {"groups_per_batch": 9}}
+    )
     editor = DiffusionEditor(config.policy)
     sampler = rollout_sampler(config.rollout, editor.own)
     for processes, most in ((1, 3), (2, 2), (8, 1)):
@@ -518,7 +672,16 @@ def test_strips_are_shared_out(folders):
 
 def test_dry_run_trains_two_iterations_by_the_trainers_own_code(capsys, monkeypatch):
     monkeypatch.setattr("editr2.preflight.preflight", lambda *_: Report([], ["checked"], True))
-    small = ["--rollout.sessions", "2", "--rollout.siblings", "2", "--rollout.turns", "1", "--policy.intent", "false"]
+    small = [
+        "--rollout.sessions",
+        "2",
+        "--rollout.siblings",
+        "2",
+        "--rollout.turns",
+        "1",
+        "--policy.intent",
+        "false",
+    ]
     assert main(["check", "--gpu", "cpu", "--dry-run", *small]) == 0
     said = capsys.readouterr().out
     assert said.startswith("checked\n")
@@ -531,7 +694,7 @@ def test_this_machine_is_measured():
     assert 1e8 < device.speed.bandwidth < 1e13 and 1e-8 < device.speed.launch < 1e-3
 
 
-# -------------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 @pytest.fixture(scope="module")

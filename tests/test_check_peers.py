@@ -1,4 +1,5 @@
-"""scripts/check_peers.py on checkouts made of the stand-ins: that it finds, calls, compares and tells."""
+"""scripts/check_peers.py on checkouts made of the stand-ins: that it finds, calls, compares and
+tells."""
 
 from __future__ import annotations
 
@@ -44,15 +45,22 @@ def checkout(folder, name, change=lambda text: text, source=""):
         file = folder / source / f"{seam.module.replace('.', '/')}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(change(STANDINS + STEP))
-        (file.parent / "__init__.py").write_text("raise RuntimeError('a package is entered without this')")
+        (file.parent / "__init__.py").write_text(
+            "raise RuntimeError('a package is entered without this')"
+        )
     return folder
 
 
 def lines(capsys):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()[2:]
+    ]
 
 
-@pytest.mark.parametrize("name, source", [("flow_grpo", ""), ("flow_factory", "src"), ("verl_omni", "")])
+@pytest.mark.parametrize(
+    "name, source", [("flow_grpo", ""), ("flow_factory", "src"), ("verl_omni", "")]
+)
 def test_a_project_that_agrees(script, tmp_path, capsys, monkeypatch, name, source):
     installed = ModuleType(name)  # another version: out of the way while the checkout is looked at
     monkeypatch.setitem(sys.modules, name, installed)
@@ -61,11 +69,15 @@ def test_a_project_that_agrees(script, tmp_path, capsys, monkeypatch, name, sour
     rows = lines(capsys)
     assert len(rows) == len(PROJECTS[name])
     for row, seam in zip(rows, PROJECTS[name], strict=True):
-        assert seam.paths[0] in row[3] or seam.paths[0].endswith(row[3].strip("`").partition(".")[2])
+        assert seam.paths[0] in row[3] or seam.paths[0].endswith(
+            row[3].strip("`").partition(".")[2]
+        )
         assert int(row[4].partition(",")[0]) >= 3 and row[5].startswith("agree to ")
         back = int(row[4].split()[1])
         assert back < int(row[4].partition(",")[0]), "the operators must have some calls"
-    assert not {module for module in set(sys.modules) - before if module.startswith(name)}, "nothing stays behind"
+    assert not {module for module in set(sys.modules) - before if module.startswith(name)}, (
+        "nothing stays behind"
+    )
     assert sys.modules[name] is installed
 
 
@@ -77,7 +89,11 @@ def test_scripts_that_define_a_step_and_what_they_cannot_import(script, tmp_path
     (tmp_path / "fastvideo/other.py").write_text("def train_step(): pass\nraise SystemExit(1)")
     if shutil.which("git"):
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
-        for command in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "all", "--date=2026-02-03T10:00:00Z")):
+        for command in (
+            ("init", "-q"),
+            ("add", "."),
+            (*who, "commit", "-qm", "all", "--date=2026-02-03T10:00:00Z"),
+        ):
             subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     assert script.main([str(tmp_path), "--every", "61"]) == 0
     rows = lines(capsys)
@@ -86,7 +102,8 @@ def test_scripts_that_define_a_step_and_what_they_cannot_import(script, tmp_path
 
 
 DRAW = "        prev_sample = mean + std * randn_tensor("
-# The first three are beyond the level of the probe: `patch` accepts them, and the grid has to find them.
+# The first three are beyond the level of the probe: `patch` accepts them, and the grid has to find
+# them.
 DIFFERENT = {
     "a result": (
         "v = sample.float(), ",
@@ -98,9 +115,17 @@ DIFFERENT = {
         f"        noise_level < 0.65 or randn_tensor([1], generator=generator)\n{DRAW}",
         "the generator is elsewhere",
     ),
-    "an error": ("    shape = (-1", "    assert noise_level < 0.65\n    shape = (-1", "tuple for AssertionError"),
+    "an error": (
+        "    shape = (-1",
+        "    assert noise_level < 0.65\n    shape = (-1",
+        "tuple for AssertionError",
+    ),
     "a version": ("(1 - sigma) * v)) * dt", "(1 - sigma) * v)) * dt * 1.01", "refused: "),
-    "the import": ('"""Stand-ins', 'raise OSError("no driver")\n"""Stand-ins', "refused: flow_grpo.diffusers_patch"),
+    "the import": (
+        '"""Stand-ins',
+        'raise OSError("no driver")\n"""Stand-ins',
+        "refused: flow_grpo.diffusers_patch",
+    ),
 }
 
 
@@ -114,4 +139,7 @@ def test_a_project_that_differs(script, tmp_path, capsys, old, new, told):
 
 def test_a_folder_without_a_project(script, tmp_path, capsys):
     assert script.main([str(tmp_path)]) == 2
-    assert "no project here (accepted: a checkout of flow_grpo, flow_factory" in capsys.readouterr().err
+    assert (
+        "no project here (accepted: a checkout of flow_grpo, flow_factory"
+        in capsys.readouterr().err
+    )

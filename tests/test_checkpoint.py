@@ -35,7 +35,9 @@ from editr2.errors import CheckpointError
 
 def save(root: Path, iteration: int, *, keep: int = 2, numbers: int = 4) -> Path:
     tensors = {"policy": {"w": torch.full((numbers,), float(iteration))}}
-    return save_checkpoint(root, iteration, tensors=tensors, optimizer={}, state={"at": iteration}, keep=keep)
+    return save_checkpoint(
+        root, iteration, tensors=tensors, optimizer={}, state={"at": iteration}, keep=keep
+    )
 
 
 def names(root: Path) -> list[str]:
@@ -43,9 +45,12 @@ def names(root: Path) -> list[str]:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and bytes(a.reshape(-1).contiguous().view(torch.uint8)) == bytes(
-        b.reshape(-1).contiguous().view(torch.uint8)
-    )  # fmt: skip
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bytes(a.reshape(-1).contiguous().view(torch.uint8))
+        == bytes(b.reshape(-1).contiguous().view(torch.uint8))
+    )
 
 
 def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
@@ -69,10 +74,16 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
         "view 2": buffer[5:],
         "parameter": nn.Parameter(torch.randn(2)),
     }
-    path = save_checkpoint(tmp_path, 10, tensors={"policy": group, "ema": {}}, optimizer={}, state={})
+    path = save_checkpoint(
+        tmp_path, 10, tensors={"policy": group, "ema": {}}, optimizer={}, state={}
+    )
     assert path == tmp_path / "step_000010" and latest_checkpoint(tmp_path) == path
     loaded = load_checkpoint(path)
-    assert loaded.iteration == 10 and set(loaded.tensors) == {"policy", "ema"} and loaded.tensors["ema"] == {}
+    assert (
+        loaded.iteration == 10
+        and set(loaded.tensors) == {"policy", "ema"}
+        and loaded.tensors["ema"] == {}
+    )
     assert set(loaded.tensors["policy"]) == set(group)
     for name, tensor in group.items():
         assert same_bits(loaded.tensors["policy"][name], tensor.detach()), name
@@ -85,19 +96,28 @@ def test_state_and_optimizer_structure(tmp_path: Path) -> None:
     state = {"seed": 2**80, "lr": 1e-05, "nested": {"a": [1, None, "é\n"], "nan": float("inf")}}
     optimizer = {
         "state": {0: {"step": torch.tensor(3.0), "x": None}, 1: {}},
-        "param_groups": [{"betas": (0.9, 0.999), "params": [0, 1], "lr": float("inf"), "np": np.float32(0.5)}],
+        "param_groups": [
+            {"betas": (0.9, 0.999), "params": [0, 1], "lr": float("inf"), "np": np.float32(0.5)}
+        ],
         "dict": {"dict": {"tensor": "0", "tuple": ()}},
     }
-    loaded = load_checkpoint(save_checkpoint(tmp_path, 0, tensors={}, optimizer=optimizer, state=state))
+    loaded = load_checkpoint(
+        save_checkpoint(tmp_path, 0, tensors={}, optimizer=optimizer, state=state)
+    )
     assert loaded.state == state
     assert loaded.optimizer == optimizer
     assert type(loaded.optimizer["param_groups"][0]["betas"]) is tuple
 
 
 def model_and_optimizer() -> tuple[nn.Module, torch.optim.AdamW]:
-    model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Dropout(0.3), nn.Linear(7, 3).bfloat16().float())
+    model = nn.Sequential(
+        nn.Linear(5, 7), nn.GELU(), nn.Dropout(0.3), nn.Linear(7, 3).bfloat16().float()
+    )
     optimizer = torch.optim.AdamW(
-        [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[3].parameters(), "weight_decay": 0.3}],
+        [
+            {"params": model[0].parameters(), "lr": 1e-3},
+            {"params": model[3].parameters(), "weight_decay": 0.3},
+        ],
         lr=3e-4,
         amsgrad=True,
     )
@@ -120,7 +140,11 @@ def test_a_resumed_run_is_bitwise_the_run_that_went_on(tmp_path: Path) -> None:
         train(model, optimizer, 3)
         np.random.normal()  # leaves a second normal number in the generator's state
         path = save_checkpoint(
-            tmp_path, 3, tensors={"policy": model.state_dict()}, optimizer=optimizer.state_dict(), state={}
+            tmp_path,
+            3,
+            tensors={"policy": model.state_dict()},
+            optimizer=optimizer.state_dict(),
+            state={},
         )
         train(model, optimizer, 3)
         normal, draw = np.random.normal(), torch.randn(3)
@@ -143,7 +167,9 @@ def test_a_resumed_run_is_bitwise_the_run_that_went_on(tmp_path: Path) -> None:
 
 def test_generators_of_several_ranks(tmp_path: Path) -> None:
     rng = [capture_rng(), capture_rng()]
-    loaded = load_checkpoint(save_checkpoint(tmp_path, 1, tensors={}, optimizer={}, state={}, rng=rng))
+    loaded = load_checkpoint(
+        save_checkpoint(tmp_path, 1, tensors={}, optimizer={}, state={}, rng=rng)
+    )
     assert len(loaded.rng) == 2 and torch.equal(loaded.rng[1]["torch"], rng[1]["torch"])
     assert loaded.rng[0]["python"] == rng[0]["python"]
 
@@ -158,7 +184,9 @@ def test_keeping_replacing_and_going_back(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3_000_000, tensors={}, optimizer={}, state={"at": "again"})
     assert names(tmp_path) == ["step_000010", "step_3000000"]
     assert load_checkpoint(tmp_path / "step_3000000").state == {"at": "again"}
-    with pytest.warns(UserWarning, match=r"step_3000000: removed: the run was taken back to iteration 11"):
+    with pytest.warns(
+        UserWarning, match=r"step_3000000: removed: the run was taken back to iteration 11"
+    ):
         save(tmp_path, 11, keep=3)
     assert names(tmp_path) == ["step_000010", "step_000011"]
     save(tmp_path, 12, keep=1)
@@ -197,7 +225,8 @@ def test_damage_is_found_and_the_previous_one_used(tmp_path: Path) -> None:
             flipped = bytearray(content)
             flipped[position] ^= 1 << pick.randrange(8)
             if file.name == "manifest.json":
-                # A flip of layout only (a space to a tab's neighbour, say) is found by the parser or harmless.
+                # A flip of layout only (a space to a tab's neighbour, say) is found by the parser
+                # or harmless.
                 try:
                     if json.loads(flipped) == json.loads(content):
                         continue
@@ -205,14 +234,19 @@ def test_damage_is_found_and_the_previous_one_used(tmp_path: Path) -> None:
                     pass
             file.write_bytes(flipped)
             with pytest.warns(UserWarning, match=r"step_000002: .*falling back to step_000001"):
-                assert latest_checkpoint(tmp_path) == tmp_path / "step_000001", (file.name, position)
+                assert latest_checkpoint(tmp_path) == tmp_path / "step_000001", (
+                    file.name,
+                    position,
+                )
             with pytest.raises(CheckpointError, match="step_000002"):
                 load_checkpoint(good)
         file.write_bytes(content[:-1])
         with pytest.raises(CheckpointError, match="step_000002: damaged"):
             load_checkpoint(good)
         file.unlink()
-        with pytest.raises(CheckpointError, match=f"step_000002: not a whole checkpoint: {file.name} is missing"):
+        with pytest.raises(
+            CheckpointError, match=f"step_000002: not a whole checkpoint: {file.name} is missing"
+        ):
             load_checkpoint(good)
         file.write_bytes(content)
     assert load_checkpoint(good).state == {"at": 2}
@@ -246,7 +280,10 @@ def forged(change: Callable[[Path], None]) -> Callable[[Path], None]:
         manifest = json.loads((path / "manifest.json").read_text())
         for name in manifest["files"]:
             content = (path / name).read_bytes()
-            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            manifest["files"][name] = {
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
         (path / "manifest.json").write_text(json.dumps(manifest))
 
     return apply
@@ -291,12 +328,24 @@ def emptied(name: str) -> Callable[[Path], None]:
     ("change", "message"),
     [
         (entry("policy.safetensors"), "manifest.json does not list policy.safetensors"),
-        (entry("policy.safetensors", file=True), r"groups in state.json are \['policy'\], those in manifest.json \[\]"),
-        (entry("optimizer.safetensors", file=True), "manifest.json does not list optimizer.safetensors"),
+        (
+            entry("policy.safetensors", file=True),
+            r"groups in state.json are \['policy'\], those in manifest.json \[\]",
+        ),
+        (
+            entry("optimizer.safetensors", file=True),
+            "manifest.json does not list optimizer.safetensors",
+        ),
         (entry("rng.safetensors"), "manifest.json does not list rng.safetensors"),
         (entry("state.json"), "manifest.json does not list state.json"),
-        (listed("../step_000001/policy.safetensors"), r"manifest.json lists '../step_000001/policy.safetensors'"),
-        (field("iteration", 1), r"iteration in state.json is 1 \(accepted: 2, as the folder is called\)"),
+        (
+            listed("../step_000001/policy.safetensors"),
+            r"manifest.json lists '../step_000001/policy.safetensors'",
+        ),
+        (
+            field("iteration", 1),
+            r"iteration in state.json is 1 \(accepted: 2, as the folder is called\)",
+        ),
         (field("iteration", "2"), r"iteration in state.json is a str \(accepted: int\)"),
         (field("iteration", True), r"iteration in state.json is a bool \(accepted: int\)"),
         (field("versions", None), r"versions in state.json is a NoneType \(accepted: dict\)"),
@@ -304,11 +353,20 @@ def emptied(name: str) -> Callable[[Path], None]:
         (field("groups", []), r"groups in state.json are \[\]"),
         (field("groups", 5), r"groups in state.json are 5"),
         (field("optimizer", {"dict": 5}), "optimizer in state.json cannot be decoded: TypeError"),
-        (field("optimizer", {"tensor": "9"}), "optimizer in state.json cannot be decoded: KeyError: '9'"),
+        (
+            field("optimizer", {"tensor": "9"}),
+            "optimizer in state.json cannot be decoded: KeyError: '9'",
+        ),
         (field("optimizer", {"tuple": []}), "optimizer in state.json is not a state dict"),
-        (field("optimizer", {"float": "x"}), "optimizer in state.json cannot be decoded: ValueError"),
+        (
+            field("optimizer", {"float": "x"}),
+            "optimizer in state.json cannot be decoded: ValueError",
+        ),
         (field("rng", {"a": 1, "b": 2}), "rng in state.json cannot be decoded: ValueError"),
-        (forged(lambda path: (path / "state.json").write_text("[]") and None), "iteration in state.json is a NoneType"),
+        (
+            forged(lambda path: (path / "state.json").write_text("[]") and None),
+            "iteration in state.json is a NoneType",
+        ),
         (emptied("state.json"), "state.json cannot be read"),
         (emptied("policy.safetensors"), "cannot be read: SafetensorError"),
     ],
@@ -333,7 +391,9 @@ def test_a_checkpoint_under_another_name_is_what_it_says(tmp_path: Path) -> None
         load_checkpoint(tmp_path / "step_000007")
 
 
-@pytest.mark.parametrize("change", [{}, {"python": (3, (), None)}, {"torch": torch.zeros(3)}, {"numpy": {}}, 5])
+@pytest.mark.parametrize(
+    "change", [{}, {"python": (3, (), None)}, {"torch": torch.zeros(3)}, {"numpy": {}}, 5]
+)
 def test_generators_that_are_none_are_refused(change: Any) -> None:
     before = capture_rng()
     try:
@@ -351,14 +411,19 @@ def test_generators_that_are_none_are_refused(change: Any) -> None:
         ({"tensors": {"../up": {}}}, "group name '../up'"),
         ({"tensors": {"p": {"x": torch.eye(2).to_sparse()}}}, r"tensors: p.x: torch.sparse_coo"),
         ({"tensors": {"p": {"x": torch.empty(2, device="meta")}}}, r"p.x: torch.strided on meta"),
-        ({"state": {"a": {"b": [object()]}}}, r"state.a.b\[0\]: a object \(accepted: JSON values\)"),
+        (
+            {"state": {"a": {"b": [object()]}}},
+            r"state.a.b\[0\]: a object \(accepted: JSON values\)",
+        ),
         ({"state": {"a": {1: 2}}}, r"state.a: key 1 \(accepted: strings\)"),
         ({"state": {"a": torch.ones(1)}}, r"state.a: a Tensor"),
         ({"optimizer": {"a": [{"b": object()}]}}, r"optimizer.a\[0\].b: a object"),
         ({"optimizer": {(1,): 2}}, r"optimizer: key \(1,\)"),
     ],
 )
-def test_what_cannot_be_stored_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_stored_is_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     save(tmp_path, 1)
     given: dict[str, Any] = {"tensors": {}, "optimizer": {}, "state": {}, **change}
     with pytest.raises(CheckpointError, match=message):
@@ -366,7 +431,8 @@ def test_what_cannot_be_stored_is_named(tmp_path: Path, change: dict[str, Any], 
     assert names(tmp_path) == ["step_000001"]
 
 
-# Each child is one process that imports torch once and forks for every case, so that a kill takes only the fork.
+# Each child is one process that imports torch once and forks for every case, so that a kill takes
+# only the fork.
 CHILD = """
 import os, shutil, signal, sys
 import torch
@@ -383,7 +449,11 @@ def save(root, iteration):
 def child(body: str, *arguments: str | Path) -> str:
     code = CHILD + textwrap.dedent(body)
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -391,7 +461,8 @@ def child(body: str, *arguments: str | Path) -> str:
 
 @pytest.fixture
 def memory_path(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: a kill is the same there, and hundreds of fsyncs cost nothing."""
+    """A folder in memory where there is one: a kill is the same there, and hundreds of fsyncs cost
+    nothing."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
@@ -416,8 +487,9 @@ def is_whole(root: Path, expected: set[int]) -> int:
 
 @pytest.mark.parametrize("iteration", [2, 1], ids=["the next one", "the same one again"])
 def test_kill_at_every_file_operation(memory_path: Path, iteration: int) -> None:
-    """The child dies by SIGKILL just before its n-th open, mkdir, rename, unlink, … for n = 1, 2, … until none is left;
-    Python's audit events see each of them, and the fsyncs fall between an open and the next event."""
+    """The child dies by SIGKILL just before its n-th open, mkdir, rename, unlink, … for n = 1, 2, …
+    until none is left; Python's audit events see each of them, and the fsyncs fall between an open
+    and the next event."""
     output = child(
         """
         root, iteration = Path(sys.argv[1]), int(sys.argv[2])
@@ -452,7 +524,8 @@ def test_kill_at_every_file_operation(memory_path: Path, iteration: int) -> None
 
 
 def test_kill_at_random_times_in_a_big_save(tmp_path: Path) -> None:
-    """Kills inside the writing of the tensors, which no audit event marks: 24 MB, killed after 0 to 60 ms."""
+    """Kills inside the writing of the tensors, which no audit event marks: 24 MB, killed after 0 to
+    60 ms."""
     output = child(
         """
         import random, time
@@ -482,23 +555,43 @@ def refused(root: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         save(root, 2, keep=1, numbers=1_000_000)
     assert "\n" not in str(caught.value)
-    assert names(root) == ["step_000001"] and load_checkpoint(root / "step_000001").state == {"at": 1}
+    assert names(root) == ["step_000001"] and load_checkpoint(root / "step_000001").state == {
+        "at": 1
+    }
 
 
-def test_too_little_space_is_seen_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_seen_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1_000_000))
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1_000_000)
+    )
     monkeypatch.setattr(checkpoint, "_write_folder", lambda *_: pytest.fail("written all the same"))
-    refused(tmp_path, r"step_000002: not saved: No space left on device; it needs 4\.\d MB and 1\.0 MB are free")
+    refused(
+        tmp_path,
+        r"step_000002: not saved: No space left on device; it needs 4\.\d MB and 1\.0 MB are free",
+    )
 
 
 # Where a save can fail before it is in place: (function, its n-th call).
-CALLS = {"save_file": 3, "_sync": 6, "_checksum": 4, "os.rename": 1, "Path.mkdir": 2, "Path.write_text": 2}
+CALLS = {
+    "save_file": 3,
+    "_sync": 6,
+    "_checksum": 4,
+    "os.rename": 1,
+    "Path.mkdir": 2,
+    "Path.write_text": 2,
+}
 
 
-@pytest.mark.parametrize(("fails", "call"), [(name, n + 1) for name, count in CALLS.items() for n in range(count)])
+@pytest.mark.parametrize(
+    ("fails", "call"), [(name, n + 1) for name, count in CALLS.items() for n in range(count)]
+)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_any_write_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, call: int, code: int) -> None:
+def test_any_write_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, call: int, code: int
+) -> None:
     save(tmp_path, 1)
     owner_name, _, name = fails.rpartition(".")
     owner: Any = getattr(checkpoint, owner_name) if owner_name else checkpoint
@@ -508,7 +601,9 @@ def test_any_write_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fai
         left[0] -= 1
         if left[0] == 0:
             if fails == "save_file":
-                raise checkpoint.SafetensorError(f"Error while serializing: I/O error: x (os error {code})")
+                raise checkpoint.SafetensorError(
+                    f"Error while serializing: I/O error: x (os error {code})"
+                )
             raise OSError(code, os.strerror(code))
         return real(*arguments, **options)
 
@@ -521,7 +616,10 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mount = tmp_path / "mount"
     mount.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
@@ -529,9 +627,13 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save(mount, 1)
         refused(mount, r"needs 4\.\d MB and [12]\.\d MB are free")  # by the estimate
         real = shutil.disk_usage
-        with monkeypatch.context() as patch:  # the estimate saw space that another process then took
+        with (
+            monkeypatch.context() as patch
+        ):  # the estimate saw space that another process then took
             answers = iter([shutil._ntuple_diskusage(10**9, 0, 10**9)])
-            patch.setattr(checkpoint.shutil, "disk_usage", lambda path: next(answers, None) or real(path))
+            patch.setattr(
+                checkpoint.shutil, "disk_usage", lambda path: next(answers, None) or real(path)
+            )
             refused(mount, r"No space left on device; it needs 4\.\d MB and [12]\.\d MB are free")
         save(mount, 2, keep=1)
         assert names(mount) == ["step_000002"]
@@ -554,7 +656,9 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
         tmp_path,
     )
     assert "step_000002: not saved: File too large; it needs 4.0 MB" in output
-    assert names(tmp_path) == ["step_000001"] and load_checkpoint(tmp_path / "step_000001").state == {"at": 1}
+    assert names(tmp_path) == ["step_000001"] and load_checkpoint(
+        tmp_path / "step_000001"
+    ).state == {"at": 1}
 
 
 def test_a_root_that_is_a_file(tmp_path: Path) -> None:

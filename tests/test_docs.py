@@ -1,7 +1,9 @@
-"""Every code block of the README and of docs/ is run, or is named here with the reason why there is nothing to run.
+"""Every code block of the README and of docs/ is run, or is named here with the reason why there is
+nothing to run.
 
-Python is executed; commands go through the real parser and the rules of the settings, up to where work would begin, so
-a renamed flag, preset or file fails; what a page prints as output is what comes out.
+Python is executed; commands go through the real parser and the rules of the settings, up to where
+work would begin, so a renamed flag, preset or file fails; what a page prints as output is what
+comes out.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"^(\$ )?(editr2|torchrun|make) ")
 
-# A judge of a few lines, where a page has `my_reward`, `my_judge:Judge` or `my_package.judge:reward`.
+# A judge of a few lines, where a page has `my_reward`, `my_judge:Judge` or
+# `my_package.judge:reward`.
 JUDGE = '''
 class Judge:
     """The share of pixels that a turn left alone."""
@@ -68,7 +71,9 @@ def blocks_of(page: Path) -> Iterator[Block]:
             yield Block(page, start, lines[at][3:].strip(), "\n".join(lines[start:end]))
             at = end
         elif lines[at].startswith("    ") and not lines[at - 1].strip():
-            end = next((i for i in range(at, len(lines)) if not lines[i].startswith("    ")), len(lines))
+            end = next(
+                (i for i in range(at, len(lines)) if not lines[i].startswith("    ")), len(lines)
+            )
             yield Block(page, start, "", "\n".join(line[4:] for line in lines[at:end]))
             at = end
         at += 1
@@ -76,7 +81,9 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 SHELL = [b for b in BLOCKS if b.language in ("", "console", "sh", "bash") and COMMAND.match(b.text)]
-PYTHON = {page.stem: [b for b in BLOCKS if b.language == "python" and b.page == page] for page in PAGES}
+PYTHON = {
+    page.stem: [b for b in BLOCKS if b.language == "python" and b.page == page] for page in PAGES
+}
 OTHER = [b for b in BLOCKS if b not in SHELL and b.language != "python"]
 
 NOT_RUN = {
@@ -132,7 +139,13 @@ def understood(monkeypatch):
 
     def planned(config, gpu="h100", processes_=1, **_):
         find_device(gpu)
-        check_run(config, load_reward(config.reward).names, None, cannot_pack=None, processes=max(processes))
+        check_run(
+            config,
+            load_reward(config.reward).names,
+            None,
+            cannot_pack=None,
+            processes=max(processes),
+        )
         raise Enough
 
     def enough(*_, **__):
@@ -147,7 +160,12 @@ def understood(monkeypatch):
     monkeypatch.setattr("editr2.trainer.train", planned)
     monkeypatch.setattr("editr2.preflight.preflight", planned)
     monkeypatch.setattr("editr2.importers.import_sessions", imported)
-    for work in ("policies.load.open_policy", "report.build_report", "export.export", "reproduce.runs.reproduce"):
+    for work in (
+        "policies.load.open_policy",
+        "report.build_report",
+        "export.export",
+        "reproduce.runs.reproduce",
+    ):
         monkeypatch.setattr(f"editr2.{work}", enough)
 
     def run(words: list[str]):
@@ -179,7 +197,8 @@ def commands(block: Block) -> Iterator[tuple[str, list[str]]]:
 
 
 def written_out(command: str) -> list[str]:
-    """Words of a command; in a synopsis every option is given, its first choice, and names stand for what they name."""
+    """Words of a command; in a synopsis every option is given, its first choice, and names stand
+    for what they name."""
     words = shlex.split(command, comments=True)
     if "FORMAT" in words:
         words = [w.strip("[]").split("|")[0] for w in words]
@@ -199,7 +218,9 @@ def test_commands_are_understood(block, workspace, understood, capsys):
     for command, output in commands(block):
         words = written_out(command)
         if words[0] == "make":
-            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
+                command
+            )
             continue
         code, _ = understood(words)
         told = capsys.readouterr()
@@ -249,7 +270,11 @@ def names_for(page: str, policy) -> dict:
             "v_ref": v_ref,
         }
         given |= {"step_index": torch.tensor([0, 1]), "seed": torch.tensor([11, 12]), "total": 2}
-        given |= {"old_log_prob": torch.zeros(2), "advantage": torch.ones(2), "trains": torch.ones(2, dtype=torch.bool)}
+        given |= {
+            "old_log_prob": torch.zeros(2),
+            "advantage": torch.ones(2),
+            "trains": torch.ones(2, dtype=torch.bool),
+        }
         return {name: getattr(editr2_kernels, name) for name in editr2_kernels.__all__} | given
     return {}
 
@@ -261,7 +286,14 @@ def test_python_runs(page, workspace, tiny_unified, monkeypatch, peers):
     real, runs = editr2.trainer.train, []
 
     def small(config, **given):
-        sizes = {"sessions": 1, "siblings": 2, "turns": 2, "steps": 2, "window": 1, "groups_per_batch": 1}
+        sizes = {
+            "sessions": 1,
+            "siblings": 2,
+            "turns": 2,
+            "steps": 2,
+            "window": 1,
+            "groups_per_batch": 1,
+        }
         less = {"rollout": sizes, "train": {"iterations": 1}, "eval": {"sessions": 1, "strips": 1}}
         less["policy"] = {"intent": False}
         runs.append(real(replace_nested(config, less), **given))
@@ -286,8 +318,12 @@ def test_the_judges_of_the_page_judge(name, workspace):
     images = np.stack([session.image, 255 - session.image, session.image])
     reward = load_reward(RewardConfig(f"my_judge:{name}"))
     scores = score_batch(reward, [(session, images)] * 2, len(session.turns))
-    assert scores.failed == 0 and reward.names == (("IF", "CC") if name == "DoneAndKept" else (name,))
-    assert scores.not_applicable == (4 if name == "DoneAndKept" else 0)  # inverted, and back: nothing is kept
+    assert scores.failed == 0 and reward.names == (
+        ("IF", "CC") if name == "DoneAndKept" else (name,)
+    )
+    assert scores.not_applicable == (
+        4 if name == "DoneAndKept" else 0
+    )  # inverted, and back: nothing is kept
 
 
 def test_other_blocks(workspace, understood, capsys):
@@ -326,7 +362,11 @@ def settings(config: object, prefix: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_settings_that_a_page_names_are_there(page):
     known = set(settings(Config()))
-    sections = "|".join(name for name in known if any(other.startswith(f"{name}.") for other in known))
+    sections = "|".join(
+        name for name in known if any(other.startswith(f"{name}.") for other in known)
+    )
     named = re.findall(rf"`(?:--)?((?:{sections})\.[a-z_]+)\b(?!\.|/|\()", page.read_text("utf-8"))
-    files = {name for name in named if name.rpartition(".")[2] in ("py", "md", "jsonl", "yaml", "json")}
+    files = {
+        name for name in named if name.rpartition(".")[2] in ("py", "md", "jsonl", "yaml", "json")
+    }
     assert set(named) - files <= known

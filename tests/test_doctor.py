@@ -18,7 +18,9 @@ def by_name(rows: list[Row]) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-def declare(monkeypatch: pytest.MonkeyPatch, requires: list[str], installed: dict[str, str]) -> None:
+def declare(
+    monkeypatch: pytest.MonkeyPatch, requires: list[str], installed: dict[str, str]
+) -> None:
     def version(name: str) -> str:
         if name not in installed:
             raise importlib.metadata.PackageNotFoundError(name)
@@ -28,18 +30,32 @@ def declare(monkeypatch: pytest.MonkeyPatch, requires: list[str], installed: dic
     monkeypatch.setattr(importlib.metadata, "version", version)
 
 
-def backend(available: bool, reason: str | None = None, detail: str | None = None) -> SimpleNamespace:
+def backend(
+    available: bool, reason: str | None = None, detail: str | None = None
+) -> SimpleNamespace:
     return SimpleNamespace(available=available, reason=reason, detail=detail)
 
 
-def fake_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **backends: SimpleNamespace) -> None:
-    module = SimpleNamespace(backends=lambda: backends, __file__=str(tmp_path / "__init__.py"), __spec__=object())
+def fake_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **backends: SimpleNamespace
+) -> None:
+    module = SimpleNamespace(
+        backends=lambda: backends, __file__=str(tmp_path / "__init__.py"), __spec__=object()
+    )
     monkeypatch.setitem(sys.modules, "editr2_kernels", module)
 
 
 def test_report_covers_this_machine() -> None:
     rows = by_name(doctor.report())
-    assert {"python", "platform", "cores", "torch", "operators: ref", "native build", "disk"} <= rows.keys()
+    assert {
+        "python",
+        "platform",
+        "cores",
+        "torch",
+        "operators: ref",
+        "native build",
+        "disk",
+    } <= rows.keys()
     assert torch.__version__ in rows["torch"].detail
     assert rows["operators: ref"].ok is True
     assert all(row.remedy for row in rows.values() if row.ok is False)
@@ -77,7 +93,11 @@ def test_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_backends_report_their_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_kernels(
-        monkeypatch, tmp_path, ref=backend(True, detail="eager"), cpu=backend(False, "no compiler"), cuda=backend(True)
+        monkeypatch,
+        tmp_path,
+        ref=backend(True, detail="eager"),
+        cpu=backend(False, "no compiler"),
+        cuda=backend(True),
     )
     rows = by_name(doctor._operators())
     assert rows["operators: ref"] == Row("operators: ref", True, "eager")
@@ -106,8 +126,12 @@ def test_build_info(tmp_path: Path) -> None:
         "compiler": "g++ 12",
     }
     path.write_text(json.dumps(built))
-    assert doctor._build_info(path) == Row("native build", True, "cpu: built, cuda: not built (no nvcc); g++ 12")
-    path.write_text(json.dumps({"cpu": {"built": False, "reason": "no C++ compiler"}, "compiler": None}))
+    assert doctor._build_info(path) == Row(
+        "native build", True, "cpu: built, cuda: not built (no nvcc); g++ 12"
+    )
+    path.write_text(
+        json.dumps({"cpu": {"built": False, "reason": "no C++ compiler"}, "compiler": None})
+    )
     row = doctor._build_info(path)
     assert row.ok is None and "no C++ compiler" in row.detail and row.remedy
     for damaged in ("{", "[]", '{"cpu": 3}'):
@@ -119,14 +143,21 @@ def test_unmet_minimum_and_absent_dependency_are_broken(monkeypatch: pytest.Monk
     requires = ["torch>=2.9", "diffusers>=0.37", "peft>=0.18", "nowhere>=1; python_version < '3'"]
     declare(monkeypatch, requires, {"torch": "2.8.0+cpu", "diffusers": "0.37.0.dev0"})
     rows = by_name(doctor._dependencies())
-    assert rows["package: torch"].ok is False and rows["package: torch"].remedy == 'pip install -U "torch>=2.9"'
+    assert (
+        rows["package: torch"].ok is False
+        and rows["package: torch"].remedy == 'pip install -U "torch>=2.9"'
+    )
     assert rows["package: diffusers"].ok is False  # a development release before the one needed
     assert rows["package: peft"].ok is False and "not installed" in rows["package: peft"].detail
     assert "package: nowhere" not in rows
 
 
 def test_local_and_development_versions_meet_a_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
-    declare(monkeypatch, ["torch>=2.9", "diffusers>=0.37"], {"torch": "2.9.0+cu130", "diffusers": "0.43.0.dev0"})
+    declare(
+        monkeypatch,
+        ["torch>=2.9", "diffusers>=0.37"],
+        {"torch": "2.9.0+cu130", "diffusers": "0.43.0.dev0"},
+    )
     assert all(row.ok for row in doctor._dependencies())
 
 
@@ -165,16 +196,29 @@ def test_low_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_render_shows_every_row_and_no_markup() -> None:
-    rows = [Row("one", True, "fine [v1]"), Row("two", None, "absent", "get [x]"), Row("three", False, "broken", "mend")]
+    rows = [
+        Row("one", True, "fine [v1]"),
+        Row("two", None, "absent", "get [x]"),
+        Row("three", False, "broken", "mend"),
+    ]
     text = doctor.render(rows)
     assert "fine [v1]" in text and "-> get [x]" in text and "\x1b" not in text
-    assert [line.split()[0] for line in text.splitlines()] == ["what", "ok", "--", "->", "BAD", "->"]
+    assert [line.split()[0] for line in text.splitlines()] == [
+        "what",
+        "ok",
+        "--",
+        "->",
+        "BAD",
+        "->",
+    ]
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (None, 0), (False, 1)])
 def test_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ok: bool | None, code: int
 ) -> None:
-    monkeypatch.setattr(doctor, "report", lambda: [Row("fine", True, "yes"), Row("thing", ok, "finding", "mend")])
+    monkeypatch.setattr(
+        doctor, "report", lambda: [Row("fine", True, "yes"), Row("thing", ok, "finding", "mend")]
+    )
     assert doctor.main() == code
     assert ("broken: thing" in capsys.readouterr().out) == bool(code)

@@ -1,4 +1,5 @@
-"""FLUX.1-Kontext and FLUX.2-klein as policies: equal to the stock pipelines, trained end to end, saved and found again.
+"""FLUX.1-Kontext and FLUX.2-klein as policies: equal to the stock pipelines, trained end to end,
+saved and found again.
 
 All on tiny random pipelines (tiny_editors.py) of the stock classes.
 """
@@ -65,10 +66,13 @@ def make(tiny):
 
 @pytest.fixture
 def folder(tiny, tmp_path):
-    """Where a model's tiny pipeline and four sessions of three turns are saved: (weights, sessions)."""
+    """Where a model's tiny pipeline and four sessions of three turns are saved: (weights,
+    sessions)."""
 
     def save(model, size=(32, 32)):
-        pipe = getattr(tiny, f"{model.replace('-', '_')}_pipeline")(seed=0 if model == "kontext" else 3)
+        pipe = getattr(tiny, f"{model.replace('-', '_')}_pipeline")(
+            seed=0 if model == "kontext" else 3
+        )
         pipe.save_pretrained(tmp_path / "weights")
         lines = []
         for i, image in enumerate(tiny.pictures(4, size)):
@@ -93,11 +97,13 @@ def denoised(policy, x, context, steps=3):
 
 
 def velocities(policy, context, seed=0, sigma=0.6):
-    x = torch.randn(len(context), *policy.latent_shape, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(
+        len(context), *policy.latent_shape, generator=torch.Generator().manual_seed(seed)
+    )
     return policy.velocity(x, torch.linspace(sigma, 0.2, len(context)), context)
 
 
-# ------------------------------------------------------------------------------------------------- the stock pipelines
+# ------------------------------------------------------------------------------ the stock pipelines
 
 
 @pytest.mark.parametrize(("guidance", "embeds"), [(1.0, True), (1.0, False), (2.5, True)])
@@ -108,13 +114,21 @@ def test_kontext_is_the_stock_pipeline(tiny, make, guidance, embeds):
     (image,) = tiny.pictures(1, SIZE)
     x = torch.randn(1, *policy.latent_shape)
     ours = denoised(policy, x, policy.instruct(policy.encode(image[None]), PROMPTS[:1]))
-    options = {"height": SIZE[0], "width": SIZE[1], "max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
+    options = {
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "max_area": SIZE[0] * SIZE[1],
+        "_auto_resize": False,
+    }
     options |= {"num_inference_steps": 3, "latents": x, "max_sequence_length": 48} | (
         {"guidance_scale": embed} if embed else {}
     )
     if guidance != 1:
         options |= {"true_cfg_scale": guidance, "negative_prompt": "dull"}
-    stock = [pipe(Image.fromarray(image), PROMPTS[0], output_type=kind, **options).images for kind in ("latent", "np")]
+    stock = [
+        pipe(Image.fromarray(image), PROMPTS[0], output_type=kind, **options).images
+        for kind in ("latent", "np")
+    ]
     assert (ours - stock[0]).abs().max() <= 2e-6 * stock[0].abs().max()
     # 8 bits are all that `decode` keeps.
     assert np.abs(policy.decode(ours)[0] / 255 - stock[1][0]).max() <= 0.5 / 255 + 1e-5
@@ -130,7 +144,12 @@ def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
 
     def stock(*images):
         pipe = policy.pipe
-        options = {"height": size[0], "width": size[1], "num_inference_steps": 3, "max_sequence_length": 48}
+        options = {
+            "height": size[0],
+            "width": size[1],
+            "num_inference_steps": 3,
+            "max_sequence_length": 48,
+        }
         noise = from_tokens(x, policy.grid)
         references = [Image.fromarray(i) for i in images]
         if model == "klein":
@@ -172,7 +191,7 @@ def test_words_images_time_and_place_all_count(tiny, make, model):
     assert (velocities(policy, turned).v - velocities(policy, straight).v).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------------- contexts
+# ----------------------------------------------------------------------------------------- contexts
 
 
 @pytest.mark.parametrize(
@@ -194,7 +213,9 @@ def test_a_turn_sees_as_much_of_the_session_as_it_is_told(tiny, make, history, k
         if turn:
             context = policy.append(policy.instruct(context, PROMPTS[:1]), images[turn][None])
         assert len(context.conditions) == len(expected)
-        assert all(torch.equal(c, alone[int(i)]) for c, i in zip(context.conditions, expected, strict=True))
+        assert all(
+            torch.equal(c, alone[int(i)]) for c, i in zip(context.conditions, expected, strict=True)
+        )
 
 
 def test_keys_and_values_of_references_carry_gradient_when_asked(tiny, make):
@@ -203,9 +224,14 @@ def test_keys_and_values_of_references_carry_gradient_when_asked(tiny, make):
     for through in (True, False):
         with torch.set_grad_enabled(through):
             context = policy.instruct(policy.encode(tiny.pictures(2, SIZE)), PROMPTS[:2])
-        assert all(t.requires_grad == through and len(t) == 2 for t in context.derived) and len(context.derived) == 8
+        assert (
+            all(t.requires_grad == through and len(t) == 2 for t in context.derived)
+            and len(context.derived) == 8
+        )
         velocities(policy, context).v.square().mean().backward()
-        gradients.append({n: p.grad for n, p in policy.module.named_parameters() if p.grad is not None})
+        gradients.append(
+            {n: p.grad for n, p in policy.module.named_parameters() if p.grad is not None}
+        )
         policy.module.zero_grad(set_to_none=True)
     # What only the references go through at their own time, the image stream's keys, changes most.
     name = "transformer_blocks.0.attn.to_k.weight"
@@ -226,7 +252,10 @@ def test_a_joined_batch_predicts_what_its_parts_do(tiny, make, model):
     def by_row(contexts):
         singles = [policy.select(c, torch.tensor([i])) for c in contexts for i in range(len(c))]
         done = [policy.velocity(x[i : i + 1], sigma[i : i + 1], c) for i, c in enumerate(singles)]
-        return [torch.cat([d.v for d in done]), torch.cat([d.guidance.get("v_uncond", d.v) for d in done])]
+        return [
+            torch.cat([d.v for d in done]),
+            torch.cat([d.guidance.get("v_uncond", d.v) for d in done]),
+        ]
 
     same = policy.join([one, policy.select(one, torch.tensor([2, 0, 0]))])
     assert not isinstance(same, MixedContext) and len(same) == 6
@@ -257,7 +286,9 @@ def test_frozen_parts_run_once_and_never_while_denoising(tiny, make, model):
     calls = {"text": [], "vae": 0}
     encoder, vae = policy.pipe.text_encoder, policy.pipe.vae
     encoder.register_forward_hook(
-        lambda module, args, kwargs, out: calls["text"].append(len(kwargs.get("input_ids", args[0] if args else None))),
+        lambda module, args, kwargs, out: calls["text"].append(
+            len(kwargs.get("input_ids", args[0] if args else None))
+        ),
         with_kwargs=True,
     )
     encode = vae.encode
@@ -289,14 +320,18 @@ def test_condition_resolution_and_wrong_images(tiny, make):
         policy.encode(tiny.pictures(1, (64, 64)))
 
 
-# ------------------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(
     ("model", "settings", "line"),
     [
         ("kontext", {"resolution": (32, 40)}, r"policy.resolution: \[32, 40\] .*multiples of 16"),
-        ("klein", {"condition_resolution": (0, 32)}, "policy.condition_resolution: .*multiples of 16"),
+        (
+            "klein",
+            {"condition_resolution": (0, 32)},
+            "policy.condition_resolution: .*multiples of 16",
+        ),
         ("kontext", {"guidance_image": 2.0}, "policy.guidance_image: 2.0 .*kontext: 1"),
         ("klein", {"guidance_embed": 2.0}, "policy.guidance_embed: 2.0 .*none"),
     ],
@@ -307,7 +342,9 @@ def test_settings_a_model_cannot_follow(make, model, settings, line):
 
 
 def test_settings_these_weights_cannot_follow(tiny, make):
-    with pytest.raises(ConfigError, match="policy.guidance_embed: 3.0 .*these weights do not take it"):
+    with pytest.raises(
+        ConfigError, match="policy.guidance_embed: 3.0 .*these weights do not take it"
+    ):
         make("kontext", tiny.kontext_pipeline(guidance_embeds=False), guidance_embed=3.0)
     with pytest.raises(ConfigError, match=r"policy.guidance: 2.0 .*distilled"):
         make("klein", tiny.klein_pipeline(is_distilled=True), guidance=2.0)
@@ -327,7 +364,9 @@ def test_settings_that_need_no_weights():
 
 
 def test_weights_that_are_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="policy.weights: .*nowhere: no FluxKontextPipeline") as error:
+    with pytest.raises(
+        ConfigError, match="policy.weights: .*nowhere: no FluxKontextPipeline"
+    ) as error:
         load_policy(PolicyConfig(model="kontext", weights=str(tmp_path / "nowhere")))
     assert "\n" not in str(error.value)
 
@@ -335,20 +374,32 @@ def test_weights_that_are_not_there(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a CUDA device")
 def test_four_bits_without_a_device(folder):
     weights, _ = folder("kontext")
-    with pytest.raises(ConfigError, match=r"policy.quantize: 4bit \(accepted without a CUDA device: none\)"):
-        load_policy(PolicyConfig(model="kontext", weights=str(weights), lora_rank=2, quantize="4bit"))
+    with pytest.raises(
+        ConfigError, match=r"policy.quantize: 4bit \(accepted without a CUDA device: none\)"
+    ):
+        load_policy(
+            PolicyConfig(model="kontext", weights=str(weights), lora_rank=2, quantize="4bit")
+        )
 
 
 def test_the_shipped_policy_needs_no_diffusers():
     code = "import sys, editr2.trainer, editr2.cli; sys.exit('diffusers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode
+        == 0
+    )
 
 
-# ------------------------------------------------------------------------------------------------- weights and adapters
+# ----------------------------------------------------------------------------- weights and adapters
 
 
 def loaded(weights, model="kontext", **settings):
-    settings = {"model": model, "weights": str(weights), "resolution": (32, 32), "text_tokens": 48} | settings
+    settings = {
+        "model": model,
+        "weights": str(weights),
+        "resolution": (32, 32),
+        "text_tokens": 48,
+    } | settings
     return load_policy(PolicyConfig(**settings))
 
 
@@ -370,23 +421,35 @@ def test_adapters_sit_on_attention_and_mlp_and_start_at_nothing(folder, tiny, mo
     weights, _ = folder(model)
     base, adapted = loaded(weights, model), loaded(weights, model, lora_rank=3)
     assert torch.equal(seen(tiny, base), seen(tiny, adapted))
-    blocks = [n for n, m in base.module.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n]
-    expected = {n for n in blocks if ".norm" not in n}  # all linear layers of the blocks but the modulation's
+    blocks = [
+        n
+        for n, m in base.module.named_modules()
+        if isinstance(m, torch.nn.Linear) and "blocks." in n
+    ]
+    expected = {
+        n for n in blocks if ".norm" not in n
+    }  # all linear layers of the blocks but the modulation's
     found = {n.split(".lora_")[0] for n in trainable(adapted.module)}
     assert found == expected and len(found) > 10
     assert trainable(base.module).keys() == dict(base.module.named_parameters()).keys()
     few = loaded(weights, model, lora_rank=3, lora_targets=r".*\.attn\.add_._proj")
-    assert {n.split(".lora_")[0].rsplit(".", 1)[1] for n in trainable(few.module)} == {f"add_{c}_proj" for c in "qkv"}
+    assert {n.split(".lora_")[0].rsplit(".", 1)[1] for n in trainable(few.module)} == {
+        f"add_{c}_proj" for c in "qkv"
+    }
     for nothing in ("nothing", r".*\.attn"):
-        with pytest.raises(ConfigError, match="policy.lora_targets: .*accepted with policy.model") as error:
+        with pytest.raises(
+            ConfigError, match="policy.lora_targets: .*accepted with policy.model"
+        ) as error:
             loaded(weights, model, lora_rank=3, lora_targets=nothing)
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("model", "alpha"), [("kontext", 6.0), ("klein", 6.0), ("klein", 5.0)])
-def test_a_saved_adapter_is_found_again_and_stock_diffusers_loads_it(folder, tiny, tmp_path, model, alpha):
-    """Its strength, alpha / rank, stands in B: a power of two to the last bit, any other rounded once (and once more
-    where training goes on with the alpha it had)."""
+def test_a_saved_adapter_is_found_again_and_stock_diffusers_loads_it(
+    folder, tiny, tmp_path, model, alpha
+):
+    """Its strength, alpha / rank, stands in B: a power of two to the last bit, any other rounded
+    once (and once more where training goes on with the alpha it had)."""
     weights, _ = folder(model)
     trained = stirred(loaded(weights, model, lora_rank=3, lora_alpha=alpha))
     trained.save(tmp_path / "policy")
@@ -401,22 +464,30 @@ def test_a_saved_adapter_is_found_again_and_stock_diffusers_loads_it(folder, tin
     assert trainable(again.module).keys() == trainable(trained.module).keys()
     merged = loaded(tmp_path / "policy", model)
     torch.testing.assert_close(seen(tiny, merged), expected, rtol=1e-5, atol=1e-5)
-    assert trainable(merged.module).keys() == dict(loaded(weights, model).module.named_parameters()).keys()
+    assert (
+        trainable(merged.module).keys()
+        == dict(loaded(weights, model).module.named_parameters()).keys()
+    )
     stock = type(again.pipe).from_pretrained(weights)
     stock.load_lora_weights(tmp_path / "policy")
     stock.vae.enable_slicing()  # as ours, since a batch of images rounds differently
     assert same(policy_class(model)(stock, again.config))
-    with pytest.raises(ConfigError, match=rf"policy.lora_alpha: 7.0 \(accepted: {alpha}, that of the LoRA"):
+    with pytest.raises(
+        ConfigError, match=rf"policy.lora_alpha: 7.0 \(accepted: {alpha}, that of the LoRA"
+    ):
         loaded(tmp_path / "policy", model, lora_rank=3, lora_alpha=7.0)
     with pytest.raises(ConfigError, match="policy.weights: .* is of model"):
         loaded(tmp_path / "policy", {"kontext": "klein", "klein": "kontext"}[model])
 
 
 def test_a_policy_without_data_is_loaded_without_a_word(folder, tmp_path):
-    """A process whose weights come from another one reads no adapter either; torch would warn of every matrix."""
+    """A process whose weights come from another one reads no adapter either; torch would warn of
+    every matrix."""
     weights, _ = folder("kontext")
     stirred(loaded(weights, lora_rank=3)).save(tmp_path / "policy")
-    config = PolicyConfig("kontext", str(tmp_path / "policy"), resolution=(32, 32), text_tokens=32, lora_rank=3)
+    config = PolicyConfig(
+        "kontext", str(tmp_path / "policy"), resolution=(32, 32), text_tokens=32, lora_rank=3
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         empty = load_policy(config, empty=True)
@@ -427,7 +498,9 @@ def test_a_policy_without_data_is_loaded_without_a_word(folder, tmp_path):
     }
 
 
-def test_saved_weights_are_found_again_with_and_without_an_adapter_over_them(folder, tiny, tmp_path):
+def test_saved_weights_are_found_again_with_and_without_an_adapter_over_them(
+    folder, tiny, tmp_path
+):
     weights, _ = folder("kontext")
     trained = stirred(loaded(weights))
     trained.save(tmp_path / "full")
@@ -435,7 +508,9 @@ def test_saved_weights_are_found_again_with_and_without_an_adapter_over_them(fol
     over = stirred(loaded(tmp_path / "full", lora_rank=2))
     over.save(tmp_path / "over")
     assert torch.equal(seen(tiny, loaded(tmp_path / "over", lora_rank=2)), seen(tiny, over))
-    assert json.loads((tmp_path / "over" / "policy.json").read_text())["base"] == str(tmp_path / "full")
+    assert json.loads((tmp_path / "over" / "policy.json").read_text())["base"] == str(
+        tmp_path / "full"
+    )
 
 
 def test_bfloat16_keeps_trained_weights_and_latents_in_float32(folder, tiny):
@@ -458,7 +533,9 @@ def test_bfloat16_keeps_trained_weights_and_latents_in_float32(folder, tiny):
         assert v.dtype == torch.bfloat16
         assert (v.float() - exact).norm() < 0.05 * exact.norm()
         v.float().square().mean().backward()
-        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trainable(policy.module).values())
+        assert any(
+            p.grad is not None and p.grad.abs().max() > 0 for p in trainable(policy.module).values()
+        )
 
 
 @pytest.mark.parametrize("model", ["kontext", "klein"])
@@ -480,20 +557,23 @@ def test_checkpointed_gradients_are_the_plain_ones(folder, tiny, model):
 
 
 def test_offloaded_parts_leave_the_device_and_keep_the_hosts_weights(make):
-    """The meta device stands in for a GPU: what lies there has no numbers, so they can only be the host's own."""
+    """The meta device stands in for a GPU: what lies there has no numbers, so they can only be the
+    host's own."""
     for offload in (True, False):
         policy = make("kontext", offload=offload)
         policy.module.to("meta")
         before = [p.data_ptr() for p in policy.pipe.vae.parameters()]
         with policy._at_work("vae"):
-            assert all(t.is_meta for t in (*policy.pipe.vae.parameters(), *policy.pipe.vae.buffers()))
+            assert all(
+                t.is_meta for t in (*policy.pipe.vae.parameters(), *policy.pipe.vae.buffers())
+            )
         after = list(policy.pipe.vae.parameters())
         assert all(p.is_meta != offload for p in after)
         if offload:
             assert [p.data_ptr() for p in after] == before
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 class Brightness:
@@ -510,8 +590,20 @@ def run_config(weights, sessions, model, out, loss="grpo", **changes):
     values = {
         "out": str(out),
         "data": {"path": str(sessions)},
-        "policy": {"model": model, "weights": str(weights), "resolution": (32, 32), "lora_rank": 4, "text_tokens": 48},
-        "rollout": {"sessions": 2, "siblings": 6, "steps": 3, "window": 0 if nft else 2, "shared_noise": not nft}
+        "policy": {
+            "model": model,
+            "weights": str(weights),
+            "resolution": (32, 32),
+            "lora_rank": 4,
+            "text_tokens": 48,
+        },
+        "rollout": {
+            "sessions": 2,
+            "siblings": 6,
+            "steps": 3,
+            "window": 0 if nft else 2,
+            "shared_noise": not nft,
+        }
         | {"window_range": 0.34},
         "credit": {"preset": "flow-grpo", "weights": {"bright": 1.0}},
         "train": {"iterations": 8, "lr": 2e-2, "lr_decay": 1.0, "ema": None, "loss": loss},
@@ -532,11 +624,16 @@ def test_a_toy_reward_rises(folder, tmp_path, model, loss):
     weights, sessions = folder(model)
     run = train(run_config(weights, sessions, model, tmp_path / "run", loss), reward=Brightness())
     (comparison,) = events(run, "comparison")
-    assert comparison["turn"] == 3 and comparison["difference"] > 3 * comparison["se"] > 0, comparison
+    assert comparison["turn"] == 3 and comparison["difference"] > 3 * comparison["se"] > 0, (
+        comparison
+    )
     rows = events(run, "train")
     if loss == "grpo":
         assert all(row["ratio_error"] <= 1e-6 for row in rows)
-    assert {p.name for p in (run / "policy").iterdir()} == {"policy.json", "pytorch_lora_weights.safetensors"}
+    assert {p.name for p in (run / "policy").iterdir()} == {
+        "policy.json",
+        "pytorch_lora_weights.safetensors",
+    }
     report = (run / "report.html").read_text()
     assert "bright, turn 3" in report and "GA" not in re.sub(
         '<(style|script).*?</(style|script)>|data:[^"]*', "", report, flags=re.S
@@ -554,7 +651,10 @@ def test_killed_and_resumed_runs_are_bitwise_one(folder, tmp_path):
     train(config("whole", 3), reward=Brightness())
     train(config("parts", 1), reward=Brightness())
     train(config("parts", 3), reward=Brightness())
-    a, b = (load_file(tmp_path / out / "policy" / "pytorch_lora_weights.safetensors") for out in ("whole", "parts"))
+    a, b = (
+        load_file(tmp_path / out / "policy" / "pytorch_lora_weights.safetensors")
+        for out in ("whole", "parts")
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -565,11 +665,22 @@ def test_killed_and_resumed_runs_are_bitwise_one(folder, tmp_path):
         (
             "kontext",
             {
-                "policy": {"keep_source": True, "guidance": 2.0, "lora_rank": 0, "gradient_checkpointing": True},
+                "policy": {
+                    "keep_source": True,
+                    "guidance": 2.0,
+                    "lora_rank": 0,
+                    "gradient_checkpointing": True,
+                },
                 "train": {"micro_batch": 3, "ema": 0.9, "kl_weight": 0.01},
             },
         ),
-        ("kontext", {"policy": {"dtype": "bfloat16", "offload": True}, "rollout": {"store_dtype": "bfloat16"}}),
+        (
+            "kontext",
+            {
+                "policy": {"dtype": "bfloat16", "offload": True},
+                "rollout": {"store_dtype": "bfloat16"},
+            },
+        ),
         ("klein-kv", {"policy": {"keep_source": True}, "train": {"context_gradient": True}}),
         ("klein-kv", {"train": {"loss": "nft"}, "rollout": {"window": 0, "shared_noise": False}}),
     ],
@@ -578,7 +689,9 @@ def test_a_replay_meets_the_rollout_however_it_trains(folder, tmp_path, model, c
     weights, sessions = folder(model)
     few = {"rollout": {"siblings": 2}, "train": {"iterations": 1}, "eval": {"sessions": 1}}
     changes = {key: {**few.get(key, {}), **changes.get(key, {})} for key in few | changes}
-    run = train(run_config(weights, sessions, model, tmp_path / "run", **changes), reward=Brightness())
+    run = train(
+        run_config(weights, sessions, model, tmp_path / "run", **changes), reward=Brightness()
+    )
     (row,) = events(run, "train")
     assert row["grad_norm"] > 0 and row.get("ratio_error", 0.0) <= 1e-6
     config = run_config(run / "policy", sessions, model, tmp_path / "again", **changes)

@@ -1,4 +1,5 @@
-"""Exports: stock loaders get the trained policy to the last bit, a wrong one is caught, nothing half-written stays."""
+"""Exports: stock loaders get the trained policy to the last bit, a wrong one is caught, nothing
+half-written stays."""
 
 from __future__ import annotations
 
@@ -28,11 +29,14 @@ from editr2.yaml_config import dump_yaml
 
 @pytest.fixture(autouse=True)
 def a_cuda_build(monkeypatch):
-    """torch built for CUDA names it as the accelerator without a device as well, unless asked whether one is there."""
+    """torch built for CUDA names it as the accelerator without a device as well, unless asked
+    whether one is there."""
     if not torch.cuda.is_available():
         cuda = torch.device("cuda")
         monkeypatch.setattr(
-            torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else cuda
+            torch.accelerator,
+            "current_accelerator",
+            lambda check_available=False: None if check_available else cuda,
         )
 
 
@@ -43,13 +47,19 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, beside_module) -> dict[str, str | None]:
     """Every model's base weights on the disk."""
-    folder, flux, qwen = tmp_path_factory.mktemp("base"), beside_module("tiny_editors"), beside_module("tiny_qwen")
+    folder, flux, qwen = (
+        tmp_path_factory.mktemp("base"),
+        beside_module("tiny_editors"),
+        beside_module("tiny_qwen"),
+    )
     flux.kontext_pipeline().save_pretrained(folder / "kontext")
     flux.klein_pipeline().save_pretrained(folder / "klein")
     for plus, name in enumerate(EDITORS[2:]):
         qwen.save_pipeline(qwen.qwen_pipeline(plus=bool(plus)), folder / name)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    unified = new_embedded_policy(UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0)
+    unified = new_embedded_policy(
+        UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0
+    )
     torch.nn.init.normal_(unified.module.llm2vae.weight, std=0.1)
     unified.save(folder / "unified")
     return {name: str(folder / name) for name in (*EDITORS, "unified")}
@@ -70,10 +80,15 @@ def beside_module():
 
 @pytest.fixture
 def make_run(tmp_path, weights):
-    """A run's folder as the trainer leaves it, its trained weights moved at random; and the trained policy."""
+    """A run's folder as the trainer leaves it, its trained weights moved at random; and the trained
+    policy."""
 
     def make(model: str, iteration: int = 3, **policy) -> tuple[Path, object]:
-        own = {"resolution": (32, 32), "text_tokens": 48 if model == "klein" else None} if model != "unified" else {}
+        own = (
+            {"resolution": (32, 32), "text_tokens": 48 if model == "klein" else None}
+            if model != "unified"
+            else {}
+        )
         policy = {"model": model, "weights": weights[model], **own, **policy}
         config = replace_nested(Config(), {"policy": policy, "train": {"iterations": 3}})
         trained = load_policy(config.policy)
@@ -96,7 +111,14 @@ def make_run(tmp_path, weights):
 def _write_results(run: Path, iteration: int) -> None:
     stat = [{"mean": 0.25, "se": 0.02}, {"mean": 0.5, "se": 0.03}]
     rows = [
-        {"event": "eval", "iteration": i, "name": name, "sessions": 7, "reward_turn": stat, "brightness_turn": stat}
+        {
+            "event": "eval",
+            "iteration": i,
+            "name": name,
+            "sessions": 7,
+            "reward_turn": stat,
+            "brightness_turn": stat,
+        }
         for name, i in (("before", 0), ("after", iteration))
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -104,7 +126,13 @@ def _write_results(run: Path, iteration: int) -> None:
     turns = []
     for name in ("000", "000_t1"):
         Image.new("RGB", (32, 48), "red").save(run / "strips" / "before" / f"{name}.png")
-    turns.append({"instruction": "make it " + "very " * 20 + "red", "image": "before/000_t1.png", "reward": 0.5})
+    turns.append(
+        {
+            "instruction": "make it " + "very " * 20 + "red",
+            "image": "before/000_t1.png",
+            "reward": 0.5,
+        }
+    )
     turns.append({"instruction": "and now", "image": "before/gone.png"})
     strip = {"id": "a", "image": "before/000.png", "turns": turns}
     (run / "strips" / "before.json").write_text(json.dumps({"sessions": [strip]}))
@@ -115,11 +143,15 @@ def _largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("model", "alpha"), [*((model, 12.0) for model in EDITORS), ("kontext", 10.0)], ids=lambda value: str(value)
+    ("model", "alpha"),
+    [*((model, 12.0) for model in EDITORS), ("kontext", 10.0)],
+    ids=lambda value: str(value),
 )
-def test_every_loader_gets_the_lora_at_the_strength_it_was_trained_at(model, alpha, make_run, weights, tmp_path):
-    """alpha / rank 4 is taken into B to the last bit, 10 / 3 within one rounding of B; whether the loader reads the
-    file's settings or not."""
+def test_every_loader_gets_the_lora_at_the_strength_it_was_trained_at(
+    model, alpha, make_run, weights, tmp_path
+):
+    """alpha / rank 4 is taken into B to the last bit, 10 / 3 within one rounding of B; whether the
+    loader reads the file's settings or not."""
     run, trained = make_run(model, lora_rank=3, lora_alpha=alpha)
     done = export(run, tmp_path / "out")
     exact = alpha == 12
@@ -142,12 +174,20 @@ def test_every_loader_gets_the_lora_at_the_strength_it_was_trained_at(model, alp
 def test_ranks_and_strengths_of_single_layers_are_kept(model, weights, tmp_path):
     from peft import LoraConfig
 
-    settings = {"model": model, "weights": weights[model], "resolution": (32, 32), "lora_rank": 2, "dtype": "bfloat16"}
+    settings = {
+        "model": model,
+        "weights": weights[model],
+        "resolution": (32, 32),
+        "lora_rank": 2,
+        "dtype": "bfloat16",
+    }
     policy, base = (load_policy(dataclasses.replace(Config().policy, **settings)) for _ in range(2))
     remove_lora(policy.module)
     remove_lora(base.module)
     patterns = {"rank_pattern": {"to_q": 5}, "alpha_pattern": {"to_k": 7}}
-    policy.module.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=policy.lora_targets, **patterns))
+    policy.module.add_adapter(
+        LoraConfig(r=2, lora_alpha=6, target_modules=policy.lora_targets, **patterns)
+    )
     for p in trainable(policy.module).values():
         p.data = torch.randn(p.shape) * 0.1  # float32 over bfloat16, as trained
     before = probe(base)
@@ -164,7 +204,9 @@ def test_adapters_are_stored_in_their_own_precision_and_at_strength_one(make_run
     trained = {n.replace(".default", ""): t for n, t in snapshot(trained.module).items()}
     assert {t.dtype for t in stored.values()} == {torch.float32}
     trained = {n: 4 * t if "lora_B" in n else t for n, t in trained.items()}
-    assert all(torch.equal(stored[f"transformer.{n}"], t) for n, t in trained.items()) and len(stored) == len(trained)
+    assert all(torch.equal(stored[f"transformer.{n}"], t) for n, t in trained.items()) and len(
+        stored
+    ) == len(trained)
     with safe_open(tmp_path / "out" / LORA_FILE, "pt") as file:
         said = json.loads(file.metadata()["lora_adapter_metadata"])
     assert said["transformer.lora_alpha"] == said["transformer.r"] == 3
@@ -176,7 +218,9 @@ def test_adapters_are_stored_in_their_own_precision_and_at_strength_one(make_run
 def test_unified(kind, make_run, weights, tmp_path):
     run, trained = make_run("unified", lora_rank=0 if kind == "full" else 3, lora_alpha=10.0)
     done = export(run, tmp_path / "out", merge=kind == "merged")
-    assert done.kind == kind and done.proof.error == 0 and done.proof.effect > 0.01 * done.proof.size
+    assert (
+        done.kind == kind and done.proof.error == 0 and done.proof.effect > 0.01 * done.proof.size
+    )
     if kind == "lora":
         from peft import PeftModel
 
@@ -186,22 +230,32 @@ def test_unified(kind, make_run, weights, tmp_path):
     else:
         loaded = UnifiedPolicy.load(tmp_path / "out")
     # A merged weight is rounded once more, and so is B with alpha / rank in it.
-    assert _largest(probe(loaded), probe(trained)) <= {"merged": 1e-4, "lora": 1e-5, "full": 0}[kind]
+    assert (
+        _largest(probe(loaded), probe(trained)) <= {"merged": 1e-4, "lora": 1e-5, "full": 0}[kind]
+    )
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("full", "float32"), ("merged", "bfloat16")])
 def test_diffusers_folder_is_a_whole_pipeline(kind, dtype, make_run, tmp_path):
     from diffusers import DiffusionPipeline
 
-    run, trained = make_run("klein", lora_rank=3 if kind == "merged" else 0, lora_alpha=10.0, dtype=dtype)
+    run, trained = make_run(
+        "klein", lora_rank=3 if kind == "merged" else 0, lora_alpha=10.0, dtype=dtype
+    )
     done = export(run, tmp_path / "out", merge=kind == "merged")
-    assert done.kind == kind and done.proof.error == 0 and (done.proof.rounding > 0) == (kind == "merged")
+    assert (
+        done.kind == kind
+        and done.proof.error == 0
+        and (done.proof.rounding > 0) == (kind == "merged")
+    )
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipe.vae.enable_slicing()
     loaded = policy_class("klein")(pipe, dataclasses.replace(trained.config, lora_rank=0))
     far = _largest(probe(trained), probe(load_policy(trained.config)))
     assert _largest(probe(loaded), probe(trained)) <= (0.2 * far if kind == "merged" else 0)
-    again = load_policy(dataclasses.replace(trained.config, weights=str(tmp_path / "out"), lora_rank=0))
+    again = load_policy(
+        dataclasses.replace(trained.config, weights=str(tmp_path / "out"), lora_rank=0)
+    )
     assert _largest(probe(again), probe(trained)) <= (0.2 * far if kind == "merged" else 0)
 
 
@@ -211,12 +265,17 @@ def test_wrong_strength_is_caught_and_leaves_nothing(make_run, tmp_path, monkeyp
 
     def at_half(self, policy, folder):
         folding = write(self, policy, folder)
-        halved = {name: t / 2 if "lora_B" in name else t for name, t in load_file(folder / LORA_FILE).items()}
+        halved = {
+            name: t / 2 if "lora_B" in name else t
+            for name, t in load_file(folder / LORA_FILE).items()
+        }
         save_file(halved, folder / LORA_FILE, metadata={"format": "pt"})
         return folding
 
     monkeypatch.setattr(DiffusersLora, "write", at_half)
-    with pytest.raises(ExportError, match=r"differ by up to .*% of what training changed \(accepted: 0\)"):
+    with pytest.raises(
+        ExportError, match=r"differ by up to .*% of what training changed \(accepted: 0\)"
+    ):
         export(run, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -243,7 +302,9 @@ def test_live_weights_and_newest_checkpoint(make_run, tmp_path, capsys):
     assert main(["export", str(run), "--out", str(tmp_path / "ema")]) == 0
     assert "iteration 2 of 3 (unfinished: its newest checkpoint)" in capsys.readouterr().out
     assert main(["export", str(run), "--out", str(tmp_path / "live"), "--weights", "live"]) == 0
-    ema, live = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ema", "live"))
+    ema, live = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ema", "live")
+    )
     assert ema.keys() == live.keys() and not any(torch.equal(ema[k], live[k]) for k in ema)
     text = (tmp_path / "live" / "README.md").read_text()
     assert "the last weights of iteration 2 of 3. The training was not finished." in text
@@ -255,10 +316,20 @@ def test_card(make_run, tmp_path):
     export(run, tmp_path / "out")
     _, header, text = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     header = yaml.safe_load(header)
-    assert header["library_name"] == "diffusers" and "lora" in header["tags"] and "base_model" not in header
+    assert (
+        header["library_name"] == "diffusers"
+        and "lora" in header["tags"]
+        and "base_model" not in header
+    )
     assert "LoRA adapters (rank 3, alpha 10) for kontext (a local folder)" in text
-    assert re.search(r"strength 1: alpha / rank, 3\.33333 in training, .*by [3-6]\.\de-08 of itself at most", text)
-    assert 'pipe.load_lora_weights("out")' in text and "| brightness, turn 2 | 0.50 ± 0.03 | 0.50 ± 0.03 |" in text
+    assert re.search(
+        r"strength 1: alpha / rank, 3\.33333 in training, .*by [3-6]\.\de-08 of itself at most",
+        text,
+    )
+    assert (
+        'pipe.load_lora_weights("out")' in text
+        and "| brightness, turn 2 | 0.50 ± 0.03 | 0.50 ± 0.03 |" in text
+    )
     assert "- Reward: IF x 0.3, CC x 0.3, GA x 0.4\n" in text
     assert "lora_alpha: 10.0" in text and "equal to the last bit" in text
     with Image.open(tmp_path / "out" / "strips.png") as strip:
@@ -269,9 +340,14 @@ def test_card(make_run, tmp_path):
 def test_bases_are_named(weights, tmp_path):
     from editr2.model_card import Base
 
-    assert Base.of(UnifiedPolicy.load(Path(weights["unified"])), None).name == "the small model shipped with editr2"
+    assert (
+        Base.of(UnifiedPolicy.load(Path(weights["unified"])), None).name
+        == "the small model shipped with editr2"
+    )
     policy = load_policy(
-        dataclasses.replace(Config().policy, model="kontext", weights=weights["kontext"], resolution=(32, 32))
+        dataclasses.replace(
+            Config().policy, model="kontext", weights=weights["kontext"], resolution=(32, 32)
+        )
     )
     policy.base = "black-forest-labs/FLUX.1-Kontext-dev"
     base = Base.of(policy, None)
@@ -284,9 +360,19 @@ def test_bad_input_is_one_error(make_run, tmp_path, capsys):
     (tmp_path / "full" / "a").touch()
     for arguments, message in {
         ("nothing", "--out", "out"): "nothing: no config.yaml in it",
-        (str(run), "--out", str(tmp_path / "full")): "is there already (accepted: a new or empty folder)",
+        (
+            str(run),
+            "--out",
+            str(tmp_path / "full"),
+        ): "is there already (accepted: a new or empty folder)",
         (str(run), "--out", str(tmp_path / "full" / "a")): "is there already",
-        (str(run), "--out", "out", "--weights", "best"): "--weights: 'best' (accepted for this run: ema, live)",
+        (
+            str(run),
+            "--out",
+            "out",
+            "--weights",
+            "best",
+        ): "--weights: 'best' (accepted for this run: ema, live)",
         (str(run), "--out", "out", "--merge"): "--merge: the run trained all weights",
     }.items():
         assert main(["export", *arguments]) == 2

@@ -1,7 +1,8 @@
-"""Files of others: what is wrong with an image or its name, colours, mutated lists, each through every way into a set.
+"""Files of others: what is wrong with an image or its name, colours, mutated lists, each through
+every way into a set.
 
-A way is a format that `editr2 data import` reads. It writes a set of two sessions, of which the second has the image in
-question: bytes to put in its place, or a name that is no good.
+A way is a format that `editr2 data import` reads. It writes a set of two sessions, of which the
+second has the image in question: bytes to put in its place, or a name that is no good.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from editr2.sessions import load_sessions, validate
 PICTURE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------- files by hand
+# ------------------------------------------------------------------------------------ files by hand
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -46,10 +47,13 @@ def picture(mode: str = "RGB") -> Image.Image:
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
-    """A PNG with these rows, filter bytes included, whatever Pillow can write. colour: 0, 2, 4, 6 as in the format."""
+    """A PNG with these rows, filter bytes included, whatever Pillow can write. colour: 0, 2, 4, 6
+    as in the format."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
@@ -65,9 +69,18 @@ def deep_tiff() -> bytes:
     """2 × 2 pixels of RGB in 16 bits, little-endian."""
     pixels, start = b"\xff\x12" * 12, 8
     bits = start + len(pixels)
-    entries = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, bits), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, start)]
+    entries = [
+        (256, 3, 1, 2),
+        (257, 3, 1, 2),
+        (258, 3, 3, bits),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, start),
+    ]
     entries += [(277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, len(pixels))]
-    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    directory = struct.pack("<H", len(entries)) + b"".join(
+        struct.pack("<HHII", *entry) for entry in entries
+    )
     head = struct.pack("<2sHI", b"II", 42, bits + 6)
     return head + pixels + struct.pack("<3H", 16, 16, 16) + directory + struct.pack("<I", 0)
 
@@ -91,10 +104,15 @@ def torn_profile(data: bytes) -> bytes:
     at = data.index(b"iCCP")
     (length,) = struct.unpack(">I", data[at - 4 : at])
     body = b"x\0\0" + bytes(length - 3)
-    return data[: at + 4] + body + struct.pack(">I", zlib.crc32(b"iCCP" + body)) + data[at + 8 + length :]
+    return (
+        data[: at + 4]
+        + body
+        + struct.pack(">I", zlib.crc32(b"iCCP" + body))
+        + data[at + 8 + length :]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- colours by hand
+# ---------------------------------------------------------------------------------- colours by hand
 
 WHITE = np.array([0.3127, 0.3290])  # D65
 PRIMARIES = {
@@ -121,15 +139,16 @@ def linear(space: str, v: np.ndarray) -> np.ndarray:
 
 
 def in_srgb(space: str, pixels: np.ndarray) -> np.ndarray:
-    """What an image of this space looks like in sRGB, float [..., 3] of 0 to 255, clipped channel by channel."""
+    """What an image of this space looks like in sRGB, float [..., 3] of 0 to 255, clipped channel
+    by channel."""
     mixed = linear(space, pixels / 255) @ (np.linalg.inv(to_xyz("srgb")) @ to_xyz(space)).T
     v = mixed.clip(0, 1)
     return 255 * np.where(v <= 0.0031308, 12.92 * v, 1.055 * v ** (1 / 2.4) - 0.055)
 
 
 def profile(space: str) -> bytes:
-    """An ICC profile (version 4) of the space, written by hand: a matrix under D50 (Bradford) and curves; of `grey`, a
-    curve of gamma 1.8."""
+    """An ICC profile (version 4) of the space, written by hand: a matrix under D50 (Bradford) and
+    curves; of `grey`, a curve of gamma 1.8."""
 
     def fixed(values: Any) -> bytes:
         return b"".join(struct.pack(">i", round(float(v) * 65536)) for v in values)
@@ -145,7 +164,9 @@ def profile(space: str) -> bytes:
             + words.encode("utf-16-be")
         )
 
-    bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    bradford = np.array(
+        [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
+    )
     d50, d65 = np.array([0.9642, 1.0, 0.8249]), to_xyz("srgb").sum(1)
     adapt = np.linalg.inv(bradford) @ np.diag(bradford @ d50 / (bradford @ d65)) @ bradford
     tags = {b"desc": text(space), b"cprt": text("none"), b"wtpt": b"XYZ " + bytes(4) + fixed(d50)}
@@ -153,7 +174,9 @@ def profile(space: str) -> bytes:
         tags[b"kTRC"] = curve(0, 1.8)
     else:
         gamma = (
-            curve(0, 563 / 256) if space == "adobe-rgb" else curve(3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+            curve(0, 563 / 256)
+            if space == "adobe-rgb"
+            else curve(3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
         )
         for name, column in zip(b"rgb", (adapt @ to_xyz(space)).T):
             tags[bytes([name]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(column)
@@ -163,11 +186,15 @@ def profile(space: str) -> bytes:
         table += struct.pack(">4sII", name, start + len(body), len(value))
         body += value + bytes(-len(value) % 4)
     size, of = 128 + len(table) + len(body), b"GRAY" if space == "grey" else b"RGB "
-    head = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x04300000, b"mntr", of, b"XYZ ") + bytes(12) + b"acsp"
+    head = (
+        struct.pack(">I4sI4s4s4s", size, bytes(4), 0x04300000, b"mntr", of, b"XYZ ")
+        + bytes(12)
+        + b"acsp"
+    )
     return head.ljust(68, b"\0") + fixed(d50) + bytes(128 - 80) + table + body
 
 
-# --------------------------------------------------------------------------------------------------------- every way in
+# ------------------------------------------------------------------------------------- every way in
 
 
 class Way(NamedTuple):
@@ -209,8 +236,17 @@ def sessions(folder: Path, bad: Bad) -> Way:
 
 def mice(folder: Path, bad: Bad) -> Way:
     name = placed(folder / "set/source_image", bad)
-    lists: dict[str, list[Any]] = {"instruction": ["x"], "task_type": ["y"], "formatted_instruction": ["x"]}
-    lists |= {"bg_consistency": [True], "unchanged_objects": [[]], "available_objects": [[]], "all_objects": [[]]}
+    lists: dict[str, list[Any]] = {
+        "instruction": ["x"],
+        "task_type": ["y"],
+        "formatted_instruction": ["x"],
+    }
+    lists |= {
+        "bg_consistency": [True],
+        "unchanged_objects": [[]],
+        "available_objects": [[]],
+        "all_objects": [[]],
+    }
     names = ("source_image/a.png", f"source_image/{name}" if isinstance(bad, bytes) else name)
     file = json_lines(folder / "set/cm/x.jsonl", *({"image": n, **lists} for n in names))
     return Way("mice", file, f"{file}:2: image: ")
@@ -221,8 +257,16 @@ def edival(folder: Path, bad: Bad) -> Way:
     name = bad if isinstance(bad, str) else "b"
     if isinstance(bad, bytes):
         put(folder / "set/b_input_raw.jpg", bad)
-    row = {"turns": 1, "task_type": ["y"], "instructions": ["x"], "format_instructions": ["x"], "bg_consistency": True,
-           "unchanged_objects": [], "available_objects": [], "all_objects": []}  # fmt: skip
+    row = {
+        "turns": 1,
+        "task_type": ["y"],
+        "instructions": ["x"],
+        "format_instructions": ["x"],
+        "bg_consistency": True,
+        "unchanged_objects": [],
+        "available_objects": [],
+        "all_objects": [],
+    }
     file = folder / "set/x.csv"
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, ["image_index", *row])
@@ -233,12 +277,16 @@ def edival(folder: Path, bad: Bad) -> Way:
 
 def imgedit(folder: Path, bad: Bad) -> Way:
     name = placed(folder / "set", bad)
-    file = json_lines(folder / "set/annotation.json", *({"id": n, "turn1": "x"} for n in ("a.png", name)))
+    file = json_lines(
+        folder / "set/annotation.json", *({"id": n, "turn1": "x"} for n in ("a.png", name))
+    )
     return Way("imgedit", file, f"{file}:2: id: ")
 
 
 def training_rows(name: str) -> list[dict[str, Any]]:
-    edits = ({"input_images": [n], "output_images": ["c"], "prompt": "x"} for n in ("part/a.png", name))
+    edits = (
+        {"input_images": [n], "output_images": ["c"], "prompt": "x"} for n in ("part/a.png", name)
+    )
     return [{"data": [edit]} for edit in edits]
 
 
@@ -260,7 +308,10 @@ def imgedit_parquet(folder: Path, bad: Bad) -> Way:
 def magicbrush(folder: Path, bad: Bad) -> Way:
     name = placed(folder / "set/images/7", bad)
     put(folder / "set/images/6/a.png", encoded(picture()))
-    edits = {k: [{"input": n, "output": "c.png", "instruction": "x"}] for k, n in (("6", "a.png"), ("7", name))}
+    edits = {
+        k: [{"input": n, "output": "c.png", "instruction": "x"}]
+        for k, n in (("6", "a.png"), ("7", name))
+    }
     file = json_lines(folder / "set/edit_sessions.json", edits)
     return Way("magicbrush", file, f"{file}: '7': [0]: input: ")
 
@@ -272,13 +323,18 @@ def dataset_of_bytes(folder: Path, bad: Bad) -> Way:
 
 def dataset_of_paths(folder: Path, bad: Bad) -> Way:
     name = placed(folder / "files", bad)
-    names = (str(folder / "files/a.png"), str(folder / "files" / name) if isinstance(bad, bytes) else name)
+    names = (
+        str(folder / "files/a.png"),
+        str(folder / "files" / name) if isinstance(bad, bytes) else name,
+    )
     return saved(folder, "image", list(names))
 
 
 def magicbrush_dataset(folder: Path, bad: Bad) -> Way:
     assert isinstance(bad, bytes)
-    return saved(folder, "source_img", [{"bytes": b, "path": None} for b in (encoded(picture()), bad)])
+    return saved(
+        folder, "source_img", [{"bytes": b, "path": None} for b in (encoded(picture()), bad)]
+    )
 
 
 def saved(folder: Path, column: str, cells: list[Any]) -> Way:
@@ -313,14 +369,16 @@ def refusal(way: Way, out: Path) -> str:
     with pytest.raises(DataError) as caught:
         import_sessions(way.form, way.source, out)
     message = str(caught.value)
-    assert message.startswith(way.begins) and message.isprintable() and len(message) < 1500, message[:1500]
+    assert message.startswith(way.begins) and message.isprintable() and len(message) < 1500, (
+        message[:1500]
+    )
     assert not (out / "sessions.jsonl").exists()
     if way.form == "sessions" and "leads out" not in message:
         assert validate(way.source) == [message]
     return message.removeprefix(way.begins)
 
 
-# -------------------------------------------------------------------------------------------------------- what is wrong
+# ------------------------------------------------------------------------------------ what is wrong
 
 P3 = encoded(picture(), icc_profile=profile("display-p3"))
 EIGHT = "(accepted: 8-bit 1, L, LA, P, PA, RGB, RGBA)"
@@ -335,11 +393,14 @@ CONTENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "CMYK": (lambda: encoded(picture("CMYK"), "JPEG"), f"pixel format CMYK {EIGHT}"),
     "a profile that is none": (
         lambda: encoded(picture(), icc_profile=b"nonsense" * 30),
-        "colour profile cannot be read: cannot open profile from string (accepted: an ICC profile of RGB or grey, or ",
+        "colour profile cannot be read: cannot open profile from string (accepted: an ICC profile "
+        "of RGB or grey, or ",
     ),
     "a torn profile": (lambda: torn_profile(P3), "colour profile cannot be read: "),
     "a profile of Lab": (
-        lambda: encoded(picture(), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()),
+        lambda: encoded(
+            picture(), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+        ),
         "colour profile of Lab (accepted: an ICC profile of RGB or grey, or none)",
     ),
     "a grey profile on colours": (
@@ -357,18 +418,25 @@ CONTENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a bomb": (
         lambda: png(60_000, 50_000, 8, 2, b""),
-        "several times more pixels than any image may have (accepted: up to 67,108,864; scale the image down first)",
+        "several times more pixels than any image may have (accepted: up to 67,108,864; scale the "
+        "image down first)",
     ),
     "PostScript": (
         lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n",
         "format EPS (accepted: PNG, JPEG, MPO, WEBP, AVIF, JPEG2000, GIF, BMP, TIFF, PPM)",
     ),
     "nothing": (lambda: b"", "empty file (accepted: an image)"),
-    "a page about an error": (lambda: b"<html>404</html>", "not a readable image: cannot identify image file"),
-}  # fmt: skip
+    "a page about an error": (
+        lambda: b"<html>404</html>",
+        "not a readable image: cannot identify image file",
+    ),
+}
 LONG = "a" * 5000
 NAMES: dict[str, tuple[str, str]] = {
-    "a data URL": ("data:image/png;base64," + LONG, "a URL, data:image/png... (accepted: the path of a file; n"),
+    "a data URL": (
+        "data:image/png;base64," + LONG,
+        "a URL, data:image/png... (accepted: the path of a file; n",
+    ),
     "a URL": ("https://example.org/a.png", "a URL, https://example.org/a.png"),
     "a URL in capitals": ("FILE:///a.png", "a URL, FILE:///a.png"),
     "a long name": (LONG, "characters)"),
@@ -378,17 +446,23 @@ NAMES: dict[str, tuple[str, str]] = {
     "the root's": ("/{outside}", "leads out of "),
     "nothing there": ("none.png", "no such file"),
     "a folder": ("folder", "not a file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("wrong", CONTENTS)
 def test_what_is_wrong_with_an_image(
-    way: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    way: str,
+    wrong: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     make, expected = CONTENTS[wrong]
     data = make()
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as many a reward's module has it
+    monkeypatch.setattr(
+        ImageFile, "LOAD_TRUNCATED_IMAGES", True
+    )  # as many a reward's module has it
     message = refusal(WAYS[way](tmp_path, data), tmp_path / "out")
     assert expected in message
     assert not recwarn.list and ImageFile.LOAD_TRUNCATED_IMAGES is True
@@ -396,7 +470,9 @@ def test_what_is_wrong_with_an_image(
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in UNNAMED])
 @pytest.mark.parametrize("wrong", NAMES)
-def test_what_is_wrong_with_a_name(way: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_a_name(
+    way: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, expected = NAMES[wrong]
     monkeypatch.chdir(tmp_path)  # a dataset's paths start there
     inner = tmp_path / "here"
@@ -405,7 +481,9 @@ def test_what_is_wrong_with_a_name(way: str, wrong: str, tmp_path: Path, monkeyp
         monkeypatch.chdir(inner)
     for folder in (tmp_path.parent, tmp_path, inner, inner / "set", tmp_path / "o"):
         for end in ("", "_input_raw.jpg"):
-            put(folder / f"outside{end}", encoded(picture()))  # a good image, which must not be taken all the same
+            put(
+                folder / f"outside{end}", encoded(picture())
+            )  # a good image, which must not be taken all the same
     name = name.replace("/{outside}", str(tmp_path / "o/outside"))
     if wrong == "a folder":
         for folder in ("set", "set/part", "set/images/7", "set/source_image", "."):
@@ -421,7 +499,8 @@ def test_what_is_wrong_with_a_name(way: str, wrong: str, tmp_path: Path, monkeyp
 
 
 def test_links_are_followed_and_another_folder_can_be_named(tmp_path: Path) -> None:
-    """A set's large folders often lie elsewhere; who made the link is not who wrote the set's names."""
+    """A set's large folders often lie elsewhere; who made the link is not who wrote the set's
+    names."""
     put(tmp_path / "disk/b.png", encoded(picture()))
     way = imgedit(tmp_path, "linked/b.png")
     (tmp_path / "set/linked").symlink_to(tmp_path / "disk")
@@ -434,12 +513,18 @@ def test_links_are_followed_and_another_folder_can_be_named(tmp_path: Path) -> N
         put(tmp_path / "images/a.png", encoded(picture()))
         put(tmp_path / "images/b.png", P3)
         way = imgedit(tmp_path, name)  # its own b.png is found by the file's name alone
-        (_, second) = load_sessions(import_sessions(way.form, way.source, tmp_path / out, images=tmp_path / "images"))
+        (_, second) = load_sessions(
+            import_sessions(way.form, way.source, tmp_path / out, images=tmp_path / "images")
+        )
         assert not np.array_equal(second.image, PICTURE)
 
 
-@pytest.mark.parametrize("wrong", ["16-bit RGB", "16-bit TIFF", "CMYK", "an animated PNG", "80 million pixels", "size"])
-def test_what_the_header_tells_is_refused_without_decoding(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "wrong", ["16-bit RGB", "16-bit TIFF", "CMYK", "an animated PNG", "80 million pixels", "size"]
+)
+def test_what_the_header_tells_is_refused_without_decoding(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(picture(), "JPEG", exif=exif) if wrong == "size" else CONTENTS[wrong][0]()
@@ -447,7 +532,9 @@ def test_what_the_header_tells_is_refused_without_decoding(wrong: str, monkeypat
     with pytest.raises(DataError) as caught:
         decode_image(data, (4, 4))
     if wrong == "size":  # as it is seen
-        assert str(caught.value).startswith("8×6 pixels, height × width (accepted: 4×4; --data.resize crop or stretch")
+        assert str(caught.value).startswith(
+            "8×6 pixels, height × width (accepted: 4×4; --data.resize crop or stretch"
+        )
 
 
 def test_the_depth_of_an_avif_is_in_its_configuration() -> None:
@@ -463,7 +550,9 @@ def test_a_file_of_gigabytes_is_not_read(tmp_path: Path, monkeypatch: pytest.Mon
         images.read_image(tmp_path / "a.png")
 
 
-def test_a_file_that_must_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_must_not_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -472,14 +561,18 @@ def test_a_file_that_must_not_be_read_is_one_line(tmp_path: Path, monkeypatch: p
         images.read_image(tmp_path / "a.png")
 
 
-# ------------------------------------------------------------------------------------------------------------- colours
+# ------------------------------------------------------------------------------------------ colours
 
-COLOURS = np.stack(np.meshgrid(*[np.array([0, 13, 64, 128, 191, 240, 255], np.uint8)] * 3), -1).reshape(7, 49, 3)
+COLOURS = np.stack(
+    np.meshgrid(*[np.array([0, 13, 64, 128, 191, 240, 255], np.uint8)] * 3), -1
+).reshape(7, 49, 3)
 GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
 def alpha(pixels: np.ndarray) -> np.ndarray:
-    return np.where(np.arange(pixels[..., 0].size).reshape(pixels.shape[:2]) % 2, 255, 51)[..., None].astype(np.uint8)
+    return np.where(np.arange(pixels[..., 0].size).reshape(pixels.shape[:2]) % 2, 255, 51)[
+        ..., None
+    ].astype(np.uint8)
 
 
 def over_white(colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
@@ -487,7 +580,9 @@ def over_white(colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
 
 
 def with_alpha(space: str) -> bytes:
-    return encoded(Image.fromarray(np.concatenate([COLOURS, alpha(COLOURS)], 2)), icc_profile=profile(space))
+    return encoded(
+        Image.fromarray(np.concatenate([COLOURS, alpha(COLOURS)], 2)), icc_profile=profile(space)
+    )
 
 
 def turned() -> bytes:
@@ -513,13 +608,15 @@ def plain(pixels: np.ndarray, space: str | None, form: str = "PNG", **options: A
     return encoded(Image.fromarray(pixels), form, **given, **options)
 
 
-# Within a level: LittleCMS computes 8-bit pixels in fixed point. An image that is in sRGB stays as it is.
+# Within a level: LittleCMS computes 8-bit pixels in fixed point. An image that is in sRGB stays as
+# it is.
 RIGHT: dict[str, tuple[Callable[[], bytes], Callable[[], np.ndarray], float]] = {
     "no profile": (lambda: plain(COLOURS, None), lambda: COLOURS, 0),
     "sRGB": (lambda: plain(COLOURS, "srgb"), lambda: COLOURS, 0),
     "LittleCMS's sRGB": (
         lambda: encoded(
-            Image.fromarray(COLOURS), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+            Image.fromarray(COLOURS),
+            icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
         ),
         lambda: COLOURS,
         0,
@@ -527,53 +624,100 @@ RIGHT: dict[str, tuple[Callable[[], bytes], Callable[[], np.ndarray], float]] = 
     "Display P3": (lambda: plain(COLOURS, "display-p3"), lambda: in_srgb("display-p3", COLOURS), 1),
     "Adobe RGB": (lambda: plain(COLOURS, "adobe-rgb"), lambda: in_srgb("adobe-rgb", COLOURS), 1),
     "Display P3 in WebP": (
-        lambda: plain(COLOURS, "display-p3", "WEBP", lossless=True), lambda: in_srgb("display-p3", COLOURS), 1,
+        lambda: plain(COLOURS, "display-p3", "WEBP", lossless=True),
+        lambda: in_srgb("display-p3", COLOURS),
+        1,
     ),
-    "Adobe RGB in TIFF": (lambda: plain(COLOURS, "adobe-rgb", "TIFF"), lambda: in_srgb("adobe-rgb", COLOURS), 1),
+    "Adobe RGB in TIFF": (
+        lambda: plain(COLOURS, "adobe-rgb", "TIFF"),
+        lambda: in_srgb("adobe-rgb", COLOURS),
+        1,
+    ),
     "transparent Display P3": (
-        lambda: with_alpha("display-p3"), lambda: over_white(in_srgb("display-p3", COLOURS), alpha(COLOURS)), 1.5,
+        lambda: with_alpha("display-p3"),
+        lambda: over_white(in_srgb("display-p3", COLOURS), alpha(COLOURS)),
+        1.5,
     ),
     "turned Display P3": (turned, lambda: np.rot90(in_srgb("display-p3", COLOURS), -1), 1),
     "a palette of Adobe RGB": (lambda: palette()[0], lambda: in_srgb("adobe-rgb", palette()[1]), 1),
     "grey of gamma 1.8": (lambda: plain(GREYS, "grey"), lambda: srgb_of_grey(1.8), 1),
     "transparent grey of gamma 1.8": (
         lambda: encoded(
-            Image.merge("LA", [Image.fromarray(GREYS), Image.new("L", (16, 16), 51)]), icc_profile=profile("grey")
+            Image.merge("LA", [Image.fromarray(GREYS), Image.new("L", (16, 16), 51)]),
+            icc_profile=profile("grey"),
         ),
         lambda: over_white(srgb_of_grey(1.8), np.array(51)),
         1.5,
     ),
     "grey with a profile of colours": (
-        lambda: plain(GREYS, "adobe-rgb"), lambda: in_srgb("adobe-rgb", np.repeat(GREYS[..., None], 3, 2)), 1,
+        lambda: plain(GREYS, "adobe-rgb"),
+        lambda: in_srgb("adobe-rgb", np.repeat(GREYS[..., None], 3, 2)),
+        1,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("right", RIGHT)
 def test_colours_arrive_in_srgb(way: str, right: str, tmp_path: Path) -> None:
-    """Against the standards' chromaticities and transfer curves, worked out above without any ICC code."""
+    """Against the standards' chromaticities and transfer curves, worked out above without any ICC
+    code."""
     data, expected, tolerance = (part() if callable(part) else part for part in RIGHT[right])
     given = imported(WAYS[way](tmp_path, data), tmp_path / "out")
-    assert given.shape == expected.shape and np.abs(given - expected).max() <= tolerance + (0.5 if tolerance else 0)
+    assert given.shape == expected.shape and np.abs(given - expected).max() <= tolerance + (
+        0.5 if tolerance else 0
+    )
 
 
 def test_the_oracle_of_colours_has_published_numbers() -> None:
-    """Linear sRGB of Display P3's primaries: (1.2249, -0.0420, -0.0197) is red (CSS Color 4's sample code, 4 places);
-    XYZ of Adobe RGB's, as its specification of 2005 prints them."""
+    """Linear sRGB of Display P3's primaries: (1.2249, -0.0420, -0.0197) is red (CSS Color 4's
+    sample code, 4 places); XYZ of Adobe RGB's, as its specification of 2005 prints them."""
     red = np.linalg.inv(to_xyz("srgb")) @ to_xyz("display-p3")[:, 0]
     assert np.abs(red - [1.2249, -0.0420, -0.0197]).max() < 1e-4
-    printed = [[0.57667, 0.18556, 0.18823], [0.29734, 0.62736, 0.07529], [0.02703, 0.07069, 0.99134]]
+    printed = [
+        [0.57667, 0.18556, 0.18823],
+        [0.29734, 0.62736, 0.07529],
+        [0.02703, 0.07069, 0.99134],
+    ]
     assert np.abs(to_xyz("adobe-rgb") - printed).max() < 1e-4
-    assert np.abs(in_srgb("display-p3", COLOURS) - COLOURS).max() > 50  # which no conversion would leave
+    assert (
+        np.abs(in_srgb("display-p3", COLOURS) - COLOURS).max() > 50
+    )  # which no conversion would leave
 
 
-# ------------------------------------------------------------------------------------------------------------- mutants
+# ------------------------------------------------------------------------------------------ mutants
 
 WEIRD: tuple[Any, ...] = (
-    None, True, 0, -1, 1.5, 1e308, 10**60, "", " ", "\0", "a\nb", "\u202e", "\x1b[31m", "é" * 400, [], {}, [[]], [None],
-    [{}], {"a": 1}, "<|im_end|>", "data:,", "../a.png", "/", ".", "a" * 5000, [1] * 50, {"instruction": "x"}, "cm",
-)  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    1e308,
+    10**60,
+    "",
+    " ",
+    "\0",
+    "a\nb",
+    "\u202e",
+    "\x1b[31m",
+    "é" * 400,
+    [],
+    {},
+    [[]],
+    [None],
+    [{}],
+    {"a": 1},
+    "<|im_end|>",
+    "data:,",
+    "../a.png",
+    "/",
+    ".",
+    "a" * 5000,
+    [1] * 50,
+    {"instruction": "x"},
+    "cm",
+)
 
 
 def mutated(raw: bytes, pick: random.Random) -> bytes:
@@ -589,13 +733,17 @@ def mutated(raw: bytes, pick: random.Random) -> bytes:
         elif kind == 2:
             raw = (
                 raw[:at]
-                + pick.choice([b"\xff", b"\0", b"\r", b'"', b"{", b"]", b"\\ud800", b"\xe2\x80\xa8", b"NaN"])
+                + pick.choice(
+                    [b"\xff", b"\0", b"\r", b'"', b"{", b"]", b"\\ud800", b"\xe2\x80\xa8", b"NaN"]
+                )
                 + raw[at:]
             )
         elif kind == 3:
             raw = b"\n".join([*lines[:line], lines[line], *lines[line:]])
         elif kind == 4:
-            raw = b"\n".join([*lines[:line], lines[line][: pick.randint(0, 30)], *lines[line + 1 :]])
+            raw = b"\n".join(
+                [*lines[:line], lines[line][: pick.randint(0, 30)], *lines[line + 1 :]]
+            )
         else:
             try:
                 value = json.loads(lines[line])
@@ -626,10 +774,16 @@ def changed(value: Any, pick: random.Random) -> Any:
 
 @pytest.mark.parametrize("part", ["some", pytest.param("all", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("way", [sessions, mice, edival, imgedit, imgedit_training, magicbrush])
-def test_a_mutated_list_loads_or_is_one_line(way: Callable[[Path, Bad], Way], part: str, tmp_path: Path) -> None:
+def test_a_mutated_list_loads_or_is_one_line(
+    way: Callable[[Path, Bad], Way], part: str, tmp_path: Path
+) -> None:
     """Of sessions.jsonl 200 and of each set's list 40; of all, 2,000 and 400."""
     made = way(tmp_path, encoded(picture()))
-    file = made.source if made.source.is_file() else next(p for p in made.source.iterdir() if ".json" in p.suffix)
+    file = (
+        made.source
+        if made.source.is_file()
+        else next(p for p in made.source.iterdir() if ".json" in p.suffix)
+    )
     original, pick, refused = file.read_bytes(), random.Random(part + way.__name__), 0
     count = (40 if part == "some" else 400) * (5 if way is sessions else 1)
     with mock.patch("os.fsync"):
@@ -650,7 +804,8 @@ def test_a_mutated_list_loads_or_is_one_line(way: Callable[[Path, Bad], Way], pa
 
 @pytest.mark.parametrize("column", [b"input_images", b"prompt"])
 def test_a_broken_parquet_file_is_one_line(column: bytes, tmp_path: Path) -> None:
-    """pyarrow gives it as anything; here as a UnicodeDecodeError, and as a name with an escape sequence."""
+    """pyarrow gives it as anything; here as a UnicodeDecodeError, and as a name with an escape
+    sequence."""
     for byte in (b"\xff", b"\x1b"):
         made = imgedit_parquet(tmp_path, encoded(picture()))
         made.source.write_bytes(made.source.read_bytes().replace(column, byte + column[1:]))
@@ -660,7 +815,9 @@ def test_a_broken_parquet_file_is_one_line(column: bytes, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("part", ["__iter__", "__getitem__"])
-def test_a_broken_dataset_is_one_line(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_dataset_is_one_line(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a folder that can be opened: its rows, or a row's image, cannot be read."""
     made = dataset_of_paths(tmp_path, encoded(picture()))
     where = made.source if part == "__iter__" else f"{made.source}: row 0: image"

@@ -1,7 +1,8 @@
-"""Nothing that is not finite passes: weights when loaded, what a turn makes, weights after a step, checkpoints.
+"""Nothing that is not finite passes: weights when loaded, what a turn makes, weights after a step,
+checkpoints.
 
-Every row of the tables ends in one line that names what it is, from each command that meets it, and leaves what was
-saved before.
+Every row of the tables ends in one line that names what it is, from each command that meets it, and
+leaves what was saved before.
 """
 
 import dataclasses
@@ -38,7 +39,14 @@ from editr2.worlds import pretrain, shapes
 NAN, INF = float("nan"), float("inf")
 COMMANDS = ["train", "eval", "rollout"]
 SMALL = {
-    "rollout": {"sessions": 2, "siblings": 3, "turns": 2, "steps": 3, "window": 1, "groups_per_batch": 2},
+    "rollout": {
+        "sessions": 2,
+        "siblings": 3,
+        "turns": 2,
+        "steps": 3,
+        "window": 1,
+        "groups_per_batch": 2,
+    },
     "train": {"iterations": 2, "packed": "off", "lr": 1e-3, "ema": None},
     "eval": {"sessions": 2, "turns": 2, "strips": 1},
     "policy": {"intent_tokens": 3},
@@ -47,9 +55,18 @@ SMALL = {
 
 
 def tiny(seed: int = 0) -> UnifiedPolicy:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "frequency_size": 8}
-    policy = new_embedded_policy(UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=seed)
-    torch.nn.init.normal_(policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "frequency_size": 8,
+    }
+    policy = new_embedded_policy(
+        UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=seed
+    )
+    torch.nn.init.normal_(
+        policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0)
+    )
     return policy
 
 
@@ -83,7 +100,7 @@ def refused(capsys: pytest.CaptureFixture, command: str, *words: str) -> str:
     return lines[-1].removeprefix("error: ")
 
 
-# ------------------------------------------------------------------------------------------------------ loaded weights
+# ----------------------------------------------------------------------------------- loaded weights
 
 
 def poison(file: Path, name: str, value: float) -> None:
@@ -100,7 +117,8 @@ def poison(file: Path, name: str, value: float) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, beside):
-    """By name a folder of weights that are whole: the unified model's, a pipeline's, a LoRA's and a transformer's."""
+    """By name a folder of weights that are whole: the unified model's, a pipeline's, a LoRA's and a
+    transformer's."""
     root = tmp_path_factory.mktemp("whole")
     tiny().save(root / "unified")
     editors = beside("tiny_editors")
@@ -108,11 +126,17 @@ def whole(tmp_path_factory, beside):
     editors.klein_pipeline().save_pretrained(root / "klein")
     for i, image in enumerate(editors.pictures(2, (32, 32))):
         Image.fromarray(image).save(root / f"{i}.png")
-    lines = [{"id": f"s{i}", "image": f"{i}.png", "turns": [{"instruction": "a"}] * 2} for i in range(2)]
+    lines = [
+        {"id": f"s{i}", "image": f"{i}.png", "turns": [{"instruction": "a"}] * 2} for i in range(2)
+    ]
     (root / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, rank in (("lora", 2), ("trained", 0)):
         config = PolicyConfig(
-            model="kontext", weights=str(root / "kontext"), resolution=(32, 32), text_tokens=32, lora_rank=rank
+            model="kontext",
+            weights=str(root / "kontext"),
+            resolution=(32, 32),
+            text_tokens=32,
+            lora_rank=rank,
         )
         load.load_policy(config).save(root / name)
     return root
@@ -129,7 +153,12 @@ LOADED = {
     "text encoder": ("kontext", "text_encoder/model.safetensors", "final_layer_norm.weight", INF),
     "second text encoder": ("kontext", "text_encoder_2/model.safetensors", "shared.weight", NAN),
     "a buffer": ("klein", f"vae/{DIFFUSERS}", "bn.running_mean", NAN),
-    "LoRA": ("lora", load.LORA_FILE, "transformer.transformer_blocks.0.attn.to_q.lora_B.weight", NAN),
+    "LoRA": (
+        "lora",
+        load.LORA_FILE,
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight",
+        NAN,
+    ),
     "trained transformer": ("trained", f"transformer/{DIFFUSERS}", "norm_out.linear.bias", -INF),
 }
 
@@ -145,15 +174,27 @@ def test_loaded_weights_are_finite(case, command, whole, tmp_path, capsys):
     words = [f"--policy.weights={weights}", f"--out={tmp_path / 'run'}"]
     if folder != "unified":
         model = "klein" if folder == "klein" else "kontext"
-        words += [f"--policy.model={model}", "--policy.resolution=[32,32]", "--policy.text_tokens=32"]
-        words += [f"--data={whole / 'sessions.jsonl'}", "--reward.function=editr2.rewards.brightness:Brightness"]
+        words += [
+            f"--policy.model={model}",
+            "--policy.resolution=[32,32]",
+            "--policy.text_tokens=32",
+        ]
+        words += [
+            f"--data={whole / 'sessions.jsonl'}",
+            "--reward.function=editr2.rewards.brightness:Brightness",
+        ]
         words += ["--credit.weights={'brightness': 1.0}", "--credit.preset=flow-grpo"]
     said = refused(capsys, command, *words)
     last = found.split(".")[-3 if ".lora_" in found else -2]
     assert (
-        said.startswith((f"policy.weights: {weights}: ", f"{weights / file}: ")) and last in said and "finite" in said
+        said.startswith((f"policy.weights: {weights}: ", f"{weights / file}: "))
+        and last in said
+        and "finite" in said
     )
-    assert not (tmp_path / "run" / "outputs.jsonl").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (
+        not (tmp_path / "run" / "outputs.jsonl").exists()
+        and not (tmp_path / "run" / "metrics.jsonl").exists()
+    )
 
 
 def _stored_name(file: Path, name: str) -> str:
@@ -182,7 +223,11 @@ def test_weights_that_would_not_be_finite_on_the_disk_are_not_written(value, tmp
 
 
 def test_pretraining_stops_at_a_gradient_that_is_not_finite(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "training_loss", lambda policy, *given: (policy.module.vae2llm.bias.sum() * NAN,) * 2)
+    monkeypatch.setattr(
+        pretrain,
+        "training_loss",
+        lambda policy, *given: (policy.module.vae2llm.bias.sum() * NAN,) * 2,
+    )
     with pytest.raises(NonFiniteError, match="step 1: gradient"):
         pretrain.pretrain(pretrain.PretrainConfig(steps=2, batch=2), tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
@@ -205,23 +250,32 @@ def test_pretraining_stops_at_a_gradient_that_is_not_finite(tmp_path, monkeypatc
         torch.tensor,
         lambda v: torch.tensor(v, dtype=torch.bfloat16),
         lambda v: torch.tensor(v, dtype=torch.float64),
-        lambda v: torch.tensor(v).repeat(40_000)[1::2].view(4, -1).T if v[0] == v[1] else torch.tensor([v] * 9).T,
+        lambda v: (
+            torch.tensor(v).repeat(40_000)[1::2].view(4, -1).T
+            if v[0] == v[1]
+            else torch.tensor([v] * 9).T
+        ),
     ],
     ids=["float32", "bfloat16", "float64", "strided"],
 )
 def test_what_counts_as_finite(made, values, bad):
-    others = [("whole", torch.arange(3)), ("none", torch.empty(0, 3)), ("elsewhere", torch.empty(2, device="meta"))]
-    assert unusable([*others, ("good", torch.ones(3)), ("here", made(values)), ("after", torch.full((2,), NAN))]) == (
-        "here" if bad else "after"
-    )
+    others = [
+        ("whole", torch.arange(3)),
+        ("none", torch.empty(0, 3)),
+        ("elsewhere", torch.empty(2, device="meta")),
+    ]
+    assert unusable(
+        [*others, ("good", torch.ones(3)), ("here", made(values)), ("after", torch.full((2,), NAN))]
+    ) == ("here" if bad else "after")
     assert unusable([*others, ("here", torch.tensor([[NAN]])[:0])]) is None
 
 
-# ------------------------------------------------------------------------------------------------- what a turn makes
+# -------------------------------------------------------------------------------- what a turn makes
 
 
 class Plugin(UnifiedPolicy):
-    """Somebody's policy. At `turn` (from 0) the last sample of the batch is spoilt as `how` says."""
+    """Somebody's policy. At `turn` (from 0) the last sample of the batch is spoilt as `how`
+    says."""
 
     how, turn = "", 1
     last: "Plugin"
@@ -254,7 +308,12 @@ class Plugin(UnifiedPolicy):
             v = dataclasses.replace(v, v=self._bad(how, v.v, value))
         if self.how == "unguided":
             v = dataclasses.replace(
-                v, guidance={"v_uncond": self._bad("unguided", v.v, NAN), "guidance": 2.0, "renorm": "none"}
+                v,
+                guidance={
+                    "v_uncond": self._bad("unguided", v.v, NAN),
+                    "guidance": 2.0,
+                    "renorm": "none",
+                },
             )
         return v
 
@@ -262,7 +321,9 @@ class Plugin(UnifiedPolicy):
         return self._bad("pixels", super().pixels(latents), NAN)
 
     def intend(self, context, questions, seeds, *, temperature, max_tokens):
-        found = super().intend(context, questions, seeds, temperature=temperature, max_tokens=max_tokens)
+        found = super().intend(
+            context, questions, seeds, temperature=temperature, max_tokens=max_tokens
+        )
         if self.how == "intent":
             found[-1] = dataclasses.replace(found[-1], log_prob=(-1.0, NAN))
         return found
@@ -297,8 +358,16 @@ def plugin(monkeypatch):
 @pytest.mark.parametrize("how", MADE)
 def test_a_turn_names_its_session_and_what_is_not_finite(how, command, plugin, tmp_path, capsys):
     plugin(how)
-    said = refused(capsys, command, "--policy.intent=true", f"--out={tmp_path / 'run'}", "--rollout.dynamics=flow-sde")
-    last = shapes.make_session(HELDOUT_SEED, 1, split="heldout", turns=2).id  # of two that go together
+    said = refused(
+        capsys,
+        command,
+        "--policy.intent=true",
+        f"--out={tmp_path / 'run'}",
+        "--rollout.dynamics=flow-sde",
+    )
+    last = shapes.make_session(
+        HELDOUT_SEED, 1, split="heldout", turns=2
+    ).id  # of two that go together
     assert said.startswith(f"session {last!r}, turn 2: {MADE[how]}")
 
 
@@ -316,8 +385,17 @@ def test_in_training_too_and_the_last_checkpoint_stands(how, plugin, tmp_path, c
 
     plugin("")
     monkeypatch.setattr(Seeds, "window", window)
-    said = refused(capsys, "train", "--policy.intent=true", f"--out={tmp_path / 'run'}", "--rollout.dynamics=flow-sde")
-    assert said.startswith(f"session {shapes.make_session(0, 3, turns=2).id!r}, turn 2: {MADE[how]}") and iterations
+    said = refused(
+        capsys,
+        "train",
+        "--policy.intent=true",
+        f"--out={tmp_path / 'run'}",
+        "--rollout.dynamics=flow-sde",
+    )
+    assert (
+        said.startswith(f"session {shapes.make_session(0, 3, turns=2).id!r}, turn 2: {MADE[how]}")
+        and iterations
+    )
     assert load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints")).iteration == 1
 
 
@@ -326,11 +404,14 @@ def rolled(policy: UnifiedPolicy, how: str) -> Chunk:
     sampler = make_sampler(4, dynamics="flow-sde", noise_level=0.7, window=2, window_range=0.75)
     rollout = RolloutConfig(capture=how)
     chunk = Chunk(sessions, [0, 1], 3)
-    return rollout_chunk(policy, chunk, sampler, Seeds(0, "t"), PolicyConfig(intent=False), rollout=rollout)
+    return rollout_chunk(
+        policy, chunk, sampler, Seeds(0, "t"), PolicyConfig(intent=False), rollout=rollout
+    )
 
 
 def rerun(run: Callable, pool: object) -> tuple:
-    """Stands in for a CUDA graph: the same code on the same tensors, written to the same outputs."""
+    """Stands in for a CUDA graph: the same code on the same tensors, written to the same
+    outputs."""
     outputs = run()
 
     def replay() -> None:
@@ -357,7 +438,8 @@ def test_recorded_steps_tell_as_plain_ones(how, monkeypatch):
 
 
 def test_a_step_of_the_groups_first_rollouts_alone_is_told_of():
-    """Before the windows open; what is spoilt there comes to the siblings by the latents, not by a velocity."""
+    """Before the windows open; what is spoilt there comes to the siblings by the latents, not by a
+    velocity."""
 
     class Early(UnifiedPolicy):
         def velocity(self, x, sigma, context):
@@ -394,7 +476,7 @@ def test_a_decode_that_gives_numbers_is_told_of_pixels(value):
         rolled(Floats(policy.module, policy.codec), "off")
 
 
-# ---------------------------------------------------------------------------------------- optimiser steps, checkpoints
+# --------------------------------------------------------------------- optimiser steps, checkpoints
 
 
 def break_step(monkeypatch: pytest.MonkeyPatch, call: int, change: Callable) -> None:
@@ -419,15 +501,21 @@ STEPS = {
     "a weight": lambda o: last_weight(o).view(-1)[:1].fill_(NAN),
     "infinite": lambda o: last_weight(o).view(-1)[:1].fill_(-INF),
     "beyond float32's squares": lambda o: last_weight(o).view(-1)[:1].fill_(1e30),
-    "the optimiser's state": lambda o: o.state[last_weight(o)]["exp_avg_sq"].view(-1)[:1].fill_(INF),
+    "the optimiser's state": lambda o: (
+        o.state[last_weight(o)]["exp_avg_sq"].view(-1)[:1].fill_(INF)
+    ),
 }
 
 
 @pytest.mark.parametrize("case", STEPS)
 def test_nothing_is_saved_after_a_bad_step(case, tmp_path, monkeypatch):
     break_step(monkeypatch, 2, STEPS[case])
-    config = replace_nested(Config(), SMALL | BRIGHT | {"out": str(tmp_path / "run"), "policy": {"intent": False}})
-    with pytest.raises(NonFiniteError, match=r"iteration 1.*train\.lr|step 2 is not saved: optimizer") as found:
+    config = replace_nested(
+        Config(), SMALL | BRIGHT | {"out": str(tmp_path / "run"), "policy": {"intent": False}}
+    )
+    with pytest.raises(
+        NonFiniteError, match=r"iteration 1.*train\.lr|step 2 is not saved: optimizer"
+    ) as found:
         train(config, policy=tiny(), reward=Brightness())
     assert "\n" not in str(found.value)
     saved = load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints"))
@@ -440,7 +528,9 @@ def test_a_learning_rate_without_bound_is_stopped_at_its_first_step(lr, tmp_path
     """As a configuration of one's own may hold, which the rules of the settings did not see."""
     monkeypatch.setattr("editr2.trainer.check_config", lambda config: config)
     monkeypatch.setattr("editr2.trainer.check_run", lambda *given, **named: None)
-    config = replace_nested(Config(), SMALL | BRIGHT | {"out": str(tmp_path / "run"), "policy": {"intent": False}})
+    config = replace_nested(
+        Config(), SMALL | BRIGHT | {"out": str(tmp_path / "run"), "policy": {"intent": False}}
+    )
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=lr))
     with pytest.raises(NonFiniteError, match=r"iteration 0.*: .*train\.lr"):
         train(config, policy=tiny(), reward=Brightness())
@@ -458,7 +548,12 @@ def spoil_checkpoint(path: Path, group: str) -> None:
     else:
         saved.tensors[group]["llm2vae.weight"].view(-1)[0] = NAN
     save_checkpoint(
-        path.parent, saved.iteration, tensors=saved.tensors, optimizer=optimizer, state=saved.state, rng=saved.rng
+        path.parent,
+        saved.iteration,
+        tensors=saved.tensors,
+        optimizer=optimizer,
+        state=saved.state,
+        rng=saved.rng,
     )
 
 
@@ -466,7 +561,12 @@ def spoil_checkpoint(path: Path, group: str) -> None:
 def finished(tmp_path_factory, whole):
     """A run with every copy of the weights there is."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    words = [*flags(SMALL), f"--policy.weights={whole / 'unified'}", "--train.ema=0.5", "--train.kl_weight=0.1"]
+    words = [
+        *flags(SMALL),
+        f"--policy.weights={whole / 'unified'}",
+        "--train.ema=0.5",
+        "--train.kl_weight=0.1",
+    ]
     assert main(["train", *words, f"--out={run}"]) == 0
     return run, words
 
@@ -491,7 +591,10 @@ def test_nor_is_it_exported(group, finished, tmp_path, capsys):
     path = tmp_path / "run" / "checkpoints" / "step_000002"
     spoil_checkpoint(path, group)
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
-    assert f"{path}: {group}.llm2vae.weight" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        f"{path}: {group}.llm2vae.weight" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):

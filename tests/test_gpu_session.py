@@ -1,4 +1,5 @@
-"""scripts/gpu_session.sh on a machine without a GPU: the operators' table works, and what it asks pytest for exists."""
+"""scripts/gpu_session.sh on a machine without a GPU: the operators' table works, and what it asks
+pytest for exists."""
 
 from __future__ import annotations
 
@@ -16,11 +17,29 @@ from bench import frame
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_session.sh"
-# The steps that pytest runs, and a word that one of the selected tests must have in its name, for each of these.
-OPERATORS = ("philox_normal", "sde_step", "sde_log_prob", "grpo_loss", "nft_loss", "token_log_prob", "group_advantage")
+# The steps that pytest runs, and a word that one of the selected tests must have in its name, for
+# each of these.
+OPERATORS = (
+    "philox_normal",
+    "sde_step",
+    "sde_log_prob",
+    "grpo_loss",
+    "nft_loss",
+    "token_log_prob",
+    "group_advantage",
+)
 LIMITS = ("last_block", "31_elements", "off_16", "repeats")
 SELECTED = {
-    "strict": (*OPERATORS, "two_gpu", "never_waits", "captured", "out_of_range", "other_stream", "dtype2", *LIMITS),
+    "strict": (
+        *OPERATORS,
+        "two_gpu",
+        "never_waits",
+        "captured",
+        "out_of_range",
+        "other_stream",
+        "dtype2",
+        *LIMITS,
+    ),
     "bench_large": ("test_sde_step[512x4096", "test_grpo_loss[512x4096", "test_nft_loss[512x4096"),
     "editors": ("Kontext", "klein", "-train", "-rollout"),
     "capture": ("captured_rollout", "does_not_wait", "never_wait"),
@@ -51,8 +70,16 @@ print("\\n" + json.dumps(found))
 def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the results of its CPU form."""
     out = tmp_path_factory.mktemp("session")
-    environment = {**os.environ, "CPU": "1", "PYTHON": sys.executable, "OUT": str(out), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, env=environment, check=False)
+    environment = {
+        **os.environ,
+        "CPU": "1",
+        "PYTHON": sys.executable,
+        "OUT": str(out),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        ["bash", str(SCRIPT)], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -69,22 +96,40 @@ def test_the_table_of_operators(session: Path) -> None:
         (session / "headline.jsonl").write_bytes(kept.read())
     rows = frame.read_rows(session / "headline.jsonl")
     assert [row.mode for row in rows] == [
-        "step, noise inside", "step, noise given", "step, guided by token", "grpo forward", "grpo forward+backward",
-        "nft forward+backward", "normal", "token forward+backward",
-    ]  # fmt: skip
+        "step, noise inside",
+        "step, noise given",
+        "step, guided by token",
+        "grpo forward",
+        "grpo forward+backward",
+        "nft forward+backward",
+        "normal",
+        "token forward+backward",
+    ]
     for row in rows:
-        assert row.provider == "editr2 cpu, graph" and row.bytes is not None and row.copy_percent is not None
+        assert (
+            row.provider == "editr2 cpu, graph"
+            and row.bytes is not None
+            and row.copy_percent is not None
+        )
         assert row.max_error is not None and row.max_error < 1e-2 and row.extra["host_us"] > 0
 
 
 def test_every_selection_selects(session: Path) -> None:
     lines = [shlex.split(line) for line in (session / "selections.txt").read_text().splitlines()]
-    asked = {name: [a for a in arguments if a not in ("-n", "8", "--dist", "worksteal")] for name, *arguments in lines}
+    asked = {
+        name: [a for a in arguments if a not in ("-n", "8", "--dist", "worksteal")]
+        for name, *arguments in lines
+    }
     assert set(asked) == set(SELECTED)
     done = subprocess.run(
         [sys.executable, "-c", COLLECT],
-        input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT, env=clean_environment(), check=False,
-    )  # fmt: skip
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=clean_environment(),
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     for name, (status, found) in json.loads(done.stdout.splitlines()[-1]).items():
         assert status == 0, name
@@ -95,8 +140,16 @@ def test_every_selection_selects(session: Path) -> None:
 def clean_environment() -> dict[str, str]:
     """Without what pytest-xdist tells its workers."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return {**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, "PYTHONPATH": path}
+    return {
+        **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
+        "PYTHONPATH": path,
+    }
 
 
 def test_the_shell_reads_it() -> None:
-    assert subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, text=True, check=False).stderr == ""
+    assert (
+        subprocess.run(
+            ["bash", "-n", str(SCRIPT)], capture_output=True, text=True, check=False
+        ).stderr
+        == ""
+    )

@@ -21,7 +21,14 @@ from editr2.policies.load import load_policy
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     hub.offline.cache_clear()
     yield
@@ -80,7 +87,9 @@ def test_a_model_that_cannot_be_fetched_is_one_line_at_once(monkeypatch, tmp_pat
     start = time.process_time()
     with pytest.raises(ConfigError) as caught:
         load_policy(PolicyConfig(model="kontext", weights="some.one/else-1"))
-    assert str(caught.value).startswith("policy.weights: some.one/else-1: no folder, not downloaded before, and 127.0")
+    assert str(caught.value).startswith(
+        "policy.weights: some.one/else-1: no folder, not downloaded before, and 127.0"
+    )
     assert "\n" not in str(caught.value) and time.process_time() - start < 10
     hub.check_model(str(tmp_path), "policy.weights")
     hub.check_model("no hub id", "policy.weights")

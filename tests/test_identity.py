@@ -1,5 +1,6 @@
-"""A run goes on only as what it was: other sessions, images, weights, reward, seeds or settings are refused by name, or
-insisted on by name and recorded; versions, commit, host and command are told."""
+"""A run goes on only as what it was: other sessions, images, weights, reward, seeds or settings are
+refused by name, or insisted on by name and recorded; versions, commit, host and command are
+told."""
 
 from __future__ import annotations
 
@@ -78,12 +79,25 @@ def begun(runs, tmp_path_factory) -> Path:
     return folder
 
 
-def go_on(folder: Path, iterations: int = 2, reward: Any = None, anyway: tuple[str, ...] = (), **changes: Any) -> Path:
+def go_on(
+    folder: Path,
+    iterations: int = 2,
+    reward: Any = None,
+    anyway: tuple[str, ...] = (),
+    **changes: Any,
+) -> Path:
     values: dict[str, Any] = {
         "out": str(folder / "run"),
         "data": {"path": str(folder / "data"), "heldout": str(folder / "heldout")},
         "policy": {"weights": str(folder / "base"), "intent": False, "lora_rank": 2},
-        "rollout": {"sessions": 2, "siblings": 2, "turns": 1, "steps": 2, "window": 1, "groups_per_batch": 2},
+        "rollout": {
+            "sessions": 2,
+            "siblings": 2,
+            "turns": 1,
+            "steps": 2,
+            "window": 1,
+            "groups_per_batch": 2,
+        },
         "credit": {"preset": "flow-grpo", "weights": {"bright": 1.0}},
         "train": {"iterations": iterations, "ema": None, "packed": "off"},
         "eval": {"sessions": 2, "strips": 1},
@@ -137,11 +151,18 @@ OTHER: list[tuple[str, Any, dict[str, Any], str]] = [
     ("another seed", nothing, {"seed": 1}, "seed"),
     ("another learning rate", nothing, {"train": {"lr": 1e-3}}, "train.lr"),
     ("another weight", nothing, {"credit": {"weights": {"bright": 0.5}}}, "credit.weights"),
-    ("another setting that is a mapping's default", nothing, {"credit": {"clip": 3.0}}, "credit.clip"),
+    (
+        "another setting that is a mapping's default",
+        nothing,
+        {"credit": {"clip": 3.0}},
+        "credit.clip",
+    ),
 ]
 
 
-@pytest.mark.parametrize("change, given, name", [row[1:] for row in OTHER], ids=[row[0] for row in OTHER])
+@pytest.mark.parametrize(
+    "change, given, name", [row[1:] for row in OTHER], ids=[row[0] for row in OTHER]
+)
 def test_a_run_of_something_else_is_refused_by_name(begun, tmp_path, change, given, name):
     folder = shutil.copytree(begun, tmp_path / "copy")
     change(folder)
@@ -150,12 +171,21 @@ def test_a_run_of_something_else_is_refused_by_name(begun, tmp_path, change, giv
         go_on(folder, **given)
     said = str(caught.value)
     assert f"step_000001: differs from what is given: {name}: " in said and "\n" not in said
-    assert " saved, " in said and said.count(" given") == 2 and f"--resume-anyway {name} to go on" in said
+    assert (
+        " saved, " in said
+        and said.count(" given") == 2
+        and f"--resume-anyway {name} to go on" in said
+    )
     assert (folder / "run" / "metrics.jsonl").read_bytes() == before
     assert latest_checkpoint(folder / "run" / "checkpoints").name == "step_000001"
 
 
-INSISTED = ["another pixel", "the base times 1.5", "another setting of the reward", "another learning rate"]
+INSISTED = [
+    "another pixel",
+    "the base times 1.5",
+    "another setting of the reward",
+    "another learning rate",
+]
 
 
 @pytest.mark.parametrize("case", INSISTED)
@@ -186,7 +216,10 @@ def test_what_moved_is_the_same_and_counters_are_no_settings(begun, tmp_path):
     shutil.copy(folder / "weights" / "config.json", folder / "weights" / "README.md")
     reward = Bright()
     reward.calls = 77
-    moved = {"policy": {"weights": str(folder / "weights")}, "data": {"path": str(folder / "sessions")}}
+    moved = {
+        "policy": {"weights": str(folder / "weights")},
+        "data": {"path": str(folder / "sessions")},
+    }
     run = go_on(folder, reward=reward, **moved)
     rows, _ = read_metrics(run / "metrics.jsonl")
     assert [row["event"] for row in rows] == [
@@ -202,7 +235,9 @@ def test_what_moved_is_the_same_and_counters_are_no_settings(begun, tmp_path):
     assert [e["insisted"] for e in rows[0]["identity"]["resumed"]] == [{}]
 
 
-def test_versions_host_commit_and_command_are_recorded_and_told(begun, tmp_path, monkeypatch, capsys):
+def test_versions_host_commit_and_command_are_recorded_and_told(
+    begun, tmp_path, monkeypatch, capsys
+):
     folder = shutil.copytree(begun, tmp_path / "copy")
     made = identity.provenance
     other = {
@@ -211,7 +246,9 @@ def test_versions_host_commit_and_command_are_recorded_and_told(begun, tmp_path,
         "command": "x",
         "versions": {**made(1, "cpu")["versions"], "torch": "9"},
     }
-    monkeypatch.setattr("editr2.trainer.provenance", lambda *a: {**made(*a), **other, "processes": 4})
+    monkeypatch.setattr(
+        "editr2.trainer.provenance", lambda *a: {**made(*a), **other, "processes": 4}
+    )
     run = go_on(folder)
     said = [line for line in capsys.readouterr().err.splitlines() if "recorded" in line]
     first, here = read_metrics(run / "metrics.jsonl")[0][0]["identity"], made(1, "cpu")
@@ -235,11 +272,16 @@ def test_versions_host_commit_and_command_are_recorded_and_told(begun, tmp_path,
 
 
 def test_a_checkpoint_without_fingerprints_goes_on_and_that_is_said(begun, tmp_path, capsys):
-    """As editr2 0.1 wrote them: no identity, no groups, one process's generators, no setting that came later."""
+    """As editr2 0.1 wrote them: no identity, no groups, one process's generators, no setting that
+    came later."""
     folder = shutil.copytree(begun, tmp_path / "copy")
     path = folder / "run" / "checkpoints" / "step_000001"
     document = json.loads((path / "state.json").read_text())
-    del document["state"]["identity"], document["groups"], document["state"]["config"]["eval"]["every"]
+    del (
+        document["state"]["identity"],
+        document["groups"],
+        document["state"]["config"]["eval"]["every"],
+    )
     config = document["state"]["config"]
     config["policy"]["weights"], config["data"] = str(folder / "base"), {
         **config["data"], "path": str(folder / "data"), "heldout": str(folder / "heldout")
@@ -249,7 +291,10 @@ def test_a_checkpoint_without_fingerprints_goes_on_and_that_is_said(begun, tmp_p
     summed(path)
     go_on(folder)
     assert "written without fingerprints" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"--resume-anyway: 'lr' \(accepted: sessions, heldout, weights, reward, or"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--resume-anyway: 'lr' \(accepted: sessions, heldout, weights, reward, or",
+    ):
         go_on(folder, anyway=("lr",))
 
 
@@ -257,7 +302,10 @@ def summed(path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     for name in manifest["files"]:
         content = (path / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["files"][name] = {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -302,9 +350,18 @@ def cut(values: dict[str, torch.Tensor]) -> None:
         (put("optimizer", to={"dict": []}), "optimizer: KeyError"),
         (put("state", "moments", to=7), r"optimizer: moments of \d+ weights \(accepted: of 7\)"),
         (put("rng", to=[{"dict": []}]), "the saved generators cannot be restored: KeyError"),
-        (tensors("policy", cut), r"policy.safetensors: .*: \[1, 2\] \(accepted|policy.safetensors: .*: \[1, "),
-        (tensors("policy", lambda values: values.popitem()), "policy.safetensors: .*: missing from it"),
-        (tensors("policy", lambda values: values.update(x=torch.ones(1))), "policy.safetensors: x: unknown to the pol"),
+        (
+            tensors("policy", cut),
+            r"policy.safetensors: .*: \[1, 2\] \(accepted|policy.safetensors: .*: \[1, ",
+        ),
+        (
+            tensors("policy", lambda values: values.popitem()),
+            "policy.safetensors: .*: missing from it",
+        ),
+        (
+            tensors("policy", lambda values: values.update(x=torch.ones(1))),
+            "policy.safetensors: x: unknown to the pol",
+        ),
         (tensors("optimizer", cut), r"optimizer: exp_avg\w* \[1, .*for a weight"),
     ],
 )
@@ -331,7 +388,9 @@ def test_a_policy_that_is_given_is_known_by_its_frozen_weights(runs, tmp_path):
         return policy
 
     def go(policy: Any, iterations: int) -> Path:
-        config = runs.configured(tmp_path / "run", "lora", train={"iterations": iterations}, eval={"every": 0})
+        config = runs.configured(
+            tmp_path / "run", "lora", train={"iterations": iterations}, eval={"every": 0}
+        )
         return train(config, policy=policy, reward=Bright())
 
     policy = given()
@@ -350,7 +409,9 @@ def test_a_run_that_left_no_checkpoint_begins_anew_as_something_else(runs, tmp_p
         with torch.no_grad():
             policy.module.llm2vae.weight.mul_(scale)
         with runs.dying_at(number, die):
-            config = runs.configured(tmp_path / "run", "ema", eval={"every": 0}, train={"iterations": 1})
+            config = runs.configured(
+                tmp_path / "run", "ema", eval={"every": 0}, train={"iterations": 1}
+            )
             train(config, policy=policy, reward=Bright())
 
     with pytest.raises(runs.Killed):
@@ -366,13 +427,20 @@ def test_a_run_that_left_no_checkpoint_begins_anew_as_something_else(runs, tmp_p
 
 def test_the_flag_may_be_given_again_and_with_commas(monkeypatch):
     seen: list[Any] = []
-    monkeypatch.setattr("editr2.trainer.train", lambda config, **options: seen.append(options["resume_anyway"]))
-    assert main(["train", "--resume-anyway", "sessions,train.lr", "--seed=1", "--resume-anyway=reward"]) == 0
+    monkeypatch.setattr(
+        "editr2.trainer.train", lambda config, **options: seen.append(options["resume_anyway"])
+    )
+    assert (
+        main(
+            ["train", "--resume-anyway", "sessions,train.lr", "--seed=1", "--resume-anyway=reward"]
+        )
+        == 0
+    )
     assert main(["train"]) == 0
     assert seen == [["sessions", "train.lr", "reward"], []]
 
 
-# --------------------------------------------------------------------------------------------------------- fingerprints
+# ------------------------------------------------------------------------------------- fingerprints
 
 
 def test_sessions_that_are_not_kept_in_memory_are_decoded_no_second_time(tmp_path, monkeypatch):
@@ -385,9 +453,17 @@ def test_sessions_that_are_not_kept_in_memory_are_decoded_no_second_time(tmp_pat
 
 def test_the_world_has_the_version_it_says():
     """Whoever changes what a seed gives, or how it is judged, raises the version."""
-    sessions = [shapes.make_session(7, i, split=split) for split in ("train", "heldout") for i in range(20)]
-    judged = [shapes.verify(s.image, [t.instruction for t in s.turns], np.stack([s.image] * 3)) for s in sessions]
-    sums = sessions_fingerprint(sessions), hashlib.sha256(np.round(np.stack(judged), 6).tobytes()).hexdigest()[:16]
+    sessions = [
+        shapes.make_session(7, i, split=split) for split in ("train", "heldout") for i in range(20)
+    ]
+    judged = [
+        shapes.verify(s.image, [t.instruction for t in s.turns], np.stack([s.image] * 3))
+        for s in sessions
+    ]
+    sums = (
+        sessions_fingerprint(sessions),
+        hashlib.sha256(np.round(np.stack(judged), 6).tobytes()).hexdigest()[:16],
+    )
     assert (shapes.VERSION, *sums) == WORLD
 
 
@@ -398,7 +474,11 @@ def huge(file: Path, tensors: int = 400, each: int = 50_000_000) -> int:
     """20 GB of which the disk holds the header alone. Returns where the tensors begin."""
     header = json.dumps(
         {
-            f"layer.{i}": {"dtype": "I8", "shape": [each], "data_offsets": [i * each, (i + 1) * each]}
+            f"layer.{i}": {
+                "dtype": "I8",
+                "shape": [each],
+                "data_offsets": [i * each, (i + 1) * each],
+            }
             for i in range(tensors)
         }
     ).encode()
@@ -436,9 +516,15 @@ def test_weights_of_an_editor_and_of_what_was_trained_from_it(tmp_path):
     for name in ("base", "lora"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.safetensors").write_bytes(name.encode())
-    said = {"model": "kontext", "base": str(tmp_path / "base"), "lora": {"rank": 2, "alpha": 4.0, "targets": "x"}}
+    said = {
+        "model": "kontext",
+        "base": str(tmp_path / "base"),
+        "lora": {"rank": 2, "alpha": 4.0, "targets": "x"},
+    }
     (tmp_path / "lora" / "policy.json").write_text(json.dumps(said))
-    config = replace_nested(Config(), {"policy": {"model": "kontext", "weights": str(tmp_path / "lora")}})
+    config = replace_nested(
+        Config(), {"policy": {"model": "kontext", "weights": str(tmp_path / "lora")}}
+    )
     first = loaded_weights(config)["weights"]
     assert " over " in first
     (tmp_path / "base" / "x.safetensors").write_bytes(b"esab")
@@ -504,7 +590,10 @@ def test_a_reward_whose_version_raises_is_one_line():
         def version(self) -> str:
             raise OSError("the judge's\nserver is down")
 
-    with pytest.raises(ConfigError, match=r"^reward: \S+Shy: its settings cannot be read: the judge's server is down$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^reward: \S+Shy: its settings cannot be read: the judge's server is down$",
+    ):
         reward_fingerprint(Shy())
 
 
@@ -574,10 +663,15 @@ def test_a_reward_is_known_by_all_that_it_calls(name, tmp_path, monkeypatch):
         module = sys.modules["judge_of_a_test"] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-            found = {name: reward_fingerprint(getattr(module, name)) for name in ("judge", "Judge", "small")}
+            found = {
+                name: reward_fingerprint(getattr(module, name))
+                for name in ("judge", "Judge", "small")
+            }
             return found | {"made": reward_fingerprint(module.Judge())}
         finally:
-            for loaded in [n for n in sys.modules if n.endswith("_of_a_test") or n.startswith("more_of_a_test")]:
+            for loaded in [
+                n for n in sys.modules if n.endswith("_of_a_test") or n.startswith("more_of_a_test")
+            ]:
                 del sys.modules[loaded]
 
     before = known()
@@ -593,7 +687,10 @@ def test_a_reward_that_was_typed_at_a_prompt_is_one():
     code = "class Judge:\n    names = ('a',)\n    def __call__(self, s, i): return 1\n"
     code += "from editr2.run.identity import reward_fingerprint\nprint(reward_fingerprint(Judge()))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("__main__:Judge ")
 
@@ -611,4 +708,7 @@ def test_a_setting_that_only_one_of_them_knows_has_its_default():
     assert differences(saved, {**now, "train.guard": True}) == {"train.guard": ("False", "True")}
     weights = {**now, "credit.weights": {"IF": 1.0}}
     assert list(differences(weights, now)) == ["credit.weights"]
-    assert told({"host": "a", "versions": {"torch": "1"}}, {"host": "a", "versions": {"torch": "1"}}) == []
+    assert (
+        told({"host": "a", "versions": {"torch": "1"}}, {"host": "a", "versions": {"torch": "1"}})
+        == []
+    )

@@ -1,4 +1,5 @@
-"""Importers: what a released set says is what the sessions say, and one clear line for what is wrong with it."""
+"""Importers: what a released set says is what the sessions say, and one clear line for what is
+wrong with it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ from editr2.errors import DataError, UserError
 from editr2.importers import import_sessions
 from editr2.sessions import Session, load_sessions, save_sessions, survey, validate
 
-JUDGED = ("formatted_instruction", "bg_consistency", "unchanged_objects", "available_objects", "all_objects")
+JUDGED = (
+    "formatted_instruction",
+    "bg_consistency",
+    "unchanged_objects",
+    "available_objects",
+    "all_objects",
+)
 
 
 def picture(seed: int, size: tuple[int, int] = (6, 8)) -> Image.Image:
@@ -69,15 +76,23 @@ def mice_record(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in record.items() if value is not ...}
 
 
-# ---------------------------------------------------------------------------------------------------------------- MICE
+# --------------------------------------------------------------------------------------------- MICE
 
 
 def test_mice(tmp_path: Path) -> None:
     image = put(tmp_path / "set/source_image/a1.jpg", 1)
-    three = mice_record(**{k: [*v, v[0]] for k, v in mice_record().items() if isinstance(v, list)}, turns=3)
-    file = lines(tmp_path / "set/cu/train_metadata.jsonl", mice_record(), three, mice_record(turns=...))
+    three = mice_record(
+        **{k: [*v, v[0]] for k, v in mice_record().items() if isinstance(v, list)}, turns=3
+    )
+    file = lines(
+        tmp_path / "set/cu/train_metadata.jsonl", mice_record(), three, mice_record(turns=...)
+    )
     first, second, third = taken("mice", file, tmp_path / "out")
-    assert [s.id for s in (first, second, third)] == ["a1", "a1-2", "a1-3"] and first.mode == third.mode == "cu"
+    assert [s.id for s in (first, second, third)] == [
+        "a1",
+        "a1-2",
+        "a1-3",
+    ] and first.mode == third.mode == "cu"
     assert [len(s.turns) for s in (first, second, third)] == [2, 3, 2]
     record = mice_record()
     for t, turn in enumerate(first.turns):
@@ -85,7 +100,9 @@ def test_mice(tmp_path: Path) -> None:
         assert turn.meta == {name: record[name][t] for name in JUDGED} and turn.intent is None
     assert np.array_equal(first.image, pixels(image))
     copies = list((tmp_path / "out/images").iterdir())
-    assert [c.read_bytes() for c in copies] == [image.read_bytes()]  # one file, as it was: no second encoding
+    assert [c.read_bytes() for c in copies] == [
+        image.read_bytes()
+    ]  # one file, as it was: no second encoding
 
 
 def test_mice_mode_limit_and_images_elsewhere(tmp_path: Path) -> None:
@@ -94,8 +111,12 @@ def test_mice_mode_limit_and_images_elsewhere(tmp_path: Path) -> None:
     file = lines(tmp_path / "cm/test_metadata.jsonl", record, record, "{")
     (only,) = taken("mice", file, tmp_path / "out", images=image.parent, limit=1)
     assert only.mode == "cm" and np.array_equal(only.image, pixels(image))
-    assert "leads out of the folder (accepted: a path inside of" in wrong("mice", file, tmp_path / "b")
-    assert ":3: column 2: malformed JSON" in wrong("mice", file, tmp_path / "c", images=image.parent)
+    assert "leads out of the folder (accepted: a path inside of" in wrong(
+        "mice", file, tmp_path / "b"
+    )
+    assert ":3: column 2: malformed JSON" in wrong(
+        "mice", file, tmp_path / "c", images=image.parent
+    )
     file = lines(tmp_path / "other/file.jsonl", record)
     assert "(accepted: --mode cm or cu)" in wrong("mice", file, tmp_path / "d", images=image.parent)
     (only,) = taken("mice", file, tmp_path / "e", images=image.parent, mode="cu")
@@ -108,15 +129,28 @@ def test_mice_mode_limit_and_images_elsewhere(tmp_path: Path) -> None:
     [
         (
             {"all_objects": ...},
-            "all_objects: missing (accepted: image, instruction, task_type, formatted_instruction, b",
+            "all_objects: missing (accepted: image, instruction, task_type, "
+            "formatted_instruction, b",
         ),
         ({"all_object": []}, "all_object: unknown field (accepted: image, instruction"),
-        ({"instruction": "Paint it"}, "instruction: the string 'Paint it' (accepted: a list, one item a turn)"),
+        (
+            {"instruction": "Paint it"},
+            "instruction: the string 'Paint it' (accepted: a list, one item a turn)",
+        ),
         ({"instruction": []}, "instruction: an empty list (accepted: a list"),
-        ({"instruction": ["Paint it", " "]}, "instruction[1]: blank string (accepted: a non-empty string)"),
+        (
+            {"instruction": ["Paint it", " "]},
+            "instruction[1]: blank string (accepted: a non-empty string)",
+        ),
         ({"task_type": ["a"]}, "task_type: a list of 1 (accepted: a list of 2, one item a turn)"),
-        ({"bg_consistency": [True, 1]}, "bg_consistency[1]: the number 1 (accepted: true or false)"),
-        ({"unchanged_objects": [["a"], "b"]}, "unchanged_objects[1]: the string 'b' (accepted: a list of strings)"),
+        (
+            {"bg_consistency": [True, 1]},
+            "bg_consistency[1]: the number 1 (accepted: true or false)",
+        ),
+        (
+            {"unchanged_objects": [["a"], "b"]},
+            "unchanged_objects[1]: the string 'b' (accepted: a list of strings)",
+        ),
         ({"turns": 3}, "turns: 3 (accepted: 2, as many as instructions)"),
         ({"image": 1}, "image: the number 1 (accepted: a non-empty string)"),
     ],
@@ -127,15 +161,21 @@ def test_mice_names_what_is_wrong(tmp_path: Path, changes: dict[str, Any], expec
     assert wrong("mice", file, tmp_path / "out").startswith(f"{file}:3: {expected}")
 
 
-# -------------------------------------------------------------------------------------------------------------- EdiVal
+# ------------------------------------------------------------------------------------------- EdiVal
 
 EDIVAL = ("image_index", "turns", "task_type", "instructions", "format_instructions", *JUDGED[1:])
 
 
 def edival_rows(index: int) -> list[dict[str, Any]]:
-    told = ["Put a kite left of the oak", '"Make it 3 kites"']  # the release has quotes within some instructions
+    told = [
+        "Put a kite left of the oak",
+        '"Make it 3 kites"',
+    ]  # the release has quotes within some instructions
     common = {"bg_consistency": True, "unchanged_objects": ["oak"], "all_objects": ["oak", "kite"]}
-    tasks, formatted = ["subject_add", "count_change"], ["Put a [kite] left of [oak]", "Make it [3] [kite]s"]
+    tasks, formatted = (
+        ["subject_add", "count_change"],
+        ["Put a [kite] left of [oak]", "Make it [3] [kite]s"],
+    )
     return [
         {"image_index": index, "turns": t, "task_type": tasks[:t], "instructions": told[:t],
          "format_instructions": formatted[:t], "available_objects": ["oak", "kite"][:t], **common}
@@ -161,14 +201,22 @@ def test_edival(tmp_path: Path) -> None:
     assert [t.instruction for t in first.turns] == rows[1]["instructions"]
     assert [t.task for t in first.turns] == ["subject_add", "count_change"]
     assert first.turns[0].meta == {
-        "formatted_instruction": "Put a [kite] left of [oak]", "bg_consistency": True, "unchanged_objects": ["oak"],
-        "available_objects": ["oak"], "all_objects": ["oak", "kite"],
-    }  # fmt: skip
-    assert first.turns[1].meta["available_objects"] == ["oak", "kite"] and not first.turns[1].meta["bg_consistency"]
+        "formatted_instruction": "Put a [kite] left of [oak]",
+        "bg_consistency": True,
+        "unchanged_objects": ["oak"],
+        "available_objects": ["oak"],
+        "all_objects": ["oak", "kite"],
+    }
+    assert (
+        first.turns[1].meta["available_objects"] == ["oak", "kite"]
+        and not first.turns[1].meta["bg_consistency"]
+    )
     assert first.turns[1].meta["formatted_instruction"] == "Make it [3] [kite]s"
     for session, image in zip((first, second), images):
         assert np.array_equal(session.image, pixels(image))
-    (only,) = taken("edival", tmp_path / "e.csv", tmp_path / "b", limit=1, mode="cm", images=images[0].parent)
+    (only,) = taken(
+        "edival", tmp_path / "e.csv", tmp_path / "b", limit=1, mode="cm", images=images[0].parent
+    )
     assert only.mode == "cm"
 
 
@@ -178,19 +226,33 @@ def test_edival(tmp_path: Path) -> None:
         (1, {"turns": 3}, ":3: turns: 3 (accepted: 2, as rows of one image_index count its turns)"),
         (2, {"turns": 2}, ":4: turns: 2 (accepted: 1, as rows"),
         (1, {"instructions": ["Other", "b"]}, ":3: instructions: does not begin as the row before"),
-        (1, {"task_type": ["subject_add"]}, ":3: task_type: a list of 1 (accepted: a list of 2, one item a turn)"),
+        (
+            1,
+            {"task_type": ["subject_add"]},
+            ":3: task_type: a list of 1 (accepted: a list of 2, one item a turn)",
+        ),
         (
             0,
             {"instructions": "__import__('os').getcwd()"},
             ":2: instructions: the string \"__import__('os').getcwd()\"",
         ),
-        (0, {"bg_consistency": "maybe"}, ":2: bg_consistency: the string 'maybe' (accepted: a Python literal)"),
+        (
+            0,
+            {"bg_consistency": "maybe"},
+            ":2: bg_consistency: the string 'maybe' (accepted: a Python literal)",
+        ),
         (0, {"bg_consistency": 0}, ":2: bg_consistency: the number 0 (accepted: true or false)"),
-        (1, {"all_objects": "['a', 3]"}, ":3: all_objects: a list of 2 (accepted: a list of strings)"),
+        (
+            1,
+            {"all_objects": "['a', 3]"},
+            ":3: all_objects: a list of 2 (accepted: a list of strings)",
+        ),
         (0, {"image_index": 5}, ":2: image_index: "),
     ],
 )
-def test_edival_names_what_is_wrong(tmp_path: Path, row: int, changes: dict[str, Any], expected: str) -> None:
+def test_edival_names_what_is_wrong(
+    tmp_path: Path, row: int, changes: dict[str, Any], expected: str
+) -> None:
     put(tmp_path / "0_input_raw.jpg", 0)
     put(tmp_path / "1_input_raw.jpg", 0)
     rows = [*edival_rows(0), *edival_rows(1)]
@@ -203,22 +265,37 @@ def test_edival_columns_and_cells(tmp_path: Path) -> None:
     put(tmp_path / "0_input_raw.jpg", 0)
     rows = [{k: v for k, v in r.items() if k != "all_objects"} for r in edival_rows(0)]
     file = edival_file(tmp_path / "e.csv", rows, EDIVAL[:-1])
-    assert ":2: all_objects: missing (accepted: image_index, turns, " in wrong("edival", file, tmp_path / "out")
+    assert ":2: all_objects: missing (accepted: image_index, turns, " in wrong(
+        "edival", file, tmp_path / "out"
+    )
     edival_file(file, edival_rows(0)).write_text(file.read_text() + "3,4\n")
-    assert f"{file}:4: 2 cells (accepted: 9, as in the header)" == wrong("edival", file, tmp_path / "out")
+    assert f"{file}:4: 2 cells (accepted: 9, as in the header)" == wrong(
+        "edival", file, tmp_path / "out"
+    )
     file.write_text("")
     assert "no sessions to save" in wrong("edival", file, tmp_path / "out")
     file.write_bytes(b"\xff\xfe")
     assert f"{file}: cannot be read: " in wrong("edival", file, tmp_path / "out")
 
 
-# ------------------------------------------------------------------------------------------------------------- ImgEdit
+# ------------------------------------------------------------------------------------------ ImgEdit
 
 
 def test_imgedit_benchmark(tmp_path: Path) -> None:
-    records = [{"id": "3.png", "turn1": "Only green from here on", "turn2": "Add a hat", "turn3": "Add a scarf"},
-               {"id": "4.png", "turn1": "Add a dog", "turn2": "Give it a ball"}]  # fmt: skip
-    for folder, mode in [("content_memory", "cm"), ("content_understand", "cu"), ("version_backtrace", None)]:
+    records = [
+        {
+            "id": "3.png",
+            "turn1": "Only green from here on",
+            "turn2": "Add a hat",
+            "turn3": "Add a scarf",
+        },
+        {"id": "4.png", "turn1": "Add a dog", "turn2": "Give it a ball"},
+    ]
+    for folder, mode in [
+        ("content_memory", "cm"),
+        ("content_understand", "cu"),
+        ("version_backtrace", None),
+    ]:
         images = [put(tmp_path / folder / record["id"], i) for i, record in enumerate(records)]
         lines(tmp_path / folder / "annotation.json", *records)
         sessions = taken("imgedit", tmp_path / folder, tmp_path / "out")
@@ -240,29 +317,45 @@ def test_imgedit_training_rows(tmp_path: Path) -> None:
 
     def edit(t: int) -> dict[str, Any]:
         stem = "results_content_memory_part2/0007"
-        names = {"input_images": [f"{stem}/origin_{t}.png"], "output_images": [f"{stem}/result_{t}.png"]}
+        names = {
+            "input_images": [f"{stem}/origin_{t}.png"],
+            "output_images": [f"{stem}/result_{t}.png"],
+        }
         return {**names, "prompt": f"edit {t}"}
 
     rows = [{"data": [edit(0), edit(1)]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "content_memory_part2.parquet")
-    for file in (tmp_path / "content_memory_part2.parquet", lines(tmp_path / "content_memory_part2.jsonl", *rows)):
+    for file in (
+        tmp_path / "content_memory_part2.parquet",
+        lines(tmp_path / "content_memory_part2.jsonl", *rows),
+    ):
         (session,) = taken("imgedit", file, tmp_path / file.suffix)
-        assert (session.id, session.mode) == ("0007", "cm") and np.array_equal(session.image, pixels(image))
+        assert (session.id, session.mode) == ("0007", "cm") and np.array_equal(
+            session.image, pixels(image)
+        )
         assert [t.instruction for t in session.turns] == ["edit 0", "edit 1"]
         assert session.turns[1].meta == {k: v for k, v in edit(1).items() if k != "prompt"}
     (tmp_path / "content_memory_part2.parquet").write_bytes(b"PAR1 no more")
     problem = wrong("imgedit", tmp_path / "content_memory_part2.parquet", tmp_path / "bad")
     assert "content_memory_part2.parquet: cannot be read: " in problem
     file = lines(tmp_path / "a.jsonl", {"data": [{**edit(0), "prompt": None}]})
-    assert wrong("imgedit", file, tmp_path / "bad").startswith(f"{file}:1: data[0]: prompt: null (accepted: a non-emp")
+    assert wrong("imgedit", file, tmp_path / "bad").startswith(
+        f"{file}:1: data[0]: prompt: null (accepted: a non-emp"
+    )
 
 
 @pytest.mark.parametrize(
     "record, expected",
     [
-        ({"id": "3.png", "turn1": "a", "turn3": "b"}, ":2: turn2: missing (accepted: id, turn1, turn2)"),
+        (
+            {"id": "3.png", "turn1": "a", "turn3": "b"},
+            ":2: turn2: missing (accepted: id, turn1, turn2)",
+        ),
         ({"id": "3.png"}, ":2: turn1: missing (accepted: id, turn1)"),
-        ({"id": "3.png", "turn1": "a", "turns": 1}, ":2: turns: unknown field (accepted: id, turn1)"),
+        (
+            {"id": "3.png", "turn1": "a", "turns": 1},
+            ":2: turns: unknown field (accepted: id, turn1)",
+        ),
         ({"id": "3.png", "turn1": 5}, ":2: turn1: the number 5 (accepted: a non-empty string)"),
         ({"id": "9.png", "turn1": "a"}, ":2: id: "),
         ({"data": []}, ":2: data: an empty list (accepted: a list of one or more objects)"),
@@ -279,28 +372,45 @@ def test_imgedit_documents_that_are_not_json(tmp_path: Path) -> None:
     file.write_text('{\n "1": {"id": "a",,}\n}')
     assert wrong("imgedit", file, tmp_path / "out").startswith(f"{file}:2: column ")
     file.write_text("[\n 1\n]")
-    assert "a list of 1 (accepted: one JSON object in the file)" in wrong("imgedit", file, tmp_path / "out")
+    assert "a list of 1 (accepted: one JSON object in the file)" in wrong(
+        "imgedit", file, tmp_path / "out"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- MagicBrush
+# --------------------------------------------------------------------------------------- MagicBrush
 
 
 def test_magicbrush_folders(tmp_path: Path) -> None:
-    edit = {"input": "7-input.png", "mask": "7-mask1.png", "output": "7-output1.png", "instruction": "add a bee"}
+    edit = {
+        "input": "7-input.png",
+        "mask": "7-mask1.png",
+        "output": "7-output1.png",
+        "instruction": "add a bee",
+    }
     more = {"input": "7-output1.png", "output": "7-output2.png", "instruction": "and a wasp"}
     image = put(tmp_path / "dev/images/7/7-input.png", 1)
     file = lines(tmp_path / "dev/edit_sessions.json", {"7": [edit, more]})
     (session,) = taken("magicbrush", tmp_path / "dev", tmp_path / "out")
-    assert (session.id, session.mode) == ("7", None) and np.array_equal(session.image, pixels(image))
+    assert (session.id, session.mode) == ("7", None) and np.array_equal(
+        session.image, pixels(image)
+    )
     assert [t.instruction for t in session.turns] == ["add a bee", "and a wasp"]
-    assert session.turns[0].meta == {"input": "7-input.png", "mask": "7-mask1.png", "output": "7-output1.png"}
+    assert session.turns[0].meta == {
+        "input": "7-input.png",
+        "mask": "7-mask1.png",
+        "output": "7-output1.png",
+    }
     lines(file, {"7": [edit, {**more, "outputs": "x"}]})
-    assert wrong("magicbrush", file, tmp_path / "b").startswith(f"{file}: '7': [1]: outputs: unknown field (accepted: ")
+    assert wrong("magicbrush", file, tmp_path / "b").startswith(
+        f"{file}: '7': [1]: outputs: unknown field (accepted: "
+    )
     lines(file, {"7": []})
     assert "'7': edits: an empty list (accepted: a list of one or more objects)" in wrong(
         "magicbrush", file, tmp_path / "b"
     )
-    assert "(accepted: one file in it: edit_sessions.json)" in wrong("magicbrush", tmp_path / "out", tmp_path / "b")
+    assert "(accepted: one file in it: edit_sessions.json)" in wrong(
+        "magicbrush", tmp_path / "out", tmp_path / "b"
+    )
 
 
 def brush_rows(*turns: tuple[str, int]) -> list[dict[str, Any]]:
@@ -332,38 +442,61 @@ def test_magicbrush_dataset(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert np.array_equal(written[1].image, sessions[1].image)
     folder = saved(brush_rows(("a", 1), ("a", 3), ("b", 2), ("c", 1)), tmp_path / "wrong")
     assert validate(folder) == [
-        f"{folder}: row 1: turn_index: the number 3 of img_id 'a' (accepted: 1, or 2 of img_id 'a')",
-        f"{folder}: row 2: turn_index: the number 2 of img_id 'b' (accepted: 1, or 2 of img_id 'a')",
+        f"{folder}: row 1: turn_index: the number 3 of img_id 'a' (accepted: 1, or 2 of img_id "
+        f"'a')",
+        f"{folder}: row 2: turn_index: the number 2 of img_id 'b' (accepted: 1, or 2 of img_id "
+        f"'a')",
     ]
 
 
-# -------------------------------------------------------------------------------------------------------- Hugging Face
+# ------------------------------------------------------------------------------------- Hugging Face
 
 
 def test_a_dataset_of_sessions(tmp_path: Path) -> None:
-    turns = [{"instruction": "add a cup", "task": "add", "intent": None}, {"instruction": "blue", "task": None,
-              "intent": "make the cup blue"}]  # fmt: skip
+    turns = [
+        {"instruction": "add a cup", "task": "add", "intent": None},
+        {"instruction": "blue", "task": None, "intent": "make the cup blue"},
+    ]
     rows = [
-        {"id": "k", "image": picture(i), "turns": turns, "mode": "cu", "place": 3, "mask": picture(5)} for i in (1,)
+        {
+            "id": "k",
+            "image": picture(i),
+            "turns": turns,
+            "mode": "cu",
+            "place": 3,
+            "mask": picture(5),
+        }
+        for i in (1,)
     ]
     rows.append({**rows[0], "id": None, "image": picture(2), "mode": None, "turns": turns[:1]})
     for memory in (0, 1 << 20):
-        first, second = load_sessions(saved(rows, tmp_path / f"{memory}"), memory=memory, size=(6, 8))
-        assert (first.id, first.mode, first.meta) == ("k", "cu", {"place": 3}) and second.id == "row-000001"
+        first, second = load_sessions(
+            saved(rows, tmp_path / f"{memory}"), memory=memory, size=(6, 8)
+        )
+        assert (first.id, first.mode, first.meta) == (
+            "k",
+            "cu",
+            {"place": 3},
+        ) and second.id == "row-000001"
         assert first.turns[1].intent == "make the cup blue" and first.turns[0].task == "add"
         assert np.array_equal(first.image, np.array(rows[0]["image"]))
         assert callable(vars(first)["image"]) == (memory == 0)
     (small, _) = load_sessions(tmp_path / "0", size=(3, 4), resize="crop")
     assert small.image.shape == (3, 4, 3)
     back = taken("sessions", tmp_path / "0", tmp_path / "out")
-    assert [s.turns for s in back] == [first.turns, second.turns] and np.array_equal(back[1].image, second.image)
+    assert [s.turns for s in back] == [first.turns, second.turns] and np.array_equal(
+        back[1].image, second.image
+    )
 
 
 def test_a_dataset_of_instructions_and_of_paths(tmp_path: Path) -> None:
     image = put(tmp_path / "a.png", 1)
     rows = [{"image": str(image), "instructions": ["one", "two"], "meta": {"x": 1}, "more": "y"}]
     (session,) = load_sessions(saved(rows, tmp_path / "set"))
-    assert [t.instruction for t in session.turns] == ["one", "two"] and session.meta == {"x": 1, "more": "y"}
+    assert [t.instruction for t in session.turns] == ["one", "two"] and session.meta == {
+        "x": 1,
+        "more": "y",
+    }
     assert np.array_equal(session.image, pixels(image))
 
 
@@ -376,9 +509,11 @@ def test_a_sequence_of_objects_comes_as_an_object_of_lists(tmp_path: Path) -> No
 
 
 def test_what_is_wrong_with_a_dataset(tmp_path: Path) -> None:
-    rows = [{"id": "a", "image": picture(1), "instructions": ["x"], "mode": "cu"},
-            {"id": "a", "image": None, "instructions": [" "], "mode": "c"},
-            {"id": "b", "image": picture(1, (4, 4)), "instructions": None, "mode": None}]  # fmt: skip
+    rows = [
+        {"id": "a", "image": picture(1), "instructions": ["x"], "mode": "cu"},
+        {"id": "a", "image": None, "instructions": [" "], "mode": "c"},
+        {"id": "b", "image": picture(1, (4, 4)), "instructions": None, "mode": None},
+    ]
     folder = saved(rows, tmp_path / "set")
     found = survey(folder, size=(6, 8))
     assert [p.removeprefix(f"{folder}: ").split(" (")[0] for p in found.problems] == [
@@ -392,9 +527,13 @@ def test_what_is_wrong_with_a_dataset(tmp_path: Path) -> None:
     assert found.turns == {1: 1}
     folder = saved([{"image": picture(1), "prompt": "x"}], tmp_path / "other")
     (problem,) = validate(folder)
-    assert problem.startswith(f"{folder}: columns image, prompt (accepted: image and turns, image and instructions, or")
+    assert problem.startswith(
+        f"{folder}: columns image, prompt (accepted: image and turns, image and instructions, or"
+    )
     (problem,) = validate(saved([{"image": 3, "instructions": ["x"]}], tmp_path / "number"))
-    assert "image: a column of " in problem and problem.endswith("(accepted: of images, or of paths)")
+    assert "image: a column of " in problem and problem.endswith(
+        "(accepted: of images, or of paths)"
+    )
 
 
 def test_a_folder_of_splits(tmp_path: Path) -> None:
@@ -402,7 +541,9 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list([{"image": picture(1), "instructions": ["x"]}])
     datasets.DatasetDict({"train": data, "dev": data}).save_to_disk(str(tmp_path / "set"))
     (problem,) = validate(tmp_path / "set")
-    assert problem.endswith(f"several splits (accepted: one of them: {tmp_path}/set/train, {tmp_path}/set/dev)")
+    assert problem.endswith(
+        f"several splits (accepted: one of them: {tmp_path}/set/train, {tmp_path}/set/dev)"
+    )
     assert len(load_sessions(tmp_path / "set/dev")) == 1
 
 
@@ -429,7 +570,8 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("datasets", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        DataError, match=r"^hf:a/b: needs the package datasets \(accepted: pip install 'editr2\[data\]'"
+        DataError,
+        match=r"^hf:a/b: needs the package datasets \(accepted: pip install 'editr2\[data\]'",
     ):
         load_sessions("hf:a/b")
     (tmp_path / "a.parquet").touch()
@@ -438,7 +580,7 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the whole way
+# ------------------------------------------------------------------------------------ the whole way
 
 
 def test_an_import_that_fails_leaves_the_old_set(tmp_path: Path) -> None:
@@ -455,11 +597,23 @@ def test_an_import_that_fails_leaves_the_old_set(tmp_path: Path) -> None:
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     for arguments, options, expected in [
-        (("coco", "x"), {}, r"format: 'coco' \(accepted: mice, edival, imgedit, magicbrush, sessions\)"),
+        (
+            ("coco", "x"),
+            {},
+            r"format: 'coco' \(accepted: mice, edival, imgedit, magicbrush, sessions\)",
+        ),
         (("mice", tmp_path), {"mode": "c"}, r"--mode: 'c' \(accepted: cm, cu\)"),
         (("mice", tmp_path), {"limit": 0}, r"--limit: 0 \(accepted: 1 or more\)"),
-        (("mice", "hf:a/b"), {}, r"'mice' \(accepted for a Hugging Face dataset: magicbrush, sessions\)"),
-        (("sessions", tmp_path), {"images": tmp_path}, "--images: .* as the source names its images"),
+        (
+            ("mice", "hf:a/b"),
+            {},
+            r"'mice' \(accepted for a Hugging Face dataset: magicbrush, sessions\)",
+        ),
+        (
+            ("sessions", tmp_path),
+            {"images": tmp_path},
+            "--images: .* as the source names its images",
+        ),
         (("mice", tmp_path / "none"), {}, "none: no such file or folder"),
         (("mice", tmp_path), {}, r"a folder \(accepted: one file in it: a file, \.jsonl\)"),
         (("sessions", tmp_path), {}, "no sessions.jsonl in the folder"),
@@ -480,7 +634,10 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (out / "sessions.jsonl").write_text(text.replace('"cu"', '"c"').replace("Take it away", " "))
     assert main(["data", "validate", str(out)]) == 2
     said = capsys.readouterr()
-    assert len(said.out.splitlines()) == 4 and f"{out / 'sessions.jsonl'}:2: mode: the string 'c'" in said.out
+    assert (
+        len(said.out.splitlines()) == 4
+        and f"{out / 'sessions.jsonl'}:2: mode: the string 'c'" in said.out
+    )
     assert said.err == ""
     assert main(["data", "import", "mice", str(file), "--out", str(out), "--mode", "x"]) == 2
     assert capsys.readouterr().err == "error: --mode: 'x' (accepted: cm, cu)\n"

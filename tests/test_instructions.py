@@ -1,4 +1,5 @@
-"""Instructions as policies read them: the stock pipelines' ids, marks of a tokenizer as text, lengths known at once.
+"""Instructions as policies read them: the stock pipelines' ids, marks of a tokenizer as text,
+lengths known at once.
 
 What the text encoders are given is caught at their door, for ours and for the stock pipeline alike.
 """
@@ -49,7 +50,9 @@ def pipelines(request: pytest.FixtureRequest) -> Callable[[str], Any]:
             if model.startswith("qwen"):
                 made[model] = beside("tiny_qwen").qwen_pipeline(plus=model.endswith("plus"))
             else:
-                made[model] = getattr(beside("tiny_editors"), f"{model.replace('-', '_')}_pipeline")()
+                made[model] = getattr(
+                    beside("tiny_editors"), f"{model.replace('-', '_')}_pipeline"
+                )()
         return made[model]
 
     return get
@@ -62,7 +65,7 @@ def policy(pipelines: Callable[[str], Any]) -> Callable[..., Any]:
     )
 
 
-# ---------------------------------------------------------------------------------------------- what encoders are given
+# -------------------------------------------------------------------------- what encoders are given
 
 
 class Read(Exception):
@@ -71,7 +74,8 @@ class Read(Exception):
 
 @contextmanager
 def caught(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
-    """The ids that the text encoders are asked about, one list each; none of them runs, but CLIP."""
+    """The ids that the text encoders are asked about, one list each; none of them runs, but
+    CLIP."""
     rows: list[list[int]] = []
     last = getattr(pipe, "text_encoder_2", None) or pipe.text_encoder
     with monkeypatch.context() as patch:
@@ -91,7 +95,9 @@ def caught(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int
         watch(last, stop=True)
         if last is not pipe.text_encoder:
             watch(pipe.text_encoder, stop=True)
-        if hasattr(pipe.text_encoder, "model"):  # Qwen's, which we ask for the last states without their logits
+        if hasattr(
+            pipe.text_encoder, "model"
+        ):  # Qwen's, which we ask for the last states without their logits
             watch(pipe.text_encoder.model, stop=True)
         yield rows
 
@@ -122,7 +128,11 @@ def stock(policy: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> list[list[
     """What the pipeline gives its encoders, asked as its own `__call__` asks."""
     pipe, found = policy.pipe, []
     image = Image.new("RGB", policy.text_image_size[::-1])
-    given = {"image": [image] if policy.model == "qwen-edit-plus" else image} if policy.text_sees_images else {}
+    given = (
+        {"image": [image] if policy.model == "qwen-edit-plus" else image}
+        if policy.text_sees_images
+        else {}
+    )
     for encoder in policy.text_encoders:
         with caught(pipe, monkeypatch) as rows, monkeypatch.context() as patch:
             for name in policy.text_encoders:
@@ -171,21 +181,49 @@ def core(ids: list[int], pad: int) -> list[int]:
 def test_marks_in_an_instruction_are_text(
     model: str, policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every mark of every tokenizer, in every one: those that the template brings are there, and no more."""
+    """Every mark of every tokenizer, in every one: those that the template brings are there, and no
+    more."""
     made = policy(model)
     tokenizers = [made.pipe.tokenizer, *([made.pipe.tokenizer_2] if model == "kontext" else [])]
-    every = ["<pad>", "</s>", "<unk>", "<extra_id_0>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    every += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<think>", "<tool_call>"]
+    every = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<extra_id_0>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
+    every += [
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<think>",
+        "<tool_call>",
+    ]
     plain = ours(made, "a b", monkeypatch)
     tried = 0
     for mark in every:
         for text in (f"a {mark} b", f"{mark}", f"a{mark}b{mark}{mark}"):
-            for tokenizer, before, after in zip(tokenizers, plain, ours(made, text, monkeypatch), strict=True):
+            for tokenizer, before, after in zip(
+                tokenizers, plain, ours(made, text, monkeypatch), strict=True
+            ):
                 marks = set(tokenizer.added_tokens_decoder)
-                assert mark not in tokenizer.get_vocab() or tokenizer.convert_tokens_to_ids(mark) in marks
-                count = [Counter(i for i in core(ids, tokenizer.pad_token_id) if i in marks) for ids in (before, after)]
+                assert (
+                    mark not in tokenizer.get_vocab()
+                    or tokenizer.convert_tokens_to_ids(mark) in marks
+                )
+                count = [
+                    Counter(i for i in core(ids, tokenizer.pad_token_id) if i in marks)
+                    for ids in (before, after)
+                ]
                 assert count[0] == count[1], (text, tokenizer.convert_ids_to_tokens(after))
-                assert len(core(after, tokenizer.pad_token_id)) > len(core(before, tokenizer.pad_token_id)) - 3
+                assert (
+                    len(core(after, tokenizer.pad_token_id))
+                    > len(core(before, tokenizer.pad_token_id)) - 3
+                )
                 tried += mark in tokenizer.get_vocab()
     assert tried >= 6
 
@@ -203,8 +241,11 @@ def test_marks_that_are_no_special_tokens_are_text_too(
     assert think not in read.ids("a<think>b") and read.ids("abc") == words.encode("abc").ids
 
 
-def test_words_are_tokenised_with_the_template_s_beside_them(pipelines: Callable[[str], Any]) -> None:
-    """A line's end before an instruction that begins with one is one token with it in Qwen's vocabulary."""
+def test_words_are_tokenised_with_the_template_s_beside_them(
+    pipelines: Callable[[str], Any],
+) -> None:
+    """A line's end before an instruction that begins with one is one token with it in Qwen's
+    vocabulary."""
     from transformers import PreTrainedTokenizerFast
 
     parts = json.loads(pipelines("qwen-edit").tokenizer.backend_tokenizer.to_str())
@@ -252,22 +293,30 @@ def test_qwen_s_image_mark_in_an_instruction_is_read_to_the_end(policy: Callable
         assert other.shape[1] > one.shape[1] and other.isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------------- the unified model
+# -------------------------------------------------------------------------------- the unified model
 
 
-def test_the_embedded_vocabulary_has_no_word_for_a_mark(tiny_unified: UnifiedPolicy, tmp_path: Path) -> None:
+def test_the_embedded_vocabulary_has_no_word_for_a_mark(
+    tiny_unified: UnifiedPolicy, tmp_path: Path
+) -> None:
     for word in ("<unk>", "<pad>", "<|im_end|>", "</think>", "zebra"):
         found = list(tiny_unified.unreadable(["paint it red", f"add a {word}"]))
-        assert [turn for turn, _ in found] == [1] and f"no word {word!r} (accepted: words of" in found[0][1]
+        assert [turn for turn, _ in found] == [
+            1
+        ] and f"no word {word!r} (accepted: words of" in found[0][1]
     session = shapes.make_session(0, 0)
     told = (*session.turns[:1], Turn("add a zebra"))
     save_sessions([session, Session("k", session.image, told)], tmp_path)
     file = tmp_path / "sessions.jsonl"
     config = replace_nested(Config(), {"data": {"path": str(tmp_path)}})
     expected = (
-        f"{file}:2: turns[1].instruction: of session 'k': text 'add a zebra': the policy's vocabulary has no word "
+        f"{file}:2: turns[1].instruction: of session 'k': text 'add a zebra': the policy's "
+        f"vocabulary has no word "
     )
-    for opened in (lambda: open_sessions(config, tiny_unified), lambda: open_sessions(heldout(config), tiny_unified)):
+    for opened in (
+        lambda: open_sessions(config, tiny_unified),
+        lambda: open_sessions(heldout(config), tiny_unified),
+    ):
         with pytest.raises(DataError) as error:
             opened()
         assert str(error.value) == f"{expected}'zebra' (accepted: words of the policy's own)"
@@ -315,7 +364,9 @@ def test_a_sampled_mark_or_unknown_word_is_a_counted_fallback(
     monkeypatch.setattr(tiny_unified, "_sample", sample)
     session = shapes.make_session(0, 0, turns=2)
     sampler = make_sampler(2)
-    chunk = rollout_chunk(tiny_unified, Chunk([session], [0], 2), sampler, Seeds(0, "test"), PolicyConfig())
+    chunk = rollout_chunk(
+        tiny_unified, Chunk([session], [0], 2), sampler, Seeds(0, "test"), PolicyConfig()
+    )
     record = chunk.turns[1]
     assert record.text == [session.turns[1].instruction if fallback else "paint it red"] * 2
     assert record.intents is not None and all(intent.ids == tuple(ids) for intent in record.intents)
@@ -323,7 +374,7 @@ def test_a_sampled_mark_or_unknown_word_is_a_counted_fallback(
     assert (counted.sampled, counted.failed) == (2, 2 if fallback else 0)
 
 
-# --------------------------------------------------------------------------------------------------------------- length
+# ------------------------------------------------------------------------------------------- length
 
 LONG = "add a very small red circle beside it"
 
@@ -362,7 +413,10 @@ def test_an_instruction_that_is_too_long_is_an_error_of_its_line(
     for asked in (config, heldout(config)):
         with pytest.raises(DataError) as error:
             open_sessions(asked, short)
-        assert str(error.value) == f"{tmp_path}/sessions.jsonl:2: turns[1].instruction: of session 'k': {problem}"
+        assert (
+            str(error.value)
+            == f"{tmp_path}/sessions.jsonl:2: turns[1].instruction: of session 'k': {problem}"
+        )
     # Whoever does not come through a file meets it, too: no text is cut short.
     with pytest.raises(DataError) as error:
         short.instruct(short.encode(np.zeros((1, *SIZE, 3), np.uint8)), [LONG])
@@ -374,13 +428,16 @@ def test_a_negative_prompt_that_is_too_long_is_refused_with_the_settings(
     model: str, policy: Callable[..., Any]
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"^policy\.negative_prompt: \d+ tokens \(accepted: up to 20, policy\.text_tok"
+        ConfigError,
+        match=r"^policy\.negative_prompt: \d+ tokens \(accepted: up to 20, policy\.text_tok",
     ):
         policy(model, negative_prompt="dull, and blurred, and dark", text_tokens=20)
 
 
 @pytest.mark.parametrize("model", ("kontext", "qwen-edit"))
-def test_a_check_says_it_too(model: str, pipelines: Any, policy: Any, beside: Any, tmp_path: Path) -> None:
+def test_a_check_says_it_too(
+    model: str, pipelines: Any, policy: Any, beside: Any, tmp_path: Path
+) -> None:
     """By the tokenizers in the weights' folder."""
     count = tokens_by_the_stock_tokenizer(policy(model), LONG)
     if model == "kontext":
@@ -388,10 +445,20 @@ def test_a_check_says_it_too(model: str, pipelines: Any, policy: Any, beside: An
     else:
         beside("tiny_qwen").save_pipeline(pipelines(model), tmp_path / "weights")
     save_sessions([Session("k", np.zeros((*SIZE, 3), np.uint8), (Turn(LONG),))], tmp_path / "data")
-    settings = {"model": model, "weights": str(tmp_path / "weights"), "resolution": SIZE, "text_tokens": count - 1}
-    config = replace_nested(Config(), {"data": {"path": str(tmp_path / "data")}, "policy": settings})
+    settings = {
+        "model": model,
+        "weights": str(tmp_path / "weights"),
+        "resolution": SIZE,
+        "text_tokens": count - 1,
+    }
+    config = replace_nested(
+        Config(), {"data": {"path": str(tmp_path / "data")}, "policy": settings}
+    )
     where = f"{tmp_path}/data/sessions.jsonl:1: turns[0].instruction: of session 'k': "
-    assert f"{where}{count} tokens (accepted: up to {count - 1}, policy.text_tokens)" in preflight(config).problems
+    assert (
+        f"{where}{count} tokens (accepted: up to {count - 1}, policy.text_tokens)"
+        in preflight(config).problems
+    )
     fits = replace_nested(config, {"policy": {"text_tokens": count}})
     assert not [problem for problem in preflight(fits).problems if "tokens" in problem]
 
@@ -399,7 +466,9 @@ def test_a_check_says_it_too(model: str, pipelines: Any, policy: Any, beside: An
 @pytest.mark.parametrize("model", ("kontext", "klein", "klein-kv"))
 def test_the_models_own_limits(model: str, policy: Callable[..., Any]) -> None:
     made = policy(model)
-    longest = next(n for n in range(600, 0, -1) if tokens_by_the_stock_tokenizer(made, "a" * n) <= 512)
+    longest = next(
+        n for n in range(600, 0, -1) if tokens_by_the_stock_tokenizer(made, "a" * n) <= 512
+    )
     assert list(made.unreadable(["a" * longest])) == []
     ((turn, problem),) = made.unreadable(["x", "a" * (longest + 1)])
     assert (turn, problem) == (1, f"513 tokens (accepted: up to 512, all that {model} reads)")
@@ -409,13 +478,17 @@ def test_the_models_own_limits(model: str, policy: Callable[..., Any]) -> None:
 def test_qwen_has_places_for_so_many_words_beside_its_images(
     model: str, beside: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its table of positions, made small here: the longest instruction that is let in runs, padded to a bucket too;
-    and later turns of Plus, which see more images, have less room."""
+    """By its table of positions, made small here: the longest instruction that is let in runs,
+    padded to a bucket too; and later turns of Plus, which see more images, have less room."""
     plus = model.endswith("plus")
     settings: dict[str, Any] = {"model": model, "resolution": SIZE, "history": 2 if plus else 1}
-    made = policy_class(model)(beside("tiny_qwen").qwen_pipeline(plus=plus), PolicyConfig(**settings))
+    made = policy_class(model)(
+        beside("tiny_qwen").qwen_pipeline(plus=plus), PolicyConfig(**settings)
+    )
     places = 384 if plus else 192
-    monkeypatch.setattr(made.module.pos_embed, "pos_freqs", made.module.pos_embed.pos_freqs[:places])
+    monkeypatch.setattr(
+        made.module.pos_embed, "pos_freqs", made.module.pos_embed.pos_freqs[:places]
+    )
     image = np.zeros((1, *SIZE, 3), np.uint8)
     rooms = [made.text_room(made.images_at(turn)) for turn in range(3)]
     assert rooms[0] > 0 and (rooms[1] < rooms[0]) == plus and rooms[1] == rooms[2]
@@ -428,7 +501,9 @@ def test_qwen_has_places_for_so_many_words_beside_its_images(
 
     context = made.encode(image)
     for turn in range(2):
-        context = made.instruct(context if turn == 0 else made.append(context, image), [said(rooms[turn])])
+        context = made.instruct(
+            context if turn == 0 else made.append(context, image), [said(rooms[turn])]
+        )
         x = torch.zeros(1, *made.latent_shape)
         with torch.no_grad():
             for at in (context, made.bucket(context)):
@@ -436,10 +511,15 @@ def test_qwen_has_places_for_so_many_words_beside_its_images(
         assert context.prompt["words"].shape[1] % BUCKET == 0
         ((at, problem),) = made.unreadable([*["x"] * turn, said(rooms[turn] + 1)])
         assert at == turn
-        assert problem == f"{rooms[turn] + 1} tokens (accepted: up to {rooms[turn]}, all that {model} reads)"
+        assert (
+            problem
+            == f"{rooms[turn] + 1} tokens (accepted: up to {rooms[turn]}, all that {model} reads)"
+        )
 
 
-def test_policies_without_a_tokenizer_are_not_asked(policy: Callable[..., Any], tmp_path: Path) -> None:
+def test_policies_without_a_tokenizer_are_not_asked(
+    policy: Callable[..., Any], tmp_path: Path
+) -> None:
     save_sessions([Session("a", np.zeros((4, 4, 3), np.uint8), (Turn("x" * 10_000),))], tmp_path)
     config = replace_nested(Config(), {"data": {"path": str(tmp_path)}})
     made: Any = SimpleNamespace(image_size=(4, 4))

@@ -1,5 +1,5 @@
-"""`patch` at the edges of what other projects accept: the same answer, or the original's own; and what it says when a
-project is only partly there.
+"""`patch` at the edges of what other projects accept: the same answer, or the original's own; and
+what it says when a project is only partly there.
 
 Each table has one row a case: a new one joins as a row.
 """
@@ -83,7 +83,9 @@ def dance_grpo(sigmas, eta=0.3, given=False):
         x, v, x_next = latents()
         torch.manual_seed(3)
         function = sys.modules[DANCE].flux_step
-        return v, function(v, x, eta, torch.tensor(sigmas), 0, x_next if given else None, True, True)
+        return v, function(
+            v, x, eta, torch.tensor(sigmas), 0, x_next if given else None, True, True
+        )
 
     return "dance_grpo", call
 
@@ -101,9 +103,13 @@ ANSWERS = {
     "a level below 0 of flow_grpo": flow_grpo(noise_level=-0.5),
     "a level that is infinite": flow_grpo(noise_level=float("inf")),
     "CPS above 1 of Flow-Factory": flow_factory("CPS", noise_level=1.2),
-    "CPS above 1 of one sample": flow_factory("CPS", noise_level=torch.tensor([0.5, 1.2, 0.3, 0.7])),
+    "CPS above 1 of one sample": flow_factory(
+        "CPS", noise_level=torch.tensor([0.5, 1.2, 0.3, 0.7])
+    ),
     "a sigma_max above 1": flow_factory("Flow-SDE", noise_level=0.4, sigma_max=1.5),
-    "a step that rises": flow_factory("Flow-SDE", given=True, noise_level=0.4, timestep_next=torch.full((4,), 990.0)),
+    "a step that rises": flow_factory(
+        "Flow-SDE", given=True, noise_level=0.4, timestep_next=torch.full((4,), 990.0)
+    ),
     "ODE: a log-prob without gradient": flow_factory("ODE"),
     "ODE, replayed": flow_factory("ODE", given=True),
     "ODE without log-prob": flow_factory("ODE", compute_log_prob=False),
@@ -122,7 +128,8 @@ def leaves(value):
 
 
 def answer(call):
-    """Type of the result, its tensors, the gradient of what carries one; or the type of what was raised."""
+    """Type of the result, its tensors, the gradient of what carries one; or the type of what was
+    raised."""
     try:
         v, result = call()
     except Exception as error:
@@ -143,14 +150,17 @@ def test_a_call_has_the_answer_of_the_original(peers, name, call):
         assert (our is None) == (their is None)
         if their is not None:
             assert our.requires_grad == their.requires_grad
-            torch.testing.assert_close(our, their, rtol=1e-5, atol=2e-5, equal_nan=True)  # as in test_integrations
+            torch.testing.assert_close(
+                our, their, rtol=1e-5, atol=2e-5, equal_nan=True
+            )  # as in test_integrations
     assert (our_grad is None) == (their_grad is None)
     if their_grad is not None:
         torch.testing.assert_close(our_grad, their_grad, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_the_flow_grpo_of_july_2025(peers, monkeypatch):
-    """No `sde_type`, no `return_sqrt_dt`, and latents of four dimensions; three run the original, whatever it makes."""
+    """No `sde_type`, no `return_sqrt_dt`, and latents of four dimensions; three run the original,
+    whatever it makes."""
     module = sys.modules[FLOW_GRPO]
     newer = module.sde_step_with_logprob
 
@@ -222,14 +232,46 @@ def written(tmp_path, monkeypatch, text, name="train_grpo_own"):
 
 
 ABSENT = {
-    "no such project": ("no_such_project.train", None, "no_such_project.train: cannot be imported, it is not inst"),
-    "another version": ("json.no_such_module", None, "json is installed, but has no module json.no_such_module (acc"),
-    "a dependency": ("own", "import no_such_dependency", "installed, but raises ModuleNotFoundError: No module named"),
-    "a name": ("own", "from math import no_such_name", "it is installed, but raises ImportError: cannot import name"),
-    "a shared library": ("own", "raise OSError('libcuda.so.1: cannot open')", "raises OSError: libcuda.so.1: cannot"),
-    "any exception": ("own", "raise RuntimeError('no GPU\\nmore')", "raises RuntimeError: no GPU (accepted: a project"),
-    "no message": ("own", "assert False", "it is installed, but raises AssertionError (accepted: a project"),
-    "a script that ends": ("own", "raise SystemExit(2)", "it is installed, but raises SystemExit: 2 (accepted"),
+    "no such project": (
+        "no_such_project.train",
+        None,
+        "no_such_project.train: cannot be imported, it is not inst",
+    ),
+    "another version": (
+        "json.no_such_module",
+        None,
+        "json is installed, but has no module json.no_such_module (acc",
+    ),
+    "a dependency": (
+        "own",
+        "import no_such_dependency",
+        "installed, but raises ModuleNotFoundError: No module named",
+    ),
+    "a name": (
+        "own",
+        "from math import no_such_name",
+        "it is installed, but raises ImportError: cannot import name",
+    ),
+    "a shared library": (
+        "own",
+        "raise OSError('libcuda.so.1: cannot open')",
+        "raises OSError: libcuda.so.1: cannot",
+    ),
+    "any exception": (
+        "own",
+        "raise RuntimeError('no GPU\\nmore')",
+        "raises RuntimeError: no GPU (accepted: a project",
+    ),
+    "no message": (
+        "own",
+        "assert False",
+        "it is installed, but raises AssertionError (accepted: a project",
+    ),
+    "a script that ends": (
+        "own",
+        "raise SystemExit(2)",
+        "it is installed, but raises SystemExit: 2 (accepted",
+    ),
     "not Python": ("own", "def step(:", "it is installed, but raises SyntaxError: "),
 }
 
@@ -241,7 +283,12 @@ def test_why_a_project_cannot_be_imported(tmp_path, monkeypatch, module, text, r
     with pytest.raises(IntegrationError) as raised:
         e.patch("dance_grpo", module=module)
     message = str(raised.value)
-    assert reason in message and "\n" not in message and message.startswith(module) and "(accepted: " in message
+    assert (
+        reason in message
+        and "\n" not in message
+        and message.startswith(module)
+        and "(accepted: " in message
+    )
 
 
 def spoil_signature(monkeypatch):
@@ -267,7 +314,8 @@ PARTS = {
         spoil_signature,
         f"{FLOW_GRPO}.sde_step_with_logprob",
         f"{TRACKER}.PerPromptStatTracker.update",
-        r"takes \(prompts, rewards, weights=None\) after its first argument \(accepted: \(prompts, rewards",
+        r"takes \(prompts, rewards, weights=None\) after its first argument \(accepted: "
+        r"\(prompts, rewards",
     ),
     "a result": (
         "verl_omni",
@@ -295,7 +343,11 @@ PARTS = {
 
 def held(full_name):
     """What stands at module.name or module.Class.name."""
-    module = next(name for name in (FLOW_GRPO, TRACKER, VERL_OMNI, VERL_OMNI_LOSS) if full_name.startswith(f"{name}."))
+    module = next(
+        name
+        for name in (FLOW_GRPO, TRACKER, VERL_OMNI, VERL_OMNI_LOSS)
+        if full_name.startswith(f"{name}.")
+    )
     value = sys.modules[module]
     for part in full_name[len(module) + 1 :].split("."):
         value = vars(value).get(part)
@@ -303,14 +355,20 @@ def held(full_name):
 
 
 @pytest.mark.parametrize("name, spoil, works, refused, reason", PARTS.values(), ids=PARTS)
-def test_what_is_refused_is_told_and_the_rest_works(peers, monkeypatch, name, spoil, works, refused, reason):
+def test_what_is_refused_is_told_and_the_rest_works(
+    peers, monkeypatch, name, spoil, works, refused, reason
+):
     spoil(monkeypatch)
     absent = sys.modules.get(refused.rsplit(".", 2)[0], 0) is None
     before = held(works), None if absent else held(refused)
     with pytest.warns(UserWarning, match=rf"patch: '{name}' in part, .*{reason}") as told:
         patched = e.patch(name)
     assert len(told) == 1
-    assert list(patched.refused) == [refused] and "refused" in repr(patched) and len(patched.replaced) == 1
+    assert (
+        list(patched.refused) == [refused]
+        and "refused" in repr(patched)
+        and len(patched.replaced) == 1
+    )
     assert held(works) is not before[0]
     assert absent or held(refused) is before[1]
     e.unpatch(name)
@@ -341,5 +399,7 @@ def test_the_originals_are_offered(peers):
         assert main.my_handle is theirs
     finally:
         del main.my_handle
-    with pytest.raises(IntegrationError, match=r"original: 'flow_grpo' is not patched \(accepted: nothing is\)"):
+    with pytest.raises(
+        IntegrationError, match=r"original: 'flow_grpo' is not patched \(accepted: nothing is\)"
+    ):
         e.original("flow_grpo")

@@ -1,6 +1,7 @@
 """`patch`: the NFT loss of verl-omni, before and after.
 
-Tolerances: ours sums in fixed chunks and eager code rounds every product in fp32: a few 1e-7 of values of size 1.
+Tolerances: ours sums in fixed chunks and eager code rounds every product in fp32: a few 1e-7 of
+    values of size 1.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ NFT_INPUTS = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, {"adaptive_weight_min": 0.9}, {"ref_kl_coef": 0.0, "mix_beta": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"adaptive_weight_min": 0.9}, {"ref_kl_coef": 0.0, "mix_beta": 1.0}]
+)
 @pytest.mark.parametrize("given", NFT_INPUTS.values(), ids=NFT_INPUTS)
 def test_the_nft_loss_of_verl_omni(peers, given, changes):
     """Its noise levels include 0, where x_t is x0, and 1."""
@@ -72,25 +75,36 @@ def test_the_nft_loss_of_verl_omni(peers, given, changes):
     assert vars(cls)["compute_loss"] is held, "unpatch must restore"
     assert torch.equal(nft_loss_of(inputs, config)[1], grad)
     for ours, our_grad, our_metrics in (of_class, of_instance):
-        assert ours.shape == loss.shape and ours.dtype == loss.dtype and our_grad.dtype == grad.dtype
+        assert (
+            ours.shape == loss.shape and ours.dtype == loss.dtype and our_grad.dtype == grad.dtype
+        )
         torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(our_grad, grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item())
-        assert list(our_metrics) == list(metrics) and all(type(value) is float for value in our_metrics.values())
+        assert list(our_metrics) == list(metrics) and all(
+            type(value) is float for value in our_metrics.values()
+        )
         assert our_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("given", ["predicted", "clean"])
 def test_an_nft_loss_of_bf16_tensors_is_computed_in_fp32(peers, given):
-    """The original mixes velocities in bf16, and weighs branches by rewards in the dtype of the clean latents; ours
-    gives what it would give in fp32."""
+    """The original mixes velocities in bf16, and weighs branches by rewards in the dtype of the
+    clean latents; ours gives what it would give in fp32."""
     inputs, config = nft_inputs(**{given: torch.bfloat16}), nft_settings()
     exact, exact_grad, _ = nft_loss_of(
-        {name: value.detach().float().requires_grad_(value.requires_grad) for name, value in inputs.items()}, config
+        {
+            name: value.detach().float().requires_grad_(value.requires_grad)
+            for name, value in inputs.items()
+        },
+        config,
     )
     loss, grad, _ = nft_loss_of(inputs, config)
     with patch("verl_omni"):
         ours, our_grad, _ = nft_loss_of(inputs, config)
-    assert our_grad.dtype == grad.dtype == inputs["forward_prediction"].dtype and ours.dtype == loss.dtype
+    assert (
+        our_grad.dtype == grad.dtype == inputs["forward_prediction"].dtype
+        and ours.dtype == loss.dtype
+    )
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(our_grad.float(), exact_grad, rtol=2**-8, atol=1e-6)
     assert 1e-5 < abs(loss - exact) < 2e-2 * abs(exact)
@@ -113,7 +127,10 @@ def test_the_operator_is_what_computes_the_nft_loss_and_where_it_does_not(peers,
     config = nft_settings()
     plain = nft_inputs()
     others = [
-        {name: value.detach().double().requires_grad_(value.requires_grad) for name, value in plain.items()},
+        {
+            name: value.detach().double().requires_grad_(value.requires_grad)
+            for name, value in plain.items()
+        },
         {**plain, "x0": plain["x0"].clone().requires_grad_()},
         {**plain, "xt": plain["xt"].bfloat16()},
         {**plain, "reward_prob": plain["reward_prob"] * 1.1},
@@ -131,7 +148,9 @@ def test_the_operator_is_what_computes_the_nft_loss_and_where_it_does_not(peers,
         ours = [*(nft_loss_of(inputs, config) for inputs in others), nft_loss_of(plain, free)]
         assert not calls
     for (loss, grad, metrics), (our_loss, our_grad, our_metrics) in zip(theirs, ours, strict=True):
-        assert torch.equal(loss, our_loss) and torch.equal(grad, our_grad) and metrics == our_metrics
+        assert (
+            torch.equal(loss, our_loss) and torch.equal(grad, our_grad) and metrics == our_metrics
+        )
 
 
 def test_settings_as_a_dict_are_the_originals_own_affair(peers, monkeypatch):
@@ -140,7 +159,9 @@ def test_settings_as_a_dict_are_the_originals_own_affair(peers, monkeypatch):
 
     def compute_loss(cls, **inputs):
         given = inputs["config"].diffusion_loss
-        return original(cls, **inputs | {"config": nft_settings(**given)} if isinstance(given, dict) else inputs)
+        return original(
+            cls, **inputs | {"config": nft_settings(**given)} if isinstance(given, dict) else inputs
+        )
 
     compute_loss.__signature__ = inspect.signature(original)
     monkeypatch.setattr(cls, "compute_loss", classmethod(compute_loss))
@@ -165,7 +186,9 @@ def with_metrics(change):
 
 def without_a_least_weight(compute):
     def compute_loss(cls, **inputs):
-        inputs["config"] = nft_settings(**vars(inputs["config"].diffusion_loss) | {"adaptive_weight_min": 1e-5})
+        inputs["config"] = nft_settings(
+            **vars(inputs["config"].diffusion_loss) | {"adaptive_weight_min": 1e-5}
+        )
         return compute.__func__(cls, **inputs)
 
     compute_loss.__signature__ = inspect.signature(compute.__func__)
@@ -185,14 +208,29 @@ def without_a_least_weight(compute):
             "output 1.actor/old_deviate of call 0 of the probe differs by",
         ),
         (without_a_least_weight, r"output 0 of call 1 of the probe differs by"),
-        (lambda compute: staticmethod(compute.__func__), r"staticmethod \(accepted: a plain function or a class meth"),
-        (lambda compute: classmethod(lambda cls, **inputs: None), r"takes \(\*\*inputs\) .*\(\*, forward_prediction"),
+        (
+            lambda compute: staticmethod(compute.__func__),
+            r"staticmethod \(accepted: a plain function or a class meth",
+        ),
+        (
+            lambda compute: classmethod(lambda cls, **inputs: None),
+            r"takes \(\*\*inputs\) .*\(\*, forward_prediction",
+        ),
     ],
-    ids=["a constant", "a metric's name", "a metric", "a setting", "a static method", "a signature"],
+    ids=[
+        "a constant",
+        "a metric's name",
+        "a metric",
+        "a setting",
+        "a static method",
+        "a signature",
+    ],
 )
 def test_another_nft_loss_is_refused_and_stays(peers, monkeypatch, change, reason):
     cls = sys.modules["verl_omni.trainer.diffusion.diffusion_algos"].DiffusionNFTLoss
-    scheduler = sys.modules["verl_omni.pipelines.schedulers.flow_match_sde"].FlowMatchSDEDiscreteScheduler
+    scheduler = sys.modules[
+        "verl_omni.pipelines.schedulers.flow_match_sde"
+    ].FlowMatchSDEDiscreteScheduler
     if callable(change):
         monkeypatch.setattr(cls, "compute_loss", change(vars(cls)["compute_loss"]))
     else:

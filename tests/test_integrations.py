@@ -1,7 +1,7 @@
 """`patch`: stand-ins of other trainers before and after.
 
-Tolerances: ours rounds S, A and B of a step once from fp64, eager code rounds them several times in fp32: a few 1e-7 of
-a value of size 5, and 1/S^2 times that in a log-prob.
+Tolerances: ours rounds S, A and B of a step once from fp64, eager code rounds them several times in
+fp32: a few 1e-7 of a value of size 5, and 1/S^2 times that in a log-prob.
 """
 
 from __future__ import annotations
@@ -72,12 +72,16 @@ def flow_grpo_loop(peers, kind):
 def flow_factory_loop(peers, kind):
     module = sys.modules["flow_factory.scheduler.flow_match_euler_discrete"]
     scheduler = stock_schedule(
-        module.FlowMatchEulerDiscreteSDEScheduler(noise_level=LEVEL, dynamics_type=kind, sde_steps=[0, 1, 3])
+        module.FlowMatchEulerDiscreteSDEScheduler(
+            noise_level=LEVEL, dynamics_type=kind, sde_steps=[0, 1, 3]
+        )
     )
 
     def step(v, i, x, x_next, gen):
         at = scheduler.timesteps[i].expand(len(x))
-        out = scheduler.step(v, at, x, next_latents=x_next, generator=gen, compute_log_prob=i in (0, 1, 3))
+        out = scheduler.step(
+            v, at, x, next_latents=x_next, generator=gen, compute_log_prob=i in (0, 1, 3)
+        )
         log_prob = torch.zeros(len(x)) if out.log_prob is None else out.log_prob
         return out.next_latents, log_prob, out.next_latents_mean, out.std_dev_t + 0.1
 
@@ -91,11 +95,22 @@ def verl_omni_loop(peers, kind):
     def step(v, i, x, x_next, gen):
         if x_next is None:
             return scheduler.step(
-                v, scheduler.timesteps[i], x, generator=gen, noise_level=LEVEL, sde_type=kind, return_dict=False
+                v,
+                scheduler.timesteps[i],
+                x,
+                generator=gen,
+                noise_level=LEVEL,
+                sde_type=kind,
+                return_dict=False,
             )
         at = scheduler.timesteps[i].expand(len(x))
         return scheduler.sample_previous_step(
-            sample=x, model_output=v, timestep=at, noise_level=LEVEL, prev_sample=x_next, sde_type=kind
+            sample=x,
+            model_output=v,
+            timestep=at,
+            noise_level=LEVEL,
+            prev_sample=x_next,
+            sde_type=kind,
         )
 
     return step, scheduler.timesteps
@@ -122,7 +137,8 @@ CASES = [(name, kind) for name, (_, kinds) in LOOPS.items() for kind in kinds]
 
 
 def iteration(peers, name, kind):
-    """A rollout, its advantages, and one update with a clipped surrogate and a KL to a reference; what it computed."""
+    """A rollout, its advantages, and one update with a clipped surrogate and a KL to a reference;
+    what it computed."""
     step, timesteps = LOOPS[name][0](peers, kind)
     policy, reference = Policy(), Policy()
     with torch.no_grad():
@@ -169,15 +185,21 @@ def test_a_training_loop_computes_the_same_with_the_operators(peers, name, kind)
         close(ours, theirs, rtol=1e-3, atol=2e-4 * theirs.abs().max().item())
     assert torch.equal(ratios, torch.ones_like(ratios)), "a replay must have the rollout's bits"
     again, again_losses, again_grads, _ = iteration(peers, name, kind)
-    assert torch.equal(again_losses, losses) and all(map(torch.equal, again_grads, grads)), "unpatch must restore"
+    assert torch.equal(again_losses, losses) and all(map(torch.equal, again_grads, grads)), (
+        "unpatch must restore"
+    )
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_operators_are_what_runs(peers, name, monkeypatch):
     """The comparison above would hold with nothing replaced."""
     calls = []
-    monkeypatch.setattr(steps, "sde_step", lambda *a, **k: calls.append("sde_step") or ek.sde_step(*a, **k))
-    monkeypatch.setattr(steps, "sde_log_prob", lambda *a, **k: calls.append("log_prob") or ek.sde_log_prob(*a, **k))
+    monkeypatch.setattr(
+        steps, "sde_step", lambda *a, **k: calls.append("sde_step") or ek.sde_step(*a, **k)
+    )
+    monkeypatch.setattr(
+        steps, "sde_log_prob", lambda *a, **k: calls.append("log_prob") or ek.sde_log_prob(*a, **k)
+    )
     iteration(peers, name, LOOPS[name][1][0])
     assert not calls
     with patch(name):
@@ -188,7 +210,8 @@ def test_the_operators_are_what_runs(peers, name, monkeypatch):
 
 @pytest.mark.parametrize("name, kind", [case for case in CASES if case != ("dance_grpo", "ode")])
 def test_a_drawn_sample_carries_the_gradient_of_the_original(peers, name, kind):
-    """Where the velocity has a gradient and no sample is given: through the sample, its log-prob and the mean."""
+    """Where the velocity has a gradient and no sample is given: through the sample, its log-prob
+    and the mean."""
     x, v = torch.randn(2, *SHAPE, generator=generator(1))
 
     def gradient():
@@ -196,7 +219,9 @@ def test_a_drawn_sample_carries_the_gradient_of_the_original(peers, name, kind):
         torch.manual_seed(8)
         velocity = v.clone().requires_grad_()
         x_next, log_prob, mean, _ = step(velocity, 1, x, None, generator(2))
-        return torch.autograd.grad((x_next**2).sum() + (log_prob.exp()).sum() + (mean**2).sum(), velocity)[0]
+        return torch.autograd.grad(
+            (x_next**2).sum() + (log_prob.exp()).sum() + (mean**2).sum(), velocity
+        )[0]
 
     if name == "verl_omni":  # its rollout step keeps the books; index 0 is where a fresh one stands
         pytest.importorskip("diffusers")
@@ -213,9 +238,13 @@ def test_shapes_and_extras_of_flow_grpo(peers):
     x, v = torch.randn(2, 4, 16, 6, 6, generator=generator(1))
 
     def call(at, **more):
-        return module.sde_step_with_logprob(scheduler, v, scheduler.timesteps[at], x, 0.5, None, generator(2), **more)
+        return module.sde_step_with_logprob(
+            scheduler, v, scheduler.timesteps[at], x, 0.5, None, generator(2), **more
+        )
 
-    for at, more in itertools.product(([0, 4, 2, 3], [1]), ({}, {"return_sqrt_dt": True}, {"sde_type": "cps"})):
+    for at, more in itertools.product(
+        ([0, 4, 2, 3], [1]), ({}, {"return_sqrt_dt": True}, {"sde_type": "cps"})
+    ):
         theirs = call(at, **more)
         with patch("flow_grpo"):
             ours = call(at, **more)
@@ -232,7 +261,11 @@ def test_a_timestep_for_all_samples_of_verl_omni(peers, at):
     def call():
         scheduler = stock_schedule(module.FlowMatchSDEDiscreteScheduler())
         return scheduler.sample_previous_step(
-            sample=x, model_output=v, timestep=scheduler.timesteps[at], prev_sample=x_next, return_sqrt_dt=True
+            sample=x,
+            model_output=v,
+            timestep=scheduler.timesteps[at],
+            prev_sample=x_next,
+            return_sqrt_dt=True,
         )
 
     theirs = call()
@@ -262,17 +295,35 @@ def test_calls_of_flow_factory(peers, kind):
     x, v, x_next = torch.randn(3, *SHAPE, generator=generator(1))
 
     def calls():
-        scheduler = stock_schedule(module.FlowMatchEulerDiscreteSDEScheduler(noise_level=0.5, dynamics_type=kind))
+        scheduler = stock_schedule(
+            module.FlowMatchEulerDiscreteSDEScheduler(noise_level=0.5, dynamics_type=kind)
+        )
         times = scheduler.timesteps
         batch = times[[0, 1, 2, 3]]
         yield scheduler.step(v, times[2], x, generator=generator(3))
-        yield scheduler.step(v, times[2].item(), x, generator=generator(3), return_kwargs=["next_latents", "dt"])
-        yield scheduler.step(v, batch, x, timestep_next=batch - 90.0, noise_level=0.4, generator=generator(3))
+        yield scheduler.step(
+            v, times[2].item(), x, generator=generator(3), return_kwargs=["next_latents", "dt"]
+        )
+        yield scheduler.step(
+            v, batch, x, timestep_next=batch - 90.0, noise_level=0.4, generator=generator(3)
+        )
         yield scheduler.step(v, 640.0, x, timestep_next=480.0, noise_level=0.4, next_latents=x_next)
         levels = torch.tensor([0.2, 0.3, 0.4, 0.5])
-        yield scheduler.step(v, batch, x, noise_level=levels, generator=generator(3), return_dict=False)
-        yield scheduler.step(v, batch, x, sigma_max=0.95, noise_level=0.3, next_latents=x_next, compute_log_prob=False)
-        yield scheduler.step(v.bfloat16(), batch, x.bfloat16(), generator=generator(3), dynamics_type="CPS")
+        yield scheduler.step(
+            v, batch, x, noise_level=levels, generator=generator(3), return_dict=False
+        )
+        yield scheduler.step(
+            v,
+            batch,
+            x,
+            sigma_max=0.95,
+            noise_level=0.3,
+            next_latents=x_next,
+            compute_log_prob=False,
+        )
+        yield scheduler.step(
+            v.bfloat16(), batch, x.bfloat16(), generator=generator(3), dynamics_type="CPS"
+        )
         scheduler.is_eval = True
         yield scheduler.step(v, batch, x, generator=generator(3), compute_log_prob=False)
 
@@ -291,10 +342,14 @@ def test_calls_of_flow_factory(peers, kind):
                 close(a, b, **LOG_PROB_TOL)
 
 
-@pytest.mark.parametrize("rounds, std", list(itertools.product((True, False), ("diffusion", "std"))))
+@pytest.mark.parametrize(
+    "rounds, std", list(itertools.product((True, False), ("diffusion", "std")))
+)
 def test_conventions_of_versions_are_found(peers, rounds, std, monkeypatch):
     """The same signature, another rounding, another `std_dev_t`."""
-    cls = sys.modules["flow_factory.scheduler.flow_match_euler_discrete"].FlowMatchEulerDiscreteSDEScheduler
+    cls = sys.modules[
+        "flow_factory.scheduler.flow_match_euler_discrete"
+    ].FlowMatchEulerDiscreteSDEScheduler
     monkeypatch.setattr(cls, "rounds", rounds)
     monkeypatch.setattr(cls, "dance_std", std)
     x, v = torch.randn(2, *SHAPE, generator=generator(1))
@@ -311,7 +366,9 @@ def test_conventions_of_versions_are_found(peers, rounds, std, monkeypatch):
     assert torch.equal(ours.next_latents.bfloat16().float(), ours.next_latents) == rounds
 
 
-@pytest.mark.parametrize("constants, always_noisy", list(itertools.product((True, False), repeat=2)))
+@pytest.mark.parametrize(
+    "constants, always_noisy", list(itertools.product((True, False), repeat=2))
+)
 def test_forks_of_dance_grpo(peers, constants, always_noisy):
     """MixGRPO's function has another name and stands in another module."""
     module = ModuleType("fastvideo.utils.sampling_utils")
@@ -321,13 +378,17 @@ def test_forks_of_dance_grpo(peers, constants, always_noisy):
 
     def calls():
         torch.manual_seed(0)
-        for index, given, sde in itertools.product((0, torch.tensor(2), 3), (None, x_next), (True, False)):
+        for index, given, sde in itertools.product(
+            (0, torch.tensor(2), 3), (None, x_next), (True, False)
+        ):
             yield from module.dance_grpo_step(v, x, 0.4, sigmas, index, given, True, sde)
             yield from module.dance_grpo_step(v, x, 0.4, sigmas, index, given, False, sde)
 
     theirs = list(calls())
     with patch("dance_grpo", module=module) as patched:
-        assert module.dance_grpo_step is not original and "sampling_utils.dance_grpo_step" in repr(patched)
+        assert module.dance_grpo_step is not original and "sampling_utils.dance_grpo_step" in repr(
+            patched
+        )
         for our, their in zip(calls(), theirs, strict=True):
             close(our, their, **LOG_PROB_TOL)
     assert module.dance_grpo_step is original
@@ -336,18 +397,27 @@ def test_forks_of_dance_grpo(peers, constants, always_noisy):
 @pytest.mark.parametrize("global_std", [False, True])
 @pytest.mark.parametrize("columns", [None, 3])
 def test_advantages_of_flow_grpo(peers, global_std, columns):
-    rewards = torch.randn(64, *([] if columns is None else [columns]), generator=generator(1)).numpy() * 0.1 + 3.0
+    rewards = (
+        torch.randn(64, *([] if columns is None else [columns]), generator=generator(1)).numpy()
+        * 0.1
+        + 3.0
+    )
     prompts = [f"prompt {i % 7}" for i in range(64)]
-    trackers = [sys.modules["flow_grpo.stat_tracking"].PerPromptStatTracker(global_std) for _ in range(2)]
+    trackers = [
+        sys.modules["flow_grpo.stat_tracking"].PerPromptStatTracker(global_std) for _ in range(2)
+    ]
     theirs = trackers[0].update(prompts, rewards)
     with patch("flow_grpo"):
         ours = trackers[1].update(prompts, rewards)
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
         assert trackers[1].stats.keys() == trackers[0].stats.keys()
-        assert all((trackers[1].stats[key] == trackers[0].stats[key]).all() for key in trackers[0].stats)
+        assert all(
+            (trackers[1].stats[key] == trackers[0].stats[key]).all() for key in trackers[0].stats
+        )
         assert trackers[1].history_prompts == trackers[0].history_prompts
-        # Statistics of an earlier call join in, which is the original's own work; so are other kinds.
+        # Statistics of an earlier call join in, which is the original's own work; so are other
+        # kinds.
         again = trackers[1].update(prompts, rewards * 2)
         np.testing.assert_array_equal(again, _unpatched_update(trackers[0], prompts, rewards * 2))
         trackers[1].clear()
@@ -357,7 +427,8 @@ def test_advantages_of_flow_grpo(peers, global_std, columns):
         trackers[0].clear()
         with np.errstate(invalid="ignore"):
             np.testing.assert_array_equal(
-                trackers[1].update(prompts, infinite), _unpatched_update(trackers[0], prompts, infinite)
+                trackers[1].update(prompts, infinite),
+                _unpatched_update(trackers[0], prompts, infinite),
             )
 
 
@@ -412,8 +483,12 @@ def test_philox_noise_is_a_function_of_seeds_drawn_from_the_generator(peers, nam
     if name != "dance_grpo":  # which returns x0 in the place of the mean
         seeds = torch.randint(2**63 - 1, (len(x),), generator=generator(3))
         noise = ek.philox_normal(seeds, 0, x.shape[1:])
-        close((first[0] - first[2]) / (plain[0] - plain[2]), noise / torch.randn(SHAPE, generator=generator(3)),
-              rtol=1e-2, atol=1e-2)  # fmt: skip
+        close(
+            (first[0] - first[2]) / (plain[0] - plain[2]),
+            noise / torch.randn(SHAPE, generator=generator(3)),
+            rtol=1e-2,
+            atol=1e-2,
+        )
     assert torch.equal(replay[1], first[1])
 
 
@@ -465,11 +540,16 @@ def test_signatures_and_names_are_the_originals(peers):
 
 
 def test_another_signature_is_refused_and_nothing_is_replaced(peers, monkeypatch):
-    cls = sys.modules["flow_factory.scheduler.flow_match_euler_discrete"].FlowMatchEulerDiscreteSDEScheduler
+    cls = sys.modules[
+        "flow_factory.scheduler.flow_match_euler_discrete"
+    ].FlowMatchEulerDiscreteSDEScheduler
     step = cls.step
     monkeypatch.setattr(cls, "step", lambda self, noise_pred, timestep, latents, eta=1.0: None)
     held = cls.step
-    with pytest.raises(IntegrationError, match=r"takes \(noise_pred, timestep, latents, eta=1.0\).*: \(noise_pred, t"):
+    with pytest.raises(
+        IntegrationError,
+        match=r"takes \(noise_pred, timestep, latents, eta=1.0\).*: \(noise_pred, t",
+    ):
         patch("flow_factory")
     assert cls.step is held
     monkeypatch.setattr(cls, "step", step)
@@ -491,7 +571,10 @@ def test_other_results_are_refused(peers, monkeypatch):
 
 
 def test_what_cannot_be_patched_says_why(peers, monkeypatch):
-    with pytest.raises(IntegrationError, match=r"patch: 'trl' \(accepted: flow_grpo, flow_factory, verl_omni, dance"):
+    with pytest.raises(
+        IntegrationError,
+        match=r"patch: 'trl' \(accepted: flow_grpo, flow_factory, verl_omni, dance",
+    ):
         patch("trl")
     with pytest.raises(IntegrationError, match=r"noise: 'own' \(accepted: generator, philox\)"):
         patch("flow_grpo", noise="own")
@@ -501,13 +584,18 @@ def test_what_cannot_be_patched_says_why(peers, monkeypatch):
         patch("dance_grpo", module="no_such_module")
     with pytest.raises(IntegrationError, match="math: has no flux_step or dance_grpo_step"):
         patch("dance_grpo", module="math")
-    with pytest.raises(IntegrationError, match=r"unpatch: 'flow_grpo' is not patched \(accepted: nothing is\)"):
+    with pytest.raises(
+        IntegrationError, match=r"unpatch: 'flow_grpo' is not patched \(accepted: nothing is\)"
+    ):
         unpatch("flow_grpo")
     patch("flow_grpo")
     with pytest.raises(IntegrationError, match="'flow_grpo' is patched already"):
         patch("flow_grpo")
     monkeypatch.delattr(
-        sys.modules["flow_factory.scheduler.flow_match_euler_discrete"].FlowMatchEulerDiscreteSDEScheduler, "step"
+        sys.modules[
+            "flow_factory.scheduler.flow_match_euler_discrete"
+        ].FlowMatchEulerDiscreteSDEScheduler,
+        "step",
     )
     with pytest.raises(IntegrationError, match=r"has no FlowMatchEulerDiscreteSDEScheduler\.step"):
         patch("flow_factory")
@@ -526,7 +614,10 @@ def test_a_timestep_outside_the_schedule_is_an_error(peers):
 
     scheduler = stock_schedule(FlowMatchEulerDiscreteScheduler())
     x = torch.zeros(SHAPE)
-    with patch("flow_grpo"), pytest.raises(ValueError, match=r"timestep must be one of the scheduler's .* \[123.0\]"):
+    with (
+        patch("flow_grpo"),
+        pytest.raises(ValueError, match=r"timestep must be one of the scheduler's .* \[123.0\]"),
+    ):
         module.sde_step_with_logprob(scheduler, x, torch.tensor([123.0]), x)
 
 
@@ -544,11 +635,17 @@ def test_a_rollout_under_inference_mode_leaves_nothing_that_training_cannot_save
     x, v = torch.randn(2, *SHAPE, generator=generator(1))
     with patch("flow_grpo"):
         with torch.inference_mode():
-            scheduler = stock_schedule(FlowMatchEulerDiscreteScheduler(shift=1.7))  # a schedule not seen before
-            x_next = module.sde_step_with_logprob(scheduler, v, scheduler.timesteps[[1]], x, LEVEL)[0]
+            scheduler = stock_schedule(
+                FlowMatchEulerDiscreteScheduler(shift=1.7)
+            )  # a schedule not seen before
+            x_next = module.sde_step_with_logprob(scheduler, v, scheduler.timesteps[[1]], x, LEVEL)[
+                0
+            ]
         v = v.clone().requires_grad_()
         at = scheduler.timesteps[[1]].clone()
-        module.sde_step_with_logprob(scheduler, v, at, x, LEVEL, prev_sample=x_next.clone())[1].sum().backward()
+        module.sde_step_with_logprob(scheduler, v, at, x, LEVEL, prev_sample=x_next.clone())[
+            1
+        ].sum().backward()
     assert v.grad.abs().max() > 0
 
 
@@ -560,12 +657,16 @@ class Syncs(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        self.count += func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+        )
         return func(*args, **(kwargs or {}))
 
 
 def test_looks_at_the_host_do_not_grow_with_the_batch(peers):
-    """The original looks twice a sample. The one look left is the check of a CPU timestep; on a GPU there is none,
+    """The original looks twice a sample. The one look left is the check of a CPU timestep; on a GPU
+    there is none,
     as the test below shows."""
 
     def looks(batch):
@@ -611,6 +712,8 @@ def test_a_patched_step_never_waits_for_the_gpu(peers, noise):
 
 
 def test_importing_the_patcher_is_light():
-    code = "import sys, editr2.integrations; print(*{'diffusers', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, editr2.integrations; print(*{'diffusers', 'transformers'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -25,7 +25,9 @@ MAIN, WORKER, NEW = "100", "101", "102"
         ({"KMP_BLOCKTIME": "200"}, 0, 2, {"KMP_BLOCKTIME": "200"}),
     ],
 )
-def test_threads_sleep_beside_others_unless_the_user_says_otherwise(given, others, cores, expected, monkeypatch):
+def test_threads_sleep_beside_others_unless_the_user_says_otherwise(
+    given, others, cores, expected, monkeypatch
+):
     monkeypatch.delitem(sys.modules, "torch")
     choose_waiting(given, lambda: others, cores)
     assert given == expected
@@ -48,7 +50,8 @@ def test_nothing_is_set_where_torch_is_there_already():
 
 
 SPIES = {
-    # What OpenMP would read when torch is loaded: torch's place is taken by a module that tells and stops.
+    # What OpenMP would read when torch is loaded: torch's place is taken by a module that tells and
+    # stops.
     "editr2": "import editr2.__main__ as m; m.main()",
     "python -m editr2": "import runpy; runpy.run_module('editr2', run_name='__main__')",
     "python -m editr2.cli": "import runpy; runpy.run_module('editr2.cli', run_name='__main__')",
@@ -58,15 +61,26 @@ SPIES = {
 
 @pytest.mark.parametrize("entry", SPIES)
 @pytest.mark.parametrize("own", [None, "active"])
-def test_every_way_into_the_command_sets_it_before_torch_and_a_library_does_not(entry, own, tmp_path):
-    spy = "import json, os; print(json.dumps([os.environ.get(n) for n in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')]))"
+def test_every_way_into_the_command_sets_it_before_torch_and_a_library_does_not(
+    entry, own, tmp_path
+):
+    spy = (
+        "import json, os; print(json.dumps([os.environ.get(n) for n in ('OMP_WAIT_POLICY', "
+        "'GOMP_SPINCOUNT')]))"
+    )
     (tmp_path / "torch.py").write_text(f"{spy}; raise SystemExit(7)", encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
     if own:
         environment["OMP_WAIT_POLICY"] = own
     done = subprocess.run(
-        [sys.executable, "-c", SPIES[entry]], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SPIES[entry]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 7, done.stderr
     ours = [["passive", None], [None, "10000"]]  # as busy as the machine is
@@ -74,7 +88,8 @@ def test_every_way_into_the_command_sets_it_before_torch_and_a_library_does_not(
 
 
 class Machine:
-    """A kernel that tells what the test says (unless there is a load average instead), and a clock."""
+    """A kernel that tells what the test says (unless there is a load average instead), and a
+    clock."""
 
     def __init__(self, folder, load=None):
         self.folder, self.now, self.threads, self.load = folder, 0.0, {}, load

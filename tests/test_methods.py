@@ -1,4 +1,5 @@
-"""What must hold of the methods whatever the policy: ratios, filters, zero gradients, NFT at its start, credit."""
+"""What must hold of the methods whatever the policy: ratios, filters, zero gradients, NFT at its
+start, credit."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -45,7 +46,13 @@ def sampled(policy, config, turns=(3, 3)):
     sessions = [make_session(0, i, turns=n) for i, n in enumerate(turns)]
     chunk = Chunk(sessions, list(range(len(sessions))), config.rollout.siblings)
     rollout_chunk(
-        policy, chunk, sampler, seeds, config.policy, rollout=config.rollout, keep_velocity=config.train.guard
+        policy,
+        chunk,
+        sampler,
+        seeds,
+        config.policy,
+        rollout=config.rollout,
+        keep_velocity=config.train.guard,
     )
     shape = (chunk.rollouts, max(turns))
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -60,7 +67,10 @@ def gradient(config, state, batch, update=0):
     """(flat gradient, statistics); the policy's gradients are empty before and after."""
     state.optimizer.zero_grad()
     seen = accumulate_gradient(config, state, batch, update, 0, HERE)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(state.policy.module).values()]
+    grads = [
+        torch.zeros_like(p) if p.grad is None else p.grad
+        for p in trainable(state.policy.module).values()
+    ]
     flat = torch.cat([g.flatten() for g in grads]).clone()
     state.optimizer.zero_grad()
     return flat, seen
@@ -87,14 +97,21 @@ def again(batch, **changes):
     ],
     ids=str,
 )
-def test_the_first_update_finds_ratios_of_one_for_images_and_intents_at_every_turn(tiny_unified, train):
+def test_the_first_update_finds_ratios_of_one_for_images_and_intents_at_every_turn(
+    tiny_unified, train
+):
     config = settings(train=train)
     batch, state = sampled(tiny_unified, config, turns=(3, 2))
     flat, seen = gradient(config, state, batch)
-    assert seen["ratio_error"] <= 1e-6 and seen["text_error"] <= 2e-5 and seen["clipped"] == seen["text_clipped"] == 0
+    assert (
+        seen["ratio_error"] <= 1e-6
+        and seen["text_error"] <= 2e-5
+        and seen["clipped"] == seen["text_clipped"] == 0
+    )
     assert flat.abs().max() > 0
     assert {turn for _, turn, _ in batch.old_text} == {1, 2}
-    # The ratio is 1 because both sides were computed, not because one was copied: other weights are told apart.
+    # The ratio is 1 because both sides were computed, not because one was copied: other weights are
+    # told apart.
     with torch.no_grad():
         for p in trainable(tiny_unified.module).values():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)), alpha=3e-2)
@@ -113,7 +130,9 @@ def test_ratios_of_one_under_guidance(tiny_unified, renorm):
     assert seen["ratio_error"] <= 1e-6 and seen["kl"] <= 1e-10
 
 
-def test_ratios_of_one_in_bf16_storage_because_samples_are_rounded_before_they_are_scored(tiny_unified):
+def test_ratios_of_one_in_bf16_storage_because_samples_are_rounded_before_they_are_scored(
+    tiny_unified,
+):
     config = settings(rollout={"store_dtype": "bfloat16"}, train={"guard": True})
     batch, state = sampled(tiny_unified, config)
     record = batch.chunks[0].turns[0]
@@ -129,15 +148,19 @@ def test_all_ways_to_replay_give_one_gradient(tiny_unified):
     for train in ({"micro_batch": 7}, {"micro_batch": 1000}, {"packed": "on"}):
         config = replace_nested(base, {"train": train})
         got, _ = gradient(config, state, again(batch))
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    through, _ = gradient(replace_nested(base, {"train": {"context_gradient": True}}), state, again(batch))
+        torch.testing.assert_close(
+            got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+        )
+    through, _ = gradient(
+        replace_nested(base, {"train": {"context_gradient": True}}), state, again(batch)
+    )
     packed = replace_nested(base, {"train": {"context_gradient": True, "packed": "on"}})
     got, _ = gradient(packed, state, again(batch))
     torch.testing.assert_close(got, through, rtol=1e-3, atol=1e-4 * float(through.abs().max()))
     assert (through - expected).norm() > 0.01 * expected.norm()  # the flag does something
 
 
-# ------------------------------------------------------------------------------------------------------- filter, masks
+# ------------------------------------------------------------------------------------ filter, masks
 
 
 @pytest.mark.parametrize("packed", ["off", "on"])
@@ -172,7 +195,9 @@ def test_equal_scores_give_exactly_zero_advantage_and_gradient(tiny_unified):
     assert torch.equal(flat, torch.zeros_like(flat))
 
 
-def test_turns_without_advantage_are_not_replayed_and_the_gradient_is_the_same(tiny_unified, monkeypatch):
+def test_turns_without_advantage_are_not_replayed_and_the_gradient_is_the_same(
+    tiny_unified, monkeypatch
+):
     config = settings()
     batch, state = sampled(tiny_unified, config, turns=(3, 2))
     advantage = batch.advantage.clone()
@@ -193,7 +218,9 @@ def test_turns_without_advantage_are_not_replayed_and_the_gradient_is_the_same(t
     monkeypatch.setattr(gradient_module, "replay", lambda *args: real(*args[:-1], batch.mask))
     everything, _ = gradient(config, state, again(batch))
     assert sum(asked) == 2 * int(batch.mask.sum()) > 20
-    torch.testing.assert_close(got, everything, rtol=1e-4, atol=1e-6 * float(everything.abs().max()))
+    torch.testing.assert_close(
+        got, everything, rtol=1e-4, atol=1e-6 * float(everything.abs().max())
+    )
 
 
 def scores_of(values, expected=None):
@@ -201,22 +228,32 @@ def scores_of(values, expected=None):
     return Scores(("IF", "CC", "GA"), values, present, present, {})
 
 
-@pytest.mark.parametrize("preset", ["edit-r2", "edit-r2-released", "mt-editflow", "gdpo", "dr-grpo"])
+@pytest.mark.parametrize(
+    "preset", ["edit-r2", "edit-r2-released", "mt-editflow", "gdpo", "dr-grpo"]
+)
 def test_permuting_siblings_permutes_advantages_bitwise(preset):
     generator = torch.Generator().manual_seed(3)
     values = torch.randint(0, 5, (12, 3, 3), generator=generator) / 4
     group = torch.arange(2).repeat_interleave(6)
-    order = torch.cat([torch.randperm(6, generator=generator), 6 + torch.randperm(6, generator=generator)])
+    order = torch.cat(
+        [torch.randperm(6, generator=generator), 6 + torch.randperm(6, generator=generator)]
+    )
     config = CreditConfig(preset=preset, baseline=None)
-    one, two = assign_credit(scores_of(values), group, config), assign_credit(scores_of(values[order]), group, config)
-    assert torch.equal(one.advantage[order], two.advantage) and torch.equal(one.mask[order], two.mask)
+    one, two = (
+        assign_credit(scores_of(values), group, config),
+        assign_credit(scores_of(values[order]), group, config),
+    )
+    assert torch.equal(one.advantage[order], two.advantage) and torch.equal(
+        one.mask[order], two.mask
+    )
     if preset == "dr-grpo":  # centred and not divided: GCPO's form
         sums = one.advantage.view(2, 6, 3).double().sum(1)
         assert sums.abs().max() < 1e-5
 
 
 def test_credit_over_trajectories_of_different_lengths(tiny_unified):
-    """A session of two turns is normalised with its siblings over its two turns; the missing third counts nowhere."""
+    """A session of two turns is normalised with its siblings over its two turns; the missing third
+    counts nowhere."""
     generator = torch.Generator().manual_seed(4)
     values = torch.rand(8, 3, 3, generator=generator)
     expected = torch.ones(8, 3, dtype=torch.bool)
@@ -225,7 +262,9 @@ def test_credit_over_trajectories_of_different_lengths(tiny_unified):
     config = CreditConfig(preset="mt-editflow", baseline=None)
     credit = assign_credit(scores_of(values, expected), group, config)
     alone = assign_credit(scores_of(values[4:, :2]), group[:4], config)
-    assert torch.equal(credit.advantage[4:, :2], alone.advantage) and (credit.advantage[:4] != 0).any()
+    assert (
+        torch.equal(credit.advantage[4:, :2], alone.advantage) and (credit.advantage[:4] != 0).any()
+    )
     assert not credit.mask[4:, 2].any() and credit.mask[4:, :2].all()
 
 
@@ -246,13 +285,18 @@ def test_a_bad_credit_setting_is_named(changes, field):
 def test_the_filter_needs_a_reward_named_if():
     with pytest.raises(ConfigError, match=r"credit\.filter: true needs a reward named IF"):
         credit_options(CreditConfig(preset="edit-r2", filter=True), ("bright",))
-    assert credit_options(CreditConfig(preset="edit-r2"), ("bright",)).filter_reward is None  # off, and said
+    assert (
+        credit_options(CreditConfig(preset="edit-r2"), ("bright",)).filter_reward is None
+    )  # off, and said
     (note,) = credit_notes(CreditConfig(preset="edit-r2"), ("bright",))
     assert "no reward is named IF (the rewards: bright)" in note
     assert not credit_notes(CreditConfig(preset="edit-r2"), ("CC", "IF"))
     assert not credit_notes(CreditConfig(preset="flow-grpo"), ("bright",))
     assert not credit_notes(CreditConfig(preset="edit-r2", filter=False), ("bright",))
-    assert credit_options(CreditConfig(preset="edit-r2", filter=False), ("bright",)).filter_reward is None
+    assert (
+        credit_options(CreditConfig(preset="edit-r2", filter=False), ("bright",)).filter_reward
+        is None
+    )
     assert credit_options(CreditConfig(preset="edit-r2"), ("CC", "IF")).filter_reward == 1
 
 
@@ -268,7 +312,7 @@ def test_global_awareness_is_monotone_over_turns_under_an_exact_judge():
     assert (ga[:, 1:] <= ga[:, :-1]).all() and 0 < ga.mean() < 1
 
 
-# ------------------------------------------------------------------------------------------------------------------ NFT
+# ---------------------------------------------------------------------------------------------- NFT
 
 
 def nft(**train) -> Config:
@@ -289,7 +333,9 @@ def test_nft_starts_with_equal_halves_and_learns_towards_the_better_sibling(tiny
     halves = nft_loss(*args, beta=1.0).metrics
     assert torch.equal(halves.positive, halves.negative)  # at v = v_old both are v_old itself
     assert torch.allclose(rows.x, torch.lerp(rows.x_next, rows.noise, rows.sigma[:, None, None]))
-    assert (places.sigma[0][:, 0] > places.sigma[0][:, 1]).all()  # one noise level from each half of the steps
+    assert (
+        places.sigma[0][:, 0] > places.sigma[0][:, 1]
+    ).all()  # one noise level from each half of the steps
     flat, _ = gradient(config, state, batch)
     zero, _ = gradient(config, state, again(batch, advantage=torch.zeros_like(batch.advantage)))
     assert zero.norm() < 1e-4 * flat.norm()  # r = 1/2 on both halves: they cancel at v = v_old
@@ -312,7 +358,7 @@ def test_nft_draws_anew_for_every_update_and_the_old_policy_follows(tiny_unified
     torch.testing.assert_close(state.old[name], 0.2 * before + 0.8 * live.detach())
 
 
-# --------------------------------------------------------------------------------------------- windows, shared prefix
+# --------------------------------------------------------------------------- windows, shared prefix
 
 
 class Counting:
@@ -349,14 +395,21 @@ class Counting:
 
 def test_the_first_turn_is_denoised_once_a_group_until_its_window_opens():
     config = replace_nested(Config(), {"rollout": {"steps": 8, "window": 2, "window_range": 0.75}})
-    sampler, sessions = rollout_sampler(config.rollout), [make_session(0, i, turns=2) for i in range(3)]
+    sampler, sessions = (
+        rollout_sampler(config.rollout),
+        [make_session(0, i, turns=2) for i in range(3)],
+    )
     runs = []
     for siblings in (1, 4):
         policy, chunk = Counting(), Chunk(sessions, [0, 1, 2], siblings)
-        rollout_chunk(policy, chunk, sampler, Seeds(0, "train"), config.policy, rollout=config.rollout)
+        rollout_chunk(
+            policy, chunk, sampler, Seeds(0, "train"), config.policy, rollout=config.rollout
+        )
         runs.append((policy, chunk))
     (_, alone), (policy, group) = runs
-    starts = sampler.first_start + Seeds(0, "train").start(group, torch.arange(12), 0, sampler.last_start + 1)
+    starts = sampler.first_start + Seeds(0, "train").start(
+        group, torch.arange(12), 0, sampler.last_start + 1
+    )
     expected = [sum(1 if k < s else 4 for s in starts[::4].tolist()) for k in range(8)]
     assert policy.asked[:8] == expected and policy.asked[8:] == [12] * 8 and min(expected) < 12
     # The first sibling of a group is what it would be alone, bit for bit.
@@ -364,11 +417,15 @@ def test_the_first_turn_is_denoised_once_a_group_until_its_window_opens():
         for one, all_ in zip(alone.turns, group.turns, strict=True):
             assert torch.equal(getattr(one, name), getattr(all_, name)[::4]), name
     first = group.turns[0]
-    assert torch.equal(first.x[0, 0], first.x[3, 0]) and not torch.equal(first.x_next[0, 0], first.x_next[3, 0])
+    assert torch.equal(first.x[0, 0], first.x[3, 0]) and not torch.equal(
+        first.x_next[0, 0], first.x_next[3, 0]
+    )
 
 
 def test_windows_random_fixed_and_progressive():
-    base = replace_nested(Config(), {"rollout": {"steps": 6, "window": 2, "window_range": 1.0, "window_every": 3}})
+    base = replace_nested(
+        Config(), {"rollout": {"steps": 6, "window": 2, "window_range": 1.0, "window_every": 3}}
+    )
 
     def at(schedule, iteration):
         rollout = dataclasses.replace(base.rollout, window_schedule=schedule, dynamics="flow-sde")
@@ -380,7 +437,7 @@ def test_windows_random_fixed_and_progressive():
     assert at("random", 7) == (0, 4) and at("fixed", 7) == (0, 0)
 
 
-# ------------------------------------------------------------------------------------------------- reference and LoRA
+# ------------------------------------------------------------------------------- reference and LoRA
 
 
 def test_lora_trains_adapters_alone_and_its_reference_is_the_base_model(tiny_unified):
@@ -401,7 +458,9 @@ def test_lora_trains_adapters_alone_and_its_reference_is_the_base_model(tiny_uni
     _, seen = gradient(config, state, again(batch))
     assert seen["kl"] > 0
     walked = window_places(chunk)
-    context = tiny_unified.instruct(tiny_unified.encode(chunk.sessions[0].image[None]), chunk.turns[0].text[:1])
+    context = tiny_unified.instruct(
+        tiny_unified.encode(chunk.sessions[0].image[None]), chunk.turns[0].text[:1]
+    )
     x, sigma = walked.x[0][:1, 0], walked.sigma[0][:1, 0]
     adapted = tiny_unified.velocity(x, sigma, context).v
     merged = merged_weights(tiny_unified.module)
@@ -419,7 +478,9 @@ def test_lora_trains_adapters_alone_and_its_reference_is_the_base_model(tiny_uni
         model.load_state_dict(weights)
         other = UnifiedPolicy(model, tiny_unified.codec)
         there = other.instruct(other.encode(chunk.sessions[0].image[None]), chunk.turns[0].text[:1])
-        torch.testing.assert_close(other.velocity(x, sigma, there).v, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            other.velocity(x, sigma, there).v, expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_exchanged_weights_leave_a_graph_and_the_weights_as_they_were():
@@ -436,19 +497,22 @@ def test_exchanged_weights_leave_a_graph_and_the_weights_as_they_were():
     assert torch.equal(torch.autograd.grad(out, module.weight)[0], expected)
 
 
-# -------------------------------------------------------------------------------------------------------------- presets
+# ------------------------------------------------------------------------------------------ presets
 
 
-@pytest.mark.parametrize("preset", ["edit-r2", "edit-r2-released", "mt-editflow-nft", "mixgrpo", "grpo-guard", "pku"])
+@pytest.mark.parametrize(
+    "preset", ["edit-r2", "edit-r2-released", "mt-editflow-nft", "mixgrpo", "grpo-guard", "pku"]
+)
 def test_a_preset_gives_the_same_bits_twice(preset, tmp_path, beside):
-    """Those that differ in mechanism; `python tests/presets_twice.py 20` runs all of them for longer."""
+    """Those that differ in mechanism; `python tests/presets_twice.py 20` runs all of them for
+    longer."""
     different, moved = beside("presets_twice").differing(preset, tmp_path, 2)
     assert different == [] and moved
 
 
 def test_the_loss_by_hand(tiny_unified):
-    """On-policy every ratio is 1, so the loss is minus the mean advantage: per trained turn over its two steps, and the
-    text beside it by lambda over the steps."""
+    """On-policy every ratio is 1, so the loss is minus the mean advantage: per trained turn over
+    its two steps, and the text beside it by lambda over the steps."""
     for weight in (None, 1.0, 0.25):
         config = settings(train={"text_weight": weight})
         batch, state = sampled(tiny_unified, config)
@@ -466,11 +530,20 @@ def test_the_loss_by_hand(tiny_unified):
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
 @pytest.mark.parametrize("packed", ["off", "on"])
 def test_a_second_update_measures_against_what_sampled(tiny_unified, loss, packed):
-    """Sessions of different lengths and intents: the old log-probs of every answer are its own, walked or packed."""
+    """Sessions of different lengths and intents: the old log-probs of every answer are its own,
+    walked or packed."""
     if loss == "nft":
         config = replace_nested(nft(packed=packed, updates=2), {"policy": {"intent": True}})
     else:
-        config = settings(train={"packed": packed, "updates": 2, "clip_low": 0.5, "clip_high": 0.5, "text_clip": 0.5})
+        config = settings(
+            train={
+                "packed": packed,
+                "updates": 2,
+                "clip_low": 0.5,
+                "clip_high": 0.5,
+                "text_clip": 0.5,
+            }
+        )
     batch, state = sampled(tiny_unified, config, turns=(3, 2))
     gradient(config, state, batch)
     generator = torch.Generator().manual_seed(6)
@@ -492,7 +565,9 @@ def test_a_second_update_measures_against_what_sampled(tiny_unified, loss, packe
             old = tiny_unified.answer_log_prob(before, record.questions, ids, temperature=0.7)
         ratio = (new.log_prob - old.log_prob).exp()
         a = batch.advantage[record.rollout, turn][:, None]
-        token = torch.maximum(-a * ratio, -a * ratio.clamp(1 - config.train.text_clip, 1 + config.train.text_clip))
+        token = torch.maximum(
+            -a * ratio, -a * ratio.clamp(1 - config.train.text_clip, 1 + config.train.text_clip)
+        )
         sample = torch.where(new.valid, token, 0.0).sum(1) / new.valid.sum(1)
         reference["text_loss"] += float(0.5 * sample.detach().sum() / (total * q))
     assert seen["text_loss"] == pytest.approx(reference["text_loss"], rel=1e-3)
@@ -511,7 +586,9 @@ def again_context(policy, chunk, turn):
     return walk.context
 
 
-def test_minibatches_are_part_of_one_mean_and_the_sentinel_sees_all_of_them(tiny_unified, monkeypatch):
+def test_minibatches_are_part_of_one_mean_and_the_sentinel_sees_all_of_them(
+    tiny_unified, monkeypatch
+):
     base = settings(rollout={"groups_per_batch": 1})
     one, state = sampled(tiny_unified, base, turns=(2,))
     two, _ = sampled(tiny_unified, base, turns=(3,))
@@ -520,18 +597,27 @@ def test_minibatches_are_part_of_one_mean_and_the_sentinel_sees_all_of_them(tiny
     advantage = torch.zeros(6, 3)
     advantage[:3, :2], advantage[3:] = one.advantage, two.advantage
     chunks = [one.chunks[0], two.chunks[0]]
-    batch = dataclasses.replace(one, chunks=chunks, advantage=advantage, mask=mask, trained=int(mask.sum()))
+    batch = dataclasses.replace(
+        one, chunks=chunks, advantage=advantage, mask=mask, trained=int(mask.sum())
+    )
     whole, _ = gradient(base, state, batch)
     halves = replace_nested(base, {"train": {"minibatches": 2, "old_log_prob": "replay"}})
     parts, batch = [], again(batch)
     for minibatch in range(2):
         state.optimizer.zero_grad()
         accumulate_gradient(halves, state, batch, 0, minibatch, HERE)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(tiny_unified.module).values()]
+        grads = [
+            torch.zeros_like(p) if p.grad is None else p.grad
+            for p in trainable(tiny_unified.module).values()
+        ]
         parts.append(torch.cat([g.flatten() for g in grads]).clone())
-    torch.testing.assert_close((parts[0] + parts[1]) / 2, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
+    torch.testing.assert_close(
+        (parts[0] + parts[1]) / 2, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max())
+    )
     assert set(batch.old) == {0, 1}
-    chunks[1].turns[1].log_prob[0] += 1e-2  # as if the rollout of the second minibatch had come from other code
+    chunks[1].turns[1].log_prob[0] += (
+        1e-2  # as if the rollout of the second minibatch had come from other code
+    )
     with pytest.raises(RatioError, match="ratio: differs from 1 by 0.0"):
         gradient(halves, state, again(batch))
 
@@ -539,15 +625,30 @@ def test_minibatches_are_part_of_one_mean_and_the_sentinel_sees_all_of_them(tiny
 def test_released_constants():
     config = preset_config("edit-r2-released")
     r, t, p = config.rollout, config.train, config.policy
-    assert (r.sessions, r.siblings, r.turns, r.steps, r.shift, r.noise_level) == (16, 6, 3, 14, 3.0, 1.3)
-    assert (p.guidance, p.guidance_image, p.renorm, p.temperature, p.intent_tokens) == (4, 2, "text_channel", 0.7, 150)
+    assert (r.sessions, r.siblings, r.turns, r.steps, r.shift, r.noise_level) == (
+        16,
+        6,
+        3,
+        14,
+        3.0,
+        1.3,
+    )
+    assert (p.guidance, p.guidance_image, p.renorm, p.temperature, p.intent_tokens) == (
+        4,
+        2,
+        "text_channel",
+        0.7,
+        150,
+    )
     assert (p.lora_rank, p.lora_alpha, t.lr, t.minibatches, t.kl_weight) == (64, 128, 1e-4, 2, 0.01)
     assert r.sessions % (t.minibatches * r.groups_per_batch) == 0  # two equal optimiser steps
     assert (t.clip_low, t.text_clip, t.text_weight, config.eval.steps) == (1e-5, 1e-5, 1.0, 50)
     sampler = rollout_sampler(r)
     assert sampler.window == 2 and sampler.last_start < 14 / 3
     options = credit_options(config.credit)
-    assert options.filter_in_statistics and options.baseline == "session" and options.std == "global"
+    assert (
+        options.filter_in_statistics and options.baseline == "session" and options.std == "global"
+    )
 
 
 def test_a_checkpoint_holds_every_copy_of_the_weights(tiny_unified, tmp_path):

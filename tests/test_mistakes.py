@@ -1,6 +1,8 @@
-"""Plausible mistakes as a user makes them: each ends with one line that names what is wrong, and exit 2.
+"""Plausible mistakes as a user makes them: each ends with one line that names what is wrong, and
+exit 2.
 
-A new mistake is a row. `python tests/test_mistakes.py` writes docs/mistakes.md, which shows what each one prints.
+A new mistake is a row. `python tests/test_mistakes.py` writes docs/mistakes.md, which shows what
+each one prints.
 """
 
 from __future__ import annotations
@@ -25,15 +27,24 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "shapes"
 PAGE = ROOT / "docs" / "mistakes.md"
 
-TINY = ["--train.iterations=2", "--eval.sessions=1", "--eval.strips=1", "--checkpoint.every=1", "--policy.intent=false"]
-TINY += [f"--rollout.{name}" for name in ("sessions=1", "siblings=2", "turns=1", "steps=2", "window=1")]
+TINY = [
+    "--train.iterations=2",
+    "--eval.sessions=1",
+    "--eval.strips=1",
+    "--checkpoint.every=1",
+    "--policy.intent=false",
+]
+TINY += [
+    f"--rollout.{name}" for name in ("sessions=1", "siblings=2", "turns=1", "steps=2", "window=1")
+]
 """Before the flags of a row, so that a mistake that is accepted costs seconds."""
 SETTINGS = ("train", "eval", "rollout", "check")
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """what: in a user's words. command: after `editr2`; `{...}` is left to the shell. says: must stand in the line.
+    """what: in a user's words. command: after `editr2`; `{...}` is left to the shell. says: must
+    stand in the line.
 
     given: files to write before, by path; a text, or a function of the path.
     """
@@ -116,12 +127,26 @@ MISTAKES = [
     M("an unknown sampler in rollout", "rollout --eval.sampler foo", "eval.sampler"),
     M("a window longer than the steps", "train --rollout.window 9", "rollout.window"),
     M("an unknown model", "train --policy.model flux", "kontext"),
-    M("an open bracket in a pattern", "train --policy.lora_rank 4 --policy.lora_targets to_(q", "policy.lora_targets"),
+    M(
+        "an open bracket in a pattern",
+        "train --policy.lora_rank 4 --policy.lora_targets to_(q",
+        "policy.lora_targets",
+    ),
     M("NFT with a window", "train --train.loss nft", "rollout.window"),
     # Configuration files.
     M("a configuration that is not there", "train --config my.yaml", "my.yaml"),
-    M("a misspelt key", "train --config my.yaml", "my.yaml:3", {"my.yaml": "seed: 1\ntrain:\n  lrr: 1\n"}),
-    M("a list where a section belongs", "train --config my.yaml", "my.yaml:1", {"my.yaml": "train: [1, 2]\n"}),
+    M(
+        "a misspelt key",
+        "train --config my.yaml",
+        "my.yaml:3",
+        {"my.yaml": "seed: 1\ntrain:\n  lrr: 1\n"},
+    ),
+    M(
+        "a list where a section belongs",
+        "train --config my.yaml",
+        "my.yaml:1",
+        {"my.yaml": "train: [1, 2]\n"},
+    ),
     M("a tab for spaces", "train --config my.yaml", "my.yaml:2", {"my.yaml": "train:\n\tlr: 1\n"}),
     M("a picture as configuration", "train --config a.png", "a.png", {"a.png": picture()}),
     # Paths.
@@ -129,15 +154,30 @@ MISTAKES = [
     M("an output below a file", "train --out notes/run", "notes", {"notes": "mine"}),
     M("a data folder that is not there", "train --data nowhere", "nowhere"),
     M("a home folder that is not there", "train --data ~/no-such-sessions", "no-such-sessions"),
-    M("a data folder without sessions", "train --data data", "sessions.jsonl", {"data/a.png": picture()}),
+    M(
+        "a data folder without sessions",
+        "train --data data",
+        "sessions.jsonl",
+        {"data/a.png": picture()},
+    ),
     M("weights that are not there", "eval --policy.weights nowhere", "nowhere"),
     M("a run in place of its policy", "eval --policy.weights run", "run", {"run": trained}),
     M("a folder that is no run", "report data", "data", DATA),
     M("an export of nothing", "export data --out out", "data", DATA),
     M("an export over something", "export run --out data", "data", {"run": trained, **DATA}),
     # Sessions and images.
-    M("a line cut off", "train --data data", "sessions.jsonl:1", {**DATA, "data/sessions.jsonl": session()[:40]}),
-    M("no turns", "train --data data", "sessions.jsonl:1", {**DATA, "data/sessions.jsonl": session(turns=[])}),
+    M(
+        "a line cut off",
+        "train --data data",
+        "sessions.jsonl:1",
+        {**DATA, "data/sessions.jsonl": session()[:40]},
+    ),
+    M(
+        "no turns",
+        "train --data data",
+        "sessions.jsonl:1",
+        {**DATA, "data/sessions.jsonl": session(turns=[])},
+    ),
     M(
         "an empty instruction",
         "train --data data",
@@ -150,18 +190,43 @@ MISTAKES = [
         "sessions.jsonl:1",
         {**DATA, "data/sessions.jsonl": session(turns=[{"instruction": "make the sky purple"}])},
     ),
-    M("an image that is not there", "train --data data", "a.png", {"data/sessions.jsonl": session()}),
-    M("an image of another size", "train --data data", "data.resize", {**DATA, "data/a.png": picture((32, 20))}),
+    M(
+        "an image that is not there",
+        "train --data data",
+        "a.png",
+        {"data/sessions.jsonl": session()},
+    ),
+    M(
+        "an image of another size",
+        "train --data data",
+        "data.resize",
+        {**DATA, "data/a.png": picture((32, 20))},
+    ),
     M("a text called .png", "train --data data", "a.png", {**DATA, "data/a.png": "not an image"}),
     M("an image of 16 bits", "train --data data", "a.png", {**DATA, "data/a.png": deep}),
     M("an image of 80 megapixels", "train --data data", "a.png", {**DATA, "data/a.png": wide}),
-    M("the same id twice", "train --data data", "sessions.jsonl:2", {**DATA, "data/sessions.jsonl": session() * 2}),
+    M(
+        "the same id twice",
+        "train --data data",
+        "sessions.jsonl:2",
+        {**DATA, "data/sessions.jsonl": session() * 2},
+    ),
     M("an unknown format", "data import mgicbrush data --out out", "magicbrush", DATA),
     M("a release that is not there", "data import magicbrush nowhere --out out", "nowhere"),
     # Rewards.
     M("a reward's module misspelt", "train --reward.function jduge:Judge", "jduge"),
-    M("a reward without its name", "train --reward.function judge", "reward.function", {JUDGE: "x = 1\n"}),
-    M("a reward's name misspelt", "train --reward.function judge:Jduge", "Jduge", {JUDGE: "x = 1\n"}),
+    M(
+        "a reward without its name",
+        "train --reward.function judge",
+        "reward.function",
+        {JUDGE: "x = 1\n"},
+    ),
+    M(
+        "a reward's name misspelt",
+        "train --reward.function judge:Jduge",
+        "Jduge",
+        {JUDGE: "x = 1\n"},
+    ),
     M(
         "a judge that cannot start",
         "train --reward.function judge:Judge",
@@ -207,7 +272,12 @@ MISTAKES = [
         {"mine": policy_folder(lambda p: (p / "tokenizer.json").unlink())},
     ),
     M("another seed for an old run", "train --out run --seed 1", "seed", {"run": trained}),
-    M("other settings for an old run", "train --out run --train.lr 1e-3", "train.lr", {"run": trained}),
+    M(
+        "other settings for an old run",
+        "train --out run --train.lr 1e-3",
+        "train.lr",
+        {"run": trained},
+    ),
     M(
         "a checkpoint with a hole",
         "train --out run",
@@ -246,7 +316,9 @@ def run(mistake: Mistake, folder: Path) -> tuple[int, str]:
         for name in set(sys.modules) - before:
             if name == JUDGE.removesuffix(".py"):
                 del sys.modules[name]
-    return status, said.getvalue().replace(f"{folder.resolve()}/", "").replace(str(Path.home()), "~")
+    return status, said.getvalue().replace(f"{folder.resolve()}/", "").replace(
+        str(Path.home()), "~"
+    )
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[m.what.replace(" ", "-") for m in MISTAKES])
@@ -259,7 +331,11 @@ def test_a_mistake_is_one_line_with_its_remedy(mistake: Mistake, tmp_path: Path)
 
 def test_the_page_has_every_mistake() -> None:
     """And no other; the answers are as of its writing."""
-    written = [line.rpartition(" | ")[0] for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| ")]
+    written = [
+        line.rpartition(" | ")[0]
+        for line in PAGE.read_text("utf-8").splitlines()
+        if line.startswith("| ")
+    ]
     assert written[1:] == [f"| {m.what} | `editr2 {m.command}`" for m in MISTAKES]
 
 
@@ -270,13 +346,19 @@ def page() -> str:
         with tempfile.TemporaryDirectory() as folder:
             said = run(mistake, Path(folder))[1].strip().splitlines()[-1]
         mark = "``" if "`" in said else "`"
-        cells = [mistake.what, f"`editr2 {mistake.command}`", f"{mark}{said}{mark}".replace("|", "\\|")]
+        cells = [
+            mistake.what,
+            f"`editr2 {mistake.command}`",
+            f"{mark}{said}{mark}".replace("|", "\\|"),
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     head = [
         "# What a mistake prints",
         "",
-        f"{len(rows)} plausible mistakes and what the command line says of each, before it exits with 2.",
-        "`tests/test_mistakes.py` makes every one of them in `make test` and wrote this page. `data/`, `my.yaml`,",
+        f"{len(rows)} plausible mistakes and what the command line says of each, before it exits "
+        f"with 2.",
+        "`tests/test_mistakes.py` makes every one of them in `make test` and wrote this page. "
+        "`data/`, `my.yaml`,",
         "`judge.py` and the like are files with that mistake in them.",
         "",
         "| mistake | command | answer |",

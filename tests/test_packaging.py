@@ -26,7 +26,12 @@ posix = pytest.mark.skipif(os.name != "posix", reason="the preflight is a POSIX 
 
 def python(code: str, cwd: Path, **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -34,7 +39,8 @@ def python(code: str, cwd: Path, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a copy, so that nothing of the checkout's own build leaks in or out, and without compiler warnings."""
+    """Built in a copy, so that nothing of the checkout's own build leaks in or out, and without
+    compiler warnings."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for name in ("csrc", "editr2", "kernels", "tests", "bench", "configs", "docs"):
         if (ROOT / name).is_dir():
@@ -53,8 +59,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--wheel-dir",
         out,
     ]
-    env = {**os.environ, "EDITR2_BUILD_CUDA": "0"}  # twice the time; test_cuda_build.py looks at that module
-    done = subprocess.run([*command, "."], cwd=tree, env=env, capture_output=True, text=True, timeout=240, check=False)
+    env = {
+        **os.environ,
+        "EDITR2_BUILD_CUDA": "0",
+    }  # twice the time; test_cuda_build.py looks at that module
+    done = subprocess.run(
+        [*command, "."], cwd=tree, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not re.search(r"csrc/.*warning:", done.stdout + done.stderr)
     (path,) = out.glob("*.whl")
@@ -68,10 +79,15 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
         for path in folder.rglob("*")
-        if path.is_file() and not any(path.match(pattern) or path.parent.match(pattern) for pattern in BUILT)
+        if path.is_file()
+        and not any(path.match(pattern) or path.parent.match(pattern) for pattern in BUILT)
     }
     packaged = {name for name in names if ".dist-info/" not in name}
-    built = {name for name in packaged if re.fullmatch(r"editr2_kernels/_(native|cuda)\..*|.*/_build_info\.json", name)}
+    built = {
+        name
+        for name in packaged
+        if re.fullmatch(r"editr2_kernels/_(native|cuda)\..*|.*/_build_info\.json", name)
+    }
     assert packaged - built == expected
     assert "editr2_kernels/_build_info.json" in built
 
@@ -97,12 +113,16 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     if shutil.which("g++"):
         assert info["cpu"] == {"built": True, "reason": None} and info["compiler"]
     for module in (tmp_path / "editr2_kernels").glob("*.so"):
-        assert str(module.read_bytes()).find("/tree0/csrc") < 0, "it holds a path of the machine that built it"
+        assert str(module.read_bytes()).find("/tree0/csrc") < 0, (
+            "it holds a path of the machine that built it"
+        )
 
 
 def test_hugging_face_kernels_is_not_shadowed() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    where = python("import kernels; from kernels import get_kernel; print(kernels.__file__)", ROOT).strip()
+    where = python(
+        "import kernels; from kernels import get_kernel; print(kernels.__file__)", ROOT
+    ).strip()
     assert not Path(where).is_relative_to(ROOT / "kernels")
 
 
@@ -121,7 +141,16 @@ def test_importing_the_operators_is_light(tmp_path: Path) -> None:
     print(f"import editr2_kernels after torch: {min(float(run[0]) for run in runs):.3f} s")
     imported = set(runs[0][1].split())
     assert "editr2_kernels" in imported
-    assert not imported & {"triton", "transformers", "diffusers", "accelerate", "peft", "editr2", "ninja", "pybind11"}
+    assert not imported & {
+        "triton",
+        "transformers",
+        "diffusers",
+        "accelerate",
+        "peft",
+        "editr2",
+        "ninja",
+        "pybind11",
+    }
     assert runs[0][2] == "False"
 
 
@@ -143,7 +172,11 @@ def test_operators_never_import_the_trainer() -> None:
 
 
 def test_native_code_includes_no_torch_headers() -> None:
-    files = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".hpp"}]
+    files = [
+        path
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".hpp"}
+    ]
     assert files
     torch_header = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|caffe2)/', re.MULTILINE)
     assert [path.name for path in files if torch_header.search(path.read_text())] == []
@@ -152,7 +185,11 @@ def test_native_code_includes_no_torch_headers() -> None:
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.13"])
 def test_constraints_pin_what_pyproject_asks_for(version: str) -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    environment = {"python_version": version, "python_full_version": f"{version}.0", "platform_system": "Linux"}
+    environment = {
+        "python_version": version,
+        "python_full_version": f"{version}.0",
+        "platform_system": "Linux",
+    }
     pins: dict[str, str] = {}
     for pin in (Requirement(line) for line in lines if line and not line.startswith("#")):
         if pin.marker is None or pin.marker.evaluate(environment):
@@ -161,17 +198,23 @@ def test_constraints_pin_what_pyproject_asks_for(version: str) -> None:
             assert specifier.operator == "=="
             pins[pin.name] = specifier.version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    asked = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
     for requirement in map(Requirement, asked):
         if requirement.name == "setuptools":  # pinned, it would reach into isolated builds
             continue
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
-        assert requirement.specifier.contains(pins[name]), f"{requirement} but {pins[name]} is pinned"
+        assert requirement.specifier.contains(pins[name]), (
+            f"{requirement} but {pins[name]} is pinned"
+        )
     assert not {"pip", "setuptools", "wheel"} & pins.keys()
 
 
 class Machine:
-    """A PATH with nothing on it but what the preflight itself calls and a Python that lies as told."""
+    """A PATH with nothing on it but what the preflight itself calls and a Python that lies as
+    told."""
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
@@ -190,7 +233,10 @@ class Machine:
     def python(self, patch: str = "") -> None:
         headers = "import sysconfig; sysconfig.get_path = lambda name: sys.path[-1]"
         (self.cwd / "Python.h").touch()
-        setup = f"import sys; sys.path.append('{self.cwd}'); {headers}; {patch or 'pass'}; exec(sys.argv[1])"
+        setup = (
+            f"import sys; sys.path.append('{self.cwd}'); {headers}; {patch or 'pass'}; "
+            f"exec(sys.argv[1])"
+        )
         self.program("python3", f'exec {sys.executable} -c "{setup}" "$2"')
 
     def preflight(self, **env: str) -> tuple[int, list[str]]:
@@ -242,14 +288,22 @@ def test_preflight_with_old_python(machine: Machine) -> None:
 def test_preflight_without_venv(machine: Machine, module: str) -> None:
     machine.python(f"sys.modules['{module}'] = None")
     code, (line,) = machine.preflight()
-    assert code == 1 and f"apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-venv" in line
+    assert (
+        code == 1
+        and f"apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-venv" in line
+    )
 
 
 @posix
 def test_preflight_without_compiler_warns_and_goes_on(machine: Machine) -> None:
     (machine.bin / "g++").unlink()
     code, (line,) = machine.preflight()
-    assert code == 0 and "no C++ compiler" in line and "Triton or eager" in line and "apt-get install g++" in line
+    assert (
+        code == 0
+        and "no C++ compiler" in line
+        and "Triton or eager" in line
+        and "apt-get install g++" in line
+    )
     machine.program("clang++", "exit 0")
     assert machine.preflight() == (0, [])
 
@@ -273,4 +327,7 @@ def test_preflight_with_little_disk(machine: Machine) -> None:
     code, (line,) = machine.preflight(EDITR2_MIN_FREE_GB="1000000")
     assert code == 1 and "the install needs 1000000" in line and "free some disk" in line
     (machine.cwd / ".venv/lib/python3.11/site-packages/torch").mkdir(parents=True)
-    assert machine.preflight(EDITR2_MIN_FREE_GB="1000000") == (0, [])  # the large part is there already
+    assert machine.preflight(EDITR2_MIN_FREE_GB="1000000") == (
+        0,
+        [],
+    )  # the large part is there already

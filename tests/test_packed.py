@@ -8,7 +8,15 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from editr2.policies.base import PackedPolicy, Questions, TurnTask
-from editr2.policies.packed import Segment, by_segment, dense_mask, flex, mask_mod, pack, token_counts
+from editr2.policies.packed import (
+    Segment,
+    by_segment,
+    dense_mask,
+    flex,
+    mask_mod,
+    pack,
+    token_counts,
+)
 from editr2.policies.unified import Guidance, UnifiedPolicy
 from editr2.replay import Places, ReplayOptions, can_pack
 from editr2.rollout import Chunk, TurnRecord
@@ -24,23 +32,29 @@ def policy(tiny_unified):
 
 
 def tasks(policy, batch=3, turns=3, places=2, text=True):
-    """(source images, tasks) with instructions, questions and answers of different lengths; one answer is empty."""
+    """(source images, tasks) with instructions, questions and answers of different lengths; one
+    answer is empty."""
     sessions = [make_session(0, i, turns=turns) for i in range(batch)]
     done = []
     for t in range(turns):
         asks, answers = None, None
         if t and text:
             earlier = [[u.instruction for u in s.turns[:t]] for s in sessions]
-            asks = Questions(earlier, [s.turns[t].instruction for s in sessions], [s.mode for s in sessions])
+            asks = Questions(
+                earlier, [s.turns[t].instruction for s in sessions], [s.mode for s in sessions]
+            )
             answers = [tuple(range(7, 7 + (3 * i * t) % 8)) for i in range(batch)]
         images = np.stack([make_session(1 + t, i).image for i in range(batch)])
         x, sigma = torch.randn(batch, places, *policy.latent_shape), torch.rand(batch, places)
-        done.append(TurnTask([s.turns[t].instruction for s in sessions], images, x, sigma, asks, answers))
+        done.append(
+            TurnTask([s.turns[t].instruction for s in sessions], images, x, sigma, asks, answers)
+        )
     return np.stack([s.image for s in sessions]), done
 
 
 def walk(policy, images, turns, context_gradient):
-    """What a rollout does, with every turn's context detached or not: (velocities, token scores) turn by turn."""
+    """What a rollout does, with every turn's context detached or not: (velocities, token scores)
+    turn by turn."""
     context, done = None, []
     for turn in turns:
         with torch.set_grad_enabled(context_gradient):
@@ -48,15 +62,22 @@ def walk(policy, images, turns, context_gradient):
             before, context = context, policy.instruct(context, turn.text)
         tokens = None
         if turn.questions is not None:
-            tokens = policy.answer_log_prob(before, turn.questions, turn.answers, temperature=TEMPERATURE)
-        v = [policy.velocity(turn.x[:, q], turn.sigma[:, q], context).v for q in range(turn.sigma.shape[1])]
+            tokens = policy.answer_log_prob(
+                before, turn.questions, turn.answers, temperature=TEMPERATURE
+            )
+        v = [
+            policy.velocity(turn.x[:, q], turn.sigma[:, q], context).v
+            for q in range(turn.sigma.shape[1])
+        ]
         done.append((torch.stack(v, 1).flatten(0, 1) if v else None, tokens))
         images = turn.images
     return done
 
 
 def replay(policy, images, turns, context_gradient):
-    done = policy.replay_packed(images, turns, context_gradient=context_gradient, temperature=TEMPERATURE)
+    done = policy.replay_packed(
+        images, turns, context_gradient=context_gradient, temperature=TEMPERATURE
+    )
     return [(r.velocity.v, r.tokens) for r in done]
 
 
@@ -101,9 +122,14 @@ def test_packed_replay_equals_the_walk(policy, context_gradient):
 def test_gradients_through_the_context_are_what_the_flag_says(policy, context_gradient):
     images, turns = tasks(policy)
     here, other = (
-        gradients(policy, replay(policy, images, turns, g)) for g in (context_gradient, not context_gradient)
+        gradients(policy, replay(policy, images, turns, g))
+        for g in (context_gradient, not context_gradient)
     )
-    assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(here, other) if a is not None and b is not None)
+    assert any(
+        not torch.allclose(a, b, rtol=1e-2)
+        for a, b in zip(here, other)
+        if a is not None and b is not None
+    )
 
 
 @pytest.mark.parametrize("context_gradient", [False, True])
@@ -141,7 +167,9 @@ def test_nothing_is_computed_that_nobody_asks_for(policy, context_gradient, monk
     assert sum(tokens) == token_counts(38, text, [2] * 3, asked)["packed"].tokens
     assert len(tokens) == (1 if context_gradient else 2)
     blank = [*turns[:2], dataclasses.replace(turns[2], images=np.zeros_like(images))]
-    for (a, _), (b, _) in zip(*(replay(policy, images, t, context_gradient) for t in (turns, blank)), strict=True):
+    for (a, _), (b, _) in zip(
+        *(replay(policy, images, t, context_gradient) for t in (turns, blank)), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -160,14 +188,16 @@ def test_a_session_does_not_depend_on_its_neighbours(policy):
         )
         for t in turns
     ]
-    for (v, tokens), (v_alone, tokens_alone) in zip(together, replay(policy, images[1:2], one, True), strict=True):
+    for (v, tokens), (v_alone, tokens_alone) in zip(
+        together, replay(policy, images[1:2], one, True), strict=True
+    ):
         torch.testing.assert_close(v_alone, v[2:4], **CLOSE)
         if tokens is not None:
             n = len(tokens_alone.log_prob[0])
             torch.testing.assert_close(tokens_alone.log_prob[0], tokens.log_prob[1, :n], **CLOSE)
 
 
-# ---------------------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 def segments(policy):
@@ -186,8 +216,11 @@ def segments(policy):
 
 
 def layouts(policy):
-    """(queries, keys) of one forward, of the context alone, and of the private segments behind it."""
-    public, private, every = (pack(policy.module, segments(policy), policy.grid, p).layout for p in (False, True, None))
+    """(queries, keys) of one forward, of the context alone, and of the private segments behind
+    it."""
+    public, private, every = (
+        pack(policy.module, segments(policy), policy.grid, p).layout for p in (False, True, None)
+    )
     return [(every, every), (public, public), (private, private.behind(public))]
 
 
@@ -197,7 +230,9 @@ def test_the_mask_is_the_rule_token_by_token(policy):
         mask = dense_mask(queries, keys)
         described = [
             [(s, private, image, offset) for s, private, image, n in pieces for offset in range(n)]
-            for pieces in ([(s, p, n in (2, 36), n) for s, p, n in layout.pieces] for layout in (queries, keys))
+            for pieces in (
+                [(s, p, n in (2, 36), n) for s, p, n in layout.pieces] for layout in (queries, keys)
+            )
         ]
         for b in range(2):
             for i, (s, _, image, at) in enumerate(described[0]):
@@ -205,12 +240,16 @@ def test_the_mask_is_the_rule_token_by_token(policy):
                     own = s == other and (image or before <= at)
                     past = other < s and not private
                     itself = s == other and before == at
-                    assert bool(mask[b, i, j]) == ((own or past) and (bool(keys.valid[b, j]) or itself)), (b, i, j)
+                    assert bool(mask[b, i, j]) == (
+                        (own or past) and (bool(keys.valid[b, j]) or itself)
+                    ), (b, i, j)
 
 
 def test_the_block_mask_evaluates_to_the_dense_mask(policy):
     for queries, keys in layouts(policy):
-        made = create_mask(mask_mod(queries, keys), 2, 1, len(queries.segment), len(keys.segment), device="cpu")
+        made = create_mask(
+            mask_mod(queries, keys), 2, 1, len(queries.segment), len(keys.segment), device="cpu"
+        )
         assert torch.equal(made[:, 0], dense_mask(queries, keys))
 
 
@@ -221,25 +260,38 @@ def test_every_form_of_attention_is_the_dense_one(policy, form, kv_heads):
         q = torch.randn(2, 4, len(queries.segment), 16)
         k, v = (torch.randn(2, kv_heads, len(keys.segment), 16) for _ in range(2))
         mask = dense_mask(queries, keys)[:, None]
-        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        attend = by_segment(queries, keys) if form == "by_segment" else flex(queries, keys, compiled=False)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=True
+        )
+        attend = (
+            by_segment(queries, keys)
+            if form == "by_segment"
+            else flex(queries, keys, compiled=False)
+        )
         torch.testing.assert_close(attend(q, k, v), expected, **CLOSE)
 
 
 def test_nobody_looks_at_padding_or_at_private_segments(policy):
-    """By gradient: what the context's last text and a later noisy image see of earlier embeddings."""
+    """By gradient: what the context's last text and a later noisy image see of earlier
+    embeddings."""
     one = pack(policy.module, segments(policy), policy.grid)
     embedded = one.embedded.detach().requires_grad_()
     attend = by_segment(one.layout, one.layout)
     hidden, _, _ = policy.module.run(embedded, one.split, one.position, attend, None)
     for number in (5, 6):
         at = one.latent_slices[number] or one.text_slices[number]
-        rows = hidden[:, at] if one.latent_slices[number] else hidden[:, at] * one.layout.valid[:, at, None]
+        rows = (
+            hidden[:, at]
+            if one.latent_slices[number]
+            else hidden[:, at] * one.layout.valid[:, at, None]
+        )
         seen = torch.autograd.grad(rows.sum(), embedded, retain_graph=True)[0].abs().sum(-1) > 0
         for other, segment in enumerate(segments(policy)[:number]):
             for part in (one.text_slices[other], one.latent_slices[other]):
                 if part is not None:
-                    assert torch.equal(seen[:, part], one.layout.valid[:, part] & (not segment.private))
+                    assert torch.equal(
+                        seen[:, part], one.layout.valid[:, part] & (not segment.private)
+                    )
 
 
 @pytest.mark.gpu
@@ -250,11 +302,16 @@ def test_on_a_gpu_flex_attention_equals_the_cpu(policy, context_gradient):
     expected_gradients = gradients(policy, expected)
     policy.module.cuda()
     moved = [dataclasses.replace(t, x=t.x.cuda(), sigma=t.sigma.cuda()) for t in turns]
-    done = policy.replay_packed(images, moved, context_gradient=context_gradient, temperature=TEMPERATURE)
+    done = policy.replay_packed(
+        images, moved, context_gradient=context_gradient, temperature=TEMPERATURE
+    )
     found = [
         (
             r.velocity.v.cpu(),
-            r.tokens and dataclasses.replace(r.tokens, log_prob=r.tokens.log_prob.cpu(), valid=r.tokens.valid.cpu()),
+            r.tokens
+            and dataclasses.replace(
+                r.tokens, log_prob=r.tokens.log_prob.cpu(), valid=r.tokens.valid.cpu()
+            ),
         )
         for r in done
     ]
@@ -267,7 +324,7 @@ def test_on_a_gpu_flex_attention_equals_the_cpu(policy, context_gradient):
             torch.testing.assert_close(g.cpu(), h, rtol=1e-2, atol=1e-3 * float(h.abs().max()))
 
 
-# ------------------------------------------------------------------------------------------------- guidance and counts
+# ------------------------------------------------------------------------------ guidance and counts
 
 
 def test_guidance_is_walked(policy):
@@ -293,7 +350,11 @@ def test_counted_pairs_are_the_ones_of_the_mask(policy):
     counts = token_counts(38, [3, 8], [1, 1], [0, 6])
     assert counts["packed"].tokens == len(every.segment)
     assert counts["packed"].pairs == counts["walk"].pairs == int(dense_mask(whole, whole)[0].sum())
-    assert (counts["walk"].forwards, counts["packed"].forwards, counts["rebuild"].forwards) == (7, 1, 3)
+    assert (counts["walk"].forwards, counts["packed"].forwards, counts["rebuild"].forwards) == (
+        7,
+        1,
+        3,
+    )
 
 
 @pytest.mark.parametrize("context_gradient", [False, True])
@@ -303,11 +364,15 @@ def test_small_batches_pack_and_large_ones_walk(policy, context_gradient):
 
 
 def test_turns_that_nobody_needs_speak_for_walking(policy):
-    """Packing computes every turn of a rollout that is needed at all; walking leaves out the turns that are not."""
+    """Packing computes every turn of a rollout that is needed at all; walking leaves out the turns
+    that are not."""
     sessions = [make_session(0, i, turns=3) for i in range(2)]
     places = Places([torch.zeros(4, 2, *policy.latent_shape)] * 3, [torch.zeros(4, 2)] * 3)
     nothing, images = torch.zeros(4, 0), np.zeros((4, *policy.image_size, 3), np.uint8)
-    records = [TurnRecord(torch.arange(4), ["red"] * 4, None, None, *[nothing] * 6, images) for _ in range(3)]
+    records = [
+        TurnRecord(torch.arange(4), ["red"] * 4, None, None, *[nothing] * 6, images)
+        for _ in range(3)
+    ]
     chunk = Chunk(sessions, [0, 1], 2, records)
     options = ReplayOptions(False, False, None, TEMPERATURE, True)
     needed = torch.ones(4, 3, dtype=torch.bool)

@@ -1,8 +1,9 @@
-"""Policy folders of others: whatever is broken in one is one line that names the file or the key, never a traceback, a
-hang, or a policy that works by chance.
+"""Policy folders of others: whatever is broken in one is one line that names the file or the key,
+never a traceback, a hang, or a policy that works by chance.
 
-A case is a row of one of the tables: what it does to a good folder, and what the line must name. `load` must refuse
-every one of them; `check`, which reads no weights, must refuse it too or pass, and must never do anything else.
+A case is a row of one of the tables: what it does to a good folder, and what the line must name.
+`load` must refuse every one of them; `check`, which reads no weights, must refuse it too or pass,
+and must never do anything else.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def good(tmp_path_factory, beside, folders) -> dict[str, tuple[str, Path]]:
     return folders.make(tmp_path_factory.mktemp("good"), beside)
 
 
-# ----------------------------------------------------------------------------------------------------- ways to break it
+# --------------------------------------------------------------------------------- ways to break it
 
 
 def text(name: str, content: str | bytes | None) -> Break:
@@ -85,7 +86,11 @@ def lora_settings(**changes: Any) -> Break:
     return apply
 
 
-def tensors(name: str, change: Callable[[dict[str, torch.Tensor]], Any], metadata: dict[str, str] | None = None):
+def tensors(
+    name: str,
+    change: Callable[[dict[str, torch.Tensor]], Any],
+    metadata: dict[str, str] | None = None,
+):
     """The file holds what `change` makes of its tensors (or left of them)."""
 
     def apply(folder: Path) -> None:
@@ -123,7 +128,9 @@ def base_is_itself(folder: Path) -> None:
 def base_is_a_circle(folder: Path) -> None:
     other = folder / "other"
     other.mkdir()
-    (other / "policy.json").write_text(json.dumps({"model": json.loads((folder / "policy.json").read_text())["model"]}))
+    (other / "policy.json").write_text(
+        json.dumps({"model": json.loads((folder / "policy.json").read_text())["model"]})
+    )
     (other / "transformer").mkdir()
     values("policy.json", base=str(folder / ".." / folder.name))(other)
     values("policy.json", base=str(other))(folder)
@@ -136,7 +143,10 @@ LORA_FILES: dict[str, tuple[Break, str]] = {
     "a pickle": (text(LORA, b"\x80\x04]\x94." * 100), LORA),
     "no tensors": (tensors(LORA, lambda kept: {}), "no tensors"),
     "half": (tensors(LORA, lambda kept: dict(list(kept.items())[: len(kept) // 2])), "missing"),
-    "without B": (tensors(LORA, lambda kept: {k: t for k, t in kept.items() if "lora_B" not in k}), "lora_B.weight"),
+    "without B": (
+        tensors(LORA, lambda kept: {k: t for k, t in kept.items() if "lora_B" not in k}),
+        "lora_B.weight",
+    ),
     "one key": (tensors(LORA, lambda kept: dict(list(kept.items())[:1])), "missing"),
     "one key missing": (tensors(LORA, _without_one), "missing"),
     "another layer's, too": (
@@ -148,17 +158,27 @@ LORA_FILES: dict[str, tuple[Break, str]] = {
         "text_encoder.",
     ),
     "another rank": (
-        tensors(LORA, lambda kept: {k: (t[:1] if "lora_A" in k else t[:, :1]).contiguous() for k, t in kept.items()}),
+        tensors(
+            LORA,
+            lambda kept: {
+                k: (t[:1] if "lora_A" in k else t[:, :1]).contiguous() for k, t in kept.items()
+            },
+        ),
         "[1, ",
     ),
     "turned around": (first(LORA, lambda t: t.T), "lora_A.weight"),
     "not a number": (first(LORA, _nan), "lora_A.weight"),
     "infinite": (first(LORA, lambda t: t * torch.inf), "lora_A.weight"),
     "whole numbers": (first(LORA, lambda t: t.int()), "I32"),
-    "settings cut short": (tensors(LORA, lambda kept: None, {"lora_adapter_metadata": '{"transformer.r": '}), LORA),
+    "settings cut short": (
+        tensors(LORA, lambda kept: None, {"lora_adapter_metadata": '{"transformer.r": '}),
+        LORA,
+    ),
     "settings of words": (
         tensors(
-            LORA, lambda kept: None, {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": "x"}'}
+            LORA,
+            lambda kept: None,
+            {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": "x"}'},
         ),
         "lora_alpha",
     ),
@@ -217,8 +237,14 @@ def in_folder(name: str, weights: str = WEIGHTS) -> dict[str, tuple[Break, str]]
 
 TRANSFORMER = in_folder("transformer") | {
     "transformer: more blocks": (values("transformer/config.json", num_layers=3), "transformer"),
-    "transformer: width in words": (values("transformer/config.json", attention_head_dim="wide"), "transformer"),
-    "transformer: no width": (values("transformer/config.json", attention_head_dim=0), "transformer"),
+    "transformer: width in words": (
+        values("transformer/config.json", attention_head_dim="wide"),
+        "transformer",
+    ),
+    "transformer: no width": (
+        values("transformer/config.json", attention_head_dim=0),
+        "transformer",
+    ),
 }
 
 INDEX: dict[str, tuple[Break, str]] = {
@@ -226,8 +252,14 @@ INDEX: dict[str, tuple[Break, str]] = {
     "index cut short": (cut("model_index.json"), "model_index.json"),
     "index is a list": (text("model_index.json", "[]"), "model_index.json"),
     "index names no autoencoder": (values("model_index.json", vae=None), "vae"),
-    "index names a class that is none": (values("model_index.json", vae=["diffusers", "Auto"]), "Auto"),
-    "index names a module that is none": (values("model_index.json", vae=["nothing", "Auto"]), "vae"),
+    "index names a class that is none": (
+        values("model_index.json", vae=["diffusers", "Auto"]),
+        "Auto",
+    ),
+    "index names a module that is none": (
+        values("model_index.json", vae=["nothing", "Auto"]),
+        "vae",
+    ),
 }
 
 OTHERS: dict[str, tuple[Break, str]] = {
@@ -241,7 +273,10 @@ OTHERS: dict[str, tuple[Break, str]] = {
     "tokenizer is another thing": (text("tokenizer/tokenizer.json", "{}"), "tokenizer"),
     "tokenizer settings cut short": (cut("tokenizer/tokenizer_config.json"), "tokenizer"),
     "scheduler cut short": (cut("scheduler/scheduler_config.json"), "scheduler"),
-    "scheduler in words": (values("scheduler/scheduler_config.json", num_train_timesteps="many"), "scheduler"),
+    "scheduler in words": (
+        values("scheduler/scheduler_config.json", num_train_timesteps="many"),
+        "scheduler",
+    ),
 }
 
 
@@ -265,11 +300,18 @@ def _word_beyond(folder: Path) -> None:
 
 
 UNIFIED: dict[str, tuple[Break, str]] = {
-    **{f"no {name}": (text(name, None), name) for name in ("config.json", "tokenizer.json", "model.safetensors")},
     **{
-        f"{name} of no bytes": (text(name, ""), name) for name in ("config.json", "tokenizer.json", "model.safetensors")
+        f"no {name}": (text(name, None), name)
+        for name in ("config.json", "tokenizer.json", "model.safetensors")
     },
-    **{f"{name} cut short": (cut(name), name) for name in ("config.json", "tokenizer.json", "model.safetensors")},
+    **{
+        f"{name} of no bytes": (text(name, ""), name)
+        for name in ("config.json", "tokenizer.json", "model.safetensors")
+    },
+    **{
+        f"{name} cut short": (cut(name), name)
+        for name in ("config.json", "tokenizer.json", "model.safetensors")
+    },
     "config is a list": (text("config.json", "[]"), "config.json"),
     "unknown size": (values("config.json", width=3), "width"),
     "no size": (values("config.json", hidden_size=None), "hidden_size"),
@@ -287,7 +329,10 @@ UNIFIED: dict[str, tuple[Break, str]] = {
     "a word beyond all": (_word_beyond, "vocab_size"),
     "no tensors": (tensors("model.safetensors", lambda kept: {}), "no tensors"),
     "a key missing": (tensors("model.safetensors", _without_one), "missing"),
-    "a key too many": (tensors("model.safetensors", lambda kept: kept.update(odd=torch.zeros(2))), "odd"),
+    "a key too many": (
+        tensors("model.safetensors", lambda kept: kept.update(odd=torch.zeros(2))),
+        "odd",
+    ),
     "another shape": (first("model.safetensors", lambda t: t[:-1]), "model.safetensors"),
     "whole numbers": (first("model.safetensors", lambda t: t.int()), "I32"),
 }
@@ -338,8 +383,8 @@ def test_a_good_folder_is_none_of_them(kind, good, folders, tmp_path):
 
 
 def _mutated(content: bytes, random: Random) -> bytes:
-    """A bit turned, bytes taken out or put in, the end cut off, or a number that is another thing: in the first bytes,
-    where a file says what it is."""
+    """A bit turned, bytes taken out or put in, the end cut off, or a number that is another thing:
+    in the first bytes, where a file says what it is."""
     end = min(len(content), 3000)
     at = random.randrange(end) if end else 0
     numbers = list(re.finditer(rb"-?\d+(\.\d+)?", content[:end]))

@@ -1,4 +1,5 @@
-"""One process or two, accelerate under torchrun: the same sessions, groups and noise; numbers equal to rounding."""
+"""One process or two, accelerate under torchrun: the same sessions, groups and noise; numbers equal
+to rounding."""
 
 import os
 import subprocess
@@ -13,7 +14,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def launch(processes: int, out: Path) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     subprocess.run(
         [*command, str(ROOT / "tests" / "two_processes.py"), str(out)],
         check=True,

@@ -1,4 +1,5 @@
-"""The published editors as facts: counted again from configurations, and against the sizes of the published weights."""
+"""The published editors as facts: counted again from configurations, and against the sizes of the
+published weights."""
 
 import inspect
 
@@ -12,11 +13,33 @@ from editr2.policies.load import policy_class
 from editr2.preflight.editors import DiffusionEditor
 from editr2.preflight.published import PUBLISHED
 
-QWEN3 = {"vocab_size": 151936, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+QWEN3 = {
+    "vocab_size": 151936,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 ENCODERS = {
-    "CLIP-L": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "T5-XXL": {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
-    "Qwen3-4B": QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128, "tie_word_embeddings": True},
+    "CLIP-L": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "T5-XXL": {
+        "d_model": 4096,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "Qwen3-4B": QWEN3
+    | {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
     "Qwen3-8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128},
     "Qwen2.5-VL-7B": {
         "text_config": {
@@ -27,12 +50,19 @@ ENCODERS = {
             "num_attention_heads": 28,
             "num_key_value_heads": 4,
         },
-        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "out_hidden_size": 3584,
+        },
     },
 }
-"""Settings of the encoders' published configurations that decide their size, where transformers has other defaults."""
+"""Settings of the encoders' published configurations that decide their size, where transformers has
+other defaults."""
 
-# hub id: its encoders, width of a text token, 1e9 parameters of the transformer, parameters of the autoencoder
+# hub id: its encoders, width of a text token, 1e9 parameters of the transformer, parameters of the
+# autoencoder
 SIZES = {
     "black-forest-labs/FLUX.1-Kontext-dev": (("CLIP-L", "T5-XXL"), 4096, 11.90, 83_819_683),
     "black-forest-labs/FLUX.2-klein-4B": (("Qwen3-4B",), 3 * 2560, 3.88, 84_046_115),
@@ -88,9 +118,14 @@ def test_every_editor_is_checked_here():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_sizes_are_those_of_the_configurations_and_of_the_published_weights(name, encoder, transformer):
+def test_sizes_are_those_of_the_configurations_and_of_the_published_weights(
+    name, encoder, transformer
+):
     parts, (encoders, width, billions, autoencoder) = PUBLISHED[name], SIZES[name]
-    kinds = {n: p.annotation for n, p in inspect.signature(getattr(diffusers, parts.of).__init__).parameters.items()}
+    kinds = {
+        n: p.annotation
+        for n, p in inspect.signature(getattr(diffusers, parts.of).__init__).parameters.items()
+    }
     counted = {part: encoder(kinds[part], n) for part, n in zip(parts.text, encoders, strict=True)}
     assert parts.text == counted
     parameters, words = transformer(kinds["transformer"], parts.transformer)
@@ -116,7 +151,9 @@ def test_what_a_policy_takes_by_default_is_known(model):
     ],
 )
 def test_distilled_weights_refuse_guidance(model, name, distilled):
-    config = PolicyConfig(model=model, weights=f"black-forest-labs/{name}", guidance=4.0, resolution=(64, 64))
+    config = PolicyConfig(
+        model=model, weights=f"black-forest-labs/{name}", guidance=4.0, resolution=(64, 64)
+    )
     if distilled:
         with pytest.raises(ConfigError, match="policy.guidance: 4.0 .*distilled"):
             DiffusionEditor(config)

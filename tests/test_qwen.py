@@ -1,4 +1,5 @@
-"""Qwen-Image-Edit and -Plus: what diffusers' pipelines compute, turn by turn, and what training makes of it."""
+"""Qwen-Image-Edit and -Plus: what diffusers' pipelines compute, turn by turn, and what training
+makes of it."""
 
 import dataclasses
 import functools
@@ -24,13 +25,18 @@ from editr2_kernels import INITIAL_STEP, philox_normal
 
 MODELS = ("qwen-edit", "qwen-edit-plus")
 SIZE, CONDITION, STEPS = (64, 96), (48, 80), 4
-WORDS = (("make the square brighter", "now remove it"), ("add a red circle on the left", "brighter", "undo"))
+WORDS = (
+    ("make the square brighter", "now remove it"),
+    ("add a red circle on the left", "brighter", "undo"),
+)
 
 
 @pytest.fixture
 def pipeline(beside):
     """A fresh tiny pipeline by model; the same weights every time."""
-    return lambda model, **settings: beside("tiny_qwen").qwen_pipeline(plus=model == "qwen-edit-plus", **settings)
+    return lambda model, **settings: beside("tiny_qwen").qwen_pipeline(
+        plus=model == "qwen-edit-plus", **settings
+    )
 
 
 @pytest.fixture
@@ -51,18 +57,21 @@ def sessions(count, turns=2):
     return [Session(str(i), image, said[i]) for i, image in enumerate(pictures(count))]
 
 
-# ------------------------------------------------------------------------------------------- the pipelines' own numbers
+# ----------------------------------------------------------------------- the pipelines' own numbers
 
 
 def stock(pipe, condition, monkeypatch):
-    """The pipeline as a function (images, prompt, settings) -> (latents, image), with conditions of size `condition`
-    where it would take about a million pixels, and with token types for its text encoder (see qwen_edit.py)."""
+    """The pipeline as a function (images, prompt, settings) -> (latents, image), with conditions of
+    size `condition` where it would take about a million pixels, and with token types for its text
+    encoder (see qwen_edit.py)."""
     module = importlib.import_module(type(pipe).__module__)
     plus = type(pipe).__name__.endswith("PlusPipeline")
     own, area = module.calculate_dimensions, 1024 * 1024
 
     def dimensions(target, ratio):
-        return (*condition[::-1], *(() if plus else (None,))) if target == area else own(target, ratio)
+        return (
+            (*condition[::-1], *(() if plus else (None,))) if target == area else own(target, ratio)
+        )
 
     monkeypatch.setattr(module, "calculate_dimensions", dimensions)
     encoder, forward = pipe.text_encoder, pipe.text_encoder.forward
@@ -77,7 +86,9 @@ def stock(pipe, condition, monkeypatch):
     def run(images, prompt, **settings):
         seen = [Image.fromarray(image) for image in images]
         size = {"height": SIZE[0], "width": SIZE[1]}
-        call = functools.partial(pipe, seen if plus else seen[0], prompt, num_inference_steps=STEPS, **size, **settings)
+        call = functools.partial(
+            pipe, seen if plus else seen[0], prompt, num_inference_steps=STEPS, **size, **settings
+        )
         return call(output_type="latent").images, call(output_type="np").images
 
     return run
@@ -85,21 +96,33 @@ def stock(pipe, condition, monkeypatch):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("model", MODELS)
-def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(policy, model, guidance, monkeypatch):
-    """With guidance, with conditions of another size, and for Plus with the source beside the previous output. The
-    latents differ by rounding alone (a sum of eight layers' products: 1e-5 of about 1)."""
-    ours = policy(model, guidance=guidance, condition_resolution=CONDITION, keep_source=model == "qwen-edit-plus")
+def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
+    policy, model, guidance, monkeypatch
+):
+    """With guidance, with conditions of another size, and for Plus with the source beside the
+    previous output. The latents differ by rounding alone (a sum of eight layers' products: 1e-5 of
+    about 1)."""
+    ours = policy(
+        model,
+        guidance=guidance,
+        condition_resolution=CONDITION,
+        keep_source=model == "qwen-edit-plus",
+    )
     (session,) = sessions(1)
     sampler, seeds = make_sampler(STEPS, own=ours.sigmas), Seeds(0, "test")
     chunk = rollout_chunk(ours, Chunk([session], [0], 1), sampler, seeds, ours.config)
     theirs, image = stock(ours.pipe, CONDITION, monkeypatch), session.image
     for turn, record in enumerate(chunk.turns):
-        noise = philox_normal(seeds.initial(chunk, record.rollout, turn), INITIAL_STEP, ours.latent_shape)
+        noise = philox_normal(
+            seeds.initial(chunk, record.rollout, turn), INITIAL_STEP, ours.latent_shape
+        )
         images = [image, session.image] if turn and ours.config.keep_source else [image]
         settings = {"true_cfg_scale": guidance, "negative_prompt": " " if guidance > 1 else None}
         latents, pixels = theirs(images, session.turns[turn].instruction, latents=noise, **settings)
         torch.testing.assert_close(record.x0, latents, rtol=0, atol=1e-5)
-        assert np.abs(record.images / 255 - pixels).max() <= 0.5 / 255 + 1e-4  # ours are whole numbers
+        assert (
+            np.abs(record.images / 255 - pixels).max() <= 0.5 / 255 + 1e-4
+        )  # ours are whole numbers
         assert (record.x0 - noise).abs().mean() > 0.3
         image = record.images[0]
 
@@ -113,7 +136,11 @@ def test_the_comparison_above_would_notice(policy, model):
         ours = policy(model, **({"guidance": 4.0, "condition_resolution": CONDITION} | settings))
         said = session if words is None else dataclasses.replace(session, turns=(Turn(words),))
         sampler = make_sampler(STEPS, own=ours.sigmas)
-        return rollout_chunk(ours, Chunk([said], [0], 1), sampler, Seeds(0, "test"), ours.config).turns[0].x0
+        return (
+            rollout_chunk(ours, Chunk([said], [0], 1), sampler, Seeds(0, "test"), ours.config)
+            .turns[0]
+            .x0
+        )
 
     right = latents()
     for wrong in (
@@ -129,7 +156,9 @@ def test_the_comparison_above_would_notice(policy, model):
 def test_the_text_encoder_sees_the_image_and_the_mode_of_its_size(policy):
     for model, seen in (("qwen-edit", CONDITION), ("qwen-edit-plus", (320, 480))):
         ours = policy(model, condition_resolution=CONDITION)
-        one, other = (ours.instruct(ours.encode(pictures(1, seed=seed)), ["brighter"]) for seed in (0, 1))
+        one, other = (
+            ours.instruct(ours.encode(pictures(1, seed=seed)), ["brighter"]) for seed in (0, 1)
+        )
         assert one.images[0].shape == (1, *seen, 3)
         assert (one.prompt["words"] - other.prompt["words"]).abs().mean() > 1e-2
 
@@ -142,7 +171,9 @@ def test_a_batch_is_its_samples_one_by_one(policy):
     batch = ours.instruct(ours.encode(images), texts)
     alone = [ours.instruct(ours.encode(images[i : i + 1]), texts[i : i + 1]) for i in range(3)]
     lengths = batch.prompt["mask"].sum(1)
-    assert lengths.unique().numel() == 3 and lengths.tolist() == [a.prompt["words"].shape[1] for a in alone]
+    assert lengths.unique().numel() == 3 and lengths.tolist() == [
+        a.prompt["words"].shape[1] for a in alone
+    ]
 
     def velocity(context, at=slice(None)):
         with torch.no_grad():
@@ -155,7 +186,10 @@ def test_a_batch_is_its_samples_one_by_one(policy):
     close(velocity(ours.join(alone)), expected)
     close(velocity(ours.select(batch, torch.tensor([2, 0])), [2, 0]), expected[:, [2, 0]])
     longer = ours.bucket(batch)
-    assert longer.prompt["words"].shape[1] == 64 and longer.prompt["mask"].sum(1).tolist() == lengths.tolist()
+    assert (
+        longer.prompt["words"].shape[1] == 64
+        and longer.prompt["mask"].sum(1).tolist() == lengths.tolist()
+    )
     close(velocity(longer), expected)
     later = ours.instruct(ours.append(batch, images[::-1].copy()), texts)  # two images from here on
     mixed = ours.join([later, batch])
@@ -191,12 +225,36 @@ def test_words_and_images_are_read_once_and_never_between_denoising_steps(policy
 @pytest.mark.parametrize(
     "model, settings, message",
     [
-        ("qwen-edit", {"keep_source": True}, "policy.keep_source: True (accepted with policy.model qwen-edit: False"),
-        ("qwen-edit", {"history": 2}, "policy.history: 2 (accepted with policy.model qwen-edit: 1; it reads one image"),
-        ("qwen-edit-plus", {"history": 0}, "policy.history: 0 (accepted with policy.model qwen-edit-plus: at least 1"),
-        ("qwen-edit", {"guidance": 0.5}, "policy.guidance: 0.5 (accepted with policy.model qwen-edit: 1"),
-        ("qwen-edit-plus", {"guidance_embed": 3.5}, "policy.guidance_embed: 3.5 (accepted with policy.model"),
-        ("qwen-edit-plus", {"resolution": (64, 72)}, "policy.resolution: [64, 72] (accepted with policy.model"),
+        (
+            "qwen-edit",
+            {"keep_source": True},
+            "policy.keep_source: True (accepted with policy.model qwen-edit: False",
+        ),
+        (
+            "qwen-edit",
+            {"history": 2},
+            "policy.history: 2 (accepted with policy.model qwen-edit: 1; it reads one image",
+        ),
+        (
+            "qwen-edit-plus",
+            {"history": 0},
+            "policy.history: 0 (accepted with policy.model qwen-edit-plus: at least 1",
+        ),
+        (
+            "qwen-edit",
+            {"guidance": 0.5},
+            "policy.guidance: 0.5 (accepted with policy.model qwen-edit: 1",
+        ),
+        (
+            "qwen-edit-plus",
+            {"guidance_embed": 3.5},
+            "policy.guidance_embed: 3.5 (accepted with policy.model",
+        ),
+        (
+            "qwen-edit-plus",
+            {"resolution": (64, 72)},
+            "policy.resolution: [64, 72] (accepted with policy.model",
+        ),
     ],
 )
 def test_settings_that_the_model_cannot_follow_are_refused(policy, model, settings, message):
@@ -205,7 +263,7 @@ def test_settings_that_the_model_cannot_follow_are_refused(policy, model, settin
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 class Brightness:
@@ -224,12 +282,21 @@ def settings(beside, pipeline, tmp_path):
         if not weights.exists():
             beside("tiny_qwen").save_pipeline(pipeline(model), weights)
         size = (32, 48)
-        said = [dataclasses.replace(s, image=pictures(1, size, i)[0]) for i, s in enumerate(sessions(2, turns=3))]
+        said = [
+            dataclasses.replace(s, image=pictures(1, size, i)[0])
+            for i, s in enumerate(sessions(2, turns=3))
+        ]
         values = {
             "out": str(tmp_path / "run"),
             "data": {"path": str(save_sessions(said, tmp_path / "data"))},
             "policy": {"model": model, "weights": str(weights), "resolution": size, "lora_rank": 4},
-            "rollout": {"sessions": 2, "siblings": 4, "steps": 3, "window": 1, "groups_per_batch": 2},
+            "rollout": {
+                "sessions": 2,
+                "siblings": 4,
+                "steps": 3,
+                "window": 1,
+                "groups_per_batch": 2,
+            },
             "credit": {"preset": "flow-grpo", "weights": {"bright": 1.0}},
             "train": {"iterations": 2, "lr": 1e-3, "lr_decay": 1.0, "ema": None},
             "eval": {"sessions": 2, "strips": 1},
@@ -246,14 +313,18 @@ def rows(run, event):
 
 
 def rises(run):
-    """The mean over sessions at every turn; untrained weights give the same numbers before and after."""
+    """The mean over sessions at every turn; untrained weights give the same numbers before and
+    after."""
     before, after = ([turn["mean"] for turn in row["reward_turn"]] for row in rows(run, "eval"))
     return len(before) == 3 and all(b > a + 0.01 for a, b in zip(before, after, strict=True))
 
 
 def test_brightness_rises_by_grpo_with_guidance_and_the_source_beside_the_output(settings):
     policy = {"keep_source": True, "guidance": 2.0}
-    run = train(settings("qwen-edit-plus", policy=policy, train={"iterations": 6, "lr": 3e-2}), reward=Brightness())
+    run = train(
+        settings("qwen-edit-plus", policy=policy, train={"iterations": 6, "lr": 3e-2}),
+        reward=Brightness(),
+    )
     assert rises(run) and rows(run, "train")[0]["ratio_error"] <= 1e-6
     assert (run / "policy" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -272,10 +343,14 @@ def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_p
     whole = train(settings("qwen-edit", out=str(tmp_path / "whole")), reward=Brightness())
     train(settings("qwen-edit", train={"iterations": 1}), reward=Brightness())
     run = train(settings("qwen-edit"), reward=Brightness())
-    one, two = (load_file(r / "checkpoints" / "step_000002" / "policy.safetensors") for r in (whole, run))
+    one, two = (
+        load_file(r / "checkpoints" / "step_000002" / "policy.safetensors") for r in (whole, run)
+    )
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert any(bool(value.any()) for name, value in one.items() if ".lora_B." in name)
-    first, second = ({k: v for k, v in rows(r, "train")[-1].items() if k == "reward_turn"} for r in (whole, run))
+    first, second = (
+        {k: v for k, v in rows(r, "train")[-1].items() if k == "reward_turn"} for r in (whole, run)
+    )
     assert first == second
 
 

@@ -1,4 +1,5 @@
-"""What the on-policy sentinel finds out: the first tensor that differs, within the memory that training has."""
+"""What the on-policy sentinel finds out: the first tensor that differs, within the memory that
+training has."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ SEEDS = Seeds(0, "train")
 
 
 class Watched(UnifiedPolicy):
-    """Counts the rows of every forward with gradients, and the graphs of earlier ones that are still there."""
+    """Counts the rows of every forward with gradients, and the graphs of earlier ones that are
+    still there."""
 
     def watch(self) -> Watched:
         self.rows: list[int] = []
@@ -44,7 +46,9 @@ class Watched(UnifiedPolicy):
 
     def answer_log_prob(self, context, questions, answers, *, temperature):
         def made():
-            scores = UnifiedPolicy.answer_log_prob(self, context, questions, answers, temperature=temperature)
+            scores = UnifiedPolicy.answer_log_prob(
+                self, context, questions, answers, temperature=temperature
+            )
             return scores.log_prob, scores
 
         return self._count(len(answers), made)
@@ -67,12 +71,15 @@ def rolled(policy, micro_batch):
 
 
 @pytest.mark.parametrize("micro_batch, largest", [(None, 6), (4, 4), (1, 1)])
-def test_the_replay_keeps_to_trainings_micro_batch_and_to_one_graph(tiny_unified, micro_batch, largest):
+def test_the_replay_keeps_to_trainings_micro_batch_and_to_one_graph(
+    tiny_unified, micro_batch, largest
+):
     policy = Watched(tiny_unified.module, tiny_unified.codec).watch()
     chunk, sampler, config = rolled(policy, micro_batch)
     assert not policy.rows
     assert explain_difference(policy, chunk, sampler, SEEDS, config).startswith("none when")
-    # Velocities at two steps of turns of 6, 6 and 3 rollouts, and the answers of the last two of them.
+    # Velocities at two steps of turns of 6, 6 and 3 rollouts, and the answers of the last two of
+    # them.
     assert max(policy.rows) == largest and sum(policy.rows) == 2 * (6 + 6 + 3) + 6 + 3
     assert max(policy.alive) == 0
 
@@ -101,10 +108,14 @@ def test_the_first_difference_is_named_whatever_the_rows(tiny_unified, micro_bat
             v.v.data[hit] += 1e-2
         return v
 
-    assert found(velocity=velocity).startswith("turn 2, window step 2: velocity: rollout and training differ by up to")
+    assert found(velocity=velocity).startswith(
+        "turn 2, window step 2: velocity: rollout and training differ by up to"
+    )
 
     def answer_log_prob(context, questions, answers, *, temperature):
-        scores = UnifiedPolicy.answer_log_prob(policy, context, questions, answers, temperature=temperature)
+        scores = UnifiedPolicy.answer_log_prob(
+            policy, context, questions, answers, temperature=temperature
+        )
         scores.log_prob.data[-1] += 1.0
         return scores
 
@@ -112,4 +123,6 @@ def test_the_first_difference_is_named_whatever_the_rows(tiny_unified, micro_bat
     message = f"turn 2: intent of rollout {at}: sampling and scoring its tokens differ by up to 1"
     assert found(answer_log_prob=answer_log_prob).startswith(message)
     chunk.turns[0].log_prob[5, 0] += 1e-2
-    assert found().startswith("turn 1: log_prob: the rollout itself is not repeatable (max difference 0.01)")
+    assert found().startswith(
+        "turn 1: log_prob: the rollout itself is not repeatable (max difference 0.01)"
+    )

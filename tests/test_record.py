@@ -1,5 +1,5 @@
-"""A run that was killed anywhere and started again leaves what one leaves that was never killed: the same rows, in the
-same order, and the same weights, moments and generators."""
+"""A run that was killed anywhere and started again leaves what one leaves that was never killed:
+the same rows, in the same order, and the same weights, moments and generators."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def whole(runs, tmp_path_factory):
     def get(method: str) -> tuple[Path, list[str]]:
         if method not in made:
             with runs.dying_at(0, lambda: None) as passed:
-                made[method] = runs.train_once(tmp_path_factory.mktemp(method) / "run", method), passed
+                made[method] = (
+                    runs.train_once(tmp_path_factory.mktemp(method) / "run", method),
+                    passed,
+                )
         return made[method]
 
     return get
@@ -45,10 +48,14 @@ def assert_same(runs: ModuleType, one: Path, two: Path) -> None:
     a, b = (load_checkpoint(run / "checkpoints" / "step_000003") for run in (one, two))
     assert a.tensors.keys() == b.tensors.keys()
     for group, values in a.tensors.items():
-        assert values and all(torch.equal(value, b.tensors[group][name]) for name, value in values.items()), group
+        assert values and all(
+            torch.equal(value, b.tensors[group][name]) for name, value in values.items()
+        ), group
     assert str(a.optimizer) == str(b.optimizer) and str(a.rng) == str(b.rng)
     for name in ("before", "after"):
-        assert (one / "strips" / f"{name}.json").read_text() == (two / "strips" / f"{name}.json").read_text()
+        assert (one / "strips" / f"{name}.json").read_text() == (
+            two / "strips" / f"{name}.json"
+        ).read_text()
 
 
 def killed_and_resumed(runs: ModuleType, folder: Path, method: str, number: int) -> Path:
@@ -66,15 +73,18 @@ def numbers(passed: list[str], wanted: list[tuple[str, int]]) -> list[int]:
     return [places[name][which - 1] for name, which in wanted]
 
 
-# The row before and after it is written: start, before, train 0, during 1, train 1, during 2, train 2, during 3, after,
-# comparison.
+# The row before and after it is written: start, before, train 0, during 1, train 1, during 2, train
+# 2, during 3, after, comparison.
 FIXED = [
     ("evaluate: before", 1),  # in the evaluation before training: its start row is there
     ("append: after", 2),  # before the first iteration
     ("accumulate_gradient: before", 1),  # in the first iteration: no checkpoint yet
     ("evaluate: before", 2),  # in an evaluation during, the checkpoint older than it
     ("_write_folder: after", 1),  # in a checkpoint
-    ("save: after", 1),  # between a checkpoint and the evaluation of its weights: that row was lost for ever
+    (
+        "save: after",
+        1,
+    ),  # between a checkpoint and the evaluation of its weights: that row was lost for ever
     ("_step: after", 3),  # in an iteration, the weights changed
     ("evaluate: after", 5),  # in the evaluation after training
     ("append: before", 10),  # before the comparison
@@ -102,7 +112,9 @@ def test_killed_with_every_method(runs, whole, tmp_path, method):
 def test_killed_at_every_point(runs, whole, tmp_path, method):
     uninterrupted, passed = whole(method)
     for number in range(1, len(passed) + 1):
-        assert_same(runs, uninterrupted, killed_and_resumed(runs, tmp_path / str(number), method, number))
+        assert_same(
+            runs, uninterrupted, killed_and_resumed(runs, tmp_path / str(number), method, number)
+        )
 
 
 def test_killed_again_and_again(runs, whole, tmp_path):
@@ -118,21 +130,34 @@ def test_killed_again_and_again(runs, whole, tmp_path):
     assert_same(runs, uninterrupted, runs.train_once(tmp_path / "run", "ema"))
 
 
-def launch(run: Path, number: int = 0, rank: int = 0, how: str = "exit") -> subprocess.CompletedProcess[str]:
+def launch(
+    run: Path, number: int = 0, rank: int = 0, how: str = "exit"
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*command, str(ROOT / "tests" / "killed_runs.py"), str(run), str(number), str(rank), how]
-    return subprocess.run(command, cwd=ROOT, timeout=200, env=environment, capture_output=True, text=True, check=False)
+    command = [
+        *command,
+        str(ROOT / "tests" / "killed_runs.py"),
+        str(run),
+        str(number),
+        str(rank),
+        how,
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, timeout=200, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_two_processes_of_which_one_is_killed_or_told_to_stop(runs, whole, tmp_path):
-    """Killed by os._exit, which cleans up as little as a SIGKILL; the launcher then ends the other."""
+    """Killed by os._exit, which cleans up as little as a SIGKILL; the launcher then ends the
+    other."""
     assert launch(tmp_path / "whole").returncode == 0
     _, passed = whole("ema")
     points = numbers(
-        passed, [("evaluate: before", 1), ("evaluate: before", 3), ("_step: after", 3), ("save: after", 1)]
+        passed,
+        [("evaluate: before", 1), ("evaluate: before", 3), ("_step: after", 3), ("save: after", 1)],
     )
     for number, rank in zip(points, (0, 0, 1, 0), strict=True):
         run = tmp_path / f"{number}"
@@ -144,6 +169,9 @@ def test_two_processes_of_which_one_is_killed_or_told_to_stop(runs, whole, tmp_p
     (number,) = numbers(passed, [("_step: after", 1)])
     said = launch(tmp_path / "told", number, 1, "term").stderr
     for rank in (0, 1):
-        assert f"{rank} stopped: stopped by SIGTERM; {tmp_path / 'told'} is saved at iteration 1 of 3" in said
+        assert (
+            f"{rank} stopped: stopped by SIGTERM; {tmp_path / 'told'} is saved at iteration 1 of 3"
+            in said
+        )
     assert launch(tmp_path / "told", how="term").returncode == 0
     assert_same(runs, tmp_path / "whole", tmp_path / "told")

@@ -145,7 +145,10 @@ def write_strips(folder, name, changes, size=24, evil=False):
 def run(tmp_path):
     folder = tmp_path / "first run"
     rng = random.Random(0)
-    rows = [{"event": "start", "device": "cpu", "versions": {"torch": "9.9"}}, eval_row("before", 0, 0.5)]
+    rows = [
+        {"event": "start", "device": "cpu", "versions": {"torch": "9.9"}},
+        eval_row("before", 0, 0.5),
+    ]
     rows += [train_row(rng, i) for i in range(20)]
     write_metrics(folder, [*rows, eval_row("after", 20, 0.65), COMPARISON])
     (folder / "config.yaml").write_text(
@@ -164,7 +167,10 @@ def test_headline(run):
     assert "20 of 20" in text and "1m40s" in text
     assert "Reward at turn 3 0.30 ± 0.02 → 0.45 ± 0.02 +0.15 ± 0.03" in text
     assert "paired difference over 64 sessions; 5.0 standard errors" in text
-    assert "Session success 0.25 ± 0.05 → 0.33 ± 0.05" in text or "Session success 0.25 ± 0.05 → 0.32 ± 0.05" in text
+    assert (
+        "Session success 0.25 ± 0.05 → 0.33 ± 0.05" in text
+        or "Session success 0.25 ± 0.05 → 0.32 ± 0.05" in text
+    )
     assert "torch 9.9" in text
 
 
@@ -206,7 +212,11 @@ def test_sessions_are_all_shown_from_best_to_worst_with_counts(run):
 def test_thinned_sessions_keep_best_and_worst_and_say_so(run):
     text = page_of(run, max_sessions=3).text
     assert "3 of 5 sessions are shown, evenly spaced" in text
-    assert re.findall(r"(session-\d) standing rules", text) == ["session-1", "session-0", "session-3"]
+    assert re.findall(r"(session-\d) standing rules", text) == [
+        "session-1",
+        "session-0",
+        "session-3",
+    ]
     assert thin(list(range(10)), 4) == [0, 3, 6, 9]
 
 
@@ -249,7 +259,9 @@ def test_text_is_escaped_everywhere(run):
     (run / "config.yaml").write_text("seed: 1\npolicy: '<b>bold</b>'\n# </pre><script>\n")
     with open(run / "metrics.jsonl", "a") as file:
         start = {"event": "start", "device": EVIL, "versions": {EVIL: EVIL}}
-        odd = eval_row("after", 20, 0.6) | {"by_mode": {EVIL: {"reward_turn": [0.1], "success": 0.5}}}
+        odd = eval_row("after", 20, 0.6) | {
+            "by_mode": {EVIL: {"reward_turn": [0.1], "success": 0.5}}
+        }
         phases = train_row(random.Random(0), 20) | {"seconds": {EVIL: 1.0}}
         file.write("\n" + "\n".join(map(json.dumps, (start, odd, phases))) + "\n")
     page = page_of(run)  # Page also checks that the nesting held
@@ -303,7 +315,10 @@ def test_evaluations_during_the_run_make_a_curve(run):
     with open(run / "metrics.jsonl", "a") as file:
         file.write("\n" + json.dumps(eval_row("during", 10, 0.6)) + "\n")
     text = page_of(run).text
-    assert "Held-out sessions, 3 evaluations." in text and "iteration 10: t1 0.6, t2 0.5, t3 0.4" in text
+    assert (
+        "Held-out sessions, 3 evaluations." in text
+        and "iteration 10: t1 0.6, t2 0.5, t3 0.4" in text
+    )
 
 
 def test_only_metrics(tmp_path):
@@ -328,7 +343,9 @@ def test_only_strips_and_unpaired_sessions(tmp_path):
     write_strips(tmp_path, "before", [0.0, 0.0])
     write_strips(tmp_path, "after", [0.1])
     text = page_of(tmp_path).text
-    assert "There is no metrics.jsonl" in text and "1 session of the strips only in one pass" in text
+    assert (
+        "There is no metrics.jsonl" in text and "1 session of the strips only in one pass" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -336,13 +353,41 @@ def test_only_strips_and_unpaired_sessions(tmp_path):
     [
         [],
         [{"event": "train", "iteration": 0}],
-        [{"event": "train", "iteration": 0, "seconds": {}, "reward_turn": [None], "ratio_error": 0.0}],
-        [{"event": "train", "iteration": i, "reward_turn": [0.5] * (i + 1), "seconds": {"a": 0}} for i in range(3)],
+        [
+            {
+                "event": "train",
+                "iteration": 0,
+                "seconds": {},
+                "reward_turn": [None],
+                "ratio_error": 0.0,
+            }
+        ],
+        [
+            {"event": "train", "iteration": i, "reward_turn": [0.5] * (i + 1), "seconds": {"a": 0}}
+            for i in range(3)
+        ],
         [{"event": "eval"}, {"event": "comparison"}, {"event": "other"}, {"no": "event"}],
-        [{"event": "eval", "name": "before", "reward_turn": [], "success": None, "by_mode": {"cm": None, "cu": {}}}],
-        [{"event": "eval", "name": "after", "reward_turn": [0.5], "success": {"mean": 1}}, {**COMPARISON, "se": 0}],
-        [{"event": "train", "iteration": i, "reward": -1e9 * i, "grad_norm": 1e-12} for i in range(300)],
-        [{"event": "train", "iteration": "x", "seconds": 5}, {"event": "train", "iteration": 1, "seconds": "x"}],
+        [
+            {
+                "event": "eval",
+                "name": "before",
+                "reward_turn": [],
+                "success": None,
+                "by_mode": {"cm": None, "cu": {}},
+            }
+        ],
+        [
+            {"event": "eval", "name": "after", "reward_turn": [0.5], "success": {"mean": 1}},
+            {**COMPARISON, "se": 0},
+        ],
+        [
+            {"event": "train", "iteration": i, "reward": -1e9 * i, "grad_norm": 1e-12}
+            for i in range(300)
+        ],
+        [
+            {"event": "train", "iteration": "x", "seconds": 5},
+            {"event": "train", "iteration": 1, "seconds": "x"},
+        ],
     ],
 )
 def test_sparse_and_odd_rows(tmp_path, rows):
@@ -350,7 +395,9 @@ def test_sparse_and_odd_rows(tmp_path, rows):
     page_of(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sessions": [1]}', '{"sessions": [{"turns": []}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"sessions": [1]}', '{"sessions": [{"turns": []}]}']
+)
 def test_unreadable_strips_are_said(tmp_path, text):
     (tmp_path / "strips").mkdir()
     (tmp_path / "strips" / "before.json").write_text(text)
@@ -364,7 +411,9 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_duration_adds_up_over_a_restarted_clock(tmp_path):
     times = [10.0, 20.0, 5.0, 15.0]
-    write_metrics(tmp_path, [{"event": "train", "iteration": i, "elapsed_s": s} for i, s in enumerate(times)])
+    write_metrics(
+        tmp_path, [{"event": "train", "iteration": i, "elapsed_s": s} for i, s in enumerate(times)]
+    )
     assert load_run(tmp_path).train_seconds() == 35.0
 
 
@@ -379,7 +428,9 @@ def test_smoothing_keeps_constants_lines_and_gaps():
     assert charts.smooth([1.0, None, 3.0], 3) == [1.0, None, 3.0]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.37, 0.41), (-3e6, 5e6), (0.0, 59.0), (1e-9, 3e-9)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.37, 0.41), (-3e6, 5e6), (0.0, 59.0), (1e-9, 3e-9)]
+)
 def test_ticks_are_few_and_inside(low, high):
     got = charts.ticks(low, high)
     assert 2 <= len(got) <= 7
@@ -397,7 +448,9 @@ def test_whiskers_span_one_standard_error():
 
 def test_exact_zeros_have_a_place_on_the_logarithmic_axis():
     svg = charts.log_chart("Ratio error", charts.Line("", [0, 1, 2], [0.0, 1e-7, None], 0))
-    heights = {text: float(y) for y, text in re.findall(r'y="([\d.]+)" text-anchor="end">([^<]+)<', svg)}
+    heights = {
+        text: float(y) for y, text in re.findall(r'y="([\d.]+)" text-anchor="end">([^<]+)<', svg)
+    }
     zero, error = (float(y) for y in re.findall(r"M[\d.]+ ([\d.]+)h0", svg))
     assert zero == pytest.approx(heights["0"] - 4) and error == pytest.approx(heights["1e-7"] - 4)
     assert "Exactly 0 in 1 of 2 iterations" in svg

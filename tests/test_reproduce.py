@@ -1,4 +1,5 @@
-"""`editr2 reproduce`: arms as data, runs side by side, rows, and a page whose verdicts are computed."""
+"""`editr2 reproduce`: arms as data, runs side by side, rows, and a page whose verdicts are
+computed."""
 
 import dataclasses
 import json
@@ -61,28 +62,38 @@ def evaluation(ga, followed=None, kept=0.9):
 
 
 def drawn(rng, sessions, chance):
-    """GA that falls with turns: every turn is right with chance^(1/3), so that `chance` are right at the last."""
+    """GA that falls with turns: every turn is right with chance^(1/3), so that `chance` are right
+    at the last."""
     turn = rng.random((sessions, TURNS)) < np.asarray(chance).reshape(-1, 1) ** (1 / TURNS)
     return np.cumprod(turn, 1)
 
 
 def synthetic(chances, sessions=400, seeds=3, nft_sampler="ode"):
-    """Rows of arms with known chances of a session all right. chances: arm -> chance, or (of cm, of cu)."""
+    """Rows of arms with known chances of a session all right. chances: arm -> chance, or (of cm, of
+    cu)."""
     settings, rng, rows = Settings(sessions=sessions), np.random.default_rng(5), {}
     for arm in ARMS:
         if arm.name not in chances:
             continue
-        chance = np.resize(np.atleast_1d(chances[arm.name]), sessions)  # cm and cu sessions alternate
-        samplers = ["cps", "ode"] if arm.name == "base" else [nft_sampler if arm.name.endswith("nft") else "cps"]
+        chance = np.resize(
+            np.atleast_1d(chances[arm.name]), sessions
+        )  # cm and cu sessions alternate
+        samplers = (
+            ["cps", "ode"]
+            if arm.name == "base"
+            else [nft_sampler if arm.name.endswith("nft") else "cps"]
+        )
         for seed in range(seeds) if arm.trained else [None]:
             for sampler in samplers:
                 facts = fingerprints(arm_config(arm, settings, 0, "")) | {"seconds": 60.0}
-                row = make_row(arm, seed, sampler, settings, evaluation(drawn(rng, sessions, chance)), **facts)
+                row = make_row(
+                    arm, seed, sampler, settings, evaluation(drawn(rng, sessions, chance)), **facts
+                )
                 rows[arm.name, seed, sampler] = row
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------------- arms
+# --------------------------------------------------------------------------------------------- arms
 
 
 def changed(first, second, prefix=""):
@@ -105,7 +116,10 @@ def test_every_arm_is_a_valid_run_with_the_same_edits_and_the_same_evaluation(ar
     assert config.eval == first.eval and config.eval.turns == TURNS and config.train.kl_weight == 0
     assert to_dataclass(json.loads(json.dumps(dataclasses.asdict(config))), Config) == config
     r, f = config.rollout, first.rollout
-    assert r.sessions * r.siblings * r.turns == f.sessions * f.siblings * f.turns and r.steps == f.steps
+    assert (
+        r.sessions * r.siblings * r.turns == f.sessions * f.siblings * f.turns
+        and r.steps == f.steps
+    )
 
 
 def test_every_arm_differs_from_its_neighbour_only_in_what_it_isolates():
@@ -121,7 +135,9 @@ def test_every_arm_differs_from_its_neighbour_only_in_what_it_isolates():
     configs = {arm.name: arm_config(arm, Settings(), 0, "x") for arm in ARMS}
     for arm in ARMS:
         if arm.beside is not None:
-            assert changed(configs[arm.beside], configs[arm.name]) == expected.pop(arm.name), arm.name
+            assert changed(configs[arm.beside], configs[arm.name]) == expected.pop(arm.name), (
+                arm.name
+            )
     assert not expected
     options = {name: credit_options(config.credit) for name, config in configs.items()}
     assert options["edit-r2"].filter_reward == 0 and options["intent"].filter_reward is None
@@ -137,18 +153,20 @@ def test_an_unknown_arm_is_named(capsys):
     assert [arm.name for arm in find_arms("edit-r2, base")] == ["base", "edit-r2"]
 
 
-# ---------------------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 def test_the_interval_is_the_mean_with_percentiles_of_both_sources():
     values = np.random.default_rng(0).normal(1.0, 2.0, (1, 500))
     found = interval(values)
     assert found.mean == pytest.approx(values.mean())
-    # One seed: the bootstrap of a mean, 1.96 standard errors to each side (4,000 resamples: a few per cent off).
+    # One seed: the bootstrap of a mean, 1.96 standard errors to each side (4,000 resamples: a few
+    # per cent off).
     half = 1.96 * values.std() / np.sqrt(500)
     assert found.high - found.low == pytest.approx(2 * half, rel=0.08)
     assert interval(values) == found
-    # Seeds that differ and sessions that do not: the ends, as one resample in 27 is of the lowest seed alone.
+    # Seeds that differ and sessions that do not: the ends, as one resample in 27 is of the lowest
+    # seed alone.
     seeds = interval(np.array([[0.1] * 50, [0.2] * 50, [0.3] * 50]))
     assert seeds.by_seed == pytest.approx((0.1, 0.2, 0.3))
     assert (seeds.low, seeds.high) == pytest.approx((0.1, 0.3))
@@ -166,7 +184,8 @@ def test_sessions_are_drawn_once_for_all_seeds():
 
 @pytest.mark.parametrize("deviation", COVERAGE)
 def test_the_interval_of_a_difference_holds_the_truth_as_often_as_is_said(deviation):
-    """300 experiments of a known difference of two arms with three seeds. Nominal is 95 %; the page says what it is."""
+    """300 experiments of a known difference of two arms with three seeds. Nominal is 95 %; the page
+    says what it is."""
     held = covered(deviation, seeds_of_other=3)
     # Three binomial standard errors of 300 experiments are 0.052 at 0.9.
     assert held == pytest.approx(COVERAGE[deviation], abs=0.055)
@@ -180,7 +199,9 @@ def test_the_interval_of_a_difference_from_the_start_holds_the_truth():
 def covered(deviation, seeds_of_other):
     rng, truth, held = np.random.default_rng(2), 0.1, 0
     for _ in range(300):
-        hard = rng.random((1, 500)) * 0.5 + 0.15  # the same sessions are hard for both arms and all seeds
+        hard = (
+            rng.random((1, 500)) * 0.5 + 0.15
+        )  # the same sessions are hard for both arms and all seeds
 
         def outcomes(seeds, shift, hard=hard):
             of_seed = rng.normal(0, deviation, (seeds, 1)) * (seeds > 1)
@@ -208,11 +229,14 @@ def test_the_verdict_is_the_sign_of_the_whole_interval(low, high, said, unordere
 
 def test_a_least_difference_is_reached_by_the_interval_by_the_mean_or_not():
     assert verdict(Interval(0.2, 0.16, 0.24, ()), least=0.15) == "reached"
-    assert verdict(Interval(0.2, 0.14, 0.26, ()), least=0.15) == "reached on average, not by the interval"
+    assert (
+        verdict(Interval(0.2, 0.14, 0.26, ()), least=0.15)
+        == "reached on average, not by the interval"
+    )
     assert verdict(Interval(0.1, 0.08, 0.12, ()), least=0.15) == "not reached"
 
 
-# ----------------------------------------------------------------------------------------------------- rows to a page
+# ----------------------------------------------------------------------------------- rows to a page
 
 KNOWN = {
     "base": 0.25,
@@ -288,7 +312,9 @@ def test_differences_are_taken_over_the_seeds_that_both_arms_have():
 
 
 def test_a_page_of_a_part_says_what_is_missing(tmp_path):
-    rows = synthetic({name: KNOWN[name] for name in ("base", "intent", "multi-turn")}, sessions=20, seeds=2)
+    rows = synthetic(
+        {name: KNOWN[name] for name in ("base", "intent", "multi-turn")}, sessions=20, seeds=2
+    )
     del rows["intent", 1, "cps"]
     write_rows(tmp_path, rows)
     page = write_page(tmp_path).read_text()
@@ -306,12 +332,16 @@ def test_rows_hold_the_evaluation_and_survive_the_file(tmp_path):
     assert back.seeds == (1,) and list(back.modes[:2]) == ["cm", "cu"]
     for t in range(TURNS):
         assert back.values("GA", t + 1).mean() == pytest.approx(row["ga_turn"][t], abs=1e-6)
-        assert back.values("marginal", t + 1).mean() == pytest.approx(row["marginal_turn"][t], abs=1e-6)
+        assert back.values("marginal", t + 1).mean() == pytest.approx(
+            row["marginal_turn"][t], abs=1e-6
+        )
         assert back.values("CC", t + 1).mean() == pytest.approx(0.98765, abs=5e-4)
     assert row["per_session"]["reward"] == pytest.approx(source["per_session"]["reward"], abs=5e-4)
     assert back.values("GA", mode="cu").mean() == pytest.approx(row["by_mode"]["cu"]["success"])
     # Neither a folder nor the machine's name.
-    assert str(tmp_path) not in json.dumps(row) and os.uname().nodename not in json.dumps(row["machine"])
+    assert str(tmp_path) not in json.dumps(row) and os.uname().nodename not in json.dumps(
+        row["machine"]
+    )
 
 
 def test_rows_of_other_settings_are_not_mixed(tmp_path, capsys):
@@ -321,10 +351,15 @@ def test_rows_of_other_settings_are_not_mixed(tmp_path, capsys):
     assert main(["reproduce", "--report-only", "--docs", str(tmp_path)]) == 2
     assert "rows of 2 settings" in capsys.readouterr().err
     write_rows(tmp_path, synthetic({"base": 0.3}, sessions=4))
-    assert main(["reproduce", "--docs", str(tmp_path), "--out", str(tmp_path / "runs"), *FLAGS]) == 2
+    assert (
+        main(["reproduce", "--docs", str(tmp_path), "--out", str(tmp_path / "runs"), *FLAGS]) == 2
+    )
     assert "rows of other settings" in capsys.readouterr().err and not (tmp_path / "runs").exists()
     assert main(["reproduce", "--report-only", "--docs", str(tmp_path / "none")]) == 2
-    for name, said in (("start", "rows of 2 start "), ("config", "several configurations of multi-turn")):
+    for name, said in (
+        ("start", "rows of 2 start "),
+        ("config", "several configurations of multi-turn"),
+    ):
         rows = synthetic({"base": 0.3, "multi-turn": 0.4}, sessions=4)
         rows["multi-turn", 1, "cps"][name] = "other"
         write_rows(tmp_path, rows)
@@ -333,13 +368,19 @@ def test_rows_of_other_settings_are_not_mixed(tmp_path, capsys):
     # All of them of an arm that has since been changed: still a page, but nothing to add to.
     rows = synthetic({"multi-turn": 0.4}, sessions=4, seeds=2)
     write_rows(
-        tmp_path, {k: row | {"config": "earlier", "settings": dataclasses.asdict(SMALL)} for k, row in rows.items()}
+        tmp_path,
+        {
+            k: row | {"config": "earlier", "settings": dataclasses.asdict(SMALL)}
+            for k, row in rows.items()
+        },
     )
     assert main(["reproduce", "--report-only", "--docs", str(tmp_path)]) == 0
-    assert main(["reproduce", "--docs", str(tmp_path), "--out", str(tmp_path / "runs"), *FLAGS]) == 2
+    assert (
+        main(["reproduce", "--docs", str(tmp_path), "--out", str(tmp_path / "runs"), *FLAGS]) == 2
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 STUB = """
@@ -361,7 +402,8 @@ with open(out / "calls", "a") as file:
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """A trainer that writes a run's rows at once; gives a function that says which arm fails and how long all take."""
+    """A trainer that writes a run's rows at once; gives a function that says which arm fails and
+    how long all take."""
     ga = drawn(np.random.default_rng(3), 4, 0.5)
     rows = [
         {"event": "start", "iteration": 0, "threads": 1, "device": "cpu"},
@@ -375,7 +417,14 @@ def stub(tmp_path, monkeypatch):
 
     def use(fails="", waits=0):
         def command(config_file):
-            words = [sys.executable, tmp_path / "stub.py", config_file, tmp_path / "rows.jsonl", fails, waits]
+            words = [
+                sys.executable,
+                tmp_path / "stub.py",
+                config_file,
+                tmp_path / "rows.jsonl",
+                fails,
+                waits,
+            ]
             return [str(word) for word in words]
 
         monkeypatch.setattr(runs, "command", command)
@@ -384,7 +433,9 @@ def stub(tmp_path, monkeypatch):
 
 
 def reproduce(tmp_path, *flags):
-    return main(["reproduce", f"--out={tmp_path / 'runs'}", f"--docs={tmp_path / 'docs'}", *FLAGS, *flags])
+    return main(
+        ["reproduce", f"--out={tmp_path / 'runs'}", f"--docs={tmp_path / 'docs'}", *FLAGS, *flags]
+    )
 
 
 def test_finished_runs_are_not_run_again_and_more_seeds_are_added(tmp_path, stub, capsys):
@@ -415,10 +466,16 @@ def test_a_failed_run_is_reported_the_rest_goes_on_and_the_exit_code_is_1(tmp_pa
     arms = "--arms=multi-turn,mt-per-turn"
     assert reproduce(tmp_path, arms, "--seeds=2") == 1
     said = capsys.readouterr()
-    assert "multi-turn seed 1: failed, exit code 1\n    error: it broke\n    as it was told to" in said.out
+    assert (
+        "multi-turn seed 1: failed, exit code 1\n    error: it broke\n    as it was told to"
+        in said.out
+    )
     assert "failed: multi-turn seed 1" in said.err
     assert len([key for key in read_rows(tmp_path / "docs") if key[1] is not None]) == 3
-    assert "**Incomplete**: without the seeds multi-turn RL [1]" in (tmp_path / "docs" / "reproduction.md").read_text()
+    assert (
+        "**Incomplete**: without the seeds multi-turn RL [1]"
+        in (tmp_path / "docs" / "reproduction.md").read_text()
+    )
     stub()
     assert reproduce(tmp_path, arms, "--seeds=2") == 0
 
@@ -463,12 +520,14 @@ def test_an_interrupt_ends_the_children(tmp_path, stub, number):
     stub(waits=60)
     words = runs.command(Path("FILE"))
     code = (
-        # A shell's background job, and whatever runs the tests in one, hands on that SIGINT is ignored.
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from pathlib import Path; from editr2.cli import main; from editr2.reproduce import runs; import sys; "
+        # A shell's background job, and whatever runs the tests in one, hands on that SIGINT is
+        # ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib "
+        "import Path; from editr2.cli import main; from editr2.reproduce import runs; import sys; "
         f"runs.command = lambda file: [w.replace('FILE', str(file)) for w in {words!r}]; "
         f"sys.exit(main(['reproduce', '--out={tmp_path / 'runs'}', '--docs={tmp_path / 'docs'}', "
-        "'--arms=multi-turn', '--seeds=1', '--iterations=1', '--sessions=4', '--groups=2', '--siblings=2']))"
+        "'--arms=multi-turn', '--seeds=1', '--iterations=1', '--sessions=4', '--groups=2', "
+        "'--siblings=2']))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     pid_file = tmp_path / "runs" / "multi-turn" / "seed0" / "pid"
@@ -505,8 +564,9 @@ def one_thread():
 
 @pytest.mark.slow
 def test_a_short_reproduction_from_start_to_page(tmp_path, capsys, one_thread):
-    """Two arms of one iteration by the real trainer, with the start's rows from their evaluations. One seed: most of
-    the time goes into processes that import torch, and the tests above have several seeds."""
+    """Two arms of one iteration by the real trainer, with the start's rows from their evaluations.
+    One seed: most of the time goes into processes that import torch, and the tests above have
+    several seeds."""
     arms = "--arms=base,base-intent,single-turn,edit-r2"
     assert reproduce(tmp_path, arms, "--seeds=1", "--jobs=2") == 0, capsys.readouterr().out
     rows = read_rows(tmp_path / "docs")
@@ -517,7 +577,9 @@ def test_a_short_reproduction_from_start_to_page(tmp_path, capsys, one_thread):
         folder = tmp_path / "runs" / arm / f"seed{seed}"
         metrics = read_metrics(folder / "metrics.jsonl")[0]
         (after,) = (m for m in metrics if (m["event"], m.get("name")) == ("eval", "after"))
-        assert row["ga_turn"] == pytest.approx([turn["mean"] for turn in after["ga_turn"]], abs=1e-6)
+        assert row["ga_turn"] == pytest.approx(
+            [turn["mean"] for turn in after["ga_turn"]], abs=1e-6
+        )
         assert len(row["per_session"]["if"]) == TURNS and len(row["per_session"]["if"][0]) == 4
         trained = to_dataclass(load_yaml(folder / "config.yaml")[0], Config)
         assert trained.seed == seed and evaluation_sampler(trained) == sampler
@@ -525,7 +587,9 @@ def test_a_short_reproduction_from_start_to_page(tmp_path, capsys, one_thread):
         for mode, part in after["by_mode"].items():
             of = [m == mode for m in row["per_session"]["mode"]]
             assert sum(of) == part["sessions"]
-            assert np.mean(np.array(row["per_session"]["ga"][-1])[of]) == pytest.approx(part["ga_turn"][-1], abs=1e-3)
+            assert np.mean(np.array(row["per_session"]["ga"][-1])[of]) == pytest.approx(
+                part["ga_turn"][-1], abs=1e-3
+            )
     page = (tmp_path / "docs" / "reproduction.md").read_text()
     assert "2 trained arms, 1 training seed**" in page and "single-turn RL" in page
     # Evaluated by itself, the start is what the runs began from.

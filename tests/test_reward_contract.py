@@ -1,7 +1,8 @@
 """What a reward gives back, and what becomes of it: one table. A new case is one row.
 
-Each row is the code of a judge as a user would write it. It is asked by the adapter about sessions of three turns, and
-then by `editr2 train`, `eval` and `check`: nothing ends with a traceback, nothing counts as judged that was not.
+Each row is the code of a judge as a user would write it. It is asked by the adapter about sessions
+of three turns, and then by `editr2 train`, `eval` and `check`: nothing ends with a traceback,
+nothing counts as judged that was not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from editr2.evaluate import evaluate, first_answer
 from editr2.preflight import preflight
 from editr2.processes import open_processes
 from editr2.rewards.adapt import adapt, score_batch
-from editr2.rewards.base import FAILED, RewardFailure, Score, Scores, check_failures, merge_scores, weights_of
+from editr2.rewards.base import (
+    FAILED,
+    RewardFailure,
+    Score,
+    Scores,
+    check_failures,
+    merge_scores,
+    weights_of,
+)
 from editr2.rewards.load import load_reward
 from editr2.sessions import Session, Turn
 from editr2.tracking import read_metrics
@@ -66,16 +75,31 @@ ROWS = {
     # what is a score
     "numbers": ("def judge(session, images): return [0, 0.5, 1]", Values([0, 0.5, 1])),
     "scores": ("def judge(session, images): return [Score(0.5, 'half')] * 3", Values([0.5] * 3)),
-    "dicts": ("def judge(session, images): return [{'judge': t / 4} for t in range(3)]", Values([0, 0.25, 0.5])),
+    "dicts": (
+        "def judge(session, images): return [{'judge': t / 4} for t in range(3)]",
+        Values([0, 0.25, 0.5]),
+    ),
     "a tuple": ("def judge(session, images): return (0.5,) * 3", Values([0.5] * 3)),
-    "an array": ("def judge(session, images): return images.mean((1, 2, 3)) / 255", Values([0] * 3)),
-    "a tensor": ("def judge(session, images): return torch.full((3,), 0.5, requires_grad=True)", Values([0.5] * 3)),
+    "an array": (
+        "def judge(session, images): return images.mean((1, 2, 3)) / 255",
+        Values([0] * 3),
+    ),
+    "a tensor": (
+        "def judge(session, images): return torch.full((3,), 0.5, requires_grad=True)",
+        Values([0.5] * 3),
+    ),
     "scalars of NumPy": (
         "def judge(session, images): return [np.float16(0.5), np.int8(1), np.array(0.5)]",
         Values([0.5, 1, 0.5]),
     ),
-    "tensors without dimensions": ("def judge(session, images): return [torch.tensor(0.5)] * 3", Values([0.5] * 3)),
-    "booleans": ("def judge(session, images): return [True, np.bool_(False), torch.tensor(True)]", Values([1, 0, 1])),
+    "tensors without dimensions": (
+        "def judge(session, images): return [torch.tensor(0.5)] * 3",
+        Values([0.5] * 3),
+    ),
+    "booleans": (
+        "def judge(session, images): return [True, np.bool_(False), torch.tensor(True)]",
+        Values([1, 0, 1]),
+    ),
     "rounding": ("def judge(session, images): return [1 + 1e-7, -1e-7, 1.0]", Values([1, 0, 1])),
     "a generator": ("def judge(session, images): yield from [0.5] * 3", Values([0.5] * 3)),
     "one number for the session": ("def judge(session, images): return 0.5", Values([0.5] * 3)),
@@ -84,16 +108,37 @@ ROWS = {
         Values([0.5, None, 1]),
     ),
     # what is not
-    "one score of three": ("def judge(session, images): return [0.5]", Failed("1 entry came back for 3 turns")),
-    "no scores": ("def judge(session, images): return []", Failed("0 entries came back for 3 turns")),
-    "too many": ("def judge(session, images): return [0.5] * 4", Failed("4 entries came back for 3 turns")),
-    "without end": ("def judge(session, images):\n    while True: yield 0.5", Failed("more than 3 entries came back")),
+    "one score of three": (
+        "def judge(session, images): return [0.5]",
+        Failed("1 entry came back for 3 turns"),
+    ),
+    "no scores": (
+        "def judge(session, images): return []",
+        Failed("0 entries came back for 3 turns"),
+    ),
+    "too many": (
+        "def judge(session, images): return [0.5] * 4",
+        Failed("4 entries came back for 3 turns"),
+    ),
+    "without end": (
+        "def judge(session, images):\n    while True: yield 0.5",
+        Failed("more than 3 entries came back"),
+    ),
     "nothing": ("def judge(session, images): pass", Failed(r"None came back .*no return\?")),
     "None a turn": ("def judge(session, images): return [None] * 3", Failed("None came back")),
     "NaN": ("def judge(session, images): return [float('nan')] * 3", Failed("nan is not finite")),
-    "infinity": ("def judge(session, images): return [{'judge': np.inf}] * 3", Failed("inf is not finite")),
-    "seven": ("def judge(session, images): return [7.5] * 3", Failed(r"7.5 is outside of \[0, 1\]")),
-    "below 0": ("def judge(session, images): return [torch.tensor(-0.1)] * 3", Failed("outside of")),
+    "infinity": (
+        "def judge(session, images): return [{'judge': np.inf}] * 3",
+        Failed("inf is not finite"),
+    ),
+    "seven": (
+        "def judge(session, images): return [7.5] * 3",
+        Failed(r"7.5 is outside of \[0, 1\]"),
+    ),
+    "below 0": (
+        "def judge(session, images): return [torch.tensor(-0.1)] * 3",
+        Failed("outside of"),
+    ),
     "a huge integer": ("def judge(session, images): return [10 ** 400] * 3", Failed("outside of")),
     "a score of seven": (
         "def judge(session, images): return [Score(7.5)] * 3",
@@ -103,30 +148,53 @@ ROWS = {
         "def judge(session, images): return [Score('high')] * 3",
         Failed("TypeError: Score: 'high'"),
     ),
-    "a score without a reason": ("def judge(session, images): return [Score(None)] * 3", Failed("needs a reason")),
+    "a score without a reason": (
+        "def judge(session, images): return [Score(None)] * 3",
+        Failed("needs a reason"),
+    ),
     "a score that was changed": (
-        "def judge(session, images):\n    score = Score(0.5)\n    vars(score)['value'] = 7.5\n    return [score] * 3",
+        "def judge(session, images):\n    score = Score(0.5)\n    vars(score)['value'] = 7.5\n    "
+        "return [score] * 3",
         Failed("7.5 is outside"),
     ),
     "a message for the terminal": (
         "def judge(session, images): raise OSError('\\x1b[2Jdown')",
         Failed(r"OSError: \\x1b\[2Jdown"),
     ),
-    "a failed score": ("def judge(session, images): return [Score(None, 'timed\\nout')] * 3", Failed("timed out$")),
-    "a string": ("def judge(session, images): return 'yes'", Failed(r"'yes' \(accepted: a number in \[0, 1\]")),
+    "a failed score": (
+        "def judge(session, images): return [Score(None, 'timed\\nout')] * 3",
+        Failed("timed out$"),
+    ),
+    "a string": (
+        "def judge(session, images): return 'yes'",
+        Failed(r"'yes' \(accepted: a number in \[0, 1\]"),
+    ),
     "strings": ("def judge(session, images): return ['0.5'] * 3", Failed("'0.5' .accepted")),
     "complex": ("def judge(session, images): return [1j] * 3", Failed("1j")),
     "a set": ("def judge(session, images): return {0.1, 0.2, 0.3}", Failed("a set")),
-    "rows in an array": ("def judge(session, images): return np.ones((3, 1))", Failed(r"ndarray of shape \[1\]")),
-    "an image": ("def judge(session, images): return images", Failed(r"ndarray of shape \[24, 24, 3\]")),
+    "rows in an array": (
+        "def judge(session, images): return np.ones((3, 1))",
+        Failed(r"ndarray of shape \[1\]"),
+    ),
+    "an image": (
+        "def judge(session, images): return images",
+        Failed(r"ndarray of shape \[24, 24, 3\]"),
+    ),
     "another name": (
         "def judge(session, images): return [{'jugde': 0.5}] * 3",
         Failed("a score named 'jugde' came back"),
     ),
-    "a name too many": ("def judge(session, images): return [{'judge': 0.5, 'x': 1}] * 3", Failed("a score named 'x'")),
-    "an empty row": ("def judge(session, images): return [{}] * 3", Failed("no score of this name came back")),
+    "a name too many": (
+        "def judge(session, images): return [{'judge': 0.5, 'x': 1}] * 3",
+        Failed("a score named 'x'"),
+    ),
+    "an empty row": (
+        "def judge(session, images): return [{}] * 3",
+        Failed("no score of this name came back"),
+    ),
     "a name missing": (
-        f"class judge:\n    {THREE}\n    def __call__(self, session, images): return [{{'IF': 1, 'GA': 0.5}}] * 3",
+        f"class judge:\n    {THREE}\n    def __call__(self, session, images): return [{{'IF': 1, "
+        f"'GA': 0.5}}] * 3",
         Failed(r"no score of this name came back \(there were: IF, GA\)", only=("CC",)),
     ),
     "a number for three names": (
@@ -134,7 +202,8 @@ ROWS = {
         Failed(r"0.5 came back for 3 rewards \(accepted: a dict of IF, CC, GA\)"),
     ),
     "an object, one row of three": (
-        "class judge:\n    names = ('a',)\n    def __call__(self, session, images): return [{'a': Score(1.0)}]",
+        "class judge:\n    names = ('a',)\n    def __call__(self, session, images): return [{'a': "
+        "Score(1.0)}]",
         Failed("1 entry came back for 3 turns"),
     ),
     "an object, no rows": (
@@ -156,30 +225,57 @@ ROWS = {
         "def judge(session, images):\n    import asyncio\n    raise asyncio.CancelledError",
         Failed("CancelledError"),
     ),
-    "of the base class": ("def judge(session, images): raise BaseException('x')", Failed("BaseException: x")),
+    "of the base class": (
+        "def judge(session, images): raise BaseException('x')",
+        Failed("BaseException: x"),
+    ),
     "an unreadable exception": (
-        "class Odd(Exception):\n    def __str__(self): raise ValueError\n\ndef judge(session, images): raise Odd",
+        "class Odd(Exception):\n    def __str__(self): raise ValueError\n\ndef judge(session, "
+        "images): raise Odd",
         Failed("Odd"),
     ),
     "an odd number": (
-        "class Odd(float):\n    def __le__(self, other): raise OSError('no')\n    __ge__ = __le__\n\n"
+        "class Odd(float):\n    def __le__(self, other): raise OSError('no')\n    __ge__ = "
+        "__le__\n\n"
         "def judge(session, images): return [Odd(0.5)] * 3",
         Failed("OSError: no"),
     ),
-    "hangs": ("def judge(session, images): time.sleep(2)", Failed(r"no answer within 0.02 s", timeout=0.02)),
-    "exits on its thread": ("def judge(session, images): sys.exit(0)", Failed("SystemExit", timeout=60)),
+    "hangs": (
+        "def judge(session, images): time.sleep(2)",
+        Failed(r"no answer within 0.02 s", timeout=0.02),
+    ),
+    "exits on its thread": (
+        "def judge(session, images): sys.exit(0)",
+        Failed("SystemExit", timeout=60),
+    ),
     # TRL's manner
     "keywords": (
         "def judge(*, sessions, images, instructions):\n"
-        "    assert len(sessions) == len(images) == len(instructions) and instructions[0][0] == 'paint'\n"
+        "    assert len(sessions) == len(images) == len(instructions) and instructions[0][0] == "
+        "'paint'\n"
         "    return [[0.5, None, 1]] * len(images)",
         Values([0.5, None, 1]),
     ),
-    "keywords, a number a session": ("def judge(images, **rest): return [0.5 for _ in images]", Values([0.5] * 3)),
-    "keywords, None a session": ("def judge(instructions): return [None for _ in instructions]", Values(ALL)),
-    "all keywords": ("def judge(**columns): return [0.5 for _ in columns['sessions']]", Values([0.5] * 3)),
-    "keywords, a tensor": ("def judge(sessions, images): return torch.full((len(images),), 0.5)", Values([0.5] * 3)),
-    "keywords, nothing": ("def judge(sessions, images): pass", Failed(r"None came back for \d+ session")),
+    "keywords, a number a session": (
+        "def judge(images, **rest): return [0.5 for _ in images]",
+        Values([0.5] * 3),
+    ),
+    "keywords, None a session": (
+        "def judge(instructions): return [None for _ in instructions]",
+        Values(ALL),
+    ),
+    "all keywords": (
+        "def judge(**columns): return [0.5 for _ in columns['sessions']]",
+        Values([0.5] * 3),
+    ),
+    "keywords, a tensor": (
+        "def judge(sessions, images): return torch.full((len(images),), 0.5)",
+        Values([0.5] * 3),
+    ),
+    "keywords, nothing": (
+        "def judge(sessions, images): pass",
+        Failed(r"None came back for \d+ session"),
+    ),
     "keywords, too few": (
         "def judge(sessions, images): return [0.5] * (len(images) - 1)",
         Failed("came back for . session"),
@@ -188,7 +284,10 @@ ROWS = {
         "def judge(sessions, images): return [[0.5]] * len(images)",
         Failed("1 entry came back for 3 turns"),
     ),
-    "keywords, raises": ("def judge(sessions, images): raise OSError('down')", Failed("OSError: down")),
+    "keywords, raises": (
+        "def judge(sessions, images): raise OSError('down')",
+        Failed("OSError: down"),
+    ),
     # objects
     "an object": (
         "class Judge:\n    names = ('a', 'b')\n"
@@ -197,11 +296,13 @@ ROWS = {
     ),
     "an object with judge": (
         "class Judge:\n    names = ['a']\n"
-        "    def judge(self, items): return [[{'a': 0.5}] * len(i.images) for i in items]\njudge = Judge()",
+        "    def judge(self, items): return [[{'a': 0.5}] * len(i.images) for i in items]\njudge "
+        "= Judge()",
         Values([0.5] * 3, ("a",)),
     ),
     "judge, None": (
-        "class judge:\n    names = 'a'\n    def judge(self, items): return [[None] * 3 for _ in items]",
+        "class judge:\n    names = 'a'\n    def judge(self, items): return [[None] * 3 for _ in "
+        "items]",
         Failed("None came back"),
     ),
     "without names": (
@@ -209,21 +310,32 @@ ROWS = {
         Values([0.5] * 3, ("Judge",)),
     ),
     "a module of torch": (
-        "class judge(torch.nn.Module):\n    names = ('net',)\n    def forward(self, session, images): return [0.5] * 3",
+        "class judge(torch.nn.Module):\n    names = ('net',)\n    def forward(self, session, "
+        "images): return [0.5] * 3",
         Values([0.5] * 3, ("net",)),
     ),
-    "a factory": ("def judge(scale=0.5): return lambda session, images: scale", Values([0.5] * 3, ("score",))),
+    "a factory": (
+        "def judge(scale=0.5): return lambda session, images: scale",
+        Values([0.5] * 3, ("score",)),
+    ),
     "a function with names": (
         "def judge(session, images): return [{'a': 0.5, 'b': 1}] * 3\njudge.names = ('a', 'b')",
         Values([(0.5, 1)] * 3, ("a", "b")),
     ),
-    "called like the sum": ("def reward(session, images): return 0.5\njudge = reward", Values([0.5] * 3, ("score",))),
+    "called like the sum": (
+        "def reward(session, images): return 0.5\njudge = reward",
+        Values([0.5] * 3, ("score",)),
+    ),
     # what is refused
     "a constructor that raises": (
-        "class judge:\n    names = ('a',)\n    def __init__(self): raise RuntimeError('no key\\nin JUDGE_KEY')",
+        "class judge:\n    names = ('a',)\n    def __init__(self): raise RuntimeError('no "
+        "key\\nin JUDGE_KEY')",
         Refused(r"judge\(\) raised RuntimeError: no key in JUDGE_KEY"),
     ),
-    "a constructor that exits": ("class judge:\n    def __init__(self): sys.exit(0)", Refused("SystemExit: 0")),
+    "a constructor that exits": (
+        "class judge:\n    def __init__(self): sys.exit(0)",
+        Refused("SystemExit: 0"),
+    ),
     "a constructor that asks": (
         "class judge:\n    def __init__(self, address): pass",
         Refused(r"judge\(\) raised TypeError.*address"),
@@ -234,9 +346,15 @@ ROWS = {
     ),
     "an import that exits": ("sys.exit(0)", Refused("importing .* raised SystemExit: 0")),
     "an import that is no Python": ("def judge(:", Refused("importing .* SyntaxError")),
-    "no such name": ("def jugde(session, images): return 0.5", Refused("has no 'judge'; did you mean jugde")),
+    "no such name": (
+        "def jugde(session, images): return 0.5",
+        Refused("has no 'judge'; did you mean jugde"),
+    ),
     "a number": ("judge = 3", Refused(r": 3 \(accepted: a function of \(session, images\)")),
-    "a class that cannot be called": ("class judge: names = ('a',)", Refused("accepted: a function of")),
+    "a class that cannot be called": (
+        "class judge: names = ('a',)",
+        Refused("accepted: a function of"),
+    ),
     "three parameters": (
         "def judge(session, images, prompt): return 0.5",
         Refused(r"takes \(session, images, prompt\)"),
@@ -251,11 +369,13 @@ ROWS = {
         Refused("names: ()"),
     ),
     "names twice": (
-        "class judge:\n    names = ('IF', 'if')\n    def __call__(self, session, images): return 0.5",
+        "class judge:\n    names = ('IF', 'if')\n    def __call__(self, session, images): return "
+        "0.5",
         Refused("names: 'IF' in IF, if"),
     ),
     "a name of ours": (
-        "class judge:\n    names = ('Reward',)\n    def __call__(self, session, images): return 0.5",
+        "class judge:\n    names = ('Reward',)\n    def __call__(self, session, images): return "
+        "0.5",
         Refused("names: 'Reward' .*metrics"),
     ),
     "names that raise": (
@@ -268,12 +388,15 @@ PRELUDE = "import sys, time\nimport numpy as np\nimport torch\nfrom editr2 impor
 
 
 def session(name: str, turns: int = TURNS) -> Session:
-    return Session(name, np.zeros((24, 24, 3), np.uint8), tuple(Turn("paint") for _ in range(turns)))
+    return Session(
+        name, np.zeros((24, 24, 3), np.uint8), tuple(Turn("paint") for _ in range(turns))
+    )
 
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a row's judge as a module of the working folder and gives what `reward.function` calls it."""
+    """Writes a row's judge as a module of the working folder and gives what `reward.function` calls
+    it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -294,28 +417,37 @@ def test_what_comes_back_never_decides_what_was_expected(name, written):
     code, outcome = ROWS[name]
     config = RewardConfig(written(code), getattr(outcome, "timeout", None))
     if isinstance(outcome, Refused):
-        with pytest.raises(ConfigError, match=rf"reward\.function: '{config.function}'.*{outcome.message}") as error:
+        with pytest.raises(
+            ConfigError, match=rf"reward\.function: '{config.function}'.*{outcome.message}"
+        ) as error:
             load_reward(config)
         assert "\n" not in str(error.value)
         return
     reward = load_reward(config)
     sessions = [session("s0"), session("s1")]
-    scores = score_batch(reward, [(s, np.zeros((TURNS, 24, 24, 3), np.uint8)) for s in sessions], TURNS + 1)
+    scores = score_batch(
+        reward, [(s, np.zeros((TURNS, 24, 24, 3), np.uint8)) for s in sessions], TURNS + 1
+    )
     assert torch.equal(scores.expected, torch.tensor([[True, True, True, False]] * 2))
     assert scores.failed == len(scores.reasons) == (6 if isinstance(outcome, Failed) else 0)
     if isinstance(outcome, Failed):
         assert not scores.present.any() and not scores.values.any() and scores.not_applicable == 0
         who = ", ".join(outcome.only or scores.names)
-        assert re.search(rf"^rewards? {who}, session s1, turn 2: .*{outcome.reason}", scores.reasons[1, 1])
+        assert re.search(
+            rf"^rewards? {who}, session s1, turn 2: .*{outcome.reason}", scores.reasons[1, 1]
+        )
         assert "\n" not in scores.reasons[1, 1]
         with pytest.raises(
-            RewardFailure, match=rf"reward {(outcome.only or scores.names)[0]}: 6 of 6 turns .*session s0"
+            RewardFailure,
+            match=rf"reward {(outcome.only or scores.names)[0]}: 6 of 6 turns .*session s0",
         ):
             check_failures(scores, 0.5)
         return
     assert scores.names == outcome.names
     missing = torch.tensor([value is None for value in outcome.of_turns])
-    assert torch.equal(scores.present[0, :TURNS], ~missing) and scores.not_applicable == 2 * int(missing.sum())
+    assert torch.equal(scores.present[0, :TURNS], ~missing) and scores.not_applicable == 2 * int(
+        missing.sum()
+    )
     expected = torch.tensor([value or 0 for value in outcome.of_turns]).view(TURNS, -1)
     torch.testing.assert_close(scores.values[1, :TURNS], expected.float(), rtol=0, atol=0)
     check_failures(scores, 0.0)
@@ -323,26 +455,42 @@ def test_what_comes_back_never_decides_what_was_expected(name, written):
 
 TRACES = {
     "writes into the images": "def judge(session, images):\n    images[:] = 9\n    return 0.5",
-    "writes into the source": "def judge(session, images):\n    session.image[:] = 9\n    return 0.5",
-    "writes into the source, all at once": "def judge(sessions, images):\n    for s in sessions: s.image.fill(9)\n"
+    "writes into the "
+    "source": "def judge(session, images):\n    session.image[:] = 9\n    return 0.5",
+    "writes into the source, all at "
+    "once": "def judge(sessions, images):\n    for s in sessions: s.image.fill(9)\n"
     "    return [0.5 for s in sessions]",
-    "takes from meta": "def judge(session, images):\n    session.meta['a'].clear()\n    session.turns[0].meta.clear()\n"
+    "takes from meta": "def judge(session, images):\n    session.meta['a'].clear()\n    "
+    "session.turns[0].meta.clear()\n"
     "    return 0.5",
-    "no gradients": "def judge(session, images):\n    torch.set_grad_enabled(False)\n    return 0.5",
-    "no gradients, from its import on": "torch.set_grad_enabled(False)\ndef judge(session, images): return 0.5",
-    "no gradients, from its constructor on": "class judge:\n    def __init__(self): torch.set_grad_enabled(False)\n"
+    "no "
+    "gradients": "def judge(session, images):\n    torch.set_grad_enabled(False)\n    return 0.5",
+    "no gradients, from its import "
+    "on": "torch.set_grad_enabled(False)\ndef judge(session, images): return 0.5",
+    "no gradients, from its constructor "
+    "on": "class judge:\n    def __init__(self): torch.set_grad_enabled(False)\n"
     "    def __call__(self, session, images): return 0.5",
-    "another dtype": "def judge(session, images):\n    torch.set_default_dtype(torch.float64)\n    return 0.5",
-    "another device": "def judge(session, images):\n    torch.set_default_device('meta')\n    return 0.5",
-    "another folder": "import os\nos.chdir('/')\ndef judge(session, images):\n    os.chdir('/')\n    return 0.5",
-    "and raises": "def judge(session, images):\n    torch.set_grad_enabled(False)\n    raise OSError",
+    "another "
+    "dtype": "def judge(session, images):\n    torch.set_default_dtype(torch.float64)\n    return "
+    "0.5",
+    "another "
+    "device": "def judge(session, images):\n    torch.set_default_device('meta')\n    return 0.5",
+    "another "
+    "folder": "import os\nos.chdir('/')\ndef judge(session, images):\n    os.chdir('/')\n    "
+    "return 0.5",
+    "and "
+    "raises": "def judge(session, images):\n    torch.set_grad_enabled(False)\n    raise OSError",
 }
 """What judges do to what they are given and to the process, on their way to a score."""
 
 
 @pytest.mark.parametrize("name", TRACES)
 def test_a_judge_leaves_nothing_behind(name, written, tmp_path):
-    image, images, meta = np.ones((24, 24, 3), np.uint8), np.ones((1, 24, 24, 3), np.uint8), {"a": [1]}
+    image, images, meta = (
+        np.ones((24, 24, 3), np.uint8),
+        np.ones((1, 24, 24, 3), np.uint8),
+        {"a": [1]},
+    )
     given = Session("a", image, (Turn("paint", meta={"b": 1}),), meta=meta)
     try:
         reward = load_reward(RewardConfig(written(TRACES[name])))
@@ -357,7 +505,9 @@ def test_a_judge_leaves_nothing_behind(name, written, tmp_path):
         torch.set_default_device(None)
 
 
-def run_of(tmp_path, function: str | None = None, timeout: float | None = None, limit: float = 0.5) -> Config:
+def run_of(
+    tmp_path, function: str | None = None, timeout: float | None = None, limit: float = 0.5
+) -> Config:
     values = {
         "out": str(tmp_path / "run"),
         "reward": {"function": function, "timeout": timeout},
@@ -373,21 +523,34 @@ ALWAYS = [name for name, (_, outcome) in ROWS.items() if isinstance(outcome, Fai
 
 
 @pytest.mark.parametrize("name", ALWAYS)
-def test_a_judge_that_always_fails_stops_the_run_before_anything_is_edited(name, written, tmp_path, monkeypatch):
+def test_a_judge_that_always_fails_stops_the_run_before_anything_is_edited(
+    name, written, tmp_path, monkeypatch
+):
     """As `editr2 eval` and the evaluation before training ask it."""
     monkeypatch.setattr(
-        "editr2.evaluate.rollout_chunk", lambda *_, **__: pytest.fail("edited for a judge that is down")
+        "editr2.evaluate.rollout_chunk",
+        lambda *_, **__: pytest.fail("edited for a judge that is down"),
     )
     code, outcome = ROWS[name]
     config = run_of(tmp_path, written(code), outcome.timeout)
-    sessions, pattern = [session("a", 2)] * 9, "before any was edited: no score for any turn: reward.*session a, turn 1"
+    sessions, pattern = (
+        [session("a", 2)] * 9,
+        "before any was edited: no score for any turn: reward.*session a, turn 1",
+    )
     with pytest.raises(RewardFailure, match=pattern) as error:
         evaluate(None, load_reward(config.reward), sessions, None, config, open_processes())
     assert "\n" not in str(error.value)
 
 
 REFUSED = [name for name, (_, outcome) in ROWS.items() if isinstance(outcome, Refused)]
-FEW = ["one score of three", "nothing", "no connection", "exit", "a constructor that raises", "an import that exits"]
+FEW = [
+    "one score of three",
+    "nothing",
+    "no connection",
+    "exit",
+    "a constructor that raises",
+    "an import that exits",
+]
 
 
 @pytest.mark.parametrize(
@@ -395,7 +558,12 @@ FEW = ["one score of three", "nothing", "no connection", "exit", "a constructor 
     [
         *[("train", name) for name in REFUSED],
         *[("eval", name) for name in REFUSED],
-        *[(command, name) for command in ("train", "eval", "check") for name in FEW if name not in REFUSED],
+        *[
+            (command, name)
+            for command in ("train", "eval", "check")
+            for name in FEW
+            if name not in REFUSED
+        ],
         *[("check", name) for name in FEW if name in REFUSED],
         *[
             pytest.param("check", name, marks=pytest.mark.exhaustive)
@@ -407,13 +575,23 @@ FEW = ["one score of three", "nothing", "no connection", "exit", "a constructor 
 def test_every_command_says_it_in_one_line(command, name, written, capsys, tmp_path):
     code, outcome = ROWS[name]
     limit = getattr(outcome, "timeout", None)
-    arguments = ["--reward.function", written(code), *(["--reward.timeout", str(limit)] if limit else [])]
+    arguments = [
+        "--reward.function",
+        written(code),
+        *(["--reward.timeout", str(limit)] if limit else []),
+    ]
     arguments += ["--eval.sessions", "2", "--rollout.turns", "2", "--out", str(tmp_path / "run")]
     assert main([command, *arguments]) == 2
     told = capsys.readouterr()
-    (line,) = [line for line in told.err.splitlines() if not line.startswith("credit: ")]  # the filter, which is off
+    (line,) = [
+        line for line in told.err.splitlines() if not line.startswith("credit: ")
+    ]  # the filter, which is off
     start = "" if command == "check" else "error: "
-    whose = "reward.function: " if command == "check" or name in REFUSED else "asked about source images"
+    whose = (
+        "reward.function: "
+        if command == "check" or name in REFUSED
+        else "asked about source images"
+    )
     assert line.startswith(start + whose)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -432,21 +610,34 @@ class judge:
 """
 
 
-def test_what_fails_and_what_does_not_apply_is_counted_and_masked_in_training(written, tmp_path, tiny_unified, capsys):
-    """Every other call judges one turn of two; of the others, IF does not apply. Nothing of it trains."""
+def test_what_fails_and_what_does_not_apply_is_counted_and_masked_in_training(
+    written, tmp_path, tiny_unified, capsys
+):
+    """Every other call judges one turn of two; of the others, IF does not apply. Nothing of it
+    trains."""
     before = {name: p.clone() for name, p in tiny_unified.module.named_parameters()}
     config = run_of(tmp_path, written(SOMETIMES), limit=0.8)
     config = replace_nested(config, {"credit": {"weights": {"IF": 0.5, "CC": 0.5}}})
     run = train(config, policy=tiny_unified)
     rows = read_metrics(run / "metrics.jsonl")[0]
     (trained,) = [row for row in rows if row["event"] == "train"]
-    assert (trained["failed_scores"], trained["not_applicable"]) == (4, 4) and trained["reward"] is None
-    assert re.search("rewards IF, CC, session .*, turn 1: 1 entry came back for 2 turns", trained["first_failure"])
+    assert (trained["failed_scores"], trained["not_applicable"]) == (4, 4) and trained[
+        "reward"
+    ] is None
+    assert re.search(
+        "rewards IF, CC, session .*, turn 1: 1 entry came back for 2 turns",
+        trained["first_failure"],
+    )
     evaluations = [row for row in rows if row["event"] == "eval"]
-    assert [(row["failed_scores"], row["not_applicable"]) for row in evaluations] == [(2, 2), (2, 2)]
+    assert [(row["failed_scores"], row["not_applicable"]) for row in evaluations] == [
+        (2, 2),
+        (2, 2),
+    ]
     assert all(torch.equal(p, before[name]) for name, p in tiny_unified.module.named_parameters())
     strips = json.loads((run / "strips" / "after.json").read_text())["sessions"]
-    assert all(turn["masked"] and turn["reward"] is None for strip in strips for turn in strip["turns"])
+    assert all(
+        turn["masked"] and turn["reward"] is None for strip in strips for turn in strip["turns"]
+    )
     start = next(row for row in rows if row["event"] == "start")
     assert start["rewards"] == {"IF": 0.5, "CC": 0.5}
     assert "4 scores failed  4 turns do not apply" in capsys.readouterr().err
@@ -456,16 +647,24 @@ def test_one_reward_needs_no_weights_and_the_filter_says_that_it_is_off(
     written, tmp_path, tiny_unified, capsys, monkeypatch
 ):
     config = run_of(
-        tmp_path, written("def bright(session, images): return images.mean((1, 2, 3)) / 255\njudge = bright")
+        tmp_path,
+        written("def bright(session, images): return images.mean((1, 2, 3)) / 255\njudge = bright"),
     )
     run = train(config, policy=tiny_unified)
     rows = {row["event"]: row for row in read_metrics(run / "metrics.jsonl")[0]}
-    assert rows["start"]["rewards"] == {"bright": 1.0} and rows["train"]["bright_turn"] == rows["train"]["reward_turn"]
+    assert (
+        rows["start"]["rewards"] == {"bright": 1.0}
+        and rows["train"]["bright_turn"] == rows["train"]["reward_turn"]
+    )
     assert rows["train"]["filtered_turns"] == 0 and rows["train"]["advantage_abs"] > 0
     assert "credit: no reward is named IF (the rewards: bright)" in capsys.readouterr().err
-    monkeypatch.setattr("editr2.preflight.estimate.estimate", lambda *_: SimpleNamespace(peak=0))  # it takes seconds
+    monkeypatch.setattr(
+        "editr2.preflight.estimate.estimate", lambda *_: SimpleNamespace(peak=0)
+    )  # it takes seconds
     monkeypatch.setattr("editr2.preflight.text.render", lambda *_: [])
-    assert "credit: no reward is named IF (the rewards: bright)" in "\n".join(preflight(config).lines)
+    assert "credit: no reward is named IF (the rewards: bright)" in "\n".join(
+        preflight(config).lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -475,7 +674,11 @@ def test_one_reward_needs_no_weights_and_the_filter_says_that_it_is_off(
         (("GA", "IF", "CC"), CreditConfig().weights, [0.4, 0.3, 0.3]),
         (("bright",), CreditConfig().weights, [1]),
         (("IF",), CreditConfig().weights, [1]),
-        (("bright",), {"IF": 0.5, "CC": 0.5, "GA": 0.0}, [1]),  # as the presets of MT-EditFlow have them
+        (
+            ("bright",),
+            {"IF": 0.5, "CC": 0.5, "GA": 0.0},
+            [1],
+        ),  # as the presets of MT-EditFlow have them
         (("IF", "CC"), {"IF": 0.5, "CC": 0.5, "GA": 0.0}, [0.5, 0.5]),
         (("bright",), {"bright": 0.5}, [0.5]),
         (("a", "b"), {"a": 2.0, "b": 0.0}, [2, 0]),
@@ -486,17 +689,26 @@ def test_one_reward_needs_no_weights_and_the_filter_says_that_it_is_off(
 )
 def test_weights(names, weights, expected):
     if expected is not None:
-        assert list(weights_of(names, weights)) == list(names) and list(weights_of(names, weights).values()) == expected
+        assert (
+            list(weights_of(names, weights)) == list(names)
+            and list(weights_of(names, weights).values()) == expected
+        )
         return
     defaults = ", the defaults" if weights == CreditConfig().weights else ""
-    with pytest.raises(ConfigError, match=rf"credit\.weights: \[.*\]{defaults} \(.*such as \{{\"{names[0]}\": "):
+    with pytest.raises(
+        ConfigError, match=rf"credit\.weights: \[.*\]{defaults} \(.*such as \{{\"{names[0]}\": "
+    ):
         weights_of(names, weights)
 
 
 def scores_of(*rows) -> Scores:
-    """Of one-turn sessions and the rewards IF and GA; a letter a score: 1, n(ot applicable) or f(ailed)."""
+    """Of one-turn sessions and the rewards IF and GA; a letter a score: 1, n(ot applicable) or
+    f(ailed)."""
     states = {"1": Score(1), "n": Score.not_applicable(), "f": Score(None, "timed out")}
-    said = [{name: states[letter] for name, letter in zip(("IF", "GA"), row, strict=True)} for row in rows]
+    said = [
+        {name: states[letter] for name, letter in zip(("IF", "GA"), row, strict=True)}
+        for row in rows
+    ]
 
     class Said:
         names = ("IF", "GA")
@@ -514,10 +726,15 @@ def scores_of(*rows) -> Scores:
         (
             ["11", "1f", "1f", "1f"],
             3,
-            r"reward GA: 3 of 4 turns .*max_failed_scores: 0.5.*reward GA, session s1, turn 1: timed",
+            r"reward GA: 3 of 4 turns .*max_failed_scores: 0.5.*reward GA, session s1, turn 1: "
+            r"timed",
         ),
         (["11", "11", "1f", "f1"], 2, None),
-        (["1f", "f1", "1f", "f1"], 4, None),  # no turn is whole, but each reward judged half of them
+        (
+            ["1f", "f1", "1f", "f1"],
+            4,
+            None,
+        ),  # no turn is whole, but each reward judged half of them
         (["nn", "nn", "nn"], 0, None),
         (["n1", "nf", "nf"], 2, "reward GA: 2 of 3 turns"),
         (["nf", "1n", "1n"], 1, None),  # one of one says little where there were three turns
@@ -566,7 +783,9 @@ def test_ctrl_c_in_a_judge_stops_the_run(timeout):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_batch(adapt(judge, timeout=timeout), [(session("a"), np.zeros((TURNS, 24, 24, 3)))], TURNS)
+        score_batch(
+            adapt(judge, timeout=timeout), [(session("a"), np.zeros((TURNS, 24, 24, 3)))], TURNS
+        )
 
 
 def test_a_call_that_hangs_is_left_behind_and_the_next_has_a_thread_of_its_own():
@@ -584,12 +803,17 @@ def test_a_call_that_hangs_is_left_behind_and_the_next_has_a_thread_of_its_own()
     assert time.perf_counter() - started < 10
     done.set()
     assert scores.present.all(1).tolist() == [True, False, True, True]
-    assert threads[0] == threads[1] != threads[2] == threads[3] and threading.get_ident() not in threads
+    assert (
+        threads[0] == threads[1] != threads[2] == threads[3]
+        and threading.get_ident() not in threads
+    )
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9])
 def test_a_timeout_that_is_none_is_refused(timeout, tmp_path):
-    with pytest.raises(ConfigError, match=r"reward\.timeout: .*accepted: seconds, above 0, at most 86400 or none"):
+    with pytest.raises(
+        ConfigError, match=r"reward\.timeout: .*accepted: seconds, above 0, at most 86400 or none"
+    ):
         train(run_of(tmp_path, timeout=timeout))
 
 

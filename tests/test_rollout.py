@@ -22,7 +22,9 @@ class Away(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held):
-        out = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=AWAY, strides=held.stride())
+        out = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, dtype=held.dtype, device=AWAY, strides=held.stride()
+        )
         out.held = held
         return out
 
@@ -31,8 +33,8 @@ class Away(torch.Tensor):
 
 
 class Link(TorchDispatchMode):
-    """Runs what happens on `AWAY`, and counts what the host would wait for: tensors sent there or fetched, and tensors
-    of the host among those there, which are sent without a word."""
+    """Runs what happens on `AWAY`, and counts what the host would wait for: tensors sent there or
+    fetched, and tensors of the host among those there, which are sent without a word."""
 
     def __init__(self):
         super().__init__()
@@ -46,8 +48,14 @@ class Link(TorchDispatchMode):
         if to == AWAY and "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         crosses = (to == AWAY) != all(away) if tensors else False
-        waits = any(away) and func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
-        if waits or (crosses and any(t.dim() for t, a in zip(tensors, away, strict=True) if a != (to == AWAY))):
+        waits = any(away) and func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+        )
+        if waits or (
+            crosses
+            and any(t.dim() for t, a in zip(tensors, away, strict=True) if a != (to == AWAY))
+        ):
             self.crossings.append(str(func))
         out = func(*tree_map(self._held, args), **tree_map(self._held, kwargs))
         if func._schema.is_mutable:
@@ -115,8 +123,8 @@ def rolled(device, steps, store_dtype="float32", kind=Affine):
 def test_a_turn_crosses_to_the_device_once_and_back_once_whatever_its_steps(steps, kind):
     with Link() as link:
         rolled(AWAY, steps, kind=kind)
-    # The sampler's two tables; then everything that a turn needs to know, and whether all that it made is finite: with
-    # the images, where the policy hands its pixels over.
+    # The sampler's two tables; then everything that a turn needs to know, and whether all that it
+    # made is finite: with the images, where the policy hands its pixels over.
     assert link.crossings == ["aten._to_copy.default"] * (2 + 2 * 3)
 
 

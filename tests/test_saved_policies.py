@@ -1,5 +1,5 @@
-"""What policies leave on the disk and what `check` knows of them: modes of files, adapters on all linear layers, saving
-before training, models by their own class, tiles."""
+"""What policies leave on the disk and what `check` knows of them: modes of files, adapters on all
+linear layers, saving before training, models by their own class, tiles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ def good(tmp_path_factory, beside, folders) -> dict[str, tuple[str, Path]]:
 
 
 def modes(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): oct(p.stat().st_mode & 0o777) for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): oct(p.stat().st_mode & 0o777)
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 @pytest.fixture
@@ -52,7 +56,8 @@ def usual_umask():
 
 
 def test_everyone_may_read_what_was_written(good, folders, tmp_path, usual_umask):
-    """A run with its checkpoints, strips, report and policy; a rollout; exports; an import; saved policies."""
+    """A run with its checkpoints, strips, report and policy; a rollout; exports; an import; saved
+    policies."""
     _, weights = good["unified"]
     config = replace_nested(
         Config(),
@@ -67,16 +72,56 @@ def test_everyone_may_read_what_was_written(good, folders, tmp_path, usual_umask
     run = train(config)
     export(run, tmp_path / "adapter")
     export(run, tmp_path / "merged", merge=True)
-    small = ["--eval.sessions", "1", "--rollout.turns", "1", "--rollout.steps", "2", "--rollout.window", "1"]
-    assert main(["rollout", "--out", str(tmp_path / "rollout"), "--policy.weights", str(weights), *small]) == 0
+    small = [
+        "--eval.sessions",
+        "1",
+        "--rollout.turns",
+        "1",
+        "--rollout.steps",
+        "2",
+        "--rollout.window",
+        "1",
+    ]
+    assert (
+        main(
+            [
+                "rollout",
+                "--out",
+                str(tmp_path / "rollout"),
+                "--policy.weights",
+                str(weights),
+                *small,
+            ]
+        )
+        == 0
+    )
     assert main(["world", "make", "--out", str(tmp_path / "made"), "--count", "1"]) == 0
-    assert main(["data", "import", "sessions", str(tmp_path / "made"), "--out", str(tmp_path / "imported")]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "import",
+                "sessions",
+                str(tmp_path / "made"),
+                "--out",
+                str(tmp_path / "imported"),
+            ]
+        )
+        == 0
+    )
     for kind in ("klein-lora", "klein-full"):
         folders.loaded(*good[kind]).save(tmp_path / kind)
     found = modes(tmp_path)
-    assert {"run", "adapter", "merged", "rollout", "made", "imported", "klein-lora", "klein-full"} == {
-        name.split("/")[0] for name in found
-    }
+    assert {
+        "run",
+        "adapter",
+        "merged",
+        "rollout",
+        "made",
+        "imported",
+        "klein-lora",
+        "klein-full",
+    } == {name.split("/")[0] for name in found}
     assert len(found) > 30 and {name: mode for name, mode in found.items() if mode != "0o644"} == {}
 
 
@@ -89,12 +134,13 @@ def test_a_users_umask_counts(good, folders, tmp_path):
     assert set(modes(tmp_path).values()) == {"0o600"}
 
 
-# ------------------------------------------------------------------------------------------------------------- strength
+# ----------------------------------------------------------------------------------------- strength
 
 
 def test_a_lora_is_applied_at_its_files_strength(good, folders, tmp_path):
-    """B with alpha / rank in it, as written now, and B beside an alpha of its own, as it was written before and as
-    others write it, are one policy: to go on training from, to evaluate, and merged."""
+    """B with alpha / rank in it, as written now, and B beside an alpha of its own, as it was
+    written before and as others write it, are one policy: to go on training from, to evaluate, and
+    merged."""
     model, base = good["klein"]
     policy = folders.loaded(model, base, lora_rank=folders.RANK, lora_alpha=8.0)
     for name, p in adapter_weights(policy.module).items():
@@ -102,21 +148,29 @@ def test_a_lora_is_applied_at_its_files_strength(good, folders, tmp_path):
     policy.save(tmp_path / "now")
     shutil.copytree(tmp_path / "now", tmp_path / "before")
     file = tmp_path / "before" / "pytorch_lora_weights.safetensors"
-    said = {"lora_adapter_metadata": json.dumps({"transformer.r": folders.RANK, "transformer.lora_alpha": 8.0})}
-    save_file({n: t / 4 if "lora_B" in n else t for n, t in load_file(file).items()}, file, metadata=said)
+    said = {
+        "lora_adapter_metadata": json.dumps(
+            {"transformer.r": folders.RANK, "transformer.lora_alpha": 8.0}
+        )
+    }
+    save_file(
+        {n: t / 4 if "lora_B" in n else t for n, t in load_file(file).items()}, file, metadata=said
+    )
     expected = probe(policy)
     for name in ("now", "before"):
         again = folders.loaded(model, tmp_path / name, lora_rank=folders.RANK, lora_alpha=8.0)
         evaluated = load_policy(folders.settings(model, tmp_path / name), trains=False)
         for other in (again, evaluated):
             assert all(torch.equal(a, b) for a, b in zip(probe(other), expected, strict=True))
-        for a, b in zip(probe(folders.loaded(model, tmp_path / name)), expected, strict=True):  # merged
+        for a, b in zip(
+            probe(folders.loaded(model, tmp_path / name)), expected, strict=True
+        ):  # merged
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     untrained = probe(folders.loaded(model, base))
     assert max(float((a - b).abs().max()) for a, b in zip(untrained, expected, strict=True)) > 0.01
 
 
-# ------------------------------------------------------------------------------------------- saved before it is trained
+# ----------------------------------------------------------------------- saved before it is trained
 
 
 @pytest.mark.parametrize("model", ["klein", "kontext"])
@@ -130,10 +184,14 @@ def test_adapters_on_all_linear_layers_are_saved_and_found_again(model, good, fo
     policy.save(tmp_path / "policy")
     targets = json.loads((tmp_path / "policy" / "policy.json").read_text())["lora"]["targets"]
     assert targets == sorted(targets)
-    again = folders.loaded(model, tmp_path / "policy", lora_rank=folders.RANK, lora_targets="all-linear")
+    again = folders.loaded(
+        model, tmp_path / "policy", lora_rank=folders.RANK, lora_targets="all-linear"
+    )
     found = adapter_weights(again.module)
     assert all(torch.equal(p, found[name]) for name, p in adapter_weights(policy.module).items())
-    with pytest.raises(UserError, match=r"policy\.lora_targets: .*accepted: the \d+ names in policy.json, that of"):
+    with pytest.raises(
+        UserError, match=r"policy\.lora_targets: .*accepted: the \d+ names in policy.json, that of"
+    ):
         folders.loaded(model, tmp_path / "policy", lora_rank=folders.RANK)
     pipe = policy_class(model).load_pipeline(str(good[model][1]))
     pipe.load_lora_weights(tmp_path / "policy")
@@ -149,15 +207,25 @@ def test_what_cannot_be_saved_is_said_before_the_first_iteration(beside, tmp_pat
         raise CheckpointError(f"{folder}: no place left")
 
     policy.save = save
-    small = {"rollout": {"sessions": 1, "siblings": 2, "turns": 1}, "train": {"iterations": 1}, "eval": {"sessions": 1}}
+    small = {
+        "rollout": {"sessions": 1, "siblings": 2, "turns": 1},
+        "train": {"iterations": 1},
+        "eval": {"sessions": 1},
+    }
     config = replace_nested(Config(), {"out": str(tmp_path / "run"), **small})
     with pytest.raises(CheckpointError, match="no place left"):
         train(config, policy=policy)
     left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert "config.yaml" in left and not left & {"metrics.jsonl", "checkpoints", "strips", "policy", ".tmp-policy"}
+    assert "config.yaml" in left and not left & {
+        "metrics.jsonl",
+        "checkpoints",
+        "strips",
+        "policy",
+        ".tmp-policy",
+    }
 
 
-# -------------------------------------------------------------------------------------------------- check and the class
+# ------------------------------------------------------------------------------ check and the class
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear", r".*\.q_proj"])
@@ -180,7 +248,9 @@ def test_targets_of_the_unified_model_that_match_nothing_are_one_line():
 class DemandingPipeline(Flux2KleinPipeline):
     """Its constructor asks its parts, as many do."""
 
-    def __init__(self, scheduler, vae, text_encoder, tokenizer, transformer, is_distilled: bool = False) -> None:
+    def __init__(
+        self, scheduler, vae, text_encoder, tokenizer, transformer, is_distilled: bool = False
+    ) -> None:
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer, is_distilled)
         self.words = tokenizer.get_vocab()
         self.width = text_encoder.config.hidden_size + transformer.config.joint_attention_dim
@@ -225,21 +295,31 @@ def test_check_passes_a_models_own_class(good, monkeypatch, tmp_path, capsys):
     data = ["--data", str(tmp_path / "data"), "--data.resize", "stretch"]
     data += ["--reward.function", "editr2.rewards.brightness:Brightness"]
     data += ["--credit.preset", "flow-grpo", "--credit.weights", '{"brightness": 1.0}']
-    own = ["--policy.model", "klein", "--policy.weights", str(good["klein"][1]), "--policy.resolution", "[32, 32]"]
+    own = [
+        "--policy.model",
+        "klein",
+        "--policy.weights",
+        str(good["klein"][1]),
+        "--policy.resolution",
+        "[32, 32]",
+    ]
     with own_class_in_the_table(monkeypatch):
         assert main(["check", *data, *own, "--policy.lora_rank", "2"]) == 0
     assert main(["check", "--policy.lora_rank", "4"]) == 0  # of the unified model
     assert "trained" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------- tiles
+# -------------------------------------------------------------------------------------------- tiles
 
 
 @pytest.mark.parametrize("model", ["kontext", "klein"])
 def test_the_autoencoder_is_the_stock_one_above_its_tiles(model, good, folders):
     """Stock pipelines do not tile; a picture is 1056 pixels wide, above the tiles' 1024."""
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 1056, 3), np.uint8)
-    plain, tiled = (folders.loaded(*good[model], resolution=(32, 1056), vae_tiling=tiling) for tiling in (False, True))
+    plain, tiled = (
+        folders.loaded(*good[model], resolution=(32, 1056), vae_tiling=tiling)
+        for tiling in (False, True)
+    )
     pipe = policy_class(model).load_pipeline(str(good[model][1]))
     stock = policy_class(model)(pipe, plain.config)
     expected = stock.encode(image).conditions[0]
@@ -251,5 +331,8 @@ def test_the_autoencoder_is_the_stock_one_above_its_tiles(model, good, folders):
 
 def test_tiles_that_a_model_cannot_use_are_refused(good, folders):
     for make in (load_policy, open_editor):
-        with pytest.raises(UserError, match=r"policy\.vae_tiling: True \(accepted with policy\.model qwen-edit: false"):
+        with pytest.raises(
+            UserError,
+            match=r"policy\.vae_tiling: True \(accepted with policy\.model qwen-edit: false",
+        ):
             make(folders.settings(*good["qwen-edit"], vae_tiling=True))

@@ -28,7 +28,9 @@ def test_a_sample_takes_the_same_step_alone_and_among_others_at_other_steps():
     rows = torch.tensor([0, 6, 5, 3])
     together = sde_step(x, v, sampler.table, rows, seed)
     for i in range(4):
-        alone = sde_step(x[i : i + 1], v[i : i + 1], sampler.table, rows[i : i + 1], seed[i : i + 1])
+        alone = sde_step(
+            x[i : i + 1], v[i : i + 1], sampler.table, rows[i : i + 1], seed[i : i + 1]
+        )
         assert torch.equal(alone.x_next, together.x_next[i : i + 1])
         assert torch.equal(alone.log_prob, together.log_prob[i : i + 1])
 

@@ -7,7 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 
 import editr2_kernels as ek
 from editr2.integrations.diffusers import ACCEPTED, FlowMatchSDEScheduler
@@ -35,7 +40,11 @@ def make_pipeline() -> FluxPipeline:
         axes_dims_rope=(4, 4, 8),
     )
     vae = AutoencoderKL(
-        block_out_channels=(4,), layers_per_block=1, latent_channels=4, norm_num_groups=1, shift_factor=0.06
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        shift_factor=0.06,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     pipe = FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer, **NO_TEXT_ENCODERS)
@@ -78,7 +87,9 @@ def begin(scheduler):
 def recorded(pipe, seeds=SEEDS):
     """The steps the pipeline took, and what it called the transformer with at each."""
     calls = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda m, a, kwargs: calls.append(dict(kwargs)), with_kwargs=True
+    )
     pipe.scheduler.set_seeds(seeds)
     with pipe.scheduler.record() as taken:
         last = run(pipe)
@@ -86,7 +97,9 @@ def recorded(pipe, seeds=SEEDS):
     return taken, calls, last
 
 
-@pytest.mark.parametrize("options", [dict(dynamics="ode"), dict(noise_level=0.0), dict(window=(0, 0))])
+@pytest.mark.parametrize(
+    "options", [dict(dynamics="ode"), dict(noise_level=0.0), dict(window=(0, 0))]
+)
 def test_without_noise_it_is_the_stock_scheduler(pipeline, options):
     """In fp32 to the bit: both multiply once and add once."""
     stock = run(pipeline)
@@ -103,8 +116,12 @@ def test_a_replay_of_a_stock_pipeline_has_ratio_one(pipeline, dynamics, dtype):
     level = 1.0 if dynamics == "wan-sde" else 0.6
     scheduler = with_ours(pipeline, dynamics=dynamics, noise_level=level, window=(0, 3))
     taken, calls, last = recorded(pipeline)
-    assert [step.step_index for step in taken] == list(range(STEPS)) and torch.equal(taken[-1].prev_sample, last)
-    table = ek.transition_table(scheduler.sigmas, dynamics=dynamics, noise_level=level, window=(0, 3))
+    assert [step.step_index for step in taken] == list(range(STEPS)) and torch.equal(
+        taken[-1].prev_sample, last
+    )
+    table = ek.transition_table(
+        scheduler.sigmas, dynamics=dynamics, noise_level=level, window=(0, 3)
+    )
     for step, call in zip(taken, calls):
         v = pipeline.transformer(**call)[0]
         assert v.requires_grad and v.dtype == step.prev_sample.dtype == dtype
@@ -116,7 +133,9 @@ def test_a_replay_of_a_stock_pipeline_has_ratio_one(pipeline, dynamics, dtype):
             (grad,) = torch.autograd.grad(out.log_prob.sum(), pipeline.transformer.proj_out.weight)
             assert grad.abs().max() > 0
         index = torch.full((2,), step.step_index)
-        reference = ek.sde_step_ref(step.sample, v.detach(), table, index, torch.tensor(SEEDS), store_dtype=dtype)
+        reference = ek.sde_step_ref(
+            step.sample, v.detach(), table, index, torch.tensor(SEEDS), store_dtype=dtype
+        )
         torch.testing.assert_close(step.prev_sample, reference.x_next, rtol=0, atol=0)
         torch.testing.assert_close(step.log_prob, reference.log_prob, rtol=1e-6, atol=1e-6)
     assert scheduler.step_index == STEPS  # replays do not move the trajectory
@@ -131,7 +150,8 @@ def test_samples_at_different_steps_are_replayed_together(pipeline):
     at = torch.stack([taken[2].timestep, taken[0].timestep])
     mixed = scheduler.step(v, at, x, prev_sample=x_next).log_prob
     alone = [
-        scheduler.step(v[i : i + 1], t, x[i : i + 1], prev_sample=x_next[i : i + 1]).log_prob for i, t in enumerate(at)
+        scheduler.step(v[i : i + 1], t, x[i : i + 1], prev_sample=x_next[i : i + 1]).log_prob
+        for i, t in enumerate(at)
     ]
     assert torch.equal(mixed, torch.cat(alone))
 
@@ -147,7 +167,9 @@ def test_noise_belongs_to_the_seed_and_the_step(pipeline):
     scheduler.set_window((1, 3))
     scheduler.set_seeds(torch.tensor([3]))
     alone = [scheduler.step(v[2:], None, x[2:]) for _ in range(STEPS)]
-    assert torch.equal(alone[1].prev_sample, both[1][2:]) and torch.equal(alone[2].prev_sample, both[2][2:])
+    assert torch.equal(alone[1].prev_sample, both[1][2:]) and torch.equal(
+        alone[2].prev_sample, both[2][2:]
+    )
     assert not alone[0].log_prob.any() and not alone[3].log_prob.any()
     begin(scheduler)
     other = scheduler.step(v[2:], None, x[2:], seed=torch.tensor([4]), noise_level=0.5).prev_sample
@@ -176,7 +198,8 @@ def test_seeds_nobody_set_come_from_a_generator(pipeline):
 
 
 def test_a_list_of_generators_has_one_a_sample(pipeline):
-    """As diffusers takes them: a sample's noise is its own generator's; a list of one serves all."""
+    """As diffusers takes them: a sample's noise is its own generator's; a list of one serves
+    all."""
     scheduler = with_ours(pipeline)
     x = torch.zeros(3, 16, 16)
 
@@ -189,7 +212,9 @@ def test_a_list_of_generators_has_one_a_sample(pipeline):
     assert torch.equal(three, turned[[1, 2, 0]]) and not torch.equal(three[0], three[1])
     assert torch.equal(three[1:2], stepped([generator(6)], x[:1]))
     assert torch.equal(stepped([generator(5)]), stepped(generator(5)))
-    with pytest.raises(ValueError, match="generator must be one, or a list of 3, one a sample; got a list of 2"):
+    with pytest.raises(
+        ValueError, match="generator must be one, or a list of 3, one a sample; got a list of 2"
+    ):
         stepped([generator(5), generator(6)])
 
 
@@ -197,10 +222,16 @@ def test_a_list_of_generators_has_one_a_sample(pipeline):
 def test_schedules_are_the_base_classs(dynamic):
     options = dict(shift=2.5, use_dynamic_shifting=dynamic, shift_terminal=0.05)
     stock, ours = FlowMatchEulerDiscreteScheduler(**options), FlowMatchSDEScheduler(**options)
-    for given in (dict(num_inference_steps=7), dict(sigmas=np.linspace(1.0, 0.2, 5)), dict(sigmas=[1.0, 0.7, 0.4])):
+    for given in (
+        dict(num_inference_steps=7),
+        dict(sigmas=np.linspace(1.0, 0.2, 5)),
+        dict(sigmas=[1.0, 0.7, 0.4]),
+    ):
         for scheduler in (stock, ours):
             scheduler.set_timesteps(mu=0.9 if dynamic else None, device="cpu", **given)
-        assert torch.equal(ours.sigmas, stock.sigmas) and torch.equal(ours.timesteps, stock.timesteps)
+        assert torch.equal(ours.sigmas, stock.sigmas) and torch.equal(
+            ours.timesteps, stock.timesteps
+        )
 
 
 def test_configuration_is_saved_and_loaded(pipeline, tmp_path):
@@ -222,10 +253,14 @@ def test_a_saved_pipeline_finds_the_scheduler_again(pipeline, tmp_path):
     with_ours(pipeline, window=(0, 2))
     _, _, last = recorded(pipeline)
     pipeline.save_pretrained(tmp_path)
-    loaded = FluxPipeline.from_pretrained(tmp_path, image_encoder=None, feature_extractor=None, **NO_TEXT_ENCODERS)
+    loaded = FluxPipeline.from_pretrained(
+        tmp_path, image_encoder=None, feature_extractor=None, **NO_TEXT_ENCODERS
+    )
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.scheduler) is FlowMatchSDEScheduler
-    torch.testing.assert_close(recorded(loaded)[2], last)  # weights at other addresses may be multiplied otherwise
+    torch.testing.assert_close(
+        recorded(loaded)[2], last
+    )  # weights at other addresses may be multiplied otherwise
 
 
 def test_a_rollout_under_inference_mode_can_be_trained_on(pipeline):
@@ -274,7 +309,10 @@ def test_errors_name_the_argument():
         scheduler.step(x, scheduler.timesteps[0], x, per_token_timesteps=x)
     with pytest.raises(ValueError, match="timestep must be one of the scheduler's timesteps, got"):
         scheduler.step(x, 123.0, x, prev_sample=x)
-    with pytest.raises(ValueError, match="timestep must be one of the schedule's timesteps, or 2, one a sample; got 1"):
+    with pytest.raises(
+        ValueError,
+        match="timestep must be one of the schedule's timesteps, or 2, one a sample; got 1",
+    ):
         scheduler.step(x, 1, x, prev_sample=x)
 
 
@@ -285,7 +323,10 @@ def test_steps_and_replays_never_wait_for_the_gpu():
     scheduler.set_begin_index(0)
     scheduler.set_seeds(SEEDS)
     x, v = torch.randn(2, 2, 16, 16, device="cuda")
-    for mode in ("default", "error"):  # the first time loads the kernels and copies tables and seeds
+    for mode in (
+        "default",
+        "error",
+    ):  # the first time loads the kernels and copies tables and seeds
         scheduler.set_begin_index(0)
         scheduler._step_index = None
         torch.cuda.set_sync_debug_mode(mode)

@@ -36,16 +36,21 @@ def png(pixels: Any, **options: Any) -> bytes:
 
 
 def write(folder: Path, *lines: Any) -> Path:
-    """A set with the lines (objects as JSON, bytes and text as they are) and an image a.png of 4×6."""
+    """A set with the lines (objects as JSON, bytes and text as they are) and an image a.png of
+    4×6."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "a.png").write_bytes(png(PIXELS))
-    raw = [x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines]
+    raw = [
+        x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode()
+        for x in lines
+    ]
     (folder / "sessions.jsonl").write_bytes(b"\n".join(raw))
     return folder / "sessions.jsonl"
 
 
 def problem(folder: Path, *lines: Any, **options: Any) -> str:
-    """The error of a set without the file's name; loading and validating must agree on the first one."""
+    """The error of a set without the file's name; loading and validating must agree on the first
+    one."""
     file = write(folder, *lines)
     with pytest.raises(DataError) as caught:
         load_sessions(folder, **options)
@@ -55,21 +60,45 @@ def problem(folder: Path, *lines: Any, **options: Any) -> str:
 
 
 def test_what_a_line_can_say(tmp_path: Path) -> None:
-    turn = {"instruction": " make it blue ", "intent": "make the cup blue", "task": "recolour", "meta": {"a": [1]}}
+    turn = {
+        "instruction": " make it blue ",
+        "intent": "make the cup blue",
+        "task": "recolour",
+        "meta": {"a": [1]},
+    }
     file = write(
         tmp_path,
         b"\xef\xbb\xbf" + json.dumps({"image": "a.png", "turns": TURNS}).encode() + b"\r",
         "",
         "  \t",
-        {"id": "é", "image": str(tmp_path / "a.png"), "turns": [turn, *TURNS], "mode": "cu", "meta": {"k": None}},
-        {"id": None, "image": "../" + tmp_path.name + "/a.png", "turns": TURNS, "mode": None, "meta": None},
+        {
+            "id": "é",
+            "image": str(tmp_path / "a.png"),
+            "turns": [turn, *TURNS],
+            "mode": "cu",
+            "meta": {"k": None},
+        },
+        {
+            "id": None,
+            "image": "../" + tmp_path.name + "/a.png",
+            "turns": TURNS,
+            "mode": None,
+            "meta": None,
+        },
         "",
     )
     for path in (tmp_path, file, str(tmp_path)):
         first, second, third = load_sessions(path)
-        assert (first.id, first.mode, first.meta, first.turns) == ("line-000001", None, {}, (Turn("add a cup"),))
+        assert (first.id, first.mode, first.meta, first.turns) == (
+            "line-000001",
+            None,
+            {},
+            (Turn("add a cup"),),
+        )
         assert second.id == "é" and second.mode == "cu" and second.meta == {"k": None}
-        assert second.turns[0] == Turn(" make it blue ", "make the cup blue", "recolour", {"a": [1]})
+        assert second.turns[0] == Turn(
+            " make it blue ", "make the cup blue", "recolour", {"a": [1]}
+        )
         assert third.id == "line-000005"
         for session in (first, second, third):
             assert session.image.dtype == np.uint8 and session.image.flags.c_contiguous
@@ -91,37 +120,88 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ('{"id" "a"}', ":1: column 7: malformed JSON: Expecting ':' delimiter"),
-        ("nonsense", ":1: column 1: malformed JSON: Expecting value (accepted: one JSON object a line)"),
+        (
+            "nonsense",
+            ":1: column 1: malformed JSON: Expecting value (accepted: one JSON object a line)",
+        ),
         (b'{"id": "\xff"}', ":1: byte 9 is not UTF-8"),
         ("[1]", ":1: a list of 1 (accepted: one JSON object a line)"),
         ("3", ":1: the number 3 (accepted: one JSON object a line)"),
         ('{"id": "a", "id": "b"}', ":1: id: key given twice in one object"),
         ('{"id": NaN}', ":1: NaN is not JSON (accepted: finite numbers)"),
-        ('{"id": "\\ud800"}', ":1: a string holds half of a surrogate pair (accepted: Unicode text)"),
+        (
+            '{"id": "\\ud800"}',
+            ":1: a string holds half of a surrogate pair (accepted: Unicode text)",
+        ),
         ('{"id": ' + "9" * 5000 + "}", ":1: malformed JSON: Exceeds the limit"),
         ("[" * 100_000, ":1: malformed JSON: "),
-        ({"image": "a.png", "turn": TURNS}, ":1: turn: unknown key (did you mean 'turns'? accepted: id, image,"),
-        ({"image": "a.png", "turns": TURNS, "x": 1}, ":1: x: unknown key (accepted: id, image, turns, mode, meta)"),
-        ({"image": "a.png", "turns": [{"instrution": "a"}]}, ":1: turns[0].instrution: unknown key (did you mean"),
-        ({"turns": TURNS}, ":1: image: missing (accepted: the path of an image, relative to this file)"),
+        (
+            {"image": "a.png", "turn": TURNS},
+            ":1: turn: unknown key (did you mean 'turns'? accepted: id, image,",
+        ),
+        (
+            {"image": "a.png", "turns": TURNS, "x": 1},
+            ":1: x: unknown key (accepted: id, image, turns, mode, meta)",
+        ),
+        (
+            {"image": "a.png", "turns": [{"instrution": "a"}]},
+            ":1: turns[0].instrution: unknown key (did you mean",
+        ),
+        (
+            {"turns": TURNS},
+            ":1: image: missing (accepted: the path of an image, relative to this file)",
+        ),
         ({"image": 3, "turns": TURNS}, ":1: image: the number 3 (accepted: the path"),
         ({"image": " ", "turns": TURNS}, ":1: image: blank string (accepted: the path"),
         ({"image": "a.png"}, ":1: turns: missing (accepted: a list of one or more turns)"),
         ({"image": "a.png", "turns": []}, ":1: turns: an empty list (accepted"),
         ({"image": "a.png", "turns": {"a": 1}}, ":1: turns: an object (accepted"),
-        ({"image": "a.png", "turns": ["add"]}, ":1: turns[0]: the string 'add' (accepted: an object with an instr"),
-        ({"image": "a.png", "turns": [*TURNS, {}]}, ":1: turns[1].instruction: missing (accepted: a non-empty string)"),
-        ({"image": "a.png", "turns": [{"instruction": ""}]}, ":1: turns[0].instruction: blank string (accepted"),
-        ({"image": "a.png", "turns": [{"instruction": True}]}, ":1: turns[0].instruction: true (accepted"),
-        ({"image": "a.png", "turns": [{"instruction": 1}]}, ":1: turns[0].instruction: the number 1 (accepted"),
-        ({"image": "a.png", "turns": [{**TURNS[0], "intent": ""}]}, ":1: turns[0].intent: blank string (accepted"),
-        ({"image": "a.png", "turns": [{**TURNS[0], "task": ["x"]}]}, ":1: turns[0].task: a list of 1 (accepted"),
-        ({"image": "a.png", "turns": [{**TURNS[0], "meta": 1}]}, ":1: turns[0].meta: the number 1 (accepted"),
-        ({"image": "a.png", "turns": TURNS, "id": ""}, ":1: id: blank string (accepted: a non-empty string)"),
+        (
+            {"image": "a.png", "turns": ["add"]},
+            ":1: turns[0]: the string 'add' (accepted: an object with an instr",
+        ),
+        (
+            {"image": "a.png", "turns": [*TURNS, {}]},
+            ":1: turns[1].instruction: missing (accepted: a non-empty string)",
+        ),
+        (
+            {"image": "a.png", "turns": [{"instruction": ""}]},
+            ":1: turns[0].instruction: blank string (accepted",
+        ),
+        (
+            {"image": "a.png", "turns": [{"instruction": True}]},
+            ":1: turns[0].instruction: true (accepted",
+        ),
+        (
+            {"image": "a.png", "turns": [{"instruction": 1}]},
+            ":1: turns[0].instruction: the number 1 (accepted",
+        ),
+        (
+            {"image": "a.png", "turns": [{**TURNS[0], "intent": ""}]},
+            ":1: turns[0].intent: blank string (accepted",
+        ),
+        (
+            {"image": "a.png", "turns": [{**TURNS[0], "task": ["x"]}]},
+            ":1: turns[0].task: a list of 1 (accepted",
+        ),
+        (
+            {"image": "a.png", "turns": [{**TURNS[0], "meta": 1}]},
+            ":1: turns[0].meta: the number 1 (accepted",
+        ),
+        (
+            {"image": "a.png", "turns": TURNS, "id": ""},
+            ":1: id: blank string (accepted: a non-empty string)",
+        ),
         ({"image": "a.png", "turns": TURNS, "id": 7}, ":1: id: the number 7 (accepted"),
-        ({"image": "a.png", "turns": TURNS, "mode": "c"}, ":1: mode: the string 'c' (accepted: 'cm', 'cu' or absent)"),
+        (
+            {"image": "a.png", "turns": TURNS, "mode": "c"},
+            ":1: mode: the string 'c' (accepted: 'cm', 'cu' or absent)",
+        ),
         ({"image": "a.png", "turns": TURNS, "mode": ["cm"]}, ":1: mode: a list of 1 (accepted"),
-        ({"image": "a.png", "turns": TURNS, "meta": []}, ":1: meta: an empty list (accepted: an object, or absent)"),
+        (
+            {"image": "a.png", "turns": TURNS, "meta": []},
+            ":1: meta: an empty list (accepted: an object, or absent)",
+        ),
     ],
 )
 def test_bad_lines(tmp_path: Path, line: Any, expected: str) -> None:
@@ -146,7 +226,10 @@ def test_places_without_sessions(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=expected):
             load_sessions(path)
         assert expected in validate(path)[0]
-    assert problem(tmp_path, "", " ") == ": no sessions in the file (accepted: one JSON object a line, at least one)"
+    assert (
+        problem(tmp_path, "", " ")
+        == ": no sessions in the file (accepted: one JSON object a line, at least one)"
+    )
 
 
 def test_validate_names_everything(tmp_path: Path) -> None:
@@ -198,11 +281,19 @@ def test_bad_images(tmp_path: Path) -> None:
     jpeg = encoded(Image.open(io.BytesIO(big)), "JPEG")
     assert image_problem(tmp_path, jpeg[: len(jpeg) // 2]).startswith("not a readable image: ")
     for form in ("GIF", "PNG", "WEBP", "TIFF"):
-        assert image_problem(tmp_path, animation(form)) == "animated, 2 frames (accepted: a still image)", form
+        assert (
+            image_problem(tmp_path, animation(form))
+            == "animated, 2 frames (accepted: a still image)"
+        ), form
     deep = encoded(Image.fromarray(np.full((4, 4), 40_000, np.uint16)))
     assert image_problem(tmp_path, deep).startswith("pixel format I;16 (accepted: 8-bit 1, L")
-    assert image_problem(tmp_path, encoded(Image.new("CMYK", (4, 4)), "JPEG")).startswith("pixel format CMYK")
-    expected = "4×6 pixels, height × width (accepted: 6×4; --data.resize crop or stretch brings others to it)"
+    assert image_problem(tmp_path, encoded(Image.new("CMYK", (4, 4)), "JPEG")).startswith(
+        "pixel format CMYK"
+    )
+    expected = (
+        "4×6 pixels, height × width (accepted: 6×4; --data.resize crop or stretch brings others "
+        "to it)"
+    )
     assert image_problem(tmp_path, png(PIXELS), size=(6, 4)) == expected
 
 
@@ -210,7 +301,10 @@ def test_an_image_that_is_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     for name, expected in [
-        ("folder", "not a file"), ("pipe", "not a file"), ("none.png", "no such file"), ("a\0b", "no such file"),
+        ("folder", "not a "
+                   "file"), ("pipe", "not a "
+                                     "file"), ("none.png", "no such "
+                                                           "file"), ("a\0b", "no such file"),
     ]:  # fmt: skip
         assert problem(tmp_path, {"image": name, "turns": TURNS}).endswith(expected)
 
@@ -218,7 +312,9 @@ def test_an_image_that_is_not_a_file(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's own remarks on the broken files
 def test_broken_images_give_a_data_error_and_nothing_else(tmp_path: Path) -> None:
     pick = random.Random(0)
-    picture = Image.open(io.BytesIO(png(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8))))
+    picture = Image.open(
+        io.BytesIO(png(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)))
+    )
     for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO"):
         data = encoded(picture, form)
         for _ in range(25):
@@ -270,10 +366,16 @@ def test_grey_and_orientation(tmp_path: Path) -> None:
 def test_images_beyond_the_memory_stay_in_their_files(tmp_path: Path) -> None:
     other = 255 - PIXELS
     save_sessions([Session("a", PIXELS, (Turn("x"),)), Session("b", other, (Turn("x"),))], tmp_path)
-    for memory, stored in [(0, [True, True]), (PIXELS.nbytes, [False, True]), (2 * PIXELS.nbytes, [False, False])]:
+    for memory, stored in [
+        (0, [True, True]),
+        (PIXELS.nbytes, [False, True]),
+        (2 * PIXELS.nbytes, [False, False]),
+    ]:
         sessions = load_sessions(tmp_path, memory=memory)
         assert [isinstance(vars(s)["image"], ImageFile) for s in sessions] == stored
-        assert np.array_equal(sessions[0].image, PIXELS) and np.array_equal(sessions[1].image, other)
+        assert np.array_equal(sessions[0].image, PIXELS) and np.array_equal(
+            sessions[1].image, other
+        )
         assert np.array_equal(np.stack([s.image for s in sessions]), [PIXELS, other])
     lazy = pickle.loads(pickle.dumps(load_sessions(tmp_path, memory=0)[1]))
     path = vars(lazy)["image"].path
@@ -303,7 +405,11 @@ def test_files_are_copied_as_they_are(tmp_path: Path) -> None:
     small = Session("small", ImageFile(tmp_path / "a.JPG", (2, 3), "stretch"), (Turn("x"),))
     back = load_sessions(save_sessions([*items, small], tmp_path / "set"))
     assert_equal([*items, small], back)
-    assert np.array_equal(back[1].image, np.rot90(PIXELS, k=-1)) and back[2].image.shape == (2, 3, 3)
+    assert np.array_equal(back[1].image, np.rot90(PIXELS, k=-1)) and back[2].image.shape == (
+        2,
+        3,
+        3,
+    )
     files = {path.suffix: path.read_bytes() for path in (tmp_path / "set/images").iterdir()}
     assert files.keys() == {".jpg", "", ".png"} and files[".jpg"] == data and files[""] == turned
     (tmp_path / "c").write_bytes(b"no image")
@@ -318,18 +424,25 @@ def test_images_of_another_size(tmp_path: Path) -> None:
     write(tmp_path, {"image": "b", "turns": TURNS})
     (tmp_path / "b").write_bytes(png(half))
     (cropped,) = load_sessions(tmp_path, size=(4, 4), resize="crop")
-    assert cropped.image.shape == (4, 4, 3) and cropped.image.min() == 255  # the middle, not squeezed
+    assert (
+        cropped.image.shape == (4, 4, 3) and cropped.image.min() == 255
+    )  # the middle, not squeezed
     (larger,) = load_sessions(tmp_path, size=(8, 8), resize="crop")
     assert larger.image.shape == (8, 8, 3) and larger.image[:, 2:6].min() > 240  # Lanczos rings
     (stretched,) = load_sessions(tmp_path, size=(4, 4), resize="stretch")
-    assert stretched.image.shape == (4, 4, 3) and stretched.image[:, 0].max() < 80 < 180 < stretched.image[:, 1].min()
+    assert (
+        stretched.image.shape == (4, 4, 3)
+        and stretched.image[:, 0].max() < 80 < 180 < stretched.image[:, 1].min()
+    )
     (same,) = load_sessions(tmp_path, size=(4, 8), resize="crop")
     assert np.array_equal(same.image, half)
     (lazy,) = load_sessions(tmp_path, size=(4, 4), resize="crop", memory=0)
     assert np.array_equal(lazy.image, cropped.image)
     exif = Image.Exif()
     exif[0x0112] = 6
-    (tmp_path / "b").write_bytes(png(half, exif=exif))  # upright it is 8 × 4: the size is that of what is seen
+    (tmp_path / "b").write_bytes(
+        png(half, exif=exif)
+    )  # upright it is 8 × 4: the size is that of what is seen
     assert np.array_equal(load_sessions(tmp_path, size=(8, 4))[0].image, np.rot90(half, k=-1))
     with pytest.raises(UserError, match=r"resize: 'fit' \(accepted: no, crop, stretch\)"):
         load_sessions(tmp_path, resize="fit")
@@ -343,7 +456,9 @@ def test_a_run_reads_its_sets_at_the_policy_s_size(tmp_path: Path, resize: str) 
     config = replace_nested(Config(), {"data": data})
     policy: Any = SimpleNamespace(image_size=(4, 4))
     if resize == "no":
-        with pytest.raises(DataError, match=r":1: image: .*4×6 pixels.*--data\.resize crop or stretch"):
+        with pytest.raises(
+            DataError, match=r":1: image: .*4×6 pixels.*--data\.resize crop or stretch"
+        ):
             open_sessions(config, policy)
         return
     source = open_sessions(config, policy)
@@ -353,25 +468,38 @@ def test_a_run_reads_its_sets_at_the_policy_s_size(tmp_path: Path, resize: str) 
 def test_a_survey_counts(tmp_path: Path) -> None:
     sizes = [(4, 4), (4, 5), (4, 6), (4, 7), (4, 8), (4, 4)]
     items = [
-        Session(f"{i}", np.zeros((*size, 3), np.uint8), (Turn("x"),) * (1 + (i == 5)), [None, "cm"][i % 2])
+        Session(
+            f"{i}",
+            np.zeros((*size, 3), np.uint8),
+            (Turn("x"),) * (1 + (i == 5)),
+            [None, "cm"][i % 2],
+        )
         for i, size in enumerate(sizes)
     ]
     file = save_sessions(items, tmp_path)
     found = survey(tmp_path)
-    assert found.problems == [] and found.turns == {1: 5, 2: 1} and found.modes == {None: 3, "cm": 3}
+    assert (
+        found.problems == [] and found.turns == {1: 5, 2: 1} and found.modes == {None: 3, "cm": 3}
+    )
     text = (
-        "6 sessions; turns 1 (5), 2 (1); height×width 4×4 (2), 4×5 (1), 4×6 (1), 4×7 (1), 1 more; mode none (3), cm (3)"
+        "6 sessions; turns 1 (5), 2 (1); height×width 4×4 (2), 4×5 (1), 4×6 (1), 4×7 (1), 1 more; "
+        "mode none (3), cm (3)"
     )
     assert str(found) == text
     file.write_text(file.read_text() + "3\n")
-    assert survey(tmp_path).problems == [f"{file}:7: the number 3 (accepted: one JSON object a line)"]
+    assert survey(tmp_path).problems == [
+        f"{file}:7: the number 3 (accepted: one JSON object a line)"
+    ]
     assert survey(tmp_path, size=(4, 4), resize="crop").sizes == {(4, 4): 6}
 
 
 def test_sessions_made_in_memory_are_checked() -> None:
     turns = (Turn("a"),)
     for change, expected in [
-        ({"image": PIXELS.astype(np.float32)}, r"Session 'a': image: float32 \[4, 6, 3\] \(accepted: a uint8 array"),
+        (
+            {"image": PIXELS.astype(np.float32)},
+            r"Session 'a': image: float32 \[4, 6, 3\] \(accepted: a uint8 array",
+        ),
         ({"image": PIXELS[..., 0]}, r"image: uint8 \[4, 6\]"),
         ({"image": PIXELS[:0]}, r"image: no pixels, shape \[0, 6, 3\]"),
         ({"image": PIXELS.tolist()}, "image: list"),
@@ -392,12 +520,18 @@ def test_sessions_made_in_memory_are_checked() -> None:
 
 text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(str.strip)
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | text,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2),
     max_leaves=4,
 )
 metas = st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=4), json_values, max_size=2)
-turns = st.builds(Turn, instruction=text, intent=st.none() | text, task=st.none() | text, meta=metas)
+turns = st.builds(
+    Turn, instruction=text, intent=st.none() | text, task=st.none() | text, meta=metas
+)
 sessions = st.builds(
     Session,
     id=text,
@@ -440,7 +574,10 @@ def test_saving_again_replaces_the_set_and_no_pixels(tmp_path: Path) -> None:
 
 def test_images_of_equal_bytes_and_different_shape_are_two(tmp_path: Path) -> None:
     pixels = np.zeros((2, 3, 3), np.uint8)
-    items = [Session("a", pixels, (Turn("x"),)), Session("b", pixels.reshape(3, 2, 3), (Turn("x"),))]
+    items = [
+        Session("a", pixels, (Turn("x"),)),
+        Session("b", pixels.reshape(3, 2, 3), (Turn("x"),)),
+    ]
     save_sessions(items, tmp_path)
     assert_equal(items, load_sessions(tmp_path))
 
@@ -452,7 +589,9 @@ def test_a_phone_s_picture_with_a_second_image_behind_it_is_still(tmp_path: Path
     assert loaded_pixels(tmp_path, buffer.getvalue()).min() == 255
 
 
-def test_a_save_that_fails_leaves_the_old_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_the_old_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = [Session("a", PIXELS, (Turn("x"),))]
     new = [Session("b", 255 - PIXELS, (Turn("y"),))]
     save_sessions(old, tmp_path)
@@ -466,16 +605,23 @@ def test_a_save_that_fails_leaves_the_old_set(tmp_path: Path, monkeypatch: pytes
                 raise OSError(28, "No space left on device")
             real(descriptor)
 
-        with monkeypatch.context() as patch, pytest.raises(DataError, match="cannot be written: No space left"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(DataError, match="cannot be written: No space left"),
+        ):
             patch.setattr(os, "fsync", full)
             save_sessions(new, tmp_path)
         assert_equal(old, load_sessions(tmp_path))
         assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("meta", [{"a": object()}, {"a": math.nan}, {"a": "\ud800"}, {"a": np.float32(1)}])
+@pytest.mark.parametrize(
+    "meta", [{"a": object()}, {"a": math.nan}, {"a": "\ud800"}, {"a": np.float32(1)}]
+)
 def test_a_meta_that_is_not_json_is_named(tmp_path: Path, meta: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"session 'k': .*\(accepted: Unicode text, and JSON values in meta\)"):
+    with pytest.raises(
+        DataError, match=r"session 'k': .*\(accepted: Unicode text, and JSON values in meta\)"
+    ):
         save_sessions([Session("k", PIXELS, (Turn("x"),), meta=meta)], tmp_path / "s")
     assert not (tmp_path / "s").exists()
 

@@ -1,9 +1,9 @@
 """Every setting has a rule, in every command.
 
-Each field of `Config` meets 0, -1, NaN, infinity, a huge number, a value of another type and a choice that there is
-not: by the rules of train, check, eval and rollout, by all three ways in (Python, YAML, flags), and what is accepted
-runs. What is accepted is written down here by hand (`ZERO`, `MINUS_ONE`) or follows from the kind of the field, not
-from its bounds.
+Each field of `Config` meets 0, -1, NaN, infinity, a huge number, a value of another type and a
+choice that there is not: by the rules of train, check, eval and rollout, by all three ways in
+(Python, YAML, flags), and what is accepted runs. What is accepted is written down here by hand
+(`ZERO`, `MINUS_ONE`) or follows from the kind of the field, not from its bounds.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def is_number(key: str) -> bool:
 
 
 def is_choice(key: str) -> bool:
-    return FIELDS[key].accepts.among is not None or any(get_origin(kind) is Literal for kind in kinds(key))
+    return FIELDS[key].accepts.among is not None or any(
+        get_origin(kind) is Literal for kind in kinds(key)
+    )
 
 
 def is_text(key: str) -> bool:
@@ -106,7 +108,11 @@ def is_text(key: str) -> bool:
 def placed(key: str, value: Any) -> Any:
     """The value as the field holds one: in a pair, or under a reward's name."""
     hint = FIELDS[key].hint
-    option = next(o for o in (get_args(hint) if type(None) in get_args(hint) else (hint,)) if o is not type(None))
+    option = next(
+        o
+        for o in (get_args(hint) if type(None) in get_args(hint) else (hint,))
+        if o is not type(None)
+    )
     if get_origin(option) is tuple:
         return [value, value]
     return {"IF": value, "CC": 0.5, "GA": 0.5} if get_origin(option) is dict else value
@@ -123,7 +129,15 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def values_of(key: str) -> dict[str, Any]:
     """What every field meets. The value of another type is one for each kind."""
     other_type = {"text": 3.5, "number": "many", "choice": 3.5, "switch": "perhaps"}
-    kind = "number" if is_number(key) else "choice" if is_choice(key) else "text" if is_text(key) else "switch"
+    kind = (
+        "number"
+        if is_number(key)
+        else "choice"
+        if is_choice(key)
+        else "text"
+        if is_text(key)
+        else "switch"
+    )
     given = {"0": 0, "-1": -1, "nan": NAN, "inf": INF, "huge": HUGE, "type": other_type[kind]}
     return {name: placed(key, value) for name, value in given.items()} | {"choice": NO_CHOICE}
 
@@ -137,7 +151,10 @@ def is_accepted(key: str, name: str) -> bool:
         return key in ZERO
     if name == "-1":
         return key in MINUS_ONE
-    return (name == "choice" and is_text(key) and key != "policy.lora_targets") or (name, key) == ("choice", LORA)
+    return (name == "choice" and is_text(key) and key != "policy.lora_targets") or (name, key) == (
+        "choice",
+        LORA,
+    )
 
 
 LORA = "policy.lora_targets"  # any text without brackets is an expression
@@ -150,7 +167,11 @@ def problems_of(config: Config, command: str) -> list[str]:
 @pytest.mark.parametrize("schema", [Config, PretrainConfig, Settings])
 def test_every_number_has_bounds_or_an_explicit_any(schema):
     fields = dict(leaves(schema))
-    unbounded = [key for key, slot in fields.items() if {int, float} & set(kinds(slot)) and not slot.accepts.bounds]
+    unbounded = [
+        key
+        for key, slot in fields.items()
+        if {int, float} & set(kinds(slot)) and not slot.accepts.bounds
+    ]
     assert not unbounded, f"give {unbounded} Bounds, or ANY where every finite number is of use"
     assert set(FIELDS) >= ZERO | MINUS_ONE
 
@@ -171,7 +192,8 @@ def test_the_defaults_and_every_preset_break_no_rule():
 
 
 def test_every_field_meets_every_value():
-    """What a field by itself does not accept is one line that names it and says what is accepted, in each command."""
+    """What a field by itself does not accept is one line that names it and says what is accepted,
+    in each command."""
     wrong = []
     for key, name in CASES:
         value = values_of(key)[name]
@@ -179,7 +201,9 @@ def test_every_field_meets_every_value():
         found = [problem for where, problem in field_problems(config) if where == key]
         if len(found) != (not is_accepted(key, name)):
             wrong.append((key, name, found))
-        if found and any(next(config_problems(config, command)) != found[0] for command in COMMANDS):
+        if found and any(
+            next(config_problems(config, command)) != found[0] for command in COMMANDS
+        ):
             wrong.append((key, name, "not in every command"))
         if found and ("(accepted: " not in found[0] or "\n" in found[0] or "<class" in found[0]):
             wrong.append((key, name, found))
@@ -212,13 +236,19 @@ def said_by_yaml(key: str, value: Any, folder: Path) -> str | None:
         check_config(cli.run_config("editr2 train", "x", ["--config", str(file)])[0])
     except ConfigError as error:
         place, message = str(error).split(": ", 1)
-        assert place.startswith(f"{file}:") and line <= int(place.removeprefix(f"{file}:")) <= line + 2
+        assert (
+            place.startswith(f"{file}:") and line <= int(place.removeprefix(f"{file}:")) <= line + 2
+        )
         return message
     return None
 
 
 def said_by_flag(key: str, value: Any) -> str | None:
-    text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n")
+    text = (
+        value
+        if isinstance(value, str)
+        else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n")
+    )
     try:
         check_config(cli.run_config("editr2 train", "x", [f"--{key}={text.strip()}"])[0])
     except ConfigError as error:
@@ -265,36 +295,64 @@ def test_values_of_python_and_yaml_are_converted(settings, want, tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(plain))
     read = cli.run_config("editr2 train", "x", ["--config", str(tmp_path / "c.yaml")])[0]
     section = replace_nested(Config(), settings)
-    direct = Config(**{k: dataclasses.replace(getattr(Config(), k), **v) if isinstance(v, dict) else v
-                       for k, v in settings.items()})  # fmt: skip
+    direct = Config(
+        **{
+            k: dataclasses.replace(getattr(Config(), k), **v) if isinstance(v, dict) else v
+            for k, v in settings.items()
+        }
+    )
     for config in (section, read, mended(direct)):
         for part in key.split("."):
             config = getattr(config, part)
         assert config == value and type(config) is type(value)
 
 
-# ------------------------------------------------------------------------------------- what fields demand of each other
+# ----------------------------------------------------------------- what fields demand of each other
 
 
 TOGETHER = [
     # the rule is the command's that uses the fields, and nobody else's
-    ({"rollout": {"noise_level": 1.3}}, "rollout.noise_level: 1.3 (accepted with rollout.dynamics cps: ab", COMMANDS),
-    ({"rollout": {"noise_level": 1.3, "dynamics": "ddim-sde"}}, "rollout.noise_level: 1.3 (accepted with", COMMANDS),
+    (
+        {"rollout": {"noise_level": 1.3}},
+        "rollout.noise_level: 1.3 (accepted with rollout.dynamics cps: ab",
+        COMMANDS,
+    ),
+    (
+        {"rollout": {"noise_level": 1.3, "dynamics": "ddim-sde"}},
+        "rollout.noise_level: 1.3 (accepted with",
+        COMMANDS,
+    ),
     ({"rollout": {"noise_level": 1.3, "dynamics": "flow-sde"}}, None, ()),
-    ({"rollout": {"noise_level": 1.3}, "eval": {"sampler": "ode"}}, "rollout.noise_level: 1.3", TRAINS),
+    (
+        {"rollout": {"noise_level": 1.3}, "eval": {"sampler": "ode"}},
+        "rollout.noise_level: 1.3",
+        TRAINS,
+    ),
     ({"rollout": {"window": 9}}, "rollout.window: 9 (accepted: 0 to rollout.steps = 4)", COMMANDS),
     ({"eval": {"steps": 1}}, "rollout.window: 2 (accepted: 0 to eval.steps = 1)", COMMANDS),
     ({"rollout": {"window": 0}}, "rollout.window: 0 (accepted: at least 1; without", TRAINS),
     ({"rollout": {"sessions": 100_000, "siblings": 64}}, "rollout.sessions: 100000 (acc", TRAINS),
-    ({"policy": {"offload": True}}, "policy.offload: True (accepted with policy.model unified", COMMANDS),
-    ({"policy": {"model": "kontext"}}, "data.path: none (accepted with policy.model kontext", COMMANDS),
+    (
+        {"policy": {"offload": True}},
+        "policy.offload: True (accepted with policy.model unified",
+        COMMANDS,
+    ),
+    (
+        {"policy": {"model": "kontext"}},
+        "data.path: none (accepted with policy.model kontext",
+        COMMANDS,
+    ),
     ({"policy": {"model": "kontext"}, "data": {"heldout": "x"}}, "data.path: none", TRAINS),
-    ({"policy": {"model": "kontext", "shard": True}, "data": {"path": "x"}}, "policy.lora_rank: 0", TRAINS),
+    (
+        {"policy": {"model": "kontext", "shard": True}, "data": {"path": "x"}},
+        "policy.lora_rank: 0",
+        TRAINS,
+    ),
     ({"train": {"minibatches": 7}}, "train.minibatches: 7 (accepted: a divisor of 2", TRAINS),
     ({"train": {"packed": "on"}, "policy": {"guidance": 2}}, "train.packed: on", TRAINS),
     ({"out": __file__}, "out: ", ("train", "check", "rollout")),
     ({"out": f"{__file__}/run"}, "out: ", ("train", "check", "rollout")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("settings, message, commands", TOGETHER)
@@ -330,7 +388,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     "expression, problem",
     [
         (r".*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?", None),
-        (r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj)|ff(_context)?\.net\.2)", None),
+        (
+            r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj)|ff(_context)?\.net\.2)",
+            None,
+        ),
         (r".*blocks\.\d+\..*attn.*to_(q|k|v)", None),
         (r"(?!.*context).*\.attn\.to_[qkv]", None),
         ("all-linear", None),
@@ -356,14 +417,19 @@ def test_expressions_that_cannot_be_matched_in_time(expression, problem):
     if problem is None:
         assert found is None
         start = time.process_time()
-        for name in ("transformer_blocks.11.attn.to_q", "a" * 60, ".".join("abc" * 12), "x" * 30 + ".attn." * 5):
+        for name in (
+            "transformer_blocks.11.attn.to_q",
+            "a" * 60,
+            ".".join("abc" * 12),
+            "x" * 30 + ".attn." * 5,
+        ):
             re.fullmatch(expression, name)
         assert time.process_time() - start < 1
     else:
         assert found is not None and re.search(problem, found)
 
 
-# ------------------------------------------------------------------------------------------------ what is accepted runs
+# ---------------------------------------------------------------------------- what is accepted runs
 
 
 class Bright:
@@ -372,15 +438,26 @@ class Bright:
     names = ("IF", "CC", "GA")
 
     def __call__(self, session, images):
-        return [{n: Score(float(image[..., k].mean() / 255)) for k, n in enumerate(self.names)} for image in images]
+        return [
+            {n: Score(float(image[..., k].mean() / 255)) for k, n in enumerate(self.names)}
+            for image in images
+        ]
 
 
-NOT_A_USE = {"dataclasses", "copy", "editr2.fields", "editr2.yaml_config", "editr2.config", "editr2.preflight.rules"}
+NOT_A_USE = {
+    "dataclasses",
+    "copy",
+    "editr2.fields",
+    "editr2.yaml_config",
+    "editr2.config",
+    "editr2.preflight.rules",
+}
 """Modules that read every field: to copy, to write down, to check."""
 
 
 def recording(value: Any, seen: set[str], prefix: str = "") -> Any:
-    """The same configuration. The dotted key of every field that is read, but by `NOT_A_USE`, is added to `seen`."""
+    """The same configuration. The dotted key of every field that is read, but by `NOT_A_USE`, is
+    added to `seen`."""
     kind = type(value)
     names = {f.name for f in dataclasses.fields(kind)}
 
@@ -393,7 +470,9 @@ def recording(value: Any, seen: set[str], prefix: str = "") -> Any:
     for name in names:
         part = getattr(value, name)
         nested = dataclasses.is_dataclass(part)
-        object.__setattr__(made, name, recording(part, seen, f"{prefix}{name}.") if nested else part)
+        object.__setattr__(
+            made, name, recording(part, seen, f"{prefix}{name}.") if nested else part
+        )
     return made
 
 
@@ -401,13 +480,24 @@ def recording(value: Any, seen: set[str], prefix: str = "") -> Any:
 def start(tmp_path_factory) -> dict[str, Any]:
     """The smallest run there is: a policy of two narrow layers, two sessions of two turns."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    policy = new_embedded_policy(UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0)
-    torch.nn.init.normal_(policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    policy = new_embedded_policy(
+        UnifiedConfig(**sizes, num_attention_heads=2, num_key_value_heads=2), seed=0
+    )
+    torch.nn.init.normal_(
+        policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0)
+    )
     weights = tmp_path_factory.mktemp("policy")
     policy.save(weights)
     return {
         "policy": {"weights": str(weights), "intent_tokens": 4},
-        "rollout": {"sessions": 2, "siblings": 2, "turns": 2, "steps": 4, "window": 1, "groups_per_batch": 2},
+        "rollout": {
+            "sessions": 2,
+            "siblings": 2,
+            "turns": 2,
+            "steps": 4,
+            "window": 1,
+            "groups_per_batch": 2,
+        },
         "train": {"iterations": 1},
         "eval": {"sessions": 1, "strips": 1},
     }
@@ -424,8 +514,16 @@ def editor(beside, tmp_path_factory) -> dict[str, Any]:
         turns = [{"instruction": "Paint it red."}, {"instruction": "Now blue."}]
         lines.append(json.dumps({"image": f"{i}.png", "turns": turns}))
     (folder / "sessions.jsonl").write_text("\n".join(lines) + "\n")
-    policy = {"model": "kontext", "weights": str(folder / "weights"), "resolution": (32, 32), "lora_rank": 2}
-    return {"policy": policy | {"text_tokens": 24}, "data": {"path": str(folder / "sessions.jsonl")}}
+    policy = {
+        "model": "kontext",
+        "weights": str(folder / "weights"),
+        "resolution": (32, 32),
+        "lora_rank": 2,
+    }
+    return {
+        "policy": policy | {"text_tokens": 24},
+        "data": {"path": str(folder / "sessions.jsonl")},
+    }
 
 
 NFT = {"rollout": {"window": 0, "shared_noise": False}, "train": {"loss": "nft"}}
@@ -437,20 +535,25 @@ NEEDS: dict[str, dict[str, Any]] = {
     "data.limit": {"data": {"path": str(Path(__file__).parent.parent / "examples" / "shapes")}},
     "data.resize": {"data": {"path": str(Path(__file__).parent.parent / "examples" / "shapes")}},
     "train.kl_scale": {"train": {"kl_weight": 0.1}},
-    **dict.fromkeys(("train.nft_beta", "train.nft_draws", "train.old_decay", "train.old_decay_max"), NFT),
+    **dict.fromkeys(
+        ("train.nft_beta", "train.nft_draws", "train.old_decay", "train.old_decay_max"), NFT
+    ),
 }
 """What else is set where a field is of use only then."""
 
 
 def accepted_values(key: str) -> Iterator[Any]:
-    """What the oracle accepts, every choice, the least number, the largest that is no count, and none if it is one."""
+    """What the oracle accepts, every choice, the least number, the largest that is no count, and
+    none if it is one."""
     slot = FIELDS[key]
     values = [value for name, value in values_of(key).items() if is_accepted(key, name)]
     bounds = slot.accepts.bounds
     if bounds is not None and bounds.at_least is not None:
         values.append(placed(key, int(bounds.at_least)))
     values += [True, False] if bool in kinds(key) else []
-    values += [choice for kind in kinds(key) if get_origin(kind) is Literal for choice in get_args(kind)]
+    values += [
+        choice for kind in kinds(key) if get_origin(kind) is Literal for choice in get_args(kind)
+    ]
     values += list(slot.accepts.among()) if slot.accepts.among else []
     if float in kinds(key) and bounds is not None and bounds.at_most is not None:
         values.append(placed(key, bounds.at_most))
@@ -470,7 +573,8 @@ def assembled(key: str, value: Any, start: dict[str, Any], out: Path) -> Config:
 
 
 BUDGET = 120
-"""Seconds of the CPU for the smallest run with one setting changed. It takes 0.4, and 30 where it is compiled."""
+"""Seconds of the CPU for the smallest run with one setting changed. It takes 0.4, and 30 where it
+is compiled."""
 
 
 def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
@@ -489,25 +593,76 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
 
 EDITORS = {f"policy.{name}" for name in DIFFUSION_ONLY}
 FIXED = {
-    "seed=9223372036854775807", "out='no-such-choice'", "data.path=None", "data.path='no-such-choice'", "data.limit=1",
-    "data.resize='crop'", "policy.weights='no-such-choice'", "policy.intent=False", "policy.intent_tokens=1",
-    "policy.guidance=0", "policy.renorm='channel'", "policy.lora_alpha=None", "policy.lora_targets='no-such-choice'",
-    "reward.function='no-such-choice'", "rollout.sessions=1", "rollout.siblings=2", "rollout.turns=1",
-    "rollout.steps=1", "rollout.shift=100", "rollout.dynamics='dance-sde'", "rollout.window=0",
-    "rollout.window_schedule='progressive'", "rollout.shared_noise=False", "rollout.store_dtype='bfloat16'",
-    "rollout.capture='graph'", "credit.preset='gdpo'", "credit.weights={'IF': 0, 'CC': 0.5, 'GA': 0.5}",
-    "credit.aggregate='prefix'", "credit.std='off'", "train.lr=1", "train.betas=[0, 0]", "train.kl_weight=0",
-    "train.nft_draws=1", "train.packed='off'", "train.micro_batch=1", "train.ema=None", "train.max_failed_scores=0",
-    "eval.sampler='ode'", "eval.steps=1", "eval.strips=0",
-}  # fmt: skip
+    "seed=9223372036854775807",
+    "out='no-such-choice'",
+    "data.path=None",
+    "data.path='no-such-choice'",
+    "data.limit=1",
+    "data.resize='crop'",
+    "policy.weights='no-such-choice'",
+    "policy.intent=False",
+    "policy.intent_tokens=1",
+    "policy.guidance=0",
+    "policy.renorm='channel'",
+    "policy.lora_alpha=None",
+    "policy.lora_targets='no-such-choice'",
+    "reward.function='no-such-choice'",
+    "rollout.sessions=1",
+    "rollout.siblings=2",
+    "rollout.turns=1",
+    "rollout.steps=1",
+    "rollout.shift=100",
+    "rollout.dynamics='dance-sde'",
+    "rollout.window=0",
+    "rollout.window_schedule='progressive'",
+    "rollout.shared_noise=False",
+    "rollout.store_dtype='bfloat16'",
+    "rollout.capture='graph'",
+    "credit.preset='gdpo'",
+    "credit.weights={'IF': 0, 'CC': 0.5, 'GA': 0.5}",
+    "credit.aggregate='prefix'",
+    "credit.std='off'",
+    "train.lr=1",
+    "train.betas=[0, 0]",
+    "train.kl_weight=0",
+    "train.nft_draws=1",
+    "train.packed='off'",
+    "train.micro_batch=1",
+    "train.ema=None",
+    "train.max_failed_scores=0",
+    "eval.sampler='ode'",
+    "eval.steps=1",
+    "eval.strips=0",
+}
 """The forty that `make test` runs."""
 SAMPLED = {
-    "data.path", "data.heldout", "data.resize", "policy.model", "policy.weights", "policy.intent",
-    "policy.temperature", "policy.intent_tokens", "policy.guidance", "policy.guidance_image", "policy.renorm",
-    "policy.lora_rank", "policy.shard", "rollout.turns", "rollout.steps", "rollout.shift", "rollout.dynamics",
-    "rollout.noise_level", "rollout.window", "rollout.window_range", "rollout.window_schedule",
-    "rollout.groups_per_batch", "eval.sessions", "eval.turns", "eval.sampler", "eval.steps",
-}  # fmt: skip
+    "data.path",
+    "data.heldout",
+    "data.resize",
+    "policy.model",
+    "policy.weights",
+    "policy.intent",
+    "policy.temperature",
+    "policy.intent_tokens",
+    "policy.guidance",
+    "policy.guidance_image",
+    "policy.renorm",
+    "policy.lora_rank",
+    "policy.shard",
+    "rollout.turns",
+    "rollout.steps",
+    "rollout.shift",
+    "rollout.dynamics",
+    "rollout.noise_level",
+    "rollout.window",
+    "rollout.window_range",
+    "rollout.window_schedule",
+    "rollout.groups_per_batch",
+    "eval.sessions",
+    "eval.turns",
+    "eval.sampler",
+    "eval.steps",
+}
 READS = {
     "eval": SAMPLED
     | {"rollout.store_dtype", "eval.intent_tokens", "credit.weights", "data.limit", "seed"}
@@ -518,7 +673,8 @@ READS = {
 
 
 def cases(commands: Sequence[str]) -> list[Any]:
-    """Every accepted value, for the commands that read it; all but `FIXED` of train are for `make test-all`."""
+    """Every accepted value, for the commands that read it; all but `FIXED` of train are for `make
+    test-all`."""
     found = []
     for command in commands:
         for key, value in RUNS:
@@ -549,7 +705,9 @@ def test_what_is_accepted_runs_and_is_used_or_refused_in_one_line(
     seen: set[str] = set()
     began = time.process_time()
     try:
-        runs(command, monkeypatch, None if key == "reward.function" else Bright())(recording(config, seen))
+        runs(command, monkeypatch, None if key == "reward.function" else Bright())(
+            recording(config, seen)
+        )
     except UserError as error:
         message = str(error)
         named = re.match(r"[a-z_]+(\.[a-z_]+)+: ", message) or str(value) in message
@@ -573,10 +731,22 @@ def test_a_command_reads_what_its_rules_are_for(command, start, tmp_path, monkey
     [
         ("--policy.dtype=float16", "policy.dtype: 'float16' (accepted: float32, bfloat16)"),
         ("--eval.sampler=foo", "eval.sampler: 'foo' (accepted: rollout, ode)"),
-        ("--train.max_failed_scores=.nan", "train.max_failed_scores: nan (accepted: a number, 0 to 1)"),
-        ("--rollout.noise_level=1.3", "rollout.noise_level: 1.3 (accepted with rollout.dynamics cps: above 0, at mo"),
-        ("--seed=100000000000000000000", "seed: 100000000000000000000 (accepted: a whole number, 0 to 92233720368"),
-        ("--policy.lora_targets=(a+)+", "policy.lora_targets: '(a+)+' (accepted: a regular expression or none; this"),
+        (
+            "--train.max_failed_scores=.nan",
+            "train.max_failed_scores: nan (accepted: a number, 0 to 1)",
+        ),
+        (
+            "--rollout.noise_level=1.3",
+            "rollout.noise_level: 1.3 (accepted with rollout.dynamics cps: above 0, at mo",
+        ),
+        (
+            "--seed=100000000000000000000",
+            "seed: 100000000000000000000 (accepted: a whole number, 0 to 92233720368",
+        ),
+        (
+            "--policy.lora_targets=(a+)+",
+            "policy.lora_targets: '(a+)+' (accepted: a regular expression or none; this",
+        ),
     ],
 )
 def test_every_command_has_the_rules(command, flag, message, capsys, monkeypatch):

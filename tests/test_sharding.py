@@ -1,4 +1,5 @@
-"""Frozen weights shared out over two processes (FSDP2, gloo): the same runs, to the last bit, as with whole weights."""
+"""Frozen weights shared out over two processes (FSDP2, gloo): the same runs, to the last bit, as
+with whole weights."""
 
 import json
 import os
@@ -26,15 +27,19 @@ TIMES = ("seconds", "elapsed_s")
 
 @pytest.fixture
 def runs(tmp_path, beside):
-    """A folder with both runs of every case, on five sessions of one to four turns; the sharded one is resumed once."""
+    """A folder with both runs of every case, on five sessions of one to four turns; the sharded one
+    is resumed once."""
     folder = tmp_path
     editors, qwen = beside("tiny_editors"), beside("tiny_qwen")
     editors.kontext_pipeline().save_pretrained(folder / "kontext")
     qwen.save_pipeline(qwen.qwen_pipeline(plus=True), folder / "qwen-edit-plus")
-    # In both iterations' order one process has sessions of one and three turns, the other of two, four and one: where
-    # one replays places of two turns in one part, the other does not, and the other way round.
+    # In both iterations' order one process has sessions of one and three turns, the other of two,
+    # four and one: where one replays places of two turns in one part, the other does not, and the
+    # other way round.
     lines = []
-    for i, (image, turns) in enumerate(zip(editors.pictures(5, (32, 32)), (4, 1, 1, 2, 3), strict=True)):
+    for i, (image, turns) in enumerate(
+        zip(editors.pictures(5, (32, 32)), (4, 1, 1, 2, 3), strict=True)
+    ):
         Image.fromarray(image).save(folder / f"{i}.png")
         said = [{"instruction": text} for text in PROMPTS[:turns]]
         lines.append(json.dumps({"id": f"s{i}", "image": f"{i}.png", "turns": said}))
@@ -52,8 +57,8 @@ def runs(tmp_path, beside):
             "eval": {"sessions": 2, "strips": 2},
         }
 
-    # Both: forwards without gradient (the reference, the old policy) between those with; several a backward (both
-    # branches, one and two conditions), a number that differs between the processes.
+    # Both: forwards without gradient (the reference, the old policy) between those with; several a
+    # backward (both branches, one and two conditions), a number that differs between the processes.
     cases = {
         "grpo": case(
             "kontext",
@@ -71,7 +76,12 @@ def runs(tmp_path, beside):
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with subprocess.Popen(
-        [*command, str(ROOT / "tests" / "sharded_processes.py"), str(folder), str(folder / "cases.json")],
+        [
+            *command,
+            str(ROOT / "tests" / "sharded_processes.py"),
+            str(folder),
+            str(folder / "cases.json"),
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.DEVNULL,
@@ -82,7 +92,9 @@ def runs(tmp_path, beside):
         try:
             _, said = running.communicate(timeout=300)
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)  # torchrun alone would leave its processes waiting for each other
+            os.killpg(
+                running.pid, signal.SIGKILL
+            )  # torchrun alone would leave its processes waiting for each other
             raise
     assert running.returncode == 0, said[-4000:]
     return folder
@@ -93,11 +105,15 @@ def test_runs_are_bitwise_those_of_whole_weights(runs):
     facts = [json.loads((runs / f"facts.{rank}.json").read_text()) for rank in (0, 1)]
     for case in ("grpo", "nft"):
         whole, shared = (runs / f"{case}-{kind}" for kind in ("whole", "shared"))
-        a, b = (load_file(run / "policy" / "pytorch_lora_weights.safetensors") for run in (whole, shared))
+        a, b = (
+            load_file(run / "policy" / "pytorch_lora_weights.safetensors")
+            for run in (whole, shared)
+        )
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         assert max(t.abs().max() for k, t in a.items() if "lora_B" in k) > 1e-3  # it did train
         rows = [
-            # The sharded run was stopped and resumed after one iteration, and was evaluated there as well.
+            # The sharded run was stopped and resumed after one iteration, and was evaluated there
+            # as well.
             [
                 {k: v for k, v in row.items() if k not in TIMES}
                 for row in read_metrics(run / "metrics.jsonl")[0]
@@ -105,17 +121,27 @@ def test_runs_are_bitwise_those_of_whole_weights(runs):
             ]
             for run in (whole, shared)
         ]
-        assert rows[0] == rows[1] and [row["event"] for row in rows[0]] == ["eval", "train", "train", "eval"]
+        assert rows[0] == rows[1] and [row["event"] for row in rows[0]] == [
+            "eval",
+            "train",
+            "train",
+            "eval",
+        ]
         strips = [(run / "strips" / "after.json").read_text() for run in (whole, shared)]
         assert strips[0] == strips[1] and len(json.loads(strips[0])["sessions"]) == 2
 
         whole, shared = ([fact[case][kind] for fact in facts] for kind in ("whole", "shared"))
-        assert all(f["held"] == f["whole"] > 10_000 and not f["empty"] and f["idle"] == [0, 0] for f in whole)
+        assert all(
+            f["held"] == f["whole"] > 10_000 and not f["empty"] and f["idle"] == [0, 0]
+            for f in whole
+        )
         # The first dimensions are even, so halves are halves.
         assert all(f["held"] == f["whole"] // 2 == whole[0]["whole"] // 2 for f in shared)
         assert [f["empty"] for f in shared] == [False, True]  # one process reads the weights
         # Both lend their part to each other, with gradient too, and between forwards of their own.
-        assert all(min(f["idle"]) > 0 for f in shared) and max(f["mixed"] for f in shared) > 0, shared
+        assert all(min(f["idle"]) > 0 for f in shared) and max(f["mixed"] for f in shared) > 0, (
+            shared
+        )
 
 
 @pytest.mark.parametrize(
@@ -130,16 +156,26 @@ def test_runs_are_bitwise_those_of_whole_weights(runs):
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(changes, named):
-    start = {"policy": {"model": "kontext", "lora_rank": 4, "shard": True}, "data": {"path": "sessions.jsonl"}}
+    start = {
+        "policy": {"model": "kontext", "lora_rank": 4, "shard": True},
+        "data": {"path": "sessions.jsonl"},
+    }
     config = replace_nested(Config(), start)
     assert not any("shard" in problem for problem in config_problems(config))
-    found = [problem for problem in config_problems(replace_nested(config, changes)) if problem.startswith(named)]
+    found = [
+        problem
+        for problem in config_problems(replace_nested(config, changes))
+        if problem.startswith(named)
+    ]
     assert len(found) == 1 and "accepted" in found[0]
 
 
 def test_evaluation_refuses_the_same_but_may_do_without_adapters():
     processes = Processes(Accelerator(cpu=True))
-    for settings, named in (({"model": "unified"}, "policy.shard: True"), ({"model": "klein-kv"}, "policy.model")):
+    for settings, named in (
+        ({"model": "unified"}, "policy.shard: True"),
+        ({"model": "klein-kv"}, "policy.model"),
+    ):
         with pytest.raises(ConfigError, match=named):
             open_policy(PolicyConfig(**settings, shard=True), processes, trains=False)
     assert not list(policy_problems(PolicyConfig("kontext", shard=True), trains=False))

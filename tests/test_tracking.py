@@ -32,7 +32,9 @@ def test_rows_come_back_as_written(tmp_path):
 def test_reader_drops_and_counts_torn_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     torn = b'{"event": "train", "iter'
-    path.write_bytes(b'{"a": NaN}\n[1, 2]\n\x00\x00\xff\n\n' + torn + b'{"b": 2}\n{"c": 3}\n' + torn)
+    path.write_bytes(
+        b'{"a": NaN}\n[1, 2]\n\x00\x00\xff\n\n' + torn + b'{"b": 2}\n{"c": 3}\n' + torn
+    )
     assert read_metrics(path) == ([{"a": None}, {"c": 3}], 4)
     with pytest.raises(FileNotFoundError):
         read_metrics(tmp_path / "absent.jsonl")
@@ -104,11 +106,15 @@ def test_non_finite_numbers_become_null_and_are_named(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     with caplog.at_level(logging.WARNING), MetricsLog(path, tensorboard=False) as metrics:
         for i in range(2):
-            metrics.append(train(i, loss=math.nan, seconds={"reward": math.inf}, if_turn=(1.0, -math.inf)))
+            metrics.append(
+                train(i, loss=math.nan, seconds={"reward": math.inf}, if_turn=(1.0, -math.inf))
+            )
     raw = path.read_text()
     assert "NaN" not in raw and "Infinity" not in raw
     row = json.loads(raw.splitlines()[0])
-    assert row["loss"] is None and row["seconds"] == {"reward": None} and row["if_turn"] == [1.0, None]
+    assert (
+        row["loss"] is None and row["seconds"] == {"reward": None} and row["if_turn"] == [1.0, None]
+    )
     assert row["non_finite"] == ["loss", "seconds.reward", "if_turn.1"]
     assert len(caplog.records) == 3  # each name once, not at every iteration
 
@@ -119,7 +125,14 @@ def test_tensors_and_arrays_are_numbers_and_other_objects_are_refused(tmp_path):
 
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path, tensorboard=False) as metrics:
-        metrics.append({"a": torch.tensor(1.5), "b": numpy.arange(2), "c": numpy.float32(0.5), "d": torch.tensor(3)})
+        metrics.append(
+            {
+                "a": torch.tensor(1.5),
+                "b": numpy.arange(2),
+                "c": numpy.float32(0.5),
+                "d": torch.tensor(3),
+            }
+        )
         with pytest.raises(TypeError, match=r"'run\.path' holds a PosixPath"):
             metrics.append({"run": {"path": tmp_path}})
     assert read_metrics(path) == ([{"a": 1.5, "b": [0, 1], "c": 0.5, "d": 3}], 0)
@@ -132,7 +145,13 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_flatten_counts_turns_from_one():
-    row = {"event": "eval", "r": [{"mean": 0.5, "se": None}, 2], "ok": True, "seconds": {"loss": 1}, "bad": math.nan}
+    row = {
+        "event": "eval",
+        "r": [{"mean": 0.5, "se": None}, 2],
+        "ok": True,
+        "seconds": {"loss": 1},
+        "bad": math.nan,
+    }
     assert dict(flatten(row)) == {"r/1/mean": 0.5, "r/2": 2.0, "seconds/loss": 1.0}
 
 
@@ -194,18 +213,21 @@ def test_progress_prints_one_plain_line_for_each_iteration():
     with Progress(60, stream=stream, busy=calm) as progress:
         progress.update(FULL)
     assert stream.getvalue() == (
-        "iter 12/60  reward 0.62 (t1 .78 t2 .63 t3 –)  IF .81 CC 1.00 GA –  |ratio-1| 2e-07  "
-        "5.1 s/iter (typical 5.1)  left 4m05s\n"
+        "iter 12/60  reward 0.62 (t1 .78 t2 .63 t3 –)  IF .81 CC 1.00 GA –  |ratio-1| 2e-07  5.1 "
+        "s/iter (typical 5.1)  left 4m05s\n"
     )
 
 
 def timed(seconds, *, iterations, between=(), phases=True):
-    """The lines of iterations that take `seconds`, with `between` seconds (by number of the iteration) after them."""
+    """The lines of iterations that take `seconds`, with `between` seconds (by number of the
+    iteration) after them."""
     now, stream = [0.0], io.StringIO()
     progress = Progress(iterations, stream=stream, busy=calm, clock=lambda: now[0])
     for i, s in enumerate(seconds):
         now[0] += s
-        progress.update({"iteration": i} | ({"seconds": {"rollout": s / 2, "loss": s / 2}} if phases else {}))
+        progress.update(
+            {"iteration": i} | ({"seconds": {"rollout": s / 2, "loss": s / 2}} if phases else {})
+        )
         now[0] += dict(between).get(i, 0.0)
     return stream.getvalue().splitlines()
 
@@ -213,16 +235,24 @@ def timed(seconds, *, iterations, between=(), phases=True):
 @pytest.mark.parametrize(
     ("run", "ends"),
     [
-        # A machine that becomes busy: the typical iteration is as before, the time left is that of the last five.
+        # A machine that becomes busy: the typical iteration is as before, the time left is that of
+        # the last five.
         (dict(seconds=[5] * 10 + [800], iterations=21), "800 s/iter (typical 5)  left 27m20s"),
         (dict(seconds=[5] * 10 + [800] * 5, iterations=25), "800 s/iter (typical 5)  left 2h13m"),
         # And free again.
         (dict(seconds=[800] * 10 + [5] * 5, iterations=25), "5 s/iter (typical 800)  left 50s"),
         (dict(seconds=[2] * 4 + [1234.5], iterations=5), "1234 s/iter (typical 2)  left 0s"),
-        # An evaluation of 60 s after every other iteration is no part of an iteration, but of the time left.
-        (dict(seconds=[5] * 5, iterations=9, between=[(1, 60), (3, 60)]), "5 s/iter (typical 5)  left 2m20s"),
+        # An evaluation of 60 s after every other iteration is no part of an iteration, but of the
+        # time left.
+        (
+            dict(seconds=[5] * 5, iterations=9, between=[(1, 60), (3, 60)]),
+            "5 s/iter (typical 5)  left 2m20s",
+        ),
         # Rows without phases: from one to the next.
-        (dict(seconds=[2, 2, 2, 100, 2], iterations=10, phases=False), "2 s/iter (typical 2)  left 2m12s"),
+        (
+            dict(seconds=[2, 2, 2, 100, 2], iterations=10, phases=False),
+            "2 s/iter (typical 2)  left 2m12s",
+        ),
     ],
 )
 def test_seconds_of_the_last_iteration_the_typical_one_and_the_time_left(run, ends):
@@ -281,7 +311,8 @@ def test_progress_on_a_terminal_keeps_its_line_in_place(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (245, "4m05s"), (7500, "2h05m"), (200000, "2d07h")]
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.6, "1m00s"), (245, "4m05s"), (7500, "2h05m"), (200000, "2d07h")],
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text

@@ -39,7 +39,9 @@ def small(tmp_path, **changes):
         "eval": {"sessions": 4, "strips": 2},
     }
     for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+        values[key] = (
+            {**values[key], **value} if isinstance(value, dict) and key in values else value
+        )
     return replace_nested(Config(), values)
 
 
@@ -70,7 +72,9 @@ def test_a_toy_reward_rises_and_the_run_leaves_everything_behind(tiny_unified, t
     assert "<svg" in (run / "report.html").read_text()
     assert (run / "policy" / "model.safetensors").is_file() and (run / "config.yaml").is_file()
     strips = json.loads((run / "strips" / "after.json").read_text())["sessions"]
-    assert len(strips) == 2 and all((run / "strips" / t["image"]).is_file() for s in strips for t in s["turns"])
+    assert len(strips) == 2 and all(
+        (run / "strips" / t["image"]).is_file() for s in strips for t in s["turns"]
+    )
 
 
 def test_learning_rate_falls_and_a_finished_run_is_left_as_it_is(tiny_unified, tmp_path):
@@ -90,7 +94,9 @@ def test_a_policy_of_another_architecture_trains_through_the_same_loop(tmp_path,
     start = {k: v.clone() for k, v in policy.module.state_dict().items()}
     run = train(small(tmp_path), policy=policy, reward=Brightness())
     trained = rows(run, "train")
-    assert len(trained) == 2 and all(row["ratio_error"] <= 1e-6 and row["intent_fallback"] is None for row in trained)
+    assert len(trained) == 2 and all(
+        row["ratio_error"] <= 1e-6 and row["intent_fallback"] is None for row in trained
+    )
     changed = [k for k, v in policy.module.state_dict().items() if not torch.equal(v, start[k])]
     assert len(changed) > len(start) / 2
 
@@ -106,7 +112,11 @@ def test_ratio_is_one_for_every_window_step_turn_and_sibling_also_in_other_batch
     policy, sampler = tiny_unified, make_sampler(6, noise_level=0.9, window=3)
     sessions = [make_session(0, i) for i in range(3)]
     chunk = rollout_chunk(
-        policy, Chunk(sessions, [0, 1, 2], 4), sampler, Seeds(0, "train"), PolicyConfig(intent_tokens=3)
+        policy,
+        Chunk(sessions, [0, 1, 2], 4),
+        sampler,
+        Seeds(0, "train"),
+        PolicyConfig(intent_tokens=3),
     )
     for parts in ([chunk], [_part(chunk, i) for i in range(3)]):
         for part in parts:
@@ -117,7 +127,13 @@ def test_ratio_is_one_for_every_window_step_turn_and_sibling_also_in_other_batch
                 context = walk.instruct(record.text)
                 for k in range(3):
                     v = policy.velocity(record.x[:, k], record.sigma[:, k], context).v
-                    new = sde_log_prob(record.x[:, k], record.x_next[:, k], v, sampler.table, record.step_index[:, k])
+                    new = sde_log_prob(
+                        record.x[:, k],
+                        record.x_next[:, k],
+                        v,
+                        sampler.table,
+                        record.step_index[:, k],
+                    )
                     assert (torch.exp(new.log_prob - record.log_prob[:, k]) - 1).abs().max() <= 1e-6
 
 
@@ -156,7 +172,10 @@ def test_siblings_share_the_first_latent_and_differ_in_the_window(tiny_unified):
     sampler = make_sampler(4, noise_level=0.9, window=1, window_range=0.25)
     chunk = Chunk([make_session(0, i) for i in range(2)], [7, 8], 3)
     rollout_chunk(tiny_unified, chunk, sampler, Seeds(0, "train"), PolicyConfig(intent=False))
-    x, following = chunk.turns[0].x[:, 0].view(2, 3, 36, 48), chunk.turns[0].x_next[:, 0].view(2, 3, 36, 48)
+    x, following = (
+        chunk.turns[0].x[:, 0].view(2, 3, 36, 48),
+        chunk.turns[0].x_next[:, 0].view(2, 3, 36, 48),
+    )
     assert torch.equal(x[:, 0], x[:, 1]) and not torch.equal(x[0], x[1])
     assert (following[:, 0] - following[:, 1]).abs().mean() > 0.1
 
@@ -166,7 +185,9 @@ def test_sessions_of_different_lengths_train_together(tiny_unified, tmp_path):
     from editr2.worlds.shapes import make_session
 
     data = save_sessions([make_session(0, i, turns=1 + i % 3) for i in range(4)], tmp_path / "data")
-    config = small(tmp_path, data={"path": str(data)}, rollout={"sessions": 3}, credit={"preset": "edit-r2"})
+    config = small(
+        tmp_path, data={"path": str(data)}, rollout={"sessions": 3}, credit={"preset": "edit-r2"}
+    )
     config = replace_nested(config, {"credit": {"weights": {"IF": 0.3, "CC": 0.3, "GA": 0.4}}})
     run = train(config, policy=tiny_unified)
     assert len(rows(run, "train")[0]["reward_turn"]) == 3 and len(rows(run, "comparison")) == 1
@@ -176,7 +197,9 @@ def test_kl_and_ema_and_two_updates(tiny_unified, tmp_path):
     config = small(tmp_path, train={"iterations": 2, "kl_weight": 0.1, "ema": 0.5, "updates": 2})
     run = train(config, policy=tiny_unified, reward=Brightness())
     first, second = rows(run, "train")
-    assert first["kl"] > 0 and second["kl"] > first["kl"] / 100  # the second update already has left the start
+    assert (
+        first["kl"] > 0 and second["kl"] > first["kl"] / 100
+    )  # the second update already has left the start
     saved = load_checkpoint(run / "checkpoints" / "step_000002")
     assert set(saved.tensors) == {"policy", "ema", "reference"}
     name = "llm2vae.weight"
@@ -190,11 +213,15 @@ def test_a_replay_that_differs_is_stopped_and_the_tensor_named(tmp_path, monkeyp
     original = UnifiedPolicy.velocity
 
     def velocity(self, x, sigma, context):
-        return original(self, x, sigma.bfloat16().float() if torch.is_grad_enabled() else sigma, context)
+        return original(
+            self, x, sigma.bfloat16().float() if torch.is_grad_enabled() else sigma, context
+        )
 
     monkeypatch.setattr(UnifiedPolicy, "velocity", velocity)
     config = small(tmp_path, rollout={"steps": 7, "siblings": 2}, eval={"sessions": 1, "strips": 1})
-    with pytest.raises(RatioError, match=r"turn 1, window step \d: velocity: rollout and training differ"):
+    with pytest.raises(
+        RatioError, match=r"turn 1, window step \d: velocity: rollout and training differ"
+    ):
         train(config, policy=policy, reward=Brightness())
     assert rows(Path(config.out), "train") == []
 
@@ -211,7 +238,10 @@ def test_a_nan_is_stopped_before_it_reaches_the_weights(tiny_unified, tmp_path, 
         return dataclasses.replace(v, v=v.v * torch.nan) if bad else v
 
     monkeypatch.setattr(type(tiny_unified), "velocity", velocity)
-    with pytest.raises(NonFiniteError, match="iteration 1, turn 1, window step 2; first non-finite tensor: velocity"):
+    with pytest.raises(
+        NonFiniteError,
+        match="iteration 1, turn 1, window step 2; first non-finite tensor: velocity",
+    ):
         train(config, policy=tiny_unified, reward=Brightness())
     assert all(torch.isfinite(p).all() for p in tiny_unified.module.parameters())
     assert load_checkpoint(Path(config.out) / "checkpoints" / "step_000001").iteration == 1
@@ -224,7 +254,11 @@ class Failing(Brightness):
     def __call__(self, session, images):
         scores = super().__call__(session, images)
         self.count += 1
-        return [{"bright": Score(None, "judge timed out")} for _ in scores] if self.count % 10 < self.share else scores
+        return (
+            [{"bright": Score(None, "judge timed out")} for _ in scores]
+            if self.count % 10 < self.share
+            else scores
+        )
 
 
 def test_failed_scores_are_counted_and_masked_and_too_many_stop_the_run(tiny_unified, tmp_path):
@@ -257,7 +291,11 @@ def test_another_configuration_does_not_resume_a_run(tiny_unified, tmp_path):
     config = small(tmp_path)
     train(config, policy=tiny_unified, reward=Brightness())
     with pytest.raises(CheckpointError, match=r"train\.lr"):
-        train(replace_nested(config, {"train": {"lr": 2e-3}}), policy=tiny_unified, reward=Brightness())
+        train(
+            replace_nested(config, {"train": {"lr": 2e-3}}),
+            policy=tiny_unified,
+            reward=Brightness(),
+        )
 
 
 def command(run, iterations=4):
@@ -279,7 +317,9 @@ def command(run, iterations=4):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    subprocess.run(command(run), check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    subprocess.run(
+        command(run), check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200
+    )
     return run
 
 
@@ -298,7 +338,8 @@ def wait_and_kill(process, when, timeout=120):
     "point",
     [
         "while saving",
-        # tests/test_record.py kills in process at these points and many more, in a tenth of the time.
+        # tests/test_record.py kills in process at these points and many more, in a tenth of the
+        # time.
         pytest.param("in the first iteration", marks=pytest.mark.exhaustive),
         pytest.param("between iterations", marks=pytest.mark.exhaustive),
     ],
@@ -307,15 +348,21 @@ def test_killed_at_any_moment_it_resumes_bitwise(uninterrupted, tmp_path, point)
     run = tmp_path / "run"
     conditions = {
         "in the first iteration": lambda: (run / "strips" / "before.json").exists(),
-        "while saving": lambda: any((run / "checkpoints").glob(".*")) and (run / "checkpoints/step_000001").exists(),
+        "while saving": lambda: (
+            any((run / "checkpoints").glob(".*")) and (run / "checkpoints/step_000001").exists()
+        ),
         "between iterations": lambda: (run / "checkpoints" / "step_000002").exists(),
     }
     process = subprocess.Popen(command(run), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert wait_and_kill(process, conditions[point]), "finished before it could be killed"
-    subprocess.run(command(run), check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    subprocess.run(
+        command(run), check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200
+    )
     for name, value in final_weights(uninterrupted, 4).items():
         assert torch.equal(value, final_weights(run, 4)[name]), name
-    a, b = (load_checkpoint(r / "checkpoints" / "step_000004").optimizer for r in (uninterrupted, run))
+    a, b = (
+        load_checkpoint(r / "checkpoints" / "step_000004").optimizer for r in (uninterrupted, run)
+    )
     for key, moments in a["state"].items():
         assert all(torch.equal(moments[m], b["state"][key][m]) for m in ("exp_avg", "exp_avg_sq"))
     first, second = (read_metrics(r / "metrics.jsonl")[0] for r in (uninterrupted, run))
@@ -337,21 +384,31 @@ def test_killed_at_any_moment_it_resumes_bitwise(uninterrupted, tmp_path, point)
         (["GA"], [[1.0], [None]], None),
         (["GA", "style"], [[1.0, 0.0], [1.0, 0.5]], 1),
         (["IF", "CC"], [[1.0, 1.0], [1.0, 1.0]], 1),
-        (["IF", "CC"], [[0.0, 1.0], [1.0, 1.0]], 0),  # without GA a wrong first turn is a wrong session, too
+        (
+            ["IF", "CC"],
+            [[0.0, 1.0], [1.0, 1.0]],
+            0,
+        ),  # without GA a wrong first turn is a wrong session, too
         (["IF", "CC"], [[1.0, 1.0], [1.0, 0.9]], 0),
         (["IF", "CC"], [[1.0, None], [1.0, 1.0]], None),
         (["mine"], [[1.0]], 1),  # a session shorter than the batch
     ],
 )
 def test_a_session_is_right_when_every_turn_is(names, turns, right):
-    said = [[{n: Score(v, None if v is not None else "down") for n, v in zip(names, t, strict=True)} for t in turns]]
+    said = [
+        [
+            {n: Score(v, None if v is not None else "down") for n, v in zip(names, t, strict=True)}
+            for t in turns
+        ]
+    ]
     session = Session("a1", np.zeros((24, 24, 3), np.uint8), tuple(Turn("paint") for _ in turns))
     found = success(lay_out(tuple(names), [session], said, 2)).tolist()
     assert found == [right] if right is not None else np.isnan(found).all()
 
 
 def test_a_comparison_is_of_what_it_says_whoever_could_not_be_scored():
-    """Each session's own last turn, paired; the longest sessions' last turn may have no score at all."""
+    """Each session's own last turn, paired; the longest sessions' last turn may have no score at
+    all."""
 
     def row(iteration, reward, right):
         turns = [{"mean": 0.5, "se": None}, {"mean": None, "se": None}]
@@ -364,7 +421,11 @@ def test_a_comparison_is_of_what_it_says_whoever_could_not_be_scored():
         }
 
     compared = comparison_row(row(0, [0.25, 0.5, None], None), row(4, [0.5, 0.5, None], 0.5))
-    assert (compared["reward_before"], compared["reward_after"], compared["difference"]) == (0.375, 0.5, 0.125)
+    assert (compared["reward_before"], compared["reward_after"], compared["difference"]) == (
+        0.375,
+        0.5,
+        0.125,
+    )
     said = comparison_line(compared)
     assert "reward 0.375 -> 0.500, paired difference +0.125" in said and "all right" not in said
     nothing = comparison_row(row(0, [None], None), row(4, [None], None))

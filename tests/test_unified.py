@@ -9,7 +9,14 @@ import torch
 from editr2.errors import CheckpointError, ConfigError, DataError
 from editr2.policies.base import Questions
 from editr2.policies.packed import Segment, pack, run_packed
-from editr2.policies.unified import Guidance, UnifiedPolicy, patchify, question, read_intent, unpatchify
+from editr2.policies.unified import (
+    Guidance,
+    UnifiedPolicy,
+    patchify,
+    question,
+    read_intent,
+    unpatchify,
+)
 from editr2.policies.unified_model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.worlds.shapes import make_session
 from editr2_kernels import flow_sigmas, guided_velocity, sde_log_prob, sde_step, transition_table
@@ -33,7 +40,8 @@ def asked(batch, turn):
 
 
 def walked(policy, batch, turns):
-    """Contexts before turns 1, 2, ... of sessions whose outputs are their sources; each with its instruction, too."""
+    """Contexts before turns 1, 2, ... of sessions whose outputs are their sources; each with its
+    instruction, too."""
     images = np.stack([s.image for s in batch])
     context, before, after = policy.encode(images), [], []
     for turn in range(turns):
@@ -49,7 +57,9 @@ def test_parameter_names_are_those_of_a_published_checkpoint(policy):
         for suffix in ("", "_moe_gen"):
             layer = f"language_model.model.layers.{i}"
             for part in ("q_proj", "k_proj", "v_proj"):
-                assert {f"{layer}.self_attn.{part}{suffix}.{x}" for x in ("weight", "bias")} <= names
+                assert {
+                    f"{layer}.self_attn.{part}{suffix}.{x}" for x in ("weight", "bias")
+                } <= names
             assert f"{layer}.self_attn.o_proj{suffix}.weight" in names
             assert f"{layer}.self_attn.o_proj{suffix}.bias" not in names
             for part in ("self_attn.q_norm", "self_attn.k_norm"):
@@ -92,30 +102,53 @@ def test_the_7b_configuration_is_the_same_class():
 
 
 def test_position_table_is_sine_cosine_with_columns_first():
-    model = UnifiedModel(UnifiedConfig(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, max_latent_size=6))
+    model = UnifiedModel(
+        UnifiedConfig(
+            hidden_size=32, num_attention_heads=2, num_key_value_heads=2, max_latent_size=6
+        )
+    )
     table = model.latent_pos_embed.pos_embed.view(6, 6, 32)
     assert not model.latent_pos_embed.pos_embed.requires_grad
-    assert (table[0, :, :16] == table[5, :, :16]).all() and not (table[0, :, 16:] == table[5, :, 16:]).all()
-    assert table[0, 3, 0] == pytest.approx(np.sin(3.0)) and table[0, 3, 8] == pytest.approx(np.cos(3.0))
+    assert (table[0, :, :16] == table[5, :, :16]).all() and not (
+        table[0, :, 16:] == table[5, :, 16:]
+    ).all()
+    assert table[0, 3, 0] == pytest.approx(np.sin(3.0)) and table[0, 3, 8] == pytest.approx(
+        np.cos(3.0)
+    )
 
 
 def test_grouped_key_value_heads_run():
-    model = UnifiedModel(UnifiedConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, vocab_size=50))
+    model = UnifiedModel(
+        UnifiedConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
+    )
     model.reset_parameters(torch.Generator().manual_seed(0))
-    context = model.append_image(model.empty_context(2), torch.randn(2, 36, 48), (6, 6), torch.tensor([1, 2]))
+    context = model.append_image(
+        model.empty_context(2), torch.randn(2, 36, 48), (6, 6), torch.tensor([1, 2])
+    )
     assert context.keys[0].shape == (2, 2, 38, 8)
-    assert model.velocity(context, torch.randn(2, 36, 48), torch.rand(2), (6, 6), torch.tensor([1, 2])).shape[1] == 36
+    assert (
+        model.velocity(
+            context, torch.randn(2, 36, 48), torch.rand(2), (6, 6), torch.tensor([1, 2])
+        ).shape[1]
+        == 36
+    )
 
 
 def test_packed_session_equals_reading_turn_by_turn(policy):
-    """Values and gradients; texts of different lengths in one batch; a private branch is seen by nobody."""
+    """Values and gradients; texts of different lengths in one batch; a private branch is seen by
+    nobody."""
     batch = sessions(4)
     b = len(batch)
     marks, both = policy.marks.expand(b, -1), torch.ones(b, 2, dtype=torch.bool)
     image = patchify(np.stack([s.image for s in batch]), policy.patch)
     noisy, sigma = torch.randn(2, b, 36, 48), torch.rand(2, b)
-    texts = [policy.codec.pad([policy.text_ids(s.turns[t].instruction) for s in batch], 10) for t in range(2)]
-    ask = policy.codec.pad([policy.question_ids([s.turns[0].instruction], s.turns[1].instruction) for s in batch])
+    texts = [
+        policy.codec.pad([policy.text_ids(s.turns[t].instruction) for s in batch], 10)
+        for t in range(2)
+    ]
+    ask = policy.codec.pad(
+        [policy.question_ids([s.turns[0].instruction], s.turns[1].instruction) for s in batch]
+    )
     packed = pack(
         policy.module,
         [
@@ -178,7 +211,9 @@ def test_context_select_and_join_give_the_samples_back(policy):
     v = policy.velocity(x, sigma, context).v
     index = torch.tensor([2, 0, 2])
     selected = policy.select(context, index)
-    torch.testing.assert_close(policy.velocity(x[index], sigma[index], selected).v, v[index], **CLOSE)
+    torch.testing.assert_close(
+        policy.velocity(x[index], sigma[index], selected).v, v[index], **CLOSE
+    )
     short = policy.encode(batch[0].image[None])
     joined = policy.join([context, short])
     both = policy.velocity(torch.cat([x, x[:1]]), torch.cat([sigma, sigma[:1]]), joined).v
@@ -217,7 +252,8 @@ def test_a_branch_reads_token_by_token_what_a_context_reads_at_once(policy):
         _, whole = policy.module.append_text(context, ids, valid)
         branch = Branch(context, ids.shape[1])
         parts = [
-            policy.module.extend_branch(branch, ids[:, i : i + 1], valid[:, i : i + 1]) for i in range(ids.shape[1])
+            policy.module.extend_branch(branch, ids[:, i : i + 1], valid[:, i : i + 1])
+            for i in range(ids.shape[1])
         ]
     torch.testing.assert_close(torch.cat(parts, 1)[valid], whole[valid], **CLOSE)
     with pytest.raises(ValueError, match="capacity"):
@@ -232,7 +268,10 @@ def test_sampled_text_is_counter_based(policy):
     together = policy.intend(context, asked(batch, 1), seeds, **options)
     for i in range(4):
         alone = policy.intend(
-            policy.select(context, torch.tensor([i])), asked(batch[i : i + 1], 1), seeds[i : i + 1], **options
+            policy.select(context, torch.tensor([i])),
+            asked(batch[i : i + 1], 1),
+            seeds[i : i + 1],
+            **options,
         )
         assert alone[0].ids == together[i].ids
     assert len({i.ids for i in together[:3]}) == 3
@@ -244,7 +283,8 @@ def test_sampled_text_is_counter_based(policy):
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 @pytest.mark.parametrize("greedy", [False, True])
 def test_given_answers_score_what_they_scored_while_decoding(policy, turn, temperature, greedy):
-    """Mixed lengths: some stop by their end mark, some at the limit without one, and one is left empty."""
+    """Mixed lengths: some stop by their end mark, some at the limit without one, and one is left
+    empty."""
     batch = sessions(8)
     with torch.no_grad():  # a distribution that is not flat
         policy.module.language_model.lm_head.weight *= 10
@@ -259,10 +299,16 @@ def test_given_answers_score_what_they_scored_while_decoding(policy, turn, tempe
     answers[3] = ()
     scores = policy.answer_log_prob(context, asks, answers, temperature=temperature)
     assert scores.valid.sum(1).tolist() == [len(a) for a in answers]
-    assert scores.log_prob[~scores.valid].abs().sum() == 0 and scores.log_prob[scores.valid].max() < 0
+    assert (
+        scores.log_prob[~scores.valid].abs().sum() == 0 and scores.log_prob[scores.valid].max() < 0
+    )
     for row, answer, intent in zip(scores.log_prob, answers, intents, strict=True):
-        torch.testing.assert_close(row[: len(answer)], torch.tensor(intent.log_prob)[: len(answer)], **CLOSE)
-    gradient = torch.autograd.grad(scores.log_prob.sum(), policy.module.language_model.lm_head.weight)[0]
+        torch.testing.assert_close(
+            row[: len(answer)], torch.tensor(intent.log_prob)[: len(answer)], **CLOSE
+        )
+    gradient = torch.autograd.grad(
+        scores.log_prob.sum(), policy.module.language_model.lm_head.weight
+    )[0]
     assert gradient.abs().max() > 0
     nothing = policy.answer_log_prob(context, asks, [()] * 8, temperature=temperature)
     assert nothing.log_prob.shape == nothing.valid.shape == (8, 0)
@@ -272,7 +318,9 @@ def test_the_mode_words_the_question(policy):
     batch = sessions(1)
     context = policy.encode(np.stack([s.image for s in batch]))
     scores = {
-        policy.answer_log_prob(context, Questions([["remove it"]], ["remove it"], [mode]), [(9, 10)], temperature=1.0)
+        policy.answer_log_prob(
+            context, Questions([["remove it"]], ["remove it"], [mode]), [(9, 10)], temperature=1.0
+        )
         .log_prob.sum()
         .item()
         for mode in ("cm", "cu", None)
@@ -306,7 +354,10 @@ def test_guided_velocity_is_the_nested_formula_over_three_contexts(policy, text,
     expected[0] = v[0]  # below the interval
     found = guided.velocity(x, sigma, context)
     torch.testing.assert_close(found.v, v, **CLOSE)
-    assert ("v_uncond" in found.guidance, "v_uncond_image" in found.guidance) == (text != 1, image != 1)
+    assert ("v_uncond" in found.guidance, "v_uncond_image" in found.guidance) == (
+        text != 1,
+        image != 1,
+    )
     torch.testing.assert_close(found.combined(sigma), expected, rtol=1e-3, atol=1e-4)
     gradients = [
         torch.autograd.grad(u.square().sum(), policy.module.vae2llm.weight)[0]
@@ -316,22 +367,29 @@ def test_guided_velocity_is_the_nested_formula_over_three_contexts(policy, text,
 
     # select, join and the text of a guided context
     index = torch.tensor([2, 0])
-    part = guided.velocity(x[index], sigma[index], guided.select(context, index)).combined(sigma[index])
+    part = guided.velocity(x[index], sigma[index], guided.select(context, index)).combined(
+        sigma[index]
+    )
     torch.testing.assert_close(part, expected[index], rtol=1e-3, atol=1e-4)
     first = walked(guided, batch, 1)[1][0]
     joined = guided.join([guided.select(first, index), context])
     both = guided.velocity(torch.cat([x[index], x]), torch.cat([sigma[index], sigma]), joined)
     both = both.combined(torch.cat([sigma[index], sigma]))
     torch.testing.assert_close(both[2:], expected, rtol=1e-3, atol=1e-4)
-    alone = guided.velocity(x[index], sigma[index], guided.select(first, index)).combined(sigma[index])
+    alone = guided.velocity(x[index], sigma[index], guided.select(first, index)).combined(
+        sigma[index]
+    )
     torch.testing.assert_close(both[:2], alone, rtol=1e-3, atol=1e-4)
     options = {"temperature": 1.0, "max_tokens": 4}
     plain, seeds = after[1], torch.arange(3)
     intents = guided.intend(context, asked(batch, 2), seeds, **options)
-    assert [i.ids for i in intents] == [i.ids for i in policy.intend(plain, asked(batch, 2), seeds, **options)]
+    assert [i.ids for i in intents] == [
+        i.ids for i in policy.intend(plain, asked(batch, 2), seeds, **options)
+    ]
     answers = [i.ids for i in intents]
     a, b = (
-        p.answer_log_prob(c, asked(batch, 2), answers, temperature=1.0) for p, c in ((guided, context), (policy, plain))
+        p.answer_log_prob(c, asked(batch, 2), answers, temperature=1.0)
+        for p, c in ((guided, context), (policy, plain))
     )
     assert torch.equal(a.log_prob, b.log_prob)
 
@@ -351,8 +409,12 @@ def test_a_step_takes_the_branches_as_they_come_and_its_replay_has_ratio_one(pol
     torch.testing.assert_close(step.x_next, combined.x_next, rtol=1e-5, atol=1e-5)
     trained = guided.velocity(x, sigma, context)  # the branches were joined without gradient before
     replay = sde_log_prob(x, step.x_next, trained.v, table, index, **trained.guidance)
-    torch.testing.assert_close((replay.log_prob - step.log_prob).exp(), torch.ones(3), rtol=0, atol=1e-6)
-    assert torch.autograd.grad(replay.log_prob.sum(), policy.module.language_model.model.embed_tokens.weight)
+    torch.testing.assert_close(
+        (replay.log_prob - step.log_prob).exp(), torch.ones(3), rtol=0, atol=1e-6
+    )
+    assert torch.autograd.grad(
+        replay.log_prob.sum(), policy.module.language_model.model.embed_tokens.weight
+    )
     assert guided_velocity(trained.v, sigma, **trained.guidance).requires_grad
 
 
@@ -366,7 +428,9 @@ def test_branches_joined_without_gradient_still_carry_one(policy):
             with torch.no_grad():
                 guided.velocity(x, sigma, context)
         loss = guided.velocity(x, sigma, context).combined(sigma).square().sum()
-        gradients.append(torch.autograd.grad(loss, policy.module.language_model.model.embed_tokens.weight)[0])
+        gradients.append(
+            torch.autograd.grad(loss, policy.module.language_model.model.embed_tokens.weight)[0]
+        )
     assert torch.equal(*gradients)
 
 
@@ -407,7 +471,9 @@ def test_intent_is_what_follows_the_end_of_thought(answer, intent, thought):
 
 def test_question_lists_raw_instructions():
     assert question(["a", "b"], "c") == "earlier : a ; b ; now : c ; rewrite"
-    assert question(["a"], "c", "cm").endswith("; rewrite always") and question([], "c", "cu").endswith("; rewrite it")
+    assert question(["a"], "c", "cm").endswith("; rewrite always") and question(
+        [], "c", "cu"
+    ).endswith("; rewrite it")
 
 
 def test_patches_round_trip_and_are_ordered_row_column_channel():
@@ -415,7 +481,9 @@ def test_patches_round_trip_and_are_ordered_row_column_channel():
     tokens = patchify(images, 4)
     assert tokens.shape == (2, 36, 48)
     assert (unpatchify(tokens, (6, 6), 4) == images).all()
-    assert tokens[1, 7, 3 * (4 * 2 + 1) + 2] == pytest.approx(images[1, 4 + 2, 4 + 1, 2] / 127.5 - 1)
+    assert tokens[1, 7, 3 * (4 * 2 + 1) + 2] == pytest.approx(
+        images[1, 4 + 2, 4 + 1, 2] / 127.5 - 1
+    )
 
 
 def test_save_and_load_round_trip(policy, tmp_path):

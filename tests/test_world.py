@@ -14,7 +14,9 @@ def instructions(session):
 
 
 def perfect(session):
-    return np.stack([shapes.render(s.scene) for s in shapes.states(session.image, instructions(session))[1:]])
+    return np.stack(
+        [shapes.render(s.scene) for s in shapes.states(session.image, instructions(session))[1:]]
+    )
 
 
 def test_templates_are_as_far_apart_as_the_tolerance_needs():
@@ -53,7 +55,9 @@ def test_same_seed_same_session_and_another_seed_another():
 
 def test_splits_share_no_source_scene():
     seen = {
-        split: {shapes.parse_scene(shapes.make_session(0, i, split=split).image) for i in range(300)}
+        split: {
+            shapes.parse_scene(shapes.make_session(0, i, split=split).image) for i in range(300)
+        }
         for split in ("train", "heldout")
     }
     assert len(seen["train"]) > 200 and not seen["train"] & seen["heldout"]
@@ -62,16 +66,24 @@ def test_splits_share_no_source_scene():
 
 def test_standing_rule_is_held_against_the_third_turn():
     source = shapes.Scene("black", (("square", "blue"), None, *[None] * 7))
-    texts = ["add a ring top right always use red", "move the square top left to top center", "add a cross bottom left"]
+    texts = [
+        "add a ring top right always use red",
+        "move the square top left to top center",
+        "add a cross bottom left",
+    ]
     images = [s.scene for s in shapes.states(shapes.render(source), texts)[1:]]
     assert images[2].cells[6] == ("cross", "red")
     wrong = [*images[:2], images[2].put(6, ("cross", "blue"))]
-    scores = shapes.verify(shapes.render(source), texts, np.stack([shapes.render(s) for s in wrong]))
+    scores = shapes.verify(
+        shapes.render(source), texts, np.stack([shapes.render(s) for s in wrong])
+    )
     assert scores[:, 2].tolist() == [1, 1, 0] and scores[2, 0] == 0 and scores[2, 1] == 1
 
 
 def test_an_early_mistake_fails_every_later_turn_in_ga():
-    session = next(s for s in (shapes.make_session(9, i) for i in range(50)) if s.turns[0].task == "paint")
+    session = next(
+        s for s in (shapes.make_session(9, i) for i in range(50)) if s.turns[0].task == "paint"
+    )
     images = perfect(session)
     images[0] = session.image
     scores = shapes.verify(session.image, instructions(session), images)
@@ -89,7 +101,10 @@ def test_cc_counts_damage_to_cells_that_no_instruction_named():
 def test_cc_after_a_background_edit_compares_objects_alone():
     source = shapes.Scene("white", (("square", "blue"), ("ring", "red"), *[None] * 7))
     right = shapes.render(shapes.Scene("black", source.cells))
-    unchanged, lost = shapes.render(source), shapes.render(shapes.Scene("black", source.put(0, None).cells))
+    unchanged, lost = (
+        shapes.render(source),
+        shapes.render(shapes.Scene("black", source.put(0, None).cells)),
+    )
     text = ["set the background black"]
     assert shapes.verify(unchanged, text, right[None])[0].tolist() == [1, 1, 1]
     assert shapes.verify(unchanged, text, unchanged[None])[0].tolist() == [0, 1, 0]
@@ -114,7 +129,9 @@ def test_no_blend_of_two_templates_passes_for_both_and_halfway_for_none(i, j, we
 def test_noise_within_the_tolerance_passes_and_beyond_fails(sigma, passes):
     session = shapes.make_session(0, 1)
     noise = np.random.default_rng(0).normal(0, sigma, session.image.shape)
-    gray = shapes.render(shapes.Scene("gray", (None,) * 9))  # mid-gray, so that clipping hides no noise
+    gray = shapes.render(
+        shapes.Scene("gray", (None,) * 9)
+    )  # mid-gray, so that clipping hides no noise
     noisy = np.clip(gray + noise, 0, 255).astype(np.uint8)
     assert bool((shapes.parse_cells(noisy[None]) != shapes.UNKNOWN).all()) == passes
 

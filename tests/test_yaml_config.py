@@ -1,4 +1,5 @@
-"""YAML configurations: what is accepted comes back exact, what is not is named by file, line and key."""
+"""YAML configurations: what is accepted comes back exact, what is not is named by file, line and
+key."""
 
 from __future__ import annotations
 
@@ -60,7 +61,9 @@ def problem(tmp_path: Path, text: str | bytes) -> str:
 
 def test_values_and_lines(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("# head\nname: x\ntrain:\n  lr: 1e-4\nrewards:\n- name: IF\n- {name: CC, weight: 2}\n")
+    path.write_text(
+        "# head\nname: x\ntrain:\n  lr: 1e-4\nrewards:\n- name: IF\n- {name: CC, weight: 2}\n"
+    )
     values, lines = load_yaml(path)
     assert values == {
         "name": "x",
@@ -90,7 +93,14 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("1e-4", 1e-4), ("1E+2", 100.0), ("-.5e1", -5.0), ("3", 3.0), ("1.5", 1.5), (".inf", float("inf"))],
+    [
+        ("1e-4", 1e-4),
+        ("1E+2", 100.0),
+        ("-.5e1", -5.0),
+        ("3", 3.0),
+        ("1.5", 1.5),
+        (".inf", float("inf")),
+    ],
 )
 def test_floats(tmp_path: Path, written: str, value: float) -> None:
     lr = read(tmp_path, f"train: {{lr: {written}}}").train.lr
@@ -100,15 +110,21 @@ def test_floats(tmp_path: Path, written: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("train:\n  sibling: 3\n", ":2: unknown key 'train.sibling' (did you mean 'train.siblings'?)"),
-        ("xyzzy: 3\n", ":1: unknown key 'xyzzy' (accepted: name, train, reference, rewards, notes, out, stage)"),
-        ("rewards:\n- name: a\n- name: b\n  wieght: 2\n", ":4: unknown key 'rewards[1].wieght' (did you mean"),
-        ("reference:\n  lrr: 3\n", ":2: unknown key 'reference.lrr' (did you mean 'reference.lr'?)"),
+        ("train:\n  sibling: "
+         "3\n", ":2: unknown key 'train.sibling' (did you mean 'train.siblings'?)"),
+        ("xyzzy: "
+         "3\n", ":1: unknown key 'xyzzy' (accepted: name, train, reference, rewards, notes, out, "
+                "stage)"),
+        ("rewards:\n- name: a\n- name: b\n  wieght: "
+         "2\n", ":4: unknown key 'rewards[1].wieght' (did you mean"),
+        ("reference:\n  lrr: "
+         "3\n", ":2: unknown key 'reference.lrr' (did you mean 'reference.lr'?)"),
         ("rewards:\n- weight: 2\n", ":2: missing key 'rewards[0].name' (it has no default)"),
         ("train:\n  siblings: 2.5\n", ":2: train.siblings: 2.5 (accepted: a whole number)"),
         ("train:\n  siblings: true\n", ":2: train.siblings: true"),
         ("train:\n  siblings: 1e3\n", ":2: train.siblings: '1e3' (accepted: a whole number)"),
-        ("train:\n  siblings: 010\n", ":2:13: 010 is 8 in YAML (accepted: 8, or quoted if it is a text)"),
+        ("train:\n  siblings: "
+         "010\n", ":2:13: 010 is 8 in YAML (accepted: 8, or quoted if it is a text)"),
         ("train:\n  siblings: 1:30\n", ":2:13: 1:30 is 90 in YAML"),
         ("train:\n  lr: -1:30.5\n", ":2:7: -1:30.5 is -90.5 in YAML"),
         ("train:\n  amp: 1\n", ":2: train.amp: 1 (accepted: true or false)"),
@@ -118,7 +134,8 @@ def test_floats(tmp_path: Path, written: str, value: float) -> None:
         ("train:\n  lr:\n", ":2: train.lr: none (accepted: a number)"),
         ("train:\n  clip: [1]\n", ":2: train.clip: a list of 1 (accepted: a number or none)"),
         ("train:\n  mode: cx\n", ":2: train.mode: 'cx' (accepted: cm, cu)"),
-        ("train:\n  betas: [1]\n", ":2: train.betas: a list of 1 (accepted: a list of 2, each a number)"),
+        ("train:\n  betas: "
+         "[1]\n", ":2: train.betas: a list of 1 (accepted: a list of 2, each a number)"),
         ("train:\n  betas:\n  - 0.9\n  - x\n", ":4: train.betas[1]: 'x' (accepted: a number)"),
         ("name: no\n", ":1: name: false (accepted: a text)"),
         ("name: 2020-01-01\n", ":1: name: datetime.date(2020, 1, 1), a date (accepted: a text)"),
@@ -126,7 +143,8 @@ def test_floats(tmp_path: Path, written: str, value: float) -> None:
         ("reference: 3\n", ":1: reference: 3 (accepted: keys and values or none)"),
         ("notes:\n  a: [1]\n", ":2: notes.a: a list of 1 (accepted: a number or a text or none)"),
         ("stage: [1]\n", ":1: stage: a list of 1 (accepted: a whole number or a text)"),
-        ("name: a\ntrain:\n  lr: 1\n  siblings: 2\n  lr: 2\n", ":5:3: key 'train.lr' was already given on line 3"),
+        ("name: a\ntrain:\n  lr: 1\n  siblings: 2\n  lr: "
+         "2\n", ":5:3: key 'train.lr' was already given on line 3"),
         ("name: a\nname: b\n", ":2:1: key 'name' was already given on line 1"),
         ("3: a\n", ":1:1: key 3 is not a string"),
         ("yes: a\n", ":1:1: key yes is not a string"),
@@ -146,7 +164,8 @@ def test_floats(tmp_path: Path, written: str, value: float) -> None:
         (b"name: \xff\n", ": byte 7 is not UTF-8"),
         ("name: " + "[" * 1000, ": nested too deeply"),
         ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
-            f"{y}: &{y} [{','.join(['*' + x] * 10)}]\n" for x, y in zip("abcdef", "bcdefg", strict=True)
+            f"{y}: &{y} "
+            f"[{','.join(['*' + x] * 10)}]\n" for x, y in zip("abcdef", "bcdefg", strict=True)
         ), ":1:26: more than 100000 values after aliases are expanded"),
     ],
 )  # fmt: skip
@@ -162,7 +181,12 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_in_a_union_the_exact_type_comes_first(tmp_path: Path) -> None:
-    assert read(tmp_path, "notes: {a: '1e-4', b: 1.5, c: 2, d: }").notes == {"a": "1e-4", "b": 1.5, "c": 2.0, "d": None}
+    assert read(tmp_path, "notes: {a: '1e-4', b: 1.5, c: 2, d: }").notes == {
+        "a": "1e-4",
+        "b": 1.5,
+        "c": 2.0,
+        "d": None,
+    }
 
 
 def test_aliases_are_expanded(tmp_path: Path) -> None:
@@ -171,7 +195,9 @@ def test_aliases_are_expanded(tmp_path: Path) -> None:
 
 
 def test_values_without_a_file() -> None:
-    with pytest.raises(ConfigError, match=r"^cli: unknown key 'train.lrr' \(did you mean 'train.lr'\?\)$"):
+    with pytest.raises(
+        ConfigError, match=r"^cli: unknown key 'train.lrr' \(did you mean 'train.lr'\?\)$"
+    ):
         check_keys({"train": {"lrr": 1}}, {}, Config, "cli")
     with pytest.raises(ConfigError, match=r"^train.siblings: 'a'"):
         to_dataclass({"train": {"siblings": "a"}}, Config)

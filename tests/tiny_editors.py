@@ -1,6 +1,8 @@
-"""Tiny random FLUX.1-Kontext and FLUX.2-klein pipelines, built in code: the stock classes with a few thousand weights.
+"""Tiny random FLUX.1-Kontext and FLUX.2-klein pipelines, built in code: the stock classes with a
+few thousand weights.
 
-Autoencoders shrink by 8 as the real ones do, so that sizes in tokens are the real ones for an image's sizes in pixels.
+Autoencoders shrink by 8 as the real ones do, so that sizes in tokens are the real ones for an
+image's sizes in pixels.
 """
 
 from __future__ import annotations
@@ -40,10 +42,17 @@ CHAT = (
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 
 
-def kontext_pipeline(seed: int = 0, guidance_embeds: bool = True, **transformer: Any) -> FluxKontextPipeline:
+def kontext_pipeline(
+    seed: int = 0, guidance_embeds: bool = True, **transformer: Any
+) -> FluxKontextPipeline:
     """A pipeline with random weights; transformer: changes to the transformer's settings."""
     torch.manual_seed(seed)
-    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes = {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    }
     pipe = FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0,
@@ -54,7 +63,11 @@ def kontext_pipeline(seed: int = 0, guidance_embeds: bool = True, **transformer:
             max_image_seq_len=4096,
         ),
         vae=AutoencoderKL(
-            **_autoencoder(4), scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False
+            **_autoencoder(4),
+            scaling_factor=0.36,
+            shift_factor=0.12,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
         ),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(
@@ -73,17 +86,36 @@ def kontext_pipeline(seed: int = 0, guidance_embeds: bool = True, **transformer:
             vocab={
                 name: i
                 for i, name in enumerate(
-                    ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+                    [
+                        "<|startoftext|>",
+                        "<|endoftext|>",
+                        *LETTERS,
+                        *(f"{letter}</w>" for letter in LETTERS),
+                    ]
                 )
             },
             merges=[],
             model_max_length=77,
         ),
         text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+            T5Config(
+                vocab_size=256,
+                d_model=32,
+                d_kv=8,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                decoder_start_token_id=0,
+            )
         ),
         tokenizer_2=T5TokenizerFast(
-            vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in LETTERS)],
+            vocab=[
+                ("<pad>", 0.0),
+                ("</s>", 0.0),
+                ("<unk>", 0.0),
+                ("▁", -1.0),
+                *((c, -2.0) for c in LETTERS),
+            ],
             extra_ids=0,
             model_max_length=512,
         ),
@@ -99,16 +131,23 @@ def kontext_pipeline(seed: int = 0, guidance_embeds: bool = True, **transformer:
     return _ready(pipe)
 
 
-def klein_pipeline(seed: int = 0, is_distilled: bool = False, **transformer: Any) -> Flux2KleinPipeline:
-    """A pipeline with random weights; transformer: changes to the transformer's settings. The text encoder has the 27
-    layers whose states the pipeline reads."""
+def klein_pipeline(
+    seed: int = 0, is_distilled: bool = False, **transformer: Any
+) -> Flux2KleinPipeline:
+    """A pipeline with random weights; transformer: changes to the transformer's settings. The text
+    encoder has the 27 layers whose states the pipeline reads."""
     torch.manual_seed(seed)
     letters = [*LETTERS, "Ġ", "Ċ"]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Qwen2TokenizerFast(vocab={c: i for i, c in enumerate(letters + special)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
     tokenizer.chat_template = CHAT
-    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes = {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    }
     vae = AutoencoderKLFlux2(**_autoencoder(4))
     vae.bn.running_mean.normal_(0, 0.1)
     vae.bn.running_var.uniform_(0.5, 2)
@@ -163,7 +202,8 @@ def _autoencoder(channels: int) -> dict[str, Any]:
 
 
 def _ready(pipe: Any) -> Any:
-    """Weights large enough that words, images and time all move the output; quiet and on the host."""
+    """Weights large enough that words, images and time all move the output; quiet and on the
+    host."""
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval()

@@ -1,7 +1,8 @@
-"""Tiny random Qwen-Image-Edit and -Plus pipelines, built in code: the stock classes with a few weights.
+"""Tiny random Qwen-Image-Edit and -Plus pipelines, built in code: the stock classes with a few
+weights.
 
-The tokenizer's merges are learned from the pipelines' own template, so that its system part is the 64 tokens that it is
-with the published vocabulary.
+The tokenizer's merges are learned from the pipelines' own template, so that its system part is the
+64 tokens that it is with the published vocabulary.
 """
 
 from __future__ import annotations
@@ -26,14 +27,25 @@ WIDTH, CHANNELS = 32, 4
 
 
 def components(seed: int = 0, **transformer: Any) -> dict[str, Any]:
-    """The six components by the pipelines' names, float32 and in eval mode. transformer: changes to its settings."""
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+    """The six components by the pipelines' names, float32 and in eval mode. transformer: changes to
+    its settings."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImageTransformer2DModel,
+    )
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(seed)
     words = tokenizer()
-    token = {f"{name}_token_id": words.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
-    pads = {f"{name}_token_id": words.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    token = {
+        f"{name}_token_id": words.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("vision_start", "vision_end")
+    }
+    pads = {
+        f"{name}_token_id": words.convert_tokens_to_ids(f"<|{name}_pad|>")
+        for name in ("image", "video")
+    }
     text_encoder = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config={
@@ -43,7 +55,11 @@ def components(seed: int = 0, **transformer: Any) -> dict[str, Any]:
                 "num_hidden_layers": 2,
                 "num_attention_heads": 2,
                 "num_key_value_heads": 1,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [2, 3, 3],
+                },
                 "bos_token_id": 0,
                 "eos_token_id": 0,
             },
@@ -117,24 +133,30 @@ def tokenizer() -> Any:
         ]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=sorted(alphabet), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=sorted(alphabet), show_progress=False
+    )
     parts = ("scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer")
     template = QwenImageEditPipeline(**dict.fromkeys(parts)).prompt_template_encode
     learner.train_from_iterator([re.sub(r"<\|\w+\|>", "", template)], trainer)
     learned = json.loads(learner.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
-    return Qwen2Tokenizer(vocab=learned["vocab"], merges=merges, extra_special_tokens=list(SPECIAL[1:]))
+    return Qwen2Tokenizer(
+        vocab=learned["vocab"], merges=merges, extra_special_tokens=list(SPECIAL[1:])
+    )
 
 
 def image_processor() -> Any:
-    """Pictures become a few tokens of the language model, 28 x 28 pixels each: 2 x 3 of them for 64 x 96."""
+    """Pictures become a few tokens of the language model, 28 x 28 pixels each: 2 x 3 of them for 64
+    x 96."""
     from transformers import Qwen2VLImageProcessor
 
     return Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=6000)
 
 
 def qwen_pipeline(seed: int = 0, *, plus: bool = False, **transformer: Any) -> Any:
-    """The stock pipeline with random weights; transformer: changes to the transformer's settings."""
+    """The stock pipeline with random weights; transformer: changes to the transformer's
+    settings."""
     import diffusers
     from transformers import Qwen2VLProcessor
     from transformers.processing_utils import ProcessorMixin
@@ -142,7 +164,8 @@ def qwen_pipeline(seed: int = 0, *, plus: bool = False, **transformer: Any) -> A
     parts = components(seed, **transformer)
     check = ProcessorMixin.check_argument_for_proper_class
     try:
-        # The processor insists on a video processor, which only exists beside torchvision and is not used for pictures.
+        # The processor insists on a video processor, which only exists beside torchvision and is
+        # not used for pictures.
         ProcessorMixin.check_argument_for_proper_class = lambda *args: None
         parts["processor"] = Qwen2VLProcessor(parts["processor"], parts["tokenizer"])
     finally:

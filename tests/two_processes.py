@@ -1,4 +1,5 @@
-"""Run under torchrun: one iteration's rollout and gradient, gathered and written by the main process.
+"""Run under torchrun: one iteration's rollout and gradient, gathered and written by the main
+process.
 
 torchrun --nproc_per_node N tests/two_processes.py OUT.pt
 """
@@ -27,7 +28,10 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     config = replace_nested(
         Config(),
-        {"rollout": {"sessions": 3, "siblings": 3, "steps": 4, "groups_per_batch": 2}, "eval": {"sessions": 2}},
+        {
+            "rollout": {"sessions": 3, "siblings": 3, "steps": 4, "groups_per_batch": 2},
+            "eval": {"sessions": 2},
+        },
     )
     policy = UnifiedPolicy.load()
     source, r = open_sessions(config, policy), config.rollout
@@ -35,7 +39,9 @@ def main(out: Path) -> None:
     mine, seeds = processes.share(r.sessions), Seeds(config.seed, "train")
     done = [
         rollout_chunk(policy, chunk, sampler, seeds, config.policy)
-        for chunk in chunks([source[o] for o in range(3)[mine]], range(3)[mine], r.siblings, r.groups_per_batch)
+        for chunk in chunks(
+            [source[o] for o in range(3)[mine]], range(3)[mine], r.siblings, r.groups_per_batch
+        )
     ]
     scores = merge_scores(processes.gather([judge(WorldReward(), done, r.turns)]))
     group = torch.arange(r.sessions).repeat_interleave(r.siblings)
@@ -46,11 +52,14 @@ def main(out: Path) -> None:
     batch = Batch(done, credit.advantage[local], credit.mask[local], trained, sampler, seeds)
     accumulate_gradient(config, state, batch, 0, 0, processes)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
-    gradient = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters])
+    gradient = torch.cat(
+        [torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters]
+    )
     gradient = processes.sum(gradient)
 
     def noise(chunk, record, turn):
-        """The noise that reached the samples: x_next - mu over S would round, so the seeds and the first latent."""
+        """The noise that reached the samples: x_next - mu over S would round, so the seeds and the
+        first latent."""
         return seeds.window(chunk, record.rollout, turn), seeds.initial(chunk, record.rollout, turn)
 
     mine_out = [

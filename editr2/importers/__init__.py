@@ -1,8 +1,9 @@
-"""Public multi-turn editing sets to sessions: `editr2 data import`. docs/data.md says what each format holds.
+"""Public multi-turn editing sets to sessions: `editr2 data import`. docs/data.md says what each
+format holds.
 
-An importer reads a set's own files, checks every field against the names and kinds that its release has, and yields
-sessions whose images stay in their files. What has no field of its own in `Session` and `Turn` goes to their `meta`
-under the name that the release gives it.
+An importer reads a set's own files, checks every field against the names and kinds that its release
+has, and yields sessions whose images stay in their files. What has no field of its own in `Session`
+and `Turn` goes to their `meta` under the name that the release gives it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ __all__ = ["FORMATS", "import_sessions"]
 
 _READERS = {"mice": mice, "edival": edival, "imgedit": imgedit, "magicbrush": magicbrush}
 FORMATS = (*_READERS, "sessions")
-"""`sessions` is whatever `load_sessions` reads: it copies a set, or writes a Hugging Face dataset out as one."""
+"""`sessions` is whatever `load_sessions` reads: it copies a set, or writes a Hugging Face dataset
+out as one."""
 
 
 def import_sessions(
@@ -33,14 +35,15 @@ def import_sessions(
     mode: str | None = None,
     limit: int | None = None,
 ) -> Path:
-    """Read `source` in one of FORMATS and write `folder/sessions.jsonl` with copies of the images; returns its path.
+    """Read `source` in one of FORMATS and write `folder/sessions.jsonl` with copies of the images;
+    returns its path.
 
     images: the folder that the images lie in, when it is not where the release has it.
     mode: "cm" or "cu" for every session, in place of what the source says.
     limit: only the first `limit` sessions.
 
-    One session is in memory at a time. Raises DataError, `file:line: field: problem (accepted: …)`, for the first thing
-    that is wrong; the folder's sessions.jsonl is then what it was before.
+    One session is in memory at a time. Raises DataError, `file:line: field: problem (accepted: …)`,
+    for the first thing that is wrong; the folder's sessions.jsonl is then what it was before.
     """
     if format not in FORMATS:
         raise UserError(f"format: {format!r} (accepted: {', '.join(FORMATS)})")
@@ -50,7 +53,9 @@ def import_sessions(
         raise UserError(f"--limit: {limit} (accepted: 1 or more)")
     dataset = is_dataset(source)
     if dataset and format not in ("magicbrush", "sessions"):
-        raise UserError(f"format: {format!r} (accepted for a Hugging Face dataset: magicbrush, sessions)")
+        raise UserError(
+            f"format: {format!r} (accepted for a Hugging Face dataset: magicbrush, sessions)"
+        )
     if images is not None and (dataset or format == "sessions"):
         raise UserError(f"--images: {images} (accepted: nothing, as the source names its images)")
     if dataset or format == "sessions":
@@ -71,7 +76,8 @@ def _loadable(source: str | os.PathLike[str], mode: str | None) -> Iterator[Sess
 
 
 def _unique(sessions: Iterator[Session]) -> Iterator[Session]:
-    """Ids as they are, the second of a name with -2, and so on: some sets edit one image in several sessions."""
+    """Ids as they are, the second of a name with -2, and so on: some sets edit one image in several
+    sessions."""
     seen: dict[str, int] = {}
     for session in sessions:
         name = session.id
@@ -79,4 +85,8 @@ def _unique(sessions: Iterator[Session]) -> Iterator[Session]:
             seen[session.id] += 1
             name = f"{session.id}-{seen[session.id]}"
         seen[name] = 1
-        yield session if name == session.id else replace(session, id=name, image=vars(session)["image"])
+        yield (
+            session
+            if name == session.id
+            else replace(session, id=name, image=vars(session)["image"])
+        )

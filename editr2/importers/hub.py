@@ -27,8 +27,8 @@ _SESSION = ("id", "image", "turns", "instructions", "mode", "meta")
 class DatasetImage:
     """Pixels that stay in a row of a dataset: called, it decodes them.
 
-    data: has the one column, undecoded. size, resize: as in `load_sessions`. contained: as in `scan`; a row names files
-    from where the program runs. checksum: as in `ImageFile`.
+    data: has the one column, undecoded. size, resize: as in `load_sessions`. contained: as in
+    `scan`; a row names files from where the program runs. checksum: as in `ImageFile`.
     """
 
     data: Dataset
@@ -51,8 +51,8 @@ class DatasetImage:
 
 @contextmanager
 def _one_line(where: str = "", problem: str = "cannot be read") -> Iterator[None]:
-    """What a download, a cache, a script of a dataset or a broken file can raise is open-ended; to the user it is one
-    thing."""
+    """What a download, a cache, a script of a dataset or a broken file can raise is open-ended; to
+    the user it is one thing."""
     try:
         yield
     except DataError:
@@ -62,17 +62,21 @@ def _one_line(where: str = "", problem: str = "cannot be read") -> Iterator[None
 
 
 def dataset_entries(path: str, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
-    """The sessions of a dataset, unchecked. path: "hf:owner/name", "hf:owner/name:split" or a saved dataset's folder.
+    """The sessions of a dataset, unchecked. path: "hf:owner/name", "hf:owner/name:split" or a saved
+    dataset's folder.
 
-    Columns: image and either turns (objects as in sessions.jsonl) or instructions (strings), and if they are there id,
-    mode and meta; further columns, images apart, go to the session's meta. Or MagicBrush's columns, where rows of one
-    img_id that count up from turn_index 1 are a session. Raises DataError when there is no such dataset.
+    Columns: image and either turns (objects as in sessions.jsonl) or instructions (strings), and if
+    they are there id, mode and meta; further columns, images apart, go to the session's meta. Or
+    MagicBrush's columns, where rows of one img_id that count up from turn_index 1 are a session.
+    Raises DataError when there is no such dataset.
     """
     with _one_line(f"{path}: "):
         yield from _entries(path, _open(path), size, resize, contained)
 
 
-def _entries(path: str, data: Dataset, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
+def _entries(
+    path: str, data: Dataset, size: Size | None, resize: str, contained: bool
+) -> Iterator[Entry]:
     names = set(data.column_names)
     if names.issuperset(_MAGICBRUSH):
         column, records = "source_img", _magicbrush_records(path, data)
@@ -86,7 +90,12 @@ def _entries(path: str, data: Dataset, size: Size | None, resize: str, contained
     images = _undecoded(data, path, column)
     for row, record in records:
         values = record if isinstance(record, DataError) else {**record, "image": column}
-        yield Entry(f"{path}: row {row}", f"row {row}", values, DatasetImage(images, row, size, resize, contained))
+        yield Entry(
+            f"{path}: row {row}",
+            f"row {row}",
+            values,
+            DatasetImage(images, row, size, resize, contained),
+        )
 
 
 def _session_records(path: str, data: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -95,17 +104,24 @@ def _session_records(path: str, data: Dataset) -> Iterator[tuple[int, dict[str, 
         if "instructions" in values:
             told = values["instructions"]
             turns = [{"instruction": text} for text in told] if isinstance(told, list) else told
-        elif isinstance(turns, Mapping) and all(isinstance(cells, list) for cells in turns.values()):
+        elif isinstance(turns, Mapping) and all(
+            isinstance(cells, list) for cells in turns.values()
+        ):
             # How `datasets` gives a Sequence of objects.
             turns = [dict(zip(turns, cells)) for cells in zip(*turns.values())]
         rest = {name: value for name, value in values.items() if name not in _SESSION}
         meta = values.get("meta")
         if rest and (meta is None or isinstance(meta, Mapping)):
             meta = {**(meta or {}), **rest}
-        yield row, {"id": values.get("id"), "mode": values.get("mode"), "turns": turns, "meta": meta}
+        yield (
+            row,
+            {"id": values.get("id"), "mode": values.get("mode"), "turns": turns, "meta": meta},
+        )
 
 
-def _magicbrush_records(path: str, data: Dataset) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+def _magicbrush_records(
+    path: str, data: Dataset
+) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Every turn's meta has its row, where a reward finds mask_img and target_img."""
     start, image = 0, ""
     turns: list[dict[str, Any]] = []
@@ -122,7 +138,10 @@ def _magicbrush_records(path: str, data: Dataset) -> Iterator[tuple[int, dict[st
             start, image, turns = row, str(values["img_id"]), []
         elif not turns or values["turn_index"] != len(turns) + 1 or str(values["img_id"]) != image:
             follows = f", or {len(turns) + 1} of img_id {image!r}" if turns else ""
-            problem = f"{kind(values['turn_index'])} of img_id {values['img_id']!r} (accepted: 1{follows})"
+            problem = (
+                f"{kind(values['turn_index'])} of img_id {values['img_id']!r} (accepted: "
+                f"1{follows})"
+            )
             yield row, DataError(f"turn_index: {problem}")
             continue
         turns.append({"instruction": values["instruction"], "meta": {"row": row}})
@@ -134,7 +153,9 @@ def _open(path: str) -> Dataset:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{path}: needs the package datasets (accepted: pip install 'editr2[data]')") from error
+        raise DataError(
+            f"{path}: needs the package datasets (accepted: pip install 'editr2[data]')"
+        ) from error
     with _one_line(f"{path}: ", "cannot be opened"):
         if not path.startswith("hf:"):
             data = datasets.load_from_disk(path)
@@ -144,13 +165,19 @@ def _open(path: str) -> Dataset:
             return data
         name, _, split = path.removeprefix("hf:").partition(":")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise DataError(f"{path}: no name of a dataset (accepted: hf:owner/name or hf:owner/name:split)")
+            raise DataError(
+                f"{path}: no name of a dataset (accepted: hf:owner/name or hf:owner/name:split)"
+            )
         if offline():
-            datasets.config.HF_DATASETS_OFFLINE = True  # what was downloaded before is found at once
+            datasets.config.HF_DATASETS_OFFLINE = (
+                True  # what was downloaded before is found at once
+            )
         if not split:
             splits = datasets.get_dataset_split_names(name)  # before anything large is downloaded
             if len(splits) != 1:
-                raise DataError(f"{path}: no split (accepted: {', '.join(f'hf:{name}:{s}' for s in splits)})")
+                raise DataError(
+                    f"{path}: no split (accepted: {', '.join(f'hf:{name}:{s}' for s in splits)})"
+                )
             (split,) = splits
         return datasets.load_dataset(name, split=split)
 
@@ -175,5 +202,7 @@ def _undecoded(data: Dataset, path: str, column: str) -> Dataset:
 
     feature = data.features[column]
     if not isinstance(feature, Image) and feature != Value("string"):
-        raise DataError(f"{path}: {column}: a column of {feature} (accepted: of images, or of paths)")
+        raise DataError(
+            f"{path}: {column}: a column of {feature} (accepted: of images, or of paths)"
+        )
     return data.select_columns([column]).cast_column(column, Image(decode=False))

@@ -16,11 +16,21 @@ from editr2.sessions import is_text, kind, lines_of, parse_object
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "text": (is_text, "a non-empty string"),
     "flag": (lambda value: isinstance(value, bool), "true or false"),
-    "texts": (lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of strings"),
-    "count": (lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0, "a number from 1 on"),
-    "rows": (lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value),
-             "a list of one or more objects"),
-}  # fmt: skip
+    "texts": (
+        lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+        "a list of strings",
+    ),
+    "count": (
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        "a number from 1 on",
+    ),
+    "rows": (
+        lambda value: (
+            isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+        ),
+        "a list of one or more objects",
+    ),
+}
 """What a field may hold: name -> (check, the words for what is accepted)."""
 
 
@@ -79,7 +89,9 @@ def json_lines(file: Path) -> Iterator[Row]:
 def json_document(file: Path) -> dict[str, Any]:
     """The one object that a JSON file is."""
     try:
-        return parse_object(file.read_bytes().removeprefix(b"\xef\xbb\xbf"), accepted="one JSON object in the file")
+        return parse_object(
+            file.read_bytes().removeprefix(b"\xef\xbb\xbf"), accepted="one JSON object in the file"
+        )
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     except DataError as error:
@@ -89,7 +101,8 @@ def json_document(file: Path) -> dict[str, Any]:
 
 
 def csv_rows(file: Path, literals: tuple[str, ...]) -> Iterator[Row]:
-    """The rows of a CSV file with a header; fields of `literals` hold Python literals, as pandas writes lists."""
+    """The rows of a CSV file with a header; fields of `literals` hold Python literals, as pandas
+    writes lists."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, strict=True)
@@ -100,7 +113,9 @@ def csv_rows(file: Path, literals: tuple[str, ...]) -> Iterator[Row]:
                 if not cells:
                     continue
                 if len(cells) != len(header):
-                    raise DataError(f"{where}: {len(cells)} cells (accepted: {len(header)}, as in the header)")
+                    raise DataError(
+                        f"{where}: {len(cells)} cells (accepted: {len(header)}, as in the header)"
+                    )
                 row = Row(where, dict(zip(header, cells)))
                 for name in literals:
                     if name in row.values:
@@ -122,7 +137,9 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"{file}: Parquet needs pyarrow (accepted: pip install 'editr2[data]')") from error
+        raise DataError(
+            f"{file}: Parquet needs pyarrow (accepted: pip install 'editr2[data]')"
+        ) from error
     number = 0
     try:  # what pyarrow raises for a broken file is open-ended, down to a UnicodeDecodeError for a column's name
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):

@@ -1,4 +1,5 @@
-"""The operators inside other people's code: `patch` for trainers, `editr2.integrations.diffusers` for pipelines.
+"""The operators inside other people's code: `patch` for trainers, `editr2.integrations.diffusers`
+for pipelines.
 
 import editr2.integrations as e
 

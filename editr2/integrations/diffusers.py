@@ -1,13 +1,16 @@
-"""A flow-matching scheduler for stock diffusers pipelines that samples stochastically and knows its log-probs.
+"""A flow-matching scheduler for stock diffusers pipelines that samples stochastically and knows its
+log-probs.
 
-    pipe.scheduler = FlowMatchSDEScheduler.from_config(pipe.scheduler.config, noise_level=0.7, window=(0, 2))
-    pipe.scheduler.set_seeds([11, 12])
+    pipe.scheduler = FlowMatchSDEScheduler.from_config(pipe.scheduler.config, noise_level=0.7,
+    window=(0, 2)) pipe.scheduler.set_seeds([11, 12])
     with pipe.scheduler.record() as taken:
         images = pipe(...).images
-    new = pipe.scheduler.step(v, taken[0].timestep, taken[0].sample, prev_sample=taken[0].prev_sample)
+    new = pipe.scheduler.step(v, taken[0].timestep, taken[0].sample,
+    prev_sample=taken[0].prev_sample)
 
-The noise of a sample is a function of its seed, the step and the element, whatever the batch; a sample is rounded to
-the dtype of the model before it is scored, so that replaying it under the same velocity gives the same log-prob.
+The noise of a sample is a function of its seed, the step and the element, whatever the batch; a
+sample is rounded to the dtype of the model before it is scored, so that replaying it under the same
+velocity gives the same log-prob.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Not used here: a pipeline that was saved with this scheduler finds it again by the base class it sees in this module.
+# Not used here: a pipeline that was saved with this scheduler finds it again by the base class it
+# sees in this module.
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin  # noqa: F401
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -34,15 +38,16 @@ ACCEPTED = tuple(name for name in DYNAMICS if name != "dpm++sde")
 
 @dataclass
 class FlowMatchSDESchedulerOutput(BaseOutput):
-    """prev_sample: the next latents, in the dtype of the model's output, or those that were given. log_prob: fp32 [B],
-    of the move, a mean over elements; exactly 0 for a deterministic step."""
+    """prev_sample: the next latents, in the dtype of the model's output, or those that were given.
+    log_prob: fp32 [B], of the move, a mean over elements; exactly 0 for a deterministic step."""
 
     prev_sample: Tensor
     log_prob: Tensor
 
 
 class Taken(NamedTuple):
-    """A step that a pipeline took: step_index; its timestep, 0-dim; latents before and after; log_prob [B] fp32."""
+    """A step that a pipeline took: step_index; its timestep, 0-dim; latents before and after;
+    log_prob [B] fp32."""
 
     step_index: int
     timestep: Tensor
@@ -52,12 +57,14 @@ class Taken(NamedTuple):
 
 
 class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
-    """`FlowMatchEulerDiscreteScheduler` with stochastic steps: same arguments, schedules and files, and
+    """`FlowMatchEulerDiscreteScheduler` with stochastic steps: same arguments, schedules and files,
+    and
 
-    dynamics: "flow-sde", "dance-sde", "wan-sde", "cps", "ddim-sde", or "ode", which is the base class's step.
-    noise_level: of the dynamics; 0 makes every step deterministic.
+    dynamics: "flow-sde", "dance-sde", "wan-sde", "cps", "ddim-sde", or "ode", which is the base
+    class's step. noise_level: of the dynamics; 0 makes every step deterministic.
     window: [start, stop), the steps that are stochastic; None: all. `set_window` moves it.
-    log_prob: "full", "scaled" (without the constants) or "unscaled"; None: as published for the dynamics.
+    log_prob: "full", "scaled" (without the constants) or "unscaled"; None: as published for the
+        dynamics.
 
     Raises ValueError naming the argument; `invert_sigmas` and `stochastic_sampling` must be off.
     """
@@ -80,7 +87,9 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         for name in ("invert_sigmas", "stochastic_sampling"):
             if getattr(self.config, name):
                 raise ValueError(f"{name} must be False for FlowMatchSDEScheduler, got True")
-        self.register_to_config(dynamics=dynamics, noise_level=noise_level, window=window, log_prob=log_prob)
+        self.register_to_config(
+            dynamics=dynamics, noise_level=noise_level, window=window, log_prob=log_prob
+        )
         self._values: list[float] = []
         self._tables: dict[float, Tensor] = {}
         self._window = window
@@ -96,28 +105,34 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """As the base class, without waiting for the device: the schedule is made on the host. A new trajectory begins:
-        seeds that nobody set are drawn again."""
+        """As the base class, without waiting for the device: the schedule is made on the host. A
+        new trajectory begins: seeds that nobody set are drawn again."""
         super().set_timesteps(num_inference_steps, "cpu", sigmas, mu, timesteps)
         self._values = self.sigmas.tolist()
-        self.timesteps, self.sigmas = (value.to(device=device) for value in (self.timesteps, self.sigmas))
+        self.timesteps, self.sigmas = (
+            value.to(device=device) for value in (self.timesteps, self.sigmas)
+        )
         self._tables.clear()
         self._drawn = None
-        self._table(self.config.noise_level)  # a schedule or a window that cannot be is an error here
+        self._table(
+            self.config.noise_level
+        )  # a schedule or a window that cannot be is an error here
 
     def set_window(self, window: tuple[int, int] | None) -> None:
-        """The steps [start, stop) that are stochastic from now on; None: all. The noise of a step does not change."""
+        """The steps [start, stop) that are stochastic from now on; None: all. The noise of a step
+        does not change."""
         self._window = window
         self._tables.clear()
 
     def set_seeds(self, seeds: Sequence[int] | Tensor | None) -> None:
-        """One seed a sample, int64 [B], for every trajectory from now on. None: seeds are drawn from torch's CPU
-        generator at the first stochastic step of each."""
+        """One seed a sample, int64 [B], for every trajectory from now on. None: seeds are drawn
+        from torch's CPU generator at the first stochastic step of each."""
         self._seeds = None if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
 
     @contextmanager
     def record(self) -> Iterator[list[Taken]]:
-        """Within, the steps that a pipeline takes are collected in the list; they hold the pipeline's own tensors."""
+        """Within, the steps that a pipeline takes are collected in the list; they hold the
+        pipeline's own tensors."""
         before, self._taken = self._taken, []
         try:
             yield self._taken
@@ -141,19 +156,20 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         seed: Tensor | None = None,
         noise_level: float | None = None,
     ) -> FlowMatchSDESchedulerOutput | tuple[Tensor, Tensor]:
-        """Take the next step, without gradient; or score a given one, with the gradient to `model_output`.
+        """Take the next step, without gradient; or score a given one, with the gradient to
+        `model_output`.
 
         Args:
             model_output: [B, ...] predicted velocity; fp32, bf16 or fp16.
-            timestep: of the schedule. A step that is taken uses it for the first of a trajectory only; a replay may
-                have one a sample, [B].
+            timestep: of the schedule. A step that is taken uses it for the first of a trajectory
+                only; a replay may have one a sample, [B].
             sample: like model_output in shape; the latents before the step.
             s_churn, s_tmin, s_tmax, s_noise: ignored, as the base class does.
-            generator: seeds are drawn from it where none are set; a list has one a sample, whose seed is then its own.
-            per_token_timesteps: must be None.
+            generator: seeds are drawn from it where none are set; a list has one a sample, whose
+            seed is then its own. per_token_timesteps: must be None.
             return_dict: whether to return the output class or the tuple (prev_sample, log_prob).
-            prev_sample: like model_output in shape; the latents after the step, to score. The trajectory does not move.
-            seed: int64 [B]; in place of the seeds that are set.
+            prev_sample: like model_output in shape; the latents after the step, to score. The
+            trajectory does not move. seed: int64 [B]; in place of the seeds that are set.
             noise_level: in place of the configuration's.
 
         Raises:
@@ -163,16 +179,22 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError("per_token_timesteps must be None for FlowMatchSDEScheduler")
         if not self._values:
             raise ValueError("set_timesteps must be called before step")
-        table = self._table(self.config.noise_level if noise_level is None else noise_level, sample.device)
+        table = self._table(
+            self.config.noise_level if noise_level is None else noise_level, sample.device
+        )
         if prev_sample is not None:
             index = self._index(timestep, sample)
             log_prob = sde_log_prob(sample, prev_sample, model_output, table, index).log_prob
         else:
             if self.step_index is None:
                 self._init_step_index(timestep)
-            index = torch.full(sample.shape[:1], self._step_index, dtype=torch.int64, device=sample.device)
+            index = torch.full(
+                sample.shape[:1], self._step_index, dtype=torch.int64, device=sample.device
+            )
             seeds = self._seeds_of(sample, generator) if seed is None else seed
-            out = sde_step(sample, model_output, table, index, seeds, store_dtype=model_output.dtype)
+            out = sde_step(
+                sample, model_output, table, index, seeds, store_dtype=model_output.dtype
+            )
             prev_sample, log_prob = out.x_next, out.log_prob
             if self._taken is not None:
                 at = self._step_index
@@ -186,14 +208,16 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         at = vector(timestep, sample.device)
         if not at.is_floating_point() or at.numel() not in (1, sample.shape[0]):
             raise ValueError(
-                f"timestep must be one of the schedule's timesteps, or {sample.shape[0]}, one a sample; got {timestep}"
+                f"timestep must be one of the schedule's timesteps, or {sample.shape[0]}, one a "
+                f"sample; got {timestep}"
             )
         return index_of(at, self.timesteps).expand(sample.shape[0])
 
     def _table(self, level: float, device: torch.device | None = None) -> Tensor:
         table = self._tables.get(level)
         if table is None:
-            # A pipeline may run under inference_mode; a replay has to save the table for its backward.
+            # A pipeline may run under inference_mode; a replay has to save the table for its
+            # backward.
             with torch.inference_mode(False):
                 table = transition_table(
                     self._values,
@@ -207,12 +231,16 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         self._tables[level] = table
         return table
 
-    def _seeds_of(self, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    def _seeds_of(
+        self, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> Tensor:
         seeds = self._drawn if self._seeds is None else self._seeds
         if seeds is None:
             seeds = drawn_seeds(generator, sample.shape[0], sample.device, torch.device("cpu"))
         if len(seeds) != sample.shape[0]:
-            raise ValueError(f"set_seeds must be given one seed a sample, {sample.shape[0]}; got {len(seeds)}")
+            raise ValueError(
+                f"set_seeds must be given one seed a sample, {sample.shape[0]}; got {len(seeds)}"
+            )
         seeds = seeds.to(sample.device)
         if self._seeds is None:
             self._drawn = seeds
@@ -222,11 +250,16 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 def _signature() -> inspect.Signature:
-    """Ours and the base class's arguments by name: what diffusers reads to know which fields a configuration has."""
+    """Ours and the base class's arguments by name: what diffusers reads to know which fields a
+    configuration has."""
     base = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters.values()
     own = inspect.signature(FlowMatchSDEScheduler.__init__).parameters.values()
-    first, *ours = (parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD)
-    theirs = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in list(base)[1:]]
+    first, *ours = (
+        parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    )
+    theirs = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in list(base)[1:]
+    ]
     return inspect.Signature([first, *ours, *theirs])
 
 

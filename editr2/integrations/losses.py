@@ -1,6 +1,7 @@
 """Other projects' losses by the operators: what replaces them, and what they are probed with.
 
-Only a loss over latents is here. One of log-probs alone is arithmetic on one number a sample, with nothing to gain.
+Only a loss over latents is here. One of log-probs alone is arithmetic on one number a sample, with
+nothing to gain.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ NFT_METRICS = (
 
 
 def verl_omni_nft(original: Callable[..., Any], noise: str, convention: None) -> Callable[..., Any]:
-    """DiffusionNFT's loss of verl-omni. It is given x_t and no noise; with x0 and t they say which noise it was."""
+    """DiffusionNFT's loss of verl-omni. It is given x_t and no noise; with x0 and t they say which
+    noise it was."""
 
     def ours(
         cls: type,
@@ -42,7 +44,12 @@ def verl_omni_nft(original: Callable[..., Any], noise: str, convention: None) ->
         reward_prob: Tensor,
         config: Any,
     ) -> Any:
-        v, v_old, v_ref, settings = forward_prediction, old_prediction, ref_forward_prediction, config.diffusion_loss
+        v, v_old, v_ref, settings = (
+            forward_prediction,
+            old_prediction,
+            ref_forward_prediction,
+            config.diffusion_loss,
+        )
         if (
             isinstance(settings, dict)  # which some versions make objects of
             or xt.dtype != torch.float32  # as its trainer makes it; the loss has that dtype then
@@ -55,7 +62,11 @@ def verl_omni_nft(original: Callable[..., Any], noise: str, convention: None) ->
             or wants_grad(t_expanded)
             or wants_grad(reward_prob)
             or reward_prob.shape[:1] != xt.shape[:1]
-            or not (settings.mix_beta > 0 and settings.adv_clip_max > 0 and settings.adaptive_weight_min > 0)
+            or not (
+                settings.mix_beta > 0
+                and settings.adv_clip_max > 0
+                and settings.adaptive_weight_min > 0
+            )
             or settings.ref_kl_coef < 0
         ):
             return NotImplemented
@@ -80,8 +91,20 @@ def verl_omni_nft(original: Callable[..., Any], noise: str, convention: None) ->
             min_weight=float(settings.adaptive_weight_min),
         )
         moved = torch.nn.functional.mse_loss(v.detach().float(), v_old.detach().float())
-        values = (seen.policy_loss, seen.positive, seen.negative, seen.reference, moved, r.mean(), loss.detach())
-        return loss, dict(zip((f"actor/{name}" for name in NFT_METRICS), torch.stack(values).tolist(), strict=True))
+        values = (
+            seen.policy_loss,
+            seen.positive,
+            seen.negative,
+            seen.reference,
+            moved,
+            r.mean(),
+            loss.detach(),
+        )
+        return loss, dict(
+            zip(
+                (f"actor/{name}" for name in NFT_METRICS), torch.stack(values).tolist(), strict=True
+            )
+        )
 
     return ours
 
@@ -100,7 +123,9 @@ def probe_verl_omni_nft(function: Callable[..., Any], module: ModuleType) -> Ite
         (torch.tensor([[0.9, 0.5], [0.2, 0.4], [0.0, 0.3]]), 0.6, torch.float32),
         (torch.tensor([0.5, 0.25, 0.75]), 1e-5, torch.bfloat16),
     ):
-        settings = SimpleNamespace(mix_beta=0.4, adv_clip_max=3.0, adaptive_weight_min=least, ref_kl_coef=0.2)
+        settings = SimpleNamespace(
+            mix_beta=0.4, adv_clip_max=3.0, adaptive_weight_min=least, ref_kl_coef=0.2
+        )
         velocity = v.clone().requires_grad_()
         clean = x0.to(dtype)
         yield (

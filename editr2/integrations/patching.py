@@ -1,8 +1,9 @@
 """Put the operators in the place of another project's functions, and take them out again.
 
-`patch` looks before it leaps: the seams of a project are checked one by one, by signature and by result, and those that
-pass are replaced; what is refused is told with its reason. A function that other modules imported by name is replaced
-in them too, so a name of one's own that was bound to it becomes ours: `original` gives the functions as they were.
+`patch` looks before it leaps: the seams of a project are checked one by one, by signature and by
+result, and those that pass are replaced; what is refused is told with its reason. A function that
+other modules imported by name is replaced in them too, so a name of one's own that was bound to it
+becomes ours: `original` gives the functions as they were.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from editr2.integrations.steps import NotCovered
 
 NOISES = ("generator", "philox")
 TOLERANCE = 1e-4
-"""Of the probe. fp32 rounds log-probs of its size to 1e-5; two conventions differ by 1e-3 and more."""
+"""Of the probe. fp32 rounds log-probs of its size to 1e-5; two conventions differ by 1e-3 and
+more."""
 
 
 class _Replaced(NamedTuple):
@@ -39,17 +41,24 @@ class _Replaced(NamedTuple):
     @property
     def callable(self) -> Callable[..., Any]:
         """The original as an attribute of its owner gives it."""
-        return self.original.__get__(None, self.owner) if isinstance(self.owner, type) else self.original
+        return (
+            self.original.__get__(None, self.owner)
+            if isinstance(self.owner, type)
+            else self.original
+        )
 
 
 class Patched:
     """What `patch` replaced; as a context manager it is undone at the end.
 
-    replaced: the full names. originals: by full name, the functions as they were; calling one runs the project's own
-    code, patched or not. refused: by full name, the reason why a seam was left as it is.
+    replaced: the full names. originals: by full name, the functions as they were; calling one runs
+    the project's own code, patched or not. refused: by full name, the reason why a seam was left as
+    it is.
     """
 
-    def __init__(self, name: str, entries: tuple[_Replaced, ...], refused: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, entries: tuple[_Replaced, ...], refused: Mapping[str, str]
+    ) -> None:
         self.name = name
         self.refused = dict(refused)
         self._entries = entries
@@ -66,7 +75,10 @@ class Patched:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if _ACTIVE.get(self.name) is self:
             unpatch(self.name)
@@ -79,23 +91,29 @@ class Patched:
 _ACTIVE: dict[str, Patched] = {}
 
 
-def patch(name: str, *, module: str | ModuleType | None = None, noise: str = "generator") -> Patched:
-    """Replace a project's sampler step, log-prob and, where it has a place for them, advantage and NFT loss by the
-    operators here.
+def patch(
+    name: str, *, module: str | ModuleType | None = None, noise: str = "generator"
+) -> Patched:
+    """Replace a project's sampler step, log-prob and, where it has a place for them, advantage and
+    NFT loss by the operators here.
 
     Args:
         name: "flow_grpo", "flow_factory", "verl_omni" or "dance_grpo" (MixGRPO too, with `module`).
-        module: where the function is, if not in the project's usual module: for "dance_grpo", whose step is part of the
-            train script, a module or its name ("__main__" for the script that runs).
-        noise: "generator" draws what the original draws, from the caller's generator, so that seeds keep their meaning;
-            "philox" draws one seed a sample from it and makes the noise inside the step, counter-based.
+        module: where the function is, if not in the project's usual module: for "dance_grpo", whose
+            step is part of the train script, a module or its name ("__main__" for the script that
+            runs).
+        noise: "generator" draws what the original draws, from the caller's generator, so that seeds
+            keep their meaning; "philox" draws one seed a sample from it and makes the noise inside
+            the step, counter-based.
 
     Returns:
-        what was replaced and what was not, which is also a context manager. A seam that is not one of the versions
-        known, by its signature or by its results, is left as it is, with one warning that says why.
+        what was replaced and what was not, which is also a context manager. A seam that is not one
+        of the versions known, by its signature or by its results, is left as it is, with one
+        warning that says why.
 
     Raises:
-        IntegrationError where the project is not there or cannot be imported, or where nothing of it could be replaced.
+        IntegrationError where the project is not there or cannot be imported, or where nothing of
+        it could be replaced.
     """
     if name not in PROJECTS:
         raise IntegrationError(f"patch: {name!r} (accepted: {', '.join(PROJECTS)})")
@@ -111,7 +129,9 @@ def patch(name: str, *, module: str | ModuleType | None = None, noise: str = "ge
         try:
             entries.append(_prepared(seam, module or seam.module, noise))
         except IntegrationError as error:
-            refused[f"{getattr(module, '__name__', module) or seam.module}.{seam.paths[0]}"] = str(error)
+            refused[f"{getattr(module, '__name__', module) or seam.module}.{seam.paths[0]}"] = str(
+                error
+            )
     if not entries:
         raise IntegrationError("; ".join(dict.fromkeys(refused.values())))
     for reason in refused.values():
@@ -123,21 +143,24 @@ def patch(name: str, *, module: str | ModuleType | None = None, noise: str = "ge
 
 
 def unpatch(name: str) -> None:
-    """Put a project's own functions back, also into modules that imported ours by name meanwhile. Raises
-    IntegrationError for a project that is not patched."""
+    """Put a project's own functions back, also into modules that imported ours by name meanwhile.
+    Raises IntegrationError for a project that is not patched."""
     for entry in _active("unpatch", name)._entries:
         _exchange(entry.owner, entry.name, entry.replacement, entry.original)
     del _ACTIVE[name]
 
 
 def original(name: str) -> dict[str, Callable[..., Any]]:
-    """`originals` of a project that is patched: its own functions by full name. Raises IntegrationError for another."""
+    """`originals` of a project that is patched: its own functions by full name. Raises
+    IntegrationError for another."""
     return _active("original", name).originals
 
 
 def _active(what: str, name: str) -> Patched:
     if name not in _ACTIVE:
-        raise IntegrationError(f"{what}: {name!r} is not patched (accepted: {', '.join(_ACTIVE) or 'nothing is'})")
+        raise IntegrationError(
+            f"{what}: {name!r} is not patched (accepted: {', '.join(_ACTIVE) or 'nothing is'})"
+        )
     return _ACTIVE[name]
 
 
@@ -159,12 +182,14 @@ def _prepared(seam: Seam, where: str | ModuleType, noise: str) -> _Replaced:
     held = vars(owner)[name]
     original = held.__func__ if isinstance(held, classmethod) else held
     if not inspect.isfunction(original):
-        raise IntegrationError(f"{place}: {type(original).__name__} (accepted: a plain function or a class method)")
+        raise IntegrationError(
+            f"{place}: {type(original).__name__} (accepted: a plain function or a class method)"
+        )
     signature = _signature(original)
     if signature not in seam.signatures:
         raise IntegrationError(
-            f"{place}: takes ({signature}) after its first argument "
-            f"(accepted: {' or '.join(f'({known})' for known in seam.signatures)})"
+            f"{place}: takes ({signature}) after its first argument (accepted: "
+            f"{' or '.join(f'({known})' for known in seam.signatures)})"
         )
     try:
         expected = list(_results(seam, original, module))
@@ -173,10 +198,14 @@ def _prepared(seam: Seam, where: str | ModuleType, noise: str) -> _Replaced:
     else:
         reasons = []
         for convention in seam.conventions:
-            reason = _difference(expected, _results(seam, _wrapped(seam, original, "generator", convention), module))
+            reason = _difference(
+                expected, _results(seam, _wrapped(seam, original, "generator", convention), module)
+            )
             if reason is None:
                 ours: Any = _wrapped(seam, original, noise, convention)
-                return _Replaced(place, owner, name, held, classmethod(ours) if held is not original else ours)
+                return _Replaced(
+                    place, owner, name, held, classmethod(ours) if held is not original else ours
+                )
             reasons.append(reason)
     raise IntegrationError(
         f"{place}: its results are not those of a version known: {reasons[0]} "
@@ -185,12 +214,16 @@ def _prepared(seam: Seam, where: str | ModuleType, noise: str) -> _Replaced:
 
 
 def _module(where: str | ModuleType) -> ModuleType:
-    """By name, from wherever Python finds it; told apart: not installed, another version, installed but broken."""
+    """By name, from wherever Python finds it; told apart: not installed, another version, installed
+    but broken."""
     if isinstance(where, ModuleType):
         return where
     try:
         return importlib.import_module(where)
-    except (Exception, SystemExit) as error:  # whatever a project does when it is imported, a script's exit too
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever a project does when it is imported, a script's exit too
         package, _, inner = where.partition(".")
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing == package:
@@ -202,7 +235,9 @@ def _module(where: str | ModuleType) -> ModuleType:
             first = next(iter(str(error).splitlines()), "")
             why = f"it is installed, but raises {type(error).__name__}{first and f': {first}'}"
             accepted = "a project that Python can import"
-        raise IntegrationError(f"{where}: cannot be imported, {why} (accepted: {accepted})") from error
+        raise IntegrationError(
+            f"{where}: cannot be imported, {why} (accepted: {accepted})"
+        ) from error
 
 
 def _found(seam: Seam, module: ModuleType) -> tuple[Any, str]:
@@ -214,7 +249,9 @@ def _found(seam: Seam, module: ModuleType) -> tuple[Any, str]:
             owner = getattr(owner, part, None)
         if owner is not None and name in vars(owner):
             return owner, path
-    raise IntegrationError(f"{module.__name__}: has no {' or '.join(seam.paths)} (accepted: a module that has)")
+    raise IntegrationError(
+        f"{module.__name__}: has no {' or '.join(seam.paths)} (accepted: a module that has)"
+    )
 
 
 def _signature(function: Function) -> str:
@@ -246,8 +283,8 @@ _Result = tuple[type, list[tuple[str, Tensor | None]]]
 
 
 def _results(seam: Seam, function: Function, module: ModuleType) -> Iterator[_Result]:
-    """Of every call of the probe: the type of the result, its tensors and numbers by name, and the gradient of their
-    squares to v."""
+    """Of every call of the probe: the type of the result, its tensors and numbers by name, and the
+    gradient of their squares to v."""
     for v, result in seam.probe(function, module):
         leaves = list(_leaves(result))
         tracked = [leaf for _, leaf in leaves if leaf is not None and leaf.requires_grad]
@@ -273,7 +310,9 @@ def _difference(expected: list[_Result], given: Iterator[_Result]) -> str | None
         names = [name for name, _ in theirs]
         if kind is not our_kind or names != [name for name, _ in ours]:
             return f"call {call} of the probe returns {kind.__name__} of {', '.join(names)}"
-        for name, their, our in zip(names, (leaf for _, leaf in theirs), (leaf for _, leaf in ours), strict=True):
+        for name, their, our in zip(
+            names, (leaf for _, leaf in theirs), (leaf for _, leaf in ours), strict=True
+        ):
             what = f"output {name} of call {call} of the probe"
             if (their is None) != (our is None):
                 return f"{what} is {'None' if their is None else 'not None'}"

@@ -1,8 +1,11 @@
-"""The seams of other projects: what each replaced function is called with, what it must return, and how it is checked.
+"""The seams of other projects: what each replaced function is called with, what it must return, and
+how it is checked.
 
-A seam is replaced only where its signature is one of those known and where the replacement gives the original's
-results on a small probe. Projects changed conventions without changing signatures, so the probe also tells which one is
-meant. A replacement returns `NotImplemented` for a call that the operators do not cover, which then runs the original.
+A seam is replaced only where its signature is one of those known and where the replacement gives
+the original's
+results on a small probe. Projects changed conventions without changing signatures, so the probe
+also tells which one is meant. A replacement returns `NotImplemented` for a call that the operators
+do not cover, which then runs the original.
 """
 
 from __future__ import annotations
@@ -43,9 +46,10 @@ Function = Callable[..., Any]
 class Seam:
     """One function of a project.
 
-    module: where it is defined. paths: its name there, or Class.name (a class method too); the first that exists.
-    signatures: the known ones, without the first argument. build(original, noise, convention): what replaces it; its
-    first argument is given by position, the others by name. conventions: those to try, in order.
+    module: where it is defined. paths: its name there, or Class.name (a class method too); the
+    first that exists. signatures: the known ones, without the first argument. build(original,
+    noise, convention): what replaces it; its first argument is given by position, the others by
+    name. conventions: those to try, in order.
     probe(function, module): calls on fixed inputs, each as (the velocity or None, the result).
     """
 
@@ -58,7 +62,8 @@ class Seam:
 
 
 def _drawer(noise: str, like: Tensor, generator: Any) -> Draw:
-    """Noise like `like` in fp32, drawn from the caller's generator as the original does; "philox": a seed a sample."""
+    """Noise like `like` in fp32, drawn from the caller's generator as the original does; "philox":
+    a seed a sample."""
 
     def philox() -> tuple[Tensor, None]:
         return drawn_seeds(generator, like.shape[0], like.device, like.device), None
@@ -66,7 +71,9 @@ def _drawer(noise: str, like: Tensor, generator: Any) -> Draw:
     def generated() -> tuple[None, Tensor]:
         from diffusers.utils.torch_utils import randn_tensor
 
-        return None, randn_tensor(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+        return None, randn_tensor(
+            like.shape, generator=generator, device=like.device, dtype=torch.float32
+        )
 
     return philox if noise == "philox" else generated
 
@@ -78,7 +85,9 @@ def _number(value: Any) -> bool:
 _SDE_TYPES: dict[str, Any] = {"sde": "flow-sde", "cps": "cps", "dance_sde": "dance-sde"}
 
 
-def _rows_of(scheduler: Any, level: float, sde_type: str, device: torch.device, log_prob: str = "full") -> Rows:
+def _rows_of(
+    scheduler: Any, level: float, sde_type: str, device: torch.device, log_prob: str = "full"
+) -> Rows:
     steps = schedule(scheduler.sigmas, float(level))
     return rows(steps, _SDE_TYPES[sde_type], log_prob, on_host(scheduler.sigmas)[1], device)
 
@@ -87,7 +96,8 @@ def _rows_of(scheduler: Any, level: float, sde_type: str, device: torch.device, 
 
 
 def _has_sde_type(function: Function) -> bool:
-    """The flow_grpo of July 2025 has not, and reshapes its coefficients for latents of four dimensions only."""
+    """The flow_grpo of July 2025 has not, and reshapes its coefficients for latents of four
+    dimensions only."""
     return "sde_type" in inspect.signature(function).parameters
 
 
@@ -144,12 +154,17 @@ def _advantages(original: Function, noise: str, convention: None) -> Function:
         ):
             return NotImplemented
         parts = np.split(values[np.argsort(group, kind="stable")], np.cumsum(counts)[:-1])
-        # fp32 holds what scores differ by, not what they have in common: that goes in float64, of each group, or of
+        # fp32 holds what scores differ by, not what they have in common: that goes in float64, of
+        # each group, or of
         # all where they are compared with one another.
-        pivots = np.stack([values.min(0)] * len(parts) if tracker.global_std else [part.min(0) for part in parts])
+        pivots = np.stack(
+            [values.min(0)] * len(parts) if tracker.global_std else [part.min(0) for part in parts]
+        )
         with np.errstate(over="ignore", invalid="ignore"):
             single = (values - pivots[group]).astype(np.float32)
-        if not np.isfinite(single).all():  # a score that is not finite, or a range that fp32 does not hold
+        if not np.isfinite(
+            single
+        ).all():  # a score that is not finite, or a range that fp32 does not hold
             return NotImplemented
         for name, part in zip(names, parts):
             tracker.stats[name] = part
@@ -157,7 +172,10 @@ def _advantages(original: Function, noise: str, convention: None) -> Function:
         scores, members = torch.from_numpy(single).view(len(values), -1, 1), torch.from_numpy(group)
         if tracker.global_std:  # of every column by itself
             options = dataclasses.replace(credit, std="global")
-            columns = [group_advantage(column, members, options).advantage for column in scores.split(1, dim=1)]
+            columns = [
+                group_advantage(column, members, options).advantage
+                for column in scores.split(1, dim=1)
+            ]
             advantage = torch.cat(columns, dim=1)
         else:
             advantage = group_advantage(scores, members, credit).advantage
@@ -168,13 +186,19 @@ def _advantages(original: Function, noise: str, convention: None) -> Function:
 
 # Flow-Factory: a scheduler with its own window of noisy steps.
 
-_FLOW_FACTORY: dict[str, Any] = {"Flow-SDE": "flow-sde", "Dance-SDE": "dance-sde", "CPS": "cps", "ODE": "ode"}
+_FLOW_FACTORY: dict[str, Any] = {
+    "Flow-SDE": "flow-sde",
+    "Dance-SDE": "dance-sde",
+    "CPS": "cps",
+    "ODE": "ode",
+}
 
 
 @dataclass(frozen=True)
 class _Factory:
-    """What versions of Flow-Factory do differently: whether a drawn sample is rounded to the dtype of the latents
-    before it is scored, and what `std_dev_t` is for Dance-SDE, g ("diffusion") or S ("std")."""
+    """What versions of Flow-Factory do differently: whether a drawn sample is rounded to the dtype
+    of the latents before it is scored, and what `std_dev_t` is for Dance-SDE, g ("diffusion") or S
+    ("std")."""
 
     rounds: bool
     dance_std: str
@@ -194,8 +218,8 @@ def _flow_factory_rows(
     sigma_max: float | None,
     latents: Tensor,
 ) -> tuple[Rows, Tensor]:
-    """Rows and the index of each sample. A schedule's own steps are looked up on the device; steps given by both ends,
-    and noise levels given as a tensor, are read."""
+    """Rows and the index of each sample. A schedule's own steps are looked up on the device; steps
+    given by both ends, and noise levels given as a tensor, are read."""
     batch, device = latents.shape[0], latents.device
     if scheduler.is_eval or dynamics == "ode":
         level = 0.0
@@ -204,11 +228,15 @@ def _flow_factory_rows(
     if timestep_next is None and (level is None or _number(level)):
         if level is None:
             noisy = set(scheduler.current_sde_steps.tolist())
-            levels = [float(scheduler.noise_level) if i in noisy else 0.0 for i in range(len(sigmas) - 1)]
+            levels = [
+                float(scheduler.noise_level) if i in noisy else 0.0 for i in range(len(sigmas) - 1)
+            ]
         else:
             levels = [float(level)] * (len(sigmas) - 1)
         index = index_of(vector(timestep, device), scheduler.timesteps).expand(batch)
-        return rows(tuple(zip(sigmas, sigmas[1:], levels)), dynamics, "full", largest, device), index
+        return rows(
+            tuple(zip(sigmas, sigmas[1:], levels)), dynamics, "full", largest, device
+        ), index
     if timestep_next is None:
         times = on_host(scheduler.timesteps)
         places = [times.index(t) for t in _on_host(timestep, 1)]
@@ -249,7 +277,9 @@ def _flow_factory_step(original: Function, noise: str, convention: _Factory) -> 
         if not plain or name not in _FLOW_FACTORY or not covers(latents, noise_pred, next_latents):
             return NotImplemented
         dynamics = _FLOW_FACTORY[name]
-        taken, index = _flow_factory_rows(scheduler, timestep, timestep_next, noise_level, dynamics, sigma_max, latents)
+        taken, index = _flow_factory_rows(
+            scheduler, timestep, timestep_next, noise_level, dynamics, sigma_max, latents
+        )
         if dynamics == "ode" and next_latents is None:
             next_latents = affine(latents, noise_pred, taken.mean, index)
         scored = compute_log_prob and dynamics != "ode"
@@ -315,7 +345,9 @@ def _verl_omni_step(original: Function, noise: str, convention: None) -> Functio
             return NotImplemented
         batch, device = sample.shape[0], sample.device
         if timestep is None:
-            index = at = torch.full((batch,), scheduler.step_index, dtype=torch.int64, device=device)
+            index = at = torch.full(
+                (batch,), scheduler.step_index, dtype=torch.int64, device=device
+            )
             shape: tuple[int, ...] = ()
         else:
             at = index_of(timestep.to(device), scheduler.timesteps)
@@ -323,12 +355,16 @@ def _verl_omni_step(original: Function, noise: str, convention: None) -> Functio
         normalised = "full" if include_logprob_normalizer else "scaled"
         taken = _rows_of(scheduler, noise_level, sde_type, device, normalised)
         draw = _drawer(noise, model_output, generator)
-        x_next, log_prob = step(sample, model_output, taken, index, prev_sample, draw, log_prob=return_logprobs)
+        x_next, log_prob = step(
+            sample, model_output, taken, index, prev_sample, draw, log_prob=return_logprobs
+        )
         std = (taken.std if sde_type == "dance_sde" else taken.g)[index]
         mean = affine(sample, model_output, taken.mean, index)
         count = len(at) if shape else 1
         out = (x_next, log_prob, mean, std[:count].view(shape))
-        return (*out, (-taken.dt[at]).sqrt()) if return_sqrt_dt else out  # one a timestep given, of none one a sample
+        return (
+            (*out, (-taken.dt[at]).sqrt()) if return_sqrt_dt else out
+        )  # one a timestep given, of none one a sample
 
     return ours
 
@@ -338,8 +374,8 @@ def _verl_omni_step(original: Function, noise: str, convention: None) -> Functio
 
 @dataclass(frozen=True)
 class _Dance:
-    """What the forks do differently: log_prob "full", or "scaled" where the constants were lost; and whether a step
-    without the solver's correction is drawn with noise all the same."""
+    """What the forks do differently: log_prob "full", or "scaled" where the constants were lost;
+    and whether a step without the solver's correction is drawn with noise all the same."""
 
     log_prob: str
     always_noisy: bool
@@ -366,7 +402,11 @@ def _dance_grpo_step(original: Function, noise: str, convention: _Dance) -> Func
         dtype = torch.promote_types(latents.dtype, model_output.dtype)
         device = latents.device
         taken = rows(
-            schedule(sigmas, float(eta)), "dance-sde" if sde_solver else "noisy-ode", convention.log_prob, 0.0, device
+            schedule(sigmas, float(eta)),
+            "dance-sde" if sde_solver else "noisy-ode",
+            convention.log_prob,
+            0.0,
+            device,
         )
         at = vector(index, device).expand(latents.shape[0])
         clean = affine(latents, model_output, taken.clean, at, dtype)
@@ -380,7 +420,9 @@ def _dance_grpo_step(original: Function, noise: str, convention: _Dance) -> Func
                 return _drawer(noise, latents, None)()
             return None, torch.randn_like(latents, dtype=dtype)
 
-        x_next, log_prob = step(latents, model_output, taken, at, prev_sample, draw, store_dtype=dtype)
+        x_next, log_prob = step(
+            latents, model_output, taken, at, prev_sample, draw, store_dtype=dtype
+        )
         return x_next, clean, log_prob
 
     return ours
@@ -412,7 +454,9 @@ def _probe_flow_grpo_step(function: Function, module: ModuleType) -> Iterator[An
         sigmas=torch.tensor(_SIGMAS), timesteps=timesteps, index_for_timestep=index_for_timestep
     )
     newer = _has_sde_type(function)
-    more: tuple[dict[str, Any], ...] = ({"return_sqrt_dt": True}, {"sde_type": "cps"}) if newer else ({},)
+    more: tuple[dict[str, Any], ...] = (
+        ({"return_sqrt_dt": True}, {"sde_type": "cps"}) if newer else ({},)
+    )
     for at in ([0, 2], [1, 3], [1]):  # a timestep a sample, and one for all
         for given, options in itertools.product((False, True), more):
             x, v, x_next = _latents(_SHAPE if newer else (2, 3, 4, 2))
@@ -425,15 +469,26 @@ def _probe_advantages(function: Function, module: ModuleType) -> Iterator[Any]:
     for global_std in (False, True):
         for values in (rewards, rewards[:, 0]):
             tracker = module.PerPromptStatTracker(global_std)
-            yield None, torch.from_numpy(function(tracker, list("abcabacbbcab"), values.numpy(), type="grpo"))
+            yield (
+                None,
+                torch.from_numpy(
+                    function(tracker, list("abcabacbbcab"), values.numpy(), type="grpo")
+                ),
+            )
             yield None, [torch.as_tensor(part) for _, part in sorted(tracker.stats.items())]
 
 
 def _probe_flow_factory(function: Function, module: ModuleType) -> Iterator[Any]:
     levels = (0.6, torch.tensor([0.6, 0.3]), None)
     for dynamics, level in itertools.product(("Flow-SDE", "Dance-SDE", "CPS"), levels):
-        for given, dtype in ((True, torch.float32), (False, torch.float32), (False, torch.bfloat16)):
-            scheduler = module.FlowMatchEulerDiscreteSDEScheduler(noise_level=0.5, dynamics_type=dynamics)
+        for given, dtype in (
+            (True, torch.float32),
+            (False, torch.float32),
+            (False, torch.bfloat16),
+        ):
+            scheduler = module.FlowMatchEulerDiscreteSDEScheduler(
+                noise_level=0.5, dynamics_type=dynamics
+            )
             scheduler.set_timesteps(4)
             x, v, x_next = _latents()
             x, at = x.to(dtype), scheduler.timesteps[[0, 2]]
@@ -441,12 +496,27 @@ def _probe_flow_factory(function: Function, module: ModuleType) -> Iterator[Any]
             yield v, function(scheduler, v, at, x, noise_level=level, return_dict=False, **draw)
             yield v, function(scheduler, v, at[1:], x, noise_level=level, return_dict=False, **draw)
             if level is not None:
-                yield v, function(scheduler, v, at, x, timestep_next=at - 50.0, noise_level=level, **draw)
+                yield (
+                    v,
+                    function(
+                        scheduler, v, at, x, timestep_next=at - 50.0, noise_level=level, **draw
+                    ),
+                )
     scheduler = module.FlowMatchEulerDiscreteSDEScheduler(noise_level=0.5, dynamics_type="ODE")
     scheduler.set_timesteps(4)
     for given in (True, False):
         x, v, x_next = _latents()
-        yield v, function(scheduler, v, scheduler.timesteps[[0, 2]], x, x_next if given else None, return_dict=False)
+        yield (
+            v,
+            function(
+                scheduler,
+                v,
+                scheduler.timesteps[[0, 2]],
+                x,
+                x_next if given else None,
+                return_dict=False,
+            ),
+        )
 
 
 def _probe_verl_omni(function: Function, module: ModuleType) -> Iterator[Any]:
@@ -483,8 +553,8 @@ def _probe_dance_grpo(function: Function, module: ModuleType) -> Iterator[Any]:
 
 _FLOW_GRPO = "model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None"
 _VERL_OMNI = (
-    "sample, model_output, timestep=None, generator=None, per_token_timesteps=None, noise_level=0.7, "
-    "prev_sample=None, sde_type='sde', return_logprobs=True, return_sqrt_dt=False"
+    "sample, model_output, timestep=None, generator=None, per_token_timesteps=None, "
+    "noise_level=0.7, prev_sample=None, sde_type='sde', return_logprobs=True, return_sqrt_dt=False"
 )
 
 PROJECTS: dict[str, tuple[Seam, ...]] = {
@@ -509,13 +579,16 @@ PROJECTS: dict[str, tuple[Seam, ...]] = {
             "flow_factory.scheduler.flow_match_euler_discrete",
             ("FlowMatchEulerDiscreteSDEScheduler.step",),
             (
-                "noise_pred, timestep, latents, next_latents=None, timestep_next=None, generator=None, "
-                "noise_level=None, compute_log_prob=True, return_dict=True, return_kwargs=['next_latents', "
-                "'next_latents_mean', 'std_dev_t', 'dt', 'log_prob', 'noise_pred'], dynamics_type=None, sigma_max=None",
+                "noise_pred, timestep, latents, next_latents=None, timestep_next=None, "
+                "generator=None, noise_level=None, compute_log_prob=True, return_dict=True, "
+                "return_kwargs=['next_latents', 'next_latents_mean', 'std_dev_t', 'dt', "
+                "'log_prob', 'noise_pred'], dynamics_type=None, sigma_max=None",
             ),
             _flow_factory_step,
             _probe_flow_factory,
-            tuple(_Factory(rounds, std) for rounds in (True, False) for std in ("diffusion", "std")),
+            tuple(
+                _Factory(rounds, std) for rounds in (True, False) for std in ("diffusion", "std")
+            ),
         ),
     ),
     "verl_omni": (
@@ -529,7 +602,10 @@ PROJECTS: dict[str, tuple[Seam, ...]] = {
         Seam(
             "verl_omni.trainer.diffusion.diffusion_algos",
             ("DiffusionNFTLoss.compute_loss",),
-            ("*, forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, reward_prob, config",),
+            (
+                "*, forward_prediction, old_prediction, ref_forward_prediction, x0, xt, "
+                "t_expanded, reward_prob, config",
+            ),
             verl_omni_nft,
             probe_verl_omni_nft,
         ),
@@ -541,7 +617,11 @@ PROJECTS: dict[str, tuple[Seam, ...]] = {
             ("latents, eta, sigmas, index, prev_sample, grpo, sde_solver",),
             _dance_grpo_step,
             _probe_dance_grpo,
-            tuple(_Dance(log_prob, noisy) for log_prob in ("full", "scaled") for noisy in (True, False)),
+            tuple(
+                _Dance(log_prob, noisy)
+                for log_prob in ("full", "scaled")
+                for noisy in (True, False)
+            ),
         ),
     ),
 }

@@ -1,7 +1,7 @@
 """A published sampler step by the operators: what the drop-ins for other projects share.
 
-Those projects look sigmas up on the host, sample by sample, at every step. Here a schedule becomes a transition table
-once, and a step is an index into it that stays on the device.
+Those projects look sigmas up on the host, sample by sample, at every step. Here a schedule becomes
+a transition table once, and a step is an index into it that stays on the device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from editr2_kernels import philox_normal, sde_log_prob, sde_step, transition_table
 
 Dynamics = Literal["flow-sde", "dance-sde", "cps", "ode", "noisy-ode"]
-"""As in the operators, but that "dance-sde" is noisy at the last step too (its trainers drop that step themselves), and
-"noisy-ode": the mean of the ODE with the noise of "dance-sde"."""
+"""As in the operators, but that "dance-sde" is noisy at the last step too (its trainers drop that
+step themselves), and "noisy-ode": the mean of the ODE with the noise of "dance-sde"."""
 
 Step = tuple[float, float, float]
 """sigma, sigma_next, noise level."""
@@ -32,16 +32,17 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NotCovered(Exception):
-    """The transition table has no such step: a level below 0, of CPS above 1, a rising schedule. The original, which
-    computes something all the same, runs instead."""
+    """The transition table has no such step: a level below 0, of CPS above 1, a rising schedule.
+    The original, which computes something all the same, runs instead."""
 
 
 class Rows(NamedTuple):
     """Steps as numbers on a device, one row each.
 
-    table [K, 8]: the steps; mean [K, 8]: the same without noise; clean [K, 8]: x0 = x - sigma v as a step.
-    g, std, dt [K]: the diffusion coefficient, its product with sqrt(-dt), and sigma_next - sigma. CPS has no g of its
-    own: its std stands there.
+    table [K, 8]: the steps; mean [K, 8]: the same without noise; clean [K, 8]: x0 = x - sigma v as
+    a step.
+    g, std, dt [K]: the diffusion coefficient, its product with sqrt(-dt), and sigma_next - sigma.
+    CPS has no g of its own: its std stands there.
     """
 
     table: Tensor
@@ -55,7 +56,9 @@ class Rows(NamedTuple):
 def _row(step: Step, dynamics: Dynamics, log_prob: str, sigma_max: float) -> Tensor:
     sigma, after, level = step
     if dynamics == "cps":
-        row = transition_table([sigma, after], dynamics="cps", noise_level=level, log_prob="unscaled")[0]
+        row = transition_table(
+            [sigma, after], dynamics="cps", noise_level=level, log_prob="unscaled"
+        )[0]
         row[4] = -1.0  # those projects score a step without noise too
         return row
     if dynamics == "ode":
@@ -63,7 +66,10 @@ def _row(step: Step, dynamics: Dynamics, log_prob: str, sigma_max: float) -> Ten
     if dynamics == "flow-sde":
         options: dict[str, Any] = {"noise_level": level, "sigma_max": sigma_max}
     else:  # the flow-SDE whose g is the noise level
-        options = {"noise_level": level * math.sqrt((1.0 - sigma) / sigma) if sigma < 1.0 else level, "sigma_max": 0.0}
+        options = {
+            "noise_level": level * math.sqrt((1.0 - sigma) / sigma) if sigma < 1.0 else level,
+            "sigma_max": 0.0,
+        }
     row = transition_table([sigma, after], dynamics="flow-sde", log_prob=log_prob, **options)[0]  # type: ignore[arg-type]
     if dynamics == "noisy-ode":
         row[0], row[1] = 1.0, after - sigma
@@ -71,10 +77,18 @@ def _row(step: Step, dynamics: Dynamics, log_prob: str, sigma_max: float) -> Ten
 
 
 @functools.lru_cache(maxsize=512)
-def rows(steps: tuple[Step, ...], dynamics: Dynamics, log_prob: str, sigma_max: float, device: torch.device) -> Rows:
-    """The rows of `steps` on `device`, made once. log_prob: "full" or "scaled", of `transition_table`; CPS is always
-    "unscaled". sigma_max: stands in for a sigma of 1 where the flow-SDE would divide by 0. Raises NotCovered."""
-    # A rollout under inference_mode would leave tables behind that training cannot save for its backward.
+def rows(
+    steps: tuple[Step, ...],
+    dynamics: Dynamics,
+    log_prob: str,
+    sigma_max: float,
+    device: torch.device,
+) -> Rows:
+    """The rows of `steps` on `device`, made once. log_prob: "full" or "scaled", of
+    `transition_table`; CPS is always "unscaled". sigma_max: stands in for a sigma of 1 where the
+    flow-SDE would divide by 0. Raises NotCovered."""
+    # A rollout under inference_mode would leave tables behind that training cannot save for its
+    # backward.
     with torch.inference_mode(False):
         try:
             table = torch.stack([_row(step, dynamics, log_prob, sigma_max) for step in steps])
@@ -109,16 +123,19 @@ def schedule(sigmas: Tensor, level: float) -> tuple[Step, ...]:
 
 
 def vector(value: float | Tensor, device: torch.device) -> Tensor:
-    """A number or a tensor as [1] or [B] on `device`. A number is filled in there: a copy from the host would wait."""
+    """A number or a tensor as [1] or [B] on `device`. A number is filled in there: a copy from the
+    host would wait."""
     if isinstance(value, Tensor) and (value.device == device or value.numel() != 1):
         return value.to(device).reshape(-1)
     return torch.full((1,), value.item() if isinstance(value, Tensor) else value, device=device)
 
 
 def drawn_seeds(generator: Any, count: int, device: torch.device, default: torch.device) -> Tensor:
-    """int64 [count] on `device`, from a generator, from one a sample, or (None) from that of the device `default`.
+    """int64 [count] on `device`, from a generator, from one a sample, or (None) from that of the
+    device `default`.
 
-    As diffusers takes them: a list of one generator serves all samples. ValueError for a list of another length.
+    As diffusers takes them: a list of one generator serves all samples. ValueError for a list of
+    another length.
     """
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
         generator = generator[0]
@@ -126,27 +143,37 @@ def drawn_seeds(generator: Any, count: int, device: torch.device, default: torch
         source = default if generator is None else generator.device
         return torch.randint(2**63 - 1, (count,), generator=generator, device=source).to(device)
     if len(generator) != count:
-        raise ValueError(f"generator must be one, or a list of {count}, one a sample; got a list of {len(generator)}")
+        raise ValueError(
+            f"generator must be one, or a list of {count}, one a sample; got a list of "
+            f"{len(generator)}"
+        )
     return torch.cat([drawn_seeds(source, 1, device, default) for source in generator])
 
 
 def index_of(timestep: Tensor, timesteps: Tensor) -> Tensor:
-    """Where each of timestep [B] stands in timesteps [N]: int64 [B], without waiting for the device.
+    """Where each of timestep [B] stands in timesteps [N]: int64 [B], without waiting for the
+    device.
 
-    A value that is not there raises ValueError on the CPU; on a GPU its index is -1, of which the operators make NaN.
+    A value that is not there raises ValueError on the CPU; on a GPU its index is -1, of which the
+    operators make NaN.
     """
     hit = timesteps.to(timestep.device) == timestep[:, None]
     found = hit.any(1)
     if timestep.device.type == "cpu" and not bool(found.all()):
-        raise ValueError(f"timestep must be one of the scheduler's timesteps, got {timestep[~found].tolist()}")
+        raise ValueError(
+            f"timestep must be one of the scheduler's timesteps, got {timestep[~found].tolist()}"
+        )
     return torch.where(found, hit.to(torch.int8).argmax(1), -1)
 
 
 class _Affine(torch.autograd.Function):
-    """a x + b v by rows without noise, with the bits of the operators' mean; the gradient to v is b times its own."""
+    """a x + b v by rows without noise, with the bits of the operators' mean; the gradient to v is b
+    times its own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, v: Tensor, table: Tensor, index: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(table[index, 1])
         ctx.dtype = v.dtype
         return _affine(x, v, table, index, dtype)
@@ -162,8 +189,11 @@ def _affine(x: Tensor, v: Tensor, table: Tensor, index: Tensor, dtype: torch.dty
     return sde_step(x, v, table, index, torch.zeros_like(index), store_dtype=dtype).x_next
 
 
-def affine(x: Tensor, v: Tensor, table: Tensor, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The mean of rows without noise, `Rows.mean` or `Rows.clean`, in one pass; differentiable to v."""
+def affine(
+    x: Tensor, v: Tensor, table: Tensor, index: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The mean of rows without noise, `Rows.mean` or `Rows.clean`, in one pass; differentiable to
+    v."""
     return (_Affine.apply if wants_grad(v) else _affine)(x, v, table, index, dtype)
 
 
@@ -172,10 +202,14 @@ def wants_grad(value: Tensor) -> bool:
 
 
 def covers(x: Tensor, v: Tensor, x_next: Tensor | None) -> bool:
-    """Whether the operators can stand in: latents of one shape on one device, and a gradient to the velocity alone."""
+    """Whether the operators can stand in: latents of one shape on one device, and a gradient to the
+    velocity alone."""
     latents = (x, v) if x_next is None else (x, v, x_next)
     return (
-        all(value.dtype in _FLOATS and value.shape == x.shape and value.device == x.device for value in latents)
+        all(
+            value.dtype in _FLOATS and value.shape == x.shape and value.device == x.device
+            for value in latents
+        )
         and x.dim() > 0
         and not wants_grad(x)
     )
@@ -199,7 +233,8 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     """Take a step, or score a given one, with the gradients to v that eager code would have.
 
-    index: int64 [B]. x_next: the sample to score; None draws one, in store_dtype. Returns x_next, and its log-prob
+    index: int64 [B]. x_next: the sample to score; None draws one, in store_dtype. Returns x_next,
+        and its log-prob
     [B] fp32, None where it is not asked for.
     """
     if x_next is None:

@@ -1,9 +1,10 @@
 """LoRA adapters of models on diffusers: where they sit, how strong they are, and their file.
 
-A layer's output gets alpha / rank times B A x. Whoever loads the file may or may not read alpha, which stands in its
-metadata; so files are written at strength 1: B is scaled by alpha / rank, and the alpha beside it is the rank. That is
-exact where alpha / rank is a power of two and else rounds each number of B once. While training, alpha is its own
-number, because how far a step moves the weights depends on it; `policy.json` keeps it.
+A layer's output gets alpha / rank times B A x. Whoever loads the file may or may not read alpha,
+which stands in its metadata; so files are written at strength 1: B is scaled by alpha / rank, and
+the alpha beside it is the rank. That is exact where alpha / rank is a power of two and else rounds
+each number of B once. While training, alpha is its own number, because how far a step moves the
+weights depends on it; `policy.json` keeps it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name stock diffusers looks for."""
 TRANSFORMER = "transformer"
 DESCRIPTION = "policy.json"
-"""In a saved policy's folder: model, base (the weights it was trained from) and, of a LoRA, rank, alpha and targets."""
+"""In a saved policy's folder: model, base (the weights it was trained from) and, of a LoRA, rank,
+alpha and targets."""
 ALL_LINEAR = "all-linear"
 _SETTINGS = "lora_adapter_metadata"
 """The key of the file's metadata under which diffusers keeps the adapters' settings."""
@@ -72,27 +74,40 @@ def read_description(folder: Path) -> Saved:
     if type(rank) is not int or rank < 1:
         raise CheckpointError(f"{path}: lora.rank: {rank!r} (accepted: a whole number, at least 1)")
     if alpha is None:
-        raise CheckpointError(f"{path}: lora.alpha: {lora.get('alpha')!r} (accepted: a number above 0)")
+        raise CheckpointError(
+            f"{path}: lora.alpha: {lora.get('alpha')!r} (accepted: a number above 0)"
+        )
     listed = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if not targets or not (listed or isinstance(targets, str)):
-        raise CheckpointError(f"{path}: lora.targets: {targets!r} (accepted: an expression, or a list of names)")
+        raise CheckpointError(
+            f"{path}: lora.targets: {targets!r} (accepted: an expression, or a list of names)"
+        )
     return Saved(said["model"], said["base"], Lora(rank, alpha, targets))
 
 
 def _above_zero(value: object) -> float | None:
     """The number that JSON holds, None for another value."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9 else None
+    return (
+        float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
+        else None
+    )
 
 
-_MEANT = {"model": "a name of policy.model", "base": "the folder or hub id of the weights it was trained from"}
+_MEANT = {
+    "model": "a name of policy.model",
+    "base": "the folder or hub id of the weights it was trained from",
+}
 
 
 def add_adapter(module: Any, lora: Lora, where: str, accepted: str) -> None:
-    """Fresh adapters, B at zero; nothing else trains. where, accepted: of the `ConfigError` for targets that match no
-    layer, or one that takes none."""
+    """Fresh adapters, B at zero; nothing else trains. where, accepted: of the `ConfigError` for
+    targets that match no layer, or one that takes none."""
     from peft import LoraConfig
 
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0)
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0
+    )
     try:
         module.add_adapter(config)
     except (ValueError, TypeError, re.error) as error:
@@ -111,16 +126,21 @@ def adapter_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 def check_file(path: Path, rank: int, needed: Mapping[str, Shape] | None = None) -> float:
     """The strength at which a LoRA file is to be applied: what its settings say, 1 without any.
 
-    needed: shapes of the adapters it is for; None skips them. Raises `CheckpointError` naming the key."""
+    needed: shapes of the adapters it is for; None skips them. Raises `CheckpointError` naming the
+        key."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: not there (accepted: the LoRA that {path.parent / DESCRIPTION} describes)")
+        raise CheckpointError(
+            f"{path}: not there (accepted: the LoRA that {path.parent / DESCRIPTION} describes)"
+        )
     shapes, metadata = read_header(path)
     if needed is not None:
         check_shapes(path, shapes, needed, f"the adapters that {DESCRIPTION} describes")
     # Before adapters of a rank without bounds are made.
     for key, shape in shapes.items():
         if len(shape) == 2 and rank != (own := shape[0] if ".lora_A." in key else shape[1]):
-            raise CheckpointError(f"{path}: {key}: {list(shape)}, rank {own} (accepted: {rank}, by {DESCRIPTION})")
+            raise CheckpointError(
+                f"{path}: {key}: {list(shape)}, rank {own} (accepted: {rank}, by {DESCRIPTION})"
+            )
     if _SETTINGS not in metadata:
         return 1.0
     try:
@@ -137,44 +157,56 @@ def check_file(path: Path, rank: int, needed: Mapping[str, Shape] | None = None)
         found.append(value)
     for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         if value := values.get(f"{TRANSFORMER}.{name}"):
-            raise CheckpointError(f"{path}: {_SETTINGS}: {TRANSFORMER}.{name}: {value!r} (accepted: none)")
+            raise CheckpointError(
+                f"{path}: {_SETTINGS}: {TRANSFORMER}.{name}: {value!r} (accepted: none)"
+            )
     return found[0] / found[1]
 
 
 @torch.no_grad()
 def load_adapter(module: nn.Module, path: Path, lora: Lora) -> None:
-    """Fills adapters of these settings from a file, whatever its strength. Raises `CheckpointError` unless its tensors
-    are exactly theirs: every key, every shape, every number finite."""
+    """Fills adapters of these settings from a file, whatever its strength. Raises `CheckpointError`
+    unless its tensors are exactly theirs: every key, every shape, every number finite."""
     needed = adapter_weights(module)
     strength = check_file(path, lora.rank, {name: tuple(p.shape) for name, p in needed.items()})
     found = read_tensors(path)
     if name := unusable(found.items()):
-        raise CheckpointError(f"{path}: {name}: NaN, infinite or too large ({ACCEPTED}; take an earlier one)")
+        raise CheckpointError(
+            f"{path}: {name}: NaN, infinite or too large ({ACCEPTED}; take an earlier one)"
+        )
     for name, p in needed.items():
-        p.copy_(scaled(found[name].to(p.dtype), strength / lora.strength) if ".lora_B." in name else found[name])
+        p.copy_(
+            scaled(found[name].to(p.dtype), strength / lora.strength)
+            if ".lora_B." in name
+            else found[name]
+        )
 
 
 def save_adapter(pipeline: Any, module: Any, folder: Path) -> Lora:
-    """Writes the LoRA at strength 1 in stock diffusers' file, by the pipeline's class, and leaves the module as it is.
-    Returns the settings it trained with."""
+    """Writes the LoRA at strength 1 in stock diffusers' file, by the pipeline's class, and leaves
+    the module as it is. Returns the settings it trained with."""
     from peft import get_peft_model_state_dict
 
     config = module.peft_config["default"]
-    weights = {name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(module).items()}
+    weights = {
+        name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(module).items()
+    }
     for name in weights:
         layer, found, _ = name.partition(".lora_B.")
         if found:
             weights[name] = scaled(weights[name], module.get_submodule(layer).scaling["default"])
     pipeline.save_lora_weights(
-        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=_at_strength_one(config).to_dict()
+        folder,
+        transformer_lora_layers=weights,
+        transformer_lora_adapter_metadata=_at_strength_one(config).to_dict(),
     )
     return Lora(config.r, float(config.lora_alpha), _listed(config.target_modules))
 
 
 @torch.no_grad()
 def fold_strength(module: Any) -> float:
-    """Brings all adapters to strength 1 in place, as `save_adapter` writes them. Returns the largest relative change of
-    a number of B by rounding: 0 where alpha / rank is a power of two."""
+    """Brings all adapters to strength 1 in place, as `save_adapter` writes them. Returns the
+    largest relative change of a number of B by rounding: 0 where alpha / rank is a power of two."""
     from peft.tuners.lora import LoraLayer
 
     furthest = 0.0
@@ -185,7 +217,10 @@ def fold_strength(module: Any) -> float:
             weight, strength = layer.lora_B[name].weight, layer.scaling[name]
             exact = weight.double() * strength
             weight.copy_(scaled(weight, strength))
-            furthest = max(furthest, float(((weight.double() - exact) / exact.abs().clamp_min(1e-300)).abs().max()))
+            furthest = max(
+                furthest,
+                float(((weight.double() - exact) / exact.abs().clamp_min(1e-300)).abs().max()),
+            )
             layer.scaling[name] = 1.0
     for name, config in module.peft_config.items():
         module.peft_config[name] = _at_strength_one(config)
@@ -200,7 +235,11 @@ def scaled(weight: Tensor, strength: float) -> Tensor:
 def _at_strength_one(config: Any) -> Any:
     """The adapters' settings with alpha = rank, in every layer."""
     config = copy.copy(config)
-    config.lora_alpha, config.alpha_pattern, config.use_rslora = config.r, dict(config.rank_pattern), False
+    config.lora_alpha, config.alpha_pattern, config.use_rslora = (
+        config.r,
+        dict(config.rank_pattern),
+        False,
+    )
     config.target_modules = _listed(config.target_modules)
     return config
 

@@ -1,10 +1,11 @@
 """What the trainer asks of an editor.
 
-A policy walks a batch of sessions turn by turn. Its context is an immutable value: `encode` starts one from the source
-images, `instruct` adds the turn's instruction, `velocity` denoises behind it, `append` adds the turn's output image.
-Rollout and training walk the same way through the same methods, which is why a replay meets the rollout's numbers.
-Everything slow that does not depend on the noise (text encoders, image encodes, context keys and values) happens in
-`encode`, `instruct` and `append`: once per group while siblings still agree, never inside the denoising loop.
+A policy walks a batch of sessions turn by turn. Its context is an immutable value: `encode` starts
+one from the source images, `instruct` adds the turn's instruction, `velocity` denoises behind it,
+`append` adds the turn's output image. Rollout and training walk the same way through the same
+methods, which is why a replay meets the rollout's numbers. Everything slow that does not depend on
+the noise (text encoders, image encodes, context keys and values) happens in `encode`, `instruct`
+and `append`: once per group while siblings still agree, never inside the denoising loop.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from editr2_kernels import guided_velocity
 class Intent:
     """One sampled intent.
 
-    text: the self-contained instruction that replaces the raw one, or None when none could be read from the sample
-    (then the raw instruction stands: a fallback). reasoning: what was written before `</think>`. ids: the sampled
-    tokens, end mark included, for the text objective. log_prob: theirs while decoding, at the sampling temperature.
+    text: the self-contained instruction that replaces the raw one, or None when none could be read
+    from the sample (then the raw instruction stands: a fallback). reasoning: what was written
+    before `</think>`. ids: the sampled tokens, end mark included, for the text objective. log_prob:
+    theirs while decoding, at the sampling temperature.
     """
 
     text: str | None
@@ -40,10 +42,12 @@ class Intent:
 
 @dataclass(frozen=True)
 class Velocity:
-    """A prediction (noise - data), and under guidance the unguided branches beside it, for the kernels to combine.
+    """A prediction (noise - data), and under guidance the unguided branches beside it, for the
+    kernels to combine.
 
-    v: [B, *latent_shape]. guidance: keywords of `sde_step`, `sde_log_prob` and `grpo_loss` (v_uncond, guidance,
-    v_uncond_image, guidance_image, guidance_interval, renorm); empty without guidance.
+    v: [B, *latent_shape]. guidance: keywords of `sde_step`, `sde_log_prob` and `grpo_loss`
+    (v_uncond, guidance, v_uncond_image, guidance_image, guidance_interval, renorm); empty without
+    guidance.
     """
 
     v: Tensor
@@ -56,7 +60,8 @@ class Velocity:
 
 @dataclass(frozen=True)
 class Questions:
-    """What the intents of a batch answer: raw earlier and current instructions, and each session's mode."""
+    """What the intents of a batch answer: raw earlier and current instructions, and each session's
+    mode."""
 
     earlier: list[list[str]]
     current: list[str]
@@ -64,7 +69,9 @@ class Questions:
 
     def select(self, index: Sequence[int]) -> Questions:
         return Questions(
-            [self.earlier[i] for i in index], [self.current[i] for i in index], [self.modes[i] for i in index]
+            [self.earlier[i] for i in index],
+            [self.current[i] for i in index],
+            [self.modes[i] for i in index],
         )
 
 
@@ -72,9 +79,12 @@ class Questions:
 class TurnTask:
     """One turn of B rollouts that training replays.
 
-    text: what the context got as instruction. images: uint8 [B, H, W, 3], the turn's outputs, which later turns see.
-    x: [B, Q, *latent_shape] and sigma: [B, Q], the places where velocities are asked for (Q may be 0).
-    questions, answers: the intents' questions and the sampled ids (an empty answer counts nothing); None without text.
+    text: what the context got as instruction. images: uint8 [B, H, W, 3], the turn's outputs, which
+        later turns see.
+    x: [B, Q, *latent_shape] and sigma: [B, Q], the places where velocities are asked for (Q may be
+        0).
+    questions, answers: the intents' questions and the sampled ids (an empty answer counts nothing);
+        None without text.
     """
 
     text: list[str]
@@ -95,15 +105,16 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class TurnReplay:
-    """What a turn predicts under the present weights: the velocity at every place, [B * Q, *latent_shape] in the order
-    (rollout, place), and the answers' log-probs."""
+    """What a turn predicts under the present weights: the velocity at every place, [B * Q,
+    *latent_shape] in the order (rollout, place), and the answers' log-probs."""
 
     velocity: Velocity
     tokens: TokenScores | None
 
 
 class Policy(Protocol):
-    """See the module docstring. Images are uint8 [B, H, W, 3] arrays; latents float tensors [B, *latent_shape]."""
+    """See the module docstring. Images are uint8 [B, H, W, 3] arrays; latents float tensors [B,
+    *latent_shape]."""
 
     @property
     def module(self) -> Any:
@@ -127,7 +138,8 @@ class Policy(Protocol):
         """The context with this turn's instruction (or intent) added."""
 
     def velocity(self, x: Tensor, sigma: Tensor, context: Any) -> Velocity:
-        """Velocity (noise - data) of latents x [B, *latent_shape] at sigma [B]; differentiable in the weights."""
+        """Velocity (noise - data) of latents x [B, *latent_shape] at sigma [B]; differentiable in
+        the weights."""
 
     def append(self, context: Any, images: np.ndarray) -> Any:
         """The context after this turn's output."""
@@ -139,7 +151,8 @@ class Policy(Protocol):
         """Several contexts, of different turns perhaps, as one batch in their order."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Clean latents -> uint8 images. A policy whose decoder can fail also has `PixelPolicy.pixels`."""
+        """Clean latents -> uint8 images. A policy whose decoder can fail also has
+        `PixelPolicy.pixels`."""
 
     def save(self, folder: Path) -> None:
         """Writes the weights as `policy.weights` takes them, into a folder that may exist."""
@@ -153,26 +166,40 @@ class TextPolicy(Policy, Protocol):
         """Whether a parameter of `module` serves the text (and takes `train.text_lr`)."""
 
     def intend(
-        self, context: Any, questions: Questions, seeds: Tensor | None, *, temperature: float, max_tokens: int
+        self,
+        context: Any,
+        questions: Questions,
+        seeds: Tensor | None,
+        *,
+        temperature: float,
+        max_tokens: int,
     ) -> list[Intent]:
         """Writes each sample's intent on a branch of `context`, which itself stays as it is.
 
-        seeds: int64 [B] (one per sample: the text does not depend on the batch), or None for greedy.
+        seeds: int64 [B] (one per sample: the text does not depend on the batch), or None for
+            greedy.
         """
 
     def answer_log_prob(
-        self, context: Any, questions: Questions, answers: Sequence[tuple[int, ...]], *, temperature: float
+        self,
+        context: Any,
+        questions: Questions,
+        answers: Sequence[tuple[int, ...]],
+        *,
+        temperature: float,
     ) -> TokenScores:
-        """Teacher-forced log-probs of given answers behind `context`; differentiable in the weights."""
+        """Teacher-forced log-probs of given answers behind `context`; differentiable in the
+        weights."""
 
 
 @runtime_checkable
 class PixelPolicy(Protocol):
-    """A policy that hands its pixels over before they become bytes, which hide a NaN; then rollouts do not call
-    `decode`, and check them."""
+    """A policy that hands its pixels over before they become bytes, which hide a NaN; then rollouts
+    do not call `decode`, and check them."""
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """Clean latents -> images [B, H, W, 3] on the device, -1 is black and 1 white, in any floating dtype."""
+        """Clean latents -> images [B, H, W, 3] on the device, -1 is black and 1 white, in any
+        floating dtype."""
 
 
 @runtime_checkable
@@ -194,7 +221,8 @@ class ReadingPolicy(Protocol):
 
 @runtime_checkable
 class ScheduledPolicy(Protocol):
-    """A policy with a noise schedule of its own (its pipeline's), taken where `rollout.shift` is none."""
+    """A policy with a noise schedule of its own (its pipeline's), taken where `rollout.shift` is
+    none."""
 
     def sigmas(self, steps: int) -> list[float]:
         """steps + 1 noise levels, falling from 1 to 0."""
@@ -202,7 +230,8 @@ class ScheduledPolicy(Protocol):
 
 @runtime_checkable
 class BucketedPolicy(Protocol):
-    """A policy that can pad contexts to a few sizes, so that one captured step serves many of them."""
+    """A policy that can pad contexts to a few sizes, so that one captured step serves many of
+    them."""
 
     def bucket(self, context: Any) -> Any:
         """The context with more, masked tokens: equal velocities up to rounding."""
@@ -210,20 +239,28 @@ class BucketedPolicy(Protocol):
 
 @runtime_checkable
 class PackedPolicy(Protocol):
-    """A policy that can replay whole sessions in one forward, equal to walking through them up to rounding."""
+    """A policy that can replay whole sessions in one forward, equal to walking through them up to
+    rounding."""
 
     def packs(self, turns: Sequence[TurnTask], *, context_gradient: bool) -> bool:
-        """Whether the packed forward is the cheaper one for these turns, by its token and attention counts."""
+        """Whether the packed forward is the cheaper one for these turns, by its token and attention
+        counts."""
 
     def replay_packed(
-        self, images: np.ndarray, turns: Sequence[TurnTask], *, context_gradient: bool, temperature: float
+        self,
+        images: np.ndarray,
+        turns: Sequence[TurnTask],
+        *,
+        context_gradient: bool,
+        temperature: float,
     ) -> list[TurnReplay]:
-        """Every turn of B rollouts from their source images [B, H, W, 3]; gradients go through the context (the past
-        images and texts) only with `context_gradient`."""
+        """Every turn of B rollouts from their source images [B, H, W, 3]; gradients go through the
+        context (the past images and texts) only with `context_gradient`."""
 
 
 def witness(x: Tensor) -> Tensor:
-    """float32 [B]: finite exactly where all of x [B, ...] is, if nothing in it comes near 1e38: its sum, which one
+    """float32 [B]: finite exactly where all of x [B, ...] is, if nothing in it comes near 1e38: its
+    sum, which one
     pass over x gives on the device, in a recording too."""
     return x.sum(tuple(range(1, x.dim())), dtype=torch.float32)
 
@@ -241,7 +278,8 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
 
 
 def with_module(policy: Any, module: nn.Module) -> Any:
-    """The same policy over other weights (the reference policy): shares everything but the module."""
+    """The same policy over other weights (the reference policy): shares everything but the
+    module."""
     other = copy.copy(policy)
     other.module = module
     return other

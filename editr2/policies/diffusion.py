@@ -1,8 +1,9 @@
 """Image editors on diffusers' own transformer, autoencoder, text encoders and scheduler settings.
 
-The policy drives the components of a stock pipeline, not the pipeline: what depends on images and words alone is
-computed once, in `encode`, `instruct` and `append`, and the denoising loop runs the transformer and nothing else. Only
-the transformer trains; autoencoder and text encoders are frozen and run without gradient.
+The policy drives the components of a stock pipeline, not the pipeline: what depends on images and
+words alone is computed once, in `encode`, `instruct` and `append`, and the denoising loop runs the
+transformer and nothing else. Only the transformer trains; autoencoder and text encoders are frozen
+and run without gradient.
 
 A model is a subclass of `DiffusionPolicy`, which says what it has to provide.
 
@@ -36,24 +37,26 @@ from editr2.errors import ConfigError, DataError, shown
 from editr2.policies.base import Velocity, device_of, to_bytes
 
 Prompt = Mapping[str, Tensor]
-"""What a model's text encoders make of the instructions, by name and samples first: `words` [B, L, width], with `mask`
-[B, L] where rows are padded, and whatever else the model reads."""
+"""What a model's text encoders make of the instructions, by name and samples first: `words` [B, L,
+width], with `mask` [B, L] where rows are padded, and whatever else the model reads."""
 
 WORDS, MASK = "words", "mask"
 
 CACHED_PROMPTS = 256
 TEXT_BATCH = 8
-"""Prompts that go through the text encoders at once: these are as large as the transformer, and so are activations."""
+"""Prompts that go through the text encoders at once: these are as large as the transformer, and so
+are activations."""
 
 
 @dataclass(frozen=True)
 class EditContext:
     """All that a velocity depends on besides the noise; every tensor has the samples first.
 
-    conditions: the images beside the noise as latent tokens, float32 [B, N, D], in the order of their positions: the
-    image to edit, then those before it (`history`) and the source (`keep_source`). images: the same as the text encoder
-    reads them, uint8 [B, H, W, 3] on the host; empty where it reads words only. prompt, negative: of the last
-    instruction, and of the unguided branch (empty without guidance). derived: what a model computes from its
+    conditions: the images beside the noise as latent tokens, float32 [B, N, D], in the order of
+    their positions: the image to edit, then those before it (`history`) and the source
+    (`keep_source`). images: the same as the text encoder reads them, uint8 [B, H, W, 3] on the
+    host; empty where it reads words only. prompt, negative: of the last instruction, and of the
+    unguided branch (empty without guidance). derived: what a model computes from its
     conditions once, where it does (`DiffusionPolicy.derive`).
     """
 
@@ -85,10 +88,13 @@ class EditContext:
 
     @staticmethod
     def join(parts: Sequence[EditContext]) -> EditContext:
-        """Of one kind (equally many images, all instructed or none); shorter prompts are padded with zeros."""
+        """Of one kind (equally many images, all instructed or none); shorter prompts are padded
+        with zeros."""
 
         def together(name: str) -> tuple[Tensor, ...]:
-            return tuple(torch.cat(same) for same in zip(*(getattr(p, name) for p in parts), strict=True))
+            return tuple(
+                torch.cat(same) for same in zip(*(getattr(p, name) for p in parts), strict=True)
+            )
 
         return EditContext(
             together("conditions"),
@@ -101,8 +107,8 @@ class EditContext:
 
 @dataclass(frozen=True)
 class MixedContext:
-    """Contexts that are no one batch (one image here, two there). order: int64 [B], each sample's place in the parts
-    laid end to end."""
+    """Contexts that are no one batch (one image here, two there). order: int64 [B], each sample's
+    place in the parts laid end to end."""
 
     parts: tuple[EditContext, ...]
     order: Tensor
@@ -126,7 +132,8 @@ AnyEditContext = EditContext | MixedContext
 
 
 def masked(prompt: Prompt) -> Prompt:
-    """The prompt with its mask [B, L], bool; it has none where no row is padded, which is faster."""
+    """The prompt with its mask [B, L], bool; it has none where no row is padded, which is
+    faster."""
     if not prompt or MASK in prompt:
         return prompt
     words = prompt[WORDS]
@@ -138,7 +145,8 @@ def _padded(prompts: Sequence[Prompt]) -> Prompt:
     if any(MASK in p for p in prompts) or len({p[WORDS].shape[1] for p in prompts if p}) > 1:
         prompts = [masked(p) for p in prompts]
     return {
-        name: pad_sequence([row for p in prompts for row in p[name].unbind(0)], batch_first=True) for name in prompts[0]
+        name: pad_sequence([row for p in prompts for row in p[name].unbind(0)], batch_first=True)
+        for name in prompts[0]
     }
 
 
@@ -147,18 +155,24 @@ class DiffusionPolicy(ABC):
 
     A subclass names its pipeline and published weights, and provides
 
-    - `embed`: words (and images, with `text_sees_images`) -> what the transformer reads as text, a row a prompt;
-    - `to_latents`, `to_pixels`: images in [-1, 1] <-> latent tokens [B, N, D], normalised as the transformer sees them;
-    - `mu`: the scheduler's shift for a number of steps, None where its settings have no use for one;
+    - `embed`: words (and images, with `text_sees_images`) -> what the transformer reads as text, a
+      row a prompt;
+    - `to_latents`, `to_pixels`: images in [-1, 1] <-> latent tokens [B, N, D], normalised as the
+      transformer sees them;
+    - `mu`: the scheduler's shift for a number of steps, None where its settings have no use for
+      one;
     - `predict`: the transformer's velocity for the noisy tokens, given conditions and prompt;
-    - `text_length`, and `text_limit` or `text_room`, so that longer instructions are refused when sessions are opened;
-    - `check`, when it has settings of its own to refuse, and `derive`, when it computes something from the conditions;
-    - `prompt_length`, when prompts are not padded, and `pipeline_class`, `transformer_class`, when they are not of
-      diffusers. `editr2 check` asks the class for everything else, too.
+    - `text_length`, and `text_limit` or `text_room`, so that longer instructions are refused when
+      sessions are opened;
+    - `check`, when it has settings of its own to refuse, and `derive`, when it computes something
+      from the conditions;
+    - `prompt_length`, when prompts are not padded, and `pipeline_class`, `transformer_class`, when
+      they are not of diffusers. `editr2 check` asks the class for everything else, too.
 
-    It finds here the sizes (`grid`, `condition_grid`: rows and columns of latent tokens; `text_image_size`: of images
-    as the text encoder reads them, the condition's unless `check` changes it), `positions` (their ids), `text_tokens`,
-    `device` and the pipeline's components (`pipe`). Rows of words of different lengths are padded with
+    It finds here the sizes (`grid`, `condition_grid`: rows and columns of latent tokens;
+    `text_image_size`: of images as the text encoder reads them, the condition's unless `check`
+    changes it), `positions` (their ids), `text_tokens`, `device` and the pipeline's components
+    (`pipe`). Rows of words of different lengths are padded with
     zeros at the end and then have a mask.
     """
 
@@ -190,7 +204,8 @@ class DiffusionPolicy(ABC):
     """Tokens of a prompt that the model reads, as `text_length` counts them; None: any number."""
 
     def __init__(self, pipe: Any, config: PolicyConfig) -> None:
-        """pipe: the diffusers pipeline, on any device. Raises `ConfigError` for settings this model cannot follow."""
+        """pipe: the diffusers pipeline, on any device. Raises `ConfigError` for settings this model
+        cannot follow."""
         self.pipe = pipe
         self.config = config
         self.base = str(pipe.config.get("_name_or_path") or self.published)
@@ -198,13 +213,20 @@ class DiffusionPolicy(ABC):
         self.compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.patch = 2 * int(pipe.vae_scale_factor)
         self.text_tokens = config.text_tokens
-        self.negative = self.negative_prompt if config.negative_prompt is None else config.negative_prompt
+        self.negative = (
+            self.negative_prompt if config.negative_prompt is None else config.negative_prompt
+        )
         self.image_size = self._size("resolution", config.resolution)
-        self.condition_size = self._size("condition_resolution", config.condition_resolution or config.resolution)
+        self.condition_size = self._size(
+            "condition_resolution", config.condition_resolution or config.resolution
+        )
         self.grid = (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
         self.text_image_size = self.condition_size
         self.renorm = self.own_renorm if config.renorm == "auto" else config.renorm
-        self.condition_grid = (self.condition_size[0] // self.patch, self.condition_size[1] // self.patch)
+        self.condition_grid = (
+            self.condition_size[0] // self.patch,
+            self.condition_size[1] // self.patch,
+        )
         self.latent_shape = (self.grid[0] * self.grid[1], int(pipe.transformer.config.in_channels))
         self._prompts: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
         self.check(config)
@@ -229,12 +251,15 @@ class DiffusionPolicy(ABC):
 
     @classmethod
     def load_pipeline(cls, base: str, **components: Any) -> Any:
-        """The stock pipeline of a folder or hub id. components: keywords of its `from_pretrained`."""
+        """The stock pipeline of a folder or hub id. components: keywords of its
+        `from_pretrained`."""
         return cls.pipeline_class().from_pretrained(base, **components)
 
     def refuse(self, name: str, given: object, accepted: str) -> None:
         """Raises the `ConfigError` of a setting that this model cannot follow."""
-        raise ConfigError(f"policy.{name}: {given} (accepted with policy.model {self.model}: {accepted})")
+        raise ConfigError(
+            f"policy.{name}: {given} (accepted with policy.model {self.model}: {accepted})"
+        )
 
     def _size(self, name: str, size: Sequence[int]) -> tuple[int, int]:
         height, width = (int(n) for n in size)
@@ -242,14 +267,16 @@ class DiffusionPolicy(ABC):
             self.refuse(name, [height, width], f"multiples of {self.patch}")
         return height, width
 
-    # ------------------------------------------------------------------------------------------- what a model provides
+    # ------------------------------------------------------------------------ what a model provides
 
     def check(self, config: PolicyConfig) -> None:
         """Refuses settings (`refuse`) that this model or these weights cannot follow."""
         if config.history < 1:
             self.refuse("history", config.history, "at least 1, the image to edit")
         if config.gradient_checkpointing and not self.recomputes:
-            self.refuse("gradient_checkpointing", True, "false; its blocks cannot be computed again")
+            self.refuse(
+                "gradient_checkpointing", True, "false; its blocks cannot be computed again"
+            )
         if config.vae_tiling and not self.tiles:
             self.refuse("vae_tiling", True, "false; its tiles leave seams at every size in use")
         if config.guidance_image != 1:
@@ -257,14 +284,16 @@ class DiffusionPolicy(ABC):
 
     @abstractmethod
     def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """The text encoders' output for each prompt, `words` [L, width] and more; without the batch dimension.
+        """The text encoders' output for each prompt, `words` [L, width] and more; without the batch
+        dimension.
 
-        images: uint8 [len(texts), H, W, 3] of each condition image, empty unless `text_sees_images`. Called without
-        gradient, the text encoders on `device`.
+        images: uint8 [len(texts), H, W, 3] of each condition image, empty unless
+        `text_sees_images`. Called without gradient, the text encoders on `device`.
         """
 
     def text_length(self, text: str) -> int | None:
-        """Tokens of an instruction, as `policy.text_tokens` counts them; None: not known before it is read."""
+        """Tokens of an instruction, as `policy.text_tokens` counts them; None: not known before it
+        is read."""
         return None
 
     def text_room(self, images: int) -> int | None:
@@ -273,8 +302,8 @@ class DiffusionPolicy(ABC):
 
     @abstractmethod
     def to_latents(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1], in the autoencoder's dtype -> tokens [B, N, D]: the mode of the distribution,
-        as the pipelines take it."""
+        """Images [B, 3, H, W] in [-1, 1], in the autoencoder's dtype -> tokens [B, N, D]: the mode
+        of the distribution, as the pipelines take it."""
 
     @abstractmethod
     def to_pixels(self, latents: Tensor) -> Tensor:
@@ -286,30 +315,38 @@ class DiffusionPolicy(ABC):
 
     @abstractmethod
     def predict(self, x: Tensor, sigma: Tensor, context: EditContext, prompt: Prompt) -> Tensor:
-        """The velocity of the noisy tokens x [B, N, D] at sigma [B] (float32), behind `context.conditions` and
+        """The velocity of the noisy tokens x [B, N, D] at sigma [B] (float32), behind
+        `context.conditions` and
         `prompt` (which is the negative one for the unguided branch)."""
 
     def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ()
 
     def prompt_length(self, said: int, images: int) -> int:
-        """Tokens of a prompt as the transformer sees it, for `check`. said: tokens of the instruction; images: that the
-        turn sees. By default what FLUX's pipelines pad to."""
+        """Tokens of a prompt as the transformer sees it, for `check`. said: tokens of the
+        instruction; images: that the turn sees. By default what FLUX's pipelines pad to."""
         return self.text_tokens or 512
 
     def blank(self, batch: int, text: int, images: int = 1, *, padded: bool = False) -> EditContext:
-        """A context that says nothing: zeros in place of what the encoders give. text: tokens of the prompt. padded: as
-        prompts of different lengths are."""
+        """A context that says nothing: zeros in place of what the encoders give. text: tokens of
+        the prompt. padded: as prompts of different lengths are."""
         sizes, device = self.module.config, self.device
-        prompt = {WORDS: torch.zeros(batch, text, sizes.joint_attention_dim, dtype=self.compute_dtype, device=device)}
+        prompt = {
+            WORDS: torch.zeros(
+                batch, text, sizes.joint_attention_dim, dtype=self.compute_dtype, device=device
+            )
+        }
         if "pooled_projection_dim" in sizes:
             prompt["pooled"] = prompt[WORDS].new_zeros(batch, sizes.pooled_projection_dim)
         rows, columns = self.condition_grid
         conditions = tuple(
-            torch.zeros(batch, rows * columns, self.latent_shape[1], device=device) for _ in range(images)
+            torch.zeros(batch, rows * columns, self.latent_shape[1], device=device)
+            for _ in range(images)
         )
         prompt = dict(masked(prompt)) if padded else prompt
-        negative = {name: t.clone() for name, t in prompt.items()} if self.config.guidance != 1 else {}
+        negative = (
+            {name: t.clone() for name, t in prompt.items()} if self.config.guidance != 1 else {}
+        )
         return EditContext(conditions, (), prompt, negative, self.derive(conditions))
 
     def idle(self) -> Tensor:
@@ -318,12 +355,12 @@ class DiffusionPolicy(ABC):
         small.grid = small.condition_grid = (1, 1)
         context = small.blank(1, 1)
         x = context.conditions[0].to(self.compute_dtype)
-        # Asked for inside of another forward's autocast, whose cache must not keep casts of weights without a graph
-        # (torch 2.9 would hand them to that forward).
+        # Asked for inside of another forward's autocast, whose cache must not keep casts of weights
+        # without a graph (torch 2.9 would hand them to that forward).
         with self.autocast(x.device, cache=False):
             return small.predict(x, x.new_ones(1, dtype=torch.float32), context, context.prompt)
 
-    # ----------------------------------------------------------------------------------------------------- the protocol
+    # --------------------------------------------------------------------------------- the protocol
 
     @property
     def device(self) -> torch.device:
@@ -332,24 +369,33 @@ class DiffusionPolicy(ABC):
     @property
     def parts(self) -> dict[str, nn.Module]:
         """By the pipeline's names."""
-        return {"transformer": self.module} | {name: getattr(self.pipe, name) for name in ("vae", *self.text_encoders)}
+        return {"transformer": self.module} | {
+            name: getattr(self.pipe, name) for name in ("vae", *self.text_encoders)
+        }
 
     def encode(self, images: np.ndarray) -> EditContext:
         return self._with_conditions(images, None)
 
     def append(self, context: AnyEditContext, images: np.ndarray) -> EditContext:
-        """The output is the image to edit next; of what stood there before, the settings say what is kept."""
+        """The output is the image to edit next; of what stood there before, the settings say what
+        is kept."""
         if isinstance(context, MixedContext):
-            raise TypeError("context: joined of several turns (accepted: of one turn; append before joining)")
+            raise TypeError(
+                "context: joined of several turns (accepted: of one turn; append before joining)"
+            )
         return self._with_conditions(images, context)
 
     def _with_conditions(self, images: np.ndarray, earlier: EditContext | None) -> EditContext:
         if images.shape[1:3] != self.image_size:
-            raise DataError(f"images: {images.shape[1]} x {images.shape[2]} px (accepted: {self.image_size})")
+            raise DataError(
+                f"images: {images.shape[1]} x {images.shape[2]} px (accepted: {self.image_size})"
+            )
         seen = torch.from_numpy(resized(images, self.condition_size))
         with self._at_work("vae"), torch.no_grad():
             pixels = seen.to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-            conditions: tuple[Tensor, ...] = (self.to_latents(pixels.to(self.pipe.vae.dtype)).float(),)
+            conditions: tuple[Tensor, ...] = (
+                self.to_latents(pixels.to(self.pipe.vae.dtype)).float(),
+            )
         looks: tuple[Tensor, ...] = ()
         if self.text_sees_images:
             looks = (torch.from_numpy(resized(images, self.text_image_size)),)
@@ -364,7 +410,8 @@ class DiffusionPolicy(ABC):
         return recent + (self.config.keep_source and turn + 1 > recent)
 
     def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """As `ReadingPolicy.unreadable`: instructions that are too long; without its tokenizer nobody knows."""
+        """As `ReadingPolicy.unreadable`: instructions that are too long; without its tokenizer
+        nobody knows."""
         if getattr(self.pipe, "tokenizer", None) is None:
             return
         for turn, text in enumerate(instructions):
@@ -372,7 +419,10 @@ class DiffusionPolicy(ABC):
                 yield turn, problem
 
     def _too_long(self, text: str, images: int) -> str | None:
-        limits = {"policy.text_tokens": self.text_tokens, f"all that {self.model} reads": self.text_room(images)}
+        limits = {
+            "policy.text_tokens": self.text_tokens,
+            f"all that {self.model} reads": self.text_room(images),
+        }
         named = {name: limit for name, limit in limits.items() if limit is not None}
         length = self.text_length(text) if named else None
         if length is None or length <= (least := min(named.values())):
@@ -387,28 +437,48 @@ class DiffusionPolicy(ABC):
         return text
 
     def _remembered(self, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What a turn sees of a session's images, the newest first; of earlier ones, what the turn before saw."""
+        """What a turn sees of a session's images, the newest first; of earlier ones, what the turn
+        before saw."""
         recent = images[: self.config.history]
-        return (*recent, images[-1]) if self.config.keep_source and len(images) > len(recent) else recent
+        return (
+            (*recent, images[-1])
+            if self.config.keep_source and len(images) > len(recent)
+            else recent
+        )
 
     def instruct(self, context: AnyEditContext, instructions: Sequence[str]) -> EditContext:
         if isinstance(context, MixedContext):
-            raise TypeError("context: joined of several turns (accepted: of one turn; instruct before joining)")
-        negative = self._prompts_of([self.negative] * len(instructions), context) if self.config.guidance != 1 else {}
+            raise TypeError(
+                "context: joined of several turns (accepted: of one turn; instruct before joining)"
+            )
+        negative = (
+            self._prompts_of([self.negative] * len(instructions), context)
+            if self.config.guidance != 1
+            else {}
+        )
         prompt = self._prompts_of(instructions, context)
         return EditContext(context.conditions, context.images, prompt, negative, context.derived)
 
     def _prompts_of(self, texts: Sequence[str], context: EditContext) -> Prompt:
-        """Every distinct prompt (and what it is about) goes through the text encoders once, and not again while it is
-        among the last `CACHED_PROMPTS`: training asks for the rollout's, and sessions come back every epoch."""
-        digests = [hashlib.sha256(b"".join(t[i].numpy().tobytes() for t in context.images)) for i in range(len(texts))]
+        """Every distinct prompt (and what it is about) goes through the text encoders once, and not
+        again while it is among the last `CACHED_PROMPTS`: training asks for the rollout's, and
+        sessions come back every epoch."""
+        digests = [
+            hashlib.sha256(b"".join(t[i].numpy().tobytes() for t in context.images))
+            for i in range(len(texts))
+        ]
         keys = [(text, digest.digest()) for text, digest in zip(texts, digests, strict=True)]
         found = {key: self._prompts[key] for key in keys if key in self._prompts}
-        if missing := [i for i, key in enumerate(keys) if key not in found and keys.index(key) == i]:
+        if missing := [
+            i for i, key in enumerate(keys) if key not in found and keys.index(key) == i
+        ]:
             with self._at_work(*self.text_encoders), torch.no_grad():
                 for at in (missing[i : i + TEXT_BATCH] for i in range(0, len(missing), TEXT_BATCH)):
                     rows = self.embed([texts[i] for i in at], [t[at] for t in context.images])
-                    found |= {keys[i]: {n: t.cpu() for n, t in row.items()} for i, row in zip(at, rows, strict=True)}
+                    found |= {
+                        keys[i]: {n: t.cpu() for n, t in row.items()}
+                        for i, row in zip(at, rows, strict=True)
+                    }
         for key in dict.fromkeys(keys):
             self._prompts[key] = found[key]
             self._prompts.move_to_end(key)
@@ -427,7 +497,9 @@ class DiffusionPolicy(ABC):
             if not context.negative:
                 return Velocity(v)
             dropped = self.predict(x, sigma, context, context.negative)
-        return Velocity(v, {"v_uncond": dropped, "guidance": self.config.guidance, "renorm": self.renorm})
+        return Velocity(
+            v, {"v_uncond": dropped, "guidance": self.config.guidance, "renorm": self.renorm}
+        )
 
     def _mixed_velocity(self, x: Tensor, sigma: Tensor, context: MixedContext) -> Velocity:
         order = context.order.to(x.device)
@@ -481,7 +553,8 @@ class DiffusionPolicy(ABC):
         return to_bytes(self.pixels(latents))
 
     def sigmas(self, steps: int) -> list[float]:
-        """The pipeline's own: evenly spaced, shifted by the scheduler's settings and the target's token count."""
+        """The pipeline's own: evenly spaced, shifted by the scheduler's settings and the target's
+        token count."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
@@ -490,29 +563,33 @@ class DiffusionPolicy(ABC):
         return [float(s) for s in scheduler.sigmas.double()]
 
     def save(self, folder: Path) -> None:
-        """What `load_policy` reads as `policy.weights`: the LoRA as stock diffusers loads it, or the transformer."""
+        """What `load_policy` reads as `policy.weights`: the LoRA as stock diffusers loads it, or
+        the transformer."""
         from editr2.policies.load import save_policy
 
         save_policy(self, folder)
 
-    # ------------------------------------------------------------------------------------------------------- the tools
+    # ------------------------------------------------------------------------------------ the tools
 
     def positions(self, place: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """Ids of an image's tokens, float32 [N, position_axes]: its place among the images, row, column, zeros."""
+        """Ids of an image's tokens, float32 [N, position_axes]: its place among the images, row,
+        column, zeros."""
         rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
         ids = torch.zeros(*grid, self.position_axes, device=device)
         ids[..., 0], ids[..., 1], ids[..., 2] = place, rows[:, None], columns
         return ids.flatten(0, 1)
 
     def autocast(self, device: torch.device, *, cache: bool = True) -> torch.autocast:
-        """Around the transformer, whose trained weights are float32 whatever it computes in. cache: of their casts."""
+        """Around the transformer, whose trained weights are float32 whatever it computes in. cache:
+        of their casts."""
         on = self.compute_dtype != torch.float32
         return torch.autocast(device.type, self.compute_dtype, enabled=on, cache_enabled=cache)
 
     @contextmanager
     def _at_work(self, *names: str) -> Iterator[None]:
-        """The pipeline's components of these names on the transformer's device; with `policy.offload` their weights are
-        copied there and dropped afterwards, since the host's copy is still right."""
+        """The pipeline's components of these names on the transformer's device; with
+        `policy.offload` their weights are copied there and dropped afterwards, since the host's
+        copy is still right."""
         device = self.device
         parts = [getattr(self.pipe, name) for name in names]
         if not self.config.offload or device.type == "cpu":
@@ -525,7 +602,9 @@ class DiffusionPolicy(ABC):
         try:
             for owner, name, tensor in kept:
                 moved = there[id(tensor)]  # weights that two layers share stay shared
-                owner[name] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+                owner[name] = (
+                    nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+                )
             yield
         finally:
             for owner, name, tensor in kept:
@@ -547,8 +626,8 @@ _PROCESSOR_NOTE = re.compile(
 
 @contextmanager
 def without_processor_notes() -> Iterator[None]:
-    """Without transformers' notes that image processors work without torchvision: a Flux pipeline's import touches two
-    that it has no use for, and Qwen's is meant to."""
+    """Without transformers' notes that image processors work without torchvision: a Flux pipeline's
+    import touches two that it has no use for, and Qwen's is meant to."""
 
     def needed(record: logging.LogRecord) -> bool:
         return not _PROCESSOR_NOTE.match(record.getMessage())
@@ -562,22 +641,29 @@ def without_processor_notes() -> Iterator[None]:
 
 
 def _weights(parts: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Every parameter and buffer with the dictionary of its module that holds it, and its name there."""
+    """Every parameter and buffer with the dictionary of its module that holds it, and its name
+    there."""
     for module in itertools.chain.from_iterable(part.modules() for part in parts):
         for owner in (module._parameters, module._buffers):
-            yield from ((owner, name, tensor) for name, tensor in owner.items() if tensor is not None)
+            yield from (
+                (owner, name, tensor) for name, tensor in owner.items() if tensor is not None
+            )
 
 
 def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [B, H, W, 3] brought to `size` (height, width) by Lanczos, as the pipelines do; a copy."""
+    """uint8 [B, H, W, 3] brought to `size` (height, width) by Lanczos, as the pipelines do; a
+    copy."""
     if images.shape[1:3] == size:
         return np.array(images)
-    picked = [Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS) for image in images]
+    picked = [
+        Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS) for image in images
+    ]
     return np.stack([np.asarray(image) for image in picked])
 
 
 def patchified(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, 4 C, h / 2, w / 2]: every 2 x 2 patch as channels, (channel, row, column)."""
+    """[B, C, h, w] -> [B, 4 C, h / 2, w / 2]: every 2 x 2 patch as channels, (channel, row,
+    column)."""
     return F.pixel_unshuffle(latents, 2)
 
 

@@ -1,11 +1,12 @@
-"""FLUX.2-klein: reference images stand behind the noisy tokens, each at its own time in a four-axis position.
+"""FLUX.2-klein: reference images stand behind the noisy tokens, each at its own time in a four-axis
+position.
 
-Its text encoder is Qwen3, of which three layers' hidden states side by side are the text tokens; they are padded to the
-pipeline's limit and not masked. The published weights are distilled and know no guidance; the base ones take a second
-branch whose prompt is empty.
+Its text encoder is Qwen3, of which three layers' hidden states side by side are the text tokens;
+they are padded to the pipeline's limit and not masked. The published weights are distilled and know
+no guidance; the base ones take a second branch whose prompt is empty.
 
-The KV variant (`klein-kv`) is trained so that references see only themselves, at time 0. Their keys and values then
-depend on nothing else and are computed once a turn, for all steps and siblings.
+The KV variant (`klein-kv`) is trained so that references see only themselves, at time 0. Their keys
+and values then depend on nothing else and are computed once a turn, for all steps and siblings.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ TEXT_LAYERS = (9, 18, 27)
 
 
 class KleinPolicy(DiffusionPolicy):
-    """See the module docstring. References have times 10, 20, ...: the image to edit, then whatever else of the session
-    a turn sees.
+    """See the module docstring. References have times 10, 20, ...: the image to edit, then whatever
+    else of the session a turn sees.
 
-    The model could be shown every earlier output (`policy.history`). By default a turn sees the last one: each further
-    reference adds a target's worth of tokens to every step, and what earlier turns did shows in the last output.
+    The model could be shown every earlier output (`policy.history`). By default a turn sees the
+    last one: each further reference adds a target's worth of tokens to every step, and what earlier
+    turns did shows in the last output.
     """
 
     model = "klein"
@@ -62,7 +64,9 @@ class KleinPolicy(DiffusionPolicy):
 
     def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
         said = [self._ids(self.readable(text)) for text in texts]
-        ids, valid = (x.to(self.device) for x in self._words.filled(said, self.text_tokens or self.text_limit))
+        ids, valid = (
+            x.to(self.device) for x in self._words.filled(said, self.text_tokens or self.text_limit)
+        )
         states = self.pipe.text_encoder(
             input_ids=ids, attention_mask=valid, output_hidden_states=True, use_cache=False
         ).hidden_states
@@ -82,8 +86,13 @@ class KleinPolicy(DiffusionPolicy):
 
         before, _, after = rendered("\0").partition("\0")
         whole = rendered(text)  # a template may trim what is said
-        if len(whole) < len(before + after) or not (whole.startswith(before) and whole.endswith(after)):
-            raise DataError(f"text {shown(repr(text))}: changes the tokenizer's chat template (accepted: other words)")
+        if len(whole) < len(before + after) or not (
+            whole.startswith(before) and whole.endswith(after)
+        ):
+            raise DataError(
+                f"text {shown(repr(text))}: changes the tokenizer's chat template (accepted: "
+                f"other words)"
+            )
         return self._words.within(before, whole[len(before) : len(whole) - len(after)], after)
 
     def text_length(self, text: str) -> int:
@@ -120,7 +129,9 @@ class KleinPolicy(DiffusionPolicy):
         ids = torch.cat([self.positions(0, self.grid, x.device), *references])
         return self.run(noisy, ids, sigma, prompt["words"])[0][:, : x.shape[1]]
 
-    def run(self, images: Tensor, ids: Tensor, sigma: Tensor, words: Tensor, **options: Any) -> tuple[Any, ...]:
+    def run(
+        self, images: Tensor, ids: Tensor, sigma: Tensor, words: Tensor, **options: Any
+    ) -> tuple[Any, ...]:
         """The transformer over image tokens with these positions, and words."""
         text_ids = torch.zeros(words.shape[1], self.position_axes, device=images.device)
         text_ids[:, 3] = torch.arange(words.shape[1], device=images.device)
@@ -139,7 +150,8 @@ class KleinPolicy(DiffusionPolicy):
 class KleinKVPolicy(KleinPolicy):
     """The KV variant: see the module docstring.
 
-    The references' keys and values are part of the context: they carry gradient only with `train.context_gradient`,
+    The references' keys and values are part of the context: they carry gradient only with
+    `train.context_gradient`,
     and take memory, 2 x blocks x reference tokens x width numbers a sample.
     """
 
@@ -147,26 +159,32 @@ class KleinKVPolicy(KleinPolicy):
     pipeline = "Flux2KleinKVPipeline"
     published = "black-forest-labs/FLUX.2-klein-9b-kv"
 
-    # diffusers hands every block's cache over in one dict: a block computed again would read the last one's.
+    # diffusers hands every block's cache over in one dict: a block computed again would read the
+    # last one's.
     recomputes = False
 
     def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Keys and values [B, N, heads, width] of all references, block by block."""
         references = torch.cat(conditions, 1).to(self.compute_dtype)
         b, n, _ = references.shape
-        # One word that says nothing: attention kernels do not all take empty queries, and references do not see it.
+        # One word that says nothing: attention kernels do not all take empty queries, and
+        # references do not see it.
         words = references.new_zeros(b, 1, self.module.config.joint_attention_dim)
         ids = torch.cat(self.reference_positions(len(conditions), references.device))
         sigma = torch.zeros(b, device=references.device)
         with self.autocast(references.device):
-            _, cache = self.run(references, ids, sigma, words, kv_cache_mode="extract", num_ref_tokens=n)
+            _, cache = self.run(
+                references, ids, sigma, words, kv_cache_mode="extract", num_ref_tokens=n
+            )
         layers = (*cache.double_block_caches, *cache.single_block_caches)
         return tuple(t for layer in layers for t in (layer.k_ref, layer.v_ref))
 
     def predict(self, x: Tensor, sigma: Tensor, context: EditContext, prompt: Prompt) -> Tensor:
         from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 
-        cache = Flux2KVCache(len(self.module.transformer_blocks), len(self.module.single_transformer_blocks))
+        cache = Flux2KVCache(
+            len(self.module.transformer_blocks), len(self.module.single_transformer_blocks)
+        )
         cache.num_ref_tokens = context.derived[0].shape[1]
         layers = (*cache.double_block_caches, *cache.single_block_caches)
         for i, layer in enumerate(layers):

@@ -1,8 +1,9 @@
-"""FLUX.1-Kontext: the condition's tokens stand behind the noisy ones and differ from them by the first position.
+"""FLUX.1-Kontext: the condition's tokens stand behind the noisy ones and differ from them by the
+first position.
 
-T5 gives the text tokens, CLIP one pooled vector; neither is masked (the pipeline pads to its limit and attends to it
-all). Of a longer prompt CLIP reads the first 77 tokens, T5 all. Guidance is distilled: the transformer takes its value
-as input, and true guidance is a second branch on top.
+T5 gives the text tokens, CLIP one pooled vector; neither is masked (the pipeline pads to its limit
+and attends to it all). Of a longer prompt CLIP reads the first 77 tokens, T5 all. Guidance is
+distilled: the transformer takes its value as input, and true guidance is a second branch on top.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from editr2.policies.tokens import Words
 
 
 class KontextPolicy(DiffusionPolicy):
-    """See the module docstring. Conditions have places 1, 2, ... in the first position axis, the target 0; the stock
-    pipeline knows only the first."""
+    """See the module docstring. Conditions have places 1, 2, ... in the first position axis, the
+    target 0; the stock pipeline knows only the first."""
 
     model = "kontext"
     pipeline = "FluxKontextPipeline"
@@ -45,15 +46,21 @@ class KontextPolicy(DiffusionPolicy):
     def check(self, config: PolicyConfig) -> None:
         super().check(config)
         if config.guidance_embed is not None and not self.module.config.guidance_embeds:
-            self.refuse("guidance_embed", config.guidance_embed, "none; these weights do not take it")
+            self.refuse(
+                "guidance_embed", config.guidance_embed, "none; these weights do not take it"
+            )
 
     def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
         said = [self._t5.ids(self.readable(text), ends=True) for text in texts]
         ids, _ = self._t5.filled(said, self.text_tokens or self.text_limit)
         words = self.pipe.text_encoder_2(ids.to(self.device), output_hidden_states=False)[0]
         most = self.pipe.tokenizer_max_length
-        ids, _ = self._clip.filled([self._clip.ids(text, ends=True, most=most) for text in texts], most)
-        pooled = self.pipe.text_encoder(ids.to(self.device), output_hidden_states=False).pooler_output
+        ids, _ = self._clip.filled(
+            [self._clip.ids(text, ends=True, most=most) for text in texts], most
+        )
+        pooled = self.pipe.text_encoder(
+            ids.to(self.device), output_hidden_states=False
+        ).pooler_output
         return [{"words": w, "pooled": p} for w, p in zip(words, pooled, strict=True)]
 
     @cached_property
@@ -75,18 +82,25 @@ class KontextPolicy(DiffusionPolicy):
     def to_pixels(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
         latents = unpatchified(from_tokens(latents, self.grid)).to(vae.dtype)
-        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        return vae.decode(
+            latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False
+        )[0]
 
     def mu(self, steps: int) -> float | None:
         return linear_mu(self.pipe.scheduler.config, self.latent_shape[0])
 
     def predict(self, x: Tensor, sigma: Tensor, context: EditContext, prompt: Prompt) -> Tensor:
         ids = [self.positions(0, self.grid, x.device)]
-        ids += [self.positions(1 + i, self.condition_grid, x.device) for i in range(len(context.conditions))]
+        ids += [
+            self.positions(1 + i, self.condition_grid, x.device)
+            for i in range(len(context.conditions))
+        ]
         guidance = None
         if self.module.config.guidance_embeds:
             value = self.config.guidance_embed
-            guidance = torch.full_like(sigma, self.default_guidance_embed if value is None else value)
+            guidance = torch.full_like(
+                sigma, self.default_guidance_embed if value is None else value
+            )
         out = self.module(
             hidden_states=torch.cat([x, *(c.to(x.dtype) for c in context.conditions)], 1),
             timestep=sigma,
@@ -101,7 +115,8 @@ class KontextPolicy(DiffusionPolicy):
 
 
 def linear_mu(config: dict, count: int) -> float:
-    """A shift that grows linearly with the number of target tokens, from the scheduler's settings."""
+    """A shift that grows linearly with the number of target tokens, from the scheduler's
+    settings."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return base + (most - base) * (count - low) / (high - low)

@@ -1,11 +1,14 @@
-"""Qwen-Image-Edit and Qwen-Image-Edit-Plus: the text encoder, Qwen2.5-VL, reads the instruction with the image.
+"""Qwen-Image-Edit and Qwen-Image-Edit-Plus: the text encoder, Qwen2.5-VL, reads the instruction
+with the image.
 
-So an instruction's embedding belongs to one image and is computed anew for every turn's; the transformer gets the image
-a second time, as latent tokens behind the noisy ones, told apart by the frame axis of its rotary positions. Guidance
+So an instruction's embedding belongs to one image and is computed anew for every turn's; the
+transformer gets the image a second time, as latent tokens behind the noisy ones, told apart by the
+frame axis of its rotary positions. Guidance
 is true guidance by a negative prompt, renormalised token by token.
 
-The encoder gets the multimodal positions that it was trained with. Transformers 5 computes them from token types, which
-the stock pipelines do not pass on yet (diffusers issue 14194): there they fall back to positions of plain text.
+The encoder gets the multimodal positions that it was trained with. Transformers 5 computes them
+from token types, which the stock pipelines do not pass on yet (diffusers issue 14194): there they
+fall back to positions of plain text.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ BUCKET = 64  # text tokens; an image alone is hundreds
 
 
 class QwenEditPolicy(DiffusionPolicy):
-    """The image to edit is the one condition, and the text encoder sees it as the transformer does."""
+    """The image to edit is the one condition, and the text encoder sees it as the transformer
+    does."""
 
     model = "qwen-edit"
     pipeline = "QwenImageEditPipeline"
@@ -62,12 +66,15 @@ class QwenEditPolicy(DiffusionPolicy):
     def load_pipeline(cls, base: str, **components: Any) -> Any:
         if importlib.util.find_spec("torchvision"):
             return super().load_pipeline(base, **components)
-        # The pipeline's processor wants a video processor, and that one torchvision; images need neither.
+        # The pipeline's processor wants a video processor, and that one torchvision; images need
+        # neither.
         with without_processor_notes():
             from transformers import Qwen2VLImageProcessor
 
         pipe = super().load_pipeline(base, processor=None, **components)
-        pipe.register_modules(processor=Qwen2VLImageProcessor.from_pretrained(base, subfolder="processor"))
+        pipe.register_modules(
+            processor=Qwen2VLImageProcessor.from_pretrained(base, subfolder="processor")
+        )
         return pipe
 
     def check(self, config: PolicyConfig) -> None:
@@ -75,16 +82,19 @@ class QwenEditPolicy(DiffusionPolicy):
         if config.guidance < 1:
             self.refuse("guidance", config.guidance, "1, which is none, or above")
         if config.guidance_embed is not None:
-            self.refuse("guidance_embed", config.guidance_embed, "none; the transformer does not take it")
+            self.refuse(
+                "guidance_embed", config.guidance_embed, "none; the transformer does not take it"
+            )
         if self.model == QwenEditPolicy.model:
             for name, one in (("history", 1), ("keep_source", False)):
                 if (given := getattr(config, name)) != one:
                     self.refuse(name, given, f"{one}; it reads one image, qwen-edit-plus several")
 
-    # -------------------------------------------------------------------------------------------------------- the text
+    # ------------------------------------------------------------------------------------- the text
 
     def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """One prompt at a time: with its image each is long enough to fill a device, and none depends on another."""
+        """One prompt at a time: with its image each is long enough to fill a device, and none
+        depends on another."""
         return [self._embed(text, [seen[i] for seen in images]) for i, text in enumerate(texts)]
 
     def _embed(self, text: str, images: list[Tensor]) -> dict[str, Tensor]:
@@ -134,9 +144,12 @@ class QwenEditPolicy(DiffusionPolicy):
         return int(self._image_tokens(self._seen([np.zeros((*self.text_image_size, 3), np.uint8)])))
 
     def text_room(self, images: int) -> int:
-        """The transformer's table of positions has places for so many, behind those of the image's rows or columns."""
+        """The transformer's table of positions has places for so many, behind those of the image's
+        rows or columns."""
         first = max(*self.grid, *self.condition_grid) // 2
-        places = (len(self.module.pos_embed.pos_freqs) - first) // BUCKET * BUCKET  # `bucket` fills the last one up
+        places = (
+            (len(self.module.pos_embed.pos_freqs) - first) // BUCKET * BUCKET
+        )  # `bucket` fills the last one up
         before, after = self._around(images)
         template = len(self._words.within(before, "", after)) + images * (self._tokens_an_image - 1)
         return places - (template - self.pipe.prompt_template_encode_start_idx)
@@ -144,27 +157,38 @@ class QwenEditPolicy(DiffusionPolicy):
     def prompt_length(self, said: int, images: int) -> int:
         # A token of Qwen2.5-VL stands for 28 x 28 pixels; its template leaves 10 tokens.
         height, width = self.text_image_size
-        return 10 + min(self.text_tokens or said, said) + round(height / 28) * round(width / 28) * images
+        return (
+            10
+            + min(self.text_tokens or said, said)
+            + round(height / 28) * round(width / 28) * images
+        )
 
-    # ------------------------------------------------------------------------------------------------------ the images
+    # ----------------------------------------------------------------------------------- the images
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents, [1, C, 1, 1]."""
         config = self.pipe.vae.config
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1).to(like) for x in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(x).view(1, -1, 1, 1).to(like)
+            for x in (config.latents_mean, config.latents_std)
+        )
         return mean, std
 
     def to_latents(self, images: Tensor) -> Tensor:
-        latents = self.pipe.vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]  # a video of one frame
+        latents = self.pipe.vae.encode(images[:, :, None]).latent_dist.mode()[
+            :, :, 0
+        ]  # a video of one frame
         mean, std = self._statistics(latents)
         return tokens(patchified((latents - mean) / std))
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         latents = unpatchified(from_tokens(latents, self.grid)).to(self.pipe.vae.dtype)
         mean, std = self._statistics(latents)
-        return self.pipe.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0]
+        return self.pipe.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][
+            :, :, 0
+        ]
 
-    # -------------------------------------------------------------------------------------------------- the transformer
+    # ------------------------------------------------------------------------------ the transformer
 
     def mu(self, steps: int) -> float | None:
         return linear_mu(self.pipe.scheduler.config, self.latent_shape[0])
@@ -187,7 +211,9 @@ class QwenEditPolicy(DiffusionPolicy):
         def padded(prompt: Prompt) -> Prompt:
             return {name: _longer(t, -t.shape[1] % BUCKET) for name, t in masked(prompt).items()}
 
-        return dataclasses.replace(context, prompt=padded(context.prompt), negative=padded(context.negative))
+        return dataclasses.replace(
+            context, prompt=padded(context.prompt), negative=padded(context.negative)
+        )
 
 
 def _longer(rows: Tensor, more: int) -> Tensor:
@@ -196,8 +222,8 @@ def _longer(rows: Tensor, more: int) -> Tensor:
 
 
 class QwenEditPlusPolicy(QwenEditPolicy):
-    """Its successor reads several images: the text encoder numbers them, in the order of the conditions, and sees them
-    at a size of its own."""
+    """Its successor reads several images: the text encoder numbers them, in the order of the
+    conditions, and sees them at a size of its own."""
 
     model = "qwen-edit-plus"
     pipeline = "QwenImageEditPlusPipeline"

@@ -1,17 +1,21 @@
 """The unified text + image transformer (BAGEL's architecture and parameter names, any size).
 
-One decoder reads text, clean images and a noisy image, writes text, and predicts the velocity of the noisy image
-(v = noise - data, from t = 1 noise to t = 0 data). Every layer holds two experts, routed by token type: *understanding*
-(text and image marks) and *generation* (image latents; parameters with the suffix `_moe_gen`); attention is joint.
+One decoder reads text, clean images and a noisy image, writes text, and predicts the velocity of
+the noisy image
+(v = noise - data, from t = 1 noise to t = 0 data). Every layer holds two experts, routed by token
+type: *understanding* (text and image marks) and *generation* (image latents; parameters with the
+suffix `_moe_gen`); attention is joint.
 
-Physical order. Within any block handed to the layers all understanding tokens stand first and all generation tokens
-after them, so routing is two slices instead of a gather, and the two streams are joined for
+Physical order. Within any block handed to the layers all understanding tokens stand first and all
+generation tokens after them, so routing is two slices instead of a gather, and the two streams are
+joined for
 attention alone. The true order lives in the RoPE positions and the mask only:
-text is causal and advances the position by one a token; all tokens of an image block share one position and the block
-advances it by one; a noisy block sees everything before it and is seen by nobody.
+text is causal and advances the position by one a token; all tokens of an image block share one
+position and the block advances it by one; a noisy block sees everything before it and is seen by
+nobody.
 
-Legend of shapes: B samples, L tokens of the block, K cached tokens, H hidden, N latent tokens, D numbers per latent
-token, heads x head_dim as in the configuration.
+Legend of shapes: B samples, L tokens of the block, K cached tokens, H hidden, N latent tokens, D
+numbers per latent token, heads x head_dim as in the configuration.
 """
 
 from __future__ import annotations
@@ -32,13 +36,20 @@ from editr2.errors import ConfigError, DataError
 from editr2.tensor_files import read_json
 
 LARGEST_SIZE = 1 << 20
-LARGEST = {"num_hidden_layers": 1024, "latent_patch_size": 256, "latent_channels": 1024, "max_latent_size": 4096}
-"""Of sizes in a file: far above any model, far below what would fill the host before the weights are compared."""
+LARGEST = {
+    "num_hidden_layers": 1024,
+    "latent_patch_size": 256,
+    "latent_channels": 1024,
+    "max_latent_size": 4096,
+}
+"""Of sizes in a file: far above any model, far below what would fill the host before the weights
+are compared."""
 
 
 @dataclass(frozen=True)
 class UnifiedConfig:
-    """Sizes of the model. Defaults: the embedded small model; names follow the Qwen2 and BAGEL configurations."""
+    """Sizes of the model. Defaults: the embedded small model; names follow the Qwen2 and BAGEL
+    configurations."""
 
     vocab_size: int = 64
     hidden_size: int = 128
@@ -55,13 +66,19 @@ class UnifiedConfig:
     frequency_size: int = 256  # sinusoidal features of the time embedder
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+        if (
+            self.hidden_size % self.num_attention_heads
+            or self.num_attention_heads % self.num_key_value_heads
+        ):
             raise ConfigError(
-                f"num_attention_heads: {self.num_attention_heads} must divide hidden_size {self.hidden_size} and be a "
-                f"multiple of num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads: {self.num_attention_heads} must divide hidden_size "
+                f"{self.hidden_size} and be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
             )
         if self.hidden_size % 4 or self.head_dim % 2:
-            raise ConfigError(f"hidden_size: {self.hidden_size} must be a multiple of 4, with an even head size")
+            raise ConfigError(
+                f"hidden_size: {self.hidden_size} must be a multiple of 4, with an even head size"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -73,7 +90,8 @@ class UnifiedConfig:
 
     @staticmethod
     def load(path: Path) -> UnifiedConfig:
-        """A file that `UnifiedPolicy.save` wrote. Raises `CheckpointError` or `ConfigError` naming the key."""
+        """A file that `UnifiedPolicy.save` wrote. Raises `CheckpointError` or `ConfigError` naming
+        the key."""
         values = read_json(path)
         fields: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(UnifiedConfig)}
         if unknown := sorted(set(values) - set(fields)):
@@ -86,7 +104,10 @@ class UnifiedConfig:
                 fits, accepted = isinstance(given, bool), "true or false"
             elif kind is int:
                 most = LARGEST.get(name, LARGEST_SIZE)
-                fits, accepted = type(given) is int and 1 <= given <= most, f"a whole number, 1 to {most}"
+                fits, accepted = (
+                    type(given) is int and 1 <= given <= most,
+                    f"a whole number, 1 to {most}",
+                )
             else:
                 fits = type(given) in (int, float) and 0 < given < math.inf
                 accepted = "a number above 0"
@@ -120,17 +141,21 @@ class MLP(nn.Module):
 
 
 Reach = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""New keys and values of a block, [B, kv_heads, L, head_dim] each -> those of the past with the new ones behind."""
+"""New keys and values of a block, [B, kv_heads, L, head_dim] each -> those of the past with the new
+ones behind."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention in a form of its own: queries, keys and values [B, heads, ., head_dim] -> [B, heads, L, head_dim]."""
+"""Attention in a form of its own: queries, keys and values [B, heads, ., head_dim] -> [B, heads, L,
+head_dim]."""
 
 Mask = Tensor | Attend | None
-"""A boolean mask (True = may look) for dense attention, `Attend`, or None: everything sees everything."""
+"""A boolean mask (True = may look) for dense attention, `Attend`, or None: everything sees
+everything."""
 
 Streams = dict[str, Tensor]
-"""A block's hidden states by expert, the key being the suffix of the expert's parameters: "" for understanding, then
-`_moe_gen` for generation. An expert without tokens is left out, so most layers' work is done in place, without gathers.
+"""A block's hidden states by expert, the key being the suffix of the expert's parameters: "" for
+understanding, then `_moe_gen` for generation. An expert without tokens is left out, so most layers'
+work is done in place, without gathers.
 """
 
 
@@ -165,7 +190,9 @@ class Attention(nn.Module):
             self.add_module(f"v_proj{suffix}", nn.Linear(size, kv))
             self.add_module(f"o_proj{suffix}", nn.Linear(size, size, bias=False))
             for name in ("q_norm", "k_norm"):
-                norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+                norm = (
+                    RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+                )
                 self.add_module(f"{name}{suffix}", norm)
 
     def forward(
@@ -185,7 +212,9 @@ class Attention(nn.Module):
         if reach is not None:
             k, v = reach(k, v)
         if mask is None or isinstance(mask, Tensor):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
+            )
         else:
             out = mask(q, k, v)
         parts = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in streams.values()], dim=1)
@@ -199,13 +228,20 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         for suffix in ("", "_moe_gen"):
             self.add_module(f"mlp{suffix}", MLP(config.hidden_size, config.intermediate_size))
-            self.add_module(f"input_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
-            self.add_module(f"post_attention_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
+            self.add_module(
+                f"input_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps)
+            )
+            self.add_module(
+                f"post_attention_layernorm{suffix}",
+                RMSNorm(config.hidden_size, config.rms_norm_eps),
+            )
 
     def forward(
         self, streams: Streams, cos: Tensor, sin: Tensor, mask: Mask, reach: Reach | None
     ) -> tuple[Streams, tuple[Tensor, Tensor]]:
-        normed = {suffix: getattr(self, f"input_layernorm{suffix}")(x) for suffix, x in streams.items()}
+        normed = {
+            suffix: getattr(self, f"input_layernorm{suffix}")(x) for suffix, x in streams.items()
+        }
         attended, new = self.self_attn(normed, cos, sin, mask, reach)
         result = {}
         for suffix, x in streams.items():
@@ -232,7 +268,8 @@ class _LanguageModel(nn.Module):
 
 
 class _TimeEmbedder(nn.Module):
-    """256 sinusoidal features of the raw t in [0, 1] (cosines first, period up to 10,000), then two linear layers."""
+    """256 sinusoidal features of the raw t in [0, 1] (cosines first, period up to 10,000), then two
+    linear layers."""
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
@@ -248,7 +285,8 @@ class _TimeEmbedder(nn.Module):
 
 
 class _PositionTable(nn.Module):
-    """Frozen 2-D sine-cosine table [side * side, hidden]: the first half of the width from the column, then the row."""
+    """Frozen 2-D sine-cosine table [side * side, hidden]: the first half of the width from the
+    column, then the row."""
 
     def __init__(self, side: int, hidden: int) -> None:
         super().__init__()
@@ -267,10 +305,11 @@ class _PositionTable(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What the model has read so far. Immutable: appending returns a new one, so branches and siblings are free.
+    """What the model has read so far. Immutable: appending returns a new one, so branches and
+    siblings are free.
 
-    keys, values: per layer [B, kv_heads, K, head_dim]; valid: bool [B, K] (False at padding); position: int64 [B], the
-    RoPE position of the next token.
+    keys, values: per layer [B, kv_heads, K, head_dim]; valid: bool [B, K] (False at padding);
+    position: int64 [B], the RoPE position of the next token.
     """
 
     keys: tuple[Tensor, ...]
@@ -284,14 +323,16 @@ class Context:
 
     @cached_property
     def padded(self) -> bool:
-        """Whether anything here is padding; looked up once a context, since on a GPU looking waits."""
+        """Whether anything here is padding; looked up once a context, since on a GPU looking
+        waits."""
         return bool(self.valid.shape[1]) and not bool(self.valid.all())
 
     def reach(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys[layer], k], dim=2), torch.cat([self.values[layer], v], dim=2)
 
     def select(self, index: Tensor) -> Context:
-        """The samples at `index` int64 [M] (repeats allowed): siblings share the context of their group this way."""
+        """The samples at `index` int64 [M] (repeats allowed): siblings share the context of their
+        group this way."""
         return Context(
             tuple(k[index] for k in self.keys),
             tuple(v[index] for v in self.values),
@@ -301,18 +342,24 @@ class Context:
 
     def detach(self) -> Context:
         return Context(
-            tuple(k.detach() for k in self.keys), tuple(v.detach() for v in self.values), self.valid, self.position
+            tuple(k.detach() for k in self.keys),
+            tuple(v.detach() for v in self.values),
+            self.valid,
+            self.position,
         )
 
     def pad(self, length: int) -> Context:
         """With masked tokens at the end, `length` in all."""
         more = length - self.valid.shape[1]
-        keys, values = (tuple(F.pad(x, (0, 0, 0, more)) for x in layers) for layers in (self.keys, self.values))
+        keys, values = (
+            tuple(F.pad(x, (0, 0, 0, more)) for x in layers) for layers in (self.keys, self.values)
+        )
         return Context(keys, values, F.pad(self.valid, (0, more)), self.position)
 
     @staticmethod
     def join(parts: Sequence[Context]) -> Context:
-        """Contexts of different lengths as one batch; shorter ones are padded (and masked) at the end."""
+        """Contexts of different lengths as one batch; shorter ones are padded (and masked) at the
+        end."""
         longest = max(p.valid.shape[1] for p in parts)
         padded = [p if p.valid.shape[1] == longest else p.pad(longest) for p in parts]
         layers = range(len(parts[0].keys))
@@ -325,8 +372,8 @@ class Context:
 
 
 class Branch:
-    """A copy of a context with room for `capacity` more tokens, written in place: for text decoded token by token,
-    where copying the whole past at every token would cost more than the token."""
+    """A copy of a context with room for `capacity` more tokens, written in place: for text decoded
+    token by token, where copying the whole past at every token would cost more than the token."""
 
     def __init__(self, context: Context, capacity: int) -> None:
         def room(x: Tensor) -> Tensor:
@@ -345,7 +392,8 @@ class Branch:
 
 
 class UnifiedModel(nn.Module):
-    """See the module docstring. Parameter names equal those of a published BAGEL checkpoint (without its ViT)."""
+    """See the module docstring. Parameter names equal those of a published BAGEL checkpoint
+    (without its ViT)."""
 
     def __init__(self, config: UnifiedConfig) -> None:
         super().__init__()
@@ -357,7 +405,8 @@ class UnifiedModel(nn.Module):
         self.latent_pos_embed = _PositionTable(config.max_latent_size, config.hidden_size)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Normal(0, 0.02) weights, residual outputs scaled by 1/sqrt(2 layers), zero biases and velocity head."""
+        """Normal(0, 0.02) weights, residual outputs scaled by 1/sqrt(2 layers), zero biases and
+        velocity head."""
         residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if "norm" in name or "pos_embed" in name:
@@ -371,24 +420,32 @@ class UnifiedModel(nn.Module):
                         std = parameter.shape[1] ** -0.5
                     parameter.normal_(0, std, generator=generator)
 
-    # ------------------------------------------------------------------------------------------------ the two streams
+    # ------------------------------------------------------------------------------ the two streams
 
     def embed_text(self, ids: Tensor) -> Tensor:
         return self.language_model.model.embed_tokens(ids)
 
     def embed_latents(self, latents_BND: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Latent tokens [B, N, D] at time t ([B] or a 0-dim tensor) on a (rows, columns) grid -> [B, N, H]."""
+        """Latent tokens [B, N, D] at time t ([B] or a 0-dim tensor) on a (rows, columns) grid ->
+        [B, N, H]."""
         rows, columns = grid
         side = self.config.max_latent_size
         if rows > side or columns > side or rows * columns != latents_BND.shape[1]:
             raise DataError(
-                f"latents: {latents_BND.shape[1]} tokens on a {rows} x {columns} grid (accepted: sides up to {side})"
+                f"latents: {latents_BND.shape[1]} tokens on a {rows} x {columns} grid (accepted: "
+                f"sides up to {side})"
             )
         device = latents_BND.device
-        index = (torch.arange(rows, device=device)[:, None] * side + torch.arange(columns, device=device)).reshape(-1)
+        index = (
+            torch.arange(rows, device=device)[:, None] * side + torch.arange(columns, device=device)
+        ).reshape(-1)
         time = self.time_embedder(t)
         x = self.vae2llm(latents_BND.to(self.vae2llm.weight.dtype))
-        return x + (time[:, None] if time.ndim == 2 else time) + self.latent_pos_embed.pos_embed[index].to(x.dtype)
+        return (
+            x
+            + (time[:, None] if time.ndim == 2 else time)
+            + self.latent_pos_embed.pos_embed[index].to(x.dtype)
+        )
 
     def run(
         self,
@@ -400,8 +457,8 @@ class UnifiedModel(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """All layers over a block (understanding tokens first, `split` of them) behind a context.
 
-        mask: bool, broadcastable to [B, heads, L, K + L], or attention of another form. Returns the final hidden states
-        [B, L, H] and the block's own keys and values per layer.
+        mask: bool, broadcastable to [B, heads, L, K + L], or attention of another form. Returns the
+        final hidden states [B, L, H] and the block's own keys and values per layer.
         """
         half = self.config.head_dim // 2
         exponents = torch.arange(half, device=x_BLH.device, dtype=torch.float32) / half
@@ -413,15 +470,19 @@ class UnifiedModel(nn.Module):
             streams, (k, v) = layer(streams, cos, sin, mask, reach)
             keys.append(k)
             values.append(v)
-        final = (getattr(self.language_model.model, f"norm{suffix}")(x) for suffix, x in streams.items())
+        final = (
+            getattr(self.language_model.model, f"norm{suffix}")(x) for suffix, x in streams.items()
+        )
         return _join(final), tuple(keys), tuple(values)
 
-    # ------------------------------------------------------------------------------------------- reading and writing
+    # -------------------------------------------------------------------------- reading and writing
 
     def empty_context(self, batch: int, device: torch.device | str = "cpu") -> Context:
         c = self.config
         dtype = self.vae2llm.weight.dtype
-        nothing = torch.zeros(batch, c.num_key_value_heads, 0, c.head_dim, device=device, dtype=dtype)
+        nothing = torch.zeros(
+            batch, c.num_key_value_heads, 0, c.head_dim, device=device, dtype=dtype
+        )
         return Context(
             (nothing,) * c.num_hidden_layers,
             (nothing,) * c.num_hidden_layers,
@@ -430,10 +491,14 @@ class UnifiedModel(nn.Module):
         )
 
     @staticmethod
-    def _extend(context: Context, keys: tuple, values: tuple, valid: Tensor, advance: Tensor | int) -> Context:
+    def _extend(
+        context: Context, keys: tuple, values: tuple, valid: Tensor, advance: Tensor | int
+    ) -> Context:
         return Context(
             tuple(torch.cat([old, new], 2) for old, new in zip(context.keys, keys, strict=True)),
-            tuple(torch.cat([old, new], 2) for old, new in zip(context.values, values, strict=True)),
+            tuple(
+                torch.cat([old, new], 2) for old, new in zip(context.values, values, strict=True)
+            ),
             torch.cat([context.valid, valid], 1),
             context.position + advance,
         )
@@ -447,11 +512,13 @@ class UnifiedModel(nn.Module):
         return self._extend(context, keys, values, valid, valid.sum(1)), hidden
 
     def text_hidden(self, context: Context, ids: Tensor, valid: Tensor) -> Tensor:
-        """The hidden states of `append_text` alone, where nothing will read what was read: differentiable."""
+        """The hidden states of `append_text` alone, where nothing will read what was read:
+        differentiable."""
         return self._text_block(context, context.valid, ids, valid)[0]
 
     def extend_branch(self, branch: Branch, ids: Tensor, valid: Tensor) -> Tensor:
-        """`append_text` in place: the same hidden states [B, L, H]; no gradient. Raises ValueError beyond capacity."""
+        """`append_text` in place: the same hidden states [B, L, H]; no gradient. Raises ValueError
+        beyond capacity."""
         start, end = branch.length, branch.length + ids.shape[1]
         if end > branch.valid.shape[1]:
             raise ValueError(f"branch: {end} tokens in a capacity of {branch.valid.shape[1]}")
@@ -493,14 +560,22 @@ class UnifiedModel(nn.Module):
         position = context.position[:, None].expand(b, n + 2)
         return self.run(x, 2, position, mask, context)
 
-    def append_image(self, context: Context, latents: Tensor, grid: tuple[int, int], marks: Tensor) -> Context:
-        """Reads a clean image: latents [B, N, D] at t = 0 between the two `marks` (ids int64 [2])."""
+    def append_image(
+        self, context: Context, latents: Tensor, grid: tuple[int, int], marks: Tensor
+    ) -> Context:
+        """Reads a clean image: latents [B, N, D] at t = 0 between the two `marks` (ids int64
+        [2])."""
         b, n, _ = latents.shape
-        _, keys, values = self._image_block(context, latents, torch.zeros((), device=latents.device), grid, marks)
+        _, keys, values = self._image_block(
+            context, latents, torch.zeros((), device=latents.device), grid, marks
+        )
         valid = torch.ones(b, n + 2, dtype=torch.bool, device=latents.device)
         return self._extend(context, keys, values, valid, 1)
 
-    def velocity(self, context: Context, x: Tensor, t: Tensor, grid: tuple[int, int], marks: Tensor) -> Tensor:
-        """Velocity of the noisy latents x [B, N, D] at times t [B], in x's place after the context: [B, N, D]."""
+    def velocity(
+        self, context: Context, x: Tensor, t: Tensor, grid: tuple[int, int], marks: Tensor
+    ) -> Tensor:
+        """Velocity of the noisy latents x [B, N, D] at times t [B], in x's place after the context:
+        [B, N, D]."""
         hidden, _, _ = self._image_block(context, x, t, grid, marks)
         return self.llm2vae(hidden[:, 2:])

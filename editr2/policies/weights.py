@@ -1,8 +1,10 @@
-"""Other weights of the same policy: the start (reference), the sampling policy of NFT, the running average.
+"""Other weights of the same policy: the start (reference), the sampling policy of NFT, the running
+average.
 
-All three are copies of the *trainable* parameters alone, exchanged with the live ones while they are used. Under LoRA
-that is a few adapter matrices, and the reference (whose B matrices are zero) is the base model with its adapters off;
-without LoRA it is the frozen copy that is needed anyway. One mechanism, no second model.
+All three are copies of the *trainable* parameters alone, exchanged with the live ones while they
+are used. Under LoRA that is a few adapter matrices, and the reference (whose B matrices are zero)
+is the base model with its adapters off; without LoRA it is the frozen copy that is needed anyway.
+One mechanism, no second model.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def exchanged(module: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """The module holds `values` inside (None: its own). Nothing is copied, and a graph built before stays valid,
-    because afterwards every parameter holds its own storage again."""
+    """The module holds `values` inside (None: its own). Nothing is copied, and a graph built before
+    stays valid, because afterwards every parameter holds its own storage again."""
     if values is None:
         yield
         return
@@ -57,7 +59,8 @@ def mix(values: dict[str, Tensor], module: nn.Module, keep: float) -> None:
 
 @torch.no_grad()
 def load_trainable(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copies `values` into the trainable parameters. Raises `CheckpointError` naming one that is missing or unknown."""
+    """Copies `values` into the trainable parameters. Raises `CheckpointError` naming one that is
+    missing or unknown."""
     parameters = trainable(module)
     if odd := sorted(set(parameters) ^ set(values)):
         where = "missing from" if odd[0] in parameters else "unknown to the policy but in"
@@ -66,9 +69,13 @@ def load_trainable(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         p.copy_(values[name])
 
 
-def add_lora(module: nn.Module, rank: int, alpha: float | None = None, targets: str | None = None) -> None:
-    """Adapters of rank `rank` and strength alpha (default 2 * rank) on every attention and MLP projection (or where
-    the expression `targets` says); everything else is frozen. B starts at zero: the policy is unchanged.
+def add_lora(
+    module: nn.Module, rank: int, alpha: float | None = None, targets: str | None = None
+) -> None:
+    """Adapters of rank `rank` and strength alpha (default 2 * rank) on every attention and MLP
+    projection (or where
+    the expression `targets` says); everything else is frozen. B starts at zero: the policy is
+    unchanged.
 
     Raises `ConfigError` for targets that match no layer, or one that takes no adapter."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -85,8 +92,13 @@ def add_lora(module: nn.Module, rank: int, alpha: float | None = None, targets: 
 
 
 def merged_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the module without adapters: LoRA's product added to the weights it adapts."""
-    state = {k.replace(".base_layer.", "."): v.detach() for k, v in module.state_dict().items() if ".lora_" not in k}
+    """The state dict of the module without adapters: LoRA's product added to the weights it
+    adapts."""
+    state = {
+        k.replace(".base_layer.", "."): v.detach()
+        for k, v in module.state_dict().items()
+        if ".lora_" not in k
+    }
     if len(state) == len(module.state_dict()):
         return state
     from peft.tuners.lora import LoraLayer  # seconds of imports, so only where there are adapters

@@ -1,16 +1,19 @@
-"""Before a run: is anything wrong with it, what will it do, does it fit, how long does it take. `editr2 check`.
+"""Before a run: is anything wrong with it, what will it do, does it fit, how long does it take.
+`editr2 check`.
 
-No weights are loaded and nothing is downloaded. `rules` are the trainer's own checks; `editors` runs the policies' own
-code over tensors without data and `meter` counts it; `estimate` sums up, with `devices` for the speed.
+No weights are loaded and nothing is downloaded. `rules` are the trainer's own checks; `editors`
+runs the policies' own code over tensors without data and `meter` counts it; `estimate` sums up,
+with `devices` for the speed.
 
-Error seen (2026-11-21). Floating-point operations are exact (tests/test_check.py). Tensors alive in a training step of
-a tiny kontext, against the profiler: 0.03 % off, 0.5 % with checkpointing. Seconds of the embedded model's iteration on
-one CPU thread, estimated and measured: rollout 4.2 and 4.3, without intents 2.2 and 3.1; training 6.7 and 2.8 (the
-estimate replays every turn, the trainer only those with an advantage). A klein of full size on one busy CPU thread
-(`python -m bench full_size`): seconds 1.2 times the estimate (1.6 at tiny sizes), memory 0.99 in rollout and 1.13 in
+Error seen (2026-11-21). Floating-point operations are exact (tests/test_check.py). Tensors alive in
+a training step of a tiny kontext, against the profiler: 0.03 % off, 0.5 % with checkpointing.
+Seconds of the embedded model's iteration on one CPU thread, estimated and measured: rollout 4.2 and
+4.3, without intents 2.2 and 3.1; training 6.7 and 2.8 (the estimate replays every turn, the trainer
+only those with an advantage). A klein of full size on one busy CPU thread (`python -m bench
+full_size`): seconds 1.2 times the estimate (1.6 at tiny sizes), memory 0.99 in rollout and 1.13 in
 training. No GPU was measured here: what FSDP2 holds whole
-at once is from reading torch 2.13's code, what gathering takes from the sheets. Published models' settings and the
-sheets' figures are written down here, not read from their files.
+at once is from reading torch 2.13's code, what gathering takes from the sheets. Published models'
+settings and the sheets' figures are written down here, not read from their files.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ LOOKED_AT = 256
 
 @dataclass(frozen=True)
 class Report:
-    """problems: a line each; lines: what will run, empty with problems. fits: whether the device has the memory."""
+    """problems: a line each; lines: what will run, empty with problems. fits: whether the device
+    has the memory."""
 
     problems: list[str]
     lines: list[str]
@@ -53,12 +57,16 @@ class Report:
 
 
 def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
-    """Everything that would stop the run before its first iteration, or else what it will be on `processes` devices
-    called `gpu` (`editr2.preflight.devices`). Raises `ConfigError` for an unknown device."""
+    """Everything that would stop the run before its first iteration, or else what it will be on
+    `processes` devices called `gpu` (`editr2.preflight.devices`). Raises `ConfigError` for an
+    unknown device."""
     from editr2.preflight.devices import find_device
 
     device = find_device(gpu)
-    given, config = config, mended(config)  # what is wrong by itself is said once, and not met again
+    given, config = (
+        config,
+        mended(config),
+    )  # what is wrong by itself is said once, and not met again
     problems: list[str] = []
 
     def found(make: Any) -> Any:
@@ -77,8 +85,12 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     editor = found(opened)
     own, cannot_pack = (editor.own, editor.cannot_pack) if editor else (None, None)
     names = reward.names if reward else None
-    problems += run_problems(given, names, own, cannot_pack=cannot_pack, processes=processes, command="check")
-    found(lambda: check_capture(config.rollout.capture, torch.device("cuda" if device.gpu else "cpu")))
+    problems += run_problems(
+        given, names, own, cannot_pack=cannot_pack, processes=processes, command="check"
+    )
+    found(
+        lambda: check_capture(config.rollout.capture, torch.device("cuda" if device.gpu else "cpu"))
+    )
     source = None
     if editor:
         data = found(lambda: _data_problems(config, editor))
@@ -109,19 +121,23 @@ def _data_problems(config: Config, editor: Editor) -> list[str]:
     """Of all session files, the first few of each; those past `data.limit` count, too."""
     paths = dict.fromkeys(path for path in (config.data.path, config.data.heldout) if path)
     unreadable = editor.unreadable if isinstance(editor, ReadingPolicy) else None
-    check = partial(validate, size=editor.image_size, resize=config.data.resize, unreadable=unreadable)
+    check = partial(
+        validate, size=editor.image_size, resize=config.data.resize, unreadable=unreadable
+    )
     shown: list[str] = []
     for path in paths:
         problems = check(path)
         shown += problems[:_SHOWN]
-        if len(problems) > _SHOWN:  # one missing setting is a problem of every image, and a set may have 50,000
+        if (
+            len(problems) > _SHOWN
+        ):  # one missing setting is a problem of every image, and a set may have 50,000
             shown.append(f"{path}: {len(problems) - _SHOWN} more problems after these {_SHOWN}")
     return shown
 
 
 def _judge_once(reward: CheckedReward, session: Session) -> None:
-    """Asks the reward about a session's own source image, as the output of every turn. Raises `UserError` where one of
-    its names has no score for any turn, whatever it answered."""
+    """Asks the reward about a session's own source image, as the output of every turn. Raises
+    `UserError` where one of its names has no score for any turn, whatever it answered."""
     turns = len(session.turns)
     scores = score_batch(reward, [(session, np.stack([session.image] * turns))], turns)
     if failure := unscored(scores):
@@ -129,9 +145,11 @@ def _judge_once(reward: CheckedReward, session: Session) -> None:
 
 
 def dry_run(config: Config, folder: str) -> list[str]:
-    """Trains for two iterations into `folder` by the code of `train` and says what the second one took.
+    """Trains for two iterations into `folder` by the code of `train` and says what the second one
+    took.
 
-    Evaluation is cut to one session; everything else is as configured, so time and memory are an iteration's.
+    Evaluation is cut to one session; everything else is as configured, so time and memory are an
+    iteration's.
     """
     from editr2.tracking import read_metrics
     from editr2.trainer import train
@@ -147,11 +165,16 @@ def dry_run(config: Config, folder: str) -> list[str]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     run = train(short)
-    last = [row for row in read_metrics(run / "metrics.jsonl")[0] if row.get("event") == "train"][-1]
+    last = [row for row in read_metrics(run / "metrics.jsonl")[0] if row.get("event") == "train"][
+        -1
+    ]
     seconds = ", ".join(f"{phase} {s:.1f} s" for phase, s in last["seconds"].items())
     lines = [f"dry run     the second iteration took {seconds}"]
     if cuda:
-        lines.append(f"            alive at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the device")
+        lines.append(
+            f"            alive at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of "
+            f"the device"
+        )
     lines.append("            its folder is removed again, with the report")
     return lines
 

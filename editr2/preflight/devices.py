@@ -1,7 +1,7 @@
 """Devices by name, from their makers' data sheets, and this machine by measurement.
 
-`compute` is the dense rate of matrix products with fp32 accumulation; fp32 products run outside the tensor cores, as
-PyTorch does by default. Memory is what the driver reports as total.
+`compute` is the dense rate of matrix products with fp32 accumulation; fp32 products run outside the
+tensor cores, as PyTorch does by default. Memory is what the driver reports as total.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from editr2.errors import ConfigError
 from editr2.preflight.meter import Speed
 
 MATRIX_EFFICIENCY = 0.6
-"""Assumed share of the data sheet's matrix rate: large bf16 products and fused attention in eager PyTorch."""
+"""Assumed share of the data sheet's matrix rate: large bf16 products and fused attention in eager
+PyTorch."""
 BANDWIDTH_EFFICIENCY = 0.75
 """Assumed share of the data sheet's bandwidth: elementwise kernels of many megabytes."""
 LAUNCH_SECONDS = 6e-6
@@ -24,7 +25,8 @@ LAUNCH_SECONDS = 6e-6
 LINK = 10e9
 """Assumed bytes a second from the host's ordinary memory to the device."""
 PEER_EFFICIENCY = 0.7
-"""Assumed share of the data sheet's rate between devices: NCCL gathering blocks of hundreds of megabytes."""
+"""Assumed share of the data sheet's rate between devices: NCCL gathering blocks of hundreds of
+megabytes."""
 RESERVE = 1.2 * 2**30
 """Bytes assumed for the CUDA context, cuBLAS workspaces and kernels that no tensor shows."""
 FRAGMENTATION = 1.06
@@ -33,8 +35,9 @@ FRAGMENTATION = 1.06
 
 @dataclass(frozen=True)
 class Device:
-    """name: of `--gpu`. memory: bytes. speed: as the estimate uses it, efficiencies applied. gpu: False for a CPU.
-    peers: bytes a second that it receives from the others of its machine. link: the same from the host."""
+    """name: of `--gpu`. memory: bytes. speed: as the estimate uses it, efficiencies applied. gpu:
+    False for a CPU. peers: bytes a second that it receives from the others of its machine. link:
+    the same from the host."""
 
     name: str
     memory: float
@@ -53,8 +56,9 @@ class Device:
 
 _TERA, _GIGA, _MIB = 1e12, 1e9, 2**20
 
-# name: memory in MiB, bf16 TFLOP/s, fp32 TFLOP/s, TB/s, GB/s from other devices (one direction of NVLink, or else of
-# PCIe x16; no bridges; GeForce cards reach each other through the host's memory alone, at half of that)
+# name: memory in MiB, bf16 TFLOP/s, fp32 TFLOP/s, TB/s, GB/s from other devices (one direction of
+# NVLink, or else of PCIe x16; no bridges; GeForce cards reach each other through the host's memory
+# alone, at half of that)
 _SHEETS = {
     "b200": (183_359, 2250, 75, 7.7, 900),
     "h200": (143_771, 989, 67, 4.8, 450),
@@ -71,7 +75,8 @@ DEVICES = (*_SHEETS, "cpu")
 
 
 def find_device(name: str) -> Device:
-    """The device called `name`; `cpu` is this machine, measured now (about a second). Raises `ConfigError`."""
+    """The device called `name`; `cpu` is this machine, measured now (about a second). Raises
+    `ConfigError`."""
     if name == "cpu":
         return this_machine()
     if name not in _SHEETS:
@@ -88,7 +93,8 @@ def find_device(name: str) -> Device:
 
 
 def this_machine() -> Device:
-    """This machine's CPU with torch's present threads: a matrix product, a copy and an empty operation are timed."""
+    """This machine's CPU with torch's present threads: a matrix product, a copy and an empty
+    operation are timed."""
 
     def best(run: object, repeats: int = 3) -> float:
         times = []
@@ -100,11 +106,19 @@ def this_machine() -> Device:
 
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(2048, 128, dtype=dtype), torch.ones(128, 512, dtype=dtype)  # a small transformer's shapes
+        a, b = (
+            torch.ones(2048, 128, dtype=dtype),
+            torch.ones(128, 512, dtype=dtype),
+        )  # a small transformer's shapes
         rates[dtype] = 20 * 2 * 2048 * 128 * 512 / best(lambda a=a, b=b: [a @ b for _ in range(20)])
     x, y = torch.ones(2**22), torch.empty(2**22)
     bandwidth = 2 * x.nbytes / best(lambda: y.copy_(x))
     small = torch.ones(8)
     launch = best(lambda: [small + small for _ in range(500)]) / 500
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", total, Speed({**rates, torch.float16: rates[torch.float32]}, bandwidth, launch, False), False)
+    return Device(
+        "cpu",
+        total,
+        Speed({**rates, torch.float16: rates[torch.float32]}, bandwidth, launch, False),
+        False,
+    )

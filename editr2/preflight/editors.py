@@ -1,7 +1,8 @@
 """Every editor without its weights: the policy's own code over fake tensors, measured step by step.
 
-The modules are built at two blocks of each kind and measured again with one more, which gives the cost of the full
-depth exactly (`at_depth`); autoencoders are measured whole. Text encoders are counted by their parameters.
+The modules are built at two blocks of each kind and measured again with one more, which gives the
+cost of the full depth exactly (`at_depth`); autoencoders are measured whole. Text encoders are
+counted by their parameters.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from editr2.policies.diffusion import DiffusionPolicy
 
 SHALLOW = 1
-"""Blocks of each kind that are measured. The first hands on no gradient; what one more adds is any later one's."""
+"""Blocks of each kind that are measured. The first hands on no gradient; what one more adds is any
+later one's."""
 SMALL_BATCH = 2
 """Samples of the smaller of two measured batches; one sample is spared some copies."""
 FOUR_BITS = 0.5 + 4 / 64
@@ -45,10 +47,10 @@ FOUR_BITS = 0.5 + 4 / 64
 
 @dataclass(frozen=True)
 class Sizes:
-    """parameters, trainable: numbers of them. weights: bytes of what is frozen; block, outside: of it in the largest of
-    the repeated blocks, and in none of them. trained: bytes of what trains. dequantized: bytes of the largest layer's
-    weights while it is used (4-bit). text, vae: bytes of the text encoders and the autoencoder. targets: adapted layers
-    by their name in a block."""
+    """parameters, trainable: numbers of them. weights: bytes of what is frozen; block, outside: of
+    it in the largest of the repeated blocks, and in none of them. trained: bytes of what trains.
+    dequantized: bytes of the largest layer's weights while it is used (4-bit). text, vae: bytes of
+    the text encoders and the autoencoder. targets: adapted layers by their name in a block."""
 
     parameters: int
     trainable: int
@@ -65,8 +67,9 @@ class Sizes:
 class Editor(Protocol):
     """What the estimate asks. Turns count from 0.
 
-    own: the noise schedule, None where the policy has none. cannot_pack: the policy's name, where it has no packed
-    replay. writes_text: whether intents are written. prompt_per_output: whether siblings' instructions are read apart.
+    own: the noise schedule, None where the policy has none. cannot_pack: the policy's name, where
+    it has no packed replay. writes_text: whether intents are written. prompt_per_output: whether
+    siblings' instructions are read apart.
     """
 
     @property
@@ -97,17 +100,19 @@ class Editor(Protocol):
         """Bytes of the context of a batch at a turn, behind its instruction."""
 
     def cost(self, step: str, batch: int, turn: int, checkpointing: bool | None = None) -> Cost:
-        """Of encode, instruct, intend, velocity, train (forward and backward of velocity), answer (the same of an
-        intent) or decode; checkpointing: in place of the configured one."""
+        """Of encode, instruct, intend, velocity, train (forward and backward of velocity), answer
+        (the same of an intent) or decode; checkpointing: in place of the configured one."""
 
 
 def open_editor(config: PolicyConfig) -> Editor:
-    """Raises `ConfigError` (or `CheckpointError`) for settings or a folder that the policy would refuse."""
+    """Raises `ConfigError` (or `CheckpointError`) for settings or a folder that the policy would
+    refuse."""
     return UnifiedEditor(config) if config.model == "unified" else DiffusionEditor(config)
 
 
 def _affine(measure: Callable[[int], Cost], at: int, first: int) -> Cost:
-    """A cost at some batch (or context length), from two small ones: it is a constant and something for each more."""
+    """A cost at some batch (or context length), from two small ones: it is a constant and something
+    for each more."""
     if at <= first + 1:
         return measure(at)
     return Cost(**at_depth([asdict(measure(first)), asdict(measure(first + 1))], [at - first]))
@@ -125,19 +130,28 @@ def _module_sizes(module: nn.Module, four_bits: bool) -> dict[str, Any]:
     """The fields of `Sizes` that the module alone decides."""
     frozen = [p for p in module.parameters() if not p.requires_grad]
     trained = _trainable(module)
-    linear = {id(m.weight): m for m in module.modules() if isinstance(m, nn.Linear)} if four_bits else {}
+    linear = (
+        {id(m.weight): m for m in module.modules() if isinstance(m, nn.Linear)} if four_bits else {}
+    )
 
     def size(parameters: Iterable[nn.Parameter]) -> float:
-        return sum(p.numel() * FOUR_BITS if id(p) in linear else p.numel() * p.element_size() for p in parameters)
+        return sum(
+            p.numel() * FOUR_BITS if id(p) in linear else p.numel() * p.element_size()
+            for p in parameters
+        )
 
-    repeated = getattr(module, "_repeated_blocks", ())  # diffusers' names, by which `policies.sharding` finds them
+    repeated = getattr(
+        module, "_repeated_blocks", ()
+    )  # diffusers' names, by which `policies.sharding` finds them
     blocks = [
         size(p for p in part.parameters() if not p.requires_grad)
         for part in module.modules()
         if type(part).__name__ in repeated
     ]
     # "transformer_blocks.7.attn.to_q" counts as "attn.to_q".
-    adapted = Counter(re.sub(r"^.*?\.\d+\.", "", n) for n, m in module.named_modules() if hasattr(m, "lora_A"))
+    adapted = Counter(
+        re.sub(r"^.*?\.\d+\.", "", n) for n, m in module.named_modules() if hasattr(m, "lora_A")
+    )
     return {
         "parameters": sum(p.numel() for p in (*frozen, *trained)),
         "trainable": sum(p.numel() for p in trained),
@@ -150,7 +164,7 @@ def _module_sizes(module: nn.Module, four_bits: bool) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ diffusion
+# ---------------------------------------------------------------------------------------- diffusion
 
 
 def _parts(config: PolicyConfig, kind: type[DiffusionPolicy], base: str) -> Parts:
@@ -161,13 +175,15 @@ def _parts(config: PolicyConfig, kind: type[DiffusionPolicy], base: str) -> Part
     if not folder.is_dir():
         known = [name for name, parts in PUBLISHED.items() if parts.of == kind.pipeline]
         raise ConfigError(
-            f"policy.weights: {base!r} is no folder, and `check` downloads nothing (accepted with policy.model "
-            f"{kind.model}: {', '.join(['a folder of its pipeline', *known])})"
+            f"policy.weights: {base!r} is no folder, and `check` downloads nothing (accepted with "
+            f"policy.model {kind.model}: {', '.join(['a folder of its pipeline', *known])})"
         )
 
     def read(name: str) -> dict[str, Any]:
         if not (folder / name).is_file():
-            raise ConfigError(f"policy.weights: {folder}: no {name} (accepted: a pipeline's folder)")
+            raise ConfigError(
+                f"policy.weights: {folder}: no {name} (accepted: a pipeline's folder)"
+            )
         return {k: v for k, v in read_json(folder / name).items() if not k.startswith("_")}
 
     return Parts(
@@ -208,12 +224,14 @@ def _no_bars() -> Iterator[None]:
 
 @contextmanager
 def adapters_without_data(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Adapters put on a simulated module inside: on meta, where peft does not move them, which fake tensors do not
-    bear; afterwards they are simulated, too, in float32. dtype: of the module."""
+    """Adapters put on a simulated module inside: on meta, where peft does not move them, which fake
+    tensors do not bear; afterwards they are simulated, too, in float32. dtype: of the module."""
     with simulated(dtype), torch.device("meta"):
         yield
     with simulated(torch.float32):
-        for layer in [m for name, m in module.named_modules() if ".lora_" in name and hasattr(m, "weight")]:
+        for layer in [
+            m for name, m in module.named_modules() if ".lora_" in name and hasattr(m, "weight")
+        ]:
             layer.weight = nn.Parameter(torch.empty(layer.weight.shape))
 
 
@@ -252,14 +270,18 @@ class DiffusionEditor:
 
     def see(self, sessions: Sequence[Session]) -> None:
         words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]
-        self.said = round(1.4 * sum(words) / len(words))  # tokens of English; it matters where nothing is padded
+        self.said = round(
+            1.4 * sum(words) / len(words)
+        )  # tokens of English; it matters where nothing is padded
 
     def unreadable(self, instructions: Sequence[str]) -> Iterable[tuple[int, str]]:
-        """As the policy's, by the tokenizers in the weights' folder; of a published id they are not here."""
+        """As the policy's, by the tokenizers in the weights' folder; of a published id they are not
+        here."""
         return self.policy.unreadable(instructions)
 
     def _policy(self, depth: Mapping[str, int]) -> Any:
-        """The policy without data, so deep; raises the `ConfigError` of settings that it refuses."""
+        """The policy without data, so deep; raises the `ConfigError` of settings that it
+        refuses."""
         from editr2.policies.load import put_adapter
 
         with simulated(self.dtype):
@@ -275,8 +297,8 @@ class DiffusionEditor:
         return policy
 
     def _check_weights(self, adapter: Path | None, trained: Path | None) -> None:
-        """Raises the `UserError` of a transformer's or a LoRA's files that are not all of what they should hold; only
-        their headers are read."""
+        """Raises the `UserError` of a transformer's or a LoRA's files that are not all of what they
+        should hold; only their headers are read."""
         from editr2.policies.load import put_adapter
 
         folder = trained or self.folder
@@ -290,7 +312,9 @@ class DiffusionEditor:
             for path in files:
                 if re.fullmatch(r"\w+(-\d+-of-\d+)?\.safetensors", path.name):  # no variant's
                     shapes |= read_header(path)[0]
-            if shapes or not any(path.suffix == ".bin" for path in files):  # torch's own format has no header
+            if shapes or not any(
+                path.suffix == ".bin" for path in files
+            ):  # torch's own format has no header
                 needed = {name: tuple(t.shape) for name, t in module.state_dict().items()}
                 check_shapes(folder / TRANSFORMER, shapes, needed, "its config.json")
         if adapter is not None:
@@ -318,14 +342,16 @@ class DiffusionEditor:
         pipe = self._pipeline
         settings = {name: value for name, value in pipe.config.items() if name in self._arguments}
         given = {**settings, **pipe.components, "vae": vae, "transformer": transformer}
-        policy = self.kind(type(pipe)(**given), self.config)  # whose constructor may change the transformer
+        policy = self.kind(
+            type(pipe)(**given), self.config
+        )  # whose constructor may change the transformer
         ready_autoencoder(policy)
         return policy
 
     @cached_property
     def _pipeline(self) -> Any:
-        """As the model's class loads it from its folder, where there is one: what is not weights is read. A pipeline
-        known here by name alone is put together of what has data."""
+        """As the model's class loads it from its folder, where there is one: what is not weights is
+        read. A pipeline known here by name alone is put together of what has data."""
         import diffusers
 
         with simulated(self.dtype):
@@ -333,7 +359,10 @@ class DiffusionEditor:
         with torch.device("meta"):
             transformer = self.transformer(**self.parts.transformer)
         if self.folder is not None:
-            texts = {name: _text_encoder(self.folder / name / "config.json") for name in self.kind.text_encoders}
+            texts = {
+                name: _text_encoder(self.folder / name / "config.json")
+                for name in self.kind.text_encoders
+            }
             parts = {"vae": vae, "transformer": transformer, **texts}
             where = f"policy.weights: {self.folder}: no {self.kind.pipeline}"
             with _no_bars():
@@ -347,24 +376,34 @@ class DiffusionEditor:
 
     @cached_property
     def _measured(self) -> list[tuple[Any, int]]:
-        """Policies to measure, with how many blocks of the kind that the policy has one more of are missing."""
+        """Policies to measure, with how many blocks of the kind that the policy has one more of are
+        missing."""
         shallow = {name: min(n, SHALLOW) for name, n in self.depth.items()}
         deeper = [name for name, n in self.depth.items() if n > SHALLOW]
         return [
             (self.policy, 0),
-            *((self._policy({**shallow, name: SHALLOW + 1}), self.depth[name] - SHALLOW) for name in deeper),
+            *(
+                (self._policy({**shallow, name: SHALLOW + 1}), self.depth[name] - SHALLOW)
+                for name in deeper
+            ),
         ]
 
     def _at_full_depth(self, measure: Callable[[Any], Any]) -> Any:
-        return at_depth([measure(policy) for policy, _ in self._measured], [n for _, n in self._measured[1:]])
+        return at_depth(
+            [measure(policy) for policy, _ in self._measured], [n for _, n in self._measured[1:]]
+        )
 
     def sizes(self) -> Sizes:
         four_bits = self.config.quantize == "4bit"
         found = self._at_full_depth(lambda policy: _module_sizes(policy.module, four_bits))
-        largest = max(_module_sizes(policy.module, four_bits)["dequantized"] for policy, _ in self._measured)
+        largest = max(
+            _module_sizes(policy.module, four_bits)["dequantized"] for policy, _ in self._measured
+        )
         item = torch.empty((), dtype=self.dtype).element_size()
         vae = sum(p.numel() for p in self.policy.pipe.vae.parameters()) * item
-        return Sizes(**{**found, "dequantized": largest}, text=sum(self.parts.text.values()) * item, vae=vae)
+        return Sizes(
+            **{**found, "dequantized": largest}, text=sum(self.parts.text.values()) * item, vae=vae
+        )
 
     def carried(self, step: str) -> int:
         if not self.config.offload:
@@ -397,14 +436,28 @@ class DiffusionEditor:
 
     def cost(self, step: str, batch: int, turn: int, checkpointing: bool | None = None) -> Cost:
         if step == "instruct":
-            tokens = (self.text_length(turn) + 64) * (2 if self.config.guidance != 1 and self.prompt_per_output else 1)
+            tokens = (self.text_length(turn) + 64) * (
+                2 if self.config.guidance != 1 and self.prompt_per_output else 1
+            )
             parameters = sum(self.parts.text.values())
             item = torch.empty((), dtype=self.dtype).element_size()
-            return Cost({self.dtype: 2 * parameters * tokens * batch}, 0, parameters * item * batch, 0, 0, 0)
+            return Cost(
+                {self.dtype: 2 * parameters * tokens * batch}, 0, parameters * item * batch, 0, 0, 0
+            )
         if step in ("encode", "decode"):
             one = self._autoencoder(step)
-            images = Cost(**{**at_depth([asdict(_nothing(one)), asdict(one)], [batch]), "peak": one.peak, "kept": 0})
-            return images if step == "decode" or not self.derives else _both(images, self._context_cost(batch, turn))
+            images = Cost(
+                **{
+                    **at_depth([asdict(_nothing(one)), asdict(one)], [batch]),
+                    "peak": one.peak,
+                    "kept": 0,
+                }
+            )
+            return (
+                images
+                if step == "decode" or not self.derives
+                else _both(images, self._context_cost(batch, turn))
+            )
         again = self.config.gradient_checkpointing if checkpointing is None else checkpointing
         return self._denoiser(step, batch, turn, again and self.kind.recomputes)
 
@@ -422,13 +475,17 @@ class DiffusionEditor:
         return self._denoiser("context", batch, turn, False)
 
     def _denoiser(self, step: str, batch: int, turn: int, checkpointing: bool) -> Cost:
-        kind = min(turn, self.config.history - 1 + self.config.keep_source)  # what later turns see is as much
+        kind = min(
+            turn, self.config.history - 1 + self.config.keep_source
+        )  # what later turns see is as much
 
         def measured(b: int) -> Cost:
             key = (step, b, kind, checkpointing and step == "train")
             if key not in self._found:
                 measure = self._contextualised if step == "context" else self._forward
-                self._found[key] = Cost(**self._at_full_depth(lambda policy: asdict(measure(policy, *key))))
+                self._found[key] = Cost(
+                    **self._at_full_depth(lambda policy: asdict(measure(policy, *key)))
+                )
             return self._found[key]
 
         return _affine(measured, batch, SMALL_BATCH)
@@ -445,8 +502,11 @@ class DiffusionEditor:
             del out
         return meter.cost
 
-    def _contextualised(self, policy: Any, step: str, batch: int, turn: int, checkpointing: bool) -> Cost:
-        """Of a context: of what is computed from the images' latents; `kept` is all that it holds."""
+    def _contextualised(
+        self, policy: Any, step: str, batch: int, turn: int, checkpointing: bool
+    ) -> Cost:
+        """Of a context: of what is computed from the images' latents; `kept` is all that it
+        holds."""
         with simulated(), torch.no_grad(), Meter() as meter:
             context = self.context(policy, batch, turn)
             cost = meter.cost
@@ -479,12 +539,17 @@ def _nothing(like: Cost) -> Cost:
 
 def _both(first: Cost, second: Cost) -> Cost:
     """One after the other, of which nothing is kept."""
-    flops = {dtype: first.flops.get(dtype, 0) + second.flops.get(dtype, 0) for dtype in {**first.flops, **second.flops}}
+    flops = {
+        dtype: first.flops.get(dtype, 0) + second.flops.get(dtype, 0)
+        for dtype in {**first.flops, **second.flops}
+    }
     moved, dense = first.bytes + second.bytes, first.moved_dense + second.moved_dense
-    return Cost(flops, moved, dense, first.operations + second.operations, max(first.peak, second.peak), 0)
+    return Cost(
+        flops, moved, dense, first.operations + second.operations, max(first.peak, second.peak), 0
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- unified
+# ------------------------------------------------------------------------------------------ unified
 
 
 class UnifiedEditor:
@@ -515,7 +580,11 @@ class UnifiedEditor:
         texts = [len(self.policy.text_ids(turn.instruction)) for s in sessions for turn in s.turns]
         self.text = round(sum(texts) / len(texts))
         asked = [
-            len(self.policy.question_ids([t.instruction for t in s.turns[:i]], turn.instruction, s.mode))
+            len(
+                self.policy.question_ids(
+                    [t.instruction for t in s.turns[:i]], turn.instruction, s.mode
+                )
+            )
             for s in sessions
             for i, turn in enumerate(s.turns)
             if i
@@ -534,22 +603,35 @@ class UnifiedEditor:
 
     @property
     def answer(self) -> int:
-        """Tokens of an intent: a self-contained instruction is about a third longer than the raw one, and some thought
-        goes before it."""
+        """Tokens of an intent: a self-contained instruction is about a third longer than the raw
+        one, and some thought goes before it."""
         return min(self.config.intent_tokens, round(self.text * 4 / 3))
 
     def held(self, batch: int, turn: int) -> int:
         c, g = self.policy.module.config, self.policy.guidance
         tokens = (turn + 1) * (self.image + self.text)
         branches = 1 + (g.text != 1) + (g.image != 1)
-        return 4 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * tokens * batch * branches
+        return (
+            4
+            * 2
+            * c.num_hidden_layers
+            * c.num_key_value_heads
+            * c.head_dim
+            * tokens
+            * batch
+            * branches
+        )
 
     def _context(self, batch: int, tokens: int) -> Context:
         c = self.policy.module.config
         one = torch.empty(batch, c.num_key_value_heads, tokens, c.head_dim)
         layers = (one,) * c.num_hidden_layers
-        context = Context(layers, layers, torch.ones(batch, tokens, dtype=torch.bool), torch.zeros(batch))
-        context.__dict__["padded"] = True  # texts of a batch differ in length; nobody can look into a fake tensor
+        context = Context(
+            layers, layers, torch.ones(batch, tokens, dtype=torch.bool), torch.zeros(batch)
+        )
+        context.__dict__["padded"] = (
+            True  # texts of a batch differ in length; nobody can look into a fake tensor
+        )
         return context
 
     def _guided(self, batch: int, tokens: int) -> Context | GuidedContext:
@@ -602,7 +684,9 @@ class UnifiedEditor:
 
     def _encode(self, batch: int, context: Context) -> Any:
         model = self.policy.module
-        return model.append_image(context, torch.empty(batch, *self.latent_shape), self.policy.grid, self.policy.marks)
+        return model.append_image(
+            context, torch.empty(batch, *self.latent_shape), self.policy.grid, self.policy.marks
+        )
 
     def _instruct(self, batch: int, context: Context) -> Any:
         twice = self.config.guidance_image != 1  # the texts alone are a context of their own
@@ -624,7 +708,9 @@ class UnifiedEditor:
         return model.logits(hidden[:, -1])
 
     def _velocity(self, batch: int, context: Any) -> Any:
-        return self.policy.velocity(torch.empty(batch, *self.latent_shape), torch.empty(batch), context)
+        return self.policy.velocity(
+            torch.empty(batch, *self.latent_shape), torch.empty(batch), context
+        )
 
     def _train(self, batch: int, context: Any) -> Any:
         v = self._velocity(batch, context)
@@ -632,6 +718,8 @@ class UnifiedEditor:
         return v
 
     def _answer(self, batch: int, context: Context) -> Any:
-        hidden = self.policy.module.text_hidden(context, *self._said(batch, self.question + self.answer - 1))
+        hidden = self.policy.module.text_hidden(
+            context, *self._said(batch, self.question + self.answer - 1)
+        )
         _backward([self.policy.module.logits(hidden[:, -self.answer :]).log_softmax(-1)])
         return hidden

@@ -1,7 +1,9 @@
-"""What a run will do, how much memory it takes and how long: arithmetic over the settings, times measured costs.
+"""What a run will do, how much memory it takes and how long: arithmetic over the settings, times
+measured costs.
 
-`plan` lists every model call of an iteration (and of an evaluation) with its batch; `memory` and `hours` are sums over
-it. The estimate is of the worst case in one respect: every turn has an advantage, so all of them are replayed.
+`plan` lists every model call of an iteration (and of an evaluation) with its batch; `memory` and
+`hours` are sums over it. The estimate is of the worst case in one respect: every turn has an
+advantage, so all of them are replayed.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ PHASES = ("rollout", "encode", "train", "evaluate", "strips")
 STRIPS = 2
 """Film-strips are drawn before and after training."""
 GATHERED = 3
-"""Times the largest block that FSDP2 takes for whole ones: the block that computes, the buffer that it was copied out
-of (kept until the next copy), and the buffer into which the next block is gathered meanwhile."""
+"""Times the largest block that FSDP2 takes for whole ones: the block that computes, the buffer that
+it was copied out of (kept until the next copy), and the buffer into which the next block is
+gathered meanwhile."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """`times` calls of an editor's step with `batch` samples at a turn (from 0), in a phase of the run."""
+    """`times` calls of an editor's step with `batch` samples at a turn (from 0), in a phase of the
+    run."""
 
     phase: str
     step: str
@@ -46,8 +50,8 @@ def _batches(count: int, most: int) -> list[int]:
 
 
 def _forwards(rows: Sequence[int], places: int, micro_batch: int | None) -> list[tuple[int, int]]:
-    """(turn of the first row, batch) of the training forwards over rows that come turn by turn: one turn and place
-    after the other, or `micro_batch` rows whatever they are of."""
+    """(turn of the first row, batch) of the training forwards over rows that come turn by turn: one
+    turn and place after the other, or `micro_batch` rows whatever they are of."""
     if micro_batch is None:
         return [(turn, count // places) for turn, count in enumerate(rows) for _ in range(places)]
     turns = [turn for turn, count in enumerate(rows) for _ in range(count)]
@@ -55,9 +59,17 @@ def _forwards(rows: Sequence[int], places: int, micro_batch: int | None) -> list
 
 
 def _walk(
-    phase: str, editor: Editor, groups: int, siblings: int, shares: Sequence[float], *, generates: bool, reads: bool
+    phase: str,
+    editor: Editor,
+    groups: int,
+    siblings: int,
+    shares: Sequence[float],
+    *,
+    generates: bool,
+    reads: bool,
 ) -> list[Call]:
-    """The calls of a walk through `groups` sessions besides its velocities. reads: instructions are not cached."""
+    """The calls of a walk through `groups` sessions besides its velocities. reads: instructions are
+    not cached."""
     calls = []
     side = "encode" if phase == "rollout" else phase
     for turn, share in enumerate(shares):
@@ -67,14 +79,21 @@ def _walk(
             calls.append(Call(phase, "intend", rows, turn))
         if reads:
             apart = turn and (editor.prompt_per_output or editor.writes_text)
-            calls.append(Call(side, "instruct", rows if apart else max(1, round(groups * share)), turn))
+            calls.append(
+                Call(side, "instruct", rows if apart else max(1, round(groups * share)), turn)
+            )
         if generates:
             calls.append(Call(side, "decode", rows, turn))
     return calls
 
 
 def _group_rollout(
-    phase: str, config: Config, editor: Editor, sampler: Sampler, groups: int, shares: Sequence[float]
+    phase: str,
+    config: Config,
+    editor: Editor,
+    sampler: Sampler,
+    groups: int,
+    shares: Sequence[float],
 ) -> list[Call]:
     """The calls of a rollout of whole groups."""
     r = config.rollout
@@ -91,7 +110,9 @@ def _group_rollout(
     return calls
 
 
-def plan(config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int) -> list[Call]:
+def plan(
+    config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int
+) -> list[Call]:
     """The calls of one iteration of the process with most to do. turns: of every session."""
     r, t, shares = config.rollout, config.train, _shares(turns)
     groups = -(-r.sessions // processes)
@@ -111,16 +132,24 @@ def plan(config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int],
             calls.append(Call("train", "train", batch, turn, t.updates))
             calls.append(Call("train", "velocity", batch, turn, t.updates * without + first))
         if editor.writes_text and t.text_weight != 0:
-            calls += [Call("train", "answer", n, turn, t.updates) for turn, n in enumerate(turns_rows) if turn]
+            calls += [
+                Call("train", "answer", n, turn, t.updates)
+                for turn, n in enumerate(turns_rows)
+                if turn
+            ]
     return [c for c in calls if c.times]
 
 
-def strips_plan(config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int) -> list[Call]:
-    """The calls of one drawing of the report's film-strips, whole groups, of the process with most to do. turns: of
-    held-out sessions."""
+def strips_plan(
+    config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int
+) -> list[Call]:
+    """The calls of one drawing of the report's film-strips, whole groups, of the process with most
+    to do. turns: of held-out sessions."""
     shown = turns[: config.eval.strips]
     groups = -(-len(shown) // processes)
-    return _group_rollout("strips", config, editor, sampler, groups, _shares(shown)) if shown else []
+    return (
+        _group_rollout("strips", config, editor, sampler, groups, _shares(shown)) if shown else []
+    )
 
 
 def evaluation_plan(
@@ -156,10 +185,11 @@ def merged(calls: Sequence[Call]) -> list[Call]:
 class Estimate:
     """Of one process, but for the host.
 
-    memory: bytes by part. peaks: bytes alive in each phase. host: bytes of weights that all processes together hold on
-    the host, at most. gathering: seconds that bringing sharded weights together once takes. seconds: by phase, of an
-    iteration (evaluate: of one evaluation; strips: of one drawing). flops, train_forwards: of an iteration.
-    evaluations: how many. optimizer_steps: of the run.
+    memory: bytes by part. peaks: bytes alive in each phase. host: bytes of weights that all
+    processes together hold on the host, at most. gathering: seconds that bringing sharded weights
+    together once takes. seconds: by phase, of an iteration (evaluate: of one evaluation; strips: of
+    one drawing). flops, train_forwards: of an iteration. evaluations: how many. optimizer_steps: of
+    the run.
     """
 
     memory: dict[str, int]
@@ -191,7 +221,8 @@ def estimate(
     turns: tuple[Sequence[int], Sequence[int]],
     processes: int = 1,
 ) -> Estimate:
-    """samplers: of training and of evaluation. turns: of every session to train on, and of every held-out one."""
+    """samplers: of training and of evaluation. turns: of every session to train on, and of every
+    held-out one."""
     t = config.train
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
@@ -205,10 +236,15 @@ def estimate(
         copying = 2 * sizes.weights / device.speed.bandwidth
     branches = 1 if config.policy.guidance == 1 else 2
     for call, cost in costs.items():
-        times = {"velocity": 1, "train": 2}.get(call.step, 0) * branches  # the backward pass gathers once more
-        computing = cost.seconds(device.speed) + editor.carried(call.step) / device.link + times * copying
+        times = {"velocity": 1, "train": 2}.get(
+            call.step, 0
+        ) * branches  # the backward pass gathers once more
+        computing = (
+            cost.seconds(device.speed) + editor.carried(call.step) / device.link + times * copying
+        )
         seconds[call.phase] += call.times * max(computing, times * gathering)
-    # AdamW reads and writes a weight, its gradient and two moments, and clipping reads the gradient once more.
+    # AdamW reads and writes a weight, its gradient and two moments, and clipping reads the gradient
+    # once more.
     steps = t.updates * t.minibatches
     seconds["train"] += steps * 9 * 4 * sizes.trainable / device.speed.bandwidth
     forwards = [c for c in calls if c.step in ("velocity", "train")]
@@ -226,7 +262,12 @@ def estimate(
 
 
 def _memory(
-    config: Config, editor: Editor, calls: Sequence[Call], sampler: Sampler, turns: Sequence[int], processes: int
+    config: Config,
+    editor: Editor,
+    calls: Sequence[Call],
+    sampler: Sampler,
+    turns: Sequence[int],
+    processes: int,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part, and alive in each phase."""
     r, t, p, sizes = config.rollout, config.train, config.policy, editor.sizes()
@@ -239,12 +280,21 @@ def _memory(
         return max((editor.cost(*key, checkpointing).peak for key in found), default=0)
 
     train = {on: largest("train", "answer", checkpointing=on) for on in (False, True)}
-    # The context of everyone who is denoised together; training in smaller batches copies theirs out of it.
-    contexts = max(editor.held(c.batch, c.turn) for c in calls if c.step == "velocity" and c.phase == "rollout")
-    copied = max((editor.held(c.batch, c.turn) for c in calls if c.step == "train"), default=0) if t.micro_batch else 0
+    # The context of everyone who is denoised together; training in smaller batches copies theirs
+    # out of it.
+    contexts = max(
+        editor.held(c.batch, c.turn) for c in calls if c.step == "velocity" and c.phase == "rollout"
+    )
+    copied = (
+        max((editor.held(c.batch, c.turn) for c in calls if c.step == "train"), default=0)
+        if t.micro_batch
+        else 0
+    )
     copies = (t.kl_weight > 0) + (t.loss == "nft") + (t.ema is not None)
     shares, blocks, outside = 1, 0, 0
-    if sharded(config, processes):  # adapters are not; what is in no block stays whole after the first forward
+    if sharded(
+        config, processes
+    ):  # adapters are not; what is in no block stays whole after the first forward
         shares, blocks, outside = processes, GATHERED * sizes.block, sizes.outside
     memory = {
         "frozen weights": round(sizes.weights / shares),
@@ -265,21 +315,26 @@ def _memory(
     always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
     always += sizes.trained + memory["copies (reference, old, average)"] + outside + contexts
     resident = 0 if p.offload else sizes.text + sizes.vae
-    trains = memory["activations, train, checkpointing" if p.gradient_checkpointing else "activations, train"]
+    trains = memory[
+        "activations, train, checkpointing" if p.gradient_checkpointing else "activations, train"
+    ]
     peaks = {
         "rollout": always + resident + blocks + memory["activations, rollout"],
-        "encode": always + (max(sizes.text, sizes.vae) if p.offload else resident) + largest("encode", "decode"),
+        "encode": always
+        + (max(sizes.text, sizes.vae) if p.offload else resident)
+        + largest("encode", "decode"),
         "train": always + resident + blocks + memory["gradients"] + copied + trains,
     }
     return memory, {phase: round(n) for phase, n in peaks.items()}
 
 
 def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
-    """Bytes of weights that all processes together hold on the host, were they all on one machine. At most: what is
-    loaded in its file's own dtype is mapped and not copied (seen with safetensors 0.8), and processes share the pages.
+    """Bytes of weights that all processes together hold on the host, were they all on one machine.
+    At most: what is loaded in its file's own dtype is mapped and not copied (seen with safetensors
+    0.8), and processes share the pages.
     """
-    # Sharded, the first process alone loads the transformer. 4-bit weights are made on the device, tensor by tensor:
-    # their own bytes stand for what is read meanwhile.
+    # Sharded, the first process alone loads the transformer. 4-bit weights are made on the device,
+    # tensor by tensor: their own bytes stand for what is read meanwhile.
     loaders = 1 if sharded(config, processes) else processes
     beside = processes * (sizes.text + sizes.vae)
     return {

@@ -1,10 +1,12 @@
-"""What a piece of PyTorch costs, counted operation by operation while it runs on tensors without data.
+"""What a piece of PyTorch costs, counted operation by operation while it runs on tensors without
+data.
 
-Inside `simulated()` every tensor is fake: shapes, dtypes and lifetimes are real, storage is not, so a forward and
-backward pass of a 20 B model takes a second of one core. `Meter` sees each operation that reaches a kernel and counts
-its floating-point operations (matrix products, attention, convolutions), the bytes it reads and writes, and the memory
-alive. Nothing about an architecture is written down here: what is counted is the code that will run, adapters and
-gradient checkpointing included.
+Inside `simulated()` every tensor is fake: shapes, dtypes and lifetimes are real, storage is not, so
+a forward and backward pass of a 20 B model takes a second of one core. `Meter` sees each operation
+that reaches a kernel and counts its floating-point operations (matrix products, attention,
+convolutions), the bytes it reads and writes, and the memory alive. Nothing about an architecture is
+written down here: what is counted is the code that will run, adapters and gradient checkpointing
+included.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 
 _aten = torch.ops.aten
 
@@ -30,12 +37,14 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
     return sdpa_flop_count(query, key, value)
 
 
-def attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-# Fake tensors live on the CPU. Its fused attention keeps for backward what a GPU's keeps (the output and one number a
-# query), so memory is a GPU's, too.
+# Fake tensors live on the CPU. Its fused attention keeps for backward what a GPU's keeps (the
+# output and one number a query), so memory is a GPU's, too.
 CPU_ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
@@ -47,9 +56,10 @@ _FLOPS = {**flop_registry, **{op: shape_wrapper(count) for op, count in CPU_ATTE
 class Speed:
     """A device as the model of time sees it.
 
-    flops: multiply-adds count 2, a second, in matrix products of each dtype that occurs. bandwidth: bytes a second of
-    everything else. launch: seconds that starting one operation takes. overlaps: operations start while earlier ones
-    run (a GPU), so the slower of the two decides; else they add up.
+    flops: multiply-adds count 2, a second, in matrix products of each dtype that occurs. bandwidth:
+    bytes a second of everything else. launch: seconds that starting one operation takes. overlaps:
+    operations start while earlier ones run (a GPU), so the slower of the two decides; else they add
+    up.
     """
 
     flops: dict[torch.dtype, float]
@@ -60,8 +70,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one piece: flops by dtype; bytes moved by operations without flops; moved_dense: by those with; operations;
-    peak: bytes alive at once of what the piece allocates; kept: bytes of it that are still alive at its end."""
+    """Of one piece: flops by dtype; bytes moved by operations without flops; moved_dense: by those
+    with; operations; peak: bytes alive at once of what the piece allocates; kept: bytes of it that
+    are still alive at its end."""
 
     flops: dict[torch.dtype, int]
     bytes: int
@@ -75,7 +86,8 @@ class Cost:
         return sum(self.flops.values())
 
     def seconds(self, speed: Speed) -> float:
-        """Matrix products at the device's rate (or as fast as their operands arrive), the rest at its bandwidth."""
+        """Matrix products at the device's rate (or as fast as their operands arrive), the rest at
+        its bandwidth."""
         dense = sum(n / speed.flops[dtype] for dtype, n in self.flops.items())
         device = max(dense, self.moved_dense / speed.bandwidth) + self.bytes / speed.bandwidth
         host = self.operations * speed.launch
@@ -83,10 +95,12 @@ class Cost:
 
 
 def at_depth(measured: Sequence[Any], by: Sequence[int]) -> Any:
-    """What a deep model costs, from shallow ones: every cost is linear in the number of equal blocks.
+    """What a deep model costs, from shallow ones: every cost is linear in the number of equal
+    blocks.
 
-    measured: pytrees of numbers, of one shape: of the shallow model, then of that model with one more block of each
-    kind. by: how many blocks of each kind the deep one has more than the shallow one.
+    measured: pytrees of numbers, of one shape: of the shallow model, then of that model with one
+    more block of each kind. by: how many blocks of each kind the deep one has more than the shallow
+    one.
     """
 
     def line(base: float, *more: float) -> int:
@@ -107,7 +121,9 @@ class Meter(TorchDispatchMode):
 
     @property
     def cost(self) -> Cost:
-        return Cost(dict(self._flops), self._bytes, self._dense, self._operations, self._peak, self._now)
+        return Cost(
+            dict(self._flops), self._bytes, self._dense, self._operations, self._peak, self._now
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,7 +133,11 @@ class Meter(TorchDispatchMode):
         for key, storage in made.items():
             if key not in given and key not in self._live:
                 self._adopt(key, storage)
-        if not made or _is_view(func) or (made.keys() <= given.keys() and not func._schema.is_mutable):
+        if (
+            not made
+            or _is_view(func)
+            or (made.keys() <= given.keys() and not func._schema.is_mutable)
+        ):
             return out  # a question, a view, or a copy that was none
         self._operations += 1
         moved = sum(s.nbytes() for s in (given | made).values())
@@ -126,7 +146,9 @@ class Meter(TorchDispatchMode):
             self._bytes += moved
         else:
             dtype = next(x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-            self._flops[dtype] = self._flops.get(dtype, 0) + int(count(*args, **kwargs, out_val=out))
+            self._flops[dtype] = self._flops.get(dtype, 0) + int(
+                count(*args, **kwargs, out_val=out)
+            )
             self._dense += moved
         return out
 
@@ -168,7 +190,8 @@ def _mode() -> Any:
 
 @contextmanager
 def simulated(dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Tensors made inside hold no data; floating-point ones are `dtype` unless they say otherwise."""
+    """Tensors made inside hold no data; floating-point ones are `dtype` unless they say
+    otherwise."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

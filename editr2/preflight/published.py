@@ -1,10 +1,13 @@
-"""The published editors as facts: the settings of their parts, so that nothing has to be downloaded to judge a run.
+"""The published editors as facts: the settings of their parts, so that nothing has to be downloaded
+to judge a run.
 
-Only what differs from the defaults of diffusers' classes is written down. A local folder's own files win over these.
+Only what differs from the defaults of diffusers' classes is written down. A local folder's own
+files win over these.
 
-Settings were checked against the makers' and diffusers' conversion code and copies of the published files in other
-projects, numbers of parameters against the weights' own headers; tests/test_published.py counts them again. Only the
-schedulers of Kontext and of klein's KV variant were not found by themselves: they are taken to be their families'.
+Settings were checked against the makers' and diffusers' conversion code and copies of the published
+files in other projects, numbers of parameters against the weights' own headers;
+tests/test_published.py counts them again. Only the schedulers of Kontext and of klein's KV variant
+were not found by themselves: they are taken to be their families'.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from typing import Any
 class Parts:
     """What an editor is made of.
 
-    of: the pipeline's class, where the weights are published ones. transformer, vae, scheduler, pipeline: settings.
-    text: parameters of each text encoder, by its name in the pipeline.
+    of: the pipeline's class, where the weights are published ones. transformer, vae, scheduler,
+    pipeline: settings. text: parameters of each text encoder, by its name in the pipeline.
     """
 
     transformer: Mapping[str, Any]
@@ -115,10 +118,14 @@ PUBLISHED = {
     "black-forest-labs/FLUX.2-klein-base-4B": replace(_KLEIN_4B, pipeline={"is_distilled": False}),
     "black-forest-labs/FLUX.2-klein-9B": _KLEIN_9B,
     "black-forest-labs/FLUX.2-klein-base-9B": replace(_KLEIN_9B, pipeline={"is_distilled": False}),
-    "black-forest-labs/FLUX.2-klein-9b-kv": replace(_KLEIN_9B, pipeline={}, of="Flux2KleinKVPipeline"),
+    "black-forest-labs/FLUX.2-klein-9b-kv": replace(
+        _KLEIN_9B, pipeline={}, of="Flux2KleinKVPipeline"
+    ),
     "Qwen/Qwen-Image-Edit": _QWEN,
     "Qwen/Qwen-Image-Edit-2509": _QWEN_PLUS,
     # Its conditions are modulated as at time 0, which takes memory of its own.
-    "Qwen/Qwen-Image-Edit-2511": replace(_QWEN_PLUS, transformer={**_QWEN.transformer, "zero_cond_t": True}),
+    "Qwen/Qwen-Image-Edit-2511": replace(
+        _QWEN_PLUS, transformer={**_QWEN.transformer, "zero_cond_t": True}
+    ),
 }
 """By hub id."""

@@ -1,6 +1,7 @@
 """What must hold between settings, reward, schedule and processes before anything runs.
 
-The trainer raises the first of these problems, `editr2 check` prints them all: every rule stands once.
+The trainer raises the first of these problems, `editr2 check` prints them all: every rule stands
+once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from editr2.schedule import Schedule, eval_sampler, rollout_sampler
 
 
 def batches(config: Config, processes: int) -> int:
-    """Chunks of at most `rollout.groups_per_batch` groups that the process with most to do has in an iteration."""
+    """Chunks of at most `rollout.groups_per_batch` groups that the process with most to do has in
+    an iteration."""
     most = -(-config.rollout.sessions // processes)
     return -(-most // config.rollout.groups_per_batch)
 
@@ -33,8 +35,8 @@ def run_problems(
 ) -> Iterator[str]:
     """One line for each rule that is broken, of those that the command's settings are under.
 
-    names: of the rewards; None skips what needs them. own: the policy's noise schedule. cannot_pack: what the policy is
-    called if it has no packed replay. processes: of the run.
+    names: of the rewards; None skips what needs them. own: the policy's noise schedule.
+    cannot_pack: what the policy is called if it has no packed replay. processes: of the run.
     """
     said = set()
     for problem in config_problems(config, command):
@@ -61,17 +63,22 @@ def run_problems(
     if r.sessions < processes:
         yield f"rollout.sessions: {r.sessions} (accepted: at least {processes}, one a process)"
     elif t.minibatches > 1:
-        # The processes with least and with most to do: an optimizer step is all processes' equally numbered minibatch.
-        least, most = -(-(r.sessions // processes) // r.groups_per_batch), batches(config, processes)
+        # The processes with least and with most to do: an optimizer step is all processes' equally
+        # numbered minibatch.
+        least, most = (
+            -(-(r.sessions // processes) // r.groups_per_batch),
+            batches(config, processes),
+        )
         if least != most:
             yield (
-                f"train.minibatches: {t.minibatches} (accepted: 1, since some processes have {least} batches of "
-                f"rollout.groups_per_batch = {r.groups_per_batch} groups and some {most})"
+                f"train.minibatches: {t.minibatches} (accepted: 1, since some processes have "
+                f"{least} batches of rollout.groups_per_batch = {r.groups_per_batch} groups and "
+                f"some {most})"
             )
         elif most % t.minibatches:
             yield (
-                f"train.minibatches: {t.minibatches} (accepted: a divisor of {most}, the batches of "
-                f"rollout.groups_per_batch = {r.groups_per_batch} groups that a process has)"
+                f"train.minibatches: {t.minibatches} (accepted: a divisor of {most}, the batches "
+                f"of rollout.groups_per_batch = {r.groups_per_batch} groups that a process has)"
             )
     if t.packed == "on" and cannot_pack:
         yield f"train.packed: on (accepted for a {cannot_pack}, which cannot: auto, off)"
@@ -87,5 +94,7 @@ def check_run(
     command: Command = "train",
 ) -> None:
     """Raises `ConfigError` with the first of `run_problems`."""
-    for problem in run_problems(config, names, own, processes=processes, cannot_pack=cannot_pack, command=command):
+    for problem in run_problems(
+        config, names, own, processes=processes, cannot_pack=cannot_pack, command=command
+    ):
         raise ConfigError(problem)

@@ -41,7 +41,13 @@ def number(count: float) -> str:
 
 
 def _duration(hours: float) -> str:
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.1f} s"
+    return (
+        f"{hours:.1f} h"
+        if hours >= 1
+        else f"{hours * 60:.1f} min"
+        if hours >= 1 / 60
+        else f"{hours * 3600:.1f} s"
+    )
 
 
 def render(
@@ -65,24 +71,31 @@ def render(
         f"iteration   {r.sessions} sessions x {r.siblings} siblings; {groups} groups{each}, "
         f"{batches(config, processes)} batch(es) of up to {min(groups, r.groups_per_batch)}",
         f"sessions    turns (sessions): {lengths}; held out {len(turns[1])}",
-        f"run         {t.iterations} iterations, {t.updates * t.minibatches} optimizer step(s) each, "
-        f"{result.optimizer_steps} in all; {result.evaluations} evaluations",
-        f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training an iteration{each}, "
-        f"{result.flops / 1e12:.4g} TFLOP",
+        f"run         {t.iterations} iterations, {t.updates * t.minibatches} optimizer step(s) "
+        f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
+        f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training "
+        f"an iteration{each}, {result.flops / 1e12:.4g} TFLOP",
         f"policy      {p.model}, {p.dtype}{', 4-bit base' if p.quantize == '4bit' else ''}, "
         f"{editor.image_size[0]} x {editor.image_size[1]} px, latents {list(editor.latent_shape)}",
         f"parameters  {number(sizes.parameters - (sizes.trainable if p.lora_rank else 0))}; "
         f"{number(sizes.trainable)} train"
         + (
-            f": LoRA of rank {p.lora_rank} on {sum(sizes.targets.values())} layers" if p.lora_rank else " (all weights)"
+            f": LoRA of rank {p.lora_rank} on {sum(sizes.targets.values())} layers"
+            if p.lora_rank
+            else " (all weights)"
         ),
     ]
     if sizes.targets:
-        found = ", ".join(f"{name} ({count})".replace(" ", "\xa0") for name, count in sizes.targets.items())
-        wrapped = textwrap.wrap(found, 116, initial_indent="targets     ", subsequent_indent=" " * 12)
+        found = ", ".join(
+            f"{name} ({count})".replace(" ", "\xa0") for name, count in sizes.targets.items()
+        )
+        wrapped = textwrap.wrap(
+            found, 116, initial_indent="targets     ", subsequent_indent=" " * 12
+        )
         lines += [line.replace("\xa0", " ") for line in wrapped]
     lines += [
-        f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma {sigmas}",
+        f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma "
+        f"{sigmas}",
         f"trained     {_window(config, sampler)}",
         "",
         f"memory of {device.name}{each}",
@@ -93,36 +106,60 @@ def render(
         if count and name != left:
             note = ""
             if name == used and count != result.memory[left]:
-                note = f"  (with{'out' if used == again else ''} checkpointing {size(result.memory[left])})"
+                note = (
+                    f"  (with{'out' if used == again else ''} checkpointing "
+                    f"{size(result.memory[left])})"
+                )
             elif p.offload and name in ("text encoders", "autoencoder"):
                 note = "  (on the host while idle)"
             elif shards and name == "frozen weights":
                 note = f"  (sharded over {processes} processes)"
             lines.append(f"  {name:<36}{size(count):>12}{note}")
-    lines += [f"  alive at most in {phase:<19}{size(count):>12}" for phase, count in result.peaks.items()]
+    lines += [
+        f"  alive at most in {phase:<19}{size(count):>12}" for phase, count in result.peaks.items()
+    ]
     if device.gpu:
-        together = f", {processes} processes together (less where the files have policy.dtype: then pages are shared)"
+        together = (
+            f", {processes} processes together (less where the files have policy.dtype: then "
+            f"pages are shared)"
+        )
         lines += ["", f"memory of the host{together if processes > 1 else ''}"]
-        lines += [f"  at most while {when:<22}{size(count):>12}" for when, count in result.host.items() if count]
+        lines += [
+            f"  at most while {when:<22}{size(count):>12}"
+            for when, count in result.host.items()
+            if count
+        ]
     lines += ["", f"time on {device.name}{each} (reward: not estimated)"]
     hours = result.hours(t.iterations)
     for phase, seconds in result.seconds.items():
         per = {"evaluate": "an evaluation", "strips": "a drawing"}.get(phase, "an iteration")
-        lines.append(f"  {phase:<12}{seconds:>10.1f} s {per:<14}{_duration(hours[phase]):>10} in all")
+        lines.append(
+            f"  {phase:<12}{seconds:>10.1f} s {per:<14}{_duration(hours[phase]):>10} in all"
+        )
     lines.append(f"  {'run':<38}{_duration(sum(hours.values())):>10} in all")
     if device.gpu:
         rate = f"{PEER_EFFICIENCY:.0%} of the sheet's rate between devices"
-        gathers = f"{rate} ({result.gathering:.2g} s to gather the weights, beside computing); " if shards else ""
-        lines.append(
-            f"  assumed: {MATRIX_EFFICIENCY:.0%} of the sheet's matrix rate, {BANDWIDTH_EFFICIENCY:.0%} of its "
-            f"bandwidth, {LAUNCH_SECONDS * 1e6:g} us an operation, {LINK / 1e9:g} GB/s from the host; "
-            f"{gathers}memory x {FRAGMENTATION:g} + {size(RESERVE)}; all turns trained"
+        gathers = (
+            f"{rate} ({result.gathering:.2g} s to gather the weights, beside computing); "
+            if shards
+            else ""
         )
         lines.append(
-            "  not yet compared with a GPU run of ours (the error seen elsewhere: editr2/preflight/__init__.py)"
+            f"  assumed: {MATRIX_EFFICIENCY:.0%} of the sheet's matrix rate, "
+            f"{BANDWIDTH_EFFICIENCY:.0%} of its bandwidth, {LAUNCH_SECONDS * 1e6:g} us an "
+            f"operation, {LINK / 1e9:g} GB/s from the host; {gathers}memory x {FRAGMENTATION:g} + "
+            f"{size(RESERVE)}; all turns trained"
+        )
+        lines.append(
+            "  not yet compared with a GPU run of ours (the error seen elsewhere: "
+            "editr2/preflight/__init__.py)"
         )
     verdict = "fits" if fits else "DOES NOT FIT"
-    lines += ["", f"verdict: {verdict} {device.name}: {size(device.needed(result.peak))} of {size(device.memory)}"]
+    lines += [
+        "",
+        f"verdict: {verdict} {device.name}: {size(device.needed(result.peak))} of "
+        f"{size(device.memory)}",
+    ]
     return lines
 
 
@@ -133,4 +170,7 @@ def _window(config: Config, sampler: Sampler) -> str:
     if sampler.last_start > sampler.first_start:
         starts = f"steps {sampler.first_start + 1} to {sampler.last_start + 1}"
     schedule = config.rollout.window_schedule
-    return f"{sampler.window} of {sampler.steps} steps a turn; the window starts at {starts}, {schedule}"
+    return (
+        f"{sampler.window} of {sampler.steps} steps a turn; the window starts at {starts}, "
+        f"{schedule}"
+    )

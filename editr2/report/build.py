@@ -1,4 +1,5 @@
-"""Run folder → `report.html`: prepares everything the template prints, so that the template only places it."""
+"""Run folder → `report.html`: prepares everything the template prints, so that the template only
+places it."""
 
 from __future__ import annotations
 
@@ -43,13 +44,17 @@ HEALTH = {
 }
 
 
-def build_report(run_dir: str | os.PathLike[str], *, max_sessions: int = 48, max_pixels: int = 512) -> Path:
+def build_report(
+    run_dir: str | os.PathLike[str], *, max_sessions: int = 48, max_pixels: int = 512
+) -> Path:
     """Writes `report.html` into the run folder and returns its path.
 
-    One file: images inline, no script, nothing fetched. Works with what the folder has (metrics, strips of
+    One file: images inline, no script, nothing fetched. Works with what the folder has (metrics,
+    strips of
     one or both passes) and says on the page what is missing; raises DataError where it has neither.
 
-    max_sessions: more sessions than this are thinned evenly through their order from best to worst change.
+    max_sessions: more sessions than this are thinned evenly through their order from best to worst
+        change.
     max_pixels: larger images are scaled down to this long side, to keep the page small.
     """
     folder = Path(run_dir)
@@ -113,7 +118,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Preset": run.setting("preset"),
         "Policy": run.setting("policy", "policy.name", "policy.kind", "model"),
         "Objective": run.setting("objective", "objective.name", "objective.kind", "algorithm"),
-        "Each iteration" if run.train else "Sessions of": " × ".join(f"{count} {name}" for count, name in size if count)
+        "Each iteration" if run.train else "Sessions of": " × ".join(
+            f"{count} {name}" for count, name in size if count
+        )
         or None,
         "Iterations": f"{done} of {planned}" if done and planned else done,
         "Training time": duration(seconds) if seconds is not None else None,
@@ -138,7 +145,11 @@ def _cards(run: Run) -> list[Card]:
     elif len(run.train) > 1 and any(row.scalars.get("reward") is not None for row in run.train):
         rewards = [row.scalars.get("reward") for row in run.train]
         part = max(1, len(rewards) // 10)
-        ends = "the first and last iteration" if part == 1 else f"means of the first and last {part} iterations"
+        ends = (
+            "the first and last iteration"
+            if part == 1
+            else f"means of the first and last {part} iterations"
+        )
         first, last = mean(rewards[:part]), mean(rewards[-part:])
         change = signed(last - first) if first is not None and last is not None else ""
         cards = [
@@ -174,7 +185,11 @@ def _paired(paired: Comparison, stats: Sequence[Stat | None]) -> tuple[str, str]
         return signed(paired.difference), f"paired{sessions}"
     ratio = abs(paired.difference) / paired.se
     decimals = 3 if paired.se < 0.01 else 2
-    verdict = f"{ratio:.1f} standard errors" if ratio >= 2 else f"only {ratio:.1f} standard errors: may be chance"
+    verdict = (
+        f"{ratio:.1f} standard errors"
+        if ratio >= 2
+        else f"only {ratio:.1f} standard errors: may be chance"
+    )
     return (
         f"{signed(paired.difference, decimals)} ± {paired.se:.{decimals}f}",
         f"paired difference{sessions}; {verdict}",
@@ -186,11 +201,21 @@ def _success_card(before: Evaluation | None, after: Evaluation | None) -> Card:
     means = [s.mean if s else None for s in stats]
     change = signed(means[1] - means[0]) if means[0] is not None and means[1] is not None else ""
     said = [with_se(stat) if stat else None for stat in stats]
-    return Card("Session success", said[0], said[1], change, f"every turn right; {_sessions(before or after)}")
+    return Card(
+        "Session success",
+        said[0],
+        said[1],
+        change,
+        f"every turn right; {_sessions(before or after)}",
+    )
 
 
 def _sessions(evaluation: Evaluation | None) -> str:
-    return f"{evaluation.sessions} sessions" if evaluation and evaluation.sessions else "number of sessions not stated"
+    return (
+        f"{evaluation.sessions} sessions"
+        if evaluation and evaluation.sessions
+        else "number of sessions not stated"
+    )
 
 
 # Charts
@@ -213,14 +238,18 @@ def _curves(run: Run) -> list[Chart]:
     turns = max((len(row.turns.get("reward_turn", ())) for row in run.train), default=0)
 
     def turn(key: str, t: int) -> list[float | None]:
-        return [values[t] if len(values := row.turns.get(key, ())) > t else None for row in run.train]
+        return [
+            values[t] if len(values := row.turns.get(key, ())) > t else None for row in run.train
+        ]
 
     reward = [charts.Line(f"t{t + 1}", x, turn("reward_turn", t), t % 6) for t in range(turns)]
     if not reward:
         reward = [charts.Line("all", x, [row.scalars.get("reward") for row in run.train], 0)]
     scores = [
         charts.Line(name, x, [mean(row.turns.get(key, ())) for row in run.train], colour)
-        for colour, (name, key) in enumerate((("IF", "if_turn"), ("CC", "cc_turn"), ("GA", "ga_turn")))
+        for colour, (name, key) in enumerate(
+            (("IF", "if_turn"), ("CC", "cc_turn"), ("GA", "ga_turn"))
+        )
     ]
     success = charts.Line("", x, [row.scalars.get("success") for row in run.train], 0)
     norm = charts.Line("", x, [row.scalars.get("grad_norm") for row in run.train], 0)
@@ -228,14 +257,25 @@ def _curves(run: Run) -> list[Chart]:
     names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
     phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
     exact = sum(value == 0 for value in ratio.y)
-    held_out = {e.iteration: e.turns.get("reward_turn", ()) for e in run.evaluations if e.iteration is not None}
+    held_out = {
+        e.iteration: e.turns.get("reward_turn", ())
+        for e in run.evaluations
+        if e.iteration is not None
+    }
     at = sorted(held_out)
     evaluated = [
-        charts.Line(f"t{t + 1}", at, [held_out[i][t].mean if t < len(held_out[i]) else None for i in at], t % 6)
+        charts.Line(
+            f"t{t + 1}",
+            at,
+            [held_out[i][t].mean if t < len(held_out[i]) else None for i in at],
+            t % 6,
+        )
         for t in range(max(map(len, held_out.values()), default=0))
     ]
     found = [
-        Chart("Reward by turn", svg) if (svg := charts.line_chart("Reward by turn", reward, window=window)) else None,
+        Chart("Reward by turn", svg)
+        if (svg := charts.line_chart("Reward by turn", reward, window=window))
+        else None,
         Chart(
             "Scores, mean over turns",
             svg,
@@ -258,7 +298,9 @@ def _curves(run: Run) -> list[Chart]:
         Chart("Reward by turn, evaluated", svg, note=f"Held-out sessions, {len(at)} evaluations.")
         if len(at) > 2 and (svg := charts.line_chart("Reward by turn, evaluated", evaluated))
         else None,
-        Chart("Gradient norm", svg) if (svg := charts.line_chart("Gradient norm", [norm], window=window)) else None,
+        Chart("Gradient norm", svg)
+        if (svg := charts.line_chart("Gradient norm", [norm], window=window))
+        else None,
         Chart("Seconds by phase", svg, [(name, i % 6, "bar") for i, name in enumerate(names)])
         if (svg := charts.stacked_bars("Seconds by phase", x, phases))
         else None,
@@ -283,7 +325,13 @@ def _evaluation_charts(run: Run) -> list[Chart]:
         if s.mean is not None
         for value in (s.mean - (s.se or 0), s.mean + (s.se or 0))
     ]
-    reach += [v for _, e in present for mode in e.by_mode.values() for v in mode.reward_turn[-1:] if v is not None]
+    reach += [
+        v
+        for _, e in present
+        for mode in e.by_mode.values()
+        for v in mode.reward_turn[-1:]
+        if v is not None
+    ]
     if not reach:
         return []
     # One scale for all panels: reward, scores and success are read against each other.
@@ -303,19 +351,31 @@ def _evaluation_charts(run: Run) -> list[Chart]:
         ]
         name = METRICS.get(key, "Session success")
         categories = ["all turns"] if key == "success" else [str(t + 1) for t in range(count)]
-        svg = charts.dot_chart(name, categories, series, y_range, "" if key == "success" else "turn")
+        svg = charts.dot_chart(
+            name, categories, series, y_range, "" if key == "success" else "turn"
+        )
         if svg:
-            found.append(Chart(name, svg, [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series]))
+            found.append(
+                Chart(
+                    name,
+                    svg,
+                    [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series],
+                )
+            )
     modes = list(dict.fromkeys(mode for _, e in present for mode in e.by_mode))
     last = [{m: (e.by_mode[m].reward_turn or (None,))[-1] for m in e.by_mode} for _, e in present]
     series = [
-        charts.Dots(e.name, [values.get(m) for m in modes], [None] * len(modes), colour=1 - i, hollow=i == 0)
+        charts.Dots(
+            e.name, [values.get(m) for m in modes], [None] * len(modes), colour=1 - i, hollow=i == 0
+        )
         for (i, e), values in zip(present, last, strict=True)
     ]
     name = "Last-turn reward by kind of session"
     svg = charts.dot_chart(name, [MODES.get(m, m) for m in modes], series, y_range, "")
     if svg:
-        found.append(Chart(name, svg, [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series]))
+        found.append(
+            Chart(name, svg, [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series])
+        )
     return found
 
 
@@ -331,11 +391,15 @@ def evaluation_table(run: Run) -> Table | None:
     if not present:
         return None
     rows: list[tuple[str, list[str]]] = []
-    own = {key: key.removesuffix("_turn") for e in present for key in e.turns if key != "marginal_turn"}
+    own = {
+        key: key.removesuffix("_turn") for e in present for key in e.turns if key != "marginal_turn"
+    }
     for key, name in {**own, **METRICS}.items():
         for t in range(max(len(e.turns.get(key, ())) for e in present)):
             stats = [e.turns.get(key, ()) for e in present]
-            rows.append((f"{name}, turn {t + 1}", [with_se(s[t]) if t < len(s) else "–" for s in stats]))
+            rows.append(
+                (f"{name}, turn {t + 1}", [with_se(s[t]) if t < len(s) else "–" for s in stats])
+            )
     rows.append(("Session success", [with_se(e.success) for e in present]))
     for mode in dict.fromkeys(mode for e in present for mode in e.by_mode):
         parts = [e.by_mode.get(mode) for e in present]
@@ -376,7 +440,11 @@ def _health(run: Run) -> list[Gauge]:
         if present:
             found.append(
                 Gauge(
-                    name, charts.sparkline(name, y), f"{present[-1]:.3g}", f"{min(present):.3g}", f"{max(present):.3g}"
+                    name,
+                    charts.sparkline(name, y),
+                    f"{present[-1]:.3g}",
+                    f"{min(present):.3g}",
+                    f"{max(present):.3g}",
                 )
             )
     return found
@@ -386,7 +454,8 @@ def _health(run: Run) -> list[Gauge]:
 
 
 def _versions(run: Run) -> tuple[str, Mapping[str, Any]]:
-    """(whose they are, name → version): the run's own where it recorded them, else this process's."""
+    """(whose they are, name → version): the run's own where it recorded them, else this
+    process's."""
     recorded = run.start.get("versions")
     if isinstance(recorded, dict):
         return "as recorded by the run", recorded

@@ -1,4 +1,5 @@
-"""Inline SVG charts: plain functions from numbers to markup, coloured by the page's CSS (classes c0..c5)."""
+"""Inline SVG charts: plain functions from numbers to markup, coloured by the page's CSS (classes
+c0..c5)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 380, 220
 LEFT, RIGHT, TOP, BOTTOM = 40, 44, 10, 30
 BINS = 72
-"""More iterations than this share bars and tooltips: at 380 px they would be thinner than can be seen or hit."""
+"""More iterations than this share bars and tooltips: at 380 px they would be thinner than can be
+seen or hit."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Dots:
 
 
 def smooth(y: Sequence[float | None], window: int) -> list[float | None]:
-    """Centred triangular mean over `window` (odd) neighbours; missing values carry no weight and stay missing."""
+    """Centred triangular mean over `window` (odd) neighbours; missing values carry no weight and
+    stay missing."""
     half = window // 2
     out: list[float | None] = []
     for i, value in enumerate(y):
@@ -60,7 +63,9 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     """Round values (1, 2 or 5 times a power of ten) inside [low, high]."""
     step = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(step * m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def label(value: float) -> str:
@@ -82,7 +87,14 @@ def value_range(values: Iterable[float], *, unit: bool = True) -> tuple[float, f
 class _Frame:
     """The plot area: scales, grid and axis."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], *, right: int = RIGHT, left: int = LEFT) -> None:
+    def __init__(
+        self,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        *,
+        right: int = RIGHT,
+        left: int = LEFT,
+    ) -> None:
         self.x0, self.x1 = x if x[1] > x[0] else (x[0] - 0.5, x[0] + 0.5)
         self.y0, self.y1 = y if y[1] > y[0] else (y[0] - 0.5, y[0] + 0.5)
         self.left, self.right = left, WIDTH - right
@@ -100,7 +112,8 @@ class _Frame:
             y = self.py(value)
             parts.append(f'<path class="grid" d="M{self.left} {y:.1f}H{self.right}"/>')
             parts.append(
-                f'<text class="tick" x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>'
+                f'<text class="tick" x="{self.left - 6}" y="{y + 4:.1f}" '
+                f'text-anchor="end">{escape(text)}</text>'
             )
         return parts
 
@@ -108,11 +121,15 @@ class _Frame:
         parts = [f'<path class="axis" d="M{self.left} {self.bottom}H{self.right}"/>']
         for value, text in at:
             parts.append(
-                f'<text class="tick" x="{self.px(value):.1f}" y="{self.bottom + 14}" text-anchor="middle">'
+                f'<text class="tick" x="{self.px(value):.1f}" y="{self.bottom + 14}" '
+                f'text-anchor="middle">'
                 f"{escape(text)}</text>"
             )
         middle = (self.left + self.right) / 2
-        parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(title)}</text>')
+        parts.append(
+            f'<text class="tick" x="{middle}" y="{HEIGHT - 3}" '
+            f'text-anchor="middle">{escape(title)}</text>'
+        )
         return parts
 
     def iteration_axis(self) -> list[str]:
@@ -131,7 +148,8 @@ class _Frame:
             ys[i] = min(ys[i], limit)
             limit = ys[i] - gap
         return [
-            f'<text class="name c{colour}" x="{self.right + 5}" y="{y + 4:.1f}">{escape(text)}</text>'
+            f'<text class="name c{colour}" x="{self.right + 5}" '
+            f'y="{y + 4:.1f}">{escape(text)}</text>'
             for y, (_, text, colour) in zip(ys, labels, strict=True)
         ]
 
@@ -139,24 +157,29 @@ class _Frame:
 def _svg(parts: Iterable[str], description: str, *, height: int = HEIGHT) -> Markup:
     body = "".join(parts)
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(description)}" class="chart">{body}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(description)}" '
+        f'class="chart">{body}</svg>'
     )
 
 
 def _path(points: Iterable[tuple[float, float] | None]) -> str:
-    """Straight pieces; a None breaks the line. A point alone between breaks still shows (round caps)."""
+    """Straight pieces; a None breaks the line. A point alone between breaks still shows (round
+    caps)."""
     out, pen_up = [], True
     for point in points:
         if point is None:
             pen_up = True
             continue
-        out.append(f"{'M' if pen_up else 'L'}{point[0]:.1f} {point[1]:.1f}" + ("h0" if pen_up else ""))
+        out.append(
+            f"{'M' if pen_up else 'L'}{point[0]:.1f} {point[1]:.1f}" + ("h0" if pen_up else "")
+        )
         pen_up = False
     return "".join(out)
 
 
 def _hover(frame: _Frame, x: Sequence[float], text: Sequence[str]) -> list[str]:
-    """An invisible column at every x with a tooltip of its values (the browser's own, so no script)."""
+    """An invisible column at every x with a tooltip of its values (the browser's own, so no
+    script)."""
     if not x or len(x) > 4 * BINS:
         return []
     width = (frame.right - frame.left) / max(len(x), 1)
@@ -168,7 +191,8 @@ def _hover(frame: _Frame, x: Sequence[float], text: Sequence[str]) -> list[str]:
 
 
 def line_chart(name: str, lines: Sequence[Line], *, window: int = 1) -> Markup | None:
-    """Each line smoothed over `window`, its raw values behind it in faint. None where there is nothing to draw."""
+    """Each line smoothed over `window`, its raw values behind it in faint. None where there is
+    nothing to draw."""
     lines = [line for line in lines if any(y is not None for y in line.y)]
     if not lines:
         return None
@@ -176,24 +200,35 @@ def line_chart(name: str, lines: Sequence[Line], *, window: int = 1) -> Markup |
     right = RIGHT if any(line.label for line in lines) else 12
     y_range = value_range(y for line in lines for y in line.y if y is not None)
     frame = _Frame((min(xs), max(xs)), y_range, right=right)
-    parts = frame.y_axis([(t, label(t)) for t in ticks(frame.y0, frame.y1)]) + frame.iteration_axis()
+    parts = (
+        frame.y_axis([(t, label(t)) for t in ticks(frame.y0, frame.y1)]) + frame.iteration_axis()
+    )
     ends = []
     for line in lines:
-        points = [None if y is None else (frame.px(x), frame.py(y)) for x, y in zip(line.x, line.y, strict=True)]
+        points = [
+            None if y is None else (frame.px(x), frame.py(y))
+            for x, y in zip(line.x, line.y, strict=True)
+        ]
         if window > 1:
             parts.append(f'<path class="raw c{line.colour}" d="{_path(points)}"/>')
             soft = smooth(line.y, window)
-            points = [None if y is None else (frame.px(x), frame.py(y)) for x, y in zip(line.x, soft, strict=True)]
+            points = [
+                None if y is None else (frame.px(x), frame.py(y))
+                for x, y in zip(line.x, soft, strict=True)
+            ]
         kind = "dots" if len(points) == 1 else "line"
         parts.append(f'<path class="{kind} c{line.colour}" d="{_path(points)}"/>')
-        ends.append((next(p for p in reversed(points) if p is not None)[1], line.label, line.colour))
+        ends.append(
+            (next(p for p in reversed(points) if p is not None)[1], line.label, line.colour)
+        )
     parts += frame.end_labels(ends)
     longest = max(lines, key=lambda line: len(line.x)).x
     values = [{x: y for x, y in zip(line.x, line.y, strict=True)} for line in lines]
     tips = [
         f"iteration {x:g}: "
         + ", ".join(
-            f"{li.label} {'–' if v.get(x) is None else f'{v[x]:.3g}'}" for li, v in zip(lines, values, strict=True)
+            f"{li.label} {'–' if v.get(x) is None else f'{v[x]:.3g}'}"
+            for li, v in zip(lines, values, strict=True)
         )
         for x in longest
     ]
@@ -210,7 +245,8 @@ def _summary(lines: Sequence[Line]) -> str:
 
 
 def log_chart(name: str, line: Line) -> Markup | None:
-    """One series, as dots, on a logarithmic axis. Exact zeros, which have no logarithm, lie on a floor marked 0."""
+    """One series, as dots, on a logarithmic axis. Exact zeros, which have no logarithm, lie on a
+    floor marked 0."""
     present = [y for y in line.y if y is not None and y >= 0]
     if not present:
         return None
@@ -232,7 +268,10 @@ def log_chart(name: str, line: Line) -> Markup | None:
     pairs = list(zip(line.x, line.y, strict=True))
     points = [(frame.px(x), frame.py(height(y))) for x, y in pairs if y is not None and y >= 0]
     # Dots: between an exact 0 and a rounding error there is no path that a line could stand for.
-    parts.append(f'<path class="dots c{line.colour}" d="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)}"/>')
+    parts.append(
+        f'<path class="dots c{line.colour}" '
+        f'd="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)}"/>'
+    )
     tips = [f"iteration {x:g}: {'–' if y is None else f'{y:.2g}'}" for x, y in pairs]
     parts += _hover(frame, line.x, tips)
     zeros = len(present) - len(positive)
@@ -240,19 +279,26 @@ def log_chart(name: str, line: Line) -> Markup | None:
     return _svg(parts, f"{name}, logarithmic. Largest {max(present):.2g}.{exact}")
 
 
-def stacked_bars(name: str, x: Sequence[float], phases: Sequence[tuple[str, Sequence[float]]]) -> Markup | None:
-    """Seconds by phase, a bar for each iteration (or the mean of as many neighbours as it takes for BINS bars)."""
+def stacked_bars(
+    name: str, x: Sequence[float], phases: Sequence[tuple[str, Sequence[float]]]
+) -> Markup | None:
+    """Seconds by phase, a bar for each iteration (or the mean of as many neighbours as it takes for
+    BINS bars)."""
     if not x or not phases:
         return None
     size = math.ceil(len(x) / BINS)
     groups = [range(i, min(i + size, len(x))) for i in range(0, len(x), size)]
-    bars = [[sum(values[i] for i in group) / len(group) for _, values in phases] for group in groups]
+    bars = [
+        [sum(values[i] for i in group) / len(group) for _, values in phases] for group in groups
+    ]
     top = max(map(sum, bars))
     if top <= 0:
         return None
     frame = _Frame((-0.5, len(bars) - 0.5), (0.0, top * 1.05), right=12)
     parts = frame.y_axis([(t, label(t)) for t in ticks(0, frame.y1)])
-    names = [f"{x[group[0]]:g}" if size == 1 else f"{x[group[0]]:g}–{x[group[-1]]:g}" for group in groups]
+    names = [
+        f"{x[group[0]]:g}" if size == 1 else f"{x[group[0]]:g}–{x[group[-1]]:g}" for group in groups
+    ]
     if len(x) > 1:
         round_numbers = {int(t) for t in ticks(x[0], x[-1]) if t == round(t)}
         marks = [(i // size, f"{value:g}") for i, value in enumerate(x) if value in round_numbers]
@@ -267,23 +313,29 @@ def stacked_bars(name: str, x: Sequence[float], phases: Sequence[tuple[str, Sequ
         for colour, seconds in enumerate(bar):
             y, tall = frame.py(base + seconds), frame.py(base) - frame.py(base + seconds)
             parts.append(
-                f'<rect class="bar c{colour % 6}" x="{frame.px(i) - width / 2 + gap / 2:.2f}" y="{y:.2f}" '
-                f'width="{width - gap:.2f}" height="{tall:.2f}"/>'
+                f'<rect class="bar c{colour % 6}" x="{frame.px(i) - width / 2 + gap / 2:.2f}" '
+                f'y="{y:.2f}" width="{width - gap:.2f}" height="{tall:.2f}"/>'
             )
             base += seconds
         parts.append("</g>")
     parts += frame.x_axis(marks, "iteration")
     total = sum(map(sum, bars))
     shares = [
-        f"{phase} {100 * sum(bar[k] for bar in bars) / total:.0f} per cent" for k, (phase, _) in enumerate(phases)
+        f"{phase} {100 * sum(bar[k] for bar in bars) / total:.0f} per cent"
+        for k, (phase, _) in enumerate(phases)
     ]
     return _svg(parts, f"{name}. {', '.join(shares)} of the time.")
 
 
 def dot_chart(
-    name: str, categories: Sequence[str], series: Sequence[Dots], y_range: tuple[float, float], axis: str
+    name: str,
+    categories: Sequence[str],
+    series: Sequence[Dots],
+    y_range: tuple[float, float],
+    axis: str,
 ) -> Markup | None:
-    """Means with a bar of one standard error to each side, series side by side within each category."""
+    """Means with a bar of one standard error to each side, series side by side within each
+    category."""
     if not categories or not any(m is not None for dots in series for m in dots.mean):
         return None
     frame = _Frame((-0.5, len(categories) - 0.5), y_range, right=12)
@@ -296,7 +348,9 @@ def dot_chart(
             if value is None or i >= len(categories):
                 continue
             x, y = frame.px(i) + shift, frame.py(value)
-            said = f"{dots.label} {categories[i]}: {value:.3f}" + ("" if se is None else f" ± {se:.3f}")
+            said = f"{dots.label} {categories[i]}: {value:.3f}" + (
+                "" if se is None else f" ± {se:.3f}"
+            )
             texts.append(said)
             parts.append(f"<g><title>{escape(said)}</title>")
             if se:
@@ -306,7 +360,9 @@ def dot_chart(
                     f'M{x - 4:.1f} {up:.1f}h8M{x - 4:.1f} {down:.1f}h8"/>'
                 )
             kind = "hollow" if dots.hollow else "dot"
-            parts.append(f'<circle class="{kind} c{dots.colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/></g>')
+            parts.append(
+                f'<circle class="{kind} c{dots.colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/></g>'
+            )
     return _svg(parts, f"{name}. {'; '.join(texts)}.")
 
 
@@ -324,6 +380,7 @@ def sparkline(name: str, y: Sequence[float | None]) -> Markup:
     ]
     said = escape(f"{name}: between {low:.3g} and {high:.3g}")
     return Markup(
-        f'<svg viewBox="0 0 120 24" class="spark" preserveAspectRatio="none" role="img" aria-label="{said}">'
+        f'<svg viewBox="0 0 120 24" class="spark" preserveAspectRatio="none" role="img" '
+        f'aria-label="{said}">'
         f'<path class="line c0" d="{_path(points)}"/></svg>'
     )

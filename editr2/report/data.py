@@ -1,4 +1,5 @@
-"""Reads a run folder into dataclasses. Only one of metrics and strips must be there; what lacks is None or empty."""
+"""Reads a run folder into dataclasses. Only one of metrics and strips must be there; what lacks is
+None or empty."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ MODES = {"cm": "standing rules", "cu": "pronouns"}
 """The context modes of sessions, in words."""
 
 EQUAL = 0.005
-"""Sessions whose mean reward changes by less count as unchanged: it would not show in two decimals."""
+"""Sessions whose mean reward changes by less count as unchanged: it would not show in two
+decimals."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Before against after over the same sessions, so that `se` is that of the paired difference."""
+    """Before against after over the same sessions, so that `se` is that of the paired
+    difference."""
 
     turn: int
     reward_before: float | None
@@ -111,11 +114,16 @@ class Pair:
         return strip
 
     def rewards(self) -> tuple[float | None, float | None]:
-        """Mean reward before and after. With both passes, over the turns that have a reward in both."""
+        """Mean reward before and after. With both passes, over the turns that have a reward in
+        both."""
         before = [turn.reward for turn in self.before.turns] if self.before else []
         after = [turn.reward for turn in self.after.turns] if self.after else []
         if self.before and self.after:
-            both = [(b, a) for b, a in zip(before, after, strict=False) if b is not None and a is not None]
+            both = [
+                (b, a)
+                for b, a in zip(before, after, strict=False)
+                if b is not None and a is not None
+            ]
             return mean(b for b, _ in both), mean(a for _, a in both)
         return mean(before), mean(after)
 
@@ -153,7 +161,8 @@ class Run:
         return next((e for e in reversed(self.evaluations) if e.name == name), None)
 
     def setting(self, *names: str) -> Any:
-        """The first setting whose dotted name is or ends in one of `names`, looked for in that order."""
+        """The first setting whose dotted name is or ends in one of `names`, looked for in that
+        order."""
         for name in names:
             for key, value in self.config.items():
                 if f".{key}".endswith(f".{name}") and value is not None:
@@ -177,7 +186,9 @@ def load_run(folder: Path) -> Run:
     metrics = folder / "metrics.jsonl"
     strips = {name: folder / "strips" / f"{name}.json" for name in PASS_NAMES}
     if not metrics.exists() and not any(path.exists() for path in strips.values()):
-        raise DataError(f"{folder} holds no run: neither metrics.jsonl nor strips/before.json nor after.json")
+        raise DataError(
+            f"{folder} holds no run: neither metrics.jsonl nor strips/before.json nor after.json"
+        )
     if metrics.exists():
         _load_metrics(run, metrics)
     else:
@@ -192,7 +203,8 @@ def _load_metrics(run: Run, path: Path) -> None:
     rows, dropped = read_metrics(path)
     if dropped:
         run.missing.append(
-            f"{dropped} unreadable {plural('line', dropped)} of metrics.jsonl {'was' if dropped == 1 else 'were'} "
+            f"{dropped} unreadable {plural('line', dropped)} of metrics.jsonl "
+            f"{'was' if dropped == 1 else 'were'} "
             "left out (a run that is killed tears its last line)."
         )
     train: dict[int, TrainRow] = {}
@@ -208,7 +220,14 @@ def _load_metrics(run: Run, path: Path) -> None:
         elif event == "comparison" and (turn := _int(row.get("turn"))) is not None:
             values = {
                 key: number(row.get(key))
-                for key in ("reward_before", "reward_after", "difference", "se", "success_before", "success_after")
+                for key in (
+                    "reward_before",
+                    "reward_after",
+                    "difference",
+                    "se",
+                    "success_before",
+                    "success_after",
+                )
             }
             comparisons[turn] = Comparison(turn=turn, sessions=_int(row.get("sessions")), **values)
         elif event == "start":
@@ -217,12 +236,16 @@ def _load_metrics(run: Run, path: Path) -> None:
     run.comparisons = [comparisons[t] for t in sorted(comparisons)]
     if repeats:
         run.missing.append(
-            f"{repeats} {plural('iteration', repeats)} of metrics.jsonl repeated; the last row of each is shown."
+            f"{repeats} {plural('iteration', repeats)} of metrics.jsonl repeated; the last row of "
+            f"each is shown."
         )
     bad = sorted({name.split(".")[0] for row in run.train for name in row.non_finite})
     if bad:
         count = sum(bool(row.non_finite) for row in run.train)
-        run.missing.append(f"{', '.join(bad)}: NaN or infinite in {count} {plural('iteration', count)}, shown as gaps.")
+        run.missing.append(
+            f"{', '.join(bad)}: NaN or infinite in {count} {plural('iteration', count)}, shown as "
+            f"gaps."
+        )
 
 
 def _train_row(iteration: int, row: Mapping[str, Any]) -> TrainRow:
@@ -232,9 +255,15 @@ def _train_row(iteration: int, row: Mapping[str, Any]) -> TrainRow:
         iteration=iteration,
         elapsed_s=number(row.get("elapsed_s")),
         scalars={k: number(v) for k, v in row.items() if v is None or number(v) is not None},
-        turns={k: tuple(map(number, v)) for k, v in row.items() if k.endswith("_turn") and isinstance(v, list)},
+        turns={
+            k: tuple(map(number, v))
+            for k, v in row.items()
+            if k.endswith("_turn") and isinstance(v, list)
+        },
         seconds={
-            str(k): n for k, v in (seconds if isinstance(seconds, dict) else {}).items() if (n := number(v)) is not None
+            str(k): n
+            for k, v in (seconds if isinstance(seconds, dict) else {}).items()
+            if (n := number(v)) is not None
         },
         non_finite=tuple(map(str, non_finite)) if isinstance(non_finite, list) else (),
     )
@@ -246,10 +275,16 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         name=str(row.get("name", "")),
         iteration=_int(row.get("iteration")),
         sessions=_int(row.get("sessions")),
-        turns={k: tuple(map(_stat, v)) for k, v in row.items() if k.endswith("_turn") and isinstance(v, list)},
+        turns={
+            k: tuple(map(_stat, v))
+            for k, v in row.items()
+            if k.endswith("_turn") and isinstance(v, list)
+        },
         success=_stat(row.get("success")),
         by_mode={
-            str(mode): Mode(tuple(map(number, value.get("reward_turn") or ())), number(value.get("success")))
+            str(mode): Mode(
+                tuple(map(number, value.get("reward_turn") or ())), number(value.get("success"))
+            )
             for mode, value in (modes if isinstance(modes, dict) else {}).items()
             if isinstance(value, dict)
         },
@@ -262,19 +297,27 @@ def _load_strips(run: Run, paths: Mapping[str, Path]) -> None:
         if not path.exists():
             continue
         try:
-            sessions = json.loads(path.read_text("utf-8", errors="replace"), parse_constant=lambda _: None)["sessions"]
+            sessions = json.loads(
+                path.read_text("utf-8", errors="replace"), parse_constant=lambda _: None
+            )["sessions"]
             passes[name] = {strip.id: strip for strip in map(_strip, sessions)}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            run.missing.append(f"strips/{path.name} is not readable: {type(error).__name__}: {error}")
+            run.missing.append(
+                f"strips/{path.name} is not readable: {type(error).__name__}: {error}"
+            )
     before, after = (passes.get(name, {}) for name in PASS_NAMES)
     run.pairs = [Pair(id, before.get(id), after.get(id)) for id in {**before, **after}]
     if not passes:
         run.missing.append("There are no strips: no session images to show.")
     for name in PASS_NAMES:
         if passes and name not in passes:
-            run.missing.append(f"The strips have no “{name}” pass: sessions are shown, not compared.")
+            run.missing.append(
+                f"The strips have no “{name}” pass: sessions are shown, not compared."
+            )
     if len(passes) == 2 and (alone := before.keys() ^ after.keys()):
-        run.missing.append(f"{len(alone)} {plural('session', len(alone))} of the strips only in one pass.")
+        run.missing.append(
+            f"{len(alone)} {plural('session', len(alone))} of the strips only in one pass."
+        )
 
 
 def _strip(value: Mapping[str, Any]) -> Strip:
@@ -303,7 +346,8 @@ def _strip_turn(value: Mapping[str, Any]) -> StripTurn:
 
 
 SECRET = re.compile(
-    r"(?im)^(\s*(?:-\s+)?[\w.-]*(?:api_?key|secret|password|auth_token|access_token)\s*:[ \t]+)(?!null\b|~|''|\"\").+$"
+    r"(?im)^(\s*(?:-\s+)?[\w.-]*(?:api_?key|secret|password|auth_token|access_token)\s*:[ "
+    r"\t]+)(?!null\b|~|''|\"\").+$"
 )
 CREDENTIALS = re.compile(r"://[^/\s@]+@")
 
@@ -326,7 +370,9 @@ def _load_config(run: Run, path: Path) -> None:
 def _dotted(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(value, dict):
         return [(prefix, value)] if prefix else []
-    return [item for k, v in value.items() for item in _dotted(v, f"{prefix}.{k}" if prefix else str(k))]
+    return [
+        item for k, v in value.items() for item in _dotted(v, f"{prefix}.{k}" if prefix else str(k))
+    ]
 
 
 def _note_absences(run: Run) -> None:
@@ -334,7 +380,9 @@ def _note_absences(run: Run) -> None:
     if run.train and planned and run.train[-1].iteration + 1 < planned:
         run.missing.append(f"The run is at iteration {run.train[-1].iteration + 1} of {planned}.")
     if run.start.get("heldout_is_training"):
-        run.missing.append("No held-out sessions were given: the evaluations are on the training sessions.")
+        run.missing.append(
+            "No held-out sessions were given: the evaluations are on the training sessions."
+        )
     if run.train or run.evaluations:
         for name in PASS_NAMES:
             if run.evaluation(name) is None:

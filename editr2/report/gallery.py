@@ -76,7 +76,13 @@ def build_gallery(run: Run, pictures: Pictures, max_sessions: int) -> Gallery | 
     ordered = sorted(run.pairs, key=lambda pair: (pair.change is None, -(pair.change or 0.0)))
     chosen = thin(ordered, max_sessions)
     top = max(
-        (s for pair in run.pairs for strip in (pair.before, pair.after) if strip for s in _all_scores(strip.turns)),
+        (
+            s
+            for pair in run.pairs
+            for strip in (pair.before, pair.after)
+            if strip
+            for s in _all_scores(strip.turns)
+        ),
         default=1,
     )
     scale = next((limit for limit in (1.0, 5.0, 10.0, 100.0) if top <= limit), top)
@@ -106,7 +112,11 @@ def _all_scores(turns: Sequence[StripTurn]) -> list[float]:
 
 
 def _session(pair: Pair, pictures: Pictures, scale: float) -> SessionView:
-    strips = [(name, strip) for name, strip in zip(PASS_NAMES, (pair.before, pair.after), strict=True) if strip]
+    strips = [
+        (name, strip)
+        for name, strip in zip(PASS_NAMES, (pair.before, pair.after), strict=True)
+        if strip
+    ]
     turns = []
     for t in range(max(len(strip.turns) for _, strip in strips)):
         having = [(name, strip.turns[t]) for name, strip in strips if t < len(strip.turns)]
@@ -114,7 +124,15 @@ def _session(pair: Pair, pictures: Pictures, scale: float) -> SessionView:
         shared = expected[0] if all(picture == expected[0] for picture in expected) else None
         other = next((turn.reward for name, turn in having if name == "before"), None)
         cells = [
-            _cell(name, turn, t + 1, pictures, scale, None if shared else own, other if name == "after" else None)
+            _cell(
+                name,
+                turn,
+                t + 1,
+                pictures,
+                scale,
+                None if shared else own,
+                other if name == "after" else None,
+            )
             for (name, turn), own in zip(having, expected, strict=True)
         ]
         turns.append(TurnView(t + 1, having[0][1].instruction, shared, cells))
@@ -148,7 +166,11 @@ def _cell(
         intent=turn.intent,
         reasoning=turn.reasoning,
         scores=[
-            Score(key, plain(value), None if value is None else 100 * min(max(value / scale, 0.0), 1.0))
+            Score(
+                key,
+                plain(value),
+                None if value is None else 100 * min(max(value / scale, 0.0), 1.0),
+            )
             for key, value in turn.scores.items()
         ],
         reward=None if turn.reward is None else plain(turn.reward),

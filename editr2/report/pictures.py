@@ -12,8 +12,8 @@ from PIL import Image
 from editr2.report.data import plural
 
 PNG_BYTES = 96 * 1024
-"""Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 kB as JPEG, and 48 sessions of
-three turns hold more than 300 of them."""
+"""Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 kB as JPEG,
+and 48 sessions of three turns hold more than 300 of them."""
 
 
 @dataclass(frozen=True)
@@ -53,32 +53,37 @@ class Pictures:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             side = max(image.size)
-            # A whole number of screen pixels for each image pixel keeps small worlds even: 24 px → 192 px.
+            # A whole number of screen pixels for each image pixel keeps small worlds even: 24 px →
+            # 192 px.
             small = side <= 96
             width = image.width * max(1, 192 // side) if small else min(image.width, 320)
             if side > self.max_pixels or image.format != "PNG" or len(data) > PNG_BYTES:
                 data, kind = _smaller(image, self.max_pixels)
                 self.reduced += side > self.max_pixels or kind != "png"
-        return Picture(f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii"), width, small)
+        return Picture(
+            f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii"), width, small
+        )
 
     def notes(self) -> list[str]:
         notes = []
         if self.unreadable:
             count = len(self.unreadable)
-            some = ", ".join(f"{name} ({kind})" for name, kind in list(self.unreadable.items())[:3]) + (
-                ", …" if count > 3 else ""
-            )
+            some = ", ".join(
+                f"{name} ({kind})" for name, kind in list(self.unreadable.items())[:3]
+            ) + (", …" if count > 3 else "")
             notes.append(f"{count} {plural('image', count)} could not be read: {some}.")
         if self.reduced:
             notes.append(
-                f"{self.reduced} large {plural('image', self.reduced)}: scaled to {self.max_pixels} px or "
+                f"{self.reduced} large {plural('image', self.reduced)}: scaled to "
+                f"{self.max_pixels} px or "
                 "stored as JPEG for this page; the originals are in strips/."
             )
         return notes
 
 
 def _smaller(image: Image.Image, max_pixels: int) -> tuple[bytes, str]:
-    """At most `max_pixels` on the long side, as PNG unless that is large and the image opaque: then JPEG."""
+    """At most `max_pixels` on the long side, as PNG unless that is large and the image opaque: then
+    JPEG."""
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((max_pixels, max_pixels), Image.Resampling.LANCZOS)
     out = io.BytesIO()

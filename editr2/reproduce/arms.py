@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from editr2.config import COUNT, SIBLINGS, TIMES, Config, check_config, preset_config, replace_nested
+from editr2.config import (
+    COUNT,
+    SIBLINGS,
+    TIMES,
+    Config,
+    check_config,
+    preset_config,
+    replace_nested,
+)
 from editr2.errors import ConfigError
 from editr2.fields import setting
 
@@ -44,8 +52,20 @@ _NO_INTENT = {"intent": False}
 _UNFILTERED = {"filter": False}
 
 ARMS: tuple[Arm, ...] = (
-    Arm("base", "start", "the shipped weights, raw instructions", overrides={"policy": _NO_INTENT}, trained=False),
-    Arm("base-intent", "start + intent", "the shipped weights write an intent first", beside="base", trained=False),
+    Arm(
+        "base",
+        "start",
+        "the shipped weights, raw instructions",
+        overrides={"policy": _NO_INTENT},
+        trained=False,
+    ),
+    Arm(
+        "base-intent",
+        "start + intent",
+        "the shipped weights write an intent first",
+        beside="base",
+        trained=False,
+    ),
     Arm(
         "single-turn",
         "single-turn RL",
@@ -66,11 +86,17 @@ ARMS: tuple[Arm, ...] = (
         overrides={"credit": _UNFILTERED},
         beside="multi-turn",
     ),
-    Arm("edit-r2", "+ filter = Edit-R2", "turns after a failed instruction do not train", beside="intent"),
+    Arm(
+        "edit-r2",
+        "+ filter = Edit-R2",
+        "turns after a failed instruction do not train",
+        beside="intent",
+    ),
     Arm(
         "mt-editflow-grpo",
         "MT-EditFlow, GRPO",
-        "IF and CC, each normalised in its group (advantage fusion), their mean over turns on every turn",
+        "IF and CC, each normalised in its group (advantage fusion), their mean over turns on "
+        "every turn",
         preset="mt-editflow-grpo",
     ),
     Arm(
@@ -138,13 +164,25 @@ def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Conf
     common = {
         "seed": seed,
         "out": str(Path(out)),
-        "rollout": {"sessions": settings.groups * TURNS // turns, "siblings": settings.siblings, "turns": turns},
+        "rollout": {
+            "sessions": settings.groups * TURNS // turns,
+            "siblings": settings.siblings,
+            "turns": turns,
+        },
         "train": {"iterations": settings.iterations, "kl_weight": 0.0},
-        "eval": {"sessions": settings.sessions, "turns": TURNS, "sampler": settings.sampler, "every": 0, "strips": 2},
+        "eval": {
+            "sessions": settings.sessions,
+            "turns": TURNS,
+            "sampler": settings.sampler,
+            "every": 0,
+            "strips": 2,
+        },
         # The last iteration always writes one.
         "checkpoint": {"every": settings.iterations, "keep": 1},
     }
-    config: Config = replace_nested(replace_nested(preset_config(arm.preset), common), arm.overrides)
+    config: Config = replace_nested(
+        replace_nested(preset_config(arm.preset), common), arm.overrides
+    )
     return check_config(config)
 
 

@@ -50,12 +50,20 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim("intent beats no intent on cm", "intent", "multi-turn", EDIT_R2, mode="cm"),
     Claim("intent beats no intent on cu", "intent", "multi-turn", EDIT_R2, mode="cu"),
-    Claim("the same before any training, cm", "base-intent", "base", OURS, mode="cm", ordered=False),
-    Claim("the same before any training, cu", "base-intent", "base", OURS, mode="cu", ordered=False),
+    Claim(
+        "the same before any training, cm", "base-intent", "base", OURS, mode="cm", ordered=False
+    ),
+    Claim(
+        "the same before any training, cu", "base-intent", "base", OURS, mode="cu", ordered=False
+    ),
     Claim("the filter helps", "edit-r2", "intent", EDIT_R2),
     Claim("Edit-R2 raises the start by 0.15", "edit-r2", "base", OURS, least=0.15),
-    Claim("Edit-R2 raises the start with intent by 0.15", "edit-r2", "base-intent", OURS, least=0.15),
-    Claim("advantage fusion beats reward fusion", "mt-editflow-grpo", "mt-reward-fusion", MT_EDITFLOW),
+    Claim(
+        "Edit-R2 raises the start with intent by 0.15", "edit-r2", "base-intent", OURS, least=0.15
+    ),
+    Claim(
+        "advantage fusion beats reward fusion", "mt-editflow-grpo", "mt-reward-fusion", MT_EDITFLOW
+    ),
     Claim("broadcast beats per-turn credit", "mt-editflow-grpo", "mt-per-turn", MT_EDITFLOW),
     Claim("NFT against GRPO", "mt-editflow-nft", "mt-editflow-grpo", MT_EDITFLOW, ordered=False),
 )
@@ -63,8 +71,8 @@ CLAIMS: tuple[Claim, ...] = (
 
 @dataclass(frozen=True)
 class Finding:
-    """difference: None where an arm or a common seed is missing. gains: the arms are sampled differently, so each is
-    taken as its difference from its own start under its own sampler."""
+    """difference: None where an arm or a common seed is missing. gains: the arms are sampled
+    differently, so each is taken as its difference from its own start under its own sampler."""
 
     claim: Claim
     difference: Interval | None
@@ -83,7 +91,9 @@ def verdict(difference: Interval | None, *, ordered: bool = True, least: float =
     if least:
         if difference.low >= least:
             return "reached"
-        return "reached on average, not by the interval" if difference.mean >= least else "not reached"
+        return (
+            "reached on average, not by the interval" if difference.mean >= least else "not reached"
+        )
     above, below = ("reproduces", "reversed") if ordered else ("higher", "lower")
     if difference.low > 0:
         return above
@@ -111,8 +121,11 @@ def find(claim: Claim, all_results: Sequence[Result]) -> Finding:
 
 
 def _pair(claim: Claim, all_results: Sequence[Result]) -> tuple[Result, Result] | None:
-    """The two arms' results, under one sampler if there are any (the start may have been evaluated under two)."""
-    above, below = ([r for r in all_results if r.arm.name == name] for name in (claim.above, claim.below))
+    """The two arms' results, under one sampler if there are any (the start may have been evaluated
+    under two)."""
+    above, below = (
+        [r for r in all_results if r.arm.name == name] for name in (claim.above, claim.below)
+    )
     pairs = [(a, b) for a in above for b in below]
     return min(pairs, key=lambda pair: pair[0].sampler != pair[1].sampler) if pairs else None
 
@@ -121,7 +134,11 @@ def _common(first: Result, second: Result) -> tuple[int | None, ...]:
     """The seeds that both have; the start, which has none, goes with any."""
     if first.seeds == (None,):
         return second.seeds
-    return first.seeds if second.seeds == (None,) else tuple(s for s in first.seeds if s in second.seeds)
+    return (
+        first.seeds
+        if second.seeds == (None,)
+        else tuple(s for s in first.seeds if s in second.seeds)
+    )
 
 
 def _start_of(result: Result, all_results: Sequence[Result]) -> Result | None:

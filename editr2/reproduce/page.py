@@ -1,4 +1,5 @@
-"""`reproduction.md` and its plots, from the rows alone. Every number and every verdict is computed here."""
+"""`reproduction.md` and its plots, from the rows alone. Every number and every verdict is computed
+here."""
 
 from __future__ import annotations
 
@@ -24,8 +25,14 @@ SUMMARY = {
 }
 
 _PANELS = (
-    ("Edit-R2, step by step", ("base", "base-intent", "single-turn", "multi-turn", "intent", "edit-r2")),
-    ("MT-EditFlow", ("base", "mt-per-turn", "mt-reward-fusion", "mt-editflow-grpo", "mt-editflow-nft")),
+    (
+        "Edit-R2, step by step",
+        ("base", "base-intent", "single-turn", "multi-turn", "intent", "edit-r2"),
+    ),
+    (
+        "MT-EditFlow",
+        ("base", "mt-per-turn", "mt-reward-fusion", "mt-editflow-grpo", "mt-editflow-nft"),
+    ),
 )
 
 
@@ -33,7 +40,9 @@ def write_page(docs: Path) -> Path:
     """Writes the page and its plots into `docs` from its rows and its notes."""
     rows = read_rows(docs)
     if not rows:
-        raise ConfigError(f"{docs / FILE}: no rows (accepted: those that `editr2 reproduce` writes)")
+        raise ConfigError(
+            f"{docs / FILE}: no rows (accepted: those that `editr2 reproduce` writes)"
+        )
     settings = shared_settings(rows, docs / FILE)
     found = results(rows)
     findings = [find(claim, found) for claim in CLAIMS]
@@ -54,7 +63,11 @@ def write_page(docs: Path) -> Path:
 
 
 def _page(
-    settings: Settings, found: Sequence[Result], findings: Sequence[Finding], notes: str, plots: Sequence[str]
+    settings: Settings,
+    found: Sequence[Result],
+    findings: Sequence[Finding],
+    notes: str,
+    plots: Sequence[str],
 ) -> str:
     picture = {
         GA_PLOT: f"![GA by turn, every arm]({GA_PLOT})",
@@ -62,7 +75,10 @@ def _page(
     }
     parts = [
         "# Reproduction on the shapes world",
-        _wrapped(f"Written by `editr2 reproduce` from [{FILE}]({FILE}); edit [{NOTES}]({NOTES}), not this page."),
+        _wrapped(
+            f"Written by `editr2 reproduce` from [{FILE}]({FILE}); edit [{NOTES}]({NOTES}), not "
+            f"this page."
+        ),
         _summary(findings),
         _circumstances(settings, found),
         *([picture[GA_PLOT]] if GA_PLOT in plots else []),
@@ -81,7 +97,7 @@ def _page(
     return "\n\n".join(parts) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------------- wording
+# ------------------------------------------------------------------------------------------ wording
 
 
 def _number(value: float, sign: bool = False) -> str:
@@ -89,7 +105,11 @@ def _number(value: float, sign: bool = False) -> str:
 
 
 def _cell(i: Interval | None, sign: bool = False) -> str:
-    return "–" if i is None else f"{_number(i.mean, sign)} [{_number(i.low, sign)}, {_number(i.high, sign)}]"
+    return (
+        "–"
+        if i is None
+        else f"{_number(i.mean, sign)} [{_number(i.low, sign)}, {_number(i.high, sign)}]"
+    )
 
 
 def _title(result: Result, found: Sequence[Result]) -> str:
@@ -99,7 +119,9 @@ def _title(result: Result, found: Sequence[Result]) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -135,16 +157,23 @@ def _circumstances(settings: Settings, found: Sequence[Result]) -> str:
         command += " --arms " + ",".join(arm.name for arm in ARMS if arm not in absent)
     command = f"- `{command}`"
     lines = [
-        f"- **{len(trained)} trained arms, {len(seeds)} training seed{'s' * (len(seeds) != 1)}**, {runs} runs "
-        f"of {settings.iterations} iterations; {settings.groups * settings.siblings * TURNS} edits an iteration in "
-        f"every arm ({settings.groups} sessions × {settings.siblings} siblings × {TURNS} turns).",
-        f"- **{settings.sessions} held-out sessions** of {TURNS} turns, half of them `cm` (a standing rule), half `cu` "
+        f"- **{len(trained)} trained arms, {len(seeds)} training seed{'s' * (len(seeds) != 1)}**, "
+        f"{runs} runs of {settings.iterations} iterations; "
+        f"{settings.groups * settings.siblings * TURNS} edits an iteration in every arm "
+        f"({settings.groups} sessions × {settings.siblings} siblings × {TURNS} turns).",
+        f"- **{settings.sessions} held-out sessions** of {TURNS} turns, half of them `cm` (a "
+        f"standing rule), half `cu` "
         "(pronouns): the same sessions and seeds for every arm, before and after.",
-        f"- {_range([row['date'] for row in everything])}, editr2 {_range([row['version'] for row in everything])}; "
-        f"{cores} cores{_of(threads, devices)}. {hours:.1f} hours of training in all, summed over runs.",
+        f"- {_range([row['date'] for row in everything])}, editr2 "
+        f"{_range([row['version'] for row in everything])}; {cores} cores{_of(threads, devices)}. "
+        f"{hours:.1f} hours of training in all, summed over runs.",
         command,
     ]
-    missing = [f"{_title(r, found)} {sorted(set(seeds) - set(r.seeds))}" for r in trained if set(r.seeds) != set(seeds)]
+    missing = [
+        f"{_title(r, found)} {sorted(set(seeds) - set(r.seeds))}"
+        for r in trained
+        if set(r.seeds) != set(seeds)
+    ]
     if missing:
         lines.append(f"- **Incomplete**: without the seeds {'; '.join(missing)}.")
     if absent:
@@ -153,8 +182,14 @@ def _circumstances(settings: Settings, found: Sequence[Result]) -> str:
 
 
 def _summary(findings: Sequence[Finding]) -> str:
-    verdicts = [f.verdict for f in findings if f.claim.ordered and not f.claim.least and f.difference is not None]
-    counts = ", ".join(f"{n} {words[n != 1]}" for v, words in SUMMARY.items() if (n := verdicts.count(v)))
+    verdicts = [
+        f.verdict
+        for f in findings
+        if f.claim.ordered and not f.claim.least and f.difference is not None
+    ]
+    counts = ", ".join(
+        f"{n} {words[n != 1]}" for v, words in SUMMARY.items() if (n := verdicts.count(v))
+    )
     text = f"Of {len(verdicts)} orderings that the papers state and that were run, {counts}."
     for f in findings:
         if f.claim.least and f.difference is not None:
@@ -167,7 +202,7 @@ def _of(threads: Sequence[int], devices: Sequence[str]) -> str:
     return text + (f", on {'/'.join(devices)}" if devices else "")
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def _orderings(findings: Sequence[Finding]) -> str:
@@ -176,19 +211,27 @@ def _orderings(findings: Sequence[Finding]) -> str:
         claim, i = f.claim, f.difference
         metric = {"marginal": "marginal success"}.get(claim.metric, claim.metric)
         where = f"{metric}, turn {claim.turn}" + (f", {claim.mode}" if claim.mode else "")
-        seeds = "–" if i is None or f.seeds == (None,) else " ".join(_number(v, sign=True) for v in i.by_seed)
+        seeds = (
+            "–"
+            if i is None or f.seeds == (None,)
+            else " ".join(_number(v, sign=True) for v in i.by_seed)
+        )
         what = f"`{claim.above}` − `{claim.below}`" + (" (gains)" if f.gains else "")
-        lines.append([claim.text, claim.source, what, where, _cell(i, sign=True), seeds, f"**{f.verdict}**"])
+        lines.append(
+            [claim.text, claim.source, what, where, _cell(i, sign=True), seeds, f"**{f.verdict}**"]
+        )
     head = ["ordering", "from", "difference", "on", "mean [95 % interval]", "by seed", "verdict"]
     text = (
-        "Differences are paired by session and seed. *Reproduces*: the whole interval lies above 0; *reversed*: below "
-        "it; *does not show*: it holds 0. Where no source gives an ordering, the verdict only says which is higher. "
-        f"Each interval stands alone: of {len(findings)} such, one in twenty would miss its value by chance."
+        "Differences are paired by session and seed. *Reproduces*: the whole interval lies above "
+        "0; *reversed*: below it; *does not show*: it holds 0. Where no source gives an ordering, "
+        "the verdict only says which is higher. "
+        f"Each interval stands alone: of {len(findings)} such, one in twenty would miss its value "
+        f"by chance."
     )
     if any(f.gains for f in findings):
         text += (
-            " *Gains*: the two arms are sampled differently (ODE against a window of noise), so each is taken as its "
-            "difference from the start under its own sampler."
+            " *Gains*: the two arms are sampled differently (ODE against a window of noise), so "
+            "each is taken as its difference from the start under its own sampler."
         )
     return _table(head, lines) + "\n\n" + _wrapped(text)
 
@@ -199,27 +242,38 @@ def _tables(found: Sequence[Result]) -> list[str]:
         "IF": "IF, the instruction of this turn followed",
         "CC": "CC, what no instruction named is kept",
         "GA": "GA, everything right so far",
-        "marginal": "Marginal success, this turn's instruction fully followed (IF = 1), whatever came before",
+        "marginal": "Marginal success, this turn's instruction fully followed (IF = 1), whatever "
+        "came before",
     }
 
     def score(metric: str, turn: int = TURNS, mode: str | None = None) -> Callable[[Result], str]:
         return lambda r: _cell(interval(r.values(metric, turn, mode)))
 
     def table(head: Sequence[str], cells: Sequence[Callable[[Result], str]]) -> str:
-        return _table(["arm", *head], [[_title(r, found), *(cell(r) for cell in cells)] for r in found])
+        return _table(
+            ["arm", *head], [[_title(r, found), *(cell(r) for cell in cells)] for r in found]
+        )
 
     out = [
         table(
             ["session success", "turn-3 GA by seed", "seeds", "minutes of training"],
-            [score("success"), _by_seed, lambda r: str(len(r.seeds)) if r.arm.trained else "–", _minutes],
+            [
+                score("success"),
+                _by_seed,
+                lambda r: str(len(r.seeds)) if r.arm.trained else "–",
+                _minutes,
+            ],
         ),
         _wrapped(
-            "A session succeeds when GA at its last turn is 1; GA is 0 or 1 in this world, so this is also GA there. "
-            "Minutes are wall time of training alone, the mean over seeds."
+            "A session succeeds when GA at its last turn is 1; GA is 0 or 1 in this world, so "
+            "this is also GA there. Minutes are wall time of training alone, the mean over seeds."
         ),
     ]
     for metric, name in names.items():
-        out += [f"### {name}", table([f"turn {t}" for t in turns], [score(metric, t) for t in turns])]
+        out += [
+            f"### {name}",
+            table([f"turn {t}" for t in turns], [score(metric, t) for t in turns]),
+        ]
     modes = sorted({str(m) for r in found for m in r.modes})
     out += [
         "### Session success by mode",
@@ -241,22 +295,26 @@ def _minutes(result: Result) -> str:
 def _about_intervals(found: Sequence[Result], settings: Settings) -> str:
     seeds = max(len(r.seeds) for r in found)
     text = (
-        f"Two things could have been others: the training seed and the {settings.sessions} held-out sessions. Each of "
-        f"{RESAMPLES} bootstrap resamples (fixed seed) draws seeds with replacement, draws sessions with replacement "
-        "once for all seeds and arms, and takes the mean over the drawn seeds of the mean over the drawn sessions; the "
-        "interval is from the 2.5th to the 97.5th percentile. A difference of two arms is resampled as the difference "
-        "of the same session under the same seed. The start has no training seed: its interval is over sessions alone."
+        f"Two things could have been others: the training seed and the {settings.sessions} "
+        f"held-out sessions. Each of {RESAMPLES} bootstrap resamples (fixed seed) draws seeds "
+        f"with replacement, draws sessions with replacement "
+        "once for all seeds and arms, and takes the mean over the drawn seeds of the mean over "
+        "the drawn sessions; the interval is from the 2.5th to the 97.5th percentile. A "
+        "difference of two arms is resampled as the difference of the same session under the same "
+        "seed. The start has no training seed: its interval is over sessions alone."
     )
     if seeds == 1:
         return _wrapped(
-            text + " **There is one seed: all intervals are over sessions alone and say nothing of other seeds.**"
+            text + " **There is one seed: all intervals are over sessions alone and say nothing "
+            "of other seeds.**"
         )
     held = ", ".join(f"{100 * covered:.0f} %" for covered in COVERAGE.values())
     spread = ", ".join(f"{deviation:g}" for deviation in COVERAGE)
     return _wrapped(
-        text
-        + " A few seeds do not show the spread of all seeds: of simulated differences between two arms of three seeds "
-        f"each, {held} were inside their interval where the seeds of an arm had a standard deviation of {spread}, in "
+        text + " A few seeds do not show the spread of all seeds: of simulated differences "
+        "between two arms of three seeds "
+        f"each, {held} were inside their interval where the seeds of an arm had a standard "
+        f"deviation of {spread}, in "
         "this order. Hence the column of single seeds."
     )
 
@@ -283,13 +341,14 @@ def _arms(found: Sequence[Result]) -> str:
     ]
     table = _table(["name", "arm", "what it is", "differs only in this from", "settings"], lines)
     common = (
-        "All arms train without a distance to the start (`train.kl_weight = 0`, also where the preset has one) and in "
-        "the default sizes but for those above. NFT samples by ODE, each sibling from its own initial noise."
+        "All arms train without a distance to the start (`train.kl_weight = 0`, also where the "
+        "preset has one) and in the default sizes but for those above. NFT samples by ODE, each "
+        "sibling from its own initial noise."
     )
     return f"{table}\n\n{_wrapped(common)}"
 
 
-# --------------------------------------------------------------------------------------------------------------- plots
+# -------------------------------------------------------------------------------------------- plots
 
 
 def _panels(found: Sequence[Result]) -> list[tuple[str, list[Series]]]:
@@ -304,7 +363,14 @@ def _panels(found: Sequence[Result]) -> list[tuple[str, list[Series]]]:
             turns = [interval(of[0].values("GA", t)) for t in range(1, TURNS + 1)]
             present = [i for i in turns if i is not None]
             if len(present) == TURNS:
-                series.append(Series(_title(of[0], found), present, (colour + 5) % 6, dashed=not of[0].arm.trained))
+                series.append(
+                    Series(
+                        _title(of[0], found),
+                        present,
+                        (colour + 5) % 6,
+                        dashed=not of[0].arm.trained,
+                    )
+                )
         if any(not s.dashed for s in series):  # the start alone compares nothing
             panels.append((title, series))
     return panels
@@ -312,5 +378,7 @@ def _panels(found: Sequence[Result]) -> list[tuple[str, list[Series]]]:
 
 def _differences(findings: Sequence[Finding]) -> list[Difference]:
     return [
-        Difference(f.claim.text, f.difference, f.verdict, f.claim.least) for f in findings if f.difference is not None
+        Difference(f.claim.text, f.difference, f.verdict, f.claim.least)
+        for f in findings
+        if f.difference is not None
     ]

@@ -23,7 +23,8 @@ def _style() -> str:
     light = colours("#ffffff", "#1b1d20", "#575d65", "#dcdcd5", LIGHT)
     dark = colours("#1b1e22", "#e9e9e6", "#a5acb5", "#33383f", DARK)
     return (
-        "<style>text{font:12px ui-sans-serif,system-ui,'Noto Sans','DejaVu Sans',Helvetica,Arial,sans-serif}"
+        "<style>text{font:12px ui-sans-serif,system-ui,'Noto Sans','DejaVu "
+        "Sans',Helvetica,Arial,sans-serif}"
         ".name{font-weight:600}.line,.bar,.grid,.zero{fill:none}.line{stroke-width:2;stroke-linejoin:round}"
         f".bar{{stroke-width:1.5}}{light}@media (prefers-color-scheme:dark){{{dark}}}</style>"
     )
@@ -31,15 +32,17 @@ def _style() -> str:
 
 def _svg(parts: Sequence[str], height: float, description: str) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" '
-        f'role="img" aria-label="{escape(description)}">{_style()}<rect class="page" width="100%" height="100%"/>'
-        + "".join(parts)
-        + "</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" '
+        f'width="{WIDTH}" height="{height:g}" role="img" '
+        f'aria-label="{escape(description)}">{_style()}<rect class="page" width="100%" '
+        f'height="100%"/>' + "".join(parts) + "</svg>\n"
     )
 
 
 def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return (
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,13 @@ class Series:
 
 
 def lines_by_turn(panels: Sequence[tuple[str, Sequence[Series]]], name: str) -> str:
-    """A panel for each group of arms, on one scale: means by turn with their intervals, side by side within a turn."""
+    """A panel for each group of arms, on one scale: means by turn with their intervals, side by
+    side within a turn."""
     top, bottom, left, right, height = 34, 300, 42, 166, 340
     width = WIDTH / len(panels)
-    low, high = value_range([y for _, of in panels for s in of for i in s.turns for y in (i.low, i.high)])
+    low, high = value_range(
+        [y for _, of in panels for s in of for i in s.turns for y in (i.low, i.high)]
+    )
     count = max(len(s.turns) for _, of in panels for s in of)
 
     def y(value: float) -> float:
@@ -80,19 +86,27 @@ def lines_by_turn(panels: Sequence[tuple[str, Sequence[Series]]], name: str) -> 
             points = [(x(t) + shift, y(i.mean)) for t, i in enumerate(s.turns)]
             dash = ' stroke-dasharray="5 4"' if s.dashed else ""
             parts.append(
-                f'<path class="line s{s.colour}"{dash} d="M' + "L".join(f"{a:.1f} {b:.1f}" for a, b in points) + '"/>'
+                f'<path class="line s{s.colour}"{dash} d="M'
+                + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
+                + '"/>'
             )
             for (a, b), i in zip(points, s.turns, strict=True):
-                parts.append(f'<path class="bar s{s.colour}" d="M{a:.1f} {y(i.low):.1f}V{y(i.high):.1f}"/>')
+                parts.append(
+                    f'<path class="bar s{s.colour}" d="M{a:.1f} {y(i.low):.1f}V{y(i.high):.1f}"/>'
+                )
                 parts.append(f'<circle class="f{s.colour}" cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>')
             ends.append((points[-1][1], s))
             said.append(f"{s.title} {s.turns[-1].mean:.3f}")
         parts += _end_labels(sorted(ends, key=lambda end: end[0]), x1 + 4, top, bottom)
-    parts.append(_text(WIDTH / 2, height - 6, f"{name}, mean with its 95 % interval", "soft", "middle"))
+    parts.append(
+        _text(WIDTH / 2, height - 6, f"{name}, mean with its 95 % interval", "soft", "middle")
+    )
     return _svg(parts, height, f"{name} by turn. At the last turn: {'; '.join(said)}.")
 
 
-def _end_labels(ends: Sequence[tuple[float, Series]], x: float, top: float, bottom: float) -> list[str]:
+def _end_labels(
+    ends: Sequence[tuple[float, Series]], x: float, top: float, bottom: float
+) -> list[str]:
     """Names at the right edge, pushed apart where lines end close together."""
     gap = 15.0
     ys = [y for y, _ in ends]
@@ -102,7 +116,9 @@ def _end_labels(ends: Sequence[tuple[float, Series]], x: float, top: float, bott
     for i in reversed(range(len(ys))):
         ys[i] = min(ys[i], limit)
         limit = ys[i] - gap
-    return [_text(x, y + 4, s.title, f"f{s.colour} name") for y, (_, s) in zip(ys, ends, strict=True)]
+    return [
+        _text(x, y + 4, s.title, f"f{s.colour} name") for y, (_, s) in zip(ys, ends, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,11 @@ def forest(rows: Sequence[Difference], name: str) -> str:
     """Differences with their intervals, one a row; small dots are the single seeds."""
     left, right, top, step = 310, 240, 14, 30
     bottom = top + step * len(rows)
-    values = [v for row in rows for v in (row.interval.low, row.interval.high, *row.interval.by_seed, row.mark, 0.0)]
+    values = [
+        v
+        for row in rows
+        for v in (row.interval.low, row.interval.high, *row.interval.by_seed, row.mark, 0.0)
+    ]
     low, high = value_range(values, unit=False)
 
     def x(value: float) -> float:
@@ -135,13 +155,23 @@ def forest(rows: Sequence[Difference], name: str) -> str:
         held = i.low <= row.mark <= i.high
         colour = 5 if held else 0 if i.low > row.mark else 1
         if row.mark:
-            parts.append(f'<path class="zero" stroke-dasharray="3 3" d="M{x(row.mark):.1f} {y - 13:.1f}v26"/>')
+            parts.append(
+                f'<path class="zero" stroke-dasharray="3 3" d="M{x(row.mark):.1f} '
+                f'{y - 13:.1f}v26"/>'
+            )
         parts.append(_text(left - 12, y + 4, row.text, "ink", "end"))
         parts.append(f'<path class="bar s{colour}" d="M{x(i.low):.1f} {y:.1f}H{x(i.high):.1f}"/>')
         if len(i.by_seed) > 1:
-            parts += [f'<circle class="f{colour}" cx="{x(v):.1f}" cy="{y + 7:.1f}" r="1.6"/>' for v in i.by_seed]
+            parts += [
+                f'<circle class="f{colour}" cx="{x(v):.1f}" cy="{y + 7:.1f}" r="1.6"/>'
+                for v in i.by_seed
+            ]
         parts.append(f'<circle class="f{colour}" cx="{x(i.mean):.1f}" cy="{y:.1f}" r="4"/>')
-        parts.append(_text(WIDTH - right + 12, y + 4, f"{i.mean:+.3f}  {row.verdict}".replace("-", "−"), "ink"))
+        parts.append(
+            _text(
+                WIDTH - right + 12, y + 4, f"{i.mean:+.3f}  {row.verdict}".replace("-", "−"), "ink"
+            )
+        )
     parts.append(_text(x((low + high) / 2), bottom + 34, name, "soft", "middle"))
     said = "; ".join(f"{r.text} {r.interval.mean:+.3f} ({r.verdict})" for r in rows)
     return _svg(parts, bottom + 44, f"{name}. {said}.")

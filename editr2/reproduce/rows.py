@@ -1,4 +1,5 @@
-"""`reproduction.jsonl`: one line an (arm, seed, sampler), with the scores of every held-out session."""
+"""`reproduction.jsonl`: one line an (arm, seed, sampler), with the scores of every held-out
+session."""
 
 from __future__ import annotations
 
@@ -44,17 +45,27 @@ def cores() -> int:
 @functools.cache
 def _modes(count: int) -> tuple[str | None, ...]:
     """The modes of the held-out sessions."""
-    return tuple(make_session(HELDOUT_SEED, i, split="heldout", turns=TURNS).mode for i in range(count))
+    return tuple(
+        make_session(HELDOUT_SEED, i, split="heldout", turns=TURNS).mode for i in range(count)
+    )
 
 
 def make_row(
-    arm: Arm, seed: int | None, sampler: str, settings: Settings, evaluation: Mapping[str, Any], **facts: Any
+    arm: Arm,
+    seed: int | None,
+    sampler: str,
+    settings: Settings,
+    evaluation: Mapping[str, Any],
+    **facts: Any,
 ) -> Row:
-    """A row from an evaluation's row of `metrics.jsonl`. facts: seconds, threads and device of the run, and what
-    `fingerprints` says."""
+    """A row from an evaluation's row of `metrics.jsonl`. facts: seconds, threads and device of the
+    run, and what `fingerprints` says."""
     scores = evaluation["per_session"]
     last = [[scores[name][i][-1] for name in WEIGHTS] for i in range(len(scores["ga"]))]
-    reward = [None if None in of else sum(w * s for w, s in zip(WEIGHTS.values(), of, strict=True)) for of in last]
+    reward = [
+        None if None in of else sum(w * s for w, s in zip(WEIGHTS.values(), of, strict=True))
+        for of in last
+    ]
     return {
         "arm": arm.name,
         "seed": seed,
@@ -66,7 +77,10 @@ def make_row(
         "start": facts.get("start"),
         "iterations": settings.iterations if arm.trained else 0,
         "seconds": facts.get("seconds"),
-        **{f"{name}_turn": _means(evaluation[f"{name}_turn"]) for name in ("if", "cc", "ga", "marginal")},
+        **{
+            f"{name}_turn": _means(evaluation[f"{name}_turn"])
+            for name in ("if", "cc", "ga", "marginal")
+        },
         "success": _rounded(evaluation["success"]["mean"], 6),
         "by_mode": {
             mode: {"ga_turn": _list(part["ga_turn"], 6), "success": _rounded(part["success"], 6)}
@@ -75,13 +89,20 @@ def make_row(
         "intents_right": _rounded(evaluation["intents_right"], 6),
         # By turn, then by session; the reward of the last turn.
         "per_session": {
-            **{name: [_list(turn, 3) for turn in zip(*scores[name], strict=True)] for name in ("if", "cc", "ga")},
+            **{
+                name: [_list(turn, 3) for turn in zip(*scores[name], strict=True)]
+                for name in ("if", "cc", "ga")
+            },
             "reward": _list(reward, 3),
             "mode": list(_modes(len(last))),
         },
         "version": importlib.metadata.version("editr2"),
         "date": date.today().isoformat(),
-        "machine": {"cores": cores(), "threads": facts.get("threads"), "device": facts.get("device")},
+        "machine": {
+            "cores": cores(),
+            "threads": facts.get("threads"),
+            "device": facts.get("device"),
+        },
     }
 
 
@@ -107,7 +128,10 @@ def read_rows(folder: Path) -> dict[Key, Row]:
         return {}
     rows, dropped = read_metrics(path)
     if dropped:
-        raise ConfigError(f"{path}: {dropped} lines are not JSON objects (accepted: the rows as they were written)")
+        raise ConfigError(
+            f"{path}: {dropped} lines are not JSON objects (accepted: the rows as they were "
+            f"written)"
+        )
     return {key(row): row for row in rows}
 
 
@@ -116,16 +140,19 @@ def write_rows(folder: Path, rows: Mapping[Key, Row]) -> None:
     order = {arm.name: i for i, arm in enumerate(ARMS)}
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{FILE}.part"
-    ordered = sorted(rows.values(), key=lambda r: (order.get(r["arm"], len(order)), r["sampler"], r["seed"] or 0))
+    ordered = sorted(
+        rows.values(), key=lambda r: (order.get(r["arm"], len(order)), r["sampler"], r["seed"] or 0)
+    )
     part.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in ordered))
     os.replace(part, folder / FILE)
 
 
 def fingerprints(config: Config) -> dict[str, str]:
-    """Short hashes of a run's configuration but for seed and folder, and of the weights it starts from.
+    """Short hashes of a run's configuration but for seed and folder, and of the weights it starts
+    from.
 
-    Of the configuration counts what differs from the defaults, so that a field that is added later, at the value that
-    stands for what was done before, does not make old rows another experiment.
+    Of the configuration counts what differs from the defaults, so that a field that is added later,
+    at the value that stands for what was done before, does not make old rows another experiment.
     """
     given, default = (asdict(c) for c in (dataclasses.replace(config, seed=0, out=""), Config()))
     changed = {
@@ -144,22 +171,27 @@ def _start_weights() -> str:
 
 
 def shared_settings(rows: Mapping[Key, Row], path: Path) -> Settings:
-    """The settings that all rows have in common; rows of different settings, starts or configurations of an arm are not
-    put on one page."""
+    """The settings that all rows have in common; rows of different settings, starts or
+    configurations of an arm are not put on one page."""
     for name in ("settings", "start"):
         found = sorted({json.dumps(row[name], sort_keys=True) for row in rows.values()})
         if len(found) != 1:
-            raise ConfigError(f"{path}: holds rows of {len(found)} {name} (accepted: one; {' '.join(found)})")
+            raise ConfigError(
+                f"{path}: holds rows of {len(found)} {name} (accepted: one; {' '.join(found)})"
+            )
     configs = {(row["arm"], row["config"]) for row in rows.values() if row["seed"] is not None}
     twice = sorted({arm for arm, _ in configs if sum(other == arm for other, _ in configs) > 1})
     if twice:
-        raise ConfigError(f"{path}: holds rows of several configurations of {', '.join(twice)} (accepted: one)")
+        raise ConfigError(
+            f"{path}: holds rows of several configurations of {', '.join(twice)} (accepted: one)"
+        )
     return Settings(**next(iter(rows.values()))["settings"])
 
 
 @dataclass(frozen=True)
 class Result:
-    """All seeds of one arm under one sampler. scores: name -> float64 [seeds, turns, sessions], NaN where missing."""
+    """All seeds of one arm under one sampler. scores: name -> float64 [seeds, turns, sessions], NaN
+    where missing."""
 
     arm: Arm
     sampler: str
@@ -169,12 +201,14 @@ class Result:
     rows: tuple[Row, ...]
 
     def values(self, metric: str, turn: int = TURNS, mode: str | None = None) -> np.ndarray:
-        """[seeds, sessions] of IF, CC, GA, marginal (IF = 1 at this turn) or success (GA = 1 at the last), of the
-        sessions of one mode or of all."""
+        """[seeds, sessions] of IF, CC, GA, marginal (IF = 1 at this turn) or success (GA = 1 at the
+        last), of the sessions of one mode or of all."""
         if metric in ("IF", "CC", "GA"):
             values = self.scores[metric.lower()][:, turn - 1]
         else:
-            of = self.scores["if"][:, turn - 1] if metric == "marginal" else self.scores["ga"][:, -1]
+            of = (
+                self.scores["if"][:, turn - 1] if metric == "marginal" else self.scores["ga"][:, -1]
+            )
             values = np.where(np.isnan(of), np.nan, of >= 1 - 1e-6)
         return values if mode is None else values[:, self.modes == mode]
 
@@ -184,20 +218,32 @@ class Result:
             return self
         at = [self.seeds.index(seed) for seed in seeds]
         scores = {name: values[at] for name, values in self.scores.items()}
-        return Result(self.arm, self.sampler, tuple(seeds), scores, self.modes, tuple(self.rows[i] for i in at))
+        return Result(
+            self.arm,
+            self.sampler,
+            tuple(seeds),
+            scores,
+            self.modes,
+            tuple(self.rows[i] for i in at),
+        )
 
 
 def results(rows: Mapping[Key, Row]) -> list[Result]:
-    """The rows by arm and sampler, in the order of `ARMS`; rows of arms that no longer exist are left out."""
+    """The rows by arm and sampler, in the order of `ARMS`; rows of arms that no longer exist are
+    left out."""
     out = []
     for arm in ARMS:
         mine = [row for row in rows.values() if row["arm"] == arm.name]
         for sampler in sorted({row["sampler"] for row in mine}):
-            of = sorted((row for row in mine if row["sampler"] == sampler), key=lambda row: row["seed"] or 0)
+            of = sorted(
+                (row for row in mine if row["sampler"] == sampler), key=lambda row: row["seed"] or 0
+            )
             scores = {
                 name: np.array([row["per_session"][name] for row in of], dtype=np.float64)
                 for name in ("if", "cc", "ga")
             }
             modes = np.array(of[0]["per_session"]["mode"])
-            out.append(Result(arm, sampler, tuple(row["seed"] for row in of), scores, modes, tuple(of)))
+            out.append(
+                Result(arm, sampler, tuple(row["seed"] for row in of), scores, modes, tuple(of))
+            )
     return out

@@ -18,7 +18,17 @@ from typing import Any
 from editr2.config import Config
 from editr2.errors import ConfigError
 from editr2.reproduce.arms import Arm, Settings, arm_config, evaluation_sampler, find_arms, start_of
-from editr2.reproduce.rows import FILE, Key, Row, cores, fingerprints, make_row, read_rows, shared_settings, write_rows
+from editr2.reproduce.rows import (
+    FILE,
+    Key,
+    Row,
+    cores,
+    fingerprints,
+    make_row,
+    read_rows,
+    shared_settings,
+    write_rows,
+)
 from editr2.tracking import read_metrics
 from editr2.yaml_config import dump_yaml, load_yaml, to_dataclass
 
@@ -66,9 +76,11 @@ def command(config_file: Path) -> list[str]:
 def reproduce(
     out: Path, docs: Path, settings: Settings, *, arms: Sequence[Arm], seeds: int = 3, jobs: int = 2
 ) -> list[str]:
-    """Trains what is missing, writes `reproduction.jsonl` after every run, and returns the labels of runs that failed.
+    """Trains what is missing, writes `reproduction.jsonl` after every run, and returns the labels
+    of runs that failed.
 
-    Raises `ConfigError` before anything is trained when `out` or `docs` holds results of other settings.
+    Raises `ConfigError` before anything is trained when `out` or `docs` holds results of other
+    settings.
     """
     # Seed by seed, so that an interrupted reproduction has whole seeds.
     runs = [
@@ -81,7 +93,8 @@ def reproduce(
     rows = read_rows(docs)
     if rows and not (shared_settings(rows, docs / FILE) == settings and _current(rows, settings)):
         raise ConfigError(
-            f"{docs / FILE}: holds rows of other settings (accepted: another --docs, or without the file)"
+            f"{docs / FILE}: holds rows of other settings (accepted: another --docs, or without "
+            f"the file)"
         )
     for run in runs:
         _check_earlier(run)
@@ -95,7 +108,10 @@ def reproduce(
         row = rows[run.arm.name, run.seed, evaluation_sampler(run.config)]
         start = _evaluation(run, "before")["ga_turn"][-1]["mean"]
         progress = f"turn-{len(row['ga_turn'])} GA {_shown(start)} -> {_shown(row['ga_turn'][-1])}"
-        print(f"{run.label}: {progress}, {row['seconds']:.0f} s of training ({count} of {len(runs)})", flush=True)
+        print(
+            f"{run.label}: {progress}, {row['seconds']:.0f} s of training ({count} of {len(runs)})",
+            flush=True,
+        )
 
     def failed(run: Run, reason: str) -> None:
         failures.append(run.label)
@@ -106,7 +122,9 @@ def reproduce(
         if run.finished():
             done(run)
     # A row is enough: the folder it came from may have stayed on another machine.
-    missing = [run for run in runs if (run.arm.name, run.seed, evaluation_sampler(run.config)) not in rows]
+    missing = [
+        run for run in runs if (run.arm.name, run.seed, evaluation_sampler(run.config)) not in rows
+    ]
     _side_by_side(missing, jobs, done, failed)
     for arm in arms:
         config = arm_config(arm, settings, 0, out / arm.name)
@@ -133,7 +151,9 @@ def _current(rows: Mapping[Key, Row], settings: Settings) -> bool:
         if row["arm"] not in known:
             return False
         now = fingerprints(arm_config(known[row["arm"]], settings, 0, ""))
-        if row["start"] != now["start"] or (row["seed"] is not None and row["config"] != now["config"]):
+        if row["start"] != now["start"] or (
+            row["seed"] is not None and row["config"] != now["config"]
+        ):
             return False
     return True
 
@@ -150,30 +170,42 @@ def _check_earlier(run: Run) -> None:
     other = run.file.exists() and not run.file.read_text().startswith(_head(run.config))
     if other or earlier is None or replace(earlier, out=run.config.out) != run.config:
         raise ConfigError(
-            f"{run.folder}: holds a finished run of other settings (accepted: another --out, or without it)"
+            f"{run.folder}: holds a finished run of other settings (accepted: another --out, or "
+            f"without it)"
         )
 
 
 def _head(config: Config) -> str:
-    """The first line of a run's configuration file. The trainer's own copy does not say which weights were shipped."""
+    """The first line of a run's configuration file. The trainer's own copy does not say which
+    weights were shipped."""
     return f"# starts from {fingerprints(config)['start']}\n"
 
 
 def _evaluation(run: Run, name: str) -> Row:
-    return next(row for row in reversed(run.metrics()) if (row.get("event"), row.get("name")) == ("eval", name))
+    return next(
+        row
+        for row in reversed(run.metrics())
+        if (row.get("event"), row.get("name")) == ("eval", name)
+    )
 
 
 def run_rows(run: Run, settings: Settings, known: dict[Key, Row]) -> dict[Key, Row]:
-    """The row of a finished run, and that of the start it began from where none is known: the same settings, weights
-    and sessions were evaluated before training."""
+    """The row of a finished run, and that of the start it began from where none is known: the same
+    settings, weights and sessions were evaluated before training."""
     metrics = run.metrics()
     start = next(row for row in metrics if row.get("event") == "start")
     took = round([row["elapsed_s"] for row in metrics if row.get("event") == "train"][-1], 1)
-    facts: dict[str, Any] = {"threads": start["threads"], "device": start["device"], **fingerprints(run.config)}
+    facts: dict[str, Any] = {
+        "threads": start["threads"],
+        "device": start["device"],
+        **fingerprints(run.config),
+    }
     sampler = evaluation_sampler(run.config)
     key: Key = (run.arm.name, run.seed, sampler)
     rows: dict[Key, Row] = {
-        key: make_row(run.arm, run.seed, sampler, settings, _evaluation(run, "after"), seconds=took, **facts)
+        key: make_row(
+            run.arm, run.seed, sampler, settings, _evaluation(run, "after"), seconds=took, **facts
+        )
     }
     if key in known and {**known[key], "date": None} == {**rows[key], "date": None}:
         rows[key] = known[key]  # measured then, read again today
@@ -195,13 +227,16 @@ def evaluate_start(config: Config) -> Row:
 
     policy = load_policy(config.policy)
     heldout = open_sessions(config, policy).heldout
-    return evaluate(policy, WorldReward(), heldout, eval_sampler(config), config, open_processes()).row(0, "before")
+    return evaluate(
+        policy, WorldReward(), heldout, eval_sampler(config), config, open_processes()
+    ).row(0, "before")
 
 
 def _side_by_side(
     runs: Sequence[Run], jobs: int, done: Callable[[Run], None], failed: Callable[[Run, str], None]
 ) -> None:
-    """Trains `runs` in order, `jobs` at a time, each with its share of the cores. Whatever ends this call ends them."""
+    """Trains `runs` in order, `jobs` at a time, each with its share of the cores. Whatever ends
+    this call ends them."""
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     waiting, running = deque(runs), list[tuple[Run, subprocess.Popen[bytes]]]()
     with _terminated_as_interrupted():
@@ -235,13 +270,18 @@ def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     run.file.write_text(_head(run.config) + dump_yaml(run.config))
     with run.log.open("wb") as log:
         return subprocess.Popen(
-            command(run.file), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            command(run.file),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends the children too, as Ctrl-C does: an orphan would write into a run's folder beside its successor."""
+    """SIGTERM ends the children too, as Ctrl-C does: an orphan would write into a run's folder
+    beside its successor."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

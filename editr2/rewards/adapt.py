@@ -1,11 +1,13 @@
-"""Whatever a user gives as a reward, in one form: `CheckedReward`, which answers for every turn and raises nothing.
+"""Whatever a user gives as a reward, in one form: `CheckedReward`, which answers for every turn and
+raises nothing.
 
 Told apart by what there is and by the names of the parameters, never by what comes back:
 
 | given | called as | a missing value (None) |
 |---|---|---|
 | an object with `judge` | `judge(items)`, all sessions at once | failed |
-| keywords among `sessions`, `images`, `instructions` (TRL's manner) | by keyword, all at once | does not apply |
+| keywords among `sessions`, `images`, `instructions` (TRL's manner) | by keyword, all at once |
+does not apply |
 | two parameters, `(session, images)` | `f(session, images)`, a session a call | failed |
 | a class, or a function without parameters | made first, then as above | |
 """
@@ -40,15 +42,16 @@ RESERVED = ("reward", "success", "marginal")
 
 _KEYWORDS = ("sessions", "images", "instructions")
 _ACCEPTED = (
-    "a function of (session, images), one with keywords among sessions, images and instructions, an object with names "
-    "that is called so or has judge(items), or a class or function without parameters that makes one"
+    "a function of (session, images), one with keywords among sessions, images and instructions, "
+    "an object with names that is called so or has judge(items), or a class or function without "
+    "parameters that makes one"
 )
 
 
 class CheckedReward:
-    """A reward as the trainer asks it: `judge` answers for every turn of every session and lets nothing through but
-    Ctrl-C. names: of the rewards. given: what the user's own function or object is. answered: whether it ever gave a
-    score (or said that it does not apply)."""
+    """A reward as the trainer asks it: `judge` answers for every turn of every session and lets
+    nothing through but Ctrl-C. names: of the rewards. given: what the user's own function or object
+    is. answered: whether it ever gave a score (or said that it does not apply)."""
 
     def __init__(
         self,
@@ -66,11 +69,15 @@ class CheckedReward:
         items = [Item(_apart(item.session), item.images) for item in items]
         calls = [items] if self._together else [[item] for item in items]
         said = [rows for call in calls if call for rows in self._call(call)]
-        self.answered |= any(not all(score.failed for score in row.values()) for rows in said for row in rows)
+        self.answered |= any(
+            not all(score.failed for score in row.values()) for rows in said for row in rows
+        )
         return said
 
     def _call(self, items: Sequence[Item]) -> list[list[Row]]:
-        turns = [len(item.session.turns) for item in items]  # before the reward had them in its hands
+        turns = [
+            len(item.session.turns) for item in items
+        ]  # before the reward had them in its hands
         try:
             return self._caller.call(lambda: self._rows(items))
         except NoAnswerError as error:
@@ -85,13 +92,16 @@ def score_batch(reward: object, judged: Sequence[tuple[Session, np.ndarray]], tu
 
 
 def _apart(session: Session) -> Session:
-    """The same session, whose pixels and `meta` may be written into: what is edited next does not depend on a judge."""
+    """The same session, whose pixels and `meta` may be written into: what is edited next does not
+    depend on a judge."""
     turns = []
     for turn in session.turns:
         turns.append(copy.copy(turn))
         vars(turns[-1])["meta"] = _containers(turn.meta)
     mine = copy.copy(session)
-    vars(mine).update(image=lambda: session.image.copy(), turns=tuple(turns), meta=_containers(session.meta))
+    vars(mine).update(
+        image=lambda: session.image.copy(), turns=tuple(turns), meta=_containers(session.meta)
+    )
     return mine
 
 
@@ -104,10 +114,14 @@ def _containers(value: Any) -> Any:
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Puts back what a judge's code sets for the whole process or thread and training would follow: the working folder,
-    torch's default dtype and device, the current GPU, and whether gradients are recorded."""
+    """Puts back what a judge's code sets for the whole process or thread and training would follow:
+    the working folder, torch's default dtype and device, the current GPU, and whether gradients are
+    recorded."""
     folder, dtype, device = _working_folder(), torch.get_default_dtype(), torch.get_default_device()
-    recorded, cuda = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    recorded, cuda = (
+        torch.is_grad_enabled(),
+        torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+    )
     try:
         yield
     finally:
@@ -129,9 +143,11 @@ def _working_folder() -> str | None:
 
 
 def adapt(given: object, *, title: str = "reward", timeout: float | None = None) -> CheckedReward:
-    """A reward of any form. title: what to call it in errors. timeout: seconds a call; see `Caller`.
+    """A reward of any form. title: what to call it in errors. timeout: seconds a call; see
+    `Caller`.
 
-    Raises `ConfigError` where it is none of the forms, a class's constructor raises, or its names cannot be used.
+    Raises `ConfigError` where it is none of the forms, a class's constructor raises, or its names
+    cannot be used.
     """
     if isinstance(given, CheckedReward):
         return given
@@ -165,7 +181,9 @@ def _made(given: Any, title: str) -> Any:
         except BaseException as error:
             raise ConfigError(f"{title}: {called(given)}() raised {told(error)}") from error
         if inspect.isclass(made) or not (callable(made) or hasattr(made, "judge")):
-            raise ConfigError(f"{title}: {called(given)}() gave {described(made)} (accepted: {_ACCEPTED})")
+            raise ConfigError(
+                f"{title}: {called(given)}() gave {described(made)} (accepted: {_ACCEPTED})"
+            )
         return made
     if not callable(given) and not hasattr(given, "judge"):
         raise ConfigError(f"{title}: {described(given)} (accepted: {_ACCEPTED})")
@@ -183,13 +201,21 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _needed(parameters: Sequence[inspect.Parameter]) -> set[str]:
-    return {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return {
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
 
 
 def _is_factory(parameters: Sequence[inspect.Parameter]) -> bool:
     """Whether it can be called with nothing and asks for nothing to judge."""
     open_ended = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-    return not open_ended and not _needed(parameters) and not {"session", *_KEYWORDS} & {p.name for p in parameters}
+    return (
+        not open_ended
+        and not _needed(parameters)
+        and not {"session", *_KEYWORDS} & {p.name for p in parameters}
+    )
 
 
 def _is_at_once(parameters: Sequence[inspect.Parameter]) -> bool:
@@ -197,12 +223,17 @@ def _is_at_once(parameters: Sequence[inspect.Parameter]) -> bool:
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     kinds = {p.kind for p in parameters}
     rest_alone = kinds == {inspect.Parameter.VAR_KEYWORD}
-    ours = bool(named & {"sessions", "instructions"}) or _needed(parameters) == {"images"} or rest_alone
+    ours = (
+        bool(named & {"sessions", "instructions"})
+        or _needed(parameters) == {"images"}
+        or rest_alone
+    )
     return ours and _needed(parameters) <= set(_KEYWORDS)
 
 
 def _form(given: Any, title: str) -> tuple[Callable[[Sequence[Item]], Any], bool, Score]:
-    """How it is asked: by a function of items, whether about all of them at once, and what None means in its answer."""
+    """How it is asked: by a function of items, whether about all of them at once, and what None
+    means in its answer."""
     judge = getattr(given, "judge", None)
     function = judge if callable(judge) else given
     if any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))):  # noqa: B004
@@ -218,18 +249,25 @@ def _form(given: Any, title: str) -> tuple[Callable[[Sequence[Item]], Any], bool
             columns = {
                 "sessions": [item.session for item in items],
                 "images": [item.images for item in items],
-                "instructions": [[turn.instruction for turn in item.session.turns] for item in items],
+                "instructions": [
+                    [turn.instruction for turn in item.session.turns] for item in items
+                ],
             }
             return given(**{name: columns[name] for name in taken})
 
         return at_once, True, Score.not_applicable()
     try:
-        if foreign := _needed(parameters) & {"prompts", "completions"}:  # TRL's own columns, which there are none of
+        if foreign := _needed(parameters) & {
+            "prompts",
+            "completions",
+        }:  # TRL's own columns, which there are none of
             raise TypeError(f"there are no {foreign} here")
         inspect.Signature(parameters).bind(None, None)
     except TypeError as error:
         shown = ", ".join(map(str, parameters))
-        raise ConfigError(f"{title}: {called(given)} takes ({shown}) (accepted: {_ACCEPTED})") from error
+        raise ConfigError(
+            f"{title}: {called(given)} takes ({shown}) (accepted: {_ACCEPTED})"
+        ) from error
     return lambda items: given(*items[0]), False, NOT_A_SCORE
 
 
@@ -239,16 +277,26 @@ def _names(given: Any, title: str) -> tuple[str, ...]:
         name = called(given).lstrip("_")
         return (name,) if name.isidentifier() and name.lower() not in RESERVED else ("score",)
     names = (given.names,) if isinstance(given.names, str) else given.names
-    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+    if (
+        not isinstance(names, list | tuple)
+        or not names
+        or not all(isinstance(name, str) for name in names)
+    ):
         raise ConfigError(f"{title}: names: {names!r} (accepted: a tuple of at least one string)")
     lower = [name.lower() for name in names]
     for name in names:
         if not name.strip() or not name.isprintable():
             raise ConfigError(f"{title}: names: {name!r} (accepted: printable and not blank)")
         if name.lower() in RESERVED or lower.count(name.lower()) > 1:
-            why = "names that differ in more than their case" if lower.count(name.lower()) > 1 else "another name"
+            why = (
+                "names that differ in more than their case"
+                if lower.count(name.lower()) > 1
+                else "another name"
+            )
             taken = "" if lower.count(name.lower()) > 1 else "; metrics call their own so"
-            raise ConfigError(f"{title}: names: {name!r} in {', '.join(names)} (accepted: {why}{taken})")
+            raise ConfigError(
+                f"{title}: names: {name!r} in {', '.join(names)} (accepted: {why}{taken})"
+            )
     return tuple(names)
 
 
@@ -265,9 +313,10 @@ class NoAnswerError(Exception):
 class Caller:
     """Calls a user's function. timeout: seconds a call, None for no limit.
 
-    With a limit, calls run on a thread of their own (with this thread's CUDA device), which the next call uses again. A
-    call that takes longer is left behind on its thread, which nothing can stop: it ends when the call does or with the
-    process, keeps what it holds until then, and may overlap with later calls.
+    With a limit, calls run on a thread of their own (with this thread's CUDA device), which the
+    next call uses again. A call that takes longer is left behind on its thread, which nothing can
+    stop: it ends when the call does or with the process, keeps what it holds until then, and may
+    overlap with later calls.
     """
 
     def __init__(self, timeout: float | None) -> None:
@@ -297,7 +346,9 @@ class Caller:
             self._calls = queue.SimpleQueue()
             device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
             arguments = (_serve, self._calls, device)
-            threading.Thread(target=copy_context().run, args=arguments, daemon=True, name="editr2 reward").start()
+            threading.Thread(
+                target=copy_context().run, args=arguments, daemon=True, name="editr2 reward"
+            ).start()
         self._calls.put(work)
         try:
             said, error = answer.get(timeout=timeout)
@@ -323,7 +374,11 @@ def told(error: BaseException) -> str:
     except Exception:  # its __str__ is a user's code, too
         text = "(a message that cannot be read)"
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if frame.filename not in _OURS and "importlib" not in frame.filename]
+    theirs = [
+        frame
+        for frame in frames
+        if frame.filename not in _OURS and "importlib" not in frame.filename
+    ]
     # The deepest frame of the file that we called, not of the library that it called.
     own = [frame for frame in theirs if frame.filename == theirs[0].filename]
     at = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""

@@ -1,7 +1,8 @@
-"""Whatever a reward returned, as `Score`s: a row for every turn that the session has, a score for every name.
+"""Whatever a reward returned, as `Score`s: a row for every turn that the session has, a score for
+every name.
 
-What came back never decides what was expected. Anything that is not understood is a failed score that says what it was;
-nothing is guessed, shortened or filled in. docs/rewards.md has the table.
+What came back never decides what was expected. Anything that is not understood is a failed score
+that says what it was; nothing is guessed, shortened or filled in. docs/rewards.md has the table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Row = dict[str, Score]
 
 NOT_A_SCORE = Score(
     None,
-    'None came back (accepted: a number in [0, 1], Score(None, "why"), Score.not_applicable(); no return?)',
+    'None came back (accepted: a number in [0, 1], Score(None, "why"), Score.not_applicable(); no '
+    "return?)",
 )
 """What None stands for, except in TRL's manner, where it is `Score.not_applicable()`."""
 
@@ -29,7 +31,9 @@ def failed_rows(reason: str, turns: int, names: Sequence[str]) -> list[Row]:
     return [dict.fromkeys(names, Score(None, reason)) for _ in range(turns)]
 
 
-def batch_rows(said: object, turns: Sequence[int], names: Sequence[str], none: Score) -> list[list[Row]]:
+def batch_rows(
+    said: object, turns: Sequence[int], names: Sequence[str], none: Score
+) -> list[list[Row]]:
     """Rows of many sessions, of so many `turns` each, from one answer about all of them."""
     sessions = _listed(said, len(turns))
     if sessions is None or len(sessions) != len(turns):
@@ -40,20 +44,28 @@ def batch_rows(said: object, turns: Sequence[int], names: Sequence[str], none: S
 
 
 def session_rows(said: object, turns: int, names: Sequence[str], none: Score) -> list[Row]:
-    """Rows of a session of so many `turns`. What is no sequence is said of the whole session, of each turn."""
+    """Rows of a session of so many `turns`. What is no sequence is said of the whole session, of
+    each turn."""
     rows = _listed(said, turns)
     if rows is None:
         return [_row(said, names, none)] * turns
     if len(rows) != turns:
         wrong = _count(said, rows, turns)
-        return failed_rows(f"{wrong} came back for {turns} turns (accepted: one entry a turn)", turns, names)
+        return failed_rows(
+            f"{wrong} came back for {turns} turns (accepted: one entry a turn)", turns, names
+        )
     return [_row(row, names, none) for row in rows]
 
 
 def _listed(said: Any, expected: int) -> list[Any] | None:
-    """The entries of a sequence, array or iterator, at most one more than expected; None of anything else."""
+    """The entries of a sequence, array or iterator, at most one more than expected; None of
+    anything else."""
     arrays = isinstance(said, np.ndarray | Tensor) and said.ndim > 0
-    if arrays or isinstance(said, Iterator) or (isinstance(said, Sequence) and not isinstance(said, str | bytes)):
+    if (
+        arrays
+        or isinstance(said, Iterator)
+        or (isinstance(said, Sequence) and not isinstance(said, str | bytes))
+    ):
         return list(itertools.islice(said, expected + 1))
     return None
 
@@ -72,12 +84,18 @@ def _row(said: object, names: Sequence[str], none: Score) -> Row:
         if unknown:
             reason = f"a score named {unknown[0]!r} came back (accepted: {', '.join(names)})"
             return dict.fromkeys(names, Score(None, reason))
-        absent = Score(None, f"no score of this name came back (there were: {', '.join(map(str, said)) or 'none'})")
+        absent = Score(
+            None,
+            f"no score of this name came back (there were: {', '.join(map(str, said)) or 'none'})",
+        )
         return {name: _score(said[name], none) if name in said else absent for name in names}
     score = _score(said, none)
     if len(names) == 1 or score.value is None:  # a missing score says the same of all names
         return dict.fromkeys(names, score)
-    wrong = f"{described(said)} came back for {len(names)} rewards (accepted: a dict of {', '.join(names)})"
+    wrong = (
+        f"{described(said)} came back for {len(names)} rewards (accepted: a dict of "
+        f"{', '.join(names)})"
+    )
     return dict.fromkeys(names, Score(None, wrong))
 
 

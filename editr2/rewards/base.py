@@ -1,8 +1,8 @@
-"""What a reward says of a turn: a number, that it does not apply, or no number and why. A failed judge is never
-replaced by an invented number.
+"""What a reward says of a turn: a number, that it does not apply, or no number and why. A failed
+judge is never replaced by an invented number.
 
-Here are the states and the batch of them; `adapt` makes one form of whatever a user gives as a reward, and `answers`
-makes `Score`s of whatever came back.
+Here are the states and the batch of them; `adapt` makes one form of whatever a user gives as a
+reward, and `answers` makes `Score`s of whatever came back.
 """
 
 from __future__ import annotations
@@ -22,42 +22,56 @@ from editr2.errors import ConfigError, UserError, plain
 from editr2.sessions import Session
 
 ROUNDING = 1e-6
-"""So far outside of [0, 1] a number is taken for rounding (a cosine of 1 + 1e-7) and put on the bound."""
+"""So far outside of [0, 1] a number is taken for rounding (a cosine of 1 + 1e-7) and put on the
+bound."""
 
 
 def as_number(value: Any) -> float:
-    """A number in [0, 1]: of Python or NumPy, or a tensor or an array without dimensions. True is 1, False is 0.
+    """A number in [0, 1]: of Python or NumPy, or a tensor or an array without dimensions. True is
+    1, False is 0.
 
     Raises TypeError or ValueError that says what was given and what is accepted.
     """
     scalar = isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0
-    plain = value.item() if scalar else value  # not float(): it warns where a tensor carries a gradient
+    plain = (
+        value.item() if scalar else value
+    )  # not float(): it warns where a tensor carries a gradient
     if not issubclass(type(plain), numbers.Real):
         raise TypeError(f"{described(value)} (accepted: a number in [0, 1])")
-    if not -ROUNDING <= plain <= 1 + ROUNDING:  # not so for NaN; compared first: an int may be too large for a float
-        why = "is not finite" if plain != plain or plain in (float("inf"), float("-inf")) else "is outside of [0, 1]"
+    if (
+        not -ROUNDING <= plain <= 1 + ROUNDING
+    ):  # not so for NaN; compared first: an int may be too large for a float
+        why = (
+            "is not finite"
+            if plain != plain or plain in (float("inf"), float("-inf"))
+            else "is outside of [0, 1]"
+        )
         raise ValueError(f"{described(value)} {why}; return Score(None, reason) instead")
     return min(max(float(plain), 0.0), 1.0)
 
 
 def described(value: object) -> str:
-    """What came back, in a few words: numbers and None as they are, else the type, with its size where it has one."""
+    """What came back, in a few words: numbers and None as they are, else the type, with its size
+    where it has one."""
     if value is None or isinstance(value, numbers.Number | np.generic | str):
         text = repr(value) if isinstance(value, str) else str(value)
         return text if len(text) <= 40 else text[:37] + "..."
     if isinstance(value, Tensor | np.ndarray):
         return f"a {type(value).__name__} of shape {list(value.shape)}"
     article = "an" if type(value).__name__[0] in "aeiouAEIOU" else "a"
-    return f"{article} {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list | tuple) else "")
+    return f"{article} {type(value).__name__}" + (
+        f" of {len(value)}" if isinstance(value, list | tuple) else ""
+    )
 
 
 @dataclass(frozen=True)
 class Score:
     """What a reward says of one turn. One of three:
 
-    `Score(0.7)`: a number in [0, 1] (see `as_number`), with a reason if you like; `Score(None, "why")`: it could not be
-    judged (masked, counted as failed, and too many stop the run); `Score.not_applicable()`: there is nothing to judge,
-    such as consistency with nothing left to compare (masked, counted apart, and never a failure).
+    `Score(0.7)`: a number in [0, 1] (see `as_number`), with a reason if you like; `Score(None,
+    "why")`: it could not be judged (masked, counted as failed, and too many stop the run);
+    `Score.not_applicable()`: there is nothing to judge, such as consistency with nothing left to
+    compare (masked, counted apart, and never a failure).
     Raises TypeError or ValueError for anything else.
     """
 
@@ -69,7 +83,9 @@ class Score:
         if self.reason is not None and not isinstance(self.reason, str):
             raise TypeError(f"Score: reason: {described(self.reason)} (accepted: a string)")
         if self.value is not None and not self.applies:
-            raise ValueError(f"Score: {described(self.value)} of a reward that does not apply (accepted: None)")
+            raise ValueError(
+                f"Score: {described(self.value)} of a reward that does not apply (accepted: None)"
+            )
         if self.value is None and self.applies and not (self.reason or "").strip():
             raise ValueError("Score: a missing value needs a reason")
         if self.value is not None:
@@ -96,8 +112,8 @@ class Item(NamedTuple):
 
 
 class Reward(Protocol):
-    """Judges many sessions at once: `judge(items)` returns, for every item, a dict of a `Score` for each of `names` for
-    every turn of its session."""
+    """Judges many sessions at once: `judge(items)` returns, for every item, a dict of a `Score` for
+    each of `names` for every turn of its session."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -106,8 +122,8 @@ class Reward(Protocol):
 
 
 class SessionReward(Protocol):
-    """Judges one session a call: `reward(session, images)` with images uint8 [T, H, W, 3], the output of every turn,
-    returns a dict of a `Score` for each of `names` for every turn."""
+    """Judges one session a call: `reward(session, images)` with images uint8 [T, H, W, 3], the
+    output of every turn, returns a dict of a `Score` for each of `names` for every turn."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -116,17 +132,20 @@ class SessionReward(Protocol):
 
 
 GivenReward = Reward | SessionReward | Callable[..., Any]
-"""What a user may give: docs/rewards.md lists the forms, `editr2.rewards.adapt` tells them apart."""
+"""What a user may give: docs/rewards.md lists the forms, `editr2.rewards.adapt` tells them
+apart."""
 
 ANSWERED, NOT_APPLICABLE, FAILED = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a batch. values: float32 [N, T, K], 0 where missing. present: bool [N, T], False where any of a turn's
-    scores is missing or the session has no such turn. expected: bool [N, T], the turns that the sessions have, whatever
-    was returned. reasons: why turns failed, by (rollout, turn), naming rewards, session and turn. states: int8
-    [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE or FAILED; none: whatever is missing failed."""
+    """Scores of a batch. values: float32 [N, T, K], 0 where missing. present: bool [N, T], False
+    where any of a turn's scores is missing or the session has no such turn. expected: bool [N, T],
+    the turns that the sessions have, whatever was returned. reasons: why turns failed, by (rollout,
+    turn), naming rewards, session and turn. states: int8
+    [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE or FAILED; none: whatever is
+    missing failed."""
 
     names: tuple[str, ...]
     values: Tensor
@@ -177,7 +196,10 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
 
 
 def lay_out(
-    names: tuple[str, ...], sessions: Sequence[Session], said: Sequence[Sequence[dict[str, Score]]], turns: int
+    names: tuple[str, ...],
+    sessions: Sequence[Session],
+    said: Sequence[Sequence[dict[str, Score]]],
+    turns: int,
 ) -> Scores:
     """Well-formed answers, a row a turn of every session, as a batch; `turns` is its width T."""
     shape = (len(sessions), turns, len(names))
@@ -198,7 +220,8 @@ def lay_out(
 
 
 def _failure(row: dict[str, Score], session: str, turn: int) -> str:
-    """`reward IF, session a1, turn 2: why` in one line; rewards that failed for one reason are named together."""
+    """`reward IF, session a1, turn 2: why` in one line; rewards that failed for one reason are
+    named together."""
     parts = []
     failed = {name: plain(str(score.reason)) for name, score in row.items() if score.failed}
     for reason in Counter(failed.values()):
@@ -214,11 +237,13 @@ class RewardFailure(UserError):
 
 
 FEWEST = 8
-"""A reward that applies to fewer turns of an iteration is held against so many: two failures of two say little."""
+"""A reward that applies to fewer turns of an iteration is held against so many: two failures of two
+say little."""
 
 
 def check_failures(scores: Scores, limit: float) -> None:
-    """Stops the run when one of the rewards failed on more than `limit` (a fraction) of the turns it applies to."""
+    """Stops the run when one of the rewards failed on more than `limit` (a fraction) of the turns
+    it applies to."""
     failures, skipped = scores.of_state(FAILED), scores.of_state(NOT_APPLICABLE)
     turns = int(scores.expected.sum())
     for k, name in enumerate(scores.names):
@@ -226,15 +251,23 @@ def check_failures(scores: Scores, limit: float) -> None:
         asked = max(turns - int(skipped[..., k].sum()), min(turns, FEWEST))
         if asked and failed / asked > limit:
             raise RewardFailure(
-                f"reward {name}: {failed} of {asked} turns could not be scored (train.max_failed_scores: {limit:g}); "
-                f"first: {_first_reason(scores, k)}"
+                f"reward {name}: {failed} of {asked} turns could not be scored "
+                f"(train.max_failed_scores: {limit:g}); first: {_first_reason(scores, k)}"
             )
 
 
 def unscored(scores: Scores) -> str | None:
-    """Of the first reward that failed on every turn, how it did on the first; None where each has something to say."""
+    """Of the first reward that failed on every turn, how it did on the first; None where each has
+    something to say."""
     failed = (scores.of_state(FAILED) | ~scores.expected[..., None]).flatten(0, 1).all(0)
-    return next((_first_reason(scores, k) for k in range(len(scores.names)) if failed[k] and scores.reasons), None)
+    return next(
+        (
+            _first_reason(scores, k)
+            for k in range(len(scores.names))
+            if failed[k] and scores.reasons
+        ),
+        None,
+    )
 
 
 def _first_reason(scores: Scores, k: int) -> str:
@@ -243,18 +276,22 @@ def _first_reason(scores: Scores, k: int) -> str:
 
 
 def weights_of(names: Sequence[str], weights: dict[str, float]) -> dict[str, float]:
-    """The weight of every reward, in the order of `names`. Weights that nobody set (`UNSET_WEIGHTS`) are 1 for a single
-    reward, and one of 0 may name a reward that there is not; any other unknown or missing name is a `ConfigError`."""
+    """The weight of every reward, in the order of `names`. Weights that nobody set
+    (`UNSET_WEIGHTS`) are 1 for a single reward, and one of 0 may name a reward that there is not;
+    any other unknown or missing name is a `ConfigError`."""
     if len(names) == 1 and any(weights == unset for unset in UNSET_WEIGHTS):
         return {names[0]: 1.0}
     if {name for name, weight in weights.items() if weight or name in names} != set(names):
         example = ", ".join(f'"{name}": {1 / len(names):.2g}' for name in names)
         given = f"{sorted(weights)}{', the defaults' if weights in UNSET_WEIGHTS else ''}"
         raise ConfigError(
-            f"credit.weights: {given} (accepted: a weight for exactly {sorted(names)}, such as {{{example}}})"
+            f"credit.weights: {given} (accepted: a weight for exactly {sorted(names)}, such as "
+            f"{{{example}}})"
         )
     if not any(weights[name] for name in names):
-        raise ConfigError("credit.weights: all are 0, so nothing trains (accepted: at least one that is not)")
+        raise ConfigError(
+            "credit.weights: all are 0, so nothing trains (accepted: at least one that is not)"
+        )
     return {name: weights[name] for name in names}
 
 

@@ -1,6 +1,7 @@
 """A stand-in for a judge: the mean brightness of every output. It says nothing about edits.
 
-With it a recipe can be tried from end to end before the real judge is ready; docs/rewards.md tells how to write one.
+With it a recipe can be tried from end to end before the real judge is ready; docs/rewards.md tells
+how to write one.
 """
 
 from __future__ import annotations

@@ -14,9 +14,11 @@ from editr2.rewards.world import WorldReward
 
 
 def load_reward(config: RewardConfig) -> CheckedReward:
-    """The configured reward. A module is looked for in the working folder, too, after everything that is installed.
+    """The configured reward. A module is looked for in the working folder, too, after everything
+    that is installed.
 
-    Raises `ConfigError` naming `reward.function`, whatever goes wrong in the module or its constructor.
+    Raises `ConfigError` naming `reward.function`, whatever goes wrong in the module or its
+    constructor.
     """
     if config.function is None:
         return adapt(WorldReward(), timeout=config.timeout)

@@ -1,4 +1,5 @@
-"""The shapes world's exact verifiers as a reward: IF, CC and GA per turn (see `worlds/shapes.py`)."""
+"""The shapes world's exact verifiers as a reward: IF, CC and GA per turn (see
+`worlds/shapes.py`)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from editr2.worlds import shapes
 
 
 class WorldReward:
-    """Judges by parsing pixels. A session that is not of the world gets no score, with the reason."""
+    """Judges by parsing pixels. A session that is not of the world gets no score, with the
+    reason."""
 
     names = ("IF", "CC", "GA")
     version = shapes.VERSION
@@ -22,4 +24,6 @@ class WorldReward:
             rows = shapes.verify(session.image, instructions, images)
         except DataError as error:
             return [{name: Score(None, str(error)) for name in self.names} for _ in instructions]
-        return [{name: Score(float(x)) for name, x in zip(self.names, row, strict=True)} for row in rows]
+        return [
+            {name: Score(float(x)) for name, x in zip(self.names, row, strict=True)} for row in rows
+        ]

@@ -1,6 +1,7 @@
 """What a run's numbers depend on, and where they were made.
 
-A checkpoint and the first row of `metrics.jsonl` hold both. What numbers depend on has a name and a fingerprint each,
+A checkpoint and the first row of `metrics.jsonl` hold both. What numbers depend on has a name and a
+fingerprint each,
 
     sessions   the training set: ids, instructions, modes, meta and pixels; of the endless world settings and version
     heldout    the same of the evaluation's sessions
@@ -8,8 +9,9 @@ A checkpoint and the first row of `metrics.jsonl` hold both. What numbers depend
     reward     the judge's name, its source with that of its helpers (`sources`), and the settings that its constructor
                was given
 
-beside the settings under their dotted names: a run goes on only where all of them are what they were, or where the user
-insists by name (`--resume-anyway`). Versions, command, commit, host and date may differ; they are recorded and told.
+beside the settings under their dotted names: a run goes on only where all of them are what they
+were, or where the user insists by name (`--resume-anyway`). Versions, command, commit, host and
+date may differ; they are recorded and told.
 """
 
 from __future__ import annotations
@@ -46,7 +48,16 @@ MAY_CHANGE = {"out", "train.iterations", "checkpoint.every", "checkpoint.keep"}
 """Settings that a resumed run may have others of: no number of an iteration follows from them."""
 STANDS_FOR = {"sessions": "data.path", "heldout": "data.heldout", "weights": "policy.weights"}
 """Fingerprints of what a path leads to: where both are known, the path may be another one."""
-PACKAGES = ("editr2", "torch", "numpy", "accelerate", "diffusers", "transformers", "peft", "tokenizers")
+PACKAGES = (
+    "editr2",
+    "torch",
+    "numpy",
+    "accelerate",
+    "diffusers",
+    "transformers",
+    "peft",
+    "tokenizers",
+)
 WHOLE = 16 << 20
 """Bytes up to which a file of weights is read whole; larger ones are sampled."""
 BLOCK = 4 << 10
@@ -57,16 +68,19 @@ _ABSENT = object()
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """depends: fingerprints by name (see above), and `start`, the trainable weights of a policy that was given ready
-    made. made: versions, command, commit, host, date, processes and device. resumed: the same, with what was insisted
-    on, of every process that went on with the run, this one last."""
+    """depends: fingerprints by name (see above), and `start`, the trainable weights of a policy
+    that was given ready made. made: versions, command, commit, host, date, processes and device.
+    resumed: the same, with what was insisted on, of every process that went on with the run, this
+    one last."""
 
     depends: dict[str, str]
     made: dict[str, Any]
     resumed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-def identify(config: Config, source: SessionSource, weights: dict[str, str], reward: Any) -> dict[str, str]:
+def identify(
+    config: Config, source: SessionSource, weights: dict[str, str], reward: Any
+) -> dict[str, str]:
     """`Identity.depends`. weights: of `loaded_weights` or `given_weights`."""
     endless = f"endless shapes world {shapes.VERSION}, seed {source.seed}, {source.turns} turns"
     return {
@@ -77,7 +91,7 @@ def identify(config: Config, source: SessionSource, weights: dict[str, str], rew
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ sessions
+# ----------------------------------------------------------------------------------------- sessions
 
 
 def sessions_fingerprint(sessions: Sequence[Session]) -> str:
@@ -85,16 +99,19 @@ def sessions_fingerprint(sessions: Sequence[Session]) -> str:
     digest = hashlib.sha256()
     for s in sessions:
         turns = [[t.instruction, t.intent, t.task, t.meta] for t in s.turns]
-        said = json.dumps([s.id, s.mode, turns, s.meta, pixel_sum(s)], sort_keys=True, default=_described)
+        said = json.dumps(
+            [s.id, s.mode, turns, s.meta, pixel_sum(s)], sort_keys=True, default=_described
+        )
         digest.update(said.encode("utf-8", "surrogatepass") + b"\n")
     return f"{len(sessions)} sessions {_short(digest)}"
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def loaded_weights(config: Config) -> dict[str, str]:
-    """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the cache holds."""
+    """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the
+    cache holds."""
     from editr2.policies.load import policy_class, weight_sources
     from editr2.policies.unified import EMBEDDED
 
@@ -103,15 +120,19 @@ def loaded_weights(config: Config) -> dict[str, str]:
         return {"weights": folder_fingerprint(Path(p.weights) if p.weights else EMBEDDED)}
     parts = weight_sources(p.weights or policy_class(p.model).published, p.model)
     texts = [
-        folder_fingerprint(Path(part)) if Path(part).is_dir() else hub_revision(str(part)) for part in parts if part
+        folder_fingerprint(Path(part)) if Path(part).is_dir() else hub_revision(str(part))
+        for part in parts
+        if part
     ]
     return {"weights": " over ".join(texts)}
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Of everything below a folder that a loader may read: names, sizes, and contents, sampled where they are large.
+    """Of everything below a folder that a loader may read: names, sizes, and contents, sampled
+    where they are large.
 
-    40 GB of weights take a few thousand reads of 4 KiB: one inside of every tensor, so that a change to any one of
+    40 GB of weights take a few thousand reads of 4 KiB: one inside of every tensor, so that a
+    change to any one of
     them is seen unless it leaves that block alone.
     """
     digest, size = hashlib.sha256(), 0
@@ -125,28 +146,48 @@ def folder_fingerprint(folder: Path) -> str:
         digest.update(f"{name} {bytes_}\n".encode())
         size += bytes_
         with open(file, "rb") as stream:
-            for start, length in [(0, bytes_)] if bytes_ <= WHOLE else _samples(stream, bytes_, file.suffix):
+            for start, length in (
+                [(0, bytes_)] if bytes_ <= WHOLE else _samples(stream, bytes_, file.suffix)
+            ):
                 stream.seek(start)
                 digest.update(stream.read(length))
     return f"{size} bytes {_short(digest)}"
 
 
-_READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".txt", ".model", ".jinja"}
+_READ = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+}
 
 
 def _samples(stream: Any, size: int, suffix: str) -> list[tuple[int, int]]:
-    """(start, length) of what is read of a large file: a safetensors header and a block of every tensor, or blocks at
-    equal distances."""
+    """(start, length) of what is read of a large file: a safetensors header and a block of every
+    tensor, or blocks at equal distances."""
     if suffix == ".safetensors":
         length = int.from_bytes(stream.read(8), "little")
         if length < size:
             try:
                 header = json.loads(stream.read(length))
-                tensors = [(v["data_offsets"][0], v["data_offsets"][1]) for k, v in header.items() if k[0] != "_"]
+                tensors = [
+                    (v["data_offsets"][0], v["data_offsets"][1])
+                    for k, v in header.items()
+                    if k[0] != "_"
+                ]
             except (ValueError, KeyError, TypeError, IndexError, AttributeError):
                 tensors = []  # the loader is the one to say so
             if tensors:
-                blocks = [(8 + length + max(a, (a + b - BLOCK) // 2), min(BLOCK, b - a)) for a, b in sorted(tensors)]
+                blocks = [
+                    (8 + length + max(a, (a + b - BLOCK) // 2), min(BLOCK, b - a))
+                    for a, b in sorted(tensors)
+                ]
                 return [(0, 8 + length), *blocks]
     return [(size * i // SAMPLES, BLOCK) for i in range(SAMPLES)] + [(size - BLOCK, BLOCK)]
 
@@ -161,10 +202,13 @@ def hub_revision(name: str) -> str:
 
 
 def given_weights(policy: Any) -> dict[str, str]:
-    """Of a policy that was handed over ready made, by its tensors: `weights` are the frozen ones and the buffers of all
-    its parts, `start` those that train (which only a run without checkpoint depends on)."""
+    """Of a policy that was handed over ready made, by its tensors: `weights` are the frozen ones
+    and the buffers of all its parts, `start` those that train (which only a run without checkpoint
+    depends on)."""
     parts = dict(_modules(policy))
-    frozen = [(f"{k}.{n}", t) for k, m in parts.items() for n, t in _tensors(m) if not t.requires_grad]
+    frozen = [
+        (f"{k}.{n}", t) for k, m in parts.items() for n, t in _tensors(m) if not t.requires_grad
+    ]
     trained = [(n, t) for n, t in policy.module.named_parameters() if t.requires_grad]
     name = type(policy).__qualname__
     return {
@@ -175,7 +219,10 @@ def given_weights(policy: Any) -> dict[str, str]:
 
 def _modules(policy: Any) -> Iterator[tuple[str, nn.Module]]:
     yield "module", policy.module
-    parts = {**getattr(policy, "__dict__", {}), **getattr(getattr(policy, "pipe", None), "components", {})}
+    parts = {
+        **getattr(policy, "__dict__", {}),
+        **getattr(getattr(policy, "pipe", None), "components", {}),
+    }
     yield from ((name, part) for name, part in sorted(parts.items()) if isinstance(part, nn.Module))
 
 
@@ -197,23 +244,28 @@ def _tensor_digest(named: Iterable[tuple[str, Tensor]]) -> Any:
     return digest
 
 
-# -------------------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------- reward
 
 
 def reward_fingerprint(reward: Any) -> str:
     """Qualified name, source and settings, as far as they can be had.
 
-    Settings are what the constructor takes and the object keeps under the same name (or that behind an underscore), so
-    counters and caches are none. A judge whose answers change without any of this says so by its `version`. Raises
-    `ConfigError` where its own code raises.
+    Settings are what the constructor takes and the object keeps under the same name (or that behind
+    an underscore), so counters and caches are none. A judge whose answers change without any of
+    this says so by its `version`. Raises `ConfigError` where its own code raises.
     """
     if type(reward).__module__.startswith("editr2."):
         reward = getattr(reward, "given", reward)  # what we put around a user's own
     try:
         said = json.dumps(_described(reward), sort_keys=True).encode("utf-8", "surrogatepass")
     except Exception as error:  # of a user's own property or descriptor
-        raise ConfigError(f"reward: {_name(type(reward))}: its settings cannot be read: {one_line(error)}") from error
-    return f"{_name(reward if inspect.isroutine(reward) else type(reward))} {_short(hashlib.sha256(said))}"
+        raise ConfigError(
+            f"reward: {_name(type(reward))}: its settings cannot be read: {one_line(error)}"
+        ) from error
+    return (
+        f"{_name(reward if inspect.isroutine(reward) else type(reward))} "
+        f"{_short(hashlib.sha256(said))}"
+    )
 
 
 def _name(thing: Any) -> str:
@@ -239,7 +291,11 @@ def _described(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (Path, torch.dtype, torch.device, re.Pattern)):
         return str(value)
     if isinstance(value, np.ndarray):
-        return [str(value.dtype), list(value.shape), _short(hashlib.sha256(np.ascontiguousarray(value).tobytes()))]
+        return [
+            str(value.dtype),
+            list(value.shape),
+            _short(hashlib.sha256(np.ascontiguousarray(value).tobytes())),
+        ]
     if isinstance(value, Tensor):
         return _short(_tensor_digest([("", value)]))
     if isinstance(value, functools.partial):
@@ -259,7 +315,12 @@ def _described(value: Any, depth: int = 0) -> Any:
         return _name(type(value))
     settings = {name: _described(item, depth + 1) for name, item in _settings(value)}
     version = _described(getattr(value, "version", None), depth + 1)
-    return {"name": _name(type(value)), "source": sources(type(value)), "settings": settings, "version": version}
+    return {
+        "name": _name(type(value)),
+        "source": sources(type(value)),
+        "settings": settings,
+        "version": version,
+    }
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:
@@ -274,7 +335,7 @@ def _settings(value: Any) -> Iterator[tuple[str, Any]]:
             yield name, kept
 
 
-# --------------------------------------------------------------------------------------------------- where it was made
+# -------------------------------------------------------------------------------- where it was made
 
 
 def provenance(processes: int, device: str) -> dict[str, Any]:
@@ -303,10 +364,20 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 @functools.cache
 def _commit() -> str | None:
-    """The commit of editr2's own sources, where they are a git checkout, else of the folder that the run was started
-    in; `+changes` where tracked files differ from it. None: neither is, or there is no git."""
+    """The commit of editr2's own sources, where they are a git checkout, else of the folder that
+    the run was started in; `+changes` where tracked files differ from it. None: neither is, or
+    there is no git."""
     for folder in (Path(__file__).parent, Path.cwd()):
-        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        command = [
+            "git",
+            "-C",
+            str(folder),
+            "describe",
+            "--always",
+            "--abbrev=40",
+            "--exclude=*",
+            "--dirty=+changes",
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         except (OSError, subprocess.TimeoutExpired):
@@ -317,19 +388,31 @@ def _commit() -> str | None:
 
 
 def told(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`torch 2.9.0 then, 2.10.0 now` for everything that may differ and does; the date always does."""
-    before, after = (dict(_flat({**made, **dict(made.get("versions", {}))})) for made in (saved, now))
-    names = [n for n in dict.fromkeys([*before, *after]) if n != "date" and not n.startswith("versions.")]
+    """`torch 2.9.0 then, 2.10.0 now` for everything that may differ and does; the date always
+    does."""
+    before, after = (
+        dict(_flat({**made, **dict(made.get("versions", {}))})) for made in (saved, now)
+    )
+    names = [
+        n for n in dict.fromkeys([*before, *after]) if n != "date" and not n.startswith("versions.")
+    ]
     different = [name for name in names if before.get(name) != after.get(name)]
-    return [f"{name} {before.get(name, 'unknown')} then, {after.get(name, 'unknown')} now" for name in different]
+    return [
+        f"{name} {before.get(name, 'unknown')} then, {after.get(name, 'unknown')} now"
+        for name in different
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------- comparison
+# --------------------------------------------------------------------------------------- comparison
 
 
 def named(config: Config | Mapping[str, Any], depends: Mapping[str, str] | None) -> dict[str, Any]:
     """Settings under their dotted names, and fingerprints."""
-    plain = config if isinstance(config, Mapping) else json.loads(json.dumps(dataclasses.asdict(config)))
+    plain = (
+        config
+        if isinstance(config, Mapping)
+        else json.loads(json.dumps(dataclasses.asdict(config)))
+    )
     return {**dict(_flat(plain)), **(depends or {})}
 
 
@@ -338,8 +421,9 @@ def differences(
 ) -> dict[str, tuple[str, str]]:
     """What differs between two results of `named`, as (saved, given).
 
-    A setting that only one of them knows has its default in the other (editr2 gained or lost it since). A fingerprint
-    that only one of them has is not compared; one that both have stands in for its path.
+    A setting that only one of them knows has its default in the other (editr2 gained or lost it
+    since). A fingerprint that only one of them has is not compared; one that both have stands in
+    for its path.
     """
     defaults = named(Config(), None)
     both = {name for name in (*STANDS_FOR, "start", "reward") if name in saved and name in now}
@@ -350,7 +434,9 @@ def differences(
             continue
         old, new = (values.get(name, defaults.get(name, _ABSENT)) for values in (saved, now))
         if old != new:
-            shown = ["absent" if value is _ABSENT else _text(value, name in both) for value in (old, new)]
+            shown = [
+                "absent" if value is _ABSENT else _text(value, name in both) for value in (old, new)
+            ]
             found[name] = (shown[0], shown[1])
     return found
 
@@ -362,19 +448,30 @@ def check_insisted(insisted: Iterable[str]) -> None:
     known = {*STANDS_FOR, "start", "reward", *settings, *sections}
     for name in insisted:
         if name not in known:
-            accepted = f"{', '.join([*STANDS_FOR, 'reward'])}, or a setting such as train.lr or a section of them"
+            accepted = (
+                f"{', '.join([*STANDS_FOR, 'reward'])}, or a setting such as train.lr or a "
+                f"section of them"
+            )
             raise ConfigError(f"--resume-anyway: {name!r} (accepted: {accepted})")
 
 
-def settle(found: Mapping[str, tuple[str, str]], insisted: Iterable[str], where: object) -> dict[str, tuple[str, str]]:
+def settle(
+    found: Mapping[str, tuple[str, str]], insisted: Iterable[str], where: object
+) -> dict[str, tuple[str, str]]:
     """The differences that the user insists on; raises `CheckpointError` naming all others."""
     allowed = set(insisted)
-    kept = {n: v for n, v in found.items() if {n, *(n[:i] for i, c in enumerate(n) if c == ".")} & allowed}
+    kept = {
+        n: v
+        for n, v in found.items()
+        if {n, *(n[:i] for i, c in enumerate(n) if c == ".")} & allowed
+    }
     if refused := {name: values for name, values in found.items() if name not in kept}:
-        listed = "; ".join(f"{name}: {old} saved, {new} given" for name, (old, new) in refused.items())
+        listed = "; ".join(
+            f"{name}: {old} saved, {new} given" for name, (old, new) in refused.items()
+        )
         raise CheckpointError(
-            f"{where}: differs from what is given: {listed} (accepted: the same, another --out for a new run, or "
-            f"--resume-anyway {','.join(refused)} to go on all the same)"
+            f"{where}: differs from what is given: {listed} (accepted: the same, another --out "
+            f"for a new run, or --resume-anyway {','.join(refused)} to go on all the same)"
         )
     return kept
 
@@ -385,7 +482,9 @@ def _text(value: Any, fingerprint: bool) -> str:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and value and key != "weights":  # credit.weights is one setting
+        if (
+            isinstance(value, Mapping) and value and key != "weights"
+        ):  # credit.weights is one setting
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + str(key), value

@@ -24,9 +24,9 @@ class LockedError(UserError):
 class RunLock:
     """Held from `take` to the end of the `with` block, or of the process.
 
-    An exclusive flock(2) of `<folder>/.lock`: nothing to clean up after a SIGKILL, and children that are executed do
-    not inherit it. The file stays, since removing it would let two runs lock two files of one name; it says who holds
-    the lock, or held it last.
+    An exclusive flock(2) of `<folder>/.lock`: nothing to clean up after a SIGKILL, and children
+    that are executed do not inherit it. The file stays, since removing it would let two runs lock
+    two files of one name; it says who holds the lock, or held it last.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,8 @@ class RunLock:
     def take(self, *, make: bool) -> None:
         """Locks the folder; without `make`, only one that is there. Calling it again does nothing.
 
-        Raises LockedError, naming the holder. On a file system that has no locks, `problem` says so and the run goes
+        Raises LockedError, naming the holder. On a file system that has no locks, `problem` says so
+        and the run goes
         on without.
         """
         if self._descriptor is not None or self.problem is not None:
@@ -53,17 +54,24 @@ class RunLock:
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
                 raise LockedError(
-                    f"{self.path.parent}: another run is at work in it: {self._holder()} (accepted: one run a folder; "
+                    f"{self.path.parent}: another run is at work in it: {self._holder()} "
+                    f"(accepted: one run a folder; "
                     "wait for it or stop it, or give another --out)"
                 ) from None
             if error.errno not in _UNSUPPORTED:
                 raise
-            self.problem = f"{self.path}: {error.strerror}: nothing keeps a second run out of this folder"
+            self.problem = (
+                f"{self.path}: {error.strerror}: nothing keeps a second run out of this folder"
+            )
             return
         self._descriptor = descriptor
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}).encode(), 0)
+        os.pwrite(
+            descriptor,
+            json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}).encode(),
+            0,
+        )
 
     def _holder(self) -> str:
         try:
@@ -80,5 +88,10 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.release()

@@ -1,8 +1,9 @@
-"""The source of a user's function or class, and of all that it leads to by name: helpers, constants, base classes, in
-its own module and in other modules of the user's.
+"""The source of a user's function or class, and of all that it leads to by name: helpers,
+constants, base classes, in its own module and in other modules of the user's.
 
-By the text of top-level statements and not by values, so that caches and counters are none, and what a file holds
-beside them is nobody's. Not followed: imports inside of functions, names made by `exec`, files that are read.
+By the text of top-level statements and not by values, so that caches and counters are none, and
+what a file holds beside them is nobody's. Not followed: imports inside of functions, names made by
+`exec`, files that are read.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _ROOTS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent.parent))
 
 
 def sources(thing: Any) -> list[str]:
-    """Texts in the order of their modules and lines. Nothing of the standard library, of installed packages and of
-    ours, which have versions, nor of what has no source (typed at a prompt)."""
+    """Texts in the order of their modules and lines. Nothing of the standard library, of installed
+    packages and of ours, which have versions, nor of what has no source (typed at a prompt)."""
     found: dict[tuple[str, int], str] = {}
     read: dict[str, _Module | None] = {}
     for part in inspect.getmro(thing) if inspect.isclass(thing) else (thing,):
@@ -34,7 +35,10 @@ def sources(thing: Any) -> list[str]:
         if module is None or wanted[0][1] not in module.bound:  # a lambda, or made at a prompt
             with suppress(OSError, TypeError):
                 found[part.__module__, 0] = _plain(inspect.getsource(part))
-            wanted = [(part.__module__, name) for name in getattr(getattr(part, "__code__", None), "co_names", ())]
+            wanted = [
+                (part.__module__, name)
+                for name in getattr(getattr(part, "__code__", None), "co_names", ())
+            ]
         _follow(wanted, read, found)
     return [found[place] for place in sorted(found)]
 
@@ -50,8 +54,8 @@ def installed(thing: Any) -> bool:
 
 
 class _Module:
-    """A module's text, its top-level statements by the names that they bind, and what its imports stand for: by name
-    (module, name there), where None is the whole module."""
+    """A module's text, its top-level statements by the names that they bind, and what its imports
+    stand for: by name (module, name there), where None is the whole module."""
 
     def __init__(self, module: ModuleType, text: str) -> None:
         self.lines = text.splitlines()
@@ -64,12 +68,16 @@ class _Module:
                 self.imported |= dict(_imports(node, module.__package__ or ""))
 
     def text(self, statement: ast.stmt) -> str:
-        first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", ()))])
+        first = min(
+            [statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", ()))]
+        )
         return _plain("\n".join(self.lines[first - 1 : statement.end_lineno]))
 
 
 def _follow(
-    wanted: list[tuple[str, str | None]], read: dict[str, _Module | None], found: dict[tuple[str, int], str]
+    wanted: list[tuple[str, str | None]],
+    read: dict[str, _Module | None],
+    found: dict[tuple[str, int], str],
 ) -> None:
     """Adds to `found` the statements that bind the `wanted` names of modules, and on from there."""
     seen = set()

@@ -1,8 +1,9 @@
 """SIGTERM, SIGHUP and Ctrl-C: what is done is saved, and the user is told how to go on.
 
-A process that is alone gives an iteration or an evaluation up at once while nothing of it has changed the weights, and
-finishes it afterwards. Several processes finish the iteration and then agree, since a signal reaches them at different
-moments. A second Ctrl-C stops at once, a third without cleaning up.
+A process that is alone gives an iteration or an evaluation up at once while nothing of it has
+changed the weights, and finishes it afterwards. Several processes finish the iteration and then
+agree, since a signal reaches them at different moments. A second Ctrl-C stops at once, a third
+without cleaning up.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIG
 class Stopped(KeyboardInterrupt):
     """The run was stopped by a signal; the message says where, what is saved and how to go on.
 
-    A KeyboardInterrupt, so that nothing that means to catch errors catches it. signum: the signal; a process ends with
-    128 + signum. at_once: nothing was saved any more.
+    A KeyboardInterrupt, so that nothing that means to catch errors catches it. signum: the signal;
+    a process ends with 128 + signum. at_once: nothing was saved any more.
     """
 
     def __init__(self, signum: int, message: str = "", *, at_once: bool = False) -> None:
@@ -37,8 +38,8 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """Inside of its `with` block a signal is a wish to stop.
 
-    Signals that the program handles itself (any handler but Python's own), or ignores, stay with it; so do all of them
-    outside of the main thread.
+    Signals that the program handles itself (any handler but Python's own), or ignores, stay with
+    it; so do all of them outside of the main thread.
 
     processes: those of the run. saved: says what stands on the disk, for who stops at once.
     """
@@ -58,13 +59,19 @@ class Stop:
                     self._earlier[signum] = signal.signal(signum, self._heard)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self._may_raise = False
         for signum, handler in self._earlier.items():
             signal.signal(signum, handler)
 
     def give_up(self) -> None:
-        """From here on a signal raises Stopped at once, if this process is alone: nothing done since has to be kept."""
+        """From here on a signal raises Stopped at once, if this process is alone: nothing done
+        since has to be kept."""
         if self._processes.count == 1:
             self._may_raise = True
             self._raise()
@@ -82,7 +89,9 @@ class Stop:
             raise Stopped(wishes[0])
 
     def _raise(self) -> None:
-        if self.signum is not None:  # also one that arrived where an exception cannot pass, as in a destructor
+        if (
+            self.signum is not None
+        ):  # also one that arrived where an exception cannot pass, as in a destructor
             self._may_raise = False
             raise Stopped(self.signum)
 
@@ -92,7 +101,10 @@ class Stop:
             raise Stopped(self.signum, f"stopped at once; {self._saved()}", at_once=True)
         first, self.signum = self.signum is None, self.signum or signum
         if first and not self._may_raise and self._processes.main:
-            self._say(f"{NAMES[signal.Signals(signum)]}: stopping when this step is done (Ctrl-C: at once)")
+            self._say(
+                f"{NAMES[signal.Signals(signum)]}: stopping when this step is done (Ctrl-C: at "
+                f"once)"
+            )
         if first and self._may_raise:
             self._raise()
 

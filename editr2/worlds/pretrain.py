@@ -1,12 +1,14 @@
 """Supervised pretraining of the embedded policy on ground-truth sessions of the shapes world.
 
-One packed sequence a session holds everything there is to learn: the images so far (clean), the instructions, one noisy
-block a turn (velocity loss) and one question-and-answer branch for every turn from the second on (cross-entropy):
+One packed sequence a session holds everything there is to learn: the images so far (clean), the
+instructions, one noisy block a turn (velocity loss) and one question-and-answer branch for every
+turn from the second on (cross-entropy):
 
     image_0 text_1 [noisy_1] image_1 [ask_2] text_2 [noisy_2] image_2 [ask_3] text_3 [noisy_3]
 
-The context's images are ground truth here; at run time they are the policy's own outputs, which is why a pretrained
-policy still fails by turn three and has something left for reinforcement learning to mend.
+The context's images are ground truth here; at run time they are the policy's own outputs, which is
+why a pretrained policy still fails by turn three and has something left for reinforcement learning
+to mend.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class PretrainConfig:
 
     Args:
         steps: optimiser steps.
-        decay_steps: the learning rate falls as a cosine to 0 here. The shipped start stops before that, on
+        decay_steps: the learning rate falls as a cosine to 0 here. The shipped start stops before
+            that, on
             purpose: most single edits are right, third turns often are not.
         batch: sessions a step.
         turns: turns a session.
@@ -49,7 +52,8 @@ class PretrainConfig:
         betas: AdamW betas.
         weight_decay: AdamW weight decay.
         text_weight: weight of the intent cross-entropy.
-        raw_fraction: share of sessions whose context holds the raw instructions instead of the intents.
+        raw_fraction: share of sessions whose context holds the raw instructions instead of the
+            intents.
         ema: decay of the averaged weights that are saved.
         grad_norm: gradient norm clip.
         bf16: matrix products in bfloat16.
@@ -76,7 +80,10 @@ class PretrainConfig:
 
 def _answer(policy: UnifiedPolicy, session: Session, turn: int) -> list[int]:
     thought, intent = session.turns[turn].meta["reasoning"], session.turns[turn].intent
-    return [*policy.codec.encode(f"{thought} {THINK_END} {intent}", marks=True), policy.codec.im_end]
+    return [
+        *policy.codec.encode(f"{thought} {THINK_END} {intent}", marks=True),
+        policy.codec.im_end,
+    ]
 
 
 def training_loss(
@@ -98,13 +105,21 @@ def training_loss(
     for t in range(turns):
         segments.append(Segment(marks, both, latents[t]))
         if t > 0:
-            asks = [policy.question_ids([u.instruction for u in s.turns[:t]], s.turns[t].instruction) for s in sessions]
+            asks = [
+                policy.question_ids([u.instruction for u in s.turns[:t]], s.turns[t].instruction)
+                for s in sessions
+            ]
             replies = [_answer(policy, s, t) for s in sessions]
             length = 27 + 9 * (t - 1) + 9
-            ids, valid = policy.codec.pad([a + r for a, r in zip(asks, replies, strict=True)], max(length, 42))
+            ids, valid = policy.codec.pad(
+                [a + r for a, r in zip(asks, replies, strict=True)], max(length, 42)
+            )
             answers.append((len(segments), [len(a) for a in asks], replies))
             segments.append(Segment(ids, valid, private=True))
-        said = [s.turns[t].instruction if t == 0 or raw[i] else str(s.turns[t].intent) for i, s in enumerate(sessions)]
+        said = [
+            s.turns[t].instruction if t == 0 or raw[i] else str(s.turns[t].intent)
+            for i, s in enumerate(sessions)
+        ]
         segments.append(Segment(*policy.codec.pad([policy.text_ids(c) for c in said], TEXT_TOKENS)))
         noise = torch.randn(latents[t + 1].shape, generator=generator)
         sigma = torch.sigmoid(torch.randn(b, generator=generator) + 0.5)
@@ -114,7 +129,10 @@ def training_loss(
     packed = pack(policy.module, segments, policy.grid)
     hidden = run_packed(policy.module, packed)
     image_loss = torch.stack(
-        [F.mse_loss(policy.module.llm2vae(hidden[:, packed.latent_slices[i]]).float(), target) for i, target in targets]
+        [
+            F.mse_loss(policy.module.llm2vae(hidden[:, packed.latent_slices[i]]).float(), target)
+            for i, target in targets
+        ]
     ).mean()
     flat, gold = [], []
     for i, starts, replies in answers:
@@ -131,7 +149,9 @@ def sample_sessions(config: PretrainConfig, step: int) -> list[Session]:
     first = step * config.batch
     modes = ("cm", "cu", "plain")
     return [
-        shapes.make_session(config.seed + 1_000_003, first + i, turns=config.turns, mode=modes[i % 3])
+        shapes.make_session(
+            config.seed + 1_000_003, first + i, turns=config.turns, mode=modes[i % 3]
+        )
         for i in range(config.batch)
     ]
 
@@ -143,12 +163,17 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + float(np.cos(np.pi * min(1.0, progress))))
 
 
-def pretrain(config: PretrainConfig, out: Path, model_config: UnifiedConfig | None = None) -> UnifiedPolicy:
-    """Trains from random weights and writes `out`: config, tokenizer, fp16 weights (averaged) and `pretrain.jsonl`."""
+def pretrain(
+    config: PretrainConfig, out: Path, model_config: UnifiedConfig | None = None
+) -> UnifiedPolicy:
+    """Trains from random weights and writes `out`: config, tokenizer, fp16 weights (averaged) and
+    `pretrain.jsonl`."""
     policy = new_embedded_policy(model_config or UnifiedConfig(), config.seed)
     model = policy.module
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     generator = torch.Generator().manual_seed(config.seed + 1)
     chooser = np.random.default_rng(config.seed + 2)
@@ -164,11 +189,15 @@ def pretrain(config: PretrainConfig, out: Path, model_config: UnifiedConfig | No
                 group["lr"] = learning_rate(config, step)
             raw = chooser.random(config.batch) < config.raw_fraction
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-                image_loss, text_loss = training_loss(policy, sample_sessions(config, step), raw, generator)
+                image_loss, text_loss = training_loss(
+                    policy, sample_sessions(config, step), raw, generator
+                )
             (image_loss + config.text_weight * text_loss).backward()
             norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_norm)
             if not bool(torch.isfinite(norm)):
-                raise NonFiniteError(f"step {step + 1}: gradient: {float(norm)} (accepted: finite numbers)")
+                raise NonFiniteError(
+                    f"step {step + 1}: gradient: {float(norm)} (accepted: finite numbers)"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             decay = min(config.ema, (1 + step) / (10 + step))
@@ -179,7 +208,12 @@ def pretrain(config: PretrainConfig, out: Path, model_config: UnifiedConfig | No
             if (step + 1) % 25 == 0 or step + 1 == config.steps:
                 n = (step % 25) + 1
                 velocity, intent, size = (sums / n).round(5).tolist()
-                row = {"step": step + 1, "velocity_loss": velocity, "intent_loss": intent, "grad_norm": size}
+                row = {
+                    "step": step + 1,
+                    "velocity_loss": velocity,
+                    "intent_loss": intent,
+                    "grad_norm": size,
+                }
                 row["elapsed_s"] = round(time.monotonic() - start, 1)
                 log.write(json.dumps(row) + "\n")
                 log.flush()

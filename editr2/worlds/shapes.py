@@ -1,7 +1,9 @@
 """The shapes world: procedural multi-turn editing sessions with verifiers that parse the pixels.
 
-A scene is a 3 x 3 grid of 8 x 8-pixel cells on one of three backgrounds; a cell is empty or holds one of three
-shapes in one of six colours. Instructions are sentences of at most eight words from a fixed vocabulary:
+A scene is a 3 x 3 grid of 8 x 8-pixel cells on one of three backgrounds; a cell is empty or holds
+one of three
+shapes in one of six colours. Instructions are sentences of at most eight words from a fixed
+vocabulary:
 
     add a [colour] <shape> <row> <column>  [always use <colour>]
     remove the <shape> <row> <column>            | remove it
@@ -9,13 +11,15 @@ shapes in one of six colours. Instructions are sentences of at most eight words 
     move the <shape> <row> <column> to <row> <column> | move it to <row> <column>
     set the background <background>
 
-`always use <colour>` is a *standing rule* (mode `cm`): from then on an `add` or `paint` without a colour means that
-colour. `it` is a *pronoun* (mode `cu`): the object of the latest edit. The meaning of a session follows from its source
-image and its raw instructions alone, so sessions read from a user's own file are verified exactly as generated ones.
+`always use <colour>` is a *standing rule* (mode `cm`): from then on an `add` or `paint` without a
+colour means that colour. `it` is a *pronoun* (mode `cu`): the object of the latest edit. The
+meaning of a session follows from its source image and its raw instructions alone, so sessions read
+from a user's own file are verified exactly as generated ones.
 
-Tolerance: any two cell templates differ by at least `MIN_TEMPLATE_DISTANCE` root-mean-square colour (0.25 of the
-range), and a cell counts only within `TOLERANCE` = 0.12 of its template. A blend of two templates is at least 0.125
-from one of them, so no blur can pass for both, and a half-way blend passes for neither.
+Tolerance: any two cell templates differ by at least `MIN_TEMPLATE_DISTANCE` root-mean-square colour
+(0.25 of the range), and a cell counts only within `TOLERANCE` = 0.12 of its template. A blend of
+two templates is at least 0.125 from one of them, so no blur can pass for both, and a half-way blend
+passes for neither.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ from editr2.errors import DataError
 from editr2.sessions import Session, Turn
 
 VERSION = 1
-"""Of the sessions and the verifiers: raised whenever either gives anything else than before (a test holds sums), so
-that no run goes on in another world than it began in."""
+"""Of the sessions and the verifiers: raised whenever either gives anything else than before (a test
+holds sums), so that no run goes on in another world than it began in."""
 
 GRID = 3
 CELL = 8
@@ -56,7 +60,21 @@ COLUMNS = ("left", "center", "right")
 COLOUR_NAMES = tuple(COLOURS)
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
 WORDS = (
-    *("add", "remove", "paint", "move", "set", "a", "the", "to", "it", "is", "always", "use", "background"),
+    *(
+        "add",
+        "remove",
+        "paint",
+        "move",
+        "set",
+        "a",
+        "the",
+        "to",
+        "it",
+        "is",
+        "always",
+        "use",
+        "background",
+    ),
     *SHAPES,
     *COLOUR_NAMES,
     *BACKGROUND_NAMES,
@@ -86,7 +104,8 @@ class Scene:
 
     @property
     def heldout(self) -> bool:
-        """Whether sessions that start from this scene belong to the held-out split (a function of the scene alone)."""
+        """Whether sessions that start from this scene belong to the held-out split (a function of
+        the scene alone)."""
         return zlib.crc32(repr((self.background, self.cells)).encode()) % HELDOUT_MODULUS == 0
 
 
@@ -107,7 +126,12 @@ class Op:
             return f"set the background {self.background}"
         if self.kind == "add":
             assert self.cell is not None
-            words = ["add a", *([self.colour] if self.colour else []), str(self.shape), position(self.cell)]
+            words = [
+                "add a",
+                *([self.colour] if self.colour else []),
+                str(self.shape),
+                position(self.cell),
+            ]
             return " ".join(words + ([f"always use {self.rule}"] if self.rule else []))
         thing = "it" if self.cell is None else f"the {self.shape} {position(self.cell)}"
         if self.kind == "move":
@@ -118,7 +142,8 @@ class Op:
 
 @dataclass(frozen=True)
 class State:
-    """What the instructions so far mean: the expected scene, the standing rule, the pronoun's cell, touched cells."""
+    """What the instructions so far mean: the expected scene, the standing rule, the pronoun's cell,
+    touched cells."""
 
     scene: Scene
     rule: str | None = None
@@ -132,7 +157,8 @@ def position(cell: int) -> str:
 
 
 def parse_instruction(text: str) -> Op:
-    """Text to `Op`. Raises `DataError` that names the word where the sentence stops making sense."""
+    """Text to `Op`. Raises `DataError` that names the word where the sentence stops making
+    sense."""
     words = text.lower().split()
     at = 0
 
@@ -172,14 +198,19 @@ def parse_instruction(text: str) -> Op:
     elif kind == "set":
         take(("the",), "'the'")
         take(("background",), "'background'")
-        op = Op("background", background=take(BACKGROUND_NAMES, f"a background ({', '.join(BACKGROUND_NAMES)})"))
+        op = Op(
+            "background",
+            background=take(BACKGROUND_NAMES, f"a background ({', '.join(BACKGROUND_NAMES)})"),
+        )
     else:
         shape, where = take_object()
         if kind == "move":
             take(("to",), "'to'")
             op = Op("move", shape, None, where, take_position())
         else:
-            colour = take(COLOUR_NAMES, colours, optional=where is not None) if kind == "paint" else None
+            colour = (
+                take(COLOUR_NAMES, colours, optional=where is not None) if kind == "paint" else None
+            )
             op = Op(str(kind), shape, colour, where)
     if at != len(words):
         raise DataError(f"instruction {text!r}: unexpected word {words[at]!r} at word {at + 1}")
@@ -187,9 +218,11 @@ def parse_instruction(text: str) -> Op:
 
 
 def resolve(state: State, op: Op) -> Op:
-    """The self-contained form of `op` (the ground-truth intent): pronoun and standing rule filled in.
+    """The self-contained form of `op` (the ground-truth intent): pronoun and standing rule filled
+    in.
 
-    Raises `DataError` when the instruction has no meaning here (no referent, empty or occupied cell, no colour).
+    Raises `DataError` when the instruction has no meaning here (no referent, empty or occupied
+    cell, no colour).
     """
     text = op.text()
     rule = op.rule or state.rule
@@ -207,7 +240,9 @@ def resolve(state: State, op: Op) -> Op:
         raise DataError(f"instruction {text!r}: 'it' refers to nothing yet")
     content = state.scene.cells[cell]
     if content is None or (op.shape is not None and content[0] != op.shape):
-        raise DataError(f"instruction {text!r}: there is no {op.shape or 'object'} {position(cell)}")
+        raise DataError(
+            f"instruction {text!r}: there is no {op.shape or 'object'} {position(cell)}"
+        )
     if op.kind == "paint" and op.colour is None and rule is None:
         raise DataError(f"instruction {text!r}: no colour given and no standing rule before it")
     if op.kind == "move" and (op.target is None or state.scene.cells[op.target] is not None):
@@ -235,11 +270,18 @@ def execute(state: State, op: Op) -> State:
         assert full.target is not None
         scene, referent = scene.put(full.cell, None).put(full.target, content), full.target
         touched = touched | {full.target}
-    return replace(state, scene=scene, rule=op.rule or state.rule, referent=referent, touched=touched | {full.cell})
+    return replace(
+        state,
+        scene=scene,
+        rule=op.rule or state.rule,
+        referent=referent,
+        touched=touched | {full.cell},
+    )
 
 
 def reasoning(state: State, op: Op) -> str:
-    """The short ground-truth thought that leads from the raw instruction to the intent; empty when none is needed."""
+    """The short ground-truth thought that leads from the raw instruction to the intent; empty when
+    none is needed."""
     if op.kind not in ("add", "background") and op.cell is None:
         full = resolve(state, op)
         assert full.cell is not None
@@ -249,7 +291,7 @@ def reasoning(state: State, op: Op) -> str:
     return ""
 
 
-# ---------------------------------------------------------------------------------------------------------- pixels
+# ------------------------------------------------------------------------------------------- pixels
 
 
 def _mask(shape: str) -> np.ndarray:
@@ -278,20 +320,27 @@ UNKNOWN = -1  # a cell within the tolerance of no template
 
 @functools.cache
 def templates() -> np.ndarray:
-    """All cell templates, float64 [backgrounds * contents, CELL * CELL * 3] in [0, 1], background-major."""
+    """All cell templates, float64 [backgrounds * contents, CELL * CELL * 3] in [0, 1],
+    background-major."""
     return np.stack([_cell_pixels(b, c).reshape(-1) for b in BACKGROUNDS for c in CONTENTS])
 
 
 @functools.cache
 def _uint8_cells() -> dict[tuple[str, Object | None], np.ndarray]:
-    return {(b, c): np.round(_cell_pixels(b, c) * 255).astype(np.uint8) for b in BACKGROUNDS for c in CONTENTS}
+    return {
+        (b, c): np.round(_cell_pixels(b, c) * 255).astype(np.uint8)
+        for b in BACKGROUNDS
+        for c in CONTENTS
+    }
 
 
 def render(scene: Scene) -> np.ndarray:
     """The scene as uint8 [24, 24, 3]."""
     cells = _uint8_cells()
     rows = [
-        np.concatenate([cells[scene.background, scene.cells[r * GRID + c]] for c in range(GRID)], axis=1)
+        np.concatenate(
+            [cells[scene.background, scene.cells[r * GRID + c]] for c in range(GRID)], axis=1
+        )
         for r in range(GRID)
     ]
     return np.concatenate(rows, axis=0)
@@ -300,14 +349,19 @@ def render(scene: Scene) -> np.ndarray:
 def parse_cells(images: np.ndarray) -> np.ndarray:
     """Template index of every cell, or `UNKNOWN`.
 
-    images: uint8 [n, 24, 24, 3] -> int64 [n, 9], index = background * len(CONTENTS) + content. A cell counts only when
-    its RMS colour distance to the nearest template is at most `TOLERANCE` (colours in [0, 1]).
+    images: uint8 [n, 24, 24, 3] -> int64 [n, 9], index = background * len(CONTENTS) + content. A
+    cell counts only when its RMS colour distance to the nearest template is at most `TOLERANCE`
+    (colours in [0, 1]).
     """
     if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
         raise DataError(f"images: expected [n, {SIZE}, {SIZE}, 3], got {list(images.shape)}")
     n = images.shape[0]
     x = images.astype(np.float64) / 255
-    cells = x.reshape(n, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n * GRID * GRID, -1)
+    cells = (
+        x.reshape(n, GRID, CELL, GRID, CELL, 3)
+        .transpose(0, 1, 3, 2, 4, 5)
+        .reshape(n * GRID * GRID, -1)
+    )
     known = templates()
     distance = (cells**2).sum(1)[:, None] - 2 * cells @ known.T + (known**2).sum(1)[None]
     best = distance.argmin(1)
@@ -326,18 +380,23 @@ def parse_scene(image: np.ndarray) -> Scene:
     cells = parse_cells(image[None])[0]
     for i, index in enumerate(cells):
         if index == UNKNOWN:
-            raise DataError(f"image: cell {position(i)} shows no shape of the world within RMS {TOLERANCE}")
+            raise DataError(
+                f"image: cell {position(i)} shows no shape of the world within RMS {TOLERANCE}"
+            )
     backgrounds = set(cells // len(CONTENTS))
     if len(backgrounds) != 1:
         raise DataError("image: cells differ in background")
-    return Scene(BACKGROUND_NAMES[backgrounds.pop()], tuple(CONTENTS[i % len(CONTENTS)] for i in cells))
+    return Scene(
+        BACKGROUND_NAMES[backgrounds.pop()], tuple(CONTENTS[i % len(CONTENTS)] for i in cells)
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- verifying
+# ---------------------------------------------------------------------------------------- verifying
 
 
 def states(image: np.ndarray, instructions: Sequence[str]) -> list[State]:
-    """Expected states before turn 1 and after every turn, from the source image and the raw instructions alone."""
+    """Expected states before turn 1 and after every turn, from the source image and the raw
+    instructions alone."""
     result = [State(parse_scene(image))]
     for text in instructions:
         result.append(execute(result[-1], parse_instruction(text)))
@@ -351,7 +410,8 @@ def verify(source: np.ndarray, instructions: Sequence[str], images: np.ndarray) 
 
     IF_t  fraction of the cells that instruction t changes (all nine for a background edit) that look as it asks.
     CC_t  fraction of the cells that no instruction up to t has named that still show what the source showed; after a
-          background edit only their objects count, on any background (1 when there is nothing left to compare).
+          background edit only their objects count, on any background (1 when there is nothing left
+          to compare).
     GA_t  1 if the whole image is right after *every* turn up to t, standing rules and pronouns included, else 0.
     """
     expected = states(source, instructions)
@@ -362,7 +422,11 @@ def verify(source: np.ndarray, instructions: Sequence[str], images: np.ndarray) 
         want = cell_indices(after.scene)
         right = seen[t] == want
         op = resolve(before, parse_instruction(instructions[t]))
-        named = range(GRID * GRID) if op.kind == "background" else [c for c in (op.cell, op.target) if c is not None]
+        named = (
+            range(GRID * GRID)
+            if op.kind == "background"
+            else [c for c in (op.cell, op.target) if c is not None]
+        )
         scores[t, 0] = np.mean([right[c] for c in named])
         kept = [c for c in range(GRID * GRID) if c not in after.touched]
         if after.background_edited:
@@ -378,7 +442,7 @@ def verify(source: np.ndarray, instructions: Sequence[str], images: np.ndarray) 
     return scores
 
 
-# ------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 
 def _pick(rng: np.random.Generator, items: Sequence) -> object:
@@ -400,8 +464,11 @@ def _other_colour(rng: np.random.Generator, colour: str) -> str:
     return str(_pick(rng, [c for c in COLOUR_NAMES if c != colour]))
 
 
-def random_op(rng: np.random.Generator, state: State, mode: str | None, turn: int, last: bool) -> Op:
-    """One instruction that has a meaning in `state`, as mode `mode` says it at this (0-based) turn."""
+def random_op(
+    rng: np.random.Generator, state: State, mode: str | None, turn: int, last: bool
+) -> Op:
+    """One instruction that has a meaning in `state`, as mode `mode` says it at this (0-based)
+    turn."""
     scene = state.scene
     free, occupied = scene.free(), scene.occupied()
     free_cell = int(_pick(rng, free)) if free else None  # type: ignore[call-overload]
@@ -415,7 +482,12 @@ def random_op(rng: np.random.Generator, state: State, mode: str | None, turn: in
         if paintable:
             cell = int(_pick(rng, paintable))  # type: ignore[call-overload]
             return Op("paint", scene.cells[cell][0], None, cell)
-    if mode == "cu" and turn > 0 and state.referent is not None and (turn == 1 or rng.random() < 0.75):
+    if (
+        mode == "cu"
+        and turn > 0
+        and state.referent is not None
+        and (turn == 1 or rng.random() < 0.75)
+    ):
         kind = _pick(rng, ("paint", "move", "remove") if last else ("paint", "move"))
         if kind == "move" and free_cell is not None:
             return Op("move", None, None, None, free_cell)
@@ -442,11 +514,14 @@ def random_op(rng: np.random.Generator, state: State, mode: str | None, turn: in
     return Op(kind, content[0], None, cell, free_cell if kind == "move" else None)
 
 
-def make_session(seed: int, index: int, *, split: str = "train", turns: int = 3, mode: str | None = None) -> Session:
-    """Session number `index` of the stream `seed` in `split` ("train" or "heldout"); a pure function of its arguments.
+def make_session(
+    seed: int, index: int, *, split: str = "train", turns: int = 3, mode: str | None = None
+) -> Session:
+    """Session number `index` of the stream `seed` in `split` ("train" or "heldout"); a pure
+    function of its arguments.
 
-    mode: "cm", "cu", "plain", or None for cm and cu by turns. Each turn carries its ground-truth `intent` and, in
-    `meta["reasoning"]`, the thought that leads there.
+    mode: "cm", "cu", "plain", or None for cm and cu by turns. Each turn carries its ground-truth
+    `intent` and, in `meta["reasoning"]`, the thought that leads there.
     """
     if split not in ("train", "heldout"):
         raise DataError(f"split: {split!r} (accepted: 'train', 'heldout')")

@@ -1,13 +1,20 @@
 """Fused operators for reinforcement learning of flow-matching image editors.
 
-Every sampler step is an affine Gaussian transition read from a table; noise is counter-based; a sample is rounded to
-its storage dtype before it is scored. Importing this touches no GPU, compiler or network.
+Every sampler step is an affine Gaussian transition read from a table; noise is counter-based; a
+sample is rounded to its storage dtype before it is scored. Importing this touches no GPU, compiler
+or network.
 """
 
 from .awm_loss import awm_log_prob, awm_loss
 from .backends import BackendStatus, backends
 from .compat import COMPAT, Compat
-from .group_advantage import CREDIT_PRESETS, CreditOptions, GroupAdvantage, group_advantage, group_advantage_ref
+from .group_advantage import (
+    CREDIT_PRESETS,
+    CreditOptions,
+    GroupAdvantage,
+    group_advantage,
+    group_advantage_ref,
+)
 from .grpo_loss import KL_SCALES, GrpoLoss, GrpoMetrics, grpo_loss, grpo_loss_ref
 from .guidance import RENORMS, guided_velocity
 from .nft_loss import NftLoss, NftMetrics, nft_loss, nft_loss_ref, nft_optimality

@@ -1,4 +1,5 @@
-"""Argument checks shared by the operators: every message names the argument, what it was and what is accepted."""
+"""Argument checks shared by the operators: every message names the argument, what it was and what
+is accepted."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def float_dtype(name: str, dtype: object) -> None:
 
 
 def backend_name(backend: str | None) -> str:
-    """The string the custom operators carry; "auto" stands for None. Availability is judged where they run."""
+    """The string the custom operators carry; "auto" stands for None. Availability is judged where
+    they run."""
     if backend is None:
         return "auto"
     if backend not in BACKENDS:
@@ -34,7 +36,8 @@ def backend_name(backend: str | None) -> str:
 
 
 def samples(name: str, value: Tensor, *, doubles: bool = False) -> None:
-    """A batch-first latent tensor in a dtype the operators read; `doubles`: or in float64, as references do."""
+    """A batch-first latent tensor in a dtype the operators read; `doubles`: or in float64, as
+    references do."""
     tensor(name, value)
     if not (doubles and value.dtype == torch.float64):
         float_dtype(f"{name}.dtype", value.dtype)
@@ -42,16 +45,23 @@ def samples(name: str, value: Tensor, *, doubles: bool = False) -> None:
         raise ValueError(f"{name} must have a batch dimension first, [B, ...]; got a 0-dim tensor")
 
 
-def like(name: str, value: Tensor, other_name: str, other: Tensor, *, doubles: bool = False) -> None:
+def like(
+    name: str, value: Tensor, other_name: str, other: Tensor, *, doubles: bool = False
+) -> None:
     samples(name, value, doubles=doubles)
     if value.shape != other.shape:
-        raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}; got {list(value.shape)}")
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {list(other.shape)}; got "
+            f"{list(value.shape)}"
+        )
     same_device(name, value, other_name, other)
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}; got {value.device}"
+        )
 
 
 def per_sample(name: str, value: Tensor, batch: int, other_name: str, other: Tensor) -> None:
@@ -60,7 +70,9 @@ def per_sample(name: str, value: Tensor, batch: int, other_name: str, other: Ten
     if value.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {value.dtype}")
     if value.dim() != 1 or value.shape[0] != batch:
-        raise ValueError(f"{name} must have shape [{batch}], one entry a sample; got {list(value.shape)}")
+        raise ValueError(
+            f"{name} must have shape [{batch}], one entry a sample; got {list(value.shape)}"
+        )
     same_device(name, value, other_name, other)
 
 
@@ -70,7 +82,10 @@ def scalars(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.dtype != torch.float32:
         raise TypeError(f"{name} must be float32, got {value.dtype}")
     if value.dim() != 1 or value.shape[0] != other.shape[0]:
-        raise ValueError(f"{name} must have shape [{other.shape[0]}], one entry a sample; got {list(value.shape)}")
+        raise ValueError(
+            f"{name} must have shape [{other.shape[0]}], one entry a sample; got "
+            f"{list(value.shape)}"
+        )
     same_device(name, value, other_name, other)
 
 
@@ -82,13 +97,17 @@ def mask(value: Tensor | None, other_name: str, other: Tensor) -> None:
     if value.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {value.dtype}")
     if value.dim() != 1 or value.shape[0] != other.shape[0]:
-        raise ValueError(f"mask must have shape [{other.shape[0]}], one entry a sample; got {list(value.shape)}")
+        raise ValueError(
+            f"mask must have shape [{other.shape[0]}], one entry a sample; got {list(value.shape)}"
+        )
     same_device("mask", value, other_name, other)
 
 
 def number(name: str, value: object) -> None:
     if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a number, got a tensor: reading it would make the host wait for a GPU")
+        raise TypeError(
+            f"{name} must be a number, got a tensor: reading it would make the host wait for a GPU"
+        )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
@@ -137,7 +156,9 @@ def flat(name: str, value: Tensor) -> Tensor:
     """[B, ...] -> [B, N], a view where the strides allow one."""
     value = value.unsqueeze(1) if value.dim() == 1 else value.flatten(1)
     if value.shape[1] == 0:
-        raise ValueError(f"{name} must have at least one element a sample, got shape {list(value.shape)}")
+        raise ValueError(
+            f"{name} must have at least one element a sample, got shape {list(value.shape)}"
+        )
     return value
 
 
@@ -147,16 +168,19 @@ def rows(value: Tensor) -> Tensor:
 
 
 def table_rows(chosen: str, table: Tensor, step_index: Tensor, m_prev: Tensor | None) -> None:
-    """CPU tensors only, where looking costs little; elsewhere an index out of range, or a row with C != 0 without
-    m_prev, yields NaN instead of a sync. Backend "cpu" looks for itself."""
+    """CPU tensors only, where looking costs little; elsewhere an index out of range, or a row with
+    C != 0 without m_prev, yields NaN instead of a sync. Backend "cpu" looks for itself."""
     if chosen != "cpu" and step_index.device.type == "cpu" and step_index.numel() > 0:
         low, high = (int(value) for value in step_index.aminmax())
         if low < 0 or high >= table.shape[0]:
             raise ValueError(
-                f"step_index must lie in [0, {table.shape[0] - 1}], the rows of table; got values {low} to {high}"
+                f"step_index must lie in [0, {table.shape[0] - 1}], the rows of table; got values "
+                f"{low} to {high}"
             )
         if m_prev is None and bool((table[step_index, 2] != 0).any()):
-            raise ValueError("m_prev is required: a sample's table row has C != 0 (the x0 of the step before)")
+            raise ValueError(
+                "m_prev is required: a sample's table row has C != 0 (the x0 of the step before)"
+            )
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
@@ -165,7 +189,9 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         return False
 
     def span(value: Tensor) -> tuple[int, int]:
-        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        last = sum(
+            (size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)
+        )
         return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
 
     (a_start, a_end), (b_start, b_end) = span(a), span(b)

@@ -1,7 +1,9 @@
-"""Registration of the operators: schema, fake and autograd, as torch.library.custom_op makes them, at less cost a call.
+"""Registration of the operators: schema, fake and autograd, as torch.library.custom_op makes them,
+at less cost a call.
 
-custom_op's wrapper takes 25 us and its autograd walks the schema quadratically: with the 30 arguments of `grpo_loss`,
-half of a small call. What replaces them here are the calls they are made of.
+custom_op's wrapper takes 25 us and its autograd walks the schema quadratically: with the 30
+arguments of `grpo_loss`, half of a small call. What replaces them here are the calls they are made
+of.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from torch.autograd import forward_ad
 LIBRARY = torch.library.Library("editr2", "FRAGMENT")
 
 
-def operator(name: str, schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(
+    name: str, schema: str, *, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as `torch.ops.editr2.<name>`, for every device.
 
-    schema: the arguments, without defaults, and the results; it mutates nothing. The results may not be, or share
-    memory with, an argument. fake: the results' shapes, from the same arguments.
+    schema: the arguments, without defaults, and the results; it mutates nothing. The results may
+    not be, or share memory with, an argument. fake: the results' shapes, from the same arguments.
     """
 
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,23 +37,30 @@ def operator(name: str, schema: str, *, fake: Callable[..., Any]) -> Callable[[C
 
 
 def _once(name: str, gradients: tuple) -> tuple:
-    """The gradients of a backward that is being recorded, so made that differentiating them raises RuntimeError.
+    """The gradients of a backward that is being recorded, so made that differentiating them raises
+    RuntimeError.
 
-    As torch.autograd.function.once_differentiable, which looks at the incoming gradient alone: it would let the
+    As torch.autograd.function.once_differentiable, which looks at the incoming gradient alone: it
+    would let the
     second derivative to what the operator saved pass for 0.
     """
     message = f"editr2::{name} can be differentiated once only"
-    refuse: Callable[..., tuple] = torch._C._functions.DelayedError(message.encode(), len(gradients))
+    refuse: Callable[..., tuple] = torch._C._functions.DelayedError(
+        message.encode(), len(gradients)
+    )
     return refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients))
 
 
 def _no_tangent(name: str, values: Sequence[Any]) -> None:
-    """RuntimeError in forward mode, where what the kernels compute would pass for a constant, its derivative for 0."""
+    """RuntimeError in forward mode, where what the kernels compute would pass for a constant, its
+    derivative for 0."""
     if forward_ad._current_level >= 0 and any(
-        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+        for value in values
     ):
         raise RuntimeError(
-            f"editr2::{name} has no forward-mode derivative (jvp, jacfwd); use reverse mode (backward, autograd.grad), "
+            f"editr2::{name} has no forward-mode derivative (jvp, jacfwd); use reverse mode "
+            f"(backward, autograd.grad), "
             "or the operator's *_ref, which has both"
         )
 
@@ -57,8 +68,8 @@ def _no_tangent(name: str, values: Sequence[Any]) -> None:
 def differentiable(
     name: str, *, setup_context: Callable[[Any, tuple, Any], None], backward: Callable[..., tuple]
 ) -> None:
-    """Gives an operator its gradient, once, in reverse mode: a second derivative and forward mode raise RuntimeError.
-    The two functions are as torch.library.register_autograd takes them."""
+    """Gives an operator its gradient, once, in reverse mode: a second derivative and forward mode
+    raise RuntimeError. The two functions are as torch.library.register_autograd takes them."""
     overload = getattr(torch.ops.editr2, name).default
 
     def below(keyset: Any, arguments: tuple) -> Any:
@@ -67,7 +78,9 @@ def differentiable(
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:  # the last one is the key set, so that places stay
+        def forward(
+            ctx: Any, *arguments: Any
+        ) -> Any:  # the last one is the key set, so that places stay
             results = below(arguments[-1], arguments[:-1])
             setup_context(ctx, arguments[:-1], results)
             return results
@@ -81,7 +94,9 @@ def differentiable(
 
     def run(keyset: Any, *arguments: Any) -> Any:
         _no_tangent(name, arguments)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        if torch.is_grad_enabled() and any(
+            isinstance(a, Tensor) and a.requires_grad for a in arguments
+        ):
             return Function.apply(*arguments, keyset)
         return below(keyset, arguments)
 

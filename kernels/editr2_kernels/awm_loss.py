@@ -1,13 +1,17 @@
-"""Advantage-weighted matching: policy gradient with the forward process in the place of the sampler's transitions.
+"""Advantage-weighted matching: policy gradient with the forward process in the place of the
+sampler's transitions.
 
     log p = -mean((v - (eps - x0))^2)        rho = exp(log p - log p_old)        v at x_t = (1 - t) x0 + t eps
     loss  = sum_b weight_b (max(-A rho, -A clip(rho)) + kl_weight mean((v - v_ref)^2))
 
-The likelihood of a sample is its flow-matching loss, so training needs no trajectory and is indifferent to the sampler;
-near the old policy (rho = 1) the gradient is that of A mean((v - (eps - x0))^2): pretraining's loss, weighted.
+The likelihood of a sample is its flow-matching loss, so training needs no trajectory and is
+indifferent to the sampler; near the old policy (rho = 1) the gradient is that of A mean((v - (eps -
+x0))^2): pretraining's loss, weighted.
 
-It is `grpo_loss` on the table of a single row. With x = x0, x' = eps and mu = A x + B v, the row A = B = 1 gives
-z = x' - mu = (eps - x0) - v; w = -1 and c = 0 make log p = -mean(z^2). S = 1 only says that the row is no ODE row.
+It is `grpo_loss` on the table of a single row. With x = x0, x' = eps and mu = A x + B v, the row A
+= B = 1 gives
+z = x' - mu = (eps - x0) - v; w = -1 and c = 0 make log p = -mean(z^2). S = 1 only says that the row
+is no ODE row.
 
 Source: Advantage Weighted Matching (arXiv 2509.25050).
 """
@@ -23,7 +27,8 @@ from .sde_log_prob import sde_log_prob
 
 
 def _row(x0: Tensor) -> tuple[Tensor, Tensor]:
-    """The table and the index of every sample, made on the device: nothing waits, and a graph can capture it."""
+    """The table and the index of every sample, made on the device: nothing waits, and a graph can
+    capture it."""
     _checks.samples("x0", x0)
     table = torch.zeros(1, 8, dtype=torch.float32, device=x0.device)
     table[:, 0:2] = 1.0  # A, B
@@ -33,7 +38,8 @@ def _row(x0: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def awm_log_prob(x0: Tensor, noise: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
-    """[B] fp32: -mean((v - (noise - x0))^2), differentiable to v; of the sampling policy, the old log-prob.
+    """[B] fp32: -mean((v - (noise - x0))^2), differentiable to v; of the sampling policy, the old
+    log-prob.
 
     x0, noise, v: as in `awm_loss`, with the bits of its log_prob.
     """

@@ -1,8 +1,8 @@
 """Which implementations exist here, why the others do not, and which one a call gets.
 
-`backend=None` picks: CPU tensors -> "cpu" if the native module is there, else "ref"; GPU tensors -> "triton", else
-"cuda", else "ref", whichever is there first. An explicit backend never falls back: it runs or raises RuntimeError with
-the reason.
+`backend=None` picks: CPU tensors -> "cpu" if the native module is there, else "ref"; GPU tensors ->
+"triton", else "cuda", else "ref", whichever is there first. An explicit backend never falls back:
+it runs or raises RuntimeError with the reason.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ._checks import BACKENDS
 
-# OpenMP's threads do not survive a fork, but its runtime believes that they do and would wait for them for ever. The
-# compiled module knows of the forks since it was loaded; it may be loaded by the child.
+# OpenMP's threads do not survive a fork, but its runtime believes that they do and would wait for
+# them for ever. The compiled module knows of the forks since it was loaded; it may be loaded by the
+# child.
 _forked = False
 
 
@@ -55,7 +56,10 @@ def _native() -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module(f"{__package__}._native")
     except ImportError as error:
         built = _build_info().get("cpu", {}).get("reason")
-        return None, built or f"the compiled module editr2_kernels._native cannot be imported ({error})"
+        return (
+            None,
+            built or f"the compiled module editr2_kernels._native cannot be imported ({error})",
+        )
     return module, None
 
 
@@ -65,7 +69,10 @@ def _cuda() -> tuple[ModuleType | None, str | None]:
         return importlib.import_module(f"{__package__}._cuda"), None
     except ImportError as error:
         built = _build_info().get("cuda", {}).get("reason")
-        return None, built or f"the compiled module editr2_kernels._cuda cannot be imported ({error})"
+        return (
+            None,
+            built or f"the compiled module editr2_kernels._cuda cannot be imported ({error})",
+        )
 
 
 def _build_info() -> dict[str, Any]:
@@ -89,7 +96,8 @@ def cuda() -> Any:
 
 
 def compiled(chosen: str, tensor: Tensor) -> tuple[Any, dict[str, int]]:
-    """The module of backend "cpu" or "cuda" and where its functions are to run: both have the same functions."""
+    """The module of backend "cpu" or "cuda" and where its functions are to run: both have the same
+    functions."""
     if chosen == "cpu":
         return native(), {"threads": 1 if _forked else torch.get_num_threads()}
     module = cuda()
@@ -102,7 +110,8 @@ def compiled(chosen: str, tensor: Tensor) -> tuple[Any, dict[str, int]]:
 
 
 def workspace(module: Any, tensor: Tensor, *sizes: int) -> Tensor | None:
-    """Scratch memory of one call, from torch's allocator so that streams and graphs may own it; None if none is asked.
+    """Scratch memory of one call, from torch's allocator so that streams and graphs may own it;
+    None if none is asked.
 
     sizes: as `module.workspace` takes them.
     """
@@ -120,13 +129,14 @@ def _release(version: int) -> str:
 
 
 SM_80 = (8, 0)
-"""What the CUDA kernels are built for at least, and what Triton asks of NVIDIA devices: bf16 arithmetic."""
+"""What the CUDA kernels are built for at least, and what Triton asks of NVIDIA devices: bf16
+arithmetic."""
 
 
 @functools.cache
 def _capabilities() -> tuple[tuple[int, int], ...]:
-    """Of the NVIDIA devices of this machine, by its management library: no GPU context is made, and a fork stays
-    possible. Empty where it cannot be asked."""
+    """Of the NVIDIA devices of this machine, by its management library: no GPU context is made, and
+    a fork stays possible. Empty where it cannot be asked."""
     count, major, minor, handle = ctypes.c_uint(), ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
     found = []
     try:
@@ -135,7 +145,12 @@ def _capabilities() -> tuple[tuple[int, int], ...]:
             return ()
         for i in range(count.value):
             if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(i), ctypes.byref(handle)) == 0:
-                if nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)) == 0:
+                if (
+                    nvml.nvmlDeviceGetCudaComputeCapability(
+                        handle, ctypes.byref(major), ctypes.byref(minor)
+                    )
+                    == 0
+                ):
                     found.append((major.value, minor.value))
     except (OSError, AttributeError):  # no library, or one without these functions
         return ()
@@ -148,7 +163,8 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def _too_old(device: torch.device | None) -> str | None:
-    """Why no kernel of ours runs on this GPU, or on none of those of this machine; None where one does."""
+    """Why no kernel of ours runs on this GPU, or on none of those of this machine; None where one
+    does."""
     if torch.version.hip is not None:
         return None
     if device is not None and device.type == "cuda":
@@ -159,7 +175,9 @@ def _too_old(device: torch.device | None) -> str | None:
     if not found or max(found) >= SM_80:
         return None
     major, minor = max(found)
-    return f"a GPU of compute capability 8.0 (sm_80) or later is needed, this one has {major}.{minor}"
+    return (
+        f"a GPU of compute capability 8.0 (sm_80) or later is needed, this one has {major}.{minor}"
+    )
 
 
 def _cuda_status(device: torch.device | None = None) -> BackendStatus:
@@ -179,13 +197,15 @@ def _cuda_status(device: torch.device | None = None) -> BackendStatus:
     # Within a major version an older driver runs what a newer toolkit built.
     if driver // 1000 < runtime // 1000:
         return BackendStatus(
-            False, f"the driver supports CUDA {_release(driver)}, the module needs {_release(runtime)}"
+            False,
+            f"the driver supports CUDA {_release(driver)}, the module needs {_release(runtime)}",
         )
     return BackendStatus(True, detail=f"built for {', '.join(module.architectures())}")
 
 
 def triton_interpreted() -> bool:
-    """TRITON_INTERPRET is read by Triton when the kernels are defined; later changes have no effect."""
+    """TRITON_INTERPRET is read by Triton when the kernels are defined; later changes have no
+    effect."""
     kernels = sys.modules.get("editr2_kernels.triton_kernels")
     return kernels.INTERPRETED if kernels is not None else os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -194,17 +214,27 @@ def _triton_status(device: torch.device | None = None) -> BackendStatus:
     if importlib.util.find_spec("triton") is None:
         return BackendStatus(False, "the package triton is not installed")
     if triton_interpreted():
-        return BackendStatus(True, detail="interpreter on CPU tensors (TRITON_INTERPRET=1): for tests, slow")
+        return BackendStatus(
+            True, detail="interpreter on CPU tensors (TRITON_INTERPRET=1): for tests, slow"
+        )
     if torch.version.cuda is None and torch.version.hip is None:
         return BackendStatus(
-            False, "this PyTorch is built without GPU support (CPU tensors need TRITON_INTERPRET=1 before import)"
+            False,
+            "this PyTorch is built without GPU support (CPU tensors need TRITON_INTERPRET=1 "
+            "before import)",
         )
-    if torch.cuda.device_count() == 0:  # counted through NVML where possible: no CUDA context is created
-        return BackendStatus(False, "no GPU is visible (CPU tensors need TRITON_INTERPRET=1 before import)")
+    if (
+        torch.cuda.device_count() == 0
+    ):  # counted through NVML where possible: no CUDA context is created
+        return BackendStatus(
+            False, "no GPU is visible (CPU tensors need TRITON_INTERPRET=1 before import)"
+        )
     old = _too_old(device)
     if old is not None:
         return BackendStatus(False, old)
-    return BackendStatus(True, detail="GPU tensors only (CPU tensors need TRITON_INTERPRET=1 before import)")
+    return BackendStatus(
+        True, detail="GPU tensors only (CPU tensors need TRITON_INTERPRET=1 before import)"
+    )
 
 
 def _cpu_status(device: torch.device | None = None) -> BackendStatus:
@@ -213,8 +243,8 @@ def _cpu_status(device: torch.device | None = None) -> BackendStatus:
 
 
 def _status(name: str, device: torch.device | None = None) -> BackendStatus:
-    """Of one backend, for the tensors of a device, or (None) on this machine at all: looking for the others costs an
-    operator call more than some operators do."""
+    """Of one backend, for the tensors of a device, or (None) on this machine at all: looking for
+    the others costs an operator call more than some operators do."""
     if name == "ref":
         return BackendStatus(True, detail="eager PyTorch, any device")
     return {"cpu": _cpu_status, "triton": _triton_status, "cuda": _cuda_status}[name](device)
@@ -230,7 +260,9 @@ def select(backend: str, device: torch.device) -> str:
     if backend == "auto":
         if device.type == "cpu":
             return "cpu" if _native()[0] is not None else "ref"
-        on_gpu = (("triton", _triton_status), ("cuda", _cuda_status)) if device.type == "cuda" else ()
+        on_gpu = (
+            (("triton", _triton_status), ("cuda", _cuda_status)) if device.type == "cuda" else ()
+        )
         return next((name for name, status in on_gpu if status(device).available), "ref")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -242,12 +274,15 @@ def select(backend: str, device: torch.device) -> str:
     if backend == "cuda" and device.type != "cuda" and not cuda().emulated:
         raise RuntimeError(f"backend 'cuda' works on CUDA tensors only, got tensors on {device}")
     if backend == "triton" and device.type == "cpu" and not triton_interpreted():
-        raise RuntimeError("backend 'triton' works on CPU tensors only under TRITON_INTERPRET=1, set before import")
+        raise RuntimeError(
+            "backend 'triton' works on CPU tensors only under TRITON_INTERPRET=1, set before import"
+        )
     return backend
 
 
 def rows_of(value: Tensor | None) -> tuple[int, int, int]:
-    """(pointer, dtype code, batch stride) of a [B, N] tensor with contiguous rows; zeros for an absent one."""
+    """(pointer, dtype code, batch stride) of a [B, N] tensor with contiguous rows; zeros for an
+    absent one."""
     if value is None:
         return 0, 0, 0
     return value.data_ptr(), DTYPE_CODES[value.dtype], value.stride(0)

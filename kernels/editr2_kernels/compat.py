@@ -1,4 +1,5 @@
-"""What other trainers compute, as arguments of the operators here: presets for comparing with them and replacing them.
+"""What other trainers compute, as arguments of the operators here: presets for comparing with them
+and replacing them.
 
     preset = COMPAT["flow_grpo"]
     table = transition_table(sigmas, noise_level=0.7, compat="flow_grpo")
@@ -6,10 +7,10 @@
     loss = grpo_loss(..., v_ref=v_ref, kl_weight=0.04, **preset.grpo_for("flow-sde"))
     advantage = group_advantage(scores, group, preset.credit).advantage
 
-A preset holds what a project's code fixes. What its recipes choose (noise level, clip range, weights of losses) stays
-an argument. Each scores the sample before it is cast to its storage dtype, so `score` is "unrounded": with a dtype
-below fp32 the log-prob of a replay then differs from the rollout's, which `score="stored"`, the default of `sde_step`,
-exists to avoid.
+A preset holds what a project's code fixes. What its recipes choose (noise level, clip range,
+weights of losses) stays an argument. Each scores the sample before it is cast to its storage dtype,
+so `score` is "unrounded": with a dtype below fp32 the log-prob of a replay then differs from the
+rollout's, which `score="stored"`, the default of `sde_step`, exists to avoid.
 
 Sources: the projects' published code, read between November 2025 and August 2026.
 """
@@ -27,10 +28,12 @@ from .group_advantage import CREDIT_PRESETS, CreditOptions
 class Compat:
     """One project's conventions.
 
-    log_prob: by dynamics, `log_prob` of `transition_table`; its keys are the dynamics the project has.
+    log_prob: by dynamics, `log_prob` of `transition_table`; its keys are the dynamics the project
+        has.
     score: `score` of `sde_step`.
-    grpo: keywords of `grpo_loss` that the project's policy loss fixes, but for kl_scale; empty where it has none.
-    kl_scale: by dynamics, `kl_scale` of `grpo_loss`; "step" where there is no entry.
+    grpo: keywords of `grpo_loss` that the project's policy loss fixes, but for kl_scale; empty
+    where it has none. kl_scale: by dynamics, `kl_scale` of `grpo_loss`; "step" where there is no
+    entry.
     nft: keywords of `nft_loss`; empty where it has none.
     credit: options of `group_advantage`.
     renorm: `renorm` of `sde_step` by model family; families without an entry use none.
@@ -50,12 +53,14 @@ class Compat:
         """For `transition_table`; the ODE has no log-prob and needs no entry."""
         if dynamics != "ode" and dynamics not in self.log_prob:
             raise ValueError(
-                f"dynamics {dynamics!r} is not in this compat preset, which has {', '.join(self.log_prob)}"
+                f"dynamics {dynamics!r} is not in this compat preset, which has "
+                f"{', '.join(self.log_prob)}"
             )
         return self.log_prob.get(dynamics)
 
     def grpo_for(self, dynamics: str) -> dict[str, Any]:
-        """The keywords of `grpo_loss`. Raises ValueError for dynamics that the project does not have."""
+        """The keywords of `grpo_loss`. Raises ValueError for dynamics that the project does not
+        have."""
         self.log_prob_of(dynamics)
         return {**self.grpo, "kl_scale": self.kl_scale.get(dynamics, "step")}
 
@@ -71,7 +76,8 @@ _FLOW_GRPO = Compat(
     grpo={"advantage_clip": 5.0},
     kl_scale={"flow-sde": "diffusion"},
     renorm={"qwen_image": "token"},
-    note="std over the group; over the batch: replace(credit, std='global'). Statistics in float64 there.",
+    note="std over the group; over the batch: replace(credit, std='global'). Statistics in "
+    "float64 there.",
 )
 
 COMPAT: dict[str, Compat] = {
@@ -86,7 +92,8 @@ COMPAT: dict[str, Compat] = {
         _FLOW_GRPO,
         log_prob={"flow-sde": "scaled"},
         renorm={},
-        note="renorm is a setting there: 'global', 'channel' or 'text_channel', within a guidance_interval.",
+        note="renorm is a setting there: 'global', 'channel' or 'text_channel', within a "
+        "guidance_interval.",
     ),
     "dance_grpo": Compat(
         log_prob={"dance-sde": "full"},
@@ -98,14 +105,15 @@ COMPAT: dict[str, Compat] = {
         log_prob={"flow-sde": "full", "dance-sde": "scaled", "dpm++sde": "full"},
         credit=_credit("mixgrpo"),
         grpo={"advantage_clip": 5.0},
-        note="Its KL, half the mean square of log p - log p_old, is `metrics.approx_kl` of `grpo_loss`. Its "
-        "Dance-SDE loses the constants of log p, which cancel in the ratio.",
+        note="Its KL, half the mean square of log p - log p_old, is `metrics.approx_kl` of "
+        "`grpo_loss`. Its Dance-SDE loses the constants of log p, which cancel in the ratio.",
     ),
     "diffusion_nft": Compat(
         log_prob={"ddim-sde": "full"},
         credit=_credit("flow-grpo"),
         nft={"advantage_max": 5.0, "ref_weight": 1e-4, "min_weight": 1e-5},
-        note="std over the group; over the batch: replace(credit, std='global'). The loss runs in float64 there.",
+        note="std over the group; over the batch: replace(credit, std='global'). The loss runs "
+        "in float64 there.",
     ),
     "flow_factory": Compat(
         log_prob={"flow-sde": "full", "dance-sde": "full", "cps": "unscaled"},
@@ -113,7 +121,8 @@ COMPAT: dict[str, Compat] = {
         grpo={"advantage_clip": 5.0},
         kl_scale={"flow-sde": "mean", "dance-sde": "mean", "cps": "mean"},
         renorm={"qwen_image": "token"},
-        note="A KL in v instead of x: kl_scale='velocity'. Several rewards by GDPO: CREDIT_PRESETS['gdpo'].",
+        note="A KL in v instead of x: kl_scale='velocity'. Several rewards by GDPO: "
+        "CREDIT_PRESETS['gdpo'].",
     ),
     "verl_omni": Compat(
         log_prob={"flow-sde": "full", "dance-sde": "full", "cps": "unscaled"},
@@ -121,8 +130,9 @@ COMPAT: dict[str, Compat] = {
         grpo={"advantage_clip": 5.0},
         kl_scale={"flow-sde": "diffusion", "dance-sde": "diffusion"},
         renorm={"qwen_image": "token"},
-        note="include_logprob_normalizer=False is log_prob='scaled'; Dr. GRPO is replace(credit, std='none'). Its "
-        "GRPO-Guard uses batch means of S: equal to guard=True where a batch is at one step.",
+        note="include_logprob_normalizer=False is log_prob='scaled'; Dr. GRPO is "
+        "replace(credit, std='none'). Its GRPO-Guard uses batch means of S: equal to guard=True "
+        "where a batch is at one step.",
     ),
 }
 

@@ -3,17 +3,21 @@
     value      (aggregate over turns) -> (fuse rewards | keep apart) -> one fp32 value per unit
     advantage  (value - mean of its set) / (std + eps), (sum over rewards), (renormalise over the batch), clip
 
-Means and deviations are taken about the least value of their set, which no order changes: of scores that are far from 0
-and hardly differ nothing is lost, as it would be in a mean rounded to fp32.
+Means and deviations are taken about the least value of their set, which no order changes: of scores
+that are far from 0 and hardly differ nothing is lost, as it would be in a mean rounded to fp32.
 
-A *unit* is a (sample, turn) when `aggregate == "none"` and a sample otherwise. A *set* is what shares one mean:
-all units of a group (baseline "session"), or those of one turn of a group (baseline "session_turn").
+A *unit* is a (sample, turn) when `aggregate == "none"` and a sample otherwise. A *set* is what
+shares one mean:
+all units of a group (baseline "session"), or those of one turn of a group (baseline
+"session_turn").
 
-Exact order of operations (every backend gives identical bits; all steps are fp32, one rounding each, no fma,
+Exact order of operations (every backend gives identical bits; all steps are fp32, one rounding
+each, no fma,
 round to nearest even, unless stated). Integers are int64.
 
  1. valid = mask (all True if absent). A score at an invalid turn is never looked at.
- 2. live = valid, minus every turn t' > t of sample i for which valid[i,t] and scores[i,t,filter_reward] == 0.
+ 2. live = valid, minus every turn t' > t of sample i for which valid[i,t] and
+ scores[i,t,filter_reward] == 0.
  3. aggregate, each reward k on its own, turns left to right t = 0..T-1:
       none     s[t]
       mean     (((s0 + s1) + s2) + ...) / float(T)
@@ -27,8 +31,9 @@ round to nearest even, unless stated). Integers are int64.
       else:            samples whose turns are all valid (the filter does not change the statistics)
     trained turns (the returned mask):
       aggregate none:  live;    else: live and all turns of the sample valid
-    A set is dropped when, by the fused value whatever the fusion, std <= float32(min_std) or mean >= float32(max_mean)
-    (steps 6 and 7, before any eps). Its units no longer count, in no statistic, and its turns no longer train.
+    A set is dropped when, by the fused value whatever the fusion, std <= float32(min_std) or mean
+    >= float32(max_mean) (steps 6 and 7, before any eps). Its units no longer count, in no
+    statistic, and its turns no longer train.
  6. moment(x over a set, divisor), order-free:
       m = max |x|;   e = frexp exponent of m (m = f * 2^e, 0.5 <= f < 1), then e = max(e, -80)
       q = rint(x * 2^(40-e))  (fp32 multiply, exact; rint to even)  as int64;     Q = sum of q in int64
@@ -36,7 +41,8 @@ round to nearest even, unless stated). Integers are int64.
       moment = float32(M) * 2^(e-40);   divisor <= 0 gives 0;   NaN if any x is not finite
     With p = min x over the set and m = moment(x - p, count):
     deviation(x) = (x - p) - m          mean(set) = p + m
-    std(set) = sqrt(moment(deviation(x)*deviation(x), divisor)), divisor = count, or count - 1 when `unbiased`
+    std(set) = sqrt(moment(deviation(x)*deviation(x), divisor)), divisor = count, or count - 1 when
+    `unbiased`
     (sqrt correctly rounded)
  7. d = deviation(value) in the set of the unit, and by `std`:
       none     a = d
@@ -44,22 +50,27 @@ round to nearest even, unless stated). Integers are int64.
       global   a = normal(d, std(all counted units of the column))
     normal(d, std) = d / denominator, or 0 where denominator == 0, and
     denominator = std + float32(eps)  (eps_mode "add")  or  max(std, float32(eps))  ("floor")
- 8. (It follows that a set with a single counted unit has a = 0; a set with none has no unit that trains.)
+ 8. (It follows that a set with a single counted unit has a = 0; a set with none has no unit that
+ trains.)
  9. fusion "advantage" and "gdpo": a = ((w0*a0 + w1*a1) + w2*a2) + ...
 10. fusion "gdpo": over all counted units of the batch, a = normal(deviation(a), std)
 11. a = NaN (bits 0x7FC00000) where not finite;  a = min(max(a, -clip), clip) if clip is set;  a = a + 0.0 (no -0)
 12. advantage[i,t] = a of its unit where the turn trains, else 0.
 
-At most 2^20 units, so the int64 sums cannot overflow. Scores must be finite where valid (CPU tensors are checked).
-Whatever is not finite, or leaves the range of fp32 on the way, makes NaN of all that depends on it: of its set with
-std "group" or "none", of the whole batch with "global" or fusion "gdpo"; a set with NaN statistics is not dropped.
+At most 2^20 units, so the int64 sums cannot overflow. Scores must be finite where valid (CPU
+tensors are checked). Whatever is not finite, or leaves the range of fp32 on the way, makes NaN of
+all that depends on it: of its set with
+std "group" or "none", of the whole batch with "global" or fusion "gdpo"; a set with NaN statistics
+is not dropped.
 
-Cost: linear in the units on CPUs; on GPUs one launch that compares at most N^2 pairs of group ids, plus per group a few
-scans of all ids, plus linear work of one last program for std "global" and fusion "gdpo".
+Cost: linear in the units on CPUs; on GPUs one launch that compares at most N^2 pairs of group ids,
+plus per group a few scans of all ids, plus linear work of one last program for std "global" and
+fusion "gdpo".
 
-Sources: Edit-R2 (arXiv 2606.05950), MT-EditFlow (arXiv 2606.01985), Flow-GRPO (arXiv 2505.05470), GDPO
-(arXiv 2601.05242), Dr. GRPO (arXiv 2503.20783), UniWorld-V2 (arXiv 2510.16888), and the released code of DanceGRPO,
-MixGRPO, Flow-Factory and verl-omni.
+Sources: Edit-R2 (arXiv 2606.05950), MT-EditFlow (arXiv 2606.01985), Flow-GRPO (arXiv 2505.05470),
+    GDPO
+(arXiv 2601.05242), Dr. GRPO (arXiv 2503.20783), UniWorld-V2 (arXiv 2510.16888), and the released
+code of DanceGRPO, MixGRPO, Flow-Factory and verl-omni.
 """
 
 from __future__ import annotations
@@ -90,20 +101,25 @@ EPS_MODES = ("add", "floor")
 class CreditOptions:
     """How scores become advantages; the module docstring has the arithmetic.
 
-    aggregate: over turns. "none" keeps one value a turn; "prefix" is the mean over turns of the running products.
-    fusion: weigh rewards before normalising ("reward"); normalise each, then weigh ("advantage"); or that and then
+    aggregate: over turns. "none" keeps one value a turn; "prefix" is the mean over turns of the
+    running products. fusion: weigh rewards before normalising ("reward"); normalise each, then
+    weigh ("advantage"); or that and then
         normalise the result over the whole batch ("gdpo").
     baseline: whether all turns of a group share one mean; "session_turn" needs aggregate "none".
-    std: divide by the std of the set ("group"), of all counted values ("global"), or not at all ("none").
+    std: divide by the std of the set ("group"), of all counted values ("global"), or not at all
+        ("none").
     unbiased: divide the squared sum by count - 1 instead of count; a single value has std 0.
     eps: added to the std ("add"), or the least it may be ("floor").
     eps_mode: which of the two.
     clip: bound on |advantage|, last; None for none.
-    broadcast: put the aggregated advantage on every turn; true exactly when aggregate is not "none".
-    filter_reward: index k of a reward; once scores[i, t, k] == 0, the later turns of sample i do not train.
-    filter_in_statistics: whether those turns still count in mean and std (aggregate "none" only).
-    min_std: drop every set whose weighted reward has a std of this or less, 0.0 those of equal values; None keeps all.
-    max_mean: drop every set whose weighted reward has a mean of this or more; None keeps all. What is dropped has
+    broadcast: put the aggregated advantage on every turn; true exactly when aggregate is not
+        "none".
+    filter_reward: index k of a reward; once scores[i, t, k] == 0, the later turns of sample i do
+    not train. filter_in_statistics: whether those turns still count in mean and std (aggregate
+    "none" only).
+    min_std: drop every set whose weighted reward has a std of this or less, 0.0 those of equal
+    values; None keeps all. max_mean: drop every set whose weighted reward has a mean of this or
+    more; None keeps all. What is dropped has
         advantage 0 and mask False, and counts in no statistic.
     """
 
@@ -130,21 +146,30 @@ class CreditOptions:
             ("eps_mode", EPS_MODES),
         ):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}"
+                )
         _checks.not_negative("eps", self.eps)
         if self.clip is not None:
             _checks.positive("clip", self.clip)
         if self.broadcast != (self.aggregate != "none"):
             raise ValueError(
-                f"broadcast must be {self.aggregate != 'none'} with aggregate {self.aggregate!r} (an aggregated "
-                f"advantage goes to every turn, a per-turn one to its own), got {self.broadcast}"
+                f"broadcast must be {self.aggregate != 'none'} with aggregate {self.aggregate!r} "
+                f"(an aggregated advantage goes to every turn, a per-turn one to its own), got "
+                f"{self.broadcast}"
             )
         if self.aggregate != "none" and self.baseline == "session_turn":
-            raise ValueError(f"baseline 'session_turn' needs aggregate 'none', got aggregate {self.aggregate!r}")
+            raise ValueError(
+                f"baseline 'session_turn' needs aggregate 'none', got aggregate {self.aggregate!r}"
+            )
         if self.aggregate != "none" and self.filter_in_statistics:
-            raise ValueError(f"filter_in_statistics needs aggregate 'none', got aggregate {self.aggregate!r}")
+            raise ValueError(
+                f"filter_in_statistics needs aggregate 'none', got aggregate {self.aggregate!r}"
+            )
         if self.filter_reward is not None and self.filter_reward < 0:
-            raise ValueError(f"filter_reward must be None or an index >= 0, got {self.filter_reward}")
+            raise ValueError(
+                f"filter_reward must be None or an index >= 0, got {self.filter_reward}"
+            )
         if self.min_std is not None:
             _checks.not_negative("min_std", self.min_std)
         if self.max_mean is not None:
@@ -161,7 +186,9 @@ CREDIT_PRESETS: dict[str, CreditOptions] = {
     "flow-grpo": CreditOptions(baseline="session_turn"),
     "dance-grpo": _UNBIASED,
     "mixgrpo": replace(_UNBIASED, fusion="advantage"),
-    "flow-factory": CreditOptions(baseline="session_turn", std="global", eps=1e-6, eps_mode="floor"),
+    "flow-factory": CreditOptions(
+        baseline="session_turn", std="global", eps=1e-6, eps_mode="floor"
+    ),
     "gdpo": CreditOptions(fusion="gdpo", baseline="session_turn", eps=1e-6, eps_mode="floor"),
     "verl-omni": CreditOptions(baseline="session_turn", std="global", unbiased=True),
     "dr-grpo": CreditOptions(baseline="session_turn", std="none"),
@@ -177,7 +204,8 @@ class GroupAdvantage(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """What is normalised: K values and one fused value of each of U units, who shares a set, who counts and trains."""
+    """What is normalised: K values and one fused value of each of U units, who shares a set, who
+    counts and trains."""
 
     value_KU: Tensor
     fused_U: Tensor
@@ -187,7 +215,9 @@ class _Units(NamedTuple):
     trained_NT: Tensor
 
 
-def _units(scores: Tensor, group: Tensor, weights: Tensor, mask: Tensor, options: CreditOptions) -> _Units:
+def _units(
+    scores: Tensor, group: Tensor, weights: Tensor, mask: Tensor, options: CreditOptions
+) -> _Units:
     """Steps 1-5 of the module docstring, before sets are dropped."""
     n, turns, _ = scores.shape
     s_NTK = torch.where(mask[:, :, None], scores, torch.zeros_like(scores))
@@ -250,7 +280,12 @@ def _moment(value: Tensor, sets: _Sets, divisor: Tensor) -> Tensor:
     """Step 6: sum / divisor per set by a fixed-point sum, which no order can change."""
     zeros = torch.zeros(divisor.shape, dtype=torch.float32, device=value.device)
     finite = value.isfinite()
-    broken = torch.zeros_like(divisor).index_add(0, sets.which_U, (sets.counted_U & ~finite).to(torch.int64)) > 0
+    broken = (
+        torch.zeros_like(divisor).index_add(
+            0, sets.which_U, (sets.counted_U & ~finite).to(torch.int64)
+        )
+        > 0
+    )
     value = torch.where(sets.counted_U & finite, value, 0.0)
     largest = zeros.scatter_reduce(0, sets.which_U, value.abs(), "amax")
     exponent = torch.frexp(largest).exponent.to(torch.int64).clamp(min=-80)
@@ -274,7 +309,9 @@ class _Centre(NamedTuple):
 
 def _centre(value: Tensor, sets: _Sets) -> _Centre:
     start = torch.full(sets.count_S.shape, torch.inf, dtype=torch.float32, device=value.device)
-    least = start.scatter_reduce(0, sets.which_U, torch.where(sets.counted_U, value, torch.inf), "amin")
+    least = start.scatter_reduce(
+        0, sets.which_U, torch.where(sets.counted_U, value, torch.inf), "amin"
+    )
     return _Centre(least, _moment(value - least[sets.which_U], sets, sets.count_S))
 
 
@@ -285,7 +322,9 @@ def _std(deviation: Tensor, sets: _Sets, options: CreditOptions) -> Tensor:
 def _divide(d: Tensor, std: Tensor, options: CreditOptions) -> Tensor:
     """normal(d, std) of step 7."""
     denominator = (
-        torch.maximum(std, torch.full_like(std, options.eps)) if options.eps_mode == "floor" else std + options.eps
+        torch.maximum(std, torch.full_like(std, options.eps))
+        if options.eps_mode == "floor"
+        else std + options.eps
     )
     return torch.where(denominator == 0, 0.0, d / denominator)
 
@@ -296,7 +335,9 @@ def _normalise(value: Tensor, sets: _Sets, batch: _Sets, options: CreditOptions)
     if options.std == "none":
         return d
     if options.std == "global":
-        return _divide(d, _std(_centre(value, batch).deviation(value, batch), batch, options), options)
+        return _divide(
+            d, _std(_centre(value, batch).deviation(value, batch), batch, options), options
+        )
     return _divide(d, _std(d, sets, options)[sets.which_U], options)
 
 
@@ -311,7 +352,10 @@ def group_advantage_ref(
     sets = _sets(index * turns + units.turn_U, units.counted_U, ids.numel() * turns)
     if options.min_std is not None or options.max_mean is not None:
         centre = _centre(units.fused_U, sets)
-        mean, std = centre.least + centre.above, _std(centre.deviation(units.fused_U, sets), sets, options)
+        mean, std = (
+            centre.least + centre.above,
+            _std(centre.deviation(units.fused_U, sets), sets, options),
+        )
         drop = torch.zeros_like(mean, dtype=torch.bool)
         if options.min_std is not None:
             drop |= std <= torch.full_like(std, options.min_std)
@@ -337,8 +381,8 @@ def group_advantage_ref(
 def workspace_of(options: CreditOptions, scores: Tensor) -> Tensor:
     """Scratch of a GPU backend, int32, for what needs the whole batch; empty where nothing does.
 
-    First a counter, 0, and three words that keep the rest aligned; for the global std then each column's differences
-    from the mean of the set, as fp32.
+    First a counter, 0, and three words that keep the rest aligned; for the global std then each
+    column's differences from the mean of the set, as fp32.
     """
     samples, turns, rewards = scores.shape
     size = 4 if options.fusion == "gdpo" or options.std == "global" else 0
@@ -352,7 +396,8 @@ def workspace_of(options: CreditOptions, scores: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _parsed(*values: Any) -> tuple[CreditOptions, dict[str, Any]]:
-    """The operator's arguments as options (`broadcast` follows from aggregate) and as compiled modules take them."""
+    """The operator's arguments as options (`broadcast` follows from aggregate) and as compiled
+    modules take them."""
     names = (field.name for field in fields(CreditOptions) if field.name != "broadcast")
     options = CreditOptions(broadcast=values[0] != "none", **dict(zip(names, values)))
     return options, {
@@ -378,9 +423,10 @@ def _fake(scores: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
 
 @operator(
     "group_advantage",
-    "(Tensor scores, Tensor group, Tensor weights, Tensor? mask, str aggregate, str fusion, str baseline, "
-    "str std, bool unbiased, float eps, float? clip, int? filter_reward, bool filter_in_statistics, str eps_mode, "
-    "float? min_std, float? max_mean, str backend) -> (Tensor, Tensor)",
+    "(Tensor scores, Tensor group, Tensor weights, Tensor? mask, str aggregate, str fusion, str "
+    "baseline, str std, bool unbiased, float eps, float? clip, int? filter_reward, bool "
+    "filter_in_statistics, str eps_mode, float? min_std, float? max_mean, str backend) -> "
+    "(Tensor, Tensor)",
     fake=_fake,
 )
 def _group_advantage(
@@ -390,14 +436,19 @@ def _group_advantage(
     options, codes = _parsed(*values)
     n, turns, rewards = scores.shape
     chosen = select(backend, scores.device)
-    if mask is None and chosen not in ("cpu", "cuda"):  # which take its absence for all True, at no cost
+    if mask is None and chosen not in (
+        "cpu",
+        "cuda",
+    ):  # which take its absence for all True, at no cost
         mask = torch.ones(n, turns, dtype=torch.bool, device=scores.device)
     if chosen != "cpu" and scores.device.type == "cpu":  # "cpu" looks for itself
         if not bool(weights.isfinite().all()):
             raise ValueError(f"weights must be finite, got {weights.tolist()}")
         finite = scores.isfinite()
         if not bool((finite if mask is None else finite | ~mask[:, :, None]).all()):
-            raise ValueError("scores must be finite wherever mask is True; mark failed scores in mask instead")
+            raise ValueError(
+                "scores must be finite wherever mask is True; mark failed scores in mask instead"
+            )
     advantage = torch.empty(n, turns, dtype=torch.float32, device=scores.device)
     trained = torch.empty(n, turns, dtype=torch.bool, device=scores.device)
     if n == 0:
@@ -432,7 +483,11 @@ def _group_advantage(
 
 
 def _fp32(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float32 and not value.requires_grad else value.detach().to(torch.float32)
+    return (
+        value
+        if value.dtype == torch.float32 and not value.requires_grad
+        else value.detach().to(torch.float32)
+    )
 
 
 def group_advantage(
@@ -444,29 +499,35 @@ def group_advantage(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> GroupAdvantage:
-    """Advantages of rollouts from their scores. No gradient. Identical bits on every backend and in every order.
+    """Advantages of rollouts from their scores. No gradient. Identical bits on every backend and in
+    every order.
 
     Args:
         scores: [N, T, K] floating point; sample, turn, reward. Read as fp32.
         group: [N] int64, any values; samples of one id are siblings.
         options: the credit options; see CREDIT_PRESETS.
         weights: [K], the weight of each reward (default 1/K each).
-        mask: [N, T] bool, False where a turn has no score (a failed judge). Such a turn gets advantage 0 and stays
-            outside the statistics; with `aggregate` it takes its whole sample with it. Default: all True.
+        mask: [N, T] bool, False where a turn has no score (a failed judge). Such a turn gets
+            advantage 0 and stays outside the statistics; with `aggregate` it takes its whole sample
+            with it. Default: all True.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
-        advantage [N, T] fp32, and mask [N, T] bool: the turns that train (given, not behind the filter, not dropped).
+        advantage [N, T] fp32, and mask [N, T] bool: the turns that train (given, not behind the
+        filter, not dropped).
 
     Raises:
-        ValueError or TypeError naming the argument. Scores and weights that are not finite raise on CPU
+        ValueError or TypeError naming the argument. Scores and weights that are not finite raise on
+        CPU
         tensors only.
     """
     _checks.tensor("scores", scores)
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating point, got {scores.dtype}")
     if scores.dim() != 3 or scores.shape[1] == 0 or scores.shape[2] == 0:
-        raise ValueError(f"scores must have shape [N, T, K] with T, K >= 1, got {list(scores.shape)}")
+        raise ValueError(
+            f"scores must have shape [N, T, K] with T, K >= 1, got {list(scores.shape)}"
+        )
     n, turns, rewards = scores.shape
     if n * turns > MAX_UNITS:
         raise ValueError(f"scores may hold at most 2^20 turns in all, got {n} x {turns}")
@@ -474,17 +535,23 @@ def group_advantage(
     if not isinstance(options, CreditOptions):
         raise TypeError(f"options must be a CreditOptions, got {type(options).__name__}")
     if options.filter_reward is not None and options.filter_reward >= rewards:
-        raise ValueError(f"options.filter_reward must be below K = {rewards}, got {options.filter_reward}")
+        raise ValueError(
+            f"options.filter_reward must be below K = {rewards}, got {options.filter_reward}"
+        )
     if weights is None:
         weights = torch.full((rewards,), 1.0 / rewards, dtype=torch.float32, device=scores.device)
     _checks.tensor("weights", weights)
     if list(weights.shape) != [rewards]:
-        raise ValueError(f"weights must have shape [{rewards}], one a reward; got {list(weights.shape)}")
+        raise ValueError(
+            f"weights must have shape [{rewards}], one a reward; got {list(weights.shape)}"
+        )
     _checks.same_device("weights", weights, "scores", scores)
     if mask is not None:
         _checks.tensor("mask", mask)
         if mask.dtype != torch.bool or list(mask.shape) != [n, turns]:
-            raise ValueError(f"mask must be bool of shape [{n}, {turns}], got {mask.dtype} of {list(mask.shape)}")
+            raise ValueError(
+                f"mask must be bool of shape [{n}, {turns}], got {mask.dtype} of {list(mask.shape)}"
+            )
         _checks.same_device("mask", mask, "scores", scores)
     advantage, trained = torch.ops.editr2.group_advantage(
         _fp32(scores),

@@ -1,4 +1,5 @@
-"""The clipped policy loss of a stored sampler step, with the KL to a reference velocity and everything one logs of it.
+"""The clipped policy loss of a stored sampler step, with the KL to a reference velocity and
+everything one logs of it.
 
     log p = w mean(z^2) + c          z = x' - mu          mu = A x + B u (+ C m_prev)       u: guided (`guidance`)
     rho   = exp(log p - log p_old)
@@ -6,13 +7,15 @@
     kl    = mean((B (u - v_ref))^2) / (2 S^2)                       `kl_scale` has the published variants
     loss  = sum_b weight_b (policy_b + kl_weight kl_b)              weight_b = mask_b / normalizer
 
-GRPO-Guard: with b = mean((B (u - v_old))^2) / (2 S^2), rho = exp((log p - log p_old + b) S) and policy is divided by
-sigma - sigma'. Per sample the gradient is one linear combination, whose three factors the forward leaves behind:
+GRPO-Guard: with b = mean((B (u - v_old))^2) / (2 S^2), rho = exp((log p - log p_old + b) S) and
+policy is divided by sigma - sigma'. Per sample the gradient is one linear combination, whose three
+factors the forward leaves behind:
 
     d loss / d u = on_z z + on_ref (u - v_ref) + on_old (u - v_old)
 
-so the forward reads every latent once, the backward (`replay`) reads once and writes the gradient once, and nothing of
-the size of the latents is stored in between. ODE rows (S = 0) have no policy gradient; their ratio is 1 when
+so the forward reads every latent once, the backward (`replay`) reads once and writes the gradient
+once, and nothing of the size of the latents is stored in between. ODE rows (S = 0) have no policy
+gradient; their ratio is 1 when
 log p_old is what `sde_step` returned.
 
 Sources: PPO (arXiv 1707.06347); Flow-GRPO (arXiv 2505.05470); GRPO-Guard (arXiv 2510.22319).
@@ -29,7 +32,16 @@ from . import _checks
 from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
-from .replay import REPLAY_SCHEMA, Replay, backward, make_replay, moments_ref, save, saved, without_gradient
+from .replay import (
+    REPLAY_SCHEMA,
+    Replay,
+    backward,
+    make_replay,
+    moments_ref,
+    save,
+    saved,
+    without_gradient,
+)
 from .table import mean_ref
 
 KlScale = Literal["step", "diffusion", "mean", "velocity"]
@@ -51,7 +63,8 @@ class GrpoMetrics(NamedTuple):
 
 
 class GrpoLoss(NamedTuple):
-    """loss, 0-dim fp32, carries the gradient; nothing else does. log_prob, ratio, kl: [B] fp32, masked samples too."""
+    """loss, 0-dim fp32, carries the gradient; nothing else does. log_prob, ratio, kl: [B] fp32,
+    masked samples too."""
 
     loss: Tensor
     log_prob: Tensor
@@ -73,7 +86,8 @@ class _Options(NamedTuple):
 
 
 OPTIONS_SCHEMA = (
-    "float clip_low, float clip_high, float advantage_clip, float kl_weight, int kl_scale, bool guard, float normalizer"
+    "float clip_low, float clip_high, float advantage_clip, float kl_weight, int kl_scale, bool "
+    "guard, float normalizer"
 )
 
 
@@ -91,12 +105,16 @@ def _options(
     _checks.not_negative("clip", low)
     _checks.not_negative("clip", high)
     if low > 1:
-        raise ValueError(f"clip must leave the ratio a lower bound of at least 0, low <= 1; got {low}")
+        raise ValueError(
+            f"clip must leave the ratio a lower bound of at least 0, low <= 1; got {low}"
+        )
     if advantage_clip is not None:
         _checks.positive("advantage_clip", advantage_clip)
     _checks.not_negative("kl_weight", kl_weight)
     if kl_weight > 0 and v_ref is None:
-        raise ValueError(f"v_ref is required with kl_weight {kl_weight}: the velocity the KL is taken to")
+        raise ValueError(
+            f"v_ref is required with kl_weight {kl_weight}: the velocity the KL is taken to"
+        )
     if kl_scale not in KL_SCALES:
         raise ValueError(f"kl_scale must be one of {', '.join(KL_SCALES)}, got {kl_scale!r}")
     if guard != (v_old is not None):
@@ -121,7 +139,8 @@ def _options(
 def _grpo_ref(
     replay: Replay, old_log_prob: Tensor, advantage: Tensor, mask: Tensor | None, o: _Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, log_prob, ratio, kl, metrics [8], factors [B, 3]), differentiable; the sample in order of objective.h."""
+    """(loss, log_prob, ratio, kl, metrics [8], factors [B, 3]), differentiable; the sample in order
+    of objective.h."""
     batch, n = replay.x.shape
     counted = torch.ones(batch, dtype=torch.bool, device=replay.x.device) if mask is None else mask
     row, u_BN, z_BN = moments_ref(without_gradient(replay, ~counted))
@@ -142,7 +161,9 @@ def _grpo_ref(
     log_ratio = log_prob - old_log_prob.to(dtype)
     exponent = log_ratio
     if o.guard:
-        exponent = torch.where(noisy, (log_ratio + moment(replay.v_old, b) / twice_variance) * s, 0.0)
+        exponent = torch.where(
+            noisy, (log_ratio + moment(replay.v_old, b) / twice_variance) * s, 0.0
+        )
     a = advantage.to(dtype)
     if o.advantage_clip >= 0:
         a = a.clamp(-o.advantage_clip, o.advantage_clip)
@@ -169,7 +190,10 @@ def _grpo_ref(
     weight = counted.to(dtype) / (o.normalizer if o.normalizer > 0 else total)
     loss = torch.where(counted, weight * sample_loss, 0.0).sum()
     means = (ratio, ratio < low, ratio > high, log_ratio * log_ratio * 0.5, kl, policy)
-    sums = torch.where(counted, torch.stack([value.detach().to(dtype) for value in means]), 0.0).sum(1) / total
+    sums = (
+        torch.where(counted, torch.stack([value.detach().to(dtype) for value in means]), 0.0).sum(1)
+        / total
+    )
     deviation = torch.where(counted, (ratio - 1.0).abs(), 0.0)
     metrics = torch.stack(
         (
@@ -212,14 +236,22 @@ def grpo_loss_ref(
     normalizer: float | None = None,
     **guidance: Any,
 ) -> GrpoLoss:
-    """The definition, in plain PyTorch on any device; gradient to v and the branches of guidance only.
+    """The definition, in plain PyTorch on any device; gradient to v and the branches of guidance
+    only.
 
-    guidance: m_prev and the guidance arguments of `sde_log_prob`. fp64 latents are computed in fp64.
+    guidance: m_prev and the guidance arguments of `sde_log_prob`. fp64 latents are computed in
+        fp64.
     """
-    replay = make_replay(x, x_next, v, table, step_index, v_ref=v_ref, v_old=v_old, doubles=True, **guidance)
+    replay = make_replay(
+        x, x_next, v, table, step_index, v_ref=v_ref, v_old=v_old, doubles=True, **guidance
+    )
     options = _options(clip, advantage_clip, v_ref, kl_weight, kl_scale, guard, v_old, normalizer)
-    loss, log_prob, ratio, kl, metrics, _ = _grpo_ref(replay, old_log_prob.detach(), advantage.detach(), mask, options)
-    return GrpoLoss(loss, log_prob.detach(), ratio.detach(), kl.detach(), GrpoMetrics(*metrics.unbind()))
+    loss, log_prob, ratio, kl, metrics, _ = _grpo_ref(
+        replay, old_log_prob.detach(), advantage.detach(), mask, options
+    )
+    return GrpoLoss(
+        loss, log_prob.detach(), ratio.detach(), kl.detach(), GrpoMetrics(*metrics.unbind())
+    )
 
 
 def _outputs(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -233,18 +265,22 @@ def _fake_grpo_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 
 @operator(
     "grpo_loss",
-    f"({REPLAY_SCHEMA}, Tensor old_log_prob, Tensor advantage, Tensor? mask, {OPTIONS_SCHEMA}, str backend)"
+    f"({REPLAY_SCHEMA}, Tensor old_log_prob, Tensor advantage, Tensor? mask, {OPTIONS_SCHEMA}, "
+    f"str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_grpo_loss,
 )
 def _grpo_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], log_prob [B], ratio [B], kl [B], metrics [8], factors [B, 3] of a unit incoming gradient), all fp32."""
+    """(loss [], log_prob [B], ratio [B], kl [B], metrics [8], factors [B, 3] of a unit incoming
+    gradient), all fp32."""
     replay, (old_log_prob, advantage, mask, *numbers, backend) = Replay.split(inputs)
     options = _Options(*numbers)
     chosen = select(backend, replay.x.device)
     replay = replay.checked(chosen)
     if chosen == "ref":
-        loss, log_prob, ratio, kl, metrics, factors = _grpo_ref(replay, old_log_prob, advantage, mask, options)
+        loss, log_prob, ratio, kl, metrics, factors = _grpo_ref(
+            replay, old_log_prob, advantage, mask, options
+        )
         return loss, log_prob, ratio, kl, metrics, factors
     outputs = _outputs(replay.v)
     if replay.x.shape[0] == 0:
@@ -330,36 +366,44 @@ def grpo_loss(
     renorm: Renorm = "none",
     backend: str | None = None,
 ) -> GrpoLoss:
-    """Policy loss of the moves x -> x_next; differentiable to v and, through guidance, to v_uncond and v_uncond_image.
+    """Policy loss of the moves x -> x_next; differentiable to v and, through guidance, to v_uncond
+    and v_uncond_image.
 
     Args:
-        x, x_next, v, table, step_index, m_prev and from v_uncond to renorm: as in `sde_log_prob`. Samples may be at
-            different steps and rows. Arithmetic is fp32 whatever their dtypes, also under autocast.
+        x, x_next, v, table, step_index, m_prev and from v_uncond to renorm: as in `sde_log_prob`.
+            Samples may be at different steps and rows. Arithmetic is fp32 whatever their dtypes,
+            also under autocast.
         old_log_prob: [B] float32, what `sde_step` returned.
         advantage: [B] float32.
-        clip: the ratio is clipped to 1 -+ clip, or to (1 - low, 1 + high), low <= 1. Log-probs are means over elements:
-            small.
+        clip: the ratio is clipped to 1 -+ clip, or to (1 - low, 1 + high), low <= 1. Log-probs are
+            means over elements: small.
         advantage_clip: bound of |advantage|; None for none.
         v_ref: like x in shape; a reference policy's (guided) velocity, for the KL.
-        kl_weight: weight of the KL, >= 0; above 0 it needs v_ref. With v_ref and 0 the KL is reported only.
-        kl_scale: "step" divides the mean's squared difference by 2 S^2; "diffusion" by 2 S^2 / (sigma - sigma'), which
-            is 2 g^2 of the dynamics with S = g sqrt(sigma - sigma') (flow, dance, wan) and of no other; "mean" takes it
-            as it is; "velocity" is mean((u - v_ref)^2). The first two are 0 for ODE rows.
-        guard: GRPO-Guard's ratio normalisation, which also divides the policy loss by sigma - sigma'; needs v_old, the
-            (guided) velocity of the rollout, like x in shape.
-        mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds (NaN included). ODE
-            rows (S = 0) count, in the normaliser too, though they train nothing: mask them.
-        normalizer: what the sum over samples is divided by, > 0; give the common one when a batch comes in parts.
-            None: the number of samples that count, at least 1. Under torch.compile this and the other numbers are
-            constants: a new value compiles again.
+        kl_weight: weight of the KL, >= 0; above 0 it needs v_ref. With v_ref and 0 the KL is
+            reported only.
+        kl_scale: "step" divides the mean's squared difference by 2 S^2; "diffusion" by 2 S^2 /
+            (sigma - sigma'), which is 2 g^2 of the dynamics with S = g sqrt(sigma - sigma') (flow,
+            dance, wan) and of no other; "mean" takes it as it is; "velocity" is mean((u -
+            v_ref)^2). The first two are 0 for ODE rows.
+        guard: GRPO-Guard's ratio normalisation, which also divides the policy loss by sigma -
+            sigma'; needs v_old, the (guided) velocity of the rollout, like x in shape.
+        mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds
+            (NaN included). ODE rows (S = 0) count, in the normaliser too, though they train
+            nothing: mask them.
+        normalizer: what the sum over samples is divided by, > 0; give the common one when a batch
+            comes in parts.
+            None: the number of samples that count, at least 1. Under torch.compile this and the
+            other numbers are constants: a new value compiles again.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
-        GrpoLoss. With the rollout's velocity log_prob has the bits of old_log_prob, and ratio is exactly 1.
+        GrpoLoss. With the rollout's velocity log_prob has the bits of old_log_prob, and ratio is
+        exactly 1.
 
     Raises:
-        ValueError or TypeError naming the argument. A step_index out of range, or a missing m_prev where a row needs
-        it, raises on CPU tensors; on a GPU, where looking would stall the queue, the sample's values are NaN.
+        ValueError or TypeError naming the argument. A step_index out of range, or a missing m_prev
+        where a row needs it, raises on CPU tensors; on a GPU, where looking would stall the queue,
+        the sample's values are NaN.
     """
     replay = make_replay(
         x,
@@ -382,6 +426,11 @@ def grpo_loss(
     _checks.mask(mask, "x", x)
     options = _options(clip, advantage_clip, v_ref, kl_weight, kl_scale, guard, v_old, normalizer)
     loss, log_prob, ratio, kl, metrics, _ = torch.ops.editr2.grpo_loss(
-        *replay, old_log_prob.detach(), advantage.detach(), mask, *options, _checks.backend_name(backend)
+        *replay,
+        old_log_prob.detach(),
+        advantage.detach(),
+        mask,
+        *options,
+        _checks.backend_name(backend),
     )
     return GrpoLoss(loss, log_prob, ratio, kl, GrpoMetrics(*metrics.unbind()))

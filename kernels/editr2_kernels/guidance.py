@@ -1,4 +1,5 @@
-"""Classifier-free guidance with renormalisation: from the velocities of two or three branches to the one that steps.
+"""Classifier-free guidance with renormalisation: from the velocities of two or three branches to
+the one that steps.
 
     t = v_text  + g_text  (v - v_text)          t = v where g_text is 1
     u = v_image + g_image (t - v_image)         u = t where g_image is 1
@@ -10,15 +11,17 @@ over rows of the last dimension (`global`: the whole sample), norms in fp32:
     channel, global             s = min(1, |v| / (|u| + 1e-8))        BAGEL
     text_channel                s = min(1, |v| / (|t| + 1e-8))        BAGEL
 
-Guidance applies to a sample while low < sigma <= high; outside, and where both weights are 1, u = v exactly, without
-renormalisation. With g the gradient to u, w the vector that is scaled and dot = sum(w g) over the row, a scale passes
+Guidance applies to a sample while low < sigma <= high; outside, and where both weights are 1, u = v
+exactly, without renormalisation. With g the gradient to u, w the vector that is scaled and dot =
+sum(w g) over the row, a scale passes
 
     to w:  s g - on_w dot w       to v:  on_v dot v       on_w = s / base / |w|,  on_v = 1 / (|v| base)
 
-where base is the denominator of s, and on_w = on_v = 0 where the scale is clamped (or base is 0). A norm below 1e-15
-counts as 0.
+where base is the denominator of s, and on_w = on_v = 0 where the scale is clamped (or base is 0). A
+norm below 1e-15 counts as 0.
 
-Sources: classifier-free guidance (arXiv 2207.12598); the released pipelines of Qwen-Image and BAGEL.
+Sources: classifier-free guidance (arXiv 2207.12598); the released pipelines of Qwen-Image and
+    BAGEL.
 """
 
 from __future__ import annotations
@@ -35,16 +38,25 @@ from .backends import compiled, pointer, rows_of, workspace
 from .table import sum_ref
 
 Renorm = Literal["none", "token", "text_channel", "channel", "global"]
-RENORMS = ("none", "token", "text_channel", "channel", "global")  # the position is the code the kernels take
+RENORMS = (
+    "none",
+    "token",
+    "text_channel",
+    "channel",
+    "global",
+)  # the position is the code the kernels take
 NONE, TOKEN, TEXT_CHANNEL, CHANNEL, GLOBAL = range(5)
-LEAST_SQUARES = 1e-30  # a squared norm below it counts as 0: its reciprocal must stay in the range of fp32
+LEAST_SQUARES = (
+    1e-30  # a squared norm below it counts as 0: its reciprocal must stay in the range of fp32
+)
 
 
 class Latents(NamedTuple):
     """What a step reads, as the operators carry it; absent tensors are None.
 
-    x, v, m_prev, v_uncond, v_uncond_image: [B, N]. guidance: [B, 4] fp32, text and image weight, low and high sigma.
-    renorm: a position in `RENORMS`. width: size of the last dimension, the row of a renormalisation.
+    x, v, m_prev, v_uncond, v_uncond_image: [B, N]. guidance: [B, 4] fp32, text and image weight,
+    low and high sigma. renorm: a position in `RENORMS`. width: size of the last dimension, the row
+    of a renormalisation.
     """
 
     x: Tensor
@@ -58,7 +70,8 @@ class Latents(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Latents:
         values: dict[str, Any] = {
-            name: function(value) if isinstance(value, Tensor) else value for name, value in self._asdict().items()
+            name: function(value) if isinstance(value, Tensor) else value
+            for name, value in self._asdict().items()
         }
         return Latents(**values)
 
@@ -83,8 +96,8 @@ class Latents(NamedTuple):
 
 # The fields of `Latents` in the schema of an operator.
 LATENTS_SCHEMA = (
-    "Tensor x, Tensor v, Tensor? m_prev, Tensor? v_uncond, Tensor? v_uncond_image, Tensor? guidance, int renorm, "
-    "SymInt width"
+    "Tensor x, Tensor v, Tensor? m_prev, Tensor? v_uncond, Tensor? v_uncond_image, Tensor? "
+    "guidance, int renorm, SymInt width"
 )
 
 
@@ -93,7 +106,9 @@ def call_compiled(chosen: str, function: str, latents: Latents, **arguments: Any
     module, where = compiled(chosen, latents.x)
     batch, n = latents.x.shape
     scratch = workspace(module, latents.x, batch, n, latents.width, latents.renorm)
-    getattr(module, function)(**latents.arguments(), **arguments, workspace=pointer(scratch), B=batch, N=n, **where)
+    getattr(module, function)(
+        **latents.arguments(), **arguments, workspace=pointer(scratch), B=batch, N=n, **where
+    )
 
 
 def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
@@ -103,12 +118,16 @@ def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
         if value.dtype != torch.float32:
             raise TypeError(f"{name} must be a number or a float32 tensor, got {value.dtype}")
         if value.shape != (batch,):
-            raise ValueError(f"{name} must have shape [{batch}], one weight a sample; got {list(value.shape)}")
+            raise ValueError(
+                f"{name} must have shape [{batch}], one weight a sample; got {list(value.shape)}"
+            )
         _checks.same_device(name, value, "x", like)
         return value.detach()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a float32 tensor, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite would break the graph of a number that changes
+    if (
+        not -math.inf < value < math.inf
+    ):  # math.isfinite would break the graph of a number that changes
         raise ValueError(f"{name} must be finite, got {value}")
     return torch.full((batch,), value, dtype=torch.float32, device=like.device)
 
@@ -117,17 +136,25 @@ def _interval(value: tuple[float, float] | Tensor | None, like: Tensor) -> tuple
     batch = like.shape[0]
     if isinstance(value, Tensor):
         if value.dtype != torch.float32:
-            raise TypeError(f"guidance_interval must be two numbers or a float32 tensor, got {value.dtype}")
+            raise TypeError(
+                f"guidance_interval must be two numbers or a float32 tensor, got {value.dtype}"
+            )
         if value.shape != (batch, 2):
             raise ValueError(
-                f"guidance_interval must have shape [{batch}, 2], (low, high) a sample; got {list(value.shape)}"
+                f"guidance_interval must have shape [{batch}, 2], (low, high) a sample; got "
+                f"{list(value.shape)}"
             )
         _checks.same_device("guidance_interval", value, "x", like)
         return value.detach().unbind(1)  # type: ignore[return-value]
     low, high = _checks.pair("guidance_interval", (-math.inf, math.inf) if value is None else value)
     if not low < high:
-        raise ValueError(f"guidance_interval must be (low, high) with low < high, got {(low, high)}")
-    low_B, high_B = (torch.full((batch,), bound, dtype=torch.float32, device=like.device) for bound in (low, high))
+        raise ValueError(
+            f"guidance_interval must be (low, high) with low < high, got {(low, high)}"
+        )
+    low_B, high_B = (
+        torch.full((batch,), bound, dtype=torch.float32, device=like.device)
+        for bound in (low, high)
+    )
     return low_B, high_B
 
 
@@ -145,16 +172,24 @@ def _guidance_rows(
         ("v_uncond_image", v_uncond_image, "guidance_image", guidance_image),
     ):
         if branch is not None and weight is None:
-            raise ValueError(f"{weight_name} is required with {branch_name}: the weight of that branch")
+            raise ValueError(
+                f"{weight_name} is required with {branch_name}: the weight of that branch"
+            )
         if branch is None and weight is not None:
-            raise ValueError(f"{branch_name} is required with {weight_name}: the velocity without that condition")
+            raise ValueError(
+                f"{branch_name} is required with {weight_name}: the velocity without that condition"
+            )
     if renorm not in RENORMS:
         raise ValueError(f"renorm must be one of {', '.join(RENORMS)}, got {renorm!r}")
     if guidance is None and guidance_image is None:
         if renorm != "none":
-            raise ValueError(f"renorm {renorm!r} needs guidance: v_uncond or v_uncond_image is absent")
+            raise ValueError(
+                f"renorm {renorm!r} needs guidance: v_uncond or v_uncond_image is absent"
+            )
         if interval is not None:
-            raise ValueError("guidance_interval needs guidance: v_uncond or v_uncond_image is absent")
+            raise ValueError(
+                "guidance_interval needs guidance: v_uncond or v_uncond_image is absent"
+            )
         return None
     text = _weight("guidance", 1.0 if guidance is None else guidance, like)
     image = _weight("guidance_image", 1.0 if guidance_image is None else guidance_image, like)
@@ -174,9 +209,11 @@ def make_latents(
     renorm: str = "none",
     doubles: bool = False,
 ) -> Latents:
-    """Check the public arguments of a step and flatten them; only v, v_uncond and v_uncond_image keep a gradient.
+    """Check the public arguments of a step and flatten them; only v, v_uncond and v_uncond_image
+    keep a gradient.
 
-    Makes tensors on the device only, without a host sync. doubles: accept float64 too, as the references do.
+    Makes tensors on the device only, without a host sync. doubles: accept float64 too, as the
+    references do.
     Raises ValueError or TypeError naming the argument.
     """
     _checks.samples("x", x, doubles=doubles)
@@ -197,7 +234,9 @@ def make_latents(
         m_prev,
         flat["v_uncond"],
         flat["v_uncond_image"],
-        _guidance_rows(x, v_uncond, guidance, v_uncond_image, guidance_image, guidance_interval, renorm),
+        _guidance_rows(
+            x, v_uncond, guidance, v_uncond_image, guidance_image, guidance_interval, renorm
+        ),
         RENORMS.index(renorm),
         x.shape[-1] if x.dim() > 1 else 1,
     )
@@ -221,7 +260,9 @@ def _guide(guidance: Tensor, sigma: Tensor) -> _Guide:
 def _guided(base: Tensor | None, v: Tensor, weight: Tensor) -> Tensor:
     if base is None:
         return v
-    base = torch.where(weight == 1, v.detach(), base)  # a branch that does not count is not read: it may hold NaN
+    base = torch.where(
+        weight == 1, v.detach(), base
+    )  # a branch that does not count is not read: it may hold NaN
     return torch.where(weight == 1, v, base + (v - base) * weight)
 
 
@@ -268,7 +309,8 @@ def _in(latents: Latents, dtype: torch.dtype) -> Latents:
 
 
 def guided_ref(latents: Latents, sigma: Tensor) -> Tensor:
-    """The guided velocity u, [B, N] in the dtype of sigma ([B, 1], fp32 or fp64); differentiable to the branches."""
+    """The guided velocity u, [B, N] in the dtype of sigma ([B, 1], fp32 or fp64); differentiable to
+    the branches."""
     latents = _in(latents, sigma.dtype)
     v = latents.v
     if latents.guidance is None:
@@ -285,19 +327,23 @@ def guided_ref(latents: Latents, sigma: Tensor) -> Tensor:
 
 
 def guided_velocity(v: Tensor, sigma: Tensor, **guidance: Any) -> Tensor:
-    """The combined velocity itself, fp32 in the shape of v; differentiable to the branches. Plain torch: the steps and
-    losses combine in their kernels, and this is for where the velocity alone is wanted.
+    """The combined velocity itself, fp32 in the shape of v; differentiable to the branches. Plain
+    torch: the steps and losses combine in their kernels, and this is for where the velocity alone
+    is wanted.
 
-    v: [B, ...]. sigma: [B] float32. guidance: from v_uncond to renorm, as in `sde_step`; without them v itself in fp32.
-    Raises ValueError or TypeError naming the argument.
+    v: [B, ...]. sigma: [B] float32. guidance: from v_uncond to renorm, as in `sde_step`; without
+    them v itself in fp32. Raises ValueError or TypeError naming the argument.
     """
     latents = make_latents(v.detach(), v, **guidance)
     _checks.scalars("sigma", sigma, "v", v)
     return guided_ref(latents, sigma[:, None]).view(v.shape)
 
 
-def guidance_backward_ref(latents: Latents, sigma: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """From the gradient to u, [B, N], to those to v, v_uncond and v_uncond_image (None where absent), by formula."""
+def guidance_backward_ref(
+    latents: Latents, sigma: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """From the gradient to u, [B, N], to those to v, v_uncond and v_uncond_image (None where
+    absent), by formula."""
     latents = _in(latents, sigma.dtype)
     v = latents.v
     if latents.guidance is None:
@@ -307,7 +353,10 @@ def guidance_backward_ref(latents: Latents, sigma: Tensor, grad: Tensor) -> tupl
     t = _guided(latents.v_uncond, v, guide.text)
 
     def through_scale(w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        s, on_w, on_v = (torch.where(guide.active[:, :, None], a, b) for a, b in zip(rows.scale(v, w), (1.0, 0.0, 0.0)))
+        s, on_w, on_v = (
+            torch.where(guide.active[:, :, None], a, b)
+            for a, b in zip(rows.scale(v, w), (1.0, 0.0, 0.0))
+        )
         dot = rows.sums(w * h)
         return rows.times(s, h) - rows.times(on_w * dot, w), rows.times(on_v * dot, v)
 

@@ -6,13 +6,13 @@
     policy = A_max [ r mean((x_hat+ - x0)^2) / w+ + (1 - r) mean((x_hat- - x0)^2) / w- ] / beta
     loss   = sum_b weight_b (policy_b + ref_weight mean((v - v_ref)^2)_b),      weight_b = mask_b / normalizer
 
-x_t cancels: with e = (eps - x0) - v_old, x_hat(+-) - x0 = t (e -+ beta d). So a sample's loss is a function of the
-moments of e - beta d and e + beta d, and its gradient one linear combination:
+x_t cancels: with e = (eps - x0) - v_old, x_hat(+-) - x0 = t (e -+ beta d). So a sample's loss is a
+function of the moments of e - beta d and e + beta d, and its gradient one linear combination:
 
     d loss / d v = on_positive (e - beta d) + on_negative (e + beta d) + on_ref (v - v_ref)
 
-The forward takes the moments and keeps the three factors, the backward forms the combination; neither stores anything
-of the size of the latents.
+The forward takes the moments and keeps the three factors, the backward forms the combination;
+neither stores anything of the size of the latents.
 
 Source: DiffusionNFT (arXiv 2509.16117); its released weights are float64, which this does without.
 """
@@ -72,7 +72,9 @@ def _nft_ref(
     dtype = compute_dtype(x0, noise, v, v_old, v_ref)
     batch, n = v.shape
     counted = torch.ones(batch, dtype=torch.bool, device=v.device) if mask is None else mask
-    v_BN = torch.where(counted[:, None], v, v.detach()).to(dtype)  # no gradient to a masked sample, whatever it holds
+    v_BN = torch.where(counted[:, None], v, v.detach()).to(
+        dtype
+    )  # no gradient to a masked sample, whatever it holds
     v_old_BN = v_old.detach().to(dtype)
     e_BN = (noise.detach().to(dtype) - x0.detach().to(dtype)) - v_old_BN
     beta_d_BN = (v_BN - v_old_BN) * beta
@@ -121,7 +123,8 @@ def nft_loss_ref(
     mask: Tensor | None = None,
     normalizer: float | None = None,
 ) -> NftLoss:
-    """The definition, in plain PyTorch on any device; gradient to v only. fp64 latents are computed in fp64."""
+    """The definition, in plain PyTorch on any device; gradient to v only. fp64 latents are computed
+    in fp64."""
     loss, metrics, _ = _nft_ref(
         _checks.flat("x0", x0),
         _checks.flat("noise", noise),
@@ -150,7 +153,8 @@ def nft_loss_backward_ref(
     scale: Tensor,
     beta: float,
 ) -> Tensor:
-    """Gradient to v, [B, N] in v.dtype: the combination of the docstring; exactly 0 where all factors are."""
+    """Gradient to v, [B, N] in v.dtype: the combination of the docstring; exactly 0 where all
+    factors are."""
     on_positive, on_negative, on_ref = times_ref(factors, scale).split(1, dim=1)
     v_BN, v_old_BN = v.float(), v_old.float()
     e_BN = (noise.float() - x0.float()) - v_old_BN
@@ -161,14 +165,17 @@ def nft_loss_backward_ref(
     return torch.where((factors != 0).any(1)[:, None], grad_BN, 0.0).to(v.dtype)
 
 
-def _fake_nft_loss(x0: Tensor, noise: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_nft_loss(
+    x0: Tensor, noise: Tensor, v: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return v.new_empty((), dtype=torch.float32), v.new_empty(5, dtype=torch.float32), _factors(v)
 
 
 @operator(
     "nft_loss",
-    "(Tensor x0, Tensor noise, Tensor v, Tensor v_old, Tensor? v_ref, Tensor sigma, Tensor r, Tensor? mask, "
-    "float beta, float advantage_max, float ref_weight, float min_weight, float normalizer, str backend)"
+    "(Tensor x0, Tensor noise, Tensor v, Tensor v_old, Tensor? v_ref, Tensor sigma, Tensor r, "
+    "Tensor? mask, float beta, float advantage_max, float ref_weight, float min_weight, float "
+    "normalizer, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake_nft_loss,
 )
@@ -194,13 +201,34 @@ def _nft_loss(
     _checks.unit_range("r", r, mask)
     if chosen == "ref":
         out = _nft_ref(
-            x0, noise, v, v_old, v_ref, sigma, r, mask, beta, advantage_max, ref_weight, min_weight, normalizer
+            x0,
+            noise,
+            v,
+            v_old,
+            v_ref,
+            sigma,
+            r,
+            mask,
+            beta,
+            advantage_max,
+            ref_weight,
+            min_weight,
+            normalizer,
         )
         return out[0].float(), out[1].float(), out[2].float()
-    loss, metrics, factors = v.new_zeros((), dtype=torch.float32), v.new_zeros(5, dtype=torch.float32), _factors(v)
+    loss, metrics, factors = (
+        v.new_zeros((), dtype=torch.float32),
+        v.new_zeros(5, dtype=torch.float32),
+        _factors(v),
+    )
     if v.shape[0] == 0:
         return loss, metrics, factors
-    x0, noise, v, v_old = _checks.rows(x0), _checks.rows(noise), _checks.rows(v), _checks.rows(v_old)
+    x0, noise, v, v_old = (
+        _checks.rows(x0),
+        _checks.rows(noise),
+        _checks.rows(v),
+        _checks.rows(v_old),
+    )
     v_ref = None if v_ref is None else _checks.rows(v_ref)
     sigma, r = sigma.contiguous(), r.contiguous()
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
@@ -264,8 +292,8 @@ def _fake_nft_loss_backward(x0: Tensor, noise: Tensor, v: Tensor, *others: Any) 
 
 @operator(
     "nft_loss_backward",
-    "(Tensor x0, Tensor noise, Tensor v, Tensor v_old, Tensor? v_ref, Tensor factors, Tensor scale, float beta, "
-    "str backend) -> Tensor",
+    "(Tensor x0, Tensor noise, Tensor v, Tensor v_old, Tensor? v_ref, Tensor factors, Tensor "
+    "scale, float beta, str backend) -> Tensor",
     fake=_fake_nft_loss_backward,
 )
 def _nft_loss_backward(
@@ -286,7 +314,12 @@ def _nft_loss_backward(
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if v.shape[0] == 0:
         return grad_v
-    x0, noise, v, v_old = _checks.rows(x0), _checks.rows(noise), _checks.rows(v), _checks.rows(v_old)
+    x0, noise, v, v_old = (
+        _checks.rows(x0),
+        _checks.rows(noise),
+        _checks.rows(v),
+        _checks.rows(v_old),
+    )
     v_ref = None if v_ref is None else _checks.rows(v_ref)
     factors, scale = factors.contiguous(), scale.contiguous()
     if chosen == "triton":
@@ -327,7 +360,9 @@ def _backward(ctx: Any, grad_loss: Tensor, *others: Any) -> tuple:
     grad_v = None
     if ctx.needs_input_grad[2]:
         scale = grad_loss.float().reshape(1)
-        grad_v = torch.ops.editr2.nft_loss_backward(*ctx.saved_tensors, scale, ctx.beta, ctx.backend)
+        grad_v = torch.ops.editr2.nft_loss_backward(
+            *ctx.saved_tensors, scale, ctx.beta, ctx.backend
+        )
     return None, None, grad_v, *[None] * 11
 
 
@@ -354,26 +389,28 @@ def nft_loss(
     """DiffusionNFT's loss of a batch of clean latents; differentiable to v, and to nothing else.
 
     Args:
-        x0: [B, ...] clean latents of the rollout, float32, bfloat16 or float16. Arithmetic is fp32 for all of them,
-            also under autocast.
-        noise: like x0 in shape; the eps of x_t = (1 - sigma) x0 + sigma eps, at which the velocities were predicted.
-        sigma: [B] float32 in [0, 1], the noise level t of each sample.
+        x0: [B, ...] clean latents of the rollout, float32, bfloat16 or float16. Arithmetic is fp32
+            for all of them, also under autocast.
+        noise: like x0 in shape; the eps of x_t = (1 - sigma) x0 + sigma eps, at which the
+        velocities were predicted. sigma: [B] float32 in [0, 1], the noise level t of each sample.
         v: like x0 in shape; the trained policy's velocity at x_t. The gradient has its dtype.
         v_old: like x0 in shape; the sampling policy's velocity.
         r: [B] float32 in [0, 1], `nft_optimality` of the advantages.
         beta: how far v+ and v- lie from v_old, > 0.
-        v_ref: like x0 in shape; a reference policy's velocity. None: the loss has no such term, whatever ref_weight.
-        advantage_max: A_max, > 0.
+        v_ref: like x0 in shape; a reference policy's velocity. None: the loss has no such term,
+        whatever ref_weight. advantage_max: A_max, > 0.
         ref_weight: weight of mean((v - v_ref)^2), >= 0.
         min_weight: least adaptive weight w, > 0.
-        mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds (NaN included).
-        normalizer: what the sum over samples is divided by, > 0; give the common one when a batch comes in parts.
-            None: the number of samples that count, at least 1. Numbers are constants under torch.compile.
+        mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds
+        (NaN included). normalizer: what the sum over samples is divided by, > 0; give the common
+        one when a batch comes in parts.
+            None: the number of samples that count, at least 1. Numbers are constants under
+                torch.compile.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Raises:
-        ValueError or TypeError naming the argument. A sigma or r outside [0, 1] of a sample that counts raises on CPU
-        tensors only; on a GPU looking would stall the queue.
+        ValueError or TypeError naming the argument. A sigma or r outside [0, 1] of a sample that
+        counts raises on CPU tensors only; on a GPU looking would stall the queue.
     """
     _checks.samples("x0", x0)
     for name, value in (("noise", noise), ("v", v), ("v_old", v_old)):

@@ -6,12 +6,14 @@
     (r_a, r_b) = (r0, r1), (r2, r3):  u = r_a 2^-32 + 2^-33,  theta = (int32(r_b) >> 8 + 1/2) pi 2^-23
     z_a = sqrt(-2 ln u) cos(theta),  z_b = sqrt(-2 ln u) sin(theta)
 
-u is in (0, 1], so no value is infinite; the largest |z| is sqrt(-2 ln 2^-33) = 6.76. ln, sin and cos are written out
-(the polynomials of Cephes, fp32, every product and sum rounded on its own) and the square root is correctly rounded:
-library functions differ between machines, and PyTorch's even between positions in one tensor, while this gives
-identical bits on every backend, in every batch. Against exact arithmetic the error stays below 1e-6.
+u is in (0, 1], so no value is infinite; the largest |z| is sqrt(-2 ln 2^-33) = 6.76. ln, sin and
+cos are written out (the polynomials of Cephes, fp32, every product and sum rounded on its own) and
+the square root is correctly rounded: library functions differ between machines, and PyTorch's even
+between positions in one tensor, while this gives identical bits on every backend, in every batch.
+Against exact arithmetic the error stays below 1e-6.
 
-Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); Box and Muller (1958).
+Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); Box and Muller
+    (1958).
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _LOW32 = 0xFFFFFFFF
 INITIAL_STEP = -1  # by convention the initial latents are the noise of this step
 
 
-def philox_ref(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox_ref(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Philox4x32-10 on words held in int64 (values 0 .. 2^32-1), any broadcastable shapes."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -48,12 +52,14 @@ def philox_ref(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def sqrt_ref(value: Tensor) -> Tensor:
-    """Correctly rounded fp32 square root; `torch.sqrt` of an fp32 CPU tensor is off by a bit for 0.7 % of values."""
+    """Correctly rounded fp32 square root; `torch.sqrt` of an fp32 CPU tensor is off by a bit for
+    0.7 % of values."""
     return torch.sqrt(value.to(torch.float64)).to(torch.float32)
 
 
 def _log_unit(u: Tensor) -> Tensor:
-    """ln u, 2^-33 <= u <= 1: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); e ln 2 in two parts, one exact."""
+    """ln u, 2^-33 <= u <= 1: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); e ln 2 in two
+    parts, one exact."""
     bits = u.view(torch.int32)
     e = (bits - 0x3F3504F3) >> 23
     f = (bits - (e << 23)).view(torch.float32) - 1.0
@@ -74,7 +80,8 @@ def _log_unit(u: Tensor) -> Tensor:
 
 
 def _cos_sin(k: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of float32((k + 1/2) pi 2^-23); k's bits give the quadrant q, so that q pi/2 is taken off exactly."""
+    """cos and sin of float32((k + 1/2) pi 2^-23); k's bits give the quadrant q, so that q pi/2 is
+    taken off exactly."""
     theta = (k.to(torch.float32) + 0.5) * (math.pi * 2.0**-23)
     q = (k + (1 << 21)) >> 22
     quadrant = q.to(torch.float32)
@@ -107,7 +114,9 @@ def philox_normal_ref(seed: Tensor, step: Tensor, n: int) -> Tensor:
     return z.flatten(1)[:, :n]
 
 
-def _fake_philox_normal(seed: Tensor, step: Tensor, n: int, dtype: torch.dtype, backend: str) -> Tensor:
+def _fake_philox_normal(
+    seed: Tensor, step: Tensor, n: int, dtype: torch.dtype, backend: str
+) -> Tensor:
     return torch.empty(seed.shape[0], n, dtype=dtype, device=seed.device)
 
 
@@ -131,7 +140,9 @@ def _philox_normal(seed: Tensor, step: Tensor, n: int, dtype: torch.dtype, backe
     else:
         module, where = compiled(chosen, seed)
         batch, _ = out.shape
-        module.philox_normal(seed=pointer(seed), step=pointer(step), out=rows_of(out), B=batch, N=n, **where)
+        module.philox_normal(
+            seed=pointer(seed), step=pointer(step), out=rows_of(out), B=batch, N=n, **where
+        )
     return out
 
 
@@ -147,13 +158,15 @@ def philox_normal(
 
     Args:
         seed: [B] int64, one key a sample.
-        step: int, or [B] int64. Initial latents by convention use step -1, sampler steps their step index.
+        step: int, or [B] int64. Initial latents by convention use step -1, sampler steps their step
+            index.
         shape: shape of one sample, without the batch dimension.
         dtype: float32, bfloat16 or float16; the fp32 normal is rounded once.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
-        [B, *shape] on the device of `seed`. Sample b depends on seed[b], step[b] and the element index only.
+        [B, *shape] on the device of `seed`. Sample b depends on seed[b], step[b] and the element
+        index only.
     """
     _checks.tensor("seed", seed)
     _checks.per_sample("seed", seed, seed.shape[0] if seed.dim() == 1 else -1, "seed", seed)

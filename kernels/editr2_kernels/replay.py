@@ -1,7 +1,8 @@
 """What the replays of a stored step share: their arguments, and the one backward all of them have.
 
-Every loss on a step is a function of per-sample moments of z = x' - mu, B (u - v_ref) and B (u - v_old), u being the
-guided velocity (`guidance`). Its gradient to u is therefore one linear combination, with three numbers a sample:
+Every loss on a step is a function of per-sample moments of z = x' - mu, B (u - v_ref) and B (u -
+v_old), u being the guided velocity (`guidance`). Its gradient to u is therefore one linear
+combination, with three numbers a sample:
 
     g = on_z z + on_ref (u - v_ref) + on_old (u - v_old)        then through guidance to v and its branches
 
@@ -25,15 +26,18 @@ from .table import Rows, compute_dtype, mean_of_rows_ref, rows_ref, times_ref
 
 # The fields of `Replay` in the schema of an operator.
 REPLAY_SCHEMA = (
-    "Tensor x, Tensor x_next, Tensor v, Tensor? m_prev, Tensor? v_uncond, Tensor? v_uncond_image, Tensor? guidance, "
-    "int renorm, SymInt width, Tensor? v_ref, Tensor? v_old, Tensor table, Tensor step_index"
+    "Tensor x, Tensor x_next, Tensor v, Tensor? m_prev, Tensor? v_uncond, Tensor? v_uncond_image, "
+    "Tensor? guidance, int renorm, SymInt width, Tensor? v_ref, Tensor? v_old, Tensor table, "
+    "Tensor step_index"
 )
 
 
 class Replay(NamedTuple):
-    """The arguments every replaying operator begins with, in this order. Tensors [B, N] unless said; absent: None.
+    """The arguments every replaying operator begins with, in this order. Tensors [B, N] unless
+    said; absent: None.
 
-    guidance [B, 4] fp32, renorm, width: as in `guidance.Latents`; table [rows, 8] fp32; step_index [B] int64.
+    guidance [B, 4] fp32, renorm, width: as in `guidance.Latents`; table [rows, 8] fp32; step_index
+    [B] int64.
     """
 
     x: Tensor
@@ -70,7 +74,8 @@ class Replay(NamedTuple):
         )
 
     def checked(self, chosen: str) -> Replay:
-        """With contiguous rows, as kernels read them. On CPU tensors, ValueError for a row the table does not have."""
+        """With contiguous rows, as kernels read them. On CPU tensors, ValueError for a row the
+        table does not have."""
         _checks.table_rows(chosen, self.table, self.step_index, self.m_prev)
 
         def rows(value: Tensor | None) -> Tensor | None:
@@ -93,7 +98,8 @@ class Replay(NamedTuple):
         )
 
     def arguments(self, *, old: bool = True) -> dict[str, Any]:
-        """What the functions of a compiled module take beyond `Latents`; `old=False` for one without v_old."""
+        """What the functions of a compiled module take beyond `Latents`; `old=False` for one
+        without v_old."""
         given = {
             "x_next": rows_of(self.x_next),
             "v_ref": rows_of(self.v_ref),
@@ -116,9 +122,11 @@ def make_replay(
     doubles: bool = False,
     **guidance: Any,
 ) -> Replay:
-    """Check the public arguments of a replay and flatten them; `guidance`: the keywords of `make_latents`.
+    """Check the public arguments of a replay and flatten them; `guidance`: the keywords of
+    `make_latents`.
 
-    Only v, v_uncond and v_uncond_image keep a gradient. doubles: accept float64 too, as the references do.
+    Only v, v_uncond and v_uncond_image keep a gradient. doubles: accept float64 too, as the
+    references do.
     Raises ValueError or TypeError naming the argument.
     """
     latents = make_latents(x, v, doubles=doubles, **guidance)
@@ -145,7 +153,8 @@ def make_replay(
 
 
 class Moments(NamedTuple):
-    """What a loss on a step is made of: row scalars [B, 1]; the guided velocity u and z = x' - mu, [B, N]."""
+    """What a loss on a step is made of: row scalars [B, 1]; the guided velocity u and z = x' - mu,
+    [B, N]."""
 
     row: Rows
     u: Tensor
@@ -153,7 +162,8 @@ class Moments(NamedTuple):
 
 
 def without_gradient(replay: Replay, samples: Tensor) -> Replay:
-    """The same values; no gradient reaches these samples (bool [B]), whatever they hold: 0 times NaN would be one."""
+    """The same values; no gradient reaches these samples (bool [B]), whatever they hold: 0 times
+    NaN would be one."""
     branches: dict[str, Any] = {
         name: torch.where(samples[:, None], value.detach(), value)
         for name in ("v", "v_uncond", "v_uncond_image")
@@ -163,11 +173,16 @@ def without_gradient(replay: Replay, samples: Tensor) -> Replay:
 
 
 def moments_ref(replay: Replay) -> Moments:
-    """In plain PyTorch, in fp32, or fp64 where the latents are; differentiable to v, v_uncond and v_uncond_image."""
+    """In plain PyTorch, in fp32, or fp64 where the latents are; differentiable to v, v_uncond and
+    v_uncond_image."""
     dtype = compute_dtype(replay.x, replay.x_next, replay.v, replay.v_ref, replay.v_old)
     row = rows_ref(replay.table, replay.step_index, dtype)
     u = guided_ref(replay.latents, row.sigma)
-    return Moments(row, u, replay.x_next.to(dtype) - mean_of_rows_ref(row, replay.x.to(dtype), u, replay.m_prev))
+    return Moments(
+        row,
+        u,
+        replay.x_next.to(dtype) - mean_of_rows_ref(row, replay.x.to(dtype), u, replay.m_prev),
+    )
 
 
 def replay_backward_ref(
@@ -178,10 +193,11 @@ def replay_backward_ref(
     grad_log_prob: Tensor | None = None,
     grad_mean_diff: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients to v, v_uncond and v_uncond_image in the dtype of v, by the formulas; None for an absent branch.
+    """Gradients to v, v_uncond and v_uncond_image in the dtype of v, by the formulas; None for an
+    absent branch.
 
-    factors [B, 3] fp32 (on_z, on_ref, on_old), times scale [1] if given; or, without factors, the incoming gradients of
-    `sde_log_prob`, [B] fp32 each, None for zero.
+    factors [B, 3] fp32 (on_z, on_ref, on_old), times scale [1] if given; or, without factors, the
+    incoming gradients of `sde_log_prob`, [B] fp32 each, None for zero.
     """
     row, u, z = moments_ref(replay)
     dtype, n = z.dtype, replay.x.shape[1]
@@ -193,7 +209,9 @@ def replay_backward_ref(
         if grad_mean_diff is not None:
             on_ref = times_ref(2.0 * row.B.double() * b_over_n, grad_mean_diff[:, None]).to(dtype)
     else:
-        on_z, on_ref, on_old = (factors if scale is None else times_ref(factors, scale)).split(1, dim=1)
+        on_z, on_ref, on_old = (factors if scale is None else times_ref(factors, scale)).split(
+            1, dim=1
+        )
     g = times_ref(on_z, z)
     if replay.v_ref is not None:
         g = g + times_ref(on_ref, u - replay.v_ref.to(dtype))
@@ -201,17 +219,22 @@ def replay_backward_ref(
         g = g + times_ref(on_old, u - replay.v_old.to(dtype))
     idle = (on_z == 0) & (on_ref == 0) & (on_old == 0)
     grads = guidance_backward_ref(replay.latents, row.sigma, g)
-    v, text, image = (None if grad is None else torch.where(idle, 0.0, grad).to(replay.v.dtype) for grad in grads)
+    v, text, image = (
+        None if grad is None else torch.where(idle, 0.0, grad).to(replay.v.dtype) for grad in grads
+    )
     assert v is not None
     return v, text, image
 
 
 def _outputs(replay: Replay, wanted: Sequence[bool]) -> list[Tensor]:
-    """Uninitialised gradients; empty, [0], where one is not wanted: a schema cannot return an optional tensor."""
+    """Uninitialised gradients; empty, [0], where one is not wanted: a schema cannot return an
+    optional tensor."""
     branches = (replay.v, replay.v_uncond, replay.v_uncond_image)
     like = replay.v
     return [
-        torch.empty(like.shape if want and branch is not None else 0, dtype=like.dtype, device=like.device)
+        torch.empty(
+            like.shape if want and branch is not None else 0, dtype=like.dtype, device=like.device
+        )
         for branch, want in zip(branches, wanted, strict=True)
     ]
 
@@ -224,7 +247,8 @@ def _fake_replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator(
     "replay_backward",
-    f"({REPLAY_SCHEMA}, Tensor? factors, Tensor? scale, Tensor? grad_log_prob, Tensor? grad_mean_diff, "
+    f"({REPLAY_SCHEMA}, Tensor? factors, Tensor? scale, Tensor? grad_log_prob, Tensor? "
+    f"grad_mean_diff, "
     "bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_replay_backward,
 )
@@ -233,7 +257,9 @@ def _replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     chosen = select(backend, replay.x.device)
     replay = replay.checked(chosen)
     grads = _outputs(replay, wanted)
-    outputs = [grad if want and grad.dim() == 2 else None for grad, want in zip(grads, wanted, strict=True)]
+    outputs = [
+        grad if want and grad.dim() == 2 else None for grad, want in zip(grads, wanted, strict=True)
+    ]
     given = {
         name: None if value is None else value.contiguous()
         for name, value in (
@@ -277,8 +303,11 @@ def _replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def save(ctx: Any, replay: Replay, *more: Tensor | None) -> None:
-    """In the `setup_context` of an operator whose arguments begin with `Replay`: keep it and `more` for backward."""
-    ctx.save_for_backward(*(field for field in replay if not isinstance(field, (int, torch.SymInt))), *more)
+    """In the `setup_context` of an operator whose arguments begin with `Replay`: keep it and `more`
+    for backward."""
+    ctx.save_for_backward(
+        *(field for field in replay if not isinstance(field, (int, torch.SymInt))), *more
+    )
     ctx.renorm, ctx.width = replay.renorm, replay.width
 
 
@@ -302,6 +331,8 @@ def backward(
     """The gradients of the arguments in `Replay`, None for those without one; one launch."""
     names = ("v", "v_uncond", "v_uncond_image")
     wanted = [ctx.needs_input_grad[Replay._fields.index(name)] for name in names]
-    grads = torch.ops.editr2.replay_backward(*replay, factors, scale, grad_log_prob, grad_mean_diff, wanted, backend)
+    grads = torch.ops.editr2.replay_backward(
+        *replay, factors, scale, grad_log_prob, grad_mean_diff, wanted, backend
+    )
     given = {name: grad for name, grad, want in zip(names, grads, wanted, strict=True) if want}
     return tuple(given.get(name) for name in Replay._fields)

@@ -1,4 +1,5 @@
-"""The log-probability of a stored sampler step under a new velocity, differentiable to that velocity.
+"""The log-probability of a stored sampler step under a new velocity, differentiable to that
+velocity.
 
     mu = A x + B u (+ C m_prev)        z = x' - mu        log p = w mean(z^2) + c
     mean_diff = mean((B (u - v_ref))^2)      (the KL of the step is mean_diff / (2 S^2))
@@ -6,9 +7,9 @@
     d log p / d u     = -2 w B z / N
     d mean_diff / d u =  2 B^2 (u - v_ref) / N
 
-u is v, or the velocity guided from v and its branches (`guidance`), through which the gradient then flows. mu and the
-mean are computed with the operations of `sde_step` in the same order, so replaying a rollout with the same velocity
-gives the same bits: the on-policy ratio is exactly 1.
+u is v, or the velocity guided from v and its branches (`guidance`), through which the gradient then
+flows. mu and the mean are computed with the operations of `sde_step` in the same order, so
+replaying a rollout with the same velocity gives the same bits: the on-policy ratio is exactly 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from . import _checks
 from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
-from .replay import REPLAY_SCHEMA, Replay, backward, make_replay, moments_ref, save, saved, without_gradient
+from .replay import (
+    REPLAY_SCHEMA,
+    Replay,
+    backward,
+    make_replay,
+    moments_ref,
+    save,
+    saved,
+    without_gradient,
+)
 from .table import mean_ref, rows_ref
 
 
@@ -53,7 +63,8 @@ def sde_log_prob_ref(
     v_ref: Tensor | None = None,
     **guidance: Any,
 ) -> SdeLogProb:
-    """The definition, in plain PyTorch on any device; arguments of `sde_log_prob`. fp64 is computed in fp64."""
+    """The definition, in plain PyTorch on any device; arguments of `sde_log_prob`. fp64 is computed
+    in fp64."""
     replay = make_replay(x, x_next, v, table, step_index, v_ref=v_ref, doubles=True, **guidance)
     if v_ref is None:  # an ODE row has no gradient then, whatever it holds
         replay = without_gradient(replay, rows_ref(table, step_index, table.dtype).w[:, 0] == 0)
@@ -76,7 +87,9 @@ def _sde_log_prob(*inputs: Any) -> tuple[Tensor, Tensor]:
     replay = replay.checked(chosen)
     if chosen == "ref":
         out = _replayed(replay)
-        return out.log_prob, replay.x.new_empty(0, dtype=torch.float32) if out.mean_diff is None else out.mean_diff
+        return out.log_prob, replay.x.new_empty(
+            0, dtype=torch.float32
+        ) if out.mean_diff is None else out.mean_diff
     log_prob, mean_diff = _outputs(replay)
     if replay.x.shape[0] == 0:
         return log_prob, mean_diff
@@ -85,7 +98,13 @@ def _sde_log_prob(*inputs: Any) -> tuple[Tensor, Tensor]:
         from . import triton_kernels
 
         triton_kernels.sde_log_prob(
-            replay.latents, replay.x_next, replay.v_ref, replay.table, replay.step_index, log_prob, wanted
+            replay.latents,
+            replay.x_next,
+            replay.v_ref,
+            replay.table,
+            replay.step_index,
+            log_prob,
+            wanted,
         )
     else:
         call_compiled(
@@ -102,7 +121,9 @@ def _sde_log_prob(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _outputs(replay: Replay) -> tuple[Tensor, Tensor]:
     batch, device = replay.x.shape[0], replay.x.device
     log_prob = torch.empty(batch, dtype=torch.float32, device=device)
-    return log_prob, torch.empty(0 if replay.v_ref is None else batch, dtype=torch.float32, device=device)
+    return log_prob, torch.empty(
+        0 if replay.v_ref is None else batch, dtype=torch.float32, device=device
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -112,7 +133,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_log_prob: Tensor | None, grad_mean_diff: Tensor | None) -> tuple:
     replay, _ = saved(ctx)
-    grads = backward(ctx, replay, ctx.backend, grad_log_prob=grad_log_prob, grad_mean_diff=grad_mean_diff)
+    grads = backward(
+        ctx, replay, ctx.backend, grad_log_prob=grad_log_prob, grad_mean_diff=grad_mean_diff
+    )
     return *grads, None
 
 
@@ -136,24 +159,26 @@ def sde_log_prob(
     v_ref: Tensor | None = None,
     backend: str | None = None,
 ) -> SdeLogProb:
-    """Log-probability of the move x -> x_next under the velocity v; differentiable to v and its unguided branches.
+    """Log-probability of the move x -> x_next under the velocity v; differentiable to v and its
+    unguided branches.
 
     Args:
         x, x_next: [B, ...] latents before and after the step, as `sde_step` took and returned them.
         v: like x in shape; predicted velocity, its dtype may differ. The gradient has its dtype.
         table: [rows, 8] float32 from `transition_table`, on the device of x.
         step_index: [B] int64 on the device of x.
-        m_prev, v_uncond, guidance, v_uncond_image, guidance_image, guidance_interval, renorm: as in `sde_step`.
+        m_prev, v_uncond, guidance, v_uncond_image, guidance_image, guidance_interval, renorm: as in
+            `sde_step`.
         v_ref: like x in shape; a reference policy's (guided) velocity, for the KL.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
-        log_prob [B] fp32, a mean over elements (exactly 0 for ODE rows); mean_diff [B] fp32 = mean((B (u - v_ref))^2),
-        or None without v_ref.
+        log_prob [B] fp32, a mean over elements (exactly 0 for ODE rows); mean_diff [B] fp32 =
+        mean((B (u - v_ref))^2), or None without v_ref.
 
     Raises:
-        ValueError or TypeError naming the argument. A step_index out of range, and a row that needs the m_prev that is
-        absent, raise on CPU tensors; on a GPU the sample's outputs are NaN.
+        ValueError or TypeError naming the argument. A step_index out of range, and a row that needs
+        the m_prev that is absent, raise on CPU tensors; on a GPU the sample's outputs are NaN.
     """
     replay = make_replay(
         x,

@@ -3,9 +3,10 @@
     u  = v, guided from v and its branches (`guidance`)        x0 = x - sigma u
     mu = A x + B u (+ C m_prev)        x' = round(mu + S eps)        log p = w mean((x' - mu)^2) + c
 
-A, B, C, S, w, c, sigma are the table row of the sample's step; eps ~ N(0, I) is counter-based noise of (seed, step,
-element) or given. x' is rounded to its storage dtype *before* its log-prob is taken: a replay from the stored x' gives
-the same bits. Products and sums round separately in fp32, no fused multiply-add.
+A, B, C, S, w, c, sigma are the table row of the sample's step; eps ~ N(0, I) is counter-based noise
+of (seed, step, element) or given. x' is rounded to its storage dtype *before* its log-prob is
+taken: a replay from the stored x' gives the same bits. Products and sums round separately in fp32,
+no fused multiply-add.
 
 Source: Flow-GRPO (arXiv 2505.05470), equations 9-10; the table's and the guidance's sources.
 """
@@ -29,7 +30,8 @@ SCORES = ("stored", "unrounded")
 
 
 class SdeStep(NamedTuple):
-    """x_next [B, ...] in the storage dtype; log_prob [B] fp32 (0 for ODE rows); x0 like x_next, None if not asked."""
+    """x_next [B, ...] in the storage dtype; log_prob [B] fp32 (0 for ODE rows); x0 like x_next,
+    None if not asked."""
 
     x_next: Tensor
     log_prob: Tensor
@@ -59,7 +61,9 @@ def _stepped(latents: Latents, given: _Inputs, store_dtype: torch.dtype) -> SdeS
         assert given.seed is not None
         eps = philox_normal_ref(given.seed, given.step_index, x.shape[1]).to(dtype)
     mu = mean_of_rows_ref(row, x, u, latents.m_prev)
-    sample = torch.where(row.S == 0, mu, mu + row.S * eps)  # a step without noise does not look at any
+    sample = torch.where(
+        row.S == 0, mu, mu + row.S * eps
+    )  # a step without noise does not look at any
     x_next = sample.to(store_dtype)
     z = (x_next.to(dtype) if given.score_stored else sample) - mu
     log_prob = row.w[:, 0] * mean_ref(z * z) + row.c[:, 0]
@@ -78,17 +82,27 @@ def sde_step_ref(
     score: Literal["stored", "unrounded"] = "stored",
     **guidance: Any,
 ) -> SdeStep:
-    """The definition, in plain PyTorch on any device; arguments of `sde_step`, x0 always made. fp64 stays fp64."""
+    """The definition, in plain PyTorch on any device; arguments of `sde_step`, x0 always made. fp64
+    stays fp64."""
     latents = make_latents(x, v, doubles=True, **guidance)
     if noise is None and seed is None:
         raise ValueError("seed is required where noise is not given")
     noise = None if noise is None else _checks.flat("noise", noise)
-    out = _stepped(latents, _Inputs(noise, table, step_index, seed, score == "stored"), store_dtype or x.dtype)
+    out = _stepped(
+        latents, _Inputs(noise, table, step_index, seed, score == "stored"), store_dtype or x.dtype
+    )
     assert out.x0 is not None
     return SdeStep(out.x_next.view(x.shape), out.log_prob, out.x0.view(x.shape))
 
 
-def _run(latents: Latents, given: _Inputs, backend: str, x_next: Tensor, x0: Tensor | None, log_prob: Tensor) -> None:
+def _run(
+    latents: Latents,
+    given: _Inputs,
+    backend: str,
+    x_next: Tensor,
+    x0: Tensor | None,
+    log_prob: Tensor,
+) -> None:
     """Fill the outputs: x_next [B, N], x0 like it or None, log_prob [B], all contiguous."""
     chosen = select(backend, latents.x.device)
     _checks.table_rows(chosen, given.table, given.step_index, latents.m_prev)
@@ -107,7 +121,9 @@ def _run(latents: Latents, given: _Inputs, backend: str, x_next: Tensor, x0: Ten
     if chosen == "triton":
         from . import triton_kernels
 
-        triton_kernels.sde_step(latents, noise, table, step_index, seed, x_next, x0, log_prob, given.score_stored)
+        triton_kernels.sde_step(
+            latents, noise, table, step_index, seed, x_next, x0, log_prob, given.score_stored
+        )
     else:
         call_compiled(
             chosen,
@@ -131,7 +147,9 @@ def _split(inputs: tuple) -> tuple[Latents, _Inputs, tuple]:
     return Latents(*inputs[:first]), _Inputs(*inputs[first:second]), inputs[second:]
 
 
-def _outputs(latents: Latents, store_dtype: torch.dtype, return_x0: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    latents: Latents, store_dtype: torch.dtype, return_x0: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     x = latents.x
     return (
         torch.empty(x.shape, dtype=store_dtype, device=x.device),
@@ -152,7 +170,8 @@ def _fake_sde_step(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     fake=_fake_sde_step,
 )
 def _sde_step(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """x_next, x0 (empty, [0], if not asked: a schema cannot return an optional tensor), log_prob."""
+    """x_next, x0 (empty, [0], if not asked: a schema cannot return an optional tensor),
+    log_prob."""
     latents, given, (store_dtype, return_x0, backend) = _split(inputs)
     x_next, x0, log_prob = _outputs(latents, store_dtype, return_x0)
     _run(latents, given, backend, x_next, x0 if return_x0 else None, log_prob)
@@ -162,15 +181,20 @@ def _sde_step(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op(
     "editr2::sde_step_out",
     mutates_args=("x_next", "x0", "log_prob"),
-    schema=f"({LATENTS_SCHEMA}, {_INPUTS_SCHEMA}, str backend, Tensor(a!) x_next, Tensor(b!)? x0, Tensor(c!) log_prob)"
+    schema=f"({LATENTS_SCHEMA}, {_INPUTS_SCHEMA}, str backend, Tensor(a!) x_next, Tensor(b!)? "
+    f"x0, Tensor(c!) log_prob)"
     " -> ()",
 )
 def _sde_step_out(*inputs: Any) -> None:
-    """The same into given tensors, which must not share memory with an input or with one another."""
+    """The same into given tensors, which must not share memory with an input or with one
+    another."""
     latents, given, (backend, x_next, x0, log_prob) = _split(inputs)
     outputs = {"out.x_next": x_next, "out.x0": x0, "out.log_prob": log_prob}
     read = {**latents._asdict(), **given._asdict()}
-    for (name, out), (other, value) in (*product(outputs.items(), read.items()), *combinations(outputs.items(), 2)):
+    for (name, out), (other, value) in (
+        *product(outputs.items(), read.items()),
+        *combinations(outputs.items(), 2),
+    ):
         if isinstance(value, Tensor) and out is not None and _checks.overlap(out, value):
             raise ValueError(f"{name} must not share memory with {other}")
     _run(latents, given, backend, x_next, x0, log_prob)
@@ -186,18 +210,24 @@ def _check_out(out: SdeStep, x: Tensor, store_dtype: torch.dtype | None, return_
         raise TypeError(f"out must be an SdeStep, got {type(out).__name__}")
     _checks.like("out.x_next", out.x_next, "x", x)
     if store_dtype is not None and out.x_next.dtype != store_dtype:
-        raise TypeError(f"out.x_next must have the store_dtype, {store_dtype}; got {out.x_next.dtype}")
+        raise TypeError(
+            f"out.x_next must have the store_dtype, {store_dtype}; got {out.x_next.dtype}"
+        )
     if out.x0 is not None:
         _checks.like("out.x0", out.x0, "x", x)
         if out.x0.dtype != out.x_next.dtype:
-            raise TypeError(f"out.x0 must have the dtype of out.x_next, {out.x_next.dtype}; got {out.x0.dtype}")
+            raise TypeError(
+                f"out.x0 must have the dtype of out.x_next, {out.x_next.dtype}; got {out.x0.dtype}"
+            )
     elif return_x0:
         raise ValueError("out.x0 is required with return_x0")
     _checks.tensor("out.log_prob", out.log_prob)
     if out.log_prob.dtype != torch.float32:
         raise TypeError(f"out.log_prob must be float32, got {out.log_prob.dtype}")
     if out.log_prob.shape != x.shape[:1]:
-        raise ValueError(f"out.log_prob must have shape [{x.shape[0]}], got {list(out.log_prob.shape)}")
+        raise ValueError(
+            f"out.log_prob must have shape [{x.shape[0]}], got {list(out.log_prob.shape)}"
+        )
     _checks.same_device("out.log_prob", out.log_prob, "x", x)
     for name, value in out._asdict().items():
         if value is not None and not value.is_contiguous():
@@ -227,36 +257,45 @@ def sde_step(
     out: SdeStep | None = None,
     backend: str | None = None,
 ) -> SdeStep:
-    """Advance every sample by the step its index names, and score the move. No gradient: this is the rollout.
+    """Advance every sample by the step its index names, and score the move. No gradient: this is
+    the rollout.
 
     Args:
         x: [B, ...] current latents, float32, bfloat16 or float16.
         v: like x in shape; predicted velocity (noise - data); its dtype may differ.
         table: [rows, 8] float32 from `transition_table`, on the device of x.
         step_index: [B] int64 on the device of x; samples may be at different steps.
-        seed: [B] int64, the noise key of each sample; may be None only where `noise` is given. The noise is a function
-            of (seed, step_index, element): a slice of a table whose index starts again repeats it.
-        noise: like x in shape; used in place of the counter-based noise. Rows with S = 0 do not look at it.
-        m_prev: like x in shape; the x0 of the step before, read by rows with C != 0 (second-order solvers).
-        v_uncond: like v in shape, of its dtype (as every branch); the velocity without the text, for guidance.
-        guidance: its weight, a number or [B] float32: u = v_uncond + guidance (v - v_uncond).
-        v_uncond_image, guidance_image: the same for a second branch, without the image; applied to the result.
-        guidance_interval: (low, high) or [B, 2] float32: guide only while low < sigma <= high. None: always.
-        renorm: bring the guided velocity back to the size of v, by "token" (Qwen-Image), "text_channel", "channel" or
-            "global" (BAGEL); a row is the last dimension of x. Needs guidance.
+        seed: [B] int64, the noise key of each sample; may be None only where `noise` is given. The
+            noise is a function of (seed, step_index, element): a slice of a table whose index
+            starts again repeats it.
+        noise: like x in shape; used in place of the counter-based noise. Rows with S = 0 do not
+            look at it.
+        m_prev: like x in shape; the x0 of the step before, read by rows with C != 0 (second-order
+            solvers).
+        v_uncond: like v in shape, of its dtype (as every branch); the velocity without the text,
+        for guidance. guidance: its weight, a number or [B] float32: u = v_uncond + guidance (v -
+        v_uncond).
+        v_uncond_image, guidance_image: the same for a second branch, without the image; applied to
+        the result. guidance_interval: (low, high) or [B, 2] float32: guide only while low < sigma
+        <= high. None: always.
+        renorm: bring the guided velocity back to the size of v, by "token" (Qwen-Image),
+            "text_channel", "channel" or "global" (BAGEL); a row is the last dimension of x. Needs
+            guidance.
         store_dtype: dtype of x_next and x0 (default x.dtype).
-        score: log-prob of the sample as "stored", which replays bitwise, or "unrounded", as other trainers take it.
-        return_x0: also return x0 = x - sigma u, the clean image the velocity points to (the next step's m_prev).
-        out: tensors to write instead of new ones: contiguous, apart in memory from every input; its x0 may be None.
-        backend: None picks one; a name is used or raises RuntimeError.
+        score: log-prob of the sample as "stored", which replays bitwise, or "unrounded", as other
+        trainers take it. return_x0: also return x0 = x - sigma u, the clean image the velocity
+        points to (the next step's m_prev).
+        out: tensors to write instead of new ones: contiguous, apart in memory from every input; its
+        x0 may be None. backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
-        x_next, contiguous, in the shape of x; log_prob [B] fp32, a mean over elements (exactly 0 for ODE rows); x0 or
-        None. They are the tensors of `out` where it is given.
+        x_next, contiguous, in the shape of x; log_prob [B] fp32, a mean over elements (exactly 0
+        for ODE rows); x0 or None. They are the tensors of `out` where it is given.
 
     Raises:
-        ValueError or TypeError naming the argument. A step_index out of range, and a row that needs the m_prev that is
-        absent, raise on CPU tensors; on a GPU, where looking would stall the queue, the sample's outputs are NaN.
+        ValueError or TypeError naming the argument. A step_index out of range, and a row that needs
+        the m_prev that is absent, raise on CPU tensors; on a GPU, where looking would stall the
+        queue, the sample's outputs are NaN.
     """
     latents = make_latents(
         x,
@@ -284,11 +323,17 @@ def sde_step(
     inputs = (*latents, noise, table.detach(), step_index, seed, score == "stored")
     name = _checks.backend_name(backend)
     if out is None:
-        x_next, x0, log_prob = torch.ops.editr2.sde_step(*inputs, store_dtype or x.dtype, return_x0, name)
+        x_next, x0, log_prob = torch.ops.editr2.sde_step(
+            *inputs, store_dtype or x.dtype, return_x0, name
+        )
         return SdeStep(x_next.view(x.shape), log_prob, x0.view(x.shape) if return_x0 else None)
     _check_out(out, x, store_dtype, return_x0)
     flat = latents.x.shape
     torch.ops.editr2.sde_step_out(
-        *inputs, name, out.x_next.view(flat), None if out.x0 is None else out.x0.view(flat), out.log_prob
+        *inputs,
+        name,
+        out.x_next.view(flat),
+        None if out.x0 is None else out.x0.view(flat),
+        out.log_prob,
     )
     return out

@@ -1,4 +1,5 @@
-"""Log-probability and entropy of given tokens under softmax(logits / temperature), one row of logits a token.
+"""Log-probability and entropy of given tokens under softmax(logits / temperature), one row of
+logits a token.
 
     m = max_j l_j      d_j = (l_j - m) (1 / T)      s = sum_j exp(d_j)      p_j = exp(d_j) / s
     log_prob = d_id - ln s                          entropy = ln s - (sum_j exp(d_j) d_j) / s      (nats)
@@ -8,11 +9,12 @@
     d log_prob / d l_j = (1[j = id] - p_j) / T
     d entropy  / d l_j = -p_j (ln p_j + entropy) / T
 
-1 / T is rounded to fp32 once. A logit of -inf has p = 0 and takes no part in the entropy. Below d = -87.3, where exp(d)
-leaves the normal fp32 numbers, a backend may take it for 0.
+1 / T is rounded to fp32 once. A logit of -inf has p = 0 and takes no part in the entropy. Below d =
+-87.3, where exp(d) leaves the normal fp32 numbers, a backend may take it for 0.
 
-From (hidden, weight) the logits are hidden @ weight.T, rounded to their dtype, a chunk of rows at a time: [M, V] never
-exists. Backward makes each chunk again, overwrites it by its gradient and multiplies that out.
+From (hidden, weight) the logits are hidden @ weight.T, rounded to their dtype, a chunk of rows at a
+time: [M, V] never exists. Backward makes each chunk again, overwrites it by its gradient and
+multiplies that out.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from ._operator import differentiable, operator
 from .backends import compiled, pointer, rows_of, select
 from .table import compute_dtype, sum_ref
 
-# Backward reads and writes the fp32 gradient of the weight once a chunk: chunks of some hundred rows or more keep that
-# below the time of the matrix products, and 256 MiB hold 800 rows of a vocabulary of 152k in bf16.
+# Backward reads and writes the fp32 gradient of the weight once a chunk: chunks of some hundred
+# rows or more keep that below the time of the matrix products, and 256 MiB hold 800 rows of a
+# vocabulary of 152k in bf16.
 CHUNK_BYTES = 256 << 20
 
 
@@ -43,7 +46,8 @@ class TokenLogProb(NamedTuple):
 def _rows_ref(
     logits: Tensor, ids: Tensor, temperature: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """log_prob, entropy, m, ln s [M] and the poison [M]: NaN where an id lies outside the vocabulary, else 1."""
+    """log_prob, entropy, m, ln s [M] and the poison [M]: NaN where an id lies outside the
+    vocabulary, else 1."""
     dtype, v = compute_dtype(logits), logits.shape[1]
     ignored = ids == ignore_index
     outside = ~ignored & ((ids < 0) | (ids >= v))
@@ -57,14 +61,17 @@ def _rows_ref(
     log_s = s_M.log()
     entropy = log_s - sum_ref(e_MV * d_MV.masked_fill(d_MV == -torch.inf, 0.0)) / s_M
     log_prob = d_MV.gather(1, ids.where(~ignored & ~outside, 0)[:, None])[:, 0] - log_s
-    log_prob, entropy = ((value * poison).masked_fill(ignored, 0.0) for value in (log_prob, entropy))
+    log_prob, entropy = (
+        (value * poison).masked_fill(ignored, 0.0) for value in (log_prob, entropy)
+    )
     return log_prob, entropy, m_M, log_s, poison
 
 
 def token_log_prob_ref(
     logits: Tensor, ids: Tensor, *, temperature: float = 1.0, ignore_index: int = -100
 ) -> TokenLogProb:
-    """The definition, in plain PyTorch on any device, differentiable; fp64 logits are computed in fp64.
+    """The definition, in plain PyTorch on any device, differentiable; fp64 logits are computed in
+    fp64.
 
     An id outside [0, V) other than ignore_index gives NaN here, as it does on a GPU.
     """
@@ -93,25 +100,30 @@ def token_log_prob_backward_ref(
         columns = torch.arange(logits.shape[1], device=ids.device)
         grad = grad_log_prob[:, None] * ((columns == ids[:, None]).float() - p)
     if grad_entropy is not None:
-        grad = grad - grad_entropy[:, None] * p * (log_p.masked_fill(log_p == -torch.inf, 0.0) + entropy[:, None])
+        grad = grad - grad_entropy[:, None] * p * (
+            log_p.masked_fill(log_p == -torch.inf, 0.0) + entropy[:, None]
+        )
     return (grad * scale).masked_fill(ignored, 0.0).to(logits.dtype)
 
 
 def _ids_in_range(ids: Tensor, v: int, ignore_index: int) -> None:
-    """CPU only, where looking costs nothing; elsewhere an id out of range yields NaN instead of a sync."""
+    """CPU only, where looking costs nothing; elsewhere an id out of range yields NaN instead of a
+    sync."""
     if ids.device.type == "cpu":
         outside = ids[(ids != ignore_index) & ((ids < 0) | (ids >= v))]
         if outside.numel() > 0:
             raise ValueError(
-                f"ids must lie in [0, {v - 1}], the vocabulary, or be ignore_index ({ignore_index}); "
-                f"got {int(outside[0])}"
+                f"ids must lie in [0, {v - 1}], the vocabulary, or be ignore_index "
+                f"({ignore_index}); got {int(outside[0])}"
             )
 
 
 def _empty_rows(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log_prob and entropy [M], lse [M, 2], to be written."""
     shapes = ids.shape, ids.shape, (*ids.shape, 2)
-    log_prob, entropy, lse = (torch.empty(shape, dtype=torch.float32, device=ids.device) for shape in shapes)
+    log_prob, entropy, lse = (
+        torch.empty(shape, dtype=torch.float32, device=ids.device) for shape in shapes
+    )
     return log_prob, entropy, lse
 
 
@@ -134,7 +146,9 @@ def _forward(
     elif chosen == "triton":
         from . import triton_kernels
 
-        triton_kernels.token_log_prob(logits, ids, temperature, ignore_index, log_prob, entropy, lse)
+        triton_kernels.token_log_prob(
+            logits, ids, temperature, ignore_index, log_prob, entropy, lse
+        )
     else:
         module, where = compiled(chosen, logits)
         module.token_log_prob(
@@ -171,7 +185,15 @@ def _backward(
         from . import triton_kernels
 
         triton_kernels.token_log_prob_backward(
-            logits, ids, temperature, ignore_index, lse, entropy, grad_log_prob, grad_entropy, grad_logits
+            logits,
+            ids,
+            temperature,
+            ignore_index,
+            lse,
+            entropy,
+            grad_log_prob,
+            grad_entropy,
+            grad_logits,
         )
     else:
         module, where = compiled(chosen, logits)
@@ -195,24 +217,30 @@ def _contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def _fake_token_log_prob(logits: Tensor, ids: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_token_log_prob(
+    logits: Tensor, ids: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_rows(ids)
 
 
 @operator(
     "token_log_prob",
-    "(Tensor logits, Tensor ids, float temperature, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor logits, Tensor ids, float temperature, int ignore_index, str backend) -> (Tensor, "
+    "Tensor, Tensor)",
     fake=_fake_token_log_prob,
 )
 def _token_log_prob(
     logits: Tensor, ids: Tensor, temperature: float, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [M, V], ids [M] -> log_prob [M], entropy [M], lse [M, 2]; the last carries no gradient."""
+    """logits [M, V], ids [M] -> log_prob [M], entropy [M], lse [M, 2]; the last carries no
+    gradient."""
     chosen = select(backend, logits.device)
     _ids_in_range(ids, logits.shape[1], ignore_index)
     outputs = _empty_rows(ids)
     if ids.numel() > 0:
-        _forward(chosen, _checks.rows(logits), ids.contiguous(), temperature, ignore_index, *outputs)
+        _forward(
+            chosen, _checks.rows(logits), ids.contiguous(), temperature, ignore_index, *outputs
+        )
     return outputs
 
 
@@ -263,13 +291,23 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> tuple:
+def _autograd(
+    ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple:
     logits, ids, lse, entropy = ctx.saved_tensors
     temperature, ignore_index, backend = ctx.options
     grad_logits = None
     if ctx.needs_input_grad[0] and not (grad_log_prob is None and grad_entropy is None):
         grad_logits = torch.ops.editr2.token_log_prob_backward(
-            logits, ids, temperature, ignore_index, lse, entropy, grad_log_prob, grad_entropy, backend
+            logits,
+            ids,
+            temperature,
+            ignore_index,
+            lse,
+            entropy,
+            grad_log_prob,
+            grad_entropy,
+            backend,
         )
     return grad_logits, None, None, None, None
 
@@ -280,11 +318,17 @@ differentiable("token_log_prob", setup_context=_setup_context, backward=_autogra
 def _chunk_buffer(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
     """The logits of one chunk, [rows, V]; chunk_rows 0 stands for what CHUNK_BYTES hold."""
     rows = chunk_rows or CHUNK_BYTES // (weight.shape[0] * weight.element_size())
-    return torch.empty(min(max(rows, 1), hidden.shape[0]), weight.shape[0], dtype=weight.dtype, device=weight.device)
+    return torch.empty(
+        min(max(rows, 1), hidden.shape[0]),
+        weight.shape[0],
+        dtype=weight.dtype,
+        device=weight.device,
+    )
 
 
 def _chunks(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their logits), in one buffer that the next chunk overwrites. Autocast is kept out by the callers."""
+    """(rows, their logits), in one buffer that the next chunk overwrites. Autocast is kept out by
+    the callers."""
     if hidden.shape[0] == 0:
         return
     buffer = _chunk_buffer(hidden, weight, chunk_rows)
@@ -303,8 +347,8 @@ def _fake_hidden_token_log_prob(
 
 @operator(
     "hidden_token_log_prob",
-    "(Tensor hidden, Tensor weight, Tensor ids, float temperature, int ignore_index, int chunk_rows, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor hidden, Tensor weight, Tensor ids, float temperature, int ignore_index, int "
+    "chunk_rows, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_hidden_token_log_prob,
 )
 def _hidden_token_log_prob(
@@ -323,7 +367,14 @@ def _hidden_token_log_prob(
     outputs = _empty_rows(ids)
     with torch.autocast(hidden.device.type, enabled=False):
         for part, logits in _chunks(hidden, weight, chunk_rows):
-            _forward(chosen, logits, ids[part], temperature, ignore_index, *(out[part] for out in outputs))
+            _forward(
+                chosen,
+                logits,
+                ids[part],
+                temperature,
+                ignore_index,
+                *(out[part] for out in outputs),
+            )
     return outputs
 
 
@@ -348,8 +399,8 @@ def _fake_hidden_token_log_prob_backward(
 @operator(
     "hidden_token_log_prob_backward",
     "(Tensor hidden, Tensor weight, Tensor ids, float temperature, int ignore_index, Tensor lse, "
-    "Tensor entropy, Tensor? grad_log_prob, Tensor? grad_entropy, bool want_hidden, bool want_weight, int chunk_rows, "
-    "str backend) -> (Tensor, Tensor)",
+    "Tensor entropy, Tensor? grad_log_prob, Tensor? grad_entropy, bool want_hidden, bool "
+    "want_weight, int chunk_rows, str backend) -> (Tensor, Tensor)",
     fake=_fake_hidden_token_log_prob_backward,
 )
 def _hidden_token_log_prob_backward(
@@ -367,9 +418,11 @@ def _hidden_token_log_prob_backward(
     chunk_rows: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to hidden and weight, [0] for one that is not wanted: a schema cannot return an optional tensor.
+    """Gradients to hidden and weight, [0] for one that is not wanted: a schema cannot return an
+    optional tensor.
 
-    That of the weight is a sum over chunks in fp32, each chunk's product being rounded to the dtype of weight first.
+    That of the weight is a sum over chunks in fp32, each chunk's product being rounded to the dtype
+    of weight first.
     """
     chosen = select(backend, hidden.device)
     _ids_in_range(ids, weight.shape[0], ignore_index)
@@ -377,7 +430,11 @@ def _hidden_token_log_prob_backward(
     grad_log_prob, grad_entropy = _contiguous(grad_log_prob), _contiguous(grad_entropy)
     grad_hidden, grad_weight = _empty_gradients(hidden, weight, want_hidden, want_weight)
     exact = weight.dtype == torch.float32
-    total = grad_weight.zero_() if exact else torch.zeros(grad_weight.shape, dtype=torch.float32, device=weight.device)
+    total = (
+        grad_weight.zero_()
+        if exact
+        else torch.zeros(grad_weight.shape, dtype=torch.float32, device=weight.device)
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         for part, logits in _chunks(hidden, weight, chunk_rows):
             _backward(
@@ -406,10 +463,16 @@ def _hidden_token_log_prob_backward(
     return grad_hidden, grad_weight
 
 
-def _empty_gradients(hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool
+) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty(hidden.shape if want_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
-        torch.empty(weight.shape if want_weight else (0,), dtype=weight.dtype, device=weight.device),
+        torch.empty(
+            hidden.shape if want_hidden else (0,), dtype=hidden.dtype, device=hidden.device
+        ),
+        torch.empty(
+            weight.shape if want_weight else (0,), dtype=weight.dtype, device=weight.device
+        ),
     )
 
 
@@ -420,7 +483,9 @@ def _setup_hidden_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _hidden_autograd(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> tuple:
+def _hidden_autograd(
+    ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple:
     hidden, weight, ids, lse, entropy = ctx.saved_tensors
     temperature, ignore_index, chunk_rows, backend = ctx.options
     want = ctx.needs_input_grad[:2]
@@ -444,7 +509,9 @@ def _hidden_autograd(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tenso
     return *grads, None, None, None, None, None
 
 
-differentiable("hidden_token_log_prob", setup_context=_setup_hidden_context, backward=_hidden_autograd)
+differentiable(
+    "hidden_token_log_prob", setup_context=_setup_hidden_context, backward=_hidden_autograd
+)
 
 
 def _check_ids(ids: Tensor, name: str, value: Tensor) -> None:
@@ -453,8 +520,8 @@ def _check_ids(ids: Tensor, name: str, value: Tensor) -> None:
         raise TypeError(f"ids must be int64, got {ids.dtype}")
     if ids.shape != value.shape[:-1]:
         raise ValueError(
-            f"ids must have the shape of {name} without its last dimension, {list(value.shape[:-1])}; "
-            f"got {list(ids.shape)}"
+            f"ids must have the shape of {name} without its last dimension, "
+            f"{list(value.shape[:-1])}; got {list(ids.shape)}"
         )
     _checks.same_device("ids", ids, name, value)
 
@@ -468,36 +535,42 @@ def token_log_prob(
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> TokenLogProb:
-    """Log-probability of each id under softmax(logits / temperature), and the entropy of that distribution in nats.
+    """Log-probability of each id under softmax(logits / temperature), and the entropy of that
+    distribution in nats.
 
-    Both are differentiable, to logits or to (hidden, weight). Rollout and training call this same function, so logits
-    with the same bits give the same log-prob: the on-policy ratio is exactly 1.
+    Both are differentiable, to logits or to (hidden, weight). Rollout and training call this same
+    function, so logits with the same bits give the same log-prob: the on-policy ratio is exactly 1.
 
     Args:
-        logits: [..., V] float32, bfloat16 or float16, -inf allowed; or a pair (hidden [..., H], weight [V, H]) of one
-            dtype, for logits = hidden @ weight.T that are never held for more than a chunk of rows. Under autocast a
-            hidden state is of the low dtype and the weight is not: give weight.to(hidden.dtype).
+        logits: [..., V] float32, bfloat16 or float16, -inf allowed; or a pair (hidden [..., H],
+            weight [V, H]) of one dtype, for logits = hidden @ weight.T that are never held for more
+            than a chunk of rows. Under autocast a hidden state is of the low dtype and the weight
+            is not: give weight.to(hidden.dtype).
         ids: [...] int64 on the device of logits.
         temperature: > 0.
-        ignore_index: where ids has this value, log_prob and entropy are 0 and so is the gradient; the row is not looked
-            at.
-        chunk_rows: rows of logits that exist at a time, for (hidden, weight) only; None: as many as 256 MiB hold.
-        backend: None picks one; a name is used or raises RuntimeError.
+        ignore_index: where ids has this value, log_prob and entropy are 0 and so is the gradient;
+            the row is not looked at.
+        chunk_rows: rows of logits that exist at a time, for (hidden, weight) only; None: as many as
+        256 MiB hold. backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
-        log_prob and entropy, fp32 in the shape of ids. From logits a row's result depends on that row alone. From
-        (hidden, weight) a matrix product comes first, in the dtype of both whatever autocast says, accumulated as torch
-        does (fp32; on a GPU torch.backends.cuda.matmul decides about TF32 and reduced-precision sums) and rounded to
-        that dtype: the same call gives the same bits, another number of rows in a chunk may differ by its rounding.
+        log_prob and entropy, fp32 in the shape of ids. From logits a row's result depends on that
+        row alone. From (hidden, weight) a matrix product comes first, in the dtype of both whatever
+        autocast says, accumulated as torch does (fp32; on a GPU torch.backends.cuda.matmul decides
+        about TF32 and reduced-precision sums) and rounded to that dtype: the same call gives the
+        same bits, another number of rows in a chunk may differ by its rounding.
 
     Raises:
-        ValueError or TypeError naming the argument. An id outside [0, V) that is not ignore_index raises on CPU
-        tensors; on a GPU, where looking would stall the queue, the row's outputs and gradient are NaN.
+        ValueError or TypeError naming the argument. An id outside [0, V) that is not ignore_index
+        raises on CPU tensors; on a GPU, where looking would stall the queue, the row's outputs and
+        gradient are NaN.
     """
     pair = isinstance(logits, (tuple, list))
     if pair:
         if len(logits) != 2:
-            raise ValueError(f"logits must be a tensor or a pair (hidden, weight), got {len(logits)} items")
+            raise ValueError(
+                f"logits must be a tensor or a pair (hidden, weight), got {len(logits)} items"
+            )
         name, (value, weight) = "hidden", logits
         _checks.tensor("weight", weight)
     else:
@@ -505,16 +578,22 @@ def token_log_prob(
     _checks.samples(name, value)
     if pair:
         if weight.dim() != 2 or weight.shape[1] != value.shape[-1]:
-            raise ValueError(f"weight must have shape [V, {value.shape[-1]}], got {list(weight.shape)}")
+            raise ValueError(
+                f"weight must have shape [V, {value.shape[-1]}], got {list(weight.shape)}"
+            )
         if weight.dtype != value.dtype:
-            raise TypeError(f"weight must have the dtype of hidden, {value.dtype}; got {weight.dtype}")
+            raise TypeError(
+                f"weight must have the dtype of hidden, {value.dtype}; got {weight.dtype}"
+            )
         _checks.same_device("weight", weight, "hidden", value)
     elif chunk_rows is not None:
         raise ValueError(f"chunk_rows is for (hidden, weight) only, got {chunk_rows} with logits")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if (weight.shape[0] if pair else value.shape[-1]) == 0:
-        raise ValueError(f"{'weight' if pair else 'logits'} must have a vocabulary of at least 1, got 0")
+        raise ValueError(
+            f"{'weight' if pair else 'logits'} must have a vocabulary of at least 1, got 0"
+        )
     _check_ids(ids, name, value)
     _checks.positive("temperature", temperature)
     options = float(temperature), ignore_index
@@ -525,5 +604,7 @@ def token_log_prob(
             rows, weight, ids.reshape(-1), *options, chunk_rows or 0, chosen
         )
     else:
-        log_prob, entropy, _ = torch.ops.editr2.token_log_prob(rows, ids.reshape(-1), *options, chosen)
+        log_prob, entropy, _ = torch.ops.editr2.token_log_prob(
+            rows, ids.reshape(-1), *options, chosen
+        )
     return TokenLogProb(log_prob.view(ids.shape), entropy.view(ids.shape))

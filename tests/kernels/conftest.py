@@ -1,8 +1,9 @@
 """Fixtures of the operator tests.
 
-The same tests run on every backend: "ref", "cpu" and "cuda" here, "triton" in the interpreter, in a process of its own
-that `test_triton.py` starts, because Triton reads TRITON_INTERPRET when it is imported. "cuda" is the CUDA C++ sources
-compiled for the CPU and run by cuda_emulator/; on a GPU, `test_gpu.py` runs the real ones.
+The same tests run on every backend: "ref", "cpu" and "cuda" here, "triton" in the interpreter, in a
+process of its own that `test_triton.py` starts, because Triton reads TRITON_INTERPRET when it is
+imported. "cuda" is the CUDA C++ sources compiled for the CPU and run by cuda_emulator/; on a GPU,
+`test_gpu.py` runs the real ones.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import torch
 import editr2_kernels as ek
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Cases a test keeps on the backends that are slow: 50 ms a program in the interpreter, 2 ms a block in the emulator.
+# Cases a test keeps on the backends that are slow: 50 ms a program in the interpreter, 2 ms a block
+# in the emulator.
 KEPT = {"triton": 2, "cuda": 16}
 WAITING = "test_interpreter_passes_the_operator_tests"
-backends_module = importlib.import_module("editr2_kernels.backends")  # the attribute of that name is the function
+backends_module = importlib.import_module(
+    "editr2_kernels.backends"
+)  # the attribute of that name is the function
 
 
 def load_by_path(path: Path):
@@ -36,7 +40,8 @@ def load_by_path(path: Path):
 
 @pytest.fixture(scope="session")
 def emulated_module(request):
-    """The CUDA C++ backend for CPU tensors; EDITR2_EMULATOR names a folder with another build of it."""
+    """The CUDA C++ backend for CPU tensors; EDITR2_EMULATOR names a folder with another build of
+    it."""
     emulator = load_by_path(Path(__file__).with_name("cuda_emulator") / "build.py")
     reason = emulator.absence()
     if reason is not None:
@@ -71,9 +76,11 @@ def slow_backend(item):
 
 
 def pytest_collection_modifyitems(items):
-    """The slow backends run a sample of each test's cases, and none but Triton runs in the interpreter's process.
+    """The slow backends run a sample of each test's cases, and none but Triton runs in the
+    interpreter's process.
 
-    One more than the quotient as the stride: a stride that divides the number of cases would keep to one shape.
+    One more than the quotient as the stride: a stride that divides the number of cases would keep
+    to one shape.
     """
     cases = {}
     for item in items:
@@ -94,13 +101,29 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted(request):
-    """Runs of whole test files in Triton's interpreter, one after the other beside the tests of this process: by the
-    `name` of the tests that wait for them, futures of (exit status, output)."""
-    names = [item.callspec.params["name"] for item in request.session.items if item.originalname == WAITING]
+    """Runs of whole test files in Triton's interpreter, one after the other beside the tests of
+    this process: by the `name` of the tests that wait for them, futures of (exit status,
+    output)."""
+    names = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.originalname == WAITING
+    ]
     current = []
 
     def run(name):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", "-W", "ignore"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "triton",
+            "-W",
+            "ignore",
+        ]
         process = subprocess.Popen(
             [*command, str(Path(__file__).with_name(f"test_{name}.py"))],
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
@@ -121,7 +144,8 @@ def interpreted(request):
 
 @pytest.fixture
 def skip_interpreted_bf16(backend):
-    """Triton's interpreter cuts fp32 to bf16 off; a GPU rounds to nearest (test_triton.py looks for cvt.rn)."""
+    """Triton's interpreter cuts fp32 to bf16 off; a GPU rounds to nearest (test_triton.py looks for
+    cvt.rn)."""
 
     def skip(dtype):
         if backend == "triton" and dtype == torch.bfloat16:

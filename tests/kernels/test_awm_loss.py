@@ -33,8 +33,16 @@ def test_formula(backend, dtype):
     loss.mean().backward()
     leaf = v.clone().requires_grad_()
     out = ek.awm_loss(
-        x0, noise, leaf, old, ADVANTAGE, clip=(0.05, 0.1), v_ref=v_ref, kl_weight=0.2, backend=backend
-    )  # fmt: skip
+        x0,
+        noise,
+        leaf,
+        old,
+        ADVANTAGE,
+        clip=(0.05, 0.1),
+        v_ref=v_ref,
+        kl_weight=0.2,
+        backend=backend,
+    )
     out.loss.backward()
     # fp32 after exact reads: z cancels to 0.3 of its terms.
     torch.testing.assert_close(out.log_prob.double(), log_prob.detach(), rtol=5e-6, atol=0)
@@ -63,9 +71,13 @@ def test_mask_and_normalizer(backend):
     x0[1] = torch.nan
     mask = torch.tensor([True, False, True, True])
     leaf = v.clone().requires_grad_()
-    out = ek.awm_loss(x0, noise, leaf, old, ADVANTAGE, clip=(1.0, 9.0), mask=mask, normalizer=6.0, backend=backend)
+    out = ek.awm_loss(
+        x0, noise, leaf, old, ADVANTAGE, clip=(1.0, 9.0), mask=mask, normalizer=6.0, backend=backend
+    )
     out.loss.backward()
-    torch.testing.assert_close(out.loss, -(ADVANTAGE * out.ratio)[mask].sum() / 6, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        out.loss, -(ADVANTAGE * out.ratio)[mask].sum() / 6, rtol=1e-6, atol=0
+    )
     assert not leaf.grad[1].any() and leaf.grad[0].all()
 
 
@@ -86,5 +98,8 @@ def test_compiles_fullgraph():
     old = ek.awm_log_prob(x0, noise, v_old)
     function = lambda v: ek.awm_loss(x0, noise, v, old, ADVANTAGE, clip=0.5).loss  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    grads = [torch.autograd.grad(f(leaf := v.clone().requires_grad_()), leaf)[0] for f in (function, compiled)]
+    grads = [
+        torch.autograd.grad(f(leaf := v.clone().requires_grad_()), leaf)[0]
+        for f in (function, compiled)
+    ]
     assert torch.equal(*grads)

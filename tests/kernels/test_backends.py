@@ -7,7 +7,9 @@ import torch
 
 import editr2_kernels as ek
 
-backends_module = importlib.import_module("editr2_kernels.backends")  # the attribute of that name is the function
+backends_module = importlib.import_module(
+    "editr2_kernels.backends"
+)  # the attribute of that name is the function
 
 CALLS = {
     "philox_normal": lambda backend: ek.philox_normal(torch.tensor([1]), 0, (4,), backend=backend),
@@ -62,15 +64,57 @@ GOOD = ((9, 0),)
 @pytest.mark.parametrize(
     "module, why, version, devices, capabilities, expected",
     [
-        (None, "nvcc was not found", "13.0", 1, GOOD, ek.BackendStatus(False, "nvcc was not found")),
-        (BuiltCuda, None, None, 0, (), ek.BackendStatus(False, "this PyTorch is built without CUDA")),
+        (
+            None,
+            "nvcc was not found",
+            "13.0",
+            1,
+            GOOD,
+            ek.BackendStatus(False, "nvcc was not found"),
+        ),
+        (
+            BuiltCuda,
+            None,
+            None,
+            0,
+            (),
+            ek.BackendStatus(False, "this PyTorch is built without CUDA"),
+        ),
         (BuiltCuda, None, "13.0", 0, (), ek.BackendStatus(False, "no GPU is visible")),
-        (BuiltCuda, None, "13.0", 1, GOOD, ek.BackendStatus(True, detail="built for sm_80, compute_80")),
-        (BuiltCuda, None, "13.0", 1, ((8, 0),), ek.BackendStatus(True, detail="built for sm_80, compute_80")),
-        (BuiltCuda, None, "13.0", 1, (), ek.BackendStatus(True, detail="built for sm_80, compute_80")),
+        (
+            BuiltCuda,
+            None,
+            "13.0",
+            1,
+            GOOD,
+            ek.BackendStatus(True, detail="built for sm_80, compute_80"),
+        ),
+        (
+            BuiltCuda,
+            None,
+            "13.0",
+            1,
+            ((8, 0),),
+            ek.BackendStatus(True, detail="built for sm_80, compute_80"),
+        ),
+        (
+            BuiltCuda,
+            None,
+            "13.0",
+            1,
+            (),
+            ek.BackendStatus(True, detail="built for sm_80, compute_80"),
+        ),
         (BuiltCuda, None, "13.0", 1, ((7, 5),), ek.BackendStatus(False, OLD)),
         (BuiltCuda, None, "13.0", 2, ((7, 0), (7, 5)), ek.BackendStatus(False, OLD)),
-        (BuiltCuda, None, "13.0", 2, ((7, 5), (8, 6)), ek.BackendStatus(True, detail="built for sm_80, compute_80")),
+        (
+            BuiltCuda,
+            None,
+            "13.0",
+            2,
+            ((7, 5), (8, 6)),
+            ek.BackendStatus(True, detail="built for sm_80, compute_80"),
+        ),
         (
             BuiltForALaterDriver,
             None,
@@ -81,7 +125,9 @@ GOOD = ((9, 0),)
         ),
     ],
 )
-def test_status_of_the_cuda_module(module, why, version, devices, capabilities, expected, monkeypatch):
+def test_status_of_the_cuda_module(
+    module, why, version, devices, capabilities, expected, monkeypatch
+):
     monkeypatch.setattr(backends_module, "_cuda", lambda: (module, why))
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
@@ -90,7 +136,8 @@ def test_status_of_the_cuda_module(module, why, version, devices, capabilities, 
 
 
 def test_a_gpu_below_sm_80_has_no_kernels_of_ours(monkeypatch):
-    """Of two GPUs the older: neither compiled kernels nor Triton's, and the reference where nothing is named."""
+    """Of two GPUs the older: neither compiled kernels nor Triton's, and the reference where nothing
+    is named."""
     capabilities = {0: (8, 6), 1: (7, 5)}
     monkeypatch.setattr(backends_module, "_cuda", lambda: (BuiltCuda, None))
     monkeypatch.setattr(backends_module, "triton_interpreted", lambda: False)
@@ -114,7 +161,8 @@ def test_a_gpu_below_sm_80_has_no_kernels_of_ours(monkeypatch):
 
 
 class Nvml:
-    """The management library of a machine with a Turing and a Hopper GPU, and one that does not answer."""
+    """The management library of a machine with a Turing and a Hopper GPU, and one that does not
+    answer."""
 
     def nvmlInit_v2(self):
         return 0
@@ -156,7 +204,9 @@ def test_capabilities_are_read_without_a_context(library, expected, monkeypatch)
     assert not torch.cuda.is_initialized()
 
 
-def test_the_emulated_module_takes_cpu_tensors_and_the_built_one_does_not(emulated_cuda, monkeypatch):
+def test_the_emulated_module_takes_cpu_tensors_and_the_built_one_does_not(
+    emulated_cuda, monkeypatch
+):
     assert "emulated" in ek.backends()["cuda"].detail
     assert backends_module.select("cuda", torch.device("cpu")) == "cuda"
     assert backends_module.select("auto", torch.device("cpu")) != "cuda"

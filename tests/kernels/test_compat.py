@@ -1,7 +1,8 @@
-"""Presets of other trainers against what PEERS of this project's notes say they compute, written out in float64.
+"""Presets of other trainers against what PEERS of this project's notes say they compute, written
+out in float64.
 
-Tolerances: our arithmetic is fp32 (2^-24 a rounding) on values up to about 8 and divides by S >= 0.2, so a sample is
-right to 3e-6 and a log-prob, an average over elements, to 1e-5.
+Tolerances: our arithmetic is fp32 (2^-24 a rounding) on values up to about 8 and divides by S >=
+0.2, so a sample is right to 3e-6 and a log-prob, an average over elements, to 1e-5.
 """
 
 import copy
@@ -53,7 +54,11 @@ def step_of(dynamics, i, x, v, m_prev):
         std = after * math.sin(level * math.pi / 2)
         return (1 - after) * x0 + math.sqrt(after**2 - std**2) * x1, std
     if dynamics == "ddim-sde":
-        rho = level * after * math.sqrt(1 - after**2 * (1 - sigma) ** 2 / (sigma**2 * (1 - after) ** 2))
+        rho = (
+            level
+            * after
+            * math.sqrt(1 - after**2 * (1 - sigma) ** 2 / (sigma**2 * (1 - after) ** 2))
+        )
         return (1 - after) * x0 + math.sqrt(after**2 - rho**2) * (x - (1 - sigma) * x0) / sigma, rho
     lam = [math.inf if s == 0 else -math.inf if s == 1 else math.log((1 - s) / s) for s in SIGMAS]
     h = lam[i + 1] - lam[i]
@@ -62,7 +67,9 @@ def step_of(dynamics, i, x, v, m_prev):
         r0 = (lam[i] - lam[i - 1]) / h
         slope = (x0 - m_prev) / r0
     grown = 1 - math.exp(-2 * h)
-    return (after / sigma) * math.exp(-h) * x + (1 - after) * grown * (x0 + 0.5 * slope), after * math.sqrt(grown)
+    return (after / sigma) * math.exp(-h) * x + (1 - after) * grown * (
+        x0 + 0.5 * slope
+    ), after * math.sqrt(grown)
 
 
 def log_prob_of(name, dynamics, sample, mean, std):
@@ -106,8 +113,20 @@ def test_the_presets_of_the_issue_exist():
 @pytest.mark.parametrize("name, dynamics", PAIRS)
 def test_step_and_log_prob(backend, name, dynamics):
     x, v, eps, m_prev, _ = inputs()
-    table = ek.transition_table(SIGMAS, dynamics=dynamics, noise_level=level_of(dynamics), compat=name)
-    out = ek.sde_step(x, v, table, INDEX, None, noise=eps, m_prev=m_prev, score=ek.COMPAT[name].score, backend=backend)
+    table = ek.transition_table(
+        SIGMAS, dynamics=dynamics, noise_level=level_of(dynamics), compat=name
+    )
+    out = ek.sde_step(
+        x,
+        v,
+        table,
+        INDEX,
+        None,
+        noise=eps,
+        m_prev=m_prev,
+        score=ek.COMPAT[name].score,
+        backend=backend,
+    )
     sample, _, log_prob = written_out(name, dynamics, x, v, eps, m_prev)
     torch.testing.assert_close(out.x_next.double(), sample, rtol=0, atol=3e-6)
     torch.testing.assert_close(out.log_prob.double(), log_prob, rtol=1e-5, atol=1e-5)
@@ -127,20 +146,37 @@ def test_the_dance_window_ends_before_the_last_step():
 def test_policy_loss_and_kl(backend, name, dynamics):
     preset, weight, clip = ek.COMPAT[name], 0.04, 1e-3
     x, v, eps, m_prev, v_ref = inputs()
-    table = ek.transition_table(SIGMAS, dynamics=dynamics, noise_level=level_of(dynamics), compat=name)
+    table = ek.transition_table(
+        SIGMAS, dynamics=dynamics, noise_level=level_of(dynamics), compat=name
+    )
     x_next = ek.sde_step(x, v_ref, table, INDEX, None, noise=eps, m_prev=m_prev).x_next
     advantage = torch.tensor([1.0, -9.0, 7.0, -0.5])
     shift = torch.tensor([3e-4, -2e-3, -2e-3, 4e-3])
-    old = ek.sde_log_prob(x, x_next, v, table, INDEX, m_prev=m_prev, backend=backend).log_prob - shift
+    old = (
+        ek.sde_log_prob(x, x_next, v, table, INDEX, m_prev=m_prev, backend=backend).log_prob - shift
+    )
     out = ek.grpo_loss(
-        x, x_next, v, table, INDEX, old, advantage, clip=clip, v_ref=v_ref, kl_weight=weight, m_prev=m_prev,
-        backend=backend, **preset.grpo_for(dynamics),
-    )  # fmt: skip
+        x,
+        x_next,
+        v,
+        table,
+        INDEX,
+        old,
+        advantage,
+        clip=clip,
+        v_ref=v_ref,
+        kl_weight=weight,
+        m_prev=m_prev,
+        backend=backend,
+        **preset.grpo_for(dynamics),
+    )
 
     def kl(b, i):
         part = slice(b, b + 1)
         mean, std = step_of(dynamics, i, x[part].double(), v[part].double(), m_prev[part].double())
-        ref_mean, _ = step_of(dynamics, i, x[part].double(), v_ref[part].double(), m_prev[part].double())
+        ref_mean, _ = step_of(
+            dynamics, i, x[part].double(), v_ref[part].double(), m_prev[part].double()
+        )
         square = (mean - ref_mean).square().mean().view(1)
         if name == "flow_factory":  # plain mean square in x
             return (square,)
@@ -155,7 +191,9 @@ def test_policy_loss_and_kl(backend, name, dynamics):
     a = advantage.double().clamp(-5, 5)
     policy = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip, 1 + clip))
     # The ratio is the exponential of a difference of log-probs of size 2 that are right to 1e-6.
-    torch.testing.assert_close(out.loss.double(), (policy + weight * true_kl).mean(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        out.loss.double(), (policy + weight * true_kl).mean(), rtol=0, atol=2e-5
+    )
 
 
 def test_the_kl_of_mixgrpo_is_a_metric():
@@ -163,8 +201,12 @@ def test_the_kl_of_mixgrpo_is_a_metric():
     table = ek.transition_table(SIGMAS, noise_level=0.7, compat="mixgrpo")
     step = ek.sde_step(x, v, table, INDEX, None, noise=eps)
     difference = torch.tensor([0.1, -0.3, 0.2, 0.0])
-    out = ek.grpo_loss(x, step.x_next, v, table, INDEX, step.log_prob - difference, torch.ones(4), clip=1e-4)
-    torch.testing.assert_close(out.metrics.approx_kl, 0.5 * difference.square().mean(), rtol=1e-4, atol=0)
+    out = ek.grpo_loss(
+        x, step.x_next, v, table, INDEX, step.log_prob - difference, torch.ones(4), clip=1e-4
+    )
+    torch.testing.assert_close(
+        out.metrics.approx_kl, 0.5 * difference.square().mean(), rtol=1e-4, atol=0
+    )
 
 
 def test_guard_of_verl_omni_at_one_step():
@@ -176,15 +218,27 @@ def test_guard_of_verl_omni_at_one_step():
     step = ek.sde_step(x, v_old, table, index, None, noise=eps)
     advantage = torch.tensor([1.0, -2.0, 3.0, -0.5])
     out = ek.grpo_loss(
-        x, step.x_next, v, table, index, step.log_prob, advantage, clip=clip, guard=True, v_old=v_old,
+        x,
+        step.x_next,
+        v,
+        table,
+        index,
+        step.log_prob,
+        advantage,
+        clip=clip,
+        guard=True,
+        v_old=v_old,
         **ek.COMPAT["verl_omni"].grpo_for("flow-sde"),
-    )  # fmt: skip
+    )
     sigma, dt = SIGMAS[i], SIGMAS[i + 1] - SIGMAS[i]
     g = 0.7 * math.sqrt(sigma / (1 - sigma))
     std = g * math.sqrt(-dt)
 
     def mean(v):
-        return x.double() + (v.double() + g**2 / (2 * sigma) * (x.double() + (1 - sigma) * v.double())) * dt
+        return (
+            x.double()
+            + (v.double() + g**2 / (2 * sigma) * (x.double() + (1 - sigma) * v.double())) * dt
+        )
 
     z, z_old = step.x_next.double() - mean(v), step.x_next.double() - mean(v_old)
     log_ratio = -(z.square() - z_old.square()).flatten(1).mean(1) / (2 * std**2)
@@ -219,7 +273,8 @@ def advantages_of(name, rewards, group):
 @pytest.mark.parametrize("name", ek.COMPAT)
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_advantages(name, scale):
-    """At scale 1e-3 the epsilon of a std shows; the reward of fp32 is exact in float64, so only our arithmetic errs."""
+    """At scale 1e-3 the epsilon of a std shows; the reward of fp32 is exact in float64, so only our
+    arithmetic errs."""
     group = np.repeat([3, 1, 4, 7], [6, 5, 8, 5])
     rewards = torch.tensor(np.random.default_rng(0).normal(size=24) * scale, dtype=torch.float32)
     out = ek.group_advantage(rewards[:, None, None], torch.tensor(group), ek.COMPAT[name].credit)
@@ -239,7 +294,11 @@ def test_global_std_is_one_replacement_away():
 def test_diffusion_nft_loss():
     """With the float64 of the release; ours is fp32 throughout."""
     x0, noise, v, v_old, v_ref = (torch.randn(4, 3, 40) for _ in range(5))
-    sigma, advantage, beta = torch.tensor([0.9, 0.5, 0.2, 0.7]), torch.tensor([1.0, -2.0, 7.0, 0.0]), 0.1
+    sigma, advantage, beta = (
+        torch.tensor([0.9, 0.5, 0.2, 0.7]),
+        torch.tensor([1.0, -2.0, 7.0, 0.0]),
+        0.1,
+    )
     options = ek.COMPAT["diffusion_nft"].nft
     r = (advantage / (2 * options["advantage_max"]) + 0.5).clamp(0, 1)
     out = ek.nft_loss(x0, noise, sigma, v, v_old, r, beta=beta, v_ref=v_ref, **options)
@@ -259,8 +318,8 @@ def test_diffusion_nft_loss():
 
 @pytest.mark.parametrize("name", ["flow_grpo", "dance_grpo", "verl_omni"])
 def test_scoring_before_the_cast_breaks_replay_by_the_known_amount(name):
-    """The trap: the replay of a bf16 sample differs from the rollout by w (mean z_stored^2 - mean z^2), of the size of
-    a clip range of 1e-5. Scored as stored, ours is equal to the bit."""
+    """The trap: the replay of a bf16 sample differs from the rollout by w (mean z_stored^2 - mean
+    z^2), of the size of a clip range of 1e-5. Scored as stored, ours is equal to the bit."""
     preset = ek.COMPAT[name]
     dynamics = next(iter(preset.log_prob))
     table = ek.transition_table(SIGMAS, dynamics=dynamics, noise_level=0.7, compat=name)
@@ -272,7 +331,9 @@ def test_scoring_before_the_cast_breaks_replay_by_the_known_amount(name):
     row = table[INDEX].double()[:, :, None, None]
     mean = row[:, 0] * x.double() + row[:, 1] * v.double()
     z = row[:, 3] * eps.double()
-    known = row[:, 4].flatten() * ((peer.x_next.double() - mean).square() - z.square()).flatten(1).mean(1)
+    known = row[:, 4].flatten() * ((peer.x_next.double() - mean).square() - z.square()).flatten(
+        1
+    ).mean(1)
     gap = (replay - peer.log_prob).double()
     torch.testing.assert_close(gap, known, rtol=0, atol=1e-6)
     assert 1e-6 < gap.abs().max() < 1e-3

@@ -1,5 +1,5 @@
-"""The emulator that runs the CUDA sources on the CPU: it finds the faults that a GPU would run past, and our kernels
-have none of them: their bits depend on no order of blocks or threads.
+"""The emulator that runs the CUDA sources on the CPU: it finds the faults that a GPU would run
+past, and our kernels have none of them: their bits depend on no order of blocks or threads.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def test_shared_memory_starts_as_nan(library: ctypes.CDLL) -> None:
 
 
 def results() -> list[Tensor]:
-    """Outputs and gradients of every operator, on sizes that make several blocks, warps and segments."""
+    """Outputs and gradients of every operator, on sizes that make several blocks, warps and
+    segments."""
     torch.manual_seed(0)
     backend = "cuda"
     table = ek.transition_table(ek.flow_sigmas(6, 3.0), noise_level=0.7, window=(0, 6))
@@ -70,21 +71,56 @@ def results() -> list[Tensor]:
     index, seed = torch.tensor([0, 2, 4]), torch.arange(batch) + 5
     out = [ek.philox_normal(seed, index, (4100,), backend=backend)]
     for renorm in ("none", "token", "text_channel", "channel", "global"):
-        guidance: dict[str, Any] = {"v_uncond": uncond.requires_grad_(), "guidance": 3.0, "renorm": renorm}
+        guidance: dict[str, Any] = {
+            "v_uncond": uncond.requires_grad_(),
+            "guidance": 3.0,
+            "renorm": renorm,
+        }
         step = ek.sde_step(x, v, table, index, seed, **guidance, return_x0=True, backend=backend)
         assert step.x0 is not None
         leaf = v.clone().requires_grad_()
         loss = ek.grpo_loss(
-            x, step.x_next, leaf, table, index, step.log_prob - 1e-6, torch.tensor([1.0, -1.0, 0.5]),
-            v_ref=v_ref, kl_weight=0.1, **guidance, backend=backend,
-        )  # fmt: skip
+            x,
+            step.x_next,
+            leaf,
+            table,
+            index,
+            step.log_prob - 1e-6,
+            torch.tensor([1.0, -1.0, 0.5]),
+            v_ref=v_ref,
+            kl_weight=0.1,
+            **guidance,
+            backend=backend,
+        )
         grads = torch.autograd.grad(loss.loss, (leaf, uncond))
-        replay = ek.sde_log_prob(x, step.x_next, leaf, table, index, v_ref=v_ref, **guidance, backend=backend)
+        replay = ek.sde_log_prob(
+            x, step.x_next, leaf, table, index, v_ref=v_ref, **guidance, backend=backend
+        )
         assert replay.mean_diff is not None and torch.equal(replay.log_prob, step.log_prob)
         more = torch.autograd.grad(replay.log_prob.sum() + replay.mean_diff.sum(), (leaf, uncond))
-        out += [step.x_next, step.log_prob, step.x0, loss.loss, loss.ratio, loss.kl, *loss.metrics, *grads, *more]
+        out += [
+            step.x_next,
+            step.log_prob,
+            step.x0,
+            loss.loss,
+            loss.ratio,
+            loss.kl,
+            *loss.metrics,
+            *grads,
+            *more,
+        ]
     leaf = v.clone().requires_grad_()
-    nft = ek.nft_loss(x, v_ref, table[index, 6], leaf, v, torch.rand(batch), beta=0.5, v_ref=v_ref, backend=backend)
+    nft = ek.nft_loss(
+        x,
+        v_ref,
+        table[index, 6],
+        leaf,
+        v,
+        torch.rand(batch),
+        beta=0.5,
+        v_ref=v_ref,
+        backend=backend,
+    )
     out += [nft.loss, *nft.metrics, *torch.autograd.grad(nft.loss, leaf)]
     logits = torch.randn(5, 3001, requires_grad=True)
     tokens = ek.token_log_prob(logits, torch.arange(5), backend=backend)
@@ -95,7 +131,9 @@ def results() -> list[Tensor]:
     return [value.detach() for value in out]
 
 
-def test_no_operator_depends_on_the_order_of_blocks_or_threads(library: ctypes.CDLL, emulated_cuda: Any) -> None:
+def test_no_operator_depends_on_the_order_of_blocks_or_threads(
+    library: ctypes.CDLL, emulated_cuda: Any
+) -> None:
     first: list[Tensor] = []
     for order in (0, 1, 7):
         library.editr2_emulator_order(order)
@@ -124,7 +162,12 @@ def test_a_sample_without_its_row_is_nan(
     outputs = []
     for index, rows_ in ((good, table), (bad, broken)):
         leaf = v.clone().requires_grad_()
-        guided: dict[str, Any] = {"v_uncond": uncond, "guidance": 2.0, "renorm": renorm, "backend": "cuda"}
+        guided: dict[str, Any] = {
+            "v_uncond": uncond,
+            "guidance": 2.0,
+            "renorm": renorm,
+            "backend": "cuda",
+        }
         step = ek.sde_step(x, v, rows_, index, index, **guided, return_x0=True)
         replay = ek.sde_log_prob(x, uncond, leaf, rows_, index, v_ref=v_ref, **guided)
         assert step.x0 is not None and replay.mean_diff is not None
@@ -145,7 +188,16 @@ def test_sums_over_the_batch_are_in_double_precision(emulated_cuda: Any) -> None
     advantage = torch.zeros(batch)
     advantage[[0, 256, 512]] = torch.tensor([-(2.0**24), -1.0, 2.0**24])
     out = ek.grpo_loss(
-        x, x_next, v, table, index, replay.log_prob, advantage, advantage_clip=None, normalizer=1.0, backend="cuda"
+        x,
+        x_next,
+        v,
+        table,
+        index,
+        replay.log_prob,
+        advantage,
+        advantage_clip=None,
+        normalizer=1.0,
+        backend="cuda",
     )
     assert out.loss == 1.0
 
@@ -154,8 +206,12 @@ def test_an_absent_mask_of_scores_counts_them_all(emulated_cuda: Any) -> None:
     scores, group = torch.rand(24, 3, 2), torch.arange(24) // 6
     for options in ek.CREDIT_PRESETS.values():
         absent = ek.group_advantage(scores, group, options, backend="cuda")
-        whole = ek.group_advantage(scores, group, options, mask=torch.ones(24, 3, dtype=torch.bool), backend="cuda")
-        assert torch.equal(absent.advantage, whole.advantage) and torch.equal(absent.mask, whole.mask)
+        whole = ek.group_advantage(
+            scores, group, options, mask=torch.ones(24, 3, dtype=torch.bool), backend="cuda"
+        )
+        assert torch.equal(absent.advantage, whole.advantage) and torch.equal(
+            absent.mask, whole.mask
+        )
     scores[3, 1, 1] = torch.nan
     with pytest.raises(ValueError, match="scores must be finite"):
         ek.group_advantage(scores, group, options, backend="cuda")
@@ -177,12 +233,30 @@ def step_arguments(emulated_module: Any) -> dict[str, Any]:
     scratch = torch.zeros(emulated_module.workspace(2, 8, 8, 0), dtype=torch.uint8)
     absent = (0, 0, 0)
     return {
-        "x": rows(x), "v": rows(x), "m_prev": absent, "v_uncond": absent, "v_uncond_image": absent, "guidance": 0,
-        "renorm": 0, "width": 8, "noise": absent, "table": table.data_ptr(), "rows": 1,
-        "step_index": index.data_ptr(), "seed": index.data_ptr(), "x_next": rows(torch.zeros(2, 8)), "x0": absent,
-        "log_prob": 0, "score_stored": True, "workspace": scratch.data_ptr(), "B": 2, "N": 8, "device": 0,
-        "stream": 0, "kept": (x, table, index, scratch),
-    }  # fmt: skip
+        "x": rows(x),
+        "v": rows(x),
+        "m_prev": absent,
+        "v_uncond": absent,
+        "v_uncond_image": absent,
+        "guidance": 0,
+        "renorm": 0,
+        "width": 8,
+        "noise": absent,
+        "table": table.data_ptr(),
+        "rows": 1,
+        "step_index": index.data_ptr(),
+        "seed": index.data_ptr(),
+        "x_next": rows(torch.zeros(2, 8)),
+        "x0": absent,
+        "log_prob": 0,
+        "score_stored": True,
+        "workspace": scratch.data_ptr(),
+        "B": 2,
+        "N": 8,
+        "device": 0,
+        "stream": 0,
+        "kept": (x, table, index, scratch),
+    }
 
 
 @pytest.mark.parametrize(
@@ -213,7 +287,9 @@ def test_arguments_are_checked_on_the_host(
         emulated_module.sde_step(**step_arguments)
 
 
-def test_an_absent_device_is_an_error_of_cuda(emulated_module: Any, step_arguments: dict[str, Any]) -> None:
+def test_an_absent_device_is_an_error_of_cuda(
+    emulated_module: Any, step_arguments: dict[str, Any]
+) -> None:
     step_arguments.pop("kept")
     with pytest.raises(RuntimeError, match="CUDA failed choosing device 3"):
         emulated_module.sde_step(**{**step_arguments, "device": 3})

@@ -1,6 +1,8 @@
-"""What gradients are not: of second order, or in forward mode. Both raise, of every operator that has a gradient.
+"""What gradients are not: of second order, or in forward mode. Both raise, of every operator that
+has a gradient.
 
-Of the registration, which all backends share. A row is an operator and the argument that is differentiated.
+Of the registration, which all backends share. A row is an operator and the argument that is
+differentiated.
 """
 
 from __future__ import annotations
@@ -37,15 +39,31 @@ def tokens(rows, **more):
 CALLS = {
     "sde_log_prob": ("sde_log_prob", log_prob, V),
     "sde_log_prob, v_uncond": ("sde_log_prob", lambda leaf: guided("v_uncond", leaf), V),
-    "sde_log_prob, v_uncond_image": ("sde_log_prob", lambda leaf: guided("v_uncond_image", leaf), V),
-    "grpo_loss": (
-        "grpo_loss",
-        lambda v: ek.grpo_loss(X, NEXT, v, TABLE, INDEX, NUMBERS, NUMBERS, v_ref=OTHER, kl_weight=0.1).loss,
+    "sde_log_prob, v_uncond_image": (
+        "sde_log_prob",
+        lambda leaf: guided("v_uncond_image", leaf),
         V,
     ),
-    "awm_loss": ("grpo_loss", lambda v: ek.awm_loss(X, NEXT, v, NUMBERS, NUMBERS, clip=1.0).loss, V),
+    "grpo_loss": (
+        "grpo_loss",
+        lambda v: (
+            ek.grpo_loss(
+                X, NEXT, v, TABLE, INDEX, NUMBERS, NUMBERS, v_ref=OTHER, kl_weight=0.1
+            ).loss
+        ),
+        V,
+    ),
+    "awm_loss": (
+        "grpo_loss",
+        lambda v: ek.awm_loss(X, NEXT, v, NUMBERS, NUMBERS, clip=1.0).loss,
+        V,
+    ),
     "awm_log_prob": ("sde_log_prob", lambda v: ek.awm_log_prob(X, NEXT, v), V),
-    "nft_loss": ("nft_loss", lambda v: ek.nft_loss(X, NEXT, NUMBERS, v, OTHER, NUMBERS, beta=0.5).loss, V),
+    "nft_loss": (
+        "nft_loss",
+        lambda v: ek.nft_loss(X, NEXT, NUMBERS, v, OTHER, NUMBERS, beta=0.5).loss,
+        V,
+    ),
     "token_log_prob": ("token_log_prob", tokens, V),
     "token_log_prob, hidden": ("hidden_token_log_prob", lambda leaf: tokens((leaf, WEIGHT)), V),
     "token_log_prob, weight": ("hidden_token_log_prob", lambda leaf: tokens((V, leaf)), WEIGHT),
@@ -55,13 +73,19 @@ ROWS = pytest.mark.parametrize("op, function, at", CALLS.values(), ids=CALLS)
 
 def test_the_table_has_every_differentiable_operator():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("editr2::")}
-    names -= {"editr2::sde_step_out"}  # a custom_op, which always has a kernel there; it refuses outputs with gradient
-    differentiable = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "Autograd")}
+    names -= {
+        "editr2::sde_step_out"
+    }  # a custom_op, which always has a kernel there; it refuses outputs with gradient
+    differentiable = {
+        n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "Autograd")
+    }
     assert differentiable == {f"editr2::{op}" for op, _, _ in CALLS.values()}
 
 
 def refused(op):
-    return pytest.raises(RuntimeError, match=rf"^editr2::{op} has no forward-mode derivative.*reverse mode")
+    return pytest.raises(
+        RuntimeError, match=rf"^editr2::{op} has no forward-mode derivative.*reverse mode"
+    )
 
 
 @ROWS
@@ -80,7 +104,9 @@ def test_forward_mode_raises(op, function, at):
         plain = function(leaf)
         assert forward_ad.unpack_dual(plain).tangent is None, "a level alone is nobody's tangent"
         with refused(op):
-            torch.autograd.grad(plain, leaf, forward_ad.make_dual(torch.ones_like(plain), torch.ones_like(plain)))
+            torch.autograd.grad(
+                plain, leaf, forward_ad.make_dual(torch.ones_like(plain), torch.ones_like(plain))
+            )
 
 
 @ROWS
@@ -95,7 +121,9 @@ def test_a_second_derivative_raises(op, function, at):
 def test_the_reference_has_a_forward_mode():
     """Which the message of the operators names."""
     _, tangent = torch.func.jvp(
-        lambda v: ek.sde_log_prob_ref(X, NEXT, v, TABLE, INDEX).log_prob, (V,), (torch.ones_like(V),)
+        lambda v: ek.sde_log_prob_ref(X, NEXT, v, TABLE, INDEX).log_prob,
+        (V,),
+        (torch.ones_like(V),),
     )
     leaf = V.clone().requires_grad_()
     grad = torch.autograd.grad(ek.sde_log_prob(X, NEXT, leaf, TABLE, INDEX).log_prob.sum(), leaf)[0]

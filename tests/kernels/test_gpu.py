@@ -1,7 +1,8 @@
-"""On a GPU: CUDA C++ and Triton against the reference, bitwise repeats and batch slices, graph capture, no host sync.
+"""On a GPU: CUDA C++ and Triton against the reference, bitwise repeats and batch slices, graph
+capture, no host sync.
 
-Under NVIDIA's checker, `compute-sanitizer --tool memcheck|racecheck|initcheck|synccheck python -m pytest` of this file
-with `-k cuda` runs every kernel of the CUDA module.
+Under NVIDIA's checker, `compute-sanitizer --tool memcheck|racecheck|initcheck|synccheck python -m
+pytest` of this file with `-k cuda` runs every kernel of the CUDA module.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ import editr2_kernels as ek
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to PyTorch"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device is visible to PyTorch"
+    ),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1,), (41, 25), (1024, 64)]  # one element; rows of no multiple of 8; a 512 x 512 image's latents
+SHAPES = [
+    (1,),
+    (41, 25),
+    (1024, 64),
+]  # one element; rows of no multiple of 8; a 512 x 512 image's latents
 RENORMS = ["none", "token", "text_channel", "channel", "global"]
 BATCH = 4
 
@@ -37,7 +44,8 @@ def on_gpu(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_as_it_comes() -> Iterator[None]:
-    """Filling every torch.empty with NaN would be kernels of its own in the graphs that are captured here."""
+    """Filling every torch.empty with NaN would be kernels of its own in the graphs that are
+    captured here."""
     torch.use_deterministic_algorithms(False)
     yield
 
@@ -46,7 +54,8 @@ Inputs = dict[str, Any]
 
 
 def inputs(shape: tuple[int, ...] = (1024, 64), dtype: torch.dtype = torch.float32) -> Inputs:
-    """Everything an operator may take, a sample a row; three noisy rows of the table and a deterministic one."""
+    """Everything an operator may take, a sample a row; three noisy rows of the table and a
+    deterministic one."""
     generator = torch.Generator(DEVICE).manual_seed(3)
 
     def normal(*size: int) -> Tensor:
@@ -69,7 +78,9 @@ def inputs(shape: tuple[int, ...] = (1024, 64), dtype: torch.dtype = torch.float
         "ids": torch.tensor([0, 4098, -100, 77], device=DEVICE),
         "scores": torch.rand(BATCH, 3, 2, generator=generator, device=DEVICE),
         "group": torch.tensor([7, 7, 7, 7], device=DEVICE),
-        "table": ek.transition_table(ek.flow_sigmas(8, 3.0), noise_level=0.9, window=(1, 8), device=DEVICE),
+        "table": ek.transition_table(
+            ek.flow_sigmas(8, 3.0), noise_level=0.9, window=(1, 8), device=DEVICE
+        ),
     }
 
 
@@ -86,7 +97,14 @@ def philox_normal(i: Inputs, backend: str, renorm: str | None) -> list[Tensor]:
 
 def sde_step(i: Inputs, backend: str, renorm: str | None) -> list[Tensor]:
     step = ek.sde_step(
-        i["x"], i["v"], i["table"], i["index"], i["seed"], **guidance(i, renorm), return_x0=True, backend=backend
+        i["x"],
+        i["v"],
+        i["table"],
+        i["index"],
+        i["seed"],
+        **guidance(i, renorm),
+        return_x0=True,
+        backend=backend,
     )
     assert step.x0 is not None
     return [step.x_next, step.log_prob, step.x0]
@@ -102,7 +120,14 @@ def differentiable(i: Inputs, renorm: str | None) -> tuple[Inputs, list[Tensor]]
 def sde_log_prob(i: Inputs, backend: str, renorm: str | None) -> list[Tensor]:
     i, leaves = differentiable(i, renorm)
     out = ek.sde_log_prob(
-        i["x"], i["v_old"], i["v"], i["table"], i["index"], v_ref=i["v_ref"], **guidance(i, renorm), backend=backend
+        i["x"],
+        i["v_old"],
+        i["v"],
+        i["table"],
+        i["index"],
+        v_ref=i["v_ref"],
+        **guidance(i, renorm),
+        backend=backend,
     )
     assert out.mean_diff is not None
     return [*out, *torch.autograd.grad(out.log_prob.sum() + out.mean_diff.sum(), leaves)]
@@ -116,19 +141,49 @@ def grpo_loss(i: Inputs, backend: str, renorm: str | None) -> list[Tensor]:
             i["x"], x_next, i["v"], i["table"], i["index"], **guidance(i, renorm), backend=backend
         ).log_prob
     out = ek.grpo_loss(
-        i["x"], x_next, i["v"], i["table"], i["index"], old - 1e-3, i["advantage"], clip=0.2, v_ref=i["v_ref"],
-        kl_weight=0.1, kl_scale="mean", guard=True, v_old=i["v_old"], mask=i["mask"], normalizer=3.0,
-        **guidance(i, renorm), backend=backend,
-    )  # fmt: skip
-    return [out.log_prob, out.ratio, out.kl, out.loss, *out.metrics, *torch.autograd.grad(out.loss, leaves)]
+        i["x"],
+        x_next,
+        i["v"],
+        i["table"],
+        i["index"],
+        old - 1e-3,
+        i["advantage"],
+        clip=0.2,
+        v_ref=i["v_ref"],
+        kl_weight=0.1,
+        kl_scale="mean",
+        guard=True,
+        v_old=i["v_old"],
+        mask=i["mask"],
+        normalizer=3.0,
+        **guidance(i, renorm),
+        backend=backend,
+    )
+    return [
+        out.log_prob,
+        out.ratio,
+        out.kl,
+        out.loss,
+        *out.metrics,
+        *torch.autograd.grad(out.loss, leaves),
+    ]
 
 
 def nft_loss(i: Inputs, backend: str, renorm: str | None) -> list[Tensor]:
     i, leaves = differentiable(i, None)
     out = ek.nft_loss(
-        i["x"], i["v_uncond"], i["table"][i["index"], 6], i["v"], i["v_old"], i["advantage"].sigmoid(), beta=0.5,
-        v_ref=i["v_ref"], mask=i["mask"], normalizer=3.0, backend=backend,
-    )  # fmt: skip
+        i["x"],
+        i["v_uncond"],
+        i["table"][i["index"], 6],
+        i["v"],
+        i["v_old"],
+        i["advantage"].sigmoid(),
+        beta=0.5,
+        v_ref=i["v_ref"],
+        mask=i["mask"],
+        normalizer=3.0,
+        backend=backend,
+    )
     return [out.loss, *out.metrics, *torch.autograd.grad(out.loss, leaves)]
 
 
@@ -140,7 +195,10 @@ def token_log_prob(i: Inputs, backend: str, renorm: str | None) -> list[Tensor]:
 
 def group_advantage(i: Inputs, backend: str, renorm: str | None) -> list[Tensor]:
     """Of every preset: between them they run every stage of the kernel."""
-    presets = [ek.group_advantage(i["scores"], i["group"], o, backend=backend) for o in ek.CREDIT_PRESETS.values()]
+    presets = [
+        ek.group_advantage(i["scores"], i["group"], o, backend=backend)
+        for o in ek.CREDIT_PRESETS.values()
+    ]
     return [value for out in presets for value in out]
 
 
@@ -168,7 +226,9 @@ def no_sync() -> Iterator[None]:
 def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
     assert len(a) == len(b)
     for place, (one, other) in enumerate(zip(a, b)):
-        assert one.dtype == other.dtype and torch.equal(one.float().nan_to_num(7), other.float().nan_to_num(7)), place
+        assert one.dtype == other.dtype and torch.equal(
+            one.float().nan_to_num(7), other.float().nan_to_num(7)
+        ), place
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,16 +241,26 @@ def test_matches_the_reference(
     ours, reference = run(i, on_gpu, renorm), run(i, "ref", renorm)
     for place, (a, b) in enumerate(zip(ours, reference, strict=True)):
         assert a.dtype == b.dtype
-        if run is group_advantage or run is philox_normal or (run is sde_step and renorm in (None, "none")):
-            if place != 1 or run is group_advantage:  # log_prob is a sum, whose order is the backend's own
+        if (
+            run is group_advantage
+            or run is philox_normal
+            or (run is sde_step and renorm in (None, "none"))
+        ):
+            if (
+                place != 1 or run is group_advantage
+            ):  # log_prob is a sum, whose order is the backend's own
                 assert torch.equal(a, b), place
                 continue
-        # An fp32 sum over N terms in another order, and one rounding to the storage dtype at another value.
+        # An fp32 sum over N terms in another order, and one rounding to the storage dtype at
+        # another value.
         unit = torch.finfo(a.dtype).eps
         largest = float(b.detach().float().abs().nan_to_num().max())
-        # Near zero a step of the dtype is no part of the value: an H200 gave a float16 gradient one such step off.
+        # Near zero a step of the dtype is no part of the value: an H200 gave a float16 gradient one
+        # such step off.
         atol = max(2 * unit, 2e-5) * largest * 0.1 + torch.finfo(a.dtype).smallest_normal * unit
-        torch.testing.assert_close(a.float(), b.float(), rtol=max(2 * unit, 2e-5), atol=atol, equal_nan=True)
+        torch.testing.assert_close(
+            a.float(), b.float(), rtol=max(2 * unit, 2e-5), atol=atol, equal_nan=True
+        )
 
 
 # The last is 2,048 blocks of 256 threads, more than any device holds at one time.
@@ -220,18 +290,31 @@ def off_16_bytes(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("run, renorm", CASES)
-def test_latents_off_16_bytes(run: Operator, renorm: str | None, dtype: torch.dtype, on_gpu: str) -> None:
+def test_latents_off_16_bytes(
+    run: Operator, renorm: str | None, dtype: torch.dtype, on_gpu: str
+) -> None:
     i = inputs(dtype=dtype)
     expected = run(i, on_gpu, renorm)
-    latents = [name for name, value in i.items() if isinstance(value, Tensor) and value.shape == i["x"].shape]
+    latents = [
+        name
+        for name, value in i.items()
+        if isinstance(value, Tensor) and value.shape == i["x"].shape
+    ]
     for names in [[name] for name in latents] + [latents]:  # one pointer, and all
-        assert_same_bits(run({**i, **{name: off_16_bytes(i[name]) for name in names}}, on_gpu, renorm), expected)
+        assert_same_bits(
+            run({**i, **{name: off_16_bytes(i[name]) for name in names}}, on_gpu, renorm), expected
+        )
 
 
-@pytest.mark.parametrize("shape", [(33, 1 << 16, 1 << 10), (1, (1 << 15) + 1, 1 << 16)], ids=["samples", "a_sample"])
+@pytest.mark.parametrize(
+    "shape", [(33, 1 << 16, 1 << 10), (1, (1 << 15) + 1, 1 << 16)], ids=["samples", "a_sample"]
+)
 def test_a_step_past_two_to_the_31_elements(shape: tuple[int, ...], on_gpu: str) -> None:
-    """Its last elements are those of a step on them alone; without noise, which depends on an element's place."""
-    table = ek.transition_table(ek.flow_sigmas(8, 3.0), noise_level=0.9, window=(1, 8), device=DEVICE)
+    """Its last elements are those of a step on them alone; without noise, which depends on an
+    element's place."""
+    table = ek.transition_table(
+        ek.flow_sigmas(8, 3.0), noise_level=0.9, window=(1, 8), device=DEVICE
+    )
     index, seed = (torch.zeros(shape[0], dtype=torch.int64, device=DEVICE) for _ in range(2))
     x = torch.randn(shape[-1], device=DEVICE, dtype=torch.bfloat16).expand(shape).contiguous()
     v = torch.randn(shape[-2], 1, device=DEVICE, dtype=torch.bfloat16).expand(shape).contiguous()
@@ -245,8 +328,11 @@ def test_a_step_past_two_to_the_31_elements(shape: tuple[int, ...], on_gpu: str)
 
 @pytest.mark.parametrize("preset", ["edit-r2", "gdpo"])
 @pytest.mark.parametrize("rows", [1152, 20_000])
-def test_statistics_of_the_whole_batch_by_the_last_block(rows: int, preset: str, on_gpu: str) -> None:
-    """It reads what all the others wrote. Launches queue up, more blocks each than a device holds at one time."""
+def test_statistics_of_the_whole_batch_by_the_last_block(
+    rows: int, preset: str, on_gpu: str
+) -> None:
+    """It reads what all the others wrote. Launches queue up, more blocks each than a device holds
+    at one time."""
     generator = torch.Generator(DEVICE).manual_seed(3)
     scores = torch.rand(rows, 3, 2, generator=generator, device=DEVICE)
     group = torch.arange(rows, device=DEVICE) // 16
@@ -294,7 +380,9 @@ def test_step_index_out_of_range_is_nan(run: Operator, wrong: int, on_gpu: str) 
     for place, (a, b) in enumerate(zip(run(i, on_gpu, "token"), expected, strict=True)):
         if a.dim() == 0:
             continue
-        if not (run is grpo_loss and place == 1):  # the guard's ratio of NaN is free to be NaN or, without noise, 1
+        if not (
+            run is grpo_loss and place == 1
+        ):  # the guard's ratio of NaN is free to be NaN or, without noise, 1
             assert a[1].isnan().all(), place
         keep = [0, 2, 3]
         assert torch.equal(a[keep], b[keep]), place

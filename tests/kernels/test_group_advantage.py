@@ -1,4 +1,5 @@
-"""group_advantage: presets against NumPy written from the papers, bits on all backends, masks, filter, dropped sets."""
+"""group_advantage: presets against NumPy written from the papers, bits on all backends, masks,
+filter, dropped sets."""
 
 import ctypes
 import dataclasses
@@ -37,7 +38,8 @@ OPTIONS = [
     )
     if aggregate == "none" or baseline == "session"
 ]
-# All of them on fast backends, a spread of them on slow ones (steps that are coprime to all the cycles).
+# All of them on fast backends, a spread of them on slow ones (steps that are coprime to all the
+# cycles).
 SPREAD = {"ref": OPTIONS, "cpu": OPTIONS, "cuda": OPTIONS[::7], "triton": OPTIONS[::17]}
 FAST = [name for name in ("ref", "cpu") if ek.backends()[name].available]
 
@@ -54,12 +56,14 @@ def data(n=18, turns=3, rewards=2, groups=3, levels=None):
 
 
 def close(actual, expected):
-    # fp32 statistics against float64: a few roundings of values of size 1, divided by std of about 0.3.
+    # fp32 statistics against float64: a few roundings of values of size 1, divided by std of about
+    # 0.3.
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def edit_r2_oracle(scores, group, weights, filter_in_statistics):
-    """Edit-R2: fused reward a turn, mean over the session's group and all its turns, std over everything gathered."""
+    """Edit-R2: fused reward a turn, mean over the session's group and all its turns, std over
+    everything gathered."""
     s = scores.double().numpy()
     reward = (s * weights.double().numpy()).sum(-1)
     failed = s[:, :, 0] == 0
@@ -80,7 +84,9 @@ def edit_r2_oracle(scores, group, weights, filter_in_statistics):
 def test_edit_r2(backend, preset):
     scores, group = data(rewards=3, levels=4)
     weights = torch.tensor([0.3, 0.3, 0.4])
-    out = ek.group_advantage(scores, group, ek.CREDIT_PRESETS[preset], weights=weights, backend=backend)
+    out = ek.group_advantage(
+        scores, group, ek.CREDIT_PRESETS[preset], weights=weights, backend=backend
+    )
     advantage, mask = edit_r2_oracle(scores, group, weights, preset.endswith("released"))
     assert not mask.all()
     assert out.mask.numpy().tolist() == mask.tolist()
@@ -91,7 +97,11 @@ def test_edit_r2(backend, preset):
 def test_mt_editflow(backend):
     scores, group = data()
     out = ek.group_advantage(
-        scores, group, ek.CREDIT_PRESETS["mt-editflow"], weights=torch.tensor([0.6, 0.4]), backend=backend
+        scores,
+        group,
+        ek.CREDIT_PRESETS["mt-editflow"],
+        weights=torch.tensor([0.6, 0.4]),
+        backend=backend,
     )
     r = scores.double().numpy().mean(1)
     expected = np.zeros(len(r))
@@ -124,7 +134,9 @@ def test_aggregates(backend, how):
         "product": s.prod(1),
         "prefix": np.cumprod(s, 1).mean(1),
     }[how]
-    options = ek.CreditOptions(aggregate=how, std="group", unbiased=True, eps=0.0, clip=None, broadcast=True)
+    options = ek.CreditOptions(
+        aggregate=how, std="group", unbiased=True, eps=0.0, clip=None, broadcast=True
+    )
     out = ek.group_advantage(scores, group, options, backend=backend)
     expected = np.zeros_like(value)
     for g in range(3):
@@ -141,18 +153,29 @@ def test_same_bits_on_every_backend(backend):
         group = group * -(2**40) + 3
         mask = torch.rand(n, 3) < 0.9
         weights = torch.tensor([0.7, 0.2])
-        options = dataclasses.replace(options, eps=0.0 if i % 3 else 1e-4, clip=1.5 if i % 4 else None)
-        expected = ek.group_advantage(scores, group, options, weights=weights, mask=mask, backend="ref")
-        out = ek.group_advantage(scores, group, options, weights=weights, mask=mask, backend=backend)
+        options = dataclasses.replace(
+            options, eps=0.0 if i % 3 else 1e-4, clip=1.5 if i % 4 else None
+        )
+        expected = ek.group_advantage(
+            scores, group, options, weights=weights, mask=mask, backend="ref"
+        )
+        out = ek.group_advantage(
+            scores, group, options, weights=weights, mask=mask, backend=backend
+        )
         assert torch.equal(out.mask, expected.mask)
-        assert torch.equal(out.advantage.view(torch.int32), expected.advantage.view(torch.int32)), options
-        again = ek.group_advantage(scores, group, options, weights=weights, mask=mask, backend=backend)
+        assert torch.equal(out.advantage.view(torch.int32), expected.advantage.view(torch.int32)), (
+            options
+        )
+        again = ek.group_advantage(
+            scores, group, options, weights=weights, mask=mask, backend=backend
+        )
         assert torch.equal(out.advantage, again.advantage) and torch.equal(out.mask, again.mask)
 
 
 @pytest.mark.parametrize("scale", [3e38, 1e25, 1e-25])
 def test_what_leaves_the_range_of_fp32_is_nan_everywhere_alike(backend, scale):
-    """Sums, differences and squares that overflow; squares that underflow. One bit pattern, no arbitrary number."""
+    """Sums, differences and squares that overflow; squares that underflow. One bit pattern, no
+    arbitrary number."""
     scores, group = data(n=8, turns=2, groups=2)
     scores = scores - 0.5
     scores[group == 0] *= scale
@@ -164,22 +187,31 @@ def test_what_leaves_the_range_of_fp32_is_nan_everywhere_alike(backend, scale):
         assert torch.equal(out.mask, expected.mask)
         assert torch.equal(bits(out.advantage), bits(expected.advantage)), options
         broken = out.advantage.isnan()
-        assert torch.equal(bits(out.advantage)[broken], torch.full_like(bits(out.advantage)[broken], 0x7FC00000))
+        assert torch.equal(
+            bits(out.advantage)[broken], torch.full_like(bits(out.advantage)[broken], 0x7FC00000)
+        )
         if scale > 1:
             assert not out.advantage.isinf().any()
     if scale > 1:
         for std, other in (("group", False), ("global", True)):
             out = ek.group_advantage(
-                scores, group, ek.CreditOptions(std=std), weights=torch.tensor([0.5, 4.0]), backend=backend
+                scores,
+                group,
+                ek.CreditOptions(std=std),
+                weights=torch.tensor([0.5, 4.0]),
+                backend=backend,
             )
             assert out.mask.all() and out.advantage[group == 0].isnan().all()
             assert out.advantage[group == 1].isnan().all() == other
 
 
 def test_dropped_sets(backend):
-    """The thresholds themselves drop; what is dropped has advantage 0, mask False and no part in any statistic."""
+    """The thresholds themselves drop; what is dropped has advantage 0, mask False and no part in
+    any statistic."""
     scores = torch.tensor([0.5, 0.5, 0.25, 0.75, 0.0, 1.0, 0.875, 1.0]).view(8, 1, 1)
-    group = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])  # std 0, 1/4, 1/2, 1/16; mean 1/2, 1/2, 1/2, 15/16
+    group = torch.tensor(
+        [0, 0, 1, 1, 2, 2, 3, 3]
+    )  # std 0, 1/4, 1/2, 1/16; mean 1/2, 1/2, 1/2, 15/16
     for change, kept in (
         ({}, [0, 1, 2, 3]),
         ({"min_std": 0.0}, [1, 2, 3]),
@@ -194,31 +226,41 @@ def test_dropped_sets(backend):
             out = ek.group_advantage(scores, group, options, backend=backend)
             mask = torch.isin(group, torch.tensor(kept))
             assert torch.equal(out.mask[:, 0], mask)
-            without = ek.group_advantage(scores[mask], group[mask], dataclasses.replace(base, eps=0.0), backend=backend)
+            without = ek.group_advantage(
+                scores[mask], group[mask], dataclasses.replace(base, eps=0.0), backend=backend
+            )
             assert torch.equal(bits(out.advantage[mask]), bits(without.advantage))
             assert not out.advantage[~mask].any()
 
 
 def test_dropping_looks_at_the_weighted_reward_of_the_set(backend):
-    """Not at single rewards, whatever the fusion; a turn of its own where turns have their own baseline."""
+    """Not at single rewards, whatever the fusion; a turn of its own where turns have their own
+    baseline."""
     scores = torch.rand(6, 2, 2)
     scores[:, 0, 1] = 1 - scores[:, 0, 0]  # the sum of both is constant in turn 0
     scores[:, 0] = (scores[:, 0] * 64).round() / 64
     group = torch.zeros(6, dtype=torch.int64)
     for fusion in ("reward", "advantage", "gdpo"):
         options = ek.CreditOptions(fusion=fusion, baseline="session_turn", min_std=0.0)
-        out = ek.group_advantage(scores, group, options, weights=torch.tensor([0.5, 0.5]), backend=backend)
+        out = ek.group_advantage(
+            scores, group, options, weights=torch.tensor([0.5, 0.5]), backend=backend
+        )
         assert not out.mask[:, 0].any() and out.mask[:, 1].all()
         pooled = dataclasses.replace(options, baseline="session")
-        assert ek.group_advantage(scores, group, pooled, weights=torch.ones(2), backend=backend).mask.all()
+        assert ek.group_advantage(
+            scores, group, pooled, weights=torch.ones(2), backend=backend
+        ).mask.all()
 
 
 def per_prompt(prompts, rewards, global_std, unbiased=False, eps=1e-4):
-    """The tracker most trainers use: for each unique prompt, rewards [N, T] minus their mean, over std + eps."""
+    """The tracker most trainers use: for each unique prompt, rewards [N, T] minus their mean, over
+    std + eps."""
     out = np.zeros_like(rewards)
     for prompt in np.unique(prompts):
         mask = prompts == prompt
-        std = (rewards if global_std else rewards[mask]).std(axis=None if global_std else 0, ddof=int(unbiased))
+        std = (rewards if global_std else rewards[mask]).std(
+            axis=None if global_std else 0, ddof=int(unbiased)
+        )
         out[mask] = (rewards[mask] - rewards[mask].mean(axis=0)) / (std + eps)
     return np.clip(out, -5, 5)
 
@@ -244,7 +286,9 @@ def test_presets_of_other_trainers():
     weights = torch.tensor([0.7, 0.3])
 
     def run(preset):
-        return ek.group_advantage(scores, group, ek.CREDIT_PRESETS[preset], weights=weights).advantage[:, 0]
+        return ek.group_advantage(
+            scores, group, ek.CREDIT_PRESETS[preset], weights=weights
+        ).advantage[:, 0]
 
     def by_group(values, scale):
         out = np.zeros_like(values)
@@ -263,7 +307,9 @@ def test_presets_of_other_trainers():
     close(run("pku"), by_group(s @ w, lambda x: x.std() + 1e-4))
     flat = scores * 0.05 + 0.5  # std of about 0.01
     assert not ek.group_advantage(flat, group, ek.CREDIT_PRESETS["pku"], weights=weights).mask.any()
-    high = scores * 0.2 + torch.tensor([0.85, 0.85])  # std of about 0.045 a reward, mean of about 0.95
+    high = scores * 0.2 + torch.tensor(
+        [0.85, 0.85]
+    )  # std of about 0.045 a reward, mean of about 0.95
     assert not ek.group_advantage(high, group, ek.CREDIT_PRESETS["pku"], weights=weights).mask.any()
 
 
@@ -276,7 +322,9 @@ def test_groups_together_or_apart(backend):
             options = dataclasses.replace(options, std="group", fusion="advantage")
         together = ek.group_advantage(scores, group, options, backend=backend)
         for g in range(2):
-            alone = ek.group_advantage(scores[group == g], group[group == g], options, backend=backend)
+            alone = ek.group_advantage(
+                scores[group == g], group[group == g], options, backend=backend
+            )
             assert torch.equal(bits(together.advantage[group == g]), bits(alone.advantage))
             assert torch.equal(together.mask[group == g], alone.mask)
 
@@ -300,7 +348,9 @@ def test_threads_and_sizes_change_no_bit(one_thread, two_threads):
         out = two_threads(lambda options=options: ek.group_advantage(scores, group, options))
         single = one_thread(lambda options=options: ek.group_advantage(scores, group, options))
         reference = ek.group_advantage(scores, group, options, backend="ref")
-        assert torch.equal(bits(out.advantage), bits(single.advantage)) and torch.equal(out.mask, single.mask)
+        assert torch.equal(bits(out.advantage), bits(single.advantage)) and torch.equal(
+            out.mask, single.mask
+        )
         assert torch.equal(bits(out.advantage), bits(reference.advantage))
 
 
@@ -322,7 +372,11 @@ def test_order_of_blocks_and_threads_changes_no_bit(emulated_cuda):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 4, st.integers(-2, 2)), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 4, st.integers(-2, 2)),
+        min_size=1,
+        max_size=12,
+    ),
     st.sampled_from(OPTIONS),
     st.randoms(use_true_random=False),
 )
@@ -334,7 +388,9 @@ def test_permuting_samples_permutes_advantages_bitwise(samples, options, random)
     for name in FAST:
         out = ek.group_advantage(scores, group, options, backend=name)
         permuted = ek.group_advantage(scores[order], group[order], options, backend=name)
-        assert torch.equal(out.advantage[order].view(torch.int32), permuted.advantage.view(torch.int32))
+        assert torch.equal(
+            out.advantage[order].view(torch.int32), permuted.advantage.view(torch.int32)
+        )
         assert torch.equal(out.mask[order], permuted.mask)
         assert out.advantage.isfinite().all()
 
@@ -344,8 +400,12 @@ def test_permutation(backend):
     order = torch.randperm(18)
     for options in SPREAD[backend][::7]:
         out = ek.group_advantage(scores, group, options, backend=backend)
-        permuted = ek.group_advantage(scores[order], group[order] * 17 - 2**60, options, backend=backend)
-        assert torch.equal(out.advantage[order], permuted.advantage) and torch.equal(out.mask[order], permuted.mask)
+        permuted = ek.group_advantage(
+            scores[order], group[order] * 17 - 2**60, options, backend=backend
+        )
+        assert torch.equal(out.advantage[order], permuted.advantage) and torch.equal(
+            out.mask[order], permuted.mask
+        )
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -1e-7, 1.3e-33, 0.0])
@@ -354,8 +414,12 @@ def test_equal_scores_give_exactly_zero(backend, value):
     scores[4:] = 0.9  # another group, so that a global std is not zero
     group = torch.tensor([0, 0, 0, 0, 1, 1, 1])
     for options in SPREAD[backend]:
-        out = ek.group_advantage(scores, group, dataclasses.replace(options, eps=0.0), backend=backend)
-        assert torch.equal(out.advantage.view(torch.int32), torch.zeros(7, 3, dtype=torch.int32)), options
+        out = ek.group_advantage(
+            scores, group, dataclasses.replace(options, eps=0.0), backend=backend
+        )
+        assert torch.equal(out.advantage.view(torch.int32), torch.zeros(7, 3, dtype=torch.int32)), (
+            options
+        )
 
 
 def test_single_sample_gives_zero_and_not_nan(backend):
@@ -366,7 +430,8 @@ def test_single_sample_gives_zero_and_not_nan(backend):
 
 
 def test_failed_scores_stay_outside(backend):
-    """A masked score changes nothing, whatever it holds, and its turn (or sample, when aggregated) does not train."""
+    """A masked score changes nothing, whatever it holds, and its turn (or sample, when aggregated)
+    does not train."""
     scores, group = data()
     mask = torch.ones(18, 3, dtype=torch.bool)
     mask[4, 1] = mask[7, 2] = False
@@ -377,7 +442,9 @@ def test_failed_scores_stay_outside(backend):
             broken[~mask] = junk
             outputs.append(ek.group_advantage(broken, group, options, mask=mask, backend=backend))
         for out in outputs[1:]:
-            assert torch.equal(out.advantage, outputs[0].advantage) and torch.equal(out.mask, outputs[0].mask)
+            assert torch.equal(out.advantage, outputs[0].advantage) and torch.equal(
+                out.mask, outputs[0].mask
+            )
         out = outputs[0]
         assert not out.mask[~mask].any() and not out.advantage[~out.mask].any()
         if options.aggregate != "none":
@@ -390,7 +457,9 @@ def test_failed_scores_stay_outside(backend):
 def test_everything_masked(backend):
     scores, group = data()
     for options in SPREAD[backend][::9]:
-        out = ek.group_advantage(scores, group, options, mask=torch.zeros(18, 3, dtype=torch.bool), backend=backend)
+        out = ek.group_advantage(
+            scores, group, options, mask=torch.zeros(18, 3, dtype=torch.bool), backend=backend
+        )
         assert not out.mask.any() and not out.advantage.any()
 
 
@@ -401,7 +470,9 @@ def test_filter_masks_later_turns_only(backend):
     scores[6, 0, 1] = 0  # another reward
     mask = torch.ones(18, 4, dtype=torch.bool)
     scores[9, 0, 0], mask[9, 0] = 0, False  # not a score: filters nothing
-    out = ek.group_advantage(scores, group, ek.CreditOptions(filter_reward=0), mask=mask, backend=backend)
+    out = ek.group_advantage(
+        scores, group, ek.CreditOptions(filter_reward=0), mask=mask, backend=backend
+    )
     expected = mask.clone()
     expected[2, 2:] = False
     assert torch.equal(out.mask, expected)
@@ -435,7 +506,8 @@ FAR = {
 @pytest.mark.parametrize("std", ["group", "global", "none"])
 @pytest.mark.parametrize("values", FAR.values(), ids=FAR)
 def test_scores_far_from_zero_lose_nothing(backend, values, std):
-    """Against float64 on the same fp32 scores, some roundings of the deviations: whatever the scores have in common.
+    """Against float64 on the same fp32 scores, some roundings of the deviations: whatever the
+    scores have in common.
 
     In every order, two groups of which the second lies twice as far away.
     """
@@ -444,13 +516,19 @@ def test_scores_far_from_zero_lose_nothing(backend, values, std):
     group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     s = scores.double().view(2, 4)
     d = s - s.mean(1, keepdim=True)
-    scale = {"group": s.std(1, correction=0, keepdim=True), "global": s.std(correction=0), "none": torch.ones(())}[std]
+    scale = {
+        "group": s.std(1, correction=0, keepdim=True),
+        "global": s.std(correction=0),
+        "none": torch.ones(()),
+    }[std]
     options = ek.CreditOptions(std=std, eps=0.0, clip=None)
     out = ek.group_advantage(scores, group, options, backend=backend).advantage
     tolerance = 4e-7 * (d / scale).abs().max().item()
     torch.testing.assert_close(out.view(2, 4).double(), d / scale, rtol=0, atol=tolerance)
     for order in ([7, 6, 5, 4, 3, 2, 1, 0], [1, 0, 4, 2, 6, 3, 7, 5]):
-        permuted = ek.group_advantage(scores[order], group[order], options, backend=backend).advantage
+        permuted = ek.group_advantage(
+            scores[order], group[order], options, backend=backend
+        ).advantage
         assert torch.equal(bits(permuted), bits(out[order]))
 
 
@@ -458,7 +536,9 @@ def test_sums_are_zero_without_std(backend):
     scores, group = data(n=64, rewards=1)
     options = ek.CreditOptions(std="none", clip=None)
     out = ek.group_advantage(scores, group, options, backend=backend).advantage.double()
-    assert max(abs(out[group == g].sum()) for g in range(3)) < 1e-5  # 64 roundings of 2^-25 each, times two
+    assert (
+        max(abs(out[group == g].sum()) for g in range(3)) < 1e-5
+    )  # 64 roundings of 2^-25 each, times two
 
 
 def test_dtypes_strides_and_empty(backend):
@@ -466,11 +546,14 @@ def test_dtypes_strides_and_empty(backend):
     options = ek.CREDIT_PRESETS["flow-grpo"]
     out = ek.group_advantage(scores, group, options, backend=backend)
     strided = torch.stack([scores, scores], 3).permute(2, 0, 1, 3)[:, :, :, 0].permute(1, 2, 0)
-    assert torch.equal(out.advantage, ek.group_advantage(strided, group, options, backend=backend).advantage)
+    assert torch.equal(
+        out.advantage, ek.group_advantage(strided, group, options, backend=backend).advantage
+    )
     half = ek.group_advantage(scores.half(), group, options, backend=backend)
     assert half.advantage.dtype == torch.float32
     assert torch.equal(
-        half.advantage, ek.group_advantage(scores.half().float(), group, options, backend=backend).advantage
+        half.advantage,
+        ek.group_advantage(scores.half().float(), group, options, backend=backend).advantage,
     )
     empty = ek.group_advantage(scores[:0], group[:0], options, backend=backend)
     assert empty.advantage.shape == empty.mask.shape == (0, 3)
@@ -480,7 +563,9 @@ def test_inputs_stay_as_they_were(backend):
     scores, group = data()
     weights, mask = torch.tensor([0.5, 0.5]), torch.rand(18, 3) < 0.8
     before = [t.clone() for t in (scores, group, weights, mask)]
-    ek.group_advantage(scores, group, OPTIONS[0], weights=weights, mask=mask, backend=backend).mask.fill_(False)
+    ek.group_advantage(
+        scores, group, OPTIONS[0], weights=weights, mask=mask, backend=backend
+    ).mask.fill_(False)
     assert all(torch.equal(a, b) for a, b in zip(before, (scores, group, weights, mask)))
 
 
@@ -493,7 +578,9 @@ def test_opcheck_and_compile():
         if field.name != "broadcast"
     ]
     for name in FAST:
-        torch.library.opcheck(torch.ops.editr2.group_advantage, (scores, group, torch.ones(2), mask, *fields, name))
+        torch.library.opcheck(
+            torch.ops.editr2.group_advantage, (scores, group, torch.ones(2), mask, *fields, name)
+        )
     for preset in ("edit-r2", "gdpo", "pku"):
         function = lambda scores: ek.group_advantage(scores, group, ek.CREDIT_PRESETS[preset])  # noqa: B023, E731
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -543,7 +630,10 @@ def test_errors_name_the_argument(error, name, change):
         ("broadcast", {"aggregate": "mean"}),
         ("broadcast", {"broadcast": True}),
         ("filter_reward", {"filter_reward": -1}),
-        ("filter_in_statistics", {"aggregate": "mean", "broadcast": True, "filter_in_statistics": True}),
+        (
+            "filter_in_statistics",
+            {"aggregate": "mean", "broadcast": True, "filter_in_statistics": True},
+        ),
     ],
 )
 def test_option_errors_name_the_field(name, change):
@@ -562,4 +652,6 @@ def test_an_option_that_is_no_number(name, value):
 def test_weights_must_be_finite(backend, bad):
     scores, group = data()
     with pytest.raises(ValueError, match="^weights"):
-        ek.group_advantage(scores, group, OPTIONS[0], weights=torch.tensor([0.5, bad]), backend=backend)
+        ek.group_advantage(
+            scores, group, OPTIONS[0], weights=torch.tensor([0.5, bad]), backend=backend
+        )

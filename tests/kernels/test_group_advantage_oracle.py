@@ -22,7 +22,8 @@ def moments(values, unbiased):
 
 
 def exact_oracle(scores, group, options, weights, mask):
-    """The definition once more, unit by unit, in unbounded precision. Inputs: nested lists of Fractions and bools."""
+    """The definition once more, unit by unit, in unbounded precision. Inputs: nested lists of
+    Fractions and bools."""
     n, turns, rewards = len(scores), len(scores[0]), len(weights)
     live = [list(row) for row in mask]
     if options.filter_reward is not None:
@@ -34,7 +35,9 @@ def exact_oracle(scores, group, options, weights, mask):
         if options.aggregate == "last":
             return row[-1]
         running = [math.prod(row[: t + 1]) for t in range(turns)]
-        return {"mean": sum(row) / turns, "product": running[-1], "prefix": sum(running) / turns}[options.aggregate]
+        return {"mean": sum(row) / turns, "product": running[-1], "prefix": sum(running) / turns}[
+            options.aggregate
+        ]
 
     value, set_of, cells = {}, {}, {}
     for i in range(n):
@@ -69,7 +72,11 @@ def exact_oracle(scores, group, options, weights, mask):
         for u in column:
             mean, std = moments([column[v] for v in members(set_of[u])], options.unbiased)
             d = column[u] - mean
-            out[u] = float(d) if options.std == "none" else normal(d, everything if options.std == "global" else std)
+            out[u] = (
+                float(d)
+                if options.std == "none"
+                else normal(d, everything if options.std == "global" else std)
+            )
         return out
 
     if not value:
@@ -87,25 +94,34 @@ def exact_oracle(scores, group, options, weights, mask):
         for i, t in cells[u]:
             if live[i][t]:
                 trained[i, t] = True
-                advantage[i, t] = a[u] if options.clip is None else min(max(a[u], -options.clip), options.clip)
+                advantage[i, t] = (
+                    a[u] if options.clip is None else min(max(a[u], -options.clip), options.clip)
+                )
     return advantage, trained
 
 
 @st.composite
 def cases(draw):
-    """Scores in eighths and 1, 2 or 4 turns: every value is exact in fp32, so ties and zeros are the oracle's too."""
+    """Scores in eighths and 1, 2 or 4 turns: every value is exact in fp32, so ties and zeros are
+    the oracle's too."""
     turns, n = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 9))
     eighths = draw(st.lists(st.integers(-2, 8), min_size=n * turns * 2, max_size=n * turns * 2))
-    mask = draw(st.lists(st.sampled_from([True, True, True, False]), min_size=n * turns, max_size=n * turns))
+    mask = draw(
+        st.lists(st.sampled_from([True, True, True, False]), min_size=n * turns, max_size=n * turns)
+    )
     group = draw(st.lists(st.sampled_from([-(2**62), 0, 7]), min_size=n, max_size=n))
     aggregate = draw(st.sampled_from(["none", "none", "mean", "last", "product", "prefix"]))
     options = ek.CreditOptions(
         aggregate=aggregate,
         fusion=draw(st.sampled_from(["reward", "advantage", "gdpo"])),
-        baseline=draw(st.sampled_from(["session", "session_turn"])) if aggregate == "none" else "session",
+        baseline=draw(st.sampled_from(["session", "session_turn"]))
+        if aggregate == "none"
+        else "session",
         std=draw(st.sampled_from(["group", "global", "none"])),
         unbiased=draw(st.booleans()),
-        eps=draw(st.sampled_from([0.25, 1.0])),  # large: cancellation leaves errors of 1e-7, which eps divides
+        eps=draw(
+            st.sampled_from([0.25, 1.0])
+        ),  # large: cancellation leaves errors of 1e-7, which eps divides
         clip=draw(st.sampled_from([None, 0.5, 5.0])),
         broadcast=aggregate != "none",
         filter_reward=draw(st.sampled_from([None, 0, 1])),
@@ -114,7 +130,12 @@ def cases(draw):
         min_std=draw(st.sampled_from([None, 0.0, 0.1234567])),
         max_mean=draw(st.sampled_from([None, 0.6180339])),
     )
-    return torch.tensor(eighths).view(n, turns, 2) / 8, torch.tensor(group), options, torch.tensor(mask).view(n, turns)
+    return (
+        torch.tensor(eighths).view(n, turns, 2) / 8,
+        torch.tensor(group),
+        options,
+        torch.tensor(mask).view(n, turns),
+    )
 
 
 @settings(max_examples=250, deadline=None)
@@ -123,12 +144,15 @@ def test_exact_oracle(case):
     scores, group, options, mask = case
     weights = torch.tensor([0.5, 0.25])
     exact = [[[Fraction(x) for x in turn] for turn in sample] for sample in scores.tolist()]
-    expected, trained = exact_oracle(exact, group.tolist(), options, [Fraction(1, 2), Fraction(1, 4)], mask.tolist())
+    expected, trained = exact_oracle(
+        exact, group.tolist(), options, [Fraction(1, 2), Fraction(1, 4)], mask.tolist()
+    )
     first = None
     for name in FAST:
         out = ek.group_advantage(scores, group, options, weights=weights, mask=mask, backend=name)
         assert out.mask.numpy().tolist() == trained.tolist()
-        # Values below 8 in fp32, each some roundings from exact, over an eps of 1/4, twice for gdpo.
+        # Values below 8 in fp32, each some roundings from exact, over an eps of 1/4, twice for
+        # gdpo.
         np.testing.assert_allclose(out.advantage.numpy(), expected, rtol=1e-5, atol=2e-5)
         first = first or out
         assert torch.equal(out.advantage.view(torch.int32), first.advantage.view(torch.int32))

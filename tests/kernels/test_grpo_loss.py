@@ -1,4 +1,5 @@
-"""grpo_loss: numerics, the identities of the surrogate and the KL, masks, and what a result must not depend on."""
+"""grpo_loss: numerics, the identities of the surrogate and the KL, masks, and what a result must
+not depend on."""
 
 import math
 
@@ -32,16 +33,22 @@ def mean(value):
 
 
 def moments(c, table, dtype):
-    """Row scalars [B], and log p, mean (mu - mu_ref)^2, mean (mu - mu_old)^2 as eager trainers write them."""
+    """Row scalars [B], and log p, mean (mu - mu_ref)^2, mean (mu - mu_old)^2 as eager trainers
+    write them."""
     a, b, _, s, w, constant, sigma, after = table[c["index"]].to(dtype).unbind(1)
     x, x_next, v = (c[name].to(dtype) for name in ("x", "x_next", "v"))
     mu = view(a, x) * x + view(b, x) * v
     log_prob = w * mean((x_next - mu) ** 2) + constant
-    others = [mean((mu - (view(a, x) * x + view(b, x) * c[name].to(dtype))) ** 2) for name in ("v_ref", "v_old")]
+    others = [
+        mean((mu - (view(a, x) * x + view(b, x) * c[name].to(dtype))) ** 2)
+        for name in ("v_ref", "v_old")
+    ]
     return s, sigma - after, b, log_prob, *others
 
 
-def eager(c, table=FLOW, dtype=torch.float64, kl_weight=0.3, kl_scale="step", guard=False, a_max=5.0):
+def eager(
+    c, table=FLOW, dtype=torch.float64, kl_weight=0.3, kl_scale="step", guard=False, a_max=5.0
+):
     """Loss of each sample, ratio and kl in a dtype; the inputs of `c` are taken as they are."""
     s, delta, b, log_prob, to_ref, to_old = moments(c, table, dtype)
     log_ratio = log_prob - c["old"].to(dtype)
@@ -53,12 +60,18 @@ def eager(c, table=FLOW, dtype=torch.float64, kl_weight=0.3, kl_scale="step", gu
     if guard:
         policy = policy / delta
     g2 = s**2 / delta
-    kl = {"step": to_ref / (2 * s**2), "diffusion": to_ref / (2 * g2), "mean": to_ref, "velocity": to_ref / b**2}
+    kl = {
+        "step": to_ref / (2 * s**2),
+        "diffusion": to_ref / (2 * g2),
+        "mean": to_ref,
+        "velocity": to_ref / b**2,
+    }
     return policy + kl_weight * kl[kl_scale], policy, ratio, kl[kl_scale]
 
 
 def case(shape, dtype=torch.float32, batch=4, table=FLOW, index=INDEX):
-    """A sampled step, a velocity a little off the rollout's, and an old log-prob LOG_RATIO below the exact one."""
+    """A sampled step, a velocity a little off the rollout's, and an old log-prob LOG_RATIO below
+    the exact one."""
     x, v_old = torch.randn(batch, *shape).to(dtype), torch.randn(batch, *shape).to(dtype)
     v = (v_old.float() + 0.02 * torch.randn(batch, *shape)).to(dtype)
     v_ref = (v_old.float() + 0.3 * torch.randn(batch, *shape)).to(dtype)
@@ -67,7 +80,11 @@ def case(shape, dtype=torch.float32, batch=4, table=FLOW, index=INDEX):
     c = {"x": x, "x_next": x_next, "v": v, "v_ref": v_ref, "v_old": v_old, "index": index}
     exact = moments(c, table, torch.float64)[3].float()
     repeats = -(-batch // 4)
-    return {**c, "old": exact - LOG_RATIO.repeat(repeats)[:batch], "advantage": ADVANTAGE.repeat(repeats)[:batch]}
+    return {
+        **c,
+        "old": exact - LOG_RATIO.repeat(repeats)[:batch],
+        "advantage": ADVANTAGE.repeat(repeats)[:batch],
+    }
 
 
 def take(c, rows):
@@ -100,7 +117,8 @@ def worst(actual, expected):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_is_that_of_rounding(backend, shape, dtype, guard, skip_interpreted_bf16):
-    """Two references: against float64 at most twice the error of the eager formula in the same dtype."""
+    """Two references: against float64 at most twice the error of the eager formula in the same
+    dtype."""
     skip_interpreted_bf16(dtype)
     c = case(shape, dtype)
 
@@ -113,13 +131,17 @@ def test_error_is_that_of_rounding(backend, shape, dtype, guard, skip_interprete
     exact, same = gradient(torch.float64), gradient(dtype)
     out, grad = ours(c, guard=guard, backend=backend)
     assert out.loss.dtype == torch.float32 and out.loss.shape == () and grad.dtype == dtype
-    # z is a difference of fp32 numbers of size 4: 2^-22 absolute, against S >= 0.3 about 1e-6, in log p and so in rho
-    # up to 1e-5 (A 5); the eager path can be lucky on few elements.
+    # z is a difference of fp32 numbers of size 4: 2^-22 absolute, against S >= 0.3 about 1e-6, in
+    # log p and so in rho up to 1e-5 (A 5); the eager path can be lucky on few elements.
     assert worst(out.loss, exact[0]) <= 2 * worst(same[0], exact[0]) + 1e-5 * exact[0].abs().item()
-    assert worst(grad, exact[1]) <= 2 * worst(same[1], exact[1]) + 1e-5 * exact[1].abs().max().item()
+    assert (
+        worst(grad, exact[1]) <= 2 * worst(same[1], exact[1]) + 1e-5 * exact[1].abs().max().item()
+    )
     torch.testing.assert_close(out.loss.double(), exact[0], rtol=2e-5, atol=2e-5)
     info = torch.finfo(dtype)
-    floor = 2e-5 * exact[1].abs().max().item() + info.tiny * info.eps / 2  # the last: subnormals of float16
+    floor = (
+        2e-5 * exact[1].abs().max().item() + info.tiny * info.eps / 2
+    )  # the last: subnormals of float16
     torch.testing.assert_close(grad.double(), exact[1], rtol=max(info.eps, 2e-5), atol=floor)
 
 
@@ -139,11 +161,20 @@ def test_every_variant_against_float64(backend, kl_scale, guard, table):
     torch.testing.assert_close(out.ratio.double(), ratio.detach(), rtol=2e-5, atol=0)
     torch.testing.assert_close(out.kl.double(), kl.detach(), rtol=5e-6, atol=0)
     torch.testing.assert_close(out.loss.double(), loss.mean().detach(), rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(grad.double(), leaf.grad, rtol=2e-5, atol=2e-5 * leaf.grad.abs().max().item())
+    torch.testing.assert_close(
+        grad.double(), leaf.grad, rtol=2e-5, atol=2e-5 * leaf.grad.abs().max().item()
+    )
     log_ratio = log_prob - c["old"].double()
-    expected = [ratio.mean(), (ratio - 1).abs().max(), (ratio < 0.9).double().mean(), (ratio > 1.2).double().mean()]
+    expected = [
+        ratio.mean(),
+        (ratio - 1).abs().max(),
+        (ratio < 0.9).double().mean(),
+        (ratio > 1.2).double().mean(),
+    ]
     expected += [(log_ratio**2 / 2).mean(), kl.mean(), policy.mean(), torch.zeros(())]
-    torch.testing.assert_close(out.metrics.double(), torch.stack(expected).detach().double(), rtol=3e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out.metrics.double(), torch.stack(expected).detach().double(), rtol=3e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("store", DTYPES)
@@ -153,9 +184,14 @@ def test_on_policy_ratio_is_exactly_one(backend, table, store, shape):
     x, v = torch.randn(4, *shape), torch.randn(4, *shape).bfloat16()
     step = ek.sde_step(x, v, table, INDEX, torch.arange(4), store_dtype=store, backend=backend)
     for options in ({}, {"v_ref": v + 1, "kl_weight": 0.1}, {"guard": True, "v_old": v}):
-        out = ek.grpo_loss(x, step.x_next, v, table, INDEX, step.log_prob, ADVANTAGE, backend=backend, **options)
+        out = ek.grpo_loss(
+            x, step.x_next, v, table, INDEX, step.log_prob, ADVANTAGE, backend=backend, **options
+        )
         assert torch.equal(out.log_prob, step.log_prob) and torch.equal(out.ratio, torch.ones(4))
-        assert out.metrics.ratio_mean == 1 and out.metrics.ratio_max_deviation == out.metrics.approx_kl == 0
+        assert (
+            out.metrics.ratio_mean == 1
+            and out.metrics.ratio_max_deviation == out.metrics.approx_kl == 0
+        )
         assert out.metrics.clip_fraction_low == out.metrics.clip_fraction_high == 0
 
 
@@ -165,14 +201,21 @@ def test_on_policy_ratio_is_exactly_one(backend, table, store, shape):
         {},
         {"guard": True},
         *({"kl_scale": s} for s in ek.KL_SCALES),
-        {"mask": torch.tensor([True, True, False, True]), "normalizer": 7.0, "advantage_clip": None},
+        {
+            "mask": torch.tensor([True, True, False, True]),
+            "normalizer": 7.0,
+            "advantage_clip": None,
+        },
         {"m_prev": True},
         *({"renorm": r} for r in ("none", "token", "text_channel", "channel", "global")),
     ],
     ids=str,
 )
 def test_references_pass_gradcheck(options):
-    c = {name: value.double() if value.is_floating_point() else value for name, value in case((2, 3)).items()}
+    c = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in case((2, 3)).items()
+    }
     table, leaves = FLOW.double(), [c["v"]]
     options = dict(options)
     if options.get("m_prev"):
@@ -192,9 +235,16 @@ def test_references_pass_gradcheck(options):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(-6, 6), st.floats(-0.4, 0.4), st.floats(0.0, 0.3), st.floats(0.0, 0.3), st.integers(0, 2**31))
+@given(
+    st.floats(-6, 6),
+    st.floats(-0.4, 0.4),
+    st.floats(0.0, 0.3),
+    st.floats(0.0, 0.3),
+    st.integers(0, 2**31),
+)
 def test_clip_identities(advantage, log_ratio, low, high, seed):
-    """d policy / dv is -A rho dlog p / dv unless the clip binds (A > 0 above, A < 0 below), where it is exactly 0."""
+    """d policy / dv is -A rho dlog p / dv unless the clip binds (A > 0 above, A < 0 below), where
+    it is exactly 0."""
     generator = torch.Generator().manual_seed(seed)
     x, x_next, v = (torch.randn(1, 6, generator=generator, dtype=torch.float64) for _ in range(3))
     table, index = FLOW.double(), INDEX[:1]
@@ -206,19 +256,32 @@ def test_clip_identities(advantage, log_ratio, low, high, seed):
     out = ek.grpo_loss_ref(x, x_next, leaf, table, index, old, a, clip=(low, high))
     out.loss.backward()
     ratio, a = out.ratio, a.clamp(-5, 5)
-    bound = (ratio > 1 + high if advantage > 0 else ratio < 1 - low) if advantage else torch.tensor(False)
+    bound = (
+        (ratio > 1 + high if advantage > 0 else ratio < 1 - low)
+        if advantage
+        else torch.tensor(False)
+    )
     if bound:
         assert not leaf.grad.any()
-        torch.testing.assert_close(out.loss, -a[0] * (1 + high if advantage > 0 else 1 - low), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            out.loss, -a[0] * (1 + high if advantage > 0 else 1 - low), rtol=1e-12, atol=0
+        )
     else:
         torch.testing.assert_close(leaf.grad, -a * ratio * d_log_prob, rtol=1e-10, atol=1e-14)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(ek.KL_SCALES), st.just(0) | st.floats(0.01, 3), st.integers(1, 7))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(ek.KL_SCALES),
+    st.just(0) | st.floats(0.01, 3),
+    st.integers(1, 7),
+)
 def test_kl_is_nonnegative_and_zero_at_the_reference(seed, kl_scale, size, step):
     generator = torch.Generator().manual_seed(seed)
-    x, v, direction = (torch.randn(1, 5, generator=generator, dtype=torch.float64) for _ in range(3))
+    x, v, direction = (
+        torch.randn(1, 5, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     leaf = v.clone().requires_grad_()
     zero, index = torch.zeros(1), torch.tensor([step])
     arguments = (x, x, leaf, FLOW.double(), index, zero, zero)
@@ -226,7 +289,9 @@ def test_kl_is_nonnegative_and_zero_at_the_reference(seed, kl_scale, size, step)
     (grad,) = torch.autograd.grad(out.loss, leaf)
     assert (out.kl > 0) if size else (out.kl == 0 and not grad.any())
     # quadratic in v - v_ref: 2 kl = <gradient, v - v_ref>
-    torch.testing.assert_close((grad * (leaf - v - size * direction)).sum().detach(), 2 * out.kl[0], rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        (grad * (leaf - v - size * direction)).sum().detach(), 2 * out.kl[0], rtol=1e-9, atol=0
+    )
 
 
 def test_kl_is_reported_without_weight(backend):
@@ -241,9 +306,14 @@ def test_kl_is_reported_without_weight(backend):
 
 def test_advantage_clip(backend):
     c = {**case((50,)), "old": case((50,))["old"] + LOG_RATIO}
-    big, small = {**c, "advantage": torch.full((4,), 80.0)}, {**c, "advantage": torch.full((4,), 5.0)}
+    big, small = (
+        {**c, "advantage": torch.full((4,), 80.0)},
+        {**c, "advantage": torch.full((4,), 5.0)},
+    )
     assert equal(ours(big, backend=backend), ours(small, backend=backend))
-    negative = ours({**c, "advantage": torch.full((4,), -80.0)}, backend=backend, advantage_clip=2.5)
+    negative = ours(
+        {**c, "advantage": torch.full((4,), -80.0)}, backend=backend, advantage_clip=2.5
+    )
     assert equal(negative, ours({**c, "advantage": torch.full((4,), -2.5)}, backend=backend))
     free, _ = ours(big, advantage_clip=None, kl_weight=0.0, clip=(1.0, 10.0), backend=backend)
     torch.testing.assert_close(free.loss, -80 * free.ratio.mean(), rtol=1e-6, atol=0)
@@ -265,13 +335,19 @@ def test_masked_samples_do_nothing_whatever_they_hold(backend, bad):
 
 @pytest.mark.parametrize("renorm", ["none", "token", "channel", "global"])
 def test_masked_samples_do_nothing_through_guidance(backend, renorm):
-    """0 times NaN is NaN: what autograd makes of a mask that only multiplies the loss, in the reference too."""
+    """0 times NaN is NaN: what autograd makes of a mask that only multiplies the loss, in the
+    reference too."""
     c, mask = case((6, 5)), torch.tensor([True, False, True, True])
     leaves = [c["v"].clone(), torch.randn(4, 6, 5), torch.randn(4, 6, 5)]
     for leaf in leaves:
         leaf[1, 2] = math.nan
         leaf.requires_grad_()
-    given = {**dict(zip(BRANCHES[1:], leaves[1:])), "guidance": 3.0, "guidance_image": 1.5, "renorm": renorm}
+    given = {
+        **dict(zip(BRANCHES[1:], leaves[1:])),
+        "guidance": 3.0,
+        "guidance_image": 1.5,
+        "renorm": renorm,
+    }
     for function, options in ((ek.grpo_loss, {"backend": backend}), (ek.grpo_loss_ref, {})):
         out = call(c, leaves[0], FLOW, function, mask=mask, guard=True, **given, **options)
         assert out.loss.isfinite() and out.metrics.non_finite == 0
@@ -286,9 +362,13 @@ def test_zero_advantage_is_exactly_zero(backend, guard):
     assert not grad[::2].any() and grad[1].all() and grad[3].all()
     c |= {"old": c["old"] - 5000.0, "advantage": c["advantage"].abs()}  # whatever the ratio
     out, grad = ours(c, guard=guard, kl_weight=0.0, backend=backend)
-    assert out.ratio.isinf().all() and out.loss.isfinite() and out.metrics[7] == 0 and not grad.any()
+    assert (
+        out.ratio.isinf().all() and out.loss.isfinite() and out.metrics[7] == 0 and not grad.any()
+    )
     leaf = c["v"][:1].clone().requires_grad_()
-    call(take(c, slice(0, 1)), leaf, FLOW, ek.grpo_loss_ref, guard=guard, kl_weight=0.0).loss.backward()
+    call(
+        take(c, slice(0, 1)), leaf, FLOW, ek.grpo_loss_ref, guard=guard, kl_weight=0.0
+    ).loss.backward()
     assert not leaf.grad.any()
     c["old"][0] = math.nan  # no ratio at all is not hidden
     assert ours(c, guard=guard, backend=backend)[0].loss.isnan()
@@ -297,7 +377,22 @@ def test_zero_advantage_is_exactly_zero(backend, guard):
 def test_no_reference_leaves_no_factor(backend):
     c = case((50,))
     latents = c["x"], c["x_next"], c["v"], None, None, None, None, 0, 50, None, None
-    given = *latents, FLOW, INDEX, c["old"], c["advantage"], None, 0.1, 0.2, 5.0, 0.3, 0, False, 0.0, backend
+    given = (
+        *latents,
+        FLOW,
+        INDEX,
+        c["old"],
+        c["advantage"],
+        None,
+        0.1,
+        0.2,
+        5.0,
+        0.3,
+        0,
+        False,
+        0.0,
+        backend,
+    )
     factors = torch.ops.editr2.grpo_loss(*given)[-1]
     assert not factors[:, 1:].any() and factors[:2, 0].all()
 
@@ -312,7 +407,12 @@ def test_a_second_derivative_raises():
 
 def test_all_masked(backend):
     for normalizer in (None, 3.0):
-        out, grad = ours(case((5,)), mask=torch.zeros(4, dtype=torch.bool), normalizer=normalizer, backend=backend)
+        out, grad = ours(
+            case((5,)),
+            mask=torch.zeros(4, dtype=torch.bool),
+            normalizer=normalizer,
+            backend=backend,
+        )
         assert out.loss == 0 and not out.metrics.any() and not grad.any()
 
 
@@ -329,9 +429,13 @@ def test_non_finite_flag(backend, name):
 
 def test_a_ratio_beyond_fp32_is_flagged_not_hidden(backend):
     c = case((20,))
-    out, _ = ours({**c, "old": c["old"] - 200.0}, backend=backend)  # A < 0 with rho = inf: the loss is infinite
+    out, _ = ours(
+        {**c, "old": c["old"] - 200.0}, backend=backend
+    )  # A < 0 with rho = inf: the loss is infinite
     assert out.ratio.isinf().all() and out.metrics[7] == 1 and out.metrics[1] == math.inf
-    bound, grad = ours({**take(c, slice(2, 3)), "old": c["old"][2:3] - 200.0}, kl_weight=0.0, backend=backend)
+    bound, grad = ours(
+        {**take(c, slice(2, 3)), "old": c["old"][2:3] - 200.0}, kl_weight=0.0, backend=backend
+    )
     assert bound.metrics[7] == 0 and not grad.any()  # A > 0: the clip holds it
 
 
@@ -358,7 +462,9 @@ def test_steps_and_tables_mix_in_one_launch(backend):
     for i, (own, row) in enumerate(((FLOW, 1), (CPS, 1), (ODE, 4), (FLOW, 6), (CPS, 5), (FLOW, 0))):
         alone = {**take(c, slice(i, i + 1)), "index": torch.tensor([row])}
         out, own_grad = ours(alone, own, normalizer=6.0, backend=backend)
-        assert torch.equal(out.ratio, whole.ratio[i : i + 1]) and torch.equal(own_grad, grad[i : i + 1])
+        assert torch.equal(out.ratio, whole.ratio[i : i + 1]) and torch.equal(
+            own_grad, grad[i : i + 1]
+        )
 
 
 def test_halves_with_a_common_normalizer_are_the_whole(backend):
@@ -366,12 +472,19 @@ def test_halves_with_a_common_normalizer_are_the_whole(backend):
     c = case((260,), batch=6, index=index)
     mask = torch.tensor([True, True, False, True, True, True])
     whole, grad = ours(c, mask=mask, normalizer=5.0, backend=backend)
-    parts = [ours(take(c, s), mask=mask[s], normalizer=5.0, backend=backend) for s in (slice(0, 2), slice(2, 6))]
+    parts = [
+        ours(take(c, s), mask=mask[s], normalizer=5.0, backend=backend)
+        for s in (slice(0, 2), slice(2, 6))
+    ]
     assert torch.equal(torch.cat([g for _, g in parts]), grad)
     assert torch.equal(torch.cat([out.ratio for out, _ in parts]), whole.ratio)
-    torch.testing.assert_close(parts[0][0].loss + parts[1][0].loss, whole.loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        parts[0][0].loss + parts[1][0].loss, whole.loss, rtol=1e-6, atol=1e-7
+    )
     counted, counted_grad = ours(c, mask=mask, backend=backend)
-    assert torch.equal(counted.loss, whole.loss) and torch.equal(counted_grad, grad)  # None counts the five
+    assert torch.equal(counted.loss, whole.loss) and torch.equal(
+        counted_grad, grad
+    )  # None counts the five
 
 
 def test_incoming_gradient_scales(backend):
@@ -383,7 +496,9 @@ def test_incoming_gradient_scales(backend):
     assert torch.equal(grads[0] * 4, grads[1])
     leaf, mask = c["v"].clone().requires_grad_(), torch.tensor([True, False, True, True])
     (call(c, leaf, mask=mask, backend=backend).loss * torch.inf).backward()
-    assert not leaf.grad[1].any() and not leaf.grad[0].isfinite().any()  # an overflow keeps to what trains
+    assert (
+        not leaf.grad[1].any() and not leaf.grad[0].isfinite().any()
+    )  # an overflow keeps to what trains
 
 
 @pytest.mark.parametrize("renorm", ["none", "token", "text_channel", "channel", "global"])
@@ -398,25 +513,49 @@ def test_gradient_reaches_the_branches_of_guidance(backend, renorm):
         "clip": (1.0, 1e3),
     }
     step = ek.sde_step(
-        c["x"], c["v"], FLOW, INDEX, torch.arange(4), v_uncond=text, v_uncond_image=image, backend=backend,
+        c["x"],
+        c["v"],
+        FLOW,
+        INDEX,
+        torch.arange(4),
+        v_uncond=text,
+        v_uncond_image=image,
+        backend=backend,
         **{name: value for name, value in options.items() if name != "clip"},
-    )  # fmt: skip
+    )
     c["x_next"], c["old"] = step.x_next, step.log_prob
     on_policy = call(c, c["v"], v_uncond=text, v_uncond_image=image, backend=backend, **options)
-    assert torch.equal(on_policy.log_prob, step.log_prob) and torch.equal(on_policy.ratio, torch.ones(4))
+    assert torch.equal(on_policy.log_prob, step.log_prob) and torch.equal(
+        on_policy.ratio, torch.ones(4)
+    )
 
     def gradients(c, function, table, **more):
-        leaves = [t.detach().clone().to(c["x"].dtype).requires_grad_() for t in (c["v"], text, image)]
-        out = call(c, leaves[0], table, function, v_uncond=leaves[1], v_uncond_image=leaves[2], **options, **more)
+        leaves = [
+            t.detach().clone().to(c["x"].dtype).requires_grad_() for t in (c["v"], text, image)
+        ]
+        out = call(
+            c,
+            leaves[0],
+            table,
+            function,
+            v_uncond=leaves[1],
+            v_uncond_image=leaves[2],
+            **options,
+            **more,
+        )
         out.loss.backward()
         return out, [leaf.grad for leaf in leaves]
 
-    double = {name: value.double() if value.is_floating_point() else value for name, value in c.items()}
+    double = {
+        name: value.double() if value.is_floating_point() else value for name, value in c.items()
+    }
     expected, exact = gradients(double, ek.grpo_loss_ref, FLOW.double())
     out, grads = gradients(c, ek.grpo_loss, FLOW, backend=backend)
     torch.testing.assert_close(out.loss.double(), expected.loss, rtol=2e-5, atol=2e-5)
     for actual, wanted in zip(grads, exact):
-        torch.testing.assert_close(actual.double(), wanted, rtol=5e-5, atol=5e-5 * wanted.abs().max().item())
+        torch.testing.assert_close(
+            actual.double(), wanted, rtol=5e-5, atol=5e-5 * wanted.abs().max().item()
+        )
     assert not grads[1][3].any() and not grads[2][3].any() and grads[0][3].any()
 
 
@@ -426,12 +565,17 @@ def test_second_order_rows(backend):
     c, m_prev = case((40,)), torch.randn(4, 40)
     shifted = {**c, "x_next": c["x_next"].double() - table[INDEX, 2:3].double() * m_prev.double()}
     leaf = c["v"].double().requires_grad_()
-    c["old"] = c["old"] + (moments(shifted, FLOW, torch.float64)[3] - moments(c, FLOW, torch.float64)[3]).float()
+    c["old"] = (
+        c["old"]
+        + (moments(shifted, FLOW, torch.float64)[3] - moments(c, FLOW, torch.float64)[3]).float()
+    )
     loss, _, ratio, _ = eager({**shifted, "v": leaf, "old": c["old"]})
     loss.mean().backward()
     out, grad = ours(c, table, m_prev=m_prev, backend=backend)
     torch.testing.assert_close(out.ratio.double(), ratio.detach(), rtol=5e-5, atol=0)
-    torch.testing.assert_close(grad.double(), leaf.grad, rtol=5e-5, atol=5e-5 * leaf.grad.abs().max().item())
+    torch.testing.assert_close(
+        grad.double(), leaf.grad, rtol=5e-5, atol=5e-5 * leaf.grad.abs().max().item()
+    )
     with pytest.raises(ValueError, match="^m_prev"):
         ours(c, table, backend=backend)
 
@@ -463,8 +607,13 @@ def test_non_contiguous_inputs(backend):
     mask = torch.tensor([True, False, True, True])
     plain = ours(c, guard=True, mask=mask, backend=backend)
     strided = {name: torch.empty(4, 4, 6, 5).permute(0, 2, 3, 1).copy_(c[name]) for name in latents}
-    wide = {name: torch.cat([c[name].flatten(1), torch.ones(4, 3)], 1)[:, :120].view(4, 6, 5, 4) for name in latents}
-    scalars = {name: torch.stack([c[name], c[name]], 1)[:, 0] for name in ("index", "old", "advantage")}
+    wide = {
+        name: torch.cat([c[name].flatten(1), torch.ones(4, 3)], 1)[:, :120].view(4, 6, 5, 4)
+        for name in latents
+    }
+    scalars = {
+        name: torch.stack([c[name], c[name]], 1)[:, 0] for name in ("index", "old", "advantage")
+    }
     for changed in (strided, wide):
         again = {**changed, **scalars}
         table, columns = torch.stack([FLOW, FLOW], 2)[:, :, 0], torch.stack([mask, ~mask], 1)[:, 0]
@@ -548,7 +697,11 @@ ERRORS = [
 
 @pytest.mark.parametrize("error, name, change", ERRORS)
 def test_errors_name_the_argument(error, name, change):
-    arguments = {**{name: torch.zeros(4, 6) for name in ("x", "x_next", "v")}, "table": FLOW, "step_index": INDEX}
+    arguments = {
+        **{name: torch.zeros(4, 6) for name in ("x", "x_next", "v")},
+        "table": FLOW,
+        "step_index": INDEX,
+    }
     arguments |= {name: torch.zeros(4) for name in ("old_log_prob", "advantage")}
     with pytest.raises(error, match=f"^{name}"):
         ek.grpo_loss(**{**arguments, **change})
@@ -572,9 +725,23 @@ def test_opcheck(backend):
 
 def training_step(x, x_next, v, v_ref, v_old, v_uncond, index, old, advantage):
     out = ek.grpo_loss(
-        x, x_next, v, FLOW, index, old, advantage, clip=CLIP, v_ref=v_ref, kl_weight=0.1, guard=True, v_old=v_old,
-        mask=advantage != 0, v_uncond=v_uncond, guidance=1.5, renorm="token",
-    )  # fmt: skip
+        x,
+        x_next,
+        v,
+        FLOW,
+        index,
+        old,
+        advantage,
+        clip=CLIP,
+        v_ref=v_ref,
+        kl_weight=0.1,
+        guard=True,
+        v_old=v_old,
+        mask=advantage != 0,
+        v_uncond=v_uncond,
+        guidance=1.5,
+        renorm="token",
+    )
     return out.loss, out.metrics.kl, out.ratio
 
 

@@ -1,6 +1,7 @@
 """Guidance and renormalisation inside the step, its replay and its gradient.
 
-`eager` below is guidance as pipelines write it, independent of the package: the yardstick in float64 and in the dtype.
+`eager` below is guidance as pipelines write it, independent of the package: the yardstick in
+float64 and in the dtype.
 """
 
 import math
@@ -25,7 +26,9 @@ TEXT = torch.tensor([4.0, 0.6, 2.5, 1.0])
 IMAGE = torch.tensor([1.5, 1.0, 1.0, 2.0])
 INTERVAL = (0.3, 0.97)  # leaves out the third sample
 PROPERTY = settings(
-    max_examples=2 if os.environ.get("TRITON_INTERPRET") == "1" else 15,  # seconds an example in the interpreter
+    max_examples=2
+    if os.environ.get("TRITON_INTERPRET") == "1"
+    else 15,  # seconds an example in the interpreter
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
@@ -65,7 +68,11 @@ def eager(v, text, image, renorm, which="both"):
     shape = (-1, *[1] * (v.dim() - 1))
     if which == "text":
         u = text + 3.0 * (v - text)
-        return u if renorm == "none" else renormalised("channel" if renorm == "text_channel" else renorm, v, u)
+        return (
+            u
+            if renorm == "none"
+            else renormalised("channel" if renorm == "text_channel" else renorm, v, u)
+        )
     t = text + TEXT.to(v.dtype).view(shape) * (v - text)
     if renorm == "text_channel":
         t = renormalised("channel", v, t)
@@ -77,7 +84,9 @@ def eager(v, text, image, renorm, which="both"):
 
 
 def transition(x, v, table=TABLE):
-    columns = [value.to(v.dtype).view(-1, *[1] * (x.dim() - 1)) for value in table.double()[INDEX].T]
+    columns = [
+        value.to(v.dtype).view(-1, *[1] * (x.dim() - 1)) for value in table.double()[INDEX].T
+    ]
     return columns[0] * x + columns[1] * v, columns
 
 
@@ -100,7 +109,16 @@ def test_step_error_is_that_of_rounding(backend, renorm, shape, dtype, skip_inte
 
     exact, same = step(torch.float64), step(dtype)
     out = ek.sde_step(
-        x, v, TABLE, INDEX, None, noise=eps, return_x0=True, renorm=renorm, backend=backend, **branches(text, image)
+        x,
+        v,
+        TABLE,
+        INDEX,
+        None,
+        noise=eps,
+        return_x0=True,
+        renorm=renorm,
+        backend=backend,
+        **branches(text, image),
     )
     assert out.x_next.dtype == out.x0.dtype == dtype
     assert worst(out.x_next, exact[0]) <= 2 * worst(same[0], exact[0]) + 2e-6
@@ -119,7 +137,10 @@ def test_gradient_error_is_that_of_rounding(backend, renorm, shape, dtype, skip_
     def gradients(cast, function):
         leaves = [value.to(cast, copy=True).requires_grad_() for value in (v, text, image)]
         log_prob, mean_diff = function(*leaves)
-        ((log_prob * g_log.to(log_prob.dtype)).sum() + (mean_diff * g_diff.to(mean_diff.dtype)).sum()).backward()
+        (
+            (log_prob * g_log.to(log_prob.dtype)).sum()
+            + (mean_diff * g_diff.to(mean_diff.dtype)).sum()
+        ).backward()
         return [leaf.grad for leaf in leaves]
 
     def written_out(*leaves):
@@ -127,11 +148,21 @@ def test_gradient_error_is_that_of_rounding(backend, renorm, shape, dtype, skip_
         mu, (_, b, _, _, w, c, _, _) = transition(x.to(u.dtype), u)
         z = x_next.to(u.dtype) - mu
         diff = b * (u - v_ref.to(u.dtype))
-        return w.flatten() * z.square().flatten(1).mean(1) + c.flatten(), diff.square().flatten(1).mean(1)
+        return w.flatten() * z.square().flatten(1).mean(1) + c.flatten(), diff.square().flatten(
+            1
+        ).mean(1)
 
     def fused(v, text, image):
         return ek.sde_log_prob(
-            x, x_next, v, TABLE, INDEX, v_ref=v_ref, renorm=renorm, backend=backend, **branches(text, image)
+            x,
+            x_next,
+            v,
+            TABLE,
+            INDEX,
+            v_ref=v_ref,
+            renorm=renorm,
+            backend=backend,
+            **branches(text, image),
         )
 
     exact = gradients(torch.float64, written_out)
@@ -142,7 +173,9 @@ def test_gradient_error_is_that_of_rounding(backend, renorm, shape, dtype, skip_
         # The floor: a few fp32 roundings of the largest value and one of its store.
         assert worst(ours, true) <= 2 * worst(eager_grad, true) + 3e-6 * scale
         unit = torch.finfo(dtype).eps
-        torch.testing.assert_close(ours.double(), true, rtol=max(unit, 2e-5), atol=3e-5 * scale + 6e-8)
+        torch.testing.assert_close(
+            ours.double(), true, rtol=max(unit, 2e-5), atol=3e-5 * scale + 6e-8
+        )
 
 
 @pytest.mark.parametrize("which", ["text", "both"])
@@ -153,13 +186,16 @@ def test_replay_is_bitwise(backend, renorm, shape, which):
     guide = {**branches(text, image, which), "renorm": renorm}
     step = ek.sde_step(x, v, TABLE, INDEX, SEED, backend=backend, **guide)
     for v_ref in (None, text):
-        replay = ek.sde_log_prob(x, step.x_next, v, TABLE, INDEX, v_ref=v_ref, backend=backend, **guide)
+        replay = ek.sde_log_prob(
+            x, step.x_next, v, TABLE, INDEX, v_ref=v_ref, backend=backend, **guide
+        )
         assert torch.equal(replay.log_prob, step.log_prob)
 
 
 @pytest.mark.parametrize("renorm", ek.RENORMS)
 def test_samples_agree_across_backends(backend, renorm):
-    """Without renormalisation to the bit; with it, the order in which a row is summed may show in the last place."""
+    """Without renormalisation to the bit; with it, the order in which a row is summed may show in
+    the last place."""
     x, _, v, text, image = case((3, 517))
     guide = {**branches(text, image), "renorm": renorm}
     ours = ek.sde_step(x, v, TABLE, INDEX, SEED, return_x0=True, backend=backend, **guide)
@@ -183,7 +219,9 @@ def test_reference_differentiates_and_the_formulas_are_its_gradient(renorm, whic
 
     assert torch.autograd.gradcheck(lambda *values: guided_ref(latents(*values), sigma), leaves)
     grad = torch.randn(4, 6, dtype=torch.float64)
-    expected = torch.autograd.grad(guided_ref(latents(*leaves), sigma), leaves, grad, allow_unused=True)
+    expected = torch.autograd.grad(
+        guided_ref(latents(*leaves), sigma), leaves, grad, allow_unused=True
+    )
     for ours, true in zip(guidance_backward_ref(latents(*leaves), sigma, grad), expected):
         if true is None:
             assert ours is None and which == "text"
@@ -199,7 +237,14 @@ def test_reference_of_the_loss_differentiates(renorm):
     def function(v, text, image):
         return tuple(
             ek.sde_log_prob_ref(
-                x, x_next, v, TABLE.double(), INDEX, v_ref=v_ref, renorm=renorm, **branches(text, image)
+                x,
+                x_next,
+                v,
+                TABLE.double(),
+                INDEX,
+                v_ref=v_ref,
+                renorm=renorm,
+                **branches(text, image),
             )
         )
 
@@ -217,17 +262,29 @@ def test_zero_velocities_have_finite_gradients(backend):
                     leaf[:, 1] = 0
                 leaf.requires_grad_()
             out = ek.sde_log_prob(
-                x, x_next, leaves[0], TABLE, INDEX, v_uncond=leaves[1], guidance=3.0, renorm=renorm, backend=backend
+                x,
+                x_next,
+                leaves[0],
+                TABLE,
+                INDEX,
+                v_uncond=leaves[1],
+                guidance=3.0,
+                renorm=renorm,
+                backend=backend,
             )
             out.log_prob.sum().backward()
-            assert out.log_prob.isfinite().all() and all(leaf.grad.isfinite().all() for leaf in leaves)
+            assert out.log_prob.isfinite().all() and all(
+                leaf.grad.isfinite().all() for leaf in leaves
+            )
 
 
 def velocity(backend, v, **guide):
     """The guided velocity itself: at sigma = 1 and x = 0, x0 = -u, exactly."""
     index = torch.zeros(v.shape[0], dtype=torch.int64)
     seed = torch.zeros(v.shape[0], dtype=torch.int64)
-    return -ek.sde_step(torch.zeros_like(v), v, TABLE, index, seed, return_x0=True, backend=backend, **guide).x0
+    return -ek.sde_step(
+        torch.zeros_like(v), v, TABLE, index, seed, return_x0=True, backend=backend, **guide
+    ).x0
 
 
 @PROPERTY
@@ -254,13 +311,20 @@ def test_weight_one_is_no_guidance_to_the_bit(backend, seed, width, renorm, two,
     leaves = [v.clone().requires_grad_() for _ in range(2)]
     ek.sde_log_prob(x, x, leaves[0], TABLE, INDEX, backend=backend).log_prob.sum().backward()
     guide["v_uncond"] = nothing.clone().requires_grad_()
-    ek.sde_log_prob(x, x, leaves[1], TABLE, INDEX, backend=backend, **guide).log_prob.sum().backward()
+    ek.sde_log_prob(
+        x, x, leaves[1], TABLE, INDEX, backend=backend, **guide
+    ).log_prob.sum().backward()
     assert torch.equal(leaves[0].grad, leaves[1].grad)
     assert not guide["v_uncond"].grad.any()
 
 
 @PROPERTY
-@given(seed=st.integers(0, 2**31), width=st.integers(1, 40), weight=st.floats(0.1, 9.0), image=st.floats(0.1, 4.0))
+@given(
+    seed=st.integers(0, 2**31),
+    width=st.integers(1, 40),
+    weight=st.floats(0.1, 9.0),
+    image=st.floats(0.1, 4.0),
+)
 def test_renormalisation_keeps_norms(backend, seed, width, weight, image):
     torch.manual_seed(seed)
     _, _, v, text, other = case((5, width))
@@ -280,23 +344,29 @@ def test_renormalisation_keeps_norms(backend, seed, width, weight, image):
     torch.testing.assert_close(whole, bound, rtol=2e-6, atol=1e-7)
     text_only = {"v_uncond": text, "guidance": weight}
     assert torch.equal(
-        velocity(backend, v, renorm="text_channel", **text_only), velocity(backend, v, renorm="channel", **text_only)
+        velocity(backend, v, renorm="text_channel", **text_only),
+        velocity(backend, v, renorm="channel", **text_only),
     )
 
 
 def gradients(backend, x, x_next, v, text, image=None, **guide):
-    leaves = [value.clone().requires_grad_() for value in (v, text) + (() if image is None else (image,))]
+    leaves = [
+        value.clone().requires_grad_() for value in (v, text) + (() if image is None else (image,))
+    ]
     guide["v_uncond"] = leaves[1]
     if image is not None:
         guide["v_uncond_image"] = leaves[2]
-    ek.sde_log_prob(x, x_next, leaves[0], TABLE, INDEX, backend=backend, **guide).log_prob.sum().backward()
+    ek.sde_log_prob(
+        x, x_next, leaves[0], TABLE, INDEX, backend=backend, **guide
+    ).log_prob.sum().backward()
     return [leaf.grad for leaf in leaves]
 
 
 @PROPERTY
 @given(seed=st.integers(0, 2**31), width=st.integers(2, 40), weight=st.floats(1.5, 9.0))
 def test_token_renormalisation_passes_no_gradient_along_the_row(backend, seed, width, weight):
-    """s w keeps the length of v, so a longer w changes nothing: the gradient to its branch is orthogonal to w."""
+    """s w keeps the length of v, so a longer w changes nothing: the gradient to its branch is
+    orthogonal to w."""
     torch.manual_seed(seed)
     x, x_next, v, text, _ = case((5, width))
     _, on_text = gradients(backend, x, x_next, v, text, guidance=weight, renorm="token")
@@ -306,9 +376,15 @@ def test_token_renormalisation_passes_no_gradient_along_the_row(backend, seed, w
 
 
 @PROPERTY
-@given(seed=st.integers(0, 2**31), width=st.integers(1, 40), weight=st.floats(0.1, 9.0), image=st.floats(0.1, 4.0))
+@given(
+    seed=st.integers(0, 2**31),
+    width=st.integers(1, 40),
+    weight=st.floats(0.1, 9.0),
+    image=st.floats(0.1, 4.0),
+)
 def test_branches_share_the_gradient(backend, seed, width, weight, image):
-    """Guidance is affine with weights that add up to 1: the three gradients add up to that of u itself."""
+    """Guidance is affine with weights that add up to 1: the three gradients add up to that of u
+    itself."""
     torch.manual_seed(seed)
     x, x_next, v, text, other = case((5, width))
     grads = gradients(backend, x, x_next, v, text, other, guidance=weight, guidance_image=image)
@@ -323,11 +399,25 @@ def test_interval_is_open_below_and_closed_above_per_sample(backend):
     x, _, v, text, _ = case((7,))
     sigma = TABLE[INDEX, 6]
     plain = ek.sde_step(x, v, TABLE, INDEX, SEED, backend=backend).x_next
-    guided = ek.sde_step(x, v, TABLE, INDEX, SEED, v_uncond=text, guidance=3.0, backend=backend).x_next
-    intervals = torch.stack([torch.stack([sigma[0], sigma[0] + 1]), torch.stack([sigma[1] - 1, sigma[1]])])
-    intervals = torch.cat([intervals, torch.tensor([[0.0, 1.0], [0.9, 1.0]])])  # outside, inside, inside, outside
+    guided = ek.sde_step(
+        x, v, TABLE, INDEX, SEED, v_uncond=text, guidance=3.0, backend=backend
+    ).x_next
+    intervals = torch.stack(
+        [torch.stack([sigma[0], sigma[0] + 1]), torch.stack([sigma[1] - 1, sigma[1]])]
+    )
+    intervals = torch.cat(
+        [intervals, torch.tensor([[0.0, 1.0], [0.9, 1.0]])]
+    )  # outside, inside, inside, outside
     out = ek.sde_step(
-        x, v, TABLE, INDEX, SEED, v_uncond=text, guidance=3.0, guidance_interval=intervals, backend=backend
+        x,
+        v,
+        TABLE,
+        INDEX,
+        SEED,
+        v_uncond=text,
+        guidance=3.0,
+        guidance_interval=intervals,
+        backend=backend,
     ).x_next
     expected = torch.where(torch.tensor([False, True, True, False])[:, None], guided, plain)
     assert torch.equal(out, expected) and not torch.equal(plain[0], guided[0])
@@ -336,9 +426,22 @@ def test_interval_is_open_below_and_closed_above_per_sample(backend):
 def everything(backend, x, v, text, image, index, seed, guide):
     x, v, text, image = (value.detach() for value in (x, v, text, image))
     step = ek.sde_step(
-        x, v, TABLE, index, seed, v_uncond=text, v_uncond_image=image, return_x0=True, backend=backend, **guide
+        x,
+        v,
+        TABLE,
+        index,
+        seed,
+        v_uncond=text,
+        v_uncond_image=image,
+        return_x0=True,
+        backend=backend,
+        **guide,
     )
-    leaves = [v.clone().requires_grad_(), text.clone().requires_grad_(), image.clone().requires_grad_()]
+    leaves = [
+        v.clone().requires_grad_(),
+        text.clone().requires_grad_(),
+        image.clone().requires_grad_(),
+    ]
     out = ek.sde_log_prob(
         x,
         step.x_next,
@@ -357,7 +460,9 @@ def everything(backend, x, v, text, image, index, seed, guide):
 
 @pytest.mark.parametrize("renorm", ek.RENORMS)
 @pytest.mark.parametrize("shape", [(3, 37), (4099,)])
-def test_a_sample_is_independent_of_batch_threads_and_order(backend, shape, renorm, one_thread, two_threads):
+def test_a_sample_is_independent_of_batch_threads_and_order(
+    backend, shape, renorm, one_thread, two_threads
+):
     if shape == (4099,) and backend in ("ref", "cpu"):
         shape = (7001,)  # the elements of two threads
     x, _, v, text, image = case(shape, torch.bfloat16, batch=6)
@@ -366,7 +471,9 @@ def test_a_sample_is_independent_of_batch_threads_and_order(backend, shape, reno
 
     def run(rows):
         guide = {"guidance": weights[0, rows], "guidance_image": weights[1, rows], "renorm": renorm}
-        return everything(backend, x[rows], v[rows], text[rows], image[rows], index[rows], seed[rows], guide)
+        return everything(
+            backend, x[rows], v[rows], text[rows], image[rows], index[rows], seed[rows], guide
+        )
 
     whole, order = two_threads(lambda: run(slice(None))), torch.randperm(6)
     for rows, again in [
@@ -385,7 +492,10 @@ def test_non_contiguous_inputs(backend, renorm):
     guide = {"guidance": TEXT, "guidance_image": IMAGE, "renorm": renorm}
     plain = everything(backend, x, v, text, image, INDEX, SEED, guide)
     strided = [torch.empty(4, 4, 6, 5).permute(0, 2, 3, 1).copy_(t) for t in (x, v, text, image)]
-    wide = [torch.cat([t.flatten(1), torch.ones(4, 3)], 1)[:, :120].view(4, 6, 5, 4) for t in (x, v, text, image)]
+    wide = [
+        torch.cat([t.flatten(1), torch.ones(4, 3)], 1)[:, :120].view(4, 6, 5, 4)
+        for t in (x, v, text, image)
+    ]
     guide["guidance"] = torch.stack([TEXT, TEXT], 1)[:, 0]
     for inputs in (strided, wide):
         for a, b in zip(plain, everything(backend, *inputs, INDEX, SEED, guide)):
@@ -395,9 +505,14 @@ def test_non_contiguous_inputs(backend, renorm):
 def test_a_number_is_the_same_as_a_tensor_of_it(backend):
     x, _, v, text, _ = case((9,))
     numbers = {"guidance": 3.0, "guidance_interval": (0.2, 0.9)}
-    tensors = {"guidance": torch.full((4,), 3.0), "guidance_interval": torch.tensor([[0.2, 0.9]]).expand(4, 2)}
+    tensors = {
+        "guidance": torch.full((4,), 3.0),
+        "guidance_interval": torch.tensor([[0.2, 0.9]]).expand(4, 2),
+    }
     a, b = (
-        ek.sde_step(x, v, TABLE, INDEX, SEED, v_uncond=text, renorm="token", backend=backend, **guide)
+        ek.sde_step(
+            x, v, TABLE, INDEX, SEED, v_uncond=text, renorm="token", backend=backend, **guide
+        )
         for guide in (numbers, tensors)
     )
     assert torch.equal(a.x_next, b.x_next) and torch.equal(a.log_prob, b.log_prob)
@@ -410,7 +525,9 @@ def test_a_sample_without_incoming_gradient_gets_exact_zeros(backend, renorm):
     for value in (x, x_next, v, text, image):
         value[1] = torch.nan
     leaves = [value.requires_grad_() for value in (v, text, image)]
-    out = ek.sde_log_prob(x, x_next, v, TABLE, INDEX, renorm=renorm, backend=backend, **branches(text, image))
+    out = ek.sde_log_prob(
+        x, x_next, v, TABLE, INDEX, renorm=renorm, backend=backend, **branches(text, image)
+    )
     out.log_prob.backward(torch.tensor([1.0, 0.0, 2.0, -1.0]))
     for leaf in leaves:
         assert not leaf.grad[1].any() and leaf.grad.isfinite().all() and leaf.grad[0].any()
@@ -419,7 +536,8 @@ def test_a_sample_without_incoming_gradient_gets_exact_zeros(backend, renorm):
 @pytest.mark.parametrize("renorm", ek.RENORMS)
 @pytest.mark.parametrize("size", [1.0, 1e-21], ids=["of v", "of v and u"])
 def test_vanishing_rows_have_finite_gradients(backend, renorm, size):
-    """A norm of 1e-21 is a number, its square is not and the square's reciprocal is infinite: it counts as 0."""
+    """A norm of 1e-21 is a number, its square is not and the square's reciprocal is infinite: it
+    counts as 0."""
     x, x_next, v, text, _ = case((3, 5))
     leaves = [(v * 1e-21).requires_grad_(), (text * size).requires_grad_()]
     guide = {"guidance": 2.5, "renorm": renorm, "backend": backend}
@@ -436,11 +554,18 @@ def test_vanishing_rows_have_finite_gradients(backend, renorm, size):
 
 def test_gradients_are_made_for_those_who_want_them(backend):
     x, x_next, v, text, image = case((3, 5))
-    everyone = gradients(backend, x, x_next, v, text, image, guidance=3.0, guidance_image=2.0, renorm="token")
+    everyone = gradients(
+        backend, x, x_next, v, text, image, guidance=3.0, guidance_image=2.0, renorm="token"
+    )
     for wanted in range(3):
         values = [v.clone(), text.clone(), image.clone()]
         values[wanted].requires_grad_()
-        guide = {"v_uncond": values[1], "guidance": 3.0, "v_uncond_image": values[2], "guidance_image": 2.0}
+        guide = {
+            "v_uncond": values[1],
+            "guidance": 3.0,
+            "v_uncond_image": values[2],
+            "guidance_image": 2.0,
+        }
         ek.sde_log_prob(
             x, x_next, values[0], TABLE, INDEX, renorm="token", backend=backend, **guide
         ).log_prob.sum().backward()
@@ -459,15 +584,39 @@ ERRORS = [
     (TypeError, "v_uncond ", {"v_uncond": 1.0, "guidance": 3.0}),
     (ValueError, "guidance must be finite", {"v_uncond": V, "guidance": math.nan}),
     (ValueError, r"guidance must have shape \[4\]", {"v_uncond": V, "guidance": torch.ones(3)}),
-    (TypeError, "guidance must be a number or a float32", {"v_uncond": V, "guidance": torch.ones(4).double()}),
+    (
+        TypeError,
+        "guidance must be a number or a float32",
+        {"v_uncond": V, "guidance": torch.ones(4).double()},
+    ),
     (TypeError, "guidance must be a number", {"v_uncond": V, "guidance": "3"}),
     (ValueError, "guidance_interval", {"guidance_interval": (0.0, 1.0)}),
-    (ValueError, "guidance_interval", {"v_uncond": V, "guidance": 3.0, "guidance_interval": (1.0, 0.0)}),
-    (ValueError, "guidance_interval", {"v_uncond": V, "guidance": 3.0, "guidance_interval": torch.zeros(2)}),
-    (TypeError, "guidance_interval", {"v_uncond": V, "guidance": 3.0, "guidance_interval": torch.zeros(4, 2).half()}),
-    (ValueError, "guidance_interval", {"v_uncond": V, "guidance": 3.0, "guidance_interval": (0.0, 0.5, 1.0)}),
+    (
+        ValueError,
+        "guidance_interval",
+        {"v_uncond": V, "guidance": 3.0, "guidance_interval": (1.0, 0.0)},
+    ),
+    (
+        ValueError,
+        "guidance_interval",
+        {"v_uncond": V, "guidance": 3.0, "guidance_interval": torch.zeros(2)},
+    ),
+    (
+        TypeError,
+        "guidance_interval",
+        {"v_uncond": V, "guidance": 3.0, "guidance_interval": torch.zeros(4, 2).half()},
+    ),
+    (
+        ValueError,
+        "guidance_interval",
+        {"v_uncond": V, "guidance": 3.0, "guidance_interval": (0.0, 0.5, 1.0)},
+    ),
     (ValueError, "guidance_interval", {"v_uncond": V, "guidance": 3.0, "guidance_interval": 0.5}),
-    (TypeError, "guidance_interval", {"v_uncond": V, "guidance": 3.0, "guidance_interval": (None, 0.5)}),
+    (
+        TypeError,
+        "guidance_interval",
+        {"v_uncond": V, "guidance": 3.0, "guidance_interval": (None, 0.5)},
+    ),
     (ValueError, "renorm 'token' needs guidance", {"renorm": "token"}),
     (ValueError, "renorm must be one of", {"v_uncond": V, "guidance": 3.0, "renorm": "qwen"}),
 ]
@@ -496,17 +645,23 @@ def test_opcheck():
     ops, backend = torch.ops.editr2, "ref"
     guide = {**branches(text, image), "renorm": "channel"}
     latents = make_latents(x, v, **guide)
-    torch.library.opcheck(ops.sde_step, (*latents, None, TABLE, INDEX, SEED, True, torch.float16, True, backend))
+    torch.library.opcheck(
+        ops.sde_step, (*latents, None, TABLE, INDEX, SEED, True, torch.float16, True, backend)
+    )
     leaves = [value.clone().requires_grad_() for value in (v, text, image)]
-    replay = make_replay(x, x_next, leaves[0], TABLE, INDEX, v_ref=v, **{**guide, **branches(*leaves[1:])})
+    replay = make_replay(
+        x, x_next, leaves[0], TABLE, INDEX, v_ref=v, **{**guide, **branches(*leaves[1:])}
+    )
     torch.library.opcheck(ops.sde_log_prob, (*replay, backend))
     replay = make_replay(x, x_next, v, TABLE, INDEX, v_ref=v, v_old=text, **guide)
     for wanted in ([True, True, True], [True, False, False]):
         torch.library.opcheck(
-            ops.replay_backward, (*replay, torch.randn(4, 3), torch.ones(1), None, None, wanted, backend)
+            ops.replay_backward,
+            (*replay, torch.randn(4, 3), torch.ones(1), None, None, wanted, backend),
         )
     torch.library.opcheck(
-        ops.replay_backward, (*replay, None, None, torch.randn(4), torch.randn(4), [True, True, True], backend)
+        ops.replay_backward,
+        (*replay, None, None, torch.randn(4), torch.randn(4), [True, True, True], backend),
     )
 
 
@@ -521,7 +676,9 @@ def training_step(x, v, text, image, index, seed, weight):
     }
     step = ek.sde_step(x, v, TABLE, index, seed, return_x0=True, **guide)
     out = ek.sde_log_prob(x, step.x_next, v, TABLE, index, v_ref=text, **guide)
-    return step.x_next + step.x0, (torch.exp(out.log_prob - step.log_prob) + 0.1 * out.mean_diff).sum()
+    return step.x_next + step.x0, (
+        torch.exp(out.log_prob - step.log_prob) + 0.1 * out.mean_diff
+    ).sum()
 
 
 def test_compiles_fullgraph_once_for_all_sizes():
@@ -564,12 +721,21 @@ def test_guided_velocity_is_the_one_that_steps(renorm):
     """An ODE step from x = 0 is the velocity times the step's size."""
     ode = ek.transition_table(ek.flow_sigmas(8, 3.0), dynamics="ode", noise_level=0.0)
     _, _, v, text, image = case((3, 7))
-    guidance = {"v_uncond": text, "guidance": TEXT, "v_uncond_image": image, "guidance_image": IMAGE}
+    guidance = {
+        "v_uncond": text,
+        "guidance": TEXT,
+        "v_uncond_image": image,
+        "guidance_image": IMAGE,
+    }
     guidance |= {"renorm": renorm, "guidance_interval": INTERVAL}
     leaf = v.clone().requires_grad_()
     u = ek.guided_velocity(leaf, ode[INDEX, 6], **guidance)
-    step = ek.sde_step(torch.zeros_like(v), v, ode, INDEX, None, noise=torch.zeros_like(v), **guidance)
-    torch.testing.assert_close(u.detach() * ode[INDEX, 1].view(-1, 1, 1), step.x_next, rtol=1e-5, atol=1e-6)
+    step = ek.sde_step(
+        torch.zeros_like(v), v, ode, INDEX, None, noise=torch.zeros_like(v), **guidance
+    )
+    torch.testing.assert_close(
+        u.detach() * ode[INDEX, 1].view(-1, 1, 1), step.x_next, rtol=1e-5, atol=1e-6
+    )
     (grad,) = torch.autograd.grad(u.sum(), leaf)
     assert grad.shape == v.shape and grad.abs().max() > 0
     assert torch.equal(ek.guided_velocity(v, ode[INDEX, 6]), v)

@@ -1,8 +1,9 @@
-"""The losses' peak memory beyond their inputs: the gradient and at most 1 MiB, seen by the operating system.
+"""The losses' peak memory beyond their inputs: the gradient and at most 1 MiB, seen by the
+operating system.
 
-A process of its own, so that only the loss moves its high-water mark; there every larger allocation is mapped on its
-own (MALLOC_MMAP_THRESHOLD_) and so is seen when it is made and gone when it is freed. An fp32 temporary of the latents'
-size would add 4 MiB, a bf16 one 2 MiB.
+A process of its own, so that only the loss moves its high-water mark; there every larger allocation
+is mapped on its own (MALLOC_MMAP_THRESHOLD_) and so is seen when it is made and gone when it is
+freed. An fp32 temporary of the latents' size would add 4 MiB, a bf16 one 2 MiB.
 """
 
 import os
@@ -43,10 +44,18 @@ print(status("VmHWM") - before - gradient.numel() * gradient.element_size())
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs"
+)
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
 def test_peak_memory_is_the_gradient(loss):
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    run = subprocess.run([sys.executable, "-c", SCRIPT, loss], env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, loss], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) <= 2**20

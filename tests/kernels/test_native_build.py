@@ -23,7 +23,14 @@ from editr2_kernels.backends import pointer, rows_of
 from editr2_kernels.philox import philox_ref
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = [1, 15, 64, 4096, 4097, 3 * 4096 + 37]  # vectors, blocks of 64 and chunks of 4096, whole and cut
+SIZES = [
+    1,
+    15,
+    64,
+    4096,
+    4097,
+    3 * 4096 + 37,
+]  # vectors, blocks of 64 and chunks of 4096, whole and cut
 
 
 @pytest.fixture
@@ -36,7 +43,9 @@ def native() -> Iterator[Any]:
 
 def philox_normal(native: Any, seed: Tensor, step: Tensor, n: int, threads: int = 2) -> Tensor:
     out = torch.full((len(seed), n), torch.nan)
-    native.philox_normal(seed=pointer(seed), step=pointer(step), out=rows_of(out), B=len(seed), N=n, threads=threads)
+    native.philox_normal(
+        seed=pointer(seed), step=pointer(step), out=rows_of(out), B=len(seed), N=n, threads=threads
+    )
     return out
 
 
@@ -89,7 +98,8 @@ def test_normals_on_every_isa(native: Any, n: int) -> None:
     seed, step = torch.tensor([0, -1, 2**62 + 12345]), torch.tensor([0, -1, 7])
     expected = box_muller(seed, step, n)
     assert torch.equal(
-        bits(editr2_kernels.philox_normal_ref(seed, step, n)), bits(philox_normal(native, seed, step, n))
+        bits(editr2_kernels.philox_normal_ref(seed, step, n)),
+        bits(philox_normal(native, seed, step, n)),
     )
     first = philox_normal(native, seed, step, n)
     for isa in native.supported_isas():
@@ -97,12 +107,15 @@ def test_normals_on_every_isa(native: Any, n: int) -> None:
         out = philox_normal(native, seed, step, n)
         # log, sqrt and cos within 2 ulp each, at radii up to 6.8 where an ulp is 4.8e-7.
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
-        assert torch.equal(bits(out), bits(first)), f"{isa} differs from {native.supported_isas()[0]}"
+        assert torch.equal(bits(out), bits(first)), (
+            f"{isa} differs from {native.supported_isas()[0]}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_conversions_match_torch_bit_for_bit(native: Any, dtype: torch.dtype) -> None:
-    """Every 16-bit pattern in; fp32 patterns around every rounding boundary, subnormals, infinities and NaN out."""
+    """Every 16-bit pattern in; fp32 patterns around every rounding boundary, subnormals, infinities
+    and NaN out."""
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)[None]
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randint(-(2**31), 2**31, (1 << 18,), generator=generator).to(torch.int32)
@@ -116,11 +129,28 @@ def test_conversions_match_torch_bit_for_bit(native: Any, dtype: torch.dtype) ->
         for x, out_dtype in ((every, torch.float32), (singles, dtype)):
             v, out = torch.zeros_like(x), torch.empty(x.shape, dtype=out_dtype)
             native.sde_step(
-                x=rows_of(x), v=rows_of(v), m_prev=absent, v_uncond=absent, v_uncond_image=absent, guidance=0, renorm=0,
-                width=1, noise=absent, table=pointer(identity), rows=1, step_index=pointer(index), seed=pointer(index),
-                x_next=rows_of(out), x0=absent, log_prob=0, score_stored=True, workspace=0, B=1, N=x.shape[1],
+                x=rows_of(x),
+                v=rows_of(v),
+                m_prev=absent,
+                v_uncond=absent,
+                v_uncond_image=absent,
+                guidance=0,
+                renorm=0,
+                width=1,
+                noise=absent,
+                table=pointer(identity),
+                rows=1,
+                step_index=pointer(index),
+                seed=pointer(index),
+                x_next=rows_of(out),
+                x0=absent,
+                log_prob=0,
+                score_stored=True,
+                workspace=0,
+                B=1,
+                N=x.shape[1],
                 threads=2,
-            )  # fmt: skip
+            )
             torch.testing.assert_close(out, x.to(out_dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -150,7 +180,8 @@ assert all(r.numpy().tobytes() == expected for r in results)
 
 
 def test_a_child_that_loads_the_module_itself_does_not_wait_for_the_threads_of_its_parent() -> None:
-    """The parent has an OpenMP team of torch's and no module yet, which therefore could not see the fork."""
+    """The parent has an OpenMP team of torch's and no module yet, which therefore could not see the
+    fork."""
     program = """
 import os, signal, sys
 import torch
@@ -179,7 +210,10 @@ def test_fast_math_asked_for_by_the_user_does_not_come_in() -> None:
     spec.loader.exec_module(builder)
     macros = [
         subprocess.run(
-            ["g++", *flags, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True
+            ["g++", *flags, "-dM", "-E", "-x", "c++", "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for flags in (["-ffast-math"], ["-ffast-math", *builder.FLAGS])
     ]
@@ -195,13 +229,16 @@ def source_tree(tmp_path: Path) -> Path:
     (tmp_path / "kernels/editr2_kernels").mkdir(parents=True)
     (tmp_path / "kernels/editr2_kernels/__init__.py").touch()
     (tmp_path / "pyproject.toml").write_text(
-        '[project]\nname = "editr2"\nversion = "0"\n[tool.setuptools.packages.find]\nwhere = ["kernels"]\n'
+        '[project]\nname = "editr2"\nversion = "0"\n[tool.setuptools.packages.find]\nwhere = '
+        '["kernels"]\n'
     )
     return tmp_path
 
 
 def build(tree: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if key not in ("CXX", "EDITR2_BUILD_CUDA")}
+    env = {
+        key: value for key, value in os.environ.items() if key not in ("CXX", "EDITR2_BUILD_CUDA")
+    }
     return subprocess.run(
         [sys.executable, "setup.py", *(command or ("build_ext", "--inplace"))],
         cwd=tree,
@@ -218,15 +255,21 @@ def modules(tree: Path) -> list[str]:
 
 def test_no_compiler_installs_without_the_module_and_says_why(source_tree: Path) -> None:
     stale = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
-    (source_tree / "kernels/editr2_kernels" / stale).touch()  # of an earlier build: must not survive
+    (
+        source_tree / "kernels/editr2_kernels" / stale
+    ).touch()  # of an earlier build: must not survive
     done = build(source_tree, CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("editr2_kernels:")]
     assert said == [
-        "editr2_kernels: installing without native kernels: no C++ compiler: CXX='no-such-compiler' was not found"
+        "editr2_kernels: installing without native kernels: no C++ compiler: "
+        "CXX='no-such-compiler' was not found"
     ]
     info = json.loads((source_tree / "kernels/editr2_kernels/_build_info.json").read_text())
-    assert info["cpu"] == {"built": False, "reason": "no C++ compiler: CXX='no-such-compiler' was not found"}
+    assert info["cpu"] == {
+        "built": False,
+        "reason": "no C++ compiler: CXX='no-such-compiler' was not found",
+    }
     assert not info["cuda"]["built"] and info["cuda"]["reason"]
     assert modules(source_tree) == []
 
@@ -249,7 +292,11 @@ def test_a_compile_failure_is_an_error(source_tree: Path) -> None:
     assert modules(source_tree) == []
 
 
-@pytest.mark.parametrize("value, message", [("1", "no C++ compiler"), ("yes", "got 'yes', accepted: 0, 1 or auto")])
-def test_cuda_asked_for_and_impossible_is_an_error(source_tree: Path, value: str, message: str) -> None:
+@pytest.mark.parametrize(
+    "value, message", [("1", "no C++ compiler"), ("yes", "got 'yes', accepted: 0, 1 or auto")]
+)
+def test_cuda_asked_for_and_impossible_is_an_error(
+    source_tree: Path, value: str, message: str
+) -> None:
     done = build(source_tree, CXX="no-such-compiler", EDITR2_BUILD_CUDA=value)
     assert done.returncode != 0 and "EDITR2_BUILD_CUDA" in done.stderr and message in done.stderr

@@ -1,4 +1,5 @@
-"""The native operators on latents, called directly: instruction sets, threads and tails bitwise, values by float64."""
+"""The native operators on latents, called directly: instruction sets, threads and tails bitwise,
+values by float64."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from editr2_kernels import flow_sigmas, transition_table
 from editr2_kernels.backends import pointer, rows_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [1, 15, 64, 4096, 4097, 3 * 4096 + 37]  # vectors, blocks of 64 and tiles of 4096, whole and cut
+SIZES = [
+    1,
+    15,
+    64,
+    4096,
+    4097,
+    3 * 4096 + 37,
+]  # vectors, blocks of 64 and tiles of 4096, whole and cut
 RENORMS = ["none", "token", "text_channel", "channel", "global"]
 BATCH = 7
 HALF_ULP = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
@@ -28,7 +36,9 @@ def native() -> Iterator[Any]:
 
 
 def table(second_order: bool = False) -> Tensor:
-    rows = transition_table(flow_sigmas(6, 3.0), noise_level=0.7, window=(0, 5))  # the last row is deterministic
+    rows = transition_table(
+        flow_sigmas(6, 3.0), noise_level=0.7, window=(0, 5)
+    )  # the last row is deterministic
     if second_order:
         rows[1:, 2] = torch.linspace(-0.3, 0.4, 5)
     return rows
@@ -44,7 +54,13 @@ def seeds(batch: int) -> Tensor:
 
 def weights(batch: int) -> Tensor:
     """Text and image weight, low and high sigma: both, one, none, outside the interval."""
-    kinds = [(4.0, 2.0, -1.0, 2.0), (3.0, 1.0, 0.0, 1.0), (1.0, 1.5, 0.0, 1.0), (1.0, 1.0, 0.0, 1.0), (4.0, 2.0, 2, 3)]
+    kinds = [
+        (4.0, 2.0, -1.0, 2.0),
+        (3.0, 1.0, 0.0, 1.0),
+        (1.0, 1.5, 0.0, 1.0),
+        (1.0, 1.0, 0.0, 1.0),
+        (4.0, 2.0, 2, 3),
+    ]
     return torch.tensor([kinds[b % len(kinds)] for b in range(batch)])
 
 
@@ -68,18 +84,30 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 class Calls:
     """The functions of the module on one set of latents."""
 
-    def __init__(self, native: Any, x: Tensor, v: Tensor, threads: int = 2, renorm: str = "none", width: int = 1,
+    def __init__(self, native: Any, x: Tensor, v: Tensor, threads: int = 2, renorm: str = "none",
+    width: int = 1,
                  second_order: bool = False, **tensors: Tensor | None) -> None:  # fmt: skip
         self.native, self.x, self.v, self.tensors = native, x, v, tensors
         self.batch, self.n = x.shape
-        self.table, self.index, self.seed = table(second_order), steps(self.batch), seeds(self.batch)
+        self.table, self.index, self.seed = (
+            table(second_order),
+            steps(self.batch),
+            seeds(self.batch),
+        )
         self.sizes = {"workspace": 0, "B": self.batch, "N": self.n, "threads": threads}
         self.latents = {
-            "x": rows_of(x), "v": rows_of(v), "m_prev": self.rows("m_prev"), "v_uncond": self.rows("v_uncond"),
-            "v_uncond_image": self.rows("v_uncond_image"), "guidance": pointer(tensors.get("guidance")),
-            "renorm": RENORMS.index(renorm), "width": width, "table": pointer(self.table), "rows": len(self.table),
+            "x": rows_of(x),
+            "v": rows_of(v),
+            "m_prev": self.rows("m_prev"),
+            "v_uncond": self.rows("v_uncond"),
+            "v_uncond_image": self.rows("v_uncond_image"),
+            "guidance": pointer(tensors.get("guidance")),
+            "renorm": RENORMS.index(renorm),
+            "width": width,
+            "table": pointer(self.table),
+            "rows": len(self.table),
             "step_index": pointer(self.index),
-        } | self.sizes  # fmt: skip
+        } | self.sizes
 
     def rows(self, name: str) -> tuple[int, int, int]:
         return rows_of(self.tensors.get(name))
@@ -89,61 +117,139 @@ class Calls:
         x_next, x0 = (poisoned(self.batch, self.n, dtype=dtype) for _ in range(2))
         log_prob = poisoned(self.batch)
         self.native.sde_step(
-            **self.latents, noise=self.rows("noise"), seed=pointer(self.seed), x_next=rows_of(x_next), x0=rows_of(x0),
-            log_prob=pointer(log_prob), score_stored=score_stored,
-        )  # fmt: skip
+            **self.latents,
+            noise=self.rows("noise"),
+            seed=pointer(self.seed),
+            x_next=rows_of(x_next),
+            x0=rows_of(x0),
+            log_prob=pointer(log_prob),
+            score_stored=score_stored,
+        )
         return [x_next, log_prob, x0]
 
     def replay(self, x_next: Tensor) -> list[Tensor]:
         """log_prob and the mean difference."""
         log_prob, mean_diff = poisoned(self.batch), poisoned(self.batch)
         self.native.sde_log_prob(
-            **self.latents, x_next=rows_of(x_next), v_ref=self.rows("v_ref"), log_prob=pointer(log_prob),
+            **self.latents,
+            x_next=rows_of(x_next),
+            v_ref=self.rows("v_ref"),
+            log_prob=pointer(log_prob),
             mean_diff=pointer(mean_diff),
-        )  # fmt: skip
+        )
         return [log_prob, mean_diff]
 
     def grpo(self, x_next: Tensor, old: Tensor, advantage: Tensor, mask: Tensor | None = None,
              **options: Any) -> list[Tensor]:  # fmt: skip
         """loss, log_prob, ratio, kl, metrics, factors."""
-        out = [poisoned(1), *(poisoned(self.batch) for _ in range(3)), poisoned(8), poisoned(self.batch, 3)]
+        out = [
+            poisoned(1),
+            *(poisoned(self.batch) for _ in range(3)),
+            poisoned(8),
+            poisoned(self.batch, 3),
+        ]
         defaults = dict(
-            clip_low=0.1, clip_high=0.2, advantage_clip=1.5, kl_weight=0.3, kl_scale=0, guard=False, normalizer=0.0
+            clip_low=0.1,
+            clip_high=0.2,
+            advantage_clip=1.5,
+            kl_weight=0.3,
+            kl_scale=0,
+            guard=False,
+            normalizer=0.0,
         )
         self.native.grpo_loss(
-            **self.latents, x_next=rows_of(x_next), v_ref=self.rows("v_ref"), v_old=self.rows("v_old"),
-            old_log_prob=pointer(old), advantage=pointer(advantage), mask=pointer(mask), **(defaults | options),
-            **dict(zip(("loss", "log_prob", "ratio", "kl", "metrics", "factors"), map(pointer, out))),
-        )  # fmt: skip
+            **self.latents,
+            x_next=rows_of(x_next),
+            v_ref=self.rows("v_ref"),
+            v_old=self.rows("v_old"),
+            old_log_prob=pointer(old),
+            advantage=pointer(advantage),
+            mask=pointer(mask),
+            **(defaults | options),
+            **dict(
+                zip(("loss", "log_prob", "ratio", "kl", "metrics", "factors"), map(pointer, out))
+            ),
+        )
         return out
 
     def backward(self, x_next: Tensor, factors: Tensor | None = None, scale: Tensor | None = None,
                  grad_log_prob: Tensor | None = None,
                  grad_mean_diff: Tensor | None = None) -> list[Tensor]:  # fmt: skip
         """The gradients to v and to the unguided branches there are."""
-        names = ["v", *(name for name in ("v_uncond", "v_uncond_image") if self.tensors.get(name) is not None)]
+        names = [
+            "v",
+            *(
+                name
+                for name in ("v_uncond", "v_uncond_image")
+                if self.tensors.get(name) is not None
+            ),
+        ]
         grads = {name: poisoned(self.batch, self.n, dtype=self.v.dtype) for name in names}
         self.native.replay_backward(
-            **self.latents, x_next=rows_of(x_next), v_ref=self.rows("v_ref"), v_old=self.rows("v_old"),
-            factors=pointer(factors), scale=pointer(scale), grad_log_prob=pointer(grad_log_prob),
+            **self.latents,
+            x_next=rows_of(x_next),
+            v_ref=self.rows("v_ref"),
+            v_old=self.rows("v_old"),
+            factors=pointer(factors),
+            scale=pointer(scale),
+            grad_log_prob=pointer(grad_log_prob),
             grad_mean_diff=pointer(grad_mean_diff),
-            **{f"grad_{name}": rows_of(grads.get(name)) for name in ("v", "v_uncond", "v_uncond_image")},
-        )  # fmt: skip
+            **{
+                f"grad_{name}": rows_of(grads.get(name))
+                for name in ("v", "v_uncond", "v_uncond_image")
+            },
+        )
         return list(grads.values())
 
 
-def nft(native: Any, x0: Tensor, noise: Tensor, v: Tensor, v_old: Tensor, v_ref: Tensor | None, sigma: Tensor,
-        r: Tensor, mask: Tensor | None = None, threads: int = 2, scale: Tensor | None = None,
-        **options: float) -> list[Tensor]:  # fmt: skip
+def nft(
+    native: Any,
+    x0: Tensor,
+    noise: Tensor,
+    v: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    sigma: Tensor,
+    r: Tensor,
+    mask: Tensor | None = None,
+    threads: int = 2,
+    scale: Tensor | None = None,
+    **options: float,
+) -> list[Tensor]:
     """loss, metrics, factors and the gradient to v."""
     batch, n = x0.shape
-    loss, metrics, factors, grad = poisoned(1), poisoned(5), poisoned(batch, 3), poisoned(batch, n, dtype=v.dtype)
-    latents = dict(x0=rows_of(x0), noise=rows_of(noise), v=rows_of(v), v_old=rows_of(v_old), v_ref=rows_of(v_ref),
-                   beta=0.7, workspace=0, B=batch, N=n, threads=threads)  # fmt: skip
+    loss, metrics, factors, grad = (
+        poisoned(1),
+        poisoned(5),
+        poisoned(batch, 3),
+        poisoned(batch, n, dtype=v.dtype),
+    )
+    latents = dict(
+        x0=rows_of(x0),
+        noise=rows_of(noise),
+        v=rows_of(v),
+        v_old=rows_of(v_old),
+        v_ref=rows_of(v_ref),
+        beta=0.7,
+        workspace=0,
+        B=batch,
+        N=n,
+        threads=threads,
+    )
     defaults = dict(advantage_max=5.0, ref_weight=0.2, min_weight=1e-5, normalizer=0.0)
-    native.nft_loss(**latents, sigma=pointer(sigma), r=pointer(r), mask=pointer(mask), loss=pointer(loss),
-                    metrics=pointer(metrics), factors=pointer(factors), **(defaults | options))  # fmt: skip
-    native.nft_loss_backward(**latents, factors=pointer(factors), scale=pointer(scale), grad_v=rows_of(grad))
+    native.nft_loss(
+        **latents,
+        sigma=pointer(sigma),
+        r=pointer(r),
+        mask=pointer(mask),
+        loss=pointer(loss),
+        metrics=pointer(metrics),
+        factors=pointer(factors),
+        **(defaults | options),
+    )
+    native.nft_loss_backward(
+        **latents, factors=pointer(factors), scale=pointer(scale), grad_v=rows_of(grad)
+    )
     return [loss, metrics, factors, grad]
 
 
@@ -157,8 +263,11 @@ def on_every_isa(native: Any, run: Any) -> list[Tensor]:
 
 
 def close(got: Tensor, expected: Tensor, scale: float) -> None:
-    """`scale` relative to the largest value, as sums cancel, plus the rounding of each to its storage dtype."""
-    floor = scale * max(expected.abs().max().item(), 1e-30) + (2**-24 if got.dtype == torch.float16 else 0)
+    """`scale` relative to the largest value, as sums cancel, plus the rounding of each to its
+    storage dtype."""
+    floor = scale * max(expected.abs().max().item(), 1e-30) + (
+        2**-24 if got.dtype == torch.float16 else 0
+    )
     rounding = HALF_ULP[got.dtype] if got.dtype != torch.float32 else 0
     torch.testing.assert_close(got.double(), expected.detach(), rtol=2 * rounding, atol=floor)
 
@@ -187,19 +296,31 @@ def test_step_and_replay(
         grad = calls.backward(x_next, grad_log_prob=g_lp, grad_mean_diff=g_md)
         calls = Calls(native, x, v)
         sampled = calls.step(out_dtype)
-        assert torch.equal(bits(calls.replay(sampled[0])[0]), bits(sampled[1])), "replay differs from the sampled step"
-        return [x_next, log_prob, x0, mean_diff, *grad, *sampled, *calls.step(out_dtype, score_stored=False)]
+        assert torch.equal(bits(calls.replay(sampled[0])[0]), bits(sampled[1])), (
+            "replay differs from the sampled step"
+        )
+        return [
+            x_next,
+            log_prob,
+            x0,
+            mean_diff,
+            *grad,
+            *sampled,
+            *calls.step(out_dtype, score_stored=False),
+        ]
 
     x_next, log_prob, _, mean_diff, grad, *_, unrounded, _ = on_every_isa(native, run)
     z = x_next.double() - mu
     expected = row[:, 4, 0] * (z**2).mean(1) + row[:, 5, 0]
-    # fp32 sums of at most 128 squares a lane, then fp64: relative to the larger term, as the two may cancel.
+    # fp32 sums of at most 128 squares a lane, then fp64: relative to the larger term, as the two
+    # may cancel.
     scale = torch.maximum((expected - row[:, 5, 0]).abs(), row[:, 5, 0].abs()).clamp(min=1e-30)
     assert ((log_prob.double() - expected).abs() / scale).max() <= 1e-6
     difference = row[:, 1] * (v.double() - v_ref.double())
     torch.testing.assert_close(mean_diff.double(), difference.square().mean(1), rtol=1e-6, atol=0)
     expected = (
-        -2 * g_lp.double()[:, None] * row[:, 4] * row[:, 1] * z + 2 * g_md.double()[:, None] * row[:, 1] * difference
+        -2 * g_lp.double()[:, None] * row[:, 4] * row[:, 1] * z
+        + 2 * g_md.double()[:, None] * row[:, 1] * difference
     )
     subnormal = 2**-24 if v_dtype == torch.float16 else 0
     torch.testing.assert_close(
@@ -208,7 +329,9 @@ def test_step_and_replay(
         rtol=2.02 * HALF_ULP[v_dtype],
         atol=expected.abs().max().item() / n * 1e-6 + subnormal,
     )
-    if n > 64:  # the unrounded sample's log-prob is that of its own noise; the deterministic row's is c
+    if (
+        n > 64
+    ):  # the unrounded sample's log-prob is that of its own noise; the deterministic row's is c
         noise_squares = (mu + row[:, 3] * sampled_noise(native, n).double() - mu).square().mean(1)
         torch.testing.assert_close(
             unrounded.double(), row[:, 4, 0] * noise_squares + row[:, 5, 0], rtol=1e-5, atol=1e-6
@@ -217,24 +340,33 @@ def test_step_and_replay(
 
 def sampled_noise(native: Any, n: int) -> Tensor:
     noise, seed, step = poisoned(BATCH, n), seeds(BATCH), steps(BATCH)
-    native.philox_normal(seed=pointer(seed), step=pointer(step), out=rows_of(noise), B=BATCH, N=n, threads=1)
+    native.philox_normal(
+        seed=pointer(seed), step=pointer(step), out=rows_of(noise), B=BATCH, N=n, threads=1
+    )
     return noise
 
 
 def guided(branches: list[Tensor], entry: Tensor, sigma: Tensor, renorm: str, width: int) -> Tensor:
-    """The formula of guidance.h in float64, sample by sample; branches: v, v_uncond, v_uncond_image."""
+    """The formula of guidance.h in float64, sample by sample; branches: v, v_uncond,
+    v_uncond_image."""
     v, out = branches[0], []
     for b in range(len(v)):
         text, image, low, high = entry[b].tolist()
-        rows = [t[b].reshape(1 if renorm == "global" else -1, v.shape[1] if renorm == "global" else width)
-                for t in branches]  # fmt: skip
+        rows = [
+            t[b].reshape(
+                1 if renorm == "global" else -1, v.shape[1] if renorm == "global" else width
+            )
+            for t in branches
+        ]
         if not low < sigma[b] <= high or (text == 1 and image == 1):
             out.append(v[b])
             continue
 
         def scaled(w: Tensor, v_rows: Tensor = rows[0]) -> Tensor:
             v_norm, w_norm = v_rows.norm(dim=1, keepdim=True), w.norm(dim=1, keepdim=True)
-            return w * (v_norm / w_norm if renorm == "token" else (v_norm / (w_norm + 1e-8)).clamp(max=1))
+            return w * (
+                v_norm / w_norm if renorm == "token" else (v_norm / (w_norm + 1e-8)).clamp(max=1)
+            )
 
         u = rows[1] + text * (rows[0] - rows[1])
         if renorm == "text_channel":
@@ -247,26 +379,49 @@ def guided(branches: list[Tensor], entry: Tensor, sigma: Tensor, renorm: str, wi
 
 
 @pytest.mark.parametrize("renorm", RENORMS)
-@pytest.mark.parametrize("width, n", [(64, 9600), (37, 300 * 37), (1, 130), (4096, 8192), (5001, 15003), (8192, 8192)])
+@pytest.mark.parametrize(
+    "width, n", [(64, 9600), (37, 300 * 37), (1, 130), (4096, 8192), (5001, 15003), (8192, 8192)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_guidance(native: Any, renorm: str, width: int, n: int, dtype: torch.dtype) -> None:
     batch = 10
-    x, v, uncond, uncond_image, v_ref, v_old, m_prev = normal(batch, n, torch.float32, *[dtype] * 5, torch.float32)
+    x, v, uncond, uncond_image, v_ref, v_old, m_prev = normal(
+        batch, n, torch.float32, *[dtype] * 5, torch.float32
+    )
     guidance = weights(batch)
-    factors = torch.tensor([[0.3, 0.2, -0.4]]).repeat(batch, 1) + torch.arange(batch)[:, None] * 0.01
+    factors = (
+        torch.tensor([[0.3, 0.2, -0.4]]).repeat(batch, 1) + torch.arange(batch)[:, None] * 0.01
+    )
     factors[5] = torch.tensor([0.0, 0.5, 0.0])
     factors[6] = 0.0
 
     def run(threads: int = 2, take: slice = slice(None)) -> list[Tensor]:
-        tensors = dict(v_uncond=uncond, v_uncond_image=uncond_image, v_ref=v_ref, v_old=v_old, m_prev=m_prev,
-                       guidance=guidance)  # fmt: skip
+        tensors = dict(
+            v_uncond=uncond,
+            v_uncond_image=uncond_image,
+            v_ref=v_ref,
+            v_old=v_old,
+            m_prev=m_prev,
+            guidance=guidance,
+        )
         calls = Calls(
-            native, x[take], v[take], threads, renorm, width, True, **{k: t[take] for k, t in tensors.items()}
+            native,
+            x[take],
+            v[take],
+            threads,
+            renorm,
+            width,
+            True,
+            **{k: t[take] for k, t in tensors.items()},
         )
         sampled = calls.step()
         replayed = calls.replay(sampled[0])
         assert torch.equal(bits(replayed[0]), bits(sampled[1])), "replay differs from the step"
-        return [*sampled, replayed[1], *calls.backward(sampled[0], factors=factors[take], scale=torch.tensor([0.5]))]
+        return [
+            *sampled,
+            replayed[1],
+            *calls.backward(sampled[0], factors=factors[take], scale=torch.tensor([0.5])),
+        ]
 
     results = on_every_isa(native, run)
     assert same(results, run(threads=1)) and same([t[:3] for t in results], run(take=slice(3)))
@@ -277,14 +432,20 @@ def test_guidance(native: Any, renorm: str, width: int, n: int, dtype: torch.dty
     mu = row[:, 0] * x.double() + row[:, 1] * u + row[:, 2] * m_prev.double()
     if renorm == "none":  # the same bits as eager
         text, image = guidance[:, :1], guidance[:, 1:2]
-        eager = torch.where(text == 1, v.float(), uncond.float() + (v.float() - uncond.float()) * text)
-        eager = torch.where(image == 1, eager, uncond_image.float() + (eager - uncond_image.float()) * image)
+        eager = torch.where(
+            text == 1, v.float(), uncond.float() + (v.float() - uncond.float()) * text
+        )
+        eager = torch.where(
+            image == 1, eager, uncond_image.float() + (eager - uncond_image.float()) * image
+        )
         inside = (row[:, 6] > guidance[:, 2:3]) & (row[:, 6] <= guidance[:, 3:])
         eager = torch.where(inside, eager, v.float())
         single = row.float()
         eager_mu = single[:, 0] * x + single[:, 1] * eager + single[:, 2] * m_prev
         noise, seed, step = poisoned(batch, n), seeds(batch), steps(batch)
-        native.philox_normal(seed=pointer(seed), step=pointer(step), out=rows_of(noise), B=batch, N=n, threads=1)
+        native.philox_normal(
+            seed=pointer(seed), step=pointer(step), out=rows_of(noise), B=batch, N=n, threads=1
+        )
         assert torch.equal(x_next, eager_mu + single[:, 3] * noise)
         assert torch.equal(x0, x - single[:, 6] * eager)
     z = x_next.double() - mu
@@ -295,11 +456,16 @@ def test_guidance(native: Any, renorm: str, width: int, n: int, dtype: torch.dty
     g = f[:, 0] * z + f[:, 1] * (u - v_ref.double()) + f[:, 2] * (u - v_old.double())
     expected = torch.autograd.grad(u, branches, g.detach())
     for name, got, want in zip(("v", "v_uncond", "v_uncond_image"), grads, expected, strict=True):
-        for b in range(batch):  # against the gradient to u times the weights, as its parts may cancel
+        for b in range(
+            batch
+        ):  # against the gradient to u times the weights, as its parts may cancel
             torch.testing.assert_close(
-                got[b].double(), want[b], rtol=2 * HALF_ULP[dtype], atol=1e-5 * g[b].abs().max().item(),
+                got[b].double(),
+                want[b],
+                rtol=2 * HALF_ULP[dtype],
+                atol=1e-5 * g[b].abs().max().item(),
                 msg=f"gradient to {name}, sample {b}",
-            )  # fmt: skip
+            )
     assert all((grad[6] == 0).all() for grad in grads)
 
 
@@ -309,8 +475,16 @@ def test_factors_of_zero_read_nothing_and_write_zeros(native: Any, renorm: str) 
     x, v, uncond, v_ref = (torch.full((2, n), torch.nan) for _ in range(4))
     guidance = weights(2)
     guidance[:, 1] = 1.0
-    calls = Calls(native, x, v, renorm=renorm, width=50 if renorm == "token" else n, v_uncond=uncond, v_ref=v_ref,
-                  guidance=guidance)  # fmt: skip
+    calls = Calls(
+        native,
+        x,
+        v,
+        renorm=renorm,
+        width=50 if renorm == "token" else n,
+        v_uncond=uncond,
+        v_ref=v_ref,
+        guidance=guidance,
+    )
     for scale in (None, torch.tensor([torch.inf])):
         for grad in calls.backward(x, factors=torch.zeros(2, 3), scale=scale):
             assert torch.equal(bits(grad), torch.zeros(2, n, dtype=torch.int32))
@@ -322,7 +496,9 @@ def test_factors_of_zero_read_nothing_and_write_zeros(native: Any, renorm: str) 
 @pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("kl_scale", range(4))
 def test_grpo_loss(native: Any, n: int, guard: bool, kl_scale: int) -> None:
-    x, v, v_ref, v_old = normal(BATCH, n, torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    x, v, v_ref, v_old = normal(
+        BATCH, n, torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16
+    )
     calls = Calls(native, x, v, v_ref=v_ref, v_old=v_old)
     x_next, log_prob, _ = calls.step()
     offset = torch.tensor([0.0, -0.05, 0.3, -0.3, 0.15, 0.0, -0.15])
@@ -332,7 +508,9 @@ def test_grpo_loss(native: Any, n: int, guard: bool, kl_scale: int) -> None:
 
     def run(threads: int = 2, normalizer: float = 0.0) -> list[Tensor]:
         calls = Calls(native, x, v, threads, v_ref=v_ref, v_old=v_old)
-        out = calls.grpo(x_next, old, advantage, mask, guard=guard, kl_scale=kl_scale, normalizer=normalizer)
+        out = calls.grpo(
+            x_next, old, advantage, mask, guard=guard, kl_scale=kl_scale, normalizer=normalizer
+        )
         return out + calls.backward(x_next, factors=out[-1], scale=torch.tensor([2.0]))
 
     results = on_every_isa(native, run)
@@ -353,7 +531,9 @@ def test_grpo_loss(native: Any, n: int, guard: bool, kl_scale: int) -> None:
     rho, a = exponent.exp(), advantage.double().clamp(-1.5, 1.5)
     policy = torch.maximum(-a * rho, -a * rho.clamp(1 - 0.1, 1 + 0.2)) / (delta if guard else 1)
     ref2 = mean((1 if kl_scale == 3 else row[:, 1:2]) * (u - v_ref.double()))
-    factor = {0: 1 / variance, 1: delta / variance, 2: torch.ones(BATCH), 3: torch.ones(BATCH)}[kl_scale]
+    factor = {0: 1 / variance, 1: delta / variance, 2: torch.ones(BATCH), 3: torch.ones(BATCH)}[
+        kl_scale
+    ]
     divergence = torch.where(noisy, factor, factor if kl_scale > 1 else 0) * ref2
     counted = mask.bool()
     total = (policy + 0.3 * divergence)[counted].mean()
@@ -363,9 +543,19 @@ def test_grpo_loss(native: Any, n: int, guard: bool, kl_scale: int) -> None:
     close(ratio[counted], rho[counted], 2e-6)
     close(kl, divergence, 2e-6)
     rho, log_ratio = rho[counted], log_ratio[counted]
-    statistics = [rho.mean(), (rho - 1).abs().max(), (rho < 0.9).double().mean(), (rho > 1.2).double().mean(),
-                  (log_ratio**2 / 2).mean(), divergence[counted].mean(), policy[counted].mean(), 0.0]  # fmt: skip
-    torch.testing.assert_close(metrics.double(), torch.tensor(statistics, dtype=torch.double), rtol=2e-5, atol=1e-6)
+    statistics = [
+        rho.mean(),
+        (rho - 1).abs().max(),
+        (rho < 0.9).double().mean(),
+        (rho > 1.2).double().mean(),
+        (log_ratio**2 / 2).mean(),
+        divergence[counted].mean(),
+        policy[counted].mean(),
+        0.0,
+    ]
+    torch.testing.assert_close(
+        metrics.double(), torch.tensor(statistics, dtype=torch.double), rtol=2e-5, atol=1e-6
+    )
     assert (factors[5] == 0).all() and (grad[5] == 0).all()
     for b in range(BATCH):
         torch.testing.assert_close(
@@ -427,7 +617,9 @@ def test_nft_loss(native: Any, n: int, dtype: torch.dtype) -> None:
     close(grad[counted], expected[counted], 1e-6)
     without = nft(native, x0, noise, v, v_old, None, sigma, r, mask)
     assert without[1][3] == 0 and (without[2][:, 2] == 0).all()
-    torch.testing.assert_close(without[0].double()[0], policy[counted].mean().detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        without[0].double()[0], policy[counted].mean().detach(), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("n", [37, 5 * 4096 + 11])
@@ -438,13 +630,18 @@ def test_threads_batch_and_position_change_no_bit(native: Any, n: int) -> None:
         calls = Calls(native, x[:size], v[:size], threads, v_ref=v_ref[:size])
         sampled = calls.step()
         gradient = torch.linspace(-1, 1, 9)[:size]
-        return sampled + calls.replay(sampled[0]) + calls.backward(sampled[0], None, None, gradient, gradient + 2)
+        return (
+            sampled
+            + calls.replay(sampled[0])
+            + calls.backward(sampled[0], None, None, gradient, gradient + 2)
+        )
 
     for isa in native.supported_isas():
         native.set_isa(isa)
         alone = run(1)
         assert all(same(alone, run(threads)) for threads in (2, 3, 8))
-        # Sample b meets the same step and seed as the first b + 1 samples: a shorter batch must not differ.
+        # Sample b meets the same step and seed as the first b + 1 samples: a shorter batch must not
+        # differ.
         assert same([t[:4] for t in alone], run(2, 4))
 
 
@@ -456,9 +653,14 @@ def test_batch_strides_in_and_out(native: Any) -> None:
     assert same(apart.step(), expected)
     room, log_prob = torch.full((5, 1100), 7.0), poisoned(5)
     apart.native.sde_step(
-        **apart.latents, noise=rows_of(None), seed=pointer(apart.seed), x_next=rows_of(room[:, 50:1051]),
-        x0=rows_of(None), log_prob=pointer(log_prob), score_stored=True,
-    )  # fmt: skip
+        **apart.latents,
+        noise=rows_of(None),
+        seed=pointer(apart.seed),
+        x_next=rows_of(room[:, 50:1051]),
+        x0=rows_of(None),
+        log_prob=pointer(log_prob),
+        score_stored=True,
+    )
     assert same([room[:, 50:1051], log_prob], expected[:2])
     assert (room[:, :50] == 7).all() and (room[:, 1051:] == 7).all()
 
@@ -475,7 +677,10 @@ BUFFER = torch.zeros(200)
         ({"v": (BUFFER.data_ptr(), -1, 100)}, "v: got dtype code -1"),
         ({"v": (BUFFER.data_ptr(), 0, -4)}, "v: got batch stride -4"),
         ({"noise": (BUFFER.data_ptr(), 9, 100)}, "noise: got dtype code 9"),
-        ({"x_next": (BUFFER.data_ptr(), 0, 99)}, "x_next: got batch stride 99, accepted: a stride >= N"),
+        (
+            {"x_next": (BUFFER.data_ptr(), 0, 99)},
+            "x_next: got batch stride 99, accepted: a stride >= N",
+        ),
         ({"x_next": (0, 0, 0)}, "x_next: got pointer 0"),
         ({"x0": (BUFFER.data_ptr(), 4, 100)}, "x0: got dtype code 4"),
         ({"x": (0, 0, 0)}, "x: got pointer 0"),
@@ -493,9 +698,13 @@ BUFFER = torch.zeros(200)
         ({"m_prev": (0, 0, 0)}, "m_prev: got none"),
     ],
 )
-def test_bad_arguments_are_named_and_nothing_is_written(native: Any, change: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named_and_nothing_is_written(
+    native: Any, change: dict[str, Any], message: str
+) -> None:
     x, v = normal(2, 100, torch.float32, torch.float32)
-    calls = Calls(native, x, v, second_order=True, m_prev=x, v_uncond=v, v_uncond_image=v, guidance=weights(2))
+    calls = Calls(
+        native, x, v, second_order=True, m_prev=x, v_uncond=v, v_uncond_image=v, guidance=weights(2)
+    )
     calls.index[1] = change.get("step", 1)
     out, log_prob = torch.full((2, 100), 7.0), torch.full((2,), 7.0)
     arguments = calls.latents | dict(

@@ -1,4 +1,5 @@
-"""nft_loss: the formula as METHODS writes it, its identities, and independence of batch, order and threads."""
+"""nft_loss: the formula as METHODS writes it, its identities, and independence of batch, order and
+threads."""
 
 import math
 
@@ -24,8 +25,11 @@ def case(shape, dtype=torch.float32, batch=4):
     return [t.to(dtype) for t in (x0, noise, v, v_old, v_ref)]
 
 
-def per_sample(x0, noise, sigma, v, v_old, r, v_ref, beta=BETA, a_max=5.0, ref_weight=1e-4, min_weight=1e-5):
-    """The loss of each sample written with x_t and x_hat, in the dtype that comes in; weights as the papers' code."""
+def per_sample(
+    x0, noise, sigma, v, v_old, r, v_ref, beta=BETA, a_max=5.0, ref_weight=1e-4, min_weight=1e-5
+):
+    """The loss of each sample written with x_t and x_hat, in the dtype that comes in; weights as
+    the papers' code."""
 
     def mean(value):
         return value.flatten(1).mean(1)
@@ -58,7 +62,8 @@ def worst(actual, expected):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_is_that_of_rounding(backend, shape, dtype, skip_interpreted_bf16):
-    """Two references: against float64 at most twice the error of the eager formula in the same dtype."""
+    """Two references: against float64 at most twice the error of the eager formula in the same
+    dtype."""
     skip_interpreted_bf16(dtype)
     tensors = case(shape, dtype)
 
@@ -75,16 +80,21 @@ def test_error_is_that_of_rounding(backend, shape, dtype, skip_interpreted_bf16)
     # Floors: a few fp32 roundings, for when the eager path is lucky on few elements.
     assert worst(loss, exact[0]) <= 2 * worst(same[0], exact[0]) + 1e-6 * exact[0].abs()
     assert worst(grad, exact[2]) <= 2 * worst(same[2], exact[2]) + 5e-7 * exact[2].abs().max()
-    # Inputs are read exactly and summed in fp32, whatever their dtype; e -+ beta d cancels to 0.3 of its terms.
+    # Inputs are read exactly and summed in fp32, whatever their dtype; e -+ beta d cancels to 0.3
+    # of its terms.
     torch.testing.assert_close(loss.double(), exact[0], rtol=2e-6, atol=0)
     torch.testing.assert_close(metrics[:4].double(), exact[1], rtol=3e-6, atol=0)
     assert metrics[4] == 0
     info = torch.finfo(dtype)
-    floor = 2e-6 * exact[2].abs().max().item() + info.tiny * info.eps / 2  # the last: subnormals of float16
+    floor = (
+        2e-6 * exact[2].abs().max().item() + info.tiny * info.eps / 2
+    )  # the last: subnormals of float16
     torch.testing.assert_close(grad.double(), exact[2], rtol=max(info.eps, 5e-6), atol=floor)
 
 
-@pytest.mark.parametrize("options", [{}, {"v_ref": None}, {"mask": [True, False, True, True], "normalizer": 7.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"v_ref": None}, {"mask": [True, False, True, True], "normalizer": 7.0}]
+)
 def test_reference_is_the_formula_in_float64_and_passes_gradcheck(options):
     x0, noise, v, v_old, v_ref = (t.double() for t in case((2, 3)))
     options = {"v_ref": v_ref, **options}
@@ -92,32 +102,49 @@ def test_reference_is_the_formula_in_float64_and_passes_gradcheck(options):
     norm = options.pop("normalizer", None)
 
     def function(v):
-        return ek.nft_loss_ref(x0, noise, SIGMA, v, v_old, R, beta=BETA, mask=mask, normalizer=norm, **options).loss
+        return ek.nft_loss_ref(
+            x0, noise, SIGMA, v, v_old, R, beta=BETA, mask=mask, normalizer=norm, **options
+        ).loss
 
-    expected = (per_sample(x0, noise, SIGMA, v, v_old, R, options["v_ref"])[0] * mask).sum() / (norm or mask.sum())
+    expected = (per_sample(x0, noise, SIGMA, v, v_old, R, options["v_ref"])[0] * mask).sum() / (
+        norm or mask.sum()
+    )
     torch.testing.assert_close(function(v), expected, rtol=1e-14, atol=0)
 
-    def held(v):  # the weights w carry no gradient: finite differences must hold them, the formula must not move them
+    def held(
+        v,
+    ):  # the weights w carry no gradient: finite differences must hold them, the formula must not move them
         t, d = SIGMA.double()[:, None, None], v - v_old
         loss = 0.0
         for sign, share in ((-1, R.double()), (1, 1 - R.double())):
             error = t * ((noise - x0) - v_old + sign * BETA * d)
             fixed = t * ((noise - x0) - v_old + sign * BETA * (start - v_old))
-            loss = loss + 5 * share * error.square().mean((1, 2)) / fixed.abs().mean((1, 2)).clamp(min=1e-5) / BETA
+            loss = (
+                loss
+                + 5
+                * share
+                * error.square().mean((1, 2))
+                / fixed.abs().mean((1, 2)).clamp(min=1e-5)
+                / BETA
+            )
         if options["v_ref"] is not None:
             loss = loss + 1e-4 * (v - v_ref).square().mean((1, 2))
         return (loss * mask).sum() / (norm or mask.sum())
 
     start = v.clone()
     assert torch.autograd.gradcheck(held, v.clone().requires_grad_())
-    grads = [torch.autograd.grad(f(leaf := v.clone().requires_grad_()), leaf)[0] for f in (function, held)]
+    grads = [
+        torch.autograd.grad(f(leaf := v.clone().requires_grad_()), leaf)[0]
+        for f in (function, held)
+    ]
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-15)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0.05, 2.0), st.floats(0.0, 1.0), st.floats(0.01, 1.0))
 def test_identities_at_the_old_policy(seed, beta, r, t):
-    """v = v_old: both sides are equal, whatever beta, and the gradient is that of one side times 1 - 2r."""
+    """v = v_old: both sides are equal, whatever beta, and the gradient is that of one side times 1
+    - 2r."""
     generator = torch.Generator().manual_seed(seed)
     x0, noise, v = (torch.randn(2, 5, generator=generator, dtype=torch.float64) for _ in range(3))
     sigma, share = torch.full((2,), t), torch.full((2,), r)
@@ -139,7 +166,9 @@ def test_half_optimality_at_the_old_policy_gives_no_gradient(backend):
 
 def test_descent_moves_towards_the_data_for_good_samples_and_away_for_bad_ones(backend):
     x0, noise, _, v_old, _ = case((33,))
-    _, _, grad = ours((x0, noise, v_old, v_old, None), r=torch.tensor([1.0, 1.0, 0.0, 0.0]), backend=backend)
+    _, _, grad = ours(
+        (x0, noise, v_old, v_old, None), r=torch.tensor([1.0, 1.0, 0.0, 0.0]), backend=backend
+    )
     towards = ((noise - x0) - v_old).flatten(1)
     assert ((-grad * towards).sum(1) > 0).tolist() == [True, True, False, False]
 
@@ -160,8 +189,12 @@ def test_least_weight(backend):
     assert loss == 0 and not metrics.any() and not grad.any()
     v_old = v + 1e-4
     loss, metrics, _ = ours((x0, noise, v_old, v_old, None), min_weight=10.0, backend=backend)
-    expected = per_sample(*(t.double() for t in (x0, noise, SIGMA, v_old, v_old, R)), None, min_weight=10.0)
-    torch.testing.assert_close(loss.double(), expected[0].mean(), rtol=1e-3, atol=0)  # e is 1e-4 +- an fp32 rounding
+    expected = per_sample(
+        *(t.double() for t in (x0, noise, SIGMA, v_old, v_old, R)), None, min_weight=10.0
+    )
+    torch.testing.assert_close(
+        loss.double(), expected[0].mean(), rtol=1e-3, atol=0
+    )  # e is 1e-4 +- an fp32 rounding
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -175,10 +208,15 @@ def test_masked_samples_do_nothing_whatever_they_hold(backend, bad):
         loss, metrics, grad = ours(spoiled, mask=mask, backend=backend)
         assert torch.equal(loss, clean[0]) and torch.equal(metrics, clean[1])
         assert torch.equal(grad[mask], clean[2]) and not grad[~mask].any()
-    for scalars in ({"sigma": torch.tensor([0.9, bad, 1.0, 0.06])}, {"r": torch.tensor([0.8, bad, 1.0, 0.5])}):
+    for scalars in (
+        {"sigma": torch.tensor([0.9, bad, 1.0, 0.06])},
+        {"r": torch.tensor([0.8, bad, 1.0, 0.5])},
+    ):
         loss, metrics, grad = ours(tensors, mask=mask, backend=backend, **scalars)
         kept = {"sigma": SIGMA, "r": R, **scalars}
-        again = ours([t[mask] for t in tensors], kept["sigma"][mask], kept["r"][mask], backend=backend)
+        again = ours(
+            [t[mask] for t in tensors], kept["sigma"][mask], kept["r"][mask], backend=backend
+        )
         assert torch.equal(loss, again[0]) and torch.equal(metrics, again[1])
         assert not grad[~mask].any() and not metrics[4]
 
@@ -196,7 +234,12 @@ def test_the_differentiable_reference_masks_as_the_operators_do():
 
 def test_all_masked(backend):
     for normalizer in (None, 3.0):
-        out = ours(case((5,)), mask=torch.zeros(4, dtype=torch.bool), normalizer=normalizer, backend=backend)
+        out = ours(
+            case((5,)),
+            mask=torch.zeros(4, dtype=torch.bool),
+            normalizer=normalizer,
+            backend=backend,
+        )
         assert not any(t.any() for t in out)
 
 
@@ -227,24 +270,34 @@ def test_incoming_gradient_scales(backend):
     grads = []
     for scale in (1.0, 4.0):  # a power of two: the scaled gradient has the same bits
         leaf = v.clone().requires_grad_()
-        (ek.nft_loss(x0, noise, SIGMA, leaf, v_old, R, beta=BETA, v_ref=v_ref, backend=backend).loss * scale).backward()
+        (
+            ek.nft_loss(
+                x0, noise, SIGMA, leaf, v_old, R, beta=BETA, v_ref=v_ref, backend=backend
+            ).loss
+            * scale
+        ).backward()
         grads.append(leaf.grad)
     assert torch.equal(grads[0] * 4, grads[1])
 
 
 @pytest.mark.parametrize("r", [0.0, 1.0])
 def test_a_term_whose_factor_is_zero_is_not_evaluated(backend, r):
-    """r = 0 and r = 1 have one side alone: 0 times an infinite gradient, or times an infinite latent, would be NaN."""
+    """r = 0 and r = 1 have one side alone: 0 times an infinite gradient, or times an infinite
+    latent, would be NaN."""
     x0, noise, v, v_old, v_ref = case((9,))
     given = {"beta": BETA, "ref_weight": 0.0, "backend": backend}
     leaf = v.clone().requires_grad_()
-    loss = ek.nft_loss(x0, noise, SIGMA, leaf, v_old, torch.full((4,), r), v_ref=v_ref, **given).loss
+    loss = ek.nft_loss(
+        x0, noise, SIGMA, leaf, v_old, torch.full((4,), r), v_ref=v_ref, **given
+    ).loss
     (loss * math.inf).backward()
     assert leaf.grad.isinf().all()
     factors, scale = torch.tensor([[-r, 1.0 - r, 0.0]]).expand(4, 3), torch.ones(1)
     backward = torch.ops.editr2.nft_loss_backward
     clean = backward(x0, noise, v, v_old, v_ref, factors, scale, BETA, backend)
-    infinite = backward(x0, noise, v, v_old, torch.full_like(v, math.inf), factors, scale, BETA, backend)
+    infinite = backward(
+        x0, noise, v, v_old, torch.full_like(v, math.inf), factors, scale, BETA, backend
+    )
     assert clean.all() and torch.equal(infinite, clean)
 
 
@@ -257,7 +310,9 @@ def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thre
     sigma, r = torch.rand(8) * 0.9 + 0.1, torch.rand(8)
 
     def run(rows):
-        return ours([t[rows] for t in tensors], sigma[rows], r[rows], normalizer=8.0, backend=backend)
+        return ours(
+            [t[rows] for t in tensors], sigma[rows], r[rows], normalizer=8.0, backend=backend
+        )
 
     whole = two_threads(lambda: run(slice(None)))
     for again in (run(slice(None)), one_thread(lambda: run(slice(None)))):
@@ -273,7 +328,9 @@ def test_non_contiguous_inputs(backend):
     tensors = case((6, 5, 4))
     plain = ours(tensors, mask=torch.tensor([True, False, True, True]), backend=backend)
     strided = [torch.empty(4, 4, 6, 5).permute(0, 2, 3, 1).copy_(t) for t in tensors]
-    wide = [torch.cat([t.flatten(1), torch.ones(4, 3)], 1)[:, :120].view(4, 6, 5, 4) for t in tensors]
+    wide = [
+        torch.cat([t.flatten(1), torch.ones(4, 3)], 1)[:, :120].view(4, 6, 5, 4) for t in tensors
+    ]
     sigma, r = torch.stack([SIGMA, R], 1).unbind(1)
     mask = torch.tensor([[True, True], [False, False], [True, True], [True, True]])[:, 1]
     for inputs in (strided, wide):
@@ -362,10 +419,16 @@ def test_opcheck(backend):
     mask = torch.tensor([True, False, True, True])
     options = (BETA, 5.0, 1e-4, 1e-5)
     ops = torch.ops.editr2
-    torch.library.opcheck(ops.nft_loss, (x0, noise, leaf, v_old, v_ref, SIGMA, R, mask, *options, 0.0, backend))
-    torch.library.opcheck(ops.nft_loss, (x0, noise, leaf, v_old, None, SIGMA, R, None, *options, 8.0, backend))
+    torch.library.opcheck(
+        ops.nft_loss, (x0, noise, leaf, v_old, v_ref, SIGMA, R, mask, *options, 0.0, backend)
+    )
+    torch.library.opcheck(
+        ops.nft_loss, (x0, noise, leaf, v_old, None, SIGMA, R, None, *options, 8.0, backend)
+    )
     factors, scale = torch.randn(4, 3), torch.ones(1)
-    torch.library.opcheck(ops.nft_loss_backward, (x0, noise, v, v_old, v_ref, factors, scale, BETA, backend))
+    torch.library.opcheck(
+        ops.nft_loss_backward, (x0, noise, v, v_old, v_ref, factors, scale, BETA, backend)
+    )
 
 
 def training_step(x0, noise, v, v_old, v_ref, sigma, advantage):
@@ -396,5 +459,8 @@ def check_compiled(compiled, sizes):
 def test_compiles_fullgraph_once_for_all_sizes():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    check_compiled(torch.compile(training_step, fullgraph=True, backend=counter), [(4, 5), (2, 9), (7, 16), (3, 33)])
+    check_compiled(
+        torch.compile(training_step, fullgraph=True, backend=counter),
+        [(4, 5), (2, 9), (7, 16), (3, 33)],
+    )
     assert counter.frame_count == 1

@@ -1,9 +1,11 @@
-"""NaN and infinity pass through every backend as through the reference: a table of operators x places x values.
+"""NaN and infinity pass through every backend as through the reference: a table of operators x
+places x values.
 
-A row a place: the sample that holds it must be finite, NaN, inf or -inf in the outputs and gradients where the
-reference's is, and no other sample may notice. Samples do not depend on one another, so one call has a sample for every
-place and value. The reference of an output is `*_ref`; of a gradient the formula of backend "ref", where a factor of 0
-gives exactly 0: autograd through `*_ref` multiplies that 0 by what is not finite.
+A row a place: the sample that holds it must be finite, NaN, inf or -inf in the outputs and
+gradients where the reference's is, and no other sample may notice. Samples do not depend on one
+another, so one call has a sample for every place and value. The reference of an output is `*_ref`;
+of a gradient the formula of backend "ref", where a factor of 0 gives exactly 0: autograd through
+`*_ref` multiplies that 0 by what is not finite.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Batch:
         self.places = [(name, value) for name in (*tensors, *numbers) for value in VALUES]
         generator = torch.Generator().manual_seed(0)
         batch = len(self.places) + 1
-        self.inputs = {name: torch.randn(batch, N // WIDTH, WIDTH, generator=generator) for name in tensors}
+        self.inputs = {
+            name: torch.randn(batch, N // WIDTH, WIDTH, generator=generator) for name in tensors
+        }
         self.inputs |= {name: torch.rand(batch, generator=generator) for name in numbers}
         for i, (name, value) in enumerate(self.places):
             self.inputs[name][i].view(-1)[AT if name in tensors else 0] = value
@@ -73,8 +77,13 @@ def agree(ours, theirs, places, kind=kind):
             assert our == their, f"{name}: {our} for {their}"
             continue
         unlike = (our != their).flatten(1).any(1) if their.dim() > 1 else our != their
-        told = [f"{places[i] if i < len(places) else 'the finite one'}" for i in unlike.nonzero().flatten().tolist()]
-        assert not told, f"{name}, of samples with {told}: {our[unlike].unique()} for {their[unlike].unique()}"
+        told = [
+            f"{places[i] if i < len(places) else 'the finite one'}"
+            for i in unlike.nonzero().flatten().tolist()
+        ]
+        assert not told, (
+            f"{name}, of samples with {told}: {our[unlike].unique()} for {their[unlike].unique()}"
+        )
 
 
 GUIDED = ("v", "v_uncond", "v_uncond_image")
@@ -89,23 +98,35 @@ GUIDANCE = {
 
 
 def branches(batch, guidance):
-    """The arguments of guidance, where there is any; the weights of the two branches are numbers of the batch."""
+    """The arguments of guidance, where there is any; the weights of the two branches are numbers of
+    the batch."""
     if not guidance:
         return {}
-    return {**{name: batch[name] for name in (*GUIDED[1:], "guidance", "guidance_image")}, **GUIDANCE[guidance]}
+    return {
+        **{name: batch[name] for name in (*GUIDED[1:], "guidance", "guidance_image")},
+        **GUIDANCE[guidance],
+    }
 
 
 def guided_places(guidance):
-    return (("v_uncond", "v_uncond_image"), ("guidance", "guidance_image")) if guidance else ((), ())
+    return (
+        (("v_uncond", "v_uncond_image"), ("guidance", "guidance_image")) if guidance else ((), ())
+    )
 
 
 def with_gradient(batch, names):
-    leaves = {name: batch[name].clone().requires_grad_() for name in names if batch[name] is not None}
+    leaves = {
+        name: batch[name].clone().requires_grad_() for name in names if batch[name] is not None
+    }
     return {**batch.inputs, **leaves}, leaves
 
 
 CASES = list(itertools.product(STEPS, GUIDANCE))
-FEW = [(step, guidance) for i, (step, guidance) in enumerate(CASES) if i % 5 == 0 or step == "ODE" or not guidance]
+FEW = [
+    (step, guidance)
+    for i, (step, guidance) in enumerate(CASES)
+    if i % 5 == 0 or step == "ODE" or not guidance
+]
 
 
 @pytest.mark.parametrize("step, guidance", FEW)
@@ -157,11 +178,13 @@ def test_sde_log_prob(backend, step, guidance):
     ours, our_grads = call(ek.sde_log_prob, backend=backend)
     agree(ours, call(ek.sde_log_prob_ref)[0], batch.places)
     agree(our_grads, call(ek.sde_log_prob, backend="ref")[1], batch.places)
-    # Through guidance autograd orders its products otherwise: what of a broken sample is finite is then another matter.
+    # Through guidance autograd orders its products otherwise: what of a broken sample is finite is
+    # then another matter.
     agree(our_grads, call(ek.sde_log_prob_ref)[1], batch.places, broken if guidance else kind)
 
 
-# Losses: the gradient has a sample for every place; the loss itself, a sum, is looked at of one sample at a time.
+# Losses: the gradient has a sample for every place; the loss itself, a sum, is looked at of one
+#     sample at a time.
 
 
 def some(batch, backend):
@@ -170,7 +193,8 @@ def some(batch, backend):
 
 
 def losses(batch, backend, call):
-    """call(mask, function choice) -> (outputs by name, gradients by name); compares with the reference's."""
+    """call(mask, function choice) -> (outputs by name, gradients by name); compares with the
+    reference's."""
     everything = torch.ones(len(batch), dtype=torch.bool)
     ours, our_grads = call(everything, backend)
     agree(ours, call(everything, None)[0], batch.places)
@@ -179,7 +203,9 @@ def losses(batch, backend, call):
         only = torch.arange(len(batch)) == i
         ours, our_grads = call(only, backend)
         agree(ours, call(only, None)[0], batch.places)
-        assert not any(grad[~only].any() for grad in our_grads.values()), "a masked sample trains nothing"
+        assert not any(grad[~only].any() for grad in our_grads.values()), (
+            "a masked sample trains nothing"
+        )
 
 
 def named(loss):
@@ -208,15 +234,22 @@ def test_grpo_loss(backend, options):
     options = dict(options)
     step, guidance = options.pop("step"), options.pop("guidance", "")
     tensors, numbers = guided_places(guidance)
-    velocities = [name for name, has in (("v_ref", "kl_weight"), ("v_old", "guard")) if has in options]
+    velocities = [
+        name for name, has in (("v_ref", "kl_weight"), ("v_old", "guard")) if has in options
+    ]
     m_prev = ["m_prev"] if step == "second order" else []
-    batch = Batch(("x", "x_next", "v", *velocities, *m_prev, *tensors), ("old_log_prob", "advantage", *numbers))
+    batch = Batch(
+        ("x", "x_next", "v", *velocities, *m_prev, *tensors),
+        ("old_log_prob", "advantage", *numbers),
+    )
     index = torch.full((len(batch),), STEPS[step])
 
     def call(mask, backend):
         inputs, leaves = with_gradient(batch, GUIDED)
         given = type("Given", (), {"__getitem__": lambda self, name: inputs.get(name)})()
-        function, more = (ek.grpo_loss_ref, {}) if backend is None else (ek.grpo_loss, {"backend": backend})
+        function, more = (
+            (ek.grpo_loss_ref, {}) if backend is None else (ek.grpo_loss, {"backend": backend})
+        )
         names = ("x", "x_next", "v")
         out = function(
             *(inputs[name] for name in names),
@@ -243,7 +276,9 @@ def test_nft_loss(backend, v_ref):
 
     def call(mask, backend):
         inputs, leaves = with_gradient(batch, ("v",))
-        function, more = (ek.nft_loss_ref, {}) if backend is None else (ek.nft_loss, {"backend": backend})
+        function, more = (
+            (ek.nft_loss_ref, {}) if backend is None else (ek.nft_loss, {"backend": backend})
+        )
         out = function(
             inputs["x0"],
             inputs["noise"],
@@ -276,7 +311,10 @@ def test_token_log_prob(backend, width):
     def call(function, **more):
         logits = base.clone().requires_grad_()
         out = function(logits, ids, temperature=0.7, **more)
-        return {**out._asdict(), "grad": torch.autograd.grad(out.log_prob.sum() + out.entropy.sum(), logits)[0]}
+        return {
+            **out._asdict(),
+            "grad": torch.autograd.grad(out.log_prob.sum() + out.entropy.sum(), logits)[0],
+        }
 
     ours = call(ek.token_log_prob, backend=backend)
     agree(ours, call(ek.token_log_prob, backend="ref"), TOKENS)
@@ -286,7 +324,8 @@ def test_token_log_prob(backend, width):
 
 
 def test_group_advantage(backend):
-    """What is masked may hold anything; what is not must be finite on CPU tensors, and weights everywhere."""
+    """What is masked may hold anything; what is not must be finite on CPU tensors, and weights
+    everywhere."""
     scores = torch.rand(len(VALUES) + 1, 2, 2)
     mask = torch.ones(len(scores), 2, dtype=torch.bool)
     for i, value in enumerate(VALUES):

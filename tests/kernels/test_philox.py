@@ -9,9 +9,21 @@ from editr2_kernels.philox import philox_ref
 
 # Known-answer vectors of Random123, philox4x32-10: counter, key, output.
 KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 SEEDS = [0, 1, -1, 2**40 + 3, -(2**63), 2**63 - 1]
 
@@ -33,7 +45,12 @@ def oracle(seed, step, n):
         k = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
         for _ in range(10):
             p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-            c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
+            c = [
+                (p1 >> 32) ^ c[1] ^ k[0],
+                p1 & 0xFFFFFFFF,
+                (p0 >> 32) ^ c[3] ^ k[1],
+                p0 & 0xFFFFFFFF,
+            ]
             k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
         for a, b in ((c[0], c[1]), (c[2], c[3])):
             u = float(np.float32(a) * np.float32(2.0**-32) + np.float32(2.0**-33))
@@ -48,7 +65,9 @@ def oracle(seed, step, n):
 def test_against_oracle(backend, step):
     z = ek.philox_normal(torch.tensor(SEEDS), step, (203,), backend=backend)
     expected = torch.stack([oracle(seed, step, 203) for seed in SEEDS])
-    assert (z.double() - expected).abs().max() <= 1e-6  # a few units in the last place of values up to 6.8
+    assert (
+        z.double() - expected
+    ).abs().max() <= 1e-6  # a few units in the last place of values up to 6.8
 
 
 def test_same_bits_on_every_backend(backend):
@@ -60,7 +79,9 @@ def test_same_bits_on_every_backend(backend):
 def test_moments():
     n = 1 << 18
     z = ek.philox_normal(torch.arange(8), 0, (n,)).double()
-    error = 1 / math.sqrt(z.numel())  # of the mean; the others follow from the variances 2, 15, 96 of z^2, z^3, z^4
+    error = 1 / math.sqrt(
+        z.numel()
+    )  # of the mean; the others follow from the variances 2, 15, 96 of z^2, z^3, z^4
     assert abs(z.mean()) < 5 * error
     assert abs((z**2).mean() - 1) < 5 * math.sqrt(2) * error
     assert abs((z**3).mean()) < 5 * math.sqrt(15) * error
@@ -68,13 +89,17 @@ def test_moments():
     lag = (z[:, :-1] * z[:, 1:]).mean()
     assert abs(lag) < 5 * error
     assert abs(torch.corrcoef(z) - torch.eye(8)).max() < 5 / math.sqrt(n)
-    steps = torch.stack([ek.philox_normal(torch.tensor([7]), s, (n,))[0] for s in range(4)]).double()
+    steps = torch.stack(
+        [ek.philox_normal(torch.tensor([7]), s, (n,))[0] for s in range(4)]
+    ).double()
     assert abs(torch.corrcoef(steps) - torch.eye(4)).max() < 5 / math.sqrt(n)
 
 
 def test_sample_depends_on_its_own_seed_and_elements_only(backend, one_thread, two_threads):
     seed, step = torch.tensor(SEEDS), torch.arange(len(SEEDS))
-    shape = (3, 41, 60) if backend in ("ref", "cpu") else (3, 41, 9)  # the first has the elements of two threads
+    shape = (
+        (3, 41, 60) if backend in ("ref", "cpu") else (3, 41, 9)
+    )  # the first has the elements of two threads
     z = two_threads(lambda: ek.philox_normal(seed, step, shape, backend=backend))
     assert z.shape == (len(SEEDS), *shape)
     assert torch.equal(z, ek.philox_normal(seed, step, shape, backend=backend))

@@ -1,4 +1,5 @@
-"""sde_step and sde_log_prob: numerics, the replay theorem, independence of everything a result must not depend on."""
+"""sde_step and sde_log_prob: numerics, the replay theorem, independence of everything a result must
+not depend on."""
 
 import math
 
@@ -31,8 +32,11 @@ def broadcast_row(table, index, shape):
 
 
 def naive(x, v, eps, table, index):
-    """A step as eager trainers write it, in whatever dtype comes in: the yardstick of rounding error."""
-    a, b, _, s, w, c, _, _ = (value.to(x.dtype) for value in broadcast_row(table, index, x.shape[1:]))
+    """A step as eager trainers write it, in whatever dtype comes in: the yardstick of rounding
+    error."""
+    a, b, _, s, w, c, _, _ = (
+        value.to(x.dtype) for value in broadcast_row(table, index, x.shape[1:])
+    )
     mu = a * x + b * v.to(x.dtype)
     x_next = mu + s * eps.to(x.dtype)
     z = x_next - mu
@@ -59,7 +63,8 @@ def test_step_error_is_that_of_rounding(backend, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES[:4])
 def test_log_prob_against_float64(backend, shape, dtype):
-    """Inputs are read exactly and everything after is fp32, so the same tight bound holds for every dtype."""
+    """Inputs are read exactly and everything after is fp32, so the same tight bound holds for every
+    dtype."""
     x, v, v_ref = case(shape, dtype, dtype)
     x_next = ek.sde_step(x, v, TABLE, INDEX, SEED, backend=backend).x_next
     out = ek.sde_log_prob(x, x_next, v, TABLE, INDEX, v_ref=v_ref, backend=backend)
@@ -67,9 +72,12 @@ def test_log_prob_against_float64(backend, shape, dtype):
     z = x_next.double() - (a * x.double() + b * v.double())
     exact = w.flatten() * (z * z).flatten(1).mean(1) + c.flatten()
     diff = b * (v.double() - v_ref.double())
-    # z is a difference of fp32 numbers of size ~4: absolute error 2^-22; relative to S >= 0.3 about 1e-6, squared 2x.
+    # z is a difference of fp32 numbers of size ~4: absolute error 2^-22; relative to S >= 0.3 about
+    # 1e-6, squared 2x.
     torch.testing.assert_close(out.log_prob.double(), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out.mean_diff.double(), (diff * diff).flatten(1).mean(1), rtol=2e-6, atol=1e-12)
+    torch.testing.assert_close(
+        out.mean_diff.double(), (diff * diff).flatten(1).mean(1), rtol=2e-6, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,7 +90,9 @@ def test_gradient_error_is_that_of_rounding(backend, shape, dtype):
     def gradient(function, v):
         v = v.clone().requires_grad_()
         out = function(v)
-        (out[0] * g_log.to(out[0].dtype)).sum().add((out[1] * g_diff.to(out[1].dtype)).sum()).backward()
+        (out[0] * g_log.to(out[0].dtype)).sum().add(
+            (out[1] * g_diff.to(out[1].dtype)).sum()
+        ).backward()
         return v.grad
 
     def eager(x, x_next, v, v_ref, table):
@@ -91,22 +101,33 @@ def test_gradient_error_is_that_of_rounding(backend, shape, dtype):
         log_prob = w.flatten() * (z * z).flatten(1).mean(1) + c.flatten()
         return log_prob, (b * (v - v_ref)).square().flatten(1).mean(1)
 
-    exact = gradient(lambda v: eager(x.double(), x_next.double(), v, v_ref.double(), TABLE.double()), v.double())
+    exact = gradient(
+        lambda v: eager(x.double(), x_next.double(), v, v_ref.double(), TABLE.double()), v.double()
+    )
     same_dtype = gradient(lambda v: eager(x, x_next, v, v_ref, TABLE), v)
-    ours = gradient(lambda v: ek.sde_log_prob(x, x_next, v, TABLE, INDEX, v_ref=v_ref, backend=backend), v)
+    ours = gradient(
+        lambda v: ek.sde_log_prob(x, x_next, v, TABLE, INDEX, v_ref=v_ref, backend=backend), v
+    )
     assert ours.dtype == dtype
-    # The floor is three fp32 roundings of the largest value: on four elements the eager path can be lucky.
+    # The floor is three fp32 roundings of the largest value: on four elements the eager path can be
+    # lucky.
     assert worst(ours, exact) <= 2 * worst(same_dtype, exact) + 2e-7 * exact.abs().max().item()
-    # Stored once from fp32: half a unit of the dtype (plus fp32 cancellation in z), whatever the eager path loses.
+    # Stored once from fp32: half a unit of the dtype (plus fp32 cancellation in z), whatever the
+    # eager path loses.
     unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(ours.double(), exact, rtol=max(unit, 2e-5), atol=1e-5 * exact.abs().max().item())
+    torch.testing.assert_close(
+        ours.double(), exact, rtol=max(unit, 2e-5), atol=1e-5 * exact.abs().max().item()
+    )
 
 
 def test_each_gradient_alone(backend):
     x, v, v_ref = case((33,))
     x_next = ek.sde_step(x, v, TABLE, INDEX, SEED, backend=backend).x_next
     both = [v.clone().requires_grad_() for _ in range(3)]
-    out = [ek.sde_log_prob(x, x_next, leaf, TABLE, INDEX, v_ref=v_ref, backend=backend) for leaf in both]
+    out = [
+        ek.sde_log_prob(x, x_next, leaf, TABLE, INDEX, v_ref=v_ref, backend=backend)
+        for leaf in both
+    ]
     out[0].log_prob.sum().backward()
     out[1].mean_diff.sum().backward()
     (out[2].log_prob.sum() + out[2].mean_diff.sum()).backward()
@@ -141,9 +162,12 @@ def test_inputs_and_incoming_gradients_stay_as_they_were(backend):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("table", [TABLE, CPS], ids=["flow-sde", "cps"])
 @pytest.mark.parametrize("store", DTYPES)
-@pytest.mark.parametrize("x_dtype, v_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize(
+    "x_dtype, v_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)]
+)
 def test_replay_is_bitwise(backend, table, store, x_dtype, v_dtype, shape):
-    """The theorem: with the same velocity, the stored sample replays to the very bits of the rollout's log-prob."""
+    """The theorem: with the same velocity, the stored sample replays to the very bits of the
+    rollout's log-prob."""
     x, v, v_ref = case(shape, x_dtype, v_dtype)
     step = ek.sde_step(x, v, table, INDEX, SEED, store_dtype=store, backend=backend)
     assert step.x_next.dtype == store and step.x_next.shape == x.shape
@@ -162,7 +186,9 @@ def test_samples_have_the_same_bits_on_every_backend(backend, store, skip_interp
     ours = ek.sde_step(x, v, TABLE, INDEX, SEED, store_dtype=store, backend=backend)
     reference = ek.sde_step_ref(x, v, TABLE, INDEX, SEED, store_dtype=store)
     assert torch.equal(ours.x_next, reference.x_next)
-    torch.testing.assert_close(ours.log_prob, reference.log_prob, rtol=1e-6, atol=1e-6)  # orders of summation differ
+    torch.testing.assert_close(
+        ours.log_prob, reference.log_prob, rtol=1e-6, atol=1e-6
+    )  # orders of summation differ
 
 
 def test_ode_rows_are_euler_with_no_log_prob(backend):
@@ -192,7 +218,9 @@ def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thre
         n = min(n, 1100)  # two programs a sample
     x, v, v_ref = case((n,), torch.bfloat16, torch.float32, batch=8)
     index, seed = torch.tensor([1, 5, 0, 7, 2, 2, 6, 3]), torch.arange(8) * 12345
-    run = lambda rows: everything(x[rows], v[rows], v_ref[rows], TABLE, index[rows], seed[rows], backend)  # noqa: E731
+    run = lambda rows: everything(
+        x[rows], v[rows], v_ref[rows], TABLE, index[rows], seed[rows], backend
+    )  # noqa: E731
     whole = two_threads(lambda: run(slice(None)))
     order = torch.randperm(8)
     for rows, again in [
@@ -210,13 +238,17 @@ def test_non_contiguous_inputs(backend):
     base = case((6, 5, 4))
     plain = everything(*base, TABLE, INDEX, SEED, backend)
     strided = [torch.empty(4, 4, 6, 5).permute(0, 2, 3, 1).copy_(t) for t in base]  # channels last
-    wide = [torch.cat([t.flatten(1), torch.ones(4, 3)], 1)[:, :120].view(4, 6, 5, 4) for t in base]  # batch stride 123
+    wide = [
+        torch.cat([t.flatten(1), torch.ones(4, 3)], 1)[:, :120].view(4, 6, 5, 4) for t in base
+    ]  # batch stride 123
     table = torch.stack([TABLE, TABLE], 2)[:, :, 0]
     index, seed = torch.stack([INDEX, INDEX], 1)[:, 0], torch.stack([SEED, SEED], 1)[:, 1]
     for inputs in (strided, wide):
         for a, b in zip(plain, everything(*inputs, table, index, seed, backend)):
             assert torch.equal(a, b)
-    transposed = [t.flatten(1).t().contiguous().t() for t in base]  # [B, N] whose elements are B apart
+    transposed = [
+        t.flatten(1).t().contiguous().t() for t in base
+    ]  # [B, N] whose elements are B apart
     for a, b in zip(plain, everything(*transposed, table, index, seed, backend)):
         assert torch.equal(a.flatten(1) if a.dim() > 1 else a, b)
 
@@ -245,8 +277,14 @@ def test_step_index_out_of_range(backend, bad):
         ek.sde_step(x, v, TABLE, index, SEED, backend=backend)
     with pytest.raises(ValueError, match="step_index"):
         ek.sde_log_prob(x, x, v, TABLE, index, backend=backend)
-    out = ek.sde_step_ref(x, v, TABLE, index, SEED)  # what a GPU gives, where looking would be a sync
-    assert out.x_next.isnan().any(1).tolist() == out.log_prob.isnan().tolist() == [False, False, True, False]
+    out = ek.sde_step_ref(
+        x, v, TABLE, index, SEED
+    )  # what a GPU gives, where looking would be a sync
+    assert (
+        out.x_next.isnan().any(1).tolist()
+        == out.log_prob.isnan().tolist()
+        == [False, False, True, False]
+    )
 
 
 STEP_ERRORS = [
@@ -266,7 +304,13 @@ STEP_ERRORS = [
 
 @pytest.mark.parametrize("error, name, change", STEP_ERRORS)
 def test_errors_name_the_argument(error, name, change):
-    arguments = {"x": torch.zeros(4, 6), "v": torch.zeros(4, 6), "table": TABLE, "step_index": INDEX, **change}
+    arguments = {
+        "x": torch.zeros(4, 6),
+        "v": torch.zeros(4, 6),
+        "table": TABLE,
+        "step_index": INDEX,
+        **change,
+    }
     with pytest.raises(error, match=f"^{name}"):
         ek.sde_step(**arguments, seed=SEED)
     with pytest.raises(error, match=f"^{name}"):
@@ -294,12 +338,24 @@ def test_errors_of_one_op_only():
 OUT_ERRORS = [
     (ValueError, r"out.x_next must have the shape", {"x_next": torch.empty(4, 5)}),
     (TypeError, r"out.x_next.dtype", {"x_next": torch.empty(4, 6, dtype=torch.float64)}),
-    (TypeError, r"out.x_next must have the store_dtype", {"x_next": torch.empty(4, 6), "store_dtype": torch.float16}),
+    (
+        TypeError,
+        r"out.x_next must have the store_dtype",
+        {"x_next": torch.empty(4, 6), "store_dtype": torch.float16},
+    ),
     (ValueError, r"out.x_next must be contiguous", {"x_next": torch.empty(6, 4).t()}),
-    (ValueError, r"out.x_next must not require grad", {"x_next": torch.empty(4, 6, requires_grad=True)}),
+    (
+        ValueError,
+        r"out.x_next must not require grad",
+        {"x_next": torch.empty(4, 6, requires_grad=True)},
+    ),
     (ValueError, r"out.x_next must not share memory with x", {"x_next": X}),
     (ValueError, r"out.x_next must not share memory with v", {"x_next": V.view(4, 6)}),
-    (ValueError, r"out.x_next must not share memory with out.x0", {"x_next": BOTH[:4], "x0": BOTH[2:]}),
+    (
+        ValueError,
+        r"out.x_next must not share memory with out.x0",
+        {"x_next": BOTH[:4], "x0": BOTH[2:]},
+    ),
     (ValueError, r"out.x0 is required", {"return_x0": True}),
     (TypeError, r"out.x0 must have the dtype of out.x_next", {"x0": torch.empty(4, 6).half()}),
     (TypeError, r"out.log_prob must be float32", {"log_prob": torch.empty(4).half()}),
@@ -323,7 +379,9 @@ def test_errors_of_out_name_the_tensor(error, message, change):
 @pytest.mark.parametrize("with_x0", [False, True])
 def test_out_is_filled_with_what_would_be_returned(backend, store, with_x0):
     x, v, _ = case((3, 43))
-    fresh = ek.sde_step(x, v, TABLE, INDEX, SEED, store_dtype=store, return_x0=with_x0, backend=backend)
+    fresh = ek.sde_step(
+        x, v, TABLE, INDEX, SEED, store_dtype=store, return_x0=with_x0, backend=backend
+    )
     x0 = torch.empty(4, 3, 43, dtype=store) if with_x0 else None
     out = ek.SdeStep(torch.empty(4, 3, 43, dtype=store), torch.empty(4), x0)
     assert ek.sde_step(x, v, TABLE, INDEX, SEED, out=out, backend=backend) is out
@@ -337,7 +395,9 @@ def test_clean_prediction(backend, shape, dtype):
     """x0 = x - sigma v, rounded once; every backend has the same bits."""
     x, v, _ = case(shape, dtype, dtype)
     sigma = broadcast_row(TABLE, INDEX, shape)[6]
-    out = ek.sde_step(x, v, TABLE, INDEX, SEED, store_dtype=torch.float32, return_x0=True, backend=backend)
+    out = ek.sde_step(
+        x, v, TABLE, INDEX, SEED, store_dtype=torch.float32, return_x0=True, backend=backend
+    )
     assert torch.equal(out.x0, x.float() - sigma * v.float())
     if backend != "triton" or dtype != torch.bfloat16:  # the interpreter truncates to bf16
         stored = ek.sde_step(x, v, TABLE, INDEX, SEED, return_x0=True, backend=backend).x0
@@ -355,7 +415,9 @@ def test_second_order_rows(backend, dynamics):
         ek.sde_step(x, v, table, index, SEED, backend=backend)
     with pytest.raises(ValueError, match="^m_prev"):
         ek.sde_log_prob(x, x, v, table, index, backend=backend)
-    missing = ek.sde_step_ref(x, v, table, index, SEED)  # what a GPU gives, where looking would be a sync
+    missing = ek.sde_step_ref(
+        x, v, table, index, SEED
+    )  # what a GPU gives, where looking would be a sync
     assert missing.x_next.isnan().flatten(1).any(1).tolist() == [True, True, False, True]
     step = ek.sde_step(x, v, table, index, SEED, m_prev=m_prev, backend=backend)
     reference = ek.sde_step_ref(x, v, table, index, SEED, m_prev=m_prev)
@@ -366,14 +428,18 @@ def test_second_order_rows(backend, dynamics):
     mu = a * x.double() + b * leaf + c * m_prev.double()
     eps = ek.philox_normal(SEED, index, x.shape[1:])
     assert worst(step.x_next, mu + s * eps.double()) < 3e-6
-    log_prob = w.flatten() * (step.x_next.double() - mu).square().flatten(1).mean(1) + const.flatten()
+    log_prob = (
+        w.flatten() * (step.x_next.double() - mu).square().flatten(1).mean(1) + const.flatten()
+    )
     log_prob.sum().backward()
     ours = v.clone().requires_grad_()
     out = ek.sde_log_prob(x, step.x_next, ours, table, index, m_prev=m_prev, backend=backend)
     assert torch.equal(out.log_prob, step.log_prob)
     out.log_prob.sum().backward()
     torch.testing.assert_close(out.log_prob.double(), log_prob.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.grad.double(), leaf.grad, rtol=2e-5, atol=1e-5 * leaf.grad.abs().max().item())
+    torch.testing.assert_close(
+        ours.grad.double(), leaf.grad, rtol=2e-5, atol=1e-5 * leaf.grad.abs().max().item()
+    )
 
 
 def test_first_order_rows_ignore_a_missing_previous(backend):
@@ -390,10 +456,16 @@ def test_rows_without_c_do_not_read_the_previous(backend):
     step_next, step_log_prob, log_prob, diff, grad = everything(*base, TABLE, INDEX, SEED, backend)
     m_prev, leaf = torch.full_like(x, math.nan), v.clone().requires_grad_()
     step = ek.sde_step(x, v, TABLE, INDEX, SEED, m_prev=m_prev, backend=backend)
-    out = ek.sde_log_prob(x, step.x_next, leaf, TABLE, INDEX, m_prev=m_prev, v_ref=v_ref, backend=backend)
+    out = ek.sde_log_prob(
+        x, step.x_next, leaf, TABLE, INDEX, m_prev=m_prev, v_ref=v_ref, backend=backend
+    )
     (out.log_prob.sum() + out.mean_diff.sum()).backward()
     assert torch.equal(step.x_next, step_next) and torch.equal(step.log_prob, step_log_prob)
-    assert torch.equal(out.log_prob, log_prob) and torch.equal(out.mean_diff, diff) and torch.equal(leaf.grad, grad)
+    assert (
+        torch.equal(out.log_prob, log_prob)
+        and torch.equal(out.mean_diff, diff)
+        and torch.equal(leaf.grad, grad)
+    )
 
 
 @pytest.mark.parametrize("name", ["x_next", "v_ref", "v_old"])
@@ -411,7 +483,9 @@ def test_a_term_whose_factor_is_zero_is_not_evaluated(backend, name):
         return torch.ops.editr2.replay_backward(*replay, *given, [True, False, False], backend)[0]
 
     clean = gradient()
-    assert clean.isfinite().all() and torch.equal(gradient(**{name: torch.full_like(x, math.inf)}), clean)
+    assert clean.isfinite().all() and torch.equal(
+        gradient(**{name: torch.full_like(x, math.inf)}), clean
+    )
     assert gradient(scale=math.inf).isinf().all()
 
 
@@ -435,7 +509,8 @@ def test_a_second_derivative_raises():
 
 @pytest.mark.parametrize("store", DTYPES)
 def test_score_of_the_unrounded_sample(backend, store):
-    """As peers score: the log-prob of x' before its cast. Only in fp32 does the replay still agree."""
+    """As peers score: the log-prob of x' before its cast. Only in fp32 does the replay still
+    agree."""
     x, v, _ = case((3, 401))
     eps = torch.randn_like(x)
     args = {"noise": eps, "store_dtype": store, "backend": backend}
@@ -443,8 +518,12 @@ def test_score_of_the_unrounded_sample(backend, store):
     peer = ek.sde_step(x, v, TABLE, INDEX, None, score="unrounded", **args)
     assert torch.equal(peer.x_next, stored.x_next)
     row = TABLE[INDEX].double()
-    expected = -0.5 * (row[:, 3:4] > 0) * eps.double().square().flatten(1).mean(1, keepdim=True) + row[:, 5:6]
-    # z is recovered from x' - mu: an fp32 rounding of values of size 8 relative to S >= 0.3, averaged over elements.
+    expected = (
+        -0.5 * (row[:, 3:4] > 0) * eps.double().square().flatten(1).mean(1, keepdim=True)
+        + row[:, 5:6]
+    )
+    # z is recovered from x' - mu: an fp32 rounding of values of size 8 relative to S >= 0.3,
+    # averaged over elements.
     torch.testing.assert_close(peer.log_prob.double(), expected[:, 0], rtol=1e-6, atol=2e-6)
     replay = ek.sde_log_prob(x, stored.x_next, v, TABLE, INDEX, backend=backend)
     noisy = TABLE[INDEX, 3] > 0
@@ -468,11 +547,17 @@ def test_opcheck():
     ops, backend = torch.ops.editr2, "ref"
     torch.library.opcheck(ops.philox_normal, (SEED, INDEX, 9, torch.bfloat16, backend))
     latents = make_latents(x, v)
-    torch.library.opcheck(ops.sde_step, (*latents, None, TABLE, INDEX, SEED, True, torch.float16, False, backend))
-    torch.library.opcheck(ops.sde_step, (*latents, v_ref, TABLE, INDEX, None, False, torch.float32, True, backend))
+    torch.library.opcheck(
+        ops.sde_step, (*latents, None, TABLE, INDEX, SEED, True, torch.float16, False, backend)
+    )
+    torch.library.opcheck(
+        ops.sde_step, (*latents, v_ref, TABLE, INDEX, None, False, torch.float32, True, backend)
+    )
     for x0 in (None, torch.empty(4, 11)):
         out = torch.empty(4, 11), x0, torch.empty(4)
-        torch.library.opcheck(ops.sde_step_out, (*latents, None, TABLE, INDEX, SEED, True, backend, *out))
+        torch.library.opcheck(
+            ops.sde_step_out, (*latents, None, TABLE, INDEX, SEED, True, backend, *out)
+        )
     leaf = v.clone().requires_grad_()
     for reference in (v_ref, None):
         replay = make_replay(x, x, leaf, TABLE, INDEX, v_ref=reference)
@@ -529,7 +614,10 @@ def test_compiles_with_out_buffers():
 def test_compiles_fullgraph_once_for_all_sizes():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    check_compiled(torch.compile(training_step, fullgraph=True, backend=counter), [(4, 5), (2, 9), (7, 16), (3, 33)])
+    check_compiled(
+        torch.compile(training_step, fullgraph=True, backend=counter),
+        [(4, 5), (2, 9), (7, 16), (3, 33)],
+    )
     assert counter.frame_count == 1
 
 

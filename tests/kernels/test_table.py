@@ -17,15 +17,26 @@ def full_log_prob(s):
 
 
 def assert_rows(table, expected):
-    np.testing.assert_allclose(table.numpy(), np.array(expected), rtol=2e-7, atol=1e-8)  # one fp32 rounding
+    np.testing.assert_allclose(
+        table.numpy(), np.array(expected), rtol=2e-7, atol=1e-8
+    )  # one fp32 rounding
 
 
 def flow_sde_row(sigma, after, g):
-    """As Flow-GRPO writes it: x + [v + g^2/(2 sigma) (x + (1 - sigma) v)] dt, collected by x and v."""
+    """As Flow-GRPO writes it: x + [v + g^2/(2 sigma) (x + (1 - sigma) v)] dt, collected by x and
+    v."""
     dt = after - sigma
     coefficient = g**2 / (2 * sigma)
     std = g * math.sqrt(-dt)
-    return [1 + coefficient * dt, dt + coefficient * (1 - sigma) * dt, 0, std, *full_log_prob(std), sigma, after]
+    return [
+        1 + coefficient * dt,
+        dt + coefficient * (1 - sigma) * dt,
+        0,
+        std,
+        *full_log_prob(std),
+        sigma,
+        after,
+    ]
 
 
 def test_flow_sde():
@@ -55,7 +66,10 @@ def test_cps():
         r = math.sqrt(n**2 - std**2)
         expected.append([(1 - n) + r, -(1 - n) * s + r * (1 - s), 0, std, -1 if n else 0, 0, s, n])
     assert_rows(ek.transition_table(SIGMAS, dynamics="cps", noise_level=0.8), expected)
-    assert_rows(ek.transition_table(SIGMAS, dynamics="cps", noise_level=0.8)[-1:], [[1, -0.2, 0, 0, 0, 0, 0.2, 0]])
+    assert_rows(
+        ek.transition_table(SIGMAS, dynamics="cps", noise_level=0.8)[-1:],
+        [[1, -0.2, 0, 0, 0, 0, 0.2, 0]],
+    )
 
 
 def test_wan_sde():
@@ -64,11 +78,14 @@ def test_wan_sde():
     expected = [flow_sde_row(s, n, 0.1 + (0.8 - 0.1) * s) for s, n in pairwise(sigmas)]
     assert_rows(ek.transition_table(sigmas, dynamics="wan-sde"), expected)
     halved = [flow_sde_row(s, n, 0.5 * (0.1 + (0.9 - 0.1) * s)) for s, n in pairwise(sigmas)]
-    assert_rows(ek.transition_table(sigmas, dynamics="wan-sde", noise_level=0.5, sigma_max=0.9), halved)
+    assert_rows(
+        ek.transition_table(sigmas, dynamics="wan-sde", noise_level=0.5, sigma_max=0.9), halved
+    )
 
 
 def test_ddim_sde():
-    """As DDIM writes it: mu from x0 and the noise (x - (1 - sigma) x0) / sigma, collected by x and v numerically."""
+    """As DDIM writes it: mu from x0 and the noise (x - (1 - sigma) x0) / sigma, collected by x and
+    v numerically."""
     expected = []
     for s, n in pairwise(SIGMAS):
         rho = 0.7 * n * math.sqrt(1 - n**2 * (1 - s) ** 2 / (s**2 * (1 - n) ** 2))
@@ -84,7 +101,8 @@ def test_ddim_sde():
 
 
 def half_difference(i, m, m_prev):
-    """(m - m_prev) / (2 r0), with r0 the ratio of the steps in lambda = ln((1 - sigma) / sigma); 0 at first order."""
+    """(m - m_prev) / (2 r0), with r0 the ratio of the steps in lambda = ln((1 - sigma) / sigma); 0
+    at first order."""
     if i in (0, len(SIGMAS) - 2) or SIGMAS[i - 1] == 1.0:
         return 0.0
     before, now, after = (math.log((1 - sigma) / sigma) for sigma in SIGMAS[i - 1 : i + 2])
@@ -97,7 +115,8 @@ def decay(s, n):
 
 
 def collected(mu, s):
-    """The coefficients of a function of x, m and m_prev that is linear in them, with m = x - sigma v."""
+    """The coefficients of a function of x, m and m_prev that is linear in them, with m = x - sigma
+    v."""
     on_x, on_m, on_previous = mu(1, 0, 0), mu(0, 1, 0), mu(0, 0, 1)
     return [on_x + on_m, -s * on_m, on_previous]
 
@@ -131,11 +150,14 @@ def test_dpm_sde():
     table = ek.transition_table(SIGMAS, dynamics="dpm++sde")
     assert_rows(table, expected)
     assert (table[:, C] != 0).tolist() == [False, False, True, False]
-    assert torch.equal(table[3], ek.transition_table(SIGMAS, dynamics="ode")[3])  # its last step goes to x0
+    assert torch.equal(
+        table[3], ek.transition_table(SIGMAS, dynamics="ode")[3]
+    )  # its last step goes to x0
 
 
 def test_dpm_is_of_second_order():
-    """On x(sigma) = 1 - sigma + sigma^3 the error of Euler halves with the steps, that of DPM++2M quarters."""
+    """On x(sigma) = 1 - sigma + sigma^3 the error of Euler halves with the steps, that of DPM++2M
+    quarters."""
 
     def error(steps, solver):
         sigmas = np.linspace(0.9, 0.1, steps + 1).tolist()
@@ -150,7 +172,8 @@ def test_dpm_is_of_second_order():
 
     assert 1.7 < error(64, "euler") / error(128, "euler") < 2.3
     assert error(128, "dpm++2m") < error(128, "euler") / 10
-    # The first and last steps are Euler's, of local order 2: together with the rest, global order 2.
+    # The first and last steps are Euler's, of local order 2: together with the rest, global order
+    # 2.
     assert 3.3 < error(64, "dpm++2m") / error(128, "dpm++2m") < 4.7
 
 
@@ -166,10 +189,16 @@ def test_deterministic_rows_follow_the_solver():
 @pytest.mark.parametrize("dynamics", [d for d in ek.DYNAMICS if d != "ode"])
 def test_log_prob_variants(dynamics):
     level = 1.0 if dynamics == "dpm++sde" else 0.7
-    tables = {kind: ek.transition_table(SIGMAS, dynamics=dynamics, noise_level=level, log_prob=kind) for kind in KINDS}
+    tables = {
+        kind: ek.transition_table(SIGMAS, dynamics=dynamics, noise_level=level, log_prob=kind)
+        for kind in KINDS
+    }
     noisy = tables["full"][:, S] > 0
     for kind, table in tables.items():
-        assert torch.equal(table[:, :W], tables["full"][:, :W]) and not table[~noisy][:, [W, CONST]].any()
+        assert (
+            torch.equal(table[:, :W], tables["full"][:, :W])
+            and not table[~noisy][:, [W, CONST]].any()
+        )
         for row in table[noisy].double():
             w, c = full_log_prob(row[S].item())
             w, c = {"full": (w, c), "scaled": (w, 0.0), "unscaled": (-1.0, 0.0)}[kind]
@@ -201,7 +230,9 @@ def test_window_is_half_open_and_outside_is_the_ode():
 def test_sequences_and_tensors_are_taken():
     table = ek.transition_table(SIGMAS, noise_level=0.7)
     assert table.dtype == torch.float32 and table.shape == (4, 8)
-    assert torch.equal(table, ek.transition_table(torch.tensor(SIGMAS, dtype=torch.float64), noise_level=0.7))
+    assert torch.equal(
+        table, ek.transition_table(torch.tensor(SIGMAS, dtype=torch.float64), noise_level=0.7)
+    )
 
 
 def test_flow_sigmas():

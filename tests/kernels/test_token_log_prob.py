@@ -1,4 +1,5 @@
-"""token_log_prob: numerics, both forms, memory, independence of everything a row must not depend on."""
+"""token_log_prob: numerics, both forms, memory, independence of everything a row must not depend
+on."""
 
 import math
 
@@ -29,7 +30,10 @@ def eager(logits, ids, temperature):
 def gradient(function, logits, g_log_prob, g_entropy):
     leaf = logits.detach().clone().requires_grad_()
     log_prob, entropy = function(leaf)
-    ((log_prob * g_log_prob.to(log_prob.dtype)).sum() + (entropy * g_entropy.to(entropy.dtype)).sum()).backward()
+    (
+        (log_prob * g_log_prob.to(log_prob.dtype)).sum()
+        + (entropy * g_entropy.to(entropy.dtype)).sum()
+    ).backward()
     return leaf.grad
 
 
@@ -49,7 +53,8 @@ def worst(actual, expected):
 @pytest.mark.parametrize("m, v", SIZES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_error_is_that_of_rounding(backend, m, v, dtype, temperature, skip_interpreted_bf16):
-    """Two references: against float64, at most twice the error of the same-dtype eager path, both ways.
+    """Two references: against float64, at most twice the error of the same-dtype eager path, both
+    ways.
 
     The floor is 3 roundings of the largest value in fp32: of few rows the eager path can be lucky.
     """
@@ -60,21 +65,30 @@ def test_error_is_that_of_rounding(backend, m, v, dtype, temperature, skip_inter
     exact, same = eager(logits.double(), ids, temperature), eager(logits, ids, temperature)
     for ours, truth, theirs in zip(out, exact, same):
         assert ours.dtype == torch.float32 and ours.shape == ids.shape
-        assert worst(ours, truth) <= 2 * worst(theirs, truth) + 2e-7 * max(truth.abs().max().item(), 1.0)
+        assert worst(ours, truth) <= 2 * worst(theirs, truth) + 2e-7 * max(
+            truth.abs().max().item(), 1.0
+        )
     exact = gradient(lambda x: eager(x, ids, temperature), logits.double(), *grads)
     same = gradient(lambda x: eager(x, ids, temperature), logits, *grads)
-    ours = gradient(lambda x: ek.token_log_prob(x, ids, temperature=temperature, backend=backend), logits, *grads)
+    ours = gradient(
+        lambda x: ek.token_log_prob(x, ids, temperature=temperature, backend=backend),
+        logits,
+        *grads,
+    )
     assert ours.dtype == dtype and ours.shape == logits.shape
     assert worst(ours, exact) <= 2 * worst(same, exact) + 2e-7 * max(exact.abs().max().item(), 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_against_float64(backend, dtype):
-    """Inputs are read exactly and everything after is fp32, so one tight bound holds for every dtype."""
+    """Inputs are read exactly and everything after is fp32, so one tight bound holds for every
+    dtype."""
     logits, ids = case(4, 5003, dtype)
     out = ek.token_log_prob(logits, ids, backend=backend)
     for ours, truth in zip(out, eager(logits.double(), ids, 1.0)):
-        torch.testing.assert_close(ours.double(), truth, rtol=5e-7, atol=1e-6)  # ln s near 12 has an ulp of 1e-6
+        torch.testing.assert_close(
+            ours.double(), truth, rtol=5e-7, atol=1e-6
+        )  # ln s near 12 has an ulp of 1e-6
 
 
 def test_large_logits_keep_their_digits(backend):
@@ -83,19 +97,30 @@ def test_large_logits_keep_their_digits(backend):
     logits = (logits * 64).round() / 64 + 1e4  # exact in fp32 with and without the shift
     grads = torch.randn(4), torch.randn(4)
     for a, b in zip(
-        everything(logits, ids, grads, backend=backend), everything(logits - 1e4, ids, grads, backend=backend)
+        everything(logits, ids, grads, backend=backend),
+        everything(logits - 1e4, ids, grads, backend=backend),
     ):
         assert torch.equal(a, b)
 
 
 def test_extreme_and_forbidden_logits(backend):
-    rows = [[1e4, -1e4, 0.0], [-INF, 2.0, -INF], [-INF, 1.0, 1.0], [3e38, -3e38, 3e38], [-3e4, -2e4, -2e4]]
+    rows = [
+        [1e4, -1e4, 0.0],
+        [-INF, 2.0, -INF],
+        [-INF, 1.0, 1.0],
+        [3e38, -3e38, 3e38],
+        [-3e4, -2e4, -2e4],
+    ]
     logits, ids = torch.tensor(rows), torch.tensor([0, 1, 0, 2, 2])
-    log_prob, entropy, grad = everything(logits, ids, (torch.ones(5), torch.ones(5)), backend=backend)
+    log_prob, entropy, grad = everything(
+        logits, ids, (torch.ones(5), torch.ones(5)), backend=backend
+    )
     ln2 = math.log(2)
     torch.testing.assert_close(log_prob, torch.tensor([0.0, 0.0, -INF, -ln2, -ln2]))
     torch.testing.assert_close(entropy, torch.tensor([0.0, 0.0, ln2, ln2, ln2]))
-    expected = torch.tensor([[0.0, 0, 0], [0, 0, 0], [1, -0.5, -0.5], [-0.5, 0, 0.5], [0, -0.5, 0.5]])
+    expected = torch.tensor(
+        [[0.0, 0, 0], [0, 0, 0], [1, -0.5, -0.5], [-0.5, 0, 0.5], [0, -0.5, 0.5]]
+    )
     torch.testing.assert_close(grad, expected)
 
 
@@ -135,7 +160,9 @@ def test_each_gradient_alone(backend):
     out[0].log_prob.sum().backward()
     out[1].entropy.sum().backward()
     (out[2].log_prob.sum() + out[2].entropy.sum()).backward()
-    torch.testing.assert_close(leaves[0].grad + leaves[1].grad, leaves[2].grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        leaves[0].grad + leaves[1].grad, leaves[2].grad, rtol=1e-5, atol=1e-7
+    )
     p = logits.softmax(-1)
     expected = torch.nn.functional.one_hot(ids, 77) - p
     torch.testing.assert_close(leaves[0].grad, expected, rtol=1e-5, atol=1e-7)
@@ -144,15 +171,23 @@ def test_each_gradient_alone(backend):
 
 
 @settings(max_examples=30, deadline=None)
-@given(v=st.integers(1, 300), spread=st.floats(0.0, 30.0), temperature=st.floats(0.1, 10.0), seed=st.integers(0, 2**31))
+@given(
+    v=st.integers(1, 300),
+    spread=st.floats(0.0, 30.0),
+    temperature=st.floats(0.1, 10.0),
+    seed=st.integers(0, 2**31),
+)
 def test_identities(v, spread, temperature, seed):
-    """A shift of all logits changes nothing, so gradients add up to 0; 0 <= entropy <= ln V; log_prob <= 0."""
+    """A shift of all logits changes nothing, so gradients add up to 0; 0 <= entropy <= ln V;
+    log_prob <= 0."""
     generator = torch.Generator().manual_seed(seed)
     logits = spread * torch.randn(3, v, generator=generator)
     ids = torch.randint(v, (3,), generator=generator)
     grads = torch.randn(3, generator=generator), torch.randn(3, generator=generator)
     for backend in ("ref", *(["cpu"] if ek.backends()["cpu"].available else [])):
-        log_prob, entropy, grad = everything(logits, ids, grads, temperature=temperature, backend=backend)
+        log_prob, entropy, grad = everything(
+            logits, ids, grads, temperature=temperature, backend=backend
+        )
         size = (grads[0].abs() + grads[1].abs() * math.log(v + 1)) / temperature
         assert (grad.double().sum(1).abs() <= 2e-6 * size + 1e-12).all()
         assert (log_prob <= 1e-6).all()
@@ -180,7 +215,9 @@ def test_backward_is_the_reference_differentiated(backend):
     logits[:, 5] = -INF
     ids[:] = torch.tensor([7, -100, 8, 9])
     grads = torch.randn(4), torch.randn(4)
-    ours = gradient(lambda x: ek.token_log_prob(x, ids, temperature=0.9, backend=backend), logits, *grads)
+    ours = gradient(
+        lambda x: ek.token_log_prob(x, ids, temperature=0.9, backend=backend), logits, *grads
+    )
     auto = gradient(lambda x: ek.token_log_prob_ref(x, ids, temperature=0.9), logits, *grads)
     torch.testing.assert_close(ours, auto, rtol=2e-6, atol=3e-7)
 
@@ -191,7 +228,9 @@ def test_a_row_is_independent_of_batch_threads_and_order(backend, v, one_thread,
         v = min(v, 5000)  # two blocks a row
     logits, ids = case(6, v, torch.bfloat16)
     grads = torch.randn(6), torch.randn(6)
-    run = lambda rows: everything(logits[rows], ids[rows], [g[rows] for g in grads], backend=backend)  # noqa: E731
+    run = lambda rows: everything(
+        logits[rows], ids[rows], [g[rows] for g in grads], backend=backend
+    )  # noqa: E731
     whole = two_threads(lambda: run(slice(None)))
     order = torch.randperm(6)
     for rows, again in [
@@ -238,7 +277,9 @@ def test_shapes_and_strides(backend):
         everything(logits, ids, expanded, backend=backend),
     ):
         assert torch.equal(a, b)
-    folded = everything(logits.view(2, 3, 40), ids.view(2, 3), [g.view(2, 3) for g in grads], backend=backend)
+    folded = everything(
+        logits.view(2, 3, 40), ids.view(2, 3), [g.view(2, 3) for g in grads], backend=backend
+    )
     for a, b in zip(plain, folded):
         assert torch.equal(a, b.flatten(0, 1)) and b.shape[:2] == (2, 3)
     single = everything(logits[1], ids[1], [g[1] for g in grads], backend=backend)
@@ -252,10 +293,15 @@ def test_no_rows(backend, shape):
     grads = torch.zeros(shape), torch.zeros(shape)
     outputs = everything(torch.zeros(*shape, 5), ids, grads, backend=backend)
     assert [tuple(t.shape) for t in outputs] == [shape, shape, (*shape, 5)]
-    hidden, weight = torch.zeros(*shape, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    hidden, weight = (
+        torch.zeros(*shape, 4, requires_grad=True),
+        torch.ones(5, 4, requires_grad=True),
+    )
     out = ek.token_log_prob((hidden, weight), ids, backend=backend)
     out.log_prob.sum().backward()
-    assert out.entropy.shape == shape and hidden.grad.shape == hidden.shape and not weight.grad.any()
+    assert (
+        out.entropy.shape == shape and hidden.grad.shape == hidden.shape and not weight.grad.any()
+    )
 
 
 def test_inputs_and_incoming_gradients_stay_as_they_were(backend):
@@ -302,7 +348,8 @@ def test_hidden_form_is_the_logits_form(backend, dtype, chunk_rows, skip_interpr
     leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
     out = ek.token_log_prob(leaves[0] @ leaves[1].t(), ids, **options)
     torch.autograd.backward(out, grads)
-    # The same logits up to the rounding of a product with other row counts: a unit of the dtype, on values of ~15.
+    # The same logits up to the rounding of a product with other row counts: a unit of the dtype, on
+    # values of ~15.
     unit = torch.finfo(dtype).eps
     for a, b in zip(ours[:2], out):
         torch.testing.assert_close(a, b.detach(), rtol=4 * unit, atol=32 * unit)
@@ -315,7 +362,8 @@ def test_hidden_form_is_the_logits_form(backend, dtype, chunk_rows, skip_interpr
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hidden_gradients_against_float64(dtype):
-    """Two references over chunks: the weight's gradient is summed in fp32, so more chunks lose nothing."""
+    """Two references over chunks: the weight's gradient is summed in fp32, so more chunks lose
+    nothing."""
     hidden, weight, ids = hidden_case(64, 16, 97, dtype)
     grads = torch.randn(64), torch.randn(64)
 
@@ -367,7 +415,9 @@ def test_autocast_changes_nothing(backend):
 
 def peak_bytes(function):
     """The most memory that tensors allocated inside `function` held at a time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         function()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -390,7 +440,10 @@ def test_memory_of_both_forms():
     assert peak_bytes(lambda: everything(logits, ids, grads)) <= full + slack  # the gradient itself
     with torch.no_grad():
         assert peak_bytes(lambda: ek.token_log_prob(logits, ids)) <= slack
-        assert peak_bytes(lambda: ek.token_log_prob((hidden, weight), ids, chunk_rows=rows)) <= 4 * rows * v + slack
+        assert (
+            peak_bytes(lambda: ek.token_log_prob((hidden, weight), ids, chunk_rows=rows))
+            <= 4 * rows * v + slack
+        )
     leaves = [t.requires_grad_() for t in (hidden, weight)]
 
     def train():
@@ -439,7 +492,9 @@ def test_id_outside_the_vocabulary(backend):
         with pytest.raises(ValueError, match="ids"):
             ek.token_log_prob(value, ids, backend=backend)
     out = ek.token_log_prob_ref(logits, ids)  # what a GPU gives, where looking would be a sync
-    assert out.log_prob.isnan().tolist() == out.entropy.isnan().tolist() == [False, False, True, False]
+    assert (
+        out.log_prob.isnan().tolist() == out.entropy.isnan().tolist() == [False, False, True, False]
+    )
 
 
 def test_native_checks_its_arguments():
@@ -470,7 +525,11 @@ def test_native_checks_its_arguments():
         "V": 0,
         "threads": 0,
     }
-    for name, value in [*bad.items(), ("logits", (logits.data_ptr(), 3, 5)), ("logits", (logits.data_ptr(), 0, -5))]:
+    for name, value in [
+        *bad.items(),
+        ("logits", (logits.data_ptr(), 3, 5)),
+        ("logits", (logits.data_ptr(), 0, -5)),
+    ]:
         with pytest.raises(ValueError, match=f"^{name}"):
             native().token_log_prob(**{**good, name: value})
     ids[1] = 5
@@ -533,7 +592,10 @@ def check_compiled(compiled, sizes):
 def test_compiles_fullgraph_once_for_all_sizes():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    check_compiled(torch.compile(training_step, fullgraph=True, backend=counter), [(4, 5), (2, 9), (7, 16), (3, 33)])
+    check_compiled(
+        torch.compile(training_step, fullgraph=True, backend=counter),
+        [(4, 5), (2, 9), (7, 16), (3, 33)],
+    )
     assert counter.frame_count == 1
 
 
@@ -557,11 +619,18 @@ class TestOnAGpu:
         ours = everything(*on_gpu[:2], on_gpu[2:], temperature=0.7, backend=name)
         again = everything(*on_gpu[:2], on_gpu[2:], temperature=0.7, backend=name)
         assert all(torch.equal(a, b) for a, b in zip(ours, again))
-        part = everything(*(t[1:3] for t in on_gpu[:2]), [g[1:3] for g in on_gpu[2:]], temperature=0.7, backend=name)
+        part = everything(
+            *(t[1:3] for t in on_gpu[:2]),
+            [g[1:3] for g in on_gpu[2:]],
+            temperature=0.7,
+            backend=name,
+        )
         assert all(torch.equal(a[1:3], b) for a, b in zip(ours, part))
         unit = torch.finfo(dtype).eps
         for a, b in zip(ours, everything(logits, ids, grads, temperature=0.7, backend="ref")):
-            torch.testing.assert_close(a.cpu(), b, rtol=max(unit if b.dtype == dtype else 0, 2e-6), atol=2e-6)
+            torch.testing.assert_close(
+                a.cpu(), b, rtol=max(unit if b.dtype == dtype else 0, 2e-6), atol=2e-6
+            )
 
     def test_id_outside_the_vocabulary_is_nan(self, name):
         logits, ids = (t.cuda() for t in case(4, 100))
@@ -569,7 +638,12 @@ class TestOnAGpu:
         grads = torch.ones(4, device="cuda"), torch.ones(4, device="cuda")
         log_prob, entropy, grad = everything(logits, ids, grads, backend=name)
         expected = [False, False, True, False]
-        assert log_prob.isnan().tolist() == entropy.isnan().tolist() == grad.isnan().all(1).tolist() == expected
+        assert (
+            log_prob.isnan().tolist()
+            == entropy.isnan().tolist()
+            == grad.isnan().all(1).tolist()
+            == expected
+        )
 
     def test_is_captured_in_a_graph(self, name):
         logits, ids = (t.cuda() for t in case(4, 5000, torch.bfloat16))
@@ -584,5 +658,9 @@ class TestOnAGpu:
         hidden, weight, ids = (t.cuda() for t in hidden_case(100, 64, 3001, torch.bfloat16))
         grads = torch.ones(100, device="cuda"), torch.ones(100, device="cuda")
         ours = hidden_everything(hidden, weight, ids, grads, chunk_rows=32, backend=name)
-        for a, b in zip(ours, hidden_everything(hidden, weight, ids, grads, chunk_rows=32, backend="ref")):
-            torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-4)  # the same logits; gradients round to bf16
+        for a, b in zip(
+            ours, hidden_everything(hidden, weight, ids, grads, chunk_rows=32, backend="ref")
+        ):
+            torch.testing.assert_close(
+                a, b, rtol=2**-7, atol=1e-4
+            )  # the same logits; gradients round to bf16

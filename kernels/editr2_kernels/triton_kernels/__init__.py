@@ -1,4 +1,5 @@
-"""The Triton kernels of all operators and their launchers. Imported on first use, so that Triton is too."""
+"""The Triton kernels of all operators and their launchers. Imported on first use, so that Triton is
+too."""
 
 from .common import INTERPRETED, OPTIONS
 from .group import group_advantage

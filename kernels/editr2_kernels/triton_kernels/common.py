@@ -1,19 +1,23 @@
 """What the Triton kernels share: noise, exponential, ordered sums, addressing, table rows.
 
-Layout: one program reads one chunk of BLOCK elements of one sample; sums leave as one partial per chunk, and a second
-kernel adds a sample's partials in order. Nothing depends on the batch, no atomics, no autotuning. Inside a chunk the
-sum is a tree of pairs written out with reshapes: `tl.sum` over a whole block would add in an order that follows the
-layout the compiler picks, which differs between a bf16 and an fp32 kernel and so between a step and its replay.
+Layout: one program reads one chunk of BLOCK elements of one sample; sums leave as one partial per
+chunk, and a second kernel adds a sample's partials in order. Nothing depends on the batch, no
+atomics, no autotuning. Inside a chunk the sum is a tree of pairs written out with reshapes:
+`tl.sum` over a whole block would add in an order that follows the layout the compiler picks, which
+differs between a bf16 and an fp32 kernel and so between a step and its replay.
 
-A pointer may be None, for an absent tensor: that is a constant to Triton, so the code that reads it is not compiled.
+A pointer may be None, for an absent tensor: that is a constant to Triton, so the code that reads it
+is not compiled.
 
-Floating-point contraction is off (`enable_fp_fusion=False`): mu must have the same bits in every kernel. exp, log,
-sin and cos are our own (Cephes polynomials): `tl.exp` and `tl.log` are approximations, the second with a large relative
-error near 1, and libdevice's `sin` brings fp64 instructions along.
+Floating-point contraction is off (`enable_fp_fusion=False`): mu must have the same bits in every
+kernel. exp, log,
+sin and cos are our own (Cephes polynomials): `tl.exp` and `tl.log` are approximations, the second
+with a large relative error near 1, and libdevice's `sin` brings fp64 instructions along.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
+# Triton kernels are untyped by nature: their arguments are pointers and constants of another
+# language.
 
 from __future__ import annotations
 
@@ -27,7 +31,8 @@ from torch import Tensor
 # 1024 elements are 8 per thread at 4 warps: one 16-byte access of bf16, two of fp32.
 BLOCK = 1024
 LOG2_BLOCK = 10
-# Partials of a sample that are added at once; the order of the sum follows from it, in every kernel that finishes.
+# Partials of a sample that are added at once; the order of the sum follows from it, in every kernel
+# that finishes.
 PARTIALS = 256
 LOG2_PARTIALS = 8
 UNITS = 16  # samples that a program of the kernels below finishes at once
@@ -59,7 +64,8 @@ def log_unit(u):
 
 @triton.jit
 def normal_pair(a, b):
-    """Box-Muller. The quadrant comes from the bits of k, so the reduction to [-pi/4, pi/4] is exact."""
+    """Box-Muller. The quadrant comes from the bits of k, so the reduction to [-pi/4, pi/4] is
+    exact."""
     u = a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     radius = tl.sqrt_rn(log_unit(u) * -2.0)
     k = b.to(tl.int32, bitcast=True) >> 8
@@ -117,7 +123,8 @@ def exponential(x):
 
 @triton.jit
 def pair_sums(value, LEVELS: tl.constexpr):
-    """[M 2^LEVELS] -> [M], by neighbouring pairs, level after level: the same order in every layout."""
+    """[M 2^LEVELS] -> [M], by neighbouring pairs, level after level: the same order in every
+    layout."""
     for _ in tl.static_range(LEVELS):
         value = tl.sum(tl.reshape(value, (value.shape[0] // 2, 2)), axis=1)
     return value
@@ -141,8 +148,8 @@ def place(chunks, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def mask_if(condition, mask):
-    """mask, all False unless a sample's condition holds. Not `&`: the interpreter broadcasts a comparison of floats as
-    floats, which have no `&`."""
+    """mask, all False unless a sample's condition holds. Not `&`: the interpreter broadcasts a
+    comparison of floats as floats, which have no `&`."""
     return tl.where(condition, mask, False)
 
 
@@ -173,7 +180,8 @@ def entry(row, column, inside):
 
 @triton.jit
 def transition_mean(x, u, m_prev_ptr, m_prev_stride, sample, offsets, mask, row, inside):
-    """mu = A x + B u + C m_prev; m_prev is not read where C is 0, and mu is NaN where it is absent and C is not."""
+    """mu = A x + B u + C m_prev; m_prev is not read where C is 0, and mu is NaN where it is absent
+    and C is not."""
     mu = entry(row, 0, inside) * x + entry(row, 1, inside) * u
     c = entry(row, 2, inside)
     if m_prev_ptr is None:
@@ -190,21 +198,43 @@ def scaled(factor, scale):
 
 
 @triton.jit
-def totals(partial_ptr, first, count, chunks, UNITS: tl.constexpr, PARTIALS: tl.constexpr, LEVELS: tl.constexpr):
-    """[UNITS]: the sums of units first .. of partial[count, chunks], each in an order of its own; 0 beyond count."""
+def totals(
+    partial_ptr,
+    first,
+    count,
+    chunks,
+    UNITS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """[UNITS]: the sums of units first .. of partial[count, chunks], each in an order of its own; 0
+    beyond count."""
     lane = tl.arange(0, UNITS * PARTIALS)
     unit = first + lane // PARTIALS
     total = tl.zeros((UNITS,), tl.float32)
     for start in range(0, chunks, PARTIALS):
         chunk = start + lane % PARTIALS
-        value = tl.load(partial_ptr + unit * chunks + chunk, mask=(unit < count) & (chunk < chunks), other=0.0)
+        value = tl.load(
+            partial_ptr + unit * chunks + chunk, mask=(unit < count) & (chunk < chunks), other=0.0
+        )
         total += pair_sums(value, LEVELS)
     return total
 
 
 @triton.jit
-def means(partial_ptr, first, count, chunks, n, UNITS: tl.constexpr, PARTIALS: tl.constexpr, LEVELS: tl.constexpr):
-    return tl.div_rn(totals(partial_ptr, first, count, chunks, UNITS, PARTIALS, LEVELS), tl.cast(n, tl.float32))
+def means(
+    partial_ptr,
+    first,
+    count,
+    chunks,
+    n,
+    UNITS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    return tl.div_rn(
+        totals(partial_ptr, first, count, chunks, UNITS, PARTIALS, LEVELS), tl.cast(n, tl.float32)
+    )
 
 
 @triton.jit(do_not_specialize=["n", "batch", "chunks", "plane"])
@@ -219,7 +249,8 @@ def means_kernel(
     PARTIALS: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """means[M, B] of M planes partial[B, chunks], `plane` apart; a program UNITS samples of one plane."""
+    """means[M, B] of M planes partial[B, chunks], `plane` apart; a program UNITS samples of one
+    plane."""
     first = tl.program_id(0).to(tl.int64) * UNITS
     moment = tl.program_id(1).to(tl.int64)
     sample = first + tl.arange(0, UNITS)
@@ -262,7 +293,10 @@ def finish_kernel(
     z2 = means(partial_ptr, first, batch, chunks, n, 1, PARTIALS, LEVELS)
     tl.store(log_prob_ptr + sample, entry(row, 4, inside) * z2 + entry(row, 5, inside))
     if diff_partial_ptr is not None:
-        tl.store(mean_diff_ptr + sample, means(diff_partial_ptr, first, batch, chunks, n, 1, PARTIALS, LEVELS))
+        tl.store(
+            mean_diff_ptr + sample,
+            means(diff_partial_ptr, first, batch, chunks, n, 1, PARTIALS, LEVELS),
+        )
 
 
 INTERPRETED = not isinstance(tree_sum, triton.runtime.JITFunction)
@@ -278,7 +312,8 @@ def on_device(value: Tensor) -> Any:
 
 
 def rows_of(**tensors: Tensor | None) -> dict[str, Any]:
-    """[B, N] tensors as the kernels take them: NAME_ptr and NAME_stride, a sample's distance in elements."""
+    """[B, N] tensors as the kernels take them: NAME_ptr and NAME_stride, a sample's distance in
+    elements."""
     arguments: dict[str, Any] = {}
     for name, tensor in tensors.items():
         arguments[f"{name}_ptr"] = tensor
@@ -287,11 +322,21 @@ def rows_of(**tensors: Tensor | None) -> dict[str, Any]:
 
 
 def sample_means(partial: Tensor, batch: int, chunks: int, n: int) -> Tensor:
-    """partial: [M, B * chunks or more] -> [M, B]. By many programs: one would read all partial sums of the batch."""
+    """partial: [M, B * chunks or more] -> [M, B]. By many programs: one would read all partial sums
+    of the batch."""
     moments, plane = partial.shape
     found = torch.empty(moments, batch, dtype=torch.float32, device=partial.device)
     means_kernel[((batch + UNITS - 1) // UNITS, moments)](
-        partial, found, n, batch, chunks, plane, UNITS=UNITS, PARTIALS=PARTIALS, LEVELS=LOG2_PARTIALS, **OPTIONS
+        partial,
+        found,
+        n,
+        batch,
+        chunks,
+        plane,
+        UNITS=UNITS,
+        PARTIALS=PARTIALS,
+        LEVELS=LOG2_PARTIALS,
+        **OPTIONS,
     )
     return found
 

@@ -1,16 +1,19 @@
-"""group_advantage in one launch: a program a sample, of which the first of each group does its group.
+"""group_advantage in one launch: a program a sample, of which the first of each group does its
+group.
 
-What needs the whole batch (std "global", fusion "gdpo") is done by the program that finishes last, which it learns from
-a counter. Statistics are integer sums, so nothing depends on which program that is, nor on the order of the others. The
-numbered steps are those of `editr2_kernels.group_advantage`, which defines every rounding.
+What needs the whole batch (std "global", fusion "gdpo") is done by the program that finishes last,
+which it learns from a counter. Statistics are integer sums, so nothing depends on which program
+that is, nor on the order of the others. The numbered steps are those of
+`editr2_kernels.group_advantage`, which defines every rounding.
 
-Between the two stages the outputs carry intermediates, at the cell of a unit's first turn: `advantage` the fused
-advantage so far, `mask_out` bit 0 "trains" and bit 1 "counts"; `scratch` the differences d[column, unit] for std
-"global".
+Between the two stages the outputs carry intermediates, at the cell of a unit's first turn:
+`advantage` the fused advantage so far, `mask_out` bit 0 "trains" and bit 1 "counts"; `scratch` the
+differences d[column, unit] for std "global".
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
+# Triton kernels are untyped by nature: their arguments are pointers and constants of another
+# language.
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ GDPO: tl.constexpr = tl.constexpr(2)
 GROUP_STD: tl.constexpr = tl.constexpr(0)
 GLOBAL_STD: tl.constexpr = tl.constexpr(1)
 NO_STD: tl.constexpr = tl.constexpr(2)
-# Where statistics take their units from: a set; the whole batch; the whole batch, by its fused advantages.
+# Where statistics take their units from: a set; the whole batch; the whole batch, by its fused
+# advantages.
 SET: tl.constexpr = tl.constexpr(0)
 BATCH: tl.constexpr = tl.constexpr(1)
 FUSED: tl.constexpr = tl.constexpr(2)
@@ -47,7 +51,8 @@ def _power_of_two(exponent):
 
 @triton.jit
 def _size(value):
-    """The bits of |value|, which order like |value|, with infinities and then NaN above every number."""
+    """The bits of |value|, which order like |value|, with infinities and then NaN above every
+    number."""
     return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -58,13 +63,17 @@ def _exponent(size):
 
 @triton.jit
 def _rint(value):
-    """Round to even: beyond 2^22 the sum below would be too coarse, but from 2^23 on a float is an integer."""
-    return tl.where(tl.abs(value) < 4194304.0, (value + 12582912.0) - 12582912.0, _rint_large(value))
+    """Round to even: beyond 2^22 the sum below would be too coarse, but from 2^23 on a float is an
+    integer."""
+    return tl.where(
+        tl.abs(value) < 4194304.0, (value + 12582912.0) - 12582912.0, _rint_large(value)
+    )
 
 
 @triton.jit
 def _rint_large(value):
-    """2^22 <= |value|: halves remain below 2^23, where adding and taking away 2^23 rounds them to even."""
+    """2^22 <= |value|: halves remain below 2^23, where adding and taking away 2^23 rounds them to
+    even."""
     size = tl.abs(value)
     size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
     return tl.where(value < 0, -size, size)
@@ -82,7 +91,9 @@ def _fixed(value, inside, size):
 def _moment(total, divisor, size):
     safe = tl.maximum(divisor, 1)
     magnitude = (2 * tl.abs(total) + safe) // (2 * safe)
-    mean = tl.where(total < 0, -magnitude, magnitude).to(tl.float32) * _power_of_two(_exponent(size) - 40)
+    mean = tl.where(total < 0, -magnitude, magnitude).to(tl.float32) * _power_of_two(
+        _exponent(size) - 40
+    )
     return tl.where(size < 0x7F800000, tl.where(divisor > 0, mean, 0.0), float("nan"))
 
 
@@ -106,9 +117,18 @@ def _live(scores_ptr, mask_ptr, sample, turn, inside, turns, K: tl.constexpr, FI
 
 @triton.jit
 def _counted(
-    scores_ptr, mask_ptr, sample, turn, inside, turns, K: tl.constexpr, AGGREGATE: tl.constexpr, FILTER: tl.constexpr
+    scores_ptr,
+    mask_ptr,
+    sample,
+    turn,
+    inside,
+    turns,
+    K: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    FILTER: tl.constexpr,
 ):
-    """Step 5 before sets are dropped; FILTER: -1 also where what it masks stays in the statistics."""
+    """Step 5 before sets are dropped; FILTER: -1 also where what it masks stays in the
+    statistics."""
     if AGGREGATE == NONE:
         counted = _live(scores_ptr, mask_ptr, sample, turn, inside, turns, K, FILTER)
     else:
@@ -143,13 +163,23 @@ def _value(scores_ptr, unit, k, inside, turns, K: tl.constexpr, AGGREGATE: tl.co
 
 @triton.jit
 def _column(
-    scores_ptr, weights_ptr, unit, k, inside, turns, K: tl.constexpr, AGGREGATE: tl.constexpr, FUSE: tl.constexpr
+    scores_ptr,
+    weights_ptr,
+    unit,
+    k,
+    inside,
+    turns,
+    K: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    FUSE: tl.constexpr,
 ):
     """Step 4: the fused value, or reward k's."""
     if FUSE:
         value = tl.load(weights_ptr) * _value(scores_ptr, unit, 0, inside, turns, K, AGGREGATE)
         for other in range(1, K):
-            term = tl.load(weights_ptr + other) * _value(scores_ptr, unit, other, inside, turns, K, AGGREGATE)
+            term = tl.load(weights_ptr + other) * _value(
+                scores_ptr, unit, other, inside, turns, K, AGGREGATE
+            )
             value = value + term
     else:
         value = _value(scores_ptr, unit, k, inside, turns, K, AGGREGATE)
@@ -174,7 +204,8 @@ def _members(
     WHERE: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Units of one block: their index, sample and (first) turn, and which of them count in this set, or batch."""
+    """Units of one block: their index, sample and (first) turn, and which of them count in this
+    set, or batch."""
     at = start + tl.arange(0, COLS)
     if AGGREGATE != NONE:
         sample = at
@@ -191,7 +222,9 @@ def _members(
     inside = sample < samples
     if WHERE == SET:
         inside = inside & (tl.load(group_ptr + sample, mask=inside, other=0) == group)
-        inside = _counted(scores_ptr, mask_ptr, sample, turn_of, inside, turns, K, AGGREGATE, FILTER)
+        inside = _counted(
+            scores_ptr, mask_ptr, sample, turn_of, inside, turns, K, AGGREGATE, FILTER
+        )
     else:
         flags = tl.load(mask_out_ptr + sample * turns + turn_of, mask=inside, other=0)
         inside = inside & ((flags & 2) != 0)
@@ -254,8 +287,8 @@ def _statistics(
     WHERE: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Step 6: the least value, the mean above it, and if STD the std (else 0), of one set or of the batch, in two or
-    four passes."""
+    """Step 6: the least value, the mean above it, and if STD the std (else 0), of one set or of the
+    batch, in two or four passes."""
     if AGGREGATE != NONE or (BY_TURN and WHERE == SET):
         end = samples
     else:
@@ -266,9 +299,26 @@ def _statistics(
     count = tl.cast(0, tl.int64)
     for start in range(0, end, COLS):
         _, _, _, inside, value = _read(
-            scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, start, samples, turns,
-            group, turn, k, K, AGGREGATE, BY_TURN, FILTER, FUSE, WHERE, COLS,
-        )  # fmt: skip
+            scores_ptr,
+            group_ptr,
+            weights_ptr,
+            mask_ptr,
+            advantage_ptr,
+            mask_out_ptr,
+            start,
+            samples,
+            turns,
+            group,
+            turn,
+            k,
+            K,
+            AGGREGATE,
+            BY_TURN,
+            FILTER,
+            FUSE,
+            WHERE,
+            COLS,
+        )
         high = tl.maximum(high, tl.max(tl.where(inside, value, float("-inf")), axis=0))
         low = tl.minimum(low, tl.min(tl.where(inside, value, float("inf")), axis=0))
         size = tl.maximum(size, tl.max(tl.where(inside, _size(value), 0), axis=0))
@@ -278,9 +328,26 @@ def _statistics(
     total = tl.cast(0, tl.int64)
     for start in range(0, end, COLS):
         _, _, _, inside, value = _read(
-            scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, start, samples, turns,
-            group, turn, k, K, AGGREGATE, BY_TURN, FILTER, FUSE, WHERE, COLS,
-        )  # fmt: skip
+            scores_ptr,
+            group_ptr,
+            weights_ptr,
+            mask_ptr,
+            advantage_ptr,
+            mask_out_ptr,
+            start,
+            samples,
+            turns,
+            group,
+            turn,
+            k,
+            K,
+            AGGREGATE,
+            BY_TURN,
+            FILTER,
+            FUSE,
+            WHERE,
+            COLS,
+        )
         total += _fixed(value - low, inside, size)
     above = _moment(total, count, size)
     std = tl.cast(0.0, tl.float32)
@@ -288,17 +355,51 @@ def _statistics(
         size = tl.cast(0, tl.int32)
         for start in range(0, end, COLS):
             _, _, _, inside, value = _read(
-                scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, start, samples, turns,
-                group, turn, k, K, AGGREGATE, BY_TURN, FILTER, FUSE, WHERE, COLS,
-            )  # fmt: skip
+                scores_ptr,
+                group_ptr,
+                weights_ptr,
+                mask_ptr,
+                advantage_ptr,
+                mask_out_ptr,
+                start,
+                samples,
+                turns,
+                group,
+                turn,
+                k,
+                K,
+                AGGREGATE,
+                BY_TURN,
+                FILTER,
+                FUSE,
+                WHERE,
+                COLS,
+            )
             d = _deviation(value, low, above)
             size = tl.maximum(size, tl.max(tl.where(inside, _size(d * d), 0), axis=0))
         total = tl.cast(0, tl.int64)
         for start in range(0, end, COLS):
             _, _, _, inside, value = _read(
-                scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, start, samples, turns,
-                group, turn, k, K, AGGREGATE, BY_TURN, FILTER, FUSE, WHERE, COLS,
-            )  # fmt: skip
+                scores_ptr,
+                group_ptr,
+                weights_ptr,
+                mask_ptr,
+                advantage_ptr,
+                mask_out_ptr,
+                start,
+                samples,
+                turns,
+                group,
+                turn,
+                k,
+                K,
+                AGGREGATE,
+                BY_TURN,
+                FILTER,
+                FUSE,
+                WHERE,
+                COLS,
+            )
             d = _deviation(value, low, above)
             total += _fixed(d * d, inside, size)
         if UNBIASED:
@@ -381,26 +482,81 @@ def _one_set(
     keep = tl.cast(1, tl.int1)
     if DROPS:
         low, above, std = _statistics(
-            scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, samples, turns, group, turn, 0,
-            UNBIASED, True, K, AGGREGATE, BY_TURN, COUNT_FILTER, True, SET, COLS,
-        )  # fmt: skip
+            scores_ptr,
+            group_ptr,
+            weights_ptr,
+            mask_ptr,
+            advantage_ptr,
+            mask_out_ptr,
+            samples,
+            turns,
+            group,
+            turn,
+            0,
+            UNBIASED,
+            True,
+            K,
+            AGGREGATE,
+            BY_TURN,
+            COUNT_FILTER,
+            True,
+            SET,
+            COLS,
+        )
         keep = ((std <= min_std) | (low + above >= max_mean)) == 0
     for k in range(0, COLUMNS):
         low, above, std = _statistics(
-            scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, samples, turns, group, turn, k,
-            UNBIASED, STD == GROUP_STD, K, AGGREGATE, BY_TURN, COUNT_FILTER, FUSION == REWARD, SET, COLS,
-        )  # fmt: skip
+            scores_ptr,
+            group_ptr,
+            weights_ptr,
+            mask_ptr,
+            advantage_ptr,
+            mask_out_ptr,
+            samples,
+            turns,
+            group,
+            turn,
+            k,
+            UNBIASED,
+            STD == GROUP_STD,
+            K,
+            AGGREGATE,
+            BY_TURN,
+            COUNT_FILTER,
+            FUSION == REWARD,
+            SET,
+            COLS,
+        )
         for start in range(0, end, COLS):
             unit, sample, turn_of, inside, value = _read(
-                scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, start, samples, turns,
-                group, turn, k, K, AGGREGATE, BY_TURN, COUNT_FILTER, FUSION == REWARD, SET, COLS,
-            )  # fmt: skip
+                scores_ptr,
+                group_ptr,
+                weights_ptr,
+                mask_ptr,
+                advantage_ptr,
+                mask_out_ptr,
+                start,
+                samples,
+                turns,
+                group,
+                turn,
+                k,
+                K,
+                AGGREGATE,
+                BY_TURN,
+                COUNT_FILTER,
+                FUSION == REWARD,
+                SET,
+                COLS,
+            )
             d = _deviation(value, low, above)
             if STD == GLOBAL_STD:
                 tl.store(scratch_ptr + tl.cast(k, tl.int64) * units + unit, d, mask=inside)
             else:
                 a = _normal(d, std, eps, FLOOR) if STD == GROUP_STD else d
-                _accumulate(weights_ptr, advantage_ptr + sample * turns + turn_of, a, k, inside, FUSION)
+                _accumulate(
+                    weights_ptr, advantage_ptr + sample * turns + turn_of, a, k, inside, FUSION
+                )
         tl.debug_barrier()  # what one thread stored, another may load
     for start in range(0, end, COLS):
         # Every unit of the set here, not only those that count: all outputs are written.
@@ -410,23 +566,41 @@ def _one_set(
         )  # fmt: skip
         inside = sample < samples
         inside = inside & (tl.load(group_ptr + sample, mask=inside, other=0) == group)
-        counted = _counted(scores_ptr, mask_ptr, sample, turn_of, inside, turns, K, AGGREGATE, COUNT_FILTER) & keep
+        counted = (
+            _counted(
+                scores_ptr, mask_ptr, sample, turn_of, inside, turns, K, AGGREGATE, COUNT_FILTER
+            )
+            & keep
+        )
         a = tl.load(advantage_ptr + sample * turns + turn_of, mask=counted, other=0.0)
         a = _finished(a, clip, CLIP)
         if AGGREGATE == NONE:
             cell = sample * turns + turn_of
-            trained = _live(scores_ptr, mask_ptr, sample, turn_of, inside, turns, K, FILTER) & counted
+            trained = (
+                _live(scores_ptr, mask_ptr, sample, turn_of, inside, turns, K, FILTER) & counted
+            )
             if COLLECTIVE:
-                tl.store(mask_out_ptr + cell, trained.to(tl.uint8) + counted.to(tl.uint8) * 2, mask=inside)
+                tl.store(
+                    mask_out_ptr + cell,
+                    trained.to(tl.uint8) + counted.to(tl.uint8) * 2,
+                    mask=inside,
+                )
             else:
                 tl.store(advantage_ptr + cell, tl.where(trained, a, 0.0), mask=inside)
                 tl.store(mask_out_ptr + cell, trained.to(tl.uint8), mask=inside)
         else:
             for t in range(0, turns):
                 cell = sample * turns + t
-                trained = _live(scores_ptr, mask_ptr, sample, sample * 0 + t, inside, turns, K, FILTER) & counted
+                trained = (
+                    _live(scores_ptr, mask_ptr, sample, sample * 0 + t, inside, turns, K, FILTER)
+                    & counted
+                )
                 if COLLECTIVE:
-                    tl.store(mask_out_ptr + cell, trained.to(tl.uint8) + counted.to(tl.uint8) * 2, mask=inside)
+                    tl.store(
+                        mask_out_ptr + cell,
+                        trained.to(tl.uint8) + counted.to(tl.uint8) * 2,
+                        mask=inside,
+                    )
                 else:
                     tl.store(advantage_ptr + cell, tl.where(trained, a, 0.0), mask=inside)
                     tl.store(mask_out_ptr + cell, trained.to(tl.uint8), mask=inside)
@@ -455,28 +629,69 @@ def _whole_batch(
     CLIP: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """What needs every set: the global std of each column, the renormalisation of gdpo, and the outputs."""
+    """What needs every set: the global std of each column, the renormalisation of gdpo, and the
+    outputs."""
     units = samples if AGGREGATE != NONE else samples * turns
     if STD == GLOBAL_STD:
         for k in range(0, COLUMNS):
             _, _, std = _statistics(
-                scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, samples, turns, 0, 0, k,
-                UNBIASED, True, K, AGGREGATE, False, -1, FUSION == REWARD, BATCH, COLS,
-            )  # fmt: skip
+                scores_ptr,
+                group_ptr,
+                weights_ptr,
+                mask_ptr,
+                advantage_ptr,
+                mask_out_ptr,
+                samples,
+                turns,
+                0,
+                0,
+                k,
+                UNBIASED,
+                True,
+                K,
+                AGGREGATE,
+                False,
+                -1,
+                FUSION == REWARD,
+                BATCH,
+                COLS,
+            )
             for start in range(0, units, COLS):
                 unit, sample, turn_of, inside = _members(
                     scores_ptr, group_ptr, mask_ptr, mask_out_ptr, start, samples, turns, 0, 0,
                     K, AGGREGATE, False, -1, BATCH, COLS,
                 )  # fmt: skip
-                d = tl.load(scratch_ptr + tl.cast(k, tl.int64) * units + unit, mask=inside, other=0.0)
+                d = tl.load(
+                    scratch_ptr + tl.cast(k, tl.int64) * units + unit, mask=inside, other=0.0
+                )
                 a = _normal(d, std, eps, FLOOR)
-                _accumulate(weights_ptr, advantage_ptr + sample * turns + turn_of, a, k, inside, FUSION)
+                _accumulate(
+                    weights_ptr, advantage_ptr + sample * turns + turn_of, a, k, inside, FUSION
+                )
             tl.debug_barrier()
     if FUSION == GDPO:
         low, above, std = _statistics(
-            scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, samples, turns, 0, 0, 0,
-            UNBIASED, True, K, AGGREGATE, False, -1, False, FUSED, COLS,
-        )  # fmt: skip
+            scores_ptr,
+            group_ptr,
+            weights_ptr,
+            mask_ptr,
+            advantage_ptr,
+            mask_out_ptr,
+            samples,
+            turns,
+            0,
+            0,
+            0,
+            UNBIASED,
+            True,
+            K,
+            AGGREGATE,
+            False,
+            -1,
+            False,
+            FUSED,
+            COLS,
+        )
     for start in range(0, units, COLS):
         unit, sample, turn_of, counted = _members(
             scores_ptr, group_ptr, mask_ptr, mask_out_ptr, start, samples, turns, 0, 0,
@@ -538,17 +753,61 @@ def group_kernel(
     if earlier == 0:
         for turn in range(0, turns if BY_TURN else 1):
             _one_set(
-                scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, scratch_ptr, samples, turns,
-                group, turn, eps, clip, min_std, max_mean, K, COLUMNS, AGGREGATE, FUSION, BY_TURN, STD, UNBIASED,
-                FLOOR, CLIP, FILTER, COUNT_FILTER, DROPS, COLLECTIVE, COLS,
-            )  # fmt: skip
+                scores_ptr,
+                group_ptr,
+                weights_ptr,
+                mask_ptr,
+                advantage_ptr,
+                mask_out_ptr,
+                scratch_ptr,
+                samples,
+                turns,
+                group,
+                turn,
+                eps,
+                clip,
+                min_std,
+                max_mean,
+                K,
+                COLUMNS,
+                AGGREGATE,
+                FUSION,
+                BY_TURN,
+                STD,
+                UNBIASED,
+                FLOOR,
+                CLIP,
+                FILTER,
+                COUNT_FILTER,
+                DROPS,
+                COLLECTIVE,
+                COLS,
+            )
     if COLLECTIVE:
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == samples - 1:
             _whole_batch(
-                scores_ptr, group_ptr, weights_ptr, mask_ptr, advantage_ptr, mask_out_ptr, scratch_ptr, samples, turns,
-                eps, clip, K, COLUMNS, AGGREGATE, FUSION, STD, UNBIASED, FLOOR, CLIP, COLS,
-            )  # fmt: skip
+                scores_ptr,
+                group_ptr,
+                weights_ptr,
+                mask_ptr,
+                advantage_ptr,
+                mask_out_ptr,
+                scratch_ptr,
+                samples,
+                turns,
+                eps,
+                clip,
+                K,
+                COLUMNS,
+                AGGREGATE,
+                FUSION,
+                STD,
+                UNBIASED,
+                FLOOR,
+                CLIP,
+                COLS,
+            )
 
 
 def group_advantage(
@@ -560,7 +819,8 @@ def group_advantage(
     advantage: Tensor,
     mask_out: Tensor,
 ) -> None:
-    """All tensors contiguous; scores [N, T, K] fp32, group [N] int64, weights [K] fp32, both masks [N, T] bool."""
+    """All tensors contiguous; scores [N, T, K] fp32, group [N] int64, weights [K] fp32, both masks
+    [N, T] bool."""
     samples, turns, rewards = scores.shape
     workspace = workspace_of(options, scores)
     size = workspace.numel()

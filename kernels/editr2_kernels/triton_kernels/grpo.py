@@ -1,7 +1,9 @@
-"""grpo_loss: the moments of `replay`, their means, then one program that makes the rest of them (csrc/objective.h)."""
+"""grpo_loss: the moments of `replay`, their means, then one program that makes the rest of them
+(csrc/objective.h)."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
+# Triton kernels are untyped by nature: their arguments are pointers and constants of another
+# language.
 
 from __future__ import annotations
 
@@ -56,8 +58,8 @@ def grpo_finish_kernel(
     UNITS: tl.constexpr,
     UNIT_LEVELS: tl.constexpr,
 ):
-    """One program, on the means [1 to 3, B] of the squares: samples in blocks of UNITS; sums over samples by lane,
-    block after block, then over the lanes."""
+    """One program, on the means [1 to 3, B] of the squares: samples in blocks of UNITS; sums over
+    samples by lane, block after block, then over the lanes."""
     size = tl.cast(n, tl.float32)
     low = 1.0 - tl.cast(clip_low, tl.float32)
     high = 1.0 + tl.cast(clip_high, tl.float32)
@@ -107,7 +109,8 @@ def grpo_finish_kernel(
         a = tl.load(advantage_ptr + at)
         a = tl.where(a < -bound, -bound, a)
         a = tl.where(a > bound, bound, a)
-        # A sample without advantage has no loss, also where its ratio overflows and 0 * inf would be NaN.
+        # A sample without advantage has no loss, also where its ratio overflows and 0 * inf would
+        # be NaN.
         surrogate = tl.where((a == 0.0) & (ratio == float("inf")), 1.0, ratio)
         clipped = tl.where(surrogate < low, low, surrogate)
         clipped = tl.where(clipped > high, high, clipped)
@@ -135,7 +138,9 @@ def grpo_finish_kernel(
         on_z = tl.div_rn(-2.0 * w * b, size) * policy_weight
         on_old = zero
         if GUARD:
-            on_old = tl.where(noisy, tl.div_rn(b * b, size) * tl.div_rn(2.0 * policy_weight, safe), 0.0)
+            on_old = tl.where(
+                noisy, tl.div_rn(b * b, size) * tl.div_rn(2.0 * policy_weight, safe), 0.0
+            )
 
         tl.store(log_prob_ptr + sample, log_prob, mask=inside_batch)
         tl.store(ratio_ptr + sample, ratio, mask=inside_batch)
@@ -195,7 +200,15 @@ def grpo_loss(
     """mask: uint8 [B]. v_old is read where guard is set."""
     batch, n = latents.x.shape
     with on_device(latents.x):
-        squares = moments(latents, x_next, v_ref, v_old if guard else None, table, step_index, kl_scale == VELOCITY)
+        squares = moments(
+            latents,
+            x_next,
+            v_ref,
+            v_old if guard else None,
+            table,
+            step_index,
+            kl_scale == VELOCITY,
+        )
         grpo_finish_kernel[(1,)](
             sample_means(squares, batch, chunks_of(n), n),
             table,

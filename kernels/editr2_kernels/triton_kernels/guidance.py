@@ -1,12 +1,14 @@
 """The guided velocity and the scales of its renormalisation: csrc/guidance.h in Triton.
 
-Without renormalisation guidance is elementwise and happens where the velocity is read. A scale needs the norms of its
-whole row first, so a renormalisation adds a launch that writes (s, on_w, on_v) of every row to scales[B, R, 3] (two
-where a row is longer than a block: partial sums, then the scales), and the kernels look their row up.
+Without renormalisation guidance is elementwise and happens where the velocity is read. A scale
+needs the norms of its whole row first, so a renormalisation adds a launch that writes (s, on_w,
+on_v) of every row to scales[B, R, 3] (two where a row is longer than a block: partial sums, then
+the scales), and the kernels look their row up.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
+# Triton kernels are untyped by nature: their arguments are pointers and constants of another
+# language.
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ from .common import (
 
 @triton.jit
 def guide_at(guidance_ptr, sample, row, inside):
-    """(text weight, image weight, active) of a sample; the weights are 1 where guidance is inactive."""
+    """(text weight, image weight, active) of a sample; the weights are 1 where guidance is
+    inactive."""
     entries = guidance_ptr + sample * 4
     sigma = entry(row, 6, inside)
     applies = (sigma > tl.load(entries + 2)) & (sigma <= tl.load(entries + 3))
@@ -69,7 +72,8 @@ def branches(
     mask,
     RENORM: tl.constexpr,
 ):
-    """(v, w, u): the conditioned velocity, the vector that is scaled before it is, and the guided velocity."""
+    """(v, w, u): the conditioned velocity, the vector that is scaled before it is, and the guided
+    velocity."""
     v = load_row(v_ptr, v_stride, sample, offsets, mask)
     w = v
     if v_uncond_ptr is not None:
@@ -89,7 +93,8 @@ def branches(
 
 @triton.jit
 def row_of_element(chunk, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Row of each element of a chunk, int64. WIDE: rows are longer than a block, so at most one begins inside it."""
+    """Row of each element of a chunk, int64. WIDE: rows are longer than a block, so at most one
+    begins inside it."""
     start = chunk * BLOCK
     first = start // width
     behind = start - first * width
@@ -153,7 +158,8 @@ def guided_velocity(
 def place_rows(width, row_count, BLOCK: tl.constexpr, COLS: tl.constexpr):
     """This program's block of BLOCK // COLS rows by COLS columns.
 
-    (sample, first row, chunk along the row, row of each element, element offsets, mask); rows count within the sample.
+    (sample, first row, chunk along the row, row of each element, element offsets, mask); rows count
+    within the sample.
     """
     pid = tl.program_id(0).to(tl.int64)
     chunks = (width + COLS - 1) // COLS
@@ -169,7 +175,9 @@ def place_rows(width, row_count, BLOCK: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _store_scales(scales_ptr, line, mask, v_squares, w_squares, active, TOKEN: tl.constexpr):
-    v_norm = tl.sqrt_rn(tl.where(v_squares < 1e-30, 0.0, v_squares))  # kNoSquares of csrc/guidance.h
+    v_norm = tl.sqrt_rn(
+        tl.where(v_squares < 1e-30, 0.0, v_squares)
+    )  # kNoSquares of csrc/guidance.h
     w_norm = tl.sqrt_rn(tl.where(w_squares < 1e-30, 0.0, w_squares))
     base = w_norm if TOKEN else w_norm + 1e-8
     free = mask_if(active, base != 0.0)
@@ -178,7 +186,9 @@ def _store_scales(scales_ptr, line, mask, v_squares, w_squares, active, TOKEN: t
     if not TOKEN:
         free = free & ~(s > 1.0)  # not s <= 1: NaN stays
     on_w = tl.div_rn(tl.div_rn(s, base), tl.where(w_norm > 0.0, w_norm, 1.0))
-    on_v = tl.div_rn(tl.div_rn(tl.zeros_like(base) + 1.0, tl.where(v_norm > 0.0, v_norm, 1.0)), base)
+    on_v = tl.div_rn(
+        tl.div_rn(tl.zeros_like(base) + 1.0, tl.where(v_norm > 0.0, v_norm, 1.0)), base
+    )
     tl.store(scales_ptr + line * 3, tl.where(free, s, 1.0), mask=mask)
     tl.store(scales_ptr + line * 3 + 1, tl.where(free & (w_norm > 0.0), on_w, 0.0), mask=mask)
     tl.store(scales_ptr + line * 3 + 2, tl.where(free & (v_norm > 0.0), on_v, 0.0), mask=mask)
@@ -207,7 +217,8 @@ def scale_kernel(
     COLS: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Squares of v and of the vector that is scaled: the scales of whole rows, or (WIDE) one partial a chunk."""
+    """Squares of v and of the vector that is scaled: the scales of whole rows, or (WIDE) one
+    partial a chunk."""
     sample, first, chunk, line, offsets, mask = place_rows(width, row_count, BLOCK, COLS)
     _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
     text, image, active = guide_at(guidance_ptr, sample, row, inside)
@@ -301,7 +312,8 @@ def velocity_arguments(latents: Latents) -> dict[str, Any]:
 
 
 def latent_arguments(latents: Latents, table: Tensor, step_index: Tensor) -> dict[str, Any]:
-    """The arguments and constants of a kernel that reads latents; launches what makes the scales, if there are any."""
+    """The arguments and constants of a kernel that reads latents; launches what makes the scales,
+    if there are any."""
     arguments = {
         **velocity_arguments(latents),
         **rows_of(x=latents.x, m_prev=latents.m_prev),
@@ -310,7 +322,14 @@ def latent_arguments(latents: Latents, table: Tensor, step_index: Tensor) -> dic
         "rows": table.shape[0],
     }
     if latents.guidance is None or latents.renorm == NONE:
-        return {**arguments, "scales_ptr": None, "width": 1, "row_count": 1, "RENORM": NONE, "WIDE": False}
+        return {
+            **arguments,
+            "scales_ptr": None,
+            "width": 1,
+            "row_count": 1,
+            "RENORM": NONE,
+            "WIDE": False,
+        }
     grid = RowGrid(latents)
     scales = _scales(latents, table, step_index, grid)
     return {
@@ -327,7 +346,9 @@ def _scales(latents: Latents, table: Tensor, step_index: Tensor, grid: RowGrid) 
     """[B, R, 3] fp32: s, on_w, on_v of every row."""
     options: dict[str, Any] = {"dtype": torch.float32, "device": latents.x.device}
     scales = torch.empty(grid.batch, grid.row_count, 3, **options)
-    v_squares, w_squares = torch.empty(2, grid.lines, grid.chunks, **options) if grid.wide else (None, None)
+    v_squares, w_squares = (
+        torch.empty(2, grid.lines, grid.chunks, **options) if grid.wide else (None, None)
+    )
     scale_kernel[(grid.programs,)](
         **velocity_arguments(latents),
         table_ptr=table,

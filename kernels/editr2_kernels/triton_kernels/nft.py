@@ -1,7 +1,8 @@
 """nft_loss and its backward (csrc/objective.h)."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
+# Triton kernels are untyped by nature: their arguments are pointers and constants of another
+# language.
 
 from __future__ import annotations
 
@@ -122,8 +123,8 @@ def nft_finish_kernel(
     UNITS: tl.constexpr,
     UNIT_LEVELS: tl.constexpr,
 ):
-    """One program, on means[4 or 5, B]: samples in blocks of UNITS; sums over samples by lane, block after block, then
-    over the lanes."""
+    """One program, on means[4 or 5, B]: samples in blocks of UNITS; sums over samples by lane,
+    block after block, then over the lanes."""
     size = tl.cast(n, tl.float32)
     beta = tl.cast(beta, tl.float32)
     advantage_max = tl.cast(advantage_max, tl.float32)
@@ -171,7 +172,9 @@ def nft_finish_kernel(
             on_ref = tl.div_rn(2.0 * ref_weight, size) * weight
 
         tl.store(factors_ptr + sample * 3, tl.where(counted, on_positive, 0.0), mask=inside_batch)
-        tl.store(factors_ptr + sample * 3 + 1, tl.where(counted, on_negative, 0.0), mask=inside_batch)
+        tl.store(
+            factors_ptr + sample * 3 + 1, tl.where(counted, on_negative, 0.0), mask=inside_batch
+        )
         tl.store(factors_ptr + sample * 3 + 2, tl.where(counted, on_ref, 0.0), mask=inside_batch)
 
         sample_loss = policy + ref_weight * reference
@@ -211,7 +214,8 @@ def nft_backward_kernel(
     chunks,
     BLOCK: tl.constexpr,
 ):
-    """One linear combination; a term whose factor is 0 is not added. A sample whose factors are all 0 gets 0 unread."""
+    """One linear combination; a term whose factor is 0 is not added. A sample whose factors are all
+    0 gets 0 unread."""
     sample, _, offsets, mask = place(chunks, n, BLOCK)
     scale = tl.load(scale_ptr)
     on_positive = scaled(tl.load(factors_ptr + sample * 3), scale)

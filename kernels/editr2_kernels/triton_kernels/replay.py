@@ -1,7 +1,8 @@
 """Replays of a stored step: their moments, sde_log_prob, and the one backward of all of them."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
+# Triton kernels are untyped by nature: their arguments are pointers and constants of another
+# language.
 
 from __future__ import annotations
 
@@ -129,8 +130,11 @@ def moments_kernel(
 
 
 @triton.jit
-def factors_at(factors_ptr, factor_scale_ptr, grad_log_prob_ptr, grad_mean_diff_ptr, sample, row, inside, n):
-    """(on_z, on_ref, on_old) of a sample: as given, or those of sde_log_prob's incoming gradients."""
+def factors_at(
+    factors_ptr, factor_scale_ptr, grad_log_prob_ptr, grad_mean_diff_ptr, sample, row, inside, n
+):
+    """(on_z, on_ref, on_old) of a sample: as given, or those of sde_log_prob's incoming
+    gradients."""
     if factors_ptr is not None:
         on_z = tl.load(factors_ptr + sample * 3)
         on_ref = tl.load(factors_ptr + sample * 3 + 1)
@@ -147,7 +151,10 @@ def factors_at(factors_ptr, factor_scale_ptr, grad_log_prob_ptr, grad_mean_diff_
         on_z = b * 0.0
         on_ref = b * 0.0
         if grad_log_prob_ptr is not None:
-            on_z = scaled(tl.div_rn(-2.0 * entry(row, 4, inside) * b, size), tl.load(grad_log_prob_ptr + sample))
+            on_z = scaled(
+                tl.div_rn(-2.0 * entry(row, 4, inside) * b, size),
+                tl.load(grad_log_prob_ptr + sample),
+            )
         if grad_mean_diff_ptr is not None:
             on_ref = scaled(tl.div_rn(2.0 * b * b, size), tl.load(grad_mean_diff_ptr + sample))
         return on_z, on_ref, tl.zeros_like(on_z)
@@ -175,7 +182,8 @@ def velocity_gradient(
     row,
     inside,
 ):
-    """on_z z + on_ref (u - v_ref) + on_old (u - v_old); a term whose factor is 0 is neither read nor added."""
+    """on_z z + on_ref (u - v_ref) + on_old (u - v_old); a term whose factor is 0 is neither read
+    nor added."""
     read = mask_if(on_z != 0.0, mask)
     x = load_row(x_ptr, x_stride, sample, offsets, read)
     x_next = load_row(x_next_ptr, x_next_stride, sample, offsets, read)
@@ -227,7 +235,8 @@ def dot_kernel(
     COLS: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """sum(w g) of the rows of a renormalisation, g the gradient to s w; WIDE: one partial a chunk."""
+    """sum(w g) of the rows of a renormalisation, g the gradient to s w; WIDE: one partial a
+    chunk."""
     sample, first, chunk, line, offsets, mask = place_rows(width, row_count, BLOCK, COLS)
     _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
     on_z, on_ref, on_old = factors_at(
@@ -283,10 +292,15 @@ def dot_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "chunks"])
-def dot_finish_kernel(partial_ptr, dots_ptr, count, chunks, PARTIALS: tl.constexpr, LEVELS: tl.constexpr):
+def dot_finish_kernel(
+    partial_ptr, dots_ptr, count, chunks, PARTIALS: tl.constexpr, LEVELS: tl.constexpr
+):
     """One program a row: partials in chunk order."""
     first = tl.program_id(0).to(tl.int64)
-    tl.store(dots_ptr + first + tl.arange(0, 1), totals(partial_ptr, first, count, chunks, 1, PARTIALS, LEVELS))
+    tl.store(
+        dots_ptr + first + tl.arange(0, 1),
+        totals(partial_ptr, first, count, chunks, 1, PARTIALS, LEVELS),
+    )
 
 
 @triton.jit(do_not_specialize=["row_count", "rows", "chunks"])
@@ -331,7 +345,8 @@ def backward_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient to u, through the guidance to v and its branches. A sample without factors gets 0 unread."""
+    """The gradient to u, through the guidance to v and its branches. A sample without factors gets
+    0 unread."""
     sample, chunk, offsets, mask = place(chunks, n, BLOCK)
     _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
     on_z, on_ref, on_old = factors_at(
@@ -421,7 +436,9 @@ def backward_kernel(
             store_row(grad_v_uncond_ptr, grad_v_uncond_stride, sample, offsets, value, mask)
         if grad_v_uncond_image_ptr is not None:
             value = tl.where(live, (1.0 - image) * to_image, 0.0)
-            store_row(grad_v_uncond_image_ptr, grad_v_uncond_image_stride, sample, offsets, value, mask)
+            store_row(
+                grad_v_uncond_image_ptr, grad_v_uncond_image_stride, sample, offsets, value, mask
+            )
     if grad_v_ptr is not None:
         store_row(grad_v_ptr, grad_v_stride, sample, offsets, tl.where(live, to_v, 0.0), mask)
 
@@ -435,12 +452,15 @@ def moments(
     step_index: Tensor,
     plain_ref: bool,
 ) -> Tensor:
-    """Partial sums of squares, a row each for z, v_ref and v_old; none for a velocity that is absent. A row begins with
-    [B, chunks] and ends on 16 bytes, or each alignment would be a kernel of its own. Call on the device."""
+    """Partial sums of squares, a row each for z, v_ref and v_old; none for a velocity that is
+    absent. A row begins with [B, chunks] and ends on 16 bytes, or each alignment would be a kernel
+    of its own. Call on the device."""
     batch, n = latents.x.shape
     chunks = chunks_of(n)
     count = 1 + (v_ref is not None) + (v_old is not None)
-    squares = torch.empty(count, (batch * chunks + 3) // 4 * 4, dtype=torch.float32, device=latents.x.device)
+    squares = torch.empty(
+        count, (batch * chunks + 3) // 4 * 4, dtype=torch.float32, device=latents.x.device
+    )
     rest = iter(squares[1:])
     ref_squares = None if v_ref is None else next(rest)
     old_squares = None if v_old is None else next(rest)
@@ -507,7 +527,9 @@ def replay_backward(
         dots = _dots(latents, arguments) if arguments["scales_ptr"] is not None else None
         backward_kernel[(batch * chunks,)](
             **arguments,
-            **rows_of(grad_v=grad_v, grad_v_uncond=grad_v_uncond, grad_v_uncond_image=grad_v_uncond_image),
+            **rows_of(
+                grad_v=grad_v, grad_v_uncond=grad_v_uncond, grad_v_uncond_image=grad_v_uncond_image
+            ),
             dots_ptr=dots,
             chunks=chunks,
             BLOCK=BLOCK,

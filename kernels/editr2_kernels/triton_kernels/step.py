@@ -1,7 +1,8 @@
 """philox_normal and sde_step."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another language.
+# Triton kernels are untyped by nature: their arguments are pointers and constants of another
+# language.
 
 from __future__ import annotations
 
@@ -118,7 +119,9 @@ def philox_normal(seed: Tensor, step: Tensor, out: Tensor) -> None:
     batch, n = out.shape
     chunks = chunks_of(n)
     with on_device(out):
-        philox_kernel[(batch * chunks,)](seed, step, out, out.stride(0), n, chunks, BLOCK=BLOCK, **OPTIONS)
+        philox_kernel[(batch * chunks,)](
+            seed, step, out, out.stride(0), n, chunks, BLOCK=BLOCK, **OPTIONS
+        )
 
 
 def sde_step(

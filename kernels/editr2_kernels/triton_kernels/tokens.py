@@ -1,4 +1,5 @@
-"""token_log_prob: forward one program a row, walking the vocabulary twice in blocks; backward one program a chunk."""
+"""token_log_prob: forward one program a row, walking the vocabulary twice in blocks; backward one
+program a chunk."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from .common import BLOCK, OPTIONS, chunks_of, exponential, log_unit, on_device, place, tree_sum
 
-# 16 elements a thread at 8 warps: rows are few and long, so each keeps several 16-byte loads under way.
+# 16 elements a thread at 8 warps: rows are few and long, so each keeps several 16-byte loads under
+# way.
 ROW_BLOCK = 4096
 ROW_LEVELS = 12
 ROW_OPTIONS = {**OPTIONS, "num_warps": 8}
@@ -18,7 +20,8 @@ ROW_OPTIONS = {**OPTIONS, "num_warps": 8}
 
 @triton.jit
 def bounded(d):
-    """Not below -104, where `exponential` is 0: 0 times this is 0, which 0 times -inf is not. NaN stays."""
+    """Not below -104, where `exponential` is 0: 0 times this is 0, which 0 times -inf is not. NaN
+    stays."""
     return tl.where(d < -104.0, -104.0, d)
 
 
@@ -48,13 +51,19 @@ def token_kernel(
         columns = tl.arange(0, BLOCK)
         high = tl.full((BLOCK,), float("-inf"), tl.float32)
         for start in range(0, v, BLOCK):
-            logit = tl.load(logits_ptr + start + columns, mask=start + columns < v, other=float("-inf")).to(tl.float32)
-            high = tl.where(logit > high, logit, high)  # a NaN is passed over and comes back through the exponents
+            logit = tl.load(
+                logits_ptr + start + columns, mask=start + columns < v, other=float("-inf")
+            ).to(tl.float32)
+            high = tl.where(
+                logit > high, logit, high
+            )  # a NaN is passed over and comes back through the exponents
         m = tl.max(high, axis=0)
         exps = tl.zeros((BLOCK,), tl.float32)
         products = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, v, BLOCK):
-            logit = tl.load(logits_ptr + start + columns, mask=start + columns < v, other=float("-inf")).to(tl.float32)
+            logit = tl.load(
+                logits_ptr + start + columns, mask=start + columns < v, other=float("-inf")
+            ).to(tl.float32)
             d = bounded((logit - m) * scale)
             e = exponential(d)
             exps += e

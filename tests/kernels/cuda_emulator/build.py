@@ -47,13 +47,15 @@ def absence() -> str | None:
 
 
 def build(folder: Path, sanitize: bool = False) -> Path:
-    """The module's path; does nothing where it is up to date. Raises RuntimeError with the compiler's words."""
+    """The module's path; does nothing where it is up to date. Raises RuntimeError with the
+    compiler's words."""
     import pybind11
 
     includes = [HERE, CSRC / "cuda", pybind11.get_include(), sysconfig.get_path("include")]
     lines = [
         "rule compile",
-        f"  command = g++ {' '.join(FLAGS)} $extra {' '.join(f'-I{path}' for path in includes)} -MMD -MF $out.d "
+        f"  command = g++ {' '.join(FLAGS)} $extra {' '.join(f'-I{path}' for path in includes)} "
+        f"-MMD -MF $out.d "
         "-x c++ -c $in -o $out",
         "  deps = gcc",
         "  depfile = $out.d",
@@ -62,7 +64,11 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     ]
     objects = []
     # The bindings take the longest and gain nothing from optimisation or from the sanitizers.
-    units = [(CSRC / "bindings_cuda.cpp", ["-O0"]), (HERE / "emulator.cpp", ["-O1"]), (HERE / "faults.cu", ["-O1"])]
+    units = [
+        (CSRC / "bindings_cuda.cpp", ["-O0"]),
+        (HERE / "emulator.cpp", ["-O1"]),
+        (HERE / "faults.cu", ["-O1"]),
+    ]
     units += [(path, ["-O1"]) for path in sorted((CSRC / "cuda").glob("*.cu"))]
     for source, extra in units:
         if sanitize and source.parent != CSRC:
