@@ -284,8 +284,7 @@ def ninja_text(compiler: Compiler, nvcc: Nvcc | None, csrc: Path) -> str:
             "  deps = gcc",
             "  depfile = $out.d",
             "  description = nvcc $out",
-            # nvcc knows where its runtime lies. Hidden, it cannot be mistaken for the one of another
-            # library.
+            # nvcc knows where its runtime lies. Hidden, it is not mistaken for another library's.
             "rule link_cuda",
             "  command = $nvcc -shared -cudart static -Xlinker=--exclude-libs=ALL -o $out $in",
             "  description = link $out",

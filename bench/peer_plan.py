@@ -5,12 +5,14 @@ Every habit below costs time and changes no result, and each can be exchanged fo
 that a waterfall over them says which gain comes from what (PEERS: execution habits; METHODS:
 Edit-R2's iteration):
 
-    batched   siblings go through the model together; else one sample at a time, as the released BAGEL trainers do
-    shared    siblings share the source's encoding and the first instruction; else each encodes for itself
-    kept      a turn extends the context of the turn before; else every turn, trained step and intent reads the whole
-              session again
-    old       log-probs of the sampling policy come from the rollout (of the intents from the loss's own forward); else
-              from a separate pass
+    batched   siblings go through the model together; else one sample at a time, as the released
+              BAGEL trainers do
+    shared    siblings share the source's encoding and the first instruction; else each encodes
+              for itself
+    kept      a turn extends the context of the turn before; else every turn, trained step and
+              intent reads the whole session again
+    old       log-probs of the sampling policy come from the rollout (of the intents from the
+              loss's own forward); else from a separate pass
     skipped   turns without advantage are left out; else they are computed and multiplied by zero
     fused     our operators; else `bench.eager_operators`
 

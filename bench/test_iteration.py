@@ -1,7 +1,8 @@
 """One RL iteration of the embedded model at three turns: the trainer against two baselines, and a
 waterfall between.
 
-    eager       the trainer on the peers' arithmetic (bench/eager_operators.py): what the operators alone are worth
+    eager       the trainer on the peers' arithmetic (bench/eager_operators.py): what the operators
+                alone are worth
     peer-plan   the iteration executed as published trainers do (bench/peer_plan.py), batched
     peer +...   the same with one habit after the other exchanged for ours
 

@@ -34,7 +34,7 @@ class Inputs:
     v_ref: Tensor
     t: Tensor  # [B]
     r: Tensor  # [B]
-    x_t: Tensor  # fp32: a trainer has the noised latents from its model's forward pass; ours does not read them
+    x_t: Tensor  # fp32: a trainer has it from its model's forward pass; ours does not read it
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -110,5 +110,6 @@ def test_nft_loss(size: Size, mode: str, compare: Callable[..., Any]) -> None:
         read=size.bytes(x=2, v=3),
         written=size.bytes(v=1),
         flops=18 * size.elements,
-        atol=1e-4,  # x_t is rounded in the baseline and never formed in ours, which shows where terms cancel
+        # x_t is rounded in the baseline and never formed in ours, which shows where terms cancel.
+        atol=1e-4,
     )

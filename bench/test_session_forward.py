@@ -1,9 +1,10 @@
 """Training's forward and backward of whole sessions on the embedded policy: three plans that
 compute the same.
 
-    rebuild       the context is read again for every trained step and every answer, one forward and backward each:
-                  what trainers do that keep prompts and images, not contexts
-    incremental   a walk: the context is read once, its keys and values kept; one forward for each trained step
+    rebuild       the context is read again for every trained step and every answer, one forward and
+                  backward each: what trainers do that keep prompts and images, not contexts
+    incremental   a walk: the context is read once, its keys and values kept; one forward for each
+                  trained step
     packed        `replay_packed`: two forwards, or one where gradients go through the context
 
 Sessions are the world's, intents its true ones. A row's mode carries the token ratios that counting

@@ -7,8 +7,8 @@ there or is whole. A folder that does not match its manifest is never used. Insi
     <group>.safetensors     one file for each group of tensors, such as policy and ema
     optimizer.safetensors   the optimiser's tensors, numbered; their places stand in state.json
     rng.safetensors         the random generators' tensors, likewise
-    state.json              iteration, versions, the groups' names, the caller's state, the structure of optimiser and
-                            generators
+    state.json              iteration, versions, the groups' names, the caller's state, the
+                            structure of optimiser and generators
     manifest.json           written last
 
 While a checkpoint of the same iteration is being replaced, the old one is called

@@ -192,8 +192,12 @@ class _Intents(NamedTuple):
 
 
 def evaluation_line(row: dict[str, Any], kind: str = "held-out") -> str:
-    """One line for the terminal: `before (iteration 0, 200 held-out sessions): reward t1 0.829  t2 0.719 (last +-0.02),
-    sessions all right 35.0%`. kind: of the sessions, "training" where none are held out."""
+    """One line for the terminal:
+
+        before (iteration 0, 200 held-out sessions): reward t1 0.829  t2 0.719 (last +-0.02), ...
+
+    kind: of the sessions, "training" where none are held out.
+    """
     turns = "  ".join(
         f"t{t + 1} {x['mean']:.3f}"
         for t, x in enumerate(row["reward_turn"])

@@ -335,10 +335,8 @@ def _stored(session: Session) -> tuple[str, bytes]:
     pixels = np.ascontiguousarray(session.image)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    return (
-        f"images/{hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:24]}.png",
-        buffer.getvalue(),
-    )
+    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    return f"images/{digest[:24]}.png", buffer.getvalue()
 
 
 class Entry(NamedTuple):

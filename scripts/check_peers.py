@@ -545,7 +545,8 @@ GRIDS: dict[str, tuple[Callable[[ModuleType], Iterator[Call]], ...]] = {
 
 def described(call: Call) -> str:
     assert isinstance(call, partial)
-    return f"{call.func.__name__}({', '.join(str(list(v) if isinstance(v, tuple) else v) for v in call.args[1:])})"
+    values = (str(list(v) if isinstance(v, tuple) else v) for v in call.args[1:])
+    return f"{call.func.__name__}({', '.join(values)})"
 
 
 # Comparing

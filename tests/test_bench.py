@@ -34,10 +34,12 @@ ours, calls = "editr2 cpu", []
 
 def run(compare, gate, **options):
     return compare(op="op", mode="forward", shape=(2, 3), dtype="fp32", gate=gate,
-                   providers={"eager": lambda: None, "compile": lambda: None, ours: lambda: None}, **options)
+                   providers={"eager": lambda: None, "compile": lambda: None, ours: lambda: None},
+                   **options)
 
 def test_green(compare):
-    rows = run(compare, lambda: {ours: 0.5}, bytes_moved=800, flops=7, extra=lambda name: {"told": name})
+    rows = run(compare, lambda: {ours: 0.5}, bytes_moved=800, flops=7,
+               extra=lambda name: {"told": name})
     assert list(rows) == ["eager", "compile", ours]
 
 def test_inputs_stay_in_the_cache(compare, monkeypatch):

@@ -442,7 +442,9 @@ torch.set_num_threads(1)
 
 def save(root, iteration):
     tensors = {"policy": {"w": torch.full((1000,), float(iteration))}, "ema": {"w": torch.zeros(3)}}
-    save_checkpoint(root, iteration, tensors=tensors, optimizer={"lr": 1.0}, state={"at": iteration}, keep=1)
+    save_checkpoint(
+        root, iteration, tensors=tensors, optimizer={"lr": 1.0}, state={"at": iteration}, keep=1
+    )
 """
 
 
@@ -493,7 +495,8 @@ def test_kill_at_every_file_operation(memory_path: Path, iteration: int) -> None
     output = child(
         """
         root, iteration = Path(sys.argv[1]), int(sys.argv[2])
-        events = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir", "shutil.rmtree")
+        events = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir",
+                  "os.scandir", "shutil.rmtree")
         save(root / "first", 1)
         for n in range(1, 1000):
             shutil.copytree(root / "first", root / str(n))
@@ -536,7 +539,8 @@ def test_kill_at_random_times_in_a_big_save(tmp_path: Path) -> None:
             shutil.copytree(root / "first", root / str(n))
             pid = os.fork()
             if pid == 0:
-                save_checkpoint(root / str(n), 2, tensors=big, optimizer={}, state={"at": 2}, keep=1)
+                new = root / str(n)
+            save_checkpoint(new, 2, tensors=big, optimizer={}, state={"at": 2}, keep=1)
                 os._exit(0)
             time.sleep(pick.random() * 0.06)
             os.kill(pid, signal.SIGKILL)
@@ -649,7 +653,8 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
         from editr2.errors import CheckpointError
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            save_checkpoint(sys.argv[1], 2, tensors={"p": {"w": torch.ones(1_000_000)}}, optimizer={}, state={})
+            large = {"p": {"w": torch.ones(1_000_000)}}
+            save_checkpoint(sys.argv[1], 2, tensors=large, optimizer={}, state={})
         except CheckpointError as error:
             print(error)
         """,

@@ -60,7 +60,8 @@ found = {}
 for name, arguments in json.load(sys.stdin).items():
     names = Names()
     names.found = []
-    status = pytest.main([*arguments, "--collect-only", "-qq", "-p", "no:cacheprovider"], plugins=[names])
+    options = ["--collect-only", "-qq", "-p", "no:cacheprovider"]
+    status = pytest.main([*arguments, *options], plugins=[names])
     found[name] = [int(status), names.found]
 print("\\n" + json.dumps(found))
 """

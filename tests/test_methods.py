@@ -81,7 +81,7 @@ def again(batch, **changes):
     return dataclasses.replace(batch, old={}, old_text={}, **changes)
 
 
-# ----------------------------------------------------------------------------------------------------- on-policy ratios
+# --------------------------------------------------------------------------------- on-policy ratios
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,9 @@ def parquet_rows(file: Path) -> Iterator[Row]:
             f"{file}: Parquet needs pyarrow (accepted: pip install 'editr2[data]')"
         ) from error
     number = 0
-    try:  # what pyarrow raises for a broken file is open-ended, down to a UnicodeDecodeError for a column's name
+    # What pyarrow raises for a broken file is open-ended, down to a UnicodeDecodeError for a
+    # column's name.
+    try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for values in batch.to_pylist():
                 yield Row(f"{file}: row {number}", values)

@@ -434,7 +434,7 @@ class UnifiedPolicy:
             end = row.index(self.codec.im_end) if self.codec.im_end in row else len(row)
             text, thought = read_intent(self.codec.decode(row[:end]))
             if text is not None and not self.codec.can_say(text):
-                text = None  # a fallback, and nobody's fault: a mark or an unknown word was sampled into it
+                text = None  # a fallback, nobody's fault: a mark or an unknown word was sampled
             intents.append(Intent(text, thought, tuple(row[: end + 1]), tuple(log_prob[: end + 1])))
         return intents
 

@@ -17,7 +17,10 @@ WIDTH = 860
 
 def _style() -> str:
     def colours(page: str, ink: str, soft: str, rule: str, series: Sequence[str]) -> str:
-        text = f".page{{fill:{page}}}.ink{{fill:{ink}}}.soft{{fill:{soft}}}.grid{{stroke:{rule}}}.zero{{stroke:{soft}}}"
+        text = (
+            f".page{{fill:{page}}}.ink{{fill:{ink}}}.soft{{fill:{soft}}}"
+            f".grid{{stroke:{rule}}}.zero{{stroke:{soft}}}"
+        )
         return text + "".join(f".s{i}{{stroke:{c}}}.f{i}{{fill:{c}}}" for i, c in enumerate(series))
 
     light = colours("#ffffff", "#1b1d20", "#575d65", "#dcdcd5", LIGHT)

@@ -3,11 +3,12 @@
 A checkpoint and the first row of `metrics.jsonl` hold both. What numbers depend on has a name and a
 fingerprint each,
 
-    sessions   the training set: ids, instructions, modes, meta and pixels; of the endless world settings and version
+    sessions   the training set: ids, instructions, modes, meta and pixels; of the endless world
+               settings and version
     heldout    the same of the evaluation's sessions
     weights    the weights that training starts from and adapters lie over
-    reward     the judge's name, its source with that of its helpers (`sources`), and the settings that its constructor
-               was given
+    reward     the judge's name, its source with that of its helpers (`sources`), and the settings
+               that its constructor was given
 
 beside the settings under their dotted names: a run goes on only where all of them are what they
 were, or where the user insists by name (`--resume-anyway`). Versions, command, commit, host and
@@ -269,7 +270,8 @@ def reward_fingerprint(reward: Any) -> str:
 
 
 def _name(thing: Any) -> str:
-    return f"{getattr(thing, '__module__', '?')}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    return f"{getattr(thing, '__module__', '?')}:{name}"
 
 
 def _described(value: Any, depth: int = 0) -> Any:

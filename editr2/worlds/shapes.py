@@ -408,11 +408,13 @@ def verify(source: np.ndarray, instructions: Sequence[str], images: np.ndarray) 
 
     source: uint8 [24, 24, 3]; images: uint8 [T, 24, 24, 3], the editor's output of every turn.
 
-    IF_t  fraction of the cells that instruction t changes (all nine for a background edit) that look as it asks.
-    CC_t  fraction of the cells that no instruction up to t has named that still show what the source showed; after a
-          background edit only their objects count, on any background (1 when there is nothing left
-          to compare).
-    GA_t  1 if the whole image is right after *every* turn up to t, standing rules and pronouns included, else 0.
+    IF_t  fraction of the cells that instruction t changes (all nine for a background edit) that
+          look as it asks.
+    CC_t  fraction of the cells that no instruction up to t has named that still show what the
+          source showed; after a background edit only their objects count, on any background (1
+          when there is nothing left to compare).
+    GA_t  1 if the whole image is right after *every* turn up to t, standing rules and pronouns
+          included, else 0.
     """
     expected = states(source, instructions)
     seen = parse_cells(images)
