@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import editr2.capture
-import editr2.credit
-import editr2.objective
-import editr2.policies.unified
-import editr2.ratio
+import editr2.policies.unified.policy
+import editr2.rl.compiled_step
+import editr2.rl.credit
+import editr2.rl.losses
+import editr2.rl.sentinel
 from editr2.config import RolloutConfig
 from editr2_kernels import (
     CreditOptions,
@@ -47,7 +47,7 @@ def _supported(**asked: bool) -> None:
 
 class EagerSampler:
     """Step, replay and loss of one dynamics over tables of ODE rows and then SDE rows
-    (`editr2.schedule.Sampler`)."""
+    (`editr2.rl.sampler.Sampler`)."""
 
     def __init__(self, rollout: RolloutConfig) -> None:
         _supported(**{f"dynamics {rollout.dynamics}": rollout.dynamics not in ("cps", "flow-sde")})
@@ -242,12 +242,12 @@ def eager_operators(rollout: RolloutConfig) -> Iterator[None]:
     """The trainer runs on these operators inside."""
     eager = EagerSampler(rollout)
     swaps: list[tuple[Any, str, Any]] = [
-        (editr2.capture, "sde_step", eager.sde_step),
-        (editr2.objective, "grpo_loss", eager.grpo_loss),
-        (editr2.objective, "sde_log_prob", eager.sde_log_prob),
-        (editr2.ratio, "sde_log_prob", eager.sde_log_prob),
-        (editr2.policies.unified, "token_log_prob", token_log_prob),
-        (editr2.credit, "group_advantage", group_advantage),
+        (editr2.rl.compiled_step, "sde_step", eager.sde_step),
+        (editr2.rl.losses, "grpo_loss", eager.grpo_loss),
+        (editr2.rl.losses, "sde_log_prob", eager.sde_log_prob),
+        (editr2.rl.sentinel, "sde_log_prob", eager.sde_log_prob),
+        (editr2.policies.unified.policy, "token_log_prob", token_log_prob),
+        (editr2.rl.credit, "group_advantage", group_advantage),
     ]
     with ExitStack() as stack:
         for module, name, function in swaps:

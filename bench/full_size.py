@@ -26,21 +26,21 @@ from accelerate import Accelerator, init_empty_weights
 from torch import Tensor, nn
 
 from bench import frame
-from editr2 import trainer
-from editr2.cli import run_config
+from editr2.check.devices import DEVICES, find_device
+from editr2.check.editors import DiffusionEditor
+from editr2.check.estimate import Estimate, estimate
+from editr2.cli.settings import run_config
 from editr2.config import Config
-from editr2.data import open_sessions
 from editr2.errors import ConfigError, UserError
 from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.load import make_ready
-from editr2.preflight.devices import DEVICES, find_device
-from editr2.preflight.editors import DiffusionEditor
-from editr2.preflight.estimate import Estimate, estimate
-from editr2.preflight.rules import check_run
-from editr2.processes import Processes
 from editr2.rewards.load import load_reward
-from editr2.schedule import eval_sampler, rollout_sampler
-from editr2.state import new_state
+from editr2.rl import loop as trainer
+from editr2.rl.rules import check_run
+from editr2.rl.sampler import eval_sampler, rollout_sampler
+from editr2.rl.state import new_state
+from editr2.run.processes import Processes
+from editr2.sessions.source import open_sessions
 
 PHASES = ("rollout", "train")
 

@@ -1,5 +1,5 @@
 """Packed replay over walking, by the share of turns that are needed: where
-`editr2.replay.PACKED_SHARE` comes from.
+`editr2.rl.replay.PACKED_SHARE` comes from.
 
 python -m bench.packed_share        (about a minute on one core; prints, writes no rows)
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from bench import frame
 from editr2.config import Config, replace_nested
-from editr2.data import open_sessions
-from editr2.objective import window_places
-from editr2.policies.unified import UnifiedPolicy
-from editr2.replay import Places, ReplayOptions, replay
-from editr2.rollout import Chunk, Seeds, chunks, rollout_chunk
-from editr2.schedule import rollout_sampler
+from editr2.policies.unified.policy import UnifiedPolicy
+from editr2.rl.losses import window_places
+from editr2.rl.replay import Places, ReplayOptions, replay
+from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
+from editr2.rl.sampler import rollout_sampler
+from editr2.sessions.source import open_sessions
 
 GROUPS = ((1, 4), (1, 8), (2, 8))  # groups, siblings
 TURNS, ROUNDS = 3, 9

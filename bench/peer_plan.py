@@ -36,16 +36,16 @@ import torch
 from torch import Tensor
 
 from bench.eager_operators import eager_operators
-from editr2.capture import denoising_step
 from editr2.config import Config
-from editr2.credit import assign_credit
-from editr2.evaluate import judge
-from editr2.objective import Rows, grpo_term, replayed_log_prob, text_term
 from editr2.policies.base import Questions, TextPolicy
-from editr2.replay import Answers
 from editr2.rewards.base import Reward
-from editr2.rollout import Chunk, Seeds, TurnRecord
-from editr2.schedule import Sampler
+from editr2.rl.compiled_step import denoising_step
+from editr2.rl.credit import assign_credit
+from editr2.rl.evaluate import judge
+from editr2.rl.losses import Rows, grpo_term, replayed_log_prob, text_term
+from editr2.rl.replay import Answers
+from editr2.rl.rollout import Chunk, Seeds, TurnRecord
+from editr2.rl.sampler import Sampler
 from editr2.sessions import Session
 from editr2_kernels import INITIAL_STEP, GroupAdvantage, philox_normal
 

@@ -26,10 +26,10 @@ import torch
 
 from bench.providers import worst
 from bench.test_iteration import Ours, make_config
-from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
-from editr2.policies.unified_model import UnifiedConfig
+from editr2.policies.unified.model import UnifiedConfig
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.rewards.base import Score
-from editr2.schedule import make_sampler
+from editr2.rl.sampler import make_sampler
 from editr2.sessions import Session
 from editr2_kernels import grpo_loss, sde_step, sde_step_ref
 

@@ -26,21 +26,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import editr2.capture
-import editr2.objective
+import editr2.rl.compiled_step
+import editr2.rl.losses
 from bench.eager_operators import eager_operators
 from bench.peer_plan import PeerPlan, waterfall
-from editr2 import trainer
 from editr2.config import Config, replace_nested
-from editr2.data import open_sessions
-from editr2.policies.unified import UnifiedPolicy
+from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.policies.weights import trainable
-from editr2.processes import Processes
 from editr2.rewards.adapt import adapt
 from editr2.rewards.world import WorldReward
-from editr2.rollout import Chunk
-from editr2.schedule import rollout_sampler
-from editr2.state import new_state
+from editr2.rl import loop as trainer
+from editr2.rl.rollout import Chunk
+from editr2.rl.sampler import rollout_sampler
+from editr2.rl.state import new_state
+from editr2.run.processes import Processes
+from editr2.sessions.source import open_sessions
 
 OURS, EAGER = "editr2", "eager"
 SINGLY = (
@@ -182,7 +182,7 @@ def operator_seconds(run: Callable[[], Any]) -> dict[str, float]:
     backward to the velocity. The loss is computed twice here, the second time on a velocity of its
     own, so as to time it alone."""
     spent = {"sampler": 0.0, "image loss": 0.0}
-    step, loss = editr2.capture.sde_step, editr2.objective.grpo_loss
+    step, loss = editr2.rl.compiled_step.sde_step, editr2.rl.losses.grpo_loss
 
     def timed_step(*arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
@@ -197,8 +197,8 @@ def operator_seconds(run: Callable[[], Any]) -> dict[str, float]:
         spent["image loss"] += time.perf_counter() - start
         return loss(x, x_next, v, *arguments, **options)
 
-    with mock.patch.object(editr2.capture, "sde_step", timed_step):
-        with mock.patch.object(editr2.objective, "grpo_loss", timed_loss):
+    with mock.patch.object(editr2.rl.compiled_step, "sde_step", timed_step):
+        with mock.patch.object(editr2.rl.losses, "grpo_loss", timed_loss):
             run()
     return spent
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from editr2.policies.base import Questions, TokenScores, TurnTask
-from editr2.policies.packed import token_counts
 from editr2.policies.tokens import THINK_END
-from editr2.policies.unified import UnifiedPolicy
+from editr2.policies.unified.packed import token_counts
+from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.worlds import shapes
 
 ROLLOUTS, PLACES, TEMPERATURE = 8, 2, 0.7

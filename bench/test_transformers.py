@@ -23,13 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import frame
 from bench.eager_operators import EagerSampler
 from bench.providers import our_backends, worst
+from editr2.check import devices
+from editr2.check.published import PUBLISHED
 from editr2.config import RolloutConfig
 from editr2.policies.load import policy_class
-from editr2.policies.unified_model import UnifiedConfig, UnifiedModel
+from editr2.policies.unified.model import UnifiedConfig, UnifiedModel
 from editr2.policies.weights import add_lora
-from editr2.preflight import devices
-from editr2.preflight.published import PUBLISHED
-from editr2.schedule import make_sampler
+from editr2.rl.sampler import make_sampler
 from editr2_kernels import grpo_loss, sde_step
 
 STEPS, WINDOW, RANK, TEXT_TOKENS = 10, 2, 32, 512

@@ -16,13 +16,13 @@ _PUBLIC = {
     "save_sessions": "editr2.sessions",
     "Policy": "editr2.policies.base",
     "Intent": "editr2.policies.base",
-    "UnifiedPolicy": "editr2.policies.unified",
+    "UnifiedPolicy": "editr2.policies.unified.policy",
     "Reward": "editr2.rewards.base",
     "Score": "editr2.rewards.base",
     "WorldReward": "editr2.rewards.world",
     "UserError": "editr2.errors",
     "build_report": "editr2.report",
-    "train": "editr2.trainer",
+    "train": "editr2.rl.loop",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import sys
 
-from editr2.machine import choose_waiting, starting
+from editr2.run.machine import choose_waiting, starting
 
 
 def main() -> int:
     with starting():
         choose_waiting()
-        from editr2.cli import main as run
+        from editr2.cli.main import main as run
 
     return run()
 

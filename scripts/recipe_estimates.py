@@ -12,7 +12,7 @@ import os
 import shlex
 from pathlib import Path
 
-from editr2.cli import main
+from editr2.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 MARK = "# What it printed:"

@@ -21,8 +21,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
-from editr2.policies.unified_model import UnifiedConfig
+from editr2.policies.unified.model import UnifiedConfig
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 
 THREADS = 1  # tests run side by side (`make test`): one worker a core
 

@@ -18,14 +18,15 @@ from unittest import mock
 import numpy as np
 import torch
 
-from editr2 import checkpoint, trainer
 from editr2.config import Config, replace_nested
-from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
-from editr2.policies.unified_model import UnifiedConfig
+from editr2.policies.unified.model import UnifiedConfig
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
+from editr2.rl import loop as trainer
+from editr2.run import checkpoint
 from editr2.run.stop import Stopped
-from editr2.tracking import MetricsLog, read_metrics
+from editr2.run.tracking import MetricsLog, read_metrics
 
 METHODS: dict[str, dict[str, Any]] = {
     "ema": {"train": {"ema": 0.5}},

@@ -9,8 +9,8 @@ from typing import Any
 
 from editr2.config import PolicyConfig
 from editr2.policies.load import load_policy
-from editr2.policies.unified import new_embedded_policy
-from editr2.policies.unified_model import UnifiedConfig
+from editr2.policies.unified.model import UnifiedConfig
+from editr2.policies.unified.policy import new_embedded_policy
 
 RANK = 2
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from editr2.config import PRESETS, Config, preset_config, replace_nested
 from editr2.policies.load import unified_guidance
-from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
-from editr2.policies.unified_model import UnifiedConfig
+from editr2.policies.unified.model import UnifiedConfig
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
-from editr2.trainer import train
+from editr2.rl.loop import train
 
 
 class Toy:

@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 from torch.distributed.tensor import DTensor
 
-from editr2 import trainer
 from editr2.config import Config, replace_nested
 from editr2.policies import sharding
+from editr2.rl import loop as trainer
 
 
 def main(folder: Path, cases: dict) -> None:

@@ -19,10 +19,10 @@ import torch
 
 from bench import compare, frame, full_size, page, report, sizes
 from bench.frame import Row
+from editr2.check.editors import DiffusionEditor
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
-from editr2.policies.unified_model import UnifiedConfig
-from editr2.preflight.editors import DiffusionEditor
+from editr2.policies.unified.model import UnifiedConfig
 
 pytest_plugins = ["pytester"]
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import editr2.capture as capture
-from editr2.capture import Graphs, GraphStep, Stepped, capture_step
+import editr2.rl.compiled_step as capture
 from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested
 from editr2.errors import ConfigError, NonFiniteError
 from editr2.policies.base import Velocity
-from editr2.policies.unified import Guidance, UnifiedPolicy, new_embedded_policy
-from editr2.policies.unified_model import UnifiedConfig
+from editr2.policies.unified.model import UnifiedConfig
+from editr2.policies.unified.policy import Guidance, UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import exchanged, snapshot, trainable
-from editr2.rollout import Chunk, Seeds, rollout_chunk
-from editr2.schedule import make_sampler
+from editr2.rl.compiled_step import Graphs, GraphStep, Stepped, capture_step
+from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
+from editr2.rl.sampler import make_sampler
 from editr2.worlds import shapes
 
 PLAIN = Guidance()
@@ -157,8 +157,8 @@ def test_more_recompilations_than_dynamo_allows_are_refused(monkeypatch):
 def test_training_takes_old_log_probs_of_its_own_where_the_rollout_was_captured(
     monkeypatch, tmp_path
 ):
-    from editr2.tracking import read_metrics
-    from editr2.trainer import train
+    from editr2.rl.loop import train
+    from editr2.run.tracking import read_metrics
 
     compiled_by(monkeypatch)
     values = {

@@ -14,24 +14,24 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from editr2.cli import main
+from editr2.check import Report, preflight
+from editr2.check.devices import _SHEETS, PEER_EFFICIENCY, Device, find_device
+from editr2.check.editors import DiffusionEditor, UnifiedEditor
+from editr2.check.estimate import estimate, evaluation_plan, plan, strips_plan
+from editr2.check.meter import Cost, Meter, Speed, simulated
+from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, RewardConfig, replace_nested
-from editr2.data import open_sessions
-from editr2.evaluate import evaluate
-from editr2.gradient import Batch, accumulate_gradient
 from editr2.policies.load import load_policy
-from editr2.preflight import Report, preflight
-from editr2.preflight.devices import _SHEETS, PEER_EFFICIENCY, Device, find_device
-from editr2.preflight.editors import DiffusionEditor, UnifiedEditor
-from editr2.preflight.estimate import estimate, evaluation_plan, plan, strips_plan
-from editr2.preflight.meter import Cost, Meter, Speed, simulated
-from editr2.preflight.rules import run_problems
-from editr2.processes import Processes
 from editr2.rewards.base import Score
 from editr2.rewards.load import load_reward
-from editr2.rollout import Seeds, chunks, rollout_chunk
-from editr2.schedule import rollout_sampler
-from editr2.state import new_state
+from editr2.rl.evaluate import evaluate
+from editr2.rl.gradient import Batch, accumulate_gradient
+from editr2.rl.rollout import Seeds, chunks, rollout_chunk
+from editr2.rl.rules import run_problems
+from editr2.rl.sampler import rollout_sampler
+from editr2.rl.state import new_state
+from editr2.run.processes import Processes
+from editr2.sessions.source import open_sessions
 from editr2.worlds.shapes import make_session
 
 ROOT = Path(__file__).parent.parent
@@ -671,7 +671,7 @@ def test_strips_are_shared_out(folders):
 
 
 def test_dry_run_trains_two_iterations_by_the_trainers_own_code(capsys, monkeypatch):
-    monkeypatch.setattr("editr2.preflight.preflight", lambda *_: Report([], ["checked"], True))
+    monkeypatch.setattr("editr2.check.preflight", lambda *_: Report([], ["checked"], True))
     small = [
         "--rollout.sessions",
         "2",

@@ -22,15 +22,15 @@ import pytest
 import torch
 from torch import nn
 
-from editr2 import checkpoint
-from editr2.checkpoint import (
+from editr2.errors import CheckpointError
+from editr2.run import checkpoint
+from editr2.run.checkpoint import (
     capture_rng,
     latest_checkpoint,
     load_checkpoint,
     restore_rng,
     save_checkpoint,
 )
-from editr2.errors import CheckpointError
 
 
 def save(root: Path, iteration: int, *, keep: int = 2, numbers: int = 4) -> Path:
@@ -437,7 +437,7 @@ CHILD = """
 import os, shutil, signal, sys
 import torch
 from pathlib import Path
-from editr2.checkpoint import save_checkpoint
+from editr2.run.checkpoint import save_checkpoint
 torch.set_num_threads(1)
 
 def save(root, iteration):

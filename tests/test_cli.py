@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import editr2
-from editr2 import cli
-from editr2.cli import main, run_config
+from editr2.cli import main as cli
+from editr2.cli.main import main
+from editr2.cli.settings import run_config
 from editr2.config import Config
-from editr2.fields import leaves
+from editr2.config.fields import leaves
+from editr2.run.tracking import read_metrics
 from editr2.sessions import load_sessions
-from editr2.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "shapes"
@@ -314,7 +315,7 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
 
 
 def test_a_reader_who_has_enough_is_no_error():
-    code = "from editr2.cli import main; import sys; sys.exit(main(['check', '--help']))"
+    code = "from editr2.cli.main import main; import sys; sys.exit(main(['check', '--help']))"
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -329,7 +330,7 @@ def test_a_reader_who_has_enough_is_no_error():
 def test_closed_streams_are_no_error(closed):
     """As services start programs; no file of ours takes the number of a stream."""
     code = (
-        "import os, sys; from editr2.cli import main; code = main(['world', '--help']); "
+        "import os, sys; from editr2.cli.main import main; code = main(['world', '--help']); "
         "print('said')"
     )
     code += "; sys.exit(code or os.open('/', os.O_RDONLY) < 3)"

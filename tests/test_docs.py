@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from editr2.cli import main
+from editr2.cli.main import main
 from editr2.config import Config, check_config, replace_nested
 from editr2.sessions import save_sessions, validate
 from editr2.worlds.shapes import make_session
@@ -122,14 +122,14 @@ class Enough(Exception):
 @pytest.fixture
 def understood(monkeypatch):
     """Runs a command up to where work would begin, and gives what it was understood as."""
-    import editr2.cli
-    from editr2.importers import FORMATS
-    from editr2.preflight.devices import find_device
-    from editr2.preflight.rules import check_run
+    from editr2.check.devices import find_device
+    from editr2.cli import settings
     from editr2.rewards.load import load_reward
+    from editr2.rl.rules import check_run
+    from editr2.sessions.importers import FORMATS
 
     seen, processes = [], [1]
-    real = editr2.cli.run_config
+    real = settings.run_config
 
     def run_config(*arguments, **options):
         config, extra = real(*arguments, **options)
@@ -156,14 +156,14 @@ def understood(monkeypatch):
         assert format in FORMATS
         enough()
 
-    monkeypatch.setattr("editr2.cli.run_config", run_config)
-    monkeypatch.setattr("editr2.trainer.train", planned)
-    monkeypatch.setattr("editr2.preflight.preflight", planned)
-    monkeypatch.setattr("editr2.importers.import_sessions", imported)
+    monkeypatch.setattr("editr2.cli.settings.run_config", run_config)
+    monkeypatch.setattr("editr2.rl.loop.train", planned)
+    monkeypatch.setattr("editr2.check.preflight", planned)
+    monkeypatch.setattr("editr2.sessions.importers.import_sessions", imported)
     for work in (
         "policies.load.open_policy",
         "report.build_report",
-        "export.export",
+        "export.export.export",
         "reproduce.runs.reproduce",
     ):
         monkeypatch.setattr(f"editr2.{work}", enough)
@@ -281,9 +281,9 @@ def names_for(page: str, policy) -> dict:
 
 @pytest.mark.parametrize("page", [page for page, blocks in PYTHON.items() if blocks])
 def test_python_runs(page, workspace, tiny_unified, monkeypatch, peers):
-    import editr2.trainer
+    import editr2.rl.loop
 
-    real, runs = editr2.trainer.train, []
+    real, runs = editr2.rl.loop.train, []
 
     def small(config, **given):
         sizes = {
@@ -299,7 +299,7 @@ def test_python_runs(page, workspace, tiny_unified, monkeypatch, peers):
         runs.append(real(replace_nested(config, less), **given))
         return runs[-1]
 
-    monkeypatch.setattr("editr2.trainer.train", small)
+    monkeypatch.setattr("editr2.rl.loop.train", small)
     names = names_for(page, tiny_unified)
     for block in PYTHON[page]:
         exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from editr2 import doctor
-from editr2.doctor import Row
+from editr2.cli import doctor
+from editr2.cli.doctor import Row
 
 
 def by_name(rows: list[Row]) -> dict[str, Row]:
@@ -220,5 +220,5 @@ def test_exit_code(
     monkeypatch.setattr(
         doctor, "report", lambda: [Row("fine", True, "yes"), Row("thing", ok, "finding", "mend")]
     )
-    assert doctor.main() == code
+    assert doctor.command([]) == code
     assert ("broken: thing" in capsys.readouterr().out) == bool(code)

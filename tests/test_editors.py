@@ -25,9 +25,9 @@ from editr2.policies.diffusion import MixedContext, from_tokens
 from editr2.policies.load import load_policy, policy_class
 from editr2.policies.weights import trainable
 from editr2.rewards.base import Score
-from editr2.schedule import make_sampler
-from editr2.tracking import read_metrics
-from editr2.trainer import train
+from editr2.rl.loop import train
+from editr2.rl.sampler import make_sampler
+from editr2.run.tracking import read_metrics
 from editr2_kernels import sde_step
 
 SIZE = (32, 48)
@@ -383,7 +383,7 @@ def test_four_bits_without_a_device(folder):
 
 
 def test_the_shipped_policy_needs_no_diffusers():
-    code = "import sys, editr2.trainer, editr2.cli; sys.exit('diffusers' in sys.modules)"
+    code = "import sys, editr2.rl.loop, editr2.cli.main; sys.exit('diffusers' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode
         == 0

@@ -15,16 +15,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from editr2.cli import main
+from editr2.cli.main import main
 from editr2.config import Config, replace_nested
+from editr2.config.yaml import dump_yaml
 from editr2.errors import CheckpointError, ConfigError, DataError, ExportError
-from editr2.export import DiffusersLora, PeftAdapter, export, probe, remove_lora
+from editr2.export.export import DiffusersLora, PeftAdapter, export, probe, remove_lora
 from editr2.policies.load import load_policy, policy_class
-from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
-from editr2.policies.unified_model import UnifiedConfig
+from editr2.policies.unified.model import UnifiedConfig
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import load_trainable, snapshot, trainable
-from editr2.state import new_state
-from editr2.yaml_config import dump_yaml
+from editr2.rl.state import new_state
 
 
 @pytest.fixture(autouse=True)
@@ -338,7 +338,7 @@ def test_card(make_run, tmp_path):
 
 
 def test_bases_are_named(weights, tmp_path):
-    from editr2.model_card import Base
+    from editr2.export.model_card import Base
 
     assert (
         Base.of(UnifiedPolicy.load(Path(weights["unified"])), None).name

@@ -24,11 +24,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from editr2 import images
 from editr2.errors import DataError, UserError
-from editr2.images import decode_image
-from editr2.importers import import_sessions
-from editr2.sessions import load_sessions, validate
+from editr2.sessions import images, load_sessions, validate
+from editr2.sessions.images import decode_image
+from editr2.sessions.importers import import_sessions
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 

@@ -17,24 +17,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import editr2.capture as capture
 import editr2.policies.load as load
-from editr2.capture import Graphs
-from editr2.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from editr2.cli import main
+import editr2.rl.compiled_step as capture
+from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested
-from editr2.data import HELDOUT_SEED
 from editr2.errors import DataError, NonFiniteError
-from editr2.finite import LARGEST, unusable
 from editr2.policies.base import Velocity, to_bytes
-from editr2.policies.unified import UnifiedPolicy, new_embedded_policy
-from editr2.policies.unified_model import UnifiedConfig
+from editr2.policies.finite import LARGEST, unusable
+from editr2.policies.unified import pretrain, shapes
+from editr2.policies.unified.model import UnifiedConfig
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.rewards.base import Score
-from editr2.rollout import Chunk, Seeds, rollout_chunk
-from editr2.schedule import make_sampler
-from editr2.state import new_state
-from editr2.trainer import train
-from editr2.worlds import pretrain, shapes
+from editr2.rl.compiled_step import Graphs
+from editr2.rl.loop import train
+from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
+from editr2.rl.sampler import make_sampler
+from editr2.rl.state import new_state
+from editr2.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from editr2.sessions.source import HELDOUT_SEED
 
 NAN, INF = float("nan"), float("inf")
 COMMANDS = ["train", "eval", "rollout"]
@@ -526,8 +526,8 @@ def test_nothing_is_saved_after_a_bad_step(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize("lr", [INF, 1e30, 1e38])
 def test_a_learning_rate_without_bound_is_stopped_at_its_first_step(lr, tmp_path, monkeypatch):
     """As a configuration of one's own may hold, which the rules of the settings did not see."""
-    monkeypatch.setattr("editr2.trainer.check_config", lambda config: config)
-    monkeypatch.setattr("editr2.trainer.check_run", lambda *given, **named: None)
+    monkeypatch.setattr("editr2.rl.loop.check_config", lambda config: config)
+    monkeypatch.setattr("editr2.rl.loop.check_run", lambda *given, **named: None)
     config = replace_nested(
         Config(), SMALL | BRIGHT | {"out": str(tmp_path / "run"), "policy": {"intent": False}}
     )

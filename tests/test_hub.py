@@ -12,10 +12,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from editr2 import hub
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
 from editr2.policies.load import load_policy
+from editr2.run import hub
 
 
 @pytest.fixture(autouse=True)

@@ -24,14 +24,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from editr2.checkpoint import latest_checkpoint, load_checkpoint
-from editr2.cli import main
+from editr2.cli.main import main
 from editr2.config import Config, replace_nested
 from editr2.errors import CheckpointError, ConfigError
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
 from editr2.rewards.world import WorldReward
+from editr2.rl.loop import train
 from editr2.run import identity
+from editr2.run.checkpoint import latest_checkpoint, load_checkpoint
 from editr2.run.identity import (
     differences,
     folder_fingerprint,
@@ -42,9 +43,8 @@ from editr2.run.identity import (
     sessions_fingerprint,
     told,
 )
+from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, load_sessions, save_sessions
-from editr2.tracking import read_metrics
-from editr2.trainer import train
 from editr2.worlds import shapes
 
 
@@ -247,7 +247,7 @@ def test_versions_host_commit_and_command_are_recorded_and_told(
         "versions": {**made(1, "cpu")["versions"], "torch": "9"},
     }
     monkeypatch.setattr(
-        "editr2.trainer.provenance", lambda *a: {**made(*a), **other, "processes": 4}
+        "editr2.rl.loop.provenance", lambda *a: {**made(*a), **other, "processes": 4}
     )
     run = go_on(folder)
     said = [line for line in capsys.readouterr().err.splitlines() if "recorded" in line]
@@ -428,7 +428,7 @@ def test_a_run_that_left_no_checkpoint_begins_anew_as_something_else(runs, tmp_p
 def test_the_flag_may_be_given_again_and_with_commas(monkeypatch):
     seen: list[Any] = []
     monkeypatch.setattr(
-        "editr2.trainer.train", lambda config, **options: seen.append(options["resume_anyway"])
+        "editr2.rl.loop.train", lambda config, **options: seen.append(options["resume_anyway"])
     )
     assert (
         main(
@@ -446,7 +446,9 @@ def test_the_flag_may_be_given_again_and_with_commas(monkeypatch):
 def test_sessions_that_are_not_kept_in_memory_are_decoded_no_second_time(tmp_path, monkeypatch):
     data = save_sessions([shapes.make_session(0, i, turns=1) for i in range(4)], tmp_path / "data")
     kept, dropped = load_sessions(data), load_sessions(data, memory=24 * 24 * 3)
-    monkeypatch.setattr("editr2.images.read_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(
+        "editr2.sessions.images.read_image", lambda *_: pytest.fail("decoded again")
+    )
     assert sessions_fingerprint(kept) == sessions_fingerprint(dropped)
     assert sessions_fingerprint(kept[:3]) != sessions_fingerprint(kept)
 

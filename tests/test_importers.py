@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from editr2.cli import main
+from editr2.cli.main import main
 from editr2.errors import DataError, UserError
-from editr2.importers import import_sessions
 from editr2.sessions import Session, load_sessions, save_sessions, survey, validate
+from editr2.sessions.importers import import_sessions
 
 JUDGED = (
     "formatted_instruction",

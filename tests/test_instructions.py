@@ -20,19 +20,19 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from editr2.check import preflight
 from editr2.config import Config, PolicyConfig, replace_nested
-from editr2.data import open_sessions
 from editr2.errors import ConfigError, DataError
 from editr2.policies.base import ReadingPolicy
 from editr2.policies.load import policy_class
 from editr2.policies.qwen_edit import BUCKET
 from editr2.policies.tokens import TextCodec, Words, marks_of, without_marks
-from editr2.policies.unified import UnifiedPolicy
-from editr2.preflight import preflight
-from editr2.rollout import Chunk, Seeds, rollout_chunk
-from editr2.rows import _Intents
-from editr2.schedule import make_sampler
+from editr2.policies.unified.policy import UnifiedPolicy
+from editr2.rl.metrics import _Intents
+from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
+from editr2.rl.sampler import make_sampler
 from editr2.sessions import Session, Turn, save_sessions
+from editr2.sessions.source import open_sessions
 from editr2.worlds import shapes
 
 MODELS = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")

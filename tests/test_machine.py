@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from editr2.machine import CoreWatch, choose_waiting, competing
+from editr2.run.machine import CoreWatch, choose_waiting, competing
 
 MAIN, WORKER, NEW = "100", "101", "102"
 
@@ -55,7 +55,7 @@ SPIES = {
     "editr2": "import editr2.__main__ as m; m.main()",
     "python -m editr2": "import runpy; runpy.run_module('editr2', run_name='__main__')",
     "python -m editr2.cli": "import runpy; runpy.run_module('editr2.cli', run_name='__main__')",
-    "a library": "import editr2, editr2.trainer",
+    "a library": "import editr2, editr2.rl.loop",
 }
 
 

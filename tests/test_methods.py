@@ -8,23 +8,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from editr2 import gradient as gradient_module
 from editr2.config import Config, CreditConfig, preset_config, replace_nested
-from editr2.credit import assign_credit, credit_notes, credit_options
 from editr2.errors import ConfigError
-from editr2.evaluate import judge
-from editr2.gradient import Batch, accumulate_gradient
-from editr2.objective import noised_places, noised_rows, window_places
 from editr2.policies.base import Velocity
-from editr2.policies.unified import Guidance
+from editr2.policies.unified.policy import Guidance
 from editr2.policies.weights import add_lora, exchanged, merged_weights, mix, snapshot, trainable
-from editr2.processes import Processes
-from editr2.ratio import RatioError
 from editr2.rewards.base import Scores
 from editr2.rewards.world import WorldReward
-from editr2.rollout import Chunk, Seeds, Walk, rollout_chunk
-from editr2.schedule import make_sampler, rollout_sampler
-from editr2.state import new_state
+from editr2.rl import gradient as gradient_module
+from editr2.rl.credit import assign_credit, credit_notes, credit_options
+from editr2.rl.evaluate import judge
+from editr2.rl.gradient import Batch, accumulate_gradient
+from editr2.rl.losses import noised_places, noised_rows, window_places
+from editr2.rl.rollout import Chunk, Seeds, Walk, rollout_chunk
+from editr2.rl.sampler import make_sampler, rollout_sampler
+from editr2.rl.sentinel import RatioError
+from editr2.rl.state import new_state
+from editr2.run.processes import Processes
 from editr2.worlds.shapes import make_session
 from editr2_kernels import nft_loss, nft_optimality
 
@@ -302,7 +302,7 @@ def test_the_filter_needs_a_reward_named_if():
 
 def test_global_awareness_is_monotone_over_turns_under_an_exact_judge():
     """The shipped start on sessions of four turns: once wrong, wrong for good."""
-    from editr2.policies.unified import UnifiedPolicy
+    from editr2.policies.unified.policy import UnifiedPolicy
 
     policy = UnifiedPolicy.load()
     sessions = [make_session(7, i, turns=4) for i in range(12)]
@@ -470,8 +470,8 @@ def test_lora_trains_adapters_alone_and_its_reference_is_the_base_model(tiny_uni
             tiny_unified.encode(chunk.sessions[0].image[None]), chunk.turns[0].text[:1]
         )
         plain = tiny_unified.velocity(x, sigma, plain_context).v
-    from editr2.policies.unified import UnifiedPolicy
-    from editr2.policies.unified_model import UnifiedModel
+    from editr2.policies.unified.model import UnifiedModel
+    from editr2.policies.unified.policy import UnifiedPolicy
 
     for weights, expected in ((base, plain), (merged, adapted)):
         model = UnifiedModel(tiny_unified.module.config)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from editr2.cli import main
+from editr2.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "shapes"

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from editr2.policies.base import PackedPolicy, Questions, TurnTask
-from editr2.policies.packed import (
+from editr2.policies.unified.packed import (
     Segment,
     by_segment,
     dense_mask,
@@ -17,9 +17,9 @@ from editr2.policies.packed import (
     pack,
     token_counts,
 )
-from editr2.policies.unified import Guidance, UnifiedPolicy
-from editr2.replay import Places, ReplayOptions, can_pack
-from editr2.rollout import Chunk, TurnRecord
+from editr2.policies.unified.policy import Guidance, UnifiedPolicy
+from editr2.rl.replay import Places, ReplayOptions, can_pack
+from editr2.rl.rollout import Chunk, TurnRecord
 from editr2.worlds.shapes import make_session
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 matrix products batched differently, two layers deep

@@ -23,9 +23,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from editr2.check.editors import open_editor
 from editr2.errors import UserError
 from editr2.policies.load import load_policy
-from editr2.preflight.editors import open_editor
 
 LORA = "pytorch_lora_weights.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

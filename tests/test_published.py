@@ -7,11 +7,12 @@ import diffusers
 import pytest
 import torch
 
-from editr2.config import MODELS, PolicyConfig
+from editr2.check.editors import DiffusionEditor
+from editr2.check.published import PUBLISHED
+from editr2.config import PolicyConfig
+from editr2.config.settings import MODELS
 from editr2.errors import ConfigError
 from editr2.policies.load import policy_class
-from editr2.preflight.editors import DiffusionEditor
-from editr2.preflight.published import PUBLISHED
 
 QWEN3 = {
     "vocab_size": 151936,

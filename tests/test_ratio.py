@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from editr2.config import Config, replace_nested
-from editr2.policies.unified import UnifiedPolicy
-from editr2.ratio import explain_difference
-from editr2.rollout import Chunk, Seeds, rollout_chunk
-from editr2.schedule import rollout_sampler
+from editr2.policies.unified.policy import UnifiedPolicy
+from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
+from editr2.rl.sampler import rollout_sampler
+from editr2.rl.sentinel import explain_difference
 from editr2.worlds.shapes import make_session
 
 SEEDS = Seeds(0, "train")

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from editr2.checkpoint import load_checkpoint
+from editr2.run.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

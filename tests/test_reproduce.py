@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from editr2.cli import main
+from editr2.cli.main import main
 from editr2.config import Config
-from editr2.credit import credit_options
+from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
 from editr2.errors import ConfigError
-from editr2.evaluate import mean_se
 from editr2.reproduce import runs
 from editr2.reproduce.arms import ARMS, TURNS, Settings, arm_config, evaluation_sampler, find_arms
 from editr2.reproduce.claims import CLAIMS, Claim, find, verdict
 from editr2.reproduce.intervals import COVERAGE, Interval, interval
 from editr2.reproduce.page import write_page
 from editr2.reproduce.rows import fingerprints, make_row, read_rows, results, write_rows
-from editr2.tracking import read_metrics
-from editr2.yaml_config import dump_yaml, load_yaml, to_dataclass
+from editr2.rl.credit import credit_options
+from editr2.rl.evaluate import mean_se
+from editr2.run.tracking import read_metrics
 
 SMALL = Settings(iterations=1, sessions=4, groups=2, siblings=2)
 FLAGS = ["--iterations=1", "--sessions=4", "--groups=2", "--siblings=2"]
@@ -523,7 +523,8 @@ def test_an_interrupt_ends_the_children(tmp_path, stub, number):
         # A shell's background job, and whatever runs the tests in one, hands on that SIGINT is
         # ignored.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib "
-        "import Path; from editr2.cli import main; from editr2.reproduce import runs; import sys; "
+        "import Path; from editr2.cli.main import main; from editr2.reproduce import runs; "
+        "import sys; "
         f"runs.command = lambda file: [w.replace('FILE', str(file)) for w in {words!r}]; "
         f"sys.exit(main(['reproduce', '--out={tmp_path / 'runs'}', '--docs={tmp_path / 'docs'}', "
         "'--arms=multi-turn', '--seeds=1', '--iterations=1', '--sessions=4', '--groups=2', "

@@ -21,12 +21,10 @@ import numpy as np
 import pytest
 import torch
 
-from editr2.cli import main
+from editr2.check import preflight
+from editr2.cli.main import main
 from editr2.config import Config, CreditConfig, RewardConfig, replace_nested
 from editr2.errors import ConfigError
-from editr2.evaluate import evaluate, first_answer
-from editr2.preflight import preflight
-from editr2.processes import open_processes
 from editr2.rewards.adapt import adapt, score_batch
 from editr2.rewards.base import (
     FAILED,
@@ -38,9 +36,11 @@ from editr2.rewards.base import (
     weights_of,
 )
 from editr2.rewards.load import load_reward
+from editr2.rl.evaluate import evaluate, first_answer
+from editr2.rl.loop import train
+from editr2.run.processes import open_processes
+from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, Turn
-from editr2.tracking import read_metrics
-from editr2.trainer import train
 
 TURNS = 3
 
@@ -528,7 +528,7 @@ def test_a_judge_that_always_fails_stops_the_run_before_anything_is_edited(
 ):
     """As `editr2 eval` and the evaluation before training ask it."""
     monkeypatch.setattr(
-        "editr2.evaluate.rollout_chunk",
+        "editr2.rl.evaluate.rollout_chunk",
         lambda *_, **__: pytest.fail("edited for a judge that is down"),
     )
     code, outcome = ROWS[name]
@@ -659,9 +659,9 @@ def test_one_reward_needs_no_weights_and_the_filter_says_that_it_is_off(
     assert rows["train"]["filtered_turns"] == 0 and rows["train"]["advantage_abs"] > 0
     assert "credit: no reward is named IF (the rewards: bright)" in capsys.readouterr().err
     monkeypatch.setattr(
-        "editr2.preflight.estimate.estimate", lambda *_: SimpleNamespace(peak=0)
+        "editr2.check.estimate.estimate", lambda *_: SimpleNamespace(peak=0)
     )  # it takes seconds
-    monkeypatch.setattr("editr2.preflight.text.render", lambda *_: [])
+    monkeypatch.setattr("editr2.check.text.render", lambda *_: [])
     assert "credit: no reward is named IF (the rewards: bright)" in "\n".join(
         preflight(config).lines
     )

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from editr2.config import PolicyConfig, RolloutConfig
 from editr2.policies.base import Velocity
-from editr2.rollout import Chunk, Seeds, rollout_chunk
-from editr2.schedule import make_sampler
+from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
+from editr2.rl.sampler import make_sampler
 from editr2.worlds.shapes import make_session
 
 AWAY = torch.device("meta")

@@ -17,16 +17,16 @@ import torch
 from diffusers import Flux2KleinPipeline
 from safetensors.torch import load_file, save_file
 
-from editr2.cli import main
+from editr2.check.editors import DiffusionEditor, open_editor
+from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import CheckpointError, UserError
-from editr2.export import export, probe
+from editr2.export.export import export, probe
 from editr2.policies.adapters import adapter_weights
 from editr2.policies.klein import KleinPolicy
 from editr2.policies.load import CLASSES, load_policy, policy_class
 from editr2.policies.weights import trainable
-from editr2.preflight.editors import DiffusionEditor, open_editor
-from editr2.trainer import train
+from editr2.rl.loop import train
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from editr2.config import Config, replace_nested
 from editr2.errors import ConfigError
-from editr2.schedule import eval_sampler, make_sampler, rollout_sampler
-from editr2.seeds import derive_seed, seed_tensor
+from editr2.rl.sampler import eval_sampler, make_sampler, rollout_sampler
+from editr2.rl.seeds import derive_seed, seed_tensor
 from editr2_kernels import sde_step, transition_table
 
 

@@ -21,9 +21,9 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from editr2.config import Config, replace_nested
-from editr2.data import open_sessions
 from editr2.errors import DataError, UserError
 from editr2.sessions import ImageFile, Session, Turn, load_sessions, save_sessions, survey, validate
+from editr2.sessions.source import open_sessions
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 TURNS = [{"instruction": "add a cup"}]

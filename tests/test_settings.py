@@ -22,12 +22,10 @@ import torch
 import yaml
 from PIL import Image
 
-from editr2 import cli
+from editr2.cli import main as cli
+from editr2.cli.settings import run_config
 from editr2.config import (
-    DIFFUSION_ONLY,
-    NOISE_LEVELS,
     PRESETS,
-    ROLLOUT_DYNAMICS,
     Config,
     check_config,
     config_problems,
@@ -35,16 +33,18 @@ from editr2.config import (
     preset_config,
     replace_nested,
 )
+from editr2.config.fields import Slot, field_problems, leaves, mended
+from editr2.config.patterns import pattern_problem
+from editr2.config.rules import DIFFUSION_ONLY
+from editr2.config.settings import NOISE_LEVELS, ROLLOUT_DYNAMICS
 from editr2.errors import ConfigError, UserError
-from editr2.fields import Slot, field_problems, leaves, mended
-from editr2.patterns import pattern_problem
-from editr2.policies.unified import new_embedded_policy
-from editr2.policies.unified_model import UnifiedConfig
-from editr2.preflight.rules import run_problems
+from editr2.policies.unified.model import UnifiedConfig
+from editr2.policies.unified.policy import new_embedded_policy
+from editr2.policies.unified.pretrain import PretrainConfig
 from editr2.reproduce.arms import Settings
 from editr2.rewards.base import Score
-from editr2.trainer import train
-from editr2.worlds.pretrain import PretrainConfig
+from editr2.rl.loop import train
+from editr2.rl.rules import run_problems
 from editr2_kernels import KL_SCALES, RENORMS, flow_sigmas, transition_table
 from editr2_kernels.group_advantage import FUSIONS
 
@@ -233,7 +233,7 @@ def said_by_yaml(key: str, value: Any, folder: Path) -> str | None:
     file.write_text(yaml.safe_dump(nested(key, value), sort_keys=False))
     line = len(key.split("."))
     try:
-        check_config(cli.run_config("editr2 train", "x", ["--config", str(file)])[0])
+        check_config(run_config("editr2 train", "x", ["--config", str(file)])[0])
     except ConfigError as error:
         place, message = str(error).split(": ", 1)
         assert (
@@ -250,7 +250,7 @@ def said_by_flag(key: str, value: Any) -> str | None:
         else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n")
     )
     try:
-        check_config(cli.run_config("editr2 train", "x", [f"--{key}={text.strip()}"])[0])
+        check_config(run_config("editr2 train", "x", [f"--{key}={text.strip()}"])[0])
     except ConfigError as error:
         return str(error)
     return None
@@ -293,7 +293,7 @@ def test_values_of_python_and_yaml_are_converted(settings, want, tmp_path):
     key, value = want
     plain = json.loads(json.dumps(settings, default=str))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(plain))
-    read = cli.run_config("editr2 train", "x", ["--config", str(tmp_path / "c.yaml")])[0]
+    read = run_config("editr2 train", "x", ["--config", str(tmp_path / "c.yaml")])[0]
     section = replace_nested(Config(), settings)
     direct = Config(
         **{
@@ -447,10 +447,10 @@ class Bright:
 NOT_A_USE = {
     "dataclasses",
     "copy",
-    "editr2.fields",
-    "editr2.yaml_config",
+    "editr2.config.fields",
+    "editr2.config.yaml",
     "editr2.config",
-    "editr2.preflight.rules",
+    "editr2.rl.rules",
 }
 """Modules that read every field: to copy, to write down, to check."""
 
@@ -583,7 +583,7 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
         return lambda config: train(config, reward=reward)
 
     def run(config: Config) -> None:
-        monkeypatch.setattr(cli, "run_config", lambda *a, **k: (config, {}))
+        monkeypatch.setattr("editr2.cli.settings.run_config", lambda *a, **k: (config, {}))
         if reward is not None:
             monkeypatch.setattr("editr2.rewards.load.load_reward", lambda config: reward)
         cli.COMMANDS[command]([])
@@ -701,7 +701,7 @@ def test_what_is_accepted_runs_and_is_used_or_refused_in_one_line(
         config = assembled(key, value, start, tmp_path)
     monkeypatch.chdir(tmp_path)
     if key != "eval.strips":
-        monkeypatch.setattr("editr2.trainer.build_report", lambda run: run)
+        monkeypatch.setattr("editr2.rl.loop.build_report", lambda run: run)
     seen: set[str] = set()
     began = time.process_time()
     try:
@@ -755,7 +755,7 @@ def test_every_command_has_the_rules(command, flag, message, capsys, monkeypatch
     def loaded(*arguments: Any, **options: Any) -> None:
         raise AssertionError("weights are read")
 
-    for module in ("editr2.policies.load", "editr2.trainer"):
+    for module in ("editr2.policies.load", "editr2.rl.loop"):
         monkeypatch.setattr(f"{module}.open_policy", loaded)
     assert cli.main([command, flag]) == 2
     said = capsys.readouterr().err.removeprefix("error: ")

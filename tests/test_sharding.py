@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from editr2.config import Config, PolicyConfig, config_problems, policy_problems, replace_nested
+from editr2.config import Config, PolicyConfig, config_problems, replace_nested
+from editr2.config.rules import policy_problems
 from editr2.errors import ConfigError
 from editr2.policies.load import open_policy
-from editr2.processes import Processes
-from editr2.tracking import read_metrics
+from editr2.run.processes import Processes
+from editr2.run.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["make it red", "more light, please", "remove the dog", "add a cat"]

@@ -14,8 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from editr2 import cli
-from editr2.checkpoint import latest_checkpoint, load_checkpoint
+from editr2.cli import main as cli
+from editr2.run.checkpoint import latest_checkpoint, load_checkpoint
 from editr2.run.lock import LockedError, RunLock
 from editr2.run.stop import NAMES, Stopped
 
@@ -296,7 +296,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_one_is_in_nobodys_way(
         said = f"{tmp_path / 'run'}: another run is at work in it: pid {pid} on "
         # At once: nothing is loaded, and nothing in the folder is touched.
         monkeypatch.setattr(
-            "editr2.trainer.open_policy", lambda *_: pytest.fail("loaded before it looked")
+            "editr2.rl.loop.open_policy", lambda *_: pytest.fail("loaded before it looked")
         )
         assert cli.main(["train", f"--out={tmp_path / 'run'}"]) == 2
         error = capsys.readouterr().err

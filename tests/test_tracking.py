@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from editr2.errors import CheckpointError
-from editr2.tracking import MetricsLog, Progress, duration, flatten, profile_table, read_metrics
+from editr2.run.tracking import MetricsLog, Progress, duration, flatten, profile_table, read_metrics
 
 
 def train(iteration, **extra):

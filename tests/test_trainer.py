@@ -14,17 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from editr2.checkpoint import load_checkpoint
 from editr2.config import Config, replace_nested
 from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from editr2.evaluate import comparison_row, success
-from editr2.policies.unified import UnifiedPolicy
-from editr2.ratio import RatioError
+from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.rewards.base import RewardFailure, Score, lay_out
-from editr2.rows import comparison_line
+from editr2.rl.evaluate import comparison_row, success
+from editr2.rl.loop import train
+from editr2.rl.metrics import comparison_line
+from editr2.rl.sentinel import RatioError
+from editr2.run.checkpoint import load_checkpoint
+from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, Turn
-from editr2.tracking import read_metrics
-from editr2.trainer import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,8 +104,8 @@ def test_a_policy_of_another_architecture_trains_through_the_same_loop(tmp_path,
 def test_ratio_is_one_for_every_window_step_turn_and_sibling_also_in_other_batches(tiny_unified):
     """The rollout's chunking against training's, and against one that batches differently."""
     from editr2.config import PolicyConfig
-    from editr2.rollout import Chunk, Seeds, Walk, rollout_chunk
-    from editr2.schedule import make_sampler
+    from editr2.rl.rollout import Chunk, Seeds, Walk, rollout_chunk
+    from editr2.rl.sampler import make_sampler
     from editr2.worlds.shapes import make_session
     from editr2_kernels import sde_log_prob
 
@@ -139,7 +139,7 @@ def test_ratio_is_one_for_every_window_step_turn_and_sibling_also_in_other_batch
 
 def _part(chunk, i):
     """One group of a chunk as a chunk of its own."""
-    from editr2.rollout import Chunk, TurnRecord
+    from editr2.rl.rollout import Chunk, TurnRecord
 
     turns = []
     for r in chunk.turns:
@@ -165,8 +165,8 @@ def _part(chunk, i):
 
 def test_siblings_share_the_first_latent_and_differ_in_the_window(tiny_unified):
     from editr2.config import PolicyConfig
-    from editr2.rollout import Chunk, Seeds, rollout_chunk
-    from editr2.schedule import make_sampler
+    from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
+    from editr2.rl.sampler import make_sampler
     from editr2.worlds.shapes import make_session
 
     sampler = make_sampler(4, noise_level=0.9, window=1, window_range=0.25)

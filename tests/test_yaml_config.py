@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from editr2.config.yaml import check_keys, dump_yaml, load_yaml, to_dataclass
 from editr2.errors import ConfigError
-from editr2.yaml_config import check_keys, dump_yaml, load_yaml, to_dataclass
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ import torch
 from accelerate import Accelerator
 
 from editr2.config import Config, replace_nested
-from editr2.credit import assign_credit
-from editr2.data import open_sessions
-from editr2.evaluate import judge, merge_scores
-from editr2.gradient import Batch, accumulate_gradient
-from editr2.policies.unified import UnifiedPolicy
-from editr2.processes import Processes
+from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.rewards.world import WorldReward
-from editr2.rollout import Seeds, chunks, rollout_chunk
-from editr2.schedule import make_sampler
-from editr2.state import State
+from editr2.rl.credit import assign_credit
+from editr2.rl.evaluate import judge, merge_scores
+from editr2.rl.gradient import Batch, accumulate_gradient
+from editr2.rl.rollout import Seeds, chunks, rollout_chunk
+from editr2.rl.sampler import make_sampler
+from editr2.rl.state import State
+from editr2.run.processes import Processes
+from editr2.sessions.source import open_sessions
 
 
 def main(out: Path) -> None:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from editr2.errors import CheckpointError, ConfigError, one_line
-from editr2.finite import ACCEPTED, unusable
-from editr2.tensor_files import Shape, check_shapes, read_header, read_json, read_tensors
+from editr2.policies.finite import ACCEPTED, unusable
+from editr2.policies.tensor_files import Shape, check_shapes, read_header, read_json, read_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name stock diffusers looks for."""

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from editr2.config import MODELS, PolicyConfig, policy_problems
+from editr2.config import PolicyConfig
+from editr2.config.rules import policy_problems
+from editr2.config.settings import MODELS
 from editr2.errors import CheckpointError, ConfigError
-from editr2.finite import check_weights
-from editr2.hub import check_model
 from editr2.policies.adapters import (
     ALL_LINEAR,
     DESCRIPTION,
@@ -33,11 +33,13 @@ from editr2.policies.adapters import (
     save_adapter,
 )
 from editr2.policies.base import Policy
+from editr2.policies.finite import check_weights
 from editr2.policies.sharding import place
-from editr2.policies.unified import EMBEDDED, Guidance, UnifiedPolicy
+from editr2.policies.tensor_files import ordinary_modes, read_json, reading, writing
+from editr2.policies.unified.policy import EMBEDDED, Guidance, UnifiedPolicy
 from editr2.policies.weights import add_lora
-from editr2.processes import Processes
-from editr2.tensor_files import ordinary_modes, read_json, reading, writing
+from editr2.run.hub import check_model
+from editr2.run.processes import Processes
 
 if TYPE_CHECKING:
     from editr2.policies.diffusion import DiffusionPolicy

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from editr2.errors import ConfigError, UserError
-from editr2.processes import PATIENCE, Processes
+from editr2.run.processes import PATIENCE, Processes
 
 if TYPE_CHECKING:
     from editr2.policies.diffusion import DiffusionPolicy

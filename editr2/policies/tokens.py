@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from editr2.errors import DataError, shown
-from editr2.tensor_files import reading
+from editr2.policies.tensor_files import reading
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"

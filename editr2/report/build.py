@@ -28,7 +28,7 @@ from editr2.report.data import (
 from editr2.report.gallery import build_gallery
 from editr2.report.numbers import plain, signed, with_se
 from editr2.report.pictures import Pictures
-from editr2.tracking import duration
+from editr2.run.tracking import duration
 
 HEALTH = {
     "loss": "loss",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError
-from editr2.tracking import read_metrics
+from editr2.run.tracking import read_metrics
 
 SCORES = ("IF", "CC", "GA")
 """Instruction following, content consistency, global awareness."""

@@ -9,17 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from editr2.config import (
-    COUNT,
-    SIBLINGS,
-    TIMES,
-    Config,
-    check_config,
-    preset_config,
-    replace_nested,
-)
+from editr2.config import Config, check_config, preset_config, replace_nested
+from editr2.config.fields import setting
+from editr2.config.settings import COUNT, SIBLINGS, TIMES
 from editr2.errors import ConfigError
-from editr2.fields import setting
 
 TURNS = 3
 """Turns of every held-out session, as in all published work."""

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from editr2.config import Config
-from editr2.data import HELDOUT_SEED
 from editr2.errors import ConfigError
 from editr2.reproduce.arms import ARMS, TURNS, Arm, Settings
-from editr2.tracking import read_metrics
+from editr2.run.tracking import read_metrics
+from editr2.sessions.source import HELDOUT_SEED
 from editr2.worlds.shapes import make_session
 
 Row = dict[str, Any]

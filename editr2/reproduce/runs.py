@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.config import Config
+from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
 from editr2.errors import ConfigError
 from editr2.reproduce.arms import Arm, Settings, arm_config, evaluation_sampler, find_arms, start_of
 from editr2.reproduce.rows import (
@@ -29,8 +30,7 @@ from editr2.reproduce.rows import (
     shared_settings,
     write_rows,
 )
-from editr2.tracking import read_metrics
-from editr2.yaml_config import dump_yaml, load_yaml, to_dataclass
+from editr2.run.tracking import read_metrics
 
 TAIL = 8
 """Lines of a failed run's output that are shown; all of it is in the log beside the run."""
@@ -138,7 +138,7 @@ def reproduce(
 
 
 def _check_credit(runs: Sequence[Run]) -> None:
-    from editr2.credit import credit_options
+    from editr2.rl.credit import credit_options
 
     for run in runs:
         credit_options(run.config.credit)
@@ -218,12 +218,12 @@ def run_rows(run: Run, settings: Settings, known: dict[Key, Row]) -> dict[Key, R
 
 def evaluate_start(config: Config) -> Row:
     """The evaluation of the start, in this process."""
-    from editr2.data import open_sessions
-    from editr2.evaluate import evaluate
     from editr2.policies.load import load_policy
-    from editr2.processes import open_processes
     from editr2.rewards.world import WorldReward
-    from editr2.schedule import eval_sampler
+    from editr2.rl.evaluate import evaluate
+    from editr2.rl.sampler import eval_sampler
+    from editr2.run.processes import open_processes
+    from editr2.sessions.source import open_sessions
 
     policy = load_policy(config.policy)
     heldout = open_sessions(config, policy).heldout

@@ -39,10 +39,11 @@ import torch
 from torch import Tensor, nn
 
 from editr2.config import Config
-from editr2.data import SessionSource
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.run.sources import installed, sources
-from editr2.sessions import Session, pixel_sum
+from editr2.sessions import Session
+from editr2.sessions.session import pixel_sum
+from editr2.sessions.source import SessionSource
 from editr2.worlds import shapes
 
 MAY_CHANGE = {"out", "train.iterations", "checkpoint.every", "checkpoint.keep"}
@@ -114,7 +115,7 @@ def loaded_weights(config: Config) -> dict[str, str]:
     """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the
     cache holds."""
     from editr2.policies.load import policy_class, weight_sources
-    from editr2.policies.unified import EMBEDDED
+    from editr2.policies.unified.policy import EMBEDDED
 
     p = config.policy
     if p.model == "unified":

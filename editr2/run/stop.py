@@ -16,7 +16,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from editr2.processes import Processes
+from editr2.run.processes import Processes
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 """SIGHUP: the terminal was closed; under nohup it is ignored, and stays so."""

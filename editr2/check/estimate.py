@@ -1,0 +1,343 @@
+"""What a run will do, how much memory it takes and how long: arithmetic over the settings, times
+measured costs.
+
+`plan` lists every model call of an iteration (and of an evaluation) with its batch; `memory` and
+`hours` are sums over it. The estimate is of the worst case in one respect: every turn has an
+advantage, so all of them are replayed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from editr2.check.devices import Device
+from editr2.check.editors import Editor, Sizes
+from editr2.config import Config
+from editr2.rl.sampler import Sampler
+
+PHASES = ("rollout", "encode", "train", "evaluate", "strips")
+STRIPS = 2
+"""Film-strips are drawn before and after training."""
+GATHERED = 3
+"""Times the largest block that FSDP2 takes for whole ones: the block that computes, the buffer that
+it was copied out of (kept until the next copy), and the buffer into which the next block is
+gathered meanwhile."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """`times` calls of an editor's step with `batch` samples at a turn (from 0), in a phase of the
+    run."""
+
+    phase: str
+    step: str
+    batch: int
+    turn: int
+    times: float = 1.0
+
+
+def _shares(turns: Sequence[int]) -> list[float]:
+    """The share of sessions that have a first, a second, ... turn."""
+    return [sum(n > t for n in turns) / len(turns) for t in range(max(turns))]
+
+
+def _batches(count: int, most: int) -> list[int]:
+    return [min(most, count - i) for i in range(0, count, most)]
+
+
+def _forwards(rows: Sequence[int], places: int, micro_batch: int | None) -> list[tuple[int, int]]:
+    """(turn of the first row, batch) of the training forwards over rows that come turn by turn: one
+    turn and place after the other, or `micro_batch` rows whatever they are of."""
+    if micro_batch is None:
+        return [(turn, count // places) for turn, count in enumerate(rows) for _ in range(places)]
+    turns = [turn for turn, count in enumerate(rows) for _ in range(count)]
+    return [(turns[i], min(micro_batch, len(turns) - i)) for i in range(0, len(turns), micro_batch)]
+
+
+def _walk(
+    phase: str,
+    editor: Editor,
+    groups: int,
+    siblings: int,
+    shares: Sequence[float],
+    *,
+    generates: bool,
+    reads: bool,
+) -> list[Call]:
+    """The calls of a walk through `groups` sessions besides its velocities. reads: instructions are
+    not cached."""
+    calls = []
+    side = "encode" if phase == "rollout" else phase
+    for turn, share in enumerate(shares):
+        rows = max(1, round(groups * siblings * share))
+        calls.append(Call(side, "encode", rows if turn else groups, turn))
+        if turn and editor.writes_text and generates:
+            calls.append(Call(phase, "intend", rows, turn))
+        if reads:
+            apart = turn and (editor.prompt_per_output or editor.writes_text)
+            calls.append(
+                Call(side, "instruct", rows if apart else max(1, round(groups * share)), turn)
+            )
+        if generates:
+            calls.append(Call(side, "decode", rows, turn))
+    return calls
+
+
+def _group_rollout(
+    phase: str,
+    config: Config,
+    editor: Editor,
+    sampler: Sampler,
+    groups: int,
+    shares: Sequence[float],
+) -> list[Call]:
+    """The calls of a rollout of whole groups."""
+    r = config.rollout
+    calls: list[Call] = []
+    for size in _batches(groups, r.groups_per_batch):
+        calls += _walk(phase, editor, size, r.siblings, shares, generates=True, reads=True)
+        for turn, share in enumerate(shares):
+            rows = max(1, round(size * r.siblings * share))
+            alone = 0.0  # steps that a group's first rollout takes for its siblings
+            if not turn and r.shared_noise and sampler.window:
+                alone = (sampler.first_start + sampler.last_start) / 2
+                calls.append(Call(phase, "velocity", size, turn, alone))
+            calls.append(Call(phase, "velocity", rows, turn, sampler.steps - alone))
+    return calls
+
+
+def plan(
+    config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int
+) -> list[Call]:
+    """The calls of one iteration of the process with most to do. turns: of every session."""
+    r, t, shares = config.rollout, config.train, _shares(turns)
+    groups = -(-r.sessions // processes)
+    calls: list[Call] = []
+    calls += _group_rollout("rollout", config, editor, sampler, groups, shares)
+    prompts = groups * sum(shares) * (r.siblings if editor.prompt_per_output else 1)
+    again = editor.read_again(round(prompts))
+    places = sampler.window if t.loss == "grpo" else t.nft_draws
+    without = (t.kl_weight > 0) + (t.loss == "nft")  # the reference, the old policy
+    first = t.loss == "grpo" and t.minibatches > 1  # old log-probs, before any weight moves
+    for size in _batches(groups, r.groups_per_batch):
+        walks = t.updates * (1 + without) + first
+        walk = _walk("train", editor, size, r.siblings, shares, generates=False, reads=again)
+        calls += [Call(c.phase, c.step, c.batch, c.turn, walks) for c in walk]
+        turns_rows = [max(1, round(size * r.siblings * share)) for share in shares]
+        for turn, batch in _forwards([n * places for n in turns_rows], places, t.micro_batch):
+            calls.append(Call("train", "train", batch, turn, t.updates))
+            calls.append(Call("train", "velocity", batch, turn, t.updates * without + first))
+        if editor.writes_text and t.text_weight != 0:
+            calls += [
+                Call("train", "answer", n, turn, t.updates)
+                for turn, n in enumerate(turns_rows)
+                if turn
+            ]
+    return [c for c in calls if c.times]
+
+
+def strips_plan(
+    config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int
+) -> list[Call]:
+    """The calls of one drawing of the report's film-strips, whole groups, of the process with most
+    to do. turns: of held-out sessions."""
+    shown = turns[: config.eval.strips]
+    groups = -(-len(shown) // processes)
+    return (
+        _group_rollout("strips", config, editor, sampler, groups, _shares(shown)) if shown else []
+    )
+
+
+def evaluation_plan(
+    config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int
+) -> list[Call]:
+    """The calls of one evaluation: a rollout of every held-out session. turns: of each of them."""
+    shares = _shares(turns)
+    calls: list[Call] = []
+    for size in _batches(-(-len(turns) // processes), 4 * config.rollout.groups_per_batch):
+        walk = _walk("evaluate", editor, size, 1, shares, generates=True, reads=True)
+        velocities = [
+            Call("evaluate", "velocity", max(1, round(size * share)), turn, sampler.steps)
+            for turn, share in enumerate(shares)
+        ]
+        calls += [*walk, *velocities]
+    return calls
+
+
+def sharded(config: Config, processes: int) -> bool:
+    """Whether the transformer's frozen weights are shared out over the processes."""
+    return config.policy.shard and processes > 1
+
+
+def merged(calls: Sequence[Call]) -> list[Call]:
+    """Equal calls as one."""
+    times: dict[Call, float] = defaultdict(float)
+    for c in calls:
+        times[replace(c, times=0.0)] += c.times
+    return [replace(c, times=n) for c, n in times.items()]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one process, but for the host.
+
+    memory: bytes by part. peaks: bytes alive in each phase. host: bytes of weights that all
+    processes together hold on the host, at most. gathering: seconds that bringing sharded weights
+    together once takes. seconds: by phase, of an iteration (evaluate: of one evaluation; strips: of
+    one drawing). flops, train_forwards: of an iteration. evaluations: how many. optimizer_steps: of
+    the run.
+    """
+
+    memory: dict[str, int]
+    peaks: dict[str, int]
+    host: dict[str, int]
+    gathering: float
+    seconds: dict[str, float]
+    flops: float
+    evaluations: int
+    rollout_forwards: int
+    train_forwards: int
+    optimizer_steps: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+    def hours(self, iterations: int) -> dict[str, float]:
+        """By phase, of the whole run."""
+        times = {"evaluate": self.evaluations, "strips": STRIPS}
+        return {phase: s * times.get(phase, iterations) / 3600 for phase, s in self.seconds.items()}
+
+
+def estimate(
+    config: Config,
+    editor: Editor,
+    device: Device,
+    samplers: tuple[Sampler, Sampler],
+    turns: tuple[Sequence[int], Sequence[int]],
+    processes: int = 1,
+) -> Estimate:
+    """samplers: of training and of evaluation. turns: of every session to train on, and of every
+    held-out one."""
+    t = config.train
+    calls = merged(plan(config, editor, samplers[0], turns[0], processes))
+    evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
+    evaluation += merged(strips_plan(config, editor, samplers[0], turns[1], processes))
+    costs = {c: editor.cost(c.step, c.batch, c.turn) for c in (*calls, *evaluation)}
+    seconds, sizes = dict.fromkeys(PHASES, 0.0), editor.sizes()
+    gathering = copying = 0.0
+    if sharded(config, processes):
+        # The blocks arrive beside the computing; copying them out of their buffer is a part of it.
+        gathering = sizes.weights * (1 - 1 / processes) / device.peers
+        copying = 2 * sizes.weights / device.speed.bandwidth
+    branches = 1 if config.policy.guidance == 1 else 2
+    for call, cost in costs.items():
+        times = {"velocity": 1, "train": 2}.get(
+            call.step, 0
+        ) * branches  # the backward pass gathers once more
+        computing = (
+            cost.seconds(device.speed) + editor.carried(call.step) / device.link + times * copying
+        )
+        seconds[call.phase] += call.times * max(computing, times * gathering)
+    # AdamW reads and writes a weight, its gradient and two moments, and clipping reads the gradient
+    # once more.
+    steps = t.updates * t.minibatches
+    seconds["train"] += steps * 9 * 4 * sizes.trainable / device.speed.bandwidth
+    forwards = [c for c in calls if c.step in ("velocity", "train")]
+    return Estimate(
+        *_memory(config, editor, list(costs), samplers[0], turns[0], processes),
+        _host(config, sizes, processes),
+        gathering,
+        seconds,
+        sum(c.times * costs[c].total_flops for c in calls),
+        2 + (t.iterations // config.eval.every if config.eval.every else 0),
+        round(sum(c.times for c in forwards if c.phase == "rollout")),
+        round(sum(c.times for c in forwards if c.phase == "train")),
+        steps * t.iterations,
+    )
+
+
+def _memory(
+    config: Config,
+    editor: Editor,
+    calls: Sequence[Call],
+    sampler: Sampler,
+    turns: Sequence[int],
+    processes: int,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by part, and alive in each phase."""
+    r, t, p, sizes = config.rollout, config.train, config.policy, editor.sizes()
+    stored = 2 if r.store_dtype == "bfloat16" else 4
+    latent = torch.Size(editor.latent_shape).numel() * stored
+    rollouts = -(-r.sessions // processes) * r.siblings * sum(turns) / len(turns)
+
+    def largest(*steps: str, checkpointing: bool | None = None) -> int:
+        found = {(c.step, c.batch, c.turn) for c in calls if c.step in steps}
+        return max((editor.cost(*key, checkpointing).peak for key in found), default=0)
+
+    train = {on: largest("train", "answer", checkpointing=on) for on in (False, True)}
+    # The context of everyone who is denoised together; training in smaller batches copies theirs
+    # out of it.
+    contexts = max(
+        editor.held(c.batch, c.turn) for c in calls if c.step == "velocity" and c.phase == "rollout"
+    )
+    copied = (
+        max((editor.held(c.batch, c.turn) for c in calls if c.step == "train"), default=0)
+        if t.micro_batch
+        else 0
+    )
+    copies = (t.kl_weight > 0) + (t.loss == "nft") + (t.ema is not None)
+    shares, blocks, outside = 1, 0, 0
+    if sharded(
+        config, processes
+    ):  # adapters are not; what is in no block stays whole after the first forward
+        shares, blocks, outside = processes, GATHERED * sizes.block, sizes.outside
+    memory = {
+        "frozen weights": round(sizes.weights / shares),
+        "gathered blocks": blocks + outside,
+        "adapters" if p.lora_rank else "trained weights": sizes.trained,
+        "gradients": sizes.trained,
+        "optimizer states": 2 * sizes.trained,
+        "copies (reference, old, average)": copies * sizes.trained,
+        "text encoders": sizes.text,
+        "autoencoder": sizes.vae,
+        "stored latents": round(rollouts * latent * ((2 + t.guard) * sampler.window + 1)),
+        "contexts": contexts + copied,
+        "activations, rollout": largest("velocity", "intend") + sizes.dequantized,
+        "activations, encode and decode": largest("encode", "decode"),
+        "activations, train": train[False] + sizes.dequantized,
+        "activations, train, checkpointing": train[True] + sizes.dequantized,
+    }
+    always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
+    always += sizes.trained + memory["copies (reference, old, average)"] + outside + contexts
+    resident = 0 if p.offload else sizes.text + sizes.vae
+    trains = memory[
+        "activations, train, checkpointing" if p.gradient_checkpointing else "activations, train"
+    ]
+    peaks = {
+        "rollout": always + resident + blocks + memory["activations, rollout"],
+        "encode": always
+        + (max(sizes.text, sizes.vae) if p.offload else resident)
+        + largest("encode", "decode"),
+        "train": always + resident + blocks + memory["gradients"] + copied + trains,
+    }
+    return memory, {phase: round(n) for phase, n in peaks.items()}
+
+
+def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
+    """Bytes of weights that all processes together hold on the host, were they all on one machine.
+    At most: what is loaded in its file's own dtype is mapped and not copied (seen with safetensors
+    0.8), and processes share the pages.
+    """
+    # Sharded, the first process alone loads the transformer. 4-bit weights are made on the device,
+    # tensor by tensor: their own bytes stand for what is read meanwhile.
+    loaders = 1 if sharded(config, processes) else processes
+    beside = processes * (sizes.text + sizes.vae)
+    return {
+        "loading": loaders * (sizes.weights + sizes.trained) + beside,
+        "training": beside if config.policy.offload else 0,
+    }

@@ -1,0 +1,176 @@
+"""The estimate as a page of text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+from editr2.check.devices import (
+    BANDWIDTH_EFFICIENCY,
+    FRAGMENTATION,
+    LAUNCH_SECONDS,
+    LINK,
+    MATRIX_EFFICIENCY,
+    PEER_EFFICIENCY,
+    RESERVE,
+    Device,
+)
+from editr2.check.editors import Editor
+from editr2.check.estimate import Estimate, sharded
+from editr2.config import Config
+from editr2.rl.rules import batches
+from editr2.rl.sampler import Sampler
+
+GIB = 2**30
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that leaves two or three digits."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if count >= unit or name == "MiB":
+            return f"{count / unit:.1f} {name}"
+    raise AssertionError
+
+
+def number(count: float) -> str:
+    for unit, name in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= unit:
+            return f"{count / unit:.4g}{name}"
+    return f"{count:g}"
+
+
+def _duration(hours: float) -> str:
+    return (
+        f"{hours:.1f} h"
+        if hours >= 1
+        else f"{hours * 60:.1f} min"
+        if hours >= 1 / 60
+        else f"{hours * 3600:.1f} s"
+    )
+
+
+def render(
+    config: Config,
+    editor: Editor,
+    device: Device,
+    sampler: Sampler,
+    turns: tuple[Sequence[int], Sequence[int]],
+    processes: int,
+    result: Estimate,
+    fits: bool,
+) -> list[str]:
+    """What will run, memory by part, time by phase, and whether it fits."""
+    r, t, p = config.rollout, config.train, config.policy
+    sizes, shards = editor.sizes(), sharded(config, processes)
+    each = f" on each of {processes} processes" if processes > 1 else ""
+    groups = -(-r.sessions // processes)
+    lengths = ", ".join(f"{n} ({count})" for n, count in sorted(Counter(turns[0]).items()))
+    sigmas = [round(s, 3) for s in sampler.sigmas.tolist()]
+    lines = [
+        f"iteration   {r.sessions} sessions x {r.siblings} siblings; {groups} groups{each}, "
+        f"{batches(config, processes)} batch(es) of up to {min(groups, r.groups_per_batch)}",
+        f"sessions    turns (sessions): {lengths}; held out {len(turns[1])}",
+        f"run         {t.iterations} iterations, {t.updates * t.minibatches} optimizer step(s) "
+        f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
+        f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training "
+        f"an iteration{each}, {result.flops / 1e12:.4g} TFLOP",
+        f"policy      {p.model}, {p.dtype}{', 4-bit base' if p.quantize == '4bit' else ''}, "
+        f"{editor.image_size[0]} x {editor.image_size[1]} px, latents {list(editor.latent_shape)}",
+        f"parameters  {number(sizes.parameters - (sizes.trainable if p.lora_rank else 0))}; "
+        f"{number(sizes.trainable)} train"
+        + (
+            f": LoRA of rank {p.lora_rank} on {sum(sizes.targets.values())} layers"
+            if p.lora_rank
+            else " (all weights)"
+        ),
+    ]
+    if sizes.targets:
+        found = ", ".join(
+            f"{name} ({count})".replace(" ", "\xa0") for name, count in sizes.targets.items()
+        )
+        wrapped = textwrap.wrap(
+            found, 116, initial_indent="targets     ", subsequent_indent=" " * 12
+        )
+        lines += [line.replace("\xa0", " ") for line in wrapped]
+    lines += [
+        f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma "
+        f"{sigmas}",
+        f"trained     {_window(config, sampler)}",
+        "",
+        f"memory of {device.name}{each}",
+    ]
+    kept, again = (f"activations, train{how}" for how in ("", ", checkpointing"))
+    left, used = (kept, again) if p.gradient_checkpointing else (again, kept)
+    for name, count in result.memory.items():
+        if count and name != left:
+            note = ""
+            if name == used and count != result.memory[left]:
+                note = (
+                    f"  (with{'out' if used == again else ''} checkpointing "
+                    f"{size(result.memory[left])})"
+                )
+            elif p.offload and name in ("text encoders", "autoencoder"):
+                note = "  (on the host while idle)"
+            elif shards and name == "frozen weights":
+                note = f"  (sharded over {processes} processes)"
+            lines.append(f"  {name:<36}{size(count):>12}{note}")
+    lines += [
+        f"  alive at most in {phase:<19}{size(count):>12}" for phase, count in result.peaks.items()
+    ]
+    if device.gpu:
+        together = (
+            f", {processes} processes together (less where the files have policy.dtype: then "
+            f"pages are shared)"
+        )
+        lines += ["", f"memory of the host{together if processes > 1 else ''}"]
+        lines += [
+            f"  at most while {when:<22}{size(count):>12}"
+            for when, count in result.host.items()
+            if count
+        ]
+    lines += ["", f"time on {device.name}{each} (reward: not estimated)"]
+    hours = result.hours(t.iterations)
+    for phase, seconds in result.seconds.items():
+        per = {"evaluate": "an evaluation", "strips": "a drawing"}.get(phase, "an iteration")
+        lines.append(
+            f"  {phase:<12}{seconds:>10.1f} s {per:<14}{_duration(hours[phase]):>10} in all"
+        )
+    lines.append(f"  {'run':<38}{_duration(sum(hours.values())):>10} in all")
+    if device.gpu:
+        rate = f"{PEER_EFFICIENCY:.0%} of the sheet's rate between devices"
+        gathers = (
+            f"{rate} ({result.gathering:.2g} s to gather the weights, beside computing); "
+            if shards
+            else ""
+        )
+        lines.append(
+            f"  assumed: {MATRIX_EFFICIENCY:.0%} of the sheet's matrix rate, "
+            f"{BANDWIDTH_EFFICIENCY:.0%} of its bandwidth, {LAUNCH_SECONDS * 1e6:g} us an "
+            f"operation, {LINK / 1e9:g} GB/s from the host; {gathers}memory x {FRAGMENTATION:g} + "
+            f"{size(RESERVE)}; all turns trained"
+        )
+        lines.append(
+            "  not yet compared with a GPU run of ours (the error seen elsewhere: "
+            "editr2/check/__init__.py)"
+        )
+    verdict = "fits" if fits else "DOES NOT FIT"
+    lines += [
+        "",
+        f"verdict: {verdict} {device.name}: {size(device.needed(result.peak))} of "
+        f"{size(device.memory)}",
+    ]
+    return lines
+
+
+def _window(config: Config, sampler: Sampler) -> str:
+    if not sampler.window:
+        return f"{config.train.nft_draws} noise levels a turn and update, drawn anew (nft)"
+    starts = f"step {sampler.first_start + 1}"
+    if sampler.last_start > sampler.first_start:
+        starts = f"steps {sampler.first_start + 1} to {sampler.last_start + 1}"
+    schedule = config.rollout.window_schedule
+    return (
+        f"{sampler.window} of {sampler.steps} steps a turn; the window starts at {starts}, "
+        f"{schedule}"
+    )

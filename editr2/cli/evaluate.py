@@ -1,0 +1,71 @@
+"""`editr2 eval`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from editr2.cli import settings
+from editr2.cli.flags import Arguments
+from editr2.config.rules import check_config
+
+
+def command(arguments: Arguments) -> int:
+    """score a policy on held-out sessions"""
+    config, _ = settings.run_config(
+        "editr2 eval", "Score a policy on held-out sessions (see --eval.*, --data.*).", arguments
+    )
+    config = check_config(config, "eval")
+    from editr2.policies.load import open_policy
+    from editr2.rewards.base import weight_vector
+    from editr2.rewards.load import load_reward
+    from editr2.rl.evaluate import evaluate
+    from editr2.rl.rules import check_run
+    from editr2.rl.sampler import eval_sampler, own_schedule
+    from editr2.run.processes import open_processes
+    from editr2.sessions.source import open_sessions
+
+    processes = open_processes()  # first: it says which device is this process's
+    reward = load_reward(config.reward)
+    weight_vector(reward.names, config.credit.weights)  # before weights are read, as in training
+    policy = open_policy(config.policy, processes, trains=False)
+    own = own_schedule(policy)
+    check_run(config, reward.names, own, processes=processes.count, command="eval")
+    source = open_sessions(config, policy)
+    sampler = eval_sampler(config, own).to(processes.device)
+    row = evaluate(policy, reward, source.heldout, sampler, config, processes).row(0, "eval")
+    if processes.main:
+        print(evaluation_table(row))
+    return 0
+
+
+def evaluation_table(row: dict[str, Any]) -> str:
+    """Mean and standard error by turn, as text."""
+    names = [key for key in row if key.endswith("_turn")]
+    lines = [
+        f"{row['sessions']} sessions",
+        "turn    " + "".join(f"{n.removesuffix('_turn'):>18}" for n in names),
+    ]
+    for t in range(len(row[names[0]])):
+        cells = []
+        for name in names:
+            mean, se = row[name][t]["mean"], row[name][t]["se"]
+            cells.append(
+                "-" if mean is None else f"{mean:.3f}" + ("" if se is None else f" +- {se:.3f}")
+            )
+        lines.append(f"{t + 1:<8}" + "".join(f"{c:>18}" for c in cells))
+    if "marginal_turn" in names:
+        lines.append("marginal: the share of turns with IF = 1, whatever came before")
+    if row["success"]["mean"] is not None:
+        lines.append(f"sessions with every turn right: {row['success']['mean']:.1%}")
+    for mode, part in row["by_mode"].items():
+        if part["success"] is not None:
+            lines.append(f"  {mode}: {part['success']:.1%}")
+    if row["intents_right"] is not None:
+        lines.append(f"intents equal to the known ones: {row['intents_right']:.1%}")
+    if row["failed_scores"]:
+        lines.append(
+            f"turns without a score: {row['failed_scores']}; first: {row['first_failure']}"
+        )
+    if row["not_applicable"]:
+        lines.append(f"turns to which a reward does not apply: {row['not_applicable']}")
+    return "\n".join(lines)

@@ -1,0 +1,29 @@
+"""`editr2 export`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from editr2.cli.flags import Arguments, Flags
+
+
+def command(arguments: Arguments) -> int:
+    """write a run's policy for other programs, with proof that they load the same"""
+    flags = Flags("editr2 export", "Write a run's policy for others.")
+    flags.add("run", path=True, help="a run's folder; its newest checkpoint is taken")
+    flags.add("--out", path=True, required=True, help="folder to write, new or empty")
+    flags.add("--weights", help="ema (averaged; the default where there is one) or live")
+    flags.add(
+        "--merge", action="store_true", help="add LoRA to the weights it adapts and write them all"
+    )
+    options = flags.parse(arguments)
+    from editr2.export.export import export
+
+    done = export(
+        Path(options["run"]),
+        Path(options["out"]),
+        weights=options["weights"],
+        merge=options["merge"],
+    )
+    print(done)
+    return 0

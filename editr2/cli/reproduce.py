@@ -1,0 +1,56 @@
+"""`editr2 reproduce`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from editr2.cli.flags import SOME, Arguments, Flags
+from editr2.config.rules import folder_problem
+
+
+def command(arguments: Arguments) -> int:
+    """the papers' comparisons on the world: train every arm, write tables with intervals; run again
+    to resume"""
+    from editr2.reproduce.arms import Settings, find_arms
+
+    docs_help = "folder of reproduction.md, its plots and its rows"
+    flags = Flags("editr2 reproduce", command.__doc__ or "")
+    flags.add(
+        "--out",
+        path=True,
+        check=folder_problem,
+        what="a folder",
+        default="runs/reproduce",
+        help="folder of the runs",
+    )
+    flags.add(
+        "--docs", path=True, check=folder_problem, what="a folder", default="docs", help=docs_help
+    )
+    flags.add("--arms", help="comma-separated names; all of them if not given")
+    flags.add("--seeds", type=int, default=3, bounds=SOME, help="training seeds of every arm")
+    flags.add(
+        "--jobs", type=int, default=2, bounds=SOME, help="runs side by side; they share the cores"
+    )
+    flags.add("--report-only", action="store_true", help="write the page from the rows there are")
+    flags.settings(Settings)
+    options = flags.parse(arguments)
+    out, docs, report_only = (
+        Path(options.pop("out")),
+        Path(options.pop("docs")),
+        options.pop("report_only"),
+    )
+    arms, seeds, jobs = find_arms(options.pop("arms")), options.pop("seeds"), options.pop("jobs")
+    from editr2.reproduce.page import write_page
+    from editr2.reproduce.runs import reproduce
+
+    failures = (
+        []
+        if report_only
+        else reproduce(out, docs, Settings(**options), arms=arms, seeds=seeds, jobs=jobs)
+    )
+    if failures:
+        print(f"failed: {', '.join(failures)}", file=sys.stderr)
+    if not failures or (docs / "reproduction.jsonl").exists():
+        print(f"page: {write_page(docs)}")
+    return 1 if failures else 0

@@ -1,0 +1,72 @@
+"""`editr2 rollout`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from editr2.cli import settings
+from editr2.cli.flags import Arguments
+from editr2.config.rules import check_config
+
+
+def command(arguments: Arguments) -> int:
+    """edit sessions and write the images, without training"""
+    config, _ = settings.run_config(
+        "editr2 rollout",
+        "Edit sessions turn by turn and write images and outputs.jsonl into --out.",
+        arguments,
+    )
+    config = check_config(config, "rollout")
+    from PIL import Image
+
+    from editr2.policies.load import open_policy
+    from editr2.rl.rollout import Seeds, chunks, rollout_chunk
+    from editr2.rl.rules import check_run
+    from editr2.rl.sampler import eval_sampler, own_schedule
+    from editr2.run.processes import open_processes
+    from editr2.sessions.source import open_sessions
+
+    processes = open_processes()
+    policy = open_policy(config.policy, processes, trains=False)
+    own = own_schedule(policy)
+    check_run(config, None, own, processes=processes.count, command="rollout")
+    sessions = open_sessions(config, policy).heldout
+    sampler = eval_sampler(config, own).to(processes.device)
+    out, mine = Path(config.out), processes.share(len(sessions))
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    parts = [
+        out / "outputs.jsonl",
+        *(out / f"outputs.{i}.jsonl" for i in range(1, processes.count)),
+    ]
+    with parts[processes.index].open("w") as file:
+        for chunk in chunks(
+            sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch
+        ):
+            rollout_chunk(
+                policy, chunk, sampler, Seeds(config.seed, "rollout"), config.policy, greedy=True
+            )
+            for i, session in enumerate(chunk.sessions):
+                turns = []
+                for t, image in enumerate(chunk.images_of(i)):
+                    name = f"images/{chunk.ordinals[i]:05d}_t{t + 1}.png"
+                    Image.fromarray(image).save(out / name)
+                    record = chunk.turns[t]
+                    at = int((record.rollout == i).nonzero()[0, 0])
+                    intent = record.intents[at] if record.intents is not None else None
+                    turns.append(
+                        {
+                            "instruction": session.turns[t].instruction,
+                            "intent": intent.text if intent else None,
+                            "image": name,
+                        }
+                    )
+                file.write(json.dumps({"id": session.id, "turns": turns}) + "\n")
+    processes.wait()
+    if processes.main:
+        with parts[0].open("a") as file:
+            for part in parts[1:]:
+                file.write(part.read_text())
+                part.unlink()
+        print(f"{len(sessions)} sessions: {parts[0]}")
+    return 0

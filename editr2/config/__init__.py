@@ -1,0 +1,43 @@
+"""The settings of a run: what they are, where they start, and what they demand of each other.
+
+Precedence: field defaults, then `--preset`, then `--config file.yaml`, then flags.
+"""
+
+from editr2.config.presets import (
+    PRESETS,
+    UNSET_WEIGHTS,
+    preset_config,
+    replace_nested,
+)
+from editr2.config.rules import check_config, config_problems, folder_problem, noise_problem
+from editr2.config.settings import (
+    CheckpointConfig,
+    Config,
+    CreditConfig,
+    DataConfig,
+    EvalConfig,
+    PolicyConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "UNSET_WEIGHTS",
+    "CheckpointConfig",
+    "Config",
+    "CreditConfig",
+    "DataConfig",
+    "EvalConfig",
+    "PolicyConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "TrainConfig",
+    "check_config",
+    "config_problems",
+    "folder_problem",
+    "noise_problem",
+    "preset_config",
+    "replace_nested",
+]

@@ -1,0 +1,194 @@
+"""Presets: named starting points over the fields of `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from editr2.config.fields import (
+    Wrong,
+    arguments,
+)
+from editr2.config.settings import Config, CreditConfig
+from editr2.errors import ConfigError
+
+_EDITFLOW_WEIGHTS = {"IF": 0.5, "CC": 0.5, "GA": 0.0}
+
+UNSET_WEIGHTS = (CreditConfig().weights, _EDITFLOW_WEIGHTS)
+"""What `credit.weights` is where nobody set it: of the world's reward, by default and in a
+preset."""
+
+_ONE_TEXT: dict[str, dict[str, Any]] = {"policy": {"intent": False}}
+
+
+def _preset(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Later parts win, field by field."""
+    merged: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for section, values in part.items():
+            merged[section] = {**merged.get(section, {}), **values}
+    return merged
+
+
+_FLOW_GRPO = _preset(
+    _ONE_TEXT,
+    {
+        "rollout": {
+            "dynamics": "flow-sde",
+            "noise_level": 0.7,
+            "steps": 10,
+            "window": 9,
+            "window_range": 0.1,
+            "shared_noise": False,
+        },
+        "credit": {"preset": "flow-grpo", "baseline": None},
+        "train": {"clip_low": 1e-4, "clip_high": 1e-4, "kl_weight": 0.04, "kl_scale": "diffusion"},
+    },
+)
+
+_FLOW_GRPO_FAST = _preset(
+    _FLOW_GRPO, {"rollout": {"window": 2, "window_range": 0.5}, "train": {"kl_weight": 0.0}}
+)
+
+_NFT: dict[str, dict[str, Any]] = {
+    "rollout": {"window": 0, "shared_noise": False, "steps": 10},
+    "train": {
+        "loss": "nft",
+        "kl_weight": 1e-4,
+        "nft_beta": 1.0,
+        "old_decay": 0.001,
+        "old_decay_max": 0.5,
+    },
+}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "edit-r2": {
+        "policy": {"intent": True},
+        "credit": {"preset": "edit-r2", "baseline": "session_turn"},
+    },
+    "edit-r2-released": {
+        "policy": {
+            "intent": True,
+            "intent_tokens": 150,
+            "guidance": 4.0,
+            "guidance_image": 2.0,
+            "renorm": "text_channel",
+            "lora_rank": 64,
+            "lora_alpha": 128.0,
+        },
+        "rollout": {
+            "sessions": 16,
+            "siblings": 6,
+            "groups_per_batch": 4,
+            "steps": 14,
+            "shift": 3.0,
+            "dynamics": "flow-sde",
+            "noise_level": 1.3,
+            "window": 2,
+            "window_range": 1 / 3,
+        },
+        "credit": {"preset": "edit-r2-released", "baseline": None},
+        "train": {
+            "minibatches": 2,
+            "lr": 1e-4,
+            "lr_decay": 1.0,
+            "clip_low": 1e-5,
+            "clip_high": 1e-5,
+            "kl_weight": 0.01,
+            "text_weight": 1.0,
+            "text_clip": 1e-5,
+            "ema": None,
+        },
+        "eval": {"sampler": "ode", "steps": 50, "intent_tokens": 300},
+    },
+    "mt-editflow-grpo": _preset(
+        _ONE_TEXT,
+        {"credit": {"preset": "mt-editflow", "baseline": None, "weights": _EDITFLOW_WEIGHTS}},
+    ),
+    "mt-editflow-nft": _preset(
+        _ONE_TEXT,
+        _NFT,
+        {"credit": {"preset": "mt-editflow", "baseline": None, "weights": _EDITFLOW_WEIGHTS}},
+    ),
+    "flow-grpo": _FLOW_GRPO,
+    "flow-grpo-fast": _FLOW_GRPO_FAST,
+    "dance-grpo": _preset(
+        _ONE_TEXT,
+        {
+            "rollout": {
+                "dynamics": "dance-sde",
+                "noise_level": 0.3,
+                "steps": 10,
+                "window": 9,
+                "window_range": 0.1,
+            },
+            "credit": {"preset": "dance-grpo", "baseline": None},
+        },
+    ),
+    # 2 g^2, flow-GRPO's scale of the KL, is none of CPS.
+    "cps": _preset(
+        _FLOW_GRPO_FAST, {"rollout": {"dynamics": "cps"}, "train": {"kl_scale": "step"}}
+    ),
+    "mixgrpo": _preset(
+        _FLOW_GRPO_FAST,
+        {
+            "rollout": {
+                "window": 4,
+                "window_range": 1.0,
+                "window_schedule": "progressive",
+                "window_every": 25,
+                "shared_noise": True,
+            },
+            "credit": {"preset": "mixgrpo"},
+        },
+    ),
+    "mixgrpo-random": _preset(
+        _FLOW_GRPO_FAST,
+        {
+            "rollout": {"window": 4, "window_range": 1.0, "shared_noise": True},
+            "credit": {"preset": "mixgrpo"},
+        },
+    ),
+    "grpo-guard": _preset(_FLOW_GRPO_FAST, {"train": {"guard": True, "updates": 2}}),
+    "unigrpo": _preset(
+        _FLOW_GRPO_FAST,
+        {
+            "policy": {"intent": True, "guidance": 1.0, "guidance_image": 1.0},
+            "credit": {"preset": "flow-grpo"},
+            "train": {"kl_weight": 0.01, "kl_scale": "velocity"},
+        },
+    ),
+    "pku": _preset(_ONE_TEXT, _NFT, {"credit": {"preset": "pku", "baseline": None}}),
+    "dr-grpo": _preset(_FLOW_GRPO_FAST, {"credit": {"preset": "dr-grpo"}}),
+}
+"""Named starting points; each changes only the fields it stands for. docs/methods.md says where the
+values are from."""
+
+
+def replace_nested(config: Any, values: dict[str, Any]) -> Any:
+    """A copy of a dataclass with nested `values` put in, converted as those of a YAML file are.
+    Raises `ConfigError` for an unknown field and for a value that does not fit its field's type."""
+    try:
+        converted = arguments(values, type(config), "", partial=True)
+    except Wrong as wrong:
+        raise ConfigError(wrong.problem) from None
+    return _replaced(config, converted)
+
+
+def _replaced(config: Any, values: dict[str, Any]) -> Any:
+    changes = {}
+    for name, value in values.items():
+        current = getattr(config, name)
+        nested = dataclasses.is_dataclass(current) and isinstance(value, dict)
+        changes[name] = _replaced(current, value) if nested else value
+    return dataclasses.replace(config, **changes)
+
+
+def preset_config(name: str | None) -> Config:
+    """The configuration a preset starts from."""
+    if name is None:
+        return Config()
+    if name not in PRESETS:
+        raise ConfigError(f"preset: {name!r} (accepted: {', '.join(PRESETS)})")
+    made: Config = replace_nested(Config(), PRESETS[name])
+    return made

@@ -1,0 +1,205 @@
+"""What the settings demand of themselves and of each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from editr2.config.fields import (
+    field_problems,
+    mended,
+    normalised,
+)
+from editr2.config.settings import NOISE_LEVELS, Config, PolicyConfig
+from editr2.errors import ConfigError
+from editr2_kernels.group_advantage import MAX_UNITS
+
+Command = Literal["train", "check", "eval", "rollout"]
+
+_TRAINS = ("train", "check")
+
+_SAMPLES = ("train", "check", "eval", "rollout")
+
+RULES: list[tuple[tuple[str, ...], Callable[[Config, str], Iterator[str]]]] = []
+"""What fields demand of each other: the commands that use these fields, and a function of the
+configuration and the command that yields a line for each rule that is broken."""
+
+
+def _rule(
+    *commands: str,
+) -> Callable[[Callable[[Config, str], Iterator[str]]], Callable[[Config, str], Iterator[str]]]:
+    def add(rule: Callable[[Config, str], Iterator[str]]) -> Callable[[Config, str], Iterator[str]]:
+        RULES.append((commands, rule))
+        return rule
+
+    return add
+
+
+def check_config(config: Config, command: Command = "train") -> Config:
+    """The configuration with every value as the converter gives it. Raises `ConfigError` with the
+    first of `config_problems`."""
+    for problem in config_problems(config, command):
+        raise ConfigError(problem)
+    return normalised(config)
+
+
+def config_problems(config: Config, command: Command = "train") -> Iterator[str]:
+    """One line, naming the field, for each rule that is broken and needs nothing but the
+    configuration and its paths.
+
+    First every field by itself, for every command: a value that is out of its range is a slip
+    whoever reads it. Then what the fields that this command uses demand of each other, with broken
+    ones at their defaults.
+    """
+    yield from (problem for _, problem in field_problems(config))
+    whole = mended(config)
+    for commands, rule in RULES:
+        if command in commands:
+            yield from rule(whole, command)
+
+
+@_rule(*_TRAINS)
+def _loss_and_window(config: Config, command: str) -> Iterator[str]:
+    r, t = config.rollout, config.train
+    if t.loss == "grpo" and r.window < 1:
+        yield "rollout.window: 0 (accepted: at least 1; without an SDE step grpo trains nothing)"
+    if t.loss == "nft" and r.window:
+        yield f"rollout.window: {r.window} (accepted with train.loss nft: 0; it samples by ODE)"
+    if r.window == 0 and r.shared_noise:
+        yield (
+            "rollout.shared_noise: true (accepted without a window: false, or all siblings are "
+            "equal)"
+        )
+
+
+@_rule(*_SAMPLES)
+def _noise_level(config: Config, command: str) -> Iterator[str]:
+    r = config.rollout
+    drawn = r.window > 0 and (command in _TRAINS or config.eval.sampler == "rollout")
+    if drawn and (problem := noise_problem(r.dynamics, r.noise_level)):
+        yield problem
+
+
+def noise_problem(dynamics: str, level: float) -> str | None:
+    """What is wrong with the noise level of a window's steps, or None."""
+    if (bounds := NOISE_LEVELS[dynamics]).hold(level):
+        return None
+    return f"rollout.noise_level: {level} (accepted with rollout.dynamics {dynamics}: {bounds})"
+
+
+@_rule(*_TRAINS)
+def _units(config: Config, command: str) -> Iterator[str]:
+    r = config.rollout
+    if (units := r.sessions * r.siblings * r.turns) > MAX_UNITS:
+        yield (
+            f"rollout.sessions: {r.sessions} (accepted: sessions * siblings * turns of at most "
+            f"{MAX_UNITS}, which credit sums exactly; this is {units})"
+        )
+
+
+@_rule(*_TRAINS)
+def _replay(config: Config, command: str) -> Iterator[str]:
+    t, p = config.train, config.policy
+    guided = p.guidance != 1 or p.guidance_image != 1
+    if t.packed == "on" and guided:
+        yield "train.packed: on (accepted with policy.guidance other than 1: auto, off)"
+    if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
+        what = "train.packed on" if t.packed == "on" else "train.context_gradient"
+        yield (
+            f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one "
+            f"forward)"
+        )
+    if t.loss == "nft" and guided:
+        yield (
+            "policy.guidance: not 1 (accepted with train.loss nft: 1; it compares plain velocities)"
+        )
+
+
+_POLICY_FIELDS = [f.name for f in dataclasses.fields(PolicyConfig)]
+
+DIFFUSION_ONLY = tuple(_POLICY_FIELDS[_POLICY_FIELDS.index("resolution") :])
+"""Settings that the unified model has no use for."""
+
+
+def policy_problems(p: PolicyConfig, trains: bool = True) -> Iterator[str]:
+    """One line for each rule that the policy's settings break among themselves. trains: whether it
+    will."""
+    default = PolicyConfig()
+    if p.model == "unified":
+        for name in DIFFUSION_ONLY:
+            if (value := getattr(p, name)) != (accepted := getattr(default, name)):
+                yield (
+                    f"policy.{name}: {value!r} (accepted with policy.model unified: {accepted!r}, "
+                    f"the default)"
+                )
+        return
+    if p.quantize != "none" and not p.lora_rank:
+        yield (
+            f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what trains "
+            f"is not quantized)"
+        )
+    if p.shard:
+        for name, value, accepted, why in (
+            (
+                "lora_rank",
+                p.lora_rank,
+                p.lora_rank > 0 or not trains,
+                "at least 1; only frozen weights are sharded",
+            ),
+            ("quantize", p.quantize, p.quantize == "none", "none; 4-bit weights are not sharded"),
+            (
+                "model",
+                p.model,
+                p.model != "klein-kv",
+                "klein; its cache is made inside of the blocks",
+            ),
+            (
+                "compile",
+                p.compile,
+                not p.compile,
+                "false; compiled blocks are not computed again as they were",
+            ),
+        ):
+            if not accepted:
+                yield f"policy.{name}: {value} (accepted with policy.shard: {why})"
+
+
+@_rule(*_SAMPLES)
+def _model(config: Config, command: str) -> Iterator[str]:
+    p, data, trains = config.policy, config.data, command in _TRAINS
+    yield from policy_problems(p, trains)
+    # Evaluation looks at data.heldout where there is one, and at data.path only if not.
+    if p.model != "unified" and data.path is None and (trains or data.heldout is None):
+        yield (
+            f"data.path: none (accepted with policy.model {p.model}: a sessions.jsonl; the shapes "
+            f"world's images are "
+            "too small for it)"
+        )
+    if trains and p.shard and config.rollout.capture != "off":
+        yield (
+            f"rollout.capture: {config.rollout.capture} (accepted with policy.shard: off; "
+            f"gathering waits)"
+        )
+
+
+@_rule("train", "check", "rollout")
+def _out(config: Config, command: str) -> Iterator[str]:
+    if problem := folder_problem(config.out):
+        yield f"out: {config.out!r} (accepted: a folder; {problem})"
+
+
+def folder_problem(folder: str | os.PathLike[str]) -> str | None:
+    """Why a folder, new or not, cannot be written into; None if it can. Nothing is made."""
+    at = Path(os.path.expanduser(folder))
+    if str(at).startswith("~"):
+        return f"there is no home folder {at.parts[0]}; ./{at} is one of that name"
+    while not os.path.lexists(at) and at != at.parent:
+        at = at.parent
+    if not at.is_dir():
+        return f"{at} is a file"
+    if not os.access(at, os.W_OK | os.X_OK):
+        return f"{at} is not yours to write into"
+    return None

@@ -1,0 +1,391 @@
+"""The settings of a run: frozen dataclasses, with presets over the same fields.
+
+Precedence: field defaults, then `--preset`, then `--config file.yaml`, then flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from editr2.config.fields import (
+    ACCEPTS,
+    Accepts,
+    Bounds,
+    setting,
+)
+from editr2.config.patterns import pattern_problem
+from editr2_kernels import CREDIT_PRESETS, DYNAMICS
+
+MODELS = ("unified", "kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
+
+# The rollout keeps no x0 of the step before, which the rows of a second-order solver read.
+ROLLOUT_DYNAMICS = tuple(name for name in DYNAMICS if name not in ("ode", "dpm++sde"))
+
+NOISE_LEVELS = {
+    name: Bounds(above=0, at_most=1 if name in ("cps", "ddim-sde") else 10)
+    for name in ROLLOUT_DYNAMICS
+}
+"""Of each dynamics: of those that keep the noise schedule it is a share of the noise there is, of
+the others a factor of the diffusion, published at up to 1.3."""
+
+# Upper ends are where the program stops being of use, far above what anyone runs: a slip of three
+# digits is caught here and not by the kernel's out-of-memory killer.
+COUNT = Bounds(at_least=1, at_most=1_000_000)
+"""How many of something are held, or done in one go."""
+
+TIMES = Bounds(at_least=1, at_most=1_000_000_000)
+"""How often something happens."""
+
+SHARE = Bounds(at_least=0, at_most=1)
+
+POSITIVE = Bounds(above=0, at_most=1_000_000)
+
+WEIGHT = Bounds(at_least=0, at_most=1_000_000)
+
+TOKENS = Bounds(at_least=1, at_most=32_768)
+
+SIBLINGS = Bounds(at_least=2, at_most=4_096, why="an advantage compares siblings")
+
+TURNS = Bounds(at_least=1, at_most=64)
+
+STEPS = Bounds(at_least=1, at_most=1_000)
+
+PIXELS = Bounds(at_least=8, at_most=8_192)
+
+DECAY = Bounds(above=0, below=1)
+
+SEED = Bounds(at_least=0, at_most=2**63 - 1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where sessions come from.
+
+    Args:
+        path: a `sessions.jsonl` or the folder that holds one, or a Hugging Face dataset,
+            hf:owner/name:split or a saved one's folder; none draws endless sessions from the shapes
+            world.
+        heldout: the same for the evaluation before and after training; none uses the world's
+            held-out split when `path` is none too, and otherwise the training sessions themselves
+            (said in the report).
+        limit: read at most this many sessions of `path`.
+        resize: what to do with images of another size than the policy's: no (an error), crop (scale
+            to cover, cut the middle out) or stretch.
+    """
+
+    path: str | None = setting(None, path=True)
+    heldout: str | None = setting(None, path=True)
+    limit: int | None = setting(None, COUNT)
+    resize: Literal["no", "crop", "stretch"] = "no"
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What judges the outputs.
+
+    Args:
+        function: `package.module:name` of a function, an object or a class that judges
+            (docs/rewards.md has the forms); none is the shapes world's verifiers.
+        timeout: seconds that a call may take, at most a day; one that takes longer is a failed
+            score. None: no limit.
+    """
+
+    function: str | None = setting(None, what="package.module:name or none")
+    timeout: float | None = setting(None, Bounds(above=0, at_most=86400), what="seconds or none")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The editor to train. From `resolution` on: only for models on diffusers (all but unified).
+
+    Args:
+        model: unified (BAGEL's architecture; the shipped small model), kontext (FLUX.1-Kontext),
+            klein (FLUX.2-klein), klein-kv (its variant that reads the references once a turn),
+            qwen-edit or qwen-edit-plus (Qwen-Image-Edit and its multi-image successor, 2509).
+        weights: unified: a folder written by `editr2 world pretrain` or a run's `policy/`, none is
+            the shipped small model. Others: a diffusers folder or a hub id, none is the model's
+            published one.
+        intent: write an intent before every turn from the second on (Edit-R2); policies without
+        text ignore it. temperature: of sampled intents during training (evaluation is greedy).
+        intent_tokens: at most this many tokens an intent.
+        guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
+        guidance_image: weight of image guidance, applied to the result; 1 is none.
+        renorm: brings the guided velocity to the plain one's size: none, token, text_channel,
+            channel or global; auto is the model's own (qwen-edit: token, the others: none).
+        lora_rank: rank of LoRA adapters on all attention and MLP layers; 0 trains all weights.
+        lora_alpha: strength of the adapters; none is twice the rank.
+        lora_targets: regular expression over the names of the layers that get adapters; none is the
+            model's attention and MLP layers.
+        resolution: [height, width] in pixels of what is edited and written.
+        condition_resolution: the same of the condition image as the transformer sees it; none is
+            `resolution`.
+        history: images of a session that a turn sees: the one to edit and those before it, the
+        newest first. keep_source: the source image stands behind them when it is none of them any
+        more.
+        guidance_embed: the guidance value that guidance-distilled transformers (kontext) take as
+            input; none is the pipeline's own default. `guidance` is true guidance by a second,
+            negative branch.
+        negative_prompt: of that branch; none is the model's own (qwen-edit: a space, the others:
+            empty).
+        text_tokens: longest prompt in tokens; none is the pipeline's own limit.
+        dtype: float32 or bfloat16, of frozen weights and of all weights' computation; latents stay
+            float32 and so do trained adapters.
+        gradient_checkpointing: compute activations again in the backward pass.
+        compile: torch.compile the transformer's repeated blocks.
+        offload: keep text encoder and VAE on the host while they are not in use.
+        vae_tiling: the VAE works in tiles above its own sample size (1024 pixels), which takes less
+            memory and gives other latents than the stock pipeline's; not with qwen-edit.
+        quantize: none, or 4bit (the frozen base through bitsandbytes; needs a CUDA device and
+            LoRA).
+        shard: each process holds its part of the transformer's frozen weights and gathers a block
+            while it computes (FSDP2); needs LoRA. On one process there is nothing to share out.
+    """
+
+    model: str = setting("unified", among=lambda: MODELS)
+    weights: str | None = setting(None, path=True)
+    intent: bool = True
+    temperature: float = setting(0.7, Bounds(above=0, at_most=100))
+    intent_tokens: int = setting(24, TOKENS)
+    guidance: float = setting(1.0, Bounds(at_least=0, at_most=100))
+    guidance_image: float = setting(1.0, Bounds(at_least=0, at_most=100))
+    renorm: Literal["auto", "none", "token", "text_channel", "channel", "global"] = "auto"
+    lora_rank: int = setting(0, Bounds(at_least=0, at_most=4_096))
+    lora_alpha: float | None = setting(None, POSITIVE)
+    lora_targets: str | None = setting(
+        None, check=pattern_problem, what="a regular expression or none"
+    )
+    resolution: tuple[int, int] = setting(
+        (512, 512), PIXELS, what="height and width, such as 512x512"
+    )
+    condition_resolution: tuple[int, int] | None = setting(
+        None, PIXELS, what="height and width, such as 512x512, or none"
+    )
+    history: int = setting(1, TURNS)
+    keep_source: bool = False
+    guidance_embed: float | None = setting(None, Bounds(at_least=0, at_most=100))
+    negative_prompt: str | None = setting(None, empty=True)
+    text_tokens: int | None = setting(None, TOKENS)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    offload: bool = False
+    vae_tiling: bool = False
+    quantize: Literal["none", "4bit"] = "none"
+    shard: bool = False
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling: `sessions` groups of `siblings` rollouts an iteration.
+
+    Args:
+        sessions: sessions (groups) an iteration, over all processes.
+        siblings: rollouts a session.
+        turns: turns of sessions drawn from the world (sessions from files have their own).
+        steps: denoising steps.
+        shift: timestep shift of the sigma schedule; none is the policy's own schedule (unified: no
+            shift).
+        dynamics: flow-sde, dance-sde, wan-sde, cps or ddim-sde.
+        noise_level: of the dynamics.
+        window: consecutive SDE steps a turn that are trained; all others are ODE steps and store
+            nothing.
+        window_range: the window starts within this first fraction of the steps.
+        window_schedule: random (each group and turn draws its start), progressive (the start moves
+            on by one step every window_every iterations, and back to the first after the last) or
+            fixed (always the first step).
+        window_every: iterations between two moves of a progressive window.
+        shared_noise: siblings start a turn from the same initial noise and differ in the window's;
+            off, each has its own (as an ODE rollout needs).
+        store_dtype: float32 or bfloat16, of stored latents and velocities; the sampler rounds to it
+        before it scores. groups_per_batch: groups that go through the model together, in rollout
+        and in training.
+        capture: how a denoising step runs: off (plain calls), compile (torch.compile of velocity
+            and step in one; sizes that change become symbols) or graph (a CUDA graph for each
+            shape).
+    """
+
+    sessions: int = setting(12, COUNT)
+    siblings: int = setting(8, SIBLINGS)
+    turns: int = setting(3, TURNS)
+    steps: int = setting(4, STEPS)
+    shift: float | None = setting(None, Bounds(above=0, at_most=100))
+    dynamics: str = setting("cps", among=lambda: ROLLOUT_DYNAMICS)
+    noise_level: float = setting(0.7, Bounds(above=0, at_most=10))
+    window: int = setting(2, Bounds(at_least=0, at_most=1_000))
+    window_range: float = setting(0.5, Bounds(above=0, at_most=1))
+    window_schedule: Literal["random", "progressive", "fixed"] = "random"
+    window_every: int = setting(25, TIMES)
+    shared_noise: bool = True
+    store_dtype: Literal["float32", "bfloat16"] = "float32"
+    groups_per_batch: int = setting(6, COUNT)
+    capture: Literal["off", "compile", "graph"] = "off"
+
+
+@dataclass(frozen=True)
+class CreditConfig:
+    """Scores to advantages. Fields that are none keep what the preset says.
+
+    Args:
+        preset: edit-r2, edit-r2-released, mt-editflow, flow-grpo, dance-grpo, mixgrpo,
+            flow-factory, gdpo, verl-omni, dr-grpo or pku.
+        weights: weight of every reward, by name. Of a single reward it is 1 unless you set another.
+        baseline: session (all turns of a group share one mean, as released) or session_turn (each
+            turn its own, because later turns score lower). Credit that aggregates over turns has no
+            use for it.
+        aggregate: none keeps the preset's; per-turn, or mean, last, product or prefix over turns,
+        then broadcast. fusion: of several rewards: reward, advantage or gdpo.
+        std: what the advantage is divided by: group, global, or off for nothing.
+        filter: whether turns after a failed instruction (IF = 0) are left out; none is as the
+            preset has it, and false where no reward is named IF.
+        clip: bound on the advantage.
+    """
+
+    preset: str = setting("edit-r2", among=lambda: CREDIT_PRESETS)
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"IF": 0.3, "CC": 0.3, "GA": 0.4},
+        metadata={ACCEPTS: Accepts(Bounds(at_least=-1_000_000, at_most=1_000_000))},
+    )
+    baseline: Literal["session", "session_turn"] | None = "session_turn"
+    aggregate: Literal["per-turn", "mean", "last", "product", "prefix"] | None = None
+    fusion: Literal["reward", "advantage", "gdpo"] | None = None
+    std: Literal["group", "global", "off"] | None = None
+    filter: bool | None = None
+    clip: float | None = setting(None, POSITIVE)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation.
+
+    Args:
+        iterations: rollouts in all.
+        updates: passes over a rollout (ratios leave 1 after the first optimiser step).
+        minibatches: optimiser steps a pass, each on its part of the groups.
+        loss: grpo (clipped ratio over the window's steps) or nft (DiffusionNFT: rollouts by an old
+        policy, no window). lr: AdamW learning rate, of the first iteration.
+        warmup: iterations over which the learning rate rises to lr (Adam's first steps are as large
+            as any).
+        lr_decay: the learning rate falls linearly to this fraction of itself at the last iteration
+        (1: constant). betas: AdamW betas.
+        weight_decay: AdamW weight decay.
+        clip_low: lower clip range of grpo's ratio (log-probs are means over the latent, so ranges
+        are small). clip_high: upper clip range of grpo's ratio.
+        guard: GRPO-Guard's normalised ratio (grpo); the rollout then keeps its velocities inside
+            the window.
+        kl_weight: weight of the distance to the start; above 0 keeps a copy of the trainable
+            weights.
+        kl_scale: of grpo's KL (nft has velocity's): step (by 2 S^2), diffusion (2 g^2), mean (as it
+        is) or velocity. text_weight: weight of the intents' policy loss beside the sum of the image
+        losses over a turn's window; none is
+            1 / rollout.window (nft: 1 / nft_draws), 0 leaves the text untrained.
+        text_clip: clip range of the tokens' ratios.
+        text_lr: learning rate of the weights that write text (the understanding expert), in place
+            of lr; it falls as lr does. None: the same.
+        nft_beta: how far nft's implicit positive and negative policies lie from the old one.
+        nft_draws: noise levels a turn and update at which nft compares velocities.
+        old_decay: nft's old policy keeps min(old_decay * iteration, old_decay_max) of itself at
+        every iteration. old_decay_max: see old_decay.
+        context_gradient: let gradients through the context (earlier images and texts) too.
+        packed: replay whole sessions in one forward where the policy can: auto (on a CPU, where it
+            counts fewer operations), on or off.
+        micro_batch: rows (rollout, turn and step, mixed) a training forward; none is one turn and
+            step of a chunk, as the rollout went.
+        old_log_prob: grpo's: rollout (as sampled), replay (from the first update's own forward), or
+            auto: rollout where training walks as it did in float32.
+        grad_norm: gradient norm clip.
+        ema: decay of averaged weights that evaluation and export use; none trains without.
+        ratio_tolerance: the first update of a run stops when a ratio differs from 1 by more than
+        this. text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by
+        token.
+        max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
+    """
+
+    iterations: int = setting(60, TIMES)
+    updates: int = setting(1, COUNT)
+    minibatches: int = setting(1, COUNT)
+    loss: Literal["grpo", "nft"] = "grpo"
+    lr: float = setting(2e-4, Bounds(above=0, at_most=1))
+    warmup: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
+    lr_decay: float = setting(0.1, SHARE)
+    betas: tuple[float, float] = setting((0.9, 0.99), Bounds(at_least=0, below=1))
+    weight_decay: float = setting(0.0, Bounds(at_least=0, at_most=100))
+    clip_low: float = setting(1e-4, Bounds(above=0, at_most=1))
+    clip_high: float = setting(1e-4, Bounds(above=0, at_most=1_000))
+    guard: bool = False
+    kl_weight: float = setting(0.0, WEIGHT)
+    kl_scale: Literal["step", "diffusion", "mean", "velocity"] = "step"
+    text_weight: float | None = setting(None, WEIGHT)
+    text_clip: float = setting(0.2, Bounds(above=0, at_most=1))
+    text_lr: float | None = setting(None, Bounds(above=0, at_most=1))
+    nft_beta: float = setting(1.0, Bounds(above=0, at_most=1_000))
+    nft_draws: int = setting(2, Bounds(at_least=1, at_most=1_000))
+    old_decay: float = setting(0.001, SHARE)
+    old_decay_max: float = setting(0.5, SHARE)
+    context_gradient: bool = False
+    packed: Literal["auto", "on", "off"] = "auto"
+    micro_batch: int | None = setting(None, COUNT)
+    old_log_prob: Literal["auto", "rollout", "replay"] = "auto"
+    grad_norm: float = setting(1.0, POSITIVE)
+    ema: float | None = setting(0.95, DECAY)
+    ratio_tolerance: float = setting(1e-5, POSITIVE)
+    text_ratio_tolerance: float = setting(1e-3, POSITIVE)
+    max_failed_scores: float = setting(0.5, SHARE)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation: fixed seeds and greedy intents, so the same weights always score the same.
+
+    Args:
+        sessions: held-out sessions.
+        turns: turns of held-out sessions drawn from the world; none is rollout.turns.
+        sampler: rollout (as in training, window noise and all, with fixed seeds: the policy that is
+            trained) or ode (no noise after the initial latent).
+        steps: denoising steps; none uses rollout.steps.
+        intent_tokens: at most this many tokens an intent; none uses policy.intent_tokens.
+        every: also evaluate each so many iterations; 0 only before and after.
+        strips: sessions shown as film-strips in the report.
+    """
+
+    sessions: int = setting(200, COUNT)
+    turns: int | None = setting(None, TURNS)
+    sampler: Literal["rollout", "ode"] = "rollout"
+    steps: int | None = setting(None, STEPS)
+    intent_tokens: int | None = setting(None, TOKENS)
+    every: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
+    strips: int = setting(12, Bounds(at_least=0, at_most=1_000))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints.
+
+    Args:
+        every: iterations between checkpoints (the last iteration always writes one).
+        keep: newest checkpoints kept.
+    """
+
+    every: int = setting(5, TIMES)
+    keep: int = setting(2, TIMES)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Args:
+        seed: everything random in the run follows from it.
+        out: the run's folder; an unfinished run there is resumed.
+    """
+
+    seed: int = setting(0, SEED)
+    out: str = setting("runs/train", path=True, what="a folder")
+    data: DataConfig = field(default_factory=DataConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,0 +1,374 @@
+"""A run's policy as something that other programs load, with proof that they load the same policy.
+
+What is written: the LoRA that diffusers' own pipeline loads; a diffusers folder where all weights
+trained or adapters are merged; for the unified model the folder that `policy.weights` takes, or
+adapters in peft's format. Adapters are written at strength 1, alpha / rank being part of B, so that
+loaders that do not read alpha apply them as trained (`editr2.policies.adapters`).
+
+The proof: the policy as exported predicts velocities (and log-probs of text) for fixed images,
+noise and noise levels over two turns. Then the base weights are loaded anew, the export is put on
+them by the loader that a user will call, and the same questions must get the same answers to the
+last bit; otherwise nothing is left on the disk. So it is in bfloat16: the stock loader rounds
+float32 adapters to the base's precision, and autocast did so in training. What merging rounds away
+is no matter of loading; it is reported beside what training changed.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from editr2.config import Config, PolicyConfig
+from editr2.errors import CheckpointError, ConfigError, ExportError
+from editr2.policies.adapters import TRANSFORMER, fold_strength
+from editr2.policies.base import Policy, Questions, TextPolicy, with_module
+from editr2.policies.finite import check_state
+from editr2.policies.load import load_policy, quiet_libraries
+from editr2.policies.tensor_files import ordinary_modes, write_tensors, writing
+from editr2.policies.unified.policy import UnifiedPolicy
+from editr2.policies.weights import load_trainable
+from editr2.report.data import load_run
+from editr2.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from editr2_kernels import philox_normal
+
+WEIGHTS = ("ema", "live")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the forwards showed, as root mean squares over all velocities and log-probs of the
+    probe.
+
+    size: of the exported policy's answers. effect: their difference to the base weights' (0:
+    nothing was trained). rounding: to those of the policy as trained, before it took on the
+    export's precision and form. error: the largest difference to those of the reloaded export,
+    always 0 (any other stops the export).
+    """
+
+    size: float
+    effect: float
+    rounding: float
+    error: float
+
+    def __str__(self) -> str:
+        change = (
+            f"it differs from the base by {self.effect / max(self.size, 1e-30):.2%} of the "
+            f"prediction"
+        )
+        if not self.effect:
+            return (
+                "reloaded, equal to the last bit; but its predictions are the base's: nothing was "
+                "trained"
+            )
+        if self.rounding:
+            change += f", {self.rounding / self.effect:.2%} of that lost or added by rounding"
+        return f"reloaded, equal to the last bit; {change}"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """folder: what was written. kind: lora, merged or full. weights: ema or live. iteration: of the
+    checkpoint,
+    of so many planned. folding: the largest relative change of a number of a LoRA's B by taking
+    alpha / rank into it; 0 where that is a power of two."""
+
+    folder: Path
+    kind: str
+    weights: str
+    iteration: int
+    iterations: int
+    proof: Proof
+    folding: float = 0.0
+
+    def __str__(self) -> str:
+        unfinished = (
+            " (unfinished: its newest checkpoint)" if self.iteration < self.iterations else ""
+        )
+        stage = f"iteration {self.iteration} of {self.iterations}{unfinished}"
+        return f"{self.kind}, {self.weights} weights of {stage}: {self.folder}\nproof: {self.proof}"
+
+
+def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = False) -> Exported:
+    """Writes the newest checkpoint of a run's folder to `out`, new or empty, with a model card,
+    once it is proven.
+
+    weights: ema (the running average, which the run's evaluation scores) or live; None is ema where
+    there is one. merge: add the adapters to the weights they adapt, and write all weights.
+
+    Raises ConfigError for a folder or choice that cannot be exported, CheckpointError for a run
+    without checkpoint, and ExportError when the reloaded export differs.
+    """
+    from editr2.export.model_card import Base, write_card
+
+    config, seen = read_run(run), load_run(run)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out: {out} is there already (accepted: a new or empty folder)")
+    if merge and not config.policy.lora_rank:
+        raise ConfigError(
+            "--merge: the run trained all weights (accepted with policy.lora_rank above 0)"
+        )
+    if merge and config.policy.quantize != "none":
+        raise ConfigError(
+            f"--merge: the base is quantized to {config.policy.quantize} (accepted with: none)"
+        )
+    saved, weights, values = _chosen(run, weights)
+    kind = "merged" if merge else "lora" if config.policy.lora_rank else "full"
+    form = _form(config.policy.model == "unified", kind)
+    # Neither changes a number's meaning, and both would be in the way of comparing bits.
+    settings = replace(config.policy, compile=False, gradient_checkpointing=False)
+    policy = _load(settings)
+    load_trainable(policy.module, values)
+    with _appearing(out) as folder:
+        trained = probe(policy)
+        folding = form.write(policy, folder)
+        ordinary_modes([folder])
+        exported = probe(policy)
+        del policy
+        gc.collect()
+        base = _load(settings)
+        remove_lora(base.module)
+        start = probe(base)
+        proof = _proof(trained, exported, start, probe(form.load(base, folder)))
+        done = Exported(
+            out, kind, weights, saved.iteration, config.train.iterations, proof, folding
+        )
+        write_card(folder, seen, config, Base.of(base, config.policy.weights), done)
+    return done
+
+
+def read_run(run: Path) -> Config:
+    """The settings of a run's folder. Raises ConfigError where it is none."""
+    from editr2.config.yaml import check_keys, load_yaml, to_dataclass
+
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(
+            f"{run}: no config.yaml in it (accepted: the folder of a run, `--out` of `editr2 "
+            f"train`)"
+        )
+    values, lines = load_yaml(run / "config.yaml")
+    check_keys(values, lines, Config, run / "config.yaml")
+    return to_dataclass(values, Config)
+
+
+def _chosen(run: Path, weights: str | None) -> tuple[Checkpoint, str, dict[str, Tensor]]:
+    """The newest checkpoint, which of its weights are meant, and those."""
+    path = latest_checkpoint(run / "checkpoints")
+    if path is None:
+        raise CheckpointError(
+            f"{run / 'checkpoints'}: no checkpoint yet; train on, or set checkpoint.every lower"
+        )
+    saved = load_checkpoint(path)
+    check_state(path, saved.tensors, {})
+    have = [name for name in WEIGHTS if name == "live" or name in saved.tensors]
+    weights = weights or have[0]
+    if weights not in have:
+        raise ConfigError(f"--weights: {weights!r} (accepted for this run: {', '.join(have)})")
+    return saved, weights, saved.tensors["policy" if weights == "live" else weights]
+
+
+def _load(config: PolicyConfig) -> Policy:
+    policy = load_policy(config)
+    policy.module.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    return policy
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when all went well, and is gone otherwise."""
+    folder = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with writing(out):
+            folder.mkdir(parents=True)
+        yield folder
+        os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------- proof
+
+
+@torch.no_grad()
+def probe(policy: Policy) -> list[Tensor]:
+    """Guided velocities of two fixed random images at two noise levels, turn by turn over two
+    turns, and for a policy that writes text its log-probs of fixed tokens: float32 on the CPU. The
+    instruction is empty, which every tokenizer can read."""
+    policy.module.requires_grad_(
+        False
+    )  # torch folds a product of weights that want gradients in another way
+    height, width = policy.image_size
+    images = np.random.default_rng(0).integers(0, 256, (3, 2, height, width, 3), np.uint8)
+    answers = []
+    device = next(policy.module.parameters()).device
+    seeds, sigma = torch.tensor([1, 2], device=device), torch.tensor([0.9, 0.3], device=device)
+    context = policy.encode(images[0])
+    for turn in range(2):
+        if isinstance(policy, TextPolicy) and policy.writes_text:
+            asked = Questions([[""] * turn] * 2, ["", ""], [None, None])
+            scores = policy.answer_log_prob(context, asked, [(3, 2, 1), (2, 3)], temperature=1.0)
+            answers.append(scores.log_prob[scores.valid])
+        context = policy.instruct(context, ["", ""])
+        x = philox_normal(seeds, turn, policy.latent_shape)
+        answers.append(policy.velocity(x, sigma, context).combined(sigma))
+        context = policy.append(context, images[1 + turn])
+    return [answer.float().cpu() for answer in answers]
+
+
+def _proof(
+    trained: list[Tensor], exported: list[Tensor], start: list[Tensor], loaded: list[Tensor]
+) -> Proof:
+    def distance(a: list[Tensor], b: list[Tensor]) -> float:
+        return float(
+            torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
+            .double()
+            .square()
+            .mean()
+            .sqrt()
+        )
+
+    error = max(float((a - b).abs().max()) for a, b in zip(exported, loaded, strict=True))
+    effect = distance(exported, start)
+    if not error == 0:  # NaN is an error too
+        raise ExportError(
+            f"the reloaded export is another policy: predictions differ by up to {error:.3g}, "
+            f"{distance(exported, loaded) / max(effect, 1e-30):.1%} of what training changed "
+            f"(accepted: 0); "
+            "nothing was written"
+        )
+    size = distance(exported, [torch.zeros_like(a) for a in exported])
+    return Proof(size, effect, distance(exported, trained), error)
+
+
+# -------------------------------------------------------------------------------------------- forms
+
+
+class Form(Protocol):
+    """A way to write a policy. `write` fills a folder, leaves the policy with exactly the numbers
+    that a reload will have, and returns `Exported.folding`; `load` gives the policy of that folder
+    by the loader that its users call, on the base weights where the folder does not hold them."""
+
+    def write(self, policy: Any, folder: Path) -> float: ...
+
+    def load(self, base: Any, folder: Path) -> Policy: ...
+
+
+class DiffusersLora:
+    """`pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`, in the adapters' own
+    precision."""
+
+    def write(self, policy: Any, folder: Path) -> float:
+        policy.save(folder)
+        return fold_strength(policy.module)
+
+    def load(self, base: Any, folder: Path) -> Policy:
+        with quiet_libraries():  # diffusers warns that a LoRA without text encoders has none
+            base.pipe.load_lora_weights(folder)
+        return base
+
+
+class DiffusersFolder:
+    """All of a pipeline, for `DiffusionPipeline.from_pretrained(folder)` and `policy.weights`: the
+    trained transformer, and of the base pipeline's files every other component's."""
+
+    def write(self, policy: Any, folder: Path) -> float:
+        merge_lora(policy.module)
+        source = policy.pipe.name_or_path
+        source = Path(source if Path(source).is_dir() else type(policy.pipe).download(source))
+        shutil.copy(source / "model_index.json", folder)
+        for name in policy.pipe.components:
+            if name != TRANSFORMER and (source / name).is_dir():
+                shutil.copytree(source / name, folder / name)
+        policy.module.save_pretrained(folder / TRANSFORMER)
+        return 0.0
+
+    def load(self, base: Any, folder: Path) -> Policy:
+        dtypes, device = (
+            {TRANSFORMER: base.module.dtype, "default": base.compute_dtype},
+            base.device,
+        )
+        base.module.to("cpu")  # two transformers are more than a device may hold
+        pipe = base.load_pipeline(str(folder), torch_dtype=dtypes)
+        return with_module(base, pipe.transformer.to(device))
+
+
+class UnifiedFolder:
+    """What `UnifiedPolicy.load` and `policy.weights` take."""
+
+    def write(self, policy: Any, folder: Path) -> float:
+        merge_lora(policy.module)
+        policy.save(folder)
+        return 0.0
+
+    def load(self, base: Any, folder: Path) -> Policy:
+        loaded = UnifiedPolicy.load(folder, base.guidance)
+        loaded.module.to(base.device)
+        return loaded
+
+
+class PeftAdapter:
+    """`adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained(module,
+    folder)`."""
+
+    def write(self, policy: Any, folder: Path) -> float:
+        from peft import get_peft_model_state_dict
+
+        folding = fold_strength(policy.module)
+        layers = get_peft_model_state_dict(policy.module)
+        tensors = {
+            f"base_model.model.{name}": p.detach().cpu().contiguous() for name, p in layers.items()
+        }
+        write_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        policy.module.peft_config["default"].save_pretrained(folder)
+        return folding
+
+    def load(self, base: Any, folder: Path) -> Policy:
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(
+            base.module, folder
+        )  # puts the adapters inside the module it is given
+        return base
+
+
+def _form(unified: bool, kind: str) -> Form:
+    if unified:
+        return PeftAdapter() if kind == "lora" else UnifiedFolder()
+    return DiffusersLora() if kind == "lora" else DiffusersFolder()
+
+
+def _lora_layers(module: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer  # seconds of imports, so only where it is asked for
+
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def remove_lora(module: Any) -> None:
+    """Takes adapters off: the base layers stand in their own places again."""
+    if hasattr(module, "unload_lora"):  # diffusers' models keep their own books of adapters
+        module.unload_lora()
+        return
+    for name, layer in _lora_layers(module).items():
+        module.set_submodule(name, layer.get_base_layer())
+    vars(module).pop("peft_config", None)
+
+
+@torch.no_grad()
+def merge_lora(module: nn.Module) -> None:
+    """Adds every adapter to the layer it sits on, rounded to that layer's precision, and takes them
+    off."""
+    for layer in _lora_layers(module).values():
+        weight = layer.get_base_layer().weight
+        for name in layer.active_adapters:
+            weight.copy_(weight + layer.get_delta_weight(name))
+    remove_lora(module)

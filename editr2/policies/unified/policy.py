@@ -1,0 +1,602 @@
+"""The unified policy: reads the whole session, writes its intent before a turn, then paints (BAGEL
+architecture).
+
+Context: `image_0, text_1, image_1, text_2, ...`, every output image read back in. An intent is
+written on a branch of the context behind a question that lists the raw instructions; the branch is
+then dropped, so only the intent's text enters the session (Edit-R2, arXiv 2606.05950, section on
+intent reconstruction).
+
+Guidance keeps up to two more contexts beside the full one (BAGEL): without the current instruction,
+and of the texts alone. Their velocities leave beside the full one and the kernels combine them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from editr2.policies.base import (
+    Intent,
+    Questions,
+    TokenScores,
+    TurnReplay,
+    TurnTask,
+    Velocity,
+    to_bytes,
+)
+from editr2.policies.finite import ACCEPTED, unusable
+from editr2.policies.tensor_files import (
+    check_shapes,
+    read_header,
+    read_tensors,
+    write_tensors,
+    writing,
+)
+from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
+from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
+from editr2.policies.unified.packed import Segment, packed_is_cheaper, run_session, token_counts
+from editr2.policies.weights import merged_weights
+from editr2_kernels import RENORMS, philox_normal, token_log_prob
+
+EMBEDDED = Path(__file__).parent.parent.parent / "assets" / "unified-small"
+SIZES, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
+"""The files of a folder."""
+
+BUCKET = 64  # tokens; the embedded world's turns are about 50 long
+
+
+def patchify(images: np.ndarray, patch: int) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 tokens [B, (H/p)(W/p), p*p*3] in [-1, 1], each ordered (row,
+    column, channel)."""
+    x = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+    b, h, w, c = x.shape
+    x = x.view(b, h // patch, patch, w // patch, patch, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> np.ndarray:
+    """The inverse of `patchify`, clamped and rounded to uint8."""
+    return to_bytes(painted(tokens, grid, patch))
+
+
+def painted(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Tokens [B, N, p*p*3] as pixels [B, H, W, 3]."""
+    x = tokens.view(len(tokens), *grid, patch, patch, -1).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(len(tokens), grid[0] * patch, grid[1] * patch, -1)
+
+
+REQUESTS = {"cm": "rewrite always", "cu": "rewrite it", None: "rewrite"}
+"""What a question asks for, by mode: fold standing rules in, replace pronouns, or simply rewrite.
+The shipped weights were pretrained on the last alone and answer the others almost as well."""
+
+
+def question(earlier: Sequence[str], current: str, mode: str | None = None) -> str:
+    """The request for an intent: raw earlier instructions, the current one, and what to do (see
+    `REQUESTS`)."""
+    said = "".join(f"{c} ; " for c in earlier)
+    return f"earlier : {said}now : {current} ; {REQUESTS.get(mode, REQUESTS[None])}"
+
+
+def read_intent(answer: str) -> tuple[str | None, str]:
+    """(intent or None, reasoning) of a decoded answer: the intent is what follows `</think>`."""
+    thought, found, intent = answer.partition(THINK_END)
+    intent = " ".join(intent.split())
+    return (intent if found and intent else None), " ".join(thought.split())
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of the velocity, nested: v_t = v_td + text (v - v_td), u = v_id +
+    image (v_t - v_id).
+
+    v_td is the velocity without the current instruction, v_id that without images; a weight of 1
+    needs no branch.
+
+    Args:
+        text: weight of the instruction.
+        image: weight of the images.
+        renorm: one of `editr2_kernels.RENORMS`; BAGEL edits with `text_channel`.
+        interval: guided while low < sigma <= high.
+    """
+
+    text: float = 1.0
+    image: float = 1.0
+    renorm: str = "none"
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        for name in ("text", "image"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(
+                    f"guidance.{name}: {getattr(self, name)} (accepted: a finite number)"
+                )
+        if self.renorm not in RENORMS:
+            raise ConfigError(f"guidance.renorm: {self.renorm!r} (accepted: {', '.join(RENORMS)})")
+        if len(self.interval) != 2 or not self.interval[0] < self.interval[1]:
+            raise ConfigError(
+                f"guidance.interval: {self.interval} (accepted: (low, high) with low < high)"
+            )
+
+    @property
+    def active(self) -> bool:
+        return self.text != 1 or self.image != 1
+
+
+@dataclass(frozen=True)
+class GuidedContext:
+    """The contexts of a guided velocity; None where its weight is 1.
+
+    text_dropped: as before the current instruction. image_dropped: the texts so far, at positions
+        of their own.
+    """
+
+    full: Context
+    text_dropped: Context | None
+    image_dropped: Context | None
+
+    @property
+    def branches(self) -> list[Context]:
+        return [c for c in (self.full, self.text_dropped, self.image_dropped) if c is not None]
+
+    @cached_property
+    def joined(self) -> Context:
+        """All branches as one batch, joined once for all the denoising steps behind them."""
+        with torch.enable_grad():  # the first to ask may be a rollout, the next one training
+            return Context.join(self.branches)
+
+    def map(self, function: Callable[[Context], Context]) -> GuidedContext:
+        dropped = (
+            None if c is None else function(c) for c in (self.text_dropped, self.image_dropped)
+        )
+        return GuidedContext(function(self.full), *dropped)
+
+    def detach(self) -> GuidedContext:
+        return self.map(Context.detach)
+
+    @staticmethod
+    def join_all(parts: Sequence[GuidedContext]) -> GuidedContext:
+        def together(name: str) -> Context | None:
+            found = [getattr(p, name) for p in parts]
+            return None if found[0] is None else Context.join(found)
+
+        return GuidedContext(
+            Context.join([p.full for p in parts]),
+            together("text_dropped"),
+            together("image_dropped"),
+        )
+
+
+AnyContext: TypeAlias = Context | GuidedContext
+
+
+def _full(context: AnyContext) -> Context:
+    return context.full if isinstance(context, GuidedContext) else context
+
+
+def read_parts(folder: Path) -> tuple[UnifiedConfig, TextCodec]:
+    """Sizes and words of a unified policy's folder, whose weights fit them; the weights themselves
+    are not read.
+
+    Raises a `UserError` that names the file and key of what is missing, broken or does not fit the
+    rest.
+    """
+    for name in (SIZES, TOKENIZER, WEIGHTS):
+        if not (folder / name).is_file():
+            run = folder / "policy"  # that of the folder of a run
+            found = f", such as {run}" if (run / name).is_file() else ""
+            raise CheckpointError(
+                f"{folder}: no {name} (accepted: what `editr2 world pretrain` wrote, or a run's "
+                f"policy/{found})"
+            )
+    config, codec = UnifiedConfig.load(folder / SIZES), TextCodec.load(folder / TOKENIZER)
+    if (words := 1 + max(codec.tokenizer.get_vocab().values())) > config.vocab_size:
+        raise CheckpointError(
+            f"{folder / SIZES}: vocab_size: {config.vocab_size} (accepted: at least {words}, the "
+            f"words of {TOKENIZER})"
+        )
+    if config.latent_channels != 3:
+        raise CheckpointError(
+            f"{folder / SIZES}: latent_channels: {config.latent_channels} (accepted: 3; this "
+            f"policy paints pixels)"
+        )
+    with torch.device("meta"):
+        needed = {name: tuple(t.shape) for name, t in UnifiedModel(config).state_dict().items()}
+    shapes, _ = read_header(folder / WEIGHTS)
+    check_shapes(folder / WEIGHTS, shapes, needed, f"the model that {SIZES} describes")
+    return config, codec
+
+
+class UnifiedPolicy:
+    """`PackedPolicy` and `TextPolicy` over a `UnifiedModel` whose latents are pixels (the embedded
+    world's).
+
+    Image size is fixed by the configuration: `max_latent_size * latent_patch_size` pixels a side.
+    Contexts are `Context`, or `GuidedContext` where `guidance` has a weight other than 1.
+    """
+
+    writes_text = True
+
+    def __init__(
+        self, model: UnifiedModel, codec: TextCodec, guidance: Guidance = Guidance()
+    ) -> None:
+        config = model.config
+        if config.latent_channels != 3:
+            raise DataError(
+                f"latent_channels: {config.latent_channels}; this policy paints pixels (accepted: "
+                f"3). A model on an "
+                "autoencoder's latents needs a policy that holds the autoencoder"
+            )
+        self.module = model
+        self.codec = codec
+        self.guidance = guidance
+        self.grid = (config.max_latent_size, config.max_latent_size)
+        self.patch = config.latent_patch_size
+        self.latent_shape = (self.grid[0] * self.grid[1], config.latent_dim)
+        self.image_size = (self.grid[0] * self.patch, self.grid[1] * self.patch)
+        self._marks = torch.tensor([codec.vision_start, codec.vision_end])
+
+    @staticmethod
+    def load(folder: Path = EMBEDDED, guidance: Guidance = Guidance()) -> UnifiedPolicy:
+        """Weights (`model.safetensors`), `config.json` and `tokenizer.json` from a folder; fp32
+        whatever is stored.
+
+        Raises a `UserError` that names the file and key of what is missing, broken or does not fit
+        the rest.
+        """
+        config, codec = read_parts(folder)
+        weights = read_tensors(folder / WEIGHTS)
+        model = UnifiedModel(config)
+        model.load_state_dict({k: v.float() for k, v in weights.items()})
+        return UnifiedPolicy(model.eval(), codec, guidance)
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes what `load` reads, adapters merged, weights rounded to `dtype`. Raises
+        `NonFiniteError` for a weight that is not finite in it."""
+        weights = {
+            k: v.detach().to("cpu", dtype).contiguous()
+            for k, v in merged_weights(self.module).items()
+        }
+        if name := unusable(weights.items()):
+            raise NonFiniteError(
+                f"{folder}: {name}: NaN, infinite or too large in {dtype} ({ACCEPTED}); not written"
+            )
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(weights, folder / WEIGHTS)
+            (folder / SIZES).write_text(
+                json.dumps(dataclasses.asdict(self.module.config), indent=1) + "\n"
+            )
+            self.codec.tokenizer.save(str(folder / TOKENIZER))
+
+    # ------------------------------------------------------------------------------------- protocol
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.vae2llm.weight.device
+
+    @property
+    def marks(self) -> Tensor:
+        if self._marks.device != self.device:  # moved once: a copy from the host cannot be captured
+            self._marks = self._marks.to(self.device)
+        return self._marks
+
+    def encode(self, images: np.ndarray) -> AnyContext:
+        empty = self.module.empty_context(len(images), self.device)
+        full = self._append(empty, images)
+        return self._guided(full, full, empty) if self.guidance.active else full
+
+    def instruct(self, context: AnyContext, instructions: Sequence[str]) -> AnyContext:
+        ids, valid = (
+            x.to(self.device) for x in self.codec.pad([self.text_ids(c) for c in instructions])
+        )
+        full = self.module.append_text(_full(context), ids, valid)[0]
+        if not isinstance(context, GuidedContext):
+            return full
+        texts = context.image_dropped
+        return self._guided(
+            full, context.full, texts and self.module.append_text(texts, ids, valid)[0]
+        )
+
+    def append(self, context: AnyContext, images: np.ndarray) -> AnyContext:
+        full = self._append(_full(context), images)
+        if not isinstance(context, GuidedContext):
+            return full
+        return self._guided(full, full, context.image_dropped)
+
+    def _append(self, context: Context, images: np.ndarray) -> Context:
+        return self.module.append_image(context, self._latents(images), self.grid, self.marks)
+
+    def _latents(self, images: np.ndarray) -> Tensor:
+        if images.shape[1:3] != self.image_size:
+            raise DataError(
+                f"images: {images.shape[1]} x {images.shape[2]} px (accepted: {self.image_size})"
+            )
+        return patchify(images, self.patch).to(self.device)
+
+    def _guided(
+        self, full: Context, text_dropped: Context, image_dropped: Context | None
+    ) -> GuidedContext:
+        g = self.guidance
+        return GuidedContext(
+            full, text_dropped if g.text != 1 else None, image_dropped if g.image != 1 else None
+        )
+
+    def velocity(self, x: Tensor, sigma: Tensor, context: AnyContext) -> Velocity:
+        if not isinstance(context, GuidedContext):
+            return Velocity(self.module.velocity(context, x, sigma, self.grid, self.marks))
+        n, g = len(context.branches), self.guidance
+        x, sigma = x.repeat(n, *(1,) * (x.dim() - 1)), sigma.repeat(n)
+        v, *dropped = self.module.velocity(context.joined, x, sigma, self.grid, self.marks).chunk(n)
+        options: dict[str, object] = {"guidance_interval": g.interval, "renorm": g.renorm}
+        if context.text_dropped is not None:
+            options |= {"v_uncond": dropped[0], "guidance": g.text}
+        if context.image_dropped is not None:
+            options |= {"v_uncond_image": dropped[-1], "guidance_image": g.image}
+        return Velocity(v, options)
+
+    def select(self, context: AnyContext, index: Tensor) -> AnyContext:
+        index = index.to(self.device)
+        if isinstance(context, GuidedContext):
+            return context.map(lambda c: c.select(index))
+        return context.select(index)
+
+    def join(self, contexts: Sequence[AnyContext]) -> AnyContext:
+        guided = [c for c in contexts if isinstance(c, GuidedContext)]
+        return (
+            GuidedContext.join_all(guided) if guided else Context.join([_full(c) for c in contexts])
+        )
+
+    def bucket(self, context: AnyContext) -> AnyContext:
+        """Padded to the next multiple of `BUCKET` tokens, and always by one: one form, masked, for
+        every length."""
+
+        def padded(c: Context) -> Context:
+            return c.pad((c.valid.shape[1] // BUCKET + 1) * BUCKET)
+
+        return context.map(padded) if isinstance(context, GuidedContext) else padded(context)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        return painted(latents, self.grid, self.patch)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return to_bytes(self.pixels(latents))
+
+    # ----------------------------------------------------------------------------------------- text
+
+    def writes_text_with(self, name: str) -> bool:
+        return name.startswith("language_model.") and "_moe_gen" not in name
+
+    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """As `ReadingPolicy.unreadable`: words that the vocabulary does not hold; a context has any
+        length."""
+        for turn, text in enumerate(instructions):
+            try:
+                self.text_ids(text)
+            except DataError as error:
+                yield turn, f"{error} (accepted: words of the policy's own)"
+
+    def text_ids(self, text: str) -> list[int]:
+        return [self.codec.im_start, *self.codec.encode(text), self.codec.im_end]
+
+    def question_ids(
+        self, earlier: Sequence[str], current: str, mode: str | None = None
+    ) -> list[int]:
+        """The question and the opening mark of the answer."""
+        return [*self.text_ids(question(earlier, current, mode)), self.codec.im_start]
+
+    def _question_rows(self, questions: Questions) -> list[list[int]]:
+        q = questions
+        return [
+            self.question_ids(e, c, m)
+            for e, c, m in zip(q.earlier, q.current, q.modes, strict=True)
+        ]
+
+    @torch.no_grad()
+    def intend(
+        self,
+        context: AnyContext,
+        questions: Questions,
+        seeds: Tensor | None,
+        *,
+        temperature: float,
+        max_tokens: int,
+    ) -> list[Intent]:
+        """As `TextPolicy.intend`. Log-probs are those under softmax(logits / temperature), of
+        greedy tokens too; temperature 0 is greedy and counts as 1 for them. Without an end mark,
+        ids are all the `max_tokens` sampled."""
+        rows = self._question_rows(questions)
+        ids, valid = (x.to(self.device) for x in self.codec.pad(rows))
+        branch = Branch(_full(context), ids.shape[1] + max_tokens)
+        hidden = self.module.extend_branch(branch, ids, valid)
+        last = hidden[torch.arange(len(rows)), valid.sum(1) - 1]
+        done = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        sampled: list[Tensor] = []
+        scored: list[Tensor] = []
+        for k in range(max_tokens):
+            logits = self.module.logits(last)
+            token = torch.where(done, 0, self._sample(logits, seeds, k, temperature))
+            sampled.append(token)
+            scored.append(token_log_prob(logits, token, temperature=temperature or 1.0).log_prob)
+            still = ~done
+            done = done | (token == self.codec.im_end)
+            if bool(done.all()) or k + 1 == max_tokens:
+                break
+            last = self.module.extend_branch(branch, token[:, None], still[:, None])[:, 0]
+        intents = []
+        for row, log_prob in zip(
+            torch.stack(sampled, 1).tolist(), torch.stack(scored, 1).tolist(), strict=True
+        ):
+            end = row.index(self.codec.im_end) if self.codec.im_end in row else len(row)
+            text, thought = read_intent(self.codec.decode(row[:end]))
+            if text is not None and not self.codec.can_say(text):
+                text = None  # a fallback, nobody's fault: a mark or an unknown word was sampled
+            intents.append(Intent(text, thought, tuple(row[: end + 1]), tuple(log_prob[: end + 1])))
+        return intents
+
+    def answer_log_prob(
+        self,
+        context: AnyContext,
+        questions: Questions,
+        answers: Sequence[tuple[int, ...]],
+        *,
+        temperature: float,
+    ) -> TokenScores:
+        """As `TextPolicy.answer_log_prob`, under the distribution of `intend`; an empty answer
+        scores nothing."""
+        if not any(answers):
+            return self._no_scores(len(answers))
+        ids, valid, first = self._asked(questions, answers)
+        hidden = self.module.text_hidden(_full(context), ids, valid)
+        return self._scores(hidden, first, answers, temperature)
+
+    def _asked(
+        self, questions: Questions, answers: Sequence[tuple[int, ...]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Questions with their answers as ids and valid [B, L], and where the first answer token is
+        predicted [B].
+
+        An answer's last token is left out: nothing is predicted from it."""
+        rows = self._question_rows(questions)
+        both = [row + list(answer[:-1]) for row, answer in zip(rows, answers, strict=True)]
+        ids, valid = (x.to(self.device) for x in self.codec.pad(both))
+        return ids, valid, torch.tensor([len(row) - 1 for row in rows], device=self.device)
+
+    def _scores(
+        self, hidden: Tensor, first: Tensor, answers: Sequence[tuple[int, ...]], temperature: float
+    ) -> TokenScores:
+        """From final hidden states [B, L, H] of what `_asked` gives."""
+        ids, valid = (
+            x.to(self.device) for x in self.codec.pad([list(answer) for answer in answers])
+        )
+        # Past the end of an answer any state will do: ignored ids are not looked at.
+        at = (first[:, None] + torch.arange(ids.shape[1], device=self.device)).clamp(
+            max=hidden.shape[1] - 1
+        )
+        states = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[2]))
+        weight = self.module.language_model.lm_head.weight.to(states.dtype)
+        scored = token_log_prob(
+            (states, weight),
+            ids.masked_fill(~valid, -100),
+            temperature=temperature or 1.0,
+            ignore_index=-100,
+        )
+        return TokenScores(scored.log_prob, valid)
+
+    @staticmethod
+    def _sample(logits: Tensor, seeds: Tensor | None, position: int, temperature: float) -> Tensor:
+        """Greedy, or by inverse transform with one counter-based uniform per sample and token."""
+        if seeds is None or temperature == 0:
+            return logits.argmax(-1)
+        normal = philox_normal(seeds, position, (1,))
+        uniform = 0.5 * (1 + torch.erf(normal / math.sqrt(2)))
+        cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+        return (cumulative < uniform * cumulative[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+    # --------------------------------------------------------------------------------------- packed
+
+    def packs(self, turns: Sequence[TurnTask], *, context_gradient: bool) -> bool:
+        """As `PackedPolicy.packs`; never under guidance, and on a CPU only: on no GPU has it been
+        measured, nor run."""
+        if (
+            self.guidance.active
+            or self.device.type != "cpu"
+            or not any(t.sigma.numel() or any(t.answers or ()) for t in turns)
+        ):
+            return False
+        text = [max(len(self.text_ids(c)) for c in turn.text) for turn in turns]
+        asked = [0] * len(turns)
+        for i, turn in enumerate(turns):
+            if turn.questions is not None and turn.answers is not None and any(turn.answers):
+                asked[i] = self._asked(turn.questions, turn.answers)[0].shape[1]
+        noisy = [turn.sigma.shape[1] for turn in turns]
+        counts = token_counts(self.grid[0] * self.grid[1] + len(self.marks), text, noisy, asked)
+        return packed_is_cheaper(
+            self.module, counts, len(turns[0].text), 1 if context_gradient else 2
+        )
+
+    def replay_packed(
+        self,
+        images: np.ndarray,
+        turns: Sequence[TurnTask],
+        *,
+        context_gradient: bool,
+        temperature: float,
+    ) -> list[TurnReplay]:
+        """As `PackedPolicy.replay_packed`. Raises ValueError under guidance, whose branches are
+        other sessions."""
+        if self.guidance.active:
+            raise ValueError(
+                f"guidance: {self.guidance} has no packed replay; walk through the turns instead"
+            )
+        b = len(images)
+        marks, both = (
+            self.marks.expand(b, -1),
+            torch.ones(b, 2, dtype=torch.bool, device=self.device),
+        )
+        segments: list[Segment] = []
+        questions: list[tuple[int, Tensor] | None] = []
+        places: list[list[int]] = []
+        for turn in turns:
+            segments.append(Segment(marks, both, self._latents(images)))
+            questions.append(None)
+            if turn.questions is not None and turn.answers is not None and any(turn.answers):
+                ids, valid, first = self._asked(turn.questions, turn.answers)
+                questions[-1] = (len(segments), first)
+                segments.append(Segment(ids, valid, private=True))
+            ids, valid = (
+                x.to(self.device) for x in self.codec.pad([self.text_ids(c) for c in turn.text])
+            )
+            segments.append(Segment(ids, valid))
+            places.append([len(segments) + q for q in range(turn.sigma.shape[1])])
+            pairs = zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True)
+            segments += [Segment(marks, both, x, sigma, private=True) for x, sigma in pairs]
+            images = turn.images
+        hidden = run_session(self.module, segments, self.grid, context_gradient=context_gradient)
+        done = []
+        for turn, question, at in zip(turns, questions, places, strict=True):
+            v = (
+                self.module.llm2vae(torch.stack([hidden[i] for i in at], 1)).flatten(0, 1)
+                if at
+                else turn.x.flatten(0, 1)
+            )
+            tokens = None
+            if question is not None and turn.answers is not None:
+                tokens = self._scores(hidden[question[0]], question[1], turn.answers, temperature)
+            elif turn.answers is not None:
+                tokens = self._no_scores(len(turn.answers))
+            done.append(TurnReplay(Velocity(v), tokens))
+        return done
+
+    def _no_scores(self, batch: int) -> TokenScores:
+        nothing = torch.zeros(batch, 0, device=self.device)
+        return TokenScores(nothing, nothing.bool())
+
+
+def world_codec_words() -> list[str]:
+    """The embedded vocabulary: the world's words and those of the question."""
+    from editr2.worlds.shapes import WORDS
+
+    return [*WORDS, "earlier", "now", "rewrite", ":", ";"]
+
+
+def new_embedded_policy(config: UnifiedConfig, seed: int) -> UnifiedPolicy:
+    """A randomly initialised policy over the world's vocabulary."""
+    tokenizer = word_tokenizer(world_codec_words())
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise DataError(
+            f"vocab_size: {config.vocab_size} < {tokenizer.get_vocab_size()} words of the world"
+        )
+    model = UnifiedModel(config)
+    model.reset_parameters(torch.Generator().manual_seed(seed))
+    return UnifiedPolicy(model, TextCodec.of(tokenizer))

@@ -1,0 +1,343 @@
+"""Held-out evaluation (fixed seeds, greedy intents) and the film-strips of the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from editr2.config import Config, RolloutConfig
+from editr2.policies.base import Intent, Policy
+from editr2.rewards.adapt import CheckedReward, adapt, score_batch
+from editr2.rewards.base import (
+    GivenReward,
+    RewardFailure,
+    Scores,
+    check_failures,
+    merge_scores,
+    unscored,
+)
+from editr2.rl.credit import assign_credit, weighted_reward
+from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
+from editr2.rl.sampler import Sampler
+from editr2.run.checkpoint import generators_aside
+from editr2.run.processes import Processes
+from editr2.sessions import Session
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of all sessions. reward: [N, T], NaN where missing. success: [N], 1 where every turn
+    is right, NaN where one could not be scored. intents_right: share of intents equal to the known
+    ones, None where none is known."""
+
+    scores: Scores
+    reward: Tensor
+    success: Tensor
+    modes: list[str | None]
+    intents_right: float | None
+
+    def row(self, iteration: int, name: str) -> dict[str, Any]:
+        """The metrics row: means and standard errors over sessions, by turn. `marginal_turn` is the
+        share of turns whose own instruction is fully followed (IF = 1) whatever came before
+        (EdiVal-Bench's marginal success)."""
+        turns = self.reward.shape[1]
+        row: dict[str, Any] = {
+            "event": "eval",
+            "iteration": iteration,
+            "name": name,
+            "sessions": len(self.modes),
+        }
+        row["reward_turn"] = [mean_se(self.reward[:, t]) for t in range(turns)]
+        for k, label in enumerate(self.scores.names):
+            values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
+            row[f"{label.lower()}_turn"] = [mean_se(values[:, t]) for t in range(turns)]
+        if "IF" in self.scores.names:
+            followed = (self.scores.values[..., self.scores.names.index("IF")] >= 1 - 1e-6).float()
+            marginal = torch.where(self.scores.present, followed, torch.nan)
+            row["marginal_turn"] = [mean_se(marginal[:, t]) for t in range(turns)]
+        row["success"] = mean_se(self.success)
+        row["failed_scores"] = self.scores.failed
+        row["not_applicable"] = self.scores.not_applicable
+        row["first_failure"] = self.scores.first_failure
+        row["intents_right"] = self.intents_right
+        row["per_session"] = {
+            "reward": _optional(last_turn(self)),
+            "success": _optional(self.success),
+        }
+        for k, label in enumerate(self.scores.names):
+            values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
+            row["per_session"][label.lower()] = [_optional(v) for v in values]
+        row["by_mode"] = {}
+        for mode in sorted({m for m in self.modes if m}):
+            of_mode = torch.tensor([m == mode for m in self.modes])
+            row["by_mode"][mode] = {
+                "reward_turn": [mean_se(self.reward[of_mode, t])["mean"] for t in range(turns)],
+                "success": mean_se(self.success[of_mode])["mean"],
+                "sessions": int(of_mode.sum()),
+            }
+            if "GA" in self.scores.names:
+                ga = torch.where(
+                    self.scores.present,
+                    self.scores.values[..., self.scores.names.index("GA")],
+                    torch.nan,
+                )
+                row["by_mode"][mode]["ga_turn"] = [
+                    mean_se(ga[of_mode, t])["mean"] for t in range(turns)
+                ]
+        return row
+
+
+def last_turn(evaluation: Evaluation) -> Tensor:
+    """The reward of every session's own last turn, [N]."""
+    last = (evaluation.scores.expected.sum(1) - 1).clamp(min=0)
+    return evaluation.reward[torch.arange(len(last)), last]
+
+
+def _optional(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(v) else round(v, 6) for v in values.tolist()]
+
+
+def mean_se(values: Tensor) -> dict[str, float | None]:
+    """Mean and its standard error over the finite entries."""
+    finite = values[~values.isnan()].double()
+    if not len(finite):
+        return {"mean": None, "se": None}
+    se = float(finite.std() / math.sqrt(len(finite))) if len(finite) > 1 else None
+    return {"mean": float(finite.mean()), "se": se}
+
+
+def success(scores: Scores) -> Tensor:
+    """[N], 1 where every turn of a session is right, NaN where one of those looked at could not be
+    scored. GA speaks of all turns so far, so that of the last turn says it; without GA every turn
+    needs full marks in every score."""
+    full = scores.values >= 1 - 1e-6
+    if "GA" in scores.names:
+        last = (scores.expected.sum(1) - 1).clamp(min=0)
+        rows = torch.arange(len(last))
+        right, scored = full[rows, last, scores.names.index("GA")], scores.present[rows, last]
+    else:
+        right = (full.all(-1) | ~scores.expected).all(1)
+        scored = (scores.present | ~scores.expected).all(1)
+    return torch.where(scored, right.float(), torch.nan)
+
+
+def judge(reward: GivenReward | CheckedReward, done: Sequence[Chunk], turns: int) -> Scores:
+    """Scores of all rollouts of some chunks, in order."""
+    return score_batch(
+        reward, [(c.session_of(i), c.images_of(i)) for c in done for i in range(c.rollouts)], turns
+    )
+
+
+FIRST_CALLS = 4
+"""Sessions that a reward is asked about before the first rollout; when all of them fail, the run
+stops there."""
+
+
+def first_answer(
+    reward: CheckedReward, sessions: Sequence[Session], limit: float, processes: Processes
+) -> None:
+    """Asks a reward that has not answered yet about the source images of a few sessions, as if they
+    were the outputs: no image is made for a judge that is down. Raises `RewardFailure` when one of
+    its names fails every time. limit: `train.max_failed_scores`; 1 never stops. All processes call
+    this together. Generators are left as they were: a run that is resumed asks once more than one
+    that was not."""
+    failures: list[str] = []
+    with generators_aside(0):
+        for session in sessions[: FIRST_CALLS if limit < 1 and not reward.answered else 0]:
+            image, turns = session.image, len(session.turns)
+            scores = score_batch(reward, [(session, np.stack([image] * turns))], turns)
+            if (failure := unscored(scores)) is None:
+                failures.clear()
+                break
+            failures.append(failure)
+    if first := processes.gather(failures):
+        raise RewardFailure(
+            f"asked about source images, before any was edited: no score for any turn: {first[0]}"
+        )
+
+
+def evaluate(
+    policy: Policy,
+    reward: GivenReward | CheckedReward,
+    sessions: Sequence[Session],
+    sampler: Sampler,
+    config: Config,
+    processes: Processes,
+) -> Evaluation:
+    """One deterministic rollout a session; split over processes and gathered. Raises
+    `RewardFailure` where the reward is down, or fails on more turns than `train.max_failed_scores`
+    lets pass."""
+    reward, limit = adapt(reward, timeout=config.reward.timeout), config.train.max_failed_scores
+    first_answer(reward, sessions, limit, processes)
+    mine = processes.share(len(sessions))
+    turns = max(len(s.turns) for s in sessions)
+    done = []
+    tokens = config.eval.intent_tokens or config.policy.intent_tokens
+    options = dataclasses.replace(config.policy, intent_tokens=tokens)
+    rollout = RolloutConfig(store_dtype=config.rollout.store_dtype)
+    for chunk in chunks(
+        sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch
+    ):
+        done.append(
+            rollout_chunk(
+                policy, chunk, sampler, Seeds(0, "eval"), options, rollout=rollout, greedy=True
+            )
+        )
+    processes.lend()
+    known = [
+        record.text[j] == turn.intent
+        for chunk in done
+        for t, record in enumerate(chunk.turns)
+        for j, i in enumerate(record.rollout.tolist())
+        if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
+    ]
+    parts = processes.gather([(judge(reward, done, turns), known)])
+    scores = merge_scores([s for s, _ in parts])
+    check_failures(scores, limit)
+    rights = [r for _, k in parts for r in k]
+    return Evaluation(
+        scores,
+        weighted_reward(scores, config.credit.weights),
+        success(scores),
+        [s.mode for s in sessions],
+        float(np.mean(rights)) if rights else None,
+    )
+
+
+def comparison_row(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The paired change of the last turn's reward and of session success, from two evaluation
+    rows."""
+    first, last = (torch.tensor(_numbers(row["per_session"]["reward"])) for row in (before, after))
+    difference = mean_se(last - first)
+    return {
+        "event": "comparison",
+        "iteration": after["iteration"],
+        "turn": len(after["reward_turn"]),
+        "reward_before": mean_se(first)["mean"],
+        "reward_after": mean_se(last)["mean"],
+        "difference": difference["mean"],
+        "se": difference["se"],
+        "sessions": after["sessions"],
+        "success_before": before["success"]["mean"],
+        "success_after": after["success"]["mean"],
+    }
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if v is None else v for v in values]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The first rollout of a group: uint8 [T, H, W, 3] and, turn by turn, the intent."""
+
+    session: Session
+    images: np.ndarray
+    intents: list[Intent | None]
+
+
+def draw_strips(
+    folder: Path,
+    name: str,
+    policy: Policy,
+    reward: GivenReward | CheckedReward,
+    sessions: Sequence[Session],
+    sampler: Sampler,
+    config: Config,
+    processes: Processes,
+) -> None:
+    """Rolls out whole groups as in training and writes each group's first rollout, with its
+    advantages, as images and `<name>.json` for the report. Same seeds before and after, so the
+    strips differ by the weights alone. Groups are split over processes; the main one writes. Of no
+    sessions (`eval.strips` 0) there are no strips."""
+    if not sessions:
+        if processes.main:
+            _clear(folder, name)
+            _write(folder, name, [])
+        return
+    mine = processes.share(len(sessions))
+    r, ordinals = config.rollout, range(len(sessions))[mine]
+    done = [
+        rollout_chunk(policy, chunk, sampler, Seeds(0, "strips"), config.policy, rollout=r)
+        for chunk in chunks(sessions[mine], ordinals, r.siblings, r.groups_per_batch)
+    ]
+    turns = max(len(s.turns) for s in sessions)
+    processes.lend()
+    drawn = [_first_of(chunk, s) for chunk in done for s in range(len(chunk.sessions))]
+    parts = processes.gather([(judge(reward, done, turns), drawn)])
+    if processes.main:
+        scores = merge_scores([s for s, _ in parts])
+        _write_strips(folder, name, [d for _, part in parts for d in part], scores, config)
+
+
+def _first_of(chunk: Chunk, place: int) -> _Drawn:
+    rollout, intents = place * chunk.siblings, []
+    for record in chunk.turns[: len(chunk.sessions[place].turns)]:
+        at = int((record.rollout == rollout).nonzero()[0, 0])
+        intents.append(record.intents[at] if record.intents is not None else None)
+    return _Drawn(chunk.sessions[place], chunk.images_of(rollout), intents)
+
+
+def _write_strips(
+    folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scores, config: Config
+) -> None:
+    rewards = weighted_reward(scores, config.credit.weights)
+    group = torch.arange(len(drawn)).repeat_interleave(config.rollout.siblings)
+    credit = assign_credit(scores, group, config.credit)
+    _clear(folder, name)
+    strips: list[dict[str, Any]] = []
+    for place, strip in enumerate(drawn):
+        session, row = strip.session, place * config.rollout.siblings
+        Image.fromarray(session.image).save(folder / name / f"{place:03d}.png")
+        shown = []
+        for t, (turn, intent) in enumerate(zip(session.turns, strip.intents, strict=True)):
+            file = f"{name}/{place:03d}_t{t + 1}.png"
+            Image.fromarray(strip.images[t]).save(folder / file)
+            present = bool(scores.present[row, t])
+            shown.append(
+                {
+                    "instruction": turn.instruction,
+                    "intent": intent.text if intent else None,
+                    "reasoning": intent.reasoning if intent else None,
+                    "expected": None,
+                    "image": file,
+                    "scores": {
+                        n: float(scores.values[row, t, k]) if present else None
+                        for k, n in enumerate(scores.names)
+                    },
+                    "reward": float(rewards[row, t]) if present else None,
+                    "advantage": float(credit.advantage[row, t]),
+                    "reason": scores.reasons.get((row, t))
+                    or (None if present else "a reward does not apply"),
+                    "masked": not bool(credit.mask[row, t]),
+                }
+            )
+        strips.append(
+            {
+                "id": session.id,
+                "mode": session.mode,
+                "image": f"{name}/{place:03d}.png",
+                "turns": shown,
+            }
+        )
+    _write(folder, name, strips)
+
+
+def _clear(folder: Path, name: str) -> None:
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).mkdir(parents=True)
+
+
+def _write(folder: Path, name: str, strips: list[dict[str, Any]]) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({"sessions": strips}, indent=1) + "\n")

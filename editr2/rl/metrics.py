@@ -1,0 +1,223 @@
+"""What an iteration and an evaluation look like in `metrics.jsonl` and on the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from editr2.config import Config
+from editr2.policies.base import Policy, parameter_count
+from editr2.rewards.base import Scores, weights_of
+from editr2.rl.credit import weighted_reward
+from editr2.rl.evaluate import mean_se, success
+from editr2.rl.gradient import STATISTICS
+from editr2.rl.rollout import Chunk
+from editr2.run.identity import Identity
+from editr2.run.processes import Processes
+from editr2.sessions.source import SessionSource
+from editr2_kernels import GroupAdvantage
+
+
+class Clock:
+    """Seconds by phase of the current iteration."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("rollout", "reward", "credit", "loss", "optimiser"), 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+def rows_due(iteration: int, config: Config) -> list[str]:
+    """Which rows the record has to hold, besides the train rows of the iterations done, before the
+    next one begins; in their order. Rows of an evaluation are called by its name.
+
+    The loop asks this at every iteration and after the last, and makes what is missing: so it does
+    not matter where a run was killed.
+    """
+    due = ["start", "before"] if iteration == 0 else []
+    if iteration and config.eval.every and iteration % config.eval.every == 0:
+        due.append("during")
+    if iteration >= config.train.iterations:
+        due += ["after", "comparison"]
+    return due
+
+
+def find_row(record: Sequence[dict[str, Any]], name: str, iteration: int) -> dict[str, Any] | None:
+    """The row of an iteration that `rows_due` calls so, or its train row."""
+    for row in record:
+        if row.get("iteration") == iteration and name in (row.get("event"), row.get("name")):
+            return row
+    return None
+
+
+def rows_lost(record: Sequence[dict[str, Any]], iteration: int, config: Config) -> list[str]:
+    """Rows of before a checkpoint that are not in the record and cannot be made any more, as `train
+    3`."""
+    due = [("train", i) for i in range(iteration)]
+    due += [(name, i) for i in range(iteration) for name in rows_due(i, config)]
+    there = {
+        (name, row.get("iteration"))
+        for row in record
+        for name in (row.get("event"), row.get("name"))
+    }
+    return [
+        f"{name} {i}"
+        for name, i in sorted(due, key=lambda place: place[1])
+        if (name, i) not in there
+    ]
+
+
+def start_row(
+    config: Config,
+    source: SessionSource,
+    processes: Processes,
+    policy: Policy,
+    rewards: Sequence[str],
+    identity: Identity,
+) -> dict[str, Any]:
+    """identity: what the run depends on and where it was made; `resumed` gets an entry from each
+    process that goes on with it."""
+    return {
+        "event": "start",
+        "iteration": 0,
+        "processes": processes.count,
+        "device": str(processes.device),
+        "threads": torch.get_num_threads(),
+        "trainable_parameters": parameter_count(policy.module, trainable_only=True),
+        "heldout_is_training": source.heldout_is_training,
+        "rewards": weights_of(rewards, config.credit.weights),
+        "identity": {"depends": identity.depends, **identity.made, "resumed": []},
+    }
+
+
+def train_row(
+    iteration: int,
+    config: Config,
+    scores: Scores,
+    credit: GroupAdvantage,
+    done: list[Chunk],
+    totals: list[dict[str, float]],
+    clock: Clock,
+    processes: Processes,
+) -> dict[str, Any]:
+    """Metrics of all processes; means leave out turns without a score. totals: one entry an
+    optimiser step. Losses and shares are those of the last pass over the rollout; ratio errors
+    those of its first step."""
+    intents = _Intents.of(done)
+    last = totals[-config.train.minibatches :]
+    # Each step's loss is a mean over its own minibatch.
+    shares = {"loss", "kl", "text_loss"}
+    sums = {
+        name: sum(part[name] for part in last) / (len(last) if name in shares else 1)
+        for name in STATISTICS
+    }
+    parts = processes.gather([(sums, totals[0], clock.seconds, intents)])
+    sampled, right, known, failed, tokens = (
+        sum(column) for column in zip(*(p[3] for p in parts), strict=True)
+    )
+    reward = weighted_reward(scores, config.credit.weights)
+    flat = reward.view(config.rollout.sessions, -1)
+    spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
+    values = torch.where(scores.present[..., None], scores.values, torch.nan)
+    trained = credit.advantage[credit.mask]
+    totals_of = {name: sum(p[0][name] for p in parts) for name in STATISTICS}
+    return {
+        "event": "train",
+        "iteration": iteration,
+        "reward": float(reward.nanmean()),
+        "reward_turn": reward.nanmean(0).tolist(),
+        **{
+            f"{n.lower()}_turn": values[..., k].nanmean(0).tolist()
+            for k, n in enumerate(scores.names)
+        },
+        "success": mean_se(success(scores))["mean"],
+        "ratio_error": max(p[1]["ratio_error"] for p in parts),
+        "loss": totals_of["loss"],
+        "kl": totals_of["kl"] if config.train.kl_weight > 0 else None,
+        "clip_fraction": totals_of["clipped"] / max(1.0, totals_of["rows"]),
+        "grad_norm": totals[-1]["grad_norm"],
+        "advantage_abs": float(trained.abs().mean()) if len(trained) else 0.0,
+        "zero_variance_groups": float((spread <= 0).float().mean()),
+        "failed_scores": scores.failed,
+        "not_applicable": scores.not_applicable,
+        "first_failure": scores.first_failure,
+        "filtered_turns": int((scores.present & ~credit.mask).sum()),
+        "intent_fallback": failed / sampled if sampled else None,
+        "intents_right": right / known if known else None,
+        "intent_tokens": tokens / sampled if sampled else None,
+        "text_loss": totals_of["text_loss"] if sampled else None,
+        "text_clip_fraction": totals_of["text_clipped"] / max(1.0, totals_of["tokens"])
+        if sampled
+        else None,
+        "text_ratio_error": max(p[1]["text_error"] for p in parts) if sampled else None,
+        "seconds": {name: max(p[2][name] for p in parts) for name in clock.seconds},
+    }
+
+
+class _Intents(NamedTuple):
+    """Counts: sampled, equal to the known intent, of which one is known, unreadable (fallbacks),
+    tokens."""
+
+    sampled: int
+    right: int
+    known: int
+    failed: int
+    tokens: int
+
+    @staticmethod
+    def of(done: list[Chunk]) -> _Intents:
+        pairs = [
+            (intent, chunk.session_of(i).turns[t].intent)
+            for chunk in done
+            for t, record in enumerate(chunk.turns)
+            for i, intent in zip(
+                record.rollout.tolist(), record.intents or [], strict=bool(record.intents)
+            )
+        ]
+        return _Intents(
+            len(pairs),
+            sum(known is not None and intent.text == known for intent, known in pairs),
+            sum(known is not None for _, known in pairs),
+            sum(intent.text is None for intent, _ in pairs),
+            sum(len(intent.ids) for intent, _ in pairs),
+        )
+
+
+def evaluation_line(row: dict[str, Any], kind: str = "held-out") -> str:
+    """One line for the terminal:
+
+        before (iteration 0, 200 held-out sessions): reward t1 0.829  t2 0.719 (last +-0.02), ...
+
+    kind: of the sessions, "training" where none are held out.
+    """
+    turns = "  ".join(
+        f"t{t + 1} {x['mean']:.3f}"
+        for t, x in enumerate(row["reward_turn"])
+        if x["mean"] is not None
+    )
+    se, right = row["reward_turn"][-1]["se"], row["success"]["mean"]
+    spread = f" (last +-{se:.3f})" if se is not None else ""
+    whole = f", sessions all right {right:.1%}" if right is not None else ""
+    where = f"{row['name']} (iteration {row['iteration']}, {row['sessions']} {kind} sessions)"
+    return f"{where}: reward {turns or '–'}{spread}{whole}"
+
+
+def comparison_line(row: dict[str, Any]) -> str:
+    if row["difference"] is None:
+        return "before -> after: no session could be scored both times"
+    times = f" = {row['difference'] / row['se']:.1f} standard errors" if row["se"] else ""
+    right = ""
+    if row["success_before"] is not None and row["success_after"] is not None:
+        right = f"; sessions all right {row['success_before']:.1%} -> {row['success_after']:.1%}"
+    return (
+        f"last turn's reward {row['reward_before']:.3f} -> {row['reward_after']:.3f}, paired "
+        f"difference {row['difference']:+.3f} +- {row['se'] or 0:.3f}{times}{right}"
+    )

@@ -1,0 +1,381 @@
+"""Group rollout over turns on the policy's own outputs, and the walk that rollout and training
+share.
+
+Every turn: (intent ->) instruction into the context -> denoise behind it -> decode -> the output
+into the context.
+Only the steps of the SDE window are stored. Siblings share the source encoding, the first
+instruction and, by default, each turn's initial noise; they differ in the noise of the window.
+Until its window opens a group's first turn is the same for all siblings and is denoised once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from editr2.config import PolicyConfig, RolloutConfig
+from editr2.errors import NonFiniteError
+from editr2.policies.base import Intent, Policy, Questions, TextPolicy, device_of
+from editr2.policies.finite import LOOK_AT, read_turn
+from editr2.rl.compiled_step import capture_step
+from editr2.rl.sampler import Sampler
+from editr2.rl.seeds import derive_seed, seed_tensor
+from editr2.sessions import Session
+from editr2_kernels import INITIAL_STEP, philox_normal
+
+
+@dataclass
+class TurnRecord:
+    """One turn of a chunk of rollouts; only rollouts whose session has this turn (M of them).
+
+    rollout: int64 [M], position in the chunk. text: what the context got. questions, intents: what
+    the intents were asked and what was sampled; None without text. x, x_next: [M, W, *latent] the
+    window's transitions, in the storage dtype; step_index: int64 [M, W]; sigma: [M, W]; log_prob:
+    [M, W]. velocity: as x, combined, only when asked for.
+    x0: [M, *latent], the clean latents. images: uint8 [M, H, W, 3].
+    """
+
+    rollout: Tensor
+    text: list[str]
+    questions: Questions | None
+    intents: list[Intent] | None
+    x: Tensor
+    x_next: Tensor
+    step_index: Tensor
+    sigma: Tensor
+    log_prob: Tensor
+    x0: Tensor
+    images: np.ndarray
+    velocity: Tensor | None = None
+
+
+@dataclass
+class Chunk:
+    """Groups that go through the model together. ordinals: the sessions' places in the run's stream
+    (seed material)."""
+
+    sessions: list[Session]
+    ordinals: list[int]
+    siblings: int
+    turns: list[TurnRecord] = field(default_factory=list)
+
+    @property
+    def rollouts(self) -> int:
+        return len(self.sessions) * self.siblings
+
+    def session_of(self, rollout: int) -> Session:
+        return self.sessions[rollout // self.siblings]
+
+    def images_of(self, rollout: int) -> np.ndarray:
+        """uint8 [T, H, W, 3]: the outputs of one rollout."""
+        frames = []
+        for record in self.turns:
+            where = (record.rollout == rollout).nonzero()
+            if len(where):
+                frames.append(record.images[int(where[0, 0])])
+        return np.stack(frames)
+
+
+def chunks(
+    sessions: Sequence[Session], ordinals: Sequence[int], siblings: int, groups: int
+) -> Iterator[Chunk]:
+    """`sessions` in chunks of at most `groups`."""
+    for i in range(0, len(sessions), groups):
+        yield Chunk(list(sessions[i : i + groups]), list(ordinals[i : i + groups]), siblings)
+
+
+class Walk:
+    """The context of a chunk, turn by turn. Rollout and training both move through sessions with
+    exactly these calls, so that a replay sees the numbers of the rollout; training drops the
+    rollouts that it does not need."""
+
+    def __init__(self, policy: Policy, chunk: Chunk) -> None:
+        self.policy = policy
+        self.chunk = chunk
+        self.rollout = torch.arange(chunk.rollouts)
+        self._context: Any = policy.encode(np.stack([s.image for s in chunk.sessions]))
+        self._expanded = False
+
+    def _active(self, turn: int) -> Tensor:
+        lengths = torch.tensor([len(s.turns) for s in self.chunk.sessions]).repeat_interleave(
+            self.chunk.siblings
+        )
+        return lengths[self.rollout] > turn
+
+    def advance(self, turn: int, images: np.ndarray) -> None:
+        """Reads the outputs of turn - 1 and drops the rollouts whose session has no turn `turn`."""
+        context = self.policy.append(self._context, images)
+        keep = self._active(turn)
+        if not bool(keep.all()):
+            context = self.policy.select(context, keep.nonzero()[:, 0])
+            self.rollout = self.rollout[keep]
+        self._context = context
+
+    def drop(self, keep: Tensor) -> None:
+        """Leaves out the rollouts of the chunk (bool [rollouts]) that nobody asks about any
+        more."""
+        at = keep[self.rollout].nonzero()[:, 0]
+        if len(at) < len(self.rollout):
+            self._context = self.policy.select(self._context, at)
+            self.rollout = self.rollout[at]
+
+    @property
+    def context(self) -> Any:
+        """The context of all live rollouts (before turn 1's instruction: of the sessions)."""
+        return self._context
+
+    def instruct(self, text: Sequence[str]) -> Any:
+        """Adds every live rollout's instruction; on the first turn siblings agree, so it is read
+        once a session."""
+        if not self._expanded:
+            siblings = self.chunk.siblings
+            context = self.policy.instruct(self._context, text[::siblings])
+            groups = torch.arange(len(self.chunk.sessions))
+            self._context = self.policy.select(context, groups.repeat_interleave(siblings))
+            self._expanded = True
+        else:
+            self._context = self.policy.instruct(self._context, text)
+        return self._context
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Seeds of a chunk's randomness, all derived from the run's seed and the session's place in the
+    stream."""
+
+    run: int
+    purpose: str
+
+    def initial(self, chunk: Chunk, rollouts: Tensor, turn: int, shared: bool = True) -> Tensor:
+        """Initial noise: of the group, or each sibling its own."""
+        if shared:
+            return self._tensor(
+                chunk, rollouts, lambda o, _: (self.run, self.purpose, "initial", o, turn)
+            )
+        return self._tensor(
+            chunk, rollouts, lambda o, i: (self.run, self.purpose, "initial", o, turn, i)
+        )
+
+    def window(self, chunk: Chunk, rollouts: Tensor, turn: int) -> Tensor:
+        """Noise of the SDE steps: each sibling its own."""
+        return self._tensor(
+            chunk, rollouts, lambda o, i: (self.run, self.purpose, "window", o, i, turn)
+        )
+
+    def text(self, chunk: Chunk, rollouts: Tensor, turn: int) -> Tensor:
+        return self._tensor(
+            chunk, rollouts, lambda o, i: (self.run, self.purpose, "text", o, i, turn)
+        )
+
+    def start(self, chunk: Chunk, rollouts: Tensor, turn: int, choices: int) -> Tensor:
+        """Window starts int64 [M], one per group and turn, in [0, choices)."""
+        seeds = self._tensor(
+            chunk, rollouts, lambda o, _: (self.run, self.purpose, "start", o, turn)
+        )
+        return (seeds & 0xFFFFFFFF) % choices
+
+    def noised(self, chunk: Chunk, rollouts: Tensor, turn: int, update: int) -> Tensor:
+        """Noise and noise levels at which NFT compares velocities."""
+        return self._tensor(
+            chunk, rollouts, lambda o, i: (self.run, self.purpose, "noised", o, i, turn, update)
+        )
+
+    @staticmethod
+    def _tensor(chunk: Chunk, rollouts: Tensor, parts: Any) -> Tensor:
+        g = chunk.siblings
+        return seed_tensor(
+            [derive_seed(*parts(chunk.ordinals[i // g], i % g)) for i in rollouts.tolist()]
+        )
+
+
+@torch.no_grad()
+def rollout_chunk(
+    policy: Policy,
+    chunk: Chunk,
+    sampler: Sampler,
+    seeds: Seeds,
+    options: PolicyConfig,
+    *,
+    rollout: RolloutConfig | None = None,
+    greedy: bool = False,
+    keep_velocity: bool = False,
+) -> Chunk:
+    """Fills `chunk.turns`. rollout: shared noise and storage dtype (default: shared, fp32). greedy:
+    intents by argmax (evaluation). Returns the chunk."""
+    device = device_of(policy.module)
+    sampler = sampler.to(device)
+    walk = Walk(policy, chunk)
+    chunk.turns = []
+    for turn in range(max(len(s.turns) for s in chunk.sessions)):
+        if turn:
+            walk.advance(turn, chunk.turns[-1].images)
+        rows = walk.rollout
+        raw = [
+            [u.instruction for u in chunk.session_of(i).turns[: turn + 1]] for i in rows.tolist()
+        ]
+        text, questions, intents = [r[-1] for r in raw], None, None
+        if turn and options.intent and policy.writes_text:
+            questions = Questions(
+                [r[:-1] for r in raw], text, [chunk.session_of(i).mode for i in rows.tolist()]
+            )
+            intents = cast(TextPolicy, policy).intend(
+                walk.context,
+                questions,
+                None if greedy else seeds.text(chunk, rows, turn).to(device),
+                temperature=options.temperature,
+                max_tokens=options.intent_tokens,
+            )
+            for i, intent in zip(rows.tolist(), intents, strict=True):
+                if not all(map(math.isfinite, intent.log_prob)):
+                    raise _non_finite(
+                        chunk, turn, i, "intent's log-probs", "look at policy.weights"
+                    )
+            text = [intent.text or said for intent, said in zip(intents, text, strict=True)]
+        path, velocity = _denoise(
+            policy,
+            chunk,
+            turn,
+            walk.instruct(text),
+            sampler,
+            seeds,
+            rows,
+            rollout or RolloutConfig(),
+            keep_velocity,
+        )
+        images, bad = read_turn(policy, path["x0"], velocity)
+        if bad is not None:
+            at, what = bad
+            raise _non_finite(chunk, turn, int(rows[at]), what, LOOK_AT[what])
+        chunk.turns.append(TurnRecord(rows, text, questions, intents, **path, images=images))
+    return chunk
+
+
+def _non_finite(chunk: Chunk, turn: int, rollout: int, what: str, advice: str) -> NonFiniteError:
+    where = f"session {chunk.session_of(rollout).id!r}, turn {turn + 1}"
+    return NonFiniteError(f"{where}: {what}: NaN or infinite (accepted: finite numbers); {advice}")
+
+
+def _denoise(
+    policy: Policy,
+    chunk: Chunk,
+    turn: int,
+    context: Any,
+    sampler: Sampler,
+    seeds: Seeds,
+    rollouts: Tensor,
+    options: RolloutConfig,
+    keep_velocity: bool,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The fields of a `TurnRecord` that one turn's denoising gives, and the sum of its velocities'
+    `witness`, [M].
+
+    On the first turn siblings with common initial noise agree in everything until their group's
+    window opens: up to there only each group's first rollout is denoised, and then copied to the
+    others. Who is denoised when is known before the first step, and reaches the device at once.
+    """
+    device, m, w = sampler.table.device, len(rollouts), sampler.window
+    dtype = torch.bfloat16 if options.store_dtype == "bfloat16" else torch.float32
+    starts = sampler.first_start + seeds.start(
+        chunk, rollouts, turn, sampler.last_start - sampler.first_start + 1
+    )
+    leader = (
+        rollouts // chunk.siblings * chunk.siblings
+        if turn == 0 and options.shared_noise
+        else rollouts
+    )
+    if not w:
+        leader = rollouts
+    plan = [_move(sampler, k, starts, leader, leader == rollouts) for k in range(sampler.steps)]
+    window, initial = (
+        seeds.window(chunk, rollouts, turn),
+        seeds.initial(chunk, rollouts, turn, options.shared_noise),
+    )
+    noise_seeds, first, *indices = _in_one_copy(
+        [window, initial, *(t for move in plan for t in move)], device
+    )
+    moves = [
+        _Move(*indices[i : i + len(_Move._fields)])
+        for i in range(0, len(indices), len(_Move._fields))
+    ]
+    x = philox_normal(first, INITIAL_STEP, policy.latent_shape).to(dtype)
+    stored = torch.empty(m, w, *policy.latent_shape, device=device, dtype=dtype)
+    following, velocity = (
+        torch.empty_like(stored),
+        torch.empty_like(stored) if keep_velocity else None,
+    )
+    log_prob = torch.empty(m, w, device=device)
+    step_index = torch.empty(m, w, dtype=torch.int64, device=device)
+    seen = torch.zeros(m, device=device)
+    take = capture_step(policy, options.capture, device, keep_velocity)
+    count, here = 0, context
+    for k, move in enumerate(moves):
+        if len(move.joining):
+            x[move.joining] = x[move.leader]
+        if len(move.live) != count:
+            count = len(move.live)
+            here = context if count == m else policy.select(context, plan[k].live)
+        x_live = x if count == m else x[move.live]
+        sigma = sampler.sigmas[k].expand(count)
+        step = take(x_live, sigma, here, sampler.table, move.row, noise_seeds[move.live])
+        if len(move.inside):
+            at, slot = move.at, move.slot
+            stored[at, slot], following[at, slot] = x_live[move.inside], step.x_next[move.inside]
+            log_prob[at, slot], step_index[at, slot] = (
+                step.log_prob[move.inside],
+                move.row[move.inside],
+            )
+            if velocity is not None and step.velocity is not None:
+                velocity[at, slot] = step.velocity[move.inside].to(dtype)
+        if count == m:
+            x, seen = step.x_next, seen + step.witness
+        else:
+            x[move.live] = step.x_next
+            seen[move.live] += step.witness
+    path = {
+        "x": stored,
+        "x_next": following,
+        "step_index": step_index,
+        "log_prob": log_prob,
+        "x0": x,
+    }
+    path |= {"sigma": sampler.sigmas[step_index % sampler.steps]}
+    return path | ({} if velocity is None else {"velocity": velocity}), seen
+
+
+class _Move(NamedTuple):
+    """Which rollouts one denoising step touches, as int64 indices.
+
+    joining, leader: those whose window opens, and whose latents they have so far. live: those that
+    are denoised, and row: their rows of the transition table. inside: which of the live ones are
+    inside their window; at, slot: where these are stored.
+    """
+
+    joining: Tensor
+    leader: Tensor
+    live: Tensor
+    row: Tensor
+    inside: Tensor
+    at: Tensor
+    slot: Tensor
+
+
+def _move(sampler: Sampler, k: int, starts: Tensor, leader: Tensor, leads: Tensor) -> _Move:
+    row, inside = sampler.step_index(k, starts)
+    # Positions equal rollouts on the first turn, where alone a leader is somebody else.
+    joining = (~leads & (starts == k) & (k > 0)).nonzero()[:, 0]
+    live = (leads | (starts <= k)).nonzero()[:, 0]
+    picked = inside[live].nonzero()[:, 0]  # whoever is inside its window is live
+    at = live[picked]
+    return _Move(joining, leader[joining], live, row[live], picked, at, k - starts[at])
+
+
+def _in_one_copy(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Vectors of one dtype on the device. A step that copied its own would wait for the device each
+    time."""
+    return torch.cat(list(parts)).to(device).split([len(part) for part in parts])

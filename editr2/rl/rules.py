@@ -1,0 +1,101 @@
+"""What must hold between settings, reward, schedule and processes before anything runs.
+
+The trainer raises the first of these problems, `editr2 check` prints them all: every rule stands
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from editr2.config import Config, config_problems
+from editr2.config.fields import mended
+from editr2.config.rules import Command
+from editr2.errors import ConfigError, UserError
+from editr2.rewards.base import weight_vector
+from editr2.rl.credit import credit_options
+from editr2.rl.sampler import Schedule, eval_sampler, rollout_sampler
+
+
+def batches(config: Config, processes: int) -> int:
+    """Chunks of at most `rollout.groups_per_batch` groups that the process with most to do has in
+    an iteration."""
+    most = -(-config.rollout.sessions // processes)
+    return -(-most // config.rollout.groups_per_batch)
+
+
+def run_problems(
+    config: Config,
+    names: Sequence[str] | None,
+    own: Schedule | None,
+    *,
+    processes: int,
+    cannot_pack: str | None = None,
+    command: Command = "train",
+) -> Iterator[str]:
+    """One line for each rule that is broken, of those that the command's settings are under.
+
+    names: of the rewards; None skips what needs them. own: the policy's noise schedule.
+    cannot_pack: what the policy is called if it has no packed replay. processes: of the run.
+    """
+    said = set()
+    for problem in config_problems(config, command):
+        said.add(problem)
+        yield problem
+    config, trains = mended(config), command in ("train", "check")
+    checks: list[Callable[[], Any]] = [lambda: eval_sampler(config, own)]
+    if trains:
+        checks.insert(0, lambda: rollout_sampler(config.rollout, own))
+    if names is not None:
+        checks.append(lambda: weight_vector(names, config.credit.weights))
+    if names is not None and trains:
+        checks.append(lambda: credit_options(config.credit, tuple(names)))
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            if str(error) not in said:  # the samplers read the same fields
+                yield str(error)
+            said.add(str(error))
+    if not trains:
+        return
+    r, t = config.rollout, config.train
+    if r.sessions < processes:
+        yield f"rollout.sessions: {r.sessions} (accepted: at least {processes}, one a process)"
+    elif t.minibatches > 1:
+        # The processes with least and with most to do: an optimizer step is all processes' equally
+        # numbered minibatch.
+        least, most = (
+            -(-(r.sessions // processes) // r.groups_per_batch),
+            batches(config, processes),
+        )
+        if least != most:
+            yield (
+                f"train.minibatches: {t.minibatches} (accepted: 1, since some processes have "
+                f"{least} batches of rollout.groups_per_batch = {r.groups_per_batch} groups and "
+                f"some {most})"
+            )
+        elif most % t.minibatches:
+            yield (
+                f"train.minibatches: {t.minibatches} (accepted: a divisor of {most}, the batches "
+                f"of rollout.groups_per_batch = {r.groups_per_batch} groups that a process has)"
+            )
+    if t.packed == "on" and cannot_pack:
+        yield f"train.packed: on (accepted for a {cannot_pack}, which cannot: auto, off)"
+
+
+def check_run(
+    config: Config,
+    names: Sequence[str] | None,
+    own: Schedule | None,
+    *,
+    processes: int,
+    cannot_pack: str | None = None,
+    command: Command = "train",
+) -> None:
+    """Raises `ConfigError` with the first of `run_problems`."""
+    for problem in run_problems(
+        config, names, own, processes=processes, cannot_pack=cannot_pack, command=command
+    ):
+        raise ConfigError(problem)

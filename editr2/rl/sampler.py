@@ -1,0 +1,157 @@
+"""Samplers as data: sigma schedules and SDE windows become one transition table.
+
+The table holds the ODE rows of all steps, then the SDE rows of all steps. A sample's row at step k
+is `k` outside its window and `k + steps` inside, so samples with different windows share every
+launch, and moving a window moves an index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from editr2.config import Config, RolloutConfig, noise_problem
+from editr2.config.settings import ROLLOUT_DYNAMICS
+from editr2.errors import ConfigError
+from editr2.policies.base import Policy, ScheduledPolicy
+from editr2_kernels import flow_sigmas, transition_table
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """steps: denoising steps. sigmas: float32 [steps + 1], falling. table: float32 [2 * steps, 8].
+    window: SDE steps a turn (0: pure ODE). A window may start at any step from first_start to
+    last_start; `every` moves both on
+    (see `at`)."""
+
+    steps: int
+    sigmas: Tensor
+    table: Tensor
+    window: int
+    last_start: int
+    first_start: int = 0
+    every: int | None = None
+
+    def at(self, iteration: int) -> Sampler:
+        """The sampler of an iteration: a progressive window (MixGRPO) starts at one step, the next
+        one after `every` iterations, and at the first again after the last."""
+        if self.every is None:
+            return self
+        start = iteration // self.every % (self.last_start + 1)
+        return dataclasses.replace(self, first_start=start, last_start=start, every=None)
+
+    def step_index(self, k: int, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """(table rows int64 [B], in-window bool [B]) of step k for window starts int64 [B]."""
+        inside = (starts <= k) & (k < starts + self.window)
+        return k + self.steps * inside, inside
+
+    def to(self, device: torch.device) -> Sampler:
+        return dataclasses.replace(self, sigmas=self.sigmas.to(device), table=self.table.to(device))
+
+
+Schedule = Callable[[int], Sequence[float]]
+"""From a number of steps to sigmas, steps + 1 of them falling from 1 to 0."""
+
+
+def rollout_sampler(
+    config: RolloutConfig, own: Schedule | None = None, named: str = "rollout.steps"
+) -> Sampler:
+    """The sampler of training. own: the policy's schedule, taken where `rollout.shift` is none (see
+    `own_schedule`). named: the field that `steps` is from. Raises `ConfigError` naming the
+    field."""
+    sampler = make_sampler(
+        config.steps,
+        shift=config.shift,
+        own=own,
+        dynamics=config.dynamics,
+        noise_level=config.noise_level,
+        window=config.window,
+        window_range=config.window_range,
+        named=named,
+    )
+    if config.window_schedule == "fixed":
+        return dataclasses.replace(sampler, last_start=0)
+    if config.window_schedule == "progressive":
+        return dataclasses.replace(sampler, every=config.window_every)
+    return sampler
+
+
+def eval_sampler(config: Config, own: Schedule | None = None) -> Sampler:
+    """The sampler of evaluation, as `eval.sampler` and `eval.steps` say; own as for
+    `rollout_sampler`."""
+    rollout, named = config.rollout, "rollout.steps"
+    if config.eval.steps is not None:
+        rollout, named = dataclasses.replace(rollout, steps=config.eval.steps), "eval.steps"
+    if config.eval.sampler == "rollout":
+        return rollout_sampler(rollout, own, named)
+    return make_sampler(rollout.steps, shift=rollout.shift, own=own, named=named)
+
+
+def own_schedule(policy: Policy) -> Schedule | None:
+    """The policy's noise schedule, if it has one of its own."""
+    return policy.sigmas if isinstance(policy, ScheduledPolicy) else None
+
+
+def make_sampler(
+    steps: int,
+    *,
+    shift: float | None = None,
+    own: Schedule | None = None,
+    dynamics: str = "flow-sde",
+    noise_level: float = 0.0,
+    window: int = 0,
+    window_range: float = 0.5,
+    named: str = "rollout.steps",
+) -> Sampler:
+    """A sampler of `steps` steps with a window of `window` SDE steps that starts within the first
+    `window_range` of them. Sigmas are shifted by `shift`; where it is none they are `own`'s, or
+    unshifted. named: the field that
+    `steps` is from. Raises `ConfigError` naming the field."""
+    if steps < 1:
+        raise ConfigError(f"{named}: {steps} (accepted: at least 1)")
+    if not 0 <= window <= steps:
+        raise ConfigError(f"rollout.window: {window} (accepted: 0 to {named} = {steps})")
+    if dynamics not in ROLLOUT_DYNAMICS:
+        raise ConfigError(
+            f"rollout.dynamics: {dynamics!r} (accepted: {', '.join(ROLLOUT_DYNAMICS)})"
+        )
+    if window and (problem := noise_problem(dynamics, noise_level)):
+        raise ConfigError(problem)
+    if not 0 < window_range <= 1:
+        raise ConfigError(f"rollout.window_range: {window_range} (accepted: above 0, at most 1)")
+    try:
+        sigmas = (
+            [float(s) for s in own(steps)]
+            if shift is None and own
+            else flow_sigmas(steps, shift or 1.0)
+        )
+        ode = transition_table(sigmas, dynamics="ode", noise_level=0.0)
+        sde = (
+            transition_table(sigmas, dynamics=cast(Any, dynamics), noise_level=noise_level)
+            if window
+            else ode
+        )
+    except ValueError as error:  # what no bound of a single field can say
+        said = f"{named} {steps}, shift {shift}, dynamics {dynamics} and noise_level {noise_level}"
+        raise ConfigError(f"rollout: no sampler of {said}: {error}") from error
+    last = max(0, min(steps - window, round(steps * window_range) - 1))
+    deterministic = [k for k in range(last + window) if window and sde[k, 3] == 0]
+    if deterministic:
+        raise ConfigError(
+            f"rollout.window: steps {deterministic} of dynamics {dynamics!r} at noise level "
+            f"{noise_level} have no "
+            "noise and so no log-prob; lower rollout.window_range or rollout.window, or raise "
+            "rollout.noise_level"
+        )
+    return Sampler(
+        steps,
+        torch.as_tensor(sigmas, dtype=torch.float32),
+        torch.cat([ode, sde]).contiguous(),
+        window,
+        last,
+    )

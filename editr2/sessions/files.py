@@ -1,0 +1,478 @@
+"""Sessions on disk.
+
+A set of sessions is a folder with `sessions.jsonl`, one JSON object a line, and the images that it
+names:
+
+    {"id": "kitchen", "image": "images/kitchen.png", "mode": "cu",
+     "turns": [{"instruction": "add a red cup"}, {"instruction": "make it blue", "intent": "make the
+         cup blue"}]}
+
+`image` is relative to the folder, or absolute. `id`, `mode` and `meta` are optional, and so are a
+turn's `intent`, `task` and `meta`; null means absent. Blank lines are allowed. A Hugging Face
+dataset whose rows are sessions is read in the same way (importers/hub.py). docs/data.md is the
+user's page.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from editr2.errors import DataError, UserError, shown
+from editr2.sessions.images import RESIZES, ImageFile, Pixels, Size, locate
+from editr2.sessions.session import (
+    SESSION_KEYS,
+    TURN_KEYS,
+    Session,
+    StoredImage,
+    Turn,
+    is_text,
+    kind,
+    session_problems,
+    sum_of_pixels,
+    turn_problems,
+)
+
+__all__ = [
+    "ImageFile",
+    "Session",
+    "Survey",
+    "Turn",
+    "load_sessions",
+    "save_sessions",
+    "survey",
+    "validate",
+]
+
+FILE_NAME = "sessions.jsonl"
+
+Unreadable: TypeAlias = Callable[[Sequence[str]], Iterable[tuple[int, str]]]
+"""(turn from 0, what is wrong) for those of a session's instructions that their reader has no use
+for: too long a text, a word that its vocabulary does not have."""
+
+
+def load_sessions(
+    path: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    size: Size | None = None,
+    resize: str = "no",
+    memory: int = 1 << 30,
+    unreadable: Unreadable | None = None,
+) -> list[Session]:
+    """Read a set of sessions and decode every image, so that a bad file fails here and not hours
+    into a run.
+
+    path: a sessions.jsonl file, a folder that holds one, a folder that `datasets` saved to disk, or
+        a dataset of the Hugging Face hub, "hf:owner/name:split".
+    limit: read only the first `limit` sessions.
+    size: (height, width) that every image must have; None accepts any.
+    resize: what becomes of an image of another size: "no" (an error), "crop" (scale to cover, cut
+        the middle out) or "stretch".
+    memory: bytes of pixels to keep. Images beyond them (3·H·W bytes each, 1.3 thousand of 512² in
+        the default) are decoded here to be checked, and again whenever `Session.image` is read.
+    unreadable: what a policy cannot make of the instructions, which is then an error of the line.
+
+    A session without an id is named after its line, `line-000007`. Images may be 8-bit grey,
+    palette or RGB, with or without alpha, in one of `images.FORMATS`: EXIF orientation is applied,
+    a colour profile is converted to sRGB, transparency is composited over white, and the result is
+    uint8 [H, W, 3].
+
+    Raises DataError, `path:line: field: problem (accepted: …)`, for the first thing that is wrong.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: {limit} (accepted: 1 or more)")
+    sessions = []
+    for item in scan(path, size=size, resize=resize, memory=memory, unreadable=unreadable):
+        if isinstance(item, str):
+            raise DataError(item)
+        sessions.append(item)
+        if len(sessions) == limit:
+            break
+    return sessions
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a set of sessions holds. Sessions with problems are counted nowhere but there.
+
+    problems: everything that is wrong, in the order of the file.
+    turns, sizes, modes: number of sessions by number of turns, by (height, width) and by mode.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    turns: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[Size] = field(default_factory=Counter)
+    modes: Counter[str | None] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        turns = [f"{turns} ({count})" for turns, count in sorted(self.turns.items())]
+        sizes = [
+            f"{height}×{width} ({count})" for (height, width), count in self.sizes.most_common(4)
+        ]
+        more = [f"{len(self.sizes) - 4} more"] if len(self.sizes) > 4 else []
+        modes = [
+            f"{mode or 'none'} ({count})"
+            for mode, count in sorted(self.modes.items(), key=lambda item: item[0] or "")
+        ]
+        lists = {"turns": turns, "height×width": sizes + more, "mode": modes}
+        return "; ".join(
+            [f"{self.turns.total()} sessions", *(f"{k} {', '.join(v)}" for k, v in lists.items())]
+        )
+
+
+def survey(
+    path: str | os.PathLike[str],
+    *,
+    size: Size | None = None,
+    resize: str = "no",
+    unreadable: Unreadable | None = None,
+) -> Survey:
+    """Reads a whole set, images too, and keeps none of it. Arguments as in `load_sessions`; raises
+    for none of what is wrong with the set."""
+    result = Survey()
+    try:
+        for item in scan(path, size=size, resize=resize, unreadable=unreadable):
+            if isinstance(item, str):
+                result.problems.append(item)
+                continue
+            result.turns[len(item.turns)] += 1
+            result.sizes[item.image.shape[:2]] += 1
+            result.modes[item.mode] += 1
+    except DataError as error:
+        result.problems.append(str(error))
+    return result
+
+
+def validate(
+    path: str | os.PathLike[str],
+    *,
+    size: Size | None = None,
+    resize: str = "no",
+    unreadable: Unreadable | None = None,
+) -> list[str]:
+    """Everything that is wrong with a set of sessions, in the order of the file; empty if it would
+    load. Arguments as in `load_sessions`."""
+    return survey(path, size=size, resize=resize, unreadable=unreadable).problems
+
+
+def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -> Path:
+    """Write `folder/sessions.jsonl` and its images; returns the path of sessions.jsonl.
+
+    `load_sessions` gives back equal ids, pixels, turns, modes and meta. Images are written as the
+    sessions come, so an iterator of any length will do: an `ImageFile` is copied as it is, pixels
+    become PNG. An existing set in the folder is replaced at one instant: image files are named by
+    their content, so they never overwrite another's pixels, and sessions.jsonl is renamed into
+    place last. Images that only the old set used stay, and so do those of a save that failed.
+
+    Raises DataError for no sessions, a repeated id, an image that cannot be read, or a meta that is
+    not JSON.
+    """
+    folder = Path(folder)
+    lines: dict[str, bytes] = {}
+    written: set[str] = set()
+    for session in sessions:
+        if session.id in lines:
+            raise DataError(f"{folder / FILE_NAME}: id: {session.id!r} given twice")
+        name, image = _stored(session)
+        turns = [
+            _without_absent(instruction=t.instruction, intent=t.intent, task=t.task, meta=t.meta)
+            for t in session.turns
+        ]
+        record = _without_absent(
+            id=session.id, image=name, mode=session.mode, turns=turns, meta=session.meta
+        )
+        try:
+            lines[session.id] = (
+                json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            )
+        except (TypeError, ValueError, RecursionError) as error:
+            problem = f"{error} (accepted: Unicode text, and JSON values in meta)"
+            raise DataError(f"session {session.id!r}: {problem}") from error
+        if name not in written:
+            try:
+                (folder / "images").mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"{folder}: cannot be written: {error.strerror}") from error
+            _write_atomically(folder / name, image)
+            written.add(name)
+    if not lines:
+        raise DataError(f"{folder / FILE_NAME}: no sessions to save")
+    _write_atomically(folder / FILE_NAME, b"".join(lines.values()))
+    return folder / FILE_NAME
+
+
+def _stored(session: Session) -> tuple[str, bytes]:
+    """The name, which follows from the content, and the bytes of the file of a session's image."""
+    source = vars(session)["image"]
+    if isinstance(source, ImageFile) and source.resize == "no":
+        source()  # whoever loads the set must be able to decode it
+        data = source.path.read_bytes()
+        return f"images/{hashlib.sha256(data).hexdigest()[:24]}{source.path.suffix.lower()}", data
+    pixels = np.ascontiguousarray(session.image)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    return f"images/{digest[:24]}.png", buffer.getvalue()
+
+
+class Entry(NamedTuple):
+    """A session as it is stored, yet to be checked.
+
+    where: the file and line that a message starts with; place: the line or row alone, as `line 7`.
+    record: the object of a line of sessions.jsonl, or what is wrong with it; its `image` is not
+        looked at.
+    image: decodes the image; None: there is none to decode.
+    """
+
+    where: str
+    place: str
+    record: Mapping[str, Any] | DataError
+    image: StoredImage | None
+
+
+@dataclass(frozen=True)
+class _NoImage:
+    """In place of an image whose name alone is wrong."""
+
+    problem: str
+    size: Size | None = None
+    resize: str = "no"
+    checksum: str | None = None
+
+    def __call__(self) -> Pixels:
+        raise DataError(self.problem)
+
+
+def scan(
+    path: str | os.PathLike[str],
+    *,
+    size: Size | None = None,
+    resize: str = "no",
+    memory: int = 1 << 30,
+    unreadable: Unreadable | None = None,
+    contained: bool = False,
+) -> Iterator[Session | str]:
+    """The sessions of a set in order, and a line of text for each problem. Lazy: an image is
+    decoded when reached.
+
+    contained: the set is of others, and relative names of images must not lead out of its folder.
+    The other arguments as in `load_sessions`. Raises DataError when there is no set at `path`.
+    """
+    if resize not in RESIZES:
+        raise UserError(f"resize: {resize!r} (accepted: {', '.join(RESIZES)})")
+    if is_dataset(path):
+        from editr2.sessions.importers.hub import dataset_entries
+
+        entries = dataset_entries(os.fspath(path), size, resize, contained)
+    else:
+        entries = _file_entries(_locate(path), size, resize, contained)
+    return _checked(entries, memory, unreadable)
+
+
+def is_dataset(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a Hugging Face dataset: of the hub (hf:…), or a folder that `datasets`
+    saved."""
+    # os.path answers for names that are too long for any file, where pathlib raises.
+    saved = any(os.path.isfile(Path(path) / name) for name in ("state.json", "dataset_dict.json"))
+    return os.fspath(path).startswith("hf:") or (
+        saved and not os.path.exists(Path(path) / FILE_NAME)
+    )
+
+
+def _locate(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    file = path / FILE_NAME if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        problem = f"no {FILE_NAME} in the folder" if os.path.isdir(path) else "no such file"
+        raise DataError(
+            f"{shown(path)}: {problem} (accepted: a {FILE_NAME} file or a folder that holds one)"
+        )
+    return file
+
+
+def _file_entries(file: Path, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
+    lines_there = False
+    for number, raw in lines_of(file):
+        lines_there = True
+        where, place = f"{file}:{number}", f"line {number}"
+        try:
+            record = parse_object(raw)
+        except DataError as error:
+            yield Entry(where, place, error, None)
+            continue
+        name = record.get("image")
+        image: StoredImage | None = None
+        if is_text(name):
+            try:
+                image = ImageFile(locate(file.parent, name, contained=contained), size, resize)
+            except DataError as error:
+                image = _NoImage(str(error))
+        yield Entry(where, place, record, image)
+    if not lines_there:
+        raise DataError(
+            f"{file}: no sessions in the file (accepted: one JSON object a line, at least one)"
+        )
+
+
+def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of the lines that are not blank, from 1, without a byte order mark. Raises
+    DataError."""
+    try:
+        raw_lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    return ((number, raw) for number, raw in enumerate(raw_lines, start=1) if raw.strip())
+
+
+def _checked(
+    entries: Iterable[Entry], memory: int, unreadable: Unreadable | None
+) -> Iterator[Session | str]:
+    seen: dict[str, str] = {}
+    for where, place, record, stored in entries:
+        if isinstance(record, DataError):
+            yield f"{where}: {record}"
+            continue
+        problems = list(_record_problems(record))
+        given = record.get("id")
+        name = given if isinstance(given, str) else "{}-{:0>6}".format(*place.split())
+        if name in seen:
+            problems.append(
+                (
+                    "id",
+                    f"{shown(repr(name))} was already used on {seen[name]} (accepted: unique ids)",
+                )
+            )
+        seen.setdefault(name, place)
+        if unreadable is not None and not problems:
+            of = f"of session {shown(repr(name))}: "
+            told = [turn["instruction"] for turn in record["turns"]]
+            problems += (
+                (f"turns[{turn}].instruction", of + problem) for turn, problem in unreadable(told)
+            )
+        pixels = None
+        if stored is not None:
+            try:
+                pixels = stored()
+            except DataError as error:
+                problems.append(("image", str(error)))
+        yield from (f"{where}: {field}: {problem}" for field, problem in problems)
+        if pixels is None or stored is None or problems:
+            continue
+        turns = tuple(
+            Turn(t["instruction"], t.get("intent"), t.get("task"), t.get("meta") or {})
+            for t in record["turns"]
+        )
+        memory -= pixels.nbytes
+        # The size that was seen stands, so that a file that is replaced while a run reads it is an
+        # error.
+        later: Any = None
+        if memory < 0:
+            later = replace(stored, size=pixels.shape[:2], checksum=sum_of_pixels(pixels))  # type: ignore[type-var]
+        yield Session(name, later or pixels, turns, record.get("mode"), record.get("meta") or {})
+
+
+def parse_object(raw: bytes, accepted: str = "one JSON object a line") -> dict[str, Any]:
+    """A JSON object, strictly. Raises DataError without the place, which the caller knows."""
+    try:
+        text = raw.decode("utf-8").rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {error.start + 1} is not UTF-8") from error
+    try:
+        record = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        # "\ud800" alone is legal JSON, but no tokenizer and no UTF-8 file can hold it.
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"column {error.colno}: malformed JSON: {error.msg} (accepted: {accepted})"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "a string holds half of a surrogate pair (accepted: Unicode text)"
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of thousands of digits; nesting beyond any use
+        raise DataError(f"malformed JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{kind(record)} (accepted: {accepted})")
+    return record
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [key for key, _ in pairs]
+        repeated = next(key for key in names if names.count(key) > 1)
+        raise DataError(f"{shown(repeated)}: key given twice in one object")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise DataError(f"{name} is not JSON (accepted: finite numbers)")
+
+
+def _record_problems(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, problem) for everything wrong with the record of a line, files apart."""
+    yield from _unknown_keys(record, SESSION_KEYS, "")
+    yield from session_problems(record)
+    image = record.get("image")
+    if image is None:
+        yield "image", "missing (accepted: the path of an image, relative to this file)"
+    elif not isinstance(image, str) or not image.strip():
+        yield "image", f"{kind(image)} (accepted: the path of an image, relative to this file)"
+    turns = record.get("turns")
+    if turns is None:
+        yield "turns", "missing (accepted: a list of one or more turns)"
+    elif not isinstance(turns, list) or not turns:
+        yield "turns", f"{kind(turns)} (accepted: a list of one or more turns)"
+    else:
+        for index, turn in enumerate(turns):
+            where = f"turns[{index}]"
+            if not isinstance(turn, dict):
+                yield where, f"{kind(turn)} (accepted: an object with an instruction)"
+                continue
+            yield from _unknown_keys(turn, TURN_KEYS, where + ".")
+            yield from ((f"{where}.{name}", problem) for name, problem in turn_problems(turn))
+
+
+def _unknown_keys(
+    record: Mapping[str, Any], known: tuple[str, ...], prefix: str
+) -> Iterator[tuple[str, str]]:
+    for key in record:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            yield f"{prefix}{shown(key)}", f"unknown key ({hint}accepted: {', '.join(known)})"
+
+
+def _without_absent(**values: Any) -> dict[str, Any]:
+    plain = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()
+    }
+    return {key: value for key, value in plain.items() if value is not None and value != {}}
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,241 @@
+"""The importers, a function each. Field names are those of the released files; docs/data.md says
+which release."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from editr2.errors import DataError, shown
+from editr2.sessions.files import lines_of, parse_object
+from editr2.sessions.images import ImageFile, inside, locate
+from editr2.sessions.importers.rows import Row, csv_rows, json_document, json_lines, parquet_rows
+from editr2.sessions.session import Session, Turn, kind
+
+# What object-centred rewards judge a turn by: as MICE-Bench names it, with its kind. EdiVal-Bench
+# has the same.
+_JUDGED = {
+    "formatted_instruction": "text",
+    "bg_consistency": "flag",
+    "unchanged_objects": "texts",
+    "available_objects": "texts",
+    "all_objects": "texts",
+}
+_IMGEDIT_MODES: dict[str, str | None] = {
+    "content_memory": "cm",
+    "content_understand": "cu",
+    "version_backtrac": None,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set lies.
+
+    path: its file, or the folder that holds it.
+    images: a folder to look for images in, first by their whole name and then by the file's name
+        alone; None looks where the release has them.
+    mode: the mode of every session, in place of what the set says.
+    """
+
+    path: Path
+    images: Path | None
+    mode: str | None
+
+    def file(self, *suffixes: str, name: str | None = None) -> Path:
+        """The file itself; `name` in the folder if it is one. Raises DataError, which lists what
+        the folder has."""
+        if self.path.is_file():
+            if self.path.suffix.lower() not in suffixes:
+                raise DataError(
+                    f"{self.path}: another kind of file (accepted: {', '.join(suffixes)})"
+                )
+            return self.path
+        if name and (self.path / name).is_file():
+            return self.path / name
+        there = sorted(
+            str(p.relative_to(self.path)) for s in suffixes for p in self.path.rglob(f"*{s}")
+        )[:8]
+        accepted = ", ".join(there) or name or f"a file, {' or '.join(suffixes)}"
+        raise DataError(f"{self.path}: a folder (accepted: one file in it: {accepted})")
+
+    def image(self, row: Row, field: str, name: str, *places: Path) -> ImageFile:
+        """The image that the row's field names, in `images` or else in the first of `places` that
+        has it; never one that lies elsewhere, whatever the name."""
+        try:
+            locate(Path(), name, contained=False)
+        except DataError as error:
+            raise row.error(field, str(error)) from error
+        if self.images is not None:
+            found = [inside(self.images, name), inside(self.images, Path(name).name)]
+        else:
+            found = [inside(place, name) for place in places]
+        candidates = [path for path in found if path is not None]
+        if not candidates:
+            accepted = (
+                f"(accepted: a path inside of {shown(self.images or places[0])}, or --images "
+                f"FOLDER)"
+            )
+            raise row.error(field, f"{shown(name)} leads out of the folder {accepted}")
+        for path in candidates:
+            if os.path.exists(path):
+                return ImageFile(path, where=f"{row.where}: {field}")
+        problem = (
+            f"{shown(candidates[0])}: no such file (accepted: an image there, or --images FOLDER)"
+        )
+        raise row.error(field, problem)
+
+
+def mice(source: Source) -> Iterator[Session]:
+    """MICE-Bench (Edit-R2): one JSON object a line, with a list of one item a turn in every field.
+
+    The mode is the name of the folder, cm or cu.
+    """
+    file = source.file(".jsonl")
+    mode = source.mode or file.resolve().parent.name
+    if mode not in ("cm", "cu"):
+        raise DataError(
+            f"{file}: mode: neither given nor the folder's name (accepted: --mode cm or cu)"
+        )
+    for row in json_lines(file):
+        row.require(("image", "instruction", "task_type", *_JUDGED), ("turns",))
+        name, instructions = row.get("image", "text"), row.per_turn("instruction", "text")
+        count = len(instructions)
+        if row.values.get("turns", count) != count:
+            raise row.error(
+                "turns",
+                f"{shown(row.values['turns'])} (accepted: {count}, as many as instructions)",
+            )
+        tasks = row.per_turn("task_type", "text", count)
+        judged = {field: row.per_turn(field, of, count) for field, of in _JUDGED.items()}
+        metas = [{field: judged[field][t] for field in _JUDGED} for t in range(count)]
+        # Released names are relative to the folder that holds cm/ and cu/; the project's own loader
+        # joins them to cm/.
+        image = source.image(row, "image", name, file.parent, file.resolve().parent.parent)
+        turns = tuple(Turn(i, task=k, meta=m) for i, k, m in zip(instructions, tasks, metas))
+        yield Session(Path(name).stem, image, turns, mode)
+
+
+def edival(source: Source) -> Iterator[Session]:
+    """EdiVal-Bench: a CSV with a row for each turn of an image, which repeats the instructions so
+    far."""
+    lists = ("task_type", "instructions", "format_instructions")
+    judged = {field: of for field, of in _JUDGED.items() if field != "formatted_instruction"}
+    literals = ("turns", *lists, *judged)
+    file = source.file(".csv")
+    places = (file.parent / "input_images_resize_512", file.parent)
+    rows = csv_rows(file, literals)
+    for index, group in itertools.groupby(rows, key=lambda row: row.values.get("image_index")):
+        turns: list[Turn] = []
+        before: Row | None = None
+        for number, row in enumerate(group, start=1):
+            row.require(("image_index", *literals))
+            if row.get("turns", "count") != number:
+                problem = (
+                    f"{shown(row.values['turns'])} (accepted: {number}, as rows of one "
+                    f"image_index count its turns)"
+                )
+                raise row.error("turns", problem)
+            for name in lists:
+                told = row.per_turn(name, "text", number)
+                if before and told[:-1] != before.values[name]:
+                    raise row.error(
+                        name,
+                        "does not begin as the row before (accepted: its list and one item more)",
+                    )
+            task, instruction, formatted = (row.values[name][-1] for name in lists)
+            meta = {
+                "formatted_instruction": formatted,
+                **{field: row.get(field, of) for field, of in judged.items()},
+            }
+            turns.append(Turn(instruction, task=task, meta=meta))
+            before = row
+        assert before is not None
+        image = source.image(before, "image_index", f"{index}_input_raw.jpg", *places)
+        yield Session(before.get("image_index", "text"), image, tuple(turns), source.mode)
+
+
+def imgedit(source: Source) -> Iterator[Session]:
+    """ImgEdit, multi-turn: the benchmark's annotation.json, or a Parquet or JSON Lines file of the
+    training set.
+
+    The mode follows from the category, which the name of the file or of its folder holds:
+    content_memory is cm, content_understanding is cu, version_backtracking has none.
+    """
+    file = source.file(".json", ".jsonl", ".parquet", name="annotation.json")
+    category = next(
+        (c for c in _IMGEDIT_MODES if c in f"{file.resolve().parent.name}/{file.name}"), ""
+    )
+    mode = source.mode or _IMGEDIT_MODES.get(category)
+    for row in parquet_rows(file) if file.suffix == ".parquet" else _imgedit_rows(file):
+        if "data" in row.values:
+            yield _imgedit_training(source, row, file.parent, mode)
+            continue
+        numbers = sorted(int(key[4:]) for key in row.values if re.fullmatch(r"turn[1-9]\d*", key))
+        row.require(("id", *(f"turn{t}" for t in range(1, max(len(numbers), 1) + 1))))
+        image = source.image(row, "id", row.get("id", "text"), file.parent)
+        turns = tuple(Turn(row.get(f"turn{t}", "text")) for t in numbers)
+        yield Session(image.path.stem, image, turns, mode)
+
+
+def _imgedit_rows(file: Path) -> Iterator[Row]:
+    """JSON Lines, as released, or the one object of numbered records that the project's page
+    shows."""
+    try:
+        first = next((parse_object(raw) for _, raw in lines_of(file)), {})
+    except DataError:
+        first = {}  # no object by itself: the file is one document over several lines
+    if not all(isinstance(value, dict) for value in first.values()):
+        yield from json_lines(file)
+        return
+    for key, values in json_document(file).items():
+        if not isinstance(values, dict):
+            raise DataError(
+                f"{file}: {shown(repr(key))}: {kind(values)} (accepted: an object of id, turn1, "
+                f"turn2, …)"
+            )
+        yield Row(f"{file}: {shown(repr(key))}", values)
+
+
+def _imgedit_training(source: Source, row: Row, folder: Path, mode: str | None) -> Session:
+    row.require(("data",))
+    turns, image = [], None
+    for t, values in enumerate(row.get("data", "rows")):
+        part = Row(f"{row.where}: data[{t}]", values)
+        part.require(("input_images", "output_images", "prompt"))
+        inputs, outputs = part.get("input_images", "texts"), part.get("output_images", "texts")
+        if image is None:
+            if len(inputs) != 1:
+                raise part.error("input_images", f"a list of {len(inputs)} (accepted: a list of 1)")
+            image = source.image(part, "input_images", inputs[0], folder, folder.parent)
+        meta = {"input_images": inputs, "output_images": outputs}
+        turns.append(Turn(part.get("prompt", "text"), meta=meta))
+    assert image is not None
+    return Session(image.path.parent.name, image, tuple(turns), mode)
+
+
+def magicbrush(source: Source) -> Iterator[Session]:
+    """MagicBrush as folders: edit_sessions.json beside images/<id>/. (Its Hugging Face form is a
+    dataset.)"""
+    file = source.file(".json", name="edit_sessions.json")
+    needed = ("input", "output", "instruction")
+    for name, edits in json_document(file).items():
+        session = Row(f"{file}: {shown(repr(name))}", {"edits": edits})
+        turns, image = [], None
+        for t, values in enumerate(session.get("edits", "rows")):
+            row = Row(f"{session.where}: [{t}]", values)
+            row.require(needed, ("mask",))
+            image = image or source.image(
+                row, "input", f"{name}/{row.get('input', 'text')}", file.parent / "images"
+            )
+            meta: dict[str, Any] = {
+                field: row.get(field, "text") for field in row.values if field != "instruction"
+            }
+            turns.append(Turn(row.get("instruction", "text"), meta=meta))
+        assert image is not None
+        yield Session(name, image, tuple(turns), source.mode)

@@ -1,0 +1,209 @@
+"""Hugging Face datasets whose rows are sessions, or MagicBrush's edits. Needs the extra `data`.
+
+Rows stay on disk, memory-mapped; an image is decoded when it is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editr2.errors import DataError, one_line
+from editr2.run.hub import offline
+from editr2.sessions.files import Entry
+from editr2.sessions.images import Pixels, Size, decode_image, locate, read_image
+from editr2.sessions.session import kind
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_MAGICBRUSH = ("img_id", "turn_index", "source_img", "instruction")
+_SESSION = ("id", "image", "turns", "instructions", "mode", "meta")
+
+
+@dataclass(frozen=True)
+class DatasetImage:
+    """Pixels that stay in a row of a dataset: called, it decodes them.
+
+    data: has the one column, undecoded. size, resize: as in `load_sessions`. contained: as in
+    `scan`; a row names files from where the program runs. checksum: as in `ImageFile`.
+    """
+
+    data: Dataset
+    row: int
+    size: Size | None
+    resize: str
+    contained: bool
+    checksum: str | None = None
+
+    def __call__(self) -> Pixels:
+        with _one_line():
+            (cell,) = self.data[self.row].values()
+        if cell is None:
+            raise DataError("missing (accepted: an image)")
+        if cell["bytes"] is None:
+            path = locate(Path(), cell["path"] or "", contained=self.contained)
+            return read_image(path, self.size, self.resize)
+        return decode_image(cell["bytes"], self.size, self.resize)
+
+
+@contextmanager
+def _one_line(where: str = "", problem: str = "cannot be read") -> Iterator[None]:
+    """What a download, a cache, a script of a dataset or a broken file can raise is open-ended; to
+    the user it is one thing."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where}{problem}: {one_line(error)}") from error
+
+
+def dataset_entries(path: str, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
+    """The sessions of a dataset, unchecked. path: "hf:owner/name", "hf:owner/name:split" or a saved
+    dataset's folder.
+
+    Columns: image and either turns (objects as in sessions.jsonl) or instructions (strings), and if
+    they are there id, mode and meta; further columns, images apart, go to the session's meta. Or
+    MagicBrush's columns, where rows of one img_id that count up from turn_index 1 are a session.
+    Raises DataError when there is no such dataset.
+    """
+    with _one_line(f"{path}: "):
+        yield from _entries(path, _open(path), size, resize, contained)
+
+
+def _entries(
+    path: str, data: Dataset, size: Size | None, resize: str, contained: bool
+) -> Iterator[Entry]:
+    names = set(data.column_names)
+    if names.issuperset(_MAGICBRUSH):
+        column, records = "source_img", _magicbrush_records(path, data)
+    elif "image" in names and len(names & {"turns", "instructions"}) == 1:
+        column, records = "image", _session_records(path, data)
+    else:
+        accepted = f"image and turns, image and instructions, or {', '.join(_MAGICBRUSH)}"
+        raise DataError(f"{path}: columns {', '.join(data.column_names)} (accepted: {accepted})")
+    if not len(data):
+        raise DataError(f"{path}: no rows (accepted: at least one)")
+    images = _undecoded(data, path, column)
+    for row, record in records:
+        values = record if isinstance(record, DataError) else {**record, "image": column}
+        yield Entry(
+            f"{path}: row {row}",
+            f"row {row}",
+            values,
+            DatasetImage(images, row, size, resize, contained),
+        )
+
+
+def _session_records(path: str, data: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    for row, values in enumerate(data.remove_columns(sorted(_image_columns(data) | {"image"}))):
+        turns = values.get("turns")
+        if "instructions" in values:
+            told = values["instructions"]
+            turns = [{"instruction": text} for text in told] if isinstance(told, list) else told
+        elif isinstance(turns, Mapping) and all(
+            isinstance(cells, list) for cells in turns.values()
+        ):
+            # How `datasets` gives a Sequence of objects.
+            turns = [dict(zip(turns, cells)) for cells in zip(*turns.values())]
+        rest = {name: value for name, value in values.items() if name not in _SESSION}
+        meta = values.get("meta")
+        if rest and (meta is None or isinstance(meta, Mapping)):
+            meta = {**(meta or {}), **rest}
+        yield (
+            row,
+            {"id": values.get("id"), "mode": values.get("mode"), "turns": turns, "meta": meta},
+        )
+
+
+def _magicbrush_records(
+    path: str, data: Dataset
+) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """Every turn's meta has its row, where a reward finds mask_img and target_img."""
+    start, image = 0, ""
+    turns: list[dict[str, Any]] = []
+    sessions: dict[str, int] = {}
+
+    def session() -> tuple[int, dict[str, Any]]:
+        count = sessions[image] = sessions.get(image, 0) + 1
+        return start, {"id": image if count == 1 else f"{image}-{count}", "turns": turns}
+
+    for row, values in enumerate(data.select_columns(["img_id", "turn_index", "instruction"])):
+        if values["turn_index"] == 1:
+            if turns:
+                yield session()
+            start, image, turns = row, str(values["img_id"]), []
+        elif not turns or values["turn_index"] != len(turns) + 1 or str(values["img_id"]) != image:
+            follows = f", or {len(turns) + 1} of img_id {image!r}" if turns else ""
+            problem = (
+                f"{kind(values['turn_index'])} of img_id {values['img_id']!r} (accepted: "
+                f"1{follows})"
+            )
+            yield row, DataError(f"turn_index: {problem}")
+            continue
+        turns.append({"instruction": values["instruction"], "meta": {"row": row}})
+    if turns:
+        yield session()
+
+
+def _open(path: str) -> Dataset:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{path}: needs the package datasets (accepted: pip install 'editr2[data]')"
+        ) from error
+    with _one_line(f"{path}: ", "cannot be opened"):
+        if not path.startswith("hf:"):
+            data = datasets.load_from_disk(path)
+            if isinstance(data, datasets.DatasetDict):
+                splits = ", ".join(str(Path(path) / name) for name in data)
+                raise DataError(f"{path}: several splits (accepted: one of them: {splits})")
+            return data
+        name, _, split = path.removeprefix("hf:").partition(":")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise DataError(
+                f"{path}: no name of a dataset (accepted: hf:owner/name or hf:owner/name:split)"
+            )
+        if offline():
+            datasets.config.HF_DATASETS_OFFLINE = (
+                True  # what was downloaded before is found at once
+            )
+        if not split:
+            splits = datasets.get_dataset_split_names(name)  # before anything large is downloaded
+            if len(splits) != 1:
+                raise DataError(
+                    f"{path}: no split (accepted: {', '.join(f'hf:{name}:{s}' for s in splits)})"
+                )
+            (split,) = splits
+        return datasets.load_dataset(name, split=split)
+
+
+def _image_columns(data: Dataset) -> set[str]:
+    """Columns that hold images, in lists and objects too."""
+    from datasets import Image
+
+    def holds(feature: Any) -> bool:
+        if isinstance(feature, Mapping):
+            return any(map(holds, feature.values()))
+        if isinstance(feature, list):
+            return any(map(holds, feature))
+        return isinstance(feature, Image) or holds(getattr(feature, "feature", []))
+
+    return {name for name, feature in data.features.items() if holds(feature)}
+
+
+def _undecoded(data: Dataset, path: str, column: str) -> Dataset:
+    """The one column, as bytes or the path of a file."""
+    from datasets import Image, Value
+
+    feature = data.features[column]
+    if not isinstance(feature, Image) and feature != Value("string"):
+        raise DataError(
+            f"{path}: {column}: a column of {feature} (accepted: of images, or of paths)"
+        )
+    return data.select_columns([column]).cast_column(column, Image(decode=False))

@@ -1,0 +1,153 @@
+"""Records of foreign files with the place each stands at, and checked access to their fields."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from editr2.errors import DataError, one_line, shown
+from editr2.sessions.files import lines_of, parse_object
+from editr2.sessions.session import is_text, kind
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "text": (is_text, "a non-empty string"),
+    "flag": (lambda value: isinstance(value, bool), "true or false"),
+    "texts": (
+        lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+        "a list of strings",
+    ),
+    "count": (
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        "a number from 1 on",
+    ),
+    "rows": (
+        lambda value: (
+            isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+        ),
+        "a list of one or more objects",
+    ),
+}
+"""What a field may hold: name -> (check, the words for what is accepted)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record.
+
+    where: what a message starts with: `file:line`.
+    """
+
+    where: str
+    values: dict[str, Any]
+
+    def error(self, field: str, problem: str) -> DataError:
+        return DataError(f"{self.where}: {shown(field)}: {problem}")
+
+    def require(self, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+        """Raises DataError when a field of `needed` is missing or one of neither list is there."""
+        accepted = f"(accepted: {', '.join(needed + optional)})"
+        for name in needed:
+            if name not in self.values:
+                raise self.error(name, f"missing {accepted}")
+        for name in self.values:
+            if name not in needed + optional:
+                raise self.error(name, f"unknown field {accepted}")
+
+    def get(self, name: str, of: str) -> Any:
+        """The field, which must be of this kind (see KINDS)."""
+        return self._checked(name, self.values[name], of)
+
+    def per_turn(self, name: str, of: str, turns: int | None = None) -> list[Any]:
+        """The field, a list of this kind with one item a turn."""
+        value = self.values[name]
+        if not isinstance(value, list) or not value or len(value) != (turns or len(value)):
+            accepted = f"a list of {turns}, one item a turn" if turns else "a list, one item a turn"
+            raise self.error(name, f"{kind(value)} (accepted: {accepted})")
+        return [self._checked(f"{name}[{i}]", item, of) for i, item in enumerate(value)]
+
+    def _checked(self, field: str, value: Any, of: str) -> Any:
+        check, accepted = KINDS[of]
+        if not check(value):
+            raise self.error(field, f"{kind(value)} (accepted: {accepted})")
+        return value
+
+
+def json_lines(file: Path) -> Iterator[Row]:
+    """The objects of a JSON Lines file."""
+    for number, raw in lines_of(file):
+        where = f"{file}:{number}"
+        try:
+            yield Row(where, parse_object(raw))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
+
+def json_document(file: Path) -> dict[str, Any]:
+    """The one object that a JSON file is."""
+    try:
+        return parse_object(
+            file.read_bytes().removeprefix(b"\xef\xbb\xbf"), accepted="one JSON object in the file"
+        )
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    except DataError as error:
+        cause = error.__cause__
+        line = f"{cause.lineno}:" if isinstance(cause, json.JSONDecodeError) else ""
+        raise DataError(f"{file}:{line} {error}") from error
+
+
+def csv_rows(file: Path, literals: tuple[str, ...]) -> Iterator[Row]:
+    """The rows of a CSV file with a header; fields of `literals` hold Python literals, as pandas
+    writes lists."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, strict=True)
+            header = next(reader, [])
+            line = reader.line_num + 1  # a record may span lines; it stands where it starts
+            for cells in reader:
+                where, line = f"{file}:{line}", reader.line_num + 1
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{where}: {len(cells)} cells (accepted: {len(header)}, as in the header)"
+                    )
+                row = Row(where, dict(zip(header, cells)))
+                for name in literals:
+                    if name in row.values:
+                        row.values[name] = _literal(row, name)
+                yield row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+
+
+def _literal(row: Row, name: str) -> Any:
+    try:
+        return ast.literal_eval(row.values[name])
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise row.error(name, f"{kind(row.values[name])} (accepted: a Python literal)") from error
+
+
+def parquet_rows(file: Path) -> Iterator[Row]:
+    """The rows of a Parquet file, counted from 0."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            f"{file}: Parquet needs pyarrow (accepted: pip install 'editr2[data]')"
+        ) from error
+    number = 0
+    # What pyarrow raises for a broken file is open-ended, down to a UnicodeDecodeError for a
+    # column's name.
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for values in batch.to_pylist():
+                yield Row(f"{file}: row {number}", values)
+                number += 1
+    except Exception as error:
+        raise DataError(f"{file}: cannot be read: {one_line(error)}") from error

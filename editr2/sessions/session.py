@@ -1,0 +1,189 @@
+"""A session: an image and the instructions to apply to it, turn by turn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeGuard
+
+import numpy as np
+
+from editr2.errors import DataError, shown
+from editr2.sessions.images import Pixels, Size
+
+MODES = ("cm", "cu")
+
+SESSION_KEYS = ("id", "image", "turns", "mode", "meta")
+
+TURN_KEYS = ("instruction", "intent", "task", "meta")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request of a session.
+
+    instruction: what the user asks, verbatim; not blank.
+    intent: the self-contained form of the instruction, where the ground truth is known.
+    task: the kind of edit (such as "add" or "recolour"), where known.
+    meta: whatever a reward needs to judge the turn; JSON values only, if it is to be saved.
+    """
+
+    instruction: str
+    intent: str | None = None
+    task: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, problem in turn_problems(vars(self)):
+            raise DataError(f"Turn: {name}: {problem}")
+        if self.meta is None:
+            raise DataError("Turn: meta: None (accepted: a mapping)")
+
+
+class _PixelsField:
+    """`Session.image`: the array that was given, or what the function that was given returns, at
+    every access."""
+
+    def __set__(self, session: Session, value: Pixels | Callable[[], Pixels]) -> None:
+        vars(session)["image"] = value
+
+    def __get__(self, session: Session | None, owner: type[Session]) -> Pixels:
+        if session is None:
+            raise AttributeError("image")  # which tells `dataclass` that the field has no default
+        value = vars(session)["image"]
+        return value() if callable(value) else value
+
+
+@dataclass(
+    frozen=True, eq=False
+)  # eq=False: comparing arrays gives arrays; a session is compared by identity
+class Session:
+    """An image and the turns to apply to it.
+
+    id: unique in its set.
+    image: uint8 [H, W, 3], RGB; or a function without arguments that returns it, such as an
+        `ImageFile`, which is called whenever the attribute is read.
+    turns: at least one.
+    mode: "cm" (a standing rule set early holds for later turns), "cu" (later turns refer back by
+    pronouns) or None. meta: whatever a reward needs to judge the session; JSON values only, if it
+    is to be saved.
+    """
+
+    id: str
+    image: _PixelsField = _PixelsField()
+    turns: tuple[Turn, ...]  # type: ignore[misc]  # mypy takes the descriptor for a default
+    mode: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, problem in session_problems(vars(self)):
+            raise DataError(f"Session {self.id!r}: {name}: {problem}")
+        if self.id is None or self.meta is None:
+            raise DataError(
+                f"Session {self.id!r}: id and meta cannot be None (accepted: a string; a mapping)"
+            )
+        image = vars(self)["image"]
+        array = (
+            isinstance(image, np.ndarray)
+            and image.dtype == np.uint8
+            and image.ndim == 3
+            and image.shape[2] == 3
+        )
+        if not array and not callable(image):
+            given = (
+                f"{image.dtype} {list(image.shape)}"
+                if isinstance(image, np.ndarray)
+                else type(image).__name__
+            )
+            raise DataError(
+                f"Session {self.id!r}: image: {given} (accepted: a uint8 array [H, W, 3])"
+            )
+        if array and 0 in image.shape:
+            raise DataError(f"Session {self.id!r}: image: no pixels, shape {list(image.shape)}")
+        if not (
+            isinstance(self.turns, tuple)
+            and self.turns
+            and all(isinstance(turn, Turn) for turn in self.turns)
+        ):
+            raise DataError(
+                f"Session {self.id!r}: turns: wrong value (accepted: a tuple of one or more Turn)"
+            )
+
+
+class StoredImage(Protocol):
+    """A dataclass of pixels that stay where they are stored: called, it decodes them as
+    `decode_image` says."""
+
+    @property
+    def size(self) -> Size | None: ...
+
+    @property
+    def resize(self) -> str: ...
+
+    @property
+    def checksum(self) -> str | None: ...
+
+    def __call__(self) -> Pixels: ...
+
+
+def pixel_sum(session: Session) -> str:
+    """A checksum of a session's pixels and their shape; what was decoded once to be checked is not
+    decoded again."""
+    known: str | None = getattr(vars(session)["image"], "checksum", None)
+    return known or sum_of_pixels(session.image)
+
+
+def sum_of_pixels(pixels: Pixels) -> str:
+    content = np.ascontiguousarray(pixels)
+    return hashlib.sha256(repr(pixels.shape).encode() + content.tobytes()).hexdigest()
+
+
+def session_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values.get("id") is not None and not is_text(values["id"]):
+        yield "id", f"{kind(values['id'])} (accepted: a non-empty string)"
+    mode = values.get("mode")
+    if mode is not None and mode not in MODES:
+        yield "mode", f"{kind(mode)} (accepted: {', '.join(map(repr, MODES))} or absent)"
+    yield from _meta_problems(values)
+
+
+def turn_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values.get("instruction") is None:
+        yield "instruction", "missing (accepted: a non-empty string)"
+    elif not is_text(values["instruction"]):
+        yield "instruction", f"{kind(values['instruction'])} (accepted: a non-empty string)"
+    for name in ("intent", "task"):
+        if values.get(name) is not None and not is_text(values[name]):
+            yield name, f"{kind(values[name])} (accepted: a non-empty string, or absent)"
+    yield from _meta_problems(values)
+
+
+def _meta_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    meta = values.get("meta")
+    if meta is not None and not isinstance(meta, Mapping):
+        yield "meta", f"{kind(meta)} (accepted: an object, or absent)"
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def kind(value: object) -> str:
+    """What was given, short enough for one line."""
+    if isinstance(value, str):
+        return (
+            f"the string {value if len(value) <= 40 else value[:37] + '...'!r}"
+            if value.strip()
+            else "blank string"
+        )
+    if isinstance(value, (list, tuple)):
+        return "an empty list" if not value else f"a list of {len(value)}"
+    if isinstance(value, Mapping):
+        return "an object"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, (int, float)):
+        return f"the number {shown(value)}"
+    return f"a {type(value).__name__}"

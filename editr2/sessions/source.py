@@ -1,0 +1,67 @@
+"""Which sessions a run trains and evaluates on: endless from the world, or the user's file over and
+over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from editr2.config import Config
+from editr2.policies.base import Policy, ReadingPolicy
+from editr2.sessions.files import load_sessions
+from editr2.sessions.session import Session
+from editr2.worlds import shapes
+
+HELDOUT_SEED = 20_001
+"""Seed of the world's evaluation sessions: the same for every run, so that runs can be compared."""
+
+
+@dataclass(frozen=True)
+class SessionSource:
+    """Training session number `ordinal` of a run, and its evaluation sessions.
+
+    sessions: from a file, in a new order every pass; none: drawn from the world, never repeated.
+    """
+
+    seed: int
+    turns: int
+    sessions: list[Session] | None
+    heldout: list[Session]
+    heldout_is_training: bool
+
+    def __getitem__(self, ordinal: int) -> Session:
+        if self.sessions is None:
+            return shapes.make_session(self.seed, ordinal, turns=self.turns)
+        epoch, place = divmod(ordinal, len(self.sessions))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sessions))
+        return self.sessions[int(order[place])]
+
+
+def open_sessions(config: Config, policy: Policy) -> SessionSource:
+    """Reads and checks every session file before anything is trained. Raises `DataError` with file
+    and line, of an instruction that the policy cannot read too.
+
+    Images are of the policy's size from here on (`data.resize`), for the policy and for whoever
+    judges.
+    """
+    data = config.data
+    unreadable = policy.unreadable if isinstance(policy, ReadingPolicy) else None
+    load = partial(load_sessions, size=policy.image_size, resize=data.resize, unreadable=unreadable)
+    train = load(data.path, limit=data.limit) if data.path else None
+    count = config.eval.sessions
+    if data.heldout:
+        heldout = load(data.heldout, limit=count)
+    elif train is not None:
+        heldout = train[:count]
+    else:
+        heldout = [
+            shapes.make_session(
+                HELDOUT_SEED, i, split="heldout", turns=config.eval.turns or config.rollout.turns
+            )
+            for i in range(count)
+        ]
+    return SessionSource(
+        config.seed, config.rollout.turns, train, heldout, not data.heldout and train is not None
+    )
