@@ -24,7 +24,7 @@ from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested
 from editr2.errors import DataError, NonFiniteError
 from editr2.policies.base import Velocity, to_bytes
 from editr2.policies.finite import LARGEST, unusable
-from editr2.policies.unified import pretrain, shapes
+from editr2.policies.unified import pretrain
 from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.rewards.base import Score
@@ -35,6 +35,7 @@ from editr2.rl.sampler import make_sampler
 from editr2.rl.state import new_state
 from editr2.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from editr2.sessions.source import HELDOUT_SEED
+from editr2.worlds import shapes
 
 NAN, INF = float("nan"), float("inf")
 COMMANDS = ["train", "eval", "rollout"]
