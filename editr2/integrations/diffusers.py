@@ -166,10 +166,12 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             sample: like model_output in shape; the latents before the step.
             s_churn, s_tmin, s_tmax, s_noise: ignored, as the base class does.
             generator: seeds are drawn from it where none are set; a list has one a sample, whose
-            seed is then its own. per_token_timesteps: must be None.
+                seed is then its own.
+            per_token_timesteps: must be None.
             return_dict: whether to return the output class or the tuple (prev_sample, log_prob).
             prev_sample: like model_output in shape; the latents after the step, to score. The
-            trajectory does not move. seed: int64 [B]; in place of the seeds that are set.
+                trajectory does not move.
+            seed: int64 [B]; in place of the seeds that are set.
             noise_level: in place of the configuration's.
 
         Raises:
