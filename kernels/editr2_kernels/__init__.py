@@ -8,6 +8,7 @@ or network.
 from .awm_loss import awm_log_prob, awm_loss
 from .backends import BackendStatus, backends
 from .compat import COMPAT, Compat
+from .dynamics import DYNAMICS, LOG_PROBS, SOLVERS, Coefficients, Dynamics, ScheduleStep
 from .group_advantage import (
     CREDIT_PRESETS,
     CreditOptions,
@@ -21,7 +22,7 @@ from .nft_loss import NftLoss, NftMetrics, nft_loss, nft_loss_ref, nft_optimalit
 from .philox import INITIAL_STEP, philox_normal, philox_normal_ref
 from .sde_log_prob import SdeLogProb, sde_log_prob, sde_log_prob_ref
 from .sde_step import SdeStep, sde_step, sde_step_ref
-from .table import COLUMNS, DYNAMICS, LOG_PROBS, SOLVERS, flow_sigmas, transition_table
+from .table import COLUMNS, flow_sigmas, transition_table
 from .token_log_prob import TokenLogProb, token_log_prob, token_log_prob_ref
 
 __all__ = [
@@ -35,13 +36,16 @@ __all__ = [
     "RENORMS",
     "SOLVERS",
     "BackendStatus",
+    "Coefficients",
     "Compat",
     "CreditOptions",
+    "Dynamics",
     "GroupAdvantage",
     "GrpoLoss",
     "GrpoMetrics",
     "NftLoss",
     "NftMetrics",
+    "ScheduleStep",
     "SdeLogProb",
     "SdeStep",
     "TokenLogProb",
