@@ -8,14 +8,9 @@ or network.
 from .awm_loss import awm_log_prob, awm_loss
 from .backends import BackendStatus, backends
 from .compat import COMPAT, Compat
+from .credit import CREDIT_PRESETS, CreditOptions
 from .dynamics import DYNAMICS, LOG_PROBS, SOLVERS, Coefficients, Dynamics, ScheduleStep
-from .group_advantage import (
-    CREDIT_PRESETS,
-    CreditOptions,
-    GroupAdvantage,
-    group_advantage,
-    group_advantage_ref,
-)
+from .group_advantage import GroupAdvantage, group_advantage, group_advantage_ref
 from .grpo_loss import KL_SCALES, GrpoLoss, GrpoMetrics, grpo_loss, grpo_loss_ref
 from .guidance import RENORMS, guided_velocity
 from .nft_loss import NftLoss, NftMetrics, nft_loss, nft_loss_ref, nft_optimality

@@ -280,9 +280,9 @@ def select(backend: str, device: torch.device) -> str:
     return backend
 
 
-def rows_of(value: Tensor | None) -> tuple[int, int, int]:
-    """(pointer, dtype code, batch stride) of a [B, N] tensor with contiguous rows; zeros for an
-    absent one."""
+def strided(value: Tensor | None) -> tuple[int, int, int]:
+    """(pointer, dtype code, batch stride) of an addressable [B, N] tensor; zeros for an absent
+    one."""
     if value is None:
         return 0, 0, 0
     return value.data_ptr(), DTYPE_CODES[value.dtype], value.stride(0)

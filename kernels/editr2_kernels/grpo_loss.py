@@ -32,6 +32,7 @@ from . import _checks
 from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
+from .numerics import mean_ref
 from .replay import (
     REPLAY_SCHEMA,
     Replay,
@@ -42,7 +43,6 @@ from .replay import (
     saved,
     without_gradient,
 )
-from .table import mean_ref
 
 KlScale = Literal["step", "diffusion", "mean", "velocity"]
 KL_SCALES = ("step", "diffusion", "mean", "velocity")  # the position is the code the kernels take

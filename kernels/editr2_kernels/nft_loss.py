@@ -26,8 +26,8 @@ from torch import Tensor
 
 from . import _checks
 from ._operator import differentiable, operator
-from .backends import compiled, pointer, rows_of, select, workspace
-from .table import compute_dtype, mean_ref, times_ref
+from .backends import compiled, pointer, select, strided, workspace
+from .numerics import compute_dtype, mean_ref, times_ref
 
 
 class NftMetrics(NamedTuple):
@@ -224,12 +224,12 @@ def _nft_loss(
     if v.shape[0] == 0:
         return loss, metrics, factors
     x0, noise, v, v_old = (
-        _checks.rows(x0),
-        _checks.rows(noise),
-        _checks.rows(v),
-        _checks.rows(v_old),
+        _checks.addressable(x0),
+        _checks.addressable(noise),
+        _checks.addressable(v),
+        _checks.addressable(v_old),
     )
-    v_ref = None if v_ref is None else _checks.rows(v_ref)
+    v_ref = None if v_ref is None else _checks.addressable(v_ref)
     sigma, r = sigma.contiguous(), r.contiguous()
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     if chosen == "triton":
@@ -258,11 +258,11 @@ def _nft_loss(
     batch, n = v.shape
     scratch = workspace(module, v, batch, n, n, 0)
     module.nft_loss(
-        x0=rows_of(x0),
-        noise=rows_of(noise),
-        v=rows_of(v),
-        v_old=rows_of(v_old),
-        v_ref=rows_of(v_ref),
+        x0=strided(x0),
+        noise=strided(noise),
+        v=strided(v),
+        v_old=strided(v_old),
+        v_ref=strided(v_ref),
         sigma=pointer(sigma),
         r=pointer(r),
         mask=pointer(mask),
@@ -315,12 +315,12 @@ def _nft_loss_backward(
     if v.shape[0] == 0:
         return grad_v
     x0, noise, v, v_old = (
-        _checks.rows(x0),
-        _checks.rows(noise),
-        _checks.rows(v),
-        _checks.rows(v_old),
+        _checks.addressable(x0),
+        _checks.addressable(noise),
+        _checks.addressable(v),
+        _checks.addressable(v_old),
     )
-    v_ref = None if v_ref is None else _checks.rows(v_ref)
+    v_ref = None if v_ref is None else _checks.addressable(v_ref)
     factors, scale = factors.contiguous(), scale.contiguous()
     if chosen == "triton":
         from . import triton_kernels
@@ -331,15 +331,15 @@ def _nft_loss_backward(
     batch, n = v.shape
     scratch = workspace(module, v, batch, n, n, 0)
     module.nft_loss_backward(
-        x0=rows_of(x0),
-        noise=rows_of(noise),
-        v=rows_of(v),
-        v_old=rows_of(v_old),
-        v_ref=rows_of(v_ref),
+        x0=strided(x0),
+        noise=strided(noise),
+        v=strided(v),
+        v_old=strided(v_old),
+        v_ref=strided(v_ref),
         beta=beta,
         factors=pointer(factors),
         scale=pointer(scale),
-        grad_v=rows_of(grad_v),
+        grad_v=strided(grad_v),
         workspace=pointer(scratch),
         B=batch,
         N=n,

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from . import _checks
 from ._operator import operator
-from .backends import compiled, pointer, rows_of, select
+from .backends import compiled, pointer, select, strided
+from .numerics import sqrt_ref
 
 _LOW32 = 0xFFFFFFFF
 INITIAL_STEP = -1  # by convention the initial latents are the noise of this step
@@ -49,12 +50,6 @@ def philox_ref(
         )
         k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
     return c0, c1, c2, c3
-
-
-def sqrt_ref(value: Tensor) -> Tensor:
-    """Correctly rounded fp32 square root; `torch.sqrt` of an fp32 CPU tensor is off by a bit for
-    0.7 % of values."""
-    return torch.sqrt(value.to(torch.float64)).to(torch.float32)
 
 
 def _log_unit(u: Tensor) -> Tensor:
@@ -141,7 +136,7 @@ def _philox_normal(seed: Tensor, step: Tensor, n: int, dtype: torch.dtype, backe
         module, where = compiled(chosen, seed)
         batch, _ = out.shape
         module.philox_normal(
-            seed=pointer(seed), step=pointer(step), out=rows_of(out), B=batch, N=n, **where
+            seed=pointer(seed), step=pointer(step), out=strided(out), B=batch, N=n, **where
         )
     return out
 

@@ -23,6 +23,7 @@ from . import _checks
 from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
+from .numerics import mean_ref
 from .replay import (
     REPLAY_SCHEMA,
     Replay,
@@ -33,7 +34,7 @@ from .replay import (
     saved,
     without_gradient,
 )
-from .table import mean_ref, rows_ref
+from .table import rows_ref
 
 
 class SdeLogProb(NamedTuple):

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from . import _checks
 from ._operator import operator
-from .backends import pointer, rows_of, select
+from .backends import pointer, select, strided
 from .guidance import LATENTS_SCHEMA, Latents, Renorm, call_compiled, guided_ref, make_latents
+from .numerics import compute_dtype, mean_ref
 from .philox import philox_normal_ref
-from .table import compute_dtype, mean_of_rows_ref, mean_ref, rows_ref
+from .table import mean_of_rows_ref, rows_ref
 
 SCORES = ("stored", "unrounded")
 
@@ -114,8 +115,8 @@ def _run(
         return
     if latents.x.shape[0] == 0:
         return
-    latents = latents.rows()
-    noise = None if given.noise is None else _checks.rows(given.noise)
+    latents = latents.addressable()
+    noise = None if given.noise is None else _checks.addressable(given.noise)
     seed = None if given.seed is None else given.seed.contiguous()
     table, step_index = given.table.contiguous(), given.step_index.contiguous()
     if chosen == "triton":
@@ -129,13 +130,13 @@ def _run(
             chosen,
             "sde_step",
             latents,
-            noise=rows_of(noise),
+            noise=strided(noise),
             table=pointer(table),
             rows=table.shape[0],
             step_index=pointer(step_index),
             seed=pointer(seed),
-            x_next=rows_of(x_next),
-            x0=rows_of(x0),
+            x_next=strided(x_next),
+            x0=strided(x0),
             log_prob=pointer(log_prob),
             score_stored=given.score_stored,
         )

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .compat import compat_preset
 from .dynamics import DYNAMICS, LOG_PROBS, SOLVERS, Coefficients, LogProb, ScheduleStep
 
 COLUMNS = ("A", "B", "C", "S", "w", "c", "sigma", "sigma_next")
@@ -101,7 +100,6 @@ def transition_table(
     solver: str = "euler",
     log_prob: LogProb | None = None,
     sigma_max: float | None = None,
-    compat: str | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Build the table of a schedule, in float64 on the host, stored as float32 [N, 8] on `device`.
@@ -119,8 +117,6 @@ def transition_table(
         log_prob: "full", "scaled", "unscaled"; None: as published for the dynamics.
         sigma_max: stands in for sigma where "flow-sde" divides by 0 (sigma == 1), and is the
             largest sigma of "wan-sde". None: the second entry of sigmas.
-        compat: a name in `COMPAT`, of a project that has these dynamics: `log_prob` as it has it,
-            where not given.
         device: where the table goes. Default: the CPU.
 
     Raises ValueError naming the argument.
@@ -136,9 +132,6 @@ def transition_table(
         raise ValueError(f"sigmas must fall strictly, got {values}")
     _one_of("dynamics", dynamics, DYNAMICS)
     _one_of("solver", solver, SOLVERS)
-    if compat is not None:
-        published = compat_preset(compat).log_prob_of(dynamics)
-        log_prob = published if log_prob is None else log_prob
     if log_prob is None:
         log_prob = DYNAMICS[dynamics].log_prob
     _one_of("log_prob", log_prob, LOG_PROBS)
@@ -201,35 +194,4 @@ def mean_of_rows_ref(row: Rows, x: Tensor, u: Tensor, m_prev: Tensor | None) -> 
     mu = row.A * x.to(u.dtype) + row.B * u
     return torch.where(
         row.C == 0, mu, torch.nan if m_prev is None else mu + row.C * m_prev.to(u.dtype)
-    )
-
-
-def sum_ref(value: Tensor) -> Tensor:
-    """[B, N] -> [B], summed by halving: additions of pairs only, so neither batch nor threads can
-    change a bit."""
-    n = value.shape[1]
-    width = 1 << (n - 1).bit_length()
-    total = torch.nn.functional.pad(value, (0, width - n))
-    while width > 1:
-        width //= 2
-        total = total[:, :width] + total[:, width:]
-    return total[:, 0]
-
-
-def mean_ref(value: Tensor) -> Tensor:
-    """[B, N] -> [B], the sum of `sum_ref` over N."""
-    return sum_ref(value) / value.shape[1]
-
-
-def times_ref(factor: Tensor, value: Tensor) -> Tensor:
-    """factor * value, exactly 0 where the factor is, whatever the value holds."""
-    return torch.where(factor == 0, 0.0, factor * value)
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp32, or fp64 where a reference is given fp64 (gradient checks)."""
-    return (
-        torch.float64
-        if any(t is not None and t.dtype == torch.float64 for t in tensors)
-        else torch.float32
     )

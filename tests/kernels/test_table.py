@@ -264,10 +264,6 @@ def test_flow_sigmas():
         ("solver", {"solver": "heun"}),
         ("log_prob", {"log_prob": "mean"}),
         ("sigma_max", {"sigma_max": 1.0}),
-        ("compat", {"compat": "flowgrpo"}),
-        ("dynamics", {"compat": "dance_grpo"}),
-        ("compat", {"compat": "flowgrpo", "log_prob": "full"}),
-        ("dynamics", {"compat": "dance_grpo", "log_prob": "full"}),
     ],
 )
 def test_errors_name_the_argument(name, arguments):
