@@ -223,9 +223,8 @@ def _triton_status(device: torch.device | None = None) -> BackendStatus:
             "this PyTorch is built without GPU support (CPU tensors need TRITON_INTERPRET=1 "
             "before import)",
         )
-    if (
-        torch.cuda.device_count() == 0
-    ):  # counted through NVML where possible: no CUDA context is created
+    # Counted through NVML where possible: no CUDA context is created.
+    if torch.cuda.device_count() == 0:
         return BackendStatus(
             False, "no GPU is visible (CPU tensors need TRITON_INTERPRET=1 before import)"
         )

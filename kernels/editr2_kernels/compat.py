@@ -32,12 +32,12 @@ from .table import transition_table
 class Compat:
     """One project's conventions.
 
-    log_prob: by dynamics, `log_prob` of the transition table; its keys are the dynamics the project
-        has.
+    log_prob: by dynamics, `log_prob` of the transition table; its keys are the dynamics that the
+        project has.
     score: `score` of `sde_step`.
     grpo: keywords of `grpo_loss` that the project's policy loss fixes, but for kl_scale; empty
-    where it has none. kl_scale: by dynamics, `kl_scale` of `grpo_loss`; "step" where there is no
-    entry.
+        where it has none.
+    kl_scale: by dynamics, `kl_scale` of `grpo_loss`; "step" where there is no entry.
     nft: keywords of `nft_loss`; empty where it has none.
     credit: options of `group_advantage`.
     renorm: `renorm` of `sde_step` by model family; families without an entry use none.

@@ -26,9 +26,9 @@ class CreditOptions:
     """How scores become advantages; the module docstring has the arithmetic.
 
     aggregate: over turns. "none" keeps one value a turn; "prefix" is the mean over turns of the
-    running products. fusion: weigh rewards before normalising ("reward"); normalise each, then
-    weigh ("advantage"); or that and then
-        normalise the result over the whole batch ("gdpo").
+        running products.
+    fusion: weigh rewards before normalising ("reward"); normalise each, then weigh ("advantage");
+        or that and then normalise the result over the whole batch ("gdpo").
     baseline: whether all turns of a group share one mean; "session_turn" needs aggregate "none".
     std: divide by the std of the set ("group"), of all counted values ("global"), or not at all
         ("none").
@@ -39,12 +39,13 @@ class CreditOptions:
     broadcast: put the aggregated advantage on every turn; true exactly when aggregate is not
         "none".
     filter_reward: index k of a reward; once scores[i, t, k] == 0, the later turns of sample i do
-    not train. filter_in_statistics: whether those turns still count in mean and std (aggregate
+        not train.
+    filter_in_statistics: whether those turns still count in mean and std (aggregate
     "none" only).
     min_std: drop every set whose weighted reward has a std of this or less, 0.0 those of equal
-    values; None keeps all. max_mean: drop every set whose weighted reward has a mean of this or
-    more; None keeps all. What is dropped has
-        advantage 0 and mask False, and counts in no statistic.
+        values; None keeps all.
+    max_mean: drop every set whose weighted reward has a mean of this or more; None keeps all. What
+        is dropped has advantage 0 and mask False, and counts in no statistic.
     """
 
     aggregate: Literal["none", "mean", "last", "product", "prefix"] = "none"

@@ -1,49 +1,49 @@
 """Scores of a group of rollouts -> advantages, under the credit options of multi-turn editing RL.
 
     value      (aggregate over turns) -> (fuse rewards | keep apart) -> one fp32 value per unit
-    advantage  (value - mean of its set) / (std + eps), (sum over rewards), (renormalise over the batch), clip
+    advantage  (value - mean of its set) / (std + eps), (sum over rewards),
+               (renormalise over the batch), clip
 
 Means and deviations are taken about the least value of their set, which no order changes: of scores
 that are far from 0 and hardly differ nothing is lost, as it would be in a mean rounded to fp32.
 
 A *unit* is a (sample, turn) when `aggregate == "none"` and a sample otherwise. A *set* is what
-shares one mean:
-all units of a group (baseline "session"), or those of one turn of a group (baseline
-"session_turn").
+shares one mean: all units of a group (baseline "session"), or those of one turn of a group
+(baseline "session_turn").
 
 Exact order of operations (every backend gives identical bits; all steps are fp32, one rounding
-each, no fma,
-round to nearest even, unless stated). Integers are int64.
+each, no fma, round to nearest even, unless stated). Integers are int64.
 
  1. valid = mask (all True if absent). A score at an invalid turn is never looked at.
  2. live = valid, minus every turn t' > t of sample i for which valid[i,t] and
- scores[i,t,filter_reward] == 0.
+    scores[i,t,filter_reward] == 0.
  3. aggregate, each reward k on its own, turns left to right t = 0..T-1:
       none     s[t]
       mean     (((s0 + s1) + s2) + ...) / float(T)
       last     s[T-1]
       product  ((s0 * s1) * s2) * ...
       prefix   p0 = s0, p_t = p_{t-1} * s_t;  (((p0 + p1) + p2) + ...) / float(T)
- 4. fused value = ((w0*r0 + w1*r1) + w2*r2) + ...   Columns of values: the fused value for fusion "reward", each of the
-    K rewards for "advantage" and "gdpo".
+ 4. fused value = ((w0*r0 + w1*r1) + w2*r2) + ...
+    Columns of values: the fused value for fusion "reward", each of the K rewards for "advantage"
+    and "gdpo".
  5. counted units (those inside the statistics):
       aggregate none:  filter_in_statistics ? valid : live
       else:            samples whose turns are all valid (the filter does not change the statistics)
     trained turns (the returned mask):
       aggregate none:  live;    else: live and all turns of the sample valid
-    A set is dropped when, by the fused value whatever the fusion, std <= float32(min_std) or mean
-    >= float32(max_mean) (steps 6 and 7, before any eps). Its units no longer count, in no
+    A set is dropped when, by the fused value whatever the fusion, std <= float32(min_std) or
+    mean >= float32(max_mean) (steps 6 and 7, before any eps). Its units no longer count, in no
     statistic, and its turns no longer train.
  6. moment(x over a set, divisor), order-free:
       m = max |x|;   e = frexp exponent of m (m = f * 2^e, 0.5 <= f < 1), then e = max(e, -80)
-      q = rint(x * 2^(40-e))  (fp32 multiply, exact; rint to even)  as int64;     Q = sum of q in int64
-      M = sign(Q) * floor((2*|Q| + divisor) / (2*divisor))         (int64: nearest, halves away from zero)
+      q = rint(x * 2^(40-e))  (fp32 multiply, exact; rint to even)  as int64
+      Q = sum of q in int64
+      M = sign(Q) * floor((2*|Q| + divisor) / (2*divisor))  (int64: nearest, halves away from 0)
       moment = float32(M) * 2^(e-40);   divisor <= 0 gives 0;   NaN if any x is not finite
     With p = min x over the set and m = moment(x - p, count):
     deviation(x) = (x - p) - m          mean(set) = p + m
-    std(set) = sqrt(moment(deviation(x)*deviation(x), divisor)), divisor = count, or count - 1 when
-    `unbiased`
-    (sqrt correctly rounded)
+    std(set) = sqrt(moment(deviation(x)*deviation(x), divisor))   (sqrt correctly rounded)
+    divisor = count, or count - 1 when `unbiased`
  7. d = deviation(value) in the set of the unit, and by `std`:
       none     a = d
       group    a = normal(d, std(set))
@@ -51,26 +51,25 @@ round to nearest even, unless stated). Integers are int64.
     normal(d, std) = d / denominator, or 0 where denominator == 0, and
     denominator = std + float32(eps)  (eps_mode "add")  or  max(std, float32(eps))  ("floor")
  8. (It follows that a set with a single counted unit has a = 0; a set with none has no unit that
- trains.)
+    trains.)
  9. fusion "advantage" and "gdpo": a = ((w0*a0 + w1*a1) + w2*a2) + ...
 10. fusion "gdpo": over all counted units of the batch, a = normal(deviation(a), std)
-11. a = NaN (bits 0x7FC00000) where not finite;  a = min(max(a, -clip), clip) if clip is set;  a = a + 0.0 (no -0)
+11. a = NaN (bits 0x7FC00000) where not finite;  a = min(max(a, -clip), clip) if clip is set;
+    a = a + 0.0 (no -0)
 12. advantage[i,t] = a of its unit where the turn trains, else 0.
 
 At most 2^20 units, so the int64 sums cannot overflow. Scores must be finite where valid (CPU
 tensors are checked). Whatever is not finite, or leaves the range of fp32 on the way, makes NaN of
-all that depends on it: of its set with
-std "group" or "none", of the whole batch with "global" or fusion "gdpo"; a set with NaN statistics
-is not dropped.
+all that depends on it: of its set with std "group" or "none", of the whole batch with "global" or
+fusion "gdpo"; a set with NaN statistics is not dropped.
 
 Cost: linear in the units on CPUs; on GPUs one launch that compares at most N^2 pairs of group ids,
 plus per group a few scans of all ids, plus linear work of one last program for std "global" and
 fusion "gdpo".
 
 Sources: Edit-R2 (arXiv 2606.05950), MT-EditFlow (arXiv 2606.01985), Flow-GRPO (arXiv 2505.05470),
-    GDPO
-(arXiv 2601.05242), Dr. GRPO (arXiv 2503.20783), UniWorld-V2 (arXiv 2510.16888), and the released
-code of DanceGRPO, MixGRPO, Flow-Factory and verl-omni.
+GDPO (arXiv 2601.05242), Dr. GRPO (arXiv 2503.20783), UniWorld-V2 (arXiv 2510.16888), and the
+released code of DanceGRPO, MixGRPO, Flow-Factory and verl-omni.
 """
 
 from __future__ import annotations
@@ -316,10 +315,7 @@ def _group_advantage(
     options, codes = _parsed(*values)
     n, turns, rewards = scores.shape
     chosen = select(backend, scores.device)
-    if mask is None and chosen not in (
-        "cpu",
-        "cuda",
-    ):  # which take its absence for all True, at no cost
+    if mask is None and chosen not in ("cpu", "cuda"):  # they take its absence for all True
         mask = torch.ones(n, turns, dtype=torch.bool, device=scores.device)
     if chosen != "cpu" and scores.device.type == "cpu":  # "cpu" looks for itself
         if not bool(weights.isfinite().all()):
@@ -398,8 +394,7 @@ def group_advantage(
 
     Raises:
         ValueError or TypeError naming the argument. Scores and weights that are not finite raise on
-        CPU
-        tensors only.
+        CPU tensors only.
     """
     _checks.tensor("scores", scores)
     if not scores.is_floating_point():

@@ -15,13 +15,14 @@ Guidance applies to a sample while low < sigma <= high; outside, and where both 
 exactly, without renormalisation. With g the gradient to u, w the vector that is scaled and dot =
 sum(w g) over the line, a scale passes
 
-    to w:  s g - on_w dot w       to v:  on_v dot v       on_w = s / base / |w|,  on_v = 1 / (|v| base)
+    to w:  s g - on_w dot w          on_w = s / base / |w|
+    to v:  on_v dot v                on_v = 1 / (|v| base)
 
 where base is the denominator of s, and on_w = on_v = 0 where the scale is clamped (or base is 0). A
 norm below 1e-15 counts as 0.
 
 Sources: classifier-free guidance (arXiv 2207.12598); the released pipelines of Qwen-Image and
-    BAGEL.
+BAGEL.
 """
 
 from __future__ import annotations
@@ -38,25 +39,20 @@ from .backends import compiled, pointer, strided, workspace
 from .numerics import sum_ref
 
 Renorm = Literal["none", "token", "text_channel", "channel", "global"]
-RENORMS = (
-    "none",
-    "token",
-    "text_channel",
-    "channel",
-    "global",
-)  # the position is the code the kernels take
+# The position is the code the kernels take.
+RENORMS = ("none", "token", "text_channel", "channel", "global")
 NONE, TOKEN, TEXT_CHANNEL, CHANNEL, GLOBAL = range(5)
-LEAST_SQUARES = (
-    1e-30  # a squared norm below it counts as 0: its reciprocal must stay in the range of fp32
-)
+# A squared norm below it counts as 0: its reciprocal must stay in the range of fp32.
+LEAST_SQUARES = 1e-30
 
 
 class Latents(NamedTuple):
     """What a step reads, as the operators carry it; absent tensors are None.
 
-    x, v, m_prev, v_uncond, v_uncond_image: [B, N]. guidance: [B, 4] fp32, text and image weight,
-    low and high sigma. renorm: a position in `RENORMS`. width: size of the last dimension, the line
-    of a renormalisation.
+    x, v, m_prev, v_uncond, v_uncond_image: [B, N].
+    guidance: [B, 4] fp32, text and image weight, low and high sigma.
+    renorm: a position in `RENORMS`.
+    width: size of the last dimension, the line of a renormalisation.
     """
 
     x: Tensor
@@ -125,9 +121,8 @@ def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
         return value.detach()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a float32 tensor, got {type(value).__name__}")
-    if (
-        not -math.inf < value < math.inf
-    ):  # math.isfinite would break the graph of a number that changes
+    # math.isfinite would break the graph of a number that changes.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return torch.full((batch,), value, dtype=torch.float32, device=like.device)
 
@@ -213,8 +208,7 @@ def make_latents(
     keep a gradient.
 
     Makes tensors on the device only, without a host sync. doubles: accept float64 too, as the
-    references do.
-    Raises ValueError or TypeError naming the argument.
+    references do. Raises ValueError or TypeError naming the argument.
     """
     _checks.samples("x", x, doubles=doubles)
     _checks.like("v", v, "x", x, doubles=doubles)
@@ -258,9 +252,8 @@ def _guide(guidance: Tensor, sigma: Tensor) -> _Guide:
 def _guided(base: Tensor | None, v: Tensor, weight: Tensor) -> Tensor:
     if base is None:
         return v
-    base = torch.where(
-        weight == 1, v.detach(), base
-    )  # a branch that does not count is not read: it may hold NaN
+    # A branch that does not count is not read: it may hold NaN.
+    base = torch.where(weight == 1, v.detach(), base)
     return torch.where(weight == 1, v, base + (v - base) * weight)
 
 
@@ -329,8 +322,11 @@ def guided_velocity(v: Tensor, sigma: Tensor, **guidance: Any) -> Tensor:
     torch: the steps and losses combine in their kernels, and this is for where the velocity alone
     is wanted.
 
-    v: [B, ...]. sigma: [B] float32. guidance: from v_uncond to renorm, as in `sde_step`; without
-    them v itself in fp32. Raises ValueError or TypeError naming the argument.
+    v: [B, ...].
+    sigma: [B] float32.
+    guidance: from v_uncond to renorm, as in `sde_step`; without them v itself in fp32.
+
+    Raises ValueError or TypeError naming the argument.
     """
     latents = make_latents(v.detach(), v, **guidance)
     _checks.scalars("sigma", sigma, "v", v)

@@ -1,10 +1,11 @@
 """DiffusionNFT's loss: the forward process, no sampler, no log-probability; fp32 throughout.
 
-    x_t = (1 - t) x0 + t eps        v+ = v_old + beta d        v- = v_old - beta d        d = v - v_old
+    x_t = (1 - t) x0 + t eps      v+ = v_old + beta d      v- = v_old - beta d      d = v - v_old
     x_hat(+-) = x_t - t v(+-)       w(+-) = max(mean|x_hat(+-) - x0|, min_weight), without gradient
 
     policy = A_max [ r mean((x_hat+ - x0)^2) / w+ + (1 - r) mean((x_hat- - x0)^2) / w- ] / beta
-    loss   = sum_b weight_b (policy_b + ref_weight mean((v - v_ref)^2)_b),      weight_b = mask_b / normalizer
+    loss   = sum_b weight_b (policy_b + ref_weight mean((v - v_ref)^2)_b)
+    weight_b = mask_b / normalizer
 
 x_t cancels: with e = (eps - x0) - v_old, x_hat(+-) - x0 = t (e -+ beta d). So a sample's loss is a
 function of the moments of e - beta d and e + beta d, and its gradient one linear combination:
@@ -72,9 +73,8 @@ def _nft_ref(
     dtype = compute_dtype(x0, noise, v, v_old, v_ref)
     batch, n = v.shape
     counted = torch.ones(batch, dtype=torch.bool, device=v.device) if mask is None else mask
-    v_BN = torch.where(counted[:, None], v, v.detach()).to(
-        dtype
-    )  # no gradient to a masked sample, whatever it holds
+    # No gradient to a masked sample, whatever it holds.
+    v_BN = torch.where(counted[:, None], v, v.detach()).to(dtype)
     v_old_BN = v_old.detach().to(dtype)
     e_BN = (noise.detach().to(dtype) - x0.detach().to(dtype)) - v_old_BN
     beta_d_BN = (v_BN - v_old_BN) * beta
@@ -175,8 +175,7 @@ def _fake_nft_loss(
     "nft_loss",
     "(Tensor x0, Tensor noise, Tensor v, Tensor v_old, Tensor? v_ref, Tensor sigma, Tensor r, "
     "Tensor? mask, float beta, float advantage_max, float ref_weight, float min_weight, float "
-    "normalizer, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "normalizer, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_nft_loss,
 )
 def _nft_loss(
@@ -392,20 +391,22 @@ def nft_loss(
         x0: [B, ...] clean latents of the rollout, float32, bfloat16 or float16. Arithmetic is fp32
             for all of them, also under autocast.
         noise: like x0 in shape; the eps of x_t = (1 - sigma) x0 + sigma eps, at which the
-        velocities were predicted. sigma: [B] float32 in [0, 1], the noise level t of each sample.
+            velocities were predicted.
+        sigma: [B] float32 in [0, 1], the noise level t of each sample.
         v: like x0 in shape; the trained policy's velocity at x_t. The gradient has its dtype.
         v_old: like x0 in shape; the sampling policy's velocity.
         r: [B] float32 in [0, 1], `nft_optimality` of the advantages.
         beta: how far v+ and v- lie from v_old, > 0.
         v_ref: like x0 in shape; a reference policy's velocity. None: the loss has no such term,
-        whatever ref_weight. advantage_max: A_max, > 0.
+            whatever ref_weight.
+        advantage_max: A_max, > 0.
         ref_weight: weight of mean((v - v_ref)^2), >= 0.
         min_weight: least adaptive weight w, > 0.
         mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds
-        (NaN included). normalizer: what the sum over samples is divided by, > 0; give the common
-        one when a batch comes in parts.
-            None: the number of samples that count, at least 1. Numbers are constants under
-                torch.compile.
+            (NaN included).
+        normalizer: what the sum over samples is divided by, > 0; give the common one when a batch
+            comes in parts. None: the number of samples that count, at least 1. Numbers are
+            constants under torch.compile.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Raises:

@@ -4,7 +4,9 @@ Every loss on a step is a function of per-sample moments of z = x' - mu, B (u - 
 v_old), u being the guided velocity (`guidance`). Its gradient to u is therefore one linear
 combination, with three numbers a sample:
 
-    g = on_z z + on_ref (u - v_ref) + on_old (u - v_old)        then through guidance to v and its branches
+    g = on_z z + on_ref (u - v_ref) + on_old (u - v_old)
+
+and goes on through guidance to v and its branches.
 
 Of `sde_log_prob`:  on_z = -2 w B / N grad_log_prob,  on_ref = 2 B^2 / N grad_mean_diff.
 A sample whose three numbers are all 0 gets exactly 0, whatever its latents hold.
@@ -127,8 +129,7 @@ def make_replay(
     `make_latents`.
 
     Only v, v_uncond and v_uncond_image keep a gradient. doubles: accept float64 too, as the
-    references do.
-    Raises ValueError or TypeError naming the argument.
+    references do. Raises ValueError or TypeError naming the argument.
     """
     latents = make_latents(x, v, doubles=doubles, **guidance)
     _checks.like("x_next", x_next, "x", x, doubles=doubles)
@@ -249,8 +250,7 @@ def _fake_replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 @operator(
     "replay_backward",
     f"({REPLAY_SCHEMA}, Tensor? factors, Tensor? scale, Tensor? grad_log_prob, Tensor? "
-    f"grad_mean_diff, "
-    "bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)",
+    "grad_mean_diff, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_replay_backward,
 )
 def _replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,9 +2,10 @@
 logits a token.
 
     m = max_j l_j      d_j = (l_j - m) (1 / T)      s = sum_j exp(d_j)      p_j = exp(d_j) / s
-    log_prob = d_id - ln s                          entropy = ln s - (sum_j exp(d_j) d_j) / s      (nats)
-    lse      = (m, ln s), in two parts: log-sum-exp of logits / T is m / T + ln s, and adding them would lose digits of
-               every p_j where logits are large
+    log_prob = d_id - ln s
+    entropy  = ln s - (sum_j exp(d_j) d_j) / s      (nats)
+    lse      = (m, ln s), in two parts: log-sum-exp of logits / T is m / T + ln s, and adding them
+               would lose digits of every p_j where logits are large
 
     d log_prob / d l_j = (1[j = id] - p_j) / T
     d entropy  / d l_j = -p_j (ln p_j + entropy) / T
@@ -556,7 +557,8 @@ def token_log_prob(
         ignore_index: where ids has this value, log_prob and entropy are 0 and so is the gradient;
             the row is not looked at.
         chunk_rows: rows of logits that exist at a time, for (hidden, weight) only; None: as many as
-        256 MiB hold. backend: None picks one; a name is used or raises RuntimeError.
+            256 MiB hold.
+        backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
         log_prob and entropy, fp32 in the shape of ids. From logits a row's result depends on that

@@ -163,7 +163,8 @@ from editr2_kernels import _native
 seed = torch.arange(8); out = torch.full((8, 1 << 16), 0.0)
 def run(out):
     _native.philox_normal(
-        seed=seed.data_ptr(), step=seed.data_ptr(), out=(out.data_ptr(), 0, out.stride(0)), B=8, N=1 << 16, threads=2
+        seed=seed.data_ptr(), step=seed.data_ptr(), out=(out.data_ptr(), 0, out.stride(0)),
+        B=8, N=1 << 16, threads=2,
     )
     return out
 expected = run(out).numpy().tobytes()
