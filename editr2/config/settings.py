@@ -19,12 +19,13 @@ from editr2_kernels import CREDIT_PRESETS, DYNAMICS
 
 MODELS = ("unified", "kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
 
-# The rollout keeps no x0 of the step before, which the rows of a second-order solver read.
-ROLLOUT_DYNAMICS = tuple(name for name in DYNAMICS if name not in ("ode", "dpm++sde"))
+# The rollout keeps no x0 of the step before, which the rows of a second-order sampler read.
+ROLLOUT_DYNAMICS = tuple(
+    name for name, entry in DYNAMICS.items() if entry.stochastic and entry.order == 1
+)
 
 NOISE_LEVELS = {
-    name: Bounds(above=0, at_most=1 if name in ("cps", "ddim-sde") else 10)
-    for name in ROLLOUT_DYNAMICS
+    name: Bounds(above=0, at_most=min(DYNAMICS[name].max_level, 10)) for name in ROLLOUT_DYNAMICS
 }
 """Of each dynamics: of those that keep the noise schedule it is a share of the noise there is, of
 the others a factor of the diffusion, published at up to 1.3."""
@@ -187,7 +188,7 @@ class RolloutConfig:
         steps: denoising steps.
         shift: timestep shift of the sigma schedule; none is the policy's own schedule (unified: no
             shift).
-        dynamics: flow-sde, dance-sde, wan-sde, cps or ddim-sde.
+        dynamics: the sampler of the SDE steps.
         noise_level: of the dynamics.
         window: consecutive SDE steps a turn that are trained; all others are ODE steps and store
             nothing.

@@ -33,7 +33,7 @@ from editr2.integrations.steps import drawn_seeds, index_of, vector
 from editr2_kernels import DYNAMICS, sde_log_prob, sde_step, transition_table
 
 # The scheduler keeps no x0 of the step before, which the rows of second-order dynamics read.
-ACCEPTED = tuple(name for name in DYNAMICS if name != "dpm++sde")
+ACCEPTED = tuple(name for name, entry in DYNAMICS.items() if entry.order == 1)
 
 
 @dataclass
