@@ -29,7 +29,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,6 +62,7 @@ SMALL = """--train.iterations {iterations} --rollout.sessions 2 --rollout.siblin
 
 BESIDE_PRESETS = {
     "no-preset": "",
+    "three-turns": "--preset mt-editflow-grpo",
     "packed": f"{TONE} --train.packed on --train.updates 2 --train.minibatches 2 --train.text_lr 1e-4",
     "micro-batch": f"{TONE} --train.micro_batch 5 --train.old_log_prob replay --train.warmup 2",
     "context-gradient": f"{TONE} --train.context_gradient true --train.kl_weight 0.1 --eval.every 1 --eval.sampler ode",
@@ -71,22 +71,24 @@ BESIDE_PRESETS = {
 }
 """Runs that turn on what no preset does."""
 
-TINY = f"""{TONE} --train.iterations 2 --rollout.sessions 2 --rollout.siblings 2 --rollout.steps 3
-    --rollout.window_range 1 --eval.sessions 1 --eval.strips 1 --checkpoint.every 2"""
+SHORTER = {"edit-r2-released": "--rollout.turns 2 --rollout.steps 6", "edit-r2": ""}
+"""Changes to presets, in place of fewer turns: ten of its steps cost more than the rest together."""
+
+TINY = f"""{TONE} --train.iterations 2 --rollout.sessions 2 --rollout.siblings 2 --rollout.steps 4
+    --eval.sessions 1 --eval.strips 1 --checkpoint.every 2"""
 EDITOR = "--data world --data.resize stretch --policy.resolution 32x32 --policy.weights tiny/{0} --policy.model {0}"
 
 EXPORTED = {
-    "unified-full": ("", ["", "--weights live", "--merge"]),
-    "unified-lora": ("--policy.lora_rank 3 --train.ema none", ["", "--merge", "--weights ema"]),
-    "kontext-lora": (f"{EDITOR.format('kontext')} --policy.lora_rank 3", ["", "--merge"]),
-    "kontext-full": (f"{EDITOR.format('kontext')} --rollout.store_dtype bfloat16", [""]),
-    "klein-lora": (f"{EDITOR.format('klein')} --policy.text_tokens 48 --policy.lora_rank 4", ["", "--merge"]),
-    "klein-nft": (f"{EDITOR.format('klein')} --policy.text_tokens 48 --preset mt-editflow-nft --rollout.steps 3", [""]),
-    "klein-kv-lora": (f"{EDITOR.format('klein-kv')} --policy.text_tokens 48 --policy.lora_rank 2", [""]),
-    "qwen-edit-lora": (f"{EDITOR.format('qwen-edit')} --policy.lora_rank 2 --policy.guidance 3", ["", "--merge"]),
+    "unified-full": ("", ["--weights live", "--merge"]),
+    "unified-lora": ("--policy.lora_rank 3", ["", "--merge"]),
+    "kontext-lora": (f"{EDITOR.format('kontext')} --policy.lora_rank 3", [""]),
+    "klein-lora": (f"{EDITOR.format('klein')} --policy.text_tokens 96 --policy.lora_rank 4", ["--merge"]),
+    "klein-nft": (f"{EDITOR.format('klein')} --policy.text_tokens 96 --preset mt-editflow-nft", [""]),
+    "klein-kv-lora": (f"{EDITOR.format('klein-kv')} --policy.text_tokens 96 --policy.lora_rank 2", [""]),
+    "qwen-edit-lora": (f"{EDITOR.format('qwen-edit')} --policy.lora_rank 2 --policy.guidance 3", [""]),
     "qwen-edit-plus-lora": (
         f"{EDITOR.format('qwen-edit-plus')} --policy.lora_rank 2 --policy.history 2 --policy.keep_source true",
-        [""],
+        ["--merge"],
     ),
 }
 """Settings of a run, and the options of each export of it; some are refused, which is compared as well."""
@@ -94,8 +96,8 @@ EXPORTED = {
 WHERE_IT_RAN = "seconds|elapsed|elapsed_s|versions|commit|host|date|command|resumed|python|torch"
 NOT_COMPARED = re.compile(rf"(^|\.)({WHERE_IT_RAN})(\.|$)|(^|\.)identity\.(?!depends\.(sessions|heldout|weights)$)")
 """Keys of clocks and of what a run says of where and by which code it ran."""
-CLOCKS = re.compile(r"  [\d.]+ s/iter \(typical [\d.]+\)  left .*")
-"""The same in what is printed."""
+PRINTED = re.compile(r"  [\d.]+ s/iter \(typical [\d.]+\)  left .*|\S+\.py:\d+: ")
+"""The same in what is printed: clocks, and the line of code that warns."""
 
 # ------------------------------------------------------------------------------------------------- files, as rows
 
@@ -143,7 +145,8 @@ def text(path: Path) -> dict[str, Row]:
 
 
 def lines(printed: str) -> Row:
-    return {f"line {i}": CLOCKS.sub("", line) for i, line in enumerate(printed.splitlines(), 1)}
+    said = filter(str.strip, printed.splitlines())
+    return {f"line {i}": PRINTED.sub("", line) for i, line in enumerate(said, 1)}
 
 
 def whole(path: Path) -> dict[str, Row]:
@@ -191,7 +194,7 @@ class Side:
     def python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(map(str, (self.tree, self.tree / "kernels")))
         fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
-        fixed |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        fixed |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
         command = [sys.executable, *arguments]
         env = {**os.environ, **fixed, **environment}
         return subprocess.run(command, cwd=self.work, env=env, capture_output=True, text=True)
@@ -199,11 +202,11 @@ class Side:
     def editr2(self, name: str, arguments: str, refusable: bool = False) -> Files:
         """What a command prints, or how it is refused. Raises Refused where it fails, and is not to."""
         done = self.python("-m", "editr2", *arguments.split())
-        last = (done.stderr.strip().splitlines() or ["(nothing on stderr)"])[-1]
         if done.returncode not in ((0, 2) if refusable else (0,)):
-            raise Refused(f"{self.name}: editr2 {arguments}: exit {done.returncode}: {last}")
-        said = {"exit": str(done.returncode), "refused": last} if done.returncode else {"exit": "0"}
-        return {f"{name}/printed": {"stdout": lines(done.stdout), "end": said}}
+            last = (done.stderr.strip().splitlines() or ["(nothing on stderr)"])[-1]
+            raise Refused(f"{self.name}: editr2 {' '.join(arguments.split())}: exit {done.returncode}: {last}")
+        printed = {"stdout": lines(done.stdout), "stderr": lines(done.stderr)}
+        return {f"{name}/printed": {**printed, "exit": {"status": str(done.returncode)}}}
 
     def presets(self) -> list[str]:
         """The names, from the refusal of another one."""
@@ -212,12 +215,14 @@ class Side:
             raise Refused(f"{self.name}: does not list its presets: {done.stderr.strip()}")
         return found[1].split(", ")
 
-    def check(self) -> None:
+    def ready(self) -> Side:
         """Raises Refused where another tree is imported."""
         done = self.python("-c", "import editr2, editr2_kernels as k; print(editr2.__file__, k.__file__, sep='\\n')")
         for file in done.stdout.splitlines() or [f"nothing: {done.stderr.strip().splitlines()[-1:]}"]:
             if not Path(file).resolve().is_relative_to(self.tree.resolve()):
                 raise Refused(f"{self.name} imports {file}, which is not below {self.tree}")
+        (self.work / "tone.py").write_text(REWARD)
+        return self
 
 
 @dataclass(frozen=True)
@@ -273,7 +278,8 @@ def bits(*arguments: str, **environment: str) -> Job:
 
 
 def preset_jobs(side: Side) -> list[Job]:
-    runs = {name: f"--preset {name}" for name in side.presets()} | BESIDE_PRESETS
+    runs = {name: f"--preset {name} {SHORTER.get(name, '--rollout.turns 2')}" for name in side.presets()}
+    runs |= BESIDE_PRESETS
     return [train(name, settings) for name, settings in runs.items()]
 
 
@@ -294,21 +300,20 @@ GROUPS: dict[str, Callable[[Side], list[Job]]] = {
 }
 
 
-def collect(side: Side, groups: Sequence[str], options: Options, workers: int) -> dict[str, Files]:
-    """What a side gives, by group."""
-    side.check()
-    (side.work / "tone.py").write_text(REWARD)
-    found: dict[str, Files] = {group: {} for group in groups}
-    if "exports" in groups:
+def collect(side: Side, group: str, options: Options, workers: int) -> Files:
+    """What a side gives of a group."""
+    print(f"running {group} of {side.name}", flush=True)
+    found: Files = {}
+    if group == "exports":
         (side.work / "tiny").symlink_to(make_pipelines(options.pipelines))
-        found["exports"] |= side.editr2("world", "world make --out world --count 4 --turns 2")
-        found["exports"] |= read_folder(side.work / "world", "world")
-    jobs = [(group, job) for group in groups for job in GROUPS[group](side)]
+        found |= side.editr2("world", "world make --out world --count 4 --turns 2")
+        found |= read_folder(side.work / "world", "world")
+    jobs = GROUPS[group](side)
     with ThreadPoolExecutor(workers) as pool:
-        given = [(group, pool.submit(job, side, options)) for group, job in jobs]
+        given = [pool.submit(job, side, options) for job in jobs]
         try:
-            for group, future in given:
-                found[group] |= future.result()
+            for future in given:
+                found |= future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -320,13 +325,12 @@ def make_pipelines(folder: Path) -> Path:
     if folder.is_dir():
         return folder
     flux, qwen = map(load_by_path, PIPELINES)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        for name in ("kontext", "klein", "klein_kv"):
-            getattr(flux, f"{name}_pipeline")().save_pretrained(Path(made, name.replace("_", "-")))
-        for name, plus in (("qwen-edit", False), ("qwen-edit-plus", True)):
-            qwen.save_pipeline(qwen.qwen_pipeline(plus=plus), Path(made, name))
-        shutil.copytree(made, folder)
-    return folder
+    made = Path(tempfile.mkdtemp(dir=folder.parent))
+    for name in ("kontext", "klein", "klein_kv"):
+        getattr(flux, f"{name}_pipeline")().save_pretrained(made / name.replace("_", "-"))
+    for name, plus in (("qwen-edit", False), ("qwen-edit-plus", True)):
+        qwen.save_pipeline(qwen.qwen_pipeline(plus=plus), made / name)
+    return made.rename(folder)
 
 
 def load_by_path(path: Path) -> Any:
@@ -363,25 +367,28 @@ def differences(base: Files, here: Files, new: Sequence[str] = ()) -> list[Diffe
     """
     found: list[Difference] = []
 
-    def pairs(one: Mapping[str, Any], two: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any, Any]]:
+    def pairs(one: Mapping[str, Any], two: Mapping[str, Any], *place: str) -> Iterator[tuple[str, Any, Any]]:
         for name in dict.fromkeys([*one, *two]):
-            where = f"{place}{name}"
             if name in one and name in two:
-                yield where, one[name], two[name]
+                yield name, one[name], two[name]
             elif name in one or not any(fnmatchcase(name, pattern) for pattern in new):
-                sides = [side.get(name) for side in (one, two)]
-                found.append(Difference(where, *(side if side is None else _there(side) for side in sides)))
+                found.append(Difference(_where(*place, name), _there(one.get(name)), _there(two.get(name))))
 
-    for file, base_rows, here_rows in pairs(base, here, ""):
-        for label, base_row, here_row in pairs(base_rows, here_rows, f"{file}: "):
-            for where, one, two in pairs(base_row, here_row, f"{label}: " if label.endswith(": ") else f"{label}, "):
+    for file, base_rows, here_rows in pairs(base, here):
+        for label, base_row, here_row in pairs(base_rows, here_rows, file):
+            for key, one, two in pairs(base_row, here_row, file, label):
                 if one != two:
-                    found.append(Difference(where, one, two))
+                    found.append(Difference(_where(file, label, key), one, two))
     return found
 
 
-def _there(value: str | Mapping[str, Any]) -> str:
-    return value if isinstance(value, str) else f"(there, with {len(value)} entries)"
+def _where(*place: str) -> str:
+    """File, row and key; a file of one row has no label for it."""
+    return ": ".join(filter(None, place))
+
+
+def _there(value: str | Mapping[str, Any] | None) -> str | None:
+    return f"(there, with {len(value)} entries)" if isinstance(value, Mapping) else value
 
 
 def counted(files: Files) -> str:
@@ -454,15 +461,14 @@ def of_base(
         if (file := kept / f"{group}.json").exists():
             found[group] = json.loads(file.read_text("utf-8"))
     if missing := [group for group in groups if group not in found]:
-        print(f"running {base}: {', '.join(missing)}", flush=True)
         with checkout(base) as tree:
-            made = collect(Side("BASE", tree, work), missing, options, workers)
-        for group, files in made.items():
-            if idle := list(trained(files)):
-                raise Refused(f"BASE: {', '.join(idle)}: no gradient in any iteration, so nothing is compared")
-            if kept:
-                write(kept / f"{group}.json", files)
-        found |= made
+            side = Side(f"BASE ({base})", tree, work).ready()
+            for group in missing:
+                found[group] = collect(side, group, options, workers)
+                if idle := list(trained(found[group])):
+                    raise Refused(f"BASE: {', '.join(idle)}: no gradient in any iteration, so nothing is compared")
+                if kept:
+                    write(kept / f"{group}.json", found[group])
     return found
 
 
@@ -491,14 +497,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     pipelines = out / f"pipelines-{digest(*(path.read_text('utf-8') for path in PIPELINES))}"
     options = Options(given.iterations, pipelines, given.keep)
-    started = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="editr2-same-"))
     try:
         for side in ("base", "here"):
             (work / side).mkdir()
         base = of_base(given.base, groups, options, out, given.jobs, work / "base")
-        print(f"running {given.here}: {', '.join(groups)}", flush=True)
-        here = collect(Side("HERE", given.here.resolve(), work / "here"), groups, options, given.jobs)
+        side = Side(str(given.here), given.here.resolve(), work / "here").ready()
+        here = {group: collect(side, group, options, given.jobs) for group in groups}
     except Refused as refused:
         print(f"not compared: {refused}", file=sys.stderr)
         return 2
@@ -514,7 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{group}: {counted(here[group])}, {f'{len(found)} DIFFERENT' if found else 'equal'}")
         print("".join(f"{difference}\n" for difference in found[:SHOWN]), end="")
         different += len(found)
-    print(f"{'equal' if not different else 'different'}, {time.monotonic() - started:.0f} s")
+    print(f"{'equal' if not different else 'different'}, {sum(os.times()[:4]):.0f} s of processor time")
     return 1 if different else 0
 
 
