@@ -35,7 +35,7 @@ from editr2.errors import ConfigError, UserError
 from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.load import make_ready
 from editr2.rewards.load import load_reward
-from editr2.rl import loop as trainer
+from editr2.rl import iteration as trainer
 from editr2.rl.rules import check_run
 from editr2.rl.sampler import eval_sampler, rollout_sampler
 from editr2.rl.state import new_state
@@ -147,13 +147,13 @@ def measure(
     memory = Memory(processes.device)
     policy, reward = random_policy(editor, processes.device), load_reward(config.reward)
     check_run(config, reward.names, policy.sigmas, cannot_pack=editor.cannot_pack, processes=1)
-    source, state = open_sessions(config, policy), new_state(config, policy)
+    source, state = open_sessions(config, policy), new_state(config.train, policy)
     sampler = rollout_sampler(config.rollout, policy.sigmas).to(processes.device)
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     peaks = dict.fromkeys(PHASES, 0)
     for _ in range(iterations):
         with memory_by_phase(memory, peaks):
-            row = trainer._iteration(config, state, source, reward, sampler, processes)
+            row = trainer.iteration(config, state, source, reward, sampler, processes)
         print(
             f"iteration {state.iteration}: "
             + ", ".join(f"{k} {s:.2f} s" for k, s in row["seconds"].items())
@@ -169,7 +169,10 @@ def estimated(config: Config, editor: DiffusionEditor, gpu: str) -> Estimate:
     source = open_sessions(config, editor)
     assert source.sessions is not None
     editor.see(source.sessions)
-    samplers = rollout_sampler(config.rollout, editor.own), eval_sampler(config, editor.own)
+    samplers = (
+        rollout_sampler(config.rollout, editor.own),
+        eval_sampler(config.rollout, config.eval, editor.own),
+    )
     turns = [len(s.turns) for s in source.sessions], [len(s.turns) for s in source.heldout]
     return estimate(config, editor, find_device(gpu), samplers, turns)
 

@@ -35,7 +35,7 @@ from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.policies.weights import trainable
 from editr2.rewards.adapt import adapt
 from editr2.rewards.world import WorldReward
-from editr2.rl import loop as trainer
+from editr2.rl import iteration as trainer
 from editr2.rl.rollout import Chunk
 from editr2.rl.sampler import rollout_sampler
 from editr2.rl.state import new_state
@@ -74,13 +74,13 @@ class Ours:
         self.source = open_sessions(config, policy)
         self.sampler = rollout_sampler(config.rollout)
         self.processes = Processes(Accelerator(cpu=True))
-        self.state = new_state(config, policy)
+        self.state = new_state(config.train, policy)
         self.reward = adapt(WorldReward())
         self.seconds: dict[str, float] = {}
 
     def __call__(self) -> dict[str, Any]:
         with eager_operators(self.config.rollout) if self.eager else nullcontext():
-            row = trainer._iteration(
+            row = trainer.iteration(
                 self.config, self.state, self.source, self.reward, self.sampler, self.processes
             )
         self.seconds = row["seconds"]
@@ -102,11 +102,11 @@ class Ours:
             kept["credit"] = assigned(*arguments)
             return kept["credit"]
 
-        rolled, stepped, assigned = trainer.rollout_chunk, trainer._step, trainer.assign_credit
+        rolled, stepped, assigned = trainer.rollout_chunk, trainer.step, trainer.assign_credit
         with ExitStack() as stack:
             for name, function in (
                 ("rollout_chunk", roll_out),
-                ("_step", step),
+                ("step", step),
                 ("assign_credit", credit),
             ):
                 stack.enter_context(mock.patch.object(trainer, name, function))
@@ -124,7 +124,7 @@ class Peer:
     def __call__(self) -> float:
         loss, _ = self.plan.iterate(self.ours.reward)
         start = time.perf_counter()
-        trainer._step(self.plan.config, self.ours.state, self.ours.processes)
+        trainer.step(self.plan.config.train, self.ours.state, self.ours.processes)
         self.plan.seconds["optimiser"] = time.perf_counter() - start
         return loss
 

@@ -22,7 +22,7 @@ _PUBLIC = {
     "WorldReward": "editr2.rewards.world",
     "UserError": "editr2.errors",
     "build_report": "editr2.report",
-    "train": "editr2.rl.loop",
+    "train": "editr2.training",
 }
 
 __all__ = sorted(_PUBLIC)

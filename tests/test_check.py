@@ -297,8 +297,17 @@ def test_the_plan_lists_the_velocities_that_an_iteration_asks_for(tiny_unified, 
         for chunk in chunks([source[o] for o in range(3)], range(3), 3, 2)
     ]
     assert same([c for c in listed if c.phase == "rollout"])
-    batch = Batch(done, torch.randn(9, 2), torch.ones(9, 2, dtype=torch.bool), 18, sampler, seeds)
-    accumulate_gradient(config, new_state(config, tiny_unified), batch, 0, 0, processes)
+    batch = Batch(
+        done,
+        torch.randn(9, 2),
+        torch.ones(9, 2, dtype=torch.bool),
+        18,
+        sampler,
+        seeds,
+        config.policy,
+        config.rollout,
+    )
+    accumulate_gradient(config.train, new_state(config.train, tiny_unified), batch, 0, 0, processes)
     assert same([c for c in listed if c.phase == "train"])
     evaluate(tiny_unified, load_reward(config.reward), source.heldout, sampler, config, processes)
     assert same(evaluation_plan(config, editor, sampler, [2] * 9, 1))

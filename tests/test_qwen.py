@@ -16,11 +16,11 @@ from editr2.errors import ConfigError
 from editr2.policies.diffusion import MixedContext
 from editr2.policies.load import load_policy, policy_class
 from editr2.rewards.base import Score
-from editr2.rl.loop import train
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
 from editr2.rl.sampler import make_sampler
 from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, Turn, save_sessions
+from editr2.training import train
 from editr2_kernels import INITIAL_STEP, philox_normal
 
 MODELS = ("qwen-edit", "qwen-edit-plus")

@@ -37,10 +37,10 @@ from editr2.rewards.base import (
 )
 from editr2.rewards.load import load_reward
 from editr2.rl.evaluate import evaluate, first_answer
-from editr2.rl.loop import train
 from editr2.run.processes import open_processes
 from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, Turn
+from editr2.training import train
 
 TURNS = 3
 

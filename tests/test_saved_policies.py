@@ -26,7 +26,7 @@ from editr2.policies.adapters import adapter_weights
 from editr2.policies.klein import KleinPolicy
 from editr2.policies.load import CLASSES, load_policy, policy_class
 from editr2.policies.weights import trainable
-from editr2.rl.loop import train
+from editr2.training import train
 
 
 @pytest.fixture(scope="module")

@@ -49,8 +49,10 @@ def main(out: Path) -> None:
     local = slice(mine.start * r.siblings, mine.stop * r.siblings)
     state = State(policy, torch.optim.SGD(policy.module.parameters(), lr=0.0))
     trained = int(credit.mask.sum())
-    batch = Batch(done, credit.advantage[local], credit.mask[local], trained, sampler, seeds)
-    accumulate_gradient(config, state, batch, 0, 0, processes)
+    batch = Batch(
+        done, credit.advantage[local], credit.mask[local], trained, sampler, seeds, config.policy, r
+    )
+    accumulate_gradient(config.train, state, batch, 0, 0, processes)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
     gradient = torch.cat(
         [torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters]

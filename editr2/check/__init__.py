@@ -106,7 +106,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
 
     sessions = source.sessions or [source[i] for i in range(LOOKED_AT)]
     editor.see(sessions)
-    samplers = rollout_sampler(config.rollout, own), eval_sampler(config, own)
+    samplers = rollout_sampler(config.rollout, own), eval_sampler(config.rollout, config.eval, own)
     turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.heldout]
     result = estimate(config, editor, device, samplers, turns, processes)
     fits = device.needed(result.peak) <= device.memory
@@ -151,8 +151,8 @@ def dry_run(config: Config, folder: str) -> list[str]:
     Evaluation is cut to one session; everything else is as configured, so time and memory are an
     iteration's.
     """
-    from editr2.rl.loop import train
     from editr2.run.tracking import read_metrics
+    from editr2.training import train
 
     short = replace(
         config,

@@ -31,7 +31,7 @@ def command(arguments: Arguments) -> int:
     own = own_schedule(policy)
     check_run(config, reward.names, own, processes=processes.count, command="eval")
     source = open_sessions(config, policy)
-    sampler = eval_sampler(config, own).to(processes.device)
+    sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
     row = evaluate(policy, reward, source.heldout, sampler, config, processes).row(0, "eval")
     if processes.main:
         print(evaluation_table(row))

@@ -32,7 +32,7 @@ def command(arguments: Arguments) -> int:
     own = own_schedule(policy)
     check_run(config, None, own, processes=processes.count, command="rollout")
     sessions = open_sessions(config, policy).heldout
-    sampler = eval_sampler(config, own).to(processes.device)
+    sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
     out, mine = Path(config.out), processes.share(len(sessions))
     (out / "images").mkdir(parents=True, exist_ok=True)
     parts = [

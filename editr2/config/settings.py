@@ -6,29 +6,34 @@ Precedence: field defaults, then `--preset`, then `--config file.yaml`, then fla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from editr2.config.fields import (
     ACCEPTS,
     Accepts,
     Bounds,
     setting,
+    table,
 )
 from editr2.config.patterns import pattern_problem
 from editr2_kernels import CREDIT_PRESETS, DYNAMICS
 
 MODELS = ("unified", "kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
 
-# The rollout keeps no x0 of the step before, which the rows of a second-order sampler read.
-ROLLOUT_DYNAMICS = tuple(
-    name for name, entry in DYNAMICS.items() if entry.stochastic and entry.order == 1
-)
 
-NOISE_LEVELS = {
-    name: Bounds(above=0, at_most=min(DYNAMICS[name].max_level, 10)) for name in ROLLOUT_DYNAMICS
-}
-"""Of each dynamics: of those that keep the noise schedule it is a share of the noise there is, of
-the others a factor of the diffusion, published at up to 1.3."""
+def rollout_dynamics() -> list[str]:
+    """The dynamics that a rollout can sample by: those with noise."""
+    return [name for name, entry in DYNAMICS.items() if entry.stochastic]
+
+
+def noise_levels(dynamics: str) -> Bounds:
+    """Of a dynamics that keeps the noise schedule the level is a share of the noise there is, of
+    the others a factor of the diffusion, published at up to 1.3."""
+    entry = DYNAMICS[dynamics]
+    if not entry.has_level:
+        return Bounds(at_least=1, at_most=1)
+    return Bounds(above=0, at_most=min(entry.max_level, 10))
+
 
 # Upper ends are where the program stops being of use, far above what anyone runs: a slip of three
 # digits is caught here and not by the kernel's out-of-memory killer.
@@ -212,7 +217,7 @@ class RolloutConfig:
     turns: int = setting(3, TURNS)
     steps: int = setting(4, STEPS)
     shift: float | None = setting(None, Bounds(above=0, at_most=100))
-    dynamics: str = setting("cps", among=lambda: ROLLOUT_DYNAMICS)
+    dynamics: str = setting("cps", among=rollout_dynamics)
     noise_level: float = setting(0.7, Bounds(above=0, at_most=10))
     window: int = setting(2, Bounds(at_least=0, at_most=1_000))
     window_range: float = setting(0.5, Bounds(above=0, at_most=1))
@@ -265,8 +270,11 @@ class TrainConfig:
         iterations: rollouts in all.
         updates: passes over a rollout (ratios leave 1 after the first optimiser step).
         minibatches: optimiser steps a pass, each on its part of the groups.
-        loss: grpo (clipped ratio over the window's steps) or nft (DiffusionNFT: rollouts by an old
-            policy, no window).
+        loss: grpo (clipped ratio over the window's steps), nft (DiffusionNFT: rollouts by an old
+            policy, no window), awm (advantage-weighted matching: no trajectory, any sampler) or dpo
+            (the best sibling against the worst, step by step).
+        loss_options: settings of the loss alone, by name (docs/methods.md). awm: draws and clip;
+            dpo: beta.
         lr: AdamW learning rate, of the first iteration.
         warmup: iterations over which the learning rate rises to lr (Adam's first steps are as large
             as any).
@@ -313,7 +321,8 @@ class TrainConfig:
     iterations: int = setting(60, TIMES)
     updates: int = setting(1, COUNT)
     minibatches: int = setting(1, COUNT)
-    loss: Literal["grpo", "nft"] = "grpo"
+    loss: str = setting("grpo", among=table("editr2.rl.losses:LOSSES"))
+    loss_options: dict[str, Any] = field(default_factory=dict)
     lr: float = setting(2e-4, Bounds(above=0, at_most=1))
     warmup: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
     lr_decay: float = setting(0.1, SHARE)

@@ -228,7 +228,12 @@ def evaluate_start(config: Config) -> Row:
     policy = load_policy(config.policy)
     heldout = open_sessions(config, policy).heldout
     return evaluate(
-        policy, WorldReward(), heldout, eval_sampler(config), config, open_processes()
+        policy,
+        WorldReward(),
+        heldout,
+        eval_sampler(config.rollout, config.eval),
+        config,
+        open_processes(),
     ).row(0, "before")
 
 
