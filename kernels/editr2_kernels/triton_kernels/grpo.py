@@ -2,73 +2,86 @@
 (csrc/objective.h)."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another
-# language.
 
 from __future__ import annotations
 
-import triton
+from typing import Any, NamedTuple
+
 import triton.language as tl
 from torch import Tensor
 
 from ..guidance import Latents
 from .common import (
-    LOG2_UNITS,
     OPTIONS,
     UNITS,
+    Transition,
     chunks_of,
-    count_of,
     entry,
     exponential,
+    kernel,
     on_device,
     row_at,
     sample_means,
-    tree_sum,
+    unit_sum,
+    units_at,
+    weight_of,
 )
 from .replay import moments
 
 VELOCITY = 3  # the code of kl_scale whose difference is not multiplied with B
 
 
-@triton.jit(do_not_specialize=["n", "batch", "rows"])
+class Policy(NamedTuple):
+    """What a sample is scored against, [B]; mask: uint8."""
+
+    old_log_prob: Any
+    advantage: Any
+    mask: Any
+
+
+class Numbers(NamedTuple):
+    clip_low: float
+    clip_high: float
+    advantage_clip: float
+    kl_weight: float
+    normalizer: float
+
+
+class Outputs(NamedTuple):
+    """log_prob, ratio, kl: [B]; factors: [B, 3]."""
+
+    loss: Any
+    log_prob: Any
+    ratio: Any
+    kl: Any
+    metrics: Any
+    factors: Any
+
+
+@kernel
 def grpo_finish_kernel(
-    means_ptr,
-    table_ptr,
-    index_ptr,
-    old_log_prob_ptr,
-    advantage_ptr,
-    mask_ptr,
-    loss_ptr,
-    log_prob_ptr,
-    ratio_ptr,
-    kl_ptr,
-    metrics_ptr,
-    factors_ptr,
-    clip_low,
-    clip_high,
-    advantage_clip,
-    kl_weight,
-    normalizer,
-    n,
+    means,
+    transition,
+    policy,
+    numbers,
+    outputs,
+    size,
     batch,
     rows,
     KL_SCALE: tl.constexpr,
     GUARD: tl.constexpr,
     HAS_REF: tl.constexpr,
-    UNITS: tl.constexpr,
-    UNIT_LEVELS: tl.constexpr,
+    UNITS: tl.constexpr = UNITS,
 ):
     """One program, on the means [1 to 3, B] of the squares: samples in blocks of UNITS; sums over
     samples by lane, block after block, then over the lanes."""
-    size = tl.cast(n, tl.float32)
-    low = 1.0 - tl.cast(clip_low, tl.float32)
-    high = 1.0 + tl.cast(clip_high, tl.float32)
-    bound = tl.cast(advantage_clip, tl.float32)
+    size = tl.cast(size, tl.float32)
+    low = 1.0 - tl.cast(numbers.clip_low, tl.float32)
+    high = 1.0 + tl.cast(numbers.clip_high, tl.float32)
+    bound = tl.cast(numbers.advantage_clip, tl.float32)
     bound = tl.where(bound >= 0.0, bound, float("inf"))
-    kl_weight = tl.cast(kl_weight, tl.float32)
-    normalizer = tl.cast(normalizer, tl.float32)
-    count = count_of(mask_ptr, batch)
-    unit_weight = tl.div_rn(tl.cast(1.0, tl.float32), tl.where(normalizer > 0.0, normalizer, count))
+    kl_weight = tl.cast(numbers.kl_weight, tl.float32)
+    count, unit_weight = weight_of(policy.mask, numbers.normalizer, batch)
 
     zero = tl.zeros((UNITS,), tl.float32)
     loss_sum = zero
@@ -81,32 +94,27 @@ def grpo_finish_kernel(
     policy_sum = zero
     broken = zero
     for first in range(0, batch, UNITS):
-        sample = first + tl.arange(0, UNITS).to(tl.int64)
-        inside_batch = sample < batch
-        at = tl.where(inside_batch, sample, 0)
-        counted = inside_batch
-        if mask_ptr is not None:
-            counted = counted & (tl.load(mask_ptr + at) != 0)
+        sample, at, inside, counted = units_at(first, batch, policy.mask)
         weight = tl.where(counted, unit_weight, 0.0)
-        _, inside, row = row_at(table_ptr, index_ptr, at, rows)
-        b = entry(row, 1, inside)
-        spread = entry(row, 3, inside)
-        w = entry(row, 4, inside)
-        delta = entry(row, 6, inside) - entry(row, 7, inside)
+        row = row_at(transition, rows, at)
+        b = entry(row, 1)
+        spread = entry(row, 3)
+        w = entry(row, 4)
+        delta = entry(row, 6) - entry(row, 7)
         noisy = spread != 0.0
         variance = 2.0 * spread * spread
         safe = tl.where(noisy, variance, 1.0)
 
-        z2 = tl.load(means_ptr + at)
-        log_prob = w * z2 + entry(row, 5, inside)
-        log_ratio = log_prob - tl.load(old_log_prob_ptr + at)
+        z2 = tl.load(means + at)
+        log_prob = w * z2 + entry(row, 5)
+        log_ratio = log_prob - tl.load(policy.old_log_prob + at)
         exponent = log_ratio
         if GUARD:
-            old2 = tl.load(means_ptr + (2 if HAS_REF else 1) * batch + at)
+            old2 = tl.load(means + (2 if HAS_REF else 1) * batch + at)
             exponent = tl.where(noisy, (log_ratio + tl.div_rn(old2, safe)) * spread, 0.0)
         ratio = exponential(exponent)
 
-        a = tl.load(advantage_ptr + at)
+        a = tl.load(policy.advantage + at)
         a = tl.where(a < -bound, -bound, a)
         a = tl.where(a > bound, bound, a)
         # A sample without advantage has no loss, also where its ratio overflows and 0 * inf would
@@ -131,7 +139,7 @@ def grpo_finish_kernel(
         kl = zero
         on_ref = zero
         if HAS_REF:
-            kl = kl_factor * tl.load(means_ptr + batch + at)
+            kl = kl_factor * tl.load(means + batch + at)
             factor = zero + 1.0 if KL_SCALE == 3 else b
             on_ref = tl.div_rn(2.0 * factor * factor, size) * (kl_factor * kl_weight * weight)
         policy_weight = weight * on_exponent
@@ -142,12 +150,12 @@ def grpo_finish_kernel(
                 noisy, tl.div_rn(b * b, size) * tl.div_rn(2.0 * policy_weight, safe), 0.0
             )
 
-        tl.store(log_prob_ptr + sample, log_prob, mask=inside_batch)
-        tl.store(ratio_ptr + sample, ratio, mask=inside_batch)
-        tl.store(kl_ptr + sample, kl, mask=inside_batch)
-        tl.store(factors_ptr + sample * 3, tl.where(counted, on_z, 0.0), mask=inside_batch)
-        tl.store(factors_ptr + sample * 3 + 1, tl.where(counted, on_ref, 0.0), mask=inside_batch)
-        tl.store(factors_ptr + sample * 3 + 2, tl.where(counted, on_old, 0.0), mask=inside_batch)
+        tl.store(outputs.log_prob + sample, log_prob, mask=inside)
+        tl.store(outputs.ratio + sample, ratio, mask=inside)
+        tl.store(outputs.kl + sample, kl, mask=inside)
+        tl.store(outputs.factors + sample * 3, tl.where(counted, on_z, 0.0), mask=inside)
+        tl.store(outputs.factors + sample * 3 + 1, tl.where(counted, on_ref, 0.0), mask=inside)
+        tl.store(outputs.factors + sample * 3 + 2, tl.where(counted, on_old, 0.0), mask=inside)
 
         sample_loss = policy + kl_weight * kl
         away = tl.where(counted, tl.abs(ratio - 1.0), 0.0)
@@ -161,16 +169,16 @@ def grpo_finish_kernel(
         policy_sum += tl.where(counted, policy, 0.0)
         broken = tl.where(counted & (sample_loss - sample_loss != 0.0), 1.0, broken)
 
-    lost = tree_sum(deviation, UNIT_LEVELS)  # a maximum drops NaN, a sum does not
-    tl.store(loss_ptr, tree_sum(loss_sum, UNIT_LEVELS))
-    tl.store(metrics_ptr, tl.div_rn(tree_sum(ratio_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 1, tl.where(lost == lost, tl.max(deviation, axis=0), lost))
-    tl.store(metrics_ptr + 2, tl.div_rn(tree_sum(low_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 3, tl.div_rn(tree_sum(high_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 4, tl.div_rn(tree_sum(square_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 5, tl.div_rn(tree_sum(kl_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 6, tl.div_rn(tree_sum(policy_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 7, tl.max(broken, axis=0))
+    lost = unit_sum(deviation)  # a maximum drops NaN, a sum does not
+    tl.store(outputs.loss, unit_sum(loss_sum))
+    tl.store(outputs.metrics, tl.div_rn(unit_sum(ratio_sum), count))
+    tl.store(outputs.metrics + 1, tl.where(lost == lost, tl.max(deviation, axis=0), lost))
+    tl.store(outputs.metrics + 2, tl.div_rn(unit_sum(low_sum), count))
+    tl.store(outputs.metrics + 3, tl.div_rn(unit_sum(high_sum), count))
+    tl.store(outputs.metrics + 4, tl.div_rn(unit_sum(square_sum), count))
+    tl.store(outputs.metrics + 5, tl.div_rn(unit_sum(kl_sum), count))
+    tl.store(outputs.metrics + 6, tl.div_rn(unit_sum(policy_sum), count))
+    tl.store(outputs.metrics + 7, tl.max(broken, axis=0))
 
 
 def grpo_loss(
@@ -199,41 +207,21 @@ def grpo_loss(
 ) -> None:
     """mask: uint8 [B]. v_old is read where guard is set."""
     batch, n = latents.x.shape
+    old = v_old if guard else None
     with on_device(latents.x):
-        squares = moments(
-            latents,
-            x_next,
-            v_ref,
-            v_old if guard else None,
-            table,
-            step_index,
-            kl_scale == VELOCITY,
-        )
+        squares = moments(latents, x_next, v_ref, old, table, step_index, kl_scale == VELOCITY)
+        numbers = (clip_low, clip_high, advantage_clip, kl_weight, normalizer)
         grpo_finish_kernel[(1,)](
             sample_means(squares, batch, chunks_of(n), n),
-            table,
-            step_index,
-            old_log_prob,
-            advantage,
-            mask,
-            loss,
-            log_prob,
-            ratio,
-            kl,
-            metrics,
-            factors,
-            float(clip_low),
-            float(clip_high),
-            float(advantage_clip),
-            float(kl_weight),
-            float(normalizer),
+            Transition(table, step_index),
+            Policy(old_log_prob, advantage, mask),
+            Numbers(*map(float, numbers)),
+            Outputs(loss, log_prob, ratio, kl, metrics, factors),
             n,
             batch,
             table.shape[0],
             KL_SCALE=kl_scale,
             GUARD=guard,
             HAS_REF=v_ref is not None,
-            UNITS=UNITS,
-            UNIT_LEVELS=LOG2_UNITS,
             **OPTIONS,
         )

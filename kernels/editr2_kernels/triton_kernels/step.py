@@ -1,127 +1,83 @@
 """philox_normal and sde_step."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another
-# language.
 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..guidance import Latents
 from .common import (
-    BLOCK,
-    LOG2_BLOCK,
     OPTIONS,
     chunks_of,
     entry,
     finish,
-    load_row,
-    mask_if,
+    kernel,
+    load,
     on_device,
+    only_if,
     philox_block,
     place,
     row_at,
-    rows_of,
-    store_row,
+    samples_of,
+    store,
     transition_mean,
     tree_sum,
 )
 from .guidance import guided_velocity, latent_arguments
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def philox_kernel(seed_ptr, step_ptr, out_ptr, out_stride, n, chunks, BLOCK: tl.constexpr):
-    sample, chunk, offsets, mask = place(chunks, n, BLOCK)
-    z = philox_block(tl.load(seed_ptr + sample), tl.load(step_ptr + sample), chunk, BLOCK)
-    store_row(out_ptr, out_stride, sample, offsets, z, mask)
+@kernel
+def philox_kernel(seed, step, out, n, chunks):
+    at = place(chunks, n)
+    store(out, at, philox_block(tl.load(seed + at.sample), tl.load(step + at.sample), at.chunk))
 
 
-@triton.jit(do_not_specialize=["row_count", "rows", "chunks"])
+@kernel
 def step_kernel(
-    x_ptr,
-    v_ptr,
-    m_prev_ptr,
-    v_uncond_ptr,
-    v_uncond_image_ptr,
-    guidance_ptr,
-    scales_ptr,
-    noise_ptr,
-    table_ptr,
-    index_ptr,
-    seed_ptr,
-    x_next_ptr,
-    x0_ptr,
-    partial_ptr,
-    x_stride,
-    v_stride,
-    m_prev_stride,
-    v_uncond_stride,
-    v_uncond_image_stride,
-    noise_stride,
-    x_next_stride,
-    x0_stride,
+    x,
+    m_prev,
+    velocity,
+    transition,
+    noise,
+    seed,
+    x_next,
+    x0,
+    partial,
     n,
-    width,
-    row_count,
     rows,
+    row_count,
     chunks,
     RENORM: tl.constexpr,
-    WIDE: tl.constexpr,
     SCORE_STORED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LEVELS: tl.constexpr,
 ):
-    sample, chunk, offsets, mask = place(chunks, n, BLOCK)
-    step, inside, row = row_at(table_ptr, index_ptr, sample, rows)
-    x = load_row(x_ptr, x_stride, sample, offsets, mask)
-    u = guided_velocity(
-        v_ptr,
-        v_stride,
-        v_uncond_ptr,
-        v_uncond_stride,
-        v_uncond_image_ptr,
-        v_uncond_image_stride,
-        guidance_ptr,
-        scales_ptr,
-        width,
-        row_count,
-        sample,
-        chunk,
-        offsets,
-        mask,
-        row,
-        inside,
-        RENORM,
-        WIDE,
-        BLOCK,
-    )
-    mu = transition_mean(x, u, m_prev_ptr, m_prev_stride, sample, offsets, mask, row, inside)
-    spread = entry(row, 3, inside)
-    if noise_ptr is None:
-        eps = philox_block(tl.load(seed_ptr + sample), step, chunk, BLOCK)
+    at = place(chunks, n)
+    row = row_at(transition, rows, at.sample)
+    start = load(x, at)
+    u = guided_velocity(velocity, row_count, at, row, RENORM)
+    mu = transition_mean(start, u, m_prev, at, row)
+    spread = entry(row, 3)
+    if noise is None:
+        eps = philox_block(tl.load(seed + at.sample), row.step, at.chunk)
     else:
-        eps = load_row(noise_ptr, noise_stride, sample, offsets, mask_if(spread != 0.0, mask))
-    x_next = mu + spread * eps
-    store_row(x_next_ptr, x_next_stride, sample, offsets, x_next, mask)
+        eps = load(noise, only_if(spread != 0.0, at))
+    end = mu + spread * eps
+    store(x_next, at, end)
     if SCORE_STORED:
-        x_next = x_next.to(x_next_ptr.dtype.element_ty).to(tl.float32)
-    z = tl.where(mask, x_next - mu, 0.0)
-    tl.store(partial_ptr + sample * chunks + chunk, tree_sum(z * z, LEVELS))
-    if x0_ptr is not None:
-        store_row(x0_ptr, x0_stride, sample, offsets, x - u * entry(row, 6, inside), mask)
+        end = end.to(x_next.ptr.dtype.element_ty).to(tl.float32)
+    z = tl.where(at.mask, end - mu, 0.0)
+    tl.store(partial + at.sample * chunks + at.chunk, tree_sum(z * z))
+    if x0 is not None:
+        store(x0, at, start - u * entry(row, 6))
 
 
 def philox_normal(seed: Tensor, step: Tensor, out: Tensor) -> None:
     batch, n = out.shape
     chunks = chunks_of(n)
     with on_device(out):
-        philox_kernel[(batch * chunks,)](
-            seed, step, out, out.stride(0), n, chunks, BLOCK=BLOCK, **OPTIONS
-        )
+        philox_kernel[(batch * chunks,)](seed, step, samples_of(out), n, chunks, **OPTIONS)
 
 
 def sde_step(
@@ -140,15 +96,17 @@ def sde_step(
     partial = torch.empty(batch, chunks, dtype=torch.float32, device=latents.x.device)
     with on_device(latents.x):
         step_kernel[(batch * chunks,)](
-            **latent_arguments(latents, table, step_index),
-            **rows_of(noise=noise, x_next=x_next, x0=x0),
-            seed_ptr=seed,
-            partial_ptr=partial,
+            samples_of(latents.x),
+            samples_of(latents.m_prev),
+            noise=samples_of(noise),
+            seed=seed,
+            x_next=samples_of(x_next),
+            x0=samples_of(x0),
+            partial=partial,
             n=n,
             chunks=chunks,
             SCORE_STORED=score_stored,
-            BLOCK=BLOCK,
-            LEVELS=LOG2_BLOCK,
+            **latent_arguments(latents, table, step_index),
             **OPTIONS,
         )
         finish(partial, None, table, step_index, log_prob, None, n)
