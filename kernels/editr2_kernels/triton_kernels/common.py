@@ -23,19 +23,20 @@ instructions along.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 # 1024 elements are 8 per thread at 4 warps: one 16-byte access of bf16, two of fp32.
 BLOCK = 1024
 LOG2_BLOCK = 10
-# Partials of a sample that are added at once; the order of the sum follows from it, in every kernel
+# 256 partials of a sample are added at once; the order of the sum follows from it, in every kernel
 # that finishes.
-PARTIALS = 256
 LOG2_PARTIALS = 8
 UNITS = 16  # samples that a program of the kernels below finishes at once
 LOG2_UNITS = 4
@@ -45,36 +46,15 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 RUNNING = ("batch", "chunks", "count", "ignore_index", "plane", "row_count", "rows", "samples")
 kernel = triton.jit(do_not_specialize=[*RUNNING, "size", "turns"])
 
-
-class Samples(NamedTuple):
-    """A [B, N] tensor: its first element and the distance of two samples, in elements."""
-
-    ptr: Any
-    stride: Any
-
-
-class Transition(NamedTuple):
-    """The table's first row and the step of each sample, [B] int64."""
-
-    table: Any
-    index: Any
-
-
-class Row(NamedTuple):
-    """A sample's row of the table; `inside` is whether the table has it."""
-
-    step: Any
-    inside: Any
-    ptr: Any
-
-
-class Place(NamedTuple):
-    """Elements of one sample: int64 offsets in it, and which of them to read and write."""
-
-    sample: Any
-    chunk: Any
-    offsets: Any
-    mask: Any
+# A [B, N] tensor: its first element and the distance of two samples, in elements.
+Samples = namedtuple("Samples", "ptr stride")
+# The table of transitions and the step of each sample, [B] int64.
+Steps = namedtuple("Steps", "table index")
+# Made inside kernels, by the names of their fields: Triton's cache would not see another order.
+# A sample's step, whether the table has it, and its row there.
+Row = namedtuple("Row", "step inside ptr")
+# Elements of one sample: int64 offsets in it, and which of them to read and write.
+Place = namedtuple("Place", "sample chunk offsets mask")
 
 
 @triton.jit
@@ -126,7 +106,7 @@ def normal_pair(a, b):
 
 
 @triton.jit
-def philox_block(seed, step, chunk, BLOCK: tl.constexpr = BLOCK):
+def philox_block(seed, step, chunk, BLOCK: constexpr = BLOCK):
     """The BLOCK normals of elements chunk * BLOCK .. of one sample, in element order."""
     j = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4).to(tl.int64)
     low = j.to(tl.uint32)
@@ -159,7 +139,7 @@ def exponential(x):
 
 
 @triton.jit
-def pair_sums(value, LEVELS: tl.constexpr):
+def pair_sums(value, LEVELS: constexpr):
     """[M 2^LEVELS] -> [M], by neighbouring pairs, level after level: the same order in every
     layout."""
     for _ in tl.static_range(LEVELS):
@@ -168,19 +148,19 @@ def pair_sums(value, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def tree_sum(value, LEVELS: tl.constexpr = LOG2_BLOCK):
+def tree_sum(value, LEVELS: constexpr = LOG2_BLOCK):
     """Sum of 2^LEVELS elements, as a scalar."""
     return tl.sum(pair_sums(value, LEVELS), axis=0)
 
 
 @triton.jit
-def place(chunks, n, BLOCK: tl.constexpr = BLOCK):
+def place(chunks, n, BLOCK: constexpr = BLOCK):
     """This program's chunk of a sample."""
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // chunks
     chunk = pid % chunks
     offsets = chunk * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    return Place(sample, chunk, offsets, offsets < n)
+    return Place(sample=sample, chunk=chunk, offsets=offsets, mask=offsets < n)
 
 
 @triton.jit
@@ -193,7 +173,8 @@ def mask_if(condition, mask):
 @triton.jit
 def only_if(condition, at):
     """The same place, without an element unless the sample's condition holds."""
-    return Place(at.sample, at.chunk, at.offsets, mask_if(condition, at.mask))
+    mask = mask_if(condition, at.mask)
+    return Place(sample=at.sample, chunk=at.chunk, offsets=at.offsets, mask=mask)
 
 
 @triton.jit
@@ -210,10 +191,10 @@ def store(samples, at, value):
 
 
 @triton.jit
-def row_at(transition, rows, sample):
-    step = tl.load(transition.index + sample)
+def row_at(steps, rows, sample):
+    step = tl.load(steps.index + sample)
     inside = (step >= 0) & (step < rows)
-    return Row(step, inside, transition.table + tl.where(inside, step, 0) * 8)
+    return Row(step=step, inside=inside, ptr=steps.table + tl.where(inside, step, 0) * 8)
 
 
 @triton.jit
@@ -241,17 +222,10 @@ def scaled(factor, scale):
 
 
 @triton.jit
-def totals(
-    partial,
-    first,
-    count,
-    chunks,
-    UNITS: tl.constexpr = 1,
-    PARTIALS: tl.constexpr = PARTIALS,
-    LEVELS: tl.constexpr = LOG2_PARTIALS,
-):
+def totals(partial, first, count, chunks, UNITS: constexpr = 1, LEVELS: constexpr = LOG2_PARTIALS):
     """[UNITS]: the sums of units first .. of partial[count, chunks], each in an order of its own; 0
     beyond count."""
+    PARTIALS: constexpr = 1 << LEVELS
     lane = tl.arange(0, UNITS * PARTIALS)
     unit = first + lane // PARTIALS
     total = tl.zeros((UNITS,), tl.float32)
@@ -264,12 +238,12 @@ def totals(
 
 
 @triton.jit
-def means(partial, first, count, chunks, size, UNITS: tl.constexpr = 1):
+def means(partial, first, count, chunks, size, UNITS: constexpr = 1):
     return tl.div_rn(totals(partial, first, count, chunks, UNITS), tl.cast(size, tl.float32))
 
 
 @kernel
-def means_kernel(partial, found, size, batch, chunks, plane, UNITS: tl.constexpr = UNITS):
+def means_kernel(partial, found, size, batch, chunks, plane, UNITS: constexpr = UNITS):
     """found[M, B]: the means of M planes partial[B, chunks], `plane` apart; a program UNITS samples
     of one plane."""
     first = tl.program_id(0).to(tl.int64) * UNITS
@@ -297,7 +271,7 @@ def weight_of(counts, normalizer, batch):
 
 
 @triton.jit
-def units_at(first, batch, counts, UNITS: tl.constexpr = UNITS):
+def units_at(first, batch, counts, UNITS: constexpr = UNITS):
     """(samples first .., the same where they are in the batch and else 0, whether they are, and
     whether they count)."""
     sample = first + tl.arange(0, UNITS).to(tl.int64)
@@ -310,23 +284,21 @@ def units_at(first, batch, counts, UNITS: tl.constexpr = UNITS):
 
 
 @triton.jit
-def unit_sum(value, LEVELS: tl.constexpr = LOG2_UNITS):
+def unit_sum(value, LEVELS: constexpr = LOG2_UNITS):
     """Over the lanes of a sum by lane."""
     return tree_sum(value, LEVELS)
 
 
 @kernel
-def finish_kernel(
-    partial, diff_partial, transition, log_prob, mean_diff, size, batch, rows, chunks
-):
+def finish_kernel(squares, diff_squares, steps, log_prob, mean_diff, size, batch, rows, chunks):
     """One program a sample: log_prob = w mean + c, and the mean difference."""
     first = tl.program_id(0).to(tl.int64)
     sample = first + tl.arange(0, 1)
-    row = row_at(transition, rows, sample)
-    z2 = means(partial, first, batch, chunks, size)
+    row = row_at(steps, rows, sample)
+    z2 = means(squares, first, batch, chunks, size)
     tl.store(log_prob + sample, entry(row, 4) * z2 + entry(row, 5))
-    if diff_partial is not None:
-        tl.store(mean_diff + sample, means(diff_partial, first, batch, chunks, size))
+    if diff_squares is not None:
+        tl.store(mean_diff + sample, means(diff_squares, first, batch, chunks, size))
 
 
 INTERPRETED = not isinstance(tree_sum, triton.runtime.JITFunction)
@@ -356,15 +328,17 @@ def sample_means(partial: Tensor, batch: int, chunks: int, n: int) -> Tensor:
 
 
 def finish(
-    partial: Tensor,
-    diff_partial: Tensor | None,
+    squares: Tensor,
+    diff_squares: Tensor | None,
     table: Tensor,
     step_index: Tensor,
     log_prob: Tensor,
     mean_diff: Tensor | None,
     n: int,
 ) -> None:
-    """partial, diff_partial: [B, chunks], or longer and flat -> log_prob, mean_diff: [B]."""
+    """squares, diff_squares: [B, chunks], or longer and flat -> log_prob, mean_diff: [B]."""
     batch, rows, chunks = log_prob.shape[0], table.shape[0], chunks_of(n)
-    sums = partial, diff_partial, Transition(table, step_index), log_prob, mean_diff
-    finish_kernel[(batch,)](*sums, n, batch, rows, chunks, **OPTIONS)
+    steps = Steps(table, step_index)
+    finish_kernel[(batch,)](
+        squares, diff_squares, steps, log_prob, mean_diff, n, batch, rows, chunks, **OPTIONS
+    )

@@ -15,75 +15,35 @@ differences d[column, unit] for std "global".
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from ..group_advantage import CreditOptions, workspace_of
-from .common import OPTIONS, kernel, on_device
+from . import common as lib
 
+COLS = 256  # ten groups of 24, or one session of 3 turns and 85 siblings
 
-class Batch(NamedTuple):
-    """scores: [N, T, K]; group: [N]; weights: [K]; mask, advantage, mask_out: [N, T]; counter and
-    scratch: parts of the workspace."""
-
-    scores: Any
-    group: Any
-    weights: Any
-    mask: Any
-    advantage: Any
-    mask_out: Any
-    counter: Any
-    scratch: Any
-
-
-class Bounds(NamedTuple):
-    eps: float
-    clip: float
-    min_std: float
-    max_mean: float
-
-
-class Credit(NamedTuple):
-    """Constants: `CreditOptions` as far as code depends on them, the K rewards, the columns that
-    are normalised one by one, and how many units a program looks at in one go."""
-
-    K: int
-    columns: int
-    aggregate: str
-    fusion: str
-    by_turn: bool
-    std: str
-    unbiased: bool
-    floor: bool
-    clip: bool
-    filter: int | None
-    count_filter: int | None  # the same, also where what it masks stays in the statistics: None
-    drops: bool
-    collective: bool
-    cols: int = 256  # ten groups of 24, or one session of 3 turns and 85 siblings
-
-
-class Set(NamedTuple):
-    """The size of the batch, and the group and turn whose units are a set."""
-
-    samples: Any
-    turns: Any
-    group: Any
-    turn: Any
-
-
-class Units(NamedTuple):
-    """A block of units: their index, sample, (first) turn and its cell, and which there are."""
-
-    unit: Any
-    sample: Any
-    turn: Any
-    cell: Any
-    inside: Any
+# scores: [N, T, K]; group: [N]; weights: [K]; mask, advantage, mask_out: [N, T]; counter and
+# scratch: parts of the workspace.
+Batch = namedtuple("Batch", "scores group weights mask advantage mask_out counter scratch")
+Bounds = namedtuple("Bounds", "eps clip min_std max_mean")
+# Constants: how many rewards, columns that are normalised one by one and units that a program looks
+# at in one go, and `CreditOptions` as far as code depends on them. count_filter is the filter, or
+# None where what it masks stays in the statistics.
+Credit = namedtuple(
+    "Credit",
+    "K columns cols aggregate fusion by_turn std unbiased floor clip filter count_filter drops "
+    "collective",
+)
+# The size of the batch, and the group and turn whose units are a set.
+Set = namedtuple("Set", "samples turns group turn")
+# A block of units: their index, sample, (first) turn and its cell, and which there are.
+Units = namedtuple("Units", "unit sample turn cell inside")
 
 
 @triton.jit
@@ -145,7 +105,7 @@ def _valid(batch, cell, inside):
 
 
 @triton.jit
-def _live(batch, turns, sample, turn, inside, K: tl.constexpr, FILTER: tl.constexpr):
+def _live(batch, turns, sample, turn, inside, K: constexpr, FILTER: constexpr):
     """Step 2."""
     live = _valid(batch, sample * turns + turn, inside)
     if FILTER is not None:
@@ -158,7 +118,7 @@ def _live(batch, turns, sample, turn, inside, K: tl.constexpr, FILTER: tl.conste
 
 
 @triton.jit
-def _counted(batch, turns, units, C: tl.constexpr):
+def _counted(batch, turns, units, C: constexpr):
     """Step 5 before sets are dropped."""
     if C.aggregate == "none":
         return _live(batch, turns, units.sample, units.turn, units.inside, C.K, C.count_filter)
@@ -170,7 +130,7 @@ def _counted(batch, turns, units, C: tl.constexpr):
 
 
 @triton.jit
-def _value(batch, turns, unit, k, inside, C: tl.constexpr):
+def _value(batch, turns, unit, k, inside, C: constexpr):
     """Step 3."""
     if C.aggregate == "none":
         return tl.load(batch.scores + unit.to(tl.int64) * C.K + k, mask=inside, other=0.0)
@@ -192,7 +152,7 @@ def _value(batch, turns, unit, k, inside, C: tl.constexpr):
 
 
 @triton.jit
-def _column(batch, turns, unit, k, inside, C: tl.constexpr, FUSE: tl.constexpr):
+def _column(batch, turns, unit, k, inside, C: constexpr, FUSE: constexpr):
     """Step 4: the fused value, or reward k's."""
     if FUSE:
         value = tl.load(batch.weights) * _value(batch, turns, unit, 0, inside, C)
@@ -205,7 +165,7 @@ def _column(batch, turns, unit, k, inside, C: tl.constexpr, FUSE: tl.constexpr):
 
 
 @triton.jit
-def _extent(of, C: tl.constexpr, WHERE: tl.constexpr):
+def _extent(of, C: constexpr, WHERE: constexpr):
     """How many units there are to look through."""
     if C.aggregate != "none" or (C.by_turn and WHERE == "set"):
         return of.samples
@@ -214,7 +174,7 @@ def _extent(of, C: tl.constexpr, WHERE: tl.constexpr):
 
 
 @triton.jit
-def _units(batch, of, start, C: tl.constexpr, WHERE: tl.constexpr):
+def _units(batch, of, start, C: constexpr, WHERE: constexpr):
     """The units of a block that are of the set or, WHERE not "set", of the batch."""
     at = start + tl.arange(0, C.cols)
     if C.aggregate != "none":
@@ -237,7 +197,7 @@ def _units(batch, of, start, C: tl.constexpr, WHERE: tl.constexpr):
 
 
 @triton.jit
-def _members(batch, of, start, C: tl.constexpr, WHERE: tl.constexpr):
+def _members(batch, of, start, C: constexpr, WHERE: constexpr):
     """Those units, and which of them count."""
     units = _units(batch, of, start, C, WHERE)
     if WHERE == "set":
@@ -248,7 +208,7 @@ def _members(batch, of, start, C: tl.constexpr, WHERE: tl.constexpr):
 
 
 @triton.jit
-def _read(batch, of, start, k, C: tl.constexpr, WHERE: tl.constexpr, FUSE: tl.constexpr):
+def _read(batch, of, start, k, C: constexpr, WHERE: constexpr, FUSE: constexpr):
     """Those units, which of them count, and their values in column k; WHERE "fused": their fused
     advantages."""
     units, counted = _members(batch, of, start, C, WHERE)
@@ -260,9 +220,7 @@ def _read(batch, of, start, k, C: tl.constexpr, WHERE: tl.constexpr, FUSE: tl.co
 
 
 @triton.jit
-def _statistics(
-    batch, of, k, C: tl.constexpr, WHERE: tl.constexpr, FUSE: tl.constexpr, STD: tl.constexpr
-):
+def _statistics(batch, of, k, C: constexpr, WHERE: constexpr, FUSE: constexpr, STD: constexpr):
     """Step 6: the least value, the mean above it, and if STD the std (else 0), of one set or of the
     batch, in two or four passes."""
     end = _extent(of, C, WHERE)
@@ -288,12 +246,12 @@ def _statistics(
         size = tl.cast(0, tl.int32)
         for start in range(0, end, C.cols):
             _, counted, value = _read(batch, of, start, k, C, WHERE, FUSE)
-            d = _deviation(value, low, above)
+            d = (value - low) - above
             size = tl.maximum(size, tl.max(tl.where(counted, _size(d * d), 0), axis=0))
         total = tl.cast(0, tl.int64)
         for start in range(0, end, C.cols):
             _, counted, value = _read(batch, of, start, k, C, WHERE, FUSE)
-            d = _deviation(value, low, above)
+            d = (value - low) - above
             total += _fixed(d * d, counted, size)
         if C.unbiased:
             count = count - 1
@@ -302,12 +260,7 @@ def _statistics(
 
 
 @triton.jit
-def _deviation(value, low, above):
-    return (value - low) - above
-
-
-@triton.jit
-def _normal(d, std, eps, FLOOR: tl.constexpr):
+def _normal(d, std, eps, FLOOR: constexpr):
     if FLOOR:
         denominator = tl.where(std < eps, eps, std)
     else:
@@ -317,7 +270,7 @@ def _normal(d, std, eps, FLOOR: tl.constexpr):
 
 
 @triton.jit
-def _finished(a, clip, CLIP: tl.constexpr):
+def _finished(a, clip, CLIP: constexpr):
     """Step 11."""
     broken = _size(a) >= 0x7F800000
     if CLIP:
@@ -326,7 +279,7 @@ def _finished(a, clip, CLIP: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(batch, cell, a, k, inside, C: tl.constexpr):
+def _accumulate(batch, cell, a, k, inside, C: constexpr):
     """Step 9: one term of the sum over rewards, left to right, kept in memory."""
     if C.fusion != "reward":
         term = tl.load(batch.weights + k) * a
@@ -336,7 +289,7 @@ def _accumulate(batch, cell, a, k, inside, C: tl.constexpr):
 
 
 @triton.jit
-def _one_set(batch, of, bounds, C: tl.constexpr):
+def _one_set(batch, of, bounds, C: constexpr):
     end = _extent(of, C, "set")
     columns = of.samples if C.aggregate != "none" else of.samples * of.turns
     keep = tl.cast(1, tl.int1)
@@ -349,7 +302,7 @@ def _one_set(batch, of, bounds, C: tl.constexpr):
         )
         for start in range(0, end, C.cols):
             units, counted, value = _read(batch, of, start, k, C, "set", C.fusion == "reward")
-            d = _deviation(value, low, above)
+            d = (value - low) - above
             if C.std == "global":
                 column = batch.scratch + tl.cast(k, tl.int64) * columns
                 tl.store(column + units.unit, d, mask=counted)
@@ -370,7 +323,7 @@ def _one_set(batch, of, bounds, C: tl.constexpr):
 
 
 @triton.jit
-def _write(batch, cell, a, trained, counted, inside, COLLECTIVE: tl.constexpr):
+def _write(batch, cell, a, trained, counted, inside, COLLECTIVE: constexpr):
     """The outputs of a cell, or what the second stage makes them of."""
     flags = trained.to(tl.uint8)
     if COLLECTIVE:
@@ -381,7 +334,7 @@ def _write(batch, cell, a, trained, counted, inside, COLLECTIVE: tl.constexpr):
 
 
 @triton.jit
-def _whole_batch(batch, of, bounds, C: tl.constexpr):
+def _whole_batch(batch, of, bounds, C: constexpr):
     """What needs every set: the global std of each column, the renormalisation of gdpo, and the
     outputs."""
     end = _extent(of, C, "batch")
@@ -401,7 +354,7 @@ def _whole_batch(batch, of, bounds, C: tl.constexpr):
         units, counted = _members(batch, of, start, C, "batch")
         a = tl.load(batch.advantage + units.cell, mask=counted, other=0.0)
         if C.fusion == "gdpo":
-            a = _normal(_deviation(a, low, above), std, bounds.eps, C.floor)
+            a = _normal((a - low) - above, std, bounds.eps, C.floor)
         a = _finished(a, bounds.clip, C.clip)
         for t in range(0, of.turns if C.aggregate != "none" else 1):
             cell = units.cell + t
@@ -409,8 +362,8 @@ def _whole_batch(batch, of, bounds, C: tl.constexpr):
             _write(batch, cell, a, trained, counted, units.inside, False)
 
 
-@kernel
-def group_kernel(batch, bounds, samples, turns, C: tl.constexpr):
+@lib.kernel
+def group_kernel(batch, bounds, samples, turns, C: constexpr):
     me = tl.program_id(0)
     group = tl.load(batch.group + me)
     earlier = tl.cast(0, tl.int32)
@@ -446,16 +399,10 @@ def group_advantage(
     samples, turns, rewards = scores.shape
     workspace = workspace_of(options, scores)
     size = workspace.numel()
-    batch = Batch(
-        scores,
-        group,
-        weights,
-        mask.view(torch.uint8),
-        advantage,
-        mask_out.view(torch.uint8),
-        workspace if size else None,
-        workspace[4:].view(torch.float32) if size > 4 else None,
-    )
+    masks = mask.view(torch.uint8), mask_out.view(torch.uint8)
+    counter = workspace if size else None
+    scratch = workspace[4:].view(torch.float32) if size > 4 else None
+    batch = Batch(scores, group, weights, masks[0], advantage, masks[1], counter, scratch)
     bounds = Bounds(
         options.eps,
         0.0 if options.clip is None else options.clip,
@@ -464,6 +411,7 @@ def group_advantage(
     )
     credit = Credit(
         K=rewards,
+        cols=COLS,
         columns=1 if options.fusion == "reward" else rewards,
         aggregate=options.aggregate,
         fusion=options.fusion,
@@ -477,5 +425,5 @@ def group_advantage(
         drops=options.min_std is not None or options.max_mean is not None,
         collective=size > 0,
     )
-    with on_device(scores):
-        group_kernel[(samples,)](batch, bounds, samples, turns, C=credit, **OPTIONS)
+    with lib.on_device(scores):
+        group_kernel[(samples,)](batch, bounds, samples, turns, C=credit, **lib.OPTIONS)

@@ -10,69 +10,37 @@ the scales), and the kernels look their row up.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from ..guidance import GLOBAL, NONE, TEXT_CHANNEL, TOKEN, Latents
-from .common import (
-    BLOCK,
-    LOG2_BLOCK,
-    OPTIONS,
-    Place,
-    Transition,
-    chunks_of,
-    entry,
-    kernel,
-    load,
-    mask_if,
-    only_if,
-    pair_sums,
-    row_at,
-    samples_of,
-    totals,
-)
+from . import common as lib
 
-
-class Velocity(NamedTuple):
-    """The branches, [B, N] (without guidance only v), the entries of the guidance, [B, 4], and the
-    scales of a renormalisation with the width of its rows."""
-
-    v: Any
-    v_uncond: Any
-    v_uncond_image: Any
-    guidance: Any
-    scales: Any
-    width: Any
-
-
-class Renorm(NamedTuple):
-    """Constants: which renormalisation it is, if not that of a whole vector by BAGEL, and whether
-    its rows are longer than a block."""
-
-    TOKEN: bool
-    TEXT_CHANNEL: bool
-    WIDE: bool
-
-
-class Guide(NamedTuple):
-    """A sample's weights, 1 where guidance is inactive."""
-
-    text: Any
-    image: Any
-    active: Any
+# The branches, [B, N] (without guidance only v), the entries of the guidance, [B, 4], and the
+# scales of a renormalisation with the width of its rows.
+Velocity = namedtuple("Velocity", "v v_uncond v_uncond_image guidance scales width")
+# Constants: which renormalisation it is (neither: BAGEL's, of the guided velocity), and whether its
+# rows are longer than a block.
+Renorm = namedtuple("Renorm", "TOKEN TEXT_CHANNEL WIDE")
+# A sample's weights, 1 where guidance is inactive.
+Guide = namedtuple("Guide", "text image active")
+# Of each row, of v and of the vector that is scaled.
+Squares = namedtuple("Squares", "v w")
 
 
 @triton.jit
 def guide_at(guidance, sample, row):
     entries = guidance + sample * 4
-    sigma = entry(row, 6)
+    sigma = lib.entry(row, 6)
     applies = (sigma > tl.load(entries + 2)) & (sigma <= tl.load(entries + 3))
     text = tl.where(applies, tl.load(entries), 1.0)
     image = tl.where(applies, tl.load(entries + 1), 1.0)
-    return Guide(text, image, (text != 1.0) | (image != 1.0))
+    return Guide(text=text, image=image, active=(text != 1.0) | (image != 1.0))
 
 
 @triton.jit
@@ -81,15 +49,15 @@ def _toward(samples, v, weight, at):
     if samples is None:
         return v
     else:
-        base = load(samples, only_if(weight != 1.0, at))
+        base = lib.load(samples, lib.only_if(weight != 1.0, at))
         return tl.where(weight != 1.0, base + (v - base) * weight, v)
 
 
 @triton.jit
-def branches(velocity, guide, scale, at, RENORM: tl.constexpr):
+def branches(velocity, guide, scale, at, RENORM: constexpr):
     """(v, w, u): the conditioned velocity, the vector that is scaled before it is, and the guided
     velocity."""
-    v = load(velocity.v, at)
+    v = lib.load(velocity.v, at)
     w = _toward(velocity.v_uncond, v, guide.text, at)
     if RENORM is None:
         w = _toward(velocity.v_uncond_image, w, guide.image, at)
@@ -102,7 +70,7 @@ def branches(velocity, guide, scale, at, RENORM: tl.constexpr):
 
 
 @triton.jit
-def lines_of(velocity, row_count, at, RENORM: tl.constexpr, BLOCK: tl.constexpr = BLOCK):
+def lines_of(velocity, row_count, at, RENORM: constexpr, BLOCK: constexpr = lib.BLOCK):
     """Row of the batch that each element of a chunk lies in, int64. WIDE: rows are longer than a
     block, so at most one begins inside it."""
     start = at.chunk * BLOCK
@@ -117,10 +85,10 @@ def lines_of(velocity, row_count, at, RENORM: tl.constexpr, BLOCK: tl.constexpr 
 
 
 @triton.jit
-def guided_velocity(velocity, row_count, at, row, RENORM: tl.constexpr):
+def guided_velocity(velocity, row_count, at, row, RENORM: constexpr):
     """u of one chunk."""
     if velocity.guidance is None:
-        return load(velocity.v, at)
+        return lib.load(velocity.v, at)
     else:
         guide = guide_at(velocity.guidance, at.sample, row)
         scale = 1.0
@@ -132,31 +100,36 @@ def guided_velocity(velocity, row_count, at, row, RENORM: tl.constexpr):
 
 
 @triton.jit
-def place_rows(width, row_count, COLS: tl.constexpr, BLOCK: tl.constexpr = BLOCK):
+def place_rows(width, row_count, COLS: constexpr, BLOCK: constexpr = lib.BLOCK):
     """This program's block of BLOCK // COLS rows by COLS columns: the place, the row of the batch
     that each element lies in, the rows and which of them there are."""
     pid = tl.program_id(0).to(tl.int64)
-    chunks = (width + COLS - 1) // COLS
-    blocks = (row_count + (BLOCK // COLS) - 1) // (BLOCK // COLS)
+    chunks = tl.cdiv(width, COLS)
+    blocks = tl.cdiv(row_count, BLOCK // COLS)
     chunk = pid % chunks
     first = (pid // chunks) % blocks * (BLOCK // COLS)
     sample = pid // chunks // blocks
     lane = tl.arange(0, BLOCK)
     line = first + lane // COLS
     column = chunk * COLS + lane % COLS
-    at = Place(sample, chunk, line * width + column, (line < row_count) & (column < width))
+    mask = (line < row_count) & (column < width)
+    at = lib.Place(sample=sample, chunk=chunk, offsets=line * width + column, mask=mask)
     lines = first + tl.arange(0, BLOCK // COLS)
     before = sample * row_count
     return at, before + line, before + lines, lines < row_count
 
 
 @triton.jit
-def _store_scales(scales, line, mask, v_squares, w_squares, active, RENORM: tl.constexpr):
-    # Below kNoSquares of csrc/guidance.h.
-    v_norm = tl.sqrt_rn(tl.where(v_squares < 1e-30, 0.0, v_squares))
-    w_norm = tl.sqrt_rn(tl.where(w_squares < 1e-30, 0.0, w_squares))
+def _norm(squares):
+    return tl.sqrt_rn(tl.where(squares < 1e-30, 0.0, squares))  # kNoSquares of csrc/guidance.h
+
+
+@triton.jit
+def _store_scales(scales, line, mask, v_squares, w_squares, active, RENORM: constexpr):
+    v_norm = _norm(v_squares)
+    w_norm = _norm(w_squares)
     base = w_norm if RENORM.TOKEN else w_norm + 1e-8
-    free = mask_if(active, base != 0.0)
+    free = lib.mask_if(active, base != 0.0)
     base = tl.where(base != 0.0, base, 1.0)
     s = tl.div_rn(v_norm, base)
     if not RENORM.TOKEN:
@@ -169,53 +142,35 @@ def _store_scales(scales, line, mask, v_squares, w_squares, active, RENORM: tl.c
     tl.store(scales + line * 3 + 2, tl.where(free & (v_norm > 0.0), on_v, 0.0), mask=mask)
 
 
-@kernel
+@lib.kernel
 def scale_kernel(
-    velocity,
-    transition,
-    rows,
-    row_count,
-    scales,
-    v_squares,
-    w_squares,
-    RENORM: tl.constexpr,
-    COLS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    velocity, steps, rows, row_count, scales, squares, RENORM: constexpr, LEVELS: constexpr
 ):
     """Squares of v and of the vector that is scaled: the scales of whole rows, or (WIDE) one
     partial a chunk."""
-    at, _, lines, kept = place_rows(velocity.width, row_count, COLS)
-    guide = guide_at(velocity.guidance, at.sample, row_at(transition, rows, at.sample))
-    v, w, _ = branches(velocity, guide, 1.0, only_if(guide.active, at), RENORM)
-    v_sums = pair_sums(v * v, LEVELS)
-    w_sums = pair_sums(w * w, LEVELS)
+    at, _, lines, kept = place_rows(velocity.width, row_count, 1 << LEVELS)
+    guide = guide_at(velocity.guidance, at.sample, lib.row_at(steps, rows, at.sample))
+    v, w, _ = branches(velocity, guide, 1.0, lib.only_if(guide.active, at), RENORM)
+    v_sums = lib.pair_sums(v * v, LEVELS)
+    w_sums = lib.pair_sums(w * w, LEVELS)
     if RENORM.WIDE:
-        chunks = (velocity.width + COLS - 1) // COLS
-        tl.store(v_squares + lines * chunks + at.chunk, v_sums, mask=kept)
-        tl.store(w_squares + lines * chunks + at.chunk, w_sums, mask=kept)
+        partial = lines * tl.cdiv(velocity.width, 1 << LEVELS) + at.chunk
+        tl.store(squares.v + partial, v_sums, mask=kept)
+        tl.store(squares.w + partial, w_sums, mask=kept)
     else:
         _store_scales(scales, lines, kept, v_sums, w_sums, guide.active, RENORM)
 
 
-@kernel
+@lib.kernel
 def scale_finish_kernel(
-    guidance,
-    transition,
-    rows,
-    row_count,
-    scales,
-    v_squares,
-    w_squares,
-    count,
-    chunks,
-    RENORM: tl.constexpr,
+    guidance, steps, rows, row_count, scales, squares, count, chunks, RENORM: constexpr
 ):
     """One program a row: partials in chunk order, then its scales."""
     first = tl.program_id(0).to(tl.int64)
     sample = first // row_count
-    guide = guide_at(guidance, sample, row_at(transition, rows, sample))
-    v_sums = totals(v_squares, first, count, chunks)
-    w_sums = totals(w_squares, first, count, chunks)
+    guide = guide_at(guidance, sample, lib.row_at(steps, rows, sample))
+    v_sums = lib.totals(squares.v, first, count, chunks)
+    w_sums = lib.totals(squares.w, first, count, chunks)
     line = first + tl.arange(0, 1)
     _store_scales(scales, line, line < count, v_sums, w_sums, guide.active, RENORM)
 
@@ -228,35 +183,30 @@ class RowGrid:
         self.width = n if latents.renorm == GLOBAL else latents.width
         self.row_count = n // self.width
         self.lines = self.batch * self.row_count
-        self.wide = self.width > BLOCK
-        self.levels = LOG2_BLOCK if self.wide else (self.width - 1).bit_length()
-        self.chunks = chunks_of(self.width) if self.wide else 1
-        blocks = triton.cdiv(self.row_count, BLOCK >> self.levels)
+        self.wide = self.width > lib.BLOCK
+        self.levels = lib.LOG2_BLOCK if self.wide else (self.width - 1).bit_length()
+        self.chunks = lib.chunks_of(self.width) if self.wide else 1
+        blocks = triton.cdiv(self.row_count, lib.BLOCK >> self.levels)
         self.programs = self.batch * blocks * self.chunks
-        self.constants = {"COLS": 1 << self.levels, "LEVELS": self.levels}
 
 
 def latent_arguments(latents: Latents, table: Tensor, step_index: Tensor) -> dict[str, Any]:
     """The arguments and constants of a kernel that reads a velocity; launches what makes the
     scales, if there are any."""
-    guidance = latents.guidance
-    found = (latents.v, latents.v_uncond, latents.v_uncond_image)
-    found = found if guidance is not None else (latents.v, None, None)
-    velocity = Velocity(*map(samples_of, found), guidance, None, None)
-    arguments = {
-        "velocity": velocity,
-        "transition": Transition(table, step_index),
-        "rows": table.shape[0],
-        "row_count": 0,
-        "RENORM": None,
-    }
-    if guidance is None or latents.renorm == NONE:
-        return arguments
-    grid = RowGrid(latents)
-    renorm = Renorm(latents.renorm == TOKEN, latents.renorm == TEXT_CHANNEL, grid.wide)
-    velocity = velocity._replace(width=grid.width)
-    arguments |= {"velocity": velocity, "row_count": grid.row_count, "RENORM": renorm}
-    return arguments | {"velocity": velocity._replace(scales=_scales(grid, **arguments))}
+    v, guidance = lib.samples_of(latents.v), latents.guidance
+    steps, rows = lib.Steps(table, step_index), table.shape[0]
+    arguments = {"steps": steps, "rows": rows, "row_count": 0, "RENORM": None}
+    if guidance is None:
+        return {"velocity": Velocity(v, None, None, None, None, None), **arguments}
+    bases = map(lib.samples_of, (latents.v_uncond, latents.v_uncond_image))
+    velocity = Velocity(v, *bases, guidance, None, None)
+    if latents.renorm != NONE:
+        grid = RowGrid(latents)
+        renorm = Renorm(latents.renorm == TOKEN, latents.renorm == TEXT_CHANNEL, grid.wide)
+        arguments |= {"row_count": grid.row_count, "RENORM": renorm}
+        velocity = velocity._replace(width=grid.width)
+        velocity = velocity._replace(scales=_scales(grid, velocity, **arguments))
+    return {"velocity": velocity, **arguments}
 
 
 def _scales(grid: RowGrid, velocity: Velocity, **arguments: Any) -> Tensor:
@@ -264,8 +214,8 @@ def _scales(grid: RowGrid, velocity: Velocity, **arguments: Any) -> Tensor:
     guidance: Tensor = velocity.guidance
     scales = guidance.new_empty(grid.batch, grid.row_count, 3)
     squares = guidance.new_empty(2, grid.lines, grid.chunks) if grid.wide else (None, None)
-    arguments |= {"scales": scales, "v_squares": squares[0], "w_squares": squares[1], **OPTIONS}
-    scale_kernel[(grid.programs,)](velocity, **arguments, **grid.constants)
+    arguments |= {"scales": scales, "squares": Squares(*squares), **lib.OPTIONS}
+    scale_kernel[(grid.programs,)](velocity, LEVELS=grid.levels, **arguments)
     if grid.wide:
         count, chunks = grid.lines, grid.chunks
         scale_finish_kernel[(count,)](guidance, count=count, chunks=chunks, **arguments)

@@ -4,116 +4,57 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from ..guidance import Latents
-from .common import (
-    OPTIONS,
-    chunks_of,
-    entry,
-    finish,
-    kernel,
-    load,
-    on_device,
-    only_if,
-    pair_sums,
-    place,
-    row_at,
-    samples_of,
-    scaled,
-    store,
-    totals,
-    transition_mean,
-    tree_sum,
-)
-from .guidance import (
-    RowGrid,
-    branches,
-    guide_at,
-    guided_velocity,
-    latent_arguments,
-    lines_of,
-    place_rows,
-)
+from . import common as lib
+from . import guidance
 
-
-class Replay(NamedTuple):
-    """What a replay reads beside the velocity, [B, N]."""
-
-    x: Any
-    x_next: Any
-    m_prev: Any
-    v_ref: Any
-    v_old: Any
-
-
-class Terms(NamedTuple):
-    """One of each term: of z, of u - v_ref and of u - v_old."""
-
-    z: Any
-    ref: Any
-    old: Any
-
-
-class Incoming(NamedTuple):
-    """Where the factors of the terms come from: factors[B, 3], if they are there, times a scale;
-    else the gradients to sde_log_prob's outputs, [B]."""
-
-    factors: Any
-    scale: Any
-    log_prob: Any
-    mean_diff: Any
-
-
-class Grads(NamedTuple):
-    """Where the gradients to the branches go, [B, N]; None: not wanted."""
-
-    v: Any
-    v_uncond: Any
-    v_uncond_image: Any
+# What a replay reads beside the velocity, [B, N], and N.
+Replay = namedtuple("Replay", "x x_next m_prev v_ref v_old n")
+# One of each term: of z, of u - v_ref and of u - v_old.
+Terms = namedtuple("Terms", "z ref old")
+# Where the factors of the terms come from: factors[B, 3], if they are there, times a scale; else
+# the gradients to sde_log_prob's outputs, [B].
+Incoming = namedtuple("Incoming", "factors scale log_prob mean_diff")
+# Where the gradients to the branches go, [B, N]; None: not wanted.
+Grads = namedtuple("Grads", "v v_uncond v_uncond_image")
 
 
 @triton.jit
 def _store_squares(partial, value, mask):
     value = tl.where(mask, value, 0.0)
-    tl.store(partial, tree_sum(value * value))
+    tl.store(partial, lib.tree_sum(value * value))
 
 
-@kernel
+@lib.kernel
 def moments_kernel(
-    replay,
-    velocity,
-    transition,
-    squares,
-    n,
-    rows,
-    row_count,
-    chunks,
-    RENORM: tl.constexpr,
-    PLAIN_REF: tl.constexpr,
+    replay, velocity, steps, squares, rows, row_count, chunks, RENORM: constexpr, PLAIN: constexpr
 ):
-    """Squares of z, B (u - v_ref) (PLAIN_REF: u - v_ref) and B (u - v_old), one partial a chunk."""
-    at = place(chunks, n)
-    row = row_at(transition, rows, at.sample)
-    x = load(replay.x, at)
-    u = guided_velocity(velocity, row_count, at, row, RENORM)
-    x_next = load(replay.x_next, at)
-    mu = transition_mean(x, u, replay.m_prev, at, row)
+    """Squares of z, B (u - v_ref) (PLAIN: u - v_ref) and B (u - v_old), one partial a chunk."""
+    at = lib.place(chunks, replay.n)
+    row = lib.row_at(steps, rows, at.sample)
+    x = lib.load(replay.x, at)
+    u = guidance.guided_velocity(velocity, row_count, at, row, RENORM)
+    x_next = lib.load(replay.x_next, at)
+    mu = lib.transition_mean(x, u, replay.m_prev, at, row)
     partial = at.sample * chunks + at.chunk
     _store_squares(squares.z + partial, x_next - mu, at.mask)
-    b = entry(row, 1)
+    b = lib.entry(row, 1)
     if replay.v_ref is not None:
-        difference = u - load(replay.v_ref, at)
-        if not PLAIN_REF:
+        difference = u - lib.load(replay.v_ref, at)
+        if not PLAIN:
             difference = b * difference
         _store_squares(squares.ref + partial, difference, at.mask)
     if replay.v_old is not None:
-        difference = b * (u - load(replay.v_old, at))
+        difference = b * (u - lib.load(replay.v_old, at))
         _store_squares(squares.old + partial, difference, at.mask)
 
 
@@ -126,21 +67,21 @@ def factors_at(incoming, sample, row, n):
         old = tl.load(incoming.factors + sample * 3 + 2)
         if incoming.scale is not None:
             scale = tl.load(incoming.scale)
-            z = scaled(z, scale)
-            ref = scaled(ref, scale)
-            old = scaled(old, scale)
+            z = lib.scaled(z, scale)
+            ref = lib.scaled(ref, scale)
+            old = lib.scaled(old, scale)
     else:
         size = tl.cast(n, tl.float32)
-        b = entry(row, 1)
+        b = lib.entry(row, 1)
         z = b * 0.0
         ref = b * 0.0
         if incoming.log_prob is not None:
-            factor = tl.div_rn(-2.0 * entry(row, 4) * b, size)
-            z = scaled(factor, tl.load(incoming.log_prob + sample))
+            factor = tl.div_rn(-2.0 * lib.entry(row, 4) * b, size)
+            z = lib.scaled(factor, tl.load(incoming.log_prob + sample))
         if incoming.mean_diff is not None:
-            ref = scaled(tl.div_rn(2.0 * b * b, size), tl.load(incoming.mean_diff + sample))
+            ref = lib.scaled(tl.div_rn(2.0 * b * b, size), tl.load(incoming.mean_diff + sample))
         old = tl.zeros_like(z)
-    return Terms(z, ref, old), (z != 0.0) | (ref != 0.0) | (old != 0.0)
+    return Terms(z=z, ref=ref, old=old), (z != 0.0) | (ref != 0.0) | (old != 0.0)
 
 
 @triton.jit
@@ -149,92 +90,72 @@ def _with_term(g, factor, u, samples, at):
     if samples is None:
         return g
     else:
-        value = load(samples, only_if(factor != 0.0, at))
+        value = lib.load(samples, lib.only_if(factor != 0.0, at))
         return tl.where(factor != 0.0, g + factor * (u - value), g)
 
 
 @triton.jit
 def velocity_gradient(u, replay, on, at, row):
     """on.z z + on.ref (u - v_ref) + on.old (u - v_old)."""
-    read = only_if(on.z != 0.0, at)
-    x = load(replay.x, read)
-    x_next = load(replay.x_next, read)
-    mu = transition_mean(x, u, replay.m_prev, read, row)
+    read = lib.only_if(on.z != 0.0, at)
+    x = lib.load(replay.x, read)
+    x_next = lib.load(replay.x_next, read)
+    mu = lib.transition_mean(x, u, replay.m_prev, read, row)
     g = tl.where(on.z != 0.0, on.z * (x_next - mu), 0.0)
     g = _with_term(g, on.ref, u, replay.v_ref, at)
     return _with_term(g, on.old, u, replay.v_old, at)
 
 
-@kernel
+@lib.kernel
 def dot_kernel(
-    replay,
-    velocity,
-    transition,
-    incoming,
-    dots,
-    n,
-    rows,
-    row_count,
-    RENORM: tl.constexpr,
-    COLS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    replay, velocity, steps, incoming, dots, rows, row_count, RENORM: constexpr, LEVELS: constexpr
 ):
     """sum(w g) of the rows of a renormalisation, g the gradient to s w; WIDE: one partial a
     chunk."""
-    at, line, lines, kept = place_rows(velocity.width, row_count, COLS)
-    row = row_at(transition, rows, at.sample)
-    on, live = factors_at(incoming, at.sample, row, n)
-    guide = guide_at(velocity.guidance, at.sample, row)
-    at = only_if(guide.active & live, at)
+    at, line, lines, kept = guidance.place_rows(velocity.width, row_count, 1 << LEVELS)
+    row = lib.row_at(steps, rows, at.sample)
+    on, live = factors_at(incoming, at.sample, row, replay.n)
+    guide = guidance.guide_at(velocity.guidance, at.sample, row)
+    at = lib.only_if(guide.active & live, at)
     scale = tl.load(velocity.scales + line * 3, mask=at.mask, other=1.0)
-    _, w, u = branches(velocity, guide, scale, at, RENORM)
+    _, w, u = guidance.branches(velocity, guide, scale, at, RENORM)
     g = velocity_gradient(u, replay, on, at, row)
     if RENORM.TEXT_CHANNEL:
         g = guide.image * g
-    sums = pair_sums(tl.where(at.mask, w * g, 0.0), LEVELS)
-    chunks = (velocity.width + COLS - 1) // COLS
+    sums = lib.pair_sums(tl.where(at.mask, w * g, 0.0), LEVELS)
+    chunks = tl.cdiv(velocity.width, 1 << LEVELS)
     tl.store(dots + lines * chunks + at.chunk, sums, mask=kept)
 
 
-@kernel
+@lib.kernel
 def dot_finish_kernel(partial, dots, count, chunks):
     """One program a row: partials in chunk order."""
     first = tl.program_id(0).to(tl.int64)
-    tl.store(dots + first + tl.arange(0, 1), totals(partial, first, count, chunks))
+    tl.store(dots + first + tl.arange(0, 1), lib.totals(partial, first, count, chunks))
 
 
-@kernel
+@lib.kernel
 def backward_kernel(
-    replay,
-    velocity,
-    transition,
-    incoming,
-    dots,
-    grads,
-    n,
-    rows,
-    row_count,
-    chunks,
-    RENORM: tl.constexpr,
+    replay, velocity, steps, incoming, dots, grads, rows, row_count, chunks, RENORM: constexpr
 ):
     """The gradient to u, through the guidance to v and its branches. A sample without factors gets
     0 unread."""
-    at = place(chunks, n)
-    row = row_at(transition, rows, at.sample)
-    on, live = factors_at(incoming, at.sample, row, n)
-    read = only_if(live, at)
+    at = lib.place(chunks, replay.n)
+    row = lib.row_at(steps, rows, at.sample)
+    on, live = factors_at(incoming, at.sample, row, replay.n)
+    read = lib.only_if(live, at)
     if velocity.guidance is None:
-        to_v = velocity_gradient(load(velocity.v, read), replay, on, read, row)
+        to_v = velocity_gradient(lib.load(velocity.v, read), replay, on, read, row)
     else:
-        guide = guide_at(velocity.guidance, at.sample, row)
+        guide = guidance.guide_at(velocity.guidance, at.sample, row)
         scale = 1.0
         if RENORM is not None:
-            line = lines_of(velocity, row_count, at, RENORM)
+            line = guidance.lines_of(velocity, row_count, at, RENORM)
             scale = tl.load(velocity.scales + line * 3, mask=read.mask, other=1.0)
             on_w = tl.load(velocity.scales + line * 3 + 1, mask=read.mask, other=0.0)
             on_v = tl.load(velocity.scales + line * 3 + 2, mask=read.mask, other=0.0)
             dot = tl.load(dots + line, mask=read.mask, other=0.0)
-        v, w, u = branches(velocity, guide, scale, read, RENORM)
+        v, w, u = guidance.branches(velocity, guide, scale, read, RENORM)
         to_image = velocity_gradient(u, replay, on, read, row)
         if RENORM is None:
             to_text = guide.image * to_image
@@ -247,15 +168,18 @@ def backward_kernel(
         if RENORM is not None:
             to_v += (on_v * dot) * v
         if grads.v_uncond is not None:
-            store(grads.v_uncond, at, tl.where(live, (1.0 - guide.text) * to_text, 0.0))
+            lib.store(grads.v_uncond, at, tl.where(live, (1.0 - guide.text) * to_text, 0.0))
         if grads.v_uncond_image is not None:
-            store(grads.v_uncond_image, at, tl.where(live, (1.0 - guide.image) * to_image, 0.0))
+            lib.store(grads.v_uncond_image, at, tl.where(live, (1.0 - guide.image) * to_image, 0.0))
     if grads.v is not None:
-        store(grads.v, at, tl.where(live, to_v, 0.0))
+        lib.store(grads.v, at, tl.where(live, to_v, 0.0))
 
 
-def _replay(latents: Latents, x_next: Tensor, v_ref: Tensor | None, v_old: Tensor | None) -> Replay:
-    return Replay(*map(samples_of, (latents.x, x_next, latents.m_prev, v_ref, v_old)))
+def _replay(latents: Latents, *others: Tensor | None) -> Replay:
+    """others: x_next, v_ref, v_old."""
+    x_next, v_ref, v_old = others
+    rows = map(lib.samples_of, (latents.x, x_next, latents.m_prev, v_ref, v_old))
+    return Replay(*rows, latents.x.shape[1])
 
 
 def moments(
@@ -271,7 +195,7 @@ def moments(
     absent. A row begins with [B, chunks] and ends on 16 bytes, or each alignment would be a kernel
     of its own. Call on the device."""
     batch, n = latents.x.shape
-    chunks = chunks_of(n)
+    chunks = lib.chunks_of(n)
     count = 1 + (v_ref is not None) + (v_old is not None)
     plane = (batch * chunks + 3) // 4 * 4
     squares = torch.empty(count, plane, dtype=torch.float32, device=latents.x.device)
@@ -280,11 +204,10 @@ def moments(
     moments_kernel[(batch * chunks,)](
         _replay(latents, x_next, v_ref, v_old),
         squares=terms,
-        n=n,
         chunks=chunks,
-        PLAIN_REF=plain_ref,
-        **latent_arguments(latents, table, step_index),
-        **OPTIONS,
+        PLAIN=plain_ref,
+        **guidance.latent_arguments(latents, table, step_index),
+        **lib.OPTIONS,
     )
     return squares
 
@@ -299,10 +222,12 @@ def sde_log_prob(
     mean_diff: Tensor | None,
 ) -> None:
     """mean_diff is written where v_ref is given."""
-    with on_device(latents.x):
+    with lib.on_device(latents.x):
         squares = moments(latents, x_next, v_ref, None, table, step_index, False)
         ref_squares = None if v_ref is None else squares[1]
-        finish(squares[0], ref_squares, table, step_index, log_prob, mean_diff, latents.x.shape[1])
+        lib.finish(
+            squares[0], ref_squares, table, step_index, log_prob, mean_diff, latents.x.shape[1]
+        )
 
 
 def replay_backward(
@@ -322,27 +247,26 @@ def replay_backward(
 ) -> None:
     """A gradient that is None is not wanted. Without guidance there are no branches to have one."""
     batch, n = latents.x.shape
-    chunks = chunks_of(n)
-    with on_device(latents.x):
+    chunks = lib.chunks_of(n)
+    with lib.on_device(latents.x):
         arguments = {
-            **latent_arguments(latents, table, step_index),
+            **guidance.latent_arguments(latents, table, step_index),
             "replay": _replay(latents, x_next, v_ref, v_old),
             "incoming": Incoming(factors, scale, grad_log_prob, grad_mean_diff),
-            "n": n,
-            **OPTIONS,
+            **lib.OPTIONS,
         }
-        dots = None if arguments["RENORM"] is None else _dots(RowGrid(latents), arguments)
-        grads = Grads(*map(samples_of, (grad_v, grad_v_uncond, grad_v_uncond_image)))
+        dots = None if arguments["RENORM"] is None else _dots(guidance.RowGrid(latents), arguments)
+        grads = Grads(*map(lib.samples_of, (grad_v, grad_v_uncond, grad_v_uncond_image)))
         backward_kernel[(batch * chunks,)](dots=dots, grads=grads, chunks=chunks, **arguments)
 
 
-def _dots(grid: RowGrid, arguments: dict[str, Any]) -> Tensor:
+def _dots(grid: guidance.RowGrid, arguments: dict[str, Any]) -> Tensor:
     """[B, R] fp32: what the gradient of a renormalisation needs of every row."""
     scales: Tensor = arguments["velocity"].scales
     dots = scales.new_empty(grid.lines, grid.chunks)
-    dot_kernel[(grid.programs,)](dots=dots, **arguments, **grid.constants)
+    dot_kernel[(grid.programs,)](dots=dots, LEVELS=grid.levels, **arguments)
     if not grid.wide:
         return dots
     whole = scales.new_empty(grid.lines)
-    dot_finish_kernel[(grid.lines,)](dots, whole, grid.lines, grid.chunks, **OPTIONS)
+    dot_finish_kernel[(grid.lines,)](dots, whole, grid.lines, grid.chunks, **lib.OPTIONS)
     return whole

@@ -4,80 +4,60 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from ..guidance import Latents
-from .common import (
-    OPTIONS,
-    chunks_of,
-    entry,
-    finish,
-    kernel,
-    load,
-    on_device,
-    only_if,
-    philox_block,
-    place,
-    row_at,
-    samples_of,
-    store,
-    transition_mean,
-    tree_sum,
-)
+from . import common as lib
 from .guidance import guided_velocity, latent_arguments
 
+# What a step starts from, [B, N], its noise, [B, N], or seeds, [B], and N.
+Start = namedtuple("Start", "x m_prev noise seed n")
+# x_next, x0: [B, N]; squares: of z, one partial a chunk.
+Outputs = namedtuple("Outputs", "x_next x0 squares")
 
-@kernel
+
+@lib.kernel
 def philox_kernel(seed, step, out, n, chunks):
-    at = place(chunks, n)
-    store(out, at, philox_block(tl.load(seed + at.sample), tl.load(step + at.sample), at.chunk))
+    at = lib.place(chunks, n)
+    seed = tl.load(seed + at.sample)
+    lib.store(out, at, lib.philox_block(seed, tl.load(step + at.sample), at.chunk))
 
 
-@kernel
+@lib.kernel
 def step_kernel(
-    x,
-    m_prev,
-    velocity,
-    transition,
-    noise,
-    seed,
-    x_next,
-    x0,
-    partial,
-    n,
-    rows,
-    row_count,
-    chunks,
-    RENORM: tl.constexpr,
-    SCORE_STORED: tl.constexpr,
+    start, velocity, steps, out, rows, row_count, chunks, RENORM: constexpr, STORED: constexpr
 ):
-    at = place(chunks, n)
-    row = row_at(transition, rows, at.sample)
-    start = load(x, at)
+    """STORED: x_next is scored as it is stored."""
+    at = lib.place(chunks, start.n)
+    row = lib.row_at(steps, rows, at.sample)
+    x = lib.load(start.x, at)
     u = guided_velocity(velocity, row_count, at, row, RENORM)
-    mu = transition_mean(start, u, m_prev, at, row)
-    spread = entry(row, 3)
-    if noise is None:
-        eps = philox_block(tl.load(seed + at.sample), row.step, at.chunk)
+    mu = lib.transition_mean(x, u, start.m_prev, at, row)
+    spread = lib.entry(row, 3)
+    if start.noise is None:
+        eps = lib.philox_block(tl.load(start.seed + at.sample), row.step, at.chunk)
     else:
-        eps = load(noise, only_if(spread != 0.0, at))
-    end = mu + spread * eps
-    store(x_next, at, end)
-    if SCORE_STORED:
-        end = end.to(x_next.ptr.dtype.element_ty).to(tl.float32)
-    z = tl.where(at.mask, end - mu, 0.0)
-    tl.store(partial + at.sample * chunks + at.chunk, tree_sum(z * z))
-    if x0 is not None:
-        store(x0, at, start - u * entry(row, 6))
+        eps = lib.load(start.noise, lib.only_if(spread != 0.0, at))
+    x_next = mu + spread * eps
+    lib.store(out.x_next, at, x_next)
+    if STORED:
+        x_next = x_next.to(out.x_next.ptr.dtype.element_ty).to(tl.float32)
+    z = tl.where(at.mask, x_next - mu, 0.0)
+    tl.store(out.squares + at.sample * chunks + at.chunk, lib.tree_sum(z * z))
+    if out.x0 is not None:
+        lib.store(out.x0, at, x - u * lib.entry(row, 6))
 
 
 def philox_normal(seed: Tensor, step: Tensor, out: Tensor) -> None:
     batch, n = out.shape
-    chunks = chunks_of(n)
-    with on_device(out):
-        philox_kernel[(batch * chunks,)](seed, step, samples_of(out), n, chunks, **OPTIONS)
+    chunks = lib.chunks_of(n)
+    with lib.on_device(out):
+        philox_kernel[(batch * chunks,)](seed, step, lib.samples_of(out), n, chunks, **lib.OPTIONS)
 
 
 def sde_step(
@@ -92,21 +72,18 @@ def sde_step(
     score_stored: bool,
 ) -> None:
     batch, n = latents.x.shape
-    chunks = chunks_of(n)
-    partial = torch.empty(batch, chunks, dtype=torch.float32, device=latents.x.device)
-    with on_device(latents.x):
+    chunks = lib.chunks_of(n)
+    x, m_prev, noise, next_, first = map(
+        lib.samples_of, (latents.x, latents.m_prev, noise, x_next, x0)
+    )
+    squares = torch.empty(batch, chunks, dtype=torch.float32, device=latents.x.device)
+    with lib.on_device(latents.x):
         step_kernel[(batch * chunks,)](
-            samples_of(latents.x),
-            samples_of(latents.m_prev),
-            noise=samples_of(noise),
-            seed=seed,
-            x_next=samples_of(x_next),
-            x0=samples_of(x0),
-            partial=partial,
-            n=n,
+            Start(x, m_prev, noise, seed, n),
+            out=Outputs(next_, first, squares),
             chunks=chunks,
-            SCORE_STORED=score_stored,
+            STORED=score_stored,
             **latent_arguments(latents, table, step_index),
-            **OPTIONS,
+            **lib.OPTIONS,
         )
-        finish(partial, None, table, step_index, log_prob, None, n)
+        lib.finish(squares, None, table, step_index, log_prob, None, n)
