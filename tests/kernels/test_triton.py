@@ -54,7 +54,7 @@ def samples(dtype):
 
 
 def replayed(dtype, **absent):
-    given = replay.Replay(*[samples(dtype)] * 5, "i32")
+    given = replay.Replay("i32", *[samples(dtype)] * 5)
     return {"replay": given._replace(**absent), **STEPS}
 
 
@@ -65,7 +65,7 @@ def factors(**given):
 
 def guided(dtype, renorm=None, **absent):
     rows = {"scales": None, "width": None} if renorm is None else {"scales": "*fp32"}
-    velocity = guidance.Velocity(*[samples(dtype)] * 3, "*fp32", "*fp32", "i32")
+    velocity = guidance.Velocity("*fp32", "*fp32", "i32", *[samples(dtype)] * 3)
     return {"velocity": velocity._replace(**rows | absent), "row_count": "i32", "RENORM": renorm}
 
 
@@ -85,7 +85,7 @@ SQUARES = replay.Terms("*fp32", "*fp32", "*fp32")
 TOKEN = guidance.Renorm(True, False, False)
 TEXT_CHANNEL = guidance.Renorm(False, True, False)
 GLOBAL = guidance.Renorm(False, False, True)
-START = step.Start(samples("bf16"), None, None, "*i64", "i32")
+START = step.Start("i32", "*i64", None, samples("bf16"), None)
 STEPPED = step.Outputs(samples("bf16"), samples("bf16"), "*fp32")
 NOISE_GIVEN = START._replace(x=samples("fp32"), m_prev=samples("fp32"), noise=samples("fp32"))
 GRADS = replay.Grads(*[samples("bf16")] * 3)
@@ -246,7 +246,7 @@ VARIANTS = {
     ),
 }
 INTEGERS = ("seed", "step", "ids")
-NUMBERS = (*common.RUNNING, "size", "turns", "n", "v")
+NUMBERS = (*common.RUNNING, "n", "v")
 ROUNDS_TO_BF16 = (
     "philox",
     "step",

@@ -43,8 +43,8 @@ LOG2_UNITS = 4
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 # Numbers that no kernel is compiled anew for.
-RUNNING = ("batch", "chunks", "count", "ignore_index", "plane", "row_count", "rows", "samples")
-kernel = triton.jit(do_not_specialize=[*RUNNING, "size", "turns"])
+RUNNING = "batch chunks count ignore_index plane row_count rows samples size turns".split()
+kernel = triton.jit(do_not_specialize=RUNNING)
 
 # A [B, N] tensor: its first element and the distance of two samples, in elements.
 Samples = namedtuple("Samples", "ptr stride")

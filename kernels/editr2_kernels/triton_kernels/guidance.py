@@ -21,9 +21,9 @@ from triton.language import constexpr
 from ..guidance import GLOBAL, NONE, TEXT_CHANNEL, TOKEN, Latents
 from . import common as lib
 
-# The branches, [B, N] (without guidance only v), the entries of the guidance, [B, 4], and the
-# scales of a renormalisation with the width of its rows.
-Velocity = namedtuple("Velocity", "v v_uncond v_uncond_image guidance scales width")
+# The entries of the guidance, [B, 4], the scales of a renormalisation and the width of its rows, and
+# the branches, [B, N]; without guidance only v.
+Velocity = namedtuple("Velocity", "guidance scales width v v_uncond v_uncond_image")
 # Constants: which renormalisation it is (neither: BAGEL's, of the guided velocity), and whether its
 # rows are longer than a block.
 Renorm = namedtuple("Renorm", "TOKEN TEXT_CHANNEL WIDE")
@@ -197,9 +197,9 @@ def latent_arguments(latents: Latents, table: Tensor, step_index: Tensor) -> dic
     steps, rows = lib.Steps(table, step_index), table.shape[0]
     arguments = {"steps": steps, "rows": rows, "row_count": 0, "RENORM": None}
     if guidance is None:
-        return {"velocity": Velocity(v, None, None, None, None, None), **arguments}
+        return {"velocity": Velocity(None, None, None, v, None, None), **arguments}
     bases = map(lib.samples_of, (latents.v_uncond, latents.v_uncond_image))
-    velocity = Velocity(v, *bases, guidance, None, None)
+    velocity = Velocity(guidance, None, None, v, *bases)
     if latents.renorm != NONE:
         grid = RowGrid(latents)
         renorm = Renorm(latents.renorm == TOKEN, latents.renorm == TEXT_CHANNEL, grid.wide)

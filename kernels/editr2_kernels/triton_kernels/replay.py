@@ -17,8 +17,8 @@ from ..guidance import Latents
 from . import common as lib
 from . import guidance
 
-# What a replay reads beside the velocity, [B, N], and N.
-Replay = namedtuple("Replay", "x x_next m_prev v_ref v_old n")
+# N, and what a replay reads beside the velocity, [B, N].
+Replay = namedtuple("Replay", "n x x_next m_prev v_ref v_old")
 # One of each term: of z, of u - v_ref and of u - v_old.
 Terms = namedtuple("Terms", "z ref old")
 # Where the factors of the terms come from: factors[B, 3], if they are there, times a scale; else
@@ -179,7 +179,7 @@ def _replay(latents: Latents, *others: Tensor | None) -> Replay:
     """others: x_next, v_ref, v_old."""
     x_next, v_ref, v_old = others
     rows = map(lib.samples_of, (latents.x, x_next, latents.m_prev, v_ref, v_old))
-    return Replay(*rows, latents.x.shape[1])
+    return Replay(latents.x.shape[1], *rows)
 
 
 def moments(

@@ -15,8 +15,8 @@ from ..guidance import Latents
 from . import common as lib
 from .guidance import guided_velocity, latent_arguments
 
-# What a step starts from, [B, N], its noise, [B, N], or seeds, [B], and N.
-Start = namedtuple("Start", "x m_prev noise seed n")
+# N, seeds, [B], or else noise, and what a step starts from, [B, N].
+Start = namedtuple("Start", "n seed noise x m_prev")
 # x_next, x0: [B, N]; squares: of z, one partial a chunk.
 Outputs = namedtuple("Outputs", "x_next x0 squares")
 
@@ -73,14 +73,12 @@ def sde_step(
 ) -> None:
     batch, n = latents.x.shape
     chunks = lib.chunks_of(n)
-    x, m_prev, noise, next_, first = map(
-        lib.samples_of, (latents.x, latents.m_prev, noise, x_next, x0)
-    )
+    start = map(lib.samples_of, (noise, latents.x, latents.m_prev))
     squares = torch.empty(batch, chunks, dtype=torch.float32, device=latents.x.device)
     with lib.on_device(latents.x):
         step_kernel[(batch * chunks,)](
-            Start(x, m_prev, noise, seed, n),
-            out=Outputs(next_, first, squares),
+            Start(n, seed, *start),
+            out=Outputs(lib.samples_of(x_next), lib.samples_of(x0), squares),
             chunks=chunks,
             STORED=score_stored,
             **latent_arguments(latents, table, step_index),

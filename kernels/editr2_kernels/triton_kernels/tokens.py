@@ -16,8 +16,7 @@ from . import common as lib
 
 # 16 elements a thread at 8 warps: rows are few and long, so each keeps several 16-byte loads under
 # way.
-ROW_BLOCK = 4096
-ROW_LEVELS = 12
+LOG2_ROW_BLOCK = 12
 ROW_OPTIONS = {**lib.OPTIONS, "num_warps": 8}
 
 # log_prob, entropy: [M]; lse: [M, 2], the largest logit and the log of the sum of exponentials.
@@ -40,16 +39,8 @@ def _logits(logits, row, columns, v):
 
 
 @lib.kernel
-def token_kernel(
-    logits,
-    ids,
-    out,
-    scale,
-    ignore_index,
-    v,
-    BLOCK: constexpr = ROW_BLOCK,
-    LEVELS: constexpr = ROW_LEVELS,
-):
+def token_kernel(logits, ids, out, scale, ignore_index, v, LEVELS: constexpr = LOG2_ROW_BLOCK):
+    BLOCK: constexpr = 1 << LEVELS
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(ids + row)
     if token == ignore_index:
