@@ -21,8 +21,8 @@ from triton.language import constexpr
 from ..guidance import GLOBAL, NONE, TEXT_CHANNEL, TOKEN, Latents
 from . import common as lib
 
-# The entries of the guidance, [B, 4], the scales of a renormalisation and the width of its rows, and
-# the branches, [B, N]; without guidance only v.
+# The entries of the guidance, [B, 4], the scales of a renormalisation and the width of its rows,
+# and the branches, [B, N]; without guidance only v.
 Velocity = namedtuple("Velocity", "guidance scales width v v_uncond v_uncond_image")
 # Constants: which renormalisation it is (neither: BAGEL's, of the guided velocity), and whether its
 # rows are longer than a block.
