@@ -312,71 +312,67 @@ METRICS = {"reward_turn": "Reward", "if_turn": "IF", "cc_turn": "CC", "ga_turn":
 
 
 def _evaluation_charts(run: Run) -> list[Chart]:
-    present = [(i, e) for i, name in enumerate(PASS_NAMES) if (e := run.evaluation(name))]
-    if not present:
-        return []
-    panels = {key: [e.turns.get(key, ()) for _, e in present] for key in METRICS}
-    panels["success"] = [(e.success,) for _, e in present]
-    reach = [
-        value
-        for panel in panels.values()
-        for stats in panel
-        for s in stats
-        if s.mean is not None
-        for value in (s.mean - (s.se or 0), s.mean + (s.se or 0))
-    ]
-    reach += [
-        v
-        for _, e in present
-        for mode in e.by_mode.values()
-        for v in mode.reward_turn[-1:]
-        if v is not None
-    ]
+    present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
+    reach = _reach(present)
     if not reach:
         return []
     # One scale for all panels: reward, scores and success are read against each other.
     y_range = charts.value_range(reach)
     found = []
-    for key, panel in panels.items():
-        count = max(map(len, panel), default=0)
-        series = [
-            charts.Dots(
-                e.name,
-                [stats[t].mean if t < len(stats) else None for t in range(count)],
-                [stats[t].se if t < len(stats) else None for t in range(count)],
-                colour=1 - i,
-                hollow=i == 0,
-            )
-            for (i, e), stats in zip(present, panel, strict=True)
-        ]
-        name = METRICS.get(key, "Session success")
-        categories = ["all turns"] if key == "success" else [str(t + 1) for t in range(count)]
-        svg = charts.dot_chart(
-            name, categories, series, y_range, "" if key == "success" else "turn"
-        )
-        if svg:
-            found.append(
-                Chart(
-                    name,
-                    svg,
-                    [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series],
-                )
-            )
-    modes = list(dict.fromkeys(mode for _, e in present for mode in e.by_mode))
-    last = [{m: (e.by_mode[m].reward_turn or (None,))[-1] for m in e.by_mode} for _, e in present]
-    series = [
-        charts.Dots(
-            e.name, [values.get(m) for m in modes], [None] * len(modes), colour=1 - i, hollow=i == 0
-        )
-        for (i, e), values in zip(present, last, strict=True)
-    ]
+    for key, name in METRICS.items():
+        by_turn = [e.turns.get(key, ()) for e in present]
+        turns = [str(t + 1) for t in range(max(map(len, by_turn)))]
+        found.append(_panel(name, present, by_turn, turns, y_range, "turn"))
+    success = [(e.success,) for e in present]
+    found.append(_panel("Session success", present, success, ["all turns"], y_range, ""))
+    modes = list(dict.fromkeys(mode for e in present for mode in e.by_mode))
+    by_mode = [[Stat(_last_reward(e, mode)) for mode in modes] for e in present]
+    words = [MODES.get(mode, mode) for mode in modes]
     name = "Last-turn reward by kind of session"
-    svg = charts.dot_chart(name, [MODES.get(m, m) for m in modes], series, y_range, "")
-    if svg:
-        found.append(
-            Chart(name, svg, [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series])
+    found.append(_panel(name, present, by_mode, words, y_range, ""))
+    return [chart for chart in found if chart is not None]
+
+
+def _reach(evaluations: Sequence[Evaluation]) -> list[float]:
+    """Every value that the evaluations' panels draw, with the ends of its bar."""
+    stats = [s for e in evaluations for key in METRICS for s in e.turns.get(key, ())]
+    stats += [e.success for e in evaluations]
+    stats += [Stat(_last_reward(e, mode)) for e in evaluations for mode in e.by_mode]
+    drawn = [(s.mean, s.se or 0.0) for s in stats if s.mean is not None]
+    return [end for mean, se in drawn for end in (mean - se, mean + se)]
+
+
+def _last_reward(evaluation: Evaluation, mode: str) -> float | None:
+    """The reward of the last turn of the sessions of one mode; None where there are none."""
+    part = evaluation.by_mode.get(mode)
+    return part.reward_turn[-1] if part and part.reward_turn else None
+
+
+def _panel(
+    name: str,
+    evaluations: Sequence[Evaluation],
+    stats: Sequence[Sequence[Stat]],
+    categories: Sequence[str],
+    y_range: tuple[float, float],
+    axis: str,
+) -> Chart | None:
+    """A series an evaluation, over categories; `stats` of one may end before the categories do."""
+    series = []
+    for evaluation, values in zip(evaluations, stats, strict=True):
+        padded = [*values, *[Stat()] * (len(categories) - len(values))]
+        first = evaluation.name == PASS_NAMES[0]
+        series.append(
+            charts.Dots(
+                evaluation.name,
+                [stat.mean for stat in padded],
+                [stat.se for stat in padded],
+                colour=1 if first else 0,
+                hollow=first,
+            )
         )
-    return found
+    svg = charts.dot_chart(name, categories, series, y_range, axis)
+    legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]
+    return Chart(name, svg, legend) if svg else None
 
 
 @dataclass(frozen=True)
