@@ -61,18 +61,14 @@ class Proof:
     error: float
 
     def __str__(self) -> str:
-        change = (
-            f"it differs from the base by {self.effect / max(self.size, 1e-30):.2%} of the "
-            f"prediction"
-        )
         if not self.effect:
-            return (
-                "reloaded, equal to the last bit; but its predictions are the base's: nothing was "
-                "trained"
-            )
-        if self.rounding:
-            change += f", {self.rounding / self.effect:.2%} of that lost or added by rounding"
-        return f"reloaded, equal to the last bit; {change}"
+            said = "but its predictions are the base's: nothing was trained"
+        else:
+            share = self.effect / max(self.size, 1e-30)
+            said = f"it differs from the base by {share:.2%} of the prediction"
+        if self.effect and self.rounding:
+            said += f", {self.rounding / self.effect:.2%} of that lost or added by rounding"
+        return f"reloaded, equal to the last bit; {said}"
 
 
 @dataclass(frozen=True)
@@ -91,10 +87,9 @@ class Exported:
     folding: float = 0.0
 
     def __str__(self) -> str:
-        unfinished = (
-            " (unfinished: its newest checkpoint)" if self.iteration < self.iterations else ""
-        )
-        stage = f"iteration {self.iteration} of {self.iterations}{unfinished}"
+        stage = f"iteration {self.iteration} of {self.iterations}"
+        if self.iteration < self.iterations:
+            stage += " (unfinished: its newest checkpoint)"
         return f"{self.kind}, {self.weights} weights of {stage}: {self.folder}\nproof: {self.proof}"
 
 
@@ -204,9 +199,8 @@ def probe(policy: Policy) -> list[Tensor]:
     """Guided velocities of two fixed random images at two noise levels, turn by turn over two
     turns, and for a policy that writes text its log-probs of fixed tokens: float32 on the CPU. The
     instruction is empty, which every tokenizer can read."""
-    policy.module.requires_grad_(
-        False
-    )  # torch folds a product of weights that want gradients in another way
+    # torch folds a product of weights that want gradients in another way
+    policy.module.requires_grad_(False)
     height, width = policy.image_size
     images = np.random.default_rng(0).integers(0, 256, (3, 2, height, width, 3), np.uint8)
     answers = []
@@ -229,22 +223,16 @@ def _proof(
     trained: list[Tensor], exported: list[Tensor], start: list[Tensor], loaded: list[Tensor]
 ) -> Proof:
     def distance(a: list[Tensor], b: list[Tensor]) -> float:
-        return float(
-            torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
-            .double()
-            .square()
-            .mean()
-            .sqrt()
-        )
+        difference = torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
+        return float(difference.double().square().mean().sqrt())
 
     error = max(float((a - b).abs().max()) for a, b in zip(exported, loaded, strict=True))
     effect = distance(exported, start)
-    if not error == 0:  # NaN is an error too
+    if error != 0:  # NaN is an error too
+        share = distance(exported, loaded) / max(effect, 1e-30)
         raise ExportError(
             f"the reloaded export is another policy: predictions differ by up to {error:.3g}, "
-            f"{distance(exported, loaded) / max(effect, 1e-30):.1%} of what training changed "
-            f"(accepted: 0); "
-            "nothing was written"
+            f"{share:.1%} of what training changed (accepted: 0); nothing was written"
         )
     size = distance(exported, [torch.zeros_like(a) for a in exported])
     return Proof(size, effect, distance(exported, trained), error)
@@ -293,10 +281,8 @@ class DiffusersFolder:
         return 0.0
 
     def load(self, base: Any, folder: Path) -> Policy:
-        dtypes, device = (
-            {TRANSFORMER: base.module.dtype, "default": base.compute_dtype},
-            base.device,
-        )
+        device = base.device
+        dtypes = {TRANSFORMER: base.module.dtype, "default": base.compute_dtype}
         base.module.to("cpu")  # two transformers are more than a device may hold
         pipe = base.load_pipeline(str(folder), torch_dtype=dtypes)
         return with_module(base, pipe.transformer.to(device))
@@ -335,9 +321,8 @@ class PeftAdapter:
     def load(self, base: Any, folder: Path) -> Policy:
         from peft import PeftModel
 
-        PeftModel.from_pretrained(
-            base.module, folder
-        )  # puts the adapters inside the module it is given
+        # It puts the adapters inside the module that it is given.
+        PeftModel.from_pretrained(base.module, folder)
         return base
 
 

@@ -85,9 +85,8 @@ def build_report(
     )
     path = folder / "report.html"
     part = folder / "report.html.part"
-    part.write_bytes(
-        page.replace("\0", "\ufffd").encode("utf-8", "replace")
-    )  # a lone surrogate in someone's instruction must not stop it
+    # "replace": a lone surrogate in someone's instruction must not stop it.
+    part.write_bytes(page.replace("\0", "\ufffd").encode("utf-8", "replace"))
     os.replace(part, path)
     return path
 
@@ -105,12 +104,6 @@ class Card:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    turns = run.setting("turns", "max_turns") or _turns(run)
-    size = [
-        (run.setting("groups", "sessions_per_iteration", "sessions"), "sessions"),
-        (run.setting("siblings", "group_size", "num_generations"), "siblings"),
-        (turns, "turns"),
-    ]
     seconds = run.train_seconds()
     planned = run.setting("iterations", "max_iterations", "num_iterations")
     done = str(run.train[-1].iteration + 1) if run.train else None
@@ -118,16 +111,23 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Preset": run.setting("preset"),
         "Policy": run.setting("policy", "policy.name", "policy.kind", "model"),
         "Objective": run.setting("objective", "objective.name", "objective.kind", "algorithm"),
-        "Each iteration" if run.train else "Sessions of": " × ".join(
-            f"{count} {name}" for count, name in size if count
-        )
-        or None,
+        "Each iteration" if run.train else "Sessions of": _size(run),
         "Iterations": f"{done} of {planned}" if done and planned else done,
         "Training time": duration(seconds) if seconds is not None else None,
         "Device": run.start.get("device"),
         "Seed": run.setting("seed"),
     }
     return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def _size(run: Run) -> str | None:
+    """Sessions × siblings × turns, as far as they are known."""
+    counts = {
+        "sessions": run.setting("groups", "sessions_per_iteration", "sessions"),
+        "siblings": run.setting("siblings", "group_size", "num_generations"),
+        "turns": run.setting("turns", "max_turns") or _turns(run),
+    }
+    return " × ".join(f"{count} {name}" for name, count in counts.items() if count) or None
 
 
 def _turns(run: Run) -> int:
@@ -139,83 +139,69 @@ def _turns(run: Run) -> int:
 
 def _cards(run: Run) -> list[Card]:
     before, after = (run.evaluation(name) for name in PASS_NAMES)
-    cards: list[Card] = []
     if before or after:
-        cards = [_reward_card(run, before, after), _success_card(before, after)]
-    elif len(run.train) > 1 and any(row.scalars.get("reward") is not None for row in run.train):
-        rewards = [row.scalars.get("reward") for row in run.train]
-        part = max(1, len(rewards) // 10)
-        ends = (
-            "the first and last iteration"
-            if part == 1
-            else f"means of the first and last {part} iterations"
-        )
-        first, last = mean(rewards[:part]), mean(rewards[-part:])
-        change = signed(last - first) if first is not None and last is not None else ""
-        cards = [
-            Card(
-                "Training reward",
-                plain(first),
-                plain(last),
-                change,
-                f"{ends}; not a held-out evaluation",
-            )
-        ]
-    return cards
+        return [_reward_card(run, before, after), _success_card(before, after)]
+    rewards = [row.scalars.get("reward") for row in run.train]
+    present = [reward for reward in rewards if reward is not None]
+    return [_training_card(rewards)] if len(rewards) > 1 and present else []
+
+
+def _training_card(rewards: Sequence[float | None]) -> Card:
+    """The first tenth of training against the last, where there is no evaluation."""
+    part = max(1, len(rewards) // 10)
+    first, last = mean(rewards[:part]), mean(rewards[-part:])
+    ends = "the first and last iteration"
+    if part > 1:
+        ends = f"means of the first and last {part} iterations"
+    note = f"{ends}; not a held-out evaluation"
+    return Card("Training reward", plain(first), plain(last), _change(first, last), note)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else signed(after - before)
 
 
 def _reward_card(run: Run, before: Evaluation | None, after: Evaluation | None) -> Card:
-    turns = [len(e.turns.get("reward_turn", ())) for e in (before, after) if e]
-    turn = min(turns, default=0)
-    stats = [e.turns["reward_turn"][turn - 1] if e and turn else None for e in (before, after)]
+    """At the last turn that every evaluation has."""
+    evaluations = (before, after)
+    turn = min((len(e.turns.get("reward_turn", ())) for e in evaluations if e), default=0)
+    stats = [e.turns["reward_turn"][turn - 1] if e and turn else None for e in evaluations]
     paired = next((c for c in run.comparisons if c.turn == turn), None)
-    change, note = "", _sessions(before or after)
     if paired and paired.difference is not None:
-        change, note = _paired(paired, stats)
-    elif stats[0] and stats[1] and stats[0].mean is not None and stats[1].mean is not None:
-        change = signed(stats[1].mean - stats[0].mean)
+        change, note = _paired(paired)
+    else:
+        change, note = _change(*(s.mean if s else None for s in stats)), _sessions(before or after)
     said = [with_se(stat) if stat else None for stat in stats]
     return Card(f"Reward at turn {turn}", said[0], said[1], change, note)
 
 
-def _paired(paired: Comparison, stats: Sequence[Stat | None]) -> tuple[str, str]:
+def _paired(paired: Comparison) -> tuple[str, str]:
+    """The difference session by session, and how sure it is."""
     assert paired.difference is not None
     sessions = f" over {paired.sessions} sessions" if paired.sessions else ""
     if not paired.se:
         return signed(paired.difference), f"paired{sessions}"
     ratio = abs(paired.difference) / paired.se
+    verdict = f"{ratio:.1f} standard errors"
+    if ratio < 2:
+        verdict = f"only {verdict}: may be chance"
     decimals = 3 if paired.se < 0.01 else 2
-    verdict = (
-        f"{ratio:.1f} standard errors"
-        if ratio >= 2
-        else f"only {ratio:.1f} standard errors: may be chance"
-    )
-    return (
-        f"{signed(paired.difference, decimals)} ± {paired.se:.{decimals}f}",
-        f"paired difference{sessions}; {verdict}",
-    )
+    change = f"{signed(paired.difference, decimals)} ± {paired.se:.{decimals}f}"
+    return change, f"paired difference{sessions}; {verdict}"
 
 
 def _success_card(before: Evaluation | None, after: Evaluation | None) -> Card:
     stats = [e.success if e else None for e in (before, after)]
-    means = [s.mean if s else None for s in stats]
-    change = signed(means[1] - means[0]) if means[0] is not None and means[1] is not None else ""
     said = [with_se(stat) if stat else None for stat in stats]
-    return Card(
-        "Session success",
-        said[0],
-        said[1],
-        change,
-        f"every turn right; {_sessions(before or after)}",
-    )
+    change = _change(*(stat.mean if stat else None for stat in stats))
+    note = f"every turn right; {_sessions(before or after)}"
+    return Card("Session success", said[0], said[1], change, note)
 
 
 def _sessions(evaluation: Evaluation | None) -> str:
-    return (
-        f"{evaluation.sessions} sessions"
-        if evaluation and evaluation.sessions
-        else "number of sessions not stated"
-    )
+    if evaluation and evaluation.sessions:
+        return f"{evaluation.sessions} sessions"
+    return "number of sessions not stated"
 
 
 # Charts
@@ -235,80 +221,92 @@ def _curves(run: Run) -> list[Chart]:
         return []
     x = [row.iteration for row in run.train]
     window = charts.smoothing_window(len(x))
-    turns = max((len(row.turns.get("reward_turn", ())) for row in run.train), default=0)
 
-    def turn(key: str, t: int) -> list[float | None]:
-        return [
-            values[t] if len(values := row.turns.get(key, ())) > t else None for row in run.train
-        ]
+    def scalar(key: str) -> charts.Line:
+        return charts.Line("", x, [row.scalars.get(key) for row in run.train], 0)
 
-    reward = [charts.Line(f"t{t + 1}", x, turn("reward_turn", t), t % 6) for t in range(turns)]
-    if not reward:
-        reward = [charts.Line("all", x, [row.scalars.get("reward") for row in run.train], 0)]
+    def lines(title: str, of: Sequence[charts.Line], note: str = "") -> Chart | None:
+        return _chart(title, charts.line_chart(title, of, window=window), note)
+
     scores = [
         charts.Line(name, x, [mean(row.turns.get(key, ())) for row in run.train], colour)
-        for colour, (name, key) in enumerate(
-            (("IF", "if_turn"), ("CC", "cc_turn"), ("GA", "ga_turn"))
-        )
-    ]
-    success = charts.Line("", x, [row.scalars.get("success") for row in run.train], 0)
-    norm = charts.Line("", x, [row.scalars.get("grad_norm") for row in run.train], 0)
-    ratio = charts.Line("", x, [row.scalars.get("ratio_error") for row in run.train], 0)
-    names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
-    phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
-    exact = sum(value == 0 for value in ratio.y)
-    held_out = {
-        e.iteration: e.turns.get("reward_turn", ())
-        for e in run.evaluations
-        if e.iteration is not None
-    }
-    at = sorted(held_out)
-    evaluated = [
-        charts.Line(
-            f"t{t + 1}",
-            at,
-            [held_out[i][t].mean if t < len(held_out[i]) else None for i in at],
-            t % 6,
-        )
-        for t in range(max(map(len, held_out.values()), default=0))
+        for colour, (key, name) in enumerate(SCORE_METRICS.items())
     ]
     found = [
-        Chart("Reward by turn", svg)
-        if (svg := charts.line_chart("Reward by turn", reward, window=window))
-        else None,
-        Chart(
+        lines("Reward by turn", _reward_lines(run, x)),
+        _chart(
             "Scores, mean over turns",
-            svg,
-            note="IF instruction following, CC content consistency, GA global awareness.",
-        )
-        if (svg := charts.line_chart("Scores", scores, window=window))
-        else None,
-        Chart("Session success", svg, note="Share of training sessions with every turn right.")
-        if (svg := charts.line_chart("Session success", [success], window=window))
-        else None,
-        Chart(
-            "Ratio error",
-            svg,
-            note="|ratio − 1| when the rollout is replayed before the update"
-            + (f"; exactly 0 in {exact} of {len(x)} iterations." if exact else "."),
-        )
-        if (svg := charts.log_chart("Ratio error", ratio))
-        else None,
-        # Two evaluations are the before and after above; more make a curve.
-        Chart("Reward by turn, evaluated", svg, note=f"Held-out sessions, {len(at)} evaluations.")
-        if len(at) > 2 and (svg := charts.line_chart("Reward by turn, evaluated", evaluated))
-        else None,
-        Chart("Gradient norm", svg)
-        if (svg := charts.line_chart("Gradient norm", [norm], window=window))
-        else None,
-        Chart("Seconds by phase", svg, [(name, i % 6, "bar") for i, name in enumerate(names)])
-        if (svg := charts.stacked_bars("Seconds by phase", x, phases))
-        else None,
+            charts.line_chart("Scores", scores, window=window),
+            "IF instruction following, CC content consistency, GA global awareness.",
+        ),
+        lines(
+            "Session success",
+            [scalar("success")],
+            "Share of training sessions with every turn right.",
+        ),
+        _ratio_chart(scalar("ratio_error")),
+        _evaluated_chart(run),
+        lines("Gradient norm", [scalar("grad_norm")]),
+        _seconds_chart(run, x),
     ]
     return [chart for chart in found if chart is not None]
 
 
-METRICS = {"reward_turn": "Reward", "if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
+def _chart(title: str, svg: Markup | None, note: str = "") -> Chart | None:
+    """None where there was nothing to draw."""
+    return Chart(title, svg, note=note) if svg else None
+
+
+def _reward_lines(run: Run, x: Sequence[float]) -> list[charts.Line]:
+    """A line a turn; one for all where a run recorded no turns."""
+    by_turn = [row.turns.get("reward_turn", ()) for row in run.train]
+    turns = max(map(len, by_turn))
+    if not turns:
+        return [charts.Line("all", x, [row.scalars.get("reward") for row in run.train], 0)]
+    return [
+        charts.Line(f"t{t + 1}", x, [v[t] if t < len(v) else None for v in by_turn], t % 6)
+        for t in range(turns)
+    ]
+
+
+def _ratio_chart(ratio: charts.Line) -> Chart | None:
+    exact = sum(value == 0 for value in ratio.y)
+    exactly = f"; exactly 0 in {exact} of {len(ratio.x)} iterations." if exact else "."
+    note = f"|ratio − 1| when the rollout is replayed before the update{exactly}"
+    return _chart("Ratio error", charts.log_chart("Ratio error", ratio), note)
+
+
+def _evaluated_chart(run: Run) -> Chart | None:
+    """The evaluations during training. Two are the before and after above; more make a curve."""
+    by_iteration = {
+        e.iteration: e.turns.get("reward_turn", ())
+        for e in run.evaluations
+        if e.iteration is not None
+    }
+    at = sorted(by_iteration)
+    if len(at) <= 2:
+        return None
+    stats = [by_iteration[iteration] for iteration in at]
+    lines = [
+        charts.Line(f"t{t + 1}", at, [s[t].mean if t < len(s) else None for s in stats], t % 6)
+        for t in range(max(map(len, stats)))
+    ]
+    title = "Reward by turn, evaluated"
+    note = f"Held-out sessions, {len(at)} evaluations."
+    return _chart(title, charts.line_chart(title, lines), note)
+
+
+def _seconds_chart(run: Run, x: Sequence[float]) -> Chart | None:
+    title = "Seconds by phase"
+    names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
+    phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
+    svg = charts.stacked_bars(title, x, phases)
+    legend = [(name, i % 6, "bar") for i, name in enumerate(names)]
+    return Chart(title, svg, legend) if svg else None
+
+
+SCORE_METRICS = {"if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
+METRICS = {"reward_turn": "Reward", **SCORE_METRICS}
 
 
 def _evaluation_charts(run: Run) -> list[Chart]:
@@ -386,24 +384,10 @@ def evaluation_table(run: Run) -> Table | None:
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
     if not present:
         return None
-    rows: list[tuple[str, list[str]]] = []
-    own = {
-        key: key.removesuffix("_turn") for e in present for key in e.turns if key != "marginal_turn"
-    }
-    for key, name in {**own, **METRICS}.items():
-        for t in range(max(len(e.turns.get(key, ())) for e in present)):
-            stats = [e.turns.get(key, ()) for e in present]
-            rows.append(
-                (f"{name}, turn {t + 1}", [with_se(s[t]) if t < len(s) else "–" for s in stats])
-            )
+    rows = _score_rows(present)
     rows.append(("Session success", [with_se(e.success) for e in present]))
     for mode in dict.fromkeys(mode for e in present for mode in e.by_mode):
-        parts = [e.by_mode.get(mode) for e in present]
-        said = f"{mode} ({MODES[mode]})" if mode in MODES else mode
-        for t in range(max(len(p.reward_turn) if p else 0 for p in parts)):
-            values = [p.reward_turn[t] if p and t < len(p.reward_turn) else None for p in parts]
-            rows.append((f"Reward, turn {t + 1}, {said}", [plain(v) for v in values]))
-        rows.append((f"Session success, {said}", [plain(p.success if p else None) for p in parts]))
+        rows += _mode_rows(mode, present)
     head = [f"{e.name} ({_sessions(e)})" for e in present]
     if len(present) == 2:
         head.append("paired difference")
@@ -412,6 +396,36 @@ def evaluation_table(run: Run) -> Table | None:
             stat = by_turn.get(name)
             cells.append("" if stat is None or stat.mean is None else _difference(stat))
     return Table(head, [row for row in rows if any(cell not in ("–", "") for cell in row[1])])
+
+
+def _score_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
+    """A row for every turn of every score: a user's own under their names, first."""
+    names = {
+        key: key.removesuffix("_turn")
+        for e in evaluations
+        for key in e.turns
+        if key != "marginal_turn"
+    }
+    rows = []
+    for key, name in {**names, **METRICS}.items():
+        by_turn = [e.turns.get(key, ()) for e in evaluations]
+        for t in range(max(map(len, by_turn))):
+            cells = [with_se(stats[t]) if t < len(stats) else "–" for stats in by_turn]
+            rows.append((f"{name}, turn {t + 1}", cells))
+    return rows
+
+
+def _mode_rows(mode: str, evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
+    """Rewards and success of the sessions of one mode."""
+    parts = [e.by_mode.get(mode) for e in evaluations]
+    said = f"{mode} ({MODES[mode]})" if mode in MODES else mode
+    rewards = [part.reward_turn if part else () for part in parts]
+    rows = []
+    for t in range(max(map(len, rewards))):
+        cells = [plain(values[t] if t < len(values) else None) for values in rewards]
+        rows.append((f"Reward, turn {t + 1}, {said}", cells))
+    success = [plain(part.success if part else None) for part in parts]
+    return [*rows, (f"Session success, {said}", success)]
 
 
 def _difference(stat: Stat) -> str:
@@ -434,15 +448,8 @@ def _health(run: Run) -> list[Gauge]:
         y = [row.scalars.get(key) for row in run.train]
         present = [value for value in y if value is not None]
         if present:
-            found.append(
-                Gauge(
-                    name,
-                    charts.sparkline(name, y),
-                    f"{present[-1]:.3g}",
-                    f"{min(present):.3g}",
-                    f"{max(present):.3g}",
-                )
-            )
+            ends = (f"{value:.3g}" for value in (present[-1], min(present), max(present)))
+            found.append(Gauge(name, charts.sparkline(name, y), *ends))
     return found
 
 
