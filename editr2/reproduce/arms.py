@@ -173,10 +173,8 @@ def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Conf
         # The last iteration always writes one.
         "checkpoint": {"every": settings.iterations, "keep": 1},
     }
-    config: Config = replace_nested(
-        replace_nested(preset_config(arm.preset), common), arm.overrides
-    )
-    return check_config(config)
+    config: Config = replace_nested(preset_config(arm.preset), common)
+    return check_config(replace_nested(config, arm.overrides))
 
 
 def start_of(arm: Arm) -> str:
