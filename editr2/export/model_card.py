@@ -189,8 +189,8 @@ def _made(run: Run, config: Config) -> str:
     # A run knows what its rewards were called; an older one's settings may.
     weights = run.start.get("rewards") or config.credit.weights
     reward = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
-    if config.reward.function:
-        reward += f" by {config.reward.function}"
+    if judge := config.reward.function or config.reward.name:
+        reward += f" by {judge}"
     facts = {
         "Method": f"{t.loss}, credit preset {config.credit.preset}",
         "Sessions": config.data.path or "drawn from the procedural shapes world",
