@@ -102,7 +102,7 @@ def _how(base: Base, done: Exported, config: Config) -> str:
         lines = [
             "from pathlib import Path",
             "",
-            "from editr2.policies.unified.policy import UnifiedPolicy",
+            "from editr2 import UnifiedPolicy",
             "",
             f'policy = UnifiedPolicy.load(Path("{done.folder.name}"))',
         ]
@@ -134,7 +134,7 @@ def _load_adapters(done: Exported, config: Config) -> list[str]:
     return [
         "from peft import PeftModel",
         *(["from pathlib import Path", ""] if weights else []),
-        "from editr2.policies.unified.policy import UnifiedPolicy",
+        "from editr2 import UnifiedPolicy",
         "",
         f"policy = UnifiedPolicy.load({source})",
         f'PeftModel.from_pretrained(policy.module, "{done.folder.name}")',
