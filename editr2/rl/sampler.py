@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -132,9 +131,7 @@ def make_sampler(
         )
         ode = transition_table(sigmas, dynamics="ode", noise_level=0.0)
         sde = (
-            transition_table(sigmas, dynamics=cast(Any, dynamics), noise_level=noise_level)
-            if window
-            else ode
+            transition_table(sigmas, dynamics=dynamics, noise_level=noise_level) if window else ode
         )
     except ValueError as error:  # what no bound of a single field can say
         said = f"{named} {steps}, shift {shift}, dynamics {dynamics} and noise_level {noise_level}"

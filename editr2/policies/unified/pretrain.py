@@ -43,8 +43,7 @@ class PretrainConfig:
     Args:
         steps: optimiser steps.
         decay_steps: the learning rate falls as a cosine to 0 here. The shipped start stops before
-            that, on
-            purpose: most single edits are right, third turns often are not.
+            that, on purpose: most single edits are right, third turns often are not.
         batch: sessions a step.
         turns: turns a session.
         lr: peak learning rate.
