@@ -21,8 +21,8 @@ def command(arguments: Arguments) -> int:
     from editr2.rl.evaluate import evaluate
     from editr2.rl.rules import check_run
     from editr2.rl.sampler import eval_sampler, own_schedule
+    from editr2.rl.sessions import sessions_for
     from editr2.run.processes import open_processes
-    from editr2.sessions.source import open_sessions
 
     processes = open_processes()  # first: it says which device is this process's
     reward = load_reward(config.reward)
@@ -30,7 +30,7 @@ def command(arguments: Arguments) -> int:
     policy = open_policy(config.policy, processes, trains=False)
     own = own_schedule(policy)
     check_run(config, reward.names, own, processes=processes.count, command="eval")
-    source = open_sessions(config, policy)
+    source = sessions_for(config, policy)
     sampler = eval_sampler(config, own).to(processes.device)
     row = evaluate(policy, reward, source.heldout, sampler, config, processes).row(0, "eval")
     if processes.main:

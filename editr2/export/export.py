@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, ExportError
+from editr2.export.model_card import Base, write_card
+from editr2.export.result import Exported, Proof
 from editr2.policies.adapters import TRANSFORMER, fold_strength
 from editr2.policies.base import Policy, Questions, TextPolicy, with_module
 from editr2.policies.finite import check_state
@@ -44,55 +46,6 @@ from editr2_kernels import philox_normal
 WEIGHTS = ("ema", "live")
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What the forwards showed, as root mean squares over all velocities and log-probs of the
-    probe.
-
-    size: of the exported policy's answers. effect: their difference to the base weights' (0:
-    nothing was trained). rounding: to those of the policy as trained, before it took on the
-    export's precision and form. error: the largest difference to those of the reloaded export,
-    always 0 (any other stops the export).
-    """
-
-    size: float
-    effect: float
-    rounding: float
-    error: float
-
-    def __str__(self) -> str:
-        if not self.effect:
-            said = "but its predictions are the base's: nothing was trained"
-        else:
-            share = self.effect / max(self.size, 1e-30)
-            said = f"it differs from the base by {share:.2%} of the prediction"
-        if self.effect and self.rounding:
-            said += f", {self.rounding / self.effect:.2%} of that lost or added by rounding"
-        return f"reloaded, equal to the last bit; {said}"
-
-
-@dataclass(frozen=True)
-class Exported:
-    """folder: what was written. kind: lora, merged or full. weights: ema or live. iteration: of the
-    checkpoint,
-    of so many planned. folding: the largest relative change of a number of a LoRA's B by taking
-    alpha / rank into it; 0 where that is a power of two."""
-
-    folder: Path
-    kind: str
-    weights: str
-    iteration: int
-    iterations: int
-    proof: Proof
-    folding: float = 0.0
-
-    def __str__(self) -> str:
-        stage = f"iteration {self.iteration} of {self.iterations}"
-        if self.iteration < self.iterations:
-            stage += " (unfinished: its newest checkpoint)"
-        return f"{self.kind}, {self.weights} weights of {stage}: {self.folder}\nproof: {self.proof}"
-
-
 def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = False) -> Exported:
     """Writes the newest checkpoint of a run's folder to `out`, new or empty, with a model card,
     once it is proven.
@@ -103,8 +56,6 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
     Raises ConfigError for a folder or choice that cannot be exported, CheckpointError for a run
     without checkpoint, and ExportError when the reloaded export differs.
     """
-    from editr2.export.model_card import Base, write_card
-
     config, seen = read_run(run), load_run(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: {out} is there already (accepted: a new or empty folder)")

@@ -7,18 +7,16 @@ import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from editr2.config import Config
+from editr2.export.result import Exported
 from editr2.report.build import evaluation_table
 from editr2.report.data import PASS_NAMES, Run, StripTurn
 from editr2.report.gallery import thin
-
-if TYPE_CHECKING:
-    from editr2.export.export import Exported
 
 STRIP_SESSIONS = 3
 CELL, GAP, LINE = 192, 8, 16

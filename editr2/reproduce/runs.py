@@ -222,11 +222,11 @@ def evaluate_start(config: Config) -> Row:
     from editr2.rewards.world import WorldReward
     from editr2.rl.evaluate import evaluate
     from editr2.rl.sampler import eval_sampler
+    from editr2.rl.sessions import sessions_for
     from editr2.run.processes import open_processes
-    from editr2.sessions.source import open_sessions
 
     policy = load_policy(config.policy)
-    heldout = open_sessions(config, policy).heldout
+    heldout = sessions_for(config, policy).heldout
     return evaluate(
         policy, WorldReward(), heldout, eval_sampler(config), config, open_processes()
     ).row(0, "before")

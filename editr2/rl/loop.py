@@ -49,6 +49,7 @@ from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.rules import check_run
 from editr2.rl.sampler import Sampler, Schedule, eval_sampler, own_schedule, rollout_sampler
 from editr2.rl.seeds import derive_seed
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import State, new_state
 from editr2.run.checkpoint import capture_rng, generators_aside, latest_checkpoint, seed_generators
 from editr2.run.identity import (
@@ -73,7 +74,7 @@ from editr2.run.tracking import (
     rows_behind,
     write_whole,
 )
-from editr2.sessions.source import SessionSource, open_sessions
+from editr2.sessions.source import SessionSource
 
 
 def train(
@@ -117,7 +118,7 @@ def train(
         own = own_schedule(policy)
         check_run(config, asked.names, own, cannot_pack=cannot_pack, processes=processes.count)
         check_capture(config.rollout.capture, processes.device)
-        source = open_sessions(config, policy)
+        source = sessions_for(config, policy)
         # Weights that are drawn have to be equal on all processes; what follows must not be, nor
         # depend on loading.
         seed_generators(derive_seed(config.seed, "rank", processes.index))
