@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from editr2.config import Config
+from editr2.config import Config, PolicyConfig, TrainConfig
 from editr2.export.result import Exported
 from editr2.report.build import evaluation_table
 from editr2.report.data import PASS_NAMES, Run, StripTurn
@@ -52,12 +52,12 @@ def write_card(folder: Path, seen: Run, config: Config, base: Base, done: Export
     parts = [
         f"---\n{yaml.safe_dump(_header(base, done), sort_keys=False)}---",
         f"# {done.folder.name}",
-        _what(config, base, done),
+        _what(config.policy, base, done),
         "![Sessions before and after training](strips.png)" if pictured else "",
-        f"## How to load it\n\n{_how(base, done, config)}{_strength(done, config)}",
+        f"## How to load it\n\n{_how(base, done, config.policy)}{_strength(done, config.policy)}",
         f"## Proof\n\nAt export, the base weights and these files were loaded anew as above: "
         f"{done.proof}.",
-        f"## Scores\n\n{_scores(seen, config, done)}",
+        f"## Scores\n\n{_scores(seen, config.train, done)}",
         f"## How it was made\n\n{_made(seen, config)}",
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")
@@ -76,26 +76,29 @@ def _header(base: Base, done: Exported) -> dict[str, Any]:
     return header | {"pipeline_tag": "image-to-image", "tags": tags}
 
 
-def _what(config: Config, base: Base, done: Exported) -> str:
-    p = config.policy
-    alpha = 2 * p.lora_rank if p.lora_alpha is None else p.lora_alpha
-    lora = f"LoRA adapters (rank {p.lora_rank}, alpha {alpha:g})"
+def _what(policy: PolicyConfig, base: Base, done: Exported) -> str:
+    lora = f"LoRA adapters (rank {policy.lora_rank}, alpha {_alpha(policy):g})"
     kinds = {"lora": f"{lora} for", "merged": f"{lora} merged into", "full": "All weights of"}
     weights = "averaged" if done.weights == "ema" else "last"
-    stage = f"iteration {done.iteration} of {config.train.iterations}"
-    unfinished = done.iteration < config.train.iterations
+    stage = f"iteration {done.iteration} of {done.iterations}"
+    unfinished = done.iteration < done.iterations
     return (
         f"{kinds[done.kind]} {base.name}, trained on multi-turn edits: the {weights} weights of "
         f"{stage}.{' The training was not finished.' if unfinished else ''}"
     )
 
 
-def _how(base: Base, done: Exported, config: Config) -> str:
+def _alpha(policy: PolicyConfig) -> float:
+    """The default is that of the setting."""
+    return 2 * policy.lora_rank if policy.lora_alpha is None else policy.lora_alpha
+
+
+def _how(base: Base, done: Exported, policy: PolicyConfig) -> str:
     """The code that loads it."""
     if base.pipeline:
-        lines = _load_pipeline(base, base.pipeline, done, config)
+        lines = _load_pipeline(base, base.pipeline, done, policy)
     elif done.kind == "lora":
-        lines = _load_adapters(done, config)
+        lines = _load_adapters(done, policy)
     else:
         lines = [
             "from pathlib import Path",
@@ -110,12 +113,12 @@ def _how(base: Base, done: Exported, config: Config) -> str:
     return f"{code}\n\nor `--policy.weights {done.folder.name}` of `editr2`."
 
 
-def _load_pipeline(base: Base, pipeline: str, done: Exported, config: Config) -> list[str]:
+def _load_pipeline(base: Base, pipeline: str, done: Exported, policy: PolicyConfig) -> list[str]:
     """By diffusers: a folder of all weights, or the base and the adapters."""
     this, lora = done.folder.name, done.kind == "lora"
-    origin = (base.hub_id or config.policy.weights) if lora else this
+    origin = (base.hub_id or policy.weights) if lora else this
     # Weights that trained are float32 masters; with adapters the base stays in its own precision.
-    dtype = config.policy.dtype if config.policy.lora_rank else "float32"
+    dtype = policy.dtype if policy.lora_rank else "float32"
     lines = [
         "import torch",
         f"from diffusers import {pipeline}",
@@ -125,9 +128,9 @@ def _load_pipeline(base: Base, pipeline: str, done: Exported, config: Config) ->
     return [*lines, f'pipe.load_lora_weights("{this}")'] if lora else lines
 
 
-def _load_adapters(done: Exported, config: Config) -> list[str]:
+def _load_adapters(done: Exported, policy: PolicyConfig) -> list[str]:
     """By peft, on the unified model: the shipped one, or that of the run's folder."""
-    weights = config.policy.weights
+    weights = policy.weights
     source = f'Path("{weights}")' if weights else ""
     return [
         "from peft import PeftModel",
@@ -139,12 +142,11 @@ def _load_adapters(done: Exported, config: Config) -> list[str]:
     ]
 
 
-def _strength(done: Exported, config: Config) -> str:
+def _strength(done: Exported, policy: PolicyConfig) -> str:
     """Of adapters: that every loader applies them alike, and what that cost."""
     if done.kind != "lora":
         return ""
-    rank, alpha = config.policy.lora_rank, config.policy.lora_alpha
-    trained = (2 * rank if alpha is None else alpha) / rank
+    trained = _alpha(policy) / policy.lora_rank
     cost = "exactly"
     if done.folding:
         cost = f"a number of B moved by {done.folding:.1e} of itself at most"
@@ -155,17 +157,17 @@ def _strength(done: Exported, config: Config) -> str:
     )
 
 
-def _scores(run: Run, config: Config, done: Exported) -> str:
+def _scores(run: Run, train: TrainConfig, done: Exported) -> str:
     table = evaluation_table(run)
     if table is None:
         return "The run has no evaluation."
     rule = ["---"] * (len(table.head) + 1)
     rows = [["", *table.head], rule, *([name, *cells] for name, cells in table.rows)]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{text}\n\n{' '.join(_about_scores(run, config, done))}"
+    return f"{text}\n\n{' '.join(_about_scores(run, train, done))}"
 
 
-def _about_scores(run: Run, config: Config, done: Exported) -> list[str]:
+def _about_scores(run: Run, train: TrainConfig, done: Exported) -> list[str]:
     """What the table's scores are of, where that is not these weights on held-out sessions."""
     notes = ["Means and standard errors over held-out sessions."]
     if run.start.get("heldout_is_training"):
@@ -177,7 +179,7 @@ def _about_scores(run: Run, config: Config, done: Exported) -> list[str]:
         notes.append("The run was not finished, so there is no evaluation after training.")
     elif after.iteration != done.iteration:
         notes.append(f"The evaluation after training was at iteration {after.iteration}.")
-    if done.weights == "live" and config.train.ema is not None:
+    if done.weights == "live" and train.ema is not None:
         notes.append("They are those of the averaged weights; these are the last ones.")
     return notes
 

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from editr2.config import Config, check_config, preset_config, replace_nested
+from editr2.config import (
+    Config,
+    EvalConfig,
+    RolloutConfig,
+    check_config,
+    preset_config,
+    replace_nested,
+)
 from editr2.config.fields import setting
 from editr2.config.settings import COUNT, SIBLINGS, TIMES
 from editr2.errors import ConfigError
@@ -182,7 +189,7 @@ def start_of(arm: Arm) -> str:
     return "base-intent" if arm_config(arm, Settings(), 0, "").policy.intent else "base"
 
 
-def evaluation_sampler(config: Config) -> str:
+def evaluation_sampler(evaluation: EvalConfig, rollout: RolloutConfig) -> str:
     """How an arm is sampled in evaluation: "ode", or the dynamics of its window."""
-    ode = config.eval.sampler == "ode" or config.rollout.window == 0
-    return "ode" if ode else config.rollout.dynamics
+    ode = evaluation.sampler == "ode" or rollout.window == 0
+    return "ode" if ode else rollout.dynamics

@@ -53,6 +53,14 @@ class Run:
         return f"{self.arm.name} seed {self.seed}"
 
     @property
+    def sampler(self) -> str:
+        return evaluation_sampler(self.config.eval, self.config.rollout)
+
+    @property
+    def key(self) -> Key:
+        return self.arm.name, self.seed, self.sampler
+
+    @property
     def log(self) -> Path:
         return self.folder.with_suffix(".log")
 
@@ -105,7 +113,7 @@ def reproduce(
         count += 1
         rows.update(run_rows(run, settings, rows))
         write_rows(docs, rows)
-        row = rows[run.arm.name, run.seed, evaluation_sampler(run.config)]
+        row = rows[run.key]
         start = _evaluation(run, "before")["ga_turn"][-1]["mean"]
         progress = f"turn-{len(row['ga_turn'])} GA {_shown(start)} -> {_shown(row['ga_turn'][-1])}"
         print(
@@ -122,13 +130,11 @@ def reproduce(
         if run.finished():
             done(run)
     # A row is enough: the folder it came from may have stayed on another machine.
-    missing = [
-        run for run in runs if (run.arm.name, run.seed, evaluation_sampler(run.config)) not in rows
-    ]
+    missing = [run for run in runs if run.key not in rows]
     _side_by_side(missing, jobs, done, failed)
     for arm in arms:
         config = arm_config(arm, settings, 0, out / arm.name)
-        sampler = evaluation_sampler(config)
+        sampler = evaluation_sampler(config.eval, config.rollout)
         if not arm.trained and (arm.name, None, sampler) not in rows:
             rows[arm.name, None, sampler] = make_row(
                 arm, None, sampler, settings, evaluate_start(config), **fingerprints(config)
@@ -200,15 +206,12 @@ def run_rows(run: Run, settings: Settings, known: dict[Key, Row]) -> dict[Key, R
         "device": start["device"],
         **fingerprints(run.config),
     }
-    sampler = evaluation_sampler(run.config)
-    key: Key = (run.arm.name, run.seed, sampler)
-    rows: dict[Key, Row] = {
-        key: make_row(
-            run.arm, run.seed, sampler, settings, _evaluation(run, "after"), seconds=took, **facts
-        )
-    }
-    if key in known and {**known[key], "date": None} == {**rows[key], "date": None}:
-        rows[key] = known[key]  # measured then, read again today
+    key, sampler = run.key, run.sampler
+    after = _evaluation(run, "after")
+    row = make_row(run.arm, run.seed, sampler, settings, after, seconds=took, **facts)
+    if key in known and {**known[key], "date": None} == {**row, "date": None}:
+        row = known[key]  # measured then, read again today
+    rows: dict[Key, Row] = {key: row}
     (base,) = find_arms(start_of(run.arm))
     if (base.name, None, sampler) not in known:
         before = make_row(base, None, sampler, settings, _evaluation(run, "before"), **facts)

@@ -126,7 +126,7 @@ def train(
         device = _device_name(processes.device)
         identity = processes.on_main(
             lambda: Identity(
-                identify(config, source, weights or loaded_weights(config), asked),
+                identify(source, weights or loaded_weights(config.policy), asked),
                 provenance(processes.count, device),
             )
         )

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from editr2.config import Config
+from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.run.sources import installed, sources
 from editr2.sessions import Session
@@ -87,9 +87,7 @@ class Identity:
     resumed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-def identify(
-    config: Config, source: SessionSource, weights: dict[str, str], reward: Any
-) -> dict[str, str]:
+def identify(source: SessionSource, weights: dict[str, str], reward: Any) -> dict[str, str]:
     """`Identity.depends`. weights: of `loaded_weights` or `given_weights`."""
     endless = f"endless shapes world {shapes.VERSION}, seed {source.seed}, {source.turns} turns"
     return {
@@ -118,16 +116,15 @@ def sessions_fingerprint(sessions: Sequence[Session]) -> str:
 # ------------------------------------------------------------------------------------------ weights
 
 
-def loaded_weights(config: Config) -> dict[str, str]:
+def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
     """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the
     cache holds."""
     from editr2.policies.load import policy_class, weight_sources
     from editr2.policies.unified.policy import EMBEDDED
 
-    p = config.policy
-    if p.model == "unified":
-        return {"weights": folder_fingerprint(Path(p.weights) if p.weights else EMBEDDED)}
-    parts = weight_sources(p.weights or policy_class(p.model).published, p.model)
+    if policy.model == "unified":
+        return {"weights": folder_fingerprint(Path(policy.weights) if policy.weights else EMBEDDED)}
+    parts = weight_sources(policy.weights or policy_class(policy.model).published, policy.model)
     texts = [
         folder_fingerprint(Path(part)) if Path(part).is_dir() else hub_revision(str(part))
         for part in parts
