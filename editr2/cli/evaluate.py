@@ -34,11 +34,11 @@ def command(arguments: Arguments) -> int:
     sampler = eval_sampler(config, own).to(processes.device)
     row = evaluate(policy, reward, source.heldout, sampler, config, processes).row(0, "eval")
     if processes.main:
-        print(evaluation_table(row))
+        print(evaluation_text(row))
     return 0
 
 
-def evaluation_table(row: dict[str, Any]) -> str:
+def evaluation_text(row: dict[str, Any]) -> str:
     """Mean and standard error by turn, as text."""
     names = [key for key in row if key.endswith("_turn")]
     head = "turn    " + "".join(f"{name.removesuffix('_turn'):>18}" for name in names)

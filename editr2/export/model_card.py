@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from editr2.config import Config, PolicyConfig, TrainConfig
 from editr2.export.result import Exported
 from editr2.report.build import evaluation_table
-from editr2.report.data import PASS_NAMES, Run, StripTurn
+from editr2.report.data import PASS_NAMES, RecordedRun, StripTurn
 from editr2.report.gallery import thin
 
 STRIP_SESSIONS = 3
@@ -46,7 +46,7 @@ class Base:
         return Base(f"{Path(weights).name} (a local folder)", None, pipeline)
 
 
-def write_card(folder: Path, seen: Run, config: Config, base: Base, done: Exported) -> None:
+def write_card(folder: Path, seen: RecordedRun, config: Config, base: Base, done: Exported) -> None:
     """Writes README.md, and strips.png where the run has strips."""
     pictured = film_strip(seen, folder / "strips.png")
     parts = [
@@ -157,7 +157,7 @@ def _strength(done: Exported, policy: PolicyConfig) -> str:
     )
 
 
-def _scores(run: Run, train: TrainConfig, done: Exported) -> str:
+def _scores(run: RecordedRun, train: TrainConfig, done: Exported) -> str:
     table = evaluation_table(run)
     if table is None:
         return "The run has no evaluation."
@@ -167,7 +167,7 @@ def _scores(run: Run, train: TrainConfig, done: Exported) -> str:
     return f"{text}\n\n{' '.join(_about_scores(run, train, done))}"
 
 
-def _about_scores(run: Run, train: TrainConfig, done: Exported) -> list[str]:
+def _about_scores(run: RecordedRun, train: TrainConfig, done: Exported) -> list[str]:
     """What the table's scores are of, where that is not these weights on held-out sessions."""
     notes = ["Means and standard errors over held-out sessions."]
     if run.start.get("heldout_is_training"):
@@ -184,7 +184,7 @@ def _about_scores(run: Run, train: TrainConfig, done: Exported) -> list[str]:
     return notes
 
 
-def _made(run: Run, config: Config) -> str:
+def _made(run: RecordedRun, config: Config) -> str:
     r, t = config.rollout, config.train
     # A run knows what its rewards were called; an older one's settings may.
     weights = run.start.get("rewards") or config.credit.weights
@@ -207,7 +207,7 @@ def _made(run: Run, config: Config) -> str:
 # --------------------------------------------------------------------------------------- film-strip
 
 
-def film_strip(run: Run, path: Path) -> bool:
+def film_strip(run: RecordedRun, path: Path) -> bool:
     """Draws up to `STRIP_SESSIONS` sessions, from the most to the least improved: source and every
     turn's output, one row a pass, the instructions above. Returns whether there was anything to
     draw."""

@@ -19,14 +19,14 @@ from editr2.report.data import (
     MODES,
     PASS_NAMES,
     Comparison,
-    Evaluation,
-    Run,
+    EvaluationRow,
+    RecordedRun,
     Stat,
     load_run,
     mean,
 )
 from editr2.report.gallery import build_gallery
-from editr2.report.numbers import plain, signed, with_se
+from editr2.report.numbers import decimal, signed, with_se
 from editr2.report.pictures import Pictures
 from editr2.run.tracking import duration
 
@@ -103,7 +103,7 @@ class Card:
     note: str
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: RecordedRun) -> list[tuple[str, str]]:
     seconds = run.train_seconds()
     planned = run.setting("iterations", "max_iterations", "num_iterations")
     done = str(run.train[-1].iteration + 1) if run.train else None
@@ -120,7 +120,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
-def _size(run: Run) -> str | None:
+def _size(run: RecordedRun) -> str | None:
     """Sessions × siblings × turns, as far as they are known."""
     counts = {
         "sessions": run.setting("groups", "sessions_per_iteration", "sessions"),
@@ -130,14 +130,14 @@ def _size(run: Run) -> str | None:
     return " × ".join(f"{count} {name}" for name, count in counts.items() if count) or None
 
 
-def _turns(run: Run) -> int:
+def _turns(run: RecordedRun) -> int:
     lengths = [len(row.turns.get("reward_turn", ())) for row in run.train]
     lengths += [len(e.turns.get("reward_turn", ())) for e in run.evaluations]
     lengths += [len(pair.either.turns) for pair in run.pairs]
     return max(lengths, default=0)
 
 
-def _cards(run: Run) -> list[Card]:
+def _cards(run: RecordedRun) -> list[Card]:
     before, after = (run.evaluation(name) for name in PASS_NAMES)
     if before or after:
         return [_reward_card(run, before, after), _success_card(before, after)]
@@ -154,14 +154,16 @@ def _training_card(rewards: Sequence[float | None]) -> Card:
     if part > 1:
         ends = f"means of the first and last {part} iterations"
     note = f"{ends}; not a held-out evaluation"
-    return Card("Training reward", plain(first), plain(last), _change(first, last), note)
+    return Card("Training reward", decimal(first), decimal(last), _change(first, last), note)
 
 
 def _change(before: float | None, after: float | None) -> str:
     return "" if before is None or after is None else signed(after - before)
 
 
-def _reward_card(run: Run, before: Evaluation | None, after: Evaluation | None) -> Card:
+def _reward_card(
+    run: RecordedRun, before: EvaluationRow | None, after: EvaluationRow | None
+) -> Card:
     """At the last turn that every evaluation has."""
     evaluations = (before, after)
     turn = min((len(e.turns.get("reward_turn", ())) for e in evaluations if e), default=0)
@@ -190,7 +192,7 @@ def _paired(paired: Comparison) -> tuple[str, str]:
     return change, f"paired difference{sessions}; {verdict}"
 
 
-def _success_card(before: Evaluation | None, after: Evaluation | None) -> Card:
+def _success_card(before: EvaluationRow | None, after: EvaluationRow | None) -> Card:
     stats = [e.success if e else None for e in (before, after)]
     said = [with_se(stat) if stat else None for stat in stats]
     change = _change(*(stat.mean if stat else None for stat in stats))
@@ -198,7 +200,7 @@ def _success_card(before: Evaluation | None, after: Evaluation | None) -> Card:
     return Card("Session success", said[0], said[1], change, note)
 
 
-def _sessions(evaluation: Evaluation | None) -> str:
+def _sessions(evaluation: EvaluationRow | None) -> str:
     if evaluation and evaluation.sessions:
         return f"{evaluation.sessions} sessions"
     return "number of sessions not stated"
@@ -216,7 +218,7 @@ class Chart:
     note: str = ""
 
 
-def _curves(run: Run) -> list[Chart]:
+def _curves(run: RecordedRun) -> list[Chart]:
     if not run.train:
         return []
     x = [row.iteration for row in run.train]
@@ -257,7 +259,7 @@ def _chart(title: str, svg: Markup | None, note: str = "") -> Chart | None:
     return Chart(title, svg, note=note) if svg else None
 
 
-def _reward_lines(run: Run, x: Sequence[float]) -> list[charts.Line]:
+def _reward_lines(run: RecordedRun, x: Sequence[float]) -> list[charts.Line]:
     """A line a turn; one for all where a run recorded no turns."""
     by_turn = [row.turns.get("reward_turn", ()) for row in run.train]
     turns = max(map(len, by_turn))
@@ -276,7 +278,7 @@ def _ratio_chart(ratio: charts.Line) -> Chart | None:
     return _chart("Ratio error", charts.log_chart("Ratio error", ratio), note)
 
 
-def _evaluated_chart(run: Run) -> Chart | None:
+def _evaluated_chart(run: RecordedRun) -> Chart | None:
     """The evaluations during training. Two are the before and after above; more make a curve."""
     by_iteration = {
         e.iteration: e.turns.get("reward_turn", ())
@@ -296,7 +298,7 @@ def _evaluated_chart(run: Run) -> Chart | None:
     return _chart(title, charts.line_chart(title, lines), note)
 
 
-def _seconds_chart(run: Run, x: Sequence[float]) -> Chart | None:
+def _seconds_chart(run: RecordedRun, x: Sequence[float]) -> Chart | None:
     title = "Seconds by phase"
     names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
     phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
@@ -309,7 +311,7 @@ SCORE_METRICS = {"if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
 METRICS = {"reward_turn": "Reward", **SCORE_METRICS}
 
 
-def _evaluation_charts(run: Run) -> list[Chart]:
+def _evaluation_charts(run: RecordedRun) -> list[Chart]:
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
     reach = _reach(present)
     if not reach:
@@ -331,7 +333,7 @@ def _evaluation_charts(run: Run) -> list[Chart]:
     return [chart for chart in found if chart is not None]
 
 
-def _reach(evaluations: Sequence[Evaluation]) -> list[float]:
+def _reach(evaluations: Sequence[EvaluationRow]) -> list[float]:
     """Every value that the evaluations' panels draw, with the ends of its bar."""
     stats = [s for e in evaluations for key in METRICS for s in e.turns.get(key, ())]
     stats += [e.success for e in evaluations]
@@ -340,7 +342,7 @@ def _reach(evaluations: Sequence[Evaluation]) -> list[float]:
     return [end for mean, se in drawn for end in (mean - se, mean + se)]
 
 
-def _last_reward(evaluation: Evaluation, mode: str) -> float | None:
+def _last_reward(evaluation: EvaluationRow, mode: str) -> float | None:
     """The reward of the last turn of the sessions of one mode; None where there are none."""
     part = evaluation.by_mode.get(mode)
     return part.reward_turn[-1] if part and part.reward_turn else None
@@ -348,7 +350,7 @@ def _last_reward(evaluation: Evaluation, mode: str) -> float | None:
 
 def _panel(
     name: str,
-    evaluations: Sequence[Evaluation],
+    evaluations: Sequence[EvaluationRow],
     stats: Sequence[Sequence[Stat]],
     categories: Sequence[str],
     y_range: tuple[float, float],
@@ -379,7 +381,7 @@ class Table:
     rows: Sequence[tuple[str, Sequence[str]]]
 
 
-def evaluation_table(run: Run) -> Table | None:
+def evaluation_table(run: RecordedRun) -> Table | None:
     """Every score before and after training with its standard error; None without an evaluation."""
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
     if not present:
@@ -398,7 +400,7 @@ def evaluation_table(run: Run) -> Table | None:
     return Table(head, [row for row in rows if any(cell not in ("–", "") for cell in row[1])])
 
 
-def _score_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
+def _score_rows(evaluations: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
     """A row for every turn of every score: a user's own under their names, first."""
     names = {
         key: key.removesuffix("_turn")
@@ -415,16 +417,16 @@ def _score_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]
     return rows
 
 
-def _mode_rows(mode: str, evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
+def _mode_rows(mode: str, evaluations: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
     """Rewards and success of the sessions of one mode."""
     parts = [e.by_mode.get(mode) for e in evaluations]
     said = f"{mode} ({MODES[mode]})" if mode in MODES else mode
     rewards = [part.reward_turn if part else () for part in parts]
     rows = []
     for t in range(max(map(len, rewards))):
-        cells = [plain(values[t] if t < len(values) else None) for values in rewards]
+        cells = [decimal(values[t] if t < len(values) else None) for values in rewards]
         rows.append((f"Reward, turn {t + 1}, {said}", cells))
-    success = [plain(part.success if part else None) for part in parts]
+    success = [decimal(part.success if part else None) for part in parts]
     return [*rows, (f"Session success, {said}", success)]
 
 
@@ -442,7 +444,7 @@ class Gauge:
     high: str
 
 
-def _health(run: Run) -> list[Gauge]:
+def _health(run: RecordedRun) -> list[Gauge]:
     found = []
     for key, name in HEALTH.items():
         y = [row.scalars.get(key) for row in run.train]
@@ -456,7 +458,7 @@ def _health(run: Run) -> list[Gauge]:
 # Versions
 
 
-def _versions(run: Run) -> tuple[str, Mapping[str, Any]]:
+def _versions(run: RecordedRun) -> tuple[str, Mapping[str, Any]]:
     """(whose they are, name → version): the run's own where it recorded them, else this
     process's."""
     recorded = run.start.get("versions")

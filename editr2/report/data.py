@@ -53,7 +53,7 @@ class Mode:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRow:
     name: str
     iteration: int | None
     sessions: int | None
@@ -140,10 +140,10 @@ class Pair:
 
 
 @dataclass
-class Run:
+class RecordedRun:
     folder: Path
     train: list[TrainRow] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[EvaluationRow] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     start: Mapping[str, Any] = field(default_factory=dict)
@@ -153,7 +153,7 @@ class Run:
     missing: list[str] = field(default_factory=list)
     """Sentences for the reader: what this report could not show, and why."""
 
-    def evaluation(self, name: str) -> Evaluation | None:
+    def evaluation(self, name: str) -> EvaluationRow | None:
         """The last one of that name: a resumed run may have evaluated again."""
         return next((e for e in reversed(self.evaluations) if e.name == name), None)
 
@@ -177,9 +177,9 @@ class Run:
         return total + last if times else None
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> RecordedRun:
     """Raises DataError where the folder has neither metrics.jsonl nor strips."""
-    run = Run(folder)
+    run = RecordedRun(folder)
     metrics = folder / "metrics.jsonl"
     strips = {name: folder / "strips" / f"{name}.json" for name in PASS_NAMES}
     if not metrics.exists() and not any(path.exists() for path in strips.values()):
@@ -196,7 +196,7 @@ def load_run(folder: Path) -> Run:
     return run
 
 
-def _load_metrics(run: Run, path: Path) -> None:
+def _load_metrics(run: RecordedRun, path: Path) -> None:
     rows, dropped = read_metrics(path)
     if dropped:
         run.missing.append(
@@ -261,9 +261,9 @@ def _train_row(iteration: int, row: Mapping[str, Any]) -> TrainRow:
     )
 
 
-def _evaluation(row: Mapping[str, Any]) -> Evaluation:
+def _evaluation(row: Mapping[str, Any]) -> EvaluationRow:
     modes = _mapping(row.get("by_mode"))
-    return Evaluation(
+    return EvaluationRow(
         name=str(row.get("name", "")),
         iteration=_int(row.get("iteration")),
         sessions=_int(row.get("sessions")),
@@ -289,7 +289,7 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _load_strips(run: Run, paths: Mapping[str, Path]) -> None:
+def _load_strips(run: RecordedRun, paths: Mapping[str, Path]) -> None:
     passes: dict[str, dict[str, Strip]] = {}
     for name, path in paths.items():
         if not path.exists():
@@ -349,7 +349,7 @@ SECRET = re.compile(
 CREDENTIALS = re.compile(r"://[^/\s@]+@")
 
 
-def _load_config(run: Run, path: Path) -> None:
+def _load_config(run: RecordedRun, path: Path) -> None:
     if not path.exists():
         run.missing.append("There is no config.yaml.")
         return
@@ -373,7 +373,7 @@ def _dotted(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _note_absences(run: Run) -> None:
+def _note_absences(run: RecordedRun) -> None:
     planned = _int(run.setting("iterations", "max_iterations", "num_iterations"))
     if run.train and planned and run.train[-1].iteration + 1 < planned:
         run.missing.append(f"The run is at iteration {run.train[-1].iteration + 1} of {planned}.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from editr2.report.data import MODES, PASS_NAMES, Pair, Run, StripTurn
-from editr2.report.numbers import plain, signed
+from editr2.report.data import MODES, PASS_NAMES, Pair, RecordedRun, StripTurn
+from editr2.report.numbers import decimal, signed
 from editr2.report.pictures import Picture, Pictures
 
 VERDICTS = {
@@ -18,7 +18,7 @@ VERDICTS = {
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreBar:
     name: str
     text: str
     percent: float | None
@@ -32,7 +32,7 @@ class Cell:
     alt: str
     intent: str | None
     reasoning: str | None
-    scores: Sequence[Score]
+    scores: Sequence[ScoreBar]
     reward: str | None
     change: str
     advantage: str | None
@@ -70,7 +70,7 @@ class Gallery:
     compared: bool
 
 
-def build_gallery(run: Run, pictures: Pictures, max_sessions: int) -> Gallery | None:
+def build_gallery(run: RecordedRun, pictures: Pictures, max_sessions: int) -> Gallery | None:
     if not run.pairs:
         return None
     ordered = sorted(run.pairs, key=lambda pair: (pair.change is None, -(pair.change or 0.0)))
@@ -131,8 +131,8 @@ def _session(pair: Pair, pictures: Pictures, scale: float) -> SessionView:
             )
             for t in range(count)
         ],
-        before=plain(before) if pair.before else None,
-        after=plain(after) if pair.after else None,
+        before=decimal(before) if pair.before else None,
+        after=decimal(after) if pair.after else None,
         change="" if pair.change is None else signed(pair.change),
     )
 
@@ -171,7 +171,7 @@ def _cell(
         intent=turn.intent,
         reasoning=turn.reasoning,
         scores=[_score(key, value, scale) for key, value in turn.scores.items()],
-        reward=None if turn.reward is None else plain(turn.reward),
+        reward=None if turn.reward is None else decimal(turn.reward),
         change="" if turn.reward is None or before is None else signed(turn.reward - before),
         advantage=None if turn.advantage is None else signed(turn.advantage),
         masked=turn.masked,
@@ -180,6 +180,6 @@ def _cell(
     )
 
 
-def _score(name: str, value: float | None, scale: float) -> Score:
+def _score(name: str, value: float | None, scale: float) -> ScoreBar:
     percent = None if value is None else 100 * min(max(value / scale, 0.0), 1.0)
-    return Score(name, plain(value), percent)
+    return ScoreBar(name, decimal(value), percent)

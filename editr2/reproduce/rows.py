@@ -20,11 +20,10 @@ import numpy as np
 from editr2.config import Config
 from editr2.errors import ConfigError
 from editr2.reproduce.arms import ARMS, TURNS, Arm, Settings
-from editr2.run.tracking import read_metrics
+from editr2.run.tracking import Row, read_metrics
 from editr2.sessions.source import HELDOUT_SEED
 from editr2.worlds.shapes import make_session
 
-Row = dict[str, Any]
 Key = tuple[str, int | None, str]
 """Arm, training seed (none for the start itself), sampler of the evaluation."""
 

@@ -37,7 +37,7 @@ TAIL = 8
 
 
 @dataclass(frozen=True)
-class Run:
+class ArmRun:
     """One arm under one training seed."""
 
     arm: Arm
@@ -92,7 +92,7 @@ def reproduce(
     """
     # Seed by seed, so that an interrupted reproduction has whole seeds.
     runs = [
-        Run(arm, seed, arm_config(arm, settings, seed, out / arm.name / f"seed{seed}"))
+        ArmRun(arm, seed, arm_config(arm, settings, seed, out / arm.name / f"seed{seed}"))
         for seed in range(seeds)
         for arm in arms
         if arm.trained
@@ -108,7 +108,7 @@ def reproduce(
         _check_earlier(run)
     count = 0
 
-    def done(run: Run) -> None:
+    def done(run: ArmRun) -> None:
         nonlocal count
         count += 1
         rows.update(run_rows(run, settings, rows))
@@ -121,7 +121,7 @@ def reproduce(
             flush=True,
         )
 
-    def failed(run: Run, reason: str) -> None:
+    def failed(run: ArmRun, reason: str) -> None:
         failures.append(run.label)
         print(f"{run.label}: failed, {reason}\n{_tail(run.log)}", flush=True)
 
@@ -143,7 +143,7 @@ def reproduce(
     return failures
 
 
-def _check_credit(runs: Sequence[Run]) -> None:
+def _check_credit(runs: Sequence[ArmRun]) -> None:
     from editr2.rl.credit import credit_options
 
     for run in runs:
@@ -164,7 +164,7 @@ def _current(rows: Mapping[Key, Row], settings: Settings) -> bool:
     return True
 
 
-def _check_earlier(run: Run) -> None:
+def _check_earlier(run: ArmRun) -> None:
     """A finished run of other settings is neither used nor overwritten."""
     file = run.folder / "config.yaml"
     if not (run.finished() and file.exists()):
@@ -187,7 +187,7 @@ def _head(config: Config) -> str:
     return f"# starts from {fingerprints(config)['start']}\n"
 
 
-def _evaluation(run: Run, name: str) -> Row:
+def _evaluation(run: ArmRun, name: str) -> Row:
     return next(
         row
         for row in reversed(run.metrics())
@@ -195,7 +195,7 @@ def _evaluation(run: Run, name: str) -> Row:
     )
 
 
-def run_rows(run: Run, settings: Settings, known: dict[Key, Row]) -> dict[Key, Row]:
+def run_rows(run: ArmRun, settings: Settings, known: dict[Key, Row]) -> dict[Key, Row]:
     """The row of a finished run, and that of the start it began from where none is known: the same
     settings, weights and sessions were evaluated before training."""
     metrics = run.metrics()
@@ -236,12 +236,15 @@ def evaluate_start(config: Config) -> Row:
 
 
 def _side_by_side(
-    runs: Sequence[Run], jobs: int, done: Callable[[Run], None], failed: Callable[[Run, str], None]
+    runs: Sequence[ArmRun],
+    jobs: int,
+    done: Callable[[ArmRun], None],
+    failed: Callable[[ArmRun, str], None],
 ) -> None:
     """Trains `runs` in order, `jobs` at a time, each with its share of the cores. Whatever ends
     this call ends them."""
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
-    waiting, running = deque(runs), list[tuple[Run, subprocess.Popen[bytes]]]()
+    waiting, running = deque(runs), list[tuple[ArmRun, subprocess.Popen[bytes]]]()
     with _terminated_as_interrupted():
         try:
             while waiting or running:
@@ -268,7 +271,7 @@ def _side_by_side(
                     process.wait()
 
 
-def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(run: ArmRun, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     run.file.write_text(_head(run.config) + dump_yaml(run.config))
     with run.log.open("wb") as log:

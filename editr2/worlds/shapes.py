@@ -130,7 +130,7 @@ class Op:
 
 
 @dataclass(frozen=True)
-class State:
+class Meaning:
     """What the instructions so far mean: the expected scene, the standing rule, the pronoun's cell,
     touched cells."""
 
@@ -206,7 +206,7 @@ def parse_instruction(text: str) -> Op:
     return op
 
 
-def resolve(state: State, op: Op) -> Op:
+def resolve(state: Meaning, op: Op) -> Op:
     """The self-contained form of `op` (the ground-truth intent): pronoun and standing rule filled
     in.
 
@@ -240,7 +240,7 @@ def resolve(state: State, op: Op) -> Op:
     return replace(op, shape=content[0], colour=colour, cell=cell)
 
 
-def execute(state: State, op: Op) -> State:
+def execute(state: Meaning, op: Op) -> Meaning:
     """The state after `op`. Raises `DataError` as `resolve`."""
     full = resolve(state, op)
     scene, referent, touched = state.scene, state.referent, state.touched
@@ -268,7 +268,7 @@ def execute(state: State, op: Op) -> State:
     )
 
 
-def reasoning(state: State, op: Op) -> str:
+def reasoning(state: Meaning, op: Op) -> str:
     """The short ground-truth thought that leads from the raw instruction to the intent; empty when
     none is needed."""
     if op.kind not in ("add", "background") and op.cell is None:
@@ -383,10 +383,10 @@ def parse_scene(image: np.ndarray) -> Scene:
 # ---------------------------------------------------------------------------------------- verifying
 
 
-def states(image: np.ndarray, instructions: Sequence[str]) -> list[State]:
+def meanings(image: np.ndarray, instructions: Sequence[str]) -> list[Meaning]:
     """Expected states before turn 1 and after every turn, from the source image and the raw
     instructions alone."""
-    result = [State(parse_scene(image))]
+    result = [Meaning(parse_scene(image))]
     for text in instructions:
         result.append(execute(result[-1], parse_instruction(text)))
     return result
@@ -405,7 +405,7 @@ def verify(source: np.ndarray, instructions: Sequence[str], images: np.ndarray) 
     GA_t  1 if the whole image is right after *every* turn up to t, standing rules and pronouns
           included, else 0.
     """
-    expected = states(source, instructions)
+    expected = meanings(source, instructions)
     seen = parse_cells(images)
     scores = np.zeros((len(instructions), 3))
     all_right = True
@@ -427,7 +427,7 @@ def _changed_cells(op: Op) -> Sequence[int]:
     return [c for c in (op.cell, op.target) if c is not None]
 
 
-def _kept(source: Scene, after: State, right: np.ndarray, seen: np.ndarray) -> list[bool]:
+def _kept(source: Scene, after: Meaning, right: np.ndarray, seen: np.ndarray) -> list[bool]:
     """Of every cell that CC compares after a turn, whether it shows what the source showed.
 
     right: bool [9], the cells that look as expected; seen: int64 [9], the templates seen.
@@ -468,7 +468,7 @@ def _other_colour(rng: np.random.Generator, colour: str) -> str:
 
 
 def random_op(
-    rng: np.random.Generator, state: State, mode: str | None, turn: int, last: bool
+    rng: np.random.Generator, state: Meaning, mode: str | None, turn: int, last: bool
 ) -> Op:
     """One instruction that has a meaning in `state`, as mode `mode` says it at this (0-based)
     turn.
@@ -489,7 +489,7 @@ def random_op(
 
 
 def _ruled_op(
-    rng: np.random.Generator, state: State, turn: int, spot: int | None, shape: str
+    rng: np.random.Generator, state: Meaning, turn: int, spot: int | None, shape: str
 ) -> Op | None:
     """Mode cm: the first turn states a rule, later ones mostly lean on it by naming no colour.
 
@@ -510,7 +510,7 @@ def _ruled_op(
 
 
 def _pronoun_op(
-    rng: np.random.Generator, state: State, turn: int, last: bool, spot: int | None
+    rng: np.random.Generator, state: Meaning, turn: int, last: bool, spot: int | None
 ) -> Op | None:
     """Mode cu: the second turn says `it`, later ones mostly do. None where this one does not.
 
@@ -528,7 +528,7 @@ def _pronoun_op(
     return Op("paint", colour=_other_colour(rng, state.scene.object(state.referent)[1]))
 
 
-def _kinds(state: State, mode: str | None, turn: int, last: bool) -> list[str]:
+def _kinds(state: Meaning, mode: str | None, turn: int, last: bool) -> list[str]:
     """The kinds of explicit instruction that make sense here, each as often as it is to be
     drawn."""
     free, occupied = state.scene.free(), state.scene.occupied()
@@ -546,7 +546,7 @@ def _kinds(state: State, mode: str | None, turn: int, last: bool) -> list[str]:
 
 
 def _explicit_op(
-    rng: np.random.Generator, state: State, kinds: Sequence[str], spot: int | None, shape: str
+    rng: np.random.Generator, state: Meaning, kinds: Sequence[str], spot: int | None, shape: str
 ) -> Op:
     """An instruction of one of `kinds` that says everything itself."""
     scene, kind = state.scene, _pick(rng, kinds)
@@ -577,7 +577,7 @@ def make_session(
         raise DataError(f"mode: {mode!r} (accepted: 'cm', 'cu', 'plain' or none)")
     mode = mode or ("cm", "cu")[index % 2]
     rng = np.random.default_rng([seed, index, split == "heldout"])
-    state = State(random_scene(rng, split == "heldout"))
+    state = Meaning(random_scene(rng, split == "heldout"))
     image = render(state.scene)
     out = []
     for t in range(turns):
