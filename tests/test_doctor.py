@@ -178,7 +178,7 @@ def test_uninstalled_source_tree_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "cli" / "doctor.py"))
     assert doctor._weights().ok is None
     folder = tmp_path / "assets" / doctor.WEIGHTS
     folder.mkdir(parents=True)
