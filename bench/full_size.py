@@ -38,9 +38,9 @@ from editr2.rewards.load import load_reward
 from editr2.rl import iteration as trainer
 from editr2.rl.rules import check_run
 from editr2.rl.sampler import eval_sampler, rollout_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import new_state
 from editr2.run.processes import Processes
-from editr2.sessions.source import open_sessions
 
 PHASES = ("rollout", "train")
 
@@ -147,7 +147,7 @@ def measure(
     memory = Memory(processes.device)
     policy, reward = random_policy(editor, processes.device), load_reward(config.reward)
     check_run(config, reward.names, policy.sigmas, cannot_pack=editor.cannot_pack, processes=1)
-    source, state = open_sessions(config, policy), new_state(config.train, policy)
+    source, state = sessions_for(config, policy), new_state(config.train, policy)
     sampler = rollout_sampler(config.rollout, policy.sigmas).to(processes.device)
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     peaks = dict.fromkeys(PHASES, 0)
@@ -166,7 +166,7 @@ def measure(
 
 
 def estimated(config: Config, editor: DiffusionEditor, gpu: str) -> Estimate:
-    source = open_sessions(config, editor)
+    source = sessions_for(config, editor)
     assert source.sessions is not None
     editor.see(source.sessions)
     samplers = (

@@ -20,7 +20,7 @@ from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.rl.replay import Queries, ReplayOptions, replay
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import rollout_sampler
-from editr2.sessions.source import open_sessions
+from editr2.rl.sessions import sessions_for
 
 GROUPS = ((1, 4), (1, 8), (2, 8))  # groups, siblings
 TURNS, ROUNDS = 3, 9
@@ -29,7 +29,7 @@ TURNS, ROUNDS = 3, 9
 def roll_out(policy: UnifiedPolicy, groups: int, siblings: int) -> tuple[Config, Chunk]:
     sizes = {"sessions": groups, "siblings": siblings, "turns": TURNS, "groups_per_batch": groups}
     config = replace_nested(Config(), {"rollout": sizes})
-    source = open_sessions(config, policy)
+    source = sessions_for(config, policy)
     (chunk,) = chunks([source[i] for i in range(groups)], range(groups), siblings, groups)
     sampler = rollout_sampler(config.rollout)
     return config, rollout_chunk(

@@ -38,9 +38,9 @@ from editr2.rewards.world import WorldReward
 from editr2.rl import iteration as trainer
 from editr2.rl.rollout import Chunk
 from editr2.rl.sampler import rollout_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import new_state
 from editr2.run.processes import Processes
-from editr2.sessions.source import open_sessions
 
 OURS, EAGER = "editr2", "eager"
 SINGLY = (
@@ -71,7 +71,7 @@ class Ours:
 
     def __init__(self, config: Config, policy: Any, eager: bool = False) -> None:
         self.config, self.policy, self.eager = config, policy, eager
-        self.source = open_sessions(config, policy)
+        self.source = sessions_for(config, policy)
         self.sampler = rollout_sampler(config.rollout)
         self.processes = Processes(Accelerator(cpu=True))
         self.state = new_state(config.train, policy)

@@ -38,7 +38,11 @@ Case = tuple[str, Callable[[], Texts]]
 def text_of(value: Any) -> str:
     """Of a tensor, the bits; of anything else, its JSON or its repr."""
     if not isinstance(value, Tensor):
-        return json.dumps(value) if isinstance(value, (bool, int, float, str, list, type(None))) else repr(value)
+        return (
+            json.dumps(value)
+            if isinstance(value, (bool, int, float, str, list, type(None)))
+            else repr(value)
+        )
     value = value.detach().contiguous()
     digest = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
     first = " ".join(f"{float(x):.9g}" for x in value.reshape(-1)[:4])
@@ -53,7 +57,11 @@ def named(value: Any, name: str = "") -> dict[str, Any]:
         parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     else:
         return {name or "result": value}
-    return {key: x for part, v in parts.items() for key, x in named(v, f"{name}.{part}" if name else part).items()}
+    return {
+        key: x
+        for part, v in parts.items()
+        for key, x in named(v, f"{name}.{part}" if name else part).items()
+    }
 
 
 def texts(function: Callable[..., Any], *arguments: Any, **options: Any) -> Texts:
@@ -63,13 +71,21 @@ def texts(function: Callable[..., Any], *arguments: Any, **options: Any) -> Text
         given = inspect.signature(function).bind(*arguments, **options).arguments
         given |= given.pop("guidance", {}) if isinstance(given.get("guidance"), dict) else {}
         wants = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.requires_grad}
-        wants |= {f"logits.{i}": x for i, x in enumerate(given.get("logits", ())) if isinstance(given["logits"], tuple)}
+        wants |= {
+            f"logits.{i}": x
+            for i, x in enumerate(given.get("logits", ()))
+            if isinstance(given["logits"], tuple)
+        }
         found = {name: text_of(result) for name, result in results.items()}
         for name, result in results.items():
             if isinstance(result, Tensor) and result.requires_grad:
                 incoming = drawn(f"to {name}", tuple(result.shape), result.dtype)
-                grads = torch.autograd.grad(result, wants.values(), incoming, retain_graph=True, allow_unused=True)
-                found |= {f"d {name} / d {of}": text_of(g) for of, g in zip(wants, grads, strict=True)}
+                grads = torch.autograd.grad(
+                    result, wants.values(), incoming, retain_graph=True, allow_unused=True
+                )
+                found |= {
+                    f"d {name} / d {of}": text_of(g) for of, g in zip(wants, grads, strict=True)
+                }
     except REFUSALS as error:
         return {"refused": f"{type(error).__name__}: {error}"}
     return found
@@ -112,15 +128,29 @@ def bad_tables() -> Iterator[Case]:
     ):
         options = {"sigmas": good, "noise_level": 0.7, **options}
         sigmas = options.pop("sigmas")
-        yield f"refused {sigmas} {options}", lambda s=sigmas, o=options: texts(ek.transition_table, s, **o)
+        yield (
+            f"refused {sigmas} {options}",
+            lambda s=sigmas, o=options: texts(ek.transition_table, s, **o),
+        )
     for steps, shift in ((0, 1.0), (4, 0.0), (4, float("inf"))):
-        yield f"refused flow_sigmas {steps} {shift}", lambda n=steps, s=shift: texts(ek.flow_sigmas, n, s)
+        yield (
+            f"refused flow_sigmas {steps} {shift}",
+            lambda n=steps, s=shift: texts(ek.flow_sigmas, n, s),
+        )
 
 
 def tables() -> Iterator[Case]:
     """Every dynamics, solver and score at every schedule, level and window."""
     yield "names", lambda: dict.fromkeys(ek.__all__, "exported")
-    for name in ("COLUMNS", "DYNAMICS", "SOLVERS", "LOG_PROBS", "KL_SCALES", "RENORMS", "INITIAL_STEP"):
+    for name in (
+        "COLUMNS",
+        "DYNAMICS",
+        "SOLVERS",
+        "LOG_PROBS",
+        "KL_SCALES",
+        "RENORMS",
+        "INITIAL_STEP",
+    ):
         yield name, lambda n=name: texts(lambda: getattr(ek, n))
     for kind in ("COMPAT", "CREDIT_PRESETS"):
         for name, preset in getattr(ek, kind).items():
@@ -129,13 +159,27 @@ def tables() -> Iterator[Case]:
         yield f"sigmas {name}", lambda s=sigmas: {"sigmas": text_of(torch.tensor(s, dtype=F64))}
         n = len(sigmas) - 1
         windows = dict.fromkeys([None, (0, 1), (n // 3, n // 3 + 2), (n, n)])
-        for dynamics, solver, log_prob in itertools.product(ek.DYNAMICS, ek.SOLVERS, (None, *ek.LOG_PROBS)):
+        for dynamics, solver, log_prob in itertools.product(
+            ek.DYNAMICS, ek.SOLVERS, (None, *ek.LOG_PROBS)
+        ):
             made = {}
             for level, window in itertools.product((None, 0.0, 0.3, 1.0, 1.3), windows):
-                options = {"noise_level": level, "window": window, "solver": solver, "log_prob": log_prob}
-                made[f"level {level}, window {window}"] = row_bits(sigmas, dynamics=dynamics, **options)
+                options = {
+                    "noise_level": level,
+                    "window": window,
+                    "solver": solver,
+                    "log_prob": log_prob,
+                }
+                made[f"level {level}, window {window}"] = row_bits(
+                    sigmas, dynamics=dynamics, **options
+                )
             for top in (0.0, 0.9):
-                options = {"noise_level": 0.7, "sigma_max": top, "solver": solver, "log_prob": log_prob}
+                options = {
+                    "noise_level": 0.7,
+                    "sigma_max": top,
+                    "solver": solver,
+                    "log_prob": log_prob,
+                }
                 made[f"sigma_max {top}"] = row_bits(sigmas, dynamics=dynamics, **options)
             yield f"{dynamics}, {solver}, log_prob {log_prob}, {name}", lambda m=made: m
     yield from bad_tables()
@@ -166,12 +210,19 @@ def guidances(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str,
     yield "plain", {}
     for renorm in ek.RENORMS:
         yield f"text {renorm}", {"v_uncond": branch("u"), "guidance": 4.0, "renorm": renorm}
-        both = {"v_uncond": branch("u"), "guidance": weights, "v_uncond_image": branch("i"), "guidance_image": 1.5}
+        both = {
+            "v_uncond": branch("u"),
+            "guidance": weights,
+            "v_uncond_image": branch("i"),
+            "guidance_image": 1.5,
+        }
         yield f"both {renorm}", {**both, "renorm": renorm}
         yield f"interval {renorm}", {**both, "guidance_interval": (0.35, 0.8), "renorm": renorm}
 
 
-def latent_operators(shape: tuple[int, ...], of_x: torch.dtype, of_v: torch.dtype, backend: str) -> Iterator[Case]:
+def latent_operators(
+    shape: tuple[int, ...], of_x: torch.dtype, of_v: torch.dtype, backend: str
+) -> Iterator[Case]:
     batch, one = shape[0], {"backend": backend}
     x, x_next, noise = (drawn(name, shape, of_x) for name in ("x", "x_next", "noise"))
     v = drawn("v", shape, of_v).requires_grad_()
@@ -182,8 +233,14 @@ def latent_operators(shape: tuple[int, ...], of_x: torch.dtype, of_v: torch.dtyp
     table = ek.transition_table(sigmas, dynamics="flow-sde", noise_level=0.7, window=(0, 9))
     second = ek.transition_table(sigmas, dynamics="dpm++sde", solver="dpm++2m", window=(2, 5))
     counted = torch.arange(batch) % 3 != 1
-    r, sigma, advantage = drawn("r", (batch,)).sigmoid(), table[index, 6], 3 * drawn("advantage", (batch,))
-    old = ek.sde_log_prob(x, x_next, v_old, table, index, backend="ref").log_prob + 0.01 * drawn("moved", (batch,))
+    r, sigma, advantage = (
+        drawn("r", (batch,)).sigmoid(),
+        table[index, 6],
+        3 * drawn("advantage", (batch,)),
+    )
+    old = ek.sde_log_prob(x, x_next, v_old, table, index, backend="ref").log_prob + 0.01 * drawn(
+        "moved", (batch,)
+    )
     move = (x, x_next, v, table, index)
     score = (*move, old, advantage)
 
@@ -204,10 +261,19 @@ def latent_operators(shape: tuple[int, ...], of_x: torch.dtype, of_v: torch.dtyp
         options = {"store_dtype": dtype, "score": "unrounded", "noise": noise, **one}
         yield case(f"sde_step unrounded {dtype}", ek.sde_step, x, v, table, index, None, **options)
     second_order = {"m_prev": m_prev, **one}
-    yield case("sde_step m_prev", ek.sde_step, x, v, second, index, seed, return_x0=True, **second_order)
+    yield case(
+        "sde_step m_prev", ek.sde_step, x, v, second, index, seed, return_x0=True, **second_order
+    )
     yield case("sde_log_prob m_prev", ek.sde_log_prob, x, x_next, v, second, index, **second_order)
     for scale, guard in itertools.product(ek.KL_SCALES, (False, True)):
-        options = {"kl_scale": scale, "kl_weight": 0.3, "v_ref": v_ref, "clip": 0.05, "guard": guard, **one}
+        options = {
+            "kl_scale": scale,
+            "kl_weight": 0.3,
+            "v_ref": v_ref,
+            "clip": 0.05,
+            "guard": guard,
+            **one,
+        }
         options |= {"v_old": v_old} if guard else {}
         yield case(f"grpo_loss {scale} guard {guard}", ek.grpo_loss, *score, **options)
     for clip, bound, mask, normalizer in (
@@ -215,19 +281,54 @@ def latent_operators(shape: tuple[int, ...], of_x: torch.dtype, of_v: torch.dtyp
         ((0.2, 0.3), 0.5, None, 7.0),
         (1, 5.0, ~counted, 3),
     ):
-        options = {"clip": clip, "advantage_clip": bound, "mask": mask, "normalizer": normalizer, **one}
+        options = {
+            "clip": clip,
+            "advantage_clip": bound,
+            "mask": mask,
+            "normalizer": normalizer,
+            **one,
+        }
         yield case(f"grpo_loss clip {clip} bound {bound}", ek.grpo_loss, *score, **options)
         options |= {"v_ref": v_ref, "kl_weight": 0.01}
-        yield case(f"awm_loss clip {clip} bound {bound}", ek.awm_loss, x, noise, v, old, advantage, **options)
+        yield case(
+            f"awm_loss clip {clip} bound {bound}",
+            ek.awm_loss,
+            x,
+            noise,
+            v,
+            old,
+            advantage,
+            **options,
+        )
     yield case("awm_log_prob", ek.awm_log_prob, x, noise, v, **one)
-    for beta, ref, mask, least in ((1.0, None, None, 1e-5), (0.1, v_ref, counted, 1e-5), (0.7, v_ref, None, 0.5)):
-        options = {"beta": beta, "v_ref": ref, "mask": mask, "min_weight": least, "ref_weight": 0.02, **one}
+    for beta, ref, mask, least in (
+        (1.0, None, None, 1e-5),
+        (0.1, v_ref, counted, 1e-5),
+        (0.7, v_ref, None, 0.5),
+    ):
+        options = {
+            "beta": beta,
+            "v_ref": ref,
+            "mask": mask,
+            "min_weight": least,
+            "ref_weight": 0.02,
+            **one,
+        }
         yield case(f"nft_loss {beta} {least}", ek.nft_loss, x, noise, sigma, v, v_old, r, **options)
-    yield case("nft_loss whole", ek.nft_loss, x, noise, sigma, v, v_old, r, beta=1.0, normalizer=9.0, **one)
+    yield case(
+        "nft_loss whole", ek.nft_loss, x, noise, sigma, v, v_old, r, beta=1.0, normalizer=9.0, **one
+    )
     for dtype in (F32, BF16, F16):
         for step in (ek.INITIAL_STEP, 3, index):
             options = {"dtype": dtype, **one}
-            yield case(f"philox {dtype} {text_of(step)}", ek.philox_normal, seed, step, shape[1:], **options)
+            yield case(
+                f"philox {dtype} {text_of(step)}",
+                ek.philox_normal,
+                seed,
+                step,
+                shape[1:],
+                **options,
+            )
 
 
 def references() -> Iterator[Case]:
@@ -236,14 +337,22 @@ def references() -> Iterator[Case]:
     x, x_next, noise = (drawn(name, shape, F64) for name in ("x", "x_next", "noise"))
     v, v_ref, v_old = (drawn(name, shape, F64) for name in ("v", "ref", "old"))
     v.requires_grad_()
-    table = ek.transition_table(ek.flow_sigmas(10, 3.0), dynamics="flow-sde", noise_level=0.7).double()
+    table = ek.transition_table(
+        ek.flow_sigmas(10, 3.0), dynamics="flow-sde", noise_level=0.7
+    ).double()
     index, r = torch.tensor([0, 2, 5, 9]), torch.tensor([0.1, 0.4, 0.9, 1.0], dtype=F64)
     old, advantage = -torch.ones(4, dtype=F64), drawn("advantage", (4,), F64)
     move = (x, x_next, v, table, index)
     for name, guidance in guidances(shape, F64):
-        yield f"sde_log_prob_ref {name}", lambda g=guidance: texts(ek.sde_log_prob_ref, *move, v_ref=v_ref, **g)
+        yield (
+            f"sde_log_prob_ref {name}",
+            lambda g=guidance: texts(ek.sde_log_prob_ref, *move, v_ref=v_ref, **g),
+        )
         options = {"v_ref": v_ref, "kl_weight": 0.1, "guard": True, "v_old": v_old, **guidance}
-        yield f"grpo_loss_ref {name}", lambda o=options: texts(ek.grpo_loss_ref, *move, old, advantage, **o)
+        yield (
+            f"grpo_loss_ref {name}",
+            lambda o=options: texts(ek.grpo_loss_ref, *move, old, advantage, **o),
+        )
     nft = (x, noise, table[index, 6], v, v_old, r)
     yield "nft_loss_ref", lambda: texts(ek.nft_loss_ref, *nft, beta=0.5, v_ref=v_ref)
     yield "nft_optimality", lambda: texts(ek.nft_optimality, advantage, 0.7)
@@ -262,7 +371,10 @@ def token_operators(rows: int, vocabulary: int, dtype: torch.dtype, backend: str
         yield name, lambda i=of, o=options: texts(ek.token_log_prob, logits, i, **o)
         chunks = {**options, "chunk_rows": 3}
         yield f"{name} from hidden", lambda i=of, o=options: texts(ek.token_log_prob, pair, i, **o)
-        yield f"{name} from hidden by 3", lambda i=of, o=chunks: texts(ek.token_log_prob, pair, i, **o)
+        yield (
+            f"{name} from hidden by 3",
+            lambda i=of, o=chunks: texts(ek.token_log_prob, pair, i, **o),
+        )
 
 
 def credit(backend: str) -> Iterator[Case]:
@@ -273,7 +385,10 @@ def credit(backend: str) -> Iterator[Case]:
     for name, options in ek.CREDIT_PRESETS.items():
         for given in ({}, {"mask": mask}, {"weights": weights}, {"mask": mask, "weights": weights}):
             call = {"options": options, **given, "backend": backend}
-            yield f"credit {name} {list(given)}", lambda c=call: texts(ek.group_advantage, scores, group, **c)
+            yield (
+                f"credit {name} {list(given)}",
+                lambda c=call: texts(ek.group_advantage, scores, group, **c),
+            )
     choices = {
         "aggregate": ("none", "mean", "last", "product", "prefix"),
         "fusion": ("reward", "advantage", "gdpo"),
@@ -283,8 +398,16 @@ def credit(backend: str) -> Iterator[Case]:
         "max_mean": (None, 0.4),
     }
     for values in itertools.product(*choices.values()):
-        chosen = dict(zip(choices, values, strict=True)) | {"broadcast": values[0] != "none", "eps_mode": "floor"}
-        call = {"options": ek.CreditOptions(**chosen), "mask": mask, "weights": weights, "backend": backend}
+        chosen = dict(zip(choices, values, strict=True)) | {
+            "broadcast": values[0] != "none",
+            "eps_mode": "floor",
+        }
+        call = {
+            "options": ek.CreditOptions(**chosen),
+            "mask": mask,
+            "weights": weights,
+            "backend": backend,
+        }
         yield f"credit {values}", lambda c=call: texts(ek.group_advantage, scores, group, **c)
 
 
@@ -309,20 +432,51 @@ def refusals() -> Iterator[Case]:
             {**step, "seed": index},
             [
                 *({"x": x.int()}, {"v": x[:1]}, {"table": table[:, :7]}, {"table": table.double()}),
-                *({"step_index": index + 1}, {"step_index": two}, {"seed": None}, {"seed": index[:1]}),
-                *({"noise": x[:1]}, {"store_dtype": F64}, {"score": "exact"}, {"backend": "gpu"}, {"out": x}),
-                *({"v_uncond": x}, {"guidance": 2.0}, {"renorm": "token"}, {"guidance_interval": (0, 1)}),
+                *(
+                    {"step_index": index + 1},
+                    {"step_index": two},
+                    {"seed": None},
+                    {"seed": index[:1]},
+                ),
+                *(
+                    {"noise": x[:1]},
+                    {"store_dtype": F64},
+                    {"score": "exact"},
+                    {"backend": "gpu"},
+                    {"out": x},
+                ),
+                *(
+                    {"v_uncond": x},
+                    {"guidance": 2.0},
+                    {"renorm": "token"},
+                    {"guidance_interval": (0, 1)},
+                ),
                 *({**branch, "renorm": "rows"}, {**branch, "guidance_interval": (0.5, 0.5)}),
                 *({**branch, "guidance": float("nan")}, {**branch, "v_uncond": x.half()}),
                 {"table": ek.transition_table(ek.flow_sigmas(4), dynamics="dpm++sde")[1:]},
             ],
         ),
-        ek.sde_log_prob: ({**step, "x_next": x}, [{"x_next": x[:1]}, {"v_ref": x[:1]}, {"m_prev": x[:1]}]),
+        ek.sde_log_prob: (
+            {**step, "x_next": x},
+            [{"x_next": x[:1]}, {"v_ref": x[:1]}, {"m_prev": x[:1]}],
+        ),
         ek.grpo_loss: (
             score,
             [
-                *({"clip": -1.0}, {"clip": (1.5, 2.0)}, {"clip": (1, 2, 3)}, {"clip": two}, {"advantage_clip": 0.0}),
-                *({"kl_weight": 0.1}, {"kl_weight": -1.0}, {"kl_scale": "x"}, {"guard": True}, {"v_old": x}),
+                *(
+                    {"clip": -1.0},
+                    {"clip": (1.5, 2.0)},
+                    {"clip": (1, 2, 3)},
+                    {"clip": two},
+                    {"advantage_clip": 0.0},
+                ),
+                *(
+                    {"kl_weight": 0.1},
+                    {"kl_weight": -1.0},
+                    {"kl_scale": "x"},
+                    {"guard": True},
+                    {"v_old": x},
+                ),
                 *({"normalizer": 0.0}, {"mask": two}, {"mask": two[:1] > 0}),
                 *({"old_log_prob": index}, {"advantage": two[:1]}),
             ],
@@ -331,14 +485,24 @@ def refusals() -> Iterator[Case]:
         ek.nft_loss: (
             nft,
             [
-                *({"sigma": 2 * two}, {"r": -two}, {"beta": 0.0}, {"v_old": x[:1]}, {"min_weight": 0.0}),
+                *(
+                    {"sigma": 2 * two},
+                    {"r": -two},
+                    {"beta": 0.0},
+                    {"v_old": x[:1]},
+                    {"min_weight": 0.0},
+                ),
                 *({"ref_weight": -1.0}, {"advantage_max": float("inf")}, {"normalizer": True}),
             ],
         ),
         ek.group_advantage: (
             rewards,
             [
-                *({"scores": index}, {"scores": torch.zeros(4, 2)}, {"scores": torch.full((4, 2, 1), torch.nan)}),
+                *(
+                    {"scores": index},
+                    {"scores": torch.zeros(4, 2)},
+                    {"scores": torch.full((4, 2, 1), torch.nan)},
+                ),
                 *({"group": index}, {"weights": two}, {"mask": two}, {"options": {}}),
                 {"options": ek.CreditOptions(filter_reward=3)},
             ],
@@ -346,7 +510,13 @@ def refusals() -> Iterator[Case]:
         ek.CreditOptions: (
             {},
             [
-                *({"aggregate": "sum"}, {"eps": -1.0}, {"clip": 0.0}, {"broadcast": True}, {"max_mean": "a"}),
+                *(
+                    {"aggregate": "sum"},
+                    {"eps": -1.0},
+                    {"clip": 0.0},
+                    {"broadcast": True},
+                    {"max_mean": "a"},
+                ),
                 *({**joined, "baseline": "session_turn"}, {**joined, "filter_in_statistics": True}),
                 *({"filter_reward": -1}, {"min_std": -1.0}),
             ],
@@ -354,7 +524,12 @@ def refusals() -> Iterator[Case]:
         ek.token_log_prob: (
             tokens,
             [
-                *({"ids": index}, {"ids": tokens["ids"] + 4}, {"temperature": 0.0}, {"chunk_rows": 1}),
+                *(
+                    {"ids": index},
+                    {"ids": tokens["ids"] + 4},
+                    {"temperature": 0.0},
+                    {"chunk_rows": 1},
+                ),
                 *({"logits": (x, x)}, {"logits": (x, x[0, :, :2])}, {"logits": (x,)}),
             ],
         ),
@@ -372,10 +547,17 @@ def refusals() -> Iterator[Case]:
 def operators(backends: list[str]) -> Iterator[Case]:
     for backend in backends:
         slow = backend == "triton"  # the interpreter: 50 ms a program
-        for shape, (of_x, of_v) in itertools.product(INTERPRETED_SHAPES if slow else SHAPES, DTYPES):
+        for shape, (of_x, of_v) in itertools.product(
+            INTERPRETED_SHAPES if slow else SHAPES, DTYPES
+        ):
             kind = f"{backend} {list(shape)} {of_x} {of_v}".replace("torch.", "")
-            yield from ((f"{kind}: {name}", run) for name, run in latent_operators(shape, of_x, of_v, backend))
-        for (rows, vocabulary), dtype in itertools.product(((5, 31), (2, 5000), (0, 9)), (F32, BF16, F16)):
+            yield from (
+                (f"{kind}: {name}", run)
+                for name, run in latent_operators(shape, of_x, of_v, backend)
+            )
+        for (rows, vocabulary), dtype in itertools.product(
+            ((5, 31), (2, 5000), (0, 9)), (F32, BF16, F16)
+        ):
             kind = f"{backend} {[rows, vocabulary]} {dtype}".replace("torch.", "")
             cases = token_operators(rows, vocabulary, dtype, backend)
             yield from ((f"{kind}: {name}", run) for name, run in cases)
@@ -391,7 +573,9 @@ def main() -> int:
     parser.add_argument("--backends", default="ref,cpu")
     parser.add_argument("--every", type=int, default=1, help="only every N-th case")
     options = parser.parse_args()
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN: what is not written shows
+    torch.use_deterministic_algorithms(
+        True
+    )  # fills torch.empty with NaN: what is not written shows
     names = options.backends.split(",")
     for name in names if options.what == "operators" else ():
         if not (status := ek.backends()[name]).available:

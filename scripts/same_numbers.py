@@ -82,10 +82,22 @@ EXPORTED = {
     "unified-full": ("", ["--weights live", "--merge"]),
     "unified-lora": ("--policy.lora_rank 3", ["", "--merge"]),
     "kontext-lora": (f"{EDITOR.format('kontext')} --policy.lora_rank 3", [""]),
-    "klein-lora": (f"{EDITOR.format('klein')} --policy.text_tokens 96 --policy.lora_rank 4", ["--merge"]),
-    "klein-nft": (f"{EDITOR.format('klein')} --policy.text_tokens 96 --preset mt-editflow-nft", [""]),
-    "klein-kv-lora": (f"{EDITOR.format('klein-kv')} --policy.text_tokens 96 --policy.lora_rank 2", [""]),
-    "qwen-edit-lora": (f"{EDITOR.format('qwen-edit')} --policy.lora_rank 2 --policy.guidance 3", [""]),
+    "klein-lora": (
+        f"{EDITOR.format('klein')} --policy.text_tokens 96 --policy.lora_rank 4",
+        ["--merge"],
+    ),
+    "klein-nft": (
+        f"{EDITOR.format('klein')} --policy.text_tokens 96 --preset mt-editflow-nft",
+        [""],
+    ),
+    "klein-kv-lora": (
+        f"{EDITOR.format('klein-kv')} --policy.text_tokens 96 --policy.lora_rank 2",
+        [""],
+    ),
+    "qwen-edit-lora": (
+        f"{EDITOR.format('qwen-edit')} --policy.lora_rank 2 --policy.guidance 3",
+        [""],
+    ),
     "qwen-edit-plus-lora": (
         f"{EDITOR.format('qwen-edit-plus')} --policy.lora_rank 2 --policy.history 2 --policy.keep_source true",
         ["--merge"],
@@ -94,7 +106,9 @@ EXPORTED = {
 """Settings of a run, and the options of each export of it; some are refused, which is compared as well."""
 
 WHERE_IT_RAN = "seconds|elapsed|elapsed_s|versions|commit|host|date|command|resumed|python|torch"
-NOT_COMPARED = re.compile(rf"(^|\.)({WHERE_IT_RAN})(\.|$)|(^|\.)identity\.(?!depends\.(sessions|heldout|weights)$)")
+NOT_COMPARED = re.compile(
+    rf"(^|\.)({WHERE_IT_RAN})(\.|$)|(^|\.)identity\.(?!depends\.(sessions|heldout|weights)$)"
+)
 """Keys of clocks and of what a run says of where and by which code it ran."""
 PRINTED = re.compile(r"  [\d.]+ s/iter \(typical [\d.]+\)  left .*|\S+\.py:\d+: ")
 """The same in what is printed: clocks, and the line of code that warns."""
@@ -123,7 +137,9 @@ def json_lines(path: Path) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for line in path.read_text("utf-8").splitlines():
         value = json.loads(line)
-        label = " ".join(str(value[key]) for key in ("event", "name", "iteration", "id") if key in value)
+        label = " ".join(
+            str(value[key]) for key in ("event", "name", "iteration", "id") if key in value
+        )
         rows[f"{label} ({sum(name.startswith(f'{label} (') for name in rows)})"] = row(value)
     return rows
 
@@ -136,7 +152,9 @@ def tensors(path: Path) -> dict[str, Row]:
     found = {"metadata": row(header.pop("__metadata__", {}))}
     for name, of in header.items():
         start, stop = of["data_offsets"]
-        found[name] = {"bits": f"{of['dtype']} {of['shape']} {hashlib.sha256(body[start:stop]).hexdigest()[:16]}"}
+        found[name] = {
+            "bits": f"{of['dtype']} {of['shape']} {hashlib.sha256(body[start:stop]).hexdigest()[:16]}"
+        }
     return found
 
 
@@ -156,7 +174,9 @@ def whole(path: Path) -> dict[str, Row]:
 READERS: dict[str, Callable[[Path], dict[str, Row]]] = {
     "metrics.jsonl": json_lines,
     ".jsonl": json_lines,
-    "manifest.json": lambda path: {"": dict.fromkeys(json.loads(path.read_text())["files"], "listed")},
+    "manifest.json": lambda path: {
+        "": dict.fromkeys(json.loads(path.read_text())["files"], "listed")
+    },
     ".json": lambda path: {"": row(json.loads(path.read_text("utf-8")))},
     ".yaml": lambda path: {"": row(yaml.safe_load(path.read_text("utf-8")))},
     ".safetensors": tensors,
@@ -193,8 +213,17 @@ class Side:
 
     def python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(map(str, (self.tree, self.tree / "kernels")))
-        fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
-        fixed |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+        fixed = {
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",
+            "HF_HUB_OFFLINE": "1",
+        }
+        fixed |= {
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",
+        }
         command = [sys.executable, *arguments]
         env = {**os.environ, **fixed, **environment}
         return subprocess.run(command, cwd=self.work, env=env, capture_output=True, text=True)
@@ -204,7 +233,9 @@ class Side:
         done = self.python("-m", "editr2", *arguments.split())
         if done.returncode not in ((0, 2) if refusable else (0,)):
             last = (done.stderr.strip().splitlines() or ["(nothing on stderr)"])[-1]
-            raise Refused(f"{self.name}: editr2 {' '.join(arguments.split())}: exit {done.returncode}: {last}")
+            raise Refused(
+                f"{self.name}: editr2 {' '.join(arguments.split())}: exit {done.returncode}: {last}"
+            )
         printed = {"stdout": lines(done.stdout), "stderr": lines(done.stderr)}
         return {f"{name}/printed": {**printed, "exit": {"status": str(done.returncode)}}}
 
@@ -217,8 +248,13 @@ class Side:
 
     def ready(self) -> Side:
         """Raises Refused where another tree is imported."""
-        done = self.python("-c", "import editr2, editr2_kernels as k; print(editr2.__file__, k.__file__, sep='\\n')")
-        for file in done.stdout.splitlines() or [f"nothing: {done.stderr.strip().splitlines()[-1:]}"]:
+        done = self.python(
+            "-c",
+            "import editr2, editr2_kernels as k; print(editr2.__file__, k.__file__, sep='\\n')",
+        )
+        for file in done.stdout.splitlines() or [
+            f"nothing: {done.stderr.strip().splitlines()[-1:]}"
+        ]:
             if not Path(file).resolve().is_relative_to(self.tree.resolve()):
                 raise Refused(f"{self.name} imports {file}, which is not below {self.tree}")
         (self.work / "tone.py").write_text(REWARD)
@@ -268,7 +304,9 @@ def bits(*arguments: str, **environment: str) -> Job:
     def run(side: Side, options: Options) -> Files:
         done = side.python(str(BITS), *arguments, **environment)
         if done.returncode:
-            raise Refused(f"{side.name}: {BITS.name} {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
+            raise Refused(
+                f"{side.name}: {BITS.name} {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}"
+            )
         found = json.loads(done.stdout)
         if not Path(found["package"]).is_relative_to(side.tree.resolve()):
             raise Refused(f"{side.name}: {BITS.name} looked at {found['package']}")
@@ -278,7 +316,9 @@ def bits(*arguments: str, **environment: str) -> Job:
 
 
 def preset_jobs(side: Side) -> list[Job]:
-    runs = {name: f"--preset {name} {SHORTER.get(name, '--rollout.turns 2')}" for name in side.presets()}
+    runs = {
+        name: f"--preset {name} {SHORTER.get(name, '--rollout.turns 2')}" for name in side.presets()
+    }
     runs |= BESIDE_PRESETS
     return [train(name, settings) for name, settings in runs.items()]
 
@@ -367,12 +407,16 @@ def differences(base: Files, here: Files, new: Sequence[str] = ()) -> list[Diffe
     """
     found: list[Difference] = []
 
-    def pairs(one: Mapping[str, Any], two: Mapping[str, Any], *place: str) -> Iterator[tuple[str, Any, Any]]:
+    def pairs(
+        one: Mapping[str, Any], two: Mapping[str, Any], *place: str
+    ) -> Iterator[tuple[str, Any, Any]]:
         for name in dict.fromkeys([*one, *two]):
             if name in one and name in two:
                 yield name, one[name], two[name]
             elif name in one or not any(fnmatchcase(name, pattern) for pattern in new):
-                found.append(Difference(_where(*place, name), _there(one.get(name)), _there(two.get(name))))
+                found.append(
+                    Difference(_where(*place, name), _there(one.get(name)), _there(two.get(name)))
+                )
 
     for file, base_rows, here_rows in pairs(base, here):
         for label, base_row, here_row in pairs(base_rows, here_rows, file):
@@ -409,7 +453,9 @@ def trained(files: Files) -> Iterator[str]:
     moved: dict[str, bool] = {}
     for name, rows in files.items():
         if name.endswith("/metrics.jsonl"):
-            norms = [float(row["grad_norm"]) for label, row in rows.items() if label.startswith("train ")]
+            norms = [
+                float(row["grad_norm"]) for label, row in rows.items() if label.startswith("train ")
+            ]
             moved[name.removesuffix("/metrics.jsonl")] = any(norms)
     return (name for name, any_gradient in moved.items() if not any_gradient)
 
@@ -454,8 +500,15 @@ def of_base(
     """What BASE gives: of a commit, from `out` where this script has asked it before."""
     commit = commit_of(base)
     asked = [path.read_text("utf-8") for path in (Path(__file__), BITS, *PIPELINES)]
-    libraries = [importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft", "numpy")]
-    kept = out / f"{commit}-{digest(*asked, *libraries, sys.version, str(options.iterations))}" if commit else None
+    libraries = [
+        importlib.metadata.version(name)
+        for name in ("torch", "diffusers", "transformers", "peft", "numpy")
+    ]
+    kept = (
+        out / f"{commit}-{digest(*asked, *libraries, sys.version, str(options.iterations))}"
+        if commit
+        else None
+    )
     found: dict[str, Files] = {}
     for group in groups if kept else ():
         if (file := kept / f"{group}.json").exists():
@@ -466,7 +519,9 @@ def of_base(
             for group in missing:
                 found[group] = collect(side, group, options, workers)
                 if idle := list(trained(found[group])):
-                    raise Refused(f"BASE: {', '.join(idle)}: no gradient in any iteration, so nothing is compared")
+                    raise Refused(
+                        f"BASE: {', '.join(idle)}: no gradient in any iteration, so nothing is compared"
+                    )
                 if kept:
                     write(kept / f"{group}.json", found[group])
     return found
@@ -481,12 +536,27 @@ def write(path: Path, files: Files) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("base", metavar="BASE", help="a commit, or the path of a checkout that is built")
-    parser.add_argument("--here", type=Path, default=ROOT, help="the other side: this tree, or another that is built")
+    parser.add_argument(
+        "base", metavar="BASE", help="a commit, or the path of a checkout that is built"
+    )
+    parser.add_argument(
+        "--here",
+        type=Path,
+        default=ROOT,
+        help="the other side: this tree, or another that is built",
+    )
     parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)}")
     parser.add_argument("--iterations", type=int, default=3, help="of a preset's run")
-    parser.add_argument("--new", action="append", default=[], metavar="KEY", help="a key, row or file that may be new")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "same", help="where results of BASE are kept")
+    parser.add_argument(
+        "--new",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key, row or file that may be new",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "same", help="where results of BASE are kept"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--keep", action="store_true", help="leave the runs' folders")
     given = parser.parse_args(arguments)
@@ -519,7 +589,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{group}: {counted(here[group])}, {f'{len(found)} DIFFERENT' if found else 'equal'}")
         print("".join(f"{difference}\n" for difference in found[:SHOWN]), end="")
         different += len(found)
-    print(f"{'equal' if not different else 'different'}, {sum(os.times()[:4]):.0f} s of processor time")
+    print(
+        f"{'equal' if not different else 'different'}, {sum(os.times()[:4]):.0f} s of processor time"
+    )
     return 1 if different else 0
 
 

@@ -18,12 +18,12 @@ from unittest import mock
 import numpy as np
 import torch
 
+from editr2 import training
 from editr2.config import Config, replace_nested
 from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
-from editr2 import training
 from editr2.rl import iteration, loop
 from editr2.run import checkpoint
 from editr2.run.stop import Stopped

@@ -29,9 +29,9 @@ from editr2.rl.gradient import Batch, accumulate_gradient
 from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.rules import run_problems
 from editr2.rl.sampler import rollout_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import new_state
 from editr2.run.processes import Processes
-from editr2.sessions.source import open_sessions
 from editr2.worlds.shapes import make_session
 
 ROOT = Path(__file__).parent.parent
@@ -290,7 +290,7 @@ def test_the_plan_lists_the_velocities_that_an_iteration_asks_for(tiny_unified, 
     tiny_unified.velocity = counting
     editor = UnifiedEditor(config.policy)
     listed = plan(config, editor, sampler, [2, 2, 2], 1)
-    source, seeds = open_sessions(config, tiny_unified), Seeds(0, "train")
+    source, seeds = sessions_for(config, tiny_unified), Seeds(0, "train")
     processes = Processes(Accelerator(cpu=True))
     done = [
         rollout_chunk(tiny_unified, chunk, sampler, seeds, config.policy, rollout=config.rollout)

@@ -527,10 +527,10 @@ def test_weights_of_an_editor_and_of_what_was_trained_from_it(tmp_path):
     config = replace_nested(
         Config(), {"policy": {"model": "kontext", "weights": str(tmp_path / "lora")}}
     )
-    first = loaded_weights(config)["weights"]
+    first = loaded_weights(config.policy)["weights"]
     assert " over " in first
     (tmp_path / "base" / "x.safetensors").write_bytes(b"esab")
-    assert loaded_weights(config)["weights"] != first
+    assert loaded_weights(config.policy)["weights"] != first
 
 
 def test_a_hub_id_is_known_by_the_commit_in_the_cache(tmp_path, monkeypatch):

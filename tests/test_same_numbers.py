@@ -29,9 +29,27 @@ def bits(scripts):
 
 
 ROWS = [
-    {"event": "start", "identity": {"depends": {"weights": "5 bytes", "reward": "here"}, "host": "a"}, "threads": 1},
-    {"event": "train", "iteration": 0, "loss": 0.1, "grad_norm": 1.0, "seconds": {"rollout": 3.0}, "turns": [1.0, 2.0]},
-    {"event": "train", "iteration": 1, "loss": 0.2, "grad_norm": 0.0, "elapsed_s": 7.0, "by": [{"a": 1}, {"a": 2}]},
+    {
+        "event": "start",
+        "identity": {"depends": {"weights": "5 bytes", "reward": "here"}, "host": "a"},
+        "threads": 1,
+    },
+    {
+        "event": "train",
+        "iteration": 0,
+        "loss": 0.1,
+        "grad_norm": 1.0,
+        "seconds": {"rollout": 3.0},
+        "turns": [1.0, 2.0],
+    },
+    {
+        "event": "train",
+        "iteration": 1,
+        "loss": 0.2,
+        "grad_norm": 0.0,
+        "elapsed_s": 7.0,
+        "by": [{"a": 1}, {"a": 2}],
+    },
 ]
 
 
@@ -44,7 +62,9 @@ def run(tmp_path):
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         save_file({"w": torch.tensor(weights), "one": torch.ones(3)}, folder / "policy.safetensors")
-        (folder / "manifest.json").write_text(json.dumps({"files": {"policy.safetensors": {"size": len(weights)}}}))
+        (folder / "manifest.json").write_text(
+            json.dumps({"files": {"policy.safetensors": {"size": len(weights)}}})
+        )
         (folder / "strip.png").write_bytes(b"pixels")
         for name in beside:
             (folder / name).write_text("seed: 1\n")
@@ -66,7 +86,11 @@ def where(same, one, two, new=()):
 
 def test_runs_that_differ_in_clocks_and_places_alone_are_equal(same, run):
     other = changed(1, seconds={"rollout": 9.0})
-    other[0]["identity"] = {"depends": {"weights": "5 bytes", "reward": "elsewhere"}, "host": "b", "commit": "c"}
+    other[0]["identity"] = {
+        "depends": {"weights": "5 bytes", "reward": "elsewhere"},
+        "host": "b",
+        "commit": "c",
+    }
     other[2]["elapsed_s"] = 8.0
     assert where(same, run(), run(other)) == []
 
@@ -77,7 +101,10 @@ def test_runs_that_differ_in_clocks_and_places_alone_are_equal(same, run):
         (changed(1, loss=0.1 + 2**-55), "train 0 (0): loss"),
         (changed(1, turns=[1.0, 2.5]), "train 0 (0): turns"),
         (changed(2, by=[{"a": 1}, {"a": 3}]), "train 1 (0): by[1].a"),
-        (changed(0, identity={"depends": {"weights": "6 bytes"}}), "start (0): identity.depends.weights"),
+        (
+            changed(0, identity={"depends": {"weights": "6 bytes"}}),
+            "start (0): identity.depends.weights",
+        ),
         (changed(1, kl=0.0), "train 0 (0): kl"),
         ([ROWS[0], ROWS[2]], "train 0 (0)"),
         ([*ROWS, ROWS[2]], "train 1 (1)"),
@@ -100,7 +127,9 @@ def test_what_is_new_is_a_difference_unless_it_was_said_and_what_is_gone_always(
     more, one = changed(1, kl=0.0, entropy=1.0), run()
     assert where(same, one, run(more), ["kl"]) == ["r/metrics.jsonl: train 0 (0): entropy"]
     assert where(same, one, run(more, beside=["options.yaml"]), ["kl", "entropy", "r/*.yaml"]) == []
-    assert where(same, run(more), one, ["kl"]) == [f"r/metrics.jsonl: train 0 (0): {k}" for k in ("kl", "entropy")]
+    assert where(same, run(more), one, ["kl"]) == [
+        f"r/metrics.jsonl: train 0 (0): {k}" for k in ("kl", "entropy")
+    ]
     assert where(same, one, run(beside=["options.yaml"])) == ["r/options.yaml"]
     assert where(same, run(beside=["options.yaml"]), one, ["r/*"]) == ["r/options.yaml"]
 

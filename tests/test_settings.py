@@ -707,9 +707,8 @@ def test_what_is_accepted_runs_and_is_used_or_refused_in_one_line(
     seen: set[str] = set()
     began = time.process_time()
     try:
-        runs(command, monkeypatch, None if key == "reward.function" else Bright())(
-            recording(config, seen)
-        )
+        named = key in ("reward.function", "reward.name")
+        runs(command, monkeypatch, None if named else Bright())(recording(config, seen))
     except UserError as error:
         message = str(error)
         named = re.match(r"[a-z_]+(\.[a-z_]+)+: ", message) or str(value) in message

@@ -18,9 +18,9 @@ from editr2.rl.evaluate import judge, merge_scores
 from editr2.rl.gradient import Batch, accumulate_gradient
 from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import make_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import State
 from editr2.run.processes import Processes
-from editr2.sessions.source import open_sessions
 
 
 def main(out: Path) -> None:
@@ -34,7 +34,7 @@ def main(out: Path) -> None:
         },
     )
     policy = UnifiedPolicy.load()
-    source, r = open_sessions(config, policy), config.rollout
+    source, r = sessions_for(config, policy), config.rollout
     sampler = make_sampler(r.steps, dynamics=r.dynamics, noise_level=r.noise_level, window=r.window)
     mine, seeds = processes.share(r.sessions), Seeds(config.seed, "train")
     done = [

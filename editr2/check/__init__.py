@@ -36,8 +36,8 @@ from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import run_problems
 from editr2.rl.sampler import eval_sampler, rollout_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.sessions import Session, validate
-from editr2.sessions.source import open_sessions
 
 if TYPE_CHECKING:
     from editr2.check.editors import Editor
@@ -96,7 +96,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         data = found(lambda: _data_problems(config, editor))
         problems += data or []
         if data == []:
-            source = found(lambda: open_sessions(config, editor))
+            source = found(lambda: sessions_for(config, editor))
     if source and reward:
         found(lambda: _judge_once(reward, source[0]))
     if problems or not (source and editor and reward):

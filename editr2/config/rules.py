@@ -13,7 +13,7 @@ from editr2.config.fields import (
     mended,
     normalised,
 )
-from editr2.config.settings import Config, PolicyConfig, noise_levels
+from editr2.config.settings import Config, PolicyConfig, RewardConfig, noise_levels
 from editr2.errors import ConfigError
 from editr2_kernels.group_advantage import MAX_UNITS
 
@@ -184,6 +184,22 @@ def _model(config: Config, command: str) -> Iterator[str]:
 def _out(config: Config, command: str) -> Iterator[str]:
     if problem := folder_problem(config.out):
         yield f"out: {config.out!r} (accepted: a folder; {problem})"
+
+
+@rule("train", "check", "eval")
+def _reward(config: Config, command: str) -> Iterator[str]:
+    if problem := reward_problem(config.reward):
+        yield problem
+
+
+def reward_problem(reward: RewardConfig) -> str | None:
+    """What is wrong with a reward that is named twice, or None."""
+    if reward.name is None or reward.function is None:
+        return None
+    return (
+        f"reward.name: {reward.name!r} (accepted with reward.function {reward.function!r}: none; "
+        f"each of them names the judge)"
+    )
 
 
 def folder_problem(folder: str | os.PathLike[str]) -> str | None:

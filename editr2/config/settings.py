@@ -16,6 +16,7 @@ from editr2.config.fields import (
     table,
 )
 from editr2.config.patterns import pattern_problem
+from editr2.rewards.table import REWARDS
 from editr2_kernels import CREDIT_PRESETS, DYNAMICS
 
 MODELS = ("unified", "kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
@@ -92,13 +93,16 @@ class RewardConfig:
 
     Args:
         function: `package.module:name` of a function, an object or a class that judges
-            (docs/rewards.md has the forms); none is the shapes world's verifiers.
+            (docs/rewards.md has the forms), in place of a name.
         timeout: seconds that a call may take, at most a day; one that takes longer is a failed
             score. None: no limit.
+        name: world (the shapes world's verifiers, also where neither is given), brightness (a
+            stand-in for a judge), or `package.module:Class` of your own.
     """
 
     function: str | None = setting(None, what="package.module:name or none")
     timeout: float | None = setting(None, Bounds(above=0, at_most=86400), what="seconds or none")
+    name: str | None = setting(None, among=lambda: REWARDS, reference="package.module:Class")
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,26 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import queue
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from editr2.errors import ConfigError, plain
+from editr2.config import plugins
+from editr2.config.plugins import process_kept
+from editr2.errors import ConfigError
 from editr2.rewards import answers
-from editr2.rewards.answers import NOT_A_SCORE, Row, batch_rows, failed_rows, session_rows
+from editr2.rewards.answers import (
+    NOT_A_SCORE,
+    TurnScores,
+    batch_scores,
+    failed_turns,
+    session_scores,
+)
 from editr2.rewards.base import Item, Score, Scores, described, lay_out
 from editr2.sessions import Session
 
@@ -57,14 +61,14 @@ class CheckedReward:
         self,
         given: object,
         names: tuple[str, ...],
-        rows: Callable[[Sequence[Item]], list[list[Row]]],
+        rows: Callable[[Sequence[Item]], list[list[TurnScores]]],
         together: bool,
         caller: Caller,
     ) -> None:
         self.given, self.names, self.answered = given, names, False
         self._rows, self._together, self._caller = rows, together, caller
 
-    def judge(self, items: Sequence[Item]) -> list[list[Row]]:
+    def judge(self, items: Sequence[Item]) -> list[list[TurnScores]]:
         """A row a turn for every item, of a `Score` for each name."""
         items = [Item(_apart(item.session), item.images) for item in items]
         calls = [items] if self._together else [[item] for item in items]
@@ -74,14 +78,14 @@ class CheckedReward:
         )
         return said
 
-    def _call(self, items: Sequence[Item]) -> list[list[Row]]:
+    def _call(self, items: Sequence[Item]) -> list[list[TurnScores]]:
         turns = [
             len(item.session.turns) for item in items
         ]  # before the reward had them in its hands
         try:
             return self._caller.call(lambda: self._rows(items))
         except NoAnswerError as error:
-            return [failed_rows(str(error), n, self.names) for n in turns]
+            return [failed_turns(str(error), n, self.names) for n in turns]
 
 
 def score_batch(reward: object, judged: Sequence[tuple[Session, np.ndarray]], turns: int) -> Scores:
@@ -112,36 +116,6 @@ def _containers(value: Any) -> Any:
     return [_containers(item) for item in value] if type(value) is list else value
 
 
-@contextmanager
-def process_kept() -> Iterator[None]:
-    """Puts back what a judge's code sets for the whole process or thread and training would follow:
-    the working folder, torch's default dtype and device, the current GPU, and whether gradients are
-    recorded."""
-    folder, dtype, device = _working_folder(), torch.get_default_dtype(), torch.get_default_device()
-    recorded, cuda = (
-        torch.is_grad_enabled(),
-        torch.cuda.current_device() if torch.cuda.is_initialized() else None,
-    )
-    try:
-        yield
-    finally:
-        if folder is not None and _working_folder() != folder:
-            os.chdir(folder)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(recorded)
-        if cuda is not None:
-            torch.cuda.set_device(cuda)
-
-
-def _working_folder() -> str | None:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:  # somebody removed it
-        return None
-
-
 def adapt(given: object, *, title: str = "reward", timeout: float | None = None) -> CheckedReward:
     """A reward of any form. title: what to call it in errors. timeout: seconds a call; see
     `Caller`.
@@ -161,11 +135,11 @@ def adapt(given: object, *, title: str = "reward", timeout: float | None = None)
     except BaseException as error:  # of its attributes: `names` may be a property
         raise ConfigError(f"{title}: {called(given)} raised {told(error)}") from error
 
-    def rows(items: Sequence[Item]) -> list[list[Row]]:
+    def rows(items: Sequence[Item]) -> list[list[TurnScores]]:
         said, turns = function(items), [len(item.session.turns) for item in items]
         if together:
-            return batch_rows(said, turns, names, none)
-        return [session_rows(said, turns[0], names, none)]
+            return batch_scores(said, turns, names, none)
+        return [session_scores(said, turns[0], names, none)]
 
     return CheckedReward(made, names, rows, together, Caller(timeout))
 
@@ -368,21 +342,8 @@ def _serve(calls: queue.SimpleQueue[Callable[[], None]], device: int | None) -> 
 
 
 def told(error: BaseException) -> str:
-    """An exception in one line: type, message, and where in the user's own file."""
-    try:
-        text = plain(str(error))
-    except Exception:  # its __str__ is a user's code, too
-        text = "(a message that cannot be read)"
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [
-        frame
-        for frame in frames
-        if frame.filename not in _OURS and "importlib" not in frame.filename
-    ]
-    # The deepest frame of the file that we called, not of the library that it called.
-    own = [frame for frame in theirs if frame.filename == theirs[0].filename]
-    at = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}{': ' + text if text else ''}{at}"
+    """As `plugins.told`, of what a judge raised."""
+    return plugins.told(error, _OURS)
 
 
-_OURS = {__file__, answers.__file__, str(Path(__file__).with_name("load.py"))}
+_OURS = {__file__, answers.__file__}

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import os
-import sys
-
 from editr2.config import RewardConfig
+from editr2.config.plugins import resolve
+from editr2.config.rules import reward_problem
 from editr2.errors import ConfigError
-from editr2.rewards.adapt import CheckedReward, adapt, process_kept, told
-from editr2.rewards.world import WorldReward
+from editr2.rewards.adapt import CheckedReward, adapt
+from editr2.rewards.table import REWARDS, WORLD
+
+
+def named_reward(config: RewardConfig) -> tuple[str, str]:
+    """The setting that names the reward, and what it says: the world's verifiers where neither
+    does."""
+    if config.function is not None:
+        return "reward.function", config.function
+    return "reward.name", WORLD if config.name is None else config.name
 
 
 def load_reward(config: RewardConfig) -> CheckedReward:
     """The configured reward. A module is looked for in the working folder, too, after everything
     that is installed.
 
-    Raises `ConfigError` naming `reward.function`, whatever goes wrong in the module or its
-    constructor.
+    Raises `ConfigError` naming the setting, whatever goes wrong in the module or its constructor.
     """
-    if config.function is None:
-        return adapt(WorldReward(), timeout=config.timeout)
-    module, _, name = config.function.partition(":")
-    title = f"reward.function: {config.function!r}"
-    if not module or not name or module.startswith("."):
-        raise ConfigError(f"{title} (accepted: package.module:name)")
-    try:
-        if not {"", os.getcwd()} & set(sys.path):
-            sys.path.append(os.getcwd())  # the console script's path lacks it
-        with process_kept():
-            found = importlib.import_module(module)
-        given = getattr(found, name, None)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise ConfigError(f"{title}: importing {module} raised {told(error)}") from error
-    if given is None:
-        near = difflib.get_close_matches(name, vars(found), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{title}: module {module} has no {name!r}{hint}")
-    return adapt(given, title=title, timeout=config.timeout)
+    if problem := reward_problem(config):
+        raise ConfigError(problem)
+    key, name = named_reward(config)
+    table, what = (REWARDS, "Class") if key == "reward.name" else ({}, "name")
+    given = resolve(key, name, table, what=what)
+    return adapt(given, title=f"{key}: {name!r}", timeout=config.timeout)

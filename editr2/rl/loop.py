@@ -27,6 +27,7 @@ from editr2.rl.metrics import comparison_line, evaluation_line, find_row, rows_d
 from editr2.rl.rules import check_run
 from editr2.rl.sampler import Schedule, eval_sampler, own_schedule, rollout_sampler
 from editr2.rl.seeds import derive_seed
+from editr2.rl.sessions import sessions_for
 from editr2.rl.start import Start, find_start
 from editr2.rl.state import State, new_state
 from editr2.run.checkpoint import capture_rng, generators_aside, seed_generators
@@ -42,7 +43,7 @@ from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.run.stop import NAMES, Stop, Stopped
 from editr2.run.tracking import MetricsLog, Progress, profile_table
-from editr2.sessions.source import SessionSource, open_sessions
+from editr2.sessions.source import SessionSource
 
 
 def train(
@@ -87,7 +88,7 @@ def train(
         own = own_schedule(policy)
         check_run(config, asked.names, own, cannot_pack=cannot_pack, processes=processes.count)
         check_capture(config.rollout.capture, processes.device)
-        source = open_sessions(config, policy)
+        source = sessions_for(config, policy)
         # Weights that are drawn have to be equal on all processes; what follows must not be, nor
         # depend on loading.
         seed_generators(derive_seed(config.seed, "rank", processes.index))
@@ -95,7 +96,7 @@ def train(
         device = _device_name(processes.device)
         identity = processes.on_main(
             lambda: Identity(
-                identify(config, source, weights or loaded_weights(config), asked),
+                identify(source, weights or loaded_weights(config.policy), asked),
                 provenance(processes.count, device),
             )
         )

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from editr2.config import Config
+from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.run.sources import installed, sources
 from editr2.sessions import Session
@@ -48,8 +48,15 @@ from editr2.worlds import shapes
 
 MAY_CHANGE = {"out", "train.iterations", "checkpoint.every", "checkpoint.keep"}
 """Settings that a resumed run may have others of: no number of an iteration follows from them."""
-STANDS_FOR = {"sessions": "data.path", "heldout": "data.heldout", "weights": "policy.weights"}
-"""Fingerprints of what a path leads to: where both are known, the path may be another one."""
+STANDS_FOR = {
+    "sessions": ("data.path",),
+    "heldout": ("data.heldout",),
+    "weights": ("policy.weights",),
+    "reward": ("reward.name", "reward.function"),
+}
+"""Fingerprints of what settings lead to: where both sides know one, another path or name may lead
+there."""
+FINGERPRINTS = (*STANDS_FOR, "start")
 PACKAGES = (
     "editr2",
     "torch",
@@ -80,9 +87,7 @@ class Identity:
     resumed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-def identify(
-    config: Config, source: SessionSource, weights: dict[str, str], reward: Any
-) -> dict[str, str]:
+def identify(source: SessionSource, weights: dict[str, str], reward: Any) -> dict[str, str]:
     """`Identity.depends`. weights: of `loaded_weights` or `given_weights`."""
     endless = f"endless shapes world {shapes.VERSION}, seed {source.seed}, {source.turns} turns"
     return {
@@ -111,16 +116,15 @@ def sessions_fingerprint(sessions: Sequence[Session]) -> str:
 # ------------------------------------------------------------------------------------------ weights
 
 
-def loaded_weights(config: Config) -> dict[str, str]:
+def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
     """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the
     cache holds."""
     from editr2.policies.load import policy_class, weight_sources
     from editr2.policies.unified.policy import EMBEDDED
 
-    p = config.policy
-    if p.model == "unified":
-        return {"weights": folder_fingerprint(Path(p.weights) if p.weights else EMBEDDED)}
-    parts = weight_sources(p.weights or policy_class(p.model).published, p.model)
+    if policy.model == "unified":
+        return {"weights": folder_fingerprint(Path(policy.weights) if policy.weights else EMBEDDED)}
+    parts = weight_sources(policy.weights or policy_class(policy.model).published, policy.model)
     texts = [
         folder_fingerprint(Path(part)) if Path(part).is_dir() else hub_revision(str(part))
         for part in parts
@@ -429,11 +433,12 @@ def differences(
     for its path.
     """
     defaults = named(Config(), None)
-    both = {name for name in (*STANDS_FOR, "start", "reward") if name in saved and name in now}
-    skipped = {*MAY_CHANGE, *apart_from, *(STANDS_FOR[name] for name in both if name in STANDS_FOR)}
+    both = {name for name in FINGERPRINTS if name in saved and name in now}
+    led = {setting for name in both for setting in STANDS_FOR.get(name, ())}
+    skipped = {*MAY_CHANGE, *apart_from, *led}
     found = {}
     for name in dict.fromkeys([*saved, *now]):
-        if name in skipped or (name in (*STANDS_FOR, "start", "reward") and name not in both):
+        if name in skipped or (name in FINGERPRINTS and name not in both):
             continue
         old, new = (values.get(name, defaults.get(name, _ABSENT)) for values in (saved, now))
         if old != new:
@@ -448,12 +453,11 @@ def check_insisted(insisted: Iterable[str]) -> None:
     """Raises `ConfigError` for a name that stands for nothing a run depends on."""
     settings = named(Config(), None)
     sections = {name.rpartition(".")[0] for name in settings} - {""}
-    known = {*STANDS_FOR, "start", "reward", *settings, *sections}
+    known = {*FINGERPRINTS, *settings, *sections}
     for name in insisted:
         if name not in known:
             accepted = (
-                f"{', '.join([*STANDS_FOR, 'reward'])}, or a setting such as train.lr or a "
-                f"section of them"
+                f"{', '.join(STANDS_FOR)}, or a setting such as train.lr or a section of them"
             )
             raise ConfigError(f"--resume-anyway: {name!r} (accepted: {accepted})")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -13,9 +13,6 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from editr2.errors import UserError
-
-if TYPE_CHECKING:
-    from editr2.policies.sharding import Lockstep
 
 T = TypeVar("T")
 
@@ -31,16 +28,27 @@ def open_processes() -> Processes:
     )
 
 
+class SharedWeights(Protocol):
+    """Weights that are shared out over the processes (`editr2.policies.sharding`): nobody computes
+    with them alone."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Of this process's loss, while the others take theirs."""
+
+    def finish(self) -> None:
+        """Lends this process's part until every process is here."""
+
+
 @dataclass
 class Processes:
     """Everything that needs all processes goes through here.
 
-    lockstep: of a policy whose weights are shared out (`editr2.policies.sharding`). A process that
+    lockstep: of a policy whose weights are shared out. A process that
     waits for the others lends them its part of the weights meanwhile.
     """
 
     accelerator: Accelerator
-    lockstep: Lockstep | None = None
+    lockstep: SharedWeights | None = None
 
     @property
     def device(self) -> torch.device:
