@@ -37,6 +37,7 @@ __all__ = [
     "arguments",
     "convert",
     "field_problems",
+    "is_reference",
     "mended",
     "normalised",
     "setting",
@@ -107,6 +108,8 @@ class Accepts:
     Args:
         bounds: of its numbers.
         among: the names in an open table, asked when a value is checked.
+        reference: what else a table's field takes, `package.module:Class` in words; whether it can
+            be imported is seen when it is (`editr2.config.plugins`).
         path: a file or folder: `~` is the home folder.
         empty: whether the empty text is accepted.
         check: what is wrong with a value, or None; said behind what is accepted.
@@ -115,6 +118,7 @@ class Accepts:
 
     bounds: Bounds | None = None
     among: Callable[[], Iterable[str]] | None = None
+    reference: str = ""
     path: bool = False
     empty: bool = False
     check: Callable[[Any], str | None] | None = None
@@ -182,6 +186,12 @@ def leaves(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Slot]]:
             yield prefix + name, slot
 
 
+def is_reference(text: str) -> bool:
+    """Whether a text has the form of `package.module:name`."""
+    module, _, name = text.partition(":")
+    return bool(module and name) and not module.startswith(".")
+
+
 def is_schema(hint: Any) -> bool:
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
@@ -189,7 +199,7 @@ def is_schema(hint: Any) -> bool:
 def accepted(hint: Any, accepts: Accepts = _NOTHING) -> str:
     """What a field accepts, in words."""
     if accepts.among is not None:
-        said = ", ".join(accepts.among())
+        said = ", ".join([*accepts.among(), *filter(None, [accepts.reference])])
         return f"{said} or none" if type(None) in get_args(hint) else said
     said = accepts.what or _type_name(hint)
     if accepts.bounds is not None and (limits := str(accepts.bounds)):
@@ -373,7 +383,8 @@ def out_of_bounds(value: Any, slot: Slot, key: str) -> str | None:
             if accepts.path and "\0" in item:
                 return problem(at, item, "; this has a NUL")
     if accepts.among is not None and value not in tuple(accepts.among()):
-        return problem(key, value)
+        if not (accepts.reference and is_reference(value)):
+            return problem(key, value)
     if accepts.check is not None and (wrong := accepts.check(value)):
         return problem(key, value, f"; {wrong}")
     return None

@@ -16,20 +16,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import queue
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from editr2.errors import ConfigError, plain
+from editr2.config import plugins
+from editr2.config.plugins import process_kept
+from editr2.errors import ConfigError
 from editr2.rewards import answers
 from editr2.rewards.answers import NOT_A_SCORE, Row, batch_rows, failed_rows, session_rows
 from editr2.rewards.base import Item, Score, Scores, described, lay_out
@@ -110,36 +108,6 @@ def _containers(value: Any) -> Any:
     if type(value) is dict:
         return {key: _containers(item) for key, item in value.items()}
     return [_containers(item) for item in value] if type(value) is list else value
-
-
-@contextmanager
-def process_kept() -> Iterator[None]:
-    """Puts back what a judge's code sets for the whole process or thread and training would follow:
-    the working folder, torch's default dtype and device, the current GPU, and whether gradients are
-    recorded."""
-    folder, dtype, device = _working_folder(), torch.get_default_dtype(), torch.get_default_device()
-    recorded, cuda = (
-        torch.is_grad_enabled(),
-        torch.cuda.current_device() if torch.cuda.is_initialized() else None,
-    )
-    try:
-        yield
-    finally:
-        if folder is not None and _working_folder() != folder:
-            os.chdir(folder)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(recorded)
-        if cuda is not None:
-            torch.cuda.set_device(cuda)
-
-
-def _working_folder() -> str | None:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:  # somebody removed it
-        return None
 
 
 def adapt(given: object, *, title: str = "reward", timeout: float | None = None) -> CheckedReward:
@@ -368,21 +336,8 @@ def _serve(calls: queue.SimpleQueue[Callable[[], None]], device: int | None) -> 
 
 
 def told(error: BaseException) -> str:
-    """An exception in one line: type, message, and where in the user's own file."""
-    try:
-        text = plain(str(error))
-    except Exception:  # its __str__ is a user's code, too
-        text = "(a message that cannot be read)"
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [
-        frame
-        for frame in frames
-        if frame.filename not in _OURS and "importlib" not in frame.filename
-    ]
-    # The deepest frame of the file that we called, not of the library that it called.
-    own = [frame for frame in theirs if frame.filename == theirs[0].filename]
-    at = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}{': ' + text if text else ''}{at}"
+    """As `plugins.told`, of what a judge raised."""
+    return plugins.told(error, _OURS)
 
 
-_OURS = {__file__, answers.__file__, str(Path(__file__).with_name("load.py"))}
+_OURS = {__file__, answers.__file__}
