@@ -20,7 +20,8 @@ from editr2.config import Config, replace_nested
 from editr2.config.yaml import dump_yaml
 from editr2.errors import CheckpointError, ConfigError, DataError, ExportError
 from editr2.export.export import DiffusersLora, PeftAdapter, export, probe, remove_lora
-from editr2.policies.load import load_policy, policy_class
+from editr2.policies.configured import policy_class
+from editr2.policies.load import load_policy
 from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import load_trainable, snapshot, trainable

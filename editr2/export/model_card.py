@@ -13,6 +13,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from editr2.config import Config
+from editr2.policies.forms import Form
 from editr2.report.build import evaluation_table
 from editr2.report.data import PASS_NAMES, Run, StripTurn
 from editr2.report.gallery import thin
@@ -30,33 +31,33 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Base:
-    """What was trained. hub_id: None for weights that stand in a folder. pipeline: its class in
-    diffusers, None for the unified model. name: for the text."""
+    """What was trained. hub_id: None for weights that stand in a folder. name: for the text."""
 
     name: str
     hub_id: str | None
-    pipeline: str | None
 
     @staticmethod
     def of(policy: Any, weights: str | None) -> Base:
         """weights: as the settings have them; a policy on diffusers knows what they rest on."""
-        pipeline, weights = getattr(policy, "pipeline", None), getattr(policy, "base", weights)
+        weights = getattr(policy, "base", weights)
         if weights is None:
-            return Base("the small model shipped with editr2", None, None)
+            return Base(policy.default_weights, None)
         if HUB_ID.fullmatch(weights) and not Path(weights).exists():
-            return Base(weights, weights, pipeline)
-        return Base(f"{Path(weights).name} (a local folder)", None, pipeline)
+            return Base(weights, weights)
+        return Base(f"{Path(weights).name} (a local folder)", None)
 
 
-def write_card(folder: Path, seen: Run, config: Config, base: Base, done: Exported) -> None:
+def write_card(
+    folder: Path, seen: Run, config: Config, base: Base, done: Exported, form: Form
+) -> None:
     """Writes README.md, and strips.png where the run has strips."""
     pictured = film_strip(seen, folder / "strips.png")
     parts = [
-        f"---\n{yaml.safe_dump(_header(base, done), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_header(base, done, form), sort_keys=False)}---",
         f"# {done.folder.name}",
         _what(config, base, done),
         "![Sessions before and after training](strips.png)" if pictured else "",
-        f"## How to load it\n\n{_how(base, done, config)}{_strength(done, config)}",
+        f"## How to load it\n\n{_how(base, done, config, form)}{_strength(done, config)}",
         f"## Proof\n\nAt export, the base weights and these files were loaded anew as above: "
         f"{done.proof}.",
         f"## Scores\n\n{_scores(seen, config, done)}",
@@ -65,11 +66,9 @@ def write_card(folder: Path, seen: Run, config: Config, base: Base, done: Export
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")
 
 
-def _header(base: Base, done: Exported) -> dict[str, Any]:
+def _header(base: Base, done: Exported, form: Form) -> dict[str, Any]:
     adapter = done.kind == "lora"
-    header: dict[str, Any] = {
-        "library_name": "diffusers" if base.pipeline else "peft" if adapter else "editr2"
-    }
+    header: dict[str, Any] = {"library_name": form.library}
     if base.hub_id:
         relation = {"lora": "adapter", "merged": "merge", "full": "finetune"}[done.kind]
         header |= {"base_model": base.hub_id, "base_model_relation": relation}
@@ -97,50 +96,11 @@ def _what(config: Config, base: Base, done: Exported) -> str:
     )
 
 
-def _how(base: Base, done: Exported, config: Config) -> str:
+def _how(base: Base, done: Exported, config: Config, form: Form) -> str:
     this, origin = done.folder.name, base.hub_id or config.policy.weights
     dtype = config.policy.dtype if done.kind == "lora" or config.policy.lora_rank else "float32"
-    if base.pipeline and done.kind == "lora":
-        lines = [
-            "import torch",
-            f"from diffusers import {base.pipeline}",
-            "",
-            f'pipe = {base.pipeline}.from_pretrained("{origin}", torch_dtype=torch.{dtype})',
-            f'pipe.load_lora_weights("{this}")',
-        ]
-    elif base.pipeline:
-        lines = [
-            "import torch",
-            f"from diffusers import {base.pipeline}",
-            "",
-            f'pipe = {base.pipeline}.from_pretrained("{this}", torch_dtype=torch.{dtype})',
-        ]
-    else:
-        lines = [
-            "from pathlib import Path",
-            "",
-            "from editr2.policies.unified.policy import UnifiedPolicy",
-        ]
-        lora = done.kind == "lora"
-        source = (
-            f'Path("{config.policy.weights}")'
-            if lora and config.policy.weights
-            else f'Path("{this}")'
-        )
-        source = "" if lora and not config.policy.weights else source
-        lines = [*(lines if source else lines[2:]), "", f"policy = UnifiedPolicy.load({source})"]
-        if lora:
-            lines = [
-                "from peft import PeftModel",
-                *lines,
-                f'PeftModel.from_pretrained(policy.module, "{this}")',
-            ]
-    code = "```python\n" + "\n".join(lines) + "\n```"
-    return (
-        code
-        if base.pipeline or done.kind == "lora"
-        else f"{code}\n\nor `--policy.weights {this}` of `editr2`."
-    )
+    code = "```python\n" + "\n".join(form.code(this, origin, dtype)) + "\n```"
+    return "\n\n".join(filter(None, [code, form.also(this)]))
 
 
 def _strength(done: Exported, config: Config) -> str:

@@ -15,9 +15,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import logging
-import re
-from abc import ABC, abstractmethod
+import os
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError, shown
-from editr2.policies.base import Velocity, device_of, to_bytes
+from editr2.policies.base import Velocity, device_of
+from editr2.policies.pipeline_blueprint import PipelineBlueprint
+from editr2.policies.pipelines import PipelineModel, read_pipeline, weight_sources
+from editr2.policies.trained import make_ready, save_policy, saved_lora
+from editr2.run.hub import check_model
 
 Prompt = Mapping[str, Tensor]
 """What a model's text encoders make of the instructions, by name and samples first: `words` [B, L,
@@ -150,7 +153,7 @@ def _padded(prompts: Sequence[Prompt]) -> Prompt:
     }
 
 
-class DiffusionPolicy(ABC):
+class DiffusionPolicy(PipelineModel):
     """`Policy` and `ScheduledPolicy` over the components of a diffusers pipeline.
 
     A subclass names its pipeline and published weights, and provides
@@ -178,23 +181,8 @@ class DiffusionPolicy(ABC):
 
     writes_text = False
 
-    model: ClassVar[str]
-    """Its name in `policy.model`."""
-    pipeline: ClassVar[str]
-    """Its class in diffusers."""
-    transformer: ClassVar[str]
-    """The class of what trains."""
-    published: ClassVar[str]
-    """The hub id of its published weights."""
-    lora_targets: ClassVar[str]
-    """Regular expression over the names of the transformer's attention and MLP layers."""
-    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    """The pipeline's components that `embed` runs."""
-    text_sees_images: ClassVar[bool] = False
     own_renorm: ClassVar[str] = "none"
     """What `policy.renorm` auto stands for."""
-    recomputes: ClassVar[bool] = True
-    """Whether the blocks can be computed again in the backward pass."""
     tiles: ClassVar[bool] = True
     """Whether the autoencoder may work in tiles where `policy.vae_tiling` asks for it."""
     negative_prompt: ClassVar[str] = ""
@@ -208,7 +196,7 @@ class DiffusionPolicy(ABC):
         cannot follow."""
         self.pipe = pipe
         self.config = config
-        self.base = str(pipe.config.get("_name_or_path") or self.published)
+        self.base = str(pipe.config.get("_name_or_path") or self.hub_id)
         self.module = pipe.transformer
         self.compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.patch = 2 * int(pipe.vae_scale_factor)
@@ -238,22 +226,37 @@ class DiffusionPolicy(ABC):
         self.module.eval()
 
     @classmethod
-    def pipeline_class(cls) -> Any:
-        """`pipeline`, of diffusers. Raises `AttributeError` where the installed one has it not."""
-        return stock_pipeline(cls.pipeline)
+    def from_config(
+        cls, config: PolicyConfig, *, trains: bool = True, empty: bool = False
+    ) -> DiffusionPolicy:
+        """A pipeline's folder, a hub id, or a folder that `save` wrote."""
+        adapter, trained, base = weight_sources(config.weights or cls.hub_id, cls.model)
+        if adapter is not None:
+            saved_lora(config, cls, adapter)  # what is wrong is said before gigabytes are read
+        if os.path.isabs(base) and not Path(base).is_dir():
+            raise ConfigError(
+                f"policy.weights: {base}: no {cls.pipeline} there (accepted: its folder, or a hub "
+                f"id)"
+            )
+        check_model(base, "policy.weights")
+        whole = trains and not config.lora_rank
+        policy = cls(read_pipeline(cls, config, base, trained, whole=whole, empty=empty), config)
+        policy.base = str(trained or base)
+        make_ready(policy, adapter, trains)
+        return policy
 
     @classmethod
-    def transformer_class(cls) -> Any:
-        """`transformer`, of diffusers."""
-        import diffusers
+    def blueprint(cls, config: PolicyConfig) -> PipelineBlueprint:
+        return PipelineBlueprint(config, cls)
 
-        return getattr(diffusers, cls.transformer)
+    def forgets(self, prompts: int) -> bool:
+        """Whether so many prompts are more than it remembers."""
+        return prompts > CACHED_PROMPTS
 
     @classmethod
-    def load_pipeline(cls, base: str, **components: Any) -> Any:
-        """The stock pipeline of a folder or hub id. components: keywords of its
-        `from_pretrained`."""
-        return cls.pipeline_class().from_pretrained(base, **components)
+    def derives(cls) -> bool:
+        """Whether it computes something of its own from the condition images."""
+        return cls.derive is not DiffusionPolicy.derive
 
     def refuse(self, name: str, given: object, accepted: str) -> None:
         """Raises the `ConfigError` of a setting that this model cannot follow."""
@@ -549,9 +552,6 @@ class DiffusionPolicy(ABC):
         with self._at_work("vae"), torch.no_grad():
             return self.to_pixels(latents.to(self.device)).permute(0, 2, 3, 1)
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        return to_bytes(self.pixels(latents))
-
     def sigmas(self, steps: int) -> list[float]:
         """The pipeline's own: evenly spaced, shifted by the scheduler's settings and the target's
         token count."""
@@ -565,8 +565,6 @@ class DiffusionPolicy(ABC):
     def save(self, folder: Path) -> None:
         """What `load_policy` reads as `policy.weights`: the LoRA as stock diffusers loads it, or
         the transformer."""
-        from editr2.policies.load import save_policy
-
         save_policy(self, folder)
 
     # ------------------------------------------------------------------------------------ the tools
@@ -609,35 +607,6 @@ class DiffusionPolicy(ABC):
         finally:
             for owner, name, tensor in kept:
                 owner[name] = tensor
-
-
-def stock_pipeline(name: str) -> Any:
-    """diffusers' class."""
-    import diffusers
-
-    with without_processor_notes():
-        return getattr(diffusers, name)
-
-
-_PROCESSOR_NOTE = re.compile(
-    r"`(CLIP|Siglip|Qwen2VL)ImageProcessor` requires torchvision \(not installed\); falling back"
-)
-
-
-@contextmanager
-def without_processor_notes() -> Iterator[None]:
-    """Without transformers' notes that image processors work without torchvision: a Flux pipeline's
-    import touches two that it has no use for, and Qwen's is meant to."""
-
-    def needed(record: logging.LogRecord) -> bool:
-        return not _PROCESSOR_NOTE.match(record.getMessage())
-
-    logger = logging.getLogger("transformers.utils.import_utils")
-    logger.addFilter(needed)
-    try:
-        yield
-    finally:
-        logger.removeFilter(needed)
 
 
 def _weights(parts: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

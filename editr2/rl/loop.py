@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from editr2.config import Config, check_config
+from editr2.config import Config
 from editr2.config.yaml import dump_yaml
 from editr2.errors import CheckpointError, NonFiniteError
 from editr2.policies.base import PackedPolicy, Policy
 from editr2.policies.finite import ACCEPTED, LARGEST, check_weights, unusable
 from editr2.policies.load import open_policy, rehearse_save
+from editr2.policies.rules import check_config
 from editr2.policies.sharding import place
 from editr2.policies.weights import exchanged, trainable
 from editr2.report import build_report

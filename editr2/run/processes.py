@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -14,14 +14,21 @@ from torch import Tensor
 
 from editr2.errors import UserError
 
-if TYPE_CHECKING:
-    from editr2.policies.sharding import Lockstep
-
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: a judge may take minutes over another's sessions, while
 the default of a GPU's process group is ten."""
+
+
+class Shared(Protocol):
+    """Weights of which every process holds a part."""
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a loss, once all processes go backward."""
+
+    def finish(self) -> None:
+        """Lends this process's part until all processes are here."""
 
 
 def open_processes() -> Processes:
@@ -35,12 +42,12 @@ def open_processes() -> Processes:
 class Processes:
     """Everything that needs all processes goes through here.
 
-    lockstep: of a policy whose weights are shared out (`editr2.policies.sharding`). A process that
-    waits for the others lends them its part of the weights meanwhile.
+    lockstep: of a policy whose weights are shared out, put here by what shared them out. A process
+    that waits for the others lends them its part of the weights meanwhile.
     """
 
     accelerator: Accelerator
-    lockstep: Lockstep | None = None
+    lockstep: Shared | None = None
 
     @property
     def device(self) -> torch.device:
