@@ -273,9 +273,8 @@ def test_a_models_own_class_is_asked(good, folders, monkeypatch):
     folder = good["klein"][1]
     config = folders.settings("own", folder, lora_rank=folders.RANK)
     editor = Editor(config, OwnPolicy.blueprint(config))
-    assert editor.blueprint.text_length(0) == 16 + 3 and isinstance(
-        editor.policy.pipe, DemandingPipeline
-    )
+    assert editor.blueprint.text_length(0) == 16 + 3
+    assert isinstance(editor.policy.pipe, DemandingPipeline)
     assert (
         editor.cost("velocity", 1, 0).total_flops
         < open_editor(folders.settings("klein", folder)).cost("velocity", 1, 0).total_flops

@@ -448,7 +448,9 @@ NOT_A_USE = {
     "copy",
     "editr2.config.fields",
     "editr2.config.yaml",
-    "editr2.config",
+    "editr2.config.rules",
+    "editr2.policies.configured",
+    "editr2.policies.rules",
     "editr2.rl.rules",
 }
 """Modules that read every field: to copy, to write down, to check."""

@@ -96,7 +96,7 @@ class ConfiguredPolicy(ABC):
     @classmethod
     def loading(cls, model: str, weights: str | None) -> list[str]:
         """Lines of Python that make `policy` from these weights."""
-        given = f'"{model}"' + (f', weights="{weights}"' if weights else "")
+        given = f'model="{model}"' + (f', weights="{weights}"' if weights else "")
         return [
             "from editr2.config import PolicyConfig",
             "from editr2.policies.load import load_policy",

@@ -73,7 +73,8 @@ class EditContext:
         return len(self.conditions[0])
 
     @property
-    def _kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for contexts that can be one batch."""
         shapes = tuple(t.shape[1:] for t in (*self.conditions, *self.images, *self.derived))
         return shapes, bool(self.prompt), bool(self.negative)
 
@@ -115,6 +116,12 @@ class MixedContext:
 
     parts: tuple[EditContext, ...]
     order: Tensor
+
+    @staticmethod
+    def of(context: EditContext | MixedContext) -> MixedContext:
+        if isinstance(context, MixedContext):
+            return context
+        return MixedContext((context,), torch.arange(len(context)))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -521,32 +528,26 @@ class DiffusionPolicy(PipelineModel):
         return context.select(index)
 
     def join(self, contexts: Sequence[AnyEditContext]) -> AnyEditContext:
-        parts: list[EditContext] = []
-        order: list[Tensor] = []
-        first = 0
-        for context in contexts:
-            if isinstance(context, MixedContext):
-                parts += context.parts
-                order.append(first + context.order)
-            else:
-                parts.append(context)
-                order.append(first + torch.arange(len(context)))
-            first += len(context)
-        kinds: list[list[int]] = []
-        for i, part in enumerate(parts):
-            for kind in kinds:
-                if parts[kind[0]]._kind == part._kind:
-                    kind.append(i)
-                    break
-            else:
-                kinds.append([i])
-        starts = np.cumsum([0, *(len(p) for p in parts)])
-        places = torch.empty(first, dtype=torch.int64)
-        laid = torch.cat([torch.arange(starts[i], starts[i + 1]) for kind in kinds for i in kind])
-        places[laid] = torch.arange(first)
-        merged = tuple(EditContext.join([parts[i] for i in kind]) for kind in kinds)
-        places = places[torch.cat(order)]
-        return merged[0] if len(merged) == 1 else MixedContext(merged, places)
+        """One batch where all samples are of one kind, else a batch of each kind beside the order
+        of the samples."""
+        given = [MixedContext.of(context) for context in contexts]
+        pieces = [piece for context in given for piece in context.parts]
+        alike: dict[Any, list[int]] = {}
+        for i, piece in enumerate(pieces):
+            alike.setdefault(piece.kind, []).append(i)
+        batches = tuple(EditContext.join([pieces[i] for i in same]) for same in alike.values())
+        if len(batches) == 1:  # of which every part has its samples in order
+            return batches[0]
+        starts, first = {}, 0  # of every piece, in the batches laid end to end
+        for i in itertools.chain.from_iterable(alike.values()):
+            starts[i] = first
+            first += len(pieces[i])
+        order, numbers = [], itertools.count()
+        for context in given:
+            # Its own order counts through its own parts; this is where they lie now.
+            places = [starts[next(numbers)] + torch.arange(len(part)) for part in context.parts]
+            order.append(torch.cat(places)[context.order])
+        return MixedContext(batches, torch.cat(order))
 
     def pixels(self, latents: Tensor) -> Tensor:
         with self._at_work("vae"), torch.no_grad():
