@@ -22,7 +22,8 @@ from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError, DataError
 from editr2.policies.base import ScheduledPolicy
 from editr2.policies.configured import policy_class
-from editr2.policies.diffusion import MixedContext, from_tokens
+from editr2.policies.contexts import MixedContext
+from editr2.policies.latents import from_tokens
 from editr2.policies.load import load_policy
 from editr2.policies.rules import check_config
 from editr2.policies.weights import trainable

@@ -18,146 +18,37 @@ import itertools
 import os
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError, shown
 from editr2.policies.base import Velocity, device_of
+from editr2.policies.contexts import (
+    WORDS,
+    AnyEditContext,
+    EditContext,
+    MixedContext,
+    Prompt,
+    masked,
+    padded,
+)
+from editr2.policies.latents import resized
 from editr2.policies.pipeline_blueprint import PipelineBlueprint
 from editr2.policies.pipelines import PipelineModel, read_pipeline, weight_sources
 from editr2.policies.trained import make_ready, save_policy, saved_lora
 from editr2.run.hub import check_model
 
-Prompt = Mapping[str, Tensor]
-"""What a model's text encoders make of the instructions, by name and samples first: `words` [B, L,
-width], with `mask` [B, L] where rows are padded, and whatever else the model reads."""
-
-WORDS, MASK = "words", "mask"
-
 CACHED_PROMPTS = 256
 TEXT_BATCH = 8
 """Prompts that go through the text encoders at once: these are as large as the transformer, and so
 are activations."""
-
-
-@dataclass(frozen=True)
-class EditContext:
-    """All that a velocity depends on besides the noise; every tensor has the samples first.
-
-    conditions: the images beside the noise as latent tokens, float32 [B, N, D], in the order of
-    their positions: the image to edit, then those before it (`history`) and the source
-    (`keep_source`). images: the same as the text encoder reads them, uint8 [B, H, W, 3] on the
-    host; empty where it reads words only. prompt, negative: of the last instruction, and of the
-    unguided branch (empty without guidance). derived: what a model computes from its
-    conditions once, where it does (`DiffusionPolicy.derive`).
-    """
-
-    conditions: tuple[Tensor, ...]
-    images: tuple[Tensor, ...] = ()
-    prompt: Prompt = field(default_factory=dict)
-    negative: Prompt = field(default_factory=dict)
-    derived: tuple[Tensor, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.conditions[0])
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Equal for contexts that can be one batch."""
-        shapes = tuple(t.shape[1:] for t in (*self.conditions, *self.images, *self.derived))
-        return shapes, bool(self.prompt), bool(self.negative)
-
-    def select(self, index: Tensor) -> EditContext:
-        def rows(t: Tensor) -> Tensor:
-            return t[index.to(t.device)]
-
-        return EditContext(
-            tuple(map(rows, self.conditions)),
-            tuple(map(rows, self.images)),
-            {name: rows(t) for name, t in self.prompt.items()},
-            {name: rows(t) for name, t in self.negative.items()},
-            tuple(map(rows, self.derived)),
-        )
-
-    @staticmethod
-    def join(parts: Sequence[EditContext]) -> EditContext:
-        """Of one kind (equally many images, all instructed or none); shorter prompts are padded
-        with zeros."""
-
-        def together(name: str) -> tuple[Tensor, ...]:
-            return tuple(
-                torch.cat(same) for same in zip(*(getattr(p, name) for p in parts), strict=True)
-            )
-
-        return EditContext(
-            together("conditions"),
-            together("images"),
-            _padded([p.prompt for p in parts]),
-            _padded([p.negative for p in parts]),
-            together("derived"),
-        )
-
-
-@dataclass(frozen=True)
-class MixedContext:
-    """Contexts that are no one batch (one image here, two there). order: int64 [B], each sample's
-    place in the parts laid end to end."""
-
-    parts: tuple[EditContext, ...]
-    order: Tensor
-
-    @staticmethod
-    def of(context: EditContext | MixedContext) -> MixedContext:
-        if isinstance(context, MixedContext):
-            return context
-        return MixedContext((context,), torch.arange(len(context)))
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def select(self, index: Tensor) -> MixedContext:
-        order = self.order[index.cpu()]
-        parts, places, first, kept = [], torch.zeros_like(order), 0, 0
-        for part in self.parts:
-            mine = ((order >= first) & (order < first + len(part))).nonzero()[:, 0]
-            if len(mine):
-                parts.append(part.select(order[mine] - first))
-                places[mine] = kept + torch.arange(len(mine))
-            first, kept = first + len(part), kept + len(mine)
-        return MixedContext(tuple(parts), places)
-
-
-AnyEditContext = EditContext | MixedContext
-
-
-def masked(prompt: Prompt) -> Prompt:
-    """The prompt with its mask [B, L], bool; it has none where no row is padded, which is
-    faster."""
-    if not prompt or MASK in prompt:
-        return prompt
-    words = prompt[WORDS]
-    return {**prompt, MASK: torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)}
-
-
-def _padded(prompts: Sequence[Prompt]) -> Prompt:
-    """Several batches of prompts as one."""
-    if any(MASK in p for p in prompts) or len({p[WORDS].shape[1] for p in prompts if p}) > 1:
-        prompts = [masked(p) for p in prompts]
-    return {
-        name: pad_sequence([row for p in prompts for row in p[name].unbind(0)], batch_first=True)
-        for name in prompts[0]
-    }
 
 
 class DiffusionPolicy(PipelineModel):
@@ -495,7 +386,7 @@ class DiffusionPolicy(PipelineModel):
         while len(self._prompts) > CACHED_PROMPTS:
             self._prompts.popitem(last=False)
         rows = [{n: t[None] for n, t in found[key].items()} for key in keys]
-        return {n: t.to(self.device) for n, t in _padded(rows).items()}
+        return {n: t.to(self.device) for n, t in padded(rows).items()}
 
     def velocity(self, x: Tensor, sigma: Tensor, context: AnyEditContext) -> Velocity:
         """In the computing dtype. Under guidance both branches, for the kernels to combine."""
@@ -618,35 +509,3 @@ def _weights(parts: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, 
             yield from (
                 (owner, name, tensor) for name, tensor in owner.items() if tensor is not None
             )
-
-
-def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [B, H, W, 3] brought to `size` (height, width) by Lanczos, as the pipelines do; a
-    copy."""
-    if images.shape[1:3] == size:
-        return np.array(images)
-    picked = [
-        Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS) for image in images
-    ]
-    return np.stack([np.asarray(image) for image in picked])
-
-
-def patchified(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, 4 C, h / 2, w / 2]: every 2 x 2 patch as channels, (channel, row,
-    column)."""
-    return F.pixel_unshuffle(latents, 2)
-
-
-def unpatchified(latents: Tensor) -> Tensor:
-    """The inverse of `patchified`."""
-    return F.pixel_shuffle(latents, 2)
-
-
-def tokens(latents: Tensor) -> Tensor:
-    """[B, D, h, w] -> [B, h w, D], row by row."""
-    return latents.flatten(2).transpose(1, 2)
-
-
-def from_tokens(latents: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `tokens`."""
-    return latents.transpose(1, 2).unflatten(2, grid)

@@ -15,15 +15,9 @@ import torch
 from torch import Tensor
 
 from editr2.config import PolicyConfig
-from editr2.policies.diffusion import (
-    DiffusionPolicy,
-    EditContext,
-    Prompt,
-    from_tokens,
-    patchified,
-    tokens,
-    unpatchified,
-)
+from editr2.policies.contexts import EditContext, Prompt
+from editr2.policies.diffusion import DiffusionPolicy
+from editr2.policies.latents import from_tokens, patchified, tokens, unpatchified
 from editr2.policies.pipelines import FLUX_BLOCKS, FLUX_SHIFT, Parts
 from editr2.policies.tokens import Words
 

@@ -25,17 +25,10 @@ import torch
 from torch import Tensor
 
 from editr2.config import PolicyConfig
-from editr2.policies.diffusion import (
-    DiffusionPolicy,
-    EditContext,
-    Prompt,
-    from_tokens,
-    masked,
-    patchified,
-    tokens,
-    unpatchified,
-)
+from editr2.policies.contexts import EditContext, Prompt, masked
+from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.kontext import linear_mu
+from editr2.policies.latents import from_tokens, patchified, tokens, unpatchified
 from editr2.policies.libraries import without_processor_notes
 from editr2.policies.pipelines import Parts
 from editr2.policies.tokens import Words
