@@ -27,13 +27,15 @@ from torch import Tensor, nn
 
 from bench import frame
 from editr2.check.devices import DEVICES, find_device
-from editr2.check.editors import DiffusionEditor
+from editr2.check.editors import Editor
 from editr2.check.estimate import Estimate, estimate
 from editr2.cli.settings import run_config
 from editr2.config import Config
 from editr2.errors import ConfigError, UserError
+from editr2.policies.configured import policy_class
 from editr2.policies.diffusion import DiffusionPolicy
-from editr2.policies.load import make_ready
+from editr2.policies.pipeline_blueprint import PipelineBlueprint
+from editr2.policies.trained import make_ready
 from editr2.rewards.load import load_reward
 from editr2.rl import iteration as trainer
 from editr2.rl.rules import check_run
@@ -45,11 +47,11 @@ from editr2.run.processes import Processes
 PHASES = ("rollout", "train")
 
 
-def random_transformer(editor: DiffusionEditor, device: torch.device) -> nn.Module:
+def random_transformer(blueprint: PipelineBlueprint, device: torch.device) -> nn.Module:
     """Of full size. Matrices keep the size of what goes through them; norms start as they do."""
     with init_empty_weights(include_buffers=False):
-        module = editor.transformer(**editor.parts.transformer)
-    dtype = editor.dtype if editor.config.lora_rank else torch.float32
+        module = blueprint.transformer(**blueprint.parts.transformer)
+    dtype = blueprint.dtype if blueprint.config.lora_rank else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     for part in module.modules():
         for name, p in part._parameters.items():
@@ -64,18 +66,18 @@ def random_transformer(editor: DiffusionEditor, device: torch.device) -> nn.Modu
     return module.to(device)
 
 
-def random_policy(editor: DiffusionEditor, device: torch.device) -> DiffusionPolicy:
+def random_policy(blueprint: PipelineBlueprint, device: torch.device) -> DiffusionPolicy:
     """As `load_policy` makes it, but for weights and words."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(editor.dtype)
+    torch.set_default_dtype(blueprint.dtype)
     try:
-        vae = editor.autoencoder(**editor.parts.vae).to(device)
+        vae = blueprint.autoencoder(**blueprint.parts.vae).to(device)
     finally:
         torch.set_default_dtype(before)
-    policy = editor.assembled(vae, random_transformer(editor, device))
+    policy = blueprint.assembled(vae, random_transformer(blueprint, device))
     policy.text_encoders = ()
     make_ready(policy, None, trains=True)
-    blank = editor.context(policy, 1, 0).prompt
+    blank = blueprint.context(policy, 1, 0).prompt
 
     def embed(texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
         rows = []
@@ -140,13 +142,13 @@ def memory_by_phase(memory: Memory, peaks: dict[str, int]) -> Iterator[None]:
 
 
 def measure(
-    config: Config, editor: DiffusionEditor, iterations: int
+    config: Config, blueprint: PipelineBlueprint, iterations: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of every iteration after the first, and the most memory, by phase."""
     processes = Processes(Accelerator(cpu=not torch.cuda.is_available()))
     memory = Memory(processes.device)
-    policy, reward = random_policy(editor, processes.device), load_reward(config.reward)
-    check_run(config, reward.names, policy.sigmas, cannot_pack=editor.cannot_pack, processes=1)
+    policy, reward = random_policy(blueprint, processes.device), load_reward(config.reward)
+    check_run(config, reward.names, policy.sigmas, cannot_pack=type(policy).__name__, processes=1)
     source, state = sessions_for(config, policy), new_state(config.train, policy)
     sampler = rollout_sampler(config.rollout, policy.sigmas).to(processes.device)
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -165,8 +167,9 @@ def measure(
     return seconds, peaks
 
 
-def estimated(config: Config, editor: DiffusionEditor, gpu: str) -> Estimate:
-    source = sessions_for(config, editor)
+def estimated(config: Config, blueprint: PipelineBlueprint, gpu: str) -> Estimate:
+    editor = Editor(config.policy, blueprint)
+    source = sessions_for(config, editor.policy)
     assert source.sessions is not None
     editor.see(source.sessions)
     samplers = (
@@ -265,8 +268,9 @@ def main(arguments: Sequence[str]) -> int:
         config, given = run_config(
             "python -m bench full_size", (__doc__ or "").splitlines()[0], arguments, extra
         )
+        kind = policy_class(config.policy.model)
         if (
-            config.policy.model == "unified"
+            not issubclass(kind, DiffusionPolicy)
             or config.policy.quantize != "none"
             or given["iterations"] < 2
         ):
@@ -279,11 +283,13 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(
                 f"--gpu: {gpu} (accepted: the name of this device, cpu without a GPU)"
             )
-        editor = DiffusionEditor(dataclasses.replace(config.policy, offload=False, shard=False))
-        editor.parts = dataclasses.replace(editor.parts, text={})
-        config = dataclasses.replace(config, policy=editor.config)
-        result = estimated(config, editor, gpu)
-        seconds, peaks = measure(config, editor, given["iterations"])
+        settings = dataclasses.replace(config.policy, offload=False, shard=False)
+        blueprint = PipelineBlueprint(settings, kind)
+        blueprint.text = 0
+        blueprint.parts = dataclasses.replace(blueprint.parts, text={})
+        config = dataclasses.replace(config, policy=settings)
+        result = estimated(config, blueprint, gpu)
+        seconds, peaks = measure(config, blueprint, given["iterations"])
     except UserError as error:
         raise SystemExit(f"full_size: {error}") from error
     rows = rows_of(config, result, seconds, peaks, "cuda" if torch.cuda.is_available() else "cpu")

@@ -24,9 +24,10 @@ from bench import frame
 from bench.eager_operators import EagerSampler
 from bench.providers import our_backends, worst
 from editr2.check import devices
-from editr2.check.published import PUBLISHED
 from editr2.config import RolloutConfig
-from editr2.policies.load import policy_class
+from editr2.policies.configured import policy_class
+from editr2.policies.klein import KleinPolicy
+from editr2.policies.kontext import KontextPolicy
 from editr2.policies.unified.model import UnifiedConfig, UnifiedModel
 from editr2.policies.weights import add_lora
 from editr2.rl.sampler import make_sampler
@@ -163,8 +164,8 @@ def unified(
     return module, velocity
 
 
-KONTEXT = functools.partial(flux, **PUBLISHED["black-forest-labs/FLUX.1-Kontext-dev"].transformer)
-KLEIN = functools.partial(flux2, **PUBLISHED["black-forest-labs/FLUX.2-klein-4B"].transformer)
+KONTEXT = functools.partial(flux, **KontextPolicy.published[KontextPolicy.hub_id].transformer)
+KLEIN = functools.partial(flux2, **KleinPolicy.published[KleinPolicy.hub_id].transformer)
 BAGEL = functools.partial(
     unified,
     vocab_size=152_064,

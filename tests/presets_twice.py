@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from editr2.config import PRESETS, Config, preset_config, replace_nested
-from editr2.policies.load import unified_guidance
 from editr2.policies.unified.model import UnifiedConfig
-from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
+from editr2.policies.unified.policy import Guidance, UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
 from editr2.training import train
@@ -43,7 +42,7 @@ def tiny_policy(config: Config) -> UnifiedPolicy:
     torch.nn.init.normal_(
         policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0)
     )
-    policy.guidance = unified_guidance(config.policy)
+    policy.guidance = Guidance.of(config.policy)
     if config.policy.lora_rank:
         torch.manual_seed(0)
         add_lora(policy.module, 4)

@@ -19,9 +19,9 @@ import torch
 
 from bench import compare, frame, full_size, page, report, sizes
 from bench.frame import Row
-from editr2.check.editors import DiffusionEditor
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
+from editr2.policies.kontext import KontextPolicy
 from editr2.policies.unified.model import UnifiedConfig
 
 pytest_plugins = ["pytester"]
@@ -621,7 +621,7 @@ def test_full_size_weights_are_those_of_the_settings_and_words_are_repeatable(
     config = PolicyConfig(
         model="kontext", weights=str(tmp_path / "weights"), lora_rank=4, resolution=(32, 32)
     )
-    policy = full_size.random_policy(DiffusionEditor(config), torch.device("cpu"))
+    policy = full_size.random_policy(KontextPolicy.blueprint(config), torch.device("cpu"))
     frozen = {
         n.replace(".base_layer", ""): p
         for n, p in policy.module.named_parameters()

@@ -16,12 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from editr2.check import Report, preflight
 from editr2.check.devices import _SHEETS, PEER_EFFICIENCY, Device, find_device
-from editr2.check.editors import DiffusionEditor, UnifiedEditor
+from editr2.check.editors import Editor, open_editor
 from editr2.check.estimate import estimate, evaluation_plan, plan, strips_plan
-from editr2.check.meter import Cost, Meter, Speed, simulated
+from editr2.check.meter import Cost, Meter, Speed
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, RewardConfig, replace_nested
+from editr2.policies.blueprint import simulated
+from editr2.policies.configured import policy_class
 from editr2.policies.load import load_policy
+from editr2.policies.pipeline_blueprint import PipelineBlueprint
 from editr2.rewards.base import Score
 from editr2.rewards.load import load_reward
 from editr2.rl.evaluate import evaluate
@@ -100,16 +103,15 @@ def opened(folders):
             config = PolicyConfig(
                 model=model, weights=folders(model), resolution=(64, 64), lora_rank=4
             )
-            policy, editor = load_policy(config), DiffusionEditor(config)
+            policy, editor = load_policy(config), open_editor(config)
             context = policy.instruct(
                 policy.encode(np.zeros((2, 64, 64, 3), dtype=np.uint8)), TEXTS
             )
             length = context.prompt["words"].shape[1]
             if model.startswith("qwen"):  # whose prompts are as long as they are
-                editor.__class__ = type(
-                    "Known", (DiffusionEditor,), {"text_length": lambda *_: length}
-                )
-            assert editor.text_length(0) == length
+                known = {"text_length": lambda *_: length}
+                editor.blueprint.__class__ = type("Known", (PipelineBlueprint,), known)
+            assert editor.blueprint.text_length(0) == length
             made[model] = policy, editor, context
         return made[model]
 
@@ -121,7 +123,7 @@ def test_a_context_takes_what_the_loaded_policys_takes(opened, model):
     _, editor, context = opened(model)
     tensors = (*context.conditions, *context.prompt.values(), *context.derived)
     assert editor.held(2, 0) == sum(t.nbytes for t in tensors)
-    assert (len(context.derived) > 0) == (model == "klein-kv") == editor.derives
+    assert (len(context.derived) > 0) == (model == "klein-kv") == editor.policy.derives()
 
 
 @pytest.mark.parametrize("model", DIFFUSION)
@@ -225,7 +227,7 @@ def test_peak_memory_is_what_the_allocator_hands_out(opened, checkpointing):
 
 def test_flops_of_the_unified_policy_are_those_of_a_walk():
     config = PolicyConfig(intent=False)
-    policy, editor = load_policy(config), UnifiedEditor(config)
+    policy, editor = load_policy(config), open_editor(config)
     session = make_session(0, 0)
     said = session.turns[0].instruction
     same = replace(session, turns=(session.turns[0],) * 3)
@@ -288,7 +290,7 @@ def test_the_plan_lists_the_velocities_that_an_iteration_asks_for(tiny_unified, 
         return seen == wanted
 
     tiny_unified.velocity = counting
-    editor = UnifiedEditor(config.policy)
+    editor = open_editor(config.policy)
     listed = plan(config, editor, sampler, [2, 2, 2], 1)
     source, seeds = sessions_for(config, tiny_unified), Seeds(0, "train")
     processes = Processes(Accelerator(cpu=True))
@@ -541,13 +543,14 @@ def two_processes(folders):
     forwards are all a billion operations; by changes to the policy and to the device. Only what is
     asked for here takes time."""
 
-    class Even(DiffusionEditor):
+    class Even(Editor):
         def cost(self, step, *_):
             return Cost(
                 {torch.float32: 10**9 if step in ("velocity", "train") else 0}, 0, 0, 0, 100, 0
             )
 
-    editor = Even(small(folders, weights=folders("kontext")).policy)
+    settings = small(folders, weights=folders("kontext")).policy
+    editor = Even(settings, policy_class(settings.model).blueprint(settings))
 
     def of(flops=1e30, bandwidth=float("inf"), **policy):
         config = small(folders, weights=folders("kontext"), **policy)
@@ -603,7 +606,7 @@ def test_contexts_of_all_who_are_denoised_together_are_alive(folders):
             "train": {"micro_batch": micro_batch},
         }
         config = replace_nested(config, sizes)
-        editor = DiffusionEditor(config.policy)
+        editor = open_editor(config.policy)
         samplers = (rollout_sampler(config.rollout, editor.own),) * 2
         device = Device("made up", 2**30, Speed({torch.float32: 1e12}, 1e12, 0.0, True))
         result = estimate(config, editor, device, samplers, ([3] * 4, [3] * 4), 1)
@@ -630,8 +633,8 @@ def test_contexts_of_all_who_are_denoised_together_are_alive(folders):
 def test_each_further_image_that_a_turn_sees_costs(opened):
     policy, editor, _ = opened("kontext")
     config = replace(policy.config, history=2, keep_source=True)
-    longer = DiffusionEditor(config)
-    assert [longer.conditions(turn) for turn in range(4)] == [1, 2, 3, 3]
+    longer = open_editor(config)
+    assert [longer.policy.images_at(turn) for turn in range(4)] == [1, 2, 3, 3]
     one, *more = (longer.cost("velocity", 1, turn).total_flops for turn in range(4))
     assert one == editor.cost("velocity", 1, 3).total_flops < more[0] < more[1] == more[2]
     assert longer.held(1, 2) - longer.held(1, 0) == 2 * 4 * 16 * 16
@@ -672,7 +675,7 @@ def test_strips_are_shared_out(folders):
     config = replace_nested(
         small(folders), {"eval": {"strips": 3}, "rollout": {"groups_per_batch": 9}}
     )
-    editor = DiffusionEditor(config.policy)
+    editor = open_editor(config.policy)
     sampler = rollout_sampler(config.rollout, editor.own)
     for processes, most in ((1, 3), (2, 2), (8, 1)):
         calls = strips_plan(config, editor, sampler, [1] * 5, processes)

@@ -346,7 +346,7 @@ def test_closed_streams_are_no_error(closed):
 def test_libraries_say_nothing_that_nobody_needs():
     """Importing a Flux pipeline touches image processors that would rather have torchvision."""
     code = (
-        "from editr2.policies.diffusion import stock_pipeline; "
+        "from editr2.policies.libraries import stock_pipeline; "
         "print(stock_pipeline('FluxKontextPipeline').__name__)"
     )
     done = subprocess.run(

@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from editr2.cli.main import main
-from editr2.config import Config, check_config, replace_nested
+from editr2.config import Config, replace_nested
+from editr2.policies.rules import check_config
 from editr2.sessions import save_sessions, validate
 from editr2.worlds.shapes import make_session
 

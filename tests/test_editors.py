@@ -18,11 +18,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from editr2.config import Config, PolicyConfig, check_config, replace_nested
+from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError, DataError
 from editr2.policies.base import ScheduledPolicy
-from editr2.policies.diffusion import MixedContext, from_tokens
-from editr2.policies.load import load_policy, policy_class
+from editr2.policies.configured import policy_class
+from editr2.policies.contexts import MixedContext
+from editr2.policies.latents import from_tokens
+from editr2.policies.load import load_policy
+from editr2.policies.rules import check_config
 from editr2.policies.weights import trainable
 from editr2.rewards.base import Score
 from editr2.rl.sampler import make_sampler

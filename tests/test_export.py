@@ -19,11 +19,13 @@ from editr2.cli.main import main
 from editr2.config import Config, replace_nested
 from editr2.config.yaml import dump_yaml
 from editr2.errors import CheckpointError, ConfigError, DataError, ExportError
-from editr2.export.export import DiffusersLora, PeftAdapter, export, probe, remove_lora
-from editr2.policies.load import load_policy, policy_class
+from editr2.export.export import export, probe
+from editr2.policies.configured import policy_class
+from editr2.policies.forms import DiffusersLora, PeftAdapter
+from editr2.policies.load import load_policy
 from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
-from editr2.policies.weights import load_trainable, snapshot, trainable
+from editr2.policies.weights import load_trainable, remove_lora, snapshot, trainable
 from editr2.rl.state import new_state
 
 
@@ -191,8 +193,9 @@ def test_ranks_and_strengths_of_single_layers_are_kept(model, weights, tmp_path)
     for p in trainable(policy.module).values():
         p.data = torch.randn(p.shape) * 0.1  # float32 over bfloat16, as trained
     before = probe(base)
-    DiffusersLora().write(policy, tmp_path)
-    assert _largest(probe(DiffusersLora().load(base, tmp_path)), probe(policy)) == 0
+    form = type(policy).form(policy.config, "lora")
+    form.write(policy, tmp_path)
+    assert _largest(probe(form.load(base, tmp_path)), probe(policy)) == 0
     assert _largest(probe(policy), before) > 0.01
 
 
@@ -351,7 +354,9 @@ def test_bases_are_named(weights, tmp_path):
     )
     policy.base = "black-forest-labs/FLUX.1-Kontext-dev"
     base = Base.of(policy, None)
-    assert base.hub_id == base.name == policy.base and base.pipeline == "FluxKontextPipeline"
+    assert base.hub_id == base.name == policy.base
+    lines = type(policy).form(policy.config, "lora").code("mine", base.hub_id, "bfloat16")
+    assert "from diffusers import FluxKontextPipeline" in lines
 
 
 def test_bad_input_is_one_error(make_run, tmp_path, capsys):

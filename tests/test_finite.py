@@ -22,6 +22,7 @@ import editr2.rl.compiled_step as capture
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested
 from editr2.errors import DataError, NonFiniteError
+from editr2.policies.adapters import LORA_FILE
 from editr2.policies.base import Velocity, to_bytes
 from editr2.policies.finite import LARGEST, unusable
 from editr2.policies.unified import pretrain
@@ -156,7 +157,7 @@ LOADED = {
     "a buffer": ("klein", f"vae/{DIFFUSERS}", "bn.running_mean", NAN),
     "LoRA": (
         "lora",
-        load.LORA_FILE,
+        LORA_FILE,
         "transformer.transformer_blocks.0.attn.to_q.lora_B.weight",
         NAN,
     ),

@@ -24,7 +24,7 @@ from editr2.check import preflight
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError, DataError
 from editr2.policies.base import ReadingPolicy
-from editr2.policies.load import policy_class
+from editr2.policies.configured import policy_class
 from editr2.policies.qwen_edit import BUCKET
 from editr2.policies.tokens import TextCodec, Words, marks_of, without_marks
 from editr2.policies.unified.policy import UnifiedPolicy

@@ -83,7 +83,7 @@ def policy_folder(change: Callable[[Path], object]) -> Callable[[Path], object]:
     def make(path: Path) -> None:
         import shutil
 
-        from editr2.policies.load import EMBEDDED
+        from editr2.policies.unified.policy import EMBEDDED
 
         shutil.copytree(EMBEDDED, path)
         change(path)

@@ -7,12 +7,14 @@ import diffusers
 import pytest
 import torch
 
-from editr2.check.editors import DiffusionEditor
-from editr2.check.published import PUBLISHED
 from editr2.config import PolicyConfig
-from editr2.config.settings import MODELS
 from editr2.errors import ConfigError
-from editr2.policies.load import policy_class
+from editr2.policies.configured import policy_class
+from editr2.policies.models import MODELS
+from editr2.policies.pipelines import PipelineModel
+
+KINDS = [k for k in map(policy_class, MODELS) if issubclass(k, PipelineModel)]
+PUBLISHED = {name: (kind, parts) for kind in KINDS for name, parts in kind.published.items()}
 
 QWEN3 = {
     "vocab_size": 151936,
@@ -122,10 +124,10 @@ def test_every_editor_is_checked_here():
 def test_sizes_are_those_of_the_configurations_and_of_the_published_weights(
     name, encoder, transformer
 ):
-    parts, (encoders, width, billions, autoencoder) = PUBLISHED[name], SIZES[name]
+    (kind, parts), (encoders, width, billions, autoencoder) = PUBLISHED[name], SIZES[name]
     kinds = {
         n: p.annotation
-        for n, p in inspect.signature(getattr(diffusers, parts.of).__init__).parameters.items()
+        for n, p in inspect.signature(kind.pipeline_class().__init__).parameters.items()
     }
     counted = {part: encoder(kinds[part], n) for part, n in zip(parts.text, encoders, strict=True)}
     assert parts.text == counted
@@ -135,10 +137,9 @@ def test_sizes_are_those_of_the_configurations_and_of_the_published_weights(
     assert kinds["scheduler"](**parts.scheduler).config.use_dynamic_shifting
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if m != "unified"])
-def test_what_a_policy_takes_by_default_is_known(model):
-    kind = policy_class(model)
-    assert PUBLISHED[kind.published].of == kind.pipeline
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_policy_takes_by_default_is_known(kind):
+    assert kind.hub_id in kind.published
 
 
 @pytest.mark.parametrize(
@@ -157,14 +158,14 @@ def test_distilled_weights_refuse_guidance(model, name, distilled):
     )
     if distilled:
         with pytest.raises(ConfigError, match="policy.guidance: 4.0 .*distilled"):
-            DiffusionEditor(config)
+            policy_class(model).blueprint(config)
     else:
-        assert DiffusionEditor(config).policy.config.guidance == 4.0
+        assert policy_class(model).blueprint(config).policy.config.guidance == 4.0
 
 
 def test_the_latest_qwen_editor_modulates_conditions_apart():
     def apart(name):
-        settings = PUBLISHED[name].transformer | {"num_layers": 1}
+        settings = PUBLISHED[name][1].transformer | {"num_layers": 1}
         return built(diffusers.QwenImageTransformer2DModel, settings).config.zero_cond_t
 
     assert [apart(f"Qwen/Qwen-Image-Edit-{when}") for when in ("2509", "2511")] == [False, True]

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError
-from editr2.policies.diffusion import MixedContext
-from editr2.policies.load import load_policy, policy_class
+from editr2.policies.configured import policy_class
+from editr2.policies.contexts import MixedContext
+from editr2.policies.load import load_policy
 from editr2.rewards.base import Score
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
 from editr2.rl.sampler import make_sampler

@@ -17,14 +17,16 @@ import torch
 from diffusers import Flux2KleinPipeline
 from safetensors.torch import load_file, save_file
 
-from editr2.check.editors import DiffusionEditor, open_editor
+from editr2.check.editors import Editor, open_editor
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import CheckpointError, UserError
 from editr2.export.export import export, probe
 from editr2.policies.adapters import adapter_weights
+from editr2.policies.configured import policy_class
 from editr2.policies.klein import KleinPolicy
-from editr2.policies.load import CLASSES, load_policy, policy_class
+from editr2.policies.load import load_policy
+from editr2.policies.models import MODELS
 from editr2.policies.weights import trainable
 from editr2.training import train
 
@@ -269,8 +271,10 @@ class OwnPolicy(KleinPolicy):
 
 def test_a_models_own_class_is_asked(good, folders, monkeypatch):
     folder = good["klein"][1]
-    editor = DiffusionEditor(folders.settings("own", folder, lora_rank=folders.RANK), OwnPolicy)
-    assert editor.text_length(0) == 16 + 3 and isinstance(editor.policy.pipe, DemandingPipeline)
+    config = folders.settings("own", folder, lora_rank=folders.RANK)
+    editor = Editor(config, OwnPolicy.blueprint(config))
+    assert editor.blueprint.text_length(0) == 16 + 3
+    assert isinstance(editor.policy.pipe, DemandingPipeline)
     assert (
         editor.cost("velocity", 1, 0).total_flops
         < open_editor(folders.settings("klein", folder)).cost("velocity", 1, 0).total_flops
@@ -283,7 +287,7 @@ def test_a_models_own_class_is_asked(good, folders, monkeypatch):
 @contextmanager
 def own_class_in_the_table(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setitem(CLASSES, "klein", "own_model:OwnPolicy")
+        patch.setitem(MODELS, "klein", "own_model:OwnPolicy")
         patch.setitem(sys.modules, "own_model", sys.modules[__name__])
         patch.setattr(OwnPolicy, "model", "klein")
         yield

@@ -27,19 +27,18 @@ from editr2.cli.settings import run_config
 from editr2.config import (
     PRESETS,
     Config,
-    check_config,
-    config_problems,
     folder_problem,
     preset_config,
     replace_nested,
 )
 from editr2.config.fields import Slot, field_problems, leaves, mended
 from editr2.config.patterns import pattern_problem
-from editr2.config.rules import DIFFUSION_ONLY
 from editr2.config.settings import noise_levels, rollout_dynamics
 from editr2.errors import ConfigError, UserError
+from editr2.policies.configured import FIELDS as POLICY_FIELDS
+from editr2.policies.rules import check_config, config_problems
 from editr2.policies.unified.model import UnifiedConfig
-from editr2.policies.unified.policy import new_embedded_policy
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.unified.pretrain import PretrainConfig
 from editr2.reproduce.arms import Settings
 from editr2.rewards.base import Score
@@ -452,6 +451,8 @@ NOT_A_USE = {
     "editr2.config.yaml",
     "editr2.config.presets",
     "editr2.config.rules",
+    "editr2.policies.configured",
+    "editr2.policies.rules",
     "editr2.rl.rules",
 }
 """Modules that read every field: to copy, to write down, to check."""
@@ -593,7 +594,7 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
     return run
 
 
-EDITORS = {f"policy.{name}" for name in DIFFUSION_ONLY}
+EDITORS = {f"policy.{name}" for name in POLICY_FIELDS if name not in UnifiedPolicy.uses}
 FIXED = {
     "seed=9223372036854775807",
     "out='no-such-choice'",

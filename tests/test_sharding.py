@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from editr2.config import Config, PolicyConfig, config_problems, replace_nested
-from editr2.config.rules import policy_problems
+from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError
 from editr2.policies.load import open_policy
+from editr2.policies.rules import config_problems, policy_problems
 from editr2.run.processes import Processes
 from editr2.run.tracking import read_metrics
 

@@ -1,9 +1,9 @@
 """Before a run: is anything wrong with it, what will it do, does it fit, how long does it take.
 `editr2 check`.
 
-No weights are loaded and nothing is downloaded. `rules` are the trainer's own checks; `editors`
-runs the policies' own code over tensors without data and `meter` counts it; `estimate` sums up,
-with `devices` for the speed.
+No weights are loaded and nothing is downloaded. The rules are the trainer's own; `editors` runs the
+policies' own code over tensors without data and `meter` counts it; `estimate` sums up, with
+`devices` for the speed.
 
 Error seen (2026-11-21). Floating-point operations are exact (tests/test_check.py). Tensors alive in
 a training step of a tiny kontext, against the profiler: 0.03 % off, 0.5 % with checkpointing.
@@ -96,7 +96,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         data = found(lambda: _data_problems(config, editor))
         problems += data or []
         if data == []:
-            source = found(lambda: sessions_for(config, editor))
+            source = found(lambda: sessions_for(config, editor.policy))
     if source and reward:
         found(lambda: _judge_once(reward, source[0]))
     if problems or not (source and editor and reward):
@@ -120,7 +120,8 @@ _SHOWN = 8
 def _data_problems(config: Config, editor: Editor) -> list[str]:
     """Of all session files, the first few of each; those past `data.limit` count, too."""
     paths = dict.fromkeys(path for path in (config.data.path, config.data.heldout) if path)
-    unreadable = editor.unreadable if isinstance(editor, ReadingPolicy) else None
+    policy = editor.policy
+    unreadable = policy.unreadable if isinstance(policy, ReadingPolicy) else None
     check = partial(
         validate, size=editor.image_size, resize=config.data.resize, unreadable=unreadable
     )

@@ -1,20 +1,19 @@
 """What a piece of PyTorch costs, counted operation by operation while it runs on tensors without
 data.
 
-Inside `simulated()` every tensor is fake: shapes, dtypes and lifetimes are real, storage is not, so
-a forward and backward pass of a 20 B model takes a second of one core. `Meter` sees each operation
-that reaches a kernel and counts its floating-point operations (matrix products, attention,
-convolutions), the bytes it reads and writes, and the memory alive. Nothing about an architecture is
-written down here: what is counted is the code that will run, adapters and gradient checkpointing
-included.
+Inside `simulated()` (`editr2.policies.blueprint`) every tensor is fake: shapes, dtypes and
+lifetimes are real, storage is not, so a forward and backward pass of a 20 B model takes a second of
+one core. `Meter` sees each operation that reaches a kernel and counts its floating-point operations
+(matrix products, attention, convolutions), the bytes it reads and writes, and the memory alive.
+Nothing about an architecture is written down here: what is counted is the code that will run,
+adapters and gradient checkpointing included.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,23 +178,3 @@ def _storages(*values: Any) -> dict[int, Any]:
         elif isinstance(x, (tuple, list)):
             found |= _storages(*x)
     return found
-
-
-@functools.cache
-def _mode() -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode()  # one for all: fake tensors of two cannot meet
-
-
-@contextmanager
-def simulated(dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Tensors made inside hold no data; floating-point ones are `dtype` unless they say
-    otherwise."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with _mode():
-            yield
-    finally:
-        torch.set_default_dtype(before)

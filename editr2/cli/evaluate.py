@@ -6,7 +6,7 @@ from typing import Any
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
-from editr2.config.rules import check_config
+from editr2.policies.rules import check_config
 
 
 def command(arguments: Arguments) -> int:

@@ -9,7 +9,7 @@ from editr2.config.presets import (
     preset_config,
     replace_nested,
 )
-from editr2.config.rules import check_config, config_problems, folder_problem, noise_problem
+from editr2.config.rules import folder_problem, noise_problem, settings_problems
 from editr2.config.settings import (
     CheckpointConfig,
     Config,
@@ -34,10 +34,9 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "TrainConfig",
-    "check_config",
-    "config_problems",
     "folder_problem",
     "noise_problem",
     "preset_config",
     "replace_nested",
+    "settings_problems",
 ]

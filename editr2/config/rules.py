@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from editr2.config.fields import (
-    field_problems,
-    mended,
-    normalised,
-)
-from editr2.config.settings import Config, PolicyConfig, RewardConfig, noise_levels
-from editr2.errors import ConfigError
+from editr2.config.fields import field_problems, mended
+from editr2.config.settings import Config, RewardConfig, noise_levels
 from editr2_kernels.group_advantage import MAX_UNITS
 
 Command = Literal["train", "check", "eval", "rollout"]
 
-_TRAINS = ("train", "check")
+TRAINS = ("train", "check")
 
 _SAMPLES = ("train", "check", "eval", "rollout")
 
@@ -41,17 +35,10 @@ def rule(*commands: str) -> Callable[[Rule], Rule]:
     return add
 
 
-def check_config(config: Config, command: Command = "train") -> Config:
-    """The configuration with every value as the converter gives it. Raises `ConfigError` with the
-    first of `config_problems`."""
-    for problem in config_problems(config, command):
-        raise ConfigError(problem)
-    return normalised(config)
-
-
-def config_problems(config: Config, command: Command = "train") -> Iterator[str]:
+def settings_problems(config: Config, command: Command = "train") -> Iterator[str]:
     """One line, naming the field, for each rule that is broken and needs nothing but the
-    configuration and its paths.
+    configuration and its paths. What the editor demands stands above it
+    (`editr2.policies.rules`).
 
     First every field by itself, for every command: a value that is out of its range is a slip
     whoever reads it. Then what the fields that this command uses demand of each other, with broken
@@ -64,7 +51,7 @@ def config_problems(config: Config, command: Command = "train") -> Iterator[str]
             yield from rule(whole, command)
 
 
-@rule(*_TRAINS)
+@rule(*TRAINS)
 def _without_a_window(config: Config, command: str) -> Iterator[str]:
     r = config.rollout
     if r.window == 0 and r.shared_noise:
@@ -77,7 +64,7 @@ def _without_a_window(config: Config, command: str) -> Iterator[str]:
 @rule(*_SAMPLES)
 def _noise_level(config: Config, command: str) -> Iterator[str]:
     r = config.rollout
-    drawn = r.window > 0 and (command in _TRAINS or config.eval.sampler == "rollout")
+    drawn = r.window > 0 and (command in TRAINS or config.eval.sampler == "rollout")
     if drawn and (problem := noise_problem(r.dynamics, r.noise_level)):
         yield problem
 
@@ -89,7 +76,7 @@ def noise_problem(dynamics: str, level: float) -> str | None:
     return f"rollout.noise_level: {level} (accepted with rollout.dynamics {dynamics}: {bounds})"
 
 
-@rule(*_TRAINS)
+@rule(*TRAINS)
 def _units(config: Config, command: str) -> Iterator[str]:
     r = config.rollout
     if (units := r.sessions * r.siblings * r.turns) > MAX_UNITS:
@@ -99,7 +86,7 @@ def _units(config: Config, command: str) -> Iterator[str]:
         )
 
 
-@rule(*_TRAINS)
+@rule(*TRAINS)
 def _replay(config: Config, command: str) -> Iterator[str]:
     t, p = config.train, config.policy
     guided = p.guidance != 1 or p.guidance_image != 1
@@ -110,73 +97,6 @@ def _replay(config: Config, command: str) -> Iterator[str]:
         yield (
             f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one "
             f"forward)"
-        )
-
-
-_POLICY_FIELDS = [f.name for f in dataclasses.fields(PolicyConfig)]
-
-DIFFUSION_ONLY = tuple(_POLICY_FIELDS[_POLICY_FIELDS.index("resolution") :])
-"""Settings that the unified model has no use for."""
-
-
-def policy_problems(p: PolicyConfig, trains: bool = True) -> Iterator[str]:
-    """One line for each rule that the policy's settings break among themselves. trains: whether it
-    will."""
-    default = PolicyConfig()
-    if p.model == "unified":
-        for name in DIFFUSION_ONLY:
-            if (value := getattr(p, name)) != (accepted := getattr(default, name)):
-                yield (
-                    f"policy.{name}: {value!r} (accepted with policy.model unified: {accepted!r}, "
-                    f"the default)"
-                )
-        return
-    if p.quantize != "none" and not p.lora_rank:
-        yield (
-            f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what trains "
-            f"is not quantized)"
-        )
-    if p.shard:
-        for name, value, accepted, why in (
-            (
-                "lora_rank",
-                p.lora_rank,
-                p.lora_rank > 0 or not trains,
-                "at least 1; only frozen weights are sharded",
-            ),
-            ("quantize", p.quantize, p.quantize == "none", "none; 4-bit weights are not sharded"),
-            (
-                "model",
-                p.model,
-                p.model != "klein-kv",
-                "klein; its cache is made inside of the blocks",
-            ),
-            (
-                "compile",
-                p.compile,
-                not p.compile,
-                "false; compiled blocks are not computed again as they were",
-            ),
-        ):
-            if not accepted:
-                yield f"policy.{name}: {value} (accepted with policy.shard: {why})"
-
-
-@rule(*_SAMPLES)
-def _model(config: Config, command: str) -> Iterator[str]:
-    p, data, trains = config.policy, config.data, command in _TRAINS
-    yield from policy_problems(p, trains)
-    # Evaluation looks at data.heldout where there is one, and at data.path only if not.
-    if p.model != "unified" and data.path is None and (trains or data.heldout is None):
-        yield (
-            f"data.path: none (accepted with policy.model {p.model}: a sessions.jsonl; the shapes "
-            f"world's images are "
-            "too small for it)"
-        )
-    if trains and p.shard and config.rollout.capture != "off":
-        yield (
-            f"rollout.capture: {config.rollout.capture} (accepted with policy.shard: off; "
-            f"gathering waits)"
         )
 
 

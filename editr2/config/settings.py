@@ -16,10 +16,9 @@ from editr2.config.fields import (
     table,
 )
 from editr2.config.patterns import pattern_problem
+from editr2.policies.models import DEFAULT, MODELS
 from editr2.rewards.table import REWARDS
 from editr2_kernels import CREDIT_PRESETS, DYNAMICS
-
-MODELS = ("unified", "kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
 
 
 def rollout_dynamics() -> list[str]:
@@ -112,7 +111,8 @@ class PolicyConfig:
     Args:
         model: unified (BAGEL's architecture; the shipped small model), kontext (FLUX.1-Kontext),
             klein (FLUX.2-klein), klein-kv (its variant that reads the references once a turn),
-            qwen-edit or qwen-edit-plus (Qwen-Image-Edit and its multi-image successor, 2509).
+            qwen-edit or qwen-edit-plus (Qwen-Image-Edit and its multi-image successor, 2509), or
+            `package.module:Class` of your own (docs/editors.md).
         weights: unified: a folder written by `editr2 world pretrain` or a run's `policy/`, none is
             the shipped small model. Others: a diffusers folder or a hub id, none is the model's
             published one.
@@ -153,7 +153,7 @@ class PolicyConfig:
             while it computes (FSDP2); needs LoRA. On one process there is nothing to share out.
     """
 
-    model: str = setting("unified", among=lambda: MODELS)
+    model: str = setting(DEFAULT, among=lambda: MODELS, reference="package.module:Class")
     weights: str | None = setting(None, path=True)
     intent: bool = True
     temperature: float = setting(0.7, Bounds(above=0, at_most=100))

@@ -1,9 +1,8 @@
 """A run's policy as something that other programs load, with proof that they load the same policy.
 
-What is written: the LoRA that diffusers' own pipeline loads; a diffusers folder where all weights
-trained or adapters are merged; for the unified model the folder that `policy.weights` takes, or
-adapters in peft's format. Adapters are written at strength 1, alpha / rank being part of B, so that
-loaders that do not read alpha apply them as trained (`editr2.policies.adapters`).
+What is written the policy's class says (`editr2.policies.forms`): the LoRA that diffusers' own
+pipeline loads, a diffusers folder where all weights trained or adapters are merged; the folder that
+`policy.weights` takes, or adapters in peft's format.
 
 The proof: the policy as exported predicts velocities (and log-probs of text) for fixed images,
 noise and noise levels over two turns. Then the base weights are loaded anew, the export is put on
@@ -22,23 +21,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, ExportError
 from editr2.export.model_card import Base, write_card
 from editr2.export.result import Exported, Proof
-from editr2.policies.adapters import TRANSFORMER, fold_strength
-from editr2.policies.base import Policy, Questions, TextPolicy, with_module
+from editr2.policies.base import Policy, Questions, TextPolicy
+from editr2.policies.configured import policy_class
 from editr2.policies.finite import check_state
-from editr2.policies.load import load_policy, quiet_libraries
-from editr2.policies.tensor_files import ordinary_modes, write_tensors, writing
-from editr2.policies.unified.policy import UnifiedPolicy
-from editr2.policies.weights import load_trainable
+from editr2.policies.load import load_policy
+from editr2.policies.tensor_files import ordinary_modes, writing
+from editr2.policies.weights import load_trainable, remove_lora
 from editr2.report.data import load_run
 from editr2.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from editr2_kernels import philox_normal
@@ -69,9 +66,9 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
         )
     saved, weights, values = _chosen(run, weights)
     kind = "merged" if merge else "lora" if config.policy.lora_rank else "full"
-    form = _form(config.policy.model == "unified", kind)
     # Neither changes a number's meaning, and both would be in the way of comparing bits.
     settings = replace(config.policy, compile=False, gradient_checkpointing=False)
+    form = policy_class(settings.model).form(settings, kind)
     policy = _load(settings)
     load_trainable(policy.module, values)
     with _appearing(out) as folder:
@@ -88,7 +85,7 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
         done = Exported(
             out, kind, weights, saved.iteration, config.train.iterations, proof, folding
         )
-        write_card(folder, seen, config, Base.of(base, config.policy.weights), done)
+        write_card(folder, seen, config, Base.of(base, config.policy.weights), done, form)
     return done
 
 
@@ -187,124 +184,3 @@ def _proof(
         )
     size = distance(exported, [torch.zeros_like(a) for a in exported])
     return Proof(size, effect, distance(exported, trained), error)
-
-
-# -------------------------------------------------------------------------------------------- forms
-
-
-class Form(Protocol):
-    """A way to write a policy. `write` fills a folder, leaves the policy with exactly the numbers
-    that a reload will have, and returns `Exported.folding`; `load` gives the policy of that folder
-    by the loader that its users call, on the base weights where the folder does not hold them."""
-
-    def write(self, policy: Any, folder: Path) -> float: ...
-
-    def load(self, base: Any, folder: Path) -> Policy: ...
-
-
-class DiffusersLora:
-    """`pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`, in the adapters' own
-    precision."""
-
-    def write(self, policy: Any, folder: Path) -> float:
-        policy.save(folder)
-        return fold_strength(policy.module)
-
-    def load(self, base: Any, folder: Path) -> Policy:
-        with quiet_libraries():  # diffusers warns that a LoRA without text encoders has none
-            base.pipe.load_lora_weights(folder)
-        return base
-
-
-class DiffusersFolder:
-    """All of a pipeline, for `DiffusionPipeline.from_pretrained(folder)` and `policy.weights`: the
-    trained transformer, and of the base pipeline's files every other component's."""
-
-    def write(self, policy: Any, folder: Path) -> float:
-        merge_lora(policy.module)
-        source = policy.pipe.name_or_path
-        source = Path(source if Path(source).is_dir() else type(policy.pipe).download(source))
-        shutil.copy(source / "model_index.json", folder)
-        for name in policy.pipe.components:
-            if name != TRANSFORMER and (source / name).is_dir():
-                shutil.copytree(source / name, folder / name)
-        policy.module.save_pretrained(folder / TRANSFORMER)
-        return 0.0
-
-    def load(self, base: Any, folder: Path) -> Policy:
-        device = base.device
-        dtypes = {TRANSFORMER: base.module.dtype, "default": base.compute_dtype}
-        base.module.to("cpu")  # two transformers are more than a device may hold
-        pipe = base.load_pipeline(str(folder), torch_dtype=dtypes)
-        return with_module(base, pipe.transformer.to(device))
-
-
-class UnifiedFolder:
-    """What `UnifiedPolicy.load` and `policy.weights` take."""
-
-    def write(self, policy: Any, folder: Path) -> float:
-        merge_lora(policy.module)
-        policy.save(folder)
-        return 0.0
-
-    def load(self, base: Any, folder: Path) -> Policy:
-        loaded = UnifiedPolicy.load(folder, base.guidance)
-        loaded.module.to(base.device)
-        return loaded
-
-
-class PeftAdapter:
-    """`adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained(module,
-    folder)`."""
-
-    def write(self, policy: Any, folder: Path) -> float:
-        from peft import get_peft_model_state_dict
-
-        folding = fold_strength(policy.module)
-        layers = get_peft_model_state_dict(policy.module)
-        tensors = {
-            f"base_model.model.{name}": p.detach().cpu().contiguous() for name, p in layers.items()
-        }
-        write_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        policy.module.peft_config["default"].save_pretrained(folder)
-        return folding
-
-    def load(self, base: Any, folder: Path) -> Policy:
-        from peft import PeftModel
-
-        # It puts the adapters inside the module that it is given.
-        PeftModel.from_pretrained(base.module, folder)
-        return base
-
-
-def _form(unified: bool, kind: str) -> Form:
-    if unified:
-        return PeftAdapter() if kind == "lora" else UnifiedFolder()
-    return DiffusersLora() if kind == "lora" else DiffusersFolder()
-
-
-def _lora_layers(module: nn.Module) -> dict[str, Any]:
-    from peft.tuners.lora import LoraLayer  # seconds of imports, so only where it is asked for
-
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
-
-
-def remove_lora(module: Any) -> None:
-    """Takes adapters off: the base layers stand in their own places again."""
-    if hasattr(module, "unload_lora"):  # diffusers' models keep their own books of adapters
-        module.unload_lora()
-        return
-    for name, layer in _lora_layers(module).items():
-        module.set_submodule(name, layer.get_base_layer())
-    vars(module).pop("peft_config", None)
-
-
-@torch.no_grad()
-def merge_lora(module: nn.Module) -> None:
-    """Adds every adapter to the layer it sits on, rounded to that layer's precision, and takes them
-    off."""
-    for layer in _lora_layers(module).values():
-        weight = layer.get_base_layer().weight
-        for name in layer.active_adapters:
-            weight.copy_(weight + layer.get_delta_weight(name))
-    remove_lora(module)

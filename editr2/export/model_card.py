@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from editr2.config import Config, PolicyConfig, TrainConfig
 from editr2.export.result import Exported
+from editr2.policies.forms import Form
 from editr2.report.build import evaluation_table
 from editr2.report.data import PASS_NAMES, RecordedRun, StripTurn
 from editr2.report.gallery import thin
@@ -28,33 +29,34 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Base:
-    """What was trained. hub_id: None for weights that stand in a folder. pipeline: its class in
-    diffusers, None for the unified model. name: for the text."""
+    """What was trained. hub_id: None for weights that stand in a folder. name: for the text."""
 
     name: str
     hub_id: str | None
-    pipeline: str | None
 
     @staticmethod
     def of(policy: Any, weights: str | None) -> Base:
         """weights: as the settings have them; a policy on diffusers knows what they rest on."""
-        pipeline, weights = getattr(policy, "pipeline", None), getattr(policy, "base", weights)
+        weights = getattr(policy, "base", weights)
         if weights is None:
-            return Base("the small model shipped with editr2", None, None)
+            return Base(policy.default_weights, None)
         if HUB_ID.fullmatch(weights) and not Path(weights).exists():
-            return Base(weights, weights, pipeline)
-        return Base(f"{Path(weights).name} (a local folder)", None, pipeline)
+            return Base(weights, weights)
+        return Base(f"{Path(weights).name} (a local folder)", None)
 
 
-def write_card(folder: Path, seen: RecordedRun, config: Config, base: Base, done: Exported) -> None:
+def write_card(
+    folder: Path, seen: RecordedRun, config: Config, base: Base, done: Exported, form: Form
+) -> None:
     """Writes README.md, and strips.png where the run has strips."""
     pictured = film_strip(seen, folder / "strips.png")
     parts = [
-        f"---\n{yaml.safe_dump(_header(base, done), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_header(base, done, form), sort_keys=False)}---",
         f"# {done.folder.name}",
         _what(config.policy, base, done),
         "![Sessions before and after training](strips.png)" if pictured else "",
-        f"## How to load it\n\n{_how(base, done, config.policy)}{_strength(done, config.policy)}",
+        f"## How to load it\n\n{_how(base, done, config.policy, form)}"
+        f"{_strength(done, config.policy)}",
         f"## Proof\n\nAt export, the base weights and these files were loaded anew as above: "
         f"{done.proof}.",
         f"## Scores\n\n{_scores(seen, config.train, done)}",
@@ -63,11 +65,9 @@ def write_card(folder: Path, seen: RecordedRun, config: Config, base: Base, done
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")
 
 
-def _header(base: Base, done: Exported) -> dict[str, Any]:
+def _header(base: Base, done: Exported, form: Form) -> dict[str, Any]:
     adapter = done.kind == "lora"
-    header: dict[str, Any] = {
-        "library_name": "diffusers" if base.pipeline else "peft" if adapter else "editr2"
-    }
+    header: dict[str, Any] = {"library_name": form.library}
     if base.hub_id:
         relation = {"lora": "adapter", "merged": "merge", "full": "finetune"}[done.kind]
         header |= {"base_model": base.hub_id, "base_model_relation": relation}
@@ -93,24 +93,11 @@ def _alpha(policy: PolicyConfig) -> float:
     return 2 * policy.lora_rank if policy.lora_alpha is None else policy.lora_alpha
 
 
-def _how(base: Base, done: Exported, policy: PolicyConfig) -> str:
-    """The code that loads it."""
-    if base.pipeline:
-        lines = _load_pipeline(base, base.pipeline, done, policy)
-    elif done.kind == "lora":
-        lines = _load_adapters(done, policy)
-    else:
-        lines = [
-            "from pathlib import Path",
-            "",
-            "from editr2 import UnifiedPolicy",
-            "",
-            f'policy = UnifiedPolicy.load(Path("{done.folder.name}"))',
-        ]
-    code = "```python\n" + "\n".join(lines) + "\n```"
-    if base.pipeline or done.kind == "lora":
-        return code
-    return f"{code}\n\nor `--policy.weights {done.folder.name}` of `editr2`."
+def _how(base: Base, done: Exported, policy: PolicyConfig, form: Form) -> str:
+    this, origin = done.folder.name, base.hub_id or policy.weights
+    dtype = policy.dtype if done.kind == "lora" or policy.lora_rank else "float32"
+    code = "```python\n" + "\n".join(form.code(this, origin, dtype)) + "\n```"
+    return "\n\n".join(filter(None, [code, form.also(this)]))
 
 
 def _load_pipeline(base: Base, pipeline: str, done: Exported, policy: PolicyConfig) -> list[str]:

@@ -15,32 +15,35 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import logging
-import re
-from abc import ABC, abstractmethod
+import os
+from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError, shown
-from editr2.policies.base import Velocity, device_of, to_bytes
-
-Prompt = Mapping[str, Tensor]
-"""What a model's text encoders make of the instructions, by name and samples first: `words` [B, L,
-width], with `mask` [B, L] where rows are padded, and whatever else the model reads."""
-
-WORDS, MASK = "words", "mask"
+from editr2.policies.base import Velocity, device_of
+from editr2.policies.contexts import (
+    WORDS,
+    AnyEditContext,
+    EditContext,
+    MixedContext,
+    Prompt,
+    masked,
+    padded,
+)
+from editr2.policies.latents import resized
+from editr2.policies.pipeline_blueprint import PipelineBlueprint
+from editr2.policies.pipelines import PipelineModel, read_pipeline, weight_sources
+from editr2.policies.trained import make_ready, save_policy, saved_lora
+from editr2.run.hub import check_model
 
 CACHED_PROMPTS = 256
 TEXT_BATCH = 8
@@ -48,109 +51,7 @@ TEXT_BATCH = 8
 are activations."""
 
 
-@dataclass(frozen=True)
-class EditContext:
-    """All that a velocity depends on besides the noise; every tensor has the samples first.
-
-    conditions: the images beside the noise as latent tokens, float32 [B, N, D], in the order of
-    their positions: the image to edit, then those before it (`history`) and the source
-    (`keep_source`). images: the same as the text encoder reads them, uint8 [B, H, W, 3] on the
-    host; empty where it reads words only. prompt, negative: of the last instruction, and of the
-    unguided branch (empty without guidance). derived: what a model computes from its
-    conditions once, where it does (`DiffusionPolicy.derive`).
-    """
-
-    conditions: tuple[Tensor, ...]
-    images: tuple[Tensor, ...] = ()
-    prompt: Prompt = field(default_factory=dict)
-    negative: Prompt = field(default_factory=dict)
-    derived: tuple[Tensor, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.conditions[0])
-
-    @property
-    def _kind(self) -> tuple[Any, ...]:
-        shapes = tuple(t.shape[1:] for t in (*self.conditions, *self.images, *self.derived))
-        return shapes, bool(self.prompt), bool(self.negative)
-
-    def select(self, index: Tensor) -> EditContext:
-        def rows(t: Tensor) -> Tensor:
-            return t[index.to(t.device)]
-
-        return EditContext(
-            tuple(map(rows, self.conditions)),
-            tuple(map(rows, self.images)),
-            {name: rows(t) for name, t in self.prompt.items()},
-            {name: rows(t) for name, t in self.negative.items()},
-            tuple(map(rows, self.derived)),
-        )
-
-    @staticmethod
-    def join(parts: Sequence[EditContext]) -> EditContext:
-        """Of one kind (equally many images, all instructed or none); shorter prompts are padded
-        with zeros."""
-
-        def together(name: str) -> tuple[Tensor, ...]:
-            return tuple(
-                torch.cat(same) for same in zip(*(getattr(p, name) for p in parts), strict=True)
-            )
-
-        return EditContext(
-            together("conditions"),
-            together("images"),
-            _padded([p.prompt for p in parts]),
-            _padded([p.negative for p in parts]),
-            together("derived"),
-        )
-
-
-@dataclass(frozen=True)
-class MixedContext:
-    """Contexts that are no one batch (one image here, two there). order: int64 [B], each sample's
-    place in the parts laid end to end."""
-
-    parts: tuple[EditContext, ...]
-    order: Tensor
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def select(self, index: Tensor) -> MixedContext:
-        order = self.order[index.cpu()]
-        parts, places, first, kept = [], torch.zeros_like(order), 0, 0
-        for part in self.parts:
-            mine = ((order >= first) & (order < first + len(part))).nonzero()[:, 0]
-            if len(mine):
-                parts.append(part.select(order[mine] - first))
-                places[mine] = kept + torch.arange(len(mine))
-            first, kept = first + len(part), kept + len(mine)
-        return MixedContext(tuple(parts), places)
-
-
-AnyEditContext = EditContext | MixedContext
-
-
-def masked(prompt: Prompt) -> Prompt:
-    """The prompt with its mask [B, L], bool; it has none where no row is padded, which is
-    faster."""
-    if not prompt or MASK in prompt:
-        return prompt
-    words = prompt[WORDS]
-    return {**prompt, MASK: torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)}
-
-
-def _padded(prompts: Sequence[Prompt]) -> Prompt:
-    """Several batches of prompts as one."""
-    if any(MASK in p for p in prompts) or len({p[WORDS].shape[1] for p in prompts if p}) > 1:
-        prompts = [masked(p) for p in prompts]
-    return {
-        name: pad_sequence([row for p in prompts for row in p[name].unbind(0)], batch_first=True)
-        for name in prompts[0]
-    }
-
-
-class DiffusionPolicy(ABC):
+class DiffusionPolicy(PipelineModel):
     """`Policy` and `ScheduledPolicy` over the components of a diffusers pipeline.
 
     A subclass names its pipeline and published weights, and provides
@@ -178,23 +79,8 @@ class DiffusionPolicy(ABC):
 
     writes_text = False
 
-    model: ClassVar[str]
-    """Its name in `policy.model`."""
-    pipeline: ClassVar[str]
-    """Its class in diffusers."""
-    transformer: ClassVar[str]
-    """The class of what trains."""
-    published: ClassVar[str]
-    """The hub id of its published weights."""
-    lora_targets: ClassVar[str]
-    """Regular expression over the names of the transformer's attention and MLP layers."""
-    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    """The pipeline's components that `embed` runs."""
-    text_sees_images: ClassVar[bool] = False
     own_renorm: ClassVar[str] = "none"
     """What `policy.renorm` auto stands for."""
-    recomputes: ClassVar[bool] = True
-    """Whether the blocks can be computed again in the backward pass."""
     tiles: ClassVar[bool] = True
     """Whether the autoencoder may work in tiles where `policy.vae_tiling` asks for it."""
     negative_prompt: ClassVar[str] = ""
@@ -208,7 +94,7 @@ class DiffusionPolicy(ABC):
         cannot follow."""
         self.pipe = pipe
         self.config = config
-        self.base = str(pipe.config.get("_name_or_path") or self.published)
+        self.base = str(pipe.config.get("_name_or_path") or self.hub_id)
         self.module = pipe.transformer
         self.compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.patch = 2 * int(pipe.vae_scale_factor)
@@ -238,22 +124,37 @@ class DiffusionPolicy(ABC):
         self.module.eval()
 
     @classmethod
-    def pipeline_class(cls) -> Any:
-        """`pipeline`, of diffusers. Raises `AttributeError` where the installed one has it not."""
-        return stock_pipeline(cls.pipeline)
+    def from_config(
+        cls, config: PolicyConfig, *, trains: bool = True, empty: bool = False
+    ) -> DiffusionPolicy:
+        """A pipeline's folder, a hub id, or a folder that `save` wrote."""
+        adapter, trained, base = weight_sources(config.weights or cls.hub_id, cls.model)
+        if adapter is not None:
+            saved_lora(config, cls, adapter)  # what is wrong is said before gigabytes are read
+        if os.path.isabs(base) and not Path(base).is_dir():
+            raise ConfigError(
+                f"policy.weights: {base}: no {cls.pipeline} there (accepted: its folder, or a hub "
+                f"id)"
+            )
+        check_model(base, "policy.weights")
+        whole = trains and not config.lora_rank
+        policy = cls(read_pipeline(cls, config, base, trained, whole=whole, empty=empty), config)
+        policy.base = str(trained or base)
+        make_ready(policy, adapter, trains)
+        return policy
 
     @classmethod
-    def transformer_class(cls) -> Any:
-        """`transformer`, of diffusers."""
-        import diffusers
+    def blueprint(cls, config: PolicyConfig) -> PipelineBlueprint:
+        return PipelineBlueprint(config, cls)
 
-        return getattr(diffusers, cls.transformer)
+    def forgets(self, prompts: int) -> bool:
+        """Whether so many prompts are more than it remembers."""
+        return prompts > CACHED_PROMPTS
 
     @classmethod
-    def load_pipeline(cls, base: str, **components: Any) -> Any:
-        """The stock pipeline of a folder or hub id. components: keywords of its
-        `from_pretrained`."""
-        return cls.pipeline_class().from_pretrained(base, **components)
+    def derives(cls) -> bool:
+        """Whether it computes something of its own from the condition images."""
+        return cls.derive is not DiffusionPolicy.derive
 
     def refuse(self, name: str, given: object, accepted: str) -> None:
         """Raises the `ConfigError` of a setting that this model cannot follow."""
@@ -485,7 +386,7 @@ class DiffusionPolicy(ABC):
         while len(self._prompts) > CACHED_PROMPTS:
             self._prompts.popitem(last=False)
         rows = [{n: t[None] for n, t in found[key].items()} for key in keys]
-        return {n: t.to(self.device) for n, t in _padded(rows).items()}
+        return {n: t.to(self.device) for n, t in padded(rows).items()}
 
     def velocity(self, x: Tensor, sigma: Tensor, context: AnyEditContext) -> Velocity:
         """In the computing dtype. Under guidance both branches, for the kernels to combine."""
@@ -518,39 +419,30 @@ class DiffusionPolicy(ABC):
         return context.select(index)
 
     def join(self, contexts: Sequence[AnyEditContext]) -> AnyEditContext:
-        parts: list[EditContext] = []
-        order: list[Tensor] = []
-        first = 0
-        for context in contexts:
-            if isinstance(context, MixedContext):
-                parts += context.parts
-                order.append(first + context.order)
-            else:
-                parts.append(context)
-                order.append(first + torch.arange(len(context)))
-            first += len(context)
-        kinds: list[list[int]] = []
-        for i, part in enumerate(parts):
-            for kind in kinds:
-                if parts[kind[0]]._kind == part._kind:
-                    kind.append(i)
-                    break
-            else:
-                kinds.append([i])
-        starts = np.cumsum([0, *(len(p) for p in parts)])
-        places = torch.empty(first, dtype=torch.int64)
-        laid = torch.cat([torch.arange(starts[i], starts[i + 1]) for kind in kinds for i in kind])
-        places[laid] = torch.arange(first)
-        merged = tuple(EditContext.join([parts[i] for i in kind]) for kind in kinds)
-        places = places[torch.cat(order)]
-        return merged[0] if len(merged) == 1 else MixedContext(merged, places)
+        """One batch where all samples are of one kind, else a batch of each kind beside the order
+        of the samples."""
+        given = [MixedContext.of(context) for context in contexts]
+        pieces = [piece for context in given for piece in context.parts]
+        alike: dict[Any, list[int]] = {}
+        for i, piece in enumerate(pieces):
+            alike.setdefault(piece.kind, []).append(i)
+        batches = tuple(EditContext.join([pieces[i] for i in same]) for same in alike.values())
+        if len(batches) == 1:  # of which every part has its samples in order
+            return batches[0]
+        starts, first = {}, 0  # of every piece, in the batches laid end to end
+        for i in itertools.chain.from_iterable(alike.values()):
+            starts[i] = first
+            first += len(pieces[i])
+        order, numbers = [], itertools.count()
+        for context in given:
+            # Its own order counts through its own parts; this is where they lie now.
+            places = [starts[next(numbers)] + torch.arange(len(part)) for part in context.parts]
+            order.append(torch.cat(places)[context.order])
+        return MixedContext(batches, torch.cat(order))
 
     def pixels(self, latents: Tensor) -> Tensor:
         with self._at_work("vae"), torch.no_grad():
             return self.to_pixels(latents.to(self.device)).permute(0, 2, 3, 1)
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        return to_bytes(self.pixels(latents))
 
     def sigmas(self, steps: int) -> list[float]:
         """The pipeline's own: evenly spaced, shifted by the scheduler's settings and the target's
@@ -565,8 +457,6 @@ class DiffusionPolicy(ABC):
     def save(self, folder: Path) -> None:
         """What `load_policy` reads as `policy.weights`: the LoRA as stock diffusers loads it, or
         the transformer."""
-        from editr2.policies.load import save_policy
-
         save_policy(self, folder)
 
     # ------------------------------------------------------------------------------------ the tools
@@ -611,35 +501,6 @@ class DiffusionPolicy(ABC):
                 owner[name] = tensor
 
 
-def stock_pipeline(name: str) -> Any:
-    """diffusers' class."""
-    import diffusers
-
-    with without_processor_notes():
-        return getattr(diffusers, name)
-
-
-_PROCESSOR_NOTE = re.compile(
-    r"`(CLIP|Siglip|Qwen2VL)ImageProcessor` requires torchvision \(not installed\); falling back"
-)
-
-
-@contextmanager
-def without_processor_notes() -> Iterator[None]:
-    """Without transformers' notes that image processors work without torchvision: a Flux pipeline's
-    import touches two that it has no use for, and Qwen's is meant to."""
-
-    def needed(record: logging.LogRecord) -> bool:
-        return not _PROCESSOR_NOTE.match(record.getMessage())
-
-    logger = logging.getLogger("transformers.utils.import_utils")
-    logger.addFilter(needed)
-    try:
-        yield
-    finally:
-        logger.removeFilter(needed)
-
-
 def _weights(parts: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     """Every parameter and buffer with the dictionary of its module that holds it, and its name
     there."""
@@ -648,35 +509,3 @@ def _weights(parts: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, 
             yield from (
                 (owner, name, tensor) for name, tensor in owner.items() if tensor is not None
             )
-
-
-def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [B, H, W, 3] brought to `size` (height, width) by Lanczos, as the pipelines do; a
-    copy."""
-    if images.shape[1:3] == size:
-        return np.array(images)
-    picked = [
-        Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS) for image in images
-    ]
-    return np.stack([np.asarray(image) for image in picked])
-
-
-def patchified(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, 4 C, h / 2, w / 2]: every 2 x 2 patch as channels, (channel, row,
-    column)."""
-    return F.pixel_unshuffle(latents, 2)
-
-
-def unpatchified(latents: Tensor) -> Tensor:
-    """The inverse of `patchified`."""
-    return F.pixel_shuffle(latents, 2)
-
-
-def tokens(latents: Tensor) -> Tensor:
-    """[B, D, h, w] -> [B, h w, D], row by row."""
-    return latents.flatten(2).transpose(1, 2)
-
-
-def from_tokens(latents: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `tokens`."""
-    return latents.transpose(1, 2).unflatten(2, grid)

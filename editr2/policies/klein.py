@@ -11,7 +11,9 @@ and values then depend on nothing else and are computed once a turn, for all ste
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,16 +21,39 @@ from torch import Tensor
 
 from editr2.config import PolicyConfig
 from editr2.errors import DataError, shown
-from editr2.policies.diffusion import (
-    DiffusionPolicy,
-    EditContext,
-    Prompt,
-    from_tokens,
-    patchified,
-    tokens,
-    unpatchified,
-)
+from editr2.policies.contexts import EditContext, Prompt
+from editr2.policies.diffusion import DiffusionPolicy
+from editr2.policies.latents import from_tokens, patchified, tokens, unpatchified
+from editr2.policies.pipelines import FLUX_BLOCKS, FLUX_SHIFT, Parts
 from editr2.policies.tokens import Words
+
+SMALL = Parts(
+    transformer={
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "in_channels": 128,
+        "guidance_embeds": False,
+    },
+    vae=FLUX_BLOCKS,
+    scheduler=FLUX_SHIFT,
+    text={"text_encoder": 4_022_468_096},  # Qwen3-4B, whose head is its embedding
+    pipeline={"is_distilled": True},
+)
+LARGE = replace(
+    SMALL,
+    transformer={
+        **SMALL.transformer,
+        "num_layers": 8,
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+    },
+    text={"text_encoder": 8_190_735_360},  # Qwen3-8B with its head
+)
+BASE = {"is_distilled": False}
 
 TEXT_LAYERS = (9, 18, 27)
 """Of the text encoder's hidden states, the ones whose numbers side by side are a token."""
@@ -46,7 +71,15 @@ class KleinPolicy(DiffusionPolicy):
     model = "klein"
     pipeline = "Flux2KleinPipeline"
     transformer = "Flux2Transformer2DModel"
-    published = "black-forest-labs/FLUX.2-klein-4B"
+    hub_id = "black-forest-labs/FLUX.2-klein-4B"
+    published = MappingProxyType(
+        {
+            hub_id: SMALL,
+            "black-forest-labs/FLUX.2-klein-base-4B": replace(SMALL, pipeline=BASE),
+            "black-forest-labs/FLUX.2-klein-9B": LARGE,
+            "black-forest-labs/FLUX.2-klein-base-9B": replace(LARGE, pipeline=BASE),
+        }
+    )
     lora_targets = (
         r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|ff(_context)?\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
@@ -157,7 +190,9 @@ class KleinKVPolicy(KleinPolicy):
 
     model = "klein-kv"
     pipeline = "Flux2KleinKVPipeline"
-    published = "black-forest-labs/FLUX.2-klein-9b-kv"
+    hub_id = "black-forest-labs/FLUX.2-klein-9b-kv"
+    published = MappingProxyType({hub_id: replace(LARGE, pipeline={})})
+    instead_of_shard = "klein; its cache is made inside of the blocks"
 
     # diffusers hands every block's cache over in one dict: a block computed again would read the
     # last one's.

@@ -9,21 +9,42 @@ distilled: the transformer takes its value as input, and true guidance is a seco
 from __future__ import annotations
 
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from editr2.config import PolicyConfig
-from editr2.policies.diffusion import (
-    DiffusionPolicy,
-    EditContext,
-    Prompt,
-    from_tokens,
-    patchified,
-    tokens,
-    unpatchified,
-)
+from editr2.policies.contexts import EditContext, Prompt
+from editr2.policies.diffusion import DiffusionPolicy
+from editr2.policies.latents import from_tokens, patchified, tokens, unpatchified
+from editr2.policies.pipelines import FLUX_BLOCKS, FLUX_SHIFT, Parts
 from editr2.policies.tokens import Words
+
+DEV = Parts(
+    transformer={
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "in_channels": 64,
+        "guidance_embeds": True,
+    },
+    vae={
+        **FLUX_BLOCKS,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": 16,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    scheduler=FLUX_SHIFT,
+    text={"text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656},  # CLIP-L, T5-XXL's encoder
+)
 
 
 class KontextPolicy(DiffusionPolicy):
@@ -33,7 +54,8 @@ class KontextPolicy(DiffusionPolicy):
     model = "kontext"
     pipeline = "FluxKontextPipeline"
     transformer = "FluxTransformer2DModel"
-    published = "black-forest-labs/FLUX.1-Kontext-dev"
+    hub_id = "black-forest-labs/FLUX.1-Kontext-dev"
+    published = MappingProxyType({hub_id: DEV})
     lora_targets = (
         r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"

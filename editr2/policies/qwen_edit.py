@@ -17,6 +17,7 @@ import dataclasses
 import importlib.util
 import math
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,12 @@ import torch
 from torch import Tensor
 
 from editr2.config import PolicyConfig
-from editr2.policies.diffusion import (
-    DiffusionPolicy,
-    EditContext,
-    Prompt,
-    from_tokens,
-    masked,
-    patchified,
-    tokens,
-    unpatchified,
-    without_processor_notes,
-)
+from editr2.policies.contexts import EditContext, Prompt, masked
+from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.kontext import linear_mu
+from editr2.policies.latents import from_tokens, patchified, tokens, unpatchified
+from editr2.policies.libraries import without_processor_notes
+from editr2.policies.pipelines import Parts
 from editr2.policies.tokens import Words
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -43,6 +38,22 @@ PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 PLUS_AREA = 384 * 384
 """Pixels of an image as Plus shows it to its text encoder, whatever the size of the condition."""
 BUCKET = 64  # text tokens; an image alone is hundreds
+
+EDIT = Parts(
+    transformer={"num_layers": 60},
+    vae={},
+    scheduler={
+        "shift": 1.0,
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 8192,
+        "shift_terminal": 0.02,
+        "time_shift_type": "exponential",
+    },
+    text={"text_encoder": 8_292_166_656},  # Qwen2.5-VL-7B with its head and its image tower
+)
 
 
 class QwenEditPolicy(DiffusionPolicy):
@@ -52,7 +63,8 @@ class QwenEditPolicy(DiffusionPolicy):
     model = "qwen-edit"
     pipeline = "QwenImageEditPipeline"
     transformer = "QwenImageTransformer2DModel"
-    published = "Qwen/Qwen-Image-Edit"
+    hub_id = "Qwen/Qwen-Image-Edit"
+    published = MappingProxyType({hub_id: EDIT})
     lora_targets = (
         r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|(img|txt)_mlp\.net\.(0\.proj|2))"
@@ -227,7 +239,16 @@ class QwenEditPlusPolicy(QwenEditPolicy):
 
     model = "qwen-edit-plus"
     pipeline = "QwenImageEditPlusPipeline"
-    published = "Qwen/Qwen-Image-Edit-2509"
+    hub_id = "Qwen/Qwen-Image-Edit-2509"
+    published = MappingProxyType(
+        {
+            hub_id: EDIT,
+            # Its conditions are modulated as at time 0, which takes memory of its own.
+            "Qwen/Qwen-Image-Edit-2511": dataclasses.replace(
+                EDIT, transformer={**EDIT.transformer, "zero_cond_t": True}
+            ),
+        }
+    )
 
     def check(self, config: PolicyConfig) -> None:
         super().check(config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from editr2.errors import ConfigError, UserError
 from editr2.run.processes import PATIENCE, Processes
-
-if TYPE_CHECKING:
-    from editr2.policies.diffusion import DiffusionPolicy
 
 FORWARD, RECORDED, BACKWARD, FINISHED = 3, 2, 1, 0
 """What a process wants next: a forward without gradient, one with, the backward of all of the
@@ -105,13 +102,12 @@ def place(policy: Any, shard: bool, processes: Processes) -> None:
         raise ConfigError(
             "policy.shard: true (accepted for weights that are not shared out yet; load them anew)"
         )
-    _shard(policy, processes.device)
+    _shard(policy.module, processes.device)
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     processes.lockstep = Lockstep(policy.module, policy.idle, group)
 
 
-def _shard(policy: DiffusionPolicy, device: torch.device) -> None:
-    module = policy.module
+def _shard(module: Any, device: torch.device) -> None:
     # Views that blocks return are read only here, by the next block.
     warnings.filterwarnings(
         "ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor", UserWarning

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,3 +109,30 @@ def merged_weights(module: nn.Module) -> dict[str, Tensor]:
             for adapter in layer.active_adapters:
                 state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(adapter)
     return state
+
+
+def _lora_layers(module: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer  # seconds of imports, so only where it is asked for
+
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def remove_lora(module: Any) -> None:
+    """Takes adapters off: the base layers stand in their own places again."""
+    if hasattr(module, "unload_lora"):  # diffusers' models keep their own books of adapters
+        module.unload_lora()
+        return
+    for name, layer in _lora_layers(module).items():
+        module.set_submodule(name, layer.get_base_layer())
+    vars(module).pop("peft_config", None)
+
+
+@torch.no_grad()
+def merge_lora(module: nn.Module) -> None:
+    """Adds every adapter to the layer it sits on, rounded to that layer's precision, and takes them
+    off."""
+    for layer in _lora_layers(module).values():
+        weight = layer.get_base_layer().weight
+        for name in layer.active_adapters:
+            weight.copy_(weight + layer.get_delta_weight(name))
+    remove_lora(module)

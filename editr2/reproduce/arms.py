@@ -9,17 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from editr2.config import (
-    Config,
-    EvalConfig,
-    RolloutConfig,
-    check_config,
-    preset_config,
-    replace_nested,
-)
+from editr2.config import Config, EvalConfig, RolloutConfig, preset_config, replace_nested
 from editr2.config.fields import setting
 from editr2.config.settings import COUNT, SIBLINGS, TIMES
 from editr2.errors import ConfigError
+from editr2.policies.rules import check_config
 
 TURNS = 3
 """Turns of every held-out session, as in all published work."""

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from editr2.config import Config, check_config
+from editr2.config import Config
 from editr2.policies.base import PackedPolicy, Policy
 from editr2.policies.finite import check_weights
 from editr2.policies.load import open_policy, rehearse_save
+from editr2.policies.rules import check_config
 from editr2.policies.sharding import place
 from editr2.rewards.adapt import CheckedReward, adapt
 from editr2.rewards.base import GivenReward

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from editr2.config import Config, config_problems
+from editr2.config import Config
 from editr2.config.fields import mended
 from editr2.config.rules import Command
 from editr2.errors import ConfigError, UserError
+from editr2.policies.rules import config_problems
 from editr2.rewards.base import weight_vector
 from editr2.rl.credit import credit_options
 from editr2.rl.sampler import Schedule, eval_sampler, rollout_sampler

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, one_line
+from editr2.policies.configured import policy_class
 from editr2.run.sources import installed, sources
 from editr2.sessions import Session
 from editr2.sessions.session import pixel_sum
@@ -119,18 +120,12 @@ def sessions_fingerprint(sessions: Sequence[Session]) -> str:
 def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
     """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the
     cache holds."""
-    from editr2.policies.load import policy_class, weight_sources
-    from editr2.policies.unified.policy import EMBEDDED
-
-    if policy.model == "unified":
-        return {"weights": folder_fingerprint(Path(policy.weights) if policy.weights else EMBEDDED)}
-    parts = weight_sources(policy.weights or policy_class(policy.model).published, policy.model)
+    kind = policy_class(policy.model)
     texts = [
-        folder_fingerprint(Path(part)) if Path(part).is_dir() else hub_revision(str(part))
-        for part in parts
-        if part
+        folder_fingerprint(Path(source)) if Path(source).is_dir() else hub_revision(source)
+        for source in kind.sources(policy)
     ]
-    return {"weights": " over ".join(texts)}
+    return {"weights": " over ".join(texts) or kind.default_weights}
 
 
 def folder_fingerprint(folder: Path) -> str:

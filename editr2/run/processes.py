@@ -43,8 +43,8 @@ class SharedWeights(Protocol):
 class Processes:
     """Everything that needs all processes goes through here.
 
-    lockstep: of a policy whose weights are shared out. A process that
-    waits for the others lends them its part of the weights meanwhile.
+    lockstep: of a policy whose weights are shared out, put here by what shared them out. A process
+    that waits for the others lends them its part of the weights meanwhile.
     """
 
     accelerator: Accelerator

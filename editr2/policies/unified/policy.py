@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from editr2.config import PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from editr2.policies.base import (
     Intent,
@@ -35,6 +36,8 @@ from editr2.policies.base import (
     Velocity,
     to_bytes,
 )
+from editr2.policies.blueprint import adapters_without_data, simulated
+from editr2.policies.configured import ConfiguredPolicy
 from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.tensor_files import (
     check_shapes,
@@ -44,9 +47,10 @@ from editr2.policies.tensor_files import (
     writing,
 )
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
+from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.unified.packed import Segment, packed_is_cheaper, run_session, token_counts
-from editr2.policies.weights import merged_weights
+from editr2.policies.weights import add_lora, merged_weights
 from editr2_kernels import RENORMS, philox_normal, token_log_prob
 
 EMBEDDED = Path(__file__).parent.parent.parent / "assets" / "unified-small"
@@ -131,6 +135,12 @@ class Guidance:
     @property
     def active(self) -> bool:
         return self.text != 1 or self.image != 1
+
+    @staticmethod
+    def of(config: PolicyConfig) -> Guidance:
+        """As configured."""
+        renorm = "none" if config.renorm == "auto" else config.renorm
+        return Guidance(config.guidance, config.guidance_image, cast(Any, renorm))
 
 
 @dataclass(frozen=True)
@@ -217,7 +227,7 @@ def read_parts(folder: Path) -> tuple[UnifiedConfig, TextCodec]:
     return config, codec
 
 
-class UnifiedPolicy:
+class UnifiedPolicy(ConfiguredPolicy):
     """`PackedPolicy` and `TextPolicy` over a `UnifiedModel` whose latents are pixels (the embedded
     world's).
 
@@ -226,6 +236,11 @@ class UnifiedPolicy:
     """
 
     writes_text = True
+    uses = ConfiguredPolicy.uses | {
+        *("guidance", "guidance_image", "renorm"),
+        *("lora_rank", "lora_alpha", "lora_targets"),
+    }
+    default_weights = "the small model shipped with editr2"
 
     def __init__(
         self, model: UnifiedModel, codec: TextCodec, guidance: Guidance = Guidance()
@@ -259,6 +274,43 @@ class UnifiedPolicy:
         model = UnifiedModel(config)
         model.load_state_dict({k: v.float() for k, v in weights.items()})
         return UnifiedPolicy(model.eval(), codec, guidance)
+
+    @classmethod
+    def from_config(
+        cls, config: PolicyConfig, *, trains: bool = True, empty: bool = False
+    ) -> UnifiedPolicy:
+        (folder,) = cls.sources(config)
+        policy = cls.load(Path(folder), Guidance.of(config))
+        if config.lora_rank:
+            add_lora(policy.module, config.lora_rank, config.lora_alpha, config.lora_targets)
+        return policy
+
+    @classmethod
+    def sources(cls, config: PolicyConfig) -> list[str]:
+        return [config.weights or str(EMBEDDED)]
+
+    @classmethod
+    def blueprint(cls, config: PolicyConfig) -> UnifiedBlueprint:
+        (folder,) = cls.sources(config)
+        sizes, codec = read_parts(Path(folder))
+        with simulated():
+            module = UnifiedModel(sizes)
+        if config.lora_rank:
+            with adapters_without_data(module, torch.float32):
+                add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets)
+        with simulated():
+            policy = cls(module, codec, Guidance.of(config))
+        return UnifiedBlueprint(policy, config)
+
+    @classmethod
+    def loading(cls, model: str, weights: str | None) -> list[str]:
+        folder = f'Path("{weights}")' if weights else ""
+        return [
+            *(["from pathlib import Path", ""] if weights else []),
+            "from editr2.policies.unified.policy import UnifiedPolicy",
+            "",
+            f"policy = UnifiedPolicy.load({folder})",
+        ]
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes what `load` reads, adapters merged, weights rounded to `dtype`. Raises
@@ -294,7 +346,7 @@ class UnifiedPolicy:
     def encode(self, images: np.ndarray) -> AnyContext:
         empty = self.module.empty_context(len(images), self.device)
         full = self._append(empty, images)
-        return self._guided(full, full, empty) if self.guidance.active else full
+        return self.guided(full, full, empty) if self.guidance.active else full
 
     def instruct(self, context: AnyContext, instructions: Sequence[str]) -> AnyContext:
         ids, valid = (
@@ -304,7 +356,7 @@ class UnifiedPolicy:
         if not isinstance(context, GuidedContext):
             return full
         texts = context.image_dropped
-        return self._guided(
+        return self.guided(
             full, context.full, texts and self.module.append_text(texts, ids, valid)[0]
         )
 
@@ -312,7 +364,7 @@ class UnifiedPolicy:
         full = self._append(_full(context), images)
         if not isinstance(context, GuidedContext):
             return full
-        return self._guided(full, full, context.image_dropped)
+        return self.guided(full, full, context.image_dropped)
 
     def _append(self, context: Context, images: np.ndarray) -> Context:
         return self.module.append_image(context, self._latents(images), self.grid, self.marks)
@@ -324,7 +376,7 @@ class UnifiedPolicy:
             )
         return patchify(images, self.patch).to(self.device)
 
-    def _guided(
+    def guided(
         self, full: Context, text_dropped: Context, image_dropped: Context | None
     ) -> GuidedContext:
         g = self.guidance
@@ -368,9 +420,6 @@ class UnifiedPolicy:
 
     def pixels(self, latents: Tensor) -> Tensor:
         return painted(latents, self.grid, self.patch)
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        return to_bytes(self.pixels(latents))
 
     # ----------------------------------------------------------------------------------------- text
 

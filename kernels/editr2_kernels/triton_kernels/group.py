@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from ..group_advantage import CreditOptions, workspace_of
+from ..credit import CreditOptions, workspace_of
 from . import common as lib
 
 COLS = 256  # ten groups of 24, or one session of 3 turns and 85 siblings

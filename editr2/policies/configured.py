@@ -1,0 +1,138 @@
+"""Editors that `policy.model` can name: what such a class has to say of itself.
+
+A new editor is one file with a class of this kind, and one line in `MODELS`; or the file alone, and
+`policy.model: package.module:Class`. Everything that other parts of the program want to know of a
+model they ask its class here; none is named outside of this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from editr2.config import PolicyConfig
+from editr2.config.plugins import resolve
+from editr2.errors import ConfigError
+from editr2.policies.base import Policy, to_bytes
+from editr2.policies.blueprint import Blueprint, Walk, simulated
+from editr2.policies.forms import Form, OwnFolder, PeftAdapter
+from editr2.policies.models import MODELS
+
+FIELDS = tuple(f.name for f in dataclasses.fields(PolicyConfig))
+"""Of `PolicyConfig`, in their order."""
+
+
+class ConfiguredPolicy(ABC):
+    """A `Policy` that is made from settings. A subclass has that protocol's methods (`decode` is
+    here), `from_config` and `pixels`, and overrides what else is true of it."""
+
+    writes_text: bool = False
+
+    uses: ClassVar[frozenset[str]] = frozenset(
+        ("model", "weights", "intent", "temperature", "intent_tokens")
+    )
+    """The settings of `PolicyConfig` that it has a use for; any other has to stay at its default.
+    Those of intents are for all: who writes none ignores them."""
+    edits_the_world: ClassVar[bool] = True
+    """Whether it can edit the shapes world's small images."""
+    default_weights: ClassVar[str] = "an untrained model"
+    """What it starts from where `policy.weights` is none, in words."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: PolicyConfig, *, trains: bool = True, empty: bool = False) -> Any:
+        """The policy with the configured weights, ready to train; see `load_policy`. trains: off,
+        nothing will. empty: the weights may be without data, for another process's to be put there
+        (only with `policy.shard`).
+
+        Raises `ConfigError` for settings it cannot follow and for weights that are not its own.
+        """
+
+    @classmethod
+    def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
+        """One line, `policy.name: value (accepted: ...)`, for each setting that it cannot follow
+        whatever the weights are; no file is read."""
+        default = PolicyConfig()
+        for name in FIELDS:
+            value, accepted = getattr(config, name), getattr(default, name)
+            if name not in cls.uses and value != accepted:
+                yield (
+                    f"policy.{name}: {value!r} (accepted with policy.model {config.model}: "
+                    f"{accepted!r}, the default)"
+                )
+
+    @classmethod
+    def sources(cls, config: PolicyConfig) -> Sequence[str]:
+        """The folders and hub ids of the weights that `from_config` reads."""
+        return [config.weights] if config.weights else []
+
+    @classmethod
+    def blueprint(cls, config: PolicyConfig) -> Blueprint:
+        """The policy without its weights, for `editr2 check`. Raises the `UserError` of settings or
+        of a folder that `from_config` would refuse."""
+        with simulated():
+            policy = cls.without_weights(config)
+        return Walk(policy, config.model)
+
+    @classmethod
+    def without_weights(cls, config: PolicyConfig) -> Any:
+        """The policy as it is before any weights are read. Called where tensors hold no data."""
+        return cls.from_config(dataclasses.replace(config, weights=None))
+
+    @classmethod
+    def form(cls, config: PolicyConfig, kind: str) -> Form:
+        """How a trained policy is exported. kind: lora, merged or full."""
+        if kind == "lora":
+            return PeftAdapter(cls.loading(config.model, config.weights))
+        return OwnFolder(cls.from_config, config, partial(cls.loading, config.model))
+
+    @classmethod
+    def loading(cls, model: str, weights: str | None) -> list[str]:
+        """Lines of Python that make `policy` from these weights."""
+        given = f'model="{model}"' + (f', weights="{weights}"' if weights else "")
+        return [
+            "from editr2.config import PolicyConfig",
+            "from editr2.policies.load import load_policy",
+            "",
+            f"policy = load_policy(PolicyConfig({given}))",
+        ]
+
+    @abstractmethod
+    def pixels(self, latents: Tensor) -> Tensor:
+        """As `PixelPolicy.pixels`."""
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return to_bytes(self.pixels(latents))
+
+
+METHODS = tuple(
+    name for name, f in vars(Policy).items() if inspect.isfunction(f) and name[0] != "_"
+)
+"""What a `Policy` has beside its attributes, which instances may hold."""
+
+
+def policy_class(model: str) -> type[ConfiguredPolicy]:
+    """The class that `policy.model` names. Raises `ConfigError` for one that is not there, or
+    cannot be an editor."""
+    kind = resolve("policy.model", model, MODELS, what="Class")
+    title = f"policy.model: {model!r}"
+    if not (inspect.isclass(kind) and issubclass(kind, ConfiguredPolicy)):
+        what = f"class {kind.__name__}" if inspect.isclass(kind) else f"a {type(kind).__name__}"
+        raise ConfigError(
+            f"{title}: {what} (accepted: a class derived from "
+            f"{ConfiguredPolicy.__module__}:{ConfiguredPolicy.__name__})"
+        )
+    lacks = sorted({n for n in METHODS if not hasattr(kind, n)} | set(kind.__abstractmethods__))
+    if lacks:
+        raise ConfigError(
+            f"{title}: class {kind.__name__} lacks {', '.join(lacks)} (accepted: a class with "
+            f"them; see docs/editors.md)"
+        )
+    return kind

@@ -1,0 +1,155 @@
+"""The unified model without its weights. Texts are as long as the sessions' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editr2.config import PolicyConfig
+from editr2.policies.blueprint import SMALL_BATCH, Reading, Size, Work, backward
+from editr2.policies.unified.model import Branch, Context
+from editr2.sessions import Session
+
+
+class UnifiedBlueprint:
+    """`Blueprint` of a `UnifiedPolicy`. A cost grows along a line with the turns before it, and
+    that of an intent with its tokens; contexts are keys and values of that many tokens."""
+
+    prompt_per_output = True
+    deeper: Sequence[tuple[Any, int]] = ()
+    text = vae = 0
+
+    def __init__(self, policy: Any, config: PolicyConfig) -> None:
+        """policy: without data."""
+        self.policy, self.config = policy, config
+        self.image = policy.latent_shape[0] + 2
+        self.said = self.question = 16
+
+    def see(self, sessions: Sequence[Session]) -> None:
+        texts = [len(self.policy.text_ids(turn.instruction)) for s in sessions for turn in s.turns]
+        self.said = round(sum(texts) / len(texts))
+        asked = [
+            len(
+                self.policy.question_ids(
+                    [t.instruction for t in s.turns[:i]], turn.instruction, s.mode
+                )
+            )
+            for s in sessions
+            for i, turn in enumerate(s.turns)
+            if i
+        ]
+        self.question = round(sum(asked) / len(asked)) if asked else 0
+
+    def read_again(self, prompts: int) -> bool:
+        return True
+
+    @property
+    def answer(self) -> int:
+        """Tokens of an intent: a self-contained instruction is about a third longer than the raw
+        one, and some thought goes before it."""
+        return min(self.config.intent_tokens, round(self.said * 4 / 3))
+
+    def held(self, batch: int, turn: int) -> int:
+        c, g = self.policy.module.config, self.policy.guidance
+        tokens = (turn + 1) * (self.image + self.said)
+        branches = 1 + (g.text != 1) + (g.image != 1)
+        numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+        return 4 * numbers * tokens * batch * branches
+
+    def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:
+        """Checkpointing is no option of this model."""
+        if step == "decode":  # pixels are latents here
+            return []
+        prepare, trains = getattr(self, f"_{step}"), step in ("train", "answer")
+        sizes = [Size(batch, SMALL_BATCH), Size(turn, 0)]
+        if step == "intend":
+            sizes.insert(0, Size(self.answer, 2))
+        return [Work(step, prepare, sizes, trains=trains)]
+
+    def _context(self, batch: int, tokens: int) -> Context:
+        c = self.policy.module.config
+        one = torch.empty(batch, c.num_key_value_heads, tokens, c.head_dim)
+        layers = (one,) * c.num_hidden_layers
+        context = Context(
+            layers, layers, torch.ones(batch, tokens, dtype=torch.bool), torch.zeros(batch)
+        )
+        # Texts of a batch differ in length; nobody can look into a fake tensor.
+        context.__dict__["padded"] = True
+        return context
+
+    def _before(self, batch: int, turn: int) -> Context:
+        """As the turn before has left it."""
+        return self._context(batch, turn * (self.image + self.said))
+
+    def _seen(self, batch: int, turn: int) -> Context:
+        """Behind the image to edit."""
+        return self._context(batch, turn * (self.image + self.said) + self.image)
+
+    def _instructed(self, batch: int, turn: int) -> Any:
+        """Behind the instruction, with the branches that guidance asks for."""
+        tokens = (turn + 1) * (self.image + self.said)
+        full = self._context(batch, tokens)
+        if not self.policy.guidance.active:
+            return full
+        guided = self.policy.guided(full, full, full)
+        guided.__dict__["joined"] = self._context(batch * len(guided.branches), tokens)
+        return guided
+
+    @staticmethod
+    def _words(batch: int, length: int) -> tuple[Tensor, Tensor]:
+        shape = (batch, length)
+        return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
+
+    def _encode(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
+        context = self._before(batch, turn)
+        return lambda: policy.module.append_image(
+            context, torch.empty(batch, *policy.latent_shape), policy.grid, policy.marks
+        )
+
+    def _instruct(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
+        context = self._seen(batch, turn)
+        twice = self.config.guidance_image != 1  # the texts alone are a context of their own
+
+        def run() -> Any:
+            said = self._words(batch, self.said)
+            return [policy.module.append_text(context, *said) for _ in range(1 + twice)]
+
+        return run
+
+    def _intend(self, policy: Any, tokens: int, batch: int, turn: int) -> Callable[[], Any]:
+        context, model = self._seen(batch, turn), policy.module
+
+        def run() -> Any:
+            branch = Branch(context, self.question + self.config.intent_tokens)
+            hidden = model.extend_branch(branch, *self._words(batch, self.question))
+            for _ in range(tokens - 1):
+                model.logits(hidden[:, -1]).softmax(-1).cumsum(-1)
+                hidden = model.extend_branch(branch, *self._words(batch, 1))
+            return model.logits(hidden[:, -1])
+
+        return run
+
+    def _velocity(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
+        context = self._instructed(batch, turn)
+        return lambda: policy.velocity(
+            torch.empty(batch, *policy.latent_shape), torch.empty(batch), context
+        )
+
+    def _train(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
+        predict = self._velocity(policy, batch, turn)
+        return lambda: backward(predict())
+
+    def _answer(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
+        context, model = self._seen(batch, turn), policy.module
+
+        def run() -> Any:
+            words = self._words(batch, self.question + self.answer - 1)
+            hidden = model.text_hidden(context, *words)
+            answers = model.logits(hidden[:, -self.answer :]).log_softmax(-1)
+            torch.autograd.backward([answers], [torch.ones_like(answers)])
+            return hidden
+
+        return run
