@@ -111,6 +111,12 @@ def test_runs_without_any_gradient_are_told(same, run):
     assert list(same.trained(same.read_folder(run(still), "r"))) == ["r"]
 
 
+def test_of_some_runs_their_exports_are_compared_too(same):
+    files = {f"{name}/a": {} for name in ("world", "klein-nft", "klein-nft-export", "klein-lora", "kontext-lora")}
+    assert list(same.of_runs(files, ["klein-nft", "kontext*"])) == [*list(files)[:3], "kontext-lora/a"]
+    assert same.of_runs(files, same.ALL) == files
+
+
 def test_printed_times_do_not_count_and_other_numbers_do(same):
     line = "iter 1/3  reward 0.61  |ratio-1| 0e+00  {} s/iter (typical 0.663)  left {}s"
     assert same.lines(line.format(0.663, 1)) == same.lines(line.format(4.5, 12))
