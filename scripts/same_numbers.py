@@ -42,7 +42,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 BITS = Path(__file__).with_name("operator_bits.py")
 PIPELINES = [ROOT / "tests" / name for name in ("tiny_editors.py", "tiny_qwen.py")]
-SHOWN = 12  # differences of a group
+SHOWN, OF_A_FILE = 12, 2  # differences of a group, and of each of its files
 ALL = ["*"]
 
 Row = dict[str, str]
@@ -396,6 +396,14 @@ def differences(base: Files, here: Files, new: Sequence[str] = ()) -> list[Diffe
     return found
 
 
+def to_show(found: Sequence[Difference]) -> list[Difference]:
+    """Some of every file, those of metrics first: a difference in a row explains all those in tensors after it."""
+    shown: dict[str, list[Difference]] = {}
+    for difference in sorted(found, key=lambda of: "/metrics.jsonl: " not in of.where):
+        shown.setdefault(difference.where.split(": ")[0], []).append(difference)
+    return [difference for of_file in shown.values() for difference in of_file[:OF_A_FILE]][:SHOWN]
+
+
 def _where(*place: str) -> str:
     """File, row and key; a file of one row has no label for it."""
     return ": ".join(filter(None, place))
@@ -534,7 +542,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(out / "here" / f"{group}.json", here[group])
         found = differences(base[group], here[group], given.new)
         print(f"{group}: {counted(here[group])}, {f'{len(found)} DIFFERENT' if found else 'equal'}")
-        print("".join(f"{difference}\n" for difference in found[:SHOWN]), end="")
+        print("".join(f"{difference}\n" for difference in to_show(found)), end="")
         different += len(found)
     print(f"{'equal' if not different else 'different'}, {sum(os.times()[:4]):.0f} s of processor time")
     return 1 if different else 0
