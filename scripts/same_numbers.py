@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -41,7 +42,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 BITS = Path(__file__).with_name("operator_bits.py")
 PIPELINES = [ROOT / "tests" / name for name in ("tiny_editors.py", "tiny_qwen.py")]
-SHOWN = 12  # differences of a group
+SHOWN, OF_A_FILE = 12, 2  # differences of a group, and of each of its files
+ALL = ["*"]
 
 Row = dict[str, str]
 Files = dict[str, dict[str, Row]]
@@ -263,9 +265,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Options:
+    """runs: patterns of the names of runs."""
+
     iterations: int
     pipelines: Path
     keep: bool
+    runs: Sequence[str]
+    workers: int
 
 
 Job = Callable[[Side, Options], Files]
@@ -315,32 +321,35 @@ def bits(*arguments: str, **environment: str) -> Job:
     return run
 
 
-def preset_jobs(side: Side) -> list[Job]:
+def preset_jobs(side: Side) -> dict[str, Job]:
     runs = {
         name: f"--preset {name} {SHORTER.get(name, '--rollout.turns 2')}" for name in side.presets()
     }
-    runs |= BESIDE_PRESETS
-    return [train(name, settings) for name, settings in runs.items()]
+    return {name: train(name, settings) for name, settings in (runs | BESIDE_PRESETS).items()}
 
 
-def operator_jobs(side: Side) -> list[Job]:
+def operator_jobs(side: Side) -> dict[str, Job]:
     interpreted = ("operators", "--backends", "triton", "--every", "7")  # 50 ms a program
-    return [bits(*interpreted, TRITON_INTERPRET="1"), bits("operators", "--backends", "ref,cpu")]
+    return {
+        "triton": bits(*interpreted, TRITON_INTERPRET="1"),
+        "others": bits("operators", "--backends", "ref,cpu"),
+    }
 
 
-def export_jobs(side: Side) -> list[Job]:
-    return [export(name, settings, forms) for name, (settings, forms) in EXPORTED.items()]
+def export_jobs(side: Side) -> dict[str, Job]:
+    return {name: export(name, settings, forms) for name, (settings, forms) in EXPORTED.items()}
 
 
-GROUPS: dict[str, Callable[[Side], list[Job]]] = {
+GROUPS: dict[str, Callable[[Side], dict[str, Job]]] = {
     "presets": preset_jobs,
-    "tables": lambda side: [bits("tables")],
+    "tables": lambda side: {"tables": bits("tables")},
     "operators": operator_jobs,
     "exports": export_jobs,
 }
+OF_RUNS = ("presets", "exports")
 
 
-def collect(side: Side, group: str, options: Options, workers: int) -> Files:
+def collect(side: Side, group: str, options: Options) -> Files:
     """What a side gives of a group."""
     print(f"running {group} of {side.name}", flush=True)
     found: Files = {}
@@ -349,8 +358,14 @@ def collect(side: Side, group: str, options: Options, workers: int) -> Files:
         found |= side.editr2("world", "world make --out world --count 4 --turns 2")
         found |= read_folder(side.work / "world", "world")
     jobs = GROUPS[group](side)
-    with ThreadPoolExecutor(workers) as pool:
-        given = [pool.submit(job, side, options) for job in jobs]
+    if group in OF_RUNS:
+        jobs = {
+            name: job
+            for name, job in jobs.items()
+            if any(fnmatchcase(name, p) for p in options.runs)
+        }
+    with ThreadPoolExecutor(options.workers) as pool:
+        given = [pool.submit(job, side, options) for job in jobs.values()]
         try:
             for future in given:
                 found |= future.result()
@@ -358,6 +373,16 @@ def collect(side: Side, group: str, options: Options, workers: int) -> Files:
             pool.shutdown(cancel_futures=True)
             raise
     return found
+
+
+def of_runs(files: Files, patterns: Sequence[str]) -> Files:
+    """Those of some runs, with their exports."""
+    runs = ["world", *patterns, *(f"{pattern}-export*" for pattern in patterns)]
+    return {
+        name: rows
+        for name, rows in files.items()
+        if any(fnmatchcase(name.split("/")[0], run) for run in runs)
+    }
 
 
 def make_pipelines(folder: Path) -> Path:
@@ -424,6 +449,14 @@ def differences(base: Files, here: Files, new: Sequence[str] = ()) -> list[Diffe
                 if one != two:
                     found.append(Difference(_where(file, label, key), one, two))
     return found
+
+
+def to_show(found: Sequence[Difference]) -> list[Difference]:
+    """Some of every file, those of metrics first: a difference in a row explains all those in tensors after it."""
+    shown: dict[str, list[Difference]] = {}
+    for difference in sorted(found, key=lambda of: "/metrics.jsonl: " not in of.where):
+        shown.setdefault(difference.where.split(": ")[0], []).append(difference)
+    return [difference for of_file in shown.values() for difference in of_file[:OF_A_FILE]][:SHOWN]
 
 
 def _where(*place: str) -> str:
@@ -495,7 +528,7 @@ def digest(*parts: str) -> str:
 
 
 def of_base(
-    base: str, groups: Sequence[str], options: Options, out: Path, workers: int, work: Path
+    base: str, groups: Sequence[str], options: Options, out: Path, work: Path
 ) -> dict[str, Files]:
     """What BASE gives: of a commit, from `out` where this script has asked it before."""
     commit = commit_of(base)
@@ -512,17 +545,18 @@ def of_base(
     found: dict[str, Files] = {}
     for group in groups if kept else ():
         if (file := kept / f"{group}.json").exists():
-            found[group] = json.loads(file.read_text("utf-8"))
+            files = json.loads(file.read_text("utf-8"))
+            found[group] = of_runs(files, options.runs) if group in OF_RUNS else files
     if missing := [group for group in groups if group not in found]:
         with checkout(base) as tree:
             side = Side(f"BASE ({base})", tree, work).ready()
             for group in missing:
-                found[group] = collect(side, group, options, workers)
+                found[group] = collect(side, group, options)
                 if idle := list(trained(found[group])):
                     raise Refused(
                         f"BASE: {', '.join(idle)}: no gradient in any iteration, so nothing is compared"
                     )
-                if kept:
+                if kept and (group not in OF_RUNS or options.runs == ALL):
                     write(kept / f"{group}.json", found[group])
     return found
 
@@ -546,6 +580,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the other side: this tree, or another that is built",
     )
     parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)}")
+    parser.add_argument(
+        "--runs",
+        default="*",
+        help="of presets and exports, only those of these names: edit-r2*,klein*",
+    )
     parser.add_argument("--iterations", type=int, default=3, help="of a preset's run")
     parser.add_argument(
         "--new",
@@ -566,14 +605,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     pipelines = out / f"pipelines-{digest(*(path.read_text('utf-8') for path in PIPELINES))}"
-    options = Options(given.iterations, pipelines, given.keep)
+    options = Options(given.iterations, pipelines, given.keep, given.runs.split(","), given.jobs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made goes, as on Ctrl-C
     work = Path(tempfile.mkdtemp(prefix="editr2-same-"))
     try:
         for side in ("base", "here"):
             (work / side).mkdir()
-        base = of_base(given.base, groups, options, out, given.jobs, work / "base")
+        base = of_base(given.base, groups, options, out, work / "base")
         side = Side(str(given.here), given.here.resolve(), work / "here").ready()
-        here = {group: collect(side, group, options, given.jobs) for group in groups}
+        here = {group: collect(side, group, options) for group in groups}
     except Refused as refused:
         print(f"not compared: {refused}", file=sys.stderr)
         return 2
@@ -587,7 +627,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(out / "here" / f"{group}.json", here[group])
         found = differences(base[group], here[group], given.new)
         print(f"{group}: {counted(here[group])}, {f'{len(found)} DIFFERENT' if found else 'equal'}")
-        print("".join(f"{difference}\n" for difference in found[:SHOWN]), end="")
+        print("".join(f"{difference}\n" for difference in to_show(found)), end="")
         different += len(found)
     print(
         f"{'equal' if not different else 'different'}, {sum(os.times()[:4]):.0f} s of processor time"

@@ -140,6 +140,20 @@ def test_runs_without_any_gradient_are_told(same, run):
     assert list(same.trained(same.read_folder(run(still), "r"))) == ["r"]
 
 
+def test_rows_of_metrics_are_shown_first_and_no_file_fills_the_screen(same):
+    tensors = [same.Difference(f"r/policy.safetensors: {i}: bits", "a", "b") for i in range(20)]
+    metrics = [same.Difference(f"r/metrics.jsonl: train 0 (0): {key}", "1", "2") for key in ("loss", "kl", "reward")]
+    shown = same.to_show([*tensors, *metrics])
+    assert shown == [*metrics[: same.OF_A_FILE], *tensors[: same.OF_A_FILE]]
+    assert "loss\n    base: 1\n    here: 2" in str(shown[0])
+
+
+def test_of_some_runs_their_exports_are_compared_too(same):
+    files = {f"{name}/a": {} for name in ("world", "klein-nft", "klein-nft-export", "klein-lora", "kontext-lora")}
+    assert list(same.of_runs(files, ["klein-nft", "kontext*"])) == [*list(files)[:3], "kontext-lora/a"]
+    assert same.of_runs(files, same.ALL) == files
+
+
 def test_printed_times_do_not_count_and_other_numbers_do(same):
     line = "iter 1/3  reward 0.61  |ratio-1| 0e+00  {} s/iter (typical 0.663)  left {}s"
     assert same.lines(line.format(0.663, 1)) == same.lines(line.format(4.5, 12))
