@@ -1,15 +1,23 @@
-"""Whether this tree does what another commit does, to the last bit: python scripts/same_numbers.py BASE
+"""Whether this tree does what another commit does, to the last bit:
 
-Runs both by what stays when modules move: the command line and the public names of `editr2_kernels`. Compared are
+    python scripts/same_numbers.py BASE
 
-    presets    three iterations of every preset (and of settings that no preset has) on the embedded world: rows of
-               metrics.jsonl, tensors of checkpoints and policies, film-strips, settings, what is printed
-    tables     transition rows of every dynamics, solver, score, schedule, level and window; every refusal
-    operators  outputs and gradients of every operator on the backends ref, cpu and triton (in the interpreter)
-    exports    sessions of the world, training of tiny editors on diffusers from them, every form of export
+Runs both by what stays when modules move: the command line and the public names of
+`editr2_kernels`. Compared are
 
-but for clocks and for what a run says of where it ran (`NOT_COMPARED`). BASE is a commit, whose results are kept in
-`--out` and used again, or the path of a checkout. The native modules of this tree must be built.
+    presets    three iterations of every preset (and of settings that no preset has) on the embedded
+               world: rows of metrics.jsonl, tensors of checkpoints and policies, film-strips,
+               settings, what is printed
+    tables     transition rows of every dynamics, solver, score, schedule, level and window; every
+               refusal
+    operators  outputs and gradients of every operator on the backends ref, cpu and triton (in the
+               interpreter)
+    exports    sessions of the world, training of tiny editors on diffusers from them, every form of
+               export
+
+but for clocks and for what a run says of where it ran (`NOT_COMPARED`). BASE is a commit, whose
+results are kept in `--out` and used again, or the path of a checkout. The native modules of this
+tree must be built.
 
 Exit status: 0 where all is equal, 1 where anything differs, 2 where it could not be compared.
 """
@@ -47,9 +55,10 @@ ALL = ["*"]
 
 Row = dict[str, str]
 Files = dict[str, dict[str, Row]]
-"""What a side gave: of every file, or case, its rows by label, and of a row the values by key, as text."""
+"""What a side gave: of every file, or case, its rows by label, and of a row the values by key, as
+text."""
 
-# --------------------------------------------------------------------------------------------------- what is compared
+# --------------------------------------------------------------------------------- what is compared
 
 TONE = "--reward.function tone:tone"
 REWARD = '''"""Scores that spread widely over the outputs of untrained policies."""
@@ -59,26 +68,34 @@ def tone(session, images):
     return [float(image.mean()) * 7 / 255 % 1 for image in images]
 '''
 
-SMALL = """--train.iterations {iterations} --rollout.sessions 2 --rollout.siblings 3 --rollout.groups_per_batch 1
-    --eval.sessions 2 --eval.steps 10 --eval.intent_tokens 16 --eval.strips 1 --checkpoint.every 2"""
+SMALL = """--train.iterations {iterations} --rollout.sessions 2 --rollout.siblings 3
+    --rollout.groups_per_batch 1 --eval.sessions 2 --eval.steps 10 --eval.intent_tokens 16
+    --eval.strips 1 --checkpoint.every 2"""
 
 BESIDE_PRESETS = {
     "no-preset": "",
     "three-turns": "--preset mt-editflow-grpo",
-    "packed": f"{TONE} --train.packed on --train.updates 2 --train.minibatches 2 --train.text_lr 1e-4",
+    "packed": f"{TONE} --train.packed on --train.updates 2 --train.minibatches 2 --train.text_lr "
+    f"1e-4",
     "micro-batch": f"{TONE} --train.micro_batch 5 --train.old_log_prob replay --train.warmup 2",
-    "context-gradient": f"{TONE} --train.context_gradient true --train.kl_weight 0.1 --eval.every 1 --eval.sampler ode",
-    "bfloat16": f"{TONE} --rollout.store_dtype bfloat16 --policy.lora_rank 4 --train.ema none --train.weight_decay 0.1",
+    "context-gradient": f"{TONE} --train.context_gradient true --train.kl_weight 0.1 --eval.every "
+    f"1 --eval.sampler ode",
+    "bfloat16": f"{TONE} --rollout.store_dtype bfloat16 --policy.lora_rank 4 --train.ema none "
+    f"--train.weight_decay 0.1",
     "nft-updates": f"{TONE} --preset mt-editflow-nft --train.updates 2 --credit.std global",
 }
 """Runs that turn on what no preset does."""
 
 SHORTER = {"edit-r2-released": "--rollout.turns 2 --rollout.steps 6", "edit-r2": ""}
-"""Changes to presets, in place of fewer turns: ten of its steps cost more than the rest together."""
+"""Changes to presets, in place of fewer turns: ten of its steps cost more than the rest
+together."""
 
 TINY = f"""{TONE} --train.iterations 2 --rollout.sessions 2 --rollout.siblings 2 --rollout.steps 4
     --eval.sessions 1 --eval.strips 1 --checkpoint.every 2"""
-EDITOR = "--data world --data.resize stretch --policy.resolution 32x32 --policy.weights tiny/{0} --policy.model {0}"
+EDITOR = (
+    "--data world --data.resize stretch --policy.resolution 32x32 --policy.weights tiny/{0} "
+    "--policy.model {0}"
+)
 
 EXPORTED = {
     "unified-full": ("", ["--weights live", "--merge"]),
@@ -101,11 +118,13 @@ EXPORTED = {
         [""],
     ),
     "qwen-edit-plus-lora": (
-        f"{EDITOR.format('qwen-edit-plus')} --policy.lora_rank 2 --policy.history 2 --policy.keep_source true",
+        f"{EDITOR.format('qwen-edit-plus')} --policy.lora_rank 2 --policy.history 2 "
+        f"--policy.keep_source true",
         ["--merge"],
     ),
 }
-"""Settings of a run, and the options of each export of it; some are refused, which is compared as well."""
+"""Settings of a run, and the options of each export of it; some are refused, which is compared as
+well."""
 
 WHERE_IT_RAN = "seconds|elapsed|elapsed_s|versions|commit|host|date|command|resumed|python|torch"
 NOT_COMPARED = re.compile(
@@ -115,7 +134,7 @@ NOT_COMPARED = re.compile(
 PRINTED = re.compile(r"  [\d.]+ s/iter \(typical [\d.]+\)  left .*|\S+\.py:\d+: ")
 """The same in what is printed: clocks, and the line of code that warns."""
 
-# ------------------------------------------------------------------------------------------------- files, as rows
+# ----------------------------------------------------------------------------------- files, as rows
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -155,7 +174,8 @@ def tensors(path: Path) -> dict[str, Row]:
     for name, of in header.items():
         start, stop = of["data_offsets"]
         found[name] = {
-            "bits": f"{of['dtype']} {of['shape']} {hashlib.sha256(body[start:stop]).hexdigest()[:16]}"
+            "bits": f"{of['dtype']} {of['shape']} "
+            f"{hashlib.sha256(body[start:stop]).hexdigest()[:16]}"
         }
     return found
 
@@ -198,7 +218,7 @@ def read_folder(folder: Path, name: str) -> Files:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
 class Refused(Exception):
@@ -231,7 +251,8 @@ class Side:
         return subprocess.run(command, cwd=self.work, env=env, capture_output=True, text=True)
 
     def editr2(self, name: str, arguments: str, refusable: bool = False) -> Files:
-        """What a command prints, or how it is refused. Raises Refused where it fails, and is not to."""
+        """What a command prints, or how it is refused. Raises Refused where it fails, and is not
+        to."""
         done = self.python("-m", "editr2", *arguments.split())
         if done.returncode not in ((0, 2) if refusable else (0,)):
             last = (done.stderr.strip().splitlines() or ["(nothing on stderr)"])[-1]
@@ -311,7 +332,8 @@ def bits(*arguments: str, **environment: str) -> Job:
         done = side.python(str(BITS), *arguments, **environment)
         if done.returncode:
             raise Refused(
-                f"{side.name}: {BITS.name} {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}"
+                f"{side.name}: {BITS.name} {' '.join(arguments)}: "
+                f"{done.stderr.strip().splitlines()[-1]}"
             )
         found = json.loads(done.stdout)
         if not Path(found["package"]).is_relative_to(side.tree.resolve()):
@@ -406,7 +428,7 @@ def load_by_path(path: Path) -> Any:
     return module
 
 
-# ------------------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 @dataclass(frozen=True)
@@ -452,7 +474,8 @@ def differences(base: Files, here: Files, new: Sequence[str] = ()) -> list[Diffe
 
 
 def to_show(found: Sequence[Difference]) -> list[Difference]:
-    """Some of every file, those of metrics first: a difference in a row explains all those in tensors after it."""
+    """Some of every file, those of metrics first: a difference in a row explains all those in
+    tensors after it."""
     shown: dict[str, list[Difference]] = {}
     for difference in sorted(found, key=lambda of: "/metrics.jsonl: " not in of.where):
         shown.setdefault(difference.where.split(": ")[0], []).append(difference)
@@ -493,7 +516,7 @@ def trained(files: Files) -> Iterator[str]:
     return (name for name, any_gradient in moved.items() if not any_gradient)
 
 
-# ------------------------------------------------------------------------------------------------------- the trees
+# ---------------------------------------------------------------------------------------- the trees
 
 
 @contextlib.contextmanager
@@ -554,7 +577,8 @@ def of_base(
                 found[group] = collect(side, group, options)
                 if idle := list(trained(found[group])):
                     raise Refused(
-                        f"BASE: {', '.join(idle)}: no gradient in any iteration, so nothing is compared"
+                        f"BASE: {', '.join(idle)}: no gradient in any iteration, so nothing is "
+                        f"compared"
                     )
                 if kept and (group not in OF_RUNS or options.runs == ALL):
                     write(kept / f"{group}.json", found[group])
@@ -630,7 +654,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("".join(f"{difference}\n" for difference in to_show(found)), end="")
         different += len(found)
     print(
-        f"{'equal' if not different else 'different'}, {sum(os.times()[:4]):.0f} s of processor time"
+        f"{'equal' if not different else 'different'}, {sum(os.times()[:4]):.0f} s of processor "
+        f"time"
     )
     return 1 if different else 0
 
