@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from editr2.config import Config, TrainConfig, check_config, replace_nested
+from editr2.config import Config, TrainConfig, replace_nested
 from editr2.config.fields import Bounds, setting
 from editr2.errors import ConfigError
 from editr2.policies.base import Velocity
+from editr2.policies.rules import check_config
 from editr2.policies.weights import trainable
 from editr2.rewards.adapt import adapt
 from editr2.rewards.base import Score

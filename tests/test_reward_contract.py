@@ -24,8 +24,9 @@ import torch
 
 from editr2.check import preflight
 from editr2.cli.main import main
-from editr2.config import Config, CreditConfig, RewardConfig, check_config, replace_nested
+from editr2.config import Config, CreditConfig, RewardConfig, replace_nested
 from editr2.errors import ConfigError
+from editr2.policies.rules import check_config
 from editr2.rewards.adapt import adapt, score_batch
 from editr2.rewards.base import (
     FAILED,
