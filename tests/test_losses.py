@@ -25,9 +25,9 @@ from editr2.rewards.base import Score
 from editr2.rl.iteration import iteration
 from editr2.rl.losses import LOSSES, Beside, Loss, Samples, Term
 from editr2.rl.sampler import make_sampler, rollout_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import State, new_state
 from editr2.run.processes import Processes
-from editr2.sessions.source import open_sessions
 from editr2_kernels import DYNAMICS, awm_loss, flow_sigmas, transition_table
 
 HERE = Processes(Accelerator(cpu=True))
@@ -66,7 +66,7 @@ def settings(loss: str, dynamics: str = "cps", **sections: dict[str, Any]) -> Co
 
 def one_iteration(config: Config, policy: Any) -> tuple[State, dict[str, Any]]:
     state = new_state(check_config(config).train, policy)
-    source = open_sessions(config, policy)
+    source = sessions_for(config, policy)
     sampler = rollout_sampler(config.rollout)
     return state, iteration(config, state, source, adapt(Bright()), sampler, HERE)
 
@@ -249,7 +249,7 @@ def test_a_rollout_of_second_order_hands_on_the_clean_prediction(tiny_unified):
     assert not rollout_sampler(settings("grpo").rollout).second_order
     from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
 
-    source = open_sessions(config, tiny_unified)
+    source = sessions_for(config, tiny_unified)
     chunk = Chunk([source[0], source[1]], [0, 1], 3)
     sampler = rollout_sampler(config.rollout)
     shared = dataclasses.replace(config.rollout, shared_noise=True)

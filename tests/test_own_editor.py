@@ -1,7 +1,6 @@
 """A new editor is one file and one table entry, or the file and `package.module:Class`: it trains,
 and everything else asks its class."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from editr2.policies.load import load_policy
 from editr2.policies.models import MODELS
 from editr2.run.tracking import read_metrics
 
-REFERENCE = "own_editor:OwnEditor"
+REFERENCE = "own_editor:ConvEditor"
 SMALL = [
     *("--rollout.sessions=2", "--rollout.siblings=2", "--rollout.turns=2", "--rollout.steps=2"),
     *("--eval.sessions=2", "--eval.strips=1", "--train.iterations=1", "--rollout.window=1"),
@@ -28,14 +27,16 @@ SMALL = [
 ]
 
 
-FILE = Path(__file__).with_name("own_editor.py")
 MODULES = ("own_editor", "mine", "broken")
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """The working folder holds the file, and nothing else knows of it."""
-    shutil.copy(FILE, tmp_path)
+def folder(beside, tmp_path, monkeypatch):
+    """The working folder holds the file of CONTRIBUTING.md's recipe, and nothing else knows of
+    it."""
+    recipes = beside("recipes")
+    text = recipes.added(recipes.RECIPES["An editor"], "editr2/policies/conv.py")
+    (tmp_path / "own_editor.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
@@ -101,12 +102,12 @@ def test_settings_that_it_has_no_use_for_are_refused(model, capsys):
 
 
 MODULE = """
-from own_editor import OwnEditor
+from own_editor import ConvEditor
 from editr2.policies.configured import ConfiguredPolicy
 class Unfinished(ConfiguredPolicy):
     def from_config(cls, config, **how): ...
     def encode(self, images): ...
-class Writer(OwnEditor):
+class Writer(ConvEditor):
     writes_text = True
 class Other: ...
 def function(): ...
@@ -155,4 +156,4 @@ def test_every_entry_of_the_table_is_an_editor():
     assert all(issubclass(policy_class(name), ConfiguredPolicy) for name in MODELS)
     with pytest.raises(ConfigError, match="policy.model: 'sdxl' "):
         policy_class("sdxl")
-    assert FILE.read_text().count("\n") < 90
+    assert Path("own_editor.py").read_text().count("\n") < 90
