@@ -1,10 +1,12 @@
-"""Every bit of the transition tables and of the operators, as text: what `same_numbers.py` compares of two trees.
+"""Every bit of the transition tables and of the operators, as text: what `same_numbers.py` compares
+of two trees.
 
     python scripts/operator_bits.py tables|operators [--backends ref,cpu] [--every N] > bits.json
 
-Works on the `editr2_kernels` that the path leads to, by its public names alone, and writes {case: {output: text}}. A
-tensor's text is its dtype, its shape, a digest of its bytes and its first values; of a call that is refused, it is the
-message. Inputs are drawn here, so that they are the same for both trees.
+Works on the `editr2_kernels` that the path leads to, by its public names alone, and writes {case:
+{output: text}}. A tensor's text is its dtype, its shape, a digest of its bytes and its first
+values; of a call that is refused, it is the message. Inputs are drawn here, so that they are the
+same for both trees.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def text_of(value: Any) -> str:
 
 
 def named(value: Any, name: str = "") -> dict[str, Any]:
-    """The parts of a result by name: of the named tuples that operators return, and of dataclasses."""
+    """The parts of a result by name: of the named tuples that operators return, and of
+    dataclasses."""
     if hasattr(value, "_asdict"):
         parts = value._asdict()
     elif dataclasses.is_dataclass(value):

@@ -1,15 +1,23 @@
-"""Whether this tree does what another commit does, to the last bit: python scripts/same_numbers.py BASE
+"""Whether this tree does what another commit does, to the last bit:
 
-Runs both by what stays when modules move: the command line and the public names of `editr2_kernels`. Compared are
+    python scripts/same_numbers.py BASE
 
-    presets    three iterations of every preset (and of settings that no preset has) on the embedded world: rows of
-               metrics.jsonl, tensors of checkpoints and policies, film-strips, settings, what is printed
-    tables     transition rows of every dynamics, solver, score, schedule, level and window; every refusal
-    operators  outputs and gradients of every operator on the backends ref, cpu and triton (in the interpreter)
-    exports    sessions of the world, training of tiny editors on diffusers from them, every form of export
+Runs both by what stays when modules move: the command line and the public names of
+`editr2_kernels`. Compared are
 
-but for clocks and for what a run says of where it ran (`NOT_COMPARED`). BASE is a commit, whose results are kept in
-`--out` and used again, or the path of a checkout. The native modules of this tree must be built.
+    presets    three iterations of every preset (and of settings that no preset has) on the embedded
+               world: rows of metrics.jsonl, tensors of checkpoints and policies, film-strips,
+               settings, what is printed
+    tables     transition rows of every dynamics, solver, score, schedule, level and window; every
+               refusal
+    operators  outputs and gradients of every operator on the backends ref, cpu and triton (in the
+               interpreter)
+    exports    sessions of the world, training of tiny editors on diffusers from them, every form of
+               export
+
+but for clocks and for what a run says of where it ran (`NOT_COMPARED`). BASE is a commit, whose
+results are kept in `--out` and used again, or the path of a checkout. The native modules of this
+tree must be built.
 
 Exit status: 0 where all is equal, 1 where anything differs, 2 where it could not be compared.
 """
@@ -25,6 +33,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -41,13 +50,15 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 BITS = Path(__file__).with_name("operator_bits.py")
 PIPELINES = [ROOT / "tests" / name for name in ("tiny_editors.py", "tiny_qwen.py")]
-SHOWN = 12  # differences of a group
+SHOWN, OF_A_FILE = 12, 2  # differences of a group, and of each of its files
+ALL = ["*"]
 
 Row = dict[str, str]
 Files = dict[str, dict[str, Row]]
-"""What a side gave: of every file, or case, its rows by label, and of a row the values by key, as text."""
+"""What a side gave: of every file, or case, its rows by label, and of a row the values by key, as
+text."""
 
-# --------------------------------------------------------------------------------------------------- what is compared
+# --------------------------------------------------------------------------------- what is compared
 
 TONE = "--reward.function tone:tone"
 REWARD = '''"""Scores that spread widely over the outputs of untrained policies."""
@@ -57,26 +68,34 @@ def tone(session, images):
     return [float(image.mean()) * 7 / 255 % 1 for image in images]
 '''
 
-SMALL = """--train.iterations {iterations} --rollout.sessions 2 --rollout.siblings 3 --rollout.groups_per_batch 1
-    --eval.sessions 2 --eval.steps 10 --eval.intent_tokens 16 --eval.strips 1 --checkpoint.every 2"""
+SMALL = """--train.iterations {iterations} --rollout.sessions 2 --rollout.siblings 3
+    --rollout.groups_per_batch 1 --eval.sessions 2 --eval.steps 10 --eval.intent_tokens 16
+    --eval.strips 1 --checkpoint.every 2"""
 
 BESIDE_PRESETS = {
     "no-preset": "",
     "three-turns": "--preset mt-editflow-grpo",
-    "packed": f"{TONE} --train.packed on --train.updates 2 --train.minibatches 2 --train.text_lr 1e-4",
+    "packed": f"{TONE} --train.packed on --train.updates 2 --train.minibatches 2 --train.text_lr "
+    f"1e-4",
     "micro-batch": f"{TONE} --train.micro_batch 5 --train.old_log_prob replay --train.warmup 2",
-    "context-gradient": f"{TONE} --train.context_gradient true --train.kl_weight 0.1 --eval.every 1 --eval.sampler ode",
-    "bfloat16": f"{TONE} --rollout.store_dtype bfloat16 --policy.lora_rank 4 --train.ema none --train.weight_decay 0.1",
+    "context-gradient": f"{TONE} --train.context_gradient true --train.kl_weight 0.1 --eval.every "
+    f"1 --eval.sampler ode",
+    "bfloat16": f"{TONE} --rollout.store_dtype bfloat16 --policy.lora_rank 4 --train.ema none "
+    f"--train.weight_decay 0.1",
     "nft-updates": f"{TONE} --preset mt-editflow-nft --train.updates 2 --credit.std global",
 }
 """Runs that turn on what no preset does."""
 
 SHORTER = {"edit-r2-released": "--rollout.turns 2 --rollout.steps 6", "edit-r2": ""}
-"""Changes to presets, in place of fewer turns: ten of its steps cost more than the rest together."""
+"""Changes to presets, in place of fewer turns: ten of its steps cost more than the rest
+together."""
 
 TINY = f"""{TONE} --train.iterations 2 --rollout.sessions 2 --rollout.siblings 2 --rollout.steps 4
     --eval.sessions 1 --eval.strips 1 --checkpoint.every 2"""
-EDITOR = "--data world --data.resize stretch --policy.resolution 32x32 --policy.weights tiny/{0} --policy.model {0}"
+EDITOR = (
+    "--data world --data.resize stretch --policy.resolution 32x32 --policy.weights tiny/{0} "
+    "--policy.model {0}"
+)
 
 EXPORTED = {
     "unified-full": ("", ["--weights live", "--merge"]),
@@ -99,11 +118,13 @@ EXPORTED = {
         [""],
     ),
     "qwen-edit-plus-lora": (
-        f"{EDITOR.format('qwen-edit-plus')} --policy.lora_rank 2 --policy.history 2 --policy.keep_source true",
+        f"{EDITOR.format('qwen-edit-plus')} --policy.lora_rank 2 --policy.history 2 "
+        f"--policy.keep_source true",
         ["--merge"],
     ),
 }
-"""Settings of a run, and the options of each export of it; some are refused, which is compared as well."""
+"""Settings of a run, and the options of each export of it; some are refused, which is compared as
+well."""
 
 WHERE_IT_RAN = "seconds|elapsed|elapsed_s|versions|commit|host|date|command|resumed|python|torch"
 NOT_COMPARED = re.compile(
@@ -113,7 +134,7 @@ NOT_COMPARED = re.compile(
 PRINTED = re.compile(r"  [\d.]+ s/iter \(typical [\d.]+\)  left .*|\S+\.py:\d+: ")
 """The same in what is printed: clocks, and the line of code that warns."""
 
-# ------------------------------------------------------------------------------------------------- files, as rows
+# ----------------------------------------------------------------------------------- files, as rows
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -153,7 +174,8 @@ def tensors(path: Path) -> dict[str, Row]:
     for name, of in header.items():
         start, stop = of["data_offsets"]
         found[name] = {
-            "bits": f"{of['dtype']} {of['shape']} {hashlib.sha256(body[start:stop]).hexdigest()[:16]}"
+            "bits": f"{of['dtype']} {of['shape']} "
+            f"{hashlib.sha256(body[start:stop]).hexdigest()[:16]}"
         }
     return found
 
@@ -196,7 +218,7 @@ def read_folder(folder: Path, name: str) -> Files:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
 class Refused(Exception):
@@ -229,7 +251,8 @@ class Side:
         return subprocess.run(command, cwd=self.work, env=env, capture_output=True, text=True)
 
     def editr2(self, name: str, arguments: str, refusable: bool = False) -> Files:
-        """What a command prints, or how it is refused. Raises Refused where it fails, and is not to."""
+        """What a command prints, or how it is refused. Raises Refused where it fails, and is not
+        to."""
         done = self.python("-m", "editr2", *arguments.split())
         if done.returncode not in ((0, 2) if refusable else (0,)):
             last = (done.stderr.strip().splitlines() or ["(nothing on stderr)"])[-1]
@@ -263,9 +286,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Options:
+    """runs: patterns of the names of runs."""
+
     iterations: int
     pipelines: Path
     keep: bool
+    runs: Sequence[str]
+    workers: int
 
 
 Job = Callable[[Side, Options], Files]
@@ -305,7 +332,8 @@ def bits(*arguments: str, **environment: str) -> Job:
         done = side.python(str(BITS), *arguments, **environment)
         if done.returncode:
             raise Refused(
-                f"{side.name}: {BITS.name} {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}"
+                f"{side.name}: {BITS.name} {' '.join(arguments)}: "
+                f"{done.stderr.strip().splitlines()[-1]}"
             )
         found = json.loads(done.stdout)
         if not Path(found["package"]).is_relative_to(side.tree.resolve()):
@@ -315,32 +343,35 @@ def bits(*arguments: str, **environment: str) -> Job:
     return run
 
 
-def preset_jobs(side: Side) -> list[Job]:
+def preset_jobs(side: Side) -> dict[str, Job]:
     runs = {
         name: f"--preset {name} {SHORTER.get(name, '--rollout.turns 2')}" for name in side.presets()
     }
-    runs |= BESIDE_PRESETS
-    return [train(name, settings) for name, settings in runs.items()]
+    return {name: train(name, settings) for name, settings in (runs | BESIDE_PRESETS).items()}
 
 
-def operator_jobs(side: Side) -> list[Job]:
+def operator_jobs(side: Side) -> dict[str, Job]:
     interpreted = ("operators", "--backends", "triton", "--every", "7")  # 50 ms a program
-    return [bits(*interpreted, TRITON_INTERPRET="1"), bits("operators", "--backends", "ref,cpu")]
+    return {
+        "triton": bits(*interpreted, TRITON_INTERPRET="1"),
+        "others": bits("operators", "--backends", "ref,cpu"),
+    }
 
 
-def export_jobs(side: Side) -> list[Job]:
-    return [export(name, settings, forms) for name, (settings, forms) in EXPORTED.items()]
+def export_jobs(side: Side) -> dict[str, Job]:
+    return {name: export(name, settings, forms) for name, (settings, forms) in EXPORTED.items()}
 
 
-GROUPS: dict[str, Callable[[Side], list[Job]]] = {
+GROUPS: dict[str, Callable[[Side], dict[str, Job]]] = {
     "presets": preset_jobs,
-    "tables": lambda side: [bits("tables")],
+    "tables": lambda side: {"tables": bits("tables")},
     "operators": operator_jobs,
     "exports": export_jobs,
 }
+OF_RUNS = ("presets", "exports")
 
 
-def collect(side: Side, group: str, options: Options, workers: int) -> Files:
+def collect(side: Side, group: str, options: Options) -> Files:
     """What a side gives of a group."""
     print(f"running {group} of {side.name}", flush=True)
     found: Files = {}
@@ -349,8 +380,14 @@ def collect(side: Side, group: str, options: Options, workers: int) -> Files:
         found |= side.editr2("world", "world make --out world --count 4 --turns 2")
         found |= read_folder(side.work / "world", "world")
     jobs = GROUPS[group](side)
-    with ThreadPoolExecutor(workers) as pool:
-        given = [pool.submit(job, side, options) for job in jobs]
+    if group in OF_RUNS:
+        jobs = {
+            name: job
+            for name, job in jobs.items()
+            if any(fnmatchcase(name, p) for p in options.runs)
+        }
+    with ThreadPoolExecutor(options.workers) as pool:
+        given = [pool.submit(job, side, options) for job in jobs.values()]
         try:
             for future in given:
                 found |= future.result()
@@ -358,6 +395,16 @@ def collect(side: Side, group: str, options: Options, workers: int) -> Files:
             pool.shutdown(cancel_futures=True)
             raise
     return found
+
+
+def of_runs(files: Files, patterns: Sequence[str]) -> Files:
+    """Those of some runs, with their exports."""
+    runs = ["world", *patterns, *(f"{pattern}-export*" for pattern in patterns)]
+    return {
+        name: rows
+        for name, rows in files.items()
+        if any(fnmatchcase(name.split("/")[0], run) for run in runs)
+    }
 
 
 def make_pipelines(folder: Path) -> Path:
@@ -381,7 +428,7 @@ def load_by_path(path: Path) -> Any:
     return module
 
 
-# ------------------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 @dataclass(frozen=True)
@@ -426,6 +473,15 @@ def differences(base: Files, here: Files, new: Sequence[str] = ()) -> list[Diffe
     return found
 
 
+def to_show(found: Sequence[Difference]) -> list[Difference]:
+    """Some of every file, those of metrics first: a difference in a row explains all those in
+    tensors after it."""
+    shown: dict[str, list[Difference]] = {}
+    for difference in sorted(found, key=lambda of: "/metrics.jsonl: " not in of.where):
+        shown.setdefault(difference.where.split(": ")[0], []).append(difference)
+    return [difference for of_file in shown.values() for difference in of_file[:OF_A_FILE]][:SHOWN]
+
+
 def _where(*place: str) -> str:
     """File, row and key; a file of one row has no label for it."""
     return ": ".join(filter(None, place))
@@ -460,7 +516,7 @@ def trained(files: Files) -> Iterator[str]:
     return (name for name, any_gradient in moved.items() if not any_gradient)
 
 
-# ------------------------------------------------------------------------------------------------------- the trees
+# ---------------------------------------------------------------------------------------- the trees
 
 
 @contextlib.contextmanager
@@ -495,7 +551,7 @@ def digest(*parts: str) -> str:
 
 
 def of_base(
-    base: str, groups: Sequence[str], options: Options, out: Path, workers: int, work: Path
+    base: str, groups: Sequence[str], options: Options, out: Path, work: Path
 ) -> dict[str, Files]:
     """What BASE gives: of a commit, from `out` where this script has asked it before."""
     commit = commit_of(base)
@@ -512,17 +568,19 @@ def of_base(
     found: dict[str, Files] = {}
     for group in groups if kept else ():
         if (file := kept / f"{group}.json").exists():
-            found[group] = json.loads(file.read_text("utf-8"))
+            files = json.loads(file.read_text("utf-8"))
+            found[group] = of_runs(files, options.runs) if group in OF_RUNS else files
     if missing := [group for group in groups if group not in found]:
         with checkout(base) as tree:
             side = Side(f"BASE ({base})", tree, work).ready()
             for group in missing:
-                found[group] = collect(side, group, options, workers)
+                found[group] = collect(side, group, options)
                 if idle := list(trained(found[group])):
                     raise Refused(
-                        f"BASE: {', '.join(idle)}: no gradient in any iteration, so nothing is compared"
+                        f"BASE: {', '.join(idle)}: no gradient in any iteration, so nothing is "
+                        f"compared"
                     )
-                if kept:
+                if kept and (group not in OF_RUNS or options.runs == ALL):
                     write(kept / f"{group}.json", found[group])
     return found
 
@@ -546,6 +604,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the other side: this tree, or another that is built",
     )
     parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)}")
+    parser.add_argument(
+        "--runs",
+        default="*",
+        help="of presets and exports, only those of these names: edit-r2*,klein*",
+    )
     parser.add_argument("--iterations", type=int, default=3, help="of a preset's run")
     parser.add_argument(
         "--new",
@@ -566,14 +629,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     pipelines = out / f"pipelines-{digest(*(path.read_text('utf-8') for path in PIPELINES))}"
-    options = Options(given.iterations, pipelines, given.keep)
+    options = Options(given.iterations, pipelines, given.keep, given.runs.split(","), given.jobs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made goes, as on Ctrl-C
     work = Path(tempfile.mkdtemp(prefix="editr2-same-"))
     try:
         for side in ("base", "here"):
             (work / side).mkdir()
-        base = of_base(given.base, groups, options, out, given.jobs, work / "base")
+        base = of_base(given.base, groups, options, out, work / "base")
         side = Side(str(given.here), given.here.resolve(), work / "here").ready()
-        here = {group: collect(side, group, options, given.jobs) for group in groups}
+        here = {group: collect(side, group, options) for group in groups}
     except Refused as refused:
         print(f"not compared: {refused}", file=sys.stderr)
         return 2
@@ -587,10 +651,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(out / "here" / f"{group}.json", here[group])
         found = differences(base[group], here[group], given.new)
         print(f"{group}: {counted(here[group])}, {f'{len(found)} DIFFERENT' if found else 'equal'}")
-        print("".join(f"{difference}\n" for difference in found[:SHOWN]), end="")
+        print("".join(f"{difference}\n" for difference in to_show(found)), end="")
         different += len(found)
     print(
-        f"{'equal' if not different else 'different'}, {sum(os.times()[:4]):.0f} s of processor time"
+        f"{'equal' if not different else 'different'}, {sum(os.times()[:4]):.0f} s of processor "
+        f"time"
     )
     return 1 if different else 0
 

@@ -1,4 +1,5 @@
-"""scripts/same_numbers.py and operator_bits.py without runs: that they see a key, a bit and a missing row."""
+"""scripts/same_numbers.py and operator_bits.py without runs: that they see a key, a bit and a
+missing row."""
 
 from __future__ import annotations
 
@@ -138,6 +139,29 @@ def test_runs_without_any_gradient_are_told(same, run):
     still = changed(1, grad_norm=0.0)
     assert list(same.trained(same.read_folder(run(), "r"))) == []
     assert list(same.trained(same.read_folder(run(still), "r"))) == ["r"]
+
+
+def test_rows_of_metrics_are_shown_first_and_no_file_fills_the_screen(same):
+    tensors = [same.Difference(f"r/policy.safetensors: {i}: bits", "a", "b") for i in range(20)]
+    metrics = [
+        same.Difference(f"r/metrics.jsonl: train 0 (0): {key}", "1", "2")
+        for key in ("loss", "kl", "reward")
+    ]
+    shown = same.to_show([*tensors, *metrics])
+    assert shown == [*metrics[: same.OF_A_FILE], *tensors[: same.OF_A_FILE]]
+    assert "loss\n    base: 1\n    here: 2" in str(shown[0])
+
+
+def test_of_some_runs_their_exports_are_compared_too(same):
+    files = {
+        f"{name}/a": {}
+        for name in ("world", "klein-nft", "klein-nft-export", "klein-lora", "kontext-lora")
+    }
+    assert list(same.of_runs(files, ["klein-nft", "kontext*"])) == [
+        *list(files)[:3],
+        "kontext-lora/a",
+    ]
+    assert same.of_runs(files, same.ALL) == files
 
 
 def test_printed_times_do_not_count_and_other_numbers_do(same):
