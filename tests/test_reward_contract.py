@@ -24,8 +24,9 @@ import torch
 
 from editr2.check import preflight
 from editr2.cli.main import main
-from editr2.config import Config, CreditConfig, RewardConfig, check_config, replace_nested
+from editr2.config import Config, CreditConfig, RewardConfig, replace_nested
 from editr2.errors import ConfigError
+from editr2.policies.rules import check_config
 from editr2.rewards.adapt import adapt, score_batch
 from editr2.rewards.base import (
     FAILED,
@@ -858,6 +859,15 @@ def test_a_reward_is_a_file_and_a_line_of_the_table(tmp_path, monkeypatch, capsy
     assert 0 < float(numbers.split()[1]) < 1
     with pytest.raises(ConfigError, match=r"'dimm' \(accepted: world, brightness, dim, package\."):
         check_config(Config(reward=RewardConfig(name="dimm")))
+
+
+def test_check_names_the_setting_that_named_the_judge(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "down_of_a_test.py").write_text("def judge(session, images):\n    raise OSError\n")
+    for key in ("reward.name", "reward.function"):
+        assert main(["check", f"--{key}", "down_of_a_test:judge"]) == 2
+        assert capsys.readouterr().err.startswith(f"{key}: no score for session ")
 
 
 def test_every_reward_of_the_table_judges_the_world():
