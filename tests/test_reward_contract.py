@@ -861,6 +861,15 @@ def test_a_reward_is_a_file_and_a_line_of_the_table(tmp_path, monkeypatch, capsy
         check_config(Config(reward=RewardConfig(name="dimm")))
 
 
+def test_check_names_the_setting_that_named_the_judge(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "down_of_a_test.py").write_text("def judge(session, images):\n    raise OSError\n")
+    for key in ("reward.name", "reward.function"):
+        assert main(["check", f"--{key}", "down_of_a_test:judge"]) == 2
+        assert capsys.readouterr().err.startswith(f"{key}: no score for session ")
+
+
 def test_every_reward_of_the_table_judges_the_world():
     given = make_session(0, 0)
     images = np.stack([given.image] * len(given.turns))

@@ -218,7 +218,7 @@ def test_ctrl_c_while_the_libraries_load_is_one_line():
         import builtins, os, signal, sys
         real = builtins.__import__
         def load(name, *rest, **named):
-            if name == "editr2.config":
+            if name == "editr2.config.fields":
                 try:
                     os.kill(os.getpid(), signal.SIGINT)
                 except KeyboardInterrupt:
