@@ -13,7 +13,7 @@ from editr2.errors import CheckpointError
 from editr2.rl.metrics import find_row, rows_lost
 from editr2.rl.state import Resumed, State
 from editr2.run.checkpoint import latest_checkpoint
-from editr2.run.identity import Identity, differences, named, told
+from editr2.run.identity import Identity, changes, differences, named
 from editr2.run.processes import Processes
 from editr2.run.tracking import read_metrics, rows_behind, write_whole
 
@@ -53,7 +53,7 @@ def find_start(
     notes += more
     if found is None and record:
         began = (find_row(record, "start", 0) or {}).get("identity", {})
-        if different := told(began, identity.made) if began else []:
+        if different := changes(began, identity.made) if began else []:
             notes.append(f"changed since {began.get('date')}, recorded: {'; '.join(different)}")
         resumed = {"iteration": 0, **identity.made, "insisted": {}}
         identity.resumed.append(resumed)

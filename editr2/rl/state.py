@@ -27,7 +27,7 @@ from editr2.run.checkpoint import (
     save_checkpoint,
     seed_generators,
 )
-from editr2.run.identity import Identity, differences, named, settle, told
+from editr2.run.identity import Identity, changes, differences, named, settle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class State:
         self._take_on(saved, anything=bool(insisted))
         self._restore_rng(saved.rng, config.seed, rank)
         self.iteration, self.elapsed = saved.iteration, float(elapsed)
-        different = told(made, identity.made) if made else []
+        different = changes(made, identity.made) if made else []
         return Resumed(different, insisted, resumed, not depends, made.get("date"))
 
     def _take_on(self, saved: Checkpoint, *, anything: bool) -> None:

@@ -389,7 +389,7 @@ def _commit() -> str | None:
     return None
 
 
-def told(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`torch 2.9.0 then, 2.10.0 now` for everything that may differ and does; the date always
     does."""
     before, after = (
