@@ -96,8 +96,8 @@ class Editor:
         largest = max(
             _module_sizes(policy.module, four_bits)["dequantized"] for policy, _ in self._measured
         )
-        beside = {"text": self.blueprint.text, "vae": self.blueprint.vae}
-        return Sizes(**{**found, "dequantized": largest}, **beside)
+        found |= {"dequantized": largest, "text": self.blueprint.text, "vae": self.blueprint.vae}
+        return Sizes(**found)
 
     def sizes(self) -> Sizes:
         return self._sizes

@@ -59,8 +59,8 @@ class OwnFolder:
         return 0.0
 
     def load(self, base: Any, folder: Path) -> Policy:
-        merged = {"lora_rank": 0, "lora_alpha": None, "lora_targets": None}
-        loaded: Policy = self.make(replace(self.config, weights=str(folder), **merged))
+        merged = replace(self.config, lora_rank=0, lora_alpha=None, lora_targets=None)
+        loaded: Policy = self.make(replace(merged, weights=str(folder)))
         loaded.module.to(device_of(base.module))
         return loaded
 
