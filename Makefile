@@ -47,10 +47,11 @@ test: install  ## the tests, in up to four processes of one thread each
 test-all: install  ## and the whole of the tables that `make test` runs a part of (long)
 	@$(BIN)/python -m pytest tests -q -n auto --maxprocesses 4 --dist worksteal --exhaustive $(ARGS)
 
-lint: install  ## ruff (rules and format) and mypy
+lint: install  ## ruff (rules and format), mypy, and who may import whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache --no-logo
 
 bench: install  ## the benchmarks that run on this machine's CPU; ARGS=--full for the whole grid
 	@$(BIN)/python -m pytest bench -q -m 'not gpu' $(ARGS)

@@ -94,9 +94,9 @@ class EagerSampler:
         return torch.where(std.flatten() > 0, scored, 0.0)
 
     def sde_step(
-        self, x: Tensor, v: Tensor, table: Tensor, step_index: Tensor, seed: Tensor, **guidance: Any
+        self, x: Tensor, v: Tensor, table: Tensor, step_index: Tensor, seed: Tensor, **more: Any
     ) -> SdeStep:
-        _supported(guidance=bool(guidance))
+        _supported(more=any(value is not None and value is not False for value in more.values()))
         mean, std = self.transition(x, v, table, step_index)
         noise = philox_normal(seed, step_index, x.shape[1:])
         x_next = (mean + std * noise).to(x.dtype)
@@ -109,9 +109,9 @@ class EagerSampler:
         v: Tensor,
         table: Tensor,
         step_index: Tensor,
-        **guidance: Any,
+        **more: Any,
     ) -> SdeLogProb:
-        _supported(guidance=bool(guidance))
+        _supported(more=any(value is not None for value in more.values()))
         return SdeLogProb(self.log_prob(x_next, *self.transition(x, v, table, step_index)), None)
 
     def grpo_loss(
@@ -133,10 +133,12 @@ class EagerSampler:
         kl_scale: str = "step",
         guard: bool = False,
         v_old: Tensor | None = None,
-        **guidance: Any,
+        **more: Any,
     ) -> GrpoLoss:
         _supported(
-            guidance=bool(guidance), guard=guard, kl_scale=v_ref is not None and kl_scale != "step"
+            more=any(value is not None for value in more.values()),
+            guard=guard,
+            kl_scale=v_ref is not None and kl_scale != "step",
         )
         mean, std = self.transition(x, v, table, step_index)
         log_prob = self.log_prob(x_next, mean, std)

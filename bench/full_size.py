@@ -37,12 +37,12 @@ from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.pipeline_blueprint import PipelineBlueprint
 from editr2.policies.trained import make_ready
 from editr2.rewards.load import load_reward
-from editr2.rl import loop as trainer
+from editr2.rl import iteration as trainer
 from editr2.rl.rules import check_run
 from editr2.rl.sampler import eval_sampler, rollout_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import new_state
 from editr2.run.processes import Processes
-from editr2.sessions.source import open_sessions
 
 PHASES = ("rollout", "train")
 
@@ -149,13 +149,13 @@ def measure(
     memory = Memory(processes.device)
     policy, reward = random_policy(blueprint, processes.device), load_reward(config.reward)
     check_run(config, reward.names, policy.sigmas, cannot_pack=type(policy).__name__, processes=1)
-    source, state = open_sessions(config, policy), new_state(config, policy)
+    source, state = sessions_for(config, policy), new_state(config.train, policy)
     sampler = rollout_sampler(config.rollout, policy.sigmas).to(processes.device)
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     peaks = dict.fromkeys(PHASES, 0)
     for _ in range(iterations):
         with memory_by_phase(memory, peaks):
-            row = trainer._iteration(config, state, source, reward, sampler, processes)
+            row = trainer.iteration(config, state, source, reward, sampler, processes)
         print(
             f"iteration {state.iteration}: "
             + ", ".join(f"{k} {s:.2f} s" for k, s in row["seconds"].items())
@@ -169,10 +169,13 @@ def measure(
 
 def estimated(config: Config, blueprint: PipelineBlueprint, gpu: str) -> Estimate:
     editor = Editor(config.policy, blueprint)
-    source = open_sessions(config, editor.policy)
+    source = sessions_for(config, editor.policy)
     assert source.sessions is not None
     editor.see(source.sessions)
-    samplers = rollout_sampler(config.rollout, editor.own), eval_sampler(config, editor.own)
+    samplers = (
+        rollout_sampler(config.rollout, editor.own),
+        eval_sampler(config.rollout, config.eval, editor.own),
+    )
     turns = [len(s.turns) for s in source.sessions], [len(s.turns) for s in source.heldout]
     return estimate(config, editor, find_device(gpu), samplers, turns)
 

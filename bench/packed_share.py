@@ -3,7 +3,7 @@
 
 python -m bench.packed_share        (about a minute on one core; prints, writes no rows)
 
-Forward and backward of a rollout's stored places and intents on the embedded model, both plans in
+Forward and backward of a rollout's stored queries and intents on the embedded model, both plans in
 turns; median, 20th and 80th percentile of the ratio.
 """
 
@@ -17,11 +17,10 @@ from torch import Tensor
 from bench import frame
 from editr2.config import Config, replace_nested
 from editr2.policies.unified.policy import UnifiedPolicy
-from editr2.rl.losses import window_places
-from editr2.rl.replay import Places, ReplayOptions, replay
+from editr2.rl.replay import Queries, ReplayOptions, replay
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import rollout_sampler
-from editr2.sessions.source import open_sessions
+from editr2.rl.sessions import sessions_for
 
 GROUPS = ((1, 4), (1, 8), (2, 8))  # groups, siblings
 TURNS, ROUNDS = 3, 9
@@ -30,7 +29,7 @@ TURNS, ROUNDS = 3, 9
 def roll_out(policy: UnifiedPolicy, groups: int, siblings: int) -> tuple[Config, Chunk]:
     sizes = {"sessions": groups, "siblings": siblings, "turns": TURNS, "groups_per_batch": groups}
     config = replace_nested(Config(), {"rollout": sizes})
-    source = open_sessions(config, policy)
+    source = sessions_for(config, policy)
     (chunk,) = chunks([source[i] for i in range(groups)], range(groups), siblings, groups)
     sampler = rollout_sampler(config.rollout)
     return config, rollout_chunk(
@@ -41,14 +40,14 @@ def roll_out(policy: UnifiedPolicy, groups: int, siblings: int) -> tuple[Config,
 def seconds(
     policy: UnifiedPolicy,
     chunk: Chunk,
-    places: Places,
+    queries: Queries,
     needed: Tensor,
     temperature: float,
     packed: bool,
 ) -> float:
     options = ReplayOptions(packed, False, None, temperature, True)
     start = time.perf_counter()
-    for part in replay(policy, chunk, places, options, needed):
+    for part in replay(policy, chunk, queries, options, needed):
         loss = part.velocity.v.float().square().mean() - sum(
             a.scores.log_prob.sum() for a in part.answers
         )
@@ -63,7 +62,8 @@ def main() -> None:
     print("rollouts  share needed  packed / walk")
     for groups, siblings in GROUPS:
         config, chunk = roll_out(policy, groups, siblings)
-        places, temperature = window_places(chunk), config.policy.temperature
+        queries = Queries([r.x for r in chunk.turns], [r.sigma for r in chunk.turns])
+        temperature = config.policy.temperature
         for without in range(0, 6):
             needed = torch.ones(chunk.rollouts, TURNS, dtype=torch.bool)
             order = torch.randperm(needed.numel(), generator=torch.Generator().manual_seed(1))
@@ -71,7 +71,7 @@ def main() -> None:
             ratios = []
             for _ in range(ROUNDS + 1):
                 walk, packed = (
-                    seconds(policy, chunk, places, needed, temperature, how)
+                    seconds(policy, chunk, queries, needed, temperature, how)
                     for how in (False, True)
                 )
                 ratios.append(packed / walk)

@@ -42,12 +42,14 @@ from editr2.rewards.base import Reward
 from editr2.rl.compiled_step import denoising_step
 from editr2.rl.credit import assign_credit
 from editr2.rl.evaluate import judge
-from editr2.rl.losses import Rows, grpo_term, replayed_log_prob, text_term
+from editr2.rl.losses import LOSSES, Beside, Samples, text_term
 from editr2.rl.replay import Answers
 from editr2.rl.rollout import Chunk, Seeds, TurnRecord
 from editr2.rl.sampler import Sampler
 from editr2.sessions import Session
 from editr2_kernels import INITIAL_STEP, GroupAdvantage, philox_normal
+
+GRPO = LOSSES["grpo"]
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ class PeerPlan:
                 for q in range(self.sampler.window):
                     velocity = self.policy.velocity(x[:, q], sigma[:, q], read(t)[1])
                     rows = self._rows(x, x_next, index, sigma, q, None, None, None)
-                    columns.append(replayed_log_prob(rows, velocity, self.sampler))
+                    columns.append(GRPO.log_prob(rows, velocity, self.sampler))
                 scores = None
                 if turn.questions is not None:
                     scores = self._answer(
@@ -319,13 +321,14 @@ class PeerPlan:
     @staticmethod
     def _rows(
         x: Tensor, x_next: Tensor, index: Tensor, sigma: Tensor, q: int, a: Any, m: Any, old: Any
-    ) -> Rows:
-        return Rows(
+    ) -> Samples:
+        return Samples(
             x[:, q],
             x_next[:, q],
             sigma[:, q],
             a,
             m,
+            index[:, q],  # of no group: nothing here compares siblings
             index[:, q],
             None if old is None else old[:, q],
         )
@@ -355,7 +358,8 @@ class PeerPlan:
                 context = self._picked(read(turn)[1], live, len(block))
                 rows = self._rows(x, x_next, index, sigma, q, a, m, old)
                 velocity = self.policy.velocity(rows.x, rows.sigma, context)
-                loss = grpo_term(t, rows, velocity, None, self.sampler, normalizer).loss
+                term = GRPO.term(t, rows, velocity, Beside(None, None), self.sampler, normalizer)
+                loss = term.loss
                 loss.backward()
                 total += loss.item()
             if left.questions is not None and text_weight > 0:

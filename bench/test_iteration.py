@@ -35,12 +35,12 @@ from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.policies.weights import trainable
 from editr2.rewards.adapt import adapt
 from editr2.rewards.world import WorldReward
-from editr2.rl import loop as trainer
+from editr2.rl import iteration as trainer
 from editr2.rl.rollout import Chunk
 from editr2.rl.sampler import rollout_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import new_state
 from editr2.run.processes import Processes
-from editr2.sessions.source import open_sessions
 
 OURS, EAGER = "editr2", "eager"
 SINGLY = (
@@ -71,16 +71,16 @@ class Ours:
 
     def __init__(self, config: Config, policy: Any, eager: bool = False) -> None:
         self.config, self.policy, self.eager = config, policy, eager
-        self.source = open_sessions(config, policy)
+        self.source = sessions_for(config, policy)
         self.sampler = rollout_sampler(config.rollout)
         self.processes = Processes(Accelerator(cpu=True))
-        self.state = new_state(config, policy)
+        self.state = new_state(config.train, policy)
         self.reward = adapt(WorldReward())
         self.seconds: dict[str, float] = {}
 
     def __call__(self) -> dict[str, Any]:
         with eager_operators(self.config.rollout) if self.eager else nullcontext():
-            row = trainer._iteration(
+            row = trainer.iteration(
                 self.config, self.state, self.source, self.reward, self.sampler, self.processes
             )
         self.seconds = row["seconds"]
@@ -102,11 +102,11 @@ class Ours:
             kept["credit"] = assigned(*arguments)
             return kept["credit"]
 
-        rolled, stepped, assigned = trainer.rollout_chunk, trainer._step, trainer.assign_credit
+        rolled, stepped, assigned = trainer.rollout_chunk, trainer.step, trainer.assign_credit
         with ExitStack() as stack:
             for name, function in (
                 ("rollout_chunk", roll_out),
-                ("_step", step),
+                ("step", step),
                 ("assign_credit", credit),
             ):
                 stack.enter_context(mock.patch.object(trainer, name, function))
@@ -124,7 +124,7 @@ class Peer:
     def __call__(self) -> float:
         loss, _ = self.plan.iterate(self.ours.reward)
         start = time.perf_counter()
-        trainer._step(self.plan.config, self.ours.state, self.ours.processes)
+        trainer.step(self.plan.config.train, self.ours.state, self.ours.processes)
         self.plan.seconds["optimiser"] = time.perf_counter() - start
         return loss
 

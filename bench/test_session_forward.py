@@ -36,7 +36,7 @@ def make_tasks(
     sessions = [shapes.make_session(0, i, turns=turns) for i in range(rollouts)]
     generator = torch.Generator().manual_seed(0)
     images, tasks = np.stack([s.image for s in sessions]), []
-    scenes = [shapes.states(s.image, [t.instruction for t in s.turns]) for s in sessions]
+    scenes = [shapes.meanings(s.image, [t.instruction for t in s.turns]) for s in sessions]
     for t in range(turns):
         questions = answers = None
         if t:

@@ -1,34 +1,60 @@
-"""Reinforcement learning of multi-turn image editors. `from editr2 import ...` loads what is asked
-for, when asked."""
+"""Reinforcement learning of multi-turn image editors.
+
+`from editr2 import ...` loads what is asked for, when asked; what is public is `__all__`.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {
-    "Config": "editr2.config",
-    "preset_config": "editr2.config",
-    "replace_nested": "editr2.config",
-    "Session": "editr2.sessions",
-    "Turn": "editr2.sessions",
-    "load_sessions": "editr2.sessions",
-    "save_sessions": "editr2.sessions",
-    "Policy": "editr2.policies.base",
-    "Intent": "editr2.policies.base",
-    "UnifiedPolicy": "editr2.policies.unified.policy",
-    "Reward": "editr2.rewards.base",
-    "Score": "editr2.rewards.base",
-    "WorldReward": "editr2.rewards.world",
-    "UserError": "editr2.errors",
-    "build_report": "editr2.report",
-    "train": "editr2.rl.loop",
-}
+__all__ = [
+    "Config",
+    "Intent",
+    "Policy",
+    "Reward",
+    "Score",
+    "Session",
+    "Turn",
+    "UnifiedPolicy",
+    "UserError",
+    "WorldReward",
+    "build_report",
+    "load_sessions",
+    "preset_config",
+    "replace_nested",
+    "save_sessions",
+    "train",
+]
 
-__all__ = sorted(_PUBLIC)
+if TYPE_CHECKING:  # the names with their types; below is how they come
+    from editr2.config import Config, preset_config, replace_nested
+    from editr2.errors import UserError
+    from editr2.policies.base import Intent, Policy
+    from editr2.policies.unified.policy import UnifiedPolicy
+    from editr2.report import build_report
+    from editr2.rewards.base import Reward, Score
+    from editr2.rewards.world import WorldReward
+    from editr2.sessions import Session, Turn, load_sessions, save_sessions
+    from editr2.training import train
+else:
+    _HOMES = {
+        "editr2.config": ("Config", "preset_config", "replace_nested"),
+        "editr2.errors": ("UserError",),
+        "editr2.policies.base": ("Intent", "Policy"),
+        "editr2.policies.unified.policy": ("UnifiedPolicy",),
+        "editr2.report": ("build_report",),
+        "editr2.rewards.base": ("Reward", "Score"),
+        "editr2.rewards.world": ("WorldReward",),
+        "editr2.sessions": ("Session", "Turn", "load_sessions", "save_sessions"),
+        "editr2.training": ("train",),
+    }
 
+    def __getattr__(name: str) -> Any:
+        for module, names in _HOMES.items():
+            if name in names:
+                return getattr(importlib.import_module(module), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'editr2' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    def __dir__() -> list[str]:
+        return __all__

@@ -18,12 +18,13 @@ from unittest import mock
 import numpy as np
 import torch
 
+from editr2 import training
 from editr2.config import Config, replace_nested
 from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
-from editr2.rl import loop as trainer
+from editr2.rl import iteration, loop
 from editr2.run import checkpoint
 from editr2.run.stop import Stopped
 from editr2.run.tracking import MetricsLog, read_metrics
@@ -42,16 +43,16 @@ METHODS: dict[str, dict[str, Any]] = {
 # Where a run can die, as it passes them; append stands for the moment before a row is written and
 # after.
 POINTS: list[tuple[Any, str]] = [
-    (trainer, "draw_strips"),
-    (trainer, "evaluate"),
-    (trainer, "judge"),
-    (trainer, "accumulate_gradient"),
-    (trainer, "_step"),
+    (loop, "draw_strips"),
+    (loop, "evaluate"),
+    (iteration, "judge"),
+    (iteration, "accumulate_gradient"),
+    (iteration, "step"),
     (MetricsLog, "append"),
-    (trainer.State, "save"),
+    (loop.State, "save"),
     (checkpoint, "_write_folder"),
     (checkpoint, "_prune"),
-    (trainer, "build_report"),
+    (training, "build_report"),
 ]
 
 
@@ -114,7 +115,7 @@ def train_once(out: Path, method: str = "ema", **changes: Any) -> Path:
     if method == "lora":
         torch.manual_seed(0)
         add_lora(policy.module, 2)
-    return trainer.train(configured(out, method, **changes), policy=policy, reward=Drawing())
+    return training.train(configured(out, method, **changes), policy=policy, reward=Drawing())
 
 
 @contextlib.contextmanager

@@ -160,14 +160,14 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
         noise_level=None,
         compute_log_prob=True,
         return_dict=True,
-        return_kwargs=[
+        return_kwargs=[  # noqa: B006
             "next_latents",
             "next_latents_mean",
             "std_dev_t",
             "dt",
             "log_prob",
             "noise_pred",
-        ],  # noqa: B006
+        ],
         dynamics_type=None,
         sigma_max=None,
     ):

@@ -16,7 +16,7 @@ from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import Guidance, UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
-from editr2.rl.loop import train
+from editr2.training import train
 
 
 class Toy:

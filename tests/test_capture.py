@@ -157,8 +157,8 @@ def test_more_recompilations_than_dynamo_allows_are_refused(monkeypatch):
 def test_training_takes_old_log_probs_of_its_own_where_the_rollout_was_captured(
     monkeypatch, tmp_path
 ):
-    from editr2.rl.loop import train
     from editr2.run.tracking import read_metrics
+    from editr2.training import train
 
     compiled_by(monkeypatch)
     values = {

@@ -32,9 +32,9 @@ from editr2.rl.gradient import Batch, accumulate_gradient
 from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.rules import run_problems
 from editr2.rl.sampler import rollout_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import new_state
 from editr2.run.processes import Processes
-from editr2.sessions.source import open_sessions
 from editr2.worlds.shapes import make_session
 
 ROOT = Path(__file__).parent.parent
@@ -292,15 +292,24 @@ def test_the_plan_lists_the_velocities_that_an_iteration_asks_for(tiny_unified, 
     tiny_unified.velocity = counting
     editor = open_editor(config.policy)
     listed = plan(config, editor, sampler, [2, 2, 2], 1)
-    source, seeds = open_sessions(config, tiny_unified), Seeds(0, "train")
+    source, seeds = sessions_for(config, tiny_unified), Seeds(0, "train")
     processes = Processes(Accelerator(cpu=True))
     done = [
         rollout_chunk(tiny_unified, chunk, sampler, seeds, config.policy, rollout=config.rollout)
         for chunk in chunks([source[o] for o in range(3)], range(3), 3, 2)
     ]
     assert same([c for c in listed if c.phase == "rollout"])
-    batch = Batch(done, torch.randn(9, 2), torch.ones(9, 2, dtype=torch.bool), 18, sampler, seeds)
-    accumulate_gradient(config, new_state(config, tiny_unified), batch, 0, 0, processes)
+    batch = Batch(
+        done,
+        torch.randn(9, 2),
+        torch.ones(9, 2, dtype=torch.bool),
+        18,
+        sampler,
+        seeds,
+        config.policy,
+        config.rollout,
+    )
+    accumulate_gradient(config.train, new_state(config.train, tiny_unified), batch, 0, 0, processes)
     assert same([c for c in listed if c.phase == "train"])
     evaluate(tiny_unified, load_reward(config.reward), source.heldout, sampler, config, processes)
     assert same(evaluation_plan(config, editor, sampler, [2] * 9, 1))

@@ -540,7 +540,7 @@ def test_kill_at_random_times_in_a_big_save(tmp_path: Path) -> None:
             pid = os.fork()
             if pid == 0:
                 new = root / str(n)
-            save_checkpoint(new, 2, tensors=big, optimizer={}, state={"at": 2}, keep=1)
+                save_checkpoint(new, 2, tensors=big, optimizer={}, state={"at": 2}, keep=1)
                 os._exit(0)
             time.sleep(pick.random() * 0.06)
             os.kill(pid, signal.SIGKILL)

@@ -15,6 +15,7 @@ from editr2.cli.main import main
 from editr2.cli.settings import run_config
 from editr2.config import Config
 from editr2.config.fields import leaves
+from editr2.config.settings import rollout_dynamics
 from editr2.run.tracking import read_metrics
 from editr2.sessions import load_sessions
 
@@ -82,7 +83,7 @@ def test_help_has_every_field_with_what_it_accepts(capsys):
         "AdamW learning rate, of the first iteration. (a number, above 0, at most 1; default: "
         "0.0002)" in said
     )
-    assert "(flow-sde, dance-sde, wan-sde, cps, ddim-sde; default: cps)" in said
+    assert f"({', '.join(rollout_dynamics())}; default: cps)" in said
 
 
 def test_data_is_short_for_its_path():

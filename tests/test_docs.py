@@ -158,7 +158,7 @@ def understood(monkeypatch):
         enough()
 
     monkeypatch.setattr("editr2.cli.settings.run_config", run_config)
-    monkeypatch.setattr("editr2.rl.loop.train", planned)
+    monkeypatch.setattr("editr2.training.train", planned)
     monkeypatch.setattr("editr2.check.preflight", planned)
     monkeypatch.setattr("editr2.sessions.importers.import_sessions", imported)
     for work in (
@@ -300,7 +300,7 @@ def test_python_runs(page, workspace, tiny_unified, monkeypatch, peers):
         runs.append(real(replace_nested(config, less), **given))
         return runs[-1]
 
-    monkeypatch.setattr("editr2.rl.loop.train", small)
+    monkeypatch.setattr("editr2.training.train", small)
     names = names_for(page, tiny_unified)
     for block in PYTHON[page]:
         exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from editr2.cli import doctor
-from editr2.cli.doctor import Row
+from editr2.cli.doctor import Check
 
 
-def by_name(rows: list[Row]) -> dict[str, Row]:
+def by_name(rows: list[Check]) -> dict[str, Check]:
     return {row.name: row for row in rows}
 
 
@@ -100,7 +100,7 @@ def test_backends_report_their_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path
         cuda=backend(True),
     )
     rows = by_name(doctor._operators())
-    assert rows["operators: ref"] == Row("operators: ref", True, "eager")
+    assert rows["operators: ref"] == Check("operators: ref", True, "eager")
     assert rows["operators: cpu"].ok is None and rows["operators: cpu"].detail == "no compiler"
     assert "g++" in str(rows["operators: cpu"].remedy)
     assert rows["operators: cuda"].ok is True
@@ -126,7 +126,7 @@ def test_build_info(tmp_path: Path) -> None:
         "compiler": "g++ 12",
     }
     path.write_text(json.dumps(built))
-    assert doctor._build_info(path) == Row(
+    assert doctor._build_info(path) == Check(
         "native build", True, "cpu: built, cuda: not built (no nvcc); g++ 12"
     )
     path.write_text(
@@ -178,7 +178,7 @@ def test_uninstalled_source_tree_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "cli" / "doctor.py"))
     assert doctor._weights().ok is None
     folder = tmp_path / "assets" / doctor.WEIGHTS
     folder.mkdir(parents=True)
@@ -197,9 +197,9 @@ def test_low_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_render_shows_every_row_and_no_markup() -> None:
     rows = [
-        Row("one", True, "fine [v1]"),
-        Row("two", None, "absent", "get [x]"),
-        Row("three", False, "broken", "mend"),
+        Check("one", True, "fine [v1]"),
+        Check("two", None, "absent", "get [x]"),
+        Check("three", False, "broken", "mend"),
     ]
     text = doctor.render(rows)
     assert "fine [v1]" in text and "-> get [x]" in text and "\x1b" not in text
@@ -218,7 +218,9 @@ def test_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ok: bool | None, code: int
 ) -> None:
     monkeypatch.setattr(
-        doctor, "report", lambda: [Row("fine", True, "yes"), Row("thing", ok, "finding", "mend")]
+        doctor,
+        "report",
+        lambda: [Check("fine", True, "yes"), Check("thing", ok, "finding", "mend")],
     )
     assert doctor.command([]) == code
     assert ("broken: thing" in capsys.readouterr().out) == bool(code)

@@ -28,9 +28,9 @@ from editr2.policies.load import load_policy
 from editr2.policies.rules import check_config
 from editr2.policies.weights import trainable
 from editr2.rewards.base import Score
-from editr2.rl.loop import train
 from editr2.rl.sampler import make_sampler
 from editr2.run.tracking import read_metrics
+from editr2.training import train
 from editr2_kernels import sde_step
 
 SIZE = (32, 48)

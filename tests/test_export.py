@@ -95,7 +95,7 @@ def make_run(tmp_path, weights):
         config = replace_nested(Config(), {"policy": policy, "train": {"iterations": 3}})
         trained = load_policy(config.policy)
         noise = torch.Generator().manual_seed(1)
-        state = new_state(config, trained)
+        state = new_state(config.train, trained)
         for name, p in trainable(trained.module).items():
             state.ema[name] += torch.randn(p.shape, generator=noise) * 0.05
             p.data += torch.randn(p.shape, generator=noise) * 0.05

@@ -30,12 +30,12 @@ from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.rewards.base import Score
 from editr2.rl.compiled_step import Graphs
-from editr2.rl.loop import train
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
 from editr2.rl.sampler import make_sampler
 from editr2.rl.state import new_state
 from editr2.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from editr2.sessions.source import HELDOUT_SEED
+from editr2.training import train
 from editr2.worlds import shapes
 
 NAN, INF = float("nan"), float("inf")
@@ -601,7 +601,7 @@ def test_nor_is_it_exported(group, finished, tmp_path, capsys):
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     policy = tiny()
-    state = new_state(replace_nested(Config(), SMALL), policy)
+    state = new_state(replace_nested(Config(), SMALL).train, policy)
     state.save(tmp_path, Config())
     with torch.no_grad():
         policy.module.llm2vae.bias[0] = INF

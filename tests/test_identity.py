@@ -30,7 +30,6 @@ from editr2.errors import CheckpointError, ConfigError
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
 from editr2.rewards.world import WorldReward
-from editr2.rl.loop import train
 from editr2.run import identity
 from editr2.run.checkpoint import latest_checkpoint, load_checkpoint
 from editr2.run.identity import (
@@ -45,6 +44,7 @@ from editr2.run.identity import (
 )
 from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, load_sessions, save_sessions
+from editr2.training import train
 from editr2.worlds import shapes
 
 
@@ -428,7 +428,7 @@ def test_a_run_that_left_no_checkpoint_begins_anew_as_something_else(runs, tmp_p
 def test_the_flag_may_be_given_again_and_with_commas(monkeypatch):
     seen: list[Any] = []
     monkeypatch.setattr(
-        "editr2.rl.loop.train", lambda config, **options: seen.append(options["resume_anyway"])
+        "editr2.training.train", lambda config, **options: seen.append(options["resume_anyway"])
     )
     assert (
         main(
@@ -527,10 +527,10 @@ def test_weights_of_an_editor_and_of_what_was_trained_from_it(tmp_path):
     config = replace_nested(
         Config(), {"policy": {"model": "kontext", "weights": str(tmp_path / "lora")}}
     )
-    first = loaded_weights(config)["weights"]
+    first = loaded_weights(config.policy)["weights"]
     assert " over " in first
     (tmp_path / "base" / "x.safetensors").write_bytes(b"esab")
-    assert loaded_weights(config)["weights"] != first
+    assert loaded_weights(config.policy)["weights"] != first
 
 
 def test_a_hub_id_is_known_by_the_commit_in_the_cache(tmp_path, monkeypatch):

@@ -31,8 +31,8 @@ from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.rl.metrics import _Intents
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
 from editr2.rl.sampler import make_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.sessions import Session, Turn, save_sessions
-from editr2.sessions.source import open_sessions
 from editr2.worlds import shapes
 
 MODELS = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
@@ -314,8 +314,8 @@ def test_the_embedded_vocabulary_has_no_word_for_a_mark(
         f"vocabulary has no word "
     )
     for opened in (
-        lambda: open_sessions(config, tiny_unified),
-        lambda: open_sessions(heldout(config), tiny_unified),
+        lambda: sessions_for(config, tiny_unified),
+        lambda: sessions_for(heldout(config), tiny_unified),
     ):
         with pytest.raises(DataError) as error:
             opened()
@@ -407,12 +407,12 @@ def test_an_instruction_that_is_too_long_is_an_error_of_its_line(
     )  # fmt: skip
     config = replace_nested(Config(), {"data": {"path": str(tmp_path)}})
     fits = policy(model, text_tokens=count)
-    assert isinstance(fits, ReadingPolicy) and len(open_sessions(config, fits).sessions or []) == 2
+    assert isinstance(fits, ReadingPolicy) and len(sessions_for(config, fits).sessions or []) == 2
     short = policy(model, text_tokens=count - 1)
     problem = f"{count} tokens (accepted: up to {count - 1}, policy.text_tokens)"
     for asked in (config, heldout(config)):
         with pytest.raises(DataError) as error:
-            open_sessions(asked, short)
+            sessions_for(asked, short)
         assert (
             str(error.value)
             == f"{tmp_path}/sessions.jsonl:2: turns[1].instruction: of session 'k': {problem}"
@@ -523,7 +523,7 @@ def test_policies_without_a_tokenizer_are_not_asked(
     save_sessions([Session("a", np.zeros((4, 4, 3), np.uint8), (Turn("x" * 10_000),))], tmp_path)
     config = replace_nested(Config(), {"data": {"path": str(tmp_path)}})
     made: Any = SimpleNamespace(image_size=(4, 4))
-    assert len(open_sessions(config, made).sessions or []) == 1
+    assert len(sessions_for(config, made).sessions or []) == 1
     made = policy("klein", text_tokens=20)
     made.pipe = SimpleNamespace()  # as a benchmark of its own words has it
     assert list(made.unreadable(["x" * 10_000])) == []

@@ -19,7 +19,7 @@ from editr2.rl import gradient as gradient_module
 from editr2.rl.credit import assign_credit, credit_notes, credit_options
 from editr2.rl.evaluate import judge
 from editr2.rl.gradient import Batch, accumulate_gradient
-from editr2.rl.losses import noised_places, noised_rows, window_places
+from editr2.rl.losses import Asked, noised, stored
 from editr2.rl.rollout import Chunk, Seeds, Walk, rollout_chunk
 from editr2.rl.sampler import make_sampler, rollout_sampler
 from editr2.rl.sentinel import RatioError
@@ -59,14 +59,22 @@ def sampled(policy, config, turns=(3, 3)):
     for turn, record in enumerate(chunk.turns):
         mask[record.rollout, turn] = True
     advantage = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    batch = Batch([chunk], advantage, mask, int(mask.sum()), sampler, seeds)
-    return batch, new_state(config, policy)
+    batch = Batch(
+        [chunk], advantage, mask, int(mask.sum()), sampler, seeds, config.policy, config.rollout
+    )
+    return batch, new_state(config.train, policy)
+
+
+def asked(batch, update):
+    """What a loss sees of the first chunk."""
+    credit = batch.credit_of(0)
+    return Asked(batch.chunks[0], *credit, batch.sampler, batch.seeds, update)
 
 
 def gradient(config, state, batch, update=0):
     """(flat gradient, statistics); the policy's gradients are empty before and after."""
     state.optimizer.zero_grad()
-    seen = accumulate_gradient(config, state, batch, update, 0, HERE)
+    seen = accumulate_gradient(config.train, state, batch, update, 0, HERE)
     grads = [
         torch.zeros_like(p) if p.grad is None else p.grad
         for p in trainable(state.policy.module).values()
@@ -326,8 +334,7 @@ def nft(**train) -> Config:
 def test_nft_starts_with_equal_halves_and_learns_towards_the_better_sibling(tiny_unified):
     config = nft()
     batch, state = sampled(tiny_unified, config)
-    places, noise = noised_places(batch.chunks[0], batch.sampler, batch.seeds, 0, 2)
-    rows = noised_rows(batch.chunks[0], places, noise, batch.advantage, batch.mask)
+    places, rows = noised(asked(batch, 0), 2)
     v = torch.randn(rows.x.shape)
     args = (rows.x_next, rows.noise, rows.sigma, v, v.clone(), nft_optimality(rows.advantage))
     halves = nft_loss(*args, beta=1.0).metrics
@@ -344,8 +351,8 @@ def test_nft_starts_with_equal_halves_and_learns_towards_the_better_sibling(tiny
 def test_nft_draws_anew_for_every_update_and_the_old_policy_follows(tiny_unified):
     config = nft(updates=2)
     batch, state = sampled(tiny_unified, config)
-    one, _ = noised_places(batch.chunks[0], batch.sampler, batch.seeds, 0, 2)
-    two, _ = noised_places(batch.chunks[0], batch.sampler, batch.seeds, 1, 2)
+    one, _ = noised(asked(batch, 0), 2)
+    two, _ = noised(asked(batch, 1), 2)
     assert not torch.equal(one.x[0], two.x[0])
     with torch.no_grad():
         for p in trainable(tiny_unified.module).values():
@@ -353,7 +360,7 @@ def test_nft_draws_anew_for_every_update_and_the_old_policy_follows(tiny_unified
     name = "llm2vae.bias"
     before = state.old[name].clone()
     state.iteration = 200  # keeps min(0.001 * 200, 0.5)
-    state.step_copies(config, iteration_done=True)
+    state.step_copies(config.train, iteration_done=True)
     live = trainable(tiny_unified.module)[name]
     torch.testing.assert_close(state.old[name], 0.2 * before + 0.8 * live.detach())
 
@@ -446,7 +453,7 @@ def test_lora_trains_adapters_alone_and_its_reference_is_the_base_model(tiny_uni
     batch, _ = sampled(tiny_unified, config)
     chunk = batch.chunks[0]
     add_lora(tiny_unified.module, 4)
-    state = new_state(config, tiny_unified)
+    state = new_state(config.train, tiny_unified)
     names = set(trainable(tiny_unified.module))
     assert names and all(".lora_" in n for n in names) and set(state.reference) == names
     _, seen = gradient(config, state, again(batch))
@@ -457,7 +464,7 @@ def test_lora_trains_adapters_alone_and_its_reference_is_the_base_model(tiny_uni
     state.iteration = 1
     _, seen = gradient(config, state, again(batch))
     assert seen["kl"] > 0
-    walked = window_places(chunk)
+    walked, _ = stored(asked(batch, 0))
     context = tiny_unified.instruct(
         tiny_unified.encode(chunk.sessions[0].image[None]), chunk.turns[0].text[:1]
     )
@@ -524,7 +531,7 @@ def test_the_loss_by_hand(tiny_unified):
         assert seen["loss"] == pytest.approx(-float(a.sum()) / n, rel=1e-5)
         text = (0.5 if weight is None else weight) * -float(a[:, 1:].sum()) / (n * 2)
         assert seen["text_loss"] == pytest.approx(text, rel=1e-5)
-        assert seen["rows"] == 2 * n and seen["tokens"] > 0
+        assert seen["samples"] == 2 * n and seen["tokens"] > 0
 
 
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
@@ -605,7 +612,7 @@ def test_minibatches_are_part_of_one_mean_and_the_sentinel_sees_all_of_them(
     parts, batch = [], again(batch)
     for minibatch in range(2):
         state.optimizer.zero_grad()
-        accumulate_gradient(halves, state, batch, 0, minibatch, HERE)
+        accumulate_gradient(halves.train, state, batch, 0, minibatch, HERE)
         grads = [
             torch.zeros_like(p) if p.grad is None else p.grad
             for p in trainable(tiny_unified.module).values()
@@ -654,7 +661,7 @@ def test_released_constants():
 def test_a_checkpoint_holds_every_copy_of_the_weights(tiny_unified, tmp_path):
     config = nft(ema=0.5, kl_weight=1e-4)
     add_lora(tiny_unified.module, 4)
-    state = new_state(config, tiny_unified)
+    state = new_state(config.train, tiny_unified)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for values in (state.reference, state.old, state.ema, trainable(tiny_unified.module)):
@@ -670,7 +677,7 @@ def test_a_checkpoint_holds_every_copy_of_the_weights(tiny_unified, tmp_path):
     with torch.no_grad():
         for p in trainable(tiny_unified.module).values():
             p.zero_()
-    other = new_state(config, tiny_unified)
+    other = new_state(config.train, tiny_unified)
     other.load(saved, config)
     assert other.iteration == 3
     assert all(torch.equal(live[n], p) for n, p in trainable(tiny_unified.module).items())

@@ -227,6 +227,12 @@ MISTAKES = [
         "Jduge",
         {JUDGE: "x = 1\n"},
     ),
+    M("a reward's table name misspelt", "train --reward.name brightnes", "brightnes"),
+    M(
+        "a reward named twice",
+        "train --reward.name brightness --reward.function judge:Judge",
+        "reward.function",
+    ),
     M(
         "a judge that cannot start",
         "train --reward.function judge:Judge",

@@ -18,7 +18,7 @@ from editr2.policies.unified.packed import (
     token_counts,
 )
 from editr2.policies.unified.policy import Guidance, UnifiedPolicy
-from editr2.rl.replay import Places, ReplayOptions, can_pack
+from editr2.rl.replay import Queries, ReplayOptions, can_pack
 from editr2.rl.rollout import Chunk, TurnRecord
 from editr2.worlds.shapes import make_session
 
@@ -367,7 +367,7 @@ def test_turns_that_nobody_needs_speak_for_walking(policy):
     """Packing computes every turn of a rollout that is needed at all; walking leaves out the turns
     that are not."""
     sessions = [make_session(0, i, turns=3) for i in range(2)]
-    places = Places([torch.zeros(4, 2, *policy.latent_shape)] * 3, [torch.zeros(4, 2)] * 3)
+    places = Queries([torch.zeros(4, 2, *policy.latent_shape)] * 3, [torch.zeros(4, 2)] * 3)
     nothing, images = torch.zeros(4, 0), np.zeros((4, *policy.image_size, 3), np.uint8)
     records = [
         TurnRecord(torch.arange(4), ["red"] * 4, None, None, *[nothing] * 6, images)

@@ -17,11 +17,11 @@ from editr2.policies.configured import policy_class
 from editr2.policies.contexts import MixedContext
 from editr2.policies.load import load_policy
 from editr2.rewards.base import Score
-from editr2.rl.loop import train
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
 from editr2.rl.sampler import make_sampler
 from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, Turn, save_sessions
+from editr2.training import train
 from editr2_kernels import INITIAL_STEP, philox_normal
 
 MODELS = ("qwen-edit", "qwen-edit-plus")

@@ -77,7 +77,9 @@ def test_the_replay_keeps_to_trainings_micro_batch_and_to_one_graph(
     policy = Watched(tiny_unified.module, tiny_unified.codec).watch()
     chunk, sampler, config = rolled(policy, micro_batch)
     assert not policy.rows
-    assert explain_difference(policy, chunk, sampler, SEEDS, config).startswith("none when")
+    assert explain_difference(
+        policy, chunk, sampler, SEEDS, config.policy, config.rollout, config.train
+    ).startswith("none when")
     # Velocities at two steps of turns of 6, 6 and 3 rollouts, and the answers of the last two of
     # them.
     assert max(policy.rows) == largest and sum(policy.rows) == 2 * (6 + 6 + 3) + 6 + 3
@@ -94,7 +96,9 @@ def test_the_first_difference_is_named_whatever_the_rows(tiny_unified, micro_bat
         for name, value in change.items():
             setattr(policy, name, value)
         try:
-            return explain_difference(policy, chunk, sampler, SEEDS, config)
+            return explain_difference(
+                policy, chunk, sampler, SEEDS, config.policy, config.rollout, config.train
+            )
         finally:
             for name in change:
                 delattr(policy, name)

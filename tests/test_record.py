@@ -85,7 +85,7 @@ FIXED = [
         "save: after",
         1,
     ),  # between a checkpoint and the evaluation of its weights: that row was lost for ever
-    ("_step: after", 3),  # in an iteration, the weights changed
+    ("step: after", 3),  # in an iteration, the weights changed
     ("evaluate: after", 5),  # in the evaluation after training
     ("append: before", 10),  # before the comparison
     ("build_report: before", 1),
@@ -157,7 +157,7 @@ def test_two_processes_of_which_one_is_killed_or_told_to_stop(runs, whole, tmp_p
     _, passed = whole("ema")
     points = numbers(
         passed,
-        [("evaluate: before", 1), ("evaluate: before", 3), ("_step: after", 3), ("save: after", 1)],
+        [("evaluate: before", 1), ("evaluate: before", 3), ("step: after", 3), ("save: after", 1)],
     )
     for number, rank in zip(points, (0, 0, 1, 0), strict=True):
         run = tmp_path / f"{number}"
@@ -166,7 +166,7 @@ def test_two_processes_of_which_one_is_killed_or_told_to_stop(runs, whole, tmp_p
         assert_same(runs, tmp_path / "whole", run)
     assert len(load_checkpoint(tmp_path / "whole" / "checkpoints" / "step_000003").rng) == 2
     # Told to stop, one of them is enough: both finish the iteration and agree.
-    (number,) = numbers(passed, [("_step: after", 1)])
+    (number,) = numbers(passed, [("step: after", 1)])
     said = launch(tmp_path / "told", number, 1, "term").stderr
     for rank in (0, 1):
         assert (

@@ -583,7 +583,7 @@ def test_a_short_reproduction_from_start_to_page(tmp_path, capsys, one_thread):
         )
         assert len(row["per_session"]["if"]) == TURNS and len(row["per_session"]["if"][0]) == 4
         trained = to_dataclass(load_yaml(folder / "config.yaml")[0], Config)
-        assert trained.seed == seed and evaluation_sampler(trained) == sampler
+        assert trained.seed == seed and evaluation_sampler(trained.eval, trained.rollout) == sampler
         # The world's sessions know their mode; the rows recompute it.
         for mode, part in after["by_mode"].items():
             of = [m == mode for m in row["per_session"]["mode"]]

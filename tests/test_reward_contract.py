@@ -16,6 +16,7 @@ import threading
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from editr2.check import preflight
 from editr2.cli.main import main
 from editr2.config import Config, CreditConfig, RewardConfig, replace_nested
 from editr2.errors import ConfigError
+from editr2.policies.rules import check_config
 from editr2.rewards.adapt import adapt, score_batch
 from editr2.rewards.base import (
     FAILED,
@@ -36,11 +38,14 @@ from editr2.rewards.base import (
     weights_of,
 )
 from editr2.rewards.load import load_reward
+from editr2.rewards.table import REWARDS
 from editr2.rl.evaluate import evaluate, first_answer
-from editr2.rl.loop import train
+from editr2.run.identity import differences, named, reward_fingerprint
 from editr2.run.processes import open_processes
 from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, Turn
+from editr2.training import train
+from editr2.worlds.shapes import make_session
 
 TURNS = 3
 
@@ -829,3 +834,81 @@ def test_a_timeout_that_is_none_is_refused(timeout, tmp_path):
 def test_a_score_is_one_of_three(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         Score(**arguments)
+
+
+# A reward by its name in the table: one file and one line of `REWARDS`.
+DIM = """
+class Dim:
+    names = ("dim",)
+
+    def __call__(self, session, images):
+        return [1 - float(image.mean() / 255) for image in images]
+"""
+
+
+def test_a_reward_is_a_file_and_a_line_of_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "dim_of_a_test.py").write_text(DIM)
+    monkeypatch.setitem(REWARDS, "dim", "dim_of_a_test:Dim")
+    assert check_config(Config(reward=RewardConfig(name="dim"))).reward.name == "dim"
+    small = ["--eval.sessions", "2", "--rollout.turns", "1", "--credit.weights", '{"dim": 1}']
+    assert main(["eval", "--reward.name", "dim", *small]) == 0
+    names, numbers = capsys.readouterr().out.splitlines()[1:3]
+    assert names.split() == ["turn", "reward", "dim"]
+    assert 0 < float(numbers.split()[1]) < 1
+    with pytest.raises(ConfigError, match=r"'dimm' \(accepted: world, brightness, dim, package\."):
+        check_config(Config(reward=RewardConfig(name="dimm")))
+
+
+def test_every_reward_of_the_table_judges_the_world():
+    given = make_session(0, 0)
+    images = np.stack([given.image] * len(given.turns))
+    for name in REWARDS:
+        reward = load_reward(RewardConfig(name=name))
+        scores = score_batch(reward, [(given, images)], len(images))
+        assert scores.failed == 0 and scores.present.all() and scores.names == reward.names
+
+
+@pytest.mark.parametrize(
+    "given, pattern",
+    [
+        ({"name": "wrld"}, r"^reward\.name: 'wrld' \(accepted: world, brightness, package\.mod"),
+        ({"name": "nowhere:J"}, r"^reward\.name: 'nowhere:J': importing nowhere raised ModuleN"),
+        (
+            {"name": "editr2.rewards.world:WorldRewad"},
+            r"^reward\.name: .*has no 'WorldRewad'; did you mean WorldReward\?$",
+        ),
+        ({"name": "fractions:Fraction"}, r"^reward\.name: 'fractions:Fraction': Fraction\(\) gave"),
+        (
+            {"name": "world", "function": "my:judge"},
+            r"^reward\.name: 'world' \(accepted with reward\.function 'my:judge': none; each of",
+        ),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_one_line(given, pattern):
+    """As `check_config` or, where that cannot know it, as what loads it says it."""
+    with pytest.raises(ConfigError, match=pattern) as error:
+        load_reward(check_config(Config(reward=RewardConfig(**given))).reward)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError):
+        load_reward(RewardConfig(**given))
+
+
+def test_the_same_reward_under_another_name_is_the_same():
+    """A run that named no reward goes on under `reward.name: world`, but not under another."""
+    unnamed, by_name, by_function, other = (
+        RewardConfig(),
+        RewardConfig(name="world"),
+        RewardConfig(function="editr2.rewards.world:WorldReward"),
+        RewardConfig(name="brightness"),
+    )
+
+    def depends(reward: RewardConfig) -> dict[str, Any]:
+        fingerprint = reward_fingerprint(load_reward(reward))
+        return named(Config(reward=reward), {"reward": fingerprint})
+
+    saved = depends(unnamed)
+    assert differences(saved, depends(by_name)) == {}
+    assert differences(saved, depends(by_function)) == {}
+    assert list(differences(saved, depends(other))) == ["reward"]

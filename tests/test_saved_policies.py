@@ -28,7 +28,7 @@ from editr2.policies.klein import KleinPolicy
 from editr2.policies.load import load_policy
 from editr2.policies.models import MODELS
 from editr2.policies.weights import trainable
-from editr2.rl.loop import train
+from editr2.training import train
 
 
 @pytest.fixture(scope="module")

@@ -62,9 +62,14 @@ def test_an_impossible_sampler_is_named(arguments, name):
 
 def test_evaluation_is_ode_or_as_in_training():
     config = replace_nested(Config(), {"rollout": {"steps": 6}, "eval": {"sampler": "ode"}})
-    assert eval_sampler(config).window == 0
-    assert eval_sampler(replace_nested(config, {"eval": {"steps": 9}})).steps == 9
-    same = eval_sampler(replace_nested(config, {"eval": {"sampler": "rollout"}}))
+
+    def evaluating(values):
+        changed = replace_nested(config, values)
+        return eval_sampler(changed.rollout, changed.eval)
+
+    assert eval_sampler(config.rollout, config.eval).window == 0
+    assert evaluating({"eval": {"steps": 9}}).steps == 9
+    same = evaluating({"eval": {"sampler": "rollout"}})
     assert torch.equal(same.table, rollout_sampler(config.rollout).table) and same.window == 2
 
 

@@ -22,8 +22,8 @@ from PIL import Image
 
 from editr2.config import Config, replace_nested
 from editr2.errors import DataError, UserError
+from editr2.rl.sessions import sessions_for
 from editr2.sessions import ImageFile, Session, Turn, load_sessions, save_sessions, survey, validate
-from editr2.sessions.source import open_sessions
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 TURNS = [{"instruction": "add a cup"}]
@@ -459,9 +459,9 @@ def test_a_run_reads_its_sets_at_the_policy_s_size(tmp_path: Path, resize: str) 
         with pytest.raises(
             DataError, match=r":1: image: .*4×6 pixels.*--data\.resize crop or stretch"
         ):
-            open_sessions(config, policy)
+            sessions_for(config, policy)
         return
-    source = open_sessions(config, policy)
+    source = sessions_for(config, policy)
     assert source[0].image.shape == source.heldout[0].image.shape == (4, 4, 3)
 
 

@@ -33,7 +33,7 @@ from editr2.config import (
 )
 from editr2.config.fields import Slot, field_problems, leaves, mended
 from editr2.config.patterns import pattern_problem
-from editr2.config.settings import NOISE_LEVELS, ROLLOUT_DYNAMICS
+from editr2.config.settings import noise_levels, rollout_dynamics
 from editr2.errors import ConfigError, UserError
 from editr2.policies.configured import FIELDS as POLICY_FIELDS
 from editr2.policies.rules import check_config, config_problems
@@ -42,8 +42,8 @@ from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.unified.pretrain import PretrainConfig
 from editr2.reproduce.arms import Settings
 from editr2.rewards.base import Score
-from editr2.rl.loop import train
 from editr2.rl.rules import run_problems
+from editr2.training import train
 from editr2_kernels import KL_SCALES, RENORMS, flow_sigmas, transition_table
 from editr2_kernels.group_advantage import FUSIONS
 
@@ -52,7 +52,8 @@ TRAINS = ("train", "check")
 HUGE = 10**20
 NAN, INF = float("nan"), float("inf")
 NO_CHOICE = "no-such-choice"
-FIELDS: dict[str, Slot] = dict(leaves(Config))
+# Of `train.loss_options` the loss says what it takes: tests/test_losses.py.
+FIELDS: dict[str, Slot] = {k: v for k, v in leaves(Config) if k != "train.loss_options"}
 
 ZERO = {
     "seed",
@@ -364,8 +365,8 @@ def test_fields_meet_each_other_in_the_commands_that_use_them(settings, message,
 
 
 def test_the_noise_levels_accepted_are_those_that_the_table_takes():
-    for dynamics in ROLLOUT_DYNAMICS:
-        bounds = NOISE_LEVELS[dynamics]
+    for dynamics in rollout_dynamics():
+        bounds = noise_levels(dynamics)
         for level in (0.3, 0.999, 1.0, 1.3, 10.0, 11.0, NAN, INF, 0.0, -0.1):
             if not bounds.hold(level):
                 continue
@@ -373,7 +374,7 @@ def test_the_noise_levels_accepted_are_those_that_the_table_takes():
             assert table.isfinite().all(), (dynamics, level)
         with pytest.raises(ValueError):
             transition_table(flow_sigmas(8), dynamics=dynamics, noise_level=-0.1)
-    assert not NOISE_LEVELS["cps"].hold(1.3) and NOISE_LEVELS["flow-sde"].hold(1.3)
+    assert not noise_levels("cps").hold(1.3) and noise_levels("flow-sde").hold(1.3)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -448,6 +449,7 @@ NOT_A_USE = {
     "copy",
     "editr2.config.fields",
     "editr2.config.yaml",
+    "editr2.config.presets",
     "editr2.config.rules",
     "editr2.policies.configured",
     "editr2.policies.rules",
@@ -702,13 +704,12 @@ def test_what_is_accepted_runs_and_is_used_or_refused_in_one_line(
         config = assembled(key, value, start, tmp_path)
     monkeypatch.chdir(tmp_path)
     if key != "eval.strips":
-        monkeypatch.setattr("editr2.rl.loop.build_report", lambda run: run)
+        monkeypatch.setattr("editr2.training.build_report", lambda run: run)
     seen: set[str] = set()
     began = time.process_time()
     try:
-        runs(command, monkeypatch, None if key == "reward.function" else Bright())(
-            recording(config, seen)
-        )
+        named = key in ("reward.function", "reward.name")
+        runs(command, monkeypatch, None if named else Bright())(recording(config, seen))
     except UserError as error:
         message = str(error)
         named = re.match(r"[a-z_]+(\.[a-z_]+)+: ", message) or str(value) in message

@@ -35,7 +35,7 @@ def whole(runs, tmp_path_factory):
         ), passed
 
 
-FINISHED = ("_step: before", "_step: after", "append: before", "_write_folder: after")
+FINISHED = ("step: before", "step: after", "append: before", "_write_folder: after")
 """Points at which what was begun is finished; at others it is given up, since no weight has
 changed."""
 
@@ -45,7 +45,7 @@ STOPS = [
     ("evaluate: before", 1, 0),  # before the first iteration: nothing to save
     ("judge: before", 3, 2),
     ("accumulate_gradient: after", 2, 1),
-    ("_step: after", 2, 2),
+    ("step: after", 2, 2),
     ("_write_folder: after", 1, 3),
     ("evaluate: after", 5, 3),
 ]
@@ -54,7 +54,7 @@ MORE_STOPS = [
     ("evaluate: before", 2, 1),
     ("draw_strips: after", 1, 0),
     ("draw_strips: after", 2, 3),
-    ("_step: before", 2, 2),
+    ("step: before", 2, 2),
     ("append: before", 7, 3),  # train row 2: the iteration is over
     ("build_report: before", 1, 3),
 ]
@@ -127,7 +127,7 @@ def test_a_second_ctrl_c_stops_at_once(runs, tmp_path):
 
     with runs.dying_at(0, lambda: None) as passed:
         runs.train_once(tmp_path / "whole", checkpoint={"every": 1})
-    number = [i for i, p in enumerate(passed, 1) if p == "_step: after"][1]
+    number = [i for i, p in enumerate(passed, 1) if p == "step: after"][1]
     with pytest.raises(
         Stopped, match="stopped at once; .* is saved at iteration 1 of 3; the same"
     ) as caught:

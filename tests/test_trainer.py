@@ -19,12 +19,12 @@ from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteErro
 from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.rewards.base import RewardFailure, Score, lay_out
 from editr2.rl.evaluate import comparison_row, success
-from editr2.rl.loop import train
 from editr2.rl.metrics import comparison_line
 from editr2.rl.sentinel import RatioError
 from editr2.run.checkpoint import load_checkpoint
 from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, Turn
+from editr2.training import train
 
 ROOT = Path(__file__).parent.parent
 

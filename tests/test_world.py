@@ -15,7 +15,7 @@ def instructions(session):
 
 def perfect(session):
     return np.stack(
-        [shapes.render(s.scene) for s in shapes.states(session.image, instructions(session))[1:]]
+        [shapes.render(s.scene) for s in shapes.meanings(session.image, instructions(session))[1:]]
     )
 
 
@@ -32,8 +32,8 @@ def test_perfect_edits_have_full_marks_and_intents_mean_the_same(seed, index, mo
     session = shapes.make_session(seed, index, mode=mode)
     assert (shapes.verify(session.image, instructions(session), perfect(session)) == 1).all()
     intended = [session.turns[0].instruction, *(str(t.intent) for t in session.turns[1:])]
-    meant = [s.scene for s in shapes.states(session.image, intended)]
-    assert meant == [s.scene for s in shapes.states(session.image, instructions(session))]
+    meant = [s.scene for s in shapes.meanings(session.image, intended)]
+    assert meant == [s.scene for s in shapes.meanings(session.image, instructions(session))]
     for text in (*intended, *instructions(session)):
         assert len(text.split()) <= 8
         assert shapes.parse_instruction(text).text() == text
@@ -71,7 +71,7 @@ def test_standing_rule_is_held_against_the_third_turn():
         "move the square top left to top center",
         "add a cross bottom left",
     ]
-    images = [s.scene for s in shapes.states(shapes.render(source), texts)[1:]]
+    images = [s.scene for s in shapes.meanings(shapes.render(source), texts)[1:]]
     assert images[2].cells[6] == ("cross", "red")
     wrong = [*images[:2], images[2].put(6, ("cross", "blue"))]
     scores = shapes.verify(
@@ -163,7 +163,7 @@ def test_a_sentence_without_meaning_is_refused_with_its_place(text, problem):
     ],
 )
 def test_an_instruction_that_cannot_be_done_is_refused(text, problem):
-    state = shapes.State(shapes.Scene("gray", (("square", "red"), *[None] * 8)))
+    state = shapes.Meaning(shapes.Scene("gray", (("square", "red"), *[None] * 8)))
     with pytest.raises(DataError, match=problem):
         shapes.execute(state, shapes.parse_instruction(text))
 

@@ -18,9 +18,9 @@ from editr2.rl.evaluate import judge, merge_scores
 from editr2.rl.gradient import Batch, accumulate_gradient
 from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import make_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.rl.state import State
 from editr2.run.processes import Processes
-from editr2.sessions.source import open_sessions
 
 
 def main(out: Path) -> None:
@@ -34,7 +34,7 @@ def main(out: Path) -> None:
         },
     )
     policy = UnifiedPolicy.load()
-    source, r = open_sessions(config, policy), config.rollout
+    source, r = sessions_for(config, policy), config.rollout
     sampler = make_sampler(r.steps, dynamics=r.dynamics, noise_level=r.noise_level, window=r.window)
     mine, seeds = processes.share(r.sessions), Seeds(config.seed, "train")
     done = [
@@ -49,8 +49,10 @@ def main(out: Path) -> None:
     local = slice(mine.start * r.siblings, mine.stop * r.siblings)
     state = State(policy, torch.optim.SGD(policy.module.parameters(), lr=0.0))
     trained = int(credit.mask.sum())
-    batch = Batch(done, credit.advantage[local], credit.mask[local], trained, sampler, seeds)
-    accumulate_gradient(config, state, batch, 0, 0, processes)
+    batch = Batch(
+        done, credit.advantage[local], credit.mask[local], trained, sampler, seeds, config.policy, r
+    )
+    accumulate_gradient(config.train, state, batch, 0, 0, processes)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
     gradient = torch.cat(
         [torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in parameters]

@@ -36,8 +36,8 @@ from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import run_problems
 from editr2.rl.sampler import eval_sampler, rollout_sampler
+from editr2.rl.sessions import sessions_for
 from editr2.sessions import Session, validate
-from editr2.sessions.source import open_sessions
 
 if TYPE_CHECKING:
     from editr2.check.editors import Editor
@@ -96,7 +96,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         data = found(lambda: _data_problems(config, editor))
         problems += data or []
         if data == []:
-            source = found(lambda: open_sessions(config, editor.policy))
+            source = found(lambda: sessions_for(config, editor.policy))
     if source and reward:
         found(lambda: _judge_once(reward, source[0]))
     if problems or not (source and editor and reward):
@@ -106,7 +106,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
 
     sessions = source.sessions or [source[i] for i in range(LOOKED_AT)]
     editor.see(sessions)
-    samplers = rollout_sampler(config.rollout, own), eval_sampler(config, own)
+    samplers = rollout_sampler(config.rollout, own), eval_sampler(config.rollout, config.eval, own)
     turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.heldout]
     result = estimate(config, editor, device, samplers, turns, processes)
     fits = device.needed(result.peak) <= device.memory
@@ -152,8 +152,8 @@ def dry_run(config: Config, folder: str) -> list[str]:
     Evaluation is cut to one session; everything else is as configured, so time and memory are an
     iteration's.
     """
-    from editr2.rl.loop import train
     from editr2.run.tracking import read_metrics
+    from editr2.training import train
 
     short = replace(
         config,

@@ -17,6 +17,7 @@ import torch
 from editr2.check.devices import Device
 from editr2.check.editors import Editor, Sizes
 from editr2.config import Config
+from editr2.rl.losses import LOSSES
 from editr2.rl.sampler import Sampler
 
 PHASES = ("rollout", "encode", "train", "evaluate", "strips")
@@ -120,9 +121,9 @@ def plan(
     calls += _group_rollout("rollout", config, editor, sampler, groups, shares)
     prompts = groups * sum(shares) * (r.siblings if editor.prompt_per_output else 1)
     again = editor.read_again(round(prompts))
-    places = sampler.window if t.loss == "grpo" else t.nft_draws
-    without = (t.kl_weight > 0) + (t.loss == "nft")  # the reference, the old policy
-    first = t.loss == "grpo" and t.minibatches > 1  # old log-probs, before any weight moves
+    loss = LOSSES[t.loss]
+    places, without = loss.places(t, sampler), len(loss.weights(t))
+    first = loss.ratio and t.minibatches > 1  # old log-probs, before any weight moves
     for size in _batches(groups, r.groups_per_batch):
         walks = t.updates * (1 + without) + first
         walk = _walk("train", editor, size, r.siblings, shares, generates=False, reads=again)
@@ -290,7 +291,10 @@ def _memory(
         if t.micro_batch
         else 0
     )
-    copies = (t.kl_weight > 0) + (t.loss == "nft") + (t.ema is not None)
+    loss = LOSSES[t.loss]
+    # x, x_next, and what the loss or a sampler of second order reads beside them.
+    a_step = 2 + loss.keeps_velocity(t) + sampler.second_order
+    copies = len(loss.weights(t)) + (t.ema is not None)
     shares, blocks, outside = 1, 0, 0
     if sharded(
         config, processes
@@ -305,7 +309,7 @@ def _memory(
         "copies (reference, old, average)": copies * sizes.trained,
         "text encoders": sizes.text,
         "autoencoder": sizes.vae,
-        "stored latents": round(rollouts * latent * ((2 + t.guard) * sampler.window + 1)),
+        "stored latents": round(rollouts * latent * (a_step * sampler.window + 1)),
         "contexts": contexts + copied,
         "activations, rollout": largest("velocity", "intend") + sizes.dequantized,
         "activations, encode and decode": largest("encode", "decode"),

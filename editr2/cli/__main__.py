@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from editr2.__main__ import main
+from editr2.cli.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -44,7 +44,7 @@ REBUILD = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Check:
     """One finding: `ok` is True, None (optional and absent) or False (required and broken)."""
 
     name: str
@@ -53,14 +53,14 @@ class Row:
     remedy: str | None = None
 
 
-def _python() -> list[Row]:
+def _python() -> list[Check]:
     version, oldest = platform.python_version(), ".".join(map(str, OLDEST_PYTHON))
     new_enough = sys.version_info >= OLDEST_PYTHON
     remedy = None if new_enough else f"install Python {oldest} or newer"
     return [
-        Row("python", new_enough, f"{version} at {sys.executable}", remedy),
-        Row("platform", True, f"{platform.platform()}, {platform.machine()}"),
-        Row("cores", True, f"{_usable_cores()} usable of {os.cpu_count()}"),
+        Check("python", new_enough, f"{version} at {sys.executable}", remedy),
+        Check("platform", True, f"{platform.platform()}, {platform.machine()}"),
+        Check("cores", True, f"{_usable_cores()} usable of {os.cpu_count()}"),
     ]
 
 
@@ -77,10 +77,10 @@ def _import(name: str) -> tuple[ModuleType | None, str]:
         return None, f"import fails: {type(error).__name__}: {error}"
 
 
-def _torch() -> list[Row]:
+def _torch() -> list[Check]:
     torch, problem = _import("torch")
     if torch is None:
-        return [Row("torch", False, problem, f"{INSTALL} (or reinstall torch)")]
+        return [Check("torch", False, problem, f"{INSTALL} (or reinstall torch)")]
     built_for = (
         f"CUDA {torch.version.cuda}"
         if torch.version.cuda
@@ -92,7 +92,7 @@ def _torch() -> list[Row]:
     built = (
         f"{torch.__version__}, built for {built_for}, {threads} thread{'' if threads == 1 else 's'}"
     )
-    rows = [Row("torch", True, built)]
+    rows = [Check("torch", True, built)]
     try:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [torch.cuda.get_device_properties(index) for index in range(count)]
@@ -100,49 +100,49 @@ def _torch() -> list[Row]:
         Exception
     ) as error:  # a driver older than torch's CUDA raises here; it is a finding, not a crash
         remedy = "update the GPU driver, or install a torch built for its CUDA version"
-        return [*rows, Row("cuda", None, f"{type(error).__name__}: {error}", remedy)]
+        return [*rows, Check("cuda", None, f"{type(error).__name__}: {error}", remedy)]
     if devices:
         for index, device in enumerate(devices):
             detail = (
                 f"{device.name}, sm_{device.major}{device.minor}, "
                 f"{device.total_memory / 2**30:.0f} GiB"
             )
-            rows.append(Row(f"cuda:{index}", True, detail))
+            rows.append(Check(f"cuda:{index}", True, detail))
     elif built_for == "CPU":
         remedy = "on a machine with a GPU, install a CUDA build of torch"
-        rows.append(Row("cuda", None, "this torch is a CPU build", remedy))
+        rows.append(Check("cuda", None, "this torch is a CPU build", remedy))
     else:
         rows.append(
-            Row("cuda", None, "no device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+            Check("cuda", None, "no device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
         )
     return rows
 
 
-def _operators() -> list[Row]:
+def _operators() -> list[Check]:
     if importlib.util.find_spec("editr2_kernels") is None:
-        return [Row("operators", False, "editr2_kernels is not installed", INSTALL)]
+        return [Check("operators", False, "editr2_kernels is not installed", INSTALL)]
     kernels, problem = _import("editr2_kernels")
     if kernels is None:
-        return [Row("operators", False, problem, INSTALL)]
+        return [Check("operators", False, problem, INSTALL)]
     rows = []
     for name, status in kernels.backends().items():
         if status.available:
-            rows.append(Row(f"operators: {name}", True, status.detail or "available"))
+            rows.append(Check(f"operators: {name}", True, status.detail or "available"))
         else:
             # The reference is what every other backend is measured against: without it nothing is
             # trustworthy.
             ok = False if name == "ref" else None
             rows.append(
-                Row(
+                Check(
                     f"operators: {name}", ok, str(status.reason), REBUILD if name == "cpu" else None
                 )
             )
     return [*rows, _build_info(Path(str(kernels.__file__)).parent / "_build_info.json")]
 
 
-def _build_info(path: Path) -> Row:
+def _build_info(path: Path) -> Check:
     if not path.is_file():
-        return Row("native build", None, "no record of a build beside the package", INSTALL)
+        return Check("native build", None, "no record of a build beside the package", INSTALL)
     try:
         info: dict[str, Any] = json.loads(path.read_text())
         parts = []
@@ -153,10 +153,10 @@ def _build_info(path: Path) -> Row:
                 + ("built" if entry.get("built") else f"not built ({entry.get('reason')})")
             )
     except (OSError, ValueError, AttributeError) as error:
-        return Row("native build", None, f"{path.name} cannot be read: {error}", INSTALL)
+        return Check("native build", None, f"{path.name} cannot be read: {error}", INSTALL)
     built = bool((info.get("cpu") or {}).get("built"))
     compiler = f"; {info['compiler']}" if info.get("compiler") else ""
-    return Row(
+    return Check(
         "native build",
         True if built else None,
         ", ".join(parts) + compiler,
@@ -173,14 +173,16 @@ def _requirements() -> list[Requirement] | None:
     return [Requirement(text) for text in declared]
 
 
-def _dependencies() -> list[Row]:
+def _dependencies() -> list[Check]:
     try:
         requirements = _requirements()
     except InvalidRequirement as error:
-        return [Row("dependencies", False, f"the installed metadata is damaged: {error}", INSTALL)]
+        return [
+            Check("dependencies", False, f"the installed metadata is damaged: {error}", INSTALL)
+        ]
     if requirements is None:
         return [
-            Row(
+            Check(
                 "dependencies",
                 None,
                 "editr2 runs from its source tree, uninstalled: not checked",
@@ -196,7 +198,7 @@ def _dependencies() -> list[Row]:
     return rows
 
 
-def _dependency(requirement: Requirement, *, required: bool) -> Row:
+def _dependency(requirement: Requirement, *, required: bool) -> Check:
     absent = False if required else None
     name = f"package: {requirement.name}"
     wanted = f"{requirement.name}{requirement.specifier}"
@@ -204,34 +206,36 @@ def _dependency(requirement: Requirement, *, required: bool) -> Row:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         purpose = "" if required else " (optional)"
-        return Row(name, absent, f"not installed{purpose}", f'pip install "{wanted}"')
+        return Check(name, absent, f"not installed{purpose}", f'pip install "{wanted}"')
     if not requirement.specifier.contains(version, prereleases=True):
-        return Row(name, absent, f"{version}, and {wanted} is needed", f'pip install -U "{wanted}"')
-    return Row(name, True, version)
+        return Check(
+            name, absent, f"{version}, and {wanted} is needed", f'pip install -U "{wanted}"'
+        )
+    return Check(name, True, version)
 
 
-def _weights() -> Row:
+def _weights() -> Check:
     folder = Path(__file__).parent.parent / "assets" / WEIGHTS
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     name = f"weights: {WEIGHTS}"
     if not any(path.suffix == ".safetensors" for path in files):
-        return Row(
+        return Check(
             name,
             None,
             "not in this install",
             "editr2 world pretrain makes them; a release ships them",
         )
-    return Row(
+    return Check(
         name,
         True,
         f"{len(files)} files, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB",
     )
 
 
-def _disk() -> Row:
+def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     low = free < LOW_DISK_GB
-    return Row(
+    return Check(
         "disk",
         None if low else True,
         f"{free:.1f} GiB free here",
@@ -239,10 +243,10 @@ def _disk() -> Row:
     )
 
 
-def report() -> list[Row]:
+def report() -> list[Check]:
     """Every finding about this machine and install, in the order of a first install. Creates no
     files."""
-    checks: Sequence[Callable[[], list[Row]]] = (
+    checks: Sequence[Callable[[], list[Check]]] = (
         _python,
         _torch,
         _operators,
@@ -252,7 +256,7 @@ def report() -> list[Row]:
     return [row for check in checks for row in check()]
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _table(rows: Sequence[Check]) -> Table:
     marks = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[red]BAD[/]"}
     table = Table(box=None, pad_edge=False)
     for title in ("", "what", "finding"):
@@ -263,7 +267,7 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def render(rows: Sequence[Row], width: int = 120) -> str:
+def render(rows: Sequence[Check], width: int = 120) -> str:
     """The rows as plain text without colour, `width` columns wide."""
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(_table(rows))

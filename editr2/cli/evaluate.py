@@ -21,8 +21,8 @@ def command(arguments: Arguments) -> int:
     from editr2.rl.evaluate import evaluate
     from editr2.rl.rules import check_run
     from editr2.rl.sampler import eval_sampler, own_schedule
+    from editr2.rl.sessions import sessions_for
     from editr2.run.processes import open_processes
-    from editr2.sessions.source import open_sessions
 
     processes = open_processes()  # first: it says which device is this process's
     reward = load_reward(config.reward)
@@ -30,31 +30,36 @@ def command(arguments: Arguments) -> int:
     policy = open_policy(config.policy, processes, trains=False)
     own = own_schedule(policy)
     check_run(config, reward.names, own, processes=processes.count, command="eval")
-    source = open_sessions(config, policy)
-    sampler = eval_sampler(config, own).to(processes.device)
+    source = sessions_for(config, policy)
+    sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
     row = evaluate(policy, reward, source.heldout, sampler, config, processes).row(0, "eval")
     if processes.main:
-        print(evaluation_table(row))
+        print(evaluation_text(row))
     return 0
 
 
-def evaluation_table(row: dict[str, Any]) -> str:
+def evaluation_text(row: dict[str, Any]) -> str:
     """Mean and standard error by turn, as text."""
     names = [key for key in row if key.endswith("_turn")]
-    lines = [
-        f"{row['sessions']} sessions",
-        "turn    " + "".join(f"{n.removesuffix('_turn'):>18}" for n in names),
-    ]
+    head = "turn    " + "".join(f"{name.removesuffix('_turn'):>18}" for name in names)
+    lines = [f"{row['sessions']} sessions", head]
     for t in range(len(row[names[0]])):
-        cells = []
-        for name in names:
-            mean, se = row[name][t]["mean"], row[name][t]["se"]
-            cells.append(
-                "-" if mean is None else f"{mean:.3f}" + ("" if se is None else f" +- {se:.3f}")
-            )
-        lines.append(f"{t + 1:<8}" + "".join(f"{c:>18}" for c in cells))
+        cells = [_mean_and_error(row[name][t]) for name in names]
+        lines.append(f"{t + 1:<8}" + "".join(f"{cell:>18}" for cell in cells))
     if "marginal_turn" in names:
         lines.append("marginal: the share of turns with IF = 1, whatever came before")
+    return "\n".join(lines + _below_the_table(row))
+
+
+def _mean_and_error(stat: dict[str, float | None]) -> str:
+    if stat["mean"] is None:
+        return "-"
+    return f"{stat['mean']:.3f}" + ("" if stat["se"] is None else f" +- {stat['se']:.3f}")
+
+
+def _below_the_table(row: dict[str, Any]) -> list[str]:
+    """What is said of whole sessions, and of turns that have no score."""
+    lines = []
     if row["success"]["mean"] is not None:
         lines.append(f"sessions with every turn right: {row['success']['mean']:.1%}")
     for mode, part in row["by_mode"].items():
@@ -63,9 +68,8 @@ def evaluation_table(row: dict[str, Any]) -> str:
     if row["intents_right"] is not None:
         lines.append(f"intents equal to the known ones: {row['intents_right']:.1%}")
     if row["failed_scores"]:
-        lines.append(
-            f"turns without a score: {row['failed_scores']}; first: {row['first_failure']}"
-        )
+        first = row["first_failure"]
+        lines.append(f"turns without a score: {row['failed_scores']}; first: {first}")
     if row["not_applicable"]:
         lines.append(f"turns to which a reward does not apply: {row['not_applicable']}")
-    return "\n".join(lines)
+    return lines

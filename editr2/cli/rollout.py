@@ -24,15 +24,15 @@ def command(arguments: Arguments) -> int:
     from editr2.rl.rollout import Seeds, chunks, rollout_chunk
     from editr2.rl.rules import check_run
     from editr2.rl.sampler import eval_sampler, own_schedule
+    from editr2.rl.sessions import sessions_for
     from editr2.run.processes import open_processes
-    from editr2.sessions.source import open_sessions
 
     processes = open_processes()
     policy = open_policy(config.policy, processes, trains=False)
     own = own_schedule(policy)
     check_run(config, None, own, processes=processes.count, command="rollout")
-    sessions = open_sessions(config, policy).heldout
-    sampler = eval_sampler(config, own).to(processes.device)
+    sessions = sessions_for(config, policy).heldout
+    sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
     out, mine = Path(config.out), processes.share(len(sessions))
     (out / "images").mkdir(parents=True, exist_ok=True)
     parts = [

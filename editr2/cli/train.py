@@ -29,7 +29,7 @@ def command(arguments: Arguments) -> int:
         for name in names.split(",")
         if name.strip()
     ]
-    from editr2.rl.loop import train
+    from editr2.training import train
 
     train(config, profile=bool(extra["profile"]), resume_anyway=insisted)
     return 0

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
 import math
 import numbers
 import os
@@ -35,12 +36,14 @@ __all__ = [
     "Bounds",
     "Wrong",
     "arguments",
+    "built",
     "convert",
     "field_problems",
     "is_reference",
     "mended",
     "normalised",
     "setting",
+    "table",
 ]
 
 T = TypeVar("T")
@@ -78,7 +81,9 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        if self.at_least is not None and self.at_most is not None:
+        if self.at_least is not None and self.at_least == self.at_most:
+            said = _number(self.at_least)
+        elif self.at_least is not None and self.at_most is not None:
             said = f"{_number(self.at_least)} to {_number(self.at_most)}"
         else:
             ends = {
@@ -123,6 +128,17 @@ class Accepts:
     empty: bool = False
     check: Callable[[Any], str | None] | None = None
     what: str = ""
+
+
+def table(address: str) -> Callable[[], Iterable[str]]:
+    """The names in an open table that stands above the settings, `package.module:NAME`: known by
+    its address, as a user's own class is, and looked up when a value is checked."""
+
+    def names() -> Iterable[str]:
+        module, _, name = address.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    return names
 
 
 ACCEPTS = "accepts"
@@ -215,7 +231,8 @@ def unknown_key(name: str, known: Sequence[str], prefix: str = "") -> str:
     dotted = f"{prefix}.{name}" if prefix else name
     near = difflib.get_close_matches(str(name), known, n=1)
     start = f"{prefix}." if prefix else ""
-    hint = f"did you mean {start + near[0]!r}?" if near else f"accepted: {', '.join(known)}"
+    accepted = ", ".join(known) or "none"
+    hint = f"did you mean {start + near[0]!r}?" if near else f"accepted: {accepted}"
     return f"unknown key {dotted!r} ({hint})"
 
 
@@ -246,6 +263,15 @@ def arguments(
             dotted = f"{key}.{name}" if key else name
             raise Wrong(dotted, f"missing key {dotted!r} (it has no default)")
     return result
+
+
+def built(values: Any, schema: type[T], key: str) -> T:
+    """The dataclass of the given values, the others at their defaults. Raises `Wrong` for the first
+    key or value that is none of it."""
+    made = schema(**arguments(values, schema, key, build=True, partial=True))
+    for dotted, problem in field_problems(made, f"{key}."):
+        raise Wrong(dotted, problem)
+    return made
 
 
 def convert(

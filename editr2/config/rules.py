@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from editr2.config.fields import field_problems, mended
-from editr2.config.settings import NOISE_LEVELS, Config
+from editr2.config.settings import Config, RewardConfig, noise_levels
 from editr2_kernels.group_advantage import MAX_UNITS
 
 Command = Literal["train", "check", "eval", "rollout"]
@@ -17,15 +17,18 @@ TRAINS = ("train", "check")
 
 _SAMPLES = ("train", "check", "eval", "rollout")
 
-RULES: list[tuple[tuple[str, ...], Callable[[Config, str], Iterator[str]]]] = []
+Rule = Callable[[Config, str], Iterator[str]]
+
+RULES: list[tuple[tuple[str, ...], Rule]] = []
 """What fields demand of each other: the commands that use these fields, and a function of the
 configuration and the command that yields a line for each rule that is broken."""
 
 
-def _rule(
-    *commands: str,
-) -> Callable[[Callable[[Config, str], Iterator[str]]], Callable[[Config, str], Iterator[str]]]:
-    def add(rule: Callable[[Config, str], Iterator[str]]) -> Callable[[Config, str], Iterator[str]]:
+def rule(*commands: str) -> Callable[[Rule], Rule]:
+    """Adds a function to `RULES`. Rules about a table that stands above the settings stand beside
+    that table, and are here once it was looked into, which checking the field does."""
+
+    def add(rule: Rule) -> Rule:
         RULES.append((commands, rule))
         return rule
 
@@ -48,13 +51,9 @@ def settings_problems(config: Config, command: Command = "train") -> Iterator[st
             yield from rule(whole, command)
 
 
-@_rule(*TRAINS)
-def _loss_and_window(config: Config, command: str) -> Iterator[str]:
-    r, t = config.rollout, config.train
-    if t.loss == "grpo" and r.window < 1:
-        yield "rollout.window: 0 (accepted: at least 1; without an SDE step grpo trains nothing)"
-    if t.loss == "nft" and r.window:
-        yield f"rollout.window: {r.window} (accepted with train.loss nft: 0; it samples by ODE)"
+@rule(*TRAINS)
+def _without_a_window(config: Config, command: str) -> Iterator[str]:
+    r = config.rollout
     if r.window == 0 and r.shared_noise:
         yield (
             "rollout.shared_noise: true (accepted without a window: false, or all siblings are "
@@ -62,7 +61,7 @@ def _loss_and_window(config: Config, command: str) -> Iterator[str]:
         )
 
 
-@_rule(*_SAMPLES)
+@rule(*_SAMPLES)
 def _noise_level(config: Config, command: str) -> Iterator[str]:
     r = config.rollout
     drawn = r.window > 0 and (command in TRAINS or config.eval.sampler == "rollout")
@@ -72,12 +71,12 @@ def _noise_level(config: Config, command: str) -> Iterator[str]:
 
 def noise_problem(dynamics: str, level: float) -> str | None:
     """What is wrong with the noise level of a window's steps, or None."""
-    if (bounds := NOISE_LEVELS[dynamics]).hold(level):
+    if (bounds := noise_levels(dynamics)).hold(level):
         return None
     return f"rollout.noise_level: {level} (accepted with rollout.dynamics {dynamics}: {bounds})"
 
 
-@_rule(*TRAINS)
+@rule(*TRAINS)
 def _units(config: Config, command: str) -> Iterator[str]:
     r = config.rollout
     if (units := r.sessions * r.siblings * r.turns) > MAX_UNITS:
@@ -87,7 +86,7 @@ def _units(config: Config, command: str) -> Iterator[str]:
         )
 
 
-@_rule(*TRAINS)
+@rule(*TRAINS)
 def _replay(config: Config, command: str) -> Iterator[str]:
     t, p = config.train, config.policy
     guided = p.guidance != 1 or p.guidance_image != 1
@@ -99,16 +98,28 @@ def _replay(config: Config, command: str) -> Iterator[str]:
             f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one "
             f"forward)"
         )
-    if t.loss == "nft" and guided:
-        yield (
-            "policy.guidance: not 1 (accepted with train.loss nft: 1; it compares plain velocities)"
-        )
 
 
-@_rule("train", "check", "rollout")
+@rule("train", "check", "rollout")
 def _out(config: Config, command: str) -> Iterator[str]:
     if problem := folder_problem(config.out):
         yield f"out: {config.out!r} (accepted: a folder; {problem})"
+
+
+@rule("train", "check", "eval")
+def _reward(config: Config, command: str) -> Iterator[str]:
+    if problem := reward_problem(config.reward):
+        yield problem
+
+
+def reward_problem(reward: RewardConfig) -> str | None:
+    """What is wrong with a reward that is named twice, or None."""
+    if reward.name is None or reward.function is None:
+        return None
+    return (
+        f"reward.name: {reward.name!r} (accepted with reward.function {reward.function!r}: none; "
+        f"each of them names the judge)"
+    )
 
 
 def folder_problem(folder: str | os.PathLike[str]) -> str | None:

@@ -6,27 +6,34 @@ Precedence: field defaults, then `--preset`, then `--config file.yaml`, then fla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from editr2.config.fields import (
     ACCEPTS,
     Accepts,
     Bounds,
     setting,
+    table,
 )
 from editr2.config.patterns import pattern_problem
 from editr2.policies.models import DEFAULT, MODELS
+from editr2.rewards.table import REWARDS
 from editr2_kernels import CREDIT_PRESETS, DYNAMICS
 
-# The rollout keeps no x0 of the step before, which the rows of a second-order solver read.
-ROLLOUT_DYNAMICS = tuple(name for name in DYNAMICS if name not in ("ode", "dpm++sde"))
 
-NOISE_LEVELS = {
-    name: Bounds(above=0, at_most=1 if name in ("cps", "ddim-sde") else 10)
-    for name in ROLLOUT_DYNAMICS
-}
-"""Of each dynamics: of those that keep the noise schedule it is a share of the noise there is, of
-the others a factor of the diffusion, published at up to 1.3."""
+def rollout_dynamics() -> list[str]:
+    """The dynamics that a rollout can sample by: those with noise."""
+    return [name for name, entry in DYNAMICS.items() if entry.stochastic]
+
+
+def noise_levels(dynamics: str) -> Bounds:
+    """Of a dynamics that keeps the noise schedule the level is a share of the noise there is, of
+    the others a factor of the diffusion, published at up to 1.3."""
+    entry = DYNAMICS[dynamics]
+    if not entry.has_level:
+        return Bounds(at_least=1, at_most=1)
+    return Bounds(above=0, at_most=min(entry.max_level, 10))
+
 
 # Upper ends are where the program stops being of use, far above what anyone runs: a slip of three
 # digits is caught here and not by the kernel's out-of-memory killer.
@@ -85,13 +92,16 @@ class RewardConfig:
 
     Args:
         function: `package.module:name` of a function, an object or a class that judges
-            (docs/rewards.md has the forms); none is the shapes world's verifiers.
+            (docs/rewards.md has the forms), in place of a name.
         timeout: seconds that a call may take, at most a day; one that takes longer is a failed
             score. None: no limit.
+        name: world (the shapes world's verifiers, also where neither is given), brightness (a
+            stand-in for a judge), or `package.module:Class` of your own.
     """
 
     function: str | None = setting(None, what="package.module:name or none")
     timeout: float | None = setting(None, Bounds(above=0, at_most=86400), what="seconds or none")
+    name: str | None = setting(None, among=lambda: REWARDS, reference="package.module:Class")
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,8 @@ class PolicyConfig:
             the shipped small model. Others: a diffusers folder or a hub id, none is the model's
             published one.
         intent: write an intent before every turn from the second on (Edit-R2); policies without
-        text ignore it. temperature: of sampled intents during training (evaluation is greedy).
+            text ignore it.
+        temperature: of sampled intents during training (evaluation is greedy).
         intent_tokens: at most this many tokens an intent.
         guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
         guidance_image: weight of image guidance, applied to the result; 1 is none.
@@ -121,8 +132,8 @@ class PolicyConfig:
         condition_resolution: the same of the condition image as the transformer sees it; none is
             `resolution`.
         history: images of a session that a turn sees: the one to edit and those before it, the
-        newest first. keep_source: the source image stands behind them when it is none of them any
-        more.
+            newest first.
+        keep_source: the source image stands behind them when it is none of them any more.
         guidance_embed: the guidance value that guidance-distilled transformers (kontext) take as
             input; none is the pipeline's own default. `guidance` is true guidance by a second,
             negative branch.
@@ -186,7 +197,7 @@ class RolloutConfig:
         steps: denoising steps.
         shift: timestep shift of the sigma schedule; none is the policy's own schedule (unified: no
             shift).
-        dynamics: flow-sde, dance-sde, wan-sde, cps or ddim-sde.
+        dynamics: the sampler of the SDE steps.
         noise_level: of the dynamics.
         window: consecutive SDE steps a turn that are trained; all others are ODE steps and store
             nothing.
@@ -198,8 +209,8 @@ class RolloutConfig:
         shared_noise: siblings start a turn from the same initial noise and differ in the window's;
             off, each has its own (as an ODE rollout needs).
         store_dtype: float32 or bfloat16, of stored latents and velocities; the sampler rounds to it
-        before it scores. groups_per_batch: groups that go through the model together, in rollout
-        and in training.
+            before it scores.
+        groups_per_batch: groups that go through the model together, in rollout and in training.
         capture: how a denoising step runs: off (plain calls), compile (torch.compile of velocity
             and step in one; sizes that change become symbols) or graph (a CUDA graph for each
             shape).
@@ -210,7 +221,7 @@ class RolloutConfig:
     turns: int = setting(3, TURNS)
     steps: int = setting(4, STEPS)
     shift: float | None = setting(None, Bounds(above=0, at_most=100))
-    dynamics: str = setting("cps", among=lambda: ROLLOUT_DYNAMICS)
+    dynamics: str = setting("cps", among=rollout_dynamics)
     noise_level: float = setting(0.7, Bounds(above=0, at_most=10))
     window: int = setting(2, Bounds(at_least=0, at_most=1_000))
     window_range: float = setting(0.5, Bounds(above=0, at_most=1))
@@ -234,7 +245,8 @@ class CreditConfig:
             turn its own, because later turns score lower). Credit that aggregates over turns has no
             use for it.
         aggregate: none keeps the preset's; per-turn, or mean, last, product or prefix over turns,
-        then broadcast. fusion: of several rewards: reward, advantage or gdpo.
+            then broadcast.
+        fusion: of several rewards: reward, advantage or gdpo.
         std: what the advantage is divided by: group, global, or off for nothing.
         filter: whether turns after a failed instruction (IF = 0) are left out; none is as the
             preset has it, and false where no reward is named IF.
@@ -262,30 +274,38 @@ class TrainConfig:
         iterations: rollouts in all.
         updates: passes over a rollout (ratios leave 1 after the first optimiser step).
         minibatches: optimiser steps a pass, each on its part of the groups.
-        loss: grpo (clipped ratio over the window's steps) or nft (DiffusionNFT: rollouts by an old
-        policy, no window). lr: AdamW learning rate, of the first iteration.
+        loss: grpo (clipped ratio over the window's steps), nft (DiffusionNFT: rollouts by an old
+            policy, no window), awm (advantage-weighted matching: no trajectory, any sampler) or dpo
+            (the best sibling against the worst, step by step).
+        loss_options: settings of the loss alone, by name (docs/methods.md). awm: draws and clip;
+            dpo: beta.
+        lr: AdamW learning rate, of the first iteration.
         warmup: iterations over which the learning rate rises to lr (Adam's first steps are as large
             as any).
         lr_decay: the learning rate falls linearly to this fraction of itself at the last iteration
-        (1: constant). betas: AdamW betas.
+            (1: constant).
+        betas: AdamW betas.
         weight_decay: AdamW weight decay.
         clip_low: lower clip range of grpo's ratio (log-probs are means over the latent, so ranges
-        are small). clip_high: upper clip range of grpo's ratio.
+            are small).
+        clip_high: upper clip range of grpo's ratio.
         guard: GRPO-Guard's normalised ratio (grpo); the rollout then keeps its velocities inside
             the window.
         kl_weight: weight of the distance to the start; above 0 keeps a copy of the trainable
             weights.
         kl_scale: of grpo's KL (nft has velocity's): step (by 2 S^2), diffusion (2 g^2), mean (as it
-        is) or velocity. text_weight: weight of the intents' policy loss beside the sum of the image
-        losses over a turn's window; none is
-            1 / rollout.window (nft: 1 / nft_draws), 0 leaves the text untrained.
+            is) or velocity.
+        text_weight: weight of the intents' policy loss beside the sum of the image losses over a
+            turn's window; none is 1 / rollout.window (nft: 1 / nft_draws), 0 leaves the text
+            untrained.
         text_clip: clip range of the tokens' ratios.
         text_lr: learning rate of the weights that write text (the understanding expert), in place
             of lr; it falls as lr does. None: the same.
         nft_beta: how far nft's implicit positive and negative policies lie from the old one.
         nft_draws: noise levels a turn and update at which nft compares velocities.
         old_decay: nft's old policy keeps min(old_decay * iteration, old_decay_max) of itself at
-        every iteration. old_decay_max: see old_decay.
+            every iteration.
+        old_decay_max: see old_decay.
         context_gradient: let gradients through the context (earlier images and texts) too.
         packed: replay whole sessions in one forward where the policy can: auto (on a CPU, where it
             counts fewer operations), on or off.
@@ -296,15 +316,17 @@ class TrainConfig:
         grad_norm: gradient norm clip.
         ema: decay of averaged weights that evaluation and export use; none trains without.
         ratio_tolerance: the first update of a run stops when a ratio differs from 1 by more than
-        this. text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by
-        token.
+            this.
+        text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by
+            token.
         max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
     """
 
     iterations: int = setting(60, TIMES)
     updates: int = setting(1, COUNT)
     minibatches: int = setting(1, COUNT)
-    loss: Literal["grpo", "nft"] = "grpo"
+    loss: str = setting("grpo", among=table("editr2.rl.losses:LOSSES"))
+    loss_options: dict[str, Any] = field(default_factory=dict)
     lr: float = setting(2e-4, Bounds(above=0, at_most=1))
     warmup: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
     lr_decay: float = setting(0.1, SHARE)

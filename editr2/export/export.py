@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ from torch import Tensor
 
 from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, ExportError
+from editr2.export.model_card import Base, write_card
+from editr2.export.result import Exported, Proof
 from editr2.policies.base import Policy, Questions, TextPolicy
 from editr2.policies.configured import policy_class
 from editr2.policies.finite import check_state
@@ -41,60 +43,6 @@ from editr2_kernels import philox_normal
 WEIGHTS = ("ema", "live")
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What the forwards showed, as root mean squares over all velocities and log-probs of the
-    probe.
-
-    size: of the exported policy's answers. effect: their difference to the base weights' (0:
-    nothing was trained). rounding: to those of the policy as trained, before it took on the
-    export's precision and form. error: the largest difference to those of the reloaded export,
-    always 0 (any other stops the export).
-    """
-
-    size: float
-    effect: float
-    rounding: float
-    error: float
-
-    def __str__(self) -> str:
-        change = (
-            f"it differs from the base by {self.effect / max(self.size, 1e-30):.2%} of the "
-            f"prediction"
-        )
-        if not self.effect:
-            return (
-                "reloaded, equal to the last bit; but its predictions are the base's: nothing was "
-                "trained"
-            )
-        if self.rounding:
-            change += f", {self.rounding / self.effect:.2%} of that lost or added by rounding"
-        return f"reloaded, equal to the last bit; {change}"
-
-
-@dataclass(frozen=True)
-class Exported:
-    """folder: what was written. kind: lora, merged or full. weights: ema or live. iteration: of the
-    checkpoint,
-    of so many planned. folding: the largest relative change of a number of a LoRA's B by taking
-    alpha / rank into it; 0 where that is a power of two."""
-
-    folder: Path
-    kind: str
-    weights: str
-    iteration: int
-    iterations: int
-    proof: Proof
-    folding: float = 0.0
-
-    def __str__(self) -> str:
-        unfinished = (
-            " (unfinished: its newest checkpoint)" if self.iteration < self.iterations else ""
-        )
-        stage = f"iteration {self.iteration} of {self.iterations}{unfinished}"
-        return f"{self.kind}, {self.weights} weights of {stage}: {self.folder}\nproof: {self.proof}"
-
-
 def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = False) -> Exported:
     """Writes the newest checkpoint of a run's folder to `out`, new or empty, with a model card,
     once it is proven.
@@ -105,8 +53,6 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
     Raises ConfigError for a folder or choice that cannot be exported, CheckpointError for a run
     without checkpoint, and ExportError when the reloaded export differs.
     """
-    from editr2.export.model_card import Base, write_card
-
     config, seen = read_run(run), load_run(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: {out} is there already (accepted: a new or empty folder)")
@@ -201,9 +147,8 @@ def probe(policy: Policy) -> list[Tensor]:
     """Guided velocities of two fixed random images at two noise levels, turn by turn over two
     turns, and for a policy that writes text its log-probs of fixed tokens: float32 on the CPU. The
     instruction is empty, which every tokenizer can read."""
-    policy.module.requires_grad_(
-        False
-    )  # torch folds a product of weights that want gradients in another way
+    # torch folds a product of weights that want gradients in another way
+    policy.module.requires_grad_(False)
     height, width = policy.image_size
     images = np.random.default_rng(0).integers(0, 256, (3, 2, height, width, 3), np.uint8)
     answers = []
@@ -226,22 +171,16 @@ def _proof(
     trained: list[Tensor], exported: list[Tensor], start: list[Tensor], loaded: list[Tensor]
 ) -> Proof:
     def distance(a: list[Tensor], b: list[Tensor]) -> float:
-        return float(
-            torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
-            .double()
-            .square()
-            .mean()
-            .sqrt()
-        )
+        difference = torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
+        return float(difference.double().square().mean().sqrt())
 
     error = max(float((a - b).abs().max()) for a, b in zip(exported, loaded, strict=True))
     effect = distance(exported, start)
-    if not error == 0:  # NaN is an error too
+    if error != 0:  # NaN is an error too
+        share = distance(exported, loaded) / max(effect, 1e-30)
         raise ExportError(
             f"the reloaded export is another policy: predictions differ by up to {error:.3g}, "
-            f"{distance(exported, loaded) / max(effect, 1e-30):.1%} of what training changed "
-            f"(accepted: 0); "
-            "nothing was written"
+            f"{share:.1%} of what training changed (accepted: 0); nothing was written"
         )
     size = distance(exported, [torch.zeros_like(a) for a in exported])
     return Proof(size, effect, distance(exported, trained), error)

@@ -7,19 +7,17 @@ import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from editr2.config import Config
+from editr2.config import Config, PolicyConfig, TrainConfig
+from editr2.export.result import Exported
 from editr2.policies.forms import Form
 from editr2.report.build import evaluation_table
-from editr2.report.data import PASS_NAMES, Run, StripTurn
+from editr2.report.data import PASS_NAMES, RecordedRun, StripTurn
 from editr2.report.gallery import thin
-
-if TYPE_CHECKING:
-    from editr2.export.export import Exported
 
 STRIP_SESSIONS = 3
 CELL, GAP, LINE = 192, 8, 16
@@ -48,19 +46,20 @@ class Base:
 
 
 def write_card(
-    folder: Path, seen: Run, config: Config, base: Base, done: Exported, form: Form
+    folder: Path, seen: RecordedRun, config: Config, base: Base, done: Exported, form: Form
 ) -> None:
     """Writes README.md, and strips.png where the run has strips."""
     pictured = film_strip(seen, folder / "strips.png")
     parts = [
         f"---\n{yaml.safe_dump(_header(base, done, form), sort_keys=False)}---",
         f"# {done.folder.name}",
-        _what(config, base, done),
+        _what(config.policy, base, done),
         "![Sessions before and after training](strips.png)" if pictured else "",
-        f"## How to load it\n\n{_how(base, done, config, form)}{_strength(done, config)}",
+        f"## How to load it\n\n{_how(base, done, config.policy, form)}"
+        f"{_strength(done, config.policy)}",
         f"## Proof\n\nAt export, the base weights and these files were loaded anew as above: "
         f"{done.proof}.",
-        f"## Scores\n\n{_scores(seen, config, done)}",
+        f"## Scores\n\n{_scores(seen, config.train, done)}",
         f"## How it was made\n\n{_made(seen, config)}",
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")
@@ -72,66 +71,91 @@ def _header(base: Base, done: Exported, form: Form) -> dict[str, Any]:
     if base.hub_id:
         relation = {"lora": "adapter", "merged": "merge", "full": "finetune"}[done.kind]
         header |= {"base_model": base.hub_id, "base_model_relation": relation}
-    tags = [
-        "editr2",
-        "image-editing",
-        "multi-turn",
-        "reinforcement-learning",
-        *(["lora"] if adapter else []),
-    ]
+    tags = ["editr2", "image-editing", "multi-turn", "reinforcement-learning"]
+    tags += ["lora"] * adapter
     return header | {"pipeline_tag": "image-to-image", "tags": tags}
 
 
-def _what(config: Config, base: Base, done: Exported) -> str:
-    p = config.policy
-    alpha = 2 * p.lora_rank if p.lora_alpha is None else p.lora_alpha
-    lora = f"LoRA adapters (rank {p.lora_rank}, alpha {alpha:g})"
+def _what(policy: PolicyConfig, base: Base, done: Exported) -> str:
+    lora = f"LoRA adapters (rank {policy.lora_rank}, alpha {_alpha(policy):g})"
     kinds = {"lora": f"{lora} for", "merged": f"{lora} merged into", "full": "All weights of"}
     weights = "averaged" if done.weights == "ema" else "last"
-    stage = f"iteration {done.iteration} of {config.train.iterations}"
+    stage = f"iteration {done.iteration} of {done.iterations}"
+    unfinished = done.iteration < done.iterations
     return (
         f"{kinds[done.kind]} {base.name}, trained on multi-turn edits: the {weights} weights of "
-        f"{stage}."
-        + (" The training was not finished." if done.iteration < config.train.iterations else "")
+        f"{stage}.{' The training was not finished.' if unfinished else ''}"
     )
 
 
-def _how(base: Base, done: Exported, config: Config, form: Form) -> str:
-    this, origin = done.folder.name, base.hub_id or config.policy.weights
-    dtype = config.policy.dtype if done.kind == "lora" or config.policy.lora_rank else "float32"
+def _alpha(policy: PolicyConfig) -> float:
+    """The default is that of the setting."""
+    return 2 * policy.lora_rank if policy.lora_alpha is None else policy.lora_alpha
+
+
+def _how(base: Base, done: Exported, policy: PolicyConfig, form: Form) -> str:
+    this, origin = done.folder.name, base.hub_id or policy.weights
+    dtype = policy.dtype if done.kind == "lora" or policy.lora_rank else "float32"
     code = "```python\n" + "\n".join(form.code(this, origin, dtype)) + "\n```"
     return "\n\n".join(filter(None, [code, form.also(this)]))
 
 
-def _strength(done: Exported, config: Config) -> str:
+def _load_pipeline(base: Base, pipeline: str, done: Exported, policy: PolicyConfig) -> list[str]:
+    """By diffusers: a folder of all weights, or the base and the adapters."""
+    this, lora = done.folder.name, done.kind == "lora"
+    origin = (base.hub_id or policy.weights) if lora else this
+    # Weights that trained are float32 masters; with adapters the base stays in its own precision.
+    dtype = policy.dtype if policy.lora_rank else "float32"
+    lines = [
+        "import torch",
+        f"from diffusers import {pipeline}",
+        "",
+        f'pipe = {pipeline}.from_pretrained("{origin}", torch_dtype=torch.{dtype})',
+    ]
+    return [*lines, f'pipe.load_lora_weights("{this}")'] if lora else lines
+
+
+def _load_adapters(done: Exported, policy: PolicyConfig) -> list[str]:
+    """By peft, on the unified model: the shipped one, or that of the run's folder."""
+    weights = policy.weights
+    source = f'Path("{weights}")' if weights else ""
+    return [
+        "from peft import PeftModel",
+        *(["from pathlib import Path", ""] if weights else []),
+        "from editr2 import UnifiedPolicy",
+        "",
+        f"policy = UnifiedPolicy.load({source})",
+        f'PeftModel.from_pretrained(policy.module, "{done.folder.name}")',
+    ]
+
+
+def _strength(done: Exported, policy: PolicyConfig) -> str:
     """Of adapters: that every loader applies them alike, and what that cost."""
     if done.kind != "lora":
         return ""
-    rank, alpha = config.policy.lora_rank, config.policy.lora_alpha
-    trained = (2 * rank if alpha is None else alpha) / rank
-    cost = (
-        f"a number of B moved by {done.folding:.1e} of itself at most"
-        if done.folding
-        else "exactly"
-    )
+    trained = _alpha(policy) / policy.lora_rank
+    cost = "exactly"
+    if done.folding:
+        cost = f"a number of B moved by {done.folding:.1e} of itself at most"
     return (
         f"\n\nThe adapters stand at strength 1: alpha / rank, {trained:.6g} in training, is part "
-        f"of B ({cost}), and "
-        "the alpha in the settings is the rank. So they act the same in a loader that does not "
-        "read the settings."
+        f"of B ({cost}), and the alpha in the settings is the rank. So they act the same in a "
+        "loader that does not read the settings."
     )
 
 
-def _scores(run: Run, config: Config, done: Exported) -> str:
+def _scores(run: RecordedRun, train: TrainConfig, done: Exported) -> str:
     table = evaluation_table(run)
     if table is None:
         return "The run has no evaluation."
-    rows = [
-        ["", *table.head],
-        ["---"] * (len(table.head) + 1),
-        *([name, *cells] for name, cells in table.rows),
-    ]
+    rule = ["---"] * (len(table.head) + 1)
+    rows = [["", *table.head], rule, *([name, *cells] for name, cells in table.rows)]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{text}\n\n{' '.join(_about_scores(run, train, done))}"
+
+
+def _about_scores(run: RecordedRun, train: TrainConfig, done: Exported) -> list[str]:
+    """What the table's scores are of, where that is not these weights on held-out sessions."""
     notes = ["Means and standard errors over held-out sessions."]
     if run.start.get("heldout_is_training"):
         notes = [
@@ -142,36 +166,35 @@ def _scores(run: Run, config: Config, done: Exported) -> str:
         notes.append("The run was not finished, so there is no evaluation after training.")
     elif after.iteration != done.iteration:
         notes.append(f"The evaluation after training was at iteration {after.iteration}.")
-    if done.weights == "live" and config.train.ema is not None:
+    if done.weights == "live" and train.ema is not None:
         notes.append("They are those of the averaged weights; these are the last ones.")
-    return f"{text}\n\n{' '.join(notes)}"
+    return notes
 
 
-def _made(run: Run, config: Config) -> str:
+def _made(run: RecordedRun, config: Config) -> str:
     r, t = config.rollout, config.train
-    weights = (
-        run.start.get("rewards") or config.credit.weights
-    )  # a run knows what its rewards were called
+    # A run knows what its rewards were called; an older one's settings may.
+    weights = run.start.get("rewards") or config.credit.weights
     reward = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+    if judge := config.reward.function or config.reward.name:
+        reward += f" by {judge}"
     facts = {
         "Method": f"{t.loss}, credit preset {config.credit.preset}",
         "Sessions": config.data.path or "drawn from the procedural shapes world",
-        "Reward": reward + (f" by {config.reward.function}" if config.reward.function else ""),
+        "Reward": reward,
         "An iteration": f"{r.sessions} sessions x {r.siblings} siblings, {r.steps} denoising steps",
         "Seed": config.seed,
     }
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    settings = (
-        f"<details><summary>All "
-        f"settings</summary>\n\n```yaml\n{(run.config_text or '').strip()}\n```\n\n</details>"
-    )
-    return f"{listed}\n\n{settings}"
+    settings = f"```yaml\n{(run.config_text or '').strip()}\n```"
+    folded = f"<details><summary>All settings</summary>\n\n{settings}\n\n</details>"
+    return f"{listed}\n\n{folded}"
 
 
 # --------------------------------------------------------------------------------------- film-strip
 
 
-def film_strip(run: Run, path: Path) -> bool:
+def film_strip(run: RecordedRun, path: Path) -> bool:
     """Draws up to `STRIP_SESSIONS` sessions, from the most to the least improved: source and every
     turn's output, one row a pass, the instructions above. Returns whether there was anything to
     draw."""
@@ -197,25 +220,24 @@ def _block(folder: Path, passes: list[tuple[str, Any]]) -> Image.Image:
     said = [["source"], *(textwrap.wrap(turn.instruction, CELL // 7) for turn in turns)]
     head = GAP + LINE * max(map(len, said))
     row = CELL + LINE + GAP
-    block = Image.new(
-        "RGB", (GAP + (CELL + GAP) * len(said), head + row * len(passes) + GAP), "white"
-    )
+    size = (GAP + (CELL + GAP) * len(said), head + row * len(passes) + GAP)
+    block = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(block), ImageFont.load_default(12)
     for column, lines in enumerate(said):
         draw.text((GAP + column * (CELL + GAP), GAP), "\n".join(lines), fill="black", font=font)
     for i, (name, strip) in enumerate(passes):
         top = head + i * row
-        for column, shown in enumerate((strip, *strip.turns)):
+        notes = ["", *(_note(name, turn) for turn in strip.turns)]
+        for column, (shown, note) in enumerate(zip((strip, *strip.turns), notes, strict=True)):
             left = GAP + column * (CELL + GAP)
             block.paste(_picture(folder, shown.image), (left, top))
-            reward = getattr(shown, "reward", None)
-            note = (
-                ""
-                if column == 0
-                else f"{name}" + ("" if reward is None else f": reward {reward:.2f}")
-            )
             draw.text((left, top + CELL + 1), note, fill="dimgray", font=font)
     return block
+
+
+def _note(name: str, turn: StripTurn) -> str:
+    """What stands below a turn's picture."""
+    return name if turn.reward is None else f"{name}: reward {turn.reward:.2f}"
 
 
 def _picture(folder: Path, name: str | None) -> Image.Image:

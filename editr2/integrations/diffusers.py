@@ -33,7 +33,7 @@ from editr2.integrations.steps import drawn_seeds, index_of, vector
 from editr2_kernels import DYNAMICS, sde_log_prob, sde_step, transition_table
 
 # The scheduler keeps no x0 of the step before, which the rows of second-order dynamics read.
-ACCEPTED = tuple(name for name in DYNAMICS if name != "dpm++sde")
+ACCEPTED = tuple(name for name, entry in DYNAMICS.items() if entry.order == 1)
 
 
 @dataclass
@@ -166,10 +166,12 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             sample: like model_output in shape; the latents before the step.
             s_churn, s_tmin, s_tmax, s_noise: ignored, as the base class does.
             generator: seeds are drawn from it where none are set; a list has one a sample, whose
-            seed is then its own. per_token_timesteps: must be None.
+                seed is then its own.
+            per_token_timesteps: must be None.
             return_dict: whether to return the output class or the tuple (prev_sample, log_prob).
             prev_sample: like model_output in shape; the latents after the step, to score. The
-            trajectory does not move. seed: int64 [B]; in place of the seeds that are set.
+                trajectory does not move.
+            seed: int64 [B]; in place of the seeds that are set.
             noise_level: in place of the configuration's.
 
         Raises:

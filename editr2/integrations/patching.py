@@ -108,12 +108,12 @@ def patch(
 
     Returns:
         what was replaced and what was not, which is also a context manager. A seam that is not one
-        of the versions known, by its signature or by its results, is left as it is, with one
-        warning that says why.
+            of the versions
+        known, by its signature or by its results, is left as it is, with one warning that says why.
 
     Raises:
         IntegrationError where the project is not there or cannot be imported, or where nothing of
-        it could be replaced.
+            it could be replaced.
     """
     if name not in PROJECTS:
         raise IntegrationError(f"patch: {name!r} (accepted: {', '.join(PROJECTS)})")

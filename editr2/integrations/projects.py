@@ -25,16 +25,16 @@ from torch import Tensor
 from editr2.integrations.losses import probe_verl_omni_nft, verl_omni_nft
 from editr2.integrations.steps import (
     Draw,
-    Rows,
+    StepTable,
     affine,
     covers,
     drawn_seeds,
     index_of,
     on_host,
     per_sample,
-    rows,
     schedule,
     step,
+    step_table,
     vector,
 )
 from editr2_kernels import COMPAT, group_advantage
@@ -85,11 +85,11 @@ def _number(value: Any) -> bool:
 _SDE_TYPES: dict[str, Any] = {"sde": "flow-sde", "cps": "cps", "dance_sde": "dance-sde"}
 
 
-def _rows_of(
+def _table_of(
     scheduler: Any, level: float, sde_type: str, device: torch.device, log_prob: str = "full"
-) -> Rows:
+) -> StepTable:
     steps = schedule(scheduler.sigmas, float(level))
-    return rows(steps, _SDE_TYPES[sde_type], log_prob, on_host(scheduler.sigmas)[1], device)
+    return step_table(steps, _SDE_TYPES[sde_type], log_prob, on_host(scheduler.sigmas)[1], device)
 
 
 # flow_grpo: a function that is imported by name, and a class that normalises rewards.
@@ -126,7 +126,7 @@ def _flow_grpo_step(original: Function, noise: str, convention: None) -> Functio
             return NotImplemented
         at = index_of(timestep.to(sample.device), scheduler.timesteps)
         index = at.expand(sample.shape[0])
-        taken = _rows_of(scheduler, noise_level, sde_type, sample.device)
+        taken = _table_of(scheduler, noise_level, sde_type, sample.device)
         x_next, log_prob = step(
             sample, model_output, taken, index, prev_sample, _drawer(noise, model_output, generator)
         )
@@ -209,7 +209,7 @@ def _on_host(value: Any, count: int) -> list[float]:
     return values * count if len(values) == 1 else values
 
 
-def _flow_factory_rows(
+def _flow_factory_table(
     scheduler: Any,
     timestep: Any,
     timestep_next: Any,
@@ -217,9 +217,9 @@ def _flow_factory_rows(
     dynamics: Any,
     sigma_max: float | None,
     latents: Tensor,
-) -> tuple[Rows, Tensor]:
-    """Rows and the index of each sample. A schedule's own steps are looked up on the device; steps
-    given by both ends, and noise levels given as a tensor, are read."""
+) -> tuple[StepTable, Tensor]:
+    """The steps and the index of each sample. A schedule's own steps are looked up on the device;
+    steps given by both ends, and noise levels given as a tensor, are read."""
     batch, device = latents.shape[0], latents.device
     if scheduler.is_eval or dynamics == "ode":
         level = 0.0
@@ -234,7 +234,7 @@ def _flow_factory_rows(
         else:
             levels = [float(level)] * (len(sigmas) - 1)
         index = index_of(vector(timestep, device), scheduler.timesteps).expand(batch)
-        return rows(
+        return step_table(
             tuple(zip(sigmas, sigmas[1:], levels)), dynamics, "full", largest, device
         ), index
     if timestep_next is None:
@@ -247,7 +247,8 @@ def _flow_factory_rows(
     if level is None:
         level = scheduler.get_noise_level_for_sigma(sigma)
     steps = zip(_on_host(sigma, batch), _on_host(sigma_next, batch), _on_host(level, batch))
-    return rows(tuple(steps), dynamics, "full", largest, device), torch.arange(batch, device=device)
+    taken = step_table(tuple(steps), dynamics, "full", largest, device)
+    return taken, torch.arange(batch, device=device)
 
 
 def _flow_factory_step(original: Function, noise: str, convention: _Factory) -> Function:
@@ -277,7 +278,7 @@ def _flow_factory_step(original: Function, noise: str, convention: _Factory) -> 
         if not plain or name not in _FLOW_FACTORY or not covers(latents, noise_pred, next_latents):
             return NotImplemented
         dynamics = _FLOW_FACTORY[name]
-        taken, index = _flow_factory_rows(
+        taken, index = _flow_factory_table(
             scheduler, timestep, timestep_next, noise_level, dynamics, sigma_max, latents
         )
         if dynamics == "ode" and next_latents is None:
@@ -353,7 +354,7 @@ def _verl_omni_step(original: Function, noise: str, convention: None) -> Functio
             at = index_of(timestep.to(device), scheduler.timesteps)
             index, shape = at.expand(batch), (len(at), *[1] * (sample.dim() - 1))
         normalised = "full" if include_logprob_normalizer else "scaled"
-        taken = _rows_of(scheduler, noise_level, sde_type, device, normalised)
+        taken = _table_of(scheduler, noise_level, sde_type, device, normalised)
         draw = _drawer(noise, model_output, generator)
         x_next, log_prob = step(
             sample, model_output, taken, index, prev_sample, draw, log_prob=return_logprobs
@@ -401,7 +402,7 @@ def _dance_grpo_step(original: Function, noise: str, convention: _Dance) -> Func
             return NotImplemented
         dtype = torch.promote_types(latents.dtype, model_output.dtype)
         device = latents.device
-        taken = rows(
+        taken = step_table(
             schedule(sigmas, float(eta)),
             "dance-sde" if sde_solver else "noisy-ode",
             convention.log_prob,

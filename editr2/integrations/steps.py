@@ -36,7 +36,7 @@ class NotCovered(Exception):
     The original, which computes something all the same, runs instead."""
 
 
-class Rows(NamedTuple):
+class StepTable(NamedTuple):
     """Steps as numbers on a device, one row each.
 
     table [K, 8]: the steps; mean [K, 8]: the same without noise; clean [K, 8]: x0 = x - sigma v as
@@ -77,13 +77,13 @@ def _row(step: Step, dynamics: Dynamics, log_prob: str, sigma_max: float) -> Ten
 
 
 @functools.lru_cache(maxsize=512)
-def rows(
+def step_table(
     steps: tuple[Step, ...],
     dynamics: Dynamics,
     log_prob: str,
     sigma_max: float,
     device: torch.device,
-) -> Rows:
+) -> StepTable:
     """The rows of `steps` on `device`, made once. log_prob: "full" or "scaled", of
     `transition_table`; CPS is always "unscaled". sigma_max: stands in for a sigma of 1 where the
     flow-SDE would divide by 0. Raises NotCovered."""
@@ -101,7 +101,7 @@ def rows(
         std = table[:, 3]
         dt = torch.tensor([after - sigma for sigma, after, _ in steps], dtype=torch.float64)
         g = std if dynamics == "cps" else (std.double() / (-dt).sqrt()).float()
-        return Rows(*(value.to(device) for value in (table, mean, clean, g, std, dt.float())))
+        return StepTable(*(value.to(device) for value in (table, mean, clean, g, std, dt.float())))
 
 
 _READ: Any = WeakTensorKeyDictionary()
@@ -167,8 +167,8 @@ def index_of(timestep: Tensor, timesteps: Tensor) -> Tensor:
 
 
 class _Affine(torch.autograd.Function):
-    """a x + b v by rows without noise, with the bits of the operators' mean; the gradient to v is b
-    times its own."""
+    """a x + b v by steps without noise, with the bits of the operators' mean; the gradient to v is
+    b times its own."""
 
     @staticmethod
     def forward(
@@ -192,8 +192,8 @@ def _affine(x: Tensor, v: Tensor, table: Tensor, index: Tensor, dtype: torch.dty
 def affine(
     x: Tensor, v: Tensor, table: Tensor, index: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The mean of rows without noise, `Rows.mean` or `Rows.clean`, in one pass; differentiable to
-    v."""
+    """The mean of steps without noise, `StepTable.mean` or `StepTable.clean`, in one pass;
+    differentiable to v."""
     return (_Affine.apply if wants_grad(v) else _affine)(x, v, table, index, dtype)
 
 
@@ -223,7 +223,7 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
 def step(
     x: Tensor,
     v: Tensor,
-    rows: Rows,
+    steps: StepTable,
     index: Tensor,
     x_next: Tensor | None,
     draw: Draw,
@@ -240,11 +240,11 @@ def step(
     if x_next is None:
         seed, noise = draw()
         if not wants_grad(v):
-            out = sde_step(x, v, rows.table, index, seed, noise=noise, store_dtype=store_dtype)
+            out = sde_step(x, v, steps.table, index, seed, noise=noise, store_dtype=store_dtype)
             return out.x_next, out.log_prob if log_prob else None
         if noise is None:
             assert seed is not None
             noise = philox_normal(seed, index, x.shape[1:])
-        mean = affine(x, v, rows.mean, index)
-        x_next = (mean + per_sample(rows.std[index], x) * noise).to(store_dtype)
-    return x_next, sde_log_prob(x, x_next, v, rows.table, index).log_prob if log_prob else None
+        mean = affine(x, v, steps.mean, index)
+        x_next = (mean + per_sample(steps.std[index], x) * noise).to(store_dtype)
+    return x_next, sde_log_prob(x, x_next, v, steps.table, index).log_prob if log_prob else None

@@ -53,6 +53,14 @@ class Velocity:
     v: Tensor
     guidance: Mapping[str, Any] = field(default_factory=dict)
 
+    def detach(self) -> Velocity:
+        """The same without gradient."""
+        guidance = {
+            name: value.detach() if isinstance(value, Tensor) else value
+            for name, value in self.guidance.items()
+        }
+        return Velocity(self.v.detach(), guidance)
+
     def combined(self, sigma: Tensor) -> Tensor:
         """The guided velocity as one tensor; `v` itself without guidance."""
         return guided_velocity(self.v, sigma, **self.guidance) if self.guidance else self.v

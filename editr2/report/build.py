@@ -19,14 +19,14 @@ from editr2.report.data import (
     MODES,
     PASS_NAMES,
     Comparison,
-    Evaluation,
-    Run,
+    EvaluationRow,
+    RecordedRun,
     Stat,
     load_run,
     mean,
 )
 from editr2.report.gallery import build_gallery
-from editr2.report.numbers import plain, signed, with_se
+from editr2.report.numbers import decimal, signed, with_se
 from editr2.report.pictures import Pictures
 from editr2.run.tracking import duration
 
@@ -85,9 +85,8 @@ def build_report(
     )
     path = folder / "report.html"
     part = folder / "report.html.part"
-    part.write_bytes(
-        page.replace("\0", "\ufffd").encode("utf-8", "replace")
-    )  # a lone surrogate in someone's instruction must not stop it
+    # "replace": a lone surrogate in someone's instruction must not stop it.
+    part.write_bytes(page.replace("\0", "\ufffd").encode("utf-8", "replace"))
     os.replace(part, path)
     return path
 
@@ -104,13 +103,7 @@ class Card:
     note: str
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
-    turns = run.setting("turns", "max_turns") or _turns(run)
-    size = [
-        (run.setting("groups", "sessions_per_iteration", "sessions"), "sessions"),
-        (run.setting("siblings", "group_size", "num_generations"), "siblings"),
-        (turns, "turns"),
-    ]
+def _facts(run: RecordedRun) -> list[tuple[str, str]]:
     seconds = run.train_seconds()
     planned = run.setting("iterations", "max_iterations", "num_iterations")
     done = str(run.train[-1].iteration + 1) if run.train else None
@@ -118,10 +111,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Preset": run.setting("preset"),
         "Policy": run.setting("policy", "policy.name", "policy.kind", "model"),
         "Objective": run.setting("objective", "objective.name", "objective.kind", "algorithm"),
-        "Each iteration" if run.train else "Sessions of": " × ".join(
-            f"{count} {name}" for count, name in size if count
-        )
-        or None,
+        "Each iteration" if run.train else "Sessions of": _size(run),
         "Iterations": f"{done} of {planned}" if done and planned else done,
         "Training time": duration(seconds) if seconds is not None else None,
         "Device": run.start.get("device"),
@@ -130,92 +120,90 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
-def _turns(run: Run) -> int:
+def _size(run: RecordedRun) -> str | None:
+    """Sessions × siblings × turns, as far as they are known."""
+    counts = {
+        "sessions": run.setting("groups", "sessions_per_iteration", "sessions"),
+        "siblings": run.setting("siblings", "group_size", "num_generations"),
+        "turns": run.setting("turns", "max_turns") or _turns(run),
+    }
+    return " × ".join(f"{count} {name}" for name, count in counts.items() if count) or None
+
+
+def _turns(run: RecordedRun) -> int:
     lengths = [len(row.turns.get("reward_turn", ())) for row in run.train]
     lengths += [len(e.turns.get("reward_turn", ())) for e in run.evaluations]
     lengths += [len(pair.either.turns) for pair in run.pairs]
     return max(lengths, default=0)
 
 
-def _cards(run: Run) -> list[Card]:
+def _cards(run: RecordedRun) -> list[Card]:
     before, after = (run.evaluation(name) for name in PASS_NAMES)
-    cards: list[Card] = []
     if before or after:
-        cards = [_reward_card(run, before, after), _success_card(before, after)]
-    elif len(run.train) > 1 and any(row.scalars.get("reward") is not None for row in run.train):
-        rewards = [row.scalars.get("reward") for row in run.train]
-        part = max(1, len(rewards) // 10)
-        ends = (
-            "the first and last iteration"
-            if part == 1
-            else f"means of the first and last {part} iterations"
-        )
-        first, last = mean(rewards[:part]), mean(rewards[-part:])
-        change = signed(last - first) if first is not None and last is not None else ""
-        cards = [
-            Card(
-                "Training reward",
-                plain(first),
-                plain(last),
-                change,
-                f"{ends}; not a held-out evaluation",
-            )
-        ]
-    return cards
+        return [_reward_card(run, before, after), _success_card(before, after)]
+    rewards = [row.scalars.get("reward") for row in run.train]
+    present = [reward for reward in rewards if reward is not None]
+    return [_training_card(rewards)] if len(rewards) > 1 and present else []
 
 
-def _reward_card(run: Run, before: Evaluation | None, after: Evaluation | None) -> Card:
-    turns = [len(e.turns.get("reward_turn", ())) for e in (before, after) if e]
-    turn = min(turns, default=0)
-    stats = [e.turns["reward_turn"][turn - 1] if e and turn else None for e in (before, after)]
+def _training_card(rewards: Sequence[float | None]) -> Card:
+    """The first tenth of training against the last, where there is no evaluation."""
+    part = max(1, len(rewards) // 10)
+    first, last = mean(rewards[:part]), mean(rewards[-part:])
+    ends = "the first and last iteration"
+    if part > 1:
+        ends = f"means of the first and last {part} iterations"
+    note = f"{ends}; not a held-out evaluation"
+    return Card("Training reward", decimal(first), decimal(last), _change(first, last), note)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else signed(after - before)
+
+
+def _reward_card(
+    run: RecordedRun, before: EvaluationRow | None, after: EvaluationRow | None
+) -> Card:
+    """At the last turn that every evaluation has."""
+    evaluations = (before, after)
+    turn = min((len(e.turns.get("reward_turn", ())) for e in evaluations if e), default=0)
+    stats = [e.turns["reward_turn"][turn - 1] if e and turn else None for e in evaluations]
     paired = next((c for c in run.comparisons if c.turn == turn), None)
-    change, note = "", _sessions(before or after)
     if paired and paired.difference is not None:
-        change, note = _paired(paired, stats)
-    elif stats[0] and stats[1] and stats[0].mean is not None and stats[1].mean is not None:
-        change = signed(stats[1].mean - stats[0].mean)
+        change, note = _paired(paired)
+    else:
+        change, note = _change(*(s.mean if s else None for s in stats)), _sessions(before or after)
     said = [with_se(stat) if stat else None for stat in stats]
     return Card(f"Reward at turn {turn}", said[0], said[1], change, note)
 
 
-def _paired(paired: Comparison, stats: Sequence[Stat | None]) -> tuple[str, str]:
+def _paired(paired: Comparison) -> tuple[str, str]:
+    """The difference session by session, and how sure it is."""
     assert paired.difference is not None
     sessions = f" over {paired.sessions} sessions" if paired.sessions else ""
     if not paired.se:
         return signed(paired.difference), f"paired{sessions}"
     ratio = abs(paired.difference) / paired.se
+    verdict = f"{ratio:.1f} standard errors"
+    if ratio < 2:
+        verdict = f"only {verdict}: may be chance"
     decimals = 3 if paired.se < 0.01 else 2
-    verdict = (
-        f"{ratio:.1f} standard errors"
-        if ratio >= 2
-        else f"only {ratio:.1f} standard errors: may be chance"
-    )
-    return (
-        f"{signed(paired.difference, decimals)} ± {paired.se:.{decimals}f}",
-        f"paired difference{sessions}; {verdict}",
-    )
+    change = f"{signed(paired.difference, decimals)} ± {paired.se:.{decimals}f}"
+    return change, f"paired difference{sessions}; {verdict}"
 
 
-def _success_card(before: Evaluation | None, after: Evaluation | None) -> Card:
+def _success_card(before: EvaluationRow | None, after: EvaluationRow | None) -> Card:
     stats = [e.success if e else None for e in (before, after)]
-    means = [s.mean if s else None for s in stats]
-    change = signed(means[1] - means[0]) if means[0] is not None and means[1] is not None else ""
     said = [with_se(stat) if stat else None for stat in stats]
-    return Card(
-        "Session success",
-        said[0],
-        said[1],
-        change,
-        f"every turn right; {_sessions(before or after)}",
-    )
+    change = _change(*(stat.mean if stat else None for stat in stats))
+    note = f"every turn right; {_sessions(before or after)}"
+    return Card("Session success", said[0], said[1], change, note)
 
 
-def _sessions(evaluation: Evaluation | None) -> str:
-    return (
-        f"{evaluation.sessions} sessions"
-        if evaluation and evaluation.sessions
-        else "number of sessions not stated"
-    )
+def _sessions(evaluation: EvaluationRow | None) -> str:
+    if evaluation and evaluation.sessions:
+        return f"{evaluation.sessions} sessions"
+    return "number of sessions not stated"
 
 
 # Charts
@@ -230,153 +218,161 @@ class Chart:
     note: str = ""
 
 
-def _curves(run: Run) -> list[Chart]:
+def _curves(run: RecordedRun) -> list[Chart]:
     if not run.train:
         return []
     x = [row.iteration for row in run.train]
     window = charts.smoothing_window(len(x))
-    turns = max((len(row.turns.get("reward_turn", ())) for row in run.train), default=0)
 
-    def turn(key: str, t: int) -> list[float | None]:
-        return [
-            values[t] if len(values := row.turns.get(key, ())) > t else None for row in run.train
-        ]
+    def scalar(key: str) -> charts.Line:
+        return charts.Line("", x, [row.scalars.get(key) for row in run.train], 0)
 
-    reward = [charts.Line(f"t{t + 1}", x, turn("reward_turn", t), t % 6) for t in range(turns)]
-    if not reward:
-        reward = [charts.Line("all", x, [row.scalars.get("reward") for row in run.train], 0)]
+    def lines(title: str, of: Sequence[charts.Line], note: str = "") -> Chart | None:
+        return _chart(title, charts.line_chart(title, of, window=window), note)
+
     scores = [
         charts.Line(name, x, [mean(row.turns.get(key, ())) for row in run.train], colour)
-        for colour, (name, key) in enumerate(
-            (("IF", "if_turn"), ("CC", "cc_turn"), ("GA", "ga_turn"))
-        )
-    ]
-    success = charts.Line("", x, [row.scalars.get("success") for row in run.train], 0)
-    norm = charts.Line("", x, [row.scalars.get("grad_norm") for row in run.train], 0)
-    ratio = charts.Line("", x, [row.scalars.get("ratio_error") for row in run.train], 0)
-    names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
-    phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
-    exact = sum(value == 0 for value in ratio.y)
-    held_out = {
-        e.iteration: e.turns.get("reward_turn", ())
-        for e in run.evaluations
-        if e.iteration is not None
-    }
-    at = sorted(held_out)
-    evaluated = [
-        charts.Line(
-            f"t{t + 1}",
-            at,
-            [held_out[i][t].mean if t < len(held_out[i]) else None for i in at],
-            t % 6,
-        )
-        for t in range(max(map(len, held_out.values()), default=0))
+        for colour, (key, name) in enumerate(SCORE_METRICS.items())
     ]
     found = [
-        Chart("Reward by turn", svg)
-        if (svg := charts.line_chart("Reward by turn", reward, window=window))
-        else None,
-        Chart(
+        lines("Reward by turn", _reward_lines(run, x)),
+        _chart(
             "Scores, mean over turns",
-            svg,
-            note="IF instruction following, CC content consistency, GA global awareness.",
-        )
-        if (svg := charts.line_chart("Scores", scores, window=window))
-        else None,
-        Chart("Session success", svg, note="Share of training sessions with every turn right.")
-        if (svg := charts.line_chart("Session success", [success], window=window))
-        else None,
-        Chart(
-            "Ratio error",
-            svg,
-            note="|ratio − 1| when the rollout is replayed before the update"
-            + (f"; exactly 0 in {exact} of {len(x)} iterations." if exact else "."),
-        )
-        if (svg := charts.log_chart("Ratio error", ratio))
-        else None,
-        # Two evaluations are the before and after above; more make a curve.
-        Chart("Reward by turn, evaluated", svg, note=f"Held-out sessions, {len(at)} evaluations.")
-        if len(at) > 2 and (svg := charts.line_chart("Reward by turn, evaluated", evaluated))
-        else None,
-        Chart("Gradient norm", svg)
-        if (svg := charts.line_chart("Gradient norm", [norm], window=window))
-        else None,
-        Chart("Seconds by phase", svg, [(name, i % 6, "bar") for i, name in enumerate(names)])
-        if (svg := charts.stacked_bars("Seconds by phase", x, phases))
-        else None,
+            charts.line_chart("Scores", scores, window=window),
+            "IF instruction following, CC content consistency, GA global awareness.",
+        ),
+        lines(
+            "Session success",
+            [scalar("success")],
+            "Share of training sessions with every turn right.",
+        ),
+        _ratio_chart(scalar("ratio_error")),
+        _evaluated_chart(run),
+        lines("Gradient norm", [scalar("grad_norm")]),
+        _seconds_chart(run, x),
     ]
     return [chart for chart in found if chart is not None]
 
 
-METRICS = {"reward_turn": "Reward", "if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
+def _chart(title: str, svg: Markup | None, note: str = "") -> Chart | None:
+    """None where there was nothing to draw."""
+    return Chart(title, svg, note=note) if svg else None
 
 
-def _evaluation_charts(run: Run) -> list[Chart]:
-    present = [(i, e) for i, name in enumerate(PASS_NAMES) if (e := run.evaluation(name))]
-    if not present:
-        return []
-    panels = {key: [e.turns.get(key, ()) for _, e in present] for key in METRICS}
-    panels["success"] = [(e.success,) for _, e in present]
-    reach = [
-        value
-        for panel in panels.values()
-        for stats in panel
-        for s in stats
-        if s.mean is not None
-        for value in (s.mean - (s.se or 0), s.mean + (s.se or 0))
+def _reward_lines(run: RecordedRun, x: Sequence[float]) -> list[charts.Line]:
+    """A line a turn; one for all where a run recorded no turns."""
+    by_turn = [row.turns.get("reward_turn", ()) for row in run.train]
+    turns = max(map(len, by_turn))
+    if not turns:
+        return [charts.Line("all", x, [row.scalars.get("reward") for row in run.train], 0)]
+    return [
+        charts.Line(f"t{t + 1}", x, [v[t] if t < len(v) else None for v in by_turn], t % 6)
+        for t in range(turns)
     ]
-    reach += [
-        v
-        for _, e in present
-        for mode in e.by_mode.values()
-        for v in mode.reward_turn[-1:]
-        if v is not None
+
+
+def _ratio_chart(ratio: charts.Line) -> Chart | None:
+    exact = sum(value == 0 for value in ratio.y)
+    exactly = f"; exactly 0 in {exact} of {len(ratio.x)} iterations." if exact else "."
+    note = f"|ratio − 1| when the rollout is replayed before the update{exactly}"
+    return _chart("Ratio error", charts.log_chart("Ratio error", ratio), note)
+
+
+def _evaluated_chart(run: RecordedRun) -> Chart | None:
+    """The evaluations during training. Two are the before and after above; more make a curve."""
+    by_iteration = {
+        e.iteration: e.turns.get("reward_turn", ())
+        for e in run.evaluations
+        if e.iteration is not None
+    }
+    at = sorted(by_iteration)
+    if len(at) <= 2:
+        return None
+    stats = [by_iteration[iteration] for iteration in at]
+    lines = [
+        charts.Line(f"t{t + 1}", at, [s[t].mean if t < len(s) else None for s in stats], t % 6)
+        for t in range(max(map(len, stats)))
     ]
+    title = "Reward by turn, evaluated"
+    note = f"Held-out sessions, {len(at)} evaluations."
+    return _chart(title, charts.line_chart(title, lines), note)
+
+
+def _seconds_chart(run: RecordedRun, x: Sequence[float]) -> Chart | None:
+    title = "Seconds by phase"
+    names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
+    phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
+    svg = charts.stacked_bars(title, x, phases)
+    legend = [(name, i % 6, "bar") for i, name in enumerate(names)]
+    return Chart(title, svg, legend) if svg else None
+
+
+SCORE_METRICS = {"if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
+METRICS = {"reward_turn": "Reward", **SCORE_METRICS}
+
+
+def _evaluation_charts(run: RecordedRun) -> list[Chart]:
+    present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
+    reach = _reach(present)
     if not reach:
         return []
     # One scale for all panels: reward, scores and success are read against each other.
     y_range = charts.value_range(reach)
     found = []
-    for key, panel in panels.items():
-        count = max(map(len, panel), default=0)
-        series = [
-            charts.Dots(
-                e.name,
-                [stats[t].mean if t < len(stats) else None for t in range(count)],
-                [stats[t].se if t < len(stats) else None for t in range(count)],
-                colour=1 - i,
-                hollow=i == 0,
-            )
-            for (i, e), stats in zip(present, panel, strict=True)
-        ]
-        name = METRICS.get(key, "Session success")
-        categories = ["all turns"] if key == "success" else [str(t + 1) for t in range(count)]
-        svg = charts.dot_chart(
-            name, categories, series, y_range, "" if key == "success" else "turn"
-        )
-        if svg:
-            found.append(
-                Chart(
-                    name,
-                    svg,
-                    [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series],
-                )
-            )
-    modes = list(dict.fromkeys(mode for _, e in present for mode in e.by_mode))
-    last = [{m: (e.by_mode[m].reward_turn or (None,))[-1] for m in e.by_mode} for _, e in present]
-    series = [
-        charts.Dots(
-            e.name, [values.get(m) for m in modes], [None] * len(modes), colour=1 - i, hollow=i == 0
-        )
-        for (i, e), values in zip(present, last, strict=True)
-    ]
+    for key, name in METRICS.items():
+        by_turn = [e.turns.get(key, ()) for e in present]
+        turns = [str(t + 1) for t in range(max(map(len, by_turn)))]
+        found.append(_panel(name, present, by_turn, turns, y_range, "turn"))
+    success = [(e.success,) for e in present]
+    found.append(_panel("Session success", present, success, ["all turns"], y_range, ""))
+    modes = list(dict.fromkeys(mode for e in present for mode in e.by_mode))
+    by_mode = [[Stat(_last_reward(e, mode)) for mode in modes] for e in present]
+    words = [MODES.get(mode, mode) for mode in modes]
     name = "Last-turn reward by kind of session"
-    svg = charts.dot_chart(name, [MODES.get(m, m) for m in modes], series, y_range, "")
-    if svg:
-        found.append(
-            Chart(name, svg, [(d.label, d.colour, "hollow" if d.hollow else "dot") for d in series])
+    found.append(_panel(name, present, by_mode, words, y_range, ""))
+    return [chart for chart in found if chart is not None]
+
+
+def _reach(evaluations: Sequence[EvaluationRow]) -> list[float]:
+    """Every value that the evaluations' panels draw, with the ends of its bar."""
+    stats = [s for e in evaluations for key in METRICS for s in e.turns.get(key, ())]
+    stats += [e.success for e in evaluations]
+    stats += [Stat(_last_reward(e, mode)) for e in evaluations for mode in e.by_mode]
+    drawn = [(s.mean, s.se or 0.0) for s in stats if s.mean is not None]
+    return [end for mean, se in drawn for end in (mean - se, mean + se)]
+
+
+def _last_reward(evaluation: EvaluationRow, mode: str) -> float | None:
+    """The reward of the last turn of the sessions of one mode; None where there are none."""
+    part = evaluation.by_mode.get(mode)
+    return part.reward_turn[-1] if part and part.reward_turn else None
+
+
+def _panel(
+    name: str,
+    evaluations: Sequence[EvaluationRow],
+    stats: Sequence[Sequence[Stat]],
+    categories: Sequence[str],
+    y_range: tuple[float, float],
+    axis: str,
+) -> Chart | None:
+    """A series an evaluation, over categories; `stats` of one may end before the categories do."""
+    series = []
+    for evaluation, values in zip(evaluations, stats, strict=True):
+        padded = [*values, *[Stat()] * (len(categories) - len(values))]
+        first = evaluation.name == PASS_NAMES[0]
+        series.append(
+            charts.Dots(
+                evaluation.name,
+                [stat.mean for stat in padded],
+                [stat.se for stat in padded],
+                colour=1 if first else 0,
+                hollow=first,
+            )
         )
-    return found
+    svg = charts.dot_chart(name, categories, series, y_range, axis)
+    legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]
+    return Chart(name, svg, legend) if svg else None
 
 
 @dataclass(frozen=True)
@@ -385,29 +381,15 @@ class Table:
     rows: Sequence[tuple[str, Sequence[str]]]
 
 
-def evaluation_table(run: Run) -> Table | None:
+def evaluation_table(run: RecordedRun) -> Table | None:
     """Every score before and after training with its standard error; None without an evaluation."""
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
     if not present:
         return None
-    rows: list[tuple[str, list[str]]] = []
-    own = {
-        key: key.removesuffix("_turn") for e in present for key in e.turns if key != "marginal_turn"
-    }
-    for key, name in {**own, **METRICS}.items():
-        for t in range(max(len(e.turns.get(key, ())) for e in present)):
-            stats = [e.turns.get(key, ()) for e in present]
-            rows.append(
-                (f"{name}, turn {t + 1}", [with_se(s[t]) if t < len(s) else "–" for s in stats])
-            )
+    rows = _score_rows(present)
     rows.append(("Session success", [with_se(e.success) for e in present]))
     for mode in dict.fromkeys(mode for e in present for mode in e.by_mode):
-        parts = [e.by_mode.get(mode) for e in present]
-        said = f"{mode} ({MODES[mode]})" if mode in MODES else mode
-        for t in range(max(len(p.reward_turn) if p else 0 for p in parts)):
-            values = [p.reward_turn[t] if p and t < len(p.reward_turn) else None for p in parts]
-            rows.append((f"Reward, turn {t + 1}, {said}", [plain(v) for v in values]))
-        rows.append((f"Session success, {said}", [plain(p.success if p else None) for p in parts]))
+        rows += _mode_rows(mode, present)
     head = [f"{e.name} ({_sessions(e)})" for e in present]
     if len(present) == 2:
         head.append("paired difference")
@@ -416,6 +398,36 @@ def evaluation_table(run: Run) -> Table | None:
             stat = by_turn.get(name)
             cells.append("" if stat is None or stat.mean is None else _difference(stat))
     return Table(head, [row for row in rows if any(cell not in ("–", "") for cell in row[1])])
+
+
+def _score_rows(evaluations: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
+    """A row for every turn of every score: a user's own under their names, first."""
+    names = {
+        key: key.removesuffix("_turn")
+        for e in evaluations
+        for key in e.turns
+        if key != "marginal_turn"
+    }
+    rows = []
+    for key, name in {**names, **METRICS}.items():
+        by_turn = [e.turns.get(key, ()) for e in evaluations]
+        for t in range(max(map(len, by_turn))):
+            cells = [with_se(stats[t]) if t < len(stats) else "–" for stats in by_turn]
+            rows.append((f"{name}, turn {t + 1}", cells))
+    return rows
+
+
+def _mode_rows(mode: str, evaluations: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
+    """Rewards and success of the sessions of one mode."""
+    parts = [e.by_mode.get(mode) for e in evaluations]
+    said = f"{mode} ({MODES[mode]})" if mode in MODES else mode
+    rewards = [part.reward_turn if part else () for part in parts]
+    rows = []
+    for t in range(max(map(len, rewards))):
+        cells = [decimal(values[t] if t < len(values) else None) for values in rewards]
+        rows.append((f"Reward, turn {t + 1}, {said}", cells))
+    success = [decimal(part.success if part else None) for part in parts]
+    return [*rows, (f"Session success, {said}", success)]
 
 
 def _difference(stat: Stat) -> str:
@@ -432,28 +444,21 @@ class Gauge:
     high: str
 
 
-def _health(run: Run) -> list[Gauge]:
+def _health(run: RecordedRun) -> list[Gauge]:
     found = []
     for key, name in HEALTH.items():
         y = [row.scalars.get(key) for row in run.train]
         present = [value for value in y if value is not None]
         if present:
-            found.append(
-                Gauge(
-                    name,
-                    charts.sparkline(name, y),
-                    f"{present[-1]:.3g}",
-                    f"{min(present):.3g}",
-                    f"{max(present):.3g}",
-                )
-            )
+            ends = (f"{value:.3g}" for value in (present[-1], min(present), max(present)))
+            found.append(Gauge(name, charts.sparkline(name, y), *ends))
     return found
 
 
 # Versions
 
 
-def _versions(run: Run) -> tuple[str, Mapping[str, Any]]:
+def _versions(run: RecordedRun) -> tuple[str, Mapping[str, Any]]:
     """(whose they are, name → version): the run's own where it recorded them, else this
     process's."""
     recorded = run.start.get("versions")

@@ -11,6 +11,8 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 380, 220
 LEFT, RIGHT, TOP, BOTTOM = 40, 44, 10, 30
+UNLABELLED = 12
+"""Of `RIGHT`, where no line is labelled at its end."""
 BINS = 72
 """More iterations than this share bars and tooltips: at 380 px they would be thinner than can be
 seen or hit."""
@@ -106,6 +108,14 @@ class _Frame:
     def py(self, y: float) -> float:
         return self.bottom - (y - self.y0) / (self.y1 - self.y0) * (self.bottom - self.top)
 
+    def points(
+        self, x: Sequence[float], y: Sequence[float | None]
+    ) -> list[tuple[float, float] | None]:
+        """Where values lie; None where one is missing."""
+        return [
+            None if yi is None else (self.px(xi), self.py(yi)) for xi, yi in zip(x, y, strict=True)
+        ]
+
     def y_axis(self, at: Sequence[tuple[float, str]]) -> list[str]:
         parts = []
         for value, text in at:
@@ -170,9 +180,8 @@ def _path(points: Iterable[tuple[float, float] | None]) -> str:
         if point is None:
             pen_up = True
             continue
-        out.append(
-            f"{'M' if pen_up else 'L'}{point[0]:.1f} {point[1]:.1f}" + ("h0" if pen_up else "")
-        )
+        x, y = point
+        out.append(f"M{x:.1f} {y:.1f}h0" if pen_up else f"L{x:.1f} {y:.1f}")
         pen_up = False
     return "".join(out)
 
@@ -196,44 +205,48 @@ def line_chart(name: str, lines: Sequence[Line], *, window: int = 1) -> Markup |
     lines = [line for line in lines if any(y is not None for y in line.y)]
     if not lines:
         return None
-    xs = [x for line in lines for x in line.x]
-    right = RIGHT if any(line.label for line in lines) else 12
-    y_range = value_range(y for line in lines for y in line.y if y is not None)
-    frame = _Frame((min(xs), max(xs)), y_range, right=right)
-    parts = (
-        frame.y_axis([(t, label(t)) for t in ticks(frame.y0, frame.y1)]) + frame.iteration_axis()
-    )
+    frame = _frame_of(lines)
+    parts = frame.y_axis([(t, label(t)) for t in ticks(frame.y0, frame.y1)])
+    parts += frame.iteration_axis()
     ends = []
     for line in lines:
-        points = [
-            None if y is None else (frame.px(x), frame.py(y))
-            for x, y in zip(line.x, line.y, strict=True)
-        ]
+        points = frame.points(line.x, line.y)
         if window > 1:
-            parts.append(f'<path class="raw c{line.colour}" d="{_path(points)}"/>')
-            soft = smooth(line.y, window)
-            points = [
-                None if y is None else (frame.px(x), frame.py(y))
-                for x, y in zip(line.x, soft, strict=True)
-            ]
-        kind = "dots" if len(points) == 1 else "line"
-        parts.append(f'<path class="{kind} c{line.colour}" d="{_path(points)}"/>')
-        ends.append(
-            (next(p for p in reversed(points) if p is not None)[1], line.label, line.colour)
-        )
+            parts.append(_stroke("raw", line, points))
+            points = frame.points(line.x, smooth(line.y, window))
+        # A single point has no length to be seen as a line.
+        parts.append(_stroke("dots" if len(points) == 1 else "line", line, points))
+        _, height = next(point for point in reversed(points) if point is not None)
+        ends.append((height, line.label, line.colour))
     parts += frame.end_labels(ends)
     longest = max(lines, key=lambda line: len(line.x)).x
-    values = [{x: y for x, y in zip(line.x, line.y, strict=True)} for line in lines]
-    tips = [
-        f"iteration {x:g}: "
-        + ", ".join(
-            f"{li.label} {'–' if v.get(x) is None else f'{v[x]:.3g}'}"
-            for li, v in zip(lines, values, strict=True)
-        )
-        for x in longest
-    ]
-    parts += _hover(frame, longest, tips)
+    parts += _hover(frame, longest, _tips(longest, lines))
     return _svg(parts, f"{name}. {_summary(lines)}")
+
+
+def _frame_of(lines: Sequence[Line]) -> _Frame:
+    """A frame that holds all of the lines, with room for their labels where they have any."""
+    xs = [x for line in lines for x in line.x]
+    ys = [y for line in lines for y in line.y if y is not None]
+    right = RIGHT if any(line.label for line in lines) else UNLABELLED
+    return _Frame((min(xs), max(xs)), value_range(ys), right=right)
+
+
+def _stroke(kind: str, line: Line, points: Iterable[tuple[float, float] | None]) -> str:
+    return f'<path class="{kind} c{line.colour}" d="{_path(points)}"/>'
+
+
+def _tips(at: Sequence[float], lines: Sequence[Line]) -> list[str]:
+    """At every x, what each line has there."""
+    columns = [(line.label, dict(zip(line.x, line.y, strict=True))) for line in lines]
+
+    def said(name: str, value: float | None) -> str:
+        return f"{name} –" if value is None else f"{name} {value:.3g}"
+
+    return [
+        f"iteration {x:g}: " + ", ".join(said(name, values.get(x)) for name, values in columns)
+        for x in at
+    ]
 
 
 def _summary(lines: Sequence[Line]) -> str:
@@ -259,7 +272,9 @@ def log_chart(name: str, line: Line) -> Markup | None:
     def height(y: float) -> float:
         return math.log10(y) if y > 0 else floor
 
-    frame = _Frame((min(line.x), max(line.x)), (floor - 0.05 * (high - floor), high), right=12)
+    frame = _Frame(
+        (min(line.x), max(line.x)), (floor - 0.05 * (high - floor), high), right=UNLABELLED
+    )
     step = max(1, math.ceil((high - low) / 4))
     at = [(float(e), f"1e{e}") for e in range(low, high + 1, step)]
     if floor < low:
@@ -294,37 +309,45 @@ def stacked_bars(
     top = max(map(sum, bars))
     if top <= 0:
         return None
-    frame = _Frame((-0.5, len(bars) - 0.5), (0.0, top * 1.05), right=12)
+    frame = _Frame((-0.5, len(bars) - 0.5), (0.0, top * 1.05), right=UNLABELLED)
     parts = frame.y_axis([(t, label(t)) for t in ticks(0, frame.y1)])
-    names = [
-        f"{x[group[0]]:g}" if size == 1 else f"{x[group[0]]:g}–{x[group[-1]]:g}" for group in groups
-    ]
-    if len(x) > 1:
-        round_numbers = {int(t) for t in ticks(x[0], x[-1]) if t == round(t)}
-        marks = [(i // size, f"{value:g}") for i, value in enumerate(x) if value in round_numbers]
-    else:
-        marks = [(0, f"{x[0]:g}")]
     width = (frame.right - frame.left) / len(bars)
-    gap = 1.5 if width > 8 else 0.0  # gaps between thin bars would only shimmer
-    for i, bar in enumerate(bars):
-        base = 0.0
+    for i, (group, bar) in enumerate(zip(groups, bars, strict=True)):
+        first, last = x[group[0]], x[group[-1]]
+        named = f"{first:g}" if size == 1 else f"{first:g}–{last:g}"
         tip = ", ".join(f"{phase} {s:.3g} s" for (phase, _), s in zip(phases, bar, strict=True))
-        parts.append(f"<g><title>{escape(f'iteration {names[i]}: {tip}')}</title>")
-        for colour, seconds in enumerate(bar):
-            y, tall = frame.py(base + seconds), frame.py(base) - frame.py(base + seconds)
-            parts.append(
-                f'<rect class="bar c{colour % 6}" x="{frame.px(i) - width / 2 + gap / 2:.2f}" '
-                f'y="{y:.2f}" width="{width - gap:.2f}" height="{tall:.2f}"/>'
-            )
-            base += seconds
+        parts.append(f"<g><title>{escape(f'iteration {named}: {tip}')}</title>")
+        parts += _bar(frame, frame.px(i), width, bar)
         parts.append("</g>")
-    parts += frame.x_axis(marks, "iteration")
+    parts += frame.x_axis(_round_marks(x, size), "iteration")
     total = sum(map(sum, bars))
     shares = [
         f"{phase} {100 * sum(bar[k] for bar in bars) / total:.0f} per cent"
         for k, (phase, _) in enumerate(phases)
     ]
     return _svg(parts, f"{name}. {', '.join(shares)} of the time.")
+
+
+def _bar(frame: _Frame, middle: float, width: float, seconds: Sequence[float]) -> list[str]:
+    """One bar, its phases on top of each other."""
+    gap = 1.5 if width > 8 else 0.0  # gaps between thin bars would only shimmer
+    parts, base = [], 0.0
+    for colour, value in enumerate(seconds):
+        top = frame.py(base + value)
+        parts.append(
+            f'<rect class="bar c{colour % 6}" x="{middle - width / 2 + gap / 2:.2f}" '
+            f'y="{top:.2f}" width="{width - gap:.2f}" height="{frame.py(base) - top:.2f}"/>'
+        )
+        base += value
+    return parts
+
+
+def _round_marks(x: Sequence[float], size: int) -> list[tuple[float, str]]:
+    """(bar, iteration) of the round iterations, with `size` of them a bar."""
+    if len(x) == 1:
+        return [(0, f"{x[0]:g}")]
+    round_numbers = {int(t) for t in ticks(x[0], x[-1]) if t == round(t)}
+    return [(i // size, f"{value:g}") for i, value in enumerate(x) if value in round_numbers]
 
 
 def dot_chart(
@@ -338,7 +361,7 @@ def dot_chart(
     category."""
     if not categories or not any(m is not None for dots in series for m in dots.mean):
         return None
-    frame = _Frame((-0.5, len(categories) - 0.5), y_range, right=12)
+    frame = _Frame((-0.5, len(categories) - 0.5), y_range, right=UNLABELLED)
     parts = frame.y_axis([(t, label(t)) for t in ticks(*y_range)])
     parts += frame.x_axis([(float(i), c) for i, c in enumerate(categories)], axis)
     texts = []
@@ -348,9 +371,9 @@ def dot_chart(
             if value is None or i >= len(categories):
                 continue
             x, y = frame.px(i) + shift, frame.py(value)
-            said = f"{dots.label} {categories[i]}: {value:.3f}" + (
-                "" if se is None else f" ± {se:.3f}"
-            )
+            said = f"{dots.label} {categories[i]}: {value:.3f}"
+            if se is not None:
+                said += f" ± {se:.3f}"
             texts.append(said)
             parts.append(f"<g><title>{escape(said)}</title>")
             if se:
@@ -374,10 +397,11 @@ def sparkline(name: str, y: Sequence[float | None]) -> Markup:
     low, high = min(present), max(present)
     span = high - low or 1.0
     step = 116 / max(len(y) - 1, 1)
-    points = [
-        None if v is None else (2 + i * step, 12.0 if high == low else 21 - 18 * (v - low) / span)
-        for i, v in enumerate(y)
-    ]
+
+    def height(value: float) -> float:
+        return 12.0 if high == low else 21 - 18 * (value - low) / span
+
+    points = [None if v is None else (2 + i * step, height(v)) for i, v in enumerate(y)]
     said = escape(f"{name}: between {low:.3g} and {high:.3g}")
     return Markup(
         f'<svg viewBox="0 0 120 24" class="spark" preserveAspectRatio="none" role="img" '

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Mode:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRow:
     name: str
     iteration: int | None
     sessions: int | None
@@ -119,11 +119,8 @@ class Pair:
         before = [turn.reward for turn in self.before.turns] if self.before else []
         after = [turn.reward for turn in self.after.turns] if self.after else []
         if self.before and self.after:
-            both = [
-                (b, a)
-                for b, a in zip(before, after, strict=False)
-                if b is not None and a is not None
-            ]
+            pairs = zip(before, after, strict=False)
+            both = [(b, a) for b, a in pairs if b is not None and a is not None]
             return mean(b for b, _ in both), mean(a for _, a in both)
         return mean(before), mean(after)
 
@@ -143,10 +140,10 @@ class Pair:
 
 
 @dataclass
-class Run:
+class RecordedRun:
     folder: Path
     train: list[TrainRow] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[EvaluationRow] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     start: Mapping[str, Any] = field(default_factory=dict)
@@ -156,7 +153,7 @@ class Run:
     missing: list[str] = field(default_factory=list)
     """Sentences for the reader: what this report could not show, and why."""
 
-    def evaluation(self, name: str) -> Evaluation | None:
+    def evaluation(self, name: str) -> EvaluationRow | None:
         """The last one of that name: a resumed run may have evaluated again."""
         return next((e for e in reversed(self.evaluations) if e.name == name), None)
 
@@ -180,9 +177,9 @@ class Run:
         return total + last if times else None
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> RecordedRun:
     """Raises DataError where the folder has neither metrics.jsonl nor strips."""
-    run = Run(folder)
+    run = RecordedRun(folder)
     metrics = folder / "metrics.jsonl"
     strips = {name: folder / "strips" / f"{name}.json" for name in PASS_NAMES}
     if not metrics.exists() and not any(path.exists() for path in strips.values()):
@@ -199,13 +196,13 @@ def load_run(folder: Path) -> Run:
     return run
 
 
-def _load_metrics(run: Run, path: Path) -> None:
+def _load_metrics(run: RecordedRun, path: Path) -> None:
     rows, dropped = read_metrics(path)
     if dropped:
         run.missing.append(
             f"{dropped} unreadable {plural('line', dropped)} of metrics.jsonl "
-            f"{'was' if dropped == 1 else 'were'} "
-            "left out (a run that is killed tears its last line)."
+            f"{'was' if dropped == 1 else 'were'} left out (a run that is killed tears its last "
+            "line)."
         )
     train: dict[int, TrainRow] = {}
     comparisons: dict[int, Comparison] = {}
@@ -218,18 +215,7 @@ def _load_metrics(run: Run, path: Path) -> None:
         elif event == "eval":
             run.evaluations.append(_evaluation(row))
         elif event == "comparison" and (turn := _int(row.get("turn"))) is not None:
-            values = {
-                key: number(row.get(key))
-                for key in (
-                    "reward_before",
-                    "reward_after",
-                    "difference",
-                    "se",
-                    "success_before",
-                    "success_after",
-                )
-            }
-            comparisons[turn] = Comparison(turn=turn, sessions=_int(row.get("sessions")), **values)
+            comparisons[turn] = _comparison(turn, row)
         elif event == "start":
             run.start = row
     run.train = [train[i] for i in sorted(train)]
@@ -239,72 +225,82 @@ def _load_metrics(run: Run, path: Path) -> None:
             f"{repeats} {plural('iteration', repeats)} of metrics.jsonl repeated; the last row of "
             f"each is shown."
         )
-    bad = sorted({name.split(".")[0] for row in run.train for name in row.non_finite})
-    if bad:
-        count = sum(bool(row.non_finite) for row in run.train)
-        run.missing.append(
-            f"{', '.join(bad)}: NaN or infinite in {count} {plural('iteration', count)}, shown as "
-            f"gaps."
-        )
+    run.missing += _non_finite(run.train)
+
+
+def _non_finite(train: Sequence[TrainRow]) -> list[str]:
+    names = sorted({name.split(".")[0] for row in train for name in row.non_finite})
+    count = sum(bool(row.non_finite) for row in train)
+    iterations = f"{count} {plural('iteration', count)}"
+    return [f"{', '.join(names)}: NaN or infinite in {iterations}, shown as gaps."] * bool(names)
+
+
+def _comparison(turn: int, row: Mapping[str, Any]) -> Comparison:
+    return Comparison(
+        turn=turn,
+        reward_before=number(row.get("reward_before")),
+        reward_after=number(row.get("reward_after")),
+        difference=number(row.get("difference")),
+        se=number(row.get("se")),
+        sessions=_int(row.get("sessions")),
+        success_before=number(row.get("success_before")),
+        success_after=number(row.get("success_after")),
+    )
 
 
 def _train_row(iteration: int, row: Mapping[str, Any]) -> TrainRow:
-    seconds = row.get("seconds")
     non_finite = row.get("non_finite")
+    seconds = {str(k): number(v) for k, v in _mapping(row.get("seconds")).items()}
     return TrainRow(
         iteration=iteration,
         elapsed_s=number(row.get("elapsed_s")),
         scalars={k: number(v) for k, v in row.items() if v is None or number(v) is not None},
-        turns={
-            k: tuple(map(number, v))
-            for k, v in row.items()
-            if k.endswith("_turn") and isinstance(v, list)
-        },
-        seconds={
-            str(k): n
-            for k, v in (seconds if isinstance(seconds, dict) else {}).items()
-            if (n := number(v)) is not None
-        },
+        turns={name: tuple(map(number, values)) for name, values in _by_turn(row)},
+        seconds={phase: value for phase, value in seconds.items() if value is not None},
         non_finite=tuple(map(str, non_finite)) if isinstance(non_finite, list) else (),
     )
 
 
-def _evaluation(row: Mapping[str, Any]) -> Evaluation:
-    modes = row.get("by_mode")
-    return Evaluation(
+def _evaluation(row: Mapping[str, Any]) -> EvaluationRow:
+    modes = _mapping(row.get("by_mode"))
+    return EvaluationRow(
         name=str(row.get("name", "")),
         iteration=_int(row.get("iteration")),
         sessions=_int(row.get("sessions")),
-        turns={
-            k: tuple(map(_stat, v))
-            for k, v in row.items()
-            if k.endswith("_turn") and isinstance(v, list)
-        },
+        turns={name: tuple(map(_stat, values)) for name, values in _by_turn(row)},
         success=_stat(row.get("success")),
-        by_mode={
-            str(mode): Mode(
-                tuple(map(number, value.get("reward_turn") or ())), number(value.get("success"))
-            )
-            for mode, value in (modes if isinstance(modes, dict) else {}).items()
-            if isinstance(value, dict)
-        },
+        by_mode={str(m): _mode(value) for m, value in modes.items() if isinstance(value, dict)},
     )
 
 
-def _load_strips(run: Run, paths: Mapping[str, Path]) -> None:
+def _mode(value: Mapping[str, Any]) -> Mode:
+    rewards = value.get("reward_turn") or ()
+    return Mode(tuple(map(number, rewards)), number(value.get("success")))
+
+
+def _by_turn(row: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Of a row of metrics, what has a value a turn."""
+    for name, values in row.items():
+        if name.endswith("_turn") and isinstance(values, list):
+            yield name, values
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _load_strips(run: RecordedRun, paths: Mapping[str, Path]) -> None:
     passes: dict[str, dict[str, Strip]] = {}
     for name, path in paths.items():
         if not path.exists():
             continue
         try:
-            sessions = json.loads(
-                path.read_text("utf-8", errors="replace"), parse_constant=lambda _: None
-            )["sessions"]
+            text = path.read_text("utf-8", errors="replace")
+            sessions = json.loads(text, parse_constant=lambda _: None)["sessions"]
             passes[name] = {strip.id: strip for strip in map(_strip, sessions)}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            run.missing.append(
-                f"strips/{path.name} is not readable: {type(error).__name__}: {error}"
-            )
+            what = f"{type(error).__name__}: {error}"
+            run.missing.append(f"strips/{path.name} is not readable: {what}")
     before, after = (passes.get(name, {}) for name in PASS_NAMES)
     run.pairs = [Pair(id, before.get(id), after.get(id)) for id in {**before, **after}]
     if not passes:
@@ -314,7 +310,8 @@ def _load_strips(run: Run, paths: Mapping[str, Path]) -> None:
             run.missing.append(
                 f"The strips have no “{name}” pass: sessions are shown, not compared."
             )
-    if len(passes) == 2 and (alone := before.keys() ^ after.keys()):
+    alone = before.keys() ^ after.keys()
+    if len(passes) == 2 and alone:
         run.missing.append(
             f"{len(alone)} {plural('session', len(alone))} of the strips only in one pass."
         )
@@ -352,7 +349,7 @@ SECRET = re.compile(
 CREDENTIALS = re.compile(r"://[^/\s@]+@")
 
 
-def _load_config(run: Run, path: Path) -> None:
+def _load_config(run: RecordedRun, path: Path) -> None:
     if not path.exists():
         run.missing.append("There is no config.yaml.")
         return
@@ -370,12 +367,13 @@ def _load_config(run: Run, path: Path) -> None:
 def _dotted(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(value, dict):
         return [(prefix, value)] if prefix else []
-    return [
-        item for k, v in value.items() for item in _dotted(v, f"{prefix}.{k}" if prefix else str(k))
-    ]
+    found = []
+    for key, inner in value.items():
+        found += _dotted(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
-def _note_absences(run: Run) -> None:
+def _note_absences(run: RecordedRun) -> None:
     planned = _int(run.setting("iterations", "max_iterations", "num_iterations"))
     if run.train and planned and run.train[-1].iteration + 1 < planned:
         run.missing.append(f"The run is at iteration {run.train[-1].iteration + 1} of {planned}.")

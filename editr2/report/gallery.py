@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from editr2.report.data import MODES, PASS_NAMES, Pair, Run, StripTurn
-from editr2.report.numbers import plain, signed
+from editr2.report.data import MODES, PASS_NAMES, Pair, RecordedRun, StripTurn
+from editr2.report.numbers import decimal, signed
 from editr2.report.pictures import Picture, Pictures
 
 VERDICTS = {
@@ -18,7 +18,7 @@ VERDICTS = {
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreBar:
     name: str
     text: str
     percent: float | None
@@ -32,7 +32,7 @@ class Cell:
     alt: str
     intent: str | None
     reasoning: str | None
-    scores: Sequence[Score]
+    scores: Sequence[ScoreBar]
     reward: str | None
     change: str
     advantage: str | None
@@ -70,22 +70,12 @@ class Gallery:
     compared: bool
 
 
-def build_gallery(run: Run, pictures: Pictures, max_sessions: int) -> Gallery | None:
+def build_gallery(run: RecordedRun, pictures: Pictures, max_sessions: int) -> Gallery | None:
     if not run.pairs:
         return None
     ordered = sorted(run.pairs, key=lambda pair: (pair.change is None, -(pair.change or 0.0)))
     chosen = thin(ordered, max_sessions)
-    top = max(
-        (
-            s
-            for pair in run.pairs
-            for strip in (pair.before, pair.after)
-            if strip
-            for s in _all_scores(strip.turns)
-        ),
-        default=1,
-    )
-    scale = next((limit for limit in (1.0, 5.0, 10.0, 100.0) if top <= limit), top)
+    scale = _scale(run.pairs)
     groups = []
     for verdict, heading in VERDICTS.items():
         total = sum(pair.verdict == verdict for pair in ordered)
@@ -96,6 +86,13 @@ def build_gallery(run: Run, pictures: Pictures, max_sessions: int) -> Gallery | 
     if not compared:
         groups = [("unpaired", "Sessions", total, views) for _, _, total, views in groups]
     return Gallery(groups, len(ordered), len(chosen), compared)
+
+
+def _scale(pairs: Sequence[Pair]) -> float:
+    """What the largest score is measured against: the end of a usual scale that holds it."""
+    strips = [strip for pair in pairs for strip in (pair.before, pair.after) if strip]
+    top = max((score for strip in strips for score in _all_scores(strip.turns)), default=1)
+    return next((limit for limit in (1.0, 5.0, 10.0, 100.0) if top <= limit), top)
 
 
 def thin(items: Sequence[Pair], count: int) -> list[Pair]:
@@ -112,71 +109,77 @@ def _all_scores(turns: Sequence[StripTurn]) -> list[float]:
 
 
 def _session(pair: Pair, pictures: Pictures, scale: float) -> SessionView:
-    strips = [
-        (name, strip)
+    passes = {
+        name: strip
         for name, strip in zip(PASS_NAMES, (pair.before, pair.after), strict=True)
         if strip
-    ]
-    turns = []
-    for t in range(max(len(strip.turns) for _, strip in strips)):
-        having = [(name, strip.turns[t]) for name, strip in strips if t < len(strip.turns)]
-        expected = [pictures(turn.expected) for _, turn in having]
-        shared = expected[0] if all(picture == expected[0] for picture in expected) else None
-        other = next((turn.reward for name, turn in having if name == "before"), None)
-        cells = [
-            _cell(
-                name,
-                turn,
-                t + 1,
-                pictures,
-                scale,
-                None if shared else own,
-                other if name == "after" else None,
-            )
-            for (name, turn), own in zip(having, expected, strict=True)
-        ]
-        turns.append(TurnView(t + 1, having[0][1].instruction, shared, cells))
+    }
+    count = max(len(strip.turns) for strip in passes.values())
     before, after = pair.rewards()
     mode = pair.either.mode
     return SessionView(
         id=pair.id,
         mode=MODES.get(mode, mode) if mode else None,
         verdict=pair.verdict,
-        source=pictures(next((strip.image for _, strip in strips if strip.image), None)),
-        turns=turns,
-        before=plain(before) if pair.before else None,
-        after=plain(after) if pair.after else None,
+        source=pictures(next((strip.image for strip in passes.values() if strip.image), None)),
+        turns=[
+            _turn(
+                t + 1,
+                {n: strip.turns[t] for n, strip in passes.items() if t < len(strip.turns)},
+                pictures,
+                scale,
+            )
+            for t in range(count)
+        ],
+        before=decimal(before) if pair.before else None,
+        after=decimal(after) if pair.after else None,
         change="" if pair.change is None else signed(pair.change),
     )
+
+
+def _turn(
+    number: int, passes: Mapping[str, StripTurn], pictures: Pictures, scale: float
+) -> TurnView:
+    """One turn in the passes that have it."""
+    expected = {name: pictures(turn.expected) for name, turn in passes.items()}
+    first, *others = expected.values()
+    shared = first if all(other == first for other in others) else None
+    before = passes.get("before")
+    cells = []
+    for name, turn in passes.items():
+        alt = f"{name} training, after turn {number}: {turn.instruction}"
+        own = None if shared else expected[name]
+        compared = before.reward if before and name == "after" else None
+        cells.append(_cell(name, turn, alt, pictures, scale, own, compared))
+    return TurnView(number, next(iter(passes.values())).instruction, shared, cells)
 
 
 def _cell(
     name: str,
     turn: StripTurn,
-    t: int,
+    alt: str,
     pictures: Pictures,
     scale: float,
     expected: Picture | None,
-    other: float | None,
+    before: float | None,
 ) -> Cell:
+    """expected: None where the passes share it. before: the reward to compare this one with."""
     return Cell(
         name=name,
         picture=pictures(turn.image),
-        alt=f"{name} training, after turn {t}: {turn.instruction}",
+        alt=alt,
         intent=turn.intent,
         reasoning=turn.reasoning,
-        scores=[
-            Score(
-                key,
-                plain(value),
-                None if value is None else 100 * min(max(value / scale, 0.0), 1.0),
-            )
-            for key, value in turn.scores.items()
-        ],
-        reward=None if turn.reward is None else plain(turn.reward),
-        change="" if turn.reward is None or other is None else signed(turn.reward - other),
+        scores=[_score(key, value, scale) for key, value in turn.scores.items()],
+        reward=None if turn.reward is None else decimal(turn.reward),
+        change="" if turn.reward is None or before is None else signed(turn.reward - before),
         advantage=None if turn.advantage is None else signed(turn.advantage),
         masked=turn.masked,
         reason=turn.reason,
         expected=expected,
     )
+
+
+def _score(name: str, value: float | None, scale: float) -> ScoreBar:
+    percent = None if value is None else 100 * min(max(value / scale, 0.0), 1.0)
+    return ScoreBar(name, decimal(value), percent)

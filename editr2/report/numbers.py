@@ -10,7 +10,7 @@ def signed(value: float, decimals: int = 2) -> str:
     return text.replace("+", "±") if float(f"{value:.{decimals}f}") == 0 else text
 
 
-def plain(value: float | None, decimals: int = 2) -> str:
+def decimal(value: float | None, decimals: int = 2) -> str:
     return "–" if value is None else f"{value:.{decimals}f}".replace("-", "−")
 
 
@@ -18,4 +18,4 @@ def with_se(stat: Stat) -> str:
     if stat.mean is None:
         return "–"
     decimals = 3 if stat.se is not None and 0 < stat.se < 0.01 else 2
-    return plain(stat.mean, decimals) + ("" if stat.se is None else f" ± {stat.se:.{decimals}f}")
+    return decimal(stat.mean, decimals) + ("" if stat.se is None else f" ± {stat.se:.{decimals}f}")

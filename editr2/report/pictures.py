@@ -68,15 +68,14 @@ class Pictures:
         notes = []
         if self.unreadable:
             count = len(self.unreadable)
-            some = ", ".join(
-                f"{name} ({kind})" for name, kind in list(self.unreadable.items())[:3]
-            ) + (", …" if count > 3 else "")
+            named = [f"{name} ({kind})" for name, kind in self.unreadable.items()]
+            some = ", ".join(named[:3] + ["…"] * (count > 3))
             notes.append(f"{count} {plural('image', count)} could not be read: {some}.")
         if self.reduced:
             notes.append(
                 f"{self.reduced} large {plural('image', self.reduced)}: scaled to "
-                f"{self.max_pixels} px or "
-                "stored as JPEG for this page; the originals are in strips/."
+                f"{self.max_pixels} px or stored as JPEG for this page; the originals are in "
+                "strips/."
             )
         return notes
 

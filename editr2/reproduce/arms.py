@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from editr2.config import Config, preset_config, replace_nested
+from editr2.config import Config, EvalConfig, RolloutConfig, preset_config, replace_nested
 from editr2.config.fields import setting
 from editr2.config.settings import COUNT, SIBLINGS, TIMES
 from editr2.errors import ConfigError
@@ -174,10 +174,8 @@ def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Conf
         # The last iteration always writes one.
         "checkpoint": {"every": settings.iterations, "keep": 1},
     }
-    config: Config = replace_nested(
-        replace_nested(preset_config(arm.preset), common), arm.overrides
-    )
-    return check_config(config)
+    config: Config = replace_nested(preset_config(arm.preset), common)
+    return check_config(replace_nested(config, arm.overrides))
 
 
 def start_of(arm: Arm) -> str:
@@ -185,7 +183,7 @@ def start_of(arm: Arm) -> str:
     return "base-intent" if arm_config(arm, Settings(), 0, "").policy.intent else "base"
 
 
-def evaluation_sampler(config: Config) -> str:
+def evaluation_sampler(evaluation: EvalConfig, rollout: RolloutConfig) -> str:
     """How an arm is sampled in evaluation: "ode", or the dynamics of its window."""
-    ode = config.eval.sampler == "ode" or config.rollout.window == 0
-    return "ode" if ode else config.rollout.dynamics
+    ode = evaluation.sampler == "ode" or rollout.window == 0
+    return "ode" if ode else rollout.dynamics

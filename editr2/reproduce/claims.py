@@ -91,9 +91,8 @@ def verdict(difference: Interval | None, *, ordered: bool = True, least: float =
     if least:
         if difference.low >= least:
             return "reached"
-        return (
-            "reached on average, not by the interval" if difference.mean >= least else "not reached"
-        )
+        on_average = difference.mean >= least
+        return "reached on average, not by the interval" if on_average else "not reached"
     above, below = ("reproduces", "reversed") if ordered else ("higher", "lower")
     if difference.low > 0:
         return above
@@ -108,16 +107,27 @@ def find(claim: Claim, all_results: Sequence[Result]) -> Finding:
     if pair is None or not (seeds := _common(*pair)):
         return Finding(claim, None)
     gains = pair[0].sampler != pair[1].sampler
-    values = []
-    for result in pair:
-        part = result.pick(seeds).values(claim.metric, claim.turn, claim.mode)
-        if gains:
-            start = _start_of(result, all_results)
-            if start is None:
-                return Finding(claim, None)
-            part = part - start.values(claim.metric, claim.turn, claim.mode)
-        values.append(part)
-    return Finding(claim, interval(np.subtract(*values)), seeds, gains)
+    above, below = (_scores(claim, result, seeds, gains, all_results) for result in pair)
+    if above is None or below is None:
+        return Finding(claim, None)
+    return Finding(claim, interval(above - below), seeds, gains)
+
+
+def _scores(
+    claim: Claim,
+    result: Result,
+    seeds: Sequence[int | None],
+    gains: bool,
+    all_results: Sequence[Result],
+) -> np.ndarray | None:
+    """One arm's part of a claim, [seeds, sessions]; with `gains`, above its own start, and None
+    where that was not evaluated."""
+    metric = (claim.metric, claim.turn, claim.mode)
+    scores = result.pick(seeds).values(*metric)
+    if not gains:
+        return scores
+    start = _start_of(result, all_results)
+    return None if start is None else scores - start.values(*metric)
 
 
 def _pair(claim: Claim, all_results: Sequence[Result]) -> tuple[Result, Result] | None:
@@ -134,13 +144,11 @@ def _common(first: Result, second: Result) -> tuple[int | None, ...]:
     """The seeds that both have; the start, which has none, goes with any."""
     if first.seeds == (None,):
         return second.seeds
-    return (
-        first.seeds
-        if second.seeds == (None,)
-        else tuple(s for s in first.seeds if s in second.seeds)
-    )
+    if second.seeds == (None,):
+        return first.seeds
+    return tuple(seed for seed in first.seeds if seed in second.seeds)
 
 
 def _start_of(result: Result, all_results: Sequence[Result]) -> Result | None:
-    name = start_of(result.arm)
-    return next((r for r in all_results if (r.arm.name, r.sampler) == (name, result.sampler)), None)
+    key = (start_of(result.arm), result.sampler)
+    return next((r for r in all_results if (r.arm.name, r.sampler) == key), None)

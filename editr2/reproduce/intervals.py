@@ -42,11 +42,9 @@ def _weights(seeds: int, sessions: int, resamples: int) -> tuple[np.ndarray, np.
     """Weights of seeds [R, S], whose rows sum to 1, and counts of sessions [R, N]; the same at
     every call."""
     rng = np.random.default_rng([BOOTSTRAP_SEED, seeds, sessions])
-    counts = rng.multinomial(sessions, np.full(sessions, 1 / sessions), size=resamples).astype(
-        np.float64
-    )
+    counts = rng.multinomial(sessions, np.full(sessions, 1 / sessions), size=resamples)
     weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    return weights, counts
+    return weights, counts.astype(np.float64)
 
 
 def interval(values_SN: np.ndarray, resamples: int = RESAMPLES) -> Interval | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from editr2.errors import ConfigError
-from editr2.reproduce.arms import ARMS, TURNS, Settings
+from editr2.reproduce.arms import ARMS, TURNS, Arm, Settings
 from editr2.reproduce.claims import CLAIMS, Finding, find
 from editr2.reproduce.intervals import COVERAGE, RESAMPLES, Interval, interval
 from editr2.reproduce.plots import Difference, Series, forest, lines_by_turn
@@ -105,11 +105,9 @@ def _number(value: float, sign: bool = False) -> str:
 
 
 def _cell(i: Interval | None, sign: bool = False) -> str:
-    return (
-        "–"
-        if i is None
-        else f"{_number(i.mean, sign)} [{_number(i.low, sign)}, {_number(i.high, sign)}]"
-    )
+    if i is None:
+        return "–"
+    return f"{_number(i.mean, sign)} [{_number(i.low, sign)}, {_number(i.high, sign)}]"
 
 
 def _title(result: Result, found: Sequence[Result]) -> str:
@@ -135,16 +133,62 @@ def _range(values: Sequence[str]) -> str:
 
 
 def _circumstances(settings: Settings, found: Sequence[Result]) -> str:
+    """How the rows came about, as a list."""
     trained = [r for r in found if r.arm.trained]
     seeds = sorted({s for r in trained for s in r.seeds if s is not None})
-    everything = [row for r in found for row in r.rows]
-    hours = sum(row["seconds"] or 0 for row in everything) / 3600
-    cores = _range([str(row["machine"]["cores"]) for row in everything])
-    threads = sorted({row["machine"]["threads"] for row in everything if row["machine"]["threads"]})
-    devices = sorted({row["machine"]["device"] for row in everything if row["machine"]["device"]})
+    absent = [arm for arm in ARMS if not any(r.arm is arm for r in found)]
+    lines = [
+        _training(settings, trained, len(seeds)),
+        f"- **{settings.sessions} held-out sessions** of {TURNS} turns, half of them `cm` (a "
+        f"standing rule), half `cu` (pronouns): the same sessions and seeds for every arm, before "
+        "and after.",
+        _machine(found),
+    ]
+    missing = [
+        f"{_title(r, found)} {sorted(set(seeds) - set(r.seeds))}"
+        for r in trained
+        if set(r.seeds) != set(seeds)
+    ]
+    gaps = []
+    if missing:
+        gaps.append(f"- **Incomplete**: without the seeds {'; '.join(missing)}.")
+    if absent:
+        gaps.append(f"- **Not run**: {', '.join(arm.title for arm in absent)}.")
+    command = f"- `{_command(settings, len(seeds), absent)}`"  # a command is not wrapped
+    wrapped = [_wrapped(line, "  ") for line in lines]
+    return "\n".join([*wrapped, command, *(_wrapped(line, "  ") for line in gaps)])
+
+
+def _training(settings: Settings, trained: Sequence[Result], seeds: int) -> str:
     runs = sum(len(r.seeds) for r in trained)
+    edits = settings.groups * settings.siblings * TURNS
+    plural = "s" if seeds != 1 else ""
+    return (
+        f"- **{len(trained)} trained arms, {seeds} training seed{plural}**, {runs} runs of "
+        f"{settings.iterations} iterations; {edits} edits an iteration in every arm "
+        f"({settings.groups} sessions × {settings.siblings} siblings × {TURNS} turns)."
+    )
+
+
+def _machine(found: Sequence[Result]) -> str:
+    """When, by which version, on what, and for how long."""
+    rows = [row for r in found for row in r.rows]
+    machines = [row["machine"] for row in rows]
+    threads = sorted({machine["threads"] for machine in machines if machine["threads"]})
+    devices = sorted({machine["device"] for machine in machines if machine["device"]})
+    cores = _range([str(machine["cores"]) for machine in machines])
+    hours = sum(row["seconds"] or 0 for row in rows) / 3600
+    return (
+        f"- {_range([row['date'] for row in rows])}, editr2 "
+        f"{_range([row['version'] for row in rows])}; {cores} cores{_of(threads, devices)}. "
+        f"{hours:.1f} hours of training in all, summed over runs."
+    )
+
+
+def _command(settings: Settings, seeds: int, absent: Sequence[Arm]) -> str:
+    """What makes the same rows again."""
     options = {
-        "seeds": len(seeds),
+        "seeds": seeds,
         "iterations": settings.iterations,
         "sessions": settings.sessions,
         "groups": settings.groups,
@@ -152,47 +196,23 @@ def _circumstances(settings: Settings, found: Sequence[Result]) -> str:
         "sampler": settings.sampler,
     }
     command = "editr2 reproduce " + " ".join(f"--{name} {value}" for name, value in options.items())
-    absent = [arm for arm in ARMS if not any(r.arm is arm for r in found)]
     if absent:
         command += " --arms " + ",".join(arm.name for arm in ARMS if arm not in absent)
-    command = f"- `{command}`"
-    lines = [
-        f"- **{len(trained)} trained arms, {len(seeds)} training seed{'s' * (len(seeds) != 1)}**, "
-        f"{runs} runs of {settings.iterations} iterations; "
-        f"{settings.groups * settings.siblings * TURNS} edits an iteration in every arm "
-        f"({settings.groups} sessions × {settings.siblings} siblings × {TURNS} turns).",
-        f"- **{settings.sessions} held-out sessions** of {TURNS} turns, half of them `cm` (a "
-        f"standing rule), half `cu` "
-        "(pronouns): the same sessions and seeds for every arm, before and after.",
-        f"- {_range([row['date'] for row in everything])}, editr2 "
-        f"{_range([row['version'] for row in everything])}; {cores} cores{_of(threads, devices)}. "
-        f"{hours:.1f} hours of training in all, summed over runs.",
-        command,
-    ]
-    missing = [
-        f"{_title(r, found)} {sorted(set(seeds) - set(r.seeds))}"
-        for r in trained
-        if set(r.seeds) != set(seeds)
-    ]
-    if missing:
-        lines.append(f"- **Incomplete**: without the seeds {'; '.join(missing)}.")
-    if absent:
-        lines.append(f"- **Not run**: {', '.join(arm.title for arm in absent)}.")
-    return "\n".join(line if line == command else _wrapped(line, "  ") for line in lines)
+    return command
 
 
 def _summary(findings: Sequence[Finding]) -> str:
-    verdicts = [
-        f.verdict
-        for f in findings
-        if f.claim.ordered and not f.claim.least and f.difference is not None
-    ]
-    counts = ", ".join(
-        f"{n} {words[n != 1]}" for v, words in SUMMARY.items() if (n := verdicts.count(v))
-    )
+    run = [f for f in findings if f.difference is not None]
+    verdicts = [f.verdict for f in run if f.claim.ordered and not f.claim.least]
+    counted = []
+    for verdict, (one, many) in SUMMARY.items():
+        count = verdicts.count(verdict)
+        if count:
+            counted.append(f"{count} {one if count == 1 else many}")
+    counts = ", ".join(counted)
     text = f"Of {len(verdicts)} orderings that the papers state and that were run, {counts}."
-    for f in findings:
-        if f.claim.least and f.difference is not None:
+    for f in run:
+        if f.claim.least:
             text += f" {f.claim.text}: {f.verdict}, {_cell(f.difference, sign=True)}."
     return _wrapped(text)
 
@@ -206,20 +226,6 @@ def _of(threads: Sequence[int], devices: Sequence[str]) -> str:
 
 
 def _orderings(findings: Sequence[Finding]) -> str:
-    lines = []
-    for f in findings:
-        claim, i = f.claim, f.difference
-        metric = {"marginal": "marginal success"}.get(claim.metric, claim.metric)
-        where = f"{metric}, turn {claim.turn}" + (f", {claim.mode}" if claim.mode else "")
-        seeds = (
-            "–"
-            if i is None or f.seeds == (None,)
-            else " ".join(_number(v, sign=True) for v in i.by_seed)
-        )
-        what = f"`{claim.above}` − `{claim.below}`" + (" (gains)" if f.gains else "")
-        lines.append(
-            [claim.text, claim.source, what, where, _cell(i, sign=True), seeds, f"**{f.verdict}**"]
-        )
     head = ["ordering", "from", "difference", "on", "mean [95 % interval]", "by seed", "verdict"]
     text = (
         "Differences are paired by session and seed. *Reproduces*: the whole interval lies above "
@@ -233,53 +239,64 @@ def _orderings(findings: Sequence[Finding]) -> str:
             " *Gains*: the two arms are sampled differently (ODE against a window of noise), so "
             "each is taken as its difference from the start under its own sampler."
         )
-    return _table(head, lines) + "\n\n" + _wrapped(text)
+    return _table(head, [_ordering(f) for f in findings]) + "\n\n" + _wrapped(text)
+
+
+def _ordering(finding: Finding) -> list[str]:
+    """A row of the table of orderings."""
+    claim, difference = finding.claim, finding.difference
+    metric = {"marginal": "marginal success"}.get(claim.metric, claim.metric)
+    seeds = "–"
+    if difference is not None and finding.seeds != (None,):
+        seeds = " ".join(_number(value, sign=True) for value in difference.by_seed)
+    return [
+        claim.text,
+        claim.source,
+        f"`{claim.above}` − `{claim.below}`" + (" (gains)" if finding.gains else ""),
+        f"{metric}, turn {claim.turn}" + (f", {claim.mode}" if claim.mode else ""),
+        _cell(difference, sign=True),
+        seeds,
+        f"**{finding.verdict}**",
+    ]
+
+
+METRICS = {
+    "IF": "IF, the instruction of this turn followed",
+    "CC": "CC, what no instruction named is kept",
+    "GA": "GA, everything right so far",
+    "marginal": "Marginal success, this turn's instruction fully followed (IF = 1), whatever "
+    "came before",
+}
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
-    turns = range(1, TURNS + 1)
-    names = {
-        "IF": "IF, the instruction of this turn followed",
-        "CC": "CC, what no instruction named is kept",
-        "GA": "GA, everything right so far",
-        "marginal": "Marginal success, this turn's instruction fully followed (IF = 1), whatever "
-        "came before",
-    }
-
     def score(metric: str, turn: int = TURNS, mode: str | None = None) -> Callable[[Result], str]:
         return lambda r: _cell(interval(r.values(metric, turn, mode)))
 
-    def table(head: Sequence[str], cells: Sequence[Callable[[Result], str]]) -> str:
-        return _table(
-            ["arm", *head], [[_title(r, found), *(cell(r) for cell in cells)] for r in found]
-        )
+    def table(columns: dict[str, Callable[[Result], str]]) -> str:
+        lines = [[_title(r, found), *(cell(r) for cell in columns.values())] for r in found]
+        return _table(["arm", *columns], lines)
 
     out = [
         table(
-            ["session success", "turn-3 GA by seed", "seeds", "minutes of training"],
-            [
-                score("success"),
-                _by_seed,
-                lambda r: str(len(r.seeds)) if r.arm.trained else "–",
-                _minutes,
-            ],
+            {
+                "session success": score("success"),
+                "turn-3 GA by seed": _by_seed,
+                "seeds": lambda r: str(len(r.seeds)) if r.arm.trained else "–",
+                "minutes of training": _minutes,
+            }
         ),
         _wrapped(
             "A session succeeds when GA at its last turn is 1; GA is 0 or 1 in this world, so "
             "this is also GA there. Minutes are wall time of training alone, the mean over seeds."
         ),
     ]
-    for metric, name in names.items():
-        out += [
-            f"### {name}",
-            table([f"turn {t}" for t in turns], [score(metric, t) for t in turns]),
-        ]
-    modes = sorted({str(m) for r in found for m in r.modes})
-    out += [
-        "### Session success by mode",
-        table(modes, [score("GA", TURNS, mode) for mode in modes]),
-    ]
-    return out
+    for metric, name in METRICS.items():
+        by_turn = {f"turn {t}": score(metric, t) for t in range(1, TURNS + 1)}
+        out += [f"### {name}", table(by_turn)]
+    modes = sorted({str(mode) for r in found for mode in r.modes})
+    by_mode = {mode: score("GA", TURNS, mode) for mode in modes}
+    return [*out, "### Session success by mode", table(by_mode)]
 
 
 def _by_seed(result: Result) -> str:
@@ -293,7 +310,6 @@ def _minutes(result: Result) -> str:
 
 
 def _about_intervals(found: Sequence[Result], settings: Settings) -> str:
-    seeds = max(len(r.seeds) for r in found)
     text = (
         f"Two things could have been others: the training seed and the {settings.sessions} "
         f"held-out sessions. Each of {RESAMPLES} bootstrap resamples (fixed seed) draws seeds "
@@ -303,7 +319,7 @@ def _about_intervals(found: Sequence[Result], settings: Settings) -> str:
         "difference of two arms is resampled as the difference of the same session under the same "
         "seed. The start has no training seed: its interval is over sessions alone."
     )
-    if seeds == 1:
+    if max(len(r.seeds) for r in found) == 1:
         return _wrapped(
             text + " **There is one seed: all intervals are over sessions alone and say nothing "
             "of other seeds.**"
@@ -312,40 +328,41 @@ def _about_intervals(found: Sequence[Result], settings: Settings) -> str:
     spread = ", ".join(f"{deviation:g}" for deviation in COVERAGE)
     return _wrapped(
         text + " A few seeds do not show the spread of all seeds: of simulated differences "
-        "between two arms of three seeds "
-        f"each, {held} were inside their interval where the seeds of an arm had a standard "
-        f"deviation of {spread}, in "
-        "this order. Hence the column of single seeds."
+        f"between two arms of three seeds each, {held} were inside their interval where the seeds "
+        f"of an arm had a standard deviation of {spread}, in this order. Hence the column of "
+        "single seeds."
     )
 
 
 def _arms(found: Sequence[Result]) -> str:
-    def settings_of(r: Result) -> str:
-        row = r.rows[0]
-        changed = [
-            f"`{section}.{name} = {str(value).lower() if isinstance(value, bool) else value}`"
-            for section, values in row["overrides"].items()
-            for name, value in values.items()
-        ]
-        return ", ".join([f"preset `{row['preset']}`", *changed])
-
+    head = ["name", "arm", "what it is", "differs only in this from", "settings"]
     lines = [
         [
             f"`{r.arm.name}`",
             _title(r, found),
             r.arm.isolates,
             f"`{r.arm.beside}`" if r.arm.beside else "–",
-            settings_of(r),
+            _settings_of(r),
         ]
         for r in found
     ]
-    table = _table(["name", "arm", "what it is", "differs only in this from", "settings"], lines)
     common = (
         "All arms train without a distance to the start (`train.kl_weight = 0`, also where the "
         "preset has one) and in the default sizes but for those above. NFT samples by ODE, each "
         "sibling from its own initial noise."
     )
-    return f"{table}\n\n{_wrapped(common)}"
+    return f"{_table(head, lines)}\n\n{_wrapped(common)}"
+
+
+def _settings_of(result: Result) -> str:
+    """The preset of an arm, and what it changes in it, as its row has them."""
+    row = result.rows[0]
+    said = [f"preset `{row['preset']}`"]
+    for section, values in row["overrides"].items():
+        for name, value in values.items():
+            shown = str(value).lower() if isinstance(value, bool) else value
+            said.append(f"`{section}.{name} = {shown}`")
+    return ", ".join(said)
 
 
 # -------------------------------------------------------------------------------------------- plots
@@ -354,26 +371,25 @@ def _arms(found: Sequence[Result]) -> str:
 def _panels(found: Sequence[Result]) -> list[tuple[str, list[Series]]]:
     panels = []
     for title, names in _PANELS:
-        series = []
-        for colour, name in enumerate(names):
-            # The start may stand in several rows; the plot takes the one sampled as most arms are.
-            of = sorted((r for r in found if r.arm.name == name), key=lambda r: r.sampler == "ode")
-            if not of:
-                continue
-            turns = [interval(of[0].values("GA", t)) for t in range(1, TURNS + 1)]
-            present = [i for i in turns if i is not None]
-            if len(present) == TURNS:
-                series.append(
-                    Series(
-                        _title(of[0], found),
-                        present,
-                        (colour + 5) % 6,
-                        dashed=not of[0].arm.trained,
-                    )
-                )
-        if any(not s.dashed for s in series):  # the start alone compares nothing
-            panels.append((title, series))
+        series = [_series(name, (colour + 5) % 6, found) for colour, name in enumerate(names)]
+        present = [s for s in series if s is not None]
+        if any(not s.dashed for s in present):  # the start alone compares nothing
+            panels.append((title, present))
     return panels
+
+
+def _series(name: str, colour: int, found: Sequence[Result]) -> Series | None:
+    """GA by turn of one arm; None where it was not run, or has no score at a turn."""
+    # The start may stand in several rows; the plot takes the one sampled as most arms are.
+    results = sorted((r for r in found if r.arm.name == name), key=lambda r: r.sampler == "ode")
+    if not results:
+        return None
+    first = results[0]
+    turns = [interval(first.values("GA", t)) for t in range(1, TURNS + 1)]
+    present = [i for i in turns if i is not None]
+    if len(present) < TURNS:
+        return None
+    return Series(_title(first, found), present, colour, dashed=not first.arm.trained)
 
 
 def _differences(findings: Sequence[Finding]) -> list[Difference]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import escape
@@ -58,58 +58,73 @@ class Series:
     dashed: bool = False
 
 
+TOP, BOTTOM, LEFT, RIGHT, HEIGHT = 34, 300, 42, 166, 340
+"""Of the plot by turn: the ends of its y axis, a panel's space beside its x axis, and all of it."""
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Where the values of a panel lie. x: the ends of its axis; y: the values at its ends; count:
+    the turns."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    count: int
+
+    def px(self, turn: int) -> float:
+        left, right = self.x
+        return left + (right - left) * (turn + 0.5) / self.count
+
+    def py(self, value: float) -> float:
+        low, high = self.y
+        return BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP)
+
+    def axes(self, title: str) -> list[str]:
+        left, right = self.x
+        parts = [_text(left, 18, title, "ink name")]
+        for tick in ticks(*self.y):
+            y = self.py(tick)
+            parts.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
+            parts.append(_text(left - 6, y + 4, label(tick), "soft", "end"))
+        for turn in range(self.count):
+            parts.append(_text(self.px(turn), BOTTOM + 18, f"turn {turn + 1}", "soft", "middle"))
+        return parts
+
+    def line(self, series: Series, shift: float) -> list[str]:
+        """Means by turn, each with its interval."""
+        points = [(self.px(t) + shift, self.py(i.mean)) for t, i in enumerate(series.turns)]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        dash = ' stroke-dasharray="5 4"' if series.dashed else ""
+        parts = [f'<path class="line s{series.colour}"{dash} d="M{path}"/>']
+        for (x, y), i in zip(points, series.turns, strict=True):
+            bar = f"M{x:.1f} {self.py(i.low):.1f}V{self.py(i.high):.1f}"
+            parts.append(f'<path class="bar s{series.colour}" d="{bar}"/>')
+            parts.append(f'<circle class="f{series.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>')
+        return parts
+
+
 def lines_by_turn(panels: Sequence[tuple[str, Sequence[Series]]], name: str) -> str:
     """A panel for each group of arms, on one scale: means by turn with their intervals, side by
     side within a turn."""
-    top, bottom, left, right, height = 34, 300, 42, 166, 340
+    every = [s for _, of in panels for s in of]
+    scale = value_range([y for s in every for i in s.turns for y in (i.low, i.high)])
+    count = max(len(s.turns) for s in every)
     width = WIDTH / len(panels)
-    low, high = value_range(
-        [y for _, of in panels for s in of for i in s.turns for y in (i.low, i.high)]
-    )
-    count = max(len(s.turns) for _, of in panels for s in of)
-
-    def y(value: float) -> float:
-        return bottom - (value - low) / (high - low) * (bottom - top)
-
-    parts, said = [], []
+    parts = []
     for p, (title, series) in enumerate(panels):
-        x0, x1 = p * width + left, (p + 1) * width - right
-
-        def x(turn: int, x0: float = x0, x1: float = x1) -> float:
-            return x0 + (x1 - x0) * (turn + 0.5) / count
-
-        parts.append(_text(x0, 18, title, "ink name"))
-        for tick in ticks(low, high):
-            parts.append(f'<path class="grid" d="M{x0:.1f} {y(tick):.1f}H{x1:.1f}"/>')
-            parts.append(_text(x0 - 6, y(tick) + 4, label(tick), "soft", "end"))
-        parts += [_text(x(t), bottom + 18, f"turn {t + 1}", "soft", "middle") for t in range(count)]
-        ends = []
+        panel = _Panel((p * width + LEFT, (p + 1) * width - RIGHT), scale, count)
+        parts += panel.axes(title)
         for k, s in enumerate(series):
-            shift = (k - (len(series) - 1) / 2) * 7
-            points = [(x(t) + shift, y(i.mean)) for t, i in enumerate(s.turns)]
-            dash = ' stroke-dasharray="5 4"' if s.dashed else ""
-            parts.append(
-                f'<path class="line s{s.colour}"{dash} d="M'
-                + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
-                + '"/>'
-            )
-            for (a, b), i in zip(points, s.turns, strict=True):
-                parts.append(
-                    f'<path class="bar s{s.colour}" d="M{a:.1f} {y(i.low):.1f}V{y(i.high):.1f}"/>'
-                )
-                parts.append(f'<circle class="f{s.colour}" cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>')
-            ends.append((points[-1][1], s))
-            said.append(f"{s.title} {s.turns[-1].mean:.3f}")
-        parts += _end_labels(sorted(ends, key=lambda end: end[0]), x1 + 4, top, bottom)
-    parts.append(
-        _text(WIDTH / 2, height - 6, f"{name}, mean with its 95 % interval", "soft", "middle")
-    )
-    return _svg(parts, height, f"{name} by turn. At the last turn: {'; '.join(said)}.")
+            parts += panel.line(s, shift=(k - (len(series) - 1) / 2) * 7)
+        ends = sorted(((panel.py(s.turns[-1].mean), s) for s in series), key=lambda end: end[0])
+        parts += _end_labels(ends, panel.x[1] + 4, BOTTOM)
+    title = f"{name}, mean with its 95 % interval"
+    parts.append(_text(WIDTH / 2, HEIGHT - 6, title, "soft", "middle"))
+    said = "; ".join(f"{s.title} {s.turns[-1].mean:.3f}" for s in every)
+    return _svg(parts, HEIGHT, f"{name} by turn. At the last turn: {said}.")
 
 
-def _end_labels(
-    ends: Sequence[tuple[float, Series]], x: float, top: float, bottom: float
-) -> list[str]:
+def _end_labels(ends: Sequence[tuple[float, Series]], x: float, bottom: float) -> list[str]:
     """Names at the right edge, pushed apart where lines end close together."""
     gap = 15.0
     ys = [y for y, _ in ends]
@@ -138,11 +153,9 @@ def forest(rows: Sequence[Difference], name: str) -> str:
     """Differences with their intervals, one a row; small dots are the single seeds."""
     left, right, top, step = 310, 240, 14, 30
     bottom = top + step * len(rows)
-    values = [
-        v
-        for row in rows
-        for v in (row.interval.low, row.interval.high, *row.interval.by_seed, row.mark, 0.0)
-    ]
+    values = [0.0]
+    for row in rows:
+        values += [row.interval.low, row.interval.high, *row.interval.by_seed, row.mark]
     low, high = value_range(values, unit=False)
 
     def x(value: float) -> float:
@@ -154,27 +167,35 @@ def forest(rows: Sequence[Difference], name: str) -> str:
         parts.append(f'<path class="{kind}" d="M{x(tick):.1f} {top}V{bottom}"/>')
         parts.append(_text(x(tick), bottom + 16, label(tick), "soft", "middle"))
     for k, row in enumerate(rows):
-        y, i = top + (k + 0.5) * step, row.interval
-        held = i.low <= row.mark <= i.high
-        colour = 5 if held else 0 if i.low > row.mark else 1
+        y = top + (k + 0.5) * step
         if row.mark:
-            parts.append(
-                f'<path class="zero" stroke-dasharray="3 3" d="M{x(row.mark):.1f} '
-                f'{y - 13:.1f}v26"/>'
-            )
+            mark = f"M{x(row.mark):.1f} {y - 13:.1f}v26"
+            parts.append(f'<path class="zero" stroke-dasharray="3 3" d="{mark}"/>')
         parts.append(_text(left - 12, y + 4, row.text, "ink", "end"))
-        parts.append(f'<path class="bar s{colour}" d="M{x(i.low):.1f} {y:.1f}H{x(i.high):.1f}"/>')
-        if len(i.by_seed) > 1:
-            parts += [
-                f'<circle class="f{colour}" cx="{x(v):.1f}" cy="{y + 7:.1f}" r="1.6"/>'
-                for v in i.by_seed
-            ]
-        parts.append(f'<circle class="f{colour}" cx="{x(i.mean):.1f}" cy="{y:.1f}" r="4"/>')
-        parts.append(
-            _text(
-                WIDTH - right + 12, y + 4, f"{i.mean:+.3f}  {row.verdict}".replace("-", "−"), "ink"
-            )
-        )
+        parts += _whisker(row, x, y)
+        verdict = f"{row.interval.mean:+.3f}  {row.verdict}".replace("-", "−")
+        parts.append(_text(WIDTH - right + 12, y + 4, verdict, "ink"))
     parts.append(_text(x((low + high) / 2), bottom + 34, name, "soft", "middle"))
     said = "; ".join(f"{r.text} {r.interval.mean:+.3f} ({r.verdict})" for r in rows)
     return _svg(parts, bottom + 44, f"{name}. {said}.")
+
+
+def _whisker(row: Difference, x: Callable[[float], float], y: float) -> list[str]:
+    """One difference: its interval, its seeds, its mean."""
+    i, colour = row.interval, _verdict_colour(row)
+    parts = [f'<path class="bar s{colour}" d="M{x(i.low):.1f} {y:.1f}H{x(i.high):.1f}"/>']
+    if len(i.by_seed) > 1:
+        parts += [_dot(x(value), y + 7, 1.6, colour) for value in i.by_seed]
+    return [*parts, _dot(x(i.mean), y, 4, colour)]
+
+
+def _verdict_colour(row: Difference) -> int:
+    """Its place in the palette: grey where the interval holds the mark, else by the side it is
+    on."""
+    if row.interval.low <= row.mark <= row.interval.high:
+        return 5
+    return 0 if row.interval.low > row.mark else 1
+
+
+def _dot(x: float, y: float, radius: float, colour: int) -> str:
+    return f'<circle class="f{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}"/>'

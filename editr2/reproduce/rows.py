@@ -20,11 +20,10 @@ import numpy as np
 from editr2.config import Config
 from editr2.errors import ConfigError
 from editr2.reproduce.arms import ARMS, TURNS, Arm, Settings
-from editr2.run.tracking import read_metrics
+from editr2.run.tracking import Row, read_metrics
 from editr2.sessions.source import HELDOUT_SEED
 from editr2.worlds.shapes import make_session
 
-Row = dict[str, Any]
 Key = tuple[str, int | None, str]
 """Arm, training seed (none for the start itself), sampler of the evaluation."""
 
@@ -60,12 +59,7 @@ def make_row(
 ) -> Row:
     """A row from an evaluation's row of `metrics.jsonl`. facts: seconds, threads and device of the
     run, and what `fingerprints` says."""
-    scores = evaluation["per_session"]
-    last = [[scores[name][i][-1] for name in WEIGHTS] for i in range(len(scores["ga"]))]
-    reward = [
-        None if None in of else sum(w * s for w, s in zip(WEIGHTS.values(), of, strict=True))
-        for of in last
-    ]
+    turns = ("if", "cc", "ga", "marginal")
     return {
         "arm": arm.name,
         "seed": seed,
@@ -77,25 +71,14 @@ def make_row(
         "start": facts.get("start"),
         "iterations": settings.iterations if arm.trained else 0,
         "seconds": facts.get("seconds"),
-        **{
-            f"{name}_turn": _means(evaluation[f"{name}_turn"])
-            for name in ("if", "cc", "ga", "marginal")
-        },
+        **{f"{name}_turn": _means(evaluation[f"{name}_turn"]) for name in turns},
         "success": _rounded(evaluation["success"]["mean"], 6),
         "by_mode": {
             mode: {"ga_turn": _list(part["ga_turn"], 6), "success": _rounded(part["success"], 6)}
             for mode, part in evaluation["by_mode"].items()
         },
         "intents_right": _rounded(evaluation["intents_right"], 6),
-        # By turn, then by session; the reward of the last turn.
-        "per_session": {
-            **{
-                name: [_list(turn, 3) for turn in zip(*scores[name], strict=True)]
-                for name in ("if", "cc", "ga")
-            },
-            "reward": _list(reward, 3),
-            "mode": list(_modes(len(last))),
-        },
+        "per_session": _per_session(evaluation["per_session"]),
         "version": importlib.metadata.version("editr2"),
         "date": date.today().isoformat(),
         "machine": {
@@ -104,6 +87,21 @@ def make_row(
             "device": facts.get("device"),
         },
     }
+
+
+def _per_session(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores by turn, then by session; the reward of the last turn; the modes."""
+    by_turn = {
+        name: [_list(turn, 3) for turn in zip(*scores[name], strict=True)] for name in WEIGHTS
+    }
+    count = len(scores["ga"])
+    last = [[scores[name][i][-1] for name in WEIGHTS] for i in range(count)]
+    reward = [None if None in of else _weighted(of) for of in last]
+    return {**by_turn, "reward": _list(reward, 3), "mode": list(_modes(count))}
+
+
+def _weighted(scores: Sequence[float]) -> float:
+    return sum(w * s for w, s in zip(WEIGHTS.values(), scores, strict=True))
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
@@ -203,13 +201,12 @@ class Result:
     def values(self, metric: str, turn: int = TURNS, mode: str | None = None) -> np.ndarray:
         """[seeds, sessions] of IF, CC, GA, marginal (IF = 1 at this turn) or success (GA = 1 at the
         last), of the sessions of one mode or of all."""
-        if metric in ("IF", "CC", "GA"):
-            values = self.scores[metric.lower()][:, turn - 1]
+        if metric == "marginal":
+            values = _whole(self.scores["if"][:, turn - 1])
+        elif metric == "success":
+            values = _whole(self.scores["ga"][:, -1])
         else:
-            of = (
-                self.scores["if"][:, turn - 1] if metric == "marginal" else self.scores["ga"][:, -1]
-            )
-            values = np.where(np.isnan(of), np.nan, of >= 1 - 1e-6)
+            values = self.scores[metric.lower()][:, turn - 1]
         return values if mode is None else values[:, self.modes == mode]
 
     def pick(self, seeds: Sequence[int | None]) -> Result:
@@ -228,6 +225,11 @@ class Result:
         )
 
 
+def _whole(scores: np.ndarray) -> np.ndarray:
+    """Whether a score is all of 1; NaN where it is missing."""
+    return np.where(np.isnan(scores), np.nan, scores >= 1 - 1e-6)
+
+
 def results(rows: Mapping[Key, Row]) -> list[Result]:
     """The rows by arm and sampler, in the order of `ARMS`; rows of arms that no longer exist are
     left out."""
@@ -235,15 +237,15 @@ def results(rows: Mapping[Key, Row]) -> list[Result]:
     for arm in ARMS:
         mine = [row for row in rows.values() if row["arm"] == arm.name]
         for sampler in sorted({row["sampler"] for row in mine}):
-            of = sorted(
-                (row for row in mine if row["sampler"] == sampler), key=lambda row: row["seed"] or 0
-            )
-            scores = {
-                name: np.array([row["per_session"][name] for row in of], dtype=np.float64)
-                for name in ("if", "cc", "ga")
-            }
-            modes = np.array(of[0]["per_session"]["mode"])
-            out.append(
-                Result(arm, sampler, tuple(row["seed"] for row in of), scores, modes, tuple(of))
-            )
+            out.append(_result(arm, sampler, [row for row in mine if row["sampler"] == sampler]))
     return out
+
+
+def _result(arm: Arm, sampler: str, rows: Sequence[Row]) -> Result:
+    rows = sorted(rows, key=lambda row: row["seed"] or 0)
+    scores = {
+        name: np.array([row["per_session"][name] for row in rows], dtype=np.float64)
+        for name in WEIGHTS
+    }
+    modes = np.array(rows[0]["per_session"]["mode"])
+    return Result(arm, sampler, tuple(row["seed"] for row in rows), scores, modes, tuple(rows))

@@ -37,7 +37,7 @@ TAIL = 8
 
 
 @dataclass(frozen=True)
-class Run:
+class ArmRun:
     """One arm under one training seed."""
 
     arm: Arm
@@ -51,6 +51,14 @@ class Run:
     @property
     def label(self) -> str:
         return f"{self.arm.name} seed {self.seed}"
+
+    @property
+    def sampler(self) -> str:
+        return evaluation_sampler(self.config.eval, self.config.rollout)
+
+    @property
+    def key(self) -> Key:
+        return self.arm.name, self.seed, self.sampler
 
     @property
     def log(self) -> Path:
@@ -84,7 +92,7 @@ def reproduce(
     """
     # Seed by seed, so that an interrupted reproduction has whole seeds.
     runs = [
-        Run(arm, seed, arm_config(arm, settings, seed, out / arm.name / f"seed{seed}"))
+        ArmRun(arm, seed, arm_config(arm, settings, seed, out / arm.name / f"seed{seed}"))
         for seed in range(seeds)
         for arm in arms
         if arm.trained
@@ -100,12 +108,12 @@ def reproduce(
         _check_earlier(run)
     count = 0
 
-    def done(run: Run) -> None:
+    def done(run: ArmRun) -> None:
         nonlocal count
         count += 1
         rows.update(run_rows(run, settings, rows))
         write_rows(docs, rows)
-        row = rows[run.arm.name, run.seed, evaluation_sampler(run.config)]
+        row = rows[run.key]
         start = _evaluation(run, "before")["ga_turn"][-1]["mean"]
         progress = f"turn-{len(row['ga_turn'])} GA {_shown(start)} -> {_shown(row['ga_turn'][-1])}"
         print(
@@ -113,7 +121,7 @@ def reproduce(
             flush=True,
         )
 
-    def failed(run: Run, reason: str) -> None:
+    def failed(run: ArmRun, reason: str) -> None:
         failures.append(run.label)
         print(f"{run.label}: failed, {reason}\n{_tail(run.log)}", flush=True)
 
@@ -122,13 +130,11 @@ def reproduce(
         if run.finished():
             done(run)
     # A row is enough: the folder it came from may have stayed on another machine.
-    missing = [
-        run for run in runs if (run.arm.name, run.seed, evaluation_sampler(run.config)) not in rows
-    ]
+    missing = [run for run in runs if run.key not in rows]
     _side_by_side(missing, jobs, done, failed)
     for arm in arms:
         config = arm_config(arm, settings, 0, out / arm.name)
-        sampler = evaluation_sampler(config)
+        sampler = evaluation_sampler(config.eval, config.rollout)
         if not arm.trained and (arm.name, None, sampler) not in rows:
             rows[arm.name, None, sampler] = make_row(
                 arm, None, sampler, settings, evaluate_start(config), **fingerprints(config)
@@ -137,7 +143,7 @@ def reproduce(
     return failures
 
 
-def _check_credit(runs: Sequence[Run]) -> None:
+def _check_credit(runs: Sequence[ArmRun]) -> None:
     from editr2.rl.credit import credit_options
 
     for run in runs:
@@ -158,7 +164,7 @@ def _current(rows: Mapping[Key, Row], settings: Settings) -> bool:
     return True
 
 
-def _check_earlier(run: Run) -> None:
+def _check_earlier(run: ArmRun) -> None:
     """A finished run of other settings is neither used nor overwritten."""
     file = run.folder / "config.yaml"
     if not (run.finished() and file.exists()):
@@ -181,7 +187,7 @@ def _head(config: Config) -> str:
     return f"# starts from {fingerprints(config)['start']}\n"
 
 
-def _evaluation(run: Run, name: str) -> Row:
+def _evaluation(run: ArmRun, name: str) -> Row:
     return next(
         row
         for row in reversed(run.metrics())
@@ -189,7 +195,7 @@ def _evaluation(run: Run, name: str) -> Row:
     )
 
 
-def run_rows(run: Run, settings: Settings, known: dict[Key, Row]) -> dict[Key, Row]:
+def run_rows(run: ArmRun, settings: Settings, known: dict[Key, Row]) -> dict[Key, Row]:
     """The row of a finished run, and that of the start it began from where none is known: the same
     settings, weights and sessions were evaluated before training."""
     metrics = run.metrics()
@@ -200,15 +206,12 @@ def run_rows(run: Run, settings: Settings, known: dict[Key, Row]) -> dict[Key, R
         "device": start["device"],
         **fingerprints(run.config),
     }
-    sampler = evaluation_sampler(run.config)
-    key: Key = (run.arm.name, run.seed, sampler)
-    rows: dict[Key, Row] = {
-        key: make_row(
-            run.arm, run.seed, sampler, settings, _evaluation(run, "after"), seconds=took, **facts
-        )
-    }
-    if key in known and {**known[key], "date": None} == {**rows[key], "date": None}:
-        rows[key] = known[key]  # measured then, read again today
+    key, sampler = run.key, run.sampler
+    after = _evaluation(run, "after")
+    row = make_row(run.arm, run.seed, sampler, settings, after, seconds=took, **facts)
+    if key in known and {**known[key], "date": None} == {**row, "date": None}:
+        row = known[key]  # measured then, read again today
+    rows: dict[Key, Row] = {key: row}
     (base,) = find_arms(start_of(run.arm))
     if (base.name, None, sampler) not in known:
         before = make_row(base, None, sampler, settings, _evaluation(run, "before"), **facts)
@@ -222,23 +225,31 @@ def evaluate_start(config: Config) -> Row:
     from editr2.rewards.world import WorldReward
     from editr2.rl.evaluate import evaluate
     from editr2.rl.sampler import eval_sampler
+    from editr2.rl.sessions import sessions_for
     from editr2.run.processes import open_processes
-    from editr2.sessions.source import open_sessions
 
     policy = load_policy(config.policy)
-    heldout = open_sessions(config, policy).heldout
+    heldout = sessions_for(config, policy).heldout
     return evaluate(
-        policy, WorldReward(), heldout, eval_sampler(config), config, open_processes()
+        policy,
+        WorldReward(),
+        heldout,
+        eval_sampler(config.rollout, config.eval),
+        config,
+        open_processes(),
     ).row(0, "before")
 
 
 def _side_by_side(
-    runs: Sequence[Run], jobs: int, done: Callable[[Run], None], failed: Callable[[Run, str], None]
+    runs: Sequence[ArmRun],
+    jobs: int,
+    done: Callable[[ArmRun], None],
+    failed: Callable[[ArmRun, str], None],
 ) -> None:
     """Trains `runs` in order, `jobs` at a time, each with its share of the cores. Whatever ends
     this call ends them."""
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
-    waiting, running = deque(runs), list[tuple[Run, subprocess.Popen[bytes]]]()
+    waiting, running = deque(runs), list[tuple[ArmRun, subprocess.Popen[bytes]]]()
     with _terminated_as_interrupted():
         try:
             while waiting or running:
@@ -265,7 +276,7 @@ def _side_by_side(
                     process.wait()
 
 
-def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(run: ArmRun, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     run.file.write_text(_head(run.config) + dump_yaml(run.config))
     with run.log.open("wb") as log:

@@ -29,7 +29,13 @@ from editr2.config import plugins
 from editr2.config.plugins import process_kept
 from editr2.errors import ConfigError
 from editr2.rewards import answers
-from editr2.rewards.answers import NOT_A_SCORE, Row, batch_rows, failed_rows, session_rows
+from editr2.rewards.answers import (
+    NOT_A_SCORE,
+    TurnScores,
+    batch_scores,
+    failed_turns,
+    session_scores,
+)
 from editr2.rewards.base import Item, Score, Scores, described, lay_out
 from editr2.sessions import Session
 
@@ -55,14 +61,14 @@ class CheckedReward:
         self,
         given: object,
         names: tuple[str, ...],
-        rows: Callable[[Sequence[Item]], list[list[Row]]],
+        rows: Callable[[Sequence[Item]], list[list[TurnScores]]],
         together: bool,
         caller: Caller,
     ) -> None:
         self.given, self.names, self.answered = given, names, False
         self._rows, self._together, self._caller = rows, together, caller
 
-    def judge(self, items: Sequence[Item]) -> list[list[Row]]:
+    def judge(self, items: Sequence[Item]) -> list[list[TurnScores]]:
         """A row a turn for every item, of a `Score` for each name."""
         items = [Item(_apart(item.session), item.images) for item in items]
         calls = [items] if self._together else [[item] for item in items]
@@ -72,14 +78,14 @@ class CheckedReward:
         )
         return said
 
-    def _call(self, items: Sequence[Item]) -> list[list[Row]]:
+    def _call(self, items: Sequence[Item]) -> list[list[TurnScores]]:
         turns = [
             len(item.session.turns) for item in items
         ]  # before the reward had them in its hands
         try:
             return self._caller.call(lambda: self._rows(items))
         except NoAnswerError as error:
-            return [failed_rows(str(error), n, self.names) for n in turns]
+            return [failed_turns(str(error), n, self.names) for n in turns]
 
 
 def score_batch(reward: object, judged: Sequence[tuple[Session, np.ndarray]], turns: int) -> Scores:
@@ -129,11 +135,11 @@ def adapt(given: object, *, title: str = "reward", timeout: float | None = None)
     except BaseException as error:  # of its attributes: `names` may be a property
         raise ConfigError(f"{title}: {called(given)} raised {told(error)}") from error
 
-    def rows(items: Sequence[Item]) -> list[list[Row]]:
+    def rows(items: Sequence[Item]) -> list[list[TurnScores]]:
         said, turns = function(items), [len(item.session.turns) for item in items]
         if together:
-            return batch_rows(said, turns, names, none)
-        return [session_rows(said, turns[0], names, none)]
+            return batch_scores(said, turns, names, none)
+        return [session_scores(said, turns[0], names, none)]
 
     return CheckedReward(made, names, rows, together, Caller(timeout))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from editr2.rewards.base import Score, described
 
-Row = dict[str, Score]
+TurnScores = dict[str, Score]
 
 NOT_A_SCORE = Score(
     None,
@@ -26,35 +26,35 @@ NOT_A_SCORE = Score(
 """What None stands for, except in TRL's manner, where it is `Score.not_applicable()`."""
 
 
-def failed_rows(reason: str, turns: int, names: Sequence[str]) -> list[Row]:
+def failed_turns(reason: str, turns: int, names: Sequence[str]) -> list[TurnScores]:
     """No score at all, for one reason."""
     return [dict.fromkeys(names, Score(None, reason)) for _ in range(turns)]
 
 
-def batch_rows(
+def batch_scores(
     said: object, turns: Sequence[int], names: Sequence[str], none: Score
-) -> list[list[Row]]:
+) -> list[list[TurnScores]]:
     """Rows of many sessions, of so many `turns` each, from one answer about all of them."""
     sessions = _listed(said, len(turns))
     if sessions is None or len(sessions) != len(turns):
         wrong = described(said) if sessions is None else _count(said, sessions, len(turns))
         reason = f"{wrong} came back for {len(turns)} sessions (accepted: one entry a session)"
-        return [failed_rows(reason, n, names) for n in turns]
-    return [session_rows(one, n, names, none) for one, n in zip(sessions, turns, strict=True)]
+        return [failed_turns(reason, n, names) for n in turns]
+    return [session_scores(one, n, names, none) for one, n in zip(sessions, turns, strict=True)]
 
 
-def session_rows(said: object, turns: int, names: Sequence[str], none: Score) -> list[Row]:
+def session_scores(said: object, turns: int, names: Sequence[str], none: Score) -> list[TurnScores]:
     """Rows of a session of so many `turns`. What is no sequence is said of the whole session, of
     each turn."""
     rows = _listed(said, turns)
     if rows is None:
-        return [_row(said, names, none)] * turns
+        return [_turn_scores(said, names, none)] * turns
     if len(rows) != turns:
         wrong = _count(said, rows, turns)
-        return failed_rows(
+        return failed_turns(
             f"{wrong} came back for {turns} turns (accepted: one entry a turn)", turns, names
         )
-    return [_row(row, names, none) for row in rows]
+    return [_turn_scores(row, names, none) for row in rows]
 
 
 def _listed(said: Any, expected: int) -> list[Any] | None:
@@ -77,7 +77,7 @@ def _count(said: object, entries: list[Any], expected: int) -> str:
     return f"{more}{expected if more else count} {'entry' if count == 1 else 'entries'}"
 
 
-def _row(said: object, names: Sequence[str], none: Score) -> Row:
+def _turn_scores(said: object, names: Sequence[str], none: Score) -> TurnScores:
     """Scores of one turn."""
     if isinstance(said, Mapping):
         unknown = [name for name in said if name not in names]

@@ -29,22 +29,23 @@ GRAPHS = 64  # kept a policy, the latest used; more shapes than that cost more r
 
 class Stepped(NamedTuple):
     """x_next [B, *latent] in the dtype of x, log_prob [B]; velocity, combined, like x_next where it
-    is kept. witness: float32 [B], not finite where the velocity or a branch of its guidance is
-    not."""
+    is kept; x0, the clean prediction, like x_next where the next step reads it. witness: float32
+    [B], not finite where the velocity or a branch of its guidance is not."""
 
     x_next: Tensor
     log_prob: Tensor
     velocity: Tensor | None
+    x0: Tensor | None
     witness: Tensor
 
     def clone(self) -> Stepped:
-        velocity = None if self.velocity is None else self.velocity.clone()
-        return Stepped(self.x_next.clone(), self.log_prob.clone(), velocity, self.witness.clone())
+        copies: Any = (None if value is None else value.clone() for value in self)
+        return Stepped(*copies)
 
 
-Step = Callable[[Tensor, Tensor, Any, Tensor, Tensor, Tensor], Stepped]
-"""(x [B, *latent], sigma [B], context, transition table, step_index [B], seed [B]) -> the caller's
-own tensors."""
+Step = Callable[..., Stepped]
+"""(x [B, *latent], sigma [B], context, transition table, step_index [B], seed [B], and m_prev like
+x where the table has rows of second order) -> the caller's own tensors."""
 
 
 def denoising_step(
@@ -56,12 +57,15 @@ def denoising_step(
     table: Tensor,
     step_index: Tensor,
     seed: Tensor,
+    m_prev: Tensor | None = None,
 ) -> Stepped:
     v = policy.velocity(x, sigma, context)
-    step = sde_step(x, v.v, table, step_index, seed, **v.guidance)
+    second = m_prev is not None
+    step = sde_step(x, v.v, table, step_index, seed, m_prev=m_prev, return_x0=second, **v.guidance)
     branches = (v.guidance[name] for name in ("v_uncond", "v_uncond_image") if name in v.guidance)
     seen = sum((witness(branch) for branch in branches), witness(v.v))
-    return Stepped(step.x_next, step.log_prob, v.combined(sigma) if keep_velocity else None, seen)
+    velocity = v.combined(sigma) if keep_velocity else None
+    return Stepped(step.x_next, step.log_prob, velocity, step.x0, seen)
 
 
 def check_capture(how: str, device: torch.device) -> None:

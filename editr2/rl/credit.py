@@ -112,10 +112,10 @@ def assign_credit(scores: Scores, group: Tensor, config: CreditConfig) -> GroupA
         torch.zeros_like(scores.present, dtype=torch.float32),
         torch.zeros_like(scores.present),
     )
-    for rows, width in parts:
-        values, present = scores.values[rows, :width], scores.present[rows, :width]
-        part = group_advantage(values, group[rows], options, weights=weights, mask=present)
-        advantage[rows, :width], mask[rows, :width] = part.advantage, part.mask
+    for samples, width in parts:
+        values, present = scores.values[samples, :width], scores.present[samples, :width]
+        part = group_advantage(values, group[samples], options, weights=weights, mask=present)
+        advantage[samples, :width], mask[samples, :width] = part.advantage, part.mask
     return GroupAdvantage(advantage, mask)
 
 

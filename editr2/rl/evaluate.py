@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from editr2.config import Config, RolloutConfig
+from editr2.config import Config, CreditConfig, RolloutConfig
 from editr2.policies.base import Intent, Policy
 from editr2.rewards.adapt import CheckedReward, adapt, score_batch
 from editr2.rewards.base import (
@@ -124,8 +124,8 @@ def success(scores: Scores) -> Tensor:
     full = scores.values >= 1 - 1e-6
     if "GA" in scores.names:
         last = (scores.expected.sum(1) - 1).clamp(min=0)
-        rows = torch.arange(len(last))
-        right, scored = full[rows, last, scores.names.index("GA")], scores.present[rows, last]
+        each = torch.arange(len(last))
+        right, scored = full[each, last, scores.names.index("GA")], scores.present[each, last]
     else:
         right = (full.all(-1) | ~scores.expected).all(1)
         scored = (scores.present | ~scores.expected).all(1)
@@ -278,7 +278,8 @@ def draw_strips(
     parts = processes.gather([(judge(reward, done, turns), drawn)])
     if processes.main:
         scores = merge_scores([s for s, _ in parts])
-        _write_strips(folder, name, [d for _, part in parts for d in part], scores, config)
+        strips = [strip for _, part in parts for strip in part]
+        _write_strips(folder, name, strips, scores, config.credit, r.siblings)
 
 
 def _first_of(chunk: Chunk, place: int) -> _Drawn:
@@ -290,15 +291,20 @@ def _first_of(chunk: Chunk, place: int) -> _Drawn:
 
 
 def _write_strips(
-    folder: Path, name: str, drawn: Sequence[_Drawn], scores: Scores, config: Config
+    folder: Path,
+    name: str,
+    drawn: Sequence[_Drawn],
+    scores: Scores,
+    config: CreditConfig,
+    siblings: int,
 ) -> None:
-    rewards = weighted_reward(scores, config.credit.weights)
-    group = torch.arange(len(drawn)).repeat_interleave(config.rollout.siblings)
-    credit = assign_credit(scores, group, config.credit)
+    rewards = weighted_reward(scores, config.weights)
+    group = torch.arange(len(drawn)).repeat_interleave(siblings)
+    credit = assign_credit(scores, group, config)
     _clear(folder, name)
     strips: list[dict[str, Any]] = []
     for place, strip in enumerate(drawn):
-        session, row = strip.session, place * config.rollout.siblings
+        session, row = strip.session, place * siblings
         Image.fromarray(session.image).save(folder / name / f"{place:03d}.png")
         shown = []
         for t, (turn, intent) in enumerate(zip(session.turns, strip.intents, strict=True)):

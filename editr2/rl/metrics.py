@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from editr2.config import Config
+from editr2.config import EvalConfig, TrainConfig
 from editr2.policies.base import Policy, parameter_count
 from editr2.rewards.base import Scores, weights_of
 from editr2.rl.credit import weighted_reward
 from editr2.rl.evaluate import mean_se, success
-from editr2.rl.gradient import STATISTICS
+from editr2.rl.gradient import SUMS
+from editr2.rl.losses import LOSSES
 from editr2.rl.rollout import Chunk
 from editr2.run.identity import Identity
 from editr2.run.processes import Processes
@@ -35,7 +36,7 @@ class Clock:
         self.seconds[name] += time.perf_counter() - start
 
 
-def rows_due(iteration: int, config: Config) -> list[str]:
+def rows_due(iteration: int, t: TrainConfig, evaluation: EvalConfig) -> list[str]:
     """Which rows the record has to hold, besides the train rows of the iterations done, before the
     next one begins; in their order. Rows of an evaluation are called by its name.
 
@@ -43,9 +44,9 @@ def rows_due(iteration: int, config: Config) -> list[str]:
     not matter where a run was killed.
     """
     due = ["start", "before"] if iteration == 0 else []
-    if iteration and config.eval.every and iteration % config.eval.every == 0:
+    if iteration and evaluation.every and iteration % evaluation.every == 0:
         due.append("during")
-    if iteration >= config.train.iterations:
+    if iteration >= t.iterations:
         due += ["after", "comparison"]
     return due
 
@@ -58,11 +59,13 @@ def find_row(record: Sequence[dict[str, Any]], name: str, iteration: int) -> dic
     return None
 
 
-def rows_lost(record: Sequence[dict[str, Any]], iteration: int, config: Config) -> list[str]:
+def rows_lost(
+    record: Sequence[dict[str, Any]], iteration: int, t: TrainConfig, evaluation: EvalConfig
+) -> list[str]:
     """Rows of before a checkpoint that are not in the record and cannot be made any more, as `train
     3`."""
     due = [("train", i) for i in range(iteration)]
-    due += [(name, i) for i in range(iteration) for name in rows_due(i, config)]
+    due += [(name, i) for i in range(iteration) for name in rows_due(i, t, evaluation)]
     there = {
         (name, row.get("iteration"))
         for row in record
@@ -76,15 +79,15 @@ def rows_lost(record: Sequence[dict[str, Any]], iteration: int, config: Config) 
 
 
 def start_row(
-    config: Config,
+    weights: dict[str, float],
     source: SessionSource,
     processes: Processes,
     policy: Policy,
     rewards: Sequence[str],
     identity: Identity,
 ) -> dict[str, Any]:
-    """identity: what the run depends on and where it was made; `resumed` gets an entry from each
-    process that goes on with it."""
+    """weights: `credit.weights`. identity: what the run depends on and where it was made; `resumed`
+    gets an entry from each process that goes on with it."""
     return {
         "event": "start",
         "iteration": 0,
@@ -93,14 +96,16 @@ def start_row(
         "threads": torch.get_num_threads(),
         "trainable_parameters": parameter_count(policy.module, trainable_only=True),
         "heldout_is_training": source.heldout_is_training,
-        "rewards": weights_of(rewards, config.credit.weights),
+        "rewards": weights_of(rewards, weights),
         "identity": {"depends": identity.depends, **identity.made, "resumed": []},
     }
 
 
 def train_row(
     iteration: int,
-    config: Config,
+    t: TrainConfig,
+    groups: int,
+    weights: dict[str, float],
     scores: Scores,
     credit: GroupAdvantage,
     done: list[Chunk],
@@ -108,27 +113,28 @@ def train_row(
     clock: Clock,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Metrics of all processes; means leave out turns without a score. totals: one entry an
-    optimiser step. Losses and shares are those of the last pass over the rollout; ratio errors
-    those of its first step."""
+    """Metrics of all processes; means leave out turns without a score. groups: of the iteration.
+    weights: `credit.weights`. totals: one entry an optimiser step. Losses and shares are those of
+    the last pass over the rollout; ratio errors those of its first step."""
     intents = _Intents.of(done)
-    last = totals[-config.train.minibatches :]
+    last = totals[-t.minibatches :]
     # Each step's loss is a mean over its own minibatch.
-    shares = {"loss", "kl", "text_loss"}
+    shares, logs = {"loss", "kl", "text_loss"}, LOSSES[t.loss].logs
     sums = {
         name: sum(part[name] for part in last) / (len(last) if name in shares else 1)
-        for name in STATISTICS
+        for name in (*SUMS, *logs)
     }
     parts = processes.gather([(sums, totals[0], clock.seconds, intents)])
     sampled, right, known, failed, tokens = (
         sum(column) for column in zip(*(p[3] for p in parts), strict=True)
     )
-    reward = weighted_reward(scores, config.credit.weights)
-    flat = reward.view(config.rollout.sessions, -1)
+    reward = weighted_reward(scores, weights)
+    flat = reward.view(groups, -1)
     spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
     values = torch.where(scores.present[..., None], scores.values, torch.nan)
     trained = credit.advantage[credit.mask]
-    totals_of = {name: sum(p[0][name] for p in parts) for name in STATISTICS}
+    totals_of = {name: sum(p[0][name] for p in parts) for name in sums}
+    counted = max(1.0, totals_of["samples"])
     return {
         "event": "train",
         "iteration": iteration,
@@ -141,8 +147,9 @@ def train_row(
         "success": mean_se(success(scores))["mean"],
         "ratio_error": max(p[1]["ratio_error"] for p in parts),
         "loss": totals_of["loss"],
-        "kl": totals_of["kl"] if config.train.kl_weight > 0 else None,
-        "clip_fraction": totals_of["clipped"] / max(1.0, totals_of["rows"]),
+        "kl": totals_of["kl"] if t.kl_weight > 0 else None,
+        "clip_fraction": totals_of.get("clipped", 0.0) / counted,
+        **{name: totals_of[name] / counted for name in logs if name != "clipped"},
         "grad_norm": totals[-1]["grad_norm"],
         "advantage_abs": float(trained.abs().mean()) if len(trained) else 0.0,
         "zero_variance_groups": float((spread <= 0).float().mean()),

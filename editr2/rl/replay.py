@@ -1,19 +1,19 @@
-"""What training computes again of a rollout: velocities at stored places and log-probs of sampled
-intents.
+"""What training computes again of a rollout: velocities where a loss asks for them, and log-probs
+of sampled intents.
 
 Only for turns that are `needed`: one that is masked, or whose advantage is exactly 0 where nothing
 else pulls (half of all turns, since siblings often score alike), adds nothing to the gradient and
 is left out.
 
 Two ways, equal up to rounding: *walking* through the sessions as the rollout did, and one *packed*
-forward of whole sessions where the policy has one. Both give `Part`s: rows of the chunk's places,
-mixed over turns and steps, with what the present weights predict there. The reference and the old
-policy are replayed the same way under their own weights, so their parts come in the same rows.
+forward of whole sessions where the policy has one. Both give `Part`s: some of the chunk's queries,
+mixed over turns and places, with what the present weights predict there. The reference and the old
+policy are replayed the same way under their own weights, so their parts hold the same queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,15 +21,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from editr2.policies.base import PackedPolicy, Policy, TextPolicy, TokenScores, TurnTask, Velocity
+from editr2.policies.base import (
+    PackedPolicy,
+    Policy,
+    TextPolicy,
+    TokenScores,
+    TurnTask,
+    Velocity,
+)
 from editr2.rl.rollout import Chunk, TurnRecord, Walk
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where velocities are asked for, turn by turn: x [M, Q, *latent] and sigma [M, Q].
+class Queries:
+    """Where velocities are asked for, turn by turn: x [M, Q, *latent] and sigma [M, Q], Q places
+    for each of the turn's M rollouts.
 
-    Rows number all of them, in the order (turn, rollout, place): `first[t] + m * Q + q`.
+    All of them are numbered in the order (turn, rollout, place): `first[t] + m * Q + q`.
     """
 
     x: list[Tensor]
@@ -40,21 +48,27 @@ class Places:
         counts = [s.numel() for s in self.sigma]
         return [sum(counts[:t]) for t in range(len(counts))]
 
+    def where(self, number: int) -> tuple[int, int]:
+        """The turn and the place of a query, both from 0."""
+        turn = max(t for t, first in enumerate(self.first) if first <= number)
+        return turn, (number - self.first[turn]) % self.sigma[turn].shape[1]
+
 
 @dataclass(frozen=True)
 class Answers:
-    """Token scores of one turn's intents; `rollout`: positions in the turn's record, int64 [B]."""
+    """Token scores of one turn's intents; at: positions in the turn's record, int64 [B]."""
 
     turn: int
-    rollout: Tensor
+    at: Tensor
     scores: TokenScores
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of `Places` with their velocity, and the answers that were scored with them."""
+    """Some queries by their numbers, int64 [R], with their velocity, and the answers that were
+    scored with them."""
 
-    rows: Tensor
+    index: Tensor
     velocity: Velocity
     answers: list[Answers]
 
@@ -62,7 +76,7 @@ class Part:
 @dataclass(frozen=True)
 class ReplayOptions:
     """packed: one forward a session. context_gradient: let gradients through the context.
-    micro_batch: rows a forward (None: the needed rollouts of one turn and step). temperature: of
+    micro_batch: queries a forward (None: the needed rollouts of one turn and step). temperature: of
     the sampled intents. text: score the intents."""
 
     packed: bool
@@ -73,9 +87,9 @@ class ReplayOptions:
 
 
 def replay(
-    policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor
+    policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> Iterator[Part]:
-    """Parts that cover every row of the needed turns once (and perhaps others); with gradients
+    """Parts that cover every query of the needed turns once (and perhaps others); with gradients
     where they are enabled. With `context_gradient` there is at most one part, since its backward
     pass goes through everything.
 
@@ -84,9 +98,9 @@ def replay(
     if not bool(needed.any()):
         return
     if options.packed:
-        yield _packed(policy, chunk, places, options, needed)
+        yield _packed(policy, chunk, queries, options, needed)
     else:
-        yield from _walked(policy, chunk, places, options, needed)
+        yield from _walked(policy, chunk, queries, options, needed)
 
 
 PACKED_SHARE = 0.9
@@ -96,7 +110,7 @@ rollouts, 0.9 with 8 (docs/measured.md)."""
 
 
 def can_pack(
-    policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor
+    policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> bool:
     """Whether the policy's packed forward is there and cheaper for this chunk, by its own count."""
     if not isinstance(policy, PackedPolicy):
@@ -106,127 +120,151 @@ def can_pack(
         return False
     return all(
         policy.packs(tasks, context_gradient=options.context_gradient)
-        for _, tasks in _by_length(chunk, places, options.text, needed, counting=True)
+        for _, tasks in _by_length(chunk, queries, options.text, needed, counting=True)
     )
 
 
 # ------------------------------------------------------------------------------------------ walking
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rollouts of one turn and place behind one context; rows: theirs among `Places`."""
-
-    context: Any
-    x: Tensor
-    sigma: Tensor
-    rows: Tensor
-
-
 def _walked(
-    policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor
+    policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> Iterator[Part]:
-    waiting: list[_Block] = []
+    waiting = _Waiting(policy)
     answers: list[Answers] = []
-    for turn, (rollouts, asking, context) in enumerate(_contexts(policy, chunk, options, needed)):
-        record, q = chunk.turns[turn], places.sigma[turn].shape[1]
-        live = needed[rollouts, turn].nonzero()[:, 0]
-        if not len(live):
-            continue
-        if len(live) < len(rollouts):
-            context = policy.select(context, live)
-        at = torch.searchsorted(record.rollout, rollouts[live])
-        if options.text and record.questions is not None:
-            if len(live) < len(rollouts):
-                asking = policy.select(asking, live)
-            answers.append(_answer(policy, asking, turn, record, at, options.temperature))
-        on = at.to(places.x[turn].device)
-        for place in range(q):
-            rows = places.first[turn] + at * q + place
-            waiting.append(
-                _Block(context, places.x[turn][on, place], places.sigma[turn][on, place], rows)
-            )
-            limit = options.micro_batch or len(at)
-            while not options.context_gradient and sum(len(b.rows) for b in waiting) >= limit:
-                block, waiting = _take(policy, waiting, limit)
-                yield Part(
-                    block.rows, policy.velocity(block.x, block.sigma, block.context), answers
-                )
+    for turn in _turns(policy, chunk, options, needed):
+        if options.text and turn.record.questions is not None:
+            answers.append(_answer(policy, turn, options.temperature))
+        for place in range(queries.sigma[turn.number].shape[1]):
+            waiting.add(_asked(turn, place, queries))
+            # Whose gradient goes through the context goes through all of it at once, at the end.
+            limit = options.micro_batch or len(turn.at)
+            while not options.context_gradient and len(waiting) >= limit:
+                yield _answered(policy, waiting.take(limit), answers)
                 answers = []
-    if waiting:
-        block, _ = _take(policy, waiting, sum(len(b.rows) for b in waiting))
-        yield Part(block.rows, policy.velocity(block.x, block.sigma, block.context), answers)
+    if len(waiting):
+        yield _answered(policy, waiting.take(len(waiting)), answers)
 
 
-def _contexts(
-    policy: Policy, chunk: Chunk, options: ReplayOptions, needed: Tensor
-) -> Iterator[tuple[Tensor, Any, Any]]:
-    """(rollouts, the context that their intents are asked on, the context behind their
-    instruction), turn by turn, of the rollouts that have a needed turn from there on."""
+@dataclass(frozen=True)
+class _Turn:
+    """A turn of the walk. at: positions in its record of the rollouts that are needed. context:
+    behind their instruction; asking: before it, where their intents are asked (None if they are
+    not)."""
+
+    number: int
+    record: TurnRecord
+    at: Tensor
+    context: Any
+    asking: Any
+
+
+def _turns(policy: Policy, chunk: Chunk, options: ReplayOptions, needed: Tensor) -> Iterator[_Turn]:
+    """The turns that anybody needs, in order. The walk carries on whoever needs a later turn."""
     walk: Walk | None = None
-    for turn, record in enumerate(chunk.turns):
-        if not bool(needed[:, turn:].any()):
+    for number, record in enumerate(chunk.turns):
+        if not bool(needed[:, number:].any()):
             return
         # Left before every yield: a generator's frame would keep the mode set for its caller.
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.context_gradient):
             if walk is None:
                 walk = Walk(policy, chunk)
-            if turn:
-                walk.drop(needed[:, turn:].any(1))
-                before = chunk.turns[turn - 1]
-                walk.advance(
-                    turn, before.images[torch.searchsorted(before.rollout, walk.rollout).numpy()]
-                )
+            if number:
+                walk.drop(needed[:, number:].any(1))
+                before = chunk.turns[number - 1]
+                seen = torch.searchsorted(before.rollout, walk.rollout)
+                walk.advance(number, before.images[seen.numpy()])
             asking = walk.context
             at = torch.searchsorted(record.rollout, walk.rollout)
             context = walk.instruct([record.text[i] for i in at.tolist()])
-        yield walk.rollout, asking, context
+        live = needed[walk.rollout, number].nonzero()[:, 0]
+        if not len(live):
+            continue
+        asks = options.text and record.questions is not None
+        if len(live) < len(at):
+            context = policy.select(context, live)
+            asking = policy.select(asking, live) if asks else None
+        yield _Turn(number, record, at[live], context, asking if asks else None)
 
 
-def _answer(
-    policy: Policy, context: Any, turn: int, record: TurnRecord, at: Tensor, temperature: float
-) -> Answers:
+def _answer(policy: Policy, turn: _Turn, temperature: float) -> Answers:
+    record, at = turn.record, turn.at.tolist()
     assert record.questions is not None and record.intents is not None
-    ids = [record.intents[i].ids for i in at.tolist()]
-    questions = record.questions.select(at.tolist())
     scores = cast(TextPolicy, policy).answer_log_prob(
-        context, questions, ids, temperature=temperature
+        turn.asking,
+        record.questions.select(at),
+        [record.intents[i].ids for i in at],
+        temperature=temperature,
     )
-    return Answers(turn, at, scores)
+    return Answers(turn.number, turn.at, scores)
 
 
-def _take(policy: Policy, waiting: Sequence[_Block], limit: int) -> tuple[_Block, list[_Block]]:
-    """The first `limit` rows as one block, and what is left."""
-    taken: list[_Block] = []
-    left = list(waiting)
-    while limit and left:
-        block = left.pop(0)
-        if len(block.rows) > limit:
-            head, tail = torch.arange(limit), torch.arange(limit, len(block.rows))
-            left.insert(0, _part_of(policy, block, tail))
-            block = _part_of(policy, block, head)
-        taken.append(block)
-        limit -= len(block.rows)
-    if len(taken) == 1:
-        return taken[0], left
-    return _Block(
-        policy.join([b.context for b in taken]),
-        torch.cat([b.x for b in taken]),
-        torch.cat([b.sigma for b in taken]),
-        torch.cat([b.rows for b in taken]),
-    ), left
+@dataclass(frozen=True)
+class _Block:
+    """Queries behind one context; index: their numbers."""
+
+    context: Any
+    x: Tensor
+    sigma: Tensor
+    index: Tensor
 
 
-def _part_of(policy: Policy, block: _Block, at: Tensor) -> _Block:
-    on = at.to(block.x.device)
-    return _Block(policy.select(block.context, at), block.x[on], block.sigma[on], block.rows[at])
+def _asked(turn: _Turn, place: int, queries: Queries) -> _Block:
+    """One place of a turn, for all of its rollouts that are needed."""
+    x, sigma = queries.x[turn.number], queries.sigma[turn.number]
+    on = turn.at.to(x.device)
+    index = queries.first[turn.number] + turn.at * sigma.shape[1] + place
+    return _Block(turn.context, x[on, place], sigma[on, place], index)
+
+
+def _answered(policy: Policy, block: _Block, answers: list[Answers]) -> Part:
+    return Part(block.index, policy.velocity(block.x, block.sigma, block.context), answers)
+
+
+class _Waiting:
+    """Blocks that wait until there are as many queries as a forward takes, in their order."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.blocks: list[_Block] = []
+
+    def __len__(self) -> int:
+        return sum(len(block.index) for block in self.blocks)
+
+    def add(self, block: _Block) -> None:
+        self.blocks.append(block)
+
+    def take(self, limit: int) -> _Block:
+        """The first `limit` queries as one block; a block that reaches beyond them is cut."""
+        taken: list[_Block] = []
+        while limit and self.blocks:
+            block = self.blocks.pop(0)
+            if len(block.index) > limit:
+                head, tail = torch.arange(limit), torch.arange(limit, len(block.index))
+                self.blocks.insert(0, self._cut(block, tail))
+                block = self._cut(block, head)
+            taken.append(block)
+            limit -= len(block.index)
+        if len(taken) == 1:
+            return taken[0]
+        return _Block(
+            self.policy.join([b.context for b in taken]),
+            torch.cat([b.x for b in taken]),
+            torch.cat([b.sigma for b in taken]),
+            torch.cat([b.index for b in taken]),
+        )
+
+    def _cut(self, block: _Block, at: Tensor) -> _Block:
+        on = at.to(block.x.device)
+        context = self.policy.select(block.context, at)
+        return _Block(context, block.x[on], block.sigma[on], block.index[at])
 
 
 # ------------------------------------------------------------------------------------------- packed
 
 
 def _by_length(
-    chunk: Chunk, places: Places, text: bool, needed: Tensor, *, counting: bool = False
+    chunk: Chunk, queries: Queries, text: bool, needed: Tensor, *, counting: bool = False
 ) -> Iterator[tuple[Tensor, list[TurnTask]]]:
     """Rollouts with any needed turn whose sessions have equally many turns, and those turns.
     counting: with latents of the right shape that are anybody's, since nobody reads them."""
@@ -238,15 +276,15 @@ def _by_length(
         for turn in range(length):
             record = chunk.turns[turn]
             at = torch.searchsorted(record.rollout, rollouts)
-            on: Any = slice(len(at)) if counting else at.to(places.x[turn].device)
+            on: Any = slice(len(at)) if counting else at.to(queries.x[turn].device)
             asked = text and record.questions is not None
             picked = at.tolist()
             tasks.append(
                 TurnTask(
                     [record.text[i] for i in picked],
                     record.images[at.numpy()],
-                    places.x[turn][on],
-                    places.sigma[turn][on],
+                    queries.x[turn][on],
+                    queries.sigma[turn][on],
                     record.questions.select(picked) if asked and record.questions else None,
                     [record.intents[i].ids for i in picked] if asked and record.intents else None,
                 )
@@ -255,10 +293,10 @@ def _by_length(
 
 
 def _packed(
-    policy: Policy, chunk: Chunk, places: Places, options: ReplayOptions, needed: Tensor
+    policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> Part:
-    rows, velocities, answers = [], [], []
-    for rollouts, tasks in _by_length(chunk, places, options.text, needed):
+    index, velocities, answers = [], [], []
+    for rollouts, tasks in _by_length(chunk, queries, options.text, needed):
         images = np.stack([chunk.session_of(i).image for i in rollouts.tolist()])
         done = cast(PackedPolicy, policy).replay_packed(
             images,
@@ -268,9 +306,9 @@ def _packed(
         )
         for turn, result in enumerate(done):
             at = torch.searchsorted(chunk.turns[turn].rollout, rollouts)
-            q = places.sigma[turn].shape[1]
-            rows.append((places.first[turn] + at[:, None] * q + torch.arange(q)).flatten())
+            q = queries.sigma[turn].shape[1]
+            index.append((queries.first[turn] + at[:, None] * q + torch.arange(q)).flatten())
             velocities.append(result.velocity.v)
             if result.tokens is not None:
                 answers.append(Answers(turn, at, result.tokens))
-    return Part(torch.cat(rows), Velocity(torch.cat(velocities)), answers)
+    return Part(torch.cat(index), Velocity(torch.cat(velocities)), answers)

@@ -23,7 +23,7 @@ from editr2.config import PolicyConfig, RolloutConfig
 from editr2.errors import NonFiniteError
 from editr2.policies.base import Intent, Policy, Questions, TextPolicy, device_of
 from editr2.policies.finite import LOOK_AT, read_turn
-from editr2.rl.compiled_step import capture_step
+from editr2.rl.compiled_step import Stepped, capture_step
 from editr2.rl.sampler import Sampler
 from editr2.rl.seeds import derive_seed, seed_tensor
 from editr2.sessions import Session
@@ -37,8 +37,9 @@ class TurnRecord:
     rollout: int64 [M], position in the chunk. text: what the context got. questions, intents: what
     the intents were asked and what was sampled; None without text. x, x_next: [M, W, *latent] the
     window's transitions, in the storage dtype; step_index: int64 [M, W]; sigma: [M, W]; log_prob:
-    [M, W]. velocity: as x, combined, only when asked for.
-    x0: [M, *latent], the clean latents. images: uint8 [M, H, W, 3].
+    [M, W]. x0: [M, *latent], the clean latents. images: uint8 [M, H, W, 3]. velocity: as x,
+    combined, only when asked for. m_prev: as x, what the step before took for the clean image, only
+    where the sampler is of second order.
     """
 
     rollout: Tensor
@@ -53,6 +54,7 @@ class TurnRecord:
     x0: Tensor
     images: np.ndarray
     velocity: Tensor | None = None
+    m_prev: Tensor | None = None
 
 
 @dataclass
@@ -215,28 +217,8 @@ def rollout_chunk(
     for turn in range(max(len(s.turns) for s in chunk.sessions)):
         if turn:
             walk.advance(turn, chunk.turns[-1].images)
-        rows = walk.rollout
-        raw = [
-            [u.instruction for u in chunk.session_of(i).turns[: turn + 1]] for i in rows.tolist()
-        ]
-        text, questions, intents = [r[-1] for r in raw], None, None
-        if turn and options.intent and policy.writes_text:
-            questions = Questions(
-                [r[:-1] for r in raw], text, [chunk.session_of(i).mode for i in rows.tolist()]
-            )
-            intents = cast(TextPolicy, policy).intend(
-                walk.context,
-                questions,
-                None if greedy else seeds.text(chunk, rows, turn).to(device),
-                temperature=options.temperature,
-                max_tokens=options.intent_tokens,
-            )
-            for i, intent in zip(rows.tolist(), intents, strict=True):
-                if not all(map(math.isfinite, intent.log_prob)):
-                    raise _non_finite(
-                        chunk, turn, i, "intent's log-probs", "look at policy.weights"
-                    )
-            text = [intent.text or said for intent, said in zip(intents, text, strict=True)]
+        rollouts = walk.rollout
+        text, questions, intents = _said(policy, walk, turn, seeds, options, greedy)
         path, velocity = _denoise(
             policy,
             chunk,
@@ -244,16 +226,44 @@ def rollout_chunk(
             walk.instruct(text),
             sampler,
             seeds,
-            rows,
+            rollouts,
             rollout or RolloutConfig(),
             keep_velocity,
         )
         images, bad = read_turn(policy, path["x0"], velocity)
         if bad is not None:
             at, what = bad
-            raise _non_finite(chunk, turn, int(rows[at]), what, LOOK_AT[what])
-        chunk.turns.append(TurnRecord(rows, text, questions, intents, **path, images=images))
+            raise _non_finite(chunk, turn, int(rollouts[at]), what, LOOK_AT[what])
+        chunk.turns.append(TurnRecord(rollouts, text, questions, intents, **path, images=images))
     return chunk
+
+
+def _said(
+    policy: Policy, walk: Walk, turn: int, seeds: Seeds, options: PolicyConfig, greedy: bool
+) -> tuple[list[str], Questions | None, list[Intent] | None]:
+    """What the context gets as this turn's instruction, and, where the policy writes intents, what
+    they were asked and what was sampled: then the intents stand in for the raw instructions."""
+    chunk, rollouts = walk.chunk, walk.rollout.tolist()
+    sessions = [chunk.session_of(i) for i in rollouts]
+    raw = [[u.instruction for u in session.turns[: turn + 1]] for session in sessions]
+    text = [instructions[-1] for instructions in raw]
+    if not (turn and options.intent and policy.writes_text):
+        return text, None, None
+    earlier = [instructions[:-1] for instructions in raw]
+    questions = Questions(earlier, text, [session.mode for session in sessions])
+    on = device_of(policy.module)
+    intents = cast(TextPolicy, policy).intend(
+        walk.context,
+        questions,
+        None if greedy else seeds.text(chunk, walk.rollout, turn).to(on),
+        temperature=options.temperature,
+        max_tokens=options.intent_tokens,
+    )
+    for i, intent in zip(rollouts, intents, strict=True):
+        if not all(map(math.isfinite, intent.log_prob)):
+            raise _non_finite(chunk, turn, i, "intent's log-probs", "look at policy.weights")
+    spoken = [intent.text or said for intent, said in zip(intents, text, strict=True)]
+    return spoken, questions, intents
 
 
 def _non_finite(chunk: Chunk, turn: int, rollout: int, what: str, advice: str) -> NonFiniteError:
@@ -271,7 +281,7 @@ def _denoise(
     rollouts: Tensor,
     options: RolloutConfig,
     keep_velocity: bool,
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Any], Tensor]:
     """The fields of a `TurnRecord` that one turn's denoising gives, and the sum of its velocities'
     `witness`, [M].
 
@@ -279,73 +289,75 @@ def _denoise(
     window opens: up to there only each group's first rollout is denoised, and then copied to the
     others. Who is denoised when is known before the first step, and reaches the device at once.
     """
-    device, m, w = sampler.table.device, len(rollouts), sampler.window
+    device, m = sampler.table.device, len(rollouts)
     dtype = torch.bfloat16 if options.store_dtype == "bfloat16" else torch.float32
-    starts = sampler.first_start + seeds.start(
-        chunk, rollouts, turn, sampler.last_start - sampler.first_start + 1
-    )
-    leader = (
-        rollouts // chunk.siblings * chunk.siblings
-        if turn == 0 and options.shared_noise
-        else rollouts
-    )
-    if not w:
-        leader = rollouts
+    choices = sampler.last_start - sampler.first_start + 1
+    starts = sampler.first_start + seeds.start(chunk, rollouts, turn, choices)
+    together = turn == 0 and options.shared_noise and sampler.window > 0
+    leader = rollouts // chunk.siblings * chunk.siblings if together else rollouts
     plan = [_move(sampler, k, starts, leader, leader == rollouts) for k in range(sampler.steps)]
-    window, initial = (
-        seeds.window(chunk, rollouts, turn),
-        seeds.initial(chunk, rollouts, turn, options.shared_noise),
-    )
+    window = seeds.window(chunk, rollouts, turn)
+    initial = seeds.initial(chunk, rollouts, turn, options.shared_noise)
     noise_seeds, first, *indices = _in_one_copy(
         [window, initial, *(t for move in plan for t in move)], device
     )
-    moves = [
-        _Move(*indices[i : i + len(_Move._fields)])
-        for i in range(0, len(indices), len(_Move._fields))
-    ]
+    size = len(_Move._fields)
+    moves = [_Move(*indices[i : i + size]) for i in range(0, len(indices), size)]
     x = philox_normal(first, INITIAL_STEP, policy.latent_shape).to(dtype)
-    stored = torch.empty(m, w, *policy.latent_shape, device=device, dtype=dtype)
-    following, velocity = (
-        torch.empty_like(stored),
-        torch.empty_like(stored) if keep_velocity else None,
-    )
-    log_prob = torch.empty(m, w, device=device)
-    step_index = torch.empty(m, w, dtype=torch.int64, device=device)
+    clean = torch.zeros_like(x) if sampler.second_order else None  # as the step before had it
+    kept = _Window(x, sampler, keep_velocity)
     seen = torch.zeros(m, device=device)
     take = capture_step(policy, options.capture, device, keep_velocity)
     count, here = 0, context
     for k, move in enumerate(moves):
         if len(move.joining):
-            x[move.joining] = x[move.leader]
+            for value in (x, clean) if clean is not None else (x,):
+                value[move.joining] = value[move.leader]
         if len(move.live) != count:
             count = len(move.live)
             here = context if count == m else policy.select(context, plan[k].live)
-        x_live = x if count == m else x[move.live]
-        sigma = sampler.sigmas[k].expand(count)
-        step = take(x_live, sigma, here, sampler.table, move.row, noise_seeds[move.live])
+        everyone = count == m
+        x_live = x if everyone else x[move.live]
+        before = clean if everyone or clean is None else clean[move.live]
+        second = () if before is None else (before,)
+        sigma, seed = sampler.sigmas[k].expand(count), noise_seeds[move.live]
+        step = take(x_live, sigma, here, sampler.table, move.row, seed, *second)
         if len(move.inside):
-            at, slot = move.at, move.slot
-            stored[at, slot], following[at, slot] = x_live[move.inside], step.x_next[move.inside]
-            log_prob[at, slot], step_index[at, slot] = (
-                step.log_prob[move.inside],
-                move.row[move.inside],
-            )
-            if velocity is not None and step.velocity is not None:
-                velocity[at, slot] = step.velocity[move.inside].to(dtype)
-        if count == m:
-            x, seen = step.x_next, seen + step.witness
+            kept.store(move, x_live, before, step)
+        if everyone:
+            x, clean, seen = step.x_next, step.x0, seen + step.witness
         else:
             x[move.live] = step.x_next
+            if clean is not None and step.x0 is not None:
+                clean[move.live] = step.x0
             seen[move.live] += step.witness
-    path = {
-        "x": stored,
-        "x_next": following,
-        "step_index": step_index,
-        "log_prob": log_prob,
-        "x0": x,
-    }
-    path |= {"sigma": sampler.sigmas[step_index % sampler.steps]}
-    return path | ({} if velocity is None else {"velocity": velocity}), seen
+    return {"x0": x, **kept.fields(sampler)}, seen
+
+
+class _Window:
+    """What is stored of the steps inside the window, [M, W, ...] each, as `TurnRecord` has it."""
+
+    def __init__(self, x: Tensor, sampler: Sampler, keep_velocity: bool) -> None:
+        shape = (len(x), sampler.window)
+        self.x = torch.empty(*shape, *x.shape[1:], device=x.device, dtype=x.dtype)
+        self.x_next = torch.empty_like(self.x)
+        self.velocity = torch.empty_like(self.x) if keep_velocity else None
+        self.m_prev = torch.empty_like(self.x) if sampler.second_order else None
+        self.log_prob = torch.empty(*shape, device=x.device)
+        self.step_index = torch.empty(*shape, dtype=torch.int64, device=x.device)
+
+    def store(self, move: _Move, x: Tensor, m_prev: Tensor | None, step: Stepped) -> None:
+        """x, m_prev: what the step was taken from."""
+        place, inside = (move.at, move.slot), move.inside
+        self.x[place], self.x_next[place] = x[inside], step.x_next[inside]
+        self.log_prob[place], self.step_index[place] = step.log_prob[inside], move.row[inside]
+        if self.velocity is not None and step.velocity is not None:
+            self.velocity[place] = step.velocity[inside].to(self.velocity.dtype)
+        if self.m_prev is not None and m_prev is not None:
+            self.m_prev[place] = m_prev[inside]
+
+    def fields(self, sampler: Sampler) -> dict[str, Tensor | None]:
+        return {**vars(self), "sigma": sampler.sigmas[self.step_index % sampler.steps]}
 
 
 class _Move(NamedTuple):

@@ -45,7 +45,7 @@ def run_problems(
         said.add(problem)
         yield problem
     config, trains = mended(config), command in ("train", "check")
-    checks: list[Callable[[], Any]] = [lambda: eval_sampler(config, own)]
+    checks: list[Callable[[], Any]] = [lambda: eval_sampler(config.rollout, config.eval, own)]
     if trains:
         checks.insert(0, lambda: rollout_sampler(config.rollout, own))
     if names is not None:

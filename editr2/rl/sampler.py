@@ -10,24 +10,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from editr2.config import Config, RolloutConfig, noise_problem
-from editr2.config.settings import ROLLOUT_DYNAMICS
+from editr2.config import EvalConfig, RolloutConfig, noise_problem
+from editr2.config.settings import rollout_dynamics
 from editr2.errors import ConfigError
 from editr2.policies.base import Policy, ScheduledPolicy
-from editr2_kernels import flow_sigmas, transition_table
+from editr2_kernels import COLUMNS, flow_sigmas, transition_table
 
 
 @dataclass(frozen=True)
 class Sampler:
     """steps: denoising steps. sigmas: float32 [steps + 1], falling. table: float32 [2 * steps, 8].
     window: SDE steps a turn (0: pure ODE). A window may start at any step from first_start to
-    last_start; `every` moves both on
-    (see `at`)."""
+    last_start; `every` moves both on (see `at`). second_order: some rows read the clean prediction
+    of the step before."""
 
     steps: int
     sigmas: Tensor
@@ -36,6 +35,7 @@ class Sampler:
     last_start: int
     first_start: int = 0
     every: int | None = None
+    second_order: bool = False
 
     def at(self, iteration: int) -> Sampler:
         """The sampler of an iteration: a progressive window (MixGRPO) starts at one step, the next
@@ -81,13 +81,15 @@ def rollout_sampler(
     return sampler
 
 
-def eval_sampler(config: Config, own: Schedule | None = None) -> Sampler:
+def eval_sampler(
+    rollout: RolloutConfig, evaluation: EvalConfig, own: Schedule | None = None
+) -> Sampler:
     """The sampler of evaluation, as `eval.sampler` and `eval.steps` say; own as for
     `rollout_sampler`."""
-    rollout, named = config.rollout, "rollout.steps"
-    if config.eval.steps is not None:
-        rollout, named = dataclasses.replace(rollout, steps=config.eval.steps), "eval.steps"
-    if config.eval.sampler == "rollout":
+    named = "rollout.steps"
+    if evaluation.steps is not None:
+        rollout, named = dataclasses.replace(rollout, steps=evaluation.steps), "eval.steps"
+    if evaluation.sampler == "rollout":
         return rollout_sampler(rollout, own, named)
     return make_sampler(rollout.steps, shift=rollout.shift, own=own, named=named)
 
@@ -116,9 +118,9 @@ def make_sampler(
         raise ConfigError(f"{named}: {steps} (accepted: at least 1)")
     if not 0 <= window <= steps:
         raise ConfigError(f"rollout.window: {window} (accepted: 0 to {named} = {steps})")
-    if dynamics not in ROLLOUT_DYNAMICS:
+    if dynamics not in rollout_dynamics():
         raise ConfigError(
-            f"rollout.dynamics: {dynamics!r} (accepted: {', '.join(ROLLOUT_DYNAMICS)})"
+            f"rollout.dynamics: {dynamics!r} (accepted: {', '.join(rollout_dynamics())})"
         )
     if window and (problem := noise_problem(dynamics, noise_level)):
         raise ConfigError(problem)
@@ -132,9 +134,7 @@ def make_sampler(
         )
         ode = transition_table(sigmas, dynamics="ode", noise_level=0.0)
         sde = (
-            transition_table(sigmas, dynamics=cast(Any, dynamics), noise_level=noise_level)
-            if window
-            else ode
+            transition_table(sigmas, dynamics=dynamics, noise_level=noise_level) if window else ode
         )
     except ValueError as error:  # what no bound of a single field can say
         said = f"{named} {steps}, shift {shift}, dynamics {dynamics} and noise_level {noise_level}"
@@ -148,10 +148,12 @@ def make_sampler(
             "noise and so no log-prob; lower rollout.window_range or rollout.window, or raise "
             "rollout.noise_level"
         )
+    table = torch.cat([ode, sde]).contiguous()
     return Sampler(
         steps,
         torch.as_tensor(sigmas, dtype=torch.float32),
-        torch.cat([ode, sde]).contiguous(),
+        table,
         window,
         last,
+        second_order=bool((table[:, COLUMNS.index("C")] != 0).any()),
     )

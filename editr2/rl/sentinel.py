@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from editr2.config import Config
+from editr2.config import PolicyConfig, RolloutConfig, TrainConfig
 from editr2.errors import UserError
 from editr2.policies.base import Policy, TextPolicy
 from editr2.rl.rollout import Chunk, Seeds, TurnRecord, Walk, rollout_chunk
@@ -21,14 +21,20 @@ class RatioError(UserError):
 
 
 def explain_difference(
-    policy: Policy, chunk: Chunk, sampler: Sampler, seeds: Seeds, config: Config
+    policy: Policy,
+    chunk: Chunk,
+    sampler: Sampler,
+    seeds: Seeds,
+    settings: PolicyConfig,
+    rollout: RolloutConfig,
+    t: TrainConfig,
 ) -> str:
     """Rolls the chunk out again with velocities kept, replays it as training does, and names the
     first difference.
 
     Order of comparison, turn by turn: rollout against its own repetition (text, images, x, x_next),
     then the replay (the intents' tokens, velocity with gradients on, log_prob). The replay goes in
-    rows of at most `train.micro_batch`, as training does, and leaves every graph before the next.
+    blocks of at most `train.micro_batch`, as training does, and leaves every graph before the next.
     Its forwards with gradient have no backward: where weights are sharded nothing can be trained
     afterwards, and the caller raises.
     """
@@ -37,8 +43,8 @@ def explain_difference(
         Chunk(chunk.sessions, chunk.ordinals, chunk.siblings),
         sampler,
         seeds,
-        config.policy,
-        rollout=config.rollout,
+        settings,
+        rollout=rollout,
         keep_velocity=True,
     )
     walk, sampler = Walk(policy, chunk), sampler.to(again.turns[0].x0.device)
@@ -57,14 +63,14 @@ def explain_difference(
             if turn:
                 walk.advance(turn, chunk.turns[turn - 1].images)
             asking, context = walk.context, walk.instruct(old.text)
-        blocks = torch.arange(len(old.text)).split(config.train.micro_batch or len(old.text))
+        blocks = torch.arange(len(old.text)).split(t.micro_batch or len(old.text))
         if old.questions is not None and old.intents is not None:
-            for rows in blocks:
-                found = _answered(policy, asking, old, rows, config.policy.temperature)
-                for i, log_prob in zip(rows.tolist(), found, strict=True):
+            for picked in blocks:
+                found = _answered(policy, asking, old, picked, settings.temperature)
+                for i, log_prob in zip(picked.tolist(), found, strict=True):
                     seen = torch.tensor(old.intents[i].log_prob)
                     gap = _gap(log_prob[: len(seen)], seen)
-                    if gap > config.train.text_ratio_tolerance:
+                    if gap > t.text_ratio_tolerance:
                         return (
                             f"{where}: intent of rollout {i}: sampling and scoring its tokens "
                             f"differ by up to {gap:.3g}"
@@ -72,7 +78,7 @@ def explain_difference(
         assert new.velocity is not None
         for k in range(old.x.shape[1]):
             seen = new.velocity[:, k].float()
-            parts = [_predicted(policy, context, old, k, rows, sampler) for rows in blocks]
+            parts = [_predicted(policy, context, old, k, picked, sampler) for picked in blocks]
             velocity, log_prob = (torch.cat(part) for part in zip(*parts, strict=True))
             gap = _gap(velocity.to(new.velocity.dtype).float(), seen)
             if gap > 1e-5 * float(seen.abs().max()):
@@ -92,18 +98,18 @@ def explain_difference(
     )
 
 
-def _of(policy: Policy, context: Any, record: TurnRecord, rows: Tensor) -> Any:
-    return context if len(rows) == len(record.text) else policy.select(context, rows)
+def _of(policy: Policy, context: Any, record: TurnRecord, picked: Tensor) -> Any:
+    return context if len(picked) == len(record.text) else policy.select(context, picked)
 
 
 def _answered(
-    policy: Policy, context: Any, record: TurnRecord, rows: Tensor, temperature: float
+    policy: Policy, context: Any, record: TurnRecord, picked: Tensor, temperature: float
 ) -> Tensor:
     """Log-probs of the tokens of some rollouts' intents, as training scores them."""
     assert record.questions is not None and record.intents is not None
-    index = rows.tolist()
+    index = picked.tolist()
     scores = cast(TextPolicy, policy).answer_log_prob(
-        _of(policy, context, record, rows),
+        _of(policy, context, record, picked),
         record.questions.select(index),
         [record.intents[i].ids for i in index],
         temperature=temperature,
@@ -112,15 +118,21 @@ def _answered(
 
 
 def _predicted(
-    policy: Policy, context: Any, record: TurnRecord, k: int, rows: Tensor, sampler: Sampler
+    policy: Policy, context: Any, record: TurnRecord, k: int, picked: Tensor, sampler: Sampler
 ) -> tuple[Tensor, Tensor]:
     """Combined velocity and log-prob of some rollouts at window step k, as training computes
     them."""
-    on = rows.to(record.x.device)
+    on = picked.to(record.x.device)
     x, sigma = record.x[on, k], record.sigma[on, k]
-    v = policy.velocity(x, sigma, _of(policy, context, record, rows))
+    v = policy.velocity(x, sigma, _of(policy, context, record, picked))
     replay = sde_log_prob(
-        x, record.x_next[on, k], v.v, sampler.table, record.step_index[on, k], **v.guidance
+        x,
+        record.x_next[on, k],
+        v.v,
+        sampler.table,
+        record.step_index[on, k],
+        m_prev=None if record.m_prev is None else record.m_prev[on, k],
+        **v.guidance,
     )
     return v.combined(sigma).detach(), replay.log_prob.detach()
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editr2.config import Config
+from editr2.config import Config, TrainConfig
 from editr2.errors import CheckpointError, one_line
 from editr2.policies.base import Policy, TextPolicy
 from editr2.policies.finite import check_state
 from editr2.policies.weights import exchanged, load_trainable, mix, snapshot, trainable
+from editr2.rl.losses import LOSSES
 from editr2.rl.seeds import derive_seed
 from editr2.run.checkpoint import (
     Checkpoint,
@@ -137,7 +138,7 @@ class State:
         insisted = settle(found, insist, path)
         check_state(path, saved.tensors, saved.optimizer)
         self._take_on(saved, anything=bool(insisted))
-        self._restore_rng(saved.rng, config, rank)
+        self._restore_rng(saved.rng, config.seed, rank)
         self.iteration, self.elapsed = saved.iteration, float(elapsed)
         different = told(made, identity.made) if made else []
         return Resumed(different, insisted, resumed, not depends, made.get("date"))
@@ -191,14 +192,14 @@ class State:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
 
-    def _restore_rng(self, rng: Any, config: Config, rank: int) -> None:
+    def _restore_rng(self, rng: Any, seed: int, rank: int) -> None:
         ranks = (
             rng if isinstance(rng, list) else [rng]
         )  # editr2 0.1 kept those of the first process
         if rank < len(ranks):
             restore_rng(ranks[rank])
         else:
-            seed_generators(derive_seed(config.seed, "rank", rank))
+            seed_generators(derive_seed(seed, "rank", rank))
         self.rng = capture_rng()
 
     @contextmanager
@@ -207,10 +208,9 @@ class State:
         with exchanged(self.policy.module, self.ema):
             yield self.policy
 
-    def step_copies(self, config: Config, *, iteration_done: bool) -> None:
+    def step_copies(self, t: TrainConfig, *, iteration_done: bool) -> None:
         """After an optimiser step: the average; after an iteration: NFT's old policy,
         old <- d old + (1 - d) theta with d = min(old_decay * iteration, old_decay_max)."""
-        t = config.train
         if not iteration_done:
             if self.ema is not None and t.ema is not None:
                 mix(self.ema, self.policy.module, t.ema)
@@ -242,8 +242,9 @@ def _check_shapes(saved: Checkpoint, name: str, like: Mapping[str, Tensor]) -> N
             raise CheckpointError(f"{file}: {key}: {given} (accepted: {accepted}, the policy's)")
 
 
-def new_state(config: Config, policy: Policy) -> State:
-    t = config.train
+def new_state(t: TrainConfig, policy: Policy) -> State:
+    """At the start of a run: AdamW, and the copies of weights that the settings have a use for."""
+    other = LOSSES[t.loss].weights(t)
     writes = policy.writes_text_with if isinstance(policy, TextPolicy) else (lambda name: False)
     image = {
         "params": [p for n, p in trainable(policy.module).items() if not writes(n)],
@@ -259,7 +260,7 @@ def new_state(config: Config, policy: Policy) -> State:
     return State(
         policy,
         optimizer,
-        reference=snapshot(policy.module) if t.kl_weight > 0 else None,
-        old=snapshot(policy.module) if t.loss == "nft" else None,
+        reference=snapshot(policy.module) if "reference" in other else None,
+        old=snapshot(policy.module) if "old" in other else None,
         ema=snapshot(policy.module) if t.ema is not None else None,
     )

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from editr2.config import Config
+from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.policies.configured import policy_class
 from editr2.run.sources import installed, sources
@@ -49,8 +49,15 @@ from editr2.worlds import shapes
 
 MAY_CHANGE = {"out", "train.iterations", "checkpoint.every", "checkpoint.keep"}
 """Settings that a resumed run may have others of: no number of an iteration follows from them."""
-STANDS_FOR = {"sessions": "data.path", "heldout": "data.heldout", "weights": "policy.weights"}
-"""Fingerprints of what a path leads to: where both are known, the path may be another one."""
+STANDS_FOR = {
+    "sessions": ("data.path",),
+    "heldout": ("data.heldout",),
+    "weights": ("policy.weights",),
+    "reward": ("reward.name", "reward.function"),
+}
+"""Fingerprints of what settings lead to: where both sides know one, another path or name may lead
+there."""
+FINGERPRINTS = (*STANDS_FOR, "start")
 PACKAGES = (
     "editr2",
     "torch",
@@ -81,9 +88,7 @@ class Identity:
     resumed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-def identify(
-    config: Config, source: SessionSource, weights: dict[str, str], reward: Any
-) -> dict[str, str]:
+def identify(source: SessionSource, weights: dict[str, str], reward: Any) -> dict[str, str]:
     """`Identity.depends`. weights: of `loaded_weights` or `given_weights`."""
     endless = f"endless shapes world {shapes.VERSION}, seed {source.seed}, {source.turns} turns"
     return {
@@ -112,13 +117,13 @@ def sessions_fingerprint(sessions: Sequence[Session]) -> str:
 # ------------------------------------------------------------------------------------------ weights
 
 
-def loaded_weights(config: Config) -> dict[str, str]:
+def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
     """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the
     cache holds."""
-    kind = policy_class(config.policy.model)
+    kind = policy_class(policy.model)
     texts = [
         folder_fingerprint(Path(source)) if Path(source).is_dir() else hub_revision(source)
-        for source in kind.sources(config.policy)
+        for source in kind.sources(policy)
     ]
     return {"weights": " over ".join(texts) or kind.default_weights}
 
@@ -423,11 +428,12 @@ def differences(
     for its path.
     """
     defaults = named(Config(), None)
-    both = {name for name in (*STANDS_FOR, "start", "reward") if name in saved and name in now}
-    skipped = {*MAY_CHANGE, *apart_from, *(STANDS_FOR[name] for name in both if name in STANDS_FOR)}
+    both = {name for name in FINGERPRINTS if name in saved and name in now}
+    led = {setting for name in both for setting in STANDS_FOR.get(name, ())}
+    skipped = {*MAY_CHANGE, *apart_from, *led}
     found = {}
     for name in dict.fromkeys([*saved, *now]):
-        if name in skipped or (name in (*STANDS_FOR, "start", "reward") and name not in both):
+        if name in skipped or (name in FINGERPRINTS and name not in both):
             continue
         old, new = (values.get(name, defaults.get(name, _ABSENT)) for values in (saved, now))
         if old != new:
@@ -442,12 +448,11 @@ def check_insisted(insisted: Iterable[str]) -> None:
     """Raises `ConfigError` for a name that stands for nothing a run depends on."""
     settings = named(Config(), None)
     sections = {name.rpartition(".")[0] for name in settings} - {""}
-    known = {*STANDS_FOR, "start", "reward", *settings, *sections}
+    known = {*FINGERPRINTS, *settings, *sections}
     for name in insisted:
         if name not in known:
             accepted = (
-                f"{', '.join([*STANDS_FOR, 'reward'])}, or a setting such as train.lr or a "
-                f"section of them"
+                f"{', '.join(STANDS_FOR)}, or a setting such as train.lr or a section of them"
             )
             raise ConfigError(f"--resume-anyway: {name!r} (accepted: {accepted})")
 

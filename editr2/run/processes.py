@@ -21,21 +21,22 @@ PATIENCE = timedelta(hours=6)
 the default of a GPU's process group is ten."""
 
 
-class Shared(Protocol):
-    """Weights of which every process holds a part."""
-
-    def backward(self, loss: Tensor) -> None:
-        """The backward pass of a loss, once all processes go backward."""
-
-    def finish(self) -> None:
-        """Lends this process's part until all processes are here."""
-
-
 def open_processes() -> Processes:
     handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
     return Processes(
         Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers)
     )
+
+
+class SharedWeights(Protocol):
+    """Weights that are shared out over the processes (`editr2.policies.sharding`): nobody computes
+    with them alone."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Of this process's loss, while the others take theirs."""
+
+    def finish(self) -> None:
+        """Lends this process's part until every process is here."""
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Processes:
     """
 
     accelerator: Accelerator
-    lockstep: Shared | None = None
+    lockstep: SharedWeights | None = None
 
     @property
     def device(self) -> torch.device:

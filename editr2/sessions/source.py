@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from editr2.config import Config
-from editr2.policies.base import Policy, ReadingPolicy
-from editr2.sessions.files import load_sessions
+from editr2.config import DataConfig, EvalConfig, RolloutConfig
+from editr2.sessions.files import Unreadable, load_sessions
+from editr2.sessions.images import Size
 from editr2.sessions.session import Session
 from editr2.worlds import shapes
 
@@ -39,29 +39,35 @@ class SessionSource:
         return self.sessions[int(order[place])]
 
 
-def open_sessions(config: Config, policy: Policy) -> SessionSource:
-    """Reads and checks every session file before anything is trained. Raises `DataError` with file
-    and line, of an instruction that the policy cannot read too.
+def open_sessions(
+    data: DataConfig,
+    rollout: RolloutConfig,
+    evaluation: EvalConfig,
+    *,
+    seed: int,
+    size: Size,
+    unreadable: Unreadable | None = None,
+) -> SessionSource:
+    """Reads and checks every session file before anything is trained.
 
-    Images are of the policy's size from here on (`data.resize`), for the policy and for whoever
-    judges.
+    size, unreadable: of the policy, its images' (height, width) and what it cannot make of
+    instructions; see `load_sessions`. Images are of that size from here on (`data.resize`), for the
+    policy and for whoever judges.
+
+    Raises `DataError` with file and line.
     """
-    data = config.data
-    unreadable = policy.unreadable if isinstance(policy, ReadingPolicy) else None
-    load = partial(load_sessions, size=policy.image_size, resize=data.resize, unreadable=unreadable)
+    load = partial(load_sessions, size=size, resize=data.resize, unreadable=unreadable)
     train = load(data.path, limit=data.limit) if data.path else None
-    count = config.eval.sessions
+    count = evaluation.sessions
     if data.heldout:
         heldout = load(data.heldout, limit=count)
     elif train is not None:
         heldout = train[:count]
     else:
+        turns = evaluation.turns or rollout.turns
         heldout = [
-            shapes.make_session(
-                HELDOUT_SEED, i, split="heldout", turns=config.eval.turns or config.rollout.turns
-            )
-            for i in range(count)
+            shapes.make_session(HELDOUT_SEED, i, split="heldout", turns=turns) for i in range(count)
         ]
     return SessionSource(
-        config.seed, config.rollout.turns, train, heldout, not data.heldout and train is not None
+        seed, rollout.turns, train, heldout, not data.heldout and train is not None
     )

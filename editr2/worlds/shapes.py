@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -59,28 +60,10 @@ ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 COLOUR_NAMES = tuple(COLOURS)
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
-WORDS = (
-    *(
-        "add",
-        "remove",
-        "paint",
-        "move",
-        "set",
-        "a",
-        "the",
-        "to",
-        "it",
-        "is",
-        "always",
-        "use",
-        "background",
-    ),
-    *SHAPES,
-    *COLOUR_NAMES,
-    *BACKGROUND_NAMES,
-    *ROWS,
-    *COLUMNS,
-)
+VERBS = ("add", "remove", "paint", "move", "set")
+PARTICLES = ("a", "the", "to", "it", "is", "always", "use", "background")
+WORDS = (*VERBS, *PARTICLES, *SHAPES, *COLOUR_NAMES, *BACKGROUND_NAMES, *ROWS, *COLUMNS)
+"""The vocabulary; its order is that of the shipped weights' embeddings."""
 HELDOUT_MODULUS = 8  # one source scene in eight belongs to the held-out split
 
 Object = tuple[str, str]  # (shape, colour)
@@ -101,6 +84,12 @@ class Scene:
 
     def free(self) -> list[int]:
         return [i for i, content in enumerate(self.cells) if content is None]
+
+    def object(self, cell: int) -> Object:
+        """What stands in an occupied cell."""
+        content = self.cells[cell]
+        assert content is not None
+        return content
 
     @property
     def heldout(self) -> bool:
@@ -141,7 +130,7 @@ class Op:
 
 
 @dataclass(frozen=True)
-class State:
+class Meaning:
     """What the instructions so far mean: the expected scene, the standing rule, the pronoun's cell,
     touched cells."""
 
@@ -184,7 +173,7 @@ def parse_instruction(text: str) -> Op:
         return take(SHAPES, f"a shape ({', '.join(SHAPES)})"), take_position()
 
     colours = f"a colour ({', '.join(COLOUR_NAMES)})"
-    kind = take(("add", "remove", "paint", "move", "set"), "add, remove, paint, move or set")
+    kind = take(VERBS, "add, remove, paint, move or set")
     if kind == "add":
         take(("a",), "'a'")
         colour = take(COLOUR_NAMES, colours, optional=True)
@@ -217,7 +206,7 @@ def parse_instruction(text: str) -> Op:
     return op
 
 
-def resolve(state: State, op: Op) -> Op:
+def resolve(state: Meaning, op: Op) -> Op:
     """The self-contained form of `op` (the ground-truth intent): pronoun and standing rule filled
     in.
 
@@ -251,7 +240,7 @@ def resolve(state: State, op: Op) -> Op:
     return replace(op, shape=content[0], colour=colour, cell=cell)
 
 
-def execute(state: State, op: Op) -> State:
+def execute(state: Meaning, op: Op) -> Meaning:
     """The state after `op`. Raises `DataError` as `resolve`."""
     full = resolve(state, op)
     scene, referent, touched = state.scene, state.referent, state.touched
@@ -279,7 +268,7 @@ def execute(state: State, op: Op) -> State:
     )
 
 
-def reasoning(state: State, op: Op) -> str:
+def reasoning(state: Meaning, op: Op) -> str:
     """The short ground-truth thought that leads from the raw instruction to the intent; empty when
     none is needed."""
     if op.kind not in ("add", "background") and op.cell is None:
@@ -394,10 +383,10 @@ def parse_scene(image: np.ndarray) -> Scene:
 # ---------------------------------------------------------------------------------------- verifying
 
 
-def states(image: np.ndarray, instructions: Sequence[str]) -> list[State]:
+def meanings(image: np.ndarray, instructions: Sequence[str]) -> list[Meaning]:
     """Expected states before turn 1 and after every turn, from the source image and the raw
     instructions alone."""
-    result = [State(parse_scene(image))]
+    result = [Meaning(parse_scene(image))]
     for text in instructions:
         result.append(execute(result[-1], parse_instruction(text)))
     return result
@@ -416,38 +405,50 @@ def verify(source: np.ndarray, instructions: Sequence[str], images: np.ndarray) 
     GA_t  1 if the whole image is right after *every* turn up to t, standing rules and pronouns
           included, else 0.
     """
-    expected = states(source, instructions)
+    expected = meanings(source, instructions)
     seen = parse_cells(images)
     scores = np.zeros((len(instructions), 3))
     all_right = True
     for t, (before, after) in enumerate(pairwise(expected)):
-        want = cell_indices(after.scene)
-        right = seen[t] == want
-        op = resolve(before, parse_instruction(instructions[t]))
-        named = (
-            range(GRID * GRID)
-            if op.kind == "background"
-            else [c for c in (op.cell, op.target) if c is not None]
-        )
-        scores[t, 0] = np.mean([right[c] for c in named])
-        kept = [c for c in range(GRID * GRID) if c not in after.touched]
-        if after.background_edited:
-            # Objects only; `seen` of an unknown cell is negative and matches no content.
-            kept = [c for c in kept if expected[0].scene.cells[c] is not None]
-            content = np.where(seen[t] == UNKNOWN, UNKNOWN, seen[t] % len(CONTENTS))
-            same = [content[c] == CONTENTS.index(expected[0].scene.cells[c]) for c in kept]
-        else:
-            same = [right[c] for c in kept]
-        scores[t, 1] = np.mean(same) if same else 1.0
+        right = seen[t] == cell_indices(after.scene)
         all_right = all_right and bool(right.all())
+        op = resolve(before, parse_instruction(instructions[t]))
+        scores[t, 0] = np.mean([right[c] for c in _changed_cells(op)])
+        kept = _kept(expected[0].scene, after, right, seen[t])
+        scores[t, 1] = np.mean(kept) if kept else 1.0
         scores[t, 2] = float(all_right)
     return scores
+
+
+def _changed_cells(op: Op) -> Sequence[int]:
+    """The cells that a resolved instruction changes."""
+    if op.kind == "background":
+        return range(GRID * GRID)
+    return [c for c in (op.cell, op.target) if c is not None]
+
+
+def _kept(source: Scene, after: Meaning, right: np.ndarray, seen: np.ndarray) -> list[bool]:
+    """Of every cell that CC compares after a turn, whether it shows what the source showed.
+
+    right: bool [9], the cells that look as expected; seen: int64 [9], the templates seen.
+    """
+    untouched = [c for c in range(GRID * GRID) if c not in after.touched]
+    if not after.background_edited:
+        return [bool(right[c]) for c in untouched]
+    # Whether the new background came is IF's question, so only the objects count, on any one. An
+    # unknown cell is negative and matches no content.
+    content = np.where(seen == UNKNOWN, UNKNOWN, seen % len(CONTENTS))
+    things = [c for c in untouched if source.cells[c] is not None]
+    return [bool(content[c] == CONTENTS.index(source.cells[c])) for c in things]
 
 
 # --------------------------------------------------------------------------------------- generation
 
 
-def _pick(rng: np.random.Generator, items: Sequence) -> object:
+T = TypeVar("T")
+
+
+def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]
 
 
@@ -456,64 +457,109 @@ def random_scene(rng: np.random.Generator, heldout: bool) -> Scene:
     while True:
         cells: list[Object | None] = [None] * (GRID * GRID)
         for cell in rng.permutation(GRID * GRID)[: int(rng.integers(2, 5))]:
-            cells[cell] = (str(_pick(rng, SHAPES)), str(_pick(rng, COLOUR_NAMES)))
-        scene = Scene(str(_pick(rng, BACKGROUND_NAMES)), tuple(cells))
+            cells[cell] = (_pick(rng, SHAPES), _pick(rng, COLOUR_NAMES))
+        scene = Scene(_pick(rng, BACKGROUND_NAMES), tuple(cells))
         if scene.heldout == heldout:
             return scene
 
 
 def _other_colour(rng: np.random.Generator, colour: str) -> str:
-    return str(_pick(rng, [c for c in COLOUR_NAMES if c != colour]))
+    return _pick(rng, [c for c in COLOUR_NAMES if c != colour])
 
 
 def random_op(
-    rng: np.random.Generator, state: State, mode: str | None, turn: int, last: bool
+    rng: np.random.Generator, state: Meaning, mode: str | None, turn: int, last: bool
 ) -> Op:
     """One instruction that has a meaning in `state`, as mode `mode` says it at this (0-based)
-    turn."""
-    scene = state.scene
-    free, occupied = scene.free(), scene.occupied()
-    free_cell = int(_pick(rng, free)) if free else None  # type: ignore[call-overload]
-    shape = str(_pick(rng, SHAPES))
-    if mode == "cm" and turn == 0 and free_cell is not None:
-        return Op("add", shape, None, free_cell, rule=str(_pick(rng, COLOUR_NAMES)))
-    if mode == "cm" and state.rule and rng.random() < 0.75:
-        paintable = [c for c in occupied if scene.cells[c][1] != state.rule]  # type: ignore[index]
-        if free_cell is not None and (rng.random() < 0.6 or not paintable):
-            return Op("add", shape, None, free_cell)
-        if paintable:
-            cell = int(_pick(rng, paintable))  # type: ignore[call-overload]
-            return Op("paint", scene.cells[cell][0], None, cell)
-    if (
-        mode == "cu"
-        and turn > 0
-        and state.referent is not None
-        and (turn == 1 or rng.random() < 0.75)
-    ):
-        kind = _pick(rng, ("paint", "move", "remove") if last else ("paint", "move"))
-        if kind == "move" and free_cell is not None:
-            return Op("move", None, None, None, free_cell)
-        if kind == "remove":
-            return Op("remove")
-        return Op("paint", None, _other_colour(rng, scene.cells[state.referent][1]))  # type: ignore[index]
-    # An explicit colour would compete with a standing rule, so none is given under one.
-    kinds = ["background"] if not (mode == "cu" and turn == 0) else []
-    kinds += ["move"] * (2 if occupied and free else 0)
-    kinds += ["remove"] * (2 if len(occupied) > 1 and not (mode == "cu" and not last) else 0)
-    kinds += ["add"] * (3 if free and not state.rule else 0)
-    kinds += ["paint"] * (2 if occupied and not state.rule else 0)
-    kind = str(_pick(rng, kinds))
+    turn.
+
+    Which numbers are drawn, and in what order, is part of `VERSION`: the same draws in another
+    order are other sessions.
+    """
+    free = state.scene.free()
+    # Drawn at every turn, whether the instruction will add anything or not.
+    spot = _pick(rng, free) if free else None
+    shape = _pick(rng, SHAPES)
+    op = None
+    if mode == "cm":
+        op = _ruled_op(rng, state, turn, spot, shape)
+    elif mode == "cu":
+        op = _pronoun_op(rng, state, turn, last, spot)
+    return op or _explicit_op(rng, state, _kinds(state, mode, turn, last), spot, shape)
+
+
+def _ruled_op(
+    rng: np.random.Generator, state: Meaning, turn: int, spot: int | None, shape: str
+) -> Op | None:
+    """Mode cm: the first turn states a rule, later ones mostly lean on it by naming no colour.
+
+    spot: a free cell, None where there is none. Returns None where the turn leaves the rule alone.
+    """
+    if turn == 0 and spot is not None:
+        return Op("add", shape, None, spot, rule=_pick(rng, COLOUR_NAMES))
+    if not state.rule or rng.random() >= 0.75:
+        return None
+    # Painting what already has the rule's colour would change nothing.
+    paintable = [c for c in state.scene.occupied() if state.scene.object(c)[1] != state.rule]
+    if spot is not None and (rng.random() < 0.6 or not paintable):
+        return Op("add", shape, None, spot)
+    if not paintable:
+        return None
+    cell = _pick(rng, paintable)
+    return Op("paint", state.scene.object(cell)[0], None, cell)
+
+
+def _pronoun_op(
+    rng: np.random.Generator, state: Meaning, turn: int, last: bool, spot: int | None
+) -> Op | None:
+    """Mode cu: the second turn says `it`, later ones mostly do. None where this one does not.
+
+    Only the last turn may remove it: after that there is nothing that `it` could mean.
+    """
+    if turn == 0 or state.referent is None:
+        return None
+    if turn > 1 and rng.random() >= 0.75:
+        return None
+    kind = _pick(rng, ("paint", "move", "remove") if last else ("paint", "move"))
+    if kind == "remove":
+        return Op("remove")
+    if kind == "move" and spot is not None:
+        return Op("move", target=spot)
+    return Op("paint", colour=_other_colour(rng, state.scene.object(state.referent)[1]))
+
+
+def _kinds(state: Meaning, mode: str | None, turn: int, last: bool) -> list[str]:
+    """The kinds of explicit instruction that make sense here, each as often as it is to be
+    drawn."""
+    free, occupied = state.scene.free(), state.scene.occupied()
+    leaves_a_referent = mode == "cu" and not last
+    weights = {
+        # A first turn of mode cu names an object, for the second to call `it`.
+        "background": 0 if mode == "cu" and turn == 0 else 1,
+        "move": 2 if occupied and free else 0,
+        "remove": 2 if len(occupied) > 1 and not leaves_a_referent else 0,
+        # An explicit colour would compete with a standing rule, so none is given under one.
+        "add": 3 if free and not state.rule else 0,
+        "paint": 2 if occupied and not state.rule else 0,
+    }
+    return [kind for kind, weight in weights.items() for _ in range(weight)]
+
+
+def _explicit_op(
+    rng: np.random.Generator, state: Meaning, kinds: Sequence[str], spot: int | None, shape: str
+) -> Op:
+    """An instruction of one of `kinds` that says everything itself."""
+    scene, kind = state.scene, _pick(rng, kinds)
     if kind == "background":
-        other = [b for b in BACKGROUND_NAMES if b != scene.background]
-        return Op("background", background=str(_pick(rng, other)))
+        others = [name for name in BACKGROUND_NAMES if name != scene.background]
+        return Op("background", background=_pick(rng, others))
     if kind == "add":
-        return Op("add", shape, str(_pick(rng, COLOUR_NAMES)), free_cell)
-    cell = int(_pick(rng, occupied))  # type: ignore[call-overload]
-    content = scene.cells[cell]
-    assert content is not None
+        return Op("add", shape, _pick(rng, COLOUR_NAMES), spot)
+    cell = _pick(rng, scene.occupied())
+    shape, colour = scene.object(cell)
     if kind == "paint":
-        return Op("paint", content[0], _other_colour(rng, content[1]), cell)
-    return Op(kind, content[0], None, cell, free_cell if kind == "move" else None)
+        return Op("paint", shape, _other_colour(rng, colour), cell)
+    return Op(kind, shape, cell=cell, target=spot if kind == "move" else None)
 
 
 def make_session(
@@ -531,7 +577,7 @@ def make_session(
         raise DataError(f"mode: {mode!r} (accepted: 'cm', 'cu', 'plain' or none)")
     mode = mode or ("cm", "cu")[index % 2]
     rng = np.random.default_rng([seed, index, split == "heldout"])
-    state = State(random_scene(rng, split == "heldout"))
+    state = Meaning(random_scene(rng, split == "heldout"))
     image = render(state.scene)
     out = []
     for t in range(turns):

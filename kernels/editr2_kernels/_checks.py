@@ -162,8 +162,8 @@ def flat(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def rows(value: Tensor) -> Tensor:
-    """[B, N] with contiguous rows (any batch stride): what kernels address."""
+def addressable(value: Tensor) -> Tensor:
+    """[B, N], each sample contiguous, any batch stride: what kernels address."""
     return value if value.shape[1] == 1 or value.stride(1) == 1 else value.contiguous()
 
 

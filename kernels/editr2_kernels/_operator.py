@@ -24,7 +24,8 @@ def operator(
     """Registers the decorated function as `torch.ops.editr2.<name>`, for every device.
 
     schema: the arguments, without defaults, and the results; it mutates nothing. The results may
-    not be, or share memory with, an argument. fake: the results' shapes, from the same arguments.
+        not be, or share memory with, an argument.
+    fake: the results' shapes, from the same arguments.
     """
 
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,8 +42,7 @@ def _once(name: str, gradients: tuple) -> tuple:
     RuntimeError.
 
     As torch.autograd.function.once_differentiable, which looks at the incoming gradient alone: it
-    would let the
-    second derivative to what the operator saved pass for 0.
+    would let the second derivative to what the operator saved pass for 0.
     """
     message = f"editr2::{name} can be differentiated once only"
     refuse: Callable[..., tuple] = torch._C._functions.DelayedError(
@@ -60,8 +60,7 @@ def _no_tangent(name: str, values: Sequence[Any]) -> None:
     ):
         raise RuntimeError(
             f"editr2::{name} has no forward-mode derivative (jvp, jacfwd); use reverse mode "
-            f"(backward, autograd.grad), "
-            "or the operator's *_ref, which has both"
+            "(backward, autograd.grad), or the operator's *_ref, which has both"
         )
 
 
@@ -78,9 +77,8 @@ def differentiable(
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(
-            ctx: Any, *arguments: Any
-        ) -> Any:  # the last one is the key set, so that places stay
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            # The last argument is the key set, so that the others keep their places.
             results = below(arguments[-1], arguments[:-1])
             setup_context(ctx, arguments[:-1], results)
             return results

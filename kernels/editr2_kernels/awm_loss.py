@@ -1,17 +1,17 @@
 """Advantage-weighted matching: policy gradient with the forward process in the place of the
 sampler's transitions.
 
-    log p = -mean((v - (eps - x0))^2)        rho = exp(log p - log p_old)        v at x_t = (1 - t) x0 + t eps
+    log p = -mean((v - (eps - x0))^2)        v at x_t = (1 - t) x0 + t eps
+    rho   = exp(log p - log p_old)
     loss  = sum_b weight_b (max(-A rho, -A clip(rho)) + kl_weight mean((v - v_ref)^2))
 
 The likelihood of a sample is its flow-matching loss, so training needs no trajectory and is
 indifferent to the sampler; near the old policy (rho = 1) the gradient is that of A mean((v - (eps -
 x0))^2): pretraining's loss, weighted.
 
-It is `grpo_loss` on the table of a single row. With x = x0, x' = eps and mu = A x + B v, the row A
-= B = 1 gives
-z = x' - mu = (eps - x0) - v; w = -1 and c = 0 make log p = -mean(z^2). S = 1 only says that the row
-is no ODE row.
+It is `grpo_loss` on the table of a single row. With x = x0, x' = eps and mu = A x + B v, a row of
+A = B = 1 gives z = x' - mu = (eps - x0) - v; w = -1 and c = 0 make log p = -mean(z^2). S = 1 only
+says that the row is no ODE row.
 
 Source: Advantage Weighted Matching (arXiv 2509.25050).
 """

@@ -223,9 +223,8 @@ def _triton_status(device: torch.device | None = None) -> BackendStatus:
             "this PyTorch is built without GPU support (CPU tensors need TRITON_INTERPRET=1 "
             "before import)",
         )
-    if (
-        torch.cuda.device_count() == 0
-    ):  # counted through NVML where possible: no CUDA context is created
+    # Counted through NVML where possible: no CUDA context is created.
+    if torch.cuda.device_count() == 0:
         return BackendStatus(
             False, "no GPU is visible (CPU tensors need TRITON_INTERPRET=1 before import)"
         )
@@ -280,9 +279,9 @@ def select(backend: str, device: torch.device) -> str:
     return backend
 
 
-def rows_of(value: Tensor | None) -> tuple[int, int, int]:
-    """(pointer, dtype code, batch stride) of a [B, N] tensor with contiguous rows; zeros for an
-    absent one."""
+def strided(value: Tensor | None) -> tuple[int, int, int]:
+    """(pointer, dtype code, batch stride) of an addressable [B, N] tensor; zeros for an absent
+    one."""
     if value is None:
         return 0, 0, 0
     return value.data_ptr(), DTYPE_CODES[value.dtype], value.stride(0)

@@ -2,7 +2,7 @@
 and replacing them.
 
     preset = COMPAT["flow_grpo"]
-    table = transition_table(sigmas, noise_level=0.7, compat="flow_grpo")
+    table = preset.transition_table(sigmas, dynamics="flow-sde", noise_level=0.7)
     step = sde_step(x, v, table, step_index, seed, score=preset.score)
     loss = grpo_loss(..., v_ref=v_ref, kl_weight=0.04, **preset.grpo_for("flow-sde"))
     advantage = group_advantage(scores, group, preset.credit).advantage
@@ -17,30 +17,34 @@ Sources: the projects' published code, read between November 2025 and August 202
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .group_advantage import CREDIT_PRESETS, CreditOptions
+from torch import Tensor
+
+from .credit import CREDIT_PRESETS, CreditOptions
+from .dynamics import DYNAMICS, LogProb
+from .table import transition_table
 
 
 @dataclass(frozen=True)
 class Compat:
     """One project's conventions.
 
-    log_prob: by dynamics, `log_prob` of `transition_table`; its keys are the dynamics the project
-        has.
+    log_prob: by dynamics, `log_prob` of the transition table; its keys are the dynamics that the
+        project has.
     score: `score` of `sde_step`.
     grpo: keywords of `grpo_loss` that the project's policy loss fixes, but for kl_scale; empty
-    where it has none. kl_scale: by dynamics, `kl_scale` of `grpo_loss`; "step" where there is no
-    entry.
+        where it has none.
+    kl_scale: by dynamics, `kl_scale` of `grpo_loss`; "step" where there is no entry.
     nft: keywords of `nft_loss`; empty where it has none.
     credit: options of `group_advantage`.
     renorm: `renorm` of `sde_step` by model family; families without an entry use none.
     note: what an argument here cannot express, or expresses under another name.
     """
 
-    log_prob: Mapping[str, str]
+    log_prob: Mapping[str, LogProb]
     credit: CreditOptions
     score: Literal["stored", "unrounded"] = "unrounded"
     grpo: Mapping[str, Any] = field(default_factory=dict)
@@ -49,14 +53,34 @@ class Compat:
     renorm: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
-    def log_prob_of(self, dynamics: str) -> Any:
-        """For `transition_table`; the ODE has no log-prob and needs no entry."""
-        if dynamics != "ode" and dynamics not in self.log_prob:
+    def log_prob_of(self, dynamics: str) -> LogProb | None:
+        """`log_prob` of the table; None for the ODE, which has none. Raises ValueError for dynamics
+        that the project does not have."""
+        deterministic = dynamics in DYNAMICS and not DYNAMICS[dynamics].stochastic
+        if dynamics not in self.log_prob and not deterministic:
             raise ValueError(
                 f"dynamics {dynamics!r} is not in this compat preset, which has "
                 f"{', '.join(self.log_prob)}"
             )
         return self.log_prob.get(dynamics)
+
+    def transition_table(
+        self,
+        sigmas: Sequence[float] | Tensor,
+        *,
+        dynamics: str = "flow-sde",
+        log_prob: LogProb | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """`transition_table` with the log-prob as the project has it, where none is given.
+
+        options: its other keywords. Raises ValueError, also for dynamics that the project does not
+        have.
+        """
+        published = self.log_prob_of(dynamics)
+        if log_prob is None:
+            log_prob = published
+        return transition_table(sigmas, dynamics=dynamics, log_prob=log_prob, **options)
 
     def grpo_for(self, dynamics: str) -> dict[str, Any]:
         """The keywords of `grpo_loss`. Raises ValueError for dynamics that the project does not
@@ -135,10 +159,3 @@ COMPAT: dict[str, Compat] = {
         "where a batch is at one step.",
     ),
 }
-
-
-def compat_preset(name: str) -> Compat:
-    """The preset of a project. Raises ValueError for a name that is not in `COMPAT`."""
-    if name not in COMPAT:
-        raise ValueError(f"compat must be one of {', '.join(COMPAT)}, got {name!r}")
-    return COMPAT[name]

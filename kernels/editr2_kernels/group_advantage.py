@@ -1,49 +1,49 @@
 """Scores of a group of rollouts -> advantages, under the credit options of multi-turn editing RL.
 
     value      (aggregate over turns) -> (fuse rewards | keep apart) -> one fp32 value per unit
-    advantage  (value - mean of its set) / (std + eps), (sum over rewards), (renormalise over the batch), clip
+    advantage  (value - mean of its set) / (std + eps), (sum over rewards),
+               (renormalise over the batch), clip
 
 Means and deviations are taken about the least value of their set, which no order changes: of scores
 that are far from 0 and hardly differ nothing is lost, as it would be in a mean rounded to fp32.
 
 A *unit* is a (sample, turn) when `aggregate == "none"` and a sample otherwise. A *set* is what
-shares one mean:
-all units of a group (baseline "session"), or those of one turn of a group (baseline
-"session_turn").
+shares one mean: all units of a group (baseline "session"), or those of one turn of a group
+(baseline "session_turn").
 
 Exact order of operations (every backend gives identical bits; all steps are fp32, one rounding
-each, no fma,
-round to nearest even, unless stated). Integers are int64.
+each, no fma, round to nearest even, unless stated). Integers are int64.
 
  1. valid = mask (all True if absent). A score at an invalid turn is never looked at.
  2. live = valid, minus every turn t' > t of sample i for which valid[i,t] and
- scores[i,t,filter_reward] == 0.
+    scores[i,t,filter_reward] == 0.
  3. aggregate, each reward k on its own, turns left to right t = 0..T-1:
       none     s[t]
       mean     (((s0 + s1) + s2) + ...) / float(T)
       last     s[T-1]
       product  ((s0 * s1) * s2) * ...
       prefix   p0 = s0, p_t = p_{t-1} * s_t;  (((p0 + p1) + p2) + ...) / float(T)
- 4. fused value = ((w0*r0 + w1*r1) + w2*r2) + ...   Columns of values: the fused value for fusion "reward", each of the
-    K rewards for "advantage" and "gdpo".
+ 4. fused value = ((w0*r0 + w1*r1) + w2*r2) + ...
+    Columns of values: the fused value for fusion "reward", each of the K rewards for "advantage"
+    and "gdpo".
  5. counted units (those inside the statistics):
       aggregate none:  filter_in_statistics ? valid : live
       else:            samples whose turns are all valid (the filter does not change the statistics)
     trained turns (the returned mask):
       aggregate none:  live;    else: live and all turns of the sample valid
-    A set is dropped when, by the fused value whatever the fusion, std <= float32(min_std) or mean
-    >= float32(max_mean) (steps 6 and 7, before any eps). Its units no longer count, in no
+    A set is dropped when, by the fused value whatever the fusion, std <= float32(min_std) or
+    mean >= float32(max_mean) (steps 6 and 7, before any eps). Its units no longer count, in no
     statistic, and its turns no longer train.
  6. moment(x over a set, divisor), order-free:
       m = max |x|;   e = frexp exponent of m (m = f * 2^e, 0.5 <= f < 1), then e = max(e, -80)
-      q = rint(x * 2^(40-e))  (fp32 multiply, exact; rint to even)  as int64;     Q = sum of q in int64
-      M = sign(Q) * floor((2*|Q| + divisor) / (2*divisor))         (int64: nearest, halves away from zero)
+      q = rint(x * 2^(40-e))  (fp32 multiply, exact; rint to even)  as int64
+      Q = sum of q in int64
+      M = sign(Q) * floor((2*|Q| + divisor) / (2*divisor))  (int64: nearest, halves away from 0)
       moment = float32(M) * 2^(e-40);   divisor <= 0 gives 0;   NaN if any x is not finite
     With p = min x over the set and m = moment(x - p, count):
     deviation(x) = (x - p) - m          mean(set) = p + m
-    std(set) = sqrt(moment(deviation(x)*deviation(x), divisor)), divisor = count, or count - 1 when
-    `unbiased`
-    (sqrt correctly rounded)
+    std(set) = sqrt(moment(deviation(x)*deviation(x), divisor))   (sqrt correctly rounded)
+    divisor = count, or count - 1 when `unbiased`
  7. d = deviation(value) in the set of the unit, and by `std`:
       none     a = d
       group    a = normal(d, std(set))
@@ -51,34 +51,33 @@ round to nearest even, unless stated). Integers are int64.
     normal(d, std) = d / denominator, or 0 where denominator == 0, and
     denominator = std + float32(eps)  (eps_mode "add")  or  max(std, float32(eps))  ("floor")
  8. (It follows that a set with a single counted unit has a = 0; a set with none has no unit that
- trains.)
+    trains.)
  9. fusion "advantage" and "gdpo": a = ((w0*a0 + w1*a1) + w2*a2) + ...
 10. fusion "gdpo": over all counted units of the batch, a = normal(deviation(a), std)
-11. a = NaN (bits 0x7FC00000) where not finite;  a = min(max(a, -clip), clip) if clip is set;  a = a + 0.0 (no -0)
+11. a = NaN (bits 0x7FC00000) where not finite;  a = min(max(a, -clip), clip) if clip is set;
+    a = a + 0.0 (no -0)
 12. advantage[i,t] = a of its unit where the turn trains, else 0.
 
 At most 2^20 units, so the int64 sums cannot overflow. Scores must be finite where valid (CPU
 tensors are checked). Whatever is not finite, or leaves the range of fp32 on the way, makes NaN of
-all that depends on it: of its set with
-std "group" or "none", of the whole batch with "global" or fusion "gdpo"; a set with NaN statistics
-is not dropped.
+all that depends on it: of its set with std "group" or "none", of the whole batch with "global" or
+fusion "gdpo"; a set with NaN statistics is not dropped.
 
 Cost: linear in the units on CPUs; on GPUs one launch that compares at most N^2 pairs of group ids,
 plus per group a few scans of all ids, plus linear work of one last program for std "global" and
 fusion "gdpo".
 
 Sources: Edit-R2 (arXiv 2606.05950), MT-EditFlow (arXiv 2606.01985), Flow-GRPO (arXiv 2505.05470),
-    GDPO
-(arXiv 2601.05242), Dr. GRPO (arXiv 2503.20783), UniWorld-V2 (arXiv 2510.16888), and the released
-code of DanceGRPO, MixGRPO, Flow-Factory and verl-omni.
+GDPO (arXiv 2601.05242), Dr. GRPO (arXiv 2503.20783), UniWorld-V2 (arXiv 2510.16888), and the
+released code of DanceGRPO, MixGRPO, Flow-Factory and verl-omni.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,114 +85,10 @@ from torch import Tensor
 from . import _checks
 from ._operator import operator
 from .backends import compiled, pointer, select
-from .philox import sqrt_ref
+from .credit import AGGREGATES, BASELINES, FUSIONS, STDS, CreditOptions, workspace_of
+from .numerics import sqrt_ref
 
 MAX_UNITS = 1 << 20  # each term is at most 2^40, so the int64 sum stays below 2^60
-
-AGGREGATES = ("none", "mean", "last", "product", "prefix")
-FUSIONS = ("reward", "advantage", "gdpo")
-BASELINES = ("session", "session_turn")
-STDS = ("group", "global", "none")
-EPS_MODES = ("add", "floor")
-
-
-@dataclass(frozen=True)
-class CreditOptions:
-    """How scores become advantages; the module docstring has the arithmetic.
-
-    aggregate: over turns. "none" keeps one value a turn; "prefix" is the mean over turns of the
-    running products. fusion: weigh rewards before normalising ("reward"); normalise each, then
-    weigh ("advantage"); or that and then
-        normalise the result over the whole batch ("gdpo").
-    baseline: whether all turns of a group share one mean; "session_turn" needs aggregate "none".
-    std: divide by the std of the set ("group"), of all counted values ("global"), or not at all
-        ("none").
-    unbiased: divide the squared sum by count - 1 instead of count; a single value has std 0.
-    eps: added to the std ("add"), or the least it may be ("floor").
-    eps_mode: which of the two.
-    clip: bound on |advantage|, last; None for none.
-    broadcast: put the aggregated advantage on every turn; true exactly when aggregate is not
-        "none".
-    filter_reward: index k of a reward; once scores[i, t, k] == 0, the later turns of sample i do
-    not train. filter_in_statistics: whether those turns still count in mean and std (aggregate
-    "none" only).
-    min_std: drop every set whose weighted reward has a std of this or less, 0.0 those of equal
-    values; None keeps all. max_mean: drop every set whose weighted reward has a mean of this or
-    more; None keeps all. What is dropped has
-        advantage 0 and mask False, and counts in no statistic.
-    """
-
-    aggregate: Literal["none", "mean", "last", "product", "prefix"] = "none"
-    fusion: Literal["reward", "advantage", "gdpo"] = "reward"
-    baseline: Literal["session", "session_turn"] = "session"
-    std: Literal["group", "global", "none"] = "group"
-    unbiased: bool = False
-    eps: float = 1e-4
-    clip: float | None = 5.0
-    broadcast: bool = False
-    filter_reward: int | None = None
-    filter_in_statistics: bool = False
-    eps_mode: Literal["add", "floor"] = "add"
-    min_std: float | None = None
-    max_mean: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, accepted in (
-            ("aggregate", AGGREGATES),
-            ("fusion", FUSIONS),
-            ("baseline", BASELINES),
-            ("std", STDS),
-            ("eps_mode", EPS_MODES),
-        ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}"
-                )
-        _checks.not_negative("eps", self.eps)
-        if self.clip is not None:
-            _checks.positive("clip", self.clip)
-        if self.broadcast != (self.aggregate != "none"):
-            raise ValueError(
-                f"broadcast must be {self.aggregate != 'none'} with aggregate {self.aggregate!r} "
-                f"(an aggregated advantage goes to every turn, a per-turn one to its own), got "
-                f"{self.broadcast}"
-            )
-        if self.aggregate != "none" and self.baseline == "session_turn":
-            raise ValueError(
-                f"baseline 'session_turn' needs aggregate 'none', got aggregate {self.aggregate!r}"
-            )
-        if self.aggregate != "none" and self.filter_in_statistics:
-            raise ValueError(
-                f"filter_in_statistics needs aggregate 'none', got aggregate {self.aggregate!r}"
-            )
-        if self.filter_reward is not None and self.filter_reward < 0:
-            raise ValueError(
-                f"filter_reward must be None or an index >= 0, got {self.filter_reward}"
-            )
-        if self.min_std is not None:
-            _checks.not_negative("min_std", self.min_std)
-        if self.max_mean is not None:
-            _checks.number("max_mean", self.max_mean)
-            if not math.isfinite(self.max_mean):
-                raise ValueError(f"max_mean must be None or finite, got {self.max_mean}")
-
-
-_UNBIASED = CreditOptions(baseline="session_turn", unbiased=True, eps=1e-8)
-CREDIT_PRESETS: dict[str, CreditOptions] = {
-    "edit-r2": CreditOptions(std="global", filter_reward=0),
-    "edit-r2-released": CreditOptions(std="global", filter_reward=0, filter_in_statistics=True),
-    "mt-editflow": CreditOptions(aggregate="mean", fusion="advantage", broadcast=True),
-    "flow-grpo": CreditOptions(baseline="session_turn"),
-    "dance-grpo": _UNBIASED,
-    "mixgrpo": replace(_UNBIASED, fusion="advantage"),
-    "flow-factory": CreditOptions(
-        baseline="session_turn", std="global", eps=1e-6, eps_mode="floor"
-    ),
-    "gdpo": CreditOptions(fusion="gdpo", baseline="session_turn", eps=1e-6, eps_mode="floor"),
-    "verl-omni": CreditOptions(baseline="session_turn", std="global", unbiased=True),
-    "dr-grpo": CreditOptions(baseline="session_turn", std="none"),
-    "pku": CreditOptions(baseline="session_turn", min_std=0.05, max_mean=0.9),
-}
 
 
 class GroupAdvantage(NamedTuple):
@@ -378,22 +273,6 @@ def group_advantage_ref(
     return GroupAdvantage(torch.where(trained, a_NT, 0.0), trained)
 
 
-def workspace_of(options: CreditOptions, scores: Tensor) -> Tensor:
-    """Scratch of a GPU backend, int32, for what needs the whole batch; empty where nothing does.
-
-    First a counter, 0, and three words that keep the rest aligned; for the global std then each
-    column's differences from the mean of the set, as fp32.
-    """
-    samples, turns, rewards = scores.shape
-    size = 4 if options.fusion == "gdpo" or options.std == "global" else 0
-    if options.std == "global":
-        units = samples if options.aggregate != "none" else samples * turns
-        size += units * (1 if options.fusion == "reward" else rewards)
-    workspace = torch.empty(size, dtype=torch.int32, device=scores.device)
-    workspace[:1] = 0
-    return workspace
-
-
 @functools.lru_cache(maxsize=64)
 def _parsed(*values: Any) -> tuple[CreditOptions, dict[str, Any]]:
     """The operator's arguments as options (`broadcast` follows from aggregate) and as compiled
@@ -436,10 +315,7 @@ def _group_advantage(
     options, codes = _parsed(*values)
     n, turns, rewards = scores.shape
     chosen = select(backend, scores.device)
-    if mask is None and chosen not in (
-        "cpu",
-        "cuda",
-    ):  # which take its absence for all True, at no cost
+    if mask is None and chosen not in ("cpu", "cuda"):  # they take its absence for all True
         mask = torch.ones(n, turns, dtype=torch.bool, device=scores.device)
     if chosen != "cpu" and scores.device.type == "cpu":  # "cpu" looks for itself
         if not bool(weights.isfinite().all()):
@@ -518,8 +394,7 @@ def group_advantage(
 
     Raises:
         ValueError or TypeError naming the argument. Scores and weights that are not finite raise on
-        CPU
-        tensors only.
+        CPU tensors only.
     """
     _checks.tensor("scores", scores)
     if not scores.is_floating_point():

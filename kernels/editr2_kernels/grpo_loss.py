@@ -1,11 +1,11 @@
 """The clipped policy loss of a stored sampler step, with the KL to a reference velocity and
 everything one logs of it.
 
-    log p = w mean(z^2) + c          z = x' - mu          mu = A x + B u (+ C m_prev)       u: guided (`guidance`)
-    rho   = exp(log p - log p_old)
-    policy = max(-A rho, -A clip(rho, 1 - low, 1 + high))           A clamped to +- advantage_clip first
-    kl    = mean((B (u - v_ref))^2) / (2 S^2)                       `kl_scale` has the published variants
-    loss  = sum_b weight_b (policy_b + kl_weight kl_b)              weight_b = mask_b / normalizer
+    log p  = w mean(z^2) + c     z = x' - mu     mu = A x + B u (+ C m_prev)     u as in `guidance`
+    rho    = exp(log p - log p_old)
+    policy = max(-A rho, -A clip(rho, 1 - low, 1 + high))     A clamped to +- advantage_clip first
+    kl     = mean((B (u - v_ref))^2) / (2 S^2)                `kl_scale` has the published variants
+    loss   = sum_b weight_b (policy_b + kl_weight kl_b)       weight_b = mask_b / normalizer
 
 GRPO-Guard: with b = mean((B (u - v_old))^2) / (2 S^2), rho = exp((log p - log p_old + b) S) and
 policy is divided by sigma - sigma'. Per sample the gradient is one linear combination, whose three
@@ -15,8 +15,7 @@ factors the forward leaves behind:
 
 so the forward reads every latent once, the backward (`replay`) reads once and writes the gradient
 once, and nothing of the size of the latents is stored in between. ODE rows (S = 0) have no policy
-gradient; their ratio is 1 when
-log p_old is what `sde_step` returned.
+gradient; their ratio is 1 when log p_old is what `sde_step` returned.
 
 Sources: PPO (arXiv 1707.06347); Flow-GRPO (arXiv 2505.05470); GRPO-Guard (arXiv 2510.22319).
 """
@@ -32,6 +31,7 @@ from . import _checks
 from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
+from .numerics import mean_ref
 from .replay import (
     REPLAY_SCHEMA,
     Replay,
@@ -42,7 +42,6 @@ from .replay import (
     saved,
     without_gradient,
 )
-from .table import mean_ref
 
 KlScale = Literal["step", "diffusion", "mean", "velocity"]
 KL_SCALES = ("step", "diffusion", "mean", "velocity")  # the position is the code the kernels take
@@ -266,8 +265,7 @@ def _fake_grpo_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 @operator(
     "grpo_loss",
     f"({REPLAY_SCHEMA}, Tensor old_log_prob, Tensor advantage, Tensor? mask, {OPTIONS_SCHEMA}, "
-    f"str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_grpo_loss,
 )
 def _grpo_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -382,18 +380,17 @@ def grpo_loss(
         kl_weight: weight of the KL, >= 0; above 0 it needs v_ref. With v_ref and 0 the KL is
             reported only.
         kl_scale: "step" divides the mean's squared difference by 2 S^2; "diffusion" by 2 S^2 /
-            (sigma - sigma'), which is 2 g^2 of the dynamics with S = g sqrt(sigma - sigma') (flow,
-            dance, wan) and of no other; "mean" takes it as it is; "velocity" is mean((u -
-            v_ref)^2). The first two are 0 for ODE rows.
+            (sigma - sigma'), which is 2 g^2 of the dynamics that have a diffusion coefficient g,
+            S = g sqrt(sigma - sigma'), and of no other; "mean" takes it as it is; "velocity" is
+            mean((u - v_ref)^2). The first two are 0 for ODE rows.
         guard: GRPO-Guard's ratio normalisation, which also divides the policy loss by sigma -
             sigma'; needs v_old, the (guided) velocity of the rollout, like x in shape.
         mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds
             (NaN included). ODE rows (S = 0) count, in the normaliser too, though they train
             nothing: mask them.
         normalizer: what the sum over samples is divided by, > 0; give the common one when a batch
-            comes in parts.
-            None: the number of samples that count, at least 1. Under torch.compile this and the
-            other numbers are constants: a new value compiles again.
+            comes in parts. None: the number of samples that count, at least 1. Under torch.compile
+            this and the other numbers are constants: a new value compiles again.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:

@@ -5,7 +5,7 @@ the one that steps.
     u = v_image + g_image (t - v_image)         u = t where g_image is 1
     token, channel, global: u <- s u            text_channel: t <- s t, before u
 
-over rows of the last dimension (`global`: the whole sample), norms in fp32:
+over lines of the last dimension (`global`: the whole sample), norms in fp32:
 
     token                       s = |v| / |u|                         Qwen-Image
     channel, global             s = min(1, |v| / (|u| + 1e-8))        BAGEL
@@ -13,15 +13,16 @@ over rows of the last dimension (`global`: the whole sample), norms in fp32:
 
 Guidance applies to a sample while low < sigma <= high; outside, and where both weights are 1, u = v
 exactly, without renormalisation. With g the gradient to u, w the vector that is scaled and dot =
-sum(w g) over the row, a scale passes
+sum(w g) over the line, a scale passes
 
-    to w:  s g - on_w dot w       to v:  on_v dot v       on_w = s / base / |w|,  on_v = 1 / (|v| base)
+    to w:  s g - on_w dot w          on_w = s / base / |w|
+    to v:  on_v dot v                on_v = 1 / (|v| base)
 
 where base is the denominator of s, and on_w = on_v = 0 where the scale is clamped (or base is 0). A
 norm below 1e-15 counts as 0.
 
 Sources: classifier-free guidance (arXiv 2207.12598); the released pipelines of Qwen-Image and
-    BAGEL.
+BAGEL.
 """
 
 from __future__ import annotations
@@ -34,29 +35,24 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .backends import compiled, pointer, rows_of, workspace
-from .table import sum_ref
+from .backends import compiled, pointer, strided, workspace
+from .numerics import sum_ref
 
 Renorm = Literal["none", "token", "text_channel", "channel", "global"]
-RENORMS = (
-    "none",
-    "token",
-    "text_channel",
-    "channel",
-    "global",
-)  # the position is the code the kernels take
+# The position is the code the kernels take.
+RENORMS = ("none", "token", "text_channel", "channel", "global")
 NONE, TOKEN, TEXT_CHANNEL, CHANNEL, GLOBAL = range(5)
-LEAST_SQUARES = (
-    1e-30  # a squared norm below it counts as 0: its reciprocal must stay in the range of fp32
-)
+# A squared norm below it counts as 0: its reciprocal must stay in the range of fp32.
+LEAST_SQUARES = 1e-30
 
 
 class Latents(NamedTuple):
     """What a step reads, as the operators carry it; absent tensors are None.
 
-    x, v, m_prev, v_uncond, v_uncond_image: [B, N]. guidance: [B, 4] fp32, text and image weight,
-    low and high sigma. renorm: a position in `RENORMS`. width: size of the last dimension, the row
-    of a renormalisation.
+    x, v, m_prev, v_uncond, v_uncond_image: [B, N].
+    guidance: [B, 4] fp32, text and image weight, low and high sigma.
+    renorm: a position in `RENORMS`.
+    width: size of the last dimension, the line of a renormalisation.
     """
 
     x: Tensor
@@ -75,19 +71,19 @@ class Latents(NamedTuple):
         }
         return Latents(**values)
 
-    def rows(self) -> Latents:
-        """Every row contiguous: what kernels address."""
+    def addressable(self) -> Latents:
+        """Every sample contiguous: what kernels address."""
         guidance = None if self.guidance is None else self.guidance.contiguous()
-        return self.map(_checks.rows)._replace(guidance=guidance)
+        return self.map(_checks.addressable)._replace(guidance=guidance)
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments every function of a compiled module takes for these."""
         return {
-            "x": rows_of(self.x),
-            "v": rows_of(self.v),
-            "m_prev": rows_of(self.m_prev),
-            "v_uncond": rows_of(self.v_uncond),
-            "v_uncond_image": rows_of(self.v_uncond_image),
+            "x": strided(self.x),
+            "v": strided(self.v),
+            "m_prev": strided(self.m_prev),
+            "v_uncond": strided(self.v_uncond),
+            "v_uncond_image": strided(self.v_uncond_image),
             "guidance": pointer(self.guidance),
             "renorm": self.renorm,
             "width": self.width,
@@ -102,7 +98,7 @@ LATENTS_SCHEMA = (
 
 
 def call_compiled(chosen: str, function: str, latents: Latents, **arguments: Any) -> None:
-    """Run a latent operator of backend "cpu" or "cuda"; `latents` have contiguous rows."""
+    """Run a latent operator of backend "cpu" or "cuda"; `latents` are addressable."""
     module, where = compiled(chosen, latents.x)
     batch, n = latents.x.shape
     scratch = workspace(module, latents.x, batch, n, latents.width, latents.renorm)
@@ -125,9 +121,8 @@ def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
         return value.detach()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a float32 tensor, got {type(value).__name__}")
-    if (
-        not -math.inf < value < math.inf
-    ):  # math.isfinite would break the graph of a number that changes
+    # math.isfinite would break the graph of a number that changes.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return torch.full((batch,), value, dtype=torch.float32, device=like.device)
 
@@ -158,7 +153,7 @@ def _interval(value: tuple[float, float] | Tensor | None, like: Tensor) -> tuple
     return low_B, high_B
 
 
-def _guidance_rows(
+def _weights(
     like: Tensor,
     v_uncond: Tensor | None,
     guidance: float | Tensor | None,
@@ -213,8 +208,7 @@ def make_latents(
     keep a gradient.
 
     Makes tensors on the device only, without a host sync. doubles: accept float64 too, as the
-    references do.
-    Raises ValueError or TypeError naming the argument.
+    references do. Raises ValueError or TypeError naming the argument.
     """
     _checks.samples("x", x, doubles=doubles)
     _checks.like("v", v, "x", x, doubles=doubles)
@@ -234,9 +228,7 @@ def make_latents(
         m_prev,
         flat["v_uncond"],
         flat["v_uncond_image"],
-        _guidance_rows(
-            x, v_uncond, guidance, v_uncond_image, guidance_image, guidance_interval, renorm
-        ),
+        _weights(x, v_uncond, guidance, v_uncond_image, guidance_image, guidance_interval, renorm),
         RENORMS.index(renorm),
         x.shape[-1] if x.dim() > 1 else 1,
     )
@@ -260,9 +252,8 @@ def _guide(guidance: Tensor, sigma: Tensor) -> _Guide:
 def _guided(base: Tensor | None, v: Tensor, weight: Tensor) -> Tensor:
     if base is None:
         return v
-    base = torch.where(
-        weight == 1, v.detach(), base
-    )  # a branch that does not count is not read: it may hold NaN
+    # A branch that does not count is not read: it may hold NaN.
+    base = torch.where(weight == 1, v.detach(), base)
     return torch.where(weight == 1, v, base + (v - base) * weight)
 
 
@@ -273,8 +264,8 @@ def _norm(squares: Tensor) -> Tensor:
     return torch.where(zero, 0.0, root)
 
 
-class _Rows:
-    """Rows of a renormalisation: [B, N] as [B, rows, width]."""
+class _Lines:
+    """What a renormalisation scales as one: [B, N] as [B, lines, width]."""
 
     def __init__(self, latents: Latents):
         self.renorm = latents.renorm
@@ -282,15 +273,15 @@ class _Rows:
 
     def sums(self, value_BN: Tensor) -> Tensor:
         batch, n = value_BN.shape
-        rows = n // self.width
-        return sum_ref(value_BN.reshape(batch * rows, self.width)).view(batch, rows, 1)
+        lines = n // self.width
+        return sum_ref(value_BN.reshape(batch * lines, self.width)).view(batch, lines, 1)
 
     def times(self, factor: Tensor, value_BN: Tensor) -> Tensor:
         batch, n = value_BN.shape
         return (factor * value_BN.reshape(batch, n // self.width, self.width)).reshape(batch, n)
 
     def scale(self, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """s, on_w, on_v of the module docstring, each [B, rows, 1]; s is differentiable."""
+        """s, on_w, on_v of the module docstring, each [B, lines, 1]; s is differentiable."""
         v_norm, w_norm = _norm(self.sums(v * v)), _norm(self.sums(w * w))
         base = w_norm if self.renorm == TOKEN else w_norm + 1e-8
         free = base != 0
@@ -316,13 +307,13 @@ def guided_ref(latents: Latents, sigma: Tensor) -> Tensor:
     if latents.guidance is None:
         return v
     guide = _guide(latents.guidance, sigma)
-    rows = _Rows(latents)
+    lines = _Lines(latents)
     t = _guided(latents.v_uncond, v, guide.text)
     if latents.renorm == TEXT_CHANNEL:
-        t = torch.where(guide.active, rows.times(rows.scale(v, t)[0], t), t)
+        t = torch.where(guide.active, lines.times(lines.scale(v, t)[0], t), t)
     u = _guided(latents.v_uncond_image, t, guide.image)
     if latents.renorm not in (NONE, TEXT_CHANNEL):
-        u = torch.where(guide.active, rows.times(rows.scale(v, u)[0], u), u)
+        u = torch.where(guide.active, lines.times(lines.scale(v, u)[0], u), u)
     return torch.where(guide.active, u, v)
 
 
@@ -331,8 +322,11 @@ def guided_velocity(v: Tensor, sigma: Tensor, **guidance: Any) -> Tensor:
     torch: the steps and losses combine in their kernels, and this is for where the velocity alone
     is wanted.
 
-    v: [B, ...]. sigma: [B] float32. guidance: from v_uncond to renorm, as in `sde_step`; without
-    them v itself in fp32. Raises ValueError or TypeError naming the argument.
+    v: [B, ...].
+    sigma: [B] float32.
+    guidance: from v_uncond to renorm, as in `sde_step`; without them v itself in fp32.
+
+    Raises ValueError or TypeError naming the argument.
     """
     latents = make_latents(v.detach(), v, **guidance)
     _checks.scalars("sigma", sigma, "v", v)
@@ -349,16 +343,16 @@ def guidance_backward_ref(
     if latents.guidance is None:
         return grad, None, None
     guide = _guide(latents.guidance, sigma)
-    rows = _Rows(latents)
+    lines = _Lines(latents)
     t = _guided(latents.v_uncond, v, guide.text)
 
     def through_scale(w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         s, on_w, on_v = (
             torch.where(guide.active[:, :, None], a, b)
-            for a, b in zip(rows.scale(v, w), (1.0, 0.0, 0.0))
+            for a, b in zip(lines.scale(v, w), (1.0, 0.0, 0.0))
         )
-        dot = rows.sums(w * h)
-        return rows.times(s, h) - rows.times(on_w * dot, w), rows.times(on_v * dot, v)
+        dot = lines.sums(w * h)
+        return lines.times(s, h) - lines.times(on_w * dot, w), lines.times(on_v * dot, v)
 
     to_v = torch.zeros_like(grad)
     if latents.renorm == TEXT_CHANNEL:

@@ -1,10 +1,11 @@
 """DiffusionNFT's loss: the forward process, no sampler, no log-probability; fp32 throughout.
 
-    x_t = (1 - t) x0 + t eps        v+ = v_old + beta d        v- = v_old - beta d        d = v - v_old
+    x_t = (1 - t) x0 + t eps      v+ = v_old + beta d      v- = v_old - beta d      d = v - v_old
     x_hat(+-) = x_t - t v(+-)       w(+-) = max(mean|x_hat(+-) - x0|, min_weight), without gradient
 
     policy = A_max [ r mean((x_hat+ - x0)^2) / w+ + (1 - r) mean((x_hat- - x0)^2) / w- ] / beta
-    loss   = sum_b weight_b (policy_b + ref_weight mean((v - v_ref)^2)_b),      weight_b = mask_b / normalizer
+    loss   = sum_b weight_b (policy_b + ref_weight mean((v - v_ref)^2)_b)
+    weight_b = mask_b / normalizer
 
 x_t cancels: with e = (eps - x0) - v_old, x_hat(+-) - x0 = t (e -+ beta d). So a sample's loss is a
 function of the moments of e - beta d and e + beta d, and its gradient one linear combination:
@@ -26,8 +27,8 @@ from torch import Tensor
 
 from . import _checks
 from ._operator import differentiable, operator
-from .backends import compiled, pointer, rows_of, select, workspace
-from .table import compute_dtype, mean_ref, times_ref
+from .backends import compiled, pointer, select, strided, workspace
+from .numerics import compute_dtype, mean_ref, times_ref
 
 
 class NftMetrics(NamedTuple):
@@ -72,9 +73,8 @@ def _nft_ref(
     dtype = compute_dtype(x0, noise, v, v_old, v_ref)
     batch, n = v.shape
     counted = torch.ones(batch, dtype=torch.bool, device=v.device) if mask is None else mask
-    v_BN = torch.where(counted[:, None], v, v.detach()).to(
-        dtype
-    )  # no gradient to a masked sample, whatever it holds
+    # No gradient to a masked sample, whatever it holds.
+    v_BN = torch.where(counted[:, None], v, v.detach()).to(dtype)
     v_old_BN = v_old.detach().to(dtype)
     e_BN = (noise.detach().to(dtype) - x0.detach().to(dtype)) - v_old_BN
     beta_d_BN = (v_BN - v_old_BN) * beta
@@ -175,8 +175,7 @@ def _fake_nft_loss(
     "nft_loss",
     "(Tensor x0, Tensor noise, Tensor v, Tensor v_old, Tensor? v_ref, Tensor sigma, Tensor r, "
     "Tensor? mask, float beta, float advantage_max, float ref_weight, float min_weight, float "
-    "normalizer, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "normalizer, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_nft_loss,
 )
 def _nft_loss(
@@ -224,12 +223,12 @@ def _nft_loss(
     if v.shape[0] == 0:
         return loss, metrics, factors
     x0, noise, v, v_old = (
-        _checks.rows(x0),
-        _checks.rows(noise),
-        _checks.rows(v),
-        _checks.rows(v_old),
+        _checks.addressable(x0),
+        _checks.addressable(noise),
+        _checks.addressable(v),
+        _checks.addressable(v_old),
     )
-    v_ref = None if v_ref is None else _checks.rows(v_ref)
+    v_ref = None if v_ref is None else _checks.addressable(v_ref)
     sigma, r = sigma.contiguous(), r.contiguous()
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     if chosen == "triton":
@@ -258,11 +257,11 @@ def _nft_loss(
     batch, n = v.shape
     scratch = workspace(module, v, batch, n, n, 0)
     module.nft_loss(
-        x0=rows_of(x0),
-        noise=rows_of(noise),
-        v=rows_of(v),
-        v_old=rows_of(v_old),
-        v_ref=rows_of(v_ref),
+        x0=strided(x0),
+        noise=strided(noise),
+        v=strided(v),
+        v_old=strided(v_old),
+        v_ref=strided(v_ref),
         sigma=pointer(sigma),
         r=pointer(r),
         mask=pointer(mask),
@@ -315,12 +314,12 @@ def _nft_loss_backward(
     if v.shape[0] == 0:
         return grad_v
     x0, noise, v, v_old = (
-        _checks.rows(x0),
-        _checks.rows(noise),
-        _checks.rows(v),
-        _checks.rows(v_old),
+        _checks.addressable(x0),
+        _checks.addressable(noise),
+        _checks.addressable(v),
+        _checks.addressable(v_old),
     )
-    v_ref = None if v_ref is None else _checks.rows(v_ref)
+    v_ref = None if v_ref is None else _checks.addressable(v_ref)
     factors, scale = factors.contiguous(), scale.contiguous()
     if chosen == "triton":
         from . import triton_kernels
@@ -331,15 +330,15 @@ def _nft_loss_backward(
     batch, n = v.shape
     scratch = workspace(module, v, batch, n, n, 0)
     module.nft_loss_backward(
-        x0=rows_of(x0),
-        noise=rows_of(noise),
-        v=rows_of(v),
-        v_old=rows_of(v_old),
-        v_ref=rows_of(v_ref),
+        x0=strided(x0),
+        noise=strided(noise),
+        v=strided(v),
+        v_old=strided(v_old),
+        v_ref=strided(v_ref),
         beta=beta,
         factors=pointer(factors),
         scale=pointer(scale),
-        grad_v=rows_of(grad_v),
+        grad_v=strided(grad_v),
         workspace=pointer(scratch),
         B=batch,
         N=n,
@@ -392,20 +391,22 @@ def nft_loss(
         x0: [B, ...] clean latents of the rollout, float32, bfloat16 or float16. Arithmetic is fp32
             for all of them, also under autocast.
         noise: like x0 in shape; the eps of x_t = (1 - sigma) x0 + sigma eps, at which the
-        velocities were predicted. sigma: [B] float32 in [0, 1], the noise level t of each sample.
+            velocities were predicted.
+        sigma: [B] float32 in [0, 1], the noise level t of each sample.
         v: like x0 in shape; the trained policy's velocity at x_t. The gradient has its dtype.
         v_old: like x0 in shape; the sampling policy's velocity.
         r: [B] float32 in [0, 1], `nft_optimality` of the advantages.
         beta: how far v+ and v- lie from v_old, > 0.
         v_ref: like x0 in shape; a reference policy's velocity. None: the loss has no such term,
-        whatever ref_weight. advantage_max: A_max, > 0.
+            whatever ref_weight.
+        advantage_max: A_max, > 0.
         ref_weight: weight of mean((v - v_ref)^2), >= 0.
         min_weight: least adaptive weight w, > 0.
         mask: [B] bool; False takes a sample out of loss, gradient and metrics, whatever it holds
-        (NaN included). normalizer: what the sum over samples is divided by, > 0; give the common
-        one when a batch comes in parts.
-            None: the number of samples that count, at least 1. Numbers are constants under
-                torch.compile.
+            (NaN included).
+        normalizer: what the sum over samples is divided by, > 0; give the common one when a batch
+            comes in parts. None: the number of samples that count, at least 1. Numbers are
+            constants under torch.compile.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Raises:

@@ -3,7 +3,8 @@
     key     = the sample's 64-bit seed (low word key0, high word key1)
     counter = (j mod 2^32, j div 2^32, step as uint32, 0),   j = element div 4
     r0..r3  = Philox4x32-10(counter, key)                    -> elements 4j .. 4j+3
-    (r_a, r_b) = (r0, r1), (r2, r3):  u = r_a 2^-32 + 2^-33,  theta = (int32(r_b) >> 8 + 1/2) pi 2^-23
+    (r_a, r_b) = (r0, r1), (r2, r3)
+    u = r_a 2^-32 + 2^-33,          theta = (int32(r_b) >> 8 + 1/2) pi 2^-23
     z_a = sqrt(-2 ln u) cos(theta),  z_b = sqrt(-2 ln u) sin(theta)
 
 u is in (0, 1], so no value is infinite; the largest |z| is sqrt(-2 ln 2^-33) = 6.76. ln, sin and
@@ -13,7 +14,7 @@ between positions in one tensor, while this gives identical bits on every backen
 Against exact arithmetic the error stays below 1e-6.
 
 Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); Box and Muller
-    (1958).
+(1958).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from . import _checks
 from ._operator import operator
-from .backends import compiled, pointer, rows_of, select
+from .backends import compiled, pointer, select, strided
+from .numerics import sqrt_ref
 
 _LOW32 = 0xFFFFFFFF
 INITIAL_STEP = -1  # by convention the initial latents are the noise of this step
@@ -49,12 +51,6 @@ def philox_ref(
         )
         k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
     return c0, c1, c2, c3
-
-
-def sqrt_ref(value: Tensor) -> Tensor:
-    """Correctly rounded fp32 square root; `torch.sqrt` of an fp32 CPU tensor is off by a bit for
-    0.7 % of values."""
-    return torch.sqrt(value.to(torch.float64)).to(torch.float32)
 
 
 def _log_unit(u: Tensor) -> Tensor:
@@ -141,7 +137,7 @@ def _philox_normal(seed: Tensor, step: Tensor, n: int, dtype: torch.dtype, backe
         module, where = compiled(chosen, seed)
         batch, _ = out.shape
         module.philox_normal(
-            seed=pointer(seed), step=pointer(step), out=rows_of(out), B=batch, N=n, **where
+            seed=pointer(seed), step=pointer(step), out=strided(out), B=batch, N=n, **where
         )
     return out
 

@@ -4,7 +4,9 @@ Every loss on a step is a function of per-sample moments of z = x' - mu, B (u - 
 v_old), u being the guided velocity (`guidance`). Its gradient to u is therefore one linear
 combination, with three numbers a sample:
 
-    g = on_z z + on_ref (u - v_ref) + on_old (u - v_old)        then through guidance to v and its branches
+    g = on_z z + on_ref (u - v_ref) + on_old (u - v_old)
+
+and goes on through guidance to v and its branches.
 
 Of `sde_log_prob`:  on_z = -2 w B / N grad_log_prob,  on_ref = 2 B^2 / N grad_mean_diff.
 A sample whose three numbers are all 0 gets exactly 0, whatever its latents hold.
@@ -20,9 +22,10 @@ from torch import Tensor
 
 from . import _checks
 from ._operator import operator
-from .backends import pointer, rows_of, select
+from .backends import pointer, select, strided
 from .guidance import Latents, call_compiled, guidance_backward_ref, guided_ref, make_latents
-from .table import Rows, compute_dtype, mean_of_rows_ref, rows_ref, times_ref
+from .numerics import compute_dtype, times_ref
+from .table import Rows, mean_of_rows_ref, rows_ref
 
 # The fields of `Replay` in the schema of an operator.
 REPLAY_SCHEMA = (
@@ -74,25 +77,25 @@ class Replay(NamedTuple):
         )
 
     def checked(self, chosen: str) -> Replay:
-        """With contiguous rows, as kernels read them. On CPU tensors, ValueError for a row the
+        """With contiguous samples, as kernels read them. On CPU tensors, ValueError for a row the
         table does not have."""
         _checks.table_rows(chosen, self.table, self.step_index, self.m_prev)
 
-        def rows(value: Tensor | None) -> Tensor | None:
-            return None if value is None else _checks.rows(value)
+        def optional(value: Tensor | None) -> Tensor | None:
+            return None if value is None else _checks.addressable(value)
 
         return Replay(
-            _checks.rows(self.x),
-            _checks.rows(self.x_next),
-            _checks.rows(self.v),
-            rows(self.m_prev),
-            rows(self.v_uncond),
-            rows(self.v_uncond_image),
+            _checks.addressable(self.x),
+            _checks.addressable(self.x_next),
+            _checks.addressable(self.v),
+            optional(self.m_prev),
+            optional(self.v_uncond),
+            optional(self.v_uncond_image),
             None if self.guidance is None else self.guidance.contiguous(),
             self.renorm,
             self.width,
-            rows(self.v_ref),
-            rows(self.v_old),
+            optional(self.v_ref),
+            optional(self.v_old),
             self.table.contiguous(),
             self.step_index.contiguous(),
         )
@@ -101,13 +104,13 @@ class Replay(NamedTuple):
         """What the functions of a compiled module take beyond `Latents`; `old=False` for one
         without v_old."""
         given = {
-            "x_next": rows_of(self.x_next),
-            "v_ref": rows_of(self.v_ref),
+            "x_next": strided(self.x_next),
+            "v_ref": strided(self.v_ref),
             "table": pointer(self.table),
             "rows": self.table.shape[0],
             "step_index": pointer(self.step_index),
         }
-        return given | {"v_old": rows_of(self.v_old)} if old else given
+        return given | {"v_old": strided(self.v_old)} if old else given
 
 
 def make_replay(
@@ -126,8 +129,7 @@ def make_replay(
     `make_latents`.
 
     Only v, v_uncond and v_uncond_image keep a gradient. doubles: accept float64 too, as the
-    references do.
-    Raises ValueError or TypeError naming the argument.
+    references do. Raises ValueError or TypeError naming the argument.
     """
     latents = make_latents(x, v, doubles=doubles, **guidance)
     _checks.like("x_next", x_next, "x", x, doubles=doubles)
@@ -248,8 +250,7 @@ def _fake_replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 @operator(
     "replay_backward",
     f"({REPLAY_SCHEMA}, Tensor? factors, Tensor? scale, Tensor? grad_log_prob, Tensor? "
-    f"grad_mean_diff, "
-    "bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)",
+    "grad_mean_diff, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_replay_backward,
 )
 def _replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,9 +296,9 @@ def _replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
             replay.latents,
             **replay.arguments(),
             **{name: pointer(value) for name, value in given.items()},
-            grad_v=rows_of(outputs[0]),
-            grad_v_uncond=rows_of(outputs[1]),
-            grad_v_uncond_image=rows_of(outputs[2]),
+            grad_v=strided(outputs[0]),
+            grad_v_uncond=strided(outputs[1]),
+            grad_v_uncond_image=strided(outputs[2]),
         )
     return grads[0], grads[1], grads[2]
 

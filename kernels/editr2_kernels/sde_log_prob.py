@@ -23,6 +23,7 @@ from . import _checks
 from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
+from .numerics import mean_ref
 from .replay import (
     REPLAY_SCHEMA,
     Replay,
@@ -33,7 +34,7 @@ from .replay import (
     saved,
     without_gradient,
 )
-from .table import mean_ref, rows_ref
+from .table import rows_ref
 
 
 class SdeLogProb(NamedTuple):
@@ -87,9 +88,8 @@ def _sde_log_prob(*inputs: Any) -> tuple[Tensor, Tensor]:
     replay = replay.checked(chosen)
     if chosen == "ref":
         out = _replayed(replay)
-        return out.log_prob, replay.x.new_empty(
-            0, dtype=torch.float32
-        ) if out.mean_diff is None else out.mean_diff
+        absent = torch.empty(0, dtype=torch.float32, device=replay.x.device)
+        return out.log_prob, absent if out.mean_diff is None else out.mean_diff
     log_prob, mean_diff = _outputs(replay)
     if replay.x.shape[0] == 0:
         return log_prob, mean_diff

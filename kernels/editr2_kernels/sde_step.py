@@ -21,10 +21,11 @@ from torch import Tensor
 
 from . import _checks
 from ._operator import operator
-from .backends import pointer, rows_of, select
+from .backends import pointer, select, strided
 from .guidance import LATENTS_SCHEMA, Latents, Renorm, call_compiled, guided_ref, make_latents
+from .numerics import compute_dtype, mean_ref
 from .philox import philox_normal_ref
-from .table import compute_dtype, mean_of_rows_ref, mean_ref, rows_ref
+from .table import mean_of_rows_ref, rows_ref
 
 SCORES = ("stored", "unrounded")
 
@@ -61,9 +62,7 @@ def _stepped(latents: Latents, given: _Inputs, store_dtype: torch.dtype) -> SdeS
         assert given.seed is not None
         eps = philox_normal_ref(given.seed, given.step_index, x.shape[1]).to(dtype)
     mu = mean_of_rows_ref(row, x, u, latents.m_prev)
-    sample = torch.where(
-        row.S == 0, mu, mu + row.S * eps
-    )  # a step without noise does not look at any
+    sample = torch.where(row.S == 0, mu, mu + row.S * eps)  # without noise none is looked at
     x_next = sample.to(store_dtype)
     z = (x_next.to(dtype) if given.score_stored else sample) - mu
     log_prob = row.w[:, 0] * mean_ref(z * z) + row.c[:, 0]
@@ -114,8 +113,8 @@ def _run(
         return
     if latents.x.shape[0] == 0:
         return
-    latents = latents.rows()
-    noise = None if given.noise is None else _checks.rows(given.noise)
+    latents = latents.addressable()
+    noise = None if given.noise is None else _checks.addressable(given.noise)
     seed = None if given.seed is None else given.seed.contiguous()
     table, step_index = given.table.contiguous(), given.step_index.contiguous()
     if chosen == "triton":
@@ -129,13 +128,13 @@ def _run(
             chosen,
             "sde_step",
             latents,
-            noise=rows_of(noise),
+            noise=strided(noise),
             table=pointer(table),
             rows=table.shape[0],
             step_index=pointer(step_index),
             seed=pointer(seed),
-            x_next=rows_of(x_next),
-            x0=rows_of(x0),
+            x_next=strided(x_next),
+            x0=strided(x0),
             log_prob=pointer(log_prob),
             score_stored=given.score_stored,
         )
@@ -182,8 +181,7 @@ def _sde_step(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     "editr2::sde_step_out",
     mutates_args=("x_next", "x0", "log_prob"),
     schema=f"({LATENTS_SCHEMA}, {_INPUTS_SCHEMA}, str backend, Tensor(a!) x_next, Tensor(b!)? "
-    f"x0, Tensor(c!) log_prob)"
-    " -> ()",
+    "x0, Tensor(c!) log_prob) -> ()",
 )
 def _sde_step_out(*inputs: Any) -> None:
     """The same into given tensors, which must not share memory with an input or with one
@@ -273,20 +271,23 @@ def sde_step(
         m_prev: like x in shape; the x0 of the step before, read by rows with C != 0 (second-order
             solvers).
         v_uncond: like v in shape, of its dtype (as every branch); the velocity without the text,
-        for guidance. guidance: its weight, a number or [B] float32: u = v_uncond + guidance (v -
-        v_uncond).
+            for guidance.
+        guidance: its weight, a number or [B] float32: u = v_uncond + guidance (v - v_uncond).
         v_uncond_image, guidance_image: the same for a second branch, without the image; applied to
-        the result. guidance_interval: (low, high) or [B, 2] float32: guide only while low < sigma
-        <= high. None: always.
+            the result.
+        guidance_interval: (low, high) or [B, 2] float32: guide only while low < sigma <= high.
+            None: always.
         renorm: bring the guided velocity back to the size of v, by "token" (Qwen-Image),
-            "text_channel", "channel" or "global" (BAGEL); a row is the last dimension of x. Needs
-            guidance.
+            "text_channel" or "channel" (BAGEL) over the last dimension of x, or by "global" (BAGEL)
+            over the sample. Needs guidance.
         store_dtype: dtype of x_next and x0 (default x.dtype).
         score: log-prob of the sample as "stored", which replays bitwise, or "unrounded", as other
-        trainers take it. return_x0: also return x0 = x - sigma u, the clean image the velocity
-        points to (the next step's m_prev).
+            trainers take it.
+        return_x0: also return x0 = x - sigma u, the clean image the velocity points to (the next
+            step's m_prev).
         out: tensors to write instead of new ones: contiguous, apart in memory from every input; its
-        x0 may be None. backend: None picks one; a name is used or raises RuntimeError.
+            x0 may be None.
+        backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
         x_next, contiguous, in the shape of x; log_prob [B] fp32, a mean over elements (exactly 0

@@ -2,9 +2,10 @@
 logits a token.
 
     m = max_j l_j      d_j = (l_j - m) (1 / T)      s = sum_j exp(d_j)      p_j = exp(d_j) / s
-    log_prob = d_id - ln s                          entropy = ln s - (sum_j exp(d_j) d_j) / s      (nats)
-    lse      = (m, ln s), in two parts: log-sum-exp of logits / T is m / T + ln s, and adding them would lose digits of
-               every p_j where logits are large
+    log_prob = d_id - ln s
+    entropy  = ln s - (sum_j exp(d_j) d_j) / s      (nats)
+    lse      = (m, ln s), in two parts: log-sum-exp of logits / T is m / T + ln s, and adding them
+               would lose digits of every p_j where logits are large
 
     d log_prob / d l_j = (1[j = id] - p_j) / T
     d entropy  / d l_j = -p_j (ln p_j + entropy) / T
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from . import _checks
 from ._operator import differentiable, operator
-from .backends import compiled, pointer, rows_of, select
-from .table import compute_dtype, sum_ref
+from .backends import compiled, pointer, select, strided
+from .numerics import compute_dtype, sum_ref
 
 # Backward reads and writes the fp32 gradient of the weight once a chunk: chunks of some hundred
 # rows or more keep that below the time of the matrix products, and 256 MiB hold 800 rows of a
@@ -43,7 +44,7 @@ class TokenLogProb(NamedTuple):
     entropy: Tensor
 
 
-def _rows_ref(
+def _tokens_ref(
     logits: Tensor, ids: Tensor, temperature: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """log_prob, entropy, m, ln s [M] and the poison [M]: NaN where an id lies outside the
@@ -76,7 +77,7 @@ def token_log_prob_ref(
     An id outside [0, V) other than ignore_index gives NaN here, as it does on a GPU.
     """
     rows = logits.reshape(-1, logits.shape[-1]).contiguous()
-    log_prob, entropy, *_ = _rows_ref(rows, ids.reshape(-1), temperature, ignore_index)
+    log_prob, entropy, *_ = _tokens_ref(rows, ids.reshape(-1), temperature, ignore_index)
     return TokenLogProb(log_prob.view(ids.shape), entropy.view(ids.shape))
 
 
@@ -118,7 +119,7 @@ def _ids_in_range(ids: Tensor, v: int, ignore_index: int) -> None:
             )
 
 
-def _empty_rows(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log_prob and entropy [M], lse [M, 2], to be written."""
     shapes = ids.shape, ids.shape, (*ids.shape, 2)
     log_prob, entropy, lse = (
@@ -137,9 +138,9 @@ def _forward(
     entropy: Tensor,
     lse: Tensor,
 ) -> None:
-    """Writes the last three. logits [M, V] with contiguous rows; the others contiguous."""
+    """Writes the last three. logits [M, V] addressable; the others contiguous."""
     if chosen == "ref":
-        values = _rows_ref(logits.contiguous(), ids, temperature, ignore_index)
+        values = _tokens_ref(logits.contiguous(), ids, temperature, ignore_index)
         log_prob.copy_(values[0])
         entropy.copy_(values[1])
         lse.copy_(torch.stack(values[2:4], 1) * values[4][:, None])
@@ -152,7 +153,7 @@ def _forward(
     else:
         module, where = compiled(chosen, logits)
         module.token_log_prob(
-            logits=rows_of(logits),
+            logits=strided(logits),
             ids=pointer(ids),
             temperature=temperature,
             ignore_index=ignore_index,
@@ -198,7 +199,7 @@ def _backward(
     else:
         module, where = compiled(chosen, logits)
         module.token_log_prob_backward(
-            logits=rows_of(logits),
+            logits=strided(logits),
             ids=pointer(ids),
             temperature=temperature,
             ignore_index=ignore_index,
@@ -206,7 +207,7 @@ def _backward(
             entropy=pointer(entropy),
             grad_log_prob=pointer(grad_log_prob),
             grad_entropy=pointer(grad_entropy),
-            grad_logits=rows_of(grad_logits),
+            grad_logits=strided(grad_logits),
             M=logits.shape[0],
             V=logits.shape[1],
             **where,
@@ -220,7 +221,7 @@ def _contiguous(value: Tensor | None) -> Tensor | None:
 def _fake_token_log_prob(
     logits: Tensor, ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_rows(ids)
+    return _empty_outputs(ids)
 
 
 @operator(
@@ -236,10 +237,15 @@ def _token_log_prob(
     gradient."""
     chosen = select(backend, logits.device)
     _ids_in_range(ids, logits.shape[1], ignore_index)
-    outputs = _empty_rows(ids)
+    outputs = _empty_outputs(ids)
     if ids.numel() > 0:
         _forward(
-            chosen, _checks.rows(logits), ids.contiguous(), temperature, ignore_index, *outputs
+            chosen,
+            _checks.addressable(logits),
+            ids.contiguous(),
+            temperature,
+            ignore_index,
+            *outputs,
         )
     return outputs
 
@@ -271,7 +277,7 @@ def _token_log_prob_backward(
     if ids.numel() > 0:
         _backward(
             chosen,
-            _checks.rows(logits),
+            _checks.addressable(logits),
             ids.contiguous(),
             temperature,
             ignore_index,
@@ -342,7 +348,7 @@ def _chunks(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[tuple[s
 def _fake_hidden_token_log_prob(
     hidden: Tensor, weight: Tensor, ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_rows(ids)
+    return _empty_outputs(ids)
 
 
 @operator(
@@ -364,7 +370,7 @@ def _hidden_token_log_prob(
     chosen = select(backend, hidden.device)
     _ids_in_range(ids, weight.shape[0], ignore_index)
     ids = ids.contiguous()
-    outputs = _empty_rows(ids)
+    outputs = _empty_outputs(ids)
     with torch.autocast(hidden.device.type, enabled=False):
         for part, logits in _chunks(hidden, weight, chunk_rows):
             _forward(
@@ -551,7 +557,8 @@ def token_log_prob(
         ignore_index: where ids has this value, log_prob and entropy are 0 and so is the gradient;
             the row is not looked at.
         chunk_rows: rows of logits that exist at a time, for (hidden, weight) only; None: as many as
-        256 MiB hold. backend: None picks one; a name is used or raises RuntimeError.
+            256 MiB hold.
+        backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
         log_prob and entropy, fp32 in the shape of ids. From logits a row's result depends on that

@@ -26,9 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # in the emulator.
 KEPT = {"triton": 2, "cuda": 16}
 WAITING = "test_interpreter_passes_the_operator_tests"
-backends_module = importlib.import_module(
-    "editr2_kernels.backends"
-)  # the attribute of that name is the function
+# The attribute of that name is the function.
+backends_module = importlib.import_module("editr2_kernels.backends")
 
 
 def load_by_path(path: Path):

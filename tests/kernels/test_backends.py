@@ -7,9 +7,8 @@ import torch
 
 import editr2_kernels as ek
 
-backends_module = importlib.import_module(
-    "editr2_kernels.backends"
-)  # the attribute of that name is the function
+# The attribute of that name is the function.
+backends_module = importlib.import_module("editr2_kernels.backends")
 
 CALLS = {
     "philox_normal": lambda backend: ek.philox_normal(torch.tensor([1]), 0, (4,), backend=backend),

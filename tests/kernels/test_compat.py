@@ -107,14 +107,14 @@ def written_out(name, dynamics, x, v, eps, m_prev):
 def test_the_presets_of_the_issue_exist():
     required = {"flow_grpo", "dance_grpo", "mixgrpo", "diffusion_nft", "flow_factory", "verl_omni"}
     assert required <= set(ek.COMPAT)
-    assert {dynamics for _, dynamics in PAIRS} == set(ek.DYNAMICS) - {"ode"}
+    assert {dynamics for _, dynamics in PAIRS} <= set(ek.DYNAMICS)
 
 
 @pytest.mark.parametrize("name, dynamics", PAIRS)
 def test_step_and_log_prob(backend, name, dynamics):
     x, v, eps, m_prev, _ = inputs()
-    table = ek.transition_table(
-        SIGMAS, dynamics=dynamics, noise_level=level_of(dynamics), compat=name
+    table = ek.COMPAT[name].transition_table(
+        SIGMAS, dynamics=dynamics, noise_level=level_of(dynamics)
     )
     out = ek.sde_step(
         x,
@@ -134,7 +134,7 @@ def test_step_and_log_prob(backend, name, dynamics):
 
 def test_the_dance_window_ends_before_the_last_step():
     """The image is the x0 of the last step, which has no log-prob."""
-    table = ek.transition_table(SIGMAS, dynamics="dance-sde", noise_level=0.3, compat="dance_grpo")
+    table = ek.COMPAT["dance_grpo"].transition_table(SIGMAS, dynamics="dance-sde", noise_level=0.3)
     x, v, _, _, _ = inputs()
     last = torch.full((4,), len(SIGMAS) - 2)
     out = ek.sde_step(x, v, table, last, SEED, return_x0=True)
@@ -146,9 +146,7 @@ def test_the_dance_window_ends_before_the_last_step():
 def test_policy_loss_and_kl(backend, name, dynamics):
     preset, weight, clip = ek.COMPAT[name], 0.04, 1e-3
     x, v, eps, m_prev, v_ref = inputs()
-    table = ek.transition_table(
-        SIGMAS, dynamics=dynamics, noise_level=level_of(dynamics), compat=name
-    )
+    table = preset.transition_table(SIGMAS, dynamics=dynamics, noise_level=level_of(dynamics))
     x_next = ek.sde_step(x, v_ref, table, INDEX, None, noise=eps, m_prev=m_prev).x_next
     advantage = torch.tensor([1.0, -9.0, 7.0, -0.5])
     shift = torch.tensor([3e-4, -2e-3, -2e-3, 4e-3])
@@ -198,7 +196,7 @@ def test_policy_loss_and_kl(backend, name, dynamics):
 
 def test_the_kl_of_mixgrpo_is_a_metric():
     x, v, eps, _, _ = inputs()
-    table = ek.transition_table(SIGMAS, noise_level=0.7, compat="mixgrpo")
+    table = ek.COMPAT["mixgrpo"].transition_table(SIGMAS, noise_level=0.7)
     step = ek.sde_step(x, v, table, INDEX, None, noise=eps)
     difference = torch.tensor([0.1, -0.3, 0.2, 0.0])
     out = ek.grpo_loss(
@@ -213,7 +211,7 @@ def test_guard_of_verl_omni_at_one_step():
     """exp((log p - log p_old + b) S), b = mean((mu - mu_old)^2) / (2 S^2), the loss over -dt."""
     x, v, eps, _, v_old = inputs()
     i, clip = 2, 1e-3
-    table = ek.transition_table(SIGMAS, noise_level=0.7, compat="verl_omni")
+    table = ek.COMPAT["verl_omni"].transition_table(SIGMAS, noise_level=0.7)
     index = torch.full((4,), i)
     step = ek.sde_step(x, v_old, table, index, None, noise=eps)
     advantage = torch.tensor([1.0, -2.0, 3.0, -0.5])
@@ -322,7 +320,7 @@ def test_scoring_before_the_cast_breaks_replay_by_the_known_amount(name):
     z^2), of the size of a clip range of 1e-5. Scored as stored, ours is equal to the bit."""
     preset = ek.COMPAT[name]
     dynamics = next(iter(preset.log_prob))
-    table = ek.transition_table(SIGMAS, dynamics=dynamics, noise_level=0.7, compat=name)
+    table = preset.transition_table(SIGMAS, dynamics=dynamics, noise_level=0.7)
     x, v, eps, _, _ = inputs((1024, 16), torch.bfloat16)
     peer = ek.sde_step(x, v, table, INDEX, None, noise=eps, score=preset.score)
     ours = ek.sde_step(x, v, table, INDEX, None, noise=eps)
@@ -351,6 +349,26 @@ def test_presets_can_be_sent_and_copied(name):
     assert pickle.loads(pickle.dumps(preset)) == copy.deepcopy(preset) == preset
 
 
-def test_dynamics_a_project_does_not_have():
-    with pytest.raises(ValueError, match="^dynamics 'cps'"):
-        ek.COMPAT["dance_grpo"].grpo_for("cps")
+@pytest.mark.parametrize("log_prob", [None, "full"])
+def test_dynamics_a_project_does_not_have(log_prob):
+    preset = ek.COMPAT["dance_grpo"]
+    with pytest.raises(ValueError, match="^dynamics 'cps' .* which has dance-sde$"):
+        preset.grpo_for("cps")
+    with pytest.raises(ValueError, match="^dynamics 'cps' .* which has dance-sde$"):
+        preset.transition_table(SIGMAS, dynamics="cps", noise_level=0.7, log_prob=log_prob)
+    ode = preset.transition_table(SIGMAS, dynamics="ode", log_prob=log_prob)
+    assert torch.equal(ode, ek.transition_table(SIGMAS, dynamics="ode"))
+
+
+def test_the_table_of_a_preset():
+    """Is the operators', with another default of the log-prob."""
+    options = {"noise_level": 0.7, "window": (1, 3), "solver": "dpm++2m", "sigma_max": 0.9}
+    table = ek.COMPAT["flow_grpo_bagel"].transition_table
+    assert torch.equal(
+        table(SIGMAS, **options), ek.transition_table(SIGMAS, log_prob="scaled", **options)
+    )
+    assert torch.equal(
+        table(SIGMAS, log_prob="full", **options), ek.transition_table(SIGMAS, **options)
+    )
+    with pytest.raises(ValueError, match="^log_prob must be one of"):
+        table(SIGMAS, log_prob="", noise_level=0.7)

@@ -18,7 +18,8 @@ import sys, torch
 import editr2_kernels as ek
 
 def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 shape = (8, 2048, 64)
 x, x_next = torch.randn(shape), torch.randn(shape)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import editr2_kernels
-from editr2_kernels.backends import pointer, rows_of
+from editr2_kernels.backends import pointer, strided
 from editr2_kernels.philox import philox_ref
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def native() -> Iterator[Any]:
 def philox_normal(native: Any, seed: Tensor, step: Tensor, n: int, threads: int = 2) -> Tensor:
     out = torch.full((len(seed), n), torch.nan)
     native.philox_normal(
-        seed=pointer(seed), step=pointer(step), out=rows_of(out), B=len(seed), N=n, threads=threads
+        seed=pointer(seed), step=pointer(step), out=strided(out), B=len(seed), N=n, threads=threads
     )
     return out
 
@@ -123,14 +123,14 @@ def test_conversions_match_torch_bit_for_bit(native: Any, dtype: torch.dtype) ->
     ties = edges + (0x8000 if dtype == torch.bfloat16 else 0x1000)
     singles = torch.cat([patterns, edges, ties - 1, ties, ties + 1]).view(torch.float32)[None]
     identity = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0]])
-    index, absent = torch.zeros(1, dtype=torch.int64), rows_of(None)
+    index, absent = torch.zeros(1, dtype=torch.int64), strided(None)
     for isa in native.supported_isas():
         native.set_isa(isa)
         for x, out_dtype in ((every, torch.float32), (singles, dtype)):
             v, out = torch.zeros_like(x), torch.empty(x.shape, dtype=out_dtype)
             native.sde_step(
-                x=rows_of(x),
-                v=rows_of(v),
+                x=strided(x),
+                v=strided(v),
                 m_prev=absent,
                 v_uncond=absent,
                 v_uncond_image=absent,
@@ -142,7 +142,7 @@ def test_conversions_match_torch_bit_for_bit(native: Any, dtype: torch.dtype) ->
                 rows=1,
                 step_index=pointer(index),
                 seed=pointer(index),
-                x_next=rows_of(out),
+                x_next=strided(out),
                 x0=absent,
                 log_prob=0,
                 score_stored=True,
@@ -163,7 +163,8 @@ from editr2_kernels import _native
 seed = torch.arange(8); out = torch.full((8, 1 << 16), 0.0)
 def run(out):
     _native.philox_normal(
-        seed=seed.data_ptr(), step=seed.data_ptr(), out=(out.data_ptr(), 0, out.stride(0)), B=8, N=1 << 16, threads=2
+        seed=seed.data_ptr(), step=seed.data_ptr(), out=(out.data_ptr(), 0, out.stride(0)),
+        B=8, N=1 << 16, threads=2,
     )
     return out
 expected = run(out).numpy().tobytes()

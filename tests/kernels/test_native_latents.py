@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from editr2_kernels import flow_sigmas, transition_table
-from editr2_kernels.backends import pointer, rows_of
+from editr2_kernels.backends import pointer, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [
@@ -96,8 +96,8 @@ class Calls:
         )
         self.sizes = {"workspace": 0, "B": self.batch, "N": self.n, "threads": threads}
         self.latents = {
-            "x": rows_of(x),
-            "v": rows_of(v),
+            "x": strided(x),
+            "v": strided(v),
             "m_prev": self.rows("m_prev"),
             "v_uncond": self.rows("v_uncond"),
             "v_uncond_image": self.rows("v_uncond_image"),
@@ -110,7 +110,7 @@ class Calls:
         } | self.sizes
 
     def rows(self, name: str) -> tuple[int, int, int]:
-        return rows_of(self.tensors.get(name))
+        return strided(self.tensors.get(name))
 
     def step(self, dtype: torch.dtype = torch.float32, score_stored: bool = True) -> list[Tensor]:
         """x_next, log_prob, x0."""
@@ -120,8 +120,8 @@ class Calls:
             **self.latents,
             noise=self.rows("noise"),
             seed=pointer(self.seed),
-            x_next=rows_of(x_next),
-            x0=rows_of(x0),
+            x_next=strided(x_next),
+            x0=strided(x0),
             log_prob=pointer(log_prob),
             score_stored=score_stored,
         )
@@ -132,7 +132,7 @@ class Calls:
         log_prob, mean_diff = poisoned(self.batch), poisoned(self.batch)
         self.native.sde_log_prob(
             **self.latents,
-            x_next=rows_of(x_next),
+            x_next=strided(x_next),
             v_ref=self.rows("v_ref"),
             log_prob=pointer(log_prob),
             mean_diff=pointer(mean_diff),
@@ -159,7 +159,7 @@ class Calls:
         )
         self.native.grpo_loss(
             **self.latents,
-            x_next=rows_of(x_next),
+            x_next=strided(x_next),
             v_ref=self.rows("v_ref"),
             v_old=self.rows("v_old"),
             old_log_prob=pointer(old),
@@ -187,7 +187,7 @@ class Calls:
         grads = {name: poisoned(self.batch, self.n, dtype=self.v.dtype) for name in names}
         self.native.replay_backward(
             **self.latents,
-            x_next=rows_of(x_next),
+            x_next=strided(x_next),
             v_ref=self.rows("v_ref"),
             v_old=self.rows("v_old"),
             factors=pointer(factors),
@@ -195,7 +195,7 @@ class Calls:
             grad_log_prob=pointer(grad_log_prob),
             grad_mean_diff=pointer(grad_mean_diff),
             **{
-                f"grad_{name}": rows_of(grads.get(name))
+                f"grad_{name}": strided(grads.get(name))
                 for name in ("v", "v_uncond", "v_uncond_image")
             },
         )
@@ -225,11 +225,11 @@ def nft(
         poisoned(batch, n, dtype=v.dtype),
     )
     latents = dict(
-        x0=rows_of(x0),
-        noise=rows_of(noise),
-        v=rows_of(v),
-        v_old=rows_of(v_old),
-        v_ref=rows_of(v_ref),
+        x0=strided(x0),
+        noise=strided(noise),
+        v=strided(v),
+        v_old=strided(v_old),
+        v_ref=strided(v_ref),
         beta=0.7,
         workspace=0,
         B=batch,
@@ -248,7 +248,7 @@ def nft(
         **(defaults | options),
     )
     native.nft_loss_backward(
-        **latents, factors=pointer(factors), scale=pointer(scale), grad_v=rows_of(grad)
+        **latents, factors=pointer(factors), scale=pointer(scale), grad_v=strided(grad)
     )
     return [loss, metrics, factors, grad]
 
@@ -341,7 +341,7 @@ def test_step_and_replay(
 def sampled_noise(native: Any, n: int) -> Tensor:
     noise, seed, step = poisoned(BATCH, n), seeds(BATCH), steps(BATCH)
     native.philox_normal(
-        seed=pointer(seed), step=pointer(step), out=rows_of(noise), B=BATCH, N=n, threads=1
+        seed=pointer(seed), step=pointer(step), out=strided(noise), B=BATCH, N=n, threads=1
     )
     return noise
 
@@ -444,7 +444,7 @@ def test_guidance(native: Any, renorm: str, width: int, n: int, dtype: torch.dty
         eager_mu = single[:, 0] * x + single[:, 1] * eager + single[:, 2] * m_prev
         noise, seed, step = poisoned(batch, n), seeds(batch), steps(batch)
         native.philox_normal(
-            seed=pointer(seed), step=pointer(step), out=rows_of(noise), B=batch, N=n, threads=1
+            seed=pointer(seed), step=pointer(step), out=strided(noise), B=batch, N=n, threads=1
         )
         assert torch.equal(x_next, eager_mu + single[:, 3] * noise)
         assert torch.equal(x0, x - single[:, 6] * eager)
@@ -654,10 +654,10 @@ def test_batch_strides_in_and_out(native: Any) -> None:
     room, log_prob = torch.full((5, 1100), 7.0), poisoned(5)
     apart.native.sde_step(
         **apart.latents,
-        noise=rows_of(None),
+        noise=strided(None),
         seed=pointer(apart.seed),
-        x_next=rows_of(room[:, 50:1051]),
-        x0=rows_of(None),
+        x_next=strided(room[:, 50:1051]),
+        x0=strided(None),
         log_prob=pointer(log_prob),
         score_stored=True,
     )
@@ -708,7 +708,7 @@ def test_bad_arguments_are_named_and_nothing_is_written(
     calls.index[1] = change.get("step", 1)
     out, log_prob = torch.full((2, 100), 7.0), torch.full((2,), 7.0)
     arguments = calls.latents | dict(
-        noise=rows_of(None), seed=pointer(calls.seed), x_next=rows_of(out), x0=rows_of(None),
+        noise=strided(None), seed=pointer(calls.seed), x_next=strided(out), x0=strided(None),
         log_prob=pointer(log_prob), score_stored=True,
     )  # fmt: skip
     arguments |= {name: value for name, value in change.items() if name != "step"}

@@ -111,9 +111,9 @@ def test_reference_is_the_formula_in_float64_and_passes_gradcheck(options):
     )
     torch.testing.assert_close(function(v), expected, rtol=1e-14, atol=0)
 
-    def held(
-        v,
-    ):  # the weights w carry no gradient: finite differences must hold them, the formula must not move them
+    # The weights w carry no gradient: finite differences must hold them, the formula must not move
+    # them.
+    def held(v):
         t, d = SIGMA.double()[:, None, None], v - v_old
         loss = 0.0
         for sign, share in ((-1, R.double()), (1, 1 - R.double())):

@@ -218,9 +218,10 @@ def test_a_sample_is_independent_of_batch_threads_and_order(backend, n, one_thre
         n = min(n, 1100)  # two programs a sample
     x, v, v_ref = case((n,), torch.bfloat16, torch.float32, batch=8)
     index, seed = torch.tensor([1, 5, 0, 7, 2, 2, 6, 3]), torch.arange(8) * 12345
-    run = lambda rows: everything(
-        x[rows], v[rows], v_ref[rows], TABLE, index[rows], seed[rows], backend
-    )  # noqa: E731
+
+    def run(rows):
+        return everything(x[rows], v[rows], v_ref[rows], TABLE, index[rows], seed[rows], backend)
+
     whole = two_threads(lambda: run(slice(None)))
     order = torch.randperm(8)
     for rows, again in [

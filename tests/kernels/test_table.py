@@ -186,9 +186,10 @@ def test_deterministic_rows_follow_the_solver():
     assert torch.equal(ek.transition_table(sigmas, noise_level=0.0, solver="dpm++2m"), solver)
 
 
-@pytest.mark.parametrize("dynamics", [d for d in ek.DYNAMICS if d != "ode"])
+@pytest.mark.parametrize("dynamics", [d for d, entry in ek.DYNAMICS.items() if entry.stochastic])
 def test_log_prob_variants(dynamics):
-    level = 1.0 if dynamics == "dpm++sde" else 0.7
+    entry = ek.DYNAMICS[dynamics]
+    level = min(0.7, entry.max_level) if entry.has_level else 1.0
     tables = {
         kind: ek.transition_table(SIGMAS, dynamics=dynamics, noise_level=level, log_prob=kind)
         for kind in KINDS
@@ -204,7 +205,7 @@ def test_log_prob_variants(dynamics):
             w, c = {"full": (w, c), "scaled": (w, 0.0), "unscaled": (-1.0, 0.0)}[kind]
             np.testing.assert_allclose(row[[W, CONST]].numpy(), [w, c], rtol=5e-7, atol=1e-7)
     default = ek.transition_table(SIGMAS, dynamics=dynamics, noise_level=level)
-    assert torch.equal(default, tables["unscaled" if dynamics == "cps" else "full"])
+    assert torch.equal(default, tables[entry.log_prob])
 
 
 def test_sigma_max_stands_in_at_one():
@@ -263,10 +264,6 @@ def test_flow_sigmas():
         ("solver", {"solver": "heun"}),
         ("log_prob", {"log_prob": "mean"}),
         ("sigma_max", {"sigma_max": 1.0}),
-        ("compat", {"compat": "flowgrpo"}),
-        ("dynamics", {"compat": "dance_grpo"}),
-        ("compat", {"compat": "flowgrpo", "log_prob": "full"}),
-        ("dynamics", {"compat": "dance_grpo", "log_prob": "full"}),
     ],
 )
 def test_errors_name_the_argument(name, arguments):

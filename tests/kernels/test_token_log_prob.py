@@ -228,9 +228,10 @@ def test_a_row_is_independent_of_batch_threads_and_order(backend, v, one_thread,
         v = min(v, 5000)  # two blocks a row
     logits, ids = case(6, v, torch.bfloat16)
     grads = torch.randn(6), torch.randn(6)
-    run = lambda rows: everything(
-        logits[rows], ids[rows], [g[rows] for g in grads], backend=backend
-    )  # noqa: E731
+
+    def run(rows):
+        return everything(logits[rows], ids[rows], [g[rows] for g in grads], backend=backend)
+
     whole = two_threads(lambda: run(slice(None)))
     order = torch.randperm(6)
     for rows, again in [

@@ -43,8 +43,7 @@ class PretrainConfig:
     Args:
         steps: optimiser steps.
         decay_steps: the learning rate falls as a cosine to 0 here. The shipped start stops before
-            that, on
-            purpose: most single edits are right, third turns often are not.
+            that, on purpose: most single edits are right, third turns often are not.
         batch: sessions a step.
         turns: turns a session.
         lr: peak learning rate.
@@ -98,7 +97,9 @@ def training_loss(
     both = torch.ones(b, 2, dtype=torch.bool)
     frames = []
     for s in sessions:
-        scenes = [state.scene for state in shapes.states(s.image, [t.instruction for t in s.turns])]
+        scenes = [
+            state.scene for state in shapes.meanings(s.image, [t.instruction for t in s.turns])
+        ]
         frames.append(np.stack([shapes.render(scene) for scene in scenes]))
     latents = [patchify(np.stack([f[t] for f in frames]), policy.patch) for t in range(turns + 1)]
     segments, targets, answers = [], [], []

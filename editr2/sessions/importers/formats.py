@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError, shown
-from editr2.sessions.files import lines_of, parse_object
 from editr2.sessions.images import ImageFile, inside, locate
-from editr2.sessions.importers.rows import Row, csv_rows, json_document, json_lines, parquet_rows
+from editr2.sessions.importers.foreign import (
+    Record,
+    csv_rows,
+    json_document,
+    json_lines,
+    parquet_rows,
+)
+from editr2.sessions.records import lines_of, parse_object
 from editr2.sessions.session import Session, Turn, kind
 
 # What object-centred rewards judge a turn by: as MICE-Bench names it, with its kind. EdiVal-Bench
@@ -64,13 +70,13 @@ class Source:
         accepted = ", ".join(there) or name or f"a file, {' or '.join(suffixes)}"
         raise DataError(f"{self.path}: a folder (accepted: one file in it: {accepted})")
 
-    def image(self, row: Row, field: str, name: str, *places: Path) -> ImageFile:
-        """The image that the row's field names, in `images` or else in the first of `places` that
-        has it; never one that lies elsewhere, whatever the name."""
+    def image(self, record: Record, field: str, name: str, *places: Path) -> ImageFile:
+        """The image that the field names, in `images` or else in the first of `places` that has it;
+        never one that lies elsewhere, whatever the name."""
         try:
             locate(Path(), name, contained=False)
         except DataError as error:
-            raise row.error(field, str(error)) from error
+            raise record.error(field, str(error)) from error
         if self.images is not None:
             found = [inside(self.images, name), inside(self.images, Path(name).name)]
         else:
@@ -81,14 +87,14 @@ class Source:
                 f"(accepted: a path inside of {shown(self.images or places[0])}, or --images "
                 f"FOLDER)"
             )
-            raise row.error(field, f"{shown(name)} leads out of the folder {accepted}")
+            raise record.error(field, f"{shown(name)} leads out of the folder {accepted}")
         for path in candidates:
             if os.path.exists(path):
-                return ImageFile(path, where=f"{row.where}: {field}")
+                return ImageFile(path, where=f"{record.where}: {field}")
         problem = (
             f"{shown(candidates[0])}: no such file (accepted: an image there, or --images FOLDER)"
         )
-        raise row.error(field, problem)
+        raise record.error(field, problem)
 
 
 def mice(source: Source) -> Iterator[Session]:
@@ -102,21 +108,21 @@ def mice(source: Source) -> Iterator[Session]:
         raise DataError(
             f"{file}: mode: neither given nor the folder's name (accepted: --mode cm or cu)"
         )
-    for row in json_lines(file):
-        row.require(("image", "instruction", "task_type", *_JUDGED), ("turns",))
-        name, instructions = row.get("image", "text"), row.per_turn("instruction", "text")
+    for record in json_lines(file):
+        record.require(("image", "instruction", "task_type", *_JUDGED), ("turns",))
+        name, instructions = record.get("image", "text"), record.per_turn("instruction", "text")
         count = len(instructions)
-        if row.values.get("turns", count) != count:
-            raise row.error(
+        if record.values.get("turns", count) != count:
+            raise record.error(
                 "turns",
-                f"{shown(row.values['turns'])} (accepted: {count}, as many as instructions)",
+                f"{shown(record.values['turns'])} (accepted: {count}, as many as instructions)",
             )
-        tasks = row.per_turn("task_type", "text", count)
-        judged = {field: row.per_turn(field, of, count) for field, of in _JUDGED.items()}
+        tasks = record.per_turn("task_type", "text", count)
+        judged = {field: record.per_turn(field, of, count) for field, of in _JUDGED.items()}
         metas = [{field: judged[field][t] for field in _JUDGED} for t in range(count)]
         # Released names are relative to the folder that holds cm/ and cu/; the project's own loader
         # joins them to cm/.
-        image = source.image(row, "image", name, file.parent, file.resolve().parent.parent)
+        image = source.image(record, "image", name, file.parent, file.resolve().parent.parent)
         turns = tuple(Turn(i, task=k, meta=m) for i, k, m in zip(instructions, tasks, metas))
         yield Session(Path(name).stem, image, turns, mode)
 
@@ -130,31 +136,33 @@ def edival(source: Source) -> Iterator[Session]:
     file = source.file(".csv")
     places = (file.parent / "input_images_resize_512", file.parent)
     rows = csv_rows(file, literals)
-    for index, group in itertools.groupby(rows, key=lambda row: row.values.get("image_index")):
+    for index, group in itertools.groupby(
+        rows, key=lambda record: record.values.get("image_index")
+    ):
         turns: list[Turn] = []
-        before: Row | None = None
-        for number, row in enumerate(group, start=1):
-            row.require(("image_index", *literals))
-            if row.get("turns", "count") != number:
+        before: Record | None = None
+        for number, record in enumerate(group, start=1):
+            record.require(("image_index", *literals))
+            if record.get("turns", "count") != number:
                 problem = (
-                    f"{shown(row.values['turns'])} (accepted: {number}, as rows of one "
+                    f"{shown(record.values['turns'])} (accepted: {number}, as rows of one "
                     f"image_index count its turns)"
                 )
-                raise row.error("turns", problem)
+                raise record.error("turns", problem)
             for name in lists:
-                told = row.per_turn(name, "text", number)
+                told = record.per_turn(name, "text", number)
                 if before and told[:-1] != before.values[name]:
-                    raise row.error(
+                    raise record.error(
                         name,
                         "does not begin as the row before (accepted: its list and one item more)",
                     )
-            task, instruction, formatted = (row.values[name][-1] for name in lists)
+            task, instruction, formatted = (record.values[name][-1] for name in lists)
             meta = {
                 "formatted_instruction": formatted,
-                **{field: row.get(field, of) for field, of in judged.items()},
+                **{field: record.get(field, of) for field, of in judged.items()},
             }
             turns.append(Turn(instruction, task=task, meta=meta))
-            before = row
+            before = record
         assert before is not None
         image = source.image(before, "image_index", f"{index}_input_raw.jpg", *places)
         yield Session(before.get("image_index", "text"), image, tuple(turns), source.mode)
@@ -172,18 +180,20 @@ def imgedit(source: Source) -> Iterator[Session]:
         (c for c in _IMGEDIT_MODES if c in f"{file.resolve().parent.name}/{file.name}"), ""
     )
     mode = source.mode or _IMGEDIT_MODES.get(category)
-    for row in parquet_rows(file) if file.suffix == ".parquet" else _imgedit_rows(file):
-        if "data" in row.values:
-            yield _imgedit_training(source, row, file.parent, mode)
+    for record in parquet_rows(file) if file.suffix == ".parquet" else _imgedit_rows(file):
+        if "data" in record.values:
+            yield _imgedit_training(source, record, file.parent, mode)
             continue
-        numbers = sorted(int(key[4:]) for key in row.values if re.fullmatch(r"turn[1-9]\d*", key))
-        row.require(("id", *(f"turn{t}" for t in range(1, max(len(numbers), 1) + 1))))
-        image = source.image(row, "id", row.get("id", "text"), file.parent)
-        turns = tuple(Turn(row.get(f"turn{t}", "text")) for t in numbers)
+        numbers = sorted(
+            int(key[4:]) for key in record.values if re.fullmatch(r"turn[1-9]\d*", key)
+        )
+        record.require(("id", *(f"turn{t}" for t in range(1, max(len(numbers), 1) + 1))))
+        image = source.image(record, "id", record.get("id", "text"), file.parent)
+        turns = tuple(Turn(record.get(f"turn{t}", "text")) for t in numbers)
         yield Session(image.path.stem, image, turns, mode)
 
 
-def _imgedit_rows(file: Path) -> Iterator[Row]:
+def _imgedit_rows(file: Path) -> Iterator[Record]:
     """JSON Lines, as released, or the one object of numbered records that the project's page
     shows."""
     try:
@@ -199,14 +209,14 @@ def _imgedit_rows(file: Path) -> Iterator[Row]:
                 f"{file}: {shown(repr(key))}: {kind(values)} (accepted: an object of id, turn1, "
                 f"turn2, …)"
             )
-        yield Row(f"{file}: {shown(repr(key))}", values)
+        yield Record(f"{file}: {shown(repr(key))}", values)
 
 
-def _imgedit_training(source: Source, row: Row, folder: Path, mode: str | None) -> Session:
-    row.require(("data",))
+def _imgedit_training(source: Source, record: Record, folder: Path, mode: str | None) -> Session:
+    record.require(("data",))
     turns, image = [], None
-    for t, values in enumerate(row.get("data", "rows")):
-        part = Row(f"{row.where}: data[{t}]", values)
+    for t, values in enumerate(record.get("data", "rows")):
+        part = Record(f"{record.where}: data[{t}]", values)
         part.require(("input_images", "output_images", "prompt"))
         inputs, outputs = part.get("input_images", "texts"), part.get("output_images", "texts")
         if image is None:
@@ -225,17 +235,19 @@ def magicbrush(source: Source) -> Iterator[Session]:
     file = source.file(".json", name="edit_sessions.json")
     needed = ("input", "output", "instruction")
     for name, edits in json_document(file).items():
-        session = Row(f"{file}: {shown(repr(name))}", {"edits": edits})
+        session = Record(f"{file}: {shown(repr(name))}", {"edits": edits})
         turns, image = [], None
         for t, values in enumerate(session.get("edits", "rows")):
-            row = Row(f"{session.where}: [{t}]", values)
-            row.require(needed, ("mask",))
+            record = Record(f"{session.where}: [{t}]", values)
+            record.require(needed, ("mask",))
             image = image or source.image(
-                row, "input", f"{name}/{row.get('input', 'text')}", file.parent / "images"
+                record, "input", f"{name}/{record.get('input', 'text')}", file.parent / "images"
             )
             meta: dict[str, Any] = {
-                field: row.get(field, "text") for field in row.values if field != "instruction"
+                field: record.get(field, "text")
+                for field in record.values
+                if field != "instruction"
             }
-            turns.append(Turn(row.get("instruction", "text"), meta=meta))
+            turns.append(Turn(record.get("instruction", "text"), meta=meta))
         assert image is not None
         yield Session(name, image, tuple(turns), source.mode)

@@ -6,13 +6,15 @@ atomics, no autotuning. Inside a chunk the sum is a tree of pairs written out wi
 `tl.sum` over a whole block would add in an order that follows the layout the compiler picks, which
 differs between a bf16 and an fp32 kernel and so between a step and its replay.
 
-A pointer may be None, for an absent tensor: that is a constant to Triton, so the code that reads it
-is not compiled.
+Kernels take bundles, named tuples of pointers and numbers. What is absent is None there, a constant
+to Triton, so the code that reads it is not compiled; what only the compiler needs stands in a tuple
+of constants of its own. Triton makes a kernel for each alignment of a number in a bundle, whatever
+`do_not_specialize` says: what changes with the batch or the schedule is an argument of its own.
 
 Floating-point contraction is off (`enable_fp_fusion=False`): mu must have the same bits in every
-kernel. exp, log,
-sin and cos are our own (Cephes polynomials): `tl.exp` and `tl.log` are approximations, the second
-with a large relative error near 1, and libdevice's `sin` brings fp64 instructions along.
+kernel. exp, log, sin and cos are our own (Cephes polynomials): `tl.exp` and `tl.log` are
+approximations, the second with a large relative error near 1, and libdevice's `sin` brings fp64
+instructions along.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -21,23 +23,38 @@ with a large relative error near 1, and libdevice's `sin` brings fp64 instructio
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 # 1024 elements are 8 per thread at 4 warps: one 16-byte access of bf16, two of fp32.
 BLOCK = 1024
 LOG2_BLOCK = 10
-# Partials of a sample that are added at once; the order of the sum follows from it, in every kernel
+# 256 partials of a sample are added at once; the order of the sum follows from it, in every kernel
 # that finishes.
-PARTIALS = 256
 LOG2_PARTIALS = 8
 UNITS = 16  # samples that a program of the kernels below finishes at once
 LOG2_UNITS = 4
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+# Numbers that no kernel is compiled anew for.
+RUNNING = "batch chunks count ignore_index plane row_count rows samples size turns".split()
+kernel = triton.jit(do_not_specialize=RUNNING)
+
+# A [B, N] tensor: its first element and the distance of two samples, in elements.
+Samples = namedtuple("Samples", "ptr stride")
+# The table of transitions and the step of each sample, [B] int64.
+Steps = namedtuple("Steps", "table index")
+# Made inside kernels, by the names of their fields: Triton's cache would not see another order.
+# A sample's step, whether the table has it, and its row there.
+Row = namedtuple("Row", "step inside ptr")
+# Elements of one sample: int64 offsets in it, and which of them to read and write.
+Place = namedtuple("Place", "sample chunk offsets mask")
 
 
 @triton.jit
@@ -89,7 +106,7 @@ def normal_pair(a, b):
 
 
 @triton.jit
-def philox_block(seed, step, chunk, BLOCK: tl.constexpr):
+def philox_block(seed, step, chunk, BLOCK: constexpr = BLOCK):
     """The BLOCK normals of elements chunk * BLOCK .. of one sample, in element order."""
     j = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4).to(tl.int64)
     low = j.to(tl.uint32)
@@ -122,7 +139,7 @@ def exponential(x):
 
 
 @triton.jit
-def pair_sums(value, LEVELS: tl.constexpr):
+def pair_sums(value, LEVELS: constexpr):
     """[M 2^LEVELS] -> [M], by neighbouring pairs, level after level: the same order in every
     layout."""
     for _ in tl.static_range(LEVELS):
@@ -131,19 +148,19 @@ def pair_sums(value, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def tree_sum(value, LEVELS: tl.constexpr):
+def tree_sum(value, LEVELS: constexpr = LOG2_BLOCK):
     """Sum of 2^LEVELS elements, as a scalar."""
     return tl.sum(pair_sums(value, LEVELS), axis=0)
 
 
 @triton.jit
-def place(chunks, n, BLOCK: tl.constexpr):
-    """(sample, chunk, element offsets, mask) of this program; all int64."""
+def place(chunks, n, BLOCK: constexpr = BLOCK):
+    """This program's chunk of a sample."""
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // chunks
     chunk = pid % chunks
     offsets = chunk * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    return sample, chunk, offsets, offsets < n
+    return Place(sample=sample, chunk=chunk, offsets=offsets, mask=offsets < n)
 
 
 @triton.jit
@@ -154,41 +171,48 @@ def mask_if(condition, mask):
 
 
 @triton.jit
-def load_row(ptr, stride, sample, offsets, mask):
-    """Elements of one sample in fp32; 0 where masked."""
-    return tl.load(ptr + sample * stride + offsets, mask=mask, other=0.0).to(tl.float32)
+def only_if(condition, at):
+    """The same place, without an element unless the sample's condition holds."""
+    mask = mask_if(condition, at.mask)
+    return Place(sample=at.sample, chunk=at.chunk, offsets=at.offsets, mask=mask)
 
 
 @triton.jit
-def store_row(ptr, stride, sample, offsets, value, mask):
-    tl.store(ptr + sample * stride + offsets, value.to(ptr.dtype.element_ty), mask=mask)
+def load(samples, at):
+    """The elements of a place in fp32; 0 where masked."""
+    first = samples.ptr + at.sample * samples.stride
+    return tl.load(first + at.offsets, mask=at.mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def row_at(table_ptr, index_ptr, sample, rows):
-    """Step index, whether it is inside the table, and the address of its row (clamped)."""
-    step = tl.load(index_ptr + sample)
+def store(samples, at, value):
+    first = samples.ptr + at.sample * samples.stride
+    tl.store(first + at.offsets, value.to(samples.ptr.dtype.element_ty), mask=at.mask)
+
+
+@triton.jit
+def row_at(steps, rows, sample):
+    step = tl.load(steps.index + sample)
     inside = (step >= 0) & (step < rows)
-    return step, inside, table_ptr + tl.where(inside, step, 0) * 8
+    return Row(step=step, inside=inside, ptr=steps.table + tl.where(inside, step, 0) * 8)
 
 
 @triton.jit
-def entry(row, column, inside):
+def entry(row, column):
     """A column of a table row; NaN where the index was outside, so that it cannot pass unseen."""
-    return tl.where(inside, tl.load(row + column), float("nan"))
+    return tl.where(row.inside, tl.load(row.ptr + column), float("nan"))
 
 
 @triton.jit
-def transition_mean(x, u, m_prev_ptr, m_prev_stride, sample, offsets, mask, row, inside):
+def transition_mean(x, u, m_prev, at, row):
     """mu = A x + B u + C m_prev; m_prev is not read where C is 0, and mu is NaN where it is absent
     and C is not."""
-    mu = entry(row, 0, inside) * x + entry(row, 1, inside) * u
-    c = entry(row, 2, inside)
-    if m_prev_ptr is None:
+    mu = entry(row, 0) * x + entry(row, 1) * u
+    c = entry(row, 2)
+    if m_prev is None:
         return tl.where(c == 0.0, mu, float("nan"))
     else:
-        m_prev = load_row(m_prev_ptr, m_prev_stride, sample, offsets, mask_if(c != 0.0, mask))
-        return tl.where(c == 0.0, mu, mu + c * m_prev)
+        return tl.where(c == 0.0, mu, mu + c * load(m_prev, only_if(c != 0.0, at)))
 
 
 @triton.jit
@@ -198,105 +222,83 @@ def scaled(factor, scale):
 
 
 @triton.jit
-def totals(
-    partial_ptr,
-    first,
-    count,
-    chunks,
-    UNITS: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
+def totals(partial, first, count, chunks, UNITS: constexpr = 1, LEVELS: constexpr = LOG2_PARTIALS):
     """[UNITS]: the sums of units first .. of partial[count, chunks], each in an order of its own; 0
     beyond count."""
+    PARTIALS: constexpr = 1 << LEVELS
     lane = tl.arange(0, UNITS * PARTIALS)
     unit = first + lane // PARTIALS
     total = tl.zeros((UNITS,), tl.float32)
     for start in range(0, chunks, PARTIALS):
         chunk = start + lane % PARTIALS
-        value = tl.load(
-            partial_ptr + unit * chunks + chunk, mask=(unit < count) & (chunk < chunks), other=0.0
-        )
+        mask = (unit < count) & (chunk < chunks)
+        value = tl.load(partial + unit * chunks + chunk, mask=mask, other=0.0)
         total += pair_sums(value, LEVELS)
     return total
 
 
 @triton.jit
-def means(
-    partial_ptr,
-    first,
-    count,
-    chunks,
-    n,
-    UNITS: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
-    return tl.div_rn(
-        totals(partial_ptr, first, count, chunks, UNITS, PARTIALS, LEVELS), tl.cast(n, tl.float32)
-    )
+def means(partial, first, count, chunks, size, UNITS: constexpr = 1):
+    return tl.div_rn(totals(partial, first, count, chunks, UNITS), tl.cast(size, tl.float32))
 
 
-@triton.jit(do_not_specialize=["n", "batch", "chunks", "plane"])
-def means_kernel(
-    partial_ptr,
-    means_ptr,
-    n,
-    batch,
-    chunks,
-    plane,
-    UNITS: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
-    """means[M, B] of M planes partial[B, chunks], `plane` apart; a program UNITS samples of one
-    plane."""
+@kernel
+def means_kernel(partial, found, size, batch, chunks, plane, UNITS: constexpr = UNITS):
+    """found[M, B]: the means of M planes partial[B, chunks], `plane` apart; a program UNITS samples
+    of one plane."""
     first = tl.program_id(0).to(tl.int64) * UNITS
     moment = tl.program_id(1).to(tl.int64)
     sample = first + tl.arange(0, UNITS)
-    mean = means(partial_ptr + moment * plane, first, batch, chunks, n, UNITS, PARTIALS, LEVELS)
-    tl.store(means_ptr + moment * batch + sample, mean, mask=sample < batch)
+    mean = means(partial + moment * plane, first, batch, chunks, size, UNITS)
+    tl.store(found + moment * batch + sample, mean, mask=sample < batch)
 
 
 @triton.jit
-def count_of(mask_ptr, batch):
-    """How many samples count, at least 1, in fp32. mask_ptr: uint8[batch]; None: all."""
-    if mask_ptr is None:
-        return tl.cast(batch, tl.float32)
+def weight_of(counts, normalizer, batch):
+    """(how many samples count, at least 1, and the weight of one of them), in fp32. counts:
+    uint8[batch]; None: all. normalizer: what to divide by instead, if above 0."""
+    if counts is None:
+        count = tl.cast(batch, tl.float32)
     else:
-        count = tl.zeros((256,), tl.int32)
+        found = tl.zeros((256,), tl.int32)
         for start in range(0, batch, 256):
             sample = start + tl.arange(0, 256)
-            count += (tl.load(mask_ptr + sample, mask=sample < batch, other=0) != 0).to(tl.int32)
-        return tl.maximum(tl.sum(count, axis=0), 1).to(tl.float32)
+            found += (tl.load(counts + sample, mask=sample < batch, other=0) != 0).to(tl.int32)
+        count = tl.maximum(tl.sum(found, axis=0), 1).to(tl.float32)
+    normalizer = tl.cast(normalizer, tl.float32)
+    one = tl.cast(1.0, tl.float32)
+    return count, tl.div_rn(one, tl.where(normalizer > 0.0, normalizer, count))
 
 
-@triton.jit(do_not_specialize=["n", "batch", "rows", "chunks"])
-def finish_kernel(
-    partial_ptr,
-    diff_partial_ptr,
-    table_ptr,
-    index_ptr,
-    log_prob_ptr,
-    mean_diff_ptr,
-    n,
-    batch,
-    rows,
-    chunks,
-    PARTIALS: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
+@triton.jit
+def units_at(first, batch, counts, UNITS: constexpr = UNITS):
+    """(samples first .., the same where they are in the batch and else 0, whether they are, and
+    whether they count)."""
+    sample = first + tl.arange(0, UNITS).to(tl.int64)
+    inside = sample < batch
+    at = tl.where(inside, sample, 0)
+    if counts is None:
+        return sample, at, inside, inside
+    else:
+        return sample, at, inside, inside & (tl.load(counts + at) != 0)
+
+
+@triton.jit
+def unit_sum(value, LEVELS: constexpr = LOG2_UNITS):
+    """Over the lanes of a sum by lane."""
+    return tree_sum(value, LEVELS)
+
+
+@kernel
+def finish_kernel(squares, diff_squares, steps, log_prob, mean_diff, size, batch, rows, chunks):
     """One program a sample: log_prob = w mean + c, and the mean difference."""
     first = tl.program_id(0).to(tl.int64)
     sample = first + tl.arange(0, 1)
-    _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
-    z2 = means(partial_ptr, first, batch, chunks, n, 1, PARTIALS, LEVELS)
-    tl.store(log_prob_ptr + sample, entry(row, 4, inside) * z2 + entry(row, 5, inside))
-    if diff_partial_ptr is not None:
-        tl.store(
-            mean_diff_ptr + sample,
-            means(diff_partial_ptr, first, batch, chunks, n, 1, PARTIALS, LEVELS),
-        )
+    row = row_at(steps, rows, sample)
+    z2 = means(squares, first, batch, chunks, size)
+    tl.store(log_prob + sample, entry(row, 4) * z2 + entry(row, 5))
+    if diff_squares is not None:
+        tl.store(mean_diff + sample, means(diff_squares, first, batch, chunks, size))
 
 
 INTERPRETED = not isinstance(tree_sum, triton.runtime.JITFunction)
@@ -311,14 +313,8 @@ def on_device(value: Tensor) -> Any:
     return torch.cuda.device_of(value)
 
 
-def rows_of(**tensors: Tensor | None) -> dict[str, Any]:
-    """[B, N] tensors as the kernels take them: NAME_ptr and NAME_stride, a sample's distance in
-    elements."""
-    arguments: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        arguments[f"{name}_ptr"] = tensor
-        arguments[f"{name}_stride"] = 0 if tensor is None else tensor.stride(0)
-    return arguments
+def samples_of(value: Tensor | None) -> Samples | None:
+    return None if value is None else Samples(value, value.stride(0))
 
 
 def sample_means(partial: Tensor, batch: int, chunks: int, n: int) -> Tensor:
@@ -326,44 +322,23 @@ def sample_means(partial: Tensor, batch: int, chunks: int, n: int) -> Tensor:
     of the batch."""
     moments, plane = partial.shape
     found = torch.empty(moments, batch, dtype=torch.float32, device=partial.device)
-    means_kernel[((batch + UNITS - 1) // UNITS, moments)](
-        partial,
-        found,
-        n,
-        batch,
-        chunks,
-        plane,
-        UNITS=UNITS,
-        PARTIALS=PARTIALS,
-        LEVELS=LOG2_PARTIALS,
-        **OPTIONS,
-    )
+    grid = (batch + UNITS - 1) // UNITS, moments
+    means_kernel[grid](partial, found, n, batch, chunks, plane, **OPTIONS)
     return found
 
 
 def finish(
-    partial: Tensor,
-    diff_partial: Tensor | None,
+    squares: Tensor,
+    diff_squares: Tensor | None,
     table: Tensor,
     step_index: Tensor,
     log_prob: Tensor,
     mean_diff: Tensor | None,
     n: int,
 ) -> None:
-    """partial, diff_partial: [B, chunks], or longer and flat -> log_prob, mean_diff: [B]."""
-    batch, chunks = log_prob.shape[0], chunks_of(n)
+    """squares, diff_squares: [B, chunks], or longer and flat -> log_prob, mean_diff: [B]."""
+    batch, rows, chunks = log_prob.shape[0], table.shape[0], chunks_of(n)
+    steps = Steps(table, step_index)
     finish_kernel[(batch,)](
-        partial,
-        diff_partial,
-        table,
-        step_index,
-        log_prob,
-        mean_diff,
-        n,
-        batch,
-        table.shape[0],
-        chunks,
-        PARTIALS=PARTIALS,
-        LEVELS=LOG2_PARTIALS,
-        **OPTIONS,
+        squares, diff_squares, steps, log_prob, mean_diff, n, batch, rows, chunks, **OPTIONS
     )

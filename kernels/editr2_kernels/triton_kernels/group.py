@@ -12,36 +12,38 @@ differences d[column, unit] for std "global".
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another
-# language.
 
 from __future__ import annotations
+
+from collections import namedtuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
-from ..group_advantage import AGGREGATES, BASELINES, FUSIONS, STDS, CreditOptions, workspace_of
-from .common import OPTIONS, on_device
+from ..credit import CreditOptions, workspace_of
+from . import common as lib
 
-COLS = 256  # units a program looks at in one go: ten groups of 24, or one session of 3 turns and 85 siblings
+COLS = 256  # ten groups of 24, or one session of 3 turns and 85 siblings
 
-# What the constants of the kernels stand for, by their indices in AGGREGATES and so on.
-NONE: tl.constexpr = tl.constexpr(0)
-MEAN: tl.constexpr = tl.constexpr(1)
-LAST: tl.constexpr = tl.constexpr(2)
-PRODUCT: tl.constexpr = tl.constexpr(3)
-REWARD: tl.constexpr = tl.constexpr(0)
-GDPO: tl.constexpr = tl.constexpr(2)
-GROUP_STD: tl.constexpr = tl.constexpr(0)
-GLOBAL_STD: tl.constexpr = tl.constexpr(1)
-NO_STD: tl.constexpr = tl.constexpr(2)
-# Where statistics take their units from: a set; the whole batch; the whole batch, by its fused
-# advantages.
-SET: tl.constexpr = tl.constexpr(0)
-BATCH: tl.constexpr = tl.constexpr(1)
-FUSED: tl.constexpr = tl.constexpr(2)
+# scores: [N, T, K]; group: [N]; weights: [K]; mask, advantage, mask_out: [N, T]; counter and
+# scratch: parts of the workspace.
+Batch = namedtuple("Batch", "scores group weights mask advantage mask_out counter scratch")
+Bounds = namedtuple("Bounds", "eps clip min_std max_mean")
+# Constants: how many rewards, columns that are normalised one by one and units that a program looks
+# at in one go, and `CreditOptions` as far as code depends on them. count_filter is the filter, or
+# None where what it masks stays in the statistics.
+Credit = namedtuple(
+    "Credit",
+    "K columns cols aggregate fusion by_turn std unbiased floor clip filter count_filter drops "
+    "collective",
+)
+# The size of the batch, and the group and turn whose units are a set.
+Set = namedtuple("Set", "samples turns group turn")
+# A block of units: their index, sample, (first) turn and its cell, and which there are.
+Units = namedtuple("Units", "unit sample turn cell inside")
 
 
 @triton.jit
@@ -98,323 +100,167 @@ def _moment(total, divisor, size):
 
 
 @triton.jit
-def _valid(mask_ptr, cell, inside):
-    return inside & (tl.load(mask_ptr + cell, mask=inside, other=0) != 0)
+def _valid(batch, cell, inside):
+    return inside & (tl.load(batch.mask + cell, mask=inside, other=0) != 0)
 
 
 @triton.jit
-def _live(scores_ptr, mask_ptr, sample, turn, inside, turns, K: tl.constexpr, FILTER: tl.constexpr):
+def _live(batch, turns, sample, turn, inside, K: constexpr, FILTER: constexpr):
     """Step 2."""
-    live = _valid(mask_ptr, sample * turns + turn, inside)
-    if FILTER >= 0:
+    live = _valid(batch, sample * turns + turn, inside)
+    if FILTER is not None:
         for earlier in range(0, turns):
             cell = sample * turns + earlier
-            before = _valid(mask_ptr, cell, live & (earlier < turn))
-            score = tl.load(scores_ptr + cell.to(tl.int64) * K + FILTER, mask=before, other=1.0)
+            before = _valid(batch, cell, live & (earlier < turn))
+            score = tl.load(batch.scores + cell.to(tl.int64) * K + FILTER, mask=before, other=1.0)
             live = live & (score != 0.0)
     return live
 
 
 @triton.jit
-def _counted(
-    scores_ptr,
-    mask_ptr,
-    sample,
-    turn,
-    inside,
-    turns,
-    K: tl.constexpr,
-    AGGREGATE: tl.constexpr,
-    FILTER: tl.constexpr,
-):
-    """Step 5 before sets are dropped; FILTER: -1 also where what it masks stays in the
-    statistics."""
-    if AGGREGATE == NONE:
-        counted = _live(scores_ptr, mask_ptr, sample, turn, inside, turns, K, FILTER)
+def _counted(batch, turns, units, C: constexpr):
+    """Step 5 before sets are dropped."""
+    if C.aggregate == "none":
+        return _live(batch, turns, units.sample, units.turn, units.inside, C.K, C.count_filter)
     else:
-        counted = inside
+        counted = units.inside
         for t in range(0, turns):
-            counted = _valid(mask_ptr, sample * turns + t, counted)
-    return counted
+            counted = _valid(batch, units.sample * turns + t, counted)
+        return counted
 
 
 @triton.jit
-def _value(scores_ptr, unit, k, inside, turns, K: tl.constexpr, AGGREGATE: tl.constexpr):
+def _value(batch, turns, unit, k, inside, C: constexpr):
     """Step 3."""
-    if AGGREGATE == NONE:
-        value = tl.load(scores_ptr + unit.to(tl.int64) * K + k, mask=inside, other=0.0)
+    if C.aggregate == "none":
+        return tl.load(batch.scores + unit.to(tl.int64) * C.K + k, mask=inside, other=0.0)
     else:
-        base = scores_ptr + unit.to(tl.int64) * turns * K + k
-        if AGGREGATE == LAST:
-            value = tl.load(base + (turns - 1) * K, mask=inside, other=0.0)
+        base = batch.scores + unit.to(tl.int64) * turns * C.K + k
+        if C.aggregate == "last":
+            return tl.load(base + (turns - 1) * C.K, mask=inside, other=0.0)
         else:
             product = tl.load(base, mask=inside, other=0.0)
             value = product
             for t in range(1, turns):
-                score = tl.load(base + t * K, mask=inside, other=0.0)
+                score = tl.load(base + t * C.K, mask=inside, other=0.0)
                 product = product * score
-                value = value + (score if AGGREGATE == MEAN else product)
-            if AGGREGATE == PRODUCT:
-                value = product
+                value = value + (score if C.aggregate == "mean" else product)
+            if C.aggregate == "product":
+                return product
             else:
-                value = tl.div_rn(value, tl.zeros_like(value) + tl.cast(turns, tl.float32))
-    return value
+                return tl.div_rn(value, tl.zeros_like(value) + tl.cast(turns, tl.float32))
 
 
 @triton.jit
-def _column(
-    scores_ptr,
-    weights_ptr,
-    unit,
-    k,
-    inside,
-    turns,
-    K: tl.constexpr,
-    AGGREGATE: tl.constexpr,
-    FUSE: tl.constexpr,
-):
+def _column(batch, turns, unit, k, inside, C: constexpr, FUSE: constexpr):
     """Step 4: the fused value, or reward k's."""
     if FUSE:
-        value = tl.load(weights_ptr) * _value(scores_ptr, unit, 0, inside, turns, K, AGGREGATE)
-        for other in range(1, K):
-            term = tl.load(weights_ptr + other) * _value(
-                scores_ptr, unit, other, inside, turns, K, AGGREGATE
-            )
-            value = value + term
+        value = tl.load(batch.weights) * _value(batch, turns, unit, 0, inside, C)
+        for other in range(1, C.K):
+            weight = tl.load(batch.weights + other)
+            value = value + weight * _value(batch, turns, unit, other, inside, C)
+        return value
     else:
-        value = _value(scores_ptr, unit, k, inside, turns, K, AGGREGATE)
-    return value
+        return _value(batch, turns, unit, k, inside, C)
 
 
 @triton.jit
-def _members(
-    scores_ptr,
-    group_ptr,
-    mask_ptr,
-    mask_out_ptr,
-    start,
-    samples,
-    turns,
-    group,
-    turn,
-    K: tl.constexpr,
-    AGGREGATE: tl.constexpr,
-    BY_TURN: tl.constexpr,
-    FILTER: tl.constexpr,
-    WHERE: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Units of one block: their index, sample and (first) turn, and which of them count in this
-    set, or batch."""
-    at = start + tl.arange(0, COLS)
-    if AGGREGATE != NONE:
+def _extent(of, C: constexpr, WHERE: constexpr):
+    """How many units there are to look through."""
+    if C.aggregate != "none" or (C.by_turn and WHERE == "set"):
+        return of.samples
+    else:
+        return of.samples * of.turns
+
+
+@triton.jit
+def _units(batch, of, start, C: constexpr, WHERE: constexpr):
+    """The units of a block that are of the set or, WHERE not "set", of the batch."""
+    at = start + tl.arange(0, C.cols)
+    if C.aggregate != "none":
         sample = at
-        turn_of = at * 0
+        turn = at * 0
         unit = at
-    elif BY_TURN and WHERE == SET:
+    elif C.by_turn and WHERE == "set":
         sample = at
-        turn_of = at * 0 + turn
-        unit = sample * turns + turn_of
+        turn = at * 0 + of.turn
+        unit = sample * of.turns + turn
     else:
-        sample = at // turns
-        turn_of = at % turns
+        sample = at // of.turns
+        turn = at % of.turns
         unit = at
-    inside = sample < samples
-    if WHERE == SET:
-        inside = inside & (tl.load(group_ptr + sample, mask=inside, other=0) == group)
-        inside = _counted(
-            scores_ptr, mask_ptr, sample, turn_of, inside, turns, K, AGGREGATE, FILTER
-        )
-    else:
-        flags = tl.load(mask_out_ptr + sample * turns + turn_of, mask=inside, other=0)
-        inside = inside & ((flags & 2) != 0)
-    return unit, sample, turn_of, inside
+    inside = sample < of.samples
+    if WHERE == "set":
+        inside = inside & (tl.load(batch.group + sample, mask=inside, other=0) == of.group)
+    cell = sample * of.turns + turn
+    return Units(unit=unit, sample=sample, turn=turn, cell=cell, inside=inside)
 
 
 @triton.jit
-def _read(
-    scores_ptr,
-    group_ptr,
-    weights_ptr,
-    mask_ptr,
-    advantage_ptr,
-    mask_out_ptr,
-    start,
-    samples,
-    turns,
-    group,
-    turn,
-    k,
-    K: tl.constexpr,
-    AGGREGATE: tl.constexpr,
-    BY_TURN: tl.constexpr,
-    FILTER: tl.constexpr,
-    FUSE: tl.constexpr,
-    WHERE: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    unit, sample, turn_of, inside = _members(
-        scores_ptr, group_ptr, mask_ptr, mask_out_ptr, start, samples, turns, group, turn,
-        K, AGGREGATE, BY_TURN, FILTER, WHERE, COLS,
-    )  # fmt: skip
-    if WHERE == FUSED:
-        value = tl.load(advantage_ptr + sample * turns + turn_of, mask=inside, other=0.0)
+def _members(batch, of, start, C: constexpr, WHERE: constexpr):
+    """Those units, and which of them count."""
+    units = _units(batch, of, start, C, WHERE)
+    if WHERE == "set":
+        return units, _counted(batch, of.turns, units, C)
     else:
-        value = _column(scores_ptr, weights_ptr, unit, k, inside, turns, K, AGGREGATE, FUSE)
-    return unit, sample, turn_of, inside, value
+        flags = tl.load(batch.mask_out + units.cell, mask=units.inside, other=0)
+        return units, units.inside & ((flags & 2) != 0)
 
 
 @triton.jit
-def _statistics(
-    scores_ptr,
-    group_ptr,
-    weights_ptr,
-    mask_ptr,
-    advantage_ptr,
-    mask_out_ptr,
-    samples,
-    turns,
-    group,
-    turn,
-    k,
-    UNBIASED: tl.constexpr,
-    STD: tl.constexpr,
-    K: tl.constexpr,
-    AGGREGATE: tl.constexpr,
-    BY_TURN: tl.constexpr,
-    FILTER: tl.constexpr,
-    FUSE: tl.constexpr,
-    WHERE: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def _read(batch, of, start, k, C: constexpr, WHERE: constexpr, FUSE: constexpr):
+    """Those units, which of them count, and their values in column k; WHERE "fused": their fused
+    advantages."""
+    units, counted = _members(batch, of, start, C, WHERE)
+    if WHERE == "fused":
+        value = tl.load(batch.advantage + units.cell, mask=counted, other=0.0)
+    else:
+        value = _column(batch, of.turns, units.unit, k, counted, C, FUSE)
+    return units, counted, value
+
+
+@triton.jit
+def _statistics(batch, of, k, C: constexpr, WHERE: constexpr, FUSE: constexpr, STD: constexpr):
     """Step 6: the least value, the mean above it, and if STD the std (else 0), of one set or of the
     batch, in two or four passes."""
-    if AGGREGATE != NONE or (BY_TURN and WHERE == SET):
-        end = samples
-    else:
-        end = samples * turns
+    end = _extent(of, C, WHERE)
     high = float("-inf")
     low = float("inf")
     size = tl.cast(0, tl.int32)
     count = tl.cast(0, tl.int64)
-    for start in range(0, end, COLS):
-        _, _, _, inside, value = _read(
-            scores_ptr,
-            group_ptr,
-            weights_ptr,
-            mask_ptr,
-            advantage_ptr,
-            mask_out_ptr,
-            start,
-            samples,
-            turns,
-            group,
-            turn,
-            k,
-            K,
-            AGGREGATE,
-            BY_TURN,
-            FILTER,
-            FUSE,
-            WHERE,
-            COLS,
-        )
-        high = tl.maximum(high, tl.max(tl.where(inside, value, float("-inf")), axis=0))
-        low = tl.minimum(low, tl.min(tl.where(inside, value, float("inf")), axis=0))
-        size = tl.maximum(size, tl.max(tl.where(inside, _size(value), 0), axis=0))
-        count += tl.sum(inside.to(tl.int64), axis=0)
+    for start in range(0, end, C.cols):
+        _, counted, value = _read(batch, of, start, k, C, WHERE, FUSE)
+        high = tl.maximum(high, tl.max(tl.where(counted, value, float("-inf")), axis=0))
+        low = tl.minimum(low, tl.min(tl.where(counted, value, float("inf")), axis=0))
+        size = tl.maximum(size, tl.max(tl.where(counted, _size(value), 0), axis=0))
+        count += tl.sum(counted.to(tl.int64), axis=0)
     # Rounding keeps order: the largest above low is that of high.
     size = tl.where(size < 0x7F800000, _size(high - low), size)
     total = tl.cast(0, tl.int64)
-    for start in range(0, end, COLS):
-        _, _, _, inside, value = _read(
-            scores_ptr,
-            group_ptr,
-            weights_ptr,
-            mask_ptr,
-            advantage_ptr,
-            mask_out_ptr,
-            start,
-            samples,
-            turns,
-            group,
-            turn,
-            k,
-            K,
-            AGGREGATE,
-            BY_TURN,
-            FILTER,
-            FUSE,
-            WHERE,
-            COLS,
-        )
-        total += _fixed(value - low, inside, size)
+    for start in range(0, end, C.cols):
+        _, counted, value = _read(batch, of, start, k, C, WHERE, FUSE)
+        total += _fixed(value - low, counted, size)
     above = _moment(total, count, size)
     std = tl.cast(0.0, tl.float32)
     if STD:
         size = tl.cast(0, tl.int32)
-        for start in range(0, end, COLS):
-            _, _, _, inside, value = _read(
-                scores_ptr,
-                group_ptr,
-                weights_ptr,
-                mask_ptr,
-                advantage_ptr,
-                mask_out_ptr,
-                start,
-                samples,
-                turns,
-                group,
-                turn,
-                k,
-                K,
-                AGGREGATE,
-                BY_TURN,
-                FILTER,
-                FUSE,
-                WHERE,
-                COLS,
-            )
-            d = _deviation(value, low, above)
-            size = tl.maximum(size, tl.max(tl.where(inside, _size(d * d), 0), axis=0))
+        for start in range(0, end, C.cols):
+            _, counted, value = _read(batch, of, start, k, C, WHERE, FUSE)
+            d = (value - low) - above
+            size = tl.maximum(size, tl.max(tl.where(counted, _size(d * d), 0), axis=0))
         total = tl.cast(0, tl.int64)
-        for start in range(0, end, COLS):
-            _, _, _, inside, value = _read(
-                scores_ptr,
-                group_ptr,
-                weights_ptr,
-                mask_ptr,
-                advantage_ptr,
-                mask_out_ptr,
-                start,
-                samples,
-                turns,
-                group,
-                turn,
-                k,
-                K,
-                AGGREGATE,
-                BY_TURN,
-                FILTER,
-                FUSE,
-                WHERE,
-                COLS,
-            )
-            d = _deviation(value, low, above)
-            total += _fixed(d * d, inside, size)
-        if UNBIASED:
+        for start in range(0, end, C.cols):
+            _, counted, value = _read(batch, of, start, k, C, WHERE, FUSE)
+            d = (value - low) - above
+            total += _fixed(d * d, counted, size)
+        if C.unbiased:
             count = count - 1
         std = tl.sqrt_rn(_moment(total, count, size))
     return low, above, std
 
 
 @triton.jit
-def _deviation(value, low, above):
-    return (value - low) - above
-
-
-@triton.jit
-def _normal(d, std, eps, FLOOR: tl.constexpr):
+def _normal(d, std, eps, FLOOR: constexpr):
     if FLOOR:
         denominator = tl.where(std < eps, eps, std)
     else:
@@ -424,7 +270,7 @@ def _normal(d, std, eps, FLOOR: tl.constexpr):
 
 
 @triton.jit
-def _finished(a, clip, CLIP: tl.constexpr):
+def _finished(a, clip, CLIP: constexpr):
     """Step 11."""
     broken = _size(a) >= 0x7F800000
     if CLIP:
@@ -433,381 +279,110 @@ def _finished(a, clip, CLIP: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(weights_ptr, at_ptr, a, k, inside, FUSION: tl.constexpr):
+def _accumulate(batch, cell, a, k, inside, C: constexpr):
     """Step 9: one term of the sum over rewards, left to right, kept in memory."""
-    if FUSION != REWARD:
-        term = tl.load(weights_ptr + k) * a
-        sum_before = tl.load(at_ptr, mask=inside & (k > 0), other=0.0)
+    if C.fusion != "reward":
+        term = tl.load(batch.weights + k) * a
+        sum_before = tl.load(batch.advantage + cell, mask=inside & (k > 0), other=0.0)
         a = tl.where(k > 0, sum_before + term, term)
-    tl.store(at_ptr, a, mask=inside)
+    tl.store(batch.advantage + cell, a, mask=inside)
 
 
 @triton.jit
-def _one_set(
-    scores_ptr,
-    group_ptr,
-    weights_ptr,
-    mask_ptr,
-    advantage_ptr,
-    mask_out_ptr,
-    scratch_ptr,
-    samples,
-    turns,
-    group,
-    turn,
-    eps,
-    clip,
-    min_std,
-    max_mean,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    AGGREGATE: tl.constexpr,
-    FUSION: tl.constexpr,
-    BY_TURN: tl.constexpr,
-    STD: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    FLOOR: tl.constexpr,
-    CLIP: tl.constexpr,
-    FILTER: tl.constexpr,
-    COUNT_FILTER: tl.constexpr,
-    DROPS: tl.constexpr,
-    COLLECTIVE: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    if AGGREGATE != NONE or BY_TURN:
-        end = samples
-    else:
-        end = samples * turns
-    units = samples if AGGREGATE != NONE else samples * turns
+def _one_set(batch, of, bounds, C: constexpr):
+    end = _extent(of, C, "set")
+    columns = of.samples if C.aggregate != "none" else of.samples * of.turns
     keep = tl.cast(1, tl.int1)
-    if DROPS:
+    if C.drops:
+        low, above, std = _statistics(batch, of, 0, C, "set", True, True)
+        keep = ((std <= bounds.min_std) | (low + above >= bounds.max_mean)) == 0
+    for k in range(0, C.columns):
         low, above, std = _statistics(
-            scores_ptr,
-            group_ptr,
-            weights_ptr,
-            mask_ptr,
-            advantage_ptr,
-            mask_out_ptr,
-            samples,
-            turns,
-            group,
-            turn,
-            0,
-            UNBIASED,
-            True,
-            K,
-            AGGREGATE,
-            BY_TURN,
-            COUNT_FILTER,
-            True,
-            SET,
-            COLS,
+            batch, of, k, C, "set", C.fusion == "reward", C.std == "group"
         )
-        keep = ((std <= min_std) | (low + above >= max_mean)) == 0
-    for k in range(0, COLUMNS):
-        low, above, std = _statistics(
-            scores_ptr,
-            group_ptr,
-            weights_ptr,
-            mask_ptr,
-            advantage_ptr,
-            mask_out_ptr,
-            samples,
-            turns,
-            group,
-            turn,
-            k,
-            UNBIASED,
-            STD == GROUP_STD,
-            K,
-            AGGREGATE,
-            BY_TURN,
-            COUNT_FILTER,
-            FUSION == REWARD,
-            SET,
-            COLS,
-        )
-        for start in range(0, end, COLS):
-            unit, sample, turn_of, inside, value = _read(
-                scores_ptr,
-                group_ptr,
-                weights_ptr,
-                mask_ptr,
-                advantage_ptr,
-                mask_out_ptr,
-                start,
-                samples,
-                turns,
-                group,
-                turn,
-                k,
-                K,
-                AGGREGATE,
-                BY_TURN,
-                COUNT_FILTER,
-                FUSION == REWARD,
-                SET,
-                COLS,
-            )
-            d = _deviation(value, low, above)
-            if STD == GLOBAL_STD:
-                tl.store(scratch_ptr + tl.cast(k, tl.int64) * units + unit, d, mask=inside)
+        for start in range(0, end, C.cols):
+            units, counted, value = _read(batch, of, start, k, C, "set", C.fusion == "reward")
+            d = (value - low) - above
+            if C.std == "global":
+                column = batch.scratch + tl.cast(k, tl.int64) * columns
+                tl.store(column + units.unit, d, mask=counted)
             else:
-                a = _normal(d, std, eps, FLOOR) if STD == GROUP_STD else d
-                _accumulate(
-                    weights_ptr, advantage_ptr + sample * turns + turn_of, a, k, inside, FUSION
-                )
+                a = _normal(d, std, bounds.eps, C.floor) if C.std == "group" else d
+                _accumulate(batch, units.cell, a, k, counted, C)
         tl.debug_barrier()  # what one thread stored, another may load
-    for start in range(0, end, COLS):
+    for start in range(0, end, C.cols):
         # Every unit of the set here, not only those that count: all outputs are written.
-        unit, sample, turn_of, _ = _members(
-            scores_ptr, group_ptr, mask_ptr, mask_out_ptr, start, samples, turns, group, turn,
-            K, AGGREGATE, BY_TURN, COUNT_FILTER, SET, COLS,
-        )  # fmt: skip
-        inside = sample < samples
-        inside = inside & (tl.load(group_ptr + sample, mask=inside, other=0) == group)
-        counted = (
-            _counted(
-                scores_ptr, mask_ptr, sample, turn_of, inside, turns, K, AGGREGATE, COUNT_FILTER
-            )
-            & keep
-        )
-        a = tl.load(advantage_ptr + sample * turns + turn_of, mask=counted, other=0.0)
-        a = _finished(a, clip, CLIP)
-        if AGGREGATE == NONE:
-            cell = sample * turns + turn_of
-            trained = (
-                _live(scores_ptr, mask_ptr, sample, turn_of, inside, turns, K, FILTER) & counted
-            )
-            if COLLECTIVE:
-                tl.store(
-                    mask_out_ptr + cell,
-                    trained.to(tl.uint8) + counted.to(tl.uint8) * 2,
-                    mask=inside,
-                )
-            else:
-                tl.store(advantage_ptr + cell, tl.where(trained, a, 0.0), mask=inside)
-                tl.store(mask_out_ptr + cell, trained.to(tl.uint8), mask=inside)
-        else:
-            for t in range(0, turns):
-                cell = sample * turns + t
-                trained = (
-                    _live(scores_ptr, mask_ptr, sample, sample * 0 + t, inside, turns, K, FILTER)
-                    & counted
-                )
-                if COLLECTIVE:
-                    tl.store(
-                        mask_out_ptr + cell,
-                        trained.to(tl.uint8) + counted.to(tl.uint8) * 2,
-                        mask=inside,
-                    )
-                else:
-                    tl.store(advantage_ptr + cell, tl.where(trained, a, 0.0), mask=inside)
-                    tl.store(mask_out_ptr + cell, trained.to(tl.uint8), mask=inside)
+        units = _units(batch, of, start, C, "set")
+        counted = _counted(batch, of.turns, units, C) & keep
+        a = tl.load(batch.advantage + units.cell, mask=counted, other=0.0)
+        a = _finished(a, bounds.clip, C.clip)
+        for t in range(0, of.turns if C.aggregate != "none" else 1):
+            turn = units.turn + t
+            live = _live(batch, of.turns, units.sample, turn, units.inside, C.K, C.filter)
+            _write(batch, units.cell + t, a, live & counted, counted, units.inside, C.collective)
 
 
 @triton.jit
-def _whole_batch(
-    scores_ptr,
-    group_ptr,
-    weights_ptr,
-    mask_ptr,
-    advantage_ptr,
-    mask_out_ptr,
-    scratch_ptr,
-    samples,
-    turns,
-    eps,
-    clip,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    AGGREGATE: tl.constexpr,
-    FUSION: tl.constexpr,
-    STD: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    FLOOR: tl.constexpr,
-    CLIP: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def _write(batch, cell, a, trained, counted, inside, COLLECTIVE: constexpr):
+    """The outputs of a cell, or what the second stage makes them of."""
+    flags = trained.to(tl.uint8)
+    if COLLECTIVE:
+        flags = flags + counted.to(tl.uint8) * 2
+    else:
+        tl.store(batch.advantage + cell, tl.where(trained, a, 0.0), mask=inside)
+    tl.store(batch.mask_out + cell, flags, mask=inside)
+
+
+@triton.jit
+def _whole_batch(batch, of, bounds, C: constexpr):
     """What needs every set: the global std of each column, the renormalisation of gdpo, and the
     outputs."""
-    units = samples if AGGREGATE != NONE else samples * turns
-    if STD == GLOBAL_STD:
-        for k in range(0, COLUMNS):
-            _, _, std = _statistics(
-                scores_ptr,
-                group_ptr,
-                weights_ptr,
-                mask_ptr,
-                advantage_ptr,
-                mask_out_ptr,
-                samples,
-                turns,
-                0,
-                0,
-                k,
-                UNBIASED,
-                True,
-                K,
-                AGGREGATE,
-                False,
-                -1,
-                FUSION == REWARD,
-                BATCH,
-                COLS,
-            )
-            for start in range(0, units, COLS):
-                unit, sample, turn_of, inside = _members(
-                    scores_ptr, group_ptr, mask_ptr, mask_out_ptr, start, samples, turns, 0, 0,
-                    K, AGGREGATE, False, -1, BATCH, COLS,
-                )  # fmt: skip
-                d = tl.load(
-                    scratch_ptr + tl.cast(k, tl.int64) * units + unit, mask=inside, other=0.0
-                )
-                a = _normal(d, std, eps, FLOOR)
-                _accumulate(
-                    weights_ptr, advantage_ptr + sample * turns + turn_of, a, k, inside, FUSION
-                )
+    end = _extent(of, C, "batch")
+    if C.std == "global":
+        for k in range(0, C.columns):
+            _, _, std = _statistics(batch, of, k, C, "batch", C.fusion == "reward", True)
+            for start in range(0, end, C.cols):
+                units, counted = _members(batch, of, start, C, "batch")
+                column = batch.scratch + tl.cast(k, tl.int64) * end
+                d = tl.load(column + units.unit, mask=counted, other=0.0)
+                a = _normal(d, std, bounds.eps, C.floor)
+                _accumulate(batch, units.cell, a, k, counted, C)
             tl.debug_barrier()
-    if FUSION == GDPO:
-        low, above, std = _statistics(
-            scores_ptr,
-            group_ptr,
-            weights_ptr,
-            mask_ptr,
-            advantage_ptr,
-            mask_out_ptr,
-            samples,
-            turns,
-            0,
-            0,
-            0,
-            UNBIASED,
-            True,
-            K,
-            AGGREGATE,
-            False,
-            -1,
-            False,
-            FUSED,
-            COLS,
-        )
-    for start in range(0, units, COLS):
-        unit, sample, turn_of, counted = _members(
-            scores_ptr, group_ptr, mask_ptr, mask_out_ptr, start, samples, turns, 0, 0,
-            K, AGGREGATE, False, -1, BATCH, COLS,
-        )  # fmt: skip
-        a = tl.load(advantage_ptr + sample * turns + turn_of, mask=counted, other=0.0)
-        if FUSION == GDPO:
-            a = _normal(_deviation(a, low, above), std, eps, FLOOR)
-        a = _finished(a, clip, CLIP)
-        inside = sample < samples
-        for t in range(0, turns if AGGREGATE != NONE else 1):
-            cell = sample * turns + turn_of + t
-            trained = (tl.load(mask_out_ptr + cell, mask=inside, other=0) & 1) != 0
-            tl.store(advantage_ptr + cell, tl.where(trained, a, 0.0), mask=inside)
-            tl.store(mask_out_ptr + cell, trained.to(tl.uint8), mask=inside)
+    if C.fusion == "gdpo":
+        low, above, std = _statistics(batch, of, 0, C, "fused", False, True)
+    for start in range(0, end, C.cols):
+        units, counted = _members(batch, of, start, C, "batch")
+        a = tl.load(batch.advantage + units.cell, mask=counted, other=0.0)
+        if C.fusion == "gdpo":
+            a = _normal((a - low) - above, std, bounds.eps, C.floor)
+        a = _finished(a, bounds.clip, C.clip)
+        for t in range(0, of.turns if C.aggregate != "none" else 1):
+            cell = units.cell + t
+            trained = (tl.load(batch.mask_out + cell, mask=units.inside, other=0) & 1) != 0
+            _write(batch, cell, a, trained, counted, units.inside, False)
 
 
-@triton.jit(do_not_specialize=["samples", "turns"])
-def group_kernel(
-    scores_ptr,
-    group_ptr,
-    weights_ptr,
-    mask_ptr,
-    advantage_ptr,
-    mask_out_ptr,
-    counter_ptr,
-    scratch_ptr,
-    samples,
-    turns,
-    eps,
-    clip,
-    min_std,
-    max_mean,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    AGGREGATE: tl.constexpr,
-    FUSION: tl.constexpr,
-    BY_TURN: tl.constexpr,
-    STD: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    FLOOR: tl.constexpr,
-    CLIP: tl.constexpr,
-    FILTER: tl.constexpr,
-    COUNT_FILTER: tl.constexpr,
-    DROPS: tl.constexpr,
-    COLLECTIVE: tl.constexpr,
-    COLS: tl.constexpr,
-):
+@lib.kernel
+def group_kernel(batch, bounds, samples, turns, C: constexpr):
     me = tl.program_id(0)
-    group = tl.load(group_ptr + me)
+    group = tl.load(batch.group + me)
     earlier = tl.cast(0, tl.int32)
     start = me * 0
     while (start < me) & (earlier == 0):
-        at = start + tl.arange(0, COLS)
+        at = start + tl.arange(0, C.cols)
         before = at < me
-        same = before & (tl.load(group_ptr + at, mask=before, other=0) == group)
+        same = before & (tl.load(batch.group + at, mask=before, other=0) == group)
         earlier = tl.max(same.to(tl.int32), axis=0)
-        start += COLS
+        start += C.cols
     if earlier == 0:
-        for turn in range(0, turns if BY_TURN else 1):
-            _one_set(
-                scores_ptr,
-                group_ptr,
-                weights_ptr,
-                mask_ptr,
-                advantage_ptr,
-                mask_out_ptr,
-                scratch_ptr,
-                samples,
-                turns,
-                group,
-                turn,
-                eps,
-                clip,
-                min_std,
-                max_mean,
-                K,
-                COLUMNS,
-                AGGREGATE,
-                FUSION,
-                BY_TURN,
-                STD,
-                UNBIASED,
-                FLOOR,
-                CLIP,
-                FILTER,
-                COUNT_FILTER,
-                DROPS,
-                COLLECTIVE,
-                COLS,
-            )
-    if COLLECTIVE:
+        for turn in range(0, turns if C.by_turn else 1):
+            of = Set(samples=samples, turns=turns, group=group, turn=turn)
+            _one_set(batch, of, bounds, C)
+    if C.collective:
         tl.debug_barrier()  # all of this program's stores come before its arrival
-        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == samples - 1:
-            _whole_batch(
-                scores_ptr,
-                group_ptr,
-                weights_ptr,
-                mask_ptr,
-                advantage_ptr,
-                mask_out_ptr,
-                scratch_ptr,
-                samples,
-                turns,
-                eps,
-                clip,
-                K,
-                COLUMNS,
-                AGGREGATE,
-                FUSION,
-                STD,
-                UNBIASED,
-                FLOOR,
-                CLIP,
-                COLS,
-            )
+        if tl.atomic_add(batch.counter, 1, sem="acq_rel") == samples - 1:
+            every = Set(samples=samples, turns=turns, group=0, turn=0)
+            _whole_batch(batch, every, bounds, C)
 
 
 def group_advantage(
@@ -824,36 +399,31 @@ def group_advantage(
     samples, turns, rewards = scores.shape
     workspace = workspace_of(options, scores)
     size = workspace.numel()
-    filter_reward = -1 if options.filter_reward is None else options.filter_reward
-    with on_device(scores):
-        group_kernel[(samples,)](
-            scores,
-            group,
-            weights,
-            mask.view(torch.uint8),
-            advantage,
-            mask_out.view(torch.uint8),
-            workspace if size else None,
-            workspace[4:].view(torch.float32) if size > 4 else None,
-            samples,
-            turns,
-            options.eps,
-            0.0 if options.clip is None else options.clip,
-            -1.0 if options.min_std is None else options.min_std,
-            float("inf") if options.max_mean is None else options.max_mean,
-            K=rewards,
-            COLUMNS=1 if options.fusion == "reward" else rewards,
-            AGGREGATE=AGGREGATES.index(options.aggregate),
-            FUSION=FUSIONS.index(options.fusion),
-            BY_TURN=BASELINES.index(options.baseline) == 1,
-            STD=STDS.index(options.std),
-            UNBIASED=options.unbiased,
-            FLOOR=options.eps_mode == "floor",
-            CLIP=options.clip is not None,
-            FILTER=filter_reward,
-            COUNT_FILTER=-1 if options.filter_in_statistics else filter_reward,
-            DROPS=options.min_std is not None or options.max_mean is not None,
-            COLLECTIVE=size > 0,
-            COLS=COLS,
-            **OPTIONS,
-        )
+    masks = mask.view(torch.uint8), mask_out.view(torch.uint8)
+    counter = workspace if size else None
+    scratch = workspace[4:].view(torch.float32) if size > 4 else None
+    batch = Batch(scores, group, weights, masks[0], advantage, masks[1], counter, scratch)
+    bounds = Bounds(
+        options.eps,
+        0.0 if options.clip is None else options.clip,
+        -1.0 if options.min_std is None else options.min_std,
+        float("inf") if options.max_mean is None else options.max_mean,
+    )
+    credit = Credit(
+        K=rewards,
+        cols=COLS,
+        columns=1 if options.fusion == "reward" else rewards,
+        aggregate=options.aggregate,
+        fusion=options.fusion,
+        by_turn=options.baseline == "session_turn",
+        std=options.std,
+        unbiased=options.unbiased,
+        floor=options.eps_mode == "floor",
+        clip=options.clip is not None,
+        filter=options.filter_reward,
+        count_filter=None if options.filter_in_statistics else options.filter_reward,
+        drops=options.min_std is not None or options.max_mean is not None,
+        collective=size > 0,
+    )
+    with lib.on_device(scores):
+        group_kernel[(samples,)](batch, bounds, samples, turns, C=credit, **lib.OPTIONS)

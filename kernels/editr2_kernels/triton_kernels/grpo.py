@@ -2,111 +2,69 @@
 (csrc/objective.h)."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another
-# language.
 
 from __future__ import annotations
 
-import triton
+from collections import namedtuple
+
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from ..guidance import Latents
-from .common import (
-    LOG2_UNITS,
-    OPTIONS,
-    UNITS,
-    chunks_of,
-    count_of,
-    entry,
-    exponential,
-    on_device,
-    row_at,
-    sample_means,
-    tree_sum,
-)
+from . import common as lib
 from .replay import moments
 
 VELOCITY = 3  # the code of kl_scale whose difference is not multiplied with B
 
+# What a sample is scored against, [B]; mask: uint8.
+Given = namedtuple("Given", "old_log_prob advantage mask")
+# Constants: the code of kl_scale, whether the ratio is guarded, and whether there is a v_ref.
+Variant = namedtuple("Variant", "kl_scale guard has_ref")
+Numbers = namedtuple("Numbers", "clip_low clip_high advantage_clip kl_weight normalizer")
+# log_prob, ratio, kl: [B]; factors: [B, 3].
+Outputs = namedtuple("Outputs", "loss log_prob ratio kl metrics factors")
 
-@triton.jit(do_not_specialize=["n", "batch", "rows"])
+
+@lib.kernel
 def grpo_finish_kernel(
-    means_ptr,
-    table_ptr,
-    index_ptr,
-    old_log_prob_ptr,
-    advantage_ptr,
-    mask_ptr,
-    loss_ptr,
-    log_prob_ptr,
-    ratio_ptr,
-    kl_ptr,
-    metrics_ptr,
-    factors_ptr,
-    clip_low,
-    clip_high,
-    advantage_clip,
-    kl_weight,
-    normalizer,
-    n,
-    batch,
-    rows,
-    KL_SCALE: tl.constexpr,
-    GUARD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    UNITS: tl.constexpr,
-    UNIT_LEVELS: tl.constexpr,
+    means, steps, given, numbers, out, size, batch, rows, V: constexpr, UNITS: constexpr = lib.UNITS
 ):
     """One program, on the means [1 to 3, B] of the squares: samples in blocks of UNITS; sums over
     samples by lane, block after block, then over the lanes."""
-    size = tl.cast(n, tl.float32)
-    low = 1.0 - tl.cast(clip_low, tl.float32)
-    high = 1.0 + tl.cast(clip_high, tl.float32)
-    bound = tl.cast(advantage_clip, tl.float32)
+    size = tl.cast(size, tl.float32)
+    low = 1.0 - tl.cast(numbers.clip_low, tl.float32)
+    high = 1.0 + tl.cast(numbers.clip_high, tl.float32)
+    bound = tl.cast(numbers.advantage_clip, tl.float32)
     bound = tl.where(bound >= 0.0, bound, float("inf"))
-    kl_weight = tl.cast(kl_weight, tl.float32)
-    normalizer = tl.cast(normalizer, tl.float32)
-    count = count_of(mask_ptr, batch)
-    unit_weight = tl.div_rn(tl.cast(1.0, tl.float32), tl.where(normalizer > 0.0, normalizer, count))
+    kl_weight = tl.cast(numbers.kl_weight, tl.float32)
+    count, unit_weight = lib.weight_of(given.mask, numbers.normalizer, batch)
 
     zero = tl.zeros((UNITS,), tl.float32)
-    loss_sum = zero
-    ratio_sum = zero
-    deviation = zero
-    low_sum = zero
-    high_sum = zero
-    square_sum = zero
-    kl_sum = zero
-    policy_sum = zero
-    broken = zero
+    loss_sum, policy_sum, ratio_sum, low_sum, high_sum = zero, zero, zero, zero, zero
+    square_sum, kl_sum, deviation, broken = zero, zero, zero, zero
     for first in range(0, batch, UNITS):
-        sample = first + tl.arange(0, UNITS).to(tl.int64)
-        inside_batch = sample < batch
-        at = tl.where(inside_batch, sample, 0)
-        counted = inside_batch
-        if mask_ptr is not None:
-            counted = counted & (tl.load(mask_ptr + at) != 0)
+        sample, at, inside, counted = lib.units_at(first, batch, given.mask)
         weight = tl.where(counted, unit_weight, 0.0)
-        _, inside, row = row_at(table_ptr, index_ptr, at, rows)
-        b = entry(row, 1, inside)
-        spread = entry(row, 3, inside)
-        w = entry(row, 4, inside)
-        delta = entry(row, 6, inside) - entry(row, 7, inside)
+        row = lib.row_at(steps, rows, at)
+        b = lib.entry(row, 1)
+        spread = lib.entry(row, 3)
+        w = lib.entry(row, 4)
+        delta = lib.entry(row, 6) - lib.entry(row, 7)
         noisy = spread != 0.0
         variance = 2.0 * spread * spread
         safe = tl.where(noisy, variance, 1.0)
 
-        z2 = tl.load(means_ptr + at)
-        log_prob = w * z2 + entry(row, 5, inside)
-        log_ratio = log_prob - tl.load(old_log_prob_ptr + at)
+        z2 = tl.load(means + at)
+        log_prob = w * z2 + lib.entry(row, 5)
+        log_ratio = log_prob - tl.load(given.old_log_prob + at)
         exponent = log_ratio
-        if GUARD:
-            old2 = tl.load(means_ptr + (2 if HAS_REF else 1) * batch + at)
+        if V.guard:
+            old2 = tl.load(means + (2 if V.has_ref else 1) * batch + at)
             exponent = tl.where(noisy, (log_ratio + tl.div_rn(old2, safe)) * spread, 0.0)
-        ratio = exponential(exponent)
+        ratio = lib.exponential(exponent)
 
-        a = tl.load(advantage_ptr + at)
+        a = tl.load(given.advantage + at)
         a = tl.where(a < -bound, -bound, a)
         a = tl.where(a > bound, bound, a)
         # A sample without advantage has no loss, also where its ratio overflows and 0 * inf would
@@ -119,35 +77,35 @@ def grpo_finish_kernel(
         held = free_loss < clipped_loss  # false for NaN, which must stay visible
         policy = tl.where(held, clipped_loss, free_loss)
         on_exponent = tl.where(held, 0.0, free_loss)
-        if GUARD:
+        if V.guard:
             policy = tl.div_rn(policy, delta)
             on_exponent = tl.div_rn(on_exponent, delta) * spread
 
         kl_factor = zero + 1.0
-        if KL_SCALE == 0:
+        if V.kl_scale == 0:
             kl_factor = tl.where(noisy, tl.div_rn(zero + 1.0, safe), 0.0)
-        if KL_SCALE == 1:
+        if V.kl_scale == 1:
             kl_factor = tl.where(noisy, tl.div_rn(delta, safe), 0.0)
         kl = zero
         on_ref = zero
-        if HAS_REF:
-            kl = kl_factor * tl.load(means_ptr + batch + at)
-            factor = zero + 1.0 if KL_SCALE == 3 else b
+        if V.has_ref:
+            kl = kl_factor * tl.load(means + batch + at)
+            factor = zero + 1.0 if V.kl_scale == 3 else b
             on_ref = tl.div_rn(2.0 * factor * factor, size) * (kl_factor * kl_weight * weight)
         policy_weight = weight * on_exponent
         on_z = tl.div_rn(-2.0 * w * b, size) * policy_weight
         on_old = zero
-        if GUARD:
+        if V.guard:
             on_old = tl.where(
                 noisy, tl.div_rn(b * b, size) * tl.div_rn(2.0 * policy_weight, safe), 0.0
             )
 
-        tl.store(log_prob_ptr + sample, log_prob, mask=inside_batch)
-        tl.store(ratio_ptr + sample, ratio, mask=inside_batch)
-        tl.store(kl_ptr + sample, kl, mask=inside_batch)
-        tl.store(factors_ptr + sample * 3, tl.where(counted, on_z, 0.0), mask=inside_batch)
-        tl.store(factors_ptr + sample * 3 + 1, tl.where(counted, on_ref, 0.0), mask=inside_batch)
-        tl.store(factors_ptr + sample * 3 + 2, tl.where(counted, on_old, 0.0), mask=inside_batch)
+        tl.store(out.log_prob + sample, log_prob, mask=inside)
+        tl.store(out.ratio + sample, ratio, mask=inside)
+        tl.store(out.kl + sample, kl, mask=inside)
+        tl.store(out.factors + sample * 3, tl.where(counted, on_z, 0.0), mask=inside)
+        tl.store(out.factors + sample * 3 + 1, tl.where(counted, on_ref, 0.0), mask=inside)
+        tl.store(out.factors + sample * 3 + 2, tl.where(counted, on_old, 0.0), mask=inside)
 
         sample_loss = policy + kl_weight * kl
         away = tl.where(counted, tl.abs(ratio - 1.0), 0.0)
@@ -161,16 +119,16 @@ def grpo_finish_kernel(
         policy_sum += tl.where(counted, policy, 0.0)
         broken = tl.where(counted & (sample_loss - sample_loss != 0.0), 1.0, broken)
 
-    lost = tree_sum(deviation, UNIT_LEVELS)  # a maximum drops NaN, a sum does not
-    tl.store(loss_ptr, tree_sum(loss_sum, UNIT_LEVELS))
-    tl.store(metrics_ptr, tl.div_rn(tree_sum(ratio_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 1, tl.where(lost == lost, tl.max(deviation, axis=0), lost))
-    tl.store(metrics_ptr + 2, tl.div_rn(tree_sum(low_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 3, tl.div_rn(tree_sum(high_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 4, tl.div_rn(tree_sum(square_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 5, tl.div_rn(tree_sum(kl_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 6, tl.div_rn(tree_sum(policy_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 7, tl.max(broken, axis=0))
+    lost = lib.unit_sum(deviation)  # a maximum drops NaN, a sum does not
+    tl.store(out.loss, lib.unit_sum(loss_sum))
+    tl.store(out.metrics, tl.div_rn(lib.unit_sum(ratio_sum), count))
+    tl.store(out.metrics + 1, tl.where(lost == lost, tl.max(deviation, axis=0), lost))
+    tl.store(out.metrics + 2, tl.div_rn(lib.unit_sum(low_sum), count))
+    tl.store(out.metrics + 3, tl.div_rn(lib.unit_sum(high_sum), count))
+    tl.store(out.metrics + 4, tl.div_rn(lib.unit_sum(square_sum), count))
+    tl.store(out.metrics + 5, tl.div_rn(lib.unit_sum(kl_sum), count))
+    tl.store(out.metrics + 6, tl.div_rn(lib.unit_sum(policy_sum), count))
+    tl.store(out.metrics + 7, tl.max(broken, axis=0))
 
 
 def grpo_loss(
@@ -199,41 +157,19 @@ def grpo_loss(
 ) -> None:
     """mask: uint8 [B]. v_old is read where guard is set."""
     batch, n = latents.x.shape
-    with on_device(latents.x):
-        squares = moments(
-            latents,
-            x_next,
-            v_ref,
-            v_old if guard else None,
-            table,
-            step_index,
-            kl_scale == VELOCITY,
-        )
+    old = v_old if guard else None
+    with lib.on_device(latents.x):
+        squares = moments(latents, x_next, v_ref, old, table, step_index, kl_scale == VELOCITY)
+        numbers = (clip_low, clip_high, advantage_clip, kl_weight, normalizer)
         grpo_finish_kernel[(1,)](
-            sample_means(squares, batch, chunks_of(n), n),
-            table,
-            step_index,
-            old_log_prob,
-            advantage,
-            mask,
-            loss,
-            log_prob,
-            ratio,
-            kl,
-            metrics,
-            factors,
-            float(clip_low),
-            float(clip_high),
-            float(advantage_clip),
-            float(kl_weight),
-            float(normalizer),
+            lib.sample_means(squares, batch, lib.chunks_of(n), n),
+            lib.Steps(table, step_index),
+            Given(old_log_prob, advantage, mask),
+            Numbers(*map(float, numbers)),
+            Outputs(loss, log_prob, ratio, kl, metrics, factors),
             n,
             batch,
             table.shape[0],
-            KL_SCALE=kl_scale,
-            GUARD=guard,
-            HAS_REF=v_ref is not None,
-            UNITS=UNITS,
-            UNIT_LEVELS=LOG2_UNITS,
-            **OPTIONS,
+            Variant(kl_scale, guard, v_ref is not None),
+            **lib.OPTIONS,
         )

@@ -7,274 +7,172 @@ the scales), and the kernels look their row up.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another
-# language.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
-from ..guidance import GLOBAL, NONE, Latents
-from .common import (
-    BLOCK,
-    LOG2_BLOCK,
-    LOG2_PARTIALS,
-    OPTIONS,
-    PARTIALS,
-    chunks_of,
-    entry,
-    load_row,
-    mask_if,
-    pair_sums,
-    row_at,
-    rows_of,
-    totals,
-)
+from ..guidance import GLOBAL, NONE, TEXT_CHANNEL, TOKEN, Latents
+from . import common as lib
+
+# The entries of the guidance, [B, 4], the scales of a renormalisation and the width of its rows,
+# and the branches, [B, N]; without guidance only v.
+Velocity = namedtuple("Velocity", "guidance scales width v v_uncond v_uncond_image")
+# Constants: which renormalisation it is (neither: BAGEL's, of the guided velocity), and whether its
+# rows are longer than a block.
+Renorm = namedtuple("Renorm", "TOKEN TEXT_CHANNEL WIDE")
+# A sample's weights, 1 where guidance is inactive.
+Guide = namedtuple("Guide", "text image active")
+# Of each row, of v and of the vector that is scaled.
+Squares = namedtuple("Squares", "v w")
 
 
 @triton.jit
-def guide_at(guidance_ptr, sample, row, inside):
-    """(text weight, image weight, active) of a sample; the weights are 1 where guidance is
-    inactive."""
-    entries = guidance_ptr + sample * 4
-    sigma = entry(row, 6, inside)
+def guide_at(guidance, sample, row):
+    entries = guidance + sample * 4
+    sigma = lib.entry(row, 6)
     applies = (sigma > tl.load(entries + 2)) & (sigma <= tl.load(entries + 3))
     text = tl.where(applies, tl.load(entries), 1.0)
     image = tl.where(applies, tl.load(entries + 1), 1.0)
-    return text, image, (text != 1.0) | (image != 1.0)
+    return Guide(text=text, image=image, active=(text != 1.0) | (image != 1.0))
 
 
 @triton.jit
-def _toward(base_ptr, base_stride, v, weight, sample, offsets, mask):
+def _toward(samples, v, weight, at):
     """base + weight (v - base); base is not read where it does not count."""
-    base = load_row(base_ptr, base_stride, sample, offsets, mask_if(weight != 1.0, mask))
-    return tl.where(weight != 1.0, base + (v - base) * weight, v)
+    if samples is None:
+        return v
+    else:
+        base = lib.load(samples, lib.only_if(weight != 1.0, at))
+        return tl.where(weight != 1.0, base + (v - base) * weight, v)
 
 
 @triton.jit
-def branches(
-    v_ptr,
-    v_stride,
-    v_uncond_ptr,
-    v_uncond_stride,
-    v_uncond_image_ptr,
-    v_uncond_image_stride,
-    text,
-    image,
-    scale,
-    sample,
-    offsets,
-    mask,
-    RENORM: tl.constexpr,
-):
+def branches(velocity, guide, scale, at, RENORM: constexpr):
     """(v, w, u): the conditioned velocity, the vector that is scaled before it is, and the guided
     velocity."""
-    v = load_row(v_ptr, v_stride, sample, offsets, mask)
-    w = v
-    if v_uncond_ptr is not None:
-        w = _toward(v_uncond_ptr, v_uncond_stride, w, text, sample, offsets, mask)
-    if RENORM == 2:  # text_channel: the scale stands between the branches
-        u = w * scale
-        if v_uncond_image_ptr is not None:
-            u = _toward(v_uncond_image_ptr, v_uncond_image_stride, u, image, sample, offsets, mask)
+    v = lib.load(velocity.v, at)
+    w = _toward(velocity.v_uncond, v, guide.text, at)
+    if RENORM is None:
+        w = _toward(velocity.v_uncond_image, w, guide.image, at)
+        return v, w, w
+    elif RENORM.TEXT_CHANNEL:  # the scale stands between the branches
+        return v, w, _toward(velocity.v_uncond_image, w * scale, guide.image, at)
     else:
-        if v_uncond_image_ptr is not None:
-            w = _toward(v_uncond_image_ptr, v_uncond_image_stride, w, image, sample, offsets, mask)
-        u = w
-        if RENORM != 0:
-            u = w * scale
-    return v, w, u
+        w = _toward(velocity.v_uncond_image, w, guide.image, at)
+        return v, w, w * scale
 
 
 @triton.jit
-def row_of_element(chunk, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Row of each element of a chunk, int64. WIDE: rows are longer than a block, so at most one
-    begins inside it."""
-    start = chunk * BLOCK
-    first = start // width
-    behind = start - first * width
+def lines_of(velocity, row_count, at, RENORM: constexpr, BLOCK: constexpr = lib.BLOCK):
+    """Row of the batch that each element of a chunk lies in, int64. WIDE: rows are longer than a
+    block, so at most one begins inside it."""
+    start = at.chunk * BLOCK
+    first = start // velocity.width
+    behind = start - first * velocity.width
     lane = tl.arange(0, BLOCK)
-    if WIDE:
-        return first + (behind + lane >= width).to(tl.int64)
+    if RENORM.WIDE:
+        line = first + (behind + lane >= velocity.width).to(tl.int64)
     else:
-        return first + ((behind.to(tl.int32) + lane) // width).to(tl.int64)
+        line = first + ((behind.to(tl.int32) + lane) // velocity.width).to(tl.int64)
+    return at.sample * row_count + line
 
 
 @triton.jit
-def guided_velocity(
-    v_ptr,
-    v_stride,
-    v_uncond_ptr,
-    v_uncond_stride,
-    v_uncond_image_ptr,
-    v_uncond_image_stride,
-    guidance_ptr,
-    scales_ptr,
-    width,
-    row_count,
-    sample,
-    chunk,
-    offsets,
-    mask,
-    row,
-    inside,
-    RENORM: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def guided_velocity(velocity, row_count, at, row, RENORM: constexpr):
     """u of one chunk."""
-    if guidance_ptr is None:
-        return load_row(v_ptr, v_stride, sample, offsets, mask)
+    if velocity.guidance is None:
+        return lib.load(velocity.v, at)
     else:
-        text, image, _ = guide_at(guidance_ptr, sample, row, inside)
+        guide = guide_at(velocity.guidance, at.sample, row)
         scale = 1.0
-        if RENORM != 0:
-            line = sample * row_count + row_of_element(chunk, width, BLOCK, WIDE)
-            scale = tl.load(scales_ptr + line * 3, mask=mask, other=1.0)
-        _, _, u = branches(
-            v_ptr,
-            v_stride,
-            v_uncond_ptr,
-            v_uncond_stride,
-            v_uncond_image_ptr,
-            v_uncond_image_stride,
-            text,
-            image,
-            scale,
-            sample,
-            offsets,
-            mask,
-            RENORM,
-        )
+        if RENORM is not None:
+            line = lines_of(velocity, row_count, at, RENORM)
+            scale = tl.load(velocity.scales + line * 3, mask=at.mask, other=1.0)
+        _, _, u = branches(velocity, guide, scale, at, RENORM)
         return u
 
 
 @triton.jit
-def place_rows(width, row_count, BLOCK: tl.constexpr, COLS: tl.constexpr):
-    """This program's block of BLOCK // COLS rows by COLS columns.
-
-    (sample, first row, chunk along the row, row of each element, element offsets, mask); rows count
-    within the sample.
-    """
+def place_rows(width, row_count, COLS: constexpr, BLOCK: constexpr = lib.BLOCK):
+    """This program's block of BLOCK // COLS rows by COLS columns: the place, the row of the batch
+    that each element lies in, the rows and which of them there are."""
     pid = tl.program_id(0).to(tl.int64)
-    chunks = (width + COLS - 1) // COLS
-    blocks = (row_count + (BLOCK // COLS) - 1) // (BLOCK // COLS)
+    chunks = tl.cdiv(width, COLS)
+    blocks = tl.cdiv(row_count, BLOCK // COLS)
     chunk = pid % chunks
     first = (pid // chunks) % blocks * (BLOCK // COLS)
     sample = pid // chunks // blocks
     lane = tl.arange(0, BLOCK)
     line = first + lane // COLS
     column = chunk * COLS + lane % COLS
-    return sample, first, chunk, line, line * width + column, (line < row_count) & (column < width)
+    mask = (line < row_count) & (column < width)
+    at = lib.Place(sample=sample, chunk=chunk, offsets=line * width + column, mask=mask)
+    lines = first + tl.arange(0, BLOCK // COLS)
+    before = sample * row_count
+    return at, before + line, before + lines, lines < row_count
 
 
 @triton.jit
-def _store_scales(scales_ptr, line, mask, v_squares, w_squares, active, TOKEN: tl.constexpr):
-    v_norm = tl.sqrt_rn(
-        tl.where(v_squares < 1e-30, 0.0, v_squares)
-    )  # kNoSquares of csrc/guidance.h
-    w_norm = tl.sqrt_rn(tl.where(w_squares < 1e-30, 0.0, w_squares))
-    base = w_norm if TOKEN else w_norm + 1e-8
-    free = mask_if(active, base != 0.0)
+def _norm(squares):
+    return tl.sqrt_rn(tl.where(squares < 1e-30, 0.0, squares))  # kNoSquares of csrc/guidance.h
+
+
+@triton.jit
+def _store_scales(scales, line, mask, v_squares, w_squares, active, RENORM: constexpr):
+    v_norm = _norm(v_squares)
+    w_norm = _norm(w_squares)
+    base = w_norm if RENORM.TOKEN else w_norm + 1e-8
+    free = lib.mask_if(active, base != 0.0)
     base = tl.where(base != 0.0, base, 1.0)
     s = tl.div_rn(v_norm, base)
-    if not TOKEN:
+    if not RENORM.TOKEN:
         free = free & ~(s > 1.0)  # not s <= 1: NaN stays
     on_w = tl.div_rn(tl.div_rn(s, base), tl.where(w_norm > 0.0, w_norm, 1.0))
-    on_v = tl.div_rn(
-        tl.div_rn(tl.zeros_like(base) + 1.0, tl.where(v_norm > 0.0, v_norm, 1.0)), base
-    )
-    tl.store(scales_ptr + line * 3, tl.where(free, s, 1.0), mask=mask)
-    tl.store(scales_ptr + line * 3 + 1, tl.where(free & (w_norm > 0.0), on_w, 0.0), mask=mask)
-    tl.store(scales_ptr + line * 3 + 2, tl.where(free & (v_norm > 0.0), on_v, 0.0), mask=mask)
+    one = tl.zeros_like(base) + 1.0
+    on_v = tl.div_rn(tl.div_rn(one, tl.where(v_norm > 0.0, v_norm, 1.0)), base)
+    tl.store(scales + line * 3, tl.where(free, s, 1.0), mask=mask)
+    tl.store(scales + line * 3 + 1, tl.where(free & (w_norm > 0.0), on_w, 0.0), mask=mask)
+    tl.store(scales + line * 3 + 2, tl.where(free & (v_norm > 0.0), on_v, 0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["row_count", "rows"])
+@lib.kernel
 def scale_kernel(
-    v_ptr,
-    v_uncond_ptr,
-    v_uncond_image_ptr,
-    guidance_ptr,
-    table_ptr,
-    index_ptr,
-    scales_ptr,
-    v_squares_ptr,
-    w_squares_ptr,
-    v_stride,
-    v_uncond_stride,
-    v_uncond_image_stride,
-    width,
-    row_count,
-    rows,
-    RENORM: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    velocity, steps, rows, row_count, scales, squares, RENORM: constexpr, LEVELS: constexpr
 ):
     """Squares of v and of the vector that is scaled: the scales of whole rows, or (WIDE) one
     partial a chunk."""
-    sample, first, chunk, line, offsets, mask = place_rows(width, row_count, BLOCK, COLS)
-    _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
-    text, image, active = guide_at(guidance_ptr, sample, row, inside)
-    v, w, _ = branches(
-        v_ptr,
-        v_stride,
-        v_uncond_ptr,
-        v_uncond_stride,
-        v_uncond_image_ptr,
-        v_uncond_image_stride,
-        text,
-        image,
-        1.0,
-        sample,
-        offsets,
-        mask_if(active, mask),
-        RENORM,
-    )
-    line = first + tl.arange(0, BLOCK // COLS)
-    kept = line < row_count
-    line = sample * row_count + line
-    v_squares = pair_sums(v * v, LEVELS)
-    w_squares = pair_sums(w * w, LEVELS)
-    if WIDE:
-        chunks = (width + COLS - 1) // COLS
-        tl.store(v_squares_ptr + line * chunks + chunk, v_squares, mask=kept)
-        tl.store(w_squares_ptr + line * chunks + chunk, w_squares, mask=kept)
+    at, _, lines, kept = place_rows(velocity.width, row_count, 1 << LEVELS)
+    guide = guide_at(velocity.guidance, at.sample, lib.row_at(steps, rows, at.sample))
+    v, w, _ = branches(velocity, guide, 1.0, lib.only_if(guide.active, at), RENORM)
+    v_sums = lib.pair_sums(v * v, LEVELS)
+    w_sums = lib.pair_sums(w * w, LEVELS)
+    if RENORM.WIDE:
+        partial = lines * tl.cdiv(velocity.width, 1 << LEVELS) + at.chunk
+        tl.store(squares.v + partial, v_sums, mask=kept)
+        tl.store(squares.w + partial, w_sums, mask=kept)
     else:
-        _store_scales(scales_ptr, line, kept, v_squares, w_squares, active, RENORM == 1)
+        _store_scales(scales, lines, kept, v_sums, w_sums, guide.active, RENORM)
 
 
-@triton.jit(do_not_specialize=["row_count", "count", "rows", "chunks"])
+@lib.kernel
 def scale_finish_kernel(
-    v_squares_ptr,
-    w_squares_ptr,
-    guidance_ptr,
-    table_ptr,
-    index_ptr,
-    scales_ptr,
-    row_count,
-    count,
-    rows,
-    chunks,
-    RENORM: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    guidance, steps, rows, row_count, scales, squares, count, chunks, RENORM: constexpr
 ):
     """One program a row: partials in chunk order, then its scales."""
     first = tl.program_id(0).to(tl.int64)
     sample = first // row_count
-    _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
-    _, _, active = guide_at(guidance_ptr, sample, row, inside)
-    v_squares = totals(v_squares_ptr, first, count, chunks, 1, PARTIALS, LEVELS)
-    w_squares = totals(w_squares_ptr, first, count, chunks, 1, PARTIALS, LEVELS)
+    guide = guide_at(guidance, sample, lib.row_at(steps, rows, sample))
+    v_sums = lib.totals(squares.v, first, count, chunks)
+    w_sums = lib.totals(squares.w, first, count, chunks)
     line = first + tl.arange(0, 1)
-    _store_scales(scales_ptr, line, line < count, v_squares, w_squares, active, RENORM == 1)
+    _store_scales(scales, line, line < count, v_sums, w_sums, guide.active, RENORM)
 
 
 class RowGrid:
@@ -284,100 +182,41 @@ class RowGrid:
         self.batch, n = latents.x.shape
         self.width = n if latents.renorm == GLOBAL else latents.width
         self.row_count = n // self.width
-        self.wide = self.width > BLOCK
-        self.levels = LOG2_BLOCK if self.wide else (self.width - 1).bit_length()
-        self.chunks = chunks_of(self.width) if self.wide else 1
-        blocks = triton.cdiv(self.row_count, BLOCK >> self.levels)
+        self.lines = self.batch * self.row_count
+        self.wide = self.width > lib.BLOCK
+        self.levels = lib.LOG2_BLOCK if self.wide else (self.width - 1).bit_length()
+        self.chunks = lib.chunks_of(self.width) if self.wide else 1
+        blocks = triton.cdiv(self.row_count, lib.BLOCK >> self.levels)
         self.programs = self.batch * blocks * self.chunks
-
-    @property
-    def lines(self) -> int:
-        return self.batch * self.row_count
-
-    def constants(self) -> dict[str, Any]:
-        return {"WIDE": self.wide, "BLOCK": BLOCK, "COLS": 1 << self.levels, "LEVELS": self.levels}
-
-
-def velocity_arguments(latents: Latents) -> dict[str, Any]:
-    """The arguments that name the branches of a velocity; without guidance they are not there."""
-    guided = latents.guidance is not None
-    return {
-        **rows_of(
-            v=latents.v,
-            v_uncond=latents.v_uncond if guided else None,
-            v_uncond_image=latents.v_uncond_image if guided else None,
-        ),
-        "guidance_ptr": latents.guidance,
-    }
 
 
 def latent_arguments(latents: Latents, table: Tensor, step_index: Tensor) -> dict[str, Any]:
-    """The arguments and constants of a kernel that reads latents; launches what makes the scales,
-    if there are any."""
-    arguments = {
-        **velocity_arguments(latents),
-        **rows_of(x=latents.x, m_prev=latents.m_prev),
-        "table_ptr": table,
-        "index_ptr": step_index,
-        "rows": table.shape[0],
-    }
-    if latents.guidance is None or latents.renorm == NONE:
-        return {
-            **arguments,
-            "scales_ptr": None,
-            "width": 1,
-            "row_count": 1,
-            "RENORM": NONE,
-            "WIDE": False,
-        }
-    grid = RowGrid(latents)
-    scales = _scales(latents, table, step_index, grid)
-    return {
-        **arguments,
-        "scales_ptr": scales,
-        "width": grid.width,
-        "row_count": grid.row_count,
-        "RENORM": latents.renorm,
-        "WIDE": grid.wide,
-    }
+    """The arguments and constants of a kernel that reads a velocity; launches what makes the
+    scales, if there are any."""
+    v, guidance = lib.samples_of(latents.v), latents.guidance
+    steps, rows = lib.Steps(table, step_index), table.shape[0]
+    arguments = {"steps": steps, "rows": rows, "row_count": 0, "RENORM": None}
+    if guidance is None:
+        return {"velocity": Velocity(None, None, None, v, None, None), **arguments}
+    bases = map(lib.samples_of, (latents.v_uncond, latents.v_uncond_image))
+    velocity = Velocity(guidance, None, None, v, *bases)
+    if latents.renorm != NONE:
+        grid = RowGrid(latents)
+        renorm = Renorm(latents.renorm == TOKEN, latents.renorm == TEXT_CHANNEL, grid.wide)
+        arguments |= {"row_count": grid.row_count, "RENORM": renorm}
+        velocity = velocity._replace(width=grid.width)
+        velocity = velocity._replace(scales=_scales(grid, velocity, **arguments))
+    return {"velocity": velocity, **arguments}
 
 
-def _scales(latents: Latents, table: Tensor, step_index: Tensor, grid: RowGrid) -> Tensor:
+def _scales(grid: RowGrid, velocity: Velocity, **arguments: Any) -> Tensor:
     """[B, R, 3] fp32: s, on_w, on_v of every row."""
-    options: dict[str, Any] = {"dtype": torch.float32, "device": latents.x.device}
-    scales = torch.empty(grid.batch, grid.row_count, 3, **options)
-    v_squares, w_squares = (
-        torch.empty(2, grid.lines, grid.chunks, **options) if grid.wide else (None, None)
-    )
-    scale_kernel[(grid.programs,)](
-        **velocity_arguments(latents),
-        table_ptr=table,
-        index_ptr=step_index,
-        scales_ptr=scales,
-        v_squares_ptr=v_squares,
-        w_squares_ptr=w_squares,
-        width=grid.width,
-        row_count=grid.row_count,
-        rows=table.shape[0],
-        RENORM=latents.renorm,
-        **grid.constants(),
-        **OPTIONS,
-    )
+    guidance: Tensor = velocity.guidance
+    scales = guidance.new_empty(grid.batch, grid.row_count, 3)
+    squares = guidance.new_empty(2, grid.lines, grid.chunks) if grid.wide else (None, None)
+    arguments |= {"scales": scales, "squares": Squares(*squares), **lib.OPTIONS}
+    scale_kernel[(grid.programs,)](velocity, LEVELS=grid.levels, **arguments)
     if grid.wide:
-        scale_finish_kernel[(grid.lines,)](
-            v_squares,
-            w_squares,
-            latents.guidance,
-            table,
-            step_index,
-            scales,
-            grid.row_count,
-            grid.lines,
-            table.shape[0],
-            grid.chunks,
-            RENORM=latents.renorm,
-            PARTIALS=PARTIALS,
-            LEVELS=LOG2_PARTIALS,
-            **OPTIONS,
-        )
+        count, chunks = grid.lines, grid.chunks
+        scale_finish_kernel[(count,)](guidance, count=count, chunks=chunks, **arguments)
     return scales

@@ -1,165 +1,86 @@
 """nft_loss and its backward (csrc/objective.h)."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another
-# language.
 
 from __future__ import annotations
+
+from collections import namedtuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
-from .common import (
-    BLOCK,
-    LOG2_BLOCK,
-    LOG2_UNITS,
-    OPTIONS,
-    UNITS,
-    chunks_of,
-    count_of,
-    load_row,
-    mask_if,
-    on_device,
-    place,
-    rows_of,
-    sample_means,
-    scaled,
-    store_row,
-    tree_sum,
-)
+from . import common as lib
+
+# What a loss reads, [B, N].
+Sample = namedtuple("Sample", "x0 noise v v_old v_ref")
+# What is known of a sample, [B]; mask: uint8.
+Labels = namedtuple("Labels", "sigma r mask")
+Numbers = namedtuple("Numbers", "beta advantage_max ref_weight min_weight normalizer")
+# factors: [B, 3].
+Outputs = namedtuple("Outputs", "loss metrics factors")
 
 
 @triton.jit
-def _errors(
-    x0_ptr,
-    noise_ptr,
-    v_ptr,
-    v_old_ptr,
-    x0_stride,
-    noise_stride,
-    v_stride,
-    v_old_stride,
-    beta,
-    sample,
-    offsets,
-    mask,
-):
+def _errors(given, beta, at):
     """(e - beta d, e + beta d, v) with e = (noise - x0) - v_old and d = v - v_old."""
-    x0 = load_row(x0_ptr, x0_stride, sample, offsets, mask)
-    noise = load_row(noise_ptr, noise_stride, sample, offsets, mask)
-    v = load_row(v_ptr, v_stride, sample, offsets, mask)
-    v_old = load_row(v_old_ptr, v_old_stride, sample, offsets, mask)
+    x0 = lib.load(given.x0, at)
+    noise = lib.load(given.noise, at)
+    v = lib.load(given.v, at)
+    v_old = lib.load(given.v_old, at)
     e = (noise - x0) - v_old
     d = (v - v_old) * tl.cast(beta, tl.float32)
     return e - d, e + d, v
 
 
-@triton.jit(do_not_specialize=["batch", "chunks"])
-def nft_moments_kernel(
-    x0_ptr,
-    noise_ptr,
-    v_ptr,
-    v_old_ptr,
-    v_ref_ptr,
-    partial_ptr,
-    x0_stride,
-    noise_stride,
-    v_stride,
-    v_old_stride,
-    v_ref_stride,
-    beta,
-    n,
-    batch,
-    chunks,
-    BLOCK: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
+@lib.kernel
+def nft_moments_kernel(given, partial, beta, n, batch, chunks):
     """|e - beta d|, its square, |e + beta d|, its square, (v - v_ref)^2: partial[5, B, chunks]."""
-    sample, chunk, offsets, mask = place(chunks, n, BLOCK)
-    positive, negative, v = _errors(
-        x0_ptr,
-        noise_ptr,
-        v_ptr,
-        v_old_ptr,
-        x0_stride,
-        noise_stride,
-        v_stride,
-        v_old_stride,
-        beta,
-        sample,
-        offsets,
-        mask,
-    )
+    at = lib.place(chunks, n)
+    positive, negative, v = _errors(given, beta, at)
     plane = chunks * tl.cast(batch, tl.int64)
-    at = partial_ptr + sample * chunks + chunk
-    tl.store(at, tree_sum(tl.abs(positive), LEVELS))
-    tl.store(at + plane, tree_sum(positive * positive, LEVELS))
-    tl.store(at + 2 * plane, tree_sum(tl.abs(negative), LEVELS))
-    tl.store(at + 3 * plane, tree_sum(negative * negative, LEVELS))
-    if v_ref_ptr is not None:
-        difference = v - load_row(v_ref_ptr, v_ref_stride, sample, offsets, mask)
-        tl.store(at + 4 * plane, tree_sum(difference * difference, LEVELS))
+    partial += at.sample * chunks + at.chunk
+    tl.store(partial, lib.tree_sum(tl.abs(positive)))
+    tl.store(partial + plane, lib.tree_sum(positive * positive))
+    tl.store(partial + 2 * plane, lib.tree_sum(tl.abs(negative)))
+    tl.store(partial + 3 * plane, lib.tree_sum(negative * negative))
+    if given.v_ref is not None:
+        difference = v - lib.load(given.v_ref, at)
+        tl.store(partial + 4 * plane, lib.tree_sum(difference * difference))
 
 
-@triton.jit(do_not_specialize=["n", "batch"])
+@lib.kernel
 def nft_finish_kernel(
-    means_ptr,
-    sigma_ptr,
-    r_ptr,
-    mask_ptr,
-    loss_ptr,
-    metrics_ptr,
-    factors_ptr,
-    beta,
-    advantage_max,
-    ref_weight,
-    min_weight,
-    normalizer,
-    n,
-    batch,
-    HAS_REF: tl.constexpr,
-    UNITS: tl.constexpr,
-    UNIT_LEVELS: tl.constexpr,
+    means, labels, numbers, out, size, batch, HAS_REF: constexpr, UNITS: constexpr = lib.UNITS
 ):
     """One program, on means[4 or 5, B]: samples in blocks of UNITS; sums over samples by lane,
     block after block, then over the lanes."""
-    size = tl.cast(n, tl.float32)
-    beta = tl.cast(beta, tl.float32)
-    advantage_max = tl.cast(advantage_max, tl.float32)
-    ref_weight = tl.cast(ref_weight, tl.float32)
-    min_weight = tl.cast(min_weight, tl.float32)
-    normalizer = tl.cast(normalizer, tl.float32)
-    count = count_of(mask_ptr, batch)
-    unit_weight = tl.div_rn(tl.cast(1.0, tl.float32), tl.where(normalizer > 0.0, normalizer, count))
+    size = tl.cast(size, tl.float32)
+    beta = tl.cast(numbers.beta, tl.float32)
+    advantage_max = tl.cast(numbers.advantage_max, tl.float32)
+    ref_weight = tl.cast(numbers.ref_weight, tl.float32)
+    min_weight = tl.cast(numbers.min_weight, tl.float32)
+    count, unit_weight = lib.weight_of(labels.mask, numbers.normalizer, batch)
 
     zero = tl.zeros((UNITS,), tl.float32)
-    loss_sum = zero
-    policy_sum = zero
-    positive_sum = zero
-    negative_sum = zero
-    reference_sum = zero
-    broken = zero
+    loss_sum, policy_sum, positive_sum, negative_sum = zero, zero, zero, zero
+    reference_sum, broken = zero, zero
     for first in range(0, batch, UNITS):
-        sample = first + tl.arange(0, UNITS).to(tl.int64)
-        inside_batch = sample < batch
-        at = tl.where(inside_batch, sample, 0)
-        counted = inside_batch
-        if mask_ptr is not None:
-            counted = counted & (tl.load(mask_ptr + at) != 0)
+        sample, at, inside, counted = lib.units_at(first, batch, labels.mask)
         weight = tl.where(counted, unit_weight, 0.0)
-        t = tl.load(sigma_ptr + at)
-        r = tl.load(r_ptr + at)
+        t = tl.load(labels.sigma + at)
+        r = tl.load(labels.r + at)
 
         t2 = t * t
-        w_positive = t * tl.load(means_ptr + at)
+        w_positive = t * tl.load(means + at)
         w_positive = tl.where(w_positive < min_weight, min_weight, w_positive)
-        w_negative = t * tl.load(means_ptr + 2 * batch + at)
+        w_negative = t * tl.load(means + 2 * batch + at)
         w_negative = tl.where(w_negative < min_weight, min_weight, w_negative)
-        positive = t2 * tl.load(means_ptr + batch + at)
+        positive = t2 * tl.load(means + batch + at)
         positive = tl.div_rn(positive, w_positive)
-        negative = t2 * tl.load(means_ptr + 3 * batch + at)
+        negative = t2 * tl.load(means + 3 * batch + at)
         negative = tl.div_rn(negative, w_negative)
         policy = tl.div_rn(advantage_max * (r * positive + (1.0 - r) * negative), zero + beta)
         scale = tl.div_rn(2.0 * advantage_max * t2, size) * weight
@@ -168,14 +89,13 @@ def nft_finish_kernel(
         reference = zero
         on_ref = zero
         if HAS_REF:
-            reference = tl.load(means_ptr + 4 * batch + at)
+            reference = tl.load(means + 4 * batch + at)
             on_ref = tl.div_rn(2.0 * ref_weight, size) * weight
 
-        tl.store(factors_ptr + sample * 3, tl.where(counted, on_positive, 0.0), mask=inside_batch)
-        tl.store(
-            factors_ptr + sample * 3 + 1, tl.where(counted, on_negative, 0.0), mask=inside_batch
-        )
-        tl.store(factors_ptr + sample * 3 + 2, tl.where(counted, on_ref, 0.0), mask=inside_batch)
+        factors = out.factors + sample * 3
+        tl.store(factors, tl.where(counted, on_positive, 0.0), mask=inside)
+        tl.store(factors + 1, tl.where(counted, on_negative, 0.0), mask=inside)
+        tl.store(factors + 2, tl.where(counted, on_ref, 0.0), mask=inside)
 
         sample_loss = policy + ref_weight * reference
         loss_sum += tl.where(counted, weight * sample_loss, 0.0)
@@ -185,64 +105,31 @@ def nft_finish_kernel(
         reference_sum += tl.where(counted, reference, 0.0)
         broken = tl.where(counted & (sample_loss - sample_loss != 0.0), 1.0, broken)
 
-    tl.store(loss_ptr, tree_sum(loss_sum, UNIT_LEVELS))
-    tl.store(metrics_ptr, tl.div_rn(tree_sum(policy_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 1, tl.div_rn(tree_sum(positive_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 2, tl.div_rn(tree_sum(negative_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 3, tl.div_rn(tree_sum(reference_sum, UNIT_LEVELS), count))
-    tl.store(metrics_ptr + 4, tl.max(broken, axis=0))
+    tl.store(out.loss, lib.unit_sum(loss_sum))
+    tl.store(out.metrics, tl.div_rn(lib.unit_sum(policy_sum), count))
+    tl.store(out.metrics + 1, tl.div_rn(lib.unit_sum(positive_sum), count))
+    tl.store(out.metrics + 2, tl.div_rn(lib.unit_sum(negative_sum), count))
+    tl.store(out.metrics + 3, tl.div_rn(lib.unit_sum(reference_sum), count))
+    tl.store(out.metrics + 4, tl.max(broken, axis=0))
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def nft_backward_kernel(
-    x0_ptr,
-    noise_ptr,
-    v_ptr,
-    v_old_ptr,
-    v_ref_ptr,
-    factors_ptr,
-    scale_ptr,
-    grad_v_ptr,
-    x0_stride,
-    noise_stride,
-    v_stride,
-    v_old_stride,
-    v_ref_stride,
-    grad_v_stride,
-    beta,
-    n,
-    chunks,
-    BLOCK: tl.constexpr,
-):
+@lib.kernel
+def nft_backward_kernel(given, factors, scale, grad_v, beta, n, chunks):
     """One linear combination; a term whose factor is 0 is not added. A sample whose factors are all
     0 gets 0 unread."""
-    sample, _, offsets, mask = place(chunks, n, BLOCK)
-    scale = tl.load(scale_ptr)
-    on_positive = scaled(tl.load(factors_ptr + sample * 3), scale)
-    on_negative = scaled(tl.load(factors_ptr + sample * 3 + 1), scale)
-    on_ref = scaled(tl.load(factors_ptr + sample * 3 + 2), scale)
+    at = lib.place(chunks, n)
+    factor = tl.load(scale)
+    on_positive = lib.scaled(tl.load(factors + at.sample * 3), factor)
+    on_negative = lib.scaled(tl.load(factors + at.sample * 3 + 1), factor)
+    on_ref = lib.scaled(tl.load(factors + at.sample * 3 + 2), factor)
     live = (on_positive != 0.0) | (on_negative != 0.0) | (on_ref != 0.0)
-    read = mask_if(live, mask)
-    positive, negative, v = _errors(
-        x0_ptr,
-        noise_ptr,
-        v_ptr,
-        v_old_ptr,
-        x0_stride,
-        noise_stride,
-        v_stride,
-        v_old_stride,
-        beta,
-        sample,
-        offsets,
-        read,
-    )
+    positive, negative, v = _errors(given, beta, lib.only_if(live, at))
     grad = tl.where(on_positive != 0.0, on_positive * positive, 0.0)
     grad = tl.where(on_negative != 0.0, grad + on_negative * negative, grad)
-    if v_ref_ptr is not None:
-        v_ref = load_row(v_ref_ptr, v_ref_stride, sample, offsets, mask_if(on_ref != 0.0, mask))
+    if given.v_ref is not None:
+        v_ref = lib.load(given.v_ref, lib.only_if(on_ref != 0.0, at))
         grad = tl.where(on_ref != 0.0, grad + on_ref * (v - v_ref), grad)
-    store_row(grad_v_ptr, grad_v_stride, sample, offsets, grad, mask)
+    lib.store(grad_v, at, grad)
 
 
 def nft_loss(
@@ -265,40 +152,24 @@ def nft_loss(
 ) -> None:
     """mask: uint8 [B]."""
     batch, n = v.shape
-    chunks = chunks_of(n)
+    chunks = lib.chunks_of(n)
     partial = torch.empty(5, batch, chunks, dtype=torch.float32, device=v.device)
-    with on_device(v):
+    given = Sample(*map(lib.samples_of, (x0, noise, v, v_old, v_ref)))
+    numbers = Numbers(*map(float, (beta, advantage_max, ref_weight, min_weight, normalizer)))
+    with lib.on_device(v):
         nft_moments_kernel[(batch * chunks,)](
-            **rows_of(x0=x0, noise=noise, v=v, v_old=v_old, v_ref=v_ref),
-            partial_ptr=partial,
-            beta=float(beta),
-            n=n,
-            batch=batch,
-            chunks=chunks,
-            BLOCK=BLOCK,
-            LEVELS=LOG2_BLOCK,
-            **OPTIONS,
+            given, partial, numbers.beta, n, batch, chunks, **lib.OPTIONS
         )
-        means = sample_means(partial.view(5, -1)[: 5 if v_ref is not None else 4], batch, chunks, n)
+        planes = partial.view(5, -1)[: 5 if v_ref is not None else 4]
         nft_finish_kernel[(1,)](
-            means,
-            sigma,
-            r,
-            mask,
-            loss,
-            metrics,
-            factors,
-            float(beta),
-            float(advantage_max),
-            float(ref_weight),
-            float(min_weight),
-            float(normalizer),
+            lib.sample_means(planes, batch, chunks, n),
+            Labels(sigma, r, mask),
+            numbers,
+            Outputs(loss, metrics, factors),
             n,
             batch,
             HAS_REF=v_ref is not None,
-            UNITS=UNITS,
-            UNIT_LEVELS=LOG2_UNITS,
-            **OPTIONS,
+            **lib.OPTIONS,
         )
 
 
@@ -314,15 +185,9 @@ def nft_loss_backward(
     grad_v: Tensor,
 ) -> None:
     batch, n = v.shape
-    chunks = chunks_of(n)
-    with on_device(v):
+    chunks = lib.chunks_of(n)
+    given = Sample(*map(lib.samples_of, (x0, noise, v, v_old, v_ref)))
+    with lib.on_device(v):
         nft_backward_kernel[(batch * chunks,)](
-            **rows_of(x0=x0, noise=noise, v=v, v_old=v_old, v_ref=v_ref, grad_v=grad_v),
-            factors_ptr=factors,
-            scale_ptr=scale,
-            beta=float(beta),
-            n=n,
-            chunks=chunks,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            given, factors, scale, lib.samples_of(grad_v), float(beta), n, chunks, **lib.OPTIONS
         )

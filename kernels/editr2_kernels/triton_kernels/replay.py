@@ -1,446 +1,185 @@
 """Replays of a stored step: their moments, sde_log_prob, and the one backward of all of them."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another
-# language.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from ..guidance import Latents
-from .common import (
-    BLOCK,
-    LOG2_BLOCK,
-    LOG2_PARTIALS,
-    OPTIONS,
-    PARTIALS,
-    chunks_of,
-    entry,
-    finish,
-    load_row,
-    mask_if,
-    on_device,
-    pair_sums,
-    place,
-    row_at,
-    rows_of,
-    scaled,
-    store_row,
-    totals,
-    transition_mean,
-    tree_sum,
-)
-from .guidance import (
-    RowGrid,
-    branches,
-    guide_at,
-    guided_velocity,
-    latent_arguments,
-    place_rows,
-    row_of_element,
-)
+from . import common as lib
+from . import guidance
+
+# N, and what a replay reads beside the velocity, [B, N].
+Replay = namedtuple("Replay", "n x x_next m_prev v_ref v_old")
+# One of each term: of z, of u - v_ref and of u - v_old.
+Terms = namedtuple("Terms", "z ref old")
+# Where the factors of the terms come from: factors[B, 3], if they are there, times a scale; else
+# the gradients to sde_log_prob's outputs, [B].
+Incoming = namedtuple("Incoming", "factors scale log_prob mean_diff")
+# Where the gradients to the branches go, [B, N]; None: not wanted.
+Grads = namedtuple("Grads", "v v_uncond v_uncond_image")
 
 
 @triton.jit
-def _store_squares(partial_ptr, at, value, mask, LEVELS: tl.constexpr):
+def _store_squares(partial, value, mask):
     value = tl.where(mask, value, 0.0)
-    tl.store(partial_ptr + at, tree_sum(value * value, LEVELS))
+    tl.store(partial, lib.tree_sum(value * value))
 
 
-@triton.jit(do_not_specialize=["row_count", "rows", "chunks"])
+@lib.kernel
 def moments_kernel(
-    x_ptr,
-    x_next_ptr,
-    v_ptr,
-    m_prev_ptr,
-    v_uncond_ptr,
-    v_uncond_image_ptr,
-    v_ref_ptr,
-    v_old_ptr,
-    guidance_ptr,
-    scales_ptr,
-    table_ptr,
-    index_ptr,
-    z_squares_ptr,
-    ref_squares_ptr,
-    old_squares_ptr,
-    x_stride,
-    x_next_stride,
-    v_stride,
-    m_prev_stride,
-    v_uncond_stride,
-    v_uncond_image_stride,
-    v_ref_stride,
-    v_old_stride,
-    n,
-    width,
-    row_count,
-    rows,
-    chunks,
-    RENORM: tl.constexpr,
-    WIDE: tl.constexpr,
-    PLAIN_REF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LEVELS: tl.constexpr,
+    replay, velocity, steps, squares, rows, row_count, chunks, RENORM: constexpr, PLAIN: constexpr
 ):
-    """Squares of z, B (u - v_ref) (PLAIN_REF: u - v_ref) and B (u - v_old), one partial a chunk."""
-    sample, chunk, offsets, mask = place(chunks, n, BLOCK)
-    _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
-    x = load_row(x_ptr, x_stride, sample, offsets, mask)
-    u = guided_velocity(
-        v_ptr,
-        v_stride,
-        v_uncond_ptr,
-        v_uncond_stride,
-        v_uncond_image_ptr,
-        v_uncond_image_stride,
-        guidance_ptr,
-        scales_ptr,
-        width,
-        row_count,
-        sample,
-        chunk,
-        offsets,
-        mask,
-        row,
-        inside,
-        RENORM,
-        WIDE,
-        BLOCK,
-    )
-    x_next = load_row(x_next_ptr, x_next_stride, sample, offsets, mask)
-    mu = transition_mean(x, u, m_prev_ptr, m_prev_stride, sample, offsets, mask, row, inside)
-    at = sample * chunks + chunk
-    _store_squares(z_squares_ptr, at, x_next - mu, mask, LEVELS)
-    b = entry(row, 1, inside)
-    if v_ref_ptr is not None:
-        difference = u - load_row(v_ref_ptr, v_ref_stride, sample, offsets, mask)
-        if not PLAIN_REF:
+    """Squares of z, B (u - v_ref) (PLAIN: u - v_ref) and B (u - v_old), one partial a chunk."""
+    at = lib.place(chunks, replay.n)
+    row = lib.row_at(steps, rows, at.sample)
+    x = lib.load(replay.x, at)
+    u = guidance.guided_velocity(velocity, row_count, at, row, RENORM)
+    x_next = lib.load(replay.x_next, at)
+    mu = lib.transition_mean(x, u, replay.m_prev, at, row)
+    partial = at.sample * chunks + at.chunk
+    _store_squares(squares.z + partial, x_next - mu, at.mask)
+    b = lib.entry(row, 1)
+    if replay.v_ref is not None:
+        difference = u - lib.load(replay.v_ref, at)
+        if not PLAIN:
             difference = b * difference
-        _store_squares(ref_squares_ptr, at, difference, mask, LEVELS)
-    if v_old_ptr is not None:
-        difference = b * (u - load_row(v_old_ptr, v_old_stride, sample, offsets, mask))
-        _store_squares(old_squares_ptr, at, difference, mask, LEVELS)
+        _store_squares(squares.ref + partial, difference, at.mask)
+    if replay.v_old is not None:
+        difference = b * (u - lib.load(replay.v_old, at))
+        _store_squares(squares.old + partial, difference, at.mask)
 
 
 @triton.jit
-def factors_at(
-    factors_ptr, factor_scale_ptr, grad_log_prob_ptr, grad_mean_diff_ptr, sample, row, inside, n
-):
-    """(on_z, on_ref, on_old) of a sample: as given, or those of sde_log_prob's incoming
-    gradients."""
-    if factors_ptr is not None:
-        on_z = tl.load(factors_ptr + sample * 3)
-        on_ref = tl.load(factors_ptr + sample * 3 + 1)
-        on_old = tl.load(factors_ptr + sample * 3 + 2)
-        if factor_scale_ptr is not None:
-            scale = tl.load(factor_scale_ptr)
-            on_z = scaled(on_z, scale)
-            on_ref = scaled(on_ref, scale)
-            on_old = scaled(on_old, scale)
-        return on_z, on_ref, on_old
+def factors_at(incoming, sample, row, n):
+    """The factors of a sample's terms, and whether any of them counts."""
+    if incoming.factors is not None:
+        z = tl.load(incoming.factors + sample * 3)
+        ref = tl.load(incoming.factors + sample * 3 + 1)
+        old = tl.load(incoming.factors + sample * 3 + 2)
+        if incoming.scale is not None:
+            scale = tl.load(incoming.scale)
+            z = lib.scaled(z, scale)
+            ref = lib.scaled(ref, scale)
+            old = lib.scaled(old, scale)
     else:
         size = tl.cast(n, tl.float32)
-        b = entry(row, 1, inside)
-        on_z = b * 0.0
-        on_ref = b * 0.0
-        if grad_log_prob_ptr is not None:
-            on_z = scaled(
-                tl.div_rn(-2.0 * entry(row, 4, inside) * b, size),
-                tl.load(grad_log_prob_ptr + sample),
-            )
-        if grad_mean_diff_ptr is not None:
-            on_ref = scaled(tl.div_rn(2.0 * b * b, size), tl.load(grad_mean_diff_ptr + sample))
-        return on_z, on_ref, tl.zeros_like(on_z)
+        b = lib.entry(row, 1)
+        z = b * 0.0
+        ref = b * 0.0
+        if incoming.log_prob is not None:
+            factor = tl.div_rn(-2.0 * lib.entry(row, 4) * b, size)
+            z = lib.scaled(factor, tl.load(incoming.log_prob + sample))
+        if incoming.mean_diff is not None:
+            ref = lib.scaled(tl.div_rn(2.0 * b * b, size), tl.load(incoming.mean_diff + sample))
+        old = tl.zeros_like(z)
+    return Terms(z=z, ref=ref, old=old), (z != 0.0) | (ref != 0.0) | (old != 0.0)
 
 
 @triton.jit
-def velocity_gradient(
-    u,
-    x_ptr,
-    x_stride,
-    x_next_ptr,
-    x_next_stride,
-    m_prev_ptr,
-    m_prev_stride,
-    v_ref_ptr,
-    v_ref_stride,
-    v_old_ptr,
-    v_old_stride,
-    on_z,
-    on_ref,
-    on_old,
-    sample,
-    offsets,
-    mask,
-    row,
-    inside,
-):
-    """on_z z + on_ref (u - v_ref) + on_old (u - v_old); a term whose factor is 0 is neither read
-    nor added."""
-    read = mask_if(on_z != 0.0, mask)
-    x = load_row(x_ptr, x_stride, sample, offsets, read)
-    x_next = load_row(x_next_ptr, x_next_stride, sample, offsets, read)
-    mu = transition_mean(x, u, m_prev_ptr, m_prev_stride, sample, offsets, read, row, inside)
-    g = tl.where(on_z != 0.0, on_z * (x_next - mu), 0.0)
-    if v_ref_ptr is not None:
-        v_ref = load_row(v_ref_ptr, v_ref_stride, sample, offsets, mask_if(on_ref != 0.0, mask))
-        g = tl.where(on_ref != 0.0, g + on_ref * (u - v_ref), g)
-    if v_old_ptr is not None:
-        v_old = load_row(v_old_ptr, v_old_stride, sample, offsets, mask_if(on_old != 0.0, mask))
-        g = tl.where(on_old != 0.0, g + on_old * (u - v_old), g)
-    return g
+def _with_term(g, factor, u, samples, at):
+    """g + factor (u - samples); where the factor is 0 that is neither read nor added."""
+    if samples is None:
+        return g
+    else:
+        value = lib.load(samples, lib.only_if(factor != 0.0, at))
+        return tl.where(factor != 0.0, g + factor * (u - value), g)
 
 
-@triton.jit(do_not_specialize=["row_count", "rows"])
+@triton.jit
+def velocity_gradient(u, replay, on, at, row):
+    """on.z z + on.ref (u - v_ref) + on.old (u - v_old)."""
+    read = lib.only_if(on.z != 0.0, at)
+    x = lib.load(replay.x, read)
+    x_next = lib.load(replay.x_next, read)
+    mu = lib.transition_mean(x, u, replay.m_prev, read, row)
+    g = tl.where(on.z != 0.0, on.z * (x_next - mu), 0.0)
+    g = _with_term(g, on.ref, u, replay.v_ref, at)
+    return _with_term(g, on.old, u, replay.v_old, at)
+
+
+@lib.kernel
 def dot_kernel(
-    x_ptr,
-    x_next_ptr,
-    v_ptr,
-    m_prev_ptr,
-    v_uncond_ptr,
-    v_uncond_image_ptr,
-    v_ref_ptr,
-    v_old_ptr,
-    guidance_ptr,
-    scales_ptr,
-    table_ptr,
-    index_ptr,
-    factors_ptr,
-    factor_scale_ptr,
-    grad_log_prob_ptr,
-    grad_mean_diff_ptr,
-    dots_ptr,
-    x_stride,
-    x_next_stride,
-    v_stride,
-    m_prev_stride,
-    v_uncond_stride,
-    v_uncond_image_stride,
-    v_ref_stride,
-    v_old_stride,
-    n,
-    width,
-    row_count,
-    rows,
-    RENORM: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    replay, velocity, steps, incoming, dots, rows, row_count, RENORM: constexpr, LEVELS: constexpr
 ):
     """sum(w g) of the rows of a renormalisation, g the gradient to s w; WIDE: one partial a
     chunk."""
-    sample, first, chunk, line, offsets, mask = place_rows(width, row_count, BLOCK, COLS)
-    _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
-    on_z, on_ref, on_old = factors_at(
-        factors_ptr, factor_scale_ptr, grad_log_prob_ptr, grad_mean_diff_ptr, sample, row, inside, n
-    )
-    text, image, active = guide_at(guidance_ptr, sample, row, inside)
-    live = active & ((on_z != 0.0) | (on_ref != 0.0) | (on_old != 0.0))
-    mask = mask_if(live, mask)
-    scale = tl.load(scales_ptr + (sample * row_count + line) * 3, mask=mask, other=1.0)
-    _, w, u = branches(
-        v_ptr,
-        v_stride,
-        v_uncond_ptr,
-        v_uncond_stride,
-        v_uncond_image_ptr,
-        v_uncond_image_stride,
-        text,
-        image,
-        scale,
-        sample,
-        offsets,
-        mask,
-        RENORM,
-    )
-    g = velocity_gradient(
-        u,
-        x_ptr,
-        x_stride,
-        x_next_ptr,
-        x_next_stride,
-        m_prev_ptr,
-        m_prev_stride,
-        v_ref_ptr,
-        v_ref_stride,
-        v_old_ptr,
-        v_old_stride,
-        on_z,
-        on_ref,
-        on_old,
-        sample,
-        offsets,
-        mask,
-        row,
-        inside,
-    )
-    if RENORM == 2:
-        g = image * g
-    dots = pair_sums(tl.where(mask, w * g, 0.0), LEVELS)
-    line = first + tl.arange(0, BLOCK // COLS)
-    kept = line < row_count
-    chunks = (width + COLS - 1) // COLS
-    tl.store(dots_ptr + (sample * row_count + line) * chunks + chunk, dots, mask=kept)
+    at, line, lines, kept = guidance.place_rows(velocity.width, row_count, 1 << LEVELS)
+    row = lib.row_at(steps, rows, at.sample)
+    on, live = factors_at(incoming, at.sample, row, replay.n)
+    guide = guidance.guide_at(velocity.guidance, at.sample, row)
+    at = lib.only_if(guide.active & live, at)
+    scale = tl.load(velocity.scales + line * 3, mask=at.mask, other=1.0)
+    _, w, u = guidance.branches(velocity, guide, scale, at, RENORM)
+    g = velocity_gradient(u, replay, on, at, row)
+    if RENORM.TEXT_CHANNEL:
+        g = guide.image * g
+    sums = lib.pair_sums(tl.where(at.mask, w * g, 0.0), LEVELS)
+    chunks = tl.cdiv(velocity.width, 1 << LEVELS)
+    tl.store(dots + lines * chunks + at.chunk, sums, mask=kept)
 
 
-@triton.jit(do_not_specialize=["count", "chunks"])
-def dot_finish_kernel(
-    partial_ptr, dots_ptr, count, chunks, PARTIALS: tl.constexpr, LEVELS: tl.constexpr
-):
+@lib.kernel
+def dot_finish_kernel(partial, dots, count, chunks):
     """One program a row: partials in chunk order."""
     first = tl.program_id(0).to(tl.int64)
-    tl.store(
-        dots_ptr + first + tl.arange(0, 1),
-        totals(partial_ptr, first, count, chunks, 1, PARTIALS, LEVELS),
-    )
+    tl.store(dots + first + tl.arange(0, 1), lib.totals(partial, first, count, chunks))
 
 
-@triton.jit(do_not_specialize=["row_count", "rows", "chunks"])
+@lib.kernel
 def backward_kernel(
-    x_ptr,
-    x_next_ptr,
-    v_ptr,
-    m_prev_ptr,
-    v_uncond_ptr,
-    v_uncond_image_ptr,
-    v_ref_ptr,
-    v_old_ptr,
-    guidance_ptr,
-    scales_ptr,
-    table_ptr,
-    index_ptr,
-    factors_ptr,
-    factor_scale_ptr,
-    grad_log_prob_ptr,
-    grad_mean_diff_ptr,
-    dots_ptr,
-    grad_v_ptr,
-    grad_v_uncond_ptr,
-    grad_v_uncond_image_ptr,
-    x_stride,
-    x_next_stride,
-    v_stride,
-    m_prev_stride,
-    v_uncond_stride,
-    v_uncond_image_stride,
-    v_ref_stride,
-    v_old_stride,
-    grad_v_stride,
-    grad_v_uncond_stride,
-    grad_v_uncond_image_stride,
-    n,
-    width,
-    row_count,
-    rows,
-    chunks,
-    RENORM: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    replay, velocity, steps, incoming, dots, grads, rows, row_count, chunks, RENORM: constexpr
 ):
     """The gradient to u, through the guidance to v and its branches. A sample without factors gets
     0 unread."""
-    sample, chunk, offsets, mask = place(chunks, n, BLOCK)
-    _, inside, row = row_at(table_ptr, index_ptr, sample, rows)
-    on_z, on_ref, on_old = factors_at(
-        factors_ptr, factor_scale_ptr, grad_log_prob_ptr, grad_mean_diff_ptr, sample, row, inside, n
-    )
-    live = (on_z != 0.0) | (on_ref != 0.0) | (on_old != 0.0)
-    read = mask_if(live, mask)
-    if guidance_ptr is None:
-        u = load_row(v_ptr, v_stride, sample, offsets, read)
-        to_v = velocity_gradient(
-            u,
-            x_ptr,
-            x_stride,
-            x_next_ptr,
-            x_next_stride,
-            m_prev_ptr,
-            m_prev_stride,
-            v_ref_ptr,
-            v_ref_stride,
-            v_old_ptr,
-            v_old_stride,
-            on_z,
-            on_ref,
-            on_old,
-            sample,
-            offsets,
-            read,
-            row,
-            inside,
-        )
+    at = lib.place(chunks, replay.n)
+    row = lib.row_at(steps, rows, at.sample)
+    on, live = factors_at(incoming, at.sample, row, replay.n)
+    read = lib.only_if(live, at)
+    if velocity.guidance is None:
+        to_v = velocity_gradient(lib.load(velocity.v, read), replay, on, read, row)
     else:
-        text, image, _ = guide_at(guidance_ptr, sample, row, inside)
+        guide = guidance.guide_at(velocity.guidance, at.sample, row)
         scale = 1.0
-        if RENORM != 0:
-            line = sample * row_count + row_of_element(chunk, width, BLOCK, WIDE)
-            scale = tl.load(scales_ptr + line * 3, mask=read, other=1.0)
-            on_w = tl.load(scales_ptr + line * 3 + 1, mask=read, other=0.0)
-            on_v = tl.load(scales_ptr + line * 3 + 2, mask=read, other=0.0)
-            dot = tl.load(dots_ptr + line, mask=read, other=0.0)
-        v, w, u = branches(
-            v_ptr,
-            v_stride,
-            v_uncond_ptr,
-            v_uncond_stride,
-            v_uncond_image_ptr,
-            v_uncond_image_stride,
-            text,
-            image,
-            scale,
-            sample,
-            offsets,
-            read,
-            RENORM,
-        )
-        to_image = velocity_gradient(
-            u,
-            x_ptr,
-            x_stride,
-            x_next_ptr,
-            x_next_stride,
-            m_prev_ptr,
-            m_prev_stride,
-            v_ref_ptr,
-            v_ref_stride,
-            v_old_ptr,
-            v_old_stride,
-            on_z,
-            on_ref,
-            on_old,
-            sample,
-            offsets,
-            read,
-            row,
-            inside,
-        )
-        if RENORM == 2:
-            to_text = scale * (image * to_image) - (on_w * dot) * w
+        if RENORM is not None:
+            line = guidance.lines_of(velocity, row_count, at, RENORM)
+            scale = tl.load(velocity.scales + line * 3, mask=read.mask, other=1.0)
+            on_w = tl.load(velocity.scales + line * 3 + 1, mask=read.mask, other=0.0)
+            on_v = tl.load(velocity.scales + line * 3 + 2, mask=read.mask, other=0.0)
+            dot = tl.load(dots + line, mask=read.mask, other=0.0)
+        v, w, u = guidance.branches(velocity, guide, scale, read, RENORM)
+        to_image = velocity_gradient(u, replay, on, read, row)
+        if RENORM is None:
+            to_text = guide.image * to_image
+        elif RENORM.TEXT_CHANNEL:
+            to_text = scale * (guide.image * to_image) - (on_w * dot) * w
         else:
-            if RENORM != 0:
-                to_image = scale * to_image - (on_w * dot) * w
-            to_text = image * to_image
-        to_v = text * to_text
-        if RENORM != 0:
+            to_image = scale * to_image - (on_w * dot) * w
+            to_text = guide.image * to_image
+        to_v = guide.text * to_text
+        if RENORM is not None:
             to_v += (on_v * dot) * v
-        if grad_v_uncond_ptr is not None:
-            value = tl.where(live, (1.0 - text) * to_text, 0.0)
-            store_row(grad_v_uncond_ptr, grad_v_uncond_stride, sample, offsets, value, mask)
-        if grad_v_uncond_image_ptr is not None:
-            value = tl.where(live, (1.0 - image) * to_image, 0.0)
-            store_row(
-                grad_v_uncond_image_ptr, grad_v_uncond_image_stride, sample, offsets, value, mask
-            )
-    if grad_v_ptr is not None:
-        store_row(grad_v_ptr, grad_v_stride, sample, offsets, tl.where(live, to_v, 0.0), mask)
+        if grads.v_uncond is not None:
+            lib.store(grads.v_uncond, at, tl.where(live, (1.0 - guide.text) * to_text, 0.0))
+        if grads.v_uncond_image is not None:
+            lib.store(grads.v_uncond_image, at, tl.where(live, (1.0 - guide.image) * to_image, 0.0))
+    if grads.v is not None:
+        lib.store(grads.v, at, tl.where(live, to_v, 0.0))
+
+
+def _replay(latents: Latents, *others: Tensor | None) -> Replay:
+    """others: x_next, v_ref, v_old."""
+    x_next, v_ref, v_old = others
+    rows = map(lib.samples_of, (latents.x, x_next, latents.m_prev, v_ref, v_old))
+    return Replay(latents.x.shape[1], *rows)
 
 
 def moments(
@@ -456,26 +195,19 @@ def moments(
     absent. A row begins with [B, chunks] and ends on 16 bytes, or each alignment would be a kernel
     of its own. Call on the device."""
     batch, n = latents.x.shape
-    chunks = chunks_of(n)
+    chunks = lib.chunks_of(n)
     count = 1 + (v_ref is not None) + (v_old is not None)
-    squares = torch.empty(
-        count, (batch * chunks + 3) // 4 * 4, dtype=torch.float32, device=latents.x.device
-    )
+    plane = (batch * chunks + 3) // 4 * 4
+    squares = torch.empty(count, plane, dtype=torch.float32, device=latents.x.device)
     rest = iter(squares[1:])
-    ref_squares = None if v_ref is None else next(rest)
-    old_squares = None if v_old is None else next(rest)
+    terms = Terms(squares[0], *(None if v is None else next(rest) for v in (v_ref, v_old)))
     moments_kernel[(batch * chunks,)](
-        **latent_arguments(latents, table, step_index),
-        **rows_of(x_next=x_next, v_ref=v_ref, v_old=v_old),
-        z_squares_ptr=squares[0],
-        ref_squares_ptr=ref_squares,
-        old_squares_ptr=old_squares,
-        n=n,
+        _replay(latents, x_next, v_ref, v_old),
+        squares=terms,
         chunks=chunks,
-        PLAIN_REF=plain_ref,
-        BLOCK=BLOCK,
-        LEVELS=LOG2_BLOCK,
-        **OPTIONS,
+        PLAIN=plain_ref,
+        **guidance.latent_arguments(latents, table, step_index),
+        **lib.OPTIONS,
     )
     return squares
 
@@ -490,10 +222,12 @@ def sde_log_prob(
     mean_diff: Tensor | None,
 ) -> None:
     """mean_diff is written where v_ref is given."""
-    with on_device(latents.x):
+    with lib.on_device(latents.x):
         squares = moments(latents, x_next, v_ref, None, table, step_index, False)
         ref_squares = None if v_ref is None else squares[1]
-        finish(squares[0], ref_squares, table, step_index, log_prob, mean_diff, latents.x.shape[1])
+        lib.finish(
+            squares[0], ref_squares, table, step_index, log_prob, mean_diff, latents.x.shape[1]
+        )
 
 
 def replay_backward(
@@ -513,39 +247,26 @@ def replay_backward(
 ) -> None:
     """A gradient that is None is not wanted. Without guidance there are no branches to have one."""
     batch, n = latents.x.shape
-    chunks = chunks_of(n)
-    with on_device(latents.x):
+    chunks = lib.chunks_of(n)
+    with lib.on_device(latents.x):
         arguments = {
-            **latent_arguments(latents, table, step_index),
-            **rows_of(x_next=x_next, v_ref=v_ref, v_old=v_old),
-            "factors_ptr": factors,
-            "factor_scale_ptr": scale,
-            "grad_log_prob_ptr": grad_log_prob,
-            "grad_mean_diff_ptr": grad_mean_diff,
-            "n": n,
+            **guidance.latent_arguments(latents, table, step_index),
+            "replay": _replay(latents, x_next, v_ref, v_old),
+            "incoming": Incoming(factors, scale, grad_log_prob, grad_mean_diff),
+            **lib.OPTIONS,
         }
-        dots = _dots(latents, arguments) if arguments["scales_ptr"] is not None else None
-        backward_kernel[(batch * chunks,)](
-            **arguments,
-            **rows_of(
-                grad_v=grad_v, grad_v_uncond=grad_v_uncond, grad_v_uncond_image=grad_v_uncond_image
-            ),
-            dots_ptr=dots,
-            chunks=chunks,
-            BLOCK=BLOCK,
-            **OPTIONS,
-        )
+        dots = None if arguments["RENORM"] is None else _dots(guidance.RowGrid(latents), arguments)
+        grads = Grads(*map(lib.samples_of, (grad_v, grad_v_uncond, grad_v_uncond_image)))
+        backward_kernel[(batch * chunks,)](dots=dots, grads=grads, chunks=chunks, **arguments)
 
 
-def _dots(latents: Latents, arguments: dict[str, Any]) -> Tensor:
+def _dots(grid: guidance.RowGrid, arguments: dict[str, Any]) -> Tensor:
     """[B, R] fp32: what the gradient of a renormalisation needs of every row."""
-    grid = RowGrid(latents)
-    dots = torch.empty(grid.lines, grid.chunks, dtype=torch.float32, device=latents.x.device)
-    dot_kernel[(grid.programs,)](**{**arguments, **grid.constants()}, dots_ptr=dots, **OPTIONS)
+    scales: Tensor = arguments["velocity"].scales
+    dots = scales.new_empty(grid.lines, grid.chunks)
+    dot_kernel[(grid.programs,)](dots=dots, LEVELS=grid.levels, **arguments)
     if not grid.wide:
         return dots
-    whole = torch.empty(grid.lines, dtype=torch.float32, device=latents.x.device)
-    dot_finish_kernel[(grid.lines,)](
-        dots, whole, grid.lines, grid.chunks, PARTIALS=PARTIALS, LEVELS=LOG2_PARTIALS, **OPTIONS
-    )
+    whole = scales.new_empty(grid.lines)
+    dot_finish_kernel[(grid.lines,)](dots, whole, grid.lines, grid.chunks, **lib.OPTIONS)
     return whole

@@ -1,127 +1,63 @@
 """philox_normal and sde_step."""
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton kernels are untyped by nature: their arguments are pointers and constants of another
-# language.
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from ..guidance import Latents
-from .common import (
-    BLOCK,
-    LOG2_BLOCK,
-    OPTIONS,
-    chunks_of,
-    entry,
-    finish,
-    load_row,
-    mask_if,
-    on_device,
-    philox_block,
-    place,
-    row_at,
-    rows_of,
-    store_row,
-    transition_mean,
-    tree_sum,
-)
+from . import common as lib
 from .guidance import guided_velocity, latent_arguments
 
-
-@triton.jit(do_not_specialize=["chunks"])
-def philox_kernel(seed_ptr, step_ptr, out_ptr, out_stride, n, chunks, BLOCK: tl.constexpr):
-    sample, chunk, offsets, mask = place(chunks, n, BLOCK)
-    z = philox_block(tl.load(seed_ptr + sample), tl.load(step_ptr + sample), chunk, BLOCK)
-    store_row(out_ptr, out_stride, sample, offsets, z, mask)
+# N, seeds, [B], or else noise, and what a step starts from, [B, N].
+Start = namedtuple("Start", "n seed noise x m_prev")
+# x_next, x0: [B, N]; squares: of z, one partial a chunk.
+Outputs = namedtuple("Outputs", "x_next x0 squares")
 
 
-@triton.jit(do_not_specialize=["row_count", "rows", "chunks"])
+@lib.kernel
+def philox_kernel(seed, step, out, n, chunks):
+    at = lib.place(chunks, n)
+    seed = tl.load(seed + at.sample)
+    lib.store(out, at, lib.philox_block(seed, tl.load(step + at.sample), at.chunk))
+
+
+@lib.kernel
 def step_kernel(
-    x_ptr,
-    v_ptr,
-    m_prev_ptr,
-    v_uncond_ptr,
-    v_uncond_image_ptr,
-    guidance_ptr,
-    scales_ptr,
-    noise_ptr,
-    table_ptr,
-    index_ptr,
-    seed_ptr,
-    x_next_ptr,
-    x0_ptr,
-    partial_ptr,
-    x_stride,
-    v_stride,
-    m_prev_stride,
-    v_uncond_stride,
-    v_uncond_image_stride,
-    noise_stride,
-    x_next_stride,
-    x0_stride,
-    n,
-    width,
-    row_count,
-    rows,
-    chunks,
-    RENORM: tl.constexpr,
-    WIDE: tl.constexpr,
-    SCORE_STORED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LEVELS: tl.constexpr,
+    start, velocity, steps, out, rows, row_count, chunks, RENORM: constexpr, STORED: constexpr
 ):
-    sample, chunk, offsets, mask = place(chunks, n, BLOCK)
-    step, inside, row = row_at(table_ptr, index_ptr, sample, rows)
-    x = load_row(x_ptr, x_stride, sample, offsets, mask)
-    u = guided_velocity(
-        v_ptr,
-        v_stride,
-        v_uncond_ptr,
-        v_uncond_stride,
-        v_uncond_image_ptr,
-        v_uncond_image_stride,
-        guidance_ptr,
-        scales_ptr,
-        width,
-        row_count,
-        sample,
-        chunk,
-        offsets,
-        mask,
-        row,
-        inside,
-        RENORM,
-        WIDE,
-        BLOCK,
-    )
-    mu = transition_mean(x, u, m_prev_ptr, m_prev_stride, sample, offsets, mask, row, inside)
-    spread = entry(row, 3, inside)
-    if noise_ptr is None:
-        eps = philox_block(tl.load(seed_ptr + sample), step, chunk, BLOCK)
+    """STORED: x_next is scored as it is stored."""
+    at = lib.place(chunks, start.n)
+    row = lib.row_at(steps, rows, at.sample)
+    x = lib.load(start.x, at)
+    u = guided_velocity(velocity, row_count, at, row, RENORM)
+    mu = lib.transition_mean(x, u, start.m_prev, at, row)
+    spread = lib.entry(row, 3)
+    if start.noise is None:
+        eps = lib.philox_block(tl.load(start.seed + at.sample), row.step, at.chunk)
     else:
-        eps = load_row(noise_ptr, noise_stride, sample, offsets, mask_if(spread != 0.0, mask))
+        eps = lib.load(start.noise, lib.only_if(spread != 0.0, at))
     x_next = mu + spread * eps
-    store_row(x_next_ptr, x_next_stride, sample, offsets, x_next, mask)
-    if SCORE_STORED:
-        x_next = x_next.to(x_next_ptr.dtype.element_ty).to(tl.float32)
-    z = tl.where(mask, x_next - mu, 0.0)
-    tl.store(partial_ptr + sample * chunks + chunk, tree_sum(z * z, LEVELS))
-    if x0_ptr is not None:
-        store_row(x0_ptr, x0_stride, sample, offsets, x - u * entry(row, 6, inside), mask)
+    lib.store(out.x_next, at, x_next)
+    if STORED:
+        x_next = x_next.to(out.x_next.ptr.dtype.element_ty).to(tl.float32)
+    z = tl.where(at.mask, x_next - mu, 0.0)
+    tl.store(out.squares + at.sample * chunks + at.chunk, lib.tree_sum(z * z))
+    if out.x0 is not None:
+        lib.store(out.x0, at, x - u * lib.entry(row, 6))
 
 
 def philox_normal(seed: Tensor, step: Tensor, out: Tensor) -> None:
     batch, n = out.shape
-    chunks = chunks_of(n)
-    with on_device(out):
-        philox_kernel[(batch * chunks,)](
-            seed, step, out, out.stride(0), n, chunks, BLOCK=BLOCK, **OPTIONS
-        )
+    chunks = lib.chunks_of(n)
+    with lib.on_device(out):
+        philox_kernel[(batch * chunks,)](seed, step, lib.samples_of(out), n, chunks, **lib.OPTIONS)
 
 
 def sde_step(
@@ -136,19 +72,16 @@ def sde_step(
     score_stored: bool,
 ) -> None:
     batch, n = latents.x.shape
-    chunks = chunks_of(n)
-    partial = torch.empty(batch, chunks, dtype=torch.float32, device=latents.x.device)
-    with on_device(latents.x):
+    chunks = lib.chunks_of(n)
+    start = map(lib.samples_of, (noise, latents.x, latents.m_prev))
+    squares = torch.empty(batch, chunks, dtype=torch.float32, device=latents.x.device)
+    with lib.on_device(latents.x):
         step_kernel[(batch * chunks,)](
-            **latent_arguments(latents, table, step_index),
-            **rows_of(noise=noise, x_next=x_next, x0=x0),
-            seed_ptr=seed,
-            partial_ptr=partial,
-            n=n,
+            Start(n, seed, *start),
+            out=Outputs(lib.samples_of(x_next), lib.samples_of(x0), squares),
             chunks=chunks,
-            SCORE_STORED=score_stored,
-            BLOCK=BLOCK,
-            LEVELS=LOG2_BLOCK,
-            **OPTIONS,
+            STORED=score_stored,
+            **latent_arguments(latents, table, step_index),
+            **lib.OPTIONS,
         )
-        finish(partial, None, table, step_index, log_prob, None, n)
+        lib.finish(squares, None, table, step_index, log_prob, None, n)

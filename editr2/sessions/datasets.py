@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from editr2.errors import DataError, one_line
 from editr2.run.hub import offline
-from editr2.sessions.files import Entry
 from editr2.sessions.images import Pixels, Size, decode_image, locate, read_image
+from editr2.sessions.records import Entry
 from editr2.sessions.session import kind
 
 if TYPE_CHECKING:

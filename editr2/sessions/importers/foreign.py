@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError, one_line, shown
-from editr2.sessions.files import lines_of, parse_object
+from editr2.sessions.records import lines_of, parse_object
 from editr2.sessions.session import is_text, kind
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -36,8 +36,8 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One record.
+class Record:
+    """One entry of a foreign file.
 
     where: what a message starts with: `file:line`.
     """
@@ -77,12 +77,12 @@ class Row:
         return value
 
 
-def json_lines(file: Path) -> Iterator[Row]:
+def json_lines(file: Path) -> Iterator[Record]:
     """The objects of a JSON Lines file."""
     for number, raw in lines_of(file):
         where = f"{file}:{number}"
         try:
-            yield Row(where, parse_object(raw))
+            yield Record(where, parse_object(raw))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
 
@@ -101,7 +101,7 @@ def json_document(file: Path) -> dict[str, Any]:
         raise DataError(f"{file}:{line} {error}") from error
 
 
-def csv_rows(file: Path, literals: tuple[str, ...]) -> Iterator[Row]:
+def csv_rows(file: Path, literals: tuple[str, ...]) -> Iterator[Record]:
     """The rows of a CSV file with a header; fields of `literals` hold Python literals, as pandas
     writes lists."""
     try:
@@ -117,23 +117,25 @@ def csv_rows(file: Path, literals: tuple[str, ...]) -> Iterator[Row]:
                     raise DataError(
                         f"{where}: {len(cells)} cells (accepted: {len(header)}, as in the header)"
                     )
-                row = Row(where, dict(zip(header, cells)))
+                record = Record(where, dict(zip(header, cells)))
                 for name in literals:
-                    if name in row.values:
-                        row.values[name] = _literal(row, name)
-                yield row
+                    if name in record.values:
+                        record.values[name] = _literal(record, name)
+                yield record
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
 
 
-def _literal(row: Row, name: str) -> Any:
+def _literal(record: Record, name: str) -> Any:
     try:
-        return ast.literal_eval(row.values[name])
+        return ast.literal_eval(record.values[name])
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise row.error(name, f"{kind(row.values[name])} (accepted: a Python literal)") from error
+        raise record.error(
+            name, f"{kind(record.values[name])} (accepted: a Python literal)"
+        ) from error
 
 
-def parquet_rows(file: Path) -> Iterator[Row]:
+def parquet_rows(file: Path) -> Iterator[Record]:
     """The rows of a Parquet file, counted from 0."""
     try:
         from pyarrow import parquet
@@ -147,7 +149,7 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for values in batch.to_pylist():
-                yield Row(f"{file}: row {number}", values)
+                yield Record(f"{file}: row {number}", values)
                 number += 1
     except Exception as error:
         raise DataError(f"{file}: cannot be read: {one_line(error)}") from error

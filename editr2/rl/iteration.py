@@ -1,0 +1,161 @@
+"""One iteration, read top to bottom: sessions -> rollout -> rewards -> credit -> policy loss of
+images and intents -> AdamW.
+
+The five steps are `rollout`, `rewards`, `credit`, `gradient` (which asks `losses` and `replay`) and
+`step` here. One process or many (torchrun), the same numbers: sessions, groups and noise follow
+from the run's seed and a session's place in the stream; every process rolls out its part of the
+groups, scores are gathered so that credit sees all of them, and gradients are summed once per
+optimiser step. The policy is not wrapped: groups need not divide evenly and a session's context is
+built outside of autograd, so one explicit reduction is simpler than a wrapper's hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from editr2.config import Config, TrainConfig
+from editr2.errors import NonFiniteError
+from editr2.policies.finite import ACCEPTED, LARGEST, unusable
+from editr2.policies.weights import exchanged, trainable
+from editr2.rewards.adapt import CheckedReward
+from editr2.rewards.base import check_failures, merge_scores
+from editr2.rl.credit import assign_credit
+from editr2.rl.evaluate import judge
+from editr2.rl.gradient import Batch, accumulate_gradient, first_non_finite
+from editr2.rl.losses import LOSSES
+from editr2.rl.metrics import Clock, train_row
+from editr2.rl.rollout import Seeds, chunks, rollout_chunk
+from editr2.rl.sampler import Sampler
+from editr2.rl.state import State
+from editr2.run.processes import Processes
+from editr2.sessions.source import SessionSource
+
+
+def iteration(
+    config: Config,
+    state: State,
+    source: SessionSource,
+    reward: CheckedReward,
+    sampler: Sampler,
+    processes: Processes,
+    before_update: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """One rollout and its updates; returns the metrics row. before_update: called before the first
+    weight changes.
+
+    Raises `RewardFailure` for too many failed scores, `RatioError` for a ratio that is not 1
+    on-policy, and `NonFiniteError`; no weight has changed then, or the last step's is not saved.
+    """
+    r, t, clock = config.rollout, config.train, Clock()
+    loss, sampler = LOSSES[t.loss], sampler.at(state.iteration)
+    ordinals = range(state.iteration * r.sessions, (state.iteration + 1) * r.sessions)
+    mine, seeds = processes.share(r.sessions), Seeds(config.seed, "train")
+
+    with clock.phase("rollout"), exchanged(state.policy.module, state.old):
+        sessions = [source[ordinal] for ordinal in ordinals[mine]]
+        done = [
+            rollout_chunk(
+                state.policy,
+                chunk,
+                sampler,
+                seeds,
+                config.policy,
+                rollout=r,
+                keep_velocity=loss.keeps_velocity(t),
+            )
+            for chunk in chunks(sessions, ordinals[mine], r.siblings, r.groups_per_batch)
+        ]
+        processes.lend()
+
+    with clock.phase("reward"):
+        turns = max(len(source[ordinal].turns) for ordinal in ordinals)
+        scores = merge_scores(processes.gather([judge(reward, done, turns)]))
+        check_failures(scores, t.max_failed_scores)
+
+    with clock.phase("credit"):
+        group = torch.arange(r.sessions).repeat_interleave(r.siblings)
+        credit = assign_credit(scores, group, config.credit)
+        advantage, mask = loss.prefer(credit.advantage, credit.mask, r.siblings)
+        local = slice(mine.start * r.siblings, mine.stop * r.siblings)
+        batch = Batch(
+            done,
+            advantage[local],
+            mask[local],
+            trained=int(mask.sum()),
+            sampler=sampler,
+            seeds=seeds,
+            policy=config.policy,
+            rollout=r,
+        )
+
+    totals: list[dict[str, float]] = []
+    for update in range(t.updates):
+        for minibatch in range(t.minibatches):
+            with clock.phase("loss"):
+                totals.append(accumulate_gradient(t, state, batch, update, minibatch, processes))
+            if before_update is not None:
+                before_update()
+            with clock.phase("optimiser"):
+                totals[-1]["grad_norm"] = step(t, state, processes)
+                state.step_copies(t, iteration_done=False)
+    row = train_row(
+        state.iteration,
+        t,
+        r.sessions,
+        config.credit.weights,
+        scores,
+        credit,
+        done,
+        totals,
+        clock,
+        processes,
+    )
+    state.step_copies(t, iteration_done=True)
+    return row
+
+
+def step(t: TrainConfig, state: State, processes: Processes) -> float:
+    """Sums gradients over processes, clips, steps, and returns the gradient's norm before it was
+    clipped; refuses a non-finite gradient before anything is changed."""
+    parameters = list(trainable(state.policy.module).values())
+    # A weight without gradient (nobody's advantage pulled at it) steps as one with gradient 0, on
+    # one process or many.
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    if processes.count > 1:
+        flat = processes.sum(torch.cat([part.reshape(-1) for part in parts]))
+        sizes = [p.numel() for p in parameters]
+        parts = [part.view_as(p) for p, part in zip(parameters, flat.split(sizes), strict=True)]
+    for p, part in zip(parameters, parts, strict=True):
+        p.grad = part
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * _rate(t, state.iteration)
+        if not group["lr"] <= LARGEST:  # AdamW would stop halfway, or make every weight NaN
+            raise NonFiniteError(
+                f"iteration {state.iteration}: train.lr: {group['lr']:g} ({ACCEPTED})"
+            )
+    norm = torch.nn.utils.clip_grad_norm_(parameters, t.grad_norm)
+    if not bool(torch.isfinite(norm)):
+        named = {n: p.grad for n, p in state.policy.module.named_parameters() if p.grad is not None}
+        raise NonFiniteError(
+            f"gradient at iteration {state.iteration}: {first_non_finite(named)}; nothing was "
+            f"updated"
+        )
+    state.optimizer.step()
+    if name := unusable(trainable(state.policy.module).items()):
+        raise NonFiniteError(
+            f"iteration {state.iteration}, after the optimiser's step: {name}: NaN, infinite or "
+            f"too large ({ACCEPTED}; train.lr is {t.lr:g}); it was not saved, and what was saved "
+            f"before stands"
+        )
+    state.optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def _rate(t: TrainConfig, iteration: int) -> float:
+    """The share of its learning rate that an iteration steps with: rising over the warm-up, and
+    falling linearly to `lr_decay`."""
+    progress = iteration / max(1, t.iterations - 1)
+    return (1 - (1 - t.lr_decay) * progress) * min(1.0, (iteration + 1) / (t.warmup + 1))
