@@ -112,7 +112,8 @@ def test_runs_that_differ_in_clocks_and_places_alone_are_equal(same, run):
     ],
 )
 def test_a_value_a_key_or_a_row_that_differs_is_named_and_nothing_else(same, run, rows, place):
-    assert where(same, run(), run(rows)) == [f"r/metrics.jsonl: {place}"]
+    one, two = run(), run(rows)
+    assert where(same, one, two) == where(same, two, one) == [f"r/metrics.jsonl: {place}"]
 
 
 def test_bits_of_tensors_and_files_count(same, run):
@@ -180,8 +181,16 @@ def test_a_call_is_its_results_their_gradients_or_its_refusal(bits):
     found = bits.texts(scaled, x, 3.0)
     assert list(found) == ["result", "d result / d x"]
     assert found != bits.texts(scaled, x, 3.0 + 2**-22)
-    assert found["result"] != bits.texts(scaled, x.double(), 3.0)["result"]
+    assert found["d result / d x"] != bits.texts(scaled, x, 3.0 + 2**-22)["d result / d x"]
     assert bits.texts(scaled, x, 0.0) == {"refused": "ValueError: f must not be 0"}
+
+
+def test_a_tensor_is_its_bytes_its_shape_and_its_dtype(bits):
+    zero = torch.zeros(2, 5)
+    last = zero.clone()
+    last[1, 4] = -0.0
+    texts = [bits.text_of(x) for x in (zero, last, zero.view(5, 2), zero.int(), zero.T.contiguous().T)]
+    assert len(set(texts[:4])) == 4 and texts[4] == texts[0]
 
 
 def test_a_row_of_a_table_is_told_from_its_neighbours(bits, monkeypatch):
