@@ -217,20 +217,21 @@ VARIANTS = {
     "nft-backward": (nft.nft_backward_kernel, {**NFT, "grad_v": samples("bf16")}),
     "tokens": (
         tokens.token_kernel,
-        {"logits": samples("bf16"), "out": tokens.Outputs(*["*fp32"] * 3), "scale": "fp32"},
+        {"logits": samples("bf16"), "scale": "fp32"},
     ),
     "tokens-backward": (
         tokens.token_backward_kernel,
         {
             **dict.fromkeys(("logits", "grads"), samples("bf16")),
-            **{"incoming": tokens.Incoming("*fp32", "*fp32"), "scale": "fp32"},
+            "scale": "fp32",
         },
     ),
     "tokens-backward-entropy": (
         tokens.token_backward_kernel,
         {
             **dict.fromkeys(("logits", "grads"), samples("fp16")),
-            **{"incoming": tokens.Incoming(None, "*fp32"), "scale": "fp32"},
+            "grad_log_prob": None,
+            "scale": "fp32",
         },
     ),
     "group": (group.group_kernel, {"batch": SCORES, **BOUNDS, "C": credit()}),

@@ -5,8 +5,6 @@ program a chunk."""
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,11 +16,6 @@ from . import common as lib
 # way.
 LOG2_ROW_BLOCK = 12
 ROW_OPTIONS = {**lib.OPTIONS, "num_warps": 8}
-
-# log_prob, entropy: [M]; lse: [M, 2], the largest logit and the log of the sum of exponentials.
-Outputs = namedtuple("Outputs", "log_prob entropy lse")
-# The gradients to log_prob and entropy, [M]; None: there is none.
-Incoming = namedtuple("Incoming", "log_prob entropy")
 
 
 @triton.jit
@@ -39,15 +32,18 @@ def _logits(logits, row, columns, v):
 
 
 @lib.kernel
-def token_kernel(logits, ids, out, scale, ignore_index, v, LEVELS: constexpr = LOG2_ROW_BLOCK):
+def token_kernel(
+    logits, ids, log_prob, entropy, lse, scale, ignore_index, v, LEVELS: constexpr = LOG2_ROW_BLOCK
+):
+    """lse: [M, 2], the largest logit and the log of the sum of exponentials."""
     BLOCK: constexpr = 1 << LEVELS
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(ids + row)
     if token == ignore_index:
-        tl.store(out.log_prob + row, 0.0)
-        tl.store(out.entropy + row, 0.0)
-        tl.store(out.lse + 2 * row, 0.0)
-        tl.store(out.lse + 2 * row + 1, 0.0)
+        tl.store(log_prob + row, 0.0)
+        tl.store(entropy + row, 0.0)
+        tl.store(lse + 2 * row, 0.0)
+        tl.store(lse + 2 * row + 1, 0.0)
     else:
         columns = tl.arange(0, BLOCK)
         high = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -68,16 +64,16 @@ def token_kernel(logits, ids, out, scale, ignore_index, v, LEVELS: constexpr = L
         inside = (token >= 0) & (token < v)
         own = tl.load(logits.ptr + row * logits.stride + tl.where(inside, token, 0)).to(tl.float32)
         poison = tl.where(inside, 0.0, float("nan"))
-        entropy = log_sum - tl.div_rn(lib.tree_sum(products, LEVELS), s)
-        tl.store(out.log_prob + row, ((own - m) * scale - log_sum) + poison)
-        tl.store(out.entropy + row, entropy + poison)
-        tl.store(out.lse + 2 * row, m + poison)
-        tl.store(out.lse + 2 * row + 1, log_sum + poison)
+        mean = tl.div_rn(lib.tree_sum(products, LEVELS), s)
+        tl.store(log_prob + row, ((own - m) * scale - log_sum) + poison)
+        tl.store(entropy + row, (log_sum - mean) + poison)
+        tl.store(lse + 2 * row, m + poison)
+        tl.store(lse + 2 * row + 1, log_sum + poison)
 
 
 @lib.kernel
 def token_backward_kernel(
-    logits, ids, lse, entropy, incoming, grads, scale, ignore_index, v, chunks
+    logits, ids, lse, entropy, grad_log_prob, grad_entropy, grads, scale, ignore_index, v, chunks
 ):
     at = lib.place(chunks, v)
     row = at.sample
@@ -87,11 +83,11 @@ def token_backward_kernel(
         d = (lib.load(logits, at) - tl.load(lse + 2 * row)) * scale
         log_p = bounded(d - tl.load(lse + 2 * row + 1))
         factor = tl.zeros_like(log_p)
-        if incoming.entropy is not None:
-            factor = (log_p + tl.load(entropy + row)) * tl.load(incoming.entropy + row)
+        if grad_entropy is not None:
+            factor = (log_p + tl.load(entropy + row)) * tl.load(grad_entropy + row)
         grad = lib.exponential(log_p)
-        if incoming.log_prob is not None:
-            on_log_prob = tl.load(incoming.log_prob + row)
+        if grad_log_prob is not None:
+            on_log_prob = tl.load(grad_log_prob + row)
             grad = tl.where(at.offsets == token, on_log_prob, 0.0) - grad * (factor + on_log_prob)
         else:
             grad = 0.0 - grad * factor
@@ -109,10 +105,10 @@ def token_log_prob(
     lse: Tensor,
 ) -> None:
     m, v = logits.shape
-    out = Outputs(log_prob, entropy, lse)
+    numbers = 1.0 / temperature, ignore_index, v
     with lib.on_device(logits):
         token_kernel[(m,)](
-            lib.samples_of(logits), ids, out, 1.0 / temperature, ignore_index, v, **ROW_OPTIONS
+            lib.samples_of(logits), ids, log_prob, entropy, lse, *numbers, **ROW_OPTIONS
         )
 
 
@@ -130,10 +126,10 @@ def token_log_prob_backward(
     """grad_logits may be logits: every program reads its own chunk before it writes it."""
     m, v = logits.shape
     chunks = lib.chunks_of(v)
-    incoming = Incoming(grad_log_prob, grad_entropy)
+    incoming = grad_log_prob, grad_entropy
     read, written = lib.samples_of(logits), lib.samples_of(grad_logits)
     numbers = 1.0 / temperature, ignore_index, v, chunks
     with lib.on_device(logits):
         token_backward_kernel[(m * chunks,)](
-            read, ids, lse, entropy, incoming, written, *numbers, **lib.OPTIONS
+            read, ids, lse, entropy, *incoming, written, *numbers, **lib.OPTIONS
         )
