@@ -189,7 +189,9 @@ def test_a_tensor_is_its_bytes_its_shape_and_its_dtype(bits):
     zero = torch.zeros(2, 5)
     last = zero.clone()
     last[1, 4] = -0.0
-    texts = [bits.text_of(x) for x in (zero, last, zero.view(5, 2), zero.int(), zero.T.contiguous().T)]
+    texts = [
+        bits.text_of(x) for x in (zero, last, zero.view(5, 2), zero.int(), zero.T.contiguous().T)
+    ]
     assert len(set(texts[:4])) == 4 and texts[4] == texts[0]
 
 
