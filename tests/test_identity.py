@@ -33,6 +33,7 @@ from editr2.rewards.world import WorldReward
 from editr2.run import identity
 from editr2.run.checkpoint import latest_checkpoint, load_checkpoint
 from editr2.run.identity import (
+    changes,
     differences,
     folder_fingerprint,
     hub_revision,
@@ -40,7 +41,6 @@ from editr2.run.identity import (
     named,
     reward_fingerprint,
     sessions_fingerprint,
-    told,
 )
 from editr2.run.tracking import read_metrics
 from editr2.sessions import Session, load_sessions, save_sessions
@@ -711,6 +711,8 @@ def test_a_setting_that_only_one_of_them_knows_has_its_default():
     weights = {**now, "credit.weights": {"IF": 1.0}}
     assert list(differences(weights, now)) == ["credit.weights"]
     assert (
-        told({"host": "a", "versions": {"torch": "1"}}, {"host": "a", "versions": {"torch": "1"}})
+        changes(
+            {"host": "a", "versions": {"torch": "1"}}, {"host": "a", "versions": {"torch": "1"}}
+        )
         == []
     )

@@ -16,7 +16,7 @@ import torch
 
 from editr2.check.devices import Device
 from editr2.check.editors import Editor, Sizes
-from editr2.config import Config
+from editr2.config import Config, PolicyConfig
 from editr2.rl.losses import LOSSES
 from editr2.rl.sampler import Sampler
 
@@ -169,9 +169,9 @@ def evaluation_plan(
     return calls
 
 
-def sharded(config: Config, processes: int) -> bool:
+def sharded(policy: PolicyConfig, processes: int) -> bool:
     """Whether the transformer's frozen weights are shared out over the processes."""
-    return config.policy.shard and processes > 1
+    return policy.shard and processes > 1
 
 
 def merged(calls: Sequence[Call]) -> list[Call]:
@@ -231,7 +231,7 @@ def estimate(
     costs = {c: editor.cost(c.step, c.batch, c.turn) for c in (*calls, *evaluation)}
     seconds, sizes = dict.fromkeys(PHASES, 0.0), editor.sizes()
     gathering = copying = 0.0
-    if sharded(config, processes):
+    if sharded(config.policy, processes):
         # The blocks arrive beside the computing; copying them out of their buffer is a part of it.
         gathering = sizes.weights * (1 - 1 / processes) / device.peers
         copying = 2 * sizes.weights / device.speed.bandwidth
@@ -297,7 +297,7 @@ def _memory(
     copies = len(loss.weights(t)) + (t.ema is not None)
     shares, blocks, outside = 1, 0, 0
     if sharded(
-        config, processes
+        config.policy, processes
     ):  # adapters are not; what is in no block stays whole after the first forward
         shares, blocks, outside = processes, GATHERED * sizes.block, sizes.outside
     memory = {
@@ -339,7 +339,7 @@ def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
     """
     # Sharded, the first process alone loads the transformer. 4-bit weights are made on the device,
     # tensor by tensor: their own bytes stand for what is read meanwhile.
-    loaders = 1 if sharded(config, processes) else processes
+    loaders = 1 if sharded(config.policy, processes) else processes
     beside = processes * (sizes.text + sizes.vae)
     return {
         "loading": loaders * (sizes.weights + sizes.trained) + beside,

@@ -18,7 +18,8 @@ from editr2.check.devices import (
 )
 from editr2.check.editors import Editor
 from editr2.check.estimate import Estimate, sharded
-from editr2.config import Config
+from editr2.config import Config, RolloutConfig, TrainConfig
+from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
 
@@ -62,14 +63,14 @@ def render(
 ) -> list[str]:
     """What will run, memory by part, time by phase, and whether it fits."""
     r, t, p = config.rollout, config.train, config.policy
-    sizes, shards = editor.sizes(), sharded(config, processes)
+    sizes, shards = editor.sizes(), sharded(config.policy, processes)
     each = f" on each of {processes} processes" if processes > 1 else ""
     groups = -(-r.sessions // processes)
     lengths = ", ".join(f"{n} ({count})" for n, count in sorted(Counter(turns[0]).items()))
     sigmas = [round(s, 3) for s in sampler.sigmas.tolist()]
     lines = [
         f"iteration   {r.sessions} sessions x {r.siblings} siblings; {groups} groups{each}, "
-        f"{batches(config, processes)} batch(es) of up to {min(groups, r.groups_per_batch)}",
+        f"{batches(r, processes)} batch(es) of up to {min(groups, r.groups_per_batch)}",
         f"sessions    turns (sessions): {lengths}; held out {len(turns[1])}",
         f"run         {t.iterations} iterations, {t.updates * t.minibatches} optimizer step(s) "
         f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
@@ -96,7 +97,7 @@ def render(
     lines += [
         f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma "
         f"{sigmas}",
-        f"trained     {_window(config, sampler)}",
+        f"trained     {_places(config.train, config.rollout, sampler)}",
         "",
         f"memory of {device.name}{each}",
     ]
@@ -163,13 +164,14 @@ def render(
     return lines
 
 
-def _window(config: Config, sampler: Sampler) -> str:
-    if not sampler.window:
-        return f"{config.train.nft_draws} noise levels a turn and update, drawn anew (nft)"
+def _places(t: TrainConfig, r: RolloutConfig, sampler: Sampler) -> str:
+    loss = LOSSES[t.loss]
+    if loss.where:
+        return f"{loss.places(t, sampler)} {loss.where} ({t.loss})"
     starts = f"step {sampler.first_start + 1}"
     if sampler.last_start > sampler.first_start:
         starts = f"steps {sampler.first_start + 1} to {sampler.last_start + 1}"
-    schedule = config.rollout.window_schedule
+    schedule = r.window_schedule
     return (
         f"{sampler.window} of {sampler.steps} steps a turn; the window starts at {starts}, "
         f"{schedule}"

@@ -117,12 +117,14 @@ class Loss:
 
     options: a dataclass of settings of its own, read from `train.loss_options`. logs: names of the
     metrics that it adds to an iteration's row, from `Term.means`. ratio: its log-probs are compared
-    with those of the policy that sampled, whose ratio must be 1 before any update.
+    with those of the policy that sampled, whose ratio must be 1 before any update. where: what its
+    places are, in words, if not the steps of the window.
     """
 
     options: type[Any] = NoOptions
     logs: tuple[str, ...] = ()
     ratio = False
+    where = ""
 
     def problems(self, config: Config) -> Iterator[str]:
         """One line for each setting that it cannot train with."""
@@ -246,6 +248,8 @@ class Nft(Loss):
     """DiffusionNFT's loss of outputs that are noised again: rollouts are the old policy's, and
     `train.kl_weight` weighs mean((v - v_ref)^2)."""
 
+    where = "noise levels a turn and update, drawn anew"
+
     def problems(self, config: Config) -> Iterator[str]:
         if window := config.rollout.window:
             yield (f"rollout.window: {window} (accepted with train.loss nft: 0; it samples by ODE)")
@@ -305,6 +309,7 @@ class Awm(Loss):
     options = AwmOptions
     logs = ("clipped",)
     ratio = True
+    where = "noise levels a turn, the same in every update"
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from _plain_velocities(config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from editr2.config import Config
+from editr2.config import Config, RolloutConfig
 from editr2.config.fields import mended
 from editr2.config.rules import Command
 from editr2.errors import ConfigError, UserError
@@ -19,11 +19,11 @@ from editr2.rl.credit import credit_options
 from editr2.rl.sampler import Schedule, eval_sampler, rollout_sampler
 
 
-def batches(config: Config, processes: int) -> int:
+def batches(r: RolloutConfig, processes: int) -> int:
     """Chunks of at most `rollout.groups_per_batch` groups that the process with most to do has in
     an iteration."""
-    most = -(-config.rollout.sessions // processes)
-    return -(-most // config.rollout.groups_per_batch)
+    most = -(-r.sessions // processes)
+    return -(-most // r.groups_per_batch)
 
 
 def run_problems(
@@ -69,7 +69,7 @@ def run_problems(
         # numbered minibatch.
         least, most = (
             -(-(r.sessions // processes) // r.groups_per_batch),
-            batches(config, processes),
+            batches(r, processes),
         )
         if least != most:
             yield (
