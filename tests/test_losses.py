@@ -3,6 +3,7 @@ in one line; and losses by their definitions."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from editr2.cli.main import main
 from editr2.config import Config, TrainConfig, replace_nested
 from editr2.config.fields import Bounds, setting
 from editr2.errors import ConfigError
@@ -22,13 +24,25 @@ from editr2.policies.rules import check_config
 from editr2.policies.weights import trainable
 from editr2.rewards.adapt import adapt
 from editr2.rewards.base import Score
+from editr2.rl.gradient import Batch, accumulate_gradient
 from editr2.rl.iteration import iteration
-from editr2.rl.losses import LOSSES, Beside, Loss, Samples, Term
+from editr2.rl.losses import LOSSES, Asked, Beside, Loss, Samples, Term, noised, stored
+from editr2.rl.replay import ReplayOptions, replay
+from editr2.rl.rollout import Chunk, Seeds, _Window, rollout_chunk
 from editr2.rl.sampler import make_sampler, rollout_sampler
+from editr2.rl.sentinel import RatioError
 from editr2.rl.sessions import sessions_for
 from editr2.rl.state import State, new_state
 from editr2.run.processes import Processes
-from editr2_kernels import DYNAMICS, awm_loss, flow_sigmas, transition_table
+from editr2.training import train
+from editr2_kernels import (
+    DYNAMICS,
+    INITIAL_STEP,
+    awm_loss,
+    flow_sigmas,
+    philox_normal,
+    transition_table,
+)
 
 HERE = Processes(Accelerator(cpu=True))
 
@@ -120,10 +134,22 @@ def test_without_a_window_losses_of_noised_outputs_train_and_the_others_say_why_
 
 
 WRONG = [
-    ("awm", {"policy": {"guidance": 2.0}}, "policy.guidance: not 1 (accepted with train.loss awm"),
-    ("nft", {"policy": {"guidance": 2.0}, "rollout": {"window": 0}}, "policy.guidance: not 1"),
+    (
+        "awm",
+        {"policy": {"guidance": 2.0}},
+        "policy.guidance: 2.0 (accepted with train.loss awm: 1",
+    ),
+    ("nft", {"policy": {"guidance": 2.0}, "rollout": {"window": 0}}, "policy.guidance: 2.0 (acc"),
     ("dpo", {"train": {"micro_batch": 3}}, "train.micro_batch: 3 (accepted with train.loss dpo"),
     ("dpo", {"train": {"kl_weight": 0.1}}, "train.kl_weight: 0.1 (accepted with train.loss dpo"),
+    (
+        "awm",
+        {"train": {"guard": True}},
+        "train.guard: True (accepted with train.loss awm: False",
+    ),
+    ("dpo", {"train": {"clip_low": 0.5}}, "train.clip_low: 0.5 (accepted with train.loss dpo: 0.0"),
+    ("awm", {"train": {"old_log_prob": "rollout"}}, "train.old_log_prob: rollout (accepted with"),
+    ("awm", {"policy": {"guidance_image": 3.0}}, "policy.guidance_image: 3.0 (accepted with"),
     (
         "dpo",
         {"train": {"loss_options": {"beta": 0}}},
@@ -186,11 +212,25 @@ def test_awm_is_the_operator_with_its_old_log_probs(tiny_unified):
     assert torch.equal(found.loss, wanted.loss) and found.loss.requires_grad
 
 
-def test_awm_keeps_to_the_noise_of_the_first_update_and_compares_with_it(tiny_unified):
+def test_awm_looks_where_the_first_update_did_and_nft_anew(tiny_unified):
+    """There alone is the old policy's log-prob known."""
+    chunk, config = rolled(tiny_unified, settings("awm"))
+    shape = (chunk.rollouts, 2)
+    sampler, seeds = rollout_sampler(config.rollout), Seeds(0, "train")
+    given = Asked(chunk, torch.ones(shape), torch.ones(shape, dtype=bool), sampler, seeds, 0)
+    for loss, same in (("awm", True), ("nft", False)):
+        first, second = (
+            LOSSES[loss].ask(config.train, given._replace(update=update))[1] for update in (0, 1)
+        )
+        for name in ("x", "noise", "sigma"):
+            equal = torch.equal(getattr(first, name), getattr(second, name))
+            assert equal == same or (name == "sigma" and not same)
+
+
+def test_a_second_update_of_awm_is_clipped_behind_a_large_step(tiny_unified):
     config = settings("awm", rollout={"window": 0}, train={"updates": 2, "lr": 1e-2})
     _, row = one_iteration(config, tiny_unified)
-    assert row["ratio_error"] == 0  # of the first update
-    assert row["clip_fraction"] > 0.5  # of the second, behind a large step
+    assert row["ratio_error"] == 0 and row["clip_fraction"] > 0.5
 
 
 def test_dpo_is_minus_log_sigmoid_of_the_margin_between_a_pair():
@@ -223,49 +263,174 @@ def test_dpo_pairs_the_best_with_the_worst_of_each_group_and_turn():
     assert torch.equal(trained, preferred != 0)  # nobody is better in the first group's second turn
 
 
-def test_a_pair_meets_in_one_forward_packed_or_not(tiny_unified):
-    rows = []
+def test_the_gradient_of_dpo_is_that_of_the_pairs_by_hand(tiny_unified):
+    """Of a whole iteration, packed and walking: before any step the sigmoid is 1/2, so each pair
+    pulls with beta / 2 at log p of its best and worst rollout, at every step."""
     for packed in ("on", "off"):
-        policy = _copy(tiny_unified)
-        rows.append(one_iteration(settings("dpo", train={"packed": packed}), policy)[1])
-    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
-    assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)  # before any step
+        config = settings("dpo", train={"packed": packed, "loss_options": {"beta": 8.0}})
+        chunk, _ = rolled(tiny_unified, config)
+        advantage = torch.tensor([[3.0, 0.0], [1, 2], [2, 1], [0, 0], [5, 1], [1, 0]])
+        sign, mask = LOSSES["dpo"].prefer(advantage, torch.ones(6, 2, dtype=torch.bool), 3)
+        sampler, seeds = rollout_sampler(config.rollout), Seeds(0, "train")
+        state = new_state(config.train, tiny_unified)
+        batch = Batch(
+            [chunk], sign, mask, int(mask.sum()), sampler, seeds, config.policy, config.rollout
+        )
+        accumulate_gradient(config.train, state, batch, 0, 0, HERE)
+        found = gradients(tiny_unified)
+        state.optimizer.zero_grad()
+        asked = Asked(chunk, sign, mask, sampler, seeds, 0)
+        queries, given = stored(asked)
+        options = ReplayOptions(False, False, None, 1.0, False)
+        total, pairs = 0.0, int(mask.sum()) // 2
+        for part in replay(tiny_unified, chunk, queries, options, mask):
+            of = given.pick(part.index)
+            log_prob = LOSSES["dpo"].log_prob(of, part.velocity, sampler)
+            total = total - 8.0 / 2 * (of.advantage * log_prob).sum() / (pairs * sampler.window)
+        total.backward()
+        wanted = gradients(tiny_unified)
+        state.optimizer.zero_grad()
+        assert pairs == 4
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6 * float(wanted.abs().max()))
 
 
-def _copy(policy: Any) -> Any:
-    import copy
+def gradients(policy: Any) -> Tensor:
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten().clone()
+            for p in trainable(policy.module).values()
+        ]
+    )
 
-    return copy.deepcopy(policy)
+
+def rolled(policy: Any, config: Config) -> tuple[Chunk, Config]:
+    source = sessions_for(config, policy)
+    chunk = Chunk([source[0], source[1]], [0, 1], 3)
+    sampler, seeds = rollout_sampler(config.rollout), Seeds(0, "train")
+    rollout_chunk(policy, chunk, sampler, seeds, config.policy, rollout=config.rollout)
+    return chunk, config
 
 
 # ------------------------------------------------------------------------------------- second order
 
 
 def test_a_rollout_of_second_order_hands_on_the_clean_prediction(tiny_unified):
-    """The stored m_prev are what the step before took for the clean image, and training with them
-    meets the rollout's log-probs; without them it does not."""
-    config = settings("grpo", "dpm++sde", rollout={"window_range": 0.6, "steps": 6})
-    assert rollout_sampler(config.rollout).second_order
-    assert not rollout_sampler(settings("grpo").rollout).second_order
-    from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
-
-    source = sessions_for(config, tiny_unified)
-    chunk = Chunk([source[0], source[1]], [0, 1], 3)
-    sampler = rollout_sampler(config.rollout)
-    shared = dataclasses.replace(config.rollout, shared_noise=True)
-    rollout_chunk(tiny_unified, chunk, sampler, Seeds(0, "train"), config.policy, rollout=shared)
-    record = chunk.turns[0]
-    rows = sampler.table[record.step_index]
-    assert (rows[..., 2] != 0).any()
-    context = tiny_unified.instruct(
-        tiny_unified.encode(np.stack([source[0].image])), record.text[:1]
+    """m_prev of every stored step is what the step before took for the clean image: of the first
+    one an ODE step, which on the first turn the group's leader alone has taken."""
+    config = settings(
+        "grpo",
+        "dpm++sde",
+        rollout={"window_range": 0.6, "steps": 6, "shared_noise": True},
     )
-    # Of the second stored step: from the first one's latent and velocity.
-    x, sigma = record.x[:1, 0], record.sigma[:1, 0]
-    clean = x - sigma[:, None, None] * tiny_unified.velocity(x, sigma, context).v
-    torch.testing.assert_close(record.m_prev[:1, 1], clean.detach(), rtol=1e-4, atol=1e-5)
-    state, row = one_iteration(config, tiny_unified)
+    assert not rollout_sampler(settings("grpo").rollout).second_order
+    sampler = rollout_sampler(config.rollout)
+    assert sampler.second_order
+    chunk, _ = rolled(tiny_unified, config)
+    record = chunk.turns[0]
+    source = np.stack([session.image for session in chunk.sessions]).repeat(3, 0)
+    context = tiny_unified.instruct(tiny_unified.encode(source), record.text)
+    starts = record.step_index[:, 0] - sampler.steps
+    assert (starts > 0).any() and (sampler.table[record.step_index][..., 2] != 0).any()
+    seeds = Seeds(0, "train").initial(chunk, record.rollout, 0)
+    for i, start in enumerate(starts.tolist()):
+        own = tiny_unified.select(context, torch.tensor([i]))
+        x, clean = philox_normal(seeds[i : i + 1], INITIAL_STEP, tiny_unified.latent_shape), None
+        for k in range(start):  # Euler's steps up to the window
+            sigma, after = sampler.sigmas[k], sampler.sigmas[k + 1]
+            v = tiny_unified.velocity(x, sigma[None], own).v.detach()
+            x, clean = x + (after - sigma) * v, x - sigma * v
+        if clean is not None:
+            torch.testing.assert_close(record.m_prev[i, 0], clean[0], rtol=1e-3, atol=1e-4)
+        x, sigma = record.x[i : i + 1, 0], record.sigma[i : i + 1, 0]
+        v = tiny_unified.velocity(x, sigma, own).v.detach()
+        torch.testing.assert_close(record.m_prev[i, 1], (x - sigma * v)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_training_of_second_order_meets_its_rollout_and_a_lost_m_prev_is_named(
+    tiny_unified, monkeypatch
+):
+    config = settings("grpo", "dpm++sde", rollout={"window_range": 0.6, "steps": 6})
+    _, row = one_iteration(config, tiny_unified)
     assert row["ratio_error"] <= 1e-5
+    store = _Window.store
+
+    def lost(self, move, x, m_prev, step):
+        store(self, move, x, m_prev * 0, step)
+
+    monkeypatch.setattr(_Window, "store", lost)
+    with pytest.raises(RatioError, match="ratio: differs from 1"):
+        one_iteration(config, tiny_unified)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "updates": {"train": {"updates": 2}},
+    "minibatches": {"train": {"minibatches": 2}, "rollout": {"groups_per_batch": 1}},
+    "bf16 store": {"rollout": {"store_dtype": "bfloat16"}},
+    "packed": {"train": {"packed": "on"}},
+    "context gradient": {"train": {"context_gradient": True}},
+    "intents": {"policy": {"intent": True, "intent_tokens": 3}},
+    "average": {"train": {"ema": 0.5}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("loss, dynamics", [("awm", "cps"), ("dpo", "cps"), ("dpo", "dpm++sde")])
+def test_new_losses_in_every_way(loss, dynamics, way, tiny_unified):
+    _, row = one_iteration(settings(loss, dynamics, **WAYS[way]), tiny_unified)
+    assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["ratio_error"] <= 1e-5
+
+
+def test_the_sentinel_sees_a_rollout_that_dpo_does_not_repeat(tiny_unified, monkeypatch):
+    store = _Window.store
+
+    def moved(self, move, x, m_prev, step):
+        store(self, move, x + 0.3, m_prev, step)
+
+    monkeypatch.setattr(_Window, "store", moved)
+    with pytest.raises(RatioError, match="ratio: differs from 1 .*first difference: turn 1"):
+        one_iteration(settings("dpo"), tiny_unified)
+
+
+@pytest.mark.parametrize("loss", ["awm", "dpo"])
+def test_a_run_that_is_resumed_is_the_run_that_went_on(loss, tiny_unified, tmp_path):
+    def run(name, iterations):
+        config = settings(
+            loss,
+            train={"iterations": iterations, "lr_decay": 1.0, "warmup": 0},
+            eval={"sessions": 2, "strips": 0},
+        )
+        config = replace_nested(config, {"out": str(tmp_path / name)})
+        train(config, policy=copy.deepcopy(tiny_unified), reward=Bright())
+
+    run("whole", 2)
+    run("parts", 1)
+    given = tmp_path / "parts"
+    config = settings(
+        loss, train={"iterations": 2, "lr_decay": 1.0}, eval={"sessions": 2, "strips": 0}
+    )
+    train(
+        replace_nested(config, {"out": str(given)}),
+        policy=copy.deepcopy(tiny_unified),
+        reward=Bright(),
+        resume_anyway=["train.iterations"],
+    )
+    kept = [
+        (tmp_path / name / "policy" / "model.safetensors").read_bytes()
+        for name in ("whole", "parts")
+    ]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_check_says_what_a_loss_looks_at(loss, capsys):
+    window = 0 if loss == "nft" else 2
+    options = ["--train.loss_options={draws: 5}"] if loss == "awm" else []
+    words = [f"--train.loss={loss}", f"--rollout.window={window}", *options]
+    words += ["--rollout.shared_noise=false", "--gpu=h100"]
+    assert main(["check", *words]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("trained")]
+    wanted = {"awm": "5 noise levels a turn, the same", "nft": "2 noise levels a turn and update"}
+    assert wanted.get(loss, "2 of 4 steps a turn") in line
 
 
 # ------------------------------------------------------------------------------------ one loss more
@@ -286,8 +451,6 @@ class _Distance(Loss):
         return 2
 
     def ask(self, t: TrainConfig, asked: Any) -> Any:
-        from editr2.rl.losses import noised
-
         return noised(asked, 2)
 
     def problems(self, config: Config) -> Iterator[str]:

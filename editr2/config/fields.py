@@ -267,8 +267,8 @@ def arguments(
 
 def built(values: Any, schema: type[T], key: str) -> T:
     """The dataclass of the given values, the others at their defaults. Raises `Wrong` for the first
-    key or value that is none of it."""
-    made = schema(**arguments(values, schema, key, build=True, partial=True))
+    key or value that is none of it, and for one that is missing and has no default."""
+    made = schema(**arguments(values, schema, key, build=True))
     for dotted, problem in field_problems(made, f"{key}."):
         raise Wrong(dotted, problem)
     return made

@@ -165,17 +165,17 @@ def _plan(
         packed = can_pack(state.policy, chunk, queries, options, needed)
         options = replace(options, packed=packed)
     return _Plan(
-        t,
-        batch,
-        number,
-        sampler,
-        advantage,
-        mask,
-        queries,
-        samples,
-        needed,
-        options,
-        text_weight,
+        t=t,
+        batch=batch,
+        number=number,
+        sampler=sampler,
+        advantage=advantage,
+        mask=mask,
+        queries=queries,
+        samples=samples,
+        needed=needed,
+        options=options,
+        text_weight=text_weight,
         normalizer=max(1, batch.trained) * places / t.minibatches,
         replays_old=loss.replays_old(t, repeats_rollout(t, state, batch, options.packed)),
         remember=remember,
@@ -386,7 +386,8 @@ def _describe(plan: _Plan, lost: _Lost) -> str:
     bad = (~torch.isfinite(velocity.detach()).flatten(1).all(1)).nonzero()
     turn, place = plan.queries.where(int(part.index[int(bad[0, 0]) if len(bad) else 0]))
     found = first_non_finite({name: x for name, x in (tensors | texts).items() if x is not None})
-    return f"turn {turn + 1}, window step {place + 1}; {found}"
+    what = "noise level" if LOSSES[plan.t.loss].where else "window step"
+    return f"turn {turn + 1}, {what} {place + 1}; {found}"
 
 
 def first_non_finite(tensors: dict[str, Tensor]) -> str:

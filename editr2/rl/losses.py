@@ -128,7 +128,8 @@ class Loss:
 
     def problems(self, config: Config) -> Iterator[str]:
         """One line for each setting that it cannot train with."""
-        return iter(())
+        if type(self).places is Loss.places:
+            yield from _no_step(config)
 
     def weights(self, t: TrainConfig) -> frozenset[str]:
         """Under which other weights it wants velocities: "reference" (the start), "old" (a running
@@ -199,9 +200,6 @@ class Grpo(Loss):
 
     logs = ("clipped",)
     ratio = True
-
-    def problems(self, config: Config) -> Iterator[str]:
-        yield from _no_step(config)
 
     def keeps_velocity(self, t: TrainConfig) -> bool:
         return t.guard
@@ -304,7 +302,9 @@ class AwmOptions:
 
 class Awm(Loss):
     """Advantage-weighted matching of outputs that are noised again: the ratio is one of
-    flow-matching losses, so any sampler will do. `train.kl_weight` weighs mean((v - v_ref)^2)."""
+    flow-matching losses, so any sampler will do. `train.kl_weight` weighs mean((v - v_ref)^2).
+    The rollout has no log-prob of this kind, so the sentinel has nothing of the images to compare
+    with: old log-probs are those of the first update's own forward."""
 
     options = AwmOptions
     logs = ("clipped",)
@@ -313,6 +313,7 @@ class Awm(Loss):
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from _plain_velocities(config)
+        yield from _of_others(config)
 
     def replays_old(self, t: TrainConfig, exact: bool) -> bool:
         return True  # the rollout has no log-prob of this kind
@@ -370,14 +371,16 @@ class Dpo(Loss):
 
         -log sigmoid(beta [log p(w) - log p_ref(w) - log p(l) + log p_ref(l)])
 
-    at each stored transition, with the start as reference."""
+    at each stored transition, with the start as reference. Intents are trained on the same
+    preference. (Looking for the pairs waits for the device once a part.)"""
 
     options = DpoOptions
     logs = ("pairs_right", "margin")
 
     def problems(self, config: Config) -> Iterator[str]:
         t = config.train
-        yield from _no_step(config)
+        yield from super().problems(config)
+        yield from _of_others(config)
         if t.micro_batch is not None:
             yield (
                 f"train.micro_batch: {t.micro_batch} (accepted with train.loss dpo: none; both of "
@@ -431,7 +434,11 @@ class Dpo(Loss):
             "pairs_right": (counted > 0).float().sum() / max(1, len(counted)),
             "margin": counted.sum() / max(1, len(counted)),
         }
-        return Term(loss, means, log_prob=log_prob.detach())
+        seen, error = log_prob.detach(), None
+        if samples.old_log_prob is not None:
+            gap = torch.where(samples.mask, seen - samples.old_log_prob, 0.0)
+            error = gap.exp().sub(1).abs().max()
+        return Term(loss, means, error, seen)
 
 
 LOSSES: dict[str, Loss] = {"grpo": Grpo(), "nft": Nft(), "awm": Awm(), "dpo": Dpo()}
@@ -459,12 +466,28 @@ def _no_step(config: Config) -> Iterator[str]:
 
 
 def _plain_velocities(config: Config) -> Iterator[str]:
-    p = config.policy
-    if p.guidance != 1 or p.guidance_image != 1:
-        yield (
-            f"policy.guidance: not 1 (accepted with train.loss {config.train.loss}: 1; it compares "
-            f"plain velocities)"
-        )
+    for name in ("guidance", "guidance_image"):
+        if (value := getattr(config.policy, name)) != 1:
+            yield (
+                f"policy.{name}: {value} (accepted with train.loss {config.train.loss}: 1; it "
+                f"compares plain velocities)"
+            )
+
+
+OWN = ("clip_low", "clip_high", "guard", "kl_scale", "old_log_prob")
+OWN += ("nft_beta", "nft_draws", "old_decay", "old_decay_max")
+"""Settings of `train` that are GRPO's or NFT's alone. (Each of the two has always let the other's
+stand; a loss with options of its own need not.)"""
+
+
+def _of_others(config: Config) -> Iterator[str]:
+    t, default = config.train, TrainConfig()
+    for name in OWN:
+        if (value := getattr(t, name)) != (accepted := getattr(default, name)):
+            yield (
+                f"train.{name}: {value} (accepted with train.loss {t.loss}: {accepted}, the "
+                f"default; it has no use for it)"
+            )
 
 
 # -------------------------------------------------------------------------------- where losses look

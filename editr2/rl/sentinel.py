@@ -52,9 +52,9 @@ def explain_difference(
         where = f"turn {turn + 1}"
         if old.text != new.text:
             return f"{where}: text: the rollout itself is not repeatable"
-        for name in ("x", "x_next", "log_prob"):
+        for name in ("x", "x_next", "m_prev", "log_prob"):
             a, b = getattr(old, name), getattr(new, name)
-            if not torch.equal(a, b):
+            if a is not None and not torch.equal(a, b):
                 return (
                     f"{where}: {name}: the rollout itself is not repeatable (max difference "
                     f"{_gap(a, b):.3g})"
