@@ -19,7 +19,7 @@ from editr2.rl import gradient as gradient_module
 from editr2.rl.credit import assign_credit, credit_notes, credit_options
 from editr2.rl.evaluate import judge
 from editr2.rl.gradient import Batch, accumulate_gradient
-from editr2.rl.losses import Asked, noised, stored
+from editr2.rl.losses import LOSSES, Asked, noised, stored
 from editr2.rl.rollout import Chunk, Seeds, Walk, rollout_chunk
 from editr2.rl.sampler import make_sampler, rollout_sampler
 from editr2.rl.sentinel import RatioError
@@ -627,6 +627,34 @@ def test_minibatches_are_part_of_one_mean_and_the_sentinel_sees_all_of_them(
     )
     with pytest.raises(RatioError, match="ratio: differs from 1 by 0.0"):
         gradient(halves, state, again(batch))
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "nft"])
+def test_intents_of_later_minibatches_are_compared_with_the_policy_that_wrote_them(
+    tiny_unified, loss
+):
+    """Nft has an old policy, which says it by its weights."""
+    train = {"loss": loss, "minibatches": 2}
+    config = settings(rollout={"groups_per_batch": 1}, train=train)
+    one, state = sampled(tiny_unified, config, turns=(2,))
+    two, _ = sampled(tiny_unified, config, turns=(2,))
+    advantage = torch.tensor([1.0, -1.0, 0.0] * 2)[:, None].expand(6, 2).contiguous()
+    batch = dataclasses.replace(
+        one,
+        chunks=[one.chunks[0], two.chunks[0]],
+        advantage=advantage,
+        mask=advantage != 0,
+        trained=8,
+    )
+    accumulate_gradient(config.train, state, batch, 0, 0, HERE)
+    known = {key: old.clone() for key, old in batch.old_text.items()}
+    assert {number for number, _, _ in known} == {0, 1}
+    with torch.no_grad():
+        for p in trainable(tiny_unified.module).values():
+            p.mul_(1.1)  # an optimiser step
+    accumulate_gradient(config.train, state, batch, 0, 1, HERE)
+    for key, old in known.items():
+        assert torch.equal(batch.old_text[key], old)
 
 
 def test_released_constants():

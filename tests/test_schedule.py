@@ -53,6 +53,10 @@ def test_table_follows_the_shift():
         ({"dynamics": "ddim"}, "rollout.dynamics"),
         ({"dynamics": "dpm++sde"}, "rollout.dynamics"),
         ({"dynamics": "cps", "window": 4, "noise_level": 0.5}, "have no noise"),
+        (
+            {"dynamics": "dpm++sde", "window": 4, "window_range": 1, "noise_level": 1.0},
+            "lower rollout.window_range or rollout.window$",  # no level gives noise there
+        ),
     ],
 )
 def test_an_impossible_sampler_is_named(arguments, name):

@@ -76,10 +76,13 @@ def accumulate_gradient(
     loss, device = LOSSES[t.loss], processes.device
     fresh = update == minibatch == 0
     sums = dict.fromkeys((*SUMS, *loss.logs, *ERRORS), 0.0)
-    if fresh and t.minibatches > 1 and loss.ratio:
-        with torch.no_grad():  # later minibatches meet weights that have moved
+    # Later minibatches meet weights that have moved, unless an old policy sampled.
+    if fresh and t.minibatches > 1 and "old" not in loss.weights(t):
+        with torch.no_grad():
             for number in range(len(batch.chunks)):
                 plan = _plan(t, state, batch, number, update, device, remember=True)
+                if not (loss.ratio or plan.options.text):
+                    continue
                 for part in _parts(state, plan):
                     seen = _seen(plan, _lose(plan, part))
                     errors = {name: float(seen[name]) for name in ERRORS}
@@ -207,7 +210,8 @@ class _Predicted(NamedTuple):
 
 def _parts(state: State, plan: _Plan) -> Iterator[_Predicted]:
     """The chunk's samples in parts, each under all the weights that the loss asked for."""
-    start = state.reference if torch.is_grad_enabled() else None
+    # A ratio alone has no use for the start.
+    start = state.reference if torch.is_grad_enabled() or not LOSSES[plan.t.loss].ratio else None
     reference = _Replayed(state, start, plan, replace(plan.options, text=False))
     old = _Replayed(state, state.old, plan, plan.options)
     live = replay(state.policy, plan.chunk, plan.queries, plan.options, plan.needed)

@@ -145,8 +145,7 @@ def make_sampler(
         raise ConfigError(
             f"rollout.window: steps {deterministic} of dynamics {dynamics!r} at noise level "
             f"{noise_level} have no "
-            "noise and so no log-prob; lower rollout.window_range or rollout.window, or raise "
-            "rollout.noise_level"
+            "noise and so no log-prob; lower rollout.window_range or rollout.window"
         )
     table = torch.cat([ode, sde]).contiguous()
     return Sampler(
