@@ -18,7 +18,7 @@ from torch import Tensor
 from editr2.cli.main import main
 from editr2.config import Config, TrainConfig, replace_nested
 from editr2.config.fields import Bounds, setting
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, UserError
 from editr2.policies.base import Velocity
 from editr2.policies.rules import check_config
 from editr2.policies.weights import trainable
@@ -462,6 +462,52 @@ class _Distance(Loss):
         counted = torch.where(given.mask, given.advantage * distance, 0.0)
         mean = distance.detach().mean()
         return Term(counted.sum() / normalizer, {"kl": torch.zeros(()), "distance": mean})
+
+
+class _Wrong(_Distance):
+    """An entry that returns what `make` makes of the right term."""
+
+    def __init__(self, make, logs=("distance",)):
+        self.make, self.logs = make, logs
+
+    def term(self, *arguments):
+        return self.make(super().term(*arguments))
+
+
+WRONG_TERMS = {
+    "none": (lambda term: None, "term returned a NoneType (accepted: a Term)"),
+    "vector": (
+        lambda term: dataclasses.replace(term, loss=term.loss.expand(3)),
+        "term's loss has shape [3] (accepted: one number)",
+    ),
+    "no gradient": (
+        lambda term: dataclasses.replace(term, loss=term.loss.detach()),
+        "term's loss has no gradient (accepted: one that depends on the velocity)",
+    ),
+    "no log": (
+        lambda term: dataclasses.replace(term, means={}),
+        "term's means lack distance (accepted: all of its logs)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TERMS)
+def test_what_an_entry_may_not_return_is_one_line(case, tiny_unified, monkeypatch):
+    make, said = WRONG_TERMS[case]
+    monkeypatch.setitem(LOSSES, "distance", _Wrong(make))
+    with pytest.raises(UserError) as error:
+        one_iteration(settings("distance"), tiny_unified)
+    assert str(error.value) == f"train.loss: 'distance': {said}"
+
+
+@pytest.mark.parametrize("name", ["loss", "reward", "grad_norm"])
+def test_logs_do_not_take_a_name_that_a_row_has(name, tiny_unified, monkeypatch):
+    def renamed(term):
+        return dataclasses.replace(term, means={name: term.means["distance"]})
+
+    monkeypatch.setitem(LOSSES, "distance", _Wrong(renamed, (name,)))
+    with pytest.raises(UserError, match=f"train.loss: 'distance': logs: {name} "):
+        one_iteration(settings("distance"), tiny_unified)
 
 
 def test_a_loss_more_is_an_entry(tiny_unified, monkeypatch):

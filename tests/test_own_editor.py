@@ -157,3 +157,27 @@ def test_every_entry_of_the_table_is_an_editor():
     with pytest.raises(ConfigError, match="policy.model: 'sdxl' "):
         policy_class("sdxl")
     assert Path("own_editor.py").read_text().count("\n") < 90
+
+
+BROKEN = {
+    "raises": ("raise KeyError('x')", "from_config raised KeyError: 'x' (mine.py:7) (accepted: "),
+    "none": ("return None", "from_config gave a NoneType without module, latent_shape, image_size"),
+    "no module": (
+        "p = ConvEditor(); del p.module; return p",
+        "gave a ConvEditor without module (a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_from_config_that_gives_no_policy_is_one_line(case, tmp_path, capsys):
+    body, said = BROKEN[case]
+    (tmp_path / "mine.py").write_text(
+        "from own_editor import ConvEditor\n\n\nclass Mine(ConvEditor):\n    @classmethod\n"
+        f"    def from_config(cls, config, **how):\n        {body}\n"
+    )
+    for command in ("train", "eval"):
+        assert main([command, "--policy.model=mine:Mine", *SMALL]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: policy.model: 'mine:Mine': ") and said in line, line
+        assert line.count("\n") == 1

@@ -21,7 +21,7 @@ from editr2.check.meter import Cost, Meter, at_depth
 from editr2.config import PolicyConfig
 from editr2.policies.base import PackedPolicy
 from editr2.policies.blueprint import Blueprint, Reading, Size, Work, simulated
-from editr2.policies.configured import policy_class
+from editr2.policies.configured import called, policy_class
 from editr2.rl.sampler import own_schedule
 from editr2.sessions import Session
 
@@ -51,7 +51,9 @@ class Sizes:
 def open_editor(config: PolicyConfig) -> Editor:
     """Raises `ConfigError` (or `CheckpointError`) for settings or a folder that the policy would
     refuse."""
-    return Editor(config, policy_class(config.model).blueprint(config))
+    kind = policy_class(config.model)
+    with called(kind, config.model, "blueprint"):
+        return Editor(config, kind.blueprint(config))
 
 
 class Editor:

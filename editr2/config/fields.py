@@ -518,6 +518,7 @@ def _type_name(hint: Any) -> str:
     if origin in (dict, Mapping) or hint in (dict, Mapping) or dataclasses.is_dataclass(hint):
         return "keys and values"
     names = {
+        Any: "a value",
         None: "none",
         type(None): "none",
         Path: "a path",

@@ -11,15 +11,17 @@ import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from editr2.config import PolicyConfig
-from editr2.config.plugins import resolve
-from editr2.errors import ConfigError
+from editr2.config.plugins import resolve, told
+from editr2.errors import ConfigError, UserError
 from editr2.policies.base import Policy, to_bytes
 from editr2.policies.blueprint import Blueprint, Walk, simulated
 from editr2.policies.forms import Form, OwnFolder, PeftAdapter
@@ -136,3 +138,36 @@ def policy_class(model: str) -> type[ConfiguredPolicy]:
             f"them; see docs/editors.md)"
         )
     return kind
+
+
+ATTRIBUTES = ("module", "latent_shape", "image_size")
+"""What every `Policy` holds."""
+
+
+@contextmanager
+def called(kind: type[ConfiguredPolicy], model: str, what: str) -> Iterator[None]:
+    """Around code of an editor's class: what a user's own raises is one line, `ConfigError`; ours
+    keeps its traceback."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            raise
+        raise ConfigError(
+            f"policy.model: {model!r}: {what} raised {told(error, (__file__,))} (accepted: what "
+            f"ConfiguredPolicy.{what} says)"
+        ) from error
+
+
+def made(kind: type[ConfiguredPolicy], config: PolicyConfig, **how: bool) -> Any:
+    """`kind.from_config`. Raises `ConfigError` for what is no policy, too."""
+    with called(kind, config.model, "from_config"):
+        policy = kind.from_config(config, **how)
+    if lacks := [name for name in ATTRIBUTES if getattr(policy, name, None) is None]:
+        raise ConfigError(
+            f"policy.model: {config.model!r}: from_config gave a {type(policy).__name__} without "
+            f"{', '.join(lacks)} (accepted: a policy with {', '.join(ATTRIBUTES)})"
+        )
+    return policy

@@ -8,7 +8,7 @@ from pathlib import Path
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
 from editr2.policies.base import Policy
-from editr2.policies.configured import policy_class
+from editr2.policies.configured import made, policy_class
 from editr2.policies.finite import check_weights
 from editr2.policies.rules import policy_problems
 from editr2.policies.sharding import place
@@ -25,7 +25,7 @@ def load_policy(config: PolicyConfig, *, trains: bool = True, empty: bool = Fals
     Raises `ConfigError` for settings the model cannot follow, and for weights that are not there or
     another model's, and `NonFiniteError` for weights that are not finite.
     """
-    policy: Policy = policy_class(config.model).from_config(config, trains=trains, empty=empty)
+    policy: Policy = made(policy_class(config.model), config, trains=trains, empty=empty)
     check_weights(policy, f"policy.weights: {config.weights or 'default'}")
     return policy
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from editr2.config import PolicyConfig, RolloutConfig, TrainConfig
-from editr2.errors import NonFiniteError
+from editr2.errors import NonFiniteError, UserError
 from editr2.policies.weights import exchanged
 from editr2.rl.losses import LOSSES, Asked, Beside, Samples, Term, text_term
 from editr2.rl.replay import Answers, Part, Queries, ReplayOptions, can_pack, replay
@@ -270,6 +270,7 @@ def _lose(plan: _Plan, predicted: _Predicted) -> _Lost:
     t, loss, part = plan.t, LOSSES[plan.t.loss], predicted.part
     samples, drift = _with_old(plan, predicted)
     image = loss.term(t, samples, part.velocity, predicted.beside, plan.sampler, plan.normalizer)
+    _check_term(t.loss, image)
     total, texts = image.loss, []
     for answers in part.answers:
         rollout = plan.chunk.turns[answers.turn].rollout[answers.at]
@@ -280,6 +281,23 @@ def _lose(plan: _Plan, predicted: _Predicted) -> _Lost:
         total = total + plan.text_weight * term.loss
         texts.append((term, gap))
     return _Lost(predicted, samples, total, image, drift, texts)
+
+
+def _check_term(name: str, term: Term) -> None:
+    """Raises `UserError` for what an entry of `LOSSES` may not return; nothing waits for it."""
+    wrong, logs = "", LOSSES[name].logs
+    if not isinstance(term, Term):
+        wrong = f"term returned a {type(term).__name__} (accepted: a Term)"
+    elif term.loss.dim():
+        wrong = f"term's loss has shape {list(term.loss.shape)} (accepted: one number)"
+    elif torch.is_grad_enabled() and not term.loss.requires_grad:
+        wrong = "term's loss has no gradient (accepted: one that depends on the velocity)"
+    elif lacks := [key for key in logs if key not in term.means]:
+        wrong = f"term's means lack {', '.join(lacks)} (accepted: all of its logs)"
+    elif taken := sorted({*SUMS, *ERRORS} & set(logs)):
+        wrong = f"logs: {', '.join(taken)} (accepted: names that no row has)"
+    if wrong:
+        raise UserError(f"train.loss: {name!r}: {wrong}")
 
 
 def _with_old(plan: _Plan, predicted: _Predicted) -> tuple[Samples, Tensor | None]:
@@ -334,7 +352,7 @@ def _seen(plan: _Plan, lost: _Lost) -> dict[str, Tensor]:
     error = lost.drift if lost.drift is not None else image.ratio_error
     seen = {
         "loss": image.loss,
-        "kl": image.means["kl"] * counted / plan.normalizer,
+        "kl": image.means.get("kl", none) * counted / plan.normalizer,
         "samples": counted,
         "ratio_error": error if error is not None else none,
     }

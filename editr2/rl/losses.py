@@ -97,8 +97,9 @@ class Beside(NamedTuple):
 class Term:
     """A loss with gradient, and its metrics as 0-dim tensors.
 
-    means: `kl` and the loss's `logs`, means over the samples that count. ratio_error: the largest
-    |ratio - 1|, None without a ratio. log_prob: [R] where there is one, to say what is not finite.
+    means: the loss's `logs`, and `kl` where it has one, means over the samples that count.
+    ratio_error: the largest |ratio - 1|, None without a ratio. log_prob: [R] where there is one, to
+    say what is not finite.
     """
 
     loss: Tensor
@@ -430,7 +431,6 @@ class Dpo(Loss):
         loss = -torch.nn.functional.logsigmoid(margin).sum() / (normalizer / 2)
         counted = margin.detach()
         means = {
-            "kl": counted.new_zeros(()),
             "pairs_right": (counted > 0).float().sum() / max(1, len(counted)),
             "margin": counted.sum() / max(1, len(counted)),
         }
@@ -474,8 +474,10 @@ def _plain_velocities(config: Config) -> Iterator[str]:
             )
 
 
-OWN = ("clip_low", "clip_high", "guard", "kl_scale", "old_log_prob")
-OWN += ("nft_beta", "nft_draws", "old_decay", "old_decay_max")
+OWN = (
+    *("clip_low", "clip_high", "guard", "kl_scale", "old_log_prob"),
+    *("nft_beta", "nft_draws", "old_decay", "old_decay_max"),
+)
 """Settings of `train` that are GRPO's or NFT's alone. (Each of the two has always let the other's
 stand; a loss with options of its own need not.)"""
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from editr2.config import EvalConfig, TrainConfig
+from editr2.errors import UserError
 from editr2.policies.base import Policy, parameter_count
 from editr2.rewards.base import Scores, weights_of
 from editr2.rl.credit import weighted_reward
@@ -135,7 +136,7 @@ def train_row(
     trained = credit.advantage[credit.mask]
     totals_of = {name: sum(p[0][name] for p in parts) for name in sums}
     counted = max(1.0, totals_of["samples"])
-    return {
+    row = {
         "event": "train",
         "iteration": iteration,
         "reward": float(reward.nanmean()),
@@ -149,7 +150,6 @@ def train_row(
         "loss": totals_of["loss"],
         "kl": totals_of["kl"] if t.kl_weight > 0 else None,
         "clip_fraction": totals_of.get("clipped", 0.0) / counted,
-        **{name: totals_of[name] / counted for name in logs if name != "clipped"},
         "grad_norm": totals[-1]["grad_norm"],
         "advantage_abs": float(trained.abs().mean()) if len(trained) else 0.0,
         "zero_variance_groups": float((spread <= 0).float().mean()),
@@ -167,6 +167,10 @@ def train_row(
         "text_ratio_error": max(p[1]["text_error"] for p in parts) if sampled else None,
         "seconds": {name: max(p[2][name] for p in parts) for name in clock.seconds},
     }
+    more = {name: totals_of[name] / counted for name in logs if name != "clipped"}
+    if taken := sorted(more.keys() & row.keys()):
+        raise UserError(f"train.loss: {t.loss!r}: logs: {', '.join(taken)} (accepted: new names)")
+    return row | more
 
 
 class _Intents(NamedTuple):
