@@ -34,6 +34,7 @@ from editr2.run import identity
 from editr2.run.checkpoint import latest_checkpoint, load_checkpoint
 from editr2.run.identity import (
     changes,
+    check_insisted,
     differences,
     folder_fingerprint,
     hub_revision,
@@ -178,6 +179,57 @@ def test_a_run_of_something_else_is_refused_by_name(begun, tmp_path, change, giv
     )
     assert (folder / "run" / "metrics.jsonl").read_bytes() == before
     assert latest_checkpoint(folder / "run" / "checkpoints").name == "step_000001"
+
+
+PREFERS: dict[str, Any] = {"train": {"loss": "dpo"}}
+
+
+@pytest.fixture(scope="module")
+def preferring(begun, tmp_path_factory) -> Path:
+    """As `begun`, of a loss with an option, which nobody gave."""
+    folder = shutil.copytree(begun, tmp_path_factory.mktemp("preferring") / "copy")
+    shutil.rmtree(folder / "run")
+    go_on(folder, iterations=1, **PREFERS)
+    return folder
+
+
+BETA = "train.loss_options.beta"
+WEIGHTS: dict[str, Any] = {"credit": {"weights": {"bright": 0.5}}}
+BELOW: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str] | None]] = {
+    "an option as by default": ({"beta": 1000}, (), []),
+    "an option as flags have it": ({"beta": "1e3"}, (), []),
+    "an option by its own name": ({"beta": 500}, (BETA,), [BETA]),
+    "an option by the options": ({"beta": 500}, ("train.loss_options",), [BETA]),
+    "another option's name": ({"beta": 500}, ("train.loss_options.draws",), None),
+    "a weight by its own name": (WEIGHTS, ("credit.weights.bright",), ["credit.weights"]),
+    "another weight's name": (WEIGHTS, ("credit.weights.IF",), None),
+}
+"""What is given of the loss's options or the weights, and insisted on: what is recorded, or None
+where it is refused."""
+
+
+def test_a_run_says_all_options_of_its_loss(begun, preferring):
+    for folder, options in ((begun, " {}"), (preferring, "\n    beta: 1000.0")):
+        run = folder / "run"
+        assert f"  loss_options:{options}\n" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("case", BELOW)
+def test_what_a_setting_of_several_holds_may_be_insisted_on(preferring, tmp_path, case):
+    given, anyway, recorded = BELOW[case]
+    folder = shutil.copytree(preferring, tmp_path / "copy")
+    train = {**PREFERS["train"], "loss_options": {} if given is WEIGHTS else given}
+    changes = {**(WEIGHTS if given is WEIGHTS else {}), "train": train}
+    if recorded is None:
+        with pytest.raises(CheckpointError, match="differs from what is given: ") as caught:
+            go_on(folder, anyway=anyway, **changes)
+        (offered,) = re.findall("--resume-anyway ([^ ]+) to go on", str(caught.value))
+        check_insisted(offered.split(","))
+        return
+    run = go_on(folder, anyway=anyway, **changes)
+    rows, _ = read_metrics(run / "metrics.jsonl")
+    (entry,) = rows[0]["identity"]["resumed"]
+    assert list(entry["insisted"]) == recorded
 
 
 INSISTED = [
@@ -710,9 +762,34 @@ def test_a_setting_that_only_one_of_them_knows_has_its_default():
     assert differences(saved, {**now, "train.guard": True}) == {"train.guard": ("False", "True")}
     weights = {**now, "credit.weights": {"IF": 1.0}}
     assert list(differences(weights, now)) == ["credit.weights"]
+    dpo = {**now, "train.loss": "dpo", BETA: 1000.0}
+    before = {**now, "train.loss": "dpo"}  # written when the loss had no such option
+    assert differences(before, dpo) == {}
+    assert list(differences(before, {**dpo, BETA: 5.0})) == [BETA]
     assert (
         changes(
             {"host": "a", "versions": {"torch": "1"}}, {"host": "a", "versions": {"torch": "1"}}
         )
         == []
     )
+
+
+KNOWN = {
+    "train.loss_options.beta": True,
+    "credit.weights.IF": True,
+    "credit.weights.a reward.of mine": True,
+    "credit.weights.": False,
+    "train.lr.beta": False,
+    "train.loss.beta": False,
+    "policy.beta": False,
+    "weights.IF": False,
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_name_below_a_setting_of_several_is_known(name):
+    if KNOWN[name]:
+        check_insisted([name])
+    else:
+        with pytest.raises(ConfigError, match=f"^--resume-anyway: '{re.escape(name)}' "):
+            check_insisted([name])

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -508,6 +510,52 @@ def test_logs_do_not_take_a_name_that_a_row_has(name, tiny_unified, monkeypatch)
     monkeypatch.setitem(LOSSES, "distance", _Wrong(renamed, (name,)))
     with pytest.raises(UserError, match=f"train.loss: 'distance': logs: {name} "):
         one_iteration(settings("distance"), tiny_unified)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    width: float = 1.0
+    made: int = dataclasses.field(default=3, init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ManyOptions:
+    name: str
+    file: Path = Path("judge.txt")
+    levels: tuple[float, float] = (0.0, 1.0)
+    shape: _Shape = dataclasses.field(default_factory=_Shape)
+
+
+class _Many(_Distance):
+    options = _ManyOptions
+
+
+FULL = [
+    ("grpo", {}, {}),
+    ("nft", {}, {}),
+    ("dpo", {}, {"beta": 1000.0}),
+    ("dpo", {"beta": "1e3"}, {"beta": 1000.0}),
+    ("awm", {"draws": 5}, {"draws": 5, "clip": 1e-4}),
+    (
+        "many",
+        {"name": "x", "levels": [1, "1e3"]},
+        {"name": "x", "file": "judge.txt", "levels": [1.0, 1000.0], "shape": {"width": 1.0}},
+    ),
+]
+
+
+@pytest.mark.parametrize("loss, given, full", FULL)
+def test_a_run_has_all_options_of_its_loss_as_the_loss_takes_them(loss, given, full, monkeypatch):
+    """Plain values, which come back the same from a file and from another check."""
+    monkeypatch.setitem(LOSSES, "many", _Many())
+    window = {"window": 0 if loss == "nft" else 2}
+    config = settings(loss, rollout=window, train={"loss_options": given})
+    checked = check_config(config)
+    assert repr(checked.train.loss_options) == repr(full)
+    assert check_config(checked) == checked
+    assert LOSSES[loss].settings(checked.train) == LOSSES[loss].settings(config.train)
+    assert json.loads(json.dumps(dataclasses.asdict(checked)))["train"]["loss_options"] == full
+    assert check_config(config, "eval").train.loss_options == given  # which is under no rule of it
 
 
 def test_a_loss_more_is_an_entry(tiny_unified, monkeypatch):

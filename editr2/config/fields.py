@@ -38,10 +38,14 @@ __all__ = [
     "arguments",
     "built",
     "convert",
+    "defaults",
     "field_problems",
+    "is_mapping",
     "is_reference",
+    "leaves",
     "mended",
     "normalised",
+    "plain",
     "setting",
     "table",
 ]
@@ -130,15 +134,16 @@ class Accepts:
     what: str = ""
 
 
-def table(address: str) -> Callable[[], Iterable[str]]:
-    """The names in an open table that stands above the settings, `package.module:NAME`: known by
+def table(address: str) -> Callable[[], Mapping[str, Any]]:
+    """An open table that stands above the settings, `package.module:NAME`: known by
     its address, as a user's own class is, and looked up when a value is checked."""
 
-    def names() -> Iterable[str]:
+    def entries() -> Mapping[str, Any]:
         module, _, name = address.partition(":")
-        return getattr(importlib.import_module(module), name)
+        found: Mapping[str, Any] = getattr(importlib.import_module(module), name)
+        return found
 
-    return names
+    return entries
 
 
 ACCEPTS = "accepts"
@@ -210,6 +215,34 @@ def is_reference(text: str) -> bool:
 
 def is_schema(hint: Any) -> bool:
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def is_mapping(hint: Any) -> bool:
+    """Whether a field takes values by names that are not the schema's."""
+    return get_origin(hint) in (dict, Mapping) or hint in (dict, Mapping)
+
+
+def defaults(schema: type[Any]) -> dict[str, Any]:
+    """The defaults of a dataclass, `plain`, of the fields that have one."""
+    missing, found = dataclasses.MISSING, {}
+    for f in dataclasses.fields(schema):
+        if f.init and f.default is not missing:
+            found[f.name] = plain(f.default)
+        elif f.init and f.default_factory is not missing:
+            found[f.name] = plain(f.default_factory())
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML and JSON have it: dataclasses (what their constructors take) are mappings,
+    tuples lists, paths texts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def accepted(hint: Any, accepts: Accepts = _NOTHING) -> str:
@@ -310,7 +343,7 @@ def _convert(value: Any, hint: Any, key: str, accepts: Accepts, *, build: bool) 
     elif origin in (list, tuple) or hint in (list, tuple):
         if isinstance(value, list | tuple):
             return _convert_sequence(value, hint, key, accepts, build=build)
-    elif origin in (dict, Mapping) or hint in (dict, Mapping):
+    elif is_mapping(hint):
         if isinstance(value, Mapping):
             kind = options[1] if options else Any
             for name in value:
@@ -515,7 +548,7 @@ def _type_name(hint: Any) -> str:
         if len(inner) > 1 and len(set(inner)) == 1:
             return f"a list of {len(inner)}, each {inner[0]}"
         return f"a list of {', '.join(inner)}" if inner else "a list"
-    if origin in (dict, Mapping) or hint in (dict, Mapping) or dataclasses.is_dataclass(hint):
+    if is_mapping(hint) or dataclasses.is_dataclass(hint):
         return "keys and values"
     names = {
         Any: "a value",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from editr2.config.fields import field_problems, mended
-from editr2.config.settings import Config, RewardConfig, noise_levels
+from editr2.config.fields import defaults, field_problems, mended, plain
+from editr2.config.settings import LOSSES, Config, RewardConfig, noise_levels
 from editr2_kernels.group_advantage import MAX_UNITS
 
 Command = Literal["train", "check", "eval", "rollout"]
@@ -49,6 +50,20 @@ def settings_problems(config: Config, command: Command = "train") -> Iterator[st
     for commands, rule in RULES:
         if command in commands:
             yield from rule(whole, command)
+
+
+def completed(config: Config) -> Config:
+    """The configuration, which has no problem, with every option of its loss as the loss takes it:
+    what a run saves, and is compared by when it goes on."""
+    t = config.train
+    return replace(config, train=replace(t, loss_options=plain(LOSSES()[t.loss].settings(t))))
+
+
+def option_defaults(loss: str) -> dict[str, Any]:
+    """Of `train.loss_options` with a loss, of the options that have a default; none are known of a
+    loss that is not in the table."""
+    entry = LOSSES().get(loss)
+    return {} if entry is None else defaults(entry.options)
 
 
 @rule(*TRAINS)

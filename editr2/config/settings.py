@@ -57,6 +57,9 @@ TURNS = Bounds(at_least=1, at_most=64)
 
 STEPS = Bounds(at_least=1, at_most=1_000)
 
+LOSSES = table("editr2.rl.losses:LOSSES")
+"""By the name that `train.loss` has, what says which `train.loss_options` there are."""
+
 PIXELS = Bounds(at_least=8, at_most=8_192)
 
 DECAY = Bounds(above=0, below=1)
@@ -325,7 +328,7 @@ class TrainConfig:
     iterations: int = setting(60, TIMES)
     updates: int = setting(1, COUNT)
     minibatches: int = setting(1, COUNT)
-    loss: str = setting("grpo", among=table("editr2.rl.losses:LOSSES"))
+    loss: str = setting("grpo", among=LOSSES)
     loss_options: dict[str, Any] = field(default_factory=dict)
     lr: float = setting(2e-4, Bounds(above=0, at_most=1))
     warmup: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from editr2.config.fields import Wrong, arguments, convert
+from editr2.config.fields import Wrong, arguments, convert, plain
 from editr2.errors import ConfigError
 
 __all__ = ["check_keys", "dump_yaml", "load_yaml", "place_of", "to_dataclass"]
@@ -107,7 +107,7 @@ def dump_yaml(config: Any) -> str:
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"config: a {type(config).__name__} (accepted: an instance of a dataclass)")
     text: str = yaml.dump(
-        _plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf
+        plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf
     )
     return text
 
@@ -222,13 +222,3 @@ def place_of(path: str | os.PathLike[str], lines: Mapping[str, int], key: str) -
     while key and key not in lines:
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return f"{path}:{lines[key]}" if key else str(path)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -7,17 +7,18 @@ from collections.abc import Iterator
 
 from editr2.config import Config, PolicyConfig, settings_problems
 from editr2.config.fields import mended, normalised
-from editr2.config.rules import TRAINS, Command
+from editr2.config.rules import TRAINS, Command, completed
 from editr2.errors import ConfigError
 from editr2.policies.configured import policy_class
 
 
 def check_config(config: Config, command: Command = "train") -> Config:
-    """The configuration with every value as the converter gives it. Raises `ConfigError` with the
-    first of `config_problems`."""
+    """The configuration with every value as the converter gives it and, where it trains, all
+    options of its loss. Raises `ConfigError` with the first of `config_problems`."""
     for problem in config_problems(config, command):
         raise ConfigError(problem)
-    return normalised(config)
+    config = normalised(config)
+    return completed(config) if command in TRAINS else config
 
 
 def config_problems(config: Config, command: Command = "train") -> Iterator[str]:

@@ -27,7 +27,7 @@ from editr2.run.checkpoint import (
     save_checkpoint,
     seed_generators,
 )
-from editr2.run.identity import Identity, changes, differences, named, settle
+from editr2.run.identity import Identity, changes, named, settle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +134,7 @@ class State:
         _field(saved, made, "versions", dict, {})
         resumed = _field(saved, recorded, "resumed", list, [])
         now = named(config, identity.depends)
-        found = differences(named(settings, depends), now, apart_from={"start"})
-        insisted = settle(found, insist, path)
+        insisted = settle(named(settings, depends), now, insist, path, apart_from={"start"})
         check_state(path, saved.tensors, saved.optimizer)
         self._take_on(saved, anything=bool(insisted))
         self._restore_rng(saved.rng, config.seed, rank)

@@ -39,6 +39,8 @@ import torch
 from torch import Tensor, nn
 
 from editr2.config import Config, PolicyConfig
+from editr2.config.fields import is_mapping, leaves
+from editr2.config.rules import option_defaults
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.policies.configured import policy_class
 from editr2.run.sources import installed, sources
@@ -424,10 +426,11 @@ def differences(
     """What differs between two results of `named`, as (saved, given).
 
     A setting that only one of them knows has its default in the other (editr2 gained or lost it
-    since). A fingerprint that only one of them has is not compared; one that both have stands in
-    for its path.
+    since), and so has an option of the loss that is given. A fingerprint that only one of them has
+    is not compared; one that both have stands in for its path.
     """
-    defaults = named(Config(), None)
+    options = option_defaults(now.get("train.loss", Config().train.loss))
+    defaults = {**named(Config(), None), **dict(_flat(options, "train.loss_options."))}
     both = {name for name in FINGERPRINTS if name in saved and name in now}
     led = {setting for name in both for setting in STANDS_FOR.get(name, ())}
     skipped = {*MAY_CHANGE, *apart_from, *led}
@@ -449,8 +452,10 @@ def check_insisted(insisted: Iterable[str]) -> None:
     settings = named(Config(), None)
     sections = {name.rpartition(".")[0] for name in settings} - {""}
     known = {*FINGERPRINTS, *settings, *sections}
+    open_ = tuple(f"{key}." for key, slot in leaves(Config) if is_mapping(slot.hint))
     for name in insisted:
-        if name not in known:
+        below = name.startswith(open_) and name not in open_  # a run alone knows which there are
+        if name not in known and not below:
             accepted = (
                 f"{', '.join(STANDS_FOR)}, or a setting such as train.lr or a section of them"
             )
@@ -458,15 +463,22 @@ def check_insisted(insisted: Iterable[str]) -> None:
 
 
 def settle(
-    found: Mapping[str, tuple[str, str]], insisted: Iterable[str], where: object
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    insisted: Iterable[str],
+    where: object,
+    *,
+    apart_from: Iterable[str] = (),
 ) -> dict[str, tuple[str, str]]:
-    """The differences that the user insists on; raises `CheckpointError` naming all others."""
-    allowed = set(insisted)
-    kept = {
-        n: v
-        for n, v in found.items()
-        if {n, *(n[:i] for i, c in enumerate(n) if c == ".")} & allowed
-    }
+    """The `differences` that the user insists on: by name, by that of a section, or by those of all
+    that is another within a mapping. Raises `CheckpointError` naming all others."""
+    found, allowed = differences(saved, now, apart_from=apart_from), set(insisted)
+    kept = {}
+    for name, values in found.items():
+        within = _other_keys(name, saved.get(name), now.get(name))
+        sections = {name[:i] for i, c in enumerate(name) if c == "."}
+        if {name, *sections} & allowed or (within and within <= allowed):
+            kept[name] = values
     if refused := {name: values for name, values in found.items() if name not in kept}:
         listed = "; ".join(
             f"{name}: {old} saved, {new} given" for name, (old, new) in refused.items()
@@ -476,6 +488,14 @@ def settle(
             f"for a new run, or --resume-anyway {','.join(refused)} to go on all the same)"
         )
     return kept
+
+
+def _other_keys(name: str, old: Any, new: Any) -> set[str]:
+    """Dotted names of what differs between two mappings; none of other values."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return set()
+    keys = {**old, **new}
+    return {f"{name}.{key}" for key in keys if old.get(key, _ABSENT) != new.get(key, _ABSENT)}
 
 
 def _text(value: Any, fingerprint: bool) -> str:
