@@ -174,7 +174,7 @@ def understood(monkeypatch):
         processes[0] = 1
         if words[0] == "torchrun":
             processes[0] = int(words[words.index("--nproc_per_node") + 1])
-            words = ["editr2", *words[words.index("editr2.cli") + 1 :]]
+            words = ["editr2", *words[words.index("-m") + 2 :]]
         try:
             code = main(words[1:])
         except Enough:
