@@ -13,7 +13,7 @@ factors the forward leaves behind:
 
     d loss / d u = on_z z + on_ref (u - v_ref) + on_old (u - v_old)
 
-so the forward reads every latent once, the backward (`replay`) reads once and writes the gradient
+so the forward reads every latent once, the backward (`stored_step`) reads once and writes the gradient
 once, and nothing of the size of the latents is stored in between. ODE rows (S = 0) have no policy
 gradient; their ratio is 1 when log p_old is what `sde_step` returned.
 
@@ -32,7 +32,7 @@ from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
 from .numerics import mean_ref
-from .replay import (
+from .stored_step import (
     REPLAY_SCHEMA,
     Replay,
     backward,

@@ -24,7 +24,7 @@ from ._operator import differentiable, operator
 from .backends import pointer, select
 from .guidance import Renorm, call_compiled
 from .numerics import mean_ref
-from .replay import (
+from .stored_step import (
     REPLAY_SCHEMA,
     Replay,
     backward,

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import editr2_kernels as ek
 from editr2_kernels.guidance import guidance_backward_ref, guided_ref, make_latents
-from editr2_kernels.replay import make_replay
+from editr2_kernels.stored_step import make_replay
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(6,), (5, 1), (2, 3, 37), (4099,)]  # narrow, odd, and wider than one block of any kernel

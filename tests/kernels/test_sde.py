@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import editr2_kernels as ek
 from editr2_kernels.guidance import make_latents
-from editr2_kernels.replay import make_replay
+from editr2_kernels.stored_step import make_replay
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (7,), (1025,), (3, 21, 19), ()]
