@@ -13,9 +13,9 @@ factors the forward leaves behind:
 
     d loss / d u = on_z z + on_ref (u - v_ref) + on_old (u - v_old)
 
-so the forward reads every latent once, the backward (`stored_step`) reads once and writes the gradient
-once, and nothing of the size of the latents is stored in between. ODE rows (S = 0) have no policy
-gradient; their ratio is 1 when log p_old is what `sde_step` returned.
+so the forward reads every latent once, the backward (`stored_step`) reads once and writes the
+gradient once, and nothing of the size of the latents is stored in between. ODE rows (S = 0) have no
+policy gradient; their ratio is 1 when log p_old is what `sde_step` returned.
 
 Sources: PPO (arXiv 1707.06347); Flow-GRPO (arXiv 2505.05470); GRPO-Guard (arXiv 2510.22319).
 """
