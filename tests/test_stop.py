@@ -35,6 +35,15 @@ def whole(runs, tmp_path_factory):
         ), passed
 
 
+@pytest.fixture(autouse=True)
+def hearing():
+    """Whoever started the tests may have had SIGHUP ignored, as nohup does, and a run keeps to
+    it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 FINISHED = ("step: before", "step: after", "append: before", "_write_folder: after")
 """Points at which what was begun is finished; at others it is given up, since no weight has
 changed."""
