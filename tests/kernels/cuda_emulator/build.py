@@ -9,6 +9,7 @@ LD_PRELOAD="$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import platform
 import shutil
@@ -77,9 +78,11 @@ def build(folder: Path, sanitize: bool = False) -> Path:
         objects.append(f"{source.stem}.o")
     lines += [f"build {MODULE}: link {' '.join(objects)}", ""]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text("\n".join(lines))
     command = [sys.executable, "-m", "ninja", "-C", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with open(folder / "lock", "w") as lock:  # tests side by side share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the CUDA emulator does not compile:\n{done.stdout}{done.stderr}")
     return folder / MODULE
