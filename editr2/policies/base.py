@@ -268,8 +268,7 @@ class PackedPolicy(Protocol):
 
 def witness(x: Tensor) -> Tensor:
     """float32 [B]: finite exactly where all of x [B, ...] is, if nothing in it comes near 1e38: its
-    sum, which one
-    pass over x gives on the device, in a recording too."""
+    sum, which one pass over x gives on the device, in a recording too."""
     return x.sum(tuple(range(1, x.dim())), dtype=torch.float32)
 
 

@@ -18,9 +18,8 @@ from editr2.run.processes import Processes
 def load_policy(config: PolicyConfig, *, trains: bool = True, empty: bool = False) -> Policy:
     """The configured weights, ready to train: adapters alone where `lora_rank` is above 0, else all
     of the model's. trains: off, nothing trains, and the weights of models on diffusers are in
-    `policy.dtype`. empty: the transformer
-    of a model on diffusers holds no data, for another process's to be put there
-    (`editr2.policies.sharding`).
+    `policy.dtype`. empty: the transformer of a model on diffusers holds no data, for another
+    process's to be put there (`editr2.policies.sharding`).
 
     Raises `ConfigError` for settings the model cannot follow, and for weights that are not there or
     another model's, and `NonFiniteError` for weights that are not finite.

@@ -32,9 +32,8 @@ class Lockstep:
 
     Before each of them the processes tell each other what they want next (one number each, on the
     host). The largest wish is carried out by all: by those whose wish it was with their own
-    samples, by the others with the smallest
-    input there is. What comes out of that takes part in the next backward with a gradient of zero.
-    """
+    samples, by the others with the smallest input there is. What comes out of that takes part in
+    the next backward with a gradient of zero."""
 
     def __init__(self, module: nn.Module, idle: Callable[[], Tensor], group: Any) -> None:
         """idle: a forward of the module with the smallest input. group: the processes, over a

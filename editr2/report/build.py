@@ -50,8 +50,8 @@ def build_report(
     """Writes `report.html` into the run folder and returns its path.
 
     One file: images inline, no script, nothing fetched. Works with what the folder has (metrics,
-    strips of
-    one or both passes) and says on the page what is missing; raises DataError where it has neither.
+    strips of one or both passes) and says on the page what is missing; raises DataError where it
+    has neither.
 
     max_sessions: more sessions than this are thinned evenly through their order from best to worst
         change.

@@ -258,8 +258,7 @@ def _is_record(value: Any) -> bool:
 
 def _settle(value: Any) -> None:
     """Looks every cached property of a context up: what it finds out may wait for the device, which
-    a recording
-    cannot."""
+    a recording cannot."""
     if _is_record(value):
         members = [item for cls in type(value).__mro__ for item in vars(cls).items()]
         for name in (

@@ -112,8 +112,7 @@ def make_sampler(
 ) -> Sampler:
     """A sampler of `steps` steps with a window of `window` SDE steps that starts within the first
     `window_range` of them. Sigmas are shifted by `shift`; where it is none they are `own`'s, or
-    unshifted. named: the field that
-    `steps` is from. Raises `ConfigError` naming the field."""
+    unshifted. named: the field that `steps` is from. Raises `ConfigError` naming the field."""
     if steps < 1:
         raise ConfigError(f"{named}: {steps} (accepted: at least 1)")
     if not 0 <= window <= steps:

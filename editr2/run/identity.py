@@ -135,9 +135,7 @@ def folder_fingerprint(folder: Path) -> str:
     where they are large.
 
     40 GB of weights take a few thousand reads of 4 KiB: one inside of every tensor, so that a
-    change to any one of
-    them is seen unless it leaves that block alone.
-    """
+    change to any one of them is seen unless it leaves that block alone."""
     digest, size = hashlib.sha256(), 0
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()

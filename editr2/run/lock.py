@@ -38,9 +38,7 @@ class RunLock:
         """Locks the folder; without `make`, only one that is there. Calling it again does nothing.
 
         Raises LockedError, naming the holder. On a file system that has no locks, `problem` says so
-        and the run goes
-        on without.
-        """
+        and the run goes on without."""
         if self._descriptor is not None or self.problem is not None:
             return
         if make:

@@ -37,11 +37,8 @@ def read_metrics(path: str | os.PathLike[str]) -> tuple[list[Row], int]:
     """The rows of a metrics file, and how many lines were dropped.
 
     A process killed while writing, or a machine that went down, leaves a torn line. Such a line (or
-    any
-    that is not a JSON object) is dropped and counted; NaN and Infinity from other writers read as
-    None.
-    Raises FileNotFoundError when there is no such file.
-    """
+    any that is not a JSON object) is dropped and counted; NaN and Infinity from other writers read
+    as None. Raises FileNotFoundError when there is no such file."""
     rows: list[Row] = []
     dropped = 0
     # Split on b"\n" alone: str.splitlines would also split at U+2028 inside a JSON string.
@@ -72,17 +69,14 @@ class MetricsLog:
     """Appends rows to `metrics.jsonl`, and passes them on to TensorBoard.
 
     Each row is one `write` of a whole line, so killing the process loses no finished row. The file
-    is
-    synced to the disk when it is trimmed and closed, not at every row.
+    is synced to the disk when it is trimmed and closed, not at every row.
 
     path: the file; its folder is made.
     resume_iteration: None starts a run, and an existing non-empty file raises CheckpointError
-        rather than
-        mixing two runs. k continues from a checkpoint at iteration k: train rows with iteration >=
-        k, eval
-        rows with iteration > k and a torn tail are removed (atomically) before the first append.
-        Rows
-        without an iteration (start, comparison) share the fate of the row before them.
+        rather than mixing two runs. k continues from a checkpoint at iteration k: train rows with
+        iteration >= k, eval rows with iteration > k and a torn tail are removed (atomically) before
+        the first append. Rows without an iteration (start, comparison) share the fate of the row
+        before them.
     resumed: about the process that continues the run, for the list of that name in the start row's
     identity. tensorboard: None writes event files when tensorboard is installed, True demands it
     (ImportError),
