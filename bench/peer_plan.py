@@ -42,7 +42,7 @@ from editr2.rewards.base import Reward
 from editr2.rl.compiled_step import denoising_step
 from editr2.rl.credit import assign_credit
 from editr2.rl.evaluate import judge
-from editr2.rl.losses import LOSSES, Beside, Samples, text_term
+from editr2.rl.losses import LOSSES, Beside, Given, Samples, text_term
 from editr2.rl.replay import Answers
 from editr2.rl.rollout import Chunk, Seeds, TurnRecord
 from editr2.rl.sampler import Sampler
@@ -358,7 +358,9 @@ class PeerPlan:
                 context = self._picked(read(turn)[1], live, len(block))
                 rows = self._rows(x, x_next, index, sigma, q, a, m, old)
                 velocity = self.policy.velocity(rows.x, rows.sigma, context)
-                term = GRPO.term(t, rows, velocity, Beside(None, None), self.sampler, normalizer)
+                term = GRPO.term(
+                    t, Given(rows, velocity, Beside(None, None), self.sampler, normalizer)
+                )
                 loss = term.loss
                 loss.backward()
                 total += loss.item()

@@ -28,7 +28,7 @@ from editr2.rewards.adapt import adapt
 from editr2.rewards.base import Score
 from editr2.rl.gradient import Batch, accumulate_gradient
 from editr2.rl.iteration import iteration
-from editr2.rl.losses import LOSSES, Asked, Beside, Loss, Samples, Term, noised, stored
+from editr2.rl.losses import LOSSES, Asked, Beside, Given, Loss, Samples, Term, noised, stored
 from editr2.rl.replay import ReplayOptions, replay
 from editr2.rl.rollout import Chunk, Seeds, _Window, rollout_chunk
 from editr2.rl.sampler import make_sampler, rollout_sampler
@@ -193,7 +193,7 @@ def samples(count: int, **more: Tensor) -> Samples:
 def term(loss: str, given: Samples, v: Tensor, reference: Tensor | None, **options: Any) -> Term:
     sampler = make_sampler(4, dynamics="cps", noise_level=0.7, window=2)
     t = settings(loss, train={"loss_options": options}).train
-    return LOSSES[loss].term(t, given, Velocity(v), Beside(reference, None), sampler, 4.0)
+    return LOSSES[loss].term(t, Given(given, Velocity(v), Beside(reference, None), sampler, 4.0))
 
 
 def test_awm_is_the_operator_with_its_old_log_probs(tiny_unified):
@@ -458,10 +458,11 @@ class _Distance(Loss):
     def problems(self, config: Config) -> Iterator[str]:
         return iter(())
 
-    def term(self, t, given, velocity, beside, sampler, normalizer):
-        away = (velocity.v - (given.noise - given.x_next)).abs()
+    def term(self, t, given):
+        samples, velocity, _, _, normalizer = given
+        away = (velocity.v - (samples.noise - samples.x_next)).abs()
         distance = (away ** self.settings(t).power).flatten(1).mean(1)
-        counted = torch.where(given.mask, given.advantage * distance, 0.0)
+        counted = torch.where(samples.mask, samples.advantage * distance, 0.0)
         mean = distance.detach().mean()
         return Term(counted.sum() / normalizer, {"kl": torch.zeros(()), "distance": mean})
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from editr2.config import PolicyConfig, RolloutConfig, TrainConfig
 from editr2.errors import NonFiniteError, UserError
 from editr2.policies.weights import exchanged
-from editr2.rl.losses import LOSSES, Asked, Beside, Samples, Term, text_term
+from editr2.rl.losses import LOSSES, Asked, Beside, Given, Samples, Term, text_term
 from editr2.rl.replay import Answers, Part, Queries, ReplayOptions, can_pack, replay
 from editr2.rl.rollout import Chunk, Seeds
 from editr2.rl.sampler import Sampler
@@ -269,7 +269,8 @@ class _Lost(NamedTuple):
 def _lose(plan: _Plan, predicted: _Predicted) -> _Lost:
     t, loss, part = plan.t, LOSSES[plan.t.loss], predicted.part
     samples, drift = _with_old(plan, predicted)
-    image = loss.term(t, samples, part.velocity, predicted.beside, plan.sampler, plan.normalizer)
+    given = Given(samples, part.velocity, predicted.beside, plan.sampler, plan.normalizer)
+    image = loss.term(t, given)
     _check_term(t.loss, image)
     total, texts = image.loss, []
     for answers in part.answers:

@@ -93,6 +93,17 @@ class Beside(NamedTuple):
     old: Tensor | None
 
 
+class Given(NamedTuple):
+    """What a term is made of: samples, their velocity under the live weights and under others; the
+    sampler; and what the sum over samples is divided by."""
+
+    samples: Samples
+    velocity: Velocity
+    beside: Beside
+    sampler: Sampler
+    normalizer: float
+
+
 @dataclass(frozen=True)
 class Term:
     """A loss with gradient, and its metrics as 0-dim tensors.
@@ -177,16 +188,8 @@ class Loss:
         )
         return out.log_prob
 
-    def term(
-        self,
-        t: TrainConfig,
-        samples: Samples,
-        velocity: Velocity,
-        beside: Beside,
-        sampler: Sampler,
-        normalizer: float,
-    ) -> Term:
-        """The sum over the samples that count, divided by `normalizer`."""
+    def term(self, t: TrainConfig, given: Given) -> Term:
+        """The sum over the samples that count, divided by `given.normalizer`."""
         raise NotImplementedError
 
     def settings(self, t: TrainConfig) -> Any:
@@ -208,15 +211,8 @@ class Grpo(Loss):
     def replays_old(self, t: TrainConfig, exact: bool) -> bool:
         return not exact if t.old_log_prob == "auto" else t.old_log_prob == "replay"
 
-    def term(
-        self,
-        t: TrainConfig,
-        samples: Samples,
-        velocity: Velocity,
-        beside: Beside,
-        sampler: Sampler,
-        normalizer: float,
-    ) -> Term:
+    def term(self, t: TrainConfig, given: Given) -> Term:
+        samples, velocity, beside, sampler, normalizer = given
         assert samples.step_index is not None and samples.old_log_prob is not None
         out = grpo_loss(
             samples.x,
@@ -266,15 +262,8 @@ class Nft(Loss):
     def ask(self, t: TrainConfig, asked: Asked) -> tuple[Queries, Samples]:
         return noised(asked, t.nft_draws)
 
-    def term(
-        self,
-        t: TrainConfig,
-        samples: Samples,
-        velocity: Velocity,
-        beside: Beside,
-        sampler: Sampler,
-        normalizer: float,
-    ) -> Term:
+    def term(self, t: TrainConfig, given: Given) -> Term:
+        samples, velocity, beside, _, normalizer = given
         assert samples.noise is not None and beside.old is not None
         out = nft_loss(
             samples.x_next,
@@ -330,15 +319,8 @@ class Awm(Loss):
         assert samples.noise is not None
         return awm_log_prob(samples.x_next, samples.noise, velocity.v)
 
-    def term(
-        self,
-        t: TrainConfig,
-        samples: Samples,
-        velocity: Velocity,
-        beside: Beside,
-        sampler: Sampler,
-        normalizer: float,
-    ) -> Term:
+    def term(self, t: TrainConfig, given: Given) -> Term:
+        samples, velocity, beside, _, normalizer = given
         assert samples.noise is not None and samples.old_log_prob is not None
         out = awm_loss(
             samples.x_next,
@@ -408,15 +390,8 @@ class Dpo(Loss):
         sign = sign.view_as(advantage)
         return sign, sign != 0
 
-    def term(
-        self,
-        t: TrainConfig,
-        samples: Samples,
-        velocity: Velocity,
-        beside: Beside,
-        sampler: Sampler,
-        normalizer: float,
-    ) -> Term:
+    def term(self, t: TrainConfig, given: Given) -> Term:
+        samples, velocity, beside, sampler, normalizer = given
         assert beside.reference is not None
         log_prob = self.log_prob(samples, velocity, sampler)
         with torch.no_grad():
