@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from editr2.cli import settings
@@ -34,6 +35,8 @@ def command(arguments: Arguments) -> int:
     own = own_schedule(policy)
     check_run(config, reward.names, own, processes=processes.count, command="eval")
     source = sessions_for(config, policy)
+    for note in reward.probe():
+        print(f"note: {note}", file=sys.stderr)
     sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
     row = evaluate(policy, reward, source.heldout, sampler, config, processes).row(0, "eval")
     if processes.main:

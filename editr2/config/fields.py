@@ -290,7 +290,7 @@ def arguments(
         if partial and is_schema(slot.hint) and not isinstance(item, slot.hint):
             result[name] = arguments(item, slot.hint, dotted, partial=True)
         else:
-            result[name] = convert(item, slot.hint, dotted, slot.accepts, build=build)
+            result[name] = convert(item, slot.hint, dotted, slot.accepts, build=build or partial)
     for name, slot in known.items():
         if not partial and slot.required and name not in value:
             dotted = f"{key}.{name}" if key else name
@@ -477,14 +477,14 @@ def field_problems(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield key, problem
         for at, item in _items(value, key):  # of a list of dataclasses
             if dataclasses.is_dataclass(item) and not isinstance(item, type):
-                yield from ((key, wrong) for _, wrong in field_problems(item, f"{at}."))
+                yield from field_problems(item, f"{at}.")
 
 
 def mended(config: T) -> T:
     """The dataclass, normalised, with every field that holds what it does not accept at its
     default: what further rules can be asked about without meeting the same mistake again."""
     for key, _ in list(field_problems(config)):
-        config = _reset(config, key.split("."))
+        config = _reset(config, key.partition("[")[0].split("."))
     return normalised(config)
 
 

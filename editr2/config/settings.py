@@ -256,6 +256,8 @@ class RolloutConfig:
         store_dtype: float32 or bfloat16, of stored latents and velocities; the sampler rounds to it
             before it scores.
         groups_per_batch: groups that go through the model together, in rollout and in training.
+        ahead: make the next rollout while this one is judged: it comes from weights that are one
+            update older than those that learn from it (not across a checkpoint).
         capture: how a denoising step runs: off (plain calls), compile (torch.compile of velocity
             and step in one; sizes that change become symbols) or graph (a CUDA graph for each
             shape).
@@ -275,6 +277,7 @@ class RolloutConfig:
     shared_noise: bool = True
     store_dtype: Literal["float32", "bfloat16"] = "float32"
     groups_per_batch: int = setting(6, COUNT)
+    ahead: bool = False
     capture: Literal["off", "compile", "graph"] = "off"
 
 

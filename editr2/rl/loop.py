@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from editr2.config import Config
+from editr2.errors import UserError
 from editr2.policies.base import PackedPolicy, Policy
 from editr2.policies.finite import check_weights
 from editr2.policies.load import open_policy, rehearse_save
@@ -26,7 +27,7 @@ from editr2.rewards.record import Record
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.evaluate import comparison_row, draw_strips, evaluate, first_answer
-from editr2.rl.iteration import iteration
+from editr2.rl.iteration import Rolled, learn, roll_out
 from editr2.rl.metrics import comparison_line, evaluation_line, find_row, rows_due, start_row
 from editr2.rl.rules import check_run
 from editr2.rl.sampler import Schedule, eval_sampler, own_schedule, rollout_sampler
@@ -140,6 +141,7 @@ class _Loop:
     ) -> None:
         self.config, self.state, self.source, self.reward = config, state, source, reward
         self.pool = Pool(reward)
+        self.waiting: Rolled | None = None  # made ahead
         self.processes, self.identity, self.start = processes, identity, start
         self.record, self.saved, self.folder = start.record, start.saved, Path(config.out)
         self.sampler = rollout_sampler(config.rollout, own).to(processes.device)
@@ -189,6 +191,10 @@ class _Loop:
     def _train(self, stop: Stop) -> None:
         """Iterations and the rows between them, until all are there."""
         config, state, t = self.config, self.state, self.config.train
+        due = rows_due(state.iteration, t, config.eval)
+        missing = [name for name in due if find_row(self.record, name, state.iteration) is None]
+        if missing or state.iteration < t.iterations:
+            self._probe()
         stop.give_up()
         while True:
             for name in rows_due(state.iteration, t, config.eval):
@@ -200,15 +206,9 @@ class _Loop:
                 first_answer(self.reward, self.source.heldout, limit, self.processes)
             stop.agree()
             started = time.perf_counter()
-            row = iteration(
-                config,
-                state,
-                self.source,
-                self.pool,
-                self.sampler,
-                self.processes,
-                stop.finish,
-            )
+            rolled = self.waiting or self._rolled()
+            self.waiting = self._rolled(ahead=1) if self._goes_ahead() else None
+            row = learn(config, state, self.source, rolled, self.processes, stop.finish)
             state.elapsed += time.perf_counter() - started
             self.rows.append(row | {"elapsed_s": state.elapsed})
             self._append(self.rows[-1])
@@ -219,6 +219,41 @@ class _Loop:
                 self._save()
             stop.agree()
             stop.give_up()
+
+    def _probe(self) -> None:
+        """What the rewards say of themselves before they are asked anything; each process has its
+        own connection, and the first speaks for all."""
+        try:
+            said: tuple[list[str], UserError | None] = (self.reward.probe(), None)
+        except UserError as error:
+            said = ([], error)
+        everyone = self.processes.gather([said])
+        for _, problem in everyone:
+            if problem is not None:
+                raise problem
+        for note in everyone[0][0]:
+            self.progress.note(note)
+
+    def _rolled(self, ahead: int = 0) -> Rolled:
+        return roll_out(
+            self.config,
+            self.state,
+            self.source,
+            self.pool,
+            self.sampler,
+            self.processes,
+            ahead=ahead,
+        )
+
+    def _goes_ahead(self) -> bool:
+        """Whether the next rollout is made before this one is learnt from. Not across a checkpoint:
+        what is resumed from there begins with the weights that it holds."""
+        following = self.state.iteration + 1
+        return (
+            self.config.rollout.ahead
+            and following < self.config.train.iterations
+            and following % self.config.checkpoint.every != 0
+        )
 
     def _standing(self) -> str:
         """What is on the disk, and how to go on."""
@@ -261,7 +296,7 @@ class _Loop:
                         self.source,
                         self.processes,
                         self.state.policy,
-                        self.reward.names,
+                        self.reward,
                         self.identity,
                     )
                 )

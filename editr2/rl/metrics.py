@@ -13,6 +13,7 @@ from editr2.config import EvalConfig, TrainConfig
 from editr2.errors import UserError
 from editr2.policies.base import Policy, parameter_count
 from editr2.rewards.base import Scores, weights_of
+from editr2.rewards.panel import Panel
 from editr2.rl.credit import weighted_reward
 from editr2.rl.evaluate import mean_se, success
 from editr2.rl.gradient import SUMS
@@ -84,11 +85,12 @@ def start_row(
     source: SessionSource,
     processes: Processes,
     policy: Policy,
-    rewards: Sequence[str],
+    reward: Panel,
     identity: Identity,
 ) -> dict[str, Any]:
-    """weights: `credit.weights`. identity: what the run depends on and where it was made; `resumed`
-    gets an entry from each process that goes on with it."""
+    """weights: `credit.weights`. judges: what the rewards say of themselves (`Panel.facts`).
+    identity: what the run depends on and where it was made; `resumed` gets an entry from each
+    process that goes on with it."""
     return {
         "event": "start",
         "iteration": 0,
@@ -97,7 +99,8 @@ def start_row(
         "threads": torch.get_num_threads(),
         "trainable_parameters": parameter_count(policy.module, trainable_only=True),
         "heldout_is_training": source.heldout_is_training,
-        "rewards": weights_of(rewards, weights),
+        "rewards": weights_of(reward.names, weights),
+        "judges": reward.facts,
         "identity": {"depends": identity.depends, **identity.made, "resumed": []},
     }
 
