@@ -120,14 +120,16 @@ def _judged(batch, cell, inside, C: constexpr):
     if batch.applies is None:
         return inside
     else:
-        weights = tl.cast(0, tl.int1)
+        weights = tl.cast(0, tl.int32)
+        heard = cell * 0
+        some = cell * 0
         for k in range(0, C.K):
-            weights = weights | (tl.load(batch.weights + k) != 0.0)
-        judged = cell < 0
-        for k in range(0, C.K):
-            counts = (tl.load(batch.weights + k) != 0.0) | (weights == 0)
-            judged = judged | (_applies(batch, cell, k, inside, C.K) & counts)
-        return judged
+            weight = (tl.load(batch.weights + k) != 0.0).to(tl.int32)
+            applies = _applies(batch, cell, k, inside, C.K).to(tl.int32)
+            weights += weight
+            heard += applies * weight
+            some += applies
+        return tl.where(weights > 0, heard, some) > 0
 
 
 @triton.jit
@@ -436,6 +438,8 @@ def _one_set(batch, of, bounds, C: constexpr):
         for t in range(0, of.turns if C.aggregate != "none" else 1):
             turn = units.turn + t
             live = _live(batch, of.turns, units.sample, turn, units.inside, C.K, C.filter)
+            if C.aggregate != "none":
+                live = _judged(batch, units.cell + t, live, C)
             _write(batch, units.cell + t, a, live & counted, counted, units.inside, C.collective)
 
 
