@@ -132,7 +132,7 @@ def train_row(
     reward = weighted_reward(scores, weights)
     flat = reward.view(groups, -1)
     spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
-    values = torch.where(scores.present[..., None], scores.values, torch.nan)
+    values = torch.where(scores.scored, scores.values, torch.nan)
     trained = credit.advantage[credit.mask]
     totals_of = {name: sum(p[0][name] for p in parts) for name in sums}
     counted = max(1.0, totals_of["samples"])
@@ -156,7 +156,7 @@ def train_row(
         "failed_scores": scores.failed,
         "not_applicable": scores.not_applicable,
         "first_failure": scores.first_failure,
-        "filtered_turns": int((scores.present & ~credit.mask).sum()),
+        "filtered_turns": int((~reward.isnan() & ~credit.mask).sum()),
         "intent_fallback": failed / sampled if sampled else None,
         "intents_right": right / known if known else None,
         "intent_tokens": tokens / sampled if sampled else None,
