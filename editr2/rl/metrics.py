@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from editr2.config import EvalConfig, TrainConfig
 from editr2.errors import UserError
 from editr2.policies.base import Policy, parameter_count
-from editr2.rewards.base import Scores, weights_of
+from editr2.rewards.base import NOT_APPLICABLE, Scores, weights_of
 from editr2.rl.credit import weighted_reward
 from editr2.rl.evaluate import mean_se, success
 from editr2.rl.gradient import SUMS
@@ -133,6 +134,7 @@ def train_row(
     flat = reward.view(groups, -1)
     spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
     values = torch.where(scores.scored, scores.values, torch.nan)
+    silent = scores.of_state(NOT_APPLICABLE)
     trained = credit.advantage[credit.mask]
     totals_of = {name: sum(p[0][name] for p in parts) for name in sums}
     counted = max(1.0, totals_of["samples"])
@@ -140,9 +142,9 @@ def train_row(
         "event": "train",
         "iteration": iteration,
         "reward": float(reward.nanmean()),
-        "reward_turn": reward.nanmean(0).tolist(),
+        "reward_turn": _by_turn(reward, silent.any(-1)),
         **{
-            f"{n.lower()}_turn": values[..., k].nanmean(0).tolist()
+            f"{n.lower()}_turn": _by_turn(values[..., k], silent[..., k])
             for k, n in enumerate(scores.names)
         },
         "success": mean_se(success(scores))["mean"],
@@ -171,6 +173,14 @@ def train_row(
     if taken := sorted(more.keys() & row.keys()):
         raise UserError(f"train.loss: {t.loss!r}: logs: {', '.join(taken)} (accepted: new names)")
     return row | more
+
+
+def _by_turn(values: Tensor, silent: Tensor) -> list[float | None]:
+    """Means of [N, T] over the first, NaN where nothing is; None where that is because a reward
+    does not apply, which is nothing to warn of."""
+    means = values.nanmean(0)
+    none = (means.isnan() & silent.any(0)).tolist()
+    return [None if gone else mean for mean, gone in zip(means.tolist(), none, strict=True)]
 
 
 class _Intents(NamedTuple):
