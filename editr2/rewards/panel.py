@@ -158,7 +158,10 @@ def _item_parts(item: Item) -> Any:
 
 
 def _written(row: TurnScores) -> list[Any]:
-    return [[score.value, score.reason, score.applies] for score in row.values()]
+    return [
+        [score.value, score.reason, score.applies, *([list(score.votes)] if score.votes else [])]
+        for score in row.values()
+    ]
 
 
 def _kept(row: Sequence[Sequence[Any]], names: Sequence[str]) -> TurnScores:
