@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from editr2.report.data import MODES, PASS_NAMES, Pair, RecordedRun, StripTurn
 from editr2.report.numbers import decimal, signed
@@ -16,6 +17,8 @@ VERDICTS = {
     "unpaired": "Not comparable",
 }
 
+
+T = TypeVar("T")
 
 SHORT = 110
 """Characters of a reason that stands in full on the page; a longer one is opened by a click."""
@@ -115,7 +118,7 @@ def _scale(pairs: Sequence[Pair]) -> float:
     return next((limit for limit in (1.0, 5.0, 10.0, 100.0) if top <= limit), top)
 
 
-def thin(items: Sequence[Pair], count: int) -> list[Pair]:
+def thin(items: Sequence[T], count: int) -> list[T]:
     """At most `count` items, evenly spaced, the first and the last among them."""
     if len(items) <= count:
         return list(items)
