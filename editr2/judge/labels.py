@@ -43,8 +43,7 @@ def read_labels(path: str, outputs: Sequence[Output], names: Sequence[str]) -> L
         places[output.session.id][output.name] = place
     points: dict[str | None, list[tuple[int, int, float]]] = defaultdict(list)
     pairs: dict[str | None, list[tuple[int, int, int]]] = defaultdict(list)
-    lines = 0
-    for lines, (number, raw) in enumerate(lines_of(Path(path)), 1):
+    for number, raw in lines_of(Path(path)):
         try:
             record = parse_object(raw)
             for problem in _problems(record, places, outputs, names):
@@ -58,7 +57,7 @@ def read_labels(path: str, outputs: Sequence[Output], names: Sequence[str]) -> L
             points[name].append((output, turn, float(record["score"])))
         else:
             pairs[name].append((siblings[record["better"]], siblings[record["worse"]], turn))
-    if not lines:
+    if not points and not pairs:
         raise DataError(f"{path}: no labels (accepted: one JSON object a line, at least one)")
     return Labels(points, pairs)
 

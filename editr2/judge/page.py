@@ -26,11 +26,18 @@ MOST_OUTPUTS = 8
 
 
 @dataclass(frozen=True)
+class Bar(ScoreBar):
+    """range: of a score that was asked about several times, where it differs."""
+
+    range: str | None = None
+
+
+@dataclass(frozen=True)
 class Cell:
     name: str
     picture: Picture
     alt: str
-    scores: Sequence[ScoreBar]
+    scores: Sequence[Bar]
     failed: str | None
 
 
@@ -130,26 +137,24 @@ def _session(
     )
 
 
-def _bars(trial: Trial, place: int, turn: int, means: np.ndarray) -> list[ScoreBar]:
+def _bars(trial: Trial, place: int, turn: int, means: np.ndarray) -> list[Bar]:
     bars = []
     for name, mean in zip(trial.names, means, strict=True):
         answers = [rows[turn][name] for rows in trial.answers[place]]
-        if np.isnan(mean):
-            apart = all(not answer.applies for answer in answers)
-            bars.append(
-                ScoreBar(name, "does not apply" if apart else "failed", None, _why(answers))
-            )
-        else:
-            bars.append(ScoreBar(name, _text(mean, answers), 100 * float(mean), _why(answers)))
+        apart = all(not answer.applies for answer in answers)
+        text = (
+            decimal(float(mean)) if not np.isnan(mean) else "does not apply" if apart else "failed"
+        )
+        percent = None if np.isnan(mean) else 100 * float(mean)
+        bars.append(Bar(name, text, percent, _why(answers), _range(answers)))
     return bars
 
 
-def _text(mean: float, answers: Sequence[Score]) -> str:
-    """The mean, with what it is of where the answers differ."""
+def _range(answers: Sequence[Score]) -> str | None:
     values = [answer.value for answer in answers if answer.value is not None]
     if len(values) < 2 or max(values) - min(values) < 0.005:
-        return decimal(float(mean))
-    return f"{decimal(float(mean))} ({decimal(min(values))} to {decimal(max(values))})"
+        return None
+    return f"{decimal(min(values))} to {decimal(max(values))}"
 
 
 def _why(answers: Sequence[Score]) -> Why | None:
@@ -168,6 +173,6 @@ def _failed(trial: Trial, place: int, turn: int) -> str | None:
     return "; ".join(dict.fromkeys(said)) or None
 
 
-def _reward_bar(reward: float) -> ScoreBar:
+def _reward_bar(reward: float) -> Bar:
     value = None if np.isnan(reward) else reward
-    return ScoreBar("reward", decimal(value), None)
+    return Bar("reward", decimal(value), None)

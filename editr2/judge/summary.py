@@ -31,7 +31,7 @@ class Of:
 
     by_turn: mean and standard error over sessions. votes, repeats, siblings: standard deviations
     within one answer, of one output asked again, and between siblings' means; NaN where there are
-    none to compare. groups: of siblings (a session's turn), and tied: of them those in which all
+    none to compare. times: how often each was asked. groups: of siblings (a session's turn), and tied: of them those in which all
     score the same. asked: scores in all. failed, not_applicable: of them, with reasons counted.
     """
 
@@ -40,11 +40,17 @@ class Of:
     votes: float
     repeats: float
     siblings: float
+    times: int
     groups: int
     tied: int
     asked: int
     failed: Counter[str]
     not_applicable: Counter[str]
+
+    @property
+    def beyond_noise(self) -> float:
+        """Of `siblings`, what asking again does not explain."""
+        return math.sqrt(max(0.0, self.siblings**2 - self.repeats**2 / self.times))
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def _of(trial: Trial, k: int, values: np.ndarray, session: np.ndarray) -> Of:
         _spread([np.array(score.votes) for score in scores]),
         _spread([row[~np.isnan(row)] for row in again]),
         _spread(compared),
+        values.shape[1],
         len(compared),
         sum(float(np.ptp(column)) < TIE for column in compared),
         len(scores),

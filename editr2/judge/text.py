@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ def tables(
         ),
         Table(
             "Spread",
-            ["votes", "asked again", "siblings", "all tie"],
+            ["votes", "asked again", "siblings", "less the noise", "all tie"],
             [(of.name, _spreads(of)) for of in scores],
             "Standard deviations: of the votes of one answer, of one output asked again, of "
-            "siblings. Where all siblings of a turn tie, nothing trains.",
+            "siblings, and of these without what asking again explains (--repeats). Where all "
+            "siblings of a turn tie, nothing trains.",
         ),
     ]
     for what, rows in agreements:
@@ -72,7 +74,7 @@ def lines(
     price: float | None = None,
 ) -> list[str]:
     """All of it for a terminal."""
-    said = [headline(trial), *(f"judge: {name}: {text}" for name, text in trial.facts.items())]
+    said = [headline(trial), *(f"{name}: {text}" for name, text in trial.facts.items())]
     for table in tables(trial, scores, agreements):
         width = max(len(name) for name, _ in table.rows) + 2
         columns = [
@@ -86,7 +88,8 @@ def lines(
                 name.ljust(width)
                 + "".join(cell.rjust(n) for cell, n in zip(cells, columns, strict=True))
             )
-        said += [f"  {table.note}"] if table.note else []
+        said += textwrap.wrap(table.note, 100)
+    said = [line.replace("±", "+-") for line in said]
     return [*said, "", *call_lines(trial, price), *state_lines(scores)]
 
 
@@ -95,10 +98,10 @@ def call_lines(trial: Trial, price: float | None = None) -> list[str]:
     c, asked = trial.calls, trial.turns * trial.repeats
     if not c.made:
         return [f"calls: none; all {_count(c.found, 'answer')} were on the record"]
-    kept = f", {_count(c.found, 'answer')} were on the record" if c.found else ""
+    kept = f", {_count(c.found, 'answer')} from the record" if c.found else ""
     again = f", {_count(c.again, 'further try', 'further tries')}" if c.again else ""
     said = [
-        f"calls: {c.made}{kept}{again}; {c.seconds / c.made:.3g} s a call, "
+        f"calls: {c.made} made{kept}{again}; {c.seconds / c.made:.3g} s a call, "
         f"{trial.seconds:.3g} s in all, {trial.at_once} at once"
     ]
     if not c.found:
@@ -143,7 +146,8 @@ def _mean(stat: Mean) -> str:
 
 
 def _spreads(of: Of) -> list[str]:
-    spreads = ["-" if math.isnan(s) else f"{s:.3f}" for s in (of.votes, of.repeats, of.siblings)]
+    kinds = (of.votes, of.repeats, of.siblings, of.beyond_noise)
+    spreads = ["-" if math.isnan(s) else f"{s:.3f}" for s in kinds]
     tied = f"{of.tied / of.groups:.1%} of {of.groups}" if of.groups else "-"
     return [*spreads, tied]
 
