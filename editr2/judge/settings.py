@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -44,4 +45,4 @@ def judge_problems(config: JudgeConfig) -> Iterator[str]:
 
 def _renamed(text: str) -> str:
     """What is said of `reward.…`, of `against.…`."""
-    return text.replace("reward.", "against.") if "reward." in text else f"against{text[6:]}"
+    return re.sub(r"\breward(?=\.|$)", "against", text)

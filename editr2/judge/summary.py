@@ -31,8 +31,9 @@ class Of:
 
     by_turn: mean and standard error over sessions. votes, repeats, siblings: standard deviations
     within one answer, of one output asked again, and between siblings' means; NaN where there are
-    none to compare. times: how often each was asked. groups: of siblings (a session's turn), and tied: of them those in which all
-    score the same. asked: scores in all. failed, not_applicable: of them, with reasons counted.
+    none to compare. times: how often each was asked. groups: of siblings (a session's turn), and
+    tied: of them those in which all score the same. asked: scores in all. failed, not_applicable:
+    of them, with reasons counted.
     """
 
     name: str
@@ -50,7 +51,8 @@ class Of:
     @property
     def beyond_noise(self) -> float:
         """Of `siblings`, what asking again does not explain."""
-        return math.sqrt(max(0.0, self.siblings**2 - self.repeats**2 / self.times))
+        rest = self.siblings**2 - self.repeats**2 / self.times
+        return rest if math.isnan(rest) else math.sqrt(max(0.0, rest))
 
 
 @dataclass(frozen=True)
