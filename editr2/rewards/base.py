@@ -161,6 +161,7 @@ class Reward(Protocol):
     - `batch = n`: a call asks about at most n items;
     - `exact = True`: equal images always score the same, and asking again costs nothing worth
       keeping, so its answers are not recorded;
+    - `calls_a_turn = x`: requests to a server that a turn takes, for estimates;
     - `version`: changes with its numbers; `facts`: a dict of what a run's record says of it;
     - `probe()`: called once before anything is judged; raises `UserError` for what cannot work and
       returns lines on what works less well.
