@@ -156,7 +156,9 @@ def test_scores_means_spread_and_shares(there, capsys):
     assert cells(text, "Spread", "CC")[-1] == "33.3% of 3"  # of dim's turn 2 there is none
     assert "IF failed: 1 of 12 (8.3%): it is <night> (1)" in text
     assert "CC does not apply: 4 of 12 (33.3%): too dark (4)" in text
-    assert re.search(r"calls: 12 made; .* 4 at once: 1 calls and", text) and asked() == 12
+    assert (
+        re.search(r"calls: 12 made; .* 4 at once; a turn takes 1 calls and", text) and asked() == 12
+    )
     row = rows()["bright", 1, "a"]
     assert row["scores"] == {"IF": 0.8, "CC": 0.2} and row["image"] == "a/images/0_t1.png"
     assert row["answers"]["IF"] == [{"value": 0.8, "reason": "turn 1 is lit <b>well</b>"}]
@@ -183,6 +185,25 @@ def test_what_was_answered_is_not_asked_again(there, capsys):
     capsys.readouterr()
     assert run(there, *fine) == 0 and asked() == first + 2 + 12
     assert "calls: none; all 12 answers were on the record" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("declared", "calls"),
+    [
+        ("concurrency, by_turn, batch = None, True, 1", 6),
+        ("concurrency, by_turn, batch = None, False, 4", 3),  # and one for the first question
+        ("concurrency, by_turn, batch = 2, True, None", 3),
+        ("exact = True", 2),
+    ],
+)
+def test_calls_are_counted_however_a_reward_is_asked(there, capsys, declared, calls):
+    path = Path(f"{there}.py")
+    fair = path.read_text().replace("fails=0.1", "fails=-1")
+    path.write_text(fair.replace("concurrency, by_turn, batch = 4, True, 1", declared))
+    assert run(there) == 0
+    assert f"calls: {calls} made;" in capsys.readouterr().out
+    assert run(there) == 0
+    assert re.search(r"calls: none; all \d answers? were on", capsys.readouterr().out)
 
 
 def test_asking_again_shows_the_judges_own_noise(there, capsys):

@@ -105,7 +105,7 @@ def call_lines(trial: Trial, price: float | None = None) -> list[str]:
         f"{trial.seconds:.3g} s in all, {trial.at_once} at once"
     ]
     if not c.found:
-        said[0] += f": {c.made / asked:.3g} calls and {trial.seconds / asked:.3g} s a turn"
+        said[0] += f"; a turn takes {c.made / asked:.3g} calls and {trial.seconds / asked:.3g} s"
     if price is not None:
         said.append(
             f"cost: {c.made * price:.4g} at {price:g} a call"

@@ -33,7 +33,7 @@ rest is not asked."""
 @dataclass
 class Calls:
     """made: calls that were made, of them failed: without an answer, again: tries beyond the
-    first. found: answers that were on the record. seconds: of the calls that were made, added
+    first. found: distinct answers that were on the record. seconds: of the calls that were made, added
     up."""
 
     made: int = 0
@@ -51,12 +51,15 @@ class CountingRecord(Record):
         self.calls = Calls()
         self._counts = threading.Lock()
         self._mine = threading.local()
+        self._met: set[str] = set()  # asked or found by this one; met again, they are neither
 
     def find(self, key: str) -> Any | None:
         answer = super().find(key)
         if not getattr(self._mine, "writes", False):  # which looks for an answer that came first
             with self._counts:
-                self.calls.found += answer is not None
+                if answer is not None and key not in self._met:
+                    self.calls.found += 1
+                    self._met.add(key)
         return answer
 
     def write(
@@ -74,6 +77,7 @@ class CountingRecord(Record):
             self.calls.failed += failed is not None
             self.calls.again += tries - 1
             self.calls.seconds += seconds
+            self._met.add(key)
         self._mine.writes = True
         try:
             return super().write(key, answer, failed=failed, seconds=seconds, tries=tries, **where)
@@ -137,7 +141,6 @@ def ask(
     pool, answers = Pool(panel), []
     record.calls = Calls()
     _first(panel, outputs, seed)
-    asked_first = record.calls.found + record.calls.made - record.calls.failed
     for begin in range(0, len(outputs), BLOCK):
         block = outputs[begin : begin + BLOCK]
         items = []
@@ -154,7 +157,6 @@ def ask(
         answers += [rows[i : i + repeats] for i in range(0, len(rows), repeats)]
         if len(outputs) > BLOCK:
             progress(f"{len(answers)} of {len(outputs)} outputs are judged")
-    record.calls.found -= asked_first  # and found again as one of all
     return Trial(
         outputs,
         panel.names,
@@ -181,7 +183,9 @@ def _first(panel: Panel, outputs: Sequence[Output], seed: int) -> None:
         asked = [item._replace(turns=(0,), images=item.images[:1])]
         with calls_of(purpose="judge", rollout=0):
             rows = [
-                member.call(asked if member.by_turn else [item], panel.record)
+                member.call(
+                    asked if member.by_turn and member.concurrency else [item], panel.record
+                )
                 for member in panel.members
             ]
         scores = [score for said in rows for row in said[0] for score in row.values()]
