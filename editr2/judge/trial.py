@@ -33,8 +33,8 @@ rest is not asked."""
 @dataclass
 class Calls:
     """made: calls that were made, of them failed: without an answer, again: tries beyond the
-    first. found: distinct answers that were on the record. seconds: of the calls that were made, added
-    up."""
+    first. found: distinct answers that were on the record. seconds: of the calls that were made,
+    added up."""
 
     made: int = 0
     failed: int = 0
