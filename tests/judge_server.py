@@ -4,7 +4,7 @@ What it answers is a `Reply` of `replies`, in order, and behind them (or without
 makes of the request. It keeps every request, and how many were under way at once.
 """
 
-from __future__ import annotations
+# No annotations as texts: `beside` loads this under no name, where dataclasses would look them up.
 
 import json
 import math
@@ -63,7 +63,7 @@ class JudgeServer:
         self._lock = threading.Lock()
         self._closing = threading.Event()
 
-    def __enter__(self) -> JudgeServer:
+    def __enter__(self) -> "JudgeServer":
         outer = self
 
         class Handler(_Handler):
@@ -71,7 +71,9 @@ class JudgeServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), daemon=True
+        )
         self._thread.start()
         return self
 
@@ -189,7 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
         received = self.rfile.read(length)
         path, _, query = self.path.partition("?")
         body = json.loads(received) if received else None
-        asked = Asked(self.command, path, query, dict(self.headers.items()), body)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        asked = Asked(self.command, path, query, headers, body)
         with judge._lock:
             judge.requests.append(asked)
             judge.under_way += 1
