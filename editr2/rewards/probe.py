@@ -106,7 +106,8 @@ class Probe:
             if no.status and not no.again:
                 return None
             try:
-                self._wire.send("GET", "/health", root=True)
+                # Behind the 500 of a moment ago the server may have closed the connection.
+                self._wire.send("GET", "/health", root=True, tries=max(2, self._wire.tries))
             except NoAnswer as none:
                 if none.status == 0:
                     raise RewardFailure(

@@ -216,6 +216,7 @@ class Wire:
                     limits=httpx2.Limits(
                         max_connections=self.concurrency,
                         max_keepalive_connections=self.concurrency,
+                        keepalive_expiry=2.0,  # uvicorn closes idle ones after 5 s
                     ),
                     follow_redirects=False,
                     # A proxy of the environment is for the way out, not for this machine.
