@@ -1,4 +1,4 @@
-"""A judge with random weights that `transformers serve` takes: a Llava of some 70,000 parameters
+"""A judge with random weights that `transformers serve` takes: a Llava of some 60,000 parameters
 whose processor needs no torchvision.
 
 Its words are one token each, among them what a judge's answer may be; it has learnt nothing.
