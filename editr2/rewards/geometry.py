@@ -121,6 +121,11 @@ def sides(box: Box, of: Box, apart: float = APART) -> tuple[str, ...]:
 
 # Names
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 _IRREGULAR = {
     "men": "man",
     "women": "woman",
@@ -150,36 +155,10 @@ _IRREGULAR = {
     "ties": "tie",
     "pies": "pie",
 }
-_PLURAL_ONLY = frozenset(
-    [
-        "glasses",
-        "sunglasses",
-        "eyeglasses",
-        "goggles",
-        "binoculars",
-        "scissors",
-        "pliers",
-        "tweezers",
-        "tongs",
-        "jeans",
-        "pants",
-        "trousers",
-        "shorts",
-        "leggings",
-        "tights",
-        "overalls",
-        "pyjamas",
-        "pajamas",
-        "headphones",
-        "stairs",
-        "clothes",
-        "series",
-        "species",
-        "canvas",
-        "gas",
-        "lens",
-        "atlas",
-    ]
+_PLURAL_ONLY = _words(
+    "glasses sunglasses eyeglasses goggles binoculars scissors pliers tweezers tongs jeans pants "
+    "trousers shorts leggings tights overalls pyjamas pajamas headphones stairs clothes series "
+    "species canvas gas lens atlas"
 )
 _ENDINGS = ((r"([^aeiou])ies$", r"\1y"), (r"(x|ch|sh|ss)es$", r"\1"), (r"([^sui])s$", r"\1"))
 
@@ -327,23 +306,11 @@ _KEPT = re.compile(
     r"\b(?:unchanged|untouched|intact|as\s+(?:it\s+is|they\s+are|before))\b",
     re.IGNORECASE | re.DOTALL,
 )
-_NOT_NAMES = frozenset(
-    [
-        "it",
-        "them",
-        "this",
-        "that",
-        "these",
-        "those",
-        "him",
-        "her",
-        "everything",
-        "all",
-        "rest",
-        "others",
-        "objects",
-        "object",
-    ]
+_BEFORE_NAME = re.compile(
+    r"^(?:(?:and|leave|keep|remain|the|an?|its|their|all)\s+)*", re.IGNORECASE
+)
+_NOT_NAMES = _words(
+    "it them this that these those him her everything all rest others objects object"
 )
 _SIDE_WORDS = {
     **{side: side for side in SIDES},
@@ -389,32 +356,36 @@ def parse_edit(
         return None, "no formatted_instruction"
     if task is not None and task not in _PATTERNS:
         return None, f"task {plain(repr(task))} (accepted: {', '.join(TASKS)})"
-    given = plain(formatted)
-    given = given if len(given) <= 120 else given[:117] + "..."
     asked = TASKS if task is None else (task,)
-    matches = [match for one in asked if (match := _first_match(one, formatted))]
-    if not matches:
-        return None, f"{given!r}: no template of {' or '.join(asked)}"
-    if len(matches) > 1:
-        return None, f"{given!r}: {' or '.join(one for one, _ in matches)}, as the task says"
-    one, values = matches[0]
+    read = [_read(one, formatted, instruction) for one in asked]
+    edits = [edit for edit, _ in read if edit is not None]
+    if len(edits) == 1:
+        return edits[0], ""
+    given = plain(formatted)
+    given = repr(given if len(given) <= 120 else given[:117] + "...")
+    if edits:
+        return None, f"{given}: {' or '.join(edit.task for edit in edits)}, and no task says which"
+    why = next((why for _, why in read if why), f"no template of {task or 'any task'}")
+    return None, f"{given}: {why}"
+
+
+def _read(task: str, formatted: str, instruction: str) -> tuple[Edit | None, str]:
+    """By the first template of the task that fits: the edit, or what is wrong with a field. No
+    reason where none fits."""
+    found = (pattern.match(formatted) for pattern in _PATTERNS[task])
+    match = next((match for match in found if match), None)
+    if match is None:
+        return None, ""
     fields: dict[str, Any] = {}
+    values = {name: text for name, text in match.groupdict().items() if text is not None}
     kept = values.pop("kept", None)
     for name, value in values.items():
         fields[name], problem = _READERS.get(name, _name)(value)
         if problem:
-            return None, f"{given!r}: {name} {plain(value)[:60]!r} {problem}"
-    if one == "background_change":
+            return None, f"{name} {plain(value)[:60]!r} {problem}"
+    if task == "background_change":
         fields["kept"] = _bracketed(kept) if kept else kept_objects(instruction)
-    return Edit(one, **fields), ""
-
-
-def _first_match(task: str, formatted: str) -> tuple[str, dict[str, str]] | None:
-    found = (pattern.match(formatted) for pattern in _PATTERNS[task])
-    match = next((match for match in found if match), None)
-    if match is None:
-        return None
-    return task, {name: text for name, text in match.groupdict().items() if text is not None}
+    return Edit(task, **fields), ""
 
 
 def kept_objects(instruction: str) -> tuple[str, ...]:
