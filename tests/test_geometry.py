@@ -270,7 +270,7 @@ def test_the_command_counts_what_can_be_read(tmp_path: Path) -> None:
     assert told.returncode == 1, told.stderr  # one of five fits no template: below 99 %
     rows = [line.split() for line in told.stdout.splitlines()]
     assert ["subject_remove", "1", "1"] in rows and ["subject_add", "0", "1"] in rows
-    assert ["all", "3", "5"] in [row[:3] for row in rows] and "4 (80.00%) fit" in told.stdout
+    assert ["all", "3", "5;"] in [row[:3] for row in rows] and "4 (80.00%) fit" in told.stdout
     assert "2 sessions" in told.stdout and "1 of 1 new backgrounds" in told.stdout
     assert "not read: 1 subject_add: no template of subject_add" in told.stdout
     assert "not read: 1 text_change: text '' is blank" in told.stdout
