@@ -56,8 +56,8 @@ class Reader:
             pass
 
     def read(self, image: np.ndarray, box: Box | None = None) -> list[Line]:
-        """The lines of an image, uint8 [H, W, 3] of RGB, or of a part of it, in reading order. Their
-        boxes are of the whole image. None where there is no text.
+        """The lines of an image or of a part of it, in reading order; [] where there is no text.
+        image: uint8 [H, W, 3] of RGB. The boxes of the lines are of the whole image.
 
         Raises `ReaderError` where reading fails.
         """
