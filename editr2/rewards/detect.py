@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import random
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class _Prompt(NamedTuple):
 class _Local:
     """What the detectors of transformers share."""
 
-    kinds: dict[str, str]
+    kinds: ClassVar[dict[str, str]]
 
     def __init__(
         self,
@@ -160,7 +161,7 @@ class GroundingDino(_Local):
         device, revision: see `LookingModel`.
     """
 
-    kinds = {"grounding-dino": "GroundingDinoForObjectDetection"}
+    kinds: ClassVar[dict[str, str]] = {"grounding-dino": "GroundingDinoForObjectDetection"}
 
     def __init__(
         self,
@@ -208,7 +209,7 @@ class GroundingDino(_Local):
         long = self.long or given.get("longest_edge") or 1333
         low, high = min(height, width), max(height, width)
         if short * high / low > long:
-            short = int(round(long * low / high))
+            short = round(long * low / high)
         if low == short:
             return height, width
         other = int(short * high / low)
@@ -262,7 +263,7 @@ class Owlv2(_Local):
         device, revision: see `LookingModel`.
     """
 
-    kinds = {"owlv2": "Owlv2ForObjectDetection"}
+    kinds: ClassVar[dict[str, str]] = {"owlv2": "Owlv2ForObjectDetection"}
 
     def __init__(
         self,
@@ -305,12 +306,9 @@ class Owlv2(_Local):
             boxes = _corners(said.pred_boxes[0]).float().cpu()
             probs = said.logits[0].float().sigmoid().cpu()
         boxes = boxes * torch.tensor([side / width, side / height] * 2)
-        # A box belongs to the name that it answers most; boxes beyond the image are of the filling.
-        boxes = boxes.clamp(0, 1)
-        best = probs.argmax(-1)
-        return [
-            _sorted(boxes[best == i], probs[best == i, i], threshold) for i in range(len(names))
-        ]
+        found = [_sorted(boxes, probs[:, i], threshold) for i in range(len(names))]
+        # What lies in the filling has no area left.
+        return [[one for one in row if one.box.area > 0] for row in found]
 
 
 class RemoteDetector:
@@ -417,6 +415,7 @@ def _score(one: Any) -> float:
 def _seconds(retry_after: str | None, otherwise: float) -> float:
     """Of a Retry-After in seconds; its form of a date is not looked at."""
     try:
-        return max(float(retry_after), 0.0) if retry_after else otherwise
+        seconds = float(retry_after or "nan")
     except ValueError:
         return otherwise
+    return max(seconds, 0.0) if math.isfinite(seconds) else otherwise

@@ -93,8 +93,9 @@ class LookingModel:
 
     @property
     def config(self) -> Any:
-        """Its configuration, as transformers has it."""
-        self.load()
+        """Its configuration, as transformers has it. For whoever holds the model, too."""
+        if self._config is None:
+            self.load()
         return self._config
 
     def lend(self) -> None:
@@ -151,8 +152,12 @@ class LookingModel:
         return torch.device("cuda", torch.cuda.current_device())
 
     def _loaded(self) -> nn.Module:
-        if self._module is not None:
-            return self._module
+        if self._module is None:
+            with _quiet():
+                self._module = self._new()
+        return self._module
+
+    def _new(self) -> nn.Module:
         import transformers
 
         if not Path(self.name).exists():
@@ -190,7 +195,7 @@ class LookingModel:
                 f"{self.what}: device {self.device}: {one_line(error)} (accepted: one with room, "
                 f"such as cpu)"
             ) from error
-        self._module, self._config, self._place = module, config, place
+        self._config, self._place = config, place
         return module
 
     def _error(self, part: str, error: Exception) -> ConfigError:
@@ -202,6 +207,22 @@ class LookingModel:
         return ConfigError(
             f"{self.what}: {shown(self.name)}: {part}: {told} (accepted: {accepted})"
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars, and its notes on weights, which are errors here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def as_pixels(image: np.ndarray, what: str) -> Tensor:
