@@ -7,6 +7,7 @@ the host's memory while there is training (`lend`) and comes back to (`take`).
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -115,8 +116,10 @@ class LookingModel:
                 if self._module is not None:
                     self._module.to(self._place)
 
-    def settings(self, file: str = "preprocessor_config.json") -> dict[str, Any]:
-        """What a JSON file beside the weights says; {} where there is none."""
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What preprocessor_config.json says beside the weights; {} where there is none."""
+        file = "preprocessor_config.json"
         path: str | None = str(Path(self.name) / file)
         if not Path(self.name).exists():
             from transformers.utils import cached_file
@@ -135,6 +138,7 @@ class LookingModel:
             raise ConfigError(f"{self.what}: {shown(path)}: {one_line(error)}") from error
         return values if isinstance(values, dict) else {}
 
+    @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer beside the weights."""
         from transformers import AutoTokenizer
