@@ -205,12 +205,11 @@ class GroundingDino(_Local):
         short = self.short or given.get("shortest_edge") or 800
         long = self.long or given.get("longest_edge") or 1333
         low, high = min(height, width), max(height, width)
-        if short * high / low > long:
-            short = round(long * low / high)
-        if low == short:
+        wanted = float(short) if short * high / low <= long else long * low / high
+        if low == round(wanted):
             return height, width
-        other = int(short * high / low)
-        return (short, other) if height <= width else (other, short)
+        sides = round(wanted), int(wanted * high / low)
+        return sides if height <= width else sides[::-1]
 
     def _prompts(self, names: list[str]) -> list[_Prompt]:
         """Texts of at most as many tokens as the model reads."""

@@ -144,9 +144,18 @@ class LookingModel:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.name, revision=self.revision)
+            with _quiet():
+                tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
         except Exception as error:
             raise self._error("tokenizer", error) from error
+        # Without files of one, transformers makes one that knows its marks alone.
+        known, needed = len(tokenizer), self.config.text_config.vocab_size
+        if 2 * known < needed:
+            raise ConfigError(
+                f"{self.what}: {shown(self.name)}: tokenizer: {known} words of the model's "
+                f"{needed} (accepted: its files beside the weights, such as tokenizer.json)"
+            )
+        return tokenizer
 
     def _wanted(self) -> torch.device:
         if self.device != TRAINER:
