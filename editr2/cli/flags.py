@@ -73,7 +73,8 @@ class Option:
         """The value of a text. Raises `Wrong` where it is not of the type or, if check, not
         accepted otherwise."""
         label = self.name.lstrip("-") if self.group else self.name
-        value = convert(from_text(text, self.slot.hint), self.slot.hint, label, self.slot.accepts)
+        hint, accepts = self.slot.hint, self.slot.accepts
+        value = convert(from_text(text, hint), hint, label, accepts, build=True)
         if check and (problem := out_of_bounds(value, self.slot, label)):
             raise Wrong(label, problem)
         return value

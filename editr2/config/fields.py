@@ -290,7 +290,7 @@ def arguments(
         if partial and is_schema(slot.hint) and not isinstance(item, slot.hint):
             result[name] = arguments(item, slot.hint, dotted, partial=True)
         else:
-            result[name] = convert(item, slot.hint, dotted, slot.accepts, build=build)
+            result[name] = convert(item, slot.hint, dotted, slot.accepts, build=build or partial)
     for name, slot in known.items():
         if not partial and slot.required and name not in value:
             dotted = f"{key}.{name}" if key else name
@@ -469,19 +469,22 @@ def field_problems(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from field_problems(value, f"{key}.")
             continue
         try:
-            value = convert(value, slot.hint, key, slot.accepts)
+            value = convert(value, slot.hint, key, slot.accepts, build=True)
         except Wrong as wrong:
             yield key, wrong.problem
             continue
         if problem := out_of_bounds(value, slot, key):
             yield key, problem
+        for at, item in _items(value, key):  # of a list of dataclasses
+            if dataclasses.is_dataclass(item) and not isinstance(item, type):
+                yield from field_problems(item, f"{at}.")
 
 
 def mended(config: T) -> T:
     """The dataclass, normalised, with every field that holds what it does not accept at its
     default: what further rules can be asked about without meeting the same mistake again."""
     for key, _ in list(field_problems(config)):
-        config = _reset(config, key.split("."))
+        config = _reset(config, key.partition("[")[0].split("."))
     return normalised(config)
 
 
@@ -508,7 +511,7 @@ def _normalised(config: Any, prefix: str) -> Any:
             better = _normalised(value, f"{prefix}{name}.")
             changed = better is not value
         else:
-            better = convert(value, slot.hint, prefix + name, slot.accepts)
+            better = convert(value, slot.hint, prefix + name, slot.accepts, build=True)
             changed = repr(better) != repr(value)  # 1 and 1.0 are equal
         if changed:
             changes[name] = better

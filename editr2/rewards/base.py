@@ -71,7 +71,7 @@ class Score:
     `Score(0.7)`: a number in [0, 1] (see `as_number`), with a reason if you like; `Score(None,
     "why")`: it could not be judged (masked, counted as failed, and too many stop the run);
     `Score.not_applicable()`: there is nothing to judge, such as consistency with nothing left to
-    compare (masked, counted apart, and never a failure).
+    compare (the turn's other scores have its weight; counted apart, and never a failure).
     Raises TypeError or ValueError for anything else.
     """
 
@@ -105,15 +105,60 @@ class Score:
 
 
 class Item(NamedTuple):
-    """One rollout to judge. images: uint8 [T, H, W, 3], the output of every turn of the session."""
+    """One rollout to judge.
+
+    images: uint8 [n, H, W, 3], the outputs of its first n turns: of all, or up to the last turn
+    that is asked about. turns: which turns those are, None for all of the session. rollout: its
+    place among the rollouts that are judged together. seed: of this rollout alone, in [0, 2**63),
+    the same in a run that is resumed and on any number of processes; a judge that samples draws
+    from it.
+    """
 
     session: Session
     images: np.ndarray
+    turns: tuple[int, ...] | None = None
+    rollout: int = 0
+    seed: int = 0
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The turns that are asked about, counted from 0."""
+        return tuple(range(len(self.session.turns))) if self.turns is None else self.turns
+
+    def before(self, turn: int) -> np.ndarray:
+        """What a turn was to edit: the output of the turn before it, or the source."""
+        return self.images[turn - 1] if turn else self.session.image
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How a reward is called.
+
+    concurrency: calls at once. timeout: seconds a call. retries: further tries of a call that
+    failed. None: the reward's own default.
+    """
+
+    concurrency: int | None = None
+    timeout: float | None = None
+    retries: int | None = None
 
 
 class Reward(Protocol):
     """Judges many sessions at once: `judge(items)` returns, for every item, a dict of a `Score` for
-    each of `names` for every turn of its session."""
+    each of `names` for every turn that is asked about.
+
+    What a reward may declare besides, as attributes (docs/rewards.md):
+
+    - `by_turn = True`: it may be asked about single turns as they are decoded;
+    - `concurrency = n`: it may be called from so many threads at once, while the next images are
+      made; without, it is called on the main thread when the rollout is done;
+    - `batch = n`: a call asks about at most n items;
+    - `exact = True`: equal images always score the same, and asking again costs nothing worth
+      keeping, so its answers are not recorded;
+    - `version`: changes with its numbers; `facts`: a dict of what a run's record says of it;
+    - `probe()`: called once before anything is judged; raises `UserError` for what cannot work and
+      returns lines on what works less well.
+    """
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -140,8 +185,8 @@ ANSWERED, NOT_APPLICABLE, FAILED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a batch. values: float32 [N, T, K], 0 where missing. present: bool [N, T], False
-    where any of a turn's scores is missing or the session has no such turn. expected: bool [N, T],
+    """Scores of a batch. values: float32 [N, T, K], 0 where missing. present: bool [N, T], turns of
+    which no score failed and to which at least one reward applies. expected: bool [N, T],
     the turns that the sessions have, whatever was returned. reasons: why turns failed, by (rollout,
     turn), naming rewards, session and turn. states: int8
     [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE or FAILED; none: whatever is
@@ -164,13 +209,23 @@ class Scores:
         return (states == state) & self.expected[..., None]
 
     @property
+    def scored(self) -> Tensor:
+        """bool [N, T, K]: the scores that count, those that apply of turns of which none failed."""
+        return self.of_state(ANSWERED) & self.present[..., None]
+
+    @property
+    def unfailed(self) -> Tensor:
+        """bool [N, T]: the turns of the sessions of which no score failed."""
+        return self.expected & ~self.of_state(FAILED).any(-1)
+
+    @property
     def failed(self) -> int:
         """Turns of which at least one score failed."""
         return int(self.of_state(FAILED).any(-1).sum())
 
     @property
     def not_applicable(self) -> int:
-        """Turns without a failed score that are masked because a reward does not apply to them."""
+        """Turns without a failed score to which one of the rewards, or all, do not apply."""
         return int((self.of_state(NOT_APPLICABLE).any(-1) & ~self.of_state(FAILED).any(-1)).sum())
 
     @property
@@ -215,7 +270,7 @@ def lay_out(
                     states[i, t, k] = FAILED if score.failed else NOT_APPLICABLE
             if (states[i, t] == FAILED).any():
                 reasons[i, t] = _failure(row, session.id, t)
-    present = expected & (states == ANSWERED).all(-1)
+    present = expected & (states != FAILED).all(-1) & (states == ANSWERED).any(-1)
     return Scores(names, values * present[..., None], present, expected, reasons, states)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from editr2.config import Config, CreditConfig, RolloutConfig
 from editr2.policies.base import Intent, Policy
-from editr2.rewards.adapt import CheckedReward, adapt, score_batch
+from editr2.rewards.adapt import score_batch
 from editr2.rewards.base import (
+    NOT_APPLICABLE,
     GivenReward,
     RewardFailure,
     Scores,
@@ -27,10 +28,14 @@ from editr2.rewards.base import (
     merge_scores,
     unscored,
 )
+from editr2.rewards.panel import Panel
+from editr2.rewards.pool import Pool
+from editr2.rewards.record import asked_anew, calls_of
 from editr2.rl.credit import assign_credit, weighted_reward
+from editr2.rl.judging import Judged, pool_of
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import Sampler
-from editr2.run.checkpoint import generators_aside
+from editr2.run.generators import generators_aside
 from editr2.run.processes import Processes
 from editr2.sessions import Session
 
@@ -59,12 +64,13 @@ class Evaluation:
             "sessions": len(self.modes),
         }
         row["reward_turn"] = [mean_se(self.reward[:, t]) for t in range(turns)]
-        for k, label in enumerate(self.scores.names):
-            values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
+        scored = torch.where(self.scores.scored, self.scores.values, torch.nan)
+        of = {label: scored[..., k] for k, label in enumerate(self.scores.names)}
+        for label, values in of.items():
             row[f"{label.lower()}_turn"] = [mean_se(values[:, t]) for t in range(turns)]
-        if "IF" in self.scores.names:
-            followed = (self.scores.values[..., self.scores.names.index("IF")] >= 1 - 1e-6).float()
-            marginal = torch.where(self.scores.present, followed, torch.nan)
+        if "IF" in of:
+            followed = (of["IF"] >= 1 - 1e-6).float()
+            marginal = torch.where(of["IF"].isnan(), torch.nan, followed)
             row["marginal_turn"] = [mean_se(marginal[:, t]) for t in range(turns)]
         row["success"] = mean_se(self.success)
         row["failed_scores"] = self.scores.failed
@@ -75,8 +81,7 @@ class Evaluation:
             "reward": _optional(last_turn(self)),
             "success": _optional(self.success),
         }
-        for k, label in enumerate(self.scores.names):
-            values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
+        for label, values in of.items():
             row["per_session"][label.lower()] = [_optional(v) for v in values]
         row["by_mode"] = {}
         for mode in sorted({m for m in self.modes if m}):
@@ -86,14 +91,9 @@ class Evaluation:
                 "success": mean_se(self.success[of_mode])["mean"],
                 "sessions": int(of_mode.sum()),
             }
-            if "GA" in self.scores.names:
-                ga = torch.where(
-                    self.scores.present,
-                    self.scores.values[..., self.scores.names.index("GA")],
-                    torch.nan,
-                )
+            if "GA" in of:
                 row["by_mode"][mode]["ga_turn"] = [
-                    mean_se(ga[of_mode, t])["mean"] for t in range(turns)
+                    mean_se(of["GA"][of_mode, t])["mean"] for t in range(turns)
                 ]
         return row
 
@@ -120,23 +120,20 @@ def mean_se(values: Tensor) -> dict[str, float | None]:
 def success(scores: Scores) -> Tensor:
     """[N], 1 where every turn of a session is right, NaN where one of those looked at could not be
     scored. GA speaks of all turns so far, so that of the last turn says it; without GA every turn
-    needs full marks in every score."""
+    needs full marks in every score. A score that does not apply is no objection; NaN where none
+    applies."""
+    silent = scores.of_state(NOT_APPLICABLE)
     full = scores.values >= 1 - 1e-6
     if "GA" in scores.names:
-        last = (scores.expected.sum(1) - 1).clamp(min=0)
+        ga = scores.names.index("GA")
+        turns = torch.arange(scores.expected.shape[1])
+        last = (turns * (scores.expected & ~silent[..., ga])).amax(1)
         each = torch.arange(len(last))
-        right, scored = full[each, last, scores.names.index("GA")], scores.present[each, last]
+        right, scored = full[each, last, ga], scores.scored[each, last, ga]
     else:
-        right = (full.all(-1) | ~scores.expected).all(1)
-        scored = (scores.present | ~scores.expected).all(1)
+        right = (full | silent | ~scores.expected[..., None]).all(-1).all(1)
+        scored = (scores.unfailed | ~scores.expected).all(1) & scores.present.any(1)
     return torch.where(scored, right.float(), torch.nan)
-
-
-def judge(reward: GivenReward | CheckedReward, done: Sequence[Chunk], turns: int) -> Scores:
-    """Scores of all rollouts of some chunks, in order."""
-    return score_batch(
-        reward, [(c.session_of(i), c.images_of(i)) for c in done for i in range(c.rollouts)], turns
-    )
 
 
 FIRST_CALLS = 4
@@ -145,7 +142,7 @@ stops there."""
 
 
 def first_answer(
-    reward: CheckedReward, sessions: Sequence[Session], limit: float, processes: Processes
+    reward: Panel, sessions: Sequence[Session], limit: float, processes: Processes
 ) -> None:
     """Asks a reward that has not answered yet about the source images of a few sessions, as if they
     were the outputs: no image is made for a judge that is down. Raises `RewardFailure` when one of
@@ -153,7 +150,7 @@ def first_answer(
     this together. Generators are left as they were: a run that is resumed asks once more than one
     that was not."""
     failures: list[str] = []
-    with generators_aside(0):
+    with generators_aside(0), asked_anew(), calls_of(purpose="first"):
         for session in sessions[: FIRST_CALLS if limit < 1 and not reward.answered else 0]:
             image, turns = session.image, len(session.turns)
             scores = score_batch(reward, [(session, np.stack([image] * turns))], turns)
@@ -169,31 +166,41 @@ def first_answer(
 
 def evaluate(
     policy: Policy,
-    reward: GivenReward | CheckedReward,
+    reward: GivenReward | Panel | Pool,
     sessions: Sequence[Session],
     sampler: Sampler,
     config: Config,
     processes: Processes,
+    **where: Any,
 ) -> Evaluation:
-    """One deterministic rollout a session; split over processes and gathered. Raises
+    """One deterministic rollout a session; split over processes and gathered. where: what the
+    record of judging says of it besides. Raises
     `RewardFailure` where the reward is down, or fails on more turns than `train.max_failed_scores`
     lets pass."""
-    reward, limit = adapt(reward, timeout=config.reward.timeout), config.train.max_failed_scores
-    first_answer(reward, sessions, limit, processes)
+    pool, limit = pool_of(reward), config.train.max_failed_scores
+    first_answer(pool.panel, sessions, limit, processes)
     mine = processes.share(len(sessions))
     turns = max(len(s.turns) for s in sessions)
-    done = []
+    done, seeds = [], Seeds(0, "eval")
+    judged = Judged(pool.judging(purpose="eval", **where), seeds, mine.start)
     tokens = config.eval.intent_tokens or config.policy.intent_tokens
     options = dataclasses.replace(config.policy, intent_tokens=tokens)
     rollout = RolloutConfig(store_dtype=config.rollout.store_dtype)
     for chunk in chunks(
         sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch
     ):
-        done.append(
-            rollout_chunk(
-                policy, chunk, sampler, Seeds(0, "eval"), options, rollout=rollout, greedy=True
-            )
+        rollout_chunk(
+            policy,
+            chunk,
+            sampler,
+            seeds,
+            options,
+            rollout=rollout,
+            greedy=True,
+            decoded=judged.decoded,
         )
+        judged.done(chunk)
+        done.append(chunk)
     processes.lend()
     known = [
         record.text[j] == turn.intent
@@ -202,7 +209,7 @@ def evaluate(
         for j, i in enumerate(record.rollout.tolist())
         if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
-    parts = processes.gather([(judge(reward, done, turns), known)])
+    parts = processes.gather([(judged.scores(turns), known)])
     scores = merge_scores([s for s, _ in parts])
     check_failures(scores, limit)
     rights = [r for _, k in parts for r in k]
@@ -251,7 +258,7 @@ def draw_strips(
     folder: Path,
     name: str,
     policy: Policy,
-    reward: GivenReward | CheckedReward,
+    reward: GivenReward | Panel | Pool,
     sessions: Sequence[Session],
     sampler: Sampler,
     config: Config,
@@ -268,14 +275,19 @@ def draw_strips(
         return
     mine = processes.share(len(sessions))
     r, ordinals = config.rollout, range(len(sessions))[mine]
-    done = [
-        rollout_chunk(policy, chunk, sampler, Seeds(0, "strips"), config.policy, rollout=r)
-        for chunk in chunks(sessions[mine], ordinals, r.siblings, r.groups_per_batch)
-    ]
+    done, seeds = [], Seeds(0, "strips")
+    judging = pool_of(reward).judging(purpose="strips", stage=name)
+    judged = Judged(judging, seeds, mine.start * r.siblings)
+    for chunk in chunks(sessions[mine], ordinals, r.siblings, r.groups_per_batch):
+        rollout_chunk(
+            policy, chunk, sampler, seeds, config.policy, rollout=r, decoded=judged.decoded
+        )
+        judged.done(chunk)
+        done.append(chunk)
     turns = max(len(s.turns) for s in sessions)
     processes.lend()
     drawn = [_first_of(chunk, s) for chunk in done for s in range(len(chunk.sessions))]
-    parts = processes.gather([(judge(reward, done, turns), drawn)])
+    parts = processes.gather([(judged.scores(turns), drawn)])
     if processes.main:
         scores = merge_scores([s for s, _ in parts])
         strips = [strip for _, part in parts for strip in part]
@@ -298,7 +310,8 @@ def _write_strips(
     config: CreditConfig,
     siblings: int,
 ) -> None:
-    rewards = weighted_reward(scores, config.weights)
+    rewards, scored = weighted_reward(scores, config.weights), scores.scored
+    apart = scores.of_state(NOT_APPLICABLE)
     group = torch.arange(len(drawn)).repeat_interleave(siblings)
     credit = assign_credit(scores, group, config)
     _clear(folder, name)
@@ -310,7 +323,9 @@ def _write_strips(
         for t, (turn, intent) in enumerate(zip(session.turns, strip.intents, strict=True)):
             file = f"{name}/{place:03d}_t{t + 1}.png"
             Image.fromarray(strip.images[t]).save(folder / file)
-            present = bool(scores.present[row, t])
+            values = zip(scored[row, t].tolist(), scores.values[row, t].tolist(), strict=True)
+            value = float(rewards[row, t])
+            silent = [n for n, here in zip(scores.names, apart[row, t], strict=True) if here]
             shown.append(
                 {
                     "instruction": turn.instruction,
@@ -319,13 +334,14 @@ def _write_strips(
                     "expected": None,
                     "image": file,
                     "scores": {
-                        n: float(scores.values[row, t, k]) if present else None
-                        for k, n in enumerate(scores.names)
+                        n: v if counts else None
+                        for n, (counts, v) in zip(scores.names, values, strict=True)
                     },
-                    "reward": float(rewards[row, t]) if present else None,
+                    **({"does_not_apply": silent} if silent else {}),
+                    "reward": None if math.isnan(value) else value,
                     "advantage": float(credit.advantage[row, t]),
                     "reason": scores.reasons.get((row, t))
-                    or (None if present else "a reward does not apply"),
+                    or ("no reward with a weight applies" if math.isnan(value) else None),
                     "masked": not bool(credit.mask[row, t]),
                 }
             )

@@ -43,7 +43,8 @@ class Batch:
 
     advantage, mask: [rollouts, T] on the host, as the loss prefers them. trained: turns that train,
     over all processes. old, old_text: log-probs of the policy that sampled, by chunk and by (chunk,
-    turn, first rollout of the answers), once training's own code has computed them.
+    turn), once training's own code has computed them. stale: they were computed when the rollout
+    was made (`remember_old`), since the weights have moved on meanwhile.
     """
 
     chunks: list[Chunk]
@@ -55,7 +56,8 @@ class Batch:
     policy: PolicyConfig
     rollout: RolloutConfig
     old: dict[int, Tensor] = field(default_factory=dict)
-    old_text: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    old_text: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    stale: bool = False
 
     def credit_of(self, number: int) -> tuple[Tensor, Tensor]:
         start = sum(chunk.rollouts for chunk in self.chunks[:number])
@@ -76,20 +78,11 @@ def accumulate_gradient(
     loss, device = LOSSES[t.loss], processes.device
     fresh = update == minibatch == 0
     sums = dict.fromkeys((*SUMS, *loss.logs, *ERRORS), 0.0)
-    # Later minibatches meet weights that have moved, unless an old policy sampled.
-    if fresh and t.minibatches > 1 and "old" not in loss.weights(t):
-        with torch.no_grad():
-            for number in range(len(batch.chunks)):
-                plan = _plan(t, state, batch, number, update, device, remember=True)
-                if not (loss.ratio or plan.options.text):
-                    continue
-                for part in _parts(state, plan):
-                    seen = _seen(plan, _lose(plan, part))
-                    errors = {name: float(seen[name]) for name in ERRORS}
-                    _check_ratio(t, state, batch, number, errors)
-                    sums |= {name: max(sums[name], error) for name, error in errors.items()}
+    # Later minibatches meet weights that have moved.
+    if fresh and t.minibatches > 1 and not batch.stale:
+        sums |= remember_old(t, state, batch, processes)
     for number in range(minibatch, len(batch.chunks), t.minibatches):
-        remember = fresh and t.minibatches == 1
+        remember = fresh and t.minibatches == 1 and not batch.stale
         plan = _plan(t, state, batch, number, update, device, remember=remember)
         for part in _parts(state, plan):
             lost = _lose(plan, part)
@@ -106,6 +99,28 @@ def accumulate_gradient(
             for name, value in values.items():
                 sums[name] = max(sums[name], value) if name in ERRORS else sums[name] + value
     return sums
+
+
+def remember_old(
+    t: TrainConfig, state: State, batch: Batch, processes: Processes
+) -> dict[str, float]:
+    """Fills in the log-probs of the policy that sampled, which has to be the one there is now,
+    where the loss or the intents want them of training's own code. Returns `ERRORS`; raises
+    `RatioError` as `accumulate_gradient` does."""
+    loss, errors = LOSSES[t.loss], dict.fromkeys(ERRORS, 0.0)
+    if "old" in loss.weights(t):  # the old policy sampled, and is kept
+        return errors
+    with torch.no_grad():
+        for number in range(len(batch.chunks)):
+            plan = _plan(t, state, batch, number, 0, processes.device, remember=True)
+            if not (loss.ratio or plan.options.text):
+                continue
+            for part in _parts(state, plan):
+                seen = _seen(plan, _lose(plan, part))
+                found = {name: float(seen[name]) for name in ERRORS}
+                _check_ratio(t, state, batch, number, found)
+                errors |= {name: max(errors[name], error) for name, error in found.items()}
+    return errors
 
 
 # --------------------------------------------------------------------------------- which velocities
@@ -324,20 +339,24 @@ def _old_text(plan: _Plan, answers: Answers, sampled: Tensor | None) -> tuple[Te
     """(old log-probs [B, L], how far sampling token by token was from them as a ratio).
 
     They come from one teacher-forced forward by training's own code: under the old policy's weights
-    where it sampled (`sampled`), else from the first forward that meets the answers.
+    where it sampled (`sampled`), else of the forward that was to remember them.
     """
-    batch, key = plan.batch, (plan.number, *_key(answers))
+    batch, key = plan.batch, (plan.number, answers.turn)
     log_prob, valid = answers.scores.log_prob, answers.scores.valid
+    intents = plan.chunk.turns[answers.turn].intents
+    assert intents is not None
     if sampled is not None:
         old = sampled
     else:
-        if plan.remember or key not in batch.old_text:
-            batch.old_text[key] = log_prob.detach()
-        old = batch.old_text[key]
-    intents = plan.chunk.turns[answers.turn].intents
-    assert intents is not None
-    known = [intents[i].log_prob for i in answers.at.tolist()]
-    decoded = torch.tensor([[*row, *[0.0] * (old.shape[1] - len(row))] for row in known])
+        at, length = answers.at.to(log_prob.device), log_prob.shape[1]
+        if plan.remember:
+            longest = max(length, *(len(intent.ids) for intent in intents))
+            if key not in batch.old_text:
+                batch.old_text[key] = log_prob.new_zeros(len(intents), longest)
+            batch.old_text[key][at, :length] = log_prob.detach()
+        old = batch.old_text[key][at, :length]
+    rows = [intents[i].log_prob for i in answers.at.tolist()]
+    decoded = torch.tensor([[*row, *[0.0] * (old.shape[1] - len(row))] for row in rows])
     gap = torch.where(valid, old - decoded.to(old.device), 0.0).exp().sub(1).abs()
     return old, gap.max() if gap.numel() else gap.new_zeros(())
 

@@ -1,17 +1,19 @@
 """One iteration, read top to bottom: sessions -> rollout -> rewards -> credit -> policy loss of
 images and intents -> AdamW.
 
-The five steps are `rollout`, `rewards`, `credit`, `gradient` (which asks `losses` and `replay`) and
-`step` here. One process or many (torchrun), the same numbers: sessions, groups and noise follow
-from the run's seed and a session's place in the stream; every process rolls out its part of the
-groups, scores are gathered so that credit sees all of them, and gradients are summed once per
-optimiser step. The policy is not wrapped: groups need not divide evenly and a session's context is
-built outside of autograd, so one explicit reduction is simpler than a wrapper's hooks.
+The five steps are `rollout` (which `judging` listens to), `rewards`, `credit`, `gradient` (which
+asks `losses` and `replay`) and `step` here. One process or many (torchrun), the same numbers:
+sessions, groups and noise follow from the run's seed and a session's place in the stream; every
+process rolls out its part of the groups, scores are gathered so that credit sees all of them, and
+gradients are summed once per optimiser step. The policy is not wrapped: groups need not divide
+evenly and a session's context is built outside of autograd, so one explicit reduction is simpler
+than a wrapper's hooks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,25 +22,40 @@ from editr2.config import Config, TrainConfig
 from editr2.errors import NonFiniteError
 from editr2.policies.finite import ACCEPTED, LARGEST, unusable
 from editr2.policies.weights import exchanged, trainable
-from editr2.rewards.adapt import CheckedReward
-from editr2.rewards.base import check_failures, merge_scores
+from editr2.rewards.base import GivenReward, check_failures, merge_scores
+from editr2.rewards.panel import Panel
+from editr2.rewards.pool import Pool
 from editr2.rl.credit import assign_credit
-from editr2.rl.evaluate import judge
-from editr2.rl.gradient import Batch, accumulate_gradient, first_non_finite
+from editr2.rl.gradient import Batch, accumulate_gradient, first_non_finite, remember_old
+from editr2.rl.judging import Judged, pool_of
 from editr2.rl.losses import LOSSES
 from editr2.rl.metrics import Clock, train_row
 from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import Sampler
 from editr2.rl.state import State
 from editr2.run.processes import Processes
+from editr2.sessions import Session
 from editr2.sessions.source import SessionSource
+
+
+@dataclass
+class Rolled:
+    """A rollout of this process on its way to credit. of: the iteration it belongs to. batch: its
+    chunks; advantage and mask follow from the scores. ahead: it was made before the update of the
+    iteration before, so the weights that learn from it are one update further on."""
+
+    of: int
+    batch: Batch
+    judged: Judged
+    clock: Clock
+    ahead: bool
 
 
 def iteration(
     config: Config,
     state: State,
     source: SessionSource,
-    reward: CheckedReward,
+    reward: GivenReward | Panel | Pool,
     sampler: Sampler,
     processes: Processes,
     before_update: Callable[[], None] | None = None,
@@ -49,14 +66,33 @@ def iteration(
     Raises `RewardFailure` for too many failed scores, `RatioError` for a ratio that is not 1
     on-policy, and `NonFiniteError`; no weight has changed then, or the last step's is not saved.
     """
-    r, t, clock = config.rollout, config.train, Clock()
-    loss, sampler = LOSSES[t.loss], sampler.at(state.iteration)
-    ordinals = range(state.iteration * r.sessions, (state.iteration + 1) * r.sessions)
-    mine, seeds = processes.share(r.sessions), Seeds(config.seed, "train")
+    rolled = roll_out(config, state, source, pool_of(reward), sampler, processes)
+    return learn(config, state, source, rolled, processes, before_update)
 
+
+def roll_out(
+    config: Config,
+    state: State,
+    source: SessionSource,
+    pool: Pool,
+    sampler: Sampler,
+    processes: Processes,
+    *,
+    ahead: int = 0,
+) -> Rolled:
+    """The rollout of an iteration, which is judged as it goes. ahead: iterations from the one that
+    the state stands at."""
+    r, t, clock = config.rollout, config.train, Clock()
+    of = state.iteration + ahead
+    loss, sampler = LOSSES[t.loss], sampler.at(of)
+    ordinals = range(of * r.sessions, (of + 1) * r.sessions)
+    mine, seeds = processes.share(r.sessions), Seeds(config.seed, "train")
     with clock.phase("rollout"), exchanged(state.policy.module, state.old):
         sessions = [source[ordinal] for ordinal in ordinals[mine]]
-        done = [
+        judging = pool.judging(purpose="train", iteration=of)
+        judged = Judged(judging, seeds, mine.start * r.siblings)
+        done = []
+        for chunk in chunks(sessions, ordinals[mine], r.siblings, r.groups_per_batch):
             rollout_chunk(
                 state.policy,
                 chunk,
@@ -65,14 +101,45 @@ def iteration(
                 config.policy,
                 rollout=r,
                 keep_velocity=loss.keeps_velocity(t),
+                decoded=judged.decoded,
             )
-            for chunk in chunks(sessions, ordinals[mine], r.siblings, r.groups_per_batch)
-        ]
-        processes.lend()
+            judged.done(chunk)
+            done.append(chunk)
+    everyone = torch.ones(sum(chunk.rollouts for chunk in done), max(map(_turns, sessions)))
+    batch = Batch(
+        done,
+        everyone,
+        everyone.bool(),
+        trained=everyone.numel(),
+        sampler=sampler,
+        seeds=seeds,
+        policy=config.policy,
+        rollout=r,
+        stale=ahead > 0,
+    )
+    if ahead:
+        with clock.phase("loss"):
+            remember_old(t, state, batch, processes)
+    processes.lend()
+    return Rolled(of, batch, judged, clock, ahead > 0)
+
+
+def learn(
+    config: Config,
+    state: State,
+    source: SessionSource,
+    rolled: Rolled,
+    processes: Processes,
+    before_update: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """The scores of a rollout, once they are all there, its credit and its updates."""
+    r, t, clock, batch = config.rollout, config.train, rolled.clock, rolled.batch
+    loss, mine = LOSSES[t.loss], processes.share(r.sessions)
 
     with clock.phase("reward"):
-        turns = max(len(source[ordinal].turns) for ordinal in ordinals)
-        scores = merge_scores(processes.gather([judge(reward, done, turns)]))
+        ordinals = range(rolled.of * r.sessions, (rolled.of + 1) * r.sessions)
+        turns = max(_turns(source[ordinal]) for ordinal in ordinals)
+        scores = merge_scores(processes.gather([rolled.judged.scores(turns)]))
         check_failures(scores, t.max_failed_scores)
 
     with clock.phase("credit"):
@@ -80,15 +147,8 @@ def iteration(
         credit = assign_credit(scores, group, config.credit)
         advantage, mask = loss.prefer(credit.advantage, credit.mask, r.siblings)
         local = slice(mine.start * r.siblings, mine.stop * r.siblings)
-        batch = Batch(
-            done,
-            advantage[local],
-            mask[local],
-            trained=int(mask.sum()),
-            sampler=sampler,
-            seeds=seeds,
-            policy=config.policy,
-            rollout=r,
+        batch = replace(
+            batch, advantage=advantage[local], mask=mask[local], trained=int(mask.sum())
         )
 
     totals: list[dict[str, float]] = []
@@ -108,13 +168,17 @@ def iteration(
         config.credit.weights,
         scores,
         credit,
-        done,
+        batch.chunks,
         totals,
         clock,
         processes,
     )
     state.step_copies(t, iteration_done=True)
     return row
+
+
+def _turns(session: Session) -> int:
+    return len(session.turns)
 
 
 def step(t: TrainConfig, state: State, processes: Processes) -> float:

@@ -12,18 +12,22 @@ from typing import Any
 import torch
 
 from editr2.config import Config
+from editr2.errors import UserError
 from editr2.policies.base import PackedPolicy, Policy
 from editr2.policies.finite import check_weights
 from editr2.policies.load import open_policy, rehearse_save
 from editr2.policies.rules import check_config
 from editr2.policies.sharding import place
-from editr2.rewards.adapt import CheckedReward, adapt
-from editr2.rewards.base import GivenReward
+from editr2.rewards.adapt import panel
+from editr2.rewards.base import Calls, GivenReward
 from editr2.rewards.load import load_reward
+from editr2.rewards.panel import Panel
+from editr2.rewards.pool import Pool
+from editr2.rewards.record import Record
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.evaluate import comparison_row, draw_strips, evaluate, first_answer
-from editr2.rl.iteration import iteration
+from editr2.rl.iteration import Rolled, learn, roll_out
 from editr2.rl.metrics import comparison_line, evaluation_line, find_row, rows_due, start_row
 from editr2.rl.rules import check_run
 from editr2.rl.sampler import Schedule, eval_sampler, own_schedule, rollout_sampler
@@ -31,7 +35,7 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
 from editr2.rl.start import Start, find_start
 from editr2.rl.state import State, new_state
-from editr2.run.checkpoint import capture_rng, generators_aside, seed_generators
+from editr2.run.generators import capture_rng, generators_aside, seed_generators
 from editr2.run.identity import (
     Identity,
     check_insisted,
@@ -39,6 +43,7 @@ from editr2.run.identity import (
     identify,
     loaded_weights,
     provenance,
+    reward_fingerprint,
 )
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
@@ -74,10 +79,14 @@ def train(
     with RunLock(run) as lock:
         processes.on_main(lambda: lock.take(make=False))  # before minutes of loading
         seed_generators(config.seed)
+        record = Record(run, index=processes.index, cache=config.reward.cache)
         if reward is None:
-            asked = load_reward(config.reward)
+            asked = load_reward(config.reward, record)
         else:
-            asked = adapt(reward, timeout=config.reward.timeout)
+            r = config.reward
+            asked = panel(reward, calls=Calls(r.concurrency, r.timeout, r.retries), record=record)
+        for member in asked.members:
+            member.identity = reward_fingerprint(member)
         weights: dict[str, str] = {}
         if policy is None:
             policy = open_policy(config.policy, processes)
@@ -124,13 +133,15 @@ class _Loop:
         config: Config,
         state: State,
         source: SessionSource,
-        reward: CheckedReward,
+        reward: Panel,
         own: Schedule | None,
         processes: Processes,
         identity: Identity,
         start: Start,
     ) -> None:
         self.config, self.state, self.source, self.reward = config, state, source, reward
+        self.pool = Pool(reward)
+        self.waiting: Rolled | None = None  # made ahead
         self.processes, self.identity, self.start = processes, identity, start
         self.record, self.saved, self.folder = start.record, start.saved, Path(config.out)
         self.sampler = rollout_sampler(config.rollout, own).to(processes.device)
@@ -180,6 +191,10 @@ class _Loop:
     def _train(self, stop: Stop) -> None:
         """Iterations and the rows between them, until all are there."""
         config, state, t = self.config, self.state, self.config.train
+        due = rows_due(state.iteration, t, config.eval)
+        missing = [name for name in due if find_row(self.record, name, state.iteration) is None]
+        if missing or state.iteration < t.iterations:
+            self._probe()
         stop.give_up()
         while True:
             for name in rows_due(state.iteration, t, config.eval):
@@ -191,15 +206,9 @@ class _Loop:
                 first_answer(self.reward, self.source.heldout, limit, self.processes)
             stop.agree()
             started = time.perf_counter()
-            row = iteration(
-                config,
-                state,
-                self.source,
-                self.reward,
-                self.sampler,
-                self.processes,
-                stop.finish,
-            )
+            rolled = self.waiting or self._rolled()
+            self.waiting = self._rolled(ahead=1) if self._goes_ahead() else None
+            row = learn(config, state, self.source, rolled, self.processes, stop.finish)
             state.elapsed += time.perf_counter() - started
             self.rows.append(row | {"elapsed_s": state.elapsed})
             self._append(self.rows[-1])
@@ -210,6 +219,41 @@ class _Loop:
                 self._save()
             stop.agree()
             stop.give_up()
+
+    def _probe(self) -> None:
+        """What the rewards say of themselves before they are asked anything; each process has its
+        own connection, and the first speaks for all."""
+        try:
+            said: tuple[list[str], UserError | None] = (self.reward.probe(), None)
+        except UserError as error:
+            said = ([], error)
+        everyone = self.processes.gather([said])
+        for _, problem in everyone:
+            if problem is not None:
+                raise problem
+        for note in everyone[0][0]:
+            self.progress.note(note)
+
+    def _rolled(self, ahead: int = 0) -> Rolled:
+        return roll_out(
+            self.config,
+            self.state,
+            self.source,
+            self.pool,
+            self.sampler,
+            self.processes,
+            ahead=ahead,
+        )
+
+    def _goes_ahead(self) -> bool:
+        """Whether the next rollout is made before this one is learnt from. Not across a checkpoint:
+        what is resumed from there begins with the weights that it holds."""
+        following = self.state.iteration + 1
+        return (
+            self.config.rollout.ahead
+            and following < self.config.train.iterations
+            and following % self.config.checkpoint.every != 0
+        )
 
     def _standing(self) -> str:
         """What is on the disk, and how to go on."""
@@ -252,7 +296,7 @@ class _Loop:
                         self.source,
                         self.processes,
                         self.state.policy,
-                        self.reward.names,
+                        self.reward,
                         self.identity,
                     )
                 )
@@ -281,18 +325,19 @@ class _Loop:
             with generators_aside(seed), self.state.averaged() as averaged:
                 found = evaluate(
                     averaged,
-                    self.reward,
+                    self.pool,
                     self.source.heldout,
                     self.evaluation_sampler,
                     config,
                     processes,
+                    iteration=self.state.iteration,
                 )
             row = found.row(self.state.iteration, name)
         if name != "during":
             shown, strips = self.source.heldout[: config.eval.strips], self.folder / "strips"
             with generators_aside(seed), self.state.averaged() as averaged:
                 draw_strips(
-                    strips, name, averaged, self.reward, shown, self.sampler, config, processes
+                    strips, name, averaged, self.pool, shown, self.sampler, config, processes
                 )
         if made:
             self._append(row)
