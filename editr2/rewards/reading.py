@@ -187,7 +187,8 @@ def tags_of(tags: Mapping[str, Scale]) -> Read:
 
 def objects_of(fields: Fields) -> Read:
     def read(text: str) -> dict[str, float | None]:
-        found, values = json_in(text), {}
+        found = json_in(text)
+        values: dict[str, float | None] = {}
         for name, scales in fields.items():
             if name not in found:
                 there = ", ".join(map(str, found)) or "none"
