@@ -146,11 +146,12 @@ def answer_part(text: str) -> str:
 def last_tag(text: str, tag: str) -> str:
     """What stands between the last `<tag>` and its `</tag>`. Raises `Unread` where there is no such
     pair."""
+    text = answer_part(text)
     found = re.findall(
         rf"<{re.escape(tag)}>((?:(?!<{re.escape(tag)}>).)*?)</{re.escape(tag)}>", text, re.S | re.I
     )
     if not found:
-        raise Unread(f"no <{tag}> came back, but {quoted(answer_part(text)[-57:])}")
+        raise Unread(f"no <{tag}> came back, but {quoted(text[-57:])}")
     return str(found[-1]).strip()
 
 
