@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,7 +236,9 @@ def _layer(thing: Thing, scene: Scene) -> tuple[Image.Image, tuple[int, int]]:
     image = Image.new("RGBA", (2 * wide, 2 * side))
     draw = ImageDraw.Draw(image)
     if thing.kind == "sign":
-        draw.rounded_rectangle([0, 0, 2 * wide - 1, 2 * side - 1], side * 0.2, paint, dark, side // 9)
+        draw.rounded_rectangle(
+            [0, 0, 2 * wide - 1, 2 * side - 1], side * 0.2, paint, dark, side // 9
+        )
         ink = (20, 20, 24, 255) if sum(colour) > 380 else (245, 245, 245, 255)
         font = ImageFont.load_default(side * 0.86)
         draw.text((wide, side), thing.text, ink, font, anchor="mm")
@@ -432,13 +435,16 @@ def _edit(rng: np.random.Generator, task: str, scene: Scene, free: list[int]) ->
             scene.plus(replace(other, at=_CELLS[free[0]])),
             left,
         )
-    reference, free_at = other, [_CELLS[cell] for cell in free]
-    options = [(side, at) for at in free_at for side in ("left", "right", "above", "below")]
-    options = [(side, at) for side, at in options if _beside(at, side, reference.at)]
-    if task == "position_change":
-        options = [(s, at) for s, at in options if not _beside(target.at, s, reference.at)]
-    if not options:  # seen from the third, one of the three free cells always is
-        return _edit(rng, task, replace(scene, things=(target, third, other)), free)
+    free_at = [_CELLS[cell] for cell in free]
+    options: list[tuple[str, tuple[float, float]]] = []
+    for target, other, third in permutations(scene.things[:3]):  # until there is a side to go to
+        for side, at in product(("left", "right", "above", "below"), free_at):
+            already = task == "position_change" and _beside(target.at, side, other.at)
+            if _beside(at, side, other.at) and not already:
+                options.append((side, at))
+        if options:
+            break
+    reference, left = other, [name for name in names if name != target.name]
     side, at = options[int(rng.integers(len(options)))]
     of = {"left": "to the left of", "right": "to the right of"}.get(side, side)
     if task == "subject_add":
@@ -474,7 +480,9 @@ def _ruined(image: np.ndarray, keep: np.ndarray, other: np.ndarray, kind: int) -
     """Everything but `keep` [H, W] spoilt, in one of several ways."""
     height, width = keep.shape
     soft = Image.fromarray(np.uint8(keep) * 255).filter(ImageFilter.MaxFilter(5))
-    weight = np.asarray(soft.filter(ImageFilter.GaussianBlur(2))).astype(np.float32)[..., None] / 255
+    weight = (
+        np.asarray(soft.filter(ImageFilter.GaussianBlur(2))).astype(np.float32)[..., None] / 255
+    )
     values = image.astype(np.float32)
     if kind == 0:
         bad = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(height / 40)))
@@ -526,9 +534,7 @@ def pair(index: int) -> Pair:
         "all_objects": sorted({t.name for t in (*scene.things, *edit.right.things)}),
         "boxes": {name: list(found[0]) for name, found in boxes.items()},
     }
-    session = Session(
-        f"pair-{index:03d}", source, (Turn(edit.instruction, task=task, meta=meta),)
-    )
+    session = Session(f"pair-{index:03d}", source, (Turn(edit.instruction, task=task, meta=meta),))
     outputs = {
         kind: Output(encoded_again(image, 10 * index + n), where[kind])
         for n, (kind, image) in enumerate(images.items())
@@ -585,9 +591,7 @@ def example_sessions() -> list[tuple[Session, list[Output]]]:
                 "unchanged_objects": edit.unchanged,
                 "available_objects": [thing.name for thing in scene.things],
                 "all_objects": sorted({t.name for t in (*scene.things, *edit.right.things)}),
-                "boxes": {
-                    name: [round(v, 4) for v in found[0]] for name, found in boxes.items()
-                },
+                "boxes": {name: [round(v, 4) for v in found[0]] for name, found in boxes.items()},
             }
             turns.append(Turn(edit.instruction, task=task, meta=meta))
             scene = edit.right
