@@ -41,7 +41,7 @@ from editr2.policies.base import Questions, TextPolicy
 from editr2.rewards.base import Reward
 from editr2.rl.compiled_step import denoising_step
 from editr2.rl.credit import assign_credit
-from editr2.rl.evaluate import judge
+from editr2.rl.judging import judge
 from editr2.rl.losses import LOSSES, Beside, Given, Samples, text_term
 from editr2.rl.replay import Answers
 from editr2.rl.rollout import Chunk, Seeds, TurnRecord

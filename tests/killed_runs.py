@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 POINTS: list[tuple[Any, str]] = [
     (loop, "draw_strips"),
     (loop, "evaluate"),
-    (iteration, "judge"),
+    (iteration, "check_failures"),
     (iteration, "accumulate_gradient"),
     (iteration, "step"),
     (MetricsLog, "append"),

@@ -24,13 +24,8 @@ from torch import nn
 
 from editr2.errors import CheckpointError
 from editr2.run import checkpoint
-from editr2.run.checkpoint import (
-    capture_rng,
-    latest_checkpoint,
-    load_checkpoint,
-    restore_rng,
-    save_checkpoint,
-)
+from editr2.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from editr2.run.generators import capture_rng, restore_rng
 
 
 def save(root: Path, iteration: int, *, keep: int = 2, numbers: int = 4) -> Path:

@@ -17,8 +17,8 @@ from editr2.rewards.base import Scores
 from editr2.rewards.world import WorldReward
 from editr2.rl import gradient as gradient_module
 from editr2.rl.credit import assign_credit, credit_notes, credit_options
-from editr2.rl.evaluate import judge
 from editr2.rl.gradient import Batch, accumulate_gradient
+from editr2.rl.judging import judge
 from editr2.rl.losses import LOSSES, Asked, noised, stored
 from editr2.rl.rollout import Chunk, Seeds, Walk, rollout_chunk
 from editr2.rl.sampler import make_sampler, rollout_sampler

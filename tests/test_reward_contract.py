@@ -30,6 +30,7 @@ from editr2.policies.rules import check_config
 from editr2.rewards.adapt import adapt, score_batch
 from editr2.rewards.base import (
     FAILED,
+    Calls,
     RewardFailure,
     Score,
     Scores,
@@ -789,7 +790,9 @@ def test_ctrl_c_in_a_judge_stops_the_run(timeout):
 
     with pytest.raises(KeyboardInterrupt):
         score_batch(
-            adapt(judge, timeout=timeout), [(session("a"), np.zeros((TURNS, 24, 24, 3)))], TURNS
+            adapt(judge, calls=Calls(timeout=timeout)),
+            [(session("a"), np.zeros((TURNS, 24, 24, 3)))],
+            TURNS,
         )
 
 
@@ -804,7 +807,7 @@ def test_a_call_that_hangs_is_left_behind_and_the_next_has_a_thread_of_its_own()
 
     items = [(session(name), np.zeros((TURNS, 24, 24, 3))) for name in ("a", "slow", "b", "c")]
     started = time.perf_counter()
-    scores = score_batch(adapt(judge, timeout=0.2), items, TURNS)
+    scores = score_batch(adapt(judge, calls=Calls(timeout=0.2)), items, TURNS)
     assert time.perf_counter() - started < 10
     done.set()
     assert scores.present.all(1).tolist() == [True, False, True, True]

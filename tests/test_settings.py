@@ -27,6 +27,7 @@ from editr2.cli.settings import run_config
 from editr2.config import (
     PRESETS,
     Config,
+    RewardConfig,
     folder_problem,
     preset_config,
     replace_nested,
@@ -52,10 +53,14 @@ TRAINS = ("train", "check")
 HUGE = 10**20
 NAN, INF = float("nan"), float("inf")
 NO_CHOICE = "no-such-choice"
-# Of `train.loss_options` the loss says what it takes: tests/test_losses.py.
-FIELDS: dict[str, Slot] = {k: v for k, v in leaves(Config) if k != "train.loss_options"}
+# The loss says what `train.loss_options` takes (tests/test_losses.py), the reward what
+# `reward.options` does (tests/test_rewards_used.py).
+FIELDS: dict[str, Slot] = {
+    k: v for k, v in leaves(Config) if k not in ("train.loss_options", "reward.options")
+}
 
 ZERO = {
+    "reward.retries",
     "seed",
     "policy.guidance",
     "policy.guidance_image",
@@ -588,7 +593,7 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
     def run(config: Config) -> None:
         monkeypatch.setattr("editr2.cli.settings.run_config", lambda *a, **k: (config, {}))
         if reward is not None:
-            monkeypatch.setattr("editr2.rewards.load.load_reward", lambda config: reward)
+            monkeypatch.setattr("editr2.rewards.load.load_reward", lambda config, record: reward)
         cli.COMMANDS[command]([])
 
     return run
@@ -669,7 +674,12 @@ SAMPLED = {
 READS = {
     "eval": SAMPLED
     | {"rollout.store_dtype", "eval.intent_tokens", "credit.weights", "data.limit", "seed"}
-    | {"reward.timeout", "train.max_failed_scores"},
+    | {"train.max_failed_scores"}
+    | {
+        f"reward.{field.name}"
+        for field in dataclasses.fields(RewardConfig)
+        if field.name != "options"
+    },
     "rollout": SAMPLED | {"out", "seed"},
 }
 """What the commands that do not train look at in a run of the unified policy."""

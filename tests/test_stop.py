@@ -52,7 +52,7 @@ changed."""
 # checkpoint.every is 99.
 STOPS = [
     ("evaluate: before", 1, 0),  # before the first iteration: nothing to save
-    ("judge: before", 3, 2),
+    ("check_failures: before", 3, 2),
     ("accumulate_gradient: after", 2, 1),
     ("step: after", 2, 2),
     ("_write_folder: after", 1, 3),
@@ -119,7 +119,7 @@ def test_what_is_saved_are_the_live_weights_wherever_an_exchange_was_left(
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(runs, "tiny", lambda: policy)
-    number = [i for i, p in enumerate(passed, 1) if p == "judge: before"][
+    number = [i for i, p in enumerate(passed, 1) if p == "check_failures: before"][
         2
     ]  # outside of every other exchange
     with pytest.raises(Stopped), runs.dying_at(number, halfway):

@@ -12,10 +12,11 @@ from accelerate import Accelerator
 
 from editr2.config import Config, replace_nested
 from editr2.policies.unified.policy import UnifiedPolicy
+from editr2.rewards.base import merge_scores
 from editr2.rewards.world import WorldReward
 from editr2.rl.credit import assign_credit
-from editr2.rl.evaluate import judge, merge_scores
 from editr2.rl.gradient import Batch, accumulate_gradient
+from editr2.rl.judging import judge
 from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import make_sampler
 from editr2.rl.sessions import sessions_for

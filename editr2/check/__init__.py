@@ -29,9 +29,10 @@ from editr2.config import Config
 from editr2.config.fields import mended
 from editr2.errors import UserError
 from editr2.policies.base import ReadingPolicy
-from editr2.rewards.adapt import CheckedReward, score_batch
+from editr2.rewards.adapt import score_batch
 from editr2.rewards.base import unscored
-from editr2.rewards.load import load_reward, named_reward
+from editr2.rewards.load import load_reward
+from editr2.rewards.panel import Panel
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import run_problems
@@ -98,7 +99,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         if data == []:
             source = found(lambda: sessions_for(config, editor.policy))
     if source and reward:
-        found(lambda: _judge_once(reward, named_reward(config.reward)[0], source[0]))
+        found(lambda: _judge_once(reward, source[0]))
     if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
     from editr2.check.estimate import estimate
@@ -136,14 +137,16 @@ def _data_problems(config: Config, editor: Editor) -> list[str]:
     return shown
 
 
-def _judge_once(reward: CheckedReward, setting: str, session: Session) -> None:
-    """Asks the reward about a session's own source image, as the output of every turn. Raises
-    `UserError`, naming the setting that named it, where one of its names has no score for any turn,
-    whatever it answered."""
+def _judge_once(reward: Panel, session: Session) -> None:
+    """Asks the rewards about a session's own source image, as the output of every turn. Raises
+    `UserError`, naming the setting that named the reward, where one of its names has no score for
+    any turn, whatever it answered."""
     turns = len(session.turns)
-    scores = score_batch(reward, [(session, np.stack([session.image] * turns))], turns)
-    if failure := unscored(scores):
-        raise UserError(f"{setting}: no score for session {session.id}: {failure}")
+    for member in reward.members:
+        scores = score_batch(member, [(session, np.stack([session.image] * turns))], turns)
+        if failure := unscored(scores):
+            setting = member.title.partition(":")[0]
+            raise UserError(f"{setting}: no score for session {session.id}: {failure}")
 
 
 def dry_run(config: Config, folder: str) -> list[str]:

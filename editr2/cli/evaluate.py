@@ -18,6 +18,7 @@ def command(arguments: Arguments) -> int:
     from editr2.policies.load import open_policy
     from editr2.rewards.base import weight_vector
     from editr2.rewards.load import load_reward
+    from editr2.rewards.record import Record
     from editr2.rl.evaluate import evaluate
     from editr2.rl.rules import check_run
     from editr2.rl.sampler import eval_sampler, own_schedule
@@ -25,7 +26,9 @@ def command(arguments: Arguments) -> int:
     from editr2.run.processes import open_processes
 
     processes = open_processes()  # first: it says which device is this process's
-    reward = load_reward(config.reward)
+    cache = config.reward.cache
+    record = None if cache is None else Record(None, index=processes.index, cache=cache)
+    reward = load_reward(config.reward, record)
     weight_vector(reward.names, config.credit.weights)  # before weights are read, as in training
     policy = open_policy(config.policy, processes, trains=False)
     own = own_schedule(policy)

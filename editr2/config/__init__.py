@@ -18,6 +18,7 @@ from editr2.config.settings import (
     EvalConfig,
     PolicyConfig,
     RewardConfig,
+    RewardUse,
     RolloutConfig,
     TrainConfig,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "EvalConfig",
     "PolicyConfig",
     "RewardConfig",
+    "RewardUse",
     "RolloutConfig",
     "TrainConfig",
     "folder_problem",

@@ -469,12 +469,15 @@ def field_problems(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from field_problems(value, f"{key}.")
             continue
         try:
-            value = convert(value, slot.hint, key, slot.accepts)
+            value = convert(value, slot.hint, key, slot.accepts, build=True)
         except Wrong as wrong:
             yield key, wrong.problem
             continue
         if problem := out_of_bounds(value, slot, key):
             yield key, problem
+        for at, item in _items(value, key):  # of a list of dataclasses
+            if dataclasses.is_dataclass(item) and not isinstance(item, type):
+                yield from ((key, wrong) for _, wrong in field_problems(item, f"{at}."))
 
 
 def mended(config: T) -> T:
@@ -508,7 +511,7 @@ def _normalised(config: Any, prefix: str) -> Any:
             better = _normalised(value, f"{prefix}{name}.")
             changed = better is not value
         else:
-            better = convert(value, slot.hint, prefix + name, slot.accepts)
+            better = convert(value, slot.hint, prefix + name, slot.accepts, build=True)
             changed = repr(better) != repr(value)  # 1 and 1.0 are equal
         if changed:
             changes[name] = better

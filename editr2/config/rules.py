@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from editr2.config.fields import defaults, field_problems, mended, plain
-from editr2.config.settings import LOSSES, Config, RewardConfig, noise_levels
+from editr2.config.settings import LOSSES, Config, RewardConfig, RewardUse, noise_levels
 from editr2_kernels.group_advantage import MAX_UNITS
 
 Command = Literal["train", "check", "eval", "rollout"]
@@ -123,18 +123,27 @@ def _out(config: Config, command: str) -> Iterator[str]:
 
 @rule("train", "check", "eval")
 def _reward(config: Config, command: str) -> Iterator[str]:
-    if problem := reward_problem(config.reward):
-        yield problem
+    yield from reward_problems(config.reward)
 
 
-def reward_problem(reward: RewardConfig) -> str | None:
-    """What is wrong with a reward that is named twice, or None."""
-    if reward.name is None or reward.function is None:
-        return None
-    return (
-        f"reward.name: {reward.name!r} (accepted with reward.function {reward.function!r}: none; "
-        f"each of them names the judge)"
-    )
+def reward_problems(reward: RewardConfig) -> Iterator[str]:
+    """One line for each reward that is named twice or, of several, not at all."""
+    alone = [f.name for f in fields(RewardUse) if getattr(reward, f.name) not in (None, {})]
+    if reward.use and alone:
+        yield (
+            f"reward.{alone[0]}: {getattr(reward, alone[0])!r} (accepted with reward.use: none; "
+            f"each entry there has its own)"
+        )
+    for at, use in reward.uses:
+        if use.name is not None and use.function is not None:
+            yield (
+                f"{at}.name: {use.name!r} (accepted with {at}.function {use.function!r}: none; "
+                f"each of them names the judge)"
+            )
+        if reward.use and use.name is None and use.function is None:
+            yield f"{at}: names no reward (accepted: a name or a function)"
+    if reward.cache is not None and (problem := folder_problem(reward.cache)):
+        yield f"reward.cache: {reward.cache!r} (accepted: a folder; {problem})"
 
 
 def folder_problem(folder: str | os.PathLike[str]) -> str | None:

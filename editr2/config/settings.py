@@ -5,7 +5,7 @@ Precedence: field defaults, then `--preset`, then `--config file.yaml`, then fla
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from editr2.config.fields import (
@@ -89,6 +89,26 @@ class DataConfig:
     resize: Literal["no", "crop", "stretch"] = "no"
 
 
+TIMEOUT = Bounds(above=0, at_most=86_400)
+"""Seconds of a call, at most a day."""
+
+CALLS_AT_ONCE = Bounds(at_least=1, at_most=4_096)
+
+TRIES = Bounds(at_least=0, at_most=100)
+
+
+@dataclass(frozen=True)
+class RewardUse:
+    """One of several rewards; the fields are those of `reward`."""
+
+    name: str | None = setting(None, among=lambda: REWARDS, reference="package.module:Class")
+    function: str | None = setting(None, what="package.module:name or none")
+    options: dict[str, Any] = field(default_factory=dict)
+    concurrency: int | None = setting(None, CALLS_AT_ONCE)
+    timeout: float | None = setting(None, TIMEOUT, what="seconds or none")
+    retries: int | None = setting(None, TRIES)
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """What judges the outputs.
@@ -97,14 +117,36 @@ class RewardConfig:
         function: `package.module:name` of a function, an object or a class that judges
             (docs/rewards.md has the forms), in place of a name.
         timeout: seconds that a call may take, at most a day; one that takes longer is a failed
-            score. None: no limit.
+            score. None: the reward's own limit, if it has one.
         name: world (the shapes world's verifiers, also where neither is given), brightness (a
             stand-in for a judge), or `package.module:Class` of your own.
+        options: settings of the reward alone, by name (docs/rewards.md).
+        concurrency: calls at once, made while the rollout goes on; none: the reward's own, which
+            of a function is one, on the main thread when the rollout is done.
+        retries: further tries of a call that failed; none: the reward's own number.
+        use: several rewards, a list of name or function, options, concurrency, timeout and retries
+            each; in place of those fields here.
+        cache: a folder of answers that runs share: an equal call is not made again.
     """
 
     function: str | None = setting(None, what="package.module:name or none")
-    timeout: float | None = setting(None, Bounds(above=0, at_most=86400), what="seconds or none")
+    timeout: float | None = setting(None, TIMEOUT, what="seconds or none")
     name: str | None = setting(None, among=lambda: REWARDS, reference="package.module:Class")
+    options: dict[str, Any] = field(default_factory=dict)
+    concurrency: int | None = setting(None, CALLS_AT_ONCE)
+    retries: int | None = setting(None, TRIES)
+    use: tuple[RewardUse, ...] = setting(
+        (), what="a list, each of a name or function with its options, or empty"
+    )
+    cache: str | None = setting(None, path=True)
+
+    @property
+    def uses(self) -> tuple[tuple[str, RewardUse], ...]:
+        """Each reward, behind the setting that it stands in."""
+        if self.use:
+            return tuple((f"reward.use[{n}]", use) for n, use in enumerate(self.use))
+        names = (f.name for f in fields(RewardUse))
+        return (("reward", RewardUse(**{name: getattr(self, name) for name in names})),)
 
 
 @dataclass(frozen=True)

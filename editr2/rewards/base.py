@@ -105,15 +105,60 @@ class Score:
 
 
 class Item(NamedTuple):
-    """One rollout to judge. images: uint8 [T, H, W, 3], the output of every turn of the session."""
+    """One rollout to judge.
+
+    images: uint8 [n, H, W, 3], the outputs of its first n turns: of all, or up to the last turn
+    that is asked about. turns: which turns those are, None for all of the session. rollout: its
+    place among the rollouts that are judged together. seed: of this rollout alone, in [0, 2**63),
+    the same in a run that is resumed and on any number of processes; a judge that samples draws
+    from it.
+    """
 
     session: Session
     images: np.ndarray
+    turns: tuple[int, ...] | None = None
+    rollout: int = 0
+    seed: int = 0
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The turns that are asked about, counted from 0."""
+        return tuple(range(len(self.session.turns))) if self.turns is None else self.turns
+
+    def before(self, turn: int) -> np.ndarray:
+        """What a turn was to edit: the output of the turn before it, or the source."""
+        return self.images[turn - 1] if turn else self.session.image
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How a reward is called.
+
+    concurrency: calls at once. timeout: seconds a call. retries: further tries of a call that
+    failed. None: the reward's own default.
+    """
+
+    concurrency: int | None = None
+    timeout: float | None = None
+    retries: int | None = None
 
 
 class Reward(Protocol):
     """Judges many sessions at once: `judge(items)` returns, for every item, a dict of a `Score` for
-    each of `names` for every turn of its session."""
+    each of `names` for every turn that is asked about.
+
+    What a reward may declare besides, as attributes (docs/rewards.md):
+
+    - `by_turn = True`: it may be asked about single turns as they are decoded;
+    - `concurrency = n`: it may be called from so many threads at once, while the next images are
+      made; without, it is called on the main thread when the rollout is done;
+    - `batch = n`: a call asks about at most n items;
+    - `exact = True`: equal images always score the same, and asking again costs nothing worth
+      keeping, so its answers are not recorded;
+    - `version`: changes with its numbers; `facts`: a dict of what a run's record says of it;
+    - `probe()`: called once before anything is judged; raises `UserError` for what cannot work and
+      returns lines on what works less well.
+    """
 
     @property
     def names(self) -> tuple[str, ...]: ...

@@ -16,6 +16,7 @@ class Brightness:
     """Mean of all pixels and channels in [0, 1]."""
 
     names = ("brightness",)
+    exact = True
 
     def __call__(self, session: Session, images: np.ndarray) -> list[dict[str, Score]]:
         return [{"brightness": Score(float(image.mean() / 255))} for image in images]

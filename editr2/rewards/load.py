@@ -1,32 +1,77 @@
-"""From settings to a reward."""
+"""From settings to the rewards of a run."""
 
 from __future__ import annotations
 
-from editr2.config import RewardConfig
+import inspect
+from functools import partial
+from typing import Any
+
+from editr2.config import RewardConfig, RewardUse
+from editr2.config.fields import Wrong, built
 from editr2.config.plugins import resolve
-from editr2.config.rules import reward_problem
+from editr2.config.rules import reward_problems
 from editr2.errors import ConfigError
-from editr2.rewards.adapt import CheckedReward, adapt
+from editr2.rewards.adapt import KEYWORDS, adapt
+from editr2.rewards.base import Calls
+from editr2.rewards.calling import called, parameters_of
+from editr2.rewards.panel import CheckedReward, Panel
+from editr2.rewards.record import Record
 from editr2.rewards.table import REWARDS, WORLD
 
 
-def named_reward(config: RewardConfig) -> tuple[str, str]:
+def named_reward(use: RewardUse, at: str = "reward") -> tuple[str, str]:
     """The setting that names the reward, and what it says: the world's verifiers where neither
     does."""
-    if config.function is not None:
-        return "reward.function", config.function
-    return "reward.name", WORLD if config.name is None else config.name
+    if use.function is not None:
+        return f"{at}.function", use.function
+    return f"{at}.name", WORLD if use.name is None else use.name
 
 
-def load_reward(config: RewardConfig) -> CheckedReward:
-    """The configured reward. A module is looked for in the working folder, too, after everything
-    that is installed.
+def load_reward(config: RewardConfig, record: Record | None = None) -> Panel:
+    """The configured rewards. A module is looked for in the working folder, too, after everything
+    that is installed. record: where answers are kept and found.
 
     Raises `ConfigError` naming the setting, whatever goes wrong in the module or its constructor.
     """
-    if problem := reward_problem(config):
+    for problem in reward_problems(config):
         raise ConfigError(problem)
-    key, name = named_reward(config)
-    table, what = (REWARDS, "Class") if key == "reward.name" else ({}, "name")
+    return Panel([_loaded(at, use, record) for at, use in config.uses], record)
+
+
+def _loaded(at: str, use: RewardUse, record: Record | None) -> CheckedReward:
+    key, name = named_reward(use, at)
+    table, what = (REWARDS, "Class") if key.endswith(".name") else ({}, "name")
     given = resolve(key, name, table, what=what)
-    return adapt(given, title=f"{key}: {name!r}", timeout=config.timeout)
+    calls = Calls(use.concurrency, use.timeout, use.retries)
+    ready = _with_options(given, use.options, f"{at}.options", calls, record)
+    return adapt(ready, title=f"{key}: {name!r}", calls=calls)
+
+
+def _with_options(
+    given: Any, options: dict[str, Any], key: str, calls: Calls, record: Record | None
+) -> Any:
+    """The class or factory with its options, and with the services that its constructor has a
+    parameter for: `calls` and `record`.
+
+    A class with a dataclass `Options` takes one of these; any other, the options by keyword.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = parameters_of(given)
+    known = [p.name for p in parameters if p.kind in kinds]
+    services: dict[str, Any] = {"calls": calls, "record": record}
+    made = inspect.isclass(given)
+    extra = {name: value for name, value in services.items() if made and name in known}
+    if made and hasattr(given, "Options"):
+        try:
+            return partial(given, built(options, given.Options, key), **extra)
+        except Wrong as wrong:
+            raise ConfigError(wrong.problem) from None
+    accepted = [name for name in known if name not in (*services, "session", *KEYWORDS)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in options:
+        if name not in accepted and not open_ended:
+            said = ", ".join(accepted) or "none"
+            raise ConfigError(
+                f"{key}.{name}: {called(given)} has no such option (accepted: {said})"
+            )
+    return partial(given, **options, **extra) if options or extra else given

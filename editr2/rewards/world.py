@@ -17,6 +17,7 @@ class WorldReward:
 
     names = ("IF", "CC", "GA")
     version = shapes.VERSION
+    exact = True
 
     def __call__(self, session: Session, images: np.ndarray) -> list[dict[str, Score]]:
         instructions = [turn.instruction for turn in session.turns]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from editr2.config import Config, CreditConfig, RolloutConfig
 from editr2.policies.base import Intent, Policy
-from editr2.rewards.adapt import CheckedReward, adapt, score_batch
+from editr2.rewards.adapt import score_batch
 from editr2.rewards.base import (
     GivenReward,
     RewardFailure,
@@ -27,10 +27,14 @@ from editr2.rewards.base import (
     merge_scores,
     unscored,
 )
+from editr2.rewards.panel import Panel
+from editr2.rewards.pool import Pool
+from editr2.rewards.record import asked_anew, calls_of
 from editr2.rl.credit import assign_credit, weighted_reward
+from editr2.rl.judging import Judged, pool_of
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import Sampler
-from editr2.run.checkpoint import generators_aside
+from editr2.run.generators import generators_aside
 from editr2.run.processes import Processes
 from editr2.sessions import Session
 
@@ -132,20 +136,13 @@ def success(scores: Scores) -> Tensor:
     return torch.where(scored, right.float(), torch.nan)
 
 
-def judge(reward: GivenReward | CheckedReward, done: Sequence[Chunk], turns: int) -> Scores:
-    """Scores of all rollouts of some chunks, in order."""
-    return score_batch(
-        reward, [(c.session_of(i), c.images_of(i)) for c in done for i in range(c.rollouts)], turns
-    )
-
-
 FIRST_CALLS = 4
 """Sessions that a reward is asked about before the first rollout; when all of them fail, the run
 stops there."""
 
 
 def first_answer(
-    reward: CheckedReward, sessions: Sequence[Session], limit: float, processes: Processes
+    reward: Panel, sessions: Sequence[Session], limit: float, processes: Processes
 ) -> None:
     """Asks a reward that has not answered yet about the source images of a few sessions, as if they
     were the outputs: no image is made for a judge that is down. Raises `RewardFailure` when one of
@@ -153,7 +150,7 @@ def first_answer(
     this together. Generators are left as they were: a run that is resumed asks once more than one
     that was not."""
     failures: list[str] = []
-    with generators_aside(0):
+    with generators_aside(0), asked_anew(), calls_of(purpose="first"):
         for session in sessions[: FIRST_CALLS if limit < 1 and not reward.answered else 0]:
             image, turns = session.image, len(session.turns)
             scores = score_batch(reward, [(session, np.stack([image] * turns))], turns)
@@ -169,31 +166,41 @@ def first_answer(
 
 def evaluate(
     policy: Policy,
-    reward: GivenReward | CheckedReward,
+    reward: GivenReward | Panel | Pool,
     sessions: Sequence[Session],
     sampler: Sampler,
     config: Config,
     processes: Processes,
+    **where: Any,
 ) -> Evaluation:
-    """One deterministic rollout a session; split over processes and gathered. Raises
+    """One deterministic rollout a session; split over processes and gathered. where: what the
+    record of judging says of it besides. Raises
     `RewardFailure` where the reward is down, or fails on more turns than `train.max_failed_scores`
     lets pass."""
-    reward, limit = adapt(reward, timeout=config.reward.timeout), config.train.max_failed_scores
-    first_answer(reward, sessions, limit, processes)
+    pool, limit = pool_of(reward), config.train.max_failed_scores
+    first_answer(pool.panel, sessions, limit, processes)
     mine = processes.share(len(sessions))
     turns = max(len(s.turns) for s in sessions)
-    done = []
+    done, seeds = [], Seeds(0, "eval")
+    judged = Judged(pool.judging(purpose="eval", **where), seeds, mine.start)
     tokens = config.eval.intent_tokens or config.policy.intent_tokens
     options = dataclasses.replace(config.policy, intent_tokens=tokens)
     rollout = RolloutConfig(store_dtype=config.rollout.store_dtype)
     for chunk in chunks(
         sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch
     ):
-        done.append(
-            rollout_chunk(
-                policy, chunk, sampler, Seeds(0, "eval"), options, rollout=rollout, greedy=True
-            )
+        rollout_chunk(
+            policy,
+            chunk,
+            sampler,
+            seeds,
+            options,
+            rollout=rollout,
+            greedy=True,
+            decoded=judged.decoded,
         )
+        judged.done(chunk)
+        done.append(chunk)
     processes.lend()
     known = [
         record.text[j] == turn.intent
@@ -202,7 +209,7 @@ def evaluate(
         for j, i in enumerate(record.rollout.tolist())
         if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
-    parts = processes.gather([(judge(reward, done, turns), known)])
+    parts = processes.gather([(judged.scores(turns), known)])
     scores = merge_scores([s for s, _ in parts])
     check_failures(scores, limit)
     rights = [r for _, k in parts for r in k]
@@ -251,7 +258,7 @@ def draw_strips(
     folder: Path,
     name: str,
     policy: Policy,
-    reward: GivenReward | CheckedReward,
+    reward: GivenReward | Panel | Pool,
     sessions: Sequence[Session],
     sampler: Sampler,
     config: Config,
@@ -268,14 +275,19 @@ def draw_strips(
         return
     mine = processes.share(len(sessions))
     r, ordinals = config.rollout, range(len(sessions))[mine]
-    done = [
-        rollout_chunk(policy, chunk, sampler, Seeds(0, "strips"), config.policy, rollout=r)
-        for chunk in chunks(sessions[mine], ordinals, r.siblings, r.groups_per_batch)
-    ]
+    done, seeds = [], Seeds(0, "strips")
+    judging = pool_of(reward).judging(purpose="strips", stage=name)
+    judged = Judged(judging, seeds, mine.start * r.siblings)
+    for chunk in chunks(sessions[mine], ordinals, r.siblings, r.groups_per_batch):
+        rollout_chunk(
+            policy, chunk, sampler, seeds, config.policy, rollout=r, decoded=judged.decoded
+        )
+        judged.done(chunk)
+        done.append(chunk)
     turns = max(len(s.turns) for s in sessions)
     processes.lend()
     drawn = [_first_of(chunk, s) for chunk in done for s in range(len(chunk.sessions))]
-    parts = processes.gather([(judge(reward, done, turns), drawn)])
+    parts = processes.gather([(judged.scores(turns), drawn)])
     if processes.main:
         scores = merge_scores([s for s, _ in parts])
         strips = [strip for _, part in parts for strip in part]

@@ -1,12 +1,13 @@
 """One iteration, read top to bottom: sessions -> rollout -> rewards -> credit -> policy loss of
 images and intents -> AdamW.
 
-The five steps are `rollout`, `rewards`, `credit`, `gradient` (which asks `losses` and `replay`) and
-`step` here. One process or many (torchrun), the same numbers: sessions, groups and noise follow
-from the run's seed and a session's place in the stream; every process rolls out its part of the
-groups, scores are gathered so that credit sees all of them, and gradients are summed once per
-optimiser step. The policy is not wrapped: groups need not divide evenly and a session's context is
-built outside of autograd, so one explicit reduction is simpler than a wrapper's hooks.
+The five steps are `rollout` (which `judging` listens to), `rewards`, `credit`, `gradient` (which
+asks `losses` and `replay`) and `step` here. One process or many (torchrun), the same numbers:
+sessions, groups and noise follow from the run's seed and a session's place in the stream; every
+process rolls out its part of the groups, scores are gathered so that credit sees all of them, and
+gradients are summed once per optimiser step. The policy is not wrapped: groups need not divide
+evenly and a session's context is built outside of autograd, so one explicit reduction is simpler
+than a wrapper's hooks.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from editr2.config import Config, TrainConfig
 from editr2.errors import NonFiniteError
 from editr2.policies.finite import ACCEPTED, LARGEST, unusable
 from editr2.policies.weights import exchanged, trainable
-from editr2.rewards.adapt import CheckedReward
-from editr2.rewards.base import check_failures, merge_scores
+from editr2.rewards.base import GivenReward, check_failures, merge_scores
+from editr2.rewards.panel import Panel
+from editr2.rewards.pool import Pool
 from editr2.rl.credit import assign_credit
-from editr2.rl.evaluate import judge
 from editr2.rl.gradient import Batch, accumulate_gradient, first_non_finite
+from editr2.rl.judging import Judged, pool_of
 from editr2.rl.losses import LOSSES
 from editr2.rl.metrics import Clock, train_row
 from editr2.rl.rollout import Seeds, chunks, rollout_chunk
@@ -38,7 +40,7 @@ def iteration(
     config: Config,
     state: State,
     source: SessionSource,
-    reward: CheckedReward,
+    reward: GivenReward | Panel | Pool,
     sampler: Sampler,
     processes: Processes,
     before_update: Callable[[], None] | None = None,
@@ -56,7 +58,10 @@ def iteration(
 
     with clock.phase("rollout"), exchanged(state.policy.module, state.old):
         sessions = [source[ordinal] for ordinal in ordinals[mine]]
-        done = [
+        judging = pool_of(reward).judging(purpose="train", iteration=state.iteration)
+        judged = Judged(judging, seeds, mine.start * r.siblings)
+        done = []
+        for chunk in chunks(sessions, ordinals[mine], r.siblings, r.groups_per_batch):
             rollout_chunk(
                 state.policy,
                 chunk,
@@ -65,14 +70,15 @@ def iteration(
                 config.policy,
                 rollout=r,
                 keep_velocity=loss.keeps_velocity(t),
+                decoded=judged.decoded,
             )
-            for chunk in chunks(sessions, ordinals[mine], r.siblings, r.groups_per_batch)
-        ]
+            judged.done(chunk)
+            done.append(chunk)
         processes.lend()
 
     with clock.phase("reward"):
         turns = max(len(source[ordinal].turns) for ordinal in ordinals)
-        scores = merge_scores(processes.gather([judge(reward, done, turns)]))
+        scores = merge_scores(processes.gather([judged.scores(turns)]))
         check_failures(scores, t.max_failed_scores)
 
     with clock.phase("credit"):

@@ -17,9 +17,12 @@ from editr2.policies.finite import check_weights
 from editr2.policies.load import open_policy, rehearse_save
 from editr2.policies.rules import check_config
 from editr2.policies.sharding import place
-from editr2.rewards.adapt import CheckedReward, adapt
-from editr2.rewards.base import GivenReward
+from editr2.rewards.adapt import panel
+from editr2.rewards.base import Calls, GivenReward
 from editr2.rewards.load import load_reward
+from editr2.rewards.panel import Panel
+from editr2.rewards.pool import Pool
+from editr2.rewards.record import Record
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.evaluate import comparison_row, draw_strips, evaluate, first_answer
@@ -31,7 +34,7 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
 from editr2.rl.start import Start, find_start
 from editr2.rl.state import State, new_state
-from editr2.run.checkpoint import capture_rng, generators_aside, seed_generators
+from editr2.run.generators import capture_rng, generators_aside, seed_generators
 from editr2.run.identity import (
     Identity,
     check_insisted,
@@ -39,6 +42,7 @@ from editr2.run.identity import (
     identify,
     loaded_weights,
     provenance,
+    reward_fingerprint,
 )
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
@@ -74,10 +78,14 @@ def train(
     with RunLock(run) as lock:
         processes.on_main(lambda: lock.take(make=False))  # before minutes of loading
         seed_generators(config.seed)
+        record = Record(run, index=processes.index, cache=config.reward.cache)
         if reward is None:
-            asked = load_reward(config.reward)
+            asked = load_reward(config.reward, record)
         else:
-            asked = adapt(reward, timeout=config.reward.timeout)
+            r = config.reward
+            asked = panel(reward, calls=Calls(r.concurrency, r.timeout, r.retries), record=record)
+        for member in asked.members:
+            member.identity = reward_fingerprint(member)
         weights: dict[str, str] = {}
         if policy is None:
             policy = open_policy(config.policy, processes)
@@ -124,13 +132,14 @@ class _Loop:
         config: Config,
         state: State,
         source: SessionSource,
-        reward: CheckedReward,
+        reward: Panel,
         own: Schedule | None,
         processes: Processes,
         identity: Identity,
         start: Start,
     ) -> None:
         self.config, self.state, self.source, self.reward = config, state, source, reward
+        self.pool = Pool(reward)
         self.processes, self.identity, self.start = processes, identity, start
         self.record, self.saved, self.folder = start.record, start.saved, Path(config.out)
         self.sampler = rollout_sampler(config.rollout, own).to(processes.device)
@@ -195,7 +204,7 @@ class _Loop:
                 config,
                 state,
                 self.source,
-                self.reward,
+                self.pool,
                 self.sampler,
                 self.processes,
                 stop.finish,
@@ -281,18 +290,19 @@ class _Loop:
             with generators_aside(seed), self.state.averaged() as averaged:
                 found = evaluate(
                     averaged,
-                    self.reward,
+                    self.pool,
                     self.source.heldout,
                     self.evaluation_sampler,
                     config,
                     processes,
+                    iteration=self.state.iteration,
                 )
             row = found.row(self.state.iteration, name)
         if name != "during":
             shown, strips = self.source.heldout[: config.eval.strips], self.folder / "strips"
             with generators_aside(seed), self.state.averaged() as averaged:
                 draw_strips(
-                    strips, name, averaged, self.reward, shown, self.sampler, config, processes
+                    strips, name, averaged, self.pool, shown, self.sampler, config, processes
                 )
         if made:
             self._append(row)

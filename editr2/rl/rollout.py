@@ -11,7 +11,7 @@ Until its window opens a group's first turn is the same for all siblings and is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -207,9 +207,11 @@ def rollout_chunk(
     rollout: RolloutConfig | None = None,
     greedy: bool = False,
     keep_velocity: bool = False,
+    decoded: Callable[[Chunk, int], None] | None = None,
 ) -> Chunk:
     """Fills `chunk.turns`. rollout: shared noise and storage dtype (default: shared, fp32). greedy:
-    intents by argmax (evaluation). Returns the chunk."""
+    intents by argmax (evaluation). decoded: called with the chunk and a turn once its images are
+    there. Returns the chunk."""
     device = device_of(policy.module)
     sampler = sampler.to(device)
     walk = Walk(policy, chunk)
@@ -235,6 +237,8 @@ def rollout_chunk(
             at, what = bad
             raise _non_finite(chunk, turn, int(rollouts[at]), what, LOOK_AT[what])
         chunk.turns.append(TurnRecord(rollouts, text, questions, intents, **path, images=images))
+        if decoded is not None:
+            decoded(chunk, turn)
     return chunk
 
 

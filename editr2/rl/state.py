@@ -19,14 +19,8 @@ from editr2.policies.finite import check_state
 from editr2.policies.weights import exchanged, load_trainable, mix, snapshot, trainable
 from editr2.rl.losses import LOSSES
 from editr2.rl.seeds import derive_seed
-from editr2.run.checkpoint import (
-    Checkpoint,
-    capture_rng,
-    load_checkpoint,
-    restore_rng,
-    save_checkpoint,
-    seed_generators,
-)
+from editr2.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from editr2.run.generators import capture_rng, restore_rng, seed_generators
 from editr2.run.identity import Identity, changes, named, settle
 
 

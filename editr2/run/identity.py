@@ -49,7 +49,16 @@ from editr2.sessions.session import pixel_sum
 from editr2.sessions.source import SessionSource
 from editr2.worlds import shapes
 
-MAY_CHANGE = {"out", "train.iterations", "checkpoint.every", "checkpoint.keep"}
+MAY_CHANGE = {
+    "out",
+    "train.iterations",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "reward.concurrency",
+    "reward.timeout",
+    "reward.retries",
+    "reward.cache",
+}
 """Settings that a resumed run may have others of: no number of an iteration follows from them."""
 STANDS_FOR = {
     "sessions": ("data.path",),
@@ -255,6 +264,8 @@ def reward_fingerprint(reward: Any) -> str:
     an underscore), so counters and caches are none. A judge whose answers change without any of
     this says so by its `version`. Raises `ConfigError` where its own code raises.
     """
+    if members := getattr(reward, "members", ()):  # of a run's panel
+        return " + ".join(map(reward_fingerprint, members))
     if type(reward).__module__.startswith("editr2."):
         reward = getattr(reward, "given", reward)  # what we put around a user's own
     try:
@@ -415,6 +426,10 @@ def named(config: Config | Mapping[str, Any], depends: Mapping[str, str] | None)
         if isinstance(config, Mapping)
         else json.loads(json.dumps(dataclasses.asdict(config)))
     )
+    uses = plain.get("reward", {}).get("use")
+    if uses:  # how often and how long they are called is nobody's number, as of one reward
+        kept = [{k: v for k, v in use.items() if f"reward.{k}" not in MAY_CHANGE} for use in uses]
+        plain = {**plain, "reward": {**plain["reward"], "use": kept}}
     return {**dict(_flat(plain)), **(depends or {})}
 
 

@@ -1,0 +1,244 @@
+"""The rewards of a run as the trainer asks them: each a `CheckedReward`, all of them a `Panel`."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from editr2.errors import ConfigError, UserError, plain
+from editr2.rewards.answers import TurnScores, batch_scores, failed_turns, session_scores
+from editr2.rewards.base import Calls, Item, Score
+from editr2.rewards.calling import (
+    OURS,
+    Caller,
+    NoAnswerError,
+    called,
+    constructor,
+    on_main_thread,
+    told,
+)
+from editr2.rewards.record import Record, pixel_digest, request_key
+from editr2.run.generators import generators_aside
+from editr2.sessions import Session
+from editr2.sessions.session import pixel_sum
+
+T = TypeVar("T")
+
+OURS.add(__file__)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a reward is asked: by a function of items, whether about several of them at once, and
+    what None means in its answer."""
+
+    function: Callable[[Sequence[Item]], Any]
+    together: bool
+    none: Score
+
+    def rows(self, items: Sequence[Item], names: Sequence[str]) -> list[list[TurnScores]]:
+        asked = [len(item.asked) for item in items]
+        said = self.function(items)
+        if self.together:
+            return batch_scores(said, asked, names, self.none)
+        return [session_scores(said, asked[0], names, self.none)]
+
+
+class CheckedReward:
+    """A reward as the trainer asks it: `judge` answers for every turn of every session and lets
+    nothing through but Ctrl-C.
+
+    names: of the rewards. given: what the user's own function or object is. title: what it is
+    called in errors. answered: whether it ever gave a score (or said that it does not apply).
+    by_turn, concurrency, batch: as `base.Reward` says; concurrency None: on the main thread alone.
+    recorded: whether this keeps the answers, which a reward that records its own calls, or has
+    nothing to record, does not need. identity: what tells its recorded answers from another
+    reward's (a run puts `editr2.run.identity`'s fingerprint here).
+    """
+
+    def __init__(
+        self, given: object, names: tuple[str, ...], form: Form, calls: Calls, title: str
+    ) -> None:
+        self.given, self.title, self.answered = given, title, False
+        self.names = names
+        self.by_turn = form.together and bool(getattr(given, "by_turn", False))
+        self.concurrency: int | None = calls.concurrency or getattr(given, "concurrency", None)
+        self.batch: int | None = getattr(given, "batch", None) if form.together else 1
+        own = "calls" in constructor(given)  # then it counts tries and seconds itself
+        self.recorded = not getattr(given, "exact", False) and "record" not in constructor(given)
+        self.identity = f"{called(given)} {getattr(given, 'version', '')}"
+        self._form = form
+        self._caller = Caller(None if own else calls.timeout)
+        self._tries = 1 + (0 if own else calls.retries or 0)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a run's record says of it."""
+        return {str(k): str(v) for k, v in getattr(self.given, "facts", {}).items()}
+
+    def probe(self) -> list[str]:
+        """What its own `probe` says of what works less well than it could; `UserError` where it
+        cannot work at all."""
+        probe = getattr(self.given, "probe", None)
+        return [] if probe is None else [plain(str(line)) for line in probe()]
+
+    def calls(self, items: Sequence[Item]) -> list[list[Item]]:
+        """The items, as they are asked about together."""
+        size = self.batch or max(1, len(items))
+        return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+    def judge(self, items: Sequence[Item], record: Record | None = None) -> list[list[TurnScores]]:
+        """A row for every turn that is asked about, of every item, of a `Score` for each name.
+        record: where answers are kept and found."""
+        return [rows for call in self.calls(items) for rows in self.call(call, record)]
+
+    def call(self, items: Sequence[Item], record: Record | None = None) -> list[list[TurnScores]]:
+        """Of one call."""
+        if record is None or not self.recorded:
+            said, _ = self._asked(items)
+            return said
+        key = request_key(reward=self.identity, items=[_item_parts(item) for item in items])
+        kept = record.find(key)
+        if kept is not None:
+            self.answered = True
+            return [[_kept(row, self.names) for row in rows] for rows in kept]
+        start = time.monotonic()
+        # An answer from the record draws nothing, so what is drawn must not move what comes after.
+        with generators_aside(items[0].seed) if on_main_thread() else nullcontext():
+            said, tries = self._asked(items)
+        failures = [s.reason for rows in said for row in rows for s in row.values() if s.failed]
+        where: dict[str, list[Any]] = {
+            "rollout": [item.rollout for item in items],
+            "turn": [[turn + 1 for turn in item.asked] for item in items],
+            "name": list(self.names),
+        }
+        record.write(
+            key,
+            [[_written(row) for row in rows] for rows in said],
+            failed=plain(str(failures[0])) if failures else None,
+            seconds=time.monotonic() - start,
+            tries=tries,
+            **{name: value[0] if len(value) == 1 else value for name, value in where.items()},
+        )
+        return said
+
+    def _asked(self, items: Sequence[Item]) -> tuple[list[list[TurnScores]], int]:
+        """The answer, and how many tries it took."""
+        asked = [len(item.asked) for item in items]  # before the reward had them in its hands
+        for tries in range(1, self._tries + 1):
+            try:
+                said = self._caller.call(lambda: self._rows(items))
+            except NoAnswerError as error:
+                said = [failed_turns(str(error), n, self.names) for n in asked]
+                if tries < self._tries:
+                    time.sleep(random.uniform(0, min(30.0, 2.0 ** (tries - 1))))
+                continue
+            break
+        self.answered |= any(
+            not all(score.failed for score in row.values()) for rows in said for row in rows
+        )
+        return said, tries
+
+    def _rows(self, items: Sequence[Item]) -> list[list[TurnScores]]:
+        mine = [item._replace(session=_apart(item.session)) for item in items]
+        return self._form.rows(mine, self.names)
+
+
+def _item_parts(item: Item) -> Any:
+    """All of an item that a judge can see, as JSON."""
+    s = item.session
+    turns = [[t.instruction, t.intent, t.task, t.meta] for t in s.turns]
+    images = [pixel_digest(image) for image in item.images]
+    return [s.id, s.mode, turns, s.meta, pixel_sum(s), images, list(item.asked), item.seed]
+
+
+def _written(row: TurnScores) -> list[Any]:
+    return [[score.value, score.reason, score.applies] for score in row.values()]
+
+
+def _kept(row: Sequence[Sequence[Any]], names: Sequence[str]) -> TurnScores:
+    return {name: Score(*values) for name, values in zip(names, row, strict=True)}
+
+
+class Panel:
+    """All rewards of a run as one: `names` of all of them, and `judge`, which asks each in turn.
+
+    record: where answers are kept and found, None for nowhere.
+    """
+
+    def __init__(self, members: Sequence[CheckedReward], record: Record | None = None) -> None:
+        self.members, self.record = tuple(members), record
+        self.names = tuple(name for member in members for name in member.names)
+        lower = [name.lower() for name in self.names]
+        for member in members:
+            for name in member.names:
+                if lower.count(name.lower()) > 1:
+                    titles = ", ".join(m.title for m in members if name in m.names) or member.title
+                    raise ConfigError(
+                        f"{titles}: names: {name!r} more than once (accepted: rewards whose scores "
+                        f"have names of their own)"
+                    )
+
+    @property
+    def answered(self) -> bool:
+        """Whether each of them ever gave a score."""
+        return all(member.answered for member in self.members)
+
+    def judge(self, items: Sequence[Item]) -> list[list[TurnScores]]:
+        """A row for every turn that is asked about, of every item."""
+        return joined([member.judge(items, self.record) for member in self.members])
+
+    def probe(self) -> list[str]:
+        """What each says of itself before anything is judged; raises its `UserError`."""
+        return [
+            f"{member.title}: {line}"
+            for member in self.members
+            for line in _guarded(member.probe, f"{member.title}: probe()")
+        ]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {name: text for member in self.members for name, text in member.facts.items()}
+
+
+def _guarded(function: Callable[[], T], title: str) -> T:
+    try:
+        return function()
+    except (KeyboardInterrupt, UserError):
+        raise
+    except BaseException as error:  # a user's own
+        raise ConfigError(f"{title} raised {told(error)}") from error
+
+
+def joined(said: Sequence[Sequence[Sequence[TurnScores]]]) -> list[list[TurnScores]]:
+    """Rows of several rewards about the same turns as one row each."""
+    return [
+        [{name: score for row in rows for name, score in row.items()} for rows in zip(*of_item)]
+        for of_item in zip(*said)
+    ]
+
+
+def _apart(session: Session) -> Session:
+    """The same session, whose pixels and `meta` may be written into: what is edited next does not
+    depend on a judge."""
+    turns = []
+    for turn in session.turns:
+        turns.append(copy.copy(turn))
+        vars(turns[-1])["meta"] = _containers(turn.meta)
+    mine = copy.copy(session)
+    vars(mine).update(
+        image=lambda: session.image.copy(), turns=tuple(turns), meta=_containers(session.meta)
+    )
+    return mine
+
+
+def _containers(value: Any) -> Any:
+    """Dicts and lists of JSON anew; what is in them is shared."""
+    if type(value) is dict:
+        return {key: _containers(item) for key, item in value.items()}
+    return [_containers(item) for item in value] if type(value) is list else value

@@ -1,0 +1,68 @@
+"""What is judged of a rollout: the items that rewards are asked about, turn by turn while it goes
+on and whole when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from editr2.rewards.adapt import panel
+from editr2.rewards.base import GivenReward, Item, Scores
+from editr2.rewards.panel import CheckedReward, Panel
+from editr2.rewards.pool import Judging, Pool
+from editr2.rl.rollout import Chunk, Seeds
+from editr2.rl.seeds import derive_seed
+
+_POSITIVE = (1 << 63) - 1
+
+
+class Judged:
+    """A batch of rollouts on its way to its scores: `decoded` hears of every turn, `done` of every
+    chunk, in order, and `scores` waits for the answers.
+
+    first: the place of the batch's first rollout among those of all processes.
+    """
+
+    def __init__(self, judging: Judging, seeds: Seeds, first: int = 0) -> None:
+        self._judging, self._seeds, self._next = judging, seeds, first
+        self._begun = 0
+
+    def decoded(self, chunk: Chunk, turn: int) -> None:
+        """Of the chunk that `done` hears of next."""
+        self._judging.turn(
+            [self._item(chunk, rollout, turn) for rollout in chunk.turns[turn].rollout.tolist()]
+        )
+
+    def done(self, chunk: Chunk) -> None:
+        self._judging.rollouts([self._item(chunk, rollout) for rollout in range(chunk.rollouts)])
+        self._next += chunk.rollouts
+
+    def scores(self, turns: int) -> Scores:
+        return self._judging.scores(turns)
+
+    def _item(self, chunk: Chunk, rollout: int, turn: int | None = None) -> Item:
+        ordinal, sibling = chunk.ordinals[rollout // chunk.siblings], rollout % chunk.siblings
+        seed = derive_seed(self._seeds.run, self._seeds.purpose, "judge", ordinal, sibling)
+        session, images = chunk.session_of(rollout), chunk.images_of(rollout)
+        turns = None if turn is None else (turn,)
+        return Item(session, images, turns, self._next + rollout, seed & _POSITIVE)
+
+
+def pool_of(reward: GivenReward | CheckedReward | Panel | Pool) -> Pool:
+    """A reward of any form, ready to be asked beside a rollout."""
+    return reward if isinstance(reward, Pool) else Pool(panel(reward))
+
+
+def judge(
+    reward: GivenReward | CheckedReward | Panel | Pool,
+    done: Sequence[Chunk],
+    turns: int,
+    seeds: Seeds | None = None,
+) -> Scores:
+    """Scores of all rollouts of some chunks, in order."""
+    seeds = seeds or Seeds(0, "judge")
+    judged = Judged(pool_of(reward).judging(purpose=seeds.purpose), seeds)
+    for chunk in done:
+        for turn in range(len(chunk.turns)):
+            judged.decoded(chunk, turn)
+        judged.done(chunk)
+    return judged.scores(turns)
