@@ -421,7 +421,7 @@ def _edit(rng: np.random.Generator, task: str, scene: Scene, free: list[int]) ->
         text = next(TEXTS[i] for i in rng.permutation(len(TEXTS)) if TEXTS[i] not in (target.text,))
         return _Edit(
             f'Replace "{target.text}" on the sign with "{text}".',
-            f"replace [{target.text}] on [sign] with [{text}]",
+            f"replace the text '[{target.text}]' on [sign] with '[{text}]'",
             scene.changed(target, text=text),
             scene.changed(other, text=text),
             [third.name],
@@ -437,7 +437,8 @@ def _edit(rng: np.random.Generator, task: str, scene: Scene, free: list[int]) ->
         )
     free_at = [_CELLS[cell] for cell in free]
     options: list[tuple[str, tuple[float, float]]] = []
-    for target, other, third in permutations(scene.things[:3]):  # until there is a side to go to
+    for order in permutations(scene.things[:3]):  # until there is a side to go to
+        target, other, third = order
         for side, at in product(("left", "right", "above", "below"), free_at):
             already = task == "position_change" and _beside(target.at, side, other.at)
             if _beside(at, side, other.at) and not already:

@@ -168,8 +168,8 @@ def silhouette(picture: Picture, box: Box) -> Mask:
 
 
 def inner(place: Mask) -> Mask:
-    """A place without its rim, of 4 pixels where that leaves a quarter of it, else of fewer: what is
-    around it is seen through the blur."""
+    """A place without its rim, of 4 pixels where that leaves a quarter of it, else of fewer: the
+    blur brings in what is around it."""
     for radius in (4, 3, 2, 1):
         core = ~grown(~place, radius)
         if core.sum() >= 0.25 * place.sum():

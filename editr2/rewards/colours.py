@@ -115,7 +115,7 @@ _SHADES = {
     **dict.fromkeys(("light", "pale", "pastel", "sky", "baby"), (0.62, 1.0)),
     **dict.fromkeys(("dark", "deep", "forest", "midnight"), (0.0, 0.55)),
 }
-_PLAIN = frozenset("bright vivid hot neon solid pure colour color colored coloured".split())
+_PLAIN = frozenset(("bright", "vivid", "hot", "neon", "solid", "pure", "colour", "color"))
 
 
 def colour_of(words: str, *, alone: bool = False) -> Colour | None:

@@ -1,5 +1,5 @@
-"""A judge without a server or a network: IF and CC of a turn from its pixels, and text that RapidOCR
-reads.
+"""A judge without a server or a network: IF and CC of a turn from its pixels, and from text that
+RapidOCR reads.
 
 It knows no objects. It sees where two images differ, whether edges and colours of a place stayed,
 whether something stands out from what is around it, and it has a table of what English calls a
@@ -9,8 +9,8 @@ which its reason names:
 | task | IF is seen in |
 |---|---|
 | color_alter | the changed place moved towards the colour that was asked; its outline stayed |
-| material_alter | the same, for materials that have a colour of their own (gold, wood, stone ...) |
-| subject_add | something stands out where nothing did: of the colour and on the side that was asked |
+| material_alter | the same, for materials with a colour of their own (gold, wood, stone ...) |
+| subject_add | something stands out where nothing did, of the asked colour, on the asked side |
 | subject_remove | what stood out there does not any more |
 | subject_replace | something else stands out there, of another outline or colour |
 | position_change | it is gone from there, and much the same stands out on the asked side |
@@ -20,10 +20,10 @@ which its reason names:
 
 A tone that the whole image took on, and changes elsewhere, lower it; an untouched image has 0.
 
-CC compares the output with the source wherever the turns so far had no right to change: per pixel by
-colour (the tone of the whole included) and local structure. The right is that of the place where a
-turn's own change lies, if that is not most of the image. After a change of the background only the
-objects that are to stay are compared, and CC does not apply where nobody says where they are.
+CC compares the output with the source wherever the turns so far had no right to change: per pixel
+by colour (the tone of the whole included) and local structure. The right is that of the place where
+a turn's own change lies, if that is not most of the image. After a change of the background only
+the objects that are to stay are compared, and CC does not apply where nobody says where they are.
 
 `meta["boxes"]` of a session (things in its source) or of a turn (before it), `{name: [x0, y0, x1,
 y1]}` in fractions of width and height, says where things are. **Without it the place is taken from
@@ -77,11 +77,15 @@ MATERIALS: dict[str, str] = {
     **dict.fromkeys(("grass", "moss", "leaves", "jade"), "green"),
     "brick": "red",
 }
-"""Material -> the colour that it has. Of all others (glass, plastic, fabric ...) nothing is said."""
+"""Material -> the colour that it has. Of others (glass, plastic, fabric ...) nothing is said."""
 _BROAD = {
     "orange": Colour("the colour of copper", (0.35, 0.85), (0.05, 0.25), (30, 75)),
     "grey": Colour("the colour of stone", (0.25, 0.86), (0.0, 0.05), None),
 }
+
+ELSEWHERE = (0.15, 0.5)
+"""The share of all change that lies in its place: below the first it is a change of the whole, from
+the second on the rest is CC's to judge."""
 
 
 class Reads(Protocol):
@@ -112,7 +116,7 @@ class Look:
     @property
     def confined(self) -> float:
         """Whether the change is in its place: the share of it that is."""
-        return ramp(_share(self.change, self.place), 0.3, 0.85)
+        return ramp(_share(self.change, self.place), *ELSEWHERE)
 
     @property
     def toned(self) -> float:
@@ -291,7 +295,7 @@ def _subject_add(look: Look) -> Said:
         return {"appeared": 0.0}
     side = _beside(look, part)
     factors = {"appeared": new, "no patch": _no_patch(look.change, part)}
-    factors["elsewhere not"] = ramp(_share(look.change, part.place), 0.3, 0.85)
+    factors["elsewhere not"] = ramp(_share(look.change, part.place), *ELSEWHERE)
     if isinstance(side, str):  # what is there can be seen, where it is asked for cannot
         side = {}
     return {**factors, **side, **_new_colour(look, part.mask)}
@@ -319,7 +323,7 @@ def _position_change(look: Look) -> Said:
     side = _beside(look, part)
     both = origin | grown(origin, 6) | part.place
     factors = {"left": left, "appeared": new, "the same": ramp(float(apart.mean()), 0.15, 0.05)}
-    factors["elsewhere not"] = ramp(_share(change, both), 0.3, 0.85)
+    factors["elsewhere not"] = ramp(_share(change, both), *ELSEWHERE)
     return {**factors, **(side if isinstance(side, dict) else {})}
 
 
@@ -457,6 +461,7 @@ def consistency(whole: Change, allowed: np.ndarray, kept: Mask | None) -> Score:
 
 _VERB = r"(?:change|alter|set|turn|switch|make|adjust)"
 _THING = r"(?:(?:the|an?|all|its|this|that)\s+)*(?P<object>[^\[\],.;]+?)"
+_MADE = _THING.replace("object", "made")  # a name can be given once in a pattern
 _NEW = r"(?:(?:the|an?|some)\s+)*(?P<new>[^\[\],.;]+?)"
 _SIDE = (
     r"(?:(?:on|to|at)\s+the\s+)?(?P<side>left|right|above|below|over|under|beneath)"
@@ -472,11 +477,16 @@ _PLAIN: tuple[tuple[str, str], ...] = (
     (
         rf"(?:replace|change|swap)\s+(?:the\s+)?(?:text|word)?\s*{_QUOTE}(?P<old>[^\"]+?){_QUOTE}\s+on\s+"
         rf"{_THING}\s+(?:with|by|to|for|into)\s+{_QUOTE}(?P<new>[^\"]+?){_QUOTE}",
-        "replace [{old}] on [{object}] with [{new}]",
+        "replace the text '[{old}]' on [{object}] with '[{new}]'",
     ),
     (
         rf"(?:add|write|put|print)\s+(?:the\s+)?(?:text|words?)?\s*{_QUOTE}(?P<new>[^\"]+?){_QUOTE}.*",
-        "add [{new}]",
+        "add the text '[{new}]'",
+    ),
+    (
+        rf"(?:{_VERB}\s+the\s+material\s+of\s+{_THING}\s+(?:to|into)|make\s+{_MADE}\s+(?:out\s+)?of)\s+"
+        r"(?P<new>[a-z ]+)",
+        "change the material of [{object}] to [{new}]",
     ),
     (
         rf"{_VERB}\s+the\s+colou?r\s+of\s+{_THING}\s+(?:to|into)\s+(?P<colour>[^,.;]+)",
@@ -488,17 +498,13 @@ _PLAIN: tuple[tuple[str, str], ...] = (
         "change the color of [{object}] to [{colour}]",
     ),
     (
-        rf"(?:make|turn|change)\s+(?:the\s+material\s+of\s+)?{_THING}\s+"
-        rf"(?:(?:out\s+)?of|from|to|into)\s+(?P<new>[a-z ]+)",
-        "change the material of [{object}] to [{new}]",
-    ),
-    (
         rf"(?:remove|delete|erase|get\s+rid\s+of|take\s+away)\s+{_THING}"
         r"(?:\s+from\s+the\s+(?:image|picture|photo|scene))?",
         "remove [{object}]",
     ),
     (
-        rf"(?:replace|swap|exchange)\s+{_THING}\s+(?:with|by|for)\s+{_NEW}",
+        rf"(?:(?:replace|swap|exchange)\s+{_THING}\s+(?:with|by|for)|(?:change|turn)\s+{_MADE}\s+"
+        rf"(?:in)?to\s+an?)\s+{_NEW}",
         "replace [{object}] with [{new}]",
     ),
     (rf"(?:move|put|place|shift)\s+{_THING}\s+{_SIDE}", "move [{object}] {side} [{reference}]"),
@@ -523,6 +529,7 @@ def bracketed(instruction: str) -> str | None:
         if match is None:
             continue
         fields = {name: text.strip() for name, text in match.groupdict().items() if text}
+        fields.setdefault("object", fields.pop("made", ""))
         if "colour" in fields and colour_of(fields["colour"], alone=True) is None:
             words = fields["colour"].split()
             if len(words) < 2 or colour_of(words[-1], alone=True) is None:
