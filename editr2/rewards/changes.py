@@ -9,6 +9,7 @@ difference that can just be seen.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,25 +46,19 @@ def ramps(values: Map, low: float, high: float) -> Map:
 
 def mean_around(values: Map, radius: int) -> Map:
     """The mean over squares of 2 radius + 1 pixels, [H, W]; edges are continued outwards."""
-    for axis in (0, 1):
-        pads = [(0, 0), (0, 0)]
-        pads[axis] = (radius + 1, radius)
-        total = np.cumsum(np.pad(values, pads, mode="edge"), axis, dtype=np.float64)
-        span = 2 * radius + 1
-        high, low = [slice(None)] * 2, [slice(None)] * 2
-        high[axis], low[axis] = slice(span, None), slice(None, -span)
-        values = ((total[tuple(high)] - total[tuple(low)]) / span).astype(np.float32)
+    span = 2 * radius + 1
+    for _ in (0, 1):
+        total = np.cumsum(np.pad(values, ((radius + 1, radius), (0, 0)), mode="edge"), 0)
+        values = ((total[span:] - total[:-span]) / np.float32(span)).T
     return values
 
 
 def _blurred(lab: Lab) -> Lab:
     """With (1, 4, 6, 4, 1) / 16 along both axes."""
-    for axis in (0, 1):
-        pads = [(0, 0)] * 3
-        pads[axis] = (2, 2)
-        p = np.moveaxis(np.pad(lab, pads, mode="edge"), axis, 0)
-        out = (p[:-4] + p[4:] + 4 * (p[1:-3] + p[3:-1]) + 6 * p[2:-2]) * np.float32(1 / 16)
-        lab = np.moveaxis(out, 0, axis)
+    for _ in (0, 1):
+        p = np.pad(lab, ((2, 2), (0, 0), (0, 0)), mode="edge")
+        lab = p[:-4] + p[4:] + 4 * (p[1:-3] + p[3:-1]) + 6 * p[2:-2]
+        lab = (lab * np.float32(1 / 16)).transpose(1, 0, 2)
     return lab
 
 
@@ -118,7 +113,31 @@ class Picture:
 
 def grown(mask: Mask, radius: int) -> Mask:
     """With every pixel within `radius` (of a square)."""
-    return mean_around(mask.astype(np.float32), radius) > 1e-4
+    for axis in (0, 1):
+        mask = np.moveaxis(mask, axis, 0).copy()
+        left = radius
+        while left > 0:  # twice as far at every step: 13 is 1, 2, 4 and the rest
+            step = min(left, max(1, (radius - left + 1)))
+            wider = mask.copy()
+            wider[step:] |= mask[:-step]
+            wider[:-step] |= mask[step:]
+            mask, left = wider, left - step
+        mask = np.moveaxis(mask, 0, axis)
+    return mask
+
+
+def most_around(values: Map, radius: int) -> Map:
+    """The largest within squares of 2 radius + 1 pixels."""
+    for _ in (0, 1):
+        padded = np.pad(values, ((radius, radius), (0, 0)), mode="edge")
+        rows = [padded[i : i + len(values)] for i in range(2 * radius + 1)]
+        values = functools.reduce(np.maximum, rows).T
+    return values
+
+
+def rim(place: Mask) -> Mask:
+    """The pixels on both sides of the border of a place."""
+    return grown(place, 1) & grown(~place, 1)
 
 
 def _sample(values: Lab, most: int) -> Lab:
@@ -239,6 +258,40 @@ class Change:
             return 0.0
         return max(0.0, float(np.corrcoef(one, two)[0, 1]))
 
+    def along_edges(self, place: Mask) -> float:
+        """The share of a place's border where there was an edge before wherever there is one now:
+        about 1 for a thing that took another colour, little for paint on top of it."""
+        border = rim(place)
+        if not border.any():
+            return 0.0
+        was = most_around(self.before.edges, 2)[border]
+        now = self.after.edges[border]
+        return float((was >= np.minimum(0.3 * now, 0.02)).mean())
+
+    def seam(self, place: Mask, around: Mask) -> float:
+        """How strong the edges at a place's border now are, in those of what is around it."""
+        border = rim(place)
+        if not border.any() or not around.any():
+            return 0.0
+        now = self.after.edges
+        return float(now[border].mean()) / (float(now[around].mean()) + 0.004)
+
+    def untold(self, place: Mask) -> float:
+        """What of the change of a place no change of tone explains (another lightness, contrast or
+        tint): the residual of the best affine map of its colours, root mean square."""
+        before, after = self.before.soft[place], self.after.soft[place]
+        if len(before) < 16:
+            return 0.0
+        known = np.concatenate([before, np.ones((len(before), 1), np.float32)], 1).astype(float)
+        target = after.astype(float)
+        fit = np.linalg.lstsq(known.T @ known, known.T @ target, rcond=None)[0]
+        return float(np.sqrt(((target - known @ fit) ** 2).sum(1).mean()))
+
+    def lost_outside(self, place: Mask) -> float:
+        """Of what is not in or close to a place, how much is lost, in [0, 1]."""
+        outside = ~grown(place, 5)
+        return float(self.damage[outside].mean()) if outside.any() else 1.0
+
     @cached_property
     def damage(self) -> Map:
         """What of each pixel's surroundings is lost, in [0, 1]: by its colour, the tone of the
@@ -248,9 +301,14 @@ class Change:
         both = mean_around(light * light2, 3) - mean * mean2
         floor = np.float32(4e-4)  # the variance of a noise of 5 levels
         structure = (2 * both + floor) / (variance + variance2 + floor)
-        lost = 1 - (1 - ramps(self.raw, 0.03, 0.14)) * (1 - ramps(1 - structure, 0.3, 0.9))
+        lost = 1 - (1 - ramps(self.raw, 0.03, 0.14)) * (1 - ramps(1 - structure, 0.25, 0.8))
         result: Map = lost.astype(np.float32)
         return result
+
+    @cached_property
+    def detail(self) -> Map:
+        """Where there was something to lose beside colour, in [0, 1]."""
+        return ramps(self.before._statistics[2], 2e-4, 2e-3)
 
 
 def _parts(mask: Mask, delta: Map) -> tuple[Part, ...]:

@@ -122,6 +122,10 @@ class Look:
     def toned(self) -> float:
         return ramp(self.change.tint, 0.10, JUST_SEEN)
 
+    @property
+    def rest(self) -> float:
+        return ramp(self.change.lost_outside(_union(self.change.parts[:2], self.change)), 0.6, 0.3)
+
     def named(self) -> dict[str, float]:
         """Without a box: whether the object had the colour that its name says."""
         colour = colour_of(self.edit.object or "")
@@ -182,14 +186,16 @@ def _coloured(look: Look, colour: Colour, least: float) -> Factors:
         return {"changed": 0.0}
     was, now = (colour.distance(p.soft[place]) for p in (change.before, change.after))
     moved = np.where(was > 0.05, np.clip(1 - now / np.maximum(was, 1e-6), 0, 1), now < 0.04)
-    rim = grown(place, 2) & grown(~place, 2)
-    there, new = (float(p.edges[rim].mean()) for p in (change.before, change.after))
     outline = ramp(change.outline_kept(place), least, least + 0.35)
     factors = {f"{colour.name}": ramp(float(moved.mean()), 0.05, 0.8), "outline": outline}
-    factors["along its edges"] = ramp(there / max(new, 1e-6), 0.05, 0.3)
+    sharp = float(change.after.edges[place].mean()) / max(
+        float(change.before.edges[place].mean()), 1e-6
+    )
+    factors["sharp"] = ramp(sharp, 0.25, 0.55)
+    factors["along its edges"] = ramp(change.along_edges(place), 0.45, 0.8)
     if (box := look.box(look.edit.object)) is not None:
         thing = grown(silhouette(change.before, box), 3)
-        factors["not around it"] = ramp(float(thing[place].mean()), 0.4, 0.75)
+        factors["not around it"] = ramp(float(thing[place].mean()), 0.5, 0.8)
     return factors
 
 
@@ -206,7 +212,7 @@ def _material_alter(look: Look) -> Said:
     if name is None:
         return f"the material {plain(str(look.edit.material))!r} has no colour of its own"
     colour = _BROAD.get(name, COLOURS[name])
-    return {**_changed(look), **_coloured(look, colour, 0.1), **look.named()}
+    return {**_changed(look), **_coloured(look, colour, 0.2), **look.named()}
 
 
 def _subject_remove(look: Look) -> Said:
@@ -217,7 +223,10 @@ def _subject_remove(look: Look) -> Said:
     around = ring(change.before, place, change.mask & ~place)
     was, now = (stands_out(p, place, around) for p in (change.before, change.after))
     gone = ramp(now / max(was, 1e-6), 0.75, 0.25) * ramp(was, 0.02, 0.05)
-    return {"gone": gone, **_changed(look), **look.named()}
+    edges = change.after.edges
+    like = (float(edges[place].mean()) + 0.003) / (float(np.median(edges[around])) + 0.003)
+    seam = ramp(change.seam(look.place, around), 5.0, 2.5) * ramp(like, 0.3, 0.6)
+    return {"gone": gone, "no patch": seam, **_changed(look), **look.named()}
 
 
 def _subject_replace(look: Look) -> Said:
@@ -225,7 +234,9 @@ def _subject_replace(look: Look) -> Said:
     place = look.place
     around = ring(change.before, place, change.mask & ~place)
     was, now = (stands_out(p, place, around) for p in (change.before, change.after))
-    other = ramp(change.outline_kept(place), 0.85, 0.45)
+    # A tint over a thing makes new edges around it, and keeps those in it.
+    kept = max(change.outline_kept(place), change.outline_kept(inner(inner(place))))
+    other = ramp(kept, 0.85, 0.45)
     factors = {**_changed(look), "stands out": ramp(now / max(was, 1e-6), 0.2, 0.5)}
     factors["another outline"] = 0.3 + 0.7 * other
     if box is not None:
@@ -378,6 +389,8 @@ def _background_change(look: Look) -> Said:
     if colour is not None and (around & new).any():
         near = colour.distance(change.after.soft[around & new]) < 0.06
         factors[colour.name] = ramp(float(near.mean()), 0.1, 0.5)
+    elif colour is None:  # a plain colour may be a tone; anything else is another picture
+        factors["more than a tone"] = ramp(change.untold(around), 0.006, 0.013)
     return factors
 
 
@@ -408,7 +421,7 @@ def instruction_following(look: Look) -> Score:
     if isinstance(said, str):
         return Score.not_applicable(said)
     if look.edit.task not in _OF_THE_WHOLE:
-        said = {**said, "no tint": look.toned}
+        said = {**said, "no tint": look.toned, "the rest kept": look.rest}
     value = float(np.prod(list(said.values())))
     return Score(value, ", ".join(f"{name} {factor:.2f}" for name, factor in said.items()))
 
@@ -455,6 +468,9 @@ def consistency(whole: Change, allowed: np.ndarray, kept: Mask | None) -> Score:
     if total < least * weight.size:
         return Score.not_applicable("nothing is left to compare")
     lost = float((weight * whole.damage).sum()) / total
+    detail = weight * whole.detail
+    if (of := float(detail.sum())) > 0.003 * weight.size:  # half by area, half by what is on it
+        lost = (lost + float((detail * whole.damage).sum()) / of) / 2
     reason = f"{100 * lost:.1f} % lost of the {100 * total / weight.size:.0f} % that stay"
     return Score((1 - lost) ** 4, reason)
 
