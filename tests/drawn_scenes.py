@@ -553,15 +553,15 @@ def pairs(count: int = 200) -> list[Pair]:
 
 # ---------------------------------------------------------------------------------------- examples
 
-_EXAMPLE_TASKS = (
-    ("color_alter", "subject_remove", "background_change"),
-    ("subject_add", "color_alter", "subject_replace"),
+_EXAMPLE_TASKS = (  # what is removed comes last: every edit needs three things
+    ("color_alter", "subject_replace", "subject_remove"),
+    ("subject_add", "color_alter", "background_change"),
     ("text_change", "color_alter", "subject_add"),
     ("position_change", "material_alter", "subject_remove"),
     ("subject_replace", "subject_add", "color_alter"),
-    ("material_alter", "subject_remove", "color_alter"),
+    ("material_alter", "position_change", "color_alter"),
     ("background_change", "color_alter", "subject_remove"),
-    ("subject_remove", "position_change", "color_alter"),
+    ("subject_add", "subject_replace", "subject_remove"),
 )
 _EXAMPLE_SIZES = (256, 320, 384, 512, 256, 320, 384, 256)
 # Square, so that a policy of any square resolution sees all of them, and `boxes` hold.

@@ -4,7 +4,7 @@ RapidOCR reads.
 It knows no objects. It sees where two images differ, whether edges and colours of a place stayed,
 whether something stands out from what is around it, and it has a table of what English calls a
 colour. From that each task has a rule (`RULES`) of a few factors in [0, 1], whose product is IF and
-which its reason names:
+those below 1 are its reason:
 
 | task | IF is seen in |
 |---|---|
@@ -191,7 +191,8 @@ def _coloured(look: Look, colour: Colour, least: float) -> Factors:
     sharp = float(change.after.edges[place].mean()) / max(
         float(change.before.edges[place].mean()), 1e-6
     )
-    factors["sharp"] = ramp(sharp, 0.25, 0.55)
+    # A blur takes edges away; so does a colour that is that of the surroundings.
+    factors["sharp"] = 0.4 + 0.6 * ramp(sharp, 0.25, 0.55)
     factors["along its edges"] = ramp(change.along_edges(place), 0.45, 0.8)
     if (box := look.box(look.edit.object)) is not None:
         thing = grown(silhouette(change.before, box), 3)
@@ -297,7 +298,10 @@ def _beside(look: Look, part: Part) -> Factors | str:
     box = look.box(edit.reference)
     if box is None:
         return f"nobody says where the {plain(edit.reference)} is (meta.boxes)"
-    return {f"{edit.side} of the {edit.reference}": float(is_beside(part.box, edit.side, box))}
+    of = " of" if edit.side in ("left", "right") else ""
+    return {
+        f"{edit.side}{of} the {plain(edit.reference)}": float(is_beside(part.box, edit.side, box))
+    }
 
 
 def _subject_add(look: Look) -> Said:
@@ -423,7 +427,8 @@ def instruction_following(look: Look) -> Score:
     if look.edit.task not in _OF_THE_WHOLE:
         said = {**said, "no tint": look.toned, "the rest kept": look.rest}
     value = float(np.prod(list(said.values())))
-    return Score(value, ", ".join(f"{name} {factor:.2f}" for name, factor in said.items()))
+    short = [f"{name} {factor:.2f}" for name, factor in said.items() if factor < 0.995]
+    return Score(value, ", ".join(short) or f"as asked: {', '.join(said)}")
 
 
 def rights(look: Look | None, change: Change) -> npt.NDArray[np.float32]:
