@@ -4,7 +4,6 @@ does not get past it."""
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
