@@ -170,6 +170,11 @@ def test_a_tone_of_the_whole_costs_consistency_and_is_no_new_background(scenes):
         image = np.clip(image, 0, 255).round().astype(np.uint8)
         row = judged(pair.session, image)
         assert row["IF"].value < 0.1 and row["CC"].value < 0.5
+    pair = scenes.pair(3)
+    for right in (False, True):  # beside the right edit, too
+        image = pair.outputs["right"].image if right else pair.session.image
+        tinted = np.clip(image.astype(int) + (40, 10, -20), 0, 255).astype(np.uint8)
+        assert judged(pair.session, tinted)["CC"].value < 0.5
 
 
 # ------------------------------------------------------------------------------- what it cannot see
@@ -191,7 +196,7 @@ def test_what_does_not_apply_says_why(scenes):
     assert "meta.boxes" in judged(bare, moved.outputs["right"].image)["IF"].reason
     bare = without(new.session, "boxes")
     row = judged(bare, new.outputs["right"].image)
-    assert row["IF"].value > 0.5 and not row["CC"].applies
+    assert row["IF"].value > 0.5 and not row["CC"].applies and "meta.boxes" in row["CC"].reason
     glass = Turn("Make the ball of glass", task="material_alter")
     session = dataclasses.replace(count.session, image=count.session.image, turns=(glass,))
     row = judged(session, count.outputs["right"].image)
