@@ -342,6 +342,41 @@ def test_any_size_and_twice_the_same(scenes):
     assert change.mass == 0 and not change.parts and change.damage.max() == 0
 
 
+FORMS = (
+    "add [red cup] left [ball]",
+    "remove [ball]",
+    "replace [ball] with [red cup]",
+    "change the color of [ball] to [red]",
+    "change the material of [ball] to [gold]",
+    "replace the text '[A]' on [ball] with '[B]'",
+    "move [ball] left [cup]",
+    "change the count of [ball] to [2]",
+    "change the background to [beach]",
+    "change the background to [blue]",
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("error")
+def test_nothing_gives_no_number(form):
+    """Images without a change, without anything in them or of nothing else, and boxes of no use."""
+    rng = np.random.default_rng(0)
+    flat = np.full((64, 64, 3), 90, np.uint8)
+    noise = rng.integers(0, 256, flat.shape).astype(np.uint8)
+    red = np.full((64, 64, 3), (220, 20, 20), np.uint8)
+    boxes = ({}, {"ball": [0, 0, 1, 1]}, {"ball": [0.5, 0.5, 0.5, 0.5], "cup": [0, 0, 0, 0]})
+    boxes += ({"ball": [0.1, 0.1, 0.4, 0.4], "cup": [0.6, 0.6, 0.9, 0.9]},)
+    for source in (flat, noise):
+        for output in (flat, noise, red):
+            for known in boxes:
+                turn = Turn("edit", meta={"formatted_instruction": form, "boxes": known})
+                row = judged(Session("s", source, (turn,)), output)
+                for score in row.values():
+                    assert not score.failed
+                if output is source and row["IF"].applies:
+                    assert row["IF"].value == 0
+
+
 def test_the_examples_are_what_their_code_draws(scenes):
     sessions = list(load_sessions(EXAMPLES))
     drawn = scenes.example_sessions()

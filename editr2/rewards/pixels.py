@@ -222,6 +222,8 @@ def _subject_remove(look: Look) -> Said:
     if box is not None:
         place = silhouette(change.before, box)
     around = ring(change.before, place, change.mask & ~place)
+    if not place.any() or not around.any():
+        return {"changed": 0.0}
     was, now = (stands_out(p, place, around) for p in (change.before, change.after))
     gone = ramp(now / max(was, 1e-6), 0.75, 0.25) * ramp(was, 0.02, 0.05)
     edges = change.after.edges
@@ -328,6 +330,8 @@ def _position_change(look: Look) -> Said:
         if main is None or value == 0:
             return {"left": 0.0}
         origin = main.place
+    if not origin.any():
+        return {"left": 0.0}
     left = _vanished(change, origin)
     part, new = newest(change, grown(origin, 4))
     if part is None:
@@ -380,8 +384,10 @@ def _background_change(look: Look) -> Said:
     around = ~rims
     new = change.raw > 0.06
     if objects:
-        kept = 1 - float(change.damage[things].mean())
+        kept = 1 - float(change.damage[things].mean() if things.any() else 0.0)
         stays = ramp(kept, 0.3, 0.8)
+        if not around.any():
+            return "things are everywhere, and no background is left (meta.boxes)"
     else:  # something has to be left as it was, and not at the border alone
         height, width = new.shape
         still = change.raw[height // 12 : -height // 12, width // 12 : -width // 12] < 0.03
