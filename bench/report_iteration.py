@@ -198,6 +198,35 @@ def transformers(page: Page) -> None:
         )
 
 
+def judged(page: Page) -> None:
+    for case in cases(page.of(["judging"])).values():
+        first = case[0]
+        groups, siblings, turns = first.shape
+        page.add(
+            f"## Waiting for a judge: {groups} groups of {siblings}, {turns} turns",
+            "",
+            f"{first.mode}, {first.extra['calls']} calls; {where(first)}. *eager serial* calls it "
+            "on the main thread when the rollout is done, *editr2* from several threads as turns "
+            "are decoded, and *at once* is a judge that takes no time. Scores and advantages of "
+            "all are equal to the bit.",
+            "",
+        )
+        named = [phase for phase in PHASES if any(phase in _phases(row) for row in case)]
+        page.table(
+            ("", "ms", "× serial", "calls at once", *(f"{phase}, s" for phase in named)),
+            (
+                (
+                    f"**{row.provider}**" if row.ours else row.provider,
+                    f"{number(row.p50_ms)} ({number(row.p20_ms)}–{number(row.p80_ms)})",
+                    number(row.speedup_vs_eager),
+                    str(row.extra["at_once"]),
+                    *(number(_phases(row).get(phase)) for phase in named),
+                )
+                for row in case
+            ),
+        )
+
+
 def full_sizes(page: Page) -> None:
     rows = page.of(["full_size"])
     if not rows:
@@ -361,4 +390,11 @@ def sessions(page: Page) -> None:
     )
 
 
-SECTIONS: list[Callable[[Page], None]] = [iteration, transformers, full_sizes, sessions, growth]
+SECTIONS: list[Callable[[Page], None]] = [
+    iteration,
+    judged,
+    transformers,
+    full_sizes,
+    sessions,
+    growth,
+]

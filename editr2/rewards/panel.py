@@ -77,6 +77,11 @@ class CheckedReward:
         self._tries = 1 + (0 if own else calls.retries or 0)
 
     @property
+    def calls_a_turn(self) -> float | None:
+        """Requests that a turn takes, where the reward says so."""
+        return getattr(self.given, "calls_a_turn", None)
+
+    @property
     def facts(self) -> dict[str, str]:
         """What a run's record says of it."""
         return {str(k): str(v) for k, v in getattr(self.given, "facts", {}).items()}
@@ -158,7 +163,10 @@ def _item_parts(item: Item) -> Any:
 
 
 def _written(row: TurnScores) -> list[Any]:
-    return [[score.value, score.reason, score.applies] for score in row.values()]
+    return [
+        [score.value, score.reason, score.applies, *([list(score.votes)] if score.votes else [])]
+        for score in row.values()
+    ]
 
 
 def _kept(row: Sequence[Sequence[Any]], names: Sequence[str]) -> TurnScores:

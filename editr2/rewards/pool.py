@@ -76,6 +76,11 @@ class Judging:
 
     def scores(self, turns: int) -> Scores:
         """Of all rollouts, once every answer is there; `turns` is the width T."""
+        sessions = [item.session for item in self._items]
+        return lay_out(self._pool.panel.names, sessions, self.answers(), turns)
+
+    def answers(self) -> list[list[TurnScores]]:
+        """Of every rollout a row for each of its turns, once every answer is there."""
         panel = self._pool.panel
         rows: list[list[TurnScores]] = [[{} for _ in item.asked] for item in self._items]
         places = {item.rollout: n for n, item in enumerate(self._items)}
@@ -93,8 +98,7 @@ class Judging:
                 for item, of_item in zip(call, answers, strict=True):
                     for turn, row in zip(item.asked, of_item, strict=True):
                         rows[places[item.rollout]][turn] |= row
-        ordered = [[{name: row[name] for name in panel.names} for row in of] for of in rows]
-        return lay_out(panel.names, [item.session for item in self._items], ordered, turns)
+        return [[{name: row[name] for name in panel.names} for row in of] for of in rows]
 
     def _submit(self, place: int, items: Sequence[Item]) -> None:
         member = self._pool.panel.members[place]

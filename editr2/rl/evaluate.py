@@ -338,6 +338,7 @@ def _write_strips(
                         for n, (counts, v) in zip(scores.names, values, strict=True)
                     },
                     **({"does_not_apply": silent} if silent else {}),
+                    **({"why": why} if (why := _whys(scores, row, t)) else {}),
                     "reward": None if math.isnan(value) else value,
                     "advantage": float(credit.advantage[row, t]),
                     "reason": scores.reasons.get((row, t))
@@ -354,6 +355,12 @@ def _write_strips(
             }
         )
     _write(folder, name, strips)
+
+
+def _whys(scores: Scores, row: int, turn: int) -> dict[str, str]:
+    """What the rewards said of a turn's scores, by name, of those that said anything."""
+    found = {n: scores.whys.get((row, turn, k)) for k, n in enumerate(scores.names)}
+    return {name: why for name, why in found.items() if why}
 
 
 def _clear(folder: Path, name: str) -> None:
