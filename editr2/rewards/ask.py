@@ -45,6 +45,7 @@ from editr2.rewards.client import (
     Failure,
     Part,
 )
+from editr2.rewards.probe import ALONE
 from editr2.rewards.reading import (
     YES_NO,
     Fields,
@@ -149,10 +150,12 @@ class Asker:
             images=images,
             logprobs=direct and asking.answers in ("auto", "logprobs"),
             systemone=direct and asking.answers == "systemone",
-            votes=self._count > 1 and (votes or not direct or asking.answers == "votes"),
+            votes=self._count > 1,
             schema=schema,
         )
         known = self.client.abilities()
+        if not votes and self._route(known) != "votes":
+            notes = [note for note in notes if note != ALONE]
         if direct and asking.answers == "logprobs" and not known.top_logprobs:
             raise ConfigError(
                 f"answers: logprobs, and {known.model} at {self.client.at} gives none (accepted: "

@@ -89,7 +89,7 @@ class Client:
         self._model = server.model
 
     def __repr__(self) -> str:
-        return f"Client({self.server!r}, concurrency={self._wire.concurrency})"
+        return f"Client({self.at}, model={self._model!r}, concurrency={self._wire.concurrency})"
 
     @property
     def at(self) -> str:

@@ -50,7 +50,7 @@ _COUNTED = (
     "the server gives no log-probs: answers are counted votes instead; serve the model with vLLM "
     "for probabilities"
 )
-_ALONE = (
+ALONE = (
     "the server ignores n: every vote is a request of its own, which reads the images again; serve "
     "the model with vLLM for votes in one request"
 )
@@ -90,7 +90,7 @@ class Probe:
         decides = (systemone or (logprobs and not top)) and self._decides()
         missing = {
             _DECIDES if decides else _COUNTED: logprobs and not top,
-            _ALONE: votes and not several,
+            ALONE: votes and not several,
             _FREE: schema and not keeps,
         }
         notes = tuple(note for note, said_of in missing.items() if said_of)
@@ -106,7 +106,8 @@ class Probe:
             if no.status and not no.again:
                 return None
             try:
-                self._wire.send("GET", "/health", root=True)
+                # Behind the 500 of a moment ago the server may have closed the connection.
+                self._wire.send("GET", "/health", root=True, tries=max(2, self._wire.tries))
             except NoAnswer as none:
                 if none.status == 0:
                     raise RewardFailure(

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
-from editr2.config.fields import Bounds, setting
+from editr2.config.fields import ACCEPTS, Accepts, Bounds, setting
 from editr2.errors import ConfigError, plain
 from editr2.rewards.base import Calls
 
@@ -46,7 +46,10 @@ _RESERVED = (
 )
 
 
-@dataclass(frozen=True, repr=False)
+_URL = {ACCEPTS: Accepts(what="an address, http://host:port/v1, or none")}
+
+
+@dataclass(frozen=True)
 class Server:
     """Where a judge is and how images get there. An `Options` that inherits from it has these
     fields beside its own.
@@ -64,19 +67,15 @@ class Server:
             false}`.
     """
 
-    url: str | None = setting(None, what="an address, http://host:port/v1, or none")
-    url_env: str | None = None
+    # Not in a repr: of what a user puts here, some is secret.
+    url: str | None = field(default=None, repr=False, metadata=_URL)
+    url_env: str | None = field(default=None, repr=False)
     model: str | None = None
-    key_env: str | None = None
+    key_env: str | None = field(default=None, repr=False)
     images: Literal["png", "jpeg"] = "png"
     quality: int = setting(90, Bounds(at_least=1, at_most=100))
     max_side: int | None = setting(None, Bounds(at_least=16, at_most=16_384))
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        shown = {"url": _without_secrets(self.url or ""), "model": self.model}
-        said = ", ".join(f"{name}={value!r}" for name, value in shown.items() if value)
-        return f"{type(self).__name__}({said})"
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 class NoAnswer(Exception):
@@ -217,6 +216,7 @@ class Wire:
                     limits=httpx2.Limits(
                         max_connections=self.concurrency,
                         max_keepalive_connections=self.concurrency,
+                        keepalive_expiry=2.0,  # uvicorn closes idle ones after 5 s
                     ),
                     follow_redirects=False,
                     # A proxy of the environment is for the way out, not for this machine.
