@@ -27,8 +27,12 @@ def _bert_tokenizer(folder: Path) -> None:
 
 
 def grounding_dino(folder: Path, seed: int = 0, side: int = 160) -> Path:
-    from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection
-    from transformers import SwinConfig
+    from transformers import (
+        BertConfig,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        SwinConfig,
+    )
 
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
@@ -86,7 +90,9 @@ def owlv2(folder: Path, seed: int = 0) -> Path:
     Owlv2ForObjectDetection(config).save_pretrained(folder)
     vocabulary = {word: i for i, word in enumerate(words)}
     CLIPTokenizerFast(vocab=vocabulary, merges=[]).save_pretrained(folder)
-    _preprocessor(folder, size={"height": 64, "width": 64}, image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    _preprocessor(
+        folder, size={"height": 64, "width": 64}, image_mean=[0.4] * 3, image_std=[0.3] * 3
+    )
     return folder
 
 

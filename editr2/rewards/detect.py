@@ -111,14 +111,11 @@ class _Local:
         self.model = LookingModel(
             name, self.kinds, what="detector", device=device, revision=revision
         )
-        self._settings: dict[str, Any] | None = None
-        self._tokenizer: Any = None
 
     def load(self) -> None:
         """Loads the model and its tokenizer. Raises `ConfigError` with the remedy."""
         self.model.load()
-        if self._tokenizer is None:
-            self._settings, self._tokenizer = self.model.settings(), self.model.tokenizer()
+        _ = self.model.settings, self.model.tokenizer
 
     def lend(self) -> None:
         """Leaves the trainer's GPU, if it is there."""
@@ -178,7 +175,7 @@ class GroundingDino(_Local):
 
     def _find(self, image: np.ndarray, names: list[str], threshold: float) -> list[list[Found]]:
         as_pixels(image, "detector")  # is it one?
-        settings = self._settings or {}
+        settings = self.model.settings
         height, width = self.size(image.shape[0], image.shape[1])
         small = as_pixels(resized_by_pillow(image, height, width), "detector")
         pixels = normalised(small, settings)[None]
@@ -204,16 +201,15 @@ class GroundingDino(_Local):
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Of an image of this size in the model."""
-        given = (self._settings or {}).get("size") or {}
+        given = self.model.settings.get("size") or {}
         short = self.short or given.get("shortest_edge") or 800
         long = self.long or given.get("longest_edge") or 1333
         low, high = min(height, width), max(height, width)
-        if short * high / low > long:
-            short = round(long * low / high)
-        if low == short:
+        wanted = float(short) if short * high / low <= long else long * low / high
+        if low == round(wanted):
             return height, width
-        other = int(short * high / low)
-        return (short, other) if height <= width else (other, short)
+        sides = round(wanted), int(wanted * high / low)
+        return sides if height <= width else sides[::-1]
 
     def _prompts(self, names: list[str]) -> list[_Prompt]:
         """Texts of at most as many tokens as the model reads."""
@@ -222,7 +218,7 @@ class GroundingDino(_Local):
         prompts, chosen = [], [0]
         for i in range(1, len(names)):
             text = _Prompt.of(names, [*chosen, i]).text
-            if len(self._tokenizer(text)["input_ids"]) > self._most:
+            if len(self.model.tokenizer(text)["input_ids"]) > self._most:
                 prompts.append(_Prompt.of(names, chosen))
                 chosen = []
             chosen.append(i)
@@ -235,7 +231,9 @@ class GroundingDino(_Local):
     def _tokens(self, prompt: _Prompt) -> tuple[dict[str, Tensor], Tensor]:
         """The model's inputs, and for each token which of the prompt's names it belongs to, or
         -1."""
-        said = self._tokenizer(prompt.text, return_offsets_mapping=True, return_token_type_ids=True)
+        said = self.model.tokenizer(
+            prompt.text, return_offsets_mapping=True, return_token_type_ids=True
+        )
         offsets = said.pop("offset_mapping")
         if len(offsets) > self._most:
             raise DetectorError(
@@ -279,7 +277,7 @@ class Owlv2(_Local):
         self.prompt = prompt
 
     def _find(self, image: np.ndarray, names: list[str], threshold: float) -> list[list[Found]]:
-        settings = self._settings or {}
+        settings = self.model.settings
         pixels = as_pixels(image, "detector")
         _, height, width = pixels.shape
         side = max(height, width)
@@ -288,7 +286,7 @@ class Owlv2(_Local):
         vision = self.model.config.vision_config.image_size
         pixels = normalised(resized(square, vision, vision), settings)[None]
         most = self.model.config.text_config.max_position_embeddings
-        texts = self._tokenizer(
+        texts = self.model.tokenizer(
             [self.prompt.format(name) for name in names],
             padding="max_length",
             truncation=False,

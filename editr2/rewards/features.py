@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,13 +71,10 @@ class Encoder:
         }
         self.model = LookingModel(name, kinds, what="features", device=device, revision=revision)
         self.size, self.released = size, released
-        self._settings: dict[str, Any] | None = None
 
     def load(self) -> None:
         """Loads the model. Raises `ConfigError` with the remedy."""
         self.model.load()
-        if self._settings is None:
-            self._settings = self.model.settings()
         self.sides()
 
     def lend(self) -> None:
@@ -90,7 +87,7 @@ class Encoder:
 
     def sides(self) -> tuple[int, int]:
         """Height and width of an image in the model."""
-        settings = self._settings or {}
+        settings = self.model.settings
         given = settings.get("crop_size") or settings.get("size") or {}
         given = {"height": given, "width": given} if isinstance(given, int) else given
         short = given.get("shortest_edge") or 224
@@ -112,12 +109,12 @@ class Encoder:
         try:
             self.load()
             height, width = self.sides()
-            mode = _MODES.get((self._settings or {}).get("resample", 2), "bilinear")
+            mode = _MODES.get(self.model.settings.get("resample", 2), "bilinear")
             pixels = torch.stack(
                 [
                     normalised(
                         resized(as_pixels(image, "features"), height, width, mode),
-                        self._settings or {},
+                        self.model.settings,
                     )
                     for image in images
                 ]

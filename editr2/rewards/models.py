@@ -7,6 +7,7 @@ the host's memory while there is training (`lend`) and comes back to (`take`).
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -115,8 +116,10 @@ class LookingModel:
                 if self._module is not None:
                     self._module.to(self._place)
 
-    def settings(self, file: str = "preprocessor_config.json") -> dict[str, Any]:
-        """What a JSON file beside the weights says; {} where there is none."""
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What preprocessor_config.json says beside the weights; {} where there is none."""
+        file = "preprocessor_config.json"
         path: str | None = str(Path(self.name) / file)
         if not Path(self.name).exists():
             from transformers.utils import cached_file
@@ -135,14 +138,24 @@ class LookingModel:
             raise ConfigError(f"{self.what}: {shown(path)}: {one_line(error)}") from error
         return values if isinstance(values, dict) else {}
 
+    @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer beside the weights."""
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.name, revision=self.revision)
+            with _quiet():
+                tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
         except Exception as error:
             raise self._error("tokenizer", error) from error
+        # Without files of one, transformers makes one that knows its marks alone.
+        known, needed = len(tokenizer), self.config.text_config.vocab_size
+        if 2 * known < needed:
+            raise ConfigError(
+                f"{self.what}: {shown(self.name)}: tokenizer: {known} words of the model's "
+                f"{needed} (accepted: its files beside the weights, such as tokenizer.json)"
+            )
+        return tokenizer
 
     def _wanted(self) -> torch.device:
         if self.device != TRAINER:
