@@ -32,6 +32,8 @@ FOLDER = Path(__file__).parent / "prompts"
 _ENDINGS = (".md", ".txt")
 _FIELD = re.compile(r"\{([a-z_]+)\}")
 ANSWER = "{answer}"
+_SAME = {"answer", "high"}
+"""Fields that are the same for every edit."""
 
 OURS = "ours"
 
@@ -229,8 +231,8 @@ def _check(key: str, text: str, shipped: str, known: set[str]) -> None:
         )
     if ANSWER in text.rstrip().removesuffix(ANSWER):
         raise ConfigError(f"prompts: {key}: {ANSWER} (accepted: at the end, once)")
-    if set(_FIELD.findall(shipped)) - {"answer"} and not has - {"answer"}:
-        said = ", ".join("{" + one + "}" for one in sorted(known - {"answer"}))
+    if set(_FIELD.findall(shipped)) - _SAME and not has - _SAME:
+        said = ", ".join("{" + one + "}" for one in sorted(known - _SAME))
         raise ConfigError(
             f"prompts: {key}: no field, so it asks the same of every edit (accepted: {said})"
         )
