@@ -254,8 +254,10 @@ class EditR2(ObjectReward):
         lines = []
         for number, one in enumerate(session.turns[: turn + 1], 1):
             formatted = one.meta.get("formatted_instruction")
-            said = {"number": number, "instruction": one.instruction, "formatted": formatted}
-            lines.append(self.prompts(f"{prompt}_turn", **said)[0])
+            line, _ = self.prompts(
+                f"{prompt}_turn", number=number, instruction=one.instruction, formatted=formatted
+            )
+            lines.append(line)
         text, _ = self.prompts(prompt, turns="\n".join(lines), count=turn + 1)
 
         def read(answer: str) -> dict[str, float | None]:
