@@ -226,7 +226,7 @@ class _Loop:
         try:
             notes = self.reward.probe()
             notes += self.reward.lacking(self.source.sessions or ())
-            if self.source.heldout is not self.source.sessions:
+            if not self.source.heldout_is_training:
                 notes += self.reward.lacking(self.source.heldout, "held-out sessions")
             said: tuple[list[str], UserError | None] = (notes, None)
         except UserError as error:
