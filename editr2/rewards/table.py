@@ -11,6 +11,7 @@ WORLD = "world"
 
 REWARDS: dict[str, str] = {
     WORLD: "editr2.rewards.world:WorldReward",
+    "pixels": "editr2.rewards.pixels:Pixels",
     "brightness": "editr2.rewards.brightness:Brightness",
     "edit-r2": "editr2.rewards.edit_r2:EditR2",
     "edival": "editr2.rewards.edival:Edival",
