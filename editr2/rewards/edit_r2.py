@@ -215,7 +215,7 @@ PLACES: dict[str, Place] = {
         fields={"{object_name}": "object", "{new_material}": "material"},
     ),
     "text": Place(_SERVER, ("VLM_TEXT_PROMPT",)),
-    "background": Place(_SERVER, ("VLM_BACKGROUND_PROMPT",)),
+    "background": Place(_SERVER, ("VLM_BACKGROUND_PROMPT",), fields={"{background}": "background"}),
     "ga": Place(_CLIENT, ("MULTITURN_VLM_PROMPT",), fields={"{instructions_formatted}": "turns"}),
     "ga_turn": Place(
         _CLIENT,

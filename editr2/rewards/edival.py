@@ -138,7 +138,9 @@ PLACES: dict[str, Place] = {
         _DETECTOR, ("VLM_DD_MATERIAL_ALTER_PROMPT",), fields={"{instruction}": "formatted"}
     ),
     "text": Place(_DETECTOR, ("VLM_TEXT_PROMPT",)),
-    "background": Place(_DETECTOR, ("VLM_BACKGROUND_PROMPT",)),
+    "background": Place(
+        _DETECTOR, ("VLM_BACKGROUND_PROMPT",), fields={"{background}": "background"}
+    ),
 }
 """Of github.com/TianyuCodings/EdiVal at a7bbdecc."""
 

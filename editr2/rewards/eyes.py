@@ -13,13 +13,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from editr2.config.fields import Bounds, setting
 from editr2.config.plugins import resolve
-from editr2.errors import ConfigError, UserError
+from editr2.errors import ConfigError, UserError, one_line
 from editr2.rewards.detect import Detector, DetectorError, GroundingDino, Owlv2, RemoteDetector
 from editr2.rewards.features import Encoder
 from editr2.rewards.geometry import Found
@@ -188,7 +189,13 @@ def _detector(options: Looking) -> Detector | None:
         return RemoteDetector(given)
     if ":" in given and "/" not in given:
         found = resolve("reward.options.detector", given)
-        made: Any = found if hasattr(found, "find") and not isinstance(found, type) else found()
+        try:
+            made: Any = found if hasattr(found, "find") and not isinstance(found, type) else found()
+        except Exception as error:  # of a user's own
+            raise ConfigError(
+                f"detector: {given!r} raised {one_line(error, kind=True)} (accepted: something "
+                f"with find, or what makes one)"
+            ) from error
         if not hasattr(made, "find"):
             raise ConfigError(f"detector: {given!r} (accepted: something with find)")
         detector: Detector = made
@@ -210,6 +217,4 @@ def _encoder(options: Looking, released: bool) -> Encoder | None:
 
 
 def _of_hub(name: str, revision: str | None) -> str | None:
-    from pathlib import Path
-
     return None if Path(name).expanduser().exists() else revision

@@ -25,7 +25,7 @@ PLACES: dict[str, Place] = {
     "score": Place(
         "reward_server/prompt_template.py",
         ("SCORE_LOGIT",),
-        fields={"{prompt}": "instruction"},
+        fields={"{prompt}": "instruction", "{requirement}": "requirement"},
     )
 }
 """Of github.com/PKU-YuanGroup/Edit-R1 at 4217f251."""

@@ -24,7 +24,10 @@ class UnifiedReward(VieReward):
     HIGH: ClassVar[int] = 25
     PLACES: ClassVar[Mapping[str, Place]] = {
         "sc": Place(
-            f"{_FOLDER}/edit_pointwise_instruction_following.py", ("problem",), doubled=False
+            f"{_FOLDER}/edit_pointwise_instruction_following.py",
+            ("problem",),
+            fields={"{instruction}": "instruction"},
+            doubled=False,
         ),
         "pq": Place(f"{_FOLDER}/edit_pointwise_quality.py", ("problem",), doubled=False),
     }
