@@ -13,7 +13,7 @@ from PIL import Image
 from editr2 import train
 from editr2.config import Config, replace_nested
 from editr2.rewards.record import read_record
-from editr2.rl.metrics import read_metrics
+from editr2.run.tracking import read_metrics
 from editr2.sessions import load_sessions
 
 TURNS = (
@@ -32,7 +32,7 @@ def server(beside):
 def lookers(beside, tmp_path):
     tiny = beside("tiny_lookers")
     return {
-        "detector": str(tiny.grounding_dino(tmp_path / "dino", side=64)),
+        "detector": str(tiny.grounding_dino(tmp_path / "dino")),
         "features": str(tiny.dinov3(tmp_path / "dinov3")),
     }
 
@@ -78,7 +78,7 @@ def says(body, k):
     content = body["messages"][0]["content"]
     said = hashlib.sha256(f"{json.dumps(content)}{body.get('seed')}{k}".encode()).digest()
     word = ("yes", "no")[said[0] % 2]
-    if "answer_final" in content[-1]["text"]:
+    if "answer_final" in json.dumps(content):
         return f"<answer_turn_1>{word}</answer_turn_1> <answer_final>{word}</answer_final>"
     return word
 
