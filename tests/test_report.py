@@ -304,7 +304,7 @@ def test_what_was_said_of_a_score_stands_below_it(run, why, shown, folded):
     ("judges", "shown"),
     [
         ({"judge": "qwen", "prompts": "1f2e"}, "Judges judge qwen prompts 1f2e"),
-        ({EVIL[:28]: EVIL[:28]}, f"Judges {EVIL[:28]} {EVIL[:28]}"),
+        ({EVIL[:27]: EVIL[:27]}, f"Judges {EVIL[:27]} {EVIL[:27]}"),
         ({}, None),
         (None, None),
         ("qwen", None),

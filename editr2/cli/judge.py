@@ -45,13 +45,13 @@ def command(arguments: Arguments) -> int:
     """try a reward on sessions and their outputs, before training"""
     from editr2.judge.settings import JudgeConfig, judge_problems
 
-    config, given = settings.run_config(
+    config, given = settings.schema_config(
+        JudgeConfig,
         "editr2 judge",
         "Score outputs of sessions (--data, --outputs) with the reward of --reward.* and say what "
         "the scores are worth; --against.* is another reward to compare with.",
         arguments,
         EXTRA,
-        schema=JudgeConfig,
     )
     for problem in judge_problems(config):
         raise ConfigError(problem)

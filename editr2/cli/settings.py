@@ -22,15 +22,27 @@ def run_config(
     extra: Sequence[tuple[str, dict]] = (),
     *,
     strict: bool = True,
-    schema: type[C] = Config,  # type: ignore[assignment]
-) -> tuple[C, dict[str, Any]]:
+) -> tuple[Config, dict[str, Any]]:
     """(Config, the values of `extra` flags) from defaults, `--preset`, `--config` and flags, in
     this order.
 
     strict: raises `ConfigError` for the first value that its field does not accept, with the file's
     line where it is from one. Otherwise such values are left as they are, for `config_problems` to
-    say all of them. schema: the settings, `Config` or one with more fields.
+    say all of them.
     """
+    return schema_config(Config, prog, description, arguments, extra, strict=strict)
+
+
+def schema_config(
+    schema: type[C],
+    prog: str,
+    description: str,
+    arguments: Arguments,
+    extra: Sequence[tuple[str, dict]] = (),
+    *,
+    strict: bool = True,
+) -> tuple[C, dict[str, Any]]:
+    """As `run_config`, of settings that have more fields."""
     from editr2.config.yaml import check_keys, load_yaml, place_of
 
     description += " `--data PATH` is short for `--data.path PATH`."

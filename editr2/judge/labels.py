@@ -39,8 +39,8 @@ def read_labels(path: str, outputs: Sequence[Output], names: Sequence[str]) -> L
     """names: of the scores. Raises DataError, `file:line: field: problem (accepted: …)`, for the
     first thing that is wrong."""
     places: dict[str, dict[str, int]] = defaultdict(dict)
-    for place, output in enumerate(outputs):
-        places[output.session.id][output.name] = place
+    for place, known in enumerate(outputs):
+        places[known.session.id][known.name] = place
     points: dict[str | None, list[tuple[int, int, float]]] = defaultdict(list)
     pairs: dict[str | None, list[tuple[int, int, int]]] = defaultdict(list)
     for number, raw in lines_of(Path(path)):
@@ -84,11 +84,11 @@ def _problems(
     if record.get("name") is not None and record["name"] not in names:
         yield f"name: {kind(record['name'])} (accepted: {', '.join(names)}, or absent)"
     for key in ("output",) if keys is _POINT else ("better", "worse"):
-        given = record.get(key)
-        if given is None and key == "output" and len(siblings) == 1:
+        named = record.get(key)
+        if named is None and key == "output" and len(siblings) == 1:
             continue
-        if not isinstance(given, str) or given not in siblings:
-            yield f"{key}: {kind(given)} (accepted for {shown(repr(session))}: {some(siblings)})"
+        if not isinstance(named, str) or named not in siblings:
+            yield f"{key}: {kind(named)} (accepted for {shown(repr(session))}: {some(siblings)})"
     if keys is _PAIR and record.get("better") == record.get("worse"):
         yield f"worse: {kind(record['worse'])}, as better (accepted: another output)"
     score = record.get("score")

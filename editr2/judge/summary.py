@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,8 +127,8 @@ def _of(trial: Trial, k: int, values: np.ndarray, session: np.ndarray) -> Of:
     )
 
 
-def _reasons(scores: Sequence[Score] | object) -> Counter[str]:
-    return Counter(shortened(score.reason or "no reason given") for score in scores)  # type: ignore[attr-defined]
+def _reasons(scores: Iterable[Score]) -> Counter[str]:
+    return Counter(shortened(score.reason or "no reason given") for score in scores)
 
 
 def _mean(values: np.ndarray) -> Mean:
@@ -180,8 +180,8 @@ def agrees_with_reward(trial: Trial, other: Trial) -> list[Agreement]:
         pairs = [
             (i, j, t)
             for n in range(session.max() + 1)
-            for i in np.flatnonzero(session == n)
-            for j in np.flatnonzero(session == n)
+            for i in np.flatnonzero(session == n).tolist()
+            for j in np.flatnonzero(session == n).tolist()
             for t in range(turns)
             if y[i, t] > y[j, t] + TIE
         ]

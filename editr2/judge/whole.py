@@ -28,6 +28,7 @@ from editr2.judge.written import FILE_NAME, write_scores
 from editr2.rewards.base import weights_of
 from editr2.rewards.load import load_reward
 from editr2.rewards.panel import Panel
+from editr2.sessions import Session
 from editr2.sessions.source import open_sessions
 
 PAGE = "judge.html"
@@ -83,7 +84,7 @@ def _asked(
     return trial
 
 
-def _sessions(config: JudgeConfig, folders: Sequence[str]) -> dict[str, object]:
+def _sessions(config: JudgeConfig, folders: Sequence[str]) -> dict[str, Session]:
     """Every session that the outputs may be of, by id."""
     size = None if config.data.resize == "no" else first_size(folders)
     count = max(config.eval.sessions, count_outputs(folders))
