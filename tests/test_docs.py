@@ -329,6 +329,10 @@ def test_the_judges_of_the_page_judge(name, workspace):
 
 def test_other_blocks(workspace, understood, capsys):
     """Sessions are valid sessions, output is what comes out, and the rest is named."""
+    from editr2.cli.settings import run_config
+    from editr2.rewards.base import weights_of
+    from editr2.rewards.load import load_reward
+
     for block in OTHER:
         if block.text.startswith('{"id"'):
             text = " ".join(line.strip() for line in block.text.splitlines())
@@ -340,6 +344,10 @@ def test_other_blocks(workspace, understood, capsys):
             Image.fromarray(make_session(0, 0).image).save(image)
             (workspace / "set" / "sessions.jsonl").write_text(text + "\n")
             assert not list(validate(workspace / "set")), block.name
+        elif re.match(r"[a-z]+:\n", block.text):  # a configuration
+            (workspace / "shown.yaml").write_text(block.text)
+            config, _ = run_config("editr2 train", "", ["--config", "shown.yaml"])
+            weights_of(load_reward(config.reward).names, config.credit.weights)
         elif block.text.startswith("16 sessions;"):
             assert main(["data", "validate", "examples/shapes"]) == 0
             assert capsys.readouterr().out.strip() == block.text

@@ -906,7 +906,8 @@ def test_a_reward_is_a_file_and_a_line_of_the_table(tmp_path, monkeypatch, capsy
     names, numbers = capsys.readouterr().out.splitlines()[1:3]
     assert names.split() == ["turn", "reward", "dim"]
     assert 0 < float(numbers.split()[1]) < 1
-    with pytest.raises(ConfigError, match=r"'dimm' \(accepted: world, brightness, dim, package\."):
+    named = "world, pixels, brightness, dim"
+    with pytest.raises(ConfigError, match=rf"'dimm' \(accepted: {named}, package\."):
         check_config(Config(reward=RewardConfig(name="dimm")))
 
 
@@ -931,7 +932,10 @@ def test_every_reward_of_the_table_judges_the_world():
 @pytest.mark.parametrize(
     "given, pattern",
     [
-        ({"name": "wrld"}, r"^reward\.name: 'wrld' \(accepted: world, brightness, package\.mod"),
+        (
+            {"name": "wrld"},
+            r"^reward\.name: 'wrld' \(accepted: world, pixels, brightness, package\.mod",
+        ),
         ({"name": "nowhere:J"}, r"^reward\.name: 'nowhere:J': importing nowhere raised ModuleN"),
         (
             {"name": "editr2.rewards.world:WorldRewad"},

@@ -163,6 +163,8 @@ class Reward(Protocol):
       keeping, so its answers are not recorded;
     - `calls_a_turn = x`: requests to a server that a turn takes, for estimates;
     - `version`: changes with its numbers; `facts`: a dict of what a run's record says of it;
+    - `lacks(session)`: what a session does not have, so that a score does not apply to it, or None;
+      looks at no image. Said once before the run;
     - `probe()`: called once before anything is judged; raises `UserError` for what cannot work and
       returns lines on what works less well.
     """

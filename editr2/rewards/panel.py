@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from editr2.errors import ConfigError, UserError, plain
@@ -91,6 +92,18 @@ class CheckedReward:
         cannot work at all."""
         probe = getattr(self.given, "probe", None)
         return [] if probe is None else [plain(str(line)) for line in probe()]
+
+    def lacking(self, sessions: Sequence[Session], what: str) -> str | None:
+        """How many of the sessions lack what it judges by, where it says so (`lacks`). what: they
+        are called."""
+        lacks = getattr(self.given, "lacks", None)
+        if lacks is None:
+            return None
+        said = [(session.id, lack) for session in sessions if (lack := lacks(session))]
+        if not said:
+            return None
+        first, lack = said[0]
+        return f"{len(said)} of {len(sessions)} {what} lack something; {first}: {plain(str(lack))}"
 
     def calls(self, items: Sequence[Item]) -> list[list[Item]]:
         """The items, as they are asked about together."""
@@ -207,6 +220,19 @@ class Panel:
             f"{member.title}: {line}"
             for member in self.members
             for line in _guarded(member.probe, f"{member.title}: probe()")
+        ]
+
+    def lacking(self, sessions: Sequence[Session], what: str = "sessions") -> list[str]:
+        """What each says of sessions that it has nothing to judge by; raises `ConfigError` where
+        its own code raises."""
+        return [
+            f"{member.title}: {line}"
+            for member in self.members
+            if (
+                line := _guarded(
+                    partial(member.lacking, sessions, what), f"{member.title}: lacks()"
+                )
+            )
         ]
 
     @property

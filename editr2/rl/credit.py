@@ -135,5 +135,5 @@ def weighted_reward(scores: Scores, weights: dict[str, float]) -> Tensor:
     vector, scored = weight_vector(scores.names, weights), scores.scored
     heard = (vector.abs() * scored).sum(-1)
     share = torch.where(scored.all(-1), 1.0, vector.abs().sum() / heard)
-    reward = (scores.values * vector).sum(-1) * share
-    return torch.where(scores.present & (heard > 0), reward, torch.nan)
+    reward = (scores.values * vector).sum(-1) * share  # 0 * inf where only weights of 0 apply
+    return torch.where(scores.present, reward, torch.nan)

@@ -224,7 +224,11 @@ class _Loop:
         """What the rewards say of themselves before they are asked anything; each process has its
         own connection, and the first speaks for all."""
         try:
-            said: tuple[list[str], UserError | None] = (self.reward.probe(), None)
+            notes = self.reward.probe()
+            notes += self.reward.lacking(self.source.sessions or ())
+            if not self.source.heldout_is_training:
+                notes += self.reward.lacking(self.source.heldout, "held-out sessions")
+            said: tuple[list[str], UserError | None] = (notes, None)
         except UserError as error:
             said = ([], error)
         everyone = self.processes.gather([said])
