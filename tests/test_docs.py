@@ -166,6 +166,7 @@ def understood(monkeypatch):
         "report.build_report",
         "export.export.export",
         "reproduce.runs.reproduce",
+        "judge.whole.judge",
     ):
         monkeypatch.setattr(f"editr2.{work}", enough)
 
