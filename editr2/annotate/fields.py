@@ -64,22 +64,22 @@ class Tally:
     sessions: int = 0
     whole: int = 0
     lacks: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
 
     def add(self, session: Session) -> None:
         missing = dict.fromkeys(name for turn in session.turns for name in lacking(turn))
         self.sessions += 1
         self.whole += not missing
         self.lacks.update(missing.keys())
-        for name in missing:
-            self.first.setdefault(name, session.id)
 
     def __str__(self) -> str:
         said = f"{self.whole} of {self.sessions} sessions have what {REWARDS} judge by"
         if not self.lacks:
             return said
-        names = ", ".join(f"{name} ({count})" for name, count in self.lacks.items())
-        return f"{said}; lacking: {names}; `editr2 data annotate` adds it"
+        counts: dict[int, list[str]] = {}
+        for name, count in self.lacks.items():
+            counts.setdefault(count, []).append(name)
+        names = "; ".join(f"{count} lack {', '.join(of)}" for count, of in counts.items())
+        return f"{said}; {names} (`editr2 data annotate` adds them)"
 
 
 def origins_of(meta: Mapping[str, Any]) -> dict[str, str]:
