@@ -4,8 +4,10 @@ says what a test has written down, the detector finds what a test has drawn."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -562,6 +564,12 @@ def test_a_corrected_form_moves_what_follows(annotated, tmp_path):
     assert origins["formatted_instruction"] == "corrected by hand"
     assert origins["task"] == "vlm judge" and origins["all_objects"].startswith("derived: ")
     assert [turn.instruction for turn in b.turns] == ["do it", "away"]
+    # Without the second line, the next turn speaks of what there never was.
+    report = annotate(correct(annotated, tmp_path / "c.jsonl", row), None, None)
+    assert [str(one.problem) for one in report.problems] == [
+        "names what is not among the things that are known: 'blue cup'"
+    ]
+    assert not set(LISTS) & set(report.sessions[1].turns[1].meta)
 
 
 def test_corrected_objects_and_lists(annotated, tmp_path):
@@ -650,6 +658,42 @@ def test_the_page_shows_strange_names_as_they_are(tmp_path):
     assert "<img src=x" not in text and text.count("</script>") == 1
     assert text.count("<textarea") == text.count("</textarea>") == 5
     assert "http" not in text.replace("http-equiv", "")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser: chromium")
+def test_the_page_writes_corrections(annotated, tmp_path):
+    """In a browser: what was typed is what comes out, and is taken."""
+    page = write_page(annotated, tmp_path)
+    typed = """<script>
+    const set = (at, value) => {
+      const control = document.querySelector(at);
+      control.value = value;
+      control.dispatchEvent(new Event("input", {bubbles: true}));
+    };
+    set("[data-ground=front]", "red cup\\n dog \\nhat");
+    const field = (turn, name) => `article[data-turn="${turn}"] [data-field=${name}]`;
+    set(field(1, "formatted_instruction"), "Change the color of [dog] to [green]");
+    set(field(1, "bg_consistency"), "false");
+    set(field(2, "formatted_instruction"), "Remove [green dog]");
+    set(field(2, "all_objects"), "a <b>\\nc");
+    document.body.innerHTML = "<pre>" + btoa(update()) + "</pre>";
+    </script></body>"""
+    page.write_text(page.read_text().replace("</body>", typed))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", str(page)]
+    said = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.decode()
+    text = base64.b64decode(said.split("<pre>")[1].split("</pre>")[0]).decode()
+    (tmp_path / "corrections.jsonl").write_text(text)
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [set(row) - {"session", "instruction"} for row in rows] == [
+        {"source_objects"},
+        {"turn", "formatted_instruction", "bg_consistency"},
+        {"turn", "formatted_instruction", "all_objects"},
+    ]
+    report = annotate(corrected(annotated, tmp_path / "corrections.jsonl"), None, None)
+    first, second = report.sessions[0].turns
+    assert first.meta["available_objects"] == ["red cup", "green dog", "hat", "sky"]
+    assert first.meta["bg_consistency"] is False and second.meta["all_objects"] == ["a <b>", "c"]
+    assert report.sessions[1].turns == annotated[1].turns
 
 
 # -------------------------------------------------------------------------------------- rules

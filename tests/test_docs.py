@@ -106,6 +106,7 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for name in ("examples", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "annotated").symlink_to(ROOT / "examples" / "shapes")
     (tmp_path / "my.yaml").write_text("train:\n  iterations: 9\n")
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "judge.py").write_text(JUDGE)
@@ -164,6 +165,9 @@ def understood(monkeypatch):
     for work in (
         "policies.load.open_policy",
         "report.build_report",
+        "annotate.annotate.annotate",
+        "annotate.corrections.corrected",
+        "annotate.make.images_of",
         "export.export.export",
         "reproduce.runs.reproduce",
     ):

@@ -195,7 +195,7 @@ class _Work:
         return f"{self.judge.name}, {found or 'not looked for'}"
 
     def _sees(self, name: str) -> bool:
-        """Whether the detector finds it; yes where there is none to say otherwise."""
+        """Whether the detector finds it; yes where the user wants none."""
         if self.looker is None or self.looker.name is None:
             return True
         return bool(self.looker.find(self.image, name))
@@ -307,7 +307,8 @@ class _Work:
 
     def _named(self, edit: Edit, things: Things) -> list[Thing]:
         """What an edit names beyond the things that are known, looked for in the source. Raises
-        `Unclear` for what is gone, and for a name that may be several things'."""
+        `Unclear` for what is gone, for a name that may be several things', and for one that nobody
+        can look for."""
         new: dict[str, Thing] = {}
         for name in names_of(edit):
             if things.find(name) is not None:
@@ -315,6 +316,8 @@ class _Work:
             since = things.gone_since(name)
             if since is not None:
                 raise Unclear("gone", f"{name!r} is not there since turn {since}")
+            if self.looker is None:
+                raise Unclear("unknown", repr(name))
             new.setdefault(plain_name(name), Thing(name, seen=self._sees(name)))
         return list(new.values())
 

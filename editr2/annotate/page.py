@@ -53,6 +53,12 @@ class TurnView:
     fields: dict[str, Field]
     not_found: Sequence[str]
 
+    @property
+    def rows(self) -> int:
+        """Lines that its lists are shown in."""
+        longest = max(self.fields[name].value.count("\n") + 1 for name in LISTS)
+        return min(max(longest, 3), 14)
+
 
 @dataclass(frozen=True)
 class SessionView:

@@ -15,6 +15,7 @@ KINDS = {
     "letters": "text that is not the request's, letter by letter",
     "refused": "at a second look the judge holds it for another edit",
     "several": "a name may mean several things",
+    "unknown": "names what is not among the things that are known",
     "gone": "asks for what is not there any more",
     "given": "what the session gives does not fit together",
     "detector": "the detector did not answer",
