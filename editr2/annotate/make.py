@@ -248,8 +248,8 @@ def session_of(
     origins = {field: made for field in FIELDS}
     turns = []
     for turn, fields in zip(drawn.turns, bookkeeping(picture.things, drawn)):
-        meta = {"formatted_instruction": formatted(turn.edit), **fields, ORIGINS: origins}
-        turns.append(Turn(turn.instruction, task=turn.edit.task, meta=meta))
+        said = {"formatted_instruction": formatted(turn.edit), **fields, ORIGINS: origins}
+        turns.append(Turn(turn.instruction, task=turn.edit.task, meta=said))
     objects = f"{judge.name}, {looker.name or 'not looked for'}"
     meta: dict[str, Any] = {
         OBJECTS: [written(thing) for thing in source_of(picture.things)],

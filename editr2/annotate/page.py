@@ -138,7 +138,7 @@ def _turn(number: int, turn: Turn) -> TurnView:
             good = isinstance(value, list | tuple)
             value = "\n".join(str(one) for one in value) if good else ""
         elif name == "bg_consistency":
-            value = {True: "true", False: "false"}.get(value, "")  # type: ignore[call-overload]
+            value = str(value).lower() if isinstance(value, bool) else ""
         fields[name] = Field(value or "", "" if lacks else origin, lacks)
     return TurnView(number, turn.instruction, fields, turn.meta.get(NOT_FOUND, ()))
 
