@@ -131,6 +131,8 @@ TAGGED: list[tuple[str, str | None]] = [
     ("yes", None),
     ("<answer>yes", None),
     ("<answers>yes</answers>", None),
+    ("<think><answer>yes</answer></think> It cannot be told.", None),
+    ("<think><answer>yes</answer></think> <answer>no</answer>", "no"),
     ("", None),
 ]
 
@@ -154,6 +156,7 @@ JSON: list[tuple[str, Any]] = [
     ('{"score": NaN}', None),
     ('{"score": 4', None),
     ("[1, 2]", None),
+    ('<think>{"score": 9}</think> It cannot be told.', None),
     ("{" * 5000, None),
     ('{"a":' * 5000, None),
     ("none", None),

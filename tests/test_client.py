@@ -3,10 +3,15 @@ nothing secret anywhere."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import math
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from editr2.errors import ConfigError, UserError
 from editr2.rewards import wire
@@ -82,11 +89,6 @@ def test_a_request_has_texts_and_images_in_order(judge: Any) -> None:
 
 @pytest.mark.parametrize("form", ["png", "jpeg"])
 def test_images_arrive_as_they_are(judge: Any, form: str) -> None:
-    import base64
-    import io
-
-    from PIL import Image
-
     client = client_of(judge, images=form, quality=95, max_side=None if form == "png" else 16)
     wide = np.full((8, 32, 3), (200, 40, 90), np.uint8)
     client.chat(["x", wide])
@@ -167,8 +169,6 @@ def test_misbehaviour_is_a_failure_with_its_reason(
     client = client_of(judge, Record(tmp_path), timeout=0.2 if "after" in reply else 5.0)
     answer = asked(client, name="IF", turn=2)
     assert isinstance(answer, Failure), answer
-    import re
-
     assert re.search(reason, answer.reason), answer.reason
     assert len(judge.chats) == tries and len(pauses) == tries - 1
     assert "127.0.0.1" not in answer.reason and str(judge.port) not in answer.reason
@@ -751,7 +751,9 @@ def test_nothing_secret_is_anywhere(
             options = {**options, "url": None, "url_env": "JUDGE_URL"}
 
         def echo(asked: Any) -> Any:
-            sent = f"{asked.headers.get('authorization', '')} {asked.query}"
+            header = asked.headers.get("authorization", "")
+            read = base64.b64decode(header[6:]) if header.startswith("Basic ") else b""
+            sent = f"{header} {asked.query} {unquote(asked.query)} {read.decode()}"
             headers = {"x-echo": sent.strip()}
             if asked.path == judges.MODELS:
                 return judges.Reply({"data": [{"id": "judge"}]}, headers=headers)
@@ -791,8 +793,6 @@ def test_nothing_secret_is_anywhere(
     assert any("HTTP Request" in text for text in said)  # the library does write its lines
     everything = "\n".join(said)
     assert "you sent" in everything and "***" in everything
-    import base64
-
     basic = base64.b64encode(b"me:s3cret/word").decode()
     for secret in ("s3cret", basic):
         at = everything.find(secret)
@@ -841,9 +841,6 @@ def test_an_answer_that_trickles_in_is_given_up(
 
 
 def test_importing_it_is_light() -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys; import editr2.rewards.ask; "
         "print(sorted({'httpx2', 'PIL', 'transformers', 'ssl'} & set(sys.modules)))"

@@ -195,6 +195,19 @@ def test_opposite_features_are_0_and_no_less(
     assert background_consistency(encoder, _image(), _image(), []) == 0
 
 
+def test_patches_are_pooled_by_direction_alone(
+    monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+) -> None:
+    """Half of the patches turn by a right angle; they are a hundred times as long."""
+    encoder = Encoder(str(folders["dinov3"]))
+    states = torch.zeros(2, 1 + 4 + 16, 16)
+    states[:, 5:13, 0] = 1
+    states[0, 13:, 0] = states[1, 13:, 1] = 100
+    monkeypatch.setattr(encoder, "_states", lambda pixels: states)
+    value = background_consistency(encoder, _image(), _image(), [])
+    assert value == pytest.approx(0.5**0.5)
+
+
 def _not_finite(encoder: Encoder) -> None:
     with encoder.model.held() as (module, _):
         next(module.parameters()).fill_(float("nan"))

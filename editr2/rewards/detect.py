@@ -134,10 +134,10 @@ class _Local:
         try:
             self.load()
             return self._find(image, cleaned, threshold)
-        except DetectorError:
+        except (DetectorError, ConfigError):
             raise
-        except ConfigError:
-            raise
+        except LookError as error:
+            raise DetectorError(str(error)) from error
         except Exception as error:
             raise DetectorError(f"detector: {one_line(error, kind=True)}") from error
 
@@ -348,7 +348,10 @@ class RemoteDetector:
     def find(
         self, image: np.ndarray, names: Sequence[str], *, threshold: float = THRESHOLD
     ) -> list[list[Found]]:
-        as_pixels(image, "detector")
+        try:
+            as_pixels(image, "detector")
+        except LookError as error:
+            raise DetectorError(str(error)) from error
         cleaned = _names(names)
         if not cleaned:
             return []

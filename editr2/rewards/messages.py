@@ -159,7 +159,8 @@ def question_body(
     """A request for `/v1/systemone`, where an image is a word of the text that `assets` has."""
     texts = "".join(part for part in parts if isinstance(part, str)) + json.dumps(question)
     mark = hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    state, assets = [], {}
+    state: list[str] = []
+    assets: dict[str, dict[str, str]] = {}
     for part in parts:
         if isinstance(part, str):
             state.append(part)
@@ -246,7 +247,7 @@ def probabilities_of(reply: Any, question: Mapping[str, Any]) -> tuple[float, ..
     answer = mapping(mapping(mapping(reply).get("answers")).get("q"))
     if question["type"] == "noul":
         yes = answer.get("noul")
-        values = [1 - yes if isinstance(yes, int | float) else yes, yes]
+        values: list[Any] = [1 - yes if isinstance(yes, int | float) else yes, yes]
     else:
         by_level = mapping(answer.get("probabilities"))
         values = [by_level.get(str(k)) for k in range(len(question["criteria"]))]

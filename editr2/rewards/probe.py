@@ -133,7 +133,7 @@ class Probe:
 
     def _plain_chat(
         self, listed: list[str] | None, logprobs: bool, votes: bool
-    ) -> tuple[dict[str, Any], dict[str, int]]:
+    ) -> tuple[Mapping[str, Any], dict[str, int]]:
         """An answer without images, and what was asked for with it: as much as the server takes."""
         tops = TOP_LOGPROBS if logprobs else (0,)
         ways = [(n, top) for n in ((2, 1) if votes else (1,)) for top in (*tops, 0)]
@@ -205,7 +205,7 @@ class Probe:
 
     def _decides(self) -> bool:
         question = {"type": "noul", "instructions": "Is it red?"}
-        parts = [np.zeros((32, 32, 3), np.uint8), "An image."]
+        parts: list[Part] = [np.zeros((32, 32, 3), np.uint8), "An image."]
         try:
             body = question_body(self._pictures, self._wire.server, self._model, parts, question)
             reply, _, _ = self._wire.send("POST", "/systemone", body)

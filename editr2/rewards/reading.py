@@ -146,11 +146,12 @@ def answer_part(text: str) -> str:
 def last_tag(text: str, tag: str) -> str:
     """What stands between the last `<tag>` and its `</tag>`. Raises `Unread` where there is no such
     pair."""
+    text = answer_part(text)
     found = re.findall(
         rf"<{re.escape(tag)}>((?:(?!<{re.escape(tag)}>).)*?)</{re.escape(tag)}>", text, re.S | re.I
     )
     if not found:
-        raise Unread(f"no <{tag}> came back, but {quoted(answer_part(text)[-57:])}")
+        raise Unread(f"no <{tag}> came back, but {quoted(text[-57:])}")
     return str(found[-1]).strip()
 
 
@@ -187,7 +188,8 @@ def tags_of(tags: Mapping[str, Scale]) -> Read:
 
 def objects_of(fields: Fields) -> Read:
     def read(text: str) -> dict[str, float | None]:
-        found, values = json_in(text), {}
+        found = json_in(text)
+        values: dict[str, float | None] = {}
         for name, scales in fields.items():
             if name not in found:
                 there = ", ".join(map(str, found)) or "none"

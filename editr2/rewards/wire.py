@@ -213,10 +213,9 @@ class Wire:
                 self._http = httpx2.Client(
                     headers=self._headers,
                     timeout=httpx2.Timeout(self.timeout, pool=None),
+                    # How many there are is the semaphore's; uvicorn closes idle ones after 5 s.
                     limits=httpx2.Limits(
-                        max_connections=self.concurrency,
-                        max_keepalive_connections=self.concurrency,
-                        keepalive_expiry=2.0,  # uvicorn closes idle ones after 5 s
+                        max_keepalive_connections=self.concurrency, keepalive_expiry=2.0
                     ),
                     follow_redirects=False,
                     # A proxy of the environment is for the way out, not for this machine.
