@@ -223,6 +223,15 @@ def test_a_second_look_that_disagrees(served):
     assert report.sessions[0].turns[0].task is None
 
 
+@pytest.mark.parametrize("yes, kinds", [(0.6, []), (0.4, ["refused"])])
+def test_a_second_look_by_probabilities(yes, kinds, served):
+    server = served(Script({"do it": RECOLOUR}), top=[{"yes": yes, "no": 1 - yes}])
+    server.honours.add("logprobs")
+    report = annotate([session("do it")], *tools(server, Finder()))
+    assert [one.problem.kind for one in report.problems] == kinds
+    assert any(chat.body.get("top_logprobs") for chat in server.chats)
+
+
 def test_a_refused_form_leaves_no_thing_behind(served):
     """What only a form named that was not kept is no thing of the source."""
     script = Script({"do it": [says("subject_remove", "Remove [hat]"), RECOLOUR]})
@@ -719,6 +728,7 @@ def test_every_form_reads_back(task):
         ("big dark red cup", "blue", "big blue cup"),
         ("orange", "blue", "blue orange"),  # the fruit
         ("paper red sign", "blue", "paper blue sign"),
+        ("brick reddish-brown chimney", "white", "brick white chimney"),
     ],
 )
 def test_names_after_a_change_of_colour(name, value, after):
@@ -788,3 +798,40 @@ def test_how_many_can_be_judged():
         "formatted_instruction that can be read": 1,
     }
     assert tally.lacks == lacks and "1 of 4 sessions" in str(tally)
+
+
+def test_the_lists_against_released_ones(tmp_path):
+    """The script that compares them: here with a session of its form, right and wrong."""
+    rows = []
+    for there in (["green hat", "pony"], ["hat", "pony"]):
+        rows.append(
+            {
+                "instruction": ["Change the color of hat to green", "Remove it"],
+                "task_type": ["color_alter", "subject_remove"],
+                "formatted_instruction": [
+                    "Change the color of [hat] to [green]",
+                    "Remove [green hat]",
+                ],
+                "unchanged_objects": [["pony"], ["pony"]],
+                "available_objects": [there, ["pony"]],
+                "all_objects": [["hat", "pony", "green hat"]] * 2,
+                "bg_consistency": [True, True],
+            }
+        )
+    for name in ("cm/test", "cm/train", "cu/test"):
+        file = tmp_path / "dataset" / f"{name}_metadata.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(map(json.dumps, rows)))
+    script = Path(__file__).parent.parent / "scripts" / "check_objects.py"
+    command = [sys.executable, str(script), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    told = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+    assert told.splitlines() == [
+        "sessions, all: 6",
+        "sessions, not parsed: 0",
+        "sessions, unclear: 0",
+        "unchanged_objects: 12 of 12 turns (100.0%)",
+        "available_objects: 9 of 12 turns (75.0%)",
+        "all_objects: 6 of 12 turns (50.0%)",
+        "bg_consistency: 12 of 12 turns (100.0%)",
+    ]

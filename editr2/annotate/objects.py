@@ -76,7 +76,7 @@ def renamed(name: str, value: str, known: Iterable[str]) -> str:
     `red cup` in blue is `blue cup`, `cup` is `blue cup`."""
     words, known = name.split(), set(known)
     for i, word in enumerate(words[:-1]):  # the last word says what it is: a glass, an orange
-        if word.casefold() in known:
+        if known & set(word.casefold().split("-")):
             before = words[:i]
             while before and before[-1].casefold() in ("dark", "light", "bright", "pale", "deep"):
                 before.pop()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
 from editr2.config.fields import Bounds
 from editr2.config.rules import folder_problem
+from editr2.config.settings import CALLS_AT_ONCE, TIMEOUT, TRIES
 from editr2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -207,9 +208,9 @@ def _add_judge(flags: Flags) -> None:
         bounds=Bounds(at_least=16, at_most=16_384),
         help="larger images are sent scaled down to so many pixels",
     )
-    flags.add("--concurrency", type=int, default=16, bounds=SOME, help="requests at once")
-    flags.add("--timeout", type=float, default=120.0, bounds=Bounds(above=0), help="seconds a try")
-    flags.add("--retries", type=int, default=4, bounds=Bounds(at_least=0), help="further tries")
+    flags.add("--concurrency", type=int, default=16, bounds=CALLS_AT_ONCE, help="requests at once")
+    flags.add("--timeout", type=float, default=120.0, bounds=TIMEOUT, help="seconds a try")
+    flags.add("--retries", type=int, default=4, bounds=TRIES, help="further tries")
     flags.add(
         "--detector",
         default="IDEA-Research/grounding-dino-tiny",
