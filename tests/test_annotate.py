@@ -157,6 +157,11 @@ def test_every_field_and_where_it_is_from(served):
         "subject_remove",
         "background_change",
     ]
+    assert [turn.meta["formatted_instruction"] for turn in one.turns] == [
+        "Change the color of [red cup] to [blue]",
+        "Remove [blue cup]",
+        "Change the background to [beach]",
+    ]
     lists = [[turn.meta[name] for name in LISTS] for turn in one.turns]
     assert lists == [
         [["dog", "sky"], ["blue cup", "dog", "sky"], ["red cup", "dog", "sky", "blue cup"]],
@@ -291,6 +296,31 @@ def test_a_detector_that_fails_has_not_found_that_a_thing_is_missing(served):
         assert [one.problem.kind for one in report.problems] == ["detector"]
         assert not set(LISTS) & set(report.sessions[0].turns[0].meta)
         assert broken not in [name for _, _, name in report.not_found]
+
+
+def test_a_new_background_is_known_where_lists_are_not(served):
+    script = Script(
+        {
+            "all in oil": says("other", ""),
+            "a beach": says("background_change", "Change the background to [beach]"),
+            "a cup": says("subject_add", "Add [white cup]"),
+        }
+    )
+    report = annotate([session(*script.turns)], *tools(served(script), Finder()))
+    flags = [turn.meta.get("bg_consistency") for turn in report.sessions[0].turns]
+    assert flags == [None, False, False]
+    assert [one.problem.kind for one in report.problems] == ["other", "before", "before"]
+    assert not any(set(LISTS) & set(turn.meta) for turn in report.sessions[0].turns)
+
+
+def test_what_was_found_is_on_the_record(served, tmp_path):
+    server = served(Script({"do it": RECOLOUR}))
+    first, second = Finder(), Finder()
+    for finder in (first, second):
+        record = Record(tmp_path)
+        annotate([session("do it")], *tools(server, finder, record))
+        record.close()
+    assert first.asked == ["red cup", "dog", "sky"] and second.asked == []
 
 
 def test_without_a_detector_nothing_is_looked_for(served):

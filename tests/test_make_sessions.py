@@ -105,13 +105,24 @@ def test_what_is_drawn_can_be_done(things, mode, turns, seed):
 
 
 def test_every_kind_of_edit_is_drawn():
-    seen, lost = set(), 0
-    for mode in ("cm", "cu"):
-        for k in range(150):
+    seen, lost, counted, moved = set(), 0, set(), set()
+    found = {one.name: one for one in THINGS}
+    for mode, many in (("cm", 150), ("cu", 400)):
+        for k in range(many):
             drawn = draw(THINGS, mode, 3, np.random.default_rng([0, k]))
             lost += drawn is None
             seen |= {(mode, turn.edit.task) for turn in drawn.turns} if drawn else set()
+            for turn in drawn.turns if drawn else ():
+                edit = turn.edit
+                if edit.task == "count_change":
+                    assert edit.count != len(found[edit.object].boxes)
+                    counted.add(edit.object)
+                if edit.task == "position_change" and edit.object in found:
+                    box, of = found[edit.object].box, found[edit.reference].box
+                    assert not is_beside(box, edit.side, of)
+                    moved.add(edit.object)
     assert {task for _, task in seen} == set(TASKS) and lost == 0
+    assert "apple" in counted and "street sign" in moved
     assert ("cm", "background_change") in seen and ("cu", "position_change") in seen
 
 
@@ -273,6 +284,17 @@ def test_one_mode(images, judge, mode):
     sessions = load_sessions(mode)
     assert {session.mode for session in sessions} == {mode}
     assert {len(session.turns) for session in sessions} == {4}
+
+
+def test_no_session_twice(images, judge, capsys, monkeypatch):
+    def same(things, mode, turns, rng):
+        return draw(things, "cm", turns, np.random.default_rng(0))
+
+    monkeypatch.setattr("editr2.annotate.make.draw", same)
+    judge.says = lambda body, k, real=judge.says: real(body, k).replace('"no"', '"yes"')
+    assert main(words(judge, "twice")) == 0
+    told = capsys.readouterr().out
+    assert "3 of 9 sessions, of 54 candidates" in told and "51 x the same session twice" in told
 
 
 def test_none_that_passes_is_an_error(images, judge, capsys):
