@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -106,6 +107,7 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for name in ("examples", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "examples" / "shapes", tmp_path / "annotated")
     (tmp_path / "my.yaml").write_text("train:\n  iterations: 9\n")
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "judge.py").write_text(JUDGE)
@@ -164,6 +166,9 @@ def understood(monkeypatch):
     for work in (
         "policies.load.open_policy",
         "report.build_report",
+        "annotate.annotate.annotate",
+        "annotate.corrections.corrected",
+        "annotate.make.images_of",
         "export.export.export",
         "reproduce.runs.reproduce",
         "judge.whole.judge",
