@@ -23,7 +23,9 @@ What differs from the peer's shipped recipe (examples/grpo/lora/flux1_kontext), 
   off, which makes it faster here;
 - in float32 its `autocast` is replaced on the trainer's object by one that is off: whatever
   `mixed_precision` says, it would compute in bfloat16. Adapters are then trained in fp32, not in
-  bfloat16 (in ours they are fp32 always), and latents stored in fp32, not fp16;
+  bfloat16 (in ours they are fp32 always);
+- latents are stored in the dtype of the comparison, not in fp16, which autocast on a CPU does not
+  concatenate with bfloat16;
 - its Kontext adapter is told that it has warned of several condition images: at a0b2bc5 the line
   that would warn takes the length of a PIL image and ends every run on images;
 - a judge that waits (--judge-seconds) is called by its thread pool: `async_reward: true`,
@@ -42,6 +44,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -125,6 +128,8 @@ class Setup:
     def problems(self) -> Iterator[str]:
         if self.rollouts % self.batch or self.batch % self.siblings:
             yield f"--batch: {self.batch} (accepted: whole groups, all batches of one size)"
+        if self.ties and self.batch not in (self.siblings, self.rollouts):
+            yield f"--batch: {self.batch} (accepted with --ties: one group, or all)"
         if not 1 <= self.window < self.steps:
             yield f"--window: {self.window} (accepted: 1 to --steps - 1)"
         if self.resolution % 16:
@@ -134,19 +139,16 @@ class Setup:
         """Of one iteration, both without what is encoded once and kept."""
         batches = self.rollouts // self.batch
         learn = self.rollouts - (self.tied if ours else 0)
-        tied_batches = 0  # of ours, those in which nobody has an advantage
-        if ours and self.ties:
-            tied_batches = sum(
-                all(self.is_tied(g) for g in part)
-                for part in np.arange(self.groups).reshape(batches, -1)
-            )
-        passes = (batches - tied_batches) * self.window
+        # With a group a batch, ours has batches in which nobody has an advantage.
+        empty = self.tied // self.batch if ours and self.batch == self.siblings else 0
+        passes = (batches - empty) * self.window
         return Counts(
             forwards=batches * self.steps,
             forward_rows=self.rollouts * self.steps,
             trained=passes,
             trained_rows=learn * self.window,
             backwards=passes,
+            steps=1,
             decoded=self.rollouts,
             judged=self.rollouts,
         )
@@ -161,14 +163,15 @@ class Setup:
 @dataclass
 class Counts:
     """Calls of the transformer without gradient (forwards), with (trained) and back, and how many
-    samples they had; images through the autoencoder, texts through the text encoders, answers of
-    the judge."""
+    samples they had; optimiser steps; images through the autoencoder, texts through the text
+    encoders, answers of the judge."""
 
     forwards: int = 0
     forward_rows: int = 0
     trained: int = 0
     trained_rows: int = 0
     backwards: int = 0
+    steps: int = 0
     encoded: int = 0
     decoded: int = 0
     texts: int = 0
@@ -176,16 +179,21 @@ class Counts:
 
 
 class Counter:
-    """Counts what goes through a pipeline's components from now on; `take` gives it and starts at
-    0."""
+    """Counts what goes through a pipeline's components and an optimiser from now on; `take` gives
+    it and starts at 0."""
 
     def __init__(
-        self, transformer: nn.Module, vae: Any, text_encoders: Sequence[nn.Module]
+        self,
+        transformer: nn.Module,
+        vae: Any,
+        text_encoders: Sequence[nn.Module],
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         self.now = Counts()
         transformer.register_forward_hook(self._ran, with_kwargs=True)
         for encoder in text_encoders:
             encoder.register_forward_hook(self._read, with_kwargs=True)
+        optimizer.register_step_post_hook(lambda *given: self.add("steps", 1))
         for method, name in (("encode", "encoded"), ("decode", "decoded")):
             setattr(vae, method, self._wrapped(getattr(vae, method), name))
 
@@ -319,19 +327,25 @@ def our_config(folder: Path, setup: Setup) -> Config:
 
 
 class Ours:
-    def __init__(self, folder: Path, setup: Setup) -> None:
+    """accelerator: the peer's. What one made later would set (how many backward passes make a step,
+    for one) holds for the whole process, and so for the peer, too."""
+
+    def __init__(self, folder: Path, setup: Setup, accelerator: Accelerator) -> None:
         self.config = our_config(folder, setup)
         self.policy: Any = load_policy(self.config.policy)
         self.source = sessions_for(self.config, self.policy)
         self.sampler = rollout_sampler(self.config.rollout, self.policy.sigmas)
-        self.processes = Processes(Accelerator(cpu=True))
+        self.processes = Processes(accelerator)
         self.state = new_state(self.config.train, self.policy)
         judge = Judge(setup.judge_seconds)
         workers = setup.judge_workers if setup.judge_seconds else None
         self.reward = pool_of(adapt(judge.brightness, calls=Calls(concurrency=workers)))
         parts = self.policy.parts
         self.counter = judge.counter = Counter(
-            parts["transformer"], parts["vae"], [parts[n] for n in self.policy.text_encoders]
+            parts["transformer"],
+            parts["vae"],
+            [parts[name] for name in self.policy.text_encoders],
+            self.state.optimizer,
         )
         self.transformer = self.policy.module
         self.learning = 0
@@ -343,9 +357,8 @@ class Ours:
         )
         self.state.iteration += 1
         self.finite = [row[name] for name in ("loss", "grad_norm", "reward", "ratio_error")]
-        # Of groups with a spread, everyone but whoever scored the mean exactly.
-        self.learning = round((1 - row["zero_variance_groups"]) * self.config.rollout.sessions)
-        self.learning *= self.config.rollout.siblings
+        # It leaves out who has no advantage, so this is what was trained on.
+        self.learning = self.counter.now.trained_rows // self.config.rollout.window
         seconds = row["seconds"]
         return {
             "rollout": seconds["rollout"],
@@ -427,7 +440,7 @@ def peer_config(folder: Path, setup: Setup) -> dict[str, Any]:
             "adam_weight_decay": 1e-4,
             "max_grad_norm": 1.0,
             "ema_decay": 0,
-            "latent_storage_dtype": "fp16" if setup.dtype == "bfloat16" else "fp32",
+            "latent_storage_dtype": "bf16" if setup.dtype == "bfloat16" else "fp32",
         },
         "scheduler": {
             "dynamics_type": "Flow-SDE",
@@ -458,7 +471,7 @@ def peer_judge(judge: Judge) -> ModuleType:
         def __call__(self, prompt: list[str], image: Any, **more: Any) -> Any:
             pairs = zip(prompt, image, strict=True)
             return RewardModelOutput(
-                rewards=torch.tensor([judge.score(p, float(i.mean())) for p, i in pairs])
+                rewards=torch.tensor([judge.score(p, float(i.float().mean())) for p, i in pairs])
             )
 
     module = ModuleType("editr2_peer_judge")
@@ -467,8 +480,7 @@ def peer_judge(judge: Judge) -> ModuleType:
 
 
 class Peer:
-    """Needs `flow_factory` to be importable. Its accelerator is made first: it has settings, and
-    the state behind accelerators is one for the whole process."""
+    """Needs `flow_factory` to be importable."""
 
     def __init__(self, folder: Path, setup: Setup) -> None:
         from flow_factory.hparams import Arguments
@@ -494,7 +506,10 @@ class Peer:
             if type(module).__name__ == "FluxTransformer2DModel"
         ]
         self.counter = judge.counter = Counter(
-            self.transformer, pipe.vae, [pipe.text_encoder, pipe.text_encoder_2]
+            self.transformer,
+            pipe.vae,
+            [pipe.text_encoder, pipe.text_encoder_2],
+            self.trainer.optimizer.optimizer,
         )
         self.seconds: dict[str, float] = defaultdict(float)
         self.learning, self.finite = 0, list[float]()
@@ -641,6 +656,12 @@ def ratios(seen: dict[str, Seen]) -> list[float]:
     return [peer / ours for peer, ours in pairs]
 
 
+def loads() -> list[float]:
+    """Of the machine: over 1 minute and over 15."""
+    one, _, fifteen = os.getloadavg()
+    return [round(one, 1), round(fifteen, 1)]
+
+
 def spread(values: Sequence[float]) -> list[float]:
     """Median, smallest, largest."""
     return [round(f(values), 4) for f in (statistics.median, min, max)]
@@ -694,7 +715,10 @@ def text_of(rows: Sequence[frame.Row]) -> str:
         said = ", ".join(f"{name} {n}" for name, n in row.extra["counts"].items())
         lines.append(f"{'':<18} {said}")
     m, low, high = rows[0].extra["peer_over_ours"]
-    lines.append(f"peer / ours: {m:.2f} ({low:.2f} - {high:.2f})")
+    load = " and ".join(f"{n:g}" for n in rows[0].extra["load"])
+    lines.append(
+        f"peer / ours: {m:.2f} ({low:.2f} - {high:.2f}); load of the machine {load} (1 and 15 min)"
+    )
     return "\n".join(lines)
 
 
@@ -733,13 +757,14 @@ def main(arguments: Sequence[str]) -> int:
     options, setup = parsed(arguments)
     sys.path.insert(0, str(options.checkout / "src"))
     taken = stand_in()
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
     for library in ("datasets", "diffusers", "transformers"):
         importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_folder(folder, setup)
-        peer, ours = Peer(folder, setup), Ours(folder, setup)
+        peer = Peer(folder, setup)
+        ours = Ours(folder, setup, peer.trainer.accelerator)
         apart = answers_apart(ours, peer, setup)
         try:
             if not apart <= CLOSE[setup.dtype]:
@@ -760,6 +785,7 @@ def main(arguments: Sequence[str]) -> int:
         "answers_apart": apart,
         "trained_weights": ours.trained_weights,
         "stand_ins": taken,
+        "load": loads(),
     }
     rows = rows_of(setup, seen, facts)
     frame.append_rows(options.results, rows)
