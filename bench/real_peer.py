@@ -22,8 +22,8 @@ What differs from the peer's shipped recipe (examples/grpo/lora/flux1_kontext), 
 - its batch is 1, here it is --batch, as ours; its loader's 16 workers are 0 and its progress bars
   off, which makes it faster here;
 - in float32 its `autocast` is replaced on the trainer's object by one that is off: whatever
-  `mixed_precision` says, it would compute in bfloat16. Adapters are then trained in fp32, not in
-  bfloat16 (in ours they are fp32 always);
+  `mixed_precision` says, it would compute in bfloat16. Adapters are then trained in float32; in
+  bfloat16 they are bfloat16, its default, unless --peer-adapters says otherwise;
 - latents are stored in the dtype of the comparison, not in fp16, which autocast on a CPU does not
   concatenate with bfloat16;
 - its Kontext adapter is told that it has warned of several condition images: at a0b2bc5 the line
@@ -102,7 +102,8 @@ rounded once more or less where one casts and the other autocasts."""
 
 @dataclass(frozen=True)
 class Setup:
-    """What both get. batch: rollouts that go through the model together."""
+    """What both get. batch: rollouts that go through the model together. peer_adapters: dtype of
+    the peer's trained weights in a comparison in bfloat16; ours are float32."""
 
     dtype: str = "float32"
     groups: int = 2
@@ -115,6 +116,7 @@ class Setup:
     judge_seconds: float = 0.0
     judge_workers: int = 4
     ties: bool = False
+    peer_adapters: str = "bfloat16"
 
     @property
     def rollouts(self) -> int:
@@ -395,10 +397,10 @@ def stand_in(names: Sequence[str] = STAND_INS) -> list[str]:
 
 def peer_config(folder: Path, setup: Setup) -> dict[str, Any]:
     """What stands in its YAML files."""
-    waits = bool(setup.judge_seconds)
+    waits, half = bool(setup.judge_seconds), setup.dtype == "bfloat16"
     pool = {"async_reward": True, "num_workers": setup.judge_workers, "batch_size": 1}
     return {
-        "mixed_precision": "bf16" if setup.dtype == "bfloat16" else "no",
+        "mixed_precision": "bf16" if half else "no",
         "data": {
             "dataset_dir": str(folder / "data"),
             "cache_dir": str(folder / "cache"),
@@ -409,7 +411,7 @@ def peer_config(folder: Path, setup: Setup) -> dict[str, Any]:
             "lora_rank": RANK,
             "lora_alpha": 2 * RANK,
             "target_modules": "default",
-            "master_weight_dtype": "bf16" if setup.dtype == "bfloat16" else "fp32",
+            "master_weight_dtype": setup.peer_adapters if half else "float32",
             "model_name_or_path": str(folder / "model"),
             "model_type": "flux1-kontext",
         },
@@ -440,7 +442,7 @@ def peer_config(folder: Path, setup: Setup) -> dict[str, Any]:
             "adam_weight_decay": 1e-4,
             "max_grad_norm": 1.0,
             "ema_decay": 0,
-            "latent_storage_dtype": "bf16" if setup.dtype == "bfloat16" else "fp32",
+            "latent_storage_dtype": "bf16" if half else "fp32",
         },
         "scheduler": {
             "dynamics_type": "Flow-SDE",
@@ -669,7 +671,9 @@ def spread(values: Sequence[float]) -> list[float]:
 
 def mode_of(setup: Setup) -> str:
     judge = f"{setup.judge_seconds:g} s judge" if setup.judge_seconds else "no wait for the judge"
-    return f"kontext 13.9 M, batch {setup.batch}, {judge}{', ties' * setup.ties}"
+    ties = ", half of the groups tie" if setup.ties else ""
+    wide = ", peer's adapters in fp32" if setup.peer_adapters == "float32" else ""
+    return f"kontext 13.9 M, batch {setup.batch}, {judge}{ties}{wide}"
 
 
 def rows_of(setup: Setup, seen: dict[str, Seen], facts: dict[str, Any]) -> list[frame.Row]:
@@ -736,7 +740,7 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, Setup]:
         flag = "--" + field.name.replace("_", "-")
         if field.name == "ties":
             parser.add_argument(flag, action="store_true")
-        elif field.name == "dtype":
+        elif field.name in ("dtype", "peer_adapters"):
             parser.add_argument(flag, choices=list(CLOSE), default=field.default)
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default)
