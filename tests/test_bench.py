@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from bench import compare, frame, full_size, page, real_peer, report, sizes
+from bench import compare, frame, full_size, page, peer_sides, peer_work, real_peer, report, sizes
 from bench.frame import Row
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
@@ -751,12 +751,12 @@ def test_the_peers_judge_scores_as_ours_does(monkeypatch: pytest.MonkeyPatch) ->
     exec(FAKE_PEER, vars(rewards))
     monkeypatch.setitem(sys.modules, "flow_factory", package)
     monkeypatch.setitem(sys.modules, "flow_factory.rewards", rewards)
-    judge = real_peer.Judge(0.0)
+    judge = peer_work.Judge(0.0)
     judge.counter = SimpleNamespace(add=lambda name, count: asked.append(name))
     asked: list[str] = []
-    model = real_peer.peer_judge(judge).Brightness()
+    model = peer_sides.peer_judge(judge).Brightness()
     images = [torch.full((3, 4, 4), 0.25), torch.full((3, 4, 4), 0.75)]
-    said = model(prompt=["edit", real_peer.TIED + "edit"], image=images).rewards
+    said = model(prompt=["edit", peer_work.TIED + "edit"], image=images).rewards
     assert said.tolist() == [0.25, 0.5] and asked == ["judged"] * 2
 
 
@@ -764,7 +764,7 @@ def test_rows_of_the_real_peer_are_made_and_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup = real_peer.Setup(judge_seconds=0.5)
-    clock = iter([6.0, 2.0, 3.0, 4.5, 2.0, 2.0])  # warm-up, then two rounds
+    clock = iter([6.0, 2.0, 3.0, 4.5, 2.0, 2.5])  # warm-up, then two rounds
     now = [0.0]
 
     class Side:
@@ -782,8 +782,8 @@ def test_rows_of_the_real_peer_are_made_and_shown(
         seen = real_peer.measure(
             {name: Side(name) for name in (real_peer.PEER, real_peer.OURS)}, setup, rounds=2
         )
-    # 3 and 4.5 s in the first round; the second begins with ours.
-    assert seen[real_peer.PEER].seconds["all"] == [3.0, 2.0]
+    # The second round begins with ours.
+    assert seen[real_peer.PEER].seconds["all"] == [3.0, 2.5]
     assert seen[real_peer.OURS].seconds["all"] == [4.5, 2.0]
     facts = {"peer_commit": "a0b2bc5", "answers_apart": 1e-7, "load": [0.5, 0.25]}
     rows = real_peer.rows_of(setup, seen, facts)
@@ -791,12 +791,12 @@ def test_rows_of_the_real_peer_are_made_and_shown(
         (real_peer.PEER, False),
         (real_peer.OURS, True),
     ]
-    assert rows[1].extra["peer_over_ours"] == [0.8333, 0.6667, 1.0]
+    assert rows[1].extra["peer_over_ours"] == [0.9583, 0.6667, 1.25]
     frame.append_rows(tmp_path / "rows", rows)
     text = report.render(frame.read_rows(tmp_path / "rows"), tmp_path / "performance.md")
-    assert "peer at a0b2bc5, load 0.5 and 0.25. Peer / ours **0.83** (0.67–1.00)." in text
+    assert "peer at a0b2bc5, load 0.5 and 0.25. Peer / ours **0.96** (0.67–1.25)." in text
     assert "| **editr2** | 3.25 (2–4.5) | 0.5 (0.5–0.5) |" in text and "| 32 + 16 | 0 |" in text
-    assert "peer / ours: 0.83 (0.67 - 1.00)" in real_peer.text_of(rows)
+    assert "peer / ours: 0.96 (0.67 - 1.25)" in real_peer.text_of(rows)
 
 
 def test_the_real_peer_needs_a_checkout_and_whole_groups(
@@ -827,7 +827,7 @@ def test_the_real_peer_where_there_is_a_checkout(
     if not checkout:
         pytest.skip("EDITR2_FLOW_FACTORY names no checkout")
     command = [sys.executable, "-m", "bench", "real_peer", checkout, "--rounds", "1"]
-    sizes = ["--resolution", "32", "--text-tokens", "8", "--results", str(tmp_path)]
+    sizes = ["--resolution", "32", "--text-tokens", "32", "--results", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, *sizes], cwd=REPOSITORY, env=environment, capture_output=True, text=True
