@@ -123,6 +123,53 @@ def _waterfall(page: Page, case: Sequence[Row]) -> None:
     page.plot(name, "Seconds of an iteration by plan and phase", draw, (8.2, 0.42 * len(case) + 1))
 
 
+def real_peers(page: Page) -> None:
+    rows = page.of(["real_peer"])
+    if not rows:
+        return
+    page.add(
+        "## Beside Flow-Factory's own trainer",
+        "",
+        "Its `GRPOTrainer` and our iteration, in turns in one process, on the same folder of "
+        "random weights and the same sessions of one turn (`python -m bench real_peer CHECKOUT`; "
+        "bench/real_peer.py says what is equal and what is not). Seconds: median (smallest to "
+        "largest). *Peer / ours*: of the rounds' ratios. Transformer: samples without gradient + "
+        "with; encoded: images through the autoencoder, an iteration. *Load*: of the machine over "
+        "1 and 15 minutes; above the number of cores it had other work.",
+        "",
+    )
+
+    def seconds(row: Row, phase: str) -> str:
+        median, low, high = row.extra["seconds"][phase]
+        return f"{number(median)} ({number(low)}–{number(high)})"
+
+    for case in cases(rows).values():
+        first = case[0]
+        groups, siblings, steps, window, side = first.shape
+        facts = first.extra
+        median, low, high = facts["peer_over_ours"]
+        page.add(
+            f"{first.mode}; {groups} × {siblings}, {steps} steps of which {window} are trained, "
+            f"{side}² pixels, {first.dtype}, {first.rounds} rounds; {where(first)}, peer at "
+            f"{facts['peer_commit']}, load {facts['load'][0]:g} and {facts['load'][1]:g}. "
+            f"Peer / ours **{median:.2f}** ({low:.2f}–{high:.2f}).",
+            "",
+        )
+        page.table(
+            ("", "an iteration, s", "rollout", "judge", "training", "transformer", "encoded"),
+            (
+                (
+                    f"**{row.provider}**" if row.ours else row.provider,
+                    *(seconds(row, phase) for phase in ("all", "rollout", "reward", "train")),
+                    f"{row.extra['counts']['forward_rows']} + "
+                    f"{row.extra['counts']['trained_rows']}",
+                    str(row.extra["counts"]["encoded"]),
+                )
+                for row in case
+            ),
+        )
+
+
 def transformers(page: Page) -> None:
     rows = page.of(["transformer"])
     if not rows:
@@ -393,6 +440,7 @@ def sessions(page: Page) -> None:
 SECTIONS: list[Callable[[Page], None]] = [
     iteration,
     judged,
+    real_peers,
     transformers,
     full_sizes,
     sessions,

@@ -165,6 +165,8 @@ class Reward(Protocol):
     - `version`: changes with its numbers; `facts`: a dict of what a run's record says of it;
     - `lacks(session)`: what a session does not have, so that a score does not apply to it, or None;
       looks at no image. Said once before the run;
+    - `take()` and `lend()`: called before a batch of rollouts is judged and after the last one is
+      scored, for models on the trainer's GPU;
     - `probe()`: called once before anything is judged; raises `UserError` for what cannot work and
       returns lines on what works less well.
     """

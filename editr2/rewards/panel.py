@@ -214,6 +214,20 @@ class Panel:
         """A row for every turn that is asked about, of every item."""
         return joined([member.judge(items, self.record) for member in self.members])
 
+    def lend(self) -> None:
+        """Models of rewards that look on the trainer's GPU leave it until `take`."""
+        self._tell("lend")
+
+    def take(self) -> None:
+        """And come back to it."""
+        self._tell("take")
+
+    def _tell(self, method: str) -> None:
+        for member in self.members:
+            function = getattr(member.given, method, None)
+            if callable(function):
+                _guarded(function, f"{member.title}: {method}()")
+
     def probe(self) -> list[str]:
         """What each says of itself before anything is judged; raises its `UserError`."""
         return [

@@ -30,11 +30,20 @@ class Pool:
     def __init__(self, panel: Panel) -> None:
         self.panel = panel
         self._threads: dict[int, ThreadPool] = {}
+        self._open = 0  # batches that are not scored yet
 
     def judging(self, **where: Any) -> Judging:
         """Of a batch of rollouts. where: what its lines on the record say, such as `purpose` and
         `iteration`."""
+        self.panel.take()
+        self._open += 1
         return Judging(self, where)
+
+    def done(self) -> None:
+        """Of a batch: its scores are there. After the last, models leave the trainer's GPU."""
+        self._open -= 1
+        if not self._open:
+            self.panel.lend()
 
     def submit(self, place: int, call: Sequence[Item], where: Mapping[str, Any]) -> _Asked:
         """Asks the reward at a place of the panel about the items, in a thread."""
