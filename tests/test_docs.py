@@ -96,6 +96,10 @@ NOT_RUN = {
         "my_set/sessions.jsonl:7: turns[1].instruction: of",
     ): "needs klein's tokenizer; tests/test_instructions.py",
     ("methods", "1/(turns that train"): "a formula",
+    ("judges", "vllm serve"): "another program",
+    ("judges", "python -m sglang"): "another program",
+    ("judges", "transformers serve"): "tests/test_judge_served.py",
+    ("rewards", '{"id": "kitchen", "turn": 1, "output"'): "labels; tests/test_judge.py",
 }
 
 
@@ -340,6 +344,8 @@ def test_other_blocks(workspace, understood, capsys):
     from editr2.rewards.load import load_reward
 
     for block in OTHER:
+        if any(p == block.page.stem and block.text.startswith(start) for p, start in NOT_RUN):
+            continue
         if block.text.startswith('{"id"'):
             text = " ".join(line.strip() for line in block.text.splitlines())
             image = workspace / "set" / json.loads(text)["image"]
@@ -358,12 +364,7 @@ def test_other_blocks(workspace, understood, capsys):
             assert main(["data", "validate", "examples/shapes"]) == 0
             assert capsys.readouterr().out.strip() == block.text
         else:
-            known = [
-                why
-                for (page, start), why in NOT_RUN.items()
-                if page == block.page.stem and block.text.startswith(start)
-            ]
-            assert known, f"{block.name}: a block that nothing runs: {block.text[:60]!r}"
+            pytest.fail(f"{block.name}: a block that nothing runs: {block.text[:60]!r}")
 
 
 def settings(config: object, prefix: str = "") -> Iterator[str]:
