@@ -109,7 +109,8 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     result = estimate(config, editor, device, samplers, turns, processes, judges or ())
     fits = device.needed(result.peak) <= device.memory
     lines = render(config, editor, device, samplers[0], turns, processes, result, fits)
-    return Report([], [*lines[:-1], *credit_notes(config.credit, reward.names), *lines[-1:]], fits)
+    notes = [*reward.lacking(sessions), *credit_notes(config.credit, reward.names)]
+    return Report([], [*lines[:-1], *notes, *lines[-1:]], fits)
 
 
 _SHOWN = 8

@@ -149,6 +149,7 @@ class Edival(ObjectReward):
     """See the module."""
 
     Options = EdivalOptions
+    calls_a_turn = 1
     RULES: ClassVar[Mapping[str, Rule]] = RULES
     PLACES: ClassVar[Mapping[str, Place]] = PLACES
     FOLDER: ClassVar[str] = "edival"

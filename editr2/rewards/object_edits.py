@@ -105,6 +105,7 @@ class ObjectReward:
     by_turn = True
     concurrency = 16
     batch = 1
+    calls_a_turn = 2  # at most: one about IF, one about GA
 
     RULES: ClassVar[Mapping[str, Rule]]
     PLACES: ClassVar[Mapping[str, Place]]

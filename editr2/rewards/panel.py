@@ -251,7 +251,14 @@ class Panel:
 
     @property
     def facts(self) -> dict[str, str]:
-        return {name: text for member in self.members for name, text in member.facts.items()}
+        """What they say of themselves; of several, behind the names of whose scores it is."""
+        if len(self.members) == 1:
+            return self.members[0].facts
+        return {
+            f"{', '.join(member.names)}: {name}": text
+            for member in self.members
+            for name, text in member.facts.items()
+        }
 
 
 def _guarded(function: Callable[[], T], title: str) -> T:

@@ -50,6 +50,7 @@ class Pku:
     by_turn = True
     concurrency = 16
     batch = 1
+    calls_a_turn = 1
     Options = PkuOptions
     PLACES: ClassVar[Mapping[str, Place]] = PLACES
 

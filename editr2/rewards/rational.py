@@ -84,6 +84,7 @@ class Rational:
     by_turn = True
     concurrency = 16
     batch = 1
+    calls_a_turn = 1
     Options = RationalOptions
     PLACES: ClassVar[Mapping[str, Place]] = PLACES
 

@@ -59,6 +59,7 @@ class VieReward:
     by_turn = True
     concurrency = 16
     batch = 1
+    calls_a_turn = 2
 
     HIGH: ClassVar[int]
     PLACES: ClassVar[Mapping[str, Place]]
