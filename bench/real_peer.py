@@ -130,7 +130,8 @@ def check_iteration(name: str, side: Any, counts: Counts, setup: Setup, first: b
 
 @dataclass
 class Seen:
-    """seconds: of each round, by phase and in all. counts: of a timed iteration."""
+    """seconds: of each round, by phase, in all, and of processor time (`cpu`), which a busy machine
+    disturbs less. counts: of a timed iteration."""
 
     seconds: dict[str, list[float]]
     counts: Counts
@@ -143,9 +144,9 @@ def measure(sides: dict[str, Any], setup: Setup, rounds: int) -> dict[str, Seen]
     for done in range(-1, rounds):
         for name in reversed(order) if done % 2 else order:
             side = sides[name]
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             phases = side()
-            whole = time.perf_counter() - start
+            whole, worked = time.perf_counter() - start, time.process_time() - worked
             seen[name].counts = side.counter.take()
             check_iteration(name, side, seen[name].counts, setup, first=done < 0)
             if done < 0:
@@ -153,6 +154,7 @@ def measure(sides: dict[str, Any], setup: Setup, rounds: int) -> dict[str, Seen]
             for phase in PHASES:
                 seen[name].seconds[phase].append(phases[phase])
             seen[name].seconds["all"].append(whole)
+            seen[name].seconds["cpu"].append(worked)
         if done >= 0:
             print(
                 f"round {done + 1}: "
@@ -162,9 +164,9 @@ def measure(sides: dict[str, Any], setup: Setup, rounds: int) -> dict[str, Seen]
     return seen
 
 
-def ratios(seen: dict[str, Seen]) -> list[float]:
+def ratios(seen: dict[str, Seen], of: str = "all") -> list[float]:
     """Peer over ours, of each round."""
-    pairs = zip(seen[PEER].seconds["all"], seen[OURS].seconds["all"], strict=True)
+    pairs = zip(seen[PEER].seconds[of], seen[OURS].seconds[of], strict=True)
     return [peer / ours for peer, ours in pairs]
 
 
@@ -196,6 +198,7 @@ def rows_of(setup: Setup, seen: dict[str, Seen], facts: dict[str, Any]) -> list[
             "seconds": {phase: spread(values) for phase, values in one.seconds.items()},
             "counts": asdict(one.counts),
             "peer_over_ours": spread(ratios(seen)),
+            "peer_over_ours_cpu": spread(ratios(seen, "cpu")),
             "setup": asdict(setup),
             **facts,
         }
@@ -228,10 +231,14 @@ def text_of(rows: Sequence[frame.Row]) -> str:
         lines.append(f"{row.provider:<18} " + ", ".join(parts))
         said = ", ".join(f"{name} {n}" for name, n in row.extra["counts"].items())
         lines.append(f"{'':<18} {said}")
-    m, low, high = rows[0].extra["peer_over_ours"]
+    told = [
+        f"{m:.2f} ({low:.2f} - {high:.2f})"
+        for m, low, high in (rows[0].extra[f"peer_over_ours{of}"] for of in ("", "_cpu"))
+    ]
     load = " and ".join(f"{n:g}" for n in rows[0].extra["load"])
     lines.append(
-        f"peer / ours: {m:.2f} ({low:.2f} - {high:.2f}); load of the machine {load} (1 and 15 min)"
+        f"peer / ours: {told[0]}, of processor time {told[1]}; load of the machine {load} "
+        f"(1 and 15 min)"
     )
     return "\n".join(lines)
 

@@ -147,12 +147,15 @@ def real_peers(page: Page) -> None:
         first = case[0]
         groups, siblings, steps, window, side = first.shape
         facts = first.extra
-        median, low, high = facts["peer_over_ours"]
+        whole, cpu = (
+            f"**{median:.2f}** ({low:.2f}–{high:.2f})"
+            for median, low, high in (facts["peer_over_ours"], facts["peer_over_ours_cpu"])
+        )
         page.add(
             f"{first.mode}; {groups} × {siblings}, {steps} steps of which {window} are trained, "
             f"{side}² pixels, {first.dtype}, {first.rounds} rounds; {where(first)}, peer at "
             f"{facts['peer_commit']}, load {facts['load'][0]:g} and {facts['load'][1]:g}. "
-            f"Peer / ours **{median:.2f}** ({low:.2f}–{high:.2f}).",
+            f"Peer / ours {whole}, of processor time {cpu}.",
             "",
         )
         page.table(

@@ -765,20 +765,23 @@ def test_rows_of_the_real_peer_are_made_and_shown(
 ) -> None:
     setup = real_peer.Setup(judge_seconds=0.5)
     clock = iter([6.0, 2.0, 3.0, 4.5, 2.0, 2.5])  # warm-up, then two rounds
-    now = [0.0]
+    now, worked = [0.0], [0.0]
 
     class Side:
         learning, finite = 8, [0.1]
 
         def __init__(self, name: str) -> None:
+            self.work = 3.0 if name == real_peer.PEER else 1.5
             self.counter = SimpleNamespace(take=lambda: setup.counts(name == real_peer.OURS))
 
         def __call__(self) -> dict[str, float]:
             now[0] += next(clock)
+            worked[0] += self.work
             return dict.fromkeys(real_peer.PHASES, 0.5)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real_peer.time, "perf_counter", lambda: now[0])
+        patch.setattr(real_peer.time, "process_time", lambda: worked[0])
         seen = real_peer.measure(
             {name: Side(name) for name in (real_peer.PEER, real_peer.OURS)}, setup, rounds=2
         )
@@ -794,9 +797,15 @@ def test_rows_of_the_real_peer_are_made_and_shown(
     assert rows[1].extra["peer_over_ours"] == [0.9583, 0.6667, 1.25]
     frame.append_rows(tmp_path / "rows", rows)
     text = report.render(frame.read_rows(tmp_path / "rows"), tmp_path / "performance.md")
-    assert "peer at a0b2bc5, load 0.5 and 0.25. Peer / ours **0.96** (0.67–1.25)." in text
+    assert (
+        "peer at a0b2bc5, load 0.5 and 0.25. Peer / ours **0.96** (0.67–1.25), of processor time **2.00** (2.00–2.00)."
+        in text
+    )
     assert "| **editr2** | 3.25 (2–4.5) | 0.5 (0.5–0.5) |" in text and "| 32 + 16 | 0 |" in text
-    assert "peer / ours: 0.96 (0.67 - 1.25)" in real_peer.text_of(rows)
+    assert (
+        "peer / ours: 0.96 (0.67 - 1.25), of processor time 2.00 (2.00 - 2.00);"
+        in real_peer.text_of(rows)
+    )
 
 
 def test_the_real_peer_needs_a_checkout_and_whole_groups(
