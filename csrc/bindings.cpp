@@ -162,20 +162,22 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "group_advantage",
-      [](uintptr_t scores, uintptr_t group, uintptr_t weights, uintptr_t mask, int aggregate, int fusion, int baseline,
-         int std, bool unbiased, float eps, bool eps_floor, float clip, int filter_reward, bool filter_in_statistics,
-         float min_std, float max_mean, uintptr_t advantage, uintptr_t mask_out, uintptr_t, int64_t n, int64_t turns,
-         int64_t rewards, int threads) {
-        group_advantage({at<float>(scores), at<int64_t>(group), at<float>(weights), at<uint8_t>(mask), aggregate,
-                         fusion, baseline, std, unbiased, eps, eps_floor, clip, filter_reward, filter_in_statistics,
-                         min_std, max_mean, at<float>(advantage), at<uint8_t>(mask_out), n, turns, rewards},
+      [](uintptr_t scores, uintptr_t group, uintptr_t weights, uintptr_t mask, uintptr_t applies, int aggregate,
+         int fusion, int baseline, int std, bool unbiased, float eps, bool eps_floor, float clip, int filter_reward,
+         bool filter_in_statistics, float min_std, float max_mean, uintptr_t advantage, uintptr_t mask_out, uintptr_t,
+         int64_t n, int64_t turns, int64_t rewards, int threads) {
+        group_advantage({at<float>(scores), at<int64_t>(group), at<float>(weights), at<uint8_t>(mask),
+                         at<uint8_t>(applies), aggregate, fusion, baseline, std, unbiased, eps, eps_floor, clip,
+                         filter_reward, filter_in_statistics, min_std, max_mean, at<float>(advantage),
+                         at<uint8_t>(mask_out), n, turns, rewards},
                         threads);
       },
-      py::arg("scores"), py::arg("group"), py::arg("weights"), py::arg("mask"), py::arg("aggregate"),
-      py::arg("fusion"), py::arg("baseline"), py::arg("std"), py::arg("unbiased"), py::arg("eps"),
-      py::arg("eps_floor"), py::arg("clip"), py::arg("filter_reward"), py::arg("filter_in_statistics"),
-      py::arg("min_std"), py::arg("max_mean"), py::arg("advantage"), py::arg("mask_out"), py::arg("workspace"),
-      py::arg("N"), py::arg("T"), py::arg("K"), py::arg("threads"), release());
+      py::arg("scores"), py::arg("group"), py::arg("weights"), py::arg("mask"), py::arg("applies"),
+      py::arg("aggregate"), py::arg("fusion"), py::arg("baseline"), py::arg("std"), py::arg("unbiased"),
+      py::arg("eps"), py::arg("eps_floor"), py::arg("clip"), py::arg("filter_reward"),
+      py::arg("filter_in_statistics"), py::arg("min_std"), py::arg("max_mean"), py::arg("advantage"),
+      py::arg("mask_out"), py::arg("workspace"), py::arg("N"), py::arg("T"), py::arg("K"), py::arg("threads"),
+      release());
 
   m.def(
       "token_log_prob",

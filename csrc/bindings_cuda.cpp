@@ -184,18 +184,18 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def(
       "group_advantage",
-      [](uintptr_t scores, uintptr_t group, uintptr_t weights, uintptr_t mask, int aggregate, int fusion, int baseline,
-         int std, bool unbiased, float eps, bool eps_floor, float clip, int filter_reward, bool filter_in_statistics,
-         float min_std, float max_mean, uintptr_t advantage, uintptr_t mask_out, uintptr_t workspace, int64_t n,
-         int64_t turns, int64_t rewards, int device, uintptr_t stream) {
-        gpu::group_advantage({at<float>(scores), at<int64_t>(group), at<float>(weights), at<uint8_t>(mask), aggregate,
-                              fusion, baseline, std, unbiased, eps, eps_floor, clip, filter_reward,
-                              filter_in_statistics, min_std, max_mean, at<float>(advantage), at<uint8_t>(mask_out), n,
-                              turns, rewards},
+      [](uintptr_t scores, uintptr_t group, uintptr_t weights, uintptr_t mask, uintptr_t applies, int aggregate,
+         int fusion, int baseline, int std, bool unbiased, float eps, bool eps_floor, float clip, int filter_reward,
+         bool filter_in_statistics, float min_std, float max_mean, uintptr_t advantage, uintptr_t mask_out,
+         uintptr_t workspace, int64_t n, int64_t turns, int64_t rewards, int device, uintptr_t stream) {
+        gpu::group_advantage({at<float>(scores), at<int64_t>(group), at<float>(weights), at<uint8_t>(mask),
+                              at<uint8_t>(applies), aggregate, fusion, baseline, std, unbiased, eps, eps_floor, clip,
+                              filter_reward, filter_in_statistics, min_std, max_mean, at<float>(advantage),
+                              at<uint8_t>(mask_out), n, turns, rewards},
                              at<void>(workspace), target(device, stream));
       },
-      kw, arg("scores"), arg("group"), arg("weights"), arg("mask"), arg("aggregate"), arg("fusion"), arg("baseline"),
-      arg("std"), arg("unbiased"), arg("eps"), arg("eps_floor"), arg("clip"), arg("filter_reward"),
+      kw, arg("scores"), arg("group"), arg("weights"), arg("mask"), arg("applies"), arg("aggregate"), arg("fusion"),
+      arg("baseline"), arg("std"), arg("unbiased"), arg("eps"), arg("eps_floor"), arg("clip"), arg("filter_reward"),
       arg("filter_in_statistics"), arg("min_std"), arg("max_mean"), arg("advantage"), arg("mask_out"),
       arg("workspace"), arg("N"), arg("T"), arg("K"), arg("device"), arg("stream"), release());
 }

@@ -30,10 +30,11 @@ EDITR2_HD bool credit_finite(int32_t size) { return size < 0x7F800000; }
 EDITR2_HD float credit_nan() { return ScalarLanes::bits_float(0x7FC00000); }
 
 struct AdvantageArgs {
-  const float* scores;   // [n, turns, rewards]
-  const int64_t* group;  // [n]
-  const float* weights;  // [rewards]
-  const uint8_t* mask;   // [n, turns], null = all valid
+  const float* scores;     // [n, turns, rewards]
+  const int64_t* group;    // [n]
+  const float* weights;    // [rewards]
+  const uint8_t* mask;     // [n, turns], null = all valid
+  const uint8_t* applies;  // [n, turns, rewards], null = every reward applies
   int aggregate, fusion, baseline, std;
   bool unbiased;
   float eps;
@@ -56,6 +57,10 @@ struct AdvantageArgs {
 
 EDITR2_HD bool credit_valid(const AdvantageArgs& a, int64_t cell) { return a.mask == nullptr || a.mask[cell] != 0; }
 
+EDITR2_HD bool credit_applies(const AdvantageArgs& a, int64_t cell, int64_t k) {
+  return a.applies == nullptr || a.applies[cell * a.rewards + k] != 0;
+}
+
 // Step 2: the turn after which sample i no longer trains.
 // nvcc would unroll these short loops into every place that calls them, which only makes the kernel large.
 EDITR2_HD int64_t credit_last_live(const AdvantageArgs& a, int64_t i) {
@@ -63,7 +68,9 @@ EDITR2_HD int64_t credit_last_live(const AdvantageArgs& a, int64_t i) {
 #pragma unroll 1
     for (int64_t t = 0; t < a.turns; ++t) {
       const int64_t cell = i * a.turns + t;
-      if (credit_valid(a, cell) && a.scores[cell * a.rewards + a.filter_reward] == 0.0f) return t;
+      if (credit_valid(a, cell) && credit_applies(a, cell, a.filter_reward) &&
+          a.scores[cell * a.rewards + a.filter_reward] == 0.0f)
+        return t;
     }
   return a.turns;
 }
@@ -75,18 +82,66 @@ EDITR2_HD bool credit_all_valid(const AdvantageArgs& a, int64_t i) {
   return all;
 }
 
-// Step 5, before sets are dropped. A turn trains where its unit counts and it is live.
-EDITR2_HD bool credit_counted(const AdvantageArgs& a, int64_t i, int64_t t, int64_t last_live) {
-  if (!a.per_turn()) return credit_all_valid(a, i);
-  return credit_valid(a, i * a.turns + t) && (a.filter_in_statistics || t <= last_live);
+// Step 1: a reward of weight other than 0 applies to the turn, or any where all weights are 0.
+EDITR2_HD bool credit_judged(const AdvantageArgs& a, int64_t cell) {
+  if (a.applies == nullptr) return true;
+  bool any = false, weighty = false, weights = false;
+#pragma unroll 1
+  for (int64_t k = 0; k < a.rewards; ++k) {
+    const bool applies = credit_applies(a, cell, k), counts = a.weights[k] != 0.0f;
+    any = any || applies;
+    weighty = weighty || (applies && counts);
+    weights = weights || counts;
+  }
+  return weights ? weighty : any;
 }
-EDITR2_HD bool credit_trained(const AdvantageArgs& a, int64_t i, int64_t t, int64_t last_live) {
-  return credit_valid(a, i * a.turns + t) && t <= last_live && (a.per_turn() || credit_all_valid(a, i));
+EDITR2_HD bool credit_any_judged(const AdvantageArgs& a, int64_t i) {
+  if (a.applies == nullptr) return true;
+  bool any = false;
+#pragma unroll 1
+  for (int64_t t = 0; t < a.turns; ++t) any = any || credit_judged(a, i * a.turns + t);
+  return any;
 }
 
-// Step 3.
+// Step 5, before sets are dropped. A turn trains where its unit counts and it is live and judged.
+EDITR2_HD bool credit_counted(const AdvantageArgs& a, int64_t i, int64_t t, int64_t last_live) {
+  if (!a.per_turn()) return credit_all_valid(a, i) && credit_any_judged(a, i);
+  const int64_t cell = i * a.turns + t;
+  return credit_valid(a, cell) && (a.filter_in_statistics || t <= last_live) && credit_judged(a, cell);
+}
+EDITR2_HD bool credit_trained(const AdvantageArgs& a, int64_t i, int64_t t, int64_t last_live) {
+  const int64_t cell = i * a.turns + t;
+  return credit_valid(a, cell) && t <= last_live && (a.per_turn() || credit_all_valid(a, i)) && credit_judged(a, cell);
+}
+
+// Step 3, of some turns: a turn to which reward k does not apply leaves sums and products as they were.
+EDITR2_HD bool credit_unit_applies(const AdvantageArgs& a, int64_t unit, int64_t k) {
+  if (a.applies == nullptr) return true;
+  if (a.per_turn()) return credit_applies(a, unit, k);
+  bool any = false;
+#pragma unroll 1
+  for (int64_t t = 0; t < a.turns; ++t) any = any || credit_applies(a, unit * a.turns + t, k);
+  return any;
+}
+EDITR2_HD float credit_partial_value(const AdvantageArgs& a, int64_t unit, int64_t k) {
+  float last = 0.0f, product = 1.0f, sum = 0.0f, count = 0.0f;
+#pragma unroll 1
+  for (int64_t t = 0; t < a.turns; ++t) {
+    const int64_t cell = unit * a.turns + t;
+    if (!credit_applies(a, cell, k)) continue;
+    last = a.scores[cell * a.rewards + k];
+    product = product * last;
+    sum = sum + (a.aggregate == Aggregate::kMean ? last : product);
+    count = count + 1.0f;
+  }
+  if (a.aggregate == Aggregate::kLast) return last;
+  return a.aggregate == Aggregate::kProduct ? product : sum / count;
+}
+
+// Step 3, of a unit to which reward k applies.
 EDITR2_HD float credit_value(const AdvantageArgs& a, int64_t unit, int64_t k) {
   if (a.per_turn()) return a.scores[unit * a.rewards + k];
+  if (a.applies != nullptr) return credit_partial_value(a, unit, k);
   const float* score = a.scores + unit * a.turns * a.rewards + k;
   if (a.aggregate == Aggregate::kLast) return score[(a.turns - 1) * a.rewards];
   float product = score[0], sum = score[0];
@@ -99,19 +154,36 @@ EDITR2_HD float credit_value(const AdvantageArgs& a, int64_t unit, int64_t k) {
   return a.aggregate == Aggregate::kProduct ? product : sum / static_cast<float>(a.turns);
 }
 
-// Steps 4 and 9: one term of the weighted sum over rewards, left to right.
+// Steps 4 and 9: one term of the weighted sum over rewards, left to right, and what the sum is multiplied by. The sign
+// of a sum that is 0 shows nowhere, so it may begin with 0 where the first reward does not apply.
 EDITR2_HD float credit_fuse(const AdvantageArgs& a, int64_t k, float sum, float x) {
   const float term = a.weights[k] * x;
   return k == 0 ? term : sum + term;
 }
+EDITR2_HD float credit_share(const AdvantageArgs& a, int64_t unit) {
+  float whole = 0.0f, heard = 0.0f;
+#pragma unroll 1
+  for (int64_t k = 0; k < a.rewards; ++k) {
+    const float size = ScalarLanes::bits_float(credit_size(a.weights[k]));
+    whole = whole + size;
+    if (credit_unit_applies(a, unit, k)) heard = heard + size;
+  }
+  return heard == whole ? 1.0f : whole / heard;
+}
 EDITR2_HD float credit_fused(const AdvantageArgs& a, int64_t unit) {
   float sum = 0.0f;
 #pragma unroll 1
-  for (int64_t k = 0; k < a.rewards; ++k) sum = credit_fuse(a, k, sum, credit_value(a, unit, k));
-  return sum;
+  for (int64_t k = 0; k < a.rewards; ++k)
+    if (credit_unit_applies(a, unit, k)) sum = credit_fuse(a, k, sum, credit_value(a, unit, k));
+  return a.applies == nullptr ? sum : sum * credit_share(a, unit);
 }
 EDITR2_HD float credit_column(const AdvantageArgs& a, int64_t unit, int64_t column) {
   return a.fusion == Fusion::kReward ? credit_fused(a, unit) : credit_value(a, unit, column);
+}
+
+// Which counted units count in a column.
+EDITR2_HD bool credit_in_column(const AdvantageArgs& a, int64_t unit, int64_t column) {
+  return a.fusion == Fusion::kReward || credit_unit_applies(a, unit, column);
 }
 
 // Step 6. The sum of a set is taken in units that follow from the size of its largest |x|.

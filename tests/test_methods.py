@@ -4,6 +4,7 @@ start, credit."""
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,10 +14,10 @@ from editr2.errors import ConfigError
 from editr2.policies.base import Velocity
 from editr2.policies.unified.policy import Guidance
 from editr2.policies.weights import add_lora, exchanged, merged_weights, mix, snapshot, trainable
-from editr2.rewards.base import Scores
+from editr2.rewards.base import Score, Scores, lay_out
 from editr2.rewards.world import WorldReward
 from editr2.rl import gradient as gradient_module
-from editr2.rl.credit import assign_credit, credit_notes, credit_options
+from editr2.rl.credit import assign_credit, credit_notes, credit_options, weighted_reward
 from editr2.rl.gradient import Batch, accumulate_gradient
 from editr2.rl.judging import judge
 from editr2.rl.losses import LOSSES, Asked, noised, stored
@@ -25,6 +26,7 @@ from editr2.rl.sampler import make_sampler, rollout_sampler
 from editr2.rl.sentinel import RatioError
 from editr2.rl.state import new_state
 from editr2.run.processes import Processes
+from editr2.sessions import Session, Turn
 from editr2.worlds.shapes import make_session
 from editr2_kernels import nft_loss, nft_optimality
 
@@ -274,6 +276,71 @@ def test_credit_over_trajectories_of_different_lengths(tiny_unified):
         torch.equal(credit.advantage[4:, :2], alone.advantage) and (credit.advantage[:4] != 0).any()
     )
     assert not credit.mask[4:, 2].any() and credit.mask[4:, :2].all()
+
+
+def mixed_scores(rows):
+    """Of sessions of their own lengths and the rewards IF, CC and GA: a number, "-" for one that
+    does not apply, "f" for one that failed."""
+    words = {"-": Score.not_applicable(), "f": Score(None, "down")}
+    names = ("IF", "CC", "GA")
+    said = [
+        [{n: words.get(v) or Score(v) for n, v in zip(names, turn)} for turn in row] for row in rows
+    ]
+    image = np.zeros((24, 24, 3), np.uint8)
+    sessions = [
+        Session(f"s{i}", image, tuple(Turn("paint") for _ in row)) for i, row in enumerate(rows)
+    ]
+    return lay_out(names, sessions, said, max(map(len, rows)))
+
+
+def test_the_reward_of_a_turn_is_of_what_applies_to_it():
+    """Its weights grow in proportion; a failed score takes the turn, whatever else applies."""
+    rows = [
+        [(1, 0.5, 0.25), (1, "-", 0.25), ("-", "-", 0.25)],
+        [("-", "-", "-"), ("f", "-", 1), (1, 1, 1)],
+    ]
+    scores = mixed_scores(rows)
+    assert scores.present.tolist() == [[True, True, True], [False, False, True]]
+    assert scores.unfailed.tolist() == [[True, True, True], [True, False, True]]
+    assert (scores.failed, scores.not_applicable) == (1, 3)
+    reward = weighted_reward(scores, {"IF": 0.3, "CC": 0.3, "GA": 0.4})
+    nan = float("nan")
+    expected = torch.tensor([[0.55, 0.4 / 0.7, 0.25], [nan, nan, 1.0]])
+    torch.testing.assert_close(reward, expected, equal_nan=True)
+    # GA is only looked at: where nothing else applies there is no reward.
+    reward = weighted_reward(scores, {"IF": 0.5, "CC": 0.5, "GA": 0.0})
+    expected = torch.tensor([[0.75, 1.0, nan], [nan, nan, 1.0]])
+    torch.testing.assert_close(reward, expected, equal_nan=True)
+    values = torch.rand(64, 3, 3)
+    weights = torch.tensor([0.3, 0.3, 0.4])
+    whole = weighted_reward(scores_of(values), CreditConfig().weights)
+    assert torch.equal(whole, (values * weights).sum(-1))
+
+
+def test_credit_is_told_what_applies():
+    """Over whole trajectories of two lengths: a turn that nothing judges takes nothing along, a
+    failed one its rollout; a reward that is nowhere leaves the numbers of the others."""
+    config = CreditConfig(
+        preset="mt-editflow", baseline=None, weights={"IF": 0.5, "CC": 0.5, "GA": 1}
+    )
+    rows = [
+        [(0.2, 0.9, "-"), ("-", "-", "-")],
+        [(0.8, "-", "-"), (0.4, 0.7, "-")],
+        [(0.5, 0.1, "-"), ("-", "f", "-")],
+        [(0.3, 0.3, "-"), (0.6, 0.2, "-")],
+        [(0.1, 0.2, "-")],
+        [(0.7, "-", "-")],
+    ]
+    group = torch.tensor([0, 0, 0, 0, 1, 1])
+    credit = assign_credit(mixed_scores(rows), group, config)
+    trains = [[1, 0], [1, 1], [0, 0], [1, 1], [1, 0], [1, 0]]
+    assert credit.mask.int().tolist() == trains and not credit.advantage[~credit.mask].any()
+    # IF and CC of the rollouts, by hand; each has half the weight of all three, twice over.
+    first, second = np.array([0.2, 0.6, 0.45]), np.array([0.9, 0.7, 0.25])
+    a, b = ((x - x.mean()) / (x.std() + 1e-4) for x in (first, second))
+    np.testing.assert_allclose(credit.advantage[[0, 1, 3], 0], a + b, atol=1e-5)
+    single = (np.array([0.1, 0.7]) - 0.4) / (0.3 + 1e-4)  # CC has one rollout to compare
+    np.testing.assert_allclose(credit.advantage[4:, 0], single * [1, 2], atol=1e-5)
 
 
 @pytest.mark.parametrize(

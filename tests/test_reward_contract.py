@@ -450,10 +450,11 @@ def test_what_comes_back_never_decides_what_was_expected(name, written):
             check_failures(scores, 0.5)
         return
     assert scores.names == outcome.names
-    missing = torch.tensor([value is None for value in outcome.of_turns])
+    missing = torch.tensor([value is None for value in outcome.of_turns])  # for every reward
     assert torch.equal(scores.present[0, :TURNS], ~missing) and scores.not_applicable == 2 * int(
         missing.sum()
     )
+    assert torch.equal(scores.scored.any(-1), scores.present) and scores.unfailed[:, :TURNS].all()
     expected = torch.tensor([value or 0 for value in outcome.of_turns]).view(TURNS, -1)
     torch.testing.assert_close(scores.values[1, :TURNS], expected.float(), rtol=0, atol=0)
     check_failures(scores, 0.0)
@@ -616,37 +617,55 @@ class judge:
 """
 
 
-def test_what_fails_and_what_does_not_apply_is_counted_and_masked_in_training(
-    written, tmp_path, tiny_unified, capsys
+@pytest.mark.parametrize("shown", ["failed", "does not apply"])  # by the strips
+@pytest.mark.parametrize("rest", ["image.mean() / 255", "Score.not_applicable()"])
+def test_what_fails_is_masked_and_what_does_not_apply_leaves_the_turn_to_the_rest(
+    written, tmp_path, tiny_unified, capsys, rest, shown
 ):
-    """Every other call judges one turn of two; of the others, IF does not apply. Nothing of it
-    trains."""
+    """Every other call judges one turn of two, of which nothing trains. Of the others, IF does not
+    apply: they train by CC, if that does."""
     before = {name: p.clone() for name, p in tiny_unified.module.named_parameters()}
-    config = run_of(tmp_path, written(SOMETIMES), limit=0.8)
-    config = replace_nested(config, {"credit": {"weights": {"IF": 0.5, "CC": 0.5}}})
+    judge = SOMETIMES.replace("image.mean() / 255", rest)
+    if shown == "does not apply":
+        judge = judge.replace("if self.asked % 2:", "if self.asked % 2 == 0:")
+    config = run_of(tmp_path, written(judge), limit=0.8)
+    # One sibling of two has scores: its turns are compared with each other.
+    credit = {"weights": {"IF": 0.5, "CC": 0.5}, "baseline": "session"}
+    config = replace_nested(config, {"credit": credit})
     run = train(config, policy=tiny_unified)
     rows = read_metrics(run / "metrics.jsonl")[0]
     (trained,) = [row for row in rows if row["event"] == "train"]
-    assert (trained["failed_scores"], trained["not_applicable"]) == (4, 4) and trained[
-        "reward"
-    ] is None
+    trains = rest != "Score.not_applicable()"
+    assert (trained["failed_scores"], trained["not_applicable"]) == (4, 4)
+    assert (trained["reward"] is not None) == (trained["advantage_abs"] > 0) == trains
+    # All the weight is CC's; nothing of IF is a number, which is nothing to warn of.
+    assert trained["reward_turn"] == trained["cc_turn"] and trained["if_turn"] == [None, None]
+    assert not [name for name in trained.get("non_finite", ()) if "_turn" in name]
     assert re.search(
         "rewards IF, CC, session .*, turn 1: 1 entry came back for 2 turns",
         trained["first_failure"],
     )
-    evaluations = [row for row in rows if row["event"] == "eval"]
-    assert [(row["failed_scores"], row["not_applicable"]) for row in evaluations] == [
-        (2, 2),
-        (2, 2),
-    ]
-    assert all(torch.equal(p, before[name]) for name, p in tiny_unified.module.named_parameters())
-    strips = json.loads((run / "strips" / "after.json").read_text())["sessions"]
-    assert all(
-        turn["masked"] and turn["reward"] is None for strip in strips for turn in strip["turns"]
-    )
+    first, second = [row for row in rows if row["event"] == "eval"]
+    assert (first["failed_scores"], first["not_applicable"]) == (2, 2)
+    # Where nothing trained, only the calls that failed are made again.
+    assert not trains or (second["failed_scores"], second["not_applicable"]) == (2, 2)
+    same = [torch.equal(p, before[name]) for name, p in tiny_unified.module.named_parameters()]
+    assert all(same) != trains
+    strips = json.loads((run / "strips" / "before.json").read_text())["sessions"]
+    for turn in (turn for strip in strips for turn in strip["turns"]):
+        silent = turn.get("does_not_apply")
+        assert silent == (None if shown == "failed" else ["IF"] if trains else ["IF", "CC"])
+        assert (turn["scores"]["CC"] is not None) == bool(silent and trains)
+        assert turn["scores"]["IF"] is None and turn["reward"] == turn["scores"]["CC"]
+        assert turn["masked"] == (turn["reward"] is None) == (turn["reason"] is not None)
+        assert silent is None or trains or turn["reason"] == "no reward with a weight applies"
+    page = (run / "report.html").read_text()
+    if shown == "does not apply":
+        assert "<dt>IF</dt><dd>does not apply</dd>" in page
+        assert ("<dt>CC</dt><dd>does not apply</dd>" in page) == (not trains)
     start = next(row for row in rows if row["event"] == "start")
     assert start["rewards"] == {"IF": 0.5, "CC": 0.5}
-    assert "4 scores failed  4 turns do not apply" in capsys.readouterr().err
+    assert "4 scores failed  a reward does not apply to 4 turns" in capsys.readouterr().err
 
 
 def test_one_reward_needs_no_weights_and_the_filter_says_that_it_is_off(

@@ -392,15 +392,21 @@ def test_killed_at_any_moment_it_resumes_bitwise(uninterrupted, tmp_path, point)
         (["IF", "CC"], [[1.0, 1.0], [1.0, 0.9]], 0),
         (["IF", "CC"], [[1.0, None], [1.0, 1.0]], None),
         (["mine"], [[1.0]], 1),  # a session shorter than the batch
+        (["GA"], [[1.0], ["-"]], 1),  # does not apply: the last that does speaks of all before
+        (["GA"], [[0.0], ["-"]], 0),
+        (["GA", "CC"], [[0.5, 1.0], [1.0, "-"]], 1),
+        (["GA", "CC"], [[0.5, 1.0], [1.0, None]], None),
+        (["GA"], [["-"], ["-"]], None),
+        (["IF", "CC"], [[1.0, "-"], [1.0, 1.0]], 1),
+        (["IF", "CC"], [[0.5, "-"], [1.0, 1.0]], 0),
+        (["IF", "CC"], [["-", "-"], [1.0, 1.0]], 1),
+        (["IF", "CC"], [["-", None], [1.0, 1.0]], None),
+        (["IF", "CC"], [["-", "-"], ["-", "-"]], None),
     ],
 )
 def test_a_session_is_right_when_every_turn_is(names, turns, right):
-    said = [
-        [
-            {n: Score(v, None if v is not None else "down") for n, v in zip(names, t, strict=True)}
-            for t in turns
-        ]
-    ]
+    words = {None: Score(None, "down"), "-": Score.not_applicable()}
+    said = [[{n: words.get(v) or Score(v) for n, v in zip(names, t)} for t in turns]]
     session = Session("a1", np.zeros((24, 24, 3), np.uint8), tuple(Turn("paint") for _ in turns))
     found = success(lay_out(tuple(names), [session], said, 2)).tolist()
     assert found == [right] if right is not None else np.isnan(found).all()

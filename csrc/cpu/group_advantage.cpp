@@ -135,10 +135,32 @@ void drop_sets(const AdvantageArgs& a, Sets& sets, float* value, float* square) 
   sets.unit.erase(kept, sets.unit.end());
 }
 
-// Writes the fused advantage of every packed unit. value and square: scratch as long.
-void normalise(const AdvantageArgs& a, const Sets& sets, int threads, float* value, float* square, float* fused) {
-  const int64_t total = static_cast<int64_t>(sets.unit.size());
+// The units of `sets` that count in column k, and where each stands in `sets`.
+Sets in_column(const AdvantageArgs& a, const Sets& sets, int64_t k, std::vector<int32_t>& place) {
+  Sets column;
+  place.clear();
+  column.begin.push_back(0);
+  for (int64_t s = 0; s < sets.count(); ++s) {
+    for (int64_t j = sets.begin[static_cast<size_t>(s)]; j < sets.begin[static_cast<size_t>(s) + 1]; ++j) {
+      const int32_t unit = sets.unit[static_cast<size_t>(j)];
+      if (!credit_in_column(a, unit, k)) continue;
+      column.unit.push_back(unit);
+      place.push_back(static_cast<int32_t>(j));
+    }
+    column.begin.push_back(static_cast<int64_t>(place.size()));
+  }
+  return column;
+}
+
+// Writes the fused advantage of every packed unit into `fused`, all 0. value and square: scratch as long.
+void normalise(const AdvantageArgs& a, const Sets& all, int threads, float* value, float* square, float* fused) {
+  const bool apart = a.applies != nullptr && a.fusion != Fusion::kReward;
+  Sets column;
+  std::vector<int32_t> place;
   for (int64_t k = 0; k < a.columns(); ++k) {
+    if (apart) column = in_column(a, all, k, place);
+    const Sets& sets = apart ? column : all;
+    const int64_t total = static_cast<int64_t>(sets.unit.size());
     const int32_t* unit = sets.unit.data();
     if (a.per_turn() && a.fusion != Fusion::kReward)
       for (int64_t j = 0; j < total; ++j) value[j] = a.scores[unit[j] * a.rewards + k];
@@ -156,11 +178,14 @@ void normalise(const AdvantageArgs& a, const Sets& sets, int threads, float* val
       for (int64_t j = 0; j < n; ++j) {
         const float d = credit_deviation(centre, x[j]);
         const float result = a.std == StdOver::kNone ? d : credit_normalise(d, denominator);
-        fused[begin + j] = a.fusion == Fusion::kReward ? result : credit_fuse(a, k, fused[begin + j], result);
+        float& sum = fused[apart ? place[static_cast<size_t>(begin + j)] : begin + j];
+        sum = a.fusion == Fusion::kReward ? result : credit_fuse(a, k, sum, result);
       }
     };
     parallel_for(sets.count(), total >= kParallelUnits ? threads : 1, one_set);
   }
+  if (apart)
+    for (size_t j = 0; j < all.unit.size(); ++j) fused[j] = fused[j] * credit_share(a, all.unit[j]);
 }
 
 void check(const AdvantageArgs& a) {
@@ -172,8 +197,9 @@ void check(const AdvantageArgs& a) {
   for (int64_t cell = 0; bad && cell < a.n * a.turns; ++cell)
     for (int64_t k = 0; k < a.rewards; ++k) {
       const float score = a.scores[cell * a.rewards + k];
-      if (!credit_finite(credit_size(score)) && credit_valid(a, cell))
-        reject("scores", std::to_string(score), "finite wherever mask is true");
+      if (!credit_finite(credit_size(score)) && credit_valid(a, cell) && credit_applies(a, cell, k))
+        reject("scores", std::to_string(score),
+               a.applies == nullptr ? "finite wherever mask is true" : "finite wherever mask and applies are true");
     }
 }
 

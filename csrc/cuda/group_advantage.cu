@@ -68,13 +68,17 @@ __device__ T block_largest(T value, int64_t* shared) {
   return over_block(value, shared, [](T x, T y) { return y > x ? y : x; });
 }
 
-// Calls f(unit, value) for the thread's counted units.
+// Calls f(unit, value) for the thread's units that count in the column.
 template <class Function>
 __device__ void each_counted(const AdvantageArgs& a, const Range& range, int64_t column, const Function& f) {
 #pragma unroll 1
   for (int64_t j = threadIdx.x; j < range.length; j += kThreads) {
     const Unit u = unit_of(a, range, j);
-    if (u.counted) f(u, range.where == kFused ? a.advantage[u.first] : credit_column(a, u.index, column));
+    if (!u.counted) continue;
+    if (range.where == kFused)
+      f(u, a.advantage[u.first]);
+    else if (credit_in_column(a, u.index, column))
+      f(u, credit_column(a, u.index, column));
   }
 }
 
@@ -127,6 +131,16 @@ __device__ Statistics statistics(const AdvantageArgs& a, const Range& range, int
 __device__ void accumulate(const AdvantageArgs& a, int64_t k, const Unit& u, float x) {
   a.advantage[u.first] = a.fusion == Fusion::kReward ? x : credit_fuse(a, k, k == 0 ? 0.0f : a.advantage[u.first], x);
 }
+// Where not every reward applies: what that sum begins with, and what it is multiplied by at the end. A thread has the
+// same units in both and in between.
+__device__ void each_sum(const AdvantageArgs& a, const Range& range, bool begin) {
+  if (a.applies == nullptr || a.fusion == Fusion::kReward) return;
+#pragma unroll 1
+  for (int64_t j = threadIdx.x; j < range.length; j += kThreads) {
+    const Unit u = unit_of(a, range, j);
+    if (u.counted) a.advantage[u.first] = begin ? 0.0f : a.advantage[u.first] * credit_share(a, u.index);
+  }
+}
 
 __device__ void one_set(const GroupArgs& g, const Range& set, int64_t* shared) {
   const AdvantageArgs& a = g.a;
@@ -137,6 +151,8 @@ __device__ void one_set(const GroupArgs& g, const Range& set, int64_t* shared) {
     const Statistics s = statistics(fused, set, 0, true, shared);
     keep = !credit_drops(a, s.centre, s.std);
   }
+  const bool sums = keep && a.std != StdOver::kGlobal;
+  if (sums) each_sum(a, set, true);
 #pragma unroll 1
   for (int64_t k = 0; keep && k < a.columns(); ++k) {
     const Statistics s = statistics(a, set, k, a.std == StdOver::kGroup, shared);
@@ -149,6 +165,7 @@ __device__ void one_set(const GroupArgs& g, const Range& set, int64_t* shared) {
         accumulate(a, k, u, a.std == StdOver::kNone ? d : credit_normalise(d, denominator));
     });
   }
+  if (sums) each_sum(a, set, false);
 #pragma unroll 1
   for (int64_t j = threadIdx.x; j < set.length; j += kThreads) {  // steps 11 and 12
     const Unit u = unit_of(a, set, j);
@@ -169,6 +186,7 @@ __device__ void one_set(const GroupArgs& g, const Range& set, int64_t* shared) {
 __device__ void whole_batch(const GroupArgs& g, int64_t* shared) {
   const AdvantageArgs& a = g.a;
   const Range batch = {kBatch, 0, 0, a.units()};
+  if (a.std == StdOver::kGlobal) each_sum(a, batch, true);
 #pragma unroll 1
   for (int64_t k = 0; a.std == StdOver::kGlobal && k < a.columns(); ++k) {
     const float denominator = credit_denominator(a, statistics(a, batch, k, true, shared).std);
@@ -176,6 +194,7 @@ __device__ void whole_batch(const GroupArgs& g, int64_t* shared) {
       accumulate(a, k, u, credit_normalise(g.scratch[k * a.units() + u.index], denominator));
     });
   }
+  if (a.std == StdOver::kGlobal) each_sum(a, batch, false);
   Statistics s = {{0.0f, 0.0f}, 0.0f};
   if (a.fusion == Fusion::kGdpo) s = statistics(a, {kFused, 0, 0, a.units()}, 0, true, shared);
   const float denominator = credit_denominator(a, s.std);

@@ -85,6 +85,8 @@ class StripTurn:
     expected: str | None
     image: str | None
     scores: Mapping[str, float | None]
+    does_not_apply: Sequence[str]
+    """Of the scores, those of rewards that do not apply to the turn."""
     reward: float | None
     advantage: float | None
     reason: str | None
@@ -335,6 +337,7 @@ def _strip_turn(value: Mapping[str, Any]) -> StripTurn:
         expected=_text(value.get("expected")),
         image=_text(value.get("image")),
         scores={name: number(scores.get(name)) for name in scores or SCORES},
+        does_not_apply=tuple(map(str, value.get("does_not_apply") or ())),
         reward=number(value.get("reward")),
         advantage=number(value.get("advantage")),
         reason=_text(value.get("reason")),

@@ -170,7 +170,10 @@ def _cell(
         alt=alt,
         intent=turn.intent,
         reasoning=turn.reasoning,
-        scores=[_score(key, value, scale) for key, value in turn.scores.items()],
+        scores=[
+            _score(key, value, scale, key not in turn.does_not_apply)
+            for key, value in turn.scores.items()
+        ],
         reward=None if turn.reward is None else decimal(turn.reward),
         change="" if turn.reward is None or before is None else signed(turn.reward - before),
         advantage=None if turn.advantage is None else signed(turn.advantage),
@@ -180,6 +183,6 @@ def _cell(
     )
 
 
-def _score(name: str, value: float | None, scale: float) -> ScoreBar:
+def _score(name: str, value: float | None, scale: float, applies: bool) -> ScoreBar:
     percent = None if value is None else 100 * min(max(value / scale, 0.0), 1.0)
-    return ScoreBar(name, decimal(value), percent)
+    return ScoreBar(name, decimal(value) if applies else "does not apply", percent)

@@ -71,7 +71,7 @@ class Score:
     `Score(0.7)`: a number in [0, 1] (see `as_number`), with a reason if you like; `Score(None,
     "why")`: it could not be judged (masked, counted as failed, and too many stop the run);
     `Score.not_applicable()`: there is nothing to judge, such as consistency with nothing left to
-    compare (masked, counted apart, and never a failure).
+    compare (the turn's other scores have its weight; counted apart, and never a failure).
     Raises TypeError or ValueError for anything else.
     """
 
@@ -185,8 +185,8 @@ ANSWERED, NOT_APPLICABLE, FAILED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a batch. values: float32 [N, T, K], 0 where missing. present: bool [N, T], False
-    where any of a turn's scores is missing or the session has no such turn. expected: bool [N, T],
+    """Scores of a batch. values: float32 [N, T, K], 0 where missing. present: bool [N, T], turns of
+    which no score failed and to which at least one reward applies. expected: bool [N, T],
     the turns that the sessions have, whatever was returned. reasons: why turns failed, by (rollout,
     turn), naming rewards, session and turn. states: int8
     [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE or FAILED; none: whatever is
@@ -209,13 +209,23 @@ class Scores:
         return (states == state) & self.expected[..., None]
 
     @property
+    def scored(self) -> Tensor:
+        """bool [N, T, K]: the scores that count, those that apply of turns of which none failed."""
+        return self.of_state(ANSWERED) & self.present[..., None]
+
+    @property
+    def unfailed(self) -> Tensor:
+        """bool [N, T]: the turns of the sessions of which no score failed."""
+        return self.expected & ~self.of_state(FAILED).any(-1)
+
+    @property
     def failed(self) -> int:
         """Turns of which at least one score failed."""
         return int(self.of_state(FAILED).any(-1).sum())
 
     @property
     def not_applicable(self) -> int:
-        """Turns without a failed score that are masked because a reward does not apply to them."""
+        """Turns without a failed score to which one of the rewards, or all, do not apply."""
         return int((self.of_state(NOT_APPLICABLE).any(-1) & ~self.of_state(FAILED).any(-1)).sum())
 
     @property
@@ -260,7 +270,7 @@ def lay_out(
                     states[i, t, k] = FAILED if score.failed else NOT_APPLICABLE
             if (states[i, t] == FAILED).any():
                 reasons[i, t] = _failure(row, session.id, t)
-    present = expected & (states == ANSWERED).all(-1)
+    present = expected & (states != FAILED).all(-1) & (states == ANSWERED).any(-1)
     return Scores(names, values * present[..., None], present, expected, reasons, states)
 
 

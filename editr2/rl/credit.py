@@ -12,7 +12,7 @@ from torch import Tensor
 
 from editr2.config import CreditConfig
 from editr2.errors import ConfigError, one_line
-from editr2.rewards.base import Scores, weight_vector
+from editr2.rewards.base import NOT_APPLICABLE, Scores, weight_vector
 from editr2_kernels import CREDIT_PRESETS, CreditOptions, GroupAdvantage, group_advantage
 
 FILTER_REWARD = "IF"  # a turn with none of it failed, and what follows is not the editor's fault
@@ -97,8 +97,9 @@ def assign_credit(scores: Scores, group: Tensor, config: CreditConfig) -> GroupA
     """Advantages [N, T] and the mask [N, T] of turns that train, of *all* rollouts of an iteration.
 
     group: int64 [N], equal for siblings. Turns without a score, or after a failed instruction where
-    the credit filters, have advantage exactly 0 and mask False. Credit over whole trajectories is
-    given among sessions of one length at a time: a mean over turns that do not exist would be none.
+    the credit filters, have advantage exactly 0 and mask False. A reward that does not apply to a
+    turn leaves it to the others, and fails nothing. Credit over whole trajectories is given among
+    sessions of one length at a time: a mean over turns that do not exist would be none.
     """
     options = credit_options(config, scores.names)
     weights = weight_vector(scores.names, config.weights)
@@ -108,18 +109,31 @@ def assign_credit(scores: Scores, group: Tensor, config: CreditConfig) -> GroupA
         parts = [(torch.arange(len(group)), width)]
     else:
         parts = [((lengths == n).nonzero()[:, 0], int(n)) for n in lengths.unique() if n > 0]
+    unfailed, silent = scores.unfailed, scores.of_state(NOT_APPLICABLE)
+    applies = ~silent if silent.any() else None
     advantage, mask = (
         torch.zeros_like(scores.present, dtype=torch.float32),
         torch.zeros_like(scores.present),
     )
     for samples, width in parts:
-        values, present = scores.values[samples, :width], scores.present[samples, :width]
-        part = group_advantage(values, group[samples], options, weights=weights, mask=present)
+        part = group_advantage(
+            scores.values[samples, :width],
+            group[samples],
+            options,
+            weights=weights,
+            mask=unfailed[samples, :width],
+            applies=None if applies is None else applies[samples, :width],
+        )
         advantage[samples, :width], mask[samples, :width] = part.advantage, part.mask
     return GroupAdvantage(advantage, mask)
 
 
 def weighted_reward(scores: Scores, weights: dict[str, float]) -> Tensor:
-    """r = sum_k w_k s_k, float32 [N, T]; NaN where a turn has no score."""
-    reward = (scores.values * weight_vector(scores.names, weights)).sum(-1)
+    """r = sum_k w_k s_k, float32 [N, T], over the rewards that apply, whose weights grow in
+    proportion until their sizes add up to what all of them do (as in `group_advantage`); NaN where
+    a turn has no score, or none of a weight other than 0."""
+    vector, scored = weight_vector(scores.names, weights), scores.scored
+    heard = (vector.abs() * scored).sum(-1)
+    share = torch.where(scored.all(-1), 1.0, vector.abs().sum() / heard)
+    reward = (scores.values * vector).sum(-1) * share  # 0 * inf where only weights of 0 apply
     return torch.where(scores.present, reward, torch.nan)

@@ -20,6 +20,7 @@ from editr2.config import Config, CreditConfig, RolloutConfig
 from editr2.policies.base import Intent, Policy
 from editr2.rewards.adapt import score_batch
 from editr2.rewards.base import (
+    NOT_APPLICABLE,
     GivenReward,
     RewardFailure,
     Scores,
@@ -63,12 +64,13 @@ class Evaluation:
             "sessions": len(self.modes),
         }
         row["reward_turn"] = [mean_se(self.reward[:, t]) for t in range(turns)]
-        for k, label in enumerate(self.scores.names):
-            values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
+        scored = torch.where(self.scores.scored, self.scores.values, torch.nan)
+        of = {label: scored[..., k] for k, label in enumerate(self.scores.names)}
+        for label, values in of.items():
             row[f"{label.lower()}_turn"] = [mean_se(values[:, t]) for t in range(turns)]
-        if "IF" in self.scores.names:
-            followed = (self.scores.values[..., self.scores.names.index("IF")] >= 1 - 1e-6).float()
-            marginal = torch.where(self.scores.present, followed, torch.nan)
+        if "IF" in of:
+            followed = (of["IF"] >= 1 - 1e-6).float()
+            marginal = torch.where(of["IF"].isnan(), torch.nan, followed)
             row["marginal_turn"] = [mean_se(marginal[:, t]) for t in range(turns)]
         row["success"] = mean_se(self.success)
         row["failed_scores"] = self.scores.failed
@@ -79,8 +81,7 @@ class Evaluation:
             "reward": _optional(last_turn(self)),
             "success": _optional(self.success),
         }
-        for k, label in enumerate(self.scores.names):
-            values = torch.where(self.scores.present, self.scores.values[..., k], torch.nan)
+        for label, values in of.items():
             row["per_session"][label.lower()] = [_optional(v) for v in values]
         row["by_mode"] = {}
         for mode in sorted({m for m in self.modes if m}):
@@ -90,14 +91,9 @@ class Evaluation:
                 "success": mean_se(self.success[of_mode])["mean"],
                 "sessions": int(of_mode.sum()),
             }
-            if "GA" in self.scores.names:
-                ga = torch.where(
-                    self.scores.present,
-                    self.scores.values[..., self.scores.names.index("GA")],
-                    torch.nan,
-                )
+            if "GA" in of:
                 row["by_mode"][mode]["ga_turn"] = [
-                    mean_se(ga[of_mode, t])["mean"] for t in range(turns)
+                    mean_se(of["GA"][of_mode, t])["mean"] for t in range(turns)
                 ]
         return row
 
@@ -124,15 +120,19 @@ def mean_se(values: Tensor) -> dict[str, float | None]:
 def success(scores: Scores) -> Tensor:
     """[N], 1 where every turn of a session is right, NaN where one of those looked at could not be
     scored. GA speaks of all turns so far, so that of the last turn says it; without GA every turn
-    needs full marks in every score."""
+    needs full marks in every score. A score that does not apply is no objection; NaN where none
+    applies."""
+    silent = scores.of_state(NOT_APPLICABLE)
     full = scores.values >= 1 - 1e-6
     if "GA" in scores.names:
-        last = (scores.expected.sum(1) - 1).clamp(min=0)
+        ga = scores.names.index("GA")
+        turns = torch.arange(scores.expected.shape[1])
+        last = (turns * (scores.expected & ~silent[..., ga])).amax(1)
         each = torch.arange(len(last))
-        right, scored = full[each, last, scores.names.index("GA")], scores.present[each, last]
+        right, scored = full[each, last, ga], scores.scored[each, last, ga]
     else:
-        right = (full.all(-1) | ~scores.expected).all(1)
-        scored = (scores.present | ~scores.expected).all(1)
+        right = (full | silent | ~scores.expected[..., None]).all(-1).all(1)
+        scored = (scores.unfailed | ~scores.expected).all(1) & scores.present.any(1)
     return torch.where(scored, right.float(), torch.nan)
 
 
@@ -310,7 +310,8 @@ def _write_strips(
     config: CreditConfig,
     siblings: int,
 ) -> None:
-    rewards = weighted_reward(scores, config.weights)
+    rewards, scored = weighted_reward(scores, config.weights), scores.scored
+    apart = scores.of_state(NOT_APPLICABLE)
     group = torch.arange(len(drawn)).repeat_interleave(siblings)
     credit = assign_credit(scores, group, config)
     _clear(folder, name)
@@ -322,7 +323,9 @@ def _write_strips(
         for t, (turn, intent) in enumerate(zip(session.turns, strip.intents, strict=True)):
             file = f"{name}/{place:03d}_t{t + 1}.png"
             Image.fromarray(strip.images[t]).save(folder / file)
-            present = bool(scores.present[row, t])
+            values = zip(scored[row, t].tolist(), scores.values[row, t].tolist(), strict=True)
+            value = float(rewards[row, t])
+            silent = [n for n, here in zip(scores.names, apart[row, t], strict=True) if here]
             shown.append(
                 {
                     "instruction": turn.instruction,
@@ -331,13 +334,14 @@ def _write_strips(
                     "expected": None,
                     "image": file,
                     "scores": {
-                        n: float(scores.values[row, t, k]) if present else None
-                        for k, n in enumerate(scores.names)
+                        n: v if counts else None
+                        for n, (counts, v) in zip(scores.names, values, strict=True)
                     },
-                    "reward": float(rewards[row, t]) if present else None,
+                    **({"does_not_apply": silent} if silent else {}),
+                    "reward": None if math.isnan(value) else value,
                     "advantage": float(credit.advantage[row, t]),
                     "reason": scores.reasons.get((row, t))
-                    or (None if present else "a reward does not apply"),
+                    or ("no reward with a weight applies" if math.isnan(value) else None),
                     "masked": not bool(credit.mask[row, t]),
                 }
             )

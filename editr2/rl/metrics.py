@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from editr2.config import EvalConfig, TrainConfig
 from editr2.errors import UserError
 from editr2.policies.base import Policy, parameter_count
-from editr2.rewards.base import Scores, weights_of
+from editr2.rewards.base import NOT_APPLICABLE, Scores, weights_of
 from editr2.rewards.panel import Panel
 from editr2.rl.credit import weighted_reward
 from editr2.rl.evaluate import mean_se, success
@@ -135,7 +136,8 @@ def train_row(
     reward = weighted_reward(scores, weights)
     flat = reward.view(groups, -1)
     spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
-    values = torch.where(scores.present[..., None], scores.values, torch.nan)
+    values = torch.where(scores.scored, scores.values, torch.nan)
+    silent = scores.of_state(NOT_APPLICABLE)
     trained = credit.advantage[credit.mask]
     totals_of = {name: sum(p[0][name] for p in parts) for name in sums}
     counted = max(1.0, totals_of["samples"])
@@ -143,9 +145,9 @@ def train_row(
         "event": "train",
         "iteration": iteration,
         "reward": float(reward.nanmean()),
-        "reward_turn": reward.nanmean(0).tolist(),
+        "reward_turn": _by_turn(reward, silent.any(-1)),
         **{
-            f"{n.lower()}_turn": values[..., k].nanmean(0).tolist()
+            f"{n.lower()}_turn": _by_turn(values[..., k], silent[..., k])
             for k, n in enumerate(scores.names)
         },
         "success": mean_se(success(scores))["mean"],
@@ -159,7 +161,7 @@ def train_row(
         "failed_scores": scores.failed,
         "not_applicable": scores.not_applicable,
         "first_failure": scores.first_failure,
-        "filtered_turns": int((scores.present & ~credit.mask).sum()),
+        "filtered_turns": int((~reward.isnan() & ~credit.mask).sum()),
         "intent_fallback": failed / sampled if sampled else None,
         "intents_right": right / known if known else None,
         "intent_tokens": tokens / sampled if sampled else None,
@@ -174,6 +176,14 @@ def train_row(
     if taken := sorted(more.keys() & row.keys()):
         raise UserError(f"train.loss: {t.loss!r}: logs: {', '.join(taken)} (accepted: new names)")
     return row | more
+
+
+def _by_turn(values: Tensor, silent: Tensor) -> list[float | None]:
+    """Means of [N, T] over the first, NaN where nothing is; None where that is because a reward
+    does not apply, which is nothing to warn of."""
+    means = values.nanmean(0)
+    none = (means.isnan() & silent.any(0)).tolist()
+    return [None if gone else mean for mean, gone in zip(means.tolist(), none, strict=True)]
 
 
 class _Intents(NamedTuple):

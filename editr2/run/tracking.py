@@ -417,7 +417,7 @@ class Progress:
         if row.get("failed_scores"):
             parts.append(f"{row['failed_scores']} scores failed")
         if row.get("not_applicable"):
-            parts.append(f"{row['not_applicable']} turns do not apply")
+            parts.append(f"a reward does not apply to {row['not_applicable']} turns")
         if self._seconds:
             typical = statistics.median(self._seconds)
             parts.append(f"{_precise(self._seconds[-1])} s/iter (typical {_precise(typical)})")

@@ -14,23 +14,34 @@ shares one mean: all units of a group (baseline "session"), or those of one turn
 Exact order of operations (every backend gives identical bits; all steps are fp32, one rounding
 each, no fma, round to nearest even, unless stated). Integers are int64.
 
- 1. valid = mask (all True if absent). A score at an invalid turn is never looked at.
- 2. live = valid, minus every turn t' > t of sample i for which valid[i,t] and
-    scores[i,t,filter_reward] == 0.
- 3. aggregate, each reward k on its own, turns left to right t = 0..T-1:
+ 1. valid = mask, applies (both all True if absent). A score at an invalid turn, or of a reward that
+    does not apply to its turn, is never looked at.
+    judged[i,t] = applies[i,t,k] for a k with w_k != 0, or for any k where all weights are 0.
+ 2. live = valid, minus every turn t' > t of sample i for which valid[i,t], applies[i,t,k] and
+    scores[i,t,k] == 0, k = filter_reward.
+ 3. aggregate, each reward k on its own, s0, s1, ... its scores of the n turns of the sample that it
+    applies to, left to right:
       none     s[t]
-      mean     (((s0 + s1) + s2) + ...) / float(T)
-      last     s[T-1]
+      mean     (((s0 + s1) + s2) + ...) / float(n)
+      last     s[n-1]
       product  ((s0 * s1) * s2) * ...
-      prefix   p0 = s0, p_t = p_{t-1} * s_t;  (((p0 + p1) + p2) + ...) / float(T)
- 4. fused value = ((w0*r0 + w1*r1) + w2*r2) + ...
-    Columns of values: the fused value for fusion "reward", each of the K rewards for "advantage"
-    and "gdpo".
+      prefix   p0 = s0, p_j = p_{j-1} * s_j;  (((p0 + p1) + p2) + ...) / float(n)
+    Reward k applies to a unit where n > 0 ("none": where it applies to the turn).
+ 4. fuse(r) of a unit, over the rewards that apply to it (the others add 0 to each sum):
+      (((w0*r0 + w1*r1) + w2*r2) + ...) * share
+      share = 1 where V == W, else W / V;   W = ((|w0| + |w1|) + |w2|) + ..., of all rewards, and
+      V = the same of those that apply
+    So the weights of those that apply keep the sum of all the weights' sizes, and their signs;
+    where all apply, nothing is multiplied.
+    Columns of values: the fused value, fuse of the aggregated rewards, for fusion "reward", which
+    is a value of every unit; each of the K rewards for "advantage" and "gdpo".
  5. counted units (those inside the statistics):
-      aggregate none:  filter_in_statistics ? valid : live
-      else:            samples whose turns are all valid (the filter does not change the statistics)
+      aggregate none:  judged and (filter_in_statistics ? valid : live)
+      else:            samples whose turns are all valid and of which one is judged (the filter does
+                       not change the statistics)
     trained turns (the returned mask):
-      aggregate none:  live;    else: live and all turns of the sample valid
+      aggregate none:  judged and live;    else: and all turns of the sample valid
+    In a reward's own column only the counted units count that it applies to.
     A set is dropped when, by the fused value whatever the fusion, std <= float32(min_std) or
     mean >= float32(max_mean) (steps 6 and 7, before any eps). Its units no longer count, in no
     statistic, and its turns no longer train.
@@ -52,16 +63,16 @@ each, no fma, round to nearest even, unless stated). Integers are int64.
     denominator = std + float32(eps)  (eps_mode "add")  or  max(std, float32(eps))  ("floor")
  8. (It follows that a set with a single counted unit has a = 0; a set with none has no unit that
     trains.)
- 9. fusion "advantage" and "gdpo": a = ((w0*a0 + w1*a1) + w2*a2) + ...
+ 9. fusion "advantage" and "gdpo": a = fuse(a0, a1, ...)
 10. fusion "gdpo": over all counted units of the batch, a = normal(deviation(a), std)
 11. a = NaN (bits 0x7FC00000) where not finite;  a = min(max(a, -clip), clip) if clip is set;
     a = a + 0.0 (no -0)
 12. advantage[i,t] = a of its unit where the turn trains, else 0.
 
-At most 2^20 units, so the int64 sums cannot overflow. Scores must be finite where valid (CPU
-tensors are checked). Whatever is not finite, or leaves the range of fp32 on the way, makes NaN of
-all that depends on it: of its set with std "group" or "none", of the whole batch with "global" or
-fusion "gdpo"; a set with NaN statistics is not dropped.
+At most 2^20 units, so the int64 sums cannot overflow. Scores must be finite where valid and where
+the reward applies (CPU tensors are checked). Whatever is not finite, or leaves the range of fp32 on
+the way, makes NaN of all that depends on it: of its set with std "group" or "none", of the whole
+batch with "global" or fusion "gdpo"; a set with NaN statistics is not dropped.
 
 Cost: linear in the units on CPUs; on GPUs one launch that compares at most N^2 pairs of group ids,
 plus per group a few scans of all ids, plus linear work of one last program for std "global" and
@@ -99,10 +110,11 @@ class GroupAdvantage(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """What is normalised: K values and one fused value of each of U units, who shares a set, who
-    counts and trains."""
+    """What is normalised: K values and one fused value of each of U units, which rewards apply to
+    it, who shares a set, who counts and trains."""
 
     value_KU: Tensor
+    applies_KU: Tensor
     fused_U: Tensor
     group_U: Tensor
     turn_U: Tensor
@@ -111,47 +123,59 @@ class _Units(NamedTuple):
 
 
 def _units(
-    scores: Tensor, group: Tensor, weights: Tensor, mask: Tensor, options: CreditOptions
+    scores: Tensor,
+    group: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    applies: Tensor,
+    options: CreditOptions,
 ) -> _Units:
     """Steps 1-5 of the module docstring, before sets are dropped."""
     n, turns, _ = scores.shape
-    s_NTK = torch.where(mask[:, :, None], scores, torch.zeros_like(scores))
+    s_NTK = torch.where(mask[:, :, None] & applies, scores, torch.zeros_like(scores))
+    judged = (applies & ((weights != 0) | (weights == 0).all())).any(2)
     live = mask
-    if options.filter_reward is not None:
-        failed = mask & (s_NTK[:, :, options.filter_reward] == 0)
+    if (k := options.filter_reward) is not None:
+        failed = mask & applies[:, :, k] & (s_NTK[:, :, k] == 0)
         live = mask & (failed.cumsum(1) - failed.to(torch.int64) == 0)
     if options.aggregate == "none":
-        value_UK = s_NTK.flatten(0, 1)
+        value_UK, applies_UK = s_NTK.flatten(0, 1), applies.flatten(0, 1)
         group_U = group[:, None].expand(n, turns).flatten()
         turn = torch.arange(turns, device=scores.device)
         turn_U = turn.expand(n, turns).flatten() * (options.baseline == "session_turn")
-        counted = (mask if options.filter_in_statistics else live).flatten()
-        trained = live
+        counted = (judged & (mask if options.filter_in_statistics else live)).flatten()
+        trained = judged & live
     else:
-        value_UK = _aggregate(s_NTK, options.aggregate)
+        value_UK, applies_UK = _aggregate(s_NTK, applies, options.aggregate), applies.any(1)
         group_U, turn_U = group, torch.zeros_like(group)
-        counted = mask.all(1)
-        trained = live & counted[:, None]
-    return _Units(value_UK.T, _fuse(value_UK.T, weights), group_U, turn_U, counted, trained)
+        counted = mask.all(1) & judged.any(1)
+        trained = judged & live & counted[:, None]
+    fused_U = _fuse(value_UK.T, weights, applies_UK.T)
+    return _Units(value_UK.T, applies_UK.T, fused_U, group_U, turn_U, counted, trained)
 
 
-def _aggregate(s_NTK: Tensor, how: str) -> Tensor:
-    turns = s_NTK.shape[1]
+def _aggregate(s_NTK: Tensor, applies: Tensor, how: str) -> Tensor:
+    """Step 3; 0 where a reward applies to no turn. Scores are 0 where theirs does not apply."""
+    last = total = s_NTK[:, 0]
+    running = torch.where(applies[:, 0], total, 1.0)
+    for t in range(1, s_NTK.shape[1]):
+        here, s = applies[:, t], s_NTK[:, t]
+        last = torch.where(here, s, last)
+        running = running * torch.where(here, s, 1.0)
+        total = total + (torch.where(here, running, 0.0) if how == "prefix" else s)
     if how == "last":
-        return s_NTK[:, turns - 1]
-    total = running = s_NTK[:, 0]
-    for t in range(1, turns):
-        running = running * s_NTK[:, t]
-        total = total + (running if how == "prefix" else s_NTK[:, t])
-    # A tensor divisor: dividing by a Python number may become a multiplication by its reciprocal.
-    return running if how == "product" else total / torch.full_like(total, turns)
+        return last
+    return running if how == "product" else total / applies.sum(1).clamp(min=1).to(total.dtype)
 
 
-def _fuse(columns: Tensor, weights: Tensor) -> Tensor:
-    total = weights[0] * columns[0]
-    for k in range(1, columns.shape[0]):
-        total = total + weights[k] * columns[k]
-    return total
+def _fuse(columns: Tensor, weights: Tensor, applies: Tensor) -> Tensor:
+    """Step 4, [K, U] -> [U]."""
+    terms = torch.where(applies, weights[:, None] * columns, 0.0)
+    sizes = torch.where(applies, weights.abs()[:, None], 0.0)
+    total, heard, whole = terms[0], sizes[0], weights[0].abs()
+    for k in range(1, len(columns)):
+        total, heard, whole = total + terms[k], heard + sizes[k], whole + weights[k].abs()
+    return total * torch.where(heard == whole, 1.0, whole / heard)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -169,6 +193,11 @@ class _Sets(NamedTuple):
 def _sets(which: Tensor, counted: Tensor, sets: int) -> _Sets:
     count = torch.zeros(sets, dtype=torch.int64, device=which.device)
     return _Sets(which, counted, count.index_add(0, which, counted.to(torch.int64)))
+
+
+def _within(sets: _Sets, here: Tensor) -> _Sets:
+    """The same sets, of which only units `here` count."""
+    return _sets(sets.which_U, sets.counted_U & here, len(sets.count_S))
 
 
 def _moment(value: Tensor, sets: _Sets, divisor: Tensor) -> Tensor:
@@ -237,10 +266,18 @@ def _normalise(value: Tensor, sets: _Sets, batch: _Sets, options: CreditOptions)
 
 
 def group_advantage_ref(
-    scores: Tensor, group: Tensor, options: CreditOptions, *, weights: Tensor, mask: Tensor
+    scores: Tensor,
+    group: Tensor,
+    options: CreditOptions,
+    *,
+    weights: Tensor,
+    mask: Tensor,
+    applies: Tensor | None = None,
 ) -> GroupAdvantage:
     """The definition, in plain PyTorch on any device."""
-    units = _units(scores, group, weights, mask, options)
+    if applies is None:
+        applies = torch.ones_like(scores, dtype=torch.bool)
+    units = _units(scores, group, weights, mask, applies, options)
     trained = units.trained_NT
     turns = scores.shape[1] if options.baseline == "session_turn" else 1
     ids, index = torch.unique(units.group_U, return_inverse=True)
@@ -260,9 +297,14 @@ def group_advantage_ref(
         sets = _sets(sets.which_U, sets.counted_U & kept, ids.numel() * turns)
         trained = trained & kept.view(trained.shape[0], -1)
     batch = _sets(torch.zeros_like(sets.which_U), sets.counted_U, 1)
-    columns = units.fused_U[None] if options.fusion == "reward" else units.value_KU
-    a_CU = torch.stack([_normalise(value, sets, batch, options) for value in columns])
-    a_U = a_CU[0] if options.fusion == "reward" else _fuse(a_CU, weights)
+    if options.fusion == "reward":
+        a_U = _normalise(units.fused_U, sets, batch, options)
+    else:
+        columns = [
+            _normalise(value, _within(sets, here), _within(batch, here), options)
+            for value, here in zip(units.value_KU, units.applies_KU, strict=True)
+        ]
+        a_U = _fuse(torch.stack(columns), weights, units.applies_KU)
     if options.fusion == "gdpo":
         d = _centre(a_U, batch).deviation(a_U, batch)
         a_U = _divide(d, _std(d, batch, options), options)
@@ -302,14 +344,19 @@ def _fake(scores: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
 
 @operator(
     "group_advantage",
-    "(Tensor scores, Tensor group, Tensor weights, Tensor? mask, str aggregate, str fusion, str "
-    "baseline, str std, bool unbiased, float eps, float? clip, int? filter_reward, bool "
-    "filter_in_statistics, str eps_mode, float? min_std, float? max_mean, str backend) -> "
+    "(Tensor scores, Tensor group, Tensor weights, Tensor? mask, Tensor? applies, str aggregate, "
+    "str fusion, str baseline, str std, bool unbiased, float eps, float? clip, int? filter_reward, "
+    "bool filter_in_statistics, str eps_mode, float? min_std, float? max_mean, str backend) -> "
     "(Tensor, Tensor)",
     fake=_fake,
 )
 def _group_advantage(
-    scores: Tensor, group: Tensor, weights: Tensor, mask: Tensor | None, *arguments: Any
+    scores: Tensor,
+    group: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    applies: Tensor | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     *values, backend = arguments
     options, codes = _parsed(*values)
@@ -320,24 +367,34 @@ def _group_advantage(
     if chosen != "cpu" and scores.device.type == "cpu":  # "cpu" looks for itself
         if not bool(weights.isfinite().all()):
             raise ValueError(f"weights must be finite, got {weights.tolist()}")
-        finite = scores.isfinite()
-        if not bool((finite if mask is None else finite | ~mask[:, :, None]).all()):
+        sound = scores.isfinite()
+        if mask is not None:
+            sound |= ~mask[:, :, None]
+        if applies is not None:
+            sound |= ~applies
+        if not bool(sound.all()):
+            where = "mask is" if applies is None else "mask and applies are"
             raise ValueError(
-                "scores must be finite wherever mask is True; mark failed scores in mask instead"
+                f"scores must be finite wherever {where} True; mark failed scores in mask instead"
             )
     advantage = torch.empty(n, turns, dtype=torch.float32, device=scores.device)
     trained = torch.empty(n, turns, dtype=torch.bool, device=scores.device)
     if n == 0:
         return advantage, trained
     if chosen == "ref" and mask is not None:
-        out = group_advantage_ref(scores, group, options, weights=weights, mask=mask)
+        out = group_advantage_ref(
+            scores, group, options, weights=weights, mask=mask, applies=applies
+        )
         return advantage.copy_(out.advantage), trained.copy_(out.mask)
     scores, group, weights = scores.contiguous(), group.contiguous(), weights.contiguous()
     mask = None if mask is None else mask.contiguous()
+    applies = None if applies is None else applies.contiguous()
     if chosen == "triton" and mask is not None:
         from . import triton_kernels
 
-        triton_kernels.group_advantage(scores, group, weights, mask, options, advantage, trained)
+        triton_kernels.group_advantage(
+            scores, group, weights, mask, applies, options, advantage, trained
+        )
         return advantage, trained
     module, place = compiled(chosen, scores)
     workspace = None if chosen == "cpu" else workspace_of(options, scores)
@@ -346,6 +403,7 @@ def _group_advantage(
         group=pointer(group),
         weights=pointer(weights),
         mask=pointer(mask),
+        applies=pointer(applies),
         **codes,
         advantage=pointer(advantage),
         mask_out=pointer(trained),
@@ -373,6 +431,7 @@ def group_advantage(
     *,
     weights: Tensor | None = None,
     mask: Tensor | None = None,
+    applies: Tensor | None = None,
     backend: str | None = None,
 ) -> GroupAdvantage:
     """Advantages of rollouts from their scores. No gradient. Identical bits on every backend and in
@@ -386,11 +445,15 @@ def group_advantage(
         mask: [N, T] bool, False where a turn has no score (a failed judge). Such a turn gets
             advantage 0 and stays outside the statistics; with `aggregate` it takes its whole sample
             with it. Default: all True.
+        applies: [N, T, K] bool, False where a reward has nothing to say of a turn, which is no
+            failure. It leaves the statistics of that reward; the weights of those that apply make
+            up for it, in proportion. A turn to which none applies (of weight other than 0) gets
+            advantage 0. Default: all True.
         backend: None picks one; a name is used or raises RuntimeError.
 
     Returns:
-        advantage [N, T] fp32, and mask [N, T] bool: the turns that train (given, not behind the
-        filter, not dropped).
+        advantage [N, T] fp32, and mask [N, T] bool: the turns that train (given, judged, not behind
+        the filter, not dropped).
 
     Raises:
         ValueError or TypeError naming the argument. Scores and weights that are not finite raise on
@@ -421,18 +484,24 @@ def group_advantage(
             f"weights must have shape [{rewards}], one a reward; got {list(weights.shape)}"
         )
     _checks.same_device("weights", weights, "scores", scores)
-    if mask is not None:
-        _checks.tensor("mask", mask)
-        if mask.dtype != torch.bool or list(mask.shape) != [n, turns]:
-            raise ValueError(
-                f"mask must be bool of shape [{n}, {turns}], got {mask.dtype} of {list(mask.shape)}"
-            )
-        _checks.same_device("mask", mask, "scores", scores)
+    for name, given, shape in (
+        ("mask", mask, [n, turns]),
+        ("applies", applies, [n, turns, rewards]),
+    ):
+        if given is not None:
+            _checks.tensor(name, given)
+            if given.dtype != torch.bool or list(given.shape) != shape:
+                raise ValueError(
+                    f"{name} must be bool of shape {shape}, got {given.dtype} of "
+                    f"{list(given.shape)}"
+                )
+            _checks.same_device(name, given, "scores", scores)
     advantage, trained = torch.ops.editr2.group_advantage(
         _fp32(scores),
         group,
         _fp32(weights),
         mask,
+        applies,
         options.aggregate,
         options.fusion,
         options.baseline,

@@ -127,7 +127,11 @@ def results() -> list[Tensor]:
     out += [*tokens, *torch.autograd.grad(tokens.log_prob.sum() + tokens.entropy.sum(), logits)]
     group = torch.arange(24) // 6
     for options in ek.CREDIT_PRESETS.values():
-        out += list(ek.group_advantage(torch.rand(24, 3, 2), group, options, backend=backend))
+        for applies in (None, torch.rand(24, 3, 2) < 0.7):
+            scores = torch.rand(24, 3, 2)
+            out += list(
+                ek.group_advantage(scores, group, options, applies=applies, backend=backend)
+            )
     return [value.detach() for value in out]
 
 

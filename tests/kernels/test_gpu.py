@@ -195,9 +195,11 @@ def token_log_prob(i: Inputs, backend: str, renorm: str | None) -> list[Tensor]:
 
 def group_advantage(i: Inputs, backend: str, renorm: str | None) -> list[Tensor]:
     """Of every preset: between them they run every stage of the kernel."""
+    some = torch.rand(i["scores"].shape, generator=torch.Generator().manual_seed(2)) < 0.7
     presets = [
-        ek.group_advantage(i["scores"], i["group"], o, backend=backend)
+        ek.group_advantage(i["scores"], i["group"], o, applies=applies, backend=backend)
         for o in ek.CREDIT_PRESETS.values()
+        for applies in (None, some.to(i["scores"].device))
     ]
     return [value for out in presets for value in out]
 

@@ -3,6 +3,7 @@ filter, dropped sets."""
 
 import ctypes
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -344,10 +345,10 @@ def test_prefix_falls_with_a_failure_and_never_rises(backend):
 
 def test_threads_and_sizes_change_no_bit(one_thread, two_threads):
     scores, group = data(n=12000, turns=2, groups=700)  # more units than go to one thread alone
-    for options in OPTIONS[::11]:
-        out = two_threads(lambda options=options: ek.group_advantage(scores, group, options))
-        single = one_thread(lambda options=options: ek.group_advantage(scores, group, options))
-        reference = ek.group_advantage(scores, group, options, backend="ref")
+    some = torch.rand(scores.shape) < 0.9
+    for options, applies in zip(OPTIONS[::11], itertools.cycle([None, some])):
+        call = functools.partial(ek.group_advantage, scores, group, options, applies=applies)
+        out, single, reference = two_threads(call), one_thread(call), call(backend="ref")
         assert torch.equal(bits(out.advantage), bits(single.advantage)) and torch.equal(
             out.mask, single.mask
         )
@@ -358,12 +359,14 @@ def test_order_of_blocks_and_threads_changes_no_bit(emulated_cuda):
     """Also which block finishes last."""
     scores, group = data(n=11, groups=3)
     order = ctypes.CDLL(emulated_cuda.__file__).editr2_emulator_order
-    for options in OPTIONS[::13]:
-        expected = ek.group_advantage(scores, group, options, backend="ref")
+    some = torch.rand(scores.shape) < 0.7
+    for options, applies in itertools.product(OPTIONS[::13], (None, some)):
+        call = functools.partial(ek.group_advantage, scores, group, options, applies=applies)
+        expected = call(backend="ref")
         for seed in (0, 1, 2):
             order(seed)
             try:
-                out = ek.group_advantage(scores, group, options, backend="cuda")
+                out = call(backend="cuda")
             finally:
                 order(0)
             assert torch.equal(bits(out.advantage), bits(expected.advantage)), options
@@ -395,13 +398,19 @@ def test_permuting_samples_permutes_advantages_bitwise(samples, options, random)
         assert out.advantage.isfinite().all()
 
 
-def test_permutation(backend):
+@pytest.mark.parametrize("applies", [None, 0.7])
+def test_permutation(backend, applies):
     scores, group = data()
     order = torch.randperm(18)
+    given = {} if applies is None else {"applies": torch.rand(18, 3, 2) < applies}
     for options in SPREAD[backend][::7]:
-        out = ek.group_advantage(scores, group, options, backend=backend)
+        out = ek.group_advantage(scores, group, options, **given, backend=backend)
         permuted = ek.group_advantage(
-            scores[order], group[order] * 17 - 2**60, options, backend=backend
+            scores[order],
+            group[order] * 17 - 2**60,
+            options,
+            **{name: value[order] for name, value in given.items()},
+            backend=backend,
         )
         assert torch.equal(out.advantage[order], permuted.advantage) and torch.equal(
             out.mask[order], permuted.mask
@@ -452,6 +461,193 @@ def test_failed_scores_stay_outside(backend):
             keep = mask.all(1)
             without = ek.group_advantage(scores[keep], group[keep], options, backend=backend)
             assert torch.equal(out.advantage[keep], without.advantage)
+
+
+@pytest.mark.parametrize("preset", [None, *ek.CREDIT_PRESETS])
+def test_all_that_applies_is_as_without_the_argument(backend, preset):
+    """Bit for bit, whatever the weights."""
+    scores, group = data(n=9 if backend == "triton" else 18, levels=4)
+    mask = torch.rand(len(scores), 3) < 0.9
+    everything = torch.ones_like(scores, dtype=torch.bool)
+    weights = itertools.cycle(
+        [torch.tensor(w) for w in ([0.3, 0.9], [-0.5, 0.0], [0.0, 0.0], [0.7, -0.7])]
+    )
+    for options in SPREAD[backend] if preset is None else [ek.CREDIT_PRESETS[preset]]:
+        given = {"weights": next(weights), "mask": mask, "backend": backend}
+        absent = ek.group_advantage(scores, group, options, **given)
+        out = ek.group_advantage(scores, group, options, **given, applies=everything)
+        assert torch.equal(bits(out.advantage), bits(absent.advantage)), options
+        assert torch.equal(out.mask, absent.mask)
+
+
+def test_same_bits_on_every_backend_where_not_every_reward_applies(backend):
+    """Also of weights that are negative, or 0, and what is there where a reward does not apply."""
+    n = 23 if backend != "triton" else 7
+    for i, options in enumerate(SPREAD[backend]):
+        scores, group = data(n=n, rewards=3, groups=4, levels=5 if i % 2 else None)
+        given = {
+            "applies": torch.rand(n, 3, 3) < (0.8, 0.5, 0.2)[i % 3],
+            "mask": torch.rand(n, 3) < 0.9,
+            "weights": torch.tensor(
+                [[0.3, 0.3, 0.4], [0.7, -0.2, 0.1], [0.0, 0.5, 0.3], [-1.0, 1.0, 0.0]][i % 4]
+            ),
+        }
+        scores = scores * 10.0 ** (i % 7 - 3)
+        options = dataclasses.replace(
+            options, eps=0.0 if i % 3 else 1e-4, clip=1.5 if i % 4 else None
+        )
+        expected = ek.group_advantage(scores, group, options, **given, backend="ref")
+        assert expected.advantage.isfinite().all()
+        for junk in (0.0, torch.nan):
+            scores[~given["applies"]] = junk
+            out = ek.group_advantage(scores, group, options, **given, backend=backend)
+            assert torch.equal(out.mask, expected.mask), options
+            assert torch.equal(bits(out.advantage), bits(expected.advantage)), options
+
+
+def test_a_reward_that_never_applies_is_as_without_it(backend):
+    """Its weight is the others', in proportion: of half the weight, they have twice theirs."""
+    scores, group = data(rewards=3)
+    mask = torch.rand(18, 3) < 0.9
+    applies = torch.rand(18, 3, 3) < 0.7
+    applies[..., 1] = False
+    for i, options in enumerate(SPREAD[backend][::2]):
+        options = dataclasses.replace(options, filter_reward=(None, 0)[i % 2])
+        if options.filter_reward is None:
+            options = dataclasses.replace(options, filter_in_statistics=False)
+        given = {"mask": mask, "backend": backend}
+        for some in (applies, torch.ones_like(applies) & torch.tensor([True, False, True])):
+            out = ek.group_advantage(
+                scores,
+                group,
+                options,
+                weights=torch.tensor([0.5, 0.75, 0.25]),
+                applies=some,
+                **given,
+            )
+            without = ek.group_advantage(
+                scores[..., [0, 2]],
+                group,
+                options,
+                weights=torch.tensor([1.0, 0.5]),
+                applies=some[..., [0, 2]],
+                **given,
+            )
+            assert torch.equal(out.mask, without.mask)
+            assert torch.equal(bits(out.advantage), bits(without.advantage)), options
+
+
+@pytest.mark.parametrize(
+    "weights, alone",
+    [([0.25, 0.75], 1.0), ([-0.25, 0.75], -1.0), ([-0.5, 0.5], -1.0), ([1.0, 0.0], 1.0)],
+)
+@pytest.mark.parametrize("fusion", ["reward", "advantage"])
+def test_weights_of_what_applies_keep_the_size_of_all(backend, weights, alone, fusion):
+    """And their signs. The second reward applies to the last two samples alone."""
+    scores, group = data(n=8, turns=1, groups=1)
+    applies = torch.ones(8, 1, 2, dtype=torch.bool)
+    applies[:6, :, 1] = False
+    options = ek.CreditOptions(std="none", clip=None, fusion=fusion)
+    given = {"weights": torch.tensor(weights), "applies": applies, "backend": backend}
+    out = ek.group_advantage(scores, group, options, **given)
+    s, w = scores[:, 0].double().numpy(), np.array(weights)
+    if fusion == "reward":
+        fused = np.where(np.arange(8) < 6, alone * s[:, 0], s @ w)
+        expected = fused - fused.mean()
+    else:
+        first, second = s[:, 0] - s[:, 0].mean(), s[:, 1] - s[6:, 1].mean()
+        expected = np.where(np.arange(8) < 6, alone * first, w[0] * first + w[1] * second)
+    close(out.advantage[:, 0], expected)
+    assert out.mask.all()
+
+
+@pytest.mark.parametrize("how", ["mean", "last", "product", "prefix"])
+def test_aggregates_are_of_the_turns_that_apply(backend, how):
+    """A rollout's value is that of a rollout of those turns; where there are none the reward leaves
+    it, and what is left has all the weight."""
+    scores, group = data(n=10, turns=4, groups=1)
+    applies = torch.rand(10, 4, 2) < 0.6
+    applies[..., 0] |= ~applies[..., 0].any(1, keepdim=True)
+    applies[3, :, 1] = False
+    s = scores.double().numpy()
+    of = {
+        "mean": np.mean,
+        "last": lambda x: x[-1],
+        "product": np.prod,
+        "prefix": lambda x: np.cumprod(x).mean(),
+    }[how]
+    options = ek.CreditOptions(aggregate=how, std="none", clip=None, broadcast=True)
+    out = ek.group_advantage(
+        scores,
+        group,
+        options,
+        weights=torch.tensor([0.5, 0.5]),
+        applies=applies,
+        backend=backend,
+    )
+    value = []
+    for i in range(10):
+        said = [of(s[i, applies[i, :, k].numpy(), k]) for k in range(2) if applies[i, :, k].any()]
+        value.append(np.mean(said))
+    expected = (np.array(value) - np.mean(value))[:, None].repeat(4, 1)
+    judged = applies.any(2)
+    assert torch.equal(out.mask, judged) and not judged.all()
+    close(out.advantage, np.where(judged.numpy(), expected, 0))
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+def test_a_turn_that_nothing_judges_does_not_train_and_is_no_failure(backend, weight):
+    """Nor does one that only a reward of weight 0 judges."""
+    scores, group = data()
+    applies = torch.ones(18, 3, 2, dtype=torch.bool)
+    silent = torch.zeros(18, 3, dtype=torch.bool)
+    silent[4, 1] = silent[7, 2] = silent[9] = True
+    applies[silent] = torch.tensor([False, weight == 0])
+    weights = torch.tensor([0.5, weight])
+    for options in SPREAD[backend][::3]:
+        options = dataclasses.replace(options, min_std=None, max_mean=None)
+        given = {"weights": weights, "applies": applies, "backend": backend}
+        out = ek.group_advantage(scores, group, options, **given)
+        assert torch.equal(out.mask, ~silent), options
+        assert not out.advantage[silent].any()
+        if options.aggregate == "none":  # outside of the statistics, as a failed one
+            failed = ek.group_advantage(
+                scores, group, options, weights=weights, mask=~silent, backend=backend
+            )
+            assert torch.equal(out.advantage, failed.advantage)
+            assert torch.equal(out.mask, failed.mask)
+        else:
+            assert out.advantage[4, 0] == out.advantage[4, 2] != 0
+            # A failed turn, whether a reward applies to it or not, takes its sample along.
+            mask = torch.ones(18, 3, dtype=torch.bool)
+            mask[4, 1] = False
+            failed = ek.group_advantage(scores, group, options, mask=mask, **given)
+            assert not failed.mask[4].any() and failed.mask[7, 0]
+
+
+def test_a_filter_that_does_not_apply_never_filters(backend):
+    scores, group = data(turns=4)
+    scores[2, 1, 0] = scores[5, 0, 0] = 0
+    applies = torch.ones(18, 4, 2, dtype=torch.bool)
+    applies[2, 1, 0] = False
+    for options in (ek.CreditOptions(filter_reward=0), ek.CREDIT_PRESETS["edit-r2-released"]):
+        out = ek.group_advantage(scores, group, options, applies=applies, backend=backend)
+        expected = torch.ones(18, 4, dtype=torch.bool)
+        expected[5, 1:] = False
+        assert torch.equal(out.mask, expected)
+
+
+def test_nothing_applies(backend):
+    scores, group = data()
+    for options in SPREAD[backend][::9]:
+        out = ek.group_advantage(
+            scores * torch.nan,
+            group,
+            options,
+            applies=torch.zeros(18, 3, 2, dtype=torch.bool),
+            backend=backend,
+        )
+        assert not out.mask.any() and not out.advantage.any()
 
 
 def test_everything_masked(backend):
@@ -561,12 +757,15 @@ def test_dtypes_strides_and_empty(backend):
 
 def test_inputs_stay_as_they_were(backend):
     scores, group = data()
-    weights, mask = torch.tensor([0.5, 0.5]), torch.rand(18, 3) < 0.8
-    before = [t.clone() for t in (scores, group, weights, mask)]
-    ek.group_advantage(
-        scores, group, OPTIONS[0], weights=weights, mask=mask, backend=backend
-    ).mask.fill_(False)
-    assert all(torch.equal(a, b) for a, b in zip(before, (scores, group, weights, mask)))
+    given = {
+        "weights": torch.tensor([0.5, 0.5]),
+        "mask": torch.rand(18, 3) < 0.8,
+        "applies": torch.rand(18, 3, 2) < 0.8,
+    }
+    inputs = (scores, group, *given.values())
+    before = [t.clone() for t in inputs]
+    ek.group_advantage(scores, group, OPTIONS[0], **given, backend=backend).mask.fill_(False)
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs))
 
 
 def test_opcheck_and_compile():
@@ -577,14 +776,17 @@ def test_opcheck_and_compile():
         for field in dataclasses.fields(ek.CreditOptions)
         if field.name != "broadcast"
     ]
-    for name in FAST:
+    for name, some in itertools.product(FAST, (None, torch.rand(18, 3, 2) < 0.7)):
         torch.library.opcheck(
-            torch.ops.editr2.group_advantage, (scores, group, torch.ones(2), mask, *fields, name)
+            torch.ops.editr2.group_advantage,
+            (scores, group, torch.ones(2), mask, some, *fields, name),
         )
     for preset in ("edit-r2", "gdpo", "pku"):
-        function = lambda scores: ek.group_advantage(scores, group, ek.CREDIT_PRESETS[preset])  # noqa: B023, E731
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(scores).advantage, function(scores).advantage)
+        for some in (None, torch.rand(18, 3, 2) < 0.7):
+            options = ek.CREDIT_PRESETS[preset]
+            function = lambda scores: ek.group_advantage(scores, group, options, applies=some)  # noqa: B023, E731
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(scores).advantage, function(scores).advantage)
 
 
 @pytest.mark.parametrize(
@@ -603,6 +805,9 @@ def test_opcheck_and_compile():
         (ValueError, "weights", {"weights": torch.ones(3)}),
         (ValueError, "mask", {"mask": torch.ones(18, 2, dtype=torch.bool)}),
         (ValueError, "mask", {"mask": torch.ones(18, 3)}),
+        (ValueError, "applies", {"applies": torch.ones(18, 3, dtype=torch.bool)}),
+        (ValueError, "applies", {"applies": torch.ones(18, 3, 2)}),
+        (TypeError, "applies", {"applies": [True]}),
         (ValueError, "backend", {"backend": "numpy"}),
     ],
 )

@@ -334,6 +334,12 @@ def test_group_advantage(backend):
     for options in (ek.CREDIT_PRESETS["edit-r2"], ek.CREDIT_PRESETS["gdpo"]):
         out = ek.group_advantage(scores, group, options, mask=mask, backend=backend)
         assert out.advantage.isfinite().all() and not out.mask[~mask].any()
+        applies = mask[..., None].expand(scores.shape).clone()
+        applies[..., 0] = True
+        finite = torch.where(scores[..., :1].isfinite(), scores[..., :1], 0.5)
+        mixed = torch.cat([finite, scores[..., 1:]], 2)
+        out = ek.group_advantage(mixed, group, options, applies=applies, backend=backend)
+        assert out.advantage.isfinite().all() and out.mask[:, 0].all()
     for value in VALUES:
         broken = torch.rand(2, 1, 1)
         broken[1] = value

@@ -95,7 +95,8 @@ CLIPS = {"numbers": grpo.Numbers(*["fp32"] * 5), "out": grpo.Outputs(*["*fp32"] 
 NFT = {"given": nft.Sample(*[samples("bf16")] * 5), "beta": "fp32"}
 LABELS = nft.Labels("*fp32", "*fp32", "*u8")
 NFT_NUMBERS = {"numbers": nft.Numbers(*["fp32"] * 5), "out": nft.Outputs(*["*fp32"] * 3)}
-SCORES = group.Batch("*fp32", "*i64", "*fp32", "*u8", "*fp32", "*u8", None, None)
+SCORES = group.Batch("*fp32", "*i64", "*fp32", "*u8", None, "*fp32", "*u8", None, None)
+COLLECTED = {"counter": "*i32", "scratch": "*fp32"}
 BOUNDS = {"bounds": group.Bounds(*["fp32"] * 4)}
 # module.kernel, and its arguments where `type_of` does not tell.
 VARIANTS = {
@@ -238,9 +239,28 @@ VARIANTS = {
     "group-batch": (
         group.group_kernel,
         {
-            "batch": SCORES._replace(counter="*i32", scratch="*fp32"),
+            "batch": SCORES._replace(**COLLECTED),
             "C": credit(
                 fusion="gdpo", columns=2, std="global", floor=True, drops=True, collective=True
+            ),
+            **BOUNDS,
+        },
+    ),
+    "group-applies": (
+        group.group_kernel,
+        {"batch": SCORES._replace(applies="*u8"), **BOUNDS, "C": credit(fusion="gdpo", columns=2)},
+    ),
+    "group-batch-applies": (
+        group.group_kernel,
+        {
+            "batch": SCORES._replace(applies="*u8", **COLLECTED),
+            "C": credit(
+                aggregate="none",
+                fusion="advantage",
+                columns=2,
+                std="global",
+                drops=True,
+                collective=True,
             ),
             **BOUNDS,
         },
@@ -320,7 +340,7 @@ def test_compiles_to_exact_ptx(variant, capability):
         assert "st.global.v4.b32" in ptx
     atomics = re.findall(r"\b(?:atom|red)\.[\w.]+", ptx)
     # One arrival of each program at a counter, an integer; no sum of floats.
-    assert atomics == (["atom.global.gpu.acq_rel.add.u32"] if variant == "group-batch" else [])
+    assert atomics == (["atom.global.gpu.acq_rel.add.u32"] if "group-batch" in variant else [])
 
 
 class Device:
@@ -364,6 +384,7 @@ def calls(batch, lines, steps):
     credit = ek.CreditOptions(fusion="gdpo")
     scores = torch.rand(batch, steps, 2, generator=generator)
     ek.group_advantage(scores, index, credit, backend="triton")
+    ek.group_advantage(scores, index, credit, applies=scores > 0, backend="triton")
     ek.philox_normal(seed, 0, (lines, 64), backend="triton")
 
 

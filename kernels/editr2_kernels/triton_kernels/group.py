@@ -28,9 +28,9 @@ from . import common as lib
 
 COLS = 256  # ten groups of 24, or one session of 3 turns and 85 siblings
 
-# scores: [N, T, K]; group: [N]; weights: [K]; mask, advantage, mask_out: [N, T]; counter and
-# scratch: parts of the workspace.
-Batch = namedtuple("Batch", "scores group weights mask advantage mask_out counter scratch")
+# scores, applies: [N, T, K]; group: [N]; weights: [K]; mask, advantage, mask_out: [N, T]; counter
+# and scratch: parts of the workspace. No `applies` where every reward does.
+Batch = namedtuple("Batch", "scores group weights mask applies advantage mask_out counter scratch")
 Bounds = namedtuple("Bounds", "eps clip min_std max_mean")
 # Constants: how many rewards, columns that are normalised one by one and units that a program looks
 # at in one go, and `CreditOptions` as far as code depends on them. count_filter is the filter, or
@@ -105,6 +105,46 @@ def _valid(batch, cell, inside):
 
 
 @triton.jit
+def _applies(batch, cell, k, inside, K: constexpr):
+    """Where reward k applies to a turn."""
+    if batch.applies is None:
+        return inside
+    else:
+        at = batch.applies + cell.to(tl.int64) * K + k
+        return inside & (tl.load(at, mask=inside, other=0) != 0)
+
+
+@triton.jit
+def _judged(batch, cell, inside, C: constexpr):
+    """Step 1: where a reward of weight other than 0 applies, or any where all weights are 0."""
+    if batch.applies is None:
+        return inside
+    else:
+        weights = tl.cast(0, tl.int32)
+        heard = cell * 0
+        some = cell * 0
+        for k in range(0, C.K):
+            weight = (tl.load(batch.weights + k) != 0.0).to(tl.int32)
+            applies = _applies(batch, cell, k, inside, C.K).to(tl.int32)
+            weights += weight
+            heard += applies * weight
+            some += applies
+        return tl.where(weights > 0, heard, some) > 0
+
+
+@triton.jit
+def _unit_applies(batch, turns, unit, k, inside, C: constexpr):
+    """Step 3: where reward k applies to a unit."""
+    if C.aggregate == "none" or batch.applies is None:
+        return _applies(batch, unit, k, inside, C.K)
+    else:
+        applies = unit < 0
+        for t in range(0, turns):
+            applies = applies | _applies(batch, unit * turns + t, k, inside, C.K)
+        return applies
+
+
+@triton.jit
 def _live(batch, turns, sample, turn, inside, K: constexpr, FILTER: constexpr):
     """Step 2."""
     live = _valid(batch, sample * turns + turn, inside)
@@ -112,6 +152,7 @@ def _live(batch, turns, sample, turn, inside, K: constexpr, FILTER: constexpr):
         for earlier in range(0, turns):
             cell = sample * turns + earlier
             before = _valid(batch, cell, live & (earlier < turn))
+            before = _applies(batch, cell, FILTER, before, K)
             score = tl.load(batch.scores + cell.to(tl.int64) * K + FILTER, mask=before, other=1.0)
             live = live & (score != 0.0)
     return live
@@ -121,19 +162,51 @@ def _live(batch, turns, sample, turn, inside, K: constexpr, FILTER: constexpr):
 def _counted(batch, turns, units, C: constexpr):
     """Step 5 before sets are dropped."""
     if C.aggregate == "none":
-        return _live(batch, turns, units.sample, units.turn, units.inside, C.K, C.count_filter)
+        live = _live(batch, turns, units.sample, units.turn, units.inside, C.K, C.count_filter)
+        return _judged(batch, units.cell, live, C)
     else:
         counted = units.inside
         for t in range(0, turns):
             counted = _valid(batch, units.sample * turns + t, counted)
-        return counted
+        if batch.applies is None:
+            return counted
+        else:
+            judged = units.unit < 0
+            for t in range(0, turns):
+                judged = judged | _judged(batch, units.sample * turns + t, counted, C)
+            return judged
+
+
+@triton.jit
+def _partial_value(batch, turns, unit, k, inside, C: constexpr):
+    """Step 3 of some turns: one to which reward k does not apply leaves all as it was."""
+    product = tl.where(inside, 1.0, 1.0)
+    last = product - 1.0
+    value = last
+    count = last
+    for t in range(0, turns):
+        cell = unit * turns + t
+        here = _applies(batch, cell, k, inside, C.K)
+        score = tl.load(batch.scores + cell.to(tl.int64) * C.K + k, mask=here, other=0.0)
+        last = tl.where(here, score, last)
+        product = tl.where(here, product * score, product)
+        value = tl.where(here, value + (score if C.aggregate == "mean" else product), value)
+        count = tl.where(here, count + 1.0, count)
+    if C.aggregate == "last":
+        return last
+    elif C.aggregate == "product":
+        return product
+    else:
+        return tl.div_rn(value, tl.maximum(count, 1.0))
 
 
 @triton.jit
 def _value(batch, turns, unit, k, inside, C: constexpr):
-    """Step 3."""
+    """Step 3, of units to which reward k applies."""
     if C.aggregate == "none":
         return tl.load(batch.scores + unit.to(tl.int64) * C.K + k, mask=inside, other=0.0)
+    elif batch.applies is not None:
+        return _partial_value(batch, turns, unit, k, inside, C)
     else:
         base = batch.scores + unit.to(tl.int64) * turns * C.K + k
         if C.aggregate == "last":
@@ -152,13 +225,38 @@ def _value(batch, turns, unit, k, inside, C: constexpr):
 
 
 @triton.jit
+def _term(batch, turns, unit, k, inside, C: constexpr):
+    """Step 4: the weighted value of reward k, 0 where it does not apply."""
+    here = _unit_applies(batch, turns, unit, k, inside, C)
+    value = tl.load(batch.weights + k) * _value(batch, turns, unit, k, here, C)
+    if batch.applies is None:
+        return value
+    else:
+        return tl.where(here, value, 0.0)
+
+
+@triton.jit
+def _share(batch, turns, unit, inside, C: constexpr):
+    """Step 4: what the weighted sum is multiplied by."""
+    whole = tl.cast(0.0, tl.float32)
+    heard = tl.where(inside, 0.0, 0.0)
+    for k in range(0, C.K):
+        size = tl.abs(tl.load(batch.weights + k))
+        whole = whole + size
+        heard = heard + tl.where(_unit_applies(batch, turns, unit, k, inside, C), size, 0.0)
+    same = (heard == whole) | (inside == 0)
+    return tl.where(same, 1.0, tl.div_rn(tl.zeros_like(heard) + whole, tl.where(same, 1.0, heard)))
+
+
+@triton.jit
 def _column(batch, turns, unit, k, inside, C: constexpr, FUSE: constexpr):
     """Step 4: the fused value, or reward k's."""
     if FUSE:
-        value = tl.load(batch.weights) * _value(batch, turns, unit, 0, inside, C)
+        value = _term(batch, turns, unit, 0, inside, C)
         for other in range(1, C.K):
-            weight = tl.load(batch.weights + other)
-            value = value + weight * _value(batch, turns, unit, other, inside, C)
+            value = value + _term(batch, turns, unit, other, inside, C)
+        if batch.applies is not None:
+            value = value * _share(batch, turns, unit, inside, C)
         return value
     else:
         return _value(batch, turns, unit, k, inside, C)
@@ -209,12 +307,14 @@ def _members(batch, of, start, C: constexpr, WHERE: constexpr):
 
 @triton.jit
 def _read(batch, of, start, k, C: constexpr, WHERE: constexpr, FUSE: constexpr):
-    """Those units, which of them count, and their values in column k; WHERE "fused": their fused
-    advantages."""
+    """Those units, which of them count in column k, and their values there; WHERE "fused": their
+    fused advantages."""
     units, counted = _members(batch, of, start, C, WHERE)
     if WHERE == "fused":
         value = tl.load(batch.advantage + units.cell, mask=counted, other=0.0)
     else:
+        if not FUSE:
+            counted = _unit_applies(batch, of.turns, units.unit, k, counted, C)
         value = _column(batch, of.turns, units.unit, k, counted, C, FUSE)
     return units, counted, value
 
@@ -289,6 +389,21 @@ def _accumulate(batch, cell, a, k, inside, C: constexpr):
 
 
 @triton.jit
+def _sums(batch, of, C: constexpr, WHERE: constexpr, BEGIN: constexpr):
+    """Where not every reward applies: what those sums begin with, and what they are multiplied by
+    at the end."""
+    if batch.applies is not None and C.fusion != "reward":
+        for start in range(0, _extent(of, C, WHERE), C.cols):
+            units, counted = _members(batch, of, start, C, WHERE)
+            a = tl.where(counted, 0.0, 0.0)
+            if not BEGIN:
+                a = tl.load(batch.advantage + units.cell, mask=counted, other=0.0)
+                a = a * _share(batch, of.turns, units.unit, counted, C)
+            tl.store(batch.advantage + units.cell, a, mask=counted)
+        tl.debug_barrier()
+
+
+@triton.jit
 def _one_set(batch, of, bounds, C: constexpr):
     end = _extent(of, C, "set")
     columns = of.samples if C.aggregate != "none" else of.samples * of.turns
@@ -296,6 +411,8 @@ def _one_set(batch, of, bounds, C: constexpr):
     if C.drops:
         low, above, std = _statistics(batch, of, 0, C, "set", True, True)
         keep = ((std <= bounds.min_std) | (low + above >= bounds.max_mean)) == 0
+    if C.std != "global":
+        _sums(batch, of, C, "set", True)
     for k in range(0, C.columns):
         low, above, std = _statistics(
             batch, of, k, C, "set", C.fusion == "reward", C.std == "group"
@@ -310,6 +427,8 @@ def _one_set(batch, of, bounds, C: constexpr):
                 a = _normal(d, std, bounds.eps, C.floor) if C.std == "group" else d
                 _accumulate(batch, units.cell, a, k, counted, C)
         tl.debug_barrier()  # what one thread stored, another may load
+    if C.std != "global":
+        _sums(batch, of, C, "set", False)
     for start in range(0, end, C.cols):
         # Every unit of the set here, not only those that count: all outputs are written.
         units = _units(batch, of, start, C, "set")
@@ -319,6 +438,8 @@ def _one_set(batch, of, bounds, C: constexpr):
         for t in range(0, of.turns if C.aggregate != "none" else 1):
             turn = units.turn + t
             live = _live(batch, of.turns, units.sample, turn, units.inside, C.K, C.filter)
+            if C.aggregate != "none":
+                live = _judged(batch, units.cell + t, live, C)
             _write(batch, units.cell + t, a, live & counted, counted, units.inside, C.collective)
 
 
@@ -339,15 +460,19 @@ def _whole_batch(batch, of, bounds, C: constexpr):
     outputs."""
     end = _extent(of, C, "batch")
     if C.std == "global":
+        _sums(batch, of, C, "batch", True)
         for k in range(0, C.columns):
             _, _, std = _statistics(batch, of, k, C, "batch", C.fusion == "reward", True)
             for start in range(0, end, C.cols):
                 units, counted = _members(batch, of, start, C, "batch")
+                if C.fusion != "reward":
+                    counted = _unit_applies(batch, of.turns, units.unit, k, counted, C)
                 column = batch.scratch + tl.cast(k, tl.int64) * end
                 d = tl.load(column + units.unit, mask=counted, other=0.0)
                 a = _normal(d, std, bounds.eps, C.floor)
                 _accumulate(batch, units.cell, a, k, counted, C)
             tl.debug_barrier()
+        _sums(batch, of, C, "batch", False)
     if C.fusion == "gdpo":
         low, above, std = _statistics(batch, of, 0, C, "fused", False, True)
     for start in range(0, end, C.cols):
@@ -390,19 +515,21 @@ def group_advantage(
     group: Tensor,
     weights: Tensor,
     mask: Tensor,
+    applies: Tensor | None,
     options: CreditOptions,
     advantage: Tensor,
     mask_out: Tensor,
 ) -> None:
     """All tensors contiguous; scores [N, T, K] fp32, group [N] int64, weights [K] fp32, both masks
-    [N, T] bool."""
+    [N, T] bool, applies [N, T, K] bool."""
     samples, turns, rewards = scores.shape
     workspace = workspace_of(options, scores)
     size = workspace.numel()
     masks = mask.view(torch.uint8), mask_out.view(torch.uint8)
+    applied = None if applies is None else applies.view(torch.uint8)
     counter = workspace if size else None
     scratch = workspace[4:].view(torch.float32) if size > 4 else None
-    batch = Batch(scores, group, weights, masks[0], advantage, masks[1], counter, scratch)
+    batch = Batch(scores, group, weights, masks[0], applied, advantage, masks[1], counter, scratch)
     bounds = Bounds(
         options.eps,
         0.0 if options.clip is None else options.clip,
