@@ -42,6 +42,7 @@ from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.unified.pretrain import PretrainConfig
 from editr2.reproduce.arms import Settings
+from editr2.rewards.adapt import panel
 from editr2.rewards.base import Score
 from editr2.rl.rules import run_problems
 from editr2.training import train
@@ -593,7 +594,7 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
     def run(config: Config) -> None:
         monkeypatch.setattr("editr2.cli.settings.run_config", lambda *a, **k: (config, {}))
         if reward is not None:
-            monkeypatch.setattr("editr2.rewards.load.load_reward", lambda config, record: reward)
+            monkeypatch.setattr("editr2.rewards.load.load_reward", lambda *given: panel(reward))
         cli.COMMANDS[command]([])
 
     return run
@@ -674,7 +675,7 @@ SAMPLED = {
 READS = {
     "eval": SAMPLED
     | {"rollout.store_dtype", "eval.intent_tokens", "credit.weights", "data.limit", "seed"}
-    | {"train.max_failed_scores"}
+    | {"train.max_failed_scores", "eval.reward"}
     | {
         f"reward.{field.name}"
         for field in dataclasses.fields(RewardConfig)

@@ -31,7 +31,7 @@ from editr2.errors import UserError
 from editr2.policies.base import ReadingPolicy
 from editr2.rewards.adapt import score_batch
 from editr2.rewards.base import unscored
-from editr2.rewards.load import load_reward
+from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rewards.panel import Panel
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
@@ -83,6 +83,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         return open_editor(config.policy)
 
     reward = found(lambda: load_reward(config.reward))
+    apart = found(lambda: load_eval_reward(config.eval))
     editor = found(opened)
     own, cannot_pack = (editor.own, editor.cannot_pack) if editor else (None, None)
     names = reward.names if reward else None
@@ -100,6 +101,8 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
             source = found(lambda: sessions_for(config, editor.policy))
     if source and reward:
         found(lambda: _judge_once(reward, source[0]))
+        if apart:
+            found(lambda: _judge_once(apart, source[0]))
     if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
     from editr2.check.estimate import estimate

@@ -5,6 +5,7 @@ Precedence: field defaults, then `--preset`, then `--config file.yaml`, then fla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -109,6 +110,14 @@ class RewardUse:
     retries: int | None = setting(None, TRIES)
 
 
+REWARDS_LISTED = "a list, each of a name or function with its options, or empty"
+
+
+def listed_uses(key: str, uses: Sequence[RewardUse]) -> tuple[tuple[str, RewardUse], ...]:
+    """Each reward of a list, behind the setting that it stands in."""
+    return tuple((f"{key}[{n}]", use) for n, use in enumerate(uses))
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """What judges the outputs.
@@ -135,16 +144,14 @@ class RewardConfig:
     options: dict[str, Any] = field(default_factory=dict)
     concurrency: int | None = setting(None, CALLS_AT_ONCE)
     retries: int | None = setting(None, TRIES)
-    use: tuple[RewardUse, ...] = setting(
-        (), what="a list, each of a name or function with its options, or empty"
-    )
+    use: tuple[RewardUse, ...] = setting((), what=REWARDS_LISTED)
     cache: str | None = setting(None, path=True)
 
     @property
     def uses(self) -> tuple[tuple[str, RewardUse], ...]:
         """Each reward, behind the setting that it stands in."""
         if self.use:
-            return tuple((f"reward.use[{n}]", use) for n, use in enumerate(self.use))
+            return listed_uses("reward.use", self.use)
         names = (f.name for f in fields(RewardUse))
         return (("reward", RewardUse(**{name: getattr(self, name) for name in names})),)
 
@@ -416,6 +423,9 @@ class EvalConfig:
         intent_tokens: at most this many tokens an intent; none uses policy.intent_tokens.
         every: also evaluate each so many iterations; 0 only before and after.
         strips: sessions shown as film-strips in the report.
+        reward: judges that training never asks, a list of name or function, options, concurrency,
+            timeout and retries each, as reward.use. Their scores stand apart, and an alarm is
+            raised where they fall while the trained reward rises.
     """
 
     sessions: int = setting(200, COUNT)
@@ -425,6 +435,12 @@ class EvalConfig:
     intent_tokens: int | None = setting(None, TOKENS)
     every: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
     strips: int = setting(12, Bounds(at_least=0, at_most=1_000))
+    reward: tuple[RewardUse, ...] = setting((), what=REWARDS_LISTED)
+
+    @property
+    def uses(self) -> tuple[tuple[str, RewardUse], ...]:
+        """Each judge of `reward`, behind the setting that it stands in."""
+        return listed_uses("eval.reward", self.reward)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ class Mode:
 
 @dataclass(frozen=True)
 class EvaluationRow:
+    """turns: of the judges of `eval.reward`, by `eval.` and their names."""
+
     name: str
     iteration: int | None
     sessions: int | None
@@ -265,11 +267,13 @@ def _train_row(iteration: int, row: Mapping[str, Any]) -> TrainRow:
 
 def _evaluation(row: Mapping[str, Any]) -> EvaluationRow:
     modes = _mapping(row.get("by_mode"))
+    by_turn = dict(_by_turn(row))
+    by_turn |= {f"eval.{k}": v for k, v in _by_turn(_mapping(row.get("eval_reward")))}
     return EvaluationRow(
         name=str(row.get("name", "")),
         iteration=_int(row.get("iteration")),
         sessions=_int(row.get("sessions")),
-        turns={name: tuple(map(_stat, values)) for name, values in _by_turn(row)},
+        turns={name: tuple(map(_stat, values)) for name, values in by_turn.items()},
         success=_stat(row.get("success")),
         by_mode={str(m): _mode(value) for m, value in modes.items() if isinstance(value, dict)},
     )

@@ -20,7 +20,7 @@ from editr2.policies.rules import check_config
 from editr2.policies.sharding import place
 from editr2.rewards.adapt import panel
 from editr2.rewards.base import Calls, GivenReward
-from editr2.rewards.load import load_reward
+from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
 from editr2.rewards.record import Record
@@ -85,7 +85,8 @@ def train(
         else:
             r = config.reward
             asked = panel(reward, calls=Calls(r.concurrency, r.timeout, r.retries), record=record)
-        for member in asked.members:
+        apart = load_eval_reward(config.eval, record)
+        for member in (*asked.members, *(apart.members if apart else ())):
             member.identity = reward_fingerprint(member)
         weights: dict[str, str] = {}
         if policy is None:
@@ -106,7 +107,7 @@ def train(
         device = _device_name(processes.device)
         identity = processes.on_main(
             lambda: Identity(
-                identify(source, weights or loaded_weights(config.policy), asked),
+                identify(source, weights or loaded_weights(config.policy), asked, apart),
                 provenance(processes.count, device),
             )
         )
@@ -117,7 +118,7 @@ def train(
             start.notes.append(lock.problem)
         if not state.iteration:
             processes.on_main(lambda: rehearse_save(policy, run))
-        loop = _Loop(config, state, source, asked, own, processes, identity, start)
+        loop = _Loop(config, state, source, asked, apart, own, processes, identity, start)
         return loop.run(profile, report)
 
 
@@ -134,6 +135,7 @@ class _Loop:
         state: State,
         source: SessionSource,
         reward: Panel,
+        apart: Panel | None,
         own: Schedule | None,
         processes: Processes,
         identity: Identity,
@@ -141,6 +143,7 @@ class _Loop:
     ) -> None:
         self.config, self.state, self.source, self.reward = config, state, source, reward
         self.pool = Pool(reward)
+        self.apart = None if apart is None else Pool(apart)  # asked by evaluations alone
         self.waiting: Rolled | None = None  # made ahead
         self.processes, self.identity, self.start = processes, identity, start
         self.record, self.saved, self.folder = start.record, start.saved, Path(config.out)
@@ -223,8 +226,12 @@ class _Loop:
     def _probe(self) -> None:
         """What the rewards say of themselves before they are asked anything; each process has its
         own connection, and the first speaks for all."""
+        panels = [self.reward, *([] if self.apart is None else [self.apart.panel])]
         try:
-            said: tuple[list[str], UserError | None] = (self.reward.probe(), None)
+            said: tuple[list[str], UserError | None] = (
+                [line for panel in panels for line in panel.probe()],
+                None,
+            )
         except UserError as error:
             said = ([], error)
         everyone = self.processes.gather([said])
@@ -297,6 +304,7 @@ class _Loop:
                         self.processes,
                         self.state.policy,
                         self.reward,
+                        self.apart and self.apart.panel,
                         self.identity,
                     )
                 )
@@ -330,6 +338,7 @@ class _Loop:
                     self.evaluation_sampler,
                     config,
                     processes,
+                    self.apart,
                     iteration=self.state.iteration,
                 )
             row = found.row(self.state.iteration, name)
