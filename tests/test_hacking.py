@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from editr2.cli.evaluate import evaluation_text
 from editr2.errors import CheckpointError, ConfigError
 from editr2.report import build_report
-from editr2.rewards.base import RewardFailure, Score
+from editr2.rewards.base import RewardFailure, Score, Scores
+from editr2.rl.drift import LUMA, MEASURES, drift
+from editr2.rl.evaluate import Evaluation
 from editr2.rl.metrics import evaluation_line
 from editr2.run.tracking import read_metrics
 
@@ -141,3 +144,64 @@ def test_a_run_goes_on_with_the_same_eval_reward(runs, judged):
         runs.train_once(judged, **listed(other))
     with pytest.raises(CheckpointError, match=r"eval\.reward: \[.*\] saved, \[\] given"):
         runs.train_once(judged)
+
+
+# -------------------------------------------------------------------------------------------- drift
+
+
+def scene(size: int = 32) -> np.ndarray:
+    blocks = np.random.default_rng(0).integers(60, 190, (size // 4, size // 4, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(blocks, 4, 0), 4, 1)
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    return np.repeat((image @ np.array(LUMA))[..., None], 3, -1).astype(np.uint8)
+
+
+def blurred(image: np.ndarray) -> np.ndarray:
+    wide = np.pad(image.astype(float), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    near = [wide[a : a + len(image), b : b + len(image)] for a in range(3) for b in range(3)]
+    return (sum(near) / 9).astype(np.uint8)
+
+
+def louder(image: np.ndarray) -> np.ndarray:
+    mean = image.mean(-1, keepdims=True)
+    return np.clip(mean + 1.5 * (image - mean), 0, 255).astype(np.uint8)
+
+
+FLAT = np.full((32, 32, 3), 90, np.uint8)
+
+DRIFTED: dict[str, tuple[np.ndarray, np.ndarray, tuple[Any, Any, Any]]] = {
+    "the same": (scene(), scene(), (1, 1, 1)),
+    "grey": (scene(), grey(scene()), ((0.9, 1.0), (0.01, 0.03), (0.9, 1.1))),
+    "blurred": (scene(), blurred(scene()), ((0.2, 0.8), (0.3, 0.8), (0.0, 0.2))),
+    "louder": (scene(), louder(scene()), ((0.9, 1.0), (1.3, 1.5), (1.2, 1.4))),
+    "inverted": (scene(), 255 - scene(), (-1, 1, 1)),
+    "another": (scene(), scene()[::-1, ::-1], ((-0.2, 0.2), 1, 1)),
+    "flat and flat": (FLAT, FLAT, (1, 1, 1)),
+    "flat and not": (FLAT, scene(), (0, (20, 90), (500, 1e6))),
+    "another size": (scene(), np.repeat(np.repeat(scene(), 2, 0), 2, 1), ((0.99, 1), 1, 1)),
+}
+
+
+@pytest.mark.parametrize("source, image, want", DRIFTED.values(), ids=DRIFTED)
+def test_what_drift_sees(source, image, want):
+    (seen,) = drift(source, image[None])
+    for value, expected in zip(seen, want, strict=True):
+        low, high = expected if isinstance(expected, tuple) else (expected - 0.02, expected + 0.02)
+        assert low <= value <= high, (seen, want)
+
+
+def test_drift_in_the_row_of_an_evaluation(judged):
+    """By turn; ratios by their geometric mean."""
+    for row in rows_of(judged):
+        assert set(row["drift"]) == {f"{name}_turn" for name in MEASURES}
+        assert all(len(turns) == 2 and turns[0]["se"] for turns in row["drift"].values())
+    assert "saturation by turn, 1 as the source: " in evaluation_text(rows_of(judged)[0])
+    assert "sharpness, turn 2" in build_report(judged).read_text("utf-8")
+    seen = torch.tensor([[[1.0, 2.0, 1.0]], [[0.5, 0.5, 1.0]]], dtype=torch.float64)
+    zeros = torch.zeros(2, 1)
+    scores = Scores(("s",), zeros[..., None], zeros == 0, zeros == 0, {})
+    row = Evaluation(scores, zeros, zeros[:, 0], [None, None], None, seen).row(0, "x")
+    assert row["drift"]["structure_turn"][0]["mean"] == 0.75
+    assert row["drift"]["saturation_turn"][0]["mean"] == 1.0

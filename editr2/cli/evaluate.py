@@ -77,6 +77,9 @@ def _below_the_table(row: dict[str, Any]) -> list[str]:
     for mode, part in row["by_mode"].items():
         if part["success"] is not None:
             lines.append(f"  {mode}: {part['success']:.1%}")
+    for name, turns in row["drift"].items():
+        said = "  ".join(_mean_and_error(stat) for stat in turns)
+        lines.append(f"{name.removesuffix('_turn')} by turn, 1 as the source: {said}")
     if row["intents_right"] is not None:
         lines.append(f"intents equal to the known ones: {row['intents_right']:.1%}")
     for who, part in (("", row), ("eval.reward: ", row.get("eval_reward", {}))):

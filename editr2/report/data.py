@@ -268,6 +268,7 @@ def _train_row(iteration: int, row: Mapping[str, Any]) -> TrainRow:
 def _evaluation(row: Mapping[str, Any]) -> EvaluationRow:
     modes = _mapping(row.get("by_mode"))
     by_turn = dict(_by_turn(row))
+    by_turn |= _by_turn(_mapping(row.get("drift")))
     by_turn |= {f"eval.{k}": v for k, v in _by_turn(_mapping(row.get("eval_reward")))}
     return EvaluationRow(
         name=str(row.get("name", "")),

@@ -33,6 +33,7 @@ from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
 from editr2.rewards.record import asked_anew, calls_of
 from editr2.rl.credit import assign_credit, weighted_reward
+from editr2.rl.drift import MEASURES, drift
 from editr2.rl.judging import Judged, pool_of
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import Sampler
@@ -45,7 +46,8 @@ from editr2.sessions import Session
 class Evaluation:
     """Scores of all sessions. reward: [N, T], NaN where missing. success: [N], 1 where every turn
     is right, NaN where one could not be scored. intents_right: share of intents equal to the known
-    ones, None where none is known. apart: of the judges that training never asks
+    ones, None where none is known. drift: float64 [N, T, 3], the `MEASURES` of every output against
+    its source, NaN where there is none. apart: of the judges that training never asks
     (`eval.reward`)."""
 
     scores: Scores
@@ -53,6 +55,7 @@ class Evaluation:
     success: Tensor
     modes: list[str | None]
     intents_right: float | None
+    drift: Tensor
     apart: Scores | None = None
 
     def row(self, iteration: int, name: str) -> dict[str, Any]:
@@ -97,6 +100,13 @@ class Evaluation:
                 row["by_mode"][mode]["ga_turn"] = [
                     mean_se(of["GA"][of_mode, t])["mean"] for t in range(turns)
                 ]
+        row["drift"] = {
+            "structure_turn": _each_turn(self.drift[..., 0]),
+            **{
+                f"{name}_turn": [_ratio(column) for column in self.drift[..., k].T]
+                for k, name in enumerate(MEASURES[1:], 1)
+            },
+        }
         if self.apart is not None:
             row["eval_reward"] = self._apart(self.apart)
         return row
@@ -128,6 +138,14 @@ def _by_name(scores: Scores) -> dict[str, Tensor]:
 
 def _each_turn(values: Tensor) -> list[dict[str, float | None]]:
     return [mean_se(column) for column in values.T]
+
+
+def _ratio(values: Tensor) -> dict[str, float | None]:
+    """Geometric mean of ratios, for which twice and half are equally far from 1, and its standard
+    error."""
+    log = mean_se(values.log())
+    mean = None if log["mean"] is None else math.exp(log["mean"])
+    return {"mean": mean, "se": None if mean is None or log["se"] is None else mean * log["se"]}
 
 
 def last_turn(evaluation: Evaluation) -> Tensor:
@@ -249,21 +267,32 @@ def evaluate(
         for j, i in enumerate(record.rollout.tolist())
         if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
-    parts = processes.gather([([each.scores(turns) for each in judged], known)])
-    scores, *others = (merge_scores(each) for each in zip(*(s for s, _ in parts), strict=True))
+    drifts = [_drifts(chunk, turns) for chunk in done]
+    parts = processes.gather([([each.scores(turns) for each in judged], known, drifts)])
+    scores, *others = (merge_scores(each) for each in zip(*(p[0] for p in parts), strict=True))
     check_failures(scores, limit)
     with _said_of("eval.reward"):
         for each in others:
             check_failures(each, limit)
-    rights = [r for _, k in parts for r in k]
+    rights = [right for part in parts for right in part[1]]
     return Evaluation(
         scores,
         weighted_reward(scores, config.credit.weights),
         success(scores),
         [s.mode for s in sessions],
         float(np.mean(rights)) if rights else None,
+        torch.cat([each for part in parts for each in part[2]]),
         others[0] if others else None,
     )
+
+
+def _drifts(chunk: Chunk, turns: int) -> Tensor:
+    """float64 [rollouts, turns, 3], NaN where a session has no such turn."""
+    found = np.full((chunk.rollouts, turns, len(MEASURES)), np.nan)
+    for rollout in range(chunk.rollouts):
+        seen = drift(chunk.session_of(rollout).image, chunk.images_of(rollout))
+        found[rollout, : len(seen)] = seen
+    return torch.from_numpy(found)
 
 
 @contextmanager
