@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 
+from editr2 import training
 from editr2.cli.evaluate import evaluation_text
+from editr2.config import DriftConfig
 from editr2.errors import CheckpointError, ConfigError
 from editr2.report import build_report
 from editr2.rewards.base import RewardFailure, Score, Scores
 from editr2.rl.drift import LUMA, MEASURES, drift
 from editr2.rl.evaluate import Evaluation
 from editr2.rl.metrics import evaluation_line
+from editr2.rl.watch import alarms, new_alarms, parted
 from editr2.run.tracking import read_metrics
 
 HERE = __name__
@@ -205,3 +209,140 @@ def test_drift_in_the_row_of_an_evaluation(judged):
     row = Evaluation(scores, zeros, zeros[:, 0], [None, None], None, seen).row(0, "x")
     assert row["drift"]["structure_turn"][0]["mean"] == 0.75
     assert row["drift"]["saturation_turn"][0]["mean"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------ alarms
+
+
+def row_at(
+    iteration: int, trained: Sequence[float | None], apart: Sequence[float | None], **more: Any
+) -> dict[str, Any]:
+    said = {"trained": list(trained), "reward": list(apart)}
+    return {"event": "eval", "iteration": iteration, "eval_reward": {"per_session": said}} | more
+
+
+def at(level: float, spread: float = 0.01, sessions: int = 8) -> list[float]:
+    """Of sessions that differ by half from each other, and little from one evaluation to the
+    next."""
+    return [level + 0.5 * (i % 2) + spread * ((i // 2) % 2) for i in range(sessions)]
+
+
+START = row_at(0, at(0.2, 0.0), at(0.3, 0.0))
+
+PARTED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], int | None, bool]] = {
+    # earlier evaluations, the row, since when, whether it alarms
+    "the first": ([], row_at(0, at(0.2), at(0.3)), None, False),
+    "both rise": ([START], row_at(5, at(0.3), at(0.4)), None, False),
+    "as it was": ([START], row_at(5, at(0.3), at(0.3, 0.0)), None, False),
+    "they part": ([START], row_at(5, at(0.3), at(0.2)), 0, True),
+    "both fall": ([START], row_at(5, at(0.1), at(0.2)), 0, False),
+    "within two errors": ([START], row_at(5, at(0.3), at(0.3, -0.01)[::-1]), 0, False),
+    "one that hardly rises": ([START], row_at(5, at(0.19, 0.02), at(0.2)), 0, False),
+    "since the best": (
+        [START, row_at(5, at(0.3), at(0.4)), row_at(10, at(0.35), at(0.38))],
+        row_at(15, at(0.4), at(0.36)),  # above the start
+        5,
+        True,
+    ),
+    "one session": ([row_at(0, [0.1], [0.5])], row_at(5, [0.2], [0.4]), 0, False),
+    "not scored both times": (
+        [START],
+        row_at(5, [None, 0.8] + at(0.3)[2:], [None, 0.7] + at(0.2)[2:]),
+        0,
+        True,
+    ),
+    "none scored": ([START], row_at(5, at(0.3), [None] * 8), None, False),
+    "of other sessions": ([START], row_at(5, at(0.3)[1:], at(0.2)[1:]), None, False),
+    "no such judges": ([{"event": "eval", "iteration": 0}], {"event": "eval"}, None, False),
+}
+STILL = {f"{name}_turn": [{"mean": 1.0, "se": 0.0}] for name in MEASURES}
+
+
+@pytest.mark.parametrize("earlier, row, since, alarm", PARTED.values(), ids=PARTED)
+def test_when_the_reward_and_its_check_part(earlier, row, since, alarm):
+    changes = parted(row, earlier)
+    assert (changes and changes["since"]) == since
+    found = alarms({**row, "parted": changes, "drift": STILL}, DriftConfig())
+    assert list(found) == ["parted"] * alarm
+    if alarm:
+        assert f"since iteration {since}, where eval.reward was highest" in found["parted"]
+
+
+def drifted(**turns: Sequence[float | None]) -> dict[str, Any]:
+    said = {f"{k}_turn": [{"mean": v, "se": 0.0} for v in values] for k, values in turns.items()}
+    return {"drift": STILL | said}
+
+
+DRIFT_LIMITS: dict[str, tuple[dict[str, float], dict[str, Any], str | None]] = {
+    "none": ({}, drifted(structure=[0.1], saturation=[9.0], sharpness=[9.0]), None),
+    "structure kept": ({"structure": 0.5}, drifted(structure=[0.9, 0.5]), None),
+    "structure lost": (
+        {"structure": 0.5},
+        drifted(structure=[0.9, 0.4, 0.45]),
+        "structure of outputs against their sources is 0.4 at turn 2 (eval.drift.structure: "
+        "at least 0.5)",
+    ),
+    "louder": (
+        {"saturation": 1.5},
+        drifted(saturation=[1.2, 1.6]),
+        "saturation of outputs against their sources is 1.6 at turn 2 (eval.drift.saturation: "
+        "0.667 to 1.5)",
+    ),
+    "greyer": (
+        {"saturation": 1.5},
+        drifted(saturation=[0.5, 1.6]),
+        "saturation of outputs against their sources is 0.5 at turn 1 (eval.drift.saturation: "
+        "0.667 to 1.5)",
+    ),
+    "in between": ({"saturation": 1.5}, drifted(saturation=[0.7, 1.5]), None),
+    "blurred": (
+        {"sharpness": 4},
+        drifted(sharpness=[0.2]),
+        "sharpness of outputs against their sources is 0.2 at turn 1 (eval.drift.sharpness: "
+        "0.25 to 4)",
+    ),
+    "nothing seen": ({"sharpness": 4}, drifted(sharpness=[None]), None),
+}
+
+
+@pytest.mark.parametrize("limits, row, text", DRIFT_LIMITS.values(), ids=DRIFT_LIMITS)
+def test_limits_of_drift(limits, row, text):
+    assert list(alarms(row, DriftConfig(**limits)).values()) == ([text] if text else [])
+
+
+def test_an_alarm_is_said_when_it_begins():
+    rows = [{"alarms": {"parted": "a"}}, {}, {"alarms": {"parted": "b"}}, {"alarms": {}}]
+    rows.append({"alarms": {"parted": "c", "structure": "d"}})
+    rows.append({"alarms": {"parted": "e", "structure": "f", "sharpness": "g"}})
+    said = [new_alarms(row, rows[:n]) for n, row in enumerate(rows)]
+    assert said == [["a"], [], ["b"], [], ["c", "d"], ["g"]]
+
+
+class Moving:
+    """Says more with every call, or less: by session the same, so that the change is sure."""
+
+    names = ("bright",)
+
+    def __init__(self, step: float = 0.001) -> None:
+        self.step, self.value = step, 0.5
+
+    def __call__(self, session: Any, images: np.ndarray) -> list[dict[str, Score]]:
+        self.value += self.step
+        return [{"bright": Score(self.value)} for _ in images]
+
+
+def test_alarms_of_a_run(runs, tmp_path, capsys):
+    """Once on the terminal and in the report, and in the row as long as it stands."""
+    changes = listed(
+        {"function": f"{HERE}:Moving", "options": {"step": -0.001}}, drift={"structure": 1.0}
+    )
+    config = runs.configured(tmp_path / "run", "ema", **changes)
+    training.train(config, policy=runs.tiny(), reward=Moving())
+    rows = rows_of(tmp_path / "run")
+    assert [list(row["alarms"]) for row in rows] == [["structure"]] + [["parted", "structure"]] * 4
+    assert all(row["parted"]["since"] == 0 for row in rows[1:])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ALARM")]
+    assert [line.split()[1] for line in said] == ["structure", "since"]
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert page.count("eval.reward fell by") == 1 and "Evaluation at iteration 1: since" in page
+    assert "Trained reward and eval.reward" in page

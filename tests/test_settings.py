@@ -44,6 +44,7 @@ from editr2.policies.unified.pretrain import PretrainConfig
 from editr2.reproduce.arms import Settings
 from editr2.rewards.adapt import panel
 from editr2.rewards.base import Score
+from editr2.rl.drift import MEASURES
 from editr2.rl.rules import run_problems
 from editr2.training import train
 from editr2_kernels import KL_SCALES, RENORMS, flow_sigmas, transition_table
@@ -79,6 +80,7 @@ ZERO = {
     "train.max_failed_scores",
     "eval.every",
     "eval.strips",
+    "eval.drift.structure",
     "credit.weights",
 }
 """Numbers that may be 0; every other is at least 1 or above 0."""
@@ -676,6 +678,7 @@ READS = {
     "eval": SAMPLED
     | {"rollout.store_dtype", "eval.intent_tokens", "credit.weights", "data.limit", "seed"}
     | {"train.max_failed_scores", "eval.reward"}
+    | {f"eval.drift.{name}" for name in MEASURES}
     | {
         f"reward.{field.name}"
         for field in dataclasses.fields(RewardConfig)

@@ -24,6 +24,7 @@ def command(arguments: Arguments) -> int:
     from editr2.rl.rules import check_run
     from editr2.rl.sampler import eval_sampler, own_schedule
     from editr2.rl.sessions import sessions_for
+    from editr2.rl.watch import alarms
     from editr2.run.processes import open_processes
 
     processes = open_processes()  # first: it says which device is this process's
@@ -42,6 +43,8 @@ def command(arguments: Arguments) -> int:
     sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
     found = evaluate(policy, reward, source.heldout, sampler, config, processes, apart)
     row = found.row(0, "eval")
+    if raised := alarms(row, config.eval.drift):
+        row["alarms"] = raised
     if processes.main:
         print(evaluation_text(row))
     return 0
@@ -80,6 +83,7 @@ def _below_the_table(row: dict[str, Any]) -> list[str]:
     for name, turns in row["drift"].items():
         said = "  ".join(_mean_and_error(stat) for stat in turns)
         lines.append(f"{name.removesuffix('_turn')} by turn, 1 as the source: {said}")
+    lines += [f"ALARM {text}" for text in row.get("alarms", {}).values()]
     if row["intents_right"] is not None:
         lines.append(f"intents equal to the known ones: {row['intents_right']:.1%}")
     for who, part in (("", row), ("eval.reward: ", row.get("eval_reward", {}))):

@@ -410,6 +410,26 @@ class TrainConfig:
     max_failed_scores: float = setting(0.5, SHARE)
 
 
+FACTOR = Bounds(at_least=1, at_most=1_000)
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """How far the outputs of an evaluation may be from their sources, by the mean of any turn,
+    before an alarm is raised; none only reports. Look at what the first evaluation says before you
+    choose: an edit that was asked for moves all three.
+
+    Args:
+        structure: least correlation of the gradients of luma; 1 is the source.
+        saturation: largest factor by which colours get stronger or weaker.
+        sharpness: the same of the variance of the Laplacian.
+    """
+
+    structure: float | None = setting(None, SHARE)
+    saturation: float | None = setting(None, FACTOR)
+    sharpness: float | None = setting(None, FACTOR)
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation: fixed seeds and greedy intents, so the same weights always score the same.
@@ -436,6 +456,7 @@ class EvalConfig:
     every: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
     strips: int = setting(12, Bounds(at_least=0, at_most=1_000))
     reward: tuple[RewardUse, ...] = setting((), what=REWARDS_LISTED)
+    drift: DriftConfig = field(default_factory=DriftConfig)
 
     @property
     def uses(self) -> tuple[tuple[str, RewardUse], ...]:

@@ -72,6 +72,7 @@ def build_report(
         title=folder.resolve().name,
         facts=_facts(run),
         cards=_cards(run),
+        alarms=run.alarms,
         missing=run.missing + pictures.notes(),
         eval_charts=_evaluation_charts(run),
         eval_sessions="training" if run.start.get("heldout_is_training") else "held-out",
@@ -248,6 +249,7 @@ def _curves(run: RecordedRun) -> list[Chart]:
         ),
         _ratio_chart(scalar("ratio_error")),
         _evaluated_chart(run),
+        _apart_chart(run),
         lines("Gradient norm", [scalar("grad_norm")]),
         _seconds_chart(run, x),
     ]
@@ -295,6 +297,26 @@ def _evaluated_chart(run: RecordedRun) -> Chart | None:
     ]
     title = "Reward by turn, evaluated"
     note = f"Held-out sessions, {len(at)} evaluations."
+    return _chart(title, charts.line_chart(title, lines), note)
+
+
+def _apart_chart(run: RecordedRun) -> Chart | None:
+    """The trained reward beside what the judges of `eval.reward` say, mean over turns."""
+    by_iteration = {
+        e.iteration: e.turns
+        for e in run.evaluations
+        if e.iteration is not None and "eval.reward_turn" in e.turns
+    }
+    at = sorted(by_iteration)
+    if len(at) < 2:
+        return None
+    names = {"trained": "reward_turn", "eval.reward": "eval.reward_turn"}
+    lines = [
+        charts.Line(name, at, [mean(s.mean for s in by_iteration[i][key]) for i in at], colour)
+        for colour, (name, key) in enumerate(names.items())
+    ]
+    title = "Trained reward and eval.reward"
+    note = "Mean over turns, evaluated; training never asks the judges of eval.reward."
     return _chart(title, charts.line_chart(title, lines), note)
 
 

@@ -154,6 +154,8 @@ class RecordedRun:
     config_text: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     """Dotted name → value."""
+    alarms: list[str] = field(default_factory=list)
+    """What evaluations raised, a line for each time it began."""
     missing: list[str] = field(default_factory=list)
     """Sentences for the reader: what this report could not show, and why."""
 
@@ -210,7 +212,7 @@ def _load_metrics(run: RecordedRun, path: Path) -> None:
         )
     train: dict[int, TrainRow] = {}
     comparisons: dict[int, Comparison] = {}
-    repeats = 0
+    repeats, standing = 0, set[str]()
     for row in rows:
         event = row.get("event")
         if event == "train" and (iteration := _int(row.get("iteration"))) is not None:
@@ -218,6 +220,10 @@ def _load_metrics(run: RecordedRun, path: Path) -> None:
             train[iteration] = _train_row(iteration, row)
         elif event == "eval":
             run.evaluations.append(_evaluation(row))
+            raised = _mapping(row.get("alarms"))
+            begun = (text for name, text in raised.items() if name not in standing)
+            run.alarms += [f"Evaluation at iteration {row.get('iteration')}: {x}." for x in begun]
+            standing = set(raised)
         elif event == "comparison" and (turn := _int(row.get("turn"))) is not None:
             comparisons[turn] = _comparison(turn, row)
         elif event == "start":

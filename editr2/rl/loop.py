@@ -35,6 +35,7 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
 from editr2.rl.start import Start, find_start
 from editr2.rl.state import State, new_state
+from editr2.rl.watch import alarms, evaluations, new_alarms, parted
 from editr2.run.generators import capture_rng, generators_aside, seed_generators
 from editr2.run.identity import (
     Identity,
@@ -341,7 +342,7 @@ class _Loop:
                     self.apart,
                     iteration=self.state.iteration,
                 )
-            row = found.row(self.state.iteration, name)
+            row = self._watched(found.row(self.state.iteration, name))
         if name != "during":
             shown, strips = self.source.heldout[: config.eval.strips], self.folder / "strips"
             with generators_aside(seed), self.state.averaged() as averaged:
@@ -352,3 +353,13 @@ class _Loop:
             self._append(row)
             kind = "training" if self.source.heldout_is_training else "held-out"
             self.progress.note(evaluation_line(row, kind))
+            for text in new_alarms(row, evaluations(self.record)[:-1]):
+                self.progress.note(f"ALARM {text}")
+
+    def _watched(self, row: dict[str, Any]) -> dict[str, Any]:
+        """An evaluation's row, with what it says beside the evaluations before it."""
+        if (changes := parted(row, evaluations(self.record))) is not None:
+            row["parted"] = changes
+        if found := alarms(row, self.config.eval.drift):
+            row["alarms"] = found
+        return row

@@ -59,6 +59,9 @@ MAY_CHANGE = {
     "reward.timeout",
     "reward.retries",
     "reward.cache",
+    "eval.drift.structure",
+    "eval.drift.saturation",
+    "eval.drift.sharpness",
 }
 """Settings that a resumed run may have others of: no number of an iteration follows from them."""
 STANDS_FOR = {
