@@ -220,12 +220,14 @@ def test_every_field_meets_every_value():
 
 def with_raw(key: str, value: Any) -> Config:
     """A configuration made in Python without the converter."""
-    *sections, name = key.split(".")
-    config = Config()
-    if not sections:
-        return dataclasses.replace(config, **{name: value})
-    section = dataclasses.replace(getattr(config, sections[0]), **{name: value})
-    return dataclasses.replace(config, **{sections[0]: section})
+
+    def changed(part: Any, names: Sequence[str]) -> Any:
+        name, *rest = names
+        inner = changed(getattr(part, name), rest) if rest else value
+        return dataclasses.replace(part, **{name: inner})
+
+    made: Config = changed(Config(), key.split("."))
+    return made
 
 
 def said_by_python(key: str, value: Any) -> str | None:
