@@ -17,14 +17,16 @@ import torch
 
 from editr2 import training
 from editr2.cli.evaluate import evaluation_text
-from editr2.config import DriftConfig
+from editr2.config import Config, DriftConfig, replace_nested
 from editr2.errors import CheckpointError, ConfigError
+from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.report import build_report
 from editr2.rewards.base import RewardFailure, Score, Scores
 from editr2.rl.drift import LUMA, MEASURES, drift
 from editr2.rl.evaluate import Evaluation
 from editr2.rl.metrics import evaluation_line
-from editr2.rl.watch import alarms, new_alarms, parted
+from editr2.rl.watch import alarms, best_of, metric_of, new_alarms, parted, stop_row
+from editr2.run.checkpoint import latest_checkpoint
 from editr2.run.tracking import read_metrics
 
 HERE = __name__
@@ -346,3 +348,266 @@ def test_alarms_of_a_run(runs, tmp_path, capsys):
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert page.count("eval.reward fell by") == 1 and "Evaluation at iteration 1: since" in page
     assert "Trained reward and eval.reward" in page
+
+
+# ---------------------------------------------------------------------------- the best, and the end
+
+
+def evaluated(iteration: int, value: float | None, name: str = "during") -> dict[str, Any]:
+    stat = {"mean": value, "se": None}
+    return {
+        "event": "eval",
+        "name": name,
+        "iteration": iteration,
+        "reward_turn": [stat, {"mean": None if value is None else value / 2, "se": None}],
+        "if_turn": [{"mean": 0.5, "se": None}, {"mean": None, "se": None}],
+        "success": {"mean": 0.25, "se": None},
+        "eval_reward": {"reward_turn": [{"mean": 0.75, "se": 0}], "if_turn": [stat]},
+    }
+
+
+METRICS = {
+    "reward": 0.6,
+    "IF": 0.5,
+    "success": 0.25,
+    "eval.reward": 0.75,
+    "eval.IF": 0.8,
+    "eval.CC": None,
+}
+
+
+@pytest.mark.parametrize("metric, value", METRICS.items())
+def test_metrics_of_an_evaluation(metric, value):
+    assert metric_of(evaluated(0, 0.8), metric) == (value and pytest.approx(value))
+
+
+COURSES: dict[str, tuple[list[float | None], int, int | None]] = {
+    # values of the evaluations before and during, at 0, 5, 10 ...; the best; where patience 2 ends
+    "rising": ([0.1, 0.2, 0.3], 10, None),
+    "falling": ([0.3, 0.2, 0.1], 0, 10),
+    "one bad": ([0.1, 0.3, 0.2], 5, None),
+    "two bad": ([0.1, 0.3, 0.2, 0.25], 5, 15),
+    "equal is no rise": ([0.1, 0.3, 0.3, 0.3], 5, 15),
+    "bad, good, bad": ([0.2, 0.1, 0.3, 0.2], 10, None),
+    "none scored": ([None, None, None], None, None),
+    "not scored is no rise": ([0.1, None, None], 0, 10),
+}
+
+
+@pytest.mark.parametrize("values, best, end", COURSES.values(), ids=COURSES)
+def test_the_best_and_the_end_of_a_course(values, best, end):
+    config = replace_nested(
+        Config(), {"checkpoint": {"best": "reward"}, "train": {"stop_after": 2}}
+    )
+    rows, ends = [], []
+    for n, value in enumerate(values):
+        rows.append(evaluated(5 * n, value, "during" if n else "before"))
+        if (row := stop_row(config, rows, 5 * n)) is not None:
+            ends.append((row["iteration"], row["best"]["iteration"]))
+        assert stop_row(config, rows, 5 * n + 1) is None  # there is no evaluation
+    found = best_of(rows, "reward")
+    assert (found and found.row["iteration"]) == best
+    assert ends == ([(end, best)] if end is not None else [])
+    assert stop_row(Config(), rows, 5 * n) is None
+    rows.append(evaluated(5 * n, values[-1], "after"))  # of the same weights, no evaluation more
+    assert best_of(rows, "reward") == found
+
+
+class Course:
+    """What a run's evaluations say, whatever it does: by the folder's rows, so that a resumed run
+    goes on with them."""
+
+    names = ("bright",)
+    values = (0.2, 0.4, 0.3, 0.3, 0.9)
+
+    def __init__(self, run: str) -> None:
+        self.run = Path(run)
+
+    def __call__(self, session: Any, images: np.ndarray) -> list[dict[str, Score]]:
+        done = [row for row in rows_of(self.run) if row["name"] != "after"]
+        asked = min(len(done), len(self.values) - 1)
+        return [{"bright": Score(self.values[asked])} for _ in images]
+
+
+def course(run: Path, **train: Any) -> dict[str, Any]:
+    return {
+        **listed({"function": f"{HERE}:Course", "options": {"run": str(run)}}),
+        "checkpoint": {"best": "eval.bright", "every": 2},
+        "train": {"iterations": 5, "ema": 0.5, **train},
+    }
+
+
+@pytest.fixture(scope="module")
+def stopped(runs, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A run that ends at iteration 3 of 5, best at 1, and the points that it passes."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with runs.dying_at(0, lambda: None) as passed:
+        runs.train_once(folder, **course(folder, stop_after=2))
+    return folder, passed
+
+
+def test_a_run_that_stops_early_is_finished(runs, stopped, capsys):
+    run, _ = stopped
+    rows = runs.record(run)
+    events = [(row["event"], row.get("name"), row["iteration"]) for row in rows]
+    assert events[-4:] == [
+        ("eval", "during", 3),
+        ("stop", None, 3),
+        ("eval", "after", 3),
+        ("comparison", None, 3),
+    ]
+    reason = (
+        "eval.bright has not risen for 2 evaluations (train.stop_after: 2); it was 0.4 at "
+        "iteration 1"
+    )
+    assert rows[-3]["reason"] == reason
+    best = {"metric": "eval.bright", "iteration": 1, "value": pytest.approx(0.4)}
+    assert rows[-1]["event"] == "comparison" and rows[-2]["best"] == best
+    assert json.loads((run / "best" / "best.json").read_text()) == best
+    assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step_000003"
+    assert (run / "policy").is_dir() and not list(run.glob("*.replaced"))
+    page = (run / "report.html").read_text("utf-8")
+    assert reason in page and "eval.bright 0.400 at iteration 1" in page
+    assert "The run is at iteration" not in page
+    text = (run / "metrics.jsonl").read_text()
+    runs.train_once(run, **course(run, stop_after=2))
+    assert f"stopped early, finished: {reason}" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == text
+
+
+def test_the_best_weights_are_those_of_their_iteration(runs, stopped, tmp_path):
+    """They load as a policy; the others are those of the last iteration."""
+    run, _ = stopped
+    folder = tmp_path / "run"
+    config = runs.configured(folder, "ema", train={"iterations": 1, "ema": 0.5})
+    # The course of learning rates is that of five iterations.
+    config = replace_nested(config, {"train": {"lr_decay": 1.0}})
+    again = replace_nested(config, {"out": str(tmp_path / "all"), "train": {"iterations": 2}})
+    for each in (config, again):
+        training.train(each, policy=runs.tiny(), reward=runs.Drawing())
+    first, second = (UnifiedPolicy.load(each / "policy") for each in (folder, tmp_path / "all"))
+    assert not same_weights(first, second)
+    best = replace_nested(
+        config,
+        {
+            "out": str(tmp_path / "best"),
+            "train": {"iterations": 2},
+            "checkpoint": {"best": "eval.reward"},
+            "eval": {"reward": [{"function": f"{HERE}:Once"}]},
+        },
+    )
+    Once.said = 0
+    training.train(best, policy=runs.tiny(), reward=runs.Drawing())
+    assert same_weights(UnifiedPolicy.load(tmp_path / "best" / "best"), first)
+    assert same_weights(UnifiedPolicy.load(tmp_path / "best" / "policy"), second)
+    assert (run / "best").is_dir()
+
+
+class Once:
+    """High in the second evaluation."""
+
+    names = ("bright",)
+    said = 0
+
+    def __call__(self, session: Any, images: np.ndarray) -> list[dict[str, Score]]:
+        Once.said += 1  # one call a session: the first answer, then two of each evaluation
+        return [{"bright": Score(0.9 if Once.said in (4, 5) else 0.1)} for _ in images]
+
+
+def same_weights(one: UnifiedPolicy, two: UnifiedPolicy) -> bool:
+    pairs = zip(one.module.state_dict().values(), two.module.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+KILLED = [
+    ("append: after", 4),  # behind the row of the best: no checkpoint of it, no best/
+    ("save: before", 1),
+    ("save: after", 1),
+    ("replace_folder: before", 2),
+    ("rename: after", 5),  # between the two renames of best/
+    ("replace_folder: after", 2),
+    ("append: before", 9),  # the row that says why it stops
+    ("append: after", 9),
+    ("evaluate: before", 5),  # the evaluation after
+    ("build_report: before", 1),
+]
+
+
+@pytest.mark.parametrize("name, which", KILLED)
+def test_killed_around_the_best_and_the_end(runs, stopped, tmp_path, name, which):
+    whole, passed = stopped
+    number = [n for n, point in enumerate(passed, 1) if point == name][which - 1]
+    run = tmp_path / "run"
+    killed_at(runs, run, number, **course(run, stop_after=2))
+    runs.train_once(run, **course(run, stop_after=2))
+    assert runs.record(run) == runs.record(whole)
+    for folder in ("best", "policy"):
+        assert files_of(run / folder) == files_of(whole / folder), folder
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        p.name for p in sorted((whole / "checkpoints").iterdir())
+    ]
+
+
+WRONG_METRICS = {
+    "unknown": (
+        {"checkpoint": {"best": "IF"}},
+        r"checkpoint\.best: 'IF' \(accepted: reward, success, bright or none\)",
+    ),
+    "of no judge": (
+        {"checkpoint": {"best": "eval.reward"}},
+        r"checkpoint\.best: 'eval\.reward' \(accepted: reward, success, bright or none\)",
+    ),
+    "of a judge": (
+        {"checkpoint": {"best": "eval.IF"}, **listed(bright())},
+        r"success, bright, eval\.reward, eval\.bright, eval\.kept or none\)",
+    ),
+    "patience for nothing": (
+        {"train": {"stop_after": 2}},
+        r"train\.stop_after: 2 \(accepted with checkpoint\.best none: none; it counts",
+    ),
+    "patience without evaluations": (
+        {"train": {"stop_after": 2}, "checkpoint": {"best": "reward"}, "eval": {"every": 0}},
+        r"train\.stop_after: 2 \(accepted with eval\.every 0: none; it counts evaluations",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, message", WRONG_METRICS.values(), ids=WRONG_METRICS)
+def test_metrics_that_there_are_not(runs, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        runs.train_once(tmp_path / "run", **changes)
+
+
+def killed_at(runs: ModuleType, run: Path, number: int, **changes: Any) -> None:
+    def die() -> None:
+        raise runs.Killed
+
+    with pytest.raises(runs.Killed), runs.dying_at(number, die):
+        runs.train_once(run, **changes)
+
+
+def test_the_best_weights_are_never_ahead_of_the_checkpoints(runs, stopped, tmp_path):
+    """Whoever resumes, with other settings perhaps, goes on from there or later."""
+    _, passed = stopped
+    run = tmp_path / "run"
+    number = [n for n, point in enumerate(passed, 1) if point == "replace_folder: before"][1]
+    killed_at(runs, run, number, **course(run, stop_after=2))
+    assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step_000001"
+    assert json.loads((run / "best" / "best.json").read_text())["iteration"] == 0
+
+
+def test_nothing_is_rolled_out_ahead_of_an_evaluation_that_may_keep_weights(runs, tmp_path):
+    """The numbers of a run that goes on from the checkpoint of its best weights are those of one
+    that was not killed."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    changes = {"rollout": {"ahead": True}}
+    with runs.dying_at(0, lambda: None) as passed:
+        runs.train_once(run, **changes, **course(run))
+    number = [n for n, point in enumerate(passed, 1) if point == "replace_folder: after"][1]
+    killed_at(runs, other, number, **changes, **course(other))
+    runs.train_once(other, **changes, **course(other))
+    assert runs.record(run) == runs.record(other)

@@ -358,6 +358,12 @@ TOGETHER = [
         "policy.lora_rank: 0",
         TRAINS,
     ),
+    ({"train": {"stop_after": 3}}, "train.stop_after: 3 (accepted with checkpoint.best", TRAINS),
+    (
+        {"train": {"stop_after": 3}, "checkpoint": {"best": "IF"}},
+        "train.stop_after: 3 (accepted with eval.every 0: none",
+        TRAINS,
+    ),
     ({"train": {"minibatches": 7}}, "train.minibatches: 7 (accepted: a divisor of 2", TRAINS),
     ({"train": {"packed": "on"}, "policy": {"guidance": 2}}, "train.packed: on", TRAINS),
     ({"out": __file__}, "out: ", ("train", "check", "rollout")),
@@ -548,6 +554,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "data.limit": {"data": {"path": str(Path(__file__).parent.parent / "examples" / "shapes")}},
     "data.resize": {"data": {"path": str(Path(__file__).parent.parent / "examples" / "shapes")}},
     "train.kl_scale": {"train": {"kl_weight": 0.1}},
+    "train.stop_after": {"checkpoint": {"best": "reward"}, "eval": {"every": 1}},
     **dict.fromkeys(
         ("train.nft_beta", "train.nft_draws", "train.old_decay", "train.old_decay_max"), NFT
     ),

@@ -88,7 +88,13 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     own, cannot_pack = (editor.own, editor.cannot_pack) if editor else (None, None)
     names = reward.names if reward else None
     problems += run_problems(
-        given, names, own, cannot_pack=cannot_pack, processes=processes, command="check"
+        given,
+        names,
+        own,
+        cannot_pack=cannot_pack,
+        processes=processes,
+        command="check",
+        apart=apart.names if apart else (),
     )
     found(
         lambda: check_capture(config.rollout.capture, torch.device("cuda" if device.gpu else "cpu"))
@@ -165,7 +171,7 @@ def dry_run(config: Config, folder: str) -> list[str]:
     short = replace(
         config,
         out=folder,
-        train=replace(config.train, iterations=2),
+        train=replace(config.train, iterations=2, stop_after=None),
         eval=replace(config.eval, sessions=1, strips=min(1, config.eval.strips), every=0),
         checkpoint=replace(config.checkpoint, every=2, keep=1),
     )

@@ -115,6 +115,20 @@ def _replay(config: Config, command: str) -> Iterator[str]:
         )
 
 
+@rule(*TRAINS)
+def _stop_after(config: Config, command: str) -> Iterator[str]:
+    stop, needs = config.train.stop_after, {}
+    if stop is not None:
+        needs = {"checkpoint.best": config.checkpoint.best, "eval.every": config.eval.every}
+    for name, value in needs.items():
+        if not value:
+            shown = "none" if value is None else value
+            yield (
+                f"train.stop_after: {stop} (accepted with {name} {shown}: none; it counts "
+                f"evaluations that did not raise that metric)"
+            )
+
+
 @rule("train", "check", "rollout")
 def _out(config: Config, command: str) -> Iterator[str]:
     if problem := folder_problem(config.out):

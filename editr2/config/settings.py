@@ -375,6 +375,8 @@ class TrainConfig:
         text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by
             token.
         max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
+        stop_after: the run ends, finished, when so many evaluations (eval.every) in a row did not
+            raise the metric of checkpoint.best; none trains all iterations.
     """
 
     iterations: int = setting(60, TIMES)
@@ -408,6 +410,7 @@ class TrainConfig:
     ratio_tolerance: float = setting(1e-5, POSITIVE)
     text_ratio_tolerance: float = setting(1e-3, POSITIVE)
     max_failed_scores: float = setting(0.5, SHARE)
+    stop_after: int | None = setting(None, TIMES)
 
 
 FACTOR = Bounds(at_least=1, at_most=1_000)
@@ -471,10 +474,14 @@ class CheckpointConfig:
     Args:
         every: iterations between checkpoints (the last iteration always writes one).
         keep: newest checkpoints kept.
+        best: the metric by whose evaluations the best weights are kept, as the policy folder
+            `best/` of the run: reward, success, the name of a score, or of eval.reward eval.reward
+            (their mean) and eval.NAME; the mean over turns. None keeps none.
     """
 
     every: int = setting(5, TIMES)
     keep: int = setting(2, TIMES)
+    best: str | None = setting(None, what="the name of a metric or none")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from editr2.report.data import (
     Stat,
     load_run,
     mean,
+    number,
 )
 from editr2.report.gallery import build_gallery
 from editr2.report.numbers import decimal, signed, with_se
@@ -114,11 +115,20 @@ def _facts(run: RecordedRun) -> list[tuple[str, str]]:
         "Objective": run.setting("objective", "objective.name", "objective.kind", "algorithm"),
         "Each iteration" if run.train else "Sessions of": _size(run),
         "Iterations": f"{done} of {planned}" if done and planned else done,
+        "Stopped early": run.stopped,
+        "Best weights (best/)": _best(run),
         "Training time": duration(seconds) if seconds is not None else None,
         "Device": run.start.get("device"),
         "Seed": run.setting("seed"),
     }
     return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def _best(run: RecordedRun) -> str | None:
+    if run.best is None:
+        return None
+    value = decimal(number(run.best.get("value")), 3)
+    return f"{run.best.get('metric')} {value} at iteration {run.best.get('iteration')}"
 
 
 def _size(run: RecordedRun) -> str | None:

@@ -154,6 +154,10 @@ class RecordedRun:
     config_text: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     """Dotted name → value."""
+    best: Mapping[str, Any] | None = None
+    """Of `checkpoint.best`: metric, iteration and value."""
+    stopped: str | None = None
+    """Why it ended before its last iteration."""
     alarms: list[str] = field(default_factory=list)
     """What evaluations raised, a line for each time it began."""
     missing: list[str] = field(default_factory=list)
@@ -228,6 +232,12 @@ def _load_metrics(run: RecordedRun, path: Path) -> None:
             comparisons[turn] = _comparison(turn, row)
         elif event == "start":
             run.start = row
+        elif event == "stop":
+            run.stopped = _text(row.get("reason"))
+        if event == "eval" and isinstance(row.get("best"), dict):
+            run.best = row["best"]
+        if event == "train":
+            run.stopped = None  # it went on
     run.train = [train[i] for i in sorted(train)]
     run.comparisons = [comparisons[t] for t in sorted(comparisons)]
     if repeats:
@@ -389,7 +399,7 @@ def _dotted(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 def _note_absences(run: RecordedRun) -> None:
     planned = _int(run.setting("iterations", "max_iterations", "num_iterations"))
-    if run.train and planned and run.train[-1].iteration + 1 < planned:
+    if run.stopped is None and run.train and planned and run.train[-1].iteration + 1 < planned:
         run.missing.append(f"The run is at iteration {run.train[-1].iteration + 1} of {planned}.")
     if run.start.get("heldout_is_training"):
         run.missing.append(

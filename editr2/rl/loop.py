@@ -3,6 +3,7 @@ iterations with the evaluations, checkpoints and rows between them."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
 from editr2.rl.start import Start, find_start
 from editr2.rl.state import State, new_state
-from editr2.rl.watch import alarms, evaluations, new_alarms, parted
+from editr2.rl.watch import alarms, best_of, evaluations, new_alarms, parted, stop_row
+from editr2.run.checkpoint import replace_folder
 from editr2.run.generators import capture_rng, generators_aside, seed_generators
 from editr2.run.identity import (
     Identity,
@@ -98,7 +100,14 @@ def train(
             place(policy, config.policy.shard, processes)
         cannot_pack = None if isinstance(policy, PackedPolicy) else type(policy).__name__
         own = own_schedule(policy)
-        check_run(config, asked.names, own, cannot_pack=cannot_pack, processes=processes.count)
+        check_run(
+            config,
+            asked.names,
+            own,
+            cannot_pack=cannot_pack,
+            processes=processes.count,
+            apart=apart.names if apart else (),
+        )
         check_capture(config.rollout.capture, processes.device)
         source = sessions_for(config, policy)
         # Weights that are drawn have to be equal on all processes; what follows must not be, nor
@@ -196,14 +205,19 @@ class _Loop:
         """Iterations and the rows between them, until all are there."""
         config, state, t = self.config, self.state, self.config.train
         due = rows_due(state.iteration, t, config.eval)
+        if self._ends_early():
+            due += rows_due(t.iterations, t, config.eval)
         missing = [name for name in due if find_row(self.record, name, state.iteration) is None]
-        if missing or state.iteration < t.iterations:
+        if missing or not (state.iteration >= t.iterations or self._ends_early()):
             self._probe()
         stop.give_up()
         while True:
             for name in rows_due(state.iteration, t, config.eval):
                 self._make(name)
             if state.iteration >= t.iterations:
+                return
+            if self._ends_early():
+                self._end()
                 return
             if not self.rows:
                 limit = t.max_failed_scores
@@ -223,6 +237,16 @@ class _Loop:
                 self._save()
             stop.agree()
             stop.give_up()
+
+    def _ends_early(self) -> bool:
+        return stop_row(self.config, self.record, self.state.iteration) is not None
+
+    def _end(self) -> None:
+        """What is due at the end of a run, before its last iteration."""
+        if self.saved != self.state.iteration:
+            self._save()
+        for name in ("stop", "after", "comparison"):
+            self._make(name)
 
     def _probe(self) -> None:
         """What the rewards say of themselves before they are asked anything; each process has its
@@ -254,13 +278,16 @@ class _Loop:
         )
 
     def _goes_ahead(self) -> bool:
-        """Whether the next rollout is made before this one is learnt from. Not across a checkpoint:
-        what is resumed from there begins with the weights that it holds."""
-        following = self.state.iteration + 1
+        """Whether the next rollout is made before this one is learnt from. Not across a checkpoint,
+        nor across an evaluation that may save one: what is resumed from there begins with the
+        weights that it holds."""
+        following, c = self.state.iteration + 1, self.config
+        evaluated = c.checkpoint.best is not None and c.eval.every
         return (
-            self.config.rollout.ahead
-            and following < self.config.train.iterations
-            and following % self.config.checkpoint.every != 0
+            c.rollout.ahead
+            and following < c.train.iterations
+            and following % c.checkpoint.every != 0
+            and not (evaluated and following % evaluated == 0)
         )
 
     def _standing(self) -> str:
@@ -309,6 +336,12 @@ class _Loop:
                         self.identity,
                     )
                 )
+        elif name == "stop":
+            if there is None:
+                there = stop_row(self.config, self.record, at)
+                assert there is not None
+                self._append(there)
+            self.progress.note(f"stopped early, finished: {there['reason']}")
         elif name == "comparison":
             before, after = (
                 find_row(self.record, which, k) for which, k in (("before", 0), ("after", at))
@@ -324,6 +357,39 @@ class _Loop:
             )
             if there is None or (name != "during" and not drawn):
                 self._evaluate(name, there)
+            self._keep_best(made=there is None)
+
+    def _keep_best(self, *, made: bool) -> None:
+        """The weights of an evaluation that none before surpassed as the folder `best/`. made: it
+        was evaluated now, so what a folder of that name holds is another's.
+
+        There is a checkpoint of them first: whoever resumes begins no earlier, so the folder is
+        never ahead of the run."""
+        metric, at, rows = self.config.checkpoint.best, self.state.iteration, self.record
+        if metric is None or (best := best_of(evaluations(rows), metric)) is None:
+            return
+        facts = best.facts(metric)
+        if made and best.row is evaluations(rows)[-1]:
+            kept = None
+        else:
+            kept = self.processes.on_main(lambda: _read_best(self.folder / "best"))
+        if kept == facts:
+            return
+        if facts["iteration"] != at:
+            self.progress.note(
+                f"{self.folder / 'best'} does not hold the weights of iteration "
+                f"{facts['iteration']}, where {metric} was highest: they were not kept"
+            )
+            return
+        if at and self.saved != at:
+            self._save()
+
+        def write(folder: Path) -> None:
+            with self.state.averaged() as averaged:
+                averaged.save(folder)
+            (folder / "best.json").write_text(json.dumps(facts) + "\n")
+
+        self.processes.on_main(lambda: replace_folder(self.folder / "best", write))
 
     def _evaluate(self, name: str, row: dict[str, Any] | None) -> None:
         """The same weights score the same, whatever a reward drew before, and an evaluation leaves
@@ -362,4 +428,16 @@ class _Loop:
             row["parted"] = changes
         if found := alarms(row, self.config.eval.drift):
             row["alarms"] = found
+        if (metric := self.config.checkpoint.best) is not None:
+            best = best_of([*evaluations(self.record), row], metric)
+            row["best"] = None if best is None else best.facts(metric)
         return row
+
+
+def _read_best(folder: Path) -> dict[str, Any] | None:
+    """Which evaluation the folder has the weights of; None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "best.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from editr2.config import DriftConfig
+from editr2.config import Config, DriftConfig
+from editr2.errors import ConfigError
 from editr2.rl.evaluate import mean_se
 
 Row = dict[str, Any]
@@ -107,3 +108,72 @@ def new_alarms(row: Row, earlier: Sequence[Row]) -> list[str]:
     """The alarms that did not stand at the evaluation before."""
     before = earlier[-1].get("alarms", {}) if earlier else {}
     return [text for name, text in row.get("alarms", {}).items() if name not in before]
+
+
+# ---------------------------------------------------------------------------- the best, and the end
+
+
+class Best(NamedTuple):
+    """The evaluation at which a metric was highest, of equal ones the first. since: the evaluations
+    during training that came behind it."""
+
+    row: Row
+    value: float
+    since: int
+
+    def facts(self, metric: str) -> dict[str, Any]:
+        return {"metric": metric, "iteration": self.row["iteration"], "value": self.value}
+
+
+def metrics_of(names: Sequence[str], apart: Sequence[str] = ()) -> list[str]:
+    """What `checkpoint.best` can be. names: of the rewards that are trained on. apart: of those of
+    `eval.reward`."""
+    others = [f"eval.{name}" for name in ("reward", *apart)] if apart else []
+    return ["reward", "success", *names, *others]
+
+
+def check_best(config: Config, names: Sequence[str], apart: Sequence[str]) -> None:
+    """Raises `ConfigError` for a metric that there is not."""
+    metric, known = config.checkpoint.best, metrics_of(names, apart)
+    if metric is not None and metric not in known:
+        raise ConfigError(f"checkpoint.best: {metric!r} (accepted: {', '.join(known)} or none)")
+
+
+def metric_of(row: Row, metric: str) -> float | None:
+    """Of an evaluation: a share of sessions for success, else the mean over turns of their
+    means."""
+    if metric == "success":
+        return row["success"]["mean"]
+    part, _, name = metric.rpartition(".")
+    source = row.get("eval_reward", {}) if part == "eval" else row
+    name = name if part == "eval" else metric
+    means = [x["mean"] for x in source.get(f"{name.lower()}_turn", []) if x["mean"] is not None]
+    return sum(means) / len(means) if means else None
+
+
+def best_of(rows: Sequence[Row], metric: str) -> Best | None:
+    """Of the evaluations of a run so far; None where none has the metric."""
+    best = None
+    for row in rows:
+        value = metric_of(row, metric)
+        if value is not None and (best is None or value > best.value):
+            best = Best(row, value, 0)
+        elif best is not None and row["name"] == "during":
+            best = best._replace(since=best.since + 1)
+    return best
+
+
+def stop_row(config: Config, record: Sequence[Row], iteration: int) -> Row | None:
+    """Why a run ends at this iteration, `train.stop_after` evaluations behind the best one; None
+    where it goes on."""
+    metric, patience = config.checkpoint.best, config.train.stop_after
+    rows = [row for row in evaluations(record) if row["iteration"] <= iteration]
+    if metric is None or patience is None or (best := best_of(rows, metric)) is None:
+        return None
+    if best.since < patience or rows[-1]["iteration"] != iteration:
+        return None
+    reason = (
+        f"{metric} has not risen for {best.since} evaluations (train.stop_after: {patience}); it "
+        f"was {best.value:.4g} at iteration {best.row['iteration']}"
+    )
+    return {"event": "stop", "iteration": iteration, "best": best.facts(metric), "reason": reason}

@@ -59,6 +59,7 @@ MAY_CHANGE = {
     "reward.timeout",
     "reward.retries",
     "reward.cache",
+    "train.stop_after",
     "eval.drift.structure",
     "eval.drift.saturation",
     "eval.drift.sharpness",
