@@ -52,6 +52,8 @@ POINTS: list[tuple[Any, str]] = [
     (loop.State, "save"),
     (checkpoint, "_write_folder"),
     (checkpoint, "_prune"),
+    (loop, "replace_folder"),
+    (checkpoint.os, "rename"),
     (training, "build_report"),
 ]
 

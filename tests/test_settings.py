@@ -44,6 +44,7 @@ from editr2.policies.unified.pretrain import PretrainConfig
 from editr2.reproduce.arms import Settings
 from editr2.rewards.adapt import panel
 from editr2.rewards.base import Score
+from editr2.rl.drift import MEASURES
 from editr2.rl.rules import run_problems
 from editr2.training import train
 from editr2_kernels import KL_SCALES, RENORMS, flow_sigmas, transition_table
@@ -79,6 +80,7 @@ ZERO = {
     "train.max_failed_scores",
     "eval.every",
     "eval.strips",
+    "eval.drift.structure",
     "credit.weights",
 }
 """Numbers that may be 0; every other is at least 1 or above 0."""
@@ -218,12 +220,14 @@ def test_every_field_meets_every_value():
 
 def with_raw(key: str, value: Any) -> Config:
     """A configuration made in Python without the converter."""
-    *sections, name = key.split(".")
-    config = Config()
-    if not sections:
-        return dataclasses.replace(config, **{name: value})
-    section = dataclasses.replace(getattr(config, sections[0]), **{name: value})
-    return dataclasses.replace(config, **{sections[0]: section})
+
+    def changed(part: Any, names: Sequence[str]) -> Any:
+        name, *rest = names
+        inner = changed(getattr(part, name), rest) if rest else value
+        return dataclasses.replace(part, **{name: inner})
+
+    made: Config = changed(Config(), key.split("."))
+    return made
 
 
 def said_by_python(key: str, value: Any) -> str | None:
@@ -352,6 +356,12 @@ TOGETHER = [
     (
         {"policy": {"model": "kontext", "shard": True}, "data": {"path": "x"}},
         "policy.lora_rank: 0",
+        TRAINS,
+    ),
+    ({"train": {"stop_after": 3}}, "train.stop_after: 3 (accepted with checkpoint.best", TRAINS),
+    (
+        {"train": {"stop_after": 3}, "checkpoint": {"best": "IF"}},
+        "train.stop_after: 3 (accepted with eval.every 0: none",
         TRAINS,
     ),
     ({"train": {"minibatches": 7}}, "train.minibatches: 7 (accepted: a divisor of 2", TRAINS),
@@ -544,6 +554,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "data.limit": {"data": {"path": str(Path(__file__).parent.parent / "examples" / "shapes")}},
     "data.resize": {"data": {"path": str(Path(__file__).parent.parent / "examples" / "shapes")}},
     "train.kl_scale": {"train": {"kl_weight": 0.1}},
+    "train.stop_after": {"checkpoint": {"best": "reward"}, "eval": {"every": 1}},
     **dict.fromkeys(
         ("train.nft_beta", "train.nft_draws", "train.old_decay", "train.old_decay_max"), NFT
     ),
@@ -594,9 +605,7 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
     def run(config: Config) -> None:
         monkeypatch.setattr("editr2.cli.settings.run_config", lambda *a, **k: (config, {}))
         if reward is not None:
-            monkeypatch.setattr(
-                "editr2.rewards.load.load_reward", lambda config, record: panel(reward)
-            )
+            monkeypatch.setattr("editr2.rewards.load.load_reward", lambda *given: panel(reward))
         cli.COMMANDS[command]([])
 
     return run
@@ -677,7 +686,8 @@ SAMPLED = {
 READS = {
     "eval": SAMPLED
     | {"rollout.store_dtype", "eval.intent_tokens", "credit.weights", "data.limit", "seed"}
-    | {"train.max_failed_scores"}
+    | {"train.max_failed_scores", "eval.reward"}
+    | {f"eval.drift.{name}" for name in MEASURES}
     | {
         f"reward.{field.name}"
         for field in dataclasses.fields(RewardConfig)

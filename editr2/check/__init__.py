@@ -28,7 +28,7 @@ from editr2.config import Config
 from editr2.config.fields import mended
 from editr2.errors import UserError
 from editr2.policies.base import ReadingPolicy
-from editr2.rewards.load import load_reward
+from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import run_problems
@@ -79,11 +79,18 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         return open_editor(config.policy)
 
     reward = found(lambda: load_reward(config.reward))
+    apart = found(lambda: load_eval_reward(config.eval))
     editor = found(opened)
     own, cannot_pack = (editor.own, editor.cannot_pack) if editor else (None, None)
     names = reward.names if reward else None
     problems += run_problems(
-        given, names, own, cannot_pack=cannot_pack, processes=processes, command="check"
+        given,
+        names,
+        own,
+        cannot_pack=cannot_pack,
+        processes=processes,
+        command="check",
+        apart=apart.names if apart else (),
     )
     found(
         lambda: check_capture(config.rollout.capture, torch.device("cuda" if device.gpu else "cpu"))
@@ -97,6 +104,8 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     from editr2.check.judges import measured
 
     judges = found(lambda: measured(reward, source[0])) if source and reward else None
+    if source and apart:
+        found(lambda: measured(apart, source[0]))
     if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
     from editr2.check.estimate import estimate
@@ -148,7 +157,7 @@ def dry_run(config: Config, folder: str) -> list[str]:
     short = replace(
         config,
         out=folder,
-        train=replace(config.train, iterations=2),
+        train=replace(config.train, iterations=2, stop_after=None),
         eval=replace(config.eval, sessions=1, strips=min(1, config.eval.strips), every=0),
         checkpoint=replace(config.checkpoint, every=2, keep=1),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +115,20 @@ def _replay(config: Config, command: str) -> Iterator[str]:
         )
 
 
+@rule(*TRAINS)
+def _stop_after(config: Config, command: str) -> Iterator[str]:
+    stop, needs = config.train.stop_after, {}
+    if stop is not None:
+        needs = {"checkpoint.best": config.checkpoint.best, "eval.every": config.eval.every}
+    for name, value in needs.items():
+        if not value:
+            shown = "none" if value is None else value
+            yield (
+                f"train.stop_after: {stop} (accepted with {name} {shown}: none; it counts "
+                f"evaluations that did not raise that metric)"
+            )
+
+
 @rule("train", "check", "rollout", "judge")
 def _out(config: Config, command: str) -> Iterator[str]:
     if problem := folder_problem(config.out):
@@ -124,6 +138,7 @@ def _out(config: Config, command: str) -> Iterator[str]:
 @rule("train", "check", "eval", "judge")
 def _reward(config: Config, command: str) -> Iterator[str]:
     yield from reward_problems(config.reward)
+    yield from listed_problems(config.eval.uses)
 
 
 def reward_problems(reward: RewardConfig) -> Iterator[str]:
@@ -134,16 +149,29 @@ def reward_problems(reward: RewardConfig) -> Iterator[str]:
             f"reward.{alone[0]}: {getattr(reward, alone[0])!r} (accepted with reward.use: none; "
             f"each entry there has its own)"
         )
-    for at, use in reward.uses:
-        if use.name is not None and use.function is not None:
-            yield (
-                f"{at}.name: {use.name!r} (accepted with {at}.function {use.function!r}: none; "
-                f"each of them names the judge)"
-            )
-        if reward.use and use.name is None and use.function is None:
-            yield f"{at}: names no reward (accepted: a name or a function)"
+    if reward.use:
+        yield from listed_problems(reward.uses)
+    else:
+        for at, use in reward.uses:
+            yield from _named_twice(at, use)
     if reward.cache is not None and (problem := folder_problem(reward.cache)):
         yield f"reward.cache: {reward.cache!r} (accepted: a folder; {problem})"
+
+
+def listed_problems(uses: Iterable[tuple[str, RewardUse]]) -> Iterator[str]:
+    """The same of a list of rewards."""
+    for at, use in uses:
+        yield from _named_twice(at, use)
+        if use.name is None and use.function is None:
+            yield f"{at}: names no reward (accepted: a name or a function)"
+
+
+def _named_twice(at: str, use: RewardUse) -> Iterator[str]:
+    if use.name is not None and use.function is not None:
+        yield (
+            f"{at}.name: {use.name!r} (accepted with {at}.function {use.function!r}: none; "
+            f"each of them names the judge)"
+        )
 
 
 def folder_problem(folder: str | os.PathLike[str]) -> str | None:

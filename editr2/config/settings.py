@@ -5,6 +5,7 @@ Precedence: field defaults, then `--preset`, then `--config file.yaml`, then fla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -109,6 +110,14 @@ class RewardUse:
     retries: int | None = setting(None, TRIES)
 
 
+REWARDS_LISTED = "a list, each of a name or function with its options, or empty"
+
+
+def listed_uses(key: str, uses: Sequence[RewardUse]) -> tuple[tuple[str, RewardUse], ...]:
+    """Each reward of a list, behind the setting that it stands in."""
+    return tuple((f"{key}[{n}]", use) for n, use in enumerate(uses))
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """What judges the outputs.
@@ -136,16 +145,14 @@ class RewardConfig:
     options: dict[str, Any] = field(default_factory=dict)
     concurrency: int | None = setting(None, CALLS_AT_ONCE)
     retries: int | None = setting(None, TRIES)
-    use: tuple[RewardUse, ...] = setting(
-        (), what="a list, each of a name or function with its options, or empty"
-    )
+    use: tuple[RewardUse, ...] = setting((), what=REWARDS_LISTED)
     cache: str | None = setting(None, path=True)
 
     @property
     def uses(self) -> tuple[tuple[str, RewardUse], ...]:
         """Each reward, behind the setting that it stands in."""
         if self.use:
-            return tuple((f"reward.use[{n}]", use) for n, use in enumerate(self.use))
+            return listed_uses("reward.use", self.use)
         names = (f.name for f in fields(RewardUse))
         return (("reward", RewardUse(**{name: getattr(self, name) for name in names})),)
 
@@ -369,6 +376,8 @@ class TrainConfig:
         text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by
             token.
         max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
+        stop_after: the run ends, finished, when so many evaluations (eval.every) in a row did not
+            raise the metric of checkpoint.best; none trains all iterations.
     """
 
     iterations: int = setting(60, TIMES)
@@ -402,6 +411,27 @@ class TrainConfig:
     ratio_tolerance: float = setting(1e-5, POSITIVE)
     text_ratio_tolerance: float = setting(1e-3, POSITIVE)
     max_failed_scores: float = setting(0.5, SHARE)
+    stop_after: int | None = setting(None, TIMES)
+
+
+FACTOR = Bounds(at_least=1, at_most=1_000)
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """How far the outputs of an evaluation may be from their sources, by the mean of any turn,
+    before an alarm is raised; none only reports. Look at what the first evaluation says before you
+    choose: an edit that was asked for moves all three.
+
+    Args:
+        structure: least correlation of the gradients of luma; 1 is the source.
+        saturation: largest factor by which colours get stronger or weaker.
+        sharpness: the same of the variance of the Laplacian.
+    """
+
+    structure: float | None = setting(None, SHARE)
+    saturation: float | None = setting(None, FACTOR)
+    sharpness: float | None = setting(None, FACTOR)
 
 
 @dataclass(frozen=True)
@@ -417,6 +447,9 @@ class EvalConfig:
         intent_tokens: at most this many tokens an intent; none uses policy.intent_tokens.
         every: also evaluate each so many iterations; 0 only before and after.
         strips: sessions shown as film-strips in the report.
+        reward: judges that training never asks, a list of name or function, options, concurrency,
+            timeout and retries each, as reward.use. Their scores stand apart, and an alarm is
+            raised where they fall while the trained reward rises.
     """
 
     sessions: int = setting(200, COUNT)
@@ -426,6 +459,13 @@ class EvalConfig:
     intent_tokens: int | None = setting(None, TOKENS)
     every: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
     strips: int = setting(12, Bounds(at_least=0, at_most=1_000))
+    reward: tuple[RewardUse, ...] = setting((), what=REWARDS_LISTED)
+    drift: DriftConfig = field(default_factory=DriftConfig)
+
+    @property
+    def uses(self) -> tuple[tuple[str, RewardUse], ...]:
+        """Each judge of `reward`, behind the setting that it stands in."""
+        return listed_uses("eval.reward", self.reward)
 
 
 @dataclass(frozen=True)
@@ -435,10 +475,14 @@ class CheckpointConfig:
     Args:
         every: iterations between checkpoints (the last iteration always writes one).
         keep: newest checkpoints kept.
+        best: the metric by whose evaluations the best weights are kept, as the policy folder
+            `best/` of the run: reward, success, the name of a score, or of eval.reward eval.reward
+            (their mean) and eval.NAME; the mean over turns. None keeps none.
     """
 
     every: int = setting(5, TIMES)
     keep: int = setting(2, TIMES)
+    best: str | None = setting(None, what="the name of a metric or none")
 
 
 @dataclass(frozen=True)

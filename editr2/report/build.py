@@ -24,6 +24,7 @@ from editr2.report.data import (
     Stat,
     load_run,
     mean,
+    number,
 )
 from editr2.report.gallery import build_gallery
 from editr2.report.numbers import decimal, signed, with_se
@@ -72,6 +73,7 @@ def build_report(
         title=folder.resolve().name,
         facts=_facts(run),
         cards=_cards(run),
+        alarms=run.alarms,
         missing=run.missing + pictures.notes(),
         eval_charts=_evaluation_charts(run),
         eval_sessions="training" if run.start.get("heldout_is_training") else "held-out",
@@ -114,6 +116,8 @@ def _facts(run: RecordedRun) -> list[tuple[str, str]]:
         "Objective": run.setting("objective", "objective.name", "objective.kind", "algorithm"),
         "Each iteration" if run.train else "Sessions of": _size(run),
         "Iterations": f"{done} of {planned}" if done and planned else done,
+        "Stopped early": run.stopped,
+        "Best weights (best/)": _best(run),
         "Training time": duration(seconds) if seconds is not None else None,
         "Device": run.start.get("device"),
         "Seed": run.setting("seed"),
@@ -126,6 +130,13 @@ def _judges(run: RecordedRun) -> list[tuple[str, str]]:
     answers."""
     said = run.start.get("judges")
     return [(str(k), str(v)) for k, v in said.items()] if isinstance(said, dict) else []
+
+
+def _best(run: RecordedRun) -> str | None:
+    if run.best is None:
+        return None
+    value = decimal(number(run.best.get("value")), 3)
+    return f"{run.best.get('metric')} {value} at iteration {run.best.get('iteration')}"
 
 
 def _size(run: RecordedRun) -> str | None:
@@ -256,6 +267,7 @@ def _curves(run: RecordedRun) -> list[Chart]:
         ),
         _ratio_chart(scalar("ratio_error")),
         _evaluated_chart(run),
+        _apart_chart(run),
         lines("Gradient norm", [scalar("grad_norm")]),
         _seconds_chart(run, x),
     ]
@@ -303,6 +315,26 @@ def _evaluated_chart(run: RecordedRun) -> Chart | None:
     ]
     title = "Reward by turn, evaluated"
     note = f"Held-out sessions, {len(at)} evaluations."
+    return _chart(title, charts.line_chart(title, lines), note)
+
+
+def _apart_chart(run: RecordedRun) -> Chart | None:
+    """The trained reward beside what the judges of `eval.reward` say, mean over turns."""
+    by_iteration = {
+        e.iteration: e.turns
+        for e in run.evaluations
+        if e.iteration is not None and "eval.reward_turn" in e.turns
+    }
+    at = sorted(by_iteration)
+    if len(at) < 2:
+        return None
+    names = {"trained": "reward_turn", "eval.reward": "eval.reward_turn"}
+    lines = [
+        charts.Line(name, at, [mean(s.mean for s in by_iteration[i][key]) for i in at], colour)
+        for colour, (name, key) in enumerate(names.items())
+    ]
+    title = "Trained reward and eval.reward"
+    note = "Mean over turns, evaluated; training never asks the judges of eval.reward."
     return _chart(title, charts.line_chart(title, lines), note)
 
 

@@ -54,6 +54,8 @@ class Mode:
 
 @dataclass(frozen=True)
 class EvaluationRow:
+    """turns: of the judges of `eval.reward`, by `eval.` and their names."""
+
     name: str
     iteration: int | None
     sessions: int | None
@@ -154,6 +156,12 @@ class RecordedRun:
     config_text: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     """Dotted name → value."""
+    best: Mapping[str, Any] | None = None
+    """Of `checkpoint.best`: metric, iteration and value."""
+    stopped: str | None = None
+    """Why it ended before its last iteration."""
+    alarms: list[str] = field(default_factory=list)
+    """What evaluations raised, a line for each time it began."""
     missing: list[str] = field(default_factory=list)
     """Sentences for the reader: what this report could not show, and why."""
 
@@ -210,7 +218,7 @@ def _load_metrics(run: RecordedRun, path: Path) -> None:
         )
     train: dict[int, TrainRow] = {}
     comparisons: dict[int, Comparison] = {}
-    repeats = 0
+    repeats, standing = 0, set[str]()
     for row in rows:
         event = row.get("event")
         if event == "train" and (iteration := _int(row.get("iteration"))) is not None:
@@ -218,10 +226,20 @@ def _load_metrics(run: RecordedRun, path: Path) -> None:
             train[iteration] = _train_row(iteration, row)
         elif event == "eval":
             run.evaluations.append(_evaluation(row))
+            raised = _mapping(row.get("alarms"))
+            begun = (text for name, text in raised.items() if name not in standing)
+            run.alarms += [f"Evaluation at iteration {row.get('iteration')}: {x}." for x in begun]
+            standing = set(raised)
         elif event == "comparison" and (turn := _int(row.get("turn"))) is not None:
             comparisons[turn] = _comparison(turn, row)
         elif event == "start":
             run.start = row
+        elif event == "stop":
+            run.stopped = _text(row.get("reason"))
+        if event == "eval" and isinstance(row.get("best"), dict):
+            run.best = row["best"]
+        if event == "train":
+            run.stopped = None  # it went on
     run.train = [train[i] for i in sorted(train)]
     run.comparisons = [comparisons[t] for t in sorted(comparisons)]
     if repeats:
@@ -267,11 +285,14 @@ def _train_row(iteration: int, row: Mapping[str, Any]) -> TrainRow:
 
 def _evaluation(row: Mapping[str, Any]) -> EvaluationRow:
     modes = _mapping(row.get("by_mode"))
+    by_turn = dict(_by_turn(row))
+    by_turn |= _by_turn(_mapping(row.get("drift")))
+    by_turn |= {f"eval.{k}": v for k, v in _by_turn(_mapping(row.get("eval_reward")))}
     return EvaluationRow(
         name=str(row.get("name", "")),
         iteration=_int(row.get("iteration")),
         sessions=_int(row.get("sessions")),
-        turns={name: tuple(map(_stat, values)) for name, values in _by_turn(row)},
+        turns={name: tuple(map(_stat, values)) for name, values in by_turn.items()},
         success=_stat(row.get("success")),
         by_mode={str(m): _mode(value) for m, value in modes.items() if isinstance(value, dict)},
     )
@@ -381,7 +402,7 @@ def _dotted(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 def _note_absences(run: RecordedRun) -> None:
     planned = _int(run.setting("iterations", "max_iterations", "num_iterations"))
-    if run.train and planned and run.train[-1].iteration + 1 < planned:
+    if run.stopped is None and run.train and planned and run.train[-1].iteration + 1 < planned:
         run.missing.append(f"The run is at iteration {run.train[-1].iteration + 1} of {planned}.")
     if run.start.get("heldout_is_training"):
         run.missing.append(

@@ -6,10 +6,10 @@ import inspect
 from functools import partial
 from typing import Any
 
-from editr2.config import RewardConfig, RewardUse
+from editr2.config import EvalConfig, RewardConfig, RewardUse
 from editr2.config.fields import Wrong, built
 from editr2.config.plugins import resolve
-from editr2.config.rules import reward_problems
+from editr2.config.rules import listed_problems, reward_problems
 from editr2.errors import ConfigError
 from editr2.rewards.adapt import KEYWORDS, adapt
 from editr2.rewards.base import Calls
@@ -36,6 +36,14 @@ def load_reward(config: RewardConfig, record: Record | None = None) -> Panel:
     for problem in reward_problems(config):
         raise ConfigError(problem)
     return Panel([_loaded(at, use, record) for at, use in config.uses], record)
+
+
+def load_eval_reward(config: EvalConfig, record: Record | None = None) -> Panel | None:
+    """The judges of `eval.reward`, as `load_reward` loads those of training; None without any."""
+    for problem in listed_problems(config.uses):
+        raise ConfigError(problem)
+    members = [_loaded(at, use, record) for at, use in config.uses]
+    return Panel(members, record) if members else None
 
 
 def _loaded(at: str, use: RewardUse, record: Record | None) -> CheckedReward:

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
 from editr2.rewards.record import asked_anew, calls_of
 from editr2.rl.credit import assign_credit, weighted_reward
+from editr2.rl.drift import MEASURES, drift
 from editr2.rl.judging import Judged, pool_of
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import Sampler
@@ -44,13 +46,17 @@ from editr2.sessions import Session
 class Evaluation:
     """Scores of all sessions. reward: [N, T], NaN where missing. success: [N], 1 where every turn
     is right, NaN where one could not be scored. intents_right: share of intents equal to the known
-    ones, None where none is known."""
+    ones, None where none is known. drift: float64 [N, T, 3], the `MEASURES` of every output against
+    its source, NaN where there is none. apart: of the judges that training never asks
+    (`eval.reward`)."""
 
     scores: Scores
     reward: Tensor
     success: Tensor
     modes: list[str | None]
     intents_right: float | None
+    drift: Tensor
+    apart: Scores | None = None
 
     def row(self, iteration: int, name: str) -> dict[str, Any]:
         """The metrics row: means and standard errors over sessions, by turn. `marginal_turn` is the
@@ -64,10 +70,9 @@ class Evaluation:
             "sessions": len(self.modes),
         }
         row["reward_turn"] = [mean_se(self.reward[:, t]) for t in range(turns)]
-        scored = torch.where(self.scores.scored, self.scores.values, torch.nan)
-        of = {label: scored[..., k] for k, label in enumerate(self.scores.names)}
+        of = _by_name(self.scores)
         for label, values in of.items():
-            row[f"{label.lower()}_turn"] = [mean_se(values[:, t]) for t in range(turns)]
+            row[f"{label.lower()}_turn"] = _each_turn(values)
         if "IF" in of:
             followed = (of["IF"] >= 1 - 1e-6).float()
             marginal = torch.where(of["IF"].isnan(), torch.nan, followed)
@@ -95,7 +100,52 @@ class Evaluation:
                 row["by_mode"][mode]["ga_turn"] = [
                     mean_se(of["GA"][of_mode, t])["mean"] for t in range(turns)
                 ]
+        row["drift"] = {
+            "structure_turn": _each_turn(self.drift[..., 0]),
+            **{
+                f"{name}_turn": [_ratio(column) for column in self.drift[..., k].T]
+                for k, name in enumerate(MEASURES[1:], 1)
+            },
+        }
+        if self.apart is not None:
+            row["eval_reward"] = self._apart(self.apart)
         return row
+
+    def _apart(self, scores: Scores) -> dict[str, Any]:
+        """What the judges of `eval.reward` say, in names of their own. Their `reward` of a turn is
+        the mean of their scores that apply: weights are of training. per_session: means over turns,
+        `trained` of the reward that is trained on, which it is held against."""
+        of = _by_name(scores)
+        reward = torch.stack(list(of.values())).nanmean(0)
+        return {
+            "reward_turn": _each_turn(reward),
+            **{f"{label.lower()}_turn": _each_turn(values) for label, values in of.items()},
+            "failed_scores": scores.failed,
+            "not_applicable": scores.not_applicable,
+            "first_failure": scores.first_failure,
+            "per_session": {
+                "reward": _optional(reward.nanmean(1)),
+                "trained": _optional(self.reward.nanmean(1)),
+            },
+        }
+
+
+def _by_name(scores: Scores) -> dict[str, Tensor]:
+    """[N, T] of every name, NaN where there is no score."""
+    scored = torch.where(scores.scored, scores.values, torch.nan)
+    return {name: scored[..., k] for k, name in enumerate(scores.names)}
+
+
+def _each_turn(values: Tensor) -> list[dict[str, float | None]]:
+    return [mean_se(column) for column in values.T]
+
+
+def _ratio(values: Tensor) -> dict[str, float | None]:
+    """Geometric mean of ratios, for which twice and half are equally far from 1, and its standard
+    error."""
+    log = mean_se(values.log())
+    mean = None if log["mean"] is None else math.exp(log["mean"])
+    return {"mean": mean, "se": None if mean is None or log["se"] is None else mean * log["se"]}
 
 
 def last_turn(evaluation: Evaluation) -> Tensor:
@@ -171,18 +221,30 @@ def evaluate(
     sampler: Sampler,
     config: Config,
     processes: Processes,
+    apart: Panel | Pool | None = None,
     **where: Any,
 ) -> Evaluation:
-    """One deterministic rollout a session; split over processes and gathered. where: what the
-    record of judging says of it besides. Raises
-    `RewardFailure` where the reward is down, or fails on more turns than `train.max_failed_scores`
+    """One deterministic rollout a session; split over processes and gathered. apart: the judges of
+    `eval.reward`. where: what the record of judging says of it besides. Raises
+    `RewardFailure` where a reward is down, or fails on more turns than `train.max_failed_scores`
     lets pass."""
     pool, limit = pool_of(reward), config.train.max_failed_scores
     first_answer(pool.panel, sessions, limit, processes)
     mine = processes.share(len(sessions))
     turns = max(len(s.turns) for s in sessions)
     done, seeds = [], Seeds(0, "eval")
-    judged = Judged(pool.judging(purpose="eval", **where), seeds, mine.start)
+    judged = [Judged(pool.judging(purpose="eval", **where), seeds, mine.start)]
+    if apart is not None:
+        other = pool_of(apart)
+        with _said_of("eval.reward"):
+            first_answer(other.panel, sessions, limit, processes)
+        judging = other.judging(purpose="eval.reward", **where)
+        judged.append(Judged(judging, seeds, mine.start))
+
+    def decoded(chunk: Chunk, turn: int) -> None:
+        for one in judged:
+            one.decoded(chunk, turn)
+
     tokens = config.eval.intent_tokens or config.policy.intent_tokens
     options = dataclasses.replace(config.policy, intent_tokens=tokens)
     rollout = RolloutConfig(store_dtype=config.rollout.store_dtype)
@@ -197,9 +259,10 @@ def evaluate(
             options,
             rollout=rollout,
             greedy=True,
-            decoded=judged.decoded,
+            decoded=decoded,
         )
-        judged.done(chunk)
+        for one in judged:
+            one.done(chunk)
         done.append(chunk)
     processes.lend()
     known = [
@@ -209,17 +272,41 @@ def evaluate(
         for j, i in enumerate(record.rollout.tolist())
         if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
-    parts = processes.gather([(judged.scores(turns), known)])
-    scores = merge_scores([s for s, _ in parts])
+    drifts = [_drifts(chunk, turns) for chunk in done]
+    parts = processes.gather([([one.scores(turns) for one in judged], known, drifts)])
+    scores, *others = (merge_scores(each) for each in zip(*(p[0] for p in parts), strict=True))
     check_failures(scores, limit)
-    rights = [r for _, k in parts for r in k]
+    with _said_of("eval.reward"):
+        for each in others:
+            check_failures(each, limit)
+    rights = [right for part in parts for right in part[1]]
     return Evaluation(
         scores,
         weighted_reward(scores, config.credit.weights),
         success(scores),
         [s.mode for s in sessions],
         float(np.mean(rights)) if rights else None,
+        torch.cat([each for part in parts for each in part[2]]),
+        others[0] if others else None,
     )
+
+
+def _drifts(chunk: Chunk, turns: int) -> Tensor:
+    """float64 [rollouts, turns, 3], NaN where a session has no such turn."""
+    found = np.full((chunk.rollouts, turns, len(MEASURES)), np.nan)
+    for rollout in range(chunk.rollouts):
+        seen = drift(chunk.session_of(rollout).image, chunk.images_of(rollout))
+        found[rollout, : len(seen)] = seen
+    return torch.from_numpy(found)
+
+
+@contextmanager
+def _said_of(setting: str) -> Iterator[None]:
+    """A failure inside is that of the judges of a setting: their names may be those of others."""
+    try:
+        yield
+    except RewardFailure as failure:
+        raise RewardFailure(f"{setting}: {failure}") from None
 
 
 def comparison_row(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@ iterations with the evaluations, checkpoints and rows between them."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from editr2.policies.rules import check_config
 from editr2.policies.sharding import place
 from editr2.rewards.adapt import panel
 from editr2.rewards.base import Calls, GivenReward
-from editr2.rewards.load import load_reward
+from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
 from editr2.rewards.record import Record
@@ -35,6 +36,8 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
 from editr2.rl.start import Start, find_start
 from editr2.rl.state import State, new_state
+from editr2.rl.watch import alarms, best_of, evaluations, new_alarms, parted, stop_row
+from editr2.run.checkpoint import replace_folder
 from editr2.run.generators import capture_rng, generators_aside, seed_generators
 from editr2.run.identity import (
     Identity,
@@ -85,7 +88,8 @@ def train(
         else:
             r = config.reward
             asked = panel(reward, calls=Calls(r.concurrency, r.timeout, r.retries), record=record)
-        for member in asked.members:
+        apart = load_eval_reward(config.eval, record)
+        for member in (*asked.members, *(apart.members if apart else ())):
             member.identity = reward_fingerprint(member)
         weights: dict[str, str] = {}
         if policy is None:
@@ -96,7 +100,14 @@ def train(
             place(policy, config.policy.shard, processes)
         cannot_pack = None if isinstance(policy, PackedPolicy) else type(policy).__name__
         own = own_schedule(policy)
-        check_run(config, asked.names, own, cannot_pack=cannot_pack, processes=processes.count)
+        check_run(
+            config,
+            asked.names,
+            own,
+            cannot_pack=cannot_pack,
+            processes=processes.count,
+            apart=apart.names if apart else (),
+        )
         check_capture(config.rollout.capture, processes.device)
         source = sessions_for(config, policy)
         # Weights that are drawn have to be equal on all processes; what follows must not be, nor
@@ -106,7 +117,7 @@ def train(
         device = _device_name(processes.device)
         identity = processes.on_main(
             lambda: Identity(
-                identify(source, weights or loaded_weights(config.policy), asked),
+                identify(source, weights or loaded_weights(config.policy), asked, apart),
                 provenance(processes.count, device),
             )
         )
@@ -117,7 +128,7 @@ def train(
             start.notes.append(lock.problem)
         if not state.iteration:
             processes.on_main(lambda: rehearse_save(policy, run))
-        loop = _Loop(config, state, source, asked, own, processes, identity, start)
+        loop = _Loop(config, state, source, asked, apart, own, processes, identity, start)
         return loop.run(profile, report)
 
 
@@ -134,6 +145,7 @@ class _Loop:
         state: State,
         source: SessionSource,
         reward: Panel,
+        apart: Panel | None,
         own: Schedule | None,
         processes: Processes,
         identity: Identity,
@@ -141,6 +153,7 @@ class _Loop:
     ) -> None:
         self.config, self.state, self.source, self.reward = config, state, source, reward
         self.pool = Pool(reward)
+        self.apart = None if apart is None else Pool(apart)  # asked by evaluations alone
         self.waiting: Rolled | None = None  # made ahead
         self.processes, self.identity, self.start = processes, identity, start
         self.record, self.saved, self.folder = start.record, start.saved, Path(config.out)
@@ -192,14 +205,19 @@ class _Loop:
         """Iterations and the rows between them, until all are there."""
         config, state, t = self.config, self.state, self.config.train
         due = rows_due(state.iteration, t, config.eval)
+        if self._ends_early():
+            due += rows_due(t.iterations, t, config.eval)
         missing = [name for name in due if find_row(self.record, name, state.iteration) is None]
-        if missing or state.iteration < t.iterations:
+        if missing or not (state.iteration >= t.iterations or self._ends_early()):
             self._probe()
         stop.give_up()
         while True:
             for name in rows_due(state.iteration, t, config.eval):
                 self._make(name)
             if state.iteration >= t.iterations:
+                return
+            if self._ends_early():
+                self._end()
                 return
             if not self.rows:
                 limit = t.max_failed_scores
@@ -220,14 +238,27 @@ class _Loop:
             stop.agree()
             stop.give_up()
 
+    def _ends_early(self) -> bool:
+        return stop_row(self.config, self.record, self.state.iteration) is not None
+
+    def _end(self) -> None:
+        """What is due at the end of a run, before its last iteration."""
+        if self.saved != self.state.iteration:
+            self._save()
+        for name in ("stop", "after", "comparison"):
+            self._make(name)
+
     def _probe(self) -> None:
         """What the rewards say of themselves before they are asked anything; each process has its
         own connection, and the first speaks for all."""
+        panels = [self.reward, *([] if self.apart is None else [self.apart.panel])]
         try:
-            notes = self.reward.probe()
-            notes += self.reward.lacking(self.source.sessions or ())
-            if not self.source.heldout_is_training:
-                notes += self.reward.lacking(self.source.heldout, "held-out sessions")
+            notes = [line for panel in panels for line in panel.probe()]
+            for panel in panels:
+                if panel is self.reward:
+                    notes += panel.lacking(self.source.sessions or ())
+                if not self.source.heldout_is_training or panel is not self.reward:
+                    notes += panel.lacking(self.source.heldout, "held-out sessions")
             said: tuple[list[str], UserError | None] = (notes, None)
         except UserError as error:
             said = ([], error)
@@ -250,13 +281,16 @@ class _Loop:
         )
 
     def _goes_ahead(self) -> bool:
-        """Whether the next rollout is made before this one is learnt from. Not across a checkpoint:
-        what is resumed from there begins with the weights that it holds."""
-        following = self.state.iteration + 1
+        """Whether the next rollout is made before this one is learnt from. Not across a checkpoint,
+        nor across an evaluation that may save one: what is resumed from there begins with the
+        weights that it holds."""
+        following, c = self.state.iteration + 1, self.config
+        evaluated = c.checkpoint.best is not None and c.eval.every
         return (
-            self.config.rollout.ahead
-            and following < self.config.train.iterations
-            and following % self.config.checkpoint.every != 0
+            c.rollout.ahead
+            and following < c.train.iterations
+            and following % c.checkpoint.every != 0
+            and not (evaluated and following % evaluated == 0)
         )
 
     def _standing(self) -> str:
@@ -301,9 +335,16 @@ class _Loop:
                         self.processes,
                         self.state.policy,
                         self.reward,
+                        None if self.apart is None else self.apart.panel,
                         self.identity,
                     )
                 )
+        elif name == "stop":
+            if there is None:
+                there = stop_row(self.config, self.record, at)
+                assert there is not None
+                self._append(there)
+            self.progress.note(f"stopped early, finished: {there['reason']}")
         elif name == "comparison":
             before, after = (
                 find_row(self.record, which, k) for which, k in (("before", 0), ("after", at))
@@ -319,6 +360,39 @@ class _Loop:
             )
             if there is None or (name != "during" and not drawn):
                 self._evaluate(name, there)
+            self._keep_best(made=there is None)
+
+    def _keep_best(self, *, made: bool) -> None:
+        """The weights of an evaluation that none before surpassed as the folder `best/`. made: it
+        was evaluated now, so what a folder of that name holds is another's.
+
+        There is a checkpoint of them first: whoever resumes begins no earlier, so the folder is
+        never ahead of the run."""
+        metric, at, rows = self.config.checkpoint.best, self.state.iteration, self.record
+        if metric is None or (best := best_of(evaluations(rows), metric)) is None:
+            return
+        facts = best.facts(metric)
+        if made and best.row is evaluations(rows)[-1]:
+            kept = None
+        else:
+            kept = self.processes.on_main(lambda: _read_best(self.folder / "best"))
+        if kept == facts:
+            return
+        if facts["iteration"] != at:
+            self.progress.note(
+                f"{self.folder / 'best'} does not hold the weights of iteration "
+                f"{facts['iteration']}, where {metric} was highest: they were not kept"
+            )
+            return
+        if at and self.saved != at:
+            self._save()
+
+        def write(folder: Path) -> None:
+            with self.state.averaged() as averaged:
+                averaged.save(folder)
+            (folder / "best.json").write_text(json.dumps(facts) + "\n")
+
+        self.processes.on_main(lambda: replace_folder(self.folder / "best", write))
 
     def _evaluate(self, name: str, row: dict[str, Any] | None) -> None:
         """The same weights score the same, whatever a reward drew before, and an evaluation leaves
@@ -334,9 +408,10 @@ class _Loop:
                     self.evaluation_sampler,
                     config,
                     processes,
+                    self.apart,
                     iteration=self.state.iteration,
                 )
-            row = found.row(self.state.iteration, name)
+            row = self._watched(found.row(self.state.iteration, name))
         if name != "during":
             shown, strips = self.source.heldout[: config.eval.strips], self.folder / "strips"
             with generators_aside(seed), self.state.averaged() as averaged:
@@ -347,3 +422,25 @@ class _Loop:
             self._append(row)
             kind = "training" if self.source.heldout_is_training else "held-out"
             self.progress.note(evaluation_line(row, kind))
+            for text in new_alarms(row, evaluations(self.record)[:-1]):
+                self.progress.note(f"ALARM {text}")
+
+    def _watched(self, row: dict[str, Any]) -> dict[str, Any]:
+        """An evaluation's row, with what it says beside the evaluations before it."""
+        if (changes := parted(row, evaluations(self.record))) is not None:
+            row["parted"] = changes
+        if found := alarms(row, self.config.eval.drift):
+            row["alarms"] = found
+        if (metric := self.config.checkpoint.best) is not None:
+            best = best_of([*evaluations(self.record), row], metric)
+            row["best"] = None if best is None else best.facts(metric)
+        return row
+
+
+def _read_best(folder: Path) -> dict[str, Any] | None:
+    """Which evaluation the folder has the weights of; None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "best.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found

@@ -87,9 +87,11 @@ def start_row(
     processes: Processes,
     policy: Policy,
     reward: Panel,
+    apart: Panel | None,
     identity: Identity,
 ) -> dict[str, Any]:
-    """weights: `credit.weights`. judges: what the rewards say of themselves (`Panel.facts`).
+    """weights: `credit.weights`. apart: the judges of `eval.reward`, of which the row has the names
+    (`eval_reward`). judges: what the rewards say of themselves (`Panel.facts`).
     identity: what the run depends on and where it was made; `resumed` gets an entry from each
     process that goes on with it."""
     return {
@@ -102,6 +104,7 @@ def start_row(
         "heldout_is_training": source.heldout_is_training,
         "rewards": weights_of(reward.names, weights),
         "judges": reward.facts,
+        **({} if apart is None else {"eval_reward": {"names": apart.names, "judges": apart.facts}}),
         "identity": {"depends": identity.depends, **identity.made, "resumed": []},
     }
 
@@ -222,16 +225,29 @@ def evaluation_line(row: dict[str, Any], kind: str = "held-out") -> str:
 
     kind: of the sessions, "training" where none are held out.
     """
-    turns = "  ".join(
-        f"t{t + 1} {x['mean']:.3f}"
-        for t, x in enumerate(row["reward_turn"])
-        if x["mean"] is not None
-    )
     se, right = row["reward_turn"][-1]["se"], row["success"]["mean"]
     spread = f" (last +-{se:.3f})" if se is not None else ""
     whole = f", sessions all right {right:.1%}" if right is not None else ""
     where = f"{row['name']} (iteration {row['iteration']}, {row['sessions']} {kind} sessions)"
-    return f"{where}: reward {turns or '–'}{spread}{whole}"
+    apart = "".join(
+        f"; eval.{name} {_turns_line(values)}" for name, values in scores_apart(row).items()
+    )
+    return f"{where}: reward {_turns_line(row['reward_turn'])}{spread}{whole}{apart}"
+
+
+def _turns_line(turns: Sequence[dict[str, float | None]]) -> str:
+    """`t1 0.829  t2 0.719`."""
+    said = "  ".join(
+        f"t{t} {x['mean']:.3f}" for t, x in enumerate(turns, 1) if x["mean"] is not None
+    )
+    return said or "–"
+
+
+def scores_apart(row: dict[str, Any]) -> dict[str, list[dict[str, float | None]]]:
+    """Of an evaluation's row, what the judges of `eval.reward` say a turn, by name: `reward`, their
+    mean, and theirs as they are called in small letters."""
+    apart = row.get("eval_reward", {})
+    return {k.removesuffix("_turn"): v for k, v in apart.items() if k.endswith("_turn")}
 
 
 def comparison_line(row: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from editr2.policies.rules import config_problems
 from editr2.rewards.base import weight_vector
 from editr2.rl.credit import credit_options
 from editr2.rl.sampler import Schedule, eval_sampler, rollout_sampler
+from editr2.rl.watch import check_best
 
 
 def batches(r: RolloutConfig, processes: int) -> int:
@@ -34,11 +35,13 @@ def run_problems(
     processes: int,
     cannot_pack: str | None = None,
     command: Command = "train",
+    apart: Sequence[str] = (),
 ) -> Iterator[str]:
     """One line for each rule that is broken, of those that the command's settings are under.
 
-    names: of the rewards; None skips what needs them. own: the policy's noise schedule.
-    cannot_pack: what the policy is called if it has no packed replay. processes: of the run.
+    names: of the rewards; None skips what needs them. apart: of those of `eval.reward`. own: the
+    policy's noise schedule. cannot_pack: what the policy is called if it has no packed replay.
+    processes: of the run.
     """
     said = set()
     for problem in config_problems(config, command):
@@ -52,6 +55,7 @@ def run_problems(
         checks.append(lambda: weight_vector(names, config.credit.weights))
     if names is not None and trains:
         checks.append(lambda: credit_options(config.credit, tuple(names)))
+        checks.append(lambda: check_best(config, names, apart))
     for check in checks:
         try:
             check()
@@ -94,9 +98,16 @@ def check_run(
     processes: int,
     cannot_pack: str | None = None,
     command: Command = "train",
+    apart: Sequence[str] = (),
 ) -> None:
     """Raises `ConfigError` with the first of `run_problems`."""
     for problem in run_problems(
-        config, names, own, processes=processes, cannot_pack=cannot_pack, command=command
+        config,
+        names,
+        own,
+        processes=processes,
+        cannot_pack=cannot_pack,
+        command=command,
+        apart=apart,
     ):
         raise ConfigError(problem)

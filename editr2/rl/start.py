@@ -12,6 +12,7 @@ from editr2.config.yaml import dump_yaml
 from editr2.errors import CheckpointError
 from editr2.rl.metrics import find_row, rows_lost
 from editr2.rl.state import Resumed, State
+from editr2.rl.watch import stop_row
 from editr2.run.checkpoint import latest_checkpoint
 from editr2.run.identity import Identity, changes, differences, named
 from editr2.run.processes import Processes
@@ -44,13 +45,16 @@ def find_start(
     if found is not None:
         seen = state.load(found, config, identity, rank=processes.index, insist=insist)
         notes += [f"resumed from {found} at iteration {state.iteration}", *_told(seen)]
-        if state.iteration < config.train.iterations or seen.told or seen.insisted:
-            insisted = {name: list(values) for name, values in seen.insisted.items()}
-            resumed = {"iteration": state.iteration, **identity.made, "insisted": insisted}
-            identity.resumed.extend([*seen.resumed, resumed])
     saved = None if found is None else state.iteration
     record, more = processes.on_main(lambda: _read(run, config, identity, saved))
     notes += more
+    if found is not None:
+        done = state.iteration >= config.train.iterations
+        done |= stop_row(config, record, state.iteration) is not None
+        if not done or seen.told or seen.insisted:
+            insisted = {name: list(values) for name, values in seen.insisted.items()}
+            resumed = {"iteration": state.iteration, **identity.made, "insisted": insisted}
+            identity.resumed.extend([*seen.resumed, resumed])
     if found is None and record:
         began = (find_row(record, "start", 0) or {}).get("identity", {})
         if different := changes(began, identity.made) if began else []:

@@ -27,7 +27,7 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ __all__ = [
     "Checkpoint",
     "latest_checkpoint",
     "load_checkpoint",
+    "replace_folder",
     "save_checkpoint",
 ]
 
@@ -149,6 +150,35 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     _prune(root, iteration, keep)
     return final
+
+
+def replace_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder in place of the one that is called so: under a hidden name beside it, brought
+    to the disk, and renamed. While the two are exchanged the old one is called `NAME.replaced`; a
+    process that is killed there leaves that one, and `final` is not there.
+
+    write: makes the folder that it is given. Raises CheckpointError where the disk is full or not
+    writable; the one that was there is left as it was.
+    """
+    temporary = final.with_name(f".tmp-{final.name}")
+    replaced = final.with_name(final.name + _REPLACED)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write(temporary)
+        ordinary_modes([temporary])
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            _sync(path)
+        _sync(temporary)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _sync(final.parent)
+    except OSError as error:
+        raise CheckpointError(f"{final}: cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:

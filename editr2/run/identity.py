@@ -9,6 +9,7 @@ fingerprint each,
     weights    the weights that training starts from and adapters lie over
     reward     the judge's name, its source with that of its helpers (`sources`), and the settings
                that its constructor was given
+    eval_reward  the same of the judges that evaluation alone asks
 
 beside the settings under their dotted names: a run goes on only where all of them are what they
 were, or where the user insists by name (`--resume-anyway`). Versions, command, commit, host and
@@ -58,6 +59,10 @@ MAY_CHANGE = {
     "reward.timeout",
     "reward.retries",
     "reward.cache",
+    "train.stop_after",
+    "eval.drift.structure",
+    "eval.drift.saturation",
+    "eval.drift.sharpness",
 }
 """Settings that a resumed run may have others of: no number of an iteration follows from them."""
 STANDS_FOR = {
@@ -68,7 +73,7 @@ STANDS_FOR = {
 }
 """Fingerprints of what settings lead to: where both sides know one, another path or name may lead
 there."""
-FINGERPRINTS = (*STANDS_FOR, "start")
+FINGERPRINTS = (*STANDS_FOR, "eval_reward", "start")
 PACKAGES = (
     "editr2",
     "torch",
@@ -99,14 +104,18 @@ class Identity:
     resumed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-def identify(source: SessionSource, weights: dict[str, str], reward: Any) -> dict[str, str]:
-    """`Identity.depends`. weights: of `loaded_weights` or `given_weights`."""
+def identify(
+    source: SessionSource, weights: dict[str, str], reward: Any, apart: Any = None
+) -> dict[str, str]:
+    """`Identity.depends`. weights: of `loaded_weights` or `given_weights`. apart: the judges of
+    `eval.reward`, if there are any."""
     endless = f"endless shapes world {shapes.VERSION}, seed {source.seed}, {source.turns} turns"
     return {
         "sessions": endless if source.sessions is None else sessions_fingerprint(source.sessions),
         "heldout": sessions_fingerprint(source.heldout),
         **weights,
         "reward": reward_fingerprint(reward),
+        **({} if apart is None else {"eval_reward": reward_fingerprint(apart)}),
     }
 
 
@@ -426,10 +435,13 @@ def named(config: Config | Mapping[str, Any], depends: Mapping[str, str] | None)
         if isinstance(config, Mapping)
         else json.loads(json.dumps(dataclasses.asdict(config)))
     )
-    uses = plain.get("reward", {}).get("use")
-    if uses:  # how often and how long they are called is nobody's number, as of one reward
-        kept = [{k: v for k, v in use.items() if f"reward.{k}" not in MAY_CHANGE} for use in uses]
-        plain = {**plain, "reward": {**plain["reward"], "use": kept}}
+    for section, name in (("reward", "use"), ("eval", "reward")):
+        if uses := plain.get(section, {}).get(name):
+            # How often and how long they are called is nobody's number, as of one reward.
+            kept = [
+                {k: v for k, v in use.items() if f"reward.{k}" not in MAY_CHANGE} for use in uses
+            ]
+            plain = {**plain, section: {**plain[section], name: kept}}
     return {**dict(_flat(plain)), **(depends or {})}
 
 

@@ -1,12 +1,11 @@
 """Where a run's numbers go: `metrics.jsonl` always, TensorBoard where installed, a line on the
 terminal.
 
-`metrics.jsonl` holds one JSON object a line, told apart by its "event": "start", "train", "eval" or
-"comparison". A train row of iteration i is measured with the weights after i updates, so a
-checkpoint
-at iteration k comes after train row k - 1 and before train row k. The file is the record of the
-run:
-a run that is killed and resumed has every iteration in it exactly once.
+`metrics.jsonl` holds one JSON object a line, told apart by its "event": "start", "train", "eval",
+"stop" (of a run that ended early, with its reason) or "comparison". A train row of iteration i is
+measured with the weights after i updates, so a checkpoint at iteration k comes after train row
+k - 1 and before train row k. The file is the record of the run: a run that is killed and resumed
+has every iteration in it exactly once.
 """
 
 from __future__ import annotations
