@@ -270,6 +270,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--reward", required=True, help="a name, or package.module:name")
     parser.add_argument("--options", type=json.loads, default={}, help="of the reward, as JSON")
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="number of the first pair")
     parser.add_argument("--no-boxes", action="store_true")
     parser.add_argument("--world", type=int, metavar="SESSIONS", help="sessions of the world")
     given = parser.parse_args(words)
@@ -281,7 +282,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if given.world:
             print(agreement(world_agreement(reward, given.world)))
             return 0
-        pairs = drawn_scenes().pairs(given.pairs)
+        pairs = drawn_scenes().pairs(given.pairs, given.first)
         start = time.monotonic()
         said = judge_pairs(reward, pairs, not given.no_boxes)
         seconds = (time.monotonic() - start) / (len(KINDS) * len(pairs))

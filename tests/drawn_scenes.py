@@ -547,8 +547,9 @@ def _another(background: str) -> str:
     return BACKGROUNDS[(BACKGROUNDS.index(background) + 3) % len(BACKGROUNDS)]
 
 
-def pairs(count: int = 200) -> list[Pair]:
-    return [pair(index) for index in range(count)]
+def pairs(count: int = 200, first: int = 0) -> list[Pair]:
+    """first: `pixels` was made while looking at the first 200."""
+    return [pair(index) for index in range(first, first + count)]
 
 
 # ---------------------------------------------------------------------------------------- examples
