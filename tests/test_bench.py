@@ -798,8 +798,8 @@ def test_rows_of_the_real_peer_are_made_and_shown(
     frame.append_rows(tmp_path / "rows", rows)
     text = report.render(frame.read_rows(tmp_path / "rows"), tmp_path / "performance.md")
     assert (
-        "peer at a0b2bc5, load 0.5 and 0.25. Peer / ours **0.96** (0.67–1.25), of processor time **2.00** (2.00–2.00)."
-        in text
+        "peer at a0b2bc5, load 0.5 and 0.25. Peer / ours **0.96** (0.67–1.25), of processor time "
+        "**2.00** (2.00–2.00)." in text
     )
     assert "| **editr2** | 3.25 (2–4.5) | 0.5 (0.5–0.5) |" in text and "| 32 + 16 | 0 |" in text
     assert (
