@@ -155,6 +155,8 @@ class Reward(Protocol):
     - `batch = n`: a call asks about at most n items;
     - `exact = True`: equal images always score the same, and asking again costs nothing worth
       keeping, so its answers are not recorded;
+    - `estimate(items)`: of rollouts so far, a bool each, whether what follows is not worth making;
+      asked with `rollout.prune: estimate` alone, on the main thread;
     - `version`: changes with its numbers; `facts`: a dict of what a run's record says of it;
     - `probe()`: called once before anything is judged; raises `UserError` for what cannot work and
       returns lines on what works less well.
@@ -180,7 +182,7 @@ GivenReward = Reward | SessionReward | Callable[..., Any]
 """What a user may give: docs/rewards.md lists the forms, `editr2.rewards.adapt` tells them
 apart."""
 
-ANSWERED, NOT_APPLICABLE, FAILED = 0, 1, 2
+ANSWERED, NOT_APPLICABLE, FAILED, PRUNED = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,8 @@ class Scores:
     which no score failed and to which at least one reward applies. expected: bool [N, T],
     the turns that the sessions have, whatever was returned. reasons: why turns failed, by (rollout,
     turn), naming rewards, session and turn. states: int8
-    [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE or FAILED; none: whatever is
-    missing failed."""
+    [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE, FAILED or, of turns that were
+    left out of the rollout (`rollout.prune`), PRUNED; none: whatever is missing failed."""
 
     names: tuple[str, ...]
     values: Tensor
@@ -215,8 +217,14 @@ class Scores:
 
     @property
     def unfailed(self) -> Tensor:
-        """bool [N, T]: the turns of the sessions of which no score failed."""
-        return self.expected & ~self.of_state(FAILED).any(-1)
+        """bool [N, T]: the turns of the sessions that were rolled out and of which no score
+        failed."""
+        return self.expected & ~(self.of_state(FAILED) | self.of_state(PRUNED)).any(-1)
+
+    @property
+    def pruned(self) -> Tensor:
+        """bool [N, T]: the turns that were left out of the rollout."""
+        return self.of_state(PRUNED).any(-1)
 
     @property
     def failed(self) -> int:
@@ -256,7 +264,8 @@ def lay_out(
     said: Sequence[Sequence[dict[str, Score]]],
     turns: int,
 ) -> Scores:
-    """Well-formed answers, a row a turn of every session, as a batch; `turns` is its width T."""
+    """Well-formed answers, a row a turn of every session, as a batch; `turns` is its width T. Turns
+    of a session behind its rows were left out of its rollout."""
     shape = (len(sessions), turns, len(names))
     values, states = torch.zeros(shape), torch.zeros(shape, dtype=torch.int8)
     expected, reasons = torch.zeros(shape[:2], dtype=torch.bool), {}
@@ -270,6 +279,8 @@ def lay_out(
                     states[i, t, k] = FAILED if score.failed else NOT_APPLICABLE
             if (states[i, t] == FAILED).any():
                 reasons[i, t] = _failure(row, session.id, t)
+        left_out = slice(len(rows), len(session.turns))
+        expected[i, left_out], states[i, left_out] = True, PRUNED
     present = expected & (states != FAILED).all(-1) & (states == ANSWERED).any(-1)
     return Scores(names, values * present[..., None], present, expected, reasons, states)
 
@@ -300,7 +311,7 @@ def check_failures(scores: Scores, limit: float) -> None:
     """Stops the run when one of the rewards failed on more than `limit` (a fraction) of the turns
     it applies to."""
     failures, skipped = scores.of_state(FAILED), scores.of_state(NOT_APPLICABLE)
-    turns = int(scores.expected.sum())
+    turns = int((scores.expected & ~scores.pruned).sum())
     for k, name in enumerate(scores.names):
         failed = int(failures[..., k].sum())
         asked = max(turns - int(skipped[..., k].sum()), min(turns, FEWEST))
