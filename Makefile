@@ -35,7 +35,7 @@ $(STAMP): $(INPUTS)
 	@echo "[2/3] installing torch (the largest part)"
 	@$(PIP) -c constraints.txt torch
 	@echo "[3/3] installing editr2 and building its operators"
-	@$(PIP) -c constraints.txt -e '.[test,dev,tensorboard,bench]'
+	@$(PIP) -c constraints.txt -e '.[test,dev,tensorboard,bench,judges]'
 	@touch $@
 
 demo: install  ## train the small model that ships with the package; writes a report

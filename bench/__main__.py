@@ -1,4 +1,4 @@
-"""python -m bench report | compare BASE | full_size CONFIG."""
+"""python -m bench report | compare BASE | full_size CONFIG | real_peer CHECKOUT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ def main() -> int:
         from bench import full_size
 
         return full_size.main(arguments)
-    usage = "report [...] | compare BASE [...] | full_size CONFIG [...]"
+    if command == "real_peer":
+        from bench import real_peer
+
+        return real_peer.main(arguments)
+    usage = "report [...] | compare BASE [...] | full_size CONFIG [...] | real_peer CHECKOUT [...]"
     print(f"usage: python -m bench {usage}; got {command!r}", file=sys.stderr)
     return 2
 

@@ -151,6 +151,56 @@ def pruning(page: Page) -> None:
         )
 
 
+def real_peers(page: Page) -> None:
+    rows = page.of(["real_peer"])
+    if not rows:
+        return
+    page.add(
+        "## Beside Flow-Factory's own trainer",
+        "",
+        "Its `GRPOTrainer` and our iteration, in turns in one process, on the same folder of "
+        "random weights and the same sessions of one turn (`python -m bench real_peer CHECKOUT`; "
+        "bench/real_peer.py says what is equal and what is not). Seconds: median (smallest to "
+        "largest). *Peer / ours*: of the rounds' ratios. Transformer: samples without gradient + "
+        "with; encoded: images through the autoencoder, an iteration. *Load*: of the machine over "
+        "1 and 15 minutes; above the number of cores it had other work.",
+        "",
+    )
+
+    def seconds(row: Row, phase: str) -> str:
+        median, low, high = row.extra["seconds"][phase]
+        return f"{number(median)} ({number(low)}–{number(high)})"
+
+    for case in cases(rows).values():
+        first = case[0]
+        groups, siblings, steps, window, side = first.shape
+        facts = first.extra
+        whole, cpu = (
+            f"**{median:.2f}** ({low:.2f}–{high:.2f})"
+            for median, low, high in (facts["peer_over_ours"], facts["peer_over_ours_cpu"])
+        )
+        page.add(
+            f"{first.mode}; {groups} × {siblings}, {steps} steps of which {window} are trained, "
+            f"{side}² pixels, {first.dtype}, {first.rounds} rounds; {where(first)}, peer at "
+            f"{facts['peer_commit']}, load {facts['load'][0]:g} and {facts['load'][1]:g}. "
+            f"Peer / ours {whole}, of processor time {cpu}.",
+            "",
+        )
+        page.table(
+            ("", "an iteration, s", "rollout", "judge", "training", "transformer", "encoded"),
+            (
+                (
+                    f"**{row.provider}**" if row.ours else row.provider,
+                    *(seconds(row, phase) for phase in ("all", "rollout", "reward", "train")),
+                    f"{row.extra['counts']['forward_rows']} + "
+                    f"{row.extra['counts']['trained_rows']}",
+                    str(row.extra["counts"]["encoded"]),
+                )
+                for row in case
+            ),
+        )
+
+
 def transformers(page: Page) -> None:
     rows = page.of(["transformer"])
     if not rows:
@@ -223,6 +273,35 @@ def transformers(page: Page) -> None:
             "of a denoising step at 12 B parameters: kernels alone can gain no more than that "
             "there, and what pays is the plan of the iteration above.",
             "",
+        )
+
+
+def judged(page: Page) -> None:
+    for case in cases(page.of(["judging"])).values():
+        first = case[0]
+        groups, siblings, turns = first.shape
+        page.add(
+            f"## Waiting for a judge: {groups} groups of {siblings}, {turns} turns",
+            "",
+            f"{first.mode}, {first.extra['calls']} calls; {where(first)}. *eager serial* calls it "
+            "on the main thread when the rollout is done, *editr2* from several threads as turns "
+            "are decoded, and *at once* is a judge that takes no time. Scores and advantages of "
+            "all are equal to the bit.",
+            "",
+        )
+        named = [phase for phase in PHASES if any(phase in _phases(row) for row in case)]
+        page.table(
+            ("", "ms", "× serial", "calls at once", *(f"{phase}, s" for phase in named)),
+            (
+                (
+                    f"**{row.provider}**" if row.ours else row.provider,
+                    f"{number(row.p50_ms)} ({number(row.p20_ms)}–{number(row.p80_ms)})",
+                    number(row.speedup_vs_eager),
+                    str(row.extra["at_once"]),
+                    *(number(_phases(row).get(phase)) for phase in named),
+                )
+                for row in case
+            ),
         )
 
 
@@ -392,6 +471,8 @@ def sessions(page: Page) -> None:
 SECTIONS: list[Callable[[Page], None]] = [
     iteration,
     pruning,
+    judged,
+    real_peers,
     transformers,
     full_sizes,
     sessions,

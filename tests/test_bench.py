@@ -7,17 +7,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import threading
 import warnings
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from bench import compare, frame, full_size, page, report, sizes
+from bench import compare, frame, full_size, page, peer_sides, peer_work, real_peer, report, sizes
 from bench.frame import Row
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
@@ -660,3 +663,186 @@ def test_full_size_says_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T4")
     with pytest.raises(ConfigError, match="NVIDIA T4 is none of"):
         full_size.this_device()
+
+
+FAKE_PEER = """
+class PointwiseRewardModel: pass
+class RewardModelOutput(dict):
+    def __init__(self, rewards): self.rewards = rewards
+"""
+
+
+def peer_setup(**given: Any) -> real_peer.Setup:
+    return real_peer.Setup(**({"resolution": 32, "steps": 2, "window": 1} | given))
+
+
+@pytest.mark.parametrize(
+    "given, ours, peer",
+    [
+        ({}, (2, 16, 1, 8), (2, 16, 1, 8)),
+        ({"ties": True}, (2, 16, 1, 4), (2, 16, 1, 8)),
+        ({"ties": True, "batch": 4}, (4, 16, 1, 4), (4, 16, 2, 8)),
+    ],
+    ids=["dense", "ties", "ties, a group a batch"],
+)
+def test_our_side_of_the_real_peer_makes_the_calls_that_are_asked_of_it(
+    tmp_path: Path, given: dict[str, Any], ours: tuple[int, ...], peer: tuple[int, ...]
+) -> None:
+    setup = peer_setup(**given)
+    real_peer.write_folder(tmp_path, setup, num_layers=1, num_single_layers=1)
+    side = real_peer.Ours(tmp_path, setup, Accelerator(cpu=True))
+    phases = side()
+    counts = side.counter.take()
+    real_peer.check_iteration(real_peer.OURS, side, counts, setup, first=True)
+    for wanted, found in ((ours, counts), (peer, setup.counts(ours=False))):
+        assert wanted == (found.forwards, found.forward_rows, found.trained, found.trained_rows)
+    assert counts.backwards == counts.trained and counts.texts == 4 and counts.encoded >= 2
+    assert sum(phases.values()) > 0 and set(phases) == set(real_peer.PHASES)
+    assert side.counter.now == real_peer.Counts()
+    with pytest.raises(real_peer.Unequal, match="counted"):
+        one_more = dataclasses.replace(counts, forwards=counts.forwards + 1)
+        real_peer.check_iteration(real_peer.OURS, side, one_more, setup, first=True)
+    side.finite = [1.0, float("nan")]
+    with pytest.raises(real_peer.Unequal, match="finite"):
+        real_peer.check_iteration(real_peer.OURS, side, counts, setup, first=True)
+    side.finite, side.learning = [1.0], side.learning - 1
+    with pytest.raises(real_peer.Unequal, match="learns from"):
+        real_peer.check_iteration(real_peer.OURS, side, counts, setup, first=True)
+
+
+def test_a_judge_that_waits_is_asked_by_several_at_once(tmp_path: Path) -> None:
+    setup = peer_setup(judge_seconds=0.2, judge_workers=8)
+    real_peer.write_folder(tmp_path, setup, num_layers=1, num_single_layers=1)
+    side = real_peer.Ours(tmp_path, setup, Accelerator(cpu=True))
+    waiting, most = [0], [0]
+    sleep, lock = real_peer.time.sleep, threading.Lock()
+
+    def slept(seconds: float) -> None:
+        assert seconds == 0.2
+        with lock:
+            waiting[0] += 1
+            most[0] = max(most[0], waiting[0])
+        sleep(seconds)
+        with lock:
+            waiting[0] -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real_peer.time, "sleep", slept)
+        side()
+    assert most[0] == 8 and side.counter.take().judged == 8
+
+
+def test_empty_modules_stand_in_for_what_is_missing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("editr2_no_such", "editr2_no_such.v3", "json", "email.message")
+    assert real_peer.stand_in(names) == ["editr2_no_such", "editr2_no_such.v3"]
+    try:
+        exec(
+            "import editr2_no_such.v3 as v3; import editr2_no_such; assert editr2_no_such.v3 is v3"
+        )
+        assert real_peer.stand_in(names[:2]) == []
+    finally:
+        for name in names[:2]:
+            del sys.modules[name]
+    assert sys.modules["json"] is json
+
+
+def test_the_peers_judge_scores_as_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, rewards = ModuleType("flow_factory"), ModuleType("flow_factory.rewards")
+    exec(FAKE_PEER, vars(rewards))
+    monkeypatch.setitem(sys.modules, "flow_factory", package)
+    monkeypatch.setitem(sys.modules, "flow_factory.rewards", rewards)
+    judge = peer_work.Judge(0.0)
+    judge.counter = SimpleNamespace(add=lambda name, count: asked.append(name))
+    asked: list[str] = []
+    model = peer_sides.peer_judge(judge).Brightness()
+    images = [torch.full((3, 4, 4), 0.25), torch.full((3, 4, 4), 0.75)]
+    said = model(prompt=["edit", peer_work.TIED + "edit"], image=images).rewards
+    assert said.tolist() == [0.25, 0.5] and asked == ["judged"] * 2
+
+
+def test_rows_of_the_real_peer_are_made_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = real_peer.Setup(judge_seconds=0.5)
+    clock = iter([6.0, 2.0, 3.0, 4.5, 2.0, 2.5])  # warm-up, then two rounds
+    now, worked = [0.0], [0.0]
+
+    class Side:
+        learning, finite = 8, [0.1]
+
+        def __init__(self, name: str) -> None:
+            self.work = 3.0 if name == real_peer.PEER else 1.5
+            self.counter = SimpleNamespace(take=lambda: setup.counts(name == real_peer.OURS))
+
+        def __call__(self) -> dict[str, float]:
+            now[0] += next(clock)
+            worked[0] += self.work
+            return dict.fromkeys(real_peer.PHASES, 0.5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real_peer.time, "perf_counter", lambda: now[0])
+        patch.setattr(real_peer.time, "process_time", lambda: worked[0])
+        seen = real_peer.measure(
+            {name: Side(name) for name in (real_peer.PEER, real_peer.OURS)}, setup, rounds=2
+        )
+    # The second round begins with ours.
+    assert seen[real_peer.PEER].seconds["all"] == [3.0, 2.5]
+    assert seen[real_peer.OURS].seconds["all"] == [4.5, 2.0]
+    facts = {"peer_commit": "a0b2bc5", "answers_apart": 1e-7, "load": [0.5, 0.25]}
+    rows = real_peer.rows_of(setup, seen, facts)
+    assert [(r.provider, r.ours) for r in rows] == [
+        (real_peer.PEER, False),
+        (real_peer.OURS, True),
+    ]
+    assert rows[1].extra["peer_over_ours"] == [0.9583, 0.6667, 1.25]
+    frame.append_rows(tmp_path / "rows", rows)
+    text = report.render(frame.read_rows(tmp_path / "rows"), tmp_path / "performance.md")
+    assert (
+        "peer at a0b2bc5, load 0.5 and 0.25. Peer / ours **0.96** (0.67–1.25), of processor time "
+        "**2.00** (2.00–2.00)." in text
+    )
+    assert "| **editr2** | 3.25 (2–4.5) | 0.5 (0.5–0.5) |" in text and "| 32 + 16 | 0 |" in text
+    assert (
+        "peer / ours: 0.96 (0.67 - 1.25), of processor time 2.00 (2.00 - 2.00);"
+        in real_peer.text_of(rows)
+    )
+
+
+def test_the_real_peer_needs_a_checkout_and_whole_groups(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "src" / "flow_factory" / "trainers").mkdir(parents=True)
+    there = [str(tmp_path)]
+    for arguments, message in (
+        (there, "no src/flow_factory there"),
+        ([*there, "--batch", "6"], "--batch: 6 (accepted: whole groups"),
+        ([*there, "--groups", "4", "--batch", "8", "--ties"], "accepted with --ties"),
+        ([*there, "--window", "4"], "--window: 4 (accepted: 1 to --steps - 1)"),
+        ([*there, "--resolution", "40"], "multiples of 16"),
+    ):
+        with pytest.raises(SystemExit):
+            real_peer.parsed(arguments)
+        assert message in capsys.readouterr().err
+    (tmp_path / "src" / "flow_factory" / "trainers" / "grpo.py").touch()
+    options, setup = real_peer.parsed([*there, "--judge-seconds", "0.5", "--dtype", "bfloat16"])
+    assert options.rounds == 5 and setup == real_peer.Setup("bfloat16", judge_seconds=0.5)
+
+
+def test_the_real_peer_where_there_is_a_checkout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """EDITR2_FLOW_FACTORY: a clone of X-GenGroup/Flow-Factory."""
+    checkout = os.environ.get("EDITR2_FLOW_FACTORY")
+    if not checkout:
+        pytest.skip("EDITR2_FLOW_FACTORY names no checkout")
+    command = [sys.executable, "-m", "bench", "real_peer", checkout, "--rounds", "1"]
+    sizes = ["--resolution", "32", "--text-tokens", "32", "--results", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, *sizes], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    peer, ours = frame.read_rows(tmp_path)
+    kept = {"encoded": 0}  # ours may encode the sources anew
+    assert peer.extra["counts"] | kept == ours.extra["counts"] | kept
+    assert ours.extra["answers_apart"] <= real_peer.CLOSE["float32"]

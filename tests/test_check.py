@@ -2,10 +2,12 @@
 
 import re
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,13 +20,16 @@ from editr2.check import Report, preflight
 from editr2.check.devices import _SHEETS, PEER_EFFICIENCY, Device, find_device
 from editr2.check.editors import Editor, open_editor
 from editr2.check.estimate import estimate, evaluation_plan, plan, strips_plan
+from editr2.check.judges import Measured, judging, waiting
 from editr2.check.meter import Cost, Meter, Speed
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, RewardConfig, replace_nested
+from editr2.errors import ConfigError
 from editr2.policies.blueprint import simulated
 from editr2.policies.configured import policy_class
 from editr2.policies.load import load_policy
 from editr2.policies.pipeline_blueprint import PipelineBlueprint
+from editr2.rewards.adapt import adapt
 from editr2.rewards.base import Score
 from editr2.rewards.load import load_reward
 from editr2.rl.evaluate import evaluate
@@ -419,6 +424,103 @@ def test_a_problem_of_every_image_is_not_a_line_of_every_image():
     assert problems[8] == f"{data}: 8 more problems after these 8"
 
 
+class Asked:
+    """names, and whatever else a reward declares; every turn takes so many seconds."""
+
+    def __init__(self, seconds=0.0, notes=(), **declared):
+        self.seconds, self.notes, self.names = seconds, notes, ("IF",)
+        vars(self).update(declared)
+
+    def judge(self, items):
+        time.sleep(self.seconds * sum(len(item.asked) for item in items))
+        return [[1.0] * len(item.asked) for item in items]
+
+    def probe(self):
+        if isinstance(self.notes, Exception):
+            raise self.notes
+        return self.notes
+
+
+SERVER = {"concurrency": 16, "by_turn": True, "batch": 1}
+
+
+@pytest.mark.parametrize(
+    ("declared", "rollout", "expected"),
+    [
+        # 16 rollouts of 3 turns: 48 turns of 0.2 s.
+        ({}, 5.0, (1, 1, 9.6, 9.6)),  # one call, on the main thread, after the rollout
+        ({"batch": 1}, 5.0, (16, 1, 9.6, 9.6)),
+        ({"batch": 5}, 5.0, (4, 1, 9.6, 9.6)),
+        (SERVER, 0.0, (48, 16, 0.6, 0.6)),
+        (SERVER, 0.3, (48, 16, 0.6, 0.35)),  # of two chunks with three turns each the last is left
+        (SERVER, 60.0, (48, 16, 0.6, 0.1)),
+        ({**SERVER, "by_turn": False}, 60.0, (16, 16, 0.6, 0.3)),
+        ({**SERVER, "concurrency": 100}, 0.0, (48, 48, 0.2, 0.2)),
+        ({**SERVER, "calls_a_turn": 4.5}, 0.0, (216, 16, 0.6, 0.6)),
+    ],
+)
+def test_what_an_iteration_asks_of_a_judge(declared, rollout, expected):
+    m = Measured(adapt(Asked(**declared)), 0.2, [])
+    found = judging(m, sessions=4, siblings=4, turns=3.0, chunks=2, rollout=rollout)
+    calls, at_once, seconds, waits = expected
+    assert (found.calls, found.at_once) == (calls, at_once)
+    assert (found.seconds, found.waits) == pytest.approx((seconds, waits))
+    alone = Measured(adapt(Asked()), 0.1, [])
+    beside = [(m, found), (alone, judging(alone, 4, 4, 3.0, 2, rollout))] * 2
+    # What is asked beside the rollout is asked at once, the rest one after the other.
+    waited = waits if "concurrency" in declared else 2 * waits
+    assert waiting(beside) == pytest.approx(waited + 9.6)
+
+
+def test_the_part_of_the_judges(monkeypatch, folders):
+    module = ModuleType("a_judge")
+    module.slow = Asked(0.05, ["it gives no log-probs", "one image a prompt"], **SERVER)
+    monkeypatch.setitem(sys.modules, "a_judge", module)
+    config = replace_nested(small(folders), {"credit": {"weights": {"IF": 1.0}}})
+    config = replace(config, reward=RewardConfig("a_judge:slow"))
+    plain = preflight(small(folders), "cpu")
+    report = preflight(config, "cpu")
+    assert not report.problems and not plain.problems
+    at = next(n for n, line in enumerate(report.lines) if line.startswith("judges"))
+    r = config.rollout
+    calls = r.sessions * r.siblings * 3
+    said = report.lines[at : at + 4]
+    assert said[0] == "judges      IF (reward.function: 'a_judge:slow'): answers"
+    assert re.fullmatch(
+        rf" +{calls} calls an iteration, {min(16, calls)} at once, 0\.05\d* s a turn: [\d.]+ s "
+        rf"beside the rollout",
+        said[1],
+    )
+    assert [line.strip() for line in said[2:]] == [
+        "reward.function: 'a_judge:slow': it gives no log-probs",
+        "reward.function: 'a_judge:slow': one image a prompt",
+    ]
+    (waited,) = [line for line in report.lines if line.startswith("  reward ")]
+    assert float(waited.split()[1]) == pytest.approx(calls * 0.05 / min(16, calls), rel=1)
+    assert "reward: waiting" in "\n".join(report.lines)
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (
+            ConfigError("reward.options.url: nobody answers there (accepted: a server)"),
+            "^reward.opt",
+        ),
+        (
+            OSError("no route"),
+            r"^reward.function: 'a_judge:slow': probe\(\) raised OSError: no route",
+        ),
+    ],
+)
+def test_a_judge_that_is_not_there_is_a_problem(problem, said, monkeypatch):
+    module = ModuleType("a_judge")
+    module.slow = Asked(notes=problem)
+    monkeypatch.setitem(sys.modules, "a_judge", module)
+    report = preflight(replace(Config(), reward=RewardConfig("a_judge:slow")), "cpu")
+    assert len(report.problems) == 1 and re.search(said, report.problems[0])
+
+
 def test_a_reward_is_asked_once(monkeypatch):
     module = sys.modules[__name__]
     monkeypatch.setitem(sys.modules, "a_judge", module)
@@ -724,6 +826,8 @@ def test_a_recipe_passes_and_carries_what_the_check_prints(path, recipes, monkey
     now, then = recipes.printed(text), recipes.recorded(text)
     number = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
     for new, old in zip(now, then, strict=True):
+        if " calls an iteration" in new or new.startswith("  reward "):
+            continue  # as long as the judge took on that machine
         assert re.split(number, new.replace(" ", "")) == re.split(number, old.replace(" ", "")), (
             "run scripts/recipe_estimates.py"
         )

@@ -177,6 +177,51 @@ def test_uninstalled_source_tree_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     assert row.ok is None and "uninstalled" in row.detail
 
 
+@pytest.mark.parametrize(
+    ("there", "absent", "said", "remedy"),
+    [
+        ({"httpx2"}, "text in images", "rapidocr, onnxruntime", "pip install rapidocr onnxruntime"),
+        ({"rapidocr"}, "text in images", "onnxruntime", "pip install rapidocr onnxruntime"),
+        (
+            {"rapidocr", "onnxruntime"},
+            "a server (OpenAI-compatible)",
+            "httpx2",
+            "pip install httpx2",
+        ),
+        (
+            {"transformers"},
+            "detectors and features",
+            "transformers.models.grounding_dino, transformers.models.owlv2, "
+            "transformers.models.dinov3_vit",
+            "pip install -U transformers",
+        ),
+    ],
+)
+def test_what_judges_look_with(there, absent, said, remedy, monkeypatch, tmp_path) -> None:
+    """Packages that are there have an empty folder each."""
+
+    def find_spec(name: str) -> SimpleNamespace | None:
+        places = [str(tmp_path / name)]
+        return SimpleNamespace(submodule_search_locations=places) if name in there else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    declare(monkeypatch, [], {name: "1.2" for name in there})
+    rows = by_name(doctor._judges())
+    row = rows[f"judges: {absent}"]
+    assert (row.ok, row.detail, row.remedy) == (None, f"not installed: {said} (optional)", remedy)
+    for row in rows.values():
+        assert row.ok is None or (
+            row.remedy is None
+            and row.detail
+            == ", ".join(f"{name} 1.2" for name in row.detail.replace(" 1.2", "").split(", "))
+        )
+    (tmp_path / "transformers" / "models" / "owlv2").mkdir(parents=True)
+    (tmp_path / "transformers" / "models" / "grounding_dino.py").touch()
+    (tmp_path / "transformers" / "models" / "dinov3_vit").mkdir()
+    found = by_name(doctor._judges())["judges: detectors and features"]
+    assert found.ok is (True if "transformers" in there else None)
+
+
 def test_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "cli" / "doctor.py"))
     assert doctor._weights().ok is None

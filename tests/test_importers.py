@@ -629,7 +629,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["data", "import", "mice", str(file), "--out", str(out), "--limit", "2"]) == 0
     assert capsys.readouterr().out == f"sessions: {out / 'sessions.jsonl'}\n"
     assert main(["data", "validate", str(out)]) == 0
-    assert capsys.readouterr().out == "2 sessions; turns 2 (2); height×width 6×8 (2); mode cu (2)\n"
+    said = "2 sessions; turns 2 (2); height×width 6×8 (2); mode cu (2)"
+    judged = "2 of 2 sessions have what edit-r2, edival judge by"
+    assert capsys.readouterr().out.splitlines() == [said, judged]
     text = (out / "sessions.jsonl").read_text()
     (out / "sessions.jsonl").write_text(text.replace('"cu"', '"c"').replace("Take it away", " "))
     assert main(["data", "validate", str(out)]) == 2

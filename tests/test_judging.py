@@ -89,7 +89,10 @@ class Hashed:
             before=int(item.before(turn).sum()),
         )
         values = [int(key[k * 8 : k * 8 + 8], 16) / 2**32 for k in range(len(self.names))]
-        return {n: Score(v, f"turn {turn}") for n, v in zip(self.names, values, strict=True)}
+        return {
+            n: Score(v, f"turn {turn}", votes=(v, 1))
+            for n, v in zip(self.names, values, strict=True)
+        }
 
 
 def judged(panel: Panel, asked: list[Item]) -> Any:

@@ -133,6 +133,7 @@ def write_strips(folder, name, changes, size=24, evil=False):
                 "advantage": -0.5,
                 "reason": "judge timed out" if missing else None,
                 "masked": missing,
+                **({"why": {"IF": EVIL}} if evil else {}),
             }
             for t in range(3)
         ]
@@ -269,6 +270,51 @@ def test_text_is_escaped_everywhere(run):
     assert "script" not in {tag for tag, _ in page.tags}
     assert '<script>alert("x")</script> & "quoted"' in page.text
     assert "<b>bold</b>" in page.text
+
+
+LONG = "The cup is red and stands where it stood. " * 6
+
+
+@pytest.mark.parametrize(
+    ("why", "shown", "folded"),
+    [
+        ({"IF": "a red cup"}, ["IF a red cup"], 0),
+        ({"IF": "a red cup", "CC": LONG}, ["IF a red cup", f"CC {LONG[:100]}", LONG.strip()], 1),
+        ({"GA": None}, [], 0),
+        ({}, [], 0),
+        (["IF"], [], 0),
+    ],
+)
+def test_what_was_said_of_a_score_stands_below_it(run, why, shown, folded):
+    before = len([tag for tag, _ in page_of(run).tags if tag == "details"])
+    assert "red cup" not in page_of(run).text
+    path = run / "strips" / "after.json"
+    strips = json.loads(path.read_text())
+    strips["sessions"][0]["turns"][0]["why"] = why
+    path.write_text(json.dumps(strips))
+    page = page_of(run)
+    assert all(text in page.text for text in shown)
+    assert len([tag for tag, _ in page.tags if tag == "details"]) - before == folded
+    assert [attrs for tag, attrs in page.tags if attrs.get("class") == "why"] == [
+        {"class": "why"}
+    ] * bool(shown)
+
+
+@pytest.mark.parametrize(
+    ("judges", "shown"),
+    [
+        ({"judge": "qwen", "prompts": "1f2e"}, "Judges judge qwen prompts 1f2e"),
+        ({EVIL[:27]: EVIL[:27]}, f"Judges {EVIL[:27]} {EVIL[:27]}"),
+        ({}, None),
+        (None, None),
+        ("qwen", None),
+    ],
+)
+def test_what_the_judges_said_of_themselves_stands_on_the_page(run, judges, shown):
+    rows = [{"event": "start", "judges": judges}, eval_row("before", 0, 0.5)]
+    write_metrics(run, rows)
+    text = page_of(run).text
+    assert shown in text if shown else "Judges" not in text
 
 
 def test_secrets_of_the_configuration_stay_out(run):

@@ -19,10 +19,10 @@ from editr2.cli.main import main
 from editr2.config import Config
 from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
 from editr2.errors import ConfigError
+from editr2.report.intervals import COVERAGE, Interval, interval
 from editr2.reproduce import runs
 from editr2.reproduce.arms import ARMS, TURNS, Settings, arm_config, evaluation_sampler, find_arms
 from editr2.reproduce.claims import CLAIMS, Claim, find, verdict
-from editr2.reproduce.intervals import COVERAGE, Interval, interval
 from editr2.reproduce.page import write_page
 from editr2.reproduce.rows import fingerprints, make_row, read_rows, results, write_rows
 from editr2.rl.credit import credit_options

@@ -612,7 +612,8 @@ class judge:
         if self.asked == 1:
             return [{"IF": 1, "CC": 0.5} for _ in images]  # asked about the source image
         if self.asked % 2:
-            return [{"IF": Score.not_applicable(), "CC": image.mean() / 255} for image in images]
+            none = Score.not_applicable("nothing to do")
+            return [{"IF": none, "CC": image.mean() / 255} for image in images]
         return [{"IF": 1, "CC": 0.5}]
 """
 
@@ -657,11 +658,13 @@ def test_what_fails_is_masked_and_what_does_not_apply_leaves_the_turn_to_the_res
         assert silent == (None if shown == "failed" else ["IF"] if trains else ["IF", "CC"])
         assert (turn["scores"]["CC"] is not None) == bool(silent and trains)
         assert turn["scores"]["IF"] is None and turn["reward"] == turn["scores"]["CC"]
+        assert turn.get("why") == ({"IF": "nothing to do"} if silent else None)
         assert turn["masked"] == (turn["reward"] is None) == (turn["reason"] is not None)
         assert silent is None or trains or turn["reason"] == "no reward with a weight applies"
     page = (run / "report.html").read_text()
     if shown == "does not apply":
         assert "<dt>IF</dt><dd>does not apply</dd>" in page
+        assert '<dt>IF</dt><dd dir="auto">nothing to do</dd>' in page
         assert ("<dt>CC</dt><dd>does not apply</dd>" in page) == (not trains)
     start = next(row for row in rows if row["event"] == "start")
     assert start["rewards"] == {"IF": 0.5, "CC": 0.5}
@@ -851,11 +854,35 @@ def test_a_timeout_that_is_none_is_refused(timeout, tmp_path):
         ({"value": None, "reason": " "}, "needs a reason"),
         ({"value": None, "reason": ConnectionError()}, "a ConnectionError .accepted: a string"),
         ({"value": [0.5]}, "a list of 1 .accepted: a number"),
+        ({"value": 0.5, "votes": 0.5}, "votes: 0.5 .accepted: a tuple"),
+        ({"value": 0.5, "votes": [0.5, 2]}, "2 is outside of .0, 1."),
     ],
 )
 def test_a_score_is_one_of_three(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         Score(**arguments)
+
+
+def test_what_is_said_of_a_score_goes_with_it():
+    """Failures stand in `reasons`; a score without words has none."""
+    said = [
+        {"IF": Score(0.5, "half\n done", votes=(0, 1)), "GA": Score.not_applicable("nothing left")},
+        {"IF": Score(None, "timed out"), "GA": Score(1.0)},
+        {"IF": Score(1.0, "x" * 5000), "GA": Score.not_applicable()},
+    ]
+
+    class Said:
+        names = ("IF", "GA")
+
+        def judge(self, items):
+            return [said for _ in items]
+
+    scores = score_batch(Said(), [(session("a"), np.zeros((3, 24, 24, 3), np.uint8))] * 2, 3)
+    whys = {(0, 0): "half done", (0, 1): "nothing left", (2, 0): "x" * 997 + "..."}
+    expected = {(i, t, k): why for i in range(2) for (t, k), why in whys.items()}
+    assert scores.whys == expected and set(scores.reasons) == {(0, 1), (1, 1)}
+    moved = {(i + 2, t, k): why for (i, t, k), why in expected.items()}
+    assert merge_scores([scores, scores]).whys == expected | moved
 
 
 # A reward by its name in the table: one file and one line of `REWARDS`.
@@ -879,7 +906,9 @@ def test_a_reward_is_a_file_and_a_line_of_the_table(tmp_path, monkeypatch, capsy
     names, numbers = capsys.readouterr().out.splitlines()[1:3]
     assert names.split() == ["turn", "reward", "dim"]
     assert 0 < float(numbers.split()[1]) < 1
-    with pytest.raises(ConfigError, match=r"'dimm' \(accepted: world, brightness, dim, package\."):
+    named = ", ".join(REWARDS)
+    assert named.startswith("world, pixels, ") and named.endswith(", dim")
+    with pytest.raises(ConfigError, match=rf"'dimm' \(accepted: {named}, package\."):
         check_config(Config(reward=RewardConfig(name="dimm")))
 
 
@@ -893,9 +922,10 @@ def test_check_names_the_setting_that_named_the_judge(tmp_path, monkeypatch, cap
 
 
 def test_every_reward_of_the_table_judges_the_world():
+    """Those that ask nobody; tests/test_named_rewards.py has the others."""
     given = make_session(0, 0)
     images = np.stack([given.image] * len(given.turns))
-    for name in REWARDS:
+    for name in ("world", "pixels", "brightness"):
         reward = load_reward(RewardConfig(name=name))
         scores = score_batch(reward, [(given, images)], len(images))
         assert scores.failed == 0 and scores.present.all() and scores.names == reward.names
@@ -904,7 +934,10 @@ def test_every_reward_of_the_table_judges_the_world():
 @pytest.mark.parametrize(
     "given, pattern",
     [
-        ({"name": "wrld"}, r"^reward\.name: 'wrld' \(accepted: world, brightness, package\.mod"),
+        (
+            {"name": "wrld"},
+            r"^reward\.name: 'wrld' \(accepted: world, pixels, brightness, edit-r2.*, package\.mod",
+        ),
         ({"name": "nowhere:J"}, r"^reward\.name: 'nowhere:J': importing nowhere raised ModuleN"),
         (
             {"name": "editr2.rewards.world:WorldRewad"},

@@ -22,23 +22,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from editr2.config import Config
 from editr2.config.fields import mended
 from editr2.errors import UserError
 from editr2.policies.base import ReadingPolicy
-from editr2.rewards.adapt import score_batch
-from editr2.rewards.base import unscored
 from editr2.rewards.load import load_eval_reward, load_reward
-from editr2.rewards.panel import Panel
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import check_pruning, run_problems
 from editr2.rl.sampler import eval_sampler, rollout_sampler
 from editr2.rl.sessions import sessions_for
-from editr2.sessions import Session, validate
+from editr2.sessions import validate
 
 if TYPE_CHECKING:
     from editr2.check.editors import Editor
@@ -107,10 +103,11 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         problems += data or []
         if data == []:
             source = found(lambda: sessions_for(config, editor.policy))
-    if source and reward:
-        found(lambda: _judge_once(reward, source[0]))
-        if apart:
-            found(lambda: _judge_once(apart, source[0]))
+    from editr2.check.judges import measured
+
+    judges = found(lambda: measured(reward, source[0])) if source and reward else None
+    if source and apart:
+        found(lambda: measured(apart, source[0]))
     if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
     from editr2.check.estimate import estimate
@@ -120,10 +117,11 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     editor.see(sessions)
     samplers = rollout_sampler(config.rollout, own), eval_sampler(config.rollout, config.eval, own)
     turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.heldout]
-    result = estimate(config, editor, device, samplers, turns, processes)
+    result = estimate(config, editor, device, samplers, turns, processes, judges or ())
     fits = device.needed(result.peak) <= device.memory
     lines = render(config, editor, device, samplers[0], turns, processes, result, fits)
-    return Report([], [*lines[:-1], *credit_notes(config.credit, reward.names), *lines[-1:]], fits)
+    notes = [*reward.lacking(sessions), *credit_notes(config.credit, reward.names)]
+    return Report([], [*lines[:-1], *notes, *lines[-1:]], fits)
 
 
 _SHOWN = 8
@@ -146,18 +144,6 @@ def _data_problems(config: Config, editor: Editor) -> list[str]:
         ):  # one missing setting is a problem of every image, and a set may have 50,000
             shown.append(f"{path}: {len(problems) - _SHOWN} more problems after these {_SHOWN}")
     return shown
-
-
-def _judge_once(reward: Panel, session: Session) -> None:
-    """Asks the rewards about a session's own source image, as the output of every turn. Raises
-    `UserError`, naming the setting that named the reward, where one of its names has no score for
-    any turn, whatever it answered."""
-    turns = len(session.turns)
-    for member in reward.members:
-        scores = score_batch(member, [(session, np.stack([session.image] * turns))], turns)
-        if failure := unscored(scores):
-            setting = member.title.partition(":")[0]
-            raise UserError(f"{setting}: no score for session {session.id}: {failure}")
 
 
 def dry_run(config: Config, folder: str) -> list[str]:

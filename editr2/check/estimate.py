@@ -16,11 +16,13 @@ import torch
 
 from editr2.check.devices import Device
 from editr2.check.editors import Editor, Sizes
+from editr2.check.judges import Judging, Measured, judging, waiting
 from editr2.config import Config, PolicyConfig
 from editr2.rl.losses import LOSSES
+from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
 
-PHASES = ("rollout", "encode", "train", "evaluate", "strips")
+PHASES = ("rollout", "encode", "reward", "train", "evaluate", "strips")
 STRIPS = 2
 """Film-strips are drawn before and after training."""
 GATHERED = 3
@@ -190,7 +192,8 @@ class Estimate:
     processes together hold on the host, at most. gathering: seconds that bringing sharded weights
     together once takes. seconds: by phase, of an iteration (evaluate: of one evaluation; strips: of
     one drawing). flops, train_forwards: of an iteration. evaluations: how many. optimizer_steps: of
-    the run.
+    the run. judges: of an iteration. judged_besides: seconds of waiting for them in evaluations and
+    drawings, of the run.
     """
 
     memory: dict[str, int]
@@ -203,6 +206,8 @@ class Estimate:
     rollout_forwards: int
     train_forwards: int
     optimizer_steps: int
+    judges: Sequence[tuple[Measured, Judging]] = ()
+    judged_besides: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -211,7 +216,9 @@ class Estimate:
     def hours(self, iterations: int) -> dict[str, float]:
         """By phase, of the whole run."""
         times = {"evaluate": self.evaluations, "strips": STRIPS}
-        return {phase: s * times.get(phase, iterations) / 3600 for phase, s in self.seconds.items()}
+        hours = {p: s * times.get(p, iterations) / 3600 for p, s in self.seconds.items()}
+        hours["reward"] += self.judged_besides / 3600
+        return hours
 
 
 def estimate(
@@ -221,10 +228,11 @@ def estimate(
     samplers: tuple[Sampler, Sampler],
     turns: tuple[Sequence[int], Sequence[int]],
     processes: int = 1,
+    judges: Sequence[Measured] = (),
 ) -> Estimate:
     """samplers: of training and of evaluation. turns: of every session to train on, and of every
-    held-out one."""
-    t = config.train
+    held-out one. judges: the rewards, as they were measured; of none the time is left out."""
+    t, r = config.train, config.rollout
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
     evaluation += merged(strips_plan(config, editor, samplers[0], turns[1], processes))
@@ -244,6 +252,22 @@ def estimate(
             cost.seconds(device.speed) + editor.carried(call.step) / device.link + times * copying
         )
         seconds[call.phase] += call.times * max(computing, times * gathering)
+    mean = sum(turns[0]) / len(turns[0])
+    chunks = batches(r, processes)
+    walk = seconds["rollout"] + seconds["encode"]
+    groups = -(-r.sessions // processes)
+    asked = [(m, judging(m, groups, r.siblings, mean, chunks, walk)) for m in judges]
+    seconds["reward"] = waiting(asked)
+    evaluations = 2 + (t.iterations // config.eval.every if config.eval.every else 0)
+    besides = 0.0
+    for phase, times, shown, siblings, most in (
+        ("evaluate", evaluations, len(turns[1]), 1, 4 * r.groups_per_batch),
+        ("strips", STRIPS, min(config.eval.strips, len(turns[1])), r.siblings, r.groups_per_batch),
+    ):
+        if mine := -(-shown // processes):
+            length, ends = sum(turns[1][:shown]) / shown, -(-mine // most)
+            each = [(m, judging(m, mine, siblings, length, ends, seconds[phase])) for m in judges]
+            besides += times * waiting(each)
     # AdamW reads and writes a weight, its gradient and two moments, and clipping reads the gradient
     # once more.
     steps = t.updates * t.minibatches
@@ -255,10 +279,12 @@ def estimate(
         gathering,
         seconds,
         sum(c.times * costs[c].total_flops for c in calls),
-        2 + (t.iterations // config.eval.every if config.eval.every else 0),
+        evaluations,
         round(sum(c.times for c in forwards if c.phase == "rollout")),
         round(sum(c.times for c in forwards if c.phase == "train")),
         steps * t.iterations,
+        asked,
+        besides,
     )
 
 

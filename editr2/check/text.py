@@ -18,6 +18,7 @@ from editr2.check.devices import (
 )
 from editr2.check.editors import Editor
 from editr2.check.estimate import Estimate, sharded
+from editr2.check.judges import lines as judge_lines
 from editr2.config import Config, RolloutConfig, TrainConfig
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
@@ -98,6 +99,7 @@ def render(
         f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma "
         f"{sigmas}",
         f"trained     {_places(config.train, config.rollout, sampler)}",
+        *judge_lines(result.judges),
         "",
         f"memory of {device.name}{each}",
     ]
@@ -130,7 +132,8 @@ def render(
             for when, count in result.host.items()
             if count
         ]
-    lines += ["", f"time on {device.name}{each} (reward: not estimated)"]
+    reward = "reward: waiting, as long as it took here" if result.judges else "reward: left out"
+    lines += ["", f"time on {device.name}{each} ({reward})"]
     hours = result.hours(t.iterations)
     for phase, seconds in result.seconds.items():
         per = {"evaluate": "an evaluation", "strips": "a drawing"}.get(phase, "an iteration")

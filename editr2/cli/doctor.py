@@ -214,6 +214,52 @@ def _dependency(requirement: Requirement, *, required: bool) -> Check:
     return Check(name, True, version)
 
 
+JUDGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "a server (OpenAI-compatible)": (("httpx2",), "pip install httpx2"),
+    "text in images": (("rapidocr", "onnxruntime"), "pip install rapidocr onnxruntime"),
+    "detectors and features": (
+        (
+            "transformers.models.grounding_dino",
+            "transformers.models.owlv2",
+            "transformers.models.dinov3_vit",
+        ),
+        "pip install -U transformers",
+    ),
+}
+"""What rewards look with -> the modules that it takes, and how they come."""
+
+
+def _judges() -> list[Check]:
+    """Nothing is imported: a runtime of models takes seconds."""
+    rows = []
+    for what, (modules, remedy) in JUDGES.items():
+        missing = [module for module in modules if not _is_there(module)]
+        said = f"not installed: {', '.join(missing)} (optional)" if missing else _versions(modules)
+        mend = remedy if missing else None
+        rows.append(Check(f"judges: {what}", None if missing else True, said, mend))
+    return rows
+
+
+def _is_there(module: str) -> bool:
+    """Whether a module can be found; its package is not imported."""
+    top, *below = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not below:
+        return spec is not None
+    places = [Path(place).joinpath(*below) for place in spec.submodule_search_locations or ()]
+    return any(place.is_dir() or place.with_suffix(".py").is_file() for place in places)
+
+
+def _versions(modules: Sequence[str]) -> str:
+    found = []
+    for name in dict.fromkeys(module.partition(".")[0] for module in modules):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(name)
+    return ", ".join(found)
+
+
 def _weights() -> Check:
     folder = Path(__file__).parent.parent / "assets" / WEIGHTS
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
@@ -251,6 +297,7 @@ def report() -> list[Check]:
         _torch,
         _operators,
         _dependencies,
+        _judges,
         lambda: [_weights(), _disk()],
     )
     return [row for check in checks for row in check()]

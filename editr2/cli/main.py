@@ -16,6 +16,7 @@ from editr2.cli import (
     doctor,
     evaluate,
     export,
+    judge,
     report,
     reproduce,
     rollout,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "check": check.command,
     "eval": evaluate.command,
     "rollout": rollout.command,
+    "judge": judge.command,
     "report": report.command,
     "export": export.command,
     "reproduce": reproduce.command,
@@ -46,6 +48,7 @@ STOPPED = {
     "check": "nothing was written; start it again",
     "eval": "nothing was written; start it again",
     "rollout": "what is in --out is not whole; the same command begins again",
+    "judge": "what was answered is on the record in --out; the same command asks for the rest",
     "reproduce": "finished runs stand; the same command trains the rest",
 }
 """What is true of a command that Ctrl-C ended. The trainer itself says what it saved

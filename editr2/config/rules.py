@@ -12,7 +12,7 @@ from editr2.config.fields import defaults, field_problems, mended, plain
 from editr2.config.settings import LOSSES, Config, RewardConfig, RewardUse, noise_levels
 from editr2_kernels.group_advantage import MAX_UNITS
 
-Command = Literal["train", "check", "eval", "rollout"]
+Command = Literal["train", "check", "eval", "rollout", "judge"]
 
 TRAINS = ("train", "check")
 
@@ -139,13 +139,13 @@ def _stop_after(config: Config, command: str) -> Iterator[str]:
             )
 
 
-@rule("train", "check", "rollout")
+@rule("train", "check", "rollout", "judge")
 def _out(config: Config, command: str) -> Iterator[str]:
     if problem := folder_problem(config.out):
         yield f"out: {config.out!r} (accepted: a folder; {problem})"
 
 
-@rule("train", "check", "eval")
+@rule("train", "check", "eval", "judge")
 def _reward(config: Config, command: str) -> Iterator[str]:
     yield from reward_problems(config.reward)
     yield from listed_problems(config.eval.uses)

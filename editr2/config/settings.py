@@ -127,8 +127,9 @@ class RewardConfig:
             (docs/rewards.md has the forms), in place of a name.
         timeout: seconds that a call may take, at most a day; one that takes longer is a failed
             score. None: the reward's own limit, if it has one.
-        name: world (the shapes world's verifiers, also where neither is given), brightness (a
-            stand-in for a judge), or `package.module:Class` of your own.
+        name: world (the shapes world's verifiers, also where neither is given), pixels (of
+            pictures, without a server), brightness (a stand-in for a judge), or
+            `package.module:Class` of your own.
         options: settings of the reward alone, by name (docs/rewards.md).
         concurrency: calls at once, made while the rollout goes on; none: the reward's own, which
             of a function is one, on the main thread when the rollout is done.

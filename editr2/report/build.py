@@ -82,6 +82,7 @@ def build_report(
         window=charts.smoothing_window(len(run.train)),
         health=_health(run),
         gallery=gallery,
+        judges=_judges(run),
         config=run.config_text,
         versions=_versions(run),
     )
@@ -122,6 +123,13 @@ def _facts(run: RecordedRun) -> list[tuple[str, str]]:
         "Seed": run.setting("seed"),
     }
     return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def _judges(run: RecordedRun) -> list[tuple[str, str]]:
+    """What the rewards said of themselves when the run began: the model, the prompts' hash, how it
+    answers."""
+    said = run.start.get("judges")
+    return [(str(k), str(v)) for k, v in said.items()] if isinstance(said, dict) else []
 
 
 def _best(run: RecordedRun) -> str | None:

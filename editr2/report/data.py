@@ -93,6 +93,8 @@ class StripTurn:
     advantage: float | None
     reason: str | None
     masked: bool
+    whys: Mapping[str, str]
+    """By score, what its reward said of it; older runs have none."""
 
 
 @dataclass(frozen=True)
@@ -363,6 +365,7 @@ def _strip_turn(value: Mapping[str, Any]) -> StripTurn:
         advantage=number(value.get("advantage")),
         reason=_text(value.get("reason")),
         masked=bool(value.get("masked")),
+        whys={str(name): str(why) for name, why in _mapping(value.get("why")).items() if why},
     )
 
 

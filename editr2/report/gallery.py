@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from editr2.report.data import MODES, PASS_NAMES, Pair, RecordedRun, StripTurn
 from editr2.report.numbers import decimal, signed
@@ -17,11 +18,33 @@ VERDICTS = {
 }
 
 
+T = TypeVar("T")
+
+SHORT = 110
+"""Characters of a reason that stands in full on the page; a longer one is opened by a click."""
+
+
+@dataclass(frozen=True)
+class Why:
+    """What was said of a score. start: of one that is too long to stand there in full."""
+
+    text: str
+    start: str | None
+
+    @staticmethod
+    def of(text: str | None) -> Why | None:
+        if not text:
+            return None
+        start = text[:SHORT].rpartition(" ")[0] or text[:SHORT]
+        return Why(text, start if len(text) > SHORT else None)
+
+
 @dataclass(frozen=True)
 class ScoreBar:
     name: str
     text: str
     percent: float | None
+    why: Why | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,7 @@ def _scale(pairs: Sequence[Pair]) -> float:
     return next((limit for limit in (1.0, 5.0, 10.0, 100.0) if top <= limit), top)
 
 
-def thin(items: Sequence[Pair], count: int) -> list[Pair]:
+def thin(items: Sequence[T], count: int) -> list[T]:
     """At most `count` items, evenly spaced, the first and the last among them."""
     if len(items) <= count:
         return list(items)
@@ -171,7 +194,7 @@ def _cell(
         intent=turn.intent,
         reasoning=turn.reasoning,
         scores=[
-            _score(key, value, scale, key not in turn.does_not_apply)
+            _score(key, value, scale, key not in turn.does_not_apply, turn.whys.get(key))
             for key, value in turn.scores.items()
         ],
         reward=None if turn.reward is None else decimal(turn.reward),
@@ -183,6 +206,9 @@ def _cell(
     )
 
 
-def _score(name: str, value: float | None, scale: float, applies: bool) -> ScoreBar:
+def _score(
+    name: str, value: float | None, scale: float, applies: bool, why: str | None
+) -> ScoreBar:
     percent = None if value is None else 100 * min(max(value / scale, 0.0), 1.0)
-    return ScoreBar(name, decimal(value) if applies else "does not apply", percent)
+    text = decimal(value) if applies else "does not apply"
+    return ScoreBar(name, text, percent, Why.of(why))

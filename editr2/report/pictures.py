@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from editr2.report.data import plural
@@ -52,17 +53,11 @@ class Pictures:
         kind = "png"
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            side = max(image.size)
-            # A whole number of screen pixels for each image pixel keeps small worlds even: 24 px →
-            # 192 px.
-            small = side <= 96
-            width = image.width * max(1, 192 // side) if small else min(image.width, 320)
+            size, side = image.size, max(image.size)
             if side > self.max_pixels or image.format != "PNG" or len(data) > PNG_BYTES:
                 data, kind = _smaller(image, self.max_pixels)
                 self.reduced += side > self.max_pixels or kind != "png"
-        return Picture(
-            f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii"), width, small
-        )
+        return _picture(data, kind, size)
 
     def notes(self) -> list[str]:
         notes = []
@@ -78,6 +73,23 @@ class Pictures:
                 "strips/."
             )
         return notes
+
+
+def picture_of(pixels: np.ndarray, max_pixels: int) -> Picture:
+    """Of uint8 [H, W, 3], at most `max_pixels` on the long side."""
+    image = Image.fromarray(pixels)
+    return _picture(*_smaller(image, max_pixels), image.size)
+
+
+def _picture(data: bytes, kind: str, size: tuple[int, int]) -> Picture:
+    """size: (width, height) before it was made smaller."""
+    # A whole number of screen pixels for each image pixel keeps small worlds even: 24 px → 192 px.
+    side = max(size)
+    small = side <= 96
+    width = size[0] * max(1, 192 // side) if small else min(size[0], 320)
+    return Picture(
+        f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii"), width, small
+    )
 
 
 def _smaller(image: Image.Image, max_pixels: int) -> tuple[bytes, str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from editr2.report.intervals import Interval, interval
 from editr2.reproduce.arms import TURNS, start_of
-from editr2.reproduce.intervals import Interval, interval
 from editr2.reproduce.rows import Result
 
 EDIT_R2, MT_EDITFLOW, OURS = "Edit-R2", "MT-EditFlow", "ours"

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from editr2.errors import ConfigError
+from editr2.report.intervals import COVERAGE, RESAMPLES, Interval, interval
 from editr2.reproduce.arms import ARMS, TURNS, Arm, Settings
 from editr2.reproduce.claims import CLAIMS, Finding, find
-from editr2.reproduce.intervals import COVERAGE, RESAMPLES, Interval, interval
 from editr2.reproduce.plots import Difference, Series, forest, lines_by_turn
 from editr2.reproduce.rows import FILE, Result, read_rows, results, shared_settings
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import escape
 
 from editr2.report.charts import label, ticks, value_range
-from editr2.reproduce.intervals import Interval
+from editr2.report.intervals import Interval
 
 LIGHT = ("#0067ad", "#c2500f", "#007a5a", "#9b3d86", "#6f6a00", "#5b6470")
 DARK = ("#6db6f2", "#f29a5b", "#4fc7a1", "#dd92cb", "#cfc44a", "#a9b3bf")

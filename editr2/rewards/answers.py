@@ -104,7 +104,7 @@ def _score(said: object, none: Score) -> Score:
         return none
     try:
         if isinstance(said, Score):  # once more: frozen is a request
-            return Score(said.value, said.reason, said.applies)
+            return Score(said.value, said.reason, said.applies, said.votes)
         return Score(said)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         return Score(None, str(error).removeprefix("Score: "))

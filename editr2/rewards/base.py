@@ -10,7 +10,7 @@ from __future__ import annotations
 import numbers
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -72,12 +72,14 @@ class Score:
     "why")`: it could not be judged (masked, counted as failed, and too many stop the run);
     `Score.not_applicable()`: there is nothing to judge, such as consistency with nothing left to
     compare (the turn's other scores have its weight; counted apart, and never a failure).
+    votes: what the value is the mean of, where a judge was asked several times; shown, not used.
     Raises TypeError or ValueError for anything else.
     """
 
     value: float | None
     reason: str | None = None
     applies: bool = True
+    votes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.reason is not None and not isinstance(self.reason, str):
@@ -88,9 +90,13 @@ class Score:
             )
         if self.value is None and self.applies and not (self.reason or "").strip():
             raise ValueError("Score: a missing value needs a reason")
-        if self.value is not None:
+        if not isinstance(self.votes, tuple | list):
+            raise TypeError(f"Score: votes: {described(self.votes)} (accepted: a tuple)")
+        if self.votes or self.value is not None:
             try:
-                object.__setattr__(self, "value", as_number(self.value))
+                object.__setattr__(self, "votes", tuple(as_number(vote) for vote in self.votes))
+                if self.value is not None:
+                    object.__setattr__(self, "value", as_number(self.value))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Score: {error}") from None
 
@@ -157,7 +163,12 @@ class Reward(Protocol):
       keeping, so its answers are not recorded;
     - `estimate(items)`: of rollouts so far, a bool each, whether what follows is not worth making;
       asked with `rollout.prune: estimate` alone, on the main thread;
+    - `calls_a_turn = x`: requests to a server that a turn takes, for estimates;
     - `version`: changes with its numbers; `facts`: a dict of what a run's record says of it;
+    - `lacks(session)`: what a session does not have, so that a score does not apply to it, or None;
+      looks at no image. Said once before the run;
+    - `take()` and `lend()`: called before a batch of rollouts is judged and after the last one is
+      scored, for models on the trainer's GPU;
     - `probe()`: called once before anything is judged; raises `UserError` for what cannot work and
       returns lines on what works less well.
     """
@@ -192,7 +203,8 @@ class Scores:
     the turns that the sessions have, whatever was returned. reasons: why turns failed, by (rollout,
     turn), naming rewards, session and turn. states: int8
     [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE, FAILED or, of turns that were
-    left out of the rollout (`rollout.prune`), PRUNED; none: whatever is missing failed."""
+    left out of the rollout (`rollout.prune`), PRUNED; none: whatever is
+    missing failed. whys: what rewards said of scores that did not fail, by (rollout, turn, k)."""
 
     names: tuple[str, ...]
     values: Tensor
@@ -200,6 +212,7 @@ class Scores:
     expected: Tensor
     reasons: dict[tuple[int, int], str]
     states: Tensor | None = None
+    whys: dict[tuple[int, int, int], str] = field(default_factory=dict)
 
     def of_state(self, state: int) -> Tensor:
         """bool [N, T, K]: the scores of turns that exist which are in `state`."""
@@ -243,9 +256,10 @@ class Scores:
 
 def merge_scores(parts: Sequence[Scores]) -> Scores:
     """Scores of consecutive rollouts as one."""
-    reasons, offset = {}, 0
+    reasons, whys, offset = {}, {}, 0
     for part in parts:
         reasons.update({(i + offset, t): reason for (i, t), reason in part.reasons.items()})
+        whys.update({(i + offset, t, k): why for (i, t, k), why in part.whys.items()})
         offset += len(part.values)
     states = [p.states for p in parts if p.states is not None]
     return Scores(
@@ -255,6 +269,7 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
         torch.cat([p.expected for p in parts]),
         reasons,
         torch.cat(states) if len(states) == len(parts) else None,
+        whys,
     )
 
 
@@ -269,6 +284,7 @@ def lay_out(
     shape = (len(sessions), turns, len(names))
     values, states = torch.zeros(shape), torch.zeros(shape, dtype=torch.int8)
     expected, reasons = torch.zeros(shape[:2], dtype=torch.bool), {}
+    whys = {}
     for i, (session, rows) in enumerate(zip(sessions, said, strict=True)):
         for t, row in enumerate(rows):
             expected[i, t] = True
@@ -277,12 +293,24 @@ def lay_out(
                     values[i, t, k] = score.value
                 else:
                     states[i, t, k] = FAILED if score.failed else NOT_APPLICABLE
+                if score.reason and not score.failed:
+                    whys[i, t, k] = shortened(score.reason)
             if (states[i, t] == FAILED).any():
                 reasons[i, t] = _failure(row, session.id, t)
         left_out = slice(len(rows), len(session.turns))
         expected[i, left_out], states[i, left_out] = True, PRUNED
     present = expected & (states != FAILED).all(-1) & (states == ANSWERED).any(-1)
-    return Scores(names, values * present[..., None], present, expected, reasons, states)
+    return Scores(names, values * present[..., None], present, expected, reasons, states, whys)
+
+
+LONGEST_WHY = 1000
+"""Characters of a judge's own words that are kept of a score."""
+
+
+def shortened(reason: str) -> str:
+    """In one line of printable characters, at most `LONGEST_WHY` of them."""
+    text = plain(reason)
+    return text if len(text) <= LONGEST_WHY else text[: LONGEST_WHY - 3] + "..."
 
 
 def _failure(row: dict[str, Score], session: str, turn: int) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -79,6 +80,11 @@ class CheckedReward:
         self._tries = 1 + (0 if own else calls.retries or 0)
 
     @property
+    def calls_a_turn(self) -> float | None:
+        """Requests that a turn takes, where the reward says so."""
+        return getattr(self.given, "calls_a_turn", None)
+
+    @property
     def facts(self) -> dict[str, str]:
         """What a run's record says of it."""
         return {str(k): str(v) for k, v in getattr(self.given, "facts", {}).items()}
@@ -108,6 +114,18 @@ class CheckedReward:
                 f"an item)"
             )
         return [bool(x) for x in said]
+
+    def lacking(self, sessions: Sequence[Session], what: str) -> str | None:
+        """How many of the sessions lack what it judges by, where it says so (`lacks`). what: they
+        are called."""
+        lacks = getattr(self.given, "lacks", None)
+        if lacks is None:
+            return None
+        said = [(session.id, lack) for session in sessions if (lack := lacks(session))]
+        if not said:
+            return None
+        first, lack = said[0]
+        return f"{len(said)} of {len(sessions)} {what} lack something; {first}: {plain(str(lack))}"
 
     def calls(self, items: Sequence[Item]) -> list[list[Item]]:
         """The items, as they are asked about together."""
@@ -180,7 +198,10 @@ def _item_parts(item: Item) -> Any:
 
 
 def _written(row: TurnScores) -> list[Any]:
-    return [[score.value, score.reason, score.applies] for score in row.values()]
+    return [
+        [score.value, score.reason, score.applies, *([list(score.votes)] if score.votes else [])]
+        for score in row.values()
+    ]
 
 
 def _kept(row: Sequence[Sequence[Any]], names: Sequence[str]) -> TurnScores:
@@ -215,6 +236,20 @@ class Panel:
         """A row for every turn that is asked about, of every item."""
         return joined([member.judge(items, self.record) for member in self.members])
 
+    def lend(self) -> None:
+        """Models of rewards that look on the trainer's GPU leave it until `take`."""
+        self._tell("lend")
+
+    def take(self) -> None:
+        """And come back to it."""
+        self._tell("take")
+
+    def _tell(self, method: str) -> None:
+        for member in self.members:
+            function = getattr(member.given, method, None)
+            if callable(function):
+                _guarded(function, f"{member.title}: {method}()")
+
     def probe(self) -> list[str]:
         """What each says of itself before anything is judged; raises its `UserError`."""
         return [
@@ -223,9 +258,29 @@ class Panel:
             for line in _guarded(member.probe, f"{member.title}: probe()")
         ]
 
+    def lacking(self, sessions: Sequence[Session], what: str = "sessions") -> list[str]:
+        """What each says of sessions that it has nothing to judge by; raises `ConfigError` where
+        its own code raises."""
+        return [
+            f"{member.title}: {line}"
+            for member in self.members
+            if (
+                line := _guarded(
+                    partial(member.lacking, sessions, what), f"{member.title}: lacks()"
+                )
+            )
+        ]
+
     @property
     def facts(self) -> dict[str, str]:
-        return {name: text for member in self.members for name, text in member.facts.items()}
+        """What they say of themselves; of several, behind the names of whose scores it is."""
+        if len(self.members) == 1:
+            return self.members[0].facts
+        return {
+            f"{', '.join(member.names)}: {name}": text
+            for member in self.members
+            for name, text in member.facts.items()
+        }
 
 
 def _guarded(function: Callable[[], T], title: str) -> T:

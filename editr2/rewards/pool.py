@@ -35,12 +35,21 @@ class Pool:
     def __init__(self, panel: Panel) -> None:
         self.panel = panel
         self._threads: dict[int, ThreadPool] = {}
+        self._open = 0  # batches that are not scored yet
 
     def judging(self, *, turnwise: bool = False, **where: Any) -> Judging:
         """Of a batch of rollouts. turnwise: every reward is asked turn by turn, on the calling
         thread where it has no other, since rollouts are to end by what is said. where: what its
         lines on the record say, such as `purpose` and `iteration`."""
+        self.panel.take()
+        self._open += 1
         return Judging(self, where, turnwise)
+
+    def done(self) -> None:
+        """Of a batch: its scores are there. After the last, models leave the trainer's GPU."""
+        self._open -= 1
+        if not self._open:
+            self.panel.lend()
 
     def submit(self, place: int, call: Sequence[Item], where: Mapping[str, Any]) -> _Asked:
         """Asks the reward at a place of the panel about the items, in a thread."""
@@ -110,6 +119,11 @@ class Judging:
 
     def scores(self, turns: int) -> Scores:
         """Of all rollouts, once every answer is there; `turns` is the width T."""
+        sessions = [item.session for item in self._items]
+        return lay_out(self._pool.panel.names, sessions, self.answers(), turns)
+
+    def answers(self) -> list[list[TurnScores]]:
+        """Of every rollout a row for each of its turns, once every answer is there."""
         panel = self._pool.panel
         rows: list[list[TurnScores]] = [[{} for _ in item.asked] for item in self._items]
         places = {item.rollout: n for n, item in enumerate(self._items)}
@@ -127,8 +141,7 @@ class Judging:
                 for item, of_item in zip(call, answers, strict=True):
                     for turn, row in zip(item.asked, of_item, strict=True):
                         rows[places[item.rollout]][turn] |= row
-        ordered = [[{name: row[name] for name in panel.names} for row in of] for of in rows]
-        return lay_out(panel.names, [item.session for item in self._items], ordered, turns)
+        return [[{name: row[name] for name in panel.names} for row in of] for of in rows]
 
     def _submit(self, place: int, items: Sequence[Item]) -> list[_Asked]:
         member = self._pool.panel.members[place]

@@ -11,6 +11,14 @@ WORLD = "world"
 
 REWARDS: dict[str, str] = {
     WORLD: "editr2.rewards.world:WorldReward",
+    "pixels": "editr2.rewards.pixels:Pixels",
     "brightness": "editr2.rewards.brightness:Brightness",
+    "edit-r2": "editr2.rewards.edit_r2:EditR2",
+    "edival": "editr2.rewards.edival:Edival",
+    "pku": "editr2.rewards.pku:Pku",
+    "editscore": "editr2.rewards.editscore:EditScore",
+    "viescore": "editr2.rewards.viescore:VieScore",
+    "unifiedreward": "editr2.rewards.unifiedreward:UnifiedReward",
+    "rational": "editr2.rewards.rational:Rational",
 }
 """Name -> `package.module:name`."""

@@ -243,8 +243,8 @@ def evaluate(
         judged.append(Judged(judging, seeds, mine.start))
 
     def decoded(chunk: Chunk, turn: int) -> None:
-        for each in judged:
-            each.decoded(chunk, turn)
+        for one in judged:
+            one.decoded(chunk, turn)
 
     tokens = config.eval.intent_tokens or config.policy.intent_tokens
     options = dataclasses.replace(config.policy, intent_tokens=tokens)
@@ -262,8 +262,8 @@ def evaluate(
             greedy=True,
             decoded=decoded,
         )
-        for each in judged:
-            each.done(chunk)
+        for one in judged:
+            one.done(chunk)
         done.append(chunk)
     processes.lend()
     known = [
@@ -274,7 +274,7 @@ def evaluate(
         if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
     drifts = [_drifts(chunk, turns) for chunk in done]
-    parts = processes.gather([([each.scores(turns) for each in judged], known, drifts)])
+    parts = processes.gather([([one.scores(turns) for one in judged], known, drifts)])
     scores, *others = (merge_scores(each) for each in zip(*(p[0] for p in parts), strict=True))
     check_failures(scores, limit)
     with _said_of("eval.reward"):
@@ -426,6 +426,7 @@ def _write_strips(
                         for n, (counts, v) in zip(scores.names, values, strict=True)
                     },
                     **({"does_not_apply": silent} if silent else {}),
+                    **({"why": why} if (why := _whys(scores, row, t)) else {}),
                     "reward": None if math.isnan(value) else value,
                     "advantage": float(credit.advantage[row, t]),
                     "reason": scores.reasons.get((row, t))
@@ -442,6 +443,12 @@ def _write_strips(
             }
         )
     _write(folder, name, strips)
+
+
+def _whys(scores: Scores, row: int, turn: int) -> dict[str, str]:
+    """What the rewards said of a turn's scores, by name, of those that said anything."""
+    found = {n: scores.whys.get((row, turn, k)) for k, n in enumerate(scores.names)}
+    return {name: why for name, why in found.items() if why}
 
 
 def _clear(folder: Path, name: str) -> None:

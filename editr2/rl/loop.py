@@ -254,10 +254,13 @@ class _Loop:
         own connection, and the first speaks for all."""
         panels = [self.reward, *([] if self.apart is None else [self.apart.panel])]
         try:
-            said: tuple[list[str], UserError | None] = (
-                [line for panel in panels for line in panel.probe()],
-                None,
-            )
+            notes = [line for panel in panels for line in panel.probe()]
+            for panel in panels:
+                if panel is self.reward:
+                    notes += panel.lacking(self.source.sessions or ())
+                if not self.source.heldout_is_training or panel is not self.reward:
+                    notes += panel.lacking(self.source.heldout, "held-out sessions")
+            said: tuple[list[str], UserError | None] = (notes, None)
         except UserError as error:
             said = ([], error)
         everyone = self.processes.gather([said])

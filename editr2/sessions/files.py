@@ -128,9 +128,10 @@ def survey(
     size: Size | None = None,
     resize: str = "no",
     unreadable: Unreadable | None = None,
+    each: Callable[[Session], object] | None = None,
 ) -> Survey:
-    """Reads a whole set, images too, and keeps none of it. Arguments as in `load_sessions`; raises
-    for none of what is wrong with the set."""
+    """Reads a whole set, images too, and keeps none of it. Arguments as in `load_sessions`; `each`
+    is shown every session that has no problems. Raises for none of what is wrong with the set."""
     result = Survey()
     try:
         for item in scan(path, size=size, resize=resize, unreadable=unreadable):
@@ -140,6 +141,8 @@ def survey(
             result.turns[len(item.turns)] += 1
             result.sizes[item.image.shape[:2]] += 1
             result.modes[item.mode] += 1
+            if each is not None:
+                each(item)
     except DataError as error:
         result.problems.append(str(error))
     return result

@@ -45,14 +45,14 @@ def open_sessions(
     evaluation: EvalConfig,
     *,
     seed: int,
-    size: Size,
+    size: Size | None,
     unreadable: Unreadable | None = None,
 ) -> SessionSource:
     """Reads and checks every session file before anything is trained.
 
-    size, unreadable: of the policy, its images' (height, width) and what it cannot make of
-    instructions; see `load_sessions`. Images are of that size from here on (`data.resize`), for the
-    policy and for whoever judges.
+    size, unreadable: of the policy, its images' (height, width), None for any, and what it cannot
+    make of instructions; see `load_sessions`. Images are of that size from here on (`data.resize`),
+    for the policy and for whoever judges.
 
     Raises `DataError` with file and line.
     """

@@ -1,4 +1,5 @@
-"""Means with 95 % intervals over training seeds and held-out sessions, by a crossed bootstrap.
+"""Means with 95 % intervals over training seeds and held-out sessions, by a crossed bootstrap, and
+the draws of sessions alone for what is no mean.
 
 Every resample draws seeds with replacement, draws sessions with replacement *once for all seeds*
 (they are the same sessions), and takes the mean over the drawn seeds of the mean over the drawn
@@ -45,6 +46,11 @@ def _weights(seeds: int, sessions: int, resamples: int) -> tuple[np.ndarray, np.
     counts = rng.multinomial(sessions, np.full(sessions, 1 / sessions), size=resamples)
     weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     return weights, counts.astype(np.float64)
+
+
+def session_counts(sessions: int, resamples: int) -> np.ndarray:
+    """How often every session was drawn, float64 [resamples, sessions], the same at every call."""
+    return _weights(1, sessions, resamples)[1]
 
 
 def interval(values_SN: np.ndarray, resamples: int = RESAMPLES) -> Interval | None:

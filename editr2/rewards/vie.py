@@ -1,0 +1,163 @@
+"""What VIEScore, EditScore and UnifiedReward-Edit have in common: two questions, each answered by a
+list of two numbers from 0 to `HIGH` in an object of JSON.
+
+SC, source of the turn and output: the smaller of how far the edit was done and how well the rest
+was kept. PQ, the output alone: the smaller of how natural and how free of faults it is. Both are
+divided by `HIGH`. O = √(SC · PQ): of several passes, the mean over all pairs of one pass of each,
+which is the mean of √SC times that of √PQ (as released, the k-th goes with the k-th).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from editr2.config.fields import Bounds, setting
+from editr2.rewards.ask import Asker, Asking, Verdict
+from editr2.rewards.base import Calls, Item, Score
+from editr2.rewards.client import Client, Server
+from editr2.rewards.object_edits import scores_among
+from editr2.rewards.reading import numbers
+from editr2.rewards.record import Record
+from editr2.rewards.wording import Place, prompts_of
+
+SCORES = ("SC", "PQ", "O")
+
+
+@dataclass(frozen=True, repr=False)
+class VieOptions(Server, Asking):
+    """Options of rewards of this form; see `Server` and `Asking` for the rest.
+
+    Args:
+        scores: which of SC, PQ and O. Both questions are asked for O.
+        ask: the judge always gives its reasons.
+        answers: and is always read as text.
+        votes: passes of each question.
+        prompts: in place of ours: a folder, a file, or a checkout of the published project; none:
+            ours.
+        released: pair the passes as the release does, so that one that cannot be read is a failure
+            of O.
+    """
+
+    scores: tuple[str, ...] = scores_among(*SCORES, default=("O",))
+    ask: Literal["think"] = "think"
+    answers: Literal["votes"] = "votes"
+    votes: int = setting(1, Bounds(at_least=1, at_most=64))
+    temperature: float = setting(0.0, Bounds(at_least=0, at_most=2))
+    prompts: str | None = None
+    released: bool = False
+
+
+class VieReward:
+    """A reward is a class of this with its own numbers. asker: in place of the one that the options
+    name."""
+
+    by_turn = True
+    concurrency = 16
+    batch = 1
+    calls_a_turn = 2
+
+    HIGH: ClassVar[int]
+    PLACES: ClassVar[Mapping[str, Place]]
+    VERSION: ClassVar[str] = "1"
+
+    def __init__(
+        self,
+        options: Any,
+        calls: Calls | None = None,
+        record: Record | None = None,
+        *,
+        asker: Asker | None = None,
+    ) -> None:
+        self.options = options
+        self.names: tuple[str, ...] = tuple(options.scores)
+        self.prompts = prompts_of("vie", options.prompts, places=self.PLACES)
+        self.asker = asker or Asker(Client(options, calls, record), options)
+
+    @property
+    def version(self) -> str:
+        """Changes with the words and the judge."""
+        return f"{self.VERSION} {self.prompts.digest} {self.options.model or ''}"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {**self.asker.facts, **self.prompts.facts, "scale": f"0 to {self.HIGH}, over it"}
+
+    def probe(self) -> list[str]:
+        return self.asker.probe(images=2, schema=True, votes=True)
+
+    def judge(self, items: Sequence[Item]) -> list[list[dict[str, Score]]]:
+        return [[self._turn(item, turn) for turn in item.asked] for item in items]
+
+    def _turn(self, item: Item, turn: int) -> dict[str, Score]:
+        before, after = item.before(turn), item.images[turn]
+        asked = {
+            "SC": ("sc", (before, after)),
+            "PQ": ("pq", (after,)),
+        }
+        said: dict[str, Score] = {}
+        for name, (prompt, images) in asked.items():
+            if name in self.names or "O" in self.names:
+                instruction = item.session.turns[turn].instruction
+                said[name] = self._smaller(prompt, images, instruction, item.seed, name, turn)
+        if "O" in self.names:
+            said["O"] = self._overall(said["SC"], said["PQ"])
+        return {name: said[name] for name in self.names}
+
+    def _smaller(
+        self,
+        prompt: str,
+        images: Sequence[np.ndarray],
+        instruction: str,
+        seed: int,
+        name: str,
+        turn: int,
+    ) -> Verdict:
+        """Of every pass the smaller number, and their mean."""
+        text, _ = self.prompts(prompt, instruction=instruction, high=self.HIGH)
+        both = self.asker.json(
+            text,
+            images,
+            {"score": [numbers(0, self.HIGH)] * 2},
+            seed=seed,
+            name=name,
+            turn=turn,
+            reason="reasoning",
+        )
+        first, second = both["score[0]"], both["score[1]"]
+        if first.value is None or second.value is None:
+            return first
+        votes = tuple(map(min, zip(first.votes, second.votes, strict=True)))
+        mean = math.fsum(votes) / len(votes)
+        return Verdict(mean, first.reason, by=first.by, votes=votes, asked=first.asked)
+
+    def _overall(self, sc: Score, pq: Score) -> Score:
+        for name, one in (("SC", sc), ("PQ", pq)):
+            if one.value is None:
+                return Score(None, f"{name}: {one.reason}")
+        assert isinstance(sc, Verdict) and isinstance(pq, Verdict)
+        reason = f"SC {sc.value:.3f}, PQ {pq.value:.3f}; {sc.reason}"
+        if not self.options.released:
+            roots = [math.fsum(map(math.sqrt, one.votes)) / len(one.votes) for one in (sc, pq)]
+            return Score(roots[0] * roots[1], reason)
+        if len(sc.votes) < sc.asked or len(pq.votes) < pq.asked:
+            few = f"{len(sc.votes)} and {len(pq.votes)} of {sc.asked} passes could be read"
+            return Score(None, f"{few} (released: they are paired)")
+        paired = [math.sqrt(a * b) for a, b in zip(sc.votes, pq.votes, strict=True)]
+        return Score(math.fsum(paired) / len(paired), reason)
+
+
+def vie_places(
+    file: str, context: str, swaps: tuple[tuple[str, str], ...] = ()
+) -> dict[str, Place]:
+    """Of a module that is generated from VIEScore's prompts."""
+    edit = ("_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC")
+    fields = {"<instruction>": "instruction"}
+    return {
+        "sc": Place(file, (context, *edit), fields=fields, doubled=False, swaps=swaps),
+        "pq": Place(file, (context, "_prompts_0shot_rule_PQ"), doubled=False, swaps=swaps),
+    }
