@@ -123,6 +123,34 @@ def _waterfall(page: Page, case: Sequence[Row]) -> None:
     page.plot(name, "Seconds of an iteration by plan and phase", draw, (8.2, 0.42 * len(case) + 1))
 
 
+def pruning(page: Page) -> None:
+    for case in cases(page.of(["pruning"])).values():
+        groups, siblings, turns = case[0].shape
+        page.add(
+            f"## Later turns left out (`rollout.prune`), {groups} groups of {siblings}, {turns} "
+            f"turns",
+            "",
+            f"{case[0].mode}; {where(case[0])}. *filter* does not roll out what the filter leaves "
+            f"untrained; advantages are the same, and the gradient differs by *max error* of its "
+            f"largest entry.",
+            "",
+        )
+        page.table(
+            ("", "ms", "rollouts denoised, over turns", "rollout, s", "loss, s", "max error"),
+            (
+                (
+                    f"**{row.provider}**" if row.ours else row.provider.removeprefix("peer: "),
+                    f"{number(row.p50_ms)} ({number(row.p20_ms)}–{number(row.p80_ms)})",
+                    str(row.extra.get("denoised_rollouts")),
+                    number(_phases(row).get("rollout")),
+                    number(_phases(row).get("loss")),
+                    "" if row.max_error is None else f"{row.max_error:.0e}",
+                )
+                for row in case
+            ),
+        )
+
+
 def real_peers(page: Page) -> None:
     rows = page.of(["real_peer"])
     if not rows:
@@ -442,6 +470,7 @@ def sessions(page: Page) -> None:
 
 SECTIONS: list[Callable[[Page], None]] = [
     iteration,
+    pruning,
     judged,
     real_peers,
     transformers,

@@ -131,7 +131,7 @@ def understood(monkeypatch):
     """Runs a command up to where work would begin, and gives what it was understood as."""
     from editr2.check.devices import find_device
     from editr2.cli import settings
-    from editr2.rewards.load import load_reward
+    from editr2.rewards.load import load_eval_reward, load_reward
     from editr2.rl.rules import check_run
     from editr2.sessions.importers import FORMATS
 
@@ -146,12 +146,14 @@ def understood(monkeypatch):
 
     def planned(config, gpu="h100", processes_=1, **_):
         find_device(gpu)
+        apart = load_eval_reward(config.eval)
         check_run(
             config,
             load_reward(config.reward).names,
             None,
             cannot_pack=None,
             processes=max(processes),
+            apart=apart.names if apart else (),
         )
         raise Enough
 

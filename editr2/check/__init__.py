@@ -31,7 +31,7 @@ from editr2.policies.base import ReadingPolicy
 from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
-from editr2.rl.rules import run_problems
+from editr2.rl.rules import check_pruning, run_problems
 from editr2.rl.sampler import eval_sampler, rollout_sampler
 from editr2.rl.sessions import sessions_for
 from editr2.sessions import validate
@@ -92,6 +92,8 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         command="check",
         apart=apart.names if apart else (),
     )
+    if reward:
+        found(lambda: check_pruning(config, reward))
     found(
         lambda: check_capture(config.rollout.capture, torch.device("cuda" if device.gpu else "cpu"))
     )

@@ -116,6 +116,16 @@ def _replay(config: Config, command: str) -> Iterator[str]:
 
 
 @rule(*TRAINS)
+def _prune(config: Config, command: str) -> Iterator[str]:
+    prune = config.rollout.prune
+    if prune != "off" and config.policy.shard:
+        yield (
+            f"rollout.prune: {prune} (accepted with policy.shard: off; processes that gather "
+            f"weights have to make equally many steps)"
+        )
+
+
+@rule(*TRAINS)
 def _stop_after(config: Config, command: str) -> Iterator[str]:
     stop, needs = config.train.stop_after, {}
     if stop is not None:

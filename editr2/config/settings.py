@@ -266,6 +266,9 @@ class RolloutConfig:
         groups_per_batch: groups that go through the model together, in rollout and in training.
         ahead: make the next rollout while this one is judged: it comes from weights that are one
             update older than those that learn from it (not across a checkpoint).
+        prune: later turns that are not rolled out (docs/rewards.md): off, filter (those behind an
+            IF of 0, which the filter leaves untrained: the gradient is that of off) or estimate
+            (where a reward's own estimate says so, which is biased).
         capture: how a denoising step runs: off (plain calls), compile (torch.compile of velocity
             and step in one; sizes that change become symbols) or graph (a CUDA graph for each
             shape).
@@ -286,6 +289,7 @@ class RolloutConfig:
     store_dtype: Literal["float32", "bfloat16"] = "float32"
     groups_per_batch: int = setting(6, COUNT)
     ahead: bool = False
+    prune: Literal["off", "filter", "estimate"] = "off"
     capture: Literal["off", "compile", "graph"] = "off"
 
 

@@ -161,6 +161,8 @@ class Reward(Protocol):
     - `batch = n`: a call asks about at most n items;
     - `exact = True`: equal images always score the same, and asking again costs nothing worth
       keeping, so its answers are not recorded;
+    - `estimate(items)`: of rollouts so far, a bool each, whether what follows is not worth making;
+      asked with `rollout.prune: estimate` alone, on the main thread;
     - `calls_a_turn = x`: requests to a server that a turn takes, for estimates;
     - `version`: changes with its numbers; `facts`: a dict of what a run's record says of it;
     - `lacks(session)`: what a session does not have, so that a score does not apply to it, or None;
@@ -191,7 +193,7 @@ GivenReward = Reward | SessionReward | Callable[..., Any]
 """What a user may give: docs/rewards.md lists the forms, `editr2.rewards.adapt` tells them
 apart."""
 
-ANSWERED, NOT_APPLICABLE, FAILED = 0, 1, 2
+ANSWERED, NOT_APPLICABLE, FAILED, PRUNED = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ class Scores:
     which no score failed and to which at least one reward applies. expected: bool [N, T],
     the turns that the sessions have, whatever was returned. reasons: why turns failed, by (rollout,
     turn), naming rewards, session and turn. states: int8
-    [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE or FAILED; none: whatever is
+    [N, T, K], ANSWERED (also where there is no turn), NOT_APPLICABLE, FAILED or, of turns that were
+    left out of the rollout (`rollout.prune`), PRUNED; none: whatever is
     missing failed. whys: what rewards said of scores that did not fail, by (rollout, turn, k)."""
 
     names: tuple[str, ...]
@@ -227,8 +230,14 @@ class Scores:
 
     @property
     def unfailed(self) -> Tensor:
-        """bool [N, T]: the turns of the sessions of which no score failed."""
-        return self.expected & ~self.of_state(FAILED).any(-1)
+        """bool [N, T]: the turns of the sessions that were rolled out and of which no score
+        failed."""
+        return self.expected & ~(self.of_state(FAILED) | self.of_state(PRUNED)).any(-1)
+
+    @property
+    def pruned(self) -> Tensor:
+        """bool [N, T]: the turns that were left out of the rollout."""
+        return self.of_state(PRUNED).any(-1)
 
     @property
     def failed(self) -> int:
@@ -270,7 +279,8 @@ def lay_out(
     said: Sequence[Sequence[dict[str, Score]]],
     turns: int,
 ) -> Scores:
-    """Well-formed answers, a row a turn of every session, as a batch; `turns` is its width T."""
+    """Well-formed answers, a row a turn of every session, as a batch; `turns` is its width T. Turns
+    of a session behind its rows were left out of its rollout."""
     shape = (len(sessions), turns, len(names))
     values, states = torch.zeros(shape), torch.zeros(shape, dtype=torch.int8)
     expected, reasons = torch.zeros(shape[:2], dtype=torch.bool), {}
@@ -287,6 +297,8 @@ def lay_out(
                     whys[i, t, k] = shortened(score.reason)
             if (states[i, t] == FAILED).any():
                 reasons[i, t] = _failure(row, session.id, t)
+        left_out = slice(len(rows), len(session.turns))
+        expected[i, left_out], states[i, left_out] = True, PRUNED
     present = expected & (states != FAILED).all(-1) & (states == ANSWERED).any(-1)
     return Scores(names, values * present[..., None], present, expected, reasons, states, whys)
 
@@ -327,7 +339,7 @@ def check_failures(scores: Scores, limit: float) -> None:
     """Stops the run when one of the rewards failed on more than `limit` (a fraction) of the turns
     it applies to."""
     failures, skipped = scores.of_state(FAILED), scores.of_state(NOT_APPLICABLE)
-    turns = int(scores.expected.sum())
+    turns = int((scores.expected & ~scores.pruned).sum())
     for k, name in enumerate(scores.names):
         failed = int(failures[..., k].sum())
         asked = max(turns - int(skipped[..., k].sum()), min(turns, FEWEST))

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+
 from editr2.errors import ConfigError, UserError, plain
 from editr2.rewards.answers import TurnScores, batch_scores, failed_turns, session_scores
-from editr2.rewards.base import Calls, Item, Score
+from editr2.rewards.base import Calls, Item, Score, described
 from editr2.rewards.calling import (
     OURS,
     Caller,
@@ -92,6 +94,26 @@ class CheckedReward:
         cannot work at all."""
         probe = getattr(self.given, "probe", None)
         return [] if probe is None else [plain(str(line)) for line in probe()]
+
+    @property
+    def estimates(self) -> bool:
+        """Whether it has an `estimate`."""
+        return callable(getattr(self.given, "estimate", None))
+
+    def estimate(self, items: Sequence[Item]) -> list[bool]:
+        """Of rollouts so far, whether what follows is not worth making; False of one that has no
+        `estimate`. Raises `ConfigError` for anything but a truth value an item."""
+        if not self.estimates:
+            return [False] * len(items)
+        mine = [item._replace(session=_apart(item.session)) for item in items]
+        title = f"{self.title}: estimate()"
+        said = _guarded(lambda: list(self.given.estimate(mine)), title)  # type: ignore[attr-defined]
+        if len(said) != len(items) or not all(isinstance(x, bool | np.bool_) for x in said):
+            raise ConfigError(
+                f"{title} gave {described(said)} (accepted: a list of {len(items)}, True or False "
+                f"an item)"
+            )
+        return [bool(x) for x in said]
 
     def lacking(self, sessions: Sequence[Session], what: str) -> str | None:
         """How many of the sessions lack what it judges by, where it says so (`lacks`). what: they

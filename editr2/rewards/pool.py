@@ -10,17 +10,22 @@ once: a function that is not made for threads never runs in one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import copy_context
-from multiprocessing.pool import AsyncResult, ThreadPool
+from multiprocessing.pool import ThreadPool
 from typing import Any
+
+import numpy as np
 
 from editr2.rewards.answers import TurnScores
 from editr2.rewards.base import Item, Scores, lay_out
 from editr2.rewards.panel import CheckedReward, Panel
 from editr2.rewards.record import calls_of
 
-_Asked = tuple[list[Item], "AsyncResult[list[list[TurnScores]]]"]
+_Answer = Callable[[], list[list[TurnScores]]]
+"""Waits for what a reward says of the items of a call."""
+
+_Asked = tuple[list[Item], _Answer]
 
 
 class Pool:
@@ -32,12 +37,13 @@ class Pool:
         self._threads: dict[int, ThreadPool] = {}
         self._open = 0  # batches that are not scored yet
 
-    def judging(self, **where: Any) -> Judging:
-        """Of a batch of rollouts. where: what its lines on the record say, such as `purpose` and
-        `iteration`."""
+    def judging(self, *, turnwise: bool = False, **where: Any) -> Judging:
+        """Of a batch of rollouts. turnwise: every reward is asked turn by turn, on the calling
+        thread where it has no other, since rollouts are to end by what is said. where: what its
+        lines on the record say, such as `purpose` and `iteration`."""
         self.panel.take()
         self._open += 1
-        return Judging(self, where)
+        return Judging(self, where, turnwise)
 
     def done(self) -> None:
         """Of a batch: its scores are there. After the last, models leave the trainer's GPU."""
@@ -51,7 +57,7 @@ class Pool:
         if place not in self._threads:
             self._threads[place] = ThreadPool(member.concurrency)
         work = (_answer, member, self.panel, list(call), where)
-        return list(call), self._threads[place].apply_async(copy_context().run, work)
+        return list(call), self._threads[place].apply_async(copy_context().run, work).get
 
 
 def _answer(
@@ -64,23 +70,51 @@ def _answer(
 class Judging:
     """What is asked about one batch of rollouts, and what came back."""
 
-    def __init__(self, pool: Pool, where: Mapping[str, Any]) -> None:
-        self._pool, self._where = pool, where
+    def __init__(self, pool: Pool, where: Mapping[str, Any], turnwise: bool = False) -> None:
+        self._pool, self._where, self._turnwise = pool, where, turnwise
         self._asked: dict[int, list[_Asked]] = {}
+        self._newest: dict[int, list[_Asked]] = {}  # about the turns told of last
         self._items: list[Item] = []
 
     def turn(self, items: Sequence[Item]) -> None:
         """Turns that have just been decoded, one an item (`Item.turns`): of rollouts that
         `rollouts` is told of later."""
+        self._newest = {}
         for place, member in enumerate(self._pool.panel.members):
-            if member.concurrency and member.by_turn:
-                self._submit(place, items)
+            if self._turnwise or (member.concurrency and member.by_turn):
+                self._newest[place] = self._submit(place, items)
+
+    def zero(self, name: str) -> set[int]:
+        """The rollouts, by their place, of which the turn told of last has 0 for a name and no
+        score that failed, once that is known. Only where rewards are asked turn by turn."""
+        members = self._pool.panel.members
+        own = next(place for place, member in enumerate(members) if name in member.names)
+        found = {
+            rollout
+            for rollout, row in _rows_of(self._newest[own])
+            if row[name].value is not None and np.float32(row[name].value) == 0
+        }
+        for asked in self._newest.values():
+            mine = [part for part in asked if found & {item.rollout for item in part[0]}]
+            for rollout, row in _rows_of(mine):
+                if any(score.failed for score in row.values()):
+                    found.discard(rollout)
+        return found
+
+    def given_up(self, items: Sequence[Item]) -> set[int]:
+        """The rollouts, by their place, that a reward's own `estimate` holds to be over."""
+        return {
+            item.rollout
+            for member in self._pool.panel.members
+            for item, over in zip(items, member.estimate(items), strict=True)
+            if over
+        }
 
     def rollouts(self, items: Sequence[Item]) -> None:
         """Whole rollouts, in the order in which they are scored."""
         self._items += items
         for place, member in enumerate(self._pool.panel.members):
-            if member.concurrency and not member.by_turn:
+            if member.concurrency and not (self._turnwise or member.by_turn):
                 self._submit(place, items)
 
     def scores(self, turns: int) -> Scores:
@@ -94,9 +128,9 @@ class Judging:
         rows: list[list[TurnScores]] = [[{} for _ in item.asked] for item in self._items]
         places = {item.rollout: n for n, item in enumerate(self._items)}
         for place, member in enumerate(panel.members):
-            if member.concurrency:
+            if self._turnwise or member.concurrency:
                 asked = self._asked.pop(place, [])
-                said = [(call, answer.get()) for call, answer in asked]
+                said = [(call, answer()) for call, answer in asked]
             else:
                 with calls_of(**self._where):
                     said = [
@@ -109,8 +143,25 @@ class Judging:
                         rows[places[item.rollout]][turn] |= row
         return [[{name: row[name] for name in panel.names} for row in of] for of in rows]
 
-    def _submit(self, place: int, items: Sequence[Item]) -> None:
+    def _submit(self, place: int, items: Sequence[Item]) -> list[_Asked]:
         member = self._pool.panel.members[place]
-        self._asked.setdefault(place, []).extend(
-            self._pool.submit(place, call, self._where) for call in member.calls(list(items))
-        )
+        asked = [
+            self._pool.submit(place, call, self._where)
+            if member.concurrency
+            else self._here(member, call)
+            for call in member.calls(list(items))
+        ]
+        self._asked.setdefault(place, []).extend(asked)
+        return asked
+
+    def _here(self, member: CheckedReward, call: list[Item]) -> _Asked:
+        with calls_of(**self._where):
+            said = member.call(call, self._pool.panel.record)
+        return call, lambda: said
+
+
+def _rows_of(asked: Sequence[_Asked]) -> Iterator[tuple[int, TurnScores]]:
+    """Of calls about a turn each, the place of every rollout with what is said of it."""
+    for call, answer in asked:
+        for item, rows in zip(call, answer(), strict=True):
+            yield from ((item.rollout, row) for row in rows)

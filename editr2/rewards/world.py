@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from editr2.errors import DataError
-from editr2.rewards.base import Score
+from editr2.rewards.base import Item, Score
 from editr2.sessions import Session
 from editr2.worlds import shapes
 
@@ -18,9 +20,16 @@ class WorldReward:
     names = ("IF", "CC", "GA")
     version = shapes.VERSION
     exact = True
+    by_turn = True
+    batch = 1
+
+    def judge(self, items: Sequence[Item]) -> list[list[dict[str, Score]]]:
+        said = (self(item.session, item.images) for item in items)
+        return [[rows[turn] for turn in item.asked] for rows, item in zip(said, items, strict=True)]
 
     def __call__(self, session: Session, images: np.ndarray) -> list[dict[str, Score]]:
-        instructions = [turn.instruction for turn in session.turns]
+        """Of the turns that there are images of."""
+        instructions = [turn.instruction for turn in session.turns[: len(images)]]
         try:
             rows = shapes.verify(session.image, instructions, images)
         except DataError as error:

@@ -171,7 +171,7 @@ def success(scores: Scores) -> Tensor:
     """[N], 1 where every turn of a session is right, NaN where one of those looked at could not be
     scored. GA speaks of all turns so far, so that of the last turn says it; without GA every turn
     needs full marks in every score. A score that does not apply is no objection; NaN where none
-    applies."""
+    applies. A rollout that was left out from some turn on failed there."""
     silent = scores.of_state(NOT_APPLICABLE)
     full = scores.values >= 1 - 1e-6
     if "GA" in scores.names:
@@ -183,7 +183,8 @@ def success(scores: Scores) -> Tensor:
     else:
         right = (full | silent | ~scores.expected[..., None]).all(-1).all(1)
         scored = (scores.unfailed | ~scores.expected).all(1) & scores.present.any(1)
-    return torch.where(scored, right.float(), torch.nan)
+    over = scores.pruned.any(1)
+    return torch.where(scored | over, (right & ~over).float(), torch.nan)
 
 
 FIRST_CALLS = 4
@@ -277,8 +278,8 @@ def evaluate(
     scores, *others = (merge_scores(each) for each in zip(*(p[0] for p in parts), strict=True))
     check_failures(scores, limit)
     with _said_of("eval.reward"):
-        for each in others:
-            check_failures(each, limit)
+        for other_scores in others:
+            check_failures(other_scores, limit)
     rights = [right for part in parts for right in part[1]]
     return Evaluation(
         scores,

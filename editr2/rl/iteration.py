@@ -89,7 +89,8 @@ def roll_out(
     mine, seeds = processes.share(r.sessions), Seeds(config.seed, "train")
     with clock.phase("rollout"), exchanged(state.policy.module, state.old):
         sessions = [source[ordinal] for ordinal in ordinals[mine]]
-        judging = pool.judging(purpose="train", iteration=of)
+        prunes = r.prune != "off"
+        judging = pool.judging(turnwise=prunes, purpose="train", iteration=of)
         judged = Judged(judging, seeds, mine.start * r.siblings)
         done = []
         for chunk in chunks(sessions, ordinals[mine], r.siblings, r.groups_per_batch):
@@ -102,6 +103,7 @@ def roll_out(
                 rollout=r,
                 keep_velocity=loss.keeps_velocity(t),
                 decoded=judged.decoded,
+                goes_on=(lambda chunk, _: judged.goes_on(chunk, r.prune)) if prunes else None,
             )
             judged.done(chunk)
             done.append(chunk)
@@ -173,6 +175,8 @@ def learn(
         clock,
         processes,
     )
+    if r.prune != "off":
+        row["pruned_turns"] = int(scores.pruned.sum())
     state.step_copies(t, iteration_done=True)
     return row
 

@@ -4,13 +4,20 @@ on and whole when it is done."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from editr2.rewards.adapt import panel
 from editr2.rewards.base import GivenReward, Item, Scores
 from editr2.rewards.panel import CheckedReward, Panel
 from editr2.rewards.pool import Judging, Pool
+from editr2.rl.credit import FILTER_REWARD
 from editr2.rl.rollout import Chunk, Seeds
 from editr2.rl.seeds import derive_seed
+
+Prune = Literal["off", "filter", "estimate"]
 
 _POSITIVE = (1 << 63) - 1
 
@@ -24,13 +31,23 @@ class Judged:
 
     def __init__(self, judging: Judging, seeds: Seeds, first: int = 0) -> None:
         self._judging, self._seeds, self._next = judging, seeds, first
-        self._begun = 0
+        self._newest: list[Item] = []
 
     def decoded(self, chunk: Chunk, turn: int) -> None:
         """Of the chunk that `done` hears of next."""
-        self._judging.turn(
-            [self._item(chunk, rollout, turn) for rollout in chunk.turns[turn].rollout.tolist()]
-        )
+        self._newest = [
+            self._item(chunk, rollout, turn) for rollout in chunk.turns[turn].rollout.tolist()
+        ]
+        self._judging.turn(self._newest)
+
+    def goes_on(self, chunk: Chunk, how: Prune) -> Tensor:
+        """bool [rollouts of the chunk], once what `rollout.prune` looks at is known of the turn
+        decoded last: False where the later turns are to be left out."""
+        if how == "filter":
+            over = self._judging.zero(FILTER_REWARD)
+        else:
+            over = self._judging.given_up(self._newest)
+        return torch.tensor([self._next + rollout not in over for rollout in range(chunk.rollouts)])
 
     def done(self, chunk: Chunk) -> None:
         self._judging.rollouts([self._item(chunk, rollout) for rollout in range(chunk.rollouts)])
@@ -43,7 +60,9 @@ class Judged:
         ordinal, sibling = chunk.ordinals[rollout // chunk.siblings], rollout % chunk.siblings
         seed = derive_seed(self._seeds.run, self._seeds.purpose, "judge", ordinal, sibling)
         session, images = chunk.session_of(rollout), chunk.images_of(rollout)
-        turns = None if turn is None else (turn,)
+        turns: tuple[int, ...] | None = None if turn is None else (turn,)
+        if turn is None and len(images) < len(session.turns):
+            turns = tuple(range(len(images)))
         return Item(session, images, turns, self._next + rollout, seed & _POSITIVE)
 
 

@@ -30,7 +30,7 @@ from editr2.rl.credit import credit_notes
 from editr2.rl.evaluate import comparison_row, draw_strips, evaluate, first_answer
 from editr2.rl.iteration import Rolled, learn, roll_out
 from editr2.rl.metrics import comparison_line, evaluation_line, find_row, rows_due, start_row
-from editr2.rl.rules import check_run
+from editr2.rl.rules import check_pruning, check_run
 from editr2.rl.sampler import Schedule, eval_sampler, own_schedule, rollout_sampler
 from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
@@ -108,6 +108,7 @@ def train(
             processes=processes.count,
             apart=apart.names if apart else (),
         )
+        check_pruning(config, asked)
         check_capture(config.rollout.capture, processes.device)
         source = sessions_for(config, policy)
         # Weights that are drawn have to be equal on all processes; what follows must not be, nor

@@ -13,7 +13,7 @@ from torch import Tensor
 from editr2.config import EvalConfig, TrainConfig
 from editr2.errors import UserError
 from editr2.policies.base import Policy, parameter_count
-from editr2.rewards.base import NOT_APPLICABLE, Scores, weights_of
+from editr2.rewards.base import NOT_APPLICABLE, PRUNED, Scores, weights_of
 from editr2.rewards.panel import Panel
 from editr2.rl.credit import weighted_reward
 from editr2.rl.evaluate import mean_se, success
@@ -140,7 +140,7 @@ def train_row(
     flat = reward.view(groups, -1)
     spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
     values = torch.where(scores.scored, scores.values, torch.nan)
-    silent = scores.of_state(NOT_APPLICABLE)
+    silent = scores.of_state(NOT_APPLICABLE) | scores.of_state(PRUNED)
     trained = credit.advantage[credit.mask]
     totals_of = {name: sum(p[0][name] for p in parts) for name in sums}
     counted = max(1.0, totals_of["samples"])
@@ -164,7 +164,7 @@ def train_row(
         "failed_scores": scores.failed,
         "not_applicable": scores.not_applicable,
         "first_failure": scores.first_failure,
-        "filtered_turns": int((~reward.isnan() & ~credit.mask).sum()),
+        "filtered_turns": int(((~reward.isnan() & ~credit.mask) | scores.pruned).sum()),
         "intent_fallback": failed / sampled if sampled else None,
         "intents_right": right / known if known else None,
         "intent_tokens": tokens / sampled if sampled else None,
@@ -183,7 +183,7 @@ def train_row(
 
 def _by_turn(values: Tensor, silent: Tensor) -> list[float | None]:
     """Means of [N, T] over the first, NaN where nothing is; None where that is because a reward
-    does not apply, which is nothing to warn of."""
+    does not apply or the turn was left out, which is nothing to warn of."""
     means = values.nanmean(0)
     none = (means.isnan() & silent.any(0)).tolist()
     return [None if gone else mean for mean, gone in zip(means.tolist(), none, strict=True)]

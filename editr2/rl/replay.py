@@ -115,7 +115,7 @@ def can_pack(
     """Whether the policy's packed forward is there and cheaper for this chunk, by its own count."""
     if not isinstance(policy, PackedPolicy):
         return False
-    lengths = torch.tensor([len(s.turns) for s in chunk.sessions]).repeat_interleave(chunk.siblings)
+    lengths = chunk.lengths
     if int(needed.sum()) < PACKED_SHARE * int(lengths[needed.any(1)].sum()):
         return False
     return all(
@@ -170,7 +170,7 @@ def _turns(policy: Policy, chunk: Chunk, options: ReplayOptions, needed: Tensor)
             if walk is None:
                 walk = Walk(policy, chunk)
             if number:
-                walk.drop(needed[:, number:].any(1))
+                walk.drop(needed[:, number:].any(1) & ~chunk.left_out(number))
                 before = chunk.turns[number - 1]
                 seen = torch.searchsorted(before.rollout, walk.rollout)
                 walk.advance(number, before.images[seen.numpy()])
@@ -266,9 +266,9 @@ class _Waiting:
 def _by_length(
     chunk: Chunk, queries: Queries, text: bool, needed: Tensor, *, counting: bool = False
 ) -> Iterator[tuple[Tensor, list[TurnTask]]]:
-    """Rollouts with any needed turn whose sessions have equally many turns, and those turns.
+    """Rollouts with any needed turn that have equally many turns, and those turns.
     counting: with latents of the right shape that are anybody's, since nobody reads them."""
-    lengths = torch.tensor([len(s.turns) for s in chunk.sessions]).repeat_interleave(chunk.siblings)
+    lengths = chunk.lengths
     lengths = torch.where(needed.any(1), lengths, 0)
     for length in lengths[lengths > 0].unique().tolist():
         rollouts = (lengths == length).nonzero()[:, 0]

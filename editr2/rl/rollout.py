@@ -74,6 +74,19 @@ class Chunk:
     def session_of(self, rollout: int) -> Session:
         return self.sessions[rollout // self.siblings]
 
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [rollouts]: the turns that each was rolled out for."""
+        found = torch.zeros(self.rollouts, dtype=torch.int64)
+        for turn, record in enumerate(self.turns, 1):
+            found[record.rollout] = turn
+        return found
+
+    def left_out(self, turn: int) -> Tensor:
+        """bool [rollouts]: whose session has a turn that it was not rolled out for."""
+        there = torch.tensor([len(s.turns) > turn for s in self.sessions])
+        return there.repeat_interleave(self.siblings) & (self.lengths <= turn)
+
     def images_of(self, rollout: int) -> np.ndarray:
         """uint8 [T, H, W, 3]: the outputs of one rollout."""
         frames = []
@@ -104,7 +117,8 @@ class Walk:
         self._context: Any = policy.encode(np.stack([s.image for s in chunk.sessions]))
         self._expanded = False
 
-    def _active(self, turn: int) -> Tensor:
+    def active(self, turn: int) -> Tensor:
+        """bool: which of the live rollouts have a turn, as their sessions have it."""
         lengths = torch.tensor([len(s.turns) for s in self.chunk.sessions]).repeat_interleave(
             self.chunk.siblings
         )
@@ -113,7 +127,7 @@ class Walk:
     def advance(self, turn: int, images: np.ndarray) -> None:
         """Reads the outputs of turn - 1 and drops the rollouts whose session has no turn `turn`."""
         context = self.policy.append(self._context, images)
-        keep = self._active(turn)
+        keep = self.active(turn)
         if not bool(keep.all()):
             context = self.policy.select(context, keep.nonzero()[:, 0])
             self.rollout = self.rollout[keep]
@@ -208,17 +222,19 @@ def rollout_chunk(
     greedy: bool = False,
     keep_velocity: bool = False,
     decoded: Callable[[Chunk, int], None] | None = None,
+    goes_on: Callable[[Chunk, int], Tensor] | None = None,
 ) -> Chunk:
     """Fills `chunk.turns`. rollout: shared noise and storage dtype (default: shared, fp32). greedy:
     intents by argmax (evaluation). decoded: called with the chunk and a turn once its images are
-    there. Returns the chunk."""
+    there. goes_on: asked the same before the turn behind it, bool [rollouts]: who is rolled out
+    further. Returns the chunk."""
     device = device_of(policy.module)
     sampler = sampler.to(device)
     walk = Walk(policy, chunk)
     chunk.turns = []
     for turn in range(max(len(s.turns) for s in chunk.sessions)):
-        if turn:
-            walk.advance(turn, chunk.turns[-1].images)
+        if turn and not _advanced(walk, turn, goes_on):
+            break
         rollouts = walk.rollout
         text, questions, intents = _said(policy, walk, turn, seeds, options, greedy)
         path, velocity = _denoise(
@@ -240,6 +256,22 @@ def rollout_chunk(
         if decoded is not None:
             decoded(chunk, turn)
     return chunk
+
+
+def _advanced(walk: Walk, turn: int, goes_on: Callable[[Chunk, int], Tensor] | None) -> bool:
+    """Takes whoever goes on to a turn, with the outputs of the one before in their context; whether
+    anybody does."""
+    chunk = walk.chunk
+    images = chunk.turns[-1].images
+    if goes_on is not None:
+        keep = goes_on(chunk, turn - 1)
+        here = keep[walk.rollout]
+        if not bool((here & walk.active(turn)).any()):
+            return False
+        images = images[here.numpy()]
+        walk.drop(keep)
+    walk.advance(turn, images)
+    return True
 
 
 def _said(

@@ -15,7 +15,8 @@ from editr2.config.rules import Command
 from editr2.errors import ConfigError, UserError
 from editr2.policies.rules import config_problems
 from editr2.rewards.base import weight_vector
-from editr2.rl.credit import credit_options
+from editr2.rewards.panel import Panel
+from editr2.rl.credit import FILTER_REWARD, credit_options
 from editr2.rl.sampler import Schedule, eval_sampler, rollout_sampler
 from editr2.rl.watch import check_best
 
@@ -88,6 +89,29 @@ def run_problems(
             )
     if t.packed == "on" and cannot_pack:
         yield f"train.packed: on (accepted for a {cannot_pack}, which cannot: auto, off)"
+
+
+def check_pruning(config: Config, rewards: Panel) -> None:
+    """Raises `ConfigError` where `rollout.prune` would change what is trained, or has nothing to go
+    by."""
+    prune = config.rollout.prune
+    if prune == "off":
+        return
+    options = credit_options(config.credit, rewards.names)
+    whole = [member.title for member in rewards.members if not member.by_turn]
+    wrong = ""
+    if options.aggregate != "none":
+        wrong = "credit per turn; what aggregates over turns needs all of them"
+    elif prune == "filter" and options.filter_reward is None:
+        wrong = f"a filter (credit.filter and a reward named {FILTER_REWARD})"
+    elif prune == "filter" and options.filter_in_statistics:
+        wrong = "filtered turns outside of the statistics; those of this preset count there"
+    elif whole:
+        wrong = f"rewards that can be asked about single turns (by_turn); {whole[0]} cannot"
+    elif prune == "estimate" and not any(member.estimates for member in rewards.members):
+        wrong = "a reward that has an estimate(items)"
+    if wrong:
+        raise ConfigError(f"rollout.prune: {prune} (accepted with {wrong}: off)")
 
 
 def check_run(

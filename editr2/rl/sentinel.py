@@ -46,6 +46,7 @@ def explain_difference(
         settings,
         rollout=rollout,
         keep_velocity=True,
+        goes_on=lambda _, turn: ~chunk.left_out(turn + 1),
     )
     walk, sampler = Walk(policy, chunk), sampler.to(again.turns[0].x0.device)
     for turn, (old, new) in enumerate(zip(chunk.turns, again.turns, strict=True)):
@@ -61,7 +62,9 @@ def explain_difference(
                 )
         with torch.no_grad():
             if turn:
-                walk.advance(turn, chunk.turns[turn - 1].images)
+                before = chunk.turns[turn - 1]
+                walk.drop(~chunk.left_out(turn))
+                walk.advance(turn, before.images[torch.isin(before.rollout, walk.rollout).numpy()])
             asking, context = walk.context, walk.instruct(old.text)
         blocks = torch.arange(len(old.text)).split(t.micro_batch or len(old.text))
         if old.questions is not None and old.intents is not None:
