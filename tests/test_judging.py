@@ -193,7 +193,9 @@ def test_a_judge_that_raises_keyboard_interrupt_in_a_thread_is_heard(timeout):
 def test_what_a_reward_says_of_itself_is_checked(name, value):
     reward = Hashed()
     setattr(reward, name, value)
-    with pytest.raises(ConfigError, match=rf"reward: Hashed\.{name}: .* \(accepted: a whole number"):
+    with pytest.raises(
+        ConfigError, match=rf"reward: Hashed\.{name}: .* \(accepted: a whole number"
+    ):
         adapt(reward)
 
 
@@ -210,13 +212,17 @@ def test_models_are_taken_for_a_batch_and_lent_after_the_last_one(concurrency):
     told = []
 
     class Looking(Hashed):
+        by_turn = False
+
         def take(self) -> None:
             told.append("take")
 
         def lend(self) -> None:
             told.append("lend")
 
-    pool = Pool(Panel([adapt(Looking(wait=0), calls=Calls(concurrency=concurrency))]))
+    looking = Looking(wait=0)
+    looking.concurrency = concurrency
+    pool = Pool(Panel([adapt(looking)]))
     first, ahead = pool.judging(), pool.judging()
     first.rollouts(items(2))
     first.scores(TURNS)
@@ -363,7 +369,15 @@ def test_an_answer_of_another_form_is_asked_for_again(answer, extra, tmp_path):
     assert len(reward.asked) == TURNS
 
 
-NO_LINES = [b"[]", b'["answer"]', b"3", b"null", b'{"answer": 1, "key": "z"}', b"\xff", b"[" * 10**5]
+NO_LINES = [
+    b"[]",
+    b'["answer"]',
+    b"3",
+    b"null",
+    b'{"answer": 1, "key": "z"}',
+    b"\xff",
+    b"[" * 10**5,
+]
 
 
 def test_lines_that_are_no_calls_are_left_out(tmp_path):
@@ -409,9 +423,11 @@ def test_meta_that_is_no_json_is_a_part_of_the_request(meta, tmp_path):
     plain_, reward = session("a", 1), Hashed(wait=0)
     given = Session("a", plain_.image, (Turn("edit \ud800", meta=meta),), meta=meta)
     panel, images = Panel([adapt(reward)], Record(tmp_path)), items(1)[0].images[:1]
-    for one in (plain_, given, given):
-        panel.judge([Item(one, images)])
-    assert len(reward.asked) == 2
+    said = [panel.judge([Item(one, images)]) for one in (plain_, given, given)]
+    if meta is LOOP:  # cannot be given to a judge
+        assert said[2][0][0]["IF"].failed
+    else:
+        assert len(reward.asked) == 2 and said[1] == said[2] != said[0]
 
 
 def test_arrays_in_meta_that_print_alike_are_two_requests(tmp_path):

@@ -204,7 +204,9 @@ def _plain_keys(value: Any, depth: int = 0) -> Any:
         return type(value).__name__
     if isinstance(value, Mapping):
         return {
-            key if isinstance(key, str) else f"{type(key).__name__} {key}": _plain_keys(v, depth + 1)
+            key if isinstance(key, str) else f"{type(key).__name__} {key}": _plain_keys(
+                v, depth + 1
+            )
             for key, v in value.items()
         }
     if isinstance(value, list | tuple):

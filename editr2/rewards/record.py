@@ -122,7 +122,9 @@ class Record:
                 del self._index()[bytes.fromhex(key)]
                 if number not in self._unread:
                     self._unread.add(number)
-                    log.warning("%s: answers there cannot be read; asked again", self._files[number])
+                    log.warning(
+                        "%s: answers there cannot be read; asked again", self._files[number]
+                    )
                 return None
             except OSError as error:
                 raise _unusable(self._files[number], error) from error
