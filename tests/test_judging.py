@@ -4,6 +4,7 @@ asking one after the other, whoever answers first and wherever the run was kille
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -175,6 +176,61 @@ def test_a_call_in_a_thread_that_fails_is_a_failed_score_of_its_turns_alone():
     assert scores.present.sum() == 8
 
 
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_a_judge_that_raises_keyboard_interrupt_in_a_thread_is_heard(timeout):
+    """It would end the pool's thread, and the answer would be waited for without end."""
+
+    class Interrupting(Hashed):
+        def judge(self, items: list[Item]) -> Any:
+            raise KeyboardInterrupt
+
+    scores = judged(Panel([adapt(Interrupting(), calls=Calls(timeout=timeout))]), items(3))
+    assert scores.failed == 9 and "KeyboardInterrupt" in (scores.first_failure or "")
+
+
+@pytest.mark.parametrize("name", ["concurrency", "batch"])
+@pytest.mark.parametrize("value", [-1, "4", 2.5, 10**9])
+def test_what_a_reward_says_of_itself_is_checked(name, value):
+    reward = Hashed()
+    setattr(reward, name, value)
+    with pytest.raises(
+        ConfigError, match=rf"reward: Hashed\.{name}: .* \(accepted: a whole number"
+    ):
+        adapt(reward)
+
+
+@pytest.mark.parametrize("facts", [None, [1]])
+def test_facts_that_are_none_are_one_line(facts):
+    reward = Hashed()
+    reward.facts = facts
+    with pytest.raises(ConfigError, match="reward: facts raised AttributeError"):
+        _ = Panel([adapt(reward)]).facts
+
+
+@pytest.mark.parametrize("concurrency", [None, 2])
+def test_models_are_taken_for_a_batch_and_lent_after_the_last_one(concurrency):
+    told = []
+
+    class Looking(Hashed):
+        by_turn = False
+
+        def take(self) -> None:
+            told.append("take")
+
+        def lend(self) -> None:
+            told.append("lend")
+
+    looking = Looking(wait=0)
+    looking.concurrency = concurrency
+    pool = Pool(Panel([adapt(looking)]))
+    first, ahead = pool.judging(), pool.judging()
+    first.rollouts(items(2))
+    first.scores(TURNS)
+    assert told == ["take", "take"]  # the batch made ahead is still asked about
+    ahead.answers()
+    assert told == ["take", "take", "lend"]
+
+
 @pytest.mark.parametrize("retries, fails, tries", [(0, 1, 1), (2, 2, 3), (2, 9, 3), (None, 1, 1)])
 def test_a_call_that_raises_is_tried_again_so_often(retries, fails, tries, tmp_path, monkeypatch):
     monkeypatch.setattr("editr2.rewards.panel.time.sleep", lambda seconds: None)
@@ -292,6 +348,97 @@ def test_an_answer_that_came_first_stands(tmp_path):
     assert record.write(request_key(n=1), 0.25, seconds=0, tries=1) == 0.25
     assert record.write(request_key(n=1), 0.75, seconds=0, tries=1) == 0.25
     assert record.find(request_key(n=1)) == 0.25
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, 3, {}, [[]], [[[[0.5, None, True]]]], [[[[7, "w", True], [0.5, "w", True]]]]],
+    ids=["none", "a number", "a dict", "no rows", "of other names", "out of range"],
+)
+@pytest.mark.parametrize("extra", [[], ["of a later version"]])
+def test_an_answer_of_another_form_is_asked_for_again(answer, extra, tmp_path):
+    panel = Panel([adapt(Hashed(wait=0))], Record(tmp_path))
+    expected = panel.judge(items(1))
+    path = tmp_path / records.NAME
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if extra:
+        answer = [[[[0.5, "w", True, [], *extra], [0.5, "w", True]]]]
+    path.write_text("".join(json.dumps(row | {"answer": answer}) + "\n" for row in rows))
+    reward = Hashed(wait=0)
+    assert Panel([adapt(reward)], Record(tmp_path)).judge(items(1)) == expected
+    assert len(reward.asked) == TURNS
+
+
+NO_LINES = [
+    b"[]",
+    b'["answer"]',
+    b"3",
+    b"null",
+    b'{"answer": 1, "key": "z"}',
+    b"\xff",
+    b"[" * 10**5,
+]
+
+
+def test_lines_that_are_no_calls_are_left_out(tmp_path):
+    key = request_key(n=1)
+    Record(tmp_path).write(key, 0.5, seconds=0, tries=1)
+    path = tmp_path / records.NAME
+    path.write_bytes(b"\n".join(NO_LINES) + b"\n" + path.read_bytes())
+    assert Record(tmp_path).find(key) == 0.5
+    assert [row["key"] for row in read_record(tmp_path) if "tries" in row] == [key]
+
+
+def test_a_line_for_which_there_was_no_room_takes_no_other_with_it(tmp_path, monkeypatch):
+    record, keys, real = Record(tmp_path), [request_key(n=n) for n in range(3)], os.write
+    record.write(keys[0], 0, seconds=0, tries=1)
+    with monkeypatch.context() as full:
+        full.setattr(records.os, "write", lambda file, line: real(file, line[:10]))
+        with pytest.raises(UserError, match="no space left"):
+            record.write(keys[1], 1, seconds=0, tries=1)
+    record.write(keys[2], 2, seconds=0, tries=1)
+    assert [Record(tmp_path).find(key) for key in keys] == [0, None, 2]
+
+
+@pytest.mark.parametrize("name", ["judges.jsonl", "judges.1.jsonl"])
+@pytest.mark.parametrize("make", [Path.mkdir, lambda p: p.symlink_to("nowhere")])
+def test_a_record_that_cannot_be_read_is_one_line(name, make, tmp_path):
+    make(tmp_path / name)
+    record = Record(tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{name}: .*accepted: a folder"):
+            record.find(request_key(n=1))
+
+
+LOOP: dict[str, Any] = {}
+LOOP["self"] = LOOP
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{1: 2, "a": 3}, {(1, 2): 3}, {None: 1, "b": 2}, LOOP, {"a": float("nan")}, {"a": "\ud800"}],
+    ids=["keys of two kinds", "tuples", "none", "a loop", "nan", "half a pair"],
+)
+def test_meta_that_is_no_json_is_a_part_of_the_request(meta, tmp_path):
+    plain_, reward = session("a", 1), Hashed(wait=0)
+    given = Session("a", plain_.image, (Turn("edit \ud800", meta=meta),), meta=meta)
+    panel, images = Panel([adapt(reward)], Record(tmp_path)), items(1)[0].images[:1]
+    said = [panel.judge([Item(one, images)]) for one in (plain_, given, given)]
+    if meta is LOOP:  # cannot be given to a judge
+        assert said[2][0][0]["IF"].failed
+    else:
+        assert len(reward.asked) == 2 and said[1] == said[2]
+
+
+def test_arrays_in_meta_that_print_alike_are_two_requests(tmp_path):
+    reward = Hashed(wait=0)
+    panel, images = Panel([adapt(reward)], Record(tmp_path)), items(1)[0].images[:1]
+    for at in (5000, 6000):
+        mask = np.zeros(10_000)
+        mask[at] = 1
+        turn = Turn("edit", meta={"mask": mask})
+        panel.judge([Item(Session("a", images[0], (turn,)), images)])
+    assert len(reward.asked) == 2
 
 
 def test_a_record_that_cannot_be_written_is_one_line(tmp_path):

@@ -62,9 +62,11 @@ class Caller:
         try:
             with process_kept() if on_main_thread() else nullcontext():
                 return function() if self.timeout is None else self._within(function, self.timeout)
-        except (KeyboardInterrupt, NoAnswerError):
+        except NoAnswerError:
             raise
         except BaseException as error:  # SystemExit, too: a judge does not end the run
+            if isinstance(error, KeyboardInterrupt) and on_main_thread():
+                raise  # Ctrl-C comes there alone; elsewhere it would end a pool's thread, unheard
             raise NoAnswerError(told(error)) from error
 
     def _within(self, function: Callable[[], T], timeout: float) -> T:

@@ -32,8 +32,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from editr2.rewards.base import Calls
 from editr2.rewards.messages import (
@@ -52,6 +52,8 @@ from editr2.rewards.messages import (
 from editr2.rewards.probe import Abilities, Probe, only_model
 from editr2.rewards.record import Record, request_key
 from editr2.rewards.wire import NoAnswer, Server, Wire
+
+T = TypeVar("T")
 
 __all__ = [
     "SYSTEMONE_IMAGES",
@@ -157,10 +159,7 @@ class Client:
         }
         seeds = [vote_seed(seed, name, turn, v) if temperature else None for v in range(n)]
         keys = [self._key("chat", **asked, seed=one) for one in seeds]
-        found = [self._found(key) for key in keys]
-        answers: list[Answer | Failure | None] = [
-            None if row is None else Answer.read(row) for row in found
-        ]
+        answers: list[Answer | Failure | None] = [self._found(key, Answer.read) for key in keys]
         missing = [v for v in range(n) if answers[v] is None]
         if recorded or not missing:
             return answers
@@ -207,8 +206,8 @@ class Client:
         line on how to answer.
         """
         key = self._key("systemone", messages=self._digested(parts), question=question)
-        if (found := self._found(key)) is not None:
-            return tuple(found["probabilities"])
+        if (found := self._found(key, _probabilities)) is not None:
+            return found
         if recorded:
             return None
         answer: Any
@@ -300,8 +299,8 @@ class Client:
     def _digested(self, parts: Sequence[Part]) -> list[Any]:
         return [part if isinstance(part, str) else {"image": digest(part)} for part in parts]
 
-    def _found(self, key: str) -> Any | None:
-        return None if self.record is None else self.record.find(key)
+    def _found(self, key: str, read: Callable[[Any], T]) -> T | None:
+        return None if self.record is None else self.record.find(key, read)
 
     def _kept(
         self, key: str, answer: Answer | Failure, *, tries: int, seconds: float, **where: Any
@@ -315,6 +314,10 @@ class Client:
             key, written, failed=failed, seconds=seconds, tries=tries, **where
         )
         return answer if stands is None or isinstance(answer, Failure) else Answer.read(stands)
+
+
+def _probabilities(row: Mapping[str, Any]) -> tuple[float, ...]:
+    return tuple(float(p) for p in row["probabilities"])
 
 
 def vote_seed(seed: int, *parts: int | str) -> int:

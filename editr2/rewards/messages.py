@@ -188,12 +188,12 @@ def answer_of(wire: Wire, choice: Any, top_logprobs: int) -> Answer:
     if not isinstance(text, str):
         refusal = message.get("refusal")
         said = f": {wire.clean(refusal)}" if isinstance(refusal, str) else ""
-        finish = plain(str(choice.get("finish_reason")))[:40]
+        finish = wire.clean(str(choice.get("finish_reason")), 40)
         raise NoAnswer(f"no text came back (finish_reason {finish}){said}")
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
     return Answer(
         wire.hidden_in(text),
-        str(choice.get("finish_reason")),
+        wire.clean(str(choice.get("finish_reason")), 40),
         _places(wire, choice) if top_logprobs else (),
         wire.hidden_in(reasoning) if isinstance(reasoning, str) else "",
     )
@@ -207,7 +207,8 @@ def _places(wire: Wire, choice: Mapping[str, Any]) -> tuple[Place, ...]:
         top = mapping(chosen).get("top_logprobs")
         pairs = [_log_prob(wire, entry) for entry in (top if isinstance(top, list) else [])]
         own = _log_prob(wire, chosen)
-        pairs = pairs if own in pairs else [own, *pairs]
+        # By its text: what a server rounds in one of the two places is not another token.
+        pairs = pairs if own[0] in [text for text, _ in pairs] else [own, *pairs]
         if math.fsum(math.exp(log_prob) for _, log_prob in pairs) > 1.01:
             raise NoAnswer("the probabilities of one token sum to more than 1")
         places.append(Place(own[0], tuple(pairs)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from editr2.config.fields import Bounds
+from editr2.config.settings import CALLS_AT_ONCE, COUNT
 from editr2.errors import ConfigError, UserError, plain
 from editr2.rewards.answers import TurnScores, batch_scores, failed_turns, session_scores
 from editr2.rewards.base import Calls, Item, Score, described
@@ -70,8 +73,8 @@ class CheckedReward:
         self.given, self.title, self.answered = given, title, False
         self.names = names
         self.by_turn = form.together and bool(getattr(given, "by_turn", False))
-        self.concurrency: int | None = calls.concurrency or getattr(given, "concurrency", None)
-        self.batch: int | None = getattr(given, "batch", None) if form.together else 1
+        self.concurrency = calls.concurrency or _whole(given, "concurrency", CALLS_AT_ONCE, title)
+        self.batch = _whole(given, "batch", COUNT, title) if form.together else 1
         own = "calls" in constructor(given)  # then it counts tries and seconds itself
         self.recorded = not getattr(given, "exact", False) and "record" not in constructor(given)
         self.identity = f"{called(given)} {getattr(given, 'version', '')}"
@@ -87,7 +90,10 @@ class CheckedReward:
     @property
     def facts(self) -> dict[str, str]:
         """What a run's record says of it."""
-        return {str(k): str(v) for k, v in getattr(self.given, "facts", {}).items()}
+        return _guarded(
+            lambda: {str(k): str(v) for k, v in getattr(self.given, "facts", {}).items()},
+            f"{self.title}: facts",
+        )
 
     def probe(self) -> list[str]:
         """What its own `probe` says of what works less well than it could; `UserError` where it
@@ -143,10 +149,10 @@ class CheckedReward:
             said, _ = self._asked(items)
             return said
         key = request_key(reward=self.identity, items=[_item_parts(item) for item in items])
-        kept = record.find(key)
+        kept = record.find(key, partial(_kept, items=items, names=self.names))
         if kept is not None:
             self.answered = True
-            return [[_kept(row, self.names) for row in rows] for rows in kept]
+            return kept
         start = time.monotonic()
         # An answer from the record draws nothing, so what is drawn must not move what comes after.
         with generators_aside(items[0].seed) if on_main_thread() else nullcontext():
@@ -189,12 +195,46 @@ class CheckedReward:
         return self._form.rows(mine, self.names)
 
 
+def _whole(given: object, name: str, bounds: Bounds, title: str) -> int | None:
+    """What a reward says of itself, a number or nothing (None, 0)."""
+    value = getattr(given, name, None)
+    if value is None or value is False or value == 0:
+        return None
+    if not isinstance(value, int) or not bounds.hold(value):
+        raise ConfigError(
+            f"{title}: {called(given)}.{name}: {described(value)} (accepted: a whole number, "
+            f"{bounds}, or None)"
+        )
+    return int(value)
+
+
 def _item_parts(item: Item) -> Any:
     """All of an item that a judge can see, as JSON."""
     s = item.session
-    turns = [[t.instruction, t.intent, t.task, t.meta] for t in s.turns]
+    turns = [[t.instruction, t.intent, t.task, _plain_keys(t.meta)] for t in s.turns]
     images = [pixel_digest(image) for image in item.images]
-    return [s.id, s.mode, turns, s.meta, pixel_sum(s), images, list(item.asked), item.seed]
+    meta = _plain_keys(s.meta)
+    return [s.id, s.mode, turns, meta, pixel_sum(s), images, list(item.asked), item.seed]
+
+
+def _plain_keys(value: Any, depth: int = 0) -> Any:
+    """`meta` for JSON. What was not read from a file may have keys that JSON cannot sort or does
+    not have, and contain itself."""
+    if depth > 50:
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str) else f"{type(key).__name__} {key}": _plain_keys(
+                v, depth + 1
+            )
+            for key, v in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_plain_keys(v, depth + 1) for v in value]
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        # As text, a large one is mostly dots.
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    return value
 
 
 def _written(row: TurnScores) -> list[Any]:
@@ -204,8 +244,14 @@ def _written(row: TurnScores) -> list[Any]:
     ]
 
 
-def _kept(row: Sequence[Sequence[Any]], names: Sequence[str]) -> TurnScores:
-    return {name: Score(*values) for name, values in zip(names, row, strict=True)}
+def _kept(answer: Any, items: Sequence[Item], names: Sequence[str]) -> list[list[TurnScores]]:
+    return [
+        [
+            {name: Score(*values) for name, values in zip(names, row, strict=True)}
+            for _, row in zip(item.asked, rows, strict=True)
+        ]
+        for item, rows in zip(items, answer, strict=True)
+    ]
 
 
 class Panel:

@@ -123,7 +123,14 @@ class Judging:
         return lay_out(self._pool.panel.names, sessions, self.answers(), turns)
 
     def answers(self) -> list[list[TurnScores]]:
-        """Of every rollout a row for each of its turns, once every answer is there."""
+        """Of every rollout a row for each of its turns, once every answer is there. Asked for once:
+        the batch is done then."""
+        try:
+            return self._answers()
+        finally:
+            self._pool.done()
+
+    def _answers(self) -> list[list[TurnScores]]:
         panel = self._pool.panel
         rows: list[list[TurnScores]] = [[{} for _ in item.asked] for item in self._items]
         places = {item.rollout: n for n, item in enumerate(self._items)}

@@ -19,6 +19,8 @@ from editr2.rewards.messages import Place
 UNDECIDED = 0.1
 """More than this share on a digit that may begin a longer number fails (see `_by_number`)."""
 
+_QUOTES = "\"'`*_ \t\r\n“”‘’"
+
 _MARKS = "\"'`*_.,:;!?()[]{}<>#=/\\|“”‘’"
 
 
@@ -66,7 +68,7 @@ class Scale:
             word = first[0] if first else ""
             # A letter is a word by itself ("A dog ..."): of those, only one that stands alone.
             alone = len(word) > 1 or re.fullmatch(rf"{re.escape(word)}(\s*[.):].*)?", text, re.S)
-            if word in self.labels and alone:
+            if word in self.labels and alone and not _either(text, word, self.labels):
                 return self.labels[word]
         raise Unread(f"{quoted(given)} came back (accepted: {self.what})")
 
@@ -175,11 +177,28 @@ def _no_constant(name: str) -> Any:
     raise ValueError(name)
 
 
+def _either(text: str, word: str, labels: Mapping[str, float]) -> bool:
+    """Whether a text that begins with a label names another one as well and says no more: `yes or
+    no`, `no/yes`. `Yes, no dog is there` says more."""
+    words = re.findall(r"[^\W_]+", text)
+    others = set(labels) - {word}
+    if words[1:2] == ["or"] and words[2:3] and words[2] in others:
+        return True
+    return bool(others & set(words)) and set(words) <= {*labels, "and", "or"}
+
+
 def _number(text: str, high: int) -> float | None:
-    """The one number of a text; of `4/5` and `4 out of 5` the first."""
+    """The one number of a text; of `4/5` and `4 out of 5` the first. Words stand before it or
+    behind it, unless a colon or the like leads to it: in `of the 2 images none` it is no verdict.
+    """
     text = re.sub(rf"(?<=\d)\s*(/|out of)\s*{high}(\.0+)?(?![\d.]*\d)", "", text, flags=re.I)
-    found = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\.?\d)(?![^\W\d_])", text)
-    return float(found[0]) if len(found) == 1 else None
+    found = list(re.finditer(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\.?\d)(?![^\W\d_])", text))
+    if len(found) != 1 or re.search(r"\d[eE][-+]?\d", text):  # 1e-1 is not read
+        return None
+    before, behind = text[: found[0].start()].rstrip(_QUOTES), text[found[0].end() :]
+    stands = not re.search(r"\w", before) or not re.search(r"\w", behind)
+    led = re.search(r"([:=]|\bis)$", before, re.I)
+    return float(found[0][0]) if stands or led else None
 
 
 def tags_of(tags: Mapping[str, Scale]) -> Read:

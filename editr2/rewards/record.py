@@ -19,16 +19,18 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from editr2.errors import UserError
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class Record:
         self._lock = threading.RLock()
         self._known: dict[bytes, tuple[int, int]] | None = None
         self._files: list[Path] = []
+        self._unread: set[int] = set()  # files that had answers of another form
         self._append: list[Path] = []
         self._open: dict[Path, int] = {}
         self._folders: list[tuple[Path, str]] = []
@@ -99,8 +102,10 @@ class Record:
             self._append.append(Path(cache) / f"{uuid.uuid4().hex}.jsonl")
             self._folders.append((Path(cache), "*.jsonl"))
 
-    def find(self, key: str) -> Any | None:
-        """The answer of an equal call, or None."""
+    def find(self, key: str, read: Callable[[Any], T] | None = None) -> T | Any | None:
+        """The answer of an equal call, or None. read: makes of the answer what is returned; one
+        that it cannot read (it raises TypeError, ValueError or LookupError) is none, and forgotten:
+        another version or another hand wrote it."""
         if _ANEW.get():
             return None
         with self._lock:
@@ -108,9 +113,21 @@ class Record:
             if place is None:
                 return None
             number, offset = place
-            with self._files[number].open("rb") as file:
-                file.seek(offset)
-                return json.loads(file.readline())["answer"]
+            try:
+                with self._files[number].open("rb") as file:
+                    file.seek(offset)
+                    answer = json.loads(file.readline())["answer"]
+                return answer if read is None or answer is None else read(answer)
+            except (TypeError, ValueError, LookupError, RecursionError):
+                del self._index()[bytes.fromhex(key)]
+                if number not in self._unread:
+                    self._unread.add(number)
+                    log.warning(
+                        "%s: answers there cannot be read; asked again", self._files[number]
+                    )
+                return None
+            except OSError as error:
+                raise _unusable(self._files[number], error) from error
 
     def write(
         self,
@@ -155,12 +172,10 @@ class Record:
             descriptor = self._open[path]
             at = os.fstat(descriptor).st_size
             if os.write(descriptor, line) != len(line):
+                os.close(self._open.pop(path))  # what comes next begins behind a torn line
                 raise OSError(28, "no space left for a whole line")
         except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror or error} (accepted: a folder with room that can be "
-                f"written into; it holds the judges' answers)"
-            ) from error
+            raise _unusable(path, error) from error
         return at
 
     def _number(self, path: Path) -> int:
@@ -174,23 +189,37 @@ class Record:
             self._known = {}
             for folder, pattern in self._folders:
                 for path in sorted(folder.glob(pattern)):
-                    self._read(path)
+                    try:
+                        self._read(path)
+                    except UserError:
+                        self._known = None  # asked once more, it says so once more
+                        raise
         return self._known
 
     def _read(self, path: Path) -> None:
         assert self._known is not None
         number, offset, torn = self._number(path), 0, 0
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                    if "answer" in row:
-                        self._known.setdefault(bytes.fromhex(row["key"]), (number, offset))
-                except (ValueError, TypeError, KeyError):
-                    torn += bool(line.strip())
-                offset += len(line)
+        try:
+            with path.open("rb") as file:
+                for line in file:
+                    try:
+                        row = json.loads(line)
+                        if row.get("answer") is not None:
+                            self._known.setdefault(bytes.fromhex(row["key"]), (number, offset))
+                    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                        torn += bool(line.strip())
+                    offset += len(line)
+        except OSError as error:
+            raise _unusable(path, error) from error
         if torn > 1:  # a killed process leaves one
             log.warning("%s: %d lines are no records of calls and were left out", path, torn)
+
+
+def _unusable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: {error.strerror or error} (accepted: a folder with room that can be written "
+        f"into; it holds the judges' answers)"
+    )
 
 
 def read_record(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -200,7 +229,7 @@ def read_record(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             for line in file:
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict):
                     yield row
