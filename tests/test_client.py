@@ -192,6 +192,20 @@ def test_what_passes_is_answered_by_the_next_try(
     assert line["tries"] == 2 and line["answer"]["text"] == "yes"
 
 
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_record_has_the_seconds_with_the_server(
+    judges: ModuleType, pauses: list[float], tmp_path: Any, failing: bool
+) -> None:
+    """Of the try that was answered, too."""
+    with judges.JudgeServer() as judge:
+        judge.script(*[judges.Reply({}, 500, after=0.1)] * failing)
+        judge.after = 0.1
+        asked(client_of(judge, Record(tmp_path)))
+    [line] = read_record(tmp_path)
+    assert line["tries"] == 1 + failing
+    assert 0.1 * (1 + failing) <= line["seconds"] < 5
+
+
 def test_no_server_is_tried_again(pauses: list[float]) -> None:
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))

@@ -249,3 +249,20 @@ def test_shared_parts_are_written_out() -> None:
 def test_dump_wants_an_instance() -> None:
     with pytest.raises(TypeError, match="accepted: an instance of a dataclass"):
         dump_yaml(Config)
+
+
+def test_a_size_is_written_as_a_flag_has_it(tmp_path: Path) -> None:
+    """`512x512`, which messages give as the example, and nothing that only looks like one."""
+
+    @dataclass(frozen=True)
+    class Sized:
+        size: tuple[int, int] = (8, 8)
+        betas: tuple[float, float] = (0.9, 0.999)
+
+    file = tmp_path / "size.yaml"
+    file.write_text("size: 64x48\n")
+    assert to_dataclass(load_yaml(file)[0], Sized).size == (64, 48)
+    for wrong in ("size: 64x48x3", "size: 64 by 48", "size: 64x", "betas: 1x1"):
+        file.write_text(wrong + "\n")
+        with pytest.raises(ConfigError, match=wrong.split(":")[0]):
+            to_dataclass(load_yaml(file)[0], Sized)

@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_SIZE = re.compile(r"[0-9]{1,6}x[0-9]{1,6}")
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _BOOL_WORDS = {True: ("on", "yes", "true"), False: ("off", "no", "false")}
 _NONE_WORDS = ("none", "null")
@@ -341,6 +342,8 @@ def _convert(value: Any, hint: Any, key: str, accepts: Accepts, *, build: bool) 
         if len(meant) == 1:
             return meant[0]
     elif origin in (list, tuple) or hint in (list, tuple):
+        if isinstance(value, str) and set(options) == {int} and _SIZE.fullmatch(value):
+            value = [int(part) for part in value.split("x")]  # 512x512, as a flag has it
         if isinstance(value, list | tuple):
             return _convert_sequence(value, hint, key, accepts, build=build)
     elif is_mapping(hint):

@@ -223,7 +223,7 @@ class PolicyConfig:
         (512, 512), PIXELS, what="height and width, such as 512x512"
     )
     condition_resolution: tuple[int, int] | None = setting(
-        None, PIXELS, what="height and width, such as 512x512, or none"
+        None, PIXELS, what="height and width, such as 512x512 or none"
     )
     history: int = setting(1, TURNS)
     keep_source: bool = False

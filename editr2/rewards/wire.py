@@ -147,9 +147,10 @@ class Wire:
                 with self._slots:
                     start = time.monotonic()
                     try:
-                        return self._once(method, address, sent, not root), attempt, seconds
+                        reply = self._once(method, address, sent, not root)
                     finally:
                         seconds += time.monotonic() - start
+                return reply, attempt, seconds  # with those of this try
             except NoAnswer as no:
                 no.tries, no.seconds = attempt, seconds
                 if not no.again or attempt == most:
@@ -229,7 +230,10 @@ class Wire:
         server = self.server
         if (server.url is None) == (server.url_env is None):
             given = "neither" if server.url is None else "both"
-            raise ConfigError(f"url, url_env: {given} (accepted: one of the two)")
+            raise ConfigError(
+                f"url, url_env: {given} (accepted: one of the two; url is a judge's address, such "
+                "as http://127.0.0.1:8000/v1, docs/judges.md says how to serve one)"
+            )
         key = "url" if server.url_env is None else "url_env"
         url = server.url or _from_environment("url_env", server.url_env or "")
         try:
