@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from editr2.errors import UserError
 from editr2.judge.outputs import Output
@@ -28,6 +28,8 @@ BLOCK = 48
 FIRST = 4
 """Outputs that are asked about one after the other first; when nothing comes of any of them, the
 rest is not asked."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -53,8 +55,8 @@ class CountingRecord(Record):
         self._mine = threading.local()
         self._met: set[str] = set()  # asked or found by this one; met again, they are neither
 
-    def find(self, key: str) -> Any | None:
-        answer = super().find(key)
+    def find(self, key: str, read: Callable[[Any], T] | None = None) -> T | Any | None:
+        answer = super().find(key, read)
         if not getattr(self._mine, "writes", False):  # which looks for an answer that came first
             with self._counts:
                 if answer is not None and key not in self._met:
