@@ -53,8 +53,8 @@ class CountingRecord(Record):
         self._mine = threading.local()
         self._met: set[str] = set()  # asked or found by this one; met again, they are neither
 
-    def find(self, key: str) -> Any | None:
-        answer = super().find(key)
+    def find(self, key: str, read: Callable[[Any], Any] | None = None) -> Any | None:
+        answer = super().find(key, read)
         if not getattr(self._mine, "writes", False):  # which looks for an answer that came first
             with self._counts:
                 if answer is not None and key not in self._met:
