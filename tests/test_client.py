@@ -493,6 +493,7 @@ def test_the_chosen_token_counts_once(judges: ModuleType, judge: Any) -> None:
     top = [{"token": "no", "logprob": -1.5}]
     for listed, pairs in (
         ([entry, *top], [("yes", -0.5), ("no", -1.5)]),
+        ([{"token": "yes", "logprob": -0.5001}, *top], [("yes", -0.5001), ("no", -1.5)]),  # rounded
         (top, [("yes", -0.5), ("no", -1.5)]),  # not among the top ones: added
         (None, [("yes", -0.5)]),
     ):
@@ -776,7 +777,7 @@ def test_nothing_secret_is_anywhere(
                 return judges.Reply({"error": {"message": f"bad key {sent}"}}, 400, headers)
             if "late" in told:
                 return judges.Reply(sent.encode(), 503, {**headers, "retry-after": "1"})
-            choice = judges.choice(f"you sent {sent}", [{f"tok {sent}": 0.9}])
+            choice = judges.choice(f"you sent {sent}", [{f"tok {sent}": 0.9}], finish=sent.strip())
             return judges.Reply({"choices": [choice]}, headers=headers)
 
         monkeypatch.setattr(judge, "reply", echo)

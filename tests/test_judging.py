@@ -557,6 +557,31 @@ def test_a_wrong_reward_is_one_line_that_names_the_setting(name, here):
     assert "\n" not in str(caught.value)
 
 
+SERVED = {
+    "a secret": ({"url": "http://a:b@h/v1"}, r"^reward\.use\[1\]\.options\.url: it holds a pass"),
+    "no address": ({}, r"^reward\.use\[1\]\.options\.url, url_env: neither"),
+    "a key": ({"url": "http://h/v1", "key_env": "sk-1"}, r"^reward\.use\[1\]\.options\.key_env: "),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_an_option_of_one_of_several_rewards_is_named_where_it_is_set(name):
+    options, message = SERVED[name]
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_reward(RewardConfig(use=(RewardUse("world"), RewardUse("pku", options=options))))
+    assert "sk-1" not in str(caught.value) and "a:b" not in str(caught.value)
+
+
+def test_a_probe_names_the_option_where_it_is_set(here, monkeypatch):
+    def probe(self: Any) -> list[str]:
+        raise ConfigError("level: 3 (accepted: what the server has)")
+
+    monkeypatch.setattr(WithOptions, "probe", probe, raising=False)
+    panel = load_reward(use("WithOptions", options={"level": 3}), Record(here))
+    with pytest.raises(ConfigError, match=r"^reward\.options\.level: 3 \(accepted"):
+        panel.probe()
+
+
 def test_the_list_is_read_from_a_file_and_from_a_flag(tmp_path):
     from editr2.cli.settings import run_config
 

@@ -220,7 +220,7 @@ class Client:
             try:
                 answer = probabilities_of(reply, question)
             except NoAnswer as no:
-                answer = Failure(no.reason)
+                answer = Failure(self._wire.hidden_in(no.reason))
         failed = isinstance(answer, Failure)
         if self.record is not None:
             stands = self.record.write(

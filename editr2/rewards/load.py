@@ -14,7 +14,7 @@ from editr2.errors import ConfigError
 from editr2.rewards.adapt import KEYWORDS, adapt
 from editr2.rewards.base import Calls
 from editr2.rewards.calling import called, parameters_of
-from editr2.rewards.panel import CheckedReward, Panel
+from editr2.rewards.panel import CheckedReward, Panel, naming_options
 from editr2.rewards.record import Record
 from editr2.rewards.table import REWARDS, WORLD
 
@@ -52,7 +52,10 @@ def _loaded(at: str, use: RewardUse, record: Record | None) -> CheckedReward:
     given = resolve(key, name, table, what=what)
     calls = Calls(use.concurrency, use.timeout, use.retries)
     ready = _with_options(given, use.options, f"{at}.options", calls, record)
-    return adapt(ready, title=f"{key}: {name!r}", calls=calls)
+    with naming_options(given, f"{at}.options"):
+        member = adapt(ready, title=f"{key}: {name!r}", calls=calls)
+    member.options_at = f"{at}.options"
+    return member
 
 
 def _with_options(

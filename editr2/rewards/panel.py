@@ -6,8 +6,8 @@ import copy
 import hashlib
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -64,7 +64,8 @@ class CheckedReward:
     by_turn, concurrency, batch: as `base.Reward` says; concurrency None: on the main thread alone.
     recorded: whether this keeps the answers, which a reward that records its own calls, or has
     nothing to record, does not need. identity: what tells its recorded answers from another
-    reward's (a run puts `editr2.run.identity`'s fingerprint here).
+    reward's (a run puts `editr2.run.identity`'s fingerprint here). options_at: the setting that its
+    options stand in.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class CheckedReward:
         self.by_turn = form.together and bool(getattr(given, "by_turn", False))
         self.concurrency = calls.concurrency or _whole(given, "concurrency", CALLS_AT_ONCE, title)
         self.batch = _whole(given, "batch", COUNT, title) if form.together else 1
+        self.options_at = "options"
         own = "calls" in constructor(given)  # then it counts tries and seconds itself
         self.recorded = not getattr(given, "exact", False) and "record" not in constructor(given)
         self.identity = f"{called(given)} {getattr(given, 'version', '')}"
@@ -99,7 +101,8 @@ class CheckedReward:
         """What its own `probe` says of what works less well than it could; `UserError` where it
         cannot work at all."""
         probe = getattr(self.given, "probe", None)
-        return [] if probe is None else [plain(str(line)) for line in probe()]
+        with naming_options(self.given, self.options_at):
+            return [] if probe is None else [plain(str(line)) for line in probe()]
 
     @property
     def estimates(self) -> bool:
@@ -336,6 +339,21 @@ def _guarded(function: Callable[[], T], title: str) -> T:
         raise
     except BaseException as error:  # a user's own
         raise ConfigError(f"{title} raised {told(error)}") from error
+
+
+@contextmanager
+def naming_options(given: Any, at: str) -> Iterator[None]:
+    """A `ConfigError` from inside that begins with one of a reward's `Options` says where they are
+    set: of several rewards, `url` alone does not say whose."""
+    try:
+        yield
+    except ConfigError as error:
+        options = getattr(given, "Options", None)
+        known = getattr(options, "__dataclass_fields__", ())
+        named = str(error).partition(":")[0].split(", ")
+        if not all(name in known for name in named):
+            raise
+        raise ConfigError(f"{at}.{error}") from error
 
 
 def joined(said: Sequence[Sequence[Sequence[TurnScores]]]) -> list[list[TurnScores]]:

@@ -24,13 +24,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from editr2.errors import UserError
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +100,7 @@ class Record:
             self._append.append(Path(cache) / f"{uuid.uuid4().hex}.jsonl")
             self._folders.append((Path(cache), "*.jsonl"))
 
-    def find(self, key: str, read: Callable[[Any], T] | None = None) -> T | Any | None:
+    def find(self, key: str, read: Callable[[Any], Any] | None = None) -> Any | None:
         """The answer of an equal call, or None. read: makes of the answer what is returned; one
         that it cannot read (it raises TypeError, ValueError or LookupError) is none, and forgotten:
         another version or another hand wrote it."""
