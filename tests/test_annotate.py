@@ -677,6 +677,21 @@ def test_corrections_that_are_refused(row, said, annotated, tmp_path):
     assert str(caught.value).startswith(f"{tmp_path / 'c.jsonl'}:{said}"), caught.value
 
 
+def test_a_form_without_a_task_parses_or_is_refused(tmp_path):
+    """Its task follows; one that fits none is not taken for a turn that lacks its edit."""
+    bare = Session("a", np.zeros((8, 8, 3), np.uint8), (Turn("make the cup red"),))
+    file = tmp_path / "c.jsonl"
+
+    def line(form):
+        file.write_text(json.dumps({"session": "a", "turn": 1, "formatted_instruction": form}))
+        return corrected([bare], file)
+
+    with pytest.raises(DataError, match=r"c\.jsonl:1: formatted_instruction: turn 1 of .*template"):
+        line("paint it white")
+    [session] = line("Change the color of [cup] to [red]")
+    assert session.turns[0].meta["formatted_instruction"] == "Change the color of [cup] to [red]"
+
+
 def test_corrections_by_the_command(folder, served, capsys):
     assert main(arguments(served(Script(SCRIPT)))) == 0
     (folder / "c.jsonl").write_text(

@@ -14,6 +14,8 @@ from PIL import Image
 
 from editr2.cli.main import main
 from editr2.judge.agreement import kendall, pair_accuracy, spearman
+from editr2.judge.trial import Calls, CountingRecord
+from editr2.rewards.record import request_key
 from editr2.sessions import Session, Turn, save_sessions
 
 TURNS = 2
@@ -490,6 +492,28 @@ def test_outputs_of_another_size_are_judged_beside_a_source_brought_to_it(there,
 def test_cost(there, capsys, made, cost):
     assert run(there, "--price-per-call", "0.5") == 0
     assert f"\n{cost}\n" in capsys.readouterr().out and asked() == made
+
+
+def test_votes_of_one_request_are_one_call(tmp_path):
+    """Of them the first line of the record bears the tries, the others none."""
+    record = CountingRecord(tmp_path)
+    record.begin(lambda line: None)
+    for vote, tries in enumerate((2, 0, 0, 0)):
+        failed = "no verdict" if vote == 3 else None
+        record.write(request_key(vote=vote), {"value": vote}, failed=failed, seconds=0, tries=tries)
+    assert record.calls == Calls(made=1, failed=1, again=1)
+
+
+def test_who_waits_is_told_how_far_it_is(tmp_path, monkeypatch):
+    clock, said = [0.0], []
+    monkeypatch.setattr("editr2.judge.trial.time.monotonic", lambda: clock[0])
+    record = CountingRecord(tmp_path)
+    record.begin(said.append)
+    for n in range(40):
+        clock[0] += 1
+        failed = "down" if n == 20 else None
+        record.write(request_key(n=n), n, failed=failed, seconds=1, tries=1)
+    assert said == ["15 calls made in 15 s", "30 calls made in 30 s, 1 failed"]
 
 
 def test_the_page_has_every_image_with_what_was_said(there, beside):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from editr2.config import RewardConfig
+from editr2.config.settings import RewardUse
 from editr2.errors import ConfigError
 from editr2.rewards import edit_r2, editscore, edival, pku, rational, unifiedreward, viescore
 from editr2.rewards.ask import Asker
@@ -1418,3 +1419,23 @@ def test_it_puts_the_right_output_first(judges):
         first["all"] += all(sum(right) > sum(other) for other in totals.values())
         first["IF CC"] += all(sum(right[:2]) > sum(other[:2]) for other in totals.values())
     assert first["all"] == 45 and first["IF CC"] >= 0.95 * 45 - 1, first
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        (RewardConfig(name="viescore"), "reward.name: 'viescore': url, url_env: neither"),
+        (
+            RewardConfig(
+                use=(
+                    RewardUse(name="pixels"),
+                    RewardUse(name="pku", options={"url_env": "NO_SUCH_URL"}),
+                )
+            ),
+            r"reward.use\[1\].name: 'pku': url_env: .*NO_SUCH_URL is not set",
+        ),
+    ],
+)
+def test_what_a_reward_lacks_is_said_with_its_place(use, said):
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        load_reward(use)

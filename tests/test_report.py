@@ -367,6 +367,24 @@ def test_evaluations_during_the_run_make_a_curve(run):
     )
 
 
+def test_scores_of_other_names_are_drawn_as_the_papers_are(tmp_path):
+    start = {"event": "start", "rewards": {"IF": 0.5, "Beauty": 0.5}}
+    own = {"beauty_turn": [0.25, 0.5, 0.75]}
+    said = {"beauty_turn": [{"mean": m, "se": 0.1} for m in own["beauty_turn"]]}
+    trained = [train_row(random.Random(0), i) | own for i in range(3)]
+    rows = [eval_row(name, n, 0.5) | said for name, n in (("before", 0), ("after", 3))]
+    write_metrics(tmp_path, [start, rows[0], *trained, rows[1]])
+    text = page_of(tmp_path).text
+    assert text.count("Beauty, turn 3") == 1 and "beauty, turn" not in text
+    page = (tmp_path / "report.html").read_text()
+    panels = re.findall(r"<figcaption>([^<]*)</figcaption>", page)
+    assert panels[:4] == ["Reward", "IF", "Beauty", "Session success"]
+    [drawn] = re.findall(
+        r"<figcaption>Scores, mean over turns</figcaption>(.*?)</figure>", page, re.S
+    )
+    assert ">Beauty<" in drawn and ">IF<" in drawn
+
+
 def test_only_metrics(tmp_path):
     write_metrics(tmp_path, [train_row(random.Random(0), i) for i in range(3)])
     text = page_of(tmp_path).text

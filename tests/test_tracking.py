@@ -218,6 +218,13 @@ def test_progress_prints_one_plain_line_for_each_iteration():
     )
 
 
+def test_the_line_has_scores_of_other_names():
+    stream = io.StringIO()
+    with Progress(60, stream=stream, busy=calm) as progress:
+        progress.update(FULL | {"o_turn": [0.25, 0.75, None]})
+    assert "  IF .81 CC 1.00 GA – o .50  " in stream.getvalue()
+
+
 def timed(seconds, *, iterations, between=(), phases=True):
     """The lines of iterations that take `seconds`, with `between` seconds (by number of the
     iteration) after them."""

@@ -107,11 +107,11 @@ def _with(turn: Turn, name: str, value: Any) -> Turn:
 
 
 def _fits(session: Session, where: str) -> None:
-    """Task and form of a turn that was corrected say the same."""
+    """Task and form of a turn that was corrected say the same; without a task, the form parses."""
     for number, turn in enumerate(session.turns, 1):
         by_hand = [n for n in ("task", "formatted_instruction") if _is_by_hand(turn, n)]
-        there = all(value_of(turn, n) is not None for n in ("task", "formatted_instruction"))
-        if by_hand and there:
+        # A form tells its task; a task alone leaves its form to be found.
+        if by_hand and value_of(turn, "formatted_instruction") is not None:
             edit, why = edit_of(turn)
             if edit is None:
                 raise DataError(

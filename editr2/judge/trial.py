@@ -31,12 +31,15 @@ rest is not asked."""
 
 T = TypeVar("T")
 
+SAID_EVERY = 15.0
+"""Seconds between two words of what was asked so far: a judge may take minutes for a block."""
+
 
 @dataclass
 class Calls:
-    """made: calls that were made, of them failed: without an answer, again: tries beyond the
-    first. found: distinct answers that were on the record. seconds: of the calls that were made,
-    added up."""
+    """made: calls that were made, each for one answer or several votes; again: tries beyond the
+    first of each. failed: answers that did not come. found: distinct answers that were on the
+    record. seconds: of the calls that were made, added up."""
 
     made: int = 0
     failed: int = 0
@@ -54,6 +57,13 @@ class CountingRecord(Record):
         self._counts = threading.Lock()
         self._mine = threading.local()
         self._met: set[str] = set()  # asked or found by this one; met again, they are neither
+        self._progress: Callable[[str], None] | None = None
+        self._start = self._said = 0.0
+
+    def begin(self, progress: Callable[[str], None]) -> None:
+        """Counts from nothing, and tells `progress` now and then how far it is."""
+        self.calls, self._progress = Calls(), progress
+        self._start = self._said = time.monotonic()
 
     def find(self, key: str, read: Callable[[Any], T] | None = None) -> T | Any | None:
         answer = super().find(key, read)
@@ -75,16 +85,25 @@ class CountingRecord(Record):
         **where: Any,
     ) -> Any:
         with self._counts:
-            self.calls.made += 1
+            if tries:  # else a vote that came with the request of another, which has them
+                self.calls.made += 1
+                self.calls.again += tries - 1
             self.calls.failed += failed is not None
-            self.calls.again += tries - 1
             self.calls.seconds += seconds
             self._met.add(key)
+            self._say()
         self._mine.writes = True
         try:
             return super().write(key, answer, failed=failed, seconds=seconds, tries=tries, **where)
         finally:
             self._mine.writes = False
+
+    def _say(self) -> None:
+        now = time.monotonic()
+        if self._progress is not None and now - self._said >= SAID_EVERY:
+            self._said = now
+            lost = f", {self.calls.failed} failed" if self.calls.failed else ""
+            self._progress(f"{self.calls.made} calls made in {now - self._start:.0f} s{lost}")
 
 
 @dataclass(frozen=True)
@@ -141,7 +160,7 @@ def ask(
     """
     notes, start = prepare(panel), time.monotonic()
     pool, answers = Pool(panel), []
-    record.calls = Calls()
+    record.begin(progress)
     _first(panel, outputs, seed)
     for begin in range(0, len(outputs), BLOCK):
         block = outputs[begin : begin + BLOCK]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,8 +250,8 @@ def _curves(run: RecordedRun) -> list[Chart]:
         return _chart(title, charts.line_chart(title, of, window=window), note)
 
     scores = [
-        charts.Line(name, x, [mean(row.turns.get(key, ())) for row in run.train], colour)
-        for colour, (key, name) in enumerate(SCORE_METRICS.items())
+        charts.Line(name, x, [mean(row.turns.get(key, ())) for row in run.train], colour % 6)
+        for colour, (key, name) in enumerate(_score_metrics(run).items())
     ]
     found = [
         lines("Reward by turn", _reward_lines(run, x)),
@@ -348,18 +348,28 @@ def _seconds_chart(run: RecordedRun, x: Sequence[float]) -> Chart | None:
 
 
 SCORE_METRICS = {"if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
-METRICS = {"reward_turn": "Reward", **SCORE_METRICS}
+
+
+def _score_metrics(run: RecordedRun) -> dict[str, str]:
+    """Keys of the metrics and the names of their scores: the papers' three, then the run's own."""
+    own = run.start.get("rewards")
+    return SCORE_METRICS | {f"{name.lower()}_turn": name for name in _names(own)}
+
+
+def _names(weights: object) -> list[str]:
+    return [str(name) for name in weights] if isinstance(weights, dict) else []
 
 
 def _evaluation_charts(run: RecordedRun) -> list[Chart]:
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
-    reach = _reach(present)
+    metrics = {"reward_turn": "Reward", **_score_metrics(run)}
+    reach = _reach(present, metrics)
     if not reach:
         return []
     # One scale for all panels: reward, scores and success are read against each other.
     y_range = charts.value_range(reach)
     found = []
-    for key, name in METRICS.items():
+    for key, name in metrics.items():
         by_turn = [e.turns.get(key, ()) for e in present]
         turns = [str(t + 1) for t in range(max(map(len, by_turn)))]
         found.append(_panel(name, present, by_turn, turns, y_range, "turn"))
@@ -373,9 +383,9 @@ def _evaluation_charts(run: RecordedRun) -> list[Chart]:
     return [chart for chart in found if chart is not None]
 
 
-def _reach(evaluations: Sequence[EvaluationRow]) -> list[float]:
+def _reach(evaluations: Sequence[EvaluationRow], metrics: Iterable[str]) -> list[float]:
     """Every value that the evaluations' panels draw, with the ends of its bar."""
-    stats = [s for e in evaluations for key in METRICS for s in e.turns.get(key, ())]
+    stats = [s for e in evaluations for key in metrics for s in e.turns.get(key, ())]
     stats += [e.success for e in evaluations]
     stats += [Stat(_last_reward(e, mode)) for e in evaluations for mode in e.by_mode]
     drawn = [(s.mean, s.se or 0.0) for s in stats if s.mean is not None]
@@ -426,7 +436,7 @@ def evaluation_table(run: RecordedRun) -> Table | None:
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
     if not present:
         return None
-    rows = _score_rows(present)
+    rows = _score_rows(present, {"reward_turn": "Reward", **_score_metrics(run)})
     rows.append(("Session success", [with_se(e.success) for e in present]))
     for mode in dict.fromkeys(mode for e in present for mode in e.by_mode):
         rows += _mode_rows(mode, present)
@@ -440,16 +450,19 @@ def evaluation_table(run: RecordedRun) -> Table | None:
     return Table(head, [row for row in rows if any(cell not in ("–", "") for cell in row[1])])
 
 
-def _score_rows(evaluations: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
-    """A row for every turn of every score: a user's own under their names, first."""
+def _score_rows(
+    evaluations: Sequence[EvaluationRow], known: Mapping[str, str]
+) -> list[tuple[str, list[str]]]:
+    """A row for every turn of every score: a user's own under their names, first. known: names of
+    keys."""
     names = {
-        key: key.removesuffix("_turn")
+        key: known.get(key, key.removesuffix("_turn"))
         for e in evaluations
         for key in e.turns
         if key != "marginal_turn"
     }
     rows = []
-    for key, name in {**names, **METRICS}.items():
+    for key, name in {**names, **known}.items():
         by_turn = [e.turns.get(key, ()) for e in evaluations]
         for t in range(max(map(len, by_turn))):
             cells = [with_se(stats[t]) if t < len(stats) else "–" for stats in by_turn]

@@ -405,11 +405,13 @@ class Progress:
             reward += (
                 " (" + " ".join(f"t{t} {_short(value)}" for t, value in enumerate(turns, 1)) + ")"
             )
-        scores = [
-            f"{name} {_short(_mean(row[key]))}"
-            for name, key in (("IF", "if_turn"), ("CC", "cc_turn"), ("GA", "ga_turn"))
-            if row.get(key)
-        ]
+        names = {"if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
+        names |= {  # a reward's own
+            key: key.removesuffix("_turn")
+            for key in row
+            if key.endswith("_turn") and key not in (*names, "reward_turn")
+        }
+        scores = [f"{n} {_short(_mean(row[key]))}" for key, n in names.items() if row.get(key)]
         parts = [f"iter {self.done}/{self.iterations}", reward, " ".join(scores)]
         if row.get("ratio_error") is not None:
             parts.append(f"|ratio-1| {row['ratio_error']:.0e}")
