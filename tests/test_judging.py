@@ -164,6 +164,20 @@ def test_several_rewards_are_one():
     assert scores.values[2, 1, 2] == pytest.approx(float(items(4)[2].images[1].mean() / 255))
 
 
+def test_a_judge_that_writes_into_the_images_blinds_no_other():
+    def blinding(session: Session, images: np.ndarray) -> list[float]:
+        images[:] = 0
+        return [0.5] * len(images)
+
+    def bright(session: Session, images: np.ndarray) -> list[float]:
+        return [float(image.mean() / 255) for image in images]
+
+    scores = judged(Panel([adapt(blinding), adapt(bright)]), items(2))
+    assert torch.equal(
+        scores.values[..., 1], judged(Panel([adapt(bright)]), items(2)).values[..., 0]
+    )
+
+
 def test_a_call_in_a_thread_that_fails_is_a_failed_score_of_its_turns_alone():
     class Picky(Hashed):
         def score(self, item: Item, turn: int) -> dict[str, Score]:

@@ -194,7 +194,9 @@ class CheckedReward:
         return said, tries
 
     def _rows(self, items: Sequence[Item]) -> list[list[TurnScores]]:
-        mine = [item._replace(session=_apart(item.session)) for item in items]
+        mine = [  # a judge may write into what it is given, and is not the only one that sees it
+            item._replace(session=_apart(item.session), images=item.images.copy()) for item in items
+        ]
         return self._form.rows(mine, self.names)
 
 
