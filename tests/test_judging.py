@@ -456,6 +456,28 @@ def test_arrays_in_meta_that_print_alike_are_two_requests(tmp_path):
     assert len(reward.asked) == 2
 
 
+def test_of_a_key_twice_in_a_file_the_last_counts(tmp_path):
+    """A line is only written behind another one where that one could not be read."""
+    lines = [{"key": request_key(n=1), "answer": answer} for answer in ("of another hand", 0.5)]
+    (tmp_path / records.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert Record(tmp_path).find(request_key(n=1)) == 0.5
+
+
+def test_an_equal_call_that_was_answered_first_is_this_ones_answer_too(tmp_path):
+    record, asked = Record(tmp_path), []
+
+    def judge(session: Session, images: np.ndarray) -> list[float]:
+        asked.append(1)
+        if len(asked) == 1:  # meanwhile, in another thread
+            said = member.call(items(1), record)
+            assert said[0][0]["judge"].value == 0.5
+        return [1 / len(asked)] * len(images)
+
+    member = adapt(judge)
+    assert member.call(items(1), record)[0][0]["judge"].value == 0.5
+    assert len(asked) == 2 and len(list(read_record(tmp_path))) == 1
+
+
 def test_a_record_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"judges\.jsonl: .*accepted: a folder"):

@@ -1424,7 +1424,7 @@ def test_it_puts_the_right_output_first(judges):
 @pytest.mark.parametrize(
     ("use", "said"),
     [
-        (RewardConfig(name="viescore"), "reward.name: 'viescore': url, url_env: neither"),
+        (RewardConfig(name="viescore"), r"reward\.options\.url, url_env: neither"),
         (
             RewardConfig(
                 use=(
@@ -1432,7 +1432,7 @@ def test_it_puts_the_right_output_first(judges):
                     RewardUse(name="pku", options={"url_env": "NO_SUCH_URL"}),
                 )
             ),
-            r"reward.use\[1\].name: 'pku': url_env: .*NO_SUCH_URL is not set",
+            r"reward\.use\[1\]\.options\.url_env: .*NO_SUCH_URL is not set",
         ),
     ],
 )

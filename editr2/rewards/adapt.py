@@ -83,8 +83,6 @@ def _made(given: Any, title: str) -> Any:
     if inspect.isclass(getattr(given, "func", given)) or (factory and not hasattr(given, "judge")):
         try:
             made = given()
-        except ConfigError as error:  # it names an option, and not whose
-            raise ConfigError(f"{title}: {error}") from None
         except (KeyboardInterrupt, UserError):  # one of ours says it in a line of its own
             raise
         except BaseException as error:

@@ -166,15 +166,17 @@ class CheckedReward:
             "turn": [[turn + 1 for turn in item.asked] for item in items],
             "name": list(self.names),
         }
-        record.write(
+        answer = [[_written(row) for row in rows] for rows in said]
+        stands = record.write(
             key,
-            [[_written(row) for row in rows] for rows in said],
+            answer,
             failed=plain(str(failures[0])) if failures else None,
             seconds=time.monotonic() - start,
             tries=tries,
             **{name: value[0] if len(value) == 1 else value for name, value in where.items()},
         )
-        return said
+        # An equal call of another thread may have been answered first.
+        return said if failures or stands is answer else _kept(stands, items, self.names)
 
     def _asked(self, items: Sequence[Item]) -> tuple[list[list[TurnScores]], int]:
         """The answer, and how many tries it took."""

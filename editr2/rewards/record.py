@@ -182,7 +182,7 @@ class Record:
         return self._files.index(path)
 
     def _index(self) -> dict[bytes, tuple[int, int]]:
-        """Where the answer to every key stands; of equal keys the first."""
+        """Where the answer to every key stands; of files that have the same, in the first."""
         if self._known is None:
             self._known = {}
             for folder, pattern in self._folders:
@@ -197,18 +197,21 @@ class Record:
     def _read(self, path: Path) -> None:
         assert self._known is not None
         number, offset, torn = self._number(path), 0, 0
+        found: dict[bytes, tuple[int, int]] = {}  # the last: an earlier one could not be read
         try:
             with path.open("rb") as file:
                 for line in file:
                     try:
                         row = json.loads(line)
                         if row.get("answer") is not None:
-                            self._known.setdefault(bytes.fromhex(row["key"]), (number, offset))
+                            found[bytes.fromhex(row["key"])] = (number, offset)
                     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
                         torn += bool(line.strip())
                     offset += len(line)
         except OSError as error:
             raise _unusable(path, error) from error
+        for key, place in found.items():
+            self._known.setdefault(key, place)
         if torn > 1:  # a killed process leaves one
             log.warning("%s: %d lines are no records of calls and were left out", path, torn)
 
