@@ -266,6 +266,13 @@ def test_seconds_of_the_last_iteration_the_typical_one_and_the_time_left(run, en
     assert timed(**run)[-1].endswith(ends)
 
 
+def test_the_line_says_when_nothing_trains():
+    progress = Progress(4, enabled=False)
+    for advantage, said in ((0.0, True), (0.3, False)):
+        line = progress.line({"iteration": 0, "reward": 0.5, "advantage_abs": advantage})
+        assert ("nothing trains: siblings tie, or their turns are left out" in line) is said
+
+
 def test_a_busy_machine_is_said_behind_the_line():
     stream, words = io.StringIO(), iter(["", "busy machine: ..."])
     progress = Progress(3, stream=stream, busy=lambda: next(words))

@@ -419,6 +419,8 @@ class Progress:
             parts.append(f"{row['failed_scores']} scores failed")
         if row.get("not_applicable"):
             parts.append(f"a reward does not apply to {row['not_applicable']} turns")
+        if row.get("advantage_abs") == 0:
+            parts.append("nothing trains: siblings tie, or their turns are left out")
         if self._seconds:
             typical = statistics.median(self._seconds)
             parts.append(f"{_precise(self._seconds[-1])} s/iter (typical {_precise(typical)})")
