@@ -118,7 +118,8 @@ def test_data_is_short_for_its_path():
         (["train", "--zebra"], "--zebra: unknown flag (editr2 train --help lists what there is)"),
         (
             ["train", "--checkpoint", "3"],
-            "a group of settings (accepted: --checkpoint.every and --checkpoint.keep)",
+            "a group of settings (accepted: --checkpoint.every, --checkpoint.keep and "
+            "--checkpoint.best)",
         ),
         (["train", "train.lr=3"], "'train.lr=3': not understood (did you mean --train.lr=3?)"),
         (["train", "now"], "'now': not understood (usage: editr2 train [options])"),

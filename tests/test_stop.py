@@ -37,11 +37,13 @@ def whole(runs, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def hearing():
-    """Whoever started the tests may have had SIGHUP ignored, as nohup does, and a run keeps to
-    it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Whoever started the tests may have had SIGHUP ignored, as nohup does, or SIGINT, as a shell
+    does for what it starts in the background, and a run keeps to it."""
+    heard = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 FINISHED = ("step: before", "step: after", "append: before", "_write_folder: after")

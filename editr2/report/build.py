@@ -18,6 +18,7 @@ from editr2.report import charts
 from editr2.report.data import (
     MODES,
     PASS_NAMES,
+    SCORES,
     Comparison,
     EvaluationRow,
     RecordedRun,
@@ -258,7 +259,7 @@ def _curves(run: RecordedRun) -> list[Chart]:
         _chart(
             "Scores, mean over turns",
             charts.line_chart("Scores", scores, window=window),
-            "IF instruction following, CC content consistency, GA global awareness.",
+            _in_words(line.label for line in scores if any(y is not None for y in line.y)),
         ),
         lines(
             "Session success",
@@ -272,6 +273,12 @@ def _curves(run: RecordedRun) -> list[Chart]:
         _seconds_chart(run, x),
     ]
     return [chart for chart in found if chart is not None]
+
+
+def _in_words(names: Iterable[str]) -> str:
+    """What the scores that pages know stand for; nothing of a reward's own."""
+    known = [f"{name} {SCORES[name]}" for name in names if name in SCORES]
+    return f"{', '.join(known)}." if known else ""
 
 
 def _chart(title: str, svg: Markup | None, note: str = "") -> Chart | None:

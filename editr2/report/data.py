@@ -14,8 +14,12 @@ from typing import Any
 from editr2.errors import DataError
 from editr2.run.tracking import read_metrics
 
-SCORES = ("IF", "CC", "GA")
-"""Instruction following, content consistency, global awareness."""
+SCORES = {
+    "IF": "instruction following",
+    "CC": "content consistency",
+    "GA": "global awareness",
+}
+"""The scores that pages know, and what they stand for."""
 
 PASS_NAMES = ("before", "after")
 
