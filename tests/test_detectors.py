@@ -4,6 +4,7 @@ and a detector behind an address that does all that servers do."""
 from __future__ import annotations
 
 import base64
+import email.utils
 import importlib.util
 import io
 import json
@@ -540,9 +541,29 @@ def test_as_many_calls_at_once_as_allowed(server: Server) -> None:
     assert server.most == 3 and len(server.bodies) == 9
 
 
+def test_retry_after_may_be_a_date(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a pause of its own ever is: the server knows."""
+    waited: list[float] = []
+    monkeypatch.setattr("editr2.rewards.detect.time.sleep", waited.append)
+    date = email.utils.formatdate(time.time() + 60, usegmt=True)
+    server.answers = [{"status": 503, "headers": {"retry-after": date}}, server.answers[0]]
+    RemoteDetector(server.url).find(IMAGE, ["cup"])
+    (seconds,) = filter(None, waited)  # the server itself sleeps for 0
+    assert 50 < seconds <= 60
+
+
 @pytest.mark.parametrize(
-    "given", [{"url": "localhost:8000"}, {"timeout": 0}, {"retries": -1}, {"concurrency": 0}]
+    "given",
+    [
+        {"url": "localhost:8000"},
+        {"url": "http://ann:s3cret@localhost:9"},
+        {"url": "http://localhost:9/find?key=s3cret"},
+        {"timeout": 0},
+        {"retries": -1},
+        {"concurrency": 0},
+    ],
 )
 def test_what_a_remote_detector_accepts(given: dict) -> None:
-    with pytest.raises(ConfigError, match="accepted: "):
+    with pytest.raises(ConfigError, match="accepted: ") as caught:
         RemoteDetector(**{"url": "http://localhost:9", **given})
+    assert "s3cret" not in str(caught.value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import random
 import threading
 import time
@@ -31,6 +30,7 @@ from editr2.rewards.models import (
     resized,
     resized_by_pillow,
 )
+from editr2.rewards.wire import is_private, retry_after
 
 THRESHOLD = 0.3
 
@@ -335,6 +335,11 @@ class RemoteDetector:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"detector: url {url!r} (accepted: http://... or https://...)")
+        if is_private(url):
+            raise ConfigError(
+                "detector: the address holds a password or a query, which would stand in the run's "
+                "folder (accepted: an address without)"
+            )
         if timeout <= 0 or retries < 0 or concurrency < 1:
             raise ConfigError(
                 f"detector: timeout {timeout:g}, retries {retries}, concurrency {concurrency} "
@@ -373,7 +378,7 @@ class RemoteDetector:
             if self._client is None:
                 self._client = httpx2.Client(timeout=self.timeout)
         for attempt in range(self.retries + 1):
-            pause = random.uniform(0, self.PAUSE * 2**attempt)
+            pause = min(random.uniform(0, self.PAUSE * 2**attempt), self.LONGEST)
             try:
                 said = self._client.post(self.url, json=body)
             except httpx2.HTTPError as error:
@@ -387,9 +392,9 @@ class RemoteDetector:
                 why = f"status {said.status_code}"
                 if said.status_code not in self.AGAIN:
                     break
-                pause = _seconds(said.headers.get("retry-after"), pause)
+                pause = retry_after(said.headers.get("retry-after")) or pause
             if attempt < self.retries:
-                time.sleep(min(pause, self.LONGEST))
+                time.sleep(pause)
         raise DetectorError(f"detector: {why} after {attempt + 1} tries")
 
     def _found(self, answer: Any, count: int, threshold: float) -> list[list[Found]]:
@@ -411,12 +416,3 @@ def _score(one: Any) -> float:
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
         raise ValueError(f"score {score!r} is not in [0, 1]")
     return float(score)
-
-
-def _seconds(retry_after: str | None, otherwise: float) -> float:
-    """Of a Retry-After in seconds; its form of a date is not looked at."""
-    try:
-        seconds = float(retry_after or "nan")
-    except ValueError:
-        return otherwise
-    return max(seconds, 0.0) if math.isfinite(seconds) else otherwise

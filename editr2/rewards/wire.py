@@ -191,7 +191,7 @@ class Wire:
                 self._said(status, received),
                 again=status in (408, 429) or status >= 500,
                 status=status,
-                wait=_retry_after(response.headers.get("retry-after")),
+                wait=retry_after(response.headers.get("retry-after")),
             )
         if len(received) > limit:
             raise NoAnswer(f"the answer has more than {limit >> 20} MiB", status=status)
@@ -244,7 +244,7 @@ class Wire:
         if parts.scheme not in ("http", "https") or not host or "\\" in url:
             shown = _without_secrets(url) if server.url_env is None else "what it holds"
             raise ConfigError(f"{key}: {shown} (accepted: an address, http://host:port/v1)")
-        private = parts.username is not None or parts.password is not None or parts.query
+        private = is_private(url)
         if private and server.url_env is None:
             raise ConfigError(
                 "url: it holds a password or a query, which would stand in the run's folder "
@@ -336,7 +336,7 @@ def _read(response: httpx2.Response, limit: int, deadline: float) -> bytes:
     return bytes(received)
 
 
-def _retry_after(said: str | None) -> float:
+def retry_after(said: str | None) -> float:
     """Seconds to wait: those of the header, or until its date; 0 where it says nothing usable."""
     if not said:
         return 0.0
@@ -349,6 +349,15 @@ def _retry_after(said: str | None) -> float:
         except (TypeError, ValueError, OverflowError):
             return 0.0
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+
+
+def is_private(url: str) -> bool:
+    """Whether an address holds what may be a secret: a user, a password or a query."""
+    try:
+        parts = urlsplit(url.strip())
+    except ValueError:  # it is no address, which whoever uses it says
+        return False
+    return bool(parts.username is not None or parts.password is not None or parts.query)
 
 
 def _from_environment(key: str, name: str) -> str:
