@@ -76,6 +76,12 @@ class Judging:
         self._newest: dict[int, list[_Asked]] = {}  # about the turns told of last
         self._items: list[Item] = []
 
+    @property
+    def by_turn(self) -> bool:
+        """Whether any reward is asked turn by turn."""
+        members = self._pool.panel.members
+        return self._turnwise or any(m.concurrency and m.by_turn for m in members)
+
     def turn(self, items: Sequence[Item]) -> None:
         """Turns that have just been decoded, one an item (`Item.turns`): of rollouts that
         `rollouts` is told of later."""

@@ -35,6 +35,8 @@ class Judged:
 
     def decoded(self, chunk: Chunk, turn: int) -> None:
         """Of the chunk that `done` hears of next."""
+        if not self._judging.by_turn:
+            return  # nobody listens: no images are put together
         self._newest = [
             self._item(chunk, rollout, turn) for rollout in chunk.turns[turn].rollout.tolist()
         ]
