@@ -9,17 +9,15 @@ nothing else is probable. `ask: think` has the judge reason first, by votes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from editr2.rewards.ask import Asker, Asking
-from editr2.rewards.base import Calls, Item, Score
-from editr2.rewards.client import Client, Server
-from editr2.rewards.record import Record
-from editr2.rewards.wording import Place, prompts_of
-
-HIGH = 5
+from editr2.rewards.ask import Asking
+from editr2.rewards.base import Item, Score
+from editr2.rewards.client import Server
+from editr2.rewards.served import Served
+from editr2.rewards.wording import Place
 
 PLACES: dict[str, Place] = {
     "score": Place(
@@ -43,49 +41,22 @@ class PkuOptions(Server, Asking):
     prompts: str | None = None
 
 
-class Pku:
-    """See the module. asker: in place of the one that the options name."""
+class Pku(Served):
+    """See the module."""
 
-    names = ("score",)
-    by_turn = True
-    concurrency = 16
-    batch = 1
     calls_a_turn = 1
     Options = PkuOptions
-    PLACES: ClassVar[Mapping[str, Place]] = PLACES
+    FOLDER = "pku"
+    PLACES = PLACES
+    HIGH = 5
+    PROBED: ClassVar[Mapping[str, bool]] = {}
 
-    def __init__(
-        self,
-        options: PkuOptions,
-        calls: Calls | None = None,
-        record: Record | None = None,
-        *,
-        asker: Asker | None = None,
-    ) -> None:
-        self.options = options
-        self.prompts = prompts_of("pku", options.prompts, places=PLACES)
-        self.asker = asker or Asker(Client(options, calls, record), options)
-
-    @property
-    def version(self) -> str:
-        """Changes with the words and the judge."""
-        return f"1 {self.prompts.digest} {self.options.model or ''}"
-
-    @property
-    def facts(self) -> dict[str, str]:
-        return {**self.asker.facts, **self.prompts.facts, "scale": f"0 to {HIGH}, over it"}
-
-    def probe(self) -> list[str]:
-        return self.asker.probe(images=2)
-
-    def judge(self, items: Sequence[Item]) -> list[list[dict[str, Score]]]:
-        return [[{"score": self._turn(item, turn)} for turn in item.asked] for item in items]
-
-    def _turn(self, item: Item, turn: int) -> Score:
+    def turn(self, item: Item, turn: int) -> dict[str, Score]:
         what = item.session.turns[turn]
         requirement = what.meta.get("requirement") or "nothing else"
         text, tail = self.prompts("score", instruction=what.instruction, requirement=requirement)
         images = [item.before(turn), item.images[turn]]
-        return self.asker.digits(
-            text, images, high=HIGH, seed=item.seed, name="score", turn=turn, tail=tail
+        said = self.asker.digits(
+            text, images, high=self.HIGH, seed=item.seed, name="score", turn=turn, tail=tail
         )
+        return {"score": said}

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from editr2.config.fields import Bounds, setting
-from editr2.rewards.ask import Asker, Asking
-from editr2.rewards.base import Calls, Item, Score
-from editr2.rewards.client import Client, Part, Server
+from editr2.rewards.ask import Asking
+from editr2.rewards.base import Item, Score
+from editr2.rewards.client import Part, Server
 from editr2.rewards.object_edits import scores_among
 from editr2.rewards.reading import Unread, answer_part, last_tag, numbers
-from editr2.rewards.record import Record
-from editr2.rewards.wording import Place, prompts_of
+from editr2.rewards.served import Served
+from editr2.rewards.wording import Place
 
 ASPECTS = {
     "text_faithfulness": "Text Faithfulness",
@@ -78,45 +78,16 @@ class RationalOptions(Server, Asking):
     released: bool = False
 
 
-class Rational:
-    """See the module. asker: in place of the one that the options name."""
+class Rational(Served):
+    """See the module."""
 
-    by_turn = True
-    concurrency = 16
-    batch = 1
     calls_a_turn = 1
     Options = RationalOptions
-    PLACES: ClassVar[Mapping[str, Place]] = PLACES
+    FOLDER = "rational"
+    PLACES = PLACES
+    scale = "(x - 1) / 3 of 1 to 4"
 
-    def __init__(
-        self,
-        options: RationalOptions,
-        calls: Calls | None = None,
-        record: Record | None = None,
-        *,
-        asker: Asker | None = None,
-    ) -> None:
-        self.options = options
-        self.names: tuple[str, ...] = tuple(options.scores)
-        self.prompts = prompts_of("rational", options.prompts, places=PLACES)
-        self.asker = asker or Asker(Client(options, calls, record), options)
-
-    @property
-    def version(self) -> str:
-        """Changes with the words and the judge."""
-        return f"1 {self.prompts.digest} {self.options.model or ''}"
-
-    @property
-    def facts(self) -> dict[str, str]:
-        return {**self.asker.facts, **self.prompts.facts, "scale": "(x - 1) / 3 of 1 to 4"}
-
-    def probe(self) -> list[str]:
-        return self.asker.probe(images=2, votes=True)
-
-    def judge(self, items: Sequence[Item]) -> list[list[dict[str, Score]]]:
-        return [[self._turn(item, turn) for turn in item.asked] for item in items]
-
-    def _turn(self, item: Item, turn: int) -> dict[str, Score]:
+    def turn(self, item: Item, turn: int) -> dict[str, Score]:
         text, _ = self.prompts("judge", instruction=item.session.turns[turn].instruction)
         before, after = item.before(turn), item.images[turn]
         parts = placed(text, [before, after])

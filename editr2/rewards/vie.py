@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from editr2.config.fields import Bounds, setting
-from editr2.rewards.ask import Asker, Asking, Verdict
-from editr2.rewards.base import Calls, Item, Score
-from editr2.rewards.client import Client, Server
+from editr2.rewards.ask import Asking, Verdict
+from editr2.rewards.base import Item, Score
+from editr2.rewards.client import Server
 from editr2.rewards.object_edits import scores_among
 from editr2.rewards.reading import numbers
-from editr2.rewards.record import Record
-from editr2.rewards.wording import Place, prompts_of
+from editr2.rewards.served import Served
+from editr2.rewards.wording import Place
 
 SCORES = ("SC", "PQ", "O")
 
@@ -52,48 +52,14 @@ class VieOptions(Server, Asking):
     released: bool = False
 
 
-class VieReward:
-    """A reward is a class of this with its own numbers. asker: in place of the one that the options
-    name."""
+class VieReward(Served):
+    """A reward is a class of this with its own numbers."""
 
-    by_turn = True
-    concurrency = 16
-    batch = 1
     calls_a_turn = 2
+    FOLDER = "vie"
+    PROBED: ClassVar[Mapping[str, bool]] = {"schema": True, "votes": True}
 
-    HIGH: ClassVar[int]
-    PLACES: ClassVar[Mapping[str, Place]]
-    VERSION: ClassVar[str] = "1"
-
-    def __init__(
-        self,
-        options: Any,
-        calls: Calls | None = None,
-        record: Record | None = None,
-        *,
-        asker: Asker | None = None,
-    ) -> None:
-        self.options = options
-        self.names: tuple[str, ...] = tuple(options.scores)
-        self.prompts = prompts_of("vie", options.prompts, places=self.PLACES)
-        self.asker = asker or Asker(Client(options, calls, record), options)
-
-    @property
-    def version(self) -> str:
-        """Changes with the words and the judge."""
-        return f"{self.VERSION} {self.prompts.digest} {self.options.model or ''}"
-
-    @property
-    def facts(self) -> dict[str, str]:
-        return {**self.asker.facts, **self.prompts.facts, "scale": f"0 to {self.HIGH}, over it"}
-
-    def probe(self) -> list[str]:
-        return self.asker.probe(images=2, schema=True, votes=True)
-
-    def judge(self, items: Sequence[Item]) -> list[list[dict[str, Score]]]:
-        return [[self._turn(item, turn) for turn in item.asked] for item in items]
-
-    def _turn(self, item: Item, turn: int) -> dict[str, Score]:
+    def turn(self, item: Item, turn: int) -> dict[str, Score]:
         before, after = item.before(turn), item.images[turn]
         asked = {
             "SC": ("sc", (before, after)),
