@@ -109,10 +109,17 @@ def at_depth(measured: Sequence[Any], by: Sequence[int]) -> Any:
 
 
 class Meter(TorchDispatchMode):
-    """Counts what runs inside; `cost` afterwards. Memory of tensors made before does not count."""
+    """Counts what runs inside; `cost` afterwards. Memory of tensors made before does not count.
 
-    def __init__(self) -> None:
+    fused: bytes and operations as if what lies between two operations with flops were one kernel,
+    as Inductor makes it: what such a kernel reads counts once, what it makes costs nothing until
+    something outside of it asks for it (an operation with flops, a later kernel, the backward
+    pass), which is when it is written. Memory stays that of plain calls.
+    """
+
+    def __init__(self, fused: bool = False) -> None:
         super().__init__()
+        self._fused = _Fused() if fused else None
         self._flops: dict[torch.dtype, int] = {}
         self._bytes = self._dense = self._operations = 0
         self._live: dict[int, Any] = {}
@@ -138,11 +145,16 @@ class Meter(TorchDispatchMode):
             or (made.keys() <= given.keys() and not func._schema.is_mutable)
         ):
             return out  # a question, a view, or a copy that was none
-        self._operations += 1
-        moved = sum(s.nbytes() for s in (given | made).values())
         count = _FLOPS.get(func._overloadpacket)
+        if self._fused is None:
+            self._operations += 1
+        else:
+            started, written = self._fused.met(given, made, dense=count is not None)
+            self._operations += started
+            self._bytes += written
+        moved = sum(s.nbytes() for s in (given | made).values())
         if count is None:
-            self._bytes += moved
+            self._bytes += moved if self._fused is None else 0
         else:
             dtype = next(x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
             self._flops[dtype] = self._flops.get(dtype, 0) + int(
@@ -157,10 +169,52 @@ class Meter(TorchDispatchMode):
         def freed(_: Any) -> None:
             self._now -= size
             self._live.pop(key, None)
+            if self._fused is not None:
+                self._fused.forget(key)
 
         self._live[key] = weakref.ref(storage, freed)
         self._now += size
         self._peak = max(self._peak, self._now)
+
+
+class _Fused:
+    """Kernels between operations with flops, numbered. pending: what a kernel has made and nobody
+    outside of it has asked for, by the kernel's number. read: what the present one has read."""
+
+    def __init__(self) -> None:
+        self.kernel, self.started = 0, False
+        self.pending: dict[int, int] = {}
+        self.read: set[int] = set()
+
+    def met(self, given: Any, made: Any, *, dense: bool) -> tuple[int, int]:
+        """Operations that start with this one, and bytes that it moves beside a dense operation's
+        own."""
+        moved = 0
+        if dense:
+            moved = sum(s.nbytes() for key, s in given.items() if self._asked(key))
+            self.kernel, self.started = self.kernel + 1, False
+            self.read.clear()
+            return 1, moved
+        for key, s in given.items():
+            if self.pending.get(key) == self.kernel or key in self.read:
+                continue
+            moved += s.nbytes() * (2 if self._asked(key) else 1)
+            self.read.add(key)
+        for key, s in made.items():
+            if key not in given:
+                self.pending[key] = self.kernel
+            elif key not in self.pending:  # written in place
+                moved += s.nbytes()
+        begins, self.started = not self.started, True
+        return int(begins), moved
+
+    def _asked(self, key: int) -> bool:
+        """Whether it has to be written now."""
+        return self.pending.pop(key, None) is not None
+
+    def forget(self, key: int) -> None:
+        self.pending.pop(key, None)
+        self.read.discard(key)
 
 
 @functools.cache

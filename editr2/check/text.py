@@ -17,7 +17,7 @@ from editr2.check.devices import (
     Device,
 )
 from editr2.check.editors import Editor
-from editr2.check.estimate import Estimate, sharded
+from editr2.check.estimate import WITH_ALL, WITHOUT, Estimate, sharded
 from editr2.check.judges import lines as judge_lines
 from editr2.config import Config, RolloutConfig, TrainConfig
 from editr2.rl.losses import LOSSES
@@ -103,16 +103,19 @@ def render(
         "",
         f"memory of {device.name}{each}",
     ]
-    kept, again = (f"activations, train{how}" for how in ("", ", checkpointing"))
-    left, used = (kept, again) if p.gradient_checkpointing else (again, kept)
+    other = {"with": result.memory[WITH_ALL], "without": result.memory[WITHOUT]}
+    if p.gradient_checkpointing in ("off", "all"):
+        del other["without" if p.gradient_checkpointing == "off" else "with"]
     for name, count in result.memory.items():
-        if count and name != left:
+        if count and name not in (WITH_ALL, WITHOUT):
             note = ""
-            if name == used and count != result.memory[left]:
-                note = (
-                    f"  (with{'out' if used == again else ''} checkpointing "
-                    f"{size(result.memory[left])})"
-                )
+            if name == "activations, train":
+                if p.gradient_checkpointing != "off":
+                    name = f"{name}, checkpointing"
+                if isinstance(p.gradient_checkpointing, int):
+                    name = f"{name} {p.gradient_checkpointing} blocks"
+                others = [f"{how} checkpointing {size(n)}" for how, n in other.items() if n != count]
+                note = f"  ({', '.join(others)})" if others else ""
             elif p.offload and name in ("text encoders", "autoencoder"):
                 note = "  (on the host while idle)"
             elif shards and name == "frozen weights":

@@ -79,6 +79,7 @@ class Work:
     outermost line first. times: run so often with the same cost, one after the other; None: once.
     deep: whether the repeated blocks, of which the policy has too few, are in it. trains: whether
     it runs with gradient, and goes backward. checkpointing: whether activations are computed again.
+    compiles: whether `policy.compile` compiles it.
     """
 
     key: Hashable
@@ -88,6 +89,7 @@ class Work:
     deep: bool = True
     trains: bool = False
     checkpointing: bool = False
+    compiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,11 @@ class Blueprint(Protocol):
     @property
     def deeper(self) -> Sequence[tuple[Any, int]]:
         """Policies with one more block of a kind, and how many of it the whole one has more than
-        `policy`."""
+        `policy`; in the order in which the kinds run."""
+
+    @property
+    def blocks(self) -> int:
+        """Repeated blocks of the whole policy, of all kinds."""
 
     def see(self, sessions: Sequence[Session]) -> None:
         """Instructions are as long as those of these sessions from here on."""
@@ -149,6 +155,7 @@ class Walk:
     policy whose methods do not look at numbers and that writes no intents."""
 
     deeper: Sequence[tuple[Any, int]] = ()
+    blocks = 0
     prompt_per_output = True
 
     def __init__(self, policy: Any, model: str) -> None:

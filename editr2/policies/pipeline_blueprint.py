@@ -84,6 +84,10 @@ class PipelineBlueprint:
             if n > SHALLOW
         ]
 
+    @property
+    def blocks(self) -> int:
+        return sum(self.depth.values())
+
     def see(self, sessions: Sequence[Session]) -> None:
         words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]
         self.said = round(TOKENS_A_WORD * sum(words) / len(words))
@@ -107,7 +111,7 @@ class PipelineBlueprint:
         again = trains and checkpointing and self.kind.recomputes
         key, sizes = (step, self._seen(turn), again), (Size(batch, SMALL_BATCH),)
         prepare = self._forward(self._seen(turn), trains)
-        return [Work(key, prepare, sizes, trains=trains, checkpointing=again)]
+        return [Work(key, prepare, sizes, trains=trains, checkpointing=again, compiles=True)]
 
     def held(self, batch: int, turn: int) -> Work:
         return self._held(batch, turn)

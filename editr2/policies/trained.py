@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
 from editr2.policies.adapters import (
@@ -22,6 +24,7 @@ from editr2.policies.adapters import (
     read_description,
     save_adapter,
 )
+from editr2.policies.blocks import compile_blocks, compiles, recompute_blocks
 from editr2.policies.pipelines import PipelineModel
 from editr2.policies.tensor_files import ordinary_modes, writing
 
@@ -31,10 +34,9 @@ def make_ready(policy: Any, adapter: Path | None, trains: bool) -> None:
     execution."""
     ready_autoencoder(policy)
     _adapt(policy, adapter, trains)
-    if policy.config.gradient_checkpointing:
-        policy.module.enable_gradient_checkpointing()
-    if policy.config.compile:
-        policy.module.compile_repeated_blocks()
+    recompute_blocks(policy.module, policy.config.gradient_checkpointing)
+    if compiles(policy.config, torch.cuda.is_available()):
+        compile_blocks(policy.module, strict=policy.config.compile == "on")
 
 
 def asked_lora(config: PolicyConfig, kind: type[PipelineModel]) -> Lora:
