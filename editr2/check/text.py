@@ -14,11 +14,10 @@ from editr2.check.devices import (
     MATRIX_EFFICIENCY,
     PEER_EFFICIENCY,
     RESERVE,
-    Device,
 )
-from editr2.check.editors import Editor
-from editr2.check.estimate import WITH_ALL, WITHOUT, Estimate, sharded
+from editr2.check.estimate import WITH_ALL, WITHOUT, sharded
 from editr2.check.judges import lines as judge_lines
+from editr2.check.levers import OTHER_NUMBERS, ROOM, Case, Option, alone, flags, propose
 from editr2.config import Config, RolloutConfig, TrainConfig
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
@@ -52,17 +51,12 @@ def _duration(hours: float) -> str:
     )
 
 
-def render(
-    config: Config,
-    editor: Editor,
-    device: Device,
-    sampler: Sampler,
-    turns: tuple[Sequence[int], Sequence[int]],
-    processes: int,
-    result: Estimate,
-    fits: bool,
-) -> list[str]:
-    """What will run, memory by part, time by phase, and whether it fits."""
+def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -> list[str]:
+    """What will run, memory by part, time by phase, and whether it fits. settled: what is to be
+    said of what was auto."""
+    editor, device, sampler = case.editor, case.device, case.samplers[0]
+    turns, processes = case.turns, case.processes
+    result, fits = option.estimate, option.fits()
     r, t, p = config.rollout, config.train, config.policy
     sizes, shards = editor.sizes(), sharded(config.policy, processes)
     each = f" on each of {processes} processes" if processes > 1 else ""
@@ -99,6 +93,7 @@ def render(
         f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma "
         f"{sigmas}",
         f"trained     {_places(config.train, config.rollout, sampler)}",
+        *(f"{'auto':<12}{line.removeprefix('auto: ')}" for line in settled),
         *judge_lines(result.judges),
         "",
         f"memory of {device.name}{each}",
@@ -168,6 +163,33 @@ def render(
         f"{size(device.memory)}",
     ]
     return lines
+
+
+def levers(case: Case, given: Option) -> list[str]:
+    """What each lever alone gives, and the fastest combination that fits."""
+
+    def row(name: str, option: Option, note: str = "") -> str:
+        lacks = "" if option.fits() else "  (does not fit)"
+        return f"  {name:<40}{option.seconds:>8.1f} s {size(option.needed):>12}{lacks}{note}"
+
+    config = given.config
+    lines = ["", "levers, each alone: an iteration, memory needed", row("as given", given)]
+    for key, value, option in alone(case, config):
+        shown = "none" if value is None else str(value).lower()
+        note = "  (other numbers)" if key in OTHER_NUMBERS else ""
+        lines.append(row(f"{key} {shown}", option, note))
+    best = propose(case, config)
+    if best is None:
+        return [*lines, "no combination of them that keeps the numbers fits", ""]
+    change, filled = flags(best.config, config), f"in {ROOM:.0%} of the memory"
+    if not change or best.seconds >= given.seconds and given.fits(ROOM):
+        return [*lines, f"no combination that keeps the numbers is faster {filled}", ""]
+    hours = _duration(sum(best.estimate.hours(config.train.iterations).values()))
+    lines += [
+        f"fastest that keeps the numbers (up to rounding) {filled}; the run takes {hours}:",
+        row("together", best),
+    ]
+    return [*lines, f"  {change}", ""]
 
 
 def _places(t: TrainConfig, r: RolloutConfig, sampler: Sampler) -> str:
