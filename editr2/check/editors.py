@@ -130,20 +130,18 @@ class Editor:
         batch: int,
         turn: int,
         checkpointing: int | str | None = None,
-        fused: bool | None = None,
     ) -> Cost:
         """Of encode, instruct, intend, velocity, train (forward and backward of velocity), answer
         (the same of an intent) or decode; checkpointing: as `policy.gradient_checkpointing`, None:
-        the configured one; fused: as with `policy.compile`, None: as configured."""
+        the configured one."""
         how = self.config.gradient_checkpointing if checkpointing is None else checkpointing
-        fused = self.config.compile == "on" if fused is None else fused
         again = recomputed(how, self.blueprint.blocks) if step in TRAINS else 0
-        key = (step, batch, turn, again, fused)
+        key = (step, batch, turn, again)
         if key not in self._costs:
-            self._costs[key] = self._partly(step, batch, turn, again, fused)
+            self._costs[key] = self._partly(step, batch, turn, again)
         return self._costs[key]
 
-    def _partly(self, step: str, batch: int, turn: int, again: int, fused: bool) -> Cost:
+    def _partly(self, step: str, batch: int, turn: int, again: int) -> Cost:
         """With the first `again` blocks computed again: a line between none and all of them. At
         the largest the backward pass is where everything that is kept is alive, or at work on a
         block as if all were computed again."""
@@ -151,7 +149,7 @@ class Editor:
 
         def whole(on: bool, instead: int = 0) -> Cost:
             costs = [
-                _reading(work) if isinstance(work, Reading) else self._cost(work, fused, instead)
+                _reading(work) if isinstance(work, Reading) else self._cost(work, instead)
                 for work in self.blueprint.work(step, batch, turn, on)
             ]
             return functools.reduce(_both, costs or [NOTHING])
@@ -161,13 +159,13 @@ class Editor:
         some, most = whole(True, again), whole(True)
         return replace(some, peak=max(some.peak, most.peak))
 
-    def _cost(self, work: Work, fused: bool = False, again: int = 0) -> Cost:
+    def _cost(self, work: Work, again: int = 0) -> Cost:
         """At its sizes, from small ones, one size after the other. again: of work that computes
         all blocks again, so many of them; 0 is all."""
 
         def along(rest: Sequence[Size], *found: int) -> Cost:
             if not rest:
-                return self._once(work, found, fused and work.compiles, again)
+                return self._once(work, found, again)
             return _affine(lambda n: along(rest[1:], *found, n), rest[0].at, rest[0].first)
 
         cost = along(work.sizes)
@@ -176,12 +174,12 @@ class Editor:
         together = at_depth([asdict(_none_of(cost)), asdict(cost)], [work.times])
         return Cost(**{**together, "peak": cost.peak, "kept": 0})
 
-    def _once(self, work: Work, sizes: tuple[int, ...], fused: bool, again: int) -> Cost:
+    def _once(self, work: Work, sizes: tuple[int, ...], again: int) -> Cost:
         missing = [n for _, n in self._measured[1:]] if work.deep else []
-        found = self._each(work, sizes, fused)
+        found = self._each(work, sizes)
         if not again:
             return Cost(**at_depth(found, missing))
-        plain = self._each(replace(work, checkpointing=False), sizes, fused)
+        plain = self._each(replace(work, checkpointing=False), sizes)
         taken, left = [], again
         for n in missing:  # of `n` further blocks there is one before
             taken.append(min(left, n + 1))
@@ -190,16 +188,16 @@ class Editor:
         computed = at_depth(found, taken)
         return Cost(**tree_map(lambda a, b, c: a + b - c, kept, computed, found[0]))
 
-    def _each(self, work: Work, sizes: tuple[int, ...], fused: bool) -> list[dict[str, Any]]:
+    def _each(self, work: Work, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
         """The cost in the shallow policy and, where the work is deep, in each that is deeper."""
-        key = (work.key, work.checkpointing, sizes, fused)
+        key = (work.key, work.checkpointing, sizes)
         if key not in self._found:
             policies = self._measured if work.deep else self._measured[:1]
-            self._found[key] = [asdict(_measured(work, p, sizes, fused)) for p, _ in policies]
+            self._found[key] = [asdict(_measured(work, p, sizes)) for p, _ in policies]
         return self._found[key]
 
 
-def _measured(work: Work, policy: Any, sizes: tuple[int, ...], fused: bool) -> Cost:
+def _measured(work: Work, policy: Any, sizes: tuple[int, ...]) -> Cost:
     """Of work at these sizes, by running it; `kept` is of its result."""
     module = policy.module
     if work.checkpointing:
@@ -209,7 +207,7 @@ def _measured(work: Work, policy: Any, sizes: tuple[int, ...], fused: bool) -> C
             run = work.prepare(policy, *sizes)
             for p in _trainable(module) if work.trains else ():
                 p.grad = torch.zeros_like(p)
-            with Meter(fused) as meter:
+            with Meter() as meter:
                 result = run()
                 cost = meter.cost
             del result
@@ -246,7 +244,14 @@ def _both(first: Cost, second: Cost) -> Cost:
     }
     moved, dense = first.bytes + second.bytes, first.moved_dense + second.moved_dense
     return Cost(
-        flops, moved, dense, first.operations + second.operations, max(first.peak, second.peak), 0
+        flops,
+        moved,
+        dense,
+        first.operations + second.operations,
+        max(first.peak, second.peak),
+        0,
+        first.fused_bytes + second.fused_bytes,
+        first.fused_operations + second.fused_operations,
     )
 
 

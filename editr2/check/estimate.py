@@ -35,6 +35,10 @@ WITHOUT, WITH_ALL = (f"activations, train, {how}" for how in ("off", "all"))
 """Parts of the memory that are there to be compared: with other checkpointing than is asked for."""
 
 
+COMPILED = ("velocity", "train")
+"""Steps that run in the blocks that `policy.compile` compiles, or nearly."""
+
+
 @dataclass(frozen=True)
 class Call:
     """`times` calls of an editor's step with `batch` samples at a turn (from 0), in a phase of the
@@ -240,10 +244,8 @@ def estimate(
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
     evaluation += merged(strips_plan(config, editor, samplers[0], turns[1], processes))
-    again, fused = config.policy.gradient_checkpointing, config.policy.compile == "on"
-    costs = {
-        c: editor.cost(c.step, c.batch, c.turn, again, fused) for c in (*calls, *evaluation)
-    }
+    again, compiled = config.policy.gradient_checkpointing, config.policy.compile == "on"
+    costs = {c: editor.cost(c.step, c.batch, c.turn, again) for c in (*calls, *evaluation)}
     seconds, sizes = dict.fromkeys(PHASES, 0.0), editor.sizes()
     gathering = copying = 0.0
     if sharded(config.policy, processes):
@@ -256,7 +258,7 @@ def estimate(
             call.step, 0
         ) * branches  # the backward pass gathers once more
         carried = editor.carried(call.step) / device.link if config.policy.offload else 0.0
-        computing = cost.seconds(device.speed) + carried + times * copying
+        computing = cost.seconds(device.speed, compiled and call.step in COMPILED) + carried + times * copying
         seconds[call.phase] += call.times * max(computing, times * gathering)
     mean = sum(turns[0]) / len(turns[0])
     chunks = batches(r, processes)

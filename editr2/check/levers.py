@@ -8,7 +8,7 @@ blocks that are computed again, so that a candidate costs arithmetic and no meas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import product
 from typing import Any
@@ -32,20 +32,21 @@ EQUAL = 0.01
 """Seconds that differ by less count as the same: then the setting that changes less is taken."""
 
 AGAIN, COMPILE, ROWS = "policy.gradient_checkpointing", "policy.compile", "train.micro_batch"
-GROUPS, OFFLOAD = "rollout.groups_per_batch", "policy.offload"
+GROUPS, OFFLOAD, SHARD = "rollout.groups_per_batch", "policy.offload", "policy.shard"
 PLAIN: Mapping[str, Any] = {AGAIN: "off", COMPILE: "off", ROWS: None}
 """The settings that may be auto, and what they are without a GPU."""
 
 CANDIDATES: Mapping[str, Sequence[Any]] = {
-    COMPILE: ("on", "off"),
     ROWS: (None, 1, 2, 4, 8, 16, 32),
     GROUPS: (1, 2, 4, 8),
     OFFLOAD: (False, True),
+    SHARD: (False, True),
 }
-"""Levers that leave the numbers what they are but for rounding; `AGAIN` is searched beside them."""
+"""Levers that leave the numbers what they are but for rounding. Beside them `AGAIN` is searched,
+and `COMPILE` is on wherever it can be: by the estimate that is never slower."""
 OTHER_NUMBERS: Mapping[str, Sequence[Any]] = {"policy.quantize": ("fp8",)}
 """Levers that do not, and are shown only: another model computes."""
-SAME_EDITOR = (AGAIN, *CANDIDATES)
+SAME_EDITOR = (AGAIN, COMPILE, *CANDIDATES)
 """Levers that the same measured editor is asked about."""
 
 
@@ -103,7 +104,9 @@ class Option:
         return self.needed <= room * self.device.memory
 
 
-def accepted(config: Config, key: str, values: Iterable[Any]) -> list[Any]:
+def accepted(
+    config: Config, key: str, values: Iterable[Any], processes: int = 1
+) -> list[Any]:
     """Those that the run may be set to: no rule is broken, and the model has a use for it."""
     section, _, name = key.partition(".")
     if key not in dict(leaves(Config)):
@@ -112,6 +115,8 @@ def accepted(config: Config, key: str, values: Iterable[Any]) -> list[Any]:
         return []
     if key == GROUPS and config.train.minibatches > 1:
         return []  # optimiser steps are counted by these batches
+    if key == SHARD and processes == 1:
+        return []  # nothing to share out
     found = []
     for value in values:
         try:
@@ -123,13 +128,22 @@ def accepted(config: Config, key: str, values: Iterable[Any]) -> list[Any]:
 
 
 def fastest(
-    case: Case, config: Config, values: Mapping[str, Sequence[Any]], *, again: bool
+    case: Case,
+    config: Config,
+    values: Mapping[str, Sequence[Any]],
+    *,
+    again: bool,
+    compiled: bool = False,
 ) -> Option | None:
     """The fastest combination of the values that leaves `ROOM`; None where none does. again: the
-    number of blocks that are computed again is free, too, and as few as fit."""
+    number of blocks that are computed again is free, too, and as few as fit. compiled: whether they
+    are is, too, and they are wherever they can be."""
     found: list[Option] = []
     for chosen in product(*values.values()):
         candidate = with_values(config, dict(zip(values, chosen, strict=True)))
+        if compiled:
+            on = compiles(replace(candidate.policy, compile="auto"), cuda=True)
+            candidate = with_values(candidate, {COMPILE: "on" if on else "off"})
         option = _fewest_again(case, candidate) if again else case.of(candidate)
         if option.fits(ROOM):
             found.append(option)
@@ -138,7 +152,7 @@ def fastest(
     limit = min(option.seconds for option in found) * (1 + EQUAL)
 
     def changes(option: Option) -> tuple[int, float]:
-        keys = [AGAIN, *values]
+        keys = [AGAIN, COMPILE, *values]
         other = sum(value_of(option.config, key) != value_of(config, key) for key in keys)
         return other, option.needed
 
@@ -164,31 +178,29 @@ def _fewest_again(case: Case, config: Config) -> Option:
 
 def propose(case: Case, config: Config) -> Option | None:
     """The fastest of all combinations that give the same training up to rounding."""
-    values = {key: accepted(config, key, given) for key, given in CANDIDATES.items()}
-    if COMPILE in values and "on" in values[COMPILE]:
-        values[COMPILE] = ["on"]  # by the estimate never slower
-    free = {key: _with(given, value_of(config, key)) for key, given in values.items() if given}
-    return fastest(case, config, free, again=case.editor.blueprint.blocks > 0)
-
-
-def _with(values: Sequence[Any], given: Any) -> list[Any]:
-    return [*values, *([given] if given not in values and given != "auto" else [])]
+    uses = "compile" in policy_class(config.policy.model).uses
+    open_ = with_values(config, {COMPILE: "auto"}) if uses else config
+    free = {}
+    for key, given in CANDIDATES.items():
+        if values := accepted(open_, key, given, case.processes):
+            own = value_of(config, key)
+            free[key] = values if own in values else [*values, own]
+    blocks = case.editor.blueprint.blocks > 0
+    return fastest(case, config, free, again=blocks, compiled=uses)
 
 
 def alone(case: Case, config: Config) -> Iterator[tuple[str, Any, Option]]:
     """Each lever's other values, one changed at a time."""
     table = {
-        COMPILE: CANDIDATES[COMPILE],
+        COMPILE: ("on", "off"),
         AGAIN: ("off", "all"),
-        ROWS: CANDIDATES[ROWS],
-        GROUPS: CANDIDATES[GROUPS],
-        OFFLOAD: CANDIDATES[OFFLOAD],
+        **CANDIDATES,
         **OTHER_NUMBERS,
     }
     for key, values in table.items():
         others = [v for v in values if v != value_of(config, key)]
         options = []
-        for value in accepted(config, key, others):
+        for value in accepted(config, key, others, case.processes):
             changed = with_values(config, {key: value})
             editor = case.editor if key in SAME_EDITOR else open_editor(changed.policy)
             options.append((value, case.of(changed, editor)))

@@ -71,7 +71,8 @@ class Speed:
 class Cost:
     """Of one piece: flops by dtype; bytes moved by operations without flops; moved_dense: by those
     with; operations; peak: bytes alive at once of what the piece allocates; kept: bytes of it that
-    are still alive at its end."""
+    are still alive at its end. fused_bytes, fused_operations: bytes and operations, were what lies
+    between two operations with flops one kernel each, as Inductor makes them."""
 
     flops: dict[torch.dtype, int]
     bytes: int
@@ -79,17 +80,20 @@ class Cost:
     operations: int
     peak: int
     kept: int
+    fused_bytes: int = 0
+    fused_operations: int = 0
 
     @property
     def total_flops(self) -> int:
         return sum(self.flops.values())
 
-    def seconds(self, speed: Speed) -> float:
+    def seconds(self, speed: Speed, fused: bool = False) -> float:
         """Matrix products at the device's rate (or as fast as their operands arrive), the rest at
         its bandwidth."""
+        moved = self.fused_bytes if fused else self.bytes
         dense = sum(n / speed.flops[dtype] for dtype, n in self.flops.items())
-        device = max(dense, self.moved_dense / speed.bandwidth) + self.bytes / speed.bandwidth
-        host = self.operations * speed.launch
+        device = max(dense, self.moved_dense / speed.bandwidth) + moved / speed.bandwidth
+        host = (self.fused_operations if fused else self.operations) * speed.launch
         return max(device, host) if speed.overlaps else device + host
 
 
@@ -111,15 +115,14 @@ def at_depth(measured: Sequence[Any], by: Sequence[int]) -> Any:
 class Meter(TorchDispatchMode):
     """Counts what runs inside; `cost` afterwards. Memory of tensors made before does not count.
 
-    fused: bytes and operations as if what lies between two operations with flops were one kernel,
-    as Inductor makes it: what such a kernel reads counts once, what it makes costs nothing until
-    something outside of it asks for it (an operation with flops, a later kernel, the backward
-    pass), which is when it is written. Memory stays that of plain calls.
+    Fused, what a kernel reads counts once, and what it makes costs nothing until something outside
+    of it asks for it (an operation with flops, a later kernel, the backward pass), which is when it
+    is written. Memory is that of plain calls.
     """
 
-    def __init__(self, fused: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._fused = _Fused() if fused else None
+        self._fused = _Fused()
         self._flops: dict[torch.dtype, int] = {}
         self._bytes = self._dense = self._operations = 0
         self._live: dict[int, Any] = {}
@@ -128,7 +131,14 @@ class Meter(TorchDispatchMode):
     @property
     def cost(self) -> Cost:
         return Cost(
-            dict(self._flops), self._bytes, self._dense, self._operations, self._peak, self._now
+            dict(self._flops),
+            self._bytes,
+            self._dense,
+            self._operations,
+            self._peak,
+            self._now,
+            self._fused.bytes,
+            self._fused.operations,
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,15 +156,11 @@ class Meter(TorchDispatchMode):
         ):
             return out  # a question, a view, or a copy that was none
         count = _FLOPS.get(func._overloadpacket)
-        if self._fused is None:
-            self._operations += 1
-        else:
-            started, written = self._fused.met(given, made, dense=count is not None)
-            self._operations += started
-            self._bytes += written
+        self._operations += 1
+        self._fused.met(given, made, dense=count is not None)
         moved = sum(s.nbytes() for s in (given | made).values())
         if count is None:
-            self._bytes += moved if self._fused is None else 0
+            self._bytes += moved
         else:
             dtype = next(x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
             self._flops[dtype] = self._flops.get(dtype, 0) + int(
@@ -169,8 +175,7 @@ class Meter(TorchDispatchMode):
         def freed(_: Any) -> None:
             self._now -= size
             self._live.pop(key, None)
-            if self._fused is not None:
-                self._fused.forget(key)
+            self._fused.forget(key)
 
         self._live[key] = weakref.ref(storage, freed)
         self._now += size
@@ -179,34 +184,35 @@ class Meter(TorchDispatchMode):
 
 class _Fused:
     """Kernels between operations with flops, numbered. pending: what a kernel has made and nobody
-    outside of it has asked for, by the kernel's number. read: what the present one has read."""
+    outside of it has asked for, by the kernel's number. read: what the present one has read. bytes:
+    that all of them move; operations: they and those with flops."""
 
     def __init__(self) -> None:
-        self.kernel, self.started = 0, False
+        self.bytes = self.operations = self.kernel = 0
+        self.started = False
         self.pending: dict[int, int] = {}
         self.read: set[int] = set()
 
-    def met(self, given: Any, made: Any, *, dense: bool) -> tuple[int, int]:
-        """Operations that start with this one, and bytes that it moves beside a dense operation's
-        own."""
-        moved = 0
+    def met(self, given: Any, made: Any, *, dense: bool) -> None:
+        """An operation; dense: with flops, whose own bytes are counted elsewhere."""
         if dense:
-            moved = sum(s.nbytes() for key, s in given.items() if self._asked(key))
+            self.bytes += sum(s.nbytes() for key, s in given.items() if self._asked(key))
+            self.operations += 1
             self.kernel, self.started = self.kernel + 1, False
             self.read.clear()
-            return 1, moved
+            return
         for key, s in given.items():
             if self.pending.get(key) == self.kernel or key in self.read:
                 continue
-            moved += s.nbytes() * (2 if self._asked(key) else 1)
+            self.bytes += s.nbytes() * (2 if self._asked(key) else 1)
             self.read.add(key)
         for key, s in made.items():
             if key not in given:
                 self.pending[key] = self.kernel
             elif key not in self.pending:  # written in place
-                moved += s.nbytes()
-        begins, self.started = not self.started, True
-        return int(begins), moved
+                self.bytes += s.nbytes()
+        self.operations += not self.started
+        self.started = True
 
     def _asked(self, key: int) -> bool:
         """Whether it has to be written now."""

@@ -139,6 +139,8 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
             f"  {phase:<12}{seconds:>10.1f} s {per:<14}{_duration(hours[phase]):>10} in all"
         )
     lines.append(f"  {'run':<38}{_duration(sum(hours.values())):>10} in all")
+    images = r.sessions * r.siblings * sum(turns[0]) / len(turns[0]) / processes
+    lines.append(f"  {'images':<12}{images / option.seconds:>10.3f} a second, trained{each}")
     if device.gpu:
         rate = f"{PEER_EFFICIENCY:.0%} of the sheet's rate between devices"
         gathers = (
@@ -173,7 +175,7 @@ def levers(case: Case, given: Option) -> list[str]:
         return f"  {name:<40}{option.seconds:>8.1f} s {size(option.needed):>12}{lacks}{note}"
 
     config = given.config
-    lines = ["", "levers, each alone: an iteration, memory needed", row("as given", given)]
+    lines = ["levers, each alone: an iteration, memory needed", row("as given", given)]
     for key, value, option in alone(case, config):
         shown = "none" if value is None else str(value).lower()
         note = "  (other numbers)" if key in OTHER_NUMBERS else ""

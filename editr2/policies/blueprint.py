@@ -79,7 +79,6 @@ class Work:
     outermost line first. times: run so often with the same cost, one after the other; None: once.
     deep: whether the repeated blocks, of which the policy has too few, are in it. trains: whether
     it runs with gradient, and goes backward. checkpointing: whether activations are computed again.
-    compiles: whether `policy.compile` compiles it.
     """
 
     key: Hashable
@@ -89,7 +88,6 @@ class Work:
     deep: bool = True
     trains: bool = False
     checkpointing: bool = False
-    compiles: bool = False
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class PipelineBlueprint:
         again = trains and checkpointing and self.kind.recomputes
         key, sizes = (step, self._seen(turn), again), (Size(batch, SMALL_BATCH),)
         prepare = self._forward(self._seen(turn), trains)
-        return [Work(key, prepare, sizes, trains=trains, checkpointing=again, compiles=True)]
+        return [Work(key, prepare, sizes, trains=trains, checkpointing=again)]
 
     def held(self, batch: int, turn: int) -> Work:
         return self._held(batch, turn)
