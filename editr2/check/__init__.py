@@ -117,9 +117,8 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         found(lambda: measured(apart, source[0]))
     if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
-    from editr2.check.text import levers, render
-
     from editr2.check.levers import settle
+    from editr2.check.text import levers, render
 
     case = _case(config, editor, source, device, processes, judges or ())
     config, settled = settle(config, device.gpu, lambda _: case)

@@ -258,7 +258,11 @@ def estimate(
             call.step, 0
         ) * branches  # the backward pass gathers once more
         carried = editor.carried(call.step) / device.link if config.policy.offload else 0.0
-        computing = cost.seconds(device.speed, compiled and call.step in COMPILED) + carried + times * copying
+        computing = (
+            cost.seconds(device.speed, compiled and call.step in COMPILED)
+            + carried
+            + times * copying
+        )
         seconds[call.phase] += call.times * max(computing, times * gathering)
     mean = sum(turns[0]) / len(turns[0])
     chunks = batches(r, processes)
@@ -361,7 +365,13 @@ def _memory(
         "encode": always
         + (max(sizes.text, sizes.vae) if p.offload else resident)
         + largest("encode", "decode"),
-        "train": always + resident + blocks + memory["gradients"] + copied + trains + sizes.dequantized,
+        "train": always
+        + resident
+        + blocks
+        + memory["gradients"]
+        + copied
+        + trains
+        + sizes.dequantized,
     }
     return memory, {phase: round(n) for phase, n in peaks.items()}
 

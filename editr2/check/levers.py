@@ -104,9 +104,7 @@ class Option:
         return self.needed <= room * self.device.memory
 
 
-def accepted(
-    config: Config, key: str, values: Iterable[Any], processes: int = 1
-) -> list[Any]:
+def accepted(config: Config, key: str, values: Iterable[Any], processes: int = 1) -> list[Any]:
     """Those that the run may be set to: no rule is broken, and the model has a use for it."""
     section, _, name = key.partition(".")
     if key not in dict(leaves(Config)):

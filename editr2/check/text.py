@@ -109,7 +109,9 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
                     name = f"{name}, checkpointing"
                 if isinstance(p.gradient_checkpointing, int):
                     name = f"{name} {p.gradient_checkpointing} blocks"
-                others = [f"{how} checkpointing {size(n)}" for how, n in other.items() if n != count]
+                others = [
+                    f"{how} checkpointing {size(n)}" for how, n in other.items() if n != count
+                ]
                 note = f"  ({', '.join(others)})" if others else ""
             elif p.offload and name in ("text encoders", "autoencoder"):
                 note = "  (on the host while idle)"
@@ -184,7 +186,7 @@ def levers(case: Case, given: Option) -> list[str]:
     if best is None:
         return [*lines, "no combination of them that keeps the numbers fits", ""]
     change, filled = flags(best.config, config), f"in {ROOM:.0%} of the memory"
-    if not change or best.seconds >= given.seconds and given.fits(ROOM):
+    if not change or (best.seconds >= given.seconds and given.fits(ROOM)):
         return [*lines, f"no combination that keeps the numbers is faster {filled}", ""]
     hours = _duration(sum(best.estimate.hours(config.train.iterations).values()))
     lines += [
