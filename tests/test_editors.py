@@ -25,7 +25,7 @@ from editr2.policies.configured import policy_class
 from editr2.policies.contexts import MixedContext
 from editr2.policies.latents import from_tokens
 from editr2.policies.load import load_policy
-from editr2.policies.rules import check_config
+from editr2.policies.rules import check_config, policy_problems
 from editr2.policies.weights import trainable
 from editr2.rewards.base import Score
 from editr2.rl.sampler import make_sampler
@@ -314,6 +314,69 @@ def test_frozen_parts_run_once_and_never_while_denoising(tiny, make, model):
     assert not any(p.requires_grad for part in (encoder, vae) for p in part.parameters())
 
 
+def counted(policy):
+    """What goes through its frozen encoders from now on, by name."""
+    calls = {"vae": 0, "text": 0}
+    encode = policy.pipe.vae.encode
+
+    def encoded(images):
+        calls["vae"] += len(images)
+        return encode(images)
+
+    policy.pipe.vae.encode = encoded
+    policy.pipe.text_encoder.register_forward_hook(lambda *_: calls.update(text=calls["text"] + 1))
+    return calls
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein-kv"])
+def test_training_starts_from_what_the_rollout_encoded(tiny, make, monkeypatch, model):
+    policy = make(model)
+    calls = counted(policy)
+    sources, outputs = tiny.pictures(4, SIZE)[[0, 1, 0]], tiny.pictures(3, SIZE, seed=1)
+
+    def walk():
+        context = policy.append(policy.instruct(policy.encode(sources), PROMPTS), outputs)
+        return policy.instruct(context, PROMPTS)
+
+    first = walk()
+    assert calls["vae"] == 2 + 3
+    monkeypatch.setattr(policy, "_at_work", None)  # on a full hit nothing comes to the device
+    again = walk()
+    assert calls["vae"] == 5
+    assert torch.equal(first.conditions[0], again.conditions[0])
+    made = torch.cat([policy.to_latents(_pixels(image)) for image in outputs])
+    assert torch.equal(first.conditions[0], made.detach())
+    if model == "klein-kv":  # depends on what trains, and is not kept
+        with torch.no_grad():
+            policy.module.transformer_blocks[0].attn.to_k.weight.mul_(2)
+        assert not torch.equal(first.derived[0], walk().derived[0])
+
+
+def _pixels(image):
+    return torch.from_numpy(image)[None].permute(0, 3, 1, 2).float() / 255 * 2 - 1
+
+
+def test_what_is_kept_is_the_last_used_and_outputs_drive_no_source_out(tiny, make):
+    policy = make("kontext")
+    calls, images = counted(policy), tiny.pictures(3, SIZE)
+    context = policy.encode(images)
+    policy._sources.limit = policy._outputs.limit = 2 * context.conditions[0][0].numel() * 4
+    for image, made in ((0, 3), (1, 4), (0, 4), (2, 5), (0, 5), (1, 6)):
+        policy.encode(images[image][None])
+        assert calls["vae"] == made, image
+    for seed in range(3):
+        policy.append(context, tiny.pictures(3, SIZE, seed=9 + seed))
+    before = calls["vae"]
+    policy.encode(images[:2])
+    assert calls["vae"] == before
+    assert [policy.encodes_again(turn, n) for turn, n in ((0, 2), (0, 3), (1, 2), (1, 3))] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
 def test_condition_resolution_and_wrong_images(tiny, make):
     policy = make("kontext", resolution=(32, 48), condition_resolution=(64, 96))
     assert policy.image_size == (32, 48) and policy.latent_shape[0] == 6
@@ -514,6 +577,44 @@ def test_saved_weights_are_found_again_with_and_without_an_adapter_over_them(
     assert json.loads((tmp_path / "over" / "policy.json").read_text())["base"] == str(
         tmp_path / "full"
     )
+
+
+def test_encodes_kept_in_a_folder_are_found_by_the_next_run(folder, tiny, tmp_path, caplog):
+    weights, _ = folder("kontext")
+    images, cache = tiny.pictures(3, (32, 32)), tmp_path / "cache"
+
+    def walked(**settings):
+        policy = loaded(weights, **{"cache": str(cache)} | settings)
+        calls = counted(policy)
+        context = policy.instruct(policy.encode(images[:2]), PROMPTS[:2])
+        after = policy.instruct(policy.append(context, images[1:]), PROMPTS[1:])
+        return calls, [velocities(policy, c).v.detach() for c in (context, after)]
+
+    plain = walked(cache=None)
+    assert not cache.exists()
+    for calls in ({"vae": 4, "text": 1 + 1}, {"vae": 2, "text": 0}):  # outputs are not for others
+        made, found = walked()
+        assert made == calls and all(map(torch.equal, found, plain[1]))
+    files = sorted(cache.rglob("*"))
+    assert [p.suffix for p in files] == ["", *[".safetensors"] * 2, "", *[".safetensors"] * 3]
+    image, text = files[1], files[4]
+    image.write_bytes(image.read_bytes()[:-1])  # cut short
+    whole = text.read_bytes()
+    text.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])  # one bit
+    made, found = walked()
+    assert made == {"vae": 3, "text": 1} and all(map(torch.equal, found, plain[1]))
+    assert [str(p) in said for p, said in zip((image, text), caplog.messages, strict=True)]
+    assert all("damaged" in said and "\n" not in said for said in caplog.messages)
+    assert text.read_bytes() == whole and walked()[0] == {"vae": 2, "text": 0}
+    for change in ({"dtype": "bfloat16"}, {"text_tokens": 47}):
+        made, _ = walked(**change)  # of another make
+        assert made["text"] == 2
+    other = tiny.kontext_pipeline(seed=7)
+    other.save_pretrained(weights)
+    assert walked()[0] == {"vae": 4, "text": 2}
+    (tmp_path / "file").write_text("")
+    config = PolicyConfig("kontext", str(weights), cache=str(tmp_path / "file"))
+    assert [p for p in policy_problems(config) if "policy.cache" in p and "is a file" in p]
 
 
 def test_bfloat16_keeps_trained_weights_and_latents_in_float32(folder, tiny):

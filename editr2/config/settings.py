@@ -204,6 +204,8 @@ class PolicyConfig:
             LoRA).
         shard: each process holds its part of the transformer's frozen weights and gathers a block
             while it computes (FSDP2); needs LoRA. On one process there is nothing to share out.
+        cache: a folder that keeps the encodes of source images and of instructions over runs; runs
+            and processes may share it. None keeps them in memory alone.
     """
 
     model: str = setting(DEFAULT, among=lambda: MODELS, reference="package.module:Class")
@@ -237,6 +239,7 @@ class PolicyConfig:
     vae_tiling: bool = False
     quantize: Literal["none", "4bit"] = "none"
     shard: bool = False
+    cache: str | None = setting(None, path=True)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from editr2.config import PolicyConfig
+from editr2.config.rules import folder_problem
 from editr2.errors import CheckpointError, ConfigError
 from editr2.policies.adapters import DESCRIPTION, TRANSFORMER, read_description
 from editr2.policies.configured import FIELDS, ConfiguredPolicy
@@ -109,6 +110,8 @@ class PipelineModel(ConfiguredPolicy):
     def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
         yield from super().problems(config, trains)
         p = config
+        if p.cache is not None and (problem := folder_problem(p.cache)):
+            yield f"policy.cache: {p.cache!r} (accepted: a folder; {problem})"
         if p.quantize != "none" and not p.lora_rank:
             yield (
                 f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what "
