@@ -4,6 +4,7 @@ saved and found again.
 All on tiny random pipelines (tiny_editors.py) of the stock classes.
 """
 
+import copy
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from editr2.check.meter import Meter
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError, DataError
 from editr2.policies.base import ScheduledPolicy
@@ -26,7 +28,7 @@ from editr2.policies.contexts import MixedContext
 from editr2.policies.latents import from_tokens
 from editr2.policies.load import load_policy
 from editr2.policies.rules import check_config, policy_problems
-from editr2.policies.weights import trainable
+from editr2.policies.weights import add_lora, trainable
 from editr2.rewards.base import Score
 from editr2.rl.sampler import make_sampler
 from editr2.run.tracking import read_metrics
@@ -508,6 +510,50 @@ def test_adapters_sit_on_attention_and_mlp_and_start_at_nothing(folder, tiny, mo
         ) as error:
             loaded(weights, model, lora_rank=3, lora_targets=nothing)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "bytes_kept"),
+    [
+        (torch.bfloat16, 8.0, 0.6),
+        (torch.bfloat16, 6.0, 0.8),  # a strength that rounds stays where peft has it
+        (torch.float32, 8.0, 0.8),
+        (torch.float32, 6.0, 1.0),
+    ],
+)
+def test_adapters_compute_what_peft_does_with_fewer_copies(dtype, alpha, bytes_kept):
+    from peft.tuners.lora import Linear, LoraLayer
+
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(
+        *(torch.nn.Linear(96, 96, bias=i, dtype=dtype) for i in (True, False))
+    )
+    add_lora(ours, 4, alpha, targets="[01]")
+    for name, p in ours.named_parameters():
+        if ".lora_" in name:
+            p.data = 0.1 * torch.randn(p.shape)
+    theirs = copy.deepcopy(ours)
+    for layer in theirs.modules():
+        if isinstance(layer, LoraLayer):
+            layer.__class__ = Linear
+    x = torch.randn(2, 30, 96).to(dtype)
+
+    def computed(module):
+        found = [x.clone().requires_grad_()]
+        with Meter() as meter, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                plain = module(x)
+            module(*found).square().mean().backward()
+        return [plain, found[0].grad, *(p.grad for p in trainable(module).values())], meter.cost
+
+    (found, less), (expected, cost) = computed(ours), computed(theirs)
+    assert len(found) == 6 and all(map(torch.equal, found, expected))
+    assert less.bytes <= bytes_kept * cost.bytes and less.operations <= cost.operations
+    for layer in ours.modules():
+        if isinstance(layer, LoraLayer):
+            layer.enable_adapters(False)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
+        assert torch.equal(ours(x), ours[1].base_layer(ours[0].base_layer(x)))
 
 
 @pytest.mark.parametrize(("model", "alpha"), [("kontext", 6.0), ("klein", 6.0), ("klein", 5.0)])
