@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from editr2.check.meter import Meter
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError, DataError
 from editr2.policies.base import ScheduledPolicy
-from editr2.policies.configured import policy_class
+from editr2.policies.configured import policy_class, settled_branches
 from editr2.policies.contexts import MixedContext
 from editr2.policies.latents import from_tokens
 from editr2.policies.load import load_policy
@@ -283,6 +284,36 @@ def test_a_joined_batch_predicts_what_its_parts_do(tiny, make, model):
         torch.testing.assert_close(both, by_row(rows), rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match="joined of several turns"):
         policy.append(mixed, images)
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein", "qwen-edit"])
+def test_branches_together_are_one_forward_and_differ_by_rounding(tiny, make, beside, model):
+    pipe = beside("tiny_qwen").qwen_pipeline() if model == "qwen-edit" else None
+    apart = make(model, pipe, guidance=3.0, negative_prompt="not so dark", branches="apart")
+    together = policy_class(model)(apart.pipe, replace(apart.config, branches="together"))
+    context = apart.instruct(apart.encode(tiny.pictures(2, SIZE)), PROMPTS[:2])
+    lengths = {p["words"].shape[1] for p in (context.prompt, context.negative)}
+    assert len(lengths) == (2 if model == "qwen-edit" else 1)  # whose words are not padded
+    forwards = []
+    apart.module.register_forward_pre_hook(lambda *_: forwards.append(1))
+    expected = velocities(apart, context)
+    assert len(forwards) == 2
+    found = velocities(together, context)
+    assert len(forwards) == 3
+    for a, b in (
+        (found.v, expected.v),
+        (found.guidance["v_uncond"], expected.guidance["v_uncond"]),
+    ):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    assert (found.v - found.guidance["v_uncond"]).abs().max() > 1e-3
+    for shard, processes, stands_for in (
+        (True, 2, "together"),
+        (True, 1, "apart"),
+        (False, 2, "apart"),
+    ):
+        settled = settled_branches(PolicyConfig(shard=shard), processes)
+        assert settled.branches == stands_for
+    assert settled_branches(PolicyConfig(shard=True, branches="apart"), 2).branches == "apart"
 
 
 @pytest.mark.parametrize("model", ["kontext", "klein"])
@@ -818,6 +849,7 @@ def test_killed_and_resumed_runs_are_bitwise_one(folder, tmp_path):
                 "policy": {
                     "keep_source": True,
                     "guidance": 2.0,
+                    "branches": "together",
                     "lora_rank": 0,
                     "gradient_checkpointing": True,
                 },

@@ -18,6 +18,7 @@ from editr2.check.devices import Device
 from editr2.check.editors import Editor, Sizes
 from editr2.check.judges import Judging, Measured, judging, waiting
 from editr2.config import Config, PolicyConfig
+from editr2.policies.configured import settled_branches
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
@@ -248,7 +249,8 @@ def estimate(
         # The blocks arrive beside the computing; copying them out of their buffer is a part of it.
         gathering = sizes.weights * (1 - 1 / processes) / device.peers
         copying = 2 * sizes.weights / device.speed.bandwidth
-    branches = 1 if config.policy.guidance == 1 else 2
+    apart = settled_branches(config.policy, processes).branches == "apart"
+    branches = 2 if config.policy.guidance != 1 and apart else 1
     for call, cost in costs.items():
         times = {"velocity": 1, "train": 2}.get(
             call.step, 0

@@ -114,6 +114,14 @@ class ConfiguredPolicy(ABC):
         return to_bytes(self.pixels(latents))
 
 
+def settled_branches(config: PolicyConfig, processes: int) -> PolicyConfig:
+    """The settings with what `policy.branches` auto stands for on so many processes."""
+    if config.branches != "auto":
+        return config
+    gathers = config.shard and processes > 1
+    return dataclasses.replace(config, branches="together" if gathers else "apart")
+
+
 METHODS = tuple(
     name for name, f in vars(Policy).items() if inspect.isfunction(f) and name[0] != "_"
 )

@@ -34,6 +34,7 @@ from editr2.policies.contexts import (
     EditContext,
     MixedContext,
     Prompt,
+    doubled,
     masked,
     padded,
 )
@@ -427,10 +428,14 @@ class DiffusionPolicy(PipelineModel):
             return self._mixed_velocity(x, sigma, context)
         with self.autocast(x.device):
             x = x.to(self.compute_dtype)
-            v = self.predict(x, sigma, context, context.prompt)
-            if not context.negative:
-                return Velocity(v)
-            dropped = self.predict(x, sigma, context, context.negative)
+            if context.negative and self.config.branches == "together":
+                both, x, sigma = doubled(context), torch.cat([x, x]), torch.cat([sigma, sigma])
+                v, dropped = self.predict(x, sigma, both, both.prompt).chunk(2)
+            else:
+                v = self.predict(x, sigma, context, context.prompt)
+                if not context.negative:
+                    return Velocity(v)
+                dropped = self.predict(x, sigma, context, context.negative)
         return Velocity(
             v, {"v_uncond": dropped, "guidance": self.config.guidance, "renorm": self.renorm}
         )
