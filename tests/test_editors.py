@@ -29,6 +29,7 @@ from editr2.policies.contexts import MixedContext
 from editr2.policies.latents import from_tokens
 from editr2.policies.load import load_policy
 from editr2.policies.rules import check_config, policy_problems
+from editr2.policies.trained import make_ready
 from editr2.policies.weights import add_lora, trainable
 from editr2.rewards.base import Score
 from editr2.rl.sampler import make_sampler
@@ -460,6 +461,46 @@ def test_settings_that_need_no_weights():
             check_config(replace_nested(Config(), {"policy": policy}))
     with pytest.raises(ConfigError, match="policy.model: 'sdxl' .*kontext, klein"):
         policy_class("sdxl")
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "line"),
+    [
+        ("kontext", "_native_math", None),
+        ("kontext", "_native_flash", None),
+        ("klein-kv", "_native_math", None),
+        ("qwen-edit", "_native_math", None),
+        ("kontext", "flashiest", "'flashiest' (accepted: flash, "),
+        ("kontext", "flash", "flash (accepted here: "),  # not installed
+        ("kontext", "_native_efficient", "_native_efficient (accepted on device cpu in"),
+        ("qwen-edit", "_native_flash", "_native_flash (accepted on device cpu in"),  # no masks
+        ("kontext", "flex", "flex (accepted on device cpu in"),  # no gradients
+    ],
+)
+def test_attention_by_a_backend_of_diffusers(tiny, make, beside, model, name, line):
+    def made(**settings):
+        pipe = beside("tiny_qwen").qwen_pipeline() if model == "qwen-edit" else None
+        policy = make(model, pipe, lora_rank=2, lora_targets=r".*\.to_q", **settings)
+        make_ready(policy, None, True)
+        policy.placed(True)
+        return policy
+
+    if line:
+        with pytest.raises(ConfigError) as error:
+            made(attention=name)
+        assert str(error.value).startswith(f"policy.attention: {line}")
+        assert "\n" not in str(error.value) and f" {name}," not in str(error.value)
+        assert "_native_math" in str(error.value)
+        found = [
+            p for p in policy_problems(PolicyConfig(model, attention=name)) if "attention" in p
+        ]
+        assert found == ([str(error.value)] if name == "flashiest" else [])
+        return
+    plain, asked = made(), made(attention=name)
+    context = plain.instruct(plain.encode(tiny.pictures(2, SIZE)), PROMPTS[:2])
+    found, expected = velocities(asked, context).v, velocities(plain, context).v
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert name == "_native_flash" or not torch.equal(found, expected)  # which torch takes, too
 
 
 def test_weights_that_are_not_there(tmp_path):

@@ -106,6 +106,10 @@ class ConfiguredPolicy(ABC):
             f"policy = load_policy(PolicyConfig({given}))",
         ]
 
+    def placed(self, trains: bool) -> None:  # noqa: B027, most have nothing to say
+        """Called once the weights are on their device. Raises `ConfigError` where what is asked for
+        does not work there."""
+
     @abstractmethod
     def pixels(self, latents: Tensor) -> Tensor:
         """As `PixelPolicy.pixels`."""

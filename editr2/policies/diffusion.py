@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError, shown
+from editr2.policies.attention import try_out
 from editr2.policies.base import Velocity, device_of
 from editr2.policies.contexts import (
     WORDS,
@@ -177,6 +178,12 @@ class DiffusionPolicy(PipelineModel):
         if min(height, width) < 1 or height % self.patch or width % self.patch:
             self.refuse(name, [height, width], f"multiples of {self.patch}")
         return height, width
+
+    def placed(self, trains: bool) -> None:
+        if (name := self.config.attention) is not None:
+            width = self.module.config.attention_head_dim
+            how = {"masks": self.masks, "trains": trains}
+            try_out(name, width, self.device, self.compute_dtype, **how)
 
     # ------------------------------------------------------------------------ what a model provides
 

@@ -70,6 +70,7 @@ class QwenEditPolicy(DiffusionPolicy):
         r"|(img|txt)_mlp\.net\.(0\.proj|2))"
     )
     text_sees_images = True
+    masks = True
     negative_prompt = " "
     own_renorm = "token"
     tiles = False  # they are 256 pixels wide: seams at every size in use
