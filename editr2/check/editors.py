@@ -108,6 +108,11 @@ class Editor:
         """Whether training reads the `prompts` instructions of an iteration again."""
         return self.blueprint.read_again(prompts)
 
+    def encodes_again(self, turn: int, images: int) -> bool:
+        """Whether training encodes an iteration's sources (turn 0), or the outputs that later turns
+        read, again."""
+        return self.blueprint.encodes_again(turn, images)
+
     def carried(self, step: str) -> int:
         """Bytes of weights that a call of the step brings to the device first."""
         if not self.config.offload:

@@ -18,6 +18,7 @@ from editr2.check.devices import Device
 from editr2.check.editors import Editor, Sizes
 from editr2.check.judges import Judging, Measured, judging, waiting
 from editr2.config import Config, PolicyConfig
+from editr2.policies.configured import settled_branches
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
@@ -70,14 +71,16 @@ def _walk(
     *,
     generates: bool,
     reads: bool,
+    encodes: tuple[bool, bool] = (True, True),
 ) -> list[Call]:
     """The calls of a walk through `groups` sessions besides its velocities. reads: instructions are
-    not cached."""
+    not cached. encodes: nor are sources, outputs."""
     calls = []
     side = "encode" if phase == "rollout" else phase
     for turn, share in enumerate(shares):
         rows = max(1, round(groups * siblings * share))
-        calls.append(Call(side, "encode", rows if turn else groups, turn))
+        step = "encode" if encodes[turn > 0] else "derive"
+        calls.append(Call(side, step, rows if turn else groups, turn))
         if turn and editor.writes_text and generates:
             calls.append(Call(phase, "intend", rows, turn))
         if reads:
@@ -123,12 +126,15 @@ def plan(
     calls += _group_rollout("rollout", config, editor, sampler, groups, shares)
     prompts = groups * sum(shares) * (r.siblings if editor.prompt_per_output else 1)
     again = editor.read_again(round(prompts))
+    outputs = round(groups * r.siblings * sum(shares[1:]))
+    encodes = (editor.encodes_again(0, groups), editor.encodes_again(1, outputs))
     loss = LOSSES[t.loss]
     places, without = loss.places(t, sampler), len(loss.weights(t))
     first = loss.ratio and t.minibatches > 1  # old log-probs, before any weight moves
     for size in _batches(groups, r.groups_per_batch):
         walks = t.updates * (1 + without) + first
-        walk = _walk("train", editor, size, r.siblings, shares, generates=False, reads=again)
+        how = {"generates": False, "reads": again, "encodes": encodes}
+        walk = _walk("train", editor, size, r.siblings, shares, **how)
         calls += [Call(c.phase, c.step, c.batch, c.turn, walks) for c in walk]
         turns_rows = [max(1, round(size * r.siblings * share)) for share in shares]
         for turn, batch in _forwards([n * places for n in turns_rows], places, t.micro_batch):
@@ -243,7 +249,8 @@ def estimate(
         # The blocks arrive beside the computing; copying them out of their buffer is a part of it.
         gathering = sizes.weights * (1 - 1 / processes) / device.peers
         copying = 2 * sizes.weights / device.speed.bandwidth
-    branches = 1 if config.policy.guidance == 1 else 2
+    apart = settled_branches(config.policy, processes).branches == "apart"
+    branches = 2 if config.policy.guidance != 1 and apart else 1
     for call, cost in costs.items():
         times = {"velocity": 1, "train": 2}.get(
             call.step, 0

@@ -204,6 +204,14 @@ class PolicyConfig:
             LoRA).
         shard: each process holds its part of the transformer's frozen weights and gathers a block
             while it computes (FSDP2); needs LoRA. On one process there is nothing to share out.
+        attention: the backend of the transformer's attention, by its name in diffusers (native,
+            flash, _native_cudnn, ...); none is torch's own choice.
+        branches: under guidance, the guided and the unguided branch as one batch (together) or one
+            after the other (apart). Together gathers sharded weights once for both, and takes both
+            branches' activations at once in the rollout, too; numbers differ by rounding. auto is
+            together with `shard` on several processes, else apart.
+        cache: a folder that keeps the encodes of source images and of instructions over runs; runs
+            and processes may share it. None keeps them in memory alone.
     """
 
     model: str = setting(DEFAULT, among=lambda: MODELS, reference="package.module:Class")
@@ -237,6 +245,9 @@ class PolicyConfig:
     vae_tiling: bool = False
     quantize: Literal["none", "4bit"] = "none"
     shard: bool = False
+    attention: str | None = None
+    branches: Literal["auto", "together", "apart"] = "auto"
+    cache: str | None = setting(None, path=True)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
     kind = "merged" if merge else "lora" if config.policy.lora_rank else "full"
     # Neither changes a number's meaning, and both would be in the way of comparing bits.
     settings = replace(config.policy, compile=False, gradient_checkpointing=False)
+    # What stock code loads the export runs by torch's attention.
+    settings = replace(settings, attention=None, branches="apart")
     form = policy_class(settings.model).form(settings, kind)
     policy = _load(settings)
     load_trainable(policy.module, values)

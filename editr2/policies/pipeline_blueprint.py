@@ -92,6 +92,10 @@ class PipelineBlueprint:
         forgets: bool = self.policy.forgets(prompts)
         return forgets
 
+    def encodes_again(self, turn: int, images: int) -> bool:
+        again: bool = self.policy.encodes_again(turn, images)
+        return again
+
     def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:
         if step == "instruct":
             # The negative prompt is read once, unless it stands beside images of its own.
@@ -101,13 +105,17 @@ class PipelineBlueprint:
         if step in ("encode", "decode"):
             run = self._to_latents if step == "encode" else self._to_pixels
             images = Work(step, run, times=batch, deep=False)  # the policy slices batches
-            derives = step == "encode" and self.policy.derives()
-            return [images, self._held(batch, turn)] if derives else [images]
+            return [images, *self._derived(batch, turn)] if step == "encode" else [images]
+        if step == "derive":
+            return self._derived(batch, turn)
         trains = step == "train"
         again = trains and checkpointing and self.kind.recomputes
         key, sizes = (step, self._seen(turn), again), (Size(batch, SMALL_BATCH),)
         prepare = self._forward(self._seen(turn), trains)
         return [Work(key, prepare, sizes, trains=trains, checkpointing=again)]
+
+    def _derived(self, batch: int, turn: int) -> list[Work | Reading]:
+        return [self._held(batch, turn)] if self.policy.derives() else []
 
     def held(self, batch: int, turn: int) -> Work:
         return self._held(batch, turn)

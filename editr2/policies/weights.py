@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from editr2.errors import CheckpointError, ConfigError, one_line
+from editr2.policies.adapters import with_fewer_copies
 
 LORA_TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
 """Attention and MLP of both experts."""
@@ -88,6 +89,7 @@ def add_lora(
     except (ValueError, TypeError, re.error) as error:
         why = f"an expression that matches linear layers of the model; {one_line(error)}"
         raise ConfigError(f"policy.lora_targets: {targets!r} (accepted: {why})") from error
+    with_fewer_copies(module)
     for name, p in module.named_parameters():
         p.requires_grad_(".lora_" in name)
 
