@@ -25,6 +25,8 @@ from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
 
 GIB = 2**30
+BASES = {"none": "", "4bit": ", 4-bit base", "fp8": ", fp8 base"}
+"""By `policy.quantize`."""
 
 
 def size(count: float) -> str:
@@ -77,7 +79,8 @@ def render(
         f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
         f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training "
         f"an iteration{each}, {result.flops / 1e12:.4g} TFLOP",
-        f"policy      {p.model}, {p.dtype}{', 4-bit base' if p.quantize == '4bit' else ''}, "
+        f"policy      {p.model}, {p.dtype}{BASES[p.quantize]}"
+        f"{_without(device) if p.quantize == 'fp8' and not device.float8 else ''}, "
         f"{editor.image_size[0]} x {editor.image_size[1]} px, latents {list(editor.latent_shape)}",
         f"parameters  {number(sizes.parameters - (sizes.trainable if p.lora_rank else 0))}; "
         f"{number(sizes.trainable)} train"
@@ -165,6 +168,10 @@ def render(
         f"{size(device.memory)}",
     ]
     return lines
+
+
+def _without(device: Device) -> str:
+    return f" (less memory, no more speed: {device.name} has no float8 products)"
 
 
 def _places(t: TrainConfig, r: RolloutConfig, sampler: Sampler) -> str:

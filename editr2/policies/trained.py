@@ -22,6 +22,7 @@ from editr2.policies.adapters import (
     read_description,
     save_adapter,
 )
+from editr2.policies.fp8 import quantize_linears
 from editr2.policies.pipelines import PipelineModel
 from editr2.policies.tensor_files import ordinary_modes, writing
 
@@ -31,6 +32,8 @@ def make_ready(policy: Any, adapter: Path | None, trains: bool) -> None:
     execution."""
     ready_autoencoder(policy)
     _adapt(policy, adapter, trains)
+    if policy.config.quantize == "fp8":
+        quantize_linears(policy.module, policy.lora_targets)
     if policy.config.gradient_checkpointing:
         policy.module.enable_gradient_checkpointing()
     if policy.config.compile:
