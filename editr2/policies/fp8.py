@@ -41,12 +41,14 @@ CAPABILITY = (8, 9)
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] -> float8 [M, K] and the scales that bring it back, float32 [M, 1]: of each row the
     smallest power of two that fits its largest number. Exact but for the one rounding to float8, so
-    of the same bits on every device. NaN and infinity come out as NaN."""
+    of the same bits on every device. A row with NaN or infinity has the scale NaN."""
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    bits = torch.maximum(high, -low).float().clamp_min(SMALLEST).view(torch.int32)
+    largest = torch.maximum(high, -low).float()
+    bits = largest.clamp_min(SMALLEST).view(torch.int32)
     # Adding this carries into the exponent exactly where the number is above 1.75 times a power of
     # two; 448 is 1.75 times 2^8.
     scale = (((bits + 0x1FFFFF) >> 23 << 23) - (8 << 23)).view(torch.float32)
+    scale = scale + 0 * largest  # which the cast to float8 may hide
     return (x / scale.to(x.dtype)).to(FLOAT8), scale
 
 
