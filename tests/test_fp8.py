@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from editr2.check import preflight
 from editr2.check.devices import find_device
 from editr2.check.editors import open_editor
+from editr2.check.text import base_note
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError, NonFiniteError
 from editr2.export.export import export
@@ -253,8 +253,8 @@ def test_what_check_says(weights):
     with pytest.raises(ConfigError, match="policy.quantize: fp8 .*lora_rank 0"):
         check_config(asked(lora_rank=0))
     check_config(asked(shard=True))
-    report = "\n".join(preflight(asked(), "a6000").lines)
-    assert "fp8 base (less memory, no more speed: a6000 has no float8 products)" in report
+    assert base_note("fp8", find_device("h100")) == ", fp8 base"
+    assert "no more speed: a6000 has no float8" in base_note("fp8", find_device("a6000"))
 
     plain, rounded = (open_editor(asked(quantize=name).policy) for name in ("none", "fp8"))
     layers = [m for m in loaded(weights, "kontext").module.modules() if isinstance(m, Float8Linear)]
