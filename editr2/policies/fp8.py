@@ -82,7 +82,7 @@ class _Product(torch.autograd.Function):
         return product.view(*x.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         weight, scale = ctx.saved_tensors
