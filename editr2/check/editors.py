@@ -22,6 +22,7 @@ from editr2.config import PolicyConfig
 from editr2.policies.base import PackedPolicy
 from editr2.policies.blueprint import Blueprint, Reading, Size, Work, simulated
 from editr2.policies.configured import called, policy_class
+from editr2.policies.fp8 import FLOAT8
 from editr2.rl.sampler import own_schedule
 from editr2.sessions import Session
 
@@ -32,7 +33,8 @@ FOUR_BITS = 0.5 + 4 / 64
 @dataclass(frozen=True)
 class Sizes:
     """parameters, trainable: numbers of them. weights: bytes of what is frozen; block, outside: of
-    it in the largest of the repeated blocks, and in none of them. trained: bytes of what trains.
+    it in the largest of the repeated blocks, and in none of them. float8: numbers of
+    it that are float8. trained: bytes of what trains.
     dequantized: bytes of the largest layer's weights while it is used (4-bit). text, vae: bytes of
     the text encoders and the autoencoder. targets: adapted layers by their name in a block."""
 
@@ -41,6 +43,7 @@ class Sizes:
     weights: int
     block: int
     outside: int
+    float8: int
     trained: int
     dequantized: int
     text: int
@@ -255,6 +258,7 @@ def _module_sizes(module: nn.Module, four_bits: bool) -> dict[str, Any]:
         "weights": size(frozen),
         "block": max(blocks, default=0),
         "outside": size(frozen) - sum(blocks),
+        "float8": sum(p.numel() for p in frozen if p.dtype == FLOAT8),
         "trained": sum(p.numel() * p.element_size() for p in trained),
         "dequantized": max((2 * p.numel() for p in frozen if id(p) in linear), default=0),
         "targets": dict(adapted),

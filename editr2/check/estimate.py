@@ -371,10 +371,12 @@ def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
     0.8), and processes share the pages.
     """
     # Sharded, the first process alone loads the transformer. 4-bit weights are made on the device,
-    # tensor by tensor: their own bytes stand for what is read meanwhile.
+    # tensor by tensor: their own bytes stand for what is read meanwhile. Float8 ones are made of
+    # what was read in policy.dtype, layer by layer.
     loaders = 1 if sharded(config.policy, processes) else processes
     beside = processes * (sizes.text + sizes.vae)
+    read = sizes.weights + sizes.float8 * (1 if config.policy.dtype == "bfloat16" else 3)
     return {
-        "loading": loaders * (sizes.weights + sizes.trained) + beside,
+        "loading": loaders * (read + sizes.trained) + beside,
         "training": beside if config.policy.offload else 0,
     }

@@ -77,7 +77,7 @@ def render(
         f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
         f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training "
         f"an iteration{each}, {result.flops / 1e12:.4g} TFLOP",
-        f"policy      {p.model}, {p.dtype}{', 4-bit base' if p.quantize == '4bit' else ''}, "
+        f"policy      {p.model}, {p.dtype}{base_note(p.quantize, device)}, "
         f"{editor.image_size[0]} x {editor.image_size[1]} px, latents {list(editor.latent_shape)}",
         f"parameters  {number(sizes.parameters - (sizes.trainable if p.lora_rank else 0))}; "
         f"{number(sizes.trainable)} train"
@@ -165,6 +165,13 @@ def render(
         f"{size(device.memory)}",
     ]
     return lines
+
+
+def base_note(quantize: str, device: Device) -> str:
+    """How the frozen weights are held, and what that does not bring."""
+    if quantize == "fp8" and not device.float8:
+        return f", fp8 base (less memory, no more speed: {device.name} has no float8 products)"
+    return {"none": "", "4bit": ", 4-bit base", "fp8": ", fp8 base"}[quantize]
 
 
 def _places(t: TrainConfig, r: RolloutConfig, sampler: Sampler) -> str:

@@ -200,8 +200,9 @@ class PolicyConfig:
         offload: keep text encoder and VAE on the host while they are not in use.
         vae_tiling: the VAE works in tiles above its own sample size (1024 pixels), which takes less
             memory and gives other latents than the stock pipeline's; not with qwen-edit.
-        quantize: none, or 4bit (the frozen base through bitsandbytes; needs a CUDA device and
-            LoRA).
+        quantize: none; 4bit (the frozen base through bitsandbytes; needs a CUDA device and LoRA);
+            or fp8 (the base's attention and MLP layers in float8, and their products where the
+            device has them; needs LoRA).
         shard: each process holds its part of the transformer's frozen weights and gathers a block
             while it computes (FSDP2); needs LoRA. On one process there is nothing to share out.
         attention: the backend of the transformer's attention, by its name in diffusers (native,
@@ -243,7 +244,7 @@ class PolicyConfig:
     compile: bool = False
     offload: bool = False
     vae_tiling: bool = False
-    quantize: Literal["none", "4bit"] = "none"
+    quantize: Literal["none", "4bit", "fp8"] = "none"
     shard: bool = False
     attention: str | None = None
     branches: Literal["auto", "together", "apart"] = "auto"

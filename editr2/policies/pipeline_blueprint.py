@@ -30,6 +30,7 @@ from editr2.policies.blueprint import (
     backward,
     simulated,
 )
+from editr2.policies.fp8 import quantize_linears
 from editr2.policies.libraries import no_bars
 from editr2.policies.pipelines import Parts, PipelineModel, load_rest, part_class, weight_sources
 from editr2.policies.tensor_files import check_shapes, read_header, read_json, reading
@@ -175,6 +176,11 @@ class PipelineBlueprint:
             module.requires_grad_(False)
             with adapters_without_data(module, self.dtype):
                 put_adapter(module, self.config, self.kind, None)
+        if self.config.quantize == "fp8":
+            with simulated(self.dtype):
+                # As on a device that has such products; on others they count as bfloat16's.
+                for layer in quantize_linears(module, self.kind.lora_targets):
+                    layer.in_float8 = True
         return policy
 
     def _check_weights(self, adapter: Path | None, trained: Path | None) -> None:

@@ -130,7 +130,7 @@ class PipelineModel(ConfiguredPolicy):
                 p.lora_rank > 0 or not trains,
                 "at least 1; only frozen weights are sharded",
             ),
-            ("quantize", p.quantize == "none", "none; 4-bit weights are not sharded"),
+            ("quantize", p.quantize != "4bit", "none, fp8; 4-bit weights are not sharded"),
             ("model", not cls.instead_of_shard, cls.instead_of_shard),
             (
                 "compile",

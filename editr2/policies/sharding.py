@@ -154,7 +154,8 @@ def _spread(places: Sequence[tuple[dict[str, Any], str]], device: torch.device) 
             if dist.get_rank() == 0
             else torch.empty(shape, dtype=dtype, device=device)
         )
-        dist.broadcast(values, 0)
+        # As bytes where they are single ones: gloo knows no float8.
+        dist.broadcast(values.view(torch.uint8) if values.itemsize == 1 else values, 0)
         held[name] = (
             nn.Parameter(values, tensor.requires_grad)
             if isinstance(tensor, nn.Parameter)

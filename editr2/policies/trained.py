@@ -23,6 +23,7 @@ from editr2.policies.adapters import (
     save_adapter,
 )
 from editr2.policies.attention import attend_by
+from editr2.policies.fp8 import quantize_linears
 from editr2.policies.pipelines import PipelineModel
 from editr2.policies.tensor_files import ordinary_modes, writing
 
@@ -34,6 +35,8 @@ def make_ready(policy: Any, adapter: Path | None, trains: bool) -> None:
     _adapt(policy, adapter, trains)
     if policy.config.attention is not None:
         attend_by(policy.module, policy.config.attention)
+    if policy.config.quantize == "fp8":
+        quantize_linears(policy.module, policy.lora_targets)
     if policy.config.gradient_checkpointing:
         policy.module.enable_gradient_checkpointing()
     if policy.config.compile:
