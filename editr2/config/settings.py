@@ -202,8 +202,11 @@ class PolicyConfig:
             memory and gives other latents than the stock pipeline's; not with qwen-edit.
         quantize: none, or 4bit (the frozen base through bitsandbytes; needs a CUDA device and
             LoRA).
-        shard: each process holds its part of the transformer's frozen weights and gathers a block
-            while it computes (FSDP2); needs LoRA. On one process there is nothing to share out.
+        shard: each process holds its part of the transformer's weights and gathers a block while it
+            computes (FSDP2): of the frozen ones under LoRA, else of all, with their gradients,
+            optimizer states and copies. On one process there is nothing to share out.
+        shard_group: processes that share one copy of the weights, a divisor of their number, such
+            as the devices of one machine; none is all of them.
     """
 
     model: str = setting(DEFAULT, among=lambda: MODELS, reference="package.module:Class")
@@ -237,6 +240,7 @@ class PolicyConfig:
     vae_tiling: bool = False
     quantize: Literal["none", "4bit"] = "none"
     shard: bool = False
+    shard_group: int | None = setting(None, Bounds(at_least=2, at_most=65_536))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def open_policy(config: PolicyConfig, processes: Processes, *, trains: bool = Tr
     for problem in policy_problems(config, trains):
         raise ConfigError(problem)
     policy = load_policy(config, trains=trains, empty=config.shard and not processes.main)
-    place(policy, config.shard, processes)
+    place(policy, config.shard, processes, config.shard_group)
     return policy
 
 

@@ -100,6 +100,10 @@ class Processes:
         self.lend()
         return reduce(values, "sum") if self.count > 1 else values
 
+    def first(self, found: str | None) -> str | None:
+        """What the first process that found anything found, on each of them."""
+        return next((text for text in self.gather([found]) if text is not None), None)
+
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of this process's loss to its parameters'."""
         if self.lockstep is None:
