@@ -116,7 +116,9 @@ class PipelineModel(ConfiguredPolicy):
             )
         if not p.shard:
             if p.shard_group is not None:
-                yield f"policy.shard_group: {p.shard_group} (accepted with policy.shard false: none)"
+                yield (
+                    f"policy.shard_group: {p.shard_group} (accepted with policy.shard false: none)"
+                )
             return
         for name, accepted, why in (
             ("quantize", p.quantize == "none", "none; 4-bit weights are not sharded"),
