@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from editr2.errors import ConfigError, UserError
+from editr2.errors import ConfigError
 from editr2.policies.parts import copies_of, is_shared, part, whole
 from editr2.policies.weights import trainable
-from editr2.run.processes import PATIENCE, Processes
+from editr2.run.processes import PATIENCE, Lost, Processes
 
 FORWARD, RECORDED, BACKWARD, FINISHED = 3, 2, 1, 0
 """What a process wants next: a forward without gradient, one with, the backward of all of the
@@ -126,7 +126,7 @@ class Lockstep:
         try:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         except RuntimeError as error:
-            raise UserError(
+            raise Lost(
                 "the other processes do not answer; the error of one that stopped stands above"
             ) from error
         return int(largest)

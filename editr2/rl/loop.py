@@ -49,7 +49,7 @@ from editr2.run.identity import (
     reward_fingerprint,
 )
 from editr2.run.lock import RunLock
-from editr2.run.processes import Processes, open_processes
+from editr2.run.processes import Lost, Processes, is_lost, open_processes
 from editr2.run.stop import NAMES, Stop, Stopped
 from editr2.run.tracking import MetricsLog, Progress, profile_table
 from editr2.sessions.source import SessionSource
@@ -200,6 +200,13 @@ class _Loop:
                     self._save()
                 name = NAMES[Signals(stopped.signum)]
                 raise Stopped(stopped.signum, f"stopped by {name}; {self._standing()}") from None
+            except (RuntimeError, Lost) as error:
+                if not is_lost(error):
+                    raise
+                raise Lost(
+                    f"another process does not answer (an error of its own stands above, unless it "
+                    f"was killed); {self._standing()}"
+                ) from error
         processes.wait()
         return self.folder
 
