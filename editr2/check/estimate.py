@@ -30,6 +30,9 @@ GATHERED = 3
 """Times the largest block that FSDP2 takes for whole ones: the block that computes, the buffer that
 it was copied out of (kept until the next copy), and the buffer into which the next block is
 gathered meanwhile."""
+REDUCED = 3
+"""Times the largest block that gradients of sharded weights take before they are reduced: the
+block's own, the buffer that they are copied into, and that of the block before, on its way."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,14 @@ def evaluation_plan(
 
 
 def sharded(policy: PolicyConfig, processes: int) -> bool:
-    """Whether the transformer's frozen weights are shared out over the processes."""
+    """Whether the transformer's weights are shared out over the processes: the frozen ones under
+    LoRA, else all of them."""
     return policy.shard and processes > 1
+
+
+def sharers(policy: PolicyConfig, processes: int) -> int:
+    """How many processes hold one copy of what is shared out."""
+    return (policy.shard_group or processes) if sharded(policy, processes) else 1
 
 
 def merged(calls: Sequence[Call]) -> list[Call]:
@@ -244,11 +253,17 @@ def estimate(
     evaluation += merged(strips_plan(config, editor, samplers[0], turns[1], processes))
     costs = {c: editor.cost(c.step, c.batch, c.turn) for c in (*calls, *evaluation)}
     seconds, sizes = dict.fromkeys(PHASES, 0.0), editor.sizes()
-    gathering = copying = 0.0
-    if sharded(config.policy, processes):
+    gathering = copying = reducing = 0.0
+    shares, whole = sharers(config.policy, processes), not config.policy.lora_rank
+    if shares > 1:
         # The blocks arrive beside the computing; copying them out of their buffer is a part of it.
-        gathering = sizes.weights * (1 - 1 / processes) / device.peers
-        copying = 2 * sizes.weights / device.speed.bandwidth
+        gathered = sizes.weights + (sizes.trained if whole else 0)
+        gathering = gathered * (1 - 1 / shares) / device.peers
+        copying = 2 * gathered / device.speed.bandwidth
+        if whole:  # gradients: summed among who shares a copy, and each's part over the copies
+            copies = processes // shares
+            reducing = sizes.trained * (1 - 1 / shares) / device.peers
+            reducing += 2 * sizes.trained / shares * (1 - 1 / copies) / device.peers
     apart = settled_branches(config.policy, processes).branches == "apart"
     branches = 2 if config.policy.guidance != 1 and apart else 1
     for call, cost in costs.items():
@@ -258,7 +273,8 @@ def estimate(
         computing = (
             cost.seconds(device.speed) + editor.carried(call.step) / device.link + times * copying
         )
-        seconds[call.phase] += call.times * max(computing, times * gathering)
+        moving = times * gathering + (reducing if call.step == "train" else 0.0)
+        seconds[call.phase] += call.times * max(computing, moving)
     mean = sum(turns[0]) / len(turns[0])
     chunks = batches(r, processes)
     walk = seconds["rollout"] + seconds["encode"]
@@ -278,7 +294,8 @@ def estimate(
     # AdamW reads and writes a weight, its gradient and two moments, and clipping reads the gradient
     # once more.
     steps = t.updates * t.minibatches
-    seconds["train"] += steps * 9 * 4 * sizes.trainable / device.speed.bandwidth
+    stepped = sizes.trainable / (shares if whole else 1)
+    seconds["train"] += steps * 9 * 4 * stepped / device.speed.bandwidth
     forwards = [c for c in calls if c.step in ("velocity", "train")]
     return Estimate(
         *_memory(config, editor, list(costs), samplers[0], turns[0], processes),
@@ -328,18 +345,23 @@ def _memory(
     # x, x_next, and what the loss or a sampler of second order reads beside them.
     a_step = 2 + loss.keeps_velocity(t) + sampler.second_order
     copies = len(loss.weights(t)) + (t.ema is not None)
-    shares, blocks, outside = 1, 0, 0
-    if sharded(
-        config.policy, processes
-    ):  # adapters are not; what is in no block stays whole after the first forward
-        shares, blocks, outside = processes, GATHERED * sizes.block, sizes.outside
+    shares, blocks, outside = sharers(p, processes), 0, 0
+    if shares > 1:  # adapters are not; what is in no block stays whole after the first forward
+        blocks, outside = GATHERED * sizes.block, sizes.outside
+    trained, gradients = sizes.trained, sizes.trained
+    if shares > 1 and not p.lora_rank:
+        trained = -(-sizes.trained // shares)
+        # Forwards that share a backward (branches of guidance, turns in one micro-batch) add up
+        # their gradients before they are reduced.
+        several = p.guidance != 1 or t.micro_batch is not None
+        gradients = trained + (sizes.trained if several else REDUCED * sizes.block + outside)
     memory = {
         "frozen weights": round(sizes.weights / shares),
         "gathered blocks": blocks + outside,
-        "adapters" if p.lora_rank else "trained weights": sizes.trained,
-        "gradients": sizes.trained,
-        "optimizer states": 2 * sizes.trained,
-        "copies (reference, old, average)": copies * sizes.trained,
+        "adapters" if p.lora_rank else "trained weights": trained,
+        "gradients": gradients,
+        "optimizer states": 2 * trained,
+        "copies (reference, old, average)": copies * trained,
         "text encoders": sizes.text,
         "autoencoder": sizes.vae,
         "stored latents": round(rollouts * latent * (a_step * sampler.window + 1)),
@@ -350,7 +372,7 @@ def _memory(
         "activations, train, checkpointing": train[True] + sizes.dequantized,
     }
     always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
-    always += sizes.trained + memory["copies (reference, old, average)"] + outside + contexts
+    always += trained + memory["copies (reference, old, average)"] + outside + contexts
     resident = 0 if p.offload else sizes.text + sizes.vae
     trains = memory[
         "activations, train, checkpointing" if p.gradient_checkpointing else "activations, train"
@@ -376,7 +398,13 @@ def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
     loaders = 1 if sharded(config.policy, processes) else processes
     beside = processes * (sizes.text + sizes.vae)
     read = sizes.weights + sizes.float8 * (1 if config.policy.dtype == "bfloat16" else 3)
-    return {
+    host = {
         "loading": loaders * (read + sizes.trained) + beside,
         "training": beside if config.policy.offload else 0,
     }
+    if sharded(config.policy, processes) and not config.policy.lora_rank:
+        # A checkpoint is put together on the first process's host: weights, moments and copies.
+        t = config.train
+        copies = len(LOSSES[t.loss].weights(t)) + (t.ema is not None)
+        host["saving"] = (3 + copies) * sizes.trained + host["training"]
+    return host

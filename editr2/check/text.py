@@ -17,7 +17,7 @@ from editr2.check.devices import (
     Device,
 )
 from editr2.check.editors import Editor
-from editr2.check.estimate import Estimate, sharded
+from editr2.check.estimate import Estimate, sharers
 from editr2.check.judges import lines as judge_lines
 from editr2.config import Config, RolloutConfig, TrainConfig
 from editr2.rl.losses import LOSSES
@@ -25,6 +25,13 @@ from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
 
 GIB = 2**30
+SPLIT = (
+    "trained weights",
+    "gradients",
+    "optimizer states",
+    "copies (reference, old, average)",
+)
+"""Parts of the memory that `policy.shard` shares out where all weights train."""
 
 
 def size(count: float) -> str:
@@ -64,7 +71,8 @@ def render(
 ) -> list[str]:
     """What will run, memory by part, time by phase, and whether it fits."""
     r, t, p = config.rollout, config.train, config.policy
-    sizes, shards = editor.sizes(), sharded(config.policy, processes)
+    sizes, shares = editor.sizes(), sharers(config.policy, processes)
+    split = {"frozen weights", *(() if p.lora_rank else SPLIT)}
     each = f" on each of {processes} processes" if processes > 1 else ""
     groups = -(-r.sessions // processes)
     lengths = ", ".join(f"{n} ({count})" for n, count in sorted(Counter(turns[0]).items()))
@@ -115,8 +123,8 @@ def render(
                 )
             elif p.offload and name in ("text encoders", "autoencoder"):
                 note = "  (on the host while idle)"
-            elif shards and name == "frozen weights":
-                note = f"  (sharded over {processes} processes)"
+            elif shares > 1 and name in split:
+                note = f"  (sharded over {shares} processes)"
             lines.append(f"  {name:<36}{size(count):>12}{note}")
     lines += [
         f"  alive at most in {phase:<19}{size(count):>12}" for phase, count in result.peaks.items()
@@ -145,7 +153,7 @@ def render(
         rate = f"{PEER_EFFICIENCY:.0%} of the sheet's rate between devices"
         gathers = (
             f"{rate} ({result.gathering:.2g} s to gather the weights, beside computing); "
-            if shards
+            if shares > 1
             else ""
         )
         lines.append(

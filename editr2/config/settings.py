@@ -203,8 +203,11 @@ class PolicyConfig:
         quantize: none; 4bit (the frozen base through bitsandbytes; needs a CUDA device and LoRA);
             or fp8 (the base's attention and MLP layers in float8, and their products where the
             device has them; needs LoRA).
-        shard: each process holds its part of the transformer's frozen weights and gathers a block
-            while it computes (FSDP2); needs LoRA. On one process there is nothing to share out.
+        shard: each process holds its part of the transformer's weights and gathers a block while it
+            computes (FSDP2): of the frozen ones under LoRA, else of all, with their gradients,
+            optimizer states and copies. On one process there is nothing to share out.
+        shard_group: processes that share one copy of the weights, a divisor of their number, such
+            as the devices of one machine; none is all of them.
         attention: the backend of the transformer's attention, by its name in diffusers (native,
             flash, _native_cudnn, ...); none is torch's own choice.
         branches: under guidance, the guided and the unguided branch as one batch (together) or one
@@ -249,6 +252,7 @@ class PolicyConfig:
     attention: str | None = None
     branches: Literal["auto", "together", "apart"] = "auto"
     cache: str | None = setting(None, path=True)
+    shard_group: int | None = setting(None, Bounds(at_least=2, at_most=65_536))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def open_policy(config: PolicyConfig, processes: Processes, *, trains: bool = Tr
         raise ConfigError(problem)
     config = settled_branches(config, processes.count)
     policy = load_policy(config, trains=trains, empty=config.shard and not processes.main)
-    place(policy, config.shard, processes)
+    place(policy, config.shard, processes, config.shard_group)
     if isinstance(policy, ConfiguredPolicy):
         policy.placed(trains)
     return policy

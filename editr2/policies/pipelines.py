@@ -123,13 +123,12 @@ class PipelineModel(ConfiguredPolicy):
                 f"trains is not quantized)"
             )
         if not p.shard:
+            if p.shard_group is not None:
+                yield (
+                    f"policy.shard_group: {p.shard_group} (accepted with policy.shard false: none)"
+                )
             return
         for name, accepted, why in (
-            (
-                "lora_rank",
-                p.lora_rank > 0 or not trains,
-                "at least 1; only frozen weights are sharded",
-            ),
             ("quantize", p.quantize != "4bit", "none, fp8; 4-bit weights are not sharded"),
             ("model", not cls.instead_of_shard, cls.instead_of_shard),
             (

@@ -65,8 +65,11 @@ MAY_CHANGE = {
     "eval.drift.structure",
     "eval.drift.saturation",
     "eval.drift.sharpness",
+    "policy.shard",
+    "policy.shard_group",
 }
-"""Settings that a resumed run may have others of: no number of an iteration follows from them."""
+"""Settings that a resumed run may have others of: no number of an iteration follows from them, or
+(where weights lie) by rounding alone, as from the number of processes."""
 STANDS_FOR = {
     "sessions": ("data.path",),
     "heldout": ("data.heldout",),
