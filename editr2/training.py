@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from editr2.config import Config
+from editr2.errors import ConfigError
 from editr2.policies.base import Policy
 from editr2.report import build_report
 from editr2.rewards.base import GivenReward
 from editr2.rl import loop
+from editr2.run.processes import Processes
 
 
 def train(
@@ -38,5 +42,29 @@ def train(
         reward=reward,
         profile=profile,
         resume_anyway=resume_anyway,
+        settle=partial(_settled, insist=resume_anyway),
         report=build_report,
     )
+
+
+def _settled(
+    config: Config, processes: Processes, given: bool, insist: Sequence[str]
+) -> tuple[Config, list[str]]:
+    """The settings without `auto`: as the run in the folder recorded them (unless they are
+    insisted on, by name or section), or by the estimate for the device at hand. Raises the
+    `UserError` of what cannot be estimated."""
+    from editr2.check import settled_for_device
+
+    p, cuda = config.policy, processes.device.type == "cuda"
+    if given:  # whoever made it has settled how it runs
+        if cuda and config.train.micro_batch == "auto":
+            raise ConfigError(
+                "train.micro_batch: auto (accepted with a policy that was given ready made: a "
+                "number or none; what it takes is not known)"
+            )
+        off = replace(p, **{n: "off" for n in _OF_A_POLICY if getattr(p, n) == "auto"})
+        config = replace(config, policy=off)
+    return settled_for_device(config, processes.device, processes.count, insist)
+
+
+_OF_A_POLICY = ("gradient_checkpointing", "compile")

@@ -25,6 +25,7 @@ from editr2.check.meter import Cost, Meter, Speed
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, RewardConfig, replace_nested
 from editr2.errors import ConfigError
+from editr2.policies.blocks import recompute_blocks
 from editr2.policies.blueprint import simulated
 from editr2.policies.configured import policy_class
 from editr2.policies.load import load_policy
@@ -149,15 +150,15 @@ def test_flops_and_parameters_are_those_of_the_loaded_policy(opened, model):
 
     with torch.no_grad():
         assert editor.cost("velocity", 2, 0).total_flops == counted(forward)
-    assert editor.cost("train", 2, 0, False).total_flops == counted(backward)
+    assert editor.cost("train", 2, 0, "off").total_flops == counted(backward)
     if model == "kontext":
         policy.module.enable_gradient_checkpointing()
         again = counted(backward)
         policy.module.disable_gradient_checkpointing()
         assert (
-            editor.cost("train", 2, 0, True).total_flops
+            editor.cost("train", 2, 0, "all").total_flops
             == again
-            > editor.cost("train", 2, 0, False).total_flops
+            > editor.cost("train", 2, 0, "off").total_flops
         )
     images = torch.zeros(1, 3, 64, 64)
     with torch.no_grad():
@@ -207,12 +208,11 @@ def test_cost_at_a_batch_is_the_line_through_two_smaller_ones(opened):
     assert estimated.bytes == pytest.approx(meter.cost.bytes, rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["off", "all", 2, 4])
 def test_peak_memory_is_what_the_allocator_hands_out(opened, checkpointing):
     policy, editor, context = opened("kontext")
     x, sigma = torch.randn(2, *policy.latent_shape), torch.tensor([0.3, 0.7])
-    if checkpointing:
-        policy.module.enable_gradient_checkpointing()
+    recompute_blocks(policy.module, checkpointing)
 
     def step():
         policy.velocity(x, sigma, context).v.sum().backward()
@@ -226,8 +226,8 @@ def test_peak_memory_is_what_the_allocator_hands_out(opened, checkpointing):
     for event in sorted(changes, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    # Kernels take small workspaces of their own; as measured, 0.03 and 0.5 %.
-    assert editor.cost("train", 2, 0, checkpointing).peak == pytest.approx(peak, rel=0.02)
+    # Kernels take small workspaces of their own; as measured, 0.03 and 0.5 %, of some blocks 2.3 %.
+    assert editor.cost("train", 2, 0, checkpointing).peak == pytest.approx(peak, rel=0.03)
 
 
 def test_flops_of_the_unified_policy_are_those_of_a_walk():

@@ -243,7 +243,7 @@ def test_keys_and_values_of_references_carry_gradient_when_asked(tiny, make):
     # What only the references go through at their own time, the image stream's keys, changes most.
     name = "transformer_blocks.0.attn.to_k.weight"
     assert not torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-3)
-    with pytest.raises(ConfigError, match="policy.gradient_checkpointing: True .*klein-kv: false"):
+    with pytest.raises(ConfigError, match="policy.gradient_checkpointing: all .*klein-kv: off"):
         make("klein-kv", gradient_checkpointing=True)
 
 

@@ -151,7 +151,7 @@ def test_runs_are_bitwise_those_of_whole_weights(runs):
         ({"policy": {"lora_rank": 0}}, "policy.lora_rank: 0"),
         ({"policy": {"quantize": "4bit"}}, "policy.quantize: 4bit"),
         ({"policy": {"model": "klein-kv"}}, "policy.model: klein-kv"),
-        ({"policy": {"compile": True}}, "policy.compile: True"),
+        ({"policy": {"compile": True}}, "policy.compile: on"),
         ({"rollout": {"capture": "compile"}}, "rollout.capture: compile"),
         ({"policy": {"model": "unified", "lora_rank": 4}}, "policy.shard: True"),
     ],

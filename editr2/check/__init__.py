@@ -18,14 +18,16 @@ settings and the sheets' figures are written down here, not read from their file
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from editr2.config import Config
-from editr2.config.fields import mended
+from editr2.config.fields import mended, respelt_leaves
 from editr2.errors import UserError
 from editr2.policies.base import ReadingPolicy
 from editr2.policies.configured import settled_branches
@@ -35,10 +37,15 @@ from editr2.rl.credit import credit_notes
 from editr2.rl.rules import check_pruning, run_problems
 from editr2.rl.sampler import eval_sampler, rollout_sampler
 from editr2.rl.sessions import sessions_for
+from editr2.run.checkpoint import recorded_settings
 from editr2.sessions import validate
+from editr2.sessions.source import SessionSource
 
 if TYPE_CHECKING:
+    from editr2.check.devices import Device
     from editr2.check.editors import Editor
+    from editr2.check.judges import Measured
+    from editr2.check.levers import Case
 
 LOOKED_AT = 256
 """Sessions of an endless source that stand for all of them."""
@@ -111,18 +118,79 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         found(lambda: measured(apart, source[0]))
     if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
-    from editr2.check.estimate import estimate
-    from editr2.check.text import render
+    from editr2.check.levers import settle
+    from editr2.check.text import levers, render
+
+    case = _case(config, editor, source, device, processes, judges or ())
+    config, settled = settle(config, device.gpu, lambda _: case)
+    option = case.of(config)
+    lines = render(config, case, option, settled)
+    notes = [
+        *reward.lacking(source.sessions or [source[i] for i in range(LOOKED_AT)]),
+        *credit_notes(config.credit, reward.names),
+    ]
+    if device.gpu:
+        notes += levers(case, option)
+    return Report([], [*lines[:-1], *notes, *lines[-1:]], option.fits())
+
+
+def _case(
+    config: Config,
+    editor: Editor,
+    source: SessionSource,
+    device: Device,
+    processes: int,
+    judges: Sequence[Measured] = (),
+) -> Case:
+    """What is estimated; the editor's instructions are as long as the sessions'."""
+    from editr2.check.levers import Case
 
     sessions = source.sessions or [source[i] for i in range(LOOKED_AT)]
     editor.see(sessions)
+    own = editor.own
     samplers = rollout_sampler(config.rollout, own), eval_sampler(config.rollout, config.eval, own)
     turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.heldout]
-    result = estimate(config, editor, device, samplers, turns, processes, judges or ())
-    fits = device.needed(result.peak) <= device.memory
-    lines = render(config, editor, device, samplers[0], turns, processes, result, fits)
-    notes = [*reward.lacking(sessions), *credit_notes(config.credit, reward.names)]
-    return Report([], [*lines[:-1], *notes, *lines[-1:]], fits)
+    return Case(editor, device, samplers, turns, processes, judges)
+
+
+def settled_for_device(
+    config: Config, device: torch.device, processes: int, insist: Sequence[str] = ()
+) -> tuple[Config, list[str]]:
+    """The configuration without `auto` for a run on this device, and what is to be said of it. A
+    run that goes on in its folder keeps what it recorded, but for settings that are insisted on, by
+    name or section. Raises the `UserError` of an editor or of data that cannot be opened, where an
+    estimate is needed."""
+    from editr2.check.levers import PLAIN, autos, settle
+
+    if not autos(config):
+        return config, []
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else device.type
+    recorded, where = {}, ""
+    if found := recorded_settings(Path(config.out) / "checkpoints"):
+        settings, before = found
+        flat = {
+            f"{section}.{key}": value
+            for section, values in settings.items()
+            if isinstance(values, dict)
+            for key, value in values.items()
+        }
+        kept = {key for key in PLAIN if not {key, key.partition(".")[0]} & set(insist)}
+        recorded = {key: PLAIN[key] for key in kept} | {
+            key: value for key, value in respelt_leaves(Config, flat).items() if key in kept
+        }
+        where = "" if before == name else f" (on {before}; this is {name})"
+
+    def case(plain: Config) -> Case:
+        from editr2.check.devices import device_at_hand
+        from editr2.check.editors import open_editor
+
+        editor = open_editor(plain.policy)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        source = sessions_for(plain, editor.policy)
+        return _case(plain, editor, source, device_at_hand(name, memory), processes)
+
+    return settle(config, gpu, case, recorded, where)
 
 
 _SHOWN = 8
@@ -182,4 +250,4 @@ def dry_run(config: Config, folder: str) -> list[str]:
     return lines
 
 
-__all__ = ["Report", "dry_run", "preflight"]
+__all__ = ["Report", "dry_run", "preflight", "settled_for_device"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,6 +75,31 @@ _SHEETS = {
 _FLOAT8 = {"b200": 4500, "h200": 1979, "h100": 1979, "l40s": 733, "rtx5090": 419, "rtx4090": 330}
 """TFLOP/s of dense float8 products with fp32 accumulation; the others have none."""
 DEVICES = (*_SHEETS, "cpu")
+
+# As drivers name them; the A100s by their memory.
+_DRIVERS_NAMES = {
+    "b200": "b200",
+    "h200": "h200",
+    "h100": "h100",
+    "a100-80": "a100",
+    "a100-40": "a100",
+    "l40s": "l40s",
+    "a6000": "rtx a6000",
+    "rtx5090": "rtx 5090",
+    "rtx4090": "rtx 4090",
+    "rtx3090": "rtx 3090",
+}
+
+
+def device_at_hand(name: str, memory: float) -> Device:
+    """The device that a driver calls `name`, with its own bytes of memory; one that has no sheet
+    here has the speed of the one whose memory is nearest."""
+    known = [sheet for sheet, mark in _DRIVERS_NAMES.items() if mark in name.lower()]
+
+    def far(sheet: str) -> float:
+        return abs(_SHEETS[sheet][0] * _MIB - memory)
+
+    return replace(find_device(min(known or _SHEETS, key=far)), name=name, memory=memory)
 
 
 def find_device(name: str) -> Device:

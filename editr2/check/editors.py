@@ -7,6 +7,7 @@ one more of each kind, which gives the cost of the full depth exactly (`at_depth
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from editr2.check.meter import Cost, Meter, at_depth
 from editr2.config import PolicyConfig
 from editr2.policies.base import PackedPolicy
+from editr2.policies.blocks import recomputed
 from editr2.policies.blueprint import Blueprint, Reading, Size, Work, simulated
 from editr2.policies.configured import called, policy_class
 from editr2.policies.fp8 import FLOAT8
@@ -76,12 +79,14 @@ class Editor:
         self.cannot_pack = None if packs else type(self.policy).__name__
         self.writes_text = bool(self.policy.writes_text and config.intent)
         self.prompt_per_output = blueprint.prompt_per_output
-        self._found: dict[Hashable, Cost] = {}
+        self._found: dict[Hashable, list[dict[str, Any]]] = {}
+        self._costs: dict[Hashable, Cost] = {}
 
     def see(self, sessions: Sequence[Session]) -> None:
         """Instructions are as long as those of these sessions from here on."""
         self.blueprint.see(sessions)
         self._found.clear()
+        self._costs.clear()
 
     @cached_property
     def _measured(self) -> list[tuple[Any, int]]:
@@ -117,9 +122,8 @@ class Editor:
         return self.blueprint.encodes_again(turn, images)
 
     def carried(self, step: str) -> int:
-        """Bytes of weights that a call of the step brings to the device first."""
-        if not self.config.offload:
-            return 0
+        """Bytes of weights that a call of the step brings to the device first, with
+        `policy.offload`."""
         sizes = self._sizes
         return {"instruct": sizes.text, "encode": sizes.vae, "decode": sizes.vae}.get(step, 0)
 
@@ -128,25 +132,48 @@ class Editor:
         held = self.blueprint.held(batch, turn)
         return held if isinstance(held, int) else self._cost(held).kept
 
-    def cost(self, step: str, batch: int, turn: int, checkpointing: bool | None = None) -> Cost:
+    def cost(
+        self,
+        step: str,
+        batch: int,
+        turn: int,
+        checkpointing: int | str | None = None,
+    ) -> Cost:
         """Of encode, instruct, intend, velocity, train (forward and backward of velocity), answer
-        (the same of an intent) or decode; checkpointing: in place of the configured one."""
-        again = self.config.gradient_checkpointing if checkpointing is None else checkpointing
-        costs = [
-            _reading(work) if isinstance(work, Reading) else self._cost(work)
-            for work in self.blueprint.work(step, batch, turn, again)
-        ]
-        first, *more = costs or [NOTHING]
-        for second in more:
-            first = _both(first, second)
-        return first
+        (the same of an intent) or decode; checkpointing: as `policy.gradient_checkpointing`, None:
+        the configured one."""
+        how = self.config.gradient_checkpointing if checkpointing is None else checkpointing
+        again = recomputed(how, self.blueprint.blocks) if step in TRAINS else 0
+        key = (step, batch, turn, again)
+        if key not in self._costs:
+            self._costs[key] = self._partly(step, batch, turn, again)
+        return self._costs[key]
 
-    def _cost(self, work: Work) -> Cost:
-        """At its sizes, from small ones, one size after the other."""
+    def _partly(self, step: str, batch: int, turn: int, again: int) -> Cost:
+        """With the first `again` blocks computed again: a line between none and all of them. At
+        the largest the backward pass is where everything that is kept is alive, or at work on a
+        block as if all were computed again."""
+        every = self.blueprint.blocks
+
+        def whole(on: bool, instead: int = 0) -> Cost:
+            costs = [
+                _reading(work) if isinstance(work, Reading) else self._cost(work, instead)
+                for work in self.blueprint.work(step, batch, turn, on)
+            ]
+            return functools.reduce(_both, costs or [NOTHING])
+
+        if again in (0, every):
+            return whole(again > 0)
+        some, most = whole(True, again), whole(True)
+        return replace(some, peak=max(some.peak, most.peak))
+
+    def _cost(self, work: Work, again: int = 0) -> Cost:
+        """At its sizes, from small ones, one size after the other. again: of work that computes
+        all blocks again, so many of them; 0 is all."""
 
         def along(rest: Sequence[Size], *found: int) -> Cost:
             if not rest:
-                return self._once(work, found)
+                return self._once(work, found, again)
             return _affine(lambda n: along(rest[1:], *found, n), rest[0].at, rest[0].first)
 
         cost = along(work.sizes)
@@ -155,14 +182,26 @@ class Editor:
         together = at_depth([asdict(_none_of(cost)), asdict(cost)], [work.times])
         return Cost(**{**together, "peak": cost.peak, "kept": 0})
 
-    def _once(self, work: Work, sizes: tuple[int, ...]) -> Cost:
-        key = (work.key, sizes)
+    def _once(self, work: Work, sizes: tuple[int, ...], again: int) -> Cost:
+        missing = [n for _, n in self._measured[1:]] if work.deep else []
+        found = self._each(work, sizes)
+        if not again:
+            return Cost(**at_depth(found, missing))
+        plain = self._each(replace(work, checkpointing=False), sizes)
+        taken, left = [], again
+        for n in missing:  # of `n` further blocks there is one before
+            taken.append(min(left, n + 1))
+            left -= taken[-1]
+        kept = at_depth(plain, [n - m for n, m in zip(missing, taken, strict=True)])
+        computed = at_depth(found, taken)
+        return Cost(**tree_map(lambda a, b, c: a + b - c, kept, computed, found[0]))
+
+    def _each(self, work: Work, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+        """The cost in the shallow policy and, where the work is deep, in each that is deeper."""
+        key = (work.key, work.checkpointing, sizes)
         if key not in self._found:
-            if work.deep:
-                found = self._at_full_depth(lambda policy: asdict(_measured(work, policy, sizes)))
-                self._found[key] = Cost(**found)
-            else:
-                self._found[key] = _measured(work, self.policy, sizes)
+            policies = self._measured if work.deep else self._measured[:1]
+            self._found[key] = [asdict(_measured(work, p, sizes)) for p, _ in policies]
         return self._found[key]
 
 
@@ -196,6 +235,8 @@ def _affine(measure: Callable[[int], Cost], at: int, first: int) -> Cost:
     return Cost(**at_depth([asdict(measure(first)), asdict(measure(first + 1))], [at - first]))
 
 
+TRAINS = ("train", "answer")
+"""Steps that go backward."""
 NOTHING = Cost({}, 0, 0, 0, 0, 0)
 
 
@@ -211,7 +252,14 @@ def _both(first: Cost, second: Cost) -> Cost:
     }
     moved, dense = first.bytes + second.bytes, first.moved_dense + second.moved_dense
     return Cost(
-        flops, moved, dense, first.operations + second.operations, max(first.peak, second.peak), 0
+        flops,
+        moved,
+        dense,
+        first.operations + second.operations,
+        max(first.peak, second.peak),
+        0,
+        first.fused_bytes + second.fused_bytes,
+        first.fused_operations + second.fused_operations,
     )
 
 

@@ -35,6 +35,14 @@ REDUCED = 3
 block's own, the buffer that they are copied into, and that of the block before, on its way."""
 
 
+WITHOUT, WITH_ALL = (f"activations, train, {how}" for how in ("off", "all"))
+"""Parts of the memory that are there to be compared: with other checkpointing than is asked for."""
+
+
+COMPILED = ("velocity", "train")
+"""Steps that run in the blocks that `policy.compile` compiles, or nearly."""
+
+
 @dataclass(frozen=True)
 class Call:
     """`times` calls of an editor's step with `batch` samples at a turn (from 0), in a phase of the
@@ -140,7 +148,7 @@ def plan(
         walk = _walk("train", editor, size, r.siblings, shares, **how)
         calls += [Call(c.phase, c.step, c.batch, c.turn, walks) for c in walk]
         turns_rows = [max(1, round(size * r.siblings * share)) for share in shares]
-        for turn, batch in _forwards([n * places for n in turns_rows], places, t.micro_batch):
+        for turn, batch in _forwards([n * places for n in turns_rows], places, t.rows):
             calls.append(Call("train", "train", batch, turn, t.updates))
             calls.append(Call("train", "velocity", batch, turn, t.updates * without + first))
         if editor.writes_text and t.text_weight != 0:
@@ -251,7 +259,8 @@ def estimate(
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
     evaluation += merged(strips_plan(config, editor, samplers[0], turns[1], processes))
-    costs = {c: editor.cost(c.step, c.batch, c.turn) for c in (*calls, *evaluation)}
+    again, compiled = config.policy.gradient_checkpointing, config.policy.compile == "on"
+    costs = {c: editor.cost(c.step, c.batch, c.turn, again) for c in (*calls, *evaluation)}
     seconds, sizes = dict.fromkeys(PHASES, 0.0), editor.sizes()
     gathering = copying = reducing = 0.0
     shares, whole = sharers(config.policy, processes), not config.policy.lora_rank
@@ -270,8 +279,11 @@ def estimate(
         times = {"velocity": 1, "train": 2}.get(
             call.step, 0
         ) * branches  # the backward pass gathers once more
+        carried = editor.carried(call.step) / device.link if config.policy.offload else 0.0
         computing = (
-            cost.seconds(device.speed) + editor.carried(call.step) / device.link + times * copying
+            cost.seconds(device.speed, compiled and call.step in COMPILED)
+            + carried
+            + times * copying
         )
         moving = times * gathering + (reducing if call.step == "train" else 0.0)
         seconds[call.phase] += call.times * max(computing, moving)
@@ -326,11 +338,13 @@ def _memory(
     latent = torch.Size(editor.latent_shape).numel() * stored
     rollouts = -(-r.sessions // processes) * r.siblings * sum(turns) / len(turns)
 
-    def largest(*steps: str, checkpointing: bool | None = None) -> int:
+    def largest(*steps: str, checkpointing: int | str = "off") -> int:
         found = {(c.step, c.batch, c.turn) for c in calls if c.step in steps}
         return max((editor.cost(*key, checkpointing).peak for key in found), default=0)
 
-    train = {on: largest("train", "answer", checkpointing=on) for on in (False, True)}
+    # Compiled blocks keep less than plain ones do; by how much is not modelled.
+    train = {how: largest("train", "answer", checkpointing=how) for how in ("off", "all")}
+    trains = largest("train", "answer", checkpointing=p.gradient_checkpointing)
     # The context of everyone who is denoised together; training in smaller batches copies theirs
     # out of it.
     contexts = max(
@@ -338,7 +352,7 @@ def _memory(
     )
     copied = (
         max((editor.held(c.batch, c.turn) for c in calls if c.step == "train"), default=0)
-        if t.micro_batch
+        if t.rows
         else 0
     )
     loss = LOSSES[t.loss]
@@ -368,21 +382,25 @@ def _memory(
         "contexts": contexts + copied,
         "activations, rollout": largest("velocity", "intend") + sizes.dequantized,
         "activations, encode and decode": largest("encode", "decode"),
-        "activations, train": train[False] + sizes.dequantized,
-        "activations, train, checkpointing": train[True] + sizes.dequantized,
+        "activations, train": trains + sizes.dequantized,
+        WITHOUT: train["off"] + sizes.dequantized,
+        WITH_ALL: train["all"] + sizes.dequantized,
     }
     always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
     always += trained + memory["copies (reference, old, average)"] + outside + contexts
     resident = 0 if p.offload else sizes.text + sizes.vae
-    trains = memory[
-        "activations, train, checkpointing" if p.gradient_checkpointing else "activations, train"
-    ]
     peaks = {
         "rollout": always + resident + blocks + memory["activations, rollout"],
         "encode": always
         + (max(sizes.text, sizes.vae) if p.offload else resident)
         + largest("encode", "decode"),
-        "train": always + resident + blocks + memory["gradients"] + copied + trains,
+        "train": always
+        + resident
+        + blocks
+        + memory["gradients"]
+        + copied
+        + trains
+        + sizes.dequantized,
     }
     return memory, {phase: round(n) for phase, n in peaks.items()}
 

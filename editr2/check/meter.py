@@ -71,7 +71,8 @@ class Speed:
 class Cost:
     """Of one piece: flops by dtype; bytes moved by operations without flops; moved_dense: by those
     with; operations; peak: bytes alive at once of what the piece allocates; kept: bytes of it that
-    are still alive at its end."""
+    are still alive at its end. fused_bytes, fused_operations: bytes and operations, were what lies
+    between two operations with flops one kernel each, as Inductor makes them."""
 
     flops: dict[torch.dtype, int]
     bytes: int
@@ -79,17 +80,20 @@ class Cost:
     operations: int
     peak: int
     kept: int
+    fused_bytes: int = 0
+    fused_operations: int = 0
 
     @property
     def total_flops(self) -> int:
         return sum(self.flops.values())
 
-    def seconds(self, speed: Speed) -> float:
+    def seconds(self, speed: Speed, fused: bool = False) -> float:
         """Matrix products at the device's rate (or as fast as their operands arrive), the rest at
         its bandwidth."""
+        moved = self.fused_bytes if fused else self.bytes
         dense = sum(n / speed.flops[dtype] for dtype, n in self.flops.items())
-        device = max(dense, self.moved_dense / speed.bandwidth) + self.bytes / speed.bandwidth
-        host = self.operations * speed.launch
+        device = max(dense, self.moved_dense / speed.bandwidth) + moved / speed.bandwidth
+        host = (self.fused_operations if fused else self.operations) * speed.launch
         return max(device, host) if speed.overlaps else device + host
 
 
@@ -109,10 +113,16 @@ def at_depth(measured: Sequence[Any], by: Sequence[int]) -> Any:
 
 
 class Meter(TorchDispatchMode):
-    """Counts what runs inside; `cost` afterwards. Memory of tensors made before does not count."""
+    """Counts what runs inside; `cost` afterwards. Memory of tensors made before does not count.
+
+    Fused, what a kernel reads counts once, and what it makes costs nothing until something outside
+    of it asks for it (an operation with flops, a later kernel, the backward pass), which is when it
+    is written. Memory is that of plain calls.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self._fused = _Fused()
         self._flops: dict[torch.dtype, int] = {}
         self._bytes = self._dense = self._operations = 0
         self._live: dict[int, Any] = {}
@@ -121,7 +131,14 @@ class Meter(TorchDispatchMode):
     @property
     def cost(self) -> Cost:
         return Cost(
-            dict(self._flops), self._bytes, self._dense, self._operations, self._peak, self._now
+            dict(self._flops),
+            self._bytes,
+            self._dense,
+            self._operations,
+            self._peak,
+            self._now,
+            self._fused.bytes,
+            self._fused.operations,
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,9 +155,10 @@ class Meter(TorchDispatchMode):
             or (made.keys() <= given.keys() and not func._schema.is_mutable)
         ):
             return out  # a question, a view, or a copy that was none
-        self._operations += 1
-        moved = sum(s.nbytes() for s in (given | made).values())
         count = _FLOPS.get(func._overloadpacket)
+        self._operations += 1
+        self._fused.met(given, made, dense=count is not None)
+        moved = sum(s.nbytes() for s in (given | made).values())
         if count is None:
             self._bytes += moved
         else:
@@ -157,10 +175,52 @@ class Meter(TorchDispatchMode):
         def freed(_: Any) -> None:
             self._now -= size
             self._live.pop(key, None)
+            self._fused.forget(key)
 
         self._live[key] = weakref.ref(storage, freed)
         self._now += size
         self._peak = max(self._peak, self._now)
+
+
+class _Fused:
+    """Kernels between operations with flops, numbered. pending: what a kernel has made and nobody
+    outside of it has asked for, by the kernel's number. read: what the present one has read. bytes:
+    that all of them move; operations: they and those with flops."""
+
+    def __init__(self) -> None:
+        self.bytes = self.operations = self.kernel = 0
+        self.started = False
+        self.pending: dict[int, int] = {}
+        self.read: set[int] = set()
+
+    def met(self, given: Any, made: Any, *, dense: bool) -> None:
+        """An operation; dense: with flops, whose own bytes are counted elsewhere."""
+        if dense:
+            self.bytes += sum(s.nbytes() for key, s in given.items() if self._asked(key))
+            self.operations += 1
+            self.kernel, self.started = self.kernel + 1, False
+            self.read.clear()
+            return
+        for key, s in given.items():
+            if self.pending.get(key) == self.kernel or key in self.read:
+                continue
+            self.bytes += s.nbytes() * (2 if self._asked(key) else 1)
+            self.read.add(key)
+        for key, s in made.items():
+            if key not in given:
+                self.pending[key] = self.kernel
+            elif key not in self.pending:  # written in place
+                self.bytes += s.nbytes()
+        self.operations += not self.started
+        self.started = True
+
+    def _asked(self, key: int) -> bool:
+        """Whether it has to be written now."""
+        return self.pending.pop(key, None) is not None
+
+    def forget(self, key: int) -> None:
+        self.pending.pop(key, None)
+        self.read.discard(key)
 
 
 @functools.cache

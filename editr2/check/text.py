@@ -16,9 +16,9 @@ from editr2.check.devices import (
     RESERVE,
     Device,
 )
-from editr2.check.editors import Editor
-from editr2.check.estimate import Estimate, sharers
+from editr2.check.estimate import WITH_ALL, WITHOUT, sharers
 from editr2.check.judges import lines as judge_lines
+from editr2.check.levers import OTHER_NUMBERS, ROOM, Case, Option, alone, flags, propose
 from editr2.config import Config, RolloutConfig, TrainConfig
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
@@ -59,17 +59,12 @@ def _duration(hours: float) -> str:
     )
 
 
-def render(
-    config: Config,
-    editor: Editor,
-    device: Device,
-    sampler: Sampler,
-    turns: tuple[Sequence[int], Sequence[int]],
-    processes: int,
-    result: Estimate,
-    fits: bool,
-) -> list[str]:
-    """What will run, memory by part, time by phase, and whether it fits."""
+def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -> list[str]:
+    """What will run, memory by part, time by phase, and whether it fits. settled: what is to be
+    said of what was auto."""
+    editor, device, sampler = case.editor, case.device, case.samplers[0]
+    turns, processes = case.turns, case.processes
+    result, fits = option.estimate, option.fits()
     r, t, p = config.rollout, config.train, config.policy
     sizes, shares = editor.sizes(), sharers(config.policy, processes)
     split = {"frozen weights", *(() if p.lora_rank else SPLIT)}
@@ -107,20 +102,26 @@ def render(
         f"sampler     {r.dynamics if sampler.window else 'ode'}, {sampler.steps} steps, sigma "
         f"{sigmas}",
         f"trained     {_places(config.train, config.rollout, sampler)}",
+        *(f"{'auto':<12}{line.removeprefix('auto: ')}" for line in settled),
         *judge_lines(result.judges),
         "",
         f"memory of {device.name}{each}",
     ]
-    kept, again = (f"activations, train{how}" for how in ("", ", checkpointing"))
-    left, used = (kept, again) if p.gradient_checkpointing else (again, kept)
+    other = {"with": result.memory[WITH_ALL], "without": result.memory[WITHOUT]}
+    if p.gradient_checkpointing in ("off", "all"):
+        del other["without" if p.gradient_checkpointing == "off" else "with"]
     for name, count in result.memory.items():
-        if count and name != left:
+        if count and name not in (WITH_ALL, WITHOUT):
             note = ""
-            if name == used and count != result.memory[left]:
-                note = (
-                    f"  (with{'out' if used == again else ''} checkpointing "
-                    f"{size(result.memory[left])})"
-                )
+            if name == "activations, train":
+                if p.gradient_checkpointing != "off":
+                    name = f"{name}, checkpointing"
+                if isinstance(p.gradient_checkpointing, int):
+                    name = f"{name} {p.gradient_checkpointing} blocks"
+                others = [
+                    f"{how} checkpointing {size(n)}" for how, n in other.items() if n != count
+                ]
+                note = f"  ({', '.join(others)})" if others else ""
             elif p.offload and name in ("text encoders", "autoencoder"):
                 note = "  (on the host while idle)"
             elif shares > 1 and name in split:
@@ -149,6 +150,8 @@ def render(
             f"  {phase:<12}{seconds:>10.1f} s {per:<14}{_duration(hours[phase]):>10} in all"
         )
     lines.append(f"  {'run':<38}{_duration(sum(hours.values())):>10} in all")
+    images = r.sessions * r.siblings * sum(turns[0]) / len(turns[0]) / processes
+    lines.append(f"  {'images':<12}{images / option.seconds:>10.3f} a second, trained{each}")
     if device.gpu:
         rate = f"{PEER_EFFICIENCY:.0%} of the sheet's rate between devices"
         gathers = (
@@ -180,6 +183,33 @@ def base_note(quantize: str, device: Device) -> str:
     if quantize == "fp8" and not device.float8:
         return f", fp8 base (less memory, no more speed: {device.name} has no float8 products)"
     return {"none": "", "4bit": ", 4-bit base", "fp8": ", fp8 base"}[quantize]
+
+
+def levers(case: Case, given: Option) -> list[str]:
+    """What each lever alone gives, and the fastest combination that fits."""
+
+    def row(name: str, option: Option, note: str = "") -> str:
+        lacks = "" if option.fits() else "  (does not fit)"
+        return f"  {name:<40}{option.seconds:>8.1f} s {size(option.needed):>12}{lacks}{note}"
+
+    config = given.config
+    lines = ["levers, each alone: an iteration, memory needed", row("as given", given)]
+    for key, value, option in alone(case, config):
+        shown = "none" if value is None else str(value).lower()
+        note = "  (other numbers)" if key in OTHER_NUMBERS else ""
+        lines.append(row(f"{key} {shown}", option, note))
+    best = propose(case, config)
+    if best is None:
+        return [*lines, "no combination of them that keeps the numbers fits", ""]
+    change, filled = flags(best.config, config), f"in {ROOM:.0%} of the memory"
+    if not change or (best.seconds >= given.seconds and given.fits(ROOM)):
+        return [*lines, f"no combination that keeps the numbers is faster {filled}", ""]
+    hours = _duration(sum(best.estimate.hours(config.train.iterations).values()))
+    lines += [
+        f"fastest that keeps the numbers (up to rounding) {filled}; the run takes {hours}:",
+        row("together", best),
+    ]
+    return [*lines, f"  {change}", ""]
 
 
 def _places(t: TrainConfig, r: RolloutConfig, sampler: Sampler) -> str:

@@ -69,6 +69,11 @@ class Option:
         name = self.name.lstrip("-")
         return name if self.group else name.replace("-", "_")
 
+    @property
+    def alone(self) -> bool:
+        """Whether it may stand without a value, as true."""
+        return self.slot.hint is bool or self.slot.accepts.spelt(True) is not True
+
     def read(self, text: str, *, check: bool = True) -> Any:
         """The value of a text. Raises `Wrong` where it is not of the type or, if check, not
         accepted otherwise."""
@@ -160,7 +165,7 @@ class Flags:
                 raise ConfigError(f"{name}: {text!r} (accepted: {name} alone, without a value)")
             if not equals and not option.switch and queue and not queue[-1].startswith("--"):
                 text = queue.pop()
-            elif not equals and option.slot.hint is bool:
+            elif not equals and option.alone:
                 text = "true"
             elif not equals:
                 raise ConfigError(f"{name}: needs a value (accepted: {option.accepted})")

@@ -46,6 +46,8 @@ __all__ = [
     "mended",
     "normalised",
     "plain",
+    "respelt",
+    "respelt_leaves",
     "setting",
     "table",
 ]
@@ -124,6 +126,8 @@ class Accepts:
         empty: whether the empty text is accepted.
         check: what is wrong with a value, or None; said behind what is accepted.
         what: names what is accepted, in place of the type's name.
+        spellings: other spellings of a value, (spelling, value): what a field was called before it
+            accepted more.
     """
 
     bounds: Bounds | None = None
@@ -133,6 +137,18 @@ class Accepts:
     empty: bool = False
     check: Callable[[Any], str | None] | None = None
     what: str = ""
+    spellings: tuple[tuple[Any, Any], ...] = ()
+
+    def spelt(self, value: Any) -> Any:
+        """The value that another spelling stands for; any other as it is. Of true and false their
+        words are spellings, too: a choice's flag hands them on as texts."""
+        for other, meant in self.spellings:
+            words = _BOOL_WORDS[other] if isinstance(other, bool) else ()
+            if isinstance(value, str) and value.lower() in words:
+                return meant
+            if type(value) is type(other) and value == other:  # 1 is not true
+                return meant
+        return value
 
 
 def table(address: str) -> Callable[[], Mapping[str, Any]]:
@@ -156,6 +172,25 @@ def setting(
 ) -> Any:
     """A dataclass field with its default and what it accepts."""
     return dataclasses.field(default=default, metadata={ACCEPTS: Accepts(bounds, **accepts)})
+
+
+def respelt(config: Any) -> None:
+    """Brings the fields of a frozen dataclass from other spellings to the values that they stand
+    for; for its `__post_init__`, so that Python code which still says `True` means what it said."""
+    for name, slot in slots(type(config)).items():
+        value = getattr(config, name)
+        if (meant := slot.accepts.spelt(value)) is not value:
+            object.__setattr__(config, name, meant)
+
+
+def respelt_leaves(schema: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the dotted keys of a dataclass (a run's saved settings), respelt; other keys stay
+    as they are."""
+    known = dict(leaves(schema))
+    return {
+        key: known[key].accepts.spelt(value) if key in known else value
+        for key, value in values.items()
+    }
 
 
 class Wrong(Exception):
@@ -313,7 +348,7 @@ def convert(
 ) -> Any:
     """The value as the type wants it, with `~` of a path expanded. Raises `Wrong` if it does not
     fit the type; what else a field accepts is `out_of_bounds`'s."""
-    converted = _convert(value, hint, key, accepts, build=build)
+    converted = _convert(accepts.spelt(value), hint, key, accepts, build=build)
     if accepts.path and isinstance(converted, str):
         return os.path.expanduser(converted)
     return converted
@@ -392,7 +427,7 @@ def _convert_union(value: Any, hint: Any, key: str, accepts: Accepts, *, build: 
     only = [option for option in options if option is not type(None)]
     if (
         type(None) in options
-        and len(only) == 1
+        and (len(only) == 1 or not {str, Path, Any} & set(only))
         and isinstance(value, str)
         and value.lower() in _NONE_WORDS
     ):

@@ -13,6 +13,7 @@ from editr2.config.fields import (
     ACCEPTS,
     Accepts,
     Bounds,
+    respelt,
     setting,
     table,
 )
@@ -195,8 +196,11 @@ class PolicyConfig:
         text_tokens: longest prompt in tokens; none is the pipeline's own limit.
         dtype: float32 or bfloat16, of frozen weights and of all weights' computation; latents stay
             float32 and so do trained adapters.
-        gradient_checkpointing: compute activations again in the backward pass.
-        compile: torch.compile the transformer's repeated blocks.
+        gradient_checkpointing: which blocks' activations are computed again in the backward pass:
+            off (none), all, a number (so many, from the first on), or auto (as few as fit the
+            device, by the estimate of `editr2 check`).
+        compile: torch.compile the transformer's repeated blocks: on, off, or auto (on where the
+            device is CUDA; where a block cannot be compiled it runs plainly, and that is said).
         offload: keep text encoder and VAE on the host while they are not in use.
         vae_tiling: the VAE works in tiles above its own sample size (1024 pixels), which takes less
             memory and gives other latents than the stock pipeline's; not with qwen-edit.
@@ -243,8 +247,15 @@ class PolicyConfig:
     negative_prompt: str | None = setting(None, empty=True)
     text_tokens: int | None = setting(None, TOKENS)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    gradient_checkpointing: int | Literal["off", "all", "auto"] = setting(
+        "off",
+        COUNT,
+        what="off, all, auto or a number of blocks",
+        spellings=((False, "off"), (True, "all")),
+    )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", spellings=((False, "off"), (True, "on"))
+    )
     offload: bool = False
     vae_tiling: bool = False
     quantize: Literal["none", "4bit", "fp8"] = "none"
@@ -253,6 +264,9 @@ class PolicyConfig:
     branches: Literal["auto", "together", "apart"] = "auto"
     cache: str | None = setting(None, path=True)
     shard_group: int | None = setting(None, Bounds(at_least=2, at_most=65_536))
+
+    def __post_init__(self) -> None:
+        respelt(self)
 
 
 @dataclass(frozen=True)
@@ -386,7 +400,8 @@ class TrainConfig:
         packed: replay whole sessions in one forward where the policy can: auto (on a CPU, where it
             counts fewer operations), on or off.
         micro_batch: rows (rollout, turn and step, mixed) a training forward; none is one turn and
-            step of a chunk, as the rollout went.
+            step of a chunk, as the rollout went; auto is what fits the device and is fastest, by
+            the estimate of `editr2 check`.
         old_log_prob: grpo's: rollout (as sampled), replay (from the first update's own forward), or
             auto: rollout where training walks as it did in float32.
         grad_norm: gradient norm clip.
@@ -424,7 +439,9 @@ class TrainConfig:
     old_decay_max: float = setting(0.5, SHARE)
     context_gradient: bool = False
     packed: Literal["auto", "on", "off"] = "auto"
-    micro_batch: int | None = setting(None, COUNT)
+    micro_batch: int | Literal["auto"] | None = setting(
+        None, COUNT, what="a whole number, auto or none"
+    )
     old_log_prob: Literal["auto", "rollout", "replay"] = "auto"
     grad_norm: float = setting(1.0, POSITIVE)
     ema: float | None = setting(0.95, DECAY)
@@ -432,6 +449,11 @@ class TrainConfig:
     text_ratio_tolerance: float = setting(1e-3, POSITIVE)
     max_failed_scores: float = setting(0.5, SHARE)
     stop_after: int | None = setting(None, TIMES)
+
+    @property
+    def rows(self) -> int | None:
+        """`micro_batch` as a number or none, which auto is where nobody settled it."""
+        return None if isinstance(self.micro_batch, str) else self.micro_batch
 
 
 FACTOR = Bounds(at_least=1, at_most=1_000)

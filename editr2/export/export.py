@@ -70,7 +70,7 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
     saved, weights, values = _chosen(run, weights)
     kind = "merged" if merge else "lora" if config.policy.lora_rank else "full"
     # Neither changes a number's meaning, and both would be in the way of comparing bits.
-    settings = replace(config.policy, compile=False, gradient_checkpointing=False)
+    settings = replace(config.policy, compile="off", gradient_checkpointing="off")
     # What stock code loads the export runs by torch's attention.
     settings = replace(settings, attention=None, branches="apart")
     form = policy_class(settings.model).form(settings, kind)

@@ -121,7 +121,11 @@ class Blueprint(Protocol):
     @property
     def deeper(self) -> Sequence[tuple[Any, int]]:
         """Policies with one more block of a kind, and how many of it the whole one has more than
-        `policy`."""
+        `policy`; in the order in which the kinds run."""
+
+    @property
+    def blocks(self) -> int:
+        """Repeated blocks of the whole policy, of all kinds."""
 
     def see(self, sessions: Sequence[Session]) -> None:
         """Instructions are as long as those of these sessions from here on."""
@@ -154,6 +158,7 @@ class Walk:
     policy whose methods do not look at numbers and that writes no intents."""
 
     deeper: Sequence[tuple[Any, int]] = ()
+    blocks = 0
     prompt_per_output = True
 
     def __init__(self, policy: Any, model: str) -> None:

@@ -64,7 +64,8 @@ class ConfiguredPolicy(ABC):
         default = PolicyConfig()
         for name in FIELDS:
             value, accepted = getattr(config, name), getattr(default, name)
-            if name not in cls.uses and value != accepted:
+            # What is off asks for nothing, even where the default is auto.
+            if name not in cls.uses and value not in (accepted, "off"):
                 yield (
                     f"policy.{name}: {value!r} (accepted with policy.model {config.model}: "
                     f"{accepted!r}, the default)"

@@ -191,9 +191,11 @@ class DiffusionPolicy(PipelineModel):
         """Refuses settings (`refuse`) that this model or these weights cannot follow."""
         if config.history < 1:
             self.refuse("history", config.history, "at least 1, the image to edit")
-        if config.gradient_checkpointing and not self.recomputes:
+        if config.gradient_checkpointing not in ("off", "auto") and not self.recomputes:
             self.refuse(
-                "gradient_checkpointing", True, "false; its blocks cannot be computed again"
+                "gradient_checkpointing",
+                config.gradient_checkpointing,
+                "off; its blocks cannot be computed again",
             )
         if config.vae_tiling and not self.tiles:
             self.refuse("vae_tiling", True, "false; its tiles leave seams at every size in use")

@@ -85,6 +85,10 @@ class PipelineBlueprint:
             if n > SHALLOW
         ]
 
+    @property
+    def blocks(self) -> int:
+        return sum(self.depth.values())
+
     def see(self, sessions: Sequence[Session]) -> None:
         words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]
         self.said = round(TOKENS_A_WORD * sum(words) / len(words))

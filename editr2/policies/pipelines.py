@@ -133,8 +133,8 @@ class PipelineModel(ConfiguredPolicy):
             ("model", not cls.instead_of_shard, cls.instead_of_shard),
             (
                 "compile",
-                not p.compile,
-                "false; compiled blocks are not computed again as they were",
+                p.compile != "on",
+                "off or auto, which is off; compiled blocks are not computed again as they were",
             ),
         ):
             if not accepted:

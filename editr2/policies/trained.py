@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
 from editr2.policies.adapters import (
@@ -23,6 +25,7 @@ from editr2.policies.adapters import (
     save_adapter,
 )
 from editr2.policies.attention import attend_by
+from editr2.policies.blocks import compile_blocks, compiles, recompute_blocks
 from editr2.policies.fp8 import quantize_linears
 from editr2.policies.pipelines import PipelineModel
 from editr2.policies.tensor_files import ordinary_modes, writing
@@ -37,10 +40,9 @@ def make_ready(policy: Any, adapter: Path | None, trains: bool) -> None:
         attend_by(policy.module, policy.config.attention)
     if policy.config.quantize == "fp8":
         quantize_linears(policy.module, policy.lora_targets)
-    if policy.config.gradient_checkpointing:
-        policy.module.enable_gradient_checkpointing()
-    if policy.config.compile:
-        policy.module.compile_repeated_blocks()
+    recompute_blocks(policy.module, policy.config.gradient_checkpointing)
+    if compiles(policy.config, torch.cuda.is_available()):
+        compile_blocks(policy.module, strict=policy.config.compile == "on")
 
 
 def asked_lora(config: PolicyConfig, kind: type[PipelineModel]) -> Lora:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from editr2.errors import ConfigError
 from editr2.policies.base import BucketedPolicy, Policy, witness
+from editr2.policies.blocks import compile_errors
 from editr2_kernels import sde_step
 
 GRAPHS = 64  # kept a policy, the latest used; more shapes than that cost more recordings
@@ -111,19 +112,10 @@ def _compiled_step(
             return step(policy, keep_velocity, x, sigma, context, *rest)
         torch.compiler.cudagraph_mark_step_begin()  # what the step before returned was copied
         return step(policy, keep_velocity, x, sigma, context, *rest).clone()
-    except _compile_errors() as error:
+    except compile_errors() as error:
         raise _refusal(
             "compile", f"this {type(policy).__name__}", "torch.compile", error
         ) from error
-
-
-def _compile_errors() -> tuple[type[Exception], ...]:
-    exc = torch._dynamo.exc
-    # More recompilations than dynamo allows are no TorchDynamoException, and not in every torch an
-    # error of their own.
-    return exc.TorchDynamoException, getattr(
-        exc, "FailOnRecompileLimitHit", exc.TorchDynamoException
-    )
 
 
 def _refusal(how: str, what: str, by: str, error: BaseException) -> ConfigError:

@@ -174,12 +174,12 @@ def _plan(
     options = ReplayOptions(
         packed=t.packed == "on",
         context_gradient=t.context_gradient,
-        micro_batch=t.micro_batch,
+        micro_batch=t.rows,
         temperature=batch.policy.temperature,
         text=asked and text_weight > 0,
     )
     # Whoever bounds a forward does not want a session in one.
-    if t.packed == "auto" and t.micro_batch is None:
+    if t.packed == "auto" and t.rows is None:
         packed = can_pack(state.policy, chunk, queries, options, needed)
         options = replace(options, packed=packed)
     return _Plan(
@@ -202,10 +202,12 @@ def _plan(
 
 def repeats_rollout(t: TrainConfig, state: State, batch: Batch, packed: bool) -> bool:
     """Whether training gives the rollout's log-probs back to the last bits: where it walks by the
-    rollout's turns and steps in float32, and the rollout's steps were not captured, its batches are
-    the rollout's, less what has no advantage. Elsewhere rounding can differ by more than a clip
-    range."""
-    if packed or t.micro_batch is not None or batch.rollout.capture != "off":
+    rollout's turns and steps in float32, and nothing was captured or compiled (with gradient a
+    block has another compiled form than without), its batches are the rollout's, less what has no
+    advantage. Elsewhere rounding can differ by more than a clip range."""
+    if packed or t.rows is not None or batch.rollout.capture != "off":
+        return False
+    if batch.policy.compile == "on":
         return False
     trained = (p for p in state.policy.module.parameters() if p.requires_grad)
     return batch.policy.dtype == "float32" and all(p.dtype == torch.float32 for p in trained)

@@ -15,6 +15,7 @@ import torch
 from editr2.config import Config
 from editr2.errors import UserError
 from editr2.policies.base import PackedPolicy, Policy
+from editr2.policies.blocks import may_run_plainly
 from editr2.policies.finite import check_weights
 from editr2.policies.load import open_policy, rehearse_save
 from editr2.policies.rules import check_config
@@ -62,14 +63,16 @@ def train(
     reward: GivenReward | None = None,
     profile: bool = False,
     resume_anyway: Sequence[str] = (),
+    settle: Callable[[Config, Processes, bool], tuple[Config, list[str]]] | None = None,
     report: Callable[[Path], str | Path] | None = None,
 ) -> Path:
     """Trains as configured and returns the run's folder; an unfinished run there is resumed.
 
     policy, reward: in place of the configured ones (API use; docs/rewards.md has the forms of a
     reward). resume_anyway: what may differ from the run that is resumed, by name: settings,
-    sections of them, or sessions, heldout, weights and reward. report: called with the folder of
-    a finished run, and returns what it wrote.
+    sections of them, or sessions, heldout, weights and reward. settle: given the settings and
+    whether the policy is a given one, returns them without any `auto`, and lines to say; asked
+    once. report: called with the folder of a finished run, and returns what it wrote.
 
     Raises `UserError` subclasses for bad settings, data, checkpoints, a run of something else or
     one that is at work in the folder, too many failed scores, a ratio that is not 1 on-policy, or a
@@ -81,6 +84,10 @@ def train(
     run = Path(config.out)
     with RunLock(run) as lock:
         processes.on_main(lambda: lock.take(make=False))  # before minutes of loading
+        asked_compile, said = config.policy.compile, list[str]()
+        if settle is not None:
+            given, had = config, policy is not None
+            config, said = processes.on_main(lambda: settle(given, processes, had))
         seed_generators(config.seed)
         record = Record(run, index=processes.index, cache=config.reward.cache)
         if reward is None:
@@ -94,6 +101,8 @@ def train(
         weights: dict[str, str] = {}
         if policy is None:
             policy = open_policy(config.policy, processes)
+            if asked_compile == "auto":
+                may_run_plainly(policy.module)
         else:
             check_weights(policy, f"policy: {type(policy).__name__}")
             weights = given_weights(policy) if processes.main else {}
@@ -124,7 +133,7 @@ def train(
         )
         processes.on_main(lambda: lock.take(make=True))
         start = find_start(config, state, identity, processes, resume_anyway)
-        start.notes[:0] = credit_notes(config.credit, asked.names)
+        start.notes[:0] = [*said, *credit_notes(config.credit, asked.names)]
         if lock.problem:
             start.notes.append(lock.problem)
         if not state.iteration:

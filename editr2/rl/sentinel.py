@@ -66,7 +66,7 @@ def explain_difference(
                 walk.drop(~chunk.left_out(turn))
                 walk.advance(turn, before.images[torch.isin(before.rollout, walk.rollout).numpy()])
             asking, context = walk.context, walk.instruct(old.text)
-        blocks = torch.arange(len(old.text)).split(t.micro_batch or len(old.text))
+        blocks = torch.arange(len(old.text)).split(t.rows or len(old.text))
         if old.questions is not None and old.intents is not None:
             for picked in blocks:
                 found = _answered(policy, asking, old, picked, settings.temperature)

@@ -202,6 +202,21 @@ def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def recorded_settings(root: str | os.PathLike[str]) -> tuple[dict[str, Any], str] | None:
+    """The settings of the newest checkpoint under `root` whose description can be read, by section
+    and name, and the device of the process that wrote it; None where there is none. Nothing is
+    verified: whoever goes on from a checkpoint loads it, which does."""
+    for path in _steps(Path(root)):
+        try:
+            state = json.loads((path / _STATE).read_text(encoding="utf-8"))["state"]
+            settings = dict(state["config"])
+            made = state.get("identity", {}).get("made", {})
+            return settings, str(made.get("device", "another device"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return None
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint folder, tensors to the CPU. Restores nothing by itself: see `restore_rng`.
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from editr2.config import Config, PolicyConfig
-from editr2.config.fields import is_mapping, leaves
+from editr2.config.fields import is_mapping, leaves, respelt_leaves
 from editr2.config.rules import option_defaults
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.policies.configured import policy_class
@@ -428,7 +428,7 @@ def named(config: Config | Mapping[str, Any], depends: Mapping[str, str] | None)
                 {k: v for k, v in use.items() if f"reward.{k}" not in MAY_CHANGE} for use in uses
             ]
             plain = {**plain, section: {**plain[section], name: kept}}
-    return {**dict(_flat(plain)), **(depends or {})}
+    return {**respelt_leaves(Config, dict(_flat(plain))), **(depends or {})}
 
 
 def differences(

@@ -1,0 +1,134 @@
+"""How the repeated blocks of a diffusers transformer run: which of them are computed again in the
+backward pass, and whether they are compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from editr2.config import PolicyConfig
+from editr2.errors import ConfigError, one_line
+
+FORMS = 64
+"""Compiled forms of a block at most. One is made for each shape, and shapes are few: batches of a
+rollout, of training and what is left over of either, with and without gradient. torch's own limit
+is 8, behind which it silently runs plainly."""
+
+
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """Diffusers' own list of what repeats, of all kinds, in the order in which they run."""
+    names = getattr(module, "_repeated_blocks", None) or ()
+    return [part for part in module.modules() if type(part).__name__ in names]
+
+
+def recomputed(how: int | str, blocks: int) -> int:
+    """How many of so many blocks `policy.gradient_checkpointing` computes again. `auto` that nobody
+    settled is all of them, which certainly takes least. Raises `ConfigError` for more than there
+    are."""
+    if isinstance(how, str):
+        return 0 if how == "off" else blocks
+    if how > blocks:
+        raise ConfigError(
+            f"policy.gradient_checkpointing: {how} (accepted with these weights: at most {blocks}, "
+            f"the blocks of the transformer)"
+        )
+    return how
+
+
+def recompute_blocks(module: Any, how: int | str) -> None:
+    """Sets which blocks' activations are computed again.
+
+    A number means the first so many. The backward pass comes to them last, when it has freed
+    all that the later blocks kept: what is computed again of one block then never lies on top of
+    what others keep, as it would with any other choice.
+    """
+    if how in ("off", 0):
+        return
+    blocks = repeated_blocks(module)
+    chosen = {id(block) for block in blocks[: recomputed(how, len(blocks))]}
+    if len(chosen) == len(blocks):
+        module.enable_gradient_checkpointing()
+        return
+
+    def again(block: nn.Module, *args: Any) -> Any:
+        if id(block) in chosen:
+            return torch.utils.checkpoint.checkpoint(block.__call__, *args, use_reentrant=False)
+        return block(*args)
+
+    module.enable_gradient_checkpointing(again)
+
+
+def compiles(config: PolicyConfig, cuda: bool) -> bool:
+    """What `policy.compile: auto` is on a device. Off where blocks are gathered (one that is
+    computed again would not be as it was) and where bitsandbytes' layers break every graph."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    return cuda and not config.shard and config.quantize != "4bit"
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    exc = torch._dynamo.exc
+    # More recompilations than dynamo allows are no TorchDynamoException, and not in every torch an
+    # error of their own.
+    return exc.TorchDynamoException, getattr(
+        exc, "FailOnRecompileLimitHit", exc.TorchDynamoException
+    )
+
+
+@dataclass
+class _Together:
+    """The compiled blocks of one transformer. strict: a failure is an error."""
+
+    blocks: list[Any]
+    strict: bool
+
+    def give_up(self, error: BaseException) -> None:
+        if self.strict:
+            raise ConfigError(
+                f"policy.compile: on (accepted here: off, auto; torch.compile: {one_line(error)})"
+            ) from error
+        for block in self.blocks:
+            block._compiled_call_impl = None
+        warnings.warn(
+            f"policy.compile: auto: blocks run plainly; torch.compile: {one_line(error)}",
+            stacklevel=2,
+        )
+
+
+class _Compiled:
+    """A block's compiled call, or its plain one from the first failure on."""
+
+    def __init__(self, block: Any, run: Callable[..., Any], together: _Together) -> None:
+        self.block, self.run, self.together = block, run, together
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.run(*args, **kwargs)
+        except compile_errors() as error:
+            self.together.give_up(error)
+        return self.block._call_impl(*args, **kwargs)
+
+
+def compile_blocks(module: nn.Module, *, strict: bool) -> None:
+    """Compiles every repeated block, one form for each shape: were sizes to become symbols after a
+    second one, a block could be computed again in another form than it ran in. strict: what
+    cannot be compiled is a `ConfigError` at the first forward; else blocks run plainly from then
+    on, with a warning."""
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, FORMS)
+    together = _Together(repeated_blocks(module), strict)
+    for block in together.blocks:
+        block.compile(dynamic=False)
+        block._compiled_call_impl = _Compiled(block, block._compiled_call_impl, together)
+
+
+def may_run_plainly(module: nn.Module) -> None:
+    """From here on a block that cannot be compiled is no error."""
+    for block in repeated_blocks(module):
+        if isinstance(compiled := getattr(block, "_compiled_call_impl", None), _Compiled):
+            compiled.together.strict = False
