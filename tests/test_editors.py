@@ -4,11 +4,13 @@ saved and found again.
 All on tiny random pipelines (tiny_editors.py) of the stock classes.
 """
 
+import copy
 import json
 import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from editr2.check.meter import Meter
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError, DataError
 from editr2.policies.base import ScheduledPolicy
@@ -28,12 +31,13 @@ from editr2.policies.blocks import (
     recompute_blocks,
     repeated_blocks,
 )
-from editr2.policies.configured import policy_class
+from editr2.policies.configured import policy_class, settled_branches
 from editr2.policies.contexts import MixedContext
 from editr2.policies.latents import from_tokens
 from editr2.policies.load import load_policy
-from editr2.policies.rules import check_config
-from editr2.policies.weights import trainable
+from editr2.policies.rules import check_config, policy_problems
+from editr2.policies.trained import make_ready
+from editr2.policies.weights import add_lora, trainable
 from editr2.rewards.base import Score
 from editr2.rl.sampler import make_sampler
 from editr2.run.tracking import read_metrics
@@ -290,6 +294,36 @@ def test_a_joined_batch_predicts_what_its_parts_do(tiny, make, model):
         policy.append(mixed, images)
 
 
+@pytest.mark.parametrize("model", ["kontext", "klein", "qwen-edit"])
+def test_branches_together_are_one_forward_and_differ_by_rounding(tiny, make, beside, model):
+    pipe = beside("tiny_qwen").qwen_pipeline() if model == "qwen-edit" else None
+    apart = make(model, pipe, guidance=3.0, negative_prompt="not so dark", branches="apart")
+    together = policy_class(model)(apart.pipe, replace(apart.config, branches="together"))
+    context = apart.instruct(apart.encode(tiny.pictures(2, SIZE)), PROMPTS[:2])
+    lengths = {p["words"].shape[1] for p in (context.prompt, context.negative)}
+    assert len(lengths) == (2 if model == "qwen-edit" else 1)  # whose words are not padded
+    forwards = []
+    apart.module.register_forward_pre_hook(lambda *_: forwards.append(1))
+    expected = velocities(apart, context)
+    assert len(forwards) == 2
+    found = velocities(together, context)
+    assert len(forwards) == 3
+    for a, b in (
+        (found.v, expected.v),
+        (found.guidance["v_uncond"], expected.guidance["v_uncond"]),
+    ):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    assert (found.v - found.guidance["v_uncond"]).abs().max() > 1e-3
+    for shard, processes, stands_for in (
+        (True, 2, "together"),
+        (True, 1, "apart"),
+        (False, 2, "apart"),
+    ):
+        settled = settled_branches(PolicyConfig(shard=shard), processes)
+        assert settled.branches == stands_for
+    assert settled_branches(PolicyConfig(shard=True, branches="apart"), 2).branches == "apart"
+
+
 @pytest.mark.parametrize("model", ["kontext", "klein"])
 def test_frozen_parts_run_once_and_never_while_denoising(tiny, make, model):
     policy = make(model, guidance=2.0)
@@ -319,6 +353,69 @@ def test_frozen_parts_run_once_and_never_while_denoising(tiny, make, model):
     policy.instruct(context, ["c", *"bbbbbbb"])
     assert sum(calls["text"]) == 4 and calls["vae"] == 2
     assert not any(p.requires_grad for part in (encoder, vae) for p in part.parameters())
+
+
+def counted(policy):
+    """What goes through its frozen encoders from now on, by name."""
+    calls = {"vae": 0, "text": 0}
+    encode = policy.pipe.vae.encode
+
+    def encoded(images):
+        calls["vae"] += len(images)
+        return encode(images)
+
+    policy.pipe.vae.encode = encoded
+    policy.pipe.text_encoder.register_forward_hook(lambda *_: calls.update(text=calls["text"] + 1))
+    return calls
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein-kv"])
+def test_training_starts_from_what_the_rollout_encoded(tiny, make, monkeypatch, model):
+    policy = make(model)
+    calls = counted(policy)
+    sources, outputs = tiny.pictures(4, SIZE)[[0, 1, 0]], tiny.pictures(3, SIZE, seed=1)
+
+    def walk():
+        context = policy.append(policy.instruct(policy.encode(sources), PROMPTS), outputs)
+        return policy.instruct(context, PROMPTS)
+
+    first = walk()
+    assert calls["vae"] == 2 + 3
+    monkeypatch.setattr(policy, "_at_work", None)  # on a full hit nothing comes to the device
+    again = walk()
+    assert calls["vae"] == 5
+    assert torch.equal(first.conditions[0], again.conditions[0])
+    made = torch.cat([policy.to_latents(_pixels(image)) for image in outputs])
+    assert torch.equal(first.conditions[0], made.detach())
+    if model == "klein-kv":  # depends on what trains, and is not kept
+        with torch.no_grad():
+            policy.module.transformer_blocks[0].attn.to_k.weight.mul_(2)
+        assert not torch.equal(first.derived[0], walk().derived[0])
+
+
+def _pixels(image):
+    return torch.from_numpy(image)[None].permute(0, 3, 1, 2).float() / 255 * 2 - 1
+
+
+def test_what_is_kept_is_the_last_used_and_outputs_drive_no_source_out(tiny, make):
+    policy = make("kontext")
+    calls, images = counted(policy), tiny.pictures(3, SIZE)
+    context = policy.encode(images)
+    policy._sources.limit = policy._outputs.limit = 2 * context.conditions[0][0].numel() * 4
+    for image, made in ((0, 3), (1, 4), (0, 4), (2, 5), (0, 5), (1, 6)):
+        policy.encode(images[image][None])
+        assert calls["vae"] == made, image
+    for seed in range(3):
+        policy.append(context, tiny.pictures(3, SIZE, seed=9 + seed))
+    before = calls["vae"]
+    policy.encode(images[:2])
+    assert calls["vae"] == before
+    assert [policy.encodes_again(turn, n) for turn, n in ((0, 2), (0, 3), (1, 2), (1, 3))] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_condition_resolution_and_wrong_images(tiny, make):
@@ -371,6 +468,46 @@ def test_settings_that_need_no_weights():
             check_config(replace_nested(Config(), {"policy": policy}))
     with pytest.raises(ConfigError, match="policy.model: 'sdxl' .*kontext, klein"):
         policy_class("sdxl")
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "line"),
+    [
+        ("kontext", "_native_math", None),
+        ("kontext", "_native_flash", None),
+        ("klein-kv", "_native_math", None),
+        ("qwen-edit", "_native_math", None),
+        ("kontext", "flashiest", "'flashiest' (accepted: flash, "),
+        ("kontext", "flash", "flash (accepted here: "),  # not installed
+        ("kontext", "_native_efficient", "_native_efficient (accepted on device cpu in"),
+        ("qwen-edit", "_native_flash", "_native_flash (accepted on device cpu in"),  # no masks
+        ("kontext", "flex", "flex (accepted on device cpu in"),  # no gradients
+    ],
+)
+def test_attention_by_a_backend_of_diffusers(tiny, make, beside, model, name, line):
+    def made(**settings):
+        pipe = beside("tiny_qwen").qwen_pipeline() if model == "qwen-edit" else None
+        policy = make(model, pipe, lora_rank=2, lora_targets=r".*\.to_q", **settings)
+        make_ready(policy, None, True)
+        policy.placed(True)
+        return policy
+
+    if line:
+        with pytest.raises(ConfigError) as error:
+            made(attention=name)
+        assert str(error.value).startswith(f"policy.attention: {line}")
+        assert "\n" not in str(error.value) and f" {name}," not in str(error.value)
+        assert "_native_math" in str(error.value)
+        found = [
+            p for p in policy_problems(PolicyConfig(model, attention=name)) if "attention" in p
+        ]
+        assert found == ([str(error.value)] if name == "flashiest" else [])
+        return
+    plain, asked = made(), made(attention=name)
+    context = plain.instruct(plain.encode(tiny.pictures(2, SIZE)), PROMPTS[:2])
+    found, expected = velocities(asked, context).v, velocities(plain, context).v
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert name == "_native_flash" or not torch.equal(found, expected)  # which torch takes, too
 
 
 def test_weights_that_are_not_there(tmp_path):
@@ -454,6 +591,50 @@ def test_adapters_sit_on_attention_and_mlp_and_start_at_nothing(folder, tiny, mo
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "bytes_kept"),
+    [
+        (torch.bfloat16, 8.0, 0.6),
+        (torch.bfloat16, 6.0, 0.8),  # a strength that rounds stays where peft has it
+        (torch.float32, 8.0, 0.8),
+        (torch.float32, 6.0, 1.0),
+    ],
+)
+def test_adapters_compute_what_peft_does_with_fewer_copies(dtype, alpha, bytes_kept):
+    from peft.tuners.lora import Linear, LoraLayer
+
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(
+        *(torch.nn.Linear(96, 96, bias=i, dtype=dtype) for i in (True, False))
+    )
+    add_lora(ours, 4, alpha, targets="[01]")
+    for name, p in ours.named_parameters():
+        if ".lora_" in name:
+            p.data = 0.1 * torch.randn(p.shape)
+    theirs = copy.deepcopy(ours)
+    for layer in theirs.modules():
+        if isinstance(layer, LoraLayer):
+            layer.__class__ = Linear
+    x = torch.randn(2, 30, 96).to(dtype)
+
+    def computed(module):
+        found = [x.clone().requires_grad_()]
+        with Meter() as meter, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                plain = module(x)
+            module(*found).square().mean().backward()
+        return [plain, found[0].grad, *(p.grad for p in trainable(module).values())], meter.cost
+
+    (found, less), (expected, cost) = computed(ours), computed(theirs)
+    assert len(found) == 6 and all(map(torch.equal, found, expected))
+    assert less.bytes <= bytes_kept * cost.bytes and less.operations <= cost.operations
+    for layer in ours.modules():
+        if isinstance(layer, LoraLayer):
+            layer.enable_adapters(False)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
+        assert torch.equal(ours(x), ours[1].base_layer(ours[0].base_layer(x)))
+
+
 @pytest.mark.parametrize(("model", "alpha"), [("kontext", 6.0), ("klein", 6.0), ("klein", 5.0)])
 def test_a_saved_adapter_is_found_again_and_stock_diffusers_loads_it(
     folder, tiny, tmp_path, model, alpha
@@ -521,6 +702,44 @@ def test_saved_weights_are_found_again_with_and_without_an_adapter_over_them(
     assert json.loads((tmp_path / "over" / "policy.json").read_text())["base"] == str(
         tmp_path / "full"
     )
+
+
+def test_encodes_kept_in_a_folder_are_found_by_the_next_run(folder, tiny, tmp_path, caplog):
+    weights, _ = folder("kontext")
+    images, cache = tiny.pictures(3, (32, 32)), tmp_path / "cache"
+
+    def walked(**settings):
+        policy = loaded(weights, **{"cache": str(cache)} | settings)
+        calls = counted(policy)
+        context = policy.instruct(policy.encode(images[:2]), PROMPTS[:2])
+        after = policy.instruct(policy.append(context, images[1:]), PROMPTS[1:])
+        return calls, [velocities(policy, c).v.detach() for c in (context, after)]
+
+    plain = walked(cache=None)
+    assert not cache.exists()
+    for calls in ({"vae": 4, "text": 1 + 1}, {"vae": 2, "text": 0}):  # outputs are not for others
+        made, found = walked()
+        assert made == calls and all(map(torch.equal, found, plain[1]))
+    files = sorted(cache.rglob("*"))
+    assert [p.suffix for p in files] == ["", *[".safetensors"] * 2, "", *[".safetensors"] * 3]
+    image, text = files[1], files[4]
+    image.write_bytes(image.read_bytes()[:-1])  # cut short
+    whole = text.read_bytes()
+    text.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])  # one bit
+    made, found = walked()
+    assert made == {"vae": 3, "text": 1} and all(map(torch.equal, found, plain[1]))
+    assert [str(p) in said for p, said in zip((image, text), caplog.messages, strict=True)]
+    assert all("damaged" in said and "\n" not in said for said in caplog.messages)
+    assert text.read_bytes() == whole and walked()[0] == {"vae": 2, "text": 0}
+    for change in ({"dtype": "bfloat16"}, {"text_tokens": 47}):
+        made, _ = walked(**change)  # of another make
+        assert made["text"] == 2
+    other = tiny.kontext_pipeline(seed=7)
+    other.save_pretrained(weights)
+    assert walked()[0] == {"vae": 4, "text": 2}
+    (tmp_path / "file").write_text("")
+    config = PolicyConfig("kontext", str(weights), cache=str(tmp_path / "file"))
+    assert [p for p in policy_problems(config) if "policy.cache" in p and "is a file" in p]
 
 
 def test_bfloat16_keeps_trained_weights_and_latents_in_float32(folder, tiny):
@@ -713,6 +932,7 @@ def test_killed_and_resumed_runs_are_bitwise_one(folder, tmp_path):
                 "policy": {
                     "keep_source": True,
                     "guidance": 2.0,
+                    "branches": "together",
                     "lora_rank": 0,
                     "gradient_checkpointing": True,
                 },

@@ -4,6 +4,7 @@ makes of it."""
 import dataclasses
 import functools
 import importlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -199,8 +200,10 @@ def test_a_batch_is_its_samples_one_by_one(policy):
     close(picked, torch.stack([velocity(later)[:, 0], expected[:, 1], velocity(later)[:, 2]], 1))
 
 
-def test_words_and_images_are_read_once_and_never_between_denoising_steps(policy, monkeypatch):
-    ours = policy("qwen-edit", guidance=4.0)
+def test_words_and_images_are_read_once_and_never_between_denoising_steps(
+    policy, monkeypatch, tmp_path
+):
+    ours = policy("qwen-edit", guidance=4.0, cache=str(tmp_path))
     calls = {"text": 0, "image": 0}
 
     def counted(owner, name, what):
@@ -220,7 +223,9 @@ def test_words_and_images_are_read_once_and_never_between_denoising_steps(policy
     # A prompt and the negative one for every image: two sources, then eight outputs.
     assert calls == {"text": 2 * (2 + 8), "image": 1 + 1}
     rollout_chunk(ours, chunk, sampler, Seeds(0, "test"), ours.config)
-    assert calls["text"] == 2 * (2 + 8)
+    assert calls == {"text": 2 * (2 + 8), "image": 1 + 1}
+    kept = [path.parent.name.split("-")[0] for path in tmp_path.rglob("*.safetensors")]
+    assert Counter(kept) == {"texts": 2 * 2, "images": 2}  # sources, and what is said of them
 
 
 @pytest.mark.parametrize(

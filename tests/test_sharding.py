@@ -69,7 +69,7 @@ def runs(tmp_path, beside):
         ),
         "nft": case(
             "qwen-edit-plus",
-            {"keep_source": True, "dtype": "bfloat16"},
+            {"keep_source": True, "dtype": "bfloat16", "quantize": "fp8"},
             {"window": 0, "shared_noise": False},
             {"loss": "nft", "kl_weight": 0.1, "micro_batch": 3},
         ),

@@ -30,6 +30,7 @@ from editr2.config import Config
 from editr2.config.fields import mended, respelt_leaves
 from editr2.errors import UserError
 from editr2.policies.base import ReadingPolicy
+from editr2.policies.configured import settled_branches
 from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
@@ -83,7 +84,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     def opened() -> Editor:
         from editr2.check.editors import open_editor
 
-        return open_editor(config.policy)
+        return open_editor(settled_branches(config.policy, processes))
 
     reward = found(lambda: load_reward(config.reward))
     apart = found(lambda: load_eval_reward(config.eval))

@@ -37,13 +37,14 @@ FRAGMENTATION = 1.06
 class Device:
     """name: of `--gpu`. memory: bytes. speed: as the estimate uses it, efficiencies applied. gpu:
     False for a CPU. peers: bytes a second that it receives from the others of its machine. link:
-    the same from the host."""
+    the same from the host. float8: whether it multiplies float8 numbers."""
 
     name: str
     memory: float
     speed: Speed
     gpu: bool = True
     peers: float = float("inf")
+    float8: bool = False
 
     @property
     def link(self) -> float:
@@ -71,6 +72,8 @@ _SHEETS = {
     "rtx4090": (24_564, 165, 82.6, 1.008, 16),
     "rtx3090": (24_576, 71, 35.6, 0.936, 16),
 }
+_FLOAT8 = {"b200": 4500, "h200": 1979, "h100": 1979, "l40s": 733, "rtx5090": 419, "rtx4090": 330}
+"""TFLOP/s of dense float8 products with fp32 accumulation; the others have none."""
 DEVICES = (*_SHEETS, "cpu")
 
 # As drivers name them; the A100s by their memory.
@@ -108,13 +111,20 @@ def find_device(name: str) -> Device:
         raise ConfigError(f"--gpu: {name!r} (accepted: {', '.join(DEVICES)})")
     memory, half, single, bandwidth, peers = _SHEETS[name]
     rates = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
+    rates[torch.float8_e4m3fn] = _FLOAT8.get(name, half)  # dequantized where there are none
     speed = Speed(
         {dtype: rate * _TERA * MATRIX_EFFICIENCY for dtype, rate in rates.items()},
         bandwidth * _TERA * BANDWIDTH_EFFICIENCY,
         LAUNCH_SECONDS,
         overlaps=True,
     )
-    return Device(name, memory * _MIB, speed, peers=peers * _GIGA * PEER_EFFICIENCY)
+    return Device(
+        name,
+        memory * _MIB,
+        speed,
+        peers=peers * _GIGA * PEER_EFFICIENCY,
+        float8=name in _FLOAT8,
+    )
 
 
 def this_machine() -> Device:
@@ -140,10 +150,14 @@ def this_machine() -> Device:
     bandwidth = 2 * x.nbytes / best(lambda: y.copy_(x))
     small = torch.ones(8)
     launch = best(lambda: [small + small for _ in range(500)]) / 500
+    stand_ins = {
+        torch.float16: rates[torch.float32],
+        torch.float8_e4m3fn: rates[torch.bfloat16],  # dequantized
+    }
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
         "cpu",
         total,
-        Speed({**rates, torch.float16: rates[torch.float32]}, bandwidth, launch, False),
+        Speed({**rates, **stand_ins}, bandwidth, launch, False),
         False,
     )

@@ -25,6 +25,7 @@ from editr2.policies.base import PackedPolicy
 from editr2.policies.blocks import recomputed
 from editr2.policies.blueprint import Blueprint, Reading, Size, Work, simulated
 from editr2.policies.configured import called, policy_class
+from editr2.policies.fp8 import FLOAT8
 from editr2.rl.sampler import own_schedule
 from editr2.sessions import Session
 
@@ -35,7 +36,8 @@ FOUR_BITS = 0.5 + 4 / 64
 @dataclass(frozen=True)
 class Sizes:
     """parameters, trainable: numbers of them. weights: bytes of what is frozen; block, outside: of
-    it in the largest of the repeated blocks, and in none of them. trained: bytes of what trains.
+    what `policy.shard` shares out (all but adapters), in the largest of the repeated blocks and in
+    none of them. float8: numbers of what is frozen that are float8. trained: bytes of what trains.
     dequantized: bytes of the largest layer's weights while it is used (4-bit). text, vae: bytes of
     the text encoders and the autoencoder. targets: adapted layers by their name in a block."""
 
@@ -44,6 +46,7 @@ class Sizes:
     weights: int
     block: int
     outside: int
+    float8: int
     trained: int
     dequantized: int
     text: int
@@ -112,6 +115,11 @@ class Editor:
     def read_again(self, prompts: int) -> bool:
         """Whether training reads the `prompts` instructions of an iteration again."""
         return self.blueprint.read_again(prompts)
+
+    def encodes_again(self, turn: int, images: int) -> bool:
+        """Whether training encodes an iteration's sources (turn 0), or the outputs that later turns
+        read, again."""
+        return self.blueprint.encodes_again(turn, images)
 
     def carried(self, step: str) -> int:
         """Bytes of weights that a call of the step brings to the device first, with
@@ -283,11 +291,11 @@ def _module_sizes(module: nn.Module, four_bits: bool) -> dict[str, Any]:
     repeated = getattr(
         module, "_repeated_blocks", ()
     )  # diffusers' names, by which `policies.sharding` finds them
-    blocks = [
-        size(p for p in part.parameters() if not p.requires_grad)
-        for part in module.modules()
-        if type(part).__name__ in repeated
-    ]
+
+    def shared(part: nn.Module) -> float:
+        return size(p for name, p in part.named_parameters() if "lora_" not in name)
+
+    blocks = [shared(part) for part in module.modules() if type(part).__name__ in repeated]
     # "transformer_blocks.7.attn.to_q" counts as "attn.to_q".
     adapted = Counter(
         re.sub(r"^.*?\.\d+\.", "", n) for n, m in module.named_modules() if hasattr(m, "lora_A")
@@ -297,7 +305,8 @@ def _module_sizes(module: nn.Module, four_bits: bool) -> dict[str, Any]:
         "trainable": sum(p.numel() for p in trained),
         "weights": size(frozen),
         "block": max(blocks, default=0),
-        "outside": size(frozen) - sum(blocks),
+        "outside": shared(module) - sum(blocks),
+        "float8": sum(p.numel() for p in frozen if p.dtype == FLOAT8),
         "trained": sum(p.numel() * p.element_size() for p in trained),
         "dequantized": max((2 * p.numel() for p in frozen if id(p) in linear), default=0),
         "targets": dict(adapted),

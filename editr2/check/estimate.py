@@ -18,6 +18,7 @@ from editr2.check.devices import Device
 from editr2.check.editors import Editor, Sizes
 from editr2.check.judges import Judging, Measured, judging, waiting
 from editr2.config import Config, PolicyConfig
+from editr2.policies.configured import settled_branches
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
@@ -29,6 +30,9 @@ GATHERED = 3
 """Times the largest block that FSDP2 takes for whole ones: the block that computes, the buffer that
 it was copied out of (kept until the next copy), and the buffer into which the next block is
 gathered meanwhile."""
+REDUCED = 3
+"""Times the largest block that gradients of sharded weights take before they are reduced: the
+block's own, the buffer that they are copied into, and that of the block before, on its way."""
 
 
 WITHOUT, WITH_ALL = (f"activations, train, {how}" for how in ("off", "all"))
@@ -78,14 +82,16 @@ def _walk(
     *,
     generates: bool,
     reads: bool,
+    encodes: tuple[bool, bool] = (True, True),
 ) -> list[Call]:
     """The calls of a walk through `groups` sessions besides its velocities. reads: instructions are
-    not cached."""
+    not cached. encodes: nor are sources, outputs."""
     calls = []
     side = "encode" if phase == "rollout" else phase
     for turn, share in enumerate(shares):
         rows = max(1, round(groups * siblings * share))
-        calls.append(Call(side, "encode", rows if turn else groups, turn))
+        step = "encode" if encodes[turn > 0] else "derive"
+        calls.append(Call(side, step, rows if turn else groups, turn))
         if turn and editor.writes_text and generates:
             calls.append(Call(phase, "intend", rows, turn))
         if reads:
@@ -131,12 +137,15 @@ def plan(
     calls += _group_rollout("rollout", config, editor, sampler, groups, shares)
     prompts = groups * sum(shares) * (r.siblings if editor.prompt_per_output else 1)
     again = editor.read_again(round(prompts))
+    outputs = round(groups * r.siblings * sum(shares[1:]))
+    encodes = (editor.encodes_again(0, groups), editor.encodes_again(1, outputs))
     loss = LOSSES[t.loss]
     places, without = loss.places(t, sampler), len(loss.weights(t))
     first = loss.ratio and t.minibatches > 1  # old log-probs, before any weight moves
     for size in _batches(groups, r.groups_per_batch):
         walks = t.updates * (1 + without) + first
-        walk = _walk("train", editor, size, r.siblings, shares, generates=False, reads=again)
+        how = {"generates": False, "reads": again, "encodes": encodes}
+        walk = _walk("train", editor, size, r.siblings, shares, **how)
         calls += [Call(c.phase, c.step, c.batch, c.turn, walks) for c in walk]
         turns_rows = [max(1, round(size * r.siblings * share)) for share in shares]
         for turn, batch in _forwards([n * places for n in turns_rows], places, t.rows):
@@ -180,8 +189,14 @@ def evaluation_plan(
 
 
 def sharded(policy: PolicyConfig, processes: int) -> bool:
-    """Whether the transformer's frozen weights are shared out over the processes."""
+    """Whether the transformer's weights are shared out over the processes: the frozen ones under
+    LoRA, else all of them."""
     return policy.shard and processes > 1
+
+
+def sharers(policy: PolicyConfig, processes: int) -> int:
+    """How many processes hold one copy of what is shared out."""
+    return (policy.shard_group or processes) if sharded(policy, processes) else 1
 
 
 def merged(calls: Sequence[Call]) -> list[Call]:
@@ -247,12 +262,19 @@ def estimate(
     again, compiled = config.policy.gradient_checkpointing, config.policy.compile == "on"
     costs = {c: editor.cost(c.step, c.batch, c.turn, again) for c in (*calls, *evaluation)}
     seconds, sizes = dict.fromkeys(PHASES, 0.0), editor.sizes()
-    gathering = copying = 0.0
-    if sharded(config.policy, processes):
+    gathering = copying = reducing = 0.0
+    shares, whole = sharers(config.policy, processes), not config.policy.lora_rank
+    if shares > 1:
         # The blocks arrive beside the computing; copying them out of their buffer is a part of it.
-        gathering = sizes.weights * (1 - 1 / processes) / device.peers
-        copying = 2 * sizes.weights / device.speed.bandwidth
-    branches = 1 if config.policy.guidance == 1 else 2
+        gathered = sizes.weights + (sizes.trained if whole else 0)
+        gathering = gathered * (1 - 1 / shares) / device.peers
+        copying = 2 * gathered / device.speed.bandwidth
+        if whole:  # gradients: summed among who shares a copy, and each's part over the copies
+            copies = processes // shares
+            reducing = sizes.trained * (1 - 1 / shares) / device.peers
+            reducing += 2 * sizes.trained / shares * (1 - 1 / copies) / device.peers
+    apart = settled_branches(config.policy, processes).branches == "apart"
+    branches = 2 if config.policy.guidance != 1 and apart else 1
     for call, cost in costs.items():
         times = {"velocity": 1, "train": 2}.get(
             call.step, 0
@@ -263,7 +285,8 @@ def estimate(
             + carried
             + times * copying
         )
-        seconds[call.phase] += call.times * max(computing, times * gathering)
+        moving = times * gathering + (reducing if call.step == "train" else 0.0)
+        seconds[call.phase] += call.times * max(computing, moving)
     mean = sum(turns[0]) / len(turns[0])
     chunks = batches(r, processes)
     walk = seconds["rollout"] + seconds["encode"]
@@ -283,7 +306,8 @@ def estimate(
     # AdamW reads and writes a weight, its gradient and two moments, and clipping reads the gradient
     # once more.
     steps = t.updates * t.minibatches
-    seconds["train"] += steps * 9 * 4 * sizes.trainable / device.speed.bandwidth
+    stepped = sizes.trainable / (shares if whole else 1)
+    seconds["train"] += steps * 9 * 4 * stepped / device.speed.bandwidth
     forwards = [c for c in calls if c.step in ("velocity", "train")]
     return Estimate(
         *_memory(config, editor, list(costs), samplers[0], turns[0], processes),
@@ -335,18 +359,23 @@ def _memory(
     # x, x_next, and what the loss or a sampler of second order reads beside them.
     a_step = 2 + loss.keeps_velocity(t) + sampler.second_order
     copies = len(loss.weights(t)) + (t.ema is not None)
-    shares, blocks, outside = 1, 0, 0
-    if sharded(
-        config.policy, processes
-    ):  # adapters are not; what is in no block stays whole after the first forward
-        shares, blocks, outside = processes, GATHERED * sizes.block, sizes.outside
+    shares, blocks, outside = sharers(p, processes), 0, 0
+    if shares > 1:  # adapters are not; what is in no block stays whole after the first forward
+        blocks, outside = GATHERED * sizes.block, sizes.outside
+    trained, gradients = sizes.trained, sizes.trained
+    if shares > 1 and not p.lora_rank:
+        trained = -(-sizes.trained // shares)
+        # Forwards that share a backward (branches of guidance, turns in one micro-batch) add up
+        # their gradients before they are reduced.
+        several = p.guidance != 1 or t.micro_batch is not None
+        gradients = trained + (sizes.trained if several else REDUCED * sizes.block + outside)
     memory = {
         "frozen weights": round(sizes.weights / shares),
         "gathered blocks": blocks + outside,
-        "adapters" if p.lora_rank else "trained weights": sizes.trained,
-        "gradients": sizes.trained,
-        "optimizer states": 2 * sizes.trained,
-        "copies (reference, old, average)": copies * sizes.trained,
+        "adapters" if p.lora_rank else "trained weights": trained,
+        "gradients": gradients,
+        "optimizer states": 2 * trained,
+        "copies (reference, old, average)": copies * trained,
         "text encoders": sizes.text,
         "autoencoder": sizes.vae,
         "stored latents": round(rollouts * latent * (a_step * sampler.window + 1)),
@@ -358,7 +387,7 @@ def _memory(
         WITH_ALL: train["all"] + sizes.dequantized,
     }
     always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
-    always += sizes.trained + memory["copies (reference, old, average)"] + outside + contexts
+    always += trained + memory["copies (reference, old, average)"] + outside + contexts
     resident = 0 if p.offload else sizes.text + sizes.vae
     peaks = {
         "rollout": always + resident + blocks + memory["activations, rollout"],
@@ -382,10 +411,18 @@ def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
     0.8), and processes share the pages.
     """
     # Sharded, the first process alone loads the transformer. 4-bit weights are made on the device,
-    # tensor by tensor: their own bytes stand for what is read meanwhile.
+    # tensor by tensor: their own bytes stand for what is read meanwhile. Float8 ones are made of
+    # what was read in policy.dtype, layer by layer.
     loaders = 1 if sharded(config.policy, processes) else processes
     beside = processes * (sizes.text + sizes.vae)
-    return {
-        "loading": loaders * (sizes.weights + sizes.trained) + beside,
+    read = sizes.weights + sizes.float8 * (1 if config.policy.dtype == "bfloat16" else 3)
+    host = {
+        "loading": loaders * (read + sizes.trained) + beside,
         "training": beside if config.policy.offload else 0,
     }
+    if sharded(config.policy, processes) and not config.policy.lora_rank:
+        # A checkpoint is put together on the first process's host: weights, moments and copies.
+        t = config.train
+        copies = len(LOSSES[t.loss].weights(t)) + (t.ema is not None)
+        host["saving"] = (3 + copies) * sizes.trained + host["training"]
+    return host

@@ -14,8 +14,9 @@ from editr2.check.devices import (
     MATRIX_EFFICIENCY,
     PEER_EFFICIENCY,
     RESERVE,
+    Device,
 )
-from editr2.check.estimate import WITH_ALL, WITHOUT, sharded
+from editr2.check.estimate import WITH_ALL, WITHOUT, sharers
 from editr2.check.judges import lines as judge_lines
 from editr2.check.levers import OTHER_NUMBERS, ROOM, Case, Option, alone, flags, propose
 from editr2.config import Config, RolloutConfig, TrainConfig
@@ -24,6 +25,13 @@ from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
 
 GIB = 2**30
+SPLIT = (
+    "trained weights",
+    "gradients",
+    "optimizer states",
+    "copies (reference, old, average)",
+)
+"""Parts of the memory that `policy.shard` shares out where all weights train."""
 
 
 def size(count: float) -> str:
@@ -58,7 +66,8 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
     turns, processes = case.turns, case.processes
     result, fits = option.estimate, option.fits()
     r, t, p = config.rollout, config.train, config.policy
-    sizes, shards = editor.sizes(), sharded(config.policy, processes)
+    sizes, shares = editor.sizes(), sharers(config.policy, processes)
+    split = {"frozen weights", *(() if p.lora_rank else SPLIT)}
     each = f" on each of {processes} processes" if processes > 1 else ""
     groups = -(-r.sessions // processes)
     lengths = ", ".join(f"{n} ({count})" for n, count in sorted(Counter(turns[0]).items()))
@@ -71,7 +80,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
         f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training "
         f"an iteration{each}, {result.flops / 1e12:.4g} TFLOP",
-        f"policy      {p.model}, {p.dtype}{', 4-bit base' if p.quantize == '4bit' else ''}, "
+        f"policy      {p.model}, {p.dtype}{base_note(p.quantize, device)}, "
         f"{editor.image_size[0]} x {editor.image_size[1]} px, latents {list(editor.latent_shape)}",
         f"parameters  {number(sizes.parameters - (sizes.trainable if p.lora_rank else 0))}; "
         f"{number(sizes.trainable)} train"
@@ -115,8 +124,8 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
                 note = f"  ({', '.join(others)})" if others else ""
             elif p.offload and name in ("text encoders", "autoencoder"):
                 note = "  (on the host while idle)"
-            elif shards and name == "frozen weights":
-                note = f"  (sharded over {processes} processes)"
+            elif shares > 1 and name in split:
+                note = f"  (sharded over {shares} processes)"
             lines.append(f"  {name:<36}{size(count):>12}{note}")
     lines += [
         f"  alive at most in {phase:<19}{size(count):>12}" for phase, count in result.peaks.items()
@@ -147,7 +156,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         rate = f"{PEER_EFFICIENCY:.0%} of the sheet's rate between devices"
         gathers = (
             f"{rate} ({result.gathering:.2g} s to gather the weights, beside computing); "
-            if shards
+            if shares > 1
             else ""
         )
         lines.append(
@@ -167,6 +176,13 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         f"{size(device.memory)}",
     ]
     return lines
+
+
+def base_note(quantize: str, device: Device) -> str:
+    """How the frozen weights are held, and what that does not bring."""
+    if quantize == "fp8" and not device.float8:
+        return f", fp8 base (less memory, no more speed: {device.name} has no float8 products)"
+    return {"none": "", "4bit": ", 4-bit base", "fp8": ", fp8 base"}[quantize]
 
 
 def levers(case: Case, given: Option) -> list[str]:

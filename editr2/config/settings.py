@@ -204,10 +204,22 @@ class PolicyConfig:
         offload: keep text encoder and VAE on the host while they are not in use.
         vae_tiling: the VAE works in tiles above its own sample size (1024 pixels), which takes less
             memory and gives other latents than the stock pipeline's; not with qwen-edit.
-        quantize: none, or 4bit (the frozen base through bitsandbytes; needs a CUDA device and
-            LoRA).
-        shard: each process holds its part of the transformer's frozen weights and gathers a block
-            while it computes (FSDP2); needs LoRA. On one process there is nothing to share out.
+        quantize: none; 4bit (the frozen base through bitsandbytes; needs a CUDA device and LoRA);
+            or fp8 (the base's attention and MLP layers in float8, and their products where the
+            device has them; needs LoRA).
+        shard: each process holds its part of the transformer's weights and gathers a block while it
+            computes (FSDP2): of the frozen ones under LoRA, else of all, with their gradients,
+            optimizer states and copies. On one process there is nothing to share out.
+        shard_group: processes that share one copy of the weights, a divisor of their number, such
+            as the devices of one machine; none is all of them.
+        attention: the backend of the transformer's attention, by its name in diffusers (native,
+            flash, _native_cudnn, ...); none is torch's own choice.
+        branches: under guidance, the guided and the unguided branch as one batch (together) or one
+            after the other (apart). Together gathers sharded weights once for both, and takes both
+            branches' activations at once in the rollout, too; numbers differ by rounding. auto is
+            together with `shard` on several processes, else apart.
+        cache: a folder that keeps the encodes of source images and of instructions over runs; runs
+            and processes may share it. None keeps them in memory alone.
     """
 
     model: str = setting(DEFAULT, among=lambda: MODELS, reference="package.module:Class")
@@ -246,8 +258,12 @@ class PolicyConfig:
     )
     offload: bool = False
     vae_tiling: bool = False
-    quantize: Literal["none", "4bit"] = "none"
+    quantize: Literal["none", "4bit", "fp8"] = "none"
     shard: bool = False
+    attention: str | None = None
+    branches: Literal["auto", "together", "apart"] = "auto"
+    cache: str | None = setting(None, path=True)
+    shard_group: int | None = setting(None, Bounds(at_least=2, at_most=65_536))
 
     def __post_init__(self) -> None:
         respelt(self)

@@ -10,6 +10,9 @@ them by the loader that a user will call, and the same questions must get the sa
 last bit; otherwise nothing is left on the disk. So it is in bfloat16: the stock loader rounds
 float32 adapters to the base's precision, and autocast did so in training. What merging rounds away
 is no matter of loading; it is reported beside what training changed.
+
+Adapters that trained on a base in float8 are proven on the base as it is published, on which they
+will be loaded, and how far that is from where they trained is reported.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ from torch import Tensor
 from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, ExportError
 from editr2.export.model_card import Base, write_card
-from editr2.export.result import Exported, Proof
+from editr2.export.result import Carried, Exported, Proof
 from editr2.policies.base import Policy, Questions, TextPolicy
 from editr2.policies.configured import policy_class
 from editr2.policies.finite import check_state
@@ -68,11 +71,23 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
     kind = "merged" if merge else "lora" if config.policy.lora_rank else "full"
     # Neither changes a number's meaning, and both would be in the way of comparing bits.
     settings = replace(config.policy, compile="off", gradient_checkpointing="off")
+    # What stock code loads the export runs by torch's attention.
+    settings = replace(settings, attention=None, branches="apart")
     form = policy_class(settings.model).form(settings, kind)
     policy = _load(settings)
     load_trainable(policy.module, values)
     with _appearing(out) as folder:
         trained = probe(policy)
+        rounded = None
+        if settings.quantize == "fp8":  # which no loader of the export will know of
+            remove_lora(policy.module)
+            rounded = Rounded(trained, probe(policy))
+            del policy
+            gc.collect()
+            settings = replace(settings, quantize="none")
+            policy = _load(settings)
+            load_trainable(policy.module, values)
+            trained = probe(policy)
         folding = form.write(policy, folder)
         ordinary_modes([folder])
         exported = probe(policy)
@@ -81,7 +96,7 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
         base = _load(settings)
         remove_lora(base.module)
         start = probe(base)
-        proof = _proof(trained, exported, start, probe(form.load(base, folder)))
+        proof = _proof(trained, exported, start, probe(form.load(base, folder)), rounded)
         done = Exported(
             out, kind, weights, saved.iteration, config.train.iterations, proof, folding
         )
@@ -167,9 +182,25 @@ def probe(policy: Policy) -> list[Tensor]:
     return [answer.float().cpu() for answer in answers]
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """The answers on a base of rounded weights: of the policy as it trained, and without what
+    trained."""
+
+    trained: list[Tensor]
+    start: list[Tensor]
+
+
 def _proof(
-    trained: list[Tensor], exported: list[Tensor], start: list[Tensor], loaded: list[Tensor]
+    trained: list[Tensor],
+    exported: list[Tensor],
+    start: list[Tensor],
+    loaded: list[Tensor],
+    rounded: Rounded | None = None,
 ) -> Proof:
+    def change(after: list[Tensor], before: list[Tensor]) -> list[Tensor]:
+        return [a - b for a, b in zip(after, before, strict=True)]
+
     def distance(a: list[Tensor], b: list[Tensor]) -> float:
         difference = torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
         return float(difference.double().square().mean().sqrt())
@@ -183,4 +214,10 @@ def _proof(
             f"{share:.1%} of what training changed (accepted: 0); nothing was written"
         )
     size = distance(exported, [torch.zeros_like(a) for a in exported])
-    return Proof(size, effect, distance(exported, trained), error)
+    carried = None
+    if rounded is not None:
+        learned = change(rounded.trained, rounded.start)
+        carried = Carried(
+            distance(exported, rounded.trained), distance(change(exported, start), learned)
+        )
+    return Proof(size, effect, distance(exported, trained), error, carried)

@@ -133,6 +133,11 @@ class Blueprint(Protocol):
     def read_again(self, prompts: int) -> bool:
         """Whether training reads the `prompts` instructions of an iteration again."""
 
+    def encodes_again(self, turn: int, images: int) -> bool:
+        """Whether training encodes the `images` again that a rollout's turns from this one on, or
+        (turn 0) its first turns, have read in an iteration. Where it does not, its step is `derive`
+        in place of `encode`."""
+
     def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:
         """A step of a batch at a turn, part by part. checkpointing: where the step trains."""
 
@@ -180,6 +185,9 @@ class Walk:
         self._said = texts[len(texts) // 2]
 
     def read_again(self, prompts: int) -> bool:
+        return True
+
+    def encodes_again(self, turn: int, images: int) -> bool:
         return True
 
     def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:

@@ -107,12 +107,24 @@ class ConfiguredPolicy(ABC):
             f"policy = load_policy(PolicyConfig({given}))",
         ]
 
+    def placed(self, trains: bool) -> None:  # noqa: B027, most have nothing to say
+        """Called once the weights are on their device. Raises `ConfigError` where what is asked for
+        does not work there."""
+
     @abstractmethod
     def pixels(self, latents: Tensor) -> Tensor:
         """As `PixelPolicy.pixels`."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
         return to_bytes(self.pixels(latents))
+
+
+def settled_branches(config: PolicyConfig, processes: int) -> PolicyConfig:
+    """The settings with what `policy.branches` auto stands for on so many processes."""
+    if config.branches != "auto":
+        return config
+    gathers = config.shard and processes > 1
+    return dataclasses.replace(config, branches="together" if gathers else "apart")
 
 
 METHODS = tuple(

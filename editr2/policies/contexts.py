@@ -107,6 +107,32 @@ class MixedContext:
         return MixedContext(tuple(parts), places)
 
 
+def doubled(context: EditContext) -> EditContext:
+    """Both branches of guidance as one batch: the samples behind their prompt, then the same behind
+    the negative one, of which the shorter is padded. Without what only text encoders read."""
+
+    def twice(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat([t, t]) for t in tensors)
+
+    prompts: tuple[Prompt, Prompt] = (context.prompt, context.negative)
+    lengths = [p[WORDS].shape[1] for p in prompts]
+    if any(MASK in p for p in prompts) or lengths[0] != lengths[1]:
+        longest = max(lengths)
+        prompts = (longer(prompts[0], longest), longer(prompts[1], longest))
+    both = {name: torch.cat([t, prompts[1][name]]) for name, t in prompts[0].items()}
+    return EditContext(twice(context.conditions), (), both, {}, twice(context.derived))
+
+
+def longer(prompt: Prompt, length: int) -> Prompt:
+    """The prompt, masked and padded with zeros to so many tokens."""
+
+    def filled(t: Tensor) -> Tensor:
+        return torch.cat([t, t.new_zeros(len(t), length - t.shape[1], *t.shape[2:])], 1)
+
+    ragged = (WORDS, MASK)  # what else there is has no tokens
+    return {name: filled(t) if name in ragged else t for name, t in masked(prompt).items()}
+
+
 AnyEditContext = EditContext | MixedContext
 
 

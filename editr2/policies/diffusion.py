@@ -13,11 +13,9 @@ Legend of shapes: B samples, N latent tokens, D numbers a token, L text tokens, 
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import os
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError, shown
+from editr2.policies.attention import try_out
 from editr2.policies.base import Velocity, device_of
 from editr2.policies.contexts import (
     WORDS,
@@ -36,9 +35,11 @@ from editr2.policies.contexts import (
     EditContext,
     MixedContext,
     Prompt,
+    doubled,
     masked,
     padded,
 )
+from editr2.policies.encodes import Folder, Kept, Row, digest_of, fingerprint
 from editr2.policies.latents import resized
 from editr2.policies.pipeline_blueprint import PipelineBlueprint
 from editr2.policies.pipelines import PipelineModel, read_pipeline, weight_sources
@@ -46,6 +47,9 @@ from editr2.policies.trained import make_ready, save_policy, saved_lora
 from editr2.run.hub import check_model
 
 CACHED_PROMPTS = 256
+KEPT_BYTES = 1 << 30
+"""Of the sources' latent tokens that are kept on the host, and as many of the outputs'. An image of
+1024 x 1024 pixels takes 1 or 2 MiB."""
 TEXT_BATCH = 8
 """Prompts that go through the text encoders at once: these are as large as the transformer, and so
 are activations."""
@@ -114,7 +118,9 @@ class DiffusionPolicy(PipelineModel):
             self.condition_size[1] // self.patch,
         )
         self.latent_shape = (self.grid[0] * self.grid[1], int(pipe.transformer.config.in_channels))
-        self._prompts: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
+        self._prompts = Kept(CACHED_PROMPTS, weigh=lambda row: 1)
+        self._sources, self._outputs = Kept(KEPT_BYTES), Kept(KEPT_BYTES)
+        self._source_looks: set[bytes] = set()
         self.check(config)
         if config.negative_prompt is not None:
             for _, problem in self.unreadable([self.negative]):
@@ -151,6 +157,11 @@ class DiffusionPolicy(PipelineModel):
         """Whether so many prompts are more than it remembers."""
         return prompts > CACHED_PROMPTS
 
+    def encodes_again(self, turn: int, images: int) -> bool:
+        """Whether so many images that turns from this one on read are more than it remembers."""
+        numbers = self.condition_grid[0] * self.condition_grid[1] * self.latent_shape[1]
+        return images * numbers * 4 > (self._outputs if turn else self._sources).limit
+
     @classmethod
     def derives(cls) -> bool:
         """Whether it computes something of its own from the condition images."""
@@ -167,6 +178,12 @@ class DiffusionPolicy(PipelineModel):
         if min(height, width) < 1 or height % self.patch or width % self.patch:
             self.refuse(name, [height, width], f"multiples of {self.patch}")
         return height, width
+
+    def placed(self, trains: bool) -> None:
+        if (name := self.config.attention) is not None:
+            width = self.module.config.attention_head_dim
+            how = {"masks": self.masks, "trains": trains}
+            try_out(name, width, self.device, self.compute_dtype, **how)
 
     # ------------------------------------------------------------------------ what a model provides
 
@@ -293,19 +310,51 @@ class DiffusionPolicy(PipelineModel):
             raise DataError(
                 f"images: {images.shape[1]} x {images.shape[2]} px (accepted: {self.image_size})"
             )
-        seen = torch.from_numpy(resized(images, self.condition_size))
-        with self._at_work("vae"), torch.no_grad():
-            pixels = seen.to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-            conditions: tuple[Tensor, ...] = (
-                self.to_latents(pixels.to(self.pipe.vae.dtype)).float(),
-            )
+        conditions: tuple[Tensor, ...] = (self._latents_of(images, source=earlier is None),)
         looks: tuple[Tensor, ...] = ()
         if self.text_sees_images:
             looks = (torch.from_numpy(resized(images, self.text_image_size)),)
+            if earlier is None:
+                self._source_looks.update(digest_of(look.numpy()) for look in looks[0])
         if earlier is not None:
             conditions = self._remembered((*conditions, *earlier.conditions))
             looks = self._remembered((*looks, *earlier.images))
         return EditContext(conditions, looks, derived=self.derive(conditions))
+
+    def _latents_of(self, images: np.ndarray, *, source: bool) -> Tensor:
+        """float32 [B, N, D]. Every distinct image goes through the autoencoder once, and not again
+        while it is kept: training starts from what the rollout encoded, and sources come back every
+        epoch. Outputs have a place of their own, where they do not drive sources out."""
+        self._open_cache()
+        seen = resized(images, self.condition_size)
+
+        def encoded(at: list[int]) -> list[Row]:
+            with self._at_work("vae"), torch.no_grad():
+                pixels = torch.from_numpy(seen[at]).to(self.device).permute(0, 3, 1, 2)
+                pixels = (pixels.float() / 255 * 2 - 1).to(self.pipe.vae.dtype)
+                return [{"latents": row} for row in self.to_latents(pixels).float()]
+
+        kept = self._sources if source else self._outputs
+        rows = kept.rows([digest_of(image) for image in seen], encoded, lambda i: source)
+        return torch.stack([row["latents"] for row in rows]).to(self.device)
+
+    def _open_cache(self) -> None:
+        """`policy.cache`, before the first encode: what encoders are made of is then looked up."""
+        if self.config.cache is None or self._prompts.folder is not None:
+            return
+        path, pipe = Path(self.config.cache).expanduser(), self.pipe
+        how = {"model": self.model, "dtype": self.config.dtype}
+        made = fingerprint({"vae": pipe.vae}, tiles=self.config.vae_tiling, **how)
+        self._sources.folder = Folder(path, "images", made)
+        parts = {  # a processor's tokenizer is the pipeline's own
+            name: getattr(part, "image_processor", part)
+            for name, part in pipe.components.items()
+            if name in self.text_encoders or name.startswith(("tokenizer", "processor"))
+        }
+        # Templates of instructions are the pipeline's attributes.
+        plain = {n: v for n, v in vars(pipe).items() if isinstance(v, (str, int)) and n[0] != "_"}
+        made = fingerprint(parts, text_tokens=self.text_tokens, pipe=plain, **how)
+        self._prompts.folder = Folder(path, "texts", made)
 
     def images_at(self, turn: int) -> int:
         """How many images a turn (from 0) sees, as `_remembered` keeps them."""
@@ -366,29 +415,21 @@ class DiffusionPolicy(PipelineModel):
         """Every distinct prompt (and what it is about) goes through the text encoders once, and not
         again while it is among the last `CACHED_PROMPTS`: training asks for the rollout's, and
         sessions come back every epoch."""
-        digests = [
-            hashlib.sha256(b"".join(t[i].numpy().tobytes() for t in context.images))
-            for i in range(len(texts))
-        ]
-        keys = [(text, digest.digest()) for text, digest in zip(texts, digests, strict=True)]
-        found = {key: self._prompts[key] for key in keys if key in self._prompts}
-        if missing := [
-            i for i, key in enumerate(keys) if key not in found and keys.index(key) == i
-        ]:
+        self._open_cache()
+        looks = [[digest_of(t[i].numpy()) for t in context.images] for i in range(len(texts))]
+        keys = [digest_of(text, *seen) for text, seen in zip(texts, looks, strict=True)]
+
+        def read(missing: list[int]) -> list[Row]:
+            rows: list[Row] = []
             with self._at_work(*self.text_encoders), torch.no_grad():
                 for at in (missing[i : i + TEXT_BATCH] for i in range(0, len(missing), TEXT_BATCH)):
-                    rows = self.embed([texts[i] for i in at], [t[at] for t in context.images])
-                    found |= {
-                        keys[i]: {n: t.cpu() for n, t in row.items()}
-                        for i, row in zip(at, rows, strict=True)
-                    }
-        for key in dict.fromkeys(keys):
-            self._prompts[key] = found[key]
-            self._prompts.move_to_end(key)
-        while len(self._prompts) > CACHED_PROMPTS:
-            self._prompts.popitem(last=False)
-        rows = [{n: t[None] for n, t in found[key].items()} for key in keys]
-        return {n: t.to(self.device) for n, t in padded(rows).items()}
+                    rows += self.embed([texts[i] for i in at], [t[at] for t in context.images])
+            return rows
+
+        # Words about an output are as little for other runs as the output is.
+        rows = self._prompts.rows(keys, read, lambda i: self._source_looks.issuperset(looks[i]))
+        batch = padded([{n: t[None] for n, t in row.items()} for row in rows])
+        return {n: t.to(self.device) for n, t in batch.items()}
 
     def velocity(self, x: Tensor, sigma: Tensor, context: AnyEditContext) -> Velocity:
         """In the computing dtype. Under guidance both branches, for the kernels to combine."""
@@ -396,10 +437,14 @@ class DiffusionPolicy(PipelineModel):
             return self._mixed_velocity(x, sigma, context)
         with self.autocast(x.device):
             x = x.to(self.compute_dtype)
-            v = self.predict(x, sigma, context, context.prompt)
-            if not context.negative:
-                return Velocity(v)
-            dropped = self.predict(x, sigma, context, context.negative)
+            if context.negative and self.config.branches == "together":
+                both, x, sigma = doubled(context), torch.cat([x, x]), torch.cat([sigma, sigma])
+                v, dropped = self.predict(x, sigma, both, both.prompt).chunk(2)
+            else:
+                v = self.predict(x, sigma, context, context.prompt)
+                if not context.negative:
+                    return Velocity(v)
+                dropped = self.predict(x, sigma, context, context.negative)
         return Velocity(
             v, {"v_uncond": dropped, "guidance": self.config.guidance, "renorm": self.renorm}
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
 from editr2.policies.base import Policy
-from editr2.policies.configured import made, policy_class
+from editr2.policies.configured import ConfiguredPolicy, made, policy_class, settled_branches
 from editr2.policies.finite import check_weights
 from editr2.policies.rules import policy_problems
 from editr2.policies.sharding import place
@@ -37,8 +37,11 @@ def open_policy(config: PolicyConfig, processes: Processes, *, trains: bool = Tr
     """
     for problem in policy_problems(config, trains):
         raise ConfigError(problem)
+    config = settled_branches(config, processes.count)
     policy = load_policy(config, trains=trains, empty=config.shard and not processes.main)
-    place(policy, config.shard, processes)
+    place(policy, config.shard, processes, config.shard_group)
+    if isinstance(policy, ConfiguredPolicy):
+        policy.placed(trains)
     return policy
 
 

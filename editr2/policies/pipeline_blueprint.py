@@ -30,6 +30,7 @@ from editr2.policies.blueprint import (
     backward,
     simulated,
 )
+from editr2.policies.fp8 import quantize_linears
 from editr2.policies.libraries import no_bars
 from editr2.policies.pipelines import Parts, PipelineModel, load_rest, part_class, weight_sources
 from editr2.policies.tensor_files import check_shapes, read_header, read_json, reading
@@ -96,6 +97,10 @@ class PipelineBlueprint:
         forgets: bool = self.policy.forgets(prompts)
         return forgets
 
+    def encodes_again(self, turn: int, images: int) -> bool:
+        again: bool = self.policy.encodes_again(turn, images)
+        return again
+
     def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:
         if step == "instruct":
             # The negative prompt is read once, unless it stands beside images of its own.
@@ -105,13 +110,17 @@ class PipelineBlueprint:
         if step in ("encode", "decode"):
             run = self._to_latents if step == "encode" else self._to_pixels
             images = Work(step, run, times=batch, deep=False)  # the policy slices batches
-            derives = step == "encode" and self.policy.derives()
-            return [images, self._held(batch, turn)] if derives else [images]
+            return [images, *self._derived(batch, turn)] if step == "encode" else [images]
+        if step == "derive":
+            return self._derived(batch, turn)
         trains = step == "train"
         again = trains and checkpointing and self.kind.recomputes
         key, sizes = (step, self._seen(turn), again), (Size(batch, SMALL_BATCH),)
         prepare = self._forward(self._seen(turn), trains)
         return [Work(key, prepare, sizes, trains=trains, checkpointing=again)]
+
+    def _derived(self, batch: int, turn: int) -> list[Work | Reading]:
+        return [self._held(batch, turn)] if self.policy.derives() else []
 
     def held(self, batch: int, turn: int) -> Work:
         return self._held(batch, turn)
@@ -171,6 +180,11 @@ class PipelineBlueprint:
             module.requires_grad_(False)
             with adapters_without_data(module, self.dtype):
                 put_adapter(module, self.config, self.kind, None)
+        if self.config.quantize == "fp8":
+            with simulated(self.dtype):
+                # As on a device that has such products; on others they count as bfloat16's.
+                for layer in quantize_linears(module, self.kind.lora_targets):
+                    layer.in_float8 = True
         return policy
 
     def _check_weights(self, adapter: Path | None, trained: Path | None) -> None:

@@ -19,8 +19,10 @@ from typing import Any, ClassVar
 import torch
 
 from editr2.config import PolicyConfig
+from editr2.config.rules import folder_problem
 from editr2.errors import CheckpointError, ConfigError
 from editr2.policies.adapters import DESCRIPTION, TRANSFORMER, read_description
+from editr2.policies.attention import problem_of
 from editr2.policies.configured import FIELDS, ConfiguredPolicy
 from editr2.policies.forms import DiffusersFolder, DiffusersLora, Form
 from editr2.policies.libraries import quiet_libraries, stock_pipeline
@@ -82,6 +84,8 @@ class PipelineModel(ConfiguredPolicy):
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """The pipeline's components that `embed` runs."""
     text_sees_images: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
+    """Whether its transformer is given masks, of prompts of different lengths."""
     recomputes: ClassVar[bool] = True
     """Whether the blocks can be computed again in the backward pass."""
     instead_of_shard: ClassVar[str] = ""
@@ -109,20 +113,23 @@ class PipelineModel(ConfiguredPolicy):
     def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
         yield from super().problems(config, trains)
         p = config
+        if p.cache is not None and (problem := folder_problem(p.cache)):
+            yield f"policy.cache: {p.cache!r} (accepted: a folder; {problem})"
+        if p.attention is not None and (problem := problem_of(p.attention)):
+            yield problem
         if p.quantize != "none" and not p.lora_rank:
             yield (
                 f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what "
                 f"trains is not quantized)"
             )
         if not p.shard:
+            if p.shard_group is not None:
+                yield (
+                    f"policy.shard_group: {p.shard_group} (accepted with policy.shard false: none)"
+                )
             return
         for name, accepted, why in (
-            (
-                "lora_rank",
-                p.lora_rank > 0 or not trains,
-                "at least 1; only frozen weights are sharded",
-            ),
-            ("quantize", p.quantize == "none", "none; 4-bit weights are not sharded"),
+            ("quantize", p.quantize != "4bit", "none, fp8; 4-bit weights are not sharded"),
             ("model", not cls.instead_of_shard, cls.instead_of_shard),
             (
                 "compile",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from editr2.config import PolicyConfig
-from editr2.policies.contexts import EditContext, Prompt, masked
+from editr2.policies.contexts import WORDS, EditContext, Prompt, longer
 from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.kontext import linear_mu
 from editr2.policies.latents import from_tokens, patchified, tokens, unpatchified
@@ -70,6 +70,7 @@ class QwenEditPolicy(DiffusionPolicy):
         r"|(img|txt)_mlp\.net\.(0\.proj|2))"
     )
     text_sees_images = True
+    masks = True
     negative_prompt = " "
     own_renorm = "token"
     tiles = False  # they are 256 pixels wide: seams at every size in use
@@ -221,16 +222,11 @@ class QwenEditPolicy(DiffusionPolicy):
         """Prompts padded, and masked, to the next multiple of `BUCKET` tokens."""
 
         def padded(prompt: Prompt) -> Prompt:
-            return {name: _longer(t, -t.shape[1] % BUCKET) for name, t in masked(prompt).items()}
+            return longer(prompt, -(-prompt[WORDS].shape[1] // BUCKET) * BUCKET) if prompt else {}
 
         return dataclasses.replace(
             context, prompt=padded(context.prompt), negative=padded(context.negative)
         )
-
-
-def _longer(rows: Tensor, more: int) -> Tensor:
-    """[B, L, ...] with `more` zeros behind each row."""
-    return torch.cat([rows, rows.new_zeros(len(rows), more, *rows.shape[2:])], 1)
 
 
 class QwenEditPlusPolicy(QwenEditPolicy):

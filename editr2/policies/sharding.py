@@ -1,30 +1,35 @@
-"""Frozen weights shared out over the processes: FSDP2, and the order of events that it needs.
+"""Weights shared out over the processes: FSDP2, and the order of events that it needs.
 
 Every process holds its part of every block and gathers the whole block from all of them while it
-computes. So all of them have to run the same forwards and backwards in the same order, which walks
-over unequal groups, session lengths and skipped turns do not. `Lockstep` sees to it: nobody's
-numbers change, and adapters stay whole on every process.
+computes; where all weights train, it adds up the gradients of its part as they are made. So all of
+them have to run the same forwards and backwards in the same order, which walks over unequal groups,
+session lengths and skipped turns do not. `Lockstep` sees to it: nobody's numbers change, and
+adapters stay whole on every process.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from editr2.errors import ConfigError, UserError
-from editr2.run.processes import PATIENCE, Processes
+from editr2.errors import ConfigError
+from editr2.policies.parts import copies_of, is_shared, part, whole
+from editr2.policies.weights import trainable
+from editr2.run.processes import PATIENCE, Lost, Processes
 
 FORWARD, RECORDED, BACKWARD, FINISHED = 3, 2, 1, 0
 """What a process wants next: a forward without gradient, one with, the backward of all of the
 latter since the last one, or nothing before all others want nothing. The largest is done first: a
-backward waits for every forward."""
+backward waits for every forward. A forward of the n-th copy of the weights is FORWARD + n."""
 
 
 class Lockstep:
@@ -33,14 +38,20 @@ class Lockstep:
     Before each of them the processes tell each other what they want next (one number each, on the
     host). The largest wish is carried out by all: by those whose wish it was with their own
     samples, by the others with the smallest input there is. What comes out of that takes part in
-    the next backward with a gradient of zero."""
+    the next backward with a gradient of zero.
+
+    copies: other weights of the module, shared out as its own are and in the same order on all
+    processes. A process exchanges them when it comes to it, so a forward of them is a wish of its
+    own, for which the others hold their parts of them."""
 
     def __init__(self, module: nn.Module, idle: Callable[[], Tensor], group: Any) -> None:
         """idle: a forward of the module with the smallest input. group: the processes, over a
         host's transport."""
-        self._idle, self._group = idle, group
+        self._module, self._idle, self._group = module, idle, group
         self._unused: list[Tensor] = []
         self._idling = False
+        self.copies: list[Mapping[str, Tensor]] = []
+        self._held = 0  # 0: the module's own weights, n: those of copy n
         module.register_forward_pre_hook(self._before_forward, prepend=True)
 
     def backward(self, loss: Tensor) -> None:
@@ -51,9 +62,47 @@ class Lockstep:
         """Takes part until all processes are here."""
         self._until(FINISHED)
 
+    @contextmanager
+    def exchanged(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """The module holds one of `copies` inside, and that one the module's own."""
+        with self._holding(1 + [v is values for v in self.copies].index(True)):
+            yield
+
+    @contextmanager
+    def _holding(self, number: int) -> Iterator[None]:
+        before = self._held
+        if number == before:
+            yield
+            return
+        self._swap(before)
+        self._swap(number)
+        try:
+            yield
+        finally:
+            self._swap(number)
+            self._swap(before)
+
+    @torch.no_grad()
+    def _swap(self, number: int) -> None:
+        """Copy `number` and what the module holds change places, tensor by tensor."""
+        if number == 0:
+            return
+        values = self.copies[number - 1]
+        for name, p in trainable(self._module).items():
+            live, other = part(p), part(values[name])
+            kept = live.clone()
+            live.copy_(other)
+            other.copy_(kept)
+        self._held = 0 if self._held else number
+
     def _before_forward(self, *_: Any) -> None:
-        if not self._idling:
-            self._until(RECORDED if torch.is_grad_enabled() else FORWARD)
+        if self._idling:
+            return
+        if not torch.is_grad_enabled():
+            self._until(FORWARD + self._held)
+            return
+        assert not self._held, "a graph over other weights, which its backward would not find"
+        self._until(RECORDED)
 
     def _until(self, wish: int) -> None:
         while (agreed := self._agree(wish)) != wish:
@@ -62,7 +111,10 @@ class Lockstep:
                 continue
             self._idling = True
             try:
-                with torch.set_grad_enabled(agreed == RECORDED):
+                with (
+                    self._holding(max(0, agreed - FORWARD)),
+                    torch.set_grad_enabled(agreed == RECORDED),
+                ):
                     out = self._idle()
             finally:
                 self._idling = False
@@ -74,25 +126,27 @@ class Lockstep:
         try:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         except RuntimeError as error:
-            raise UserError(
+            raise Lost(
                 "the other processes do not answer; the error of one that stopped stands above"
             ) from error
         return int(largest)
 
     def _backward(self, losses: list[Tensor]) -> None:
         unused, self._unused = self._unused, []
-        torch.autograd.backward(
-            [*losses, *unused], [*(None for _ in losses), *map(torch.zeros_like, unused)]
-        )
+        with self._holding(0):
+            torch.autograd.backward(
+                [*losses, *unused], [*(None for _ in losses), *map(torch.zeros_like, unused)]
+            )
 
 
-def place(policy: Any, shard: bool, processes: Processes) -> None:
+def place(policy: Any, shard: bool, processes: Processes, group: int | None = None) -> None:
     """Brings a policy to the device, whole or (where there are several processes) this process's
     share of it.
 
-    Process 0's weights count; the others' may be without data, on the meta device. Raises
-    `ConfigError` for weights that are shared out already, and where those of another process have
-    other shapes.
+    Process 0's weights count; the others' may be without data, on the meta device. group: how many
+    processes share one copy of the weights; none is all of them. Raises `ConfigError` for weights
+    that are shared out already, where those of another process have other shapes, and for a group
+    that does not divide the processes.
     """
     if not shard or processes.count == 1:
         policy.module.to(processes.device)
@@ -101,27 +155,66 @@ def place(policy: Any, shard: bool, processes: Processes) -> None:
         raise ConfigError(
             "policy.shard: true (accepted for weights that are not shared out yet; load them anew)"
         )
-    _shard(policy.module, processes.device)
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    processes.lockstep = Lockstep(policy.module, policy.idle, group)
+    mesh = _mesh(processes, group)
+    _shard(policy.module, processes.device, mesh)
+    # Gradients of weights that train are added up over all processes, so all of them go in step;
+    # frozen weights are gathered within a group, and adapters' gradients wait for nobody.
+    trains = any(map(is_shared, trainable(policy.module).values()))
+    lockstep = Lockstep(policy.module, policy.idle, _host_group(mesh, together=trains))
+    processes.lockstep = vars(policy.module)["lockstep"] = lockstep
+    if trains:
+        # The first forward of torch 2.9 lays parts out anew where rows do not divide evenly; what
+        # is stepped and exchanged has to be those.
+        with torch.no_grad():
+            policy.idle()
 
 
-def _shard(module: Any, device: torch.device) -> None:
+def _mesh(processes: Processes, group: int | None) -> DeviceMesh:
+    """Processes that hold the same rows x processes that share one copy of the weights."""
+    count, kind = processes.count, processes.device.type
+    if group is None or group == count:
+        return init_device_mesh(kind, (count,))
+    if count % group:
+        fits = ", ".join(str(n) for n in range(2, count + 1) if count % n == 0)
+        raise ConfigError(
+            f"policy.shard_group: {group} (accepted with {count} processes: a divisor of them: "
+            f"{fits})"
+        )
+    return init_device_mesh(kind, (count // group, group), mesh_dim_names=("copy", "part"))
+
+
+def _host_group(mesh: DeviceMesh, *, together: bool) -> Any:
+    """This process's group over a host's transport: all processes, or those of its copy."""
+    size = dist.get_world_size() if together else mesh.size(mesh.ndim - 1)
+    groups = [
+        dist.new_group(range(first, first + size), backend="gloo", timeout=PATIENCE)
+        for first in range(0, dist.get_world_size(), size)
+    ]
+    return groups[dist.get_rank() // size]
+
+
+def _shard(module: Any, device: torch.device, mesh: DeviceMesh) -> None:
     # Views that blocks return are read only here, by the next block.
     warnings.filterwarnings(
         "ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor", UserWarning
     )
     kinds = set(type(module)._repeated_blocks)
-    blocks = [part for part in module.modules() if type(part).__name__ in kinds]
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = [piece for piece in module.modules() if type(piece).__name__ in kinds]
+    trains = any(p.requires_grad and ".lora_" not in n for n, p in module.named_parameters())
     seen: set[nn.Module] = set()
-    for part in (*blocks, module):  # one after the other: the whole does not fit the device
-        _spread(_own(part, seen), device)
+    for piece in (*blocks, module):  # one after the other: the whole does not fit the device
+        _spread(_own(piece, seen), device)
         fully_shard(
-            part,
+            piece,
             mesh=mesh,
+            # What is in no block stays whole after a forward, but not where it trains: then others'
+            # values may be exchanged for it before the next.
+            reshard_after_forward=True if trains else None,
             ignored_params={p for name, p in module.named_parameters() if ".lora_" in name},
         )
+        if trains:  # losses are normalised over all processes, so their gradients are summed
+            piece.set_gradient_divide_factor(1.0)
+            piece.set_force_sum_reduction_for_comms(True)
 
 
 def _own(part: nn.Module, seen: set[nn.Module]) -> list[tuple[dict[str, Any], str]]:
@@ -154,9 +247,51 @@ def _spread(places: Sequence[tuple[dict[str, Any], str]], device: torch.device) 
             if dist.get_rank() == 0
             else torch.empty(shape, dtype=dtype, device=device)
         )
-        dist.broadcast(values, 0)
+        # As bytes where they are single ones: gloo knows no float8.
+        dist.broadcast(values.view(torch.uint8) if values.itemsize == 1 else values, 0)
         held[name] = (
             nn.Parameter(values, tensor.requires_grad)
             if isinstance(tensor, nn.Parameter)
             else values
         )
+
+
+@contextmanager
+def saveable(policy: Any, processes: Processes) -> Iterator[Any]:
+    """The policy as it can be saved: where all of its weights train and are shared out, the first
+    process has all of them on the host, tensor by tensor, so that no device ever holds the whole.
+    All processes have to be here; only the first may save."""
+    module = policy.module
+    if not any(map(is_shared, trainable(module).values())):
+        yield policy
+        return
+    from accelerate import init_empty_weights
+
+    processes.lend()
+    state: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        everywhere = whole(part(tensor), tensor)
+        if processes.main:
+            state[name] = everywhere.cpu()
+    if not processes.main:
+        yield policy
+        return
+    kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+    with init_empty_weights(include_buffers=False):
+        complete = kind.from_config(module.config)
+    complete.load_state_dict(state, assign=True)
+    onhost = copy.copy(policy)
+    onhost.module = complete
+    yield onhost
+
+
+def clip(
+    weights: Sequence[nn.Parameter], like: Tensor, most: float, processes: Processes
+) -> Tensor:
+    """Clips the gradients of the parts of weights to the norm `most` over all processes; returns
+    the norm that they had. like: one of the weights, of which these are the parts."""
+    own = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+    squares = processes.sum(own.double().square()) / copies_of(like)
+    norm = squares.sqrt().to(own.dtype)
+    torch.nn.utils.clip_grads_with_norm_(weights, most, norm)
+    return norm

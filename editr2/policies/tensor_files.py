@@ -3,6 +3,7 @@ for all to read."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -14,11 +15,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from editr2.errors import CheckpointError, ConfigError, UserError, one_line
 
 Shape = tuple[int, ...]
+
+BLOCK = 4 << 10
+"""Numbers of a large tensor, or bytes of a large file, that stand for a tensor where contents are
+sampled."""
 
 
 @contextmanager
@@ -140,3 +145,24 @@ def ordinary_modes(paths: Iterable[Path]) -> None:
                 and stat.S_IMODE(file.stat().st_mode) != 0o666 & ~mask
             ):
                 file.chmod(0o666 & ~mask)
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def tensor_digest(named: Iterable[tuple[str, Tensor]], *, whole: bool = False) -> Any:
+    """A sha256 of names, dtypes, shapes and contents. Of a tensor above 1 MiB a block of its middle
+    is read, unless `whole`; one without data has no content."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        if not tensor.is_meta:
+            flat = tensor.detach().reshape(-1)
+            if not whole and flat.numel() * flat.element_size() > 1 << 20:
+                middle = flat.numel() // 2
+                flat = flat[middle : middle + BLOCK]
+            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest

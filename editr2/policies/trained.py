@@ -24,7 +24,9 @@ from editr2.policies.adapters import (
     read_description,
     save_adapter,
 )
+from editr2.policies.attention import attend_by
 from editr2.policies.blocks import compile_blocks, compiles, recompute_blocks
+from editr2.policies.fp8 import quantize_linears
 from editr2.policies.pipelines import PipelineModel
 from editr2.policies.tensor_files import ordinary_modes, writing
 
@@ -34,6 +36,10 @@ def make_ready(policy: Any, adapter: Path | None, trains: bool) -> None:
     execution."""
     ready_autoencoder(policy)
     _adapt(policy, adapter, trains)
+    if policy.config.attention is not None:
+        attend_by(policy.module, policy.config.attention)
+    if policy.config.quantize == "fp8":
+        quantize_linears(policy.module, policy.lora_targets)
     recompute_blocks(policy.module, policy.config.gradient_checkpointing)
     if compiles(policy.config, torch.cuda.is_available()):
         auto = policy.config.compile == "auto"

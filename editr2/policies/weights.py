@@ -4,7 +4,8 @@ average.
 All three are copies of the *trainable* parameters alone, exchanged with the live ones while they
 are used. Under LoRA that is a few adapter matrices, and the reference (whose B matrices are zero)
 is the base model with its adapters off; without LoRA it is the frozen copy that is needed anyway.
-One mechanism, no second model.
+One mechanism, no second model. Of weights that are shared out over processes every copy is shared
+out likewise, and all functions here work on the part that this process holds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from editr2.errors import CheckpointError, ConfigError, one_line
+from editr2.policies.adapters import with_fewer_copies
+from editr2.policies.parts import is_shared, part, rows
 
 LORA_TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
 """Attention and MLP of both experts."""
@@ -36,11 +39,19 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def exchanged(module: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[None]:
     """The module holds `values` inside (None: its own). Nothing is copied, and a graph built before
-    stays valid, because afterwards every parameter holds its own storage again."""
+    stays valid, because afterwards every parameter holds its own storage again.
+
+    Of weights that are shared out the contents change places instead, so `values`, which has to be
+    one of their lockstep's copies, holds the module's own inside: FSDP2 gathers from storage of its
+    own. A graph built before gathers anew in its backward."""
     if values is None:
         yield
         return
     parameters = trainable(module)
+    if any(map(is_shared, parameters.values())):
+        with vars(module)["lockstep"].exchanged(values):
+            yield
+        return
     own = {name: p.data for name, p in parameters.items()}
     for name, p in parameters.items():
         p.data = values[name]
@@ -55,19 +66,19 @@ def exchanged(module: nn.Module, values: Mapping[str, Tensor] | None) -> Iterato
 def mix(values: dict[str, Tensor], module: nn.Module, keep: float) -> None:
     """values <- keep * values + (1 - keep) * live, in place."""
     for name, p in trainable(module).items():
-        values[name].lerp_(p.detach(), 1 - keep)
+        part(values[name]).lerp_(part(p), 1 - keep)
 
 
 @torch.no_grad()
 def load_trainable(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copies `values` into the trainable parameters. Raises `CheckpointError` naming one that is
-    missing or unknown."""
+    """Copies `values`, which are whole, into the trainable parameters. Raises `CheckpointError`
+    naming one that is missing or unknown."""
     parameters = trainable(module)
     if odd := sorted(set(parameters) ^ set(values)):
         where = "missing from" if odd[0] in parameters else "unknown to the policy but in"
         raise CheckpointError(f"{odd[0]}: {where} the checkpoint (and {len(odd) - 1} more)")
     for name, p in parameters.items():
-        p.copy_(values[name])
+        part(p).copy_(rows(values[name], p))
 
 
 def add_lora(
@@ -88,6 +99,7 @@ def add_lora(
     except (ValueError, TypeError, re.error) as error:
         why = f"an expression that matches linear layers of the model; {one_line(error)}"
         raise ConfigError(f"policy.lora_targets: {targets!r} (accepted: {why})") from error
+    with_fewer_copies(module)
     for name, p in module.named_parameters():
         p.requires_grad_(".lora_" in name)
 

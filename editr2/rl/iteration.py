@@ -12,21 +12,24 @@ than a wrapper's hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from editr2.config import Config, TrainConfig
 from editr2.errors import NonFiniteError
 from editr2.policies.finite import ACCEPTED, LARGEST, unusable
+from editr2.policies.parts import part
+from editr2.policies.sharding import clip
 from editr2.policies.weights import exchanged, trainable
 from editr2.rewards.base import GivenReward, check_failures, merge_scores
 from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
 from editr2.rl.credit import assign_credit
-from editr2.rl.gradient import Batch, accumulate_gradient, first_non_finite, remember_old
+from editr2.rl.gradient import Batch, accumulate_gradient, remember_old
 from editr2.rl.judging import Judged, pool_of
 from editr2.rl.losses import LOSSES
 from editr2.rl.metrics import Clock, train_row
@@ -188,37 +191,50 @@ def _turns(session: Session) -> int:
 def step(t: TrainConfig, state: State, processes: Processes) -> float:
     """Sums gradients over processes, clips, steps, and returns the gradient's norm before it was
     clipped; refuses a non-finite gradient before anything is changed."""
-    parameters = list(trainable(state.policy.module).values())
+    processes.lend()  # others may still have backwards to come
+    live, stepped = trainable(state.policy.module), state.stepped()
+
+    def found(tensors: Iterable[tuple[str, Tensor]], limit: float) -> str | None:
+        name = unusable(tensors, limit)  # of parts, every process sees its own
+        return processes.first(name) if state.parts else name
+
+    parameters = list(stepped.values())
     # A weight without gradient (nobody's advantage pulled at it) steps as one with gradient 0, on
     # one process or many.
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    if processes.count > 1:
-        flat = processes.sum(torch.cat([part.reshape(-1) for part in parts]))
-        sizes = [p.numel() for p in parameters]
-        parts = [part.view_as(p) for p, part in zip(parameters, flat.split(sizes), strict=True)]
-    for p, part in zip(parameters, parts, strict=True):
-        p.grad = part
+    gradients = [
+        torch.zeros_like(own) if p.grad is None else part(p.grad)
+        for p, own in zip(live.values(), parameters, strict=True)
+    ]
+    if processes.count > 1 and not state.parts:  # those of shared weights were summed as they came
+        flat = processes.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        pieces = flat.split([p.numel() for p in parameters])
+        gradients = [g.view_as(p) for p, g in zip(parameters, pieces, strict=True)]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * _rate(t, state.iteration)
         if not group["lr"] <= LARGEST:  # AdamW would stop halfway, or make every weight NaN
             raise NonFiniteError(
                 f"iteration {state.iteration}: train.lr: {group['lr']:g} ({ACCEPTED})"
             )
-    norm = torch.nn.utils.clip_grad_norm_(parameters, t.grad_norm)
+    if state.parts:
+        norm = clip(parameters, next(iter(live.values())), t.grad_norm, processes)
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, t.grad_norm)
     if not bool(torch.isfinite(norm)):
-        named = {n: p.grad for n, p in state.policy.module.named_parameters() if p.grad is not None}
+        name = found(zip(stepped, gradients, strict=True), torch.inf)
+        what = f"first non-finite tensor: {name}" if name else "its inputs are finite"
         raise NonFiniteError(
-            f"gradient at iteration {state.iteration}: {first_non_finite(named)}; nothing was "
-            f"updated"
+            f"gradient at iteration {state.iteration}: {what}; nothing was updated"
         )
     state.optimizer.step()
-    if name := unusable(trainable(state.policy.module).items()):
+    if name := found(stepped.items(), LARGEST):
         raise NonFiniteError(
             f"iteration {state.iteration}, after the optimiser's step: {name}: NaN, infinite or "
             f"too large ({ACCEPTED}; train.lr is {t.lr:g}); it was not saved, and what was saved "
             f"before stands"
         )
-    state.optimizer.zero_grad(set_to_none=True)
+    state.drop_gradients()
     return float(norm)
 
 

@@ -19,7 +19,7 @@ from editr2.policies.blocks import may_run_plainly
 from editr2.policies.finite import check_weights
 from editr2.policies.load import open_policy, rehearse_save
 from editr2.policies.rules import check_config
-from editr2.policies.sharding import place
+from editr2.policies.sharding import place, saveable
 from editr2.rewards.adapt import panel
 from editr2.rewards.base import Calls, GivenReward
 from editr2.rewards.load import load_eval_reward, load_reward
@@ -50,7 +50,7 @@ from editr2.run.identity import (
     reward_fingerprint,
 )
 from editr2.run.lock import RunLock
-from editr2.run.processes import Processes, open_processes
+from editr2.run.processes import Lost, Processes, is_lost, open_processes
 from editr2.run.stop import NAMES, Stop, Stopped
 from editr2.run.tracking import MetricsLog, Progress, profile_table
 from editr2.sessions.source import SessionSource
@@ -106,7 +106,7 @@ def train(
         else:
             check_weights(policy, f"policy: {type(policy).__name__}")
             weights = given_weights(policy) if processes.main else {}
-            place(policy, config.policy.shard, processes)
+            place(policy, config.policy.shard, processes, config.policy.shard_group)
         cannot_pack = None if isinstance(policy, PackedPolicy) else type(policy).__name__
         own = own_schedule(policy)
         check_run(
@@ -137,7 +137,8 @@ def train(
         if lock.problem:
             start.notes.append(lock.problem)
         if not state.iteration:
-            processes.on_main(lambda: rehearse_save(policy, run))
+            with saveable(policy, processes) as saved:
+                processes.on_main(lambda: rehearse_save(saved, run))
         loop = _Loop(config, state, source, asked, apart, own, processes, identity, start)
         return loop.run(profile, report)
 
@@ -195,11 +196,11 @@ class _Loop:
                 self._train(stop)
                 if profile and self.rows:
                     self.progress.note(profile_table(self.rows))
-                if processes.main:
-                    with state.averaged() as averaged:
-                        averaged.save(self.folder / "policy")
-                    if report is not None:
-                        print(f"report: {report(self.folder)}")
+                with state.averaged() as averaged, saveable(averaged, processes) as saved:
+                    if processes.main:
+                        saved.save(self.folder / "policy")
+                if processes.main and report is not None:
+                    print(f"report: {report(self.folder)}")
             except Stopped as stopped:
                 if stopped.at_once:
                     raise
@@ -208,6 +209,13 @@ class _Loop:
                     self._save()
                 name = NAMES[Signals(stopped.signum)]
                 raise Stopped(stopped.signum, f"stopped by {name}; {self._standing()}") from None
+            except (RuntimeError, Lost) as error:
+                if not is_lost(error):
+                    raise
+                raise Lost(
+                    f"another process does not answer (an error of its own stands above, unless it "
+                    f"was killed); {self._standing()}"
+                ) from error
         processes.wait()
         return self.folder
 
@@ -323,11 +331,11 @@ class _Loop:
         self.record.append(row)
 
     def _save(self) -> None:
-        rng = self.processes.gather([self.state.rng])
+        rng, held = self.processes.gather([self.state.rng]), self.state.held(self.processes)
 
         def write() -> None:
             self.log.sync()
-            self.state.save(self.folder / "checkpoints", self.config, self.identity, rng)
+            self.state.save(self.folder / "checkpoints", self.config, self.identity, rng, held)
 
         self.processes.on_main(write)
         self.saved = self.state.iteration
@@ -397,12 +405,13 @@ class _Loop:
         if at and self.saved != at:
             self._save()
 
-        def write(folder: Path) -> None:
-            with self.state.averaged() as averaged:
-                averaged.save(folder)
-            (folder / "best.json").write_text(json.dumps(facts) + "\n")
+        with self.state.averaged() as averaged, saveable(averaged, self.processes) as saved:
 
-        self.processes.on_main(lambda: replace_folder(self.folder / "best", write))
+            def write(folder: Path) -> None:
+                saved.save(folder)
+                (folder / "best.json").write_text(json.dumps(facts) + "\n")
+
+            self.processes.on_main(lambda: replace_folder(self.folder / "best", write))
 
     def _evaluate(self, name: str, row: dict[str, Any] | None) -> None:
         """The same weights score the same, whatever a reward drew before, and an evaluation leaves

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from editr2.config import Config, TrainConfig
 from editr2.errors import CheckpointError, one_line
 from editr2.policies.base import Policy, TextPolicy
 from editr2.policies.finite import check_state
+from editr2.policies.parts import is_shared, part, rows, whole
 from editr2.policies.weights import exchanged, load_trainable, mix, snapshot, trainable
 from editr2.rl.losses import LOSSES
 from editr2.rl.seeds import derive_seed
 from editr2.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from editr2.run.generators import capture_rng, restore_rng, seed_generators
 from editr2.run.identity import Identity, changes, named, settle
+from editr2.run.processes import Processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,9 @@ class State:
 
     reference, old, ema: the trainable parameters of the start (KL), of NFT's sampling policy, and
     their running average; None where the settings have no use for them. rng: this process's
-    generators after the iterations done.
+    generators after the iterations done. parts: of weights that are shared out, what this process
+    holds of each, by name and over the same memory: the optimiser steps those. Empty where they are
+    whole.
     """
 
     policy: Policy
@@ -55,9 +59,22 @@ class State:
     iteration: int = 0
     elapsed: float = 0.0
     rng: dict[str, Any] = dataclasses.field(default_factory=capture_rng)
+    parts: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._own = {name: p.data for name, p in trainable(self.policy.module).items()}
+        live = trainable(self.policy.module)
+        self._own = {name: p.data for name, p in live.items() if name not in self.parts}
+        if self.parts:
+            vars(self.policy.module)["lockstep"].copies = list(self._copies().values())
+
+    def stepped(self) -> dict[str, nn.Parameter]:
+        """What the optimiser steps, by name: the trainable parameters, or this process's parts."""
+        return self.parts or trainable(self.policy.module)
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for p in trainable(self.policy.module).values() if self.parts else ():
+            p.grad = None
 
     def _copies(self) -> dict[str, dict[str, Tensor]]:
         copies = {"reference": self.reference, "old": self.old, "ema": self.ema}
@@ -65,10 +82,48 @@ class State:
 
     def put_back(self) -> None:
         """Gives the module its live weights, wherever an exchange of them was left, and no
-        gradients."""
-        for name, p in trainable(self.policy.module).items():
-            p.data = self._own[name]
-        self.optimizer.zero_grad(set_to_none=True)
+        gradients. (Several processes are not interrupted within an exchange, and weights that are
+        shared out are theirs.)"""
+        live = trainable(self.policy.module)
+        for name, data in self._own.items():
+            live[name].data = data
+        self.drop_gradients()
+
+    def held(self, processes: Processes) -> Held:
+        """What a checkpoint holds. Weights that are shared out are put together on the first
+        process's host (which then holds all copies and moments whole), tensor by tensor; the others
+        get nothing. All processes have to call it where there are such."""
+        if not self.parts:
+            return self._whole()
+        processes.lend()
+
+        def gather(own: Tensor, like: Tensor) -> Tensor | None:
+            everywhere = whole(own, like)
+            return everywhere.cpu() if processes.main else None
+
+        live = trainable(self.policy.module)
+        tensors = {
+            group: {name: gather(part(value), live[name]) for name, value in values.items()}
+            for group, values in {"policy": live, **self._copies()}.items()
+        }
+        optimizer, stepped = self.optimizer.state_dict(), self._stepped_of()
+        optimizer["state"] = {
+            at: {
+                name: gather(value, stepped[at]) if value.dim() else value
+                for name, value in moments.items()
+            }
+            for at, moments in optimizer["state"].items()
+        }
+        return (tensors, optimizer) if processes.main else ({}, {})
+
+    def _whole(self) -> Held:
+        copies = {"policy": snapshot(self.policy.module), **self._copies()}
+        return copies, self.optimizer.state_dict()
+
+    def _stepped_of(self) -> list[Tensor]:
+        """The trainable parameters in the optimiser's order."""
+        of = {id(self.stepped()[name]): p for name, p in trainable(self.policy.module).items()}
+        return [of[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def save(
         self,
@@ -76,14 +131,12 @@ class State:
         config: Config,
         identity: Identity | None = None,
         rng: Sequence[Any] | None = None,
+        held: Held | None = None,
     ) -> None:
         """identity: what the run depends on; without it a resumed run can compare settings alone.
-        rng: the generators of every process, none are this one's. Raises `NonFiniteError` before
-        anything is written."""
-        tensors, optimizer = (
-            {"policy": snapshot(self.policy.module), **self._copies()},
-            self.optimizer.state_dict(),
-        )
+        rng: the generators of every process, none are this one's. held: of `held`, needed where
+        weights are shared out. Raises `NonFiniteError` before anything is written."""
+        tensors, optimizer = self._whole() if held is None else held
         check_state(f"{root}: step {self.iteration} is not saved", tensors, optimizer)
         save_checkpoint(
             root,
@@ -156,7 +209,7 @@ class State:
                 name, values if name == "reference" else saved.tensors["policy"]
             )
             for key, value in values.items():
-                value.copy_(given[key])
+                part(value).copy_(rows(given[key], value))
 
     def _load_optimizer(self, saved: Checkpoint) -> None:
         settings = [
@@ -165,7 +218,7 @@ class State:
         ]
         empty = self.optimizer.state_dict()
         try:
-            self.optimizer.load_state_dict(saved.optimizer)
+            self.optimizer.load_state_dict(self._own_rows(saved.optimizer))
             wrong = [
                 f"{name} {list(value.shape)} for a weight {list(p.shape)}"
                 for p, moments in self.optimizer.state.items()
@@ -184,6 +237,25 @@ class State:
         # has to act.
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
+
+    def _own_rows(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """A whole optimiser's state as this process holds it."""
+        if not self.parts:
+            return optimizer
+        stepped = self._stepped_of()
+
+        def own(value: Tensor, like: Tensor) -> Tensor:
+            if not value.dim():
+                return value
+            if value.shape != like.shape:
+                raise ValueError(f"{list(value.shape)} for a weight {list(like.shape)}")
+            return rows(value, like).clone()  # not the whole file's memory
+
+        state = {
+            at: {name: own(value, stepped[at]) for name, value in moments.items()}
+            for at, moments in optimizer["state"].items()
+        }
+        return {**optimizer, "state": state}
 
     def _restore_rng(self, rng: Any, seed: int, rank: int) -> None:
         ranks = (
@@ -210,6 +282,9 @@ class State:
         elif self.old is not None:
             mix(self.old, self.policy.module, min(t.old_decay * self.iteration, t.old_decay_max))
 
+
+Held = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
+"""Groups of whole weights by name, and the optimiser's state."""
 
 _NEEDED: Any = object()
 
@@ -238,22 +313,24 @@ def _check_shapes(saved: Checkpoint, name: str, like: Mapping[str, Tensor]) -> N
 def new_state(t: TrainConfig, policy: Policy) -> State:
     """At the start of a run: AdamW, and the copies of weights that the settings have a use for."""
     other = LOSSES[t.loss].weights(t)
+    live = trainable(policy.module)
+    parts = {name: nn.Parameter(part(p)) for name, p in live.items() if is_shared(p)}
+    stepped = {**live, **parts}
     writes = policy.writes_text_with if isinstance(policy, TextPolicy) else (lambda name: False)
-    image = {
-        "params": [p for n, p in trainable(policy.module).items() if not writes(n)],
-        "base_lr": t.lr,
-    }
+    image = {"params": [p for n, p in stepped.items() if not writes(n)], "base_lr": t.lr}
     text = {
-        "params": [p for n, p in trainable(policy.module).items() if writes(n)],
+        "params": [p for n, p in stepped.items() if writes(n)],
         "base_lr": t.text_lr or t.lr,
     }
     groups = [group for group in (image, text) if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay)
-    optimizer.zero_grad(set_to_none=True)  # of a run that was stopped before, in the same process
-    return State(
+    state = State(
         policy,
         optimizer,
         reference=snapshot(policy.module) if "reference" in other else None,
         old=snapshot(policy.module) if "old" in other else None,
         ema=snapshot(policy.module) if t.ema is not None else None,
+        parts=parts,
     )
+    state.drop_gradients()  # of a run that was stopped before, in the same process
+    return state

@@ -44,6 +44,7 @@ from editr2.config.fields import is_mapping, leaves, respelt_leaves
 from editr2.config.rules import option_defaults
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.policies.configured import policy_class
+from editr2.policies.tensor_files import BLOCK, tensor_digest, tensors_of
 from editr2.run.sources import installed, sources
 from editr2.sessions import Session
 from editr2.sessions.session import pixel_sum
@@ -59,12 +60,16 @@ MAY_CHANGE = {
     "reward.timeout",
     "reward.retries",
     "reward.cache",
+    "policy.cache",
     "train.stop_after",
     "eval.drift.structure",
     "eval.drift.saturation",
     "eval.drift.sharpness",
+    "policy.shard",
+    "policy.shard_group",
 }
-"""Settings that a resumed run may have others of: no number of an iteration follows from them."""
+"""Settings that a resumed run may have others of: no number of an iteration follows from them, or
+(where weights lie) by rounding alone, as from the number of processes."""
 STANDS_FOR = {
     "sessions": ("data.path",),
     "heldout": ("data.heldout",),
@@ -86,9 +91,8 @@ PACKAGES = (
 )
 WHOLE = 16 << 20
 """Bytes up to which a file of weights is read whole; larger ones are sampled."""
-BLOCK = 4 << 10
-"""Bytes of a sample: every tensor of a safetensors file gives one, other files SAMPLES of them."""
 SAMPLES = 256
+"""Of another file than safetensors, BLOCK bytes each; of that format every tensor gives one."""
 _ABSENT = object()
 
 
@@ -226,13 +230,13 @@ def given_weights(policy: Any) -> dict[str, str]:
     depends on)."""
     parts = dict(_modules(policy))
     frozen = [
-        (f"{k}.{n}", t) for k, m in parts.items() for n, t in _tensors(m) if not t.requires_grad
+        (f"{k}.{n}", t) for k, m in parts.items() for n, t in tensors_of(m) if not t.requires_grad
     ]
     trained = [(n, t) for n, t in policy.module.named_parameters() if t.requires_grad]
     name = type(policy).__qualname__
     return {
-        "weights": f"{name} {_short(_tensor_digest(frozen))}",
-        "start": f"{name} {_short(_tensor_digest(trained))}",
+        "weights": f"{name} {_short(tensor_digest(frozen))}",
+        "start": f"{name} {_short(tensor_digest(trained))}",
     }
 
 
@@ -243,24 +247,6 @@ def _modules(policy: Any) -> Iterator[tuple[str, nn.Module]]:
         **getattr(getattr(policy, "pipe", None), "components", {}),
     }
     yield from ((name, part) for name, part in sorted(parts.items()) if isinstance(part, nn.Module))
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _tensor_digest(named: Iterable[tuple[str, Tensor]]) -> Any:
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        if not tensor.is_meta:
-            flat = tensor.detach().reshape(-1)
-            if flat.numel() * flat.element_size() > 1 << 20:
-                middle = flat.numel() // 2
-                flat = flat[middle : middle + BLOCK]
-            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest
 
 
 # ------------------------------------------------------------------------------------------- reward
@@ -319,7 +305,7 @@ def _described(value: Any, depth: int = 0) -> Any:
             _short(hashlib.sha256(np.ascontiguousarray(value).tobytes())),
         ]
     if isinstance(value, Tensor):
-        return _short(_tensor_digest([("", value)]))
+        return _short(tensor_digest([("", value)]))
     if isinstance(value, functools.partial):
         return [_described(part, depth + 1) for part in (value.func, value.args, value.keywords)]
     if inspect.ismethod(value):
@@ -331,7 +317,7 @@ def _described(value: Any, depth: int = 0) -> Any:
     if inspect.isroutine(value) or inspect.isclass(value):
         return {"name": _name(value), "source": sources(value)}
     if isinstance(value, nn.Module):
-        weights = _short(_tensor_digest(_tensors(value)))
+        weights = _short(tensor_digest(tensors_of(value)))
         return {"name": _name(type(value)), "source": sources(type(value)), "weights": weights}
     if depth and installed(type(value)):  # a client, a pool, ...: what it holds is nobody's setting
         return _name(type(value))

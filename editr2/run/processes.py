@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
@@ -26,6 +27,15 @@ def open_processes() -> Processes:
     return Processes(
         Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers)
     )
+
+
+class Lost(UserError):
+    """Another process does not answer."""
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether it says that another process could not be reached. (Gloo has no error of its own.)"""
+    return isinstance(error, Lost | dist.DistError) or "gloo" in str(error)
 
 
 class SharedWeights(Protocol):
@@ -99,6 +109,10 @@ class Processes:
         """Over processes."""
         self.lend()
         return reduce(values, "sum") if self.count > 1 else values
+
+    def first(self, found: str | None) -> str | None:
+        """What the first process that found anything found, on each of them."""
+        return next((text for text in self.gather([found]) if text is not None), None)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of this process's loss to its parameters'."""

@@ -46,6 +46,9 @@ class UnifiedBlueprint:
     def read_again(self, prompts: int) -> bool:
         return True
 
+    def encodes_again(self, turn: int, images: int) -> bool:
+        return True
+
     @property
     def answer(self) -> int:
         """Tokens of an intent: a self-contained instruction is about a third longer than the raw
