@@ -1,5 +1,6 @@
 """The pre-flight check: what it counts against what really runs, what it finds, and the recipes."""
 
+import json
 import re
 import sys
 import time
@@ -16,11 +17,27 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from editr2.check import Report, preflight
-from editr2.check.devices import _SHEETS, PEER_EFFICIENCY, Device, find_device
+from editr2.check import Report, preflight, settled_for_device
+from editr2.check.devices import _SHEETS, PEER_EFFICIENCY, Device, device_at_hand, find_device
 from editr2.check.editors import Editor, open_editor
 from editr2.check.estimate import estimate, evaluation_plan, plan, strips_plan
 from editr2.check.judges import Measured, judging, waiting
+from editr2.check.levers import (
+    AGAIN,
+    COMPILE,
+    PLAIN,
+    ROOM,
+    ROWS,
+    Case,
+    alone,
+    autos,
+    fastest,
+    flags,
+    propose,
+    settle,
+    value_of,
+    with_values,
+)
 from editr2.check.meter import Cost, Meter, Speed
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, RewardConfig, replace_nested
@@ -318,6 +335,26 @@ def test_the_plan_lists_the_velocities_that_an_iteration_asks_for(tiny_unified, 
     assert same([c for c in listed if c.phase == "train"])
     evaluate(tiny_unified, load_reward(config.reward), source.heldout, sampler, config, processes)
     assert same(evaluation_plan(config, editor, sampler, [2] * 9, 1))
+
+
+def test_what_fusing_saves():
+    """An elementwise chain between two products reads what it starts from and writes what the next
+    product takes; what a later kernel reads again was written once, and is read again."""
+    x, w = torch.randn(4, 8), torch.randn(8, 8)
+    with Meter() as meter:
+        y = x @ w
+        kept = y.mul(2).add(y)  # read y once, write kept once
+        z = kept @ w
+        z.add_(kept)  # read z and kept, write z
+        one = meter.cost
+    size = x.nbytes
+    assert (one.fused_bytes, one.bytes) == (2 * size + 3 * size, (2 + 3 + 2) * size)
+    assert (one.fused_operations, one.operations) == (4, 5)
+    with Meter() as meter:
+        x.mul(2).add(1).sin()  # read once; nobody asks for what it makes
+    assert (meter.cost.fused_bytes, meter.cost.bytes) == (size, 6 * size)
+    speed = Speed({}, 1.0, 0.0, True)
+    assert (meter.cost.seconds(speed, True), meter.cost.seconds(speed)) == (size, 6 * size)
 
 
 def test_simulated_tensors_hold_nothing_and_memory_comes_back():
@@ -771,6 +808,79 @@ def test_what_is_sharded_and_on_the_host_is_said(folders):
     for lines in (plain, sharded):  # and nothing while training
         assert re.search(r"memory of the host.*\n  at most while loading +[\d.]+ MiB\n\n", lines)
     assert "memory of the host" not in "\n".join(preflight(config, "cpu", 2).lines)
+
+
+@pytest.fixture(scope="module")
+def small_case(folders):
+    """Six blocks, on a device that holds four of them without computing them again, in a run whose
+    policy and rows are auto."""
+    config = replace_nested(
+        small(folders, weights=folders("kontext"), gradient_checkpointing="auto"),
+        {"train": {"micro_batch": "auto"}, "rollout": {"sessions": 4, "groups_per_batch": 2}},
+    )
+    editor = open_editor(config.policy)
+    samplers = (rollout_sampler(config.rollout, editor.own),) * 2
+    plain = with_values(config, {AGAIN: 2, ROWS: None, COMPILE: "on"})
+
+    def on(memory):
+        device = Device("made up", memory, Speed({torch.float32: 1e12}, 1e12, 0.0, True), True)
+        return Case(editor, device, samplers, ([3] * 4, [3] * 4))
+
+    return config, plain, on, 1.0001 * on(1.0).of(plain).needed / ROOM
+
+
+def test_the_fewest_blocks_that_fit_are_computed_again(small_case):
+    _, plain, on, memory = small_case
+    found = fastest(on(memory), plain, {}, again=True)
+    assert value_of(found.config, AGAIN) == 2 and found.fits(ROOM)
+    assert not on(memory).of(with_values(plain, {AGAIN: 1})).fits(ROOM)
+    most, least = on(2 * memory), on(memory / 100)
+    assert value_of(fastest(most, plain, {}, again=True).config, AGAIN) == "off"
+    assert fastest(least, plain, {}, again=True) is None
+    # Smaller batches leave room, and what fits is proposed as flags.
+    free = propose(on(memory), plain)
+    assert free.fits(ROOM) and free.seconds <= found.seconds * 1.01
+    assert value_of(free.config, AGAIN) == "off" and value_of(free.config, COMPILE) == "on"
+    assert flags(free.config, plain).startswith("--policy.gradient_checkpointing off --train.")
+    alone_ = {(key, value): option for key, value, option in alone(on(memory), plain)}
+    assert alone_[COMPILE, "off"].seconds > on(memory).of(plain).seconds
+    assert not alone_[AGAIN, "off"].fits(ROOM) and (AGAIN, "all") in alone_
+
+
+def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, monkeypatch):
+    config, _, on, memory = small_case
+    done, (line,) = settle(config, True, lambda _: on(memory))
+    assert not autos(done) and value_of(done, COMPILE) == "on" and done.train.micro_batch
+    assert line.startswith("auto: policy.gradient_checkpointing off, policy.compile on, train.mi")
+    assert settle(done, True, lambda _: pytest.fail("nothing is auto")) == (done, [])
+    done, (line,) = settle(config, True, lambda _: on(1.0))
+    assert (value_of(done, AGAIN), done.train.micro_batch) == ("all", 1) and "may not fit" in line
+    done, (line,) = settled_for_device(config, torch.device("cpu"), 1)
+    assert [value_of(done, key) for key in PLAIN] == list(PLAIN.values()) and "no GPU" in line
+    # Of older settings, and of a GPU.
+    at = tmp_path / "checkpoints" / "step_000003"
+    at.mkdir(parents=True)
+    had = {"policy": {"gradient_checkpointing": True, "compile": True}, "train": {"micro_batch": 4}}
+    state = {"config": had, "identity": {"made": {"device": "a GPU"}}}
+    (at / "state.json").write_text(json.dumps({"state": state}))
+    config = replace(config, out=str(tmp_path))
+    done, (line,) = settled_for_device(config, torch.device("cpu"), 1)
+    assert [value_of(done, key) for key in PLAIN] == ["all", "on", 4]
+    assert line.endswith("as recorded by the run that goes on (on a GPU; this is cpu)")
+    done, lines = settled_for_device(config, torch.device("cpu"), 1, ["policy"])
+    assert [value_of(done, key) for key in PLAIN] == ["off", "off", 4] and len(lines) == 2
+
+
+def test_the_device_at_hand_has_its_sheet():
+    for name, gib, sheet in (
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 79.1, "a100-80"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "rtx4090"),
+        ("a card of next year", 23.9, "rtx4090"),
+    ):
+        found = device_at_hand(name, gib * 2**30)
+        assert found.speed == find_device(sheet).speed and found.memory == gib * 2**30
 
 
 def test_strips_are_shared_out(folders):

@@ -24,6 +24,13 @@ from editr2.check.meter import Meter
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError, DataError
 from editr2.policies.base import ScheduledPolicy
+from editr2.policies.blocks import (
+    compile_blocks,
+    compiles,
+    may_run_plainly,
+    recompute_blocks,
+    repeated_blocks,
+)
 from editr2.policies.configured import policy_class, settled_branches
 from editr2.policies.contexts import MixedContext
 from editr2.policies.latents import from_tokens
@@ -760,22 +767,57 @@ def test_bfloat16_keeps_trained_weights_and_latents_in_float32(folder, tiny):
         )
 
 
-@pytest.mark.parametrize("model", ["kontext", "klein"])
-def test_checkpointed_gradients_are_the_plain_ones(folder, tiny, model):
+@pytest.mark.parametrize("model, how, again", [("kontext", True, "all"), ("klein", 1, [0])])
+def test_checkpointed_gradients_are_the_plain_ones(folder, tiny, model, how, again):
     weights, _ = folder(model)
-    policy = stirred(loaded(weights, model, lora_rank=3, gradient_checkpointing=True))
+    policy = stirred(loaded(weights, model, lora_rank=3, gradient_checkpointing=how))
     assert policy.module.is_gradient_checkpointing
     context = policy.instruct(policy.encode(tiny.pictures(2, (32, 32))), PROMPTS[:2])
     gradients, forwards = [], []
-    policy.module.transformer_blocks[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    blocks = repeated_blocks(policy.module)
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, n=number: forwards.append(n))
     for _ in range(2):
         velocities(policy, context).v.square().mean().backward()
         gradients.append({n: p.grad for n, p in trainable(policy.module).items()})
         policy.module.zero_grad(set_to_none=True)
         policy.module.disable_gradient_checkpointing()
-    assert len(forwards) == 3  # twice with checkpoints, once without
+    every = list(range(len(blocks)))
+    # The chosen ones once more on the way back, and all of them once without checkpoints.
+    assert sorted(forwards) == sorted([*every, *(every if again == "all" else again), *every])
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing: 99 \(accepted .*: at most"):
+        recompute_blocks(policy.module, 99)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
     assert any(g.abs().max() > 1e-3 for g in gradients[0].values())
+
+
+def test_a_block_that_cannot_be_compiled_runs_plainly_where_compile_is_auto(make, monkeypatch):
+    """With `on` it is an error, and one line."""
+
+    def broken(block, **_):
+        def run(*args, **kwargs):
+            raise torch._dynamo.exc.Unsupported("no compiler\nhere")
+
+        block._compiled_call_impl = run
+
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    policy = make("kontext")
+    context, x = policy.blank(1, 4), torch.randn(1, *policy.latent_shape)
+    sigma = torch.ones(1)
+    with torch.no_grad():
+        plain = policy.velocity(x, sigma, context).v
+        compile_blocks(policy.module, strict=True, cuda=True)
+        assert torch.equal(policy.velocity(x, sigma, context).v, plain)  # it lies on no such device
+        compile_blocks(policy.module, strict=True)
+        with pytest.raises(ConfigError, match="^policy.compile: on .*no compiler here.*$"):
+            policy.velocity(x, sigma, context)
+        may_run_plainly(policy.module)
+        with pytest.warns(UserWarning, match="^policy.compile: auto: .* plainly; .*no compiler"):
+            assert torch.equal(policy.velocity(x, sigma, context).v, plain)
+        assert torch.equal(policy.velocity(x, sigma, context).v, plain)  # and says it once
+    how = ((True, {}, True), (True, {"shard": True}, False), (True, {"compile": "off"}, False))
+    for cuda, settings, on in (*how, (False, {}, False), (False, {"compile": "on"}, True)):
+        assert compiles(PolicyConfig(**settings), cuda) is on
 
 
 def test_offloaded_parts_leave_the_device_and_keep_the_hosts_weights(make):

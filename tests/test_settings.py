@@ -27,6 +27,7 @@ from editr2.cli.settings import run_config
 from editr2.config import (
     PRESETS,
     Config,
+    PolicyConfig,
     RewardConfig,
     folder_problem,
     preset_config,
@@ -46,6 +47,7 @@ from editr2.rewards.adapt import panel
 from editr2.rewards.base import Score
 from editr2.rl.drift import MEASURES
 from editr2.rl.rules import run_problems
+from editr2.run.identity import named
 from editr2.training import train
 from editr2_kernels import KL_SCALES, RENORMS, flow_sigmas, transition_table
 from editr2_kernels.group_advantage import FUSIONS
@@ -378,6 +380,37 @@ def test_fields_meet_each_other_in_the_commands_that_use_them(settings, message,
         found = [p for p in problems_of(config, command) if message and p.startswith(message)]
         assert len(found) == (command in commands), (command, problems_of(config, command))
         assert message is not None or not problems_of(config, command)
+
+
+@pytest.mark.parametrize(
+    "field, old, new",
+    [
+        ("gradient_checkpointing", "true", "all"),
+        ("gradient_checkpointing", "false", "off"),
+        ("gradient_checkpointing", "1", 1),
+        ("compile", "true", "on"),
+        ("compile", "false", "off"),
+        ("compile", "auto", "auto"),
+    ],
+)
+def test_old_spellings_mean_what_they_meant(field, old, new, tmp_path):
+    """In Python, YAML, flags and what an older run saved."""
+    file, value = tmp_path / "run.yaml", json.loads(old) if old != "auto" else old
+    file.write_text(f"policy:\n  {field}: {old}\n")
+    said = [
+        replace_nested(Config(), {"policy": {field: value}}),
+        dataclasses.replace(Config(), policy=PolicyConfig(**{field: value})),
+        run_config("x", "", ["--config", str(file)])[0],
+        run_config("x", "", [f"--policy.{field}", old])[0],
+    ]
+    for config in said:
+        assert getattr(config.policy, field) == new
+        assert type(getattr(config.policy, field)) is type(new)
+    before = dataclasses.asdict(Config()) | {"policy": {field: value}}
+    assert named(before, None)[f"policy.{field}"] == new
+    if old == "true":  # as a switch, too
+        assert getattr(run_config("x", "", [f"--policy.{field}"])[0].policy, field) == new
+    assert run_config("x", "", ["--train.micro_batch", "none"])[0].train.micro_batch is None
 
 
 def test_the_noise_levels_accepted_are_those_that_the_table_takes():

@@ -21,7 +21,7 @@ from editr2.config import Config, replace_nested
 from editr2.config.fields import leaves
 from editr2.errors import ConfigError
 from editr2.policies.blocks import compiles
-from editr2.policies.configured import policy_class
+from editr2.policies.configured import policy_class, settled_branches
 from editr2.policies.rules import check_config
 from editr2.rl.sampler import Sampler
 
@@ -33,7 +33,8 @@ EQUAL = 0.01
 
 AGAIN, COMPILE, ROWS = "policy.gradient_checkpointing", "policy.compile", "train.micro_batch"
 GROUPS, OFFLOAD, SHARD = "rollout.groups_per_batch", "policy.offload", "policy.shard"
-PLAIN: Mapping[str, Any] = {AGAIN: "off", COMPILE: "off", ROWS: None}
+BRANCHES = "policy.branches"
+PLAIN: Mapping[str, Any] = {AGAIN: "off", COMPILE: "off", ROWS: None, BRANCHES: "apart"}
 """The settings that may be auto, and what they are without a GPU."""
 
 CANDIDATES: Mapping[str, Sequence[Any]] = {
@@ -115,6 +116,8 @@ def accepted(config: Config, key: str, values: Iterable[Any], processes: int = 1
         return []  # optimiser steps are counted by these batches
     if key == SHARD and processes == 1:
         return []  # nothing to share out
+    if key == BRANCHES and config.policy.guidance == 1:
+        return []  # there is one
     found = []
     for value in values:
         try:
@@ -193,6 +196,7 @@ def alone(case: Case, config: Config) -> Iterator[tuple[str, Any, Option]]:
         COMPILE: ("on", "off"),
         AGAIN: ("off", "all"),
         **CANDIDATES,
+        BRANCHES: ("together", "apart"),
         **OTHER_NUMBERS,
     }
     for key, values in table.items():
@@ -226,6 +230,7 @@ def autos(config: Config) -> list[str]:
         key
         for key in PLAIN
         if value_of(config, key) == "auto"
+        and (key != BRANCHES or config.policy.guidance != 1)
         and (not key.startswith("policy.") or key.partition(".")[2] in used)
     ]
 
@@ -236,13 +241,14 @@ def settle(
     case: Callable[[Config], Case],
     recorded: Mapping[str, Any] | None = None,
     where: str = "",
+    processes: int = 1,
 ) -> tuple[Config, list[str]]:
     """The configuration without `auto`, and what is to be said of it, a line at most.
 
     gpu: whether it runs on one. case: given a configuration whose autos are at their plain values;
     asked only where an estimate is needed. recorded: settings of the run that goes on, by dotted
     name, whose values an auto takes that is among them; where: that run's device and this one's,
-    in words.
+    in words. processes: of this run.
     """
     names = autos(config)
 
@@ -256,11 +262,14 @@ def settle(
         config, lines = said(
             f"as recorded by the run that goes on{where}", with_values(config, values)
         )
-        again = settle(config, gpu, case)
+        again = settle(config, gpu, case, processes=processes)
         return again[0], [*lines, *again[1]]
     if not names:
         return config, []
     plain = with_values(config, {name: PLAIN[name] for name in names})
+    if BRANCHES in names:  # by the processes alone
+        branches = settled_branches(config.policy, processes).branches
+        plain = with_values(plain, {BRANCHES: branches})
     if not gpu:
         return said("the device is no GPU", plain)
     if COMPILE in names:

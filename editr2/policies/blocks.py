@@ -82,10 +82,12 @@ def compile_errors() -> tuple[type[Exception], ...]:
 
 @dataclass
 class _Together:
-    """The compiled blocks of one transformer. strict: a failure is an error."""
+    """The compiled blocks of one transformer. strict: a failure is an error. cuda: only what lies
+    on a CUDA device is compiled."""
 
     blocks: list[Any]
     strict: bool
+    cuda: bool
 
     def give_up(self, error: BaseException) -> None:
         if self.strict:
@@ -107,6 +109,9 @@ class _Compiled:
         self.block, self.run, self.together = block, run, together
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        if self.together.cuda and not any(x.is_cuda for x in given):
+            return self.block._call_impl(*args, **kwargs)
         try:
             return self.run(*args, **kwargs)
         except compile_errors() as error:
@@ -114,14 +119,14 @@ class _Compiled:
         return self.block._call_impl(*args, **kwargs)
 
 
-def compile_blocks(module: nn.Module, *, strict: bool) -> None:
+def compile_blocks(module: nn.Module, *, strict: bool, cuda: bool = False) -> None:
     """Compiles every repeated block, one form for each shape: were sizes to become symbols after a
     second one, a block could be computed again in another form than it ran in. strict: what
     cannot be compiled is a `ConfigError` at the first forward; else blocks run plainly from then
-    on, with a warning."""
+    on, with a warning. cuda: only what lies on a CUDA device is compiled, else it runs plainly."""
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, FORMS)
-    together = _Together(repeated_blocks(module), strict)
+    together = _Together(repeated_blocks(module), strict, cuda)
     for block in together.blocks:
         block.compile(dynamic=False)
         block._compiled_call_impl = _Compiled(block, block._compiled_call_impl, together)

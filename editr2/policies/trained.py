@@ -42,7 +42,8 @@ def make_ready(policy: Any, adapter: Path | None, trains: bool) -> None:
         quantize_linears(policy.module, policy.lora_targets)
     recompute_blocks(policy.module, policy.config.gradient_checkpointing)
     if compiles(policy.config, torch.cuda.is_available()):
-        compile_blocks(policy.module, strict=policy.config.compile == "on")
+        auto = policy.config.compile == "auto"
+        compile_blocks(policy.module, strict=not auto, cuda=auto)
 
 
 def asked_lora(config: PolicyConfig, kind: type[PipelineModel]) -> Lora:
