@@ -27,13 +27,12 @@ import torch
 from editr2.config import Config
 from editr2.config.fields import mended
 from editr2.errors import UserError
-from editr2.policies.base import ReadingPolicy
 from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import check_pruning, run_problems
 from editr2.rl.sampler import eval_sampler, rollout_sampler
-from editr2.rl.sessions import sessions_for
+from editr2.rl.sessions import demands, sessions_for
 from editr2.sessions import validate
 
 if TYPE_CHECKING:
@@ -130,11 +129,7 @@ _SHOWN = 8
 def _data_problems(config: Config, editor: Editor) -> list[str]:
     """Of all session files, the first few of each; those past `data.limit` count, too."""
     paths = dict.fromkeys(path for path in (config.data.path, config.data.heldout) if path)
-    policy = editor.policy
-    unreadable = policy.unreadable if isinstance(policy, ReadingPolicy) else None
-    check = partial(
-        validate, size=editor.image_size, resize=config.data.resize, unreadable=unreadable
-    )
+    check = partial(validate, resize=config.data.resize, **demands(config, editor.policy))
     shown: list[str] = []
     for path in paths:
         problems = check(path)

@@ -61,6 +61,7 @@ def load_sessions(
     resize: str = "no",
     memory: int = 1 << 30,
     unreadable: Unreadable | None = None,
+    others: bool = False,
 ) -> list[Session]:
     """Read a set of sessions and decode every image, so that a bad file fails here and not hours
     into a run.
@@ -76,6 +77,7 @@ def load_sessions(
         the default) are decoded here to be checked, and again whenever `Session.image` is read.
     unreadable: what a policy cannot make of the instructions, which is then an error of the line;
         with several sizes it is told the session's, too.
+    others: a line may name another size than those; it gets the nearest then, and else is an error.
 
     A session without an id is named after its line, `line-000007`. Images may be 8-bit grey,
     palette or RGB, with or without alpha, in one of `images.FORMATS`: EXIF orientation is applied,
@@ -87,7 +89,8 @@ def load_sessions(
     if limit is not None and limit < 1:
         raise UserError(f"limit: {limit} (accepted: 1 or more)")
     sessions = []
-    for item in scan(path, size=size, resize=resize, memory=memory, unreadable=unreadable):
+    how: dict[str, Any] = {"memory": memory, "unreadable": unreadable, "others": others}
+    for item in scan(path, size=size, resize=resize, **how):
         if isinstance(item, str):
             raise DataError(item)
         sessions.append(item)
@@ -249,6 +252,7 @@ def scan(
     memory: int = 1 << 30,
     unreadable: Unreadable | None = None,
     contained: bool = False,
+    others: bool = False,
 ) -> Iterator[Session | str]:
     """The sessions of a set in order, and a line of text for each problem. Lazy: an image is
     decoded when reached.
@@ -262,7 +266,7 @@ def scan(
         entries = dataset_entries(os.fspath(path), size, resize, contained)
     else:
         entries = _file_entries(_locate(path), size, resize, contained)
-    return _checked(entries, size, memory, unreadable)
+    return _checked(entries, size, None if others else size, memory, unreadable)
 
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
@@ -318,8 +322,13 @@ def _asked(record: Mapping[str, Any], size: Sizes | None) -> Sizes | None:
 
 
 def _checked(
-    entries: Iterable[Entry], size: Sizes | None, memory: int, unreadable: Unreadable | None
+    entries: Iterable[Entry],
+    size: Sizes | None,
+    accepted: Sizes | None,
+    memory: int,
+    unreadable: Unreadable | None,
 ) -> Iterator[Session | str]:
+    """accepted: the sizes that a line may name, None for any."""
     seen: dict[str, str] = {}
     for where, place, record, stored in entries:
         if isinstance(record, DataError):
@@ -337,8 +346,8 @@ def _checked(
             )
         seen.setdefault(name, place)
         named = size_of(record)
-        if size is not None and named is not None and named not in listed(size):
-            problems.append(("size", f"{list(named)} (accepted: {written(size)}, or absent)"))
+        if accepted is not None and named is not None and named not in listed(accepted):
+            problems.append(("size", f"{list(named)} (accepted: {written(accepted)}, or absent)"))
         pixels, undecoded = None, []
         if stored is not None:
             try:

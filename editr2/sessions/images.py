@@ -112,6 +112,15 @@ def read_image(path: Path, size: Sizes | None = None, resize: str = "no") -> Pix
         raise DataError(f"{shown(path)}: {error}") from error
 
 
+def size_in_file(path: Path) -> Size:
+    """(height, width) that `read_image` gives, by the file's header. Raises DataError."""
+    try:
+        with Image.open(path) as opened:
+            return _seen_size(opened)
+    except Exception as error:  # as in `decode_image`
+        raise DataError(f"{shown(path)}: not a readable image: {one_line(error)}") from error
+
+
 def decode_image(data: bytes, size: Sizes | None = None, resize: str = "no") -> Pixels:
     """An encoded image to uint8 [H, W, 3], brought to `size` as `load_sessions` says. Raises
     DataError."""

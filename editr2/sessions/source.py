@@ -47,16 +47,19 @@ def open_sessions(
     seed: int,
     size: Sizes | None,
     unreadable: Unreadable | None = None,
+    others: bool = False,
 ) -> SessionSource:
     """Reads and checks every session file before anything is trained.
 
     size, unreadable: of the policy, its images' (height, width) or several, None for any, and what
-    it cannot make of instructions; see `load_sessions`. Images are of that size from here on
+    it cannot make of instructions; these and others: see `load_sessions`. Images are of that size from here on
     (`data.resize`), for the policy and for whoever judges.
 
     Raises `DataError` with file and line.
     """
-    load = partial(load_sessions, size=size, resize=data.resize, unreadable=unreadable)
+    load = partial(
+        load_sessions, size=size, resize=data.resize, unreadable=unreadable, others=others
+    )
     train = load(data.path, limit=data.limit) if data.path else None
     count = evaluation.sessions
     if data.heldout:
