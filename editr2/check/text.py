@@ -79,6 +79,7 @@ def render(
         f"an iteration{each}, {result.flops / 1e12:.4g} TFLOP",
         f"policy      {p.model}, {p.dtype}{', 4-bit base' if p.quantize == '4bit' else ''}, "
         f"{editor.image_size[0]} x {editor.image_size[1]} px, latents {list(editor.latent_shape)}",
+        *_buckets(editor),
         f"parameters  {number(sizes.parameters - (sizes.trainable if p.lora_rank else 0))}; "
         f"{number(sizes.trainable)} train"
         + (
@@ -165,6 +166,16 @@ def render(
         f"{size(device.memory)}",
     ]
     return lines
+
+
+def _buckets(editor: Editor) -> list[str]:
+    """Which sizes the sessions have; memory is that of the largest, time that of the mix."""
+    if not editor.shares:
+        return []
+    each = [f"{h} x {w} ({share:.0%})" for (h, w), share in editor.shares.items()]
+    unused = len(editor.policy.sizes) - len(each)
+    said = f"{', '.join(each)} of the sessions{f'; {unused} more unused' if unused else ''}"
+    return textwrap.wrap(said, 116, initial_indent="buckets     ", subsequent_indent=" " * 12)
 
 
 def _places(t: TrainConfig, r: RolloutConfig, sampler: Sampler) -> str:

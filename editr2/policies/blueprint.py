@@ -123,6 +123,9 @@ class Blueprint(Protocol):
         """Policies with one more block of a kind, and how many of it the whole one has more than
         `policy`."""
 
+    def at(self, size: tuple[int, int]) -> Blueprint:
+        """The same of a policy that has several sizes (`SizedPolicy`), at one of them."""
+
     def see(self, sessions: Sequence[Session]) -> None:
         """Instructions are as long as those of these sessions from here on."""
 

@@ -8,6 +8,7 @@ parameters.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -83,6 +84,13 @@ class PipelineBlueprint:
             for name, n in self.depth.items()
             if n > SHALLOW
         ]
+
+    def at(self, size: tuple[int, int]) -> PipelineBlueprint:
+        """The same of the policy at one of its sizes."""
+        view = copy.copy(self)
+        view.policy = self.policy.at(size)
+        vars(view)["deeper"] = [(policy.at(size), more) for policy, more in self.deeper]
+        return view
 
     def see(self, sessions: Sequence[Session]) -> None:
         words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]
