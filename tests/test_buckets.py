@@ -128,7 +128,8 @@ def test_sessions_are_edited_and_trained_as_in_a_run_of_their_size(policy, model
     images, whole, sums = gradient(bucketed, config, range(4), 3)
     assert sums["ratio_error"] <= 1e-6 and len(images) == 8
     again = outputs(rolled(policy(model), config, range(4), 1)[1])
-    assert all(np.array_equal(images[key], again[key]) for key in images)
+    apart = [np.abs(images[key].astype(int) - again[key]).max() for key in images]
+    assert max(apart) <= 1  # of 255: products of other batches may round otherwise
     parts = torch.zeros_like(whole)
     for size in SIZES:
         at = [i for i, own in enumerate(ORDER) if own == size]

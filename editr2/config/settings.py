@@ -77,6 +77,7 @@ def bucket_problem(buckets: Sequence[tuple[int, int]] | str) -> str | None:
     twice = next((size for size in buckets if list(buckets).count(size) > 1), None)
     return None if twice is None else f"each once, and this has {list(twice)} twice"
 
+
 DECAY = Bounds(above=0, below=1)
 
 SEED = Bounds(at_least=0, at_most=2**63 - 1)

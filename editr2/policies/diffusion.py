@@ -413,9 +413,10 @@ class DiffusionPolicy(PipelineModel):
         """Every distinct prompt (and what it is about) goes through the text encoders once, and not
         again while it is among the last `CACHED_PROMPTS`: training asks for the rollout's, and
         sessions come back every epoch."""
+        seen = context.images
         digests = [
             hashlib.sha256(
-                b"".join(repr(t.shape[1:]).encode() + t[i].numpy().tobytes() for t in context.images)
+                b"".join(repr(t.shape).encode() + t.tobytes() for t in (x[i].numpy() for x in seen))
             )
             for i in range(len(texts))
         ]

@@ -164,9 +164,7 @@ def _plan(
     loss, chunk = LOSSES[t.loss], batch.chunks[number]
     sampler = batch.sampler.of(chunk.image_size).to(device)
     advantage, mask = batch.credit_of(number)
-    queries, samples = loss.ask(
-        t, Asked(chunk, advantage, mask, sampler, batch.seeds, update)
-    )
+    queries, samples = loss.ask(t, Asked(chunk, advantage, mask, sampler, batch.seeds, update))
     places = loss.places(t, sampler)
     text_weight = t.text_weight if t.text_weight is not None else 1 / places
     asked = any(record.questions is not None for record in chunk.turns)

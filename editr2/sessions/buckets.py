@@ -38,10 +38,11 @@ def nearest(sizes: Sizes, height: int, width: int) -> Size:
         """Grows with |log(a / b)|."""
         return Fraction(max(a, b), min(a, b))
 
-    return min(
-        listed(sizes),
-        key=lambda size: (apart(size[0] * width, size[1] * height), apart(size[0] * size[1], height * width)),
-    )
+    def distance(size: Size) -> tuple[Fraction, Fraction]:
+        h, w = size
+        return apart(h * width, w * height), apart(h * w, height * width)
+
+    return min(listed(sizes), key=distance)
 
 
 def spread(area: int, multiple: int) -> tuple[Size, ...]:

@@ -20,7 +20,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,8 +29,8 @@ import numpy as np
 from PIL import Image
 
 from editr2.errors import DataError, UserError, shown
-from editr2.sessions.datasets import dataset_entries
 from editr2.sessions.buckets import Size, Sizes, is_one, listed, written
+from editr2.sessions.datasets import dataset_entries
 from editr2.sessions.images import RESIZES, ImageFile, Pixels, locate
 from editr2.sessions.records import Entry, lines_of, parse_object, record_problems
 from editr2.sessions.session import Session, StoredImage, Turn, is_text, size_of, sum_of_pixels

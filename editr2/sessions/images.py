@@ -194,9 +194,9 @@ def _check_header(image: Image.Image, data: bytes, size: Sizes | None, resize: s
     if (bits := _bits(image, data)) > 8:
         raise DataError(f"{bits} bits a channel {accepted}")
     # Where a PNG says only behind its pixels how it is turned, `_fitted` has the last word.
-    turned = [sorted(each) for each in listed(size)] if size is not None else []
-    if turned and resize == "no" and sorted((height, width)) not in turned:
-        raise DataError(_another_size(height, width, size))
+    if size is not None and resize == "no":
+        if sorted((height, width)) not in [sorted(each) for each in listed(size)]:
+            raise DataError(_another_size(height, width, size))
 
 
 def _seen_size(image: Image.Image) -> Size:

@@ -116,7 +116,6 @@ class Session:
                 f"Session {self.id!r}: turns: wrong value (accepted: a tuple of one or more Turn)"
             )
 
-
     @property
     def image_size(self) -> Size:
         """(height, width) of the image, which is not decoded where that is known."""

@@ -52,8 +52,8 @@ def open_sessions(
     """Reads and checks every session file before anything is trained.
 
     size, unreadable: of the policy, its images' (height, width) or several, None for any, and what
-    it cannot make of instructions; these and others: see `load_sessions`. Images are of that size from here on
-    (`data.resize`), for the policy and for whoever judges.
+    it cannot make of instructions. others: as for `load_sessions`, which has more on these. Images
+    are of that size from here on (`data.resize`), for the policy and for whoever judges.
 
     Raises `DataError` with file and line.
     """
