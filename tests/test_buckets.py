@@ -124,8 +124,7 @@ def gradient(policy, config, at, groups):
 )
 def test_sessions_are_edited_and_trained_as_in_a_run_of_their_size(policy, model, loss):
     config = settings_of(loss)
-    bucketed = policy(model)
-    images, whole, sums = gradient(bucketed, config, range(4), 3)
+    images, whole, sums = gradient(policy(model), config, range(4), 3)
     assert sums["ratio_error"] <= 1e-6 and len(images) == 8
     again = outputs(rolled(policy(model), config, range(4), 1)[1])
     apart = [np.abs(images[key].astype(int) - again[key]).max() for key in images]
@@ -134,7 +133,6 @@ def test_sessions_are_edited_and_trained_as_in_a_run_of_their_size(policy, model
     for size in SIZES:
         at = [i for i, own in enumerate(ORDER) if own == size]
         alone = policy(model, resolution=size, buckets=())
-        assert bucketed.at(size).text_room(1) == alone.text_room(1)
         found, part, _ = gradient(alone, config, at, 3)
         parts += part
         for key, image in found.items():
@@ -320,6 +318,11 @@ def test_what_does_not_go_with_them_is_refused(changes, said):
     config = replace_nested(Config(), {"policy": policy, "data": {"path": "."}})
     with pytest.raises(ConfigError, match=said):
         check_config(replace_nested(config, changes))
+
+
+def test_a_view_has_no_room_of_another_size(policy):
+    whole, alone = policy("qwen-edit"), policy("qwen-edit", resolution=UPRIGHT, buckets=())
+    assert whole.text_room(1) != whole.at(UPRIGHT).text_room(1) == alone.text_room(1)
 
 
 def test_a_policy_refuses_sizes_that_it_cannot_have(policy, tiny_unified):
