@@ -19,7 +19,6 @@ settings and the sheets' figures are written down here, not read from their file
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,10 +128,10 @@ _SHOWN = 8
 def _data_problems(config: Config, editor: Editor) -> list[str]:
     """Of all session files, the first few of each; those past `data.limit` count, too."""
     paths = dict.fromkeys(path for path in (config.data.path, config.data.heldout) if path)
-    check = partial(validate, resize=config.data.resize, **demands(config, editor.policy))
+    wanted = demands(config, editor.policy)
     shown: list[str] = []
     for path in paths:
-        problems = check(path)
+        problems = validate(path, resize=config.data.resize, **wanted)
         shown += problems[:_SHOWN]
         if (
             len(problems) > _SHOWN

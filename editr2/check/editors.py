@@ -20,7 +20,14 @@ from torch import nn
 from editr2.check.meter import Cost, Meter, at_depth
 from editr2.config import PolicyConfig
 from editr2.policies.base import PackedPolicy, SizedPolicy
-from editr2.policies.blueprint import Blueprint, Reading, Size, Work, simulated
+from editr2.policies.blueprint import (
+    Blueprint,
+    Reading,
+    Size,
+    SizedBlueprint,
+    Work,
+    simulated,
+)
 from editr2.policies.configured import called, policy_class
 from editr2.rl.sampler import own_schedule
 from editr2.sessions import Session
@@ -83,7 +90,8 @@ class Editor:
         editor of every shape, which costs the same upright and lying, with its share."""
         self.blueprint.see(sessions)
         self._found.clear()
-        if isinstance(self.policy, SizedPolicy) and len(self.policy.sizes) > 1:
+        several = isinstance(self.policy, SizedPolicy) and len(self.policy.sizes) > 1
+        if several and isinstance(self.blueprint, SizedBlueprint):
             found = Counter(session.image_size for session in sessions)
             self.shares = {size: n / len(sessions) for size, n in found.most_common()}
             shapes: dict[tuple[int, ...], list[tuple[int, int]]] = {}

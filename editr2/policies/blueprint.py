@@ -10,11 +10,12 @@ of an intent).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -123,9 +124,6 @@ class Blueprint(Protocol):
         """Policies with one more block of a kind, and how many of it the whole one has more than
         `policy`."""
 
-    def at(self, size: tuple[int, int]) -> Blueprint:
-        """The same of a policy that has several sizes (`SizedPolicy`), at one of them."""
-
     def see(self, sessions: Sequence[Session]) -> None:
         """Instructions are as long as those of these sessions from here on."""
 
@@ -145,6 +143,14 @@ def backward(velocity: Velocity) -> Velocity:
     answers = [velocity.v, *(t for t in velocity.guidance.values() if isinstance(t, Tensor))]
     torch.autograd.backward(answers, [torch.ones_like(t) for t in answers])
     return velocity
+
+
+@runtime_checkable
+class SizedBlueprint(Protocol):
+    """A blueprint of a policy that may have several sizes (`SizedPolicy`)."""
+
+    def at(self, size: tuple[int, int]) -> Blueprint:
+        """The same of the policy at one of them."""
 
 
 class Walk:
@@ -195,6 +201,11 @@ class Walk:
 
     def _pictures(self, policy: Any, batch: int) -> np.ndarray:
         return np.zeros((batch, *policy.image_size, 3), np.uint8)
+
+    def at(self, size: tuple[int, int]) -> Walk:
+        view = copy.copy(self)
+        view.policy = self.policy.at(size)
+        return view
 
     def _context(self, policy: Any, batch: int, turn: int, instructed: bool = True) -> Any:
         """As it is at a turn."""
