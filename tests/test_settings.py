@@ -701,6 +701,7 @@ SAMPLED = {
     "policy.guidance_image",
     "policy.renorm",
     "policy.lora_rank",
+    "policy.buckets",
     "policy.shard",
     "rollout.turns",
     "rollout.steps",

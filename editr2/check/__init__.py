@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +33,13 @@ import torch
 from editr2.config import Config
 from editr2.config.fields import mended, respelt_leaves
 from editr2.errors import UserError
-from editr2.policies.base import ReadingPolicy
 from editr2.policies.configured import settled_branches
 from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import check_pruning, run_problems
 from editr2.rl.sampler import eval_sampler, rollout_sampler
-from editr2.rl.sessions import sessions_for
+from editr2.rl.sessions import demands, sessions_for
 from editr2.run.checkpoint import recorded_settings
 from editr2.sessions import validate
 from editr2.sessions.source import SessionSource
@@ -204,14 +202,10 @@ _SHOWN = 8
 def _data_problems(config: Config, editor: Editor) -> list[str]:
     """Of all session files, the first few of each; those past `data.limit` count, too."""
     paths = dict.fromkeys(path for path in (config.data.path, config.data.heldout) if path)
-    policy = editor.policy
-    unreadable = policy.unreadable if isinstance(policy, ReadingPolicy) else None
-    check = partial(
-        validate, size=editor.image_size, resize=config.data.resize, unreadable=unreadable
-    )
+    wanted = demands(config, editor.policy)
     shown: list[str] = []
     for path in paths:
-        problems = check(path)
+        problems = validate(path, resize=config.data.resize, **wanted)
         shown += problems[:_SHOWN]
         if (
             len(problems) > _SHOWN

@@ -254,7 +254,11 @@ def estimate(
     judges: Sequence[Measured] = (),
 ) -> Estimate:
     """samplers: of training and of evaluation. turns: of every session to train on, and of every
-    held-out one. judges: the rewards, as they were measured; of none the time is left out."""
+    held-out one. judges: the rewards, as they were measured; of none the time is left out. Of
+    sessions of several sizes: `mixed`."""
+    if editor.mix:
+        given = (device, samplers, turns, processes, judges)
+        return mixed([(share, estimate(config, view, *given)) for share, view in editor.mix])
     t, r = config.train, config.rollout
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
@@ -321,6 +325,18 @@ def estimate(
         steps * t.iterations,
         asked,
         besides,
+    )
+
+
+def mixed(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
+    """Of sessions of several sizes, from what all of one size would take, with the share of each:
+    memory as if all were of the one that takes most, time by the shares. Batches count as full."""
+    each = [part for _, part in parts]
+    return replace(
+        max(each, key=lambda part: part.peak),
+        peaks={phase: max(part.peaks[phase] for part in each) for phase in each[0].peaks},
+        seconds={p: sum(share * part.seconds[p] for share, part in parts) for p in PHASES},
+        flops=sum(share * part.flops for share, part in parts),
     )
 
 

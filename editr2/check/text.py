@@ -16,6 +16,7 @@ from editr2.check.devices import (
     RESERVE,
     Device,
 )
+from editr2.check.editors import Editor
 from editr2.check.estimate import WITH_ALL, WITHOUT, sharers
 from editr2.check.judges import lines as judge_lines
 from editr2.check.levers import OTHER_NUMBERS, ROOM, Case, Option, alone, flags, propose
@@ -82,6 +83,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         f"an iteration{each}, {result.flops / 1e12:.4g} TFLOP",
         f"policy      {p.model}, {p.dtype}{base_note(p.quantize, device)}, "
         f"{editor.image_size[0]} x {editor.image_size[1]} px, latents {list(editor.latent_shape)}",
+        *_buckets(editor),
         f"parameters  {number(sizes.parameters - (sizes.trainable if p.lora_rank else 0))}; "
         f"{number(sizes.trainable)} train"
         + (
@@ -210,6 +212,16 @@ def levers(case: Case, given: Option) -> list[str]:
         row("together", best),
     ]
     return [*lines, f"  {change}", ""]
+
+
+def _buckets(editor: Editor) -> list[str]:
+    """Which sizes the sessions have; memory is that of the largest, time that of the mix."""
+    if not editor.shares:
+        return []
+    each = [f"{h} x {w} ({share:.0%})" for (h, w), share in editor.shares.items()]
+    unused = len(editor.policy.sizes) - len(each)
+    said = f"{', '.join(each)} of the sessions{f'; {unused} more unused' if unused else ''}"
+    return textwrap.wrap(said, 116, initial_indent="buckets     ", subsequent_indent=" " * 12)
 
 
 def _places(t: TrainConfig, r: RolloutConfig, sampler: Sampler) -> str:

@@ -116,6 +116,16 @@ def _replay(config: Config, command: str) -> Iterator[str]:
 
 
 @rule(*TRAINS)
+def _minibatches(config: Config, command: str) -> Iterator[str]:
+    # A batch is of one size, so how many there are follows from the sessions of the iteration.
+    if config.train.minibatches > 1 and config.policy.buckets:
+        yield (
+            f"train.minibatches: {config.train.minibatches} (accepted with policy.buckets: 1; the "
+            f"number of batches follows from the sessions' sizes)"
+        )
+
+
+@rule(*TRAINS)
 def _prune(config: Config, command: str) -> Iterator[str]:
     prune = config.rollout.prune
     if prune != "off" and config.policy.shard:

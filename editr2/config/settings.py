@@ -64,6 +64,21 @@ LOSSES = table("editr2.rl.losses:LOSSES")
 
 PIXELS = Bounds(at_least=8, at_most=8_192)
 
+MOST_BUCKETS = 64
+
+
+def bucket_problem(buckets: Sequence[tuple[int, int]] | str) -> str | None:
+    """What is wrong with `policy.buckets`, or None."""
+    if isinstance(buckets, str):
+        return None
+    if wrong := [n for size in buckets for n in size if not PIXELS.hold(n)]:
+        return f"sides of {PIXELS}, and this has {wrong[0]}"
+    if len(buckets) > MOST_BUCKETS:
+        return f"at most {MOST_BUCKETS} of them"
+    twice = next((size for size in buckets if list(buckets).count(size) > 1), None)
+    return None if twice is None else f"each once, and this has {list(twice)} twice"
+
+
 DECAY = Bounds(above=0, below=1)
 
 SEED = Bounds(at_least=0, at_most=2**63 - 1)
@@ -185,6 +200,9 @@ class PolicyConfig:
         resolution: [height, width] in pixels of what is edited and written.
         condition_resolution: the same of the condition image as the transformer sees it; none is
             `resolution`.
+        buckets: sizes that sessions are edited at, a list of [height, width], of which each gets
+            the one of the nearest aspect ratio (or its own `size`, docs/data.md); auto is nine of
+            about `resolution`'s area, up to 2:1. Empty: all at `resolution`.
         history: images of a session that a turn sees: the one to edit and those before it, the
             newest first.
         keep_source: the source image stands behind them when it is none of them any more.
@@ -240,6 +258,9 @@ class PolicyConfig:
     )
     condition_resolution: tuple[int, int] | None = setting(
         None, PIXELS, what="height and width, such as 512x512 or none"
+    )
+    buckets: tuple[tuple[int, int], ...] | Literal["auto"] = setting(
+        (), check=bucket_problem, what="auto, or a list of sizes, [1024x1024, 832x1248]"
     )
     history: int = setting(1, TURNS)
     keep_source: bool = False

@@ -122,6 +122,11 @@ class PipelineModel(ConfiguredPolicy):
                 f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what "
                 f"trains is not quantized)"
             )
+        if p.buckets and p.condition_resolution is not None:
+            yield (
+                f"policy.condition_resolution: {list(p.condition_resolution)} (accepted with "
+                f"policy.buckets: none; conditions have their session's size)"
+            )
         if not p.shard:
             if p.shard_group is not None:
                 yield (

@@ -273,7 +273,7 @@ def evaluate(
         for j, i in enumerate(record.rollout.tolist())
         if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
-    drifts = [_drifts(chunk, turns) for chunk in done]
+    drifts = _drifts(done, turns)
     parts = processes.gather([([one.scores(turns) for one in judged], known, drifts)])
     scores, *others = (merge_scores(each) for each in zip(*(p[0] for p in parts), strict=True))
     check_failures(scores, limit)
@@ -287,17 +287,19 @@ def evaluate(
         success(scores),
         [s.mode for s in sessions],
         float(np.mean(rights)) if rights else None,
-        torch.cat([each for part in parts for each in part[2]]),
+        torch.cat([part[2] for part in parts]),
         others[0] if others else None,
     )
 
 
-def _drifts(chunk: Chunk, turns: int) -> Tensor:
-    """float64 [rollouts, turns, 3], NaN where a session has no such turn."""
-    found = np.full((chunk.rollouts, turns, len(MEASURES)), np.nan)
-    for rollout in range(chunk.rollouts):
-        seen = drift(chunk.session_of(rollout).image, chunk.images_of(rollout))
-        found[rollout, : len(seen)] = seen
+def _drifts(done: Sequence[Chunk], turns: int) -> Tensor:
+    """float64 [rollouts, turns, 3] in the order of the chunks' rows, NaN where a session has no
+    such turn."""
+    found = np.full((sum(chunk.rollouts for chunk in done), turns, len(MEASURES)), np.nan)
+    for chunk in done:
+        for rollout, row in enumerate(chunk.rows.tolist()):
+            seen = drift(chunk.session_of(rollout).image, chunk.images_of(rollout))
+            found[row, : len(seen)] = seen
     return torch.from_numpy(found)
 
 
@@ -374,7 +376,12 @@ def draw_strips(
         done.append(chunk)
     turns = max(len(s.turns) for s in sessions)
     processes.lend()
-    drawn = [_first_of(chunk, s) for chunk in done for s in range(len(chunk.sessions))]
+    first = {
+        row: _first_of(chunk, place)
+        for chunk in done
+        for place, row in enumerate(chunk.rows[:: r.siblings].tolist())
+    }
+    drawn = [first[row] for row in sorted(first)]
     parts = processes.gather([(judged.scores(turns), drawn)])
     if processes.main:
         scores = merge_scores([s for s, _ in parts])

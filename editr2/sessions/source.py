@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from editr2.config import DataConfig, EvalConfig, RolloutConfig
+from editr2.sessions.buckets import Sizes
 from editr2.sessions.files import Unreadable, load_sessions
-from editr2.sessions.images import Size
 from editr2.sessions.session import Session
 from editr2.worlds import shapes
 
@@ -45,18 +45,21 @@ def open_sessions(
     evaluation: EvalConfig,
     *,
     seed: int,
-    size: Size | None,
+    size: Sizes | None,
     unreadable: Unreadable | None = None,
+    others: bool = False,
 ) -> SessionSource:
     """Reads and checks every session file before anything is trained.
 
-    size, unreadable: of the policy, its images' (height, width), None for any, and what it cannot
-    make of instructions; see `load_sessions`. Images are of that size from here on (`data.resize`),
-    for the policy and for whoever judges.
+    size, unreadable: of the policy, its images' (height, width) or several, None for any, and what
+    it cannot make of instructions. others: as for `load_sessions`, which has more on these. Images
+    are of that size from here on (`data.resize`), for the policy and for whoever judges.
 
     Raises `DataError` with file and line.
     """
-    load = partial(load_sessions, size=size, resize=data.resize, unreadable=unreadable)
+    load = partial(
+        load_sessions, size=size, resize=data.resize, unreadable=unreadable, others=others
+    )
     train = load(data.path, limit=data.limit) if data.path else None
     count = evaluation.sessions
     if data.heldout:
