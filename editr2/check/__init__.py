@@ -116,7 +116,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
     sessions = source.sessions or [source[i] for i in range(LOOKED_AT)]
     editor.see(sessions)
     samplers = rollout_sampler(config.rollout, own), eval_sampler(config.rollout, config.eval, own)
-    turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.heldout]
+    turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.shown]
     result = estimate(config, editor, device, samplers, turns, processes, judges or ())
     fits = device.needed(result.peak) <= device.memory
     lines = render(config, editor, device, samplers[0], turns, processes, result, fits)
@@ -160,7 +160,12 @@ def dry_run(config: Config, folder: str) -> list[str]:
         config,
         out=folder,
         train=replace(config.train, iterations=2, stop_after=None),
-        eval=replace(config.eval, sessions=1, strips=min(1, config.eval.strips), every=0),
+        eval=replace(
+            config.eval,
+            sessions=min(1, config.eval.sessions),
+            strips=min(1, config.eval.strips),
+            every=0,
+        ),
         checkpoint=replace(config.checkpoint, every=2, keep=1),
     )
     cuda = torch.cuda.is_available()

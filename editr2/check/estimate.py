@@ -143,12 +143,17 @@ def plan(
     return [c for c in calls if c.times]
 
 
+def _rolled_for_strips(config: Config, heldout: int) -> int:
+    """Sessions whose groups a drawing of the film-strips rolls out."""
+    return min(config.eval.strips, heldout) if config.eval.strips_from == "groups" else 0
+
+
 def strips_plan(
     config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int
 ) -> list[Call]:
     """The calls of one drawing of the report's film-strips, whole groups, of the process with most
     to do. turns: of held-out sessions."""
-    shown = turns[: config.eval.strips]
+    shown = turns[: _rolled_for_strips(config, len(turns))]
     groups = -(-len(shown) // processes)
     return (
         _group_rollout("strips", config, editor, sampler, groups, _shares(shown)) if shown else []
@@ -159,6 +164,8 @@ def evaluation_plan(
     config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int
 ) -> list[Call]:
     """The calls of one evaluation: a rollout of every held-out session. turns: of each of them."""
+    if config.eval.off:
+        return []
     shares = _shares(turns)
     calls: list[Call] = []
     for size in _batches(-(-len(turns) // processes), 4 * config.rollout.groups_per_batch):
@@ -231,7 +238,8 @@ def estimate(
     judges: Sequence[Measured] = (),
 ) -> Estimate:
     """samplers: of training and of evaluation. turns: of every session to train on, and of every
-    held-out one. judges: the rewards, as they were measured; of none the time is left out."""
+    held-out one (evaluation off: of those shown as strips). judges: the rewards, as they were
+    measured; of none the time is left out."""
     t, r = config.train, config.rollout
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
@@ -258,11 +266,13 @@ def estimate(
     groups = -(-r.sessions // processes)
     asked = [(m, judging(m, groups, r.siblings, mean, chunks, walk)) for m in judges]
     seconds["reward"] = waiting(asked)
-    evaluations = 2 + (t.iterations // config.eval.every if config.eval.every else 0)
+    during = t.iterations // config.eval.every if config.eval.every else 0
+    evaluations = 0 if config.eval.off else 2 + during
+    rolled = _rolled_for_strips(config, len(turns[1]))
     besides = 0.0
     for phase, times, shown, siblings, most in (
         ("evaluate", evaluations, len(turns[1]), 1, 4 * r.groups_per_batch),
-        ("strips", STRIPS, min(config.eval.strips, len(turns[1])), r.siblings, r.groups_per_batch),
+        ("strips", STRIPS, rolled, r.siblings, r.groups_per_batch),
     ):
         if mine := -(-shown // processes):
             length, ends = sum(turns[1][:shown]) / shown, -(-mine // most)

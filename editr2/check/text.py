@@ -72,7 +72,8 @@ def render(
     lines = [
         f"iteration   {r.sessions} sessions x {r.siblings} siblings; {groups} groups{each}, "
         f"{batches(r, processes)} batch(es) of up to {min(groups, r.groups_per_batch)}",
-        f"sessions    turns (sessions): {lengths}; held out {len(turns[1])}",
+        f"sessions    turns (sessions): {lengths}; "
+        + (f"held out {len(turns[1])}" if not config.eval.off else "no evaluation"),
         f"run         {t.iterations} iterations, {t.updates * t.minibatches} optimizer step(s) "
         f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
         f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training "
