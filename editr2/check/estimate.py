@@ -17,6 +17,7 @@ import torch
 from editr2.check.devices import Device
 from editr2.check.editors import Editor, Sizes
 from editr2.check.judges import Judging, Measured, judging, waiting
+from editr2.check.links import MACHINE, gather_seconds
 from editr2.config import Config, PolicyConfig
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
@@ -183,6 +184,13 @@ def sharded(policy: PolicyConfig, processes: int) -> bool:
     return policy.shard and processes > 1
 
 
+def gathered(sizes: Sizes) -> tuple[int, float]:
+    """Bytes of weights that a forward gathers, and in how many gathers: at least, where blocks
+    differ in size."""
+    blocks = (sizes.weights - sizes.outside) / sizes.block if sizes.block else 1
+    return sizes.weights, blocks + 1
+
+
 def merged(calls: Sequence[Call]) -> list[Call]:
     """Equal calls as one."""
     times: dict[Call, float] = defaultdict(float)
@@ -196,7 +204,7 @@ class Estimate:
     """Of one process, but for the host.
 
     memory: bytes by part. peaks: bytes alive in each phase. host: bytes of weights that all
-    processes together hold on the host, at most. gathering: seconds that bringing sharded weights
+    processes of a machine hold there, at most. gathering: seconds that bringing sharded weights
     together once takes. seconds: by phase, of an iteration (evaluate: of one evaluation; strips: of
     one drawing). flops, train_forwards: of an iteration. evaluations: how many. optimizer_steps: of
     the run. judges: of an iteration. judged_besides: seconds of waiting for them in evaluations and
@@ -249,7 +257,7 @@ def estimate(
     gathering = copying = 0.0
     if sharded(config.policy, processes):
         # The blocks arrive beside the computing; copying them out of their buffer is a part of it.
-        gathering = sizes.weights * (1 - 1 / processes) / device.peers
+        gathering = gather_seconds(*gathered(sizes), processes, device)
         copying = 2 * sizes.weights / device.speed.bandwidth
     branches = 1 if config.policy.guidance == 1 else 2
     for call, cost in costs.items():
@@ -369,14 +377,15 @@ def _memory(
 
 
 def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
-    """Bytes of weights that all processes together hold on the host, were they all on one machine.
+    """Bytes of weights that all processes of a machine together hold on the host.
     At most: what is loaded in its file's own dtype is mapped and not copied (seen with safetensors
     0.8), and processes share the pages.
     """
     # Sharded, the first process alone loads the transformer. 4-bit weights are made on the device,
     # tensor by tensor: their own bytes stand for what is read meanwhile.
-    loaders = 1 if sharded(config.policy, processes) else processes
-    beside = processes * (sizes.text + sizes.vae)
+    here = min(processes, MACHINE)
+    loaders = 1 if sharded(config.policy, processes) else here
+    beside = here * (sizes.text + sizes.vae)
     return {
         "loading": loaders * (sizes.weights + sizes.trained) + beside,
         "training": beside if config.policy.offload else 0,

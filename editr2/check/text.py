@@ -19,6 +19,9 @@ from editr2.check.devices import (
 from editr2.check.editors import Editor
 from editr2.check.estimate import Estimate, sharded
 from editr2.check.judges import lines as judge_lines
+from editr2.check.links import MACHINE
+from editr2.check.scale import limits
+from editr2.check.scale import lines as scale_lines
 from editr2.config import Config, RolloutConfig, TrainConfig
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
@@ -124,8 +127,8 @@ def render(
     ]
     if device.gpu:
         together = (
-            f", {processes} processes together (less where the files have policy.dtype: then "
-            f"pages are shared)"
+            f", {min(processes, MACHINE)} processes together (less where the files have "
+            f"policy.dtype: then pages are shared)"
         )
         lines += ["", f"memory of the host{together if processes > 1 else ''}"]
         lines += [
@@ -159,6 +162,8 @@ def render(
             "  not yet compared with a GPU run of ours (the error seen elsewhere: "
             "editr2/check/__init__.py)"
         )
+    limiting = limits(config, editor, device, sampler, turns[0], processes, result)
+    lines += scale_lines(limiting, config, turns[0], processes)
     verdict = "fits" if fits else "DOES NOT FIT"
     lines += [
         "",
