@@ -32,6 +32,8 @@ from editr2.rl.sampler import Sampler
 
 WRITING = 0.5e9
 """Assumed bytes a second of a checkpoint: one process sums them by SHA-256 and writes, all wait."""
+WORTH = 0.02
+"""Share of an iteration from which a part of it is worth a remedy."""
 DRAWS = 64
 """Iterations drawn to see how uneven the sessions of processes are."""
 
@@ -197,7 +199,9 @@ def lines(found: Limits, config: Config, turns: Sequence[int], processes: int) -
         said.append(f"  {part.name:<28}{seconds}  {part.why}")
     return [
         *said,
-        f"  most of it: {largest.name}; what helps: {largest.remedy}",
+        f"  most of it: {largest.name}; what helps: {largest.remedy}"
+        if largest.seconds >= WORTH * whole
+        else f"  none of it is {WORTH:.0%}",
         f"  {images:.3g} images a second trained, {images / processes:.3g} of each process",
         f"  assumed: {BETWEEN / 1e9:g} GB/s a device between machines, a hop "
         f"{HOP_INSIDE * 1e6:g} us inside and {HOP_BETWEEN * 1e6:g} between, {HOP_HOST * 1e6:g} of "
