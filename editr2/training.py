@@ -62,8 +62,8 @@ def _settled(
                 "train.micro_batch: auto (accepted with a policy that was given ready made: a "
                 "number or none; what it takes is not known)"
             )
-        off = replace(p, **{n: "off" for n in _OF_A_POLICY if getattr(p, n) == "auto"})
-        config = replace(config, policy=off)
+        off: dict[str, Any] = {n: "off" for n in _OF_A_POLICY if getattr(p, n) == "auto"}
+        config = replace(config, policy=replace(p, **off))
     return settled_for_device(config, processes.device, processes.count, insist)
 
 

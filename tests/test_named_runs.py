@@ -106,8 +106,7 @@ def config(model, loss, weights, sessions, out, options):
     return replace_nested(Config(), values)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "nft"])
-@pytest.mark.parametrize("model", ["kontext", "qwen-edit"])
+@pytest.mark.parametrize("model, loss", [("kontext", "grpo"), ("qwen-edit", "nft")])
 def test_a_run_of_three_turns(model, loss, server, lookers, weights, sessions, tmp_path, capsys):
     with server(says=says) as judge:
         # Thresholds that a detector of random weights finds some things by.

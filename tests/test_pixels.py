@@ -404,8 +404,7 @@ def test_the_examples_are_what_their_code_draws(scenes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["grpo", "nft"])
-@pytest.mark.parametrize("model", ["kontext", "qwen-edit"])
+@pytest.mark.parametrize("model, loss", [("kontext", "grpo"), ("qwen-edit", "nft")])
 def test_a_run_of_three_turns_without_a_server(beside, tmp_path, model, loss):
     weights = tmp_path / "weights"
     if model == "kontext":

@@ -80,6 +80,7 @@ ZERO = {
     "train.old_decay",
     "train.old_decay_max",
     "train.max_failed_scores",
+    "eval.sessions",
     "eval.every",
     "eval.strips",
     "eval.drift.structure",

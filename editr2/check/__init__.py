@@ -152,7 +152,7 @@ def _case(
     editor.see(sessions)
     own = editor.own
     samplers = rollout_sampler(config.rollout, own), eval_sampler(config.rollout, config.eval, own)
-    turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.heldout]
+    turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.shown]
     return Case(editor, device, samplers, turns, processes, judges)
 
 
@@ -228,7 +228,12 @@ def dry_run(config: Config, folder: str) -> list[str]:
         config,
         out=folder,
         train=replace(config.train, iterations=2, stop_after=None),
-        eval=replace(config.eval, sessions=1, strips=min(1, config.eval.strips), every=0),
+        eval=replace(
+            config.eval,
+            sessions=min(1, config.eval.sessions),
+            strips=min(1, config.eval.strips),
+            every=0,
+        ),
         checkpoint=replace(config.checkpoint, every=2, keep=1),
     )
     cuda = torch.cuda.is_available()

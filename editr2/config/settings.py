@@ -502,26 +502,31 @@ class EvalConfig:
     """Evaluation: fixed seeds and greedy intents, so the same weights always score the same.
 
     Args:
-        sessions: held-out sessions.
+        sessions: held-out sessions; 0 trains without any evaluation (and what needs one is
+            refused).
         turns: turns of held-out sessions drawn from the world; none is rollout.turns.
         sampler: rollout (as in training, window noise and all, with fixed seeds: the policy that is
             trained) or ode (no noise after the initial latent).
         steps: denoising steps; none uses rollout.steps.
         intent_tokens: at most this many tokens an intent; none uses policy.intent_tokens.
         every: also evaluate each so many iterations; 0 only before and after.
-        strips: sessions shown as film-strips in the report.
+        strips: sessions shown as film-strips in the report; 0 draws none.
+        strips_from: of what a strip is: groups (the first rollout of a whole group, sampled as in
+            training, with its advantages; rolled out for it) or evaluation (the rollout that was
+            evaluated: greedy intents, eval.sampler and its seeds, no advantages; none besides).
         reward: judges that training never asks, a list of name or function, options, concurrency,
             timeout and retries each, as reward.use. Their scores stand apart, and an alarm is
             raised where they fall while the trained reward rises.
     """
 
-    sessions: int = setting(200, COUNT)
+    sessions: int = setting(200, Bounds(at_least=0, at_most=1_000_000))
     turns: int | None = setting(None, TURNS)
     sampler: Literal["rollout", "ode"] = "rollout"
     steps: int | None = setting(None, STEPS)
     intent_tokens: int | None = setting(None, TOKENS)
     every: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
     strips: int = setting(12, Bounds(at_least=0, at_most=1_000))
+    strips_from: Literal["groups", "evaluation"] = "groups"
     reward: tuple[RewardUse, ...] = setting((), what=REWARDS_LISTED)
     drift: DriftConfig = field(default_factory=DriftConfig)
 
@@ -529,6 +534,10 @@ class EvalConfig:
     def uses(self) -> tuple[tuple[str, RewardUse], ...]:
         """Each judge of `reward`, behind the setting that it stands in."""
         return listed_uses("eval.reward", self.reward)
+
+    @property
+    def off(self) -> bool:
+        return self.sessions == 0
 
 
 @dataclass(frozen=True)

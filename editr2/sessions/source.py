@@ -23,6 +23,8 @@ class SessionSource:
     """Training session number `ordinal` of a run, and its evaluation sessions.
 
     sessions: from a file, in a new order every pass; none: drawn from the world, never repeated.
+    heldout: to evaluate on; none where evaluation is off. shown: whose first become film-strips,
+    the same, or where evaluation is off so many as are shown.
     """
 
     seed: int
@@ -30,6 +32,7 @@ class SessionSource:
     sessions: list[Session] | None
     heldout: list[Session]
     heldout_is_training: bool
+    shown: list[Session]
 
     def __getitem__(self, ordinal: int) -> Session:
         if self.sessions is None:
@@ -61,8 +64,10 @@ def open_sessions(
         load_sessions, size=size, resize=data.resize, unreadable=unreadable, others=others
     )
     train = load(data.path, limit=data.limit) if data.path else None
-    count = evaluation.sessions
-    if data.heldout:
+    count = evaluation.sessions or evaluation.strips
+    if not count:
+        heldout = []
+    elif data.heldout:
         heldout = load(data.heldout, limit=count)
     elif train is not None:
         heldout = train[:count]
@@ -71,6 +76,6 @@ def open_sessions(
         heldout = [
             shapes.make_session(HELDOUT_SEED, i, split="heldout", turns=turns) for i in range(count)
         ]
-    return SessionSource(
-        seed, rollout.turns, train, heldout, not data.heldout and train is not None
-    )
+    evaluated = [] if evaluation.off else heldout
+    is_training = bool(evaluated) and not data.heldout and train is not None
+    return SessionSource(seed, rollout.turns, train, evaluated, is_training, heldout)
