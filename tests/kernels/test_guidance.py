@@ -376,7 +376,7 @@ def test_token_renormalisation_passes_no_gradient_along_the_row(backend, seed, w
     _, on_text = gradients(backend, x, x_next, v, text, guidance=weight, renorm="token")
     w = text + weight * (v - text)
     along = (on_text.double() * w.double()).sum(-1).abs()
-    assert (along <= 3e-6 * on_text.double().norm(dim=-1) * w.double().norm(dim=-1) + 1e-9).all()
+    assert (along <= 1e-5 * on_text.double().norm(dim=-1) * w.double().norm(dim=-1) + 1e-9).all()
 
 
 @PROPERTY

@@ -1,4 +1,4 @@
-"""token_log_prob: forward one program a row, walking the vocabulary twice in blocks; backward one
+"""token_log_prob: forward one program a row, reading the vocabulary once, in blocks; backward one
 program a chunk."""
 
 # mypy: disable-error-code="no-untyped-def"
@@ -46,19 +46,26 @@ def token_kernel(
         tl.store(lse + 2 * row + 1, 0.0)
     else:
         columns = tl.arange(0, BLOCK)
-        high = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for start in range(0, v, BLOCK):
-            # A NaN is passed over and comes back through the exponents.
-            logit = _logits(logits, row, start + columns, v)
-            high = tl.where(logit > high, logit, high)
-        m = tl.max(high, axis=0)
+        m = tl.full((), float("-inf"), tl.float32)
         exps = tl.zeros((BLOCK,), tl.float32)
         products = tl.zeros((BLOCK,), tl.float32)
+        ahead = _logits(logits, row, columns, v)
         for start in range(0, v, BLOCK):
-            d = bounded((_logits(logits, row, start + columns, v) - m) * scale)
+            logit = ahead
+            ahead = _logits(logits, row, start + BLOCK + columns, v)
+            # A NaN is passed over and comes back through the exponents.
+            high = tl.max(tl.where(logit == logit, logit, float("-inf")), axis=0)
+            if high > m:  # what was added so far, relative to the larger one: a few times a row
+                shift = bounded((m - high) * scale)
+                factor = lib.exponential(shift)
+                products = (products + exps * shift) * factor
+                exps = exps * factor
+                m = high
+            d = bounded((logit - tl.where(m == float("-inf"), 0.0, m)) * scale)
             e = lib.exponential(d)
             exps += e
             products += e * d
+        # Of a row of -inf s is 0, and both results NaN: own - m and 0 / 0.
         s = lib.tree_sum(exps, LEVELS)
         log_sum = lib.log_unit(s) + (s - s)  # NaN where s is NaN, which log_unit would hide
         inside = (token >= 0) & (token < v)
