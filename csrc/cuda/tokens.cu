@@ -9,7 +9,7 @@ namespace editr2 {
 struct FusedLanes : ScalarLanes {};
 template <>
 EDITR2_HD float multiply_add<FusedLanes>(float a, float b, float c) {
-  return __fmaf_rn(a, b, c);
+  return fmaf(a, b, c);
 }
 
 namespace gpu {

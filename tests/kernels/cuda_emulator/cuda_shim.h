@@ -127,7 +127,6 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
 
 inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
