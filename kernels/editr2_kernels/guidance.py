@@ -28,6 +28,7 @@ BAGEL.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -107,8 +108,12 @@ def call_compiled(chosen: str, function: str, latents: Latents, **arguments: Any
     )
 
 
-def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """[B] fp32; a number is filled in on the device, so nothing waits and graphs can capture it."""
+# A number beyond it is infinite in fp32.
+LARGEST = 3.4028235677973366e38
+
+
+def _weight(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A finite number, or [B] fp32."""
     batch = like.shape[0]
     if isinstance(value, Tensor):
         if value.dtype != torch.float32:
@@ -122,14 +127,18 @@ def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a float32 tensor, got {type(value).__name__}")
     # math.isfinite would break the graph of a number that changes.
-    if not -math.inf < value < math.inf:
+    if not -LARGEST < value < LARGEST:
         raise ValueError(f"{name} must be finite, got {value}")
-    return torch.full((batch,), value, dtype=torch.float32, device=like.device)
+    return value
 
 
-def _interval(value: tuple[float, float] | Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    batch = like.shape[0]
+def _interval(
+    value: tuple[float, float] | Tensor | None, like: Tensor
+) -> tuple[float | Tensor, float | Tensor]:
+    if value is None:
+        return -math.inf, math.inf
     if isinstance(value, Tensor):
+        batch = like.shape[0]
         if value.dtype != torch.float32:
             raise TypeError(
                 f"guidance_interval must be two numbers or a float32 tensor, got {value.dtype}"
@@ -141,16 +150,55 @@ def _interval(value: tuple[float, float] | Tensor | None, like: Tensor) -> tuple
             )
         _checks.same_device("guidance_interval", value, "x", like)
         return value.detach().unbind(1)  # type: ignore[return-value]
-    low, high = _checks.pair("guidance_interval", (-math.inf, math.inf) if value is None else value)
+    low, high = _checks.pair("guidance_interval", value)
     if not low < high:
         raise ValueError(
             f"guidance_interval must be (low, high) with low < high, got {(low, high)}"
         )
-    low_B, high_B = (
-        torch.full((batch,), bound, dtype=torch.float32, device=like.device)
-        for bound in (low, high)
+    for bound in (low, high):
+        if not -LARGEST < bound < LARGEST and abs(bound) != math.inf:
+            raise ValueError(f"guidance_interval must be in the range of float32, got {bound}")
+    return low, high
+
+
+def _entries(columns: tuple[float | Tensor, ...], like: Tensor) -> Tensor:
+    """[B, 4] fp32 of four columns, numbers or [B] tensors, made on the device: nothing waits, and a
+    graph can capture it.
+
+    Numbers alone are one launch, which counts in a loop of steps: all sixteen bytes of a row are
+    one complex number to `full`. (Read as doubles, two finite or infinite fp32 numbers are never
+    NaN, so no bit of them can be lost.)
+    """
+    batch = like.shape[0]
+    if torch.compiler.is_compiling():  # a number may be a symbol, and all of this is fused
+        return torch.stack(
+            [
+                column
+                if isinstance(column, Tensor)
+                else torch.full((batch,), column, dtype=torch.float32, device=like.device)
+                for column in columns
+            ],
+            dim=1,
+        )
+    numbers = [0.0 if isinstance(column, Tensor) else column for column in columns]
+    count = sum(isinstance(column, Tensor) for column in columns)
+    if count == 0:
+        return _rows_of(numbers, like)
+    filled = columns if count == len(columns) else _rows_of(numbers, like).unbind(1)
+    return torch.stack(
+        [
+            column if isinstance(column, Tensor) else number
+            for column, number in zip(columns, filled, strict=True)
+        ],
+        dim=1,
     )
-    return low_B, high_B
+
+
+def _rows_of(numbers: list[float], like: Tensor) -> Tensor:
+    """[B, 4] fp32 whose rows are these four numbers, in one launch."""
+    pair = complex(*struct.unpack("=2d", struct.pack("=4f", *numbers)))
+    rows = torch.full((like.shape[0], 1), pair, dtype=torch.complex128, device=like.device)
+    return rows.view(torch.float32)
 
 
 def _weights(
@@ -188,7 +236,7 @@ def _weights(
         return None
     text = _weight("guidance", 1.0 if guidance is None else guidance, like)
     image = _weight("guidance_image", 1.0 if guidance_image is None else guidance_image, like)
-    return torch.stack((text, image, *_interval(interval, like)), dim=1)
+    return _entries((text, image, *_interval(interval, like)), like)
 
 
 def make_latents(
