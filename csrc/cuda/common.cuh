@@ -182,6 +182,9 @@ __device__ __forceinline__ void fetch8(const void* data, int dtype, bool wide, i
       out[k] = (2 * k < valid ? p[2 * k] : 0u) | (2 * k + 1 < valid ? static_cast<uint32_t>(p[2 * k + 1]) << 16 : 0u);
   }
 }
+__device__ __forceinline__ void fetch8(const Lanes& t, int64_t b, int64_t i, int valid, uint32_t out[kVector]) {
+  fetch8(t.data, t.dtype, t.wide, b * t.stride + i, valid, out);
+}
 __device__ __forceinline__ void unpack8(const uint32_t stored[kVector], int dtype, float out[kVector]) {
   if (dtype == kFloat32) {
 #pragma unroll

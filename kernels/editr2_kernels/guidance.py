@@ -169,26 +169,25 @@ def _entries(columns: tuple[float | Tensor, ...], like: Tensor) -> Tensor:
     one complex number to `full`. (Read as doubles, two finite or infinite fp32 numbers are never
     NaN, so no bit of them can be lost.)
     """
-    batch = like.shape[0]
     if torch.compiler.is_compiling():  # a number may be a symbol, and all of this is fused
-        return torch.stack(
-            [
-                column
-                if isinstance(column, Tensor)
-                else torch.full((batch,), column, dtype=torch.float32, device=like.device)
-                for column in columns
-            ],
-            dim=1,
-        )
-    numbers = [0.0 if isinstance(column, Tensor) else column for column in columns]
-    count = sum(isinstance(column, Tensor) for column in columns)
-    if count == 0:
-        return _rows_of(numbers, like)
-    filled = columns if count == len(columns) else _rows_of(numbers, like).unbind(1)
+        size = like.shape[:1]
+        filled = [
+            column
+            if isinstance(column, Tensor)
+            else torch.full(size, column, dtype=torch.float32, device=like.device)
+            for column in columns
+        ]
+        return torch.stack(filled, dim=1)
+    tensors = [column for column in columns if isinstance(column, Tensor)]
+    if len(tensors) == len(columns):
+        return torch.stack(tensors, dim=1)
+    rows = _rows_of([0.0 if isinstance(column, Tensor) else column for column in columns], like)
+    if not tensors:
+        return rows
     return torch.stack(
         [
             column if isinstance(column, Tensor) else number
-            for column, number in zip(columns, filled, strict=True)
+            for column, number in zip(columns, rows.unbind(1), strict=True)
         ],
         dim=1,
     )
