@@ -72,8 +72,15 @@ class Latents(NamedTuple):
         }
         return Latents(**values)
 
+    def detached(self) -> Latents:
+        """Without gradient; itself where there can be none."""
+        kept = all(value is None or _checks.detached(value) is value for value in self[:6])
+        return self if kept else self.map(torch.Tensor.detach)
+
     def addressable(self) -> Latents:
         """Every sample contiguous: what kernels address."""
+        if all(value is None or value.is_contiguous() for value in self[:6]):
+            return self  # tensors come first
         guidance = None if self.guidance is None else self.guidance.contiguous()
         return self.map(_checks.addressable)._replace(guidance=guidance)
 
@@ -102,7 +109,9 @@ def call_compiled(chosen: str, function: str, latents: Latents, **arguments: Any
     """Run a latent operator of backend "cpu" or "cuda"; `latents` are addressable."""
     module, where = compiled(chosen, latents.x)
     batch, n = latents.x.shape
-    scratch = workspace(module, latents.x, batch, n, latents.width, latents.renorm)
+    scratch = None  # backend "cpu" needs none
+    if chosen != "cpu":
+        scratch = workspace(module, latents.x, batch, n, latents.width, latents.renorm)
     getattr(module, function)(
         **latents.arguments(), **arguments, workspace=pointer(scratch), B=batch, N=n, **where
     )
@@ -209,6 +218,11 @@ def _weights(
     interval: tuple[float, float] | Tensor | None,
     renorm: str,
 ) -> Tensor | None:
+    if (
+        renorm == "none"
+        and v_uncond is v_uncond_image is guidance is guidance_image is interval is None
+    ):
+        return None  # as most calls are
     for branch_name, branch, weight_name, weight in (
         ("v_uncond", v_uncond, "guidance", guidance),
         ("v_uncond_image", v_uncond_image, "guidance_image", guidance_image),
@@ -268,9 +282,9 @@ def make_latents(
             flat[name] = _checks.flat(name, branch)
     if m_prev is not None:
         _checks.like("m_prev", m_prev, "x", x, doubles=doubles)
-        m_prev = _checks.flat("m_prev", m_prev.detach())
+        m_prev = _checks.flat("m_prev", _checks.detached(m_prev))
     return Latents(
-        _checks.flat("x", x.detach()),
+        _checks.flat("x", _checks.detached(x)),
         _checks.flat("v", v),
         m_prev,
         flat["v_uncond"],
