@@ -98,6 +98,7 @@ def our_config(folder: Path, setup: Setup) -> Config:
                 "lora_alpha": 2 * RANK,
                 "lora_targets": DEFAULT_LAYERS,
                 "dtype": setup.dtype,
+                "compile": setup.compile,
             },
             "rollout": {
                 "sessions": setup.groups,

@@ -21,7 +21,8 @@ TIED = "tied: "
 @dataclass(frozen=True)
 class Setup:
     """What both get. batch: rollouts that go through the model together. peer_adapters: dtype of
-    the peer's trained weights in a comparison in bfloat16; ours are float32."""
+    the peer's trained weights in a comparison in bfloat16; ours are float32. compile: our blocks
+    (`policy.compile`); the peer has no such setting."""
 
     dtype: str = "float32"
     groups: int = 2
@@ -35,6 +36,7 @@ class Setup:
     judge_workers: int = 4
     ties: bool = False
     peer_adapters: str = "bfloat16"
+    compile: bool = False
 
     @property
     def rollouts(self) -> int:
@@ -56,7 +58,7 @@ class Setup:
             yield f"--resolution: {self.resolution} (accepted: multiples of 16)"
 
     def counts(self, ours: bool) -> Counts:
-        """Of one iteration, both without what is encoded once and kept."""
+        """Of one iteration, both without what is encoded once and kept: sources and words."""
         batches = self.rollouts // self.batch
         learn = self.rollouts - (self.tied if ours else 0)
         # With a group a batch, ours has batches in which nobody has an advantage.
