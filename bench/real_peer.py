@@ -17,6 +17,10 @@ finite, and both learn from the same samples. With --ties the judge calls all si
 second group equal: ours leaves those rollouts out of training, the peer multiplies them by zero,
 and the gate knows both counts.
 
+With --turns the sessions have several. Its trainer knows one: its adapter's `inference` is called
+once a turn on the outputs before, and hands all samples of a batch's turns to the trainer; what
+they learn from is level, and words and sources are kept on both sides.
+
 What differs from the peer's shipped recipe (examples/grpo/lora/flux1_kontext), and why:
 
 - its batch is 1, here it is --batch, as ours; its loader's 16 workers are 0 and its progress bars
@@ -119,10 +123,9 @@ def check_iteration(name: str, side: Any, counts: Counts, setup: Setup, first: b
         raise Unequal(f"{name}: counted {counts} (accepted: {expected})")
     if not side.finite or not all(map(math.isfinite, side.finite)):
         raise Unequal(f"{name}: reports {side.finite} (accepted: finite numbers)")
-    if side.learning != setup.rollouts - setup.tied:
-        raise Unequal(
-            f"{name}: learns from {side.learning} samples (accepted: {setup.rollouts - setup.tied})"
-        )
+    learning = (setup.rollouts - setup.tied) * setup.turns
+    if side.learning != learning:
+        raise Unequal(f"{name}: learns from {side.learning} samples (accepted: {learning})")
 
 
 @dataclass
@@ -183,7 +186,8 @@ def mode_of(setup: Setup) -> str:
     ties = ", half of the groups tie" if setup.ties else ""
     wide = ", peer's adapters in fp32" if setup.peer_adapters == "float32" else ""
     compiled = ", our blocks compiled" if setup.compile else ""
-    return f"kontext 13.9 M, batch {setup.batch}, {judge}{ties}{wide}{compiled}"
+    turns = f", {setup.turns} turns" if setup.turns > 1 else ""
+    return f"kontext 13.9 M, batch {setup.batch}, {judge}{turns}{ties}{wide}{compiled}"
 
 
 def rows_of(setup: Setup, seen: dict[str, Seen], facts: dict[str, Any]) -> list[frame.Row]:
