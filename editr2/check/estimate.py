@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -147,8 +146,16 @@ def plan(
     first = loss.ratio and t.minibatches > 1  # old log-probs, before any weight moves
     for size in _batches(groups, r.groups_per_batch):
         walks = t.updates * (1 + without) + first
-        how: dict[str, Any] = {"generates": False, "reads": again, "encodes": encodes}
-        walk = _walk("train", editor, size, r.siblings, shares, **how)
+        walk = _walk(
+            "train",
+            editor,
+            size,
+            r.siblings,
+            shares,
+            generates=False,
+            reads=again,
+            encodes=encodes,
+        )
         calls += [Call(c.phase, c.step, c.batch, c.turn, walks) for c in walk]
         turns_rows = [max(1, round(size * r.siblings * share)) for share in shares]
         for turn, batch in _forwards([n * places for n in turns_rows], places, t.rows):
