@@ -126,7 +126,7 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
 
     case = _case(config, editor, source, device, processes, judges or ())
     config, settled = settle(config, device.gpu, lambda _: case, processes=processes)
-    option = case.of(config)
+    option = case.of(config, compared=True)
     lines = render(config, case, option, settled)
     notes = [
         *reward.lacking(source.sessions or [source[i] for i in range(LOOKED_AT)]),

@@ -322,13 +322,17 @@ def estimate(
     turns: tuple[Sequence[int], Sequence[int]],
     processes: int = 1,
     judges: Sequence[Measured] = (),
+    *,
+    compared: bool = False,
 ) -> Estimate:
     """samplers: of training and of evaluation. turns: of every session to train on, and of every
     held-out one (evaluation off: of those shown as strips). judges: the rewards, as they were
-    measured; of none the time is left out. Of sessions of several sizes: `mixed`."""
+    measured; of none the time is left out. compared: the memory is also that with no block computed
+    again (`WITHOUT`) and with all (`WITH_ALL`). Of sessions of several sizes: `mixed`."""
     if editor.mix:
         given = (device, samplers, turns, processes, judges)
-        return mixed([(share, estimate(config, view, *given)) for share, view in editor.mix])
+        each = [(s, estimate(config, e, *given, compared=compared)) for s, e in editor.mix]
+        return mixed(each)
     t, r = config.train, config.rollout
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
@@ -366,7 +370,7 @@ def estimate(
     seconds["train"] += steps * 9 * 4 * stepped / device.speed.bandwidth
     forwards = [c for c in calls if c.step in ("velocity", "train")]
     return Estimate(
-        *_memory(config, editor, list(costs), samplers[0], turns[0], processes),
+        *_memory(config, editor, list(costs), samplers[0], turns[0], processes, compared),
         _host(config, sizes, processes),
         traffic.gathering,
         seconds,
@@ -399,6 +403,7 @@ def _memory(
     sampler: Sampler,
     turns: Sequence[int],
     processes: int,
+    compared: bool,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part, and alive in each phase."""
     r, t, p, sizes = config.rollout, config.train, config.policy, editor.sizes()
@@ -411,7 +416,6 @@ def _memory(
         return max((editor.cost(*key, checkpointing).peak for key in found), default=0)
 
     # Compiled blocks keep less than plain ones do; by how much is not modelled.
-    train = {how: largest("train", "answer", checkpointing=how) for how in ("off", "all")}
     trains = largest("train", "answer", checkpointing=p.gradient_checkpointing)
     # The context of everyone who is denoised together; training in smaller batches copies theirs
     # out of it.
@@ -451,9 +455,9 @@ def _memory(
         "activations, rollout": largest("velocity", "intend") + sizes.dequantized,
         "activations, encode and decode": largest("encode", "decode"),
         "activations, train": trains + sizes.dequantized,
-        WITHOUT: train["off"] + sizes.dequantized,
-        WITH_ALL: train["all"] + sizes.dequantized,
     }
+    for name, how in ((WITHOUT, "off"), (WITH_ALL, "all")) if compared else ():
+        memory[name] = largest("train", "answer", checkpointing=how) + sizes.dequantized
     always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
     always += trained + memory["copies (reference, old, average)"] + outside + contexts
     resident = 0 if p.offload else sizes.text + sizes.vae

@@ -75,10 +75,17 @@ class Case:
     processes: int = 1
     judges: Sequence[Measured] = ()
 
-    def of(self, config: Config, editor: Editor | None = None) -> Option:
-        editor = editor or self.editor
+    def of(self, config: Config, editor: Editor | None = None, *, compared: bool = False) -> Option:
+        """With the editor of the case, or another. compared: as `estimate` takes it."""
         found = estimate(
-            config, editor, self.device, self.samplers, self.turns, self.processes, self.judges
+            config,
+            editor or self.editor,
+            self.device,
+            self.samplers,
+            self.turns,
+            self.processes,
+            self.judges,
+            compared=compared,
         )
         return Option(config, found, self.device)
 
@@ -207,8 +214,8 @@ def alone(case: Case, config: Config) -> Iterator[tuple[str, Any, Option]]:
             editor = case.editor if key in SAME_EDITOR else open_editor(changed.policy)
             options.append((value, case.of(changed, editor)))
         if key in (ROWS, GROUPS) and options:  # of many sizes the fastest that fits
-            fit = [o for o in options if o[1].fits(ROOM)] or options
-            options = [min(fit, key=lambda o: o[1].seconds)]
+            fit = [o for o in options if o[1].fits(ROOM)]
+            options = [min(fit, key=lambda o: o[1].seconds)] if fit else []
         yield from ((key, value, option) for value, option in options)
 
 
