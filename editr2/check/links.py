@@ -18,8 +18,9 @@ BETWEEN = 50e9 * PEER_EFFICIENCY
 H100), of which as much is assumed to be reached as of NVLink."""
 HOP_INSIDE, HOP_BETWEEN = 3.4e-6, 14e-6
 """Seconds of one step of a ring, over NVLink and over the network (NCCL's model)."""
-HOP_HOST = 50e-6
-"""Assumed seconds of one step between hosts, over TCP: gloo, by which processes agree."""
+HOP_HOST = 100e-6
+"""Assumed seconds of one step between hosts (gloo, by which processes agree): half of the 0.2 ms
+that two processes of one machine took here (docs/design.md)."""
 
 
 def machines(count: int) -> int:
