@@ -11,6 +11,11 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
+from editr2.check import estimate as estimates
+from editr2.check import preflight
+from editr2.check.editors import Editor
+from editr2.check.estimate import mixed
+from editr2.check.meter import Cost
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested
 from editr2.errors import ConfigError, DataError
@@ -210,33 +215,35 @@ def folder(pipeline, tmp_path):
     return tmp_path
 
 
-def test_a_run_goes_on_bit_for_bit_and_everything_around_it_knows_the_sizes(folder):
-    def config(out, iterations):
-        few = {"sessions": 3, "siblings": 2, "steps": 2, "window": 1}
-        return replace_nested(
-            Config(),
-            {
-                "out": str(folder / out),
-                "data": {"path": str(folder / "sessions.jsonl"), "resize": "crop"},
-                "reward": {"function": "editr2.rewards.brightness:Brightness"},
-                "policy": {
-                    "model": "kontext",
-                    "weights": str(folder / "weights"),
-                    "resolution": SQUARE,
-                    "buckets": SIZES,
-                    "text_tokens": 40,
-                    "lora_rank": 2,
-                },
-                "rollout": few,
-                "credit": {"preset": "flow-grpo", "weights": {"brightness": 1.0}},
-                "train": {"iterations": iterations, "lr": 1e-2},
-                "eval": {"sessions": 3, "strips": 3},
+@pytest.fixture
+def config(folder):
+    def made(out, iterations=2):
+        values = {
+            "out": str(folder / out),
+            "data": {"path": str(folder / "sessions.jsonl"), "resize": "crop"},
+            "reward": {"function": "editr2.rewards.brightness:Brightness"},
+            "policy": {
+                "model": "kontext",
+                "weights": str(folder / "weights"),
+                "resolution": SQUARE,
+                "buckets": SIZES,
+                "text_tokens": 40,
+                "lora_rank": 2,
             },
-        )
+            "rollout": {"sessions": 3, "siblings": 2, "steps": 2, "window": 1},
+            "credit": {"preset": "flow-grpo", "weights": {"brightness": 1.0}},
+            "train": {"iterations": iterations, "lr": 1e-2},
+            "eval": {"sessions": 3, "strips": 3},
+        }
+        return replace_nested(Config(), values)
 
-    whole = train(config("whole", 2))
+    return made
+
+
+def test_a_run_goes_on_bit_for_bit_and_everything_around_it_knows_the_sizes(folder, config):
+    whole = train(config("whole"))
     train(config("parts", 1))
-    parts = train(config("parts", 2))
+    parts = train(config("parts"))
     file = "pytorch_lora_weights.safetensors"
     a, b = (load_file(run / "policy" / file) for run in (whole, parts))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -250,6 +257,27 @@ def test_a_run_goes_on_bit_for_bit_and_everything_around_it_knows_the_sizes(fold
     written = (folder / "out" / "outputs.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in written] == ["0", "1", "2", "3"]
     assert output_sizes([str(folder / "out")]) == (LYING, SQUARE, UPRIGHT)
+
+
+def test_memory_is_that_of_the_largest_size_and_time_that_of_the_mix(config, monkeypatch):
+    def cost(editor, step, batch, *how):
+        pixels = editor.image_size[0] * editor.image_size[1]
+        return Cost({torch.float32: pixels * 10**12}, 0, 0, 0, pixels * 2**20, 0)
+
+    seen = []
+    monkeypatch.setattr(Editor, "cost", cost)
+    monkeypatch.setattr(Editor, "held", lambda *of: 0)
+    monkeypatch.setattr(estimates, "mixed", lambda parts: seen.append(parts) or mixed(parts))
+    lines = "\n".join(preflight(config("checked")).lines)
+    shares = "32 x 48 (50%), 32 x 32 (25%), 48 x 32 (25%) of the sessions"
+    assert f"buckets     {shares}\n" in lines
+    ((three, large), (one, small)) = seen[0]
+    together = mixed(seen[0])
+    assert (three, one) == (0.75, 0.25) and large.peak > small.peak
+    assert together.peaks == large.peaks
+    train_s = [part.seconds["train"] for part in (large, small, together)]
+    assert train_s[0] / train_s[1] == pytest.approx(1.5, rel=1e-3)
+    assert train_s[2] == pytest.approx(0.75 * train_s[0] + 0.25 * train_s[1])
 
 
 # --------------------------------------------------------------------------------------- the sizes
