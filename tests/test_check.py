@@ -736,6 +736,25 @@ def test_gathering_takes_the_time_that_computing_does_not_cover(two_processes):
     assert copied.seconds["rollout"] == pytest.approx(copied.rollout_forwards * 2 * FROZEN / 1e6)
 
 
+def test_without_adapters_what_trains_is_shared_out_too(two_processes):
+    trained = two_processes.sizes.trained
+    half, once = trained // 2, (FROZEN + trained) / 2 / 1e6
+    full = two_processes(shard=True, lora_rank=0)
+    names = ("trained weights", "optimizer states", "copies (reference, old, average)")
+    copies = full.memory[names[2]] // half
+    assert [full.memory[name] for name in names] == [half, 2 * half, copies * half]
+    # Gradients of a block, twice on their way and once of the block before; of what is in none.
+    assert full.memory["gradients"] == half + 4 * (3 * max(BLOCK) + OUTSIDE)
+    assert full.gathering == pytest.approx(once)
+    reduced = half / 1e6
+    assert full.seconds["train"] == pytest.approx(full.train_forwards * (2 * once + reduced))
+    assert full.host["saving"] == (3 + copies) * trained
+    # Two branches of guidance have one backward, where their gradients are added up first.
+    assert (
+        two_processes(shard=True, lora_rank=0, guidance=2.0).memory["gradients"] == half + trained
+    )
+
+
 def test_contexts_of_all_who_are_denoised_together_are_alive(folders):
     """Of four siblings and one group a batch; training in twos copies two more."""
     for micro_batch, rows in ((None, 4), (2, 6)):
