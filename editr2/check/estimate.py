@@ -331,8 +331,9 @@ def estimate(
     again (`WITHOUT`) and with all (`WITH_ALL`). Of sessions of several sizes: `mixed`."""
     if editor.mix:
         given = (device, samplers, turns, processes, judges)
-        each = [(s, estimate(config, e, *given, compared=compared)) for s, e in editor.mix]
-        return mixed(each)
+        return mixed(
+            [(s, estimate(config, view, *given, compared=compared)) for s, view in editor.mix]
+        )
     t, r = config.train, config.rollout
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
