@@ -153,7 +153,7 @@ def _case(
     own = editor.own
     samplers = rollout_sampler(config.rollout, own), eval_sampler(config.rollout, config.eval, own)
     turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.shown]
-    return Case(editor, device, samplers, turns, processes, judges)
+    return Case(editor, device, samplers, turns, processes, judges, sessions)
 
 
 def settled_for_device(
