@@ -123,11 +123,6 @@ class PipelineModel(ConfiguredPolicy):
         for name, accepted, why in (
             ("quantize", p.quantize == "none", "none; 4-bit weights are not sharded"),
             ("model", not cls.instead_of_shard, cls.instead_of_shard),
-            (
-                "compile",
-                not p.compile,
-                "false; compiled blocks are not computed again as they were",
-            ),
         ):
             if not accepted:
                 yield f"policy.{name}: {getattr(p, name)} (accepted with policy.shard: {why})"
