@@ -34,8 +34,8 @@ def make_ready(policy: Any, adapter: Path | None, trains: bool) -> None:
     if policy.config.gradient_checkpointing:
         policy.module.enable_gradient_checkpointing()
     if policy.config.compile:
-        # Shared out, a block meets idle forwards of one token: with a form for each size one that is
-        # computed again takes that of its forward.
+        # Shared out, a block meets idle forwards of one token: with a form for each size, one that
+        # is computed again takes that of its forward.
         policy.module.compile_repeated_blocks(dynamic=False if policy.config.shard else None)
 
 
