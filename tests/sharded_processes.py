@@ -4,10 +4,10 @@ case.
 torchrun --nproc_per_node N tests/sharded_processes.py FOLDER CASES.json
 
 CASES.json: case -> changes to the configuration (`replace_nested`). Writes the runs,
-FOLDER/CASE-whole and FOLDER/CASE-shared (two iterations, the second after a restart; its policy is
-kept as FOLDER/CASE-kept), and FOLDER/facts.RANK.json: how many numbers the process held of the
-transformer without adapters, and of moments and copies, how often it was idle without and with
-gradient, and in how many of its own backwards idle forwards took part.
+FOLDER/CASE-whole and FOLDER/CASE-shared (two iterations, but for nft the second after a restart;
+its policy is kept as FOLDER/CASE-kept), and FOLDER/facts.RANK.json: how many numbers the process
+held of the transformer without adapters, and of moments and copies, how often it was idle without
+and with gradient, and in how many of its own backwards idle forwards took part.
 """
 
 import json
@@ -35,7 +35,7 @@ def main(folder: Path, cases: dict) -> None:
             seen: dict = facts.setdefault(case, {}).setdefault(
                 kind, {"idle": [0, 0], "mixed": 0, "held": 0, "whole": 0}
             )
-            train(config, seen, restarts=kind == "shared")
+            train(config, seen, restarts=kind == "shared" and case != "nft")
         if torch.distributed.get_rank() == 0:
             shutil.copytree(folder / f"{case}-shared" / "policy", folder / f"{case}-kept")
     rank = torch.distributed.get_rank()

@@ -357,9 +357,9 @@ TOGETHER = [
     ),
     ({"policy": {"model": "kontext"}, "data": {"heldout": "x"}}, "data.path: none", TRAINS),
     (
-        {"policy": {"model": "kontext", "shard": True}, "data": {"path": "x"}},
-        "policy.lora_rank: 0",
-        TRAINS,
+        {"policy": {"model": "kontext", "shard_group": 2}, "data": {"path": "x"}},
+        "policy.shard_group: 2 (accepted with policy.shard false: none)",
+        COMMANDS,
     ),
     ({"train": {"stop_after": 3}}, "train.stop_after: 3 (accepted with checkpoint.best", TRAINS),
     (
@@ -704,6 +704,7 @@ SAMPLED = {
     "policy.lora_rank",
     "policy.buckets",
     "policy.shard",
+    "policy.shard_group",
     "rollout.turns",
     "rollout.steps",
     "rollout.shift",

@@ -136,11 +136,6 @@ class PipelineModel(ConfiguredPolicy):
         for name, accepted, why in (
             ("quantize", p.quantize != "4bit", "none, fp8; 4-bit weights are not sharded"),
             ("model", not cls.instead_of_shard, cls.instead_of_shard),
-            (
-                "compile",
-                p.compile != "on",
-                "off or auto, which is off; compiled blocks are not computed again as they were",
-            ),
         ):
             if not accepted:
                 yield f"policy.{name}: {getattr(p, name)} (accepted with policy.shard: {why})"
