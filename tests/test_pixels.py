@@ -431,7 +431,7 @@ def test_a_run_of_three_turns_without_a_server(beside, tmp_path, model, loss):
         },
         "credit": {"preset": "flow-grpo", "weights": {"IF": 0.5, "CC": 0.5}},
         "train": {"iterations": 1, "lr": 1e-2, "lr_decay": 1.0, "ema": None, "loss": loss},
-        "eval": {"sessions": 2, "strips": 1},
+        "eval": {"sessions": 0, "strips": 0},
     }
     run = train(replace_nested(Config(), values))
     rows = read_metrics(run / "metrics.jsonl")[0]
