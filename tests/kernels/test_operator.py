@@ -58,20 +58,6 @@ def by_profiler(call: Any) -> list[str]:
     return [event.name for event in seen.events()]
 
 
-@pytest.mark.parametrize("watch", [by_mode, by_profiler])
-def test_who_watches_sees_the_operators(watch: Any) -> None:
-    v = torch.ones(2, 6, requires_grad=True)
-    names = watch(lambda: (step(torch.ones(2, 6)), torch.autograd.grad(loss(v), v)))
-    for name in ("editr2::sde_step", "editr2::sde_log_prob", "editr2::replay_backward"):
-        assert any(seen.startswith(name) for seen in names), f"{name} was not seen"
-
-
-def test_a_subclass_is_asked() -> None:
-    Subclass.names.clear()
-    step(torch.ones(2, 6).as_subclass(Subclass))
-    assert any("sde_step" in name for name in Subclass.names)
-
-
 def test_a_negated_tensor_is_read_negated() -> None:
     values = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     negated = torch._neg_view(values)
@@ -87,3 +73,17 @@ def test_a_gradient_is_that_of_the_dispatcher() -> None:
     assert plain.any() and torch.equal(plain, dispatched)
     with torch.no_grad():
         assert not loss(v).requires_grad
+
+
+@pytest.mark.parametrize("watch", [by_mode, by_profiler])
+def test_who_watches_sees_the_operators(watch: Any) -> None:
+    v = torch.ones(2, 6, requires_grad=True)
+    names = watch(lambda: (step(torch.ones(2, 6)), torch.autograd.grad(loss(v), v)))
+    for name in ("editr2::sde_step", "editr2::sde_log_prob", "editr2::replay_backward"):
+        assert any(seen.startswith(name) for seen in names), f"{name} was not seen"
+
+
+def test_a_subclass_is_asked() -> None:
+    Subclass.names.clear()
+    step(torch.ones(2, 6).as_subclass(Subclass))
+    assert any("sde_step" in name for name in Subclass.names)
