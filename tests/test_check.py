@@ -725,8 +725,9 @@ def test_gathering_takes_the_time_that_computing_does_not_cover(two_processes):
     assert bare.gathering == pytest.approx(once) and two_processes().gathering == 0
     assert bare.seconds["rollout"] == pytest.approx(bare.rollout_forwards * once)
     assert bare.seconds["train"] == pytest.approx(bare.train_forwards * 2 * once)
-    guided = two_processes(shard=True, guidance=2.0)
-    assert guided.seconds["rollout"] == pytest.approx(2 * bare.seconds["rollout"])
+    for branches, gathers in (("apart", 2), ("together", 1)):
+        guided = two_processes(shard=True, guidance=2.0, branches=branches)
+        assert guided.seconds["rollout"] == pytest.approx(gathers * bare.seconds["rollout"])
     half = two_processes(
         flops=2e9, shard=True
     )  # a call computes for 0.5 s: more than gathering once, less than twice

@@ -440,7 +440,8 @@ def _memory(
         trained = -(-sizes.trained // shares)
         # Forwards that share a backward (branches of guidance, turns in one micro-batch) add up
         # their gradients before they are reduced.
-        several = p.guidance != 1 or t.micro_batch is not None
+        apart = p.guidance != 1 and settled_branches(p, processes).branches == "apart"
+        several = apart or t.rows is not None
         gradients = trained + (sizes.trained if several else REDUCED * sizes.block + outside)
     memory = {
         "frozen weights": round(sizes.weights / shares),
