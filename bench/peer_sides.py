@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 
-from bench.peer_work import PHASES, TIED, Counter, Judge, Setup
+from bench.peer_work import PHASES, Counter, Judge, Setup
 from editr2.config import Config, replace_nested
 from editr2.policies.load import load_policy
 from editr2.policies.weights import trainable
@@ -74,9 +74,9 @@ def write_folder(folder: Path, setup: Setup, **sizes: int) -> None:
     size = (setup.resolution, setup.resolution)
     for i, pixels in enumerate(tiny.pictures(setup.groups, size)):
         Image.fromarray(pixels).save(folder / "data" / "images" / f"{i}.png")
-        said = f"{TIED if setup.is_tied(i) else ''}make it brighter, {i}"
-        ours.append({"image": f"images/{i}.png", "turns": [{"instruction": said}]})
-        theirs.append({"image": f"{i}.png", "prompt": said})
+        said = [{"instruction": setup.said(i, turn)} for turn in range(setup.turns)]
+        ours.append({"image": f"images/{i}.png", "turns": said})
+        theirs.append({"image": f"{i}.png", "prompt": setup.said(i, 0)})
     for name, lines in (("sessions", ours), ("train", theirs)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "data" / f"{name}.jsonl").write_text(text)
@@ -98,6 +98,7 @@ def our_config(folder: Path, setup: Setup) -> Config:
                 "lora_alpha": 2 * RANK,
                 "lora_targets": DEFAULT_LAYERS,
                 "dtype": setup.dtype,
+                "compile": setup.compile,
             },
             "rollout": {
                 "sessions": setup.groups,
@@ -231,6 +232,8 @@ def peer_config(folder: Path, setup: Setup) -> dict[str, Any]:
             "group_size": setup.siblings,
             "unique_sample_num_per_epoch": setup.groups,
             "gradient_step_per_epoch": 1,
+            # One step for all turns; its own count would be of one of them.
+            "gradient_accumulation_steps": setup.samples // setup.batch * setup.window,
             "advantage_aggregation": "sum",
             "global_std": False,
             "clip_range": 1e-4,
@@ -279,6 +282,41 @@ def peer_judge(judge: Judge) -> ModuleType:
     return module
 
 
+def walked(adapter: Any, setup: Setup) -> Callable[..., list[Any]]:
+    """In place of `adapter.inference`, which its trainer calls for a batch: the same once a turn,
+    each on the outputs of the one before. A turn of a group is a group of its own to its
+    advantages, which tell groups by prompt and condition: its siblings have the source there. Words
+    are read once, as its data set does with those of the first turn."""
+    infer = adapter.inference
+    groups = {setup.said(group, 0): group for group in range(setup.groups)}
+
+    @functools.cache
+    def read(said: str) -> dict[str, Any]:
+        words: dict[str, Any] = adapter.encode_prompt(
+            prompt=[said], max_sequence_length=setup.text_tokens
+        )
+        return words
+
+    @functools.wraps(infer)  # its trainer asks what it takes
+    def walk(**given: Any) -> list[Any]:
+        first = before = infer(**given)
+        samples = list(first)
+        made = ("images", "condition_images", "image_latents", "image_ids")
+        same = {name: value for name, value in given.items() if name not in made}
+        for turn in range(1, setup.turns):
+            said = [setup.said(groups[prompt], turn) for prompt in given["prompt"]]
+            words = [read(text) for text in said]
+            read_once = {name: torch.cat([w[name] for w in words]) for name in words[0]}
+            turned = {**same, **read_once, "prompt": said}
+            before = infer(**turned, images=[sample.image for sample in before])
+            for sample, source in zip(before, first, strict=True):
+                sample.condition_images = source.condition_images
+            samples += before
+        return samples
+
+    return walk
+
+
 class Peer:
     """Needs `flow_factory` to be importable."""
 
@@ -297,6 +335,9 @@ class Peer:
 
         with mock.patch.object(loader, "load_model", loaded):
             self.trainer: Any = loader.load_trainer(Arguments.from_dict(peer_config(folder, setup)))
+        if setup.turns > 1:
+            adapter = self.trainer.adapter
+            adapter.inference = walked(adapter, setup)
         if setup.dtype == "float32":
             self.trainer.autocast = functools.partial(torch.autocast, "cpu", enabled=False)
         pipe = self.trainer.adapter.pipeline

@@ -21,7 +21,8 @@ TIED = "tied: "
 @dataclass(frozen=True)
 class Setup:
     """What both get. batch: rollouts that go through the model together. peer_adapters: dtype of
-    the peer's trained weights in a comparison in bfloat16; ours are float32."""
+    the peer's trained weights in a comparison in bfloat16; ours are float32. compile: our blocks
+    (`policy.compile`); the peer has no such setting. turns: of a session."""
 
     dtype: str = "float32"
     groups: int = 2
@@ -35,10 +36,17 @@ class Setup:
     judge_workers: int = 4
     ties: bool = False
     peer_adapters: str = "bfloat16"
+    compile: bool = False
+    turns: int = 1
 
     @property
     def rollouts(self) -> int:
         return self.groups * self.siblings
+
+    @property
+    def samples(self) -> int:
+        """Outputs of an iteration."""
+        return self.rollouts * self.turns
 
     @property
     def tied(self) -> int:
@@ -50,28 +58,36 @@ class Setup:
             yield f"--batch: {self.batch} (accepted: whole groups, all batches of one size)"
         if self.ties and self.batch not in (self.siblings, self.rollouts):
             yield f"--batch: {self.batch} (accepted with --ties: one group, or all)"
+        if self.turns < 1:
+            yield f"--turns: {self.turns} (accepted: 1 or more)"
         if not 1 <= self.window < self.steps:
             yield f"--window: {self.window} (accepted: 1 to --steps - 1)"
         if self.resolution % 16:
             yield f"--resolution: {self.resolution} (accepted: multiples of 16)"
 
     def counts(self, ours: bool) -> Counts:
-        """Of one iteration, both without what is encoded once and kept."""
+        """Of one iteration, both without what is encoded once and kept: sources and words."""
         batches = self.rollouts // self.batch
         learn = self.rollouts - (self.tied if ours else 0)
         # With a group a batch, ours has batches in which nobody has an advantage.
         empty = self.tied // self.batch if ours and self.batch == self.siblings else 0
-        passes = (batches - empty) * self.window
+        passes = (batches - empty) * self.window * self.turns
         return Counts(
-            forwards=batches * self.steps,
-            forward_rows=self.rollouts * self.steps,
+            forwards=batches * self.steps * self.turns,
+            forward_rows=self.samples * self.steps,
             trained=passes,
-            trained_rows=learn * self.window,
+            trained_rows=learn * self.window * self.turns,
             backwards=passes,
             steps=1,
-            decoded=self.rollouts,
-            judged=self.rollouts,
+            encoded=self.samples - self.rollouts,  # what later turns read
+            decoded=self.samples,
+            judged=self.samples,
         )
+
+    def said(self, group: int, turn: int) -> str:
+        """The instruction of a group's turn; both count from 0."""
+        tied = TIED if self.is_tied(group) else ""
+        return f"{tied}make it brighter, {group}" + (f", again {turn}" if turn else "")
 
     def is_tied(self, group: int) -> bool:
         return self.ties and group % 2 == 1
@@ -156,5 +172,7 @@ class Judge:
 
     def brightness(self, session: Any, images: np.ndarray) -> list[float]:
         """Ours: a session and its outputs."""
-        (turn,) = session.turns
-        return [self.score(turn.instruction, float(images.mean() / 255))]
+        return [
+            self.score(turn.instruction, float(image.mean() / 255))
+            for turn, image in zip(session.turns, images, strict=True)
+        ]

@@ -13,6 +13,12 @@ EDITR2_HD typename L::F bounded_exponent(typename L::F d) {
   return L::select(d < -88.0f, typename L::F{} - 88.0f, d);
 }
 
+// a b + c; lanes that fuse the two roundings specialise it.
+template <class L>
+EDITR2_HD typename L::F multiply_add(typename L::F a, typename L::F b, typename L::F c) {
+  return a * b + c;
+}
+
 // exp(d) for -88 <= d <= 0.4: 2^n exp(r) with |r| <= ln(2) / 2, by the polynomial of Cephes' expf; about
 // 1 ulp down to the smallest normal number. n comes out of the low bits of a sum with 1.5 * 2^23, and
 // n ln 2 goes in two parts. 2^n is made of n's bits, so that of n = -127, and with it exp(-88), is 0.
@@ -21,15 +27,16 @@ EDITR2_HD typename L::F exp_bounded(typename L::F d) {
   using F = typename L::F;
   using I = typename L::I;
   using U = typename L::U;
-  const F shifted = d * 1.44269504f + 12582912.0f;
+  const auto constant = [](float c) { return F{} + c; };
+  const F shifted = multiply_add<L>(d, constant(1.44269504f), constant(12582912.0f));
   const F n = shifted - 12582912.0f;
-  const F r = (d - n * 0.693359375f) + n * 2.12194440e-4f;
-  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const F mantissa = (p * (r * r) + r) + 1.0f;
+  const F r = multiply_add<L>(n, constant(2.12194440e-4f), multiply_add<L>(n, constant(-0.693359375f), d));
+  F p = multiply_add<L>(r, constant(1.9875691500e-4f), constant(1.3981999507e-3f));
+  p = multiply_add<L>(p, r, constant(8.3334519073e-3f));
+  p = multiply_add<L>(p, r, constant(4.1665795894e-2f));
+  p = multiply_add<L>(p, r, constant(1.6666665459e-1f));
+  p = multiply_add<L>(p, r, constant(5.0000001201e-1f));
+  const F mantissa = multiply_add<L>(p, r * r, r) + 1.0f;
   const U exponent = (U)L::float_bits(shifted) - 0x4B400000u + 127u;
   const F power = L::bits_float((I)(exponent << 23));
   return mantissa * power;

@@ -11,7 +11,10 @@
 #
 #   OUT=results bash scripts/gpu_session.sh
 #
-# It leaves $OUT/summary.txt, $OUT/headline.log and $OUT/logs.tgz, which holds all logs and the benchmarks' rows.
+# To see what a change gives, put an older tree beside (git archive -o .whl/before.tar COMMIT): its operators are built
+# and timed after ours, on the same machine and by the same table; rows in before/ of the logs.
+#
+# It leaves $OUT/summary.txt, $OUT/headline.log (and before.log) and $OUT/logs.tgz: all logs and rows.
 #
 #   OUT     a folder for the results (runs/gpu)    LIMIT   seconds in all (470)
 #   PYTHON  the interpreter (python3)              SKIP    names of steps to leave out, such as "build editors"
@@ -57,7 +60,7 @@ step() {
   status=$?
   say "$name: status $status, $((SECONDS - before)) s, at $((SECONDS - START)) s"
   tail -n 3 "$SCRATCH/logs/$name.log" | cut -c1-200 | sed 's/^/    /' | tee -a "$SUMMARY"
-  if [[ $name == headline ]]; then cp "$SCRATCH/logs/headline.log" "$OUT/"; fi
+  if [[ $name == headline || $name == before ]]; then cp "$SCRATCH/logs/$name.log" "$OUT/"; fi
   keep
 }
 
@@ -105,6 +108,17 @@ install_wheels() {
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$SCRATCH/site" .whl/*.whl
 }
 
+# The operators of an older tree, by this tree's table.
+before() {
+  mkdir -p "$SCRATCH/before"
+  tar -xf .whl/before.tar -C "$SCRATCH/before"
+  (cd "$SCRATCH/before" && EDITR2_BUILD_CUDA=1 "$PYTHON" setup.py build_ext --inplace) || return
+  PYTHONPATH=$PWD:$SCRATCH/before/kernels:$PYTHONPATH "$PYTHON" -m scripts.headline --first 3 --results "$SCRATCH/logs/before"
+  local status=$?
+  sed -i "s/\"commit\": \"[^\"]*\"/\"commit\": \"$(git get-tar-commit-id < .whl/before.tar)\"/" "$SCRATCH"/logs/before/*.jsonl
+  return $status
+}
+
 # Rows name the commit. What travelled may have no folder of git's, or a stale one: .whl/COMMIT goes first.
 name_the_commit() {
   local commit
@@ -116,7 +130,7 @@ name_the_commit() {
 GPU=tests/kernels/test_gpu.py
 STRICT="two_gpu or never_waits or captured or out_of_range or other_stream or (matches and shape2) or last_block"
 # Triton compiles anew for each alignment, and waits for the rest.
-STRICT+=" or two_to_the_31 or (off_16 and cuda and dtype1) or (repeats and shape2 and dtype1)"
+STRICT+=" or two_to_the_31 or (off_16 and cuda and dtype1) or (repeats and shape2 and dtype1) or by_numbers or comes_last"
 FUSED="(test_sde_step or test_grpo_loss or test_nft_loss) and mixed"
 NOT="guard or guided or given or log_prob or awm"
 BENCH=(bench/test_sde_step.py bench/test_grpo_loss.py bench/test_nft_loss.py -m gpu)
@@ -135,6 +149,9 @@ fi
 on_gpu build 120 env EDITR2_BUILD_CUDA=1 "$PYTHON" setup.py build_ext --inplace
 step headline 90 "$PYTHON" -m scripts.headline --results "$ROWS"
 tests strict 90 "${PARALLEL[@]}" --timeout 80 $GPU -k "$STRICT"
+export -f before
+export SCRATCH PYTHON
+if [[ -f .whl/before.tar ]]; then on_gpu before 100 bash -c before; fi
 tests bench_large 110 "${TIMED[@]}" "${BENCH[@]}" -k "$FUSED and 512x4096 and not ($NOT)"
 tests editors 90 "${TIMED[@]}" bench/test_transformers.py -m gpu -k "klein or (Kontext and 512 and rollout)"
 tests capture 45 --timeout 40 tests/test_capture.py tests/test_sde_scheduler.py -m gpu -k "graph or wait or never"

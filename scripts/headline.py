@@ -31,10 +31,12 @@ STEPS = 10
 MAX_SETS = 32  # of inputs; where they stay in the L2 no share of a copy is told
 HOST_CALLS = {"cuda": 50, "cpu": 1}
 COPY = "copy"
-COLUMNS = "{:22} {:18} {:15} {:7} {:>8} {:>8} {:>7} {:>6} {:>8} {:>8}"
+UNCOUNTED = frame.Profile(None, None, None)
+COLUMNS = "{:22} {:18} {:15} {:7} {:>8} {:>8} {:>7} {:>6} {:>8} {:>8} {:>8}"
 HEAD = COLUMNS.format(
-    "operator", "shape", "dtype", "backend", "us", "copy us", "% copy", "GB/s", "host us", "error"
-)
+    "operator", "shape", "dtype", "backend", "us", "copy us", "% copy", "GB/s", "host us",
+    "launches", "error",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ def step_noise_given(i: Latents, backend: str) -> Any:
 
 
 def guided_step(i: Latents, backend: str) -> Any:
+    """By a number: beside the step without guidance, what it costs in launches and on the host."""
+    return sde_step(i, backend, v_uncond=i.v_ref, guidance=4.0)
+
+
+def renormalised_step(i: Latents, backend: str) -> Any:
     return sde_step(i, backend, v_uncond=i.v_ref, guidance=4.0, renorm="token")
 
 
@@ -181,6 +188,10 @@ def nft_gradient(i: Latents, backend: str) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, i.v, i.one)
 
 
+def token_forward(i: Tokens, backend: str) -> tuple[Tensor, ...]:
+    return ek.token_log_prob(i.logits.detach(), i.ids, backend=backend)
+
+
 def token_gradient(i: Tokens, backend: str) -> tuple[Tensor, ...]:
     out = ek.token_log_prob(i.logits, i.ids, backend=backend)
     return torch.autograd.grad((out.log_prob, out.entropy), i.logits, (i.ones, i.ones))
@@ -191,7 +202,8 @@ def latents(size: Size) -> Case:
     operators = [
         Operator("step, noise inside", size.bytes(x=2, v=1), sde_step),
         Operator("step, noise given", size.bytes(x=2, v=1) + noise, step_noise_given),
-        Operator("step, guided by token", size.bytes(x=2, v=4), guided_step),
+        Operator("step, guided", size.bytes(x=2, v=2), guided_step),
+        Operator("step, guided by token", size.bytes(x=2, v=4), renormalised_step),
         Operator("grpo forward", size.bytes(x=2, v=2), grpo_forward),
         Operator("grpo forward+backward", size.bytes(x=4, v=5), grpo_gradient),
         Operator("nft forward+backward", size.bytes(x=4, v=7), nft_gradient),
@@ -201,8 +213,10 @@ def latents(size: Size) -> Case:
 
 
 def tokens(size: Size) -> Case:
-    # Two reads and a write: that the forward pass reads twice is our plan's own cost.
-    operators = [Operator("token forward+backward", size.bytes(v=3), token_gradient)]
+    operators = [
+        Operator("token forward", size.bytes(v=1), token_forward),
+        Operator("token forward+backward", size.bytes(v=3), token_gradient),
+    ]
     return Case(size, size.bytes(v=1), make_tokens, operators)
 
 
@@ -282,9 +296,10 @@ def measure(
     backends: Sequence[str],
     seconds: float,
     where: dict[str, Any],
+    count: bool,
 ) -> Iterator[frame.Row | str]:
     """A row a backend; or words, of a backend that fails, and of one whose result is wrong with its
-    times."""
+    times. count: the launches too."""
     size, device = case.size, case.size.device
     l2 = frame.l2_bytes(device)
     # Plain calls: the copies of an H200's graph took 1.6 times as long at some sizes, as if by
@@ -292,11 +307,14 @@ def measure(
     runs = {COPY: (frame.copy_provider(operator.moved, device), 1)}
     errors: dict[str, tuple[float, bool]] = {}
     host: dict[str, float] = {}
+    seen: dict[str, frame.Profile] = {}
     expected = operator.call(sets[0], "ref")
     for backend in backends:
         try:
             errors[backend] = largest_error(operator.call(sets[0], backend), expected)
-            host[backend] = host_us(partial(operator.call, sets[0], backend), device)
+            call = partial(operator.call, sets[0], backend)
+            host[backend] = host_us(call, device)
+            seen[backend] = frame.profile(call, device) if count else UNCOUNTED
             runs[backend] = (
                 one_after_another(partial(operator.call, backend=backend), sets, device),
                 len(sets),
@@ -332,6 +350,8 @@ def measure(
             bytes=operator.moved,
             copy_gb_s=round(operator.moved / copy_ms / 1e6, 1),
             copy_percent=round(100 * copy_ms / p50, 1) if cold else None,
+            launches=seen[backend].launches,
+            host_syncs=seen[backend].host_syncs,
             max_error=error,
             rounds=len(times[backend]),
             extra={
@@ -356,8 +376,27 @@ def line(row: frame.Row) -> str:
         "in L2" if row.copy_percent is None else f"{row.copy_percent:.1f}",
         f"{row.bytes / row.p50_ms / 1e6:.0f}",
         f"{row.extra['host_us']:.1f}",
+        "-" if row.launches is None else str(row.launches),
         f"{row.max_error:.1e}",
     )
+
+
+def order(rows: Sequence[frame.Row]) -> Iterator[str]:
+    """By operator, the time of backend "cuda" over that of "triton" at each size: which of them
+    `backend=None` should take."""
+    ratios: dict[str, list[str]] = {}
+    medians = {
+        (row.mode, str(row.shape), row.dtype, row.provider.split()[1].rstrip(",")): row.p50_ms
+        for row in rows
+    }
+    for (mode, shape, dtype, backend), cuda in medians.items():
+        triton = medians.get((mode, shape, dtype, "triton"))
+        if backend == "cuda" and triton is not None:
+            ratios.setdefault(mode, []).append(f"{cuda / triton:.2f}")
+    if ratios:
+        yield "cuda over triton, in the order of the sizes above"
+    for mode, found in ratios.items():
+        yield f"{mode:22} {' '.join(found)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -386,21 +425,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"backend {name}: {status.detail if status.available else f'absent: {status.reason}'}"
         )
     print(HEAD, flush=True)
-    failed = 0
+    failed, rows, counted = 0, list[frame.Row](), set[str]()
     for case in cases(device)[: given.first]:
         copies = frame.copies_past_cache(case.read, frame.l2_bytes(device))
         sets = [case.make(case.size) for _ in range(min(MAX_SETS, copies))]
         for operator in case.operators:
             if device == "cuda":
                 torch.cuda.empty_cache()  # what the graphs before held
-            for found in measure(case, operator, sets, ours, given.seconds, where):
+            # Launches depend on no size. Not where another profiler looks, and nothing is timed.
+            count = operator.name not in counted and given.seconds > 0
+            counted.add(operator.name)
+            for found in measure(case, operator, sets, ours, given.seconds, where, count):
                 if isinstance(found, str):
                     failed += 1
                     print(f"FAILED {found}", flush=True)
                     continue
                 print(line(found), flush=True)
+                rows.append(found)
                 if given.results is not None:
                     frame.append_rows(given.results, [found])
+    for words in order(rows):
+        print(words)
     return 1 if failed else 0
 
 

@@ -4,13 +4,14 @@ case.
 torchrun --nproc_per_node N tests/sharded_processes.py FOLDER CASES.json
 
 CASES.json: case -> changes to the configuration (`replace_nested`). Writes the runs,
-FOLDER/CASE-whole and FOLDER/CASE-shared, and FOLDER/facts.RANK.json: what the process held of the
-transformer, how
-often it was idle without and with gradient, and in how many of its own backwards idle forwards took
-part.
+FOLDER/CASE-whole and FOLDER/CASE-shared (two iterations, but for nft the second after a restart;
+its policy is kept as FOLDER/CASE-kept), and FOLDER/facts.RANK.json: how many numbers the process
+held of the transformer without adapters, and of moments and copies, how often it was idle without
+and with gradient, and in how many of its own backwards idle forwards took part.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -34,7 +35,9 @@ def main(folder: Path, cases: dict) -> None:
             seen: dict = facts.setdefault(case, {}).setdefault(
                 kind, {"idle": [0, 0], "mixed": 0, "held": 0, "whole": 0}
             )
-            train(config, seen, restarts=kind == "shared")
+            train(config, seen, restarts=kind == "shared" and case != "nft")
+        if torch.distributed.get_rank() == 0:
+            shutil.copytree(folder / f"{case}-shared" / "policy", folder / f"{case}-kept")
     rank = torch.distributed.get_rank()
     (folder / f"facts.{rank}.json").write_text(json.dumps(facts))
 
@@ -42,12 +45,12 @@ def main(folder: Path, cases: dict) -> None:
 def train(config: Config, seen: dict, restarts: bool) -> None:
     """The configured iterations; restarts: those after the first in a second call."""
 
-    def place(policy, shard, processes):
+    def place(policy, shard, processes, group):
         seen["empty"] = any(p.is_meta for p in policy.module.parameters())
-        sharding.place(policy, shard, processes)
-        frozen = [p for p in policy.module.parameters() if not p.requires_grad]
-        seen["held"] = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
-        seen["whole"] = sum(p.numel() for p in frozen)
+        sharding.place(policy, shard, processes, group)
+        weights = [p for name, p in policy.module.named_parameters() if ".lora_" not in name]
+        seen["held"] = numbers(weights)
+        seen["whole"] = sum(p.numel() for p in weights)
         if processes.lockstep is not None:
             step, idle = processes.lockstep, processes.lockstep._idle
 
@@ -61,10 +64,28 @@ def train(config: Config, seen: dict, restarts: bool) -> None:
 
             step._idle, backwards, step._backward = counted, step._backward, backward
 
-    with mock.patch("editr2.policies.load.place", place):
-        for iterations in (1, config.train.iterations) if restarts else (config.train.iterations,):
+    states = []
+
+    def new_state(*given):
+        states.append(new(*given))
+        return states[-1]
+
+    new = trainer.new_state
+    with (
+        mock.patch("editr2.policies.load.place", place),
+        mock.patch("editr2.rl.loop.new_state", new_state),
+    ):
+        for iterations in (1, 2) if restarts else (config.train.iterations,):
             few = replace_nested(config, {"train": {"iterations": iterations}})
             trainer.train(few)
+    moments = [v for held in states[-1].optimizer.state.values() for v in held.values() if v.dim()]
+    copies = [v for held in states[-1]._copies().values() for v in held.values()]
+    seen["state"] = numbers([*moments, *copies])
+
+
+def numbers(tensors) -> int:
+    """How many of them are here."""
+    return sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors)
 
 
 if __name__ == "__main__":

@@ -682,8 +682,9 @@ def peer_setup(**given: Any) -> real_peer.Setup:
         ({}, (2, 16, 1, 8), (2, 16, 1, 8)),
         ({"ties": True}, (2, 16, 1, 4), (2, 16, 1, 8)),
         ({"ties": True, "batch": 4}, (4, 16, 1, 4), (4, 16, 2, 8)),
+        ({"ties": True, "turns": 2}, (4, 32, 2, 8), (4, 32, 2, 16)),
     ],
-    ids=["dense", "ties", "ties, a group a batch"],
+    ids=["dense", "ties", "ties, a group a batch", "ties, two turns"],
 )
 def test_our_side_of_the_real_peer_makes_the_calls_that_are_asked_of_it(
     tmp_path: Path, given: dict[str, Any], ours: tuple[int, ...], peer: tuple[int, ...]
@@ -696,12 +697,17 @@ def test_our_side_of_the_real_peer_makes_the_calls_that_are_asked_of_it(
     real_peer.check_iteration(real_peer.OURS, side, counts, setup, first=True)
     for wanted, found in ((ours, counts), (peer, setup.counts(ours=False))):
         assert wanted == (found.forwards, found.forward_rows, found.trained, found.trained_rows)
-    assert counts.backwards == counts.trained and counts.texts == 4 and counts.encoded >= 2
+    assert counts.backwards == counts.trained and counts.texts == 4 * setup.turns
+    assert counts.encoded == 2 + setup.samples - setup.rollouts
     assert sum(phases.values()) > 0 and set(phases) == set(real_peer.PHASES)
     assert side.counter.now == real_peer.Counts()
     with pytest.raises(real_peer.Unequal, match="counted"):
         one_more = dataclasses.replace(counts, forwards=counts.forwards + 1)
         real_peer.check_iteration(real_peer.OURS, side, one_more, setup, first=True)
+    side()  # from here on sources and words are kept
+    real_peer.check_iteration(real_peer.OURS, side, side.counter.take(), setup, first=False)
+    with pytest.raises(real_peer.Unequal, match="counted"):
+        real_peer.check_iteration(real_peer.OURS, side, counts, setup, first=False)
     side.finite = [1.0, float("nan")]
     with pytest.raises(real_peer.Unequal, match="finite"):
         real_peer.check_iteration(real_peer.OURS, side, counts, setup, first=True)
@@ -836,7 +842,16 @@ def test_the_real_peer_where_there_is_a_checkout(
     if not checkout:
         pytest.skip("EDITR2_FLOW_FACTORY names no checkout")
     command = [sys.executable, "-m", "bench", "real_peer", checkout, "--rounds", "1"]
-    sizes = ["--resolution", "32", "--text-tokens", "32", "--results", str(tmp_path)]
+    sizes = [
+        "--resolution",
+        "32",
+        "--text-tokens",
+        "32",
+        "--turns",
+        "2",
+        "--results",
+        str(tmp_path),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, *sizes], cwd=REPOSITORY, env=environment, capture_output=True, text=True

@@ -172,7 +172,7 @@ def test_training_takes_old_log_probs_of_its_own_where_the_rollout_was_captured(
             "capture": "compile",
         },
         "train": {"iterations": 1, "packed": "off"},
-        "eval": {"sessions": 2, "strips": 1},
+        "eval": {"sessions": 0, "strips": 0},
     }
     run = train(replace_nested(Config(), values), policy=tiny())
     (row,) = (r for r in read_metrics(run / "metrics.jsonl")[0] if r["event"] == "train")

@@ -124,7 +124,9 @@ def velocities(policy, context, seed=0, sigma=0.6):
 def test_kontext_is_the_stock_pipeline(tiny, make, guidance, embeds):
     pipe = tiny.kontext_pipeline(guidance_embeds=embeds)
     embed = 2.5 if embeds and guidance == 1 else None
-    policy = make("kontext", pipe, guidance=guidance, guidance_embed=embed, negative_prompt="dull")
+    given = {"guidance": guidance, "guidance_embed": embed, "negative_prompt": "dull"}
+    sizes = {"resolution": (32, 32), "buckets": [(32, 32), SIZE]} if guidance != 1 else {}
+    policy = make("kontext", pipe, **sizes, **given).at(SIZE)
     (image,) = tiny.pictures(1, SIZE)
     x = torch.randn(1, *policy.latent_shape)
     ours = denoised(policy, x, policy.instruct(policy.encode(image[None]), PROMPTS[:1]))
@@ -152,7 +154,8 @@ def test_kontext_is_the_stock_pipeline(tiny, make, guidance, embeds):
 @pytest.mark.parametrize(("model", "guidance"), [("klein", 1.0), ("klein", 4.0), ("klein-kv", 1.0)])
 def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
     size = (64, 80)  # the pipeline refuses smaller references
-    policy = make(model, resolution=size, guidance=guidance, history=2, keep_source=True)
+    sizes = {"resolution": (64, 64), "buckets": [(64, 64), size]}
+    policy = make(model, **sizes, guidance=guidance, history=2, keep_source=True).at(size)
     first, second, third = tiny.pictures(3, size)
     x = torch.randn(1, *policy.latent_shape)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import frame
+from scripts import headline
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_session.sh"
@@ -28,7 +29,7 @@ OPERATORS = (
     "token_log_prob",
     "group_advantage",
 )
-LIMITS = ("last_block", "31_elements", "off_16", "repeats")
+LIMITS = ("last_block", "31_elements", "off_16", "repeats", "by_numbers", "comes_last")
 SELECTED = {
     "strict": (
         *OPERATORS,
@@ -99,11 +100,13 @@ def test_the_table_of_operators(session: Path) -> None:
     assert [row.mode for row in rows] == [
         "step, noise inside",
         "step, noise given",
+        "step, guided",
         "step, guided by token",
         "grpo forward",
         "grpo forward+backward",
         "nft forward+backward",
         "normal",
+        "token forward",
         "token forward+backward",
     ]
     for row in rows:
@@ -113,6 +116,23 @@ def test_the_table_of_operators(session: Path) -> None:
             and row.copy_percent is not None
         )
         assert row.max_error is not None and row.max_error < 1e-2 and row.extra["host_us"] > 0
+    # What guidance by a number does beside the operator's own: an operator of torch, and its views.
+    plain, _, guided, *_ = (row.launches for row in rows)
+    assert plain is not None and guided is not None and guided - plain <= 5
+    assert all(row.host_syncs == 0 for row in rows)
+
+
+def test_the_order_of_two_backends_is_said() -> None:
+    def row(backend: str, mode: str, ms: float, shape: list[int]) -> frame.Row:
+        return frame.Row("headline", f"editr2 {backend}, graph", mode, shape, "bf16", ms, ms, ms)
+
+    rows = [row("cuda", "step", 1.0, [4, 8]), row("triton", "step", 2.0, [4, 8])]
+    rows += [row("cuda", "step", 3.0, [9, 8]), row("triton", "step", 2.0, [9, 8])]
+    rows += [row("cuda", "alone", 3.0, [9, 8])]
+    heading, *lines = headline.order(rows)
+    assert "cuda over triton" in heading
+    assert [words.split() for words in lines] == [["step", "0.50", "1.50"]]
+    assert list(headline.order(rows[-1:])) == []
 
 
 def test_every_selection_selects(session: Path) -> None:

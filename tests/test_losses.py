@@ -429,6 +429,9 @@ def test_check_says_what_a_loss_looks_at(loss, capsys):
     options = ["--train.loss_options={draws: 5}"] if loss == "awm" else []
     words = [f"--train.loss={loss}", f"--rollout.window={window}", *options]
     words += ["--rollout.shared_noise=false", "--gpu=h100"]
+    # Of little besides: what is measured for the rest of the page takes seconds.
+    words += ["--policy.intent=false", "--rollout.turns=1", "--eval.sessions=1"]
+    words += ["--rollout.sessions=1", "--rollout.siblings=2", "--eval.strips=1"]
     assert main(["check", *words]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("trained")]
     wanted = {"awm": "5 noise levels a turn, the same", "nft": "2 noise levels a turn and update"}

@@ -74,9 +74,9 @@ def first(scripts, pairs, reward):
 
 @pytest.mark.slow
 def test_right_is_first_of_every_task_that_can_be_seen(scripts, scenes):
-    pairs = [p for p in map(scenes.pair, range(45)) if p.task != "text_change"]
+    pairs = [p for p in map(scenes.pair, range(27)) if p.task != "text_change"]
     ranked, share = first(scripts, pairs, Pixels(Reads()))
-    assert len(ranked) == 35 and {one.task for one in ranked} == {*TASKS} - {
+    assert len(ranked) == 21 and {one.task for one in ranked} == {*TASKS} - {
         "count_change",
         "text_change",
     }
@@ -404,8 +404,7 @@ def test_the_examples_are_what_their_code_draws(scenes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["grpo", "nft"])
-@pytest.mark.parametrize("model", ["kontext", "qwen-edit"])
+@pytest.mark.parametrize("model, loss", [("kontext", "grpo"), ("qwen-edit", "nft")])
 def test_a_run_of_three_turns_without_a_server(beside, tmp_path, model, loss):
     weights = tmp_path / "weights"
     if model == "kontext":
@@ -432,7 +431,7 @@ def test_a_run_of_three_turns_without_a_server(beside, tmp_path, model, loss):
         },
         "credit": {"preset": "flow-grpo", "weights": {"IF": 0.5, "CC": 0.5}},
         "train": {"iterations": 1, "lr": 1e-2, "lr_decay": 1.0, "ema": None, "loss": loss},
-        "eval": {"sessions": 2, "strips": 1},
+        "eval": {"sessions": 0, "strips": 0},
     }
     run = train(replace_nested(Config(), values))
     rows = read_metrics(run / "metrics.jsonl")[0]

@@ -14,15 +14,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def launch(processes: int, out: Path) -> dict:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     subprocess.run(
-        [*command, str(ROOT / "tests" / "two_processes.py"), str(out)],
+        [
+            sys.executable,
+            *(torchrun if processes > 1 else []),
+            str(ROOT / "tests" / "two_processes.py"),
+            str(out),
+        ],
         check=True,
         cwd=ROOT,
         timeout=120,

@@ -9,10 +9,16 @@ import re
 import pytest
 from PIL import Image
 
+from editr2.cli.settings import run_config
+from editr2.config import Config, replace_nested
+from editr2.config.rules import settings_problems
 from editr2.errors import DataError
 from editr2.report import build_report, charts
 from editr2.report.data import load_run
 from editr2.report.gallery import thin
+from editr2.rl.rollout import rollout_chunk
+from editr2.run.tracking import read_metrics
+from editr2.training import train
 
 EVIL = '<script>alert("x")</script> & "quoted" \ud800 \u202e'
 
@@ -520,3 +526,82 @@ def test_exact_zeros_have_a_place_on_the_logarithmic_axis():
     assert "Exactly 0 in 1 of 2 iterations" in svg
     assert charts.log_chart("Ratio error", charts.Line("", [0, 1], [0.0, 0.0], 0)) is not None
     assert charts.log_chart("Ratio error", charts.Line("", [0], [None], 0)) is None
+
+
+# ------------------------------------------------------------------------- runs that evaluate less
+
+OFF = "Evaluation was off (eval.sessions: 0)"
+BY_GROUPS, BY_EVALUATION = "one rollout of a group", "the rollout that was evaluated"
+
+
+@pytest.mark.parametrize(
+    "evaluation, events, rolled, on_the_page",
+    [
+        ({"sessions": 0, "strips": 0}, "start train", [], {OFF}),
+        ({"sessions": 0, "strips": 2}, "start train", [6, 6], {OFF, BY_GROUPS}),
+        (
+            {"sessions": 3, "strips": 2, "strips_from": "evaluation"},
+            "start eval train eval comparison",
+            [3, 3],
+            {BY_EVALUATION},
+        ),
+    ],
+)
+def test_what_is_not_evaluated_costs_nothing_and_is_said(
+    evaluation, events, rolled, on_the_page, tiny_unified, tmp_path, monkeypatch
+):
+    """rolled: rollouts of every call that evaluation and strips make."""
+    made: list[int] = []
+
+    def counted(policy, chunk, *arguments, **options):
+        made.append(chunk.rollouts)
+        return rollout_chunk(policy, chunk, *arguments, **options)
+
+    monkeypatch.setattr("editr2.rl.evaluate.rollout_chunk", counted)
+    values = {
+        "out": str(tmp_path),
+        "policy": {"intent_tokens": 2},
+        "rollout": {"sessions": 2, "siblings": 3, "turns": 2, "steps": 3, "window": 1},
+        "train": {"iterations": 1},
+        "eval": evaluation,
+    }
+    config = replace_nested(Config(), values)
+    state = {k: v.clone() for k, v in tiny_unified.module.state_dict().items()}
+    train(config, policy=tiny_unified)
+    rows = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert [row["event"] for row in rows] == events.split() and made == rolled
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert {x for x in (OFF, BY_GROUPS, BY_EVALUATION) if x in page} == on_the_page
+    assert "There is no evaluation" not in page and "There are no strips" not in page
+    strips = tmp_path / "strips" / "after.json"
+    assert strips.exists() == bool(evaluation["strips"])
+    if not evaluation["strips"]:
+        return
+    turns = [s["turns"] for s in json.loads(strips.read_text())["sessions"]]
+    assert len(turns) == 2 and all(len(t) == 2 for t in turns)
+    alone = [t["advantage"] is None for session in turns for t in session]
+    assert all(alone) if evaluation["sessions"] else not any(alone)
+    if evaluation["sessions"]:
+        shown = [session[-1]["reward"] for session in turns]
+        assert shown == pytest.approx(rows[3]["per_session"]["reward"][:2])
+    # Strips that are lost are drawn again, of the same weights.
+    before, _ = strips.read_text(), strips.unlink()
+    for _ in range(2):
+        tiny_unified.module.load_state_dict(state)
+        train(config, policy=tiny_unified)
+    assert strips.read_text() == before and made == [*rolled, rolled[1]]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")[0]) == len(rows)
+
+
+def test_without_evaluation_what_needs_one_is_refused():
+    wrong = ["--eval.every=3", "--checkpoint.best=reward", "--train.stop_after=2"]
+    wrong += ["--eval.drift.structure=0.4", "--eval.reward=[{name: brightness}]"]
+    wrong += ["--eval.strips_from=evaluation"]
+    names = ["eval.reward" if "reward=[" in x else x[2:].split("=")[0] for x in wrong]
+    config = run_config("editr2 train", "x", ["--eval.sessions=0", *wrong])[0]
+    said = list(settings_problems(config))
+    assert sorted(line.split(":")[0] for line in said) == sorted(names)
+    assert all("(accepted with eval.sessions 0, no evaluation: " in line for line in said)
+    for command in ("eval", "rollout"):
+        (line,) = settings_problems(run_config("x", "x", ["--eval.sessions=0"])[0], command)
+        assert line == f"eval.sessions: 0 (accepted by editr2 {command}: at least 1)"

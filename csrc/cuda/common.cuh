@@ -156,6 +156,45 @@ __device__ __forceinline__ uint32_t to_half(float value, int dtype) {
   return dtype == kBfloat16 ? to_bfloat16(value) : to_float16(value);
 }
 
+// Elements offset .. offset + 7 of a tensor as they are stored, fp32 in eight words, the others in four; those from
+// `valid` on read as 0 and are not touched. `wide`: the eight start on 16 bytes.
+__device__ __forceinline__ void fetch8(const void* data, int dtype, bool wide, int64_t offset, int valid,
+                                       uint32_t out[kVector]) {
+  if (dtype == kFloat32) {
+    const uint32_t* p = static_cast<const uint32_t*>(data) + offset;
+    if (wide && valid == kVector) {
+      const uint4 a = reinterpret_cast<const uint4*>(p)[0], b = reinterpret_cast<const uint4*>(p)[1];
+      out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+      out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) out[k] = k < valid ? p[k] : 0u;
+    }
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(data) + offset;
+  if (wide && valid == kVector) {
+    const uint4 a = *reinterpret_cast<const uint4*>(p);
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVector / 2; ++k)
+      out[k] = (2 * k < valid ? p[2 * k] : 0u) | (2 * k + 1 < valid ? static_cast<uint32_t>(p[2 * k + 1]) << 16 : 0u);
+  }
+}
+__device__ __forceinline__ void fetch8(const Lanes& t, int64_t b, int64_t i, int valid, uint32_t out[kVector]) {
+  fetch8(t.data, t.dtype, t.wide, b * t.stride + i, valid, out);
+}
+__device__ __forceinline__ void unpack8(const uint32_t stored[kVector], int dtype, float out[kVector]) {
+  if (dtype == kFloat32) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) out[k] = ScalarLanes::bits_float(static_cast<int32_t>(stored[k]));
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) out[k] = from_half(stored[k / 2] >> (16 * (k % 2)) & 0xFFFFu, dtype);
+}
+
 // Elements offset .. offset + 7 of a tensor as fp32; those from `valid` on read as 0 and are not touched.
 // `wide`: the eight start on 16 bytes.
 __device__ __forceinline__ void load8(const void* data, int dtype, bool wide, int64_t offset, int valid,

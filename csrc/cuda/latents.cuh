@@ -33,7 +33,10 @@ __device__ __forceinline__ Sample sample_at(const LatentsView& a, int64_t b) {
   s.row = {nan, nan, nan, nan, nan, nan, nan, nan};
   if (index >= 0 && index < a.rows) {
     const float* p = a.table + 8 * index;
-    if (a.m_prev.data != nullptr || p[2] == 0.0f) s.row = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+    // No branch: the others would be loaded only after C has come.
+    const int32_t poison = a.m_prev.data != nullptr || p[2] == 0.0f ? 0 : 0x7FC00000;
+    const auto entry = [p, poison](int k) { return ScalarLanes::bits_float(ScalarLanes::float_bits(p[k]) | poison); };
+    s.row = {entry(0), entry(1), entry(2), entry(3), entry(4), entry(5), entry(6), entry(7)};
   }
   s.guide = guide_at(a.guidance == nullptr ? nullptr : a.guidance + 4 * b, s.row.sigma);
   if (a.v_uncond.data == nullptr) s.guide.text = 1.0f;  // a branch that is not there does not guide
@@ -91,10 +94,9 @@ __device__ __forceinline__ void guide8(const Lanes& base, float weight, const Sp
   for (int k = 0; k < kVector; ++k) u[k] = guided(from[k], u[k], weight);
 }
 
-// `wide`: at.i is a multiple of 8.
-__device__ __forceinline__ void velocity8(const LatentsView& a, const Sample& s, const Span& at, bool wide,
-                                          Velocity& q) {
-  load8(a.v.data, a.v.dtype, wide && a.v.wide, at.b * a.v.stride + at.i, at.valid, q.v);
+// From q.v. `wide`: at.i is a multiple of 8.
+__device__ __forceinline__ void guide_velocity8(const LatentsView& a, const Sample& s, const Span& at, bool wide,
+                                                Velocity& q) {
 #pragma unroll
   for (int k = 0; k < kVector; ++k) q.u[k] = q.v[k];
   guide8(a.v_uncond, s.guide.text, at, wide, q.u);
@@ -106,6 +108,12 @@ __device__ __forceinline__ void velocity8(const LatentsView& a, const Sample& s,
 #pragma unroll
   for (int k = 0; k < kVector; ++k) q.w[k] = q.u[k];
   scale8(a, s, at, q.u);
+}
+
+__device__ __forceinline__ void velocity8(const LatentsView& a, const Sample& s, const Span& at, bool wide,
+                                          Velocity& q) {
+  load8(a.v.data, a.v.dtype, wide && a.v.wide, at.b * a.v.stride + at.i, at.valid, q.v);
+  guide_velocity8(a, s, at, wide, q);
 }
 
 __device__ __forceinline__ void mean8(const LatentsView& a, const Sample& s, const Span& at, bool wide,

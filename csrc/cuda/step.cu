@@ -42,11 +42,15 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
   const Span at = span_of(a.latents.chunks, a.latents.n);
   float z2[1] = {0.0f};
   if (at.valid > 0) {
+    uint32_t of_x[kVector], of_v[kVector];  // under way while the sample's row is looked up
+    fetch8(a.latents.x, at.b, at.i, at.valid, of_x);
+    fetch8(a.latents.v, at.b, at.i, at.valid, of_v);
     const Sample s = sample_at(a.latents, at.b);
     float x[kVector], mu[kVector], next[kVector];
     Velocity q;
-    load8(a.latents.x, at.b, at.i, at.valid, x);
-    velocity8(a.latents, s, at, true, q);
+    unpack8(of_x, a.latents.x.dtype, x);
+    unpack8(of_v, a.latents.v.dtype, q.v);
+    guide_velocity8(a.latents, s, at, true, q);
     mean8(a.latents, s, at, true, x, q.u, mu);
     if (a.x0.data != nullptr) {
       float clean[kVector];

@@ -1,10 +1,22 @@
-// token_log_prob. Forward: a block a row, which walks the vocabulary twice, the second time out of the L2
-// cache. Backward: a block a chunk of a row, elementwise.
+// token_log_prob. Forward: a block a row, which reads the vocabulary once: where a larger logit appears, what was added
+// so far is scaled to it. Backward: a block a chunk of a row, elementwise.
 #include "../softmax.h"
 #include "common.cuh"
 
-namespace editr2::gpu {
+namespace editr2 {
+
+// These kernels are bound by their instructions, and no other backend has to have the bits of an exponential.
+struct FusedLanes : ScalarLanes {};
+template <>
+EDITR2_HD float multiply_add<FusedLanes>(float a, float b, float c) {
+  return fmaf(a, b, c);
+}
+
+namespace gpu {
 namespace {
+
+constexpr int kLoads = 2;  // of eight elements that a thread has under way
+constexpr int kTile = kLoads * kChunk;
 
 struct TokenView {
   Lanes logits;
@@ -13,19 +25,49 @@ struct TokenView {
   int64_t ignore_index, v;
 };
 
-// Eight logits of a row from `i` on, -infinity beyond its end.
-__device__ __forceinline__ void logits8(const TokenView& a, int64_t row, int64_t i, float out[kVector]) {
-  const int64_t left = a.v - i;
-  const int valid = left >= kVector ? kVector : static_cast<int>(left);
-  load8(a.logits, row, i, valid, out);
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) out[k] = k < valid ? out[k] : -INFINITY;
-}
-
 struct TokenArgs {
   TokenView row;
   float *log_prob, *entropy, *lse;
 };
+
+// Over what a thread has read: sums of exp(d) and exp(d) d, d = (logit - m) / T, m being the largest logit that its
+// warp has read. A warp has one m, so that it rises a few times in a row and what that costs is not paid by element.
+struct Running {
+  float m, sums[2];
+};
+
+// To a larger m. exp(d + shift) = exp(d) exp(shift), and d becomes d + shift.
+__device__ __forceinline__ void raise(Running& r, float m, float scale) {
+  const float shift = bounded_exponent<FusedLanes>((r.m - m) * scale);  // NaN where both are infinite
+  const float factor = exp_bounded<FusedLanes>(shift);
+  r.sums[1] = (r.sums[1] + r.sums[0] * shift) * factor;
+  r.sums[0] = r.sums[0] * factor;
+  r.m = m;
+}
+
+__device__ __forceinline__ float largest(int64_t left, float l[kVector]) {
+  float m = -INFINITY;
+  if (left < kVector) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) l[k] = k < left ? l[k] : -INFINITY;
+  }
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) m = fmaxf(m, l[k]);  // a NaN is passed over: it comes back through the exponents
+  return m;
+}
+
+__device__ __forceinline__ void add8(const TokenView& a, Running& r, float d[kVector]) {
+  const float m = r.m == -INFINITY ? 0.0f : r.m;  // nothing but -infinity and NaN so far
+  float e[kVector];
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    d[k] = bounded_exponent<FusedLanes>((d[k] - m) * a.scale);
+    e[k] = exp_bounded<FusedLanes>(d[k]);
+    d[k] = e[k] * d[k];
+  }
+  r.sums[0] += sum8(e);
+  r.sums[1] += sum8(d);
+}
 
 __global__ void __launch_bounds__(kThreads) token_kernel(const __grid_constant__ TokenArgs a) {
   __shared__ double maxima[kWarps];
@@ -33,45 +75,49 @@ __global__ void __launch_bounds__(kThreads) token_kernel(const __grid_constant__
   __shared__ float totals[2];
   const int64_t row = blockIdx.x, id = a.row.ids[row];
   const bool ignored = id == a.row.ignore_index;
-  float m = -INFINITY, sums[2] = {0.0f, 0.0f};
+  Running r = {-INFINITY, {0.0f, 0.0f}};
   if (!ignored) {  // the same for the whole block
-    for (int64_t i = threadIdx.x * kVector; i < a.row.v; i += kChunk) {
-      float l[kVector];
-      logits8(a.row, row, i, l);
+    const Lanes& logits = a.row.logits;
+    for (int64_t i = threadIdx.x * kVector; i - lane_of() * kVector < a.row.v; i += kTile) {  // whole warps
+      uint32_t stored[kLoads][kVector];
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) m = l[k] > m ? l[k] : m;  // a NaN comes back through the exponents
-    }
-    m = static_cast<float>(block_max(m, maxima));
-    for (int64_t i = threadIdx.x * kVector; i < a.row.v; i += kChunk) {
-      float d[kVector], e[kVector];
-      logits8(a.row, row, i, d);
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        d[k] = bounded_exponent<ScalarLanes>((d[k] - m) * a.row.scale);
-        e[k] = exp_bounded<ScalarLanes>(d[k]);
-        d[k] = e[k] * d[k];
+      for (int j = 0; j < kLoads; ++j) {
+        const int64_t at = i + j * kChunk, left = a.row.v - at;
+        fetch8(logits.data, logits.dtype, logits.wide, row * logits.stride + at,
+               left >= kVector ? kVector : static_cast<int>(left), stored[j]);
       }
-      sums[0] += sum8(e);
-      sums[1] += sum8(d);
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        float l[kVector];
+        unpack8(stored[j], logits.dtype, l);
+        float m = largest(a.row.v - i - j * kChunk, l);
+        if (__any_sync(kAllLanes, m > r.m)) {
+          for (int distance = kWarp / 2; distance > 0; distance /= 2)
+            m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, distance));
+          raise(r, m, a.row.scale);
+        }
+        add8(a.row, r, l);
+      }
     }
-    block_sums<2>(sums, shared, totals);
+    raise(r, static_cast<float>(block_max(r.m, maxima)), a.row.scale);
+    block_sums<2>(r.sums, shared, totals);
     __syncthreads();
   }
   if (threadIdx.x != 0) return;
   TokenRow result = {0.0f, 0.0f, 0.0f};
   if (ignored) {
-    m = 0.0f;
+    r.m = 0.0f;
   } else if (id < 0 || id >= a.row.v) {
-    m = NAN;
+    r.m = NAN;
     result = {NAN, NAN, NAN};
   } else {
     float own[kVector];
     load8(a.row.logits.data, a.row.logits.dtype, false, row * a.row.logits.stride + id, 1, own);
-    result = token_row(totals[0], totals[1], (own[0] - m) * a.row.scale);
+    result = token_row(totals[0], totals[1], (own[0] - r.m) * a.row.scale);
   }
   a.log_prob[row] = result.log_prob;
   a.entropy[row] = result.entropy;
-  a.lse[2 * row] = m;
+  a.lse[2 * row] = r.m;
   a.lse[2 * row + 1] = result.log_sum;
 }
 
@@ -94,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) token_backward_kernel(const __grid_c
     load8(a.row.logits, at.b, at.i, at.valid, g);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      const float rest = token_gradient<ScalarLanes>((g[k] - m) * a.row.scale, log_sum, entropy, on_log_prob, on_entropy);
+      const float rest = token_gradient<FusedLanes>((g[k] - m) * a.row.scale, log_sum, entropy, on_log_prob, on_entropy);
       g[k] = ((at.i + k == id ? on_log_prob : 0.0f) + rest) * a.row.scale;
     }
   }
@@ -136,4 +182,5 @@ void token_log_prob_backward(const TokenRows& rows, const float* lse, const floa
                 TokenGradArgs{view, lse, entropy, grad_log_prob, grad_entropy, grad, static_cast<unsigned>(chunks)});
 }
 
-}  // namespace editr2::gpu
+}  // namespace gpu
+}  // namespace editr2

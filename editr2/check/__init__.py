@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +33,13 @@ import torch
 from editr2.config import Config
 from editr2.config.fields import mended, respelt_leaves
 from editr2.errors import UserError
-from editr2.policies.base import ReadingPolicy
 from editr2.policies.configured import settled_branches
 from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import check_pruning, run_problems
 from editr2.rl.sampler import eval_sampler, rollout_sampler
-from editr2.rl.sessions import sessions_for
+from editr2.rl.sessions import demands, sessions_for
 from editr2.run.checkpoint import recorded_settings
 from editr2.sessions import validate
 from editr2.sessions.source import SessionSource
@@ -154,8 +152,8 @@ def _case(
     editor.see(sessions)
     own = editor.own
     samplers = rollout_sampler(config.rollout, own), eval_sampler(config.rollout, config.eval, own)
-    turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.heldout]
-    return Case(editor, device, samplers, turns, processes, judges)
+    turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.shown]
+    return Case(editor, device, samplers, turns, processes, judges, sessions)
 
 
 def settled_for_device(
@@ -204,14 +202,10 @@ _SHOWN = 8
 def _data_problems(config: Config, editor: Editor) -> list[str]:
     """Of all session files, the first few of each; those past `data.limit` count, too."""
     paths = dict.fromkeys(path for path in (config.data.path, config.data.heldout) if path)
-    policy = editor.policy
-    unreadable = policy.unreadable if isinstance(policy, ReadingPolicy) else None
-    check = partial(
-        validate, size=editor.image_size, resize=config.data.resize, unreadable=unreadable
-    )
+    wanted = demands(config, editor.policy)
     shown: list[str] = []
     for path in paths:
-        problems = check(path)
+        problems = validate(path, resize=config.data.resize, **wanted)
         shown += problems[:_SHOWN]
         if (
             len(problems) > _SHOWN
@@ -234,7 +228,12 @@ def dry_run(config: Config, folder: str) -> list[str]:
         config,
         out=folder,
         train=replace(config.train, iterations=2, stop_after=None),
-        eval=replace(config.eval, sessions=1, strips=min(1, config.eval.strips), every=0),
+        eval=replace(
+            config.eval,
+            sessions=min(1, config.eval.sessions),
+            strips=min(1, config.eval.strips),
+            every=0,
+        ),
         checkpoint=replace(config.checkpoint, every=2, keep=1),
     )
     cuda = torch.cuda.is_available()

@@ -21,9 +21,16 @@ from torch.utils._pytree import tree_map
 
 from editr2.check.meter import Cost, Meter, at_depth
 from editr2.config import PolicyConfig
-from editr2.policies.base import PackedPolicy
+from editr2.policies.base import PackedPolicy, SizedPolicy
 from editr2.policies.blocks import recomputed
-from editr2.policies.blueprint import Blueprint, Reading, Size, Work, simulated
+from editr2.policies.blueprint import (
+    Blueprint,
+    Reading,
+    Size,
+    SizedBlueprint,
+    Work,
+    simulated,
+)
 from editr2.policies.configured import called, policy_class
 from editr2.policies.fp8 import FLOAT8
 from editr2.rl.sampler import own_schedule
@@ -67,7 +74,7 @@ class Editor:
 
     own: the noise schedule, None where the policy has none. cannot_pack: the policy's name, where
     it has no packed replay. writes_text: whether intents are written. prompt_per_output: whether
-    siblings' instructions are read apart.
+    siblings' instructions are read apart. shares, mix: see `see`; empty where there is one size.
     """
 
     def __init__(self, config: PolicyConfig, blueprint: Blueprint) -> None:
@@ -81,12 +88,30 @@ class Editor:
         self.prompt_per_output = blueprint.prompt_per_output
         self._found: dict[Hashable, list[dict[str, Any]]] = {}
         self._costs: dict[Hashable, Cost] = {}
+        self.shares: dict[tuple[int, int], float] = {}
+        self.mix: list[tuple[float, Editor]] = []
 
     def see(self, sessions: Sequence[Session]) -> None:
-        """Instructions are as long as those of these sessions from here on."""
+        """Instructions are as long as those of these sessions from here on. Where the policy edits
+        several sizes, `shares` has those that they have, with the share of each, and `mix` an
+        editor of every shape, which costs the same upright and lying, with its share."""
         self.blueprint.see(sessions)
         self._found.clear()
         self._costs.clear()
+        several = isinstance(self.policy, SizedPolicy) and len(self.policy.sizes) > 1
+        if several and isinstance(self.blueprint, SizedBlueprint):
+            found = Counter(session.image_size for session in sessions)
+            self.shares = {size: n / len(sessions) for size, n in found.most_common()}
+            shapes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+            for size in self.shares:
+                shapes.setdefault(tuple(sorted(size)), []).append(size)
+            self.mix = [
+                (
+                    sum(self.shares[size] for size in alike),
+                    Editor(self.config, self.blueprint.at(alike[0])),
+                )
+                for alike in shapes.values()
+            ]
 
     @cached_property
     def _measured(self) -> list[tuple[Any, int]]:

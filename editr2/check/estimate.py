@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from editr2.check.devices import Device
 from editr2.check.editors import Editor, Sizes
 from editr2.check.judges import Judging, Measured, judging, waiting
+from editr2.check.links import MACHINE, gather_seconds, sum_seconds
+from editr2.check.meter import Cost
 from editr2.config import Config, PolicyConfig
 from editr2.policies.configured import settled_branches
 from editr2.rl.losses import LOSSES
@@ -145,8 +146,16 @@ def plan(
     first = loss.ratio and t.minibatches > 1  # old log-probs, before any weight moves
     for size in _batches(groups, r.groups_per_batch):
         walks = t.updates * (1 + without) + first
-        how: dict[str, Any] = {"generates": False, "reads": again, "encodes": encodes}
-        walk = _walk("train", editor, size, r.siblings, shares, **how)
+        walk = _walk(
+            "train",
+            editor,
+            size,
+            r.siblings,
+            shares,
+            generates=False,
+            reads=again,
+            encodes=encodes,
+        )
         calls += [Call(c.phase, c.step, c.batch, c.turn, walks) for c in walk]
         turns_rows = [max(1, round(size * r.siblings * share)) for share in shares]
         for turn, batch in _forwards([n * places for n in turns_rows], places, t.rows):
@@ -161,12 +170,17 @@ def plan(
     return [c for c in calls if c.times]
 
 
+def _rolled_for_strips(config: Config, heldout: int) -> int:
+    """Sessions whose groups a drawing of the film-strips rolls out."""
+    return min(config.eval.strips, heldout) if config.eval.strips_from == "groups" else 0
+
+
 def strips_plan(
     config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int
 ) -> list[Call]:
     """The calls of one drawing of the report's film-strips, whole groups, of the process with most
     to do. turns: of held-out sessions."""
-    shown = turns[: config.eval.strips]
+    shown = turns[: _rolled_for_strips(config, len(turns))]
     groups = -(-len(shown) // processes)
     return (
         _group_rollout("strips", config, editor, sampler, groups, _shares(shown)) if shown else []
@@ -177,6 +191,8 @@ def evaluation_plan(
     config: Config, editor: Editor, sampler: Sampler, turns: Sequence[int], processes: int
 ) -> list[Call]:
     """The calls of one evaluation: a rollout of every held-out session. turns: of each of them."""
+    if config.eval.off:
+        return []
     shares = _shares(turns)
     calls: list[Call] = []
     for size in _batches(-(-len(turns) // processes), 4 * config.rollout.groups_per_batch):
@@ -200,6 +216,13 @@ def sharers(policy: PolicyConfig, processes: int) -> int:
     return (policy.shard_group or processes) if sharded(policy, processes) else 1
 
 
+def gathered(sizes: Sizes, *, whole: bool) -> tuple[int, float]:
+    """Bytes of weights that a forward gathers, and in how many gathers: at least, where blocks
+    differ in size. whole: what trains is shared out, too."""
+    moved = sizes.weights + (sizes.trained if whole else 0)
+    return moved, ((moved - sizes.outside) / sizes.block if sizes.block else 1) + 1
+
+
 def merged(calls: Sequence[Call]) -> list[Call]:
     """Equal calls as one."""
     times: dict[Call, float] = defaultdict(float)
@@ -213,7 +236,7 @@ class Estimate:
     """Of one process, but for the host.
 
     memory: bytes by part. peaks: bytes alive in each phase. host: bytes of weights that all
-    processes together hold on the host, at most. gathering: seconds that bringing sharded weights
+    processes of a machine hold there, at most. gathering: seconds that bringing sharded weights
     together once takes. seconds: by phase, of an iteration (evaluate: of one evaluation; strips: of
     one drawing). flops, train_forwards: of an iteration. evaluations: how many. optimizer_steps: of
     the run. judges: of an iteration. judged_besides: seconds of waiting for them in evaluations and
@@ -245,6 +268,52 @@ class Estimate:
         return hours
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What a call of the transformer takes on its device, and what it waits for beside that.
+
+    gathering: seconds of bringing sharded weights together once; copying: of copying them out of
+    their buffer, which the device does. reducing: of adding up the gradients of sharded weights
+    that train. branches: forwards of a velocity, one after the other.
+    """
+
+    config: Config
+    editor: Editor
+    device: Device
+    gathering: float
+    copying: float
+    reducing: float
+    branches: int
+
+    @classmethod
+    def of(cls, config: Config, editor: Editor, device: Device, processes: int) -> Traffic:
+        p, sizes = config.policy, editor.sizes()
+        shares, gathering, copying, reducing = sharers(p, processes), 0.0, 0.0, 0.0
+        if shares > 1:
+            moved, pieces = gathered(sizes, whole=not p.lora_rank)
+            gathering = gather_seconds(moved, pieces, shares, device)
+            copying = 2 * moved / device.speed.bandwidth
+            if not p.lora_rank:
+                # Summed among who shares a copy, and each one's part over the copies.
+                reducing = gather_seconds(sizes.trained, pieces, shares, device)
+                reducing += sum_seconds(sizes.trained / shares, processes // shares, device)
+        apart = settled_branches(p, processes).branches == "apart"
+        branches = 2 if p.guidance != 1 and apart else 1
+        return cls(config, editor, device, gathering, copying, reducing, branches)
+
+    def gathers(self, call: Call) -> int:
+        """How often it brings the weights together: the backward pass does once more."""
+        return {"velocity": 1, "train": 2}.get(call.step, 0) * self.branches
+
+    def seconds(self, call: Call, cost: Cost) -> tuple[float, float]:
+        """Of computing, and of what moves meanwhile."""
+        p, times = self.config.policy, self.gathers(call)
+        carried = self.editor.carried(call.step) / self.device.link if p.offload else 0.0
+        fused = p.compile == "on" and call.step in COMPILED
+        computing = cost.seconds(self.device.speed, fused) + carried + times * self.copying
+        return computing, times * self.gathering + self.reducing * (call.step == "train")
+
+
 def estimate(
     config: Config,
     editor: Editor,
@@ -257,52 +326,37 @@ def estimate(
     compared: bool = False,
 ) -> Estimate:
     """samplers: of training and of evaluation. turns: of every session to train on, and of every
-    held-out one. judges: the rewards, as they were measured; of none the time is left out.
-    compared: the memory is also that with no block computed again (`WITHOUT`) and with all
-    (`WITH_ALL`)."""
+    held-out one (evaluation off: of those shown as strips). judges: the rewards, as they were
+    measured; of none the time is left out. compared: the memory is also that with no block computed
+    again (`WITHOUT`) and with all (`WITH_ALL`). Of sessions of several sizes: `mixed`."""
+    if editor.mix:
+        given = (device, samplers, turns, processes, judges)
+        return mixed(
+            [(s, estimate(config, view, *given, compared=compared)) for s, view in editor.mix]
+        )
     t, r = config.train, config.rollout
     calls = merged(plan(config, editor, samplers[0], turns[0], processes))
     evaluation = merged(evaluation_plan(config, editor, samplers[1], turns[1], processes))
     evaluation += merged(strips_plan(config, editor, samplers[0], turns[1], processes))
-    again, compiled = config.policy.gradient_checkpointing, config.policy.compile == "on"
+    again = config.policy.gradient_checkpointing
     costs = {c: editor.cost(c.step, c.batch, c.turn, again) for c in (*calls, *evaluation)}
     seconds, sizes = dict.fromkeys(PHASES, 0.0), editor.sizes()
-    gathering = copying = reducing = 0.0
-    shares, whole = sharers(config.policy, processes), not config.policy.lora_rank
-    if shares > 1:
-        # The blocks arrive beside the computing; copying them out of their buffer is a part of it.
-        gathered = sizes.weights + (sizes.trained if whole else 0)
-        gathering = gathered * (1 - 1 / shares) / device.peers
-        copying = 2 * gathered / device.speed.bandwidth
-        if whole:  # gradients: summed among who shares a copy, and each's part over the copies
-            copies = processes // shares
-            reducing = sizes.trained * (1 - 1 / shares) / device.peers
-            reducing += 2 * sizes.trained / shares * (1 - 1 / copies) / device.peers
-    apart = settled_branches(config.policy, processes).branches == "apart"
-    branches = 2 if config.policy.guidance != 1 and apart else 1
+    traffic = Traffic.of(config, editor, device, processes)
     for call, cost in costs.items():
-        times = {"velocity": 1, "train": 2}.get(
-            call.step, 0
-        ) * branches  # the backward pass gathers once more
-        carried = editor.carried(call.step) / device.link if config.policy.offload else 0.0
-        computing = (
-            cost.seconds(device.speed, compiled and call.step in COMPILED)
-            + carried
-            + times * copying
-        )
-        moving = times * gathering + (reducing if call.step == "train" else 0.0)
-        seconds[call.phase] += call.times * max(computing, moving)
+        seconds[call.phase] += call.times * max(traffic.seconds(call, cost))
     mean = sum(turns[0]) / len(turns[0])
     chunks = batches(r, processes)
     walk = seconds["rollout"] + seconds["encode"]
     groups = -(-r.sessions // processes)
     asked = [(m, judging(m, groups, r.siblings, mean, chunks, walk)) for m in judges]
     seconds["reward"] = waiting(asked)
-    evaluations = 2 + (t.iterations // config.eval.every if config.eval.every else 0)
+    during = t.iterations // config.eval.every if config.eval.every else 0
+    evaluations = 0 if config.eval.off else 2 + during
+    rolled = _rolled_for_strips(config, len(turns[1]))
     besides = 0.0
     for phase, times, shown, siblings, most in (
         ("evaluate", evaluations, len(turns[1]), 1, 4 * r.groups_per_batch),
-        ("strips", STRIPS, min(config.eval.strips, len(turns[1])), r.siblings, r.groups_per_batch),
+        ("strips", STRIPS, rolled, r.siblings, r.groups_per_batch),
     ):
         if mine := -(-shown // processes):
             length, ends = sum(turns[1][:shown]) / shown, -(-mine // most)
@@ -311,13 +365,15 @@ def estimate(
     # AdamW reads and writes a weight, its gradient and two moments, and clipping reads the gradient
     # once more.
     steps = t.updates * t.minibatches
-    stepped = sizes.trainable / (shares if whole else 1)
+    stepped = sizes.trainable / (
+        1 if config.policy.lora_rank else sharers(config.policy, processes)
+    )
     seconds["train"] += steps * 9 * 4 * stepped / device.speed.bandwidth
     forwards = [c for c in calls if c.step in ("velocity", "train")]
     return Estimate(
         *_memory(config, editor, list(costs), samplers[0], turns[0], processes, compared),
         _host(config, sizes, processes),
-        gathering,
+        traffic.gathering,
         seconds,
         sum(c.times * costs[c].total_flops for c in calls),
         evaluations,
@@ -326,6 +382,18 @@ def estimate(
         steps * t.iterations,
         asked,
         besides,
+    )
+
+
+def mixed(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
+    """Of sessions of several sizes, from what all of one size would take, with the share of each:
+    memory as if all were of the one that takes most, time by the shares. Batches count as full."""
+    each = [part for _, part in parts]
+    return replace(
+        max(each, key=lambda part: part.peak),
+        peaks={phase: max(part.peaks[phase] for part in each) for phase in each[0].peaks},
+        seconds={p: sum(share * part.seconds[p] for share, part in parts) for p in PHASES},
+        flops=sum(share * part.flops for share, part in parts),
     )
 
 
@@ -372,7 +440,8 @@ def _memory(
         trained = -(-sizes.trained // shares)
         # Forwards that share a backward (branches of guidance, turns in one micro-batch) add up
         # their gradients before they are reduced.
-        several = p.guidance != 1 or t.micro_batch is not None
+        apart = p.guidance != 1 and settled_branches(p, processes).branches == "apart"
+        several = apart or t.rows is not None
         gradients = trained + (sizes.trained if several else REDUCED * sizes.block + outside)
     memory = {
         "frozen weights": round(sizes.weights / shares),
@@ -411,15 +480,16 @@ def _memory(
 
 
 def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
-    """Bytes of weights that all processes together hold on the host, were they all on one machine.
+    """Bytes of weights that all processes of a machine together hold on the host.
     At most: what is loaded in its file's own dtype is mapped and not copied (seen with safetensors
     0.8), and processes share the pages.
     """
     # Sharded, the first process alone loads the transformer. 4-bit weights are made on the device,
     # tensor by tensor: their own bytes stand for what is read meanwhile. Float8 ones are made of
     # what was read in policy.dtype, layer by layer.
-    loaders = 1 if sharded(config.policy, processes) else processes
-    beside = processes * (sizes.text + sizes.vae)
+    here = min(processes, MACHINE)
+    loaders = 1 if sharded(config.policy, processes) else here
+    beside = here * (sizes.text + sizes.vae)
     read = sizes.weights + sizes.float8 * (1 if config.policy.dtype == "bfloat16" else 3)
     host = {
         "loading": loaders * (read + sizes.trained) + beside,

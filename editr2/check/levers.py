@@ -24,6 +24,7 @@ from editr2.policies.blocks import compiles
 from editr2.policies.configured import policy_class, settled_branches
 from editr2.policies.rules import check_config
 from editr2.rl.sampler import Sampler
+from editr2.sessions import Session
 
 ROOM = 0.9
 """Share of a device's memory that is proposed to be filled: no GPU was compared yet, and on a CPU
@@ -66,7 +67,8 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 @dataclass(frozen=True)
 class Case:
-    """A run without its settings: what an estimate asks beside them."""
+    """A run without its settings: what an estimate asks beside them. sessions: that an editor is
+    to see."""
 
     editor: Editor
     device: Device
@@ -74,6 +76,7 @@ class Case:
     turns: tuple[Sequence[int], Sequence[int]]
     processes: int = 1
     judges: Sequence[Measured] = ()
+    sessions: Sequence[Session] = ()
 
     def of(self, config: Config, editor: Editor | None = None, *, compared: bool = False) -> Option:
         """With the editor of the case, or another. compared: as `estimate` takes it."""
@@ -88,6 +91,13 @@ class Case:
             compared=compared,
         )
         return Option(config, found, self.device)
+
+    def opened(self, config: Config) -> Editor:
+        """An editor of other settings, for which what was measured does not hold."""
+        editor = open_editor(config.policy)
+        if self.sessions:
+            editor.see(self.sessions)
+        return editor
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,7 @@ def alone(case: Case, config: Config) -> Iterator[tuple[str, Any, Option]]:
         options = []
         for value in accepted(config, key, others, case.processes):
             changed = with_values(config, {key: value})
-            editor = case.editor if key in SAME_EDITOR else open_editor(changed.policy)
+            editor = case.editor if key in SAME_EDITOR else case.opened(changed)
             options.append((value, case.of(changed, editor)))
         if key in (ROWS, GROUPS) and options:  # of many sizes the fastest that fits
             fit = [o for o in options if o[1].fits(ROOM)]

@@ -16,9 +16,13 @@ from editr2.check.devices import (
     RESERVE,
     Device,
 )
+from editr2.check.editors import Editor
 from editr2.check.estimate import WITH_ALL, WITHOUT, sharers
 from editr2.check.judges import lines as judge_lines
 from editr2.check.levers import OTHER_NUMBERS, ROOM, Case, Option, alone, flags, propose
+from editr2.check.links import MACHINE
+from editr2.check.scale import limits
+from editr2.check.scale import lines as scale_lines
 from editr2.config import Config, RolloutConfig, TrainConfig
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
@@ -75,13 +79,15 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
     lines = [
         f"iteration   {r.sessions} sessions x {r.siblings} siblings; {groups} groups{each}, "
         f"{batches(r, processes)} batch(es) of up to {min(groups, r.groups_per_batch)}",
-        f"sessions    turns (sessions): {lengths}; held out {len(turns[1])}",
+        f"sessions    turns (sessions): {lengths}; "
+        + (f"held out {len(turns[1])}" if not config.eval.off else "no evaluation"),
         f"run         {t.iterations} iterations, {t.updates * t.minibatches} optimizer step(s) "
         f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
         f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training "
         f"an iteration{each}, {result.flops / 1e12:.4g} TFLOP",
         f"policy      {p.model}, {p.dtype}{base_note(p.quantize, device)}, "
         f"{editor.image_size[0]} x {editor.image_size[1]} px, latents {list(editor.latent_shape)}",
+        *_buckets(editor),
         f"parameters  {number(sizes.parameters - (sizes.trainable if p.lora_rank else 0))}; "
         f"{number(sizes.trainable)} train"
         + (
@@ -132,8 +138,8 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
     ]
     if device.gpu:
         together = (
-            f", {processes} processes together (less where the files have policy.dtype: then "
-            f"pages are shared)"
+            f", {min(processes, MACHINE)} processes together (less where the files have "
+            f"policy.dtype: then pages are shared)"
         )
         lines += ["", f"memory of the host{together if processes > 1 else ''}"]
         lines += [
@@ -169,6 +175,8 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
             "  not yet compared with a GPU run of ours (the error seen elsewhere: "
             "editr2/check/__init__.py)"
         )
+    limiting = limits(config, editor, device, sampler, turns[0], processes, result)
+    lines += scale_lines(limiting, config, turns[0], processes)
     verdict = "fits" if fits else "DOES NOT FIT"
     lines += [
         "",
@@ -210,6 +218,16 @@ def levers(case: Case, given: Option) -> list[str]:
         row("together", best),
     ]
     return [*lines, f"  {change}", ""]
+
+
+def _buckets(editor: Editor) -> list[str]:
+    """Which sizes the sessions have; memory is that of the largest, time that of the mix."""
+    if not editor.shares:
+        return []
+    each = [f"{h} x {w} ({share:.0%})" for (h, w), share in editor.shares.items()]
+    unused = len(editor.policy.sizes) - len(each)
+    said = f"{', '.join(each)} of the sessions{f'; {unused} more unused' if unused else ''}"
+    return textwrap.wrap(said, 116, initial_indent="buckets     ", subsequent_indent=" " * 12)
 
 
 def _places(t: TrainConfig, r: RolloutConfig, sampler: Sampler) -> str:

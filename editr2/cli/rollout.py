@@ -39,6 +39,8 @@ def command(arguments: Arguments) -> int:
         out / "outputs.jsonl",
         *(out / f"outputs.{i}.jsonl" for i in range(1, processes.count)),
     ]
+    lines: dict[int, str] = {}  # of sessions before which another is yet to come
+    written = 0
     with parts[processes.index].open("w") as file:
         for chunk in chunks(
             sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch
@@ -61,7 +63,11 @@ def command(arguments: Arguments) -> int:
                             "image": name,
                         }
                     )
-                file.write(json.dumps({"id": session.id, "turns": turns}) + "\n")
+                row = int(chunk.rows[i])
+                lines[row] = json.dumps({"id": session.id, "turns": turns}) + "\n"
+            while written in lines:
+                file.write(lines.pop(written))
+                written += 1
     processes.wait()
     if processes.main:
         with parts[0].open("a") as file:

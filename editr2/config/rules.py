@@ -116,6 +116,16 @@ def _replay(config: Config, command: str) -> Iterator[str]:
 
 
 @rule(*TRAINS)
+def _minibatches(config: Config, command: str) -> Iterator[str]:
+    # A batch is of one size, so how many there are follows from the sessions of the iteration.
+    if config.train.minibatches > 1 and config.policy.buckets:
+        yield (
+            f"train.minibatches: {config.train.minibatches} (accepted with policy.buckets: 1; the "
+            f"number of batches follows from the sessions' sizes)"
+        )
+
+
+@rule(*TRAINS)
 def _prune(config: Config, command: str) -> Iterator[str]:
     prune = config.rollout.prune
     if prune != "off" and config.policy.shard:
@@ -137,6 +147,31 @@ def _stop_after(config: Config, command: str) -> Iterator[str]:
                 f"train.stop_after: {stop} (accepted with {name} {shown}: none; it counts "
                 f"evaluations that did not raise that metric)"
             )
+
+
+@rule(*TRAINS)
+def _without_evaluation(config: Config, command: str) -> Iterator[str]:
+    if not config.eval.off:
+        return
+    limits = config.eval.drift
+    needs: dict[str, tuple[Any, Any]] = {
+        "eval.every": (config.eval.every, 0),
+        "eval.strips_from": (config.eval.strips_from, "groups"),
+        "eval.reward": (", ".join(at for at, _ in config.eval.uses) or (), ()),
+        **{f"eval.drift.{f.name}": (getattr(limits, f.name), None) for f in fields(limits)},
+        "checkpoint.best": (config.checkpoint.best, None),
+        "train.stop_after": (config.train.stop_after, None),
+    }
+    for name, (value, off) in needs.items():
+        if value != off:
+            accepted = {None: "none", (): "empty"}.get(off, off)
+            yield f"{name}: {value} (accepted with eval.sessions 0, no evaluation: {accepted})"
+
+
+@rule("eval", "rollout")
+def _something_to_evaluate(config: Config, command: str) -> Iterator[str]:
+    if config.eval.off:
+        yield f"eval.sessions: 0 (accepted by editr2 {command}: at least 1)"
 
 
 @rule("train", "check", "rollout", "judge")

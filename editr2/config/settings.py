@@ -64,6 +64,21 @@ LOSSES = table("editr2.rl.losses:LOSSES")
 
 PIXELS = Bounds(at_least=8, at_most=8_192)
 
+MOST_BUCKETS = 64
+
+
+def bucket_problem(buckets: Sequence[tuple[int, int]] | str) -> str | None:
+    """What is wrong with `policy.buckets`, or None."""
+    if isinstance(buckets, str):
+        return None
+    if wrong := [n for size in buckets for n in size if not PIXELS.hold(n)]:
+        return f"sides of {PIXELS}, and this has {wrong[0]}"
+    if len(buckets) > MOST_BUCKETS:
+        return f"at most {MOST_BUCKETS} of them"
+    twice = next((size for size in buckets if list(buckets).count(size) > 1), None)
+    return None if twice is None else f"each once, and this has {list(twice)} twice"
+
+
 DECAY = Bounds(above=0, below=1)
 
 SEED = Bounds(at_least=0, at_most=2**63 - 1)
@@ -185,6 +200,9 @@ class PolicyConfig:
         resolution: [height, width] in pixels of what is edited and written.
         condition_resolution: the same of the condition image as the transformer sees it; none is
             `resolution`.
+        buckets: sizes that sessions are edited at, a list of [height, width], of which each gets
+            the one of the nearest aspect ratio (or its own `size`, docs/data.md); auto is nine of
+            about `resolution`'s area, up to 2:1. Empty: all at `resolution`.
         history: images of a session that a turn sees: the one to edit and those before it, the
             newest first.
         keep_source: the source image stands behind them when it is none of them any more.
@@ -240,6 +258,9 @@ class PolicyConfig:
     )
     condition_resolution: tuple[int, int] | None = setting(
         None, PIXELS, what="height and width, such as 512x512 or none"
+    )
+    buckets: tuple[tuple[int, int], ...] | Literal["auto"] = setting(
+        (), check=bucket_problem, what="auto, or a list of sizes, [1024x1024, 832x1248]"
     )
     history: int = setting(1, TURNS)
     keep_source: bool = False
@@ -481,26 +502,31 @@ class EvalConfig:
     """Evaluation: fixed seeds and greedy intents, so the same weights always score the same.
 
     Args:
-        sessions: held-out sessions.
+        sessions: held-out sessions; 0 trains without any evaluation (and what needs one is
+            refused).
         turns: turns of held-out sessions drawn from the world; none is rollout.turns.
         sampler: rollout (as in training, window noise and all, with fixed seeds: the policy that is
             trained) or ode (no noise after the initial latent).
         steps: denoising steps; none uses rollout.steps.
         intent_tokens: at most this many tokens an intent; none uses policy.intent_tokens.
         every: also evaluate each so many iterations; 0 only before and after.
-        strips: sessions shown as film-strips in the report.
+        strips: sessions shown as film-strips in the report; 0 draws none.
+        strips_from: of what a strip is: groups (the first rollout of a whole group, sampled as in
+            training, with its advantages; rolled out for it) or evaluation (the rollout that was
+            evaluated: greedy intents, eval.sampler and its seeds, no advantages; none besides).
         reward: judges that training never asks, a list of name or function, options, concurrency,
             timeout and retries each, as reward.use. Their scores stand apart, and an alarm is
             raised where they fall while the trained reward rises.
     """
 
-    sessions: int = setting(200, COUNT)
+    sessions: int = setting(200, Bounds(at_least=0, at_most=1_000_000))
     turns: int | None = setting(None, TURNS)
     sampler: Literal["rollout", "ode"] = "rollout"
     steps: int | None = setting(None, STEPS)
     intent_tokens: int | None = setting(None, TOKENS)
     every: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
     strips: int = setting(12, Bounds(at_least=0, at_most=1_000))
+    strips_from: Literal["groups", "evaluation"] = "groups"
     reward: tuple[RewardUse, ...] = setting((), what=REWARDS_LISTED)
     drift: DriftConfig = field(default_factory=DriftConfig)
 
@@ -508,6 +534,10 @@ class EvalConfig:
     def uses(self) -> tuple[tuple[str, RewardUse], ...]:
         """Each judge of `reward`, behind the setting that it stands in."""
         return listed_uses("eval.reward", self.reward)
+
+    @property
+    def off(self) -> bool:
+        return self.sessions == 0
 
 
 @dataclass(frozen=True)

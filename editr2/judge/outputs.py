@@ -23,7 +23,8 @@ import numpy as np
 
 from editr2.errors import DataError, shown
 from editr2.sessions import Session
-from editr2.sessions.images import locate, read_image
+from editr2.sessions.buckets import Sizes
+from editr2.sessions.images import locate, read_image, size_in_file
 from editr2.sessions.records import lines_of, parse_object
 from editr2.sessions.session import is_text, kind
 
@@ -59,13 +60,20 @@ class Output:
         return np.stack(pixels)
 
 
-def first_size(folders: Sequence[str]) -> tuple[int, int]:
-    """(height, width) of the first image of the first folder. Raises DataError."""
+def output_sizes(folders: Sequence[str]) -> Sizes:
+    """(height, width) of the outputs of the first folder, by their first images; several where they
+    are of several (`policy.buckets`). Raises DataError."""
     file = _file(folders[0])
-    for _, record in _records(file):
-        for turn in _turns(record):
-            return read_image(file.parent / turn["image"]).shape[:2]
-    raise DataError(f"{file}: no outputs (accepted: one JSON object a line, at least one)")
+    paths = [
+        file.parent / turn["image"]
+        for _, record in _records(file)
+        for turn in _turns(record)[:1]
+        if is_text(turn.get("image"))
+    ]
+    found = tuple(dict.fromkeys(map(size_in_file, paths)))
+    if not found:
+        raise DataError(f"{file}: no outputs (accepted: one JSON object a line, at least one)")
+    return found if len(found) > 1 else found[0]
 
 
 def count_outputs(folders: Sequence[str]) -> int:

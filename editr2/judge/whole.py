@@ -12,7 +12,7 @@ import numpy as np
 from editr2.config import UNSET_WEIGHTS
 from editr2.errors import ConfigError
 from editr2.judge.labels import read_labels
-from editr2.judge.outputs import Output, count_outputs, first_size, read_outputs
+from editr2.judge.outputs import Output, count_outputs, output_sizes, read_outputs
 from editr2.judge.page import write_page
 from editr2.judge.settings import JudgeConfig
 from editr2.judge.summary import (
@@ -86,7 +86,7 @@ def _asked(
 
 def _sessions(config: JudgeConfig, folders: Sequence[str]) -> dict[str, Session]:
     """Every session that the outputs may be of, by id."""
-    size = None if config.data.resize == "no" else first_size(folders)
+    size = None if config.data.resize == "no" else output_sizes(folders)
     count = max(config.eval.sessions, count_outputs(folders))
     source = open_sessions(
         config.data,
@@ -94,6 +94,7 @@ def _sessions(config: JudgeConfig, folders: Sequence[str]) -> dict[str, Session]
         replace(config.eval, sessions=count),
         seed=config.seed,
         size=size,
+        others=True,  # of sessions without an output
     )
     return {s.id: s for s in [*(source.sessions or ()), *source.heldout]}
 

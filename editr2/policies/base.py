@@ -246,6 +246,24 @@ class BucketedPolicy(Protocol):
 
 
 @runtime_checkable
+class SizedPolicy(Protocol):
+    """A policy that edits sessions of several sizes, each through a view of itself (`at_size`)."""
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(H, W) that sessions can have, `image_size` among them."""
+
+    @property
+    def whole(self) -> Any:
+        """What this is a view of, or itself; what is kept for a policy is kept for that."""
+
+    def at(self, size: tuple[int, int]) -> Any:
+        """The policy at one of its sizes: another `image_size` and `latent_shape` and whatever
+        follows from them, such as the schedule; the same weights and frozen parts. Raises
+        `DataError` for a size that it does not have."""
+
+
+@runtime_checkable
 class PackedPolicy(Protocol):
     """A policy that can replay whole sessions in one forward, equal to walking through them up to
     rounding."""
@@ -282,6 +300,12 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
     if not bool(witness(pixels).isfinite().all()):
         raise NonFiniteError("pixels: NaN or infinite (accepted: finite numbers)")
     return as_bytes(pixels).cpu().numpy()
+
+
+def at_size(policy: Any, size: tuple[int, int]) -> Any:
+    """The policy as it edits images of a size. One that knows a single size is given as it is, and
+    says by itself what it thinks of others."""
+    return policy.at(size) if isinstance(policy, SizedPolicy) else policy
 
 
 def with_module(policy: Any, module: nn.Module) -> Any:

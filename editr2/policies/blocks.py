@@ -64,11 +64,11 @@ def recompute_blocks(module: Any, how: int | str) -> None:
 
 
 def compiles(config: PolicyConfig, cuda: bool) -> bool:
-    """What `policy.compile: auto` is on a device. Off where blocks are gathered (one that is
-    computed again would not be as it was) and where bitsandbytes' layers break every graph."""
+    """What `policy.compile: auto` is on a device. Off where bitsandbytes' layers break every
+    graph."""
     if config.compile != "auto":
         return config.compile == "on"
-    return cuda and not config.shard and config.quantize != "4bit"
+    return cuda and config.quantize != "4bit"
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
@@ -121,7 +121,8 @@ class _Compiled:
 
 def compile_blocks(module: nn.Module, *, strict: bool, cuda: bool = False) -> None:
     """Compiles every repeated block, one form for each shape: were sizes to become symbols after a
-    second one, a block could be computed again in another form than it ran in. strict: what
+    second one, a block could be computed again in another form than it ran in (sharded blocks meet
+    idle forwards of one token between the two). strict: what
     cannot be compiled is a `ConfigError` at the first forward; else blocks run plainly from then
     on, with a warning. cuda: only what lies on a CUDA device is compiled, else it runs plainly."""
     dynamo = torch._dynamo.config

@@ -10,11 +10,12 @@ of an intent).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -153,6 +154,14 @@ def backward(velocity: Velocity) -> Velocity:
     return velocity
 
 
+@runtime_checkable
+class SizedBlueprint(Protocol):
+    """A blueprint of a policy that may have several sizes (`SizedPolicy`)."""
+
+    def at(self, size: tuple[int, int]) -> Blueprint:
+        """The same of the policy at one of them."""
+
+
 class Walk:
     """`Blueprint` by the policy's own methods, walking through the turns as a rollout does: for any
     policy whose methods do not look at numbers and that writes no intents."""
@@ -205,6 +214,11 @@ class Walk:
 
     def _pictures(self, policy: Any, batch: int) -> np.ndarray:
         return np.zeros((batch, *policy.image_size, 3), np.uint8)
+
+    def at(self, size: tuple[int, int]) -> Walk:
+        view = copy.copy(self)
+        view.policy = self.policy.at(size)
+        return view
 
     def _context(self, policy: Any, batch: int, turn: int, instructed: bool = True) -> Any:
         """As it is at a turn."""

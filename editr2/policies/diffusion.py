@@ -18,6 +18,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,6 +46,7 @@ from editr2.policies.pipeline_blueprint import PipelineBlueprint
 from editr2.policies.pipelines import PipelineModel, read_pipeline, weight_sources
 from editr2.policies.trained import make_ready, save_policy, saved_lora
 from editr2.run.hub import check_model
+from editr2.sessions.buckets import nearest, spread
 
 CACHED_PROMPTS = 256
 KEPT_BYTES = 1 << 30
@@ -56,7 +58,7 @@ are activations."""
 
 
 class DiffusionPolicy(PipelineModel):
-    """`Policy` and `ScheduledPolicy` over the components of a diffusers pipeline.
+    """`Policy`, `ScheduledPolicy` and `SizedPolicy` over the components of a diffusers pipeline.
 
     A subclass names its pipeline and published weights, and provides
 
@@ -78,7 +80,8 @@ class DiffusionPolicy(PipelineModel):
     `text_image_size`: of images as the text encoder reads them, the condition's unless `check`
     changes it), `positions` (their ids), `text_tokens`, `device` and the pipeline's components
     (`pipe`). Rows of words of different lengths are padded with
-    zeros at the end and then have a mask.
+    zeros at the end and then have a mask. With `policy.buckets` it is copied for every further
+    size, where sizes, and what cached properties say, are others and `check` is asked again.
     """
 
     writes_text = False
@@ -106,22 +109,18 @@ class DiffusionPolicy(PipelineModel):
         self.negative = (
             self.negative_prompt if config.negative_prompt is None else config.negative_prompt
         )
-        self.image_size = self._size("resolution", config.resolution)
-        self.condition_size = self._size(
-            "condition_resolution", config.condition_resolution or config.resolution
-        )
-        self.grid = (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
-        self.text_image_size = self.condition_size
         self.renorm = self.own_renorm if config.renorm == "auto" else config.renorm
-        self.condition_grid = (
-            self.condition_size[0] // self.patch,
-            self.condition_size[1] // self.patch,
-        )
-        self.latent_shape = (self.grid[0] * self.grid[1], int(pipe.transformer.config.in_channels))
+        self.sizes = self._sizes(config)
+        self._whole: DiffusionPolicy | None = None
+        self._views: dict[tuple[int, int], DiffusionPolicy] = {}
+        self._take(nearest(self.sizes, *config.resolution))
         self._prompts = Kept(CACHED_PROMPTS, weigh=lambda row: 1)
         self._sources, self._outputs = Kept(KEPT_BYTES), Kept(KEPT_BYTES)
         self._source_looks: set[bytes] = set()
         self.check(config)
+        for size in self.sizes:
+            if size != self.image_size:
+                self._view(size)  # what it refuses of a size, it refuses now
         if config.negative_prompt is not None:
             for _, problem in self.unreadable([self.negative]):
                 raise ConfigError(f"policy.negative_prompt: {problem}")
@@ -172,6 +171,52 @@ class DiffusionPolicy(PipelineModel):
         raise ConfigError(
             f"policy.{name}: {given} (accepted with policy.model {self.model}: {accepted})"
         )
+
+    def _sizes(self, config: PolicyConfig) -> tuple[tuple[int, int], ...]:
+        size = self._size("resolution", config.resolution)
+        if config.buckets == "auto":
+            return spread(size[0] * size[1], self.patch)
+        return tuple(self._size("buckets", each) for each in config.buckets) or (size,)
+
+    def _take(self, size: tuple[int, int]) -> None:
+        """Sets everything that follows from the size in pixels, but for what `check` changes."""
+        condition = self.config.condition_resolution
+        self.image_size = size
+        self.condition_size = (
+            size if condition is None else self._size("condition_resolution", condition)
+        )
+        self.text_image_size = self.condition_size
+        self.grid, self.condition_grid = (
+            (height // self.patch, width // self.patch)
+            for height, width in (self.image_size, self.condition_size)
+        )
+        self.latent_shape = (
+            self.grid[0] * self.grid[1],
+            int(self.pipe.transformer.config.in_channels),
+        )
+
+    def at(self, size: tuple[int, int]) -> DiffusionPolicy:
+        """As `SizedPolicy.at`: a shallow copy, made once for the module there is."""
+        whole = self.whole
+        if size == whole.image_size:
+            return whole
+        if size not in self.sizes:
+            raise DataError(
+                f"images: {size[0]} x {size[1]} px (accepted: {', '.join(map(str, self.sizes))})"
+            )
+        found = whole._views.get(size)
+        if found is None or found.module is not whole.module:
+            found = whole._views[size] = whole._view(size)
+        return found
+
+    def _view(self, size: tuple[int, int]) -> DiffusionPolicy:
+        view = copy.copy(self)
+        for name in [name for name in vars(view) if _is_cached(type(view), name)]:
+            del vars(view)[name]  # it may follow from the other size
+        view._whole = self
+        view._take(size)
+        view.check(self.config)
+        return view
 
     def _size(self, name: str, size: Sequence[int]) -> tuple[int, int]:
         height, width = (int(n) for n in size)
@@ -281,6 +326,10 @@ class DiffusionPolicy(PipelineModel):
             return small.predict(x, x.new_ones(1, dtype=torch.float32), context, context.prompt)
 
     # --------------------------------------------------------------------------------- the protocol
+
+    @property
+    def whole(self) -> DiffusionPolicy:
+        return self if self._whole is None else self._whole
 
     @property
     def device(self) -> torch.device:
@@ -546,6 +595,10 @@ class DiffusionPolicy(PipelineModel):
         finally:
             for owner, name, tensor in kept:
                 owner[name] = tensor
+
+
+def _is_cached(kind: type, name: str) -> bool:
+    return isinstance(getattr(kind, name, None), cached_property)
 
 
 def _weights(parts: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

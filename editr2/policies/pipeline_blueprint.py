@@ -8,6 +8,7 @@ parameters.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,13 @@ class PipelineBlueprint:
     @property
     def blocks(self) -> int:
         return sum(self.depth.values())
+
+    def at(self, size: tuple[int, int]) -> PipelineBlueprint:
+        """The same of the policy at one of its sizes."""
+        view = copy.copy(self)
+        view.policy = self.policy.at(size)
+        vars(view)["deeper"] = [(policy.at(size), more) for policy, more in self.deeper]
+        return view
 
     def see(self, sessions: Sequence[Session]) -> None:
         words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]

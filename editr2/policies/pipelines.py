@@ -122,6 +122,11 @@ class PipelineModel(ConfiguredPolicy):
                 f"policy.quantize: {p.quantize} (accepted with policy.lora_rank 0: none; what "
                 f"trains is not quantized)"
             )
+        if p.buckets and p.condition_resolution is not None:
+            yield (
+                f"policy.condition_resolution: {list(p.condition_resolution)} (accepted with "
+                f"policy.buckets: none; conditions have their session's size)"
+            )
         if not p.shard:
             if p.shard_group is not None:
                 yield (
@@ -131,11 +136,6 @@ class PipelineModel(ConfiguredPolicy):
         for name, accepted, why in (
             ("quantize", p.quantize != "4bit", "none, fp8; 4-bit weights are not sharded"),
             ("model", not cls.instead_of_shard, cls.instead_of_shard),
-            (
-                "compile",
-                p.compile != "on",
-                "off or auto, which is off; compiled blocks are not computed again as they were",
-            ),
         ):
             if not accepted:
                 yield f"policy.{name}: {getattr(p, name)} (accepted with policy.shard: {why})"

@@ -276,7 +276,7 @@ def saveable(policy: Any, processes: Processes) -> Iterator[Any]:
     if not processes.main:
         yield policy
         return
-    kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+    kind: Any = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
     with init_empty_weights(include_buffers=False):
         complete = kind.from_config(module.config)
     complete.load_state_dict(state, assign=True)

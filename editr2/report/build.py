@@ -83,6 +83,7 @@ def build_report(
         window=charts.smoothing_window(len(run.train)),
         health=_health(run),
         gallery=gallery,
+        strips_from=run.config.get("eval.strips_from"),
         judges=_judges(run),
         config=run.config_text,
         versions=_versions(run),

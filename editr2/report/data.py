@@ -182,6 +182,10 @@ class RecordedRun:
                     return value
         return None
 
+    @property
+    def evaluation_off(self) -> bool:
+        return self.config.get("eval.sessions") == 0
+
     def train_seconds(self) -> float | None:
         """Time spent; a clock that a resumed run started anew is added up."""
         total, last = 0.0, 0.0
@@ -206,8 +210,8 @@ def load_run(folder: Path) -> RecordedRun:
         _load_metrics(run, metrics)
     else:
         run.missing.append("There is no metrics.jsonl: no curves and no evaluation.")
-    _load_strips(run, strips)
     _load_config(run, folder / "config.yaml")
+    _load_strips(run, strips)
     _note_absences(run)
     return run
 
@@ -332,7 +336,7 @@ def _load_strips(run: RecordedRun, paths: Mapping[str, Path]) -> None:
             run.missing.append(f"strips/{path.name} is not readable: {what}")
     before, after = (passes.get(name, {}) for name in PASS_NAMES)
     run.pairs = [Pair(id, before.get(id), after.get(id)) for id in {**before, **after}]
-    if not passes:
+    if not passes and run.config.get("eval.strips") != 0:
         run.missing.append("There are no strips: no session images to show.")
     for name in PASS_NAMES:
         if passes and name not in passes:
@@ -412,7 +416,11 @@ def _note_absences(run: RecordedRun) -> None:
         run.missing.append(
             "No held-out sessions were given: the evaluations are on the training sessions."
         )
-    if run.train or run.evaluations:
+    if run.evaluation_off and not run.evaluations:
+        run.missing.append(
+            "Evaluation was off (eval.sessions: 0): no held-out session says how the run ended."
+        )
+    elif run.train or run.evaluations:
         for name in PASS_NAMES:
             if run.evaluation(name) is None:
                 run.missing.append(f"There is no evaluation “{name}”.")

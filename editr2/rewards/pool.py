@@ -117,14 +117,15 @@ class Judging:
         }
 
     def rollouts(self, items: Sequence[Item]) -> None:
-        """Whole rollouts, in the order in which they are scored."""
+        """Whole rollouts, in any order."""
         self._items += items
         for place, member in enumerate(self._pool.panel.members):
             if member.concurrency and not (self._turnwise or member.by_turn):
                 self._submit(place, items)
 
     def scores(self, turns: int) -> Scores:
-        """Of all rollouts, once every answer is there; `turns` is the width T."""
+        """Of all rollouts by their places, once every answer is there; `turns` is the width T."""
+        self._items.sort(key=lambda item: item.rollout)  # whatever went through the model together
         sessions = [item.session for item in self._items]
         return lay_out(self._pool.panel.names, sessions, self.answers(), turns)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from editr2.errors import ConfigError
-from editr2.policies.base import BucketedPolicy, Policy, witness
+from editr2.policies.base import BucketedPolicy, Policy, SizedPolicy, witness
 from editr2.policies.blocks import compile_errors
 from editr2_kernels import sde_step
 
@@ -152,6 +152,7 @@ _OF_POLICY: WeakKeyDictionary[Any, Graphs] = WeakKeyDictionary()
 
 
 def _graphs(policy: Policy) -> Graphs:
+    policy = policy.whole if isinstance(policy, SizedPolicy) else policy
     return _OF_POLICY.setdefault(policy, Graphs(torch.cuda.graph_pool_handle()))
 
 
@@ -182,7 +183,9 @@ class GraphStep:
         self.run = functools.partial(denoising_step, policy, keep_velocity)
         self.record = record
         tensors = (*policy.module.parameters(), *policy.module.buffers())
-        self.weights = (keep_velocity, *(t.data_ptr() for t in tensors))
+        # Images of 32 x 48 and of 48 x 32 have equally many tokens, in other places.
+        size = policy.image_size if isinstance(policy, SizedPolicy) else None
+        self.weights = (keep_velocity, size, *(t.data_ptr() for t in tensors))
         self.context: Any = None
         self.read: list[Tensor] = []
         self.form: Hashable = None

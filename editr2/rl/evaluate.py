@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Evaluation:
     is right, NaN where one could not be scored. intents_right: share of intents equal to the known
     ones, None where none is known. drift: float64 [N, T, 3], the `MEASURES` of every output against
     its source, NaN where there is none. apart: of the judges that training never asks
-    (`eval.reward`)."""
+    (`eval.reward`). drawn: the rollouts of the first sessions, as many as `evaluate` was asked to
+    show."""
 
     scores: Scores
     reward: Tensor
@@ -57,6 +59,7 @@ class Evaluation:
     intents_right: float | None
     drift: Tensor
     apart: Scores | None = None
+    drawn: Sequence[_Drawn] = ()
 
     def row(self, iteration: int, name: str) -> dict[str, Any]:
         """The metrics row: means and standard errors over sessions, by turn. `marginal_turn` is the
@@ -223,12 +226,13 @@ def evaluate(
     config: Config,
     processes: Processes,
     apart: Panel | Pool | None = None,
+    shown: int = 0,
     **where: Any,
 ) -> Evaluation:
     """One deterministic rollout a session; split over processes and gathered. apart: the judges of
-    `eval.reward`. where: what the record of judging says of it besides. Raises
-    `RewardFailure` where a reward is down, or fails on more turns than `train.max_failed_scores`
-    lets pass."""
+    `eval.reward`. shown: of the first so many sessions images are kept (`strips_of`). where: what
+    the record of judging says of it besides. Raises `RewardFailure` where a reward is
+    down, or fails on more turns than `train.max_failed_scores` lets pass."""
     pool, limit = pool_of(reward), config.train.max_failed_scores
     first_answer(pool.panel, sessions, limit, processes)
     mine = processes.share(len(sessions))
@@ -273,8 +277,14 @@ def evaluate(
         for j, i in enumerate(record.rollout.tolist())
         if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
-    drifts = [_drifts(chunk, turns) for chunk in done]
-    parts = processes.gather([([one.scores(turns) for one in judged], known, drifts)])
+    drifts = _drifts(done, turns)
+    drawn = [
+        (ordinal, _first_of(chunk, place))
+        for chunk in done
+        for place, ordinal in enumerate(chunk.ordinals)
+        if ordinal < shown
+    ]
+    parts = processes.gather([([one.scores(turns) for one in judged], known, drifts, drawn)])
     scores, *others = (merge_scores(each) for each in zip(*(p[0] for p in parts), strict=True))
     check_failures(scores, limit)
     with _said_of("eval.reward"):
@@ -287,17 +297,20 @@ def evaluate(
         success(scores),
         [s.mode for s in sessions],
         float(np.mean(rights)) if rights else None,
-        torch.cat([each for part in parts for each in part[2]]),
+        torch.cat([part[2] for part in parts]),
         others[0] if others else None,
+        [strip for _, strip in sorted((p for part in parts for p in part[3]), key=itemgetter(0))],
     )
 
 
-def _drifts(chunk: Chunk, turns: int) -> Tensor:
-    """float64 [rollouts, turns, 3], NaN where a session has no such turn."""
-    found = np.full((chunk.rollouts, turns, len(MEASURES)), np.nan)
-    for rollout in range(chunk.rollouts):
-        seen = drift(chunk.session_of(rollout).image, chunk.images_of(rollout))
-        found[rollout, : len(seen)] = seen
+def _drifts(done: Sequence[Chunk], turns: int) -> Tensor:
+    """float64 [rollouts, turns, 3] in the order of the chunks' rows, NaN where a session has no
+    such turn."""
+    found = np.full((sum(chunk.rollouts for chunk in done), turns, len(MEASURES)), np.nan)
+    for chunk in done:
+        for rollout, row in enumerate(chunk.rows.tolist()):
+            seen = drift(chunk.session_of(rollout).image, chunk.images_of(rollout))
+            found[row, : len(seen)] = seen
     return torch.from_numpy(found)
 
 
@@ -342,6 +355,12 @@ class _Drawn:
     intents: list[Intent | None]
 
 
+def strips_of(found: Evaluation, folder: Path, name: str, config: CreditConfig) -> None:
+    """Film-strips of the rollouts that an evaluation kept, written as `draw_strips` does. They are
+    of no group, so they have no advantages."""
+    _write_strips(folder, name, found.drawn, found.scores, config, 1)
+
+
 def draw_strips(
     folder: Path,
     name: str,
@@ -374,7 +393,12 @@ def draw_strips(
         done.append(chunk)
     turns = max(len(s.turns) for s in sessions)
     processes.lend()
-    drawn = [_first_of(chunk, s) for chunk in done for s in range(len(chunk.sessions))]
+    first = {
+        row: _first_of(chunk, place)
+        for chunk in done
+        for place, row in enumerate(chunk.rows[:: r.siblings].tolist())
+    }
+    drawn = [first[row] for row in sorted(first)]
     parts = processes.gather([(judged.scores(turns), drawn)])
     if processes.main:
         scores = merge_scores([s for s, _ in parts])
@@ -401,7 +425,7 @@ def _write_strips(
     rewards, scored = weighted_reward(scores, config.weights), scores.scored
     apart = scores.of_state(NOT_APPLICABLE)
     group = torch.arange(len(drawn)).repeat_interleave(siblings)
-    credit = assign_credit(scores, group, config)
+    credit = assign_credit(scores, group, config) if siblings > 1 else None
     _clear(folder, name)
     strips: list[dict[str, Any]] = []
     for place, strip in enumerate(drawn):
@@ -428,10 +452,10 @@ def _write_strips(
                     **({"does_not_apply": silent} if silent else {}),
                     **({"why": why} if (why := _whys(scores, row, t)) else {}),
                     "reward": None if math.isnan(value) else value,
-                    "advantage": float(credit.advantage[row, t]),
+                    "advantage": float(credit.advantage[row, t]) if credit else None,
                     "reason": scores.reasons.get((row, t))
                     or ("no reward with a weight applies" if math.isnan(value) else None),
-                    "masked": not bool(credit.mask[row, t]),
+                    "masked": credit is not None and not bool(credit.mask[row, t]),
                 }
             )
         strips.append(

@@ -41,7 +41,8 @@ ERRORS = ("ratio_error", "text_error")  # maxima over parts
 class Batch:
     """A rollout of this process, how it was made, and its credit.
 
-    advantage, mask: [rollouts, T] on the host, as the loss prefers them. trained: turns that train,
+    advantage, mask: [rollouts, T] on the host, as the loss prefers them, in the order of the
+    chunks' `rows`. trained: turns that train,
     over all processes. old, old_text: log-probs of the policy that sampled, by chunk and by (chunk,
     turn), once training's own code has computed them. stale: they were computed when the rollout
     was made (`remember_old`), since the weights have moved on meanwhile.
@@ -60,8 +61,7 @@ class Batch:
     stale: bool = False
 
     def credit_of(self, number: int) -> tuple[Tensor, Tensor]:
-        start = sum(chunk.rollouts for chunk in self.chunks[:number])
-        own = slice(start, start + self.chunks[number].rollouts)
+        own = self.chunks[number].rows
         return self.advantage[own], self.mask[own]
 
 
@@ -161,11 +161,10 @@ def _plan(
     *,
     remember: bool,
 ) -> _Plan:
-    loss, chunk, sampler = LOSSES[t.loss], batch.chunks[number], batch.sampler.to(device)
+    loss, chunk = LOSSES[t.loss], batch.chunks[number]
+    sampler = batch.sampler.of(chunk.image_size).to(device)
     advantage, mask = batch.credit_of(number)
-    queries, samples = loss.ask(
-        t, Asked(chunk, advantage, mask, batch.sampler, batch.seeds, update)
-    )
+    queries, samples = loss.ask(t, Asked(chunk, advantage, mask, sampler, batch.seeds, update))
     places = loss.places(t, sampler)
     text_weight = t.text_weight if t.text_weight is not None else 1 / places
     asked = any(record.questions is not None for record in chunk.turns)

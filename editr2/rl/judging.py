@@ -24,13 +24,13 @@ _POSITIVE = (1 << 63) - 1
 
 class Judged:
     """A batch of rollouts on its way to its scores: `decoded` hears of every turn, `done` of every
-    chunk, in order, and `scores` waits for the answers.
+    chunk, and `scores` waits for the answers, in the order of the chunks' `rows`.
 
     first: the place of the batch's first rollout among those of all processes.
     """
 
     def __init__(self, judging: Judging, seeds: Seeds, first: int = 0) -> None:
-        self._judging, self._seeds, self._next = judging, seeds, first
+        self._judging, self._seeds, self._first = judging, seeds, first
         self._newest: list[Item] = []
 
     def decoded(self, chunk: Chunk, turn: int) -> None:
@@ -49,11 +49,10 @@ class Judged:
             over = self._judging.zero(FILTER_REWARD)
         else:
             over = self._judging.given_up(self._newest)
-        return torch.tensor([self._next + rollout not in over for rollout in range(chunk.rollouts)])
+        return torch.tensor([row not in over for row in self._rows(chunk)])
 
     def done(self, chunk: Chunk) -> None:
         self._judging.rollouts([self._item(chunk, rollout) for rollout in range(chunk.rollouts)])
-        self._next += chunk.rollouts
 
     def scores(self, turns: int) -> Scores:
         return self._judging.scores(turns)
@@ -65,7 +64,11 @@ class Judged:
         turns: tuple[int, ...] | None = None if turn is None else (turn,)
         if turn is None and len(images) < len(session.turns):
             turns = tuple(range(len(images)))
-        return Item(session, images, turns, self._next + rollout, seed & _POSITIVE)
+        return Item(session, images, turns, self._rows(chunk)[rollout], seed & _POSITIVE)
+
+    def _rows(self, chunk: Chunk) -> list[int]:
+        rows: list[int] = (self._first + chunk.rows).tolist()
+        return rows
 
 
 def pool_of(reward: GivenReward | CheckedReward | Panel | Pool) -> Pool:

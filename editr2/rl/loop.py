@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -28,9 +29,23 @@ from editr2.rewards.pool import Pool
 from editr2.rewards.record import Record
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
-from editr2.rl.evaluate import comparison_row, draw_strips, evaluate, first_answer
+from editr2.rl.evaluate import (
+    FIRST_CALLS,
+    comparison_row,
+    draw_strips,
+    evaluate,
+    first_answer,
+    strips_of,
+)
 from editr2.rl.iteration import Rolled, learn, roll_out
-from editr2.rl.metrics import comparison_line, evaluation_line, find_row, rows_due, start_row
+from editr2.rl.metrics import (
+    comparison_line,
+    evaluation_line,
+    find_row,
+    rows_due,
+    start_row,
+    strips_due,
+)
 from editr2.rl.rules import check_pruning, check_run
 from editr2.rl.sampler import Schedule, eval_sampler, own_schedule, rollout_sampler
 from editr2.rl.seeds import derive_seed
@@ -192,6 +207,8 @@ class _Loop:
                 self.progress.note(note)
             if self.source.heldout_is_training and not self.record:
                 self.progress.note("no --data.heldout given: evaluating on the training sessions")
+            if config.eval.off:
+                self.progress.note("no evaluation (eval.sessions 0): nothing says how it ended")
             try:
                 self._train(stop)
                 if profile and self.rows:
@@ -226,20 +243,26 @@ class _Loop:
         if self._ends_early():
             due += rows_due(t.iterations, t, config.eval)
         missing = [name for name in due if find_row(self.record, name, state.iteration) is None]
+        missing += [
+            name for name in strips_due(state.iteration, t, config.eval) if not self._drawn(name)
+        ]
         if missing or not (state.iteration >= t.iterations or self._ends_early()):
             self._probe()
         stop.give_up()
         while True:
             for name in rows_due(state.iteration, t, config.eval):
                 self._make(name)
+            for name in strips_due(state.iteration, t, config.eval):
+                if not self._drawn(name):
+                    self._draw(name)
             if state.iteration >= t.iterations:
                 return
             if self._ends_early():
                 self._end()
                 return
             if not self.rows:
-                limit = t.max_failed_scores
-                first_answer(self.reward, self.source.heldout, limit, self.processes)
+                first = self.source.heldout or [self.source[i] for i in range(FIRST_CALLS)]
+                first_answer(self.reward, first, t.max_failed_scores, self.processes)
             stop.agree()
             started = time.perf_counter()
             rolled = self.waiting or self._rolled()
@@ -275,7 +298,8 @@ class _Loop:
             for panel in panels:
                 if panel is self.reward:
                     notes += panel.lacking(self.source.sessions or ())
-                if not self.source.heldout_is_training or panel is not self.reward:
+                apart = not self.source.heldout_is_training or panel is not self.reward
+                if apart and self.source.heldout:
                     notes += panel.lacking(self.source.heldout, "held-out sessions")
             said: tuple[list[str], UserError | None] = (notes, None)
         except UserError as error:
@@ -373,9 +397,7 @@ class _Loop:
                 self._append(comparison)
             self.progress.note(comparison_line(comparison))
         else:
-            drawn = self.processes.on_main(
-                lambda: (self.folder / "strips" / f"{name}.json").exists()
-            )
+            drawn = self._drawn(name)
             if there is None or (name != "during" and not drawn):
                 self._evaluate(name, there)
             self._keep_best(made=there is None)
@@ -417,9 +439,11 @@ class _Loop:
         """The same weights score the same, whatever a reward drew before, and an evaluation leaves
         no trace."""
         config, processes = self.config, self.processes
-        seed, made = derive_seed(0, "eval", processes.index), row is None
-        if row is None:
-            with generators_aside(seed), self.state.averaged() as averaged:
+        made, count = row is None, config.eval.strips if name != "during" else 0
+        shown = self.source.shown[:count]
+        apart = config.eval.strips_from == "evaluation"
+        if row is None or (apart and shown):
+            with self._aside() as averaged:
                 found = evaluate(
                     averaged,
                     self.pool,
@@ -428,21 +452,46 @@ class _Loop:
                     config,
                     processes,
                     self.apart,
+                    shown=len(shown) if apart else 0,
                     iteration=self.state.iteration,
                 )
-            row = self._watched(found.row(self.state.iteration, name))
-        if name != "during":
-            shown, strips = self.source.heldout[: config.eval.strips], self.folder / "strips"
-            with generators_aside(seed), self.state.averaged() as averaged:
-                draw_strips(
-                    strips, name, averaged, self.pool, shown, self.sampler, config, processes
-                )
+            if row is None:
+                row = self._watched(found.row(self.state.iteration, name))
+        if apart and shown:
+            folder = self.folder / "strips"
+            processes.on_main(lambda: strips_of(found, folder, name, config.credit))
+        elif name != "during" and not (apart and shown):
+            self._draw(name)
         if made:
             self._append(row)
             kind = "training" if self.source.heldout_is_training else "held-out"
             self.progress.note(evaluation_line(row, kind))
             for text in new_alarms(row, evaluations(self.record)[:-1]):
                 self.progress.note(f"ALARM {text}")
+
+    @contextmanager
+    def _aside(self) -> Iterator[Policy]:
+        """The averaged weights, with generators of an evaluation's own."""
+        seed = derive_seed(0, "eval", self.processes.index)
+        with generators_aside(seed), self.state.averaged() as averaged:
+            yield averaged
+
+    def _drawn(self, name: str) -> bool:
+        return self.processes.on_main(lambda: (self.folder / "strips" / f"{name}.json").exists())
+
+    def _draw(self, name: str) -> None:
+        """Film-strips of whole groups, by the weights that stand."""
+        with self._aside() as averaged:
+            draw_strips(
+                self.folder / "strips",
+                name,
+                averaged,
+                self.pool,
+                self.source.shown[: self.config.eval.strips],
+                self.sampler,
+                self.config,
+                self.processes,
+            )
 
     def _watched(self, row: dict[str, Any]) -> dict[str, Any]:
         """An evaluation's row, with what it says beside the evaluations before it."""

@@ -46,12 +46,21 @@ def rows_due(iteration: int, t: TrainConfig, evaluation: EvalConfig) -> list[str
     The loop asks this at every iteration and after the last, and makes what is missing: so it does
     not matter where a run was killed.
     """
+    if evaluation.off:
+        return ["start"] if iteration == 0 else []
     due = ["start", "before"] if iteration == 0 else []
     if iteration and evaluation.every and iteration % evaluation.every == 0:
         due.append("during")
     if iteration >= t.iterations:
         due += ["after", "comparison"]
     return due
+
+
+def strips_due(iteration: int, t: TrainConfig, evaluation: EvalConfig) -> list[str]:
+    """The passes of film-strips that have to be there before the next iteration begins and that no
+    evaluation draws beside its row: where there are no evaluations."""
+    ends = {"before": iteration == 0, "after": iteration >= t.iterations}
+    return [name for name, due in ends.items() if due and evaluation.off and evaluation.strips]
 
 
 def find_row(record: Sequence[dict[str, Any]], name: str, iteration: int) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from editr2.policies.base import (
     TokenScores,
     TurnTask,
     Velocity,
+    at_size,
 )
 from editr2.rl.rollout import Chunk, TurnRecord, Walk
 
@@ -97,6 +98,7 @@ def replay(
     """
     if not bool(needed.any()):
         return
+    policy = at_size(policy, chunk.image_size)
     if options.packed:
         yield _packed(policy, chunk, queries, options, needed)
     else:

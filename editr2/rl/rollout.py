@@ -21,12 +21,13 @@ from torch import Tensor
 
 from editr2.config import PolicyConfig, RolloutConfig
 from editr2.errors import NonFiniteError
-from editr2.policies.base import Intent, Policy, Questions, TextPolicy, device_of
+from editr2.policies.base import Intent, Policy, Questions, TextPolicy, at_size, device_of
 from editr2.policies.finite import LOOK_AT, read_turn
 from editr2.rl.compiled_step import Stepped, capture_step
 from editr2.rl.sampler import Sampler
 from editr2.rl.seeds import derive_seed, seed_tensor
 from editr2.sessions import Session
+from editr2.sessions.buckets import Size
 from editr2_kernels import INITIAL_STEP, philox_normal
 
 
@@ -59,17 +60,31 @@ class TurnRecord:
 
 @dataclass
 class Chunk:
-    """Groups that go through the model together. ordinals: the sessions' places in the run's stream
-    (seed material)."""
+    """Groups that go through the model together, all of one image size. ordinals: the sessions'
+    places in the run's stream (seed material). places: those among the sessions that were laid out
+    in chunks together, none where these are all."""
 
     sessions: list[Session]
     ordinals: list[int]
     siblings: int
     turns: list[TurnRecord] = field(default_factory=list)
+    places: list[int] | None = None
 
     @property
     def rollouts(self) -> int:
         return len(self.sessions) * self.siblings
+
+    @property
+    def image_size(self) -> Size:
+        return self.sessions[0].image_size
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [rollouts]: each one's place among the rollouts of all chunks, in the order of
+        their sessions."""
+        places = range(len(self.sessions)) if self.places is None else self.places
+        first = torch.tensor(list(places), dtype=torch.int64) * self.siblings
+        return (first[:, None] + torch.arange(self.siblings)).flatten()
 
     def session_of(self, rollout: int) -> Session:
         return self.sessions[rollout // self.siblings]
@@ -100,9 +115,16 @@ class Chunk:
 def chunks(
     sessions: Sequence[Session], ordinals: Sequence[int], siblings: int, groups: int
 ) -> Iterator[Chunk]:
-    """`sessions` in chunks of at most `groups`."""
-    for i in range(0, len(sessions), groups):
-        yield Chunk(list(sessions[i : i + groups]), list(ordinals[i : i + groups]), siblings)
+    """`sessions` in chunks of at most `groups` of one image size: size by size in the order in
+    which they first come. Numbers do not depend on it: seeds follow from ordinals, and whoever puts
+    chunks together goes by `Chunk.rows`."""
+    of_size: dict[Size, list[int]] = {}
+    for place, session in enumerate(sessions):
+        of_size.setdefault(session.image_size, []).append(place)
+    for places in of_size.values():
+        for i in range(0, len(places), groups):
+            at = places[i : i + groups]
+            yield Chunk([sessions[n] for n in at], [ordinals[n] for n in at], siblings, places=at)
 
 
 class Walk:
@@ -225,11 +247,12 @@ def rollout_chunk(
     goes_on: Callable[[Chunk, int], Tensor] | None = None,
 ) -> Chunk:
     """Fills `chunk.turns`. rollout: shared noise and storage dtype (default: shared, fp32). greedy:
-    intents by argmax (evaluation). decoded: called with the chunk and a turn once its images are
+    intents by argmax (evaluation). policy, sampler: of any size; their views at the chunk's are
+    taken. decoded: called with the chunk and a turn once its images are
     there. goes_on: asked the same before the turn behind it, bool [rollouts]: who is rolled out
     further. Returns the chunk."""
-    device = device_of(policy.module)
-    sampler = sampler.to(device)
+    device, size = device_of(policy.module), chunk.image_size
+    policy, sampler = at_size(policy, size), sampler.of(size).to(device)
     walk = Walk(policy, chunk)
     chunk.turns = []
     for turn in range(max(len(s.turns) for s in chunk.sessions)):

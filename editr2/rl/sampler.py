@@ -8,8 +8,9 @@ launch, and moving a window moves an index.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch import Tensor
 from editr2.config import EvalConfig, RolloutConfig, noise_problem
 from editr2.config.settings import rollout_dynamics
 from editr2.errors import ConfigError
-from editr2.policies.base import Policy, ScheduledPolicy
+from editr2.policies.base import Policy, ScheduledPolicy, SizedPolicy, at_size
+from editr2.sessions.buckets import Size
 from editr2_kernels import COLUMNS, flow_sigmas, transition_table
 
 
@@ -26,7 +28,7 @@ class Sampler:
     """steps: denoising steps. sigmas: float32 [steps + 1], falling. table: float32 [2 * steps, 8].
     window: SDE steps a turn (0: pure ODE). A window may start at any step from first_start to
     last_start; `every` moves both on (see `at`). second_order: some rows read the clean prediction
-    of the step before."""
+    of the step before. sizes: the same of images of other sizes, whose sigmas are others."""
 
     steps: int
     sigmas: Tensor
@@ -36,6 +38,11 @@ class Sampler:
     first_start: int = 0
     every: int | None = None
     second_order: bool = False
+    sizes: Mapping[Size, Sampler] = field(default_factory=dict)
+
+    def of(self, size: Size) -> Sampler:
+        """The sampler of images of this size (height, width)."""
+        return self.sizes.get(size, self)
 
     def at(self, iteration: int) -> Sampler:
         """The sampler of an iteration: a progressive window (MixGRPO) starts at one step, the next
@@ -43,7 +50,12 @@ class Sampler:
         if self.every is None:
             return self
         start = iteration // self.every % (self.last_start + 1)
-        return dataclasses.replace(self, first_start=start, last_start=start, every=None)
+        return self.changed(first_start=start, last_start=start, every=None)
+
+    def changed(self, **fields: Any) -> Sampler:
+        """With other values of some fields, at every size."""
+        sizes = {size: other.changed(**fields) for size, other in self.sizes.items()}
+        return dataclasses.replace(self, **fields, sizes=sizes)
 
     def step_index(self, k: int, starts: Tensor) -> tuple[Tensor, Tensor]:
         """(table rows int64 [B], in-window bool [B]) of step k for window starts int64 [B]."""
@@ -51,11 +63,25 @@ class Sampler:
         return k + self.steps * inside, inside
 
     def to(self, device: torch.device) -> Sampler:
-        return dataclasses.replace(self, sigmas=self.sigmas.to(device), table=self.table.to(device))
+        sizes = {size: other.to(device) for size, other in self.sizes.items()}
+        return dataclasses.replace(
+            self, sigmas=self.sigmas.to(device), table=self.table.to(device), sizes=sizes
+        )
 
 
 Schedule = Callable[[int], Sequence[float]]
 """From a number of steps to sigmas, steps + 1 of them falling from 1 to 0."""
+
+
+@dataclass(frozen=True)
+class SizedSchedule:
+    """A `Schedule`, and those of images of other sizes, where a policy's own follow from it."""
+
+    main: Schedule
+    sizes: Mapping[Size, Schedule]
+
+    def __call__(self, steps: int) -> Sequence[float]:
+        return self.main(steps)
 
 
 def rollout_sampler(
@@ -75,9 +101,9 @@ def rollout_sampler(
         named=named,
     )
     if config.window_schedule == "fixed":
-        return dataclasses.replace(sampler, last_start=0)
+        return sampler.changed(last_start=0)
     if config.window_schedule == "progressive":
-        return dataclasses.replace(sampler, every=config.window_every)
+        return sampler.changed(every=config.window_every)
     return sampler
 
 
@@ -95,8 +121,14 @@ def eval_sampler(
 
 
 def own_schedule(policy: Policy) -> Schedule | None:
-    """The policy's noise schedule, if it has one of its own."""
-    return policy.sigmas if isinstance(policy, ScheduledPolicy) else None
+    """The policy's noise schedule, if it has one of its own; of every size that it edits."""
+    if not isinstance(policy, ScheduledPolicy):
+        return None
+    sizes = policy.sizes if isinstance(policy, SizedPolicy) else ()
+    others = [size for size in sizes if size != policy.image_size]
+    if not others:
+        return policy.sigmas
+    return SizedSchedule(policy.sigmas, {size: at_size(policy, size).sigmas for size in others})
 
 
 def make_sampler(
@@ -111,8 +143,9 @@ def make_sampler(
     named: str = "rollout.steps",
 ) -> Sampler:
     """A sampler of `steps` steps with a window of `window` SDE steps that starts within the first
-    `window_range` of them. Sigmas are shifted by `shift`; where it is none they are `own`'s, or
-    unshifted. named: the field that `steps` is from. Raises `ConfigError` naming the field."""
+    `window_range` of them. Sigmas are shifted by `shift`; where it is none they are `own`'s, for
+    every size that it knows, or unshifted. named: the field that `steps` is from. Raises
+    `ConfigError` naming the field."""
     if steps < 1:
         raise ConfigError(f"{named}: {steps} (accepted: at least 1)")
     if not 0 <= window <= steps:
@@ -147,6 +180,7 @@ def make_sampler(
             "noise and so no log-prob; lower rollout.window_range or rollout.window"
         )
     table = torch.cat([ode, sde]).contiguous()
+    others = own.sizes if shift is None and isinstance(own, SizedSchedule) else {}
     return Sampler(
         steps,
         torch.as_tensor(sigmas, dtype=torch.float32),
@@ -154,4 +188,16 @@ def make_sampler(
         window,
         last,
         second_order=bool((table[:, COLUMNS.index("C")] != 0).any()),
+        sizes={
+            size: make_sampler(
+                steps,
+                own=schedule,
+                dynamics=dynamics,
+                noise_level=noise_level,
+                window=window,
+                window_range=window_range,
+                named=named,
+            )
+            for size, schedule in others.items()
+        },
     )

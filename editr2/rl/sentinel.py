@@ -10,7 +10,7 @@ from torch import Tensor
 
 from editr2.config import PolicyConfig, RolloutConfig, TrainConfig
 from editr2.errors import UserError
-from editr2.policies.base import Policy, TextPolicy
+from editr2.policies.base import Policy, TextPolicy, at_size
 from editr2.rl.rollout import Chunk, Seeds, TurnRecord, Walk, rollout_chunk
 from editr2.rl.sampler import Sampler
 from editr2_kernels import sde_log_prob
@@ -48,6 +48,7 @@ def explain_difference(
         keep_velocity=True,
         goes_on=lambda _, turn: ~chunk.left_out(turn + 1),
     )
+    policy, sampler = at_size(policy, chunk.image_size), sampler.of(chunk.image_size)
     walk, sampler = Walk(policy, chunk), sampler.to(again.turns[0].x0.device)
     for turn, (old, new) in enumerate(zip(chunk.turns, again.turns, strict=True)):
         where = f"turn {turn + 1}"

@@ -89,22 +89,23 @@ class State:
             live[name].data = data
         self.drop_gradients()
 
-    def held(self, processes: Processes) -> Held:
-        """What a checkpoint holds. Weights that are shared out are put together on the first
-        process's host (which then holds all copies and moments whole), tensor by tensor; the others
-        get nothing. All processes have to call it where there are such."""
+    def held(self, processes: Processes) -> Held | None:
+        """What a checkpoint holds of weights that are shared out, None where they are whole: put
+        together on the first process's host (which then holds all copies and moments whole), tensor
+        by tensor; the others get nothing. All processes have to call it."""
         if not self.parts:
-            return self._whole()
+            return None
         processes.lend()
 
-        def gather(own: Tensor, like: Tensor) -> Tensor | None:
+        def gather(own: Tensor, like: Tensor) -> Tensor:
             everywhere = whole(own, like)
-            return everywhere.cpu() if processes.main else None
+            return everywhere.cpu() if processes.main else own
 
         live = trainable(self.policy.module)
+        groups: dict[str, Mapping[str, Tensor]] = {"policy": live, **self._copies()}
         tensors = {
             group: {name: gather(part(value), live[name]) for name, value in values.items()}
-            for group, values in {"policy": live, **self._copies()}.items()
+            for group, values in groups.items()
         }
         optimizer, stepped = self.optimizer.state_dict(), self._stepped_of()
         optimizer["state"] = {
@@ -115,10 +116,6 @@ class State:
             for at, moments in optimizer["state"].items()
         }
         return (tensors, optimizer) if processes.main else ({}, {})
-
-    def _whole(self) -> Held:
-        copies = {"policy": snapshot(self.policy.module), **self._copies()}
-        return copies, self.optimizer.state_dict()
 
     def _stepped_of(self) -> list[Tensor]:
         """The trainable parameters in the optimiser's order."""
@@ -136,7 +133,10 @@ class State:
         """identity: what the run depends on; without it a resumed run can compare settings alone.
         rng: the generators of every process, none are this one's. held: of `held`, needed where
         weights are shared out. Raises `NonFiniteError` before anything is written."""
-        tensors, optimizer = self._whole() if held is None else held
+        tensors, optimizer = held or (
+            {"policy": snapshot(self.policy.module), **self._copies()},
+            self.optimizer.state_dict(),
+        )
         check_state(f"{root}: step {self.iteration} is not saved", tensors, optimizer)
         save_checkpoint(
             root,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from editr2.errors import DataError, one_line
 from editr2.run.hub import offline
-from editr2.sessions.images import Pixels, Size, decode_image, locate, read_image
+from editr2.sessions.buckets import Sizes
+from editr2.sessions.images import Pixels, decode_image, locate, read_image
 from editr2.sessions.records import Entry
 from editr2.sessions.session import kind
 
@@ -34,7 +35,7 @@ class DatasetImage:
 
     data: Dataset
     row: int
-    size: Size | None
+    size: Sizes | None
     resize: str
     contained: bool
     checksum: str | None = None
@@ -62,7 +63,7 @@ def _one_line(where: str = "", problem: str = "cannot be read") -> Iterator[None
         raise DataError(f"{where}{problem}: {one_line(error)}") from error
 
 
-def dataset_entries(path: str, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
+def dataset_entries(path: str, size: Sizes | None, resize: str, contained: bool) -> Iterator[Entry]:
     """The sessions of a dataset, unchecked. path: "hf:owner/name", "hf:owner/name:split" or a saved
     dataset's folder.
 
@@ -76,7 +77,7 @@ def dataset_entries(path: str, size: Size | None, resize: str, contained: bool) 
 
 
 def _entries(
-    path: str, data: Dataset, size: Size | None, resize: str, contained: bool
+    path: str, data: Dataset, size: Sizes | None, resize: str, contained: bool
 ) -> Iterator[Entry]:
     names = set(data.column_names)
     if names.issuperset(_MAGICBRUSH):

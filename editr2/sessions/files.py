@@ -7,8 +7,8 @@ names:
      "turns": [{"instruction": "add a red cup"}, {"instruction": "make it blue", "intent": "make the
          cup blue"}]}
 
-`image` is relative to the folder, or absolute. `id`, `mode` and `meta` are optional, and so are a
-turn's `intent`, `task` and `meta`; null means absent. Blank lines are allowed. A Hugging Face
+`image` is relative to the folder, or absolute. `id`, `mode`, `size` and `meta` are optional, and so
+are a turn's `intent`, `task` and `meta`; null means absent. Blank lines are allowed. A Hugging Face
 dataset whose rows are sessions is read in the same way (datasets.py). docs/data.md is the
 user's page.
 """
@@ -20,7 +20,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,10 +29,11 @@ import numpy as np
 from PIL import Image
 
 from editr2.errors import DataError, UserError, shown
+from editr2.sessions.buckets import Size, Sizes, is_one, listed, written
 from editr2.sessions.datasets import dataset_entries
-from editr2.sessions.images import RESIZES, ImageFile, Pixels, Size, locate
+from editr2.sessions.images import RESIZES, ImageFile, Pixels, locate
 from editr2.sessions.records import Entry, lines_of, parse_object, record_problems
-from editr2.sessions.session import Session, StoredImage, Turn, is_text, sum_of_pixels
+from editr2.sessions.session import Session, StoredImage, Turn, is_text, size_of, sum_of_pixels
 
 __all__ = [
     "ImageFile",
@@ -47,7 +48,7 @@ __all__ = [
 
 FILE_NAME = "sessions.jsonl"
 
-Unreadable: TypeAlias = Callable[[Sequence[str]], Iterable[tuple[int, str]]]
+Unreadable: TypeAlias = Callable[..., Iterable[tuple[int, str]]]
 """(turn from 0, what is wrong) for those of a session's instructions that their reader has no use
 for: too long a text, a word that its vocabulary does not have."""
 
@@ -56,10 +57,11 @@ def load_sessions(
     path: str | os.PathLike[str],
     *,
     limit: int | None = None,
-    size: Size | None = None,
+    size: Sizes | None = None,
     resize: str = "no",
     memory: int = 1 << 30,
     unreadable: Unreadable | None = None,
+    others: bool = False,
 ) -> list[Session]:
     """Read a set of sessions and decode every image, so that a bad file fails here and not hours
     into a run.
@@ -67,12 +69,15 @@ def load_sessions(
     path: a sessions.jsonl file, a folder that holds one, a folder that `datasets` saved to disk, or
         a dataset of the Hugging Face hub, "hf:owner/name:split".
     limit: read only the first `limit` sessions.
-    size: (height, width) that every image must have; None accepts any.
+    size: (height, width) that every image must have, or several, of which each gets the one that
+        its line names as `size` or else the nearest in aspect ratio; None accepts any.
     resize: what becomes of an image of another size: "no" (an error), "crop" (scale to cover, cut
         the middle out) or "stretch".
     memory: bytes of pixels to keep. Images beyond them (3·H·W bytes each, 1.3 thousand of 512² in
         the default) are decoded here to be checked, and again whenever `Session.image` is read.
-    unreadable: what a policy cannot make of the instructions, which is then an error of the line.
+    unreadable: what a policy cannot make of the instructions, which is then an error of the line;
+        with several sizes it is told the session's, too.
+    others: a line may name another size than those; it gets the nearest then, and else is an error.
 
     A session without an id is named after its line, `line-000007`. Images may be 8-bit grey,
     palette or RGB, with or without alpha, in one of `images.FORMATS`: EXIF orientation is applied,
@@ -84,7 +89,8 @@ def load_sessions(
     if limit is not None and limit < 1:
         raise UserError(f"limit: {limit} (accepted: 1 or more)")
     sessions = []
-    for item in scan(path, size=size, resize=resize, memory=memory, unreadable=unreadable):
+    how: dict[str, Any] = {"memory": memory, "unreadable": unreadable, "others": others}
+    for item in scan(path, size=size, resize=resize, **how):
         if isinstance(item, str):
             raise DataError(item)
         sessions.append(item)
@@ -125,7 +131,7 @@ class Survey:
 def survey(
     path: str | os.PathLike[str],
     *,
-    size: Size | None = None,
+    size: Sizes | None = None,
     resize: str = "no",
     unreadable: Unreadable | None = None,
     each: Callable[[Session], object] | None = None,
@@ -151,7 +157,7 @@ def survey(
 def validate(
     path: str | os.PathLike[str],
     *,
-    size: Size | None = None,
+    size: Sizes | None = None,
     resize: str = "no",
     unreadable: Unreadable | None = None,
 ) -> list[str]:
@@ -184,7 +190,12 @@ def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -
             for t in session.turns
         ]
         record = _without_absent(
-            id=session.id, image=name, mode=session.mode, turns=turns, meta=session.meta
+            id=session.id,
+            image=name,
+            mode=session.mode,
+            size=session.size,
+            turns=turns,
+            meta=session.meta,
         )
         try:
             lines[session.id] = (
@@ -225,7 +236,7 @@ class _NoImage:
     """In place of an image whose name alone is wrong."""
 
     problem: str
-    size: Size | None = None
+    size: Sizes | None = None
     resize: str = "no"
     checksum: str | None = None
 
@@ -236,11 +247,12 @@ class _NoImage:
 def scan(
     path: str | os.PathLike[str],
     *,
-    size: Size | None = None,
+    size: Sizes | None = None,
     resize: str = "no",
     memory: int = 1 << 30,
     unreadable: Unreadable | None = None,
     contained: bool = False,
+    others: bool = False,
 ) -> Iterator[Session | str]:
     """The sessions of a set in order, and a line of text for each problem. Lazy: an image is
     decoded when reached.
@@ -254,7 +266,7 @@ def scan(
         entries = dataset_entries(os.fspath(path), size, resize, contained)
     else:
         entries = _file_entries(_locate(path), size, resize, contained)
-    return _checked(entries, memory, unreadable)
+    return _checked(entries, size, None if others else size, memory, unreadable)
 
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
@@ -278,7 +290,7 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def _file_entries(file: Path, size: Size | None, resize: str, contained: bool) -> Iterator[Entry]:
+def _file_entries(file: Path, size: Sizes | None, resize: str, contained: bool) -> Iterator[Entry]:
     lines_there = False
     for number, raw in lines_of(file):
         lines_there = True
@@ -292,7 +304,8 @@ def _file_entries(file: Path, size: Size | None, resize: str, contained: bool) -
         image: StoredImage | None = None
         if is_text(name):
             try:
-                image = ImageFile(locate(file.parent, name, contained=contained), size, resize)
+                path = locate(file.parent, name, contained=contained)
+                image = ImageFile(path, _asked(record, size), resize)
             except DataError as error:
                 image = _NoImage(str(error))
         yield Entry(where, place, record, image)
@@ -302,9 +315,20 @@ def _file_entries(file: Path, size: Size | None, resize: str, contained: bool) -
         )
 
 
+def _asked(record: Mapping[str, Any], size: Sizes | None) -> Sizes | None:
+    """What its image is brought to: the size that a session names, if there is such a one."""
+    named = size_of(record)
+    return named if size is not None and named in listed(size) else size
+
+
 def _checked(
-    entries: Iterable[Entry], memory: int, unreadable: Unreadable | None
+    entries: Iterable[Entry],
+    size: Sizes | None,
+    accepted: Sizes | None,
+    memory: int,
+    unreadable: Unreadable | None,
 ) -> Iterator[Session | str]:
+    """accepted: the sizes that a line may name, None for any."""
     seen: dict[str, str] = {}
     for where, place, record, stored in entries:
         if isinstance(record, DataError):
@@ -321,18 +345,25 @@ def _checked(
                 )
             )
         seen.setdefault(name, place)
-        if unreadable is not None and not problems:
-            of = f"of session {shown(repr(name))}: "
-            told = [turn["instruction"] for turn in record["turns"]]
-            problems += (
-                (f"turns[{turn}].instruction", of + problem) for turn, problem in unreadable(told)
-            )
-        pixels = None
+        named = size_of(record)
+        if accepted is not None and named is not None and named not in listed(accepted):
+            problems.append(("size", f"{list(named)} (accepted: {written(accepted)}, or absent)"))
+        pixels, undecoded = None, []
         if stored is not None:
             try:
                 pixels = stored()
             except DataError as error:
-                problems.append(("image", str(error)))
+                undecoded.append(("image", str(error)))
+        if unreadable is not None and not problems:
+            of = f"of session {shown(repr(name))}: "
+            told = [turn["instruction"] for turn in record["turns"]]
+            several = size is not None and not is_one(size) and pixels is not None
+            at = (pixels.shape[:2],) if several and pixels is not None else ()
+            problems += (
+                (f"turns[{turn}].instruction", of + problem)
+                for turn, problem in unreadable(told, *at)
+            )
+        problems += undecoded
         yield from (f"{where}: {field}: {problem}" for field, problem in problems)
         if pixels is None or stored is None or problems:
             continue
@@ -346,7 +377,8 @@ def _checked(
         later: Any = None
         if memory < 0:
             later = replace(stored, size=pixels.shape[:2], checksum=sum_of_pixels(pixels))  # type: ignore[type-var]
-        yield Session(name, later or pixels, turns, record.get("mode"), record.get("meta") or {})
+        mode, meta = record.get("mode"), record.get("meta") or {}
+        yield Session(name, later or pixels, turns, mode, meta, named)
 
 
 def _without_absent(**values: Any) -> dict[str, Any]:

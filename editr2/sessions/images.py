@@ -25,9 +25,9 @@ from PIL import Image, ImageCms, ImageOps
 from PIL import ImageFile as PillowFile
 
 from editr2.errors import DataError, one_line, shown
+from editr2.sessions.buckets import Size, Sizes, is_one, listed, nearest, written
 
 Pixels = npt.NDArray[np.uint8]
-Size = tuple[int, int]
 RESIZES = ("no", "crop", "stretch")
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
 """By Pillow's names; an MPO is a phone's JPEG. Of the others Pillow would, for one, run Ghostscript
@@ -53,7 +53,7 @@ class ImageFile:
     """
 
     path: Path
-    size: Size | None = None
+    size: Sizes | None = None
     resize: str = "no"
     where: str = ""
     checksum: str | None = field(default=None, compare=False)
@@ -91,7 +91,7 @@ def inside(folder: Path, name: str) -> Path | None:
     )
 
 
-def read_image(path: Path, size: Size | None = None, resize: str = "no") -> Pixels:
+def read_image(path: Path, size: Sizes | None = None, resize: str = "no") -> Pixels:
     """`decode_image` of a file; DataError says what is wrong with it."""
     try:
         found = os.stat(path)
@@ -112,7 +112,16 @@ def read_image(path: Path, size: Size | None = None, resize: str = "no") -> Pixe
         raise DataError(f"{shown(path)}: {error}") from error
 
 
-def decode_image(data: bytes, size: Size | None = None, resize: str = "no") -> Pixels:
+def size_in_file(path: Path) -> Size:
+    """(height, width) that `read_image` gives, by the file's header. Raises DataError."""
+    try:
+        with Image.open(path) as opened:
+            return _seen_size(opened)
+    except Exception as error:  # as in `decode_image`
+        raise DataError(f"{shown(path)}: not a readable image: {one_line(error)}") from error
+
+
+def decode_image(data: bytes, size: Sizes | None = None, resize: str = "no") -> Pixels:
     """An encoded image to uint8 [H, W, 3], brought to `size` as `load_sessions` says. Raises
     DataError."""
     if not data:
@@ -164,7 +173,7 @@ def _fewer_pixels() -> str:
     return f"up to {MOST_PIXELS:,}; scale the image down first"
 
 
-def _check_header(image: Image.Image, data: bytes, size: Size | None, resize: str) -> None:
+def _check_header(image: Image.Image, data: bytes, size: Sizes | None, resize: str) -> None:
     """Raises DataError for what need not be decoded."""
     if image.format not in FORMATS:
         raise DataError(f"format {image.format} (accepted: {', '.join(FORMATS)})")
@@ -185,8 +194,9 @@ def _check_header(image: Image.Image, data: bytes, size: Size | None, resize: st
     if (bits := _bits(image, data)) > 8:
         raise DataError(f"{bits} bits a channel {accepted}")
     # Where a PNG says only behind its pixels how it is turned, `_fitted` has the last word.
-    if size is not None and resize == "no" and sorted(size) != sorted((height, width)):
-        raise DataError(_another_size(height, width, size))
+    if size is not None and resize == "no":
+        if sorted((height, width)) not in [sorted(each) for each in listed(size)]:
+            raise DataError(_another_size(height, width, size))
 
 
 def _seen_size(image: Image.Image) -> Size:
@@ -275,17 +285,18 @@ def _to_srgb(profile: bytes) -> tuple[bool, Any]:
     return mode == "L", None if moved <= SRGB_LEVELS else transform
 
 
-def _another_size(height: int, width: int, size: Size) -> str:
-    accepted = f"{size[0]}×{size[1]}; --data.resize crop or stretch brings others to it"
+def _another_size(height: int, width: int, size: Sizes) -> str:
+    which = "it" if is_one(size) else "the nearest"
+    accepted = f"{written(size)}; --data.resize crop or stretch brings others to {which}"
     return f"{height}×{width} pixels, height × width (accepted: {accepted})"
 
 
-def _fitted(image: Image.Image, size: Size, resize: str) -> Image.Image:
-    height, width = size
+def _fitted(image: Image.Image, sizes: Sizes, resize: str) -> Image.Image:
+    height, width = nearest(sizes, image.height, image.width)
     if image.size == (width, height):
         return image
     if resize == "crop":
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     if resize == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
-    raise DataError(_another_size(image.height, image.width, size))
+    raise DataError(_another_size(image.height, image.width, sizes))

@@ -11,11 +11,14 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 
 from editr2.errors import DataError, shown
-from editr2.sessions.images import Pixels, Size
+from editr2.sessions.buckets import Size, Sizes, is_one
+from editr2.sessions.images import Pixels
 
 MODES = ("cm", "cu")
 
-SESSION_KEYS = ("id", "image", "turns", "mode", "meta")
+SESSION_KEYS = ("id", "image", "turns", "mode", "size", "meta")
+
+LONGEST_SIDE = 8_192
 
 TURN_KEYS = ("instruction", "intent", "task", "meta")
 
@@ -68,7 +71,8 @@ class Session:
     turns: at least one.
     mode: "cm" (a standing rule set early holds for later turns), "cu" (later turns refer back by
     pronouns) or None. meta: whatever a reward needs to judge the session; JSON values only, if it
-    is to be saved.
+    is to be saved. size: (height, width) that it asks to be edited at, of several that a run has
+    (`policy.buckets`); None is the nearest.
     """
 
     id: str
@@ -76,6 +80,7 @@ class Session:
     turns: tuple[Turn, ...]  # type: ignore[misc]  # mypy takes the descriptor for a default
     mode: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    size: Size | None = None
 
     def __post_init__(self) -> None:
         for name, problem in session_problems(vars(self)):
@@ -111,13 +116,23 @@ class Session:
                 f"Session {self.id!r}: turns: wrong value (accepted: a tuple of one or more Turn)"
             )
 
+    @property
+    def image_size(self) -> Size:
+        """(height, width) of the image, which is not decoded where that is known."""
+        image = vars(self)["image"]
+        known = getattr(image, "size", None)
+        if isinstance(known, tuple) and is_one(known):
+            return known
+        height, width = self.image.shape[:2]
+        return height, width
+
 
 class StoredImage(Protocol):
     """A dataclass of pixels that stay where they are stored: called, it decodes them as
     `decode_image` says."""
 
     @property
-    def size(self) -> Size | None: ...
+    def size(self) -> Sizes | None: ...
 
     @property
     def resize(self) -> str: ...
@@ -146,6 +161,9 @@ def session_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     mode = values.get("mode")
     if mode is not None and mode not in MODES:
         yield "mode", f"{kind(mode)} (accepted: {', '.join(map(repr, MODES))} or absent)"
+    size = values.get("size")
+    if size is not None and size_of(values) is None:
+        yield "size", f"{_given(size)} (accepted: [height, width] in pixels, or absent)"
     yield from _meta_problems(values)
 
 
@@ -164,6 +182,20 @@ def _meta_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     meta = values.get("meta")
     if meta is not None and not isinstance(meta, Mapping):
         yield "meta", f"{kind(meta)} (accepted: an object, or absent)"
+
+
+def size_of(values: Mapping[str, Any]) -> Size | None:
+    """The size that a session asks for, where it says one and it can be one."""
+    size = values.get("size")
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        return None
+    height, width = size
+    whole = type(height) is type(width) is int
+    return (height, width) if whole and 1 <= min(size) <= max(size) <= LONGEST_SIDE else None
+
+
+def _given(size: object) -> str:
+    return shown(list(size)) if isinstance(size, list | tuple) else kind(size)
 
 
 def is_text(value: object) -> TypeGuard[str]:

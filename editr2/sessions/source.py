@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from editr2.config import DataConfig, EvalConfig, RolloutConfig
+from editr2.sessions.buckets import Sizes
 from editr2.sessions.files import Unreadable, load_sessions
-from editr2.sessions.images import Size
 from editr2.sessions.session import Session
 from editr2.worlds import shapes
 
@@ -23,6 +23,8 @@ class SessionSource:
     """Training session number `ordinal` of a run, and its evaluation sessions.
 
     sessions: from a file, in a new order every pass; none: drawn from the world, never repeated.
+    heldout: to evaluate on; none where evaluation is off. shown: whose first become film-strips,
+    the same, or where evaluation is off so many as are shown.
     """
 
     seed: int
@@ -30,6 +32,7 @@ class SessionSource:
     sessions: list[Session] | None
     heldout: list[Session]
     heldout_is_training: bool
+    shown: list[Session]
 
     def __getitem__(self, ordinal: int) -> Session:
         if self.sessions is None:
@@ -45,21 +48,26 @@ def open_sessions(
     evaluation: EvalConfig,
     *,
     seed: int,
-    size: Size | None,
+    size: Sizes | None,
     unreadable: Unreadable | None = None,
+    others: bool = False,
 ) -> SessionSource:
     """Reads and checks every session file before anything is trained.
 
-    size, unreadable: of the policy, its images' (height, width), None for any, and what it cannot
-    make of instructions; see `load_sessions`. Images are of that size from here on (`data.resize`),
-    for the policy and for whoever judges.
+    size, unreadable: of the policy, its images' (height, width) or several, None for any, and what
+    it cannot make of instructions. others: as for `load_sessions`, which has more on these. Images
+    are of that size from here on (`data.resize`), for the policy and for whoever judges.
 
     Raises `DataError` with file and line.
     """
-    load = partial(load_sessions, size=size, resize=data.resize, unreadable=unreadable)
+    load = partial(
+        load_sessions, size=size, resize=data.resize, unreadable=unreadable, others=others
+    )
     train = load(data.path, limit=data.limit) if data.path else None
-    count = evaluation.sessions
-    if data.heldout:
+    count = evaluation.sessions or evaluation.strips
+    if not count:
+        heldout = []
+    elif data.heldout:
         heldout = load(data.heldout, limit=count)
     elif train is not None:
         heldout = train[:count]
@@ -68,6 +76,6 @@ def open_sessions(
         heldout = [
             shapes.make_session(HELDOUT_SEED, i, split="heldout", turns=turns) for i in range(count)
         ]
-    return SessionSource(
-        seed, rollout.turns, train, heldout, not data.heldout and train is not None
-    )
+    evaluated = [] if evaluation.off else heldout
+    is_training = bool(evaluated) and not data.heldout and train is not None
+    return SessionSource(seed, rollout.turns, train, evaluated, is_training, heldout)

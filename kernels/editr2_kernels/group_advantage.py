@@ -496,7 +496,7 @@ def group_advantage(
                     f"{list(given.shape)}"
                 )
             _checks.same_device(name, given, "scores", scores)
-    advantage, trained = torch.ops.editr2.group_advantage(
+    advantage, trained = _group_advantage(
         _fp32(scores),
         group,
         _fp32(weights),

@@ -253,13 +253,13 @@ def grpo_loss_ref(
     )
 
 
-def _outputs(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sizes = ((), (v.shape[0],), (v.shape[0],), (v.shape[0],), (8,), (v.shape[0], 3))
-    return tuple(torch.empty(size, dtype=torch.float32, device=v.device) for size in sizes)  # type: ignore[return-value]
+def _outputs(replay: Replay) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, empty = replay.v.shape[0], replay.table.new_empty  # the table is fp32
+    return empty(()), empty(batch), empty(batch), empty(batch), empty(8), empty((batch, 3))
 
 
 def _fake_grpo_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(Replay.split(inputs)[0].v)
+    return _outputs(Replay.split(inputs)[0])
 
 
 @operator(
@@ -280,7 +280,7 @@ def _grpo_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Te
             replay, old_log_prob, advantage, mask, options
         )
         return loss, log_prob, ratio, kl, metrics, factors
-    outputs = _outputs(replay.v)
+    outputs = _outputs(replay)
     if replay.x.shape[0] == 0:
         for output in outputs:
             output.zero_()
@@ -325,6 +325,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         replay = replay._replace(v_ref=None)  # reported, not trained on: its factor is 0
     save(ctx, replay, output[-1])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient
     ctx.backend, ctx.count = backend, len(inputs)
 
 
@@ -334,7 +335,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *others: Any) -> tuple:
     return *grads, *[None] * (ctx.count - len(grads))
 
 
-differentiable("grpo_loss", setup_context=_setup_context, backward=_backward)
+differentiable("grpo_loss", setup_context=_setup_context, backward=_backward, results=1)
 
 
 def grpo_loss(
@@ -422,10 +423,10 @@ def grpo_loss(
     _checks.scalars("advantage", advantage, "x", x)
     _checks.mask(mask, "x", x)
     options = _options(clip, advantage_clip, v_ref, kl_weight, kl_scale, guard, v_old, normalizer)
-    loss, log_prob, ratio, kl, metrics, _ = torch.ops.editr2.grpo_loss(
+    loss, log_prob, ratio, kl, metrics, _ = _grpo_loss(
         *replay,
-        old_log_prob.detach(),
-        advantage.detach(),
+        _checks.detached(old_log_prob),
+        _checks.detached(advantage),
         mask,
         *options,
         _checks.backend_name(backend),

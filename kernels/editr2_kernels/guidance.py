@@ -28,6 +28,7 @@ BAGEL.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -71,8 +72,15 @@ class Latents(NamedTuple):
         }
         return Latents(**values)
 
+    def detached(self) -> Latents:
+        """Without gradient; itself where there can be none."""
+        kept = all(value is None or _checks.detached(value) is value for value in self[:6])
+        return self if kept else self.map(torch.Tensor.detach)
+
     def addressable(self) -> Latents:
         """Every sample contiguous: what kernels address."""
+        if all(value is None or value.is_contiguous() for value in self[:6]):
+            return self  # tensors come first
         guidance = None if self.guidance is None else self.guidance.contiguous()
         return self.map(_checks.addressable)._replace(guidance=guidance)
 
@@ -101,14 +109,20 @@ def call_compiled(chosen: str, function: str, latents: Latents, **arguments: Any
     """Run a latent operator of backend "cpu" or "cuda"; `latents` are addressable."""
     module, where = compiled(chosen, latents.x)
     batch, n = latents.x.shape
-    scratch = workspace(module, latents.x, batch, n, latents.width, latents.renorm)
+    scratch = None  # backend "cpu" needs none
+    if chosen != "cpu":
+        scratch = workspace(module, latents.x, batch, n, latents.width, latents.renorm)
     getattr(module, function)(
         **latents.arguments(), **arguments, workspace=pointer(scratch), B=batch, N=n, **where
     )
 
 
-def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """[B] fp32; a number is filled in on the device, so nothing waits and graphs can capture it."""
+# A number beyond it is infinite in fp32.
+LARGEST = 3.4028235677973366e38
+
+
+def _weight(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A finite number, or [B] fp32."""
     batch = like.shape[0]
     if isinstance(value, Tensor):
         if value.dtype != torch.float32:
@@ -122,14 +136,18 @@ def _weight(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a float32 tensor, got {type(value).__name__}")
     # math.isfinite would break the graph of a number that changes.
-    if not -math.inf < value < math.inf:
+    if not -LARGEST < value < LARGEST:
         raise ValueError(f"{name} must be finite, got {value}")
-    return torch.full((batch,), value, dtype=torch.float32, device=like.device)
+    return value
 
 
-def _interval(value: tuple[float, float] | Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    batch = like.shape[0]
+def _interval(
+    value: tuple[float, float] | Tensor | None, like: Tensor
+) -> tuple[float | Tensor, float | Tensor]:
+    if value is None:
+        return -math.inf, math.inf
     if isinstance(value, Tensor):
+        batch = like.shape[0]
         if value.dtype != torch.float32:
             raise TypeError(
                 f"guidance_interval must be two numbers or a float32 tensor, got {value.dtype}"
@@ -141,16 +159,54 @@ def _interval(value: tuple[float, float] | Tensor | None, like: Tensor) -> tuple
             )
         _checks.same_device("guidance_interval", value, "x", like)
         return value.detach().unbind(1)  # type: ignore[return-value]
-    low, high = _checks.pair("guidance_interval", (-math.inf, math.inf) if value is None else value)
+    low, high = _checks.pair("guidance_interval", value)
     if not low < high:
         raise ValueError(
             f"guidance_interval must be (low, high) with low < high, got {(low, high)}"
         )
-    low_B, high_B = (
-        torch.full((batch,), bound, dtype=torch.float32, device=like.device)
-        for bound in (low, high)
+    for bound in (low, high):
+        if not -LARGEST < bound < LARGEST and abs(bound) != math.inf:
+            raise ValueError(f"guidance_interval must be in the range of float32, got {bound}")
+    return low, high
+
+
+def _entries(columns: tuple[float | Tensor, ...], like: Tensor) -> Tensor:
+    """[B, 4] fp32 of four columns, numbers or [B] tensors, made on the device: nothing waits, and a
+    graph can capture it.
+
+    Numbers alone are one launch, which counts in a loop of steps: all sixteen bytes of a row are
+    one complex number to `full`. (Read as doubles, two finite or infinite fp32 numbers are never
+    NaN, so no bit of them can be lost.)
+    """
+    if torch.compiler.is_compiling():  # a number may be a symbol, and all of this is fused
+        size = like.shape[:1]
+        filled = [
+            column
+            if isinstance(column, Tensor)
+            else torch.full(size, column, dtype=torch.float32, device=like.device)
+            for column in columns
+        ]
+        return torch.stack(filled, dim=1)
+    tensors = [column for column in columns if isinstance(column, Tensor)]
+    if len(tensors) == len(columns):
+        return torch.stack(tensors, dim=1)
+    rows = _rows_of([0.0 if isinstance(column, Tensor) else column for column in columns], like)
+    if not tensors:
+        return rows
+    return torch.stack(
+        [
+            column if isinstance(column, Tensor) else number
+            for column, number in zip(columns, rows.unbind(1), strict=True)
+        ],
+        dim=1,
     )
-    return low_B, high_B
+
+
+def _rows_of(numbers: list[float], like: Tensor) -> Tensor:
+    """[B, 4] fp32 whose rows are these four numbers, in one launch."""
+    pair = complex(*struct.unpack("=2d", struct.pack("=4f", *numbers)))
+    rows = torch.full((like.shape[0], 1), pair, dtype=torch.complex128, device=like.device)
+    return rows.view(torch.float32)
 
 
 def _weights(
@@ -162,6 +218,11 @@ def _weights(
     interval: tuple[float, float] | Tensor | None,
     renorm: str,
 ) -> Tensor | None:
+    if (
+        renorm == "none"
+        and v_uncond is v_uncond_image is guidance is guidance_image is interval is None
+    ):
+        return None  # as most calls are
     for branch_name, branch, weight_name, weight in (
         ("v_uncond", v_uncond, "guidance", guidance),
         ("v_uncond_image", v_uncond_image, "guidance_image", guidance_image),
@@ -188,7 +249,7 @@ def _weights(
         return None
     text = _weight("guidance", 1.0 if guidance is None else guidance, like)
     image = _weight("guidance_image", 1.0 if guidance_image is None else guidance_image, like)
-    return torch.stack((text, image, *_interval(interval, like)), dim=1)
+    return _entries((text, image, *_interval(interval, like)), like)
 
 
 def make_latents(
@@ -221,9 +282,9 @@ def make_latents(
             flat[name] = _checks.flat(name, branch)
     if m_prev is not None:
         _checks.like("m_prev", m_prev, "x", x, doubles=doubles)
-        m_prev = _checks.flat("m_prev", m_prev.detach())
+        m_prev = _checks.flat("m_prev", _checks.detached(m_prev))
     return Latents(
-        _checks.flat("x", x.detach()),
+        _checks.flat("x", _checks.detached(x)),
         _checks.flat("v", v),
         m_prev,
         flat["v_uncond"],

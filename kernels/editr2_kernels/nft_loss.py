@@ -215,11 +215,9 @@ def _nft_loss(
             normalizer,
         )
         return out[0].float(), out[1].float(), out[2].float()
-    loss, metrics, factors = (
-        v.new_zeros((), dtype=torch.float32),
-        v.new_zeros(5, dtype=torch.float32),
-        _factors(v),
-    )
+    # Backend "cpu" writes all of them.
+    first = sigma.new_empty if chosen == "cpu" and v.shape[0] > 0 else sigma.new_zeros
+    loss, metrics, factors = first(()), first(5), sigma.new_empty((v.shape[0], 3))
     if v.shape[0] == 0:
         return loss, metrics, factors
     x0, noise, v, v_old = (
@@ -255,7 +253,7 @@ def _nft_loss(
         return loss, metrics, factors
     module, where = compiled(chosen, v)
     batch, n = v.shape
-    scratch = workspace(module, v, batch, n, n, 0)
+    scratch = None if chosen == "cpu" else workspace(module, v, batch, n, n, 0)
     module.nft_loss(
         x0=strided(x0),
         noise=strided(noise),
@@ -310,7 +308,7 @@ def _nft_loss_backward(
     chosen = select(backend, v.device)
     if chosen == "ref":
         return nft_loss_backward_ref(x0, noise, v, v_old, v_ref, factors, scale, beta)
-    grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    grad_v = v.new_empty(v.shape)
     if v.shape[0] == 0:
         return grad_v
     x0, noise, v, v_old = (
@@ -328,7 +326,7 @@ def _nft_loss_backward(
         return grad_v
     module, where = compiled(chosen, v)
     batch, n = v.shape
-    scratch = workspace(module, v, batch, n, n, 0)
+    scratch = None if chosen == "cpu" else workspace(module, v, batch, n, n, 0)
     module.nft_loss_backward(
         x0=strided(x0),
         noise=strided(noise),
@@ -352,20 +350,19 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, metrics, factors = output
     ctx.save_for_backward(x0, noise, v, v_old, v_ref, factors)
     ctx.mark_non_differentiable(metrics, factors)
+    ctx.set_materialize_grads(False)
     ctx.beta, ctx.backend = beta, backend
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *others: Any) -> tuple:
     grad_v = None
-    if ctx.needs_input_grad[2]:
+    if 2 in ctx.wanted:
         scale = grad_loss.float().reshape(1)
-        grad_v = torch.ops.editr2.nft_loss_backward(
-            *ctx.saved_tensors, scale, ctx.beta, ctx.backend
-        )
+        grad_v = _nft_loss_backward(*ctx.saved_tensors, scale, ctx.beta, ctx.backend)
     return None, None, grad_v, *[None] * 11
 
 
-differentiable("nft_loss", setup_context=_setup_context, backward=_backward)
+differentiable("nft_loss", setup_context=_setup_context, backward=_backward, results=1)
 
 
 def nft_loss(
@@ -427,14 +424,14 @@ def nft_loss(
     _checks.positive("min_weight", min_weight)
     if normalizer is not None:
         _checks.positive("normalizer", normalizer)
-    loss, metrics, _ = torch.ops.editr2.nft_loss(
-        _checks.flat("x0", x0.detach()),
-        _checks.flat("noise", noise.detach()),
+    loss, metrics, _ = _nft_loss(
+        _checks.flat("x0", _checks.detached(x0)),
+        _checks.flat("noise", _checks.detached(noise)),
         _checks.flat("v", v),
-        _checks.flat("v_old", v_old.detach()),
-        None if v_ref is None else _checks.flat("v_ref", v_ref.detach()),
-        sigma.detach(),
-        r.detach(),
+        _checks.flat("v_old", _checks.detached(v_old)),
+        None if v_ref is None else _checks.flat("v_ref", _checks.detached(v_ref)),
+        _checks.detached(sigma),
+        _checks.detached(r),
         mask,
         beta,
         advantage_max,

@@ -175,5 +175,5 @@ def philox_normal(
     n = math.prod(shape)
     if n < 0 or any(size < 0 for size in shape):
         raise ValueError(f"shape must hold sizes >= 0, got {list(shape)}")
-    out = torch.ops.editr2.philox_normal(seed, step, n, dtype, _checks.backend_name(backend))
+    out = _philox_normal(seed, step, n, dtype, _checks.backend_name(backend))
     return out.view(seed.shape[0], *shape)

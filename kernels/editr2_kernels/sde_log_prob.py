@@ -119,16 +119,14 @@ def _sde_log_prob(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _outputs(replay: Replay) -> tuple[Tensor, Tensor]:
-    batch, device = replay.x.shape[0], replay.x.device
-    log_prob = torch.empty(batch, dtype=torch.float32, device=device)
-    return log_prob, torch.empty(
-        0 if replay.v_ref is None else batch, dtype=torch.float32, device=device
-    )
+    batch, table = replay.x.shape[0], replay.table  # which is fp32
+    return table.new_empty(batch), table.new_empty(0 if replay.v_ref is None else batch)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     replay, (ctx.backend,) = Replay.split(inputs)
     save(ctx, replay)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_log_prob: Tensor | None, grad_mean_diff: Tensor | None) -> tuple:
@@ -139,7 +137,7 @@ def _backward(ctx: Any, grad_log_prob: Tensor | None, grad_mean_diff: Tensor | N
     return *grads, None
 
 
-differentiable("sde_log_prob", setup_context=_setup_context, backward=_backward)
+differentiable("sde_log_prob", setup_context=_setup_context, backward=_backward, results=2)
 
 
 def sde_log_prob(
@@ -195,5 +193,5 @@ def sde_log_prob(
         guidance_interval=guidance_interval,
         renorm=renorm,
     )
-    log_prob, mean_diff = torch.ops.editr2.sde_log_prob(*replay, _checks.backend_name(backend))
+    log_prob, mean_diff = _sde_log_prob(*replay, _checks.backend_name(backend))
     return SdeLogProb(log_prob, None if v_ref is None else mean_diff)

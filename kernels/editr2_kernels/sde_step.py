@@ -151,9 +151,9 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = latents.x
     return (
-        torch.empty(x.shape, dtype=store_dtype, device=x.device),
-        torch.empty(x.shape if return_x0 else 0, dtype=store_dtype, device=x.device),
-        torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
+        x.new_empty(x.shape, dtype=store_dtype),
+        x.new_empty(x.shape if return_x0 else 0, dtype=store_dtype),
+        x.new_empty(x.shape[0], dtype=torch.float32),
     )
 
 
@@ -308,7 +308,7 @@ def sde_step(
         guidance_image=guidance_image,
         guidance_interval=guidance_interval,
         renorm=renorm,
-    ).map(torch.Tensor.detach)
+    ).detached()
     _checks.transition(table, step_index, x)
     if seed is not None:
         _checks.per_sample("seed", seed, x.shape[0], "x", x)
@@ -316,17 +316,15 @@ def sde_step(
         raise ValueError("seed is required where noise is not given")
     if noise is not None:
         _checks.like("noise", noise, "x", x)
-        noise = _checks.flat("noise", noise.detach())
+        noise = _checks.flat("noise", _checks.detached(noise))
     if store_dtype is not None:
         _checks.float_dtype("store_dtype", store_dtype)
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-    inputs = (*latents, noise, table.detach(), step_index, seed, score == "stored")
+    inputs = (*latents, noise, _checks.detached(table), step_index, seed, score == "stored")
     name = _checks.backend_name(backend)
     if out is None:
-        x_next, x0, log_prob = torch.ops.editr2.sde_step(
-            *inputs, store_dtype or x.dtype, return_x0, name
-        )
+        x_next, x0, log_prob = _sde_step(*inputs, store_dtype or x.dtype, return_x0, name)
         return SdeStep(x_next.view(x.shape), log_prob, x0.view(x.shape) if return_x0 else None)
     _check_out(out, x, store_dtype, return_x0)
     flat = latents.x.shape

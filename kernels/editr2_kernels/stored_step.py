@@ -80,6 +80,8 @@ class Replay(NamedTuple):
         """With contiguous samples, as kernels read them. On CPU tensors, ValueError for a row the
         table does not have."""
         _checks.table_rows(chosen, self.table, self.step_index, self.m_prev)
+        if all(value.is_contiguous() for value in self if isinstance(value, Tensor)):
+            return self
 
         def optional(value: Tensor | None) -> Tensor | None:
             return None if value is None else _checks.addressable(value)
@@ -139,7 +141,7 @@ def make_replay(
             _checks.like(name, velocity, "x", x, doubles=doubles)
     return Replay(
         latents.x,
-        _checks.flat("x_next", x_next.detach()),
+        _checks.flat("x_next", _checks.detached(x_next)),
         latents.v,
         latents.m_prev,
         latents.v_uncond,
@@ -147,9 +149,9 @@ def make_replay(
         latents.guidance,
         latents.renorm,
         latents.width,
-        None if v_ref is None else _checks.flat("v_ref", v_ref.detach()),
-        None if v_old is None else _checks.flat("v_old", v_old.detach()),
-        table.detach(),
+        None if v_ref is None else _checks.flat("v_ref", _checks.detached(v_ref)),
+        None if v_old is None else _checks.flat("v_old", _checks.detached(v_old)),
+        _checks.detached(table),
         step_index,
     )
 
@@ -232,11 +234,11 @@ def _outputs(replay: Replay, wanted: Sequence[bool]) -> list[Tensor]:
     """Uninitialised gradients; empty, [0], where one is not wanted: a schema cannot return an
     optional tensor."""
     branches = (replay.v, replay.v_uncond, replay.v_uncond_image)
+    # new_empty is half of torch.empty with a dtype and a device; and not empty_like, whose strides
+    # would be those of v.
     like = replay.v
     return [
-        torch.empty(
-            like.shape if want and branch is not None else 0, dtype=like.dtype, device=like.device
-        )
+        like.new_empty(like.shape if want and branch is not None else 0)
         for branch, want in zip(branches, wanted, strict=True)
     ]
 
@@ -303,20 +305,22 @@ def _replay_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return grads[0], grads[1], grads[2]
 
 
+# Places among the arguments: of what has a gradient, and of renorm and width, which are no tensors.
+_BRANCHES = tuple(map(Replay._fields.index, ("v", "v_uncond", "v_uncond_image")))
+_NUMBERS = Replay._fields.index("renorm")
+
+
 def save(ctx: Any, replay: Replay, *more: Tensor | None) -> None:
     """In the `setup_context` of an operator whose arguments begin with `Replay`: keep it and `more`
     for backward."""
-    ctx.save_for_backward(
-        *(field for field in replay if not isinstance(field, (int, torch.SymInt))), *more
-    )
+    ctx.save_for_backward(*replay[:_NUMBERS], *replay[_NUMBERS + 2 :], *more)
     ctx.renorm, ctx.width = replay.renorm, replay.width
 
 
 def saved(ctx: Any) -> tuple[Replay, tuple[Tensor | None, ...]]:
     """What `save` kept."""
     tensors = ctx.saved_tensors
-    at = Replay._fields.index("renorm")
-    return Replay.split((*tensors[:at], ctx.renorm, ctx.width, *tensors[at:]))
+    return Replay.split((*tensors[:_NUMBERS], ctx.renorm, ctx.width, *tensors[_NUMBERS:]))
 
 
 def backward(
@@ -330,10 +334,12 @@ def backward(
     grad_mean_diff: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the arguments in `Replay`, None for those without one; one launch."""
-    names = ("v", "v_uncond", "v_uncond_image")
-    wanted = [ctx.needs_input_grad[Replay._fields.index(name)] for name in names]
-    grads = torch.ops.editr2.replay_backward(
+    wanted = [place in ctx.wanted for place in _BRANCHES]
+    grads = _replay_backward(
         *replay, factors, scale, grad_log_prob, grad_mean_diff, wanted, backend
     )
-    given = {name: grad for name, grad, want in zip(names, grads, wanted, strict=True) if want}
-    return tuple(given.get(name) for name in Replay._fields)
+    found: list[Tensor | None] = [None] * len(Replay._fields)
+    for place, grad, want in zip(_BRANCHES, grads, wanted, strict=True):
+        if want:
+            found[place] = grad
+    return tuple(found)

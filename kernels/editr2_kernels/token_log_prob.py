@@ -20,7 +20,7 @@ multiplies that out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -122,10 +122,25 @@ def _ids_in_range(ids: Tensor, v: int, ignore_index: int) -> None:
 def _empty_outputs(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log_prob and entropy [M], lse [M, 2], to be written."""
     shapes = ids.shape, ids.shape, (*ids.shape, 2)
-    log_prob, entropy, lse = (
-        torch.empty(shape, dtype=torch.float32, device=ids.device) for shape in shapes
-    )
+    log_prob, entropy, lse = (ids.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return log_prob, entropy, lse
+
+
+def _run_compiled(
+    function: Callable[..., None],
+    logits_MV: Tensor,
+    ids_M: Tensor,
+    *,
+    ignore_index: int,
+    **arguments: Any,
+) -> None:
+    """The compiled modules look at the ids of CPU tensors themselves; the message is the one all
+    backends have."""
+    try:
+        function(ignore_index=ignore_index, **arguments)
+    except ValueError:
+        _ids_in_range(ids_M, logits_MV.shape[1], ignore_index)
+        raise
 
 
 def _forward(
@@ -152,7 +167,10 @@ def _forward(
         )
     else:
         module, where = compiled(chosen, logits)
-        module.token_log_prob(
+        _run_compiled(
+            module.token_log_prob,
+            logits,
+            ids,
             logits=strided(logits),
             ids=pointer(ids),
             temperature=temperature,
@@ -198,7 +216,10 @@ def _backward(
         )
     else:
         module, where = compiled(chosen, logits)
-        module.token_log_prob_backward(
+        _run_compiled(
+            module.token_log_prob_backward,
+            logits,
+            ids,
             logits=strided(logits),
             ids=pointer(ids),
             temperature=temperature,
@@ -236,7 +257,8 @@ def _token_log_prob(
     """logits [M, V], ids [M] -> log_prob [M], entropy [M], lse [M, 2]; the last carries no
     gradient."""
     chosen = select(backend, logits.device)
-    _ids_in_range(ids, logits.shape[1], ignore_index)
+    if chosen != "cpu":  # which looks for itself
+        _ids_in_range(ids, logits.shape[1], ignore_index)
     outputs = _empty_outputs(ids)
     if ids.numel() > 0:
         _forward(
@@ -272,8 +294,9 @@ def _token_log_prob_backward(
     backend: str,
 ) -> Tensor:
     chosen = select(backend, logits.device)
-    _ids_in_range(ids, logits.shape[1], ignore_index)
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if chosen != "cpu":  # which looks for itself
+        _ids_in_range(ids, logits.shape[1], ignore_index)
+    grad_logits = logits.new_empty(logits.shape)
     if ids.numel() > 0:
         _backward(
             chosen,
@@ -303,8 +326,8 @@ def _autograd(
     logits, ids, lse, entropy = ctx.saved_tensors
     temperature, ignore_index, backend = ctx.options
     grad_logits = None
-    if ctx.needs_input_grad[0] and not (grad_log_prob is None and grad_entropy is None):
-        grad_logits = torch.ops.editr2.token_log_prob_backward(
+    if 0 in ctx.wanted and not (grad_log_prob is None and grad_entropy is None):
+        grad_logits = _token_log_prob_backward(
             logits,
             ids,
             temperature,
@@ -318,7 +341,7 @@ def _autograd(
     return grad_logits, None, None, None, None
 
 
-differentiable("token_log_prob", setup_context=_setup_context, backward=_autograd)
+differentiable("token_log_prob", setup_context=_setup_context, backward=_autograd, results=2)
 
 
 def _chunk_buffer(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
@@ -494,10 +517,10 @@ def _hidden_autograd(
 ) -> tuple:
     hidden, weight, ids, lse, entropy = ctx.saved_tensors
     temperature, ignore_index, chunk_rows, backend = ctx.options
-    want = ctx.needs_input_grad[:2]
+    want = 0 in ctx.wanted, 1 in ctx.wanted
     grads: list[Tensor | None] = [None, None]
     if any(want) and not (grad_log_prob is None and grad_entropy is None):
-        both = torch.ops.editr2.hidden_token_log_prob_backward(
+        both = _hidden_token_log_prob_backward(
             hidden,
             weight,
             ids,
@@ -516,7 +539,10 @@ def _hidden_autograd(
 
 
 differentiable(
-    "hidden_token_log_prob", setup_context=_setup_hidden_context, backward=_hidden_autograd
+    "hidden_token_log_prob",
+    setup_context=_setup_hidden_context,
+    backward=_hidden_autograd,
+    results=2,
 )
 
 
@@ -607,11 +633,9 @@ def token_log_prob(
     rows = value.reshape(ids.numel(), value.shape[-1])
     chosen = _checks.backend_name(backend)
     if pair:
-        log_prob, entropy, _ = torch.ops.editr2.hidden_token_log_prob(
+        log_prob, entropy, _ = _hidden_token_log_prob(
             rows, weight, ids.reshape(-1), *options, chunk_rows or 0, chosen
         )
     else:
-        log_prob, entropy, _ = torch.ops.editr2.token_log_prob(
-            rows, ids.reshape(-1), *options, chosen
-        )
+        log_prob, entropy, _ = _token_log_prob(rows, ids.reshape(-1), *options, chosen)
     return TokenLogProb(log_prob.view(ids.shape), entropy.view(ids.shape))

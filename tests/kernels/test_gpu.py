@@ -314,6 +314,9 @@ def test_latents_off_16_bytes(
 def test_a_step_past_two_to_the_31_elements(shape: tuple[int, ...], on_gpu: str) -> None:
     """Its last elements are those of a step on them alone; without noise, which depends on an
     element's place."""
+    needed = 7 * torch.Size(shape).numel()  # x, v, x_next, of two bytes an element; and a margin
+    if (free := torch.cuda.mem_get_info()[0]) < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of device memory, {free >> 30} are free")
     table = ek.transition_table(
         ek.flow_sigmas(8, 3.0), noise_level=0.9, window=(1, 8), device=DEVICE
     )
@@ -342,6 +345,51 @@ def test_statistics_of_the_whole_batch_by_the_last_block(
     expected = list(ek.group_advantage(scores, group, options, backend="ref"))
     for out in [ek.group_advantage(scores, group, options, backend=on_gpu) for _ in range(200)]:
         assert_same_bits(list(out), expected)
+
+
+def test_a_row_of_logits_whose_largest_comes_last(on_gpu: str) -> None:
+    """More rows than a device holds blocks, as long as a real vocabulary; all that was added is
+    scaled to a larger logit again and again."""
+    v = 151_936
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    logits = torch.randn(2560, v, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    logits[::2] += torch.arange(v, device=DEVICE) // 4096  # rises from tile to tile
+    ids = torch.randint(v, (len(logits),), generator=generator, device=DEVICE)
+    out = ek.token_log_prob(logits, ids, backend=on_gpu)
+    assert_same_bits(list(ek.token_log_prob(logits, ids, backend=on_gpu)), list(out))
+    some = slice(0, len(logits), 151)
+    expected = ek.token_log_prob(logits[some], ids[some], backend="ref")
+    for a, b in zip(out, expected):
+        torch.testing.assert_close(a[some], b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("run", [sde_step, sde_log_prob, grpo_loss])
+def test_guidance_by_numbers_in_a_graph(run: Operator, on_gpu: str) -> None:
+    """They are written on the device by the graph itself, so that it needs no memory but its
+    own."""
+    i = inputs(dtype=torch.bfloat16)
+    numbers = {"guidance": 4.0, "guidance_image": 1.5}
+    expected = run(
+        {**i, **{k: torch.full((BATCH,), n, device=DEVICE) for k, n in numbers.items()}},
+        on_gpu,
+        "token",
+    )
+    i |= numbers
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(i, on_gpu, "token")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(i, on_gpu, "token")
+    for _ in range(3):
+        torch.randn(1 << 20, device=DEVICE)  # what was free when the graph was captured is used
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(captured, expected)
+    with no_sync():
+        run(i, on_gpu, "token")
 
 
 @pytest.mark.parametrize("run, renorm", CASES)

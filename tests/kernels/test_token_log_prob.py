@@ -124,6 +124,30 @@ def test_extreme_and_forbidden_logits(backend):
     torch.testing.assert_close(grad, expected)
 
 
+def test_the_largest_logit_may_come_late(backend):
+    """A row longer than a few blocks of any kernel, in which all that was added before is scaled to
+    each larger logit that appears."""
+    v = 9001
+    ramp = torch.linspace(-40.0, 40.0, v)
+    nothing_before = torch.full((v,), -INF)
+    nothing_before[v - 3 :] = torch.tensor([1.0, -2.0, 0.5])
+    steps = torch.randn(v) + 30.0 * (torch.arange(v) // 2048)
+    even = torch.randn(v)
+    late = even.clone()
+    late[v - 1] = 300.0  # beside it the rest is 0
+    logits = torch.stack((ramp, ramp.flip(0), nothing_before, steps, even, late))
+    ids = torch.tensor([v - 7, 7, v - 1, v - 2, 11, v - 1])
+    out = ek.token_log_prob(logits, ids, temperature=0.7, backend=backend)
+    for actual, expected in zip(out, eager(logits.double().clamp(min=-1e5), ids, 0.7)):
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=2e-6)
+    for undefined in (math.nan, INF, -INF):
+        row = torch.full((2, v), -INF)
+        row[0, 5000] = undefined
+        row[1, 3] = 0.0
+        out = ek.token_log_prob(row, torch.tensor([0, 3]), backend=backend)
+        assert out.log_prob.isnan().tolist() == out.entropy.isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("row", [[math.nan, 0.0, 1.0], [INF, 0.0, 1.0], [-INF, -INF, -INF]])
 def test_undefined_rows_are_nan_and_stay_alone(backend, row):
     logits = torch.tensor([[1.0, 2.0, 3.0], row])

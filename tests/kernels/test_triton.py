@@ -318,7 +318,7 @@ def source_of(kernel, arguments):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiles_to_exact_ptx(variant, capability):
     """No fp64, no contraction, no approximate functions: what bitwise equality between kernels
-    rests on."""
+    rests on. The exponentials of tokens are fused by hand."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -329,7 +329,7 @@ def test_compiles_to_exact_ptx(variant, capability):
     options = dict(triton_kernels.OPTIONS)
     ptx = triton.compile(source_of(kernel, arguments), target=target, options=options).asm["ptx"]
     assert ".f64" not in ptx
-    assert "fma.rn" not in ptx
+    assert ("fma.rn" in ptx) == variant.startswith("tokens")
     assert ".approx" not in ptx and "div.full" not in ptx
     if variant in ROUNDS_TO_BF16:
         assert "cvt.rn.bf16" in ptx

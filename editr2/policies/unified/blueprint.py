@@ -20,8 +20,7 @@ class UnifiedBlueprint:
 
     prompt_per_output = True
     deeper: Sequence[tuple[Any, int]] = ()
-    blocks = 0
-    text = vae = 0
+    text = vae = blocks = 0
 
     def __init__(self, policy: Any, config: PolicyConfig) -> None:
         """policy: without data."""

@@ -31,6 +31,9 @@
 #define __shfl_sync(mask, value, lane) \
   ::editr2_emulator::shuffle(__FILE__, __LINE__, mask, value, 'i', static_cast<int>(lane))
 
+#define __any_sync(mask, value) \
+  (::editr2_emulator::shuffle(__FILE__, __LINE__, mask, static_cast<uint64_t>((value) ? 1 : 0), 'a', 0) != 0)
+
 #define EDITR2_LAUNCH(kernel, grid, block, shared, stream, ...)                                      \
   ::editr2_emulator::launch(#kernel, ::editr2_emulator::Dim3(grid), ::editr2_emulator::Dim3(block),  \
                             static_cast<size_t>(shared), stream, [&] { kernel(__VA_ARGS__); })
@@ -50,7 +53,8 @@ const Dim3& grid_size();
 void launch(const char* kernel, Dim3 grid, Dim3 block, size_t shared, void* stream,
             const std::function<void()>& body);
 void barrier(const char* file, int line);
-// Every lane of the warp gives a value and gets that of its source lane (its own where there is none).
+// Every lane of the warp gives a value and gets that of its source lane (its own where there is none); 'a': the bits
+// that any lane gave.
 uint64_t exchange(const char* file, int line, uint64_t bits, int kind, int lanes);
 [[noreturn]] void fail(const char* file, int line, const char* what);
 

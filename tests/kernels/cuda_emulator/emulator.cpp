@@ -201,15 +201,15 @@ bool serve_warp(size_t first, size_t threads) {
   for (size_t t = first; t < end; ++t)
     if (!same_place(fibers[first], fibers[t]))
       throw std::runtime_error("lanes of a warp diverge: " + where(fibers[first]) + ", " + where(fibers[t]));
-  uint64_t given[kWarp];
-  for (size_t t = first; t < end; ++t) given[t - first] = fibers[t].bits;
+  uint64_t given[kWarp], any = 0;
+  for (size_t t = first; t < end; ++t) any |= given[t - first] = fibers[t].bits;
   for (size_t t = first; t < end; ++t) {
     Fiber& f = fibers[t];
     const int lane = static_cast<int>(t - first);
     const int from = f.kind == 'x' ? lane ^ f.lanes : f.kind == 'd' ? lane + f.lanes : f.kind == 'i' ? f.lanes : lane;
     const int own = f.kind == 'i' ? from & (kWarp - 1) : from < kWarp ? from : lane;
     if (first + static_cast<size_t>(own) >= end) throw std::runtime_error("a shuffle reads an absent lane");
-    f.bits = given[own];
+    f.bits = f.kind == 'a' ? any : given[own];
     f.state = State::kReady;
   }
   return true;
