@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from editr2.check import Report, preflight, settled_for_device
+from editr2.check import Report, levers, preflight, settled_for_device
 from editr2.check.devices import _SHEETS, PEER_EFFICIENCY, Device, device_at_hand, find_device
 from editr2.check.editors import Editor, open_editor
 from editr2.check.estimate import estimate, evaluation_plan, plan, strips_plan
@@ -25,7 +25,6 @@ from editr2.check.judges import Measured, judging, waiting
 from editr2.check.levers import (
     AGAIN,
     COMPILE,
-    PLAIN,
     ROOM,
     ROWS,
     Case,
@@ -849,7 +848,9 @@ def small_case(folders):
     return config, plain, on, 1.0001 * on(1.0).of(plain).needed / ROOM
 
 
-def test_the_fewest_blocks_that_fit_are_computed_again(small_case):
+def test_the_fewest_blocks_that_fit_are_computed_again(small_case, monkeypatch):
+    monkeypatch.setattr(levers, "CANDIDATES", {ROWS: (None, 1, 2), levers.OFFLOAD: (False, True)})
+    monkeypatch.setattr(levers, "OTHER_NUMBERS", {})
     _, plain, on, memory = small_case
     found = fastest(on(memory), plain, {}, again=True)
     assert value_of(found.config, AGAIN) == 2 and found.fits(ROOM)
@@ -869,6 +870,8 @@ def test_the_fewest_blocks_that_fit_are_computed_again(small_case):
 
 def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, monkeypatch):
     config, _, on, memory = small_case
+    monkeypatch.setattr(levers, "CANDIDATES", {ROWS: (None, 1, 2)})
+    names = (AGAIN, COMPILE, ROWS)
     done, (line,) = settle(config, True, lambda _: on(memory))
     assert not autos(done) and value_of(done, COMPILE) == "on" and done.train.micro_batch
     assert line.startswith("auto: policy.gradient_checkpointing off, policy.compile on, train.mi")
@@ -876,7 +879,7 @@ def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, 
     done, (line,) = settle(config, True, lambda _: on(1.0))
     assert (value_of(done, AGAIN), done.train.micro_batch) == ("all", 1) and "may not fit" in line
     done, (line,) = settled_for_device(config, torch.device("cpu"), 1)
-    assert [value_of(done, key) for key in PLAIN] == list(PLAIN.values()) and "no GPU" in line
+    assert [value_of(done, key) for key in names] == ["off", "off", None] and "no GPU" in line
     # Of older settings, and of a GPU.
     at = tmp_path / "checkpoints" / "step_000003"
     at.mkdir(parents=True)
@@ -885,10 +888,10 @@ def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, 
     (at / "state.json").write_text(json.dumps({"state": state}))
     config = replace(config, out=str(tmp_path))
     done, (line,) = settled_for_device(config, torch.device("cpu"), 1)
-    assert [value_of(done, key) for key in PLAIN] == ["all", "on", 4]
+    assert [value_of(done, key) for key in names] == ["all", "on", 4]
     assert line.endswith("as recorded by the run that goes on (on a GPU; this is cpu)")
     done, lines = settled_for_device(config, torch.device("cpu"), 1, ["policy"])
-    assert [value_of(done, key) for key in PLAIN] == ["off", "off", 4] and len(lines) == 2
+    assert [value_of(done, key) for key in names] == ["off", "off", 4] and len(lines) == 2
 
 
 def test_the_device_at_hand_has_its_sheet():
