@@ -350,6 +350,11 @@ def test_what_fusing_saves():
     assert (one.fused_bytes, one.bytes) == (2 * size + 3 * size, (2 + 3 + 2) * size)
     assert (one.fused_operations, one.operations) == (4, 5)
     with Meter() as meter:
+        doubled = x.mul(2)  # read x
+        torch.mm(x, w)
+        doubled.add(1)  # of another kernel: doubled was written, and is read
+    assert (meter.cost.fused_bytes, meter.cost.fused_operations) == (3 * size, 3)
+    with Meter() as meter:
         x.mul(2).add(1).sin()  # read once; nobody asks for what it makes
     assert (meter.cost.fused_bytes, meter.cost.bytes) == (size, 6 * size)
     speed = Speed({}, 1.0, 0.0, True)

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from editr2.config import Config
-from editr2.config.fields import mended, respelt_leaves
+from editr2.config.fields import mended
 from editr2.errors import UserError
 from editr2.policies.configured import settled_branches
 from editr2.rewards.load import load_eval_reward, load_reward
@@ -180,7 +180,7 @@ def settled_for_device(
         }
         kept = {key for key in PLAIN if not {key, key.partition(".")[0]} & set(insist)}
         recorded = {key: PLAIN[key] for key in kept} | {
-            key: value for key, value in respelt_leaves(Config, flat).items() if key in kept
+            key: value for key, value in flat.items() if key in kept
         }
         where = "" if before == name else f" (on {before}; this is {name})"
 
