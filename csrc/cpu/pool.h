@@ -8,8 +8,8 @@
 
 namespace editr2 {
 
-// Runs task(0) ... task(count - 1) on `threads` threads, the caller among them; each begins with a part
-// of its own, in order, and takes single tasks of the others' parts after that. Tasks must not throw. On the caller alone for one task or one thread, where the
+// Runs task(0) ... task(count - 1) on `threads` threads, the caller among them; tasks are handed out in
+// order, one at a time. Tasks must not throw. On the caller alone for one task or one thread, where the
 // process has no OpenMP runtime, and in a forked child.
 //
 // Ask for one thread or for all that torch uses, whatever the work: GNU's runtime ends and creates
