@@ -818,7 +818,12 @@ def test_a_block_that_cannot_be_compiled_runs_plainly_where_compile_is_auto(make
         with pytest.warns(UserWarning, match="^policy.compile: auto: .* plainly; .*no compiler"):
             assert torch.equal(policy.velocity(x, sigma, context).v, plain)
         assert torch.equal(policy.velocity(x, sigma, context).v, plain)  # and says it once
-    how = ((True, {}, True), (True, {"shard": True}, False), (True, {"compile": "off"}, False))
+    how = (
+        (True, {}, True),
+        (True, {"shard": True}, True),
+        (True, {"quantize": "4bit"}, False),
+        (True, {"compile": "off"}, False),
+    )
     for cuda, settings, on in (*how, (False, {}, False), (False, {"compile": "on"}, True)):
         assert compiles(PolicyConfig(**settings), cuda) is on
 

@@ -24,14 +24,15 @@ SAMPLER = make_sampler(4, dynamics="cps", noise_level=0.7, window=2)
 def editor(flops: float, trainable: int = 1000) -> SimpleNamespace:
     """One whose every step costs the same; 40 GB in 50 blocks are frozen."""
     cost = Cost({torch.bfloat16: int(flops)}, 0, 0, 1, 0, 0)
-    sizes = Sizes(2 * 10**10, trainable, 4 * 10**10, 8 * 10**8, 0, 4 * trainable, 0, 0, 0, {})
+    sizes = Sizes(2 * 10**10, trainable, 4 * 10**10, 8 * 10**8, 0, 0, 4 * trainable, 0, 0, 0, {})
     return SimpleNamespace(
         writes_text=False,
         prompt_per_output=False,
         read_again=lambda prompts: False,
         carried=lambda step: 0,
         sizes=lambda: sizes,
-        cost=lambda step, batch, turn: cost,
+        encodes_again=lambda turn, images: False,
+        cost=lambda step, batch, turn, again: cost,
     )
 
 

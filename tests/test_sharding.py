@@ -66,7 +66,12 @@ def runs(tmp_path_factory, beside):
     cases = {
         "grpo": case(
             "kontext",
-            {"keep_source": True, "guidance": 2.0, "gradient_checkpointing": True},
+            {
+                "keep_source": True,
+                "guidance": 2.0,
+                "branches": "apart",  # two forwards in a backward
+                "gradient_checkpointing": True,
+            },
             {"window": 2, "window_range": 0.34},
             {"kl_weight": 0.1, "micro_batch": 3, "ratio_tolerance": 1e-3},
         ),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from editr2.cli import settings
 from editr2.cli.flags import SOME, Arguments
+from editr2.config import Config
 
 
 def command(arguments: Arguments) -> int:
@@ -50,8 +52,48 @@ def command(arguments: Arguments) -> int:
     if given["dry_run"]:
         import tempfile
 
-        from editr2.check import dry_run
-
         with tempfile.TemporaryDirectory(prefix="editr2-check-") as folder:
             print("\n".join(["", *dry_run(config, folder)]))
     return 0 if report.fits else 2
+
+
+def dry_run(config: Config, folder: str) -> list[str]:
+    """Trains for two iterations into `folder` by the code of `train` and says what the second one
+    took.
+
+    Evaluation is cut to one session; everything else is as configured, so time and memory are an
+    iteration's.
+    """
+    import torch
+
+    from editr2.run.tracking import read_metrics
+    from editr2.training import train
+
+    short = replace(
+        config,
+        out=folder,
+        train=replace(config.train, iterations=2, stop_after=None),
+        eval=replace(
+            config.eval,
+            sessions=min(1, config.eval.sessions),
+            strips=min(1, config.eval.strips),
+            every=0,
+        ),
+        checkpoint=replace(config.checkpoint, every=2, keep=1),
+    )
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    run = train(short)
+    last = [row for row in read_metrics(run / "metrics.jsonl")[0] if row.get("event") == "train"][
+        -1
+    ]
+    seconds = ", ".join(f"{phase} {s:.1f} s" for phase, s in last["seconds"].items())
+    lines = [f"dry run     the second iteration took {seconds}"]
+    if cuda:
+        lines.append(
+            f"            alive at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of "
+            f"the device"
+        )
+    lines.append("            its folder is removed again, with the report")
+    return lines

@@ -137,7 +137,8 @@ def _adapted_linear() -> Any:
             return result.add_(change)
 
         def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-            if torch.is_autocast_enabled(x.device.type):
+            on = x.device.type
+            if torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on):
                 return x
             return super()._cast_input_dtype(x, dtype)
 
