@@ -24,14 +24,15 @@ SAMPLER = make_sampler(4, dynamics="cps", noise_level=0.7, window=2)
 def editor(flops: float, trainable: int = 1000) -> SimpleNamespace:
     """One whose every step costs the same; 40 GB in 50 blocks are frozen."""
     cost = Cost({torch.bfloat16: int(flops)}, 0, 0, 1, 0, 0)
-    sizes = Sizes(2 * 10**10, trainable, 4 * 10**10, 8 * 10**8, 0, 4 * trainable, 0, 0, 0, {})
+    sizes = Sizes(2 * 10**10, trainable, 4 * 10**10, 8 * 10**8, 0, 0, 4 * trainable, 0, 0, 0, {})
     return SimpleNamespace(
         writes_text=False,
         prompt_per_output=False,
         read_again=lambda prompts: False,
+        encodes_again=lambda turn, images: False,
         carried=lambda step: 0,
         sizes=lambda: sizes,
-        cost=lambda step, batch, turn: cost,
+        cost=lambda step, batch, turn, again="off": cost,
     )
 
 
@@ -83,7 +84,7 @@ def test_what_limits_is_named(processes, made, turns, more, largest, remedy):
     limit, config = found(processes, made, turns, reward, **more)
     assert limit.largest.name.startswith(largest) and remedy in limit.largest.remedy
     said = "\n".join(lines(limit, config, turns, processes))
-    assert f"most of it: {limit.largest.name}; what helps: {limit.largest.remedy}" in said
+    assert f"most of the waiting: {limit.largest.name}; what helps: {limit.largest.remedy}" in said
     assert sum(part.seconds for part in limit.parts) + limit.computing == limit.seconds
     assert all(part.seconds >= 0 for part in limit.parts)
 
