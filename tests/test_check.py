@@ -611,6 +611,20 @@ def test_minibatches_are_the_same_on_all_processes(sessions, minibatches, messag
     )
 
 
+@pytest.mark.parametrize(("processes", "fits"), [(1, True), (8, True), (64, True), (12, False)])
+def test_processes_that_share_a_copy_have_to_divide_all(processes, fits):
+    changes = {
+        "policy": {"model": "kontext", "shard": True, "shard_group": 8},
+        "data": {"path": "x"},
+        "rollout": {"sessions": 64},
+    }
+    config = replace_nested(Config(), changes)
+    for command in ("check", "train", "eval"):
+        found = list(run_problems(config, None, None, processes=processes, command=command))
+        assert [p for p in found if p.startswith("policy.shard_group: 8")] == found
+        assert len(found) == (not fits)
+
+
 # ------------------------------------------------------------------------------------- what it says
 
 
