@@ -120,10 +120,10 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         if count and name not in (WITH_ALL, WITHOUT):
             note = ""
             if name == "activations, train":
-                if p.gradient_checkpointing != "off":
-                    name = f"{name}, checkpointing"
                 if isinstance(p.gradient_checkpointing, int):
-                    name = f"{name} {p.gradient_checkpointing} blocks"
+                    name = f"{name}, {p.gradient_checkpointing} blocks again"
+                elif p.gradient_checkpointing != "off":
+                    name = f"{name}, checkpointing"
                 others = [
                     f"{how} checkpointing {size(n)}" for how, n in other.items() if n != count
                 ]
