@@ -883,6 +883,8 @@ def test_the_fewest_blocks_that_fit_are_computed_again(small_case):
 
 def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, monkeypatch):
     config, _, on, memory = small_case
+    keys = autos(config)  # without guidance there are no branches to settle
+    assert keys == [AGAIN, COMPILE, ROWS]
     done, (line,) = settle(config, True, lambda _: on(memory))
     assert not autos(done) and value_of(done, COMPILE) == "on" and done.train.micro_batch
     assert line.startswith("auto: policy.gradient_checkpointing off, policy.compile on, train.mi")
@@ -890,7 +892,9 @@ def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, 
     done, (line,) = settle(config, True, lambda _: on(1.0))
     assert (value_of(done, AGAIN), done.train.micro_batch) == ("all", 1) and "may not fit" in line
     done, (line,) = settled_for_device(config, torch.device("cpu"), 1)
-    assert [value_of(done, key) for key in PLAIN] == list(PLAIN.values()) and "no GPU" in line
+    assert [value_of(done, key) for key in keys] == [
+        PLAIN[key] for key in keys
+    ] and "no GPU" in line
     # Of older settings, and of a GPU.
     at = tmp_path / "checkpoints" / "step_000003"
     at.mkdir(parents=True)
@@ -899,10 +903,10 @@ def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, 
     (at / "state.json").write_text(json.dumps({"state": state}))
     config = replace(config, out=str(tmp_path))
     done, (line,) = settled_for_device(config, torch.device("cpu"), 1)
-    assert [value_of(done, key) for key in PLAIN] == ["all", "on", 4]
+    assert [value_of(done, key) for key in keys] == ["all", "on", 4]
     assert line.endswith("as recorded by the run that goes on (on a GPU; this is cpu)")
     done, lines = settled_for_device(config, torch.device("cpu"), 1, ["policy"])
-    assert [value_of(done, key) for key in PLAIN] == ["off", "off", 4] and len(lines) == 2
+    assert [value_of(done, key) for key in keys] == ["off", "off", 4] and len(lines) == 2
 
 
 def test_the_device_at_hand_has_its_sheet():
