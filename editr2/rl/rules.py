@@ -65,8 +65,9 @@ def run_problems(
                 yield str(error)
             said.add(str(error))
     p = config.policy
-    if p.shard and processes > 1 and (problem := group_problem(p.shard_group, processes)):
-        yield problem
+    group = p.shard_group if p.shard and processes > 1 else None
+    if (indivisible := group_problem(group, processes)) is not None:
+        yield indivisible
     if not trains:
         return
     r, t = config.rollout, config.train
