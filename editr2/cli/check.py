@@ -16,8 +16,8 @@ def command(arguments: Arguments) -> int:
             {
                 "type": str,
                 "default": "h100",
-                "help": "to estimate for: h100, a100-80, rtx4090, ... (an unknown one names all) or "
-                "cpu (this one)",
+                "help": "to estimate for: h100, a100-80, rtx4090, ... (an unknown one names all) "
+                "or cpu (this one)",
             },
         ),
         (
