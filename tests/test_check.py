@@ -615,6 +615,20 @@ def test_minibatches_are_the_same_on_all_processes(sessions, minibatches, messag
     )
 
 
+@pytest.mark.parametrize(("processes", "fits"), [(1, True), (8, True), (64, True), (12, False)])
+def test_processes_that_share_a_copy_have_to_divide_all(processes, fits):
+    changes = {
+        "policy": {"model": "kontext", "shard": True, "shard_group": 8},
+        "data": {"path": "x"},
+        "rollout": {"sessions": 64},
+    }
+    config = replace_nested(Config(), changes)
+    for command in ("check", "train", "eval"):
+        found = list(run_problems(config, None, None, processes=processes, command=command))
+        assert [p for p in found if p.startswith("policy.shard_group: 8")] == found
+        assert len(found) == (not fits)
+
+
 # ------------------------------------------------------------------------------------- what it says
 
 
@@ -876,7 +890,8 @@ def test_the_fewest_blocks_that_fit_are_computed_again(small_case, monkeypatch):
 def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, monkeypatch):
     config, _, on, memory = small_case
     monkeypatch.setattr(levers, "CANDIDATES", {ROWS: (None, 1, 2)})
-    names = (AGAIN, COMPILE, ROWS)
+    keys = autos(config)  # without guidance there are no branches to settle
+    assert keys == [AGAIN, COMPILE, ROWS]
     done, (line,) = settle(config, True, lambda _: on(memory))
     assert not autos(done) and value_of(done, COMPILE) == "on" and done.train.micro_batch
     assert line.startswith("auto: policy.gradient_checkpointing off, policy.compile on, train.mi")
@@ -884,7 +899,9 @@ def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, 
     done, (line,) = settle(config, True, lambda _: on(1.0))
     assert (value_of(done, AGAIN), done.train.micro_batch) == ("all", 1) and "may not fit" in line
     done, (line,) = settled_for_device(config, torch.device("cpu"), 1)
-    assert [value_of(done, key) for key in names] == ["off", "off", None] and "no GPU" in line
+    assert [value_of(done, key) for key in keys] == [
+        PLAIN[key] for key in keys
+    ] and "no GPU" in line
     # Of older settings, and of a GPU.
     at = tmp_path / "checkpoints" / "step_000003"
     at.mkdir(parents=True)
@@ -893,10 +910,10 @@ def test_auto_is_settled_once_and_kept_by_whoever_goes_on(small_case, tmp_path, 
     (at / "state.json").write_text(json.dumps({"state": state}))
     config = replace(config, out=str(tmp_path))
     done, (line,) = settled_for_device(config, torch.device("cpu"), 1)
-    assert [value_of(done, key) for key in names] == ["all", "on", 4]
+    assert [value_of(done, key) for key in keys] == ["all", "on", 4]
     assert line.endswith("as recorded by the run that goes on (on a GPU; this is cpu)")
     done, lines = settled_for_device(config, torch.device("cpu"), 1, ["policy"])
-    assert [value_of(done, key) for key in names] == ["off", "off", 4] and len(lines) == 2
+    assert [value_of(done, key) for key in keys] == ["off", "off", 4] and len(lines) == 2
 
 
 def test_the_device_at_hand_has_its_sheet():

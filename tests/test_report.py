@@ -167,6 +167,12 @@ def run(tmp_path):
     return folder
 
 
+def test_the_turns_of_the_headline_are_those_recorded(run):
+    settings = run / "config.yaml"  # `rollout.turns` is of drawn sessions, and these have three
+    settings.write_text(settings.read_text().replace("  groups: 8\n", "  groups: 8\n  turns: 5\n"))
+    assert "8 sessions × 6 siblings × 3 turns" in page_of(run).text
+
+
 def test_headline(run):
     text = page_of(run).text
     assert "first run" in text
@@ -505,6 +511,7 @@ def test_ticks_are_few_and_inside(low, high):
     got = charts.ticks(low, high)
     assert 2 <= len(got) <= 7
     assert all(low - 1e-9 * abs(high) <= t <= high + 1e-9 * abs(high) for t in got)
+    assert len({charts.label(t) for t in got}) == len(got)
 
 
 def test_whiskers_span_one_standard_error():

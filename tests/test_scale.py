@@ -29,10 +29,10 @@ def editor(flops: float, trainable: int = 1000) -> SimpleNamespace:
         writes_text=False,
         prompt_per_output=False,
         read_again=lambda prompts: False,
+        encodes_again=lambda turn, images: False,
         carried=lambda step: 0,
         sizes=lambda: sizes,
-        encodes_again=lambda turn, images: False,
-        cost=lambda step, batch, turn, again: cost,
+        cost=lambda step, batch, turn, again="off": cost,
     )
 
 
@@ -84,7 +84,7 @@ def test_what_limits_is_named(processes, made, turns, more, largest, remedy):
     limit, config = found(processes, made, turns, reward, **more)
     assert limit.largest.name.startswith(largest) and remedy in limit.largest.remedy
     said = "\n".join(lines(limit, config, turns, processes))
-    assert f"most of it: {limit.largest.name}; what helps: {limit.largest.remedy}" in said
+    assert f"most of the waiting: {limit.largest.name}; what helps: {limit.largest.remedy}" in said
     assert sum(part.seconds for part in limit.parts) + limit.computing == limit.seconds
     assert all(part.seconds >= 0 for part in limit.parts)
 

@@ -139,13 +139,13 @@ def limits(
         Part(
             "groups do not go round",
             computed * (1 - even),
-            f"{r.sessions} over {processes}: {most} on some, {r.sessions // processes} on others",
+            f"{r.sessions} over {processes}: {_from_to(r.sessions // processes, most)} on each",
             f"rollout.sessions a multiple of {processes}: {most * processes}",
         ),
         Part(
             "sessions of other lengths",
             computed * even * longer,
-            f"{min(turns)} to {max(turns)} turns; the longest {longer:.0%} over the mean",
+            f"{_from_to(min(turns), max(turns))} turns; the longest {longer:.0%} over the mean",
             "more rollout.sessions, or sessions of one length",
         ),
         Part(
@@ -162,6 +162,10 @@ def limits(
         ),
     ]
     return Limits(computed * even, parts)
+
+
+def _from_to(least: int, most: int) -> str:
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _asked(result: Estimate, config: Config, turns: Sequence[int], processes: int) -> str:
@@ -186,7 +190,7 @@ def lines(found: Limits, config: Config, turns: Sequence[int], processes: int) -
     images = config.rollout.sessions * config.rollout.siblings * sum(turns) / len(turns) / whole
     said = [
         "",
-        f"what limits {processes} processes, on {machines(processes)} of machines with {MACHINE}: "
+        f"what limits {processes} processes, {MACHINE} a machine ({machines(processes)}): "
         f"{whole:.3g} s an iteration",
         f"  {'all compute':<28}{found.computing:>8.2f} s {found.computing / whole:>5.0%}",
     ]
@@ -195,11 +199,11 @@ def lines(found: Limits, config: Config, turns: Sequence[int], processes: int) -
         said.append(f"  {part.name:<28}{seconds}  {part.why}")
     return [
         *said,
-        f"  most of it: {largest.name}; what helps: {largest.remedy}"
+        f"  most of the waiting: {largest.name}; what helps: {largest.remedy}"
         if largest.seconds >= WORTH * whole
-        else f"  none of it is {WORTH:.0%}",
+        else f"  none of the waiting is {WORTH:.0%} of the iteration",
         f"  {images:.3g} images a second trained, {images / processes:.3g} of each process",
         f"  assumed: {BETWEEN / 1e9:g} GB/s a device between machines, a hop "
-        f"{HOP_INSIDE * 1e6:g} us inside and {HOP_BETWEEN * 1e6:g} between, {HOP_HOST * 1e6:g} of "
-        f"hosts, {WRITING / 1e9:g} GB/s of checkpoints",
+        f"{HOP_INSIDE * 1e6:g} us inside and {HOP_BETWEEN * 1e6:g} between, {HOP_HOST * 1e6:g} us "
+        f"a step for hosts to agree, {WRITING / 1e9:g} GB/s of checkpoints",
     ]

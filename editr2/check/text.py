@@ -120,10 +120,10 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         if count and name not in (WITH_ALL, WITHOUT):
             note = ""
             if name == "activations, train":
-                if p.gradient_checkpointing != "off":
-                    name = f"{name}, checkpointing"
                 if isinstance(p.gradient_checkpointing, int):
-                    name = f"{name} {p.gradient_checkpointing} blocks"
+                    name = f"{name}, {p.gradient_checkpointing} blocks again"
+                elif p.gradient_checkpointing != "off":
+                    name = f"{name}, checkpointing"
                 others = [
                     f"{how} checkpointing {size(n)}" for how, n in other.items() if n != count
                 ]
@@ -207,9 +207,10 @@ def levers(case: Case, given: Option) -> list[str]:
         note = "  (other numbers)" if key in OTHER_NUMBERS else ""
         lines.append(row(f"{key} {shown}", option, note))
     best = propose(case, config)
+    filled = f"in {ROOM:.0%} of the memory"
     if best is None:
-        return [*lines, "no combination of them that keeps the numbers fits", ""]
-    change, filled = flags(best.config, config), f"in {ROOM:.0%} of the memory"
+        return [*lines, f"no combination of them that keeps the numbers fits {filled}", ""]
+    change = flags(best.config, config)
     if not change or (best.seconds >= given.seconds and given.fits(ROOM)):
         return [*lines, f"no combination that keeps the numbers is faster {filled}", ""]
     hours = _duration(sum(best.estimate.hours(config.train.iterations).values()))

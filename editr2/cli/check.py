@@ -18,7 +18,8 @@ def command(arguments: Arguments) -> int:
             {
                 "type": str,
                 "default": "h100",
-                "help": "to estimate for: h100, rtx4090, ... or cpu (this one)",
+                "help": "to estimate for: h100, a100-80, rtx4090, ... (an unknown one names all) "
+                "or cpu (this one)",
             },
         ),
         (
@@ -39,7 +40,7 @@ def command(arguments: Arguments) -> int:
         arguments = ["--config", *arguments]
     description = (
         "Check the settings, data and reward of a run and estimate its memory and time; loads no "
-        "weights."
+        "weights. `editr2 check FILE` is short for `editr2 check --config FILE`."
     )
     config, given = settings.run_config("editr2 check", description, arguments, extra, strict=False)
     from editr2.check import preflight

@@ -461,7 +461,7 @@ class TrainConfig:
     context_gradient: bool = False
     packed: Literal["auto", "on", "off"] = "auto"
     micro_batch: int | Literal["auto"] | None = setting(
-        None, COUNT, what="a whole number, auto or none"
+        None, COUNT, what="auto or a number of rows or none"
     )
     old_log_prob: Literal["auto", "rollout", "replay"] = "auto"
     grad_norm: float = setting(1.0, POSITIVE)

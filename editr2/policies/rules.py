@@ -28,6 +28,17 @@ def config_problems(config: Config, command: Command = "train") -> Iterator[str]
     yield from _model_problems(mended(config), command)
 
 
+def group_problem(group: int | None, processes: int) -> str | None:
+    """What is wrong with `policy.shard_group` for so many processes that share weights out."""
+    if group is None or processes % group == 0:
+        return None
+    fits = ", ".join(str(n) for n in range(2, processes + 1) if processes % n == 0)
+    return (
+        f"policy.shard_group: {group} (accepted with {processes} processes: a divisor of them: "
+        f"{fits})"
+    )
+
+
 def policy_problems(config: PolicyConfig, trains: bool = True) -> Iterator[str]:
     """One line for each rule that the policy's settings break among themselves. trains: whether it
     will."""

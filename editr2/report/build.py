@@ -146,7 +146,8 @@ def _size(run: RecordedRun) -> str | None:
     counts = {
         "sessions": run.setting("groups", "sessions_per_iteration", "sessions"),
         "siblings": run.setting("siblings", "group_size", "num_generations"),
-        "turns": run.setting("turns", "max_turns") or _turns(run),
+        # What was recorded first: rollout.turns is of drawn sessions, a set has its own.
+        "turns": _turns(run) or run.setting("turns", "max_turns"),
     }
     return " × ".join(f"{count} {name}" for name, count in counts.items() if count) or None
 

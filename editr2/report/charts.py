@@ -73,7 +73,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 def label(value: float) -> str:
     """A tick's number, short."""
     if value and not 1e-3 <= abs(value) < 1e4:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
     return f"{round(value, 6):g}"
 
 

@@ -13,7 +13,7 @@ from editr2.config import Config, RolloutConfig
 from editr2.config.fields import mended
 from editr2.config.rules import Command
 from editr2.errors import ConfigError, UserError
-from editr2.policies.rules import config_problems
+from editr2.policies.rules import config_problems, group_problem
 from editr2.rewards.base import weight_vector
 from editr2.rewards.panel import Panel
 from editr2.rl.credit import FILTER_REWARD, credit_options
@@ -64,6 +64,10 @@ def run_problems(
             if str(error) not in said:  # the samplers read the same fields
                 yield str(error)
             said.add(str(error))
+    p = config.policy
+    group = p.shard_group if p.shard and processes > 1 else None
+    if (indivisible := group_problem(group, processes)) is not None:
+        yield indivisible
     if not trains:
         return
     r, t = config.rollout, config.train
