@@ -580,6 +580,9 @@ def test_a_reward_is_asked_once(monkeypatch):
 def test_groups_must_go_around(capsys):
     assert main(["check", "--processes", "13"]) == 2
     assert "rollout.sessions: 12 (accepted: at least 13, one a process)" in capsys.readouterr().err
+    shared = ["--policy.model", "kontext", "--policy.shard", "true", "--policy.shard_group", "7"]
+    assert main(["check", "--processes", "12", *shared]) == 2
+    assert "policy.shard_group: 7 (accepted with 12 processes: a" in capsys.readouterr().err
     assert main(["check", "--processes", "0"]) == 2
     assert "--processes: 0 (accepted: a whole number, 1 to 1000000)" in capsys.readouterr().err
     assert main(["check", "--gpu", "abacus"]) == 2

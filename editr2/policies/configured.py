@@ -127,6 +127,18 @@ def settled_branches(config: PolicyConfig, processes: int) -> PolicyConfig:
     return dataclasses.replace(config, branches="together" if gathers else "apart")
 
 
+def group_problem(config: PolicyConfig, processes: int) -> str | None:
+    """What is wrong with `policy.shard_group` on so many processes, or None."""
+    group = config.shard_group
+    if not config.shard or processes == 1 or group is None or processes % group == 0:
+        return None
+    fits = ", ".join(str(n) for n in range(2, processes + 1) if processes % n == 0)
+    return (
+        f"policy.shard_group: {group} (accepted with {processes} processes: a divisor of them: "
+        f"{fits})"
+    )
+
+
 METHODS = tuple(
     name for name, f in vars(Policy).items() if inspect.isfunction(f) and name[0] != "_"
 )

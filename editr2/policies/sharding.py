@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
+from editr2.policies.configured import group_problem
 from editr2.policies.parts import copies_of, is_shared, part, whole
 from editr2.policies.weights import trainable
 from editr2.run.processes import PATIENCE, Lost, Processes
@@ -174,12 +176,8 @@ def _mesh(processes: Processes, group: int | None) -> DeviceMesh:
     count, kind = processes.count, processes.device.type
     if group is None or group == count:
         return init_device_mesh(kind, (count,))
-    if count % group:
-        fits = ", ".join(str(n) for n in range(2, count + 1) if count % n == 0)
-        raise ConfigError(
-            f"policy.shard_group: {group} (accepted with {count} processes: a divisor of them: "
-            f"{fits})"
-        )
+    if problem := group_problem(PolicyConfig(shard=True, shard_group=group), count):
+        raise ConfigError(problem)
     return init_device_mesh(kind, (count // group, group), mesh_dim_names=("copy", "part"))
 
 

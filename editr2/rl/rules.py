@@ -13,6 +13,7 @@ from editr2.config import Config, RolloutConfig
 from editr2.config.fields import mended
 from editr2.config.rules import Command
 from editr2.errors import ConfigError, UserError
+from editr2.policies.configured import group_problem
 from editr2.policies.rules import config_problems
 from editr2.rewards.base import weight_vector
 from editr2.rewards.panel import Panel
@@ -57,6 +58,8 @@ def run_problems(
     if names is not None and trains:
         checks.append(lambda: credit_options(config.credit, tuple(names)))
         checks.append(lambda: check_best(config, names, apart))
+    if trains and (problem := group_problem(config.policy, processes)) is not None:
+        yield problem
     for check in checks:
         try:
             check()
