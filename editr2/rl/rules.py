@@ -58,8 +58,8 @@ def run_problems(
     if names is not None and trains:
         checks.append(lambda: credit_options(config.credit, tuple(names)))
         checks.append(lambda: check_best(config, names, apart))
-    if trains and (problem := group_problem(config.policy, processes)) is not None:
-        yield problem
+    if trains and (odd := group_problem(config.policy, processes)) is not None:
+        yield odd
     for check in checks:
         try:
             check()
