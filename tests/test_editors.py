@@ -6,6 +6,7 @@ All on tiny random pipelines (tiny_editors.py) of the stock classes.
 
 import copy
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -629,6 +630,13 @@ def test_adapters_compute_what_peft_does_with_fewer_copies(dtype, alpha, bytes_k
         return [plain, found[0].grad, *(p.grad for p in trainable(module).values())], meter.cost
 
     (found, less), (expected, cost) = computed(ours), computed(theirs)
+    again, biased = pickle.loads(pickle.dumps((ours, theirs))), copy.deepcopy((ours, theirs))
+    assert type(again[0][0]) is type(ours[0]) is type(biased[0][0])
+    for layer in (layer for module in biased for layer in module):
+        layer.lora_bias["default"] = True
+        layer.lora_B["default"].bias = torch.nn.Parameter(torch.ones(96))
+    for one, other in (again, biased):
+        assert all(map(torch.equal, computed(one)[0], computed(other)[0]))
     assert len(found) == 6 and all(map(torch.equal, found, expected))
     assert less.bytes <= bytes_kept * cost.bytes and less.operations <= cost.operations
     for layer in ours.modules():
@@ -774,6 +782,7 @@ def test_bfloat16_keeps_trained_weights_and_latents_in_float32(folder, tiny):
 def test_checkpointed_gradients_are_the_plain_ones(folder, tiny, model, how, again):
     weights, _ = folder(model)
     policy = stirred(loaded(weights, model, lora_rank=3, gradient_checkpointing=how))
+    policy.module = copy.deepcopy(policy.module)  # which knows as well
     assert policy.module.is_gradient_checkpointing
     context = policy.instruct(policy.encode(tiny.pictures(2, (32, 32))), PROMPTS[:2])
     gradients, forwards = [], []

@@ -760,6 +760,13 @@ def test_a_setting_that_only_one_of_them_knows_has_its_default():
     saved = {name: value for name, value in now.items() if name != "train.guard"}
     assert differences(saved, now) == {}
     assert differences(saved, {**now, "train.guard": True}) == {"train.guard": ("False", "True")}
+    # auto is off and apart where nothing settled it, as it was before there was such a setting.
+    older = {n: v for n, v in now.items() if n != "policy.branches"}
+    older |= named({"policy": {"compile": False}}, None)
+    settled = {**now, "policy.branches": "apart"}
+    assert differences(older, now) == differences(older, settled) == {}
+    settled["policy.branches"] = "together"
+    assert differences(older, settled) == {"policy.branches": ("'apart'", "'together'")}
     weights = {**now, "credit.weights": {"IF": 1.0}}
     assert list(differences(weights, now)) == ["credit.weights"]
     dpo = {**now, "train.loss": "dpo", BETA: 1000.0}

@@ -113,8 +113,8 @@ def _adapted_linear() -> Any:
         Its input stays as it is under autocast, which makes of A's the product's dtype anyway: peft
         brings a bfloat16 input to float32 first. And where the strength is a power of two, whose
         product is exact, it stands on the `rank` numbers a token between A and B, not on those
-        behind B. Everything else (adapters off, merged or several, a strength that rounds) is
-        peft's own forward.
+        behind B. Everything else (adapters off, merged or several, with a bias, a strength that
+        rounds) is peft's own forward.
         """
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -126,6 +126,7 @@ def _adapted_linear() -> Any:
                 or self.disable_adapters
                 or self.merged
                 or name in self.lora_variant
+                or self.lora_bias.get(name)
                 or math.frexp(strength)[0] != 0.5
             ):
                 return super().forward(x, *args, **kwargs)
@@ -142,7 +143,15 @@ def _adapted_linear() -> Any:
                 return x
             return super()._cast_input_dtype(x, dtype)
 
+        def __reduce__(self) -> Any:  # pickle looks no class up that is made in a function
+            return _unpickled, (), self.__getstate__()
+
     return Linear, AdaptedLinear
+
+
+def _unpickled() -> Any:
+    ours = _adapted_linear()[1]
+    return ours.__new__(ours)
 
 
 def with_fewer_copies(module: nn.Module) -> None:

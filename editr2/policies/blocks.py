@@ -50,13 +50,15 @@ def recompute_blocks(module: Any, how: int | str) -> None:
     if how in ("off", 0):
         return
     blocks = repeated_blocks(module)
-    chosen = {id(block) for block in blocks[: recomputed(how, len(blocks))]}
-    if len(chosen) == len(blocks):
+    first = recomputed(how, len(blocks))
+    if first == len(blocks):
         module.enable_gradient_checkpointing()
         return
+    for place, block in enumerate(blocks):  # on the block, which a copy of the module copies
+        vars(block)["computed_again"] = place < first
 
-    def again(block: nn.Module, *args: Any) -> Any:
-        if id(block) in chosen:
+    def again(block: Any, *args: Any) -> Any:
+        if block.computed_again:
             return torch.utils.checkpoint.checkpoint(block.__call__, *args, use_reentrant=False)
         return block(*args)
 

@@ -70,6 +70,9 @@ MAY_CHANGE = {
 }
 """Settings that a resumed run may have others of: no number of an iteration follows from them, or
 (where weights lie) by rounding alone, as from the number of processes."""
+AUTO = {"policy.branches": "apart", "policy.compile": "off"}
+"""What auto is where it is recorded: a run settles it before it compares, but for models that have
+no use for it, and it is the default that older runs know nothing of."""
 STANDS_FOR = {
     "sessions": ("data.path",),
     "heldout": ("data.heldout",),
@@ -450,6 +453,7 @@ def differences(
         if name in skipped or (name in FINGERPRINTS and name not in both):
             continue
         old, new = (values.get(name, defaults.get(name, _ABSENT)) for values in (saved, now))
+        old, new = (AUTO.get(name, v) if v == "auto" else v for v in (old, new))
         if old != new:
             shown = [
                 "absent" if value is _ABSENT else _text(value, name in both) for value in (old, new)
