@@ -63,6 +63,16 @@ ROOT = Path(__file__).parent.parent
 DIFFUSION = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
 TEXTS = ["make it red", "make it a good deal bluer"]
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
+@pytest.fixture(autouse=True)
+def _no_levers(request, monkeypatch):
+    """What others levers would give takes as long as the rest of the page together; a test that
+    looks at it is marked."""
+    if request.node.get_closest_marker("levers") is None:
+        monkeypatch.setattr("editr2.check.text.levers", lambda case, given: [])
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -770,7 +780,8 @@ def test_without_adapters_what_trains_is_shared_out_too(two_processes):
     assert full.host["saving"] == (3 + copies) * trained
     # Two branches of guidance have one backward, where their gradients are added up first.
     assert (
-        two_processes(shard=True, lora_rank=0, guidance=2.0).memory["gradients"] == half + trained
+        two_processes(shard=True, lora_rank=0, guidance=2.0, branches="apart").memory["gradients"]
+        == half + trained
     )
 
 
@@ -972,7 +983,15 @@ def recipes():
     return module
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.levers
+@pytest.mark.parametrize(
+    "path",
+    [
+        # Half a minute each: one of them always.
+        pytest.param(path, id=path.stem, marks=[] if "kontext" in path.stem else [EXHAUSTIVE])
+        for path in sorted((ROOT / "configs").glob("*.yaml"))
+    ],
+)
 def test_a_recipe_passes_and_carries_what_the_check_prints(path, recipes, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = path.read_text()
