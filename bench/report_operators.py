@@ -90,7 +90,9 @@ def by_size(page: Page, device: str, rows: list[Row]) -> None:
     def draw(figure: Any) -> None:
         from matplotlib.ticker import LogLocator, NullFormatter
 
-        axes = figure.subplots(height, columns, squeeze=False).flat
+        axes = list(figure.subplots(height, columns, squeeze=False).flat)
+        for axis in axes[len(ordered) :]:
+            axis.remove()
         for axis, key in zip(axes, ordered):
             points = sorted((row for of in panels[key].values() for row in of), key=elements)
             sizes = sorted({elements(row) for row in points})
@@ -124,8 +126,6 @@ def by_size(page: Page, device: str, rows: list[Row]) -> None:
             axis.title.set_fontsize(9)
             axis.grid(True, which="both", linewidth=0.2)
             axis.legend(fontsize=8)
-        for axis in list(axes)[len(ordered) :]:
-            axis.set_axis_off()
 
     page.plot(
         f"speedup-{slug(device)}",
