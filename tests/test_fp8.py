@@ -119,6 +119,8 @@ def test_the_product_is_that_of_the_dequantized_weights_and_its_gradient_too():
         assert results[0][0].dtype == dtype and results[0][1].dtype == torch.float32
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         assert made.weight.dtype == FLOAT8 and not any(p.requires_grad for p in made.parameters())
+    made = Float8Linear(nn.Linear(48, 80, device="meta"))  # which has no autocast
+    assert made(torch.empty(7, 48, device="meta")).shape == (7, 80)
 
 
 def test_products_in_float8():

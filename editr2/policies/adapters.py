@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from editr2.errors import CheckpointError, ConfigError, one_line
+from editr2.policies.base import autocast_dtype
 from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.tensor_files import Shape, check_shapes, read_header, read_json, read_tensors
 
@@ -138,8 +139,7 @@ def _adapted_linear() -> Any:
             return result.add_(change)
 
         def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-            on = x.device.type
-            if torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on):
+            if autocast_dtype(x.device) is not None:
                 return x
             return super()._cast_input_dtype(x, dtype)
 

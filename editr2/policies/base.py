@@ -322,3 +322,10 @@ def parameter_count(module: nn.Module, trainable_only: bool = False) -> int:
 
 def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on the device; None where it is off, or there is none (meta)."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None

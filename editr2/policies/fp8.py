@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editr2.policies.base import autocast_dtype
+
 FLOAT8 = torch.float8_e4m3fn
 """Numbers up to 448."""
 SMALLEST = 2.0**-90
@@ -113,9 +115,8 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in autocast's dtype where it is on."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        if (dtype := autocast_dtype(x.device)) is not None:
+            x = x.to(dtype)
         in_float8 = (
             x.dtype == torch.bfloat16
             and self.in_features % MULTIPLE == self.out_features % MULTIPLE == 0
