@@ -17,7 +17,7 @@ import itertools
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +44,7 @@ from editr2.policies.encodes import Folder, Kept, Row, digest_of, fingerprint
 from editr2.policies.latents import resized
 from editr2.policies.pipeline_blueprint import PipelineBlueprint
 from editr2.policies.pipelines import PipelineModel, read_pipeline, weight_sources
+from editr2.policies.placing import at_work
 from editr2.policies.trained import make_ready, save_policy, saved_lora
 from editr2.run.hub import check_model
 from editr2.sessions.buckets import nearest, spread
@@ -571,41 +572,12 @@ class DiffusionPolicy(PipelineModel):
         on = self.compute_dtype != torch.float32
         return torch.autocast(device.type, self.compute_dtype, enabled=on, cache_enabled=cache)
 
-    @contextmanager
-    def _at_work(self, *names: str) -> Iterator[None]:
-        """The pipeline's components of these names on the transformer's device; with
-        `policy.offload` their weights are copied there and dropped afterwards, since the host's
-        copy is still right."""
-        device = self.device
+    def _at_work(self, *names: str) -> AbstractContextManager[None]:
+        """The pipeline's components of these names on the transformer's device, with
+        `policy.offload` for as long as they work."""
         parts = [getattr(self.pipe, name) for name in names]
-        if not self.config.offload or device.type == "cpu":
-            for part in parts:
-                part.to(device)
-            yield
-            return
-        kept = list(_weights(parts))
-        there = {id(tensor): tensor.to(device, non_blocking=True) for _, _, tensor in kept}
-        try:
-            for owner, name, tensor in kept:
-                moved = there[id(tensor)]  # weights that two layers share stay shared
-                owner[name] = (
-                    nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
-                )
-            yield
-        finally:
-            for owner, name, tensor in kept:
-                owner[name] = tensor
+        return at_work(parts, self.device, lent=self.config.offload)
 
 
 def _is_cached(kind: type, name: str) -> bool:
     return isinstance(getattr(kind, name, None), cached_property)
-
-
-def _weights(parts: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Every parameter and buffer with the dictionary of its module that holds it, and its name
-    there."""
-    for module in itertools.chain.from_iterable(part.modules() for part in parts):
-        for owner in (module._parameters, module._buffers):
-            yield from (
-                (owner, name, tensor) for name, tensor in owner.items() if tensor is not None
-            )

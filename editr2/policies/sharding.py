@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from editr2.errors import ConfigError
 from editr2.policies.parts import copies_of, is_shared, part, whole
+from editr2.policies.placing import held
 from editr2.policies.rules import group_problem
 from editr2.policies.weights import trainable
 from editr2.run.processes import PATIENCE, Lost, Processes
@@ -214,31 +215,25 @@ def _shard(module: Any, device: torch.device, mesh: DeviceMesh) -> None:
             piece.set_force_sum_reduction_for_comms(True)
 
 
-def _own(part: nn.Module, seen: set[nn.Module]) -> list[tuple[dict[str, Any], str]]:
+def _own(piece: nn.Module, seen: set[nn.Module]) -> list[tuple[dict[str, Any], str]]:
     """Every parameter and buffer of what was not seen before, as the dictionary that holds it and
     its name there."""
-    fresh = [m for m in part.modules() if m not in seen]
+    fresh = [m for m in piece.modules() if m not in seen]
     seen.update(fresh)
-    return [
-        (held, name)
-        for m in fresh
-        for held in (m._parameters, m._buffers)
-        for name in held
-        if held[name] is not None
-    ]
+    return [(owner, name) for owner, name, _ in held(fresh)]
 
 
 def _spread(places: Sequence[tuple[dict[str, Any], str]], device: torch.device) -> None:
     """Process 0's tensors to all devices."""
-    said = [[(tuple(held[name].shape), held[name].dtype) for held, name in places]]
+    said = [[(tuple(owner[name].shape), owner[name].dtype) for owner, name in places]]
     mine = said[0]
     dist.broadcast_object_list(said, device=device)
     if [shape for shape, _ in said[0]] != [shape for shape, _ in mine]:
         raise ConfigError(
             "policy.weights: of other shapes than process 0's (accepted: the same on all processes)"
         )
-    for (held, name), (shape, dtype) in zip(places, said[0], strict=True):
-        tensor = held[name]
+    for (owner, name), (shape, dtype) in zip(places, said[0], strict=True):
+        tensor = owner[name]
         values = (
             tensor.data.to(device)
             if dist.get_rank() == 0
@@ -246,7 +241,7 @@ def _spread(places: Sequence[tuple[dict[str, Any], str]], device: torch.device) 
         )
         # As bytes where they are single ones: gloo knows no float8.
         dist.broadcast(values.view(torch.uint8) if values.itemsize == 1 else values, 0)
-        held[name] = (
+        owner[name] = (
             nn.Parameter(values, tensor.requires_grad)
             if isinstance(tensor, nn.Parameter)
             else values
