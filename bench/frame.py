@@ -404,3 +404,30 @@ def copy_provider(moved: int, device: str) -> Callable[[], Any]:
         return tuple(torch.ones(max(1, moved // 8), device=device) for _ in range(2))  # type: ignore[return-value]
 
     return rotation(lambda pair: pair[1].copy_(pair[0]), make_copies(make, device, moved // 2))
+
+
+class Phases:
+    """Of providers whose `seconds` says, after a call, how long each phase of it took: the calls of
+    a comparison, and the medians over them."""
+
+    def __init__(self, runs: Mapping[str, Any]) -> None:
+        self._runs = runs
+        self._seen: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+
+    def providers(self) -> dict[str, Callable[[], None]]:
+        def timed(name: str) -> Callable[[], None]:
+            def run() -> None:
+                self._runs[name]()
+                self._seen[name].append(dict(self._runs[name].seconds))
+
+            return run
+
+        return {name: timed(name) for name in self._runs}
+
+    def medians(self, name: str) -> dict[str, float]:
+        """A phase that a call did not have took no time."""
+        seen = self._seen[name]
+        return {
+            phase: round(statistics.median(s.get(phase, 0.0) for s in seen), 5)
+            for phase in seen[-1]
+        }

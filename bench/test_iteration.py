@@ -12,9 +12,7 @@ same work. Gate: every plan's images, texts, advantages, loss and gradient are t
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -29,6 +27,7 @@ from torch import Tensor
 import editr2.rl.compiled_step
 import editr2.rl.losses
 from bench.eager_operators import eager_operators
+from bench.frame import Phases
 from bench.peer_plan import PeerPlan, waterfall
 from editr2.config import Config, replace_nested
 from editr2.policies.unified.policy import UnifiedPolicy
@@ -234,20 +233,11 @@ def test_iteration(groups: int, siblings: int, turns: int, compare: Callable[...
         }
         return {OURS: max(others.values())}
 
-    phases: dict[str, list[Mapping[str, float]]] = defaultdict(list)
-
-    def timed(name: str) -> Callable[[], None]:
-        def run() -> None:
-            runs[name]()
-            phases[name].append(dict(runs[name].seconds))
-
-        return run
+    phases = Phases(runs)
 
     def extra(name: str) -> dict[str, Any]:
-        seen = phases[name]
-        seconds = {phase: statistics.median(s.get(phase, 0.0) for s in seen) for phase in seen[-1]}
-        found: dict[str, Any] = {"phases_s": {phase: round(s, 5) for phase, s in seconds.items()}}
-        whole = sum(seconds.values())
+        found: dict[str, Any] = {"phases_s": phases.medians(name)}
+        whole = sum(found["phases_s"].values())
         found["images_per_s"] = round(groups * siblings * turns / whole, 2)
         if name in (OURS, EAGER):
             with eager_operators(config.rollout) if name == EAGER else nullcontext():
@@ -260,7 +250,7 @@ def test_iteration(groups: int, siblings: int, turns: int, compare: Callable[...
         mode=f"{turns} turns, embedded model",
         shape=(groups, siblings, turns),
         dtype="fp32",
-        providers={name: timed(name) for name in runs},
+        providers=phases.providers(),
         gate=gate,
         extra=extra,
         seconds=30.0,

@@ -11,9 +11,7 @@ same work. Gate: every score and every advantage is that of the serial iteration
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,6 +21,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from bench.frame import Phases
 from editr2.config import Config, replace_nested
 from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.rewards.adapt import adapt
@@ -124,20 +123,11 @@ def test_judging(compare: Callable[..., Any]) -> None:
                 assert torch.equal(a, b), f"{name}: {what} differ"
         return {OURS: 0.0, AT_ONCE: 0.0}
 
-    phases: dict[str, list[Mapping[str, float]]] = defaultdict(list)
-
-    def timed(name: str) -> Callable[[], None]:
-        def run() -> None:
-            runs[name]()
-            phases[name].append(dict(runs[name].seconds))
-
-        return run
+    phases = Phases(runs)
 
     def extra(name: str) -> dict[str, Any]:
-        seen = phases[name]
-        seconds = {phase: statistics.median(s.get(phase, 0.0) for s in seen) for phase in seen[-1]}
         return {
-            "phases_s": {phase: round(s, 5) for phase, s in seconds.items()},
+            "phases_s": phases.medians(name),
             "calls": GROUPS * SIBLINGS * TURNS,
             "call_s": runs[name].judge.seconds,
             "at_once": runs[name].judge.concurrency or 1,
@@ -148,7 +138,7 @@ def test_judging(compare: Callable[..., Any]) -> None:
         mode=f"{TURNS} turns, embedded model, {CALL_S:g} s a call",
         shape=(GROUPS, SIBLINGS, TURNS),
         dtype="fp32",
-        providers={name: timed(name) for name in runs},
+        providers=phases.providers(),
         gate=gate,
         extra=extra,
         seconds=60.0,

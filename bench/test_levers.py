@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.peer_sides import tiny_editors
 from bench.test_transformers import KONTEXT, TINY, built_on
 from editr2.check.meter import Meter
 from editr2.config import PolicyConfig
@@ -170,15 +169,6 @@ def test_adapters(case: Case, train: bool, compare: Callable[..., Any]) -> None:
         seconds=10.0,
         min_rounds=5,
     )
-
-
-def tiny_editors() -> Any:
-    path = Path(__file__).parents[1] / "tests" / "tiny_editors.py"
-    spec = importlib.util.spec_from_file_location("tiny_editors", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 SIDES = [(4, 64), pytest.param((24, 512), marks=pytest.mark.full)]

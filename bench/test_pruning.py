@@ -6,13 +6,12 @@ every round does the same work; judging is the world's, on the calling thread in
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from bench.frame import Phases
 from bench.test_iteration import Ours, make_config
 from editr2.policies.unified.policy import UnifiedPolicy
 
@@ -46,26 +45,17 @@ def test_pruning(groups: int, siblings: int, turns: int, compare: Callable[..., 
         assert error <= 1e-4, f"gradient differs by {error} of its largest entry"
         return {PRUNED: error}
 
-    phases: dict[str, list[dict[str, float]]] = defaultdict(list)
-
-    def timed(name: str) -> Callable[[], None]:
-        def run() -> None:
-            runs[name]()
-            phases[name].append(dict(runs[name].seconds))
-
-        return run
+    phases = Phases(runs)
 
     def extra(name: str) -> dict[str, Any]:
-        seen = phases[name]
-        medians = {phase: statistics.median(s[phase] for s in seen) for phase in seen[-1]}
-        return {"phases_s": {k: round(s, 5) for k, s in medians.items()}, **counted[name]}
+        return {"phases_s": phases.medians(name), **counted[name]}
 
     compare(
         op="pruning",
         mode=f"{turns} turns, embedded model",
         shape=(groups, siblings, turns),
         dtype="fp32",
-        providers={name: timed(name) for name in runs},
+        providers=phases.providers(),
         gate=gate,
         extra=extra,
         seconds=30.0,
