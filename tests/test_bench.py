@@ -861,3 +861,19 @@ def test_the_real_peer_where_there_is_a_checkout(
     kept = {"encoded": 0}  # ours may encode the sources anew
     assert peer.extra["counts"] | kept == ours.extra["counts"] | kept
     assert ours.extra["answers_apart"] <= real_peer.CLOSE["float32"]
+
+
+def test_phases_are_medians_over_the_calls_of_each_provider():
+    class Run:
+        def __init__(self, *rounds):
+            self.rounds = iter(rounds)
+
+        def __call__(self):
+            self.seconds = next(self.rounds)
+
+    first, second = {"a": 1.0, "b": 5.0}, {"a": 3.0}
+    phases = frame.Phases({"one": Run(second, second, first), "two": Run(first)})
+    calls = phases.providers()
+    for name in ("one", "two", "one", "one"):
+        calls[name]()
+    assert phases.medians("one") == {"a": 3.0, "b": 0.0} and phases.medians("two") == first
