@@ -52,6 +52,7 @@ def kontext_pipeline(
         "num_single_layers": 1,
         "attention_head_dim": 16,
         "num_attention_heads": 2,
+        "axes_dims_rope": (4, 6, 6),
     }
     pipe = FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -124,7 +125,6 @@ def kontext_pipeline(
             joint_attention_dim=32,
             pooled_projection_dim=16,
             guidance_embeds=guidance_embeds,
-            axes_dims_rope=(4, 6, 6),
             **(sizes | transformer),
         ),
     )
