@@ -1,0 +1,140 @@
+"""`scores.jsonl`: what was said of every image, an object for each turn and metric.
+
+    {"image": "kitchen", "pass": "multipass", "turn": 2, "metric": "IF", "state": "judged",
+     "value": 1.0, "task": "subject_add", "mode": "cm", "turns": 3}
+
+Every turn of every session has a row for every metric, in one of four states: `judged` has a value,
+`not_applicable`, `failed` and `missing` (there is no image) have a reason. So what is not there is
+counted, and no number is made up for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from editr2.errors import DataError
+from editr2.sessions.records import lines_of, parse_object
+
+FILE_NAME = "scores.jsonl"
+
+State = Literal["judged", "not_applicable", "failed", "missing"]
+STATES: tuple[State, ...] = get_args(State)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one image.
+
+    image: the session's id. way: the pass (`passes.PASSES`). turn: of the image, from 1. asked: the
+    turn whose instruction was judged, which is `turn` but in a single pass, whose image is to
+    follow all instructions so far. value: in [0, 1], where it was judged. reason: of any other
+    state, and what was said of a value. task: of the asked turn. turns: of the session. sample: of
+    several of the same session, from 1.
+    """
+
+    image: str
+    way: str
+    turn: int
+    asked: int
+    metric: str
+    state: State
+    value: float | None
+    reason: str | None
+    task: str | None
+    mode: str | None
+    turns: int
+    sample: int = 1
+
+    def written(self) -> dict[str, Any]:
+        """As a line of the file; what is absent or follows from the rest is left out."""
+        line: dict[str, Any] = {"image": self.image, "pass": self.way, "turn": self.turn}
+        if self.asked != self.turn:
+            line["asked"] = self.asked
+        line |= {"metric": self.metric, "state": self.state}
+        if self.value is not None:
+            line["value"] = round(self.value, 6)
+        line |= {
+            name: value
+            for name in ("reason", "task", "mode")
+            if (value := getattr(self, name)) is not None
+        }
+        line["turns"] = self.turns
+        return line | ({"sample": self.sample} if self.sample != 1 else {})
+
+
+def read_rows(file: Path) -> list[Row]:
+    """All rows of a file. Raises DataError with the line that is none."""
+    return [
+        _row(f"{file}:{number}", record)
+        for number, raw in lines_of(file)
+        for record in (_parsed(f"{file}:{number}", raw),)
+    ]
+
+
+def _parsed(where: str, raw: bytes) -> dict[str, Any]:
+    try:
+        return parse_object(raw)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "image": (str,),
+    "pass": (str,),
+    "turn": (int,),
+    "metric": (str,),
+    "state": (str,),
+    "turns": (int,),
+}
+"""Keys that every line has."""
+
+
+def _row(where: str, record: dict[str, Any]) -> Row:
+    for key, kinds in _TYPES.items():
+        if not isinstance(record.get(key), kinds) or isinstance(record.get(key), bool):
+            raise DataError(
+                f"{where}: {key}: {record.get(key)!r} (accepted: a line as `editr2 benchmark` "
+                f"writes it)"
+            )
+    state, value = record["state"], record.get("value")
+    if state not in STATES:
+        raise DataError(f"{where}: state: {state!r} (accepted: {', '.join(STATES)})")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    if number != (state == "judged") or not (number or value is None):
+        raise DataError(
+            f"{where}: value: {value!r} of a score that is {state} (accepted: a number in [0, 1] "
+            f"where it is judged, and else none)"
+        )
+    return Row(
+        image=record["image"],
+        way=record["pass"],
+        turn=record["turn"],
+        asked=record.get("asked", record["turn"]),
+        metric=record["metric"],
+        state=state,
+        value=None if value is None else float(value),
+        reason=record.get("reason"),
+        task=record.get("task"),
+        mode=record.get("mode"),
+        turns=record["turns"],
+        sample=record.get("sample", 1),
+    )
+
+
+def lines(rows: Iterable[Row]) -> Iterator[str]:
+    """Of the file, each with its end."""
+    for row in rows:
+        yield json.dumps(row.written(), ensure_ascii=False) + "\n"
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Whole, or not at all."""
+    part = file.with_name(file.name + ".part")
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.writelines(lines(rows))
+    os.replace(part, file)
