@@ -50,7 +50,8 @@ class Benchmark:
     options are under the user's. passes: which are done unless the user says. scale: of the numbers
     shown (EdiVal's are per cent, GEdit's out of 10). measures: the function of `measures` that says
     what is reported (`measures.KINDS`). headline: keys of it, shown first. layouts: of generated
-    images made elsewhere (`layouts.LAYOUTS`), tried in this order. exact: as `passes.Exact`.
+    images made elsewhere (`layouts.LAYOUTS`), tried in this order. resize: `data.resize` where the
+    user leaves it at no. makes_sessions: of lengths that are asked for. exact: as `passes.Exact`.
     references: figures of others. about: one line on source and licence.
     """
 
@@ -62,6 +63,8 @@ class Benchmark:
     scale: float = 1.0
     measures: str = "turns"
     layouts: Sequence[str] = ("edival", "outputs")
+    resize: str = "no"
+    makes_sessions: bool = False
     exact: Exact | None = None
     references: Sequence[Reference] = field(default=())
     about: str = ""
