@@ -25,6 +25,20 @@ class Source:
     turns: tuple[int, ...] = ()
     sessions: int = 100
 
+    def given(self, accepted: str) -> Path:
+        """`path`, of a set that has to be named. Raises `ConfigError`, which says what is accepted,
+        where it is not."""
+        if self.path is None:
+            raise ConfigError(f"--data: none (accepted: {accepted})")
+        return self.path
+
+    def without_images(self) -> None:
+        """Raises `ConfigError` where `images` are given to a set that names its own."""
+        if self.images is not None:
+            raise ConfigError(
+                f"--sources: {self.images} (accepted: nothing, as the set names its images)"
+            )
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -57,7 +71,7 @@ class Benchmark:
 
     title: str
     read: Callable[[Source], Iterator[Session]]
-    reward: RewardUse
+    reward: RewardUse | None
     headline: Sequence[str]
     passes: Sequence[str] = ("multipass",)
     scale: float = 1.0
@@ -75,6 +89,7 @@ BENCHMARKS: dict[str, str] = {
     "mice": "editr2.benchmarks.sets.mice:MICE",
     "edival": "editr2.benchmarks.sets.edival:EDIVAL",
     "gedit": "editr2.benchmarks.sets.gedit:GEDIT",
+    "gedit-cn": "editr2.benchmarks.sets.gedit:GEDIT_CN",
     "imgedit": "editr2.benchmarks.sets.imgedit:IMGEDIT",
     "sessions": "editr2.benchmarks.sets.own:SESSIONS",
 }
