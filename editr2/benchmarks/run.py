@@ -21,7 +21,7 @@ import torch
 
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
-from editr2.benchmarks.layouts import Images, find_images
+from editr2.benchmarks.layouts import Images, find_images, generations
 from editr2.benchmarks.rows import FILE_NAME
 from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
 from editr2.benchmarks.sized import sized
@@ -145,7 +145,7 @@ class Run:
             self._settled(self._generated(sessions, saved["size"]))
         found = {
             way: [
-                find_images(self._folder(sample), sessions, way, ("edival",))
+                find_images(generations(self.out, sample), sessions, way, ("edival",))
                 for sample in range(1, c.samples + 1)
             ]
             for way in c.passes
@@ -163,7 +163,7 @@ class Run:
         sampler = eval_sampler(c.rollout, c.eval, own).to(processes.device)
         for way, sample in wanted:
             generate(
-                self._folder(sample),
+                self.out,
                 policy,
                 sessions,
                 sampler,
@@ -196,9 +196,6 @@ class Run:
             if key.startswith(SECTIONS) or key in ("seed", "data.resize", *depends)
         }
         return {"settings": kept, "size": size}
-
-    def _folder(self, sample: int) -> Path:
-        return self.out / ("generations" if sample == 1 else f"generations-{sample}")
 
     # ------------------------------------------------------------------------------------- judge
 

@@ -14,6 +14,7 @@ from editr2.config.fields import Bounds, setting
 from editr2.config.rules import settings_problems
 from editr2.config.settings import COUNT, TURNS
 from editr2.judge.settings import AgainstConfig, against_problems
+from editr2.rewards.table import REWARDS
 
 STAGES = ("generate", "judge", "report")
 
@@ -82,7 +83,7 @@ def with_defaults(config: BenchmarkConfig, kind: Benchmark) -> BenchmarkConfig:
     """What the benchmark says where the user says nothing: the reward, its options below the user's
     own, how images are resized, and the passes."""
     reward, own = config.reward, kind.reward
-    if not reward.use and reward.function is None and reward.name in (None, own.name):
+    if own and not reward.use and reward.function is None and reward.name in (None, own.name):
         options = {**own.options, **reward.options}
         reward = replace(reward, name=own.name, function=own.function, options=options)
     data = config.data
@@ -95,6 +96,9 @@ def benchmark_problems(config: BenchmarkConfig, kind: Benchmark) -> Iterator[str
     """One line for each rule that is broken."""
     yield from settings_problems(config, "judge" if config.images else "eval")
     yield from against_problems(config.against)
+    reward = config.reward
+    if config.does("judge") and not (reward.name or reward.function or reward.use):
+        yield f"reward.name: none (accepted with sessions of your own: {', '.join(REWARDS)})"
     if "exact" in config.passes and kind.exact is None:
         yield "passes: exact (accepted with a benchmark that knows exact images: world)"
     if config.turns and not kind.makes_sessions:

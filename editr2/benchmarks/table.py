@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from editr2.benchmarks.passes import Exact
 from editr2.config import RewardUse
@@ -77,7 +78,7 @@ class Benchmark:
     scale: float = 1.0
     measures: str = "turns"
     layouts: Sequence[str] = ("edival", "outputs")
-    resize: str = "no"
+    resize: Literal["no", "crop", "stretch"] = "no"
     makes_sessions: bool = False
     exact: Exact | None = None
     references: Sequence[Reference] = field(default=())
