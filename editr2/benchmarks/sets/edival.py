@@ -49,6 +49,7 @@ def _reference(name: str, value: float, source: str) -> Reference:
 EDIVAL = Benchmark(
     title="EdiVal-Bench",
     read=read,
+    resize="stretch",  # as its own code does, to 512²
     reward=RewardUse(name="edival"),
     headline=("O_of_means@3", "O_of_roots@3", "success@3", "marginal@3", "CC@3"),
     scale=100.0,
