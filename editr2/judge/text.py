@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from editr2.judge.agreement import Estimate
 from editr2.judge.summary import REASONS, Agreement, Mean, Of
 from editr2.judge.trial import Trial
+from editr2.report.paired import Estimate
 
 
 @dataclass(frozen=True)
