@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from editr2.benchmarks import rows as scores
-from editr2.benchmarks import strips as shown
 from editr2.benchmarks.rows import Row
-from editr2.benchmarks.strips import Strip
+from editr2.benchmarks.strips import Strip, read_strips
 from editr2.benchmarks.table import find
-from editr2.errors import ConfigError, DataError, UserError
+from editr2.errors import ConfigError, DataError, shown
 from editr2.report.data import PASS_NAMES, RecordedRun, load_run, number
 from editr2.report.data import Strip as RunStrip
 from editr2.run.tracking import read_metrics
@@ -107,7 +107,7 @@ def _of_benchmark(folder: Path, name: str) -> Side:
             "benchmark": about.get("benchmark"),
             "released rules": bool(judged.get("released")),
             "judge": judged.get("title"),
-            **{f"judge, {key}": value for key, value in facts.items()},
+            **{f"judge, {key}": _content(value) for key, value in facts.items()},
             # Where a judge says nothing of itself, its code and options are all there is.
             **({} if facts else {"judge's code and options": judged.get("reward")}),
         },
@@ -116,8 +116,15 @@ def _of_benchmark(folder: Path, name: str) -> Side:
         measures=kind.measures,
         headline=kind.headline,
         scale=kind.scale,
-        strips=shown.read_strips(folder),
+        strips=read_strips(folder),
     )
+
+
+def _content(fact: Any) -> str:
+    """What a fact says of content: prompts are named with where they are from, and a digest."""
+    said = str(fact)
+    digest = re.search(r"\(([0-9a-f]{8,})\)$", said)
+    return digest[1] if digest else said
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -161,7 +168,7 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
             "held-out sessions": sessions,
             "rewards": sorted(weights),
             "judge": depends.get("reward") if not judges else None,
-            **{f"judge, {key}": value for key, value in judges.items()},
+            **{f"judge, {key}": _content(value) for key, value in judges.items()},
         },
         settings={**run.config, **({"evaluation": evaluation} if evaluation else {})},
         rows=list(_rows(chosen, list(weights))),
@@ -252,9 +259,7 @@ def _strip_rows(strip: RunStrip) -> Iterator[Row]:
         for metric, value in turn.scores.items():
             judged = value is not None
             silent = metric in turn.does_not_apply
-            state: scores.State = (
-                "judged" if judged else "not_applicable" if silent else "failed"
-            )
+            state: scores.State = "judged" if judged else "not_applicable" if silent else "failed"
             yield Row(
                 image=strip.id,
                 way=EVALUATION,
@@ -285,14 +290,17 @@ def check_alike(first: Side, other: Side) -> None:
     for what in {**first.same, **other.same}:
         a, b = (side.same.get(what, "none") for side in (first, other))
         if a != b:
-            raise NotAlike(
+            raise ConfigError(
                 f"--compare: {what}: {a} of {first.name}, {b} of {other.name} (accepted: folders "
                 f"of one benchmark, judged alike)"
             )
-
-
-class NotAlike(UserError):
-    """Numbers that cannot be held against each other."""
+    for name, strip in first.strips.items():
+        told = other.strips.get(name)
+        if told is not None and told.turns != strip.turns:
+            raise ConfigError(
+                f"--compare: session {shown(repr(name))} has other instructions in {first.name} "
+                f"than in {other.name} (accepted: folders of the same sessions)"
+            )
 
 
 def differing(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
