@@ -80,11 +80,14 @@ def generate(
     def paths_of(chunk: Chunk) -> list[Path]:
         return [path for place in chunk.places or () for path in files[place]]
 
+    def outputs_of(chunk: Chunk) -> int:
+        return sum(len(session.turns) for session in chunk.sessions)
+
     # Decided once: a process that looked later would already see images of the others.
     left = [plan[k] for k in processes.on_main(look)]
     seeds = Seeds(derive_seed(config.seed, "sample", sample), "benchmark")
     mine = left[processes.index :: processes.count]
-    tell = _Progress(way, sum(len(paths_of(chunk)) for chunk in mine), processes)
+    tell = _Progress(way, sum(map(outputs_of, mine)), processes)
     for chunk in mine:
         reads = _reads(exact, chunk) if rules.reads_exact and exact is not None else None
         rollout_chunk(policy, chunk, sampler, seeds, config.policy, greedy=True, reads=reads)
@@ -95,11 +98,11 @@ def generate(
             for path, pixels in zip(files[place], images, strict=True):
                 _write(path, pixels)
         chunk.turns = []  # latents of a whole set would not fit
-        tell(len(paths_of(chunk)))
+        tell(outputs_of(chunk))
     processes.wait()
     if processes.main:
-        made = sum(len(paths_of(chunk)) for chunk in left)
-        there = sum(map(len, files)) - made
+        made = sum(map(outputs_of, left))
+        there = sum(map(outputs_of, plan)) - made
         print(f"{way}: {made} images made, {there} were there: {into}", file=sys.stderr)
 
 
