@@ -14,8 +14,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from editr2.benchmarks.measures import Measure, group_label, label_of, measures
-from editr2.benchmarks.page import GROUPS, PASSES, TEMPLATES
-from editr2.benchmarks.plots import Series, digits, dots, with_interval
+from editr2.benchmarks.page import TEMPLATES
+from editr2.benchmarks.plots import Series, dots, with_interval
 from editr2.benchmarks.rows import Row as ScoreRow
 from editr2.benchmarks.sides import Side, check_alike, differing, sides_of
 from editr2.benchmarks.strips import (
@@ -25,6 +25,9 @@ from editr2.benchmarks.strips import (
     fitting,
     view,
 )
+from editr2.benchmarks.tables import md, tex
+from editr2.benchmarks.text import decimals
+from editr2.errors import ConfigError, plain
 from editr2.judge.text import Table
 from editr2.report import charts, pages
 from editr2.report.charts import Chart
@@ -32,10 +35,10 @@ from editr2.report.data import EQUAL, MODES, mean, plural
 from editr2.report.numbers import decimal, signed
 from editr2.report.paired import Compared, Estimate, compared
 from editr2.report.strips import SessionView
-from editr2.errors import ConfigError, plain
 
 MOST_CHANGES = 24
 """Sessions of a pair that are shown, half of them of each direction."""
+GROUPS = {"turns": "By length", "mode": "By mode", "task": "By task"}
 LISTED = 8
 """Sessions of one side alone that are named."""
 
@@ -133,7 +136,7 @@ def _scaled(of: Estimate, scale: float) -> Estimate:
 
 def _cells(line: Line, side: Side) -> list[str]:
     """Both values, and the difference with its interval."""
-    places = digits(side.scale)
+    places = decimals(side.scale)
     a, b, difference = (_scaled(of, side.scale) for of in line.of)
     return [decimal(a.value, places), decimal(b.value, places), _difference(difference, places)]
 
@@ -190,7 +193,7 @@ def _label(line: Line, sort: str) -> str:
 
 
 def _title(pair: Pair, part: Part) -> str:
-    return f"{pair.b.name} against {pair.a.name}, {PASSES.get(part.way, (part.way,))[0]}"
+    return f"{pair.b.name} against {pair.a.name}, {part.way}"
 
 
 def _about(part: Part) -> str:
@@ -212,12 +215,12 @@ def _said(pair: Pair) -> Iterator[str]:
 def _markdown(pairs: Sequence[Pair]) -> Iterator[str]:
     for pair, part, title, sort, lines in _tables(pairs):
         yield from (f"### {title}", "")
-        names = [plain(side.name).replace("|", "\\|") for side in (pair.a, pair.b)]
+        names = [md(side.name) for side in (pair.a, pair.b)]
         head = ["", *names, "difference [95 % interval]", "sessions"]
         yield f"| {' | '.join(head)} |"
         yield "| --- | ---: | ---: | ---: | ---: |"
         for line in lines:
-            cells = [plain(_label(line, sort)).replace("|", "\\|"), *_cells(line, pair.a)]
+            cells = [md(_label(line, sort)), *_cells(line, pair.a)]
             yield f"| {' | '.join(cells)} | {line.of.difference.count} |"
         yield from ("", f"Paired by session: {_about(part)}.", "")
 
@@ -225,14 +228,14 @@ def _markdown(pairs: Sequence[Pair]) -> Iterator[str]:
 def _latex(pairs: Sequence[Pair]) -> Iterator[str]:
     """Tables for `booktabs`."""
     for pair, part, title, sort, lines in _tables(pairs):
-        names = " & ".join(_tex(side.name) for side in (pair.a, pair.b))
+        names = " & ".join(tex(side.name) for side in (pair.a, pair.b))
         yield f"% {plain(title)}; paired by session: {_about(part)}"
         yield r"\begin{tabular}{lrrrr}"
         yield r"\toprule"
         yield rf" & {names} & difference [95\,\%] & sessions \\"
         yield r"\midrule"
         for line in lines:
-            cells = [_tex(cell) for cell in (_label(line, sort), *_cells(line, pair.a))]
+            cells = [tex(cell) for cell in (_label(line, sort), *_cells(line, pair.a))]
             yield rf"{' & '.join(cells)} & {line.of.difference.count} \\"
         yield from (r"\bottomrule", r"\end{tabular}", "")
 
@@ -362,7 +365,7 @@ def _part_view(pair: Pair, part: Part) -> PartView:
         for side, only in ((pair.a, part.only_a), (pair.b, part.only_b))
         if only
     ]
-    title = PASSES.get(part.way, (part.way,))[0]
+    title = part.way
     return PartView(title, _about(part), tables, _by_turn(pair, part), alone)
 
 

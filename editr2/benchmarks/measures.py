@@ -90,7 +90,7 @@ def label_of(name: str, turn: When = None, group: str | None = None) -> str:
 def group_label(group: str) -> str:
     """A group as tables write it."""
     sort, _, one = group.partition("=")
-    return f"{one} turns" if sort == "turns" else one
+    return f"{one} turn{'s' * (one != '1')}" if sort == "turns" else one
 
 
 NAMES = {

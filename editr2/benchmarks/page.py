@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from editr2.benchmarks import rows as scores
-from editr2.benchmarks.measures import group_label, key_of, label_of
-from editr2.benchmarks.plots import Series, digits, dots, with_interval
-from editr2.benchmarks.rows import STATES, Row
+from editr2.benchmarks.measures import key_of, label_of
+from editr2.benchmarks.plots import Series, dots, with_interval
+from editr2.benchmarks.rows import Row
 from editr2.benchmarks.strips import (
     Lane,
     Strip,
@@ -25,11 +25,11 @@ from editr2.benchmarks.strips import (
 )
 from editr2.benchmarks.summary import EXPOSED, UNEXPOSED
 from editr2.benchmarks.summary import FILE_NAME as SUMMARY
+from editr2.benchmarks.text import ALL_JUDGED, decimals, score_tables, state_lines
 from editr2.errors import DataError
-from editr2.judge.text import Table
 from editr2.report import pages
 from editr2.report.charts import Chart
-from editr2.report.data import MODES, plural
+from editr2.report.data import plural
 from editr2.report.gallery import thin
 from editr2.report.numbers import decimal
 from editr2.report.paired import Estimate
@@ -41,19 +41,11 @@ TEMPLATES = Path(__file__).parent / "templates"
 MOST_SESSIONS = 48
 
 PASSES = {
-    "multipass": ("own outputs", "Every turn edits the output of the one before."),
-    "singlepass": (
-        "single pass",
-        "Every turn edits the source, by all instructions so far in one.",
-    ),
-    "exact": ("exact images", "Every turn edits what the one before should have made."),
-    "evaluation": ("evaluation", "Held-out sessions, as the run evaluated them."),
+    "multipass": "every turn edits the output of the one before",
+    "singlepass": "every turn edits the source, by all instructions so far in one",
+    "exact": "every turn edits what the one before should have made",
 }
-"""A pass in charts and strips, and what it is."""
-
-GROUPS = {"mode": "By kind of session", "turns": "By length", "task": "By kind of edit"}
-
-_STATES = {"not_applicable": "did not apply"}
+"""What a page says of a pass."""
 
 
 def write_page(folder: Path) -> Path:
@@ -61,7 +53,7 @@ def write_page(folder: Path) -> Path:
     has `strips.jsonl`. Raises DataError for a file that is none."""
     summary = _read(folder / SUMMARY)
     rows = scores.read_rows(folder / scores.FILE_NAME)
-    pictures = Thumbnails()
+    pictures, said = Thumbnails(), state_lines(summary)
     gallery = _gallery(rows, read_strips(folder), pictures)
     return pages.write_page(
         folder / FILE_NAME,
@@ -72,15 +64,13 @@ def write_page(folder: Path) -> Path:
         facts=_facts(summary),
         judge=_judge(summary),
         cards=_cards(summary),
-        warnings=[*_warnings(summary), *pictures.notes()],
-        passes=[
-            (PASSES[way][0], PASSES[way][1], list(_tables(of["measures"], _digits(summary))))
-            for way, of in summary["passes"].items()
-        ],
-        counts=_counts(summary),
+        unjudged=[line for line in said if line != ALL_JUDGED],
+        notes=[*(line for line in said if line == ALL_JUDGED), *pictures.notes()],
+        passes=[(way, PASSES.get(way, "")) for way in summary["passes"]],
         exposure=_exposure(summary),
         lengths=_lengths(summary),
-        references=_references(summary),
+        tables=[table for table in score_tables(summary) if table.rows],
+        without_references=summary["without_references"],
         gallery=gallery,
         setup=json.dumps(summary.get("made"), indent=1, ensure_ascii=False)
         if summary.get("made")
@@ -96,10 +86,6 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file}: cannot be read: {error} (accepted: a file of `editr2 benchmark`)"
         ) from error
     return found
-
-
-def _digits(summary: Mapping[str, Any]) -> int:
-    return digits(summary["scale"])
 
 
 # -------------------------------------------------------------------------------------------- facts
@@ -118,7 +104,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Editor": summary.get("editor"),
         "Sessions": f"{summary['sessions']}, {told}",
         "Samples": summary["samples"] if summary["samples"] > 1 else None,
-        "Passes": ", ".join(PASSES[way][0] for way in summary["passes"]),
+        "Passes": ", ".join(summary["passes"]),
         "Seed": summary.get("seed"),
         "Date": summary.get("date"),
         "editr2": versions.get("editr2"),
@@ -141,7 +127,7 @@ class Card:
 
 
 def _cards(summary: Mapping[str, Any]) -> list[Card]:
-    headline, places = summary["headline"], _digits(summary)
+    headline, places = summary["headline"], decimals(summary["scale"])
     cards = []
     for one in headline["of"]:
         if one["withheld"]:
@@ -151,140 +137,6 @@ def _cards(summary: Mapping[str, Any]) -> list[Card]:
         ends = ", ".join(decimal(one[end], places) for end in ("low", "high"))
         cards.append(Card(one["label"], decimal(one["value"], places), f"[{ends}] · {count}"))
     return cards
-
-
-def _warnings(summary: Mapping[str, Any]) -> list[str]:
-    """What was not judged, by pass."""
-    found = []
-    for way, of in summary["passes"].items():
-        missing = of["missing"]
-        if missing["images"]:
-            first = ", ".join(missing["first"][:3])
-            more = ", …" if missing["images"] > 3 else ""
-            found.append(
-                f"{PASSES[way][0]}: {missing['images']} of {missing['of']} images "
-                f"{'is' if missing['images'] == 1 else 'are'} missing: {first}{more}."
-            )
-        for metric, count in of["counts"].items():
-            if count["failed"]:
-                why = next(iter(of["reasons"][metric]["failed"]), "")
-                found.append(
-                    f"{PASSES[way][0]}: {metric} failed {count['failed']} of "
-                    f"{sum(count.values())} times; most often: {why}"
-                )
-    return found
-
-
-# ------------------------------------------------------------------------------------------- tables
-
-
-def _tables(measures: Mapping[str, Mapping[str, Any]], places: int) -> Iterator[Table]:
-    """By turn, then by group."""
-    whole = [one for one in measures.values() if one["group"] is None]
-    columns = _columns(whole)
-    yield Table(
-        "By turn" if len(columns) > 1 else "All sessions",
-        [_column(turn) for turn in columns],
-        _rows(whole, [(turn, None) for turn in columns], measures, places),
-        "[ ]: 95 % interval over sessions.",
-    )
-    for sort, title in GROUPS.items():
-        of = [one for one in measures.values() if str(one["group"]).startswith(f"{sort}=")]
-        if not of:
-            continue
-        # Of tasks all turns count, of anything else the last one.
-        turn = None if any(one["turn"] is None for one in of) else "last"
-        groups = list(dict.fromkeys(one["group"] for one in of))
-        names = list(dict.fromkeys(one["name"] for one in of if one["turn"] == turn))
-        lines = [
-            (
-                _group(group),
-                [_cell(measures.get(key_of(name, turn, group)), places) for name in names],
-            )
-            for group in groups
-        ]
-        head = [label_of(name) for name in names]
-        yield Table(f"{title}, {'all turns' if turn is None else 'last turn'}", head, lines)
-
-
-def _columns(whole: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The turns of a table; the last one of each session only where they differ in length."""
-    turns = list(dict.fromkeys(one["turn"] for one in whole))
-    numbers = sorted(turn for turn in turns if isinstance(turn, int))
-    same = all(
-        one["n"] == other["n"]
-        for one in whole
-        for other in whole
-        if one["name"] == other["name"] and one["turn"] == "last" and other["turn"] in numbers[-1:]
-    )
-    return [
-        *numbers,
-        *(["last"] if "last" in turns and not same else []),
-        *([None] if None in turns else []),
-    ]
-
-
-def _column(turn: Any) -> str:
-    return "all" if turn is None else "last turn" if turn == "last" else f"turn {turn}"
-
-
-def _group(group: str) -> str:
-    label = group_label(group)
-    return MODES.get(label, label)
-
-
-def _rows(
-    of: Sequence[Mapping[str, Any]],
-    columns: Sequence[tuple[Any, str | None]],
-    measures: Mapping[str, Mapping[str, Any]],
-    places: int,
-) -> list[tuple[str, list[str]]]:
-    names = dict.fromkeys(one["name"] for one in of)
-    return [
-        (
-            label_of(name),
-            [_cell(measures.get(key_of(name, turn, group)), places) for turn, group in columns],
-        )
-        for name in names
-    ]
-
-
-def _cell(one: Mapping[str, Any] | None, places: int) -> str:
-    if one is None or one["value"] is None:
-        return "–"
-    ends = ", ".join(decimal(one[end], places) for end in ("low", "high"))
-    return f"{decimal(one['value'], places)} [{ends}]"
-
-
-def _counts(summary: Mapping[str, Any]) -> Table:
-    """Of every pass and score, how many there are of each state."""
-    lines = [
-        (f"{PASSES[way][0]}, {metric}", [str(count[state]) for state in STATES])
-        for way, of in summary["passes"].items()
-        for metric, count in of["counts"].items()
-    ]
-    return Table("What was judged", [_STATES.get(state, state) for state in STATES], lines)
-
-
-def _references(summary: Mapping[str, Any]) -> Table | None:
-    if not summary["references"]:
-        return None
-    places = _digits(summary)
-    lines = [
-        (
-            one["name"],
-            [label_of(*_split(one["measure"])), decimal(one["value"], places), one["source"]],
-        )
-        for one in summary["references"]
-    ]
-    return Table(
-        "Figures of others", ["measure", "value", "from"], lines, "Judged by the same rules."
-    )
-
-
-def _split(key: str) -> tuple[str, Any]:
-    name, _, turn = key.partition("/")[0].partition("@")
-    return name, int(turn) if turn.isdigit() else turn or None
 
 
 # ------------------------------------------------------------------------------------------- charts
@@ -311,7 +163,7 @@ def _exposure(summary: Mapping[str, Any]) -> list[Chart]:
                 if one["name"] == name and one["group"] is None and isinstance(one["turn"], int)
             }
             if by_turn:
-                series.append(Series(PASSES[way][0], by_turn, colour, hollow=way != EXPOSED))
+                series.append(Series(way, by_turn, colour, hollow=way != EXPOSED))
                 categories |= set(map(int, by_turn))
         if len(series) > 1:
             title = label_of(name)
@@ -327,8 +179,8 @@ def _lost(summary: Mapping[str, Any], name: str) -> str:
     for way, of in summary["exposure"].items():
         one = of.get(key_of(name, "last"))
         if one is not None and one["value"] is not None:
-            text = with_interval(_estimate(one), _digits(summary), sign=True)
-            said.append(f"{text} against {PASSES[way][0]}")
+            text = with_interval(_estimate(one), decimals(summary["scale"]), sign=True)
+            said.append(f"{text} against {way}")
     return f"Last turn: {'; '.join(said)}." if said else ""
 
 
@@ -349,7 +201,7 @@ def _lengths(summary: Mapping[str, Any]) -> list[Chart]:
                 if (one := of.get(key_of(name, "last", f"turns={turns}")))
             }
             if found:
-                series.append(Series(PASSES[way][0], found, colour, hollow=way != EXPOSED))
+                series.append(Series(way, found, colour, hollow=way != EXPOSED))
         if series:
             panels.append((label_of(name, "last"), series))
     return dots(panels, lengths, "turns of a session", unit=summary["scale"] == 1)
@@ -378,7 +230,7 @@ def _gallery(
         way: by_session(row for row in first if row.way == way)
         for way in dict.fromkeys(row.way for row in first)
     }
-    lanes = [Lane(PASSES[way][0], way, strips, of) for way, of in of_way.items()]
+    lanes = [Lane(way, way, strips, of) for way, of in of_way.items()]
     sessions = by_session(first)
     if not strips or not lanes:
         return None

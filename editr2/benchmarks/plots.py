@@ -10,18 +10,17 @@ from editr2.report.numbers import decimal, signed
 from editr2.report.paired import Estimate
 
 
-def digits(scale: float) -> int:
-    """Decimals of a number in the scale of a benchmark."""
-    return 3 if scale == 1 else 2
-
-
 def with_interval(of: Estimate, places: int, *, sign: bool = False) -> str:
     """`0.410 [0.350, 0.470]`; "–" of what is not defined. sign: of a difference."""
     if not of.known:
         return "–"
-    write = signed if sign else decimal
+    write = _signed if sign else decimal
     value, low, high = (write(number, places) for number in (of.value, of.low, of.high))
     return f"{value} [{low}, {high}]"
+
+
+def _signed(value: float, places: int) -> str:
+    return signed(value, places).removeprefix("±")  # an end of an interval is no more or less
 
 
 @dataclass(frozen=True)

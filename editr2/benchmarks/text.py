@@ -11,6 +11,7 @@ from editr2.benchmarks.summary import too_many
 from editr2.judge.text import Table, laid_out
 
 WIDTH = 100
+ALL_JUDGED = "every turn has every score"
 
 Of = Mapping[str, Any]
 """The object of a measure or of a difference, as `summary` has it."""
@@ -35,8 +36,12 @@ def number(of: Of | None, scale: float, *, signed: bool = False) -> str:
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
     """Headline; of every pass its scores by turn, length, mode and task; exposure; references."""
-    scale = summary["scale"]
-    found = [_headline(summary)]
+    return [table for table in (_headline(summary), *score_tables(summary)) if table.rows]
+
+
+def score_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """All but the headline."""
+    scale, found = summary["scale"], list[Table]()
     for way, of in summary["passes"].items():
         found += _of_pass(way, of["measures"], scale)
     for other, differences in summary["exposure"].items():
@@ -97,7 +102,7 @@ def state_lines(summary: Mapping[str, Any]) -> list[str]:
                     share = f"{counts[state]} of {total} ({counts[state] / total:.1%})"
                     why = _listed(of["reasons"][metric][state], counts[state])
                     said.append(f"{way}: {metric} {verb}: {share}: {why}")
-    return said or ["every turn has every score"] if summary["passes"] else ["nothing was judged"]
+    return said or [ALL_JUDGED] if summary["passes"] else ["nothing was judged"]
 
 
 def _listed(reasons: Mapping[str, int], total: int) -> str:
