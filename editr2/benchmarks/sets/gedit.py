@@ -1,6 +1,6 @@
-"""`gedit`, `gedit-cn`: GEdit-Bench (arXiv 2504.17761), 606 single edits in 11 groups, in English or in
-Chinese. SC, PQ and O = √(SC · PQ) of an edit, means in a group, and the mean of the groups, out of
-10.
+"""`gedit`, `gedit-cn`: GEdit-Bench (arXiv 2504.17761), 606 single edits in 11 groups, in English or
+in Chinese. SC, PQ and O = √(SC · PQ) of an edit, means in a group, and the mean of the groups, out
+of 10.
 
 As released, judge and editor see the source at about 512²; here the editor's size says, and the
 judge sees what the editor saw. The set's `Intersection_exist` marks what every editor of its paper
