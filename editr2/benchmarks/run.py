@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from editr2.benchmarks import page, strips, summary, tables, text
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
 from editr2.benchmarks.layouts import Images, find_images, generations
-from editr2.benchmarks.rows import FILE_NAME
+from editr2.benchmarks.rows import FILE_NAME, read_rows
 from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
 from editr2.benchmarks.sized import sized
 from editr2.benchmarks.table import Benchmark, Source, find
@@ -224,18 +225,41 @@ class Run:
             sessions,
             images,
             panel,
-            self.record,
             self.processes,
             seed=self.config.seed,
-            exact=self.kind.exact,
             digest=digest,
+            exact=self.kind.exact,
         )
         self._write()
 
     # ------------------------------------------------------------------------------------ report
 
     def _report(self, sessions: Sequence[Session], images: Mapping[str, list[Images]]) -> list[str]:
-        raise NotImplementedError
+        """Of the main process."""
+        if not (self.out / FILE_NAME).is_file():
+            return [f"images: {generations(self.out)}"] if not self.config.images else []
+        found = self._summary(FILE_NAME, sessions, self.about)
+        other = None
+        if (self.out / AGAINST_FILE).is_file() and "against" in self.about:
+            about = self.about | {"judged": self.about["against"]}
+            other = found["against"] = self._summary(AGAINST_FILE, sessions, about)
+        summary.write(self.out / summary.FILE_NAME, found)
+        strips.write_strips(self.out, sessions, {way: of[0] for way, of in images.items()})
+        files = [
+            self.out / FILE_NAME,
+            self.out / summary.FILE_NAME,
+            *tables.write(self.out, tables.paper_table([found])),
+            page.write_page(self.out),
+        ]
+        said = text.lines(found, files)
+        return said if other is None else [*text.lines(other), "", *said]
+
+    def _summary(
+        self, file: str, sessions: Sequence[Session], about: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        ways = set(self.config.passes)
+        rows = [row for row in read_rows(self.out / file) if row.way in ways]
+        return summary.summarise(rows, sessions, self.kind, about)
 
     # ---------------------------------------------------------------------------------- identity
 
