@@ -82,9 +82,10 @@ class Layout(NamedTuple):
 def _edival(folder: Path, sessions: Sequence[Session], way: str) -> dict[str, Turns]:
     """A folder as EdiVal's generate.py writes it, or that of a benchmark of ours."""
     root = next((r for r in (folder / way, folder / FOLDER / way) if r.is_dir()), None)
-    there = set() if root is None else set(os.listdir(root))
-    names, found = file_names(sessions), dict[str, Turns]()
-    for session in sessions if root is not None else ():
+    if root is None:
+        return {}
+    there, names, found = set(os.listdir(root)), file_names(sessions), dict[str, Turns]()
+    for session in sessions:
         files = [turn_file(names[session.id], t) for t in range(len(session.turns))]
         found[session.id] = [root / file if file in there else None for file in files]
     return found

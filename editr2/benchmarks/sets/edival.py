@@ -61,5 +61,5 @@ EDIVAL = Benchmark(
         ),
         _reference("MT-EditFlow on FLUX.1-Kontext-dev", 45.56, "arXiv 2606.01985"),
     ),
-    about="github.com/TianyuCodings/EdiVal; code MIT, data CC-BY-SA-4.0 by its README",
+    about="github.com/TianyuCodings/EdiVal; its README has badges of MIT and CC-BY-SA-4.0",
 )
