@@ -175,6 +175,10 @@ LAYOUTS: dict[str, Layout] = {
 """Of generated images. Sets of single edits make no difference between multi- and single-pass."""
 
 
+class NoImages(DataError):
+    """There is no image of a pass."""
+
+
 @dataclass(frozen=True)
 class Images:
     """The images of a pass that were found.
@@ -231,9 +235,9 @@ def find_images(
     """The sessions' images of a pass, in the first of `layouts` (names of `LAYOUTS`) in which there
     is any. What is missing is None. resize: as `data.resize`.
 
-    Raises DataError: for a folder without an image of any session, and for an image that cannot be
-    read (by its header, here) or, unless it is resized, has another size than its session's; it
-    names the file.
+    Raises NoImages for a folder without an image of any session, and DataError for an image that
+    cannot be read (by its header, here) or, unless it is resized, has another size than its
+    session's; it names the file.
     """
     if not folder.is_dir():
         raise DataError(f"{shown(folder)}: no such folder (accepted: one of generated images)")
@@ -246,7 +250,7 @@ def find_images(
                 _check(found[session.id], session, resize)
             return Images(way, name, folder, found, resize)
     looked_for = "; ".join(LAYOUTS[name].files.replace("PASS", way) for name in held)
-    raise DataError(
+    raise NoImages(
         f"{shown(folder)}: {way}: no image of any of {len(sessions)} sessions (accepted: "
         f"{looked_for or 'nothing; such images can be of ' + ', '.join(_ways(layouts))}; an ID is "
         f"{some(file_names(sessions).values())})"

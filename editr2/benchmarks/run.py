@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ import torch
 from editr2.benchmarks import page, strips, summary, tables, text
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
-from editr2.benchmarks.layouts import Images, find_images, generations
+from editr2.benchmarks.layouts import Images, NoImages, find_images, generations
 from editr2.benchmarks.rows import FILE_NAME, read_rows
 from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
 from editr2.benchmarks.sized import sized
 from editr2.benchmarks.table import Benchmark, Source, find
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, DataError
 from editr2.judge.trial import CountingRecord
 from editr2.policies.load import open_policy
 from editr2.policies.rules import check_config
@@ -51,10 +52,11 @@ def run_benchmark(config: BenchmarkConfig, name: str, *, editor: str | None = No
     `UserError` for whatever is wrong with what was given, before anything is made."""
     name, config = named(config, name)
     kind = find(name)
+    asked = bool(config.passes)
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
-    return Run(config, name, kind, open_processes(), editor).stages()
+    return Run(config, name, kind, open_processes(), editor, asked).stages()
 
 
 class Run:
@@ -67,10 +69,12 @@ class Run:
         kind: Benchmark,
         processes: Processes,
         editor: str | None,
+        asked: bool = False,
     ) -> None:
+        """asked: for the passes by name; else one without images is left out."""
         self.name, self.kind, self.processes = name, kind, processes
         self.config = config if config.images else check_config(config, "eval")
-        self.out = Path(config.out)
+        self.asked, self.out = asked, Path(config.out)
         self.about: dict[str, Any] = _read(self.out / IDENTITY)
         self.editor = editor or config.images or config.policy.weights or config.policy.model
         self.record = CountingRecord(self.out, index=processes.index, cache=config.reward.cache)
@@ -93,6 +97,10 @@ class Run:
             return []
         return self._report(sessions, images)
 
+    def _say(self, line: str) -> None:
+        if self.processes.main:
+            print(line, file=sys.stderr, flush=True)
+
     # ---------------------------------------------------------------------------------- generate
 
     def _sessions(self, **how: Any) -> list[Session]:
@@ -103,8 +111,6 @@ class Run:
             c.turns,
             c.sessions or 100,
         )
-        if source.path is None and not self.kind.makes_sessions:
-            raise ConfigError(f"--data: none (accepted for {self.name}: its file or folder)")
         sessions = self.kind.read(source)
         limit = None if self.kind.makes_sessions else c.sessions
         return sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
@@ -113,10 +119,23 @@ class Run:
         """Images that were made elsewhere."""
         folder = Path(str(self.config.images))
         sessions = self._sessions(size=None)
-        found = {
-            way: [find_images(folder, sessions, way, self.kind.layouts, self.config.data.resize)]
-            for way in self.config.passes
-        }
+        found, absent = dict[str, list[Images]](), list[DataError]()
+        for way in self.config.passes:
+            try:
+                images = find_images(
+                    folder, sessions, way, self.kind.layouts, self.config.data.resize
+                )
+            except NoImages as error:
+                if self.asked:  # for these passes by name
+                    raise
+                absent.append(error)
+                continue
+            found[way] = [images]
+            self._say(images.line())
+        for error in absent:
+            if not found:
+                raise error
+            self._say(f"note: {error}")
         files = [
             [str(path), *_stamp(path)]
             for images in found.values()

@@ -240,7 +240,9 @@ def _headline(
     way = next((way for way in (*benchmark.passes, *by_pass) if way in by_pass), None)
     of = found.get(way or "", {})
     said = []
-    for key in benchmark.headline:
+    # Of sets whose metrics nobody knows beforehand, all of them.
+    every = [key for key, one in of.items() if one.turn == "last" and one.group is None]
+    for key in benchmark.headline or every:
         one = of.get(key)
         why = _withheld(one, by_pass[way]) if one and way else "nothing was judged"
         number = _measured(one, benchmark.scale) if one else {"label": key}
