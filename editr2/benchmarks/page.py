@@ -25,7 +25,7 @@ from editr2.benchmarks.strips import (
 )
 from editr2.benchmarks.summary import EXPOSED, UNEXPOSED
 from editr2.benchmarks.summary import FILE_NAME as SUMMARY
-from editr2.benchmarks.text import ALL_JUDGED, decimals, score_tables, state_lines
+from editr2.benchmarks.text import ALL_JUDGED, VERBS, decimals, score_tables, state_lines
 from editr2.errors import DataError
 from editr2.report import pages
 from editr2.report.charts import Chart
@@ -54,6 +54,7 @@ def write_page(folder: Path) -> Path:
     summary = _read(folder / SUMMARY)
     rows = scores.read_rows(folder / scores.FILE_NAME)
     pictures, said = Thumbnails(), state_lines(summary)
+    lost = state_lines(summary, {"failed": VERBS["failed"]})
     gallery = _gallery(rows, read_strips(folder), pictures)
     return pages.write_page(
         folder / FILE_NAME,
@@ -64,8 +65,11 @@ def write_page(folder: Path) -> Path:
         facts=_facts(summary),
         judge=_judge(summary),
         cards=_cards(summary),
-        unjudged=[line for line in said if line != ALL_JUDGED],
-        notes=[*(line for line in said if line == ALL_JUDGED), *pictures.notes()],
+        unjudged=[line for line in lost if line != ALL_JUDGED],
+        notes=[
+            *(line for line in said if line not in lost or line == ALL_JUDGED),
+            *pictures.notes(),
+        ],
         passes=[(way, PASSES.get(way, "")) for way in summary["passes"]],
         exposure=_exposure(summary),
         lengths=_lengths(summary),

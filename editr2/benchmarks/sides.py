@@ -14,6 +14,7 @@ from typing import Any
 from editr2.benchmarks import rows as scores
 from editr2.benchmarks.rows import Row
 from editr2.benchmarks.strips import Strip, read_strips
+from editr2.benchmarks.summary import FILE_NAME as SUMMARY
 from editr2.benchmarks.table import find
 from editr2.errors import ConfigError, DataError, shown
 from editr2.report.data import PASS_NAMES, RecordedRun, load_run, number
@@ -34,7 +35,8 @@ class Side:
     called. settings: by dotted name; where they differ, that is said. rows: of all passes.
     measures: the entry of `measures.KINDS`; headline: keys of it that come first. scale: of numbers
     shown. strips: by session id, of those that have any. judged: what strips show beside images,
-    where it is not of `rows`: a run's strips may be of other rollouts than its evaluation.
+    where it is not of `rows`: a run's strips may be of other rollouts than its evaluation. summary:
+    of a benchmark whose report was written.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Side:
     scale: float = 1.0
     strips: Mapping[str, Strip] = field(default_factory=dict)
     judged: Sequence[Row] | None = None
+    summary: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
 
     @property
@@ -59,9 +62,9 @@ def sides_of(folders: Sequence[str | os.PathLike[str]]) -> list[Side]:
     """A side for each folder; of one run alone, its evaluations before and after training. Raises
     `UserError` for what is no such folder, and for the same one twice."""
     paths = [Path(folder) for folder in folders]
-    for path, count in Counter(map(os.path.abspath, paths)).items():
+    for whole, count in Counter(map(os.path.abspath, paths)).items():
         if count > 1:
-            raise ConfigError(f"--compare: {path} given twice (accepted: each folder once)")
+            raise ConfigError(f"--compare: {whole} given twice (accepted: each folder once)")
     if len(paths) == 1:
         path = paths[0]
         if (path / BENCHMARK).is_file() or not (path / METRICS).is_file():
@@ -117,6 +120,7 @@ def _of_benchmark(folder: Path, name: str) -> Side:
         headline=kind.headline,
         scale=kind.scale,
         strips=read_strips(folder),
+        summary=_object(file) if (file := folder / SUMMARY).is_file() else None,
     )
 
 

@@ -195,7 +195,8 @@ def view(
     rows = [row for lane in lanes for row in lane.rows.get(name, ())]
     told = max((strip.turns for strip in strips), key=len, default=())
     count = max([len(told), *(row.turn for row in rows)])
-    mode = next((one.mode for one in (*strips, *rows) if one.mode), None)
+    modes = [*(strip.mode for strip in strips), *(row.mode for row in rows)]
+    mode = next(filter(None, modes), None)
     turns = []
     for t in range(count):
         instruction = told[t] if t < len(told) else ""

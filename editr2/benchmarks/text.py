@@ -82,9 +82,12 @@ def about_lines(summary: Mapping[str, Any]) -> list[str]:
     return [part for line in said for part in _wrapped(line)]
 
 
-def state_lines(summary: Mapping[str, Any]) -> list[str]:
+VERBS = {"failed": "failed", "not_applicable": "does not apply"}
+
+
+def state_lines(summary: Mapping[str, Any], verbs: Mapping[str, str] = VERBS) -> list[str]:
     """What was not judged, with the commonest reasons, and which images there are not; nothing of
-    passes where everything was."""
+    passes where everything was. verbs: of the states that are counted."""
     said = []
     for way, of in summary["passes"].items():
         missing = of["missing"]
@@ -97,7 +100,7 @@ def state_lines(summary: Mapping[str, Any]) -> list[str]:
             )
         for metric, counts in of["counts"].items():
             total = sum(counts.values())
-            for state, verb in (("failed", "failed"), ("not_applicable", "does not apply")):
+            for state, verb in verbs.items():
                 if counts[state]:
                     share = f"{counts[state]} of {total} ({counts[state] / total:.1%})"
                     why = _listed(of["reasons"][metric][state], counts[state])
