@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -73,7 +73,9 @@ class Run:
     ) -> None:
         """asked: for the passes by name; else one without images is left out."""
         self.name, self.kind, self.processes = name, kind, processes
-        self.config = config if config.images else check_config(config, "eval")
+        self.config = config
+        if not config.images:
+            self.config = cast(BenchmarkConfig, check_config(config, "eval"))
         self.asked, self.out = asked, Path(config.out)
         self.about: dict[str, Any] = _read(self.out / IDENTITY)
         self.editor = editor or config.images or config.policy.weights or config.policy.model
@@ -132,10 +134,10 @@ class Run:
                 continue
             found[way] = [images]
             self._say(images.line())
-        for error in absent:
+        for problem in absent:
             if not found:
-                raise error
-            self._say(f"note: {error}")
+                raise problem
+            self._say(f"note: {problem}")
         files = [
             [str(path), *_stamp(path)]
             for images in found.values()
