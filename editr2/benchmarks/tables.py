@@ -100,9 +100,9 @@ def paper_table(
 
 def markdown(table: PaperTable) -> str:
     """As one table with a line of heads."""
-    heads = [_md(f"{column.top} {column.sub}".strip()) for column in table.columns]
+    heads = [md(f"{column.top} {column.sub}".strip()) for column in table.columns]
     said = [
-        f"{_md(table.title)}\n",
+        f"{md(table.title)}\n",
         "| " + " | ".join(["", *heads]) + " |",
         "|" + "|".join([" :-- ", *[" --: "] * len(heads)]) + "|",
     ]
@@ -111,8 +111,8 @@ def markdown(table: PaperTable) -> str:
             f"**{cell}**" if cell and n in line.bold else cell or NONE
             for n, cell in enumerate(line.cells)
         ]
-        said.append("| " + " | ".join([_md(line.name) + THEIRS * line.theirs, *cells]) + " |")
-    return "\n".join([*said, *(f"\n{_md(note)}" for note in table.notes)]) + "\n"
+        said.append("| " + " | ".join([md(line.name) + THEIRS * line.theirs, *cells]) + " |")
+    return "\n".join([*said, *(f"\n{md(note)}" for note in table.notes)]) + "\n"
 
 
 def latex(table: PaperTable) -> str:
@@ -126,28 +126,28 @@ def latex(table: PaperTable) -> str:
             spans.append((top, 1))
     tops, rules, place = [], [], 2
     for top, width in spans:
-        tops.append(f"\\multicolumn{{{width}}}{{c}}{{{_tex(top)}}}")
+        tops.append(f"\\multicolumn{{{width}}}{{c}}{{{tex(top)}}}")
         if top:
             rules.append(f"\\cmidrule(lr){{{place}-{place + width - 1}}}")
         place += width
     heads = [" & ".join(["", *tops]) + " \\\\", " ".join(rules)] if rules else []
-    subs = [_tex(column.sub or column.top) for column in table.columns]
+    subs = [tex(column.sub or column.top) for column in table.columns]
     body = []
     for n, line in enumerate(table.lines):
         if line.theirs and n and not table.lines[n - 1].theirs:
             body.append("\\midrule")
         cells = [
-            f"\\textbf{{{cell}}}" if cell and n in line.bold else _tex(cell or NONE)
+            f"\\textbf{{{cell}}}" if cell and n in line.bold else tex(cell or NONE)
             for n, cell in enumerate(line.cells)
         ]
-        name = _tex(line.name) + ("\\textsuperscript{\\dag}" if line.theirs else "")
+        name = tex(line.name) + ("\\textsuperscript{\\dag}" if line.theirs else "")
         body.append(" & ".join([name, *cells]) + " \\\\")
     return "\n".join(
         [
             "% \\usepackage{booktabs}",
             "\\begin{table}",
             "\\centering",
-            f"\\caption{{{_tex(' '.join([table.title + '.', *table.notes]))}}}",
+            f"\\caption{{{tex(' '.join([table.title + '.', *table.notes]))}}}",
             f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
             "\\toprule",
             *heads,
@@ -228,7 +228,8 @@ def _cell(value: float | None, summary: Mapping[str, Any]) -> str | None:
     return None if value is None else f"{value:.{decimals(summary['scale'])}f}"
 
 
-def _md(text: str) -> str:
+def md(text: str) -> str:
+    """Text in a cell of Markdown."""
     return re.sub(r"([\\|*_`<\[])", r"\\\1", " ".join(text.split()))
 
 
@@ -239,10 +240,12 @@ _TEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     NONE: "--",
+    "−": "$-$",
     THEIRS: r"\textsuperscript{\dag}",
     **{mark: f"\\{mark}" for mark in "&%$#_{}"},
 }
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
+    """Text in a cell of LaTeX."""
     return "".join(_TEX.get(mark, mark) for mark in " ".join(text.split()))

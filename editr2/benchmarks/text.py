@@ -12,6 +12,7 @@ from editr2.errors import plain
 from editr2.judge.text import Table, laid_out
 
 WIDTH = 100
+ALL_JUDGED = "every turn has every score"
 
 MOST_TURNS = 4
 """Of more the last alone is shown by mode."""
@@ -40,8 +41,13 @@ def number(of: Of | None, scale: float, *, signed: bool = False) -> str:
 def tables(summary: Mapping[str, Any], *, brief: bool = False) -> list[Table]:
     """Headline; of every pass its scores by turn, length, mode and task; exposure; references.
     brief: without what only the page has room for."""
-    scale = summary["scale"]
-    found = [_headline(summary)]
+    found = (_headline(summary), *score_tables(summary, brief=brief))
+    return [table for table in found if table.rows]
+
+
+def score_tables(summary: Mapping[str, Any], *, brief: bool = False) -> list[Table]:
+    """All but the headline."""
+    scale, found = summary["scale"], list[Table]()
     for way, of in summary["passes"].items():
         of_pass = list(_of_pass(way, of["measures"], scale))
         # Of another pass than the headline's its difference says the rest.
@@ -84,9 +90,12 @@ def about_lines(summary: Mapping[str, Any]) -> list[str]:
     return [part for line in said for part in _wrapped(line)]
 
 
-def state_lines(summary: Mapping[str, Any]) -> list[str]:
+VERBS = {"failed": "failed", "not_applicable": "does not apply"}
+
+
+def state_lines(summary: Mapping[str, Any], verbs: Mapping[str, str] = VERBS) -> list[str]:
     """What was not judged, with the commonest reasons, and which images there are not; nothing of
-    passes where everything was."""
+    passes where everything was. verbs: of the states that are counted."""
     said = []
     for way, of in summary["passes"].items():
         missing = of["missing"]
@@ -99,12 +108,12 @@ def state_lines(summary: Mapping[str, Any]) -> list[str]:
             )
         for metric, counts in of["counts"].items():
             total = sum(counts.values())
-            for state, verb in (("failed", "failed"), ("not_applicable", "does not apply")):
+            for state, verb in verbs.items():
                 if counts[state]:
                     share = f"{counts[state]} of {total} ({counts[state] / total:.1%})"
                     why = _listed(of["reasons"][metric][state], counts[state])
                     said.append(f"{way}: {metric} {verb}: {share}: {why}")
-    return said or ["every turn has every score"] if summary["passes"] else ["nothing was judged"]
+    return said or [ALL_JUDGED] if summary["passes"] else ["nothing was judged"]
 
 
 def _listed(reasons: Mapping[str, int], total: int) -> str:
