@@ -8,10 +8,14 @@ from typing import Any
 
 from editr2.benchmarks.measures import When, group_label, key_of, label_of
 from editr2.benchmarks.summary import too_many
+from editr2.errors import plain
 from editr2.judge.text import Table, laid_out
 
 WIDTH = 100
 ALL_JUDGED = "every turn has every score"
+
+MOST_TURNS = 4
+"""Of more the last alone is shown by mode."""
 
 Of = Mapping[str, Any]
 """The object of a measure or of a difference, as `summary` has it."""
@@ -34,16 +38,20 @@ def number(of: Of | None, scale: float, *, signed: bool = False) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Headline; of every pass its scores by turn, length, mode and task; exposure; references."""
-    return [table for table in (_headline(summary), *score_tables(summary)) if table.rows]
+def tables(summary: Mapping[str, Any], *, brief: bool = False) -> list[Table]:
+    """Headline; of every pass its scores by turn, length, mode and task; exposure; references.
+    brief: without what only the page has room for."""
+    found = (_headline(summary), *score_tables(summary, brief=brief))
+    return [table for table in found if table.rows]
 
 
-def score_tables(summary: Mapping[str, Any]) -> list[Table]:
+def score_tables(summary: Mapping[str, Any], *, brief: bool = False) -> list[Table]:
     """All but the headline."""
     scale, found = summary["scale"], list[Table]()
     for way, of in summary["passes"].items():
-        found += _of_pass(way, of["measures"], scale)
+        of_pass = list(_of_pass(way, of["measures"], scale))
+        # Of another pass than the headline's its difference says the rest.
+        found += of_pass[:2] if brief and way != summary["headline"]["pass"] else of_pass
     for other, differences in summary["exposure"].items():
         found += _exposure(other, differences, scale)
     if summary["references"]:
@@ -54,7 +62,7 @@ def score_tables(summary: Mapping[str, Any]) -> list[Table]:
 def lines(summary: Mapping[str, Any], files: Iterable[object] = ()) -> list[str]:
     """All of it for a terminal, at most 100 columns wide. files: that were written."""
     said = about_lines(summary)
-    for table in tables(summary):
+    for table in tables(summary, brief=True):
         said += ["", *laid_out(table, WIDTH)]
     said += ["", *(part for line in state_lines(summary) for part in _wrapped(line))]
     if why := summary["without_references"]:
@@ -141,6 +149,7 @@ def _of_pass(way: str, measures: Mapping[str, Of], scale: float) -> Iterator[Tab
         """rows: with the keys of their cells."""
         return _table(f"{title}, {way}", head, rows, measures, scale)
 
+    # Those by turn, or of all images where turns are none of their matter, come first.
     yield table("Scores", ["all images"], [(label_of(name), [key_of(name)]) for name in names])
     whens: list[When] = [*turns, *(["last"] if lengths else [])]  # type: ignore[list-item]
     heads = [f"{when} turn" if when == "last" else f"turn {when}" for when in whens]
@@ -151,6 +160,8 @@ def _of_pass(way: str, measures: Mapping[str, Of], scale: float) -> Iterator[Tab
         [group_label(length) for length in lengths],
         [(label_of(name), [key_of(name, "last", length) for length in lengths]) for name in names],
     )
+    if len(turns) > MOST_TURNS:
+        whens, heads = ["last"], ["last turn"]
     yield table(
         "By mode",
         heads,
@@ -247,7 +258,7 @@ def _turns(length: str) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return textwrap.wrap(plain(text), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _cut(text: str, limit: int = 160) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 from editr2.cli import settings
 from editr2.cli.flags import Arguments, Flags
 from editr2.config.rules import folder_problem
-from editr2.errors import ConfigError
 
 EXTRA: list[tuple[str, dict[str, Any]]] = [
     ("name", {"help": "world, mice, edival, gedit, imgedit, or a set of sessions (a path)"}),
@@ -63,8 +62,6 @@ def _compare(arguments: Arguments) -> int:
         help="folder for compare.html and the tables",
     )
     options = flags.parse(arguments)
-    if len(options["compare"]) < 2:
-        raise ConfigError("--compare: one folder (accepted: two or more: --compare A B)")
     from editr2.benchmarks.compare import compare
 
     print("\n".join(compare(options["compare"], options["out"])))
