@@ -405,6 +405,15 @@ def test_what_failed_is_asked_again_and_nothing_else(whole_run, tmp_path):
     assert not log.exists() and (out / "scores.jsonl").stat().st_mtime_ns == at
 
 
+def test_scores_that_were_there_stay_without_the_record_too(tmp_path):
+    out = tmp_path / "out"
+    one = run(out, many(), Scripted(fails=lambda *at: at == ("s2", 1)))
+    for path in out.glob("judges*"):
+        path.unlink()
+    two = run(out, many(), Scripted(seeded=False))
+    assert {(b.image, b.turn) for a, b in zip(one, two, strict=True) if a != b} == {("s2", 2)}
+
+
 def test_of_another_digest_everything_begins_anew(whole_run, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     run(out, many(), Scripted(log, seeded=False), digest="other")

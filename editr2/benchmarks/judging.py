@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -121,17 +121,17 @@ def judge(
             )
 
         processes.lend()
-        try:
-            notes = stage.prepare()
-            for note in notes if processes.main else ():
-                progress(f"note: {note}")
-            with _now_and_then(say if processes.main else None):
+        with _now_and_then(say if processes.main else None):
+            try:
+                notes = stage.prepare()
+                for note in notes if processes.main else ():
+                    progress(f"note: {note}")
                 for session, judged in stage.asked([sessions[n] for n in mine], plan.again, watch):
                     saved.append(processes.index, session.id, judged)
                     watch.hear(session, judged, plan.again, stage)
-        except UserError as error:
-            problem = error
-        _raise_any(problem, processes)
+            except UserError as error:
+                problem = error
+            _raise_any(problem, processes)
         _raise_any(watch.nothing(processes), processes)
         if processes.main:
             say()
@@ -286,7 +286,7 @@ class Stage:
         try:
             for session in sessions:
                 waiting.append((session, self._ask(session)))
-                while len(waiting) > (ahead if watch.all_alive else min(ahead, FIRST - 1)):
+                while len(waiting) > (ahead if watch.all_heard else min(ahead, FIRST - 1)):
                     yield self._judged(*waiting.popleft(), again)
             while waiting:
                 yield self._judged(*waiting.popleft(), again)
@@ -299,9 +299,8 @@ class Stage:
             for sample, images in enumerate(samples, 1):
                 questions = self._questions(session, way, images)
                 # One batch each: what is asked together must not depend on what else is judged.
-                judging = self._pool.judging(
-                    purpose=PURPOSE, session=session.id, **{"pass": way}, sample=sample
-                )
+                where: dict[str, Any] = {"session": session.id, "pass": way, "sample": sample}
+                judging = self._pool.judging(purpose=PURPOSE, **where)
                 found.append(_Asked(way, sample, questions, judging))
                 items = self._items(session, way, sample, images, questions)
                 for n in range(max((len(item.asked) for item in items), default=0)):
@@ -368,8 +367,8 @@ class Stage:
                     said |= {(place, name): score for name, score in scores.items()}
         before = again.get(session.id)
         kept = {key_of(row): row for row in before.rows if row.state != "failed"} if before else {}
-        rows = (kept.get(key_of(row)) or _scored(row, said) for row in self.expected(session))
-        return session, Judged(self.seen(session), tuple(rows))
+        found = (kept.get(key_of(row)) or _scored(row, said) for row in self.expected(session))
+        return session, Judged(self.seen(session), tuple(found))
 
     def is_there(self, k: int, ordinal: int, place: Place) -> bool:
         """Whether a member answers once more what it answered before."""
@@ -433,10 +432,12 @@ class Watch:
     def __init__(self, panel: Panel, alive: Mapping[int, tuple[int, Place]]) -> None:
         self._panel, self._alive = panel, dict(alive)
         self._silent: dict[int, list[str]] = {k: [] for k in range(len(panel.members))}
+        self._heard = set(alive)
 
     @property
-    def all_alive(self) -> bool:
-        return len(self._alive) == len(self._panel.members)
+    def all_heard(self) -> bool:
+        """Whether each said something, be it that it does not apply."""
+        return len(self._heard) == len(self._panel.members)
 
     def hear(
         self, session: Session, judged: Judged, again: Mapping[str, Judged], stage: Stage
@@ -446,8 +447,11 @@ class Watch:
         old = {key_of(row) for row in before.rows if row.state != "failed"} if before else set()
         fresh = [row for row in judged.rows if key_of(row) not in old]
         for k, member in enumerate(self._panel.members):
-            failed = [r for r in fresh if r.metric in member.names and r.state == "failed"]
-            place = answered(member, fresh)
+            mine = [row for row in fresh if row.metric in member.names and row.state != "missing"]
+            failed = [row for row in mine if row.state == "failed"]
+            if len(failed) < len(mine):
+                self._heard.add(k)
+            place = answered(member, mine)
             if place is not None:
                 if k not in self._alive:
                     self._alive[k] = stage.sessions.index(session), place
