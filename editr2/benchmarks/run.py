@@ -299,6 +299,7 @@ class Run:
             "benchmark": self.name,
             "title": self.kind.title,
             "editor": self.editor,
+            "seed": self.config.seed,
             "generated": generated,
         }
         self._write()
@@ -324,7 +325,8 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         file = self.out / IDENTITY
         part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(self.about | {"made": made}, indent=1, default=str) + "\n")
+        about = self.about | {"date": made["date"], "made": made}
+        part.write_text(json.dumps(about, indent=1, default=str) + "\n")
         os.replace(part, file)
 
 
