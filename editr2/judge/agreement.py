@@ -8,11 +8,10 @@ was drawn, and every statistic takes such weights, so no resample is built.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from editr2.report.intervals import session_counts
+from editr2.report.paired import Estimate, of_resamples
 
 RESAMPLES = 1000
 LARGEST = 3000
@@ -20,17 +19,6 @@ LARGEST = 3000
 
 TIE = 1e-9
 """Scores that differ by less are equal."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """value, and its 2.5 and 97.5 per cent; NaN where it is not defined, as the rank of values that
-    are all equal. count: of the pairs or values that it rests on."""
-
-    value: float
-    low: float
-    high: float
-    count: int
 
 
 def pair_accuracy(better: np.ndarray, worse: np.ndarray, session: np.ndarray) -> Estimate:
@@ -43,7 +31,7 @@ def pair_accuracy(better: np.ndarray, worse: np.ndarray, session: np.ndarray) ->
     weights = _weights(session)
     total = weights.sum(1)
     with np.errstate(invalid="ignore"):
-        return _estimate((weights @ right) / total, len(right))
+        return of_resamples((weights @ right) / total, len(right))
 
 
 def spearman(a: np.ndarray, b: np.ndarray, session: np.ndarray) -> Estimate:
@@ -54,7 +42,7 @@ def spearman(a: np.ndarray, b: np.ndarray, session: np.ndarray) -> Estimate:
     with np.errstate(invalid="ignore", divide="ignore"):
         x, y = (rank - (weights * rank).sum(1, keepdims=True) / total for rank in ranks)
         products = [(weights * p).sum(1) for p in (x * y, x * x, y * y)]
-        return _estimate(products[0] / np.sqrt(products[1] * products[2]), len(a))
+        return of_resamples(products[0] / np.sqrt(products[1] * products[2]), len(a))
 
 
 def kendall(a: np.ndarray, b: np.ndarray, session: np.ndarray) -> Estimate:
@@ -70,7 +58,7 @@ def kendall(a: np.ndarray, b: np.ndarray, session: np.ndarray) -> Estimate:
     for product in (signs[0] * signs[1], abs(signs[0]), abs(signs[1])):
         sums.append(np.einsum("rn,rn->r", weights @ product.astype(np.float64), weights))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return _estimate(sums[0] / np.sqrt(sums[1] * sums[2]), len(a))
+        return of_resamples(sums[0] / np.sqrt(sums[1] * sums[2]), len(a))
 
 
 def _weights(session: np.ndarray) -> np.ndarray:
@@ -95,13 +83,3 @@ def _ranks(groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     sizes = np.add.reduceat(weights[:, order], starts, axis=1)
     return (np.cumsum(sizes, 1) - sizes / 2)[:, groups]
-
-
-def _estimate(values: np.ndarray, count: int) -> Estimate:
-    """values: of the data itself, then of the resamples; those of which it is not defined are left
-    out of the interval."""
-    found = values[1:][~np.isnan(values[1:])]
-    if np.isnan(values[0]) or not len(found):
-        return Estimate(float("nan"), float("nan"), float("nan"), count)
-    low, high = np.percentile(found, (2.5, 97.5))
-    return Estimate(float(values[0]), float(low), float(high), count)

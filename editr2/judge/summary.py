@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from editr2.judge.agreement import TIE, Estimate, kendall, pair_accuracy, spearman
+from editr2.judge.agreement import TIE, kendall, pair_accuracy, spearman
 from editr2.judge.labels import Labels
 from editr2.judge.trial import Trial
+from editr2.report.paired import Estimate
 from editr2.rewards.base import Score, shortened
 
 REASONS = 3

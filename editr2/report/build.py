@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from editr2.report import charts
@@ -29,6 +28,7 @@ from editr2.report.data import (
 )
 from editr2.report.gallery import build_gallery
 from editr2.report.numbers import decimal, signed, with_se
+from editr2.report.pages import write_page
 from editr2.report.pictures import Pictures
 from editr2.run.tracking import duration
 
@@ -63,14 +63,9 @@ def build_report(
     run = load_run(folder)
     pictures = Pictures(folder / "strips", max_pixels)
     gallery = build_gallery(run, pictures, max_sessions)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    return write_page(
+        folder / "report.html",
+        "report.html.j2",
         title=folder.resolve().name,
         facts=_facts(run),
         cards=_cards(run),
@@ -88,12 +83,6 @@ def build_report(
         config=run.config_text,
         versions=_versions(run),
     )
-    path = folder / "report.html"
-    part = folder / "report.html.part"
-    # "replace": a lone surrogate in someone's instruction must not stop it.
-    part.write_bytes(page.replace("\0", "\ufffd").encode("utf-8", "replace"))
-    os.replace(part, path)
-    return path
 
 
 # Headline
@@ -231,16 +220,7 @@ def _sessions(evaluation: EvaluationRow | None) -> str:
 # Charts
 
 
-@dataclass(frozen=True)
-class Chart:
-    title: str
-    svg: Markup
-    legend: Sequence[tuple[str, int, str]] = ()
-    """(label, colour, "dot", "hollow" or "bar")."""
-    note: str = ""
-
-
-def _curves(run: RecordedRun) -> list[Chart]:
+def _curves(run: RecordedRun) -> list[charts.Chart]:
     if not run.train:
         return []
     x = [row.iteration for row in run.train]
@@ -249,7 +229,7 @@ def _curves(run: RecordedRun) -> list[Chart]:
     def scalar(key: str) -> charts.Line:
         return charts.Line("", x, [row.scalars.get(key) for row in run.train], 0)
 
-    def lines(title: str, of: Sequence[charts.Line], note: str = "") -> Chart | None:
+    def lines(title: str, of: Sequence[charts.Line], note: str = "") -> charts.Chart | None:
         return _chart(title, charts.line_chart(title, of, window=window), note)
 
     scores = [
@@ -283,9 +263,9 @@ def _in_words(names: Iterable[str]) -> str:
     return f"{', '.join(known)}." if known else ""
 
 
-def _chart(title: str, svg: Markup | None, note: str = "") -> Chart | None:
+def _chart(title: str, svg: Markup | None, note: str = "") -> charts.Chart | None:
     """None where there was nothing to draw."""
-    return Chart(title, svg, note=note) if svg else None
+    return charts.Chart(title, svg, note=note) if svg else None
 
 
 def _reward_lines(run: RecordedRun, x: Sequence[float]) -> list[charts.Line]:
@@ -300,14 +280,14 @@ def _reward_lines(run: RecordedRun, x: Sequence[float]) -> list[charts.Line]:
     ]
 
 
-def _ratio_chart(ratio: charts.Line) -> Chart | None:
+def _ratio_chart(ratio: charts.Line) -> charts.Chart | None:
     exact = sum(value == 0 for value in ratio.y)
     exactly = f"; exactly 0 in {exact} of {len(ratio.x)} iterations." if exact else "."
     note = f"|ratio − 1| when the rollout is replayed before the update{exactly}"
     return _chart("Ratio error", charts.log_chart("Ratio error", ratio), note)
 
 
-def _evaluated_chart(run: RecordedRun) -> Chart | None:
+def _evaluated_chart(run: RecordedRun) -> charts.Chart | None:
     """The evaluations during training. Two are the before and after above; more make a curve."""
     by_iteration = {
         e.iteration: e.turns.get("reward_turn", ())
@@ -327,7 +307,7 @@ def _evaluated_chart(run: RecordedRun) -> Chart | None:
     return _chart(title, charts.line_chart(title, lines), note)
 
 
-def _apart_chart(run: RecordedRun) -> Chart | None:
+def _apart_chart(run: RecordedRun) -> charts.Chart | None:
     """The trained reward beside what the judges of `eval.reward` say, mean over turns."""
     by_iteration = {
         e.iteration: e.turns
@@ -347,13 +327,13 @@ def _apart_chart(run: RecordedRun) -> Chart | None:
     return _chart(title, charts.line_chart(title, lines), note)
 
 
-def _seconds_chart(run: RecordedRun, x: Sequence[float]) -> Chart | None:
+def _seconds_chart(run: RecordedRun, x: Sequence[float]) -> charts.Chart | None:
     title = "Seconds by phase"
     names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
     phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
     svg = charts.stacked_bars(title, x, phases)
     legend = [(name, i % 6, "bar") for i, name in enumerate(names)]
-    return Chart(title, svg, legend) if svg else None
+    return charts.Chart(title, svg, legend) if svg else None
 
 
 SCORE_METRICS = {"if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
@@ -369,7 +349,7 @@ def _names(weights: object) -> list[str]:
     return [str(name) for name in weights] if isinstance(weights, dict) else []
 
 
-def _evaluation_charts(run: RecordedRun) -> list[Chart]:
+def _evaluation_charts(run: RecordedRun) -> list[charts.Chart]:
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
     metrics = {"reward_turn": "Reward", **_score_metrics(run)}
     reach = _reach(present, metrics)
@@ -414,7 +394,7 @@ def _panel(
     categories: Sequence[str],
     y_range: tuple[float, float],
     axis: str,
-) -> Chart | None:
+) -> charts.Chart | None:
     """A series an evaluation, over categories; `stats` of one may end before the categories do."""
     series = []
     for evaluation, values in zip(evaluations, stats, strict=True):
@@ -431,7 +411,7 @@ def _panel(
         )
     svg = charts.dot_chart(name, categories, series, y_range, axis)
     legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]
-    return Chart(name, svg, legend) if svg else None
+    return charts.Chart(name, svg, legend) if svg else None
 
 
 @dataclass(frozen=True)
