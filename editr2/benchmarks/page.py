@@ -36,6 +36,7 @@ from editr2.report.paired import Estimate
 from editr2.report.strips import SessionView
 
 FILE_NAME = "report.html"
+IDENTITY = "benchmark.json"
 TEMPLATES = Path(__file__).parent / "templates"
 
 MOST_SESSIONS = 48
@@ -50,8 +51,10 @@ PASSES = {
 
 def write_page(folder: Path) -> Path:
     """Of a benchmark's folder with `summary.json` and `scores.jsonl`; sessions are shown where it
-    has `strips.jsonl`. Raises DataError for a file that is none."""
+    has `strips.jsonl`, and settings where it has `benchmark.json`. Raises DataError for a file that
+    is none."""
     summary = _read(folder / SUMMARY)
+    about = _read(file) if (file := folder / IDENTITY).is_file() else {}
     rows = scores.read_rows(folder / scores.FILE_NAME)
     pictures, said = Thumbnails(), state_lines(summary)
     lost = state_lines(summary, {"failed": VERBS["failed"]})
@@ -62,7 +65,7 @@ def write_page(folder: Path) -> Path:
         [TEMPLATES],
         title=summary["title"],
         editor=summary.get("editor"),
-        facts=_facts(summary),
+        facts=_facts(summary, about),
         judge=_judge(summary),
         cards=_cards(summary),
         unjudged=[line for line in lost if line != ALL_JUDGED],
@@ -76,9 +79,8 @@ def write_page(folder: Path) -> Path:
         tables=[table for table in score_tables(summary) if table.rows],
         without_references=summary["without_references"],
         gallery=gallery,
-        setup=json.dumps(summary.get("made"), indent=1, ensure_ascii=False)
-        if summary.get("made")
-        else None,
+        settings=_settings(about),
+        versions=list(_made(about, "versions").items()),
     )
 
 
@@ -95,23 +97,32 @@ def _read(file: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------- facts
 
 
-def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _made(about: Mapping[str, Any], what: str) -> Any:
+    return (about.get("made") or {}).get(what) or {}
+
+
+def _settings(about: Mapping[str, Any]) -> str:
+    """What the images depend on, a line each."""
+    settings = (about.get("generated") or {}).get("settings") or {}
+    return "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in settings.items())
+
+
+def _facts(summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[str, str]]:
     lengths = summary["lengths"]
     told = ", ".join(f"{count} of {turns}" for turns, count in lengths.items())
     if len(lengths) == 1:
         [turns] = lengths
-        told = f"{turns} {plural('turn', int(turns))} each"
+        told = f" of {turns} {plural('turn', int(turns))}"
     else:
-        told += " turns"
-    versions = (summary.get("made") or {}).get("versions") or {}
+        told = f": {told} turns"
     facts = {
         "Editor": summary.get("editor"),
-        "Sessions": f"{summary['sessions']}, {told}",
+        "Sessions": f"{summary['sessions']}{told}",
         "Samples": summary["samples"] if summary["samples"] > 1 else None,
         "Passes": ", ".join(summary["passes"]),
-        "Seed": summary.get("seed"),
-        "Date": summary.get("date"),
-        "editr2": versions.get("editr2"),
+        "Seed": summary["judge"].get("seed"),
+        "Device": _made(about, "device") or None,
+        "Date": str(_made(about, "date") or "")[:10] or None,
     }
     return [(name, str(value)) for name, value in facts.items() if value is not None]
 
@@ -260,7 +271,7 @@ def _gallery(
 
         groups = []
         if objected:
-            room = max(1, most // 4) if ordered else most
+            room = max(1, most // 4, most - len(ordered))
             groups.append(("unjudged", "Failed or missing", len(objected), thin(objected, room)))
         room = most - sum(len(names) for *_, names in groups)
         if len(ordered) <= room:
