@@ -76,21 +76,26 @@ def lines(
     """All of it for a terminal."""
     said = [headline(trial), *(f"{name}: {text}" for name, text in trial.facts.items())]
     for table in tables(trial, scores, agreements):
-        width = max(len(name) for name, _ in table.rows) + 2
-        columns = [
-            max(len(table.head[c]), *(len(cells[c]) for _, cells in table.rows)) + 2
-            for c in range(len(table.head))
-        ]
-        head = "".join(name.rjust(n) for name, n in zip(table.head, columns, strict=True))
-        said += ["", table.title, " " * width + head]
-        for name, cells in table.rows:
-            said.append(
-                name.ljust(width)
-                + "".join(cell.rjust(n) for cell, n in zip(cells, columns, strict=True))
-            )
-        said += textwrap.wrap(table.note, 100)
+        said += printed(table)
     said = [line.replace("±", "+-") for line in said]
     return [*said, "", *call_lines(trial, price), *state_lines(scores)]
+
+
+def printed(table: Table) -> list[str]:
+    """For a terminal, behind an empty line."""
+    width = max(len(name) for name, _ in table.rows) + 2
+    columns = [
+        max(len(table.head[c]), *(len(cells[c]) for _, cells in table.rows)) + 2
+        for c in range(len(table.head))
+    ]
+    head = "".join(name.rjust(n) for name, n in zip(table.head, columns, strict=True))
+    said = ["", table.title, " " * width + head]
+    for name, cells in table.rows:
+        said.append(
+            name.ljust(width)
+            + "".join(cell.rjust(n) for cell, n in zip(cells, columns, strict=True))
+        )
+    return [*said, *textwrap.wrap(table.note, 100)]
 
 
 def call_lines(trial: Trial, price: float | None = None) -> list[str]:

@@ -73,7 +73,7 @@ def dataset_entries(path: str, size: Sizes | None, resize: str, contained: bool)
     Raises DataError when there is no such dataset.
     """
     with _one_line(f"{path}: "):
-        yield from _entries(path, _open(path), size, resize, contained)
+        yield from _entries(path, open_dataset(path), size, resize, contained)
 
 
 def _entries(
@@ -151,7 +151,8 @@ def _magicbrush_records(
         yield session()
 
 
-def _open(path: str) -> Dataset:
+def open_dataset(path: str) -> Dataset:
+    """Of "hf:owner/name", "hf:owner/name:split" or a saved dataset's folder. Raises DataError."""
     try:
         import datasets
     except ImportError as error:
