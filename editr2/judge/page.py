@@ -14,14 +14,12 @@ import numpy as np
 from editr2.judge.summary import Agreement, Of, nanmean, sessions_of, values_of
 from editr2.judge.text import call_lines, headline, state_lines, tables
 from editr2.judge.trial import Trial
-from editr2.report import TEMPLATES as REPORT_TEMPLATES
+from editr2.report import TEMPLATES
 from editr2.report.data import MODES
 from editr2.report.gallery import ScoreBar, Why, thin
 from editr2.report.numbers import decimal
 from editr2.report.pictures import Picture, picture_of
 from editr2.rewards.base import Score, shortened
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 MOST_OUTPUTS = 8
 """Siblings of a session that are shown."""
@@ -73,7 +71,7 @@ def write_page(
 ) -> None:
     """rewards: the weighted sums [outputs, T], None of no sum. More sessions than max_sessions are
     thinned evenly; larger images than max_pixels are scaled down."""
-    folders = [TEMPLATES, REPORT_TEMPLATES]
+    folders = [Path(__file__).parent / "templates", TEMPLATES]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
