@@ -3,59 +3,24 @@ of them. One file, without scripts, as the report of a run."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from editr2.judge.summary import Agreement, Of, nanmean, sessions_of, values_of
 from editr2.judge.text import call_lines, headline, state_lines, tables
 from editr2.judge.trial import Trial
-from editr2.report import TEMPLATES
+from editr2.report import pages
 from editr2.report.data import MODES
-from editr2.report.gallery import ScoreBar, Why, thin
+from editr2.report.gallery import Why, thin
 from editr2.report.numbers import decimal
-from editr2.report.pictures import Picture, picture_of
+from editr2.report.pictures import picture_of
+from editr2.report.strips import Bar, Cell, SessionView, TurnView
 from editr2.rewards.base import Score, shortened
 
 MOST_OUTPUTS = 8
 """Siblings of a session that are shown."""
-
-
-@dataclass(frozen=True)
-class Bar(ScoreBar):
-    """range: of a score that was asked about several times, where it differs."""
-
-    range: str | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    name: str
-    picture: Picture
-    alt: str
-    scores: Sequence[Bar]
-    failed: str | None
-
-
-@dataclass(frozen=True)
-class TurnView:
-    number: int
-    instruction: str
-    cells: Sequence[Cell]
-
-
-@dataclass(frozen=True)
-class SessionView:
-    id: str
-    mode: str | None
-    source: Picture
-    turns: Sequence[TurnView]
-    rows: int
-    left_out: int
 
 
 def write_page(
@@ -71,19 +36,14 @@ def write_page(
 ) -> None:
     """rewards: the weighted sums [outputs, T], None of no sum. More sessions than max_sessions are
     thinned evenly; larger images than max_pixels are scaled down."""
-    folders = [Path(__file__).parent / "templates", TEMPLATES]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folders),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     session = sessions_of(trial)
     total = int(session.max()) + 1
     shown = thin(range(total), max_sessions)
     means = nanmean(values_of(trial), 1)
-    page = environment.get_template("judge.html.j2").render(
+    pages.write_page(
+        path,
+        "judge.html.j2",
+        [Path(__file__).parent / "templates"],
         title=path.resolve().parent.name,
         headline=headline(trial),
         facts=list(trial.facts.items()),
@@ -94,9 +54,6 @@ def write_page(
         ],
         total=total,
     )
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(page.replace("\0", "\ufffd").encode("utf-8", "replace"))
-    os.replace(part, path)
 
 
 def _session(
@@ -121,19 +78,21 @@ def _session(
                     *_bars(trial, place, t, means[place, t]),
                     *([] if rewards is None else [_reward_bar(float(rewards[place, t]))]),
                 ],
-                _failed(trial, place, t),
+                problems=_failed(trial, place, t),
             )
             for place, output, images in zip(some, outputs, pixels, strict=True)
         ]
         turns.append(TurnView(t + 1, turn.instruction, cells))
     mode = session.mode
+    left_out = len(places) - len(some)
+    note = f"{left_out} of {len(places)} outputs are not shown"
     return SessionView(
         session.id,
         MODES.get(mode, mode) if mode else None,
         picture_of(session.image, max_pixels),
         turns,
         len(some),
-        len(places) - len(some),
+        notes=[note] if left_out else [],
     )
 
 
@@ -163,14 +122,14 @@ def _why(answers: Sequence[Score]) -> Why | None:
     return Why.of(" / ".join(dict.fromkeys(said)))
 
 
-def _failed(trial: Trial, place: int, turn: int) -> str | None:
+def _failed(trial: Trial, place: int, turn: int) -> list[tuple[str, str]]:
     said = [
         f"{name}: {shortened(rows[turn][name].reason or '')}"
         for rows in trial.answers[place]
         for name in trial.names
         if rows[turn][name].failed
     ]
-    return "; ".join(dict.fromkeys(said)) or None
+    return [("failed", "; ".join(dict.fromkeys(said)))] if said else []
 
 
 def _reward_bar(reward: float) -> Bar:

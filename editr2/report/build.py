@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from editr2.report import charts
@@ -29,6 +28,7 @@ from editr2.report.data import (
 )
 from editr2.report.gallery import build_gallery
 from editr2.report.numbers import decimal, signed, with_se
+from editr2.report.pages import write_page
 from editr2.report.pictures import Pictures
 from editr2.run.tracking import duration
 
@@ -63,14 +63,9 @@ def build_report(
     run = load_run(folder)
     pictures = Pictures(folder / "strips", max_pixels)
     gallery = build_gallery(run, pictures, max_sessions)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    return write_page(
+        folder / "report.html",
+        "report.html.j2",
         title=folder.resolve().name,
         facts=_facts(run),
         cards=_cards(run),
@@ -88,12 +83,6 @@ def build_report(
         config=run.config_text,
         versions=_versions(run),
     )
-    path = folder / "report.html"
-    part = folder / "report.html.part"
-    # "replace": a lone surrogate in someone's instruction must not stop it.
-    part.write_bytes(page.replace("\0", "\ufffd").encode("utf-8", "replace"))
-    os.replace(part, path)
-    return path
 
 
 # Headline

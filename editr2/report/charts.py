@@ -28,13 +28,26 @@ class Line:
 
 @dataclass(frozen=True)
 class Dots:
-    """Values with error bars over categories."""
+    """Values with error bars over categories. ends: of the bars, where they are intervals rather
+    than a standard error to each side."""
 
     label: str
     mean: Sequence[float | None]
     se: Sequence[float | None]
     colour: int
     hollow: bool = False
+    ends: Sequence[tuple[float, float] | None] = ()
+
+    def bar(self, place: int) -> tuple[tuple[float, float] | None, str]:
+        """The ends of the bar at a category, and what is said of it."""
+        if self.ends:
+            interval = self.ends[place]
+            said = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+            return interval, said
+        value, se = self.mean[place], self.se[place]
+        if value is None or se is None:
+            return None, ""
+        return ((value - se, value + se) if se else None), f" ± {se:.3f}"
 
 
 def smooth(y: Sequence[float | None], window: int) -> list[float | None]:
@@ -357,27 +370,27 @@ def dot_chart(
     y_range: tuple[float, float],
     axis: str,
 ) -> Markup | None:
-    """Means with a bar of one standard error to each side, series side by side within each
-    category."""
+    """Means with their bars, of one standard error to each side or an interval, series side by side
+    within each category."""
     if not categories or not any(m is not None for dots in series for m in dots.mean):
         return None
     frame = _Frame((-0.5, len(categories) - 0.5), y_range, right=UNLABELLED)
     parts = frame.y_axis([(t, label(t)) for t in ticks(*y_range)])
     parts += frame.x_axis([(float(i), c) for i, c in enumerate(categories)], axis)
     texts = []
+    step = min(18.0, 0.8 * (frame.right - frame.left) / len(categories) / len(series))
     for k, dots in enumerate(series):
-        shift = (k - (len(series) - 1) / 2) * 18
-        for i, (value, se) in enumerate(zip(dots.mean, dots.se, strict=True)):
+        shift = (k - (len(series) - 1) / 2) * step
+        for i, value in enumerate(dots.mean):
             if value is None or i >= len(categories):
                 continue
             x, y = frame.px(i) + shift, frame.py(value)
-            said = f"{dots.label} {categories[i]}: {value:.3f}"
-            if se is not None:
-                said += f" ± {se:.3f}"
+            ends, around = dots.bar(i)
+            said = f"{dots.label} {categories[i]}: {value:.3f}{around}"
             texts.append(said)
             parts.append(f"<g><title>{escape(said)}</title>")
-            if se:
-                up, down = frame.py(min(value + se, frame.y1)), frame.py(max(value - se, frame.y0))
+            if ends:
+                up, down = frame.py(min(ends[1], frame.y1)), frame.py(max(ends[0], frame.y0))
                 parts.append(
                     f'<path class="whisker c{dots.colour}" d="M{x:.1f} {up:.1f}V{down:.1f}'
                     f'M{x - 4:.1f} {up:.1f}h8M{x - 4:.1f} {down:.1f}h8"/>'
@@ -387,6 +400,26 @@ def dot_chart(
                 f'<circle class="{kind} c{dots.colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/></g>'
             )
     return _svg(parts, f"{name}. {'; '.join(texts)}.")
+
+
+def interval_bar(
+    said: str, ends: tuple[float, float], value: float, scale: tuple[float, float]
+) -> Markup:
+    """A row of a forest plot: an interval and its value on a scale that rows share, with a mark at
+    0. Coloured by the side of 0 that the whole interval lies on, grey where it holds 0."""
+    low, high = scale
+    span = high - low or 1.0
+
+    def px(number: float) -> float:
+        return 4 + 192 * (min(max(number, low), high) - low) / span
+
+    colour = 5 if ends[0] <= 0 <= ends[1] else 0 if ends[0] > 0 else 1
+    return Markup(
+        f'<svg viewBox="0 0 200 24" class="forest" role="img" aria-label="{escape(said)}">'
+        f'<path class="axis" d="M{px(0):.1f} 0V24"/>'
+        f'<path class="whisker c{colour}" d="M{px(ends[0]):.1f} 12H{px(ends[1]):.1f}"/>'
+        f'<circle class="dot c{colour}" cx="{px(value):.1f}" cy="12" r="4"/></svg>'
+    )
 
 
 def sparkline(name: str, y: Sequence[float | None]) -> Markup:

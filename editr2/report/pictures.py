@@ -16,6 +16,11 @@ PNG_BYTES = 96 * 1024
 """Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 kB as JPEG,
 and 48 sessions of three turns hold more than 300 of them."""
 
+THUMBNAIL_BYTES = 6 * 1024
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What reading an image raises: OSError for what Pillow cannot identify, SyntaxError for broken
+chunks."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -43,8 +48,7 @@ class Pictures:
             if not path.is_relative_to(self.folder.resolve()):
                 raise ValueError("outside the folder of strips")
             return self._read(path)
-        # Pillow raises OSError for what it cannot identify, SyntaxError for broken chunks
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             self.unreadable[name] = type(error).__name__
             return None
 
@@ -81,26 +85,42 @@ def picture_of(pixels: np.ndarray, max_pixels: int) -> Picture:
     return _picture(*_smaller(image, max_pixels), image.size)
 
 
-def _picture(data: bytes, kind: str, size: tuple[int, int]) -> Picture:
-    """size: (width, height) before it was made smaller."""
+def thumbnail(path: Path, side: int) -> Picture:
+    """Of an image file, for pages of hundreds: shown as large as it is, at most `side` px, and some
+    4 kB at 160 px. Raises what Pillow raises of a file that is none (`UNREADABLE`)."""
+    with Image.open(path) as image:
+        image.load()
+        size = image.size
+        return _picture(*_smaller(image, side, png_bytes=THUMBNAIL_BYTES, quality=80), size, side)
+
+
+def _picture(data: bytes, kind: str, size: tuple[int, int], most: int | None = None) -> Picture:
+    """size: (width, height) before it was made smaller. most: px of the long side on the page."""
     # A whole number of screen pixels for each image pixel keeps small worlds even: 24 px → 192 px.
     side = max(size)
     small = side <= 96
-    width = size[0] * max(1, 192 // side) if small else min(size[0], 320)
+    if small:
+        width = size[0] * max(1, (most or 192) // side)
+    elif most:
+        width = max(1, round(size[0] * min(1.0, most / side)))
+    else:
+        width = min(size[0], 320)
     return Picture(
         f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii"), width, small
     )
 
 
-def _smaller(image: Image.Image, max_pixels: int) -> tuple[bytes, str]:
+def _smaller(
+    image: Image.Image, max_pixels: int, *, png_bytes: int = PNG_BYTES, quality: int = 90
+) -> tuple[bytes, str]:
     """At most `max_pixels` on the long side, as PNG unless that is large and the image opaque: then
     JPEG."""
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((max_pixels, max_pixels), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     image.save(out, "PNG")
-    if len(out.getvalue()) <= PNG_BYTES or image.mode == "RGBA":
+    if len(out.getvalue()) <= png_bytes or image.mode == "RGBA":
         return out.getvalue(), "png"
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=90, subsampling=0)
+    image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
     return out.getvalue(), "jpeg"
