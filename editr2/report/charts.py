@@ -19,6 +19,17 @@ seen or hit."""
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A chart with what stands around it."""
+
+    title: str
+    svg: Markup
+    legend: Sequence[tuple[str, int, str]] = ()
+    """(label, colour, "dot", "hollow" or "bar")."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Line:
     label: str
     x: Sequence[float]
