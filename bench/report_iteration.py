@@ -201,6 +201,35 @@ def real_peers(page: Page) -> None:
         )
 
 
+def levers(page: Page) -> None:
+    rows = [row for row in page.of(["levers"]) if "smoke" not in row.mode]
+    if not rows:
+        return
+    page.add(
+        "## Levers of an editor's step",
+        "",
+        "Blocks of a transformer with LoRA, under autocast, each lever by itself against peft's "
+        "layers as they come, in turns in one run (`python -m pytest bench/test_levers.py "
+        "--full`). *Levers* are what `policy.*` settings and our adapters change; what is "
+        "computed is the same but for rounding.",
+        "",
+    )
+    page.table(
+        ("", "", "ms", "× eager", "operators"),
+        (
+            (
+                f"{row.mode}, {row.dtype}; {where(row)}" if place == 0 else "",
+                row.provider,
+                f"{number(row.p50_ms)} ({number(row.p20_ms)}–{number(row.p80_ms)})",
+                number(row.speedup_vs_eager),
+                str(row.launches or ""),
+            )
+            for case in cases(rows).values()
+            for place, row in enumerate(case)
+        ),
+    )
+
+
 def transformers(page: Page) -> None:
     rows = page.of(["transformer"])
     if not rows:
@@ -473,6 +502,7 @@ SECTIONS: list[Callable[[Page], None]] = [
     pruning,
     judged,
     real_peers,
+    levers,
     transformers,
     full_sizes,
     sessions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from editr2.benchmarks.passes import Exact
 from editr2.config import RewardUse
@@ -24,6 +25,20 @@ class Source:
     images: Path | None = None
     turns: tuple[int, ...] = ()
     sessions: int = 100
+
+    def given(self, accepted: str) -> Path:
+        """`path`, of a set that has to be named. Raises `ConfigError`, which says what is accepted,
+        where it is not."""
+        if self.path is None:
+            raise ConfigError(f"--data: none (accepted: {accepted})")
+        return self.path
+
+    def without_images(self) -> None:
+        """Raises `ConfigError` where `images` are given to a set that names its own."""
+        if self.images is not None:
+            raise ConfigError(
+                f"--sources: {self.images} (accepted: nothing, as the set names its images)"
+            )
 
 
 @dataclass(frozen=True)
@@ -50,18 +65,21 @@ class Benchmark:
     options are under the user's. passes: which are done unless the user says. scale: of the numbers
     shown (EdiVal's are per cent, GEdit's out of 10). measures: the function of `measures` that says
     what is reported (`measures.KINDS`). headline: keys of it, shown first. layouts: of generated
-    images made elsewhere (`layouts.LAYOUTS`), tried in this order. exact: as `passes.Exact`.
+    images made elsewhere (`layouts.LAYOUTS`), tried in this order. resize: `data.resize` where the
+    user leaves it at no. makes_sessions: of lengths that are asked for. exact: as `passes.Exact`.
     references: figures of others. about: one line on source and licence.
     """
 
     title: str
     read: Callable[[Source], Iterator[Session]]
-    reward: RewardUse
+    reward: RewardUse | None
     headline: Sequence[str]
     passes: Sequence[str] = ("multipass",)
     scale: float = 1.0
     measures: str = "turns"
     layouts: Sequence[str] = ("edival", "outputs")
+    resize: Literal["no", "crop", "stretch"] = "no"
+    makes_sessions: bool = False
     exact: Exact | None = None
     references: Sequence[Reference] = field(default=())
     about: str = ""
@@ -72,6 +90,7 @@ BENCHMARKS: dict[str, str] = {
     "mice": "editr2.benchmarks.sets.mice:MICE",
     "edival": "editr2.benchmarks.sets.edival:EDIVAL",
     "gedit": "editr2.benchmarks.sets.gedit:GEDIT",
+    "gedit-cn": "editr2.benchmarks.sets.gedit:GEDIT_CN",
     "imgedit": "editr2.benchmarks.sets.imgedit:IMGEDIT",
     "sessions": "editr2.benchmarks.sets.own:SESSIONS",
 }

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from editr2.cli import (
+    benchmark,
     check,
     data,
     doctor,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "eval": evaluate.command,
     "rollout": rollout.command,
     "judge": judge.command,
+    "benchmark": benchmark.command,
     "report": report.command,
     "export": export.command,
     "reproduce": reproduce.command,
@@ -49,6 +51,7 @@ STOPPED = {
     "eval": "nothing was written; start it again",
     "rollout": "what is in --out is not whole; the same command begins again",
     "judge": "what was answered is on the record in --out; the same command asks for the rest",
+    "benchmark": "images and answers that are there stand; the same command makes the rest",
     "reproduce": "finished runs stand; the same command trains the rest",
 }
 """What is true of a command that Ctrl-C ended. The trainer itself says what it saved

@@ -66,7 +66,7 @@ def output_sizes(folders: Sequence[str]) -> Sizes:
     file = _file(folders[0])
     paths = [
         file.parent / turn["image"]
-        for _, record in _records(file)
+        for _, record in records(file)
         for turn in _turns(record)[:1]
         if is_text(turn.get("image"))
     ]
@@ -89,7 +89,7 @@ def read_outputs(folders: Sequence[str], sessions: Mapping[str, Session]) -> lis
     found: dict[str, list[Output]] = {}
     for folder, name in zip(folders, output_names(folders), strict=True):
         file, seen = _file(folder), Counter[str]()
-        for where, record in _records(file):
+        for where, record in records(file):
             session = _session_of(where, record, sessions)
             seen[session.id] += 1
             nth = seen[session.id]
@@ -125,7 +125,8 @@ def _file(folder: str) -> Path:
     return file
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, object) of every line. Raises DataError."""
     for number, raw in lines_of(file):
         try:
             yield f"{file}:{number}", parse_object(raw)
@@ -163,22 +164,30 @@ def _output(
             f"{where}: turns: {len(turns)} of session {shown(repr(session.id))} (accepted: "
             f"{len(session.turns)}, an object with an image for each of its turns)"
         )
-    for place, (turn, wanted) in enumerate(zip(turns, session.turns, strict=True)):
-        told, image = turn.get("instruction"), turn.get("image")
-        if told is not None and told != wanted.instruction:
-            raise DataError(
-                f"{where}: turns[{place}].instruction: {kind(told)} (accepted: session "
-                f"{shown(repr(session.id))}'s own, {shown(repr(wanted.instruction))}; are these "
-                f"outputs of other sessions?)"
-            )
-        at = f"{where}: turns[{place}].image"
-        if not is_text(image):
-            raise DataError(f"{at}: {kind(image)} (accepted: the path of an image)")
-        try:
-            path = locate(folder, image, contained=True)
-        except DataError as error:
-            raise DataError(f"{at}: {error}") from error
+    for place, turn in enumerate(turns):
+        path = image_of(where, folder, session, place, turn)
         if not os.path.isfile(path):
-            raise DataError(f"{at}: {shown(path)}: no such file")
+            raise DataError(f"{where}: turns[{place}].image: {shown(path)}: no such file")
         images.append(path)
     return Output(session, name, tuple(images), where)
+
+
+def image_of(
+    where: str, folder: Path, session: Session, place: int, turn: Mapping[str, Any]
+) -> Path:
+    """The file that a line names for its turn `place` (from 0), whether or not it is there. Raises
+    DataError where the turn has another instruction than the session's."""
+    told, image, wanted = turn.get("instruction"), turn.get("image"), session.turns[place]
+    if told is not None and told != wanted.instruction:
+        raise DataError(
+            f"{where}: turns[{place}].instruction: {kind(told)} (accepted: session "
+            f"{shown(repr(session.id))}'s own, {shown(repr(wanted.instruction))}; are these "
+            f"outputs of other sessions?)"
+        )
+    at = f"{where}: turns[{place}].image"
+    if not is_text(image):
+        raise DataError(f"{at}: {kind(image)} (accepted: the path of an image)")
+    try:
+        return locate(folder, image, contained=True)
+    except DataError as error:
+        raise DataError(f"{at}: {error}") from error

@@ -40,7 +40,12 @@ class JudgeConfig(Config):
 def judge_problems(config: JudgeConfig) -> Iterator[str]:
     """One line for each rule that is broken."""
     yield from settings_problems(config, "judge")
-    yield from map(_renamed, reward_problems(config.against))
+    yield from against_problems(config.against)
+
+
+def against_problems(against: AgainstConfig) -> Iterator[str]:
+    """The same of the reward that another is held against."""
+    yield from map(_renamed, reward_problems(against))
 
 
 def _renamed(text: str) -> str:

@@ -19,6 +19,7 @@ REWARDS: dict[str, str] = {
     "editscore": "editr2.rewards.editscore:EditScore",
     "viescore": "editr2.rewards.viescore:VieScore",
     "unifiedreward": "editr2.rewards.unifiedreward:UnifiedReward",
+    "imgedit": "editr2.rewards.imgedit:ImgEdit",
     "rational": "editr2.rewards.rational:Rational",
 }
 """Name -> `package.module:name`."""

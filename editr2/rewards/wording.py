@@ -7,8 +7,9 @@ an answer is read (`ask`); one without it says so itself. `options.prompts` repl
 
 - a folder with files of these names (`.md` or `.txt`), all or some of them;
 - a file, where there is one prompt; or a YAML or JSON file, name -> text;
-- a checkout of the published project, for rewards that know where its prompts are (`Place`). Its
-  Python files are parsed and never run; only the texts are taken.
+- a checkout of the published project, for rewards that know where its prompts are (`Place`), or the
+  one file of it that has them all. Its Python files are parsed and never run; only the texts are
+  taken.
 
 None of the projects' texts is in this package. A judge that was tuned on its own prompt says other
 things to another one: scores by other prompts than the published ones are not comparable with
@@ -42,11 +43,11 @@ OURS = "ours"
 class Place:
     """Where a project keeps a prompt.
 
-    file: in its checkout. names: of constants of that module, joined by line feeds. function,
-    parts, call: instead of names, the f-string in a function that has exactly these expressions and
-    stands in a call of this name. fields: what stands in the text -> the field it is for us.
-    doubled: whether braces are written twice, as `str.format` has it. swaps: texts to replace, as
-    the project does before it asks.
+    file: in its checkout. names: of constants of that module, or keys of a JSON file's object,
+    joined by line feeds. function, parts, call: instead of names, the f-string in a function that
+    has exactly these expressions and stands in a call of this name. fields: what stands in the text
+    -> the field it is for us. doubled: whether braces are written twice, as `str.format` has it.
+    swaps: texts to replace, as the project does before it asks.
     """
 
     file: str
@@ -62,12 +63,16 @@ class Place:
         """The prompt, with our fields. Raises `ConfigError` where it is not there."""
         path = checkout / self.file
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            said = path.read_text(encoding="utf-8")
+            if path.suffix == ".json":
+                found = self._joined(json.loads(said))
+            else:
+                tree = ast.parse(said)
+                found = self._constants(tree) if self.names else self._inline(tree)
         except (OSError, SyntaxError, ValueError) as error:
             raise ConfigError(
                 f"prompts: {shown(str(path))}: {one_line(error)} (accepted: the checkout's file)"
             ) from error
-        found = self._constants(tree) if self.names else self._inline(tree)
         if found is None:
             wanted = ", ".join(self.names) or f"{self.function}()"
             raise ConfigError(
@@ -85,7 +90,11 @@ class Place:
         for node in tree.body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 texts[node.targets[0].id] = _text(node.value)
-        found = [text for name in self.names if (text := texts.get(name)) is not None]
+        return self._joined(texts)
+
+    def _joined(self, texts: object) -> str | None:
+        given = texts if isinstance(texts, dict) else {}
+        found = [text for name in self.names if isinstance(text := given.get(name), str)]
         return "\n".join(found) if len(found) == len(self.names) else None
 
     def _inline(self, tree: ast.Module) -> str | None:
@@ -192,13 +201,15 @@ def prompts_of(
     if given is None:
         return shipped
     path = Path(given).expanduser()
+    checkout = _checkout(path, places or {})
     if path.is_dir():
         texts = _of_folder(path, shipped)
-        if not texts and places and any((path / one.file).exists() for one in places.values()):
-            texts = {key: place.text(path) for key, place in places.items()}
-            origin = f"of the checkout {path.name or 'here'}"
+        if not texts and places and checkout is not None:
+            texts, origin = _of_checkout(checkout, places)
         else:
             origin = "replaced" if set(texts) == set(shipped.texts) else _some(texts)
+    elif places and checkout is not None:
+        texts, origin = _of_checkout(checkout, places)
     elif path.is_file():
         texts = _of_file(path, shipped)
         origin = "replaced" if set(texts) == set(shipped.texts) else _some(texts)
@@ -206,16 +217,34 @@ def prompts_of(
         texts = {}
     if not texts:
         names = ", ".join(f"{key}.md" for key in shipped.texts)
-        checkout = ", or a checkout of the published project" if places else ""
+        theirs = ", or a checkout of the published project" if places else ""
         raise ConfigError(
             f"prompts: {shown(given)}: none there (accepted: a folder with some of {names}; a YAML "
-            f"or JSON file, name -> text{checkout})"
+            f"or JSON file, name -> text{theirs})"
         )
     known = {one for text in shipped.texts.values() for one in _FIELD.findall(text)}
     known |= set(fields or ()) | {"answer"}
     for key, text in texts.items():
         _check(key, text, shipped.texts[key], known)
     return Prompts({**shipped.texts, **texts}, origin)
+
+
+def _checkout(path: Path, places: Mapping[str, Place]) -> Path | None:
+    """The checkout that a folder is, or that a file is the only one with prompts of."""
+    files = {Path(place.file) for place in places.values()}
+    if path.is_dir():
+        return path if any((path / file).exists() for file in files) else None
+    if len(files) == 1 and path.is_file():
+        (file,) = files
+        depth, whole = len(file.parts), path.absolute()
+        if whole.parts[-depth:] == file.parts:
+            return whole.parents[depth - 1]
+    return None
+
+
+def _of_checkout(path: Path, places: Mapping[str, Place]) -> tuple[dict[str, str], str]:
+    texts = {key: place.text(path) for key, place in places.items()}
+    return texts, f"of the checkout {path.name or 'here'}"
 
 
 def _some(texts: Mapping[str, str]) -> str:

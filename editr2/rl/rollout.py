@@ -245,18 +245,20 @@ def rollout_chunk(
     keep_velocity: bool = False,
     decoded: Callable[[Chunk, int], None] | None = None,
     goes_on: Callable[[Chunk, int], Tensor] | None = None,
+    reads: Callable[[Chunk, int], np.ndarray] | None = None,
 ) -> Chunk:
     """Fills `chunk.turns`. rollout: shared noise and storage dtype (default: shared, fp32). greedy:
     intents by argmax (evaluation). policy, sampler: of any size; their views at the chunk's are
     taken. decoded: called with the chunk and a turn once its images are
     there. goes_on: asked the same before the turn behind it, bool [rollouts]: who is rolled out
-    further. Returns the chunk."""
+    further. reads: asked the same, then: uint8 [M, H, W, 3], what that turn reads in place of the
+    outputs, for the M rollouts of the record. Returns the chunk."""
     device, size = device_of(policy.module), chunk.image_size
     policy, sampler = at_size(policy, size), sampler.of(size).to(device)
     walk = Walk(policy, chunk)
     chunk.turns = []
     for turn in range(max(len(s.turns) for s in chunk.sessions)):
-        if turn and not _advanced(walk, turn, goes_on):
+        if turn and not _advanced(walk, turn, goes_on, reads):
             break
         rollouts = walk.rollout
         text, questions, intents = _said(policy, walk, turn, seeds, options, greedy)
@@ -281,11 +283,16 @@ def rollout_chunk(
     return chunk
 
 
-def _advanced(walk: Walk, turn: int, goes_on: Callable[[Chunk, int], Tensor] | None) -> bool:
-    """Takes whoever goes on to a turn, with the outputs of the one before in their context; whether
-    anybody does."""
+def _advanced(
+    walk: Walk,
+    turn: int,
+    goes_on: Callable[[Chunk, int], Tensor] | None,
+    reads: Callable[[Chunk, int], np.ndarray] | None,
+) -> bool:
+    """Takes whoever goes on to a turn, with the outputs of the one before in their context, or what
+    is read in their place; whether anybody does."""
     chunk = walk.chunk
-    images = chunk.turns[-1].images
+    images = chunk.turns[-1].images if reads is None else reads(chunk, turn - 1)
     if goes_on is not None:
         keep = goes_on(chunk, turn - 1)
         here = keep[walk.rollout]

@@ -5,7 +5,7 @@ Rows stay on disk, memory-mapped; an image is decoded when it is asked for."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class DatasetImage:
     """Pixels that stay in a row of a dataset: called, it decodes them.
 
     data: has the one column, undecoded. size, resize: as in `load_sessions`. contained: as in
-    `scan`; a row names files from where the program runs. checksum: as in `ImageFile`.
+    `scan`; a row names files from where the program runs. checksum, where: as in `ImageFile`.
     """
 
     data: Dataset
@@ -39,8 +39,17 @@ class DatasetImage:
     resize: str
     contained: bool
     checksum: str | None = None
+    where: str = ""
 
     def __call__(self) -> Pixels:
+        try:
+            return self._pixels()
+        except DataError as error:
+            if not self.where:
+                raise
+            raise DataError(f"{self.where}: {error}") from error
+
+    def _pixels(self) -> Pixels:
         with _one_line():
             (cell,) = self.data[self.row].values()
         if cell is None:
@@ -74,6 +83,25 @@ def dataset_entries(path: str, size: Sizes | None, resize: str, contained: bool)
     """
     with _one_line(f"{path}: "):
         yield from _entries(path, open_dataset(path), size, resize, contained)
+
+
+def dataset_rows(
+    path: str, column: str, others: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any], DatasetImage]]:
+    """(number from 0, its cells of `others` that are there, its image) of the rows of a dataset of
+    another form, for its own reader. path: as in `dataset_entries`. column: of the images.
+
+    Raises DataError when there is no such dataset, or no such column.
+    """
+    with _one_line(f"{path}: "):
+        data = _open(path)
+        names = data.column_names
+        if column not in names:
+            raise DataError(f"{path}: columns {', '.join(names)} (accepted: {column} among them)")
+        images = _undecoded(data, path, column)
+        for row, values in enumerate(data.select_columns([n for n in others if n in names])):
+            where = f"{path}: row {row}: {column}"
+            yield row, values, DatasetImage(images, row, None, "no", True, where=where)
 
 
 def _entries(

@@ -1,4 +1,4 @@
-"""`world`: held-out sessions of the shapes world, judged by its exact verifiers. Needs no download."""
+"""`world`: held-out sessions of the shapes world, judged by its exact verifiers."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ WORLD = Benchmark(
     reward=RewardUse(name="world"),
     headline=("GA@last", "IF@last", "CC@last"),
     passes=("multipass", "exact"),
+    makes_sessions=True,
     exact=exact,
     about="held-out sessions of the embedded world, judged by its verifiers; nothing to download",
 )

@@ -1,4 +1,4 @@
-"""Public multi-turn editing sets to sessions: `editr2 data import`. docs/data.md says what each
+"""Public editing sets to sessions: `editr2 data import`. docs/data.md says what each
 format holds.
 
 An importer reads a set's own files, checks every field against the names and kinds that its release
@@ -12,17 +12,36 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from editr2.errors import DataError, UserError, shown
 from editr2.sessions.files import is_dataset, save_sessions, scan
-from editr2.sessions.importers.formats import Source, edival, imgedit, magicbrush, mice
+from editr2.sessions.importers.formats import (
+    Source,
+    edival,
+    gedit,
+    imgedit,
+    imgedit_basic,
+    magicbrush,
+    mice,
+)
 from editr2.sessions.session import MODES, Session
 
-__all__ = ["FORMATS", "import_sessions"]
+__all__ = ["FORMATS", "import_sessions", "unique"]
 
-_READERS = {"mice": mice, "edival": edival, "imgedit": imgedit, "magicbrush": magicbrush}
-FORMATS = (*_READERS, "sessions")
+_FILES = {
+    "mice": mice,
+    "edival": edival,
+    "imgedit": imgedit,
+    "imgedit-basic": imgedit_basic,
+    "magicbrush": magicbrush,
+}
+_DATASETS = {"gedit": gedit, "gedit-cn": partial(gedit, language="cn")}
+_LOADED = ("magicbrush", "sessions")
+"""Of datasets: what `load_sessions` reads."""
+
+FORMATS = (*_FILES, *_DATASETS, "sessions")
 """`sessions` is whatever `load_sessions` reads: it copies a set, or writes a Hugging Face dataset
 out as one."""
 
@@ -53,20 +72,23 @@ def import_sessions(
     if limit is not None and limit < 1:
         raise UserError(f"--limit: {limit} (accepted: 1 or more)")
     dataset = is_dataset(source)
-    if dataset and format not in ("magicbrush", "sessions"):
+    accepted = (*_DATASETS, *_LOADED)
+    if dataset and format not in accepted:
         raise UserError(
-            f"format: {format!r} (accepted for a Hugging Face dataset: magicbrush, sessions)"
+            f"format: {format!r} (accepted for a Hugging Face dataset: {', '.join(accepted)})"
         )
     if images is not None and (dataset or format == "sessions"):
         raise UserError(f"--images: {images} (accepted: nothing, as the source names its images)")
-    if dataset or format == "sessions":
+    if format in _DATASETS:
+        sessions = _DATASETS[format](Source(Path(source), None, mode))
+    elif dataset or format == "sessions":
         sessions = _loadable(source, mode)
     else:
         path = Path(source)
         if not os.path.exists(path):
             raise DataError(f"{shown(path)}: no such file or folder")
-        sessions = _READERS[format](Source(path, None if images is None else Path(images), mode))
-    return save_sessions(itertools.islice(_unique(sessions), limit), folder)
+        sessions = _FILES[format](Source(path, None if images is None else Path(images), mode))
+    return save_sessions(itertools.islice(unique(sessions), limit), folder)
 
 
 def _loadable(source: str | os.PathLike[str], mode: str | None) -> Iterator[Session]:
@@ -76,7 +98,7 @@ def _loadable(source: str | os.PathLike[str], mode: str | None) -> Iterator[Sess
         yield item if mode is None else replace(item, image=vars(item)["image"], mode=mode)
 
 
-def _unique(sessions: Iterator[Session]) -> Iterator[Session]:
+def unique(sessions: Iterator[Session]) -> Iterator[Session]:
     """Ids as they are, the second of a name with -2, and so on: some sets edit one image in several
     sessions."""
     seen: dict[str, int] = {}

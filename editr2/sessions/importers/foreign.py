@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,25 @@ def json_document(file: Path) -> dict[str, Any]:
         cause = error.__cause__
         line = f"{cause.lineno}:" if isinstance(cause, json.JSONDecodeError) else ""
         raise DataError(f"{file}:{line} {error}") from error
+
+
+def json_members(file: Path) -> Iterator[tuple[str, Record]]:
+    """(name, value) of the one object of objects that a JSON file is, each with the line that it
+    starts in."""
+    document = json_document(file)
+    text = file.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    decoder, at, line, seen = json.JSONDecoder(), text.index("{") + 1, 1, 0
+    for name, values in document.items():
+        start = text.index('"', at)
+        line, seen = line + text.count("\n", seen, start), start
+        where = f"{file}:{line}: {shown(repr(name))}"
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: {kind(values)} (accepted: an object)")
+        yield name, Record(where, values)
+        _, end = decoder.raw_decode(text, start)  # the name
+        begin = re.compile(r"\s*:\s*").match(text, end)
+        assert begin is not None
+        _, at = decoder.raw_decode(text, begin.end())
 
 
 def csv_rows(file: Path, literals: tuple[str, ...]) -> Iterator[Record]:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError, shown
+from editr2.sessions.datasets import dataset_rows
+from editr2.sessions.files import is_dataset
 from editr2.sessions.images import ImageFile, inside, locate
 from editr2.sessions.importers.foreign import (
     Record,
     csv_rows,
     json_document,
     json_lines,
+    json_members,
     parquet_rows,
 )
 from editr2.sessions.records import lines_of, parse_object
@@ -133,7 +136,7 @@ def edival(source: Source) -> Iterator[Session]:
     lists = ("task_type", "instructions", "format_instructions")
     judged = {field: of for field, of in _JUDGED.items() if field != "formatted_instruction"}
     literals = ("turns", *lists, *judged)
-    file = source.file(".csv")
+    file = source.file(".csv", name="oai_instruction_generation_output.csv")
     places = (file.parent / "input_images_resize_512", file.parent)
     rows = csv_rows(file, literals)
     for index, group in itertools.groupby(
@@ -227,6 +230,56 @@ def _imgedit_training(source: Source, record: Record, folder: Path, mode: str | 
         turns.append(Turn(part.get("prompt", "text"), meta=meta))
     assert image is not None
     return Session(image.path.parent.name, image, tuple(turns), mode)
+
+
+def imgedit_basic(source: Source) -> Iterator[Session]:
+    """ImgEdit-Bench, basic: `basic_edit.json` of the repository (`singleturn.json` in the archive
+    of its images), an object of numbered single edits. The number is the session's id."""
+    names = ("basic_edit.json", "singleturn.json")
+    name = next((name for name in names if (source.path / name).is_file()), names[0])
+    file = source.file(".json", name=name)
+    folder = file.parent
+    for number, record in json_members(file):
+        record.require(("id", "prompt", "edit_type"))
+        places = (folder, folder / "original_images", folder / "singleturn")
+        image = source.image(record, "id", record.get("id", "text"), *places)
+        turn = Turn(record.get("prompt", "text"), task=record.get("edit_type", "text"))
+        yield Session(number, image, (turn,), source.mode)
+
+
+_GEDIT = ("key", "task_type", "instruction", "instruction_language")
+_GEDIT_IMAGE = "input_image_raw"
+_GEDIT_LANGUAGES = ("en", "cn")
+
+
+def gedit(source: Source, language: str = "en") -> Iterator[Session]:
+    """GEdit-Bench: a dataset with a row for each edit, of which those in one language ("en" or
+    "cn") are taken. The key is the session's id, the group its task."""
+    path, more = os.fspath(source.path), ("Intersection_exist",)
+    if not is_dataset(path):
+        raise DataError(
+            f"{shown(path)}: no dataset (accepted: hf:stepfun-ai/GEdit-Bench, or a folder that "
+            f"`datasets` saved)"
+        )
+    none = True
+    for row, values, image in dataset_rows(path, _GEDIT_IMAGE, _GEDIT + more):
+        record = Record(f"{path}: row {row}", values)
+        record.require(_GEDIT, more)
+        told = {name: record.get(name, "text") for name in _GEDIT}
+        if told["instruction_language"] not in _GEDIT_LANGUAGES:
+            raise record.error(
+                "instruction_language",
+                f"{shown(repr(told['instruction_language']))} (accepted: "
+                f"{', '.join(_GEDIT_LANGUAGES)})",
+            )
+        if told["instruction_language"] != language:
+            continue
+        none = False
+        meta = {name: values[name] for name in ("instruction_language", *more) if name in values}
+        turn = Turn(told["instruction"], task=told["task_type"])
+        yield Session(told["key"], image, (turn,), source.mode, meta)
+    if none:
+        raise DataError(f"{path}: instruction_language: no row in {language!r} (accepted: one)")
 
 
 def magicbrush(source: Source) -> Iterator[Session]:

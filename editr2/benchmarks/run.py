@@ -1,0 +1,312 @@
+"""A benchmark from start to end: generate, judge, report, each going on where it was stopped.
+
+What numbers depend on stands in `benchmark.json`: of the images the settings and fingerprints of
+sessions and weights (or of the folder that they were found in), of the scores those of the reward.
+Another start with others of these is refused where images would be mixed; scores are asked for
+again.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from editr2.benchmarks.generate import generate
+from editr2.benchmarks.judging import judge
+from editr2.benchmarks.layouts import Images, find_images, generations
+from editr2.benchmarks.rows import FILE_NAME
+from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
+from editr2.benchmarks.sized import sized
+from editr2.benchmarks.table import Benchmark, Source, find
+from editr2.errors import ConfigError
+from editr2.judge.trial import CountingRecord
+from editr2.policies.load import open_policy
+from editr2.policies.rules import check_config
+from editr2.rewards.load import load_reward
+from editr2.rewards.panel import Panel
+from editr2.rl.rules import check_run
+from editr2.rl.sampler import eval_sampler, own_schedule
+from editr2.rl.sessions import demands
+from editr2.run import identity
+from editr2.run.processes import Processes, open_processes
+from editr2.sessions import Session
+
+IDENTITY = "benchmark.json"
+AGAINST_FILE = "scores-against.jsonl"
+SECTIONS = ("policy.", "rollout.", "eval.")
+"""Of settings, that images depend on, beside `seed` and `data.resize`."""
+
+
+def run_benchmark(config: BenchmarkConfig, name: str, *, editor: str | None = None) -> list[str]:
+    """Does the stages and returns what to print. editor: what the user called it. Raises
+    `UserError` for whatever is wrong with what was given, before anything is made."""
+    name, config = named(config, name)
+    kind = find(name)
+    config = with_defaults(config, kind)
+    for problem in benchmark_problems(config, kind):
+        raise ConfigError(problem)
+    return Run(config, name, kind, open_processes(), editor).stages()
+
+
+class Run:
+    """One benchmark of one editor in its folder. All processes do the same calls."""
+
+    def __init__(
+        self,
+        config: BenchmarkConfig,
+        name: str,
+        kind: Benchmark,
+        processes: Processes,
+        editor: str | None,
+    ) -> None:
+        self.name, self.kind, self.processes = name, kind, processes
+        self.config = config if config.images else check_config(config, "eval")
+        self.out = Path(config.out)
+        self.about: dict[str, Any] = _read(self.out / IDENTITY)
+        self.editor = editor or config.images or config.policy.weights or config.policy.model
+        self.record = CountingRecord(self.out, index=processes.index, cache=config.reward.cache)
+
+    def stages(self) -> list[str]:
+        c = self.config
+        try:
+            asks = c.does("judge")  # before weights are read: a wrong reward is told at once
+            panel = load_reward(c.reward, self.record) if asks else None
+            other = load_reward(c.against, self.record) if asks and c.against.given else None
+            sessions, images = self._found() if c.images else self._made()
+            if panel is not None:
+                self._judged(panel, "judged", FILE_NAME, sessions, images)
+            if other is not None:
+                self._judged(other, "against", AGAINST_FILE, sessions, images)
+        finally:
+            self.record.close()
+        self.processes.wait()
+        if not c.does("report") or not self.processes.main:
+            return []
+        return self._report(sessions, images)
+
+    # ---------------------------------------------------------------------------------- generate
+
+    def _sessions(self, **how: Any) -> list[Session]:
+        c = self.config
+        source = Source(
+            None if c.data.path is None else Path(c.data.path),
+            None if c.sources is None else Path(c.sources),
+            c.turns,
+            c.sessions or 100,
+        )
+        if source.path is None and not self.kind.makes_sessions:
+            raise ConfigError(f"--data: none (accepted for {self.name}: its file or folder)")
+        sessions = self.kind.read(source)
+        limit = None if self.kind.makes_sessions else c.sessions
+        return sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
+
+    def _found(self) -> tuple[list[Session], dict[str, list[Images]]]:
+        """Images that were made elsewhere."""
+        folder = Path(str(self.config.images))
+        sessions = self._sessions(size=None)
+        found = {
+            way: [find_images(folder, sessions, way, self.kind.layouts, self.config.data.resize)]
+            for way in self.config.passes
+        }
+        files = [
+            [str(path), *_stamp(path)]
+            for images in found.values()
+            for session in sessions
+            for path in images[0].of(session)
+            if path is not None
+        ]
+        self._settled(
+            {
+                "images": str(folder),
+                "files": _digest(files),
+                "sessions": identity.sessions_fingerprint(sessions),
+            }
+        )
+        return sessions, found
+
+    def _made(self) -> tuple[list[Session], dict[str, list[Images]]]:
+        """Images of the configured editor: made, where they are not there yet."""
+        c, saved = self.config, self.about.get("generated", {})
+        wanted = [[way, sample] for way in c.passes for sample in range(1, c.samples + 1)]
+        if c.does("generate") and not all(one in saved.get("done", []) for one in wanted):
+            sessions = self._generate(wanted)
+        elif not saved:
+            raise ConfigError(f"--stages: {self.out} has no images yet (accepted: generate first)")
+        else:
+            sessions = self._sessions(size=_sizes(saved["size"]))
+            self._settled(self._generated(sessions, saved["size"]))
+        found = {
+            way: [
+                find_images(generations(self.out, sample), sessions, way, ("edival",))
+                for sample in range(1, c.samples + 1)
+            ]
+            for way in c.passes
+        }
+        return sessions, found
+
+    def _generate(self, wanted: Sequence[Sequence[Any]]) -> list[Session]:
+        c, processes = self.config, self.processes
+        policy = open_policy(c.policy, processes, trains=False)
+        own = own_schedule(policy)
+        check_run(c, None, own, processes=processes.count, command="eval")
+        demanded = demands(c, policy)
+        sessions = self._sessions(**demanded)
+        self._settled(self._generated(sessions, demanded["size"]))
+        sampler = eval_sampler(c.rollout, c.eval, own).to(processes.device)
+        for way, sample in wanted:
+            generate(
+                self.out,
+                policy,
+                sessions,
+                sampler,
+                c,
+                processes,
+                way=way,
+                sample=sample,
+                exact=self.kind.exact,
+            )
+            processes.wait()
+            done = self.about["generated"]["done"]
+            if [way, sample] not in done:
+                done.append([way, sample])
+            self._write()
+        del policy, sampler
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for judges that look here
+        return sessions
+
+    def _generated(self, sessions: Sequence[Session], size: Any) -> dict[str, Any]:
+        depends = {
+            "heldout": identity.sessions_fingerprint(sessions),
+            **identity.loaded_weights(self.config.policy),
+        }
+        settings = identity.named(self.config, depends)
+        kept = {
+            key: value
+            for key, value in settings.items()
+            if key.startswith(SECTIONS) or key in ("seed", "data.resize", *depends)
+        }
+        return {"settings": kept, "size": size}
+
+    # ------------------------------------------------------------------------------------- judge
+
+    def _judged(
+        self,
+        panel: Panel,
+        name: str,
+        file: str,
+        sessions: Sequence[Session],
+        images: Mapping[str, list[Images]],
+    ) -> None:
+        for member in panel.members:
+            member.identity = identity.reward_fingerprint(member)
+        use = self.config.reward if name == "judged" else self.config.against
+        self.about[name] = {
+            "reward": identity.reward_fingerprint(panel),
+            "names": list(panel.names),
+            "title": ", ".join(str(one.function or one.name or "world") for _, one in use.uses),
+            "released": all(bool(one.options.get("released")) for _, one in use.uses),
+            "facts": panel.facts,
+            "seed": self.config.seed,
+        }
+        digest = _digest([self.about["generated"], self.about[name], list(images)])
+        judge(
+            self.out / file,
+            sessions,
+            images,
+            panel,
+            self.record,
+            self.processes,
+            seed=self.config.seed,
+            exact=self.kind.exact,
+            digest=digest,
+        )
+        self._write()
+
+    # ------------------------------------------------------------------------------------ report
+
+    def _report(self, sessions: Sequence[Session], images: Mapping[str, list[Images]]) -> list[str]:
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------------- identity
+
+    def _settled(self, generated: dict[str, Any]) -> None:
+        """Records what images are of. Raises `ConfigError` where the folder's are of something
+        else."""
+        if (saved := self.about.get("generated")) is not None:
+            for line in self._differences(saved, generated):
+                raise ConfigError(
+                    f"--out: {self.out} holds images of another benchmark: {line} (accepted: the "
+                    f"same settings, or another folder)"
+                )
+            generated["done"] = saved.get("done", [])
+        generated.setdefault("done", [])
+        self.about |= {
+            "benchmark": self.name,
+            "title": self.kind.title,
+            "editor": self.editor,
+            "generated": generated,
+        }
+        self._write()
+
+    def _differences(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+        if self.about.get("benchmark") != self.name:
+            return [f"{self.about.get('benchmark')} then, {self.name} now"]
+        if ("settings" in saved) != ("settings" in now):
+            return ["made by an editor here, or found in a folder"]
+        if "settings" not in now:
+            return [
+                f"{key} {saved.get(key)} then, {now[key]} now"
+                for key in ("images", "sessions")
+                if saved.get(key) != now[key]
+            ]
+        found = identity.differences(saved["settings"], now["settings"])
+        return [f"{key} {old} then, {new} now" for key, (old, new) in found.items()]
+
+    def _write(self) -> None:
+        if not self.processes.main:
+            return
+        made = identity.provenance(self.processes.count, str(self.processes.device))
+        self.out.mkdir(parents=True, exist_ok=True)
+        file = self.out / IDENTITY
+        part = file.with_name(file.name + ".part")
+        part.write_text(json.dumps(self.about | {"made": made}, indent=1, default=str) + "\n")
+        os.replace(part, file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error} (accepted: another --out)") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: no object (accepted: a file of `editr2 benchmark`)")
+    return found
+
+
+def _digest(thing: Any) -> str:
+    said = json.dumps(thing, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(said).hexdigest()[:24]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _sizes(written: Any) -> Any:
+    """As `sized` takes them, of JSON."""
+    return (
+        tuple(map(tuple, written)) if written and isinstance(written[0], list) else tuple(written)
+    )

@@ -1,0 +1,71 @@
+"""`editr2 benchmark`"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from editr2.cli import settings
+from editr2.cli.flags import Arguments, Flags
+from editr2.config.rules import folder_problem
+from editr2.errors import ConfigError
+
+EXTRA: list[tuple[str, dict[str, Any]]] = [
+    ("name", {"help": "world, mice, edival, gedit, imgedit, or a set of sessions (a path)"}),
+]
+
+
+def command(arguments: Arguments) -> int:
+    """edit a benchmark's sessions, judge and report; or compare two that are done"""
+    if any(word == "--compare" or word.startswith("--compare=") for word in arguments):
+        return _compare(list(_repeated(arguments, "--compare")))
+    from editr2.benchmarks.settings import BenchmarkConfig
+
+    config, given = settings.schema_config(
+        BenchmarkConfig,
+        "editr2 benchmark",
+        "Edit the sessions of a benchmark with --policy, or take --images, judge them and report. "
+        "`--compare A B` compares the folders of two that are done.",
+        arguments,
+        EXTRA,
+    )
+    from editr2.benchmarks.run import run_benchmark
+
+    print("\n".join(run_benchmark(config, given["name"], editor=given.get("policy"))))
+    return 0
+
+
+def _repeated(words: Arguments, name: str) -> Iterator[str]:
+    """`--compare A B` as `--compare A --compare B`."""
+    inside = False
+    for word in words:
+        if word.startswith("--"):
+            inside = word == name
+            if not inside:
+                yield word
+        elif inside:
+            yield from (name, word)
+        else:
+            yield word
+
+
+def _compare(arguments: Arguments) -> int:
+    flags = Flags("editr2 benchmark", "Compare the folders of benchmarks, or of runs.")
+    flags.add(
+        "--compare", path=True, action="append", help="the folders, the first is held against"
+    )
+    flags.add(
+        "--out",
+        path=True,
+        check=folder_problem,
+        what="a folder",
+        default="runs/comparison",
+        help="folder for compare.html and the tables",
+    )
+    options = flags.parse(arguments)
+    if len(options["compare"]) < 2:
+        raise ConfigError("--compare: one folder (accepted: two or more: --compare A B)")
+    from editr2.benchmarks.compare import compare
+
+    print("\n".join(compare(options["compare"], options["out"])))
+    return 0
