@@ -1,5 +1,6 @@
-"""Best of n from the rows of benchmarks with several samples of a session (`--samples`): the samples
-that a reward would choose, as a held-out judge scores them. `editr2.judge.best_of` has the numbers.
+"""Best of n from the rows of benchmarks with several samples of a session (`--samples`): what a
+held-out judge says of the samples that a reward would choose. `editr2.judge.best_of` has the
+numbers.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _summed(metrics: Mapping[str, _Turns], weights: Mapping[str, float]) -> _Tur
     weighed = {name: turns for name, turns in metrics.items() if weights.get(name)}
     total = sum(abs(weights[name]) for name in weighed)
     found: _Turns = {}
-    for name, turns in weighed.items():
+    for turns in weighed.values():
         for place, by_turn in turns.items():
             for turn in by_turn:
                 parts = {

@@ -4,9 +4,9 @@
     editr2 benchmark tiger-bench --data FOLDER --reward.name editscore …
     editr2 benchmark my/pairs.jsonl --reward.function my_judge:Judge
 
-The folder of a run has `judges.jsonl`, the record of answers; `scores.jsonl`, what was said of every
-output; `comparisons.jsonl`, what that makes of every pair; `summary.json` and `report.html`. The
-same command again asks only what is not there or failed.
+The folder of a run has `judges.jsonl`, the record of answers; `scores.jsonl`, what was said of
+every output; `comparisons.jsonl`, what that makes of every pair; `summary.json` and `report.html`.
+The same command again asks only what is not there or failed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from editr2.judge.trial import CountingRecord, prepare
 from editr2.rewards.base import shortened, weights_of
 from editr2.rewards.load import load_reward
 from editr2.rewards.panel import Panel
+from editr2.rewards.table import REWARDS
 from editr2.run.identity import provenance, reward_fingerprint
 from editr2.run.processes import Processes
 
@@ -75,7 +76,7 @@ def run_rewards(
     limit: int | None = None,
     processes: Processes | None = None,
 ) -> list[str]:
-    """Does all of it, on every process, and returns what to print.
+    """Does all of it, on every process, and returns what the first is to print.
 
     config: its `reward`, `credit.weights`, `seed`, and `data.resize` stretch or no, of outputs of
     another size than their source (no: as the set's own evaluator has it). name: of the table, or a
@@ -87,6 +88,11 @@ def run_rewards(
     known = pair_set_of(name)
     if known is None:
         raise ConfigError(f"NAME: {name!r} (accepted: {', '.join(PAIR_SETS)}, or a file of pairs)")
+    if not (config.reward.name or config.reward.function or config.reward.use):
+        raise ConfigError(
+            f"reward.name: none (accepted: what is to be judged: {', '.join(REWARDS)}, or "
+            f"package.module:Class)"
+        )
     entry = resolve("benchmark", known, PAIR_SETS, what="NAME")
     assert isinstance(entry, PairSet)
     if data is None and name != known:
@@ -144,6 +150,8 @@ def run_rewards(
         _write(out / SUMMARY, [summary], indent=2)  # last: it says that the scores are whole
     if processes is not None:
         processes.wait()
+    if index:
+        return []
     return [*said, f"scores: {out / SCORES}", f"page: {out / PAGE}"]
 
 

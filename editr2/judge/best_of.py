@@ -10,7 +10,6 @@ curve bends down while k grows, the reward is being pleased at the cost of what 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,8 +133,8 @@ def table(curves: Sequence[Curve]) -> Table | None:
     count, left = curves[0].sessions, max(each.left_out for each in curves)
     note = (
         f"The held-out score of the best of k siblings, over all draws of k; 95 % intervals by a "
-        f"bootstrap over {count} session{'s' * (count != 1)}. k = 1 is the mean. The oracle chooses "
-        f"by the held-out score itself."
+        f"bootstrap over {count} session{'s' * (count != 1)}. k = 1 is the mean; the oracle "
+        f"chooses by the held-out score itself."
     )
     if left:
         note += f" {left} without all scores of all siblings are left out."
@@ -156,10 +155,12 @@ def chart(curves: Sequence[Curve]) -> Chart | None:
         _dots(f"by {each.chosen}", each.value, columns, colour) for colour, each in enumerate(some)
     ]
     series.append(_dots("oracle", some[0].oracle, columns, 5, hollow=True))
-    values = [v for dots in series for v in (*dots.mean, *itertools.chain(*filter(None, dots.ends)))]
+    values = [
+        v for dots in series for v in (*dots.mean, *itertools.chain(*filter(None, dots.ends)))
+    ]
     reach = value_range([v for v in values if v is not None])
     title = f"{some[0].held} of the best of k"
-    svg = dot_chart(title, [str(k) for k in columns], series, reach, "k")
+    svg = dot_chart(title, [str(k) for k in columns], series, value_range(ends), "k")
     legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]
     return Chart(title, svg, legend) if svg else None
 
@@ -170,7 +171,11 @@ def _columns(curves: Sequence[Curve]) -> list[int]:
 
 
 def _dots(
-    label: str, values: Sequence[Estimate], columns: Sequence[int], colour: int, hollow: bool = False
+    label: str,
+    values: Sequence[Estimate],
+    columns: Sequence[int],
+    colour: int,
+    hollow: bool = False,
 ) -> Dots:
     there = [values[k - 1] if k <= len(values) else None for k in columns]
     return Dots(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """Where an image is: row and column, and its place in the cell's list. Called, it decodes it."""
+    """Where an image is: row, column, and its place in the cell's list. Called, it decodes it."""
 
     data: Dataset
     row: int

@@ -1,6 +1,7 @@
-"""EditScore's EditReward-Bench (arXiv 2509.23909; huggingface.co/datasets/EditScore/EditReward-Bench,
-Apache-2.0): 13 subtasks and three dimensions, a pair a row, of which the first output is the better
-one. Read as its own evaluator does (github.com/VectorSpaceLab/EditScore at 6e0f1b9a).
+"""EditScore's EditReward-Bench (arXiv 2509.23909, Apache-2.0;
+huggingface.co/datasets/EditScore/EditReward-Bench): 13 subtasks and three dimensions, a pair a row,
+of which the first output is the better one. Read as its own evaluator does
+(github.com/VectorSpaceLab/EditScore at 6e0f1b9a).
 
 An output that stands in several rows has one key; it is asked about once. Published is, by
 dimension, the mean over subtasks of the share of pairs whose first output scores higher; there a

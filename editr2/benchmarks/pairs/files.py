@@ -1,14 +1,14 @@
-"""Pairs in files: `pairs.jsonl`, our own form, and preference files as HPDv3 and EditReward-Data have
-them.
+"""Pairs in files: `pairs.jsonl`, our own form, and preference files as HPDv3 and EditReward-Data
+have them.
 
 `pairs.jsonl` has an object a line; images are relative to the file, or absolute:
 
     {"id": "k1", "image": "k.png", "win": "a.png", "lose": "b.png", "instruction": "add a cup",
      "task": "subject_add", "margin": 2, "principles": [{"text": "…", "kind": "follow"}]}
 
-A preference file is a list of objects with `prompt`, `path_src`, `path1` and `path2`, of which path1
-is the preferred one by convention. What else such a record says (`choice_dist`, scores of both
-models, `tie_case`) is held against that: a record that contradicts itself is counted and left out.
+A preference file is a list of objects with `prompt`, `path_src`, `path1` and `path2`; path1 is the
+preferred one by convention. What else such a record says (`choice_dist`, scores of both models,
+`tie_case`) is held against that: a record that contradicts itself is counted and left out.
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ def _contradiction(record: Record, tie: bool) -> str | None:
 
 
 def _scores(record: Record) -> tuple[int | None, list[int]]:
-    """Whether the first model's overall score is above (1), equal to (0) or below (-1) the second's,
-    None of none; and the same of every dimension."""
+    """Whether the first model's overall score is above the second's (1), equal to it (0) or below it
+    (-1), None of none; and the same of every dimension."""
     signs: dict[str, int] = {}
     for key, first in record.values.items():
         name = re.fullmatch(r"model1_(\w+)_score", key)

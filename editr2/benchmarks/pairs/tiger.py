@@ -1,12 +1,14 @@
-"""TIGER-Lab's EditReward-Bench (arXiv 2509.26346; huggingface.co/datasets/TIGER-Lab/EditReward-Bench,
-Apache-2.0): two, three or four outputs of an instruction, ranked by people; two may be equal. Read
-as its evaluators do (github.com/TIGER-AI-Lab/EditReward at edb027e), in both of their forms:
+"""TIGER-Lab's EditReward-Bench (arXiv 2509.26346, Apache-2.0;
+huggingface.co/datasets/TIGER-Lab/EditReward-Bench): two, three or four outputs of an instruction,
+ranked by people; two may be equal. Read as its evaluators do
+(github.com/TIGER-AI-Lab/EditReward at edb027e), in both of their forms:
 
 - rows of the dataset, each a pair of a record's outputs: `dataset` says how many it has (2pair,
   3pair, 4pair), `comparison_type` which two these are ("AvsC") and `ranking` which is better;
   rows of one record begin with the same `id` up to the first "_".
-- the folder with EditReward_Bench_2pair.json, _3pair.json and _4pair.json (or one of them): lists of
-  objects with `prompt`, `path_src`, `paths_generated` and `human_vote`, whose `ranking` is "C>A>B".
+- the folder with EditReward_Bench_2pair.json, _3pair.json and _4pair.json (or one of them): lists
+  of objects with `prompt`, `path_src`, `paths_generated` and `human_vote`, whose `ranking` is
+  "C>A>B".
 
 A record is right where all of its pairs are, as published. A label of two equal outputs is right
 where scores differ by no more than a threshold, which is the one that makes the most of all pairs
