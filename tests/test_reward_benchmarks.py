@@ -132,47 +132,47 @@ def test_numbers_are_those_counted_by_hand(judge, tmp_path):
     assert "edit wrong" in page and "edit right" not in page
 
 
-def test_a_failed_pair_is_counted_and_too_many_leave_no_headline(judge, tmp_path):
-    many = {f"right {n}": (0.8, 0.2, "a") for n in range(50)}
-    file = pairs_file(tmp_path, many | {"night": (0.0, 0.6, "a")})
-    summary = run(judge, str(file))
-    assert summary["pairs"]["failed"] == 1 and summary["headline"] == {"accuracy": 1.0}
-    file = pairs_file(tmp_path, dict(list(many.items())[:40]) | {"night": (0.0, 0.6, "a")})
-    summary = run(judge, str(file), out="few")
-    assert summary["headline"] is None and "1 of 41 pairs failed" in summary["why"]
+def test_a_failed_pair_is_counted_and_too_many_leave_no_headline(judge, tmp_path, monkeypatch):
+    file = str(pairs_file(tmp_path, GOOD | {"night": (0.0, 0.6, "a")}))
+    summary = run(judge, file)
+    assert summary["pairs"]["failed"] == 1 and value(summary, "accuracy") == 0.5
+    assert summary["headline"] is None and "1 of 5 pairs failed" in summary["why"]
     assert summary["reasons"]["failed"] == {"light: it is night": 1}
-    said = run_rewards(config(judge), str(file), "few")
-    assert any(line.startswith("no headline: 1 of 41") for line in said)
+    said = run_rewards(config(judge), file, "out")
+    assert any(line.startswith("no headline: 1 of 5") for line in said)
+    monkeypatch.setattr("editr2.benchmarks.rewards.MOST_FAILED", 0.2)
+    assert run(judge, file)["headline"] == {"accuracy": 0.5}
 
 
 # ---------------------------------------------------------------------------- what is asked again
 
 
-def test_what_is_there_is_not_asked_again_and_a_kill_resumes_to_the_same_files(judge, tmp_path):
-    pairs = {f"p{n}": (0.2 + n / 100, 0.9 - n / 100, "ab"[n % 2]) for n in range(40)}
-    file = pairs_file(tmp_path, pairs | {"night": (0.0, 0.6, "a")})
-    run(judge, str(file), out="whole")
-    assert len(judge.ASKED) == 82
+def test_a_kill_resumes_to_the_same_files_and_asks_nothing_twice(judge, tmp_path, monkeypatch):
+    monkeypatch.setattr("editr2.benchmarks.pairs.judging.BLOCK", 8)
+    pairs = {f"p{n}": (0.2 + n / 100, 0.9 - n / 100, "ab"[n % 2]) for n in range(9)}
+    file = str(pairs_file(tmp_path, pairs | {"night": (0.0, 0.6, "a")}))
+    run(judge, file, out="whole")
+    assert len(judge.ASKED) == 20
     for record_stays in (True, False):
         out = tmp_path / f"killed {record_stays}"
         judge.ASKED.clear()
-        judge.STOP[0] = 60  # in the block behind the 4 + 48 that are written
+        judge.STOP[0] = 15  # in the block behind the 4 + 8 that are written
         with pytest.raises(KeyboardInterrupt):
-            run_rewards(config(judge), str(file), out)
+            run_rewards(config(judge), file, out)
         (part,) = out.glob("scores.*.part.jsonl")
-        part.write_text(part.read_text() + '{"output": "p30/w')  # what a killed process leaves
-        assert len(part.read_text().splitlines()) == 1 + 52 + 1
+        assert len(part.read_text().splitlines()) == 1 + 12
+        part.write_text(part.read_text() + '{"output": "p6/w')  # what a killed process leaves
         if not record_stays:
             (out / "judges.jsonl").unlink()
         judge.ASKED.clear()
         judge.STOP[0] = 10**9
-        run(judge, str(file), out=str(out))
-        assert len(judge.ASKED) == (22 if record_stays else 30)
+        run(judge, file, out=str(out))
+        assert len(judge.ASKED) == (5 if record_stays else 8)
         assert not list(out.glob("*.part*"))
         for name in ("scores.jsonl", "comparisons.jsonl", "report.html"):
             assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     judge.ASKED.clear()
-    run(judge, str(file), out="whole")
+    run(judge, file, out="whole")
     assert judge.ASKED == ["night/win"]  # what failed, and nothing else
 
 
@@ -204,7 +204,7 @@ class OneOf:
 
 
 def test_two_processes_share_the_outputs_and_write_the_same(judge, tmp_path):
-    file = pairs_file(tmp_path, {f"p{n}": (0.3 + n / 50, 0.5, "a") for n in range(20)})
+    file = pairs_file(tmp_path, {f"p{n}": (0.3 + n / 50, 0.5, "a") for n in range(6)})
     run(judge, str(file), out="one")
     asked, barrier, table = sorted(judge.ASKED), threading.Barrier(2), {}
     judge.ASKED.clear()
@@ -226,7 +226,7 @@ def test_two_processes_share_the_outputs_and_write_the_same(judge, tmp_path):
 
 
 def test_a_judge_that_is_down_is_not_asked_about_all(judge, tmp_path):
-    file = pairs_file(tmp_path, {f"p{n}": (0.3, 0.5, "a") for n in range(20)})
+    file = pairs_file(tmp_path, {f"p{n}": (0.3, 0.5, "a") for n in range(6)})
     with pytest.raises(UserError, match="no score for any of the first outputs: .*refused"):
         run_rewards(config(judge, "down"), str(file), "out")
     assert len(judge.ASKED) == 4
@@ -385,7 +385,7 @@ def test_tigers_bench_in_both_forms(judge, tmp_path):
         assert value(summary, "with_ties/ways=2") == 0.5
         tied = next(m for m in summary["measures"] if m["key"] == "with_ties/ways=2")
         assert tied["threshold"] == pytest.approx(0.02, abs=0.002)
-        # Three: all right; one pair wrong of three; two right and a tie, a coin's half of the record.
+        # Three: all right; one pair wrong; two right and a tie, of which a coin has half.
         assert value(summary, "accuracy/ways=3") == pytest.approx((3 + 2 + 2.5) / 9, abs=1e-6)
         assert value(summary, "all_right/ways=3") == 0.5
         assert value(summary, "all_right/ways=4") == 1

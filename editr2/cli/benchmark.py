@@ -17,8 +17,8 @@ EXTRA: list[tuple[str, dict[str, Any]]] = [
     (
         "name",
         {
-            "help": "world, mice, edival, gedit, imgedit, or a set of sessions (a path); of rewards: "
-            "editscore-bench, tiger-bench, pairs, preferences (or the path of such a file)"
+            "help": "world, mice, edival, gedit, imgedit, or a set of sessions (a path); of "
+            "rewards: editscore-bench, tiger-bench, pairs, preferences (or the path of such a file)"
         },
     ),
 ]

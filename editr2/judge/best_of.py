@@ -123,22 +123,23 @@ def table(curves: Sequence[Curve]) -> Table | None:
     if not curves:
         return None
     columns = _columns(curves)
-    rows = []
+    rows: list[tuple[str, list[str]]] = []
     for each in curves:
         name = f"{each.held}, chosen by {each.chosen}"
         for label, values in ((name, each.value), (f"{each.held}, oracle", each.oracle)):
-            row = (label, [_cell(values[k - 1]) if k <= len(values) else "-" for k in columns])
+            cells = [_cell(values[k - 1]) if k <= len(values) else "-" for k in columns]
+            row = (label, [*cells, str(each.sessions)])
             if row not in rows:  # an oracle's, of another choice
                 rows.append(row)
-    count, left = curves[0].sessions, max(each.left_out for each in curves)
-    note = (
-        f"The held-out score of the best of k siblings, over all draws of k; 95 % intervals by a "
-        f"bootstrap over {count} session{'s' * (count != 1)}. k = 1 is the mean; the oracle "
-        f"chooses by the held-out score itself."
+    left = max(each.left_out for each in curves)
+    return Table(
+        "Best of k",
+        [*(f"k = {k}" for k in columns), "sessions"],
+        rows,
+        "The held-out score of the best of k siblings, over all draws of k; 95 % intervals by a "
+        "bootstrap over sessions. k = 1 is the mean; the oracle chooses by the held-out score "
+        "itself." + (" Sessions without all scores of all siblings are left out." if left else ""),
     )
-    if left:
-        note += f" {left} without all scores of all siblings are left out."
-    return Table("Best of k", [f"k = {k}" for k in columns], rows, note)
 
 
 def _cell(found: Estimate) -> str:
@@ -155,10 +156,7 @@ def chart(curves: Sequence[Curve]) -> Chart | None:
         _dots(f"by {each.chosen}", each.value, columns, colour) for colour, each in enumerate(some)
     ]
     series.append(_dots("oracle", some[0].oracle, columns, 5, hollow=True))
-    values = [
-        v for dots in series for v in (*dots.mean, *itertools.chain(*filter(None, dots.ends)))
-    ]
-    reach = value_range([v for v in values if v is not None])
+    ends = [end for dots in series for pair in dots.ends if pair for end in pair]
     title = f"{some[0].held} of the best of k"
     svg = dot_chart(title, [str(k) for k in columns], series, value_range(ends), "k")
     legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]

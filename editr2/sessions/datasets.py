@@ -94,7 +94,7 @@ def dataset_rows(
     Raises DataError when there is no such dataset, or no such column.
     """
     with _one_line(f"{path}: "):
-        data = _open(path)
+        data = open_dataset(path)
         names = data.column_names
         if column not in names:
             raise DataError(f"{path}: columns {', '.join(names)} (accepted: {column} among them)")

@@ -223,7 +223,7 @@ def _contradiction(record: Record, tie: bool) -> str | None:
 
 
 def _scores(record: Record) -> tuple[int | None, list[int]]:
-    """Whether the first model's overall score is above the second's (1), equal to it (0) or below it
+    """Whether the first model's overall score is above the second's (1), equal to it (0) or below
     (-1), None of none; and the same of every dimension."""
     signs: dict[str, int] = {}
     for key, first in record.values.items():
