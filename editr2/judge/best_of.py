@@ -146,21 +146,24 @@ def _cell(found: Estimate) -> str:
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
-def chart(curves: Sequence[Curve]) -> Chart | None:
-    """Of the first held-out score: what each choice gives, and the oracle."""
-    some = [each for each in curves if each.held == curves[0].held][:MOST_DRAWN]
-    if not some:
-        return None
-    columns = _columns(some)
-    series = [
-        _dots(f"by {each.chosen}", each.value, columns, colour) for colour, each in enumerate(some)
-    ]
-    series.append(_dots("oracle", some[0].oracle, columns, 5, hollow=True))
-    ends = [end for dots in series for pair in dots.ends if pair for end in pair]
-    title = f"{some[0].held} of the best of k"
-    svg = dot_chart(title, [str(k) for k in columns], series, value_range(ends), "k")
-    legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]
-    return Chart(title, svg, legend) if svg else None
+def charts(curves: Sequence[Curve]) -> list[Chart]:
+    """Of every held-out score: what each choice gives, and the oracle."""
+    found = []
+    for held in dict.fromkeys(each.held for each in curves):
+        some = [each for each in curves if each.held == held][:MOST_DRAWN]
+        columns = _columns(some)
+        series = [
+            _dots(f"chosen by {each.chosen}", each.value, columns, colour)
+            for colour, each in enumerate(some)
+        ]
+        series.append(_dots("oracle", some[0].oracle, columns, MOST_DRAWN, hollow=True))
+        ends = [end for dots in series for pair in dots.ends if pair for end in pair]
+        title = f"{held} of the best of k"
+        svg = dot_chart(title, [str(k) for k in columns], series, value_range(ends), "k")
+        legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]
+        if svg:
+            found.append(Chart(title, svg, legend))
+    return found
 
 
 def _columns(curves: Sequence[Curve]) -> list[int]:

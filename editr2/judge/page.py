@@ -33,12 +33,12 @@ def write_page(
     price: float | None = None,
     rewards: np.ndarray | None = None,
     more: Sequence[Table] = (),
-    chart: Chart | None = None,
+    charts: Sequence[Chart] = (),
     max_sessions: int = 48,
     max_pixels: int = 512,
 ) -> None:
     """rewards: the weighted sums [outputs, T], None of no sum. more: tables behind the others, and
-    a chart behind them. More sessions than max_sessions are thinned evenly; larger images than
+    charts behind them. More sessions than max_sessions are thinned evenly; larger images than
     max_pixels are scaled down."""
     session = sessions_of(trial)
     total = int(session.max()) + 1
@@ -53,7 +53,7 @@ def write_page(
         facts=list(trial.facts.items()),
         notes=[*trial.notes, *call_lines(trial, price), *state_lines(scores)],
         tables=[*tables(trial, scores, agreements), *more],
-        chart=chart,
+        charts=charts,
         sessions=[
             _session(trial, np.flatnonzero(session == n), means, rewards, max_pixels) for n in shown
         ],

@@ -70,8 +70,13 @@ def judge(
     write_scores(out / FILE_NAME, trial, rewards, against)
     curves = best_of.best_of(trial, against, weights) if against else []
     best = best_of.table(curves)
-    more, chart = [] if best is None else [best], best_of.chart(curves)
-    page = {"price": price_per_call, "rewards": rewards, "more": more, "chart": chart}
+    more = [] if best is None else [best]
+    page = {
+        "price": price_per_call,
+        "rewards": rewards,
+        "more": more,
+        "charts": best_of.charts(curves),
+    }
     write_page(out / PAGE, trial, scores, agreements, **page)  # type: ignore[arg-type]
     said = lines(trial, scores, agreements, price_per_call, more)
     if weights is None:

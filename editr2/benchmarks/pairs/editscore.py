@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from editr2.benchmarks.pairs.accuracy import Accuracy, Measure
 from editr2.benchmarks.pairs.cells import Rows
 from editr2.benchmarks.pairs.labelled import Comparison, Labelled, Output, Pair
-from editr2.benchmarks.pairs.printed import cell
+from editr2.benchmarks.pairs.printed import INTERVALS, cell
 from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.table import Source
 from editr2.errors import DataError, shown
@@ -109,7 +109,8 @@ def shown_as(measures: Mapping[str, Measure]) -> Iterator[Table]:
         "Right of pairs",
         [name.replace("_", " ") for name in DIMENSIONS],
         rows,
-        f"Half is chance. Average: the mean over subtasks, as published. Judged: {', '.join(by)}.",
+        f"Half is chance. Average: the mean over subtasks, as published. Judged: {', '.join(by)}. "
+        f"{INTERVALS}",
     )
 
 

@@ -31,7 +31,7 @@ from editr2.benchmarks.pairs.labelled import (
     file_picture,
 )
 from editr2.benchmarks.pairs.lists import json_list
-from editr2.benchmarks.pairs.printed import cell
+from editr2.benchmarks.pairs.printed import INTERVALS, cell
 from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.table import Source
 from editr2.errors import DataError, shown
@@ -114,7 +114,7 @@ def shown_as(measures: Mapping[str, Measure]) -> Iterator[Table]:
         "Right of pairs",
         ["right"],
         rows,
-        "Half is chance."
+        f"Half is chance. {INTERVALS}"
         + (
             " With ties: with the one threshold for equal scores that makes the most right, so "
             "fitted to these answers."

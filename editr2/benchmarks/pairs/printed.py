@@ -9,6 +9,8 @@ from typing import Any
 from editr2.benchmarks.pairs.accuracy import Measure
 from editr2.judge.text import Table, printed
 
+INTERVALS = "95 % intervals by a bootstrap over sources."
+
 
 def cell(measure: Measure | None) -> str:
     """`0.62 [0.55, 0.69] of 212`, or `-` of nothing."""

@@ -28,7 +28,7 @@ from editr2.benchmarks.pairs.accuracy import Accuracy, Measure
 from editr2.benchmarks.pairs.cells import Rows
 from editr2.benchmarks.pairs.labelled import Comparison, Labelled, Output, Pair, file_picture
 from editr2.benchmarks.pairs.lists import json_list
-from editr2.benchmarks.pairs.printed import cell
+from editr2.benchmarks.pairs.printed import INTERVALS, cell
 from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.table import Source
 from editr2.errors import DataError, shown
@@ -96,7 +96,8 @@ def shown_as(measures: Mapping[str, Measure]) -> Iterator[Table]:
         rows,
         "All right: of records, all pairs at once; a coin has 1/2, 1/6, 1/24. Pairs: of those that "
         "people did not tie; half is chance. Pairs and ties: with the one threshold for equal "
-        "scores that makes the most right, so fitted to these answers.",
+        "scores that makes the most right, so fitted to these answers. "
+        f"{INTERVALS}",
     )
 
 
