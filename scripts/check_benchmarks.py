@@ -92,17 +92,17 @@ def stand_ins(names: set[str], folder: Path) -> None:
 
 def check(checkout: Path, file: File) -> bool:
     path = checkout / file.name
+    names = set(file.images(path))
     with tempfile.TemporaryDirectory() as folder:
-        stand_ins(set(file.images(path)), Path(folder))
-        sessions, turns, ids = 0, 0, set()
+        stand_ins(names, Path(folder))
+        sessions, turns = 0, 0
         tasks: Counter[str] = Counter()
         for session in file.read(path, Path(folder)):
             assert session.image.shape == (8, 8, 3)
             sessions, turns = sessions + 1, turns + len(session.turns)
-            ids.add(session.id)
             tasks.update(turn.task or "none" for turn in session.turns)
     right = (sessions, turns) == file.expected
-    print(f"{file.name}: {sessions:,} sessions, {turns:,} turns, {len(ids):,} images' names")
+    print(f"{file.name}: {sessions:,} sessions, {turns:,} turns, {len(names):,} images")
     print(f"  {', '.join(f'{task} {count}' for task, count in sorted(tasks.items()))}")
     if not right:
         print(f"  expected {file.expected[0]:,} sessions, {file.expected[1]:,} turns")

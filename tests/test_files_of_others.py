@@ -282,6 +282,16 @@ def imgedit(folder: Path, bad: Bad) -> Way:
     return Way("imgedit", file, f"{file}:2: id: ")
 
 
+def imgedit_basic(folder: Path, bad: Bad) -> Way:
+    name = placed(folder / "set", bad)
+    file = folder / "set/basic_edit.json"
+    edits = {
+        k: {"id": n, "prompt": "x", "edit_type": "y"} for k, n in (("6", "a.png"), ("7", name))
+    }
+    file.write_text(json.dumps(edits, indent=1))
+    return Way("imgedit-basic", file, f"{file}:7: '7': id: ")
+
+
 def training_rows(name: str) -> list[dict[str, Any]]:
     edits = (
         {"input_images": [n], "output_images": ["c"], "prompt": "x"} for n in ("part/a.png", name)
@@ -349,8 +359,8 @@ def saved(folder: Path, column: str, cells: list[Any]) -> Way:
 
 WAYS: dict[str, Callable[[Path, Bad], Way]] = {
     way.__name__: way
-    for way in (sessions, mice, edival, imgedit, imgedit_training, imgedit_parquet, magicbrush,
-                dataset_of_bytes, dataset_of_paths, magicbrush_dataset)
+    for way in (sessions, mice, edival, imgedit, imgedit_basic, imgedit_training, imgedit_parquet,
+                magicbrush, dataset_of_bytes, dataset_of_paths, magicbrush_dataset)
 }  # fmt: skip
 UNNAMED = ("dataset_of_bytes", "magicbrush_dataset")
 """Ways whose images have no names that could be wrong."""
@@ -772,7 +782,9 @@ def changed(value: Any, pick: random.Random) -> Any:
 
 
 @pytest.mark.parametrize("part", ["some", pytest.param("all", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("way", [sessions, mice, edival, imgedit, imgedit_training, magicbrush])
+@pytest.mark.parametrize(
+    "way", [sessions, mice, edival, imgedit, imgedit_basic, imgedit_training, magicbrush]
+)
 def test_a_mutated_list_loads_or_is_one_line(
     way: Callable[[Path, Bad], Way], part: str, tmp_path: Path
 ) -> None:

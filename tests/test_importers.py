@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from editr2.benchmarks.table import Source, find
 from editr2.cli.main import main
 from editr2.errors import DataError, UserError
 from editr2.sessions import Session, load_sessions, save_sessions, survey, validate
@@ -377,6 +378,153 @@ def test_imgedit_documents_that_are_not_json(tmp_path: Path) -> None:
     )
 
 
+EDIT = {"id": "animal/3.jpg", "prompt": "Make it blue", "edit_type": "adjust"}
+
+
+@pytest.mark.parametrize("name", ["basic_edit.json", "singleturn.json"])
+@pytest.mark.parametrize("place", [".", "original_images", "singleturn"])
+def test_imgedit_basic(tmp_path: Path, name: str, place: str) -> None:
+    image = put(tmp_path / place / "animal/3.jpg", 1)
+    two = {"1082": EDIT, "7": {**EDIT, "prompt": "Add a hat", "edit_type": "add"}}
+    lines(tmp_path / name, two)
+    first, second = taken("imgedit-basic", tmp_path, tmp_path / "out")
+    assert [(s.id, len(s.turns), s.mode) for s in (first, second)] == [
+        ("1082", 1, None),
+        ("7", 1, None),
+    ]
+    assert [(s.turns[0].instruction, s.turns[0].task) for s in (first, second)] == [
+        ("Make it blue", "adjust"),
+        ("Add a hat", "add"),
+    ]
+    assert np.array_equal(first.image, pixels(image))
+
+
+@pytest.mark.parametrize(
+    "second, expected",
+    [
+        ({**EDIT, "id": "animal/4.jpg"}, "7: '1068': id: "),
+        ({**EDIT, "prompt": 5}, "7: '1068': prompt: the number 5 (accepted: a non-empty string)"),
+        ({"id": "animal/3.jpg", "edit_type": "add"}, "7: '1068': prompt: missing (accepted: id, "),
+        ({**EDIT, "score": 1}, "7: '1068': score: unknown field (accepted: id, prompt, edit_ty"),
+        ([EDIT], "7: '1068': a list of 1 (accepted: a name and its object)"),
+    ],
+)
+def test_imgedit_basic_names_what_is_wrong(tmp_path: Path, second: Any, expected: str) -> None:
+    put(tmp_path / "animal/3.jpg", 1)
+    tricky = {**EDIT, "prompt": 'Say "}, {" on it'}
+    file = tmp_path / "basic_edit.json"
+    file.write_text(json.dumps({"1": tricky, "1068": second}, indent=1))
+    message = wrong("imgedit-basic", file, tmp_path / "out")
+    assert message.startswith(f"{file}:{expected}"), message
+
+
+# ------------------------------------------------------------------------------------------- GEdit
+
+
+def gedit_rows(**changes: Any) -> list[dict[str, Any]]:
+    row = {"task_type": "subject-add", "Intersection_exist": True, "input_image": picture(9)}
+    return [
+        {**row, "key": f"k{i}", "instruction": f"edit {i}", "instruction_language": language,
+         "input_image_raw": picture(i), **changes}
+        for i, language in enumerate(("en", "cn", "en"))
+    ]  # fmt: skip
+
+
+def test_gedit(tmp_path: Path) -> None:
+    rows = gedit_rows()
+    folder = saved(rows, tmp_path / "set")
+    for form, numbers in (("gedit", (0, 2)), ("gedit-cn", (1,))):
+        sessions = taken(form, folder, tmp_path / form)
+        assert [s.id for s in sessions] == [f"k{i}" for i in numbers]
+        for session, i in zip(sessions, numbers):
+            (turn,) = session.turns
+            assert (turn.instruction, turn.task) == (f"edit {i}", "subject-add")
+            assert np.array_equal(session.image, np.array(rows[i]["input_image_raw"]))
+            language = rows[i]["instruction_language"]
+            assert session.meta == {
+                "key": f"k{i}",
+                "instruction_language": language,
+                "Intersection_exist": True,
+            }
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"instruction": " "}, "row 0: instruction: blank string"),
+        ({"instruction_language": "fr"}, "row 0: instruction_language: 'fr' (accepted: en, cn)"),
+        ({"instruction_language": "cn"}, "instruction_language: no row in 'en'"),
+        ({"input_image_raw": None}, "row 0: input_image_raw: missing (accepted: an image)"),
+        ({"task_type": ...}, "row 0: task_type: missing (accepted: key, task_type, instruction, "),
+        ({"input_image_raw": ...}, "columns task_type, Intersection_exist, input_image, key, "),
+        ({"input_image_raw": 3}, "input_image_raw: a column of "),
+    ],
+)
+def test_gedit_names_what_is_wrong(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = gedit_rows(**{k: v for k, v in changes.items() if v is not ...})
+    rows = [{k: v for k, v in row.items() if changes.get(k) is not ...} for row in rows]
+    data = datasets.Dataset.from_list(rows)
+    if changes == {"input_image_raw": None}:
+        data = data.cast_column("input_image_raw", datasets.Image())
+    data.save_to_disk(str(tmp_path / "set"))
+    message = wrong("gedit", tmp_path / "set", tmp_path / "out")
+    assert message.startswith(f"{tmp_path / 'set'}: {expected}"), message
+
+
+# ------------------------------------------------------------------------------------ benchmarks
+
+
+def test_the_sets_of_benchmarks(tmp_path: Path) -> None:
+    """What an entry reads: one image under one id, whatever file names it; nothing decoded yet."""
+    put(tmp_path / "dataset/source_image/a1.jpg", 1)
+    for mode in ("cm", "cu"):
+        lines(tmp_path / f"dataset/{mode}/test_metadata.jsonl", *[mice_record()] * 2)
+    whole = list(find("mice").read(Source(tmp_path)))
+    assert [s.id for s in whole] == ["cm-a1", "cm-a1-2", "cu-a1", "cu-a1-2"]
+    (cu, _) = find("mice").read(Source(tmp_path / "dataset/cu/test_metadata.jsonl"))
+    assert (cu.id, cu.mode, len(cu.turns)) == ("cu-a1", "cu", 2)
+    elsewhere = put(tmp_path / "elsewhere/a1.jpg", 2)
+    (first, *_) = find("mice").read(Source(tmp_path / "dataset", elsewhere.parent))
+    assert np.array_equal(first.image, pixels(elsewhere))
+    put(tmp_path / "animal/3.jpg", 1).write_bytes(b"no image")
+    lines(tmp_path / "basic_edit.json", {"1": EDIT, "2": EDIT})
+    assert [s.id for s in find("imgedit").read(Source(tmp_path))] == ["1", "2"]
+    folder = saved(gedit_rows(), tmp_path / "set")
+    for name, ids in (("gedit", ["k0", "k2"]), ("gedit-cn", ["k1"])):
+        assert [s.id for s in find(name).read(Source(folder))] == ids
+    own = save_sessions(whole, tmp_path / "own")
+    read = list(find("sessions").read(Source(own.parent)))
+    assert [s.id for s in read] == [s.id for s in whole]
+    assert all(callable(vars(s)["image"]) for s in (*whole, *read))
+
+
+@pytest.mark.parametrize(
+    "name, source, expected",
+    [
+        *(
+            (name, Source(None), "--data: none (accepted: ")
+            for name in ("mice", "edival", "gedit", "imgedit", "sessions")
+        ),
+        ("mice", Source(Path("here")), "here/cm/test_metadata.jsonl: no such file (accepted: cm/"),
+        ("mice", Source(Path("here/x.jsonl")), "here/x.jsonl: in a folder 'here' (accepted: cm or"),
+        ("edival", Source(Path("here")), "here: a folder (accepted: one file in it: "),
+        ("gedit", Source(Path("here")), "here: no dataset (accepted: hf:stepfun-ai/GEdit-Bench"),
+        ("gedit", Source(Path("here"), Path("there")), "--sources: there (accepted: nothing"),
+        ("imgedit", Source(Path("here")), "here: a folder (accepted: one file in it: "),
+        ("sessions", Source(Path("here")), "here: no sessions.jsonl in the folder"),
+    ],
+)
+def test_a_benchmark_without_its_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: Source, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines(Path("here/x.jsonl"), mice_record())
+    with pytest.raises(UserError) as caught:
+        list(find(name).read(source))
+    assert str(caught.value).startswith(expected), str(caught.value)
+
+
 # --------------------------------------------------------------------------------------- MagicBrush
 
 
@@ -600,14 +748,15 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         (
             ("coco", "x"),
             {},
-            r"format: 'coco' \(accepted: mice, edival, imgedit, magicbrush, sessions\)",
+            r"format: 'coco' \(accepted: mice, edival, imgedit, imgedit-basic, magicbrush, gedit, "
+            r"gedit-cn, sessions\)",
         ),
         (("mice", tmp_path), {"mode": "c"}, r"--mode: 'c' \(accepted: cm, cu\)"),
         (("mice", tmp_path), {"limit": 0}, r"--limit: 0 \(accepted: 1 or more\)"),
         (
             ("mice", "hf:a/b"),
             {},
-            r"'mice' \(accepted for a Hugging Face dataset: magicbrush, sessions\)",
+            r"'mice' \(accepted for a Hugging Face dataset: gedit, gedit-cn, magicbrush, sess",
         ),
         (
             ("sessions", tmp_path),

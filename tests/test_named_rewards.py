@@ -16,7 +16,16 @@ import pytest
 from editr2.config import RewardConfig
 from editr2.config.settings import RewardUse
 from editr2.errors import ConfigError
-from editr2.rewards import edit_r2, editscore, edival, pku, rational, unifiedreward, viescore
+from editr2.rewards import (
+    edit_r2,
+    editscore,
+    edival,
+    imgedit,
+    pku,
+    rational,
+    unifiedreward,
+    viescore,
+)
 from editr2.rewards.ask import Asker
 from editr2.rewards.base import Item
 from editr2.rewards.client import Failure
@@ -1202,6 +1211,59 @@ def test_four_aspects(asked, form, values, released, overall):
     assert row["text_rendering"].applies == (values[3] != "N/A")
 
 
+def marks(*values, names=("Request", "Look", "Physical & Detail"), reason="all 3 cups are red"):
+    said = "\n".join(f"{name}: {value}" for name, value in zip(names, values))
+    return f"Brief reasoning: {reason}\n{said}"
+
+
+@pytest.mark.parametrize(
+    ("says", "value", "why"),
+    [
+        (marks(5, 4, 3), 0.8, "all 3 cups are red"),
+        (marks(1, 1, 1), 0.2, ""),
+        (marks(5, 4, 4, reason="colour: 3"), 13 / 15, ""),
+        ("**Request**: **4**\n\n- Look: 3/5\n3. Detail: 5.\nAverage: 4.0", 0.8, ""),
+        ("<think>A: 1\nB: 1\nC: 1</think>A: 5\nB: 5\nC: 5", 1, ""),
+        (marks(5, 4), None, "2 lines of `name: number`"),
+        (marks(5, 4, "good"), None, "2 lines of `name: number`"),
+        (marks(5, 4, 3, 2, names="abcd"), None, "4 lines of `name: number`"),
+        (marks(5, 6, 3), None, "Look: '6.0' is out of range"),
+        (marks(5, 0, 3), None, "out of range"),
+        (marks(5, 4.5, 3), None, "no whole number"),
+        ("I'm sorry", None, "0 lines of `name: number`"),
+        (Failure("503"), None, "503"),
+    ],
+)
+def test_three_marks(asked, says, value, why):
+    """Their mean over 5, which a benchmark shows times 5."""
+    reward = asked(imgedit.ImgEdit, lambda text, images: says)
+    score = one(reward, session(turn("adjust")), AFTER)["score"]
+    assert score.value == (None if value is None else pytest.approx(value, abs=1e-12))
+    assert score.failed == (value is None) and why in (score.reason or "")
+
+
+@pytest.mark.parametrize("kind", imgedit.TYPES)
+def test_a_kind_of_edit_has_its_own_rubric(asked, kind):
+    reward = asked(imgedit.ImgEdit, marks(5, 5, 5))
+    asking = session(turn(kind), turn(kind, "Do [it]"))
+    assert one(reward, asking, AFTER, LATER)["score"].value == 1 and reward.lacks(asking) is None
+    (call,) = reward.client.asked
+    words = {name: text.strip() for name, text in reward.prompts.texts.items()}
+    assert call["text"] == words.pop(kind).replace("{instruction}", "Do it")
+    assert len({*words.values()}) == len(words) == len(imgedit.TYPES) - 1
+    assert [pixel_digest(i) for i in call["images"]] == [pixel_digest(AFTER), pixel_digest(LATER)]
+
+
+@pytest.mark.parametrize(("kind", "why"), [("recolour", "'recolour'"), (None, "no kind of edit")])
+def test_an_edit_of_another_kind_fails(asked, kind, why):
+    reward = asked(imgedit.ImgEdit, marks(5, 5, 5))
+    asking = session(turn("add"), turn(kind))
+    score = one(reward, asking, AFTER, LATER)["score"]
+    assert score.failed and why in score.reason and "add, adjust, extract" in score.reason
+    assert reward.lacks(asking).startswith(f"score fails, turn 2: no {'kind' * (kind is None)}")
+    assert not reward.client.asked
+
+
 def test_images_stand_where_a_prompt_has_a_place_for_each():
     assert rational.placed("a <image> b <image>\n", [1, 2]) == ["a ", 1, " b ", 2]
     assert rational.placed("a <image> b", [1, 2]) == [1, 2, "a <image> b"]
@@ -1266,6 +1328,7 @@ def test_the_modes_of_asking(server):
         ("editscore", {"url": "http://x", "answers": "logprobs"}, "options.answers"),
         ("rational", {"url": "http://x", "scores": ["SC"]}, "overall"),
         ("pku", {"url": "http://x", "prompts": "/nowhere"}, "score.md"),
+        ("imgedit", {"url": "http://x", "ask": "direct"}, "options.ask"),
     ],
 )
 def test_a_wrong_option_is_one_line(name, options, says):
@@ -1302,13 +1365,21 @@ WAYS = {
     "unifiedreward": ("vie", unifiedreward.UnifiedReward.PLACES),
     "pku": ("pku", pku.PLACES),
     "rational": ("rational", rational.PLACES),
+    "imgedit": ("imgedit", imgedit.PLACES),
 }
 
 
 def checkout(places, folder):
     """A checkout whose files have our own words where the project has its prompts."""
     files: dict[str, list[str]] = {}
+    texts: dict[str, dict[str, str]] = {}
     for key, place in places.items():
+        if place.file.endswith(".json"):
+            words = {name: f'words of {name}, {{"a": 1}}: {" ".join(place.fields)}'
+                     for name in place.names}  # fmt: skip
+            files[place.file] = [json.dumps(texts.setdefault(place.file, {}) | words)]
+            texts[place.file] |= words
+            continue
         lines = files.setdefault(place.file, ['raise RuntimeError("this was run")'])
         fields = " ".join(place.fields) or "none"
         for name in place.names:
@@ -1342,6 +1413,9 @@ def test_the_prompts_of_a_checkout(name, tmp_path):
         assert all(f"words of {word}" in text for word in words.split()) and tail == ""
         assert all(f"<{ours_}>" in text for ours_ in place.fields.values())
         assert text.count('{"a": 1}') == len(place.names) == text.count("{")
+    if name == "imgedit":
+        file = prompts_of(folder, f"{given}/Benchmark/Basic/prompts.json", places=places)
+        assert (file.texts, file.origin) == (theirs.texts, theirs.origin)
     if name == "editscore":
         assert " 25 and" in theirs.texts["pq"] and " 10 and" not in theirs.texts["pq"]
 
@@ -1356,6 +1430,17 @@ def test_a_checkout_that_has_its_prompts_elsewhere_is_one_line(tmp_path):
         file.write_text(text)
         with pytest.raises(ConfigError, match=says):
             prompts_of("edival", str(given), places=edival.PLACES)
+    given = checkout(imgedit.PLACES, tmp_path / "others")
+    file = given / imgedit.PLACES["add"].file
+    for text, says in (
+        ('{"add": "x"}', "no prompt in adjust"),
+        ('{"add": 3}', "no prompt in add"),
+        ("[]", "no prompt in add"),
+        ("{", "Expecting property name"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            prompts_of("imgedit", str(given), places=imgedit.PLACES)
 
 
 def test_prompts_of_ones_own(tmp_path):

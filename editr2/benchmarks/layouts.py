@@ -82,9 +82,10 @@ class Layout(NamedTuple):
 def _edival(folder: Path, sessions: Sequence[Session], way: str) -> dict[str, Turns]:
     """A folder as EdiVal's generate.py writes it, or that of a benchmark of ours."""
     root = next((r for r in (folder / way, folder / FOLDER / way) if r.is_dir()), None)
-    there = set() if root is None else set(os.listdir(root))
-    names, found = file_names(sessions), dict[str, Turns]()
-    for session in sessions if root is not None else ():
+    if root is None:
+        return {}
+    there, names, found = set(os.listdir(root)), file_names(sessions), dict[str, Turns]()
+    for session in sessions:
         files = [turn_file(names[session.id], t) for t in range(len(session.turns))]
         found[session.id] = [root / file if file in there else None for file in files]
     return found
@@ -174,6 +175,10 @@ LAYOUTS: dict[str, Layout] = {
 """Of generated images. Sets of single edits make no difference between multi- and single-pass."""
 
 
+class NoImages(DataError):
+    """There is no image of a pass."""
+
+
 @dataclass(frozen=True)
 class Images:
     """The images of a pass that were found.
@@ -230,9 +235,9 @@ def find_images(
     """The sessions' images of a pass, in the first of `layouts` (names of `LAYOUTS`) in which there
     is any. What is missing is None. resize: as `data.resize`.
 
-    Raises DataError: for a folder without an image of any session, and for an image that cannot be
-    read (by its header, here) or, unless it is resized, has another size than its session's; it
-    names the file.
+    Raises NoImages for a folder without an image of any session, and DataError for an image that
+    cannot be read (by its header, here) or, unless it is resized, has another size than its
+    session's; it names the file.
     """
     if not folder.is_dir():
         raise DataError(f"{shown(folder)}: no such folder (accepted: one of generated images)")
@@ -245,7 +250,7 @@ def find_images(
                 _check(found[session.id], session, resize)
             return Images(way, name, folder, found, resize)
     looked_for = "; ".join(LAYOUTS[name].files.replace("PASS", way) for name in held)
-    raise DataError(
+    raise NoImages(
         f"{shown(folder)}: {way}: no image of any of {len(sessions)} sessions (accepted: "
         f"{looked_for or 'nothing; such images can be of ' + ', '.join(_ways(layouts))}; an ID is "
         f"{some(file_names(sessions).values())})"

@@ -4,8 +4,8 @@ A measure has a key, `NAME@TURN/GROUP`: `IF@2`, `success@last`, `GA@5/turns=5`, 
 `IF/task=subject_add` (of all turns). Groups are there only where there is more than one of a sort:
 of tasks, of modes, of lengths of sessions.
 
-- turns: the mean of every metric by turn, as MICE-Bench reports. In a single pass that of a turn is
-  over all that was asked of its image.
+- turns: the mean of every metric by turn, as MICE-Bench reports; in a single pass of the turn's own
+  instruction, and beside it of all that was asked of its image (IF_of_all@t).
 - edival: success@t, the share of sessions of which IF of every turn up to t is 1 (EdiVal's
   `image_rate`; in a single pass, of all that was asked of the image of t); marginal@t, mean IF of
   the instruction of t (its `task_rate`); in a single pass task_rate@t, mean IF of all that was
@@ -90,7 +90,7 @@ def label_of(name: str, turn: When = None, group: str | None = None) -> str:
 def group_label(group: str) -> str:
     """A group as tables write it."""
     sort, _, one = group.partition("=")
-    return f"{one} turns" if sort == "turns" else one
+    return f"{one} turn{'s' * (one != '1')}" if sort == "turns" else one
 
 
 NAMES = {
@@ -104,6 +104,7 @@ ENDINGS = {
     "_of_means": " (root of means)",
     "_of_roots": " (mean of roots)",
     "_of_images": " (mean of images)",
+    "_of_all": " of all asked",
 }
 
 
@@ -114,6 +115,14 @@ class _Items:
 
     values: np.ndarray
     states: np.ndarray
+
+    @property
+    def joined(self) -> bool:
+        """Several instructions were asked about of one image."""
+        turns, asked = self.states.shape[2:]
+        other = self.states != NONE
+        other[:, :, range(min(turns, asked)), range(min(turns, asked))] = False
+        return bool(other.any())
 
     def over(self, chosen: np.ndarray) -> _Value:
         """The mean of those chosen, bool [N, T, A], that there are."""
@@ -138,7 +147,6 @@ class _Set:
         self.turns = max((row.turns for row in rows), default=0)
         self.samples = max((row.sample for row in rows), default=0)
         self.metrics = list(dict.fromkeys(row.metric for row in rows))
-        self.joined = any(row.asked != row.turn for row in rows)
         shape = (self.sessions, self.samples, self.turns, self.turns)
         self.of = {
             name: _Items(np.full(shape, np.nan), np.full(shape, NONE, np.int8))
@@ -204,7 +212,9 @@ def _by_turn(
 
 def _turns(rows: _Set) -> Iterator[Measure]:
     for name, items in rows.of.items():
-        yield from _by_turn(rows, name, items.over, rows.all)
+        yield from _by_turn(rows, name, items.over, rows.own)
+        if items.joined:
+            yield from _by_turn(rows, f"{name}_of_all", items.over, rows.all)
 
 
 def _edival(rows: _Set) -> Iterator[Measure]:
@@ -213,7 +223,7 @@ def _edival(rows: _Set) -> Iterator[Measure]:
         success = _success(rows, follow)
         yield from _by_turn(rows, "success", success.over)
         yield from _by_turn(rows, "marginal", follow.over, rows.own)
-        if rows.joined:
+        if follow.joined:
             yield from _by_turn(rows, "task_rate", follow.over, rows.all)
     for name, items in rows.of.items():
         if name != "IF":
@@ -236,7 +246,7 @@ def _success(rows: _Set, follow: _Items) -> _Items:
     values, states = np.full(shape, np.nan), np.full(shape, NONE, np.int8)
     turns = range(rows.turns)
     for t in turns:
-        pairs = [(t, a) if rows.joined else (a, a) for a in range(t + 1)]
+        pairs = [(t, a) if follow.joined else (a, a) for a in range(t + 1)]
         said = np.stack([follow.values[:, :, i, a] for i, a in pairs], -1)
         state = np.stack([follow.states[:, :, i, a] for i, a in pairs], -1)
         unknown = (state >= FAILED) | (state == NONE)

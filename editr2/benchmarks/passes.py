@@ -49,13 +49,23 @@ class Pass:
     """edited: the sessions to roll out. reads: each turn reads the exact image of the one before.
     questions: to ask where so many turns have an image (all of them up to the first gap in a chain,
     any in others). chained: without an image of one turn the later ones cannot be judged. leaves:
-    metrics that mean nothing here."""
+    metrics that mean nothing here. once: metrics of an image as it is, whatever it was told, so
+    that they are asked of it once where it has several instructions to follow."""
 
     edited: Callable[[Session], Iterator[Edited]]
     questions: Callable[[Session, Sequence[bool]], Iterator[Question]]
     chained: bool = False
     reads_exact: bool = False
     leaves: frozenset[str] = frozenset()
+    once: frozenset[str] = frozenset()
+
+    def metrics(self, names: Sequence[str], turn: int, asked: int) -> tuple[str, ...]:
+        """Those of `names` that an image of `turn` has for the instruction of turn `asked`."""
+        return tuple(
+            name
+            for name in names
+            if name not in self.leaves and (asked == turn or name not in self.once)
+        )
 
 
 def _whole(session: Session) -> Iterator[Edited]:
@@ -100,6 +110,6 @@ def _from_exact(session: Session, there: Sequence[bool]) -> Iterator[Question]:
 
 PASSES: Mapping[str, Pass] = {
     "multipass": Pass(_whole, _chain, chained=True),
-    "singlepass": Pass(_joined, _each_of, leaves=frozenset({"GA"})),
+    "singlepass": Pass(_joined, _each_of, leaves=frozenset({"GA"}), once=frozenset({"CC", "PQ"})),
     "exact": Pass(_whole, _from_exact, reads_exact=True),
 }

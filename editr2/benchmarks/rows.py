@@ -70,7 +70,7 @@ class Row:
 def read_rows(file: Path) -> list[Row]:
     """All rows of a file. Raises DataError with the line that is none."""
     return [
-        _row(f"{file}:{number}", record)
+        row_of(f"{file}:{number}", record)
         for number, raw in lines_of(file)
         for record in (_parsed(f"{file}:{number}", raw),)
     ]
@@ -94,7 +94,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 """Keys that every line has."""
 
 
-def _row(where: str, record: dict[str, Any]) -> Row:
+def row_of(where: str, record: dict[str, Any]) -> Row:
+    """Of a line's object. Raises DataError, which begins with `where`, for one that is no row."""
     for key, kinds in _TYPES.items():
         if not isinstance(record.get(key), kinds) or isinstance(record.get(key), bool):
             raise DataError(

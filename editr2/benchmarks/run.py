@@ -13,20 +13,22 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from editr2.benchmarks import page, strips, summary, tables, text
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
-from editr2.benchmarks.layouts import Images, find_images, generations
-from editr2.benchmarks.rows import FILE_NAME
+from editr2.benchmarks.layouts import Images, NoImages, find_images, generations
+from editr2.benchmarks.rows import FILE_NAME, read_rows
 from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
 from editr2.benchmarks.sized import sized
 from editr2.benchmarks.table import Benchmark, Source, find
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, DataError
 from editr2.judge.trial import CountingRecord
 from editr2.policies.load import open_policy
 from editr2.policies.rules import check_config
@@ -50,10 +52,11 @@ def run_benchmark(config: BenchmarkConfig, name: str, *, editor: str | None = No
     `UserError` for whatever is wrong with what was given, before anything is made."""
     name, config = named(config, name)
     kind = find(name)
+    asked = bool(config.passes)
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
-    return Run(config, name, kind, open_processes(), editor).stages()
+    return Run(config, name, kind, open_processes(), editor, asked).stages()
 
 
 class Run:
@@ -66,10 +69,14 @@ class Run:
         kind: Benchmark,
         processes: Processes,
         editor: str | None,
+        asked: bool = False,
     ) -> None:
+        """asked: for the passes by name; else one without images is left out."""
         self.name, self.kind, self.processes = name, kind, processes
-        self.config = config if config.images else check_config(config, "eval")
-        self.out = Path(config.out)
+        self.config = config
+        if not config.images:
+            self.config = cast(BenchmarkConfig, check_config(config, "eval"))
+        self.asked, self.out = asked, Path(config.out)
         self.about: dict[str, Any] = _read(self.out / IDENTITY)
         self.editor = editor or config.images or config.policy.weights or config.policy.model
         self.record = CountingRecord(self.out, index=processes.index, cache=config.reward.cache)
@@ -92,6 +99,10 @@ class Run:
             return []
         return self._report(sessions, images)
 
+    def _say(self, line: str) -> None:
+        if self.processes.main:
+            print(line, file=sys.stderr, flush=True)
+
     # ---------------------------------------------------------------------------------- generate
 
     def _sessions(self, **how: Any) -> list[Session]:
@@ -102,8 +113,6 @@ class Run:
             c.turns,
             c.sessions or 100,
         )
-        if source.path is None and not self.kind.makes_sessions:
-            raise ConfigError(f"--data: none (accepted for {self.name}: its file or folder)")
         sessions = self.kind.read(source)
         limit = None if self.kind.makes_sessions else c.sessions
         return sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
@@ -112,10 +121,23 @@ class Run:
         """Images that were made elsewhere."""
         folder = Path(str(self.config.images))
         sessions = self._sessions(size=None)
-        found = {
-            way: [find_images(folder, sessions, way, self.kind.layouts, self.config.data.resize)]
-            for way in self.config.passes
-        }
+        found, absent = dict[str, list[Images]](), list[DataError]()
+        for way in self.config.passes:
+            try:
+                images = find_images(
+                    folder, sessions, way, self.kind.layouts, self.config.data.resize
+                )
+            except NoImages as error:
+                if self.asked:  # for these passes by name
+                    raise
+                absent.append(error)
+                continue
+            found[way] = [images]
+            self._say(images.line())
+        for problem in absent:
+            if not found:
+                raise problem
+            self._say(f"note: {problem}")
         files = [
             [str(path), *_stamp(path)]
             for images in found.values()
@@ -224,18 +246,41 @@ class Run:
             sessions,
             images,
             panel,
-            self.record,
             self.processes,
             seed=self.config.seed,
-            exact=self.kind.exact,
             digest=digest,
+            exact=self.kind.exact,
         )
         self._write()
 
     # ------------------------------------------------------------------------------------ report
 
     def _report(self, sessions: Sequence[Session], images: Mapping[str, list[Images]]) -> list[str]:
-        raise NotImplementedError
+        """Of the main process."""
+        if not (self.out / FILE_NAME).is_file():
+            return [f"images: {generations(self.out)}"] if not self.config.images else []
+        found = self._summary(FILE_NAME, sessions, self.about)
+        other = None
+        if (self.out / AGAINST_FILE).is_file() and "against" in self.about:
+            about = self.about | {"judged": self.about["against"]}
+            other = found["against"] = self._summary(AGAINST_FILE, sessions, about)
+        summary.write(self.out / summary.FILE_NAME, found)
+        strips.write_strips(self.out, sessions, {way: of[0] for way, of in images.items()})
+        files = [
+            self.out / FILE_NAME,
+            self.out / summary.FILE_NAME,
+            *tables.write(self.out, tables.paper_table([found])),
+            page.write_page(self.out),
+        ]
+        said = text.lines(found, files)
+        return said if other is None else [*text.lines(other), "", *said]
+
+    def _summary(
+        self, file: str, sessions: Sequence[Session], about: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        ways = set(self.config.passes)
+        rows = [row for row in read_rows(self.out / file) if row.way in ways]
+        return summary.summarise(rows, sessions, self.kind, about)
 
     # ---------------------------------------------------------------------------------- identity
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from editr2.cli import settings
 from editr2.cli.flags import Arguments, Flags
 from editr2.config.rules import folder_problem
-from editr2.errors import ConfigError
 
 if TYPE_CHECKING:
     from editr2.benchmarks.settings import BenchmarkConfig
@@ -51,8 +50,14 @@ def command(arguments: Arguments) -> int:
 def _judge_reward(config: BenchmarkConfig, name: str) -> int:
     """Of a set of labelled pairs, which judge a reward and no editor."""
     from editr2.benchmarks import rewards
+    from editr2.errors import ConfigError
     from editr2.run.processes import open_processes
 
+    if config.against.given:
+        raise ConfigError(
+            f"against: accepted with sessions (accepted with {name}: each reward in a folder of "
+            f"its own)"
+        )
     said = rewards.run_rewards(
         config,
         name,
@@ -94,8 +99,6 @@ def _compare(arguments: Arguments) -> int:
         help="folder for compare.html and the tables",
     )
     options = flags.parse(arguments)
-    if len(options["compare"]) < 2:
-        raise ConfigError("--compare: one folder (accepted: two or more: --compare A B)")
     from editr2.benchmarks.compare import compare
 
     print("\n".join(compare(options["compare"], options["out"])))

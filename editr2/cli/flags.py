@@ -288,11 +288,21 @@ def from_text(text: str, hint: Any) -> Any:
     ]
     if all(kind is str or get_origin(kind) is Literal for kind in kinds):
         return text
-    value = _scalar(text)
-    if isinstance(value, str) and any(get_origin(kind) in (list, tuple) for kind in kinds):
-        parts = re.split(r"[,x]", value)
-        return [_scalar(part) for part in parts] if len(parts) > 1 else value
+    value, lists = _scalar(text), [k for k in kinds if get_origin(k) in (list, tuple)]
+    if isinstance(value, str) and lists:
+        # A size is written with an x, which a name may hold.
+        named = all(get_args(kind)[0] is str for kind in lists)
+        parts = re.split(r"," if named else r"[,x]", value)
+        value = [_scalar(part) for part in parts] if len(parts) > 1 else value
+    if not isinstance(value, list) and len(kinds) == 1 and _is_of_any_length(kinds[0]):
+        return [value]
     return value
+
+
+def _is_of_any_length(kind: Any) -> bool:
+    """A list of so many texts or numbers as are given: one alone is one, too."""
+    item, *rest = get_args(kind) or (None,)
+    return get_origin(kind) in (list, tuple) and item in (str, int, float) and rest in ([], [...])
 
 
 def _scalar(text: str) -> Any:

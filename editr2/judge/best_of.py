@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,25 @@ def curve(chosen: str, chooser: np.ndarray, held_by: str, held: np.ndarray) -> C
         int(whole.sum()),
         int((~whole).sum()),
     )
+
+
+def written(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """For JSON: [value, low, high] of k = 1 … n."""
+
+    def plain(values: Sequence[Estimate]) -> list[list[float]]:
+        return [[round(x, 6) for x in (found.value, found.low, found.high)] for found in values]
+
+    return [
+        {
+            "chosen": each.chosen,
+            "held": each.held,
+            "value": plain(each.value),
+            "oracle": plain(each.oracle),
+            "sessions": each.sessions,
+            "left_out": each.left_out,
+        }
+        for each in curves
+    ]
 
 
 # ------------------------------------------------------------------------------------------ trials

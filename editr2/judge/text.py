@@ -77,26 +77,29 @@ def lines(
     """All of it for a terminal. more: tables behind the others."""
     said = [headline(trial), *(f"{name}: {text}" for name, text in trial.facts.items())]
     for table in [*tables(trial, scores, agreements), *more]:
-        said += printed(table)
+        said += ["", *laid_out(table)]
     said = [line.replace("±", "+-") for line in said]
     return [*said, "", *call_lines(trial, price), *state_lines(scores)]
 
 
-def printed(table: Table) -> list[str]:
-    """For a terminal, behind an empty line."""
+def laid_out(table: Table, limit: int | None = None) -> list[str]:
+    """A table for a terminal. limit: of its width; columns that have no room stand below."""
     width = max(len(name) for name, _ in table.rows) + 2
     columns = [
         max(len(table.head[c]), *(len(cells[c]) for _, cells in table.rows)) + 2
         for c in range(len(table.head))
     ]
-    head = "".join(name.rjust(n) for name, n in zip(table.head, columns, strict=True))
-    said = ["", table.title, " " * width + head]
-    for name, cells in table.rows:
-        said.append(
-            name.ljust(width)
-            + "".join(cell.rjust(n) for cell, n in zip(cells, columns, strict=True))
-        )
-    return [*said, *textwrap.wrap(table.note, 100)]
+    blocks: list[list[int]] = [[]]
+    for c, n in enumerate(columns):
+        if blocks[-1] and limit and width + sum(columns[b] for b in blocks[-1]) + n > limit:
+            blocks.append([])
+        blocks[-1].append(c)
+    said = [table.title]
+    for block in blocks:
+        said.append(" " * width + "".join(table.head[c].rjust(columns[c]) for c in block))
+        for name, cells in table.rows:
+            said.append(name.ljust(width) + "".join(cells[c].rjust(columns[c]) for c in block))
+    return said + textwrap.wrap(table.note, 100)
 
 
 def call_lines(trial: Trial, price: float | None = None) -> list[str]:

@@ -220,16 +220,7 @@ def _sessions(evaluation: EvaluationRow | None) -> str:
 # Charts
 
 
-@dataclass(frozen=True)
-class Chart:
-    title: str
-    svg: Markup
-    legend: Sequence[tuple[str, int, str]] = ()
-    """(label, colour, "dot", "hollow" or "bar")."""
-    note: str = ""
-
-
-def _curves(run: RecordedRun) -> list[Chart]:
+def _curves(run: RecordedRun) -> list[charts.Chart]:
     if not run.train:
         return []
     x = [row.iteration for row in run.train]
@@ -238,7 +229,7 @@ def _curves(run: RecordedRun) -> list[Chart]:
     def scalar(key: str) -> charts.Line:
         return charts.Line("", x, [row.scalars.get(key) for row in run.train], 0)
 
-    def lines(title: str, of: Sequence[charts.Line], note: str = "") -> Chart | None:
+    def lines(title: str, of: Sequence[charts.Line], note: str = "") -> charts.Chart | None:
         return _chart(title, charts.line_chart(title, of, window=window), note)
 
     scores = [
@@ -272,9 +263,9 @@ def _in_words(names: Iterable[str]) -> str:
     return f"{', '.join(known)}." if known else ""
 
 
-def _chart(title: str, svg: Markup | None, note: str = "") -> Chart | None:
+def _chart(title: str, svg: Markup | None, note: str = "") -> charts.Chart | None:
     """None where there was nothing to draw."""
-    return Chart(title, svg, note=note) if svg else None
+    return charts.Chart(title, svg, note=note) if svg else None
 
 
 def _reward_lines(run: RecordedRun, x: Sequence[float]) -> list[charts.Line]:
@@ -289,14 +280,14 @@ def _reward_lines(run: RecordedRun, x: Sequence[float]) -> list[charts.Line]:
     ]
 
 
-def _ratio_chart(ratio: charts.Line) -> Chart | None:
+def _ratio_chart(ratio: charts.Line) -> charts.Chart | None:
     exact = sum(value == 0 for value in ratio.y)
     exactly = f"; exactly 0 in {exact} of {len(ratio.x)} iterations." if exact else "."
     note = f"|ratio − 1| when the rollout is replayed before the update{exactly}"
     return _chart("Ratio error", charts.log_chart("Ratio error", ratio), note)
 
 
-def _evaluated_chart(run: RecordedRun) -> Chart | None:
+def _evaluated_chart(run: RecordedRun) -> charts.Chart | None:
     """The evaluations during training. Two are the before and after above; more make a curve."""
     by_iteration = {
         e.iteration: e.turns.get("reward_turn", ())
@@ -316,7 +307,7 @@ def _evaluated_chart(run: RecordedRun) -> Chart | None:
     return _chart(title, charts.line_chart(title, lines), note)
 
 
-def _apart_chart(run: RecordedRun) -> Chart | None:
+def _apart_chart(run: RecordedRun) -> charts.Chart | None:
     """The trained reward beside what the judges of `eval.reward` say, mean over turns."""
     by_iteration = {
         e.iteration: e.turns
@@ -336,13 +327,13 @@ def _apart_chart(run: RecordedRun) -> Chart | None:
     return _chart(title, charts.line_chart(title, lines), note)
 
 
-def _seconds_chart(run: RecordedRun, x: Sequence[float]) -> Chart | None:
+def _seconds_chart(run: RecordedRun, x: Sequence[float]) -> charts.Chart | None:
     title = "Seconds by phase"
     names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
     phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
     svg = charts.stacked_bars(title, x, phases)
     legend = [(name, i % 6, "bar") for i, name in enumerate(names)]
-    return Chart(title, svg, legend) if svg else None
+    return charts.Chart(title, svg, legend) if svg else None
 
 
 SCORE_METRICS = {"if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
@@ -358,7 +349,7 @@ def _names(weights: object) -> list[str]:
     return [str(name) for name in weights] if isinstance(weights, dict) else []
 
 
-def _evaluation_charts(run: RecordedRun) -> list[Chart]:
+def _evaluation_charts(run: RecordedRun) -> list[charts.Chart]:
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
     metrics = {"reward_turn": "Reward", **_score_metrics(run)}
     reach = _reach(present, metrics)
@@ -403,7 +394,7 @@ def _panel(
     categories: Sequence[str],
     y_range: tuple[float, float],
     axis: str,
-) -> Chart | None:
+) -> charts.Chart | None:
     """A series an evaluation, over categories; `stats` of one may end before the categories do."""
     series = []
     for evaluation, values in zip(evaluations, stats, strict=True):
@@ -420,7 +411,7 @@ def _panel(
         )
     svg = charts.dot_chart(name, categories, series, y_range, axis)
     legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]
-    return Chart(name, svg, legend) if svg else None
+    return charts.Chart(name, svg, legend) if svg else None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -88,9 +89,24 @@ def estimate(statistic: Statistic, resamples: int = RESAMPLES) -> Estimate:
 
 def difference(a: Statistic, b: Statistic, resamples: int = RESAMPLES) -> Estimate:
     """b less a over the same sessions in the same order, of those that both rest on."""
+    return compared(a, b, resamples).difference
+
+
+class Compared(NamedTuple):
+    """Two of one sort and b less a, all over the same sessions."""
+
+    a: Estimate
+    b: Estimate
+    difference: Estimate
+
+
+def compared(a: Statistic, b: Statistic, resamples: int = RESAMPLES) -> Compared:
+    """Over the sessions that both rest on, by the same draws: the values differ by the
+    difference."""
     both = a.present & b.present
-    weights = _weights(len(both), resamples) * both
-    return of_resamples(b.of(weights) - a.of(weights), int(both.sum()))
+    weights, count = _weights(len(both), resamples) * both, int(both.sum())
+    of_a, of_b = a.of(weights), b.of(weights)
+    return Compared(*(of_resamples(values, count) for values in (of_a, of_b, of_b - of_a)))
 
 
 def of_resamples(values: np.ndarray, count: int) -> Estimate:

@@ -134,7 +134,7 @@ def _form(given: Any, title: str) -> Form:
     if any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))):  # noqa: B004
         raise ConfigError(f"{title}: {called(given)} is async (accepted: a function that is not)")
     if callable(judge):
-        return Form(judge, True, NOT_A_SCORE)
+        return Form(judge, True, NOT_A_SCORE, told=True)
     parameters = parameters_of(given)
     if _is_at_once(parameters):
         rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -150,7 +150,7 @@ def _form(given: Any, title: str) -> Form:
             }
             return given(**{name: columns[name] for name in taken})
 
-        return Form(at_once, True, Score.not_applicable())
+        return Form(at_once, True, Score.not_applicable(), told=False)
     try:
         if foreign := _needed(parameters) & {
             "prompts",
@@ -163,7 +163,9 @@ def _form(given: Any, title: str) -> Form:
         raise ConfigError(
             f"{title}: {called(given)} takes ({shown}) (accepted: {_ACCEPTED})"
         ) from error
-    return Form(lambda items: given(items[0].session, items[0].images), False, NOT_A_SCORE)
+    return Form(
+        lambda items: given(items[0].session, items[0].images), False, NOT_A_SCORE, told=False
+    )
 
 
 def _names(given: Any, title: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -41,18 +41,39 @@ OURS.add(__file__)
 @dataclass(frozen=True)
 class Form:
     """How a reward is asked: by a function of items, whether about several of them at once, and
-    what None means in its answer."""
+    what None means in its answer. told: it sees which turns are asked about. Else it answers for
+    all of a session that ends with the last of them."""
 
     function: Callable[[Sequence[Item]], Any]
     together: bool
     none: Score
+    told: bool
 
     def rows(self, items: Sequence[Item], names: Sequence[str]) -> list[list[TurnScores]]:
-        asked = [len(item.asked) for item in items]
+        asked = [item.asked for item in items]  # before the reward had them in its hands
+        if self.told:
+            return self._said(items, [len(turns) for turns in asked], names)
+        ends = [max(turns, default=-1) + 1 for turns in asked]
+        cut = [_up_to(item, end) for item, end in zip(items, ends, strict=True)]
+        said = self._said(cut, ends, names)
+        return [[rows[t] for t in turns] for rows, turns in zip(said, asked, strict=True)]
+
+    def _said(
+        self, items: Sequence[Item], turns: Sequence[int], names: Sequence[str]
+    ) -> list[list[TurnScores]]:
         said = self.function(items)
         if self.together:
-            return batch_scores(said, asked, names, self.none)
-        return [session_scores(said, asked[0], names, self.none)]
+            return batch_scores(said, turns, names, self.none)
+        return [session_scores(said, turns[0], names, self.none)]
+
+
+def _up_to(item: Item, end: int) -> Item:
+    """With a session of so many turns."""
+    session = item.session
+    if end in (0, len(session.turns)):
+        return item
+    image = vars(session)["image"]  # which may lie in a file
+    return item._replace(session=replace(session, image=image, turns=session.turns[:end]))
 
 
 class CheckedReward:

@@ -139,7 +139,9 @@ class Judging:
 
     def _answers(self) -> list[list[TurnScores]]:
         panel = self._pool.panel
-        rows: list[list[TurnScores]] = [[{} for _ in item.asked] for item in self._items]
+        rows: list[dict[int, TurnScores]] = [
+            {turn: {} for turn in item.asked} for item in self._items
+        ]
         places = {item.rollout: n for n, item in enumerate(self._items)}
         for place, member in enumerate(panel.members):
             if self._turnwise or member.concurrency:
@@ -155,7 +157,7 @@ class Judging:
                 for item, of_item in zip(call, answers, strict=True):
                     for turn, row in zip(item.asked, of_item, strict=True):
                         rows[places[item.rollout]][turn] |= row
-        return [[{name: row[name] for name in panel.names} for row in of] for of in rows]
+        return [[{name: row[name] for name in panel.names} for row in of.values()] for of in rows]
 
     def _submit(self, place: int, items: Sequence[Item]) -> list[_Asked]:
         member = self._pool.panel.members[place]

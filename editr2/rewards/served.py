@@ -51,7 +51,11 @@ class Served:
 
     @property
     def facts(self) -> dict[str, str]:
-        return {**self.asker.facts, **self.prompts.facts, "scale": self.scale}
+        facts = {**self.asker.facts, **self.prompts.facts, "scale": self.scale}
+        released = getattr(self.options, "released", None)  # not all have a choice
+        if released is not None:
+            facts["rules"] = "as released" if released else "mended"
+        return facts
 
     @property
     def scale(self) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from editr2.benchmarks.pairs.accuracy import Measure
-from editr2.judge.text import Table, printed
+from editr2.judge.text import Table, laid_out
 
+WIDTH = 100
 INTERVALS = "95 % intervals by a bootstrap over sources."
 
 
@@ -28,7 +29,8 @@ def lines(summary: Mapping[str, Any], tables: Sequence[Table]) -> Iterator[str]:
         left = "; ".join(f"{why} ({n})" for why, n in summary["left_out"].items())
         yield f"left out of the set: {left}"
     for table in tables:
-        yield from printed(table)
+        yield ""
+        yield from laid_out(table, WIDTH)
     yield ""
     tied = f", {pairs['tied_by_people']} of them tied by people" if pairs["tied_by_people"] else ""
     yield (

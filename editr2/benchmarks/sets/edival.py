@@ -49,6 +49,7 @@ def _reference(name: str, value: float, source: str) -> Reference:
 EDIVAL = Benchmark(
     title="EdiVal-Bench",
     read=read,
+    resize="stretch",  # as its own code does, to 512²
     reward=RewardUse(name="edival"),
     headline=("O_of_means@3", "O_of_roots@3", "success@3", "marginal@3", "CC@3"),
     scale=100.0,
@@ -60,5 +61,5 @@ EDIVAL = Benchmark(
         ),
         _reference("MT-EditFlow on FLUX.1-Kontext-dev", 45.56, "arXiv 2606.01985"),
     ),
-    about="github.com/TianyuCodings/EdiVal; code MIT, data CC-BY-SA-4.0 by its README",
+    about="github.com/TianyuCodings/EdiVal; its README has badges of MIT and CC-BY-SA-4.0",
 )

@@ -49,6 +49,7 @@ def _files(path: Path) -> list[Path]:
 MICE = Benchmark(
     title="MICE-Bench",
     read=read,
+    resize="stretch",  # as its own code does, to 512²
     reward=RewardUse(name="edit-r2"),
     headline=("IF@last", "CC@last", "GA@last"),
     about="github.com/yuxiaooye/Edit-R2; no licence stated",

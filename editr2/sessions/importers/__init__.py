@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,14 +30,16 @@ from editr2.sessions.session import MODES, Session
 
 __all__ = ["FORMATS", "import_sessions", "unique"]
 
-_FILES = {
+Reader = Callable[[Source], Iterator[Session]]
+
+_FILES: dict[str, Reader] = {
     "mice": mice,
     "edival": edival,
     "imgedit": imgedit,
     "imgedit-basic": imgedit_basic,
     "magicbrush": magicbrush,
 }
-_DATASETS = {"gedit": gedit, "gedit-cn": partial(gedit, language="cn")}
+_DATASETS: dict[str, Reader] = {"gedit": gedit, "gedit-cn": partial(gedit, language="cn")}
 _LOADED = ("magicbrush", "sessions")
 """Of datasets: what `load_sessions` reads."""
 

@@ -112,8 +112,8 @@ def json_members(file: Path) -> Iterator[tuple[str, Record]]:
         start = text.index('"', at)
         line, seen = line + text.count("\n", seen, start), start
         where = f"{file}:{line}: {shown(repr(name))}"
-        if not isinstance(values, dict):
-            raise DataError(f"{where}: {kind(values)} (accepted: an object)")
+        if not is_text(name) or not isinstance(values, dict):
+            raise DataError(f"{where}: {kind(values)} (accepted: a name and its object)")
         yield name, Record(where, values)
         _, end = decoder.raw_decode(text, start)  # the name
         begin = re.compile(r"\s*:\s*").match(text, end)

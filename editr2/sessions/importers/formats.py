@@ -275,7 +275,8 @@ def gedit(source: Source, language: str = "en") -> Iterator[Session]:
         if told["instruction_language"] != language:
             continue
         none = False
-        meta = {name: values[name] for name in ("instruction_language", *more) if name in values}
+        named = ("key", "instruction_language", *more)
+        meta = {name: values[name] for name in named if name in values}
         turn = Turn(told["instruction"], task=told["task_type"])
         yield Session(told["key"], image, (turn,), source.mode, meta)
     if none:

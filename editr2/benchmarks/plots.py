@@ -1,0 +1,69 @@
+"""What pages of benchmarks draw: values with their intervals, by turn or by length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from editr2.report.charts import Chart, Dots, dot_chart, value_range
+from editr2.report.numbers import decimal, signed
+from editr2.report.paired import Estimate
+
+
+def with_interval(of: Estimate, places: int, *, sign: bool = False) -> str:
+    """`0.410 [0.350, 0.470]`; "–" of what is not defined. sign: of a difference."""
+    if not of.known:
+        return "–"
+    write = _signed if sign else decimal
+    value, low, high = (write(number, places) for number in (of.value, of.low, of.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _signed(value: float, places: int) -> str:
+    return signed(value, places).removeprefix("±")  # an end of an interval is no more or less
+
+
+@dataclass(frozen=True)
+class Series:
+    """values: by category. hollow: of what others are held against."""
+
+    label: str
+    values: Mapping[str, Estimate]
+    colour: int
+    hollow: bool = False
+
+
+def dots(
+    panels: Sequence[tuple[str, Sequence[Series]]],
+    categories: Sequence[str],
+    axis: str,
+    notes: Mapping[str, str] | None = None,
+    *,
+    unit: bool,
+) -> list[Chart]:
+    """A panel for each title, all on one scale: they are read against each other. notes: by title.
+    unit: values are in [0, 1]."""
+    every = [of for _, series in panels for one in series for of in one.values.values()]
+    reach = [end for of in every if of.known for end in (of.low, of.high)]
+    if not reach:
+        return []
+    y_range, charts = value_range(reach, unit=unit), []
+    for title, series in panels:
+        drawn = [_dots(one, categories) for one in series]
+        if svg := dot_chart(title, categories, drawn, y_range, axis):
+            legend = [(one.label, one.colour, "hollow" if one.hollow else "dot") for one in series]
+            charts.append(Chart(title, svg, legend, (notes or {}).get(title, "")))
+    return charts
+
+
+def _dots(series: Series, categories: Sequence[str]) -> Dots:
+    found = [series.values.get(name) for name in categories]
+    known = [of if of is not None and of.known else None for of in found]
+    return Dots(
+        series.label,
+        [of.value if of else None for of in known],
+        [None] * len(known),
+        series.colour,
+        series.hollow,
+        [(of.low, of.high) if of else None for of in known],
+    )

@@ -1,0 +1,322 @@
+"""What is compared: the scores of a benchmark's folder, or of a run's evaluation, in one form."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from editr2.benchmarks import rows as scores
+from editr2.benchmarks.rows import Row
+from editr2.benchmarks.strips import Strip, read_strips
+from editr2.benchmarks.summary import FILE_NAME as SUMMARY
+from editr2.benchmarks.table import find
+from editr2.errors import ConfigError, DataError, shown
+from editr2.report.data import PASS_NAMES, RecordedRun, load_run, number
+from editr2.report.data import Strip as RunStrip
+from editr2.run.tracking import read_metrics
+
+BENCHMARK, METRICS = "benchmark.json", "metrics.jsonl"
+ACCEPTED = (
+    "accepted: a folder of `editr2 benchmark` whose judging is done, or of a run with evaluations"
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of those that are compared.
+
+    name: on the page, unlike the others'. same: what has to be alike in all of them, by what it is
+    called. settings: by dotted name; where they differ, that is said. rows: of all passes.
+    measures: the entry of `measures.KINDS`; headline: keys of it that come first. scale: of numbers
+    shown. strips: by session id, of those that have any. judged: what strips show beside images,
+    where it is not of `rows`: a run's strips may be of other rollouts than its evaluation. summary:
+    of a benchmark whose report was written.
+    """
+
+    name: str
+    about: Sequence[tuple[str, str]]
+    same: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    rows: Sequence[Row]
+    measures: str
+    headline: Sequence[str] = ()
+    scale: float = 1.0
+    strips: Mapping[str, Strip] = field(default_factory=dict)
+    judged: Sequence[Row] | None = None
+    summary: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+
+    @property
+    def shown(self) -> Sequence[Row]:
+        """The rows of its strips."""
+        return self.rows if self.judged is None else self.judged
+
+
+def sides_of(folders: Sequence[str | os.PathLike[str]]) -> list[Side]:
+    """A side for each folder; of one run alone, its evaluations before and after training. Raises
+    `UserError` for what is no such folder, and for the same one twice."""
+    paths = [Path(folder) for folder in folders]
+    for whole, count in Counter(map(os.path.abspath, paths)).items():
+        if count > 1:
+            raise ConfigError(f"--compare: {whole} given twice (accepted: each folder once)")
+    if len(paths) == 1:
+        path = paths[0]
+        if (path / BENCHMARK).is_file() or not (path / METRICS).is_file():
+            raise ConfigError(
+                f"--compare: {path} alone (accepted: two or more folders, or one of a run, whose "
+                f"evaluations before and after training are compared)"
+            )
+        return [_of_run(path, f"{_last(path)}, {name}", name) for name in PASS_NAMES]
+    last = Counter(_last(path) for path in paths)
+    return [_side(path, _last(path) if last[_last(path)] == 1 else str(path)) for path in paths]
+
+
+def _last(path: Path) -> str:
+    return Path(os.path.abspath(path)).name
+
+
+def _side(path: Path, name: str) -> Side:
+    if (path / BENCHMARK).is_file():
+        return _of_benchmark(path, name)
+    if (path / METRICS).is_file():
+        return _of_run(path, name, None)
+    raise ConfigError(f"--compare: {path}: neither {BENCHMARK} nor {METRICS} ({ACCEPTED})")
+
+
+# --------------------------------------------------------------------------------------- benchmarks
+
+
+def _of_benchmark(folder: Path, name: str) -> Side:
+    about = _object(folder / BENCHMARK)
+    if not (folder / scores.FILE_NAME).is_file():
+        raise ConfigError(f"--compare: {folder}: no {scores.FILE_NAME} yet ({ACCEPTED})")
+    kind = find(str(about.get("benchmark")))
+    judged, generated = (_mapping(about.get(key)) for key in ("judged", "generated"))
+    facts = _mapping(judged.get("facts"))
+    settings = _mapping(generated.get("settings")) or {
+        key: generated[key] for key in ("images", "sessions") if key in generated
+    }
+    told = {"editor": about.get("editor"), "judge": judged.get("title"), **facts}
+    return Side(
+        name=name,
+        about=[(str(key), str(value)) for key, value in told.items() if value is not None],
+        same={
+            "benchmark": about.get("benchmark"),
+            "released rules": bool(judged.get("released")),
+            "judge": judged.get("title"),
+            **{f"judge, {key}": _content(value) for key, value in facts.items()},
+            # Where a judge says nothing of itself, its code and options are all there is.
+            **({} if facts else {"judge's code and options": judged.get("reward")}),
+        },
+        settings={"editor": about.get("editor"), **settings},
+        rows=scores.read_rows(folder / scores.FILE_NAME),
+        measures=kind.measures,
+        headline=kind.headline,
+        scale=kind.scale,
+        strips=read_strips(folder),
+        summary=_object(file) if (file := folder / SUMMARY).is_file() else None,
+    )
+
+
+def _content(fact: Any) -> str:
+    """What a fact says of content: prompts are named with where they are from, and a digest."""
+    said = str(fact)
+    digest = re.search(r"\(([0-9a-f]{8,})\)$", said)
+    return digest[1] if digest else said
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read: {error} ({ACCEPTED})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file}: no object ({ACCEPTED})")
+    return found
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+WHOLE = ("success", "reward")
+"""Of an evaluation's `per_session`, what has one value a session: at its last turn."""
+
+
+def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
+    """evaluation: the last of that name; None: the last of all, of which "after" comes first."""
+    rows, _ = read_metrics(folder / METRICS)
+    found = {row.get("name"): row for row in rows if row.get("event") == "eval"}
+    wanted = evaluation or ("after" if "after" in found else next(reversed(found), None))
+    if wanted not in found or "per_session" not in found[wanted]:
+        what = f"evaluation “{evaluation}”" if evaluation else "evaluation"
+        raise ConfigError(f"--compare: {folder}: no {what} with scores of sessions ({ACCEPTED})")
+    chosen, run = found[wanted], load_run(folder)
+    depends = _mapping(_mapping(run.start.get("identity")).get("depends"))
+    judges = _mapping(run.start.get("judges"))
+    weights = _mapping(run.start.get("rewards"))
+    sessions = depends.get("heldout") or f"{chosen.get('sessions')} sessions, not on record"
+    told = {"evaluation": f"{wanted}, iteration {chosen.get('iteration')}", **judges}
+    return Side(
+        name=name,
+        about=[(str(key), str(value)) for key, value in told.items()],
+        same={
+            "held-out sessions": sessions,
+            "rewards": sorted(weights),
+            "judge": depends.get("reward") if not judges else None,
+            **{f"judge, {key}": _content(value) for key, value in judges.items()},
+        },
+        settings={**run.config, **({"evaluation": evaluation} if evaluation else {})},
+        rows=list(_rows(chosen, list(weights))),
+        measures="turns",
+        headline=("success@last", "reward@last", "GA@last", "IF@last", "CC@last"),
+        **_run_strips(folder, run, "before" if wanted == "before" else "after"),
+    )
+
+
+def _rows(evaluation: Mapping[str, Any], names: Sequence[str]) -> Iterator[Row]:
+    """An evaluation's `per_session` as rows. It has no ids: sessions are called by their place. A
+    score that is not there did not apply or failed, which only the evaluation's counts say."""
+    per_session = evaluation["per_session"]
+    known = {name.lower(): name for name in names}
+    by_turn = {
+        known.get(key, key): values for key, values in per_session.items() if key not in WHOLE
+    }
+    lengths = _lengths(list(by_turn.values()), len(per_session["success"]))
+    failed = bool(evaluation.get("failed_scores"))
+    state: scores.State = "failed" if failed else "not_applicable"
+    reason = "failed, or did not apply: the run's record has no more" if failed else "did not apply"
+
+    def row(n: int, turn: int, metric: str, value: float | None) -> Row:
+        judged = value is not None
+        return Row(
+            image=place_name(n),
+            way=EVALUATION,
+            turn=turn,
+            asked=turn,
+            metric=metric,
+            state="judged" if judged else state,
+            value=value if judged else None,
+            reason=None if judged else reason,
+            task=None,
+            mode=None,
+            turns=lengths[n],
+        )
+
+    for n, turns in enumerate(lengths):
+        for metric, values in by_turn.items():
+            for t in range(turns):
+                yield row(n, t + 1, metric, number(values[n][t]))
+        for metric in WHOLE:
+            yield row(n, turns, metric, number(per_session[metric][n]))
+
+
+EVALUATION = "evaluation"
+"""The pass that an evaluation's rows are of: as `multipass`, with greedy intents."""
+
+
+def place_name(n: int) -> str:
+    return f"held-out session {n + 1:04d}"
+
+
+def _lengths(by_turn: Sequence[Sequence[Sequence[float | None]]], sessions: int) -> list[int]:
+    """Up to the last turn of which there is any score."""
+    found = []
+    for n in range(sessions):
+        seen = [t + 1 for of in by_turn for t, value in enumerate(of[n]) if value is not None]
+        found.append(max(seen, default=max((len(of[n]) for of in by_turn), default=1)))
+    return found
+
+
+def _run_strips(folder: Path, run: RecordedRun, name: str) -> dict[str, Any]:
+    """`strips`, `judged` and `notes` of a side."""
+    given = [strip for pair in run.pairs if (strip := getattr(pair, name)) is not None]
+    notes = []
+    if given and run.setting("eval.strips_from") != "evaluation":
+        notes.append("Film-strips are of rollouts sampled as in training, not of the evaluation.")
+    return {
+        "strips": {
+            strip.id: Strip(
+                strip.id,
+                strip.mode,
+                _inside(folder, strip.image),
+                tuple(turn.instruction for turn in strip.turns),
+                {EVALUATION: tuple(_inside(folder, turn.image) for turn in strip.turns)},
+            )
+            for strip in given
+        },
+        "judged": [row for strip in given for row in _strip_rows(strip)],
+        "notes": notes,
+    }
+
+
+def _strip_rows(strip: RunStrip) -> Iterator[Row]:
+    for t, turn in enumerate(strip.turns):
+        for metric, value in turn.scores.items():
+            judged = value is not None
+            silent = metric in turn.does_not_apply
+            state: scores.State = "judged" if judged else "not_applicable" if silent else "failed"
+            yield Row(
+                image=strip.id,
+                way=EVALUATION,
+                turn=t + 1,
+                asked=t + 1,
+                metric=metric,
+                state=state,
+                value=value if judged else None,
+                reason=turn.whys.get(metric) or (turn.reason if state == "failed" else None),
+                task=None,
+                mode=strip.mode,
+                turns=len(strip.turns),
+            )
+
+
+def _inside(folder: Path, name: str | None) -> Path | None:
+    """The file of a strip; none outside of the strips."""
+    root = (folder / "strips").resolve()
+    path = None if name is None else (root / name).resolve()
+    return path if path is not None and path.is_relative_to(root) else None
+
+
+# -------------------------------------------------------------------------------------- differences
+
+
+def check_alike(first: Side, other: Side) -> None:
+    """Raises `UserError` with the first thing that must be alike and is not."""
+    for what in {**first.same, **other.same}:
+        a, b = (side.same.get(what, "none") for side in (first, other))
+        if a != b:
+            raise ConfigError(
+                f"--compare: {what}: {a} of {first.name}, {b} of {other.name} (accepted: folders "
+                f"of one benchmark, judged alike)"
+            )
+    for name, strip in first.strips.items():
+        told = other.strips.get(name)
+        if told is not None and told.turns != strip.turns:
+            raise ConfigError(
+                f"--compare: session {shown(repr(name))} has other instructions in {first.name} "
+                f"than in {other.name} (accepted: folders of the same sessions)"
+            )
+
+
+def differing(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
+    """Settings that differ: the name, and each side's value."""
+    names = dict.fromkeys(name for side in sides for name in side.settings)
+    found = []
+    for name in names:
+        values = [side.settings.get(name, "–") for side in sides]
+        if any(value != values[0] for value in values) and name not in NO_SETTING:
+            found.append((name, [str(value) for value in values]))
+    return found
+
+
+NO_SETTING = {"out"}
+"""Of what is recorded, what numbers do not depend on."""
