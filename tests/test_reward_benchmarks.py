@@ -27,6 +27,7 @@ from editr2 import Score
 
 LOCK = threading.Lock()
 ASKED = []
+SHAPES = set()
 STOP = [10**9]
 
 
@@ -40,6 +41,7 @@ class Light:
             if len(ASKED) == STOP[0]:
                 raise KeyboardInterrupt
             ASKED.append(session.id)
+            SHAPES.add(images.shape)
         return [self.of(image.mean() / 255) for image in images]
 
     def of(self, light):
@@ -293,6 +295,7 @@ def test_editscores_bench_is_read_and_counted_as_its_evaluator_does(judge, tmp_p
     assert value(summary, "average/dimension=consistency") == 0
     assert value(summary, "average/dimension=prompt_following") == 1
     assert sorted(judge.ASKED) == ["a", "b", "c", "d", "e", "f"]  # each output once
+    assert judge.SHAPES == {(1, 8, 8, 3)}  # of the sources, as its evaluator has it
 
 
 @pytest.mark.parametrize(
