@@ -67,7 +67,8 @@ def _judge_reward(config: BenchmarkConfig, name: str) -> int:
         limit=config.sessions,
         processes=open_processes(),
     )
-    print("\n".join(said))
+    if said:
+        print("\n".join(said))
     return 0
 
 
