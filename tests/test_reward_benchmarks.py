@@ -295,7 +295,7 @@ def test_editscores_bench_is_read_and_counted_as_its_evaluator_does(judge, tmp_p
     assert value(summary, "average/dimension=consistency") == 0
     assert value(summary, "average/dimension=prompt_following") == 1
     assert sorted(judge.ASKED) == ["a", "b", "c", "d", "e", "f"]  # each output once
-    assert judge.SHAPES == {(1, 8, 8, 3)}  # of the sources, as its evaluator has it
+    assert {(1, 8, 8, 3)} == judge.SHAPES  # of the sources, as its evaluator has it
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def _judge_reward(config: BenchmarkConfig, name: str) -> int:
 
     if config.against.given:
         raise ConfigError(
-            f"against: accepted with sessions (accepted with {name}: each reward in a folder of "
+            f"against: a second reward (accepted with {name}: one; judge the other in a folder of "
             f"its own)"
         )
     said = rewards.run_rewards(
