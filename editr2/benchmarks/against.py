@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from editr2.benchmarks.measures import Measure, group_label, label_of, measures
 from editr2.benchmarks.plots import with_interval
-from editr2.benchmarks.sides import Side
+from editr2.benchmarks.sides import Side, made_otherwise
 from editr2.benchmarks.text import decimals
 from editr2.errors import ConfigError
 from editr2.report.data import MODES, plural
@@ -67,7 +67,10 @@ def _ways(side: Side) -> list[str]:
 
 
 def _part(a: Side, b: Side, way: str) -> Part:
-    of_a, of_b = ([row for row in side.rows if row.way == way] for side in (a, b))
+    other = made_otherwise((a, b))
+    of_a, of_b = (
+        [row for row in side.rows if row.way == way and row.metric not in other] for side in (a, b)
+    )
     ids_a, ids_b = (dict.fromkeys(row.image for row in rows) for rows in (of_a, of_b))
     common = [name for name in ids_a if name in ids_b]
     found_a, found_b = (measures(a.measures, rows, common) for rows in (of_a, of_b))

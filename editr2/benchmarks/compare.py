@@ -25,10 +25,13 @@ from editr2.benchmarks.against import (
     title_of,
     verdict,
 )
-from editr2.benchmarks.compare_page import write_page
-from editr2.benchmarks.sides import Side, check_alike, sides_of
+from editr2.benchmarks.compare_page import notes_on, write_page
+from editr2.benchmarks.sides import Side, check_alike, differing, sides_of
 from editr2.benchmarks.tables import PaperTable, latex, markdown, md, paper_table, tex
 from editr2.errors import plain
+
+NAMED = 8
+"""Settings that are named of those that differ."""
 
 
 def compare(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> list[str]:
@@ -49,7 +52,7 @@ def compare(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
     paper = _paper(sides, pairs)
     _write(folder / "compare.md", "\n".join([*map(markdown, paper), *_markdown(pairs)]) + "\n")
     _write(folder / "compare.tex", "\n".join([*map(latex, paper), *_latex(pairs)]) + "\n")
-    return [*(line for pair in pairs for line in _said(pair)), f"page: {page}"]
+    return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), f"page: {page}"]
 
 
 def _said(pair: Pair) -> Iterator[str]:
@@ -57,8 +60,15 @@ def _said(pair: Pair) -> Iterator[str]:
     yield f"{title_of(pair, pair.parts[0])}: {about(pair.parts[0])}"
     for line in headline(pair):
         a, b, difference = cells(line, pair.a)
-        verdict = verdict(line.of.difference)
-        yield f"  {line.measure.label}: {a} -> {b}, {difference} ({verdict})"
+        said = verdict(line.of.difference)
+        yield f"  {line.measure.label}: {a} -> {b}, {difference} ({said})"
+
+
+def _differing(sides: Sequence[Side]) -> list[str]:
+    names = [name for name, _ in differing(sides)]
+    more = f", … {len(names)} in all" if len(names) > NAMED else ""
+    said = [f"settings that differ: {', '.join(names[:NAMED])}{more}"] if names else []
+    return [*notes_on(sides), *said]
 
 
 def _paper(sides: Sequence[Side], pairs: Sequence[Pair]) -> list[PaperTable]:
@@ -68,11 +78,8 @@ def _paper(sides: Sequence[Side], pairs: Sequence[Pair]) -> list[PaperTable]:
     summaries = [side.summary for side in sides if side.summary is not None]
     if len(summaries) < len(sides):
         return []
-    bold, keys = (
-        set[tuple[int, str]](),
-        dict.fromkeys(x.measure.key for x in pairs[0].parts[0].lines),
-    )
-    for key in keys:
+    bold = set[tuple[int, str]]()
+    for key in [line.measure.key for line in pairs[0].parts[0].lines]:
         lines = [pair.parts[0].of(key) for pair in pairs]
         verdicts = [verdict(line.of.difference) if line else "" for line in lines]
         bold |= {(place + 1, key) for place, said in enumerate(verdicts) if said == HIGHER}
@@ -89,8 +96,8 @@ def _markdown(pairs: Sequence[Pair]) -> Iterator[str]:
         yield f"| {' | '.join(head)} |"
         yield "| --- | ---: | ---: | ---: | ---: |"
         for line in lines:
-            cells = [md(label_in(line, sort)), *cells(line, pair.a)]
-            yield f"| {' | '.join(cells)} | {line.of.difference.count} |"
+            row = [md(label_in(line, sort)), *cells(line, pair.a)]
+            yield f"| {' | '.join(row)} | {line.of.difference.count} |"
         yield from ("", f"Paired by session: {about(part)}.", "")
 
 
@@ -104,8 +111,8 @@ def _latex(pairs: Sequence[Pair]) -> Iterator[str]:
         yield rf" & {names} & difference [95\,\%] & sessions \\"
         yield r"\midrule"
         for line in lines:
-            cells = [tex(cell) for cell in (label_in(line, sort), *cells(line, pair.a))]
-            yield rf"{' & '.join(cells)} & {line.of.difference.count} \\"
+            row = [tex(cell) for cell in (label_in(line, sort), *cells(line, pair.a))]
+            yield rf"{' & '.join(row)} & {line.of.difference.count} \\"
         yield from (r"\bottomrule", r"\end{tabular}", "")
 
 

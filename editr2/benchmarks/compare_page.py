@@ -24,7 +24,7 @@ from editr2.benchmarks.measures import label_of
 from editr2.benchmarks.page import TEMPLATES
 from editr2.benchmarks.plots import Series, dots
 from editr2.benchmarks.rows import Row
-from editr2.benchmarks.sides import Side, differing
+from editr2.benchmarks.sides import Side, differing, made_otherwise
 from editr2.benchmarks.strips import Lane, Thumbnails, by_session, fitting, session_score, view
 from editr2.judge.text import Table
 from editr2.report import charts, pages
@@ -113,10 +113,19 @@ def write_page(path: Path, sides: Sequence[Side], pairs: Sequence[Pair]) -> Path
         names=[side.name for side in sides],
         facts=shared,
         settings=Table("Settings", [side.name for side in sides], [*apart, *settings]),
-        notes=[*dict.fromkeys(note for side in sides for note in side.notes), *pictures.notes()],
+        notes=[*notes_on(sides), *pictures.notes()],
         pairs=views,
         lines=lines,
     )
+
+
+def notes_on(sides: Sequence[Side]) -> list[str]:
+    """What a reader must know of the sides."""
+    other = made_otherwise(sides)
+    return [
+        *dict.fromkeys(note for side in sides for note in side.notes),
+        *(f"{name} is not compared, it is of other weights." for name in other),
+    ]
 
 
 def _pair(n: int, pair: Pair, pictures: Thumbnails, most: int) -> PairView:

@@ -22,6 +22,7 @@ from editr2.report.data import Strip as RunStrip
 from editr2.run.tracking import read_metrics
 
 BENCHMARK, METRICS = "benchmark.json", "metrics.jsonl"
+CODE = "judge's code and options"
 ACCEPTED = (
     "accepted: a folder of `editr2 benchmark` whose judging is done, or of a run with evaluations"
 )
@@ -36,7 +37,8 @@ class Side:
     measures: the entry of `measures.KINDS`; headline: keys of it that come first. scale: of numbers
     shown. strips: by session id, of those that have any. judged: what strips show beside images,
     where it is not of `rows`: a run's strips may be of other rollouts than its evaluation. summary:
-    of a benchmark whose report was written.
+    of a benchmark whose report was written. made_of: by metric, what it is of where that may
+    differ; it is compared only where it is the same.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Side:
     judged: Sequence[Row] | None = None
     summary: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
+    made_of: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shown(self) -> Sequence[Row]:
@@ -112,7 +115,7 @@ def _of_benchmark(folder: Path, name: str) -> Side:
             "judge": judged.get("title"),
             **{f"judge, {key}": _content(value) for key, value in facts.items()},
             # Where a judge says nothing of itself, its code and options are all there is.
-            **({} if facts else {"judge's code and options": judged.get("reward")}),
+            **({} if facts else {CODE: judged.get("reward")}),
         },
         settings={"editor": about.get("editor"), **settings},
         rows=scores.read_rows(folder / scores.FILE_NAME),
@@ -178,7 +181,8 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
         rows=list(_rows(chosen, list(weights))),
         measures="turns",
         headline=("success@last", "reward@last", "GA@last", "IF@last", "CC@last"),
-        **_run_strips(folder, run, "before" if wanted == "before" else "after"),
+        made_of={"reward": {key: weights[key] for key in sorted(weights)}},
+        **_run_strips(folder, name, run, "before" if wanted == "before" else "after"),
     )
 
 
@@ -236,12 +240,13 @@ def _lengths(by_turn: Sequence[Sequence[Sequence[float | None]]], sessions: int)
     return found
 
 
-def _run_strips(folder: Path, run: RecordedRun, name: str) -> dict[str, Any]:
+def _run_strips(folder: Path, name: str, run: RecordedRun, evaluation: str) -> dict[str, Any]:
     """`strips`, `judged` and `notes` of a side."""
-    given = [strip for pair in run.pairs if (strip := getattr(pair, name)) is not None]
+    given = [strip for pair in run.pairs if (strip := getattr(pair, evaluation)) is not None]
     notes = []
     if given and run.setting("eval.strips_from") != "evaluation":
-        notes.append("Film-strips are of rollouts sampled as in training, not of the evaluation.")
+        what = "rollouts sampled as in training, not of the evaluation"
+        notes.append(f"Film-strips of {name} are of {what}.")
     return {
         "strips": {
             strip.id: Strip(
@@ -291,7 +296,7 @@ def _inside(folder: Path, name: str | None) -> Path | None:
 
 def check_alike(first: Side, other: Side) -> None:
     """Raises `UserError` with the first thing that must be alike and is not."""
-    for what in {**first.same, **other.same}:
+    for what in sorted({**first.same, **other.same}, key=lambda what: what == CODE):
         a, b = (side.same.get(what, "none") for side in (first, other))
         if a != b:
             raise ConfigError(
@@ -305,6 +310,13 @@ def check_alike(first: Side, other: Side) -> None:
                 f"--compare: session {shown(repr(name))} has other instructions in {first.name} "
                 f"than in {other.name} (accepted: folders of the same sessions)"
             )
+
+
+def made_otherwise(sides: Sequence[Side]) -> dict[str, list[Any]]:
+    """Metrics that are not the same in all, with what each is made of."""
+    names = dict.fromkeys(name for side in sides for name in side.made_of)
+    found = {name: [side.made_of.get(name) for side in sides] for name in names}
+    return {name: of for name, of in found.items() if any(one != of[0] for one in of)}
 
 
 def differing(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
