@@ -47,16 +47,21 @@ SECTIONS = ("policy.", "rollout.", "eval.")
 """Of settings, that images depend on, beside `seed` and `data.resize`."""
 
 
-def run_benchmark(config: BenchmarkConfig, name: str, *, editor: str | None = None) -> list[str]:
-    """Does the stages and returns what to print. editor: what the user called it. Raises
-    `UserError` for whatever is wrong with what was given, before anything is made."""
+def run_benchmark(
+    config: BenchmarkConfig, name: str, editor: str | None = None, notes: Sequence[str] = ()
+) -> list[str]:
+    """Does the stages and returns what to print. editor: what the user called it; notes: about it.
+    Raises `UserError` for whatever is wrong with what was given, before anything is made."""
     name, config = named(config, name)
     kind = find(name)
     asked = bool(config.passes)
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
-    return Run(config, name, kind, open_processes(), editor, asked).stages()
+    run = Run(config, name, kind, open_processes(), editor, asked)
+    for note in notes:
+        run.say(f"note: {note}")
+    return run.stages()
 
 
 class Run:
@@ -99,7 +104,8 @@ class Run:
             return []
         return self._report(sessions, images)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """On standard error, by the first of several processes."""
         if self.processes.main:
             print(line, file=sys.stderr, flush=True)
 
@@ -133,11 +139,11 @@ class Run:
                 absent.append(error)
                 continue
             found[way] = [images]
-            self._say(images.line())
+            self.say(images.line())
         for problem in absent:
             if not found:
                 raise problem
-            self._say(f"note: {problem}")
+            self.say(f"note: {problem}")
         files = [
             [str(path), *_stamp(path)]
             for images in found.values()

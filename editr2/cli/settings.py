@@ -48,8 +48,10 @@ def schema_config(
     *,
     strict: bool = True,
     named: bool = False,
+    own: Sequence[str] = (),
 ) -> tuple[C, dict[str, Any]]:
-    """As `run_config`, of settings that have more fields."""
+    """As `run_config`, of settings that have more fields. own: dotted names that the command
+    decides about, whatever `--policy` comes with."""
     from editr2.config.yaml import check_keys, load_yaml, place_of
 
     description += " `--data PATH` is short for `--data.path PATH`."
@@ -74,7 +76,7 @@ def schema_config(
     if file is not None:
         check_keys(values, lines, schema, file)
     if named:
-        config, beside["notes"] = _edited_by(config, beside["policy"], values, found)
+        config, beside["notes"] = _edited_by(config, beside["policy"], values, found, own)
     if file is not None:
         config = replace_nested(config, values)
         for key, problem in field_problems(config) if strict else ():
@@ -105,7 +107,11 @@ def tell(notes: Sequence[str], main: bool) -> None:
 
 
 def _edited_by(
-    config: C, text: str | None, values: dict[str, Any], found: Sequence[tuple[Option, str]]
+    config: C,
+    text: str | None,
+    values: dict[str, Any],
+    found: Sequence[tuple[Option, str]],
+    own: Sequence[str] = (),
 ) -> tuple[C, list[str]]:
     """The configuration with the settings of the editor that a text names, and lines about it.
     values: of `--config`, from which what the text is in place of is taken out. found: the flags
@@ -127,7 +133,11 @@ def _edited_by(
         notes.append(f"--policy is taken, not policy.{' and policy.'.join(over)} of --config")
     for name in OF_WEIGHTS & set(mine):
         del mine[name]
-    return replace_nested(config, editor.settings), notes
+    settings = {
+        section: {k: v for k, v in of.items() if f"{section}.{k}" not in own}
+        for section, of in editor.settings.items()
+    }
+    return replace_nested(config, settings), notes
 
 
 def _as(schema: type[C], config: Config) -> C:
