@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 
 from editr2.benchmarks import page, strips, summary, tables, text
+from editr2.benchmarks.best_of import best_of_rows
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
 from editr2.benchmarks.layouts import Images, NoImages, find_images, generations
@@ -29,6 +30,8 @@ from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, name
 from editr2.benchmarks.sized import sized
 from editr2.benchmarks.table import Benchmark, Source, find
 from editr2.errors import ConfigError, DataError
+from editr2.judge import best_of
+from editr2.judge.text import laid_out
 from editr2.judge.trial import CountingRecord
 from editr2.policies.load import open_policy
 from editr2.policies.rules import check_config
@@ -268,9 +271,11 @@ class Run:
         if not (self.out / FILE_NAME).is_file():
             return [f"images: {generations(self.out)}"] if not self.config.images else []
         found = self._summary(FILE_NAME, sessions, "judged")
-        other = None
+        other, curves = None, list[best_of.Curve]()
         if (self.out / AGAINST_FILE).is_file() and "against" in self.about:
             other = found["against"] = self._summary(AGAINST_FILE, sessions, "against")
+            curves = self._best_of()
+            found["best_of"] = best_of.written(curves)
         summary.write(self.out / summary.FILE_NAME, found)
         strips.write_strips(self.out, sessions, {way: of[0] for way, of in images.items()})
         files = [
@@ -280,7 +285,19 @@ class Run:
             page.write_page(self.out),
         ]
         said = text.lines(found, files)
-        return said if other is None else [*text.lines(other), "", *said]
+        if other is None:
+            return said
+        table = best_of.table(curves)
+        best = [] if table is None else ["", *laid_out(table)]
+        return ["Against:", *text.lines(other), *best, "", *said]
+
+    def _best_of(self) -> list[best_of.Curve]:
+        """Of several samples, what the one reward would choose and the other thinks of that."""
+        weights, names = self.config.credit.weights, self.about.get("judged", {}).get("names", [])
+        mine, theirs = (read_rows(self.out / file) for file in (FILE_NAME, AGAINST_FILE))
+        given = weights if names and set(names) <= set(weights) else None
+        way = self.config.passes[0]
+        return best_of_rows(mine, theirs, way=way, weights=given)
 
     def _summary(self, file: str, sessions: Sequence[Session], judge: str) -> dict[str, Any]:
         judged, ways = self.about.get(judge, {}), set(self.config.passes)

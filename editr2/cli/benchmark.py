@@ -36,6 +36,10 @@ def command(arguments: Arguments) -> int:
         "`--compare A B` compares the folders of two that are done.",
         arguments,
         EXTRA,
+        named=True,
+        own=(
+            "eval.sampler",
+        ),  # by an ODE, as editors are used, also where a run evaluated otherwise
     )
     from editr2.benchmarks.rewards import pair_set_of
 
@@ -43,7 +47,7 @@ def command(arguments: Arguments) -> int:
         return _judge_reward(config, given["name"])
     from editr2.benchmarks.run import run_benchmark
 
-    print("\n".join(run_benchmark(config, given["name"], editor=given.get("policy"))))
+    print("\n".join(run_benchmark(config, given["name"], given["policy"], given["notes"])))
     return 0
 
 
