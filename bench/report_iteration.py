@@ -334,6 +334,31 @@ def judged(page: Page) -> None:
         )
 
 
+def benchmarks_judged(page: Page) -> None:
+    for case in cases(page.of(["benchmark_judging"])).values():
+        first = case[0]
+        sessions, turns = first.shape
+        page.add(
+            f"## The judge stage of a benchmark: {sessions} sessions of {turns} turns",
+            "",
+            f"{first.mode}, {first.extra['requests']} requests to a server on this machine; "
+            f"{where(first)}. *at once* is a server that takes no time. The rows of all are equal.",
+            "",
+        )
+        page.table(
+            ("", "ms", "× one at a time", "requests at once"),
+            (
+                (
+                    f"**{row.provider}**" if row.ours else row.provider,
+                    f"{number(row.p50_ms)} ({number(row.p20_ms)}–{number(row.p80_ms)})",
+                    number(row.speedup_vs_eager),
+                    str(row.extra["at_once"]),
+                )
+                for row in case
+            ),
+        )
+
+
 def full_sizes(page: Page) -> None:
     rows = page.of(["full_size"])
     if not rows:
@@ -501,6 +526,7 @@ SECTIONS: list[Callable[[Page], None]] = [
     iteration,
     pruning,
     judged,
+    benchmarks_judged,
     real_peers,
     levers,
     transformers,

@@ -425,6 +425,9 @@ def test_of_another_digest_everything_begins_anew(whole_run, tmp_path):
     (out / "scores.1.part.jsonl").write_text('{"of": "other"}\n{"session": "s0", "rows": []}\n')
     run(out, many(), Scripted(log))
     assert content(out) == whole_run[0] != other
+    log.unlink()
+    run(out, many(), Scripted(log, concurrency=2), digest="third")  # a setting of the judge's own:
+    assert asked(log) == whole_run[1]  # no answer of the other on record is one of this
 
 
 def test_images_that_were_made_again_are_judged_again(tmp_path):

@@ -178,6 +178,7 @@ def understood(monkeypatch):
         "export.export.export",
         "reproduce.runs.reproduce",
         "judge.whole.judge",
+        "benchmarks.rewards.run_rewards",
     ):
         monkeypatch.setattr(f"editr2.{work}", enough)
 

@@ -313,6 +313,17 @@ def test_agreement_with_another_reward(there, capsys):
     line = next(line for line in text.splitlines() if line.startswith("CC, dark"))
     assert re.split(r" {2,}", line)[2] == "1.00 [1.00, 1.00] of 8"
     assert rows()["bright", 1, "a"]["against"] == {"dark": pytest.approx(0.2)}
+    # By IF sibling a of bright, the lightest (of dim a turn failed); by CC the siblings b, and
+    # of two where there is no b, a of bright and c of dim: (.5 + .3 + .5 + .7 + .6 + .7) / 6.
+    best = text[text.index("\nBest of k\n") :].splitlines()
+    assert [
+        re.split(r" {2,}", line)[:1] + re.findall(r"(\S+) (?=\[)", line) for line in best[3:7]
+    ] == [
+        ["dark, chosen by IF", "0.400", "0.333", "0.300"],
+        ["dark, oracle", "0.400", "0.467", "0.500"],
+        ["dark, chosen by CC", "0.533", "0.550", "0.600"],
+        ["dark, oracle", "0.533", "0.583", "0.600"],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -542,6 +553,7 @@ def test_the_page_has_every_image_with_what_was_said(there, beside):
         "failed : IF: it is <night>",
         "a light meter",
         f"Agreement with {there}:dark",
+        "dark of the best of k",
         "IF failed: 1 of 12",
     ):
         assert said in page.text, said

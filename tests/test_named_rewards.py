@@ -1115,6 +1115,10 @@ def test_the_smaller_of_two_numbers_and_the_root(asked, kind, high):
     assert single.names == ("O",)
     assert one(single, session(turn()), AFTER)["O"].value == row["O"].value
     assert len(single.client.asked) == 2  # of what O shares with SC and PQ, one call each
+    halves = asked(kind, says, scores=("consistency", "prompt_following"))
+    row = one(halves, session(turn()), AFTER)
+    assert (row["prompt_following"].value, row["consistency"].value) == pytest.approx((0.8, 0.4))
+    assert len(halves.client.asked) == 1
 
 
 @pytest.mark.parametrize(

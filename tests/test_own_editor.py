@@ -61,6 +61,10 @@ def test_it_trains_and_what_it_saved_is_evaluated_and_exported(model, tmp_path, 
     assert "2 sessions" in capsys.readouterr().out
     assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
     assert "equal to the last bit" in capsys.readouterr().out
+    for made in (run, tmp_path / "out"):
+        assert main(["eval", *SMALL, f"--policy={made}"]) == 0
+        told = capsys.readouterr()
+        assert "2 sessions" in told.out and f"{model}, with the settings of" in told.err
     card = (tmp_path / "out" / "README.md").read_text()
     assert "All weights of random weights" in card and "library_name: editr2" in card
     assert f'load_policy(PolicyConfig(model="{model}", weights="out"))' in card

@@ -327,10 +327,13 @@ class Stage:
     ) -> list[Item]:
         wanted = {image for question in questions for image in question.images}
         exact = self._exactly(session) if any(kind == "exact" for kind, _ in wanted) else None
-        pixels = {
-            (kind, t): images.read(session, t) if exact is None or kind == "own" else exact[t]
-            for kind, t in wanted
+        read: dict[str, Callable[[int], np.ndarray]] = {
+            "own": lambda t: images.read(session, t),
+            "source": lambda t: session.image,
         }
+        if exact is not None:
+            read["exact"] = lambda t: exact[t]
+        pixels = {(kind, t): read[kind](t) for kind, t in wanted}
         items = []
         for place, question in enumerate(questions):
             turn, asked = question.about[0]

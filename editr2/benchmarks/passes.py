@@ -33,9 +33,9 @@ class Question(NamedTuple):
     """One item that a reward is asked about.
 
     session: as the reward sees it. images: which it sees: turns (from 0) of the pass's own outputs,
-    or what is exact of a turn. asked: turns of `session` that it is asked about; of each, in
-    `about`, the (turn of the image, turn whose instruction is judged) of the benchmark's session,
-    from 0.
+    or what is exact of a turn, or the source in its place. asked: turns of `session` that it is
+    asked about; of each, in `about`, the (turn of the image, turn whose instruction is judged) of
+    the benchmark's session, from 0.
     """
 
     session: Session
@@ -94,11 +94,12 @@ def _chain(session: Session, there: Sequence[bool]) -> Iterator[Question]:
 
 
 def _each_of(session: Session, there: Sequence[bool]) -> Iterator[Question]:
-    """Every instruction so far by itself, from the source to the one image."""
+    """Every instruction so far by itself, from the source to the one image: as if no turn before it
+    had changed anything. What they asked for stays known, so it is no damage."""
     for t, here in enumerate(there):
         for j in range(t + 1) if here else ():
-            only = _only(session, session.turns[j], j)
-            yield Question(only, (("own", t),), (0,), ((t, j),))
+            images = (*(("source", before) for before in range(j)), ("own", t))
+            yield Question(session, images, (j,), ((t, j),))
 
 
 def _from_exact(session: Session, there: Sequence[bool]) -> Iterator[Question]:

@@ -47,16 +47,21 @@ SECTIONS = ("policy.", "rollout.", "eval.")
 """Of settings, that images depend on, beside `seed` and `data.resize`."""
 
 
-def run_benchmark(config: BenchmarkConfig, name: str, *, editor: str | None = None) -> list[str]:
-    """Does the stages and returns what to print. editor: what the user called it. Raises
-    `UserError` for whatever is wrong with what was given, before anything is made."""
+def run_benchmark(
+    config: BenchmarkConfig, name: str, editor: str | None = None, notes: Sequence[str] = ()
+) -> list[str]:
+    """Does the stages and returns what to print. editor: what the user called it; notes: about it.
+    Raises `UserError` for whatever is wrong with what was given, before anything is made."""
     name, config = named(config, name)
     kind = find(name)
     asked = bool(config.passes)
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
-    return Run(config, name, kind, open_processes(), editor, asked).stages()
+    run = Run(config, name, kind, open_processes(), editor, asked)
+    for note in notes:
+        run.say(f"note: {note}")
+    return run.stages()
 
 
 class Run:
@@ -99,7 +104,8 @@ class Run:
             return []
         return self._report(sessions, images)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """On standard error, by the first of several processes."""
         if self.processes.main:
             print(line, file=sys.stderr, flush=True)
 
@@ -133,11 +139,11 @@ class Run:
                 absent.append(error)
                 continue
             found[way] = [images]
-            self._say(images.line())
+            self.say(images.line())
         for problem in absent:
             if not found:
                 raise problem
-            self._say(f"note: {problem}")
+            self.say(f"note: {problem}")
         files = [
             [str(path), *_stamp(path)]
             for images in found.values()
@@ -232,7 +238,7 @@ class Run:
         for member in panel.members:
             member.identity = identity.reward_fingerprint(member)
         use = self.config.reward if name == "judged" else self.config.against
-        self.about[name] = {
+        judged = {
             "reward": identity.reward_fingerprint(panel),
             "names": list(panel.names),
             "title": ", ".join(str(one.function or one.name or "world") for _, one in use.uses),
@@ -240,7 +246,9 @@ class Run:
             "facts": panel.facts,
             "seed": self.config.seed,
         }
-        digest = _digest([self.about["generated"], self.about[name], list(images)])
+        of = {k: v for k, v in self.about["generated"].items() if k not in ("done", "made")}
+        digest = _digest([self.name, of, judged])
+        self.about[name] = self._dated(judged, self.about.get(name))
         judge(
             self.out / file,
             sessions,
@@ -259,11 +267,10 @@ class Run:
         """Of the main process."""
         if not (self.out / FILE_NAME).is_file():
             return [f"images: {generations(self.out)}"] if not self.config.images else []
-        found = self._summary(FILE_NAME, sessions, self.about)
+        found = self._summary(FILE_NAME, sessions, "judged")
         other = None
         if (self.out / AGAINST_FILE).is_file() and "against" in self.about:
-            about = self.about | {"judged": self.about["against"]}
-            other = found["against"] = self._summary(AGAINST_FILE, sessions, about)
+            other = found["against"] = self._summary(AGAINST_FILE, sessions, "against")
         summary.write(self.out / summary.FILE_NAME, found)
         strips.write_strips(self.out, sessions, {way: of[0] for way, of in images.items()})
         files = [
@@ -275,10 +282,9 @@ class Run:
         said = text.lines(found, files)
         return said if other is None else [*text.lines(other), "", *said]
 
-    def _summary(
-        self, file: str, sessions: Sequence[Session], about: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        ways = set(self.config.passes)
+    def _summary(self, file: str, sessions: Sequence[Session], judge: str) -> dict[str, Any]:
+        judged, ways = self.about.get(judge, {}), set(self.config.passes)
+        about = self.about | {"judged": judged, "made": judged.get("made")}
         rows = [row for row in read_rows(self.out / file) if row.way in ways]
         return summary.summarise(rows, sessions, self.kind, about)
 
@@ -287,7 +293,8 @@ class Run:
     def _settled(self, generated: dict[str, Any]) -> None:
         """Records what images are of. Raises `ConfigError` where the folder's are of something
         else."""
-        if (saved := self.about.get("generated")) is not None:
+        saved = self.about.get("generated")
+        if saved is not None:
             for line in self._differences(saved, generated):
                 raise ConfigError(
                     f"--out: {self.out} holds images of another benchmark: {line} (accepted: the "
@@ -295,13 +302,24 @@ class Run:
                 )
             generated["done"] = saved.get("done", [])
         generated.setdefault("done", [])
+        # Paths may have moved and defaults be spelt out since: images are of what they were of.
+        kept = self._dated(generated, saved) if saved is None else saved
         self.about |= {
             "benchmark": self.name,
             "title": self.kind.title,
-            "editor": self.editor,
-            "generated": generated,
+            "editor": self.about.get("editor", self.editor),
+            "seed": self.config.seed,
+            "date": self.about.get("date", kept["made"]["date"]),
+            "generated": kept,
         }
         self._write()
+
+    def _dated(self, part: dict[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
+        """With where and when it was made; a start that finds it made changes nothing of that."""
+        if saved is not None and {**part, "made": saved.get("made")} == dict(saved):
+            return dict(saved)
+        made = identity.provenance(self.processes.count, str(self.processes.device))
+        return part | {"made": made}
 
     def _differences(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if self.about.get("benchmark") != self.name:
@@ -320,11 +338,10 @@ class Run:
     def _write(self) -> None:
         if not self.processes.main:
             return
-        made = identity.provenance(self.processes.count, str(self.processes.device))
         self.out.mkdir(parents=True, exist_ok=True)
         file = self.out / IDENTITY
         part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(self.about | {"made": made}, indent=1, default=str) + "\n")
+        part.write_text(json.dumps(self.about, indent=1, default=str) + "\n")
         os.replace(part, file)
 
 

@@ -112,7 +112,7 @@ class Saved:
         return self.file.with_name(f"{self.file.stem}.{index}.part.jsonl")
 
     def _parts(self) -> list[Path]:
-        return sorted(self.file.parent.glob(f"{self.file.stem}.*.part.jsonl"))
+        return sorted(self.file.parent.glob(f"{self.file.stem}.[0-9]*.part.jsonl"))
 
     def _whole(self) -> dict[str, Judged]:
         """Of `file`, where it is of this digest."""

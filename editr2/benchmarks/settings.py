@@ -14,6 +14,7 @@ from editr2.config.fields import Bounds, setting
 from editr2.config.rules import settings_problems
 from editr2.config.settings import COUNT, TURNS
 from editr2.judge.settings import AgainstConfig, against_problems
+from editr2.policies.found import stock_steps
 from editr2.rewards.table import REWARDS
 
 STAGES = ("generate", "judge", "report")
@@ -81,7 +82,7 @@ def named(config: BenchmarkConfig, name: str) -> tuple[str, BenchmarkConfig]:
 
 def with_defaults(config: BenchmarkConfig, kind: Benchmark) -> BenchmarkConfig:
     """What the benchmark says where the user says nothing: the reward, its options below the user's
-    own, how images are resized, and the passes."""
+    own, how images are resized, the passes; and a stock pipeline's own number of steps."""
     reward, own = config.reward, kind.reward
     if own and not reward.use and reward.function is None and reward.name in (None, own.name):
         options = {**own.options, **reward.options}
@@ -89,7 +90,11 @@ def with_defaults(config: BenchmarkConfig, kind: Benchmark) -> BenchmarkConfig:
     data = config.data
     if data.resize == "no":
         data = replace(data, resize=kind.resize)
-    return replace(config, reward=reward, data=data, passes=config.passes or tuple(kind.passes))
+    evaluation = config.eval
+    if evaluation.steps is None and config.rollout.steps == Config().rollout.steps:
+        evaluation = replace(evaluation, steps=stock_steps(config.policy))
+    passes = config.passes or tuple(kind.passes)
+    return replace(config, reward=reward, data=data, eval=evaluation, passes=passes)
 
 
 def benchmark_problems(config: BenchmarkConfig, kind: Benchmark) -> Iterator[str]:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments, Flags
 from editr2.config.rules import folder_problem
 
+if TYPE_CHECKING:
+    from editr2.benchmarks.settings import BenchmarkConfig
+
 EXTRA: list[tuple[str, dict[str, Any]]] = [
-    ("name", {"help": "world, mice, edival, gedit, imgedit, or a set of sessions (a path)"}),
+    (
+        "name",
+        {
+            "help": "world, mice, edival, gedit, imgedit, or a set of sessions (a path); of "
+            "rewards: editscore-bench, tiger-bench, pairs, preferences (or the path of such a file)"
+        },
+    ),
 ]
 
 
@@ -28,9 +37,38 @@ def command(arguments: Arguments) -> int:
         arguments,
         EXTRA,
     )
+    from editr2.benchmarks.rewards import pair_set_of
+
+    if pair_set_of(given["name"]):
+        return _judge_reward(config, given["name"])
     from editr2.benchmarks.run import run_benchmark
 
     print("\n".join(run_benchmark(config, given["name"], editor=given.get("policy"))))
+    return 0
+
+
+def _judge_reward(config: BenchmarkConfig, name: str) -> int:
+    """Of a set of labelled pairs, which judge a reward and no editor."""
+    from editr2.benchmarks import rewards
+    from editr2.errors import ConfigError
+    from editr2.run.processes import open_processes
+
+    if config.against.given:
+        raise ConfigError(
+            f"against: a second reward (accepted with {name}: one; judge the other in a folder of "
+            f"its own)"
+        )
+    said = rewards.run_rewards(
+        config,
+        name,
+        config.out,
+        data=config.data.path,
+        sources=config.sources,
+        limit=config.sessions,
+        processes=open_processes(),
+    )
+    if said:
+        print("\n".join(said))
     return 0
 
 

@@ -12,8 +12,11 @@ from editr2.policies.rules import check_config
 
 def command(arguments: Arguments) -> int:
     """score a policy on held-out sessions"""
-    config, _ = settings.run_config(
-        "editr2 eval", "Score a policy on held-out sessions (see --eval.*, --data.*).", arguments
+    config, given = settings.run_config(
+        "editr2 eval",
+        "Score a policy on held-out sessions (see --eval.*, --data.*).",
+        arguments,
+        named=True,
     )
     config = check_config(config, "eval")
     from editr2.policies.load import open_policy
@@ -28,6 +31,7 @@ def command(arguments: Arguments) -> int:
     from editr2.run.processes import open_processes
 
     processes = open_processes()  # first: it says which device is this process's
+    settings.tell(given["notes"], processes.main)
     cache = config.reward.cache
     record = None if cache is None else Record(None, index=processes.index, cache=cache)
     reward = load_reward(config.reward, record)

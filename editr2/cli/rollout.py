@@ -12,10 +12,11 @@ from editr2.policies.rules import check_config
 
 def command(arguments: Arguments) -> int:
     """edit sessions and write the images, without training"""
-    config, _ = settings.run_config(
+    config, given = settings.run_config(
         "editr2 rollout",
         "Edit sessions turn by turn and write images and outputs.jsonl into --out.",
         arguments,
+        named=True,
     )
     config = check_config(config, "rollout")
     from PIL import Image
@@ -28,6 +29,7 @@ def command(arguments: Arguments) -> int:
     from editr2.run.processes import open_processes
 
     processes = open_processes()
+    settings.tell(given["notes"], processes.main)
     policy = open_policy(config.policy, processes, trains=False)
     own = own_schedule(policy)
     check_run(config, None, own, processes=processes.count, command="rollout")

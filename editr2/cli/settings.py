@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from editr2.cli.flags import Arguments, Flags, values_of
+from editr2.cli.flags import Arguments, Flags, Option, values_of
 from editr2.config.fields import Wrong, field_problems
 from editr2.config.presets import PRESETS, preset_config, replace_nested
 from editr2.config.settings import Config
@@ -22,15 +23,20 @@ def run_config(
     extra: Sequence[tuple[str, dict]] = (),
     *,
     strict: bool = True,
+    named: bool = False,
 ) -> tuple[Config, dict[str, Any]]:
     """(Config, the values of `extra` flags) from defaults, `--preset`, `--config` and flags, in
     this order.
+
+    named: the command takes `--policy PATH|ID`, whose settings come behind `--preset`; its model,
+    weights and adapters are taken before those of `--config`. The values have `policy`, the text,
+    and `notes`, lines for the terminal.
 
     strict: raises `ConfigError` for the first value that its field does not accept, with the file's
     line where it is from one. Otherwise such values are left as they are, for `config_problems` to
     say all of them.
     """
-    return schema_config(Config, prog, description, arguments, extra, strict=strict)
+    return schema_config(Config, prog, description, arguments, extra, strict=strict, named=named)
 
 
 def schema_config(
@@ -41,14 +47,19 @@ def schema_config(
     extra: Sequence[tuple[str, dict]] = (),
     *,
     strict: bool = True,
+    named: bool = False,
+    own: Sequence[str] = (),
 ) -> tuple[C, dict[str, Any]]:
-    """As `run_config`, of settings that have more fields."""
+    """As `run_config`, of settings that have more fields. own: dotted names that the command
+    decides about, whatever `--policy` comes with."""
     from editr2.config.yaml import check_keys, load_yaml, place_of
 
     description += " `--data PATH` is short for `--data.path PATH`."
     flags = Flags(prog, description)
     flags.add("--preset", help=f"start from a preset: {', '.join(PRESETS)}")
     flags.add("--config", path=True, help="a YAML file with any of the fields below")
+    if named:
+        flags.add("--policy", path=True, help=NAMED)
     for name, options in extra:
         flags.add(name, **options)
     flags.settings(schema)
@@ -61,9 +72,12 @@ def schema_config(
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     config = _as(schema, preset_config(beside.pop("preset")))
     file = beside.pop("config")
+    values, lines = ({}, {}) if file is None else load_yaml(file)
     if file is not None:
-        values, lines = load_yaml(file)
         check_keys(values, lines, schema, file)
+    if named:
+        config, beside["notes"] = _edited_by(config, beside["policy"], values, found, own)
+    if file is not None:
         config = replace_nested(config, values)
         for key, problem in field_problems(config) if strict else ():
             raise ConfigError(f"{place_of(file, lines, key)}: {problem}")
@@ -78,6 +92,52 @@ def schema_config(
             value = text
         config = _with(config, option.key.split("."), value)
     return config, beside
+
+
+NAMED = (
+    "what edits: the folder of a run, an export, a saved policy or a diffusers pipeline, or a hub "
+    "id; with it comes how it was sampled, which --config and flags change (docs/editors.md)"
+)
+
+
+def tell(notes: Sequence[str], main: bool) -> None:
+    """Lines about what `--policy` named, on standard error, by the first of several processes."""
+    for note in notes if main else ():
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _edited_by(
+    config: C,
+    text: str | None,
+    values: dict[str, Any],
+    found: Sequence[tuple[Option, str]],
+    own: Sequence[str] = (),
+) -> tuple[C, list[str]]:
+    """The configuration with the settings of the editor that a text names, and lines about it.
+    values: of `--config`, from which what the text is in place of is taken out. found: the flags
+    given."""
+    if text is None:
+        return config, []
+    from editr2.policies.found import OF_WEIGHTS, editor_of
+
+    given = {option.key: said for option, said in found}
+    if "policy.weights" in given:
+        raise ConfigError(
+            f"--policy.weights: {given['policy.weights']} (accepted with --policy: none; that says "
+            f"which)"
+        )
+    editor = editor_of(text, given.get("policy.model"))
+    notes = [editor.note]
+    mine = values.get("policy") or {}
+    if over := [name for name in ("model", "weights") if name in mine]:
+        notes.append(f"--policy is taken, not policy.{' and policy.'.join(over)} of --config")
+    for name in OF_WEIGHTS & set(mine):
+        del mine[name]
+    settings = {
+        section: {k: v for k, v in of.items() if f"{section}.{k}" not in own}
+        for section, of in editor.settings.items()
+    }
+    return replace_nested(config, settings), notes
 
 
 def _as(schema: type[C], config: Config) -> C:

@@ -103,8 +103,9 @@ _MISREAD = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*
 
 def dump_yaml(config: Any) -> str:
     """A dataclass as YAML, in the order of its fields; `load_yaml` and `to_dataclass` give back an
-    equal one."""
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+    equal one. Or a mapping of plain values."""
+    made = dataclasses.is_dataclass(config) and not isinstance(config, type)
+    if not made and not isinstance(config, Mapping):
         raise TypeError(f"config: a {type(config).__name__} (accepted: an instance of a dataclass)")
     text: str = yaml.dump(
         plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf

@@ -37,6 +37,7 @@ from editr2.policies.base import Policy, Questions, TextPolicy
 from editr2.policies.configured import policy_class
 from editr2.policies.finite import check_state
 from editr2.policies.load import load_policy
+from editr2.policies.recorded import write_settings
 from editr2.policies.tensor_files import ordinary_modes, writing
 from editr2.policies.weights import load_trainable, remove_lora
 from editr2.report.data import load_run
@@ -101,6 +102,9 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
             out, kind, weights, saved.iteration, config.train.iterations, proof, folding
         )
         write_card(folder, seen, config, Base.of(base, config.policy.weights), done, form)
+        origin = getattr(base, "base", config.policy.weights)
+        told = replace(config, policy=replace(config.policy, quantize="none"))
+        write_settings(folder, told, origin, whole=kind != "lora")
     return done
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from editr2.config import Config, PolicyConfig, TrainConfig
 from editr2.export.result import Exported
 from editr2.policies.forms import Form
+from editr2.policies.recorded import EXPORT
 from editr2.report.build import evaluation_table
 from editr2.report.data import PASS_NAMES, RecordedRun, StripTurn
 from editr2.report.gallery import thin
@@ -97,7 +98,8 @@ def _how(base: Base, done: Exported, policy: PolicyConfig, form: Form) -> str:
     this, origin = done.folder.name, base.hub_id or policy.weights
     dtype = policy.dtype if done.kind == "lora" or policy.lora_rank else "float32"
     code = "```python\n" + "\n".join(form.code(this, origin, dtype)) + "\n```"
-    return "\n\n".join(filter(None, [code, form.also(this)]))
+    ours = f"`--policy {this}` of `editr2` edits as this run did: its settings are in `{EXPORT}`."
+    return "\n\n".join(filter(None, [code, form.also(this), ours]))
 
 
 def _load_pipeline(base: Base, pipeline: str, done: Exported, policy: PolicyConfig) -> list[str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from editr2.judge.summary import Agreement, Of, nanmean, sessions_of, values_of
-from editr2.judge.text import call_lines, headline, state_lines, tables
+from editr2.judge.text import Table, call_lines, headline, state_lines, tables
 from editr2.judge.trial import Trial
 from editr2.report import pages
+from editr2.report.charts import Chart
 from editr2.report.data import MODES
 from editr2.report.gallery import Why, thin
 from editr2.report.numbers import decimal
@@ -31,11 +32,14 @@ def write_page(
     *,
     price: float | None = None,
     rewards: np.ndarray | None = None,
+    more: Sequence[Table] = (),
+    charts: Sequence[Chart] = (),
     max_sessions: int = 48,
     max_pixels: int = 512,
 ) -> None:
-    """rewards: the weighted sums [outputs, T], None of no sum. More sessions than max_sessions are
-    thinned evenly; larger images than max_pixels are scaled down."""
+    """rewards: the weighted sums [outputs, T], None of no sum. more: tables behind the others, and
+    charts behind them. More sessions than max_sessions are thinned evenly; larger images than
+    max_pixels are scaled down."""
     session = sessions_of(trial)
     total = int(session.max()) + 1
     shown = thin(range(total), max_sessions)
@@ -48,7 +52,8 @@ def write_page(
         headline=headline(trial),
         facts=list(trial.facts.items()),
         notes=[*trial.notes, *call_lines(trial, price), *state_lines(scores)],
-        tables=tables(trial, scores, agreements),
+        tables=[*tables(trial, scores, agreements), *more],
+        charts=charts,
         sessions=[
             _session(trial, np.flatnonzero(session == n), means, rewards, max_pixels) for n in shown
         ],

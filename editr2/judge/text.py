@@ -72,10 +72,11 @@ def lines(
     scores: Sequence[Of],
     agreements: Sequence[tuple[str, Sequence[Agreement]]],
     price: float | None = None,
+    more: Sequence[Table] = (),
 ) -> list[str]:
-    """All of it for a terminal."""
+    """All of it for a terminal. more: tables behind the others."""
     said = [headline(trial), *(f"{name}: {text}" for name, text in trial.facts.items())]
-    for table in tables(trial, scores, agreements):
+    for table in [*tables(trial, scores, agreements), *more]:
         said += ["", *laid_out(table)]
     said = [line.replace("±", "+-") for line in said]
     return [*said, "", *call_lines(trial, price), *state_lines(scores)]

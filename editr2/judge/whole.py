@@ -11,6 +11,7 @@ import numpy as np
 
 from editr2.config import UNSET_WEIGHTS
 from editr2.errors import ConfigError
+from editr2.judge import best_of
 from editr2.judge.labels import read_labels
 from editr2.judge.outputs import Output, count_outputs, output_sizes, read_outputs
 from editr2.judge.page import write_page
@@ -67,9 +68,17 @@ def judge(
     scores = summarise(trial)
     rewards: np.ndarray | None = with_reward(trial, weights).get("reward")
     write_scores(out / FILE_NAME, trial, rewards, against)
-    page = {"price": price_per_call, "rewards": rewards}
+    curves = best_of.best_of(trial, against, weights) if against else []
+    best = best_of.table(curves)
+    more = [] if best is None else [best]
+    page = {
+        "price": price_per_call,
+        "rewards": rewards,
+        "more": more,
+        "charts": best_of.charts(curves),
+    }
     write_page(out / PAGE, trial, scores, agreements, **page)  # type: ignore[arg-type]
-    said = lines(trial, scores, agreements, price_per_call)
+    said = lines(trial, scores, agreements, price_per_call, more)
     if weights is None:
         said.append("reward: no sum of the scores without credit.weights of their names")
     return [*said, f"scores: {out / FILE_NAME}", f"page: {out / PAGE}"]

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,9 +28,19 @@ from editr2.policies.base import Policy, to_bytes
 from editr2.policies.blueprint import Blueprint, Walk, simulated
 from editr2.policies.forms import Form, OwnFolder, PeftAdapter
 from editr2.policies.models import MODELS
+from editr2.policies.recorded import without_adapters
 
 FIELDS = tuple(f.name for f in dataclasses.fields(PolicyConfig))
 """Of `PolicyConfig`, in their order."""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What a published pipeline does where its caller says nothing. steps: of denoising. settings:
+    of `PolicyConfig`, that stand at other values than its defaults."""
+
+    steps: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ConfiguredPolicy(ABC):
@@ -106,6 +118,28 @@ class ConfiguredPolicy(ABC):
             "",
             f"policy = load_policy(PolicyConfig({given}))",
         ]
+
+    holds: ClassVar[str] = ""
+    """What `owns` looks for in a folder, in words; empty where it looks for nothing."""
+
+    @classmethod
+    def owns(cls, folder: Path) -> bool:
+        """Whether a folder says that it has weights of this model, for `--policy FOLDER`. Nothing
+        is read but small files of settings; whether the weights are in order is seen when they are
+        loaded. Raises the `UserError` of a file that cannot be read."""
+        return False
+
+    @classmethod
+    def settings_for(cls, config: PolicyConfig, folder: Path) -> PolicyConfig:
+        """The settings that load what `save`, in a run of these, or an export of it wrote to a
+        folder: its weights, with adapters merged."""
+        return without_adapters(config, str(folder))
+
+    @classmethod
+    def stock(cls, config: PolicyConfig) -> Stock | None:
+        """Of the published pipeline that it drives; None where there is none. No weights are
+        read."""
+        return None
 
     def placed(self, trains: bool) -> None:  # noqa: B027, most have nothing to say
         """Called once the weights are on their device. Raises `ConfigError` where what is asked for

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from editr2.config import PolicyConfig
 from editr2.policies.adapters import TRANSFORMER, fold_strength
 from editr2.policies.base import Policy, device_of, with_module
 from editr2.policies.libraries import quiet_libraries
+from editr2.policies.recorded import without_adapters
 from editr2.policies.tensor_files import write_tensors
 from editr2.policies.weights import merge_lora
 
@@ -59,8 +60,7 @@ class OwnFolder:
         return 0.0
 
     def load(self, base: Any, folder: Path) -> Policy:
-        merged = replace(self.config, lora_rank=0, lora_alpha=None, lora_targets=None)
-        loaded: Policy = self.make(replace(merged, weights=str(folder)))
+        loaded: Policy = self.make(without_adapters(self.config, str(folder)))
         loaded.module.to(device_of(base.module))
         return loaded
 

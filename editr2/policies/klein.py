@@ -21,6 +21,7 @@ from torch import Tensor
 
 from editr2.config import PolicyConfig
 from editr2.errors import DataError, shown
+from editr2.policies.configured import Stock
 from editr2.policies.contexts import EditContext, Prompt
 from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.latents import from_tokens, patchified, tokens, unpatchified
@@ -54,6 +55,8 @@ LARGE = replace(
     text={"text_encoder": 8_190_735_360},  # Qwen3-8B with its head
 )
 BASE = {"is_distilled": False}
+DISTILLED_STEPS = 4
+"""That the published weights are distilled to."""
 
 TEXT_LAYERS = (9, 18, 27)
 """Of the text encoder's hidden states, the ones whose numbers side by side are a token."""
@@ -86,6 +89,15 @@ class KleinPolicy(DiffusionPolicy):
     )
     position_axes = 4
     text_limit = 512
+    guidance_argument = "guidance_scale"
+
+    @classmethod
+    def stock(cls, config: PolicyConfig) -> Stock | None:
+        stock = super().stock(config)
+        if stock is None or not cls.pipeline_settings(config).get("is_distilled"):
+            return stock
+        # The pipeline ignores its guidance then, and its default of steps is the base weights'.
+        return Stock(DISTILLED_STEPS)
 
     def check(self, config: PolicyConfig) -> None:
         super().check(config)

@@ -10,8 +10,10 @@ from editr2.errors import ConfigError
 from editr2.policies.base import Policy
 from editr2.policies.configured import ConfiguredPolicy, made, policy_class, settled_branches
 from editr2.policies.finite import check_weights
+from editr2.policies.recorded import over_its_base
 from editr2.policies.rules import policy_problems
 from editr2.policies.sharding import place
+from editr2.policies.weights import put_on
 from editr2.run.processes import Processes
 
 
@@ -24,7 +26,15 @@ def load_policy(config: PolicyConfig, *, trains: bool = True, empty: bool = Fals
     Raises `ConfigError` for settings the model cannot follow, and for weights that are not there or
     another model's, and `NonFiniteError` for weights that are not finite.
     """
-    policy: Policy = made(policy_class(config.model), config, trains=trains, empty=empty)
+    base, adapters = over_its_base(config)
+    if adapters is not None and trains:
+        raise ConfigError(
+            f"policy.weights: {adapters}: adapters of an export (accepted where policies train: "
+            f"the policy/ of their run, or the export with --merge)"
+        )
+    policy: Policy = made(policy_class(config.model), base, trains=trains, empty=empty)
+    if adapters is not None:
+        put_on(policy.module, adapters)
     check_weights(policy, f"policy.weights: {config.weights or 'default'}")
     return policy
 

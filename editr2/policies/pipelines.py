@@ -6,8 +6,10 @@ Nothing here runs the editor; that is `editr2.policies.diffusion`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,10 +25,11 @@ from editr2.config.rules import folder_problem
 from editr2.errors import CheckpointError, ConfigError
 from editr2.policies.adapters import DESCRIPTION, TRANSFORMER, read_description
 from editr2.policies.attention import problem_of
-from editr2.policies.configured import FIELDS, ConfiguredPolicy
+from editr2.policies.configured import FIELDS, ConfiguredPolicy, Stock
 from editr2.policies.forms import DiffusersFolder, DiffusersLora, Form
 from editr2.policies.libraries import quiet_libraries, stock_pipeline
 from editr2.policies.tensor_files import read_json, reading
+from editr2.run.hub import INDEX, model_index
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class PipelineModel(ConfiguredPolicy):
 
     uses = frozenset(FIELDS)
     edits_the_world = False
+    holds = f"{DESCRIPTION} (as a run saves it) or {INDEX}"
 
     model: ClassVar[str]
     """Its name in `policy.model`, and in the folders of saved policies."""
@@ -88,6 +92,8 @@ class PipelineModel(ConfiguredPolicy):
     """Whether its transformer is given masks, of prompts of different lengths."""
     recomputes: ClassVar[bool] = True
     """Whether the blocks can be computed again in the backward pass."""
+    guidance_argument: ClassVar[str] = "true_cfg_scale"
+    """Of the stock pipeline's call, that `policy.guidance` is."""
     instead_of_shard: ClassVar[str] = ""
     """Which model takes `policy.shard` where this one does not, and why; empty where it does."""
 
@@ -149,6 +155,50 @@ class PipelineModel(ConfiguredPolicy):
     def form(cls, config: PolicyConfig, kind: str) -> Form:
         return DiffusersLora(cls.pipeline) if kind == "lora" else DiffusersFolder(cls.pipeline)
 
+    @classmethod
+    def owns(cls, folder: Path) -> bool:
+        if (folder / DESCRIPTION).is_file():
+            return read_description(folder).model == cls.model
+        return (folder / INDEX).is_file() and (
+            read_json(folder / INDEX).get("_class_name") == cls.pipeline
+        )
+
+    @classmethod
+    def settings_for(cls, config: PolicyConfig, folder: Path) -> PolicyConfig:
+        if (folder / DESCRIPTION).is_file() and read_description(folder).lora is not None:
+            return dataclasses.replace(config, weights=str(folder))
+        return super().settings_for(config, folder)
+
+    @classmethod
+    def stock(cls, config: PolicyConfig) -> Stock | None:
+        given = inspect.signature(stock_class(cls).__call__).parameters
+        guidance = given.get(cls.guidance_argument)
+        settings = {} if guidance is None else {"guidance": float(guidance.default)}
+        return Stock(int(given["num_inference_steps"].default), settings)
+
+    @classmethod
+    def pipeline_settings(cls, config: PolicyConfig) -> Mapping[str, Any]:
+        """What `model_index.json` of the weights says; nothing of those that are neither known, nor
+        here or downloaded before."""
+        base = weight_sources(config.weights or cls.hub_id, cls.model)[2]
+        if base in cls.published:
+            return cls.published[base].pipeline
+        file = model_index(base)
+        return {} if file is None else read_json(file)
+
+
+def stock_class(kind: type[PipelineModel]) -> Any:
+    """The pipeline's class. Raises `ConfigError` where the installed diffusers has it not."""
+    import diffusers
+
+    try:
+        return kind.pipeline_class()
+    except AttributeError as error:
+        raise ConfigError(
+            f"policy.model: {kind.model} (accepted with a diffusers that has {kind.pipeline}; "
+            f"this is {diffusers.__version__})"
+        ) from error
+
 
 def read_pipeline(
     kind: type[PipelineModel],
@@ -161,16 +211,9 @@ def read_pipeline(
 ) -> Any:
     """The stock pipeline with all its components, the transformer from `trained` if there is one.
     whole: all of the transformer's weights will train. empty: they are on the meta device."""
-    import diffusers
     from accelerate import init_empty_weights
 
-    try:
-        stock = kind.pipeline_class()
-    except AttributeError as error:
-        raise ConfigError(
-            f"policy.model: {kind.model} (accepted with a diffusers that has {kind.pipeline}; "
-            f"this is {diffusers.__version__})"
-        ) from error
+    stock = stock_class(kind)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     # Trained weights stay float32: an update of a bfloat16 weight is smaller than its rounding.
     options: dict[str, Any] = {"torch_dtype": torch.float32 if whole else dtype}

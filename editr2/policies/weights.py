@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.policies.adapters import with_fewer_copies
 from editr2.policies.parts import is_shared, part, rows
+from editr2.policies.tensor_files import check_shapes, read_header, read_tensors, reading
 
 LORA_TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
 """Attention and MLP of both experts."""
@@ -102,6 +104,30 @@ def add_lora(
     with_fewer_copies(module)
     for name, p in module.named_parameters():
         p.requires_grad_(".lora_" in name)
+
+
+@torch.no_grad()
+def put_on(module: nn.Module, folder: Path) -> None:
+    """The adapters of an export for peft, as `PeftModel.from_pretrained(module, folder)` puts them
+    on; nothing trains. Raises a `UserError` unless they are exactly those that its
+    adapter_config.json describes."""
+    from peft import PeftConfig, inject_adapter_in_model
+
+    with reading(folder / "adapter_config.json"):
+        config = PeftConfig.from_pretrained(str(folder))
+        inject_adapter_in_model(config, module)
+    with_fewer_copies(module)
+    module.requires_grad_(False)
+    adapters = {
+        f"base_model.model.{name.replace('.default.', '.')}": p
+        for name, p in module.named_parameters()
+        if ".lora_" in name
+    }
+    file = folder / "adapter_model.safetensors"
+    needed = {name: tuple(p.shape) for name, p in adapters.items()}
+    check_shapes(file, read_header(file)[0], needed, "the adapters that adapter_config.json says")
+    for name, tensor in read_tensors(file).items():
+        adapters[name].copy_(tensor)
 
 
 def merged_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -25,7 +25,10 @@ from editr2.rewards.reading import numbers
 from editr2.rewards.served import Served
 from editr2.rewards.wording import Place
 
-SCORES = ("SC", "PQ", "O")
+HALVES = ("prompt_following", "consistency")
+"""What EditScore's EditReward-Bench calls the two numbers of SC."""
+
+SCORES = ("SC", "PQ", "O", *HALVES)
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +36,8 @@ class VieOptions(Server, Asking):
     """Options of rewards of this form; see `Server` and `Asking` for the rest.
 
     Args:
-        scores: which of SC, PQ and O. Both questions are asked for O.
+        scores: which of SC, PQ, O, prompt_following and consistency (the two numbers of SC). Both
+            questions are asked for O.
         ask: the judge always gives its reasons.
         answers: and is always read as text.
         votes: passes of each question.
@@ -61,20 +65,23 @@ class VieReward(Served):
 
     def turn(self, item: Item, turn: int) -> dict[str, Score]:
         before, after = item.before(turn), item.images[turn]
-        asked = {
-            "SC": ("sc", (before, after)),
-            "PQ": ("pq", (after,)),
+        asked: dict[str, tuple[str, tuple[np.ndarray, ...], set[str]]] = {
+            "SC": ("sc", (before, after), {"SC", "O", *HALVES}),
+            "PQ": ("pq", (after,), {"PQ", "O"}),
         }
         said: dict[str, Score] = {}
-        for name, (prompt, images) in asked.items():
-            if name in self.names or "O" in self.names:
+        for name, (prompt, images, needed) in asked.items():
+            if needed & set(self.names):
                 instruction = item.session.turns[turn].instruction
-                said[name] = self._smaller(prompt, images, instruction, item.seed, name, turn)
+                both = self._both(prompt, images, instruction, item.seed, name, turn)
+                said[name] = _smaller(*both)
+                if name == "SC":
+                    said |= dict(zip(HALVES, both, strict=True))
         if "O" in self.names:
             said["O"] = self._overall(said["SC"], said["PQ"])
         return {name: said[name] for name in self.names}
 
-    def _smaller(
+    def _both(
         self,
         prompt: str,
         images: Sequence[np.ndarray],
@@ -82,8 +89,8 @@ class VieReward(Served):
         seed: int,
         name: str,
         turn: int,
-    ) -> Verdict:
-        """Of every pass the smaller number, and their mean."""
+    ) -> tuple[Verdict, Verdict]:
+        """The two numbers of every pass."""
         text, _ = self.prompts(prompt, instruction=instruction, high=self.HIGH)
         both = self.asker.json(
             text,
@@ -94,12 +101,7 @@ class VieReward(Served):
             turn=turn,
             reason="reasoning",
         )
-        first, second = both["score[0]"], both["score[1]"]
-        if first.value is None or second.value is None:
-            return first
-        votes = tuple(map(min, zip(first.votes, second.votes, strict=True)))
-        mean = math.fsum(votes) / len(votes)
-        return Verdict(mean, first.reason, by=first.by, votes=votes, asked=first.asked)
+        return both["score[0]"], both["score[1]"]
 
     def _overall(self, sc: Score, pq: Score) -> Score:
         for name, one in (("SC", sc), ("PQ", pq)):
@@ -115,6 +117,15 @@ class VieReward(Served):
             return Score(None, f"{few} (released: they are paired)")
         paired = [math.sqrt(a * b) for a, b in zip(sc.votes, pq.votes, strict=True)]
         return Score(math.fsum(paired) / len(paired), reason)
+
+
+def _smaller(first: Verdict, second: Verdict) -> Verdict:
+    """Of every pass the smaller number, and their mean."""
+    if first.value is None or second.value is None:
+        return first
+    votes = tuple(map(min, zip(first.votes, second.votes, strict=True)))
+    mean = math.fsum(votes) / len(votes)
+    return Verdict(mean, first.reason, by=first.by, votes=votes, asked=first.asked)
 
 
 def vie_places(

@@ -23,6 +23,8 @@ PATIENCE = 5.0
 """Seconds for an answer of any kind. Resolving a name has no time limit of its own, hence the
 thread."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+INDEX = "model_index.json"
+"""Of a diffusers pipeline, what it is made of."""
 
 
 def unreachable(endpoint: str) -> str | None:
@@ -73,8 +75,27 @@ def check_model(name: str, key: str) -> None:
     if Path(name).exists() or not HUB_ID.fullmatch(name):
         return
     why = offline()
-    if why and not isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+    if why and not isinstance(try_to_load_from_cache(name, INDEX), str):
         said = f"no folder, not downloaded before, and {why}"
         raise ConfigError(
             f"{key}: {name}: {said} (accepted: its folder, or a machine with network)"
         )
+
+
+def model_index(name: str) -> Path | None:
+    """Where `model_index.json` of a pipeline's folder, or of a hub id that was downloaded before,
+    is; None where it is not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if (file := Path(name) / INDEX).is_file():
+        return file
+    found = try_to_load_from_cache(name, INDEX) if HUB_ID.fullmatch(name) else None
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch_index(name: str) -> Path:
+    """`model_index.json` of a hub id, downloaded where it was not before. Raises whatever the hub's
+    client does."""
+    from huggingface_hub import hf_hub_download
+
+    return model_index(name) or Path(hf_hub_download(name, INDEX))

@@ -44,6 +44,7 @@ from editr2.config.fields import is_mapping, leaves, respelt_leaves
 from editr2.config.rules import option_defaults
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.policies.configured import policy_class
+from editr2.policies.recorded import over_its_base
 from editr2.policies.tensor_files import BLOCK, tensor_digest, tensors_of
 from editr2.run.sources import installed, sources
 from editr2.sessions import Session
@@ -148,9 +149,11 @@ def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
     """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the
     cache holds."""
     kind = policy_class(policy.model)
+    base, adapters = over_its_base(policy)
+    places = [*([] if adapters is None else [str(adapters)]), *kind.sources(base)]
     texts = [
         folder_fingerprint(Path(source)) if Path(source).is_dir() else hub_revision(source)
-        for source in kind.sources(policy)
+        for source in places
     ]
     return {"weights": " over ".join(texts) or kind.default_weights}
 

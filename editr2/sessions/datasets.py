@@ -82,7 +82,7 @@ def dataset_entries(path: str, size: Sizes | None, resize: str, contained: bool)
     Raises DataError when there is no such dataset.
     """
     with _one_line(f"{path}: "):
-        yield from _entries(path, _open(path), size, resize, contained)
+        yield from _entries(path, open_dataset(path), size, resize, contained)
 
 
 def dataset_rows(
@@ -94,7 +94,7 @@ def dataset_rows(
     Raises DataError when there is no such dataset, or no such column.
     """
     with _one_line(f"{path}: "):
-        data = _open(path)
+        data = open_dataset(path)
         names = data.column_names
         if column not in names:
             raise DataError(f"{path}: columns {', '.join(names)} (accepted: {column} among them)")
@@ -179,7 +179,8 @@ def _magicbrush_records(
         yield session()
 
 
-def _open(path: str) -> Dataset:
+def open_dataset(path: str) -> Dataset:
+    """Of "hf:owner/name", "hf:owner/name:split" or a saved dataset's folder. Raises DataError."""
     try:
         import datasets
     except ImportError as error:

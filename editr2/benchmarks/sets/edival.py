@@ -39,7 +39,7 @@ LEADERBOARD = {
 def read(source: Source) -> Iterator[Session]:
     """The sessions of the CSV, whose ids are its `image_index`, as its evaluator names files."""
     path = source.given(f"{FILE}, or the folder that has it")
-    return unique(formats.edival(formats.Source(path, source.images, None)))
+    return unique(formats.edival(formats.Source(path, source.images, None, "--sources")))
 
 
 def _reference(name: str, value: float, source: str) -> Reference:

@@ -29,7 +29,7 @@ def read(source: Source, language: str = "en") -> Iterator[Session]:
     """The edits in one language, sessions of one turn, whose ids are their keys."""
     path = source.given(f"{NAME}, or a folder that `datasets` saved it to")
     source.without_images()
-    return unique(formats.gedit(formats.Source(path, None, None), language))
+    return unique(formats.gedit(formats.Source(path, None, None, "--sources"), language))
 
 
 REWARD = RewardUse(name="viescore", options={"scores": ["SC", "PQ", "O"]})

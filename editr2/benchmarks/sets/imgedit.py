@@ -14,7 +14,7 @@ from editr2.sessions.importers import formats, unique
 def read(source: Source) -> Iterator[Session]:
     """The edits, sessions of one turn, whose ids are their numbers."""
     path = source.given("basic_edit.json, or the folder that has it (Benchmark/Basic)")
-    return unique(formats.imgedit_basic(formats.Source(path, source.images, None)))
+    return unique(formats.imgedit_basic(formats.Source(path, source.images, None, "--sources")))
 
 
 IMGEDIT = Benchmark(

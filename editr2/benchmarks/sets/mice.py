@@ -25,7 +25,7 @@ def read(source: Source) -> Iterator[Session]:
 
 
 def _read(file: Path, images: Path | None) -> Iterator[Session]:
-    for session in formats.mice(formats.Source(file, images, None)):
+    for session in formats.mice(formats.Source(file, images, None, "--sources")):
         yield replace(session, id=f"{session.mode}-{session.id}", image=vars(session)["image"])
 
 

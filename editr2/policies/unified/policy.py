@@ -42,6 +42,7 @@ from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.tensor_files import (
     check_shapes,
     read_header,
+    read_json,
     read_tensors,
     write_tensors,
     writing,
@@ -241,6 +242,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         *("lora_rank", "lora_alpha", "lora_targets"),
     }
     default_weights = "the small model shipped with editr2"
+    holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
 
     def __init__(
         self, model: UnifiedModel, codec: TextCodec, guidance: Guidance = Guidance()
@@ -288,6 +290,12 @@ class UnifiedPolicy(ConfiguredPolicy):
     @classmethod
     def sources(cls, config: PolicyConfig) -> list[str]:
         return [config.weights or str(EMBEDDED)]
+
+    @classmethod
+    def owns(cls, folder: Path) -> bool:
+        # The names alone are those of many a language model.
+        named = all((folder / name).is_file() for name in (SIZES, TOKENIZER, WEIGHTS))
+        return named and "latent_patch_size" in read_json(folder / SIZES)
 
     @classmethod
     def blueprint(cls, config: PolicyConfig) -> UnifiedBlueprint:

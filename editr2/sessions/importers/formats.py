@@ -50,11 +50,13 @@ class Source:
     images: a folder to look for images in, first by their whole name and then by the file's name
         alone; None looks where the release has them.
     mode: the mode of every session, in place of what the set says.
+    flag: by which the user names `images`, for messages.
     """
 
     path: Path
     images: Path | None
     mode: str | None
+    flag: str = "--images"
 
     def file(self, *suffixes: str, name: str | None = None) -> Path:
         """The file itself; `name` in the folder if it is one. Raises DataError, which lists what
@@ -87,16 +89,15 @@ class Source:
         candidates = [path for path in found if path is not None]
         if not candidates:
             accepted = (
-                f"(accepted: a path inside of {shown(self.images or places[0])}, or --images "
-                f"FOLDER)"
+                f"(accepted: a path inside of {shown(self.images or places[0])}, or "
+                f"{self.flag} FOLDER)"
             )
             raise record.error(field, f"{shown(name)} leads out of the folder {accepted}")
         for path in candidates:
             if os.path.exists(path):
                 return ImageFile(path, where=f"{record.where}: {field}")
-        problem = (
-            f"{shown(candidates[0])}: no such file (accepted: an image there, or --images FOLDER)"
-        )
+        accepted = f"an image there, or {self.flag} FOLDER"
+        problem = f"{shown(candidates[0])}: no such file (accepted: {accepted})"
         raise record.error(field, problem)
 
 

@@ -1,0 +1,188 @@
+"""`editr2 benchmark` from its command line to its folder: the world, sets of the published forms with
+a tiny editor and a served judge, and starts that were stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from editr2.benchmarks import page
+from editr2.cli.main import main
+
+WORLD = ("benchmark", "world", "--sessions", "2", "--turns", "1,3")
+
+TURNS = (
+    ("subject_add", "Add [lamp] on the [left] of [cup]", True, ["cup"], ["cup", "lamp"]),
+    ("color_alter", "Change the color of [cup] to [red]", True, [], ["cup", "lamp"]),
+    ("background_change", "Change the background to [beach]", False, [], ["cup", "lamp"]),
+)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("world") / "out"
+    assert main([*WORLD, "--out", str(out)]) == 0
+    return out
+
+
+def test_the_world_by_length_and_against_exact_images(world, capsys):
+    found = summary(world)
+    assert found["lengths"] == {"1": 2, "3": 2} and found["passes"].keys() == {"multipass", "exact"}
+    counts = found["passes"]["multipass"]["counts"]
+    assert counts["GA"] == {"judged": 8, "not_applicable": 0, "failed": 0, "missing": 0}
+    assert found["exposure"]["exact"]["GA@1"]["value"] == 0  # nothing is handed on yet
+    assert {"GA@last/turns=1", "GA@last/turns=3"} <= found["passes"]["exact"]["measures"].keys()
+    assert len(list((world / "generations" / "multipass").glob("*_turn_*.png"))) == 8
+
+
+def test_a_second_start_changes_nothing(world):
+    before = files(world)
+    assert main([*WORLD, "--out", str(world)]) == 0
+    assert files(world) == before
+
+
+def test_a_report_that_was_stopped_is_made_as_it_would_have_been(world, tmp_path, monkeypatch):
+    """Kills while images are made and judged have tests of their own."""
+    out, whole = tmp_path / "out", files(world)
+    for name in whole:  # as if the start had died before its report
+        if name in ("benchmark.json", "scores.jsonl") or name.startswith("generations"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(whole[name])
+
+    def dies(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(page, "write_page", dies)
+        assert main([*WORLD, "--out", str(out)]) == 130
+    assert (out / "summary.json").exists() and not (out / "report.html").exists()
+    assert main([*WORLD, "--out", str(out)]) == 0
+    assert files(out) == whole
+
+
+def test_images_made_elsewhere_give_the_same_scores(world, tmp_path, capsys):
+    out, images = tmp_path / "out", tmp_path / "images"
+    for name, data in files(world / "generations").items():
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(data)
+    gone = next((images / "multipass").glob("3-turns-0001*_turn_2.png"))
+    gone.unlink()
+    assert main([*WORLD, "--images", str(images), "--out", str(out)]) == 0
+    ours, theirs = ((path / "scores.jsonl").read_text().splitlines() for path in (world, out))
+    changed = [json.loads(b) for a, b in zip(ours, theirs, strict=True) if a != b]
+    assert {(row["state"], row["turn"], row["image"]) for row in changed} == {
+        ("missing", turn, gone.name.partition("_input")[0]) for turn in (2, 3)
+    }
+    headline = summary(out)["headline"]["of"]
+    assert all(one["value"] is None and "are missing" in one["withheld"] for one in headline)
+    capsys.readouterr()
+
+
+def test_two_are_compared(world, tmp_path, capsys):
+    other, out = tmp_path / "other", tmp_path / "compared"
+    steps = ("--rollout.steps", "2", "--passes", "multipass")
+    assert main([*WORLD, *steps, "--out", str(other)]) == 0
+    assert main(["benchmark", "--compare", str(world), str(other), "--out", str(out)]) == 0
+    assert {"compare.html", "compare.md", "compare.tex"} <= files(out).keys()
+    assert "rollout.steps" in (out / "compare.html").read_text()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "name: missing"),
+        (["nothing"], "benchmark: 'nothing' (accepted: world, mice"),
+        (["edival"], "--data: none"),
+        (["world", "--passes", "twice"], "passes: "),
+        (["world", "--passes", "exact,exact"], "passes: "),
+        (["world", "--turns", "0"], "turns[0]: 0"),
+        (["world", "--stages", "judge"], "has no images yet"),
+        (["world", "--passes", "singlepass"], "vocabulary"),
+        (["world", "--images", "{tmp}", "--samples", "2"], "samples: 2"),
+        (["world", "--images", "{tmp}/none"], "no such folder"),
+        (["world", "--seed", "1", "--sessions", "2", "--turns", "1,3"], "seed 0 then, 1 now"),
+        (["{tmp}/sessions.jsonl"], "reward.name: none"),
+        (["mice", "--data", "{tmp}", "--turns", "3"], "turns: [3]"),
+        (["edival", "--data", "{tmp}", "--passes", "exact"], "passes: exact"),
+        (["--compare", "{tmp}"], "--compare: "),
+        (["--compare", "{tmp}", "{tmp}/none"], "--compare: "),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, said, world, tmp_path, capsys):
+    (tmp_path / "sessions.jsonl").touch()
+    out = str(world) if "--seed" in words else str(tmp_path / "out")
+    words = [word.format(tmp=tmp_path) for word in words]
+    judge = ["--reward.options.url", "http://127.0.0.1:9/v1"]
+    served = any(name in words for name in ("edival", "mice"))
+    assert main(["benchmark", *words, *(judge if served else []), "--out", out]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+
+
+def edival_checkout(folder: Path) -> None:
+    """Two sessions in the form of the public file."""
+    with (folder / "oai_instruction_generation_output.csv").open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        lists = ("task_type", "instructions", "format_instructions")
+        judged = ("bg_consistency", "unchanged_objects", "available_objects", "all_objects")
+        rows.writerow(("image_index", "turns", *lists, *judged))
+        for index in (3, 11):
+            for t, (_, _, kept, unchanged, every) in enumerate(TURNS):
+                tasks, formatted, *_ = zip(*TURNS[: t + 1])
+                told = [text.replace("[", "").replace("]", "") for text in formatted]
+                said = (list(tasks), told, list(formatted), kept, unchanged, every, every)
+                rows.writerow((index, t + 1, *map(repr, said)))
+
+
+def mice_checkout(folder: Path) -> None:
+    for mode in ("cm", "cu"):
+        tasks, formatted, kept, unchanged, every = map(list, zip(*TURNS))
+        line = {"image": f"source_image/{mode}.jpg", "task_type": tasks, "turns": 3}
+        line["instruction"] = [text.replace("[", "").replace("]", "") for text in formatted]
+        line |= {"formatted_instruction": formatted, "bg_consistency": kept}
+        line |= {"unchanged_objects": unchanged, "available_objects": every, "all_objects": every}
+        file = folder / "dataset" / mode / "test_metadata.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(line))
+
+
+@pytest.mark.slow
+def test_public_sets_from_their_files_to_a_report(tmp_path, monkeypatch, capsys):
+    """With scripts/benchmark_trial.py: a tiny FLUX.1-Kontext, a tiny detector and encoder, a judge
+    behind HTTP."""
+    scripts = Path(__file__).parent.parent / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))
+    import benchmark_trial
+
+    for name, fill in (("edival", edival_checkout), ("mice", mice_checkout)):
+        (tmp_path / name).mkdir()
+        fill(tmp_path / name)
+    words = [str(tmp_path / name) for name in ("edival", "mice")]
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["trial", *words, "--sessions", "1", "--out", str(out)])
+    assert benchmark_trial.main() == 0
+    edival = out / "oai_instruction_generation_output.csv"
+    image = Image.open(edival / "generations" / "multipass" / "3_input_raw_turn_3.png")
+    assert np.asarray(image).shape == (64, 64, 3)
+    found = summary(edival)
+    assert found["headline"]["of"][0]["key"] == "O_of_means@3"
+    assert found["passes"]["multipass"]["counts"]["CC"]["not_applicable"] == 1  # the new background
+    assert not found["references"] and "theirs qwen2-vl-7b" in found["without_references"]
+    modes = [summary(out / f"dataset-{mode}-test_metadata.jsonl") for mode in ("cm", "cu")]
+    assert all(one["passes"]["multipass"]["counts"]["GA"]["judged"] == 3 for one in modes)
+    capsys.readouterr()
