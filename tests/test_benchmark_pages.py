@@ -257,6 +257,7 @@ def test_more_than_two_are_each_held_against_the_first(folders):
     text = Path("out/compare.html").read_text()
     assert "c against a" in text and "c against b" not in text
     assert "| c (multipass) |" in Path("out/compare.md").read_text()
+    assert '<th scope="row">c (multipass)</th>' in text
 
 
 def put(file, *path):
