@@ -111,9 +111,7 @@ def write_page(
         path,
         "compare.html.j2",
         [TEMPLATES],
-        title=" and ".join(side.name for side in sides)
-        if len(sides) < 3
-        else f"{len(sides)} sides",
+        title=(" and " if len(sides) == 2 else ", ").join(side.name for side in sides),
         names=[side.name for side in sides],
         facts=shared,
         settings=Table("Settings", [side.name for side in sides], [*apart, *settings]),
