@@ -151,6 +151,8 @@ def test_the_page_of_one_has_numbers_charts_and_every_session(folders, beside):
         "IF, last turn – not given: of 6 1 are missing",
         "multipass: 2 of 18 images are missing",
         "against exact.",
+        "multipass 1: 0.667 [",
+        "exact 1: 0.667 [",
     ):
         assert said in found.text, said
     panels = re.findall("<figcaption>(IF|CC|GA)</figcaption>", Path("a/report.html").read_text())
@@ -218,6 +220,8 @@ def test_differences_are_those_of_the_sessions_that_both_have(folders, beside):
     cells = f"IF, last turn {means[0]:.3f} {means[1]:.3f} {means[1] - means[0]:+.3f} ["
     assert cells in found.text.replace("−", "-") and "eval.steps 4 8" in found.text
     assert f"Only in a: {sessions()[5].id}" in found.text
+    for name, value in zip("ab", means, strict=True):  # of the chart
+        assert f"{name} 3: {value:.3f} [" in found.text
     assert (
         f"| IF, last turn | {means[0]:.3f} | {means[1]:.3f} |" in Path("out/compare.md").read_text()
     )
@@ -253,6 +257,7 @@ def test_more_than_two_are_each_held_against_the_first(folders):
     text = Path("out/compare.html").read_text()
     assert "c against a" in text and "c against b" not in text
     assert "| c (multipass) |" in Path("out/compare.md").read_text()
+    assert '<th scope="row">c (multipass)</th>' in text
 
 
 def put(file, *path):

@@ -48,8 +48,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
     pairs = [Pair(sides[0], other, compared_parts(sides[0], other)) for other in sides[1:]]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    page = write_page(folder / "compare.html", sides, pairs)
     paper = _paper(sides, pairs)
+    page = write_page(folder / "compare.html", sides, pairs, paper)
     _write(folder / "compare.md", "\n".join([*map(markdown, paper), *_markdown(pairs)]) + "\n")
     _write(folder / "compare.tex", "\n".join([*map(latex, paper), *_latex(pairs)]) + "\n")
     return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), f"page: {page}"]

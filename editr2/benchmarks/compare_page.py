@@ -26,6 +26,7 @@ from editr2.benchmarks.plots import Series, dots
 from editr2.benchmarks.rows import Row
 from editr2.benchmarks.sides import Side, differing, made_otherwise
 from editr2.benchmarks.strips import Lane, Thumbnails, by_session, fitting, session_score, view
+from editr2.benchmarks.tables import NONE, THEIRS, PaperTable
 from editr2.judge.text import Table
 from editr2.report import charts, pages
 from editr2.report.charts import Chart
@@ -87,8 +88,11 @@ class PairView:
         return [view for *_, views in self.groups for view in views]
 
 
-def write_page(path: Path, sides: Sequence[Side], pairs: Sequence[Pair]) -> Path:
-    """`compare.html`."""
+def write_page(
+    path: Path, sides: Sequence[Side], pairs: Sequence[Pair], paper: Sequence[PaperTable]
+) -> Path:
+    """`compare.html`. paper: every side's own numbers, and those of others that may stand beside
+    them."""
     pictures = Thumbnails()
     views = fitting(
         lambda most: [_pair(n, pair, pictures, most) for n, pair in enumerate(pairs)],
@@ -107,16 +111,24 @@ def write_page(path: Path, sides: Sequence[Side], pairs: Sequence[Pair]) -> Path
         path,
         "compare.html.j2",
         [TEMPLATES],
-        title=" and ".join(side.name for side in sides)
-        if len(sides) < 3
-        else f"{len(sides)} sides",
+        title=(" and " if len(sides) == 2 else ", ").join(side.name for side in sides),
         names=[side.name for side in sides],
         facts=shared,
         settings=Table("Settings", [side.name for side in sides], [*apart, *settings]),
         notes=[*notes_on(sides), *pictures.notes()],
         pairs=views,
+        paper=[_beside(table) for table in paper],
         lines=lines,
     )
+
+
+def _beside(table: PaperTable) -> Table:
+    head = [f"{column.top} {column.sub}".strip() for column in table.columns]
+    rows = [
+        (line.name + THEIRS * line.theirs, [cell or NONE for cell in line.cells])
+        for line in table.lines
+    ]
+    return Table(table.title, head, rows, " ".join(table.notes))
 
 
 def notes_on(sides: Sequence[Side]) -> list[str]:
