@@ -100,6 +100,8 @@ NOT_RUN = {
     ("judges", "python -m sglang"): "another program",
     ("judges", "transformers serve"): "tests/test_judge_served.py",
     ("rewards", '{"id": "kitchen", "turn": 1, "output"'): "labels; tests/test_judge.py",
+    ("benchmarks", "OUT/benchmark.json"): "the files of a folder; tests/test_benchmark.py",
+    ("benchmarks", '{"image": "kitchen"'): "a row; tests/test_benchmark_summary.py",
 }
 
 
@@ -129,6 +131,8 @@ class Enough(Exception):
 @pytest.fixture
 def understood(monkeypatch):
     """Runs a command up to where work would begin, and gives what it was understood as."""
+    from editr2.benchmarks.settings import benchmark_problems, with_defaults
+    from editr2.benchmarks.table import find
     from editr2.check.devices import find_device
     from editr2.cli import settings
     from editr2.rewards.load import load_eval_reward, load_reward
@@ -179,8 +183,16 @@ def understood(monkeypatch):
         "reproduce.runs.reproduce",
         "judge.whole.judge",
         "benchmarks.rewards.run_rewards",
+        "benchmarks.compare.compare",
     ):
         monkeypatch.setattr(f"editr2.{work}", enough)
+
+    def benchmarked(config, name, *_):
+        kind = find(name)
+        assert list(benchmark_problems(with_defaults(config, kind), kind)) == []
+        enough()
+
+    monkeypatch.setattr("editr2.benchmarks.run.run_benchmark", benchmarked)
 
     def run(words: list[str]):
         seen.clear()
