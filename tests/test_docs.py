@@ -135,6 +135,7 @@ def understood(monkeypatch):
     from editr2.benchmarks.table import find
     from editr2.check.devices import find_device
     from editr2.cli import settings
+    from editr2.policies.found import Editor
     from editr2.rewards.load import load_eval_reward, load_reward
     from editr2.rl.rules import check_run
     from editr2.sessions.importers import FORMATS
@@ -193,6 +194,9 @@ def understood(monkeypatch):
         enough()
 
     monkeypatch.setattr("editr2.benchmarks.run.run_benchmark", benchmarked)
+    # Runs that the pages speak of are not there; tests/test_found_policies.py names real ones.
+    monkeypatch.setattr("editr2.policies.found.editor_of", lambda text, _: Editor({}, text))
+    monkeypatch.setattr("editr2.cli.settings.tell", lambda *_: None)
 
     def run(words: list[str]):
         seen.clear()
