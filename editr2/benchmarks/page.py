@@ -27,6 +27,7 @@ from editr2.benchmarks.summary import EXPOSED, UNEXPOSED
 from editr2.benchmarks.summary import FILE_NAME as SUMMARY
 from editr2.benchmarks.text import ALL_JUDGED, VERBS, decimals, score_tables, state_lines
 from editr2.errors import DataError
+from editr2.judge import best_of
 from editr2.report import pages
 from editr2.report.charts import Chart
 from editr2.report.data import plural
@@ -49,10 +50,10 @@ PASSES = {
 """What a page says of a pass."""
 
 
-def write_page(folder: Path) -> Path:
+def write_page(folder: Path, curves: Sequence[best_of.Curve] = ()) -> Path:
     """Of a benchmark's folder with `summary.json` and `scores.jsonl`; sessions are shown where it
-    has `strips.jsonl`, and settings where it has `benchmark.json`. Raises DataError for a file that
-    is none."""
+    has `strips.jsonl`, and settings where it has `benchmark.json`. curves: of the best of several
+    samples. Raises DataError for a file that is none."""
     summary = _read(folder / SUMMARY)
     about = _read(file) if (file := folder / IDENTITY).is_file() else {}
     rows = scores.read_rows(folder / scores.FILE_NAME)
@@ -78,6 +79,8 @@ def write_page(folder: Path) -> Path:
         lengths=_lengths(summary),
         tables=[table for table in score_tables(summary) if table.rows],
         without_references=summary["without_references"],
+        against=_against(summary.get("against")),
+        best=[best_of.table(curves), *best_of.charts(curves)] if curves else [],
         gallery=gallery,
         settings=_settings(about),
         versions=list(_made(about, "versions").items()),
@@ -98,7 +101,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _made(about: Mapping[str, Any], what: str) -> Any:
-    return (about.get("made") or {}).get(what) or {}
+    """Of the images, or of the scores where they were found."""
+    parts = (about.get(part) or {} for part in ("generated", "judged"))
+    return next((made[what] for part in parts if (made := part.get("made"))), None) or {}
+
+
+def _against(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a second judge says of the same images."""
+    if summary is None:
+        return None
+    tables = [table for table in score_tables(summary) if table.rows]
+    return {"judge": _judge(summary), "tables": tables, "notes": state_lines(summary)}
 
 
 def _settings(about: Mapping[str, Any]) -> str:

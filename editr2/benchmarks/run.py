@@ -282,7 +282,7 @@ class Run:
             self.out / FILE_NAME,
             self.out / summary.FILE_NAME,
             *tables.write(self.out, tables.paper_table([found])),
-            page.write_page(self.out),
+            page.write_page(self.out, curves),
         ]
         said = text.lines(found, files)
         if other is None:
