@@ -14,7 +14,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from editr2.policies.base import Velocity
-from editr2.policies.unified.policy import patchify, unpatchify
+from editr2.policies.unified.codecs import patchify, unpatchify
 
 GRID, PATCH, WIDTH, WORDS = 6, 4, 32, 8
 

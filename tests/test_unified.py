@@ -8,15 +8,14 @@ import torch
 
 from editr2.errors import CheckpointError, ConfigError, DataError
 from editr2.policies.base import Questions
+from editr2.policies.unified.codecs import patchify, unpatchify
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.unified.packed import Segment, pack, run_packed
 from editr2.policies.unified.policy import (
     Guidance,
     UnifiedPolicy,
-    patchify,
     question,
     read_intent,
-    unpatchify,
 )
 from editr2.worlds.shapes import make_session
 from editr2_kernels import flow_sigmas, guided_velocity, sde_log_prob, sde_step, transition_table

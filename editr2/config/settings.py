@@ -175,15 +175,18 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The editor to train. From `resolution` on: only for models on diffusers (all but unified).
+    """The editor to train. From `resolution` on: only for models on diffusers (all but unified);
+    bagel takes resolution, buckets, dtype and branches.
 
     Args:
-        model: unified (BAGEL's architecture; the shipped small model), kontext (FLUX.1-Kontext),
+        model: unified (BAGEL's architecture; the shipped small model), bagel (its published
+            weights), kontext (FLUX.1-Kontext),
             klein (FLUX.2-klein), klein-kv (its variant that reads the references once a turn),
             qwen-edit or qwen-edit-plus (Qwen-Image-Edit and its multi-image successor, 2509), or
             `package.module:Class` of your own (docs/editors.md).
         weights: unified: a folder written by `editr2 world pretrain` or a run's `policy/`, none is
-            the shipped small model. Others: a diffusers folder or a hub id, none is the model's
+            the shipped small model. bagel: a folder in the published layout or a hub id, none is
+            the published one. Others: a diffusers folder or a hub id, none is the model's
             published one.
         intent: write an intent before every turn from the second on (Edit-R2); policies without
             text ignore it.
@@ -191,8 +194,11 @@ class PolicyConfig:
         intent_tokens: at most this many tokens an intent.
         guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
         guidance_image: weight of image guidance, applied to the result; 1 is none.
+        guidance_interval: [low, high]; guided while low < sigma <= high (unified and bagel).
         renorm: brings the guided velocity to the plain one's size: none, token, text_channel,
             channel or global; auto is the model's own (qwen-edit: token, the others: none).
+        rounding: how numbers become pixels' bytes (bagel): nearest, or released (cut off, as
+            BAGEL's own code has it).
         lora_rank: rank of LoRA adapters on all attention and MLP layers; 0 trains all weights.
         lora_alpha: strength of the adapters; none is twice the rank.
         lora_targets: regular expression over the names of the layers that get adapters; none is the
@@ -247,7 +253,9 @@ class PolicyConfig:
     intent_tokens: int = setting(24, TOKENS)
     guidance: float = setting(1.0, Bounds(at_least=0, at_most=100))
     guidance_image: float = setting(1.0, Bounds(at_least=0, at_most=100))
+    guidance_interval: tuple[float, float] = setting((0.0, 1.0), Bounds(at_least=0, at_most=1))
     renorm: Literal["auto", "none", "token", "text_channel", "channel", "global"] = "auto"
+    rounding: Literal["nearest", "released"] = "nearest"
     lora_rank: int = setting(0, Bounds(at_least=0, at_most=4_096))
     lora_alpha: float | None = setting(None, POSITIVE)
     lora_targets: str | None = setting(

@@ -9,6 +9,7 @@ DEFAULT = "unified"
 
 MODELS: dict[str, str] = {
     "unified": "editr2.policies.unified.policy:UnifiedPolicy",
+    "bagel": "editr2.policies.unified.bagel:BagelPolicy",
     "kontext": "editr2.policies.kontext:KontextPolicy",
     "klein": "editr2.policies.klein:KleinPolicy",
     "klein-kv": "editr2.policies.klein:KleinKVPolicy",

@@ -14,10 +14,11 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, one_line
 
 PATIENCE = 5.0
 """Seconds for an answer of any kind. Resolving a name has no time limit of its own, hence the
@@ -67,15 +68,16 @@ def offline() -> str | None:
     return f"{constants.ENDPOINT.rpartition('://')[2]} cannot be reached: {why}"
 
 
-def check_model(name: str, key: str) -> None:
+def check_model(name: str, key: str, file: str = INDEX) -> None:
     """Raises `ConfigError`, naming the setting `key`, for a hub id whose model is neither here nor
-    to be had. The name of a folder passes, and so does what is no hub id."""
+    to be had. file: of the model, by which one sees that it is here. The name of a folder passes,
+    and so does what is no hub id."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(name).exists() or not HUB_ID.fullmatch(name):
         return
     why = offline()
-    if why and not isinstance(try_to_load_from_cache(name, INDEX), str):
+    if why and not isinstance(try_to_load_from_cache(name, file), str):
         said = f"no folder, not downloaded before, and {why}"
         raise ConfigError(
             f"{key}: {name}: {said} (accepted: its folder, or a machine with network)"
@@ -99,3 +101,16 @@ def fetch_index(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return model_index(name) or Path(hf_hub_download(name, INDEX))
+
+
+def fetch_files(name: str, key: str, files: Sequence[str]) -> Path:
+    """The folder of a hub id's snapshot with these files of it, downloaded where they were not
+    before. Raises `ConfigError`, naming the setting `key`."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key}: {name}: {one_line(error)} (accepted: its folder, or a hub id)"
+        ) from error

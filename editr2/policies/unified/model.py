@@ -425,6 +425,10 @@ class UnifiedModel(nn.Module):
     def embed_text(self, ids: Tensor) -> Tensor:
         return self.language_model.model.embed_tokens(ids)
 
+    def embed_seen(self, seen_BMH: Tensor) -> Tensor:
+        """What understanding sees of an image, in the precision of the words."""
+        return seen_BMH.to(self.language_model.model.embed_tokens.weight.dtype)
+
     def embed_latents(self, latents_BND: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
         """Latent tokens [B, N, D] at time t ([B] or a 0-dim tensor) on a (rows, columns) grid ->
         [B, N, H]."""
@@ -546,7 +550,7 @@ class UnifiedModel(nn.Module):
     def _image_block(
         self, context: Context, latents: Tensor, t: Tensor, grid: tuple[int, int], marks: Tensor
     ) -> tuple[Tensor, tuple, tuple]:
-        b, n, _ = latents.shape
+        b = len(latents)
         x = torch.cat(
             [
                 self.embed_text(marks).expand(b, -1, -1),
@@ -554,22 +558,42 @@ class UnifiedModel(nn.Module):
             ],
             1,
         )
+        return self._block(context, x, 2)
+
+    def _block(
+        self, context: Context, x: Tensor, split: int
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """All of an image's tokens x [B, L, H], `split` of understanding, which see one another and
+        share one position."""
+        b, length, _ = x.shape
         mask = None
         if context.padded:
-            mask = F.pad(context.valid, (0, n + 2), value=True)[:, None, None, :]
-        position = context.position[:, None].expand(b, n + 2)
-        return self.run(x, 2, position, mask, context)
+            mask = F.pad(context.valid, (0, length), value=True)[:, None, None, :]
+        position = context.position[:, None].expand(b, length)
+        return self.run(x, split, position, mask, context)
 
     def append_image(
-        self, context: Context, latents: Tensor, grid: tuple[int, int], marks: Tensor
+        self,
+        context: Context,
+        latents: Tensor,
+        grid: tuple[int, int],
+        marks: Tensor,
+        seen: Tensor | None = None,
     ) -> Context:
-        """Reads a clean image: latents [B, N, D] at t = 0 between the two `marks` (ids int64
-        [2])."""
+        """Reads a clean image: latents [B, N, D] at t = 0 between the two `marks` (ids int64 [2]),
+        then, where there are any, what understanding sees of it (`seen` [B, M, H]) between the same
+        two."""
         b, n, _ = latents.shape
         _, keys, values = self._image_block(
             context, latents, torch.zeros((), device=latents.device), grid, marks
         )
         valid = torch.ones(b, n + 2, dtype=torch.bool, device=latents.device)
+        context = self._extend(context, keys, values, valid, 1)
+        if seen is None:
+            return context
+        x = torch.cat([self.embed_text(marks).expand(b, -1, -1), self.embed_seen(seen)], 1)
+        _, keys, values = self._block(context, x, x.shape[1])
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return self._extend(context, keys, values, valid, 1)
 
     def velocity(

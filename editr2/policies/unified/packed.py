@@ -31,9 +31,10 @@ class Segment:
     """A stretch of a packed sequence, in logical order.
 
     ids: understanding tokens int64 [B, U] with `valid` bool [B, U]; latents: generation tokens [B,
-    N, D] at time `t` ([B], or None for clean), whose marks are all valid. A `private` segment
-    (noisy image, question and answer) sees all public segments before it; nobody else sees it and
-    it does not advance the position.
+    N, D] at time `t` ([B], or None for clean), whose marks are all valid; seen: understanding
+    tokens of an image [B, M, H] behind such marks. A `private` segment (noisy image, question and
+    answer) sees all public segments before it; nobody else sees it and it does not advance the
+    position.
     """
 
     ids: Tensor
@@ -41,6 +42,12 @@ class Segment:
     latents: Tensor | None = None
     t: Tensor | None = None
     private: bool = False
+    seen: Tensor | None = None
+
+    @property
+    def image(self) -> bool:
+        """Whether all of its tokens see one another and share one position."""
+        return self.latents is not None or self.seen is not None
 
 
 @dataclass(frozen=True)
@@ -229,16 +236,21 @@ def pack(
     latent_slices: list[slice | None] = []
     text_at = image_at = 0
     for number, s in enumerate(segments):
-        start, width = counter, s.ids.shape[1]
-        offsets = torch.arange(width, device=device)
+        start = counter
         if not s.private:
-            counter = counter + (s.valid.sum(1) if s.latents is None else 1)
+            counter = counter + (1 if s.image else s.valid.sum(1))
         if private is not None and s.private != private:
             continue
-        text_x.append(model.embed_text(s.ids))
-        text_order.append(offsets if s.latents is None else torch.zeros_like(offsets))
+        words, valid = model.embed_text(s.ids), s.valid
+        if s.seen is not None:
+            words = torch.cat([words, model.embed_seen(s.seen)], 1)
+            valid = F.pad(valid, (0, s.seen.shape[1]), value=True)
+        width = words.shape[1]
+        offsets = torch.arange(width, device=device)
+        text_x.append(words)
+        text_order.append(torch.zeros_like(offsets) if s.image else offsets)
         text_position.append(start[:, None] + text_order[-1])
-        text_valid.append(s.valid)
+        text_valid.append(valid)
         text_pieces.append((number, s.private, width))
         text_slices.append(slice(text_at, text_at + width))
         text_at += width
@@ -338,6 +350,7 @@ def token_counts(
     noisy: Sequence[int],
     asked: Sequence[int],
     *,
+    seen: int = 0,
     last_image: bool = False,
 ) -> dict[str, Counts]:
     """Counts of three ways to predict the same, by name:
@@ -348,8 +361,9 @@ def token_counts(
         one step.
 
     image: tokens of an image block. text, noisy, asked: tokens of the instruction, number of noisy
-    images, and tokens of question and answer, turn by turn. last_image: read the last output, too,
-    as one does whose packed sequence holds whole sessions; nothing needs it here. With it, and one
+    images, and tokens of question and answer, turn by turn. seen: tokens of what
+    understanding sees of an image, behind its block. last_image: read the last output, too, as one
+    does whose packed sequence holds whole sessions; nothing needs it here. With it, and one
     noisy image a turn, rebuild / packed is 1.30, 1.85 and 2.64 at 3, 5 and 8 turns of 1026 tokens
     an image and 64 of text.
     """
@@ -363,8 +377,13 @@ def token_counts(
     def add(a: Counts, tokens: int, attended: int, forwards: int = 1) -> Counts:
         return Counts(a.tokens + tokens, a.pairs + attended, a.forwards + forwards)
 
-    for said, places, question in zip(text, noisy, asked, strict=True):
+    def read(context: Counts) -> Counts:
+        """An image."""
         context = add(context, image, pairs(image, context.tokens, False))
+        return add(context, seen, pairs(seen, context.tokens, False)) if seen else context
+
+    for said, places, question in zip(text, noisy, asked, strict=True):
+        context = read(context)
         if question:
             answer = pairs(question, context.tokens, True)
             predicted = add(predicted, question, answer)
@@ -376,7 +395,7 @@ def token_counts(
             rebuild, places * (context.tokens + image), places * (context.pairs + noise), places
         )
     if last_image:
-        context = add(context, image, pairs(image, context.tokens, False))
+        context = read(context)
     walk = add(context, predicted.tokens, predicted.pairs, predicted.forwards)
     return {"rebuild": rebuild, "walk": walk, "packed": Counts(walk.tokens, walk.pairs, 1)}
 

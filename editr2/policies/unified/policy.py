@@ -16,10 +16,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -34,10 +35,10 @@ from editr2.policies.base import (
     TurnReplay,
     TurnTask,
     Velocity,
-    to_bytes,
 )
 from editr2.policies.blueprint import adapters_without_data, simulated
 from editr2.policies.configured import ConfiguredPolicy
+from editr2.policies.encodes import Kept, Row, digest_of
 from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.tensor_files import (
     check_shapes,
@@ -49,8 +50,10 @@ from editr2.policies.tensor_files import (
 )
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
 from editr2.policies.unified.blueprint import UnifiedBlueprint
+from editr2.policies.unified.codecs import ImageCodec, PixelCodec
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.unified.packed import Segment, packed_is_cheaper, run_session, token_counts
+from editr2.policies.unified.sight import Sight
 from editr2.policies.weights import add_lora, merged_weights
 from editr2_kernels import RENORMS, philox_normal, token_log_prob
 
@@ -59,26 +62,8 @@ SIZES, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 """The files of a folder."""
 
 BUCKET = 64  # tokens; the embedded world's turns are about 50 long
-
-
-def patchify(images: np.ndarray, patch: int) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 tokens [B, (H/p)(W/p), p*p*3] in [-1, 1], each ordered (row,
-    column, channel)."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
-    b, h, w, c = x.shape
-    x = x.view(b, h // patch, patch, w // patch, patch, c).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
-
-
-def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> np.ndarray:
-    """The inverse of `patchify`, clamped and rounded to uint8."""
-    return to_bytes(painted(tokens, grid, patch))
-
-
-def painted(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Tokens [B, N, p*p*3] as pixels [B, H, W, 3]."""
-    x = tokens.view(len(tokens), *grid, patch, patch, -1).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(len(tokens), grid[0] * patch, grid[1] * patch, -1)
+KEPT_BYTES = 1 << 30
+"""Of what frozen parts make of images, on the host."""
 
 
 REQUESTS = {"cm": "rewrite always", "cu": "rewrite it", None: "rewrite"}
@@ -141,7 +126,9 @@ class Guidance:
     def of(config: PolicyConfig) -> Guidance:
         """As configured."""
         renorm = "none" if config.renorm == "auto" else config.renorm
-        return Guidance(config.guidance, config.guidance_image, cast(Any, renorm))
+        return Guidance(
+            config.guidance, config.guidance_image, cast(Any, renorm), config.guidance_interval
+        )
 
 
 @dataclass(frozen=True)
@@ -191,6 +178,10 @@ class GuidedContext:
 AnyContext: TypeAlias = Context | GuidedContext
 
 
+def _guided(context: AnyContext) -> TypeGuard[GuidedContext]:
+    return isinstance(context, GuidedContext)
+
+
 def _full(context: AnyContext) -> Context:
     return context.full if isinstance(context, GuidedContext) else context
 
@@ -228,27 +219,52 @@ def read_parts(folder: Path) -> tuple[UnifiedConfig, TextCodec]:
     return config, codec
 
 
-class UnifiedPolicy(ConfiguredPolicy):
-    """`PackedPolicy` and `TextPolicy` over a `UnifiedModel` whose latents are pixels (the embedded
-    world's).
+def computing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs the model: in the policy's computing precision."""
 
-    Image size is fixed by the configuration: `max_latent_size * latent_patch_size` pixels a side.
-    Contexts are `Context`, or `GuidedContext` where `guidance` has a weight other than 1.
+    @wraps(method)
+    def run(self: Any, *args: Any, **how: Any) -> Any:
+        with self.autocast():
+            return method(self, *args, **how)
+
+    return run
+
+
+class UnifiedPolicy(ConfiguredPolicy):
+    """`PackedPolicy` and `TextPolicy` over a `UnifiedModel`. Latents are pixels (the embedded
+    world's) or an autoencoder's, as the image codec says; what understanding sees of an image
+    besides them, if anything, comes from a frozen `Sight`.
+
+    Images have one size, by default the largest: `max_latent_size` latent tokens a side. Contexts
+    are `Context`, or `GuidedContext` where `guidance` has a weight other than 1.
     """
 
     writes_text = True
     uses = ConfiguredPolicy.uses | {
-        *("guidance", "guidance_image", "renorm"),
+        *("guidance", "guidance_image", "guidance_interval", "renorm"),
         *("lora_rank", "lora_alpha", "lora_targets"),
     }
     default_weights = "the small model shipped with editr2"
     holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
 
+    compute_dtype = torch.float32
+    apart = False
+    """Whether guidance's branches run one after the other, none padded to the longest."""
+
     def __init__(
-        self, model: UnifiedModel, codec: TextCodec, guidance: Guidance = Guidance()
+        self,
+        model: UnifiedModel,
+        codec: TextCodec,
+        guidance: Guidance = Guidance(),
+        images: ImageCodec | None = None,
+        sight: Sight | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> None:
+        """images: reads and paints them, pixels by default. sight: None sees latents alone.
+        image_size: (H, W) in pixels. Raises `DataError` for latents of another kind than the
+        model's."""
         config = model.config
-        if config.latent_channels != 3:
+        if images is None and config.latent_channels != 3:
             raise DataError(
                 f"latent_channels: {config.latent_channels}; this policy paints pixels (accepted: "
                 f"3). A model on an "
@@ -257,11 +273,25 @@ class UnifiedPolicy(ConfiguredPolicy):
         self.module = model
         self.codec = codec
         self.guidance = guidance
-        self.grid = (config.max_latent_size, config.max_latent_size)
         self.patch = config.latent_patch_size
-        self.latent_shape = (self.grid[0] * self.grid[1], config.latent_dim)
-        self.image_size = (self.grid[0] * self.patch, self.grid[1] * self.patch)
+        self.images: ImageCodec = images or PixelCodec(self.patch)
+        if self.images.channels != config.latent_channels:
+            raise DataError(
+                f"latent_channels: {config.latent_channels} (accepted: {self.images.channels}, "
+                f"those of the autoencoder)"
+            )
+        self.sight = sight
+        self._take(image_size or (config.max_latent_size * self.images.side,) * 2)
         self._marks = torch.tensor([codec.vision_start, codec.vision_end])
+        self._kept = Kept(KEPT_BYTES)
+
+    def _take(self, size: tuple[int, int]) -> None:
+        """Sets what follows from the size in pixels."""
+        self.image_size = size
+        self.grid = (size[0] // self.images.side, size[1] // self.images.side)
+        self.latent_shape = (self.grid[0] * self.grid[1], self.module.config.latent_dim)
+        seen = self.sight.size(*size) if self.sight is not None else None
+        self.seen_tokens = 0 if seen is None else seen[0] * seen[1]
 
     @staticmethod
     def load(folder: Path = EMBEDDED, guidance: Guidance = Guidance()) -> UnifiedPolicy:
@@ -351,15 +381,33 @@ class UnifiedPolicy(ConfiguredPolicy):
             self._marks = self._marks.to(self.device)
         return self._marks
 
-    def encode(self, images: np.ndarray) -> AnyContext:
-        empty = self.module.empty_context(len(images), self.device)
-        full = self._append(empty, images)
-        return self.guided(full, full, empty) if self.guidance.active else full
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around the model, whose trained weights are float32 whatever it computes in."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
 
+    @computing
+    def begin(self, batch: int, system: str | None = None) -> AnyContext:
+        """Contexts that nothing was read into, or a system prompt, which guidance drops with
+        nothing."""
+        empty = self.module.empty_context(batch, self.device)
+        if system is not None:
+            empty = self.module.append_text(empty, *self._words([self.text_ids(system)] * batch))[0]
+        return self.guided(empty, empty, empty) if self.guidance.active else empty
+
+    @computing
+    def encode(self, images: np.ndarray) -> AnyContext:
+        return self.append(self.begin(len(images)), images)
+
+    def _words(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """ids and valid [B, L] on the device."""
+        ids, valid = self.codec.pad(rows)
+        return ids.to(self.device), valid.to(self.device)
+
+    @computing
     def instruct(self, context: AnyContext, instructions: Sequence[str]) -> AnyContext:
-        ids, valid = (
-            x.to(self.device) for x in self.codec.pad([self.text_ids(c) for c in instructions])
-        )
+        ids, valid = self._words([self.text_ids(c) for c in instructions])
         full = self.module.append_text(_full(context), ids, valid)[0]
         if not isinstance(context, GuidedContext):
             return full
@@ -368,6 +416,7 @@ class UnifiedPolicy(ConfiguredPolicy):
             full, context.full, texts and self.module.append_text(texts, ids, valid)[0]
         )
 
+    @computing
     def append(self, context: AnyContext, images: np.ndarray) -> AnyContext:
         full = self._append(_full(context), images)
         if not isinstance(context, GuidedContext):
@@ -375,14 +424,29 @@ class UnifiedPolicy(ConfiguredPolicy):
         return self.guided(full, full, context.image_dropped)
 
     def _append(self, context: Context, images: np.ndarray) -> Context:
-        return self.module.append_image(context, self._latents(images), self.grid, self.marks)
+        latents, seen = self._looked_at(images)
+        return self.module.append_image(context, latents, self.grid, self.marks, seen)
 
-    def _latents(self, images: np.ndarray) -> Tensor:
+    def _looked_at(self, images: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Latents [B, N, D] of images and what understanding sees of them [B, M, H]. Frozen parts
+        are asked once an image while it is kept: training starts from what the rollout encoded."""
         if images.shape[1:3] != self.image_size:
             raise DataError(
                 f"images: {images.shape[1]} x {images.shape[2]} px (accepted: {self.image_size})"
             )
-        return patchify(images, self.patch).to(self.device)
+        if self.sight is None:
+            return self.images.read(images, self.device), None
+        sight = self.sight
+
+        def encoded(at: list[int]) -> list[Row]:
+            both = (self.images.read(images[at], self.device), sight(images[at], self.device))
+            return [{"latents": a, "seen": b} for a, b in zip(*both, strict=True)]
+
+        rows = self._kept.rows([digest_of(image) for image in images], encoded, lambda i: False)
+        latents, seen = (
+            torch.stack([row[name] for row in rows]).to(self.device) for name in ("latents", "seen")
+        )
+        return latents, seen
 
     def guided(
         self, full: Context, text_dropped: Context, image_dropped: Context | None
@@ -392,12 +456,17 @@ class UnifiedPolicy(ConfiguredPolicy):
             full, text_dropped if g.text != 1 else None, image_dropped if g.image != 1 else None
         )
 
+    @computing
     def velocity(self, x: Tensor, sigma: Tensor, context: AnyContext) -> Velocity:
         if not isinstance(context, GuidedContext):
             return Velocity(self.module.velocity(context, x, sigma, self.grid, self.marks))
         n, g = len(context.branches), self.guidance
-        x, sigma = x.repeat(n, *(1,) * (x.dim() - 1)), sigma.repeat(n)
-        v, *dropped = self.module.velocity(context.joined, x, sigma, self.grid, self.marks).chunk(n)
+        where = (self.grid, self.marks)
+        if self.apart:
+            v, *dropped = (self.module.velocity(c, x, sigma, *where) for c in context.branches)
+        else:
+            x, sigma = x.repeat(n, *(1,) * (x.dim() - 1)), sigma.repeat(n)
+            v, *dropped = self.module.velocity(context.joined, x, sigma, *where).chunk(n)
         options: dict[str, object] = {"guidance_interval": g.interval, "renorm": g.renorm}
         if context.text_dropped is not None:
             options |= {"v_uncond": dropped[0], "guidance": g.text}
@@ -427,7 +496,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         return context.map(padded) if isinstance(context, GuidedContext) else padded(context)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        return painted(latents, self.grid, self.patch)
+        return self.images.paint(latents, self.grid)
 
     # ----------------------------------------------------------------------------------------- text
 
@@ -460,6 +529,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         ]
 
     @torch.no_grad()
+    @computing
     def intend(
         self,
         context: AnyContext,
@@ -472,8 +542,28 @@ class UnifiedPolicy(ConfiguredPolicy):
         """As `TextPolicy.intend`. Log-probs are those under softmax(logits / temperature), of
         greedy tokens too; temperature 0 is greedy and counts as 1 for them. Without an end mark,
         ids are all the `max_tokens` sampled."""
-        rows = self._question_rows(questions)
-        ids, valid = (x.to(self.device) for x in self.codec.pad(rows))
+        intents = []
+        for ids, log_prob in self._written(
+            context, self._question_rows(questions), seeds, temperature, max_tokens
+        ):
+            end = ids.index(self.codec.im_end) if self.codec.im_end in ids else len(ids)
+            text, thought = read_intent(self.codec.decode(ids[:end]))
+            if text is not None and not self.codec.can_say(text):
+                text = None  # a fallback, nobody's fault: a mark or an unknown word was sampled
+            intents.append(Intent(text, thought, tuple(ids), tuple(log_prob)))
+        return intents
+
+    def _written(
+        self,
+        context: AnyContext,
+        rows: list[list[int]],
+        seeds: Tensor | None,
+        temperature: float,
+        max_tokens: int,
+    ) -> list[tuple[list[int], list[float]]]:
+        """What is written behind these ids on a branch of each sample's context, up to the end mark
+        and with it: sampled ids and their log-probs, as `intend` has them."""
+        ids, valid = self._words(rows)
         branch = Branch(_full(context), ids.shape[1] + max_tokens)
         hidden = self.module.extend_branch(branch, ids, valid)
         last = hidden[torch.arange(len(rows)), valid.sum(1) - 1]
@@ -490,17 +580,41 @@ class UnifiedPolicy(ConfiguredPolicy):
             if bool(done.all()) or k + 1 == max_tokens:
                 break
             last = self.module.extend_branch(branch, token[:, None], still[:, None])[:, 0]
-        intents = []
+        written = []
         for row, log_prob in zip(
             torch.stack(sampled, 1).tolist(), torch.stack(scored, 1).tolist(), strict=True
         ):
             end = row.index(self.codec.im_end) if self.codec.im_end in row else len(row)
-            text, thought = read_intent(self.codec.decode(row[:end]))
-            if text is not None and not self.codec.can_say(text):
-                text = None  # a fallback, nobody's fault: a mark or an unknown word was sampled
-            intents.append(Intent(text, thought, tuple(row[: end + 1]), tuple(log_prob[: end + 1])))
-        return intents
+            written.append((row[: end + 1], log_prob[: end + 1]))
+        return written
 
+    @torch.no_grad()
+    @computing
+    def think(
+        self,
+        context: AnyContext,
+        seeds: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        max_tokens: int,
+    ) -> list[str]:
+        """What each sample thinks before it paints (BAGEL's thinking, behind `begin` with a system
+        prompt), at most so many tokens; `consider` takes it. seeds: as of `intend`."""
+        rows = [[self.codec.im_start]] * _full(context).batch
+        written = self._written(context, rows, seeds, temperature, max_tokens)
+        said = [[i for i in ids if i != self.codec.im_end] for ids, _ in written]
+        return [self.codec.tokenizer.decode(ids, skip_special_tokens=False) for ids in said]
+
+    @computing
+    def consider(self, context: AnyContext, thoughts: Sequence[str]) -> AnyContext:
+        """The context with a thought, which guidance's other branches do not know. Marks in it are
+        marks: the model wrote them."""
+        codec = self.codec
+        rows = [[codec.im_start, *codec.encode(t, marks=True), codec.im_end] for t in thoughts]
+        full = self.module.append_text(_full(context), *self._words(rows))[0]
+        return dataclasses.replace(context, full=full) if _guided(context) else full
+
+    @computing
     def answer_log_prob(
         self,
         context: AnyContext,
@@ -577,11 +691,14 @@ class UnifiedPolicy(ConfiguredPolicy):
             if turn.questions is not None and turn.answers is not None and any(turn.answers):
                 asked[i] = self._asked(turn.questions, turn.answers)[0].shape[1]
         noisy = [turn.sigma.shape[1] for turn in turns]
-        counts = token_counts(self.grid[0] * self.grid[1] + len(self.marks), text, noisy, asked)
+        seen = self.seen_tokens and self.seen_tokens + len(self.marks)
+        painted = self.grid[0] * self.grid[1] + len(self.marks)
+        counts = token_counts(painted, text, noisy, asked, seen=seen)
         return packed_is_cheaper(
             self.module, counts, len(turns[0].text), 1 if context_gradient else 2
         )
 
+    @computing
     def replay_packed(
         self,
         images: np.ndarray,
@@ -605,7 +722,10 @@ class UnifiedPolicy(ConfiguredPolicy):
         questions: list[tuple[int, Tensor] | None] = []
         places: list[list[int]] = []
         for turn in turns:
-            segments.append(Segment(marks, both, self._latents(images)))
+            latents, seen = self._looked_at(images)
+            segments.append(Segment(marks, both, latents))
+            if seen is not None:
+                segments.append(Segment(marks, both, seen=seen))
             questions.append(None)
             if turn.questions is not None and turn.answers is not None and any(turn.answers):
                 ids, valid, first = self._asked(turn.questions, turn.answers)

@@ -27,9 +27,10 @@ from editr2.config.fields import Bounds, setting
 from editr2.config.settings import COUNT, DECAY, POSITIVE, SEED, SHARE, TIMES, TURNS, WEIGHT
 from editr2.errors import NonFiniteError
 from editr2.policies.tokens import THINK_END
+from editr2.policies.unified.codecs import patchify
 from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.packed import Segment, pack, run_packed
-from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy, patchify
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.sessions import Session
 from editr2.worlds import shapes
 

@@ -1,0 +1,304 @@
+"""BAGEL's published weights: a `UnifiedPolicy` on an autoencoder's latents, which also sees every
+image through a frozen vision transformer.
+
+Only the transformer trains. Autoencoder and vision transformer stay as published, outside of
+`module`, and are asked once an image.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from editr2.config import PolicyConfig
+from editr2.errors import ConfigError, DataError, NonFiniteError
+from editr2.policies.configured import ConfiguredPolicy, Stock
+from editr2.policies.finite import ACCEPTED, unusable
+from editr2.policies.forms import Form, OwnFolder
+from editr2.policies.tensor_files import ordinary_modes, write_tensors, writing
+from editr2.policies.unified.codecs import LatentCodec
+from editr2.policies.unified.policy import Guidance, UnifiedPolicy
+from editr2.policies.unified.published import (
+    AUTOENCODER,
+    FILES,
+    KEPT_SUFFIXES,
+    SEES,
+    WEIGHTS,
+    WORDS,
+    Published,
+    read_published,
+)
+from editr2.policies.unified.sight import SIGHT_RULE, SizeRule
+from editr2.policies.weights import add_lora, merge_lora, merged_weights
+from editr2.run.hub import check_model, fetch_files
+from editr2.sessions.buckets import nearest, spread
+
+SHIFT = 3.0
+"""Of the noise levels, as BAGEL samples."""
+
+PAINTING = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process "
+    "here </think> image here"
+)
+ANSWERING = (
+    "You should first think about the reasoning process in the mind and then provide the user with "
+    "the answer. \nThe reasoning process is enclosed within <think> </think> tags, i.e. <think> "
+    "reasoning process here </think> answer here"
+)
+"""The two system prompts that BAGEL was trained with, letter by letter: it thinks behind no
+others."""
+
+REQUESTS = {
+    "cm": "Rewrite the current instruction so that every standing rule of the earlier ones that "
+    "still holds for it is in it.",
+    "cu": "Rewrite the current instruction so that it names the object that a pronoun in it means.",
+    None: "Rewrite the current instruction so that it can be followed without the earlier ones.",
+}
+
+
+def question(earlier: Sequence[str], current: str, mode: str | None = None) -> str:
+    """The request for an intent: earlier instructions round by round, the current one, what to do
+    by mode, and the form of the answer."""
+    rounds = "".join(f"Round {i}: {said}\n" for i, said in enumerate(earlier, 1))
+    return (
+        f"Earlier instructions:\n{rounds}Current instruction: {current}\n"
+        f"{REQUESTS.get(mode, REQUESTS[None])}\n"
+        f"Think briefly between <think> and </think>, then write the instruction and nothing else."
+    )
+
+
+class BagelPolicy(UnifiedPolicy):
+    """See the module docstring. Contexts hold every image twice: its latents, then what the vision
+    transformer makes of it. `begin` with `PAINTING`, `think` and `consider` are BAGEL's thinking;
+    intents are asked behind `ANSWERING`.
+
+    It is a `SizedPolicy`, too: a view a size (`at`).
+    """
+
+    model = "bagel"
+    hub_id: ClassVar[str] = "ByteDance-Seed/BAGEL-7B-MoT"
+    uses = UnifiedPolicy.uses | {
+        *("resolution", "buckets", "dtype", "rounding", "branches"),
+    }
+    edits_the_world = False
+    default_weights = hub_id
+    holds = f"{WEIGHTS}, {AUTOENCODER} and {WORDS}"
+
+    def __init__(self, files: Published, config: PolicyConfig, *, whole: bool = False) -> None:
+        """whole: all of the transformer's weights will train. Raises `ConfigError` for a size that
+        these weights cannot paint."""
+        self.compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        images = LatentCodec(files.autoencoder(), files.sizes.latent_patch_size)
+        super().__init__(
+            files.model(torch.float32 if whole else self.compute_dtype, whole=whole),
+            files.codec,
+            guidance_of(config),
+            images,
+            files.sight(self.compute_dtype, self.sight_rule),
+            config.resolution,
+        )
+        self.config, self.files = config, files
+        self.base = str(config.weights or self.hub_id)
+        self.apart = config.branches != "together"
+        self.sizes = self._sizes(config)
+        self._take(nearest(self.sizes, *config.resolution))
+        self._whole: BagelPolicy | None = None
+        self._views: dict[tuple[int, int], BagelPolicy] = {}
+
+    sight_rule: ClassVar[SizeRule] = SIGHT_RULE
+    """To which size an image is brought before the vision transformer sees it."""
+
+    @classmethod
+    def from_config(
+        cls, config: PolicyConfig, *, trains: bool = True, empty: bool = False
+    ) -> BagelPolicy:
+        """A published folder, a hub id, or a folder that `save` wrote."""
+        policy = cls(
+            read_published(folder_of(config.weights or cls.hub_id)),
+            config,
+            whole=trains and not config.lora_rank,
+        )
+        if config.lora_rank:
+            add_lora(policy.module, config.lora_rank, config.lora_alpha, config.lora_targets)
+            for name, p in policy.module.named_parameters():
+                if ".lora_" in name:  # an update is smaller than bfloat16's rounding
+                    p.data = p.data.float()
+                    p.requires_grad_(trains)
+        return policy
+
+    @classmethod
+    def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
+        yield from ConfiguredPolicy.problems.__func__(cls, config, trains)  # type: ignore[attr-defined]
+        low, high = config.guidance_interval
+        if not low < high:
+            yield (
+                f"policy.guidance_interval: {list(config.guidance_interval)} (accepted: [low, "
+                f"high] with low < high)"
+            )
+
+    @classmethod
+    def sources(cls, config: PolicyConfig) -> list[str]:
+        return [config.weights or cls.hub_id]
+
+    @classmethod
+    def owns(cls, folder: Path) -> bool:
+        return all((folder / name).is_file() for name in (WEIGHTS, AUTOENCODER, WORDS, SEES))
+
+    @classmethod
+    def stock(cls, config: PolicyConfig) -> Stock | None:
+        settings = {"guidance": 4.0, "guidance_image": 2.0, "renorm": "text_channel"}
+        return Stock(49, {**settings, "guidance_interval": (0.4, 1.0)})
+
+    @classmethod
+    def form(cls, config: PolicyConfig, kind: str) -> Form:
+        if kind == "lora":
+            return super().form(config, kind)
+        return PublishedFolder(cls.from_config, config, lambda at: cls.loading(cls.model, at))
+
+    @classmethod
+    def loading(cls, model: str, weights: str | None) -> list[str]:
+        lines: list[str] = ConfiguredPolicy.loading.__func__(cls, model, weights)  # type: ignore[attr-defined]
+        return lines
+
+    # ---------------------------------------------------------------------------------------- sizes
+
+    def refuse(self, name: str, given: object, accepted: str) -> None:
+        raise ConfigError(
+            f"policy.{name}: {given} (accepted with policy.model {self.model}: {accepted})"
+        )
+
+    def _sizes(self, config: PolicyConfig) -> tuple[tuple[int, int], ...]:
+        side, most = self.images.side, self.module.config.max_latent_size
+
+        def fitting(name: str, size: Sequence[int]) -> tuple[int, int]:
+            height, width = (int(n) for n in size)
+            if height % side or width % side or not 1 <= max(height, width) // side <= most:
+                self.refuse(name, [height, width], f"multiples of {side}, each up to {most * side}")
+            return height, width
+
+        size = fitting("resolution", config.resolution)
+        if config.buckets == "auto":
+            found = spread(size[0] * size[1], side)
+        else:
+            found = tuple((height, width) for height, width in config.buckets) or (size,)
+        return tuple(fitting("buckets", each) for each in found)
+
+    @property
+    def whole(self) -> BagelPolicy:
+        return self if self._whole is None else self._whole
+
+    def at(self, size: tuple[int, int]) -> BagelPolicy:
+        """As `SizedPolicy.at`: a shallow copy, made once for the module there is."""
+        whole = self.whole
+        if size == whole.image_size:
+            return whole
+        if size not in self.sizes:
+            raise DataError(
+                f"images: {size[0]} x {size[1]} px (accepted: {', '.join(map(str, self.sizes))})"
+            )
+        found = whole._views.get(size)
+        if found is None or found.module is not whole.module:
+            found = whole._views[size] = copy.copy(whole)
+            found._whole = whole
+            found._take(size)
+        return found
+
+    # ------------------------------------------------------------------------------------- protocol
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {"transformer": self.module, "autoencoder": self.images.vae}
+        return found | ({} if self.sight is None else {"sight": self.sight})
+
+    def sigmas(self, steps: int) -> list[float]:
+        """As `ScheduledPolicy.sigmas`: evenly spaced, shifted by 3."""
+        return [float(SHIFT * t / (1 + (SHIFT - 1) * t)) for t in np.linspace(1, 0, steps + 1)]
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        painted = super().pixels(latents.to(self.device))
+        if self.config.rounding == "nearest":
+            return painted
+        # As released: clamped, times 255, the rest cut off. Bytes as numbers come out of the
+        # rounding behind this as they are.
+        return ((painted * 0.5 + 0.5).clamp(0, 1) * 255).floor() / 127.5 - 1
+
+    def question_ids(
+        self, earlier: Sequence[str], current: str, mode: str | None = None
+    ) -> list[int]:
+        """The system prompt, the question, and the opening mark of the answer."""
+        asked = self.text_ids(question(earlier, current, mode))
+        return [*self.text_ids(ANSWERING), *asked, self.codec.im_start]
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Writes a published folder: adapters merged, what did not train as it stands in the one
+        that this was loaded from. Weights are rounded to `dtype` where the policy computes in
+        bfloat16, and otherwise kept exactly. Raises `NonFiniteError`, `CheckpointError`."""
+        exact = self.compute_dtype == torch.float32
+
+        def stored(tensor: Tensor) -> Tensor:
+            rounded = tensor.detach().to("cpu", dtype)
+            if exact and not torch.equal(rounded.to(tensor.dtype), tensor.detach().cpu()):
+                return tensor.detach().cpu().contiguous()
+            return rounded.contiguous()
+
+        weights = {name: stored(t) for name, t in merged_weights(self.module).items()}
+        if name := unusable(weights.items()):
+            raise NonFiniteError(
+                f"{folder}: {name}: NaN, infinite or too large in {dtype} ({ACCEPTED}); not written"
+            )
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors({**weights, **dict(self.files.untouched())}, folder / WEIGHTS)
+            for file in sorted(self.files.folder.iterdir()):
+                taken = file.suffix in KEPT_SUFFIXES and file.name not in _OURS
+                if file.is_file() and (taken or file.name == AUTOENCODER):
+                    shutil.copyfile(file, folder / file.name)
+            ordinary_modes([folder])
+
+
+_OURS = ("README.md", "config.yaml", "editr2.yaml", "best.json")
+"""What stands beside weights in folders of ours and is not theirs."""
+
+
+def guidance_of(config: PolicyConfig) -> Guidance:
+    """As published: without text guidance (a weight above 1) there is none of images and no
+    renorm, and weights of images below 1 are none."""
+    if config.guidance <= 1:
+        return Guidance(interval=config.guidance_interval)
+    guidance = Guidance.of(config)
+    return dataclasses.replace(guidance, image=max(1.0, guidance.image))
+
+
+def folder_of(weights: str) -> Path:
+    """A folder, or that of a hub id, downloaded where it was not before. Raises `ConfigError`."""
+    if Path(weights).is_dir():
+        return Path(weights)
+    check_model(weights, "policy.weights", WORDS)
+    return fetch_files(weights, "policy.weights", FILES)
+
+
+@dataclass(frozen=True)
+class PublishedFolder(OwnFolder):
+    """BAGEL's own folder, whose weights are bfloat16."""
+
+    make: Callable[[PolicyConfig], Any]
+    config: PolicyConfig
+    lines: Callable[[str], Sequence[str]]
+
+    def write(self, policy: Any, folder: Path) -> float:
+        merge_lora(policy.module)
+        with torch.no_grad():
+            for p in policy.module.parameters():
+                p.copy_(p.to(torch.bfloat16))
+        policy.save(folder)
+        return 0.0
