@@ -10,6 +10,7 @@ is beyond what is accepted: latents 1e-5, ten values of the pixels by one level,
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def run(policy: BagelPolicy, said: list[np.ndarray | str], thinks: bool) -> tupl
     view = policy.at(size)
     x = torch.randn(view.latent_shape, generator=torch.manual_seed(SEED))[None]
     sigmas = view.sigmas(STEPS)
-    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, after in itertools.pairwise(sigmas):
         at = torch.tensor([sigma])
         x = x + (after - sigma) * view.velocity(x, at, context).combined(at)
     return x[0], view.decode(x)[0], thoughts

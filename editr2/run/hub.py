@@ -72,12 +72,10 @@ def check_model(name: str, key: str, file: str = INDEX) -> None:
     """Raises `ConfigError`, naming the setting `key`, for a hub id whose model is neither here nor
     to be had. file: of the model, by which one sees that it is here. The name of a folder passes,
     and so does what is no hub id."""
-    from huggingface_hub import try_to_load_from_cache
-
     if Path(name).exists() or not HUB_ID.fullmatch(name):
         return
     why = offline()
-    if why and not isinstance(try_to_load_from_cache(name, file), str):
+    if why and cached(name, file) is None:
         said = f"no folder, not downloaded before, and {why}"
         raise ConfigError(
             f"{key}: {name}: {said} (accepted: its folder, or a machine with network)"
@@ -87,11 +85,16 @@ def check_model(name: str, key: str, file: str = INDEX) -> None:
 def model_index(name: str) -> Path | None:
     """Where `model_index.json` of a pipeline's folder, or of a hub id that was downloaded before,
     is; None where it is not."""
-    from huggingface_hub import try_to_load_from_cache
-
     if (file := Path(name) / INDEX).is_file():
         return file
-    found = try_to_load_from_cache(name, INDEX) if HUB_ID.fullmatch(name) else None
+    return cached(name, INDEX) if HUB_ID.fullmatch(name) else None
+
+
+def cached(name: str, file: str) -> Path | None:
+    """Where a file of a hub id that was downloaded before is; None where it is not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
     return Path(found) if isinstance(found, str) else None
 
 

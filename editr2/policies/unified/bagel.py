@@ -21,11 +21,16 @@ from torch import Tensor, nn
 
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError, NonFiniteError
+from editr2.policies.base import Policy, device_of
 from editr2.policies.configured import ConfiguredPolicy, Stock
 from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.forms import Form, OwnFolder
+from editr2.policies.recorded import without_adapters
 from editr2.policies.tensor_files import ordinary_modes, write_tensors, writing
+from editr2.policies.tokens import TextCodec
+from editr2.policies.unified.bagel_blueprint import BagelBlueprint
 from editr2.policies.unified.codecs import LatentCodec
+from editr2.policies.unified.model import UnifiedModel
 from editr2.policies.unified.policy import Guidance, UnifiedPolicy
 from editr2.policies.unified.published import (
     AUTOENCODER,
@@ -37,9 +42,9 @@ from editr2.policies.unified.published import (
     Published,
     read_published,
 )
-from editr2.policies.unified.sight import SIGHT_RULE, SizeRule
+from editr2.policies.unified.sight import SIGHT_RULE, Sight, SizeRule
 from editr2.policies.weights import add_lora, merge_lora, merged_weights
-from editr2.run.hub import check_model, fetch_files
+from editr2.run.hub import HUB_ID, cached, check_model, fetch_files
 from editr2.sessions.buckets import nearest, spread
 
 SHIFT = 3.0
@@ -94,19 +99,19 @@ class BagelPolicy(UnifiedPolicy):
     default_weights = hub_id
     holds = f"{WEIGHTS}, {AUTOENCODER} and {WORDS}"
 
-    def __init__(self, files: Published, config: PolicyConfig, *, whole: bool = False) -> None:
-        """whole: all of the transformer's weights will train. Raises `ConfigError` for a size that
-        these weights cannot paint."""
-        self.compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        images = LatentCodec(files.autoencoder(), files.sizes.latent_patch_size)
-        super().__init__(
-            files.model(torch.float32 if whole else self.compute_dtype, whole=whole),
-            files.codec,
-            guidance_of(config),
-            images,
-            files.sight(self.compute_dtype, self.sight_rule),
-            config.resolution,
-        )
+    def __init__(
+        self,
+        config: PolicyConfig,
+        model: UnifiedModel,
+        codec: TextCodec,
+        images: LatentCodec,
+        sight: Sight,
+        files: Published | None,
+    ) -> None:
+        """files: from which they are, none where they are simulated. Raises `ConfigError` for a
+        size that these weights cannot paint."""
+        super().__init__(model, codec, guidance_of(config), images, sight, config.resolution)
+        self.compute_dtype = self.computes_in(config)
         self.config, self.files = config, files
         self.base = str(config.weights or self.hub_id)
         self.apart = config.branches != "together"
@@ -123,10 +128,18 @@ class BagelPolicy(UnifiedPolicy):
         cls, config: PolicyConfig, *, trains: bool = True, empty: bool = False
     ) -> BagelPolicy:
         """A published folder, a hub id, or a folder that `save` wrote."""
-        policy = cls(
+        files, dtype = (
             read_published(folder_of(config.weights or cls.hub_id)),
+            cls.computes_in(config),
+        )
+        whole = trains and not config.lora_rank
+        policy = cls(
             config,
-            whole=trains and not config.lora_rank,
+            files.model(torch.float32 if whole else dtype, whole=whole),
+            files.codec,
+            LatentCodec(files.autoencoder(), files.sizes.latent_patch_size),
+            files.sight(dtype, cls.sight_rule),
+            files,
         )
         if config.lora_rank:
             add_lora(policy.module, config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -146,9 +159,17 @@ class BagelPolicy(UnifiedPolicy):
                 f"high] with low < high)"
             )
 
+    @staticmethod
+    def computes_in(config: PolicyConfig) -> torch.dtype:
+        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
     @classmethod
     def sources(cls, config: PolicyConfig) -> list[str]:
         return [config.weights or cls.hub_id]
+
+    @classmethod
+    def blueprint(cls, config: PolicyConfig) -> BagelBlueprint:
+        return BagelBlueprint(cls, config, folder_at_hand(config.weights or cls.hub_id))
 
     @classmethod
     def owns(cls, folder: Path) -> bool:
@@ -243,6 +264,7 @@ class BagelPolicy(UnifiedPolicy):
         """Writes a published folder: adapters merged, what did not train as it stands in the one
         that this was loaded from. Weights are rounded to `dtype` where the policy computes in
         bfloat16, and otherwise kept exactly. Raises `NonFiniteError`, `CheckpointError`."""
+        assert self.files is not None
         exact = self.compute_dtype == torch.float32
 
         def stored(tensor: Tensor) -> Tensor:
@@ -283,22 +305,36 @@ def folder_of(weights: str) -> Path:
     """A folder, or that of a hub id, downloaded where it was not before. Raises `ConfigError`."""
     if Path(weights).is_dir():
         return Path(weights)
+    if not HUB_ID.fullmatch(weights):
+        raise ConfigError(f"policy.weights: {weights}: no folder (accepted: one, or a hub id)")
     check_model(weights, "policy.weights", WORDS)
     return fetch_files(weights, "policy.weights", FILES)
+
+
+def folder_at_hand(weights: str) -> Path | None:
+    """The same without a download: None for a hub id that was not downloaded before. Raises
+    `ConfigError` for what is neither."""
+    if Path(weights).is_dir():
+        return Path(weights)
+    if not HUB_ID.fullmatch(weights):
+        raise ConfigError(f"policy.weights: {weights}: no folder (accepted: one, or a hub id)")
+    found = cached(weights, WEIGHTS)
+    return None if found is None else found.parent
 
 
 @dataclass(frozen=True)
 class PublishedFolder(OwnFolder):
     """BAGEL's own folder, whose weights are bfloat16."""
 
-    make: Callable[[PolicyConfig], Any]
-    config: PolicyConfig
-    lines: Callable[[str], Sequence[str]]
+    make: Callable[..., Any]
 
     def write(self, policy: Any, folder: Path) -> float:
         merge_lora(policy.module)
-        with torch.no_grad():
-            for p in policy.module.parameters():
-                p.copy_(p.to(torch.bfloat16))
+        policy.module.to(torch.bfloat16).to(policy.compute_dtype)  # as it will be loaded
         policy.save(folder)
         return 0.0
+
+    def load(self, base: Any, folder: Path) -> Policy:
+        loaded: Policy = self.make(without_adapters(self.config, str(folder)), trains=False)
+        loaded.module.to(device_of(base.module))
+        return loaded

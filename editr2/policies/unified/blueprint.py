@@ -72,9 +72,11 @@ class UnifiedBlueprint:
             sizes.insert(0, Size(self.answer, 2))
         return [Work(step, prepare, sizes, trains=trains)]
 
-    def _context(self, batch: int, tokens: int) -> Context:
-        c = self.policy.module.config
-        one = torch.empty(batch, c.num_key_value_heads, tokens, c.head_dim)
+    def _context(self, policy: Any, batch: int, tokens: int) -> Context:
+        c = policy.module.config
+        one = torch.empty(
+            batch, c.num_key_value_heads, tokens, c.head_dim, dtype=policy.compute_dtype
+        )
         layers = (one,) * c.num_hidden_layers
         context = Context(
             layers, layers, torch.ones(batch, tokens, dtype=torch.bool), torch.zeros(batch)
@@ -83,22 +85,22 @@ class UnifiedBlueprint:
         context.__dict__["padded"] = True
         return context
 
-    def _before(self, batch: int, turn: int) -> Context:
+    def _before(self, policy: Any, batch: int, turn: int) -> Context:
         """As the turn before has left it."""
-        return self._context(batch, turn * (self.image + self.said))
+        return self._context(policy, batch, turn * (self.image + self.said))
 
-    def _seen(self, batch: int, turn: int) -> Context:
+    def _seen(self, policy: Any, batch: int, turn: int) -> Context:
         """Behind the image to edit."""
-        return self._context(batch, turn * (self.image + self.said) + self.image)
+        return self._context(policy, batch, turn * (self.image + self.said) + self.image)
 
-    def _instructed(self, batch: int, turn: int) -> Any:
+    def _instructed(self, policy: Any, batch: int, turn: int) -> Any:
         """Behind the instruction, with the branches that guidance asks for."""
         tokens = (turn + 1) * (self.image + self.said)
-        full = self._context(batch, tokens)
-        if not self.policy.guidance.active:
+        full = self._context(policy, batch, tokens)
+        if not policy.guidance.active:
             return full
-        guided = self.policy.guided(full, full, full)
-        guided.__dict__["joined"] = self._context(batch * len(guided.branches), tokens)
+        guided = policy.guided(full, full, full)
+        guided.__dict__["joined"] = self._context(policy, batch * len(guided.branches), tokens)
         return guided
 
     @staticmethod
@@ -107,14 +109,14 @@ class UnifiedBlueprint:
         return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
 
     def _encode(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
-        context = self._before(batch, turn)
+        context = self._before(policy, batch, turn)
         return lambda: policy.module.append_image(
             context, torch.empty(batch, *policy.latent_shape), policy.grid, policy.marks
         )
 
     def _instruct(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
-        context = self._seen(batch, turn)
-        twice = self.config.guidance_image != 1  # the texts alone are a context of their own
+        context = self._seen(policy, batch, turn)
+        twice = policy.guidance.image != 1  # the texts alone are a context of their own
 
         def run() -> Any:
             said = self._words(batch, self.said)
@@ -123,7 +125,7 @@ class UnifiedBlueprint:
         return run
 
     def _intend(self, policy: Any, tokens: int, batch: int, turn: int) -> Callable[[], Any]:
-        context, model = self._seen(batch, turn), policy.module
+        context, model = self._seen(policy, batch, turn), policy.module
 
         def run() -> Any:
             branch = Branch(context, self.question + self.config.intent_tokens)
@@ -136,7 +138,7 @@ class UnifiedBlueprint:
         return run
 
     def _velocity(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
-        context = self._instructed(batch, turn)
+        context = self._instructed(policy, batch, turn)
         return lambda: policy.velocity(
             torch.empty(batch, *policy.latent_shape), torch.empty(batch), context
         )
@@ -146,7 +148,7 @@ class UnifiedBlueprint:
         return lambda: backward(predict())
 
     def _answer(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
-        context, model = self._seen(batch, turn), policy.module
+        context, model = self._seen(policy, batch, turn), policy.module
 
         def run() -> Any:
             words = self._words(batch, self.question + self.answer - 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from editr2.errors import CheckpointError
-from editr2.policies.base import to_bytes
+from editr2.policies.base import device_of, to_bytes
 from editr2.policies.tensor_files import Shape, check_shapes, read_header, read_tensors
 
 
@@ -73,6 +73,12 @@ class PixelCodec:
         return painted(latents, grid, self.side)
 
 
+def bring(part: nn.Module, device: torch.device) -> None:
+    """A frozen part to a device, where it stays."""
+    if device_of(part) != device:
+        part.to(device)
+
+
 class LatentCodec:
     """Latents are an autoencoder's (diffusers' `AutoencoderKL`): the mean of its distribution,
     shifted and scaled, in patches. In its own precision, one image after the other, so that an
@@ -86,7 +92,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def read(self, images: np.ndarray, device: torch.device) -> Tensor:
-        self.vae.to(device)
+        bring(self.vae, device)
         x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
         x = (x.float() / 255 - 0.5) / 0.5
         with torch.autocast(device.type, enabled=False):
@@ -97,7 +103,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def paint(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        self.vae.to(latents.device)
+        bring(self.vae, latents.device)
         x = painted(latents.float(), grid, self.patch).permute(0, 3, 1, 2)
         x = x / self.vae.config.scaling_factor + self.vae.config.shift_factor
         with torch.autocast(x.device.type, enabled=False):
@@ -134,10 +140,20 @@ def autoencoder_sizes(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Any]
         raise CheckpointError(
             f"{path}: {odd[0]} channels (accepted: multiples of {GROUPS}, its norms' groups)"
         )
+    layers = count(r"encoder\.down\.0\.block\.(\d+)\.")
+    return autoencoder_settings(widths, layers, shape("decoder.conv_in.weight")[1])
+
+
+def autoencoder_settings(
+    widths: tuple[int, ...] = (128, 256, 512, 512), layers: int = 2, channels: int = 16
+) -> dict[str, Any]:
+    """Of diffusers' `AutoencoderKL`, by default FLUX.1's. widths: of its levels; layers: a level;
+    channels: of a latent."""
+    levels = len(widths)
     return {
         "block_out_channels": widths,
-        "layers_per_block": count(r"encoder\.down\.0\.block\.(\d+)\."),
-        "latent_channels": shape("decoder.conv_in.weight")[1],
+        "layers_per_block": layers,
+        "latent_channels": channels,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "norm_num_groups": GROUPS,
@@ -210,7 +226,3 @@ def _as_published(name: str, shape: Shape) -> Shape:
     """Projections of the attention are 1 x 1 convolutions there."""
     pointwise = ".attn_1." in name and len(shape) == 2
     return (*shape, 1, 1) if pointwise else shape
-
-
-def bytes_of(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -126,7 +126,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 class MLP(nn.Module):
@@ -588,9 +588,10 @@ class UnifiedModel(nn.Module):
             context, latents, torch.zeros((), device=latents.device), grid, marks
         )
         valid = torch.ones(b, n + 2, dtype=torch.bool, device=latents.device)
-        context = self._extend(context, keys, values, valid, 1)
+        padded, context = context.padded, self._extend(context, keys, values, valid, 1)
         if seen is None:
             return context
+        context.__dict__["padded"] = padded  # nothing of an image is: known without a look
         x = torch.cat([self.embed_text(marks).expand(b, -1, -1), self.embed_seen(seen)], 1)
         _, keys, values = self._block(context, x, x.shape[1])
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from editr2.policies.unified.codecs import bring
+
 MOST_PIXELS = 14 * 14 * 9 * 1024
 
 
@@ -89,7 +91,7 @@ class Sight(nn.Module):
     def forward(self, images: np.ndarray, device: torch.device) -> Tensor:
         """uint8 [B, H, W, 3] -> tokens [B, M, width], in the weights' precision; one image after
         the other, so that no image's numbers depend on its neighbours."""
-        self.to(device)
+        bring(self, device)
         size = self.rule(*images.shape[1:3])
         with torch.autocast(device.type, enabled=False):
             return torch.cat([self._seen(brought_to(image, size), device) for image in images])
