@@ -133,11 +133,8 @@ def function(): ...
             "broken:Editor",
             "importing broken raised ZeroDivisionError: division by zero (broken",
         ),
-        ("kontex", "(accepted: unified, kontext, klein, klein-kv, qwen-edit, qwen-edit-plus, "),
-        (
-            ":Editor",
-            "(accepted: unified, kontext, klein, klein-kv, qwen-edit, qwen-edit-plus, ",
-        ),
+        ("kontex", f"(accepted: {', '.join(MODELS)}, "),
+        (":Editor", f"(accepted: {', '.join(MODELS)}, "),
     ],
 )
 def test_a_class_that_is_no_editor_is_one_line(given, message, tmp_path, capsys):
