@@ -21,7 +21,7 @@ from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.config.yaml import dump_yaml
 from editr2.errors import ConfigError, UserError
 from editr2.export.export import export, probe, read_run
-from editr2.policies.configured import policy_class
+from editr2.policies.configured import Stock, policy_class
 from editr2.policies.found import stock_steps
 from editr2.policies.load import load_policy
 from editr2.policies.models import MODELS
@@ -233,6 +233,11 @@ def test_flags_and_files_win_but_for_the_weights(exports, tmp_path):
 @pytest.mark.parametrize("model", MODELS)
 def test_stock_defaults(model):
     kind = policy_class(model)
+    if model == "bagel":
+        edits = {"guidance": 4.0, "guidance_image": 2.0, "renorm": "text_channel"}
+        expected = Stock(49, {**edits, "guidance_interval": (0.4, 1.0)})
+        assert kind.stock(PolicyConfig(model)) == expected
+        return
     if not issubclass(kind, PipelineModel):
         assert kind.stock(PolicyConfig(model)) is None and stock_steps(PolicyConfig(model)) is None
         return

@@ -68,6 +68,7 @@ ZERO = {
     "seed",
     "policy.guidance",
     "policy.guidance_image",
+    "policy.guidance_interval",  # what it asks for together is the editor's to say
     "policy.guidance_embed",
     "policy.lora_rank",
     "rollout.window",
@@ -700,6 +701,7 @@ SAMPLED = {
     "policy.intent_tokens",
     "policy.guidance",
     "policy.guidance_image",
+    "policy.guidance_interval",  # what it asks for together is the editor's to say
     "policy.renorm",
     "policy.lora_rank",
     "policy.buckets",

@@ -29,6 +29,7 @@ from editr2.policies.blueprint import Blueprint, Walk, simulated
 from editr2.policies.forms import Form, OwnFolder, PeftAdapter
 from editr2.policies.models import MODELS
 from editr2.policies.recorded import without_adapters
+from editr2.run.hub import INDEX
 
 FIELDS = tuple(f.name for f in dataclasses.fields(PolicyConfig))
 """Of `PolicyConfig`, in their order."""
@@ -140,6 +141,12 @@ class ConfiguredPolicy(ABC):
         """Of the published pipeline that it drives; None where there is none. No weights are
         read."""
         return None
+
+    @classmethod
+    def is_stock(cls, folder: Path) -> bool:
+        """Whether a folder that it owns, and no settings stand beside, is the published pipeline's,
+        which edits as `stock` says."""
+        return (folder / INDEX).is_file()
 
     def placed(self, trains: bool) -> None:  # noqa: B027, most have nothing to say
         """Called once the weights are on their device. Raises `ConfigError` where what is asked for

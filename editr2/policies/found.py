@@ -63,12 +63,13 @@ def editor_of(text: str, model: str | None = None) -> Editor:
             f"{title}: not there (accepted: the folder of a run, an export, a saved policy or a "
             f"diffusers pipeline, or a hub id)"
         )
-    check_model(text, "--policy")
     known = [name for name in MODELS if text in _published(name)]
+    index = getattr(policy_class(known[0]), "index", INDEX) if known else INDEX
+    check_model(text, "--policy", index)
     if not known and model is None:
         with reading(f"{title}: no folder, and no pipeline on the hub"):
-            index = fetch_index(text)
-        known = [_owner(index.parent, title)]
+            found = fetch_index(text)
+        known = [_owner(found.parent, title)]
     policy = PolicyConfig(model=model or known[0], weights=text)
     return _stock(policy, title)
 
@@ -90,7 +91,7 @@ def _of_folder(folder: Path, model: str | None, title: str) -> Editor:
     policy = replace_nested(Config(), {"policy": {**said, "model": model}}).policy
     policy = kind.settings_for(policy, folder)
     over_its_base(policy)  # what is not there is said now
-    if file is None and (folder / INDEX).is_file():
+    if file is None and kind.is_stock(folder):
         return _stock(policy, title)
     values = plain(policy)
     recorded["policy"] = {name: values[name] for name in {**said, **dict.fromkeys(OF_WEIGHTS)}}
@@ -110,7 +111,11 @@ def _stock(policy: PolicyConfig, title: str) -> Editor:
         return Editor(settings, f"{title}: {policy.model}")
     settings["policy"] |= stock.settings
     settings["eval"] = {"sampler": "ode", "steps": stock.steps}
-    more = "".join(f", {name} {value:g}" for name, value in stock.settings.items())
+    said = {
+        name: f"{value:g}" if isinstance(value, float) else plain(value)
+        for name, value in stock.settings.items()
+    }
+    more = "".join(f", {name} {value}" for name, value in said.items())
     what = f"{stock.steps} steps without noise{more}, at policy.resolution"
     return Editor(settings, f"{title}: {policy.model}, as its stock pipeline by default: {what}")
 
@@ -189,5 +194,5 @@ def _seen(folder: Path) -> str:
 
 
 def _published(model: str) -> frozenset[str]:
-    kind = policy_class(model)
-    return frozenset(kind.published) if issubclass(kind, PipelineModel) else frozenset()
+    """Hub ids that name a model without a look at the hub."""
+    return frozenset(getattr(policy_class(model), "published", ()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, DataError, NonFiniteError
 from editr2.policies.base import Policy, device_of
-from editr2.policies.configured import ConfiguredPolicy, Stock
+from editr2.policies.configured import Stock
 from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.forms import Form, OwnFolder
 from editr2.policies.recorded import without_adapters
@@ -97,6 +97,8 @@ class BagelPolicy(UnifiedPolicy):
     }
     edits_the_world = False
     default_weights = hub_id
+    published = frozenset((hub_id,))
+    index = WORDS
     holds = f"{WEIGHTS}, {AUTOENCODER} and {WORDS}"
 
     def __init__(
@@ -113,6 +115,8 @@ class BagelPolicy(UnifiedPolicy):
         super().__init__(model, codec, guidance_of(config), images, sight, config.resolution)
         self.compute_dtype = self.computes_in(config)
         self.config, self.files = config, files
+        self.vae: nn.Module = images.vae
+        self.sees: nn.Module = sight
         self.base = str(config.weights or self.hub_id)
         self.apart = config.branches != "together"
         self.sizes = self._sizes(config)
@@ -149,16 +153,6 @@ class BagelPolicy(UnifiedPolicy):
                     p.requires_grad_(trains)
         return policy
 
-    @classmethod
-    def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
-        yield from ConfiguredPolicy.problems.__func__(cls, config, trains)  # type: ignore[attr-defined]
-        low, high = config.guidance_interval
-        if not low < high:
-            yield (
-                f"policy.guidance_interval: {list(config.guidance_interval)} (accepted: [low, "
-                f"high] with low < high)"
-            )
-
     @staticmethod
     def computes_in(config: PolicyConfig) -> torch.dtype:
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -176,6 +170,10 @@ class BagelPolicy(UnifiedPolicy):
         return all((folder / name).is_file() for name in (WEIGHTS, AUTOENCODER, WORDS, SEES))
 
     @classmethod
+    def is_stock(cls, folder: Path) -> bool:
+        return cls.owns(folder)
+
+    @classmethod
     def stock(cls, config: PolicyConfig) -> Stock | None:
         settings = {"guidance": 4.0, "guidance_image": 2.0, "renorm": "text_channel"}
         return Stock(49, {**settings, "guidance_interval": (0.4, 1.0)})
@@ -188,8 +186,7 @@ class BagelPolicy(UnifiedPolicy):
 
     @classmethod
     def loading(cls, model: str, weights: str | None) -> list[str]:
-        lines: list[str] = ConfiguredPolicy.loading.__func__(cls, model, weights)  # type: ignore[attr-defined]
-        return lines
+        return super(UnifiedPolicy, cls).loading(model, weights)
 
     # ---------------------------------------------------------------------------------------- sizes
 
@@ -238,8 +235,7 @@ class BagelPolicy(UnifiedPolicy):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {"transformer": self.module, "autoencoder": self.images.vae}
-        return found | ({} if self.sight is None else {"sight": self.sight})
+        return {"transformer": self.module, "autoencoder": self.vae, "sight": self.sees}
 
     def sigmas(self, steps: int) -> list[float]:
         """As `ScheduledPolicy.sigmas`: evenly spaced, shifted by 3."""

@@ -77,14 +77,15 @@ class BagelBlueprint(UnifiedBlueprint):
     def __init__(self, kind: Any, config: PolicyConfig, folder: Path | None) -> None:
         """kind: the class of the policy. folder: of the weights, none where they are the published
         ones and not here. Raises the `UserError` of a folder or a size that it would refuse."""
-        self.kind, codec = kind, Counted.new()
+        self.kind = kind
+        codec: TextCodec = Counted.new()
         self.sizes, self.vit, self.latents = SIZES, SEES, autoencoder_settings()
         if folder is not None:
             files = read_published(folder)
             self.sizes, self.vit, codec = files.sizes, files.vit, files.codec
             file = folder / AUTOENCODER
             self.latents = autoencoder_sizes(file, read_header(file)[0])
-        self.codec: TextCodec = codec
+        self.codec = codec
         self.config = config
         super().__init__(self._policy(min(SHALLOW, self.depth)), config)
         seen = self.policy.seen_tokens

@@ -318,6 +318,16 @@ class UnifiedPolicy(ConfiguredPolicy):
         return policy
 
     @classmethod
+    def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
+        yield from super().problems(config, trains)
+        low, high = config.guidance_interval
+        if not low < high:
+            yield (
+                f"policy.guidance_interval: {list(config.guidance_interval)} (accepted: [low, "
+                f"high] with low < high)"
+            )
+
+    @classmethod
     def sources(cls, config: PolicyConfig) -> list[str]:
         return [config.weights or str(EMBEDDED)]
 

@@ -159,8 +159,9 @@ def _sizes(folder: Path, shapes: Mapping[str, Shape]) -> UnifiedConfig:
         return value
 
     def number(name: str) -> float:
-        value = said.get(name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        value: Any = said.get(name)
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not real or not 0 < value < math.inf:
             raise CheckpointError(f"{file}: {name}: {value!r} (accepted: a number above 0)")
         return float(value)
 

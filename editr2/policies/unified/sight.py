@@ -98,7 +98,9 @@ class Sight(nn.Module):
 
     def _seen(self, image: np.ndarray, device: torch.device) -> Tensor:
         pixels = torch.tensor(image, device=device).permute(2, 0, 1)[None]
-        return self.tokens(((pixels.float() / 255 - 0.5) / 0.5).to(self.connector["fc1"].weight))
+        return self.tokens(
+            ((pixels.float() / 255 - 0.5) / 0.5).to(next(self.connector.parameters()))
+        )
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Of images [B, 3, H, W] in [-1, 1] whose sides are multiples of the patch."""
