@@ -149,6 +149,17 @@ def merged_weights(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def adapter_changes(module: nn.Module) -> dict[str, Tensor]:
+    """What adapters add to the weights that they adapt, by the names that these have without them;
+    empty where there are none."""
+    return {
+        f"{name}.weight": torch.stack([layer.get_delta_weight(a) for a in layer.active_adapters])
+        .sum(0)
+        .detach()
+        for name, layer in _lora_layers(module).items()
+    }
+
+
 def _lora_layers(module: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer  # seconds of imports, so only where it is asked for
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,7 +43,7 @@ from editr2.policies.unified.published import (
     read_published,
 )
 from editr2.policies.unified.sight import SIGHT_RULE, Sight, SizeRule
-from editr2.policies.weights import add_lora, merge_lora, merged_weights
+from editr2.policies.weights import adapter_changes, add_lora, merge_lora
 from editr2.run.hub import HUB_ID, cached, check_model, fetch_files
 from editr2.sessions.buckets import nearest, spread
 
@@ -93,7 +93,7 @@ class BagelPolicy(UnifiedPolicy):
     model = "bagel"
     hub_id: ClassVar[str] = "ByteDance-Seed/BAGEL-7B-MoT"
     uses = UnifiedPolicy.uses | {
-        *("resolution", "buckets", "dtype", "rounding", "branches"),
+        *("resolution", "buckets", "dtype", "rounding", "branches", "shard", "shard_group"),
     }
     edits_the_world = False
     default_weights = hub_id
@@ -139,7 +139,7 @@ class BagelPolicy(UnifiedPolicy):
         whole = trains and not config.lora_rank
         policy = cls(
             config,
-            files.model(torch.float32 if whole else dtype, whole=whole),
+            files.model(torch.float32 if whole else dtype, whole=whole, empty=empty),
             files.codec,
             LatentCodec(files.autoencoder(), files.sizes.latent_patch_size),
             files.sight(dtype, cls.sight_rule),
@@ -152,6 +152,18 @@ class BagelPolicy(UnifiedPolicy):
                     p.data = p.data.float()
                     p.requires_grad_(trains)
         return policy
+
+    @classmethod
+    def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
+        yield from super().problems(config, trains)
+        if config.shard and trains and not config.lora_rank:
+            yield (
+                "policy.lora_rank: 0 (accepted with policy.shard: above 0; frozen ones are shared)"
+            )
+        if config.shard_group is not None and not config.shard:
+            yield (
+                f"policy.shard_group: {config.shard_group} (accepted with policy.shard false: none)"
+            )
 
     @staticmethod
     def computes_in(config: PolicyConfig) -> torch.dtype:
@@ -237,6 +249,22 @@ class BagelPolicy(UnifiedPolicy):
     def parts(self) -> dict[str, nn.Module]:
         return {"transformer": self.module, "autoencoder": self.vae, "sight": self.sees}
 
+    def idle(self) -> Tensor:
+        """The model's answer about one latent token of nothing: the smallest forward there is."""
+        small = copy.copy(self)
+        small.grid = (1, 1)
+        x = torch.zeros(1, 1, self.latent_shape[1], device=self.device)
+        context = self.module.empty_context(1, self.device)
+        # Asked for inside of another forward's autocast, whose cache must not keep casts of weights
+        # without a graph.
+        with torch.autocast(
+            self.device.type,
+            self.compute_dtype,
+            enabled=self.compute_dtype != torch.float32,
+            cache_enabled=False,
+        ):
+            return small._predicted(context, x, x.new_ones(1))
+
     def sigmas(self, steps: int) -> list[float]:
         """As `ScheduledPolicy.sigmas`: evenly spaced, shifted by 3."""
         return [float(SHIFT * t / (1 + (SHIFT - 1) * t)) for t in np.linspace(1, 0, steps + 1)]
@@ -256,6 +284,17 @@ class BagelPolicy(UnifiedPolicy):
         asked = self.text_ids(question(earlier, current, mode))
         return [*self.text_ids(ANSWERING), *asked, self.codec.im_start]
 
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All that the file holds. Under adapters the rest stands as it was loaded, here or, where
+        it is shared out, nowhere as a whole, so it is read again."""
+        assert self.files is not None
+        changes = adapter_changes(self.module)
+        own = {} if changes else self.module.state_dict()
+        for name, tensor in self.files.tensors():
+            if name in changes:
+                tensor = tensor + changes[name].to(tensor.device)
+            yield name, own.get(name, tensor)
+
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Writes a published folder: adapters merged, what did not train as it stands in the one
         that this was loaded from. Weights are rounded to `dtype` where the policy computes in
@@ -269,14 +308,14 @@ class BagelPolicy(UnifiedPolicy):
                 return tensor.detach().cpu().contiguous()
             return rounded.contiguous()
 
-        weights = {name: stored(t) for name, t in merged_weights(self.module).items()}
+        weights = {name: stored(t) for name, t in self._weights()}
         if name := unusable(weights.items()):
             raise NonFiniteError(
                 f"{folder}: {name}: NaN, infinite or too large in {dtype} ({ACCEPTED}); not written"
             )
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors({**weights, **dict(self.files.untouched())}, folder / WEIGHTS)
+            write_tensors(weights, folder / WEIGHTS)
             for file in sorted(self.files.folder.iterdir()):
                 taken = file.suffix in KEPT_SUFFIXES and file.name not in _OURS
                 if file.is_file() and (taken or file.name == AUTOENCODER):

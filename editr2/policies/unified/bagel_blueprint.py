@@ -169,7 +169,13 @@ class BagelBlueprint(UnifiedBlueprint):
         seen = torch.empty(batch, policy.seen_tokens, width, dtype=policy.compute_dtype)
         latents = torch.empty(batch, *policy.latent_shape)
         where = (policy.grid, policy.marks)
-        return lambda: policy.module.append_image(context, latents, *where, seen)
+
+        def run() -> Any:
+            model = policy.module
+            read = model.append_image(context, latents, *where)
+            return model.append_seen(read, seen, policy.marks)
+
+        return run
 
     def _instructed(self, policy: Any, batch: int, turn: int) -> Any:
         guided = super()._instructed(policy, batch, turn)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ from torch import Tensor, nn
 
 from editr2.errors import ConfigError, DataError
 from editr2.policies.tensor_files import read_json
+
+T = TypeVar("T")
 
 LARGEST_SIZE = 1 << 20
 LARGEST = {
@@ -395,6 +397,9 @@ class UnifiedModel(nn.Module):
     """See the module docstring. Parameter names equal those of a published BAGEL checkpoint
     (without its ViT)."""
 
+    _repeated_blocks = ("Layer",)
+    """As diffusers has it: what is gathered at once where weights are shared out."""
+
     def __init__(self, config: UnifiedConfig) -> None:
         super().__init__()
         self.config = config
@@ -419,6 +424,11 @@ class UnifiedModel(nn.Module):
                     if name == "vae2llm.weight":
                         std = parameter.shape[1] ** -0.5
                     parameter.normal_(0, std, generator=generator)
+
+    def forward(self, work: Callable[[UnifiedModel], T]) -> T:
+        """Runs work on the model. Whoever may have shared its weights out (`policies.sharding`)
+        calls it through here, where they are put together."""
+        return work(self)
 
     # ------------------------------------------------------------------------------ the two streams
 
@@ -573,29 +583,30 @@ class UnifiedModel(nn.Module):
         return self.run(x, split, position, mask, context)
 
     def append_image(
-        self,
-        context: Context,
-        latents: Tensor,
-        grid: tuple[int, int],
-        marks: Tensor,
-        seen: Tensor | None = None,
+        self, context: Context, latents: Tensor, grid: tuple[int, int], marks: Tensor
     ) -> Context:
-        """Reads a clean image: latents [B, N, D] at t = 0 between the two `marks` (ids int64 [2]),
-        then, where there are any, what understanding sees of it (`seen` [B, M, H]) between the same
-        two."""
+        """Reads a clean image: latents [B, N, D] at t = 0 between the two `marks` (ids int64
+        [2])."""
         b, n, _ = latents.shape
         _, keys, values = self._image_block(
             context, latents, torch.zeros((), device=latents.device), grid, marks
         )
         valid = torch.ones(b, n + 2, dtype=torch.bool, device=latents.device)
-        padded, context = context.padded, self._extend(context, keys, values, valid, 1)
-        if seen is None:
-            return context
-        context.__dict__["padded"] = padded  # nothing of an image is: known without a look
-        x = torch.cat([self.embed_text(marks).expand(b, -1, -1), self.embed_seen(seen)], 1)
+        return self._behind(context, keys, values, valid)
+
+    def append_seen(self, context: Context, seen: Tensor, marks: Tensor) -> Context:
+        """Reads what understanding sees of the image before it, [B, M, H], between the same two
+        marks."""
+        x = torch.cat([self.embed_text(marks).expand(len(seen), -1, -1), self.embed_seen(seen)], 1)
         _, keys, values = self._block(context, x, x.shape[1])
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return self._extend(context, keys, values, valid, 1)
+        return self._behind(context, keys, values, valid)
+
+    def _behind(self, context: Context, keys: tuple, values: tuple, valid: Tensor) -> Context:
+        """Behind an image's tokens, of which none is padding: known without a look."""
+        longer = self._extend(context, keys, values, valid, 1)
+        longer.__dict__["padded"] = context.padded
+        return longer
 
     def velocity(
         self, context: Context, x: Tensor, t: Tensor, grid: tuple[int, int], marks: Tensor

@@ -403,7 +403,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         nothing."""
         empty = self.module.empty_context(batch, self.device)
         if system is not None:
-            empty = self.module.append_text(empty, *self._words([self.text_ids(system)] * batch))[0]
+            empty = self._read(empty, *self._words([self.text_ids(system)] * batch))
         return self.guided(empty, empty, empty) if self.guidance.active else empty
 
     @computing
@@ -418,13 +418,11 @@ class UnifiedPolicy(ConfiguredPolicy):
     @computing
     def instruct(self, context: AnyContext, instructions: Sequence[str]) -> AnyContext:
         ids, valid = self._words([self.text_ids(c) for c in instructions])
-        full = self.module.append_text(_full(context), ids, valid)[0]
+        full = self._read(_full(context), ids, valid)
         if not isinstance(context, GuidedContext):
             return full
         texts = context.image_dropped
-        return self.guided(
-            full, context.full, texts and self.module.append_text(texts, ids, valid)[0]
-        )
+        return self.guided(full, context.full, texts and self._read(texts, ids, valid))
 
     @computing
     def append(self, context: AnyContext, images: np.ndarray) -> AnyContext:
@@ -435,7 +433,20 @@ class UnifiedPolicy(ConfiguredPolicy):
 
     def _append(self, context: Context, images: np.ndarray) -> Context:
         latents, seen = self._looked_at(images)
-        return self.module.append_image(context, latents, self.grid, self.marks, seen)
+        given = (context, latents, self.grid, self.marks)
+        read: Context = self.module(lambda model: model.append_image(*given))
+        if seen is not None:  # a call of its own: each gathers every layer once
+            read = self.module(lambda model: model.append_seen(read, seen, self.marks))
+        return read
+
+    def _read(self, context: Context, ids: Tensor, valid: Tensor) -> Context:
+        read: Context = self.module(lambda model: model.append_text(context, ids, valid)[0])
+        return read
+
+    def _predicted(self, context: Context, x: Tensor, sigma: Tensor) -> Tensor:
+        given = (context, x, sigma, self.grid, self.marks)
+        v: Tensor = self.module(lambda model: model.velocity(*given))
+        return v
 
     def _looked_at(self, images: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Latents [B, N, D] of images and what understanding sees of them [B, M, H]. Frozen parts
@@ -469,14 +480,13 @@ class UnifiedPolicy(ConfiguredPolicy):
     @computing
     def velocity(self, x: Tensor, sigma: Tensor, context: AnyContext) -> Velocity:
         if not isinstance(context, GuidedContext):
-            return Velocity(self.module.velocity(context, x, sigma, self.grid, self.marks))
+            return Velocity(self._predicted(context, x, sigma))
         n, g = len(context.branches), self.guidance
-        where = (self.grid, self.marks)
         if self.apart:
-            v, *dropped = (self.module.velocity(c, x, sigma, *where) for c in context.branches)
+            v, *dropped = (self._predicted(c, x, sigma) for c in context.branches)
         else:
             x, sigma = x.repeat(n, *(1,) * (x.dim() - 1)), sigma.repeat(n)
-            v, *dropped = self.module.velocity(context.joined, x, sigma, *where).chunk(n)
+            v, *dropped = self._predicted(context.joined, x, sigma).chunk(n)
         options: dict[str, object] = {"guidance_interval": g.interval, "renorm": g.renorm}
         if context.text_dropped is not None:
             options |= {"v_uncond": dropped[0], "guidance": g.text}
@@ -575,13 +585,14 @@ class UnifiedPolicy(ConfiguredPolicy):
         and with it: sampled ids and their log-probs, as `intend` has them."""
         ids, valid = self._words(rows)
         branch = Branch(_full(context), ids.shape[1] + max_tokens)
-        hidden = self.module.extend_branch(branch, ids, valid)
-        last = hidden[torch.arange(len(rows)), valid.sum(1) - 1]
+        at = (torch.arange(len(rows)), valid.sum(1) - 1)
+        logits: Tensor = self.module(
+            lambda model: model.logits(model.extend_branch(branch, ids, valid)[at])
+        )
         done = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         sampled: list[Tensor] = []
         scored: list[Tensor] = []
         for k in range(max_tokens):
-            logits = self.module.logits(last)
             token = torch.where(done, 0, self._sample(logits, seeds, k, temperature))
             sampled.append(token)
             scored.append(token_log_prob(logits, token, temperature=temperature or 1.0).log_prob)
@@ -589,7 +600,7 @@ class UnifiedPolicy(ConfiguredPolicy):
             done = done | (token == self.codec.im_end)
             if bool(done.all()) or k + 1 == max_tokens:
                 break
-            last = self.module.extend_branch(branch, token[:, None], still[:, None])[:, 0]
+            logits = self._next(branch, token, still)
         written = []
         for row, log_prob in zip(
             torch.stack(sampled, 1).tolist(), torch.stack(scored, 1).tolist(), strict=True
@@ -597,6 +608,12 @@ class UnifiedPolicy(ConfiguredPolicy):
             end = row.index(self.codec.im_end) if self.codec.im_end in row else len(row)
             written.append((row[: end + 1], log_prob[: end + 1]))
         return written
+
+    def _next(self, branch: Branch, token: Tensor, valid: Tensor) -> Tensor:
+        """Logits behind one more token each."""
+        given = (branch, token[:, None], valid[:, None])
+        logits: Tensor = self.module(lambda model: model.logits(model.extend_branch(*given)[:, 0]))
+        return logits
 
     @torch.no_grad()
     @computing
@@ -621,7 +638,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         marks: the model wrote them."""
         codec = self.codec
         rows = [[codec.im_start, *codec.encode(t, marks=True), codec.im_end] for t in thoughts]
-        full = self.module.append_text(_full(context), *self._words(rows))[0]
+        full = self._read(_full(context), *self._words(rows))
         return dataclasses.replace(context, full=full) if _guided(context) else full
 
     @computing
@@ -638,8 +655,13 @@ class UnifiedPolicy(ConfiguredPolicy):
         if not any(answers):
             return self._no_scores(len(answers))
         ids, valid, first = self._asked(questions, answers)
-        hidden = self.module.text_hidden(_full(context), ids, valid)
-        return self._scores(hidden, first, answers, temperature)
+        seen = _full(context)
+        scores: TokenScores = self.module(
+            lambda model: self._scores(
+                model.text_hidden(seen, ids, valid), first, answers, temperature
+            )
+        )
+        return scores
 
     def _asked(
         self, questions: Questions, answers: Sequence[tuple[int, ...]]
@@ -691,6 +713,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         measured, nor run."""
         if (
             self.guidance.active
+            or "lockstep" in vars(self.module)  # two passes through the layers in a call
             or self.device.type != "cpu"
             or not any(t.sigma.numel() or any(t.answers or ()) for t in turns)
         ):
@@ -719,6 +742,8 @@ class UnifiedPolicy(ConfiguredPolicy):
     ) -> list[TurnReplay]:
         """As `PackedPolicy.replay_packed`. Raises ValueError under guidance, whose branches are
         other sessions."""
+        if "lockstep" in vars(self.module):
+            raise ConfigError("train.packed: on (accepted with policy.shard: auto, off)")
         if self.guidance.active:
             raise ValueError(
                 f"guidance: {self.guidance} has no packed replay; walk through the turns instead"
@@ -749,21 +774,27 @@ class UnifiedPolicy(ConfiguredPolicy):
             pairs = zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True)
             segments += [Segment(marks, both, x, sigma, private=True) for x, sigma in pairs]
             images = turn.images
-        hidden = run_session(self.module, segments, self.grid, context_gradient=context_gradient)
-        done = []
-        for turn, question, at in zip(turns, questions, places, strict=True):
-            v = (
-                self.module.llm2vae(torch.stack([hidden[i] for i in at], 1)).flatten(0, 1)
-                if at
-                else turn.x.flatten(0, 1)
-            )
-            tokens = None
-            if question is not None and turn.answers is not None:
-                tokens = self._scores(hidden[question[0]], question[1], turn.answers, temperature)
-            elif turn.answers is not None:
-                tokens = self._no_scores(len(turn.answers))
-            done.append(TurnReplay(Velocity(v), tokens))
-        return done
+
+        def answered(model: UnifiedModel) -> list[TurnReplay]:
+            hidden = run_session(model, segments, self.grid, context_gradient=context_gradient)
+            done = []
+            for turn, question, at in zip(turns, questions, places, strict=True):
+                v = (
+                    model.llm2vae(torch.stack([hidden[i] for i in at], 1)).flatten(0, 1)
+                    if at
+                    else turn.x.flatten(0, 1)
+                )
+                tokens = None
+                if question is not None and turn.answers is not None:
+                    states, first = hidden[question[0]], question[1]
+                    tokens = self._scores(states, first, turn.answers, temperature)
+                elif turn.answers is not None:
+                    tokens = self._no_scores(len(turn.answers))
+                done.append(TurnReplay(Velocity(v), tokens))
+            return done
+
+        replayed: list[TurnReplay] = self.module(answered)
+        return replayed
 
     def _no_scores(self, batch: int) -> TokenScores:
         nothing = torch.zeros(batch, 0, device=self.device)

@@ -58,12 +58,18 @@ class Published:
     codec: TextCodec
     shapes: Mapping[str, Shape]
 
-    def model(self, dtype: torch.dtype, *, whole: bool = False) -> UnifiedModel:
-        """The transformer with its weights. whole: all of them will train."""
+    def model(
+        self, dtype: torch.dtype, *, whole: bool = False, empty: bool = False
+    ) -> UnifiedModel:
+        """The transformer with its weights. whole: all of them will train. empty: without data, on
+        the meta device."""
         with init_empty_weights(include_buffers=False):
             model = UnifiedModel(self.sizes)
-        names = {name: name for name in model.state_dict()}
-        _fill(model, self.folder / WEIGHTS, names, dtype)
+        if empty:
+            model.to(dtype)
+        else:
+            names = {name: name for name in model.state_dict()}
+            _fill(model, self.folder / WEIGHTS, names, dtype)
         if not whole:
             model.requires_grad_(False)
         return model.eval()
@@ -77,14 +83,11 @@ class Published:
         """In float32."""
         return autoencoder_of(self.folder / AUTOENCODER)
 
-    def untouched(self) -> Iterator[tuple[str, Tensor]]:
-        """What `WEIGHTS` holds beside the transformer's, as it stands there."""
-        with init_empty_weights(include_buffers=False):
-            own = set(UnifiedModel(self.sizes).state_dict())
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What `WEIGHTS` holds."""
         with safe_open(self.folder / WEIGHTS, "pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no mapping
-                if name not in own:
-                    yield name, file.get_tensor(name)
+                yield name, file.get_tensor(name)
 
 
 def new_sight(vit: Mapping[str, Any], width: int, rule: SizeRule = SIGHT_RULE) -> Sight:
