@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from editr2.check.editors import open_editor
 from editr2.config import Config, PolicyConfig, replace_nested
+from editr2.config.yaml import dump_yaml
 from editr2.errors import UserError
 from editr2.export.export import export
 from editr2.policies.base import Questions, TurnTask
@@ -320,6 +324,59 @@ def test_an_iteration_has_ratio_one_and_its_export_is_the_published_layout(folde
     assert changed and all("_proj" in n and n.startswith("language_model.") for n in changed)
     for file in ("ae.safetensors", "llm_config.json", "vit_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.parametrize("apart", ["apart", pytest.param("together", marks=pytest.mark.exhaustive)])
+def test_check_knows_what_is_held_and_what_trains(folder, tiny, apart):
+    config = PolicyConfig(
+        model="bagel", weights=str(folder), resolution=SMALL, lora_rank=2, branches=apart, **GUIDED
+    )
+    editor, policy = open_editor(config), load_policy(config)
+    sizes, module = editor.sizes(), policy.module
+    assert sizes.parameters == sum(p.numel() for p in module.parameters())
+    assert sizes.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    parts = (policy.images.vae, policy.sight)
+    assert sizes.vae == sum(4 * p.numel() for part in parts for p in part.parameters())
+    blueprint = editor.blueprint
+    blueprint.said = len(policy.text_ids("make it red"))
+    context, pictures = policy.encode(tiny.pictures(2, SMALL)), tiny.pictures(2, SMALL, seed=1)
+    for turn in range(2):
+        context = policy.instruct(context, ["make it red"] * 2)
+        held = [*context.branches, *([context.joined] if apart == "together" else [])]
+        kept = sum(t.nbytes for c in held for t in (*c.keys, *c.values))
+        assert editor.held(2, turn) == kept
+        context = policy.append(context, pictures)
+    costs = [editor.cost(step, 2, 1) for step in ("encode", "train", "decode")]
+    assert all(sum(cost.flops.values()) > 0 for cost in costs)
+
+
+def test_check_knows_the_published_weights_without_them():
+    config = PolicyConfig(model="bagel", lora_rank=64, dtype="bfloat16")
+    sizes = open_editor(config).sizes()
+    # 2 experts x 28 layers x 233,058,048; words in and out; norms, time, latents and their places
+    frozen = 13_051_250_688 + 1_089_994_752 + 28_919_360
+    assert sizes.parameters - sizes.trainable == frozen
+    assert sizes.trainable == 322_961_408  # 323 M, as Edit-R2 has it on both experts
+
+
+@pytest.mark.exhaustive
+def test_frozen_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny):
+    """Two processes, sessions of other lengths, guidance and intents."""
+    made = {}
+    for name, shard in (("whole", False), ("shared", True)):
+        policy = {"shard": shard, "branches": "apart"}
+        config = configured(folder, tmp_path, tiny, name, policy=policy, train={"iterations": 2})
+        (tmp_path / f"{name}.yaml").write_text(dump_yaml(config))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node=2", "-m", "editr2", "train", "--config"]
+        done = subprocess.run(
+            [*command, str(tmp_path / f"{name}.yaml")], capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        made[name] = load_file(tmp_path / name / "policy" / "ema.safetensors")
+    base = load_file(folder / "ema.safetensors")
+    assert all(torch.equal(made["whole"][n], made["shared"][n]) for n in base)
+    assert any(not torch.equal(made["whole"][n].float(), base[n].float()) for n in base)
 
 
 @pytest.mark.exhaustive
