@@ -52,7 +52,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
     page = write_page(folder / "compare.html", sides, pairs, paper)
     _write(folder / "compare.md", "\n".join([*map(markdown, paper), *_markdown(pairs)]) + "\n")
     _write(folder / "compare.tex", "\n".join([*map(latex, paper), *_latex(pairs)]) + "\n")
-    return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), f"page: {page}"]
+    wrote = [f"wrote {folder / name}" for name in ("compare.md", "compare.tex", page.name)]
+    return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), *wrote]
 
 
 def _said(pair: Pair) -> Iterator[str]:

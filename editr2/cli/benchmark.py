@@ -91,9 +91,16 @@ def _repeated(words: Arguments, name: str) -> Iterator[str]:
 
 
 def _compare(arguments: Arguments) -> int:
-    flags = Flags("editr2 benchmark", "Compare the folders of benchmarks, or of runs.")
+    flags = Flags(
+        "editr2 benchmark --compare FOLDER FOLDER",
+        "Compare the folders of benchmarks, or of runs (of one run alone: before and after its "
+        "training). Nothing is edited or judged, so there is no NAME.",
+    )
     flags.add(
-        "--compare", path=True, action="append", help="the folders, the first is held against"
+        "--compare",
+        path=True,
+        action="append",
+        help="the folders; all others are held against the first",
     )
     flags.add(
         "--out",
@@ -106,5 +113,5 @@ def _compare(arguments: Arguments) -> int:
     options = flags.parse(arguments)
     from editr2.benchmarks.compare import compare
 
-    print("\n".join(compare(options["compare"], options["out"])))
+    print("\n".join(compare(options["compare"] or (), options["out"])))
     return 0
