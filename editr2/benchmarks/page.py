@@ -25,7 +25,7 @@ from editr2.benchmarks.strips import (
 )
 from editr2.benchmarks.summary import EXPOSED, UNEXPOSED
 from editr2.benchmarks.summary import FILE_NAME as SUMMARY
-from editr2.benchmarks.text import ALL_JUDGED, VERBS, decimals, score_tables, state_lines
+from editr2.benchmarks.text import ALL_JUDGED, VERBS, decimals, legend, score_tables, state_lines
 from editr2.errors import DataError
 from editr2.judge import best_of
 from editr2.report import pages
@@ -74,6 +74,7 @@ def write_page(folder: Path, curves: Sequence[best_of.Curve] = ()) -> Path:
             *(line for line in said if line not in lost or line == ALL_JUDGED),
             *pictures.notes(),
         ],
+        legend=legend(summary),
         passes=[(way, PASSES.get(way, "")) for way in summary["passes"]],
         exposure=_exposure(summary),
         lengths=_lengths(summary),

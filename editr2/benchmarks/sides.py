@@ -106,7 +106,12 @@ def _of_benchmark(folder: Path, name: str) -> Side:
     settings = _mapping(generated.get("settings")) or {
         key: generated[key] for key in ("images", "sessions") if key in generated
     }
-    told = {"editor": about.get("editor"), "judge": judged.get("title"), **facts}
+    told = {
+        "benchmark": kind.title,
+        "editor": about.get("editor"),
+        "judge": judged.get("title"),
+        **facts,
+    }
     return Side(
         name=name,
         about=[(str(key), str(value)) for key, value in told.items() if value is not None],
