@@ -15,7 +15,7 @@ from editr2.benchmarks import page, strips, summary
 from editr2.benchmarks.against import verdict
 from editr2.benchmarks.compare import compare
 from editr2.benchmarks.layouts import Images, file_names, source_file, turn_file
-from editr2.benchmarks.plots import with_interval
+from editr2.benchmarks.plots import Series, dots, with_interval
 from editr2.benchmarks.rows import Row, read_rows, write_rows
 from editr2.benchmarks.sets.world import WORLD, exact
 from editr2.benchmarks.table import Source
@@ -364,6 +364,15 @@ def write_run(folder, gain, weights=None, heldout="2 sessions abc", beside=None)
     (folder / "config.yaml").write_text(f"train:\n  iterations: {8 * gain}\n")
     for name, change in (("before", 0.0), ("after", gain)):
         report.write_strips(folder, name, [change, 0.0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_an_axis_does_not_leave_the_scale(scale):
+    """Of EdiVal's per cent as of scores in [0, 1]."""
+    best = {"1": Estimate(scale, scale, scale, 9)}
+    (chart,) = dots([("success", [Series("multipass", best, 0)])], ["1"], "turn", scale=scale)
+    ticks = [float(text) for text in re.findall(r">([0-9.]+)</text>", chart.svg)]
+    assert scale in ticks and max(ticks) == scale
 
 
 def test_of_few_sessions_nothing_is_said():

@@ -254,6 +254,8 @@ def test_what_scores_of_the_field_are_called_is_said():
     told = legend(summarise(rows, sessions_of(said), benchmark(), {}))
     assert told.startswith("IF: instruction following") and "GA: global awareness" in told
     assert "CC" not in told and "warmth" not in told
+    told = legend(summarise(rows, sessions_of(said), benchmark(scale=100.0), {}))
+    assert told.startswith("scores are out of 100; IF: ")
 
 
 def test_exposure_is_of_the_sessions_that_both_passes_have():

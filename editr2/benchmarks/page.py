@@ -199,7 +199,7 @@ def _exposure(summary: Mapping[str, Any]) -> list[Chart]:
             panels.append((title, series))
             notes[title] = _lost(summary, name)
     turns = [str(turn) for turn in sorted(categories)]
-    return dots(panels, turns, "turn", notes, unit=summary["scale"] == 1)
+    return dots(panels, turns, "turn", notes, scale=summary["scale"])
 
 
 def _lost(summary: Mapping[str, Any], name: str) -> str:
@@ -233,7 +233,7 @@ def _lengths(summary: Mapping[str, Any]) -> list[Chart]:
                 series.append(Series(way, found, colour, hollow=way != EXPOSED))
         if series:
             panels.append((label_of(name, "last"), series))
-    return dots(panels, lengths, "turns of a session", unit=summary["scale"] == 1)
+    return dots(panels, lengths, "turns of a session", scale=summary["scale"])
 
 
 # ------------------------------------------------------------------------------------------- strips

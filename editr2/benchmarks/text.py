@@ -82,9 +82,13 @@ def lines(summary: Mapping[str, Any], files: Iterable[object] = ()) -> list[str]
 
 
 def legend(summary: Mapping[str, Any]) -> str:
-    """What the names of its scores stand for, of those that are the field's."""
+    """What the names of its scores stand for, of those that are the field's, and how high they
+    go."""
     have = {name for of in summary["passes"].values() for name in of["counts"]}
-    return "; ".join(f"{name}: {means}" for name, means in MEANS.items() if name in have)
+    said = [f"{name}: {means}" for name, means in MEANS.items() if name in have]
+    if summary["scale"] != 1:
+        said.insert(0, f"scores are out of {summary['scale']:g}")
+    return "; ".join(said)
 
 
 def about_lines(summary: Mapping[str, Any]) -> list[str]:
