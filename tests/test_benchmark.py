@@ -89,6 +89,16 @@ def test_settings_that_no_image_depends_on_are_nobodys_matter(world, tmp_path, c
     assert "another benchmark: sessions 4 sessions " in capsys.readouterr().err
 
 
+def test_another_judge_says_whose_scores_it_takes_the_place_of(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(world, out)
+    assert main([*WORLD, "--out", str(out)]) == 0
+    assert "judged anew" not in capsys.readouterr().err
+    assert main([*WORLD, "--reward.name", "brightness", "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "judged anew by brightness; the scores there were by world" in said
+
+
 def test_images_made_elsewhere_give_the_same_scores(world, tmp_path, capsys):
     out, images = tmp_path / "out", tmp_path / "images"
     for name, data in files(world / "generations").items():

@@ -258,6 +258,12 @@ class Run:
         }
         of = {k: v for k, v in self.about["generated"].items() if k not in ("done", "made")}
         digest = _digest([self.name, of, judged])
+        before = self.about.get(name)
+        if before is not None and before.get("reward") != judged["reward"]:
+            self.say(
+                f"note: {self.out / file}: judged anew by {judged['title']}; the scores there were "
+                f"by {before.get('title')}"
+            )
         self.about[name] = self._dated(judged, self.about.get(name))
         judge(
             self.out / file,
@@ -296,7 +302,8 @@ class Run:
             return said
         table = best_of.table(curves)
         best = [] if table is None else ["", *laid_out(table)]
-        return ["Against:", *text.lines(other), *best, "", *said]
+        title = other["judge"]["title"]
+        return [f"The second judge (--against), {title}:", *text.lines(other), *best, "", *said]
 
     def _best_of(self) -> list[best_of.Curve]:
         """Of several samples, what the one reward would choose and the other thinks of that."""
