@@ -85,8 +85,20 @@ def test_settings_that_no_image_depends_on_are_nobodys_matter(world, tmp_path, c
     assert files(out) == files(world)
     assert main([*WORLD, "--rollout.dynamics", "flow-sde", "--out", str(out)]) == 2
     assert "rollout.dynamics 'cps' then, 'flow-sde' now" in capsys.readouterr().err
+    assert main([*WORLD, "--samples", "2", "--stages", "report", "--out", str(out)]) == 2
+    assert "out has not all images of multipass, sample 2 yet" in capsys.readouterr().err
     assert main(["benchmark", "world", "--sessions", "1", "--out", str(out)]) == 2
     assert "another benchmark: sessions 4 sessions " in capsys.readouterr().err
+
+
+def test_other_weights_are_called_by_the_name_of_their_editor(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(world, out)
+    about = json.loads((out / "benchmark.json").read_text()) | {"editor": "runs/other"}
+    about["generated"]["settings"]["weights"] = "9 bytes 0123456789abcdef"
+    (out / "benchmark.json").write_text(json.dumps(about))
+    assert main([*WORLD, "--out", str(out)]) == 2
+    assert "another benchmark: editor runs/other then, unified now" in capsys.readouterr().err
 
 
 def test_another_judge_says_whose_scores_it_takes_the_place_of(world, tmp_path, capsys):

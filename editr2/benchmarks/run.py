@@ -173,10 +173,14 @@ class Run:
         """Images of the configured editor: made, where they are not there yet."""
         c, saved = self.config, self.about.get("generated", {})
         wanted = [[way, sample] for way in c.passes for sample in range(1, c.samples + 1)]
-        if c.does("generate") and not all(one in saved.get("done", []) for one in wanted):
+        absent = [one for one in wanted if one not in saved.get("done", [])]
+        if absent and c.does("generate"):
             sessions = self._generate(wanted)
-        elif not saved:
-            raise ConfigError(f"--stages: {self.out} has no images yet (accepted: generate first)")
+        elif absent:
+            way, sample = absent[0]
+            part = f"{way}, sample {sample}" if c.samples > 1 else way
+            which = f"not all images of {part}" if saved else "no images"
+            raise ConfigError(f"--stages: {self.out} has {which} yet (accepted: generate first)")
         else:
             sessions = self._sessions(size=_sizes(saved["size"]))
             self._settled(self._generated(sessions, saved["size"]))
@@ -364,7 +368,10 @@ class Run:
                 if saved.get(key) != now[key]
             ]
         found = identity.differences(saved["settings"], now["settings"])
-        told = {"heldout": "sessions"}
+        told, was = {"heldout": "sessions"}, self.about.get("editor")
+        if "weights" in found and was != self.editor:
+            told["weights"] = "editor"  # by its name, of which a digest says less
+            found["weights"] = (str(was), str(self.editor))
         return [f"{told.get(key, key)} {old} then, {new} now" for key, (old, new) in found.items()]
 
     def _write(self) -> None:
