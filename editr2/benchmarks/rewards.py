@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from editr2.benchmarks.table import Source
 from editr2.config import UNSET_WEIGHTS, Config
 from editr2.config.plugins import resolve
 from editr2.errors import ConfigError
+from editr2.files import json_line, write_lines
 from editr2.judge.summary import REASONS
 from editr2.judge.trial import CountingRecord, prepare
 from editr2.rewards.base import shortened, weights_of
@@ -145,9 +146,10 @@ def run_rewards(
     tables = list(entry.shown_as({measure.key: measure for measure in measures}))
     said = [line.replace("±", "+-") for line in lines(summary, tables)]
     if index == 0:
-        _write(out / COMPARISONS, (_comparison(verdict) for verdict in verdicts))
+        write_lines(out / COMPARISONS, (json_line(_comparison(verdict)) for verdict in verdicts))
         write_page(out / PAGE, summary, tables, labelled, answers, verdicts)
-        _write(out / SUMMARY, [summary], indent=2)  # last: it says that the scores are whole
+        text = json.dumps(summary, ensure_ascii=False, indent=2)
+        write_lines(out / SUMMARY, [text + "\n"])  # last: it says that the scores are whole
     if processes is not None:
         processes.wait()
     if index:
@@ -281,12 +283,3 @@ def _comparison(verdict: Verdict) -> dict[str, Any]:
     if verdict.comparison.margin is not None:
         said["margin"] = verdict.comparison.margin
     return said | dict(verdict.comparison.groups)
-
-
-def _write(path: Path, records: Iterable[Mapping[str, Any]], indent: int | None = None) -> None:
-    """Whole, or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, indent=indent) + "\n")
-    os.replace(part, path)

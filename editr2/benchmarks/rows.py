@@ -10,15 +10,14 @@ counted, and no number is made up for it.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from editr2.errors import DataError
-from editr2.sessions.records import lines_of, parse_object
+from editr2.files import json_line, write_lines
+from editr2.judge.outputs import records
 
 FILE_NAME = "scores.jsonl"
 
@@ -69,18 +68,7 @@ class Row:
 
 def read_rows(file: Path) -> list[Row]:
     """All rows of a file. Raises DataError with the line that is none."""
-    return [
-        row_of(f"{file}:{number}", record)
-        for number, raw in lines_of(file)
-        for record in (_parsed(f"{file}:{number}", raw),)
-    ]
-
-
-def _parsed(where: str, raw: bytes) -> dict[str, Any]:
-    try:
-        return parse_object(raw)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+    return [row_of(where, record) for where, record in records(file)]
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -127,15 +115,6 @@ def row_of(where: str, record: dict[str, Any]) -> Row:
     )
 
 
-def lines(rows: Iterable[Row]) -> Iterator[str]:
-    """Of the file, each with its end."""
-    for row in rows:
-        yield json.dumps(row.written(), ensure_ascii=False) + "\n"
-
-
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
     """Whole, or not at all."""
-    part = file.with_name(file.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.writelines(lines(rows))
-    os.replace(part, file)
+    write_lines(file, (json_line(row.written()) for row in rows))

@@ -12,7 +12,6 @@ import gc
 import hashlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, name
 from editr2.benchmarks.sized import sized
 from editr2.benchmarks.table import Benchmark, Source, find
 from editr2.errors import ConfigError, DataError
+from editr2.files import write_lines
 from editr2.judge import best_of
 from editr2.judge.text import laid_out
 from editr2.judge.trial import CountingRecord
@@ -356,10 +356,8 @@ class Run:
         if not self.processes.main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        file = self.out / IDENTITY
-        part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(self.about, indent=1, default=str) + "\n")
-        os.replace(part, file)
+        text = json.dumps(self.about, indent=1, default=str)
+        write_lines(self.out / IDENTITY, [text + "\n"])
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -11,9 +11,8 @@ that is of. Parts go last, so at every moment one of them or the whole is there.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from editr2.benchmarks.rows import Row, read_rows, row_of, write_rows
 from editr2.errors import DataError, UserError
+from editr2.files import json_line, write_lines
 from editr2.sessions.records import parse_object
 
 _OF, _SESSION, _SEEN, _ROWS = "of", "session", "seen", "rows"
@@ -67,7 +67,7 @@ class Saved:
         first = self._part(0)
         with self._writing():
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            _replace(first, [_line({_OF: self._digest}), *map(_session_line, known.items())])
+            write_lines(first, [json_line({_OF: self._digest}), *map(_session_line, known.items())])
             self._begun = first, first.stat().st_size
             for part in self._parts():
                 if part != first:
@@ -78,8 +78,10 @@ class Saved:
         with self._writing():
             part = os.open(self._part(index), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                head = "" if os.fstat(part).st_size else _line({_OF: self._digest})
-                os.write(part, (head + _session_line((name, judged))).encode(**_ENCODING))
+                head = "" if os.fstat(part).st_size else json_line({_OF: self._digest})
+                os.write(
+                    part, (head + _session_line((name, judged))).encode("utf-8", "backslashreplace")
+                )
             finally:
                 os.close(part)
 
@@ -91,7 +93,7 @@ class Saved:
             self._of.unlink(missing_ok=True)
             write_rows(self.file, (row for name in names for row in known[name].rows))
             seen = {name: known[name].seen for name in names}
-            _replace(self._of, [_line({_OF: self._digest, _SEEN: seen})])
+            write_lines(self._of, [json_line({_OF: self._digest, _SEEN: seen})])
             for part in self._parts():
                 part.unlink()
 
@@ -158,22 +160,7 @@ class Saved:
             ) from error
 
 
-_ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
 def _session_line(of: tuple[str, Judged]) -> str:
     name, judged = of
     rows = [row.written() for row in judged.rows]
-    return _line({_SESSION: name, _SEEN: judged.seen, _ROWS: rows})
-
-
-def _replace(file: Path, lines: Iterable[str]) -> None:
-    """Whole, or not at all."""
-    part = file.with_name(file.name + ".part")
-    with part.open("w", **_ENCODING) as stream:  # type: ignore[call-overload]
-        stream.writelines(lines)
-    os.replace(part, file)
+    return json_line({_SESSION: name, _SEEN: judged.seen, _ROWS: rows})

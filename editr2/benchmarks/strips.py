@@ -11,7 +11,6 @@ no image.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from PIL import Image
 from editr2.benchmarks.layouts import Images, file_names, source_file
 from editr2.benchmarks.rows import Row
 from editr2.errors import DataError
+from editr2.files import in_place_of, json_line, write_lines
 from editr2.report.data import MODES, mean, plural
 from editr2.report.gallery import Why
 from editr2.report.numbers import decimal
@@ -77,11 +77,8 @@ def write_strips(folder: Path, sessions: Sequence[Session], images: Mapping[str,
             "turns": [{"instruction": t.instruction, "task": t.task} for t in session.turns],
             "images": {way: [written(path) for path in of] for way, of in found.items()},
         }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    part = root / f"{FILE_NAME}.part"
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.writelines(lines)
-    os.replace(part, root / FILE_NAME)
+        lines.append(json_line(line))
+    write_lines(root / FILE_NAME, lines)
 
 
 def _files(images: Mapping[str, Sequence[Path | None]]) -> list[Path]:
@@ -92,11 +89,10 @@ def _kept(folder: Path, name: str, session: Session) -> Path:
     path = folder / SOURCES / f"{name}.png"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
         image = Image.fromarray(session.image)
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        image.save(part, "PNG")
-        os.replace(part, path)
+        with in_place_of(path) as part:
+            image.save(part, "PNG")
     return path
 
 

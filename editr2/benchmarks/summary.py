@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from typing import Any
 from editr2.benchmarks.measures import Measure, measures
 from editr2.benchmarks.rows import STATES, Row
 from editr2.benchmarks.table import Benchmark, Reference
+from editr2.files import write_lines
 from editr2.report.paired import Estimate, difference, estimate
 from editr2.sessions import Session
 
@@ -90,10 +90,8 @@ def summarise(
 
 def write(file: Path, summary: Mapping[str, Any]) -> None:
     """Whole, or not at all."""
-    part = file.with_name(file.name + ".part")
     text = json.dumps(_plain(summary), indent=1, ensure_ascii=False, allow_nan=False)
-    part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    os.replace(part, file)
+    write_lines(file, [text + "\n"])
 
 
 def too_many(counts: Mapping[Any, Any]) -> bool:

@@ -10,7 +10,6 @@ itself: whether one of two is better is told by the interval of their difference
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from editr2.benchmarks.measures import group_label, key_of, label_of
 from editr2.benchmarks.summary import MOST_UNKNOWN, too_many
 from editr2.benchmarks.text import decimals, groups_of, names_of, turns_of
+from editr2.files import write_lines
 
 FILES = ("table.md", "table.tex")
 
@@ -167,9 +167,7 @@ def write(folder: Path, table: PaperTable, files: Sequence[str] = FILES) -> list
     written = []
     for name, form in zip(files, _FORMS, strict=True):
         file = folder / name
-        part = file.with_name(file.name + ".part")
-        part.write_text(form(table), encoding="utf-8", errors="backslashreplace")
-        os.replace(part, file)
+        write_lines(file, [form(table)])
         written.append(file)
     return written
 

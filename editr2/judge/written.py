@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from editr2.files import json_line, write_lines
 from editr2.judge.summary import nanmean, values_of
 from editr2.judge.trial import Trial
 from editr2.rewards.base import Score
@@ -19,11 +18,7 @@ FILE_NAME = "scores.jsonl"
 
 def write_scores(path: Path, trial: Trial, rewards: np.ndarray | None, other: Trial | None) -> None:
     """rewards: the weighted sums [outputs, T], None of no sum. other: what it is compared with."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for row in score_rows(trial, rewards, other):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+    write_lines(path, map(json_line, score_rows(trial, rewards, other)))
 
 
 def score_rows(

@@ -20,6 +20,7 @@ from typing import Any
 
 from editr2.benchmarks.pairs.labelled import Labelled, Output
 from editr2.errors import UserError
+from editr2.files import json_line, write_lines
 from editr2.judge.trial import BLOCK, FIRST, SAID_EVERY
 from editr2.rewards.answers import TurnScores
 from editr2.rewards.base import Item, Score
@@ -78,7 +79,7 @@ def judge_outputs(
         raise problem
     answers = {name: done[name] for name in labelled.outputs}
     if index == 0:
-        _write(file, labelled, answers)
+        write_lines(file, (_line(labelled.outputs[name], row) for name, row in answers.items()))
         for path in file.parent.glob(_PARTS):
             path.unlink()
     return answers
@@ -225,11 +226,4 @@ def _line(output: Output, row: TurnScores) -> str:
         "instruction": output.session.turns[0].instruction,
         "scores": {name: _written(score) for name, score in row.items()},
     }
-    return json.dumps(said, ensure_ascii=False) + "\n"
-
-
-def _write(file: Path, labelled: Labelled, answers: Answers) -> None:
-    part = file.with_name(file.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.writelines(_line(labelled.outputs[name], row) for name, row in answers.items())
-    os.replace(part, file)
+    return json_line(said)
