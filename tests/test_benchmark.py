@@ -63,7 +63,7 @@ def test_a_report_that_was_stopped_is_made_as_it_would_have_been(world, tmp_path
     for name in ("summary.json", "strips.jsonl", "table.md", "table.tex", "report.html"):
         (out / name).unlink()
 
-    def dies(folder):
+    def dies(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

@@ -72,12 +72,13 @@ def write_folder(folder, seed, count=SESSIONS, ways=("multipass", "exact"), obje
             files[session.id] = tuple(paths)
         images[way] = Images(way, "edival", root, files)
     write_rows(folder / "scores.jsonl", rows)
+    settings = {"seed": 0, "eval.steps": 4 if seed == "a" else 8}
+    made = {"versions": {"editr2": "9.9"}, "date": "2026-11-28T10:00:00", "device": "cpu"}
     about = {
         "benchmark": "world",
         "editor": f"editor {seed}",
-        "generated": {"settings": {"seed": 0, "eval.steps": 4 if seed == "a" else 8}},
+        "generated": {"settings": settings, "made": made},
         "judged": {"title": "world", "facts": {"judge": "qwen", "prompts": "ours (0123456789ab)"}},
-        "made": {"versions": {"editr2": "9.9"}, "date": "2026-11-28T10:00:00", "device": "cpu"},
     }
     (folder / "benchmark.json").write_text(json.dumps(about))
     summary.write(folder / "summary.json", summary.summarise(rows, found, WORLD, about))
