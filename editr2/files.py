@@ -1,4 +1,4 @@
-"""Files that are whole: what has its name was written to the end."""
+"""Small files: written whole, so that what has its name was written to the end, and read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from editr2.errors import DataError
 
 
 @contextmanager
@@ -30,3 +32,14 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 def json_line(record: Mapping[str, Any]) -> str:
     """Of a JSON Lines file, with its end."""
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read_object(path: Path, accepted: str) -> dict[str, Any]:
+    """Of a JSON file. accepted: in place of one that is none. Raises DataError."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error} (accepted: {accepted})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: no object (accepted: {accepted})")
+    return found

@@ -27,9 +27,10 @@ from editr2.benchmarks.layouts import Images, NoImages, find_images, generations
 from editr2.benchmarks.rows import FILE_NAME, read_rows
 from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
 from editr2.benchmarks.sized import sized
+from editr2.benchmarks.summary import IDENTITY
 from editr2.benchmarks.table import Benchmark, Source, find
 from editr2.errors import ConfigError, DataError
-from editr2.files import write_lines
+from editr2.files import read_object, write_lines
 from editr2.judge import best_of
 from editr2.judge.text import laid_out
 from editr2.judge.trial import CountingRecord
@@ -44,7 +45,6 @@ from editr2.run import identity
 from editr2.run.processes import Processes, open_processes
 from editr2.sessions import Session
 
-IDENTITY = "benchmark.json"
 AGAINST_FILE = "scores-against.jsonl"
 SECTIONS = ("policy.", "rollout.", "eval.")
 """Of settings, that images depend on, beside `seed` and `data.resize`."""
@@ -85,7 +85,9 @@ class Run:
         if not config.images:
             self.config = cast(BenchmarkConfig, check_config(config, "eval"))
         self.asked, self.out = asked, Path(config.out)
-        self.about: dict[str, Any] = _read(self.out / IDENTITY)
+        self.about: dict[str, Any] = {}
+        if (file := self.out / IDENTITY).exists():
+            self.about = read_object(file, "another --out")
         self.editor = editor or config.images or config.policy.weights or config.policy.model
         self.record = CountingRecord(self.out, index=processes.index, cache=config.reward.cache)
 
@@ -358,18 +360,6 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.about, indent=1, default=str)
         write_lines(self.out / IDENTITY, [text + "\n"])
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error} (accepted: another --out)") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file}: no object (accepted: a file of `editr2 benchmark`)")
-    return found
 
 
 def _digest(thing: Any) -> str:

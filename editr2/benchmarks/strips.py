@@ -24,10 +24,10 @@ from editr2.benchmarks.layouts import Images, file_names, source_file
 from editr2.benchmarks.rows import Row
 from editr2.errors import DataError
 from editr2.files import in_place_of, json_line, write_lines
-from editr2.report.data import MODES, mean, plural
+from editr2.report.data import MODES, mean
 from editr2.report.gallery import Why
 from editr2.report.numbers import decimal
-from editr2.report.pictures import UNREADABLE, Picture, thumbnail
+from editr2.report.pictures import UNREADABLE, Picture, thumbnail, unreadable_notes
 from editr2.report.strips import Bar, Cell, SessionView, TurnView
 from editr2.rewards.base import shortened
 from editr2.sessions import Session
@@ -128,7 +128,8 @@ def _strip(folder: Path, line: Mapping[str, Any]) -> Strip:
 
 @dataclass
 class Thumbnails:
-    """Image files as pictures of a page, each read once. unreadable: name -> kind of error."""
+    """Image files as pictures of a page, each read once. unreadable: kind of error by file
+    name."""
 
     found: dict[Path, Picture | None] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -145,12 +146,7 @@ class Thumbnails:
         return self.found[path]
 
     def notes(self) -> list[str]:
-        if not self.unreadable:
-            return []
-        count = len(self.unreadable)
-        named = [f"{name} ({kind})" for name, kind in self.unreadable.items()]
-        some = ", ".join(named[:3] + ["…"] * (count > 3))
-        return [f"{count} {plural('image', count)} could not be read: {some}."]
+        return unreadable_notes(self.unreadable)
 
 
 @dataclass(frozen=True)

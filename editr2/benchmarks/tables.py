@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.benchmarks.measures import group_label, key_of, label_of
-from editr2.benchmarks.summary import MOST_UNKNOWN, too_many
+from editr2.benchmarks.summary import MOST_UNKNOWN, told, too_many
 from editr2.benchmarks.text import decimals, groups_of, names_of, turns_of
 from editr2.files import write_lines
 
@@ -204,10 +204,8 @@ def _notes(
     widest: float,
 ) -> list[str]:
     facts = summary["judge"].get("facts") or {}
-    judges = dict.fromkeys(t for name, t in facts.items() if name.rpartition(": ")[2] == "judge")
-    said = [
-        f"Judged by {', '.join(judges) or summary['judge'].get('title') or 'an unnamed judge'}."
-    ]
+    judges = ", ".join(told(facts, "judge"))
+    said = [f"Judged by {judges or summary['judge'].get('title') or 'an unnamed judge'}."]
     if widest:
         digits = decimals(summary["scale"])
         said.append(

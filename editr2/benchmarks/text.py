@@ -9,7 +9,7 @@ from typing import Any
 from editr2.benchmarks.measures import When, group_label, key_of, label_of
 from editr2.benchmarks.summary import too_many
 from editr2.errors import plain
-from editr2.judge.text import Table, laid_out
+from editr2.judge.text import Table, cut, laid_out
 
 WIDTH = 100
 ALL_JUDGED = "every turn has every score"
@@ -119,7 +119,7 @@ def state_lines(summary: Mapping[str, Any], verbs: Mapping[str, str] = VERBS) ->
 def _listed(reasons: Mapping[str, int], total: int) -> str:
     shown = list(reasons.items())[:3]
     rest = total - sum(count for _, count in shown)
-    return "; ".join(f"{_cut(why)} ({count})" for why, count in shown) + (
+    return "; ".join(f"{cut(why)} ({count})" for why, count in shown) + (
         f"; other reasons ({rest})" if rest else ""
     )
 
@@ -259,7 +259,3 @@ def _turns(length: str) -> str:
 
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(plain(text), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _cut(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -135,12 +135,12 @@ def state_lines(scores: Sequence[Of]) -> list[str]:
 
 
 def _listed(reasons: Counter[str]) -> str:
-    shown = [f"{_cut(why)} ({n})" for why, n in reasons.most_common(REASONS)]
+    shown = [f"{cut(why)} ({n})" for why, n in reasons.most_common(REASONS)]
     more = len(reasons) - len(shown)
     return "; ".join(shown) + (f"; {more} other reasons" if more > 0 else "")
 
 
-def _cut(text: str, limit: int = 160) -> str:
+def cut(text: str, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
