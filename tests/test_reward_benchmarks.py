@@ -190,6 +190,7 @@ class OneOf:
 
     def __init__(self, index: int, barrier: threading.Barrier, table: dict) -> None:
         self.index, self.count, self._barrier, self._table = index, 2, barrier, table
+        self.main = index == 0
 
     def wait(self) -> None:
         self._barrier.wait(60)
@@ -200,6 +201,9 @@ class OneOf:
         found = [each for index in range(2) for each in self._table[index]]
         self.wait()
         return found
+
+    def on_main(self, work):
+        return self.gather([work() if self.main else None])[0]
 
     def first(self, found):
         return next((each for each in self.gather([found]) if each is not None), None)

@@ -38,7 +38,7 @@ from editr2.rewards.load import load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.table import REWARDS
 from editr2.run.identity import provenance, reward_fingerprint
-from editr2.run.processes import Processes
+from editr2.run.processes import Processes, open_processes
 
 PAIR_SETS: dict[str, str] = {
     "editscore-bench": "editr2.benchmarks.pairs.editscore:EDITSCORE",
@@ -98,9 +98,9 @@ def run_rewards(
     assert isinstance(entry, PairSet)
     if data is None and name != known:
         data = name
-    index = 0 if processes is None else processes.index
+    processes = processes or open_processes()
     out = Path(out)
-    record = CountingRecord(out, index=index, cache=config.reward.cache)
+    record = CountingRecord(out, index=processes.index, cache=config.reward.cache)
     panel = load_reward(config.reward, record)
     weights, overall = _overall(panel, config)
     source = Source(_path(data), _path(sources))
@@ -109,7 +109,7 @@ def run_rewards(
     out.mkdir(parents=True, exist_ok=True)
     try:
         for note in prepare(panel):
-            if index == 0:
+            if processes.main:
                 print(f"note: {note}", file=sys.stderr)
         digest = labelled.digest(known, reward_fingerprint(panel), str(config.seed))
         answers = judge_outputs(
@@ -141,18 +141,17 @@ def run_rewards(
         **_headline(entry, measures),
         "measures": [measure.written() for measure in measures],
         "by_score": _by_score(labelled, answers, panel.names, weights),
-        "made": provenance(1 if processes is None else processes.count, "cpu"),
+        "made": provenance(processes.count, "cpu"),
     }
     tables = list(entry.shown_as({measure.key: measure for measure in measures}))
     said = [line.replace("±", "+-") for line in lines(summary, tables)]
-    if index == 0:
+    if processes.main:
         write_lines(out / COMPARISONS, (json_line(_comparison(verdict)) for verdict in verdicts))
         write_page(out / PAGE, summary, tables, labelled, answers, verdicts)
         text = json.dumps(summary, ensure_ascii=False, indent=2)
         write_lines(out / SUMMARY, [text + "\n"])  # last: it says that the scores are whole
-    if processes is not None:
-        processes.wait()
-    if index:
+    processes.wait()
+    if not processes.main:
         return []
     return [*said, f"scores: {out / SCORES}", f"page: {out / PAGE}"]
 

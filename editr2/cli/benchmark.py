@@ -55,7 +55,6 @@ def _judge_reward(config: BenchmarkConfig, name: str) -> int:
     """Of a set of labelled pairs, which judge a reward and no editor."""
     from editr2.benchmarks import rewards
     from editr2.errors import ConfigError
-    from editr2.run.processes import open_processes
 
     if config.against.given:
         raise ConfigError(
@@ -69,7 +68,6 @@ def _judge_reward(config: BenchmarkConfig, name: str) -> int:
         data=config.data.path,
         sources=config.sources,
         limit=config.sessions,
-        processes=open_processes(),
     )
     if said:
         print("\n".join(said))
