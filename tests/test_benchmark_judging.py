@@ -361,7 +361,9 @@ def test_a_kill_at_any_file_operation_loses_nothing(whole_run, tmp_path):
     expected = [line for line in whole_run[0].splitlines() if line < b'{"image": "s4']
     events = ("open", "os.rename", "os.remove")
     sessions = many()[:4]
-    run(tmp_path / "first", sessions, Scripted(fails=lambda name, turn: (name, turn) == ("s2", 1)))
+    seen = {"multipass": [Folder(tmp_path / "images", sessions)]}
+    failing = Scripted(fails=lambda name, turn: (name, turn) == ("s2", 1))
+    run(tmp_path / "first", sessions, failing, images=seen)
     for n in range(1, 100):
         out = tmp_path / str(n)
         shutil.copytree(tmp_path / "first", out)
@@ -376,10 +378,10 @@ def test_a_kill_at_any_file_operation_loses_nothing(whole_run, tmp_path):
                         os.kill(os.getpid(), signal.SIGKILL)
 
             sys.addaudithook(hook)
-            run(out, sessions, Scripted(out / "log"), processes)
+            run(out, sessions, Scripted(out / "log"), processes, images=seen)
 
         died = children(1, dying) != [0]
-        run(out, sessions, Scripted(out / "log"))
+        run(out, sessions, Scripted(out / "log"), images=seen)
         assert content(out).splitlines() == expected
         assert set(asked(out / "log")) == {"s2 1"}
         if not died:

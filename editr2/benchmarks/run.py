@@ -240,8 +240,6 @@ class Run:
         sessions: Sequence[Session],
         images: Mapping[str, list[Images]],
     ) -> None:
-        for member in panel.members:
-            member.identity = identity.reward_fingerprint(member)
         use = self.config.reward if name == "judged" else self.config.against
         judged = {
             "reward": identity.reward_fingerprint(panel),
