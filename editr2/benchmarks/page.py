@@ -12,7 +12,6 @@ from typing import Any
 from editr2.benchmarks import rows as scores
 from editr2.benchmarks.measures import key_of, label_of
 from editr2.benchmarks.passes import PASSES
-from editr2.benchmarks.plots import Series, dots, with_interval
 from editr2.benchmarks.rows import Row
 from editr2.benchmarks.strips import (
     Lane,
@@ -32,6 +31,7 @@ from editr2.judge import best_of
 from editr2.report import pages
 from editr2.report.charts import Chart
 from editr2.report.data import plural
+from editr2.report.dots import Series, dots, with_interval
 from editr2.report.gallery import thin
 from editr2.report.numbers import decimal
 from editr2.report.paired import Estimate

@@ -26,10 +26,8 @@ from editr2.rewards.answers import TurnScores
 from editr2.rewards.base import Item, Score
 from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
-from editr2.rl.seeds import derive_seed
+from editr2.rl.seeds import judge_seed
 from editr2.run.processes import Processes
-
-_POSITIVE = (1 << 63) - 1
 
 Answers = dict[str, TurnScores]
 """By the output's name, a `Score` for every name of the reward."""
@@ -118,7 +116,7 @@ def _ask(
 def _block(pool: Pool, outputs: Sequence[Output], seed: int) -> list[TurnScores]:
     items = []
     for place, output in enumerate(outputs):
-        own = derive_seed(seed, "judge", output.session.id, output.name, 0) & _POSITIVE
+        own = judge_seed(seed, "judge", output.session.id, output.name, 0)
         items.append(Item(output.session, output.read(), None, place, own))
     judging = pool.judging(purpose="benchmark")
     judging.turn([item._replace(turns=(0,)) for item in items])
