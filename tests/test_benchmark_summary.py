@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from editr2.benchmarks import tables as papers
+from editr2.benchmarks import paper
 from editr2.benchmarks.measures import measures
 from editr2.benchmarks.rows import Row
 from editr2.benchmarks.summary import references, summarise, write
@@ -253,25 +253,25 @@ def test_figures_of_others_only_beside_what_was_judged_alike(given, why):
     said = {"a": [1], "b": [0]}
     about = {"judged": {"facts": FACTS | given}, "editor": "mine_50%"}
     summary = summarise(rows_of(said), sessions_of(said), bench, about)
-    text, table = "\n".join(lines(summary)), papers.paper_table([summary])
-    for written in (text, papers.markdown(table), papers.latex(table)):
+    text, table = "\n".join(lines(summary)), paper.paper_table([summary])
+    for written in (text, paper.markdown(table), paper.latex(table)):
         assert ("Other" in written and "0.25" in written) == (why is None)
-    assert r"mine\_50\% & 0.500" in papers.latex(table)
+    assert r"mine\_50\% & 0.500" in paper.latex(table)
 
 
 def test_a_table_for_a_paper():
     """A number of which too much is unknown is a dash; what is bold is said by the caller."""
     said = {"a": [1, 1], "b": [0, "f"]}
     summary = summarise(rows_of(said), sessions_of(said), benchmark(), {"editor": "x|y"})
-    table = papers.paper_table([summary, summary], ["one", "x|y"], bold={(1, "IF@1")})
-    assert papers.markdown(table).splitlines()[2:6] == [
+    table = paper.paper_table([summary, summary], ["one", "x|y"], bold={(1, "IF@1")})
+    assert paper.markdown(table).splitlines()[2:6] == [
         "|  | IF T1 | IF T2 |",
         "| :-- | --: | --: |",
         "| one | 0.500 | – |",
         r"| x\|y | **0.500** | – |",
     ]
-    assert r" & \multicolumn{2}{c}{IF} \\" in papers.latex(table)
-    assert r"x|y & \textbf{0.500} & -- \\" in papers.latex(table)
+    assert r" & \multicolumn{2}{c}{IF} \\" in paper.latex(table)
+    assert r"x|y & \textbf{0.500} & -- \\" in paper.latex(table)
 
 
 ODD = {
@@ -297,8 +297,8 @@ def test_whatever_there_is_can_be_written(case, kind, tmp_path):
     assert "NaN" not in text and json.loads(text) == summary
     printed = lines(summary, ["a file"])
     assert max(map(len, printed)) <= 100 and printed[-1] == "wrote a file"
-    table = papers.paper_table([summary])
-    written = papers.write(tmp_path, table)
+    table = paper.paper_table([summary])
+    written = paper.write(tmp_path, table)
     assert [file.name for file in written] == ["table.md", "table.tex"]
     if case == "several lengths" and kind == "turns":
         found = summary["passes"]["multipass"]["measures"]

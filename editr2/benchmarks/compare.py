@@ -26,8 +26,8 @@ from editr2.benchmarks.against import (
     verdict,
 )
 from editr2.benchmarks.compare_page import notes_on, write_page
+from editr2.benchmarks.paper import PaperTable, latex, markdown, md, paper_table, tex
 from editr2.benchmarks.sides import Side, check_alike, differing, sides_of
-from editr2.benchmarks.tables import PaperTable, latex, markdown, md, paper_table, tex
 from editr2.errors import plain
 from editr2.files import write_lines
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.benchmarks import rows as scores
-from editr2.benchmarks.measures import key_of, label_of
+from editr2.benchmarks.measures import how_long, key_of, label_of
 from editr2.benchmarks.passes import PASSES
 from editr2.benchmarks.rows import Row
 from editr2.benchmarks.strips import (
@@ -110,7 +110,7 @@ def _facts(summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[s
     told = ", ".join(f"{count} of {turns}" for turns, count in lengths.items())
     if len(lengths) == 1:
         [turns] = lengths
-        told = f" of {turns} {plural('turn', int(turns))}"
+        told = f" of {how_long(turns)}"
     else:
         told = f": {told} turns"
     facts = {

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 
-from editr2.benchmarks import page, strips, summary, tables, text
+from editr2.benchmarks import page, paper, strips, summary, text
 from editr2.benchmarks.best_of import best_of_rows
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
@@ -281,7 +281,7 @@ class Run:
         files = [
             self.out / FILE_NAME,
             self.out / summary.FILE_NAME,
-            *tables.write(self.out, tables.paper_table([found])),
+            *paper.write(self.out, paper.paper_table([found])),
             page.write_page(self.out, curves),
         ]
         said = text.lines(found, files)

@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from editr2.benchmarks.measures import When, group_label, key_of, label_of
+from editr2.benchmarks.measures import When, group_label, how_long, key_of, label_of
 from editr2.benchmarks.summary import too_many
 from editr2.errors import plain
-from editr2.judge.text import Table, cut, laid_out
+from editr2.judge.text import WIDTH, Table, cut, laid_out
+from editr2.report.data import plural
 
-WIDTH = 100
 ALL_JUDGED = "every turn has every score"
 
 MOST_TURNS = 4
@@ -73,14 +73,16 @@ def lines(summary: Mapping[str, Any], files: Iterable[object] = ()) -> list[str]
 def about_lines(summary: Mapping[str, Any]) -> list[str]:
     """What was judged, by whom."""
     lengths = ", ".join(
-        f"{count} of {_turns(length)}" if len(summary["lengths"]) > 1 else f"of {_turns(length)}"
+        f"{count} of {how_long(length)}"
+        if len(summary["lengths"]) > 1
+        else f"of {how_long(length)}"
         for length, count in summary["lengths"].items()
     )
     many = f", {summary['samples']} samples of each" if summary["samples"] > 1 else ""
     sessions = summary["sessions"]
     said = [
         summary["title"],
-        f"{sessions} session{'s' * (sessions != 1)}: {lengths}{many}",
+        f"{sessions} {plural('session', sessions)}: {lengths}{many}",
     ]
     said += [f"{name}: {summary[name]}" for name in ("editor", "seed") if name in summary]
     judge = summary["judge"]
@@ -251,10 +253,6 @@ def groups_of(measures: Mapping[str, Of], sort: str) -> list[str]:
     start = f"{sort}="
     found = (of["group"] for of in measures.values() if (of["group"] or "").startswith(start))
     return list(dict.fromkeys(found))
-
-
-def _turns(length: str) -> str:
-    return f"{length} turn{'s' * (length != '1')}"
 
 
 def _wrapped(text: str) -> list[str]:

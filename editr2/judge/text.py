@@ -12,6 +12,9 @@ from editr2.judge.summary import REASONS, Agreement, Mean, Of
 from editr2.judge.trial import Trial
 from editr2.report.paired import Estimate
 
+WIDTH = 100
+"""Of a terminal."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -99,7 +102,7 @@ def laid_out(table: Table, limit: int | None = None) -> list[str]:
         said.append(" " * width + "".join(table.head[c].rjust(columns[c]) for c in block))
         for name, cells in table.rows:
             said.append(name.ljust(width) + "".join(cells[c].rjust(columns[c]) for c in block))
-    return said + textwrap.wrap(table.note, 100)
+    return said + textwrap.wrap(table.note, WIDTH)
 
 
 def call_lines(trial: Trial, price: float | None = None) -> list[str]:

@@ -66,12 +66,14 @@ def read_pairs(source: Source) -> Labelled:
         meta = _principles(record)
         turn = Turn(record.get("instruction", "text"), task=task, meta=meta)
         before, *outputs = _pictures(record, ("image", "win", "lose"), file, source)
-        names = [
+        better, worse = (
             found.add(record.where, f"{name}/{key}", turn, before, after)
             for key, after in zip(("win", "lose"), outputs, strict=True)
-        ]
+        )
         groups = {} if task is None else {"task": task}
-        found.comparisons.append(Comparison(name, (Pair(*names),), before.stamp, groups, margin))
+        found.comparisons.append(
+            Comparison(name, (Pair(better, worse),), before.stamp, groups, margin)
+        )
     return _some(found, file)
 
 
@@ -90,11 +92,11 @@ def read_preferences(source: Source) -> Labelled:
             continue
         turn, name = Turn(record.get("prompt", "text")), f"{number:06d}"
         before, *outputs = _pictures(record, ("path_src", "path1", "path2"), file, source)
-        names = [
+        better, worse = (
             found.add(record.where, f"{name}/{n}", turn, before, after)
             for n, after in enumerate(outputs, 1)
-        ]
-        pair = Pair(*names, tie=bool(tie))
+        )
+        pair = Pair(better, worse, bool(tie))
         found.comparisons.append(Comparison(name, (pair,), before.stamp))
     return _some(found, file)
 

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editr2.benchmarks.measures import group_label, key_of, label_of
+from editr2.benchmarks.measures import group_label, how_long, key_of, label_of
 from editr2.benchmarks.summary import MOST_UNKNOWN, told, too_many
 from editr2.benchmarks.text import decimals, groups_of, names_of, turns_of
 from editr2.files import write_lines
-
-FILES = ("table.md", "table.tex")
 
 SHOWN: Mapping[str, Sequence[str]] = {
     "edival": ("success", "CC", "O_of_means"),
@@ -162,17 +160,15 @@ def latex(table: PaperTable) -> str:
     )
 
 
-def write(folder: Path, table: PaperTable, files: Sequence[str] = FILES) -> list[Path]:
+def write(folder: Path, table: PaperTable) -> list[Path]:
     """Both forms, each whole or not at all. Returns their files."""
-    written = []
-    for name, form in zip(files, _FORMS, strict=True):
-        file = folder / name
-        write_lines(file, [form(table)])
-        written.append(file)
-    return written
+    for name, form in FORMS.items():
+        write_lines(folder / name, [form(table)])
+    return [folder / name for name in FORMS]
 
 
-_FORMS: tuple[Callable[[PaperTable], str], ...] = (markdown, latex)
+FORMS: Mapping[str, Callable[[PaperTable], str]] = {"table.md": markdown, "table.tex": latex}
+"""By file."""
 
 
 def _columns(summary: Mapping[str, Any]) -> list[Column]:
@@ -192,7 +188,7 @@ def _columns(summary: Mapping[str, Any]) -> list[Column]:
 
 def _title(summary: Mapping[str, Any]) -> str:
     lengths = list(summary["lengths"])
-    turns = f" of {lengths[0]} turn{'s' * (lengths[0] != '1')}" if len(lengths) == 1 else ""
+    turns = f" of {how_long(lengths[0])}" if len(lengths) == 1 else ""
     return f"{summary['title']}, {summary['sessions']} sessions{turns}"
 
 
