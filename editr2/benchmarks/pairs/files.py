@@ -30,14 +30,13 @@ from editr2.benchmarks.pairs.labelled import (
     Picture,
     file_picture,
 )
-from editr2.benchmarks.pairs.lists import json_list
 from editr2.benchmarks.pairs.printed import INTERVALS, cell
 from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.table import Source
 from editr2.errors import DataError, shown
 from editr2.judge.text import Table
 from editr2.sessions import Turn
-from editr2.sessions.importers.foreign import Record, json_lines
+from editr2.sessions.importers.foreign import Record, json_lines, json_list
 from editr2.sessions.session import is_text, kind
 
 PAIRS = "pairs.jsonl"

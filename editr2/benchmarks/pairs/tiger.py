@@ -27,14 +27,13 @@ from typing import Any
 from editr2.benchmarks.pairs.accuracy import Accuracy, Measure
 from editr2.benchmarks.pairs.cells import Rows
 from editr2.benchmarks.pairs.labelled import Comparison, Labelled, Pair, file_picture
-from editr2.benchmarks.pairs.lists import json_list
 from editr2.benchmarks.pairs.printed import INTERVALS, cell
 from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.table import Source
 from editr2.errors import DataError, shown
 from editr2.judge.text import Table
 from editr2.sessions import Turn
-from editr2.sessions.importers.foreign import Record
+from editr2.sessions.importers.foreign import Record, json_list
 from editr2.sessions.session import kind
 
 HUB = "hf:TIGER-Lab/EditReward-Bench"
