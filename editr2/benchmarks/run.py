@@ -169,7 +169,7 @@ class Run:
         wanted = [[way, sample] for way in c.passes for sample in range(1, c.samples + 1)]
         if c.does("generate") and not all(one in saved.get("done", []) for one in wanted):
             sessions = self._generate(wanted)
-        elif not saved:
+        elif "settings" not in saved:  # none, or those of a folder that is not named now
             raise ConfigError(f"--stages: {self.out} has no images yet (accepted: generate first)")
         else:
             sessions = self._sessions(size=_sizes(saved["size"]))
@@ -371,7 +371,17 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: cannot be read: {error} (accepted: another --out)") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: no object (accepted: a file of `editr2 benchmark`)")
+    for key in ("generated", "judged", "against"):
+        part = found.get(key, {"made": {}})
+        if not isinstance(part, dict) or any(
+            not isinstance(part.get(name, kind()), kind) for name, kind in _KINDS.items()
+        ):
+            raise ConfigError(f"{file}: {key}: not as it was written (accepted: another --out)")
     return found
+
+
+_KINDS: dict[str, type] = {"made": dict, "settings": dict, "done": list, "size": list}
+"""What the parts of the file have."""
 
 
 def _digest(thing: Any) -> str:
