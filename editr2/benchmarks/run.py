@@ -24,7 +24,15 @@ from editr2.benchmarks import page, strips, summary, tables, text
 from editr2.benchmarks.best_of import best_of_rows
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
-from editr2.benchmarks.layouts import Images, NoImages, find_images, generations
+from editr2.benchmarks.layouts import (
+    Images,
+    NoImages,
+    file_names,
+    find_images,
+    generations,
+    source_file,
+    turn_file,
+)
 from editr2.benchmarks.rows import FILE_NAME, read_rows
 from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
 from editr2.benchmarks.sized import sized
@@ -174,6 +182,8 @@ class Run:
         else:
             sessions = self._sessions(size=_sizes(saved["size"]))
             self._settled(self._generated(sessions, saved["size"]))
+            if c.does("generate") and self.processes.on_main(lambda: self._gone(sessions, wanted)):
+                sessions = self._generate(wanted)
         found = {
             way: [
                 find_images(generations(self.out, sample), sessions, way, ("edival",))
@@ -182,6 +192,17 @@ class Run:
             for way in c.passes
         }
         return sessions, found
+
+    def _gone(self, sessions: Sequence[Session], wanted: Sequence[Sequence[Any]]) -> bool:
+        """Whether an image that was made is there no more, as one that was torn and deleted."""
+        names = file_names(sessions)
+        files = [source_file(name) for name in names.values()]
+        files += [turn_file(names[one.id], t) for one in sessions for t in range(len(one.turns))]
+        return any(
+            not (generations(self.out, sample) / way / file).is_file()
+            for way, sample in wanted
+            for file in files
+        )
 
     def _generate(self, wanted: Sequence[Sequence[Any]]) -> list[Session]:
         c, processes = self.config, self.processes
