@@ -51,12 +51,14 @@ def compare(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
     folder.mkdir(parents=True, exist_ok=True)
     paper = _paper(sides, pairs)
     page = write_page(folder / "compare.html", sides, pairs, paper)
-    for name, parts in (
-        ("compare.md", [*map(markdown, paper), *_markdown(pairs)]),
-        ("compare.tex", [*map(latex, paper), *_latex(pairs)]),
-    ):
+    files = {
+        "compare.md": [*map(markdown, paper), *_markdown(pairs)],
+        "compare.tex": [*map(latex, paper), *_latex(pairs)],
+    }
+    for name, parts in files.items():
         write_lines(folder / name, (f"{part}\n" for part in parts))
-    return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), f"page: {page}"]
+    wrote = [f"wrote {folder / name}" for name in (*files, page.name)]
+    return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), *wrote]
 
 
 def _said(pair: Pair) -> Iterator[str]:
