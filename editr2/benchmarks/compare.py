@@ -94,7 +94,7 @@ def _paper(sides: Sequence[Side], pairs: Sequence[Pair]) -> list[PaperTable]:
 
 def _markdown(pairs: Sequence[Pair]) -> Iterator[str]:
     for pair, part, title, sort, lines in _tables(pairs):
-        yield from (f"### {title}", "")
+        yield from (f"### {md(title)}", "")
         names = [md(side.name) for side in (pair.a, pair.b)]
         head = ["", *names, "difference [95 % interval]", "sessions"]
         yield f"| {' | '.join(head)} |"

@@ -23,7 +23,15 @@ from editr2.benchmarks import page, paper, strips, summary, text
 from editr2.benchmarks.best_of import best_of_rows
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
-from editr2.benchmarks.layouts import Images, NoImages, find_images, generations
+from editr2.benchmarks.layouts import (
+    Images,
+    NoImages,
+    file_names,
+    find_images,
+    generations,
+    source_file,
+    turn_file,
+)
 from editr2.benchmarks.rows import FILE_NAME, read_rows
 from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
 from editr2.benchmarks.sized import sized
@@ -87,7 +95,7 @@ class Run:
         self.asked, self.out = asked, Path(config.out)
         self.about: dict[str, Any] = {}
         if (file := self.out / IDENTITY).exists():
-            self.about = read_object(file, "another --out")
+            self.about = _checked(file, read_object(file, "another --out"))
         self.editor = editor or config.images or config.policy.weights or config.policy.model
         self.record = CountingRecord(self.out, index=processes.index, cache=config.reward.cache)
 
@@ -171,11 +179,13 @@ class Run:
         wanted = [[way, sample] for way in c.passes for sample in range(1, c.samples + 1)]
         if c.does("generate") and not all(one in saved.get("done", []) for one in wanted):
             sessions = self._generate(wanted)
-        elif not saved:
+        elif "settings" not in saved:  # none, or those of a folder that is not named now
             raise ConfigError(f"--stages: {self.out} has no images yet (accepted: generate first)")
         else:
             sessions = self._sessions(size=_sizes(saved["size"]))
             self._settled(self._generated(sessions, saved["size"]))
+            if c.does("generate") and self.processes.on_main(lambda: self._gone(sessions, wanted)):
+                sessions = self._generate(wanted)
         found = {
             way: [
                 find_images(generations(self.out, sample), sessions, way, ("edival",))
@@ -184,6 +194,17 @@ class Run:
             for way in c.passes
         }
         return sessions, found
+
+    def _gone(self, sessions: Sequence[Session], wanted: Sequence[Sequence[Any]]) -> bool:
+        """Whether an image that was made is there no more, as one that was torn and deleted."""
+        names = file_names(sessions)
+        files = [source_file(name) for name in names.values()]
+        files += [turn_file(names[one.id], t) for one in sessions for t in range(len(one.turns))]
+        return any(
+            not (generations(self.out, sample) / way / file).is_file()
+            for way, sample in wanted
+            for file in files
+        )
 
     def _generate(self, wanted: Sequence[Sequence[Any]]) -> list[Session]:
         c, processes = self.config, self.processes
@@ -358,6 +379,21 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.about, indent=1, default=str)
         write_lines(self.out / IDENTITY, [text + "\n"])
+
+
+def _checked(file: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What was read, as it was written."""
+    for key in ("generated", "judged", "against"):
+        part = found.get(key, {"made": {}})
+        if not isinstance(part, dict) or any(
+            not isinstance(part.get(name, kind()), kind) for name, kind in _KINDS.items()
+        ):
+            raise ConfigError(f"{file}: {key}: not as it was written (accepted: another --out)")
+    return found
+
+
+_KINDS: dict[str, type] = {"made": dict, "settings": dict, "done": list, "size": list}
+"""What the parts of the file have."""
 
 
 def _digest(thing: Any) -> str:

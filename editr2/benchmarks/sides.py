@@ -63,6 +63,8 @@ class Side:
 def sides_of(folders: Sequence[str | os.PathLike[str]]) -> list[Side]:
     """A side for each folder; of one run alone, its evaluations before and after training. Raises
     `UserError` for what is no such folder, and for the same one twice."""
+    if not folders:
+        raise ConfigError(f"--compare: no folder ({ACCEPTED})")
     paths = [Path(folder) for folder in folders]
     for whole, count in Counter(map(os.path.abspath, paths)).items():
         if count > 1:
@@ -105,6 +107,15 @@ def _of_benchmark(folder: Path, name: str) -> Side:
         key: generated[key] for key in ("images", "sessions") if key in generated
     }
     told = {"editor": about.get("editor"), "judge": judged.get("title"), **facts}
+    rows = scores.read_rows(folder / scores.FILE_NAME)
+    summary = read_object(file, ACCEPTED) if (file := folder / SUMMARY).is_file() else None
+    notes = []
+    if summary is not None and not _is_of(summary, rows, judged):
+        summary = None
+        notes.append(
+            f"The report of {name} is of other scores, so there is no table of each side's own "
+            f"numbers (--stages report makes it anew)."
+        )
     return Side(
         name=name,
         about=[(str(key), str(value)) for key, value in told.items() if value is not None],
@@ -117,13 +128,32 @@ def _of_benchmark(folder: Path, name: str) -> Side:
             **({} if facts else {CODE: judged.get("reward")}),
         },
         settings={"editor": about.get("editor"), **settings},
-        rows=scores.read_rows(folder / scores.FILE_NAME),
+        rows=rows,
         measures=kind.measures,
         headline=kind.headline,
         scale=kind.scale,
         strips=read_strips(folder),
-        summary=read_object(file, ACCEPTED) if (file := folder / SUMMARY).is_file() else None,
+        summary=summary,
+        notes=notes,
     )
+
+
+def _is_of(summary: Mapping[str, Any], rows: Sequence[Row], judged: Mapping[str, Any]) -> bool:
+    """Whether a report was made of these scores: by this reward, with as many in every state."""
+    try:
+        reward = summary["judge"].get("reward")
+        said = {
+            (way, metric, state): count
+            for way, of in summary["passes"].items()
+            for metric, states in of["counts"].items()
+            for state, count in states.items()
+            if count
+        }
+        ways = set(summary["passes"])
+    except (KeyError, TypeError, AttributeError):
+        return False
+    found = Counter((row.way, row.metric, row.state) for row in rows if row.way in ways)
+    return bool(reward == judged.get("reward") and said == found)
 
 
 def _content(fact: Any) -> str:
