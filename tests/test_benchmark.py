@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import editr2
 from editr2.benchmarks import page
 from editr2.cli.main import main
 
 WORLD = ("benchmark", "world", "--sessions", "2", "--turns", "1,3", "--rollout.steps", "3")
+
+SHIPPED = Path(editr2.__file__).parent / "assets" / "unified-small"
 
 TURNS = (
     ("subject_add", "Add [lamp] on the [left] of [cup]", True, ["cup"], ["cup", "lamp"]),
@@ -107,8 +110,22 @@ def test_two_are_compared(world, tmp_path, capsys):
     [
         ([], "name: missing"),
         (["nothing"], "benchmark: 'nothing' (accepted: world, mice"),
+        (["wrld"], "did you mean world?"),
+        (
+            ["{tmp}/none"],
+            "of rewards editscore-bench, tiger-bench, pairs, preferences; a path that",
+        ),
+        (["world", "--data", "{tmp}"], "data: {tmp} (accepted with a benchmark that makes its own"),
+        (["world", "--sources", "{tmp}"], "sources: {tmp} (accepted with a benchmark that makes"),
+        (["world", "--turns", "1,1"], "turns: a list of 2 (accepted: a list of a whole number"),
+        (["world", "--passes", "twice"], "'twice' is none of them"),
+        (
+            ["world", "--images", "{tmp}", "--policy", "{shipped}"],
+            "{shipped} beside --images {tmp}",
+        ),
+        (["pairs", "--samples", "2"], "samples: 2 (accepted with pairs, which judges a reward"),
+        (["pairs", "--policy", "{shipped}"], "policy: {shipped} (accepted with pairs"),
         (["edival"], "--data: none"),
-        (["world", "--passes", "twice"], "passes: "),
         (["world", "--passes", "exact,exact"], "passes: "),
         (["world", "--turns", "0"], "turns[0]: 0"),
         (["world", "--stages", "judge"], "has no images yet"),
@@ -119,6 +136,8 @@ def test_two_are_compared(world, tmp_path, capsys):
         (["{tmp}/sessions.jsonl"], "reward.name: none"),
         (["mice", "--data", "{tmp}", "--turns", "3"], "turns: [3]"),
         (["edival", "--data", "{tmp}", "--passes", "exact"], "passes: exact"),
+        (["--compare"], "--compare: no folder (accepted: two or more folders"),
+        (["world", "--compare", "{tmp}", "{tmp}"], "editr2 benchmark --compare FOLDER FOLDER"),
         (["--compare", "{tmp}"], "--compare: "),
         (["--compare", "{tmp}", "{tmp}/none"], "--compare: "),
     ],
@@ -126,7 +145,9 @@ def test_two_are_compared(world, tmp_path, capsys):
 def test_what_is_wrong_is_one_line(words, said, world, tmp_path, capsys):
     (tmp_path / "sessions.jsonl").touch()
     out = str(world) if "--seed" in words else str(tmp_path / "out")
-    words = [word.format(tmp=tmp_path) for word in words]
+    places = {"tmp": tmp_path, "shipped": SHIPPED}
+    words = [word.format(**places) for word in words]
+    said = said.format(**places)
     judge = ["--reward.options.url", "http://127.0.0.1:9/v1"]
     served = any(name in words for name in ("edival", "mice"))
     assert main(["benchmark", *words, *(judge if served else []), "--out", out]) == 2

@@ -12,14 +12,18 @@ import pytest
 from PIL import Image
 
 from editr2.benchmarks import page, strips, summary
+from editr2.benchmarks.against import verdict
 from editr2.benchmarks.compare import compare
 from editr2.benchmarks.layouts import Images, file_names, source_file, turn_file
+from editr2.benchmarks.plots import with_interval
 from editr2.benchmarks.rows import Row, read_rows, write_rows
 from editr2.benchmarks.sets.world import WORLD, exact
 from editr2.benchmarks.table import Source
+from editr2.benchmarks.text import number
 from editr2.cli.main import main
 from editr2.errors import UserError
 from editr2.report.charts import Dots, dot_chart
+from editr2.report.paired import Estimate
 from editr2.sessions import Session, Turn
 
 EVIL = '<script>alert("x")</script> & | $x_1$'
@@ -355,6 +359,17 @@ def write_run(folder, gain, weights=None, heldout="2 sessions abc", beside=None)
     (folder / "config.yaml").write_text(f"train:\n  iterations: {8 * gain}\n")
     for name, change in (("before", 0.0), ("after", gain)):
         report.write_strips(folder, name, [change, 0.0])
+
+
+def test_of_few_sessions_nothing_is_said():
+    """Not of one, whose interval is a point, nor of five, which chance lets go the same way."""
+    verdicts = [verdict(Estimate(0.5, 0.25, 0.75, count)) for count in (1, 5, 6)]
+    assert verdicts == ["too few sessions to tell", "too few sessions to tell", "higher"]
+    assert verdict(Estimate(0.5, -0.25, 0.75, 1)) == "no difference shown"
+    assert with_interval(Estimate(0.5, 0.5, 0.5, 1), 2) == "0.50 [one session]"
+    assert with_interval(Estimate(0.5, 0.5, 0.5, 2), 2) == "0.50 [0.50, 0.50]"
+    of = {"value": 0.5, "low": 0.5, "high": 0.5, "n": 1}
+    assert number(of, 1.0) == "0.500 [one session]"
 
 
 def test_runs_are_compared_by_the_sessions_of_their_evaluations(tmp_path, monkeypatch, beside):

@@ -220,6 +220,20 @@ def test_no_headline_where_too_much_is_unknown(given, why):
         assert "3 of 100 images are missing: s0, turn 1; s1, turn 1; s2, turn 1" in text
 
 
+def test_the_headline_of_another_reward_is_of_its_scores():
+    """As of `--against` and `--reward.name`: its names are not those that the benchmark knows."""
+    said = {f"s{n}": [1, 0] for n in range(4)}
+    rows = [replace(row, metric="warmth") for row in rows_of(said)]
+    (of,) = summarise(rows, sessions_of(said), benchmark(("IF@last",)), {})["headline"]["of"]
+    assert (of["key"], of["value"], of["withheld"]) == ("warmth@last", 0.0, None)
+    known, other = summarise(rows_of(said), sessions_of(said), benchmark(("IF@last", "GA@2")), {})[
+        "headline"
+    ]["of"]
+    assert (known["value"], known["withheld"]) == (0.0, None)
+    assert (other["label"], other["value"]) == ("GA, turn 2", None)
+    assert other["withheld"] == "this reward gives no such score"
+
+
 def test_exposure_is_of_the_sessions_that_both_passes_have():
     chain = {"a": [1, 0], "b": [1, "m"], "c": [1, 1], "d": [1]}
     exact = {"a": [1, 1], "b": [1, 0], "c": [1, 1], "d": [0]}

@@ -56,7 +56,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
         ("compare.tex", [*map(latex, paper), *_latex(pairs)]),
     ):
         write_lines(folder / name, (f"{part}\n" for part in parts))
-    return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), f"page: {page}"]
+    wrote = [f"wrote {folder / name}" for name in ("compare.md", "compare.tex", page.name)]
+    return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), *wrote]
 
 
 def _said(pair: Pair) -> Iterator[str]:

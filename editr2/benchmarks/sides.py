@@ -62,21 +62,20 @@ class Side:
 
 def sides_of(folders: Sequence[str | os.PathLike[str]]) -> list[Side]:
     """A side for each folder; of one run alone, its evaluations before and after training. Raises
-    `UserError` for what is no such folder, and for the same one twice."""
-    if not folders:
-        raise ConfigError(f"--compare: no folder ({ACCEPTED})")
+    `UserError` for none, for what is no such folder, and for the same one twice."""
     paths = [Path(folder) for folder in folders]
     for whole, count in Counter(map(os.path.abspath, paths)).items():
         if count > 1:
             raise ConfigError(f"--compare: {whole} given twice (accepted: each folder once)")
-    if len(paths) == 1:
-        path = paths[0]
-        if (path / IDENTITY).is_file() or not (path / METRICS).is_file():
+    if len(paths) < 2:
+        path = paths[0] if paths else None
+        if path is None or (path / IDENTITY).is_file() or not (path / METRICS).is_file():
+            given = f"{path} alone" if path else "no folder"
             raise ConfigError(
-                f"--compare: {path} alone (accepted: two or more folders, or one of a run, whose "
+                f"--compare: {given} (accepted: two or more folders, or one of a run, whose "
                 f"evaluations before and after training are compared)"
             )
-        return [_of_run(path, f"{_last(path)}, {name}", name) for name in PASS_NAMES]
+        return [_of_run(path, f"{_last(path)} {name}", name) for name in PASS_NAMES]
     last = Counter(_last(path) for path in paths)
     return [_side(path, _last(path) if last[_last(path)] == 1 else str(path)) for path in paths]
 

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from editr2.benchmarks.measures import Measure, measures
+from editr2.benchmarks.measures import Measure, label_of, measures
 from editr2.benchmarks.rows import STATES, Row
 from editr2.benchmarks.table import Benchmark, Reference
 from editr2.files import write_lines
@@ -240,17 +240,27 @@ def _headline(
 ) -> dict[str, Any]:
     way = next((way for way in (*benchmark.passes, *by_pass) if way in by_pass), None)
     of = found.get(way or "", {})
-    # Of sessions of one's own, whose metrics are the user's.
-    last = [one.key for one in of.values() if one.turn == "last" and one.group is None]
+    keys = list(benchmark.headline)
+    if of and not any(key in of for key in keys):
+        # Of a reward of the user's, whose scores have other names than the benchmark's own has.
+        whole = [one for one in of.values() if one.group is None]
+        keys = [one.key for one in whole if one.turn in ("last", None)]
     said = []
-    for key in benchmark.headline or last:
+    for key in keys:
         one = of.get(key)
-        why = _withheld(one, by_pass[way]) if one and way else "nothing was judged"
-        number = _measured(one, benchmark.scale) if one else {"label": key}
+        none = "this reward gives no such score" if of else "nothing was judged"
+        why = _withheld(one, by_pass[way]) if one and way else none
+        number = _measured(one, benchmark.scale) if one else {"label": _label(key)}
         if why is not None:
             number |= {"value": None, "low": None, "high": None}
         said.append({"key": key, **number, "withheld": why})
     return {"pass": way, "of": said}
+
+
+def _label(key: str) -> str:
+    """Of a measure of which there is nothing."""
+    name, _, turn = key.partition("@")
+    return label_of(name, "last" if turn == "last" else int(turn) if turn else None)
 
 
 def _withheld(measure: Measure, rows: Sequence[Row]) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from editr2.benchmarks.measures import When, group_label, how_long, key_of, label_of
+from editr2.benchmarks.plots import ONE
 from editr2.benchmarks.summary import too_many
 from editr2.errors import plain
 from editr2.judge.text import WIDTH, Table, cut, laid_out
@@ -27,7 +28,7 @@ def decimals(scale: float) -> int:
 
 
 def number(of: Of | None, scale: float, *, signed: bool = False) -> str:
-    """A value with its interval, `-` where there is none."""
+    """A value with its interval, which one session has not; `-` where there is none."""
     if of is None or of.get("value") is None:
         return "-"
     sign = "+" if signed else ""
@@ -35,7 +36,7 @@ def number(of: Of | None, scale: float, *, signed: bool = False) -> str:
         f"{round(of[name], decimals(scale)) + 0.0:{sign}.{decimals(scale)}f}"
         for name in ("value", "low", "high")
     )
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if of.get("n") != 1 else f"{value} [{ONE}]"
 
 
 def tables(summary: Mapping[str, Any], *, brief: bool = False) -> list[Table]:

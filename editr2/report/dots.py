@@ -9,14 +9,18 @@ from editr2.report.charts import Chart, Dots, dot_chart, value_range
 from editr2.report.numbers import decimal, signed
 from editr2.report.paired import Estimate
 
+ONE = "one session"
+"""In place of an interval, which a bootstrap of one session makes a point."""
+
 
 def with_interval(of: Estimate, places: int, *, sign: bool = False) -> str:
-    """`0.410 [0.350, 0.470]`; "–" of what is not defined. sign: of a difference."""
+    """`0.410 [0.350, 0.470]`; "–" of what is not defined, and no interval of one session. sign: of
+    a difference."""
     if not of.known:
         return "–"
     write = _signed if sign else decimal
     value, low, high = (write(number, places) for number in (of.value, of.low, of.high))
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if of.count != 1 else f"{value} [{ONE}]"
 
 
 def _signed(value: float, places: int) -> str:
