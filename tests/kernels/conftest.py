@@ -100,13 +100,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted(request):
-    """Runs of whole test files in Triton's interpreter, one after the other beside the tests of
-    this process: by the `name` of the tests that wait for them, futures of (exit status,
-    output)."""
+    """(exit status, output) of a whole test file, by its name, in Triton's interpreter.
+
+    They run one after the other beside the tests of this process. Several processes side by side
+    each know of all tests and run some: there a file runs when the test that waits for it does.
+    """
+    alone = not hasattr(request.config, "workerinput")
     names = [
         item.callspec.params["name"]
         for item in request.session.items
-        if item.originalname == WAITING
+        if alone and item.originalname == WAITING
     ]
     current = []
 
@@ -135,7 +138,8 @@ def interpreted(request):
         return process.returncode, output
 
     with ThreadPoolExecutor(1) as pool:
-        yield {name: pool.submit(run, name) for name in names}
+        ahead = {name: pool.submit(run, name) for name in names}
+        yield lambda name: (ahead.get(name) or pool.submit(run, name)).result()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in current:
             process.kill()
