@@ -93,7 +93,9 @@ class Run:
         if not config.images:
             self.config = cast(BenchmarkConfig, check_config(config, "eval"))
         self.asked, self.out = asked, Path(config.out)
-        self.about: dict[str, Any] = _read(self.out / IDENTITY)
+        self.about: dict[str, Any] = {}
+        if (file := self.out / IDENTITY).exists():
+            self.about = _checked(file, read_object(file, "another --out"))
         self.editor = editor or config.images or config.policy.weights or config.policy.model
         self.record = CountingRecord(self.out, index=processes.index, cache=config.reward.cache)
 
@@ -379,10 +381,8 @@ class Run:
         write_lines(self.out / IDENTITY, [text + "\n"])
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    found = read_object(file, "another --out")
+def _checked(file: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What was read, as it was written."""
     for key in ("generated", "judged", "against"):
         part = found.get(key, {"made": {}})
         if not isinstance(part, dict) or any(
