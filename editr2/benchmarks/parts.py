@@ -7,6 +7,7 @@ files of another are left aside.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -69,7 +70,9 @@ class Parts:
             part = os.open(self._part(index), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 head = "" if os.fstat(part).st_size else self.head()
-                os.write(part, (head + lines).encode("utf-8", "backslashreplace"))
+                said = (head + lines).encode("utf-8", "backslashreplace")
+                if os.write(part, said) < len(said):  # what still had room
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(part)
 
