@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from editr2.benchmarks.measures import When, group_label, how_long, key_of, label_of
-from editr2.benchmarks.plots import ONE
 from editr2.benchmarks.summary import too_many
 from editr2.errors import plain
 from editr2.judge.text import WIDTH, Table, cut, laid_out
 from editr2.report.data import plural
+from editr2.report.dots import ONE
 
 ALL_JUDGED = "every turn has every score"
 
