@@ -15,7 +15,6 @@ from editr2.benchmarks import page, strips, summary
 from editr2.benchmarks.against import verdict
 from editr2.benchmarks.compare import compare
 from editr2.benchmarks.layouts import Images, file_names, source_file, turn_file
-from editr2.benchmarks.plots import with_interval
 from editr2.benchmarks.rows import Row, read_rows, write_rows
 from editr2.benchmarks.sets.world import WORLD, exact
 from editr2.benchmarks.table import Source
@@ -23,6 +22,7 @@ from editr2.benchmarks.text import number
 from editr2.cli.main import main
 from editr2.errors import UserError
 from editr2.report.charts import Dots, dot_chart
+from editr2.report.dots import with_interval
 from editr2.report.paired import Estimate
 from editr2.sessions import Session, Turn
 
