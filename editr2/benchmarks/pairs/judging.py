@@ -22,6 +22,7 @@ from editr2.benchmarks.parts import Parts, objects, writing
 from editr2.errors import UserError
 from editr2.files import json_line, write_lines
 from editr2.judge.trial import BLOCK, FIRST, SAID_EVERY
+from editr2.judge.written import answer
 from editr2.rewards.answers import TurnScores
 from editr2.rewards.base import Item, Score
 from editr2.rewards.panel import Panel
@@ -163,21 +164,10 @@ def _score(said: Mapping[str, Any]) -> Score:
     return Score(said["value"], said.get("reason"), votes=tuple(said.get("votes", ())))
 
 
-def _written(score: Score) -> dict[str, Any]:
-    """Numbers in full: a tie is a tie, and what is read again is what was said."""
-    if score.failed:
-        return {"failed": score.reason}
-    if not score.applies:
-        return {"does_not_apply": score.reason}
-    said: dict[str, Any] = {"value": score.value}
-    if score.reason:
-        said["reason"] = score.reason
-    return said | ({"votes": list(score.votes)} if score.votes else {})
-
-
 def _record(output: Output, row: TurnScores) -> dict[str, Any]:
+    """Numbers in full: a tie is a tie."""
     return {
         "output": output.name,
         "instruction": output.session.turns[0].instruction,
-        "scores": {name: _written(score) for name, score in row.items()},
+        "scores": {name: answer(score, None) for name, score in row.items()},
     }
