@@ -414,6 +414,15 @@ def test_scores_that_were_there_stay_without_the_record_too(tmp_path):
     assert {(b.image, b.turn) for a, b in zip(one, two, strict=True) if a != b} == {("s2", 2)}
 
 
+def test_a_disk_that_has_room_for_half_a_session_is_full(tmp_path, monkeypatch):
+    def half(part, said, write=os.write):
+        return write(part, said[:9] if b'"rows"' in said else said)
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(UserError, match=r"scores\.jsonl: No space left on device"):
+        run(tmp_path / "out", many(), Scripted())
+
+
 def test_of_another_digest_everything_begins_anew(whole_run, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     run(out, many(), Scripted(log, seeded=False), digest="other")

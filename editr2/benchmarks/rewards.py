@@ -26,6 +26,7 @@ from editr2.benchmarks.pairs.labelled import Labelled
 from editr2.benchmarks.pairs.page import write_page
 from editr2.benchmarks.pairs.printed import lines
 from editr2.benchmarks.pairs.table import PairSet
+from editr2.benchmarks.settings import check_folder
 from editr2.benchmarks.table import Source
 from editr2.config import UNSET_WEIGHTS, Config
 from editr2.config.plugins import resolve
@@ -37,6 +38,7 @@ from editr2.rewards.load import load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.table import REWARDS
 from editr2.run.identity import provenance, reward_fingerprint
+from editr2.run.lock import RunLock
 from editr2.run.processes import Processes
 
 PAIR_SETS: dict[str, str] = {
@@ -99,13 +101,18 @@ def run_rewards(
         data = name
     index = 0 if processes is None else processes.index
     out = Path(out)
+    check_folder(out, COMPARISONS)
     record = CountingRecord(out, index=index, cache=config.reward.cache)
     panel = load_reward(config.reward, record)
     weights, overall = _overall(panel, config)
     source = Source(_path(data), _path(sources))
     labelled = entry.read(source).first(limit)
     labelled = labelled.resized(entry.stretched or config.data.resize == "stretch")
-    out.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(out)
+    if processes is None:
+        lock.take(make=True)
+    else:
+        processes.on_main(lambda: lock.take(make=True))
     try:
         for note in prepare(panel):
             if index == 0:
@@ -122,6 +129,7 @@ def run_rewards(
         )
     finally:
         record.close()
+        lock.release()
     verdicts = verdicts_of(
         labelled.comparisons,
         answers,

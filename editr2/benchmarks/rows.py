@@ -127,8 +127,8 @@ def row_of(where: str, record: dict[str, Any]) -> Row:
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
     if number != (state == "judged") or not (number or value is None):
         raise DataError(
-            f"{where}: value: {shown(repr(value))} of a score that is {state} (accepted: a number in [0, 1] "
-            f"where it is judged, and else none)"
+            f"{where}: value: {shown(repr(value))} of a score that is {state} (accepted: a number "
+            f"in [0, 1] where it is judged, and else none)"
         )
     return Row(
         image=record["image"],

@@ -11,6 +11,7 @@ that is of. Parts go last, so at every moment one of them or the whole is there.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,7 +80,9 @@ class Saved:
             part = os.open(self._part(index), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 head = "" if os.fstat(part).st_size else _line({_OF: self._digest})
-                os.write(part, (head + _session_line((name, judged))).encode(**_ENCODING))
+                said = (head + _session_line((name, judged))).encode(**_ENCODING)
+                if os.write(part, said) < len(said):  # what still had room
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(part)
 

@@ -239,10 +239,11 @@ def _headline(
 ) -> dict[str, Any]:
     way = next((way for way in (*benchmark.passes, *by_pass) if way in by_pass), None)
     of = found.get(way or "", {})
-    # Of sessions of one's own, whose metrics are the user's.
-    last = [one.key for one in of.values() if one.turn == "last" and one.group is None]
+    # Of sessions of one's own, or of a judge whose metrics have other names.
+    last = [one.key for one in of.values() if one.turn in ("last", None) and one.group is None]
     said = []
-    for key in benchmark.headline or last:
+    there = not of or any(key in of for key in benchmark.headline)
+    for key in benchmark.headline if there else last:
         one = of.get(key)
         why = _withheld(one, by_pass[way]) if one and way else "nothing was judged"
         number = _measured(one, benchmark.scale) if one else {"label": key}

@@ -54,9 +54,13 @@ def command(arguments: Arguments) -> int:
 def _judge_reward(config: BenchmarkConfig, name: str) -> int:
     """Of a set of labelled pairs, which judge a reward and no editor."""
     from editr2.benchmarks import rewards
+    from editr2.benchmarks.settings import BenchmarkConfig
     from editr2.errors import ConfigError
     from editr2.run.processes import open_processes
 
+    for field in ("images", "passes", "turns", "samples", "stages"):
+        if (value := getattr(config, field)) != getattr(BenchmarkConfig(), field):
+            raise ConfigError(f"{field}: {value} (accepted with {name}: none; no image is made)")
     if config.against.given:
         raise ConfigError(
             f"against: a second reward (accepted with {name}: one; judge the other in a folder of "
