@@ -435,6 +435,13 @@ def test_what_is_wrong_with_a_folder_is_said_by_name(tmp_path, change, way, mess
         find_images(folder, TWO, way, WORLD.layouts)
 
 
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    (tmp_path / "multipass").mkdir()
+    os.mkfifo(tmp_path / "multipass" / "k1_input_raw_turn_1.png")
+    with pytest.raises(DataError, match=r"turn_1\.png: .*not a file"):
+        find_images(tmp_path, TWO, "multipass", ["edival"])
+
+
 def test_several_models_are_none(tmp_path):
     for model in ("a", "b"):
         put(tmp_path / model, "gedit", FULLSET)

@@ -328,6 +328,22 @@ def test_what_cannot_be_compared_is_refused_in_one_line(folders, capsys, change,
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("b/summary.json", "judge", "reward", "another"),
+        put("b/summary.json", "passes", "multipass", "counts", "IF", "failed", 9),
+        lambda: Path("b/summary.json").write_text("{}"),
+    ],
+)
+def test_a_report_of_other_scores_says_nothing_of_these(folders, change):
+    change()
+    assert any(
+        line.startswith("The report of b is of other") for line in compare(["a", "b"], "out")
+    )
+    assert "b (multipass)" not in Path("out/compare.md").read_text()
+
+
 def test_prompts_of_another_place_are_the_same_prompts(folders):
     put("b/benchmark.json", "judged", "facts", FACTS | {"prompts": "theirs (0123456789ab)"})()
     assert compare(["a", "b"], "out")

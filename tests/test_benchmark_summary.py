@@ -10,10 +10,11 @@ import pytest
 
 from editr2.benchmarks import paper
 from editr2.benchmarks.measures import measures
-from editr2.benchmarks.rows import Row
+from editr2.benchmarks.rows import Row, read_rows
 from editr2.benchmarks.summary import references, summarise, write
 from editr2.benchmarks.table import Benchmark, Reference
 from editr2.benchmarks.text import lines
+from editr2.errors import DataError
 from editr2.report.intervals import interval
 from editr2.report.paired import difference, estimate, mean
 from editr2.sessions import Session, Turn
@@ -232,6 +233,38 @@ def test_the_headline_of_another_reward_is_of_its_scores():
     assert (known["value"], known["withheld"]) == (0.0, None)
     assert (other["label"], other["value"]) == ("GA, turn 2", None)
     assert other["withheld"] == "this reward gives no such score"
+
+
+def test_a_judge_whose_scores_have_other_names_has_a_headline_of_its_own():
+    said = {"a": [1, 0], "b": [1, 1]}
+    for names, shown in (("O IF@last", ["O", "IF@last"]), ("O", ["IF@last"])):
+        bench = benchmark(names.split())
+        of = summarise(rows_of(said), sessions_of(said), bench, {})["headline"]["of"]
+        assert [one["key"] for one in of] == shown and of[-1]["value"] == 0.5
+
+
+ROW = {"image": "a", "pass": "multipass", "turn": 2, "metric": "IF", "state": "judged", "turns": 3}
+NO_ROWS = [
+    ({"turn": 0}, "1: asked 0, turn 0, turns 3, sample 1"),
+    ({"asked": 3}, "1: asked 3, turn 2, turns 3, sample 1"),
+    ({"turns": 1}, "1: asked 2, turn 2, turns 1, sample 1"),
+    ({"sample": 0}, "1: asked 2, turn 2, turns 3, sample 0"),
+    ({"sample": True}, "1: sample: True"),
+    ({"asked": "2"}, "1: asked: '2'"),
+    ({"reason": ["x"]}, "1: reason: ['x']"),
+    ({"task": 5}, "1: task: 5"),
+    ({"value": 2}, "1: value: 2"),
+    ({}, "2: IF of 'a', multipass, turn 2, again"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), NO_ROWS)
+def test_lines_that_are_no_rows_are_named(change, said, tmp_path):
+    file = tmp_path / "scores.jsonl"
+    file.write_text(2 * (json.dumps(ROW | {"value": 1} | change) + "\n"))
+    with pytest.raises(DataError) as caught:
+        read_rows(file)
+    assert str(caught.value).startswith(f"{file}:{said}")
 
 
 def test_exposure_is_of_the_sessions_that_both_passes_have():

@@ -19,6 +19,7 @@ from editr2.config import RewardConfig
 from editr2.errors import ConfigError, DataError, UserError
 from editr2.judge.best_of import curve, expected
 from editr2.judge.settings import JudgeConfig
+from editr2.run.processes import Processes
 
 JUDGE = '''
 import threading
@@ -192,6 +193,8 @@ class OneOf:
         self.index, self.count, self._barrier, self._table = index, 2, barrier, table
         self.main = index == 0
 
+    on_main = Processes.on_main
+
     def wait(self) -> None:
         self._barrier.wait(60)
 
@@ -201,9 +204,6 @@ class OneOf:
         found = [each for index in range(2) for each in self._table[index]]
         self.wait()
         return found
-
-    def on_main(self, work):
-        return self.gather([work() if self.main else None])[0]
 
     def first(self, found):
         return next((each for each in self.gather([found]) if each is not None), None)

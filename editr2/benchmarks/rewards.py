@@ -26,6 +26,7 @@ from editr2.benchmarks.pairs.labelled import Labelled
 from editr2.benchmarks.pairs.page import write_page
 from editr2.benchmarks.pairs.printed import lines
 from editr2.benchmarks.pairs.table import PairSet
+from editr2.benchmarks.settings import check_folder
 from editr2.benchmarks.table import Source
 from editr2.config import UNSET_WEIGHTS, Config
 from editr2.config.plugins import resolve
@@ -38,6 +39,7 @@ from editr2.rewards.load import load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.table import REWARDS
 from editr2.run.identity import provenance, reward_fingerprint
+from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
 
 PAIR_SETS: dict[str, str] = {
@@ -100,13 +102,15 @@ def run_rewards(
         data = name
     processes = processes or open_processes()
     out = Path(out)
+    check_folder(out, COMPARISONS)
     record = CountingRecord(out, index=processes.index, cache=config.reward.cache)
     panel = load_reward(config.reward, record)
     weights, overall = _overall(panel, config)
     source = Source(_path(data), _path(sources))
     labelled = entry.read(source).first(limit)
     labelled = labelled.resized(entry.stretched or config.data.resize == "stretch")
-    out.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(out)
+    processes.on_main(lambda: lock.take(make=True))
     try:
         for note in prepare(panel):
             if processes.main:
@@ -123,6 +127,7 @@ def run_rewards(
         )
     finally:
         record.close()
+        lock.release()
     verdicts = verdicts_of(
         labelled.comparisons,
         answers,

@@ -33,7 +33,13 @@ from editr2.benchmarks.layouts import (
     turn_file,
 )
 from editr2.benchmarks.rows import FILE_NAME, read_rows
-from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
+from editr2.benchmarks.settings import (
+    BenchmarkConfig,
+    benchmark_problems,
+    check_folder,
+    named,
+    with_defaults,
+)
 from editr2.benchmarks.sized import sized
 from editr2.benchmarks.summary import IDENTITY
 from editr2.benchmarks.table import Benchmark, Source, find
@@ -50,6 +56,7 @@ from editr2.rl.rules import check_run
 from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import demands
 from editr2.run import identity
+from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.sessions import Session
 
@@ -69,10 +76,14 @@ def run_benchmark(
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
-    run = Run(config, name, kind, open_processes(), editor, asked)
-    for note in notes:
-        run.say(f"note: {note}")
-    return run.stages()
+    out, processes = Path(config.out), open_processes()
+    check_folder(out, IDENTITY)
+    with RunLock(out) as lock:
+        processes.on_main(lambda: lock.take(make=False))
+        run = Run(config, name, kind, processes, lock, editor, asked)
+        for note in notes:
+            run.say(f"note: {note}")
+        return run.stages()
 
 
 class Run:
@@ -84,11 +95,12 @@ class Run:
         name: str,
         kind: Benchmark,
         processes: Processes,
+        lock: RunLock,
         editor: str | None,
         asked: bool = False,
     ) -> None:
         """asked: for the passes by name; else one without images is left out."""
-        self.name, self.kind, self.processes = name, kind, processes
+        self.name, self.kind, self.processes, self._lock = name, kind, processes, lock
         self.config = config
         if not config.images:
             self.config = cast(BenchmarkConfig, check_config(config, "eval"))
@@ -340,6 +352,7 @@ class Run:
                 )
             generated["done"] = saved.get("done", [])
         generated.setdefault("done", [])
+        self.processes.on_main(lambda: self._lock.take(make=True))
         # Paths may have moved and defaults be spelt out since: images are of what they were of.
         kept = self._dated(generated, saved) if saved is None else saved
         self.about |= {
