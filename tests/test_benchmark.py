@@ -17,7 +17,7 @@ from editr2.benchmarks import page
 from editr2.cli.main import main
 from editr2.run.lock import RunLock
 
-WORLD = ("benchmark", "world", "--sessions", "2", "--turns", "1,3", "--rollout.steps", "3")
+WORLD = ("benchmark", "world", "--sessions", "2", "--turns", "1,3")
 
 SHIPPED = Path(editr2.__file__).parent / "assets" / "unified-small"
 
@@ -87,6 +87,18 @@ def test_a_report_that_was_stopped_is_made_as_it_would_have_been(world, tmp_path
     assert (out / "summary.json").exists() and not (out / "report.html").exists()
     assert main([*WORLD, "--out", str(out)]) == 0
     assert files(out) == whole
+
+
+def test_settings_that_no_image_depends_on_are_nobodys_matter(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(world, out)
+    told = ("--eval.strips", "3", "--eval.drift.structure", "0.5", "--rollout.siblings", "4")
+    assert main([*WORLD, *told, "--out", str(out)]) == 0
+    assert files(out) == files(world)
+    assert main([*WORLD, "--rollout.dynamics", "flow-sde", "--out", str(out)]) == 2
+    assert "rollout.dynamics 'cps' then, 'flow-sde' now" in capsys.readouterr().err
+    assert main(["benchmark", "world", "--sessions", "1", "--out", str(out)]) == 2
+    assert "another benchmark: sessions 4 sessions " in capsys.readouterr().err
 
 
 def test_images_made_elsewhere_give_the_same_scores(world, tmp_path, capsys):

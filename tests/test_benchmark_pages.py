@@ -22,7 +22,7 @@ from editr2.benchmarks.text import number
 from editr2.cli.main import main
 from editr2.errors import UserError
 from editr2.report.charts import Dots, dot_chart
-from editr2.report.dots import with_interval
+from editr2.report.dots import Series, dots, with_interval
 from editr2.report.paired import Estimate
 from editr2.sessions import Session, Turn
 
@@ -375,6 +375,15 @@ def write_run(folder, gain, weights=None, heldout="2 sessions abc", beside=None)
     (folder / "config.yaml").write_text(f"train:\n  iterations: {8 * gain}\n")
     for name, change in (("before", 0.0), ("after", gain)):
         report.write_strips(folder, name, [change, 0.0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_an_axis_does_not_leave_the_scale(scale):
+    """Of EdiVal's per cent as of scores in [0, 1]."""
+    best = {"1": Estimate(scale, scale, scale, 9)}
+    (chart,) = dots([("success", [Series("multipass", best, 0)])], ["1"], "turn", scale=scale)
+    ticks = [float(text) for text in re.findall(r">([0-9.]+)</text>", chart.svg)]
+    assert scale in ticks and max(ticks) == scale
 
 
 def test_of_few_sessions_nothing_is_said():

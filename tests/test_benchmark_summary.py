@@ -13,7 +13,7 @@ from editr2.benchmarks.measures import measures
 from editr2.benchmarks.rows import Row, read_rows
 from editr2.benchmarks.summary import references, summarise, write
 from editr2.benchmarks.table import Benchmark, Reference
-from editr2.benchmarks.text import lines
+from editr2.benchmarks.text import legend, lines
 from editr2.errors import DataError
 from editr2.report.intervals import interval
 from editr2.report.paired import difference, estimate, mean
@@ -265,6 +265,30 @@ def test_lines_that_are_no_rows_are_named(change, said, tmp_path):
     with pytest.raises(DataError) as caught:
         read_rows(file)
     assert str(caught.value).startswith(f"{file}:{said}")
+
+
+def test_a_table_of_two_says_how_many_sessions_each_has_and_the_wider_side():
+    """Nine of ten are 1: the interval goes further down than up."""
+    of = []
+    for count in (10, 12):
+        said = {f"s{n}": [0 if n == 0 else 1] for n in range(count)}
+        of.append(summarise(rows_of(said), sessions_of(said), benchmark(), {}))
+    table = paper.paper_table(of)
+    assert table.title.endswith(", 10 and 12 sessions of 1 turn")
+    one = of[0]["passes"]["multipass"]["measures"]["IF@1"]
+    down, up = one["value"] - one["low"], one["high"] - one["value"]
+    assert down > up and f"at most {down:.3f} to either side" in " ".join(table.notes)
+    assert paper.paper_table(of[:1]).title.endswith(", 10 sessions of 1 turn")
+
+
+def test_what_scores_of_the_field_are_called_is_said():
+    said = {"s0": [1], "s1": [0]}
+    rows = [*rows_of(said), *rows_of(said, metric="GA"), *rows_of(said, metric="warmth")]
+    told = legend(summarise(rows, sessions_of(said), benchmark(), {}))
+    assert told.startswith("IF: instruction following") and "GA: global awareness" in told
+    assert "CC" not in told and "warmth" not in told
+    told = legend(summarise(rows, sessions_of(said), benchmark(scale=100.0), {}))
+    assert told.startswith("scores are out of 100; IF: ")
 
 
 def test_exposure_is_of_the_sessions_that_both_passes_have():

@@ -205,7 +205,7 @@ def _by_turn(pair: Pair, part: Part) -> list[Chart]:
                 for place, side in enumerate((pair.a, pair.b))
             ]
             panels.append((label_of(name), series))
-    return dots(panels, [str(turn) for turn in sorted(turns)], "turn", unit=scale == 1)
+    return dots(panels, [str(turn) for turn in sorted(turns)], "turn", scale=scale)
 
 
 def _changes(

@@ -25,7 +25,7 @@ from editr2.benchmarks.strips import (
 )
 from editr2.benchmarks.summary import EXPOSED, IDENTITY, UNEXPOSED
 from editr2.benchmarks.summary import FILE_NAME as SUMMARY
-from editr2.benchmarks.text import ALL_JUDGED, VERBS, decimals, score_tables, state_lines
+from editr2.benchmarks.text import ALL_JUDGED, VERBS, decimals, legend, score_tables, state_lines
 from editr2.files import read_object
 from editr2.judge import best_of
 from editr2.report import pages
@@ -69,6 +69,7 @@ def write_page(folder: Path, curves: Sequence[best_of.Curve] = ()) -> Path:
             *(line for line in said if line not in lost or line == ALL_JUDGED),
             *pictures.notes(),
         ],
+        legend=legend(summary),
         passes=[(way, PASSES[way].about if way in PASSES else "") for way in summary["passes"]],
         exposure=_exposure(summary),
         lengths=_lengths(summary),
@@ -183,7 +184,7 @@ def _exposure(summary: Mapping[str, Any]) -> list[Chart]:
             panels.append((title, series))
             notes[title] = _lost(summary, name)
     turns = [str(turn) for turn in sorted(categories)]
-    return dots(panels, turns, "turn", notes, unit=summary["scale"] == 1)
+    return dots(panels, turns, "turn", notes, scale=summary["scale"])
 
 
 def _lost(summary: Mapping[str, Any], name: str) -> str:
@@ -217,7 +218,7 @@ def _lengths(summary: Mapping[str, Any]) -> list[Chart]:
                 series.append(Series(way, found, colour, hollow=way != EXPOSED))
         if series:
             panels.append((label_of(name, "last"), series))
-    return dots(panels, lengths, "turns of a session", unit=summary["scale"] == 1)
+    return dots(panels, lengths, "turns of a session", scale=summary["scale"])
 
 
 # ------------------------------------------------------------------------------------------- strips

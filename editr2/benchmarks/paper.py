@@ -79,8 +79,9 @@ def paper_table(
             held = [one if one is None or not too_many(one) else None for one in measured]
             gone |= held != measured
             values = [one for one in held if one is not None and one["value"] is not None]
-            halves = [(one["high"] - one["low"]) / 2 for one in values]
-            widest = max([widest, *halves])
+            sides = [one["high"] - one["value"] for one in values]
+            sides += [one["value"] - one["low"] for one in values]
+            widest = max([widest, *sides])
             strong = [n for n, column in enumerate(columns) if head and (place, column.key) in bold]
             title = f"{name} ({way})" if len(summary["passes"]) > 1 else name
             cells = [_cell(one and one["value"], summary) for one in held]
@@ -93,7 +94,7 @@ def paper_table(
         cells = [_cell(of.get(column.key), first) for column in columns]
         if any(cells):
             found.append(Line(editor, cells, theirs=True))
-    return PaperTable(_title(first), columns, found, _notes(first, found, theirs, gone, widest))
+    return PaperTable(_title(summaries), columns, found, _notes(first, found, theirs, gone, widest))
 
 
 def markdown(table: PaperTable) -> str:
@@ -186,10 +187,11 @@ def _columns(summary: Mapping[str, Any]) -> list[Column]:
     return [Column(label_of(name), sub, key) for name, sub, key in found if key in of]
 
 
-def _title(summary: Mapping[str, Any]) -> str:
-    lengths = list(summary["lengths"])
+def _title(summaries: Sequence[Mapping[str, Any]]) -> str:
+    lengths = list(dict.fromkeys(length for of in summaries for length in of["lengths"]))
     turns = f" of {how_long(lengths[0])}" if len(lengths) == 1 else ""
-    return f"{summary['title']}, {summary['sessions']} sessions{turns}"
+    counts = dict.fromkeys(str(of["sessions"]) for of in summaries)
+    return f"{summaries[0]['title']}, {' and '.join(counts)} sessions{turns}"
 
 
 def _notes(

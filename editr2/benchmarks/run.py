@@ -63,6 +63,12 @@ from editr2.sessions import Session
 AGAINST_FILE = "scores-against.jsonl"
 SECTIONS = ("policy.", "rollout.", "eval.")
 """Of settings, that images depend on, beside `seed` and `data.resize`."""
+UNSEEN = (
+    *(f"rollout.{name}" for name in ("sessions", "siblings", "turns", "ahead", "prune")),
+    *(f"eval.{name}" for name in ("sessions", "turns", "every", "strips", "strips_from", "reward")),
+    "eval.drift.",
+)
+"""Of these sections, what no image of a benchmark depends on: training's and its evaluations'."""
 
 
 def run_benchmark(
@@ -259,7 +265,8 @@ class Run:
         kept = {
             key: value
             for key, value in settings.items()
-            if key.startswith(SECTIONS) or key in ("seed", "data.resize", *depends)
+            if (key.startswith(SECTIONS) and not _unseen(key))
+            or key in ("seed", "data.resize", *depends)
         }
         return {"settings": kept, "size": size}
 
@@ -384,7 +391,8 @@ class Run:
                 if saved.get(key) != now[key]
             ]
         found = identity.differences(saved["settings"], now["settings"])
-        return [f"{key} {old} then, {new} now" for key, (old, new) in found.items()]
+        told = {"heldout": "sessions"}
+        return [f"{told.get(key, key)} {old} then, {new} now" for key, (old, new) in found.items()]
 
     def _write(self) -> None:
         if not self.processes.main:
@@ -407,6 +415,12 @@ def _checked(file: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 _KINDS: dict[str, type] = {"made": dict, "settings": dict, "done": list, "size": list}
 """What the parts of the file have."""
+
+
+def _unseen(setting: str) -> bool:
+    return any(
+        setting == name or (name.endswith(".") and setting.startswith(name)) for name in UNSEEN
+    )
 
 
 def _digest(thing: Any) -> str:

@@ -102,10 +102,16 @@ def _of_benchmark(folder: Path, name: str) -> Side:
     kind = find(str(about.get("benchmark")))
     judged, generated = (_mapping(about.get(key)) for key in ("judged", "generated"))
     facts = _mapping(judged.get("facts"))
-    settings = _mapping(generated.get("settings")) or {
-        key: generated[key] for key in ("images", "sessions") if key in generated
+    settings = {
+        "sessions" if key == "heldout" else key: value
+        for key, value in _mapping(generated.get("settings")).items()
+    } or {key: generated[key] for key in ("images", "sessions") if key in generated}
+    told = {
+        "benchmark": kind.title,
+        "editor": about.get("editor"),
+        "judge": judged.get("title"),
+        **facts,
     }
-    told = {"editor": about.get("editor"), "judge": judged.get("title"), **facts}
     rows = scores.read_rows(folder / scores.FILE_NAME)
     summary = read_object(file, ACCEPTED) if (file := folder / SUMMARY).is_file() else None
     notes = []

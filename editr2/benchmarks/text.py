@@ -10,10 +10,19 @@ from editr2.benchmarks.measures import When, group_label, how_long, key_of, labe
 from editr2.benchmarks.summary import too_many
 from editr2.errors import plain
 from editr2.judge.text import WIDTH, Table, cut, laid_out
-from editr2.report.data import plural
+from editr2.report.data import MODES, plural
 from editr2.report.dots import ONE
 
 ALL_JUDGED = "every turn has every score"
+
+MEANS = {
+    "IF": "instruction following, this turn's edit is done",
+    "CC": "content consistency, nothing else changed",
+    "GA": "global awareness, right after every turn so far",
+    "SC": "semantic consistency, done and nothing else changed",
+    "PQ": "perceptual quality",
+}
+"""What names of scores that are the field's stand for."""
 
 MOST_TURNS = 4
 """Of more the last alone is shown by mode."""
@@ -71,6 +80,16 @@ def lines(summary: Mapping[str, Any], files: Iterable[object] = ()) -> list[str]
     return said + [f"wrote {file}" for file in files]
 
 
+def legend(summary: Mapping[str, Any]) -> str:
+    """What the names of its scores stand for, of those that are the field's, and how high they
+    go."""
+    have = {name for of in summary["passes"].values() for name in of["counts"]}
+    said = [f"{name}: {means}" for name, means in MEANS.items() if name in have]
+    if summary["scale"] != 1:
+        said.insert(0, f"scores are out of {summary['scale']:g}")
+    return "; ".join(said)
+
+
 def about_lines(summary: Mapping[str, Any]) -> list[str]:
     """What was judged, by whom."""
     lengths = ", ".join(
@@ -89,7 +108,8 @@ def about_lines(summary: Mapping[str, Any]) -> list[str]:
     judge = summary["judge"]
     if judge.get("title"):
         said.append(f"judged by {judge['title']}")
-    said += [f"{name}: {text}" for name, text in (judge.get("facts") or {}).items()]
+    said += [f"  {name}: {text}" for name, text in (judge.get("facts") or {}).items()]
+    said += [told] if (told := legend(summary)) else []
     return [part for line in said for part in _wrapped(line)]
 
 
@@ -148,9 +168,11 @@ def _of_pass(way: str, measures: Mapping[str, Of], scale: float) -> Iterator[Tab
     turns, names = turns_of(measures), names_of(measures)
     lengths, modes, tasks = (groups_of(measures, sort) for sort in ("turns", "mode", "task"))
 
-    def table(title: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Table:
+    def table(
+        title: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], note: str = ""
+    ) -> Table:
         """rows: with the keys of their cells."""
-        return _table(f"{title}, {way}", head, rows, measures, scale)
+        return _table(f"{title}, {way}", head, rows, measures, scale, note=note)
 
     # Those by turn, or of all images where turns are none of their matter, come first.
     yield table("Scores", ["all images"], [(label_of(name), [key_of(name)]) for name in names])
@@ -173,6 +195,7 @@ def _of_pass(way: str, measures: Mapping[str, Of], scale: float) -> Iterator[Tab
             for name in names
             for mode in modes
         ],
+        "; ".join(f"{mode}: {said}" for mode, said in MODES.items()),
     )
     by_task = [
         name for name in names if any(key_of(name, None, task) in measures for task in tasks)

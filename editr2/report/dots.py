@@ -43,15 +43,16 @@ def dots(
     axis: str,
     notes: Mapping[str, str] | None = None,
     *,
-    unit: bool = True,
+    scale: float = 1.0,
 ) -> list[Chart]:
     """A panel for each title, all on one scale: they are read against each other. notes: by title.
-    unit: values are in [0, 1]."""
+    scale: values are in [0, scale], which the axis does not leave."""
     every = [of for _, series in panels for one in series for of in one.values.values()]
     reach = [end for of in every if of.known for end in (of.low, of.high)]
     if not reach:
         return []
-    y_range, charts = value_range(reach, unit=unit), []
+    low, high = value_range(end / scale for end in reach)
+    y_range, charts = (low * scale, high * scale), list[Chart]()
     for title, series in panels:
         drawn = [_drawn(one, categories) for one in series]
         if svg := dot_chart(title, categories, drawn, y_range, axis):
