@@ -24,7 +24,6 @@ from editr2.benchmarks.sets.world import WORLD
 from editr2.benchmarks.table import Source
 from editr2.config import Config, replace_nested
 from editr2.errors import ConfigError, DataError
-from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.seeds import derive_seed
@@ -74,8 +73,8 @@ def collected(folder, turns, way):
     return sorted(int(name) for name in names if all(name + end in there for end in wanted))
 
 
-def test_the_layout_of_edival_round_trips(tmp_path):
-    policy, sessions = UnifiedPolicy.load(), some_sessions(3, count=5)
+def test_the_layout_of_edival_round_trips(tmp_path, tiny_unified):
+    policy, sessions = tiny_unified, some_sessions(3, count=5)
     for way in ("multipass", "exact"):
         make(tmp_path, policy, sessions, way, exact=WORLD.exact)
     folder = generations(tmp_path)
@@ -243,9 +242,8 @@ def test_sessions_of_several_sizes_and_lengths(tmp_path, monkeypatch):
 def test_a_kill_resumes_to_the_same_bytes(tmp_path, beside):
     """On one process and on two; the processes share what is left."""
     stages = beside("killed_benchmark")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "tests" / "killed_benchmark.py"), str(tmp_path)],
+        [sys.executable, str(ROOT / "tests" / "killed_benchmark.py"), str(tmp_path)],
         check=True,
         cwd=ROOT,
         timeout=120,
@@ -435,6 +433,13 @@ def test_what_is_wrong_with_a_folder_is_said_by_name(tmp_path, change, way, mess
     change(folder)
     with pytest.raises(DataError, match=message):
         find_images(folder, TWO, way, WORLD.layouts)
+
+
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    (tmp_path / "multipass").mkdir()
+    os.mkfifo(tmp_path / "multipass" / "k1_input_raw_turn_1.png")
+    with pytest.raises(DataError, match=r"turn_1\.png: .*not a file"):
+        find_images(tmp_path, TWO, "multipass", ["edival"])
 
 
 def test_several_models_are_none(tmp_path):

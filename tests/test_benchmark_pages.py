@@ -15,7 +15,6 @@ from editr2.benchmarks import page, strips, summary
 from editr2.benchmarks.against import verdict
 from editr2.benchmarks.compare import compare
 from editr2.benchmarks.layouts import Images, file_names, source_file, turn_file
-from editr2.benchmarks.plots import Series, dots, with_interval
 from editr2.benchmarks.rows import Row, read_rows, write_rows
 from editr2.benchmarks.sets.world import WORLD, exact
 from editr2.benchmarks.table import Source
@@ -23,6 +22,7 @@ from editr2.benchmarks.text import number
 from editr2.cli.main import main
 from editr2.errors import UserError
 from editr2.report.charts import Dots, dot_chart
+from editr2.report.dots import Series, dots, with_interval
 from editr2.report.paired import Estimate
 from editr2.sessions import Session, Turn
 
@@ -76,17 +76,12 @@ def write_folder(folder, seed, count=SESSIONS, ways=("multipass", "exact"), obje
             files[session.id] = tuple(paths)
         images[way] = Images(way, "edival", root, files)
     write_rows(folder / "scores.jsonl", rows)
+    settings = {"seed": 0, "eval.steps": 4 if seed == "a" else 8}
+    made = {"versions": {"editr2": "9.9"}, "date": "2026-11-28T10:00:00", "device": "cpu"}
     about = {
         "benchmark": "world",
         "editor": f"editor {seed}",
-        "generated": {
-            "settings": {"seed": 0, "eval.steps": 4 if seed == "a" else 8},
-            "made": {
-                "versions": {"editr2": "9.9"},
-                "date": "2026-11-28T10:00:00",
-                "device": "cpu",
-            },
-        },
+        "generated": {"settings": settings, "made": made},
         "judged": {"title": "world", "facts": {"judge": "qwen", "prompts": "ours (0123456789ab)"}},
     }
     (folder / "benchmark.json").write_text(json.dumps(about))
@@ -331,6 +326,22 @@ def test_what_cannot_be_compared_is_refused_in_one_line(folders, capsys, change,
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and "accepted: " in error
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("b/summary.json", "judge", "reward", "another"),
+        put("b/summary.json", "passes", "multipass", "counts", "IF", "failed", 9),
+        lambda: Path("b/summary.json").write_text("{}"),
+    ],
+)
+def test_a_report_of_other_scores_says_nothing_of_these(folders, change):
+    change()
+    assert any(
+        line.startswith("The report of b is of other") for line in compare(["a", "b"], "out")
+    )
+    assert "b (multipass)" not in Path("out/compare.md").read_text()
 
 
 def test_prompts_of_another_place_are_the_same_prompts(folders):

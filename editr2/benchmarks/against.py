@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from editr2.benchmarks.measures import Measure, group_label, label_of, measures
-from editr2.benchmarks.plots import with_interval
 from editr2.benchmarks.sides import Side, made_otherwise
 from editr2.benchmarks.text import decimals
 from editr2.errors import ConfigError
 from editr2.report.data import MODES, plural
+from editr2.report.dots import with_interval
 from editr2.report.numbers import decimal
 from editr2.report.paired import Compared, Estimate, compared
 

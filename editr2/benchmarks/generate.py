@@ -21,6 +21,7 @@ from editr2.benchmarks.layouts import file_names, generations, source_file, turn
 from editr2.benchmarks.passes import PASSES, Edited, Exact
 from editr2.config import Config
 from editr2.errors import ConfigError, DataError, shown
+from editr2.files import in_place_of
 from editr2.policies.base import Policy, ReadingPolicy, at_size
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import Sampler
@@ -96,7 +97,8 @@ def generate(
             if len(files[place]) > len(images):  # with the source
                 images.insert(0, chunk.sessions[i].image)
             for path, pixels in zip(files[place], images, strict=True):
-                _write(path, pixels)
+                with in_place_of(path) as part:
+                    Image.fromarray(pixels).save(part, format="PNG")
         chunk.turns = []  # latents of a whole set would not fit
         tell(outputs_of(chunk))
     processes.wait()
@@ -135,12 +137,6 @@ def _reads(exact: Exact, chunk: Chunk) -> Callable[[Chunk, int], np.ndarray]:
         return np.stack([known[i][turn] for i in chunk.turns[turn].rollout.tolist()])
 
     return reads
-
-
-def _write(path: Path, pixels: np.ndarray) -> None:
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(pixels).save(part, format="PNG")
-    os.replace(part, path)
 
 
 class _Progress:

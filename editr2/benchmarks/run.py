@@ -12,7 +12,6 @@ import gc
 import hashlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,16 +19,32 @@ from typing import Any, cast
 
 import torch
 
-from editr2.benchmarks import page, strips, summary, tables, text
+from editr2.benchmarks import page, paper, strips, summary, text
 from editr2.benchmarks.best_of import best_of_rows
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
-from editr2.benchmarks.layouts import Images, NoImages, find_images, generations
+from editr2.benchmarks.layouts import (
+    Images,
+    NoImages,
+    file_names,
+    find_images,
+    generations,
+    source_file,
+    turn_file,
+)
 from editr2.benchmarks.rows import FILE_NAME, read_rows
-from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
+from editr2.benchmarks.settings import (
+    BenchmarkConfig,
+    benchmark_problems,
+    check_folder,
+    named,
+    with_defaults,
+)
 from editr2.benchmarks.sized import sized
+from editr2.benchmarks.summary import IDENTITY
 from editr2.benchmarks.table import Benchmark, Source, find
 from editr2.errors import ConfigError, DataError
+from editr2.files import read_object, write_lines
 from editr2.judge import best_of
 from editr2.judge.text import laid_out
 from editr2.judge.trial import CountingRecord
@@ -41,10 +56,10 @@ from editr2.rl.rules import check_run
 from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import demands
 from editr2.run import identity
+from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.sessions import Session
 
-IDENTITY = "benchmark.json"
 AGAINST_FILE = "scores-against.jsonl"
 SECTIONS = ("policy.", "rollout.", "eval.")
 """Of settings, that images depend on, beside `seed` and `data.resize`."""
@@ -67,10 +82,14 @@ def run_benchmark(
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
-    run = Run(config, name, kind, open_processes(), editor, asked)
-    for note in notes:
-        run.say(f"note: {note}")
-    return run.stages()
+    out, processes = Path(config.out), open_processes()
+    check_folder(out, IDENTITY)
+    with RunLock(out) as lock:
+        processes.on_main(lambda: lock.take(make=False))
+        run = Run(config, name, kind, processes, lock, editor, asked)
+        for note in notes:
+            run.say(f"note: {note}")
+        return run.stages()
 
 
 class Run:
@@ -82,16 +101,19 @@ class Run:
         name: str,
         kind: Benchmark,
         processes: Processes,
+        lock: RunLock,
         editor: str | None,
         asked: bool = False,
     ) -> None:
         """asked: for the passes by name; else one without images is left out."""
-        self.name, self.kind, self.processes = name, kind, processes
+        self.name, self.kind, self.processes, self._lock = name, kind, processes, lock
         self.config = config
         if not config.images:
             self.config = cast(BenchmarkConfig, check_config(config, "eval"))
         self.asked, self.out = asked, Path(config.out)
-        self.about: dict[str, Any] = _read(self.out / IDENTITY)
+        self.about: dict[str, Any] = {}
+        if (file := self.out / IDENTITY).exists():
+            self.about = _checked(file, read_object(file, "another --out"))
         self.editor = editor or config.images or config.policy.weights or config.policy.model
         self.record = CountingRecord(self.out, index=processes.index, cache=config.reward.cache)
 
@@ -176,14 +198,19 @@ class Run:
         absent = [one for one in wanted if one not in saved.get("done", [])]
         if absent and c.does("generate"):
             sessions = self._generate(wanted)
+        elif "settings" not in saved:  # none, or those of a folder that is not named now
+            raise ConfigError(f"--stages: {self.out} has no images yet (accepted: generate first)")
         elif absent:
             way, sample = absent[0]
             part = f"{way}, sample {sample}" if c.samples > 1 else way
-            which = f"not all images of {part}" if saved else "no images"
-            raise ConfigError(f"--stages: {self.out} has {which} yet (accepted: generate first)")
+            raise ConfigError(
+                f"--stages: {self.out} has not all images of {part} yet (accepted: generate first)"
+            )
         else:
             sessions = self._sessions(size=_sizes(saved["size"]))
             self._settled(self._generated(sessions, saved["size"]))
+            if c.does("generate") and self.processes.on_main(lambda: self._gone(sessions, wanted)):
+                sessions = self._generate(wanted)
         found = {
             way: [
                 find_images(generations(self.out, sample), sessions, way, ("edival",))
@@ -192,6 +219,17 @@ class Run:
             for way in c.passes
         }
         return sessions, found
+
+    def _gone(self, sessions: Sequence[Session], wanted: Sequence[Sequence[Any]]) -> bool:
+        """Whether an image that was made is there no more, as one that was torn and deleted."""
+        names = file_names(sessions)
+        files = [source_file(name) for name in names.values()]
+        files += [turn_file(names[one.id], t) for one in sessions for t in range(len(one.turns))]
+        return any(
+            not (generations(self.out, sample) / way / file).is_file()
+            for way, sample in wanted
+            for file in files
+        )
 
     def _generate(self, wanted: Sequence[Sequence[Any]]) -> list[Session]:
         c, processes = self.config, self.processes
@@ -249,8 +287,6 @@ class Run:
         sessions: Sequence[Session],
         images: Mapping[str, list[Images]],
     ) -> None:
-        for member in panel.members:
-            member.identity = identity.reward_fingerprint(member)
         use = self.config.reward if name == "judged" else self.config.against
         judged = {
             "reward": identity.reward_fingerprint(panel),
@@ -298,7 +334,7 @@ class Run:
         files = [
             self.out / FILE_NAME,
             self.out / summary.FILE_NAME,
-            *tables.write(self.out, tables.paper_table([found])),
+            *paper.write(self.out, paper.paper_table([found])),
             page.write_page(self.out, curves),
         ]
         said = text.lines(found, files)
@@ -337,6 +373,7 @@ class Run:
                 )
             generated["done"] = saved.get("done", [])
         generated.setdefault("done", [])
+        self.processes.on_main(lambda: self._lock.take(make=True))
         # Paths may have moved and defaults be spelt out since: images are of what they were of.
         kept = self._dated(generated, saved) if saved is None else saved
         self.about |= {
@@ -378,22 +415,23 @@ class Run:
         if not self.processes.main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        file = self.out / IDENTITY
-        part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(self.about, indent=1, default=str) + "\n")
-        os.replace(part, file)
+        text = json.dumps(self.about, indent=1, default=str)
+        write_lines(self.out / IDENTITY, [text + "\n"])
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error} (accepted: another --out)") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file}: no object (accepted: a file of `editr2 benchmark`)")
+def _checked(file: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What was read, as it was written."""
+    for key in ("generated", "judged", "against"):
+        part = found.get(key, {"made": {}})
+        if not isinstance(part, dict) or any(
+            not isinstance(part.get(name, kind()), kind) for name, kind in _KINDS.items()
+        ):
+            raise ConfigError(f"{file}: {key}: not as it was written (accepted: another --out)")
     return found
+
+
+_KINDS: dict[str, type] = {"made": dict, "settings": dict, "done": list, "size": list}
+"""What the parts of the file have."""
 
 
 def _unseen(setting: str) -> bool:

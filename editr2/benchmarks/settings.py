@@ -13,11 +13,29 @@ from editr2.config import Config, EvalConfig
 from editr2.config.fields import Bounds, setting
 from editr2.config.rules import settings_problems
 from editr2.config.settings import COUNT, TURNS
+from editr2.errors import ConfigError, shown
 from editr2.judge.settings import AgainstConfig, against_problems
 from editr2.policies.found import stock_steps
 from editr2.rewards.table import REWARDS
 
 STAGES = ("generate", "judge", "report")
+
+OWNERS = {
+    "metrics.jsonl": "a run",
+    "benchmark.json": "a benchmark of an editor",
+    "comparisons.jsonl": "a benchmark of a reward",
+}
+"""What a folder is of, by a file that it has. Their files have the same names."""
+
+
+def check_folder(out: Path, own: str) -> None:
+    """Raises `ConfigError` for a folder that is of another than `own`, one of `OWNERS`."""
+    for file, owner in OWNERS.items():
+        if file != own and (out / file).is_file():
+            raise ConfigError(
+                f"--out: {shown(out)}: the folder of {owner} (accepted: another, whose "
+                f"{file} is not there)"
+            )
 
 
 def _several_problem(known: tuple[str, ...], given: object) -> str | None:

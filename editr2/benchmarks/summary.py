@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,10 +30,14 @@ from typing import Any
 from editr2.benchmarks.measures import Measure, label_of, measures
 from editr2.benchmarks.rows import STATES, Row
 from editr2.benchmarks.table import Benchmark, Reference
+from editr2.files import write_lines
+from editr2.judge.text import cut
 from editr2.report.paired import Estimate, difference, estimate
 from editr2.sessions import Session
 
 FILE_NAME = "summary.json"
+IDENTITY = "benchmark.json"
+"""In the same folder: what numbers depend on (`run`)."""
 
 MOST_UNKNOWN = 0.02
 """Of what a headline rests on, at most so much may have failed or be missing."""
@@ -90,10 +93,8 @@ def summarise(
 
 def write(file: Path, summary: Mapping[str, Any]) -> None:
     """Whole, or not at all."""
-    part = file.with_name(file.name + ".part")
     text = json.dumps(_plain(summary), indent=1, ensure_ascii=False, allow_nan=False)
-    part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    os.replace(part, file)
+    write_lines(file, [text + "\n"])
 
 
 def too_many(counts: Mapping[Any, Any]) -> bool:
@@ -120,21 +121,21 @@ def references(
 def _objection(one: Reference, facts: Mapping[str, str]) -> str | None:
     """Why a figure may not be compared. A reward that has no rules but the released ones says
     nothing of rules."""
-    judges, rules = _told(facts, "judge"), _told(facts, "rules")
-    digests = [found[1] for t in _told(facts, "prompts") if (found := re.search(r"\((\w+)\)$", t))]
+    judges, rules = told(facts, "judge"), told(facts, "rules")
+    digests = [found[1] for t in told(facts, "prompts") if (found := re.search(r"\((\w+)\)$", t))]
     if not judges or not all(one.judge.lower() in judge.lower() for judge in judges):
         return f"the judge is {', '.join(judges) or 'none'}, theirs {one.judge}"
     if any(rule != "as released" for rule in rules):
         return f"the rules are {', '.join(rules)}, theirs as released (released: true)"
     if not digests or not set(digests) <= set(one.prompts):
         return (
-            f"the prompts are {', '.join(_told(facts, 'prompts')) or 'none'}, theirs those of the "
+            f"the prompts are {', '.join(told(facts, 'prompts')) or 'none'}, theirs those of the "
             f"release (prompts: its checkout)"
         )
     return None
 
 
-def _told(facts: Mapping[str, str], what: str) -> list[str]:
+def told(facts: Mapping[str, str], what: str) -> list[str]:
     """A fact of every judge: of several, it stands behind the names of their scores."""
     return list(dict.fromkeys(t for name, t in facts.items() if name.rpartition(": ")[2] == what))
 
@@ -272,7 +273,7 @@ def _withheld(measure: Measure, rows: Sequence[Row]) -> str | None:
     counts = ((measure.counts["failed"], "failed"), (measure.counts["missing"], "are missing"))
     said = " and ".join(f"{count} {verb}" for count, verb in counts if count)
     reasons = Counter(row.reason for row in rows if row.state == "failed" and row.reason)
-    most = f"; most often: {_cut(reasons.most_common(1)[0][0])}" if reasons else ""
+    most = f"; most often: {cut(reasons.most_common(1)[0][0])}" if reasons else ""
     return (
         f"of {expected} {said} ({unknown / expected:.1%}, a headline may miss "
         f"{MOST_UNKNOWN:.0%}){most}"
@@ -307,7 +308,3 @@ def _plain(thing: Any) -> Any:
     if isinstance(thing, float) and not math.isfinite(thing):
         return None
     return thing if isinstance(thing, str | int | float | bool | None) else str(thing)
-
-
-def _cut(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

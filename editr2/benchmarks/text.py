@@ -6,14 +6,13 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from editr2.benchmarks.measures import When, group_label, key_of, label_of
-from editr2.benchmarks.plots import ONE
+from editr2.benchmarks.measures import When, group_label, how_long, key_of, label_of
 from editr2.benchmarks.summary import too_many
 from editr2.errors import plain
-from editr2.judge.text import Table, laid_out
-from editr2.report.data import MODES
+from editr2.judge.text import WIDTH, Table, cut, laid_out
+from editr2.report.data import MODES, plural
+from editr2.report.dots import ONE
 
-WIDTH = 100
 ALL_JUDGED = "every turn has every score"
 
 MEANS = {
@@ -94,14 +93,16 @@ def legend(summary: Mapping[str, Any]) -> str:
 def about_lines(summary: Mapping[str, Any]) -> list[str]:
     """What was judged, by whom."""
     lengths = ", ".join(
-        f"{count} of {_turns(length)}" if len(summary["lengths"]) > 1 else f"of {_turns(length)}"
+        f"{count} of {how_long(length)}"
+        if len(summary["lengths"]) > 1
+        else f"of {how_long(length)}"
         for length, count in summary["lengths"].items()
     )
     many = f", {summary['samples']} samples of each" if summary["samples"] > 1 else ""
     sessions = summary["sessions"]
     said = [
         summary["title"],
-        f"{sessions} session{'s' * (sessions != 1)}: {lengths}{many}",
+        f"{sessions} {plural('session', sessions)}: {lengths}{many}",
     ]
     said += [f"{name}: {summary[name]}" for name in ("editor", "seed") if name in summary]
     judge = summary["judge"]
@@ -141,7 +142,7 @@ def state_lines(summary: Mapping[str, Any], verbs: Mapping[str, str] = VERBS) ->
 def _listed(reasons: Mapping[str, int], total: int) -> str:
     shown = list(reasons.items())[:3]
     rest = total - sum(count for _, count in shown)
-    return "; ".join(f"{_cut(why)} ({count})" for why, count in shown) + (
+    return "; ".join(f"{cut(why)} ({count})" for why, count in shown) + (
         f"; other reasons ({rest})" if rest else ""
     )
 
@@ -278,13 +279,5 @@ def groups_of(measures: Mapping[str, Of], sort: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _turns(length: str) -> str:
-    return f"{length} turn{'s' * (length != '1')}"
-
-
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(plain(text), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _cut(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

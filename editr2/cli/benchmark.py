@@ -93,7 +93,6 @@ def _judge_reward(config: BenchmarkConfig, name: str, policy: str | None) -> int
     """Of a set of labelled pairs, which judge a reward and no editor."""
     from editr2.benchmarks import rewards
     from editr2.errors import ConfigError
-    from editr2.run.processes import open_processes
 
     default = type(config)()
     given = {"policy": (policy, None)} | {
@@ -117,7 +116,6 @@ def _judge_reward(config: BenchmarkConfig, name: str, policy: str | None) -> int
         data=config.data.path,
         sources=config.sources,
         limit=config.sessions,
-        processes=open_processes(),
     )
     if said:
         print("\n".join(said))

@@ -1,4 +1,4 @@
-"""What pages of benchmarks draw: values with their intervals, by turn or by length."""
+"""Charts of estimates: values with their intervals, by turn, by length or by k."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dots(
     axis: str,
     notes: Mapping[str, str] | None = None,
     *,
-    scale: float,
+    scale: float = 1.0,
 ) -> list[Chart]:
     """A panel for each title, all on one scale: they are read against each other. notes: by title.
     scale: values are in [0, scale], which the axis does not leave."""
@@ -54,14 +54,14 @@ def dots(
     low, high = value_range(end / scale for end in reach)
     y_range, charts = (low * scale, high * scale), list[Chart]()
     for title, series in panels:
-        drawn = [_dots(one, categories) for one in series]
+        drawn = [_drawn(one, categories) for one in series]
         if svg := dot_chart(title, categories, drawn, y_range, axis):
             legend = [(one.label, one.colour, "hollow" if one.hollow else "dot") for one in series]
             charts.append(Chart(title, svg, legend, (notes or {}).get(title, "")))
     return charts
 
 
-def _dots(series: Series, categories: Sequence[str]) -> Dots:
+def _drawn(series: Series, categories: Sequence[str]) -> Dots:
     found = [series.values.get(name) for name in categories]
     known = [of if of is not None and of.known else None for of in found]
     return Dots(
