@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import editr2
 from editr2.benchmarks import page
 from editr2.cli.main import main
 from editr2.run.lock import RunLock
 
+SHIPPED = str(Path(editr2.__file__).parent / "assets" / "unified-small")
 WORLD = ("benchmark", "world", "--sessions", "2", "--turns", "1,3")
 
 TURNS = (
@@ -127,6 +129,8 @@ def test_two_are_compared(world, tmp_path, capsys):
         (["world", "--passes", "singlepass"], "vocabulary"),
         (["world", "--images", "{tmp}", "--samples", "2"], "samples: 2"),
         (["world", "--images", "{tmp}/none"], "no such folder"),
+        (["world", "--images", "{tmp}", "--policy", SHIPPED], "--policy: "),
+        (["pairs", "--reward.name", "brightness", "--policy", SHIPPED], "--policy: "),
         (["world", "--seed", "1", "--sessions", "2", "--turns", "1,3"], "seed 0 then, 1 now"),
         (["{tmp}/sessions.jsonl"], "reward.name: none"),
         (["mice", "--data", "{tmp}", "--turns", "3"], "turns: [3]"),
@@ -194,6 +198,13 @@ def mice_checkout(folder: Path) -> None:
         file = folder / "dataset" / mode / "test_metadata.jsonl"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(line))
+
+
+def test_a_set_without_a_session_is_said(tmp_path, capsys):
+    (tmp_path / "basic_edit.json").write_text("{}")
+    words = ["imgedit", "--data", str(tmp_path), "--reward.name", "brightness"]
+    assert main(["benchmark", *words, "--out", str(tmp_path / "out")]) == 2
+    assert "no session (accepted: one or more)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

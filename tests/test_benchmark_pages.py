@@ -18,7 +18,7 @@ from editr2.benchmarks.rows import Row, read_rows, write_rows
 from editr2.benchmarks.sets.world import WORLD, exact
 from editr2.benchmarks.table import Source
 from editr2.cli.main import main
-from editr2.errors import UserError
+from editr2.errors import DataError, UserError
 from editr2.report.charts import Dots, dot_chart
 from editr2.sessions import Session, Turn
 
@@ -370,6 +370,25 @@ def write_run(folder, gain, weights=None, heldout="2 sessions abc", beside=None)
     (folder / "config.yaml").write_text(f"train:\n  iterations: {8 * gain}\n")
     for name, change in (("before", 0.0), ("after", gain)):
         report.write_strips(folder, name, [change, 0.0])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"per_session": []},
+        {"per_session": {"if": [[1.0]]}},
+        {"per_session": {"success": [1, 1], "reward": [1, 1], "if": [[1.0]]}},
+        {"per_session": {"success": [1], "reward": [1], "if": [5]}},
+    ],
+)
+def test_an_evaluation_that_is_none_is_said(given, tmp_path, monkeypatch, beside):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("one"), 0.25, beside=beside)
+    file = Path("one/metrics.jsonl")
+    *lines, last, torn = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines, json.dumps(json.loads(last) | given) + "\n", torn]))
+    with pytest.raises(DataError, match="metrics.jsonl: per_session of evaluation “after”: "):
+        compare(["one"], "out")
 
 
 def test_runs_are_compared_by_the_sessions_of_their_evaluations(tmp_path, monkeypatch, beside):

@@ -43,7 +43,7 @@ from editr2.benchmarks.settings import (
 )
 from editr2.benchmarks.sized import sized
 from editr2.benchmarks.table import Benchmark, Source, find
-from editr2.errors import ConfigError, DataError
+from editr2.errors import ConfigError, DataError, shown
 from editr2.judge import best_of
 from editr2.judge.text import laid_out
 from editr2.judge.trial import CountingRecord
@@ -76,6 +76,8 @@ def run_benchmark(
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
+    if editor and config.images:
+        raise ConfigError(f"--policy: {shown(editor)} (accepted with --images: none)")
     out, processes = Path(config.out), open_processes()
     check_folder(out, IDENTITY)
     with RunLock(out) as lock:
@@ -144,7 +146,10 @@ class Run:
         )
         sessions = self.kind.read(source)
         limit = None if self.kind.makes_sessions else c.sessions
-        return sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
+        found = sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
+        if not found:
+            raise DataError(f"--data: {shown(source.path)}: no session (accepted: one or more)")
+        return found
 
     def _found(self) -> tuple[list[Session], dict[str, list[Images]]]:
         """Images that were made elsewhere."""

@@ -44,20 +44,22 @@ def command(arguments: Arguments) -> int:
     from editr2.benchmarks.rewards import pair_set_of
 
     if pair_set_of(given["name"]):
-        return _judge_reward(config, given["name"])
+        return _judge_reward(config, given["name"], given["policy"])
     from editr2.benchmarks.run import run_benchmark
 
     print("\n".join(run_benchmark(config, given["name"], given["policy"], given["notes"])))
     return 0
 
 
-def _judge_reward(config: BenchmarkConfig, name: str) -> int:
+def _judge_reward(config: BenchmarkConfig, name: str, editor: str | None) -> int:
     """Of a set of labelled pairs, which judge a reward and no editor."""
     from editr2.benchmarks import rewards
     from editr2.benchmarks.settings import BenchmarkConfig
-    from editr2.errors import ConfigError
+    from editr2.errors import ConfigError, shown
     from editr2.run.processes import open_processes
 
+    if editor:
+        raise ConfigError(f"--policy: {shown(editor)} (accepted with {name}: none)")
     for field in ("images", "passes", "turns", "samples", "stages"):
         if (value := getattr(config, field)) != getattr(BenchmarkConfig(), field):
             raise ConfigError(f"{field}: {value} (accepted with {name}: none; no image is made)")
