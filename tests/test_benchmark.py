@@ -106,6 +106,19 @@ def test_images_made_elsewhere_give_the_same_scores(world, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_second_judge_counts_of_the_same_images_alone(world, tmp_path, capsys):
+    given = shutil.copytree(world / "generations", tmp_path / "given")
+    words = [*WORLD, "--images", str(given), "--out", str(tmp_path / "out")]
+    second = ["--against.name", "brightness"]
+    file = given / "multipass" / "1-turns-0000-cm_input_raw_turn_1.png"
+    for more, there in ((second, True), ([], True), (None, False), (second, True)):
+        if more is None:
+            Image.new("RGB", Image.open(file).size).save(file)
+        assert main([*words, *(more or [])]) == 0
+        assert ("against" in summary(tmp_path / "out")) == there
+        assert ("is of other images" in capsys.readouterr().err) != there
+
+
 def test_two_are_compared(world, tmp_path, capsys):
     other, out = tmp_path / "other", tmp_path / "compared"
     steps = ("--rollout.steps", "2", "--passes", "multipass")

@@ -34,6 +34,7 @@ from editr2.benchmarks.layouts import (
     turn_file,
 )
 from editr2.benchmarks.rows import FILE_NAME, read_rows
+from editr2.benchmarks.saved import seen_in
 from editr2.benchmarks.settings import (
     BenchmarkConfig,
     benchmark_problems,
@@ -310,7 +311,10 @@ class Run:
             return [f"images: {generations(self.out)}"] if not self.config.images else []
         found = self._summary(FILE_NAME, sessions, "judged")
         other, curves = None, list[best_of.Curve]()
-        if (self.out / AGAINST_FILE).is_file() and "against" in self.about:
+        there = (self.out / AGAINST_FILE).is_file() and "against" in self.about
+        if there and seen_in(self.out / AGAINST_FILE) != seen_in(self.out / FILE_NAME):
+            self.say(f"note: {AGAINST_FILE} is of other images, so it is left out")
+        elif there:
             other = found["against"] = self._summary(AGAINST_FILE, sessions, "against")
             curves = self._best_of()
             found["best_of"] = best_of.written(curves)

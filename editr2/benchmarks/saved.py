@@ -46,7 +46,7 @@ class Saved:
 
     def __init__(self, file: Path, digest: str) -> None:
         self.file, self._digest = file, digest
-        self._of = file.with_name(f"{file.stem}.of.json")
+        self.of = file.with_name(f"{file.stem}.of.json")
         self._begun: tuple[Path, int] | None = None
 
     def known(self) -> dict[str, Judged]:
@@ -61,7 +61,7 @@ class Saved:
     @property
     def whole(self) -> bool:
         """Whether `file` has everything that is known."""
-        return not self._parts() and self._header(self._of) is not None and self.file.is_file()
+        return not self._parts() and self._header(self.of) is not None and self.file.is_file()
 
     def begin(self, known: Mapping[str, Judged]) -> None:
         """Nothing but `known` is known from here on. On one process, before the others append."""
@@ -91,10 +91,10 @@ class Saved:
         all have appended."""
         known = self.known()
         with self._writing():
-            self._of.unlink(missing_ok=True)
+            self.of.unlink(missing_ok=True)
             write_rows(self.file, (row for name in names for row in known[name].rows))
             seen = {name: known[name].seen for name in names}
-            _replace(self._of, [_line({_OF: self._digest, _SEEN: seen})])
+            _replace(self.of, [_line({_OF: self._digest, _SEEN: seen})])
             for part in self._parts():
                 part.unlink()
 
@@ -119,7 +119,7 @@ class Saved:
 
     def _whole(self) -> dict[str, Judged]:
         """Of `file`, where it is of this digest."""
-        header = self._header(self._of)
+        header = self._header(self.of)
         if header is None or not self.file.is_file():
             return {}
         rows: dict[str, list[Row]] = {}
@@ -159,6 +159,15 @@ class Saved:
                 f"{error.filename or self.file}: {error.strerror or error} (accepted: a folder "
                 f"with room that can be written into; it holds the scores)"
             ) from error
+
+
+def seen_in(file: Path) -> Any:
+    """What the images of every session were when `file`, scores that are whole, was judged; None
+    where nothing says so."""
+    try:
+        return parse_object(Saved(file, "").of.read_bytes()).get(_SEEN)
+    except (OSError, DataError):
+        return None
 
 
 _ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}

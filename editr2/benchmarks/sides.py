@@ -199,7 +199,7 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
     sessions = depends.get("heldout") or f"{chosen.get('sessions')} sessions, not on record"
     told = {"evaluation": f"{wanted}, iteration {chosen.get('iteration')}", **judges}
     try:
-        rows = list(_rows(chosen, list(weights)))
+        scored = list(_rows(chosen, list(weights)))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(
             f"{folder / METRICS}: per_session of evaluation “{wanted}”: {error!r} (accepted: as a "
@@ -215,7 +215,7 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
             **{f"judge, {key}": _content(value) for key, value in judges.items()},
         },
         settings={**run.config, **({"evaluation": evaluation} if evaluation else {})},
-        rows=rows,
+        rows=scored,
         measures="turns",
         headline=("success@last", "reward@last", "GA@last", "IF@last", "CC@last"),
         made_of={"reward": {key: weights[key] for key in sorted(weights)}},
