@@ -20,8 +20,6 @@ from editr2.run.lock import RunLock
 SHIPPED = str(Path(editr2.__file__).parent / "assets" / "unified-small")
 WORLD = ("benchmark", "world", "--sessions", "2", "--turns", "1,3")
 
-SHIPPED = Path(editr2.__file__).parent / "assets" / "unified-small"
-
 TURNS = (
     ("subject_add", "Add [lamp] on the [left] of [cup]", True, ["cup"], ["cup", "lamp"]),
     ("color_alter", "Change the color of [cup] to [red]", True, [], ["cup", "lamp"]),
@@ -98,8 +96,30 @@ def test_settings_that_no_image_depends_on_are_nobodys_matter(world, tmp_path, c
     assert files(out) == files(world)
     assert main([*WORLD, "--rollout.dynamics", "flow-sde", "--out", str(out)]) == 2
     assert "rollout.dynamics 'cps' then, 'flow-sde' now" in capsys.readouterr().err
+    assert main([*WORLD, "--samples", "2", "--stages", "report", "--out", str(out)]) == 2
+    assert "out has not all images of multipass, sample 2 yet" in capsys.readouterr().err
     assert main(["benchmark", "world", "--sessions", "1", "--out", str(out)]) == 2
     assert "another benchmark: sessions 4 sessions " in capsys.readouterr().err
+
+
+def test_other_weights_are_called_by_the_name_of_their_editor(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(world, out)
+    about = json.loads((out / "benchmark.json").read_text()) | {"editor": "runs/other"}
+    about["generated"]["settings"]["weights"] = "9 bytes 0123456789abcdef"
+    (out / "benchmark.json").write_text(json.dumps(about))
+    assert main([*WORLD, "--out", str(out)]) == 2
+    assert "another benchmark: editor runs/other then, unified now" in capsys.readouterr().err
+
+
+def test_another_judge_says_whose_scores_it_takes_the_place_of(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(world, out)
+    assert main([*WORLD, "--out", str(out)]) == 0
+    assert "judged anew" not in capsys.readouterr().err
+    assert main([*WORLD, "--reward.name", "brightness", "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "judged anew by brightness; the scores there were by world" in said
 
 
 def test_images_made_elsewhere_give_the_same_scores(world, tmp_path, capsys):

@@ -201,10 +201,15 @@ class Run:
         """Images of the configured editor: made, where they are not there yet."""
         c, saved = self.config, self.about.get("generated", {})
         wanted = [[way, sample] for way in c.passes for sample in range(1, c.samples + 1)]
-        if c.does("generate") and not all(one in saved.get("done", []) for one in wanted):
+        absent = [one for one in wanted if one not in saved.get("done", [])]
+        if absent and c.does("generate"):
             sessions = self._generate(wanted)
-        elif "settings" not in saved:  # none, or those of a folder that is not named now
-            raise ConfigError(f"--stages: {self.out} has no images yet (accepted: generate first)")
+        elif absent:
+            way, sample = absent[0]
+            part = f"{way}, sample {sample}" if c.samples > 1 else way
+            # Those of a folder that is not named now are none.
+            which = f"not all images of {part}" if "settings" in saved else "no images"
+            raise ConfigError(f"--stages: {self.out} has {which} yet (accepted: generate first)")
         else:
             sessions = self._sessions(size=_sizes(saved["size"]))
             self._settled(self._generated(sessions, saved["size"]))
@@ -297,6 +302,12 @@ class Run:
         }
         of = {k: v for k, v in self.about["generated"].items() if k not in ("done", "made")}
         digest = _digest([self.name, of, judged])
+        before = self.about.get(name)
+        if before is not None and before.get("reward") != judged["reward"]:
+            self.say(
+                f"note: {self.out / file}: judged anew by {judged['title']}; the scores there were "
+                f"by {before.get('title')}"
+            )
         self.about[name] = self._dated(judged, self.about.get(name))
         judge(
             self.out / file,
@@ -338,7 +349,8 @@ class Run:
             return said
         table = best_of.table(curves)
         best = [] if table is None else ["", *laid_out(table)]
-        return ["Against:", *text.lines(other), *best, "", *said]
+        title = other["judge"]["title"]
+        return [f"The second judge (--against), {title}:", *text.lines(other), *best, "", *said]
 
     def _best_of(self) -> list[best_of.Curve]:
         """Of several samples, what the one reward would choose and the other thinks of that."""
@@ -400,7 +412,10 @@ class Run:
                 if saved.get(key) != now[key]
             ]
         found = identity.differences(saved["settings"], now["settings"])
-        told = {"heldout": "sessions"}
+        told, was = {"heldout": "sessions"}, self.about.get("editor")
+        if "weights" in found and was != self.editor:
+            told["weights"] = "editor"  # by its name, of which a digest says less
+            found["weights"] = (str(was), str(self.editor))
         return [f"{told.get(key, key)} {old} then, {new} now" for key, (old, new) in found.items()]
 
     def _write(self) -> None:

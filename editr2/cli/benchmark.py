@@ -17,8 +17,10 @@ EXTRA: list[tuple[str, dict[str, Any]]] = [
     (
         "name",
         {
-            "help": "world, mice, edival, gedit, imgedit, or a set of sessions (a path); of "
-            "rewards: editscore-bench, tiger-bench, pairs, preferences (or the path of such a file)"
+            "help": "world (needs nothing), mice, edival, gedit, gedit-cn, imgedit, or a set of "
+            "sessions (a path, hf:owner/name:split), of which an editor is judged; or of which a "
+            "reward is: editscore-bench, tiger-bench, pairs, preferences, or the path of such a "
+            "file (docs/rewards.md)"
         },
     ),
 ]
@@ -38,7 +40,10 @@ def command(arguments: Arguments) -> int:
         BenchmarkConfig,
         "editr2 benchmark",
         "Edit the sessions of a benchmark with --policy, or take --images, judge them and report. "
-        "`--compare A B` compares the folders of two that are done.",
+        "`editr2 benchmark --compare A B` compares the folders of two that are done (`--compare "
+        "--help`). To begin with: `editr2 benchmark world --sessions 20`; docs/benchmarks.md has "
+        "the others. Of the settings below those of policy, sampler and judge count, none of "
+        "training.",
         arguments,
         EXTRA,
         named=True,
