@@ -17,9 +17,8 @@ from editr2.benchmarks import page
 from editr2.cli.main import main
 from editr2.run.lock import RunLock
 
+SHIPPED = str(Path(editr2.__file__).parent / "assets" / "unified-small")
 WORLD = ("benchmark", "world", "--sessions", "2", "--turns", "1,3")
-
-SHIPPED = Path(editr2.__file__).parent / "assets" / "unified-small"
 
 TURNS = (
     ("subject_add", "Add [lamp] on the [left] of [cup]", True, ["cup"], ["cup", "lamp"]),
@@ -141,6 +140,19 @@ def test_images_made_elsewhere_give_the_same_scores(world, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_second_judge_counts_of_the_same_images_alone(world, tmp_path, capsys):
+    given = shutil.copytree(world / "generations", tmp_path / "given")
+    words = [*WORLD, "--images", str(given), "--out", str(tmp_path / "out")]
+    second = ["--against.name", "brightness"]
+    file = given / "multipass" / "1-turns-0000-cm_input_raw_turn_1.png"
+    for more, there in ((second, True), ([], True), (None, False), (second, True)):
+        if more is None:
+            Image.new("RGB", Image.open(file).size).save(file)
+        assert main([*words, *(more or [])]) == 0
+        assert ("against" in summary(tmp_path / "out")) == there
+        assert ("is of other images" in capsys.readouterr().err) != there
+
+
 def test_two_are_compared(world, tmp_path, capsys):
     other, out = tmp_path / "other", tmp_path / "compared"
     steps = ("--rollout.steps", "2", "--passes", "multipass")
@@ -247,6 +259,13 @@ def mice_checkout(folder: Path) -> None:
     file = folder / "dataset" / "cm" / "test_metadata.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(line))
+
+
+def test_a_set_without_a_session_is_said(tmp_path, capsys):
+    (tmp_path / "basic_edit.json").write_text("{}")
+    words = ["imgedit", "--data", str(tmp_path), "--reward.name", "brightness"]
+    assert main(["benchmark", *words, "--out", str(tmp_path / "out")]) == 2
+    assert "no session (accepted: one or more)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from editr2.benchmarks.sets.world import WORLD, exact
 from editr2.benchmarks.table import Source
 from editr2.benchmarks.text import number
 from editr2.cli.main import main
-from editr2.errors import UserError
+from editr2.errors import DataError, UserError
 from editr2.report.charts import Dots, dot_chart
 from editr2.report.dots import Series, dots, with_interval
 from editr2.report.paired import Estimate
@@ -395,6 +395,25 @@ def test_of_few_sessions_nothing_is_said():
     assert with_interval(Estimate(0.5, 0.5, 0.5, 2), 2) == "0.50 [0.50, 0.50]"
     of = {"value": 0.5, "low": 0.5, "high": 0.5, "n": 1}
     assert number(of, 1.0) == "0.500 [one session]"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"per_session": []},
+        {"per_session": {"if": [[1.0]]}},
+        {"per_session": {"success": [1, 1], "reward": [1, 1], "if": [[1.0]]}},
+        {"per_session": {"success": [1], "reward": [1], "if": [5]}},
+    ],
+)
+def test_an_evaluation_that_is_none_is_said(given, tmp_path, monkeypatch, beside):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("one"), 0.25, beside=beside)
+    file = Path("one/metrics.jsonl")
+    *lines, last, torn = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines, json.dumps(json.loads(last) | given) + "\n", torn]))
+    with pytest.raises(DataError, match="metrics.jsonl: per_session of evaluation “after”: "):
+        compare(["one"], "out")
 
 
 def test_runs_are_compared_by_the_sessions_of_their_evaluations(tmp_path, monkeypatch, beside):

@@ -235,6 +235,15 @@ def test_the_headline_of_another_reward_is_of_its_scores():
     assert other["withheld"] == "this reward gives no such score"
 
 
+def test_why_a_number_is_withheld_is_of_its_own_score():
+    said = {f"s{n}": ["f"] for n in range(9)}
+    rows = rows_of(said) + [replace(r, reason="no, CC") for r in rows_of(said, metric="CC")]
+    rows = [*rows, *rows_of({"t": [1]}), *rows_of({"t": [1]}, metric="CC")]
+    of = summarise(rows, sessions_of({**said, "t": [1]}), benchmark(("CC@1", "IF@1")), {})
+    why = [one["withheld"].partition("often: ")[2] for one in of["headline"]["of"]]
+    assert why == ["no, CC", "failed, it says"]
+
+
 def test_a_judge_whose_scores_have_other_names_has_a_headline_of_its_own():
     said = {"a": [1, 0], "b": [1, 1]}
     for names, shown in (("O IF@last", ["O", "IF@last"]), ("O", ["IF@last"])):

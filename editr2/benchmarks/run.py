@@ -33,6 +33,7 @@ from editr2.benchmarks.layouts import (
     turn_file,
 )
 from editr2.benchmarks.rows import FILE_NAME, read_rows
+from editr2.benchmarks.saved import seen_in
 from editr2.benchmarks.settings import (
     BenchmarkConfig,
     benchmark_problems,
@@ -43,7 +44,7 @@ from editr2.benchmarks.settings import (
 from editr2.benchmarks.sized import sized
 from editr2.benchmarks.summary import IDENTITY
 from editr2.benchmarks.table import Benchmark, Source, find
-from editr2.errors import ConfigError, DataError
+from editr2.errors import ConfigError, DataError, shown
 from editr2.files import read_object, write_lines
 from editr2.judge import best_of
 from editr2.judge.text import laid_out
@@ -82,6 +83,8 @@ def run_benchmark(
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
+    if editor and config.images:
+        raise ConfigError(f"--policy: {shown(editor)} (accepted with --images: none)")
     out, processes = Path(config.out), open_processes()
     check_folder(out, IDENTITY)
     with RunLock(out) as lock:
@@ -152,7 +155,10 @@ class Run:
         )
         sessions = self.kind.read(source)
         limit = None if self.kind.makes_sessions else c.sessions
-        return sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
+        found = sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
+        if not found:
+            raise DataError(f"--data: {shown(source.path)}: no session (accepted: one or more)")
+        return found
 
     def _found(self) -> tuple[list[Session], dict[str, list[Images]]]:
         """Images that were made elsewhere."""
@@ -198,14 +204,12 @@ class Run:
         absent = [one for one in wanted if one not in saved.get("done", [])]
         if absent and c.does("generate"):
             sessions = self._generate(wanted)
-        elif "settings" not in saved:  # none, or those of a folder that is not named now
-            raise ConfigError(f"--stages: {self.out} has no images yet (accepted: generate first)")
         elif absent:
             way, sample = absent[0]
             part = f"{way}, sample {sample}" if c.samples > 1 else way
-            raise ConfigError(
-                f"--stages: {self.out} has not all images of {part} yet (accepted: generate first)"
-            )
+            # Those of a folder that is not named now are none.
+            which = f"not all images of {part}" if "settings" in saved else "no images"
+            raise ConfigError(f"--stages: {self.out} has {which} yet (accepted: generate first)")
         else:
             sessions = self._sessions(size=_sizes(saved["size"]))
             self._settled(self._generated(sessions, saved["size"]))
@@ -325,7 +329,10 @@ class Run:
             return [f"images: {generations(self.out)}"] if not self.config.images else []
         found = self._summary(FILE_NAME, sessions, "judged")
         other, curves = None, list[best_of.Curve]()
-        if (self.out / AGAINST_FILE).is_file() and "against" in self.about:
+        there = (self.out / AGAINST_FILE).is_file() and "against" in self.about
+        if there and seen_in(self.out / AGAINST_FILE) != seen_in(self.out / FILE_NAME):
+            self.say(f"note: {AGAINST_FILE} is of other images, so it is left out")
+        elif there:
             other = found["against"] = self._summary(AGAINST_FILE, sessions, "against")
             curves = self._best_of()
             found["best_of"] = best_of.written(curves)

@@ -17,6 +17,7 @@ from editr2.benchmarks.parts import Parts, writing
 from editr2.benchmarks.rows import Row, read_rows, row_of, write_rows
 from editr2.errors import DataError
 from editr2.files import write_lines
+from editr2.sessions.records import parse_object
 
 _SESSION, _SEEN, _ROWS = "session", "seen", "rows"
 
@@ -40,7 +41,7 @@ class Saved:
 
     def __init__(self, file: Path, digest: str) -> None:
         self.file, self._parts = file, Parts(file, digest)
-        self._of = file.with_name(f"{file.stem}.of.json")
+        self.of = file.with_name(f"{file.stem}.of.json")
 
     def known(self) -> dict[str, Judged]:
         """By the session's id; of one that was judged twice, what failed less."""
@@ -53,7 +54,7 @@ class Saved:
     @property
     def whole(self) -> bool:
         """Whether `file` has everything that is known."""
-        headed = self._parts.headed(self._of) is not None
+        headed = self._parts.headed(self.of) is not None
         return not self._parts.files and headed and self.file.is_file()
 
     def begin(self, known: Mapping[str, Judged]) -> None:
@@ -69,10 +70,10 @@ class Saved:
         all have appended."""
         known = self.known()
         with writing(self.file):
-            self._of.unlink(missing_ok=True)
+            self.of.unlink(missing_ok=True)
             write_rows(self.file, (row for name in names for row in known[name].rows))
             seen = {name: known[name].seen for name in names}
-            write_lines(self._of, [self._parts.head(**{_SEEN: seen})])
+            write_lines(self.of, [self._parts.head(**{_SEEN: seen})])
         self._parts.drop()
 
     def appended(self) -> tuple[int, int]:
@@ -85,7 +86,7 @@ class Saved:
 
     def _whole(self) -> dict[str, Judged]:
         """Of `file`, where it is of this digest."""
-        head = self._parts.headed(self._of)
+        head = self._parts.headed(self.of)
         if head is None or not self.file.is_file():
             return {}
         rows: dict[str, list[Row]] = {}
@@ -107,3 +108,12 @@ class Saved:
 def _record(name: str, judged: Judged) -> dict[str, Any]:
     rows = [row.written() for row in judged.rows]
     return {_SESSION: name, _SEEN: judged.seen, _ROWS: rows}
+
+
+def seen_in(file: Path) -> Any:
+    """What the images of every session were when `file`, scores that are whole, was judged; None
+    where nothing says so."""
+    try:
+        return parse_object(Saved(file, "").of.read_bytes()).get(_SEEN)
+    except (OSError, DataError):
+        return None

@@ -16,7 +16,7 @@ from editr2.benchmarks.strips import Strip, read_strips
 from editr2.benchmarks.summary import FILE_NAME as SUMMARY
 from editr2.benchmarks.summary import IDENTITY
 from editr2.benchmarks.table import find
-from editr2.errors import ConfigError, shown
+from editr2.errors import ConfigError, DataError, shown
 from editr2.files import read_object
 from editr2.report.data import PASS_NAMES, RecordedRun, load_run, number
 from editr2.report.data import Strip as RunStrip
@@ -194,6 +194,13 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
     weights = _mapping(run.start.get("rewards"))
     sessions = depends.get("heldout") or f"{chosen.get('sessions')} sessions, not on record"
     told = {"evaluation": f"{wanted}, iteration {chosen.get('iteration')}", **judges}
+    try:
+        scored = list(_rows(chosen, list(weights)))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{folder / METRICS}: per_session of evaluation “{wanted}”: {error!r} (accepted: as a "
+            f"run writes it)"
+        ) from error
     return Side(
         name=name,
         about=[(str(key), str(value)) for key, value in told.items()],
@@ -204,7 +211,7 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
             **{f"judge, {key}": _content(value) for key, value in judges.items()},
         },
         settings={**run.config, **({"evaluation": evaluation} if evaluation else {})},
-        rows=list(_rows(chosen, list(weights))),
+        rows=scored,
         measures="turns",
         headline=("success@last", "reward@last", "GA@last", "IF@last", "CC@last"),
         made_of={"reward": {key: weights[key] for key in sorted(weights)}},

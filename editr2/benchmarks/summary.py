@@ -272,7 +272,8 @@ def _withheld(measure: Measure, rows: Sequence[Row]) -> str | None:
         return None
     counts = ((measure.counts["failed"], "failed"), (measure.counts["missing"], "are missing"))
     said = " and ".join(f"{count} {verb}" for count, verb in counts if count)
-    reasons = Counter(row.reason for row in rows if row.state == "failed" and row.reason)
+    own = [row for row in rows if row.metric == measure.name] or rows  # some rest on several
+    reasons = Counter(row.reason for row in own if row.state == "failed" and row.reason)
     most = f"; most often: {cut(reasons.most_common(1)[0][0])}" if reasons else ""
     return (
         f"of {expected} {said} ({unknown / expected:.1%}, a headline may miss "
