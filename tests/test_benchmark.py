@@ -136,6 +136,7 @@ def test_two_are_compared(world, tmp_path, capsys):
         (["nothing"], "benchmark: 'nothing' (accepted: world, mice"),
         (["edival"], "--data: none"),
         (["world", "--passes", "twice"], "passes: "),
+        (["world", "--sources", "{tmp}"], "--sources: "),
         (["world", "--passes", "exact,exact"], "passes: "),
         (["world", "--turns", "0"], "turns[0]: 0"),
         (["world", "--stages", "judge"], "has no images yet"),

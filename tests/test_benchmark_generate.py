@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -317,6 +318,10 @@ def test_names_of_files():
     assert list(names) == list(NAMES)
     assert all(re.fullmatch(NAMES[name], file) for name, file in names.items()), names
     assert len({file.lower() for file in names.values()}) == len(NAMES)
+    # An id that is what another one's file is called.
+    more = [replace(sessions[0], id="a/b")]
+    more.append(replace(sessions[0], id=file_names(more)["a/b"]))
+    assert len(set(file_names(more).values())) == 2
 
 
 def pixels(seed, height=6, width=8):
