@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,13 +87,13 @@ def test_the_layout_of_edival_round_trips(tmp_path, tiny_unified):
         source = np.asarray(Image.open(folder / way / "64_input_raw.png"))
         assert np.array_equal(source, sessions[1].image)
 
-    # What is read back is what the editor made, its seeds by the session's place in the set.
+    # What is read back is what the editor made, its seeds by the session's id.
     images = find_images(folder, sessions, "multipass", ["outputs", "edival"])
     assert images.layout == "edival" and not images.missing
     assert find_images(tmp_path, sessions, "multipass", ["edival"]).found == images.found
     seeds = Seeds(derive_seed(CONFIG.seed, "sample", 1), "benchmark")
     sampler = eval_sampler(CONFIG.rollout, CONFIG.eval, own_schedule(policy))
-    for chunk in chunks(sessions, range(5), 1, 4):
+    for chunk in chunks(sessions, [derive_seed(one.id) for one in sessions], 1, 4):
         rollout_chunk(policy, chunk, sampler, seeds, CONFIG.policy, greedy=True)
         for i, session in enumerate(chunk.sessions):
             read = np.stack([images.read(session, t) for t in range(3)])
@@ -315,6 +316,10 @@ def test_names_of_files():
     assert list(names) == list(NAMES)
     assert all(re.fullmatch(NAMES[name], file) for name, file in names.items()), names
     assert len({file.lower() for file in names.values()}) == len(NAMES)
+    # An id that is what another one's file is called.
+    more = [replace(sessions[0], id="a/b")]
+    more.append(replace(sessions[0], id=file_names(more)["a/b"]))
+    assert len(set(file_names(more).values())) == 2
 
 
 def pixels(seed, height=6, width=8):

@@ -48,8 +48,8 @@ def generate(
     """Writes the images of a pass that are not there yet into `generations(folder, sample)`.
 
     policy, sampler: as for `rollout_chunk`; intents are greedy. sessions: all of the benchmark,
-    with images of the policy's sizes; a session's noise follows from `config.seed`, its place among
-    them and `sample`, and is the same in every pass. way: of `PASSES`. exact: for the pass that
+    with images of the policy's sizes; a session's noise follows from `config.seed`, its id and
+    `sample`: it is the same in every pass, and in a part of the set. way: of `PASSES`. exact: for the pass that
     reads it. Returns when all processes are through.
 
     Raises ConfigError where the pass needs what is not given, and DataError for instructions that
@@ -67,7 +67,7 @@ def generate(
     plan = list(
         chunks(
             [each.session for _, each in edited],
-            [o for o, _ in edited],
+            [derive_seed(sessions[o].id) for o, _ in edited],
             1,
             4 * config.rollout.groups_per_batch,
         )
