@@ -124,7 +124,7 @@ def test_a_single_pass_edits_the_source_by_all_instructions(tmp_path, tiny_unifi
         dataclasses.replace(session, turns=(Turn(". ".join(told[: t + 1])),)) for t in range(3)
     ]
     sampler = eval_sampler(CONFIG.rollout, CONFIG.eval, own_schedule(tiny_unified))
-    (chunk,) = chunks(joined, [0, 0, 0], 1, 4)
+    (chunk,) = chunks(joined, [derive_seed(session.id)] * 3, 1, 4)
     seeds = Seeds(derive_seed(CONFIG.seed, "sample", 1), "benchmark")
     rollout_chunk(tiny_unified, chunk, sampler, seeds, CONFIG.policy, greedy=True)
     made = [images.read(session, t) for t in range(3)]

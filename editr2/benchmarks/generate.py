@@ -49,8 +49,8 @@ def generate(
 
     policy, sampler: as for `rollout_chunk`; intents are greedy. sessions: all of the benchmark,
     with images of the policy's sizes; a session's noise follows from `config.seed`, its id and
-    `sample`: it is the same in every pass, and in a part of the set. way: of `PASSES`. exact: for the pass that
-    reads it. Returns when all processes are through.
+    `sample`: it is the same in every pass, and in a part of the set. way: of `PASSES`. exact: for
+    the pass that reads it. Returns when all processes are through.
 
     Raises ConfigError where the pass needs what is not given, and DataError for instructions that
     the policy cannot read.

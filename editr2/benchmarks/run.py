@@ -83,8 +83,6 @@ def run_benchmark(
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
-    if editor and config.images:
-        raise ConfigError(f"--policy: {shown(editor)} (accepted with --images: none)")
     out, processes = Path(config.out), open_processes()
     check_folder(out, IDENTITY)
     with RunLock(out) as lock:

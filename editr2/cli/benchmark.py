@@ -47,9 +47,7 @@ def command(arguments: Arguments) -> int:
         arguments,
         EXTRA,
         named=True,
-        own=(
-            "eval.sampler",
-        ),  # by an ODE, as editors are used, also where a run evaluated otherwise
+        own=("eval.sampler",),  # by an ODE, as editors are used, whatever a run evaluated by
     )
     from editr2.benchmarks.rewards import pair_set_of
     from editr2.errors import ConfigError
