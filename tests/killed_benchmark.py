@@ -1,11 +1,10 @@
-"""The first stage of a benchmark, killed: shared by test_benchmark_generate.py and, under torchrun,
-by itself.
+"""The first stage of a benchmark, killed: shared by test_benchmark_generate.py and run by it.
 
-torchrun --nproc_per_node 2 tests/killed_benchmark.py FOLDER
+python tests/killed_benchmark.py FOLDER
 
 leaves FOLDER/killed as one process that got a SIGKILL between an image and its name left it;
-FOLDER/two, where both processes went on with that; and in FOLDER/done.RANK.json the sessions that
-each of them edited.
+FOLDER/two, where two processes went on with that; and in FOLDER/done.RANK.json the sessions that
+each of them edited. All three are forks of this one: what takes long is importing torch.
 """
 
 from __future__ import annotations
@@ -14,7 +13,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -78,17 +81,42 @@ def _die(number: int) -> None:
     sys.addaudithook(hook)
 
 
+def _forked(work: Callable[[], object]) -> int:
+    """The process that does it, with the exit status 0 if it does."""
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def _killed(out: Path) -> None:
+    _die(AT)
+    make(out / "killed")
+
+
+def _one_of_two(out: Path, rank: int, port: int) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(number) for name, number in ranks.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    (out / f"done.{rank}.json").write_text(json.dumps(make(out / "two")))
+
+
+def _status(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    out, rank = Path(sys.argv[1]), os.environ["RANK"]
-    if rank == "0":
-        pid = os.fork()
-        if not pid:  # alone
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
-                os.environ.pop(name)
-            _die(AT)
-            make(out / "killed")
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        shutil.copytree(out / "killed", out / "two")
-    (out / f"done.{rank}.json").write_text(json.dumps(make(out / "two")))
+    out = Path(sys.argv[1])
+    assert _status(_forked(lambda: _killed(out))) == -signal.SIGKILL
+    shutil.copytree(out / "killed", out / "two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [_forked(partial(_one_of_two, out, rank, port)) for rank in (0, 1)]
+    assert [*map(_status, both)] == [0, 0]

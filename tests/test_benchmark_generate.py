@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,6 @@ from editr2.benchmarks.sets.world import WORLD
 from editr2.benchmarks.table import Source
 from editr2.config import Config, replace_nested
 from editr2.errors import ConfigError, DataError
-from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.seeds import derive_seed
@@ -74,8 +74,8 @@ def collected(folder, turns, way):
     return sorted(int(name) for name in names if all(name + end in there for end in wanted))
 
 
-def test_the_layout_of_edival_round_trips(tmp_path):
-    policy, sessions = UnifiedPolicy.load(), some_sessions(3, count=5)
+def test_the_layout_of_edival_round_trips(tmp_path, tiny_unified):
+    policy, sessions = tiny_unified, some_sessions(3, count=5)
     for way in ("multipass", "exact"):
         make(tmp_path, policy, sessions, way, exact=WORLD.exact)
     folder = generations(tmp_path)
@@ -87,13 +87,13 @@ def test_the_layout_of_edival_round_trips(tmp_path):
         source = np.asarray(Image.open(folder / way / "64_input_raw.png"))
         assert np.array_equal(source, sessions[1].image)
 
-    # What is read back is what the editor made, its seeds by the session's place in the set.
+    # What is read back is what the editor made, its seeds by the session's id.
     images = find_images(folder, sessions, "multipass", ["outputs", "edival"])
     assert images.layout == "edival" and not images.missing
     assert find_images(tmp_path, sessions, "multipass", ["edival"]).found == images.found
     seeds = Seeds(derive_seed(CONFIG.seed, "sample", 1), "benchmark")
     sampler = eval_sampler(CONFIG.rollout, CONFIG.eval, own_schedule(policy))
-    for chunk in chunks(sessions, range(5), 1, 4):
+    for chunk in chunks(sessions, [derive_seed(one.id) for one in sessions], 1, 4):
         rollout_chunk(policy, chunk, sampler, seeds, CONFIG.policy, greedy=True)
         for i, session in enumerate(chunk.sessions):
             read = np.stack([images.read(session, t) for t in range(3)])
@@ -124,7 +124,7 @@ def test_a_single_pass_edits_the_source_by_all_instructions(tmp_path, tiny_unifi
         dataclasses.replace(session, turns=(Turn(". ".join(told[: t + 1])),)) for t in range(3)
     ]
     sampler = eval_sampler(CONFIG.rollout, CONFIG.eval, own_schedule(tiny_unified))
-    (chunk,) = chunks(joined, [0, 0, 0], 1, 4)
+    (chunk,) = chunks(joined, [derive_seed(session.id)] * 3, 1, 4)
     seeds = Seeds(derive_seed(CONFIG.seed, "sample", 1), "benchmark")
     rollout_chunk(tiny_unified, chunk, sampler, seeds, CONFIG.policy, greedy=True)
     made = [images.read(session, t) for t in range(3)]
@@ -243,9 +243,8 @@ def test_sessions_of_several_sizes_and_lengths(tmp_path, monkeypatch):
 def test_a_kill_resumes_to_the_same_bytes(tmp_path, beside):
     """On one process and on two; the processes share what is left."""
     stages = beside("killed_benchmark")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "tests" / "killed_benchmark.py"), str(tmp_path)],
+        [sys.executable, str(ROOT / "tests" / "killed_benchmark.py"), str(tmp_path)],
         check=True,
         cwd=ROOT,
         timeout=120,
@@ -317,6 +316,10 @@ def test_names_of_files():
     assert list(names) == list(NAMES)
     assert all(re.fullmatch(NAMES[name], file) for name, file in names.items()), names
     assert len({file.lower() for file in names.values()}) == len(NAMES)
+    # An id that is what another one's file is called.
+    more = [replace(sessions[0], id="a/b")]
+    more.append(replace(sessions[0], id=file_names(more)["a/b"]))
+    assert len(set(file_names(more).values())) == 2
 
 
 def pixels(seed, height=6, width=8):
@@ -435,6 +438,13 @@ def test_what_is_wrong_with_a_folder_is_said_by_name(tmp_path, change, way, mess
     change(folder)
     with pytest.raises(DataError, match=message):
         find_images(folder, TWO, way, WORLD.layouts)
+
+
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    (tmp_path / "multipass").mkdir()
+    os.mkfifo(tmp_path / "multipass" / "k1_input_raw_turn_1.png")
+    with pytest.raises(DataError, match=r"turn_1\.png: .*not a file"):
+        find_images(tmp_path, TWO, "multipass", ["edival"])
 
 
 def test_several_models_are_none(tmp_path):

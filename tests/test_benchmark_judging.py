@@ -361,7 +361,9 @@ def test_a_kill_at_any_file_operation_loses_nothing(whole_run, tmp_path):
     expected = [line for line in whole_run[0].splitlines() if line < b'{"image": "s4']
     events = ("open", "os.rename", "os.remove")
     sessions = many()[:4]
-    run(tmp_path / "first", sessions, Scripted(fails=lambda name, turn: (name, turn) == ("s2", 1)))
+    seen = {"multipass": [Folder(tmp_path / "images", sessions)]}
+    failing = Scripted(fails=lambda name, turn: (name, turn) == ("s2", 1))
+    run(tmp_path / "first", sessions, failing, images=seen)
     for n in range(1, 100):
         out = tmp_path / str(n)
         shutil.copytree(tmp_path / "first", out)
@@ -376,10 +378,10 @@ def test_a_kill_at_any_file_operation_loses_nothing(whole_run, tmp_path):
                         os.kill(os.getpid(), signal.SIGKILL)
 
             sys.addaudithook(hook)
-            run(out, sessions, Scripted(out / "log"), processes)
+            run(out, sessions, Scripted(out / "log"), processes, images=seen)
 
         died = children(1, dying) != [0]
-        run(out, sessions, Scripted(out / "log"))
+        run(out, sessions, Scripted(out / "log"), images=seen)
         assert content(out).splitlines() == expected
         assert set(asked(out / "log")) == {"s2 1"}
         if not died:
@@ -412,6 +414,15 @@ def test_scores_that_were_there_stay_without_the_record_too(tmp_path):
         path.unlink()
     two = run(out, many(), Scripted(seeded=False))
     assert {(b.image, b.turn) for a, b in zip(one, two, strict=True) if a != b} == {("s2", 2)}
+
+
+def test_a_disk_that_has_room_for_half_a_session_is_full(tmp_path, monkeypatch):
+    def half(file: int, said: bytes, write: Any = os.write) -> int:
+        return write(file, said[:9] if b'"session"' in said[:20] else said)
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(UserError, match=r"scores\.jsonl: No space left on device"):
+        run(tmp_path / "out", many(), Scripted())
 
 
 def test_of_another_digest_everything_begins_anew(whole_run, tmp_path):
@@ -458,9 +469,9 @@ def test_a_judge_that_is_down_stops_the_stage_and_loses_nothing(down, concurrenc
     assert "nobody is there" in str(caught.value) and "\n" not in str(caught.value)
     at_once = (concurrency or 0) + FIRST
     assert sum(asked(log).values()) <= down - 1 + FIRST + at_once + 1
-    log.unlink()
-    rows = run(out, sessions, Scripted(log))
-    assert sum(asked(log).values()) == 60 - (down - 1) and len(rows) == 60 * 4
+    again = tmp_path / "again"  # calls of the first may still be on their way to its log
+    rows = run(out, sessions, Scripted(again))
+    assert sum(asked(again).values()) == 60 - (down - 1) and len(rows) == 60 * 4
     run(tmp_path / "straight", sessions, Scripted())
     assert content(out) == content(tmp_path / "straight")
 

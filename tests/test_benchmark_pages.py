@@ -12,14 +12,18 @@ import pytest
 from PIL import Image
 
 from editr2.benchmarks import page, strips, summary
+from editr2.benchmarks.against import verdict
 from editr2.benchmarks.compare import compare
 from editr2.benchmarks.layouts import Images, file_names, source_file, turn_file
 from editr2.benchmarks.rows import Row, read_rows, write_rows
 from editr2.benchmarks.sets.world import WORLD, exact
 from editr2.benchmarks.table import Source
+from editr2.benchmarks.text import number
 from editr2.cli.main import main
-from editr2.errors import UserError
+from editr2.errors import DataError, UserError
 from editr2.report.charts import Dots, dot_chart
+from editr2.report.dots import Series, dots, with_interval
+from editr2.report.paired import Estimate
 from editr2.sessions import Session, Turn
 
 EVIL = '<script>alert("x")</script> & | $x_1$'
@@ -72,12 +76,13 @@ def write_folder(folder, seed, count=SESSIONS, ways=("multipass", "exact"), obje
             files[session.id] = tuple(paths)
         images[way] = Images(way, "edival", root, files)
     write_rows(folder / "scores.jsonl", rows)
+    settings = {"seed": 0, "eval.steps": 4 if seed == "a" else 8}
+    made = {"versions": {"editr2": "9.9"}, "date": "2026-11-28T10:00:00", "device": "cpu"}
     about = {
         "benchmark": "world",
         "editor": f"editor {seed}",
-        "generated": {"settings": {"seed": 0, "eval.steps": 4 if seed == "a" else 8}},
+        "generated": {"settings": settings, "made": made},
         "judged": {"title": "world", "facts": {"judge": "qwen", "prompts": "ours (0123456789ab)"}},
-        "made": {"versions": {"editr2": "9.9"}, "date": "2026-11-28T10:00:00", "device": "cpu"},
     }
     (folder / "benchmark.json").write_text(json.dumps(about))
     summary.write(folder / "summary.json", summary.summarise(rows, found, WORLD, about))
@@ -323,6 +328,22 @@ def test_what_cannot_be_compared_is_refused_in_one_line(folders, capsys, change,
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("b/summary.json", "judge", "reward", "another"),
+        put("b/summary.json", "passes", "multipass", "counts", "IF", "failed", 9),
+        lambda: Path("b/summary.json").write_text("{}"),
+    ],
+)
+def test_a_report_of_other_scores_says_nothing_of_these(folders, change):
+    change()
+    assert any(
+        line.startswith("The report of b is of other") for line in compare(["a", "b"], "out")
+    )
+    assert "b (multipass)" not in Path("out/compare.md").read_text()
+
+
 def test_prompts_of_another_place_are_the_same_prompts(folders):
     put("b/benchmark.json", "judged", "facts", FACTS | {"prompts": "theirs (0123456789ab)"})()
     assert compare(["a", "b"], "out")
@@ -354,6 +375,45 @@ def write_run(folder, gain, weights=None, heldout="2 sessions abc", beside=None)
     (folder / "config.yaml").write_text(f"train:\n  iterations: {8 * gain}\n")
     for name, change in (("before", 0.0), ("after", gain)):
         report.write_strips(folder, name, [change, 0.0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_an_axis_does_not_leave_the_scale(scale):
+    """Of EdiVal's per cent as of scores in [0, 1]."""
+    best = {"1": Estimate(scale, scale, scale, 9)}
+    (chart,) = dots([("success", [Series("multipass", best, 0)])], ["1"], "turn", scale=scale)
+    ticks = [float(text) for text in re.findall(r">([0-9.]+)</text>", chart.svg)]
+    assert scale in ticks and max(ticks) == scale
+
+
+def test_of_few_sessions_nothing_is_said():
+    """Not of one, whose interval is a point, nor of five, which chance lets go the same way."""
+    verdicts = [verdict(Estimate(0.5, 0.25, 0.75, count)) for count in (1, 5, 6)]
+    assert verdicts == ["too few sessions to tell", "too few sessions to tell", "higher"]
+    assert verdict(Estimate(0.5, -0.25, 0.75, 1)) == "no difference shown"
+    assert with_interval(Estimate(0.5, 0.5, 0.5, 1), 2) == "0.50 [one session]"
+    assert with_interval(Estimate(0.5, 0.5, 0.5, 2), 2) == "0.50 [0.50, 0.50]"
+    of = {"value": 0.5, "low": 0.5, "high": 0.5, "n": 1}
+    assert number(of, 1.0) == "0.500 [one session]"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"per_session": []},
+        {"per_session": {"if": [[1.0]]}},
+        {"per_session": {"success": [1, 1], "reward": [1, 1], "if": [[1.0]]}},
+        {"per_session": {"success": [1], "reward": [1], "if": [5]}},
+    ],
+)
+def test_an_evaluation_that_is_none_is_said(given, tmp_path, monkeypatch, beside):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("one"), 0.25, beside=beside)
+    file = Path("one/metrics.jsonl")
+    *lines, last, torn = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines, json.dumps(json.loads(last) | given) + "\n", torn]))
+    with pytest.raises(DataError, match="metrics.jsonl: per_session of evaluation “after”: "):
+        compare(["one"], "out")
 
 
 def test_runs_are_compared_by_the_sessions_of_their_evaluations(tmp_path, monkeypatch, beside):

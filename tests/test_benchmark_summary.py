@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from editr2.benchmarks import tables as papers
+from editr2.benchmarks import paper
 from editr2.benchmarks.measures import measures
-from editr2.benchmarks.rows import Row
+from editr2.benchmarks.rows import Row, read_rows
 from editr2.benchmarks.summary import references, summarise, write
 from editr2.benchmarks.table import Benchmark, Reference
-from editr2.benchmarks.text import lines
+from editr2.benchmarks.text import legend, lines
+from editr2.errors import DataError
 from editr2.report.intervals import interval
 from editr2.report.paired import difference, estimate, mean
 from editr2.sessions import Session, Turn
@@ -220,6 +221,85 @@ def test_no_headline_where_too_much_is_unknown(given, why):
         assert "3 of 100 images are missing: s0, turn 1; s1, turn 1; s2, turn 1" in text
 
 
+def test_the_headline_of_another_reward_is_of_its_scores():
+    """As of `--against` and `--reward.name`: its names are not those that the benchmark knows."""
+    said = {f"s{n}": [1, 0] for n in range(4)}
+    rows = [replace(row, metric="warmth") for row in rows_of(said)]
+    (of,) = summarise(rows, sessions_of(said), benchmark(("IF@last",)), {})["headline"]["of"]
+    assert (of["key"], of["value"], of["withheld"]) == ("warmth@last", 0.0, None)
+    known, other = summarise(rows_of(said), sessions_of(said), benchmark(("IF@last", "GA@2")), {})[
+        "headline"
+    ]["of"]
+    assert (known["value"], known["withheld"]) == (0.0, None)
+    assert (other["label"], other["value"]) == ("GA, turn 2", None)
+    assert other["withheld"] == "this reward gives no such score"
+
+
+def test_why_a_number_is_withheld_is_of_its_own_score():
+    said = {f"s{n}": ["f"] for n in range(9)}
+    rows = rows_of(said) + [replace(r, reason="no, CC") for r in rows_of(said, metric="CC")]
+    rows = [*rows, *rows_of({"t": [1]}), *rows_of({"t": [1]}, metric="CC")]
+    of = summarise(rows, sessions_of({**said, "t": [1]}), benchmark(("CC@1", "IF@1")), {})
+    why = [one["withheld"].partition("often: ")[2] for one in of["headline"]["of"]]
+    assert why == ["no, CC", "failed, it says"]
+
+
+def test_a_judge_whose_scores_have_other_names_has_a_headline_of_its_own():
+    said = {"a": [1, 0], "b": [1, 1]}
+    for names, shown in (("O IF@last", ["O", "IF@last"]), ("O", ["IF@last"])):
+        bench = benchmark(names.split())
+        of = summarise(rows_of(said), sessions_of(said), bench, {})["headline"]["of"]
+        assert [one["key"] for one in of] == shown and of[-1]["value"] == 0.5
+
+
+ROW = {"image": "a", "pass": "multipass", "turn": 2, "metric": "IF", "state": "judged", "turns": 3}
+NO_ROWS = [
+    ({"turn": 0}, "1: asked 0, turn 0, turns 3, sample 1"),
+    ({"asked": 3}, "1: asked 3, turn 2, turns 3, sample 1"),
+    ({"turns": 1}, "1: asked 2, turn 2, turns 1, sample 1"),
+    ({"sample": 0}, "1: asked 2, turn 2, turns 3, sample 0"),
+    ({"sample": True}, "1: sample: True"),
+    ({"asked": "2"}, "1: asked: '2'"),
+    ({"reason": ["x"]}, "1: reason: ['x']"),
+    ({"task": 5}, "1: task: 5"),
+    ({"value": 2}, "1: value: 2"),
+    ({}, "2: IF of 'a', multipass, turn 2, again"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), NO_ROWS)
+def test_lines_that_are_no_rows_are_named(change, said, tmp_path):
+    file = tmp_path / "scores.jsonl"
+    file.write_text(2 * (json.dumps(ROW | {"value": 1} | change) + "\n"))
+    with pytest.raises(DataError) as caught:
+        read_rows(file)
+    assert str(caught.value).startswith(f"{file}:{said}")
+
+
+def test_a_table_of_two_says_how_many_sessions_each_has_and_the_wider_side():
+    """Nine of ten are 1: the interval goes further down than up."""
+    of = []
+    for count in (10, 12):
+        said = {f"s{n}": [0 if n == 0 else 1] for n in range(count)}
+        of.append(summarise(rows_of(said), sessions_of(said), benchmark(), {}))
+    table = paper.paper_table(of)
+    assert table.title.endswith(", 10 and 12 sessions of 1 turn")
+    one = of[0]["passes"]["multipass"]["measures"]["IF@1"]
+    down, up = one["value"] - one["low"], one["high"] - one["value"]
+    assert down > up and f"at most {down:.3f} to either side" in " ".join(table.notes)
+    assert paper.paper_table(of[:1]).title.endswith(", 10 sessions of 1 turn")
+
+
+def test_what_scores_of_the_field_are_called_is_said():
+    said = {"s0": [1], "s1": [0]}
+    rows = [*rows_of(said), *rows_of(said, metric="GA"), *rows_of(said, metric="warmth")]
+    told = legend(summarise(rows, sessions_of(said), benchmark(), {}))
+    assert told.startswith("IF: instruction following") and "GA: global awareness" in told
+    assert "CC" not in told and "warmth" not in told
+    told = legend(summarise(rows, sessions_of(said), benchmark(scale=100.0), {}))
+    assert told.startswith("scores are out of 100; IF: ")
+
+
 def test_exposure_is_of_the_sessions_that_both_passes_have():
     chain = {"a": [1, 0], "b": [1, "m"], "c": [1, 1], "d": [1]}
     exact = {"a": [1, 1], "b": [1, 0], "c": [1, 1], "d": [0]}
@@ -253,25 +333,25 @@ def test_figures_of_others_only_beside_what_was_judged_alike(given, why):
     said = {"a": [1], "b": [0]}
     about = {"judged": {"facts": FACTS | given}, "editor": "mine_50%"}
     summary = summarise(rows_of(said), sessions_of(said), bench, about)
-    text, table = "\n".join(lines(summary)), papers.paper_table([summary])
-    for written in (text, papers.markdown(table), papers.latex(table)):
+    text, table = "\n".join(lines(summary)), paper.paper_table([summary])
+    for written in (text, paper.markdown(table), paper.latex(table)):
         assert ("Other" in written and "0.25" in written) == (why is None)
-    assert r"mine\_50\% & 0.500" in papers.latex(table)
+    assert r"mine\_50\% & 0.500" in paper.latex(table)
 
 
 def test_a_table_for_a_paper():
     """A number of which too much is unknown is a dash; what is bold is said by the caller."""
     said = {"a": [1, 1], "b": [0, "f"]}
     summary = summarise(rows_of(said), sessions_of(said), benchmark(), {"editor": "x|y"})
-    table = papers.paper_table([summary, summary], ["one", "x|y"], bold={(1, "IF@1")})
-    assert papers.markdown(table).splitlines()[2:6] == [
+    table = paper.paper_table([summary, summary], ["one", "x|y"], bold={(1, "IF@1")})
+    assert paper.markdown(table).splitlines()[2:6] == [
         "|  | IF T1 | IF T2 |",
         "| :-- | --: | --: |",
         "| one | 0.500 | – |",
         r"| x\|y | **0.500** | – |",
     ]
-    assert r" & \multicolumn{2}{c}{IF} \\" in papers.latex(table)
-    assert r"x|y & \textbf{0.500} & -- \\" in papers.latex(table)
+    assert r" & \multicolumn{2}{c}{IF} \\" in paper.latex(table)
+    assert r"x|y & \textbf{0.500} & -- \\" in paper.latex(table)
 
 
 ODD = {
@@ -297,8 +377,8 @@ def test_whatever_there_is_can_be_written(case, kind, tmp_path):
     assert "NaN" not in text and json.loads(text) == summary
     printed = lines(summary, ["a file"])
     assert max(map(len, printed)) <= 100 and printed[-1] == "wrote a file"
-    table = papers.paper_table([summary])
-    written = papers.write(tmp_path, table)
+    table = paper.paper_table([summary])
+    written = paper.write(tmp_path, table)
     assert [file.name for file in written] == ["table.md", "table.tex"]
     if case == "several lengths" and kind == "turns":
         found = summary["passes"]["multipass"]["measures"]

@@ -1142,6 +1142,15 @@ def test_points_that_cannot_be_read_are_none(asked, says, why, released):
     assert row["PQ"].failed and row["O"].failed and why in row["O"].reason
 
 
+@pytest.mark.parametrize("given", ["SC,PQ", ["SC", "PQ"]])
+def test_scores_are_named_as_a_flag_or_a_file_has_them(given):
+    """`--reward.options.scores SC,PQ` comes as one text: whose option it is was not known then."""
+    options = {"url": "http://127.0.0.1:9/v1", "scores": given}
+    assert load_reward(RewardConfig(name="viescore", options=options)).names == ("SC", "PQ")
+    with pytest.raises(ConfigError, match="reward.options.scores: a list of 2 .accepted: a list"):
+        load_reward(RewardConfig(name="viescore", options=options | {"scores": "SC,QP"}))
+
+
 def test_several_passes(asked):
     """O is the mean over all pairs of a pass of each; as released, over the k-th with the k-th."""
 

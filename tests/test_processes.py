@@ -16,12 +16,7 @@ ROOT = Path(__file__).parent.parent
 def launch(processes: int, out: Path) -> dict:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     subprocess.run(
-        [
-            sys.executable,
-            *(torchrun if processes > 1 else []),
-            str(ROOT / "tests" / "two_processes.py"),
-            str(out),
-        ],
+        [sys.executable, *torchrun, str(ROOT / "tests" / "two_processes.py"), str(out)],
         check=True,
         cwd=ROOT,
         timeout=120,
@@ -35,8 +30,9 @@ def by_turn(result: dict, key: str, turn: int) -> list:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    one, two = launch(1, tmp_path / "1.pt"), launch(2, tmp_path / "2.pt")
+def test_two_processes_train_as_one(tmp_path, beside):
+    beside("two_processes").main(tmp_path / "1.pt")
+    one, two = torch.load(tmp_path / "1.pt"), launch(2, tmp_path / "2.pt")
     assert (one["processes"], two["processes"]) == (1, 2)
     for turn in range(3):
         for key in ("ids", "text"):

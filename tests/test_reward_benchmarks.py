@@ -19,6 +19,7 @@ from editr2.config import RewardConfig
 from editr2.errors import ConfigError, DataError, UserError
 from editr2.judge.best_of import curve, expected
 from editr2.judge.settings import JudgeConfig
+from editr2.run.processes import Processes
 
 JUDGE = '''
 import threading
@@ -190,6 +191,9 @@ class OneOf:
 
     def __init__(self, index: int, barrier: threading.Barrier, table: dict) -> None:
         self.index, self.count, self._barrier, self._table = index, 2, barrier, table
+        self.main = index == 0
+
+    on_main = Processes.on_main
 
     def wait(self) -> None:
         self._barrier.wait(60)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from editr2.cli.main import main
 from editr2.config import Config, replace_nested
 from editr2.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from editr2.policies.unified.policy import UnifiedPolicy
@@ -298,28 +299,32 @@ def test_another_configuration_does_not_resume_a_run(tiny_unified, tmp_path):
         )
 
 
-def command(run, iterations=4):
-    flags = {
+def flags(run):
+    """What `editr2` is called with."""
+    values = {
         "out": run,
         "rollout.sessions": 2,
         "rollout.siblings": 3,
         "rollout.steps": 4,
         "rollout.turns": 2,
-        "train.iterations": iterations,
+        "train.iterations": 4,
         "checkpoint.every": 1,
         "eval.sessions": 2,
         "eval.every": 1,
         "eval.strips": 1,
     }
-    return [sys.executable, "-m", "editr2.cli", "train", *(f"--{k}={v}" for k, v in flags.items())]
+    return ["train", *(f"--{k}={v}" for k, v in values.items())]
+
+
+def command(run):
+    return [sys.executable, "-m", "editr2.cli", *flags(run)]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
+    """In this process: what other tests left behind in it must not count either."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    subprocess.run(
-        command(run), check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200
-    )
+    assert main(flags(run)) == 0
     return run
 
 

@@ -1,5 +1,4 @@
-"""Run under torchrun: one iteration's rollout and gradient, gathered and written by the main
-process.
+"""One iteration's rollout and gradient, gathered and written by the main process. Under torchrun:
 
 torchrun --nproc_per_node N tests/two_processes.py OUT.pt
 """

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from editr2.benchmarks.measures import Measure, group_label, label_of, measures
-from editr2.benchmarks.plots import with_interval
 from editr2.benchmarks.sides import Side, made_otherwise
 from editr2.benchmarks.text import decimals
 from editr2.errors import ConfigError
 from editr2.report.data import MODES, plural
+from editr2.report.dots import with_interval
 from editr2.report.numbers import decimal
 from editr2.report.paired import Compared, Estimate, compared
 
 HIGHER, LOWER = "higher", "lower"
+TOO_FEW = "too few sessions to tell"
+FEWEST = 6
+"""Sessions of which something is said. That five of five go the same way is chance once in sixteen
+times, and the interval of one session is a point."""
+
 GROUPS = {"turns": "By length", "mode": "By mode", "task": "By task"}
 
 
@@ -102,7 +107,8 @@ def _difference(of: Estimate, places: int) -> str:
 
 def verdict(of: Estimate) -> str:
     """What the interval allows to be said."""
-    return HIGHER if of.low > 0 else LOWER if of.high < 0 else "no difference shown"
+    said = HIGHER if of.low > 0 else LOWER if of.high < 0 else "no difference shown"
+    return said if of.count >= FEWEST or said not in (HIGHER, LOWER) else TOO_FEW
 
 
 def headline(pair: Pair) -> list[Line]:

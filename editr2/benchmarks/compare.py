@@ -26,9 +26,10 @@ from editr2.benchmarks.against import (
     verdict,
 )
 from editr2.benchmarks.compare_page import notes_on, write_page
+from editr2.benchmarks.paper import PaperTable, latex, markdown, md, paper_table, tex
 from editr2.benchmarks.sides import Side, check_alike, differing, sides_of
-from editr2.benchmarks.tables import PaperTable, latex, markdown, md, paper_table, tex
 from editr2.errors import plain
+from editr2.files import write_lines
 
 NAMED = 8
 """Settings that are named of those that differ."""
@@ -50,9 +51,14 @@ def compare(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
     folder.mkdir(parents=True, exist_ok=True)
     paper = _paper(sides, pairs)
     page = write_page(folder / "compare.html", sides, pairs, paper)
-    _write(folder / "compare.md", "\n".join([*map(markdown, paper), *_markdown(pairs)]) + "\n")
-    _write(folder / "compare.tex", "\n".join([*map(latex, paper), *_latex(pairs)]) + "\n")
-    return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), f"page: {page}"]
+    files = {
+        "compare.md": [*map(markdown, paper), *_markdown(pairs)],
+        "compare.tex": [*map(latex, paper), *_latex(pairs)],
+    }
+    for name, parts in files.items():
+        write_lines(folder / name, (f"{part}\n" for part in parts))
+    wrote = [f"wrote {folder / name}" for name in (*files, page.name)]
+    return [*(line for pair in pairs for line in _said(pair)), *_differing(sides), *wrote]
 
 
 def _said(pair: Pair) -> Iterator[str]:
@@ -90,7 +96,7 @@ def _paper(sides: Sequence[Side], pairs: Sequence[Pair]) -> list[PaperTable]:
 
 def _markdown(pairs: Sequence[Pair]) -> Iterator[str]:
     for pair, part, title, sort, lines in _tables(pairs):
-        yield from (f"### {title}", "")
+        yield from (f"### {md(title)}", "")
         names = [md(side.name) for side in (pair.a, pair.b)]
         head = ["", *names, "difference [95 % interval]", "sessions"]
         yield f"| {' | '.join(head)} |"
@@ -121,9 +127,3 @@ def _tables(pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Part, str, str, list[
         for part in pair.parts:
             for sort, title, lines in sorted_out(part):
                 yield pair, part, f"{title_of(pair, part)}: {title.lower()}", sort, lines
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(part, path)

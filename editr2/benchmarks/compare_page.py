@@ -22,15 +22,15 @@ from editr2.benchmarks.against import (
 )
 from editr2.benchmarks.measures import label_of
 from editr2.benchmarks.page import TEMPLATES
-from editr2.benchmarks.plots import Series, dots
+from editr2.benchmarks.paper import NONE, THEIRS, PaperTable
 from editr2.benchmarks.rows import Row
 from editr2.benchmarks.sides import Side, differing, made_otherwise
 from editr2.benchmarks.strips import Lane, Thumbnails, by_session, fitting, session_score, view
-from editr2.benchmarks.tables import NONE, THEIRS, PaperTable
 from editr2.judge.text import Table
 from editr2.report import charts, pages
 from editr2.report.charts import Chart
 from editr2.report.data import EQUAL, plural
+from editr2.report.dots import Series, dots
 from editr2.report.numbers import decimal, signed
 from editr2.report.paired import Estimate
 from editr2.report.strips import SessionView
@@ -205,7 +205,7 @@ def _by_turn(pair: Pair, part: Part) -> list[Chart]:
                 for place, side in enumerate((pair.a, pair.b))
             ]
             panels.append((label_of(name), series))
-    return dots(panels, [str(turn) for turn in sorted(turns)], "turn", unit=scale == 1)
+    return dots(panels, [str(turn) for turn in sorted(turns)], "turn", scale=scale)
 
 
 def _changes(

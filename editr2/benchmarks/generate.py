@@ -21,6 +21,7 @@ from editr2.benchmarks.layouts import file_names, generations, source_file, turn
 from editr2.benchmarks.passes import PASSES, Edited, Exact
 from editr2.config import Config
 from editr2.errors import ConfigError, DataError, shown
+from editr2.files import in_place_of
 from editr2.policies.base import Policy, ReadingPolicy, at_size
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import Sampler
@@ -47,9 +48,9 @@ def generate(
     """Writes the images of a pass that are not there yet into `generations(folder, sample)`.
 
     policy, sampler: as for `rollout_chunk`; intents are greedy. sessions: all of the benchmark,
-    with images of the policy's sizes; a session's noise follows from `config.seed`, its place among
-    them and `sample`, and is the same in every pass. way: of `PASSES`. exact: for the pass that
-    reads it. Returns when all processes are through.
+    with images of the policy's sizes; a session's noise follows from `config.seed`, its id and
+    `sample`: it is the same in every pass, and in a part of the set. way: of `PASSES`. exact: for
+    the pass that reads it. Returns when all processes are through.
 
     Raises ConfigError where the pass needs what is not given, and DataError for instructions that
     the policy cannot read.
@@ -66,7 +67,7 @@ def generate(
     plan = list(
         chunks(
             [each.session for _, each in edited],
-            [o for o, _ in edited],
+            [derive_seed(sessions[o].id) for o, _ in edited],
             1,
             4 * config.rollout.groups_per_batch,
         )
@@ -96,7 +97,8 @@ def generate(
             if len(files[place]) > len(images):  # with the source
                 images.insert(0, chunk.sessions[i].image)
             for path, pixels in zip(files[place], images, strict=True):
-                _write(path, pixels)
+                with in_place_of(path) as part:
+                    Image.fromarray(pixels).save(part, format="PNG")
         chunk.turns = []  # latents of a whole set would not fit
         tell(outputs_of(chunk))
     processes.wait()
@@ -135,12 +137,6 @@ def _reads(exact: Exact, chunk: Chunk) -> Callable[[Chunk, int], np.ndarray]:
         return np.stack([known[i][turn] for i in chunk.turns[turn].rollout.tolist()])
 
     return reads
-
-
-def _write(path: Path, pixels: np.ndarray) -> None:
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(pixels).save(part, format="PNG")
-    os.replace(part, path)
 
 
 class _Progress:

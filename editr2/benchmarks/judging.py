@@ -33,13 +33,12 @@ from editr2.rewards.base import Item, Score, shortened
 from editr2.rewards.panel import CheckedReward, Panel
 from editr2.rewards.pool import Judging, Pool
 from editr2.rewards.record import asked_anew, calls_of
-from editr2.rl.seeds import derive_seed
+from editr2.rl.seeds import judge_seed
 from editr2.run.identity import reward_fingerprint
 from editr2.run.processes import Processes
 from editr2.sessions import Session
 
 PURPOSE = "benchmark"
-_POSITIVE = (1 << 63) - 1
 
 FIRST = 4
 """So many sessions without a score, one after the other, and it is asked whether the judge is still
@@ -337,7 +336,7 @@ class Stage:
         items = []
         for place, question in enumerate(questions):
             turn, asked = question.about[0]
-            own = derive_seed(self.seed, PURPOSE, session.id, way, sample, turn, asked)
+            own = judge_seed(self.seed, PURPOSE, session.id, way, sample, turn, asked)
             every = question.asked == tuple(range(len(question.session.turns)))
             items.append(
                 Item(
@@ -345,7 +344,7 @@ class Stage:
                     np.stack([pixels[image] for image in question.images]),
                     None if every else question.asked,
                     place,
-                    own & _POSITIVE,
+                    own,
                 )
             )
         return items
@@ -383,7 +382,7 @@ class Stage:
         (item,) = self._items(session, place.way, place.sample, images, [question])
         if member.by_turn:
             item = _turn_of(item, question.asked[question.about.index(about)])
-        item = item._replace(seed=derive_seed(item.seed, "again") & _POSITIVE)
+        item = item._replace(seed=judge_seed(item.seed, "again"))
         with asked_anew(), calls_of(purpose="first"):
             rows = member.call([item], self.panel.record)[0]
         return not all(score.failed for row in rows for score in row.values())

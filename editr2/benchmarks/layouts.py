@@ -45,6 +45,8 @@ def file_names(sessions: Sequence[Session]) -> dict[str, str]:
     """What files call each session: its id where every system takes that for a name of its own, and
     else what is left of the id with a hash of it."""
     alike = Counter(session.id.lower() for session in sessions)
+    # An id may be what another's hash makes of that.
+    alike.update(_hashed(session.id).lower() for session in sessions)
     return {
         one.id: one.id if _is_safe(one.id) and alike[one.id.lower()] == 1 else _hashed(one.id)
         for one in sessions

@@ -90,7 +90,12 @@ def label_of(name: str, turn: When = None, group: str | None = None) -> str:
 def group_label(group: str) -> str:
     """A group as tables write it."""
     sort, _, one = group.partition("=")
-    return f"{one} turn{'s' * (one != '1')}" if sort == "turns" else one
+    return how_long(one) if sort == "turns" else one
+
+
+def how_long(turns: str) -> str:
+    """`3 turns`."""
+    return f"{turns} turn{'s' * (turns != '1')}"
 
 
 NAMES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from editr2.benchmarks import rows as scores
-from editr2.benchmarks.measures import key_of, label_of
-from editr2.benchmarks.plots import Series, dots, with_interval
+from editr2.benchmarks.measures import how_long, key_of, label_of
+from editr2.benchmarks.passes import PASSES
 from editr2.benchmarks.rows import Row
 from editr2.benchmarks.strips import (
     Lane,
@@ -23,39 +23,34 @@ from editr2.benchmarks.strips import (
     session_score,
     view,
 )
-from editr2.benchmarks.summary import EXPOSED, UNEXPOSED
+from editr2.benchmarks.summary import EXPOSED, IDENTITY, UNEXPOSED
 from editr2.benchmarks.summary import FILE_NAME as SUMMARY
-from editr2.benchmarks.text import ALL_JUDGED, VERBS, decimals, score_tables, state_lines
-from editr2.errors import DataError
+from editr2.benchmarks.text import ALL_JUDGED, VERBS, decimals, legend, score_tables, state_lines
+from editr2.files import read_object
 from editr2.judge import best_of
 from editr2.report import pages
 from editr2.report.charts import Chart
 from editr2.report.data import plural
+from editr2.report.dots import Series, dots, with_interval
 from editr2.report.gallery import thin
 from editr2.report.numbers import decimal
 from editr2.report.paired import Estimate
 from editr2.report.strips import SessionView
 
 FILE_NAME = "report.html"
-IDENTITY = "benchmark.json"
 TEMPLATES = Path(__file__).parent / "templates"
 
-MOST_SESSIONS = 48
+ACCEPTED = "a file of `editr2 benchmark`"
 
-PASSES = {
-    "multipass": "every turn edits the output of the one before",
-    "singlepass": "every turn edits the source, by all instructions so far in one",
-    "exact": "every turn edits what the one before should have made",
-}
-"""What a page says of a pass."""
+MOST_SESSIONS = 48
 
 
 def write_page(folder: Path, curves: Sequence[best_of.Curve] = ()) -> Path:
     """Of a benchmark's folder with `summary.json` and `scores.jsonl`; sessions are shown where it
     has `strips.jsonl`, and settings where it has `benchmark.json`. curves: of the best of several
     samples. Raises DataError for a file that is none."""
-    summary = _read(folder / SUMMARY)
-    about = _read(file) if (file := folder / IDENTITY).is_file() else {}
+    summary = read_object(folder / SUMMARY, ACCEPTED)
+    about = read_object(file, ACCEPTED) if (file := folder / IDENTITY).is_file() else {}
     rows = scores.read_rows(folder / scores.FILE_NAME)
     pictures, said = Thumbnails(), state_lines(summary)
     lost = state_lines(summary, {"failed": VERBS["failed"]})
@@ -74,10 +69,11 @@ def write_page(folder: Path, curves: Sequence[best_of.Curve] = ()) -> Path:
             *(line for line in said if line not in lost or line == ALL_JUDGED),
             *pictures.notes(),
         ],
-        passes=[(way, PASSES.get(way, "")) for way in summary["passes"]],
+        legend=legend(summary),
+        passes=[(way, PASSES[way].about if way in PASSES else "") for way in summary["passes"]],
         exposure=_exposure(summary),
         lengths=_lengths(summary),
-        tables=[table for table in score_tables(summary) if table.rows],
+        tables=score_tables(summary),
         without_references=summary["without_references"],
         against=_against(summary.get("against")),
         best=[best_of.table(curves), *best_of.charts(curves)] if curves else [],
@@ -85,16 +81,6 @@ def write_page(folder: Path, curves: Sequence[best_of.Curve] = ()) -> Path:
         settings=_settings(about),
         versions=list(_made(about, "versions").items()),
     )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file}: cannot be read: {error} (accepted: a file of `editr2 benchmark`)"
-        ) from error
-    return found
 
 
 # -------------------------------------------------------------------------------------------- facts
@@ -110,8 +96,8 @@ def _against(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What a second judge says of the same images."""
     if summary is None:
         return None
-    tables = [table for table in score_tables(summary) if table.rows]
-    return {"judge": _judge(summary), "tables": tables, "notes": state_lines(summary)}
+    tables, notes = score_tables(summary), state_lines(summary)
+    return {"judge": _judge(summary), "tables": tables, "notes": notes}
 
 
 def _settings(about: Mapping[str, Any]) -> str:
@@ -125,7 +111,7 @@ def _facts(summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[s
     told = ", ".join(f"{count} of {turns}" for turns, count in lengths.items())
     if len(lengths) == 1:
         [turns] = lengths
-        told = f" of {turns} {plural('turn', int(turns))}"
+        told = f" of {how_long(turns)}"
     else:
         told = f": {told} turns"
     facts = {
@@ -198,7 +184,7 @@ def _exposure(summary: Mapping[str, Any]) -> list[Chart]:
             panels.append((title, series))
             notes[title] = _lost(summary, name)
     turns = [str(turn) for turn in sorted(categories)]
-    return dots(panels, turns, "turn", notes, unit=summary["scale"] == 1)
+    return dots(panels, turns, "turn", notes, scale=summary["scale"])
 
 
 def _lost(summary: Mapping[str, Any], name: str) -> str:
@@ -232,7 +218,7 @@ def _lengths(summary: Mapping[str, Any]) -> list[Chart]:
                 series.append(Series(way, found, colour, hollow=way != EXPOSED))
         if series:
             panels.append((label_of(name, "last"), series))
-    return dots(panels, lengths, "turns of a session", unit=summary["scale"] == 1)
+    return dots(panels, lengths, "turns of a session", scale=summary["scale"])
 
 
 # ------------------------------------------------------------------------------------------- strips

@@ -32,10 +32,10 @@ class Edited(NamedTuple):
 class Question(NamedTuple):
     """One item that a reward is asked about.
 
-    session: as the reward sees it. images: which it sees: turns (from 0) of the pass's own outputs,
-    or what is exact of a turn, or the source in its place. asked: turns of `session` that it is
-    asked about; of each, in `about`, the (turn of the image, turn whose instruction is judged) of
-    the benchmark's session, from 0.
+    session: as the reward sees it. images: what it sees after each turn, (kind, turn from 0):
+    "own" output of the pass, "exact" image, or the "source" in its place. asked: turns of `session`
+    that it is asked about, from 0. about: of each of these, the (turn of the image, turn whose
+    instruction is judged).
     """
 
     session: Session
@@ -46,12 +46,13 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """edited: the sessions to roll out. reads: each turn reads the exact image of the one before.
-    questions: to ask where so many turns have an image (all of them up to the first gap in a chain,
-    any in others). chained: without an image of one turn the later ones cannot be judged. leaves:
-    metrics that mean nothing here. once: metrics of an image as it is, whatever it was told, so
-    that they are asked of it once where it has several instructions to follow."""
+    """about: what a page says of it. edited: the sessions to roll out. questions: to ask of a
+    session, given which of its turns have an image. chained: without an image of one turn the later
+    ones cannot be judged. reads_exact: each turn reads the exact image of the one before. leaves:
+    metrics that mean nothing here. once: metrics of an image as it is, whatever it was told: it has
+    them for its own instruction alone, where it has several to follow."""
 
+    about: str
     edited: Callable[[Session], Iterator[Edited]]
     questions: Callable[[Session, Sequence[bool]], Iterator[Question]]
     chained: bool = False
@@ -95,7 +96,7 @@ def _chain(session: Session, there: Sequence[bool]) -> Iterator[Question]:
 
 def _each_of(session: Session, there: Sequence[bool]) -> Iterator[Question]:
     """Every instruction so far by itself, from the source to the one image: as if no turn before it
-    had changed anything. What they asked for stays known, so it is no damage."""
+    had changed anything. What those asked for stays known, so it is no damage."""
     for t, here in enumerate(there):
         for j in range(t + 1) if here else ():
             images = (*(("source", before) for before in range(j)), ("own", t))
@@ -110,7 +111,20 @@ def _from_exact(session: Session, there: Sequence[bool]) -> Iterator[Question]:
 
 
 PASSES: Mapping[str, Pass] = {
-    "multipass": Pass(_whole, _chain, chained=True),
-    "singlepass": Pass(_joined, _each_of, leaves=frozenset({"GA"}), once=frozenset({"CC", "PQ"})),
-    "exact": Pass(_whole, _from_exact, reads_exact=True),
+    "multipass": Pass(
+        "every turn edits the output of the one before", _whole, _chain, chained=True
+    ),
+    "singlepass": Pass(
+        "every turn edits the source, by all instructions so far in one",
+        _joined,
+        _each_of,
+        leaves=frozenset({"GA"}),
+        once=frozenset({"CC", "PQ"}),
+    ),
+    "exact": Pass(
+        "every turn edits what the one before should have made",
+        _whole,
+        _from_exact,
+        reads_exact=True,
+    ),
 }

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from editr2.benchmarks.pairs.labelled import Labelled
 from editr2.benchmarks.pairs.page import write_page
 from editr2.benchmarks.pairs.printed import lines
 from editr2.benchmarks.pairs.table import PairSet
+from editr2.benchmarks.settings import check_folder
 from editr2.benchmarks.table import Source
 from editr2.config import UNSET_WEIGHTS, Config
 from editr2.config.plugins import resolve
 from editr2.errors import ConfigError
+from editr2.files import json_line, write_lines
 from editr2.judge.summary import REASONS
 from editr2.judge.trial import CountingRecord, prepare
 from editr2.rewards.base import shortened, weights_of
@@ -37,7 +39,8 @@ from editr2.rewards.load import load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.table import REWARDS
 from editr2.run.identity import provenance, reward_fingerprint
-from editr2.run.processes import Processes
+from editr2.run.lock import RunLock
+from editr2.run.processes import Processes, open_processes
 
 PAIR_SETS: dict[str, str] = {
     "editscore-bench": "editr2.benchmarks.pairs.editscore:EDITSCORE",
@@ -97,18 +100,20 @@ def run_rewards(
     assert isinstance(entry, PairSet)
     if data is None and name != known:
         data = name
-    index = 0 if processes is None else processes.index
+    processes = processes or open_processes()
     out = Path(out)
-    record = CountingRecord(out, index=index, cache=config.reward.cache)
+    check_folder(out, COMPARISONS)
+    record = CountingRecord(out, index=processes.index, cache=config.reward.cache)
     panel = load_reward(config.reward, record)
     weights, overall = _overall(panel, config)
     source = Source(_path(data), _path(sources))
     labelled = entry.read(source).first(limit)
     labelled = labelled.resized(entry.stretched or config.data.resize == "stretch")
-    out.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(out)
+    processes.on_main(lambda: lock.take(make=True))
     try:
         for note in prepare(panel):
-            if index == 0:
+            if processes.main:
                 print(f"note: {note}", file=sys.stderr)
         digest = labelled.digest(known, reward_fingerprint(panel), str(config.seed))
         answers = judge_outputs(
@@ -122,6 +127,7 @@ def run_rewards(
         )
     finally:
         record.close()
+        lock.release()
     verdicts = verdicts_of(
         labelled.comparisons,
         answers,
@@ -140,17 +146,17 @@ def run_rewards(
         **_headline(entry, measures),
         "measures": [measure.written() for measure in measures],
         "by_score": _by_score(labelled, answers, panel.names, weights),
-        "made": provenance(1 if processes is None else processes.count, "cpu"),
+        "made": provenance(processes.count, "cpu"),
     }
     tables = list(entry.shown_as({measure.key: measure for measure in measures}))
     said = [line.replace("±", "+-") for line in lines(summary, tables)]
-    if index == 0:
-        _write(out / COMPARISONS, (_comparison(verdict) for verdict in verdicts))
+    if processes.main:
+        write_lines(out / COMPARISONS, (json_line(_comparison(verdict)) for verdict in verdicts))
         write_page(out / PAGE, summary, tables, labelled, answers, verdicts)
-        _write(out / SUMMARY, [summary], indent=2)  # last: it says that the scores are whole
-    if processes is not None:
-        processes.wait()
-    if index:
+        text = json.dumps(summary, ensure_ascii=False, indent=2)
+        write_lines(out / SUMMARY, [text + "\n"])  # last: it says that the scores are whole
+    processes.wait()
+    if not processes.main:
         return []
     return [*said, f"scores: {out / SCORES}", f"page: {out / PAGE}"]
 
@@ -281,12 +287,3 @@ def _comparison(verdict: Verdict) -> dict[str, Any]:
     if verdict.comparison.margin is not None:
         said["margin"] = verdict.comparison.margin
     return said | dict(verdict.comparison.groups)
-
-
-def _write(path: Path, records: Iterable[Mapping[str, Any]], indent: int | None = None) -> None:
-    """Whole, or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, indent=indent) + "\n")
-    os.replace(part, path)

@@ -10,15 +10,15 @@ counted, and no number is made up for it.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args
 
-from editr2.errors import DataError
-from editr2.sessions.records import lines_of, parse_object
+from editr2.errors import DataError, shown
+from editr2.files import json_line, write_lines
+from editr2.judge.outputs import records
 
 FILE_NAME = "scores.jsonl"
 
@@ -68,74 +68,75 @@ class Row:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """All rows of a file. Raises DataError with the line that is none."""
-    return [
-        row_of(f"{file}:{number}", record)
-        for number, raw in lines_of(file)
-        for record in (_parsed(f"{file}:{number}", raw),)
-    ]
+    """All rows of a file. Raises DataError with the line that is none, or is of a score that an
+    earlier one has."""
+    found: dict[tuple[str, str, int, int, int, str], Row] = {}
+    for where, record in records(file):
+        row = row_of(where, record)
+        key = (row.image, row.way, row.sample, row.turn, row.asked, row.metric)
+        if found.setdefault(key, row) is not row:
+            raise DataError(
+                f"{where}: {row.metric} of {shown(repr(row.image))}, {row.way}, turn {row.turn}, "
+                f"again (accepted: once)"
+            )
+    return list(found.values())
 
 
-def _parsed(where: str, raw: bytes) -> dict[str, Any]:
-    try:
-        return parse_object(raw)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "image": (str,),
-    "pass": (str,),
-    "turn": (int,),
-    "metric": (str,),
-    "state": (str,),
-    "turns": (int,),
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "image": str,
+    "pass": str,
+    "turn": int,
+    "metric": str,
+    "state": str,
+    "turns": int,
+    "asked": int,
+    "sample": int,
+    "reason": (str, NoneType),
+    "task": (str, NoneType),
+    "mode": (str, NoneType),
 }
-"""Keys that every line has."""
 
 
 def row_of(where: str, record: dict[str, Any]) -> Row:
     """Of a line's object. Raises DataError, which begins with `where`, for one that is no row."""
+    given = {"asked": record.get("turn"), "sample": 1, **record}
     for key, kinds in _TYPES.items():
-        if not isinstance(record.get(key), kinds) or isinstance(record.get(key), bool):
+        if not isinstance(given.get(key), kinds) or isinstance(given.get(key), bool):
             raise DataError(
-                f"{where}: {key}: {record.get(key)!r} (accepted: a line as `editr2 benchmark` "
-                f"writes it)"
+                f"{where}: {key}: {shown(repr(given.get(key)))} (accepted: a line as `editr2 "
+                f"benchmark` writes it)"
             )
+    asked, turn, turns, sample = (given[key] for key in ("asked", "turn", "turns", "sample"))
+    if not 1 <= asked <= turn <= turns or sample < 1:
+        raise DataError(
+            f"{where}: asked {asked}, turn {turn}, turns {turns}, sample {sample} (accepted: "
+            f"counted from 1, none of the first three above the next)"
+        )
     state, value = record["state"], record.get("value")
     if state not in STATES:
-        raise DataError(f"{where}: state: {state!r} (accepted: {', '.join(STATES)})")
+        raise DataError(f"{where}: state: {shown(repr(state))} (accepted: {', '.join(STATES)})")
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
     if number != (state == "judged") or not (number or value is None):
         raise DataError(
-            f"{where}: value: {value!r} of a score that is {state} (accepted: a number in [0, 1] "
-            f"where it is judged, and else none)"
+            f"{where}: value: {shown(repr(value))} of a score that is {state} (accepted: a number "
+            f"in [0, 1] where it is judged, and else none)"
         )
     return Row(
         image=record["image"],
         way=record["pass"],
-        turn=record["turn"],
-        asked=record.get("asked", record["turn"]),
+        turn=turn,
+        asked=asked,
         metric=record["metric"],
         state=state,
         value=None if value is None else float(value),
         reason=record.get("reason"),
         task=record.get("task"),
         mode=record.get("mode"),
-        turns=record["turns"],
-        sample=record.get("sample", 1),
+        turns=turns,
+        sample=sample,
     )
-
-
-def lines(rows: Iterable[Row]) -> Iterator[str]:
-    """Of the file, each with its end."""
-    for row in rows:
-        yield json.dumps(row.written(), ensure_ascii=False) + "\n"
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
     """Whole, or not at all."""
-    part = file.with_name(file.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.writelines(lines(rows))
-    os.replace(part, file)
+    write_lines(file, (json_line(row.written()) for row in rows))

@@ -12,7 +12,6 @@ import gc
 import hashlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,16 +19,33 @@ from typing import Any, cast
 
 import torch
 
-from editr2.benchmarks import page, strips, summary, tables, text
+from editr2.benchmarks import page, paper, strips, summary, text
 from editr2.benchmarks.best_of import best_of_rows
 from editr2.benchmarks.generate import generate
 from editr2.benchmarks.judging import judge
-from editr2.benchmarks.layouts import Images, NoImages, find_images, generations
+from editr2.benchmarks.layouts import (
+    Images,
+    NoImages,
+    file_names,
+    find_images,
+    generations,
+    source_file,
+    turn_file,
+)
 from editr2.benchmarks.rows import FILE_NAME, read_rows
-from editr2.benchmarks.settings import BenchmarkConfig, benchmark_problems, named, with_defaults
+from editr2.benchmarks.saved import seen_in
+from editr2.benchmarks.settings import (
+    BenchmarkConfig,
+    benchmark_problems,
+    check_folder,
+    named,
+    with_defaults,
+)
 from editr2.benchmarks.sized import sized
+from editr2.benchmarks.summary import IDENTITY
 from editr2.benchmarks.table import Benchmark, Source, find
-from editr2.errors import ConfigError, DataError
+from editr2.errors import ConfigError, DataError, shown
+from editr2.files import read_object, write_lines
 from editr2.judge import best_of
 from editr2.judge.text import laid_out
 from editr2.judge.trial import CountingRecord
@@ -41,13 +57,19 @@ from editr2.rl.rules import check_run
 from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import demands
 from editr2.run import identity
+from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.sessions import Session
 
-IDENTITY = "benchmark.json"
 AGAINST_FILE = "scores-against.jsonl"
 SECTIONS = ("policy.", "rollout.", "eval.")
 """Of settings, that images depend on, beside `seed` and `data.resize`."""
+UNSEEN = (
+    *(f"rollout.{name}" for name in ("sessions", "siblings", "turns", "ahead", "prune")),
+    *(f"eval.{name}" for name in ("sessions", "turns", "every", "strips", "strips_from", "reward")),
+    "eval.drift.",
+)
+"""Of these sections, what no image of a benchmark depends on: training's and its evaluations'."""
 
 
 def run_benchmark(
@@ -61,10 +83,14 @@ def run_benchmark(
     config = with_defaults(config, kind)
     for problem in benchmark_problems(config, kind):
         raise ConfigError(problem)
-    run = Run(config, name, kind, open_processes(), editor, asked)
-    for note in notes:
-        run.say(f"note: {note}")
-    return run.stages()
+    out, processes = Path(config.out), open_processes()
+    check_folder(out, IDENTITY)
+    with RunLock(out) as lock:
+        processes.on_main(lambda: lock.take(make=False))
+        run = Run(config, name, kind, processes, lock, editor, asked)
+        for note in notes:
+            run.say(f"note: {note}")
+        return run.stages()
 
 
 class Run:
@@ -76,16 +102,19 @@ class Run:
         name: str,
         kind: Benchmark,
         processes: Processes,
+        lock: RunLock,
         editor: str | None,
         asked: bool = False,
     ) -> None:
         """asked: for the passes by name; else one without images is left out."""
-        self.name, self.kind, self.processes = name, kind, processes
+        self.name, self.kind, self.processes, self._lock = name, kind, processes, lock
         self.config = config
         if not config.images:
             self.config = cast(BenchmarkConfig, check_config(config, "eval"))
         self.asked, self.out = asked, Path(config.out)
-        self.about: dict[str, Any] = _read(self.out / IDENTITY)
+        self.about: dict[str, Any] = {}
+        if (file := self.out / IDENTITY).exists():
+            self.about = _checked(file, read_object(file, "another --out"))
         self.editor = editor or config.images or config.policy.weights or config.policy.model
         self.record = CountingRecord(self.out, index=processes.index, cache=config.reward.cache)
 
@@ -124,7 +153,10 @@ class Run:
         )
         sessions = self.kind.read(source)
         limit = None if self.kind.makes_sessions else c.sessions
-        return sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
+        found = sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
+        if not found:
+            raise DataError(f"--data: {shown(source.path)}: no session (accepted: one or more)")
+        return found
 
     def _found(self) -> tuple[list[Session], dict[str, list[Images]]]:
         """Images that were made elsewhere."""
@@ -167,13 +199,20 @@ class Run:
         """Images of the configured editor: made, where they are not there yet."""
         c, saved = self.config, self.about.get("generated", {})
         wanted = [[way, sample] for way in c.passes for sample in range(1, c.samples + 1)]
-        if c.does("generate") and not all(one in saved.get("done", []) for one in wanted):
+        absent = [one for one in wanted if one not in saved.get("done", [])]
+        if absent and c.does("generate"):
             sessions = self._generate(wanted)
-        elif not saved:
-            raise ConfigError(f"--stages: {self.out} has no images yet (accepted: generate first)")
+        elif absent:
+            way, sample = absent[0]
+            part = f"{way}, sample {sample}" if c.samples > 1 else way
+            # Those of a folder that is not named now are none.
+            which = f"not all images of {part}" if "settings" in saved else "no images"
+            raise ConfigError(f"--stages: {self.out} has {which} yet (accepted: generate first)")
         else:
             sessions = self._sessions(size=_sizes(saved["size"]))
             self._settled(self._generated(sessions, saved["size"]))
+            if c.does("generate") and self.processes.on_main(lambda: self._gone(sessions, wanted)):
+                sessions = self._generate(wanted)
         found = {
             way: [
                 find_images(generations(self.out, sample), sessions, way, ("edival",))
@@ -182,6 +221,17 @@ class Run:
             for way in c.passes
         }
         return sessions, found
+
+    def _gone(self, sessions: Sequence[Session], wanted: Sequence[Sequence[Any]]) -> bool:
+        """Whether an image that was made is there no more, as one that was torn and deleted."""
+        names = file_names(sessions)
+        files = [source_file(name) for name in names.values()]
+        files += [turn_file(names[one.id], t) for one in sessions for t in range(len(one.turns))]
+        return any(
+            not (generations(self.out, sample) / way / file).is_file()
+            for way, sample in wanted
+            for file in files
+        )
 
     def _generate(self, wanted: Sequence[Sequence[Any]]) -> list[Session]:
         c, processes = self.config, self.processes
@@ -224,7 +274,8 @@ class Run:
         kept = {
             key: value
             for key, value in settings.items()
-            if key.startswith(SECTIONS) or key in ("seed", "data.resize", *depends)
+            if (key.startswith(SECTIONS) and not _unseen(key))
+            or key in ("seed", "data.resize", *depends)
         }
         return {"settings": kept, "size": size}
 
@@ -238,8 +289,6 @@ class Run:
         sessions: Sequence[Session],
         images: Mapping[str, list[Images]],
     ) -> None:
-        for member in panel.members:
-            member.identity = identity.reward_fingerprint(member)
         use = self.config.reward if name == "judged" else self.config.against
         judged = {
             "reward": identity.reward_fingerprint(panel),
@@ -251,6 +300,12 @@ class Run:
         }
         of = {k: v for k, v in self.about["generated"].items() if k not in ("done", "made")}
         digest = _digest([self.name, of, judged])
+        before = self.about.get(name)
+        if before is not None and before.get("reward") != judged["reward"]:
+            self.say(
+                f"note: {self.out / file}: judged anew by {judged['title']}; the scores there were "
+                f"by {before.get('title')}"
+            )
         self.about[name] = self._dated(judged, self.about.get(name))
         judge(
             self.out / file,
@@ -272,7 +327,10 @@ class Run:
             return [f"images: {generations(self.out)}"] if not self.config.images else []
         found = self._summary(FILE_NAME, sessions, "judged")
         other, curves = None, list[best_of.Curve]()
-        if (self.out / AGAINST_FILE).is_file() and "against" in self.about:
+        there = (self.out / AGAINST_FILE).is_file() and "against" in self.about
+        if there and seen_in(self.out / AGAINST_FILE) != seen_in(self.out / FILE_NAME):
+            self.say(f"note: {AGAINST_FILE} is of other images, so it is left out")
+        elif there:
             other = found["against"] = self._summary(AGAINST_FILE, sessions, "against")
             curves = self._best_of()
             found["best_of"] = best_of.written(curves)
@@ -281,7 +339,7 @@ class Run:
         files = [
             self.out / FILE_NAME,
             self.out / summary.FILE_NAME,
-            *tables.write(self.out, tables.paper_table([found])),
+            *paper.write(self.out, paper.paper_table([found])),
             page.write_page(self.out, curves),
         ]
         said = text.lines(found, files)
@@ -289,7 +347,8 @@ class Run:
             return said
         table = best_of.table(curves)
         best = [] if table is None else ["", *laid_out(table)]
-        return ["Against:", *text.lines(other), *best, "", *said]
+        title = other["judge"]["title"]
+        return [f"The second judge (--against), {title}:", *text.lines(other), *best, "", *said]
 
     def _best_of(self) -> list[best_of.Curve]:
         """Of several samples, what the one reward would choose and the other thinks of that."""
@@ -319,6 +378,7 @@ class Run:
                 )
             generated["done"] = saved.get("done", [])
         generated.setdefault("done", [])
+        self.processes.on_main(lambda: self._lock.take(make=True))
         # Paths may have moved and defaults be spelt out since: images are of what they were of.
         kept = self._dated(generated, saved) if saved is None else saved
         self.about |= {
@@ -350,28 +410,39 @@ class Run:
                 if saved.get(key) != now[key]
             ]
         found = identity.differences(saved["settings"], now["settings"])
-        return [f"{key} {old} then, {new} now" for key, (old, new) in found.items()]
+        told, was = {"heldout": "sessions"}, self.about.get("editor")
+        if "weights" in found and was != self.editor:
+            told["weights"] = "editor"  # by its name, of which a digest says less
+            found["weights"] = (str(was), str(self.editor))
+        return [f"{told.get(key, key)} {old} then, {new} now" for key, (old, new) in found.items()]
 
     def _write(self) -> None:
         if not self.processes.main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        file = self.out / IDENTITY
-        part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(self.about, indent=1, default=str) + "\n")
-        os.replace(part, file)
+        text = json.dumps(self.about, indent=1, default=str)
+        write_lines(self.out / IDENTITY, [text + "\n"])
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error} (accepted: another --out)") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file}: no object (accepted: a file of `editr2 benchmark`)")
+def _checked(file: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What was read, as it was written."""
+    for key in ("generated", "judged", "against"):
+        part = found.get(key, {"made": {}})
+        if not isinstance(part, dict) or any(
+            not isinstance(part.get(name, kind()), kind) for name, kind in _KINDS.items()
+        ):
+            raise ConfigError(f"{file}: {key}: not as it was written (accepted: another --out)")
     return found
+
+
+_KINDS: dict[str, type] = {"made": dict, "settings": dict, "done": list, "size": list}
+"""What the parts of the file have."""
+
+
+def _unseen(setting: str) -> bool:
+    return any(
+        setting == name or (name.endswith(".") and setting.startswith(name)) for name in UNSEEN
+    )
 
 
 def _digest(thing: Any) -> str:

@@ -13,24 +13,49 @@ from editr2.config import Config, EvalConfig
 from editr2.config.fields import Bounds, setting
 from editr2.config.rules import settings_problems
 from editr2.config.settings import COUNT, TURNS
+from editr2.errors import ConfigError, shown
 from editr2.judge.settings import AgainstConfig, against_problems
 from editr2.policies.found import stock_steps
 from editr2.rewards.table import REWARDS
 
 STAGES = ("generate", "judge", "report")
 
+OWNERS = {
+    "metrics.jsonl": "a run",
+    "benchmark.json": "a benchmark of an editor",
+    "comparisons.jsonl": "a benchmark of a reward",
+}
+"""What a folder is of, by a file that it has. Their files have the same names."""
+
+
+def check_folder(out: Path, own: str) -> None:
+    """Raises `ConfigError` for a folder that is of another than `own`, one of `OWNERS`."""
+    for file, owner in OWNERS.items():
+        if file != own and (out / file).is_file():
+            raise ConfigError(
+                f"--out: {shown(out)}: the folder of {owner} (accepted: another, whose "
+                f"{file} is not there)"
+            )
+
 
 def _several_problem(known: tuple[str, ...], given: object) -> str | None:
     if not isinstance(given, tuple | list):
         return None  # its type is another's matter
-    wrong = [name for name in given if name not in known]
-    if wrong or len(set(given)) < len(given):
-        return f"a list of {', '.join(known)}, each once"
-    return None
+    for name in given:
+        if name not in known:
+            return f"{name!r} is none of them"
+    return "each once" if len(set(given)) < len(given) else None
 
 
 def _stages_problem(given: object) -> str | None:
     return _several_problem(STAGES, given)
+
+
+def _turns_problem(given: object) -> str | None:
+    """Sessions are called by their length and number."""
+    if isinstance(given, tuple | list) and len(set(given)) < len(given):
+        return "each once"
+    return None
 
 
 def _passes_problem(given: object) -> str | None:
@@ -64,7 +89,7 @@ class BenchmarkConfig(Config):
     images: str | None = setting(None, path=True)
     passes: tuple[str, ...] = setting((), check=_passes_problem, what=f"of {', '.join(PASSES)}")
     sessions: int | None = setting(None, COUNT)
-    turns: tuple[int, ...] = setting((), TURNS)
+    turns: tuple[int, ...] = setting((), TURNS, check=_turns_problem)
     samples: int = setting(1, Bounds(at_least=1, at_most=64))
     stages: tuple[str, ...] = setting((), check=_stages_problem, what=f"of {', '.join(STAGES)}")
 
@@ -108,5 +133,16 @@ def benchmark_problems(config: BenchmarkConfig, kind: Benchmark) -> Iterator[str
         yield "passes: exact (accepted with a benchmark that knows exact images: world)"
     if config.turns and not kind.makes_sessions:
         yield f"turns: {list(config.turns)} (accepted with a benchmark that makes its own: world)"
+    if kind.makes_sessions:
+        if config.data.path is not None:
+            yield (
+                f"data: {config.data.path} (accepted with a benchmark that makes its own sessions: "
+                f"none; `editr2 benchmark {config.data.path}` takes these)"
+            )
+        if config.sources is not None:
+            yield (
+                f"sources: {config.sources} (accepted with a benchmark that makes its own "
+                f"sessions: none)"
+            )
     if config.images and config.samples > 1:
         yield f"samples: {config.samples} (accepted with images that are made elsewhere: 1)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -15,17 +14,17 @@ from editr2.benchmarks import rows as scores
 from editr2.benchmarks.rows import Row
 from editr2.benchmarks.strips import Strip, read_strips
 from editr2.benchmarks.summary import FILE_NAME as SUMMARY
+from editr2.benchmarks.summary import IDENTITY
 from editr2.benchmarks.table import find
 from editr2.errors import ConfigError, DataError, shown
+from editr2.files import read_object
 from editr2.report.data import PASS_NAMES, RecordedRun, load_run, number
 from editr2.report.data import Strip as RunStrip
 from editr2.run.tracking import read_metrics
 
-BENCHMARK, METRICS = "benchmark.json", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 CODE = "judge's code and options"
-ACCEPTED = (
-    "accepted: a folder of `editr2 benchmark` whose judging is done, or of a run with evaluations"
-)
+ACCEPTED = "a folder of `editr2 benchmark` whose judging is done, or of a run with evaluations"
 
 
 @dataclass(frozen=True)
@@ -63,19 +62,20 @@ class Side:
 
 def sides_of(folders: Sequence[str | os.PathLike[str]]) -> list[Side]:
     """A side for each folder; of one run alone, its evaluations before and after training. Raises
-    `UserError` for what is no such folder, and for the same one twice."""
+    `UserError` for none, for what is no such folder, and for the same one twice."""
     paths = [Path(folder) for folder in folders]
     for whole, count in Counter(map(os.path.abspath, paths)).items():
         if count > 1:
             raise ConfigError(f"--compare: {whole} given twice (accepted: each folder once)")
-    if len(paths) == 1:
-        path = paths[0]
-        if (path / BENCHMARK).is_file() or not (path / METRICS).is_file():
+    if len(paths) < 2:
+        path = paths[0] if paths else None
+        if path is None or (path / IDENTITY).is_file() or not (path / METRICS).is_file():
+            given = f"{path} alone" if path else "no folder"
             raise ConfigError(
-                f"--compare: {path} alone (accepted: two or more folders, or one of a run, whose "
+                f"--compare: {given} (accepted: two or more folders, or one of a run, whose "
                 f"evaluations before and after training are compared)"
             )
-        return [_of_run(path, f"{_last(path)}, {name}", name) for name in PASS_NAMES]
+        return [_of_run(path, f"{_last(path)} {name}", name) for name in PASS_NAMES]
     last = Counter(_last(path) for path in paths)
     return [_side(path, _last(path) if last[_last(path)] == 1 else str(path)) for path in paths]
 
@@ -85,27 +85,42 @@ def _last(path: Path) -> str:
 
 
 def _side(path: Path, name: str) -> Side:
-    if (path / BENCHMARK).is_file():
+    if (path / IDENTITY).is_file():
         return _of_benchmark(path, name)
     if (path / METRICS).is_file():
         return _of_run(path, name, None)
-    raise ConfigError(f"--compare: {path}: neither {BENCHMARK} nor {METRICS} ({ACCEPTED})")
+    raise ConfigError(f"--compare: {path}: neither {IDENTITY} nor {METRICS} (accepted: {ACCEPTED})")
 
 
 # --------------------------------------------------------------------------------------- benchmarks
 
 
 def _of_benchmark(folder: Path, name: str) -> Side:
-    about = _object(folder / BENCHMARK)
+    about = read_object(folder / IDENTITY, ACCEPTED)
     if not (folder / scores.FILE_NAME).is_file():
-        raise ConfigError(f"--compare: {folder}: no {scores.FILE_NAME} yet ({ACCEPTED})")
+        raise ConfigError(f"--compare: {folder}: no {scores.FILE_NAME} yet (accepted: {ACCEPTED})")
     kind = find(str(about.get("benchmark")))
     judged, generated = (_mapping(about.get(key)) for key in ("judged", "generated"))
     facts = _mapping(judged.get("facts"))
-    settings = _mapping(generated.get("settings")) or {
-        key: generated[key] for key in ("images", "sessions") if key in generated
+    settings = {
+        "sessions" if key == "heldout" else key: value
+        for key, value in _mapping(generated.get("settings")).items()
+    } or {key: generated[key] for key in ("images", "sessions") if key in generated}
+    told = {
+        "benchmark": kind.title,
+        "editor": about.get("editor"),
+        "judge": judged.get("title"),
+        **facts,
     }
-    told = {"editor": about.get("editor"), "judge": judged.get("title"), **facts}
+    rows = scores.read_rows(folder / scores.FILE_NAME)
+    summary = read_object(file, ACCEPTED) if (file := folder / SUMMARY).is_file() else None
+    notes = []
+    if summary is not None and not _is_of(summary, rows, judged):
+        summary = None
+        notes.append(
+            f"The report of {name} is of other scores, so there is no table of each side's own "
+            f"numbers (--stages report makes it anew)."
+        )
     return Side(
         name=name,
         about=[(str(key), str(value)) for key, value in told.items() if value is not None],
@@ -118,13 +133,32 @@ def _of_benchmark(folder: Path, name: str) -> Side:
             **({} if facts else {CODE: judged.get("reward")}),
         },
         settings={"editor": about.get("editor"), **settings},
-        rows=scores.read_rows(folder / scores.FILE_NAME),
+        rows=rows,
         measures=kind.measures,
         headline=kind.headline,
         scale=kind.scale,
         strips=read_strips(folder),
-        summary=_object(file) if (file := folder / SUMMARY).is_file() else None,
+        summary=summary,
+        notes=notes,
     )
+
+
+def _is_of(summary: Mapping[str, Any], rows: Sequence[Row], judged: Mapping[str, Any]) -> bool:
+    """Whether a report was made of these scores: by this reward, with as many in every state."""
+    try:
+        reward = summary["judge"].get("reward")
+        said = {
+            (way, metric, state): count
+            for way, of in summary["passes"].items()
+            for metric, states in of["counts"].items()
+            for state, count in states.items()
+            if count
+        }
+        ways = set(summary["passes"])
+    except (KeyError, TypeError, AttributeError):
+        return False
+    found = Counter((row.way, row.metric, row.state) for row in rows if row.way in ways)
+    return bool(reward == judged.get("reward") and said == found)
 
 
 def _content(fact: Any) -> str:
@@ -132,16 +166,6 @@ def _content(fact: Any) -> str:
     said = str(fact)
     digest = re.search(r"\(([0-9a-f]{8,})\)$", said)
     return digest[1] if digest else said
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read: {error} ({ACCEPTED})") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{file}: no object ({ACCEPTED})")
-    return found
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -161,13 +185,22 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
     wanted = evaluation or ("after" if "after" in found else next(reversed(found), None))
     if wanted not in found or "per_session" not in found[wanted]:
         what = f"evaluation “{evaluation}”" if evaluation else "evaluation"
-        raise ConfigError(f"--compare: {folder}: no {what} with scores of sessions ({ACCEPTED})")
+        raise ConfigError(
+            f"--compare: {folder}: no {what} with scores of sessions (accepted: {ACCEPTED})"
+        )
     chosen, run = found[wanted], load_run(folder)
     depends = _mapping(_mapping(run.start.get("identity")).get("depends"))
     judges = _mapping(run.start.get("judges"))
     weights = _mapping(run.start.get("rewards"))
     sessions = depends.get("heldout") or f"{chosen.get('sessions')} sessions, not on record"
     told = {"evaluation": f"{wanted}, iteration {chosen.get('iteration')}", **judges}
+    try:
+        scored = list(_rows(chosen, list(weights)))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{folder / METRICS}: per_session of evaluation “{wanted}”: {error!r} (accepted: as a "
+            f"run writes it)"
+        ) from error
     return Side(
         name=name,
         about=[(str(key), str(value)) for key, value in told.items()],
@@ -178,7 +211,7 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
             **{f"judge, {key}": _content(value) for key, value in judges.items()},
         },
         settings={**run.config, **({"evaluation": evaluation} if evaluation else {})},
-        rows=list(_rows(chosen, list(weights))),
+        rows=scored,
         measures="turns",
         headline=("success@last", "reward@last", "GA@last", "IF@last", "CC@last"),
         made_of={"reward": {key: weights[key] for key in sorted(weights)}},

@@ -11,7 +11,6 @@ no image.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,10 +23,11 @@ from PIL import Image
 from editr2.benchmarks.layouts import Images, file_names, source_file
 from editr2.benchmarks.rows import Row
 from editr2.errors import DataError
-from editr2.report.data import MODES, mean, plural
+from editr2.files import in_place_of, json_line, write_lines
+from editr2.report.data import MODES, mean
 from editr2.report.gallery import Why
 from editr2.report.numbers import decimal
-from editr2.report.pictures import UNREADABLE, Picture, thumbnail
+from editr2.report.pictures import UNREADABLE, Picture, thumbnail, unreadable_notes
 from editr2.report.strips import Bar, Cell, SessionView, TurnView
 from editr2.rewards.base import shortened
 from editr2.sessions import Session
@@ -77,11 +77,8 @@ def write_strips(folder: Path, sessions: Sequence[Session], images: Mapping[str,
             "turns": [{"instruction": t.instruction, "task": t.task} for t in session.turns],
             "images": {way: [written(path) for path in of] for way, of in found.items()},
         }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    part = root / f"{FILE_NAME}.part"
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.writelines(lines)
-    os.replace(part, root / FILE_NAME)
+        lines.append(json_line(line))
+    write_lines(root / FILE_NAME, lines)
 
 
 def _files(images: Mapping[str, Sequence[Path | None]]) -> list[Path]:
@@ -92,11 +89,10 @@ def _kept(folder: Path, name: str, session: Session) -> Path:
     path = folder / SOURCES / f"{name}.png"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
         image = Image.fromarray(session.image)
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        image.save(part, "PNG")
-        os.replace(part, path)
+        with in_place_of(path) as part:
+            image.save(part, "PNG")
     return path
 
 
@@ -132,7 +128,8 @@ def _strip(folder: Path, line: Mapping[str, Any]) -> Strip:
 
 @dataclass
 class Thumbnails:
-    """Image files as pictures of a page, each read once. unreadable: name -> kind of error."""
+    """Image files as pictures of a page, each read once. unreadable: kind of error by file
+    name."""
 
     found: dict[Path, Picture | None] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -149,12 +146,7 @@ class Thumbnails:
         return self.found[path]
 
     def notes(self) -> list[str]:
-        if not self.unreadable:
-            return []
-        count = len(self.unreadable)
-        named = [f"{name} ({kind})" for name, kind in self.unreadable.items()]
-        some = ", ".join(named[:3] + ["…"] * (count > 3))
-        return [f"{count} {plural('image', count)} could not be read: {some}."]
+        return unreadable_notes(self.unreadable)
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from editr2.benchmarks.measures import Measure, measures
+from editr2.benchmarks.measures import Measure, label_of, measures
 from editr2.benchmarks.rows import STATES, Row
 from editr2.benchmarks.table import Benchmark, Reference
+from editr2.files import write_lines
+from editr2.judge.text import cut
 from editr2.report.paired import Estimate, difference, estimate
 from editr2.sessions import Session
 
 FILE_NAME = "summary.json"
+IDENTITY = "benchmark.json"
+"""In the same folder: what numbers depend on (`run`)."""
 
 MOST_UNKNOWN = 0.02
 """Of what a headline rests on, at most so much may have failed or be missing."""
@@ -90,10 +93,8 @@ def summarise(
 
 def write(file: Path, summary: Mapping[str, Any]) -> None:
     """Whole, or not at all."""
-    part = file.with_name(file.name + ".part")
     text = json.dumps(_plain(summary), indent=1, ensure_ascii=False, allow_nan=False)
-    part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    os.replace(part, file)
+    write_lines(file, [text + "\n"])
 
 
 def too_many(counts: Mapping[Any, Any]) -> bool:
@@ -120,21 +121,21 @@ def references(
 def _objection(one: Reference, facts: Mapping[str, str]) -> str | None:
     """Why a figure may not be compared. A reward that has no rules but the released ones says
     nothing of rules."""
-    judges, rules = _told(facts, "judge"), _told(facts, "rules")
-    digests = [found[1] for t in _told(facts, "prompts") if (found := re.search(r"\((\w+)\)$", t))]
+    judges, rules = told(facts, "judge"), told(facts, "rules")
+    digests = [found[1] for t in told(facts, "prompts") if (found := re.search(r"\((\w+)\)$", t))]
     if not judges or not all(one.judge.lower() in judge.lower() for judge in judges):
         return f"the judge is {', '.join(judges) or 'none'}, theirs {one.judge}"
     if any(rule != "as released" for rule in rules):
         return f"the rules are {', '.join(rules)}, theirs as released (released: true)"
     if not digests or not set(digests) <= set(one.prompts):
         return (
-            f"the prompts are {', '.join(_told(facts, 'prompts')) or 'none'}, theirs those of the "
+            f"the prompts are {', '.join(told(facts, 'prompts')) or 'none'}, theirs those of the "
             f"release (prompts: its checkout)"
         )
     return None
 
 
-def _told(facts: Mapping[str, str], what: str) -> list[str]:
+def told(facts: Mapping[str, str], what: str) -> list[str]:
     """A fact of every judge: of several, it stands behind the names of their scores."""
     return list(dict.fromkeys(t for name, t in facts.items() if name.rpartition(": ")[2] == what))
 
@@ -239,17 +240,27 @@ def _headline(
 ) -> dict[str, Any]:
     way = next((way for way in (*benchmark.passes, *by_pass) if way in by_pass), None)
     of = found.get(way or "", {})
-    # Of sessions of one's own, whose metrics are the user's.
-    last = [one.key for one in of.values() if one.turn == "last" and one.group is None]
+    keys = list(benchmark.headline)
+    if of and not any(key in of for key in keys):
+        # Of a reward of the user's, whose scores have other names than the benchmark's own has.
+        whole = [one for one in of.values() if one.group is None]
+        keys = [one.key for one in whole if one.turn in ("last", None)]
     said = []
-    for key in benchmark.headline or last:
+    for key in keys:
         one = of.get(key)
-        why = _withheld(one, by_pass[way]) if one and way else "nothing was judged"
-        number = _measured(one, benchmark.scale) if one else {"label": key}
+        none = "this reward gives no such score" if of else "nothing was judged"
+        why = _withheld(one, by_pass[way]) if one and way else none
+        number = _measured(one, benchmark.scale) if one else {"label": _label(key)}
         if why is not None:
             number |= {"value": None, "low": None, "high": None}
         said.append({"key": key, **number, "withheld": why})
     return {"pass": way, "of": said}
+
+
+def _label(key: str) -> str:
+    """Of a measure of which there is nothing."""
+    name, _, turn = key.partition("@")
+    return label_of(name, "last" if turn == "last" else int(turn) if turn else None)
 
 
 def _withheld(measure: Measure, rows: Sequence[Row]) -> str | None:
@@ -261,8 +272,9 @@ def _withheld(measure: Measure, rows: Sequence[Row]) -> str | None:
         return None
     counts = ((measure.counts["failed"], "failed"), (measure.counts["missing"], "are missing"))
     said = " and ".join(f"{count} {verb}" for count, verb in counts if count)
-    reasons = Counter(row.reason for row in rows if row.state == "failed" and row.reason)
-    most = f"; most often: {_cut(reasons.most_common(1)[0][0])}" if reasons else ""
+    own = [row for row in rows if row.metric == measure.name] or rows  # some rest on several
+    reasons = Counter(row.reason for row in own if row.state == "failed" and row.reason)
+    most = f"; most often: {cut(reasons.most_common(1)[0][0])}" if reasons else ""
     return (
         f"of {expected} {said} ({unknown / expected:.1%}, a headline may miss "
         f"{MOST_UNKNOWN:.0%}){most}"
@@ -297,7 +309,3 @@ def _plain(thing: Any) -> Any:
     if isinstance(thing, float) and not math.isfinite(thing):
         return None
     return thing if isinstance(thing, str | int | float | bool | None) else str(thing)
-
-
-def _cut(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

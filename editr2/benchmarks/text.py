@@ -6,13 +6,23 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from editr2.benchmarks.measures import When, group_label, key_of, label_of
+from editr2.benchmarks.measures import When, group_label, how_long, key_of, label_of
 from editr2.benchmarks.summary import too_many
 from editr2.errors import plain
-from editr2.judge.text import Table, laid_out
+from editr2.judge.text import WIDTH, Table, cut, laid_out
+from editr2.report.data import MODES, plural
+from editr2.report.dots import ONE
 
-WIDTH = 100
 ALL_JUDGED = "every turn has every score"
+
+MEANS = {
+    "IF": "instruction following, this turn's edit is done",
+    "CC": "content consistency, nothing else changed",
+    "GA": "global awareness, right after every turn so far",
+    "SC": "semantic consistency, done and nothing else changed",
+    "PQ": "perceptual quality",
+}
+"""What names of scores that are the field's stand for."""
 
 MOST_TURNS = 4
 """Of more the last alone is shown by mode."""
@@ -27,7 +37,7 @@ def decimals(scale: float) -> int:
 
 
 def number(of: Of | None, scale: float, *, signed: bool = False) -> str:
-    """A value with its interval, `-` where there is none."""
+    """A value with its interval, which one session has not; `-` where there is none."""
     if of is None or of.get("value") is None:
         return "-"
     sign = "+" if signed else ""
@@ -35,7 +45,7 @@ def number(of: Of | None, scale: float, *, signed: bool = False) -> str:
         f"{round(of[name], decimals(scale)) + 0.0:{sign}.{decimals(scale)}f}"
         for name in ("value", "low", "high")
     )
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if of.get("n") != 1 else f"{value} [{ONE}]"
 
 
 def tables(summary: Mapping[str, Any], *, brief: bool = False) -> list[Table]:
@@ -70,23 +80,36 @@ def lines(summary: Mapping[str, Any], files: Iterable[object] = ()) -> list[str]
     return said + [f"wrote {file}" for file in files]
 
 
+def legend(summary: Mapping[str, Any]) -> str:
+    """What the names of its scores stand for, of those that are the field's, and how high they
+    go."""
+    have = {name for of in summary["passes"].values() for name in of["counts"]}
+    said = [f"{name}: {means}" for name, means in MEANS.items() if name in have]
+    if summary["scale"] != 1:
+        said.insert(0, f"scores are out of {summary['scale']:g}")
+    return "; ".join(said)
+
+
 def about_lines(summary: Mapping[str, Any]) -> list[str]:
     """What was judged, by whom."""
     lengths = ", ".join(
-        f"{count} of {_turns(length)}" if len(summary["lengths"]) > 1 else f"of {_turns(length)}"
+        f"{count} of {how_long(length)}"
+        if len(summary["lengths"]) > 1
+        else f"of {how_long(length)}"
         for length, count in summary["lengths"].items()
     )
     many = f", {summary['samples']} samples of each" if summary["samples"] > 1 else ""
     sessions = summary["sessions"]
     said = [
         summary["title"],
-        f"{sessions} session{'s' * (sessions != 1)}: {lengths}{many}",
+        f"{sessions} {plural('session', sessions)}: {lengths}{many}",
     ]
     said += [f"{name}: {summary[name]}" for name in ("editor", "seed") if name in summary]
     judge = summary["judge"]
     if judge.get("title"):
         said.append(f"judged by {judge['title']}")
-    said += [f"{name}: {text}" for name, text in (judge.get("facts") or {}).items()]
+    said += [f"  {name}: {text}" for name, text in (judge.get("facts") or {}).items()]
+    said += [told] if (told := legend(summary)) else []
     return [part for line in said for part in _wrapped(line)]
 
 
@@ -119,7 +142,7 @@ def state_lines(summary: Mapping[str, Any], verbs: Mapping[str, str] = VERBS) ->
 def _listed(reasons: Mapping[str, int], total: int) -> str:
     shown = list(reasons.items())[:3]
     rest = total - sum(count for _, count in shown)
-    return "; ".join(f"{_cut(why)} ({count})" for why, count in shown) + (
+    return "; ".join(f"{cut(why)} ({count})" for why, count in shown) + (
         f"; other reasons ({rest})" if rest else ""
     )
 
@@ -145,9 +168,11 @@ def _of_pass(way: str, measures: Mapping[str, Of], scale: float) -> Iterator[Tab
     turns, names = turns_of(measures), names_of(measures)
     lengths, modes, tasks = (groups_of(measures, sort) for sort in ("turns", "mode", "task"))
 
-    def table(title: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Table:
+    def table(
+        title: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], note: str = ""
+    ) -> Table:
         """rows: with the keys of their cells."""
-        return _table(f"{title}, {way}", head, rows, measures, scale)
+        return _table(f"{title}, {way}", head, rows, measures, scale, note=note)
 
     # Those by turn, or of all images where turns are none of their matter, come first.
     yield table("Scores", ["all images"], [(label_of(name), [key_of(name)]) for name in names])
@@ -170,6 +195,7 @@ def _of_pass(way: str, measures: Mapping[str, Of], scale: float) -> Iterator[Tab
             for name in names
             for mode in modes
         ],
+        "; ".join(f"{mode}: {said}" for mode, said in MODES.items()),
     )
     by_task = [
         name for name in names if any(key_of(name, None, task) in measures for task in tasks)
@@ -253,13 +279,5 @@ def groups_of(measures: Mapping[str, Of], sort: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _turns(length: str) -> str:
-    return f"{length} turn{'s' * (length != '1')}"
-
-
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(plain(text), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _cut(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

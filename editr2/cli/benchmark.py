@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,17 @@ EXTRA: list[tuple[str, dict[str, Any]]] = [
     (
         "name",
         {
-            "help": "world, mice, edival, gedit, imgedit, or a set of sessions (a path); of "
-            "rewards: editscore-bench, tiger-bench, pairs, preferences (or the path of such a file)"
+            "help": "world (needs nothing), mice, edival, gedit, gedit-cn, imgedit, or a set of "
+            "sessions (a path, hf:owner/name:split), of which an editor is judged; or of which a "
+            "reward is: editscore-bench, tiger-bench, pairs, preferences, or the path of such a "
+            "file (docs/rewards.md)"
         },
     ),
 ]
+
+
+OF_EDITORS = ("images", "passes", "turns", "samples", "stages")
+"""Settings that sets of labelled pairs have no use for."""
 
 
 def command(arguments: Arguments) -> int:
@@ -33,30 +40,68 @@ def command(arguments: Arguments) -> int:
         BenchmarkConfig,
         "editr2 benchmark",
         "Edit the sessions of a benchmark with --policy, or take --images, judge them and report. "
-        "`--compare A B` compares the folders of two that are done.",
+        "`editr2 benchmark --compare A B` compares the folders of two that are done (`--compare "
+        "--help`). To begin with: `editr2 benchmark world --sessions 20`; docs/benchmarks.md has "
+        "the others. Of the settings below those of policy, sampler and judge count, none of "
+        "training.",
         arguments,
         EXTRA,
         named=True,
-        own=(
-            "eval.sampler",
-        ),  # by an ODE, as editors are used, also where a run evaluated otherwise
+        own=("eval.sampler",),  # by an ODE, as editors are used, whatever a run evaluated by
     )
     from editr2.benchmarks.rewards import pair_set_of
+    from editr2.errors import ConfigError
 
-    if pair_set_of(given["name"]):
-        return _judge_reward(config, given["name"])
+    name = given["name"]
+    if pair_set_of(name):
+        return _judge_reward(config, name, given["policy"])
+    _check_name(name)
+    if config.images and given["policy"]:
+        raise ConfigError(
+            f"--policy: {given['policy']} beside --images {config.images} (accepted: one of the "
+            f"two: an editor, or images that are made already)"
+        )
     from editr2.benchmarks.run import run_benchmark
 
-    print("\n".join(run_benchmark(config, given["name"], given["policy"], given["notes"])))
+    print("\n".join(run_benchmark(config, name, given["policy"], given["notes"])))
     return 0
 
 
-def _judge_reward(config: BenchmarkConfig, name: str) -> int:
+def _check_name(name: str) -> None:
+    """Raises `ConfigError` for what is neither in a table, nor a path, nor a reference."""
+    from pathlib import Path
+
+    from editr2.benchmarks.rewards import PAIR_SETS
+    from editr2.benchmarks.table import BENCHMARKS
+    from editr2.config.fields import is_reference
+    from editr2.errors import ConfigError
+
+    known = [*BENCHMARKS, *PAIR_SETS]
+    if name in known or is_reference(name) or Path(name).exists():
+        return
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(
+        f"benchmark: {name!r} (accepted: {', '.join(BENCHMARKS)}; of rewards {', '.join(PAIR_SETS)}"
+        f"; a path that is there; hf:owner/name:split; package.module:NAME{meant})"
+    )
+
+
+def _judge_reward(config: BenchmarkConfig, name: str, policy: str | None) -> int:
     """Of a set of labelled pairs, which judge a reward and no editor."""
     from editr2.benchmarks import rewards
     from editr2.errors import ConfigError
-    from editr2.run.processes import open_processes
 
+    default = type(config)()
+    given = {"policy": (policy, None)} | {
+        key: (getattr(config, key), getattr(default, key)) for key in OF_EDITORS
+    }
+    for key, (value, usual) in given.items():
+        if value != usual:
+            raise ConfigError(
+                f"{key}: {_shown(value)} (accepted with {name}, which judges a reward and no "
+                f"editor: nothing)"
+            )
     if config.against.given:
         raise ConfigError(
             f"against: a second reward (accepted with {name}: one; judge the other in a folder of "
@@ -69,11 +114,14 @@ def _judge_reward(config: BenchmarkConfig, name: str) -> int:
         data=config.data.path,
         sources=config.sources,
         limit=config.sessions,
-        processes=open_processes(),
     )
     if said:
         print("\n".join(said))
     return 0
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _repeated(words: Arguments, name: str) -> Iterator[str]:
@@ -91,9 +139,16 @@ def _repeated(words: Arguments, name: str) -> Iterator[str]:
 
 
 def _compare(arguments: Arguments) -> int:
-    flags = Flags("editr2 benchmark", "Compare the folders of benchmarks, or of runs.")
+    flags = Flags(
+        "editr2 benchmark --compare FOLDER FOLDER",
+        "Compare the folders of benchmarks, or of runs (of one run alone: before and after its "
+        "training). Nothing is edited or judged, so there is no NAME.",
+    )
     flags.add(
-        "--compare", path=True, action="append", help="the folders, the first is held against"
+        "--compare",
+        path=True,
+        action="append",
+        help="the folders; all others are held against the first",
     )
     flags.add(
         "--out",
@@ -106,5 +161,5 @@ def _compare(arguments: Arguments) -> int:
     options = flags.parse(arguments)
     from editr2.benchmarks.compare import compare
 
-    print("\n".join(compare(options["compare"], options["out"])))
+    print("\n".join(compare(options["compare"] or (), options["out"])))
     return 0

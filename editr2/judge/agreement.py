@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from editr2.report.intervals import session_counts
-from editr2.report.paired import Estimate, of_resamples
+from editr2.report.paired import Estimate, draws, of_resamples
 
 RESAMPLES = 1000
 LARGEST = 3000
@@ -64,8 +63,7 @@ def kendall(a: np.ndarray, b: np.ndarray, session: np.ndarray) -> Estimate:
 def _weights(session: np.ndarray) -> np.ndarray:
     """How often every value counts, float64 [1 + resamples, n]: once each first, then as drawn."""
     _, place = np.unique(session, return_inverse=True)
-    counts = session_counts(int(place.max()) + 1, RESAMPLES)[:, place]
-    return np.concatenate([np.ones((1, len(session))), counts])
+    return np.ascontiguousarray(draws(int(place.max()) + 1, RESAMPLES)[:, place])
 
 
 def _groups(values: np.ndarray) -> np.ndarray:

@@ -22,7 +22,8 @@ from editr2.judge.agreement import TIE
 from editr2.judge.summary import nanmean, sessions_of, with_reward
 from editr2.judge.text import Table
 from editr2.judge.trial import Trial
-from editr2.report.charts import Chart, Dots, dot_chart, value_range
+from editr2.report.charts import Chart
+from editr2.report.dots import Series, dots
 from editr2.report.paired import Estimate, estimate, mean
 
 SHOWN = (1, 2, 4, 8, 16, 32, 64)
@@ -173,37 +174,18 @@ def charts(curves: Sequence[Curve]) -> list[Chart]:
         some = [each for each in curves if each.held == held][:MOST_DRAWN]
         columns = _columns(some)
         series = [
-            _dots(f"chosen by {each.chosen}", each.value, columns, colour)
+            Series(f"chosen by {each.chosen}", _by_k(each.value, columns), colour)
             for colour, each in enumerate(some)
         ]
-        series.append(_dots("oracle", some[0].oracle, columns, MOST_DRAWN, hollow=True))
-        ends = [end for dots in series for pair in dots.ends if pair for end in pair]
-        title = f"{held} of the best of k"
-        svg = dot_chart(title, [str(k) for k in columns], series, value_range(ends), "k")
-        legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]
-        if svg:
-            found.append(Chart(title, svg, legend))
+        series.append(Series("oracle", _by_k(some[0].oracle, columns), MOST_DRAWN, hollow=True))
+        found += dots([(f"{held} of the best of k", series)], [str(k) for k in columns], "k")
     return found
+
+
+def _by_k(values: Sequence[Estimate], columns: Sequence[int]) -> dict[str, Estimate]:
+    return {str(k): values[k - 1] for k in columns if k <= len(values)}
 
 
 def _columns(curves: Sequence[Curve]) -> list[int]:
     last = max(len(each.value) for each in curves)
     return sorted({k for k in SHOWN if k < last} | {last})
-
-
-def _dots(
-    label: str,
-    values: Sequence[Estimate],
-    columns: Sequence[int],
-    colour: int,
-    hollow: bool = False,
-) -> Dots:
-    there = [values[k - 1] if k <= len(values) else None for k in columns]
-    return Dots(
-        label,
-        [None if found is None else found.value for found in there],
-        [None] * len(there),
-        colour,
-        hollow,
-        [None if found is None else (found.low, found.high) for found in there],
-    )

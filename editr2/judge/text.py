@@ -12,6 +12,9 @@ from editr2.judge.summary import REASONS, Agreement, Mean, Of
 from editr2.judge.trial import Trial
 from editr2.report.paired import Estimate
 
+WIDTH = 100
+"""Of a terminal."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -99,7 +102,7 @@ def laid_out(table: Table, limit: int | None = None) -> list[str]:
         said.append(" " * width + "".join(table.head[c].rjust(columns[c]) for c in block))
         for name, cells in table.rows:
             said.append(name.ljust(width) + "".join(cells[c].rjust(columns[c]) for c in block))
-    return said + textwrap.wrap(table.note, 100)
+    return said + textwrap.wrap(table.note, WIDTH)
 
 
 def call_lines(trial: Trial, price: float | None = None) -> list[str]:
@@ -135,12 +138,12 @@ def state_lines(scores: Sequence[Of]) -> list[str]:
 
 
 def _listed(reasons: Counter[str]) -> str:
-    shown = [f"{_cut(why)} ({n})" for why, n in reasons.most_common(REASONS)]
+    shown = [f"{cut(why)} ({n})" for why, n in reasons.most_common(REASONS)]
     more = len(reasons) - len(shown)
     return "; ".join(shown) + (f"; {more} other reasons" if more > 0 else "")
 
 
-def _cut(text: str, limit: int = 160) -> str:
+def cut(text: str, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -17,10 +17,8 @@ from editr2.rewards.calling import constructor
 from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
 from editr2.rewards.record import Record, calls_of
-from editr2.rl.seeds import derive_seed
+from editr2.rl.seeds import judge_seed
 from editr2.run.identity import reward_fingerprint
-
-_POSITIVE = (1 << 63) - 1
 
 BLOCK = 48
 """Outputs whose images are in memory at once; the next are read when all of these are judged."""
@@ -191,7 +189,7 @@ def ask(
 
 
 def _item(output: Output, images: Any, seed: int, repeat: int, rollout: int) -> Item:
-    own = derive_seed(seed, "judge", output.session.id, output.name, repeat) & _POSITIVE
+    own = judge_seed(seed, "judge", output.session.id, output.name, repeat)
     return Item(output.session, images, None, rollout, own)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from editr2.files import json_line, write_lines
 from editr2.judge.summary import nanmean, values_of
 from editr2.judge.trial import Trial
 from editr2.rewards.base import Score
@@ -19,11 +18,7 @@ FILE_NAME = "scores.jsonl"
 
 def write_scores(path: Path, trial: Trial, rewards: np.ndarray | None, other: Trial | None) -> None:
     """rewards: the weighted sums [outputs, T], None of no sum. other: what it is compared with."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for row in score_rows(trial, rewards, other):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+    write_lines(path, map(json_line, score_rows(trial, rewards, other)))
 
 
 def score_rows(
@@ -48,7 +43,7 @@ def score_rows(
             if other and theirs is not None:
                 row["against"] = _named(other, theirs[n, t])
             row["answers"] = {
-                name: [_answer(rows[t][name]) for rows in trial.answers[n]] for name in trial.names
+                name: [answer(rows[t][name]) for rows in trial.answers[n]] for name in trial.names
             }
             yield row
 
@@ -65,15 +60,20 @@ def _number(value: Any) -> float | None:
     return None if np.isnan(value) else round(float(value), 6)
 
 
-def _answer(score: Score) -> Mapping[str, Any]:
-    """One of value, failed and does_not_apply, with what was said of it."""
+def answer(score: Score, digits: int | None = 6) -> dict[str, Any]:
+    """One of value, failed and does_not_apply, with what was said of it. digits: behind the point;
+    None: all, so that what is read again is what was said."""
+
+    def number(value: float) -> float:
+        return value if digits is None else round(value, digits)
+
     if score.failed:
         return {"failed": score.reason}
     if not score.applies:
         return {"does_not_apply": score.reason}
-    found: dict[str, Any] = {"value": round(score.value or 0.0, 6)}
+    found: dict[str, Any] = {"value": number(score.value or 0.0)}
     if score.reason:
         found["reason"] = score.reason
     if score.votes:
-        found["votes"] = [round(vote, 6) for vote in score.votes]
+        found["votes"] = [number(vote) for vote in score.votes]
     return found

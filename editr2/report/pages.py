@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from editr2.files import in_place_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 """What pages share: `base.html.j2` is around all of them, `parts.html.j2` has their pieces."""
@@ -23,8 +24,7 @@ def write_page(path: Path, template: str, folders: Sequence[Path] = (), **values
         lstrip_blocks=True,
     )
     page = environment.get_template(template).render(**values)
-    part = path.with_name(path.name + ".part")
-    # "replace": a lone surrogate in someone's instruction must not stop it.
-    part.write_bytes(page.replace("\0", "\ufffd").encode("utf-8", "replace"))
-    os.replace(part, path)
+    with in_place_of(path) as part:
+        # "replace": a lone surrogate in someone's instruction must not stop it.
+        part.write_bytes(page.replace("\0", "\ufffd").encode("utf-8", "replace"))
     return path

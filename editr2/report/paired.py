@@ -83,7 +83,7 @@ def root_of_product(a: Statistic, b: Statistic) -> Statistic:
 
 def estimate(statistic: Statistic, resamples: int = RESAMPLES) -> Estimate:
     """With its interval; the same at every call. count: of the sessions it rests on."""
-    weights = _weights(len(statistic.present), resamples)
+    weights = draws(len(statistic.present), resamples)
     return of_resamples(statistic.of(weights), int(statistic.present.sum()))
 
 
@@ -104,7 +104,7 @@ def compared(a: Statistic, b: Statistic, resamples: int = RESAMPLES) -> Compared
     """Over the sessions that both rest on, by the same draws: the values differ by the
     difference."""
     both = a.present & b.present
-    weights, count = _weights(len(both), resamples) * both, int(both.sum())
+    weights, count = draws(len(both), resamples) * both, int(both.sum())
     of_a, of_b = a.of(weights), b.of(weights)
     return Compared(*(of_resamples(values, count) for values in (of_a, of_b, of_b - of_a)))
 
@@ -119,8 +119,9 @@ def of_resamples(values: np.ndarray, count: int) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high), count)
 
 
-def _weights(sessions: int, resamples: int) -> np.ndarray:
-    """How often every session counts, float64 [1 + R, N]: once each first, then as drawn."""
+def draws(sessions: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """How often every session counts, float64 [1 + R, N]: once each first, then as drawn; the same
+    at every call."""
     if not sessions:
         return np.ones((1 + resamples, 0))
     return np.concatenate([np.ones((1, sessions)), session_counts(sessions, resamples)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,12 +65,7 @@ class Pictures:
         return _picture(data, kind, size)
 
     def notes(self) -> list[str]:
-        notes = []
-        if self.unreadable:
-            count = len(self.unreadable)
-            named = [f"{name} ({kind})" for name, kind in self.unreadable.items()]
-            some = ", ".join(named[:3] + ["…"] * (count > 3))
-            notes.append(f"{count} {plural('image', count)} could not be read: {some}.")
+        notes = unreadable_notes(self.unreadable)
         if self.reduced:
             notes.append(
                 f"{self.reduced} large {plural('image', self.reduced)}: scaled to "
@@ -77,6 +73,16 @@ class Pictures:
                 "strips/."
             )
         return notes
+
+
+def unreadable_notes(unreadable: Mapping[str, str]) -> list[str]:
+    """unreadable: kind of error by file name."""
+    if not unreadable:
+        return []
+    count = len(unreadable)
+    named = [f"{name} ({kind})" for name, kind in unreadable.items()]
+    some = ", ".join(named[:3] + ["…"] * (count > 3))
+    return [f"{count} {plural('image', count)} could not be read: {some}."]
 
 
 def picture_of(pixels: np.ndarray, max_pixels: int) -> Picture:

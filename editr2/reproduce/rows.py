@@ -19,6 +19,7 @@ import numpy as np
 
 from editr2.config import Config
 from editr2.errors import ConfigError
+from editr2.files import write_lines
 from editr2.reproduce.arms import ARMS, TURNS, Arm, Settings
 from editr2.run.tracking import Row, read_metrics
 from editr2.sessions.source import HELDOUT_SEED
@@ -137,12 +138,10 @@ def write_rows(folder: Path, rows: Mapping[Key, Row]) -> None:
     """The whole file anew, in the order of `ARMS`, or not at all."""
     order = {arm.name: i for i, arm in enumerate(ARMS)}
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{FILE}.part"
     ordered = sorted(
         rows.values(), key=lambda r: (order.get(r["arm"], len(order)), r["sampler"], r["seed"] or 0)
     )
-    part.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in ordered))
-    os.replace(part, folder / FILE)
+    write_lines(folder / FILE, (json.dumps(row, separators=(",", ":")) + "\n" for row in ordered))
 
 
 def fingerprints(config: Config) -> dict[str, str]:

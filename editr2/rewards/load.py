@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from editr2.config import EvalConfig, RewardConfig, RewardUse
-from editr2.config.fields import Wrong, built
+from editr2.config.fields import Wrong, built, slots
 from editr2.config.plugins import resolve
 from editr2.config.rules import listed_problems, reward_problems
 from editr2.errors import ConfigError
@@ -58,6 +58,16 @@ def _loaded(at: str, use: RewardUse, record: Record | None) -> CheckedReward:
     return member
 
 
+def _listed(options: dict[str, Any], schema: Any) -> dict[str, Any]:
+    """With `IF,CC` as the list that it is where one of names is wanted: a flag's text is split
+    before anybody knows which reward's option it is."""
+    lists = {n for n, slot in slots(schema).items() if get_args(slot.hint) == (str, ...)}
+    return {
+        name: value.split(",") if name in lists and isinstance(value, str) else value
+        for name, value in options.items()
+    }
+
+
 def _with_options(
     given: Any, options: dict[str, Any], key: str, calls: Calls, record: Record | None
 ) -> Any:
@@ -74,7 +84,9 @@ def _with_options(
     extra = {name: value for name, value in services.items() if made and name in known}
     if made and hasattr(given, "Options"):
         try:
-            return partial(given, built(options, given.Options, key), **extra)
+            return partial(
+                given, built(_listed(options, given.Options), given.Options, key), **extra
+            )
         except Wrong as wrong:
             raise ConfigError(wrong.problem) from None
     accepted = [name for name in known if name not in (*services, "session", *KEYWORDS)]

@@ -15,11 +15,9 @@ from editr2.rewards.panel import CheckedReward, Panel
 from editr2.rewards.pool import Judging, Pool
 from editr2.rl.credit import FILTER_REWARD
 from editr2.rl.rollout import Chunk, Seeds
-from editr2.rl.seeds import derive_seed
+from editr2.rl.seeds import judge_seed
 
 Prune = Literal["off", "filter", "estimate"]
-
-_POSITIVE = (1 << 63) - 1
 
 
 class Judged:
@@ -59,12 +57,12 @@ class Judged:
 
     def _item(self, chunk: Chunk, rollout: int, turn: int | None = None) -> Item:
         ordinal, sibling = chunk.ordinals[rollout // chunk.siblings], rollout % chunk.siblings
-        seed = derive_seed(self._seeds.run, self._seeds.purpose, "judge", ordinal, sibling)
+        seed = judge_seed(self._seeds.run, self._seeds.purpose, "judge", ordinal, sibling)
         session, images = chunk.session_of(rollout), chunk.images_of(rollout)
         turns: tuple[int, ...] | None = None if turn is None else (turn,)
         if turn is None and len(images) < len(session.turns):
             turns = tuple(range(len(images)))
-        return Item(session, images, turns, self._rows(chunk)[rollout], seed & _POSITIVE)
+        return Item(session, images, turns, self._rows(chunk)[rollout], seed)
 
     def _rows(self, chunk: Chunk) -> list[int]:
         rows: list[int] = (self._first + chunk.rows).tolist()

@@ -28,6 +28,11 @@ def derive_seed(*parts: int | str) -> int:
     return state - (1 << 64) if state >> 63 else state
 
 
+def judge_seed(*parts: int | str) -> int:
+    """`derive_seed` for an `Item`: from 0 on, as servers take it."""
+    return derive_seed(*parts) & (_MASK >> 1)
+
+
 def seed_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
     """int64 [B]."""
     return torch.tensor(list(seeds), dtype=torch.int64, device=device)

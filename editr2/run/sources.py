@@ -9,6 +9,7 @@ what a file holds beside them is nobody's. Not followed: imports inside of funct
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import inspect
 import sys
@@ -16,7 +17,6 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 _ROOTS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent.parent))
@@ -57,7 +57,7 @@ class _Module:
     """A module's text, its top-level statements by the names that they bind, and what its imports
     stand for: by name (module, name there), where None is the whole module."""
 
-    def __init__(self, module: ModuleType, text: str) -> None:
+    def __init__(self, text: str, package: str) -> None:
         self.lines = text.splitlines()
         self.bound: dict[str, list[ast.stmt]] = {}
         self.imported: dict[str, tuple[str, str | None]] = {}
@@ -65,7 +65,7 @@ class _Module:
             for name in _binds(statement):
                 self.bound.setdefault(name, []).append(statement)
             for node in ast.walk(statement):
-                self.imported |= dict(_imports(node, module.__package__ or ""))
+                self.imported |= dict(_imports(node, package))
 
     def text(self, statement: ast.stmt) -> str:
         first = min(
@@ -106,8 +106,13 @@ def _module(name: str, read: dict[str, _Module | None]) -> _Module | None:
         module, read[name] = sys.modules.get(name), None
         if module is not None and not installed(module):
             with suppress(OSError, TypeError, SyntaxError):
-                read[name] = _Module(module, inspect.getsource(module))
+                read[name] = _parsed(inspect.getsource(module), module.__package__ or "")
     return read[name]
+
+
+@functools.lru_cache(maxsize=64)  # a run asks several times, and parsing takes 50 ms
+def _parsed(text: str, package: str) -> _Module:
+    return _Module(text, package)
 
 
 def _binds(statement: ast.stmt) -> Iterator[str]:

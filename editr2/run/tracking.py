@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from editr2.errors import CheckpointError
+from editr2.files import in_place_of
 from editr2.run.machine import CoreWatch
 
 log = logging.getLogger(__name__)
@@ -216,12 +217,10 @@ def rows_behind(rows: Iterable[Row], iteration: int) -> list[Row]:
 
 def write_whole(path: Path, text: str) -> None:
     """A file that is there with all of the text, or as it was: synced and renamed into place."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", errors="replace") as file:
+    with in_place_of(path) as part, open(part, "w", encoding="utf-8", errors="replace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _plain(value: Any, name: str, non_finite: list[str]) -> Any:

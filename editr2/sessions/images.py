@@ -94,11 +94,7 @@ def inside(folder: Path, name: str) -> Path | None:
 def read_image(path: Path, size: Sizes | None = None, resize: str = "no") -> Pixels:
     """`decode_image` of a file; DataError says what is wrong with it."""
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # also keeps out pipes, which would block
-            raise DataError("not a file")
-        if found.st_size > MOST_BYTES:
-            raise DataError(f"{found.st_size:,} bytes (accepted: up to {MOST_BYTES:,})")
+        _check_file(path)
         return decode_image(path.read_bytes(), size, resize)
     except (
         FileNotFoundError,
@@ -115,10 +111,19 @@ def read_image(path: Path, size: Sizes | None = None, resize: str = "no") -> Pix
 def size_in_file(path: Path) -> Size:
     """(height, width) that `read_image` gives, by the file's header. Raises DataError."""
     try:
+        _check_file(path)
         with Image.open(path) as opened:
             return _seen_size(opened)
     except Exception as error:  # as in `decode_image`
         raise DataError(f"{shown(path)}: not a readable image: {one_line(error)}") from error
+
+
+def _check_file(path: Path) -> None:
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):  # also keeps out pipes, which would block
+        raise DataError("not a file")
+    if found.st_size > MOST_BYTES:
+        raise DataError(f"{found.st_size:,} bytes (accepted: up to {MOST_BYTES:,})")
 
 
 def decode_image(data: bytes, size: Sizes | None = None, resize: str = "no") -> Pixels:

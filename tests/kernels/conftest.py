@@ -74,7 +74,12 @@ def slow_backend(item):
     return params["backend"] if params.get("backend") in KEPT else None
 
 
-def pytest_collection_modifyitems(items):
+def side_by_side(config):
+    """Whether this is one of pytest-xdist's processes, each of which collects all tests."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_collection_modifyitems(config, items):
     """The slow backends run a sample of each test's cases, and none but Triton runs in the
     interpreter's process.
 
@@ -94,19 +99,25 @@ def pytest_collection_modifyitems(items):
         for (_, _, kept), group in cases.items()
         for item in group[:: 1 if kept is None else len(group) // kept + 1]
     ]
-    # The tests that wait for the interpreter come last: it works beside the others.
-    items[:] = sorted(chosen, key=lambda item: (item.originalname == WAITING, order[id(item)]))
+    # The tests that wait for the interpreter come last: it works beside the others. Where they run
+    # it themselves, the longest of all come first, lest one process be alone with them at the end.
+    last = not side_by_side(config)
+    items[:] = sorted(
+        chosen, key=lambda item: ((item.originalname == WAITING) == last, order[id(item)])
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted(request):
-    """Runs of whole test files in Triton's interpreter, one after the other beside the tests of
-    this process: by the `name` of the tests that wait for them, futures of (exit status,
-    output)."""
+    """(exit status, output) of a whole test file, by its name, in Triton's interpreter.
+
+    They run one after the other beside the tests of this process. Processes side by side all know
+    of all tests, and each runs some: there a file runs when the test that waits for it does.
+    """
     names = [
         item.callspec.params["name"]
         for item in request.session.items
-        if item.originalname == WAITING
+        if item.originalname == WAITING and not side_by_side(request.config)
     ]
     current = []
 
@@ -135,7 +146,8 @@ def interpreted(request):
         return process.returncode, output
 
     with ThreadPoolExecutor(1) as pool:
-        yield {name: pool.submit(run, name) for name in names}
+        ahead = {name: pool.submit(run, name) for name in names}
+        yield lambda name: (ahead.get(name) or pool.submit(run, name)).result()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in current:
             process.kill()

@@ -13,7 +13,7 @@ of them did, or the score does not apply; such pairs are counted, and left out o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any, Literal, NamedTuple
@@ -22,9 +22,16 @@ import numpy as np
 
 from editr2.benchmarks.pairs.labelled import Comparison, numbers_of
 from editr2.judge.agreement import TIE
-from editr2.report.intervals import session_counts
-from editr2.report.paired import RESAMPLES as MOST
-from editr2.report.paired import Statistic, estimate, mean_of, of_resamples, ratio
+from editr2.report.paired import (
+    RESAMPLES,
+    Estimate,
+    Statistic,
+    draws,
+    estimate,
+    mean_of,
+    of_resamples,
+    ratio,
+)
 from editr2.rewards.answers import TurnScores
 
 State = Literal["judged", "not_applicable", "failed"]
@@ -78,9 +85,7 @@ class Verdict:
 
     @property
     def state(self) -> State:
-        states = (self.better.state, self.worse.state)
-        known: tuple[State, ...] = ("failed", "not_applicable")
-        return next((state for state in known if state in states), "judged")
+        return _worst((self.better.state, self.worse.state))
 
     @property
     def tie(self) -> bool:
@@ -122,7 +127,9 @@ class Measure:
     """A number of a set.
 
     key: `NAME/GROUP`, such as `accuracy/dimension=overall`, or the name alone. unit: what n counts.
-    n: of those that are judged, of `asked`. ties: equal scores. more: what else belongs to it.
+    n: of those that are judged, of `asked`. ties: of them, equal scores. ties_wrong: the value if
+    these are wrong. by: the score, where all are judged by one. threshold: up to it scores are
+    equal, where there is one.
     """
 
     key: str
@@ -178,7 +185,7 @@ class Accuracy:
     def accuracy(self, key: str, of: np.ndarray) -> Measure | None:
         """Of the pairs that people did not tie; None where there are none."""
         of = of & ~np.array([v.tie for v in self.verdicts], dtype=bool)
-        return self._measure(key, of, [self._right(of)]) if of.any() else None
+        return self._of_pairs(key, of, [self._right(of)]) if of.any() else None
 
     def average(self, key: str, parts: Sequence[np.ndarray]) -> Measure | None:
         """The mean of the parts' accuracies; None where there is none of them."""
@@ -186,7 +193,7 @@ class Accuracy:
         parts = [part & strict for part in parts if (part & strict).any()]
         if not parts:
             return None
-        found = self._measure(key, np.any(parts, 0), [self._right(part) for part in parts])
+        found = self._of_pairs(key, np.any(parts, 0), [self._right(part) for part in parts])
         wrong = [self._ties_wrong(part) for part in parts]
         known = [value for value in wrong if value is not None]
         return replace(found, ties_wrong=float(np.mean(known)) if known else None)
@@ -200,7 +207,7 @@ class Accuracy:
                 records.setdefault(v.comparison.id, []).append(v)
         if not records:
             return None
-        states = [_worst(pairs) for pairs in records.values()]
+        states = [_worst([pair.state for pair in pairs]) for pairs in records.values()]
         right = np.array(
             [
                 _all_right(pairs, threshold) if state == "judged" else math.nan
@@ -211,7 +218,12 @@ class Accuracy:
         source = np.array([number[pairs[0].comparison.cluster] for pairs in records.values()])
         strict = [[v for v in pairs if not v.tie] for pairs in records.values()]
         tied = [any(v.right == 0.5 for v in pairs) for pairs in strict]
-        return self._finished(key, "records", right, source, states, tied, threshold)
+        use = ~np.isnan(right)
+        found = estimate(self._share(right[use], source[use]), self._resamples)
+        wrong = float((right[use] == 1).mean()) if use.any() else None
+        return _measure(
+            key, found, "records", states, sum(tied), ties_wrong=wrong, threshold=threshold or None
+        )
 
     def with_ties(self, key: str, of: np.ndarray) -> Measure | None:
         """The share of all pairs, those that people tied among them, that one threshold gets right:
@@ -224,86 +236,65 @@ class Accuracy:
             return None
         difference = np.array([v.difference for v in self.verdicts])[judged]
         search = _Thresholds(difference, tie[judged], self._source[judged])
-        weights = self._weights()
+        weights = draws(self._sources, self._resamples)
         values = np.concatenate([search.best(part) for part in np.array_split(weights, 20)])
         found = of_resamples(values, int(judged.sum()))
         ties = int((abs(difference) < TIE).sum())
-        return Measure(
-            key, found.value, found.low, found.high, "pairs", *_counts(states), ties,
-            threshold=search.threshold(),
-        )  # fmt: skip
+        return _measure(key, found, "pairs", states, ties, threshold=search.threshold())
 
     # -- what they have in common
 
     def _right(self, of: np.ndarray) -> Statistic:
         right = np.array([v.right for v in self.verdicts])
         use = of & ~np.isnan(right)
+        return self._share(right[use], self._source[use])
+
+    def _share(self, right: np.ndarray, source: np.ndarray) -> Statistic:
+        """The mean of `right` [n], over sources [n]."""
         sums, counts = (
-            np.bincount(self._source[use], weights, self._sources).astype(np.float64)
-            for weights in (right[use], None)
+            np.bincount(source, weights, self._sources).astype(np.float64)
+            for weights in (right, None)
         )
         return ratio(sums, counts)
 
-    def _measure(self, key: str, of: np.ndarray, parts: Sequence[Statistic]) -> Measure:
+    def _of_pairs(self, key: str, of: np.ndarray, parts: Sequence[Statistic]) -> Measure:
         inside = [v for v, use in zip(self.verdicts, of, strict=True) if use]
         statistic = parts[0] if len(parts) == 1 else mean_of(parts)
         found = estimate(statistic, self._resamples)
         ties = sum(v.right == 0.5 for v in inside)
-        names = {v.by for v in inside}
-        return Measure(
-            key, found.value, found.low, found.high, "pairs",
-            *_counts([v.state for v in inside]), ties,
-            ties_wrong=self._ties_wrong(of), by=names.pop() if len(names) == 1 else None,
-        )  # fmt: skip
+        names, states = {v.by for v in inside}, [v.state for v in inside]
+        by = names.pop() if len(names) == 1 else None
+        return _measure(key, found, "pairs", states, ties, ties_wrong=self._ties_wrong(of), by=by)
 
     def _ties_wrong(self, of: np.ndarray) -> float | None:
         right = np.array([v.right for v in self.verdicts])[of]
         right = right[~np.isnan(right)]
         return float((right == 1).mean()) if len(right) else None
 
-    def _finished(
-        self,
-        key: str,
-        unit: str,
-        right: np.ndarray,
-        source: np.ndarray,
-        states: Sequence[State],
-        tied: Sequence[bool],
-        threshold: float,
-    ) -> Measure:
-        use = ~np.isnan(right)
-        sums, counts = (
-            np.bincount(source[use], weights, self._sources).astype(np.float64)
-            for weights in (right[use], None)
-        )
-        found = estimate(ratio(sums, counts), self._resamples)
-        wrong = float((right[use] == 1).mean()) if use.any() else None
-        return Measure(
-            key, found.value, found.low, found.high, unit, *_counts(states), sum(tied),
-            ties_wrong=wrong, threshold=threshold or None,
-        )  # fmt: skip
-
     @property
     def _resamples(self) -> int:
-        return MOST if self._sources <= SOURCES else 200
-
-    def _weights(self) -> np.ndarray:
-        drawn = session_counts(self._sources, self._resamples)
-        return np.concatenate([np.ones((1, self._sources)), drawn])
+        return RESAMPLES if self._sources <= SOURCES else 200
 
 
-def _counts(states: Sequence[State]) -> tuple[int, int, int, int]:
-    """Judged, all, failed, not applicable."""
-    return (
-        states.count("judged"),
-        len(states),
-        states.count("failed"),
-        states.count("not_applicable"),
+def _measure(
+    key: str, of: Estimate, unit: str, states: Sequence[State], ties: int, **more: Any
+) -> Measure:
+    return Measure(
+        key,
+        of.value,
+        of.low,
+        of.high,
+        unit,
+        n=states.count("judged"),
+        asked=len(states),
+        failed=states.count("failed"),
+        not_applicable=states.count("not_applicable"),
+        ties=ties,
+        **more,
     )
 
 
-def _worst(pairs: Sequence[Verdict]) -> State:
-    states = [pair.state for pair in pairs]
+def _worst(states: Collection[State]) -> State:
     known: tuple[State, ...] = ("failed", "not_applicable")
     return next((state for state in known if state in states), "judged")
 
@@ -353,8 +344,6 @@ class _Thresholds:
 
     def best(self, weights: np.ndarray) -> np.ndarray:
         """Of every row of weights, the share at its best threshold."""
-        if not len(weights):
-            return np.zeros(0)
         found: np.ndarray = self._shares(weights).max(1)
         return found
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from editr2.benchmarks.pairs.accuracy import Accuracy, Measure
 from editr2.benchmarks.pairs.cells import Rows
-from editr2.benchmarks.pairs.labelled import Comparison, Labelled, Output, Pair
+from editr2.benchmarks.pairs.labelled import Comparison, Labelled, Pair
 from editr2.benchmarks.pairs.printed import INTERVALS, cell
 from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.table import Source
 from editr2.errors import DataError, shown
 from editr2.judge.text import Table
-from editr2.sessions import Session, Turn
+from editr2.sessions import Turn
 from editr2.sessions.session import kind
 
 HUB = "hf:EditScore/EditReward-Bench"
@@ -62,8 +62,7 @@ def read(source: Source) -> Labelled:
             raise record.error("output_images", "not two (accepted: an image for each key)")
         for place, key in enumerate(keys):
             after = rows.picture(row, "output_images", place)
-            session = Session(key, before.pixels, (Turn(instruction, task=task),))
-            found.add(f"{record.where}: key", Output(key, session, after, before.stamp))
+            found.add(f"{record.where}: key", key, Turn(instruction, task=task), before, after)
         found.comparisons.append(
             Comparison(
                 f"row-{row:06d}",

@@ -17,7 +17,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,17 @@ from editr2.benchmarks.pairs.accuracy import Accuracy, Measure
 from editr2.benchmarks.pairs.labelled import (
     Comparison,
     Labelled,
-    Output,
     Pair,
+    Picture,
     file_picture,
 )
-from editr2.benchmarks.pairs.lists import json_list
 from editr2.benchmarks.pairs.printed import INTERVALS, cell
 from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.table import Source
 from editr2.errors import DataError, shown
 from editr2.judge.text import Table
-from editr2.sessions import Session, Turn
-from editr2.sessions.importers.foreign import Record, json_lines
+from editr2.sessions import Turn
+from editr2.sessions.importers.foreign import Record, json_lines, json_list
 from editr2.sessions.session import is_text, kind
 
 PAIRS = "pairs.jsonl"
@@ -65,9 +64,15 @@ def read_pairs(source: Source) -> Labelled:
             raise record.error("margin", f"{kind(margin)} (accepted: a number, or absent)")
         meta = _principles(record)
         turn = Turn(record.get("instruction", "text"), task=task, meta=meta)
-        fields = {"win": "win", "lose": "lose"}
+        before, *outputs = _pictures(record, ("image", "win", "lose"), file, source)
+        better, worse = (
+            found.add(record.where, f"{name}/{key}", turn, before, after)
+            for key, after in zip(("win", "lose"), outputs, strict=True)
+        )
         groups = {} if task is None else {"task": task}
-        _add(found, record, name, source.images, file, turn, fields, "image", False, groups, margin)
+        found.comparisons.append(
+            Comparison(name, (Pair(better, worse),), before.stamp, groups, margin)
+        )
     return _some(found, file)
 
 
@@ -84,12 +89,14 @@ def read_preferences(source: Source) -> Labelled:
         if why := _contradiction(record, bool(tie)):
             found.left_out[why] += 1
             continue
-        turn = Turn(record.get("prompt", "text"))
-        fields = {"path1": "1", "path2": "2"}
-        name = f"{number:06d}"
-        _add(
-            found, record, name, source.images, file, turn, fields, "path_src", bool(tie), {}, None
+        turn, name = Turn(record.get("prompt", "text")), f"{number:06d}"
+        before, *outputs = _pictures(record, ("path_src", "path1", "path2"), file, source)
+        better, worse = (
+            found.add(record.where, f"{name}/{n}", turn, before, after)
+            for n, after in enumerate(outputs, 1)
         )
+        pair = Pair(better, worse, bool(tie))
+        found.comparisons.append(Comparison(name, (pair,), before.stamp))
     return _some(found, file)
 
 
@@ -157,29 +164,12 @@ def _some(found: Labelled, file: Path) -> Labelled:
     return found
 
 
-def _add(
-    found: Labelled,
-    record: Record,
-    name: str,
-    images: Path | None,
-    file: Path,
-    turn: Turn,
-    fields: Mapping[str, str],
-    source: str,
-    tie: bool,
-    groups: Mapping[str, str],
-    margin: float | None,
-) -> None:
-    """fields: of the better and the worse output, with what each is called behind `name`."""
-    before = file_picture(file.parent, record.where, source, record.values[source], images)
-    names = []
-    for key, called in fields.items():
-        after = file_picture(file.parent, record.where, key, record.values[key], images)
-        session = Session(f"{name}/{called}", before.pixels, (turn,))
-        output = Output(session.id, session, after, before.stamp)
-        names.append(found.add(record.where, output))
-    pair = Pair(names[0], names[1], tie)
-    found.comparisons.append(Comparison(name, (pair,), before.stamp, groups, margin))
+def _pictures(
+    record: Record, fields: Sequence[str], file: Path, source: Source
+) -> Iterator[Picture]:
+    for field in fields:
+        name = record.values[field]
+        yield file_picture(file.parent, record.where, field, name, source.images)
 
 
 def _principles(record: Record) -> dict[str, Any]:
@@ -242,7 +232,7 @@ def _is_number(value: Any) -> bool:
 
 
 def kind_of(file: Path) -> str | None:
-    """ "pairs", "preferences" or "tiger-bench": what a file holds, by its first record; None of
+    """What a file holds, by its first record: "pairs", "preferences" or "tiger-bench"; None of
     others."""
     records: Iterator[Record]
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from editr2.errors import DataError, shown
-from editr2.sessions import Session
+from editr2.sessions import Session, Turn
 from editr2.sessions.images import ImageFile, Pixels, locate
 
 
@@ -30,15 +30,14 @@ class Picture:
 class Output:
     """What the reward is asked about: an output of a session of one turn.
 
-    name: unique in the set. stretched: an output of another size than its source is brought to
-    that; else it is shown to the reward as it is.
+    name: unique in the set. source: the stamp of the session's image. stretched: an output of
+    another size than its source is brought to that; else it is shown to the reward as it is.
     """
 
     name: str
     session: Session
     picture: Picture
     source: str
-    """The stamp of the source."""
     stretched: bool = False
 
     def read(self) -> np.ndarray:
@@ -84,16 +83,17 @@ class Labelled:
     comparisons: list[Comparison] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def add(self, where: str, output: Output) -> str:
-        """Its name; one that is there is the same output. Raises DataError, from `where`, where it
-        is not."""
-        known = self.outputs.setdefault(output.name, output)
+    def add(self, where: str, name: str, turn: Turn, before: Picture, after: Picture) -> str:
+        """Of an output, which may be there already; returns its name. before: of its source. Raises
+        DataError, from `where`, where the one that is there is another."""
+        output = Output(name, Session(name, before.pixels, (turn,)), after, before.stamp)
+        known = self.outputs.setdefault(name, output)
         if _told(known) != _told(output):
             raise DataError(
-                f"{where}: {shown(repr(output.name))} has another image or instruction than before "
+                f"{where}: {shown(repr(name))} has another image or instruction than before "
                 f"(accepted: a name for each output)"
             )
-        return output.name
+        return name
 
     def resized(self, stretched: bool) -> Labelled:
         """With outputs stretched to their sources, or as they are."""
@@ -113,12 +113,9 @@ class Labelled:
     def digest(self, *more: str) -> str:
         """Of everything that answers depend on, and of `more`; files by name, size and time."""
         digest = hashlib.sha256()
-        for part in (*more, *(repr(told) for told in self._told())):
+        for part in (*more, *(repr(_told(output)) for output in self.outputs.values())):
             digest.update(part.encode("utf-8", "surrogatepass") + b"\n")
         return digest.hexdigest()
-
-    def _told(self) -> Iterator[tuple[object, ...]]:
-        yield from (_told(output) for output in self.outputs.values())
 
 
 def _told(output: Output) -> tuple[object, ...]:

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from editr2.benchmarks.pairs.accuracy import Measure
-from editr2.judge.text import Table, laid_out
+from editr2.judge.text import WIDTH, Table, laid_out
 
-WIDTH = 100
 INTERVALS = "95 % intervals by a bootstrap over sources."
 
 

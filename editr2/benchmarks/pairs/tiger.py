@@ -19,22 +19,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from editr2.benchmarks.pairs.accuracy import Accuracy, Measure
 from editr2.benchmarks.pairs.cells import Rows
-from editr2.benchmarks.pairs.labelled import Comparison, Labelled, Output, Pair, file_picture
-from editr2.benchmarks.pairs.lists import json_list
+from editr2.benchmarks.pairs.labelled import Comparison, Labelled, Pair, file_picture
 from editr2.benchmarks.pairs.printed import INTERVALS, cell
 from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.table import Source
 from editr2.errors import DataError, shown
 from editr2.judge.text import Table
-from editr2.sessions import Session, Turn
-from editr2.sessions.importers.foreign import Record
+from editr2.sessions import Turn
+from editr2.sessions.importers.foreign import Record, json_list
 from editr2.sessions.session import kind
 
 HUB = "hf:TIGER-Lab/EditReward-Bench"
@@ -132,9 +131,7 @@ def _read_rows(found: Labelled, rows: Rows) -> None:
         for letter, column in zip(letters, ("candidate_1", "candidate_2"), strict=True):
             after = rows.picture(row, column)
             output = f"{of}/{whole}/{letter}-{after.stamp[:8]}"
-            session = Session(output, before.pixels, (turn,))
-            added = found.add(f"{record.where}: id", Output(output, session, after, before.stamp))
-            names.append(added)
+            names.append(found.add(f"{record.where}: id", output, turn, before, after))
         if letters in group["pairs"]:
             raise record.error(
                 "comparison_type",
@@ -192,9 +189,7 @@ def _read_file(found: Labelled, file: Path, ways: int, images: Path | None) -> N
         names = []
         for letter, path in zip(letters, paths, strict=True):
             after = file_picture(file.parent, where, "paths_generated", path, images)
-            session = Session(f"{whole}/{letter}", before.pixels, (turn,))
-            output = Output(session.id, session, after, before.stamp)
-            names.append(found.add(where, output))
+            names.append(found.add(where, f"{whole}/{letter}", turn, before, after))
         levels = _levels(record, "human_vote.ranking", vote["ranking"], letters)
         pairs = []
         for a, b in combinations(range(ways), 2):
@@ -209,7 +204,7 @@ def _add(found: Labelled, name: str, pairs: list[Pair], ways: int, cluster: str)
     found.comparisons.append(Comparison(name, tuple(pairs), cluster, {"ways": str(ways), **whole}))
 
 
-def _levels(record: Record, field: str, text: str, letters: Any) -> dict[str, int]:
+def _levels(record: Record, field: str, text: str, letters: Sequence[str]) -> dict[str, int]:
     """The place of every letter, 0 the best, equal ones at the same: of "C>A>B", "A<B" or
     "A=B=Good"."""
     plain = re.sub(r"=(Good|Bad)$", "", text.replace(" ", ""))

@@ -17,6 +17,7 @@ TURNS = (3,)
 
 def read(source: Source) -> Iterator[Session]:
     """`sessions` of every length, those that evaluations of runs take first."""
+    source.without_images()
     for turns in source.turns or TURNS:
         for index in range(source.sessions):
             session = shapes.make_session(HELDOUT_SEED, index, split="heldout", turns=turns)

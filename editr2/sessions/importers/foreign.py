@@ -15,6 +15,9 @@ from editr2.errors import DataError, one_line, shown
 from editr2.sessions.records import lines_of, parse_object
 from editr2.sessions.session import is_text, kind
 
+_SPACE = " \t\r\n"
+_LIST = "a list of objects"
+
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "text": (is_text, "a non-empty string"),
     "flag": (lambda value: isinstance(value, bool), "true or false"),
@@ -119,6 +122,44 @@ def json_members(file: Path) -> Iterator[tuple[str, Record]]:
         begin = re.compile(r"\s*:\s*").match(text, end)
         assert begin is not None
         _, at = decoder.raw_decode(text, begin.end())
+
+
+def json_list(file: Path) -> Iterator[Record]:
+    """The objects of the one list that a JSON file is, each with the line that it begins on."""
+    try:
+        text = file.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start + 1} is not UTF-8") from error
+    decoder = json.JSONDecoder()
+    line, seen, at = 1, 0, _skipped(text, 0)
+    if text[at : at + 1] != "[":
+        raise DataError(f"{file}: not a list (accepted: {_LIST})")
+    at = _skipped(text, at + 1)
+    while text[at : at + 1] != "]":
+        line, seen = line + text.count("\n", seen, at), at
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"{file}:{line}: malformed JSON: {said} (accepted: {_LIST})") from error
+        try:
+            yield Record(f"{file}:{line}", parse_object(text[at:end].encode(), _LIST))
+        except DataError as error:
+            raise DataError(f"{file}:{line}: {error}") from error
+        at = _skipped(text, end)
+        if text[at : at + 1] == ",":
+            at = _skipped(text, at + 1)
+        elif text[at : at + 1] != "]":
+            line += text.count("\n", seen, at)
+            raise DataError(f"{file}:{line}: malformed JSON (accepted: {_LIST})")
+
+
+def _skipped(text: str, at: int) -> int:
+    while at < len(text) and text[at] in _SPACE:
+        at += 1
+    return at
 
 
 def csv_rows(file: Path, literals: tuple[str, ...]) -> Iterator[Record]:

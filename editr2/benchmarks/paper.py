@@ -10,18 +10,16 @@ itself: whether one of two is better is told by the interval of their difference
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editr2.benchmarks.measures import group_label, key_of, label_of
-from editr2.benchmarks.summary import MOST_UNKNOWN, too_many
+from editr2.benchmarks.measures import group_label, how_long, key_of, label_of
+from editr2.benchmarks.summary import MOST_UNKNOWN, told, too_many
 from editr2.benchmarks.text import decimals, groups_of, names_of, turns_of
-
-FILES = ("table.md", "table.tex")
+from editr2.files import write_lines
 
 SHOWN: Mapping[str, Sequence[str]] = {
     "edival": ("success", "CC", "O_of_means"),
@@ -81,8 +79,9 @@ def paper_table(
             held = [one if one is None or not too_many(one) else None for one in measured]
             gone |= held != measured
             values = [one for one in held if one is not None and one["value"] is not None]
-            halves = [(one["high"] - one["low"]) / 2 for one in values]
-            widest = max([widest, *halves])
+            sides = [one["high"] - one["value"] for one in values]
+            sides += [one["value"] - one["low"] for one in values]
+            widest = max([widest, *sides])
             strong = [n for n, column in enumerate(columns) if head and (place, column.key) in bold]
             title = f"{name} ({way})" if len(summary["passes"]) > 1 else name
             cells = [_cell(one and one["value"], summary) for one in held]
@@ -95,7 +94,7 @@ def paper_table(
         cells = [_cell(of.get(column.key), first) for column in columns]
         if any(cells):
             found.append(Line(editor, cells, theirs=True))
-    return PaperTable(_title(first), columns, found, _notes(first, found, theirs, gone, widest))
+    return PaperTable(_title(summaries), columns, found, _notes(first, found, theirs, gone, widest))
 
 
 def markdown(table: PaperTable) -> str:
@@ -162,19 +161,15 @@ def latex(table: PaperTable) -> str:
     )
 
 
-def write(folder: Path, table: PaperTable, files: Sequence[str] = FILES) -> list[Path]:
+def write(folder: Path, table: PaperTable) -> list[Path]:
     """Both forms, each whole or not at all. Returns their files."""
-    written = []
-    for name, form in zip(files, _FORMS, strict=True):
-        file = folder / name
-        part = file.with_name(file.name + ".part")
-        part.write_text(form(table), encoding="utf-8", errors="backslashreplace")
-        os.replace(part, file)
-        written.append(file)
-    return written
+    for name, form in FORMS.items():
+        write_lines(folder / name, [form(table)])
+    return [folder / name for name in FORMS]
 
 
-_FORMS: tuple[Callable[[PaperTable], str], ...] = (markdown, latex)
+FORMS: Mapping[str, Callable[[PaperTable], str]] = {"table.md": markdown, "table.tex": latex}
+"""By file."""
 
 
 def _columns(summary: Mapping[str, Any]) -> list[Column]:
@@ -192,10 +187,11 @@ def _columns(summary: Mapping[str, Any]) -> list[Column]:
     return [Column(label_of(name), sub, key) for name, sub, key in found if key in of]
 
 
-def _title(summary: Mapping[str, Any]) -> str:
-    lengths = list(summary["lengths"])
-    turns = f" of {lengths[0]} turn{'s' * (lengths[0] != '1')}" if len(lengths) == 1 else ""
-    return f"{summary['title']}, {summary['sessions']} sessions{turns}"
+def _title(summaries: Sequence[Mapping[str, Any]]) -> str:
+    lengths = list(dict.fromkeys(length for of in summaries for length in of["lengths"]))
+    turns = f" of {how_long(lengths[0])}" if len(lengths) == 1 else ""
+    counts = dict.fromkeys(str(of["sessions"]) for of in summaries)
+    return f"{summaries[0]['title']}, {' and '.join(counts)} sessions{turns}"
 
 
 def _notes(
@@ -206,10 +202,8 @@ def _notes(
     widest: float,
 ) -> list[str]:
     facts = summary["judge"].get("facts") or {}
-    judges = dict.fromkeys(t for name, t in facts.items() if name.rpartition(": ")[2] == "judge")
-    said = [
-        f"Judged by {', '.join(judges) or summary['judge'].get('title') or 'an unnamed judge'}."
-    ]
+    judges = ", ".join(told(facts, "judge"))
+    said = [f"Judged by {judges or summary['judge'].get('title') or 'an unnamed judge'}."]
     if widest:
         digits = decimals(summary["scale"])
         said.append(

@@ -1,4 +1,4 @@
-"""What pages of benchmarks draw: values with their intervals, by turn or by length."""
+"""Charts of estimates: values with their intervals, by turn, by length or by k."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from editr2.report.charts import Chart, Dots, dot_chart, value_range
 from editr2.report.numbers import decimal, signed
 from editr2.report.paired import Estimate
 
+ONE = "one session"
+"""In place of an interval, which a bootstrap of one session makes a point."""
+
 
 def with_interval(of: Estimate, places: int, *, sign: bool = False) -> str:
-    """`0.410 [0.350, 0.470]`; "–" of what is not defined. sign: of a difference."""
+    """`0.410 [0.350, 0.470]`; "–" of what is not defined, and no interval of one session. sign: of
+    a difference."""
     if not of.known:
         return "–"
     write = _signed if sign else decimal
     value, low, high = (write(number, places) for number in (of.value, of.low, of.high))
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if of.count != 1 else f"{value} [{ONE}]"
 
 
 def _signed(value: float, places: int) -> str:
@@ -39,24 +43,25 @@ def dots(
     axis: str,
     notes: Mapping[str, str] | None = None,
     *,
-    unit: bool,
+    scale: float = 1.0,
 ) -> list[Chart]:
     """A panel for each title, all on one scale: they are read against each other. notes: by title.
-    unit: values are in [0, 1]."""
+    scale: values are in [0, scale], which the axis does not leave."""
     every = [of for _, series in panels for one in series for of in one.values.values()]
     reach = [end for of in every if of.known for end in (of.low, of.high)]
     if not reach:
         return []
-    y_range, charts = value_range(reach, unit=unit), []
+    low, high = value_range(end / scale for end in reach)
+    y_range, charts = (low * scale, high * scale), list[Chart]()
     for title, series in panels:
-        drawn = [_dots(one, categories) for one in series]
+        drawn = [_drawn(one, categories) for one in series]
         if svg := dot_chart(title, categories, drawn, y_range, axis):
             legend = [(one.label, one.colour, "hollow" if one.hollow else "dot") for one in series]
             charts.append(Chart(title, svg, legend, (notes or {}).get(title, "")))
     return charts
 
 
-def _dots(series: Series, categories: Sequence[str]) -> Dots:
+def _drawn(series: Series, categories: Sequence[str]) -> Dots:
     found = [series.values.get(name) for name in categories]
     known = [of if of is not None and of.known else None for of in found]
     return Dots(
