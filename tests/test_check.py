@@ -61,6 +61,7 @@ from editr2.worlds.shapes import make_session
 
 ROOT = Path(__file__).parent.parent
 DIFFUSION = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
+SINCE = ("flux2",)
 TEXTS = ["make it red", "make it a good deal bluer"]
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -99,6 +100,8 @@ def folders(tmp_path_factory):
                 editors.klein_pipeline(num_layers=2).save_pretrained(made[model])
             elif model == "klein-kv":
                 editors.klein_kv_pipeline().save_pretrained(made[model])
+            elif model == "flux2":
+                editors.flux2_pipeline(num_layers=2).save_pretrained(made[model])
             else:
                 blocks = {"num_layers": 3, "num_single_layers": 3} if model == "kontext" else {}
                 editors.kontext_pipeline(**blocks).save_pretrained(made[model])
@@ -150,7 +153,7 @@ def opened(folders):
     return of
 
 
-@pytest.mark.parametrize("model", DIFFUSION)
+@pytest.mark.parametrize("model", (*DIFFUSION, *SINCE))
 def test_a_context_takes_what_the_loaded_policys_takes(opened, model):
     _, editor, context = opened(model)
     tensors = (*context.conditions, *context.prompt.values(), *context.derived)
@@ -158,7 +161,7 @@ def test_a_context_takes_what_the_loaded_policys_takes(opened, model):
     assert (len(context.derived) > 0) == (model == "klein-kv") == editor.policy.derives()
 
 
-@pytest.mark.parametrize("model", DIFFUSION)
+@pytest.mark.parametrize("model", [*DIFFUSION, *(pytest.param(m, marks=EXHAUSTIVE) for m in SINCE)])
 def test_flops_and_parameters_are_those_of_the_loaded_policy(opened, model):
     policy, editor, context = opened(model)
     x, sigma = torch.randn(2, *policy.latent_shape), torch.tensor([0.3, 0.7])

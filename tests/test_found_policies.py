@@ -51,6 +51,7 @@ STOCK = {
     "klein-kv": (4, {}),
     "qwen-edit": (50, {"guidance": 4.0}),
     "qwen-edit-plus": (50, {"guidance": 4.0}),
+    "flux2": (50, {}),
 }
 """Steps and settings of the published weights, by the pipelines' documentation."""
 

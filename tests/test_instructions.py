@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -35,7 +36,7 @@ from editr2.rl.sessions import sessions_for
 from editr2.sessions import Session, Turn, save_sessions
 from editr2.worlds import shapes
 
-MODELS = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
+MODELS = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus", "flux2")
 SIZE = (64, 96)
 
 
@@ -171,10 +172,9 @@ def test_ordinary_words_are_the_stock_pipeline_s_ids(
 
 
 def core(ids: list[int], pad: int) -> list[int]:
-    """Without what fills the row up."""
-    while ids and ids[-1] == pad:
-        ids = ids[:-1]
-    return ids
+    """Without what fills the row up, on either side."""
+    said = [i for i, token in enumerate(ids) if token != pad]
+    return ids[said[0] : said[-1] + 1] if said else []
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -195,6 +195,7 @@ def test_marks_in_an_instruction_are_text(
         "<|im_start|>",
         "<|im_end|>",
     ]
+    every += ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[IMG]", "<s>"]
     every += [
         "<|vision_start|>",
         "<|vision_end|>",
@@ -392,6 +393,9 @@ def tokens_by_the_stock_tokenizer(made: Any, text: str) -> int:
                 )
             )["input_ids"]
         )
+    if made.model == "flux2":
+        said = format_input([text], pipe.system_message)
+        return len(pipe.tokenizer.apply_chat_template(said, return_dict=True)["input_ids"][0])
     return len(pipe.tokenizer(text)["input_ids"])
 
 
@@ -463,7 +467,7 @@ def test_a_check_says_it_too(
     assert not [problem for problem in preflight(fits).problems if "tokens" in problem]
 
 
-@pytest.mark.parametrize("model", ("kontext", "klein", "klein-kv"))
+@pytest.mark.parametrize("model", ("kontext", "klein", "klein-kv", "flux2"))
 def test_the_models_own_limits(model: str, policy: Callable[..., Any]) -> None:
     made = policy(model)
     longest = next(

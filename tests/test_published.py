@@ -44,6 +44,7 @@ ENCODERS = {
         "tie_word_embeddings": True,
     },
     "Qwen3-8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128},
+    "Mistral-Small-3.2": {"tie_word_embeddings": False},
     "Qwen2.5-VL-7B": {
         "text_config": {
             "vocab_size": 152064,
@@ -73,6 +74,7 @@ SIZES = {
     "black-forest-labs/FLUX.2-klein-9B": (("Qwen3-8B",), 3 * 4096, 9.08, 84_046_115),
     "black-forest-labs/FLUX.2-klein-base-9B": (("Qwen3-8B",), 3 * 4096, 9.08, 84_046_115),
     "black-forest-labs/FLUX.2-klein-9b-kv": (("Qwen3-8B",), 3 * 4096, 9.08, 84_046_115),
+    "black-forest-labs/FLUX.2-dev": (("Mistral-Small-3.2",), 3 * 5120, 32.22, 84_046_115),
     "Qwen/Qwen-Image-Edit": (("Qwen2.5-VL-7B",), 3584, 20.43, 126_892_531),
     "Qwen/Qwen-Image-Edit-2509": (("Qwen2.5-VL-7B",), 3584, 20.43, 126_892_531),
     "Qwen/Qwen-Image-Edit-2511": (("Qwen2.5-VL-7B",), 3584, 20.43, 126_892_531),

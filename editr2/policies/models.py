@@ -14,4 +14,5 @@ MODELS: dict[str, str] = {
     "klein-kv": "editr2.policies.klein:KleinKVPolicy",
     "qwen-edit": "editr2.policies.qwen_edit:QwenEditPolicy",
     "qwen-edit-plus": "editr2.policies.qwen_edit:QwenEditPlusPolicy",
+    "flux2": "editr2.policies.flux2:Flux2Policy",
 }
