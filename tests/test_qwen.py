@@ -26,6 +26,9 @@ from editr2.training import train
 from editr2_kernels import INITIAL_STEP, philox_normal
 
 MODELS = ("qwen-edit", "qwen-edit-plus")
+LATEST = {"zero_cond_t": True}
+"""What the transformer of Qwen-Image-Edit-2511 has beside that of 2509: conditions are modulated as
+at time 0."""
 SIZE, CONDITION, STEPS = (64, 96), (48, 80), 4
 WORDS = (
     ("make the square brighter", "now remove it"),
@@ -43,9 +46,9 @@ def pipeline(beside):
 
 @pytest.fixture
 def policy(pipeline):
-    def make(model, **settings):
+    def make(model, transformer=None, **settings):
         config = PolicyConfig(**({"model": model, "resolution": SIZE} | settings))
-        return policy_class(model)(pipeline(model), config)
+        return policy_class(model)(pipeline(model, **(transformer or {})), config)
 
     return make
 
@@ -97,15 +100,18 @@ def stock(pipe, condition, monkeypatch):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model, transformer", [(MODELS[0], {}), (MODELS[1], {}), (MODELS[1], LATEST)]
+)
 def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
-    policy, model, guidance, monkeypatch
+    policy, model, transformer, guidance, monkeypatch
 ):
     """With guidance, with conditions of another size, and for Plus with the source beside the
     previous output. The latents differ by rounding alone (a sum of eight layers' products: 1e-5 of
     about 1)."""
     ours = policy(
         model,
+        transformer,
         guidance=guidance,
         condition_resolution=CONDITION,
         keep_source=model == "qwen-edit-plus",
@@ -135,7 +141,11 @@ def test_the_comparison_above_would_notice(policy, model):
     (session,) = sessions(1)
 
     def latents(words=None, **settings):
-        ours = policy(model, **({"guidance": 4.0, "condition_resolution": CONDITION} | settings))
+        ours = policy(
+            model,
+            settings.pop("transformer", None),
+            **({"guidance": 4.0, "condition_resolution": CONDITION} | settings),
+        )
         said = session if words is None else dataclasses.replace(session, turns=(Turn(words),))
         sampler = make_sampler(STEPS, own=ours.sigmas)
         return (
@@ -151,6 +161,7 @@ def test_the_comparison_above_would_notice(policy, model):
         {"negative_prompt": "ugly"},
         {"condition_resolution": SIZE},
         {"words": "make the square darker"},
+        {"transformer": LATEST},
     ):
         assert (latents(**wrong) - right).abs().max() > 1e-3, wrong
 
@@ -165,8 +176,9 @@ def test_the_text_encoder_sees_the_image_and_the_mode_of_its_size(policy):
         assert (one.prompt["words"] - other.prompt["words"]).abs().mean() > 1e-2
 
 
-def test_a_batch_is_its_samples_one_by_one(policy):
-    ours = policy("qwen-edit-plus", guidance=4.0, keep_source=True)
+@pytest.mark.parametrize("transformer", [{}, LATEST])
+def test_a_batch_is_its_samples_one_by_one(policy, transformer):
+    ours = policy("qwen-edit-plus", transformer, guidance=4.0, keep_source=True)
     texts = ["brighter", "remove the red square on the left, and then the circle", "a b c"]
     images = pictures(3)
     x, sigma = torch.randn(3, *ours.latent_shape), torch.tensor([0.9, 0.5, 0.2])
@@ -283,10 +295,10 @@ class Brightness:
 def settings(beside, pipeline, tmp_path):
     """A run on files alone: a pipeline's folder and a set of sessions of three turns."""
 
-    def make(model, **changes):
+    def make(model, transformer=None, **changes):
         weights = tmp_path / model
         if not weights.exists():
-            beside("tiny_qwen").save_pipeline(pipeline(model), weights)
+            beside("tiny_qwen").save_pipeline(pipeline(model, **(transformer or {})), weights)
         size = (32, 48)
         said = [
             dataclasses.replace(s, image=pictures(1, size, i)[0])
@@ -325,19 +337,34 @@ def rises(run):
     return len(before) == 3 and all(b > a + 0.01 for a, b in zip(before, after, strict=True))
 
 
-def test_brightness_rises_by_grpo_with_guidance_and_the_source_beside_the_output(settings):
+@pytest.mark.parametrize(
+    "transformer, iterations", [({}, 6), pytest.param(LATEST, 12, marks=pytest.mark.exhaustive)]
+)
+def test_brightness_rises_by_grpo_with_guidance_and_the_source_beside_the_output(
+    settings, transformer, iterations
+):
     policy = {"keep_source": True, "guidance": 2.0}
     run = train(
-        settings("qwen-edit-plus", policy=policy, train={"iterations": 6, "lr": 3e-2}),
+        settings(
+            "qwen-edit-plus",
+            transformer,
+            policy=policy,
+            train={"iterations": iterations, "lr": 3e-2},
+        ),
         reward=Brightness(),
     )
     assert rises(run) and rows(run, "train")[0]["ratio_error"] <= 1e-6
     assert (run / "policy" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_brightness_rises_by_nft(settings):
+@pytest.mark.parametrize(
+    "model, transformer",
+    [("qwen-edit", {}), pytest.param("qwen-edit-plus", LATEST, marks=pytest.mark.exhaustive)],
+)
+def test_brightness_rises_by_nft(settings, model, transformer):
     config = settings(
-        "qwen-edit",
+        model,
+        transformer,
         policy={"lora_rank": 0},  # and so all weights
         rollout={"window": 0, "shared_noise": False},
         train={"iterations": 6, "lr": 2e-2, "loss": "nft", "old_decay": 0.0},
@@ -345,10 +372,14 @@ def test_brightness_rises_by_nft(settings):
     assert rises(train(config, reward=Brightness()))
 
 
-def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_path):
-    whole = train(settings("qwen-edit", out=str(tmp_path / "whole")), reward=Brightness())
-    train(settings("qwen-edit", train={"iterations": 1}), reward=Brightness())
-    run = train(settings("qwen-edit"), reward=Brightness())
+@pytest.mark.parametrize(
+    "made",
+    [("qwen-edit",), pytest.param(("qwen-edit-plus", LATEST), marks=pytest.mark.exhaustive)],
+)
+def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_path, made):
+    whole = train(settings(*made, out=str(tmp_path / "whole")), reward=Brightness())
+    train(settings(*made, train={"iterations": 1}), reward=Brightness())
+    run = train(settings(*made), reward=Brightness())
     one, two = (
         load_file(r / "checkpoints" / "step_000002" / "policy.safetensors") for r in (whole, run)
     )
