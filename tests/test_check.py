@@ -61,7 +61,7 @@ from editr2.worlds.shapes import make_session
 
 ROOT = Path(__file__).parent.parent
 DIFFUSION = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
-SINCE = ("flux2",)
+SINCE = ("flux2", "longcat-edit")
 TEXTS = ["make it red", "make it a good deal bluer"]
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -96,6 +96,8 @@ def folders(tmp_path_factory):
                 qwen.save_pipeline(
                     qwen.qwen_pipeline(plus=model.endswith("plus"), num_layers=2), made[model]
                 )
+            elif model == "longcat-edit":
+                qwen.save_pipeline(qwen.longcat_pipeline(), made[model])
             elif model == "klein":
                 editors.klein_pipeline(num_layers=2).save_pretrained(made[model])
             elif model == "klein-kv":

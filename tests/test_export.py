@@ -43,7 +43,7 @@ def a_cuda_build(monkeypatch):
 
 
 EDITORS = ("kontext", "klein", "qwen-edit", "qwen-edit-plus")
-SINCE = ("flux2",)
+SINCE = ("flux2", "longcat-edit")
 """Editors whose turn comes with `make test-all`."""
 
 
@@ -66,6 +66,7 @@ def weights(tmp_path_factory, beside_module) -> dict[str, str | None]:
     flux.kontext_pipeline().save_pretrained(folder / "kontext")
     flux.klein_pipeline().save_pretrained(folder / "klein")
     flux.flux2_pipeline().save_pretrained(folder / "flux2")
+    qwen.save_pipeline(qwen.longcat_pipeline(), folder / "longcat-edit")
     for plus, name in enumerate(EDITORS[2:]):
         qwen.save_pipeline(qwen.qwen_pipeline(plus=bool(plus)), folder / name)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -176,9 +177,12 @@ def test_every_loader_gets_the_lora_at_the_strength_it_was_trained_at(
     for settings_read in (True, False):
         if not settings_read:
             save_file(load_file(file), file, metadata={"format": "pt"})
-        pipe.load_lora_weights(tmp_path / "out")
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(tmp_path / "out")
+        else:
+            pipe.transformer.load_lora_adapter(tmp_path / "out", use_safetensors=True)
         assert _largest(probe(loaded), expected) <= (0 if exact else 1e-5)
-        pipe.unload_lora_weights()
+        pipe.transformer.unload_lora()
         assert _largest(probe(loaded), expected) > 0.01
 
 

@@ -75,6 +75,7 @@ SIZES = {
     "black-forest-labs/FLUX.2-klein-base-9B": (("Qwen3-8B",), 3 * 4096, 9.08, 84_046_115),
     "black-forest-labs/FLUX.2-klein-9b-kv": (("Qwen3-8B",), 3 * 4096, 9.08, 84_046_115),
     "black-forest-labs/FLUX.2-dev": (("Mistral-Small-3.2",), 3 * 5120, 32.22, 84_046_115),
+    "meituan-longcat/LongCat-Image-Edit": (("Qwen2.5-VL-7B",), 3584, 6.27, 83_819_683),
     "Qwen/Qwen-Image-Edit": (("Qwen2.5-VL-7B",), 3584, 20.43, 126_892_531),
     "Qwen/Qwen-Image-Edit-2509": (("Qwen2.5-VL-7B",), 3584, 20.43, 126_892_531),
     "Qwen/Qwen-Image-Edit-2511": (("Qwen2.5-VL-7B",), 3584, 20.43, 126_892_531),

@@ -4,6 +4,7 @@ makes of it."""
 import dataclasses
 import functools
 import importlib
+import inspect
 from collections import Counter
 
 import numpy as np
@@ -29,6 +30,8 @@ MODELS = ("qwen-edit", "qwen-edit-plus")
 LATEST = {"zero_cond_t": True}
 """What the transformer of Qwen-Image-Edit-2511 has beside that of 2509: conditions are modulated as
 at time 0."""
+SINCE = (("qwen-edit-plus", LATEST), ("longcat-edit", {}))
+"""Pipelines, and changes to their transformers, that train with `make test-all`."""
 SIZE, CONDITION, STEPS = (64, 96), (48, 80), 4
 WORDS = (
     ("make the square brighter", "now remove it"),
@@ -39,9 +42,14 @@ WORDS = (
 @pytest.fixture
 def pipeline(beside):
     """A fresh tiny pipeline by model; the same weights every time."""
-    return lambda model, **settings: beside("tiny_qwen").qwen_pipeline(
-        plus=model == "qwen-edit-plus", **settings
-    )
+
+    def make(model, **settings):
+        tiny = beside("tiny_qwen")
+        if model == "longcat-edit":
+            return tiny.longcat_pipeline(**settings)
+        return tiny.qwen_pipeline(plus=model == "qwen-edit-plus", **settings)
+
+    return make
 
 
 @pytest.fixture
@@ -74,9 +82,8 @@ def stock(pipe, condition, monkeypatch):
     own, area = module.calculate_dimensions, 1024 * 1024
 
     def dimensions(target, ratio):
-        return (
-            (*condition[::-1], *(() if plus else (None,))) if target == area else own(target, ratio)
-        )
+        given = own(target, ratio)
+        return (*condition[::-1], *given[2:]) if target == area else given
 
     monkeypatch.setattr(module, "calculate_dimensions", dimensions)
     encoder, forward = pipe.text_encoder, pipe.text_encoder.forward
@@ -91,6 +98,8 @@ def stock(pipe, condition, monkeypatch):
     def run(images, prompt, **settings):
         seen = [Image.fromarray(image) for image in images]
         size = {"height": SIZE[0], "width": SIZE[1]}
+        if "height" not in inspect.signature(pipe.__call__).parameters:  # LongCat: the condition's
+            size = {}
         call = functools.partial(
             pipe, seen if plus else seen[0], prompt, num_inference_steps=STEPS, **size, **settings
         )
@@ -101,7 +110,8 @@ def stock(pipe, condition, monkeypatch):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize(
-    "model, transformer", [(MODELS[0], {}), (MODELS[1], {}), (MODELS[1], LATEST)]
+    "model, transformer",
+    [(MODELS[0], {}), (MODELS[1], {}), (MODELS[1], LATEST), ("longcat-edit", {})],
 )
 def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
     policy, model, transformer, guidance, monkeypatch
@@ -109,23 +119,25 @@ def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
     """With guidance, with conditions of another size, and for Plus with the source beside the
     previous output. The latents differ by rounding alone (a sum of eight layers' products: 1e-5 of
     about 1)."""
+    condition = SIZE if model == "longcat-edit" else CONDITION  # which has one size for all
     ours = policy(
         model,
         transformer,
         guidance=guidance,
-        condition_resolution=CONDITION,
+        condition_resolution=condition,
         keep_source=model == "qwen-edit-plus",
     )
     (session,) = sessions(1)
     sampler, seeds = make_sampler(STEPS, own=ours.sigmas), Seeds(0, "test")
     chunk = rollout_chunk(ours, Chunk([session], [0], 1), sampler, seeds, ours.config)
-    theirs, image = stock(ours.pipe, CONDITION, monkeypatch), session.image
+    theirs, image = stock(ours.pipe, condition, monkeypatch), session.image
     for turn, record in enumerate(chunk.turns):
         noise = philox_normal(
             seeds.initial(chunk, record.rollout, turn), INITIAL_STEP, ours.latent_shape
         )
         images = [image, session.image] if turn and ours.config.keep_source else [image]
-        settings = {"true_cfg_scale": guidance, "negative_prompt": " " if guidance > 1 else None}
+        settings = {ours.guidance_argument: guidance}
+        settings["negative_prompt"] = ours.negative if guidance > 1 else None
         latents, pixels = theirs(images, session.turns[turn].instruction, latents=noise, **settings)
         torch.testing.assert_close(record.x0, latents, rtol=0, atol=1e-5)
         assert (
@@ -135,7 +147,7 @@ def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
         image = record.images[0]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", (*MODELS, "longcat-edit"))
 def test_the_comparison_above_would_notice(policy, model):
     """What could be forgotten moves the latents by far more than rounding."""
     (session,) = sessions(1)
@@ -157,11 +169,11 @@ def test_the_comparison_above_would_notice(policy, model):
     right = latents()
     for wrong in (
         {"guidance": 1.0},
-        {"renorm": "none"},
+        {"renorm": "channel"},
         {"negative_prompt": "ugly"},
         {"condition_resolution": SIZE},
         {"words": "make the square darker"},
-        {"transformer": LATEST},
+        *([{"transformer": LATEST}] if model in MODELS else []),
     ):
         assert (latents(**wrong) - right).abs().max() > 1e-3, wrong
 
@@ -359,7 +371,7 @@ def test_brightness_rises_by_grpo_with_guidance_and_the_source_beside_the_output
 
 @pytest.mark.parametrize(
     "model, transformer",
-    [("qwen-edit", {}), pytest.param("qwen-edit-plus", LATEST, marks=pytest.mark.exhaustive)],
+    [("qwen-edit", {}), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in SINCE)],
 )
 def test_brightness_rises_by_nft(settings, model, transformer):
     config = settings(
@@ -374,7 +386,7 @@ def test_brightness_rises_by_nft(settings, model, transformer):
 
 @pytest.mark.parametrize(
     "made",
-    [("qwen-edit",), pytest.param(("qwen-edit-plus", LATEST), marks=pytest.mark.exhaustive)],
+    [("qwen-edit",), *(pytest.param(more, marks=pytest.mark.exhaustive) for more in SINCE)],
 )
 def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_path, made):
     whole = train(settings(*made, out=str(tmp_path / "whole")), reward=Brightness())
@@ -391,9 +403,12 @@ def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_p
     assert first == second
 
 
-def test_a_trained_lora_is_loaded_again_from_its_folder(settings):
-    config = settings("qwen-edit")
+@pytest.mark.parametrize("model", ("qwen-edit", "longcat-edit"))
+def test_a_trained_lora_is_loaded_again_from_its_folder(settings, model):
+    few = {} if model in MODELS else {"guidance": 2.0, "text_tokens": 48}
+    config = settings(model, policy=few)
     run = train(config, reward=Brightness())
+    assert all(row["ratio_error"] <= 1e-6 for row in rows(run, "train"))
     again = load_policy(dataclasses.replace(config.policy, weights=str(run / "policy")))
     saved = load_file(run / "checkpoints" / "step_000002" / "policy.safetensors")
     own = dict(again.module.named_parameters())

@@ -176,9 +176,51 @@ def qwen_pipeline(seed: int = 0, *, plus: bool = False, **transformer: Any) -> A
     return pipe
 
 
+def longcat_pipeline(seed: int = 0, **transformer: Any) -> Any:
+    """The stock pipeline of LongCat-Image-Edit with random weights: Qwen's text encoder, FLUX.1's
+    autoencoder. transformer: changes to its settings."""
+    from diffusers import AutoencoderKL, LongCatImageEditPipeline, LongCatImageTransformer2DModel
+    from transformers import Qwen2VLProcessor
+
+    parts = components(seed)
+    whole = Qwen2VLProcessor.__new__(Qwen2VLProcessor)  # whose constructor wants its video part
+    whole.image_processor = parts.pop("processor")
+    settings = {
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    trained = LongCatImageTransformer2DModel(**(settings | transformer))
+    for p in trained.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=1,
+        latent_channels=16,  # the pipeline knows no other number
+        sample_size=1024,
+        mid_block_add_attention=False,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    torch.nn.init.normal_(vae.decoder.conv_out.weight, std=0.3)
+    parts |= {"transformer": trained.eval(), "vae": vae.eval(), "text_processor": whole}
+    pipe = LongCatImageEditPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def save_pipeline(pipe: Any, folder: Path) -> Path:
     """`save_pretrained`, which a processor without its video part does not survive."""
     pipe.save_config(folder)
     for name, part in pipe.components.items():
-        (part.image_processor if name == "processor" else part).save_pretrained(folder / name)
+        (part.image_processor if "processor" in name else part).save_pretrained(folder / name)
     return folder

@@ -94,6 +94,8 @@ class DiffusionPolicy(PipelineModel):
     negative_prompt: ClassVar[str] = ""
     """Of the unguided branch where the settings name none."""
     position_axes: ClassVar[int] = 3
+    pools_words: ClassVar[bool] = False
+    """Whether the transformer reads one vector of the prompt, `pooled`, beside its words."""
     text_limit: ClassVar[int | None] = None
     """Tokens of a prompt that the model reads, as `text_length` counts them; None: any number."""
 
@@ -302,7 +304,7 @@ class DiffusionPolicy(PipelineModel):
                 batch, text, sizes.joint_attention_dim, dtype=self.compute_dtype, device=device
             )
         }
-        if "pooled_projection_dim" in sizes:
+        if self.pools_words:
             prompt["pooled"] = prompt[WORDS].new_zeros(batch, sizes.pooled_projection_dim)
         rows, columns = self.condition_grid
         conditions = tuple(
@@ -399,7 +401,7 @@ class DiffusionPolicy(PipelineModel):
         parts = {  # a processor's tokenizer is the pipeline's own
             name: getattr(part, "image_processor", part)
             for name, part in pipe.components.items()
-            if name in self.text_encoders or name.startswith(("tokenizer", "processor"))
+            if name in self.text_encoders or name.startswith("tokenizer") or "processor" in name
         }
         # Templates of instructions are the pipeline's attributes.
         plain = {n: v for n, v in vars(pipe).items() if isinstance(v, (str, int)) and n[0] != "_"}

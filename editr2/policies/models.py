@@ -15,4 +15,5 @@ MODELS: dict[str, str] = {
     "qwen-edit": "editr2.policies.qwen_edit:QwenEditPolicy",
     "qwen-edit-plus": "editr2.policies.qwen_edit:QwenEditPlusPolicy",
     "flux2": "editr2.policies.flux2:Flux2Policy",
+    "longcat-edit": "editr2.policies.longcat:LongCatEditPolicy",
 }
