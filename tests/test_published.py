@@ -143,6 +143,8 @@ def test_sizes_are_those_of_the_configurations_and_of_the_published_weights(
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_policy_takes_by_default_is_known(kind):
     assert kind.hub_id in kind.published
+    whole = kind.blueprint(PolicyConfig(kind.model, resolution=(64, 64)))  # nothing is downloaded
+    assert whole.blocks >= 20
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cached_property
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,16 +53,13 @@ class LongCatEditPolicy(QwenVision, Flux1Latents):
 
     @classmethod
     def with_images(cls, base: str, images: Any, **components: Any) -> Any:
-        from transformers import Qwen2VLProcessor
-
-        whole = Qwen2VLProcessor.__new__(Qwen2VLProcessor)  # its constructor wants the video part
-        whole.image_processor = images
-        return cls.pipeline_class().from_pretrained(base, text_processor=whole, **components)
+        return cls.pipeline_class().from_pretrained(
+            base, text_processor=of_images(images), **components
+        )
 
     @classmethod
     def stand_in(cls, name: str) -> Any:
-        # The pipeline takes its image processor out of it.
-        return SimpleNamespace(image_processor=None) if name == cls.processor else None
+        return of_images(None) if name == cls.processor else None
 
     def check(self, config: PolicyConfig) -> None:
         super().check(config)
@@ -130,6 +127,16 @@ class LongCatEditPolicy(QwenVision, Flux1Latents):
             return_dict=False,
         )[0]
         return out[:, : x.shape[1]]
+
+
+def of_images(images: Any) -> Any:
+    """A processor with this image processor alone, which is what the pipeline takes out of it; its
+    own constructor wants the video part."""
+    from transformers import Qwen2VLProcessor
+
+    whole = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
+    whole.image_processor = images
+    return whole
 
 
 def pieces(text: str) -> Iterator[str]:
