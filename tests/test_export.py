@@ -43,7 +43,7 @@ def a_cuda_build(monkeypatch):
 
 
 EDITORS = ("kontext", "klein", "qwen-edit", "qwen-edit-plus")
-SINCE = ("flux2", "longcat-edit")
+SINCE = ("flux2", "longcat-edit", "qwen-image-2.1")
 """Editors whose turn comes with `make test-all`."""
 
 
@@ -67,6 +67,7 @@ def weights(tmp_path_factory, beside_module) -> dict[str, str | None]:
     flux.klein_pipeline().save_pretrained(folder / "klein")
     flux.flux2_pipeline().save_pretrained(folder / "flux2")
     qwen.save_pipeline(qwen.longcat_pipeline(), folder / "longcat-edit")
+    qwen.save_pipeline(qwen.qwen_image_pipeline(), folder / "qwen-image-2.1")
     for plus, name in enumerate(EDITORS[2:]):
         qwen.save_pipeline(qwen.qwen_pipeline(plus=bool(plus)), folder / name)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -53,6 +53,7 @@ STOCK = {
     "qwen-edit-plus": (50, {"guidance": 4.0}),
     "flux2": (50, {}),
     "longcat-edit": (50, {"guidance": 4.5}),
+    "qwen-image-2.1": (40, {"guidance": 1.0}),
 }
 """Steps and settings of the published weights, by the pipelines' documentation."""
 

@@ -39,6 +39,7 @@ from editr2.sessions import Session, Turn, save_sessions
 from editr2.worlds import shapes
 
 MODELS = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus", "flux2", "longcat-edit")
+MODELS += ("qwen-image-2.1",)
 SIZE = (64, 96)
 
 
@@ -50,7 +51,9 @@ def pipelines(request: pytest.FixtureRequest) -> Callable[[str], Any]:
 
     def get(model: str) -> Any:
         if model not in made:
-            if model.startswith("qwen"):
+            if model == "qwen-image-2.1":
+                made[model] = beside("tiny_qwen").qwen_image_pipeline()
+            elif model.startswith("qwen"):
                 made[model] = beside("tiny_qwen").qwen_pipeline(plus=model.endswith("plus"))
             elif model == "longcat-edit":
                 made[model] = beside("tiny_qwen").longcat_pipeline()
@@ -134,7 +137,7 @@ def stock(policy: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> list[list[
     pipe, found = policy.pipe, []
     image = Image.new("RGB", policy.text_image_size[::-1])
     given = (
-        {"image": [image] if policy.model == "qwen-edit-plus" else image}
+        {"image": [image] if policy.model in ("qwen-edit-plus", "qwen-image-2.1") else image}
         if policy.text_sees_images
         else {}
     )
@@ -196,7 +199,7 @@ def test_marks_in_an_instruction_are_text(
     def given(text: str) -> list[list[int]]:
         return [ids[: len(ids) - behind] for ids in ours(made, text, monkeypatch)]
 
-    tokenizers = [made.pipe.tokenizer, *([made.pipe.tokenizer_2] if model == "kontext" else [])]
+    tokenizers = [made.tokenizer, *([made.pipe.tokenizer_2] if model == "kontext" else [])]
     every = [
         "<pad>",
         "</s>",
@@ -409,7 +412,7 @@ def tokens_by_the_stock_tokenizer(made: Any, text: str) -> int:
     if made.model == "flux2":
         said = format_input([text], pipe.system_message)
         return len(pipe.tokenizer.apply_chat_template(said, return_dict=True)["input_ids"][0])
-    return len(pipe.tokenizer(text)["input_ids"])
+    return len(made.tokenizer(text)["input_ids"])
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -30,7 +30,7 @@ MODELS = ("qwen-edit", "qwen-edit-plus")
 LATEST = {"zero_cond_t": True}
 """What the transformer of Qwen-Image-Edit-2511 has beside that of 2509: conditions are modulated as
 at time 0."""
-SINCE = (("qwen-edit-plus", LATEST), ("longcat-edit", {}))
+SINCE = (("qwen-edit-plus", LATEST), ("longcat-edit", {}), ("qwen-image-2.1", {}))
 """Pipelines, and changes to their transformers, that train with `make test-all`."""
 SIZE, CONDITION, STEPS = (64, 96), (48, 80), 4
 WORDS = (
@@ -47,6 +47,8 @@ def pipeline(beside):
         tiny = beside("tiny_qwen")
         if model == "longcat-edit":
             return tiny.longcat_pipeline(**settings)
+        if model == "qwen-image-2.1":
+            return tiny.qwen_image_pipeline(**settings)
         return tiny.qwen_pipeline(plus=model == "qwen-edit-plus", **settings)
 
     return make
@@ -78,7 +80,7 @@ def stock(pipe, condition, monkeypatch):
     size `condition` where it would take about a million pixels, and with token types for its text
     encoder (see qwen_edit.py)."""
     module = importlib.import_module(type(pipe).__module__)
-    plus = type(pipe).__name__.endswith("PlusPipeline")
+    several = type(pipe).__name__ in ("QwenImageEditPlusPipeline", "QwenImage21Pipeline")
     own, area = module.calculate_dimensions, 1024 * 1024
 
     def dimensions(target, ratio):
@@ -101,9 +103,17 @@ def stock(pipe, condition, monkeypatch):
         if "height" not in inspect.signature(pipe.__call__).parameters:  # LongCat: the condition's
             size = {}
         call = functools.partial(
-            pipe, seen if plus else seen[0], prompt, num_inference_steps=STEPS, **size, **settings
+            pipe,
+            image=seen if several else seen[0],
+            prompt=prompt,
+            num_inference_steps=STEPS,
+            **size,
+            **settings,
         )
-        return call(output_type="latent").images, call(output_type="np").images
+        image = call(output_type="np").images
+        if image.shape[-1] == 4:  # on white
+            image = image[..., :3] * image[..., 3:] + 1 - image[..., 3:]
+        return call(output_type="latent").images, image
 
     return run
 
@@ -111,7 +121,13 @@ def stock(pipe, condition, monkeypatch):
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize(
     "model, transformer",
-    [(MODELS[0], {}), (MODELS[1], {}), (MODELS[1], LATEST), ("longcat-edit", {})],
+    [
+        (MODELS[0], {}),
+        (MODELS[1], {}),
+        (MODELS[1], LATEST),
+        ("longcat-edit", {}),
+        ("qwen-image-2.1", {}),
+    ],
 )
 def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
     policy, model, transformer, guidance, monkeypatch
@@ -119,13 +135,14 @@ def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
     """With guidance, with conditions of another size, and for Plus with the source beside the
     previous output. The latents differ by rounding alone (a sum of eight layers' products: 1e-5 of
     about 1)."""
-    condition = SIZE if model == "longcat-edit" else CONDITION  # which has one size for all
+    # LongCat has one size for all; the other's are multiples of 32.
+    condition = {"longcat-edit": SIZE, "qwen-image-2.1": (32, 64)}.get(model, CONDITION)
     ours = policy(
         model,
         transformer,
         guidance=guidance,
         condition_resolution=condition,
-        keep_source=model == "qwen-edit-plus",
+        keep_source=model in ("qwen-edit-plus", "qwen-image-2.1"),
     )
     (session,) = sessions(1)
     sampler, seeds = make_sampler(STEPS, own=ours.sigmas), Seeds(0, "test")
@@ -147,16 +164,26 @@ def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
         image = record.images[0]
 
 
-@pytest.mark.parametrize("model", (*MODELS, "longcat-edit"))
+@pytest.mark.parametrize(
+    "model",
+    [
+        *MODELS,
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("longcat-edit", "qwen-image-2.1")
+        ),
+    ],
+)
 def test_the_comparison_above_would_notice(policy, model):
     """What could be forgotten moves the latents by far more than rounding."""
     (session,) = sessions(1)
 
     def latents(words=None, **settings):
+        condition = (32, 64) if model == "qwen-image-2.1" else CONDITION
         ours = policy(
             model,
             settings.pop("transformer", None),
-            **({"guidance": 4.0, "condition_resolution": CONDITION} | settings),
+            **({"guidance": 4.0, "condition_resolution": condition} | settings),
         )
         said = session if words is None else dataclasses.replace(session, turns=(Turn(words),))
         sampler = make_sampler(STEPS, own=ours.sigmas)
@@ -188,9 +215,12 @@ def test_the_text_encoder_sees_the_image_and_the_mode_of_its_size(policy):
         assert (one.prompt["words"] - other.prompt["words"]).abs().mean() > 1e-2
 
 
-@pytest.mark.parametrize("transformer", [{}, LATEST])
-def test_a_batch_is_its_samples_one_by_one(policy, transformer):
-    ours = policy("qwen-edit-plus", transformer, guidance=4.0, keep_source=True)
+@pytest.mark.parametrize(
+    "model, transformer",
+    [("qwen-edit-plus", {}), ("qwen-edit-plus", LATEST), ("qwen-image-2.1", {})],
+)
+def test_a_batch_is_its_samples_one_by_one(policy, model, transformer):
+    ours = policy(model, transformer, guidance=4.0, keep_source=True)
     texts = ["brighter", "remove the red square on the left, and then the circle", "a b c"]
     images = pictures(3)
     x, sigma = torch.randn(3, *ours.latent_shape), torch.tensor([0.9, 0.5, 0.2])
@@ -201,9 +231,9 @@ def test_a_batch_is_its_samples_one_by_one(policy, transformer):
         a.prompt["words"].shape[1] for a in alone
     ]
 
-    def velocity(context, at=slice(None)):
+    def velocity(context, at=slice(None), by=ours):
         with torch.no_grad():
-            v = ours.velocity(x[at], sigma[at], context)
+            v = by.velocity(x[at], sigma[at], context)
         return torch.stack([v.v, v.guidance["v_uncond"]])
 
     expected = torch.cat([velocity(a, slice(i, i + 1)) for i, a in enumerate(alone)], 1)
@@ -211,12 +241,15 @@ def test_a_batch_is_its_samples_one_by_one(policy, transformer):
     close(velocity(batch), expected)
     close(velocity(ours.join(alone)), expected)
     close(velocity(ours.select(batch, torch.tensor([2, 0])), [2, 0]), expected[:, [2, 0]])
-    longer = ours.bucket(batch)
-    assert (
-        longer.prompt["words"].shape[1] == 64
-        and longer.prompt["mask"].sum(1).tolist() == lengths.tolist()
-    )
-    close(velocity(longer), expected)
+    both = policy_class(model)(ours.pipe, dataclasses.replace(ours.config, branches="together"))
+    close(velocity(batch, by=both), expected)
+    if model in MODELS:
+        longer = ours.bucket(batch)
+        assert (
+            longer.prompt["words"].shape[1] == 64
+            and longer.prompt["mask"].sum(1).tolist() == lengths.tolist()
+        )
+        close(velocity(longer), expected)
     later = ours.instruct(ours.append(batch, images[::-1].copy()), texts)  # two images from here on
     mixed = ours.join([later, batch])
     assert isinstance(mixed, MixedContext) and len(later.conditions) == 2
@@ -281,6 +314,16 @@ def test_words_and_images_are_read_once_and_never_between_denoising_steps(
             "policy.guidance_embed: 3.5 (accepted with policy.model",
         ),
         (
+            "qwen-image-2.1",
+            {"resolution": (64, 80)},
+            "policy.resolution: [64, 80] (accepted with policy.model qwen-image-2.1: multiples of",
+        ),
+        (
+            "longcat-edit",
+            {"keep_source": True},
+            "policy.keep_source: True (accepted with policy.model longcat-edit: False; it reads",
+        ),
+        (
             "qwen-edit-plus",
             {"resolution": (64, 72)},
             "policy.resolution: [64, 72] (accepted with policy.model",
@@ -311,7 +354,7 @@ def settings(beside, pipeline, tmp_path):
         weights = tmp_path / model
         if not weights.exists():
             beside("tiny_qwen").save_pipeline(pipeline(model, **(transformer or {})), weights)
-        size = (32, 48)
+        size = (32, 64) if model == "qwen-image-2.1" else (32, 48)
         said = [
             dataclasses.replace(s, image=pictures(1, size, i)[0])
             for i, s in enumerate(sessions(2, turns=3))
@@ -403,13 +446,18 @@ def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_p
     assert first == second
 
 
-@pytest.mark.parametrize("model", ("qwen-edit", "longcat-edit"))
+@pytest.mark.parametrize("model", ("qwen-edit", "longcat-edit", "qwen-image-2.1"))
 def test_a_trained_lora_is_loaded_again_from_its_folder(settings, model):
-    few = {} if model in MODELS else {"guidance": 2.0, "text_tokens": 48}
-    config = settings(model, policy=few)
+    few = {}
+    if model not in MODELS:
+        few["policy"] = {"guidance": 2.0, "text_tokens": 48}
+        few["train"] = {"context_gradient": model == "qwen-image-2.1", "iterations": 1}
+        few["rollout"], few["eval"] = {"siblings": 2}, {"sessions": 1}
+    config = settings(model, **few)
     run = train(config, reward=Brightness())
     assert all(row["ratio_error"] <= 1e-6 for row in rows(run, "train"))
     again = load_policy(dataclasses.replace(config.policy, weights=str(run / "policy")))
-    saved = load_file(run / "checkpoints" / "step_000002" / "policy.safetensors")
+    (last,) = (run / "checkpoints").glob(f"step_*{config.train.iterations}")
+    saved = load_file(last / "policy.safetensors")
     own = dict(again.module.named_parameters())
     assert saved and all(torch.equal(own[name], value) for name, value in saved.items())

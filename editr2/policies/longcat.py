@@ -22,7 +22,7 @@ from editr2.config import PolicyConfig
 from editr2.policies.contexts import EditContext, Prompt
 from editr2.policies.kontext import DEV, Flux1Latents, KontextPolicy
 from editr2.policies.pipelines import Parts
-from editr2.policies.qwen_vision import QwenVision
+from editr2.policies.qwen_vision import QwenVision, of_images
 from editr2.policies.tokens import VISION_START
 
 EDIT = Parts(
@@ -54,12 +54,19 @@ class LongCatEditPolicy(QwenVision, Flux1Latents):
     @classmethod
     def with_images(cls, base: str, images: Any, **components: Any) -> Any:
         return cls.pipeline_class().from_pretrained(
-            base, text_processor=of_images(images), **components
+            base, text_processor=cls.of(images), **components
         )
 
     @classmethod
     def stand_in(cls, name: str) -> Any:
-        return of_images(None) if name == cls.processor else None
+        return cls.of(None) if name == cls.processor else None
+
+    @staticmethod
+    def of(images: Any) -> Any:
+        """A processor with this image processor, which is all that the pipeline takes out of it."""
+        from transformers import Qwen2VLProcessor
+
+        return of_images(Qwen2VLProcessor, images)
 
     def check(self, config: PolicyConfig) -> None:
         super().check(config)
@@ -127,16 +134,6 @@ class LongCatEditPolicy(QwenVision, Flux1Latents):
             return_dict=False,
         )[0]
         return out[:, : x.shape[1]]
-
-
-def of_images(images: Any) -> Any:
-    """A processor with this image processor alone, which is what the pipeline takes out of it; its
-    own constructor wants the video part."""
-    from transformers import Qwen2VLProcessor
-
-    whole = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
-    whole.image_processor = images
-    return whole
 
 
 def pieces(text: str) -> Iterator[str]:

@@ -25,6 +25,7 @@ class QwenVision(PipelineModel):
 
     pipe: Any
     device: Any
+    tokenizer: Any
 
     @classmethod
     def load_pipeline(cls, base: str, **components: Any) -> Any:
@@ -56,7 +57,7 @@ class QwenVision(PipelineModel):
 
     @cached_property
     def _words(self) -> Words:
-        return Words(self.pipe.tokenizer)
+        return Words(self.tokenizer)
 
     @property
     def _processor(self) -> Any:
@@ -86,3 +87,18 @@ class QwenVision(PipelineModel):
             "image_grid_thw": seen["image_grid_thw"],
             "mm_token_type_ids": (ids == mark).int(),
         }
+
+
+def of_images(kind: Any, images: Any, words: Any = None) -> Any:
+    """A processor of transformers without its part for videos, which wants torchvision."""
+
+    def unchecked(self: Any, *given: Any) -> None: ...
+
+    # Under the name by which a pipeline's index knows it.
+    own = {"check_argument_for_proper_class": unchecked, "__module__": kind.__module__}
+    processor: Any = type(kind.__name__, (kind,), own)
+    if words is None:  # only its image processor is taken out of it
+        whole = processor.__new__(processor)
+        whole.image_processor = images
+        return whole
+    return processor(images, words, None, chat_template=words.chat_template)
