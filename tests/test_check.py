@@ -61,6 +61,7 @@ from editr2.worlds.shapes import make_session
 
 ROOT = Path(__file__).parent.parent
 DIFFUSION = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
+SINCE = ("flux2", "longcat-edit", "qwen-image-2.1")
 TEXTS = ["make it red", "make it a good deal bluer"]
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -91,14 +92,20 @@ def folders(tmp_path_factory):
     def folder(model):
         if model not in made:
             made[model] = tmp_path_factory.mktemp(model)
-            if model.startswith("qwen"):
+            if model.startswith("qwen-edit"):
                 qwen.save_pipeline(
                     qwen.qwen_pipeline(plus=model.endswith("plus"), num_layers=2), made[model]
                 )
+            elif model == "qwen-image-2.1":
+                qwen.save_pipeline(qwen.qwen_image_pipeline(), made[model])
+            elif model == "longcat-edit":
+                qwen.save_pipeline(qwen.longcat_pipeline(), made[model])
             elif model == "klein":
                 editors.klein_pipeline(num_layers=2).save_pretrained(made[model])
             elif model == "klein-kv":
                 editors.klein_kv_pipeline().save_pretrained(made[model])
+            elif model == "flux2":
+                editors.flux2_pipeline(num_layers=2).save_pretrained(made[model])
             else:
                 blocks = {"num_layers": 3, "num_single_layers": 3} if model == "kontext" else {}
                 editors.kontext_pipeline(**blocks).save_pretrained(made[model])
@@ -137,7 +144,8 @@ def opened(folders):
             )
             policy, editor = load_policy(config), open_editor(config)
             context = policy.instruct(
-                policy.encode(np.zeros((2, 64, 64, 3), dtype=np.uint8)), TEXTS
+                policy.encode(np.zeros((2, 64, 64, 3), dtype=np.uint8)),
+                TEXTS if policy.masks or model in DIFFUSION else TEXTS[:1] * 2,
             )
             length = context.prompt["words"].shape[1]
             if model.startswith("qwen"):  # whose prompts are as long as they are
@@ -150,15 +158,17 @@ def opened(folders):
     return of
 
 
-@pytest.mark.parametrize("model", DIFFUSION)
+@pytest.mark.parametrize("model", (*DIFFUSION, *SINCE))
 def test_a_context_takes_what_the_loaded_policys_takes(opened, model):
     _, editor, context = opened(model)
-    tensors = (*context.conditions, *context.prompt.values(), *context.derived)
+    prompt = (t for name, t in context.prompt.items() if name != "mask" or editor.policy.masks)
+    tensors = (*context.conditions, *prompt, *context.derived)
     assert editor.held(2, 0) == sum(t.nbytes for t in tensors)
-    assert (len(context.derived) > 0) == (model == "klein-kv") == editor.policy.derives()
+    assert (len(context.derived) > 0) == (model == "klein-kv")
+    assert editor.policy.derives() == (model in ("klein-kv", "qwen-image-2.1"))
 
 
-@pytest.mark.parametrize("model", DIFFUSION)
+@pytest.mark.parametrize("model", [*DIFFUSION, *(pytest.param(m, marks=EXHAUSTIVE) for m in SINCE)])
 def test_flops_and_parameters_are_those_of_the_loaded_policy(opened, model):
     policy, editor, context = opened(model)
     x, sigma = torch.randn(2, *policy.latent_shape), torch.tensor([0.3, 0.7])
@@ -192,6 +202,9 @@ def test_flops_and_parameters_are_those_of_the_loaded_policy(opened, model):
         read = counted(lambda: policy.to_latents(images)) + counted(
             lambda: policy.derive((conditions,))
         )
+        with sdpa_kernel(SDPBackend.MATH):
+            one = policy.select(context, torch.tensor([0]))
+            read += counted(lambda: policy.extend(one.prompt, one.conditions))
         assert editor.cost("encode", 1, 0).total_flops == read
         assert editor.cost("decode", 1, 0).total_flops == counted(lambda: policy.to_pixels(x[:1]))
     sizes, parameters = editor.sizes(), list(policy.module.parameters())

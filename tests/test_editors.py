@@ -49,6 +49,14 @@ SIZE = (32, 48)
 PROMPTS = ["make it red", "more light, please", "remove the dog"]
 
 
+def more(*cases):
+    """Cases that `make test-all` runs beside those of `make test`."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.exhaustive)
+        for case in cases
+    ]
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Operators this small wait longer for a second thread than it helps."""
@@ -86,9 +94,15 @@ def folder(tiny, tmp_path):
 
     def save(model, size=(32, 32)):
         pipe = getattr(tiny, f"{model.replace('-', '_')}_pipeline")(
-            seed=0 if model == "kontext" else 3
+            seed={"kontext": 0, "flux2": 8}.get(model, 3)
         )
         pipe.save_pretrained(tmp_path / "weights")
+        if model == "flux2":  # as published, and not to be had without torchvision
+            index = tmp_path / "weights" / "model_index.json"
+            said = json.loads(index.read_text()) | {
+                "tokenizer": ["transformers", "PixtralProcessor"]
+            }
+            index.write_text(json.dumps(said))
         lines = []
         for i, image in enumerate(tiny.pictures(4, size)):
             Image.fromarray(image).save(tmp_path / f"{i}.png")
@@ -152,11 +166,15 @@ def test_kontext_is_the_stock_pipeline(tiny, make, guidance, embeds):
     assert policy.decode(ours).std() > 10
 
 
-@pytest.mark.parametrize(("model", "guidance"), [("klein", 1.0), ("klein", 4.0), ("klein-kv", 1.0)])
+@pytest.mark.parametrize(
+    ("model", "guidance"),
+    [("klein", 1.0), ("klein", 4.0), ("klein-kv", 1.0), ("flux2", None), ("flux2", 2.5)],
+)
 def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
     size = (64, 80)  # the pipeline refuses smaller references
     sizes = {"resolution": (64, 64), "buckets": [(64, 64), size]}
-    policy = make(model, **sizes, guidance=guidance, history=2, keep_source=True).at(size)
+    given = {"guidance_embed" if model == "flux2" else "guidance": guidance}
+    policy = make(model, **sizes, **given, history=2, keep_source=True).at(size)
     first, second, third = tiny.pictures(3, size)
     x = torch.randn(1, *policy.latent_shape)
 
@@ -170,7 +188,7 @@ def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
         }
         noise = from_tokens(x, policy.grid)
         references = [Image.fromarray(i) for i in images]
-        if model == "klein":
+        if model != "klein-kv" and guidance is not None:  # else its own default
             options["guidance_scale"] = guidance
         return pipe(references, PROMPTS[0], latents=noise, output_type="np", **options).images
 
@@ -181,13 +199,13 @@ def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
     context = policy.append(policy.instruct(context, PROMPTS[1:2]), second[None])
     ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
     assert np.abs(ours / 255 - stock(second, first)).max() <= 0.5 / 255 + 1e-5
-    assert np.abs(ours / 255 - stock(first, second)).max() > 0.01
+    assert np.abs(ours / 255 - stock(first, second)).max() > 0.005  # twice what rounding explains
     context = policy.append(policy.instruct(context, PROMPTS[1:2]), third[None])
     ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
     assert np.abs(ours / 255 - stock(third, second, first)).max() <= 0.5 / 255 + 1e-5
 
 
-@pytest.mark.parametrize("model", ["kontext", "klein", "klein-kv"])
+@pytest.mark.parametrize("model", ["kontext", "klein", "klein-kv", "flux2"])
 def test_words_images_time_and_place_all_count(tiny, make, model):
     policy = make(model, keep_source=True)
     assert isinstance(policy, ScheduledPolicy)
@@ -258,9 +276,9 @@ def test_keys_and_values_of_references_carry_gradient_when_asked(tiny, make):
         make("klein-kv", gradient_checkpointing=True)
 
 
-@pytest.mark.parametrize("model", ["kontext", "klein", "klein-kv"])
+@pytest.mark.parametrize("model", ["kontext", "klein", "klein-kv", "flux2"])
 def test_a_joined_batch_predicts_what_its_parts_do(tiny, make, model):
-    policy = make(model, keep_source=True, guidance=1.0 if model == "klein-kv" else 2.0)
+    policy = make(model, keep_source=True, guidance=2.0 if model in ("kontext", "klein") else 1.0)
     images = tiny.pictures(4, SIZE)
     one = policy.instruct(policy.encode(images[:3]), PROMPTS)
     two = policy.instruct(policy.append(policy.encode(images[2:]), images[:2]), PROMPTS[:2])
@@ -445,6 +463,7 @@ def test_condition_resolution_and_wrong_images(tiny, make):
         ),
         ("kontext", {"guidance_image": 2.0}, "policy.guidance_image: 2.0 .*kontext: 1"),
         ("klein", {"guidance_embed": 2.0}, "policy.guidance_embed: 2.0 .*none"),
+        ("flux2", {"guidance": 2.0}, "policy.guidance: 2.0 .*flux2: 1; .*policy.guidance_embed"),
     ],
 )
 def test_settings_a_model_cannot_follow(make, model, settings, line):
@@ -459,6 +478,8 @@ def test_settings_these_weights_cannot_follow(tiny, make):
         make("kontext", tiny.kontext_pipeline(guidance_embeds=False), guidance_embed=3.0)
     with pytest.raises(ConfigError, match=r"policy.guidance: 2.0 .*distilled"):
         make("klein", tiny.klein_pipeline(is_distilled=True), guidance=2.0)
+    with pytest.raises(ConfigError, match="policy.guidance_embed: 2.0 .*these weights do not"):
+        make("flux2", tiny.flux2_pipeline(guidance_embeds=False), guidance_embed=2.0)
 
 
 def test_settings_that_need_no_weights():
@@ -567,7 +588,7 @@ def seen(tiny, policy):
     return velocities(policy, context).v.detach()
 
 
-@pytest.mark.parametrize("model", ["kontext", "klein"])
+@pytest.mark.parametrize("model", ["kontext", "klein", *more("flux2")])
 def test_adapters_sit_on_attention_and_mlp_and_start_at_nothing(folder, tiny, model):
     weights, _ = folder(model)
     base, adapted = loaded(weights, model), loaded(weights, model, lora_rank=3)
@@ -646,7 +667,9 @@ def test_adapters_compute_what_peft_does_with_fewer_copies(dtype, alpha, bytes_k
         assert torch.equal(ours(x), ours[1].base_layer(ours[0].base_layer(x)))
 
 
-@pytest.mark.parametrize(("model", "alpha"), [("kontext", 6.0), ("klein", 6.0), ("klein", 5.0)])
+@pytest.mark.parametrize(
+    ("model", "alpha"), [("kontext", 6.0), ("klein", 6.0), ("klein", 5.0), *more(("flux2", 6.0))]
+)
 def test_a_saved_adapter_is_found_again_and_stock_diffusers_loads_it(
     folder, tiny, tmp_path, model, alpha
 ):
@@ -670,7 +693,7 @@ def test_a_saved_adapter_is_found_again_and_stock_diffusers_loads_it(
         trainable(merged.module).keys()
         == dict(loaded(weights, model).module.named_parameters()).keys()
     )
-    stock = type(again.pipe).from_pretrained(weights)
+    stock = policy_class(model).load_pipeline(str(weights))
     stock.load_lora_weights(tmp_path / "policy")
     stock.vae.enable_slicing()  # as ours, since a batch of images rounds differently
     assert same(policy_class(model)(stock, again.config))
@@ -679,7 +702,7 @@ def test_a_saved_adapter_is_found_again_and_stock_diffusers_loads_it(
     ):
         loaded(tmp_path / "policy", model, lora_rank=3, lora_alpha=7.0)
     with pytest.raises(ConfigError, match="policy.weights: .* is of model"):
-        loaded(tmp_path / "policy", {"kontext": "klein", "klein": "kontext"}[model])
+        loaded(tmp_path / "policy", {"kontext": "klein"}.get(model, "kontext"))
 
 
 def test_a_policy_without_data_is_loaded_without_a_word(folder, tmp_path):
@@ -899,7 +922,7 @@ def events(run, event):
     return [row for row in read_metrics(run / "metrics.jsonl")[0] if row["event"] == event]
 
 
-@pytest.mark.parametrize("model", ["kontext", "klein"])
+@pytest.mark.parametrize("model", ["kontext", "klein", *more("flux2")])
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
 def test_a_toy_reward_rises(folder, tmp_path, model, loss):
     weights, sessions = folder(model)
@@ -921,13 +944,14 @@ def test_a_toy_reward_rises(folder, tmp_path, model, loss):
     )
 
 
-def test_killed_and_resumed_runs_are_bitwise_one(folder, tmp_path):
-    weights, sessions = folder("kontext")
+@pytest.mark.parametrize("model", ["kontext", *more("flux2")])
+def test_killed_and_resumed_runs_are_bitwise_one(folder, tmp_path, model):
+    weights, sessions = folder(model)
 
     def config(out, iterations):
         few = {"rollout": {"siblings": 2}, "eval": {"sessions": 1}}
         few["train"] = {"iterations": iterations}
-        return run_config(weights, sessions, "kontext", tmp_path / out, **few)
+        return run_config(weights, sessions, model, tmp_path / out, **few)
 
     train(config("whole", 3), reward=Brightness())
     train(config("parts", 1), reward=Brightness())
@@ -965,6 +989,7 @@ def test_killed_and_resumed_runs_are_bitwise_one(folder, tmp_path):
         ),
         ("klein-kv", {"policy": {"keep_source": True}, "train": {"context_gradient": True}}),
         ("klein-kv", {"train": {"loss": "nft"}, "rollout": {"window": 0, "shared_noise": False}}),
+        ("flux2", {"policy": {"keep_source": True, "guidance_embed": 2.0}}),
     ],
 )
 def test_a_replay_meets_the_rollout_however_it_trains(folder, tmp_path, model, changes):

@@ -43,6 +43,15 @@ def a_cuda_build(monkeypatch):
 
 
 EDITORS = ("kontext", "klein", "qwen-edit", "qwen-edit-plus")
+SINCE = ("flux2", "longcat-edit", "qwen-image-2.1")
+"""Editors whose turn comes with `make test-all`."""
+
+
+def since(*values):
+    """The cases of `SINCE`."""
+    return [pytest.param(model, *values, marks=pytest.mark.exhaustive) for model in SINCE]
+
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -56,6 +65,9 @@ def weights(tmp_path_factory, beside_module) -> dict[str, str | None]:
     )
     flux.kontext_pipeline().save_pretrained(folder / "kontext")
     flux.klein_pipeline().save_pretrained(folder / "klein")
+    flux.flux2_pipeline().save_pretrained(folder / "flux2")
+    qwen.save_pipeline(qwen.longcat_pipeline(), folder / "longcat-edit")
+    qwen.save_pipeline(qwen.qwen_image_pipeline(), folder / "qwen-image-2.1")
     for plus, name in enumerate(EDITORS[2:]):
         qwen.save_pipeline(qwen.qwen_pipeline(plus=bool(plus)), folder / name)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -64,7 +76,7 @@ def weights(tmp_path_factory, beside_module) -> dict[str, str | None]:
     )
     torch.nn.init.normal_(unified.module.llm2vae.weight, std=0.1)
     unified.save(folder / "unified")
-    return {name: str(folder / name) for name in (*EDITORS, "unified")}
+    return {name: str(folder / name) for name in (*EDITORS, *SINCE, "unified")}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +99,7 @@ def make_run(tmp_path, weights):
 
     def make(model: str, iteration: int = 3, **policy) -> tuple[Path, object]:
         own = (
-            {"resolution": (32, 32), "text_tokens": 48 if model == "klein" else None}
+            {"resolution": (32, 32), "text_tokens": 48 if model in ("klein", "flux2") else None}
             if model != "unified"
             else {}
         )
@@ -146,7 +158,7 @@ def _largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("model", "alpha"),
-    [*((model, 12.0) for model in EDITORS), ("kontext", 10.0)],
+    [*((model, 12.0) for model in EDITORS), ("kontext", 10.0), *since(12.0)],
     ids=lambda value: str(value),
 )
 def test_every_loader_gets_the_lora_at_the_strength_it_was_trained_at(
@@ -166,13 +178,16 @@ def test_every_loader_gets_the_lora_at_the_strength_it_was_trained_at(
     for settings_read in (True, False):
         if not settings_read:
             save_file(load_file(file), file, metadata={"format": "pt"})
-        pipe.load_lora_weights(tmp_path / "out")
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(tmp_path / "out")
+        else:
+            pipe.transformer.load_lora_adapter(tmp_path / "out", use_safetensors=True)
         assert _largest(probe(loaded), expected) <= (0 if exact else 1e-5)
-        pipe.unload_lora_weights()
+        pipe.transformer.unload_lora()
         assert _largest(probe(loaded), expected) > 0.01
 
 
-@pytest.mark.parametrize("model", EDITORS)
+@pytest.mark.parametrize("model", [*EDITORS, *since()])
 def test_ranks_and_strengths_of_single_layers_are_kept(model, weights, tmp_path):
     from peft import LoraConfig
 

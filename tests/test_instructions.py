@@ -6,6 +6,7 @@ What the text encoders are given is caught at their door, for ours and for the s
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import split_quotation
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -35,7 +38,8 @@ from editr2.rl.sessions import sessions_for
 from editr2.sessions import Session, Turn, save_sessions
 from editr2.worlds import shapes
 
-MODELS = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus")
+MODELS = ("kontext", "klein", "klein-kv", "qwen-edit", "qwen-edit-plus", "flux2", "longcat-edit")
+MODELS += ("qwen-image-2.1",)
 SIZE = (64, 96)
 
 
@@ -47,8 +51,12 @@ def pipelines(request: pytest.FixtureRequest) -> Callable[[str], Any]:
 
     def get(model: str) -> Any:
         if model not in made:
-            if model.startswith("qwen"):
+            if model == "qwen-image-2.1":
+                made[model] = beside("tiny_qwen").qwen_image_pipeline()
+            elif model.startswith("qwen"):
                 made[model] = beside("tiny_qwen").qwen_pipeline(plus=model.endswith("plus"))
+            elif model == "longcat-edit":
+                made[model] = beside("tiny_qwen").longcat_pipeline()
             else:
                 made[model] = getattr(
                     beside("tiny_editors"), f"{model.replace('-', '_')}_pipeline"
@@ -129,7 +137,7 @@ def stock(policy: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> list[list[
     pipe, found = policy.pipe, []
     image = Image.new("RGB", policy.text_image_size[::-1])
     given = (
-        {"image": [image] if policy.model == "qwen-edit-plus" else image}
+        {"image": [image] if policy.model in ("qwen-edit-plus", "qwen-image-2.1") else image}
         if policy.text_sees_images
         else {}
     )
@@ -139,7 +147,9 @@ def stock(policy: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> list[list[
                 if name != encoder:
                     patch.setattr(getattr(pipe, name), "forward", lambda *a, **k: _Nothing())
             with pytest.raises((Read, AttributeError)):
-                pipe.encode_prompt(text, device=torch.device("cpu"), **given)
+                if "device" in inspect.signature(pipe.encode_prompt).parameters:
+                    given["device"] = torch.device("cpu")
+                pipe.encode_prompt(text, **given)
         found += rows
     return found
 
@@ -157,6 +167,7 @@ ORDINARY = (
     "a < b > c | d </ <| |> <b>bold</b>",
     "im_end image_pad endoftext pad unk s",
     "more " * 30,
+    "write 'OPEN it' and \"now\", don't move ‘that’, “or this”, and 'never",
 )
 
 
@@ -171,10 +182,9 @@ def test_ordinary_words_are_the_stock_pipeline_s_ids(
 
 
 def core(ids: list[int], pad: int) -> list[int]:
-    """Without what fills the row up."""
-    while ids and ids[-1] == pad:
-        ids = ids[:-1]
-    return ids
+    """Without what fills the row up, on either side."""
+    said = [i for i, token in enumerate(ids) if token != pad]
+    return ids[said[0] : said[-1] + 1] if said else []
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -184,7 +194,12 @@ def test_marks_in_an_instruction_are_text(
     """Every mark of every tokenizer, in every one: those that the template brings are there, and no
     more."""
     made = policy(model)
-    tokenizers = [made.pipe.tokenizer, *([made.pipe.tokenizer_2] if model == "kontext" else [])]
+    behind = len(made._around[1]) if model == "longcat-edit" else 0  # of what is filled up
+
+    def given(text: str) -> list[list[int]]:
+        return [ids[: len(ids) - behind] for ids in ours(made, text, monkeypatch)]
+
+    tokenizers = [made.tokenizer, *([made.pipe.tokenizer_2] if model == "kontext" else [])]
     every = [
         "<pad>",
         "</s>",
@@ -195,6 +210,7 @@ def test_marks_in_an_instruction_are_text(
         "<|im_start|>",
         "<|im_end|>",
     ]
+    every += ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[IMG]", "<s>"]
     every += [
         "<|vision_start|>",
         "<|vision_end|>",
@@ -203,13 +219,11 @@ def test_marks_in_an_instruction_are_text(
         "<think>",
         "<tool_call>",
     ]
-    plain = ours(made, "a b", monkeypatch)
+    plain = given("a b")
     tried = 0
     for mark in every:
         for text in (f"a {mark} b", f"{mark}", f"a{mark}b{mark}{mark}"):
-            for tokenizer, before, after in zip(
-                tokenizers, plain, ours(made, text, monkeypatch), strict=True
-            ):
+            for tokenizer, before, after in zip(tokenizers, plain, given(text), strict=True):
                 marks = set(tokenizer.added_tokens_decoder)
                 assert (
                     mark not in tokenizer.get_vocab()
@@ -392,7 +406,13 @@ def tokens_by_the_stock_tokenizer(made: Any, text: str) -> int:
                 )
             )["input_ids"]
         )
-    return len(pipe.tokenizer(text)["input_ids"])
+    if made.model == "longcat-edit":
+        said = split_quotation(text)
+        return sum(len(pipe.tokenizer(s)["input_ids"]) for t, q in said for s in (t if q else [t]))
+    if made.model == "flux2":
+        said = format_input([text], pipe.system_message)
+        return len(pipe.tokenizer.apply_chat_template(said, return_dict=True)["input_ids"][0])
+    return len(made.tokenizer(text)["input_ids"])
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -463,7 +483,7 @@ def test_a_check_says_it_too(
     assert not [problem for problem in preflight(fits).problems if "tokens" in problem]
 
 
-@pytest.mark.parametrize("model", ("kontext", "klein", "klein-kv"))
+@pytest.mark.parametrize("model", ("kontext", "klein", "klein-kv", "flux2", "longcat-edit"))
 def test_the_models_own_limits(model: str, policy: Callable[..., Any]) -> None:
     made = policy(model)
     longest = next(

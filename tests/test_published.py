@@ -44,6 +44,11 @@ ENCODERS = {
         "tie_word_embeddings": True,
     },
     "Qwen3-8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128},
+    "Mistral-Small-3.2": {"tie_word_embeddings": False},
+    "Qwen3-VL-8B": {
+        "text_config": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288},
+        "vision_config": {"out_hidden_size": 4096},
+    },
     "Qwen2.5-VL-7B": {
         "text_config": {
             "vocab_size": 152064,
@@ -73,6 +78,9 @@ SIZES = {
     "black-forest-labs/FLUX.2-klein-9B": (("Qwen3-8B",), 3 * 4096, 9.08, 84_046_115),
     "black-forest-labs/FLUX.2-klein-base-9B": (("Qwen3-8B",), 3 * 4096, 9.08, 84_046_115),
     "black-forest-labs/FLUX.2-klein-9b-kv": (("Qwen3-8B",), 3 * 4096, 9.08, 84_046_115),
+    "black-forest-labs/FLUX.2-dev": (("Mistral-Small-3.2",), 3 * 5120, 32.22, 84_046_115),
+    "meituan-longcat/LongCat-Image-Edit": (("Qwen2.5-VL-7B",), 3584, 6.27, 83_819_683),
+    "Qwen/Qwen-Image-2.1": (("Qwen3-VL-8B",), 4096, 7.12, 337_740_404),
     "Qwen/Qwen-Image-Edit": (("Qwen2.5-VL-7B",), 3584, 20.43, 126_892_531),
     "Qwen/Qwen-Image-Edit-2509": (("Qwen2.5-VL-7B",), 3584, 20.43, 126_892_531),
     "Qwen/Qwen-Image-Edit-2511": (("Qwen2.5-VL-7B",), 3584, 20.43, 126_892_531),
@@ -106,11 +114,11 @@ def transformer():
     """A transformer of these settings: its parameters and the width of its text tokens."""
     found = {}
 
-    def count(kind, settings):
+    def count(kind, settings, width):
         key = tuple(sorted(settings.items()))
         if key not in found:
             module = built(kind, settings)
-            found[key] = size(module), module.config.joint_attention_dim
+            found[key] = size(module), module.config[width]
         return found[key]
 
     return count
@@ -131,7 +139,9 @@ def test_sizes_are_those_of_the_configurations_and_of_the_published_weights(
     }
     counted = {part: encoder(kinds[part], n) for part, n in zip(parts.text, encoders, strict=True)}
     assert parts.text == counted
-    parameters, words = transformer(kinds["transformer"], parts.transformer)
+    parameters, words = transformer(
+        kinds["transformer"], parts.transformer, kind.text_width_setting
+    )
     assert parameters / 1e9 == pytest.approx(billions, abs=0.005) and words == width
     assert size(built(kinds["vae"], parts.vae)) == autoencoder
     assert kinds["scheduler"](**parts.scheduler).config.use_dynamic_shifting
@@ -140,6 +150,8 @@ def test_sizes_are_those_of_the_configurations_and_of_the_published_weights(
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_policy_takes_by_default_is_known(kind):
     assert kind.hub_id in kind.published
+    whole = kind.blueprint(PolicyConfig(kind.model, resolution=(64, 64)))  # nothing is downloaded
+    assert whole.blocks >= 20
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ makes of it."""
 import dataclasses
 import functools
 import importlib
+import inspect
 from collections import Counter
 
 import numpy as np
@@ -26,6 +27,11 @@ from editr2.training import train
 from editr2_kernels import INITIAL_STEP, philox_normal
 
 MODELS = ("qwen-edit", "qwen-edit-plus")
+LATEST = {"zero_cond_t": True}
+"""What the transformer of Qwen-Image-Edit-2511 has beside that of 2509: conditions are modulated as
+at time 0."""
+SINCE = (("qwen-edit-plus", LATEST), ("longcat-edit", {}), ("qwen-image-2.1", {}))
+"""Pipelines, and changes to their transformers, that train with `make test-all`."""
 SIZE, CONDITION, STEPS = (64, 96), (48, 80), 4
 WORDS = (
     ("make the square brighter", "now remove it"),
@@ -36,16 +42,23 @@ WORDS = (
 @pytest.fixture
 def pipeline(beside):
     """A fresh tiny pipeline by model; the same weights every time."""
-    return lambda model, **settings: beside("tiny_qwen").qwen_pipeline(
-        plus=model == "qwen-edit-plus", **settings
-    )
+
+    def make(model, **settings):
+        tiny = beside("tiny_qwen")
+        if model == "longcat-edit":
+            return tiny.longcat_pipeline(**settings)
+        if model == "qwen-image-2.1":
+            return tiny.qwen_image_pipeline(**settings)
+        return tiny.qwen_pipeline(plus=model == "qwen-edit-plus", **settings)
+
+    return make
 
 
 @pytest.fixture
 def policy(pipeline):
-    def make(model, **settings):
+    def make(model, transformer=None, **settings):
         config = PolicyConfig(**({"model": model, "resolution": SIZE} | settings))
-        return policy_class(model)(pipeline(model), config)
+        return policy_class(model)(pipeline(model, **(transformer or {})), config)
 
     return make
 
@@ -67,13 +80,12 @@ def stock(pipe, condition, monkeypatch):
     size `condition` where it would take about a million pixels, and with token types for its text
     encoder (see qwen_edit.py)."""
     module = importlib.import_module(type(pipe).__module__)
-    plus = type(pipe).__name__.endswith("PlusPipeline")
+    several = type(pipe).__name__ in ("QwenImageEditPlusPipeline", "QwenImage21Pipeline")
     own, area = module.calculate_dimensions, 1024 * 1024
 
     def dimensions(target, ratio):
-        return (
-            (*condition[::-1], *(() if plus else (None,))) if target == area else own(target, ratio)
-        )
+        given = own(target, ratio)
+        return (*condition[::-1], *given[2:]) if target == area else given
 
     monkeypatch.setattr(module, "calculate_dimensions", dimensions)
     encoder, forward = pipe.text_encoder, pipe.text_encoder.forward
@@ -88,38 +100,61 @@ def stock(pipe, condition, monkeypatch):
     def run(images, prompt, **settings):
         seen = [Image.fromarray(image) for image in images]
         size = {"height": SIZE[0], "width": SIZE[1]}
+        if "height" not in inspect.signature(pipe.__call__).parameters:  # LongCat: the condition's
+            size = {}
         call = functools.partial(
-            pipe, seen if plus else seen[0], prompt, num_inference_steps=STEPS, **size, **settings
+            pipe,
+            image=seen if several else seen[0],
+            prompt=prompt,
+            num_inference_steps=STEPS,
+            **size,
+            **settings,
         )
-        return call(output_type="latent").images, call(output_type="np").images
+        image = call(output_type="np").images
+        if image.shape[-1] == 4:  # on white
+            image = image[..., :3] * image[..., 3:] + 1 - image[..., 3:]
+        return call(output_type="latent").images, image
 
     return run
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model, transformer",
+    [
+        (MODELS[0], {}),
+        (MODELS[1], {}),
+        (MODELS[1], LATEST),
+        ("longcat-edit", {}),
+        ("qwen-image-2.1", {}),
+    ],
+)
 def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
-    policy, model, guidance, monkeypatch
+    policy, model, transformer, guidance, monkeypatch
 ):
     """With guidance, with conditions of another size, and for Plus with the source beside the
     previous output. The latents differ by rounding alone (a sum of eight layers' products: 1e-5 of
     about 1)."""
+    # LongCat has one size for all; the other's are multiples of 32.
+    condition = {"longcat-edit": SIZE, "qwen-image-2.1": (32, 64)}.get(model, CONDITION)
     ours = policy(
         model,
+        transformer,
         guidance=guidance,
-        condition_resolution=CONDITION,
-        keep_source=model == "qwen-edit-plus",
+        condition_resolution=condition,
+        keep_source=model in ("qwen-edit-plus", "qwen-image-2.1"),
     )
     (session,) = sessions(1)
     sampler, seeds = make_sampler(STEPS, own=ours.sigmas), Seeds(0, "test")
     chunk = rollout_chunk(ours, Chunk([session], [0], 1), sampler, seeds, ours.config)
-    theirs, image = stock(ours.pipe, CONDITION, monkeypatch), session.image
+    theirs, image = stock(ours.pipe, condition, monkeypatch), session.image
     for turn, record in enumerate(chunk.turns):
         noise = philox_normal(
             seeds.initial(chunk, record.rollout, turn), INITIAL_STEP, ours.latent_shape
         )
         images = [image, session.image] if turn and ours.config.keep_source else [image]
-        settings = {"true_cfg_scale": guidance, "negative_prompt": " " if guidance > 1 else None}
+        settings = {ours.guidance_argument: guidance}
+        settings["negative_prompt"] = ours.negative if guidance > 1 else None
         latents, pixels = theirs(images, session.turns[turn].instruction, latents=noise, **settings)
         torch.testing.assert_close(record.x0, latents, rtol=0, atol=1e-5)
         assert (
@@ -129,13 +164,27 @@ def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
         image = record.images[0]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        *MODELS,
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("longcat-edit", "qwen-image-2.1")
+        ),
+    ],
+)
 def test_the_comparison_above_would_notice(policy, model):
     """What could be forgotten moves the latents by far more than rounding."""
     (session,) = sessions(1)
 
     def latents(words=None, **settings):
-        ours = policy(model, **({"guidance": 4.0, "condition_resolution": CONDITION} | settings))
+        condition = (32, 64) if model == "qwen-image-2.1" else CONDITION
+        ours = policy(
+            model,
+            settings.pop("transformer", None),
+            **({"guidance": 4.0, "condition_resolution": condition} | settings),
+        )
         said = session if words is None else dataclasses.replace(session, turns=(Turn(words),))
         sampler = make_sampler(STEPS, own=ours.sigmas)
         return (
@@ -147,10 +196,11 @@ def test_the_comparison_above_would_notice(policy, model):
     right = latents()
     for wrong in (
         {"guidance": 1.0},
-        {"renorm": "none"},
+        {"renorm": "channel"},
         {"negative_prompt": "ugly"},
         {"condition_resolution": SIZE},
         {"words": "make the square darker"},
+        *([{"transformer": LATEST}] if model in MODELS else []),
     ):
         assert (latents(**wrong) - right).abs().max() > 1e-3, wrong
 
@@ -165,8 +215,12 @@ def test_the_text_encoder_sees_the_image_and_the_mode_of_its_size(policy):
         assert (one.prompt["words"] - other.prompt["words"]).abs().mean() > 1e-2
 
 
-def test_a_batch_is_its_samples_one_by_one(policy):
-    ours = policy("qwen-edit-plus", guidance=4.0, keep_source=True)
+@pytest.mark.parametrize(
+    "model, transformer",
+    [("qwen-edit-plus", {}), ("qwen-edit-plus", LATEST), ("qwen-image-2.1", {})],
+)
+def test_a_batch_is_its_samples_one_by_one(policy, model, transformer):
+    ours = policy(model, transformer, guidance=4.0, keep_source=True)
     texts = ["brighter", "remove the red square on the left, and then the circle", "a b c"]
     images = pictures(3)
     x, sigma = torch.randn(3, *ours.latent_shape), torch.tensor([0.9, 0.5, 0.2])
@@ -177,9 +231,9 @@ def test_a_batch_is_its_samples_one_by_one(policy):
         a.prompt["words"].shape[1] for a in alone
     ]
 
-    def velocity(context, at=slice(None)):
+    def velocity(context, at=slice(None), by=ours):
         with torch.no_grad():
-            v = ours.velocity(x[at], sigma[at], context)
+            v = by.velocity(x[at], sigma[at], context)
         return torch.stack([v.v, v.guidance["v_uncond"]])
 
     expected = torch.cat([velocity(a, slice(i, i + 1)) for i, a in enumerate(alone)], 1)
@@ -187,12 +241,15 @@ def test_a_batch_is_its_samples_one_by_one(policy):
     close(velocity(batch), expected)
     close(velocity(ours.join(alone)), expected)
     close(velocity(ours.select(batch, torch.tensor([2, 0])), [2, 0]), expected[:, [2, 0]])
-    longer = ours.bucket(batch)
-    assert (
-        longer.prompt["words"].shape[1] == 64
-        and longer.prompt["mask"].sum(1).tolist() == lengths.tolist()
-    )
-    close(velocity(longer), expected)
+    both = policy_class(model)(ours.pipe, dataclasses.replace(ours.config, branches="together"))
+    close(velocity(batch, by=both), expected)
+    if model in MODELS:
+        longer = ours.bucket(batch)
+        assert (
+            longer.prompt["words"].shape[1] == 64
+            and longer.prompt["mask"].sum(1).tolist() == lengths.tolist()
+        )
+        close(velocity(longer), expected)
     later = ours.instruct(ours.append(batch, images[::-1].copy()), texts)  # two images from here on
     mixed = ours.join([later, batch])
     assert isinstance(mixed, MixedContext) and len(later.conditions) == 2
@@ -257,6 +314,16 @@ def test_words_and_images_are_read_once_and_never_between_denoising_steps(
             "policy.guidance_embed: 3.5 (accepted with policy.model",
         ),
         (
+            "qwen-image-2.1",
+            {"resolution": (64, 80)},
+            "policy.resolution: [64, 80] (accepted with policy.model qwen-image-2.1: multiples of",
+        ),
+        (
+            "longcat-edit",
+            {"keep_source": True},
+            "policy.keep_source: True (accepted with policy.model longcat-edit: False; it reads",
+        ),
+        (
             "qwen-edit-plus",
             {"resolution": (64, 72)},
             "policy.resolution: [64, 72] (accepted with policy.model",
@@ -283,11 +350,11 @@ class Brightness:
 def settings(beside, pipeline, tmp_path):
     """A run on files alone: a pipeline's folder and a set of sessions of three turns."""
 
-    def make(model, **changes):
+    def make(model, transformer=None, **changes):
         weights = tmp_path / model
         if not weights.exists():
-            beside("tiny_qwen").save_pipeline(pipeline(model), weights)
-        size = (32, 48)
+            beside("tiny_qwen").save_pipeline(pipeline(model, **(transformer or {})), weights)
+        size = (32, 64) if model == "qwen-image-2.1" else (32, 48)
         said = [
             dataclasses.replace(s, image=pictures(1, size, i)[0])
             for i, s in enumerate(sessions(2, turns=3))
@@ -325,19 +392,34 @@ def rises(run):
     return len(before) == 3 and all(b > a + 0.01 for a, b in zip(before, after, strict=True))
 
 
-def test_brightness_rises_by_grpo_with_guidance_and_the_source_beside_the_output(settings):
+@pytest.mark.parametrize(
+    "transformer, iterations", [({}, 6), pytest.param(LATEST, 12, marks=pytest.mark.exhaustive)]
+)
+def test_brightness_rises_by_grpo_with_guidance_and_the_source_beside_the_output(
+    settings, transformer, iterations
+):
     policy = {"keep_source": True, "guidance": 2.0}
     run = train(
-        settings("qwen-edit-plus", policy=policy, train={"iterations": 6, "lr": 3e-2}),
+        settings(
+            "qwen-edit-plus",
+            transformer,
+            policy=policy,
+            train={"iterations": iterations, "lr": 3e-2},
+        ),
         reward=Brightness(),
     )
     assert rises(run) and rows(run, "train")[0]["ratio_error"] <= 1e-6
     assert (run / "policy" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_brightness_rises_by_nft(settings):
+@pytest.mark.parametrize(
+    "model, transformer",
+    [("qwen-edit", {}), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in SINCE)],
+)
+def test_brightness_rises_by_nft(settings, model, transformer):
     config = settings(
-        "qwen-edit",
+        model,
+        transformer,
         policy={"lora_rank": 0},  # and so all weights
         rollout={"window": 0, "shared_noise": False},
         train={"iterations": 6, "lr": 2e-2, "loss": "nft", "old_decay": 0.0},
@@ -345,10 +427,14 @@ def test_brightness_rises_by_nft(settings):
     assert rises(train(config, reward=Brightness()))
 
 
-def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_path):
-    whole = train(settings("qwen-edit", out=str(tmp_path / "whole")), reward=Brightness())
-    train(settings("qwen-edit", train={"iterations": 1}), reward=Brightness())
-    run = train(settings("qwen-edit"), reward=Brightness())
+@pytest.mark.parametrize(
+    "made",
+    [("qwen-edit",), *(pytest.param(more, marks=pytest.mark.exhaustive) for more in SINCE)],
+)
+def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_path, made):
+    whole = train(settings(*made, out=str(tmp_path / "whole")), reward=Brightness())
+    train(settings(*made, train={"iterations": 1}), reward=Brightness())
+    run = train(settings(*made), reward=Brightness())
     one, two = (
         load_file(r / "checkpoints" / "step_000002" / "policy.safetensors") for r in (whole, run)
     )
@@ -360,10 +446,18 @@ def test_a_run_that_goes_on_is_bitwise_the_run_that_did_not_stop(settings, tmp_p
     assert first == second
 
 
-def test_a_trained_lora_is_loaded_again_from_its_folder(settings):
-    config = settings("qwen-edit")
+@pytest.mark.parametrize("model", ("qwen-edit", "longcat-edit", "qwen-image-2.1"))
+def test_a_trained_lora_is_loaded_again_from_its_folder(settings, model):
+    few = {}
+    if model not in MODELS:
+        few["policy"] = {"guidance": 2.0, "text_tokens": 48}
+        few["train"] = {"context_gradient": model == "qwen-image-2.1", "iterations": 1}
+        few["rollout"], few["eval"] = {"siblings": 2}, {"sessions": 1}
+    config = settings(model, **few)
     run = train(config, reward=Brightness())
+    assert all(row["ratio_error"] <= 1e-6 for row in rows(run, "train"))
     again = load_policy(dataclasses.replace(config.policy, weights=str(run / "policy")))
-    saved = load_file(run / "checkpoints" / "step_000002" / "policy.safetensors")
+    (last,) = (run / "checkpoints").glob(f"step_*{config.train.iterations}")
+    saved = load_file(last / "policy.safetensors")
     own = dict(again.module.named_parameters())
     assert saved and all(torch.equal(own[name], value) for name, value in saved.items())

@@ -1,5 +1,5 @@
-"""Tiny random FLUX.1-Kontext and FLUX.2-klein pipelines, built in code: the stock classes with a
-few thousand weights.
+"""Tiny random FLUX.1-Kontext, FLUX.2-klein and FLUX.2-dev pipelines, built in code: the stock
+classes with a few thousand weights.
 
 Autoencoders shrink by 8 as the real ones do, so that sizes in tokens are the real ones for an
 image's sizes in pixels.
@@ -19,14 +19,24 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinKVPipeline,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxKontextPipeline,
     FluxTransformer2DModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2TokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -174,8 +184,7 @@ def klein_pipeline(
             timestep_guidance_channels=16,
             mlp_ratio=2.0,
             axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-            **(sizes | transformer),
+            **({"guidance_embeds": False} | sizes | transformer),
         ),
         is_distilled=is_distilled,
     )
@@ -186,6 +195,49 @@ def klein_kv_pipeline(seed: int = 0) -> Flux2KleinKVPipeline:
     """The same weights behind the pipeline whose references see only themselves."""
     parts = klein_pipeline(seed, num_layers=2, num_single_layers=2).components
     return _quiet(Flux2KleinKVPipeline(**parts))
+
+
+MISTRAL_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% set text = m['content'][0]['text'] %}"
+    "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ text }}[/INST]{% endif %}{% endfor %}"
+)
+
+
+def flux2_pipeline(seed: int = 0, **transformer: Any) -> Flux2Pipeline:
+    """Klein's parts behind the pipeline whose guidance is distilled, and Mistral's words: its
+    system message is one token, and the text encoder has the 31 layers that the pipeline reads."""
+    words = _mistral_words()
+    parts = klein_pipeline(seed, **({"guidance_embeds": True} | transformer)).components
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 16, "num_attention_heads": 1}
+    text = {**sizes, "model_type": "mistral", "num_key_value_heads": 1, "num_hidden_layers": 31}
+    image = {**sizes, "model_type": "pixtral", "num_hidden_layers": 1}
+    text |= {"vocab_size": len(words), "initializer_range": 0.2}
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(vision_config=image, text_config=text)
+    )
+    parts |= {"text_encoder": encoder.eval(), "tokenizer": words}
+    return _quiet(Flux2Pipeline(**parts))
+
+
+def _mistral_words() -> Any:
+    learner = Tokenizer(BPE())
+    learner.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    learner.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=2000, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
+    )
+    learner.train_from_iterator([SYSTEM_MESSAGE], trainer)
+    marks = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]"]
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=learner,
+        **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+        additional_special_tokens=marks,
+        padding_side="left",
+    )
+    words.chat_template = MISTRAL_CHAT
+    return words
 
 
 def _autoencoder(channels: int) -> dict[str, Any]:

@@ -182,7 +182,8 @@ class PolicyConfig:
         model: unified (BAGEL's architecture; the shipped small model), bagel (its published
             weights), kontext (FLUX.1-Kontext),
             klein (FLUX.2-klein), klein-kv (its variant that reads the references once a turn),
-            qwen-edit or qwen-edit-plus (Qwen-Image-Edit and its multi-image successor, 2509), or
+            qwen-edit or qwen-edit-plus (Qwen-Image-Edit and its multi-image successors, 2509 and
+            2511), flux2 (FLUX.2-dev), longcat-edit (LongCat-Image-Edit), qwen-image-2.1, or
             `package.module:Class` of your own (docs/editors.md).
         weights: unified: a folder written by `editr2 world pretrain` or a run's `policy/`, none is
             the shipped small model. bagel: a folder in the published layout or a hub id, none is

@@ -259,12 +259,20 @@ def save_adapter(pipeline: Any, module: Any, folder: Path) -> Lora:
         layer, found, _ = name.partition(".lora_B.")
         if found:
             weights[name] = scaled(weights[name], module.get_submodule(layer).scaling["default"])
-    pipeline.save_lora_weights(
+    # Such a file is alike for every transformer, by whichever class it is written.
+    writer = pipeline if hasattr(pipeline, "save_lora_weights") else _lora_writer()
+    writer.save_lora_weights(
         folder,
         transformer_lora_layers=weights,
         transformer_lora_adapter_metadata=_at_strength_one(config).to_dict(),
     )
     return Lora(config.r, float(config.lora_alpha), _listed(config.target_modules))
+
+
+def _lora_writer() -> Any:
+    from diffusers.loaders import QwenImageLoraLoaderMixin
+
+    return QwenImageLoraLoaderMixin
 
 
 @torch.no_grad()

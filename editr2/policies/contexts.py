@@ -17,7 +17,8 @@ Prompt = Mapping[str, Tensor]
 """What a model's text encoders make of the instructions, by name and samples first: `words` [B, L,
 width], with `mask` [B, L] where rows are padded, and whatever else the model reads."""
 
-WORDS, MASK = "words", "mask"
+WORDS, MASK, POOLED = "words", "mask", "pooled"
+"""Of these `pooled` alone is not token by token."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,13 @@ def doubled(context: EditContext) -> EditContext:
 def longer(prompt: Prompt, length: int) -> Prompt:
     """The prompt, masked and padded with zeros to so many tokens."""
 
-    def filled(t: Tensor) -> Tensor:
-        return torch.cat([t, t.new_zeros(len(t), length - t.shape[1], *t.shape[2:])], 1)
+    more = length - prompt[WORDS].shape[1]
 
-    ragged = (WORDS, MASK)  # what else there is has no tokens
-    return {name: filled(t) if name in ragged else t for name, t in masked(prompt).items()}
+    def filled(t: Tensor) -> Tensor:
+        return torch.cat([t, t.new_zeros(len(t), more, *t.shape[2:])], 1)
+
+    whole = masked(prompt)
+    return {name: t if name == POOLED else filled(t) for name, t in whole.items()}
 
 
 AnyEditContext = EditContext | MixedContext

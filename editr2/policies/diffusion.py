@@ -94,6 +94,10 @@ class DiffusionPolicy(PipelineModel):
     negative_prompt: ClassVar[str] = ""
     """Of the unguided branch where the settings name none."""
     position_axes: ClassVar[int] = 3
+    text_width_setting: ClassVar[str] = "joint_attention_dim"
+    """The transformer's setting that is the width of a text token."""
+    pools_words: ClassVar[bool] = False
+    """Whether the transformer reads one vector of the prompt, `pooled`, beside its words."""
     text_limit: ClassVar[int | None] = None
     """Tokens of a prompt that the model reads, as `text_length` counts them; None: any number."""
 
@@ -164,8 +168,9 @@ class DiffusionPolicy(PipelineModel):
 
     @classmethod
     def derives(cls) -> bool:
-        """Whether it computes something of its own from the condition images."""
-        return cls.derive is not DiffusionPolicy.derive
+        """Whether it computes something of its own from condition images and words."""
+        own = (cls.derive, cls.extend)
+        return own != (DiffusionPolicy.derive, DiffusionPolicy.extend)
 
     def refuse(self, name: str, given: object, accepted: str) -> None:
         """Raises the `ConfigError` of a setting that this model cannot follow."""
@@ -285,6 +290,11 @@ class DiffusionPolicy(PipelineModel):
         `context.conditions` and
         `prompt` (which is the negative one for the unguided branch)."""
 
+    def extend(self, prompt: Prompt, conditions: tuple[Tensor, ...]) -> Prompt:
+        """The prompt with what a model computes once of it and its images by weights that may
+        train; empty where it is."""
+        return prompt
+
     def derive(self, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ()
 
@@ -299,10 +309,14 @@ class DiffusionPolicy(PipelineModel):
         sizes, device = self.module.config, self.device
         prompt = {
             WORDS: torch.zeros(
-                batch, text, sizes.joint_attention_dim, dtype=self.compute_dtype, device=device
+                batch,
+                text,
+                sizes[self.text_width_setting],
+                dtype=self.compute_dtype,
+                device=device,
             )
         }
-        if "pooled_projection_dim" in sizes:
+        if self.pools_words:
             prompt["pooled"] = prompt[WORDS].new_zeros(batch, sizes.pooled_projection_dim)
         rows, columns = self.condition_grid
         conditions = tuple(
@@ -313,7 +327,8 @@ class DiffusionPolicy(PipelineModel):
         negative = (
             {name: t.clone() for name, t in prompt.items()} if self.config.guidance != 1 else {}
         )
-        return EditContext(conditions, (), prompt, negative, self.derive(conditions))
+        said, other = self.extend(prompt, conditions), self.extend(negative, conditions)
+        return EditContext(conditions, (), said, other, self.derive(conditions))
 
     def idle(self) -> Tensor:
         """The transformer's answer about one token of nothing: the smallest forward there is."""
@@ -335,6 +350,11 @@ class DiffusionPolicy(PipelineModel):
     @property
     def device(self) -> torch.device:
         return device_of(self.module)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the instructions, where there is one."""
+        return getattr(self.pipe, "tokenizer", None)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -396,10 +416,10 @@ class DiffusionPolicy(PipelineModel):
         how = {"model": self.model, "dtype": self.config.dtype}
         made = fingerprint({"vae": pipe.vae}, tiles=self.config.vae_tiling, **how)
         self._sources.folder = Folder(path, "images", made)
-        parts = {  # a processor's tokenizer is the pipeline's own
+        parts = {"tokenizer": self.tokenizer} | {  # a processor is what it does with images
             name: getattr(part, "image_processor", part)
             for name, part in pipe.components.items()
-            if name in self.text_encoders or name.startswith(("tokenizer", "processor"))
+            if name in self.text_encoders or name.startswith("tokenizer") or "processor" in name
         }
         # Templates of instructions are the pipeline's attributes.
         plain = {n: v for n, v in vars(pipe).items() if isinstance(v, (str, int)) and n[0] != "_"}
@@ -414,7 +434,7 @@ class DiffusionPolicy(PipelineModel):
     def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
         """As `ReadingPolicy.unreadable`: instructions that are too long; without its tokenizer
         nobody knows."""
-        if getattr(self.pipe, "tokenizer", None) is None:
+        if self.tokenizer is None:
             return
         for turn, text in enumerate(instructions):
             if problem := self._too_long(text, self.images_at(turn)):
@@ -479,7 +499,8 @@ class DiffusionPolicy(PipelineModel):
         # Words about an output are as little for other runs as the output is.
         rows = self._prompts.rows(keys, read, lambda i: self._source_looks.issuperset(looks[i]))
         batch = padded([{n: t[None] for n, t in row.items()} for row in rows])
-        return {n: t.to(self.device) for n, t in batch.items()}
+        prompt = {n: t.to(self.device) for n, t in batch.items()}
+        return self.extend(prompt, context.conditions)
 
     def velocity(self, x: Tensor, sigma: Tensor, context: AnyEditContext) -> Velocity:
         """In the computing dtype. Under guidance both branches, for the kernels to combine."""

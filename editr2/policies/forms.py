@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 from editr2.config import PolicyConfig
 from editr2.policies.adapters import TRANSFORMER, fold_strength
 from editr2.policies.base import Policy, device_of, with_module
-from editr2.policies.libraries import quiet_libraries
+from editr2.policies.libraries import quiet_libraries, stock_pipeline
 from editr2.policies.recorded import without_adapters
 from editr2.policies.tensor_files import write_tensors
 from editr2.policies.weights import merge_lora
@@ -121,12 +121,22 @@ class DiffusersLora:
 
     def load(self, base: Any, folder: Path) -> Policy:
         with quiet_libraries():  # diffusers warns that a LoRA without text encoders has none
-            base.pipe.load_lora_weights(folder)
+            if self._by_pipeline:
+                base.pipe.load_lora_weights(folder)
+            else:
+                base.pipe.transformer.load_lora_adapter(folder, use_safetensors=True)
         return base
+
+    @property
+    def _by_pipeline(self) -> bool:
+        """Whether the pipeline loads adapters; its transformer does in any case."""
+        return hasattr(stock_pipeline(self.pipeline), "load_lora_weights")
 
     def code(self, this: str, origin: str | None, dtype: str) -> list[str]:
         made = pipeline_lines(self.pipeline, origin, dtype)
-        return [*made, f'pipe.load_lora_weights("{this}")']
+        if self._by_pipeline:
+            return [*made, f'pipe.load_lora_weights("{this}")']
+        return [*made, f'pipe.transformer.load_lora_adapter("{this}", use_safetensors=True)']
 
     def also(self, this: str) -> str:
         return ""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,9 +58,6 @@ BASE = {"is_distilled": False}
 DISTILLED_STEPS = 4
 """That the published weights are distilled to."""
 
-TEXT_LAYERS = (9, 18, 27)
-"""Of the text encoder's hidden states, the ones whose numbers side by side are a token."""
-
 
 class KleinPolicy(DiffusionPolicy):
     """See the module docstring. References have times 10, 20, ...: the image to edit, then whatever
@@ -89,6 +86,8 @@ class KleinPolicy(DiffusionPolicy):
     )
     position_axes = 4
     text_limit = 512
+    text_layers: ClassVar[tuple[int, ...]] = (9, 18, 27)
+    """Of the text encoder's hidden states, the ones whose numbers side by side are a token."""
     guidance_argument = "guidance_scale"
 
     @classmethod
@@ -115,7 +114,8 @@ class KleinPolicy(DiffusionPolicy):
         states = self.pipe.text_encoder(
             input_ids=ids, attention_mask=valid, output_hidden_states=True, use_cache=False
         ).hidden_states
-        return [{"words": row} for row in torch.cat([states[layer] for layer in TEXT_LAYERS], -1)]
+        taken = torch.cat([states[layer] for layer in self.text_layers], -1)
+        return [{"words": row} for row in taken]
 
     @cached_property
     def _words(self) -> Words:
@@ -123,14 +123,8 @@ class KleinPolicy(DiffusionPolicy):
 
     def _ids(self, text: str) -> list[int]:
         """Of a conversation's one message, in the tokenizer's own template."""
-
-        def rendered(content: str) -> str:
-            message = [{"role": "user", "content": content}]
-            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-            return str(self.pipe.tokenizer.apply_chat_template(message, **options))
-
-        before, _, after = rendered("\0").partition("\0")
-        whole = rendered(text)  # a template may trim what is said
+        before, _, after = self.rendered("\0").partition("\0")
+        whole = self.rendered(text)  # a template may trim what is said
         if len(whole) < len(before + after) or not (
             whole.startswith(before) and whole.endswith(after)
         ):
@@ -139,6 +133,12 @@ class KleinPolicy(DiffusionPolicy):
                 f"other words)"
             )
         return self._words.within(before, whole[len(before) : len(whole) - len(after)], after)
+
+    def rendered(self, text: str) -> str:
+        """The conversation that the text encoder reads."""
+        message = [{"role": "user", "content": text}]
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return str(self.pipe.tokenizer.apply_chat_template(message, **options))
 
     def text_length(self, text: str) -> int:
         return len(self._ids(text))
@@ -174,6 +174,11 @@ class KleinPolicy(DiffusionPolicy):
         ids = torch.cat([self.positions(0, self.grid, x.device), *references])
         return self.run(noisy, ids, sigma, prompt["words"])[0][:, : x.shape[1]]
 
+    def distilled_guidance(self, sigma: Tensor) -> Tensor | None:
+        """The strength of guidance [B] that the transformer takes as input, float32; None where it
+        takes none."""
+        return None
+
     def run(
         self, images: Tensor, ids: Tensor, sigma: Tensor, words: Tensor, **options: Any
     ) -> tuple[Any, ...]:
@@ -183,7 +188,7 @@ class KleinPolicy(DiffusionPolicy):
         return self.module(
             hidden_states=images,
             timestep=sigma,
-            guidance=None,
+            guidance=self.distilled_guidance(sigma),
             encoder_hidden_states=words,
             txt_ids=text_ids,
             img_ids=ids,

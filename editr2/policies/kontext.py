@@ -47,7 +47,26 @@ DEV = Parts(
 )
 
 
-class KontextPolicy(DiffusionPolicy):
+class Flux1Latents(DiffusionPolicy):
+    """Editors with FLUX.1's autoencoder and schedule."""
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = vae.encode(images).latent_dist.mode()
+        return tokens(patchified((latents - vae.config.shift_factor) * vae.config.scaling_factor))
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = unpatchified(from_tokens(latents, self.grid)).to(vae.dtype)
+        return vae.decode(
+            latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False
+        )[0]
+
+    def mu(self, steps: int) -> float | None:
+        return linear_mu(self.pipe.scheduler.config, self.latent_shape[0])
+
+
+class KontextPolicy(Flux1Latents):
     """See the module docstring. Conditions have places 1, 2, ... in the first position axis, the
     target 0; the stock pipeline knows only the first."""
 
@@ -61,6 +80,7 @@ class KontextPolicy(DiffusionPolicy):
         r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
     )
     text_encoders = ("text_encoder", "text_encoder_2")
+    pools_words = True
     text_limit = 512
     default_guidance_embed = 3.5
     """The stock pipeline's default."""
@@ -95,21 +115,6 @@ class KontextPolicy(DiffusionPolicy):
 
     def text_length(self, text: str) -> int:
         return len(self._t5.ids(text, ends=True))
-
-    def to_latents(self, images: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        latents = vae.encode(images).latent_dist.mode()
-        return tokens(patchified((latents - vae.config.shift_factor) * vae.config.scaling_factor))
-
-    def to_pixels(self, latents: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        latents = unpatchified(from_tokens(latents, self.grid)).to(vae.dtype)
-        return vae.decode(
-            latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False
-        )[0]
-
-    def mu(self, steps: int) -> float | None:
-        return linear_mu(self.pipe.scheduler.config, self.latent_shape[0])
 
     def predict(self, x: Tensor, sigma: Tensor, context: EditContext, prompt: Prompt) -> Tensor:
         ids = [self.positions(0, self.grid, x.device)]

@@ -15,4 +15,7 @@ MODELS: dict[str, str] = {
     "klein-kv": "editr2.policies.klein:KleinKVPolicy",
     "qwen-edit": "editr2.policies.qwen_edit:QwenEditPolicy",
     "qwen-edit-plus": "editr2.policies.qwen_edit:QwenEditPlusPolicy",
+    "flux2": "editr2.policies.flux2:Flux2Policy",
+    "longcat-edit": "editr2.policies.longcat:LongCatEditPolicy",
+    "qwen-image-2.1": "editr2.policies.qwen_image:QwenImagePolicy",
 }

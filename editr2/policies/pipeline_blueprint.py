@@ -153,7 +153,7 @@ class PipelineBlueprint:
     def context(self, policy: Any, batch: int, turn: int) -> Any:
         """A context of the sizes that a batch has at this turn."""
         images, text = self.policy.images_at(turn), self.text_length(turn)
-        return policy.blank(batch, text, images, padded=self.prompt_per_output and batch > 1)
+        return policy.blank(batch, text, images, padded=self.kind.masks and batch > 1)
 
     def _to_latents(self, policy: Any) -> Callable[[], Tensor]:
         image = torch.empty(1, 3, *policy.condition_size, dtype=self.dtype)
@@ -265,7 +265,8 @@ class PipelineBlueprint:
         given: dict[str, Any] = {"vae": vae, "transformer": transformer, "scheduler": scheduler}
         for name, argument in self._arguments.items():
             if name not in given and name != "self" and argument.default is inspect.Parameter.empty:
-                given[name] = nn.Identity() if name in self.kind.text_encoders else None
+                text = name in self.kind.text_encoders
+                given[name] = nn.Identity() if text else self.kind.stand_in(name)
         return self.kind.pipeline_class()(**given, **self.parts.pipeline)
 
 

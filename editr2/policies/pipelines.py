@@ -116,6 +116,12 @@ class PipelineModel(ConfiguredPolicy):
         return cls.pipeline_class().from_pretrained(base, **components)
 
     @classmethod
+    def stand_in(cls, name: str) -> Any:
+        """What its constructor takes for a component that is not there, neither weights nor
+        autoencoder nor scheduler."""
+        return None
+
+    @classmethod
     def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
         yield from super().problems(config, trains)
         p = config

@@ -14,11 +14,9 @@ fall back to positions of plain text.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +27,8 @@ from editr2.policies.contexts import WORDS, EditContext, Prompt, longer
 from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.kontext import linear_mu
 from editr2.policies.latents import from_tokens, patchified, tokens, unpatchified
-from editr2.policies.libraries import without_processor_notes
 from editr2.policies.pipelines import Parts
-from editr2.policies.tokens import Words
+from editr2.policies.qwen_vision import QwenVision
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 """Where an image stands in a prompt."""
@@ -56,7 +53,7 @@ EDIT = Parts(
 )
 
 
-class QwenEditPolicy(DiffusionPolicy):
+class QwenEditPolicy(QwenVision, DiffusionPolicy):
     """The image to edit is the one condition, and the text encoder sees it as the transformer
     does."""
 
@@ -69,26 +66,10 @@ class QwenEditPolicy(DiffusionPolicy):
         r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|(img|txt)_mlp\.net\.(0\.proj|2))"
     )
-    text_sees_images = True
     masks = True
     negative_prompt = " "
     own_renorm = "token"
     tiles = False  # they are 256 pixels wide: seams at every size in use
-
-    @classmethod
-    def load_pipeline(cls, base: str, **components: Any) -> Any:
-        if importlib.util.find_spec("torchvision"):
-            return super().load_pipeline(base, **components)
-        # The pipeline's processor wants a video processor, and that one torchvision; images need
-        # neither.
-        with without_processor_notes():
-            from transformers import Qwen2VLImageProcessor
-
-        pipe = super().load_pipeline(base, processor=None, **components)
-        pipe.register_modules(
-            processor=Qwen2VLImageProcessor.from_pretrained(base, subfolder="processor")
-        )
-        return pipe
 
     def check(self, config: PolicyConfig) -> None:
         super().check(config)
@@ -105,49 +86,17 @@ class QwenEditPolicy(DiffusionPolicy):
 
     # ------------------------------------------------------------------------------------- the text
 
-    def embed(self, texts: list[str], images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """One prompt at a time: with its image each is long enough to fill a device, and none
-        depends on another."""
-        return [self._embed(text, [seen[i] for seen in images]) for i, text in enumerate(texts)]
-
-    def _embed(self, text: str, images: list[Tensor]) -> dict[str, Tensor]:
+    def read(self, text: str, images: list[Tensor]) -> dict[str, Tensor]:
         """words [L, width], what follows the system part of the template."""
-        encoder = self.pipe.text_encoder
         before, after = self._around(len(images))
-        seen = self._seen([image.numpy() for image in images]).to(self.device)
         said = self._words.within(before, self.readable(text, len(images)), after)
-        ids = torch.tensor(said, device=self.device)
-        repeats = torch.ones_like(ids)
-        repeats[ids == encoder.config.image_token_id] = self._image_tokens(seen)
-        ids = ids.repeat_interleave(repeats)[None]
-        words = encoder.model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=seen["pixel_values"],
-            image_grid_thw=seen["image_grid_thw"],
-            mm_token_type_ids=(ids == encoder.config.image_token_id).int(),
-        ).last_hidden_state[0, self.pipe.prompt_template_encode_start_idx :]
-        return {"words": words}
+        states = self.pipe.text_encoder.model(**self._given(said, images)).last_hidden_state
+        return {"words": states[0, self.pipe.prompt_template_encode_start_idx :]}
 
     def _around(self, images: int) -> tuple[str, str]:
         """The template before and after the instruction."""
         before, _, after = self.pipe.prompt_template_encode.partition("{}")
         return before, after
-
-    @cached_property
-    def _words(self) -> Words:
-        return Words(self.pipe.tokenizer)
-
-    @property
-    def _processor(self) -> Any:
-        return getattr(self.pipe.processor, "image_processor", self.pipe.processor)
-
-    def _seen(self, images: list[np.ndarray]) -> Any:
-        return self._processor(images=images, return_tensors="pt")
-
-    def _image_tokens(self, seen: Any) -> Tensor:
-        """Of each image [images]."""
-        return seen["image_grid_thw"].prod(1) // self._processor.merge_size**2
 
     def text_length(self, text: str) -> int:
         return len(self._words.ids(text))
