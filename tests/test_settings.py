@@ -638,7 +638,9 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
         return lambda config: train(config, reward=reward)
 
     def run(config: Config) -> None:
-        monkeypatch.setattr("editr2.cli.settings.run_config", lambda *a, **k: (config, {"notes": []}))
+        monkeypatch.setattr(
+            "editr2.cli.settings.run_config", lambda *a, **k: (config, {"notes": []})
+        )
         if reward is not None:
             monkeypatch.setattr("editr2.rewards.load.load_reward", lambda *given: panel(reward))
         cli.COMMANDS[command]([])
