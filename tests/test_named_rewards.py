@@ -1502,10 +1502,10 @@ def test_other_words_are_another_reward(made, tmp_path):
 
 
 def test_it_puts_the_right_output_first(judges):
-    """Of drawn pairs, three of each kind of edit; scripts/reward_pairs.py has all 200."""
-    reward, scenes = judges.on_pairs(27), judges.neighbour("drawn_scenes")
+    """Of drawn pairs, two of each kind of edit; scripts/reward_pairs.py has all 200."""
+    reward, scenes = judges.on_pairs(18), judges.neighbour("drawn_scenes")
     first = {"IF CC": 0, "all": 0}
-    for pair in scenes.pairs(27):
+    for pair in scenes.pairs(18):
         totals = {}
         for kind, output in pair.outputs.items():
             row = one(reward, pair.session, output.image)
@@ -1516,7 +1516,7 @@ def test_it_puts_the_right_output_first(judges):
         right = totals.pop("right")
         first["all"] += all(sum(right) > sum(other) for other in totals.values())
         first["IF CC"] += all(sum(right[:2]) > sum(other[:2]) for other in totals.values())
-    assert first["all"] == 27 and first["IF CC"] >= 26, first
+    assert first["all"] == 18 and first["IF CC"] >= 17, first
 
 
 @pytest.mark.parametrize(
