@@ -179,17 +179,9 @@ class Run:
             if not found:
                 raise problem
             self.say(f"note: {problem}")
-        files = [
-            [str(path), *_stamp(path)]
-            for images in found.values()
-            for session in sessions
-            for path in images[0].of(session)
-            if path is not None
-        ]
         self._settled(
             {
                 "images": str(folder),
-                "files": _digest(files),
                 "sessions": identity.sessions_fingerprint(sessions),
             }
         )
@@ -448,11 +440,6 @@ def _unseen(setting: str) -> bool:
 def _digest(thing: Any) -> str:
     said = json.dumps(thing, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
     return hashlib.sha256(said).hexdigest()[:24]
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def _sizes(written: Any) -> Any:
