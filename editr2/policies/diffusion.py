@@ -46,6 +46,7 @@ from editr2.policies.pipeline_blueprint import PipelineBlueprint
 from editr2.policies.pipelines import PipelineModel, read_pipeline, weight_sources
 from editr2.policies.placing import at_work
 from editr2.policies.trained import make_ready, save_policy, saved_lora
+from editr2.policies.views import Views
 from editr2.run.hub import check_model
 from editr2.sessions.buckets import nearest, spread
 
@@ -58,7 +59,7 @@ TEXT_BATCH = 8
 are activations."""
 
 
-class DiffusionPolicy(PipelineModel):
+class DiffusionPolicy(Views, PipelineModel):
     """`Policy`, `ScheduledPolicy` and `SizedPolicy` over the components of a diffusers pipeline.
 
     A subclass names its pipeline and published weights, and provides
@@ -116,8 +117,7 @@ class DiffusionPolicy(PipelineModel):
         )
         self.renorm = self.own_renorm if config.renorm == "auto" else config.renorm
         self.sizes = self._sizes(config)
-        self._whole: DiffusionPolicy | None = None
-        self._views: dict[tuple[int, int], DiffusionPolicy] = {}
+        self._begin_views()
         self._take(nearest(self.sizes, *config.resolution))
         self._prompts = Kept(CACHED_PROMPTS, weigh=lambda row: 1)
         self._sources, self._outputs = Kept(KEPT_BYTES), Kept(KEPT_BYTES)
@@ -200,20 +200,6 @@ class DiffusionPolicy(PipelineModel):
             self.grid[0] * self.grid[1],
             int(self.pipe.transformer.config.in_channels),
         )
-
-    def at(self, size: tuple[int, int]) -> DiffusionPolicy:
-        """As `SizedPolicy.at`: a shallow copy, made once for the module there is."""
-        whole = self.whole
-        if size == whole.image_size:
-            return whole
-        if size not in self.sizes:
-            raise DataError(
-                f"images: {size[0]} x {size[1]} px (accepted: {', '.join(map(str, self.sizes))})"
-            )
-        found = whole._views.get(size)
-        if found is None or found.module is not whole.module:
-            found = whole._views[size] = whole._view(size)
-        return found
 
     def _view(self, size: tuple[int, int]) -> DiffusionPolicy:
         view = copy.copy(self)
@@ -342,10 +328,6 @@ class DiffusionPolicy(PipelineModel):
             return small.predict(x, x.new_ones(1, dtype=torch.float32), context, context.prompt)
 
     # --------------------------------------------------------------------------------- the protocol
-
-    @property
-    def whole(self) -> DiffusionPolicy:
-        return self if self._whole is None else self._whole
 
     @property
     def device(self) -> torch.device:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from editr2.config import PolicyConfig
-from editr2.errors import ConfigError, DataError, NonFiniteError
+from editr2.errors import ConfigError, NonFiniteError
 from editr2.policies.base import Policy, device_of
 from editr2.policies.configured import Stock
 from editr2.policies.finite import ACCEPTED, unusable
@@ -43,6 +43,7 @@ from editr2.policies.unified.published import (
     read_published,
 )
 from editr2.policies.unified.sight import SIGHT_RULE, Sight, SizeRule
+from editr2.policies.views import Views
 from editr2.policies.weights import adapter_changes, add_lora, merge_lora
 from editr2.run.hub import HUB_ID, cached, check_model, fetch_files
 from editr2.sessions.buckets import nearest, spread
@@ -82,7 +83,7 @@ def question(earlier: Sequence[str], current: str, mode: str | None = None) -> s
     )
 
 
-class BagelPolicy(UnifiedPolicy):
+class BagelPolicy(Views, UnifiedPolicy):
     """See the module docstring. Contexts hold every image twice: its latents, then what the vision
     transformer makes of it. `begin` with `PAINTING`, `think` and `consider` are BAGEL's thinking;
     intents are asked behind `ANSWERING`.
@@ -121,8 +122,7 @@ class BagelPolicy(UnifiedPolicy):
         self.apart = config.branches != "together"
         self.sizes = self._sizes(config)
         self._take(nearest(self.sizes, *config.resolution))
-        self._whole: BagelPolicy | None = None
-        self._views: dict[tuple[int, int], BagelPolicy] = {}
+        self._begin_views()
 
     sight_rule: ClassVar[SizeRule] = SIGHT_RULE
     """To which size an image is brought before the vision transformer sees it."""
@@ -223,25 +223,11 @@ class BagelPolicy(UnifiedPolicy):
             found = tuple((height, width) for height, width in config.buckets) or (size,)
         return tuple(fitting("buckets", each) for each in found)
 
-    @property
-    def whole(self) -> BagelPolicy:
-        return self if self._whole is None else self._whole
-
-    def at(self, size: tuple[int, int]) -> BagelPolicy:
-        """As `SizedPolicy.at`: a shallow copy, made once for the module there is."""
-        whole = self.whole
-        if size == whole.image_size:
-            return whole
-        if size not in self.sizes:
-            raise DataError(
-                f"images: {size[0]} x {size[1]} px (accepted: {', '.join(map(str, self.sizes))})"
-            )
-        found = whole._views.get(size)
-        if found is None or found.module is not whole.module:
-            found = whole._views[size] = copy.copy(whole)
-            found._whole = whole
-            found._take(size)
-        return found
+    def _view(self, size: tuple[int, int]) -> BagelPolicy:
+        view = copy.copy(self)
+        view._whole = self
+        view._take(size)
+        return view
 
     # ------------------------------------------------------------------------------------- protocol
 
