@@ -28,7 +28,7 @@ from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.kontext import linear_mu
 from editr2.policies.latents import from_tokens, patchified, tokens, unpatchified
 from editr2.policies.pipelines import Parts
-from editr2.policies.qwen_vision import QwenVision
+from editr2.policies.qwen_vision import QwenVision, latent_statistics
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 """Where an image stands in a prompt."""
@@ -127,25 +127,16 @@ class QwenEditPolicy(QwenVision, DiffusionPolicy):
 
     # ----------------------------------------------------------------------------------- the images
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents, [1, C, 1, 1]."""
-        config = self.pipe.vae.config
-        mean, std = (
-            torch.tensor(x).view(1, -1, 1, 1).to(like)
-            for x in (config.latents_mean, config.latents_std)
-        )
-        return mean, std
-
     def to_latents(self, images: Tensor) -> Tensor:
         latents = self.pipe.vae.encode(images[:, :, None]).latent_dist.mode()[
             :, :, 0
         ]  # a video of one frame
-        mean, std = self._statistics(latents)
+        mean, std = latent_statistics(self.pipe.vae, latents)
         return tokens(patchified((latents - mean) / std))
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         latents = unpatchified(from_tokens(latents, self.grid)).to(self.pipe.vae.dtype)
-        mean, std = self._statistics(latents)
+        mean, std = latent_statistics(self.pipe.vae, latents)
         return self.pipe.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][
             :, :, 0
         ]

@@ -28,7 +28,7 @@ from editr2.policies.kontext import linear_mu
 from editr2.policies.latents import from_tokens, tokens
 from editr2.policies.pipelines import Parts
 from editr2.policies.qwen_edit import EDIT
-from editr2.policies.qwen_vision import QwenVision, of_images
+from editr2.policies.qwen_vision import QwenVision, latent_statistics, of_images
 
 ONE = "<image1><|vision_start|><|image_pad|><|vision_end|>"
 """Where the first image stands in the pipeline's template."""
@@ -138,23 +138,15 @@ class QwenImagePolicy(QwenVision, DiffusionPolicy):
 
     # ----------------------------------------------------------------------------------- the images
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.pipe.vae.config
-        mean, std = (
-            torch.tensor(x).view(1, -1, 1, 1).to(like)
-            for x in (config.latents_mean, config.latents_std)
-        )
-        return mean, std
-
     def to_latents(self, images: Tensor) -> Tensor:
         opaque = torch.cat([images, torch.ones_like(images[:, :1])], 1)
         latents = self.pipe.vae.encode(opaque[:, :, None]).latent_dist.mode()[:, :, 0]
-        mean, std = self._statistics(latents)
+        mean, std = latent_statistics(self.pipe.vae, latents)
         return tokens((latents - mean) / std)
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         latents = from_tokens(latents, self.grid).to(self.pipe.vae.dtype)
-        mean, std = self._statistics(latents)
+        mean, std = latent_statistics(self.pipe.vae, latents)
         seen = self.pipe.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0]
         colours, alpha = seen[:, :3, 0].clamp(-1, 1), (seen[:, 3:, 0] / 2 + 0.5).clamp(0, 1)
         return (colours - 1) * alpha + 1

@@ -102,3 +102,12 @@ def of_images(kind: Any, images: Any, words: Any = None) -> Any:
         whole.image_processor = images
         return whole
     return processor(images, words, None, chat_template=words.chat_template)
+
+
+def latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the latents of Qwen's autoencoders, [1, C, 1, 1]."""
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1).to(like)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
