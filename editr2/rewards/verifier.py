@@ -117,8 +117,9 @@ class Verifier(Served):
 
         def read(said: str) -> dict[str, float | None]:
             trace = read_trace(said, len(principles))
-            shares = {kind: trace.share(principles, kind) for kind in KINDS}
-            return {"score": trace.score, **shares}
+            return {"score": trace.score} | {
+                str(kind): trace.share(principles, kind) for kind in KINDS
+            }
 
         said = self.asker.read(
             text,
