@@ -176,4 +176,3 @@ def test_without_principles_there_is_no_score(verifier, how, meta, says, why):
     assert len(reward.client.asked) == (0 if why.startswith(("no meta", "principles: a")) else 2)
     lacking = reward.lacks(Session("s", BEFORE, (OWN, *turns)))
     assert lacking == ("fails, turn 2: no meta.principles" if how == "given" else None)
-
