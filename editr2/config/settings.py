@@ -316,8 +316,9 @@ class RolloutConfig:
             nothing.
         window_range: the window starts within this first fraction of the steps.
         window_schedule: random (each group and turn draws its start), progressive (the start moves
-            on by one step every window_every iterations, and back to the first after the last) or
-            fixed (always the first step).
+            on by one step every window_every iterations, and back to the first after the last),
+            fixed (always the first step) or released (as a slip of Edit-R2's release has it: each
+            rollout has one start in all of its turns, that of one of 24 processes).
         window_every: iterations between two moves of a progressive window.
         shared_noise: siblings start a turn from the same initial noise and differ in the window's;
             off, each has its own (as an ODE rollout needs).
@@ -343,7 +344,7 @@ class RolloutConfig:
     noise_level: float = setting(0.7, Bounds(above=0, at_most=10))
     window: int = setting(2, Bounds(at_least=0, at_most=1_000))
     window_range: float = setting(0.5, Bounds(above=0, at_most=1))
-    window_schedule: Literal["random", "progressive", "fixed"] = "random"
+    window_schedule: Literal["random", "progressive", "fixed", "released"] = "random"
     window_every: int = setting(25, TIMES)
     shared_noise: bool = True
     store_dtype: Literal["float32", "bfloat16"] = "float32"
