@@ -19,12 +19,14 @@ from editr2.errors import UserError
 from editr2.export.export import export
 from editr2.policies.base import Questions, TurnTask
 from editr2.policies.load import load_policy
+from editr2.policies.recorded import read_settings
 from editr2.policies.rules import policy_problems
 from editr2.policies.unified.bagel import PAINTING, BagelPolicy
 from editr2.policies.unified.codecs import autoencoder_of
 from editr2.policies.unified.published import new_sight, read_published
 from editr2.policies.unified.sight import LATENT_RULE, SIGHT_RULE, SizeRule
 from editr2.rl.loop import train
+from editr2.run.identity import loaded_weights
 from editr2.run.tracking import read_metrics
 
 SMALL = (32, 48)
@@ -311,12 +313,18 @@ def configured(folder, tmp_path, tiny, name="run", **changes) -> Config:
 
 
 def test_an_iteration_has_ratio_one_and_its_export_is_the_published_layout(folder, tmp_path, tiny):
-    config = configured(folder, tmp_path, tiny)
-    train(config)
+    (tmp_path / "asked.json").write_text(json.dumps({"cm": "{history} / {current}"}))
+    asked = {"policy": {"questions": str(tmp_path / "asked.json")}}
+    train(configured(folder, tmp_path, tiny, **asked))
     rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
     row = next(row for row in rows if "ratio_error" in row)
     assert row["ratio_error"] < 1e-6 and row["text_ratio_error"] < 1e-4 and row["grad_norm"] > 0
+    assert "asked.json" not in (questions := rows[0]["identity"]["depends"]["questions"])
     export(tmp_path / "run", tmp_path / "out", merge=True)  # proven to reload to the last bit
+    kept = read_settings(tmp_path / "out" / "editr2.yaml")["policy"]["questions"]
+    assert kept == str(tmp_path / "out" / "questions.json")
+    now = loaded_weights(PolicyConfig(model="bagel", weights=str(folder), questions=kept))
+    assert now["questions"].split()[-1] == questions.split()[-1]  # the digest
     ours, theirs = (load_file(f / "ema.safetensors") for f in (tmp_path / "out", folder))
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     assert {t.dtype for t in ours.values()} == {torch.bfloat16}

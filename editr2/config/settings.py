@@ -193,6 +193,9 @@ class PolicyConfig:
             text ignore it.
         temperature: of sampled intents during training (evaluation is greedy).
         intent_tokens: at most this many tokens an intent.
+        questions: texts that intents are asked for with, in place of the model's own (unified and
+            bagel): a folder or a YAML or JSON file with some of `cm`, `cu` and `rewrite`, or a
+            checkout of Edit-R2's release (docs/editors.md).
         guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
         guidance_image: weight of image guidance, applied to the result; 1 is none.
         guidance_interval: [low, high]; guided while low < sigma <= high (unified and bagel).
@@ -252,6 +255,7 @@ class PolicyConfig:
     intent: bool = True
     temperature: float = setting(0.7, Bounds(above=0, at_most=100))
     intent_tokens: int = setting(24, TOKENS)
+    questions: str | None = setting(None, path=True)
     guidance: float = setting(1.0, Bounds(at_least=0, at_most=100))
     guidance_image: float = setting(1.0, Bounds(at_least=0, at_most=100))
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), Bounds(at_least=0, at_most=1))
