@@ -7,14 +7,17 @@ import json
 import shutil
 import subprocess
 import sys
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from editr2.check.editors import open_editor
-from editr2.config import Config, PolicyConfig, replace_nested
-from editr2.config.yaml import dump_yaml
+from editr2.config import Config, PolicyConfig, preset_config, replace_nested
+from editr2.config.fields import leaves
+from editr2.config.yaml import check_keys, dump_yaml, load_yaml, to_dataclass
 from editr2.errors import UserError
 from editr2.export.export import export
 from editr2.policies.base import Questions, TurnTask
@@ -332,6 +335,42 @@ def test_an_iteration_has_ratio_one_and_its_export_is_the_published_layout(folde
     assert changed and all("_proj" in n and n.startswith("language_model.") for n in changed)
     for file in ("ae.safetensors", "llm_config.json", "vit_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes()
+
+
+def recipe() -> Config:
+    path = Path(__file__).parent.parent / "configs" / "bagel-edit-r2-8gpu.yaml"
+    values, lines = load_yaml(path)
+    check_keys(values, lines, Config, path)
+    return to_dataclass(values, Config)
+
+
+def test_the_recipe_is_the_preset_and_what_is_bagels_or_the_machines():
+    preset, ours = preset_config("edit-r2-released"), recipe()
+    differs = {key for key, _ in leaves(Config) if attrgetter(key)(preset) != attrgetter(key)(ours)}
+    assert differs == {
+        *("out", "data.path", "data.resize", "reward.name", "credit.weights"),
+        *("policy.model", "policy.dtype", "policy.rounding", "policy.shard"),
+        *("rollout.groups_per_batch", "train.iterations", "train.micro_batch"),
+        *("train.ratio_tolerance", "train.text_ratio_tolerance"),
+        *("eval.sessions", "eval.strips", "eval.every", "checkpoint.every"),
+    }
+
+
+def test_the_recipe_runs_on_other_weights_data_and_sizes(folder, tmp_path, tiny):
+    """Stretched to the size, in bfloat16, with intents, guidance and KL, two optimiser steps."""
+    changes = {
+        "out": str(tmp_path / "run"),
+        "data": {"path": str(tiny.sessions(tmp_path / "data", (2, 2), (48, 64)))},
+        "policy": {"weights": str(folder), "resolution": SMALL, "intent_tokens": 8},
+        "rollout": {"sessions": 2, "siblings": 2},
+        "train": {"iterations": 1},
+        "eval": {"sessions": 0, "strips": 0, "every": 0},
+    }
+    train(replace_nested(recipe(), changes))
+    rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (row,) = [row for row in rows if "ratio_error" in row]
+    assert row["ratio_error"] < 1e-3 and row["text_ratio_error"] < 5e-2 and row["grad_norm"] > 0
+    assert row["intent_tokens"] > 0 and row["kl"] > 0  # behind the first step
 
 
 @pytest.mark.parametrize("apart", ["apart", pytest.param("together", marks=pytest.mark.exhaustive)])

@@ -12,11 +12,12 @@ from editr2.policies.unified.questions import MODES, PLACES, wording_of
 from editr2.run.identity import loaded_weights
 
 # As the release has it: one function, an f-string of the same two expressions for each mode.
-RELEASED = '''
+RELEASED = """
 raise RuntimeError("this was run")
 class Inferencer:
     def _build_pe_question(self, history_prompts, current_prompt):
-        history_text = "\\n".join(f"Round {k+1}: {p.strip()}" for k, p in enumerate(history_prompts))
+        lines = (f"Round {k+1}: {p.strip()}" for k, p in enumerate(history_prompts))
+        history_text = "\\n".join(lines)
         if self.nonmarkov_mode == 'cm':
             pe_question = (
                 f"Said:\\n{history_text}\\n\\n"
@@ -27,7 +28,7 @@ class Inferencer:
         else:
             pe_question = f"Said:\\n{history_text}\\n\\nNow: {current_prompt.strip()}. Alone."
         return pe_question
-'''
+"""
 
 
 def test_a_question_is_the_modes_own():
