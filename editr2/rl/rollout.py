@@ -60,9 +60,9 @@ class TurnRecord:
 
 @dataclass
 class Chunk:
-    """Groups that go through the model together, all of one image size. ordinals: the sessions'
-    places in the run's stream (seed material). places: those among the sessions that were laid out
-    in chunks together, none where these are all."""
+    """Groups that go through the model together, all of one image size and with equally many
+    references. ordinals: the sessions' places in the run's stream (seed material). places: those
+    among the sessions that were laid out in chunks together, none where these are all."""
 
     sessions: list[Session]
     ordinals: list[int]
@@ -77,6 +77,12 @@ class Chunk:
     @property
     def image_size(self) -> Size:
         return self.sessions[0].image_size
+
+    @property
+    def references(self) -> list[np.ndarray]:
+        """uint8 [groups, H, W, 3] each: the first further image of every session, and so on."""
+        beside = [session.reference_pixels() for session in self.sessions]
+        return [np.stack(images) for images in zip(*beside, strict=True)]
 
     @property
     def rows(self) -> Tensor:
@@ -115,13 +121,14 @@ class Chunk:
 def chunks(
     sessions: Sequence[Session], ordinals: Sequence[int], siblings: int, groups: int
 ) -> Iterator[Chunk]:
-    """`sessions` in chunks of at most `groups` of one image size: size by size in the order in
-    which they first come. Numbers do not depend on it: seeds follow from ordinals, and whoever puts
-    chunks together goes by `Chunk.rows`."""
-    of_size: dict[Size, list[int]] = {}
+    """`sessions` in chunks of at most `groups` of one image size and with equally many references:
+    kind by kind in the order in which they first come. Numbers do not depend on it: seeds follow
+    from ordinals, and whoever puts chunks together goes by `Chunk.rows`."""
+    alike: dict[tuple[Size, int], list[int]] = {}
     for place, session in enumerate(sessions):
-        of_size.setdefault(session.image_size, []).append(place)
-    for places in of_size.values():
+        kind = (session.image_size, len(session.references))
+        alike.setdefault(kind, []).append(place)
+    for places in alike.values():
         for i in range(0, len(places), groups):
             at = places[i : i + groups]
             yield Chunk([sessions[n] for n in at], [ordinals[n] for n in at], siblings, places=at)
@@ -136,7 +143,10 @@ class Walk:
         self.policy = policy
         self.chunk = chunk
         self.rollout = torch.arange(chunk.rollouts)
-        self._context: Any = policy.encode(np.stack([s.image for s in chunk.sessions]))
+        beside = chunk.references
+        self._context: Any = policy.encode(
+            np.stack([s.image for s in chunk.sessions]), *([beside] if beside else [])
+        )
         self._expanded = False
 
     def active(self, turn: int) -> Tensor:

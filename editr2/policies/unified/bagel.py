@@ -97,6 +97,7 @@ class BagelPolicy(Views, UnifiedPolicy):
         *("resolution", "buckets", "dtype", "rounding", "branches", "shard", "shard_group"),
     }
     edits_the_world = False
+    most_references = None
     default_weights = hub_id
     published = frozenset((hub_id,))
     index = WORDS
