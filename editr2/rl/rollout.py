@@ -270,27 +270,45 @@ def rollout_chunk(
     for turn in range(max(len(s.turns) for s in chunk.sessions)):
         if turn and not _advanced(walk, turn, goes_on, reads):
             break
-        rollouts = walk.rollout
-        text, questions, intents = _said(policy, walk, turn, seeds, options, greedy)
-        path, velocity = _denoise(
-            policy,
-            chunk,
-            turn,
-            walk.instruct(text),
-            sampler,
-            seeds,
-            rollouts,
-            rollout or RolloutConfig(),
-            keep_velocity,
-        )
-        images, bad = read_turn(policy, path["x0"], velocity)
-        if bad is not None:
-            at, what = bad
-            raise _non_finite(chunk, turn, int(rollouts[at]), what, LOOK_AT[what])
-        chunk.turns.append(TurnRecord(rollouts, text, questions, intents, **path, images=images))
+        how = {"rollout": rollout, "greedy": greedy, "keep_velocity": keep_velocity}
+        chunk.turns.append(rollout_turn(walk, turn, sampler, seeds, options, **how))
         if decoded is not None:
             decoded(chunk, turn)
     return chunk
+
+
+@torch.no_grad()
+def rollout_turn(
+    walk: Walk,
+    turn: int,
+    sampler: Sampler,
+    seeds: Seeds,
+    options: PolicyConfig,
+    *,
+    rollout: RolloutConfig | None = None,
+    greedy: bool = False,
+    keep_velocity: bool = False,
+) -> TurnRecord:
+    """One turn of a walk whose context has what is edited. sampler: of that size, on the device.
+    The others as for `rollout_chunk`."""
+    policy, chunk, rollouts = walk.policy, walk.chunk, walk.rollout
+    text, questions, intents = _said(policy, walk, turn, seeds, options, greedy)
+    path, velocity = _denoise(
+        policy,
+        chunk,
+        turn,
+        walk.instruct(text),
+        sampler,
+        seeds,
+        rollouts,
+        rollout or RolloutConfig(),
+        keep_velocity,
+    )
+    images, bad = read_turn(policy, path["x0"], velocity)
+    if bad is not None:
+        at, what = bad
+        raise _non_finite(chunk, turn, int(rollouts[at]), what, LOOK_AT[what])
+    return TurnRecord(rollouts, text, questions, intents, **path, images=images)
 
 
 def _advanced(
