@@ -54,7 +54,7 @@ class Step:
     policy's device, for as long as it is kept itself.
     """
 
-    pixels: Pixels
+    pixels: Pixels = field(repr=False)
     turn: int = 0
     instruction: str | None = None
     intent: str | None = None

@@ -200,9 +200,13 @@ def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
     ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
     assert np.abs(ours / 255 - stock(second, first)).max() <= 0.5 / 255 + 1e-5
     assert np.abs(ours / 255 - stock(first, second)).max() > 0.005  # twice what rounding explains
+    # The third, and before it a user's own further image, behind whatever is remembered.
     context = policy.append(policy.instruct(context, PROMPTS[1:2]), third[None])
     ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
     assert np.abs(ours / 255 - stock(third, second, first)).max() <= 0.5 / 255 + 1e-5
+    context = policy.append(policy.encode(first[None], [third[None]]), second[None])
+    ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
+    assert np.abs(ours / 255 - stock(second, first, third)).max() <= 0.5 / 255 + 1e-5
 
 
 @pytest.mark.parametrize("model", ["kontext", "klein", "klein-kv", "flux2"])
