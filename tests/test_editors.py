@@ -245,11 +245,12 @@ def test_words_images_time_and_place_all_count(tiny, make, model):
     ],
 )
 def test_a_turn_sees_as_much_of_the_session_as_it_is_told(tiny, make, history, keep_source, seen):
+    """The last two are a user's further images, which every turn sees last."""
     policy = make("kontext", history=history, keep_source=keep_source)
-    images = tiny.pictures(4, SIZE)
+    images = tiny.pictures(6, SIZE)
     alone = [policy.encode(image[None]).conditions[0] for image in images]
-    context = policy.encode(images[:1])
-    for turn, expected in enumerate(seen):
+    context = policy.encode(images[:1], [images[4:5], images[5:]])
+    for turn, expected in enumerate(each + "45" for each in seen):
         if turn:
             context = policy.append(policy.instruct(context, PROMPTS[:1]), images[turn][None])
         assert len(context.conditions) == len(expected)
