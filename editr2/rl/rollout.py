@@ -270,8 +270,17 @@ def rollout_chunk(
     for turn in range(max(len(s.turns) for s in chunk.sessions)):
         if turn and not _advanced(walk, turn, goes_on, reads):
             break
-        how = {"rollout": rollout, "greedy": greedy, "keep_velocity": keep_velocity}
-        chunk.turns.append(rollout_turn(walk, turn, sampler, seeds, options, **how))
+        record = rollout_turn(
+            walk,
+            turn,
+            sampler,
+            seeds,
+            options,
+            rollout=rollout,
+            greedy=greedy,
+            keep_velocity=keep_velocity,
+        )
+        chunk.turns.append(record)
         if decoded is not None:
             decoded(chunk, turn)
     return chunk
