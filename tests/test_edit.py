@@ -18,6 +18,7 @@ from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.config.yaml import dump_yaml
 from editr2.errors import ConfigError, DataError, UserError
 from editr2.export.export import export
+from editr2.policies.configured import policy_class
 from editr2.policies.load import load_policy
 from editr2.policies.weights import trainable
 from editr2.rewards.record import pixel_digest
@@ -132,6 +133,15 @@ def test_sessions_with_references_are_edited_as_if_each_were_alone(kontext):
         assert np.abs(alone.astype(int) - together[str(ordinal)]).max() <= 1
     without = edited([replace(mixed[3], references=())], [3])["3"]
     assert (without != together["3"]).any((1, 2, 3)).all()
+
+
+def test_check_counts_them(kontext):
+    made = policy_class("kontext").blueprint(PolicyConfig(**kontext))
+    assert made.work("encode", 4, 0, False)[0].times == 4
+    made.see([session("0"), session("1", pictures(2))])
+    assert made.work("encode", 4, 0, False)[0].times == 12
+    assert made.work("encode", 4, 1, False)[0].times == 4  # of later turns, the output alone
+    assert len(made.context(made.policy, 1, 1).conditions) == 3
 
 
 def test_a_run_replays_them(kontext, tmp_path, beside):
