@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import editr2
+from editr2.benchmarks.sized import sized
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.config.yaml import dump_yaml
@@ -21,6 +22,7 @@ from editr2.export.export import export
 from editr2.policies.configured import policy_class
 from editr2.policies.load import load_policy
 from editr2.policies.weights import trainable
+from editr2.rewards.panel import _apart
 from editr2.rewards.record import pixel_digest
 from editr2.rl.replay import can_pack
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
@@ -67,6 +69,12 @@ def test_references_come_back_as_they_were_saved(tmp_path):
         assert found[1].reference_pixels()[0].shape == (*SIZE, 3)  # its session's, not the nearest
         assert memory == 1 << 30 or callable(found[0].references[1])
         prints = {sessions_fingerprint(found[:1])}
+    in_files = load_sessions(file, memory=0)
+    for memory in (0, 1 << 30):  # as a benchmark brings them to its editor's
+        _, one, _ = sized(in_files, (SIZE, (64, 32)), "crop", memory=memory)
+        assert one.reference_pixels()[0].shape == one.image.shape == (*SIZE, 3)
+    _apart(twice).reference_pixels()[0][:] = 0  # a judge may write into what it gets
+    assert np.array_equal(twice.references[0], pictures(2, seed=1)[0])
     (own,) = load_sessions(file)[1].reference_pixels()
     assert np.array_equal(own, wide)
     prints |= {sessions_fingerprint([replace(twice, references=r)]) for r in ((a, b), (a,), ())}
