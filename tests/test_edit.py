@@ -19,6 +19,7 @@ from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.config.yaml import dump_yaml
 from editr2.errors import ConfigError, DataError, UserError
 from editr2.export.export import export
+from editr2.export.model_card import _intents
 from editr2.policies.configured import policy_class
 from editr2.policies.load import load_policy
 from editr2.policies.weights import trainable
@@ -224,10 +225,8 @@ def test_three_lines_edit_as_the_runs_rollout_does(run, tmp_path, monkeypatch):
         assert np.array_equal(step.pixels, pixels)
         assert (step.instruction, step.intent) == (turn["instruction"], turn["intent"])
     assert np.array_equal(np.asarray(Image.open("edited.png")), names["steps"][-1].pixels)
-    quiet = run[0] / "config.yaml"
-    quiet.write_text(quiet.read_text().replace("intent: true", "intent: false"))
-    export(folder, Path("quiet"))
-    assert "weights alone" not in Path("quiet/README.md").read_text()
+    for quiet in ({"intent": False}, {"model": "kontext"}):
+        assert not _intents(replace_nested(Config(), {"policy": quiet}))
 
 
 def test_a_step_is_a_place_to_go_on_from(tiny_unified):
