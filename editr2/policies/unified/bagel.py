@@ -80,6 +80,7 @@ class BagelPolicy(Views, UnifiedPolicy):
     }
     asked = "bagel"
     edits_the_world = False
+    most_references = None
     default_weights = hub_id
     published = frozenset((hub_id,))
     index = WORDS

@@ -236,6 +236,8 @@ class UnifiedPolicy(ConfiguredPolicy):
     default_weights = "the small model shipped with editr2"
     holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
 
+    most_references: int | None = 0
+    """As `ReferringPolicy`."""
     compute_dtype = torch.float32
     wording: Wording
     """What intents are asked for with. The shipped weights were pretrained on `rewrite` alone and
@@ -411,8 +413,11 @@ class UnifiedPolicy(ConfiguredPolicy):
         return self.guided(empty, empty, empty) if self.guidance.active else empty
 
     @computing
-    def encode(self, images: np.ndarray) -> AnyContext:
-        return self.append(self.begin(len(images)), images)
+    def encode(self, images: np.ndarray, references: Sequence[np.ndarray] = ()) -> AnyContext:
+        context = self.begin(len(images))
+        for each in (images, *references):
+            context = self.append(context, each)
+        return context
 
     def _words(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """ids and valid [B, L] on the device."""
@@ -527,7 +532,9 @@ class UnifiedPolicy(ConfiguredPolicy):
     def writes_text_with(self, name: str) -> bool:
         return name.startswith("language_model.") and "_moe_gen" not in name
 
-    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def unreadable(
+        self, instructions: Sequence[str], references: int = 0
+    ) -> Iterator[tuple[int, str]]:
         """As `ReadingPolicy.unreadable`: words that the vocabulary does not hold; a context has any
         length."""
         for turn, text in enumerate(instructions):
