@@ -107,6 +107,8 @@ def _replay(config: Config, command: str) -> Iterator[str]:
     guided = p.guidance != 1 or p.guidance_image != 1
     if t.packed == "on" and guided:
         yield "train.packed: on (accepted with policy.guidance other than 1: auto, off)"
+    if t.packed == "on" and p.thinking:
+        yield "train.packed: on (accepted with policy.thinking: auto, off)"
     if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
         what = "train.packed on" if t.packed == "on" else "train.context_gradient"
         yield (

@@ -191,8 +191,11 @@ class PolicyConfig:
             published one.
         intent: write an intent before every turn from the second on (Edit-R2); policies without
             text ignore it.
-        temperature: of sampled intents during training (evaluation is greedy).
+        temperature: of sampled intents and thoughts during training (evaluation is greedy).
         intent_tokens: at most this many tokens an intent.
+        thinking: write a thought before every image, behind its instruction (bagel, with its
+            system prompt for it in front of the session).
+        thinking_tokens: at most this many tokens a thought.
         guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
         guidance_image: weight of image guidance, applied to the result; 1 is none.
         guidance_interval: [low, high]; guided while low < sigma <= high (unified and bagel).
@@ -252,6 +255,8 @@ class PolicyConfig:
     intent: bool = True
     temperature: float = setting(0.7, Bounds(above=0, at_most=100))
     intent_tokens: int = setting(24, TOKENS)
+    thinking: bool = False
+    thinking_tokens: int = setting(256, TOKENS)
     guidance: float = setting(1.0, Bounds(at_least=0, at_most=100))
     guidance_image: float = setting(1.0, Bounds(at_least=0, at_most=100))
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), Bounds(at_least=0, at_most=1))
@@ -415,9 +420,9 @@ class TrainConfig:
             weights.
         kl_scale: of grpo's KL (nft has velocity's): step (by 2 S^2), diffusion (2 g^2), mean (as it
             is) or velocity.
-        text_weight: weight of the intents' policy loss beside the sum of the image losses over a
-            turn's window; none is 1 / rollout.window (nft: 1 / nft_draws), 0 leaves the text
-            untrained.
+        text_weight: weight of the intents' and thoughts' policy losses beside the sum of the image
+            losses over a turn's window; none is 1 / rollout.window (nft: 1 / nft_draws), 0 leaves
+            the text untrained.
         text_clip: clip range of the tokens' ratios.
         text_lr: learning rate of the weights that write text (the understanding expert), in place
             of lr; it falls as lr does. None: the same.
@@ -438,7 +443,7 @@ class TrainConfig:
         ema: decay of averaged weights that evaluation and export use; none trains without.
         ratio_tolerance: the first update of a run stops when a ratio differs from 1 by more than
             this.
-        text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by
+        text_ratio_tolerance: the same for the tokens of text, whose sampling runs token by
             token.
         max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
         stop_after: the run ends, finished, when so many evaluations (eval.every) in a row did not

@@ -26,12 +26,12 @@ from editr2_kernels import guided_velocity
 
 @dataclass(frozen=True)
 class Intent:
-    """One sampled intent.
+    """One sampled intent, or one sampled thought.
 
     text: the self-contained instruction that replaces the raw one, or None when none could be read
-    from the sample (then the raw instruction stands: a fallback). reasoning: what was written
-    before `</think>`. ids: the sampled tokens, end mark included, for the text objective. log_prob:
-    theirs while decoding, at the sampling temperature.
+    from the sample (then the raw instruction stands: a fallback); of a thought, all of it.
+    reasoning: what was written before `</think>`. ids: the sampled tokens, end mark included, for
+    the text objective. log_prob: theirs while decoding, at the sampling temperature.
     """
 
     text: str | None
@@ -69,17 +69,19 @@ class Velocity:
 @dataclass(frozen=True)
 class Questions:
     """What the intents of a batch answer: raw earlier and current instructions, and each session's
-    mode."""
+    mode. kind: what is to be written, `intent` or (only of a `ThinkingPolicy`) `thought`."""
 
     earlier: list[list[str]]
     current: list[str]
     modes: list[str | None]
+    kind: str = "intent"
 
     def select(self, index: Sequence[int]) -> Questions:
         return Questions(
             [self.earlier[i] for i in index],
             [self.current[i] for i in index],
             [self.modes[i] for i in index],
+            self.kind,
         )
 
 
@@ -198,6 +200,19 @@ class TextPolicy(Policy, Protocol):
     ) -> TokenScores:
         """Teacher-forced log-probs of given answers behind `context`; differentiable in the
         weights."""
+
+
+@runtime_checkable
+class ThinkingPolicy(TextPolicy, Protocol):
+    """A policy that can think before it paints: `intend` and `answer_log_prob` take questions of
+    kind `thought`, too, asked behind a turn's instruction and answered with nothing between."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it is to (`policy.thinking`)."""
+
+    def consider(self, context: Any, thoughts: Sequence[str]) -> Any:
+        """The context with each sample's thought, behind its instruction."""
 
 
 @runtime_checkable

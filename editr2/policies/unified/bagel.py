@@ -85,8 +85,8 @@ def question(earlier: Sequence[str], current: str, mode: str | None = None) -> s
 
 class BagelPolicy(Views, UnifiedPolicy):
     """See the module docstring. Contexts hold every image twice: its latents, then what the vision
-    transformer makes of it. `begin` with `PAINTING`, `think` and `consider` are BAGEL's thinking;
-    intents are asked behind `ANSWERING`.
+    transformer makes of it. With `policy.thinking` they begin with `PAINTING`, and every image
+    follows a thought; intents are asked behind `ANSWERING`.
 
     It is a `SizedPolicy`, too: a view a size (`at`).
     """
@@ -94,6 +94,7 @@ class BagelPolicy(Views, UnifiedPolicy):
     model = "bagel"
     hub_id: ClassVar[str] = "ByteDance-Seed/BAGEL-7B-MoT"
     uses = UnifiedPolicy.uses | {
+        *("thinking", "thinking_tokens"),
         *("resolution", "buckets", "dtype", "rounding", "branches", "shard", "shard_group"),
     }
     edits_the_world = False
@@ -120,6 +121,8 @@ class BagelPolicy(Views, UnifiedPolicy):
         self.sees: nn.Module = sight
         self.base = str(config.weights or self.hub_id)
         self.apart = config.branches != "together"
+        self.thinks = config.thinking
+        self.system = PAINTING if config.thinking else None
         self.sizes = self._sizes(config)
         self._take(nearest(self.sizes, *config.resolution))
         self._begin_views()

@@ -230,6 +230,34 @@ def computing(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What is written for the questions of a kind. asked: the ids behind which one is, given the
+    policy, earlier and current instructions and the mode. read: text and reasoning of what was
+    written, without its end mark."""
+
+    asked: Callable[[UnifiedPolicy, Sequence[str], str, str | None], list[int]]
+    read: Callable[[TextCodec, list[int]], tuple[str | None, str]]
+
+
+def _intent(codec: TextCodec, ids: list[int]) -> tuple[str | None, str]:
+    text, thought = read_intent(codec.decode(ids))
+    if text is not None and not codec.can_say(text):
+        text = None  # a fallback, nobody's fault: a mark or an unknown word was sampled
+    return text, thought
+
+
+def _thought(codec: TextCodec, ids: list[int]) -> tuple[str | None, str]:
+    return codec.tokenizer.decode(ids, skip_special_tokens=False), ""
+
+
+KINDS = {
+    "intent": _Kind(lambda policy, *asked: policy.question_ids(*asked), _intent),
+    "thought": _Kind(lambda policy, *_: [policy.codec.im_start], _thought),
+}
+"""By the kind of the questions. A thought answers what the context holds already."""
+
+
 class UnifiedPolicy(ConfiguredPolicy):
     """`PackedPolicy` and `TextPolicy` over a `UnifiedModel`. Latents are pixels (the embedded
     world's) or an autoencoder's, as the image codec says; what understanding sees of an image
@@ -246,6 +274,10 @@ class UnifiedPolicy(ConfiguredPolicy):
     }
     default_weights = "the small model shipped with editr2"
     holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
+
+    thinks = False
+    system: str | None = None
+    """What stands before every session, if anything."""
 
     compute_dtype = torch.float32
     apart = False
@@ -408,7 +440,7 @@ class UnifiedPolicy(ConfiguredPolicy):
 
     @computing
     def encode(self, images: np.ndarray) -> AnyContext:
-        return self.append(self.begin(len(images)), images)
+        return self.append(self.begin(len(images), self.system), images)
 
     def _words(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """ids and valid [B, L] on the device."""
@@ -542,11 +574,8 @@ class UnifiedPolicy(ConfiguredPolicy):
         return [*self.text_ids(question(earlier, current, mode)), self.codec.im_start]
 
     def _question_rows(self, questions: Questions) -> list[list[int]]:
-        q = questions
-        return [
-            self.question_ids(e, c, m)
-            for e, c, m in zip(q.earlier, q.current, q.modes, strict=True)
-        ]
+        q, asked = questions, KINDS[questions.kind].asked
+        return [asked(self, e, c, m) for e, c, m in zip(q.earlier, q.current, q.modes, strict=True)]
 
     @torch.no_grad()
     @computing
@@ -559,18 +588,15 @@ class UnifiedPolicy(ConfiguredPolicy):
         temperature: float,
         max_tokens: int,
     ) -> list[Intent]:
-        """As `TextPolicy.intend`. Log-probs are those under softmax(logits / temperature), of
-        greedy tokens too; temperature 0 is greedy and counts as 1 for them. Without an end mark,
-        ids are all the `max_tokens` sampled."""
-        intents = []
+        """As `TextPolicy.intend`, and of thoughts. Log-probs are those under softmax(logits /
+        temperature), of greedy tokens too; temperature 0 is greedy and counts as 1 for them.
+        Without an end mark, ids are all the `max_tokens` sampled."""
+        read, intents = KINDS[questions.kind].read, []
         for ids, log_prob in self._written(
             context, self._question_rows(questions), seeds, temperature, max_tokens
         ):
             end = ids.index(self.codec.im_end) if self.codec.im_end in ids else len(ids)
-            text, thought = read_intent(self.codec.decode(ids[:end]))
-            if text is not None and not self.codec.can_say(text):
-                text = None  # a fallback, nobody's fault: a mark or an unknown word was sampled
-            intents.append(Intent(text, thought, tuple(ids), tuple(log_prob)))
+            intents.append(Intent(*read(self.codec, ids[:end]), tuple(ids), tuple(log_prob)))
         return intents
 
     def _written(
@@ -615,8 +641,6 @@ class UnifiedPolicy(ConfiguredPolicy):
         logits: Tensor = self.module(lambda model: model.logits(model.extend_branch(*given)[:, 0]))
         return logits
 
-    @torch.no_grad()
-    @computing
     def think(
         self,
         context: AnyContext,
@@ -627,15 +651,17 @@ class UnifiedPolicy(ConfiguredPolicy):
     ) -> list[str]:
         """What each sample thinks before it paints (BAGEL's thinking, behind `begin` with a system
         prompt), at most so many tokens; `consider` takes it. seeds: as of `intend`."""
-        rows = [[self.codec.im_start]] * _full(context).batch
-        written = self._written(context, rows, seeds, temperature, max_tokens)
-        said = [[i for i in ids if i != self.codec.im_end] for ids, _ in written]
-        return [self.codec.tokenizer.decode(ids, skip_special_tokens=False) for ids in said]
+        batch = _full(context).batch
+        asked = Questions([[]] * batch, [""] * batch, [None] * batch, "thought")
+        thoughts = self.intend(
+            context, asked, seeds, temperature=temperature, max_tokens=max_tokens
+        )
+        return [thought.text or "" for thought in thoughts]
 
     @computing
     def consider(self, context: AnyContext, thoughts: Sequence[str]) -> AnyContext:
-        """The context with a thought, which guidance's other branches do not know. Marks in it are
-        marks: the model wrote them."""
+        """As `ThinkingPolicy.consider`; guidance's other branches do not know it. Marks in a
+        thought are marks: the model wrote them."""
         codec = self.codec
         rows = [[codec.im_start, *codec.encode(t, marks=True), codec.im_end] for t in thoughts]
         full = self._read(_full(context), *self._words(rows))
@@ -713,6 +739,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         measured, nor run."""
         if (
             self.guidance.active
+            or self.thinks  # a thought has no segment
             or "lockstep" in vars(self.module)  # two passes through the layers in a call
             or self.device.type != "cpu"
             or not any(t.sigma.numel() or any(t.answers or ()) for t in turns)
@@ -744,6 +771,8 @@ class UnifiedPolicy(ConfiguredPolicy):
         other sessions."""
         if "lockstep" in vars(self.module):
             raise ConfigError("train.packed: on (accepted with policy.shard: auto, off)")
+        if self.thinks:
+            raise ConfigError("train.packed: on (accepted with policy.thinking: auto, off)")
         if self.guidance.active:
             raise ValueError(
                 f"guidance: {self.guidance} has no packed replay; walk through the turns instead"
