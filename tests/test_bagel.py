@@ -28,6 +28,7 @@ from editr2.rl.loop import train
 from editr2.run.tracking import read_metrics
 
 SMALL = (32, 48)
+THINKS = {"thinking": True, "thinking_tokens": 4}
 GUIDED = {"guidance": 4.0, "guidance_image": 2.0, "renorm": "text_channel"}
 
 
@@ -360,11 +361,12 @@ def test_check_knows_the_published_weights_without_them():
 
 
 @pytest.mark.exhaustive
-def test_frozen_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny):
-    """Two processes, sessions of other lengths, guidance and intents."""
+@pytest.mark.parametrize("writes", [{}, THINKS], ids=["intents", "thoughts"])
+def test_frozen_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny, writes):
+    """Two processes, sessions of other lengths, guidance and texts of any length."""
     made = {}
     for name, shard in (("whole", False), ("shared", True)):
-        policy = {"shard": shard, "branches": "apart"}
+        policy = {"shard": shard, "branches": "apart"} | writes
         config = configured(folder, tmp_path, tiny, name, policy=policy, train={"iterations": 2})
         (tmp_path / f"{name}.yaml").write_text(dump_yaml(config))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -382,7 +384,7 @@ def test_frozen_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "policy",
-    [{}, {"dtype": "bfloat16"}, {"lora_rank": 0}, {"branches": "together"}],
+    [{}, {"dtype": "bfloat16"}, {"lora_rank": 0}, {"branches": "together"}, THINKS],
     ids=lambda p: " ".join(p) or "lora",
 )
 def test_a_run_that_is_resumed_is_the_run(folder, tmp_path, tiny, policy):

@@ -716,7 +716,7 @@ def test_intents_of_later_minibatches_are_compared_with_the_policy_that_wrote_th
     )
     accumulate_gradient(config.train, state, batch, 0, 0, HERE)
     known = {key: old.clone() for key, old in batch.old_text.items()}
-    assert {number for number, _ in known} == {0, 1}
+    assert {number for number, *_ in known} == {0, 1}
     with torch.no_grad():
         for p in trainable(tiny_unified.module).values():
             p.mul_(1.1)  # an optimiser step

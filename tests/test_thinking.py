@@ -18,6 +18,7 @@ from editr2.policies.found import editor_of
 from editr2.policies.load import load_policy
 from editr2.policies.rules import config_problems, policy_problems
 from editr2.policies.unified.bagel import PAINTING, BagelPolicy
+from editr2.report.build import build_report
 from editr2.rl.loop import train
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
 from editr2.rl.sampler import make_sampler
@@ -166,5 +167,6 @@ def test_thoughts_are_trained_with_ratio_one_and_an_export_still_thinks(folder, 
     assert not torch.equal(ours[words].float(), theirs[words].float())
     strips = json.loads((tmp_path / "run" / "strips" / "before.json").read_text())["sessions"]
     assert all(isinstance(turn["thought"], str) for s in strips for turn in s["turns"])
+    assert "<summary>thought</summary>" in build_report(tmp_path / "run").read_text()
     export(tmp_path / "run", tmp_path / "out", merge=True)
     assert editor_of(str(tmp_path / "out"), None).settings["policy"]["thinking"] is True

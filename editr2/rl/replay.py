@@ -283,8 +283,8 @@ def _by_length(
                     record.images[at.numpy()],
                     queries.x[turn][on],
                     queries.sigma[turn][on],
-                    asked and asked.questions.select(picked),
-                    asked and asked.ids(picked),
+                    None if asked is None else asked.questions.select(picked),
+                    None if asked is None else asked.ids(picked),
                 )
             )
         yield rollouts, tasks
