@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from editr2.cli.settings import run_config
-from editr2.config import Config, PolicyConfig, preset_config, replace_nested
+from editr2.config import (
+    Config,
+    PolicyConfig,
+    RolloutConfig,
+    TrainConfig,
+    preset_config,
+    replace_nested,
+)
 from editr2.export.export import export
 from editr2.policies.base import Questions
 from editr2.policies.found import editor_of
@@ -22,6 +29,7 @@ from editr2.report.build import build_report
 from editr2.rl.loop import train
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
 from editr2.rl.sampler import make_sampler
+from editr2.rl.sentinel import explain_difference
 from editr2.run.tracking import read_metrics
 from editr2.sessions.files import load_sessions
 from editr2_kernels import sde_log_prob
@@ -94,6 +102,10 @@ def test_an_image_is_painted_behind_its_own_thought(folder, data, guidance):
             **v.guidance,
         )
         assert again.log_prob.tolist() == pytest.approx(record.log_prob[:, 0].tolist(), abs=1e-5)
+    found = explain_difference(
+        policy, chunk, sampler, Seeds(0, "test"), config, RolloutConfig(), TrainConfig()
+    )
+    assert found.startswith("none when")
 
 
 def test_evaluation_thinks_greedily_and_other_models_not_at_all(folder, data, tiny_unified):
