@@ -103,10 +103,7 @@ def _units(config: Config, command: str) -> Iterator[str]:
 
 @rule(*TRAINS)
 def _replay(config: Config, command: str) -> Iterator[str]:
-    t, p = config.train, config.policy
-    guided = p.guidance != 1 or p.guidance_image != 1
-    if t.packed == "on" and guided:
-        yield "train.packed: on (accepted with policy.guidance other than 1: auto, off)"
+    t = config.train
     if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
         what = "train.packed on" if t.packed == "on" else "train.context_gradient"
         yield (
