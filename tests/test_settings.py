@@ -369,7 +369,6 @@ TOGETHER = [
         TRAINS,
     ),
     ({"train": {"minibatches": 7}}, "train.minibatches: 7 (accepted: a divisor of 2", TRAINS),
-    ({"train": {"packed": "on"}, "policy": {"guidance": 2}}, "train.packed: on", TRAINS),
     ({"out": __file__}, "out: ", ("train", "check", "rollout")),
     ({"out": f"{__file__}/run"}, "out: ", ("train", "check", "rollout")),
 ]

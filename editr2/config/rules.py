@@ -103,11 +103,8 @@ def _units(config: Config, command: str) -> Iterator[str]:
 
 @rule(*TRAINS)
 def _replay(config: Config, command: str) -> Iterator[str]:
-    t, p = config.train, config.policy
-    guided = p.guidance != 1 or p.guidance_image != 1
-    if t.packed == "on" and guided:
-        yield "train.packed: on (accepted with policy.guidance other than 1: auto, off)"
-    if t.packed == "on" and p.thinking:
+    t = config.train
+    if t.packed == "on" and config.policy.thinking:
         yield "train.packed: on (accepted with policy.thinking: auto, off)"
     if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
         what = "train.packed on" if t.packed == "on" else "train.context_gradient"

@@ -306,7 +306,7 @@ def _packed(
             at = torch.searchsorted(chunk.turns[turn].rollout, rollouts)
             q = queries.sigma[turn].shape[1]
             index.append((queries.first[turn] + at[:, None] * q + torch.arange(q)).flatten())
-            velocities.append(result.velocity.v)
+            velocities.append(result.velocity)
             if result.tokens is not None:
                 answers.append(Answers(turn, at, result.tokens))
-    return Part(torch.cat(index), Velocity(torch.cat(velocities)), answers)
+    return Part(torch.cat(index), Velocity.join(velocities), answers)
