@@ -23,10 +23,11 @@ from editr2.export.export import export
 from editr2.policies.base import Questions
 from editr2.policies.found import editor_of
 from editr2.policies.load import load_policy
-from editr2.policies.rules import config_problems, policy_problems
+from editr2.policies.rules import policy_problems
 from editr2.policies.unified.bagel import PAINTING, BagelPolicy
 from editr2.report.build import build_report
 from editr2.rl.loop import train
+from editr2.rl.replay import Queries, ReplayOptions, replay
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
 from editr2.rl.sampler import make_sampler
 from editr2.rl.sentinel import explain_difference
@@ -108,6 +109,39 @@ def test_an_image_is_painted_behind_its_own_thought(folder, data, guidance):
     assert found.startswith("none when")
 
 
+@pytest.mark.parametrize(
+    "guidance, context_gradient",
+    [
+        pytest.param(GUIDED, False, id="guided"),
+        pytest.param(GUIDED, True, id="guided, through contexts", marks=pytest.mark.exhaustive),
+        pytest.param({}, False, id="plain", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_packed_session_with_thoughts_is_the_walk(folder, data, guidance, context_gradient):
+    """Velocities of every branch, and log-probs of intents and thoughts."""
+    policy, config = thinking(folder, **guidance)
+    chunk, _ = rolled(policy, config, data)
+    asked = Queries([r.x for r in chunk.turns], [r.sigma for r in chunk.turns])
+    needed = torch.ones(4, 2, dtype=torch.bool)
+    needed[2:, 1] = False  # the session of one turn
+    found = []
+    for packed in (False, True):
+        options = ReplayOptions(packed, context_gradient, None, config.temperature, text=True)
+        seen = {}
+        for part in replay(policy, chunk, asked, options, needed):
+            branches = [x for x in part.velocity.guidance.values() if isinstance(x, torch.Tensor)]
+            for name, x in enumerate((part.velocity.v, *branches)):
+                seen |= {(name, i): v for i, v in zip(part.index.tolist(), x, strict=True)}
+            for a in part.answers:
+                rows = (s[v] for s, v in zip(a.scores.log_prob, a.scores.valid, strict=True))
+                seen |= {(a.kind, a.turn, i): s for i, s in zip(a.at.tolist(), rows, strict=True)}
+        found.append(seen)
+    walked, packed = found
+    assert len(walked) == len(packed) == (3 if guidance else 1) * 2 * 6 + 2 + 6
+    for key, value in walked.items():
+        torch.testing.assert_close(packed[key], value, rtol=1e-4, atol=1e-5)
+
+
 def test_evaluation_thinks_greedily_and_other_models_not_at_all(folder, data, tiny_unified):
     policy, config = thinking(folder)
     one, two = (rolled(policy, config, data, greedy=True)[0].turns[0] for _ in range(2))
@@ -118,9 +152,6 @@ def test_evaluation_thinks_greedily_and_other_models_not_at_all(folder, data, ti
     for model, accepted in (("unified", False), ("kontext", False), ("bagel", True)):
         problems = list(policy_problems(PolicyConfig(model=model, thinking=True)))
         assert any("policy.thinking: True" in line for line in problems) != accepted
-    on = {"policy": {"model": "bagel", "thinking": True}, "train": {"packed": "on"}}
-    [line] = [p for p in config_problems(replace_nested(Config(), on)) if "packed" in p]
-    assert line == "train.packed: on (accepted with policy.thinking: auto, off)"
 
 
 def tiny_images(data) -> np.ndarray:

@@ -104,8 +104,6 @@ def _units(config: Config, command: str) -> Iterator[str]:
 @rule(*TRAINS)
 def _replay(config: Config, command: str) -> Iterator[str]:
     t = config.train
-    if t.packed == "on" and config.policy.thinking:
-        yield "train.packed: on (accepted with policy.thinking: auto, off)"
     if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
         what = "train.packed on" if t.packed == "on" else "train.context_gradient"
         yield (

@@ -104,6 +104,8 @@ class TurnTask:
         0).
     questions, answers: the intents' questions and the sampled ids (an empty answer counts nothing);
         None without text.
+    thoughts: what the context got behind the instruction; thinking: the sampled ids of it, where
+        they are scored.
     """
 
     text: list[str]
@@ -112,6 +114,20 @@ class TurnTask:
     sigma: Tensor
     questions: Questions | None = None
     answers: list[tuple[int, ...]] | None = None
+    thoughts: list[str] | None = None
+    thinking: list[tuple[int, ...]] | None = None
+
+    @property
+    def asked(self) -> dict[str, tuple[Questions, list[tuple[int, ...]]]]:
+        """What is scored, by kind: the questions, and the sampled ids."""
+        found = {}
+        if self.questions is not None and self.answers is not None:
+            found["intent"] = (self.questions, self.answers)
+        if self.thinking is not None:
+            n = len(self.thinking)
+            nothing = Questions([[]] * n, [""] * n, [None] * n, "thought")
+            found["thought"] = (nothing, self.thinking)
+        return found
 
 
 @dataclass(frozen=True)
@@ -125,10 +141,18 @@ class TokenScores:
 @dataclass(frozen=True)
 class TurnReplay:
     """What a turn predicts under the present weights: the velocity at every place, [B * Q,
-    *latent_shape] in the order (rollout, place), and the answers' log-probs."""
+    *latent_shape] in the order (rollout, place), and the log-probs of the intents' answers and of
+    the thoughts."""
 
     velocity: Velocity
     tokens: TokenScores | None
+    thoughts: TokenScores | None = None
+
+    @property
+    def scores(self) -> dict[str, TokenScores]:
+        """By kind, as `TurnTask.asked`."""
+        found = {"intent": self.tokens, "thought": self.thoughts}
+        return {kind: scores for kind, scores in found.items() if scores is not None}
 
 
 class Policy(Protocol):

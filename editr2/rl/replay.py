@@ -275,16 +275,19 @@ def _by_length(
             record = chunk.turns[turn]
             at = torch.searchsorted(record.rollout, rollouts)
             on: Any = slice(len(at)) if counting else at.to(queries.x[turn].device)
-            asked = record.written.get("intent") if text else None
             picked = at.tolist()
+            written = {kind: each.select(picked) for kind, each in record.written.items()}
+            asked, thought = written.get("intent") if text else None, written.get("thought")
             tasks.append(
                 TurnTask(
                     [record.text[i] for i in picked],
                     record.images[at.numpy()],
                     queries.x[turn][on],
                     queries.sigma[turn][on],
-                    None if asked is None else asked.questions.select(picked),
-                    None if asked is None else asked.ids(picked),
+                    asked.questions if asked else None,
+                    asked.all_ids if asked else None,
+                    thought.texts if thought else None,
+                    thought.all_ids if thought and text else None,
                 )
             )
         yield rollouts, tasks
@@ -307,6 +310,5 @@ def _packed(
             q = queries.sigma[turn].shape[1]
             index.append((queries.first[turn] + at[:, None] * q + torch.arange(q)).flatten())
             velocities.append(result.velocity)
-            if result.tokens is not None:
-                answers.append(Answers(turn, at, result.tokens))
+            answers += [Answers(turn, at, scores, kind) for kind, scores in result.scores.items()]
     return Part(torch.cat(index), Velocity.join(velocities), answers)

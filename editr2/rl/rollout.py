@@ -50,6 +50,15 @@ class Written:
         """The sampled tokens of some of them."""
         return [self.samples[i].ids for i in at]
 
+    @property
+    def all_ids(self) -> list[tuple[int, ...]]:
+        return self.ids(range(len(self.samples)))
+
+    @property
+    def texts(self) -> list[str]:
+        """What was read in the samples, nothing where nothing could be."""
+        return [sample.text or "" for sample in self.samples]
+
     def select(self, at: Sequence[int]) -> Written:
         return Written(self.questions.select(at), [self.samples[i] for i in at])
 
@@ -235,10 +244,10 @@ class Walk:
             self._context = self.policy.instruct(self._context, text)
         return self._context
 
-    def consider(self, thoughts: Sequence[Intent]) -> Any:
+    def consider(self, thoughts: Written) -> Any:
         """Adds every live rollout's thought, behind its instruction."""
         policy = cast(ThinkingPolicy, self.policy)
-        self._context = policy.consider(self._context, [t.text or "" for t in thoughts])
+        self._context = policy.consider(self._context, thoughts.texts)
         return self._context
 
     def follow(self, record: TurnRecord, at: Sequence[int]) -> tuple[Any, dict[str, Any]]:
@@ -247,7 +256,7 @@ class Walk:
         asking = {"intent": self._context}
         context = asking["thought"] = self.instruct([record.text[i] for i in at])
         if (thoughts := record.written.get("thought")) is not None:
-            context = self.consider(thoughts.select(at).samples)
+            context = self.consider(thoughts.select(at))
         return context, {kind: asking[kind] for kind in record.written}
 
 
@@ -347,7 +356,7 @@ def rollout_chunk(
             rollouts,
             rollout or RolloutConfig(),
             keep_velocity,
-            alike=not turn and not thoughts,
+            alike=not turn and thoughts is None,
         )
         images, bad = read_turn(policy, path["x0"], velocity)
         if bad is not None:
@@ -402,16 +411,16 @@ class _Writer:
         in for it."""
         raw = [session.turns[self.turn].instruction for session in self.sessions]
         intents = self.asked("intent", self.walk.context)
-        if not intents:
+        if intents is None:
             return raw
-        return [intent.text or said for intent, said in zip(intents, raw, strict=True)]
+        return [intent or said for intent, said in zip(intents.texts, raw, strict=True)]
 
-    def asked(self, kind: str, context: Any) -> list[Intent]:
-        """One sample a rollout of what is asked for at this turn on a branch of the context, empty
-        where it is not."""
+    def asked(self, kind: str, context: Any) -> Written | None:
+        """What is written on a branch of the context, None where nothing of the kind is asked for
+        at this turn."""
         writing, turn, chunk = WRITINGS[kind], self.turn, self.walk.chunk
         if not writing.asked(self.policy, self.options, turn):
-            return []
+            return None
         raw = [[u.instruction for u in session.turns[: turn + 1]] for session in self.sessions]
         questions = Questions(
             [instructions[:-1] for instructions in raw],
@@ -431,7 +440,7 @@ class _Writer:
             if not all(map(math.isfinite, sample.log_prob)):
                 raise _non_finite(chunk, turn, i, f"{kind}'s log-probs", "look at policy.weights")
         self.written[kind] = Written(questions, samples)
-        return samples
+        return self.written[kind]
 
 
 def _non_finite(chunk: Chunk, turn: int, rollout: int, what: str, advice: str) -> NonFiniteError:

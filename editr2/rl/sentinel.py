@@ -102,10 +102,10 @@ def explain_difference(
     )
 
 
-def _said(record: TurnRecord) -> list[list[str | None]]:
+def _said(record: TurnRecord) -> list[list[str]]:
     """The texts that the contexts got."""
     thoughts = record.written.get("thought")
-    return [[*record.text], [] if thoughts is None else [t.text for t in thoughts.samples]]
+    return [[*record.text], [] if thoughts is None else thoughts.texts]
 
 
 def _of(policy: Policy, context: Any, record: TurnRecord, picked: Tensor) -> Any:

@@ -678,10 +678,12 @@ class UnifiedPolicy(ConfiguredPolicy):
     def consider(self, context: AnyContext, thoughts: Sequence[str]) -> AnyContext:
         """As `ThinkingPolicy.consider`; guidance's other branches do not know it. Marks in a
         thought are marks: the model wrote them."""
-        codec = self.codec
-        rows = [[codec.im_start, *codec.encode(t, marks=True), codec.im_end] for t in thoughts]
-        full = self._read(_full(context), *self._words(rows))
+        full = self._read(_full(context), *self._words(self._thought_rows(thoughts)))
         return dataclasses.replace(context, full=full) if _guided(context) else full
+
+    def _thought_rows(self, thoughts: Sequence[str]) -> list[list[int]]:
+        codec = self.codec
+        return [[codec.im_start, *codec.encode(t, marks=True), codec.im_end] for t in thoughts]
 
     @computing
     def answer_log_prob(
@@ -752,17 +754,18 @@ class UnifiedPolicy(ConfiguredPolicy):
 
     def packs(self, turns: Sequence[TurnTask], *, context_gradient: bool) -> bool:
         """As `PackedPolicy.packs`; on a CPU only: on no GPU has it been measured, nor run."""
-        if (
-            self.thinks  # a thought has no segment
-            or self.device.type != "cpu"
-            or not any(t.sigma.numel() or any(t.answers or ()) for t in turns)
+        scored = [[one for one in turn.asked.values() if any(one[1])] for turn in turns]
+        if self.device.type != "cpu" or not any(
+            turn.sigma.numel() or one for turn, one in zip(turns, scored, strict=True)
         ):
             return False
+        # Thoughts and what stands before a session count as words of the instructions, of which
+        # guidance's branches have fewer.
         text = [max(len(self.text_ids(c)) for c in turn.text) for turn in turns]
-        asked = [0] * len(turns)
         for i, turn in enumerate(turns):
-            if turn.questions is not None and turn.answers is not None and any(turn.answers):
-                asked[i] = self._asked(turn.questions, turn.answers)[0].shape[1]
+            text[i] += max(map(len, self._thought_rows(turn.thoughts or [])), default=0)
+        text[0] += 0 if self.system is None else len(self.text_ids(self.system))
+        asked = [sum(self._asked(*one)[0].shape[1] for one in each) for each in scored]
         noisy = [turn.sigma.shape[1] for turn in turns]
         seen = self.seen_tokens and self.seen_tokens + len(self.marks)
         painted = self.grid[0] * self.grid[1] + len(self.marks)
@@ -798,20 +801,19 @@ class UnifiedPolicy(ConfiguredPolicy):
             found = run_private(model, read, grid, past)
             hidden = {kept[number]: states for number, states in found.items()}
             done = []
-            for turn, (question, places) in zip(turns, laid, strict=True):
-                velocity, tokens = self._nothing(turn).velocity, None
+            for turn, (questions, places) in zip(turns, laid, strict=True):
+                none = self._nothing(turn)
+                velocity, scores = none.velocity, none.scores
                 if places[0]:
                     v, *dropped = (
                         model.llm2vae(torch.stack([hidden[number] for number in numbers], 1))
                         for numbers in places
                     )
                     velocity = self._replayed(v.flatten(0, 1), [d.flatten(0, 1) for d in dropped])
-                if question is not None and turn.answers is not None:
-                    number, first = question
-                    tokens = self._scores(hidden[number], first, turn.answers, temperature)
-                elif turn.answers is not None:
-                    tokens = self._no_scores(len(turn.answers))
-                done.append(TurnReplay(velocity, tokens))
+                for kind, (number, first) in questions.items():
+                    answers = turn.asked[kind][1]
+                    scores[kind] = self._scores(hidden[number], first, answers, temperature)
+                done.append(TurnReplay(velocity, scores.get("intent"), scores.get("thought")))
             return done
 
         with self.autocast():
@@ -825,8 +827,9 @@ class UnifiedPolicy(ConfiguredPolicy):
         """Of a turn where nothing is asked."""
         nothing = turn.x.flatten(0, 1)
         dropped = [nothing] * (len(self._branches) - 1)
-        tokens = None if turn.answers is None else self._no_scores(len(turn.answers))
-        return TurnReplay(self._replayed(nothing, dropped), tokens)
+        scores = {kind: self._no_scores(len(one[1])) for kind, one in turn.asked.items()}
+        velocity = self._replayed(nothing, dropped)
+        return TurnReplay(velocity, scores.get("intent"), scores.get("thought"))
 
     @property
     def _branches(self) -> list[str]:
@@ -837,40 +840,52 @@ class UnifiedPolicy(ConfiguredPolicy):
 
     def _laid_out(
         self, images: np.ndarray, turns: Sequence[TurnTask]
-    ) -> tuple[list[Segment], list[tuple[tuple[int, Tensor] | None, list[list[int]]]]]:
-        """Sessions as segments; and of every turn the number of its question with where the answer
-        starts [B] (None without one), and those of its noisy images, by branch."""
+    ) -> tuple[list[Segment], list[tuple[dict[str, tuple[int, Tensor]], list[list[int]]]]]:
+        """Sessions as segments; and of every turn the numbers of its questions with where the
+        answers start [B], by kind, and those of its noisy images, by branch."""
         b, branches = len(images), self._branches
         marks = self.marks.expand(b, -1)
         both = torch.ones(b, 2, dtype=torch.bool, device=self.device)
         segments: list[Segment] = []
-        laid: list[tuple[tuple[int, Tensor] | None, list[list[int]]]] = []
+        laid: list[tuple[dict[str, tuple[int, Tensor]], list[list[int]]]] = []
+        if self.system is not None:
+            before = self._words([self.text_ids(self.system)] * b)
+            segments.append(Segment(*before))
+            if "image_dropped" in branches:
+                segments.append(Segment(*before, chain=TEXTS))
         for turn in turns:
             places: dict[str, list[int]] = {name: [] for name in branches}
-            question = None
+            questions: dict[str, tuple[int, Tensor]] = {}
 
             def noisy(branch: str, chain: int = SESSION) -> None:
                 for x, sigma in zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True):
                     places[branch].append(len(segments))
                     segments.append(Segment(marks, both, x, sigma, private=True, chain=chain))
 
+            def ask(kind: str) -> None:
+                asked, answers = turn.asked.get(kind, (None, ()))
+                if asked is not None and any(answers):
+                    ids, valid, first = self._asked(asked, answers)
+                    questions[kind] = (len(segments), first)
+                    segments.append(Segment(ids, valid, private=True))
+
             latents, seen = self._looked_at(images)
             segments.append(Segment(marks, both, latents))
             if seen is not None:
                 segments.append(Segment(marks, both, seen=seen))
-            if turn.questions is not None and turn.answers is not None and any(turn.answers):
-                ids, valid, first = self._asked(turn.questions, turn.answers)
-                question = (len(segments), first)
-                segments.append(Segment(ids, valid, private=True))
+            ask("intent")
             if "text_dropped" in places:
                 noisy("text_dropped")
             said = self._words([self.text_ids(c) for c in turn.text])
             segments.append(Segment(*said))
+            if turn.thoughts is not None:
+                ask("thought")
+                segments.append(Segment(*self._words(self._thought_rows(turn.thoughts))))
             noisy("full")
             if "image_dropped" in places:
                 segments.append(Segment(*said, chain=TEXTS))
                 noisy("image_dropped", TEXTS)
-            laid.append((question, list(places.values())))
+            laid.append((questions, list(places.values())))
             images = turn.images
         return segments, laid
 
