@@ -817,32 +817,36 @@ class UnifiedPolicy(ConfiguredPolicy):
         both = torch.ones(b, 2, dtype=torch.bool, device=self.device)
         segments: list[Segment] = []
         laid: list[tuple[tuple[int, Tensor] | None, list[list[int]]]] = []
+
+        def put(*more: Segment) -> list[int]:
+            segments.extend(more)
+            return list(range(len(segments) - len(more), len(segments)))
+
+        def noisy(turn: TurnTask, chain: int = SESSION) -> list[int]:
+            pairs = zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True)
+            return put(
+                *(Segment(marks, both, x, sigma, private=True, chain=chain) for x, sigma in pairs)
+            )
+
         for turn in turns:
-            places: dict[str, list[int]] = {name: [] for name in branches}
-            question = None
-
-            def noisy(branch: str, chain: int = SESSION) -> None:
-                for x, sigma in zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True):
-                    places[branch].append(len(segments))
-                    segments.append(Segment(marks, both, x, sigma, private=True, chain=chain))
-
             latents, seen = self._looked_at(images)
-            segments.append(Segment(marks, both, latents))
+            put(Segment(marks, both, latents))
             if seen is not None:
-                segments.append(Segment(marks, both, seen=seen))
+                put(Segment(marks, both, seen=seen))
+            question: tuple[int, Tensor] | None = None
+            places: dict[str, list[int]] = {}
             if turn.questions is not None and turn.answers is not None and any(turn.answers):
                 ids, valid, first = self._asked(turn.questions, turn.answers)
-                question = (len(segments), first)
-                segments.append(Segment(ids, valid, private=True))
-            if "text_dropped" in places:
-                noisy("text_dropped")
+                question = (put(Segment(ids, valid, private=True))[0], first)
+            if "text_dropped" in branches:
+                places["text_dropped"] = noisy(turn)
             said = self._words([self.text_ids(c) for c in turn.text])
-            segments.append(Segment(*said))
-            noisy("full")
-            if "image_dropped" in places:
-                segments.append(Segment(*said, chain=TEXTS))
-                noisy("image_dropped", TEXTS)
-            laid.append((question, list(places.values())))
+            put(Segment(*said))
+            places["full"] = noisy(turn)
+            if "image_dropped" in branches:
+                put(Segment(*said, chain=TEXTS))
+                places["image_dropped"] = noisy(turn, TEXTS)
+            laid.append((question, [places[name] for name in branches]))
             images = turn.images
         return segments, laid
 
