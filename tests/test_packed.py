@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
+from editr2.config import PolicyConfig, RolloutConfig
 from editr2.policies.base import Questions, TurnTask
 from editr2.policies.unified import packed
 from editr2.policies.unified.packed import (
@@ -23,7 +24,9 @@ from editr2.policies.unified.packed import (
 )
 from editr2.policies.unified.policy import Guidance, UnifiedPolicy
 from editr2.rl.replay import Queries, ReplayOptions, can_pack
-from editr2.rl.rollout import Chunk, TurnRecord
+from editr2.rl.replay import replay as replay_chunk
+from editr2.rl.rollout import Chunk, Seeds, TurnRecord, rollout_chunk
+from editr2.rl.sampler import rollout_sampler
 from editr2.worlds.shapes import make_session
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 matrix products batched differently, two layers deep
@@ -404,6 +407,36 @@ def test_on_a_gpu_flex_attention_equals_the_cpu(policy, context_gradient):
 
 
 # ------------------------------------------------------------------------------ guidance and counts
+
+
+def test_parts_of_packed_sessions_are_the_walk(policy):
+    """A guided rollout of sessions of two lengths, with intents: replayed walking, whole, and in
+    forwards of so many rows."""
+    policy = guided(policy, GUIDED)
+    chunk = Chunk([make_session(0, i, turns=3 - i) for i in range(2)], [0, 1], 2)
+    config = RolloutConfig(steps=4, window=2)
+    given = (rollout_sampler(config), Seeds(0, "train"), PolicyConfig(intent_tokens=3))
+    rollout_chunk(policy, chunk, *given, rollout=config)
+    queries = Queries([r.x for r in chunk.turns], [r.sigma for r in chunk.turns])
+    needed = torch.arange(3) < chunk.lengths[:, None]
+    found = {}
+    for how, rows in ((False, None), (True, None), (True, 1), (True, 9)):
+        options = ReplayOptions(how, False, rows, TEMPERATURE, True)
+        parts = list(replay_chunk(policy, chunk, queries, options, needed))
+        of_parts = [(p.index, branches(p.velocity)) for p in parts]
+        index, v = (torch.cat(x) for x in zip(*of_parts, strict=True))
+        scores = [(a.turn, int(i)) for p in parts for a in p.answers for i in a.at]
+        logs = [log.sum() for p in parts for a in p.answers for log in a.scores.log_prob]
+        order = sorted(range(len(scores)), key=scores.__getitem__)
+        told = (v[index.argsort()], torch.stack([logs[i] for i in order]))
+        found[how, rows] = [index.sort()[0], *told, [len(p.index) for p in parts]]
+    walked = found[False, None]
+    assert walked[0].tolist() == list(range(2 * int(chunk.lengths.sum())))
+    for replayed in found.values():
+        for one, other in zip(replayed[:3], walked[:3], strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+    sizes = {rows: found[True, rows][3] for rows in (None, 1, 9)}
+    assert sizes == {None: [20], 1: [4, 4, 6, 6], 9: [8, 6, 6]}
 
 
 @pytest.mark.parametrize("turns, ratio", [(3, 1.30), (5, 1.85), (8, 2.64)])

@@ -13,7 +13,7 @@ policy are replayed the same way under their own weights, so their parts hold th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -79,8 +79,9 @@ class Part:
 @dataclass(frozen=True)
 class ReplayOptions:
     """packed: one forward a session. context_gradient: let gradients through the context.
-    micro_batch: queries a forward (None: the needed rollouts of one turn and step). temperature: of
-    the sampled text. text: score it."""
+    micro_batch: queries a forward (None: the needed rollouts of one turn and step; packed: of all);
+    a session is never taken apart where it is packed. temperature: of the sampled text. text: score
+    it."""
 
     packed: bool
     context_gradient: bool
@@ -93,8 +94,8 @@ def replay(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> Iterator[Part]:
     """Parts that cover every query of the needed turns once (and perhaps others); with gradients
-    where they are enabled. With `context_gradient` there is at most one part, since its backward
-    pass goes through everything.
+    where they are enabled. Walking with `context_gradient` there is at most one part, since its
+    backward pass goes through everything.
 
     needed: bool [rollouts of the chunk, T] on the host.
     """
@@ -102,7 +103,7 @@ def replay(
         return
     policy = at_size(policy, chunk.image_size)
     if options.packed:
-        yield _packed(policy, chunk, queries, options, needed)
+        yield from _packed(policy, chunk, queries, options, needed)
     else:
         yield from _walked(policy, chunk, queries, options, needed)
 
@@ -261,43 +262,66 @@ class _Waiting:
 # ------------------------------------------------------------------------------------------- packed
 
 
+def sessions_at_once(places: Sequence[int], micro_batch: int) -> int:
+    """How many sessions with so many places, turn by turn, a packed forward takes that is to hold
+    at most `micro_batch` of them: one at least."""
+    return max(1, micro_batch // max(1, sum(places)))
+
+
 def _by_length(
-    chunk: Chunk, queries: Queries, text: bool, needed: Tensor, *, counting: bool = False
+    chunk: Chunk,
+    queries: Queries,
+    text: bool,
+    needed: Tensor,
+    *,
+    micro_batch: int | None = None,
+    counting: bool = False,
 ) -> Iterator[tuple[Tensor, list[TurnTask]]]:
     """Rollouts with any needed turn that have equally many turns, and those turns.
     counting: with latents of the right shape that are anybody's, since nobody reads them."""
     lengths = chunk.lengths
     lengths = torch.where(needed.any(1), lengths, 0)
     for length in lengths[lengths > 0].unique().tolist():
-        rollouts = (lengths == length).nonzero()[:, 0]
-        tasks = []
-        for turn in range(length):
-            record = chunk.turns[turn]
-            at = torch.searchsorted(record.rollout, rollouts)
-            on: Any = slice(len(at)) if counting else at.to(queries.x[turn].device)
-            picked = at.tolist()
-            written = {kind: each.select(picked) for kind, each in record.written.items()}
-            asked, thought = written.get("intent") if text else None, written.get("thought")
-            tasks.append(
-                TurnTask(
-                    [record.text[i] for i in picked],
-                    record.images[at.numpy()],
-                    queries.x[turn][on],
-                    queries.sigma[turn][on],
-                    asked.questions if asked else None,
-                    asked.all_ids if asked else None,
-                    thought.texts if thought else None,
-                    thought.all_ids if thought and text else None,
-                )
+        together = (lengths == length).nonzero()[:, 0]
+        most = len(together)
+        if micro_batch is not None:
+            most = sessions_at_once([s.shape[1] for s in queries.sigma[:length]], micro_batch)
+        for rollouts in together.split(most):
+            yield rollouts, _tasks(chunk, queries, text, rollouts, length, counting)
+
+
+def _tasks(
+    chunk: Chunk, queries: Queries, text: bool, rollouts: Tensor, length: int, counting: bool
+) -> list[TurnTask]:
+    tasks = []
+    for turn in range(length):
+        record = chunk.turns[turn]
+        at = torch.searchsorted(record.rollout, rollouts)
+        on: Any = slice(len(at)) if counting else at.to(queries.x[turn].device)
+        picked = at.tolist()
+        written = {kind: each.select(picked) for kind, each in record.written.items()}
+        asked, thought = written.get("intent") if text else None, written.get("thought")
+        tasks.append(
+            TurnTask(
+                [record.text[i] for i in picked],
+                record.images[at.numpy()],
+                queries.x[turn][on],
+                queries.sigma[turn][on],
+                asked.questions if asked else None,
+                asked.all_ids if asked else None,
+                thought.texts if thought else None,
+                thought.all_ids if thought and text else None,
             )
-        yield rollouts, tasks
+        )
+    return tasks
 
 
 def _packed(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
-) -> Part:
+) -> Iterator[Part]:
     index, velocities, answers = [], [], []
-    for rollouts, tasks in _by_length(chunk, queries, options.text, needed):
+    bound = options.micro_batch
+    for rollouts, tasks in _by_length(chunk, queries, options.text, needed, micro_batch=bound):
         images = np.stack([chunk.session_of(i).image for i in rollouts.tolist()])
         done = cast(PackedPolicy, policy).replay_packed(
             images,
@@ -311,4 +335,8 @@ def _packed(
             index.append((queries.first[turn] + at[:, None] * q + torch.arange(q)).flatten())
             velocities.append(result.velocity)
             answers += [Answers(turn, at, scores, kind) for kind, scores in result.scores.items()]
-    return Part(torch.cat(index), Velocity.join(velocities), answers)
+        if bound is not None:
+            yield Part(torch.cat(index), Velocity.join(velocities), answers)
+            index, velocities, answers = [], [], []
+    if index:
+        yield Part(torch.cat(index), Velocity.join(velocities), answers)

@@ -126,9 +126,9 @@ def may_look(q: Tokens, k: Tokens) -> Tensor:
 def dense_mask(queries: Layout, keys: Layout) -> Tensor:
     """bool [B, Q, K], True = may look."""
     q, k = queries, keys
-    shared = (q.segment, q.order, q.chain, q.private)
+    segment, order, chain, private = (x[:, None] for x in (q.segment, q.order, q.chain, q.private))
     return may_look(
-        Tokens(*(x[:, None] for x in shared), q.valid[:, :, None]),
+        Tokens(segment, order, chain, private, q.valid[:, :, None]),
         Tokens(k.segment, k.order, k.chain, k.private, k.valid[:, None]),
     )
 
@@ -164,13 +164,20 @@ def block_mask(queries: Layout, keys: Layout, *, block: int = BLOCK, at_once: in
         mask = F.pad(mask, (0, -mask.shape[2] % block, 0, -mask.shape[1] % block))
         counts.append(mask.unflatten(2, (-1, block)).unflatten(1, (-1, block)).sum((2, 4)))
     seen = torch.cat(counts, 1)[:, None]  # [B, 1, blocks of queries, blocks of keys]
-    kinds = []
-    for kind in ((seen > 0) & (seen < block**2), seen == block**2):
-        first_those = kind.int().argsort(dim=-1, descending=True, stable=True)
-        kinds += [kind.sum(-1).int(), first_those.int()]
-    sizes = (len(queries), len(keys))
+
+    def listed(kind: Tensor) -> tuple[Tensor, Tensor]:
+        those_first = kind.int().argsort(dim=-1, descending=True, stable=True)
+        return kind.sum(-1).int(), those_first.int()
+
+    some, whole = listed((seen > 0) & (seen < block**2)), listed(seen == block**2)
     return BlockMask.from_kv_blocks(
-        *kinds, BLOCK_SIZE=block, mask_mod=mask_mod(queries, keys), seq_lengths=sizes
+        some[0],
+        some[1],
+        whole[0],
+        whole[1],
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod(queries, keys),
+        seq_lengths=(len(queries), len(keys)),
     )
 
 

@@ -848,44 +848,48 @@ class UnifiedPolicy(ConfiguredPolicy):
         both = torch.ones(b, 2, dtype=torch.bool, device=self.device)
         segments: list[Segment] = []
         laid: list[tuple[dict[str, tuple[int, Tensor]], list[list[int]]]] = []
+
+        def put(*more: Segment) -> list[int]:
+            segments.extend(more)
+            return list(range(len(segments) - len(more), len(segments)))
+
+        def said(rows: list[list[int]], *chains: int) -> None:
+            words = self._words(rows)
+            put(*(Segment(*words, chain=chain) for chain in chains))
+
+        def asked(turn: TurnTask, kind: str) -> dict[str, tuple[int, Tensor]]:
+            questions, answers = turn.asked.get(kind, (None, []))
+            if questions is None or not any(answers):
+                return {}
+            ids, valid, first = self._asked(questions, answers)
+            return {kind: (put(Segment(ids, valid, private=True))[0], first)}
+
+        def noisy(turn: TurnTask, chain: int = SESSION) -> list[int]:
+            pairs = zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True)
+            return put(
+                *(Segment(marks, both, x, sigma, private=True, chain=chain) for x, sigma in pairs)
+            )
+
+        texts = [TEXTS] if "image_dropped" in branches else []
         if self.system is not None:
-            before = self._words([self.text_ids(self.system)] * b)
-            segments.append(Segment(*before))
-            if "image_dropped" in branches:
-                segments.append(Segment(*before, chain=TEXTS))
+            said([self.text_ids(self.system)] * b, SESSION, *texts)
         for turn in turns:
-            places: dict[str, list[int]] = {name: [] for name in branches}
-            questions: dict[str, tuple[int, Tensor]] = {}
-
-            def noisy(branch: str, chain: int = SESSION) -> None:
-                for x, sigma in zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True):
-                    places[branch].append(len(segments))
-                    segments.append(Segment(marks, both, x, sigma, private=True, chain=chain))
-
-            def ask(kind: str) -> None:
-                asked, answers = turn.asked.get(kind, (None, ()))
-                if asked is not None and any(answers):
-                    ids, valid, first = self._asked(asked, answers)
-                    questions[kind] = (len(segments), first)
-                    segments.append(Segment(ids, valid, private=True))
-
             latents, seen = self._looked_at(images)
-            segments.append(Segment(marks, both, latents))
+            put(Segment(marks, both, latents))
             if seen is not None:
-                segments.append(Segment(marks, both, seen=seen))
-            ask("intent")
-            if "text_dropped" in places:
-                noisy("text_dropped")
-            said = self._words([self.text_ids(c) for c in turn.text])
-            segments.append(Segment(*said))
+                put(Segment(marks, both, seen=seen))
+            questions = asked(turn, "intent")
+            places: dict[str, list[int]] = {}
+            if "text_dropped" in branches:
+                places["text_dropped"] = noisy(turn)
+            said([self.text_ids(c) for c in turn.text], SESSION, *texts)
             if turn.thoughts is not None:
-                ask("thought")
-                segments.append(Segment(*self._words(self._thought_rows(turn.thoughts))))
-            noisy("full")
-            if "image_dropped" in places:
-                segments.append(Segment(*said, chain=TEXTS))
-                noisy("image_dropped", TEXTS)
-            laid.append((questions, list(places.values())))
+                questions |= asked(turn, "thought")
+                said(self._thought_rows(turn.thoughts), SESSION)
+            places["full"] = noisy(turn)
+            if texts:
+                places["image_dropped"] = noisy(turn, TEXTS)
+            laid.append((questions, [places[name] for name in branches]))
             images = turn.images
         return segments, laid
 
