@@ -199,9 +199,7 @@ class Attention(nn.Module):
                 )
                 self.add_module(f"{name}{suffix}", norm)
 
-    def project(
-        self, streams: Streams, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, streams: Streams, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the block, [B, heads, L, head_dim]. Keys are kept in the
         values' precision, which is the computing one: rotated in float32 they would be twice as
         large and attention would round them to it anyway."""
