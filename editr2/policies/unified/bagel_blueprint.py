@@ -22,15 +22,22 @@ from torch import nn
 
 from editr2.config import PolicyConfig
 from editr2.policies.blueprint import Reading, Work, adapters_without_data, simulated
+from editr2.policies.fp8 import quantize_linears
 from editr2.policies.placing import held
 from editr2.policies.tensor_files import read_header
 from editr2.policies.tokens import TextCodec, word_tokenizer
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import LatentCodec, autoencoder_settings, autoencoder_sizes
+from editr2.policies.unified.experts import adapt, freeze_rest
 from editr2.policies.unified.model import UnifiedConfig, UnifiedModel
 from editr2.policies.unified.policy import KEPT_BYTES
-from editr2.policies.unified.published import AUTOENCODER, new_sight, read_published
-from editr2.policies.weights import add_lora
+from editr2.policies.unified.published import (
+    AUTOENCODER,
+    as_trained,
+    new_sight,
+    read_published,
+)
+from editr2.policies.weights import LORA_TARGETS
 
 SHALLOW = 1
 TOKENS_A_WORD = 1.4
@@ -88,7 +95,7 @@ class BagelBlueprint(UnifiedBlueprint):
             self.latents = autoencoder_sizes(file, read_header(file)[0])
         self.codec = codec
         self.config = config
-        super().__init__(self._policy(min(SHALLOW, self.layers)), config)
+        super().__init__(self._policy(min(SHALLOW, self.blocks)), config)
         seen = self.policy.seen_tokens
         self.image = self.policy.latent_shape[0] + 2 + seen + 2
         self.vae, self.sight = (
@@ -97,12 +104,8 @@ class BagelBlueprint(UnifiedBlueprint):
         )
 
     @property
-    def layers(self) -> int:
+    def blocks(self) -> int:
         return self.sizes.num_hidden_layers
-
-    @property
-    def blocks(self) -> int:  # type: ignore[override]
-        return self.layers if "gradient_checkpointing" in self.kind.uses else 0
 
     @property
     def answer(self) -> int:
@@ -114,13 +117,18 @@ class BagelBlueprint(UnifiedBlueprint):
         from diffusers import AutoencoderKL
 
         config, dtype = self.config, self.kind.computes_in(self.config)
-        whole = not config.lora_rank
-        with simulated(torch.float32 if whole else dtype):
+        with simulated(dtype):
             module = UnifiedModel(dataclasses.replace(self.sizes, num_hidden_layers=layers))
-        if not whole:
-            module.requires_grad_(False)
+        freeze_rest(module, config)
+        with simulated():
+            as_trained(module, dtype)
+        if config.lora_rank:
             with adapters_without_data(module, dtype):
-                add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets)
+                adapt(module, config)
+        if config.quantize == "fp8":
+            with simulated():
+                for layer in quantize_linears(module, LORA_TARGETS):
+                    layer.in_float8 = True
         sight = new_sight(self.vit, self.sizes.hidden_size, self.kind.sight_rule)
         with simulated(dtype):
             for owner, name, tensor in list(held(sight.modules())):
@@ -132,10 +140,10 @@ class BagelBlueprint(UnifiedBlueprint):
 
     @cached_property
     def deeper(self) -> Sequence[tuple[Any, int]]:  # type: ignore[override]
-        if self.layers <= SHALLOW:
+        if self.blocks <= SHALLOW:
             return []
         deeper = self._policy(SHALLOW + 1)
-        return [(deeper.at(self.policy.image_size), self.layers - SHALLOW)]
+        return [(deeper.at(self.policy.image_size), self.blocks - SHALLOW)]
 
     def at(self, size: tuple[int, int]) -> BagelBlueprint:
         """The same of the policy at one of its sizes."""
@@ -174,12 +182,11 @@ class BagelBlueprint(UnifiedBlueprint):
     def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:
         if step == "decode":
             return [Work("decode", self._paint, times=batch, deep=False)]
-        again = checkpointing and self.blocks > 0
         found = [
             dataclasses.replace(work, prepare=_in_precision(work.prepare))
             if isinstance(work, Work)
             else work
-            for work in super().work(step, batch, turn, again)
+            for work in super().work(step, batch, turn, checkpointing)
         ]
         if step == "encode":
             found.insert(0, Work("look", self._look, times=batch, deep=False))

@@ -23,13 +23,17 @@ class UnifiedBlueprint:
 
     prompt_per_output = True
     deeper: Sequence[tuple[Any, int]] = ()
-    text = vae = sight = blocks = 0
+    text = vae = sight = 0
 
     def __init__(self, policy: Any, config: PolicyConfig) -> None:
         """policy: without data."""
         self.policy, self.config = policy, config
         self.image = policy.latent_shape[0] + 2
         self.said = self.question = 16
+
+    @property
+    def blocks(self) -> int:
+        return int(self.policy.module.config.num_hidden_layers)
 
     def see(self, sessions: Sequence[Session]) -> None:
         texts = [len(self.policy.text_ids(turn.instruction)) for s in sessions for turn in s.turns]
@@ -58,12 +62,6 @@ class UnifiedBlueprint:
         one, and some thought goes before it."""
         return min(self.config.intent_tokens, round(self.said * 4 / 3))
 
-    @property
-    def layers(self) -> int:
-        """Of the whole policy."""
-        depth: int = self.policy.module.config.num_hidden_layers
-        return depth
-
     def held(self, batch: int, turn: int) -> int:
         return sum(self.branches(batch, turn).values())
 
@@ -71,7 +69,7 @@ class UnifiedBlueprint:
         c, said = self.policy.module.config, (turn + 1) * self.said
         full = (turn + 1) * self.image + said
         tokens = self._tokens(full, said)
-        numbers = 2 * self.layers * c.num_key_value_heads * c.head_dim
+        numbers = 2 * self.blocks * c.num_key_value_heads * c.head_dim
         size = self.policy.compute_dtype.itemsize * numbers * batch
         return {name: size * count for name, count in tokens.items()}
 
@@ -93,8 +91,7 @@ class UnifiedBlueprint:
         sizes = [Size(batch, SMALL_BATCH), Size(turn, 0)]
         if step == "intend":
             sizes.insert(0, Size(self.answer, 2))
-        again = trains and checkpointing
-        return [Work(step, prepare, sizes, trains=trains, checkpointing=again)]
+        return [Work(step, prepare, sizes, trains=trains, checkpointing=checkpointing and trains)]
 
     def _context(self, policy: Any, batch: int, tokens: int) -> Context:
         c = policy.module.config
