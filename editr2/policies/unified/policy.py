@@ -36,6 +36,7 @@ from editr2.policies.base import (
     TurnTask,
     Velocity,
 )
+from editr2.policies.blocks import recompute_blocks
 from editr2.policies.blueprint import adapters_without_data, simulated
 from editr2.policies.configured import ConfiguredPolicy
 from editr2.policies.encodes import Kept, Row, digest_of
@@ -49,8 +50,10 @@ from editr2.policies.tensor_files import (
     writing,
 )
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
+from editr2.policies.unified import experts
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import ImageCodec, PixelCodec
+from editr2.policies.unified.experts import adapt, freeze_rest
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.unified.packed import (
     SESSION,
@@ -64,7 +67,7 @@ from editr2.policies.unified.packed import (
     worth_reading,
 )
 from editr2.policies.unified.sight import Sight
-from editr2.policies.weights import add_lora, merged_weights
+from editr2.policies.weights import merged_weights
 from editr2_kernels import RENORMS, philox_normal, token_log_prob
 
 EMBEDDED = Path(__file__).parent.parent.parent / "assets" / "unified-small"
@@ -72,8 +75,9 @@ SIZES, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 """The files of a folder."""
 
 BUCKET = 64  # tokens; the embedded world's turns are about 50 long
-KEPT_BYTES = 1 << 30
-"""Of what frozen parts make of images, on the host."""
+KEPT_BYTES = 4 << 30
+"""Of what frozen parts make of images, on the host: some 400 of 512 x 512 pixels as BAGEL sees them
+in bfloat16, more than a process reads in an iteration of the recipes."""
 
 
 REQUESTS = {"cm": "rewrite always", "cu": "rewrite it", None: "rewrite"}
@@ -280,7 +284,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     writes_text = True
     uses = ConfiguredPolicy.uses | {
         *("guidance", "guidance_image", "guidance_interval", "renorm"),
-        *("lora_rank", "lora_alpha", "lora_targets"),
+        *("lora_rank", "lora_alpha", "lora_targets", "experts", "gradient_checkpointing"),
     }
     default_weights = "the small model shipped with editr2"
     holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
@@ -356,7 +360,10 @@ class UnifiedPolicy(ConfiguredPolicy):
         (folder,) = cls.sources(config)
         policy = cls.load(Path(folder), Guidance.of(config))
         if config.lora_rank:
-            add_lora(policy.module, config.lora_rank, config.lora_alpha, config.lora_targets)
+            adapt(policy.module, config)
+        else:
+            freeze_rest(policy.module, config)
+        recompute_blocks(policy.module, config.gradient_checkpointing)
         return policy
 
     @classmethod
@@ -368,6 +375,7 @@ class UnifiedPolicy(ConfiguredPolicy):
                 f"policy.guidance_interval: {list(config.guidance_interval)} (accepted: [low, "
                 f"high] with low < high)"
             )
+        yield from experts.problems(config, trains)
 
     @classmethod
     def sources(cls, config: PolicyConfig) -> list[str]:
@@ -387,7 +395,9 @@ class UnifiedPolicy(ConfiguredPolicy):
             module = UnifiedModel(sizes)
         if config.lora_rank:
             with adapters_without_data(module, torch.float32):
-                add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets)
+                adapt(module, config)
+        else:
+            freeze_rest(module, config)
         with simulated():
             policy = cls(module, codec, Guidance.of(config))
         return UnifiedBlueprint(policy, config)
@@ -569,7 +579,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     # ----------------------------------------------------------------------------------------- text
 
     def writes_text_with(self, name: str) -> bool:
-        return name.startswith("language_model.") and "_moe_gen" not in name
+        return experts.writes(name)
 
     def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
         """As `ReadingPolicy.unreadable`: words that the vocabulary does not hold; a context has any
