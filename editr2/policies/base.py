@@ -272,7 +272,8 @@ class ReadingPolicy(Protocol):
     """A policy that can tell, before anything is trained, which instructions it cannot read."""
 
     def unreadable(self, instructions: Sequence[str]) -> Iterable[tuple[int, str]]:
-        """(turn from 0, what is wrong) for those of a session's instructions."""
+        """(turn from 0, what is wrong) for those of a session's instructions. A `ReferringPolicy`
+        takes `references`, how many the session has, where it has any."""
 
 
 @runtime_checkable
@@ -309,6 +310,19 @@ class SizedPolicy(Protocol):
         """The policy at one of its sizes: another `image_size` and `latent_shape` and whatever
         follows from them, such as the schedule; the same weights and frozen parts. Raises
         `DataError` for a size that it does not have."""
+
+
+@runtime_checkable
+class ReferringPolicy(Protocol):
+    """A policy that reads a user's own further images beside a session's."""
+
+    @property
+    def most_references(self) -> int | None:
+        """How many it takes; None: any number."""
+
+    def encode(self, images: np.ndarray, references: Sequence[np.ndarray] = ()) -> Any:
+        """As `Policy.encode`, of samples that have equally many references. references: uint8 [B,
+        H, W, 3] each, which every turn sees behind the session's own images."""
 
 
 @runtime_checkable
@@ -354,6 +368,15 @@ def at_size(policy: Any, size: tuple[int, int]) -> Any:
     """The policy as it edits images of a size. One that knows a single size is given as it is, and
     says by itself what it thinks of others."""
     return policy.at(size) if isinstance(policy, SizedPolicy) else policy
+
+
+def references_problem(policy: Any, model: str, count: int) -> str | None:
+    """What is wrong with giving a policy so many references. model: its name."""
+    most = policy.most_references if isinstance(policy, ReferringPolicy) else 0
+    if most is None or count <= most:
+        return None
+    accepted = f"up to {most}" if most else "none"
+    return f"{count} images beside the session's (accepted with policy.model {model}: {accepted})"
 
 
 def with_module(policy: Any, module: nn.Module) -> Any:

@@ -203,11 +203,12 @@ class Walk:
         }
         self.text = sum(size for name, size in beside.items() if name.startswith("text"))
         self.vae = sum(beside.values()) - self.text
-        self._said = ""
+        self._said, self._references = "", 0
 
     def see(self, sessions: Sequence[Session]) -> None:
         texts = sorted((turn.instruction for s in sessions for turn in s.turns), key=len)
         self._said = texts[len(texts) // 2]
+        self._references = max(len(s.references) for s in sessions)
 
     def read_again(self, prompts: int) -> bool:
         return True
@@ -245,15 +246,20 @@ class Walk:
     def _context(self, policy: Any, batch: int, turn: int, instructed: bool = True) -> Any:
         """As it is at a turn."""
         pictures, said = self._pictures(policy, batch), [self._said] * batch
-        context = policy.encode(pictures)
+        context = self._encoded(policy, pictures)
         for _ in range(turn):
             context = policy.append(policy.instruct(context, said), pictures)
         return policy.instruct(context, said) if instructed else context
 
+    def _encoded(self, policy: Any, pictures: np.ndarray) -> Any:
+        """With as many references as any session has."""
+        beside = [pictures] * self._references
+        return policy.encode(pictures, *([beside] if beside else []))
+
     def _encode(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
         pictures = self._pictures(policy, batch)
         if not turn:
-            return lambda: policy.encode(pictures)
+            return lambda: self._encoded(policy, pictures)
         context = self._context(policy, batch, turn - 1)
         return lambda: policy.append(context, pictures)
 

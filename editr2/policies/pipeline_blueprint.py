@@ -76,7 +76,7 @@ class PipelineBlueprint:
         self.text = sum(self.parts.text.values()) * item
         self.vae = sum(p.numel() for p in self.policy.pipe.vae.parameters()) * item
         self.prompt_per_output = kind.text_sees_images
-        self.said = 16
+        self.said, self.references = 16, 0
 
     # ------------------------------------------------------------------------ what a blueprint says
 
@@ -103,6 +103,7 @@ class PipelineBlueprint:
     def see(self, sessions: Sequence[Session]) -> None:
         words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]
         self.said = round(TOKENS_A_WORD * sum(words) / len(words))
+        self.references = max(len(s.references) for s in sessions)
 
     def read_again(self, prompts: int) -> bool:
         forgets: bool = self.policy.forgets(prompts)
@@ -120,7 +121,8 @@ class PipelineBlueprint:
             return [Reading(self.dtype, sum(self.parts.text.values()), tokens, batch)]
         if step in ("encode", "decode"):
             run = self._to_latents if step == "encode" else self._to_pixels
-            images = Work(step, run, times=batch, deep=False)  # the policy slices batches
+            each = 1 + self.references * (step == "encode" and turn == 0)
+            images = Work(step, run, times=batch * each, deep=False)  # the policy slices batches
             return [images, *self._derived(batch, turn)] if step == "encode" else [images]
         if step == "derive":
             return self._derived(batch, turn)
@@ -156,12 +158,17 @@ class PipelineBlueprint:
 
     def text_length(self, turn: int) -> int:
         """Tokens of an instruction as the transformer sees it."""
-        length: int = self.policy.prompt_length(self.said, self.policy.images_at(turn))
+        length: int = self.policy.prompt_length(self.said, self._images(turn))
         return length
+
+    def _images(self, turn: int) -> int:
+        """That a turn sees, where sessions have as many references as any of them."""
+        own: int = self.policy.images_at(turn)
+        return own + self.references
 
     def context(self, policy: Any, batch: int, turn: int) -> Any:
         """A context of the sizes that a batch has at this turn."""
-        images, text = self.policy.images_at(turn), self.text_length(turn)
+        images, text = self._images(turn), self.text_length(turn)
         return policy.blank(batch, text, images, padded=self.kind.masks and batch > 1)
 
     def _to_latents(self, policy: Any) -> Callable[[], Tensor]:

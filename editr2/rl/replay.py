@@ -118,7 +118,7 @@ def can_pack(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> bool:
     """Whether the policy's packed forward is there and cheaper for this chunk, by its own count."""
-    if not isinstance(policy, PackedPolicy):
+    if not isinstance(policy, PackedPolicy) or any(s.references for s in chunk.sessions):
         return False
     lengths = chunk.lengths
     if int(needed.sum()) < PACKED_SHARE * int(lengths[needed.any(1)].sum()):

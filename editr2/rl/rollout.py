@@ -123,9 +123,9 @@ class TurnRecord:
 
 @dataclass
 class Chunk:
-    """Groups that go through the model together, all of one image size. ordinals: the sessions'
-    places in the run's stream (seed material). places: those among the sessions that were laid out
-    in chunks together, none where these are all."""
+    """Groups that go through the model together, all of one image size and with equally many
+    references. ordinals: the sessions' places in the run's stream (seed material). places: those
+    among the sessions that were laid out in chunks together, none where these are all."""
 
     sessions: list[Session]
     ordinals: list[int]
@@ -140,6 +140,12 @@ class Chunk:
     @property
     def image_size(self) -> Size:
         return self.sessions[0].image_size
+
+    @property
+    def references(self) -> list[np.ndarray]:
+        """uint8 [groups, H, W, 3] each: the first further image of every session, and so on."""
+        beside = [session.reference_pixels() for session in self.sessions]
+        return [np.stack(images) for images in zip(*beside, strict=True)]
 
     @property
     def rows(self) -> Tensor:
@@ -178,13 +184,14 @@ class Chunk:
 def chunks(
     sessions: Sequence[Session], ordinals: Sequence[int], siblings: int, groups: int
 ) -> Iterator[Chunk]:
-    """`sessions` in chunks of at most `groups` of one image size: size by size in the order in
-    which they first come. Numbers do not depend on it: seeds follow from ordinals, and whoever puts
-    chunks together goes by `Chunk.rows`."""
-    of_size: dict[Size, list[int]] = {}
+    """`sessions` in chunks of at most `groups` of one image size and with equally many references:
+    kind by kind in the order in which they first come. Numbers do not depend on it: seeds follow
+    from ordinals, and whoever puts chunks together goes by `Chunk.rows`."""
+    alike: dict[tuple[Size, int], list[int]] = {}
     for place, session in enumerate(sessions):
-        of_size.setdefault(session.image_size, []).append(place)
-    for places in of_size.values():
+        kind = (session.image_size, len(session.references))
+        alike.setdefault(kind, []).append(place)
+    for places in alike.values():
         for i in range(0, len(places), groups):
             at = places[i : i + groups]
             yield Chunk([sessions[n] for n in at], [ordinals[n] for n in at], siblings, places=at)
@@ -199,7 +206,10 @@ class Walk:
         self.policy = policy
         self.chunk = chunk
         self.rollout = torch.arange(chunk.rollouts)
-        self._context: Any = policy.encode(np.stack([s.image for s in chunk.sessions]))
+        beside = chunk.references
+        self._context: Any = policy.encode(
+            np.stack([s.image for s in chunk.sessions]), *([beside] if beside else [])
+        )
         self._expanded = False
 
     def active(self, turn: int) -> Tensor:
@@ -340,32 +350,59 @@ def rollout_chunk(
     for turn in range(max(len(s.turns) for s in chunk.sessions)):
         if turn and not _advanced(walk, turn, goes_on, reads):
             break
-        rollouts = walk.rollout
-        writes = _Writer(policy, walk, turn, seeds, options, greedy)
-        text = writes.instructions()
-        context = walk.instruct(text)
-        if thoughts := writes.asked("thought", context):
-            context = walk.consider(thoughts)
-        path, velocity = _denoise(
-            policy,
-            chunk,
+        record = rollout_turn(
+            walk,
             turn,
-            context,
             sampler,
             seeds,
-            rollouts,
-            rollout or RolloutConfig(),
-            keep_velocity,
-            alike=not turn and thoughts is None,
+            options,
+            rollout=rollout,
+            greedy=greedy,
+            keep_velocity=keep_velocity,
         )
-        images, bad = read_turn(policy, path["x0"], velocity)
-        if bad is not None:
-            at, what = bad
-            raise _non_finite(chunk, turn, int(rollouts[at]), what, LOOK_AT[what])
-        chunk.turns.append(TurnRecord(rollouts, text, writes.written, **path, images=images))
+        chunk.turns.append(record)
         if decoded is not None:
             decoded(chunk, turn)
     return chunk
+
+
+@torch.no_grad()
+def rollout_turn(
+    walk: Walk,
+    turn: int,
+    sampler: Sampler,
+    seeds: Seeds,
+    options: PolicyConfig,
+    *,
+    rollout: RolloutConfig | None = None,
+    greedy: bool = False,
+    keep_velocity: bool = False,
+) -> TurnRecord:
+    """One turn of a walk whose context has what is edited. sampler: of that size, on the device.
+    The others as for `rollout_chunk`."""
+    policy, chunk, rollouts = walk.policy, walk.chunk, walk.rollout
+    writes = _Writer(walk, turn, seeds, options, greedy)
+    text = writes.instructions()
+    context = walk.instruct(text)
+    if thoughts := writes.asked("thought", context):
+        context = walk.consider(thoughts)
+    path, velocity = _denoise(
+        policy,
+        chunk,
+        turn,
+        context,
+        sampler,
+        seeds,
+        rollouts,
+        rollout or RolloutConfig(),
+        keep_velocity,
+        alike=not turn and thoughts is None,
+    )
+    images, bad = read_turn(policy, path["x0"], velocity)
+    if bad is not None:
+        at, what = bad
+        raise _non_finite(chunk, turn, int(rollouts[at]), what, LOOK_AT[what])
+    return TurnRecord(rollouts, text, writes.written, **path, images=images)
 
 
 def _advanced(
@@ -393,15 +430,9 @@ class _Writer:
     """What a turn's live rollouts write. written: so far, by kind."""
 
     def __init__(
-        self,
-        policy: Policy,
-        walk: Walk,
-        turn: int,
-        seeds: Seeds,
-        options: PolicyConfig,
-        greedy: bool,
+        self, walk: Walk, turn: int, seeds: Seeds, options: PolicyConfig, greedy: bool
     ) -> None:
-        self.policy, self.walk, self.turn = policy, walk, turn
+        self.policy, self.walk, self.turn = walk.policy, walk, turn
         self.seeds, self.options, self.greedy = seeds, options, greedy
         self.sessions = [walk.chunk.session_of(i) for i in walk.rollout.tolist()]
         self.written: dict[str, Written] = {}

@@ -48,7 +48,7 @@ from editr2.policies.recorded import over_its_base
 from editr2.policies.tensor_files import BLOCK, tensor_digest, tensors_of
 from editr2.run.sources import installed, sources
 from editr2.sessions import Session
-from editr2.sessions.session import pixel_sum
+from editr2.sessions.session import pixel_sum, reference_sums
 from editr2.sessions.source import SessionSource
 from editr2.worlds import shapes
 
@@ -135,9 +135,8 @@ def sessions_fingerprint(sessions: Sequence[Session]) -> str:
     digest = hashlib.sha256()
     for s in sessions:
         turns = [[t.instruction, t.intent, t.task, t.meta] for t in s.turns]
-        said = json.dumps(
-            [s.id, s.mode, turns, s.meta, pixel_sum(s)], sort_keys=True, default=_described
-        )
+        parts = [s.id, s.mode, turns, s.meta, pixel_sum(s), *reference_sums(s)]
+        said = json.dumps(parts, sort_keys=True, default=_described)
         digest.update(said.encode("utf-8", "surrogatepass") + b"\n")
     return f"{len(sessions)} sessions {_short(digest)}"
 

@@ -102,6 +102,7 @@ class BagelPolicy(Views, UnifiedPolicy):
         *("compile", "offload", "quantize"),
     }
     edits_the_world = False
+    most_references = None
     default_weights = hub_id
     published = frozenset((hub_id,))
     index = WORDS

@@ -292,7 +292,8 @@ class UnifiedPolicy(ConfiguredPolicy):
     thinks = False
     system: str | None = None
     """What stands before every session, if anything."""
-
+    most_references: int | None = 0
+    """As `ReferringPolicy`."""
     compute_dtype = torch.float32
     apart = False
     """Whether guidance's branches run one after the other, none padded to the longest."""
@@ -459,8 +460,11 @@ class UnifiedPolicy(ConfiguredPolicy):
         return self.guided(empty, empty, empty) if self.guidance.active else empty
 
     @computing
-    def encode(self, images: np.ndarray) -> AnyContext:
-        return self.append(self.begin(len(images), self.system), images)
+    def encode(self, images: np.ndarray, references: Sequence[np.ndarray] = ()) -> AnyContext:
+        context = self.begin(len(images), self.system)
+        for each in (images, *references):
+            context = self.append(context, each)
+        return context
 
     def _words(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """ids and valid [B, L] on the device."""
@@ -581,7 +585,9 @@ class UnifiedPolicy(ConfiguredPolicy):
     def writes_text_with(self, name: str) -> bool:
         return experts.writes(name)
 
-    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def unreadable(
+        self, instructions: Sequence[str], references: int = 0
+    ) -> Iterator[tuple[int, str]]:
         """As `ReadingPolicy.unreadable`: words that the vocabulary does not hold; a context has any
         length."""
         for turn, text in enumerate(instructions):
