@@ -7,24 +7,29 @@ import json
 import shutil
 import subprocess
 import sys
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from editr2.check.editors import open_editor
-from editr2.config import Config, PolicyConfig, replace_nested
-from editr2.config.yaml import dump_yaml
+from editr2.config import Config, PolicyConfig, preset_config, replace_nested
+from editr2.config.fields import leaves
+from editr2.config.yaml import check_keys, dump_yaml, load_yaml, to_dataclass
 from editr2.errors import UserError
 from editr2.export.export import export
 from editr2.policies.base import Questions, TurnTask
 from editr2.policies.load import load_policy
+from editr2.policies.recorded import read_settings
 from editr2.policies.rules import policy_problems
 from editr2.policies.unified.bagel import PAINTING, BagelPolicy
 from editr2.policies.unified.codecs import autoencoder_of
 from editr2.policies.unified.published import new_sight, read_published
 from editr2.policies.unified.sight import LATENT_RULE, SIGHT_RULE, SizeRule
 from editr2.rl.loop import train
+from editr2.run.identity import loaded_weights
 from editr2.run.tracking import read_metrics
 
 SMALL = (32, 48)
@@ -318,12 +323,18 @@ def configured(folder, tmp_path, tiny, name="run", **changes) -> Config:
 
 
 def test_an_iteration_has_ratio_one_and_its_export_is_the_published_layout(folder, tmp_path, tiny):
-    config = configured(folder, tmp_path, tiny)
-    train(config)
+    (tmp_path / "asked.json").write_text(json.dumps({"cm": "{history} / {current}"}))
+    asked = {"policy": {"questions": str(tmp_path / "asked.json")}}
+    train(configured(folder, tmp_path, tiny, **asked))
     rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
     row = next(row for row in rows if "ratio_error" in row)
     assert row["ratio_error"] < 1e-6 and row["text_ratio_error"] < 1e-4 and row["grad_norm"] > 0
+    assert "asked.json" not in (questions := rows[0]["identity"]["depends"]["questions"])
     export(tmp_path / "run", tmp_path / "out", merge=True)  # proven to reload to the last bit
+    kept = read_settings(tmp_path / "out" / "editr2.yaml")["policy"]["questions"]
+    assert kept == str(tmp_path / "out" / "questions.json")
+    now = loaded_weights(PolicyConfig(model="bagel", weights=str(folder), questions=kept))
+    assert now["questions"].split()[-1] == questions.split()[-1]  # the digest
     ours, theirs = (load_file(f / "ema.safetensors") for f in (tmp_path / "out", folder))
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     assert {t.dtype for t in ours.values()} == {torch.bfloat16}
@@ -331,6 +342,42 @@ def test_an_iteration_has_ratio_one_and_its_export_is_the_published_layout(folde
     assert changed and all("_proj" in n and n.startswith("language_model.") for n in changed)
     for file in ("ae.safetensors", "llm_config.json", "vit_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes()
+
+
+def recipe() -> Config:
+    path = Path(__file__).parent.parent / "configs" / "bagel-edit-r2-8gpu.yaml"
+    values, lines = load_yaml(path)
+    check_keys(values, lines, Config, path)
+    return to_dataclass(values, Config)
+
+
+def test_the_recipe_is_the_preset_and_what_is_bagels_or_the_machines():
+    preset, ours = preset_config("edit-r2-released"), recipe()
+    differs = {key for key, _ in leaves(Config) if attrgetter(key)(preset) != attrgetter(key)(ours)}
+    assert differs == {
+        *("out", "data.path", "data.resize", "reward.name", "credit.weights"),
+        *("policy.model", "policy.dtype", "policy.rounding", "policy.shard"),
+        *("rollout.groups_per_batch", "train.iterations", "train.micro_batch"),
+        *("train.ratio_tolerance", "train.text_ratio_tolerance"),
+        *("eval.sessions", "eval.strips", "eval.every", "checkpoint.every"),
+    }
+
+
+def test_the_recipe_runs_on_other_weights_data_and_sizes(folder, tmp_path, tiny):
+    """Stretched to the size, in bfloat16, with intents, guidance and KL, two optimiser steps."""
+    changes = {
+        "out": str(tmp_path / "run"),
+        "data": {"path": str(tiny.sessions(tmp_path / "data", (2, 2), (48, 64)))},
+        "policy": {"weights": str(folder), "resolution": SMALL, "intent_tokens": 8},
+        "rollout": {"sessions": 2, "siblings": 2},
+        "train": {"iterations": 1},
+        "eval": {"sessions": 0, "strips": 0, "every": 0},
+    }
+    train(replace_nested(recipe(), changes))
+    rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (row,) = [row for row in rows if "ratio_error" in row]
+    assert row["ratio_error"] < 1e-3 and row["text_ratio_error"] < 5e-2 and row["grad_norm"] > 0
+    assert row["intent_tokens"] > 0 and row["kl"] > 0  # behind the first step
 
 
 @pytest.mark.parametrize("apart", ["apart", pytest.param("together", marks=pytest.mark.exhaustive)])

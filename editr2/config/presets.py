@@ -85,21 +85,25 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "dynamics": "flow-sde",
             "noise_level": 1.3,
             "window": 2,
-            "window_range": 1 / 3,
+            "window_range": 3 / 7,  # starts at steps 0 to 5
         },
         "credit": {"preset": "edit-r2-released", "baseline": None},
         "train": {
             "minibatches": 2,
             "lr": 1e-4,
             "lr_decay": 1.0,
+            "betas": (0.9, 0.999),
+            "weight_decay": 1e-4,
+            "grad_norm": 1e6,  # it clips none
             "clip_low": 1e-5,
             "clip_high": 1e-5,
             "kl_weight": 0.01,
+            "kl_scale": "diffusion",
             "text_weight": 1.0,
             "text_clip": 1e-5,
             "ema": None,
         },
-        "eval": {"sampler": "ode", "steps": 50, "intent_tokens": 300},
+        "eval": {"sampler": "ode", "steps": 49, "intent_tokens": 300},  # 50 levels of noise
     },
     "mt-editflow-grpo": _preset(
         _ONE_TEXT,

@@ -196,6 +196,9 @@ class PolicyConfig:
         thinking: write a thought before every image, behind its instruction (bagel, with its
             system prompt for it in front of the session).
         thinking_tokens: at most this many tokens a thought.
+        questions: texts that intents are asked for with, in place of the model's own (unified and
+            bagel): a folder or a YAML or JSON file with some of `cm`, `cu` and `rewrite`, or a
+            checkout of Edit-R2's release (docs/editors.md).
         guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
         guidance_image: weight of image guidance, applied to the result; 1 is none.
         guidance_interval: [low, high]; guided while low < sigma <= high (unified and bagel).
@@ -260,6 +263,7 @@ class PolicyConfig:
     intent_tokens: int = setting(24, TOKENS)
     thinking: bool = False
     thinking_tokens: int = setting(256, TOKENS)
+    questions: str | None = setting(None, path=True)
     guidance: float = setting(1.0, Bounds(at_least=0, at_most=100))
     guidance_image: float = setting(1.0, Bounds(at_least=0, at_most=100))
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), Bounds(at_least=0, at_most=1))
@@ -325,8 +329,9 @@ class RolloutConfig:
             nothing.
         window_range: the window starts within this first fraction of the steps.
         window_schedule: random (each group and turn draws its start), progressive (the start moves
-            on by one step every window_every iterations, and back to the first after the last) or
-            fixed (always the first step).
+            on by one step every window_every iterations, and back to the first after the last),
+            fixed (always the first step) or released (as a slip of Edit-R2's release has it: each
+            rollout has one start in all of its turns, that of one of 24 processes).
         window_every: iterations between two moves of a progressive window.
         shared_noise: siblings start a turn from the same initial noise and differ in the window's;
             off, each has its own (as an ODE rollout needs).
@@ -352,7 +357,7 @@ class RolloutConfig:
     noise_level: float = setting(0.7, Bounds(above=0, at_most=10))
     window: int = setting(2, Bounds(at_least=0, at_most=1_000))
     window_range: float = setting(0.5, Bounds(above=0, at_most=1))
-    window_schedule: Literal["random", "progressive", "fixed"] = "random"
+    window_schedule: Literal["random", "progressive", "fixed", "released"] = "random"
     window_every: int = setting(25, TIMES)
     shared_noise: bool = True
     store_dtype: Literal["float32", "bfloat16"] = "float32"

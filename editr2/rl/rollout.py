@@ -5,12 +5,13 @@ Every turn: (intent ->) instruction into the context (-> thought, into it, too) 
 -> decode -> the output into the context.
 Only the steps of the SDE window are stored. Siblings share the source encoding, the first
 instruction and, by default, each turn's initial noise; they differ in the noise of the window.
-Until its window opens a group's first turn is the same for all siblings and is denoised once.
+Until its windows open a group's first turn is the same for all siblings and is denoised once.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -270,6 +271,11 @@ class Walk:
         return context, {kind: asking[kind] for kind in record.written}
 
 
+RELEASED_RANKS = 24
+"""The processes of Edit-R2's release (its config/grpo.py at 2dd266f: four machines, six GPUs
+each)."""
+
+
 @dataclass(frozen=True)
 class Seeds:
     """Seeds of a chunk's randomness, all derived from the run's seed and the session's place in the
@@ -307,6 +313,14 @@ class Seeds:
             chunk, rollouts, lambda o, _: (self.run, self.purpose, "start", o, turn)
         )
         return (seeds & 0xFFFFFFFF) % choices
+
+    def rank_start(self, chunk: Chunk, rollouts: Tensor, turn: int, choices: int) -> Tensor:
+        """The same as Edit-R2's release has them, whatever the turn. It deals the rollouts of an
+        iteration out to `RELEASED_RANKS` processes, and each of these seeds Python's generator with
+        its rank before every image, so that its starts are all one."""
+        seeds = self._tensor(chunk, rollouts, lambda o, i: (self.run, self.purpose, "rank", o, i))
+        by_rank = [random.Random(rank).randrange(choices) for rank in range(RELEASED_RANKS)]
+        return torch.tensor(by_rank)[(seeds & 0xFFFFFFFF) % RELEASED_RANKS]
 
     def noised(self, chunk: Chunk, rollouts: Tensor, turn: int, update: int) -> Tensor:
         """Noise and noise levels at which NFT compares velocities."""
@@ -496,16 +510,17 @@ def _denoise(
     `witness`, [M]. alike: siblings have equal contexts.
 
     On the first turn siblings with common initial noise, unless each has a thought of its own,
-    agree in everything until their group's window opens: up to there only each group's first
-    rollout is denoised, and then copied to the others. Who is denoised when is known before the
-    first step, and reaches the device at once.
+    agree in everything until their windows open: up to there only one of each group is denoised,
+    the first of those that open last, and copied to each other one when its own opens. Who is
+    denoised when is known before the first step, and reaches the device at once.
     """
     device, m = sampler.table.device, len(rollouts)
     dtype = torch.bfloat16 if options.store_dtype == "bfloat16" else torch.float32
     choices = sampler.last_start - sampler.first_start + 1
-    starts = sampler.first_start + seeds.start(chunk, rollouts, turn, choices)
+    drawn = seeds.rank_start if sampler.by_rank else seeds.start
+    starts = sampler.first_start + drawn(chunk, rollouts, turn, choices)
     together = alike and options.shared_noise and sampler.window > 0
-    leader = rollouts // chunk.siblings * chunk.siblings if together else rollouts
+    leader = _last_to_open(starts, chunk.siblings) if together else rollouts
     plan = [_move(sampler, k, starts, leader, leader == rollouts) for k in range(sampler.steps)]
     window = seeds.window(chunk, rollouts, turn)
     initial = seeds.initial(chunk, rollouts, turn, options.shared_noise)
@@ -543,6 +558,13 @@ def _denoise(
                 clean[move.live] = step.x0
             seen[move.live] += step.witness
     return {"x0": x, **kept.fields(sampler)}, seen
+
+
+def _last_to_open(starts: Tensor, siblings: int) -> Tensor:
+    """int64 [M]: of each rollout, the first of its group whose window opens last; of a first
+    turn."""
+    latest = starts.view(-1, siblings).argmax(1)
+    return (torch.arange(len(latest)) * siblings + latest).repeat_interleave(siblings)
 
 
 class _Window:

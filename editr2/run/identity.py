@@ -7,6 +7,7 @@ fingerprint each,
                settings and version
     heldout    the same of the evaluation's sessions
     weights    the weights that training starts from and adapters lie over
+    questions  the texts that intents are asked for with, where a user's stand in place of ours
     reward     the judge's name, its source with that of its helpers (`sources`), and the settings
                that its constructor was given
     eval_reward  the same of the judges that evaluation alone asks
@@ -78,6 +79,7 @@ STANDS_FOR = {
     "sessions": ("data.path",),
     "heldout": ("data.heldout",),
     "weights": ("policy.weights",),
+    "questions": ("policy.questions",),
     "reward": ("reward.name", "reward.function"),
 }
 """Fingerprints of what settings lead to: where both sides know one, another path or name may lead
@@ -154,7 +156,10 @@ def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
         folder_fingerprint(Path(source)) if Path(source).is_dir() else hub_revision(source)
         for source in places
     ]
-    return {"weights": " over ".join(texts) or kind.default_weights}
+    return {
+        "weights": " over ".join(texts) or kind.default_weights,
+        **kind.fingerprints(policy),
+    }
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -67,24 +67,6 @@ ANSWERING = (
 """The two system prompts that BAGEL was trained with, letter by letter: it thinks behind no
 others."""
 
-REQUESTS = {
-    "cm": "Rewrite the current instruction so that every standing rule of the earlier ones that "
-    "still holds for it is in it.",
-    "cu": "Rewrite the current instruction so that it names the object that a pronoun in it means.",
-    None: "Rewrite the current instruction so that it can be followed without the earlier ones.",
-}
-
-
-def question(earlier: Sequence[str], current: str, mode: str | None = None) -> str:
-    """The request for an intent: earlier instructions round by round, the current one, what to do
-    by mode, and the form of the answer."""
-    rounds = "".join(f"Round {i}: {said}\n" for i, said in enumerate(earlier, 1))
-    return (
-        f"Earlier instructions:\n{rounds}Current instruction: {current}\n"
-        f"{REQUESTS.get(mode, REQUESTS[None])}\n"
-        f"Think briefly between <think> and </think>, then write the instruction and nothing else."
-    )
-
 
 class BagelPolicy(Views, UnifiedPolicy):
     """See the module docstring. Contexts hold every image twice: its latents, then what the vision
@@ -101,6 +83,7 @@ class BagelPolicy(Views, UnifiedPolicy):
         *("resolution", "buckets", "dtype", "rounding", "branches", "shard", "shard_group"),
         *("compile", "offload", "quantize"),
     }
+    asked = "bagel"
     edits_the_world = False
     most_references = None
     default_weights = hub_id
@@ -122,6 +105,7 @@ class BagelPolicy(Views, UnifiedPolicy):
         super().__init__(model, codec, guidance_of(config), images, sight, config.resolution)
         self.compute_dtype = self.computes_in(config)
         self.config, self.files = config, files
+        self.ask_with(config.questions)
         self.vae: nn.Module = images.vae
         self.sees: nn.Module = sight
         self.base = str(config.weights or self.hub_id)
@@ -283,7 +267,7 @@ class BagelPolicy(Views, UnifiedPolicy):
         self, earlier: Sequence[str], current: str, mode: str | None = None
     ) -> list[int]:
         """The system prompt, the question, and the opening mark of the answer."""
-        asked = self.text_ids(question(earlier, current, mode))
+        asked = self.text_ids(self.wording(earlier, current, mode))
         return [*self.text_ids(ANSWERING), *asked, self.codec.im_start]
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -325,7 +309,7 @@ class BagelPolicy(Views, UnifiedPolicy):
             ordinary_modes([folder])
 
 
-_OURS = ("README.md", "config.yaml", "editr2.yaml", "best.json")
+_OURS = ("README.md", "config.yaml", "editr2.yaml", "best.json", "questions.json")
 """What stands beside weights in folders of ours and is not theirs."""
 
 

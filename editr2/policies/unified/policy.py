@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard, cast
+from typing import Any, ClassVar, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -66,6 +66,7 @@ from editr2.policies.unified.packed import (
     token_counts,
     worth_reading,
 )
+from editr2.policies.unified.questions import MODES, Wording, wording_of
 from editr2.policies.unified.sight import Sight
 from editr2.policies.weights import merged_weights
 from editr2_kernels import RENORMS, philox_normal, token_log_prob
@@ -78,18 +79,6 @@ BUCKET = 64  # tokens; the embedded world's turns are about 50 long
 KEPT_BYTES = 4 << 30
 """Of what frozen parts make of images, on the host: some 400 of 512 x 512 pixels as BAGEL sees them
 in bfloat16, more than a process reads in an iteration of the recipes."""
-
-
-REQUESTS = {"cm": "rewrite always", "cu": "rewrite it", None: "rewrite"}
-"""What a question asks for, by mode: fold standing rules in, replace pronouns, or simply rewrite.
-The shipped weights were pretrained on the last alone and answer the others almost as well."""
-
-
-def question(earlier: Sequence[str], current: str, mode: str | None = None) -> str:
-    """The request for an intent: raw earlier instructions, the current one, and what to do (see
-    `REQUESTS`)."""
-    said = "".join(f"{c} ; " for c in earlier)
-    return f"earlier : {said}now : {current} ; {REQUESTS.get(mode, REQUESTS[None])}"
 
 
 def read_intent(answer: str) -> tuple[str | None, str]:
@@ -285,6 +274,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     uses = ConfiguredPolicy.uses | {
         *("guidance", "guidance_image", "guidance_interval", "renorm"),
         *("lora_rank", "lora_alpha", "lora_targets", "experts", "gradient_checkpointing"),
+        "questions",
     }
     default_weights = "the small model shipped with editr2"
     holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
@@ -295,6 +285,11 @@ class UnifiedPolicy(ConfiguredPolicy):
     most_references: int | None = 0
     """As `ReferringPolicy`."""
     compute_dtype = torch.float32
+    wording: Wording
+    """What intents are asked for with. The shipped weights were pretrained on `rewrite` alone and
+    answer the others almost as well."""
+    asked: ClassVar[str] = "embedded"
+    """The folder of `prompts/` with its own questions."""
     apart = False
     """Whether guidance's branches run one after the other, none padded to the longest."""
 
@@ -319,6 +314,7 @@ class UnifiedPolicy(ConfiguredPolicy):
             )
         self.module = model
         self.codec = codec
+        self.wording = wording_of(self.asked, None)
         self.guidance = guidance
         self.patch = config.latent_patch_size
         self.images: ImageCodec = images or PixelCodec(self.patch)
@@ -360,6 +356,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     ) -> UnifiedPolicy:
         (folder,) = cls.sources(config)
         policy = cls.load(Path(folder), Guidance.of(config))
+        policy.ask_with(config.questions)
         if config.lora_rank:
             adapt(policy.module, config)
         else:
@@ -383,6 +380,13 @@ class UnifiedPolicy(ConfiguredPolicy):
         return [config.weights or str(EMBEDDED)]
 
     @classmethod
+    def fingerprints(cls, config: PolicyConfig) -> dict[str, str]:
+        if config.questions is None:
+            return {}
+        prompts = wording_of(cls.asked, config.questions).prompts
+        return {"questions": f"{prompts.origin} {prompts.digest}"}
+
+    @classmethod
     def owns(cls, folder: Path) -> bool:
         # The names alone are those of many a language model.
         named = all((folder / name).is_file() for name in (SIZES, TOKENIZER, WEIGHTS))
@@ -401,6 +405,7 @@ class UnifiedPolicy(ConfiguredPolicy):
             freeze_rest(module, config)
         with simulated():
             policy = cls(module, codec, Guidance.of(config))
+        policy.ask_with(config.questions)
         return UnifiedBlueprint(policy, config)
 
     @classmethod
@@ -599,11 +604,23 @@ class UnifiedPolicy(ConfiguredPolicy):
     def text_ids(self, text: str) -> list[int]:
         return [self.codec.im_start, *self.codec.encode(text), self.codec.im_end]
 
+    def ask_with(self, questions: str | None) -> None:
+        """Takes the questions that `policy.questions` names. Raises `ConfigError` where they are
+        not there, or not in the policy's words."""
+        self.wording = wording_of(self.asked, questions)
+        for mode in MODES if questions is not None else ():
+            try:
+                self.text_ids(self.wording([], "", mode))
+            except DataError as error:
+                raise ConfigError(
+                    f"policy.questions: {questions}: {mode}: {error} (accepted: the policy's words)"
+                ) from None
+
     def question_ids(
         self, earlier: Sequence[str], current: str, mode: str | None = None
     ) -> list[int]:
         """The question and the opening mark of the answer."""
-        return [*self.text_ids(question(earlier, current, mode)), self.codec.im_start]
+        return [*self.text_ids(self.wording(earlier, current, mode)), self.codec.im_start]
 
     def _question_rows(self, questions: Questions) -> list[list[int]]:
         q, asked = questions, KINDS[questions.kind].asked
