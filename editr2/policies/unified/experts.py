@@ -55,8 +55,9 @@ def problems(config: PolicyConfig, trains: bool) -> Iterator[str]:
             f"policy.lora_targets: {config.lora_targets!r} (accepted with policy.experts gen: "
             f"none, the attention and MLP of that expert)"
         )
-    if config.intent and trains:
-        yield (
-            "policy.experts: gen (accepted with policy.intent true: all; what writes intents would "
-            "not train)"
-        )
+    for name, written in (("intent", "intents"), ("thinking", "thoughts")):
+        if getattr(config, name) and trains:
+            yield (
+                f"policy.experts: gen (accepted with policy.{name} true: all; what writes {written} "
+                f"would not train)"
+            )
