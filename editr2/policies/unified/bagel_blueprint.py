@@ -201,9 +201,6 @@ class BagelBlueprint(UnifiedBlueprint):
     def _paint(policy: Any) -> Callable[[], Any]:
         return lambda: policy.pixels(torch.empty(1, *policy.latent_shape))
 
-    def _derive(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
-        return self._encode(policy, batch, turn)
-
     def _encode(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
         context, width = self._before(policy, batch, turn), policy.module.config.hidden_size
         seen = torch.empty(batch, policy.seen_tokens, width, dtype=policy.compute_dtype)
