@@ -95,7 +95,7 @@ class BagelBlueprint(UnifiedBlueprint):
             self.latents = autoencoder_sizes(file, read_header(file)[0])
         self.codec = codec
         self.config = config
-        super().__init__(self._policy(min(SHALLOW, self.blocks)), config)
+        super().__init__(self.built(min(SHALLOW, self.blocks)), config)
         seen = self.policy.seen_tokens
         self.image = self.policy.latent_shape[0] + 2 + seen + 2
         self.vae, self.sight = (
@@ -113,7 +113,8 @@ class BagelBlueprint(UnifiedBlueprint):
         longest has ended."""
         return self.config.intent_tokens
 
-    def _policy(self, layers: int) -> Any:
+    def built(self, layers: int) -> Any:
+        """The policy without data, so deep."""
         from diffusers import AutoencoderKL
 
         config, dtype = self.config, self.kind.computes_in(self.config)
@@ -142,7 +143,7 @@ class BagelBlueprint(UnifiedBlueprint):
     def deeper(self) -> Sequence[tuple[Any, int]]:  # type: ignore[override]
         if self.blocks <= SHALLOW:
             return []
-        deeper = self._policy(SHALLOW + 1)
+        deeper = self.built(SHALLOW + 1)
         return [(deeper.at(self.policy.image_size), self.blocks - SHALLOW)]
 
     def at(self, size: tuple[int, int]) -> BagelBlueprint:
@@ -200,9 +201,6 @@ class BagelBlueprint(UnifiedBlueprint):
     @staticmethod
     def _paint(policy: Any) -> Callable[[], Any]:
         return lambda: policy.pixels(torch.empty(1, *policy.latent_shape))
-
-    def _derive(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
-        return self._encode(policy, batch, turn)
 
     def _encode(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
         context, width = self._before(policy, batch, turn), policy.module.config.hidden_size

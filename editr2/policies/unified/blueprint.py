@@ -87,10 +87,12 @@ class UnifiedBlueprint:
     def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:
         if step == "decode":  # pixels are latents here
             return []
-        prepare, trains = getattr(self, f"_{step}"), step in ("train", "answer", "score")
         sizes = [Size(batch, SMALL_BATCH), Size(turn, 0)]
-        if step == "intend":
-            sizes.insert(0, Size(self.answer, 2))
+        if step == "intend":  # the question, and word after word
+            words = Work("word", self._word, sizes, times=self.answer - 1)
+            return [Work("ask", self._ask, sizes), *([words] if self.answer > 1 else [])]
+        step = "encode" if step == "derive" else step
+        prepare, trains = getattr(self, f"_{step}"), step in ("train", "answer", "score")
         return [Work(step, prepare, sizes, trains=trains, checkpointing=checkpointing and trains)]
 
     def _context(self, policy: Any, batch: int, tokens: int) -> Context:
@@ -145,16 +147,27 @@ class UnifiedBlueprint:
 
         return run
 
-    def _intend(self, policy: Any, tokens: int, batch: int, turn: int) -> Callable[[], Any]:
+    def _ask(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
         context, model = self._seen(policy, batch, turn), policy.module
 
         def run() -> Any:
             branch = Branch(context, self.question + self.config.intent_tokens)
             hidden = model.extend_branch(branch, *self._words(batch, self.question))
-            for _ in range(tokens - 1):
-                model.logits(hidden[:, -1]).softmax(-1).cumsum(-1)
-                hidden = model.extend_branch(branch, *self._words(batch, 1))
-            return model.logits(hidden[:, -1])
+            return branch, model.logits(hidden[:, -1])
+
+        return run
+
+    def _word(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
+        """One more, in the middle of what is written."""
+        context, model = self._seen(policy, batch, turn), policy.module
+        branch = Branch(context, self.question + self.config.intent_tokens)
+        behind = self.question + self.answer // 2
+        branch.valid[:, branch.length : branch.length + behind] = True
+        branch.length += behind
+
+        def run() -> Any:
+            hidden = model.extend_branch(branch, *self._words(batch, 1))
+            return model.logits(hidden[:, -1]).softmax(-1).cumsum(-1)
 
         return run
 
