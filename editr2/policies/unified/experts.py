@@ -58,6 +58,6 @@ def problems(config: PolicyConfig, trains: bool) -> Iterator[str]:
     for name, written in (("intent", "intents"), ("thinking", "thoughts")):
         if getattr(config, name) and trains:
             yield (
-                f"policy.experts: gen (accepted with policy.{name} true: all; what writes {written} "
-                f"would not train)"
+                f"policy.experts: gen (accepted with policy.{name} true: all; what writes "
+                f"{written} would not train)"
             )
