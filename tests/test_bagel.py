@@ -272,7 +272,8 @@ def test_every_size_is_a_view_with_numbers_of_its_own(folder, tiny):
 
 @pytest.mark.parametrize("context_gradient", [False, True])
 def test_a_packed_session_is_the_walk(folder, tiny, context_gradient):
-    policy = loaded(folder)
+    """Of all branches of guidance, with what the vision transformer sees in one of them."""
+    policy = loaded(folder, **GUIDED)
     images = tiny.pictures(2, SMALL)
     tasks, expected, context = [], [], policy.encode(images)
     for turn in range(2):
@@ -282,12 +283,17 @@ def test_a_packed_session_is_the_walk(folder, tiny, context_gradient):
         tasks.append(TurnTask(["darker", "a cat"], images[::-1].copy(), x, sigma, asked, answers))
         scores = policy.answer_log_prob(context, asked, answers, temperature=0.7).log_prob
         context = policy.instruct(context, ["darker", "a cat"])
-        v = [policy.velocity(x[:, q], sigma[:, q], context).v for q in range(2)]
-        expected.append((torch.stack(v, 1).flatten(0, 1), scores))
+        v = [policy.velocity(x[:, q], sigma[:, q], context) for q in range(2)]
+        names = ("v_uncond", "v_uncond_image")
+        apart = [[p.v, *(p.guidance[name] for name in names)] for p in v]
+        stacked = [torch.stack(place, 1).flatten(0, 1) for place in zip(*apart, strict=True)]
+        expected.append((stacked, scores))
         context = policy.append(context, images[::-1].copy())
     found = policy.replay_packed(images, tasks, context_gradient=context_gradient, temperature=0.7)
-    for done, (velocity, scores) in zip(found, expected, strict=True):
-        torch.testing.assert_close(done.velocity.v, velocity, rtol=1e-4, atol=1e-5)
+    for done, (walked, scores) in zip(found, expected, strict=True):
+        packed = [done.velocity.v, *(done.velocity.guidance[name] for name in names)]
+        for one, other in zip(packed, walked, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(done.tokens.log_prob, scores, rtol=1e-4, atol=1e-5)
 
 
@@ -360,12 +366,14 @@ def test_check_knows_the_published_weights_without_them():
 
 
 @pytest.mark.exhaustive
-def test_frozen_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny):
+@pytest.mark.parametrize("packed", ["off", "on"])
+def test_frozen_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny, packed):
     """Two processes, sessions of other lengths, guidance and intents."""
     made = {}
     for name, shard in (("whole", False), ("shared", True)):
         policy = {"shard": shard, "branches": "apart"}
-        config = configured(folder, tmp_path, tiny, name, policy=policy, train={"iterations": 2})
+        steps = {"iterations": 2, "packed": packed}
+        config = configured(folder, tmp_path, tiny, name, policy=policy, train=steps)
         (tmp_path / f"{name}.yaml").write_text(dump_yaml(config))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node=2", "-m", "editr2", "train", "--config"]

@@ -434,8 +434,9 @@ class TrainConfig:
         packed: replay whole sessions in one forward where the policy can: auto (on a CPU, where it
             counts fewer operations), on or off.
         micro_batch: rows (rollout, turn and step, mixed) a training forward; none is one turn and
-            step of a chunk, as the rollout went; auto is what fits the device and is fastest, by
-            the estimate of `editr2 check`.
+            step of a chunk, as the rollout went, or the whole chunk where it is packed; auto is
+            what fits the device and is fastest, by the estimate of `editr2 check`. With packed: on
+            as many whole sessions as have no more rows, one at least.
         old_log_prob: grpo's: rollout (as sampled), replay (from the first update's own forward), or
             auto: rollout where training walks as it did in float32.
         grad_norm: gradient norm clip.

@@ -62,6 +62,15 @@ class Velocity:
         }
         return Velocity(self.v.detach(), guidance)
 
+    @staticmethod
+    def join(parts: Sequence[Velocity]) -> Velocity:
+        """Predictions under one guidance as one batch, in their order."""
+        guidance = dict(parts[0].guidance)
+        for name, value in guidance.items():
+            if isinstance(value, Tensor):
+                guidance[name] = torch.cat([part.guidance[name] for part in parts])
+        return Velocity(torch.cat([part.v for part in parts]), guidance)
+
     def combined(self, sigma: Tensor) -> Tensor:
         """The guided velocity as one tensor; `v` itself without guidance."""
         return guided_velocity(self.v, sigma, **self.guidance) if self.guidance else self.v

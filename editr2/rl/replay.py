@@ -13,7 +13,7 @@ policy are replayed the same way under their own weights, so their parts hold th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -77,7 +77,8 @@ class Part:
 @dataclass(frozen=True)
 class ReplayOptions:
     """packed: one forward a session. context_gradient: let gradients through the context.
-    micro_batch: queries a forward (None: the needed rollouts of one turn and step). temperature: of
+    micro_batch: queries a forward (None: the needed rollouts of one turn and step; packed: of all);
+    a session is never taken apart where it is packed. temperature: of
     the sampled intents. text: score the intents."""
 
     packed: bool
@@ -91,8 +92,8 @@ def replay(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> Iterator[Part]:
     """Parts that cover every query of the needed turns once (and perhaps others); with gradients
-    where they are enabled. With `context_gradient` there is at most one part, since its backward
-    pass goes through everything.
+    where they are enabled. Walking with `context_gradient` there is at most one part, since its
+    backward pass goes through everything.
 
     needed: bool [rollouts of the chunk, T] on the host.
     """
@@ -100,7 +101,7 @@ def replay(
         return
     policy = at_size(policy, chunk.image_size)
     if options.packed:
-        yield _packed(policy, chunk, queries, options, needed)
+        yield from _packed(policy, chunk, queries, options, needed)
     else:
         yield from _walked(policy, chunk, queries, options, needed)
 
@@ -265,40 +266,63 @@ class _Waiting:
 # ------------------------------------------------------------------------------------------- packed
 
 
+def sessions_at_once(places: Sequence[int], micro_batch: int) -> int:
+    """How many sessions with so many places, turn by turn, a packed forward takes that is to hold
+    at most `micro_batch` of them: one at least."""
+    return max(1, micro_batch // max(1, sum(places)))
+
+
 def _by_length(
-    chunk: Chunk, queries: Queries, text: bool, needed: Tensor, *, counting: bool = False
+    chunk: Chunk,
+    queries: Queries,
+    text: bool,
+    needed: Tensor,
+    *,
+    micro_batch: int | None = None,
+    counting: bool = False,
 ) -> Iterator[tuple[Tensor, list[TurnTask]]]:
     """Rollouts with any needed turn that have equally many turns, and those turns.
     counting: with latents of the right shape that are anybody's, since nobody reads them."""
     lengths = chunk.lengths
     lengths = torch.where(needed.any(1), lengths, 0)
     for length in lengths[lengths > 0].unique().tolist():
-        rollouts = (lengths == length).nonzero()[:, 0]
-        tasks = []
-        for turn in range(length):
-            record = chunk.turns[turn]
-            at = torch.searchsorted(record.rollout, rollouts)
-            on: Any = slice(len(at)) if counting else at.to(queries.x[turn].device)
-            asked = text and record.questions is not None
-            picked = at.tolist()
-            tasks.append(
-                TurnTask(
-                    [record.text[i] for i in picked],
-                    record.images[at.numpy()],
-                    queries.x[turn][on],
-                    queries.sigma[turn][on],
-                    record.questions.select(picked) if asked and record.questions else None,
-                    [record.intents[i].ids for i in picked] if asked and record.intents else None,
-                )
+        together = (lengths == length).nonzero()[:, 0]
+        most = len(together)
+        if micro_batch is not None:
+            most = sessions_at_once([s.shape[1] for s in queries.sigma[:length]], micro_batch)
+        for rollouts in together.split(most):
+            yield rollouts, _tasks(chunk, queries, text, rollouts, length, counting)
+
+
+def _tasks(
+    chunk: Chunk, queries: Queries, text: bool, rollouts: Tensor, length: int, counting: bool
+) -> list[TurnTask]:
+    tasks = []
+    for turn in range(length):
+        record = chunk.turns[turn]
+        at = torch.searchsorted(record.rollout, rollouts)
+        on: Any = slice(len(at)) if counting else at.to(queries.x[turn].device)
+        asked = text and record.questions is not None
+        picked = at.tolist()
+        tasks.append(
+            TurnTask(
+                [record.text[i] for i in picked],
+                record.images[at.numpy()],
+                queries.x[turn][on],
+                queries.sigma[turn][on],
+                record.questions.select(picked) if asked and record.questions else None,
+                [record.intents[i].ids for i in picked] if asked and record.intents else None,
             )
-        yield rollouts, tasks
+        )
+    return tasks
 
 
 def _packed(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
-) -> Part:
+) -> Iterator[Part]:
     index, velocities, answers = [], [], []
-    for rollouts, tasks in _by_length(chunk, queries, options.text, needed):
+    bound = options.micro_batch
+    for rollouts, tasks in _by_length(chunk, queries, options.text, needed, micro_batch=bound):
         images = np.stack([chunk.session_of(i).image for i in rollouts.tolist()])
         done = cast(PackedPolicy, policy).replay_packed(
             images,
@@ -310,7 +334,11 @@ def _packed(
             at = torch.searchsorted(chunk.turns[turn].rollout, rollouts)
             q = queries.sigma[turn].shape[1]
             index.append((queries.first[turn] + at[:, None] * q + torch.arange(q)).flatten())
-            velocities.append(result.velocity.v)
+            velocities.append(result.velocity)
             if result.tokens is not None:
                 answers.append(Answers(turn, at, result.tokens))
-    return Part(torch.cat(index), Velocity(torch.cat(velocities)), answers)
+        if bound is not None:
+            yield Part(torch.cat(index), Velocity.join(velocities), answers)
+            index, velocities, answers = [], [], []
+    if index:
+        yield Part(torch.cat(index), Velocity.join(velocities), answers)

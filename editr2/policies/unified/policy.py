@@ -55,7 +55,17 @@ from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import ImageCodec, PixelCodec
 from editr2.policies.unified.experts import adapt, freeze_rest
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
-from editr2.policies.unified.packed import Segment, packed_is_cheaper, run_session, token_counts
+from editr2.policies.unified.packed import (
+    SESSION,
+    TEXTS,
+    Past,
+    Segment,
+    packed_is_cheaper,
+    read_public,
+    run_private,
+    token_counts,
+    worth_reading,
+)
 from editr2.policies.unified.sight import Sight
 from editr2.policies.weights import merged_weights
 from editr2_kernels import RENORMS, philox_normal, token_log_prob
@@ -491,16 +501,22 @@ class UnifiedPolicy(ConfiguredPolicy):
     def velocity(self, x: Tensor, sigma: Tensor, context: AnyContext) -> Velocity:
         if not isinstance(context, GuidedContext):
             return Velocity(self._predicted(context, x, sigma))
-        n, g = len(context.branches), self.guidance
+        n = len(context.branches)
         if self.apart:
             v, *dropped = (self._predicted(c, x, sigma) for c in context.branches)
         else:
             x, sigma = x.repeat(n, *(1,) * (x.dim() - 1)), sigma.repeat(n)
             v, *dropped = self._predicted(context.joined, x, sigma).chunk(n)
+        return self._beside(v, dropped)
+
+    def _beside(self, v: Tensor, dropped: Sequence[Tensor]) -> Velocity:
+        """A velocity with those of its branches, as guidance asks for them: without the current
+        instruction, without images."""
+        g = self.guidance
         options: dict[str, object] = {"guidance_interval": g.interval, "renorm": g.renorm}
-        if context.text_dropped is not None:
+        if g.text != 1:
             options |= {"v_uncond": dropped[0], "guidance": g.text}
-        if context.image_dropped is not None:
+        if g.image != 1:
             options |= {"v_uncond_image": dropped[-1], "guidance_image": g.image}
         return Velocity(v, options)
 
@@ -719,13 +735,9 @@ class UnifiedPolicy(ConfiguredPolicy):
     # --------------------------------------------------------------------------------------- packed
 
     def packs(self, turns: Sequence[TurnTask], *, context_gradient: bool) -> bool:
-        """As `PackedPolicy.packs`; never under guidance, and on a CPU only: on no GPU has it been
-        measured, nor run."""
-        if (
-            self.guidance.active
-            or "lockstep" in vars(self.module)  # two passes through the layers in a call
-            or self.device.type != "cpu"
-            or not any(t.sigma.numel() or any(t.answers or ()) for t in turns)
+        """As `PackedPolicy.packs`; on a CPU only: on no GPU has it been measured, nor run."""
+        if self.device.type != "cpu" or not any(
+            t.sigma.numel() or any(t.answers or ()) for t in turns
         ):
             return False
         text = [max(len(self.text_ids(c)) for c in turn.text) for turn in turns]
@@ -736,12 +748,13 @@ class UnifiedPolicy(ConfiguredPolicy):
         noisy = [turn.sigma.shape[1] for turn in turns]
         seen = self.seen_tokens and self.seen_tokens + len(self.marks)
         painted = self.grid[0] * self.grid[1] + len(self.marks)
-        counts = token_counts(painted, text, noisy, asked, seen=seen)
+        dropped = (self.guidance.text != 1, self.guidance.image != 1)
+        how: Any = {"seen": seen, "dropped": dropped, "together": not self.apart}
+        counts = token_counts(painted, text, noisy, asked, **how)
         return packed_is_cheaper(
             self.module, counts, len(turns[0].text), 1 if context_gradient else 2
         )
 
-    @computing
     def replay_packed(
         self,
         images: np.ndarray,
@@ -750,61 +763,102 @@ class UnifiedPolicy(ConfiguredPolicy):
         context_gradient: bool,
         temperature: float,
     ) -> list[TurnReplay]:
-        """As `PackedPolicy.replay_packed`. Raises ValueError under guidance, whose branches are
-        other sessions."""
-        if "lockstep" in vars(self.module):
-            raise ConfigError("train.packed: on (accepted with policy.shard: auto, off)")
-        if self.guidance.active:
-            raise ValueError(
-                f"guidance: {self.guidance} has no packed replay; walk through the turns instead"
-            )
-        b = len(images)
-        marks, both = (
-            self.marks.expand(b, -1),
-            torch.ones(b, 2, dtype=torch.bool, device=self.device),
-        )
-        segments: list[Segment] = []
-        questions: list[tuple[int, Tensor] | None] = []
-        places: list[list[int]] = []
-        for turn in turns:
-            latents, seen = self._looked_at(images)
-            segments.append(Segment(marks, both, latents))
-            if seen is not None:
-                segments.append(Segment(marks, both, seen=seen))
-            questions.append(None)
-            if turn.questions is not None and turn.answers is not None and any(turn.answers):
-                ids, valid, first = self._asked(turn.questions, turn.answers)
-                questions[-1] = (len(segments), first)
-                segments.append(Segment(ids, valid, private=True))
-            ids, valid = (
-                x.to(self.device) for x in self.codec.pad([self.text_ids(c) for c in turn.text])
-            )
-            segments.append(Segment(ids, valid))
-            places.append([len(segments) + q for q in range(turn.sigma.shape[1])])
-            pairs = zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True)
-            segments += [Segment(marks, both, x, sigma, private=True) for x, sigma in pairs]
-            images = turn.images
+        """As `PackedPolicy.replay_packed`. Two calls of the module, the context and what is asked
+        behind it, or one with gradient through the context; each goes through the layers once."""
+        segments, laid = self._laid_out(images, turns)
+        kept = worth_reading(segments)
+        if not kept:
+            return [self._nothing(turn) for turn in turns]
+        read, grid = [segments[number] for number in kept], self.grid
+        past: Past | None = None
+        if not context_gradient:
+            # An autocast of its own: one keeps its casts of weights, and these have no graph.
+            with torch.no_grad(), self.autocast():
+                past = self.module(lambda model: read_public(model, read, grid))
 
         def answered(model: UnifiedModel) -> list[TurnReplay]:
-            hidden = run_session(model, segments, self.grid, context_gradient=context_gradient)
+            found = run_private(model, read, grid, past)
+            hidden = {kept[number]: states for number, states in found.items()}
             done = []
-            for turn, question, at in zip(turns, questions, places, strict=True):
-                v = (
-                    model.llm2vae(torch.stack([hidden[i] for i in at], 1)).flatten(0, 1)
-                    if at
-                    else turn.x.flatten(0, 1)
-                )
-                tokens = None
+            for turn, (question, places) in zip(turns, laid, strict=True):
+                velocity, tokens = self._nothing(turn).velocity, None
+                if places[0]:
+                    v, *dropped = (
+                        model.llm2vae(torch.stack([hidden[number] for number in numbers], 1))
+                        for numbers in places
+                    )
+                    velocity = self._replayed(v.flatten(0, 1), [d.flatten(0, 1) for d in dropped])
                 if question is not None and turn.answers is not None:
-                    states, first = hidden[question[0]], question[1]
-                    tokens = self._scores(states, first, turn.answers, temperature)
+                    number, first = question
+                    tokens = self._scores(hidden[number], first, turn.answers, temperature)
                 elif turn.answers is not None:
                     tokens = self._no_scores(len(turn.answers))
-                done.append(TurnReplay(Velocity(v), tokens))
+                done.append(TurnReplay(velocity, tokens))
             return done
 
-        replayed: list[TurnReplay] = self.module(answered)
+        with self.autocast():
+            replayed: list[TurnReplay] = self.module(answered)
         return replayed
+
+    def _replayed(self, v: Tensor, dropped: Sequence[Tensor]) -> Velocity:
+        return self._beside(v, dropped) if self.guidance.active else Velocity(v)
+
+    def _nothing(self, turn: TurnTask) -> TurnReplay:
+        """Of a turn where nothing is asked."""
+        nothing = turn.x.flatten(0, 1)
+        dropped = [nothing] * (len(self._branches) - 1)
+        tokens = None if turn.answers is None else self._no_scores(len(turn.answers))
+        return TurnReplay(self._replayed(nothing, dropped), tokens)
+
+    @property
+    def _branches(self) -> list[str]:
+        """What a velocity is predicted behind: everything, and what guidance drops."""
+        g = self.guidance
+        weights = {"full": 0.0, "text_dropped": g.text, "image_dropped": g.image}
+        return [name for name, weight in weights.items() if weight != 1]
+
+    def _laid_out(
+        self, images: np.ndarray, turns: Sequence[TurnTask]
+    ) -> tuple[list[Segment], list[tuple[tuple[int, Tensor] | None, list[list[int]]]]]:
+        """Sessions as segments; and of every turn the number of its question with where the answer
+        starts [B] (None without one), and those of its noisy images, by branch."""
+        b, branches = len(images), self._branches
+        marks = self.marks.expand(b, -1)
+        both = torch.ones(b, 2, dtype=torch.bool, device=self.device)
+        segments: list[Segment] = []
+        laid: list[tuple[tuple[int, Tensor] | None, list[list[int]]]] = []
+
+        def put(*more: Segment) -> list[int]:
+            segments.extend(more)
+            return list(range(len(segments) - len(more), len(segments)))
+
+        def noisy(turn: TurnTask, chain: int = SESSION) -> list[int]:
+            pairs = zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True)
+            return put(
+                *(Segment(marks, both, x, sigma, private=True, chain=chain) for x, sigma in pairs)
+            )
+
+        for turn in turns:
+            latents, seen = self._looked_at(images)
+            put(Segment(marks, both, latents))
+            if seen is not None:
+                put(Segment(marks, both, seen=seen))
+            question: tuple[int, Tensor] | None = None
+            places: dict[str, list[int]] = {}
+            if turn.questions is not None and turn.answers is not None and any(turn.answers):
+                ids, valid, first = self._asked(turn.questions, turn.answers)
+                question = (put(Segment(ids, valid, private=True))[0], first)
+            if "text_dropped" in branches:
+                places["text_dropped"] = noisy(turn)
+            said = self._words([self.text_ids(c) for c in turn.text])
+            put(Segment(*said))
+            places["full"] = noisy(turn)
+            if "image_dropped" in branches:
+                put(Segment(*said, chain=TEXTS))
+                places["image_dropped"] = noisy(turn, TEXTS)
+            laid.append((question, [places[name] for name in branches]))
+            images = turn.images
+        return segments, laid
 
     def _no_scores(self, batch: int) -> TokenScores:
         nothing = torch.zeros(batch, 0, device=self.device)
