@@ -126,28 +126,30 @@ TRAINS = ("train", "answer")
 
 
 def measured(policy: Any, step: str, run: Callable[[], Any]) -> Found:
-    """By running it twice: counted, and timed."""
+    """By running it twice: counted (the counter keeps tensors alive), then watched and timed."""
     device = policy.device
     trained = [p for p in policy.module.parameters() if p.requires_grad]
     for p in trained if step in TRAINS else ():
         p.grad = torch.zeros_like(p)
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION | SCORING)
     with torch.set_grad_enabled(step in TRAINS):
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            with counter:
-                run()
-            peak = int(torch.cuda.max_memory_allocated()) - before
-        else:
-            with torch.profiler.profile(profile_memory=True) as profile, counter:
-                run()
-            peak = _most(profile)
-        begin = time.perf_counter()
-        run()
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION | SCORING)
+        with counter:
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            begin = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - begin
+            peak = int(torch.cuda.max_memory_allocated()) - before
+        else:
+            with torch.profiler.profile(profile_memory=True) as profile:
+                begin = time.perf_counter()
+                run()
+                seconds = time.perf_counter() - begin
+            peak = _most(profile)
     for p in trained:
         p.grad = None
     return Found(counter.get_total_flops(), peak, seconds)
@@ -163,9 +165,11 @@ def _most(profile: Any) -> int:
     return most
 
 
-def size_of(context: Any) -> int:
-    """Bytes of all keys and values of a context."""
-    branches = getattr(context, "branches", [context])
+def size_of(context: Any, apart: bool) -> int:
+    """Bytes of all keys and values of a context. apart: its branches are not joined, too."""
+    branches = list(getattr(context, "branches", [context]))
+    if len(branches) > 1 and not apart:
+        branches.append(context.joined)
     return sum(t.nbytes for c in branches for t in (*c.keys, *c.values))
 
 
@@ -186,7 +190,7 @@ def compared(
     parts = [p for part in policy.parts.values() for p in part.parameters()]
     held = {
         "weights": (sizes.weights + sizes.trained + sum(sizes.beside), sum(p.nbytes for p in parts)),
-        "contexts": (editor.held(rows, last), size_of(session.context)),
+        "contexts": (editor.held(rows, last), size_of(session.context, policy.apart)),
     }
     steps = {}
     for step, run in session.steps(blueprint.answer).items():

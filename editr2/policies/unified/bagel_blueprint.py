@@ -215,13 +215,6 @@ class BagelBlueprint(UnifiedBlueprint):
 
         return run
 
-    def _instructed(self, policy: Any, batch: int, turn: int) -> Any:
-        guided = super()._instructed(policy, batch, turn)
-        if policy.apart and policy.guidance.image != 1:
-            texts = self._context(policy, batch, (turn + 1) * self.said)
-            guided = dataclasses.replace(guided, image_dropped=texts)
-        return guided
-
 
 def _in_precision(prepare: Callable[..., Callable[[], Any]]) -> Callable[..., Callable[[], Any]]:
     """What runs, in the policy's computing precision."""

@@ -119,10 +119,13 @@ class UnifiedBlueprint:
     def _instructed(self, policy: Any, batch: int, turn: int) -> Any:
         """Behind the instruction, with the branches that guidance asks for."""
         tokens = (turn + 1) * (self.image + self.said)
-        full = self._context(policy, batch, tokens)
+        full, before, texts = (
+            self._context(policy, batch, length)
+            for length in (tokens, tokens - self.said, (turn + 1) * self.said)
+        )
         if not policy.guidance.active:
             return full
-        guided = policy.guided(full, full, full)
+        guided = policy.guided(full, before, texts)
         guided.__dict__["joined"] = self._context(policy, batch * len(guided.branches), tokens)
         return guided
 
@@ -138,12 +141,13 @@ class UnifiedBlueprint:
         )
 
     def _instruct(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
-        context = self._seen(policy, batch, turn)
-        twice = policy.guidance.image != 1  # the texts alone are a context of their own
+        contexts = [self._seen(policy, batch, turn)]
+        if policy.guidance.image != 1:  # the texts alone are a context of their own
+            contexts.append(self._context(policy, batch, turn * self.said))
 
         def run() -> Any:
             said = self._words(batch, self.said)
-            return [policy.module.append_text(context, *said) for _ in range(1 + twice)]
+            return [policy.module.append_text(context, *said) for context in contexts]
 
         return run
 

@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from editr2.errors import ConfigError, DataError
@@ -234,6 +235,8 @@ class Layer(nn.Module):
     two parts have few shapes: they are what is compiled (`policies.blocks`)."""
 
     compiled_parts = ("before", "behind")
+    takes_all = False
+    """As of `UnifiedModel`."""
 
     def __init__(self, config: UnifiedConfig) -> None:
         super().__init__()
@@ -251,6 +254,8 @@ class Layer(nn.Module):
     def forward(
         self, streams: Streams, cos: Tensor, sin: Tensor, mask: Mask, reach: Reach | None
     ) -> tuple[Streams, tuple[Tensor, Tensor]]:
+        if self.takes_all:
+            streams = dict(zip(streams, _take_all(self, streams.values()), strict=True))
         q, k, v = self.before(streams, cos, sin)
         seen = (k, v) if reach is None else reach(k, v)
         return self.behind(streams, self.self_attn.attend(q, *seen, mask)), (k, v)
@@ -269,6 +274,32 @@ class Layer(nn.Module):
             normed_x = getattr(self, f"post_attention_layernorm{suffix}")(x)
             result[suffix] = x + getattr(self, f"mlp{suffix}")(normed_x)
         return result
+
+
+class _TakeAll(torch.autograd.Function):
+    """The streams as they are. Backward, once all that stands behind them is done: parameters to
+    which nothing gave a gradient get zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.parameters = given[count:]
+        return tuple(x.view_as(x) for x in given[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rest = (torch.zeros_like(p) if p.grad is None else None for p in ctx.parameters)
+        return None, *grads, *rest
+
+
+def _take_all(module: nn.Module, given: Iterable[Tensor], but: nn.Module | None = None) -> Any:
+    """The tensors, behind which every trained parameter of the module has a gradient. but: a part
+    of it that sees to its own."""
+    if not torch.is_grad_enabled():
+        return tuple(given)
+    own = set(but.parameters()) if but is not None else set()
+    tensors = tuple(given)
+    trained = (p for p in module.parameters() if p.requires_grad and p not in own)
+    return _TakeAll.apply(len(tensors), *tensors, *trained)
 
 
 def _computed_again(layer: Layer, *given: Any) -> Any:
@@ -395,6 +426,9 @@ class Context:
         )
 
 
+register_dataclass(Context)  # see `policies.base`
+
+
 class Branch:
     """A copy of a context with room for `capacity` more tokens, written in place: for text decoded
     token by token, where copying the whole past at every token would cost more than the token."""
@@ -431,6 +465,14 @@ class UnifiedModel(nn.Module):
         self.llm2vae = nn.Linear(config.hidden_size, config.latent_dim)
         self.latent_pos_embed = _PositionTable(config.max_latent_size, config.hidden_size)
         self._again: Callable[..., Any] | None = None
+        self.takes_all = False
+
+    def share_out(self) -> None:
+        """From here on every pass through the layers gives all that trains a gradient, zeros where
+        it had no part: words alone leave the other expert out, and a process that reads them adds
+        its gradients up with those of one that paints, block by block."""
+        for module in (self, *self.language_model.model.layers):
+            module.takes_all = True
 
     @classmethod
     def from_config(cls, config: UnifiedConfig) -> UnifiedModel:
@@ -514,6 +556,8 @@ class UnifiedModel(nn.Module):
         exponents = torch.arange(half, device=x_BLH.device, dtype=torch.float32) / half
         angles = position_BL[:, None, :, None].float() * self.config.rope_theta ** (-exponents)
         cos, sin = angles.cos().to(x_BLH.dtype), angles.sin().to(x_BLH.dtype)
+        if self.takes_all:
+            (x_BLH,) = _take_all(self, [x_BLH], self.language_model.model.layers)
         keys, values, streams = [], [], _streams(x_BLH, split)
         again = self._again if torch.is_grad_enabled() else None
         for i, layer in enumerate(self.language_model.model.layers):
