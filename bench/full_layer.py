@@ -189,7 +189,10 @@ def compared(
     sizes = editor.sizes()
     parts = [p for part in policy.parts.values() for p in part.parameters()]
     held = {
-        "weights": (sizes.weights + sizes.trained + sum(sizes.beside), sum(p.nbytes for p in parts)),
+        "weights": (
+            sizes.weights + sizes.trained + sum(sizes.beside),
+            sum(p.nbytes for p in parts),
+        ),
         "contexts": (editor.held(rows, last), size_of(session.context, policy.apart)),
     }
     steps = {}
@@ -225,9 +228,7 @@ def rows_of(
     ]
 
 
-def text_of(
-    held: Mapping[str, tuple[int, int]], steps: Mapping[str, tuple[Found, Found]]
-) -> str:
+def text_of(held: Mapping[str, tuple[int, int]], steps: Mapping[str, tuple[Found, Found]]) -> str:
     lines = [f"{'':<12}{'':<8}{'estimated':>12}{'measured':>12}{'ratio':>8}"]
 
     def line(name: str, unit: str, said: float, seen: float, scale: float) -> None:
