@@ -1,12 +1,11 @@
 """Packed replay against the walk it stands for: values, gradients, masks, counts."""
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from editr2.config import PolicyConfig, RolloutConfig
 from editr2.policies.base import Questions, TurnTask
@@ -337,19 +336,27 @@ def test_every_form_of_attention_is_the_dense_one(policy, form, kv_heads):
 
 @torch.no_grad()
 def test_a_session_is_replayed_by_flex_attention_as_by_segments(policy, monkeypatch):
-    """Whole, in bfloat16's autocast, whose casts it has to make for itself; uncompiled, and
-    without gradient, which it has on no CPU."""
+    """Whole, in bfloat16's autocast, whose casts are made for it; uncompiled, and without gradient,
+    which it has on no CPU."""
     policy = guided(policy, GUIDED)
     policy.compute_dtype = torch.bfloat16
     images, turns = tasks(policy, batch=2, turns=2, places=1)
     expected = replay(policy, images, turns, False)
-    monkeypatch.setattr(packed, "attention", functools.partial(flex, compiled=False))
+    seen = set()
+
+    def uncompiled(*tensors, **how):
+        seen.update(x.dtype for x in tensors)
+        return flex_attention(*tensors, **how)
+
+    monkeypatch.setattr(packed, "attention", flex)
+    monkeypatch.setattr(packed, "_compiled_flex_attention", lambda: uncompiled)
     for (v, tokens), (like, scores) in zip(
         replay(policy, images, turns, False), expected, strict=True
     ):
         torch.testing.assert_close(v, like, rtol=0.02, atol=0.02)
         if tokens is not None:
             torch.testing.assert_close(tokens.log_prob, scores.log_prob, rtol=0.02, atol=0.02)
+    assert seen == {torch.bfloat16}
 
 
 def test_nobody_looks_at_padding_or_at_private_segments(policy):

@@ -22,6 +22,7 @@ from editr2.check.meter import Cost
 from editr2.config import Config, PolicyConfig
 from editr2.policies.configured import settled_branches
 from editr2.rl.losses import LOSSES
+from editr2.rl.replay import sessions_at_once
 from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
 
@@ -73,6 +74,19 @@ def _forwards(rows: Sequence[int], places: int, micro_batch: int | None) -> list
         return [(turn, count // places) for turn, count in enumerate(rows) for _ in range(places)]
     turns = [turn for turn, count in enumerate(rows) for _ in range(count)]
     return [(turns[i], min(micro_batch, len(turns) - i)) for i in range(0, len(turns), micro_batch)]
+
+
+def _packed(rows: Sequence[int], places: int, micro_batch: int | None) -> list[tuple[int, int]]:
+    """(turn, batch) of what packed forwards run, turn by turn: the tokens and the attention that
+    walking would, each turn's places together."""
+    most = rows[0]
+    if micro_batch is not None:
+        most = min(most, sessions_at_once([places] * len(rows), micro_batch))
+    return [
+        (turn, max(1, round(sessions * count / rows[0])) * places)
+        for sessions in _batches(rows[0], most)
+        for turn, count in enumerate(rows)
+    ]
 
 
 def _walk(
@@ -158,15 +172,16 @@ def plan(
         )
         calls += [Call(c.phase, c.step, c.batch, c.turn, walks) for c in walk]
         turns_rows = [max(1, round(size * r.siblings * share)) for share in shares]
-        for turn, batch in _forwards([n * places for n in turns_rows], places, t.rows):
+        forwards = _forwards([n * places for n in turns_rows], places, t.rows)
+        answers = list(enumerate(turns_rows))
+        if t.packed == "on":
+            forwards = _packed(turns_rows, places, t.rows)
+            answers = [(turn, batch // places) for turn, batch in forwards]
+        for turn, batch in forwards:
             calls.append(Call("train", "train", batch, turn, t.updates))
             calls.append(Call("train", "velocity", batch, turn, t.updates * without + first))
         if editor.writes_text and t.text_weight != 0:
-            calls += [
-                Call("train", "answer", n, turn, t.updates)
-                for turn, n in enumerate(turns_rows)
-                if turn
-            ]
+            calls += [Call("train", "answer", n, turn, t.updates) for turn, n in answers if turn]
     return [c for c in calls if c.times]
 
 
@@ -416,16 +431,27 @@ def _memory(
         found = {(c.step, c.batch, c.turn) for c in calls if c.step in steps}
         return max((editor.cost(*key, checkpointing).peak for key in found), default=0)
 
+    def trained_on(checkpointing: int | str) -> int:
+        """Of a forward that trains; a packed one keeps what it has of all turns."""
+        if t.packed != "on":
+            return largest("train", "answer", checkpointing=checkpointing)
+        each: dict[tuple[str, int], int] = defaultdict(int)
+        for c in calls:
+            if c.step in ("train", "answer"):
+                peak = editor.cost(c.step, c.batch, c.turn, checkpointing).peak
+                each[c.step, c.turn] = max(each[c.step, c.turn], peak)
+        return sum(each.values())
+
     # Compiled blocks keep less than plain ones do; by how much is not modelled.
-    trains = largest("train", "answer", checkpointing=p.gradient_checkpointing)
-    # The context of everyone who is denoised together; training in smaller batches copies theirs
-    # out of it.
+    trains = trained_on(p.gradient_checkpointing)
+    # The context of everyone who is denoised together; walking, training in smaller batches copies
+    # theirs out of it.
     contexts = max(
         editor.held(c.batch, c.turn) for c in calls if c.step == "velocity" and c.phase == "rollout"
     )
     copied = (
         max((editor.held(c.batch, c.turn) for c in calls if c.step == "train"), default=0)
-        if t.rows
+        if t.rows and t.packed != "on"
         else 0
     )
     loss = LOSSES[t.loss]
@@ -441,7 +467,7 @@ def _memory(
         # Forwards that share a backward (branches of guidance, turns in one micro-batch) add up
         # their gradients before they are reduced.
         apart = p.guidance != 1 and settled_branches(p, processes).branches == "apart"
-        several = apart or t.rows is not None
+        several = (apart or t.rows is not None) and t.packed != "on"
         gradients = trained + (sizes.trained if several else REDUCED * sizes.block + outside)
     memory = {
         "frozen weights": round(sizes.weights / shares),
@@ -459,7 +485,7 @@ def _memory(
         "activations, train": trains + sizes.dequantized,
     }
     for name, how in ((WITHOUT, "off"), (WITH_ALL, "all")) if compared else ():
-        memory[name] = largest("train", "answer", checkpointing=how) + sizes.dequantized
+        memory[name] = trained_on(how) + sizes.dequantized
     always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
     always += trained + memory["copies (reference, old, average)"] + outside + contexts
     resident = 0 if p.offload else sizes.text + sizes.vae
