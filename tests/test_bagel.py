@@ -384,7 +384,7 @@ def test_what_depends_on_the_block_alone_is_compiled(folder, tiny, plain, monkey
     made, found, gradients = answered(folder, tiny, lora_rank=2, compile="on")
     assert all(map(torch.equal, found, plain[1]))
     assert all(torch.equal(gradients[n], plain[2][n]) for n in plain[2])
-    # Lengths of blocks alone, with marks: an image's latents, what is seen of it, words, a question.
+    # Lengths of blocks alone, with marks: an image's latents, what is seen of it, words, question.
     words = max(len(made.text_ids(text)) for text in ("make it red", "no"))
     asked = made._asked(ASKED, ANSWERS)[0].shape[1]
     lengths = {made.latent_shape[0] + 2, made.seen_tokens + 2, words, asked}
@@ -606,8 +606,8 @@ def test_check_knows_the_published_weights_without_them():
     ],
 )
 def test_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny, policy, train, off):
-    """Two processes, sessions of other lengths, guidance and texts of any length; off: relative, of a
-    tensor."""
+    """Two processes, sessions of other lengths, guidance and texts of any length; off: relative, of
+    a tensor."""
     made = {}
     for name, shard in (("whole", False), ("shared", True)):
         layout = {"shard": shard, "branches": "apart", **policy}

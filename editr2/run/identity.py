@@ -79,8 +79,8 @@ STANDS_FOR = {
     "sessions": ("data.path",),
     "heldout": ("data.heldout",),
     "weights": ("policy.weights",),
-    "questions": ("policy.questions",),
     "reward": ("reward.name", "reward.function"),
+    "questions": ("policy.questions",),
 }
 """Fingerprints of what settings lead to: where both sides know one, another path or name may lead
 there."""
