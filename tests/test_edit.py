@@ -13,13 +13,17 @@ import torch
 from PIL import Image
 
 import editr2
+from editr2.benchmarks.sized import sized
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.config.yaml import dump_yaml
 from editr2.errors import ConfigError, DataError, UserError
 from editr2.export.export import export
+from editr2.export.model_card import _intents
+from editr2.policies.configured import policy_class
 from editr2.policies.load import load_policy
 from editr2.policies.weights import trainable
+from editr2.rewards.panel import _apart
 from editr2.rewards.record import pixel_digest
 from editr2.rl.replay import can_pack
 from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
@@ -66,6 +70,12 @@ def test_references_come_back_as_they_were_saved(tmp_path):
         assert found[1].reference_pixels()[0].shape == (*SIZE, 3)  # its session's, not the nearest
         assert memory == 1 << 30 or callable(found[0].references[1])
         prints = {sessions_fingerprint(found[:1])}
+    in_files = load_sessions(file, memory=0)
+    for memory in (0, 1 << 30):  # as a benchmark brings them to its editor's
+        _, one, _ = sized(in_files, (SIZE, (64, 32)), "crop", memory=memory)
+        assert one.reference_pixels()[0].shape == one.image.shape == (*SIZE, 3)
+    _apart(twice).reference_pixels()[0][:] = 0  # a judge may write into what it gets
+    assert np.array_equal(twice.references[0], pictures(2, seed=1)[0])
     (own,) = load_sessions(file)[1].reference_pixels()
     assert np.array_equal(own, wide)
     prints |= {sessions_fingerprint([replace(twice, references=r)]) for r in ((a, b), (a,), ())}
@@ -132,6 +142,15 @@ def test_sessions_with_references_are_edited_as_if_each_were_alone(kontext):
         assert np.abs(alone.astype(int) - together[str(ordinal)]).max() <= 1
     without = edited([replace(mixed[3], references=())], [3])["3"]
     assert (without != together["3"]).any((1, 2, 3)).all()
+
+
+def test_check_counts_them(kontext):
+    made = policy_class("kontext").blueprint(PolicyConfig(**kontext))
+    assert made.work("encode", 4, 0, False)[0].times == 4
+    made.see([session("0"), session("1", pictures(2))])
+    assert made.work("encode", 4, 0, False)[0].times == 12
+    assert made.work("encode", 4, 1, False)[0].times == 4  # of later turns, the output alone
+    assert len(made.context(made.policy, 1, 1).conditions) == 3
 
 
 def test_a_run_replays_them(kontext, tmp_path, beside):
@@ -206,10 +225,8 @@ def test_three_lines_edit_as_the_runs_rollout_does(run, tmp_path, monkeypatch):
         assert np.array_equal(step.pixels, pixels)
         assert (step.instruction, step.intent) == (turn["instruction"], turn["intent"])
     assert np.array_equal(np.asarray(Image.open("edited.png")), names["steps"][-1].pixels)
-    quiet = run[0] / "config.yaml"
-    quiet.write_text(quiet.read_text().replace("intent: true", "intent: false"))
-    export(folder, Path("quiet"))
-    assert "weights alone" not in Path("quiet/README.md").read_text()
+    for quiet in ({"intent": False}, {"model": "kontext"}):
+        assert not _intents(replace_nested(Config(), {"policy": quiet}))
 
 
 def test_a_step_is_a_place_to_go_on_from(tiny_unified):

@@ -143,7 +143,8 @@ def _intents(config: Config) -> str:
         f"at most {tokens} tokens), and the text behind `</think>` takes the instruction's place. "
         "The loader above gives the weights, which can do it, and asks for nothing: behind the raw "
         "instruction the later turns are painted without it. `editr2.edit` and `--policy` ask as "
-        "the run did; `steps[-1].intent` is what was understood."
+        'the run did (`mode="cm"` or `"cu"` in the words of that mode); `steps[-1].intent` is what '
+        "was understood."
     )
 
 
