@@ -6,7 +6,7 @@
     steps[-1].image.save("blue.png")
 
 The policy is whatever `--policy` takes (`editr2.policies.found`) or one that is loaded already. It
-edits as in an evaluation: what the rollout computes of a session, with greedy intents. `Editor`
+edits as in an evaluation: what the rollout computes of a session, with greedy texts. `Editor`
 loads a policy once; `Step.edit` goes on from any step, so that a user can look at an image before
 saying what is next, and go back.
 """
@@ -50,7 +50,8 @@ class Step:
 
     pixels: uint8 [H, W, 3]. turn: from 1; 0 is the source. instruction: the turn's, as it was said.
     intent: what the policy made of it and painted by, None where it took the instruction as it is.
-    reasoning: what it wrote before that. It keeps the context that `edit` goes on from, on the
+    reasoning: what it wrote before that. thought: what it thought before it painted, where it does
+    (`policy.thinking`). It keeps the context that `edit` goes on from, on the
     policy's device, for as long as it is kept itself.
     """
 
@@ -59,6 +60,7 @@ class Step:
     instruction: str | None = None
     intent: str | None = None
     reasoning: str | None = None
+    thought: str | None = None
     _past: _Past | None = field(default=None, repr=False)
 
     @property
@@ -190,13 +192,14 @@ class Editor:
             greedy=True,
         )
         chunk.turns.append(record)
-        intent = record.intents[0] if record.intents is not None else None
+        intent, thought = (record.sample(kind, 0) for kind in ("intent", "thought"))
         return Step(
             record.images[0],
             turn + 1,
             instruction,
             None if intent is None else intent.text,
             None if intent is None else intent.reasoning,
+            None if thought is None else thought.text,
             _Past(self, session, past.seed, turn + 1, walk),
         )
 

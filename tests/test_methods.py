@@ -119,7 +119,7 @@ def test_the_first_update_finds_ratios_of_one_for_images_and_intents_at_every_tu
         and seen["clipped"] == seen["text_clipped"] == 0
     )
     assert flat.abs().max() > 0
-    assert {turn for _, turn in batch.old_text} == {1, 2}
+    assert {turn for _, turn, _ in batch.old_text} == {1, 2}
     # The ratio is 1 because both sides were computed, not because one was copied: other weights are
     # told apart.
     with torch.no_grad():
@@ -655,11 +655,12 @@ def test_a_second_update_measures_against_what_sampled(tiny_unified, loss, packe
     for turn in (1, 2):
         record = chunk.turns[turn]
         asking = again_context(tiny_unified, chunk, turn)
-        ids = [i.ids for i in record.intents]
-        new = tiny_unified.answer_log_prob(asking, record.questions, ids, temperature=0.7)
+        written = record.written["intent"]
+        ids = [i.ids for i in written.samples]
+        new = tiny_unified.answer_log_prob(asking, written.questions, ids, temperature=0.7)
         with exchanged(tiny_unified.module, start), torch.no_grad():
             before = again_context(tiny_unified, chunk, turn)
-            old = tiny_unified.answer_log_prob(before, record.questions, ids, temperature=0.7)
+            old = tiny_unified.answer_log_prob(before, written.questions, ids, temperature=0.7)
         ratio = (new.log_prob - old.log_prob).exp()
         a = batch.advantage[record.rollout, turn][:, None]
         token = torch.maximum(
@@ -738,7 +739,7 @@ def test_intents_of_later_minibatches_are_compared_with_the_policy_that_wrote_th
     )
     accumulate_gradient(config.train, state, batch, 0, 0, HERE)
     known = {key: old.clone() for key, old in batch.old_text.items()}
-    assert {number for number, _ in known} == {0, 1}
+    assert {number for number, *_ in known} == {0, 1}
     with torch.no_grad():
         for p in trainable(tiny_unified.module).values():
             p.mul_(1.1)  # an optimiser step

@@ -168,6 +168,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Named starting points; each changes only the fields it stands for. docs/methods.md says where the
 values are from."""
 
+ON_MODEL: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
+    # Where the policy can think, thoughts are the text of the method, and on others intents are.
+    "unigrpo": {"bagel": {"policy": {"intent": False, "thinking": True}}}
+}
+"""What a preset sets besides, by the `policy.model` that is to be trained."""
+
 
 def replace_nested(config: Any, values: dict[str, Any]) -> Any:
     """A copy of a dataclass with nested `values` put in, converted as those of a YAML file are.
@@ -188,11 +194,13 @@ def _replaced(config: Any, values: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def preset_config(name: str | None) -> Config:
-    """The configuration a preset starts from."""
+def preset_config(name: str | None, model: str | None = None) -> Config:
+    """The configuration a preset starts from. model: the `policy.model` that will be set, for which
+    some presets have values of their own (`ON_MODEL`)."""
     if name is None:
         return Config()
     if name not in PRESETS:
         raise ConfigError(f"preset: {name!r} (accepted: {', '.join(PRESETS)})")
-    made: Config = replace_nested(Config(), PRESETS[name])
+    own = ON_MODEL.get(name, {}).get(model or "", {})
+    made: Config = replace_nested(Config(), _preset(PRESETS[name], own))
     return made

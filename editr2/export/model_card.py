@@ -59,7 +59,7 @@ def write_card(
         "![Sessions before and after training](strips.png)" if pictured else "",
         f"## How to load it\n\n{_how(base, done, config.policy, form)}"
         f"{_strength(done, config.policy)}",
-        _intents(config),
+        _written(config),
         f"## Proof\n\nAt export, the base weights and these files were loaded anew as above: "
         f"{done.proof}.",
         f"## Scores\n\n{_scores(seen, config.train, done)}",
@@ -114,14 +114,29 @@ def _how(base: Base, done: Exported, policy: PolicyConfig, form: Form) -> str:
     return "\n\n".join(filter(None, [code, form.also(this), ours, three]))
 
 
+def _written(config: Config) -> str:
+    """What a loader that knows weights alone loses of a policy that writes intents or thoughts."""
+    parts = [part for part in (_intents(config), _thoughts(config.policy)) if part]
+    return "\n\n".join(["## What the weights alone do not do", *parts]) if parts else ""
+
+
+def _thoughts(policy: PolicyConfig) -> str:
+    if not policy.thinking:
+        return ""
+    return (
+        "Before every image this policy was trained to write a thought behind the turn's "
+        f"instruction (greedily, at most {policy.thinking_tokens} tokens), with its system prompt "
+        "for that in front of the session, and to paint behind both. The loader above asks for no "
+        "thought. `editr2.edit` and `--policy` do; `steps[-1].thought` is what was thought."
+    )
+
+
 def _intents(config: Config) -> str:
-    """What a loader that knows weights alone loses of a policy that writes intents."""
     policy = config.policy
     if not (policy.intent and policy_class(policy.model).writes_text):
         return ""
     tokens = config.eval.intent_tokens or policy.intent_tokens
     return (
-        "## What the weights alone do not do\n\n"
         "From the second turn on this policy was trained to write an intent before it paints: the "
         "instruction made self-contained, with what earlier turns have asked for and is still to "
         f"hold, or the thing that a pronoun means. It is asked on a copy of the context (greedily, "

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from editr2.errors import NonFiniteError
 from editr2_kernels import guided_velocity
@@ -26,12 +27,12 @@ from editr2_kernels import guided_velocity
 
 @dataclass(frozen=True)
 class Intent:
-    """One sampled intent.
+    """One sampled intent, or one sampled thought.
 
     text: the self-contained instruction that replaces the raw one, or None when none could be read
-    from the sample (then the raw instruction stands: a fallback). reasoning: what was written
-    before `</think>`. ids: the sampled tokens, end mark included, for the text objective. log_prob:
-    theirs while decoding, at the sampling temperature.
+    from the sample (then the raw instruction stands: a fallback); of a thought, all of it.
+    reasoning: what was written before `</think>`. ids: the sampled tokens, end mark included, for
+    the text objective. log_prob: theirs while decoding, at the sampling temperature.
     """
 
     text: str | None
@@ -61,6 +62,15 @@ class Velocity:
         }
         return Velocity(self.v.detach(), guidance)
 
+    @staticmethod
+    def join(parts: Sequence[Velocity]) -> Velocity:
+        """Predictions under one guidance as one batch, in their order."""
+        guidance = dict(parts[0].guidance)
+        for name, value in guidance.items():
+            if isinstance(value, Tensor):
+                guidance[name] = torch.cat([part.guidance[name] for part in parts])
+        return Velocity(torch.cat([part.v for part in parts]), guidance)
+
     def combined(self, sigma: Tensor) -> Tensor:
         """The guided velocity as one tensor; `v` itself without guidance."""
         return guided_velocity(self.v, sigma, **self.guidance) if self.guidance else self.v
@@ -69,17 +79,19 @@ class Velocity:
 @dataclass(frozen=True)
 class Questions:
     """What the intents of a batch answer: raw earlier and current instructions, and each session's
-    mode."""
+    mode. kind: what is to be written, `intent` or (only of a `ThinkingPolicy`) `thought`."""
 
     earlier: list[list[str]]
     current: list[str]
     modes: list[str | None]
+    kind: str = "intent"
 
     def select(self, index: Sequence[int]) -> Questions:
         return Questions(
             [self.earlier[i] for i in index],
             [self.current[i] for i in index],
             [self.modes[i] for i in index],
+            self.kind,
         )
 
 
@@ -93,6 +105,8 @@ class TurnTask:
         0).
     questions, answers: the intents' questions and the sampled ids (an empty answer counts nothing);
         None without text.
+    thoughts: what the context got behind the instruction; thinking: the sampled ids of it, where
+        they are scored.
     """
 
     text: list[str]
@@ -101,6 +115,20 @@ class TurnTask:
     sigma: Tensor
     questions: Questions | None = None
     answers: list[tuple[int, ...]] | None = None
+    thoughts: list[str] | None = None
+    thinking: list[tuple[int, ...]] | None = None
+
+    @property
+    def asked(self) -> dict[str, tuple[Questions, list[tuple[int, ...]]]]:
+        """What is scored, by kind: the questions, and the sampled ids."""
+        found = {}
+        if self.questions is not None and self.answers is not None:
+            found["intent"] = (self.questions, self.answers)
+        if self.thinking is not None:
+            n = len(self.thinking)
+            nothing = Questions([[]] * n, [""] * n, [None] * n, "thought")
+            found["thought"] = (nothing, self.thinking)
+        return found
 
 
 @dataclass(frozen=True)
@@ -114,10 +142,24 @@ class TokenScores:
 @dataclass(frozen=True)
 class TurnReplay:
     """What a turn predicts under the present weights: the velocity at every place, [B * Q,
-    *latent_shape] in the order (rollout, place), and the answers' log-probs."""
+    *latent_shape] in the order (rollout, place), and the log-probs of the intents' answers and of
+    the thoughts."""
 
     velocity: Velocity
     tokens: TokenScores | None
+    thoughts: TokenScores | None = None
+
+    @property
+    def scores(self) -> dict[str, TokenScores]:
+        """By kind, as `TurnTask.asked`."""
+        found = {"intent": self.tokens, "thought": self.thoughts}
+        return {kind: scores for kind, scores in found.items() if scores is not None}
+
+
+# By the tensors in what a module gives FSDP2 notices that its weights are wanted for a backward
+# pass. torch 2.9 looks for them in pytrees alone.
+for _kind in (Velocity, TokenScores, TurnReplay):
+    register_dataclass(_kind)
 
 
 class Policy(Protocol):
@@ -198,6 +240,19 @@ class TextPolicy(Policy, Protocol):
     ) -> TokenScores:
         """Teacher-forced log-probs of given answers behind `context`; differentiable in the
         weights."""
+
+
+@runtime_checkable
+class ThinkingPolicy(TextPolicy, Protocol):
+    """A policy that can think before it paints: `intend` and `answer_log_prob` take questions of
+    kind `thought`, too, asked behind a turn's instruction and answered with nothing between."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it is to (`policy.thinking`)."""
+
+    def consider(self, context: Any, thoughts: Sequence[str]) -> Any:
+        """The context with each sample's thought, behind its instruction."""
 
 
 @runtime_checkable

@@ -30,6 +30,7 @@ from editr2.policies.blueprint import (
     adapters_without_data,
     backward,
     simulated,
+    velocity_passes,
 )
 from editr2.policies.fp8 import quantize_linears
 from editr2.policies.libraries import no_bars
@@ -49,6 +50,8 @@ TEMPLATE = 64
 
 class PipelineBlueprint:
     """`Blueprint` of a `DiffusionPolicy`."""
+
+    sight = 0
 
     def __init__(self, config: PolicyConfig, kind: type[PipelineModel]) -> None:
         """kind: the class of the policy, which also has to be one that runs."""
@@ -134,6 +137,12 @@ class PipelineBlueprint:
 
     def held(self, batch: int, turn: int) -> Work:
         return self._held(batch, turn)
+
+    def branches(self, batch: int, turn: int) -> Mapping[str, int]:
+        return {}
+
+    def passes(self, step: str, apart: bool) -> int:
+        return velocity_passes(step, apart)
 
     def _held(self, batch: int, turn: int) -> Work:
         seen = self._seen(turn)

@@ -69,7 +69,7 @@ FLUX_SHIFT = {
 class PipelineModel(ConfiguredPolicy):
     """What a model on a diffusers pipeline says of itself without being loaded."""
 
-    uses = frozenset(FIELDS)
+    uses = frozenset(FIELDS) - {"thinking", "thinking_tokens"}  # they write no text
     edits_the_world = False
     holds = f"{DESCRIPTION} (as a run saves it) or {INDEX}"
 

@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, NonFiniteError
 from editr2.policies.base import Policy, device_of
+from editr2.policies.blocks import run_as_configured
 from editr2.policies.configured import Stock
 from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.forms import Form, OwnFolder
+from editr2.policies.fp8 import quantize_linears
 from editr2.policies.recorded import without_adapters
 from editr2.policies.tensor_files import ordinary_modes, write_tensors, writing
 from editr2.policies.tokens import TextCodec
 from editr2.policies.unified.bagel_blueprint import BagelBlueprint
 from editr2.policies.unified.codecs import LatentCodec
+from editr2.policies.unified.experts import adapt, trained
 from editr2.policies.unified.model import UnifiedModel
 from editr2.policies.unified.policy import Guidance, UnifiedPolicy
 from editr2.policies.unified.published import (
@@ -44,7 +47,7 @@ from editr2.policies.unified.published import (
 )
 from editr2.policies.unified.sight import SIGHT_RULE, Sight, SizeRule
 from editr2.policies.views import Views
-from editr2.policies.weights import adapter_changes, add_lora, merge_lora
+from editr2.policies.weights import LORA_TARGETS, adapter_changes, merge_lora
 from editr2.run.hub import HUB_ID, cached, check_model, fetch_files
 from editr2.sessions.buckets import nearest, spread
 
@@ -67,8 +70,8 @@ others."""
 
 class BagelPolicy(Views, UnifiedPolicy):
     """See the module docstring. Contexts hold every image twice: its latents, then what the vision
-    transformer makes of it. `begin` with `PAINTING`, `think` and `consider` are BAGEL's thinking;
-    intents are asked behind `ANSWERING`.
+    transformer makes of it. With `policy.thinking` they begin with `PAINTING`, and every image
+    follows a thought; intents are asked behind `ANSWERING`.
 
     It is a `SizedPolicy`, too: a view a size (`at`).
     """
@@ -76,7 +79,9 @@ class BagelPolicy(Views, UnifiedPolicy):
     model = "bagel"
     hub_id: ClassVar[str] = "ByteDance-Seed/BAGEL-7B-MoT"
     uses = UnifiedPolicy.uses | {
+        *("thinking", "thinking_tokens"),
         *("resolution", "buckets", "dtype", "rounding", "branches", "shard", "shard_group"),
+        *("compile", "offload", "quantize"),
     }
     asked = "bagel"
     edits_the_world = False
@@ -105,6 +110,8 @@ class BagelPolicy(Views, UnifiedPolicy):
         self.sees: nn.Module = sight
         self.base = str(config.weights or self.hub_id)
         self.apart = config.branches != "together"
+        self.thinks = config.thinking
+        self.system = PAINTING if config.thinking else None
         self.sizes = self._sizes(config)
         self._take(nearest(self.sizes, *config.resolution))
         self._begin_views()
@@ -121,29 +128,37 @@ class BagelPolicy(Views, UnifiedPolicy):
             read_published(folder_of(config.weights or cls.hub_id)),
             cls.computes_in(config),
         )
-        whole = trains and not config.lora_rank
+        own = {"trains": trained(config)} if trains else {}
+        sight = files.sight(dtype, cls.sight_rule)
+        sight.lent = config.offload
         policy = cls(
             config,
-            files.model(torch.float32 if whole else dtype, whole=whole, empty=empty),
+            files.model(dtype, **own, empty=empty),
             files.codec,
-            LatentCodec(files.autoencoder(), files.sizes.latent_patch_size),
-            files.sight(dtype, cls.sight_rule),
+            LatentCodec(files.autoencoder(), files.sizes.latent_patch_size, lent=config.offload),
+            sight,
             files,
         )
         if config.lora_rank:
-            add_lora(policy.module, config.lora_rank, config.lora_alpha, config.lora_targets)
+            adapt(policy.module, config)
             for name, p in policy.module.named_parameters():
                 if ".lora_" in name:  # an update is smaller than bfloat16's rounding
                     p.data = p.data.float()
                     p.requires_grad_(trains)
+        if config.quantize == "fp8":
+            quantize_linears(policy.module, LORA_TARGETS)
+        run_as_configured(policy.module, config)
         return policy
 
     @classmethod
     def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
         yield from super().problems(config, trains)
-        if config.shard and trains and not config.lora_rank:
+        if config.quantize == "4bit":
+            yield f"policy.quantize: 4bit (accepted with policy.model {cls.model}: none, fp8)"
+        if config.quantize == "fp8" and not config.lora_rank:
             yield (
-                "policy.lora_rank: 0 (accepted with policy.shard: above 0; frozen ones are shared)"
+                "policy.quantize: fp8 (accepted with policy.lora_rank 0: none; what trains is not "
+                "quantized)"
             )
         if config.shard_group is not None and not config.shard:
             yield (
