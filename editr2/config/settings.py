@@ -204,6 +204,9 @@ class PolicyConfig:
         lora_alpha: strength of the adapters; none is twice the rank.
         lora_targets: regular expression over the names of the layers that get adapters; none is the
             model's attention and MLP layers.
+        lora_weights: a LoRA that the adapters start from, a .safetensors file or a folder, as
+            diffusers or peft writes it, or a checkpoint of Edit-R2's release; with lora_rank 0 it
+            is merged into the weights that train (docs/editors.md).
         resolution: [height, width] in pixels of what is edited and written.
         condition_resolution: the same of the condition image as the transformer sees it; none is
             `resolution`.
@@ -262,6 +265,7 @@ class PolicyConfig:
     lora_targets: str | None = setting(
         None, check=pattern_problem, what="a regular expression or none"
     )
+    lora_weights: str | None = setting(None, path=True)
     resolution: tuple[int, int] = setting(
         (512, 512), PIXELS, what="height and width, such as 512x512"
     )

@@ -29,7 +29,7 @@ OF_THE_MACHINE = frozenset(
     ("gradient_checkpointing", "compile", "attention", "branches", "shard_group", "cache")
 )
 """Settings of a policy without which its numbers are the same, but for rounding."""
-OF_ADAPTERS = frozenset(("lora_rank", "lora_alpha", "lora_targets"))
+OF_ADAPTERS = frozenset(("lora_rank", "lora_alpha", "lora_targets", "lora_weights"))
 RECORDED: Mapping[str, tuple[str, ...]] = {
     "policy": tuple(
         f.name for f in dataclasses.fields(PolicyConfig) if f.name not in OF_THE_MACHINE
@@ -86,7 +86,12 @@ def settings_file(folder: Path) -> Path | None:
 def without_adapters(config: PolicyConfig, weights: str | None) -> PolicyConfig:
     """The settings of weights beside which there are no adapters to train."""
     return dataclasses.replace(
-        config, weights=weights, lora_rank=0, lora_alpha=None, lora_targets=None
+        config,
+        weights=weights,
+        lora_rank=0,
+        lora_alpha=None,
+        lora_targets=None,
+        lora_weights=None,
     )
 
 
@@ -97,6 +102,11 @@ def over_its_base(config: PolicyConfig) -> tuple[PolicyConfig, Path | None]:
     if config.weights is None or not (Path(config.weights) / PEFT).is_file():
         return config, None
     folder = Path(config.weights)
+    if config.lora_weights is not None:
+        raise ConfigError(
+            f"policy.lora_weights: {config.lora_weights} (accepted with policy.weights {folder}, "
+            f"which is a LoRA: none)"
+        )
     file = folder / EXPORT
     if not file.is_file():
         raise ConfigError(

@@ -44,7 +44,7 @@ from editr2.policies.unified.published import (
 )
 from editr2.policies.unified.sight import SIGHT_RULE, Sight, SizeRule
 from editr2.policies.views import Views
-from editr2.policies.weights import adapter_changes, add_lora, merge_lora
+from editr2.policies.weights import adapt, adapter_changes, merge_lora
 from editr2.run.hub import HUB_ID, cached, check_model, fetch_files
 from editr2.sessions.buckets import nearest, spread
 
@@ -145,12 +145,7 @@ class BagelPolicy(Views, UnifiedPolicy):
             files.sight(dtype, cls.sight_rule),
             files,
         )
-        if config.lora_rank:
-            add_lora(policy.module, config.lora_rank, config.lora_alpha, config.lora_targets)
-            for name, p in policy.module.named_parameters():
-                if ".lora_" in name:  # an update is smaller than bfloat16's rounding
-                    p.data = p.data.float()
-                    p.requires_grad_(trains)
+        adapt(policy.module, config, trains=trains)
         return policy
 
     @classmethod

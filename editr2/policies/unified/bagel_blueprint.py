@@ -29,7 +29,7 @@ from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import LatentCodec, autoencoder_settings, autoencoder_sizes
 from editr2.policies.unified.model import UnifiedConfig, UnifiedModel
 from editr2.policies.unified.published import AUTOENCODER, new_sight, read_published
-from editr2.policies.weights import add_lora
+from editr2.policies.weights import add_lora, check_start
 
 SHALLOW = 1
 TOKENS_A_WORD = 1.4
@@ -85,6 +85,7 @@ class BagelBlueprint(UnifiedBlueprint):
             self.sizes, self.vit, codec = files.sizes, files.vit, files.codec
             file = folder / AUTOENCODER
             self.latents = autoencoder_sizes(file, read_header(file)[0])
+        check_start(UnifiedModel, self.sizes, config)
         self.codec = codec
         self.config = config
         super().__init__(self._policy(min(SHALLOW, self.depth)), config)

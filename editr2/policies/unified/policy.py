@@ -54,7 +54,7 @@ from editr2.policies.unified.codecs import ImageCodec, PixelCodec
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.unified.packed import Segment, packed_is_cheaper, run_session, token_counts
 from editr2.policies.unified.sight import Sight
-from editr2.policies.weights import add_lora, merged_weights
+from editr2.policies.weights import adapt, add_lora, check_start, merged_weights
 from editr2_kernels import RENORMS, philox_normal, token_log_prob
 
 EMBEDDED = Path(__file__).parent.parent.parent / "assets" / "unified-small"
@@ -242,7 +242,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     writes_text = True
     uses = ConfiguredPolicy.uses | {
         *("guidance", "guidance_image", "guidance_interval", "renorm"),
-        *("lora_rank", "lora_alpha", "lora_targets"),
+        *("lora_rank", "lora_alpha", "lora_targets", "lora_weights"),
     }
     default_weights = "the small model shipped with editr2"
     holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
@@ -313,8 +313,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     ) -> UnifiedPolicy:
         (folder,) = cls.sources(config)
         policy = cls.load(Path(folder), Guidance.of(config))
-        if config.lora_rank:
-            add_lora(policy.module, config.lora_rank, config.lora_alpha, config.lora_targets)
+        adapt(policy.module, config, trains=trains)
         return policy
 
     @classmethod
@@ -341,6 +340,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     def blueprint(cls, config: PolicyConfig) -> UnifiedBlueprint:
         (folder,) = cls.sources(config)
         sizes, codec = read_parts(Path(folder))
+        check_start(UnifiedModel, sizes, config)
         with simulated():
             module = UnifiedModel(sizes)
         if config.lora_rank:
