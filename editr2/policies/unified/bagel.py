@@ -24,7 +24,7 @@ from editr2.errors import ConfigError, NonFiniteError
 from editr2.policies.base import Policy, device_of
 from editr2.policies.configured import Stock
 from editr2.policies.finite import ACCEPTED, unusable
-from editr2.policies.forms import Form, OwnFolder
+from editr2.policies.forms import Form, OwnFolder, PeftAdapter
 from editr2.policies.recorded import without_adapters
 from editr2.policies.tensor_files import ordinary_modes, write_tensors, writing
 from editr2.policies.tokens import TextCodec
@@ -188,7 +188,9 @@ class BagelPolicy(Views, UnifiedPolicy):
     @classmethod
     def form(cls, config: PolicyConfig, kind: str) -> Form:
         if kind == "lora":
-            return super().form(config, kind)
+            return PeftAdapter(
+                cls.loading(config.model, config.weights), "`model` of BAGEL's own code"
+            )
         return PublishedFolder(cls.from_config, config, lambda at: cls.loading(cls.model, at))
 
     @classmethod
