@@ -191,6 +191,8 @@ def test_check_and_a_runs_identity_know_it(written, tmp_path):
     next(iter(weights.values()))[0, 0] += 1
     save_file(weights, file)
     assert loaded_weights(moved) != depends
+    with pytest.raises(UserError, match=r"policy.lora_targets: .* matches .*to_\w, too"):
+        open_editor(replace(config, lora_targets=r".*proj_mlp"))
     with pytest.raises(UserError, match="no linear layer of this model is called"):
         open_editor(replace(config, lora_weights=str(written("peft on BAGEL")[0])))
     with pytest.raises(UserError, match="no linear layer of this model is called"):
