@@ -207,6 +207,8 @@ class PolicyConfig:
         lora_weights: a LoRA that the adapters start from, a .safetensors file or a folder, as
             diffusers or peft writes it, or a checkpoint of Edit-R2's release; with lora_rank 0 it
             is merged into the weights that train (docs/editors.md).
+        experts: what trains of unified and bagel, with adapters and without: all, or gen (what
+            paints; the expert that reads and writes stays as it is, so it writes no intents).
         resolution: [height, width] in pixels of what is edited and written.
         condition_resolution: the same of the condition image as the transformer sees it; none is
             `resolution`.
@@ -229,7 +231,8 @@ class PolicyConfig:
             device, by the estimate of `editr2 check`).
         compile: torch.compile the transformer's repeated blocks: on, off, or auto (on where the
             device is CUDA; where a block cannot be compiled it runs plainly, and that is said).
-        offload: keep text encoder and VAE on the host while they are not in use.
+        offload: keep text encoder and VAE (bagel: vision transformer and VAE) on the host while
+            they are not in use.
         vae_tiling: the VAE works in tiles above its own sample size (1024 pixels), which takes less
             memory and gives other latents than the stock pipeline's; not with qwen-edit.
         quantize: none; 4bit (the frozen base through bitsandbytes; needs a CUDA device and LoRA);
@@ -298,6 +301,7 @@ class PolicyConfig:
     branches: Literal["auto", "together", "apart"] = "auto"
     cache: str | None = setting(None, path=True)
     shard_group: int | None = setting(None, Bounds(at_least=2, at_most=65_536))
+    experts: Literal["all", "gen"] = "all"
 
     def __post_init__(self) -> None:
         respelt(self)

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from editr2.errors import NonFiniteError
 from editr2_kernels import guided_velocity
@@ -118,6 +119,12 @@ class TurnReplay:
 
     velocity: Velocity
     tokens: TokenScores | None
+
+
+# By the tensors in what a module gives FSDP2 notices that its weights are wanted for a backward
+# pass. torch 2.9 looks for them in pytrees alone.
+for _kind in (Velocity, TokenScores, TurnReplay):
+    register_dataclass(_kind)
 
 
 class Policy(Protocol):

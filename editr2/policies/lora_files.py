@@ -117,12 +117,13 @@ class LoraFile:
 @dataclass(frozen=True)
 class Start:
     """A LoRA file, the adapters that take it up, and the model's names of its layers by the
-    file's. strengths: by layer, of the file."""
+    file's. strengths: by layer, of the file. gen: whether one expert alone gets adapters."""
 
     file: LoraFile
     lora: Lora
     named: Mapping[str, str]
     strengths: Mapping[str, float]
+    gen: bool
 
     @torch.no_grad()
     def fill(self, module: nn.Module) -> None:
@@ -132,12 +133,19 @@ class Start:
         Raises `CheckpointError` for numbers that are not finite and for base weights that are
         others than the module's, and `ConfigError` where one of its layers has no adapters."""
         weights, path = dict(module.named_parameters()), self.file.path
+        asked, other = (
+            ("policy.experts: gen", "all")
+            if self.gen
+            else (
+                f"policy.lora_targets: {self.lora.targets!r}",
+                "an expression that matches it, too",
+            )
+        )
         for name in self.named.values():
             if f"{name}.lora_A.default.weight" not in weights:
                 raise ConfigError(
-                    f"policy.lora_targets: {self.lora.targets!r} (accepted with "
-                    f"policy.lora_weights {path}: an expression that matches {name}, too, such as "
-                    f"all-linear)"
+                    f"{asked} (accepted with policy.lora_weights {path}, which adapts {name}: "
+                    f"{other})"
                 )
         with ExitStack() as stack:
             with reading(path):
@@ -197,7 +205,7 @@ def start_of(config: PolicyConfig, module: nn.Module, targets: str) -> Start | N
     else:
         common = next(iter(strengths.values())) if len(set(strengths.values())) == 1 else 1.0
         lora = Lora(file.rank, file.rank * common, "|".join(map(re.escape, named.values())))
-    return Start(file, lora, named, strengths)
+    return Start(file, lora, named, strengths, config.experts == "gen")
 
 
 def lora_file(weights: str) -> Path:

@@ -29,7 +29,7 @@ OF_THE_MACHINE = frozenset(
     ("gradient_checkpointing", "compile", "attention", "branches", "shard_group", "cache")
 )
 """Settings of a policy without which its numbers are the same, but for rounding."""
-OF_ADAPTERS = frozenset(("lora_rank", "lora_alpha", "lora_targets", "lora_weights"))
+OF_ADAPTERS = frozenset(("lora_rank", "lora_alpha", "lora_targets", "lora_weights", "experts"))
 RECORDED: Mapping[str, tuple[str, ...]] = {
     "policy": tuple(
         f.name for f in dataclasses.fields(PolicyConfig) if f.name not in OF_THE_MACHINE
@@ -84,7 +84,8 @@ def settings_file(folder: Path) -> Path | None:
 
 
 def without_adapters(config: PolicyConfig, weights: str | None) -> PolicyConfig:
-    """The settings of weights beside which there are no adapters to train."""
+    """The settings of weights beside which there are no adapters to train, and which are not
+    quantized: only a base below adapters is."""
     return dataclasses.replace(
         config,
         weights=weights,
@@ -92,6 +93,8 @@ def without_adapters(config: PolicyConfig, weights: str | None) -> PolicyConfig:
         lora_alpha=None,
         lora_targets=None,
         lora_weights=None,
+        experts="all",
+        quantize="none",
     )
 
 

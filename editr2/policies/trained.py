@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
 from editr2.policies.adapters import (
@@ -25,7 +23,7 @@ from editr2.policies.adapters import (
     save_adapter,
 )
 from editr2.policies.attention import attend_by
-from editr2.policies.blocks import compile_blocks, compiles, recompute_blocks
+from editr2.policies.blocks import run_as_configured
 from editr2.policies.fp8 import quantize_linears
 from editr2.policies.lora_files import Start, start_of
 from editr2.policies.pipelines import PipelineModel
@@ -41,10 +39,7 @@ def make_ready(policy: Any, adapter: Path | None, trains: bool) -> None:
         attend_by(policy.module, policy.config.attention)
     if policy.config.quantize == "fp8":
         quantize_linears(policy.module, policy.lora_targets)
-    recompute_blocks(policy.module, policy.config.gradient_checkpointing)
-    if compiles(policy.config, torch.cuda.is_available()):
-        auto = policy.config.compile == "auto"
-        compile_blocks(policy.module, strict=not auto, cuda=auto)
+    run_as_configured(policy.module, policy.config)
 
 
 def asked_lora(config: PolicyConfig, kind: type[PipelineModel]) -> Lora:

@@ -11,7 +11,7 @@ out likewise, and all functions here work on the part that this process holds.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -108,22 +108,21 @@ def add_lora(
         p.requires_grad_(".lora_" in name)
 
 
-def adapt(
-    module: nn.Module, config: PolicyConfig, *, trains: bool = True, targets: str | None = None
-) -> None:
+def adapt(module: nn.Module, config: PolicyConfig, targets: str, *, trains: bool = True) -> None:
     """Adapters as the settings have them, started from `policy.lora_weights` where they say so: in
     float32 whatever the module is, and the one thing that trains. Without `policy.lora_rank` that
     start is merged where weights train, and else stands beside them as it was written. targets: of
     the model, where the settings name none.
 
     Raises a `UserError` for targets and a start that do not fit the module."""
-    start = start_of(config, module, targets or LORA_TARGETS)
+    start = start_of(config, module, targets)
+    if start is None and not config.lora_rank:
+        return
+    learn = {name for name, p in module.named_parameters() if p.requires_grad}
     if start is not None:
         add_lora(module, start.lora.rank, start.lora.alpha, cast(str, start.lora.targets))
-    elif config.lora_rank:
-        add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets or targets)
     else:
-        return
+        add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets or targets)
     for name, p in module.named_parameters():
         if ".lora_" in name:  # an update is smaller than bfloat16's rounding
             p.data = p.data.float()
@@ -132,17 +131,8 @@ def adapt(
         start.fill(module)
     if trains and not config.lora_rank:
         merge_lora(module)
-        module.requires_grad_(True)
-
-
-def check_start(
-    make: Callable[[Any], nn.Module], sizes: Any, config: PolicyConfig, targets: str | None = None
-) -> None:
-    """Raises what `adapt` would of `policy.lora_weights` on `make(sizes)`, but for its numbers:
-    headers are read, and no weights."""
-    if config.lora_weights is not None:
-        with torch.device("meta"):
-            adapt(make(sizes), config, targets=targets)
+        for name, p in module.named_parameters():
+            p.requires_grad_(name in learn)
 
 
 @torch.no_grad()

@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError, NonFiniteError
 from editr2.policies.base import Policy, device_of
+from editr2.policies.blocks import run_as_configured
 from editr2.policies.configured import Stock
 from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.forms import Form, OwnFolder, PeftAdapter
+from editr2.policies.fp8 import quantize_linears
 from editr2.policies.recorded import without_adapters
 from editr2.policies.tensor_files import ordinary_modes, write_tensors, writing
 from editr2.policies.tokens import TextCodec
 from editr2.policies.unified.bagel_blueprint import BagelBlueprint
 from editr2.policies.unified.codecs import LatentCodec
+from editr2.policies.unified.experts import load_adapters, trained
 from editr2.policies.unified.model import UnifiedModel
 from editr2.policies.unified.policy import Guidance, UnifiedPolicy
 from editr2.policies.unified.published import (
@@ -44,7 +47,7 @@ from editr2.policies.unified.published import (
 )
 from editr2.policies.unified.sight import SIGHT_RULE, Sight, SizeRule
 from editr2.policies.views import Views
-from editr2.policies.weights import adapt, adapter_changes, merge_lora
+from editr2.policies.weights import LORA_TARGETS, adapter_changes, merge_lora
 from editr2.run.hub import HUB_ID, cached, check_model, fetch_files
 from editr2.sessions.buckets import nearest, spread
 
@@ -95,6 +98,7 @@ class BagelPolicy(Views, UnifiedPolicy):
     hub_id: ClassVar[str] = "ByteDance-Seed/BAGEL-7B-MoT"
     uses = UnifiedPolicy.uses | {
         *("resolution", "buckets", "dtype", "rounding", "branches", "shard", "shard_group"),
+        *("compile", "offload", "quantize"),
     }
     edits_the_world = False
     default_weights = hub_id
@@ -136,24 +140,32 @@ class BagelPolicy(Views, UnifiedPolicy):
             read_published(folder_of(config.weights or cls.hub_id)),
             cls.computes_in(config),
         )
-        whole = trains and not config.lora_rank
+        own = {"trains": trained(config)} if trains else {}
+        sight = files.sight(dtype, cls.sight_rule)
+        sight.lent = config.offload
         policy = cls(
             config,
-            files.model(torch.float32 if whole else dtype, whole=whole, empty=empty),
+            files.model(dtype, **own, empty=empty),
             files.codec,
-            LatentCodec(files.autoencoder(), files.sizes.latent_patch_size),
-            files.sight(dtype, cls.sight_rule),
+            LatentCodec(files.autoencoder(), files.sizes.latent_patch_size, lent=config.offload),
+            sight,
             files,
         )
-        adapt(policy.module, config, trains=trains)
+        load_adapters(policy.module, config, trains)
+        if config.quantize == "fp8":
+            quantize_linears(policy.module, LORA_TARGETS)
+        run_as_configured(policy.module, config)
         return policy
 
     @classmethod
     def problems(cls, config: PolicyConfig, trains: bool = True) -> Iterator[str]:
         yield from super().problems(config, trains)
-        if config.shard and trains and not config.lora_rank:
+        if config.quantize == "4bit":
+            yield f"policy.quantize: 4bit (accepted with policy.model {cls.model}: none, fp8)"
+        if config.quantize == "fp8" and not config.lora_rank:
             yield (
-                "policy.lora_rank: 0 (accepted with policy.shard: above 0; frozen ones are shared)"
+                "policy.quantize: fp8 (accepted with policy.lora_rank 0: none; what trains is not "
+                "quantized)"
             )
         if config.shard_group is not None and not config.shard:
             yield (

@@ -22,14 +22,21 @@ from torch import nn
 
 from editr2.config import PolicyConfig
 from editr2.policies.blueprint import Reading, Work, adapters_without_data, simulated
+from editr2.policies.fp8 import quantize_linears
 from editr2.policies.placing import held
 from editr2.policies.tensor_files import read_header
 from editr2.policies.tokens import TextCodec, word_tokenizer
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import LatentCodec, autoencoder_settings, autoencoder_sizes
+from editr2.policies.unified.experts import adapt, check_start, freeze_rest
 from editr2.policies.unified.model import UnifiedConfig, UnifiedModel
-from editr2.policies.unified.published import AUTOENCODER, new_sight, read_published
-from editr2.policies.weights import add_lora, check_start
+from editr2.policies.unified.published import (
+    AUTOENCODER,
+    as_trained,
+    new_sight,
+    read_published,
+)
+from editr2.policies.weights import LORA_TARGETS
 
 SHALLOW = 1
 TOKENS_A_WORD = 1.4
@@ -85,7 +92,7 @@ class BagelBlueprint(UnifiedBlueprint):
             self.sizes, self.vit, codec = files.sizes, files.vit, files.codec
             file = folder / AUTOENCODER
             self.latents = autoencoder_sizes(file, read_header(file)[0])
-        check_start(UnifiedModel, self.sizes, config)
+        check_start(self.sizes, config)
         self.codec = codec
         self.config = config
         super().__init__(self._policy(min(SHALLOW, self.depth)), config)
@@ -102,13 +109,18 @@ class BagelBlueprint(UnifiedBlueprint):
         from diffusers import AutoencoderKL
 
         config, dtype = self.config, self.kind.computes_in(self.config)
-        whole = not config.lora_rank
-        with simulated(torch.float32 if whole else dtype):
+        with simulated(dtype):
             module = UnifiedModel(dataclasses.replace(self.sizes, num_hidden_layers=layers))
-        if not whole:
-            module.requires_grad_(False)
+        freeze_rest(module, config)
+        with simulated():
+            as_trained(module, dtype)
+        if config.lora_rank:
             with adapters_without_data(module, dtype):
-                add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets)
+                adapt(module, config)
+        if config.quantize == "fp8":
+            with simulated():
+                for layer in quantize_linears(module, LORA_TARGETS):
+                    layer.in_float8 = True
         sight = new_sight(self.vit, self.sizes.hidden_size, self.kind.sight_rule)
         with simulated(dtype):
             for owner, name, tensor in list(held(sight.modules())):

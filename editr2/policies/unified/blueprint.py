@@ -20,13 +20,17 @@ class UnifiedBlueprint:
 
     prompt_per_output = True
     deeper: Sequence[tuple[Any, int]] = ()
-    text = vae = blocks = 0
+    text = vae = 0
 
     def __init__(self, policy: Any, config: PolicyConfig) -> None:
         """policy: without data."""
         self.policy, self.config = policy, config
         self.image = policy.latent_shape[0] + 2
         self.said = self.question = 16
+
+    @property
+    def blocks(self) -> int:
+        return int(self.policy.module.config.num_hidden_layers)
 
     def see(self, sessions: Sequence[Session]) -> None:
         texts = [len(self.policy.text_ids(turn.instruction)) for s in sessions for turn in s.turns]
@@ -63,14 +67,13 @@ class UnifiedBlueprint:
         return 4 * numbers * tokens * batch * branches
 
     def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:
-        """Checkpointing is no option of this model."""
         if step == "decode":  # pixels are latents here
             return []
         prepare, trains = getattr(self, f"_{step}"), step in ("train", "answer")
         sizes = [Size(batch, SMALL_BATCH), Size(turn, 0)]
         if step == "intend":
             sizes.insert(0, Size(self.answer, 2))
-        return [Work(step, prepare, sizes, trains=trains)]
+        return [Work(step, prepare, sizes, trains=trains, checkpointing=checkpointing and trains)]
 
     def _context(self, policy: Any, batch: int, tokens: int) -> Context:
         c = policy.module.config

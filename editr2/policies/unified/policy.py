@@ -36,6 +36,7 @@ from editr2.policies.base import (
     TurnTask,
     Velocity,
 )
+from editr2.policies.blocks import recompute_blocks
 from editr2.policies.blueprint import adapters_without_data, simulated
 from editr2.policies.configured import ConfiguredPolicy
 from editr2.policies.encodes import Kept, Row, digest_of
@@ -49,12 +50,14 @@ from editr2.policies.tensor_files import (
     writing,
 )
 from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
+from editr2.policies.unified import experts
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import ImageCodec, PixelCodec
+from editr2.policies.unified.experts import adapt, check_start, freeze_rest, load_adapters
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.unified.packed import Segment, packed_is_cheaper, run_session, token_counts
 from editr2.policies.unified.sight import Sight
-from editr2.policies.weights import adapt, add_lora, check_start, merged_weights
+from editr2.policies.weights import merged_weights
 from editr2_kernels import RENORMS, philox_normal, token_log_prob
 
 EMBEDDED = Path(__file__).parent.parent.parent / "assets" / "unified-small"
@@ -242,7 +245,8 @@ class UnifiedPolicy(ConfiguredPolicy):
     writes_text = True
     uses = ConfiguredPolicy.uses | {
         *("guidance", "guidance_image", "guidance_interval", "renorm"),
-        *("lora_rank", "lora_alpha", "lora_targets", "lora_weights"),
+        *("lora_rank", "lora_alpha", "lora_targets", "lora_weights", "experts"),
+        *("gradient_checkpointing",),
     }
     default_weights = "the small model shipped with editr2"
     holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
@@ -313,7 +317,10 @@ class UnifiedPolicy(ConfiguredPolicy):
     ) -> UnifiedPolicy:
         (folder,) = cls.sources(config)
         policy = cls.load(Path(folder), Guidance.of(config))
-        adapt(policy.module, config, trains=trains)
+        load_adapters(policy.module, config, trains)
+        if not config.lora_rank:
+            freeze_rest(policy.module, config)
+        recompute_blocks(policy.module, config.gradient_checkpointing)
         return policy
 
     @classmethod
@@ -325,6 +332,7 @@ class UnifiedPolicy(ConfiguredPolicy):
                 f"policy.guidance_interval: {list(config.guidance_interval)} (accepted: [low, "
                 f"high] with low < high)"
             )
+        yield from experts.problems(config, trains)
 
     @classmethod
     def sources(cls, config: PolicyConfig) -> list[str]:
@@ -340,12 +348,14 @@ class UnifiedPolicy(ConfiguredPolicy):
     def blueprint(cls, config: PolicyConfig) -> UnifiedBlueprint:
         (folder,) = cls.sources(config)
         sizes, codec = read_parts(Path(folder))
-        check_start(UnifiedModel, sizes, config)
+        check_start(sizes, config)
         with simulated():
             module = UnifiedModel(sizes)
         if config.lora_rank:
             with adapters_without_data(module, torch.float32):
-                add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets)
+                adapt(module, config)
+        else:
+            freeze_rest(module, config)
         with simulated():
             policy = cls(module, codec, Guidance.of(config))
         return UnifiedBlueprint(policy, config)
@@ -521,7 +531,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     # ----------------------------------------------------------------------------------------- text
 
     def writes_text_with(self, name: str) -> bool:
-        return name.startswith("language_model.") and "_moe_gen" not in name
+        return experts.writes(name)
 
     def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
         """As `ReadingPolicy.unreadable`: words that the vocabulary does not hold; a context has any
