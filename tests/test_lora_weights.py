@@ -191,10 +191,9 @@ def test_check_and_a_runs_identity_know_it(written, tmp_path):
     config = replace(config, lora_rank=RANK)
     open_editor(config)
     depends = loaded_weights(config)
-    shutil.copytree(folder, tmp_path / "moved")
-    moved = replace(config, lora_weights=str(tmp_path / "moved"))
+    file = Path(shutil.copy(folder / LORA_FILE, tmp_path / "moved.safetensors"))
+    moved = replace(config, lora_weights=str(file))
     assert loaded_weights(moved) == depends != loaded_weights(replace(config, lora_weights=None))
-    file = tmp_path / "moved" / LORA_FILE
     weights = load_file(file)
     next(iter(weights.values()))[0, 0] += 1
     save_file(weights, file)

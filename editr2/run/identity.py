@@ -157,7 +157,7 @@ def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
         for source in places
     ]
     if files := lora_sources(base):
-        texts.insert(0, files_fingerprint({file.name: file for file in files}))
+        texts.insert(0, files_fingerprint({file.suffix: file for file in files}))
     return {"weights": " over ".join(texts) or kind.default_weights}
 
 
@@ -179,7 +179,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def files_fingerprint(files: Mapping[str, Path]) -> str:
-    """Of files by their names, as `folder_fingerprint`."""
+    """Of files by what they are called here, as `folder_fingerprint`."""
     digest, size = hashlib.sha256(), 0
     for name, file in files.items():
         bytes_ = file.stat().st_size
