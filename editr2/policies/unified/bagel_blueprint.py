@@ -28,7 +28,7 @@ from editr2.policies.tensor_files import read_header
 from editr2.policies.tokens import TextCodec, word_tokenizer
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import LatentCodec, autoencoder_settings, autoencoder_sizes
-from editr2.policies.unified.experts import adapt, check_start, freeze_rest
+from editr2.policies.unified.experts import adapt, check_start, freeze_rest, trained
 from editr2.policies.unified.model import UnifiedConfig, UnifiedModel
 from editr2.policies.unified.published import (
     AUTOENCODER,
@@ -113,7 +113,7 @@ class BagelBlueprint(UnifiedBlueprint):
             module = UnifiedModel(dataclasses.replace(self.sizes, num_hidden_layers=layers))
         freeze_rest(module, config)
         with simulated():
-            as_trained(module, dtype)
+            as_trained(module, dtype, trained(config))
         if config.lora_rank:
             with adapters_without_data(module, dtype):
                 adapt(module, config)

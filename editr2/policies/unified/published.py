@@ -72,7 +72,7 @@ class Published:
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and trains(name))
         if empty:
-            as_trained(model, dtype)
+            as_trained(model, dtype, trains)
         else:
             names = {name: name for name in model.state_dict()}
             dtypes = {name: torch.float32 if trains(name) else dtype for name in names}
@@ -230,13 +230,14 @@ def _vit_settings(path: Path) -> dict[str, Any]:
     return taken
 
 
-def as_trained(module: nn.Module, dtype: torch.dtype) -> None:
-    """Brings a module without data to the precision that its weights will have: what trains is
-    float32, since an update is smaller than bfloat16's rounding."""
-    for part in module.modules():
-        for name, p in list(part.named_parameters(recurse=False)):
-            to = torch.float32 if p.requires_grad else dtype
-            setattr(part, name, nn.Parameter(torch.empty_like(p, dtype=to), p.requires_grad))
+def as_trained(module: nn.Module, dtype: torch.dtype, trains: Callable[[str], bool]) -> None:
+    """Brings a module without data to the precision that its weights will have: what trains, by
+    name, is float32, since an update is smaller than bfloat16's rounding."""
+    for name, p in list(module.named_parameters()):
+        to = torch.float32 if trains(name) else dtype
+        owner, _, own = name.rpartition(".")
+        made = nn.Parameter(torch.empty_like(p, dtype=to), p.requires_grad)
+        setattr(module.get_submodule(owner), own, made)
 
 
 def _fill(
