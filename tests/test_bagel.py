@@ -633,6 +633,7 @@ def test_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny, p
     "policy",
     [
         *({}, {"dtype": "bfloat16"}, {"lora_rank": 0}, {"branches": "together"}),
+        {"lora_weights": "lora"},
         {"quantize": "fp8", "dtype": "bfloat16", "gradient_checkpointing": "all"},
         {"lora_rank": 0, **GEN},
         THINKS,
@@ -640,6 +641,13 @@ def test_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny, p
     ids=lambda p: " ".join(p) or "lora",
 )
 def test_a_run_that_is_resumed_is_the_run(folder, tmp_path, tiny, policy):
+    if "lora_weights" in policy:
+        start = loaded(folder, lora_rank=2)
+        for p in start.module.parameters():
+            p.data += 0.1 * p.requires_grad
+        policy = {"lora_weights": str(tmp_path / "lora")}
+        (tmp_path / "lora").mkdir()
+        BagelPolicy.form(start.config, "lora").write(start, tmp_path / "lora")
     loose = {"ratio_tolerance": 0.01, "text_ratio_tolerance": 0.05}
     whole, half = (
         configured(folder, tmp_path, tiny, name, policy=policy, train=loose | {"iterations": n})

@@ -210,6 +210,9 @@ class PolicyConfig:
         lora_alpha: strength of the adapters; none is twice the rank.
         lora_targets: regular expression over the names of the layers that get adapters; none is the
             model's attention and MLP layers.
+        lora_weights: a LoRA that the adapters start from, a .safetensors file or a folder, as
+            diffusers or peft writes it, or a checkpoint of Edit-R2's release; with lora_rank 0 it
+            is merged into the weights that train (docs/editors.md).
         experts: what trains of unified and bagel, with adapters and without: all, or gen (what
             paints; the expert that reads and writes stays as it is, so it writes no intents).
         resolution: [height, width] in pixels of what is edited and written.
@@ -274,6 +277,7 @@ class PolicyConfig:
     lora_targets: str | None = setting(
         None, check=pattern_problem, what="a regular expression or none"
     )
+    lora_weights: str | None = setting(None, path=True)
     resolution: tuple[int, int] = setting(
         (512, 512), PIXELS, what="height and width, such as 512x512"
     )

@@ -233,6 +233,8 @@ def _made(run: RecordedRun, config: Config) -> str:
         "An iteration": f"{r.sessions} sessions x {r.siblings} siblings, {r.steps} denoising steps",
         "Seed": config.seed,
     }
+    if config.policy.lora_weights is not None:
+        facts["Start"] = f"the LoRA {Path(config.policy.lora_weights).name}"
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     settings = f"```yaml\n{(run.config_text or '').strip()}\n```"
     folded = f"<details><summary>All settings</summary>\n\n{settings}\n\n</details>"

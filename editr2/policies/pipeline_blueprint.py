@@ -34,6 +34,7 @@ from editr2.policies.blueprint import (
 )
 from editr2.policies.fp8 import quantize_linears
 from editr2.policies.libraries import no_bars
+from editr2.policies.lora_files import start_of
 from editr2.policies.pipelines import Parts, PipelineModel, load_rest, part_class, weight_sources
 from editr2.policies.tensor_files import check_shapes, read_header, read_json, reading
 from editr2.policies.trained import put_adapter, ready_autoencoder, saved_lora
@@ -213,9 +214,10 @@ class PipelineBlueprint:
 
     def _check_weights(self, adapter: Path | None, trained: Path | None) -> None:
         """Raises the `UserError` of a transformer's or a LoRA's files that are not all of what they
-        should hold; only their headers are read."""
+        should hold, or not for each other; only their headers are read."""
         folder = trained or self.folder
-        if adapter is None and folder is None:
+        given = self.config.lora_weights is not None
+        if adapter is None and folder is None and not given:
             return
         with torch.device("meta"):
             module = self.transformer(**self.parts.transformer)
@@ -235,6 +237,9 @@ class PipelineBlueprint:
             assert lora is not None  # the folder has one
             needed = {name: tuple(p.shape) for name, p in adapter_weights(module).items()}
             check_file(adapter / LORA_FILE, lora.rank, needed)
+        if start := start_of(self.config, module, self.kind.lora_targets):
+            put_adapter(module, self.config, self.kind, None, start)
+            start.fill(module)
 
     @cached_property
     def _arguments(self) -> Mapping[str, inspect.Parameter]:

@@ -172,7 +172,7 @@ class PipelineModel(ConfiguredPolicy):
     @classmethod
     def settings_for(cls, config: PolicyConfig, folder: Path) -> PolicyConfig:
         if (folder / DESCRIPTION).is_file() and read_description(folder).lora is not None:
-            return dataclasses.replace(config, weights=str(folder))
+            return dataclasses.replace(config, weights=str(folder), lora_weights=None)
         return super().settings_for(config, folder)
 
     @classmethod

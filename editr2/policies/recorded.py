@@ -32,7 +32,7 @@ OF_THE_MACHINE = frozenset(
     ("gradient_checkpointing", "compile", "attention", "branches", "shard_group", "cache")
 )
 """Settings of a policy without which its numbers are the same, but for rounding."""
-OF_ADAPTERS = frozenset(("lora_rank", "lora_alpha", "lora_targets", "experts"))
+OF_ADAPTERS = frozenset(("lora_rank", "lora_alpha", "lora_targets", "lora_weights", "experts"))
 RECORDED: Mapping[str, tuple[str, ...]] = {
     "policy": tuple(
         f.name for f in dataclasses.fields(PolicyConfig) if f.name not in OF_THE_MACHINE
@@ -108,6 +108,7 @@ def without_adapters(config: PolicyConfig, weights: str | None) -> PolicyConfig:
         lora_rank=0,
         lora_alpha=None,
         lora_targets=None,
+        lora_weights=None,
         experts="all",
         quantize="none",
     )
@@ -120,6 +121,11 @@ def over_its_base(config: PolicyConfig) -> tuple[PolicyConfig, Path | None]:
     if config.weights is None or not (Path(config.weights) / PEFT).is_file():
         return config, None
     folder = Path(config.weights)
+    if config.lora_weights is not None:
+        raise ConfigError(
+            f"policy.lora_weights: {config.lora_weights} (accepted with policy.weights {folder}, "
+            f"which is a LoRA: none)"
+        )
     file = folder / EXPORT
     if not file.is_file():
         raise ConfigError(

@@ -45,6 +45,7 @@ from editr2.config.fields import is_mapping, leaves, respelt_leaves
 from editr2.config.rules import option_defaults
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.policies.configured import policy_class
+from editr2.policies.lora_files import lora_sources
 from editr2.policies.recorded import over_its_base
 from editr2.policies.tensor_files import BLOCK, tensor_digest, tensors_of
 from editr2.run.sources import installed, sources
@@ -78,7 +79,7 @@ no use for it, and it is the default that older runs know nothing of."""
 STANDS_FOR = {
     "sessions": ("data.path",),
     "heldout": ("data.heldout",),
-    "weights": ("policy.weights",),
+    "weights": ("policy.weights", "policy.lora_weights"),
     "reward": ("reward.name", "reward.function"),
     "questions": ("policy.questions",),
 }
@@ -156,6 +157,8 @@ def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
         folder_fingerprint(Path(source)) if Path(source).is_dir() else hub_revision(source)
         for source in places
     ]
+    if files := lora_sources(base):
+        texts.insert(0, files_fingerprint({file.suffix: file for file in files}))
     return {
         "weights": " over ".join(texts) or kind.default_weights,
         **kind.fingerprints(policy),
@@ -168,13 +171,21 @@ def folder_fingerprint(folder: Path) -> str:
 
     40 GB of weights take a few thousand reads of 4 KiB: one inside of every tensor, so that a
     change to any one of them is seen unless it leaves that block alone."""
-    digest, size = hashlib.sha256(), 0
+    found = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
         # policy.json names its base by a path, and that one is told apart by its own content.
         if hidden or file.suffix not in _READ or file.name == "policy.json" or not file.is_file():
             continue
+        found[name] = file
+    return files_fingerprint(found)
+
+
+def files_fingerprint(files: Mapping[str, Path]) -> str:
+    """Of files by what they are called here, as `folder_fingerprint`."""
+    digest, size = hashlib.sha256(), 0
+    for name, file in files.items():
         bytes_ = file.stat().st_size
         digest.update(f"{name} {bytes_}\n".encode())
         size += bytes_

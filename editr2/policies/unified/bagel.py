@@ -25,14 +25,14 @@ from editr2.policies.base import Policy, device_of
 from editr2.policies.blocks import run_as_configured
 from editr2.policies.configured import Stock
 from editr2.policies.finite import ACCEPTED, unusable
-from editr2.policies.forms import Form, OwnFolder
+from editr2.policies.forms import Form, OwnFolder, PeftAdapter
 from editr2.policies.fp8 import quantize_linears
 from editr2.policies.recorded import without_adapters
 from editr2.policies.tensor_files import ordinary_modes, write_tensors, writing
 from editr2.policies.tokens import TextCodec
 from editr2.policies.unified.bagel_blueprint import BagelBlueprint
 from editr2.policies.unified.codecs import LatentCodec
-from editr2.policies.unified.experts import adapt, trained
+from editr2.policies.unified.experts import load_adapters, trained
 from editr2.policies.unified.model import UnifiedModel
 from editr2.policies.unified.policy import Guidance, UnifiedPolicy
 from editr2.policies.unified.published import (
@@ -139,12 +139,7 @@ class BagelPolicy(Views, UnifiedPolicy):
             sight,
             files,
         )
-        if config.lora_rank:
-            adapt(policy.module, config)
-            for name, p in policy.module.named_parameters():
-                if ".lora_" in name:  # an update is smaller than bfloat16's rounding
-                    p.data = p.data.float()
-                    p.requires_grad_(trains)
+        load_adapters(policy.module, config, trains)
         if config.quantize == "fp8":
             quantize_linears(policy.module, LORA_TARGETS)
         run_as_configured(policy.module, config)
@@ -193,7 +188,9 @@ class BagelPolicy(Views, UnifiedPolicy):
     @classmethod
     def form(cls, config: PolicyConfig, kind: str) -> Form:
         if kind == "lora":
-            return super().form(config, kind)
+            return PeftAdapter(
+                cls.loading(config.model, config.weights), "`model` of BAGEL's own code"
+            )
         return PublishedFolder(cls.from_config, config, lambda at: cls.loading(cls.model, at))
 
     @classmethod

@@ -28,7 +28,7 @@ from editr2.policies.tensor_files import read_header
 from editr2.policies.tokens import TextCodec, word_tokenizer
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import LatentCodec, autoencoder_settings, autoencoder_sizes
-from editr2.policies.unified.experts import adapt, freeze_rest, trained
+from editr2.policies.unified.experts import adapt, check_start, freeze_rest, trained
 from editr2.policies.unified.model import UnifiedConfig, UnifiedModel
 from editr2.policies.unified.policy import KEPT_BYTES
 from editr2.policies.unified.published import (
@@ -93,6 +93,7 @@ class BagelBlueprint(UnifiedBlueprint):
             self.sizes, self.vit, codec = files.sizes, files.vit, files.codec
             file = folder / AUTOENCODER
             self.latents = autoencoder_sizes(file, read_header(file)[0])
+        check_start(self.sizes, config)
         self.codec = codec
         self.config = config
         super().__init__(self.built(min(SHALLOW, self.blocks)), config)

@@ -53,7 +53,7 @@ from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
 from editr2.policies.unified import experts
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import ImageCodec, PixelCodec
-from editr2.policies.unified.experts import adapt, freeze_rest
+from editr2.policies.unified.experts import adapt, check_start, freeze_rest, load_adapters
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.unified.packed import (
     SESSION,
@@ -273,8 +273,8 @@ class UnifiedPolicy(ConfiguredPolicy):
     writes_text = True
     uses = ConfiguredPolicy.uses | {
         *("guidance", "guidance_image", "guidance_interval", "renorm"),
-        *("lora_rank", "lora_alpha", "lora_targets", "experts", "gradient_checkpointing"),
-        "questions",
+        *("lora_rank", "lora_alpha", "lora_targets", "lora_weights", "experts"),
+        *("gradient_checkpointing", "questions"),
     }
     default_weights = "the small model shipped with editr2"
     holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
@@ -357,9 +357,8 @@ class UnifiedPolicy(ConfiguredPolicy):
         (folder,) = cls.sources(config)
         policy = cls.load(Path(folder), Guidance.of(config))
         policy.ask_with(config.questions)
-        if config.lora_rank:
-            adapt(policy.module, config)
-        else:
+        load_adapters(policy.module, config, trains)
+        if not config.lora_rank:
             freeze_rest(policy.module, config)
         recompute_blocks(policy.module, config.gradient_checkpointing)
         return policy
@@ -396,6 +395,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     def blueprint(cls, config: PolicyConfig) -> UnifiedBlueprint:
         (folder,) = cls.sources(config)
         sizes, codec = read_parts(Path(folder))
+        check_start(sizes, config)
         with simulated():
             module = UnifiedModel(sizes)
         if config.lora_rank:
