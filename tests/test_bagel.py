@@ -384,7 +384,7 @@ def test_what_depends_on_the_block_alone_is_compiled(folder, tiny, plain, monkey
     made, found, gradients = answered(folder, tiny, lora_rank=2, compile="on")
     assert all(map(torch.equal, found, plain[1]))
     assert all(torch.equal(gradients[n], plain[2][n]) for n in plain[2])
-    # Lengths of blocks alone, with marks: an image's latents, what is seen of it, words, question.
+    # Of blocks alone, with marks: an image's latents, what is seen of it, words, a question.
     words = max(len(made.text_ids(text)) for text in ("make it red", "no"))
     asked = made._asked(ASKED, ANSWERS)[0].shape[1]
     lengths = {made.latent_shape[0] + 2, made.seen_tokens + 2, words, asked}
