@@ -55,7 +55,7 @@ def scoring_backward_flops(hidden: Any, weight: Any, *given: Any, **__: Any) -> 
     return (1 + want_hidden + want_weight) * scoring_flops(hidden, weight)
 
 
-assert token_log_prob  # which registers them
+_ = token_log_prob  # importing it registers them
 SCORING = {
     _ours.hidden_token_log_prob: scoring_flops,
     _ours.hidden_token_log_prob_backward: scoring_backward_flops,
