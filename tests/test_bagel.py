@@ -556,8 +556,8 @@ def test_check_knows_what_is_held_and_what_trains(folder, tiny, policy):
     sizes, module = editor.sizes(), policy.module
     assert sizes.parameters == sum(p.numel() for p in module.parameters())
     assert sizes.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
-    parts = (policy.images.vae, policy.sight)
-    assert sizes.vae == sum(p.nbytes for part in parts for p in part.parameters())
+    for part, held in ((policy.images.vae, sizes.vae), (policy.sight, sizes.sight)):
+        assert held == sum(p.nbytes for p in part.parameters())
     frozen = [p for p in module.parameters() if not p.requires_grad]
     assert sizes.weights == sum(p.nbytes for p in frozen)
     blueprint = editor.blueprint

@@ -720,6 +720,9 @@ SAMPLED = {
     "policy.guidance_interval",  # what it asks for together is the editor's to say
     "policy.renorm",
     "policy.lora_rank",
+    "policy.lora_weights",
+    "policy.experts",
+    "policy.gradient_checkpointing",
     "policy.buckets",
     "policy.shard",
     "policy.shard_group",
