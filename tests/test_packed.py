@@ -226,7 +226,7 @@ def test_a_session_does_not_depend_on_its_neighbours(policy):
             images=t.images[1:2],
             x=t.x[1:2],
             sigma=t.sigma[1:2],
-            questions=t.questions and Questions(*(f[1:2] for f in vars(t.questions).values())),
+            questions=t.questions and t.questions.select([1]),
             answers=None if t.answers is None else t.answers[1:2],
         )
         for t in turns
@@ -488,8 +488,7 @@ def test_turns_that_nobody_needs_speak_for_walking(policy):
     places = Queries([torch.zeros(4, 2, *policy.latent_shape)] * 3, [torch.zeros(4, 2)] * 3)
     nothing, images = torch.zeros(4, 0), np.zeros((4, *policy.image_size, 3), np.uint8)
     records = [
-        TurnRecord(torch.arange(4), ["red"] * 4, None, None, *[nothing] * 6, images)
-        for _ in range(3)
+        TurnRecord(torch.arange(4), ["red"] * 4, {}, *[nothing] * 6, images) for _ in range(3)
     ]
     chunk = Chunk(sessions, [0, 1], 2, records)
     options = ReplayOptions(False, False, None, TEMPERATURE, True)

@@ -714,6 +714,7 @@ SAMPLED = {
     "policy.intent",
     "policy.temperature",
     "policy.intent_tokens",
+    "policy.questions",
     "policy.guidance",
     "policy.guidance_image",
     "policy.guidance_interval",  # what it asks for together is the editor's to say

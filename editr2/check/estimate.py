@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from editr2.check.devices import Device
-from editr2.check.editors import Editor, Sizes
+from editr2.check.editors import TRAINS, Editor, Sizes
 from editr2.check.judges import Judging, Measured, judging, waiting
 from editr2.check.links import MACHINE, gather_seconds, sum_seconds
 from editr2.check.meter import Cost
@@ -289,7 +289,7 @@ class Traffic:
 
     gathering: seconds of bringing sharded weights together once; copying: of copying them out of
     their buffer, which the device does. reducing: of adding up the gradients of sharded weights
-    that train. branches: forwards of a velocity, one after the other.
+    that train. apart: whether guidance has branches that run one after the other.
     """
 
     config: Config
@@ -298,7 +298,7 @@ class Traffic:
     gathering: float
     copying: float
     reducing: float
-    branches: int
+    apart: bool
 
     @classmethod
     def of(cls, config: Config, editor: Editor, device: Device, processes: int) -> Traffic:
@@ -313,12 +313,16 @@ class Traffic:
                 reducing = gather_seconds(sizes.trained, pieces, shares, device)
                 reducing += sum_seconds(sizes.trained / shares, processes // shares, device)
         apart = settled_branches(p, processes).branches == "apart"
-        branches = 2 if p.guidance != 1 and apart else 1
-        return cls(config, editor, device, gathering, copying, reducing, branches)
+        apart = apart and p.guidance != 1
+        return cls(config, editor, device, gathering, copying, reducing, apart)
+
+    def passes(self, call: Call) -> int:
+        """Forwards of the transformer, one after the other."""
+        return self.editor.passes(call.step, self.apart)
 
     def gathers(self, call: Call) -> int:
         """How often it brings the weights together: the backward pass does once more."""
-        return {"velocity": 1, "train": 2}.get(call.step, 0) * self.branches
+        return self.passes(call) * (2 if call.step in TRAINS else 1)
 
     def seconds(self, call: Call, cost: Cost) -> tuple[float, float]:
         """Of computing, and of what moves meanwhile."""
@@ -432,23 +436,28 @@ def _memory(
         return max((editor.cost(*key, checkpointing).peak for key in found), default=0)
 
     def trained_on(checkpointing: int | str) -> int:
-        """Of a forward that trains; a packed one keeps what it has of all turns."""
-        if t.packed != "on":
-            return largest("train", "answer", checkpointing=checkpointing)
+        """The most of a forward and backward pass. Packed, it keeps what it has of all turns.
+        Walking, a turn's intents are scored before the first of its velocities, and one backward
+        pass goes through both."""
         each: dict[tuple[str, int], int] = defaultdict(int)
+        scored: dict[int, int] = defaultdict(int)
         for c in calls:
             if c.step in ("train", "answer"):
                 peak = editor.cost(c.step, c.batch, c.turn, checkpointing).peak
                 each[c.step, c.turn] = max(each[c.step, c.turn], peak)
-        return sum(each.values())
+            if c.step == "answer":
+                scored[c.turn] = editor.cost("score", c.batch, c.turn, checkpointing).kept
+        if t.packed == "on":
+            return sum(each.values())
+        return max(n + (scored[turn] if step == "train" else 0) for (step, turn), n in each.items())
 
     # Compiled blocks keep less than plain ones do; by how much is not modelled.
     trains = trained_on(p.gradient_checkpointing)
     # The context of everyone who is denoised together; walking, training in smaller batches copies
     # theirs out of it.
-    contexts = max(
-        editor.held(c.batch, c.turn) for c in calls if c.step == "velocity" and c.phase == "rollout"
-    )
+    denoised = {(c.batch, c.turn) for c in calls if (c.phase, c.step) == ("rollout", "velocity")}
+    most = max(denoised, key=lambda at: editor.held(*at))
+    contexts, branches = editor.held(*most), editor.branches(*most)
     copied = (
         max((editor.held(c.batch, c.turn) for c in calls if c.step == "train"), default=0)
         if t.rows and t.packed != "on"
@@ -478,8 +487,10 @@ def _memory(
         "copies (reference, old, average)": copies * trained,
         "text encoders": sizes.text,
         "autoencoder": sizes.vae,
+        "vision transformer": sizes.sight,
         "stored latents": round(rollouts * latent * (a_step * sampler.window + 1)),
-        "contexts": contexts + copied,
+        **({f"contexts, {name}": n for name, n in branches.items()} or {"contexts": contexts}),
+        "contexts, copied to train": copied,
         "activations, rollout": largest("velocity", "intend") + sizes.dequantized,
         "activations, encode and decode": largest("encode", "decode"),
         "activations, train": trains + sizes.dequantized,
@@ -488,11 +499,11 @@ def _memory(
         memory[name] = trained_on(how) + sizes.dequantized
     always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
     always += trained + memory["copies (reference, old, average)"] + outside + contexts
-    resident = 0 if p.offload else sizes.text + sizes.vae
+    resident = 0 if p.offload else sum(sizes.beside)
     peaks = {
         "rollout": always + resident + blocks + memory["activations, rollout"],
         "encode": always
-        + (max(sizes.text, sizes.vae) if p.offload else resident)
+        + (max(sizes.beside) if p.offload else resident)
         + largest("encode", "decode"),
         "train": always
         + resident
@@ -515,7 +526,7 @@ def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
     # what was read in policy.dtype, layer by layer.
     here = min(processes, MACHINE)
     loaders = 1 if sharded(config.policy, processes) else here
-    beside = here * (sizes.text + sizes.vae)
+    beside = here * sum(sizes.beside)
     read = sizes.weights + sizes.float8 * (1 if config.policy.dtype == "bfloat16" else 3)
     host = {
         "loading": loaders * (read + sizes.trained) + beside,

@@ -1,5 +1,5 @@
 """What training computes again of a rollout: velocities where a loss asks for them, and log-probs
-of sampled intents.
+of what was written: intents and thoughts.
 
 Only for turns that are `needed`: one that is masked, or whose advantage is exactly 0 where nothing
 else pulls (half of all turns, since siblings often score alike), adds nothing to the gradient and
@@ -57,11 +57,13 @@ class Queries:
 
 @dataclass(frozen=True)
 class Answers:
-    """Token scores of one turn's intents; at: positions in the turn's record, int64 [B]."""
+    """Token scores of what was written in one turn, of one kind (`WRITINGS`); at: positions in the
+    turn's record, int64 [B]."""
 
     turn: int
     at: Tensor
     scores: TokenScores
+    kind: str = "intent"
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class Part:
 class ReplayOptions:
     """packed: one forward a session. context_gradient: let gradients through the context.
     micro_batch: queries a forward (None: the needed rollouts of one turn and step; packed: of all);
-    a session is never taken apart where it is packed. temperature: of
-    the sampled intents. text: score the intents."""
+    a session is never taken apart where it is packed. temperature: of the sampled text. text: score
+    it."""
 
     packed: bool
     context_gradient: bool
@@ -116,7 +118,7 @@ def can_pack(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> bool:
     """Whether the policy's packed forward is there and cheaper for this chunk, by its own count."""
-    if not isinstance(policy, PackedPolicy):
+    if not isinstance(policy, PackedPolicy) or any(s.references for s in chunk.sessions):
         return False
     lengths = chunk.lengths
     if int(needed.sum()) < PACKED_SHARE * int(lengths[needed.any(1)].sum()):
@@ -136,8 +138,7 @@ def _walked(
     waiting = _Waiting(policy)
     answers: list[Answers] = []
     for turn in _turns(policy, chunk, options, needed):
-        if options.text and turn.record.questions is not None:
-            answers.append(_answer(policy, turn, options.temperature))
+        answers += [_answer(policy, turn, kind, options.temperature) for kind in turn.asking]
         for place in range(queries.sigma[turn.number].shape[1]):
             waiting.add(_asked(turn, place, queries))
             # Whose gradient goes through the context goes through all of it at once, at the end.
@@ -152,14 +153,13 @@ def _walked(
 @dataclass(frozen=True)
 class _Turn:
     """A turn of the walk. at: positions in its record of the rollouts that are needed. context:
-    behind their instruction; asking: before it, where their intents are asked (None if they are
-    not)."""
+    where they paint. asking: where they wrote, by kind, of what is scored."""
 
     number: int
     record: TurnRecord
     at: Tensor
     context: Any
-    asking: Any
+    asking: dict[str, Any]
 
 
 def _turns(policy: Policy, chunk: Chunk, options: ReplayOptions, needed: Tensor) -> Iterator[_Turn]:
@@ -177,29 +177,25 @@ def _turns(policy: Policy, chunk: Chunk, options: ReplayOptions, needed: Tensor)
                 before = chunk.turns[number - 1]
                 seen = torch.searchsorted(before.rollout, walk.rollout)
                 walk.advance(number, before.images[seen.numpy()])
-            asking = walk.context
             at = torch.searchsorted(record.rollout, walk.rollout)
-            context = walk.instruct([record.text[i] for i in at.tolist()])
+            context, asking = walk.follow(record, at.tolist())
         live = needed[walk.rollout, number].nonzero()[:, 0]
         if not len(live):
             continue
-        asks = options.text and record.questions is not None
+        if not options.text:
+            asking = {}
         if len(live) < len(at):
             context = policy.select(context, live)
-            asking = policy.select(asking, live) if asks else None
-        yield _Turn(number, record, at[live], context, asking if asks else None)
+            asking = {kind: policy.select(asked, live) for kind, asked in asking.items()}
+        yield _Turn(number, record, at[live], context, asking)
 
 
-def _answer(policy: Policy, turn: _Turn, temperature: float) -> Answers:
-    record, at = turn.record, turn.at.tolist()
-    assert record.questions is not None and record.intents is not None
+def _answer(policy: Policy, turn: _Turn, kind: str, temperature: float) -> Answers:
+    written, at = turn.record.written[kind], turn.at.tolist()
     scores = cast(TextPolicy, policy).answer_log_prob(
-        turn.asking,
-        record.questions.select(at),
-        [record.intents[i].ids for i in at],
-        temperature=temperature,
+        turn.asking[kind], written.questions.select(at), written.ids(at), temperature=temperature
     )
-    return Answers(turn.number, turn.at, scores)
+    return Answers(turn.number, turn.at, scores, kind)
 
 
 @dataclass(frozen=True)
@@ -302,16 +298,19 @@ def _tasks(
         record = chunk.turns[turn]
         at = torch.searchsorted(record.rollout, rollouts)
         on: Any = slice(len(at)) if counting else at.to(queries.x[turn].device)
-        asked = text and record.questions is not None
         picked = at.tolist()
+        written = {kind: each.select(picked) for kind, each in record.written.items()}
+        asked, thought = written.get("intent") if text else None, written.get("thought")
         tasks.append(
             TurnTask(
                 [record.text[i] for i in picked],
                 record.images[at.numpy()],
                 queries.x[turn][on],
                 queries.sigma[turn][on],
-                record.questions.select(picked) if asked and record.questions else None,
-                [record.intents[i].ids for i in picked] if asked and record.intents else None,
+                asked.questions if asked else None,
+                asked.all_ids if asked else None,
+                thought.texts if thought else None,
+                thought.all_ids if thought and text else None,
             )
         )
     return tasks
@@ -335,8 +334,7 @@ def _packed(
             q = queries.sigma[turn].shape[1]
             index.append((queries.first[turn] + at[:, None] * q + torch.arange(q)).flatten())
             velocities.append(result.velocity)
-            if result.tokens is not None:
-                answers.append(Answers(turn, at, result.tokens))
+            answers += [Answers(turn, at, scores, kind) for kind, scores in result.scores.items()]
         if bound is not None:
             yield Part(torch.cat(index), Velocity.join(velocities), answers)
             index, velocities, answers = [], [], []
