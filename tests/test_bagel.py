@@ -604,6 +604,7 @@ def test_check_knows_the_published_weights_without_them():
         # AdamW makes of the rounding of another order of sums as much as of anything.
         ({"lora_rank": 0}, {"iterations": 2, "lr": 1e-3}, 1e-4),
         ({"lora_rank": 0, "gradient_checkpointing": 1}, {"context_gradient": True}, 1e-6),
+        ({"lora_rank": 0, "gradient_checkpointing": 1}, {"packed": "on", "micro_batch": 2}, 1e-6),
         ({"lora_rank": 0, "dtype": "bfloat16", **GEN}, {"ratio_tolerance": 0.02}, 1e-6),
     ],
     ids=[
@@ -613,6 +614,7 @@ def test_check_knows_the_published_weights_without_them():
         "thoughts packed",
         "all weights",
         "through the context",
+        "all weights packed, session by session",
         "one expert",
     ],
 )
