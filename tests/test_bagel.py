@@ -40,6 +40,7 @@ from editr2.run.tracking import read_metrics
 SMALL = (32, 48)
 THINKS = {"thinking": True, "thinking_tokens": 4}
 GUIDED = {"guidance": 4.0, "guidance_image": 2.0, "renorm": "text_channel"}
+BRANCHES = ("v_uncond", "v_uncond_image")
 GEN = {"experts": "gen", "intent": False}
 
 
@@ -436,29 +437,39 @@ def test_experts_say_what_trains(folder, settings, trained):
 
 @pytest.mark.parametrize("context_gradient", [False, True])
 def test_a_packed_session_is_the_walk(folder, tiny, context_gradient):
-    """Of all branches of guidance, with what the vision transformer sees in one of them."""
+    """Values and gradients, of all branches of guidance, with what the vision transformer sees."""
     policy = loaded(folder, **GUIDED)
     images = tiny.pictures(2, SMALL)
-    tasks, expected, context = [], [], policy.encode(images)
+    sigma = torch.tensor([[0.9, 0.4], [0.7, 0.2]])
+    tasks, walked, context = [], [], None
     for turn in range(2):
-        x, sigma = torch.randn(2, 2, *policy.latent_shape), torch.tensor([[0.9, 0.4], [0.7, 0.2]])
+        x = torch.randn(2, 2, *policy.latent_shape)
         asked = Questions([["red"] * turn] * 2, ["blue", "green"], ["cm", "cu"])
         answers = [(5, 6, 7), (8,)]
         tasks.append(TurnTask(["darker", "a cat"], images[::-1].copy(), x, sigma, asked, answers))
-        scores = policy.answer_log_prob(context, asked, answers, temperature=0.7).log_prob
-        context = policy.instruct(context, ["darker", "a cat"])
+        with torch.set_grad_enabled(context_gradient):
+            before = policy.append(context, images) if context else policy.encode(images)
+            context = policy.instruct(before, ["darker", "a cat"])
+        walked.append(policy.answer_log_prob(before, asked, answers, temperature=0.7).log_prob)
         v = [policy.velocity(x[:, q], sigma[:, q], context) for q in range(2)]
-        names = ("v_uncond", "v_uncond_image")
-        apart = [[p.v, *(p.guidance[name] for name in names)] for p in v]
-        stacked = [torch.stack(place, 1).flatten(0, 1) for place in zip(*apart, strict=True)]
-        expected.append((stacked, scores))
-        context = policy.append(context, images[::-1].copy())
-    found = policy.replay_packed(images, tasks, context_gradient=context_gradient, temperature=0.7)
-    for done, (walked, scores) in zip(found, expected, strict=True):
-        packed = [done.velocity.v, *(done.velocity.guidance[name] for name in names)]
-        for one, other in zip(packed, walked, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(done.tokens.log_prob, scores, rtol=1e-4, atol=1e-5)
+        for branch in (lambda p: p.v, *(lambda p, n=n: p.guidance[n] for n in BRANCHES)):
+            walked.append(torch.stack([branch(p) for p in v], 1).flatten(0, 1))
+        images = images[::-1].copy()
+    found = policy.replay_packed(
+        tiny.pictures(2, SMALL), tasks, context_gradient=context_gradient, temperature=0.7
+    )
+    packed = []
+    for done in found:
+        v = done.velocity
+        packed += [done.tokens.log_prob, v.v, *(v.guidance[name] for name in BRANCHES)]
+    weights = [p for p in policy.module.parameters() if p.requires_grad]
+    gradients = []
+    for ours in (packed, walked):
+        torch.testing.assert_close(ours, walked, rtol=1e-4, atol=1e-5)
+        loss = sum(((1 + torch.arange(t.numel()) % 7).view(t.shape) * t).mean() for t in ours)
+        gradients.append(torch.autograd.grad(loss, weights))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
 def configured(folder, tmp_path, tiny, name="run", **changes) -> Config:
@@ -593,6 +604,7 @@ def test_check_knows_the_published_weights_without_them():
         # AdamW makes of the rounding of another order of sums as much as of anything.
         ({"lora_rank": 0}, {"iterations": 2, "lr": 1e-3}, 1e-4),
         ({"lora_rank": 0, "gradient_checkpointing": 1}, {"context_gradient": True}, 1e-6),
+        ({"lora_rank": 0, "gradient_checkpointing": 1}, {"packed": "on", "micro_batch": 2}, 1e-6),
         ({"lora_rank": 0, "dtype": "bfloat16", **GEN}, {"ratio_tolerance": 0.02}, 1e-6),
     ],
     ids=[
@@ -602,6 +614,7 @@ def test_check_knows_the_published_weights_without_them():
         "thoughts packed",
         "all weights",
         "through the context",
+        "all weights packed, session by session",
         "one expert",
     ],
 )

@@ -112,11 +112,8 @@ def test_an_editor_that_reads_no_others_refuses_them_by_name(tmp_path, tiny_unif
     line = f"{tmp_path / 'sessions.jsonl'}:2: references: of session 'b': 1 images beside the "
     line += "session's (accepted with policy.model unified: none)"
     assert validate(tmp_path, **how) == [line]
-    tiny_unified.most_references = None  # as of BAGEL, which cannot be asked to pack them
+    tiny_unified.most_references = None  # as of BAGEL
     assert validate(tmp_path, **demands(Config(), tiny_unified)) == []
-    packs = replace_nested(Config(), {"train": {"packed": "on"}})
-    (line,) = validate(tmp_path, **demands(packs, tiny_unified))
-    assert line.endswith("(accepted with train.packed on: none; with auto and off: any)")
 
 
 # -------------------------------------------------------------------------- references in a rollout

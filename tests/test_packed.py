@@ -417,10 +417,13 @@ def test_on_a_gpu_flex_attention_equals_the_cpu(policy, context_gradient):
 
 
 def test_parts_of_packed_sessions_are_the_walk(policy):
-    """A guided rollout of sessions of two lengths, with intents: replayed walking, whole, and in
-    forwards of so many rows."""
+    """A guided rollout of sessions of two lengths, with intents and an image beside the source:
+    replayed walking, whole, and in forwards of so many rows."""
     policy = guided(policy, GUIDED)
-    chunk = Chunk([make_session(0, i, turns=3 - i) for i in range(2)], [0, 1], 2)
+    made = [make_session(0, i, turns=3 - i) for i in range(2)]
+    beside = [(make_session(1, i).image,) for i in range(2)]
+    sessions = [dataclasses.replace(s, references=r) for s, r in zip(made, beside, strict=True)]
+    chunk = Chunk(sessions, [0, 1], 2)
     config = RolloutConfig(steps=4, window=2)
     given = (rollout_sampler(config), Seeds(0, "train"), PolicyConfig(intent_tokens=3))
     rollout_chunk(policy, chunk, *given, rollout=config)

@@ -348,9 +348,11 @@ class PackedPolicy(Protocol):
         *,
         context_gradient: bool,
         temperature: float,
+        references: Sequence[np.ndarray] = (),
     ) -> list[TurnReplay]:
         """Every turn of B rollouts from their source images [B, H, W, 3]; gradients go through the
-        context (the past images and texts) only with `context_gradient`."""
+        context (the past images and texts) only with `context_gradient`. references: of a
+        `ReferringPolicy`, as its `encode` takes them."""
 
 
 def witness(x: Tensor) -> Tensor:

@@ -117,8 +117,9 @@ rollouts, 0.9 with 8 (docs/measured.md)."""
 def can_pack(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> bool:
-    """Whether the policy's packed forward is there and cheaper for this chunk, by its own count."""
-    if not isinstance(policy, PackedPolicy) or any(s.references for s in chunk.sessions):
+    """Whether the policy's packed forward is there and cheaper for this chunk, by its own count,
+    in which a session's further images are not: both ways read them once."""
+    if not isinstance(policy, PackedPolicy):
         return False
     lengths = chunk.lengths
     if int(needed.sum()) < PACKED_SHARE * int(lengths[needed.any(1)].sum()):
@@ -323,11 +324,13 @@ def _packed(
     bound = options.micro_batch
     for rollouts, tasks in _by_length(chunk, queries, options.text, needed, micro_batch=bound):
         images = np.stack([chunk.session_of(i).image for i in rollouts.tolist()])
+        beside = [each[(rollouts // chunk.siblings).numpy()] for each in chunk.references]
         done = cast(PackedPolicy, policy).replay_packed(
             images,
             tasks,
             context_gradient=options.context_gradient,
             temperature=options.temperature,
+            references=beside,
         )
         for turn, result in enumerate(done):
             at = torch.searchsorted(chunk.turns[turn].rollout, rollouts)

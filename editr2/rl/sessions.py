@@ -41,9 +41,6 @@ def demands(config: Config, policy: Policy) -> dict[str, Any]:
     ) -> Iterable[tuple[int | None, str]]:
         if problem := references_problem(policy, config.policy.model, references):
             yield None, problem
-        elif references and config.train.packed == "on":
-            accepted = "with train.packed on: none; with auto and off: any"
-            yield None, f"{references} images beside the session's (accepted {accepted})"
         elif isinstance(policy, ReadingPolicy):
             beside = {"references": references} if references else {}
             yield from at_size(policy, size or sizes[0]).unreadable(told, **beside)

@@ -816,10 +816,11 @@ class UnifiedPolicy(ConfiguredPolicy):
         *,
         context_gradient: bool,
         temperature: float,
+        references: Sequence[np.ndarray] = (),
     ) -> list[TurnReplay]:
         """As `PackedPolicy.replay_packed`. Two calls of the module, the context and what is asked
         behind it, or one with gradient through the context; each goes through the layers once."""
-        segments, laid = self._laid_out(images, turns)
+        segments, laid = self._laid_out(images, references, turns)
         kept = worth_reading(segments)
         if not kept:
             return [self._nothing(turn) for turn in turns]
@@ -872,7 +873,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         return [name for name, weight in weights.items() if weight != 1]
 
     def _laid_out(
-        self, images: np.ndarray, turns: Sequence[TurnTask]
+        self, images: np.ndarray, references: Sequence[np.ndarray], turns: Sequence[TurnTask]
     ) -> tuple[list[Segment], list[tuple[dict[str, tuple[int, Tensor]], list[list[int]]]]]:
         """Sessions as segments; and of every turn the numbers of its questions with where the
         answers start [B], by kind, and those of its noisy images, by branch."""
@@ -907,10 +908,11 @@ class UnifiedPolicy(ConfiguredPolicy):
         if self.system is not None:
             said([self.text_ids(self.system)] * b, SESSION, *texts)
         for turn in turns:
-            latents, seen = self._looked_at(images)
-            put(Segment(marks, both, latents))
-            if seen is not None:
-                put(Segment(marks, both, seen=seen))
+            for each in (images, *references):
+                latents, seen = self._looked_at(each)
+                put(Segment(marks, both, latents))
+                if seen is not None:
+                    put(Segment(marks, both, seen=seen))
             questions = asked(turn, "intent")
             places: dict[str, list[int]] = {}
             if "text_dropped" in branches:
@@ -923,7 +925,7 @@ class UnifiedPolicy(ConfiguredPolicy):
             if texts:
                 places["image_dropped"] = noisy(turn, TEXTS)
             laid.append((questions, [places[name] for name in branches]))
-            images = turn.images
+            images, references = turn.images, ()
         return segments, laid
 
     def _no_scores(self, batch: int) -> TokenScores:
