@@ -43,6 +43,9 @@ from editr2.sessions.images import RESIZES, Pixels, decode_image, read_image
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 """A file, an image of Pillow, or uint8 [H, W, 3]."""
 
+_AT_WORK = frozenset(("intent", "intent_tokens", "thinking_tokens"))
+"""Settings of a policy that are read while it edits, and not when it is loaded."""
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -113,6 +116,12 @@ class Editor:
                 raise ConfigError("policy.weights: given beside a policy (accepted: one of both)")
             found = editor_of(os.fspath(policy), given.get("policy", {}).get("model"))
             config, self.note = replace_nested(config, found.settings), found.note
+        elif policy is not None and (late := sorted(set(given.get("policy", {})) - _AT_WORK)):
+            raise ConfigError(
+                f"policy.{late[0]}: given beside a policy that is loaded (accepted: "
+                f"{', '.join(sorted(_AT_WORK))}; what a policy is loaded with goes with its folder "
+                f"or hub id)"
+            )
         elif isinstance(own := getattr(policy, "config", None), PolicyConfig):
             config = dataclasses.replace(config, policy=own)  # of one that is loaded already
         config = replace_nested(config, given)

@@ -229,6 +229,8 @@ def test_three_lines_edit_as_the_runs_rollout_does(run, tmp_path, monkeypatch):
 def test_a_step_is_a_place_to_go_on_from(tiny_unified):
     scene = make_session(20_001, 1, split="heldout", turns=3)
     first, second, third = told(scene)
+    with pytest.raises(ConfigError, match="policy.guidance: given beside a policy that is loaded"):
+        editr2.Editor(tiny_unified, {"policy": {"guidance": 4.0}})
     editor = editr2.Editor(tiny_unified, {"rollout": {"steps": 4}, "policy": {"intent_tokens": 9}})
     expected = editor.edit(scene.image, told(scene), mode=scene.mode)
     start = editor.start(scene.image, mode=scene.mode)

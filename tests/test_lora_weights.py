@@ -337,6 +337,8 @@ def test_what_is_mixed_up_is_named(mixed, written, bases, tmp_path):
         ({"r": 3}, r"adapter_config.json: r: 3 \(accepted: 2, that of the tensors"),
         ({"lora_alpha": "6"}, r"adapter_config.json: lora_alpha: '6' \(accepted: a number above 0"),
         ({"alpha_pattern": {"q_proj_moe_gen": 0}}, r"lora_alpha: 0 \(accepted"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights: 'pissa_niter_4' \(accepted"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens: \[1\] \(accepted: None;"),
     ],
 )
 def test_settings_beside_it_are_read_strictly(said, message, written, bases, tmp_path):

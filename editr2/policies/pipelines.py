@@ -69,7 +69,10 @@ FLUX_SHIFT = {
 class PipelineModel(ConfiguredPolicy):
     """What a model on a diffusers pipeline says of itself without being loaded."""
 
-    uses = frozenset(FIELDS) - {"thinking", "thinking_tokens"}  # they write no text
+    uses = frozenset(FIELDS) - {
+        *("thinking", "thinking_tokens", "questions", "experts"),  # they write no text
+        *("guidance_interval", "rounding"),
+    }
     edits_the_world = False
     holds = f"{DESCRIPTION} (as a run saves it) or {INDEX}"
 
