@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested, settings_problems
+from editr2.config import Config, PolicyConfig, replace_nested, settings_problems
 from editr2.config.fields import normalised
 from editr2.errors import ConfigError, DataError, one_line, shown
 from editr2.policies.base import Policy, at_size, device_of
 from editr2.policies.found import editor_of
 from editr2.policies.load import open_policy
-from editr2.rl.rollout import Chunk, Seeds, Walk, rollout_turn
+from editr2.rl.rollout import Chunk, Seeds, Walk, in_evaluation, rollout_turn
 from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import demands
 from editr2.run.processes import open_processes
@@ -128,9 +128,9 @@ class Editor:
         for problem in settings_problems(config, "rollout"):
             raise ConfigError(problem)
         config = normalised(config)
-        tokens = config.eval.intent_tokens or config.policy.intent_tokens
+        options, self._rollout = in_evaluation(config)
         # Of several processes each has its own images to edit.
-        mine = dataclasses.replace(config.policy, intent_tokens=tokens, shard=False)
+        mine = dataclasses.replace(options, shard=False)
         self.config = dataclasses.replace(config, policy=mine)
         if policy is None or isinstance(policy, str | os.PathLike):
             policy = open_policy(mine, open_processes(), trains=False)
@@ -197,7 +197,7 @@ class Editor:
             self._sampler.of(size).to(device_of(policy.module)),
             Seeds(past.seed, "rollout"),
             self.config.policy,
-            rollout=RolloutConfig(store_dtype=self.config.rollout.store_dtype),
+            rollout=self._rollout,
             greedy=True,
         )
         chunk.turns.append(record)

@@ -179,9 +179,10 @@ def test_a_run_replays_them(kontext, tmp_path, beside):
 def run(tiny_unified, tmp_path):
     """A run of the unified policy with adapters, as the trainer leaves it, and a session."""
     tiny_unified.save(tmp_path / "base")
-    policy = {"weights": str(tmp_path / "base"), "lora_rank": 2, "intent_tokens": 9}
-    values = {"policy": policy, "rollout": {"steps": 4, "window": 1}, "train": {"iterations": 1}}
-    config = replace_nested(Config(), values)
+    policy = {"weights": str(tmp_path / "base"), "lora_rank": 2, "intent_tokens": 2}
+    sampler = {"steps": 4, "window": 1, "store_dtype": "bfloat16"}
+    values = {"policy": policy, "rollout": sampler, "train": {"iterations": 1}}
+    config = replace_nested(Config(), {**values, "eval": {"intent_tokens": 9}})
     trained = load_policy(config.policy)
     state = new_state(config.train, trained)
     for values in (state.ema, trainable(trained.module)):
