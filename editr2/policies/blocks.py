@@ -25,11 +25,8 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """What repeats, by the class's own list (as diffusers has it), of all kinds, in the order in
     which they run."""
     names = set(getattr(module, "_repeated_blocks", None) or ())
-    # Where weights are shared out a block is of a class below its own.
-    kinds = {
-        type(part): {kind.__name__ for kind in type(part).__mro__} for part in module.modules()
-    }
-    return [part for part in module.modules() if names & kinds[type(part)]]
+    # Where weights are shared out FSDP2 has put its own name before a block's.
+    return [part for part in module.modules() if type(part).__name__.removeprefix("FSDP") in names]
 
 
 def recomputed(how: int | str, blocks: int) -> int:
