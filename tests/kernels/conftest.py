@@ -8,8 +8,10 @@ imported. "cuda" is the CUDA C++ sources compiled for the CPU and run by cuda_em
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -105,6 +107,41 @@ def pytest_collection_modifyitems(config, items):
     items[:] = sorted(
         chosen, key=lambda item: ((item.originalname == WAITING) == last, order[id(item)])
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_patched_once_a_launch():
+    """Triton's interpreter patches its whole language again at every call of a device function:
+    more than half of its time, to put there what the launch has put there already."""
+    if not INTERPRETED:
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()
+
+    @functools.cache
+    def sees(function):
+        """The parts of the language that a function's module names: what is patched for it."""
+        parts = [value for value in function.__globals__.values() if inspect.ismodule(value)]
+        return frozenset(part.__name__ for part in parts if part in (interpreter.tl, core))
+
+    def patch_new(function):
+        """Of a launch's own call, its first, the result: what undoes it."""
+        if sees(function) in patched:
+            return None
+        patched.add(sees(function))
+        return patch(function)
+
+    def launch_anew(self, *given, **named):
+        patched.clear()
+        return launch(self, *given, **named)
+
+    core = interpreter.tl.core
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(interpreter, "_patch_lang", patch_new)
+        changes.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
