@@ -34,6 +34,7 @@ settings.load_profile("editr2")
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
+    gc.disable()  # a quarter of the time in which the tests are collected, for no garbage
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,6 +63,7 @@ def keep_what_is_there() -> None:
     garbage, which the product asks for too, need not look at it. Half a second each without."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -146,19 +146,20 @@ def language_patched_once_a_launch():
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted(request):
-    """(exit status, output) of a whole test file, by its name, in Triton's interpreter.
+    """(exit status, output) of whole test files, by their names, in a process of Triton's
+    interpreter.
 
-    They run one after the other beside the tests of this process. Processes side by side all know
-    of all tests, and each runs some: there a file runs when the test that waits for it does.
+    These run one after the other beside the tests of this process. Processes side by side all know
+    of all tests, and each runs some: there files run when the test that waits for them does.
     """
-    names = [
-        item.callspec.params["name"]
+    asked = [
+        item.callspec.params["names"]
         for item in request.session.items
         if item.originalname == WAITING and not side_by_side(request.config)
     ]
     current = []
 
-    def run(name):
+    def run(names):
         command = [
             sys.executable,
             "-m",
@@ -172,7 +173,7 @@ def interpreted(request):
             "ignore",
         ]
         process = subprocess.Popen(
-            [*command, str(Path(__file__).with_name(f"test_{name}.py"))],
+            [*command, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in names)],
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -183,8 +184,8 @@ def interpreted(request):
         return process.returncode, output
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = {name: pool.submit(run, name) for name in names}
-        yield lambda name: (ahead.get(name) or pool.submit(run, name)).result()
+        ahead = {names: pool.submit(run, names) for names in asked}
+        yield lambda names: (ahead.get(names) or pool.submit(run, names)).result()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in current:
             process.kill()
