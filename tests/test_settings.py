@@ -369,7 +369,20 @@ TOGETHER = [
         TRAINS,
     ),
     ({"train": {"minibatches": 7}}, "train.minibatches: 7 (accepted: a divisor of 2", TRAINS),
-    ({"train": {"packed": "on"}, "policy": {"guidance": 2}}, "train.packed: on", TRAINS),
+    ({"train": {"micro_batch": 2, "context_gradient": True}}, "train.micro_batch: 2", TRAINS),
+    (
+        {"train": {"packed": "on", "micro_batch": "auto"}},
+        "train.micro_batch: auto (accepted with train.packed on: none, or a number)",
+        TRAINS,
+    ),
+    (
+        {
+            "train": {"packed": "on", "micro_batch": 2, "context_gradient": True},
+            "policy": {"guidance": 2},
+        },
+        None,
+        (),
+    ),
     ({"out": __file__}, "out: ", ("train", "check", "rollout")),
     ({"out": f"{__file__}/run"}, "out: ", ("train", "check", "rollout")),
 ]
@@ -701,11 +714,15 @@ SAMPLED = {
     "policy.intent",
     "policy.temperature",
     "policy.intent_tokens",
+    "policy.questions",
     "policy.guidance",
     "policy.guidance_image",
     "policy.guidance_interval",  # what it asks for together is the editor's to say
     "policy.renorm",
     "policy.lora_rank",
+    "policy.lora_weights",
+    "policy.experts",
+    "policy.gradient_checkpointing",
     "policy.buckets",
     "policy.shard",
     "policy.shard_group",

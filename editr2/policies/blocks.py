@@ -1,11 +1,12 @@
-"""How the repeated blocks of a diffusers transformer run: which of them are computed again in the
+"""How the repeated blocks of a transformer run: which of them are computed again in the
 backward pass, and whether they are compiled."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ is 8, behind which it silently runs plainly."""
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """Diffusers' own list of what repeats, of all kinds, in the order in which they run."""
+    """What repeats, by the class's own list (as diffusers has it), of all kinds, in the order in
+    which they run."""
     names = getattr(module, "_repeated_blocks", None) or ()
     return [part for part in module.modules() if type(part).__name__ in names]
 
@@ -98,6 +100,8 @@ class _Together:
             ) from error
         for block in self.blocks:
             block._compiled_call_impl = None
+            for name in _parts(block):
+                vars(block).pop(name, None)
         warnings.warn(
             f"policy.compile: auto: blocks run plainly; torch.compile: {one_line(error)}",
             stacklevel=2,
@@ -105,38 +109,70 @@ class _Together:
 
 
 class _Compiled:
-    """A block's compiled call, or its plain one from the first failure on."""
+    """The compiled form of a block's call, or of a part of it; the plain one from the first failure
+    on."""
 
-    def __init__(self, block: Any, run: Callable[..., Any], together: _Together) -> None:
-        self.block, self.run, self.together = block, run, together
+    def __init__(
+        self, plain: Callable[..., Any], run: Callable[..., Any], together: _Together
+    ) -> None:
+        self.plain, self.run, self.together = plain, run, together
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        if self.together.cuda and not any(x.is_cuda for x in given):
-            return self.block._call_impl(*args, **kwargs)
+        if self.together.cuda and not any(x.is_cuda for x in _tensors((*args, *kwargs.values()))):
+            return self.plain(*args, **kwargs)
         try:
             return self.run(*args, **kwargs)
         except compile_errors() as error:
             self.together.give_up(error)
-        return self.block._call_impl(*args, **kwargs)
+        return self.plain(*args, **kwargs)
+
+
+def _tensors(given: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for x in given:
+        if isinstance(x, dict):
+            yield from _tensors(x.values())
+        elif isinstance(x, torch.Tensor):
+            yield x
+
+
+def _parts(block: Any) -> Sequence[str]:
+    """Methods of a block that are compiled in place of all of it, by its class's own list."""
+    return getattr(type(block), "compiled_parts", ())
 
 
 def compile_blocks(module: nn.Module, *, strict: bool, cuda: bool = False) -> None:
     """Compiles every repeated block, one form for each shape: were sizes to become symbols after a
     second one, a block could be computed again in another form than it ran in (sharded blocks meet
-    idle forwards of one token between the two). strict: what
-    cannot be compiled is a `ConfigError` at the first forward; else blocks run plainly from then
-    on, with a warning. cuda: only what lies on a CUDA device is compiled, else it runs plainly."""
+    idle forwards of one token between the two). A block that names `compiled_parts`
+    is one whose sequences have any length: these parts are compiled with sizes that are symbols
+    from the first on, so that a form never changes. strict: what cannot be compiled is a
+    `ConfigError` at the first forward; else blocks run plainly from then on, with a warning. cuda:
+    only what lies on a CUDA device is compiled, else it runs plainly."""
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, FORMS)
     together = _Together(repeated_blocks(module), strict, cuda)
     for block in together.blocks:
+        if names := _parts(block):
+            for name in names:
+                plain = MethodType(getattr(type(block), name), block)
+                vars(block)[name] = _Compiled(plain, torch.compile(plain, dynamic=True), together)
+            continue
         block.compile(dynamic=False)
-        block._compiled_call_impl = _Compiled(block, block._compiled_call_impl, together)
+        block._compiled_call_impl = _Compiled(block._call_impl, block._compiled_call_impl, together)
+
+
+def run_as_configured(module: Any, config: PolicyConfig) -> None:
+    """Blocks computed again and compiled by the policy's settings. The last thing that is done to a
+    module before it is brought to its device."""
+    recompute_blocks(module, config.gradient_checkpointing)
+    if compiles(config, torch.cuda.is_available()):
+        auto = config.compile == "auto"
+        compile_blocks(module, strict=not auto, cuda=auto)
 
 
 def may_run_plainly(module: nn.Module) -> None:
     """From here on a block that cannot be compiled is no error."""
     for block in repeated_blocks(module):
-        if isinstance(compiled := getattr(block, "_compiled_call_impl", None), _Compiled):
-            compiled.together.strict = False
+        for compiled in vars(block).values():
+            if isinstance(compiled, _Compiled):
+                compiled.together.strict = False

@@ -69,7 +69,7 @@ FLUX_SHIFT = {
 class PipelineModel(ConfiguredPolicy):
     """What a model on a diffusers pipeline says of itself without being loaded."""
 
-    uses = frozenset(FIELDS)
+    uses = frozenset(FIELDS) - {"thinking", "thinking_tokens"}  # they write no text
     edits_the_world = False
     holds = f"{DESCRIPTION} (as a run saves it) or {INDEX}"
 
@@ -172,7 +172,7 @@ class PipelineModel(ConfiguredPolicy):
     @classmethod
     def settings_for(cls, config: PolicyConfig, folder: Path) -> PolicyConfig:
         if (folder / DESCRIPTION).is_file() and read_description(folder).lora is not None:
-            return dataclasses.replace(config, weights=str(folder))
+            return dataclasses.replace(config, weights=str(folder), lora_weights=None)
         return super().settings_for(config, folder)
 
     @classmethod

@@ -26,7 +26,8 @@ def at_work(parts: Sequence[nn.Module], device: torch.device, *, lent: bool) -> 
     afterwards, since the host's copy is still right. Else they stay."""
     if not lent or device.type == "cpu":
         for part in parts:
-            part.to(device)
+            if any(p.device != device for p in part.parameters()):  # weights without data stay
+                part.to(device)
         yield
         return
     kept = list(held(module for part in parts for module in part.modules()))

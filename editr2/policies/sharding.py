@@ -199,6 +199,8 @@ def _shard(module: Any, device: torch.device, mesh: DeviceMesh) -> None:
     kinds = set(type(module)._repeated_blocks)
     blocks = [piece for piece in module.modules() if type(piece).__name__ in kinds]
     trains = any(p.requires_grad and ".lora_" not in n for n, p in module.named_parameters())
+    if trains and hasattr(module, "share_out"):
+        module.share_out()
     seen: set[nn.Module] = set()
     for piece in (*blocks, module):  # one after the other: the whole does not fit the device
         _spread(_own(piece, seen), device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,24 @@ from editr2.sessions import Session
 
 class UnifiedBlueprint:
     """`Blueprint` of a `UnifiedPolicy`. A cost grows along a line with the turns before it, and
-    that of an intent with its tokens; contexts are keys and values of that many tokens."""
+    that of an intent with its tokens; contexts are keys and values of that many tokens.
+
+    A step of its own beside the usual ones is score: an intent's forward pass alone, whose
+    activations wait for the velocities' backward pass."""
 
     prompt_per_output = True
     deeper: Sequence[tuple[Any, int]] = ()
-    text = vae = blocks = 0
+    text = vae = sight = 0
 
     def __init__(self, policy: Any, config: PolicyConfig) -> None:
         """policy: without data."""
         self.policy, self.config = policy, config
         self.image = policy.latent_shape[0] + 2
         self.said = self.question = 16
+
+    @property
+    def blocks(self) -> int:
+        return int(self.policy.module.config.num_hidden_layers)
 
     def see(self, sessions: Sequence[Session]) -> None:
         texts = [len(self.policy.text_ids(turn.instruction)) for s in sessions for turn in s.turns]
@@ -56,21 +63,37 @@ class UnifiedBlueprint:
         return min(self.config.intent_tokens, round(self.said * 4 / 3))
 
     def held(self, batch: int, turn: int) -> int:
-        c, g = self.policy.module.config, self.policy.guidance
-        tokens = (turn + 1) * (self.image + self.said)
-        branches = 1 + (g.text != 1) + (g.image != 1)
-        numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-        return 4 * numbers * tokens * batch * branches
+        return sum(self.branches(batch, turn).values())
+
+    def branches(self, batch: int, turn: int) -> Mapping[str, int]:
+        c, said = self.policy.module.config, (turn + 1) * self.said
+        full = (turn + 1) * self.image + said
+        tokens = self._tokens(full, said)
+        numbers = 2 * self.blocks * c.num_key_value_heads * c.head_dim
+        size = self.policy.compute_dtype.itemsize * numbers * batch
+        return {name: size * count for name, count in tokens.items()}
+
+    def _tokens(self, full: int, said: int) -> dict[str, int]:
+        """Of a sample's contexts, by name. said: those of its texts alone."""
+        g = self.policy.guidance
+        dropped = {"without the instruction": g.text != 1, "texts alone": g.image != 1}
+        return {"full": full, **{name: full for name, there in dropped.items() if there}}
+
+    def passes(self, step: str, apart: bool) -> int:
+        texts = 1 + (self.policy.guidance.image != 1)
+        once = {"intend": self.answer, "instruct": texts, "decode": 0}
+        return once.get(step, 1)
 
     def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:
-        """Checkpointing is no option of this model."""
         if step == "decode":  # pixels are latents here
             return []
-        prepare, trains = getattr(self, f"_{step}"), step in ("train", "answer")
         sizes = [Size(batch, SMALL_BATCH), Size(turn, 0)]
-        if step == "intend":
-            sizes.insert(0, Size(self.answer, 2))
-        return [Work(step, prepare, sizes, trains=trains)]
+        if step == "intend":  # the question, and word after word
+            words = Work("word", self._word, sizes, times=self.answer - 1)
+            return [Work("ask", self._ask, sizes), *([words] if self.answer > 1 else [])]
+        step = "encode" if step == "derive" else step
+        prepare, trains = getattr(self, f"_{step}"), step in ("train", "answer", "score")
+        return [Work(step, prepare, sizes, trains=trains, checkpointing=checkpointing and trains)]
 
     def _context(self, policy: Any, batch: int, tokens: int) -> Context:
         c = policy.module.config
@@ -96,10 +119,13 @@ class UnifiedBlueprint:
     def _instructed(self, policy: Any, batch: int, turn: int) -> Any:
         """Behind the instruction, with the branches that guidance asks for."""
         tokens = (turn + 1) * (self.image + self.said)
-        full = self._context(policy, batch, tokens)
+        full, before, texts = (
+            self._context(policy, batch, length)
+            for length in (tokens, tokens - self.said, (turn + 1) * self.said)
+        )
         if not policy.guidance.active:
             return full
-        guided = policy.guided(full, full, full)
+        guided = policy.guided(full, before, texts)
         guided.__dict__["joined"] = self._context(policy, batch * len(guided.branches), tokens)
         return guided
 
@@ -115,25 +141,37 @@ class UnifiedBlueprint:
         )
 
     def _instruct(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
-        context = self._seen(policy, batch, turn)
-        twice = policy.guidance.image != 1  # the texts alone are a context of their own
+        contexts = [self._seen(policy, batch, turn)]
+        if policy.guidance.image != 1:  # the texts alone are a context of their own
+            contexts.append(self._context(policy, batch, turn * self.said))
 
         def run() -> Any:
             said = self._words(batch, self.said)
-            return [policy.module.append_text(context, *said) for _ in range(1 + twice)]
+            return [policy.module.append_text(context, *said) for context in contexts]
 
         return run
 
-    def _intend(self, policy: Any, tokens: int, batch: int, turn: int) -> Callable[[], Any]:
+    def _ask(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
         context, model = self._seen(policy, batch, turn), policy.module
 
         def run() -> Any:
             branch = Branch(context, self.question + self.config.intent_tokens)
             hidden = model.extend_branch(branch, *self._words(batch, self.question))
-            for _ in range(tokens - 1):
-                model.logits(hidden[:, -1]).softmax(-1).cumsum(-1)
-                hidden = model.extend_branch(branch, *self._words(batch, 1))
-            return model.logits(hidden[:, -1])
+            return branch, model.logits(hidden[:, -1])
+
+        return run
+
+    def _word(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
+        """One more, in the middle of what is written."""
+        context, model = self._seen(policy, batch, turn), policy.module
+        branch = Branch(context, self.question + self.config.intent_tokens)
+        behind = self.question + self.answer // 2
+        branch.valid[:, branch.length : branch.length + behind] = True
+        branch.length += behind
+
+        def run() -> Any:
+            hidden = model.extend_branch(branch, *self._words(batch, 1))
+            return model.logits(hidden[:, -1]).softmax(-1).cumsum(-1)
 
         return run
 
@@ -147,14 +185,23 @@ class UnifiedBlueprint:
         predict = self._velocity(policy, batch, turn)
         return lambda: backward(predict())
 
-    def _answer(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
+    def _score(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
         context, model = self._seen(policy, batch, turn), policy.module
+        first = torch.zeros(batch, dtype=torch.int64) + self.question - 1
+        answers = [(0,) * self.answer] * batch
 
         def run() -> Any:
             words = self._words(batch, self.question + self.answer - 1)
-            hidden = model.text_hidden(context, *words)
-            answers = model.logits(hidden[:, -self.answer :]).log_softmax(-1)
-            torch.autograd.backward([answers], [torch.ones_like(answers)])
-            return hidden
+            return policy._scores(model.text_hidden(context, *words), first, answers, 1.0)
+
+        return run
+
+    def _answer(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
+        score = self._score(policy, batch, turn)
+
+        def run() -> Any:
+            found = score().log_prob
+            torch.autograd.backward([found], [torch.ones_like(found)])
+            return found
 
         return run

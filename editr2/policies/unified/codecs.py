@@ -7,16 +7,18 @@ Legend of shapes: B samples, N latent tokens, D numbers a token, C channels, h x
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from editr2.errors import CheckpointError
-from editr2.policies.base import device_of, to_bytes
+from editr2.policies.base import to_bytes
+from editr2.policies.placing import at_work
 from editr2.policies.tensor_files import Shape, check_shapes, read_header, read_tensors
 
 
@@ -73,29 +75,24 @@ class PixelCodec:
         return painted(latents, grid, self.side)
 
 
-def bring(part: nn.Module, device: torch.device) -> None:
-    """A frozen part to a device, where it stays."""
-    if device_of(part) != device:
-        part.to(device)
-
-
 class LatentCodec:
     """Latents are an autoencoder's (diffusers' `AutoencoderKL`): the mean of its distribution,
     shifted and scaled, in patches. In its own precision, one image after the other, so that an
-    image's numbers do not depend on its neighbours."""
+    image's numbers do not depend on its neighbours. lent: it comes to the device for as long as it
+    works; else it stays there."""
 
-    def __init__(self, vae: Any, patch: int) -> None:
+    def __init__(self, vae: Any, patch: int, *, lent: bool = False) -> None:
         self.vae = vae.requires_grad_(False).eval()
+        self.lent = lent
         self.patch = patch
         self.channels = int(vae.config.latent_channels)
         self.side = patch * 2 ** (len(vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def read(self, images: np.ndarray, device: torch.device) -> Tensor:
-        bring(self.vae, device)
         x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
         x = (x.float() / 255 - 0.5) / 0.5
-        with torch.autocast(device.type, enabled=False):
+        with self._at_work(device):
             means = [self.vae.encode(one[None]).latent_dist.mode() for one in x.to(self.vae.dtype)]
         latents = torch.cat(means).float() - self.vae.config.shift_factor
         latents = latents * self.vae.config.scaling_factor
@@ -103,12 +100,19 @@ class LatentCodec:
 
     @torch.no_grad()
     def paint(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        bring(self.vae, latents.device)
         x = painted(latents.float(), grid, self.patch).permute(0, 3, 1, 2)
         x = x / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        with torch.autocast(x.device.type, enabled=False):
+        with self._at_work(x.device):
             images = [self.vae.decode(one[None]).sample for one in x.to(self.vae.dtype)]
         return torch.cat(images).permute(0, 2, 3, 1)
+
+    @contextmanager
+    def _at_work(self, device: torch.device) -> Iterator[None]:
+        with (
+            at_work([self.vae], device, lent=self.lent),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
 
 
 # ------------------------------------------------------------------- the published autoencoder file

@@ -31,8 +31,11 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
+from torch.utils.checkpoint import checkpoint
 
 from editr2.errors import ConfigError, DataError
+from editr2.policies.base import autocast_dtype
 from editr2.policies.tensor_files import read_json
 
 T = TypeVar("T")
@@ -197,9 +200,11 @@ class Attention(nn.Module):
                 )
                 self.add_module(f"{name}{suffix}", norm)
 
-    def forward(
-        self, streams: Streams, cos: Tensor, sin: Tensor, mask: Mask, reach: Reach | None
-    ) -> tuple[Streams, tuple[Tensor, Tensor]]:
+    def project(self, streams: Streams, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the block, [B, heads, L, head_dim]. Keys are kept in the
+        values' precision, which is the computing one: rotated in float32 they would be twice as
+        large and attention would round them to it anyway."""
+
         def project(name: str, heads: int, normed: bool) -> Tensor:
             parts = []
             for suffix, x in streams.items():
@@ -209,22 +214,30 @@ class Attention(nn.Module):
 
         q, k = project("q", self.heads, True), project("k", self.kv_heads, True)
         v = project("v", self.kv_heads, False)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        new = (k, v)
-        if reach is not None:
-            k, v = reach(k, v)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin).to(v.dtype), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         if mask is None or isinstance(mask, Tensor):
-            out = F.scaled_dot_product_attention(
+            return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
             )
-        else:
-            out = mask(q, k, v)
+        return mask(q, k, v)
+
+    def give(self, streams: Streams, out: Tensor) -> Streams:
+        """What was attended to, [B, heads, L, head_dim], as the streams take it."""
         parts = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in streams.values()], dim=1)
         attended = zip(streams, parts, strict=True)
-        return {suffix: getattr(self, f"o_proj{suffix}")(part) for suffix, part in attended}, new
+        return {suffix: getattr(self, f"o_proj{suffix}")(part) for suffix, part in attended}
 
 
 class Layer(nn.Module):
+    """Everything but attention depends on the block alone, not on what was read before, so these
+    two parts have few shapes: they are what is compiled (`policies.blocks`)."""
+
+    compiled_parts = ("before", "behind")
+    takes_all = False
+    """As of `UnifiedModel`."""
+
     def __init__(self, config: UnifiedConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -241,16 +254,56 @@ class Layer(nn.Module):
     def forward(
         self, streams: Streams, cos: Tensor, sin: Tensor, mask: Mask, reach: Reach | None
     ) -> tuple[Streams, tuple[Tensor, Tensor]]:
+        if self.takes_all:
+            streams = dict(zip(streams, _take_all(self, streams.values()), strict=True))
+        q, k, v = self.before(streams, cos, sin)
+        seen = (k, v) if reach is None else reach(k, v)
+        return self.behind(streams, self.self_attn.attend(q, *seen, mask)), (k, v)
+
+    def before(self, streams: Streams, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         normed = {
             suffix: getattr(self, f"input_layernorm{suffix}")(x) for suffix, x in streams.items()
         }
-        attended, new = self.self_attn(normed, cos, sin, mask, reach)
-        result = {}
+        queries: tuple[Tensor, Tensor, Tensor] = self.self_attn.project(normed, cos, sin)
+        return queries
+
+    def behind(self, streams: Streams, out: Tensor) -> Streams:
+        attended, result = self.self_attn.give(streams, out), {}
         for suffix, x in streams.items():
             x = x + attended[suffix]
             normed_x = getattr(self, f"post_attention_layernorm{suffix}")(x)
             result[suffix] = x + getattr(self, f"mlp{suffix}")(normed_x)
-        return result, new
+        return result
+
+
+class _TakeAll(torch.autograd.Function):
+    """The streams as they are. Backward, once all that stands behind them is done: parameters to
+    which nothing gave a gradient get zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.parameters = given[count:]
+        return tuple(x.view_as(x) for x in given[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rest = (torch.zeros_like(p) if p.grad is None else None for p in ctx.parameters)
+        return None, *grads, *rest
+
+
+def _take_all(module: nn.Module, given: Iterable[Tensor], but: nn.Module | None = None) -> Any:
+    """The tensors, behind which every trained parameter of the module has a gradient. but: a part
+    of it that sees to its own."""
+    if not torch.is_grad_enabled():
+        return tuple(given)
+    own = set(but.parameters()) if but is not None else set()
+    tensors = tuple(given)
+    trained = (p for p in module.parameters() if p.requires_grad and p not in own)
+    return _TakeAll.apply(len(tensors), *tensors, *trained)
+
+
+def _computed_again(layer: Layer, *given: Any) -> Any:
+    return checkpoint(layer.__call__, *given, use_reentrant=False)
 
 
 class _Decoder(nn.Module):
@@ -373,6 +426,9 @@ class Context:
         )
 
 
+register_dataclass(Context)  # see `policies.base`
+
+
 class Branch:
     """A copy of a context with room for `capacity` more tokens, written in place: for text decoded
     token by token, where copying the whole past at every token would cost more than the token."""
@@ -408,6 +464,28 @@ class UnifiedModel(nn.Module):
         self.vae2llm = nn.Linear(config.latent_dim, config.hidden_size)
         self.llm2vae = nn.Linear(config.hidden_size, config.latent_dim)
         self.latent_pos_embed = _PositionTable(config.max_latent_size, config.hidden_size)
+        self._again: Callable[..., Any] | None = None
+        self.takes_all = False
+
+    def share_out(self) -> None:
+        """From here on every pass through the layers gives all that trains a gradient, zeros where
+        it had no part: words alone leave the other expert out, and a process that reads them adds
+        its gradients up with those of one that paints, block by block."""
+        for module in (self, *self.language_model.model.layers):
+            module.takes_all = True
+
+    @classmethod
+    def from_config(cls, config: UnifiedConfig) -> UnifiedModel:
+        """As diffusers' models are made of theirs."""
+        return cls(config)
+
+    def enable_gradient_checkpointing(self, again: Callable[..., Any] | None = None) -> None:
+        """Layers' activations are computed again in the backward pass. again: called with a layer
+        and what it is given, in place of the layer; by default all are computed again."""
+        self._again = again or _computed_again
+
+    def disable_gradient_checkpointing(self) -> None:
+        self._again = None
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Normal(0, 0.02) weights, residual outputs scaled by 1/sqrt(2 layers), zero biases and
@@ -478,10 +556,14 @@ class UnifiedModel(nn.Module):
         exponents = torch.arange(half, device=x_BLH.device, dtype=torch.float32) / half
         angles = position_BL[:, None, :, None].float() * self.config.rope_theta ** (-exponents)
         cos, sin = angles.cos().to(x_BLH.dtype), angles.sin().to(x_BLH.dtype)
+        if self.takes_all:
+            (x_BLH,) = _take_all(self, [x_BLH], self.language_model.model.layers)
         keys, values, streams = [], [], _streams(x_BLH, split)
+        again = self._again if torch.is_grad_enabled() else None
         for i, layer in enumerate(self.language_model.model.layers):
             reach = partial(context.reach, i) if context is not None else None
-            streams, (k, v) = layer(streams, cos, sin, mask, reach)
+            given = (streams, cos, sin, mask, reach)
+            streams, (k, v) = again(layer, *given) if again else layer(*given)
             keys.append(k)
             values.append(v)
         final = (
@@ -493,7 +575,7 @@ class UnifiedModel(nn.Module):
 
     def empty_context(self, batch: int, device: torch.device | str = "cpu") -> Context:
         c = self.config
-        dtype = self.vae2llm.weight.dtype
+        dtype = autocast_dtype(torch.device(device)) or self.vae2llm.weight.dtype
         nothing = torch.zeros(
             batch, c.num_key_value_heads, 0, c.head_dim, device=device, dtype=dtype
         )

@@ -9,7 +9,7 @@ its connector (`Sight`), and nothing else; `ae.safetensors` FLUX.1's autoencoder
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,24 +59,30 @@ class Published:
     shapes: Mapping[str, Shape]
 
     def model(
-        self, dtype: torch.dtype, *, whole: bool = False, empty: bool = False
+        self,
+        dtype: torch.dtype,
+        *,
+        trains: Callable[[str], bool] = lambda name: False,
+        empty: bool = False,
     ) -> UnifiedModel:
-        """The transformer with its weights. whole: all of them will train. empty: without data, on
-        the meta device."""
+        """The transformer with its weights. trains: which of them will, by name; they are float32
+        whatever the others' dtype is. empty: without data, on the meta device."""
         with init_empty_weights(include_buffers=False):
             model = UnifiedModel(self.sizes)
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and trains(name))
         if empty:
-            model.to(dtype)
+            as_trained(model, dtype, trains)
         else:
             names = {name: name for name in model.state_dict()}
-            _fill(model, self.folder / WEIGHTS, names, dtype)
-        if not whole:
-            model.requires_grad_(False)
+            dtypes = {name: torch.float32 if trains(name) else dtype for name in names}
+            _fill(model, self.folder / WEIGHTS, names, dtypes)
         return model.eval()
 
     def sight(self, dtype: torch.dtype, rule: SizeRule = SIGHT_RULE) -> Sight:
         sight = new_sight(self.vit, self.sizes.hidden_size, rule)
-        _fill(sight, self.folder / WEIGHTS, sight_names(sight), dtype)
+        names = sight_names(sight)
+        _fill(sight, self.folder / WEIGHTS, names, dict.fromkeys(names.values(), dtype))
         return sight
 
     def autoencoder(self) -> Any:
@@ -224,14 +230,27 @@ def _vit_settings(path: Path) -> dict[str, Any]:
     return taken
 
 
-def _fill(module: nn.Module, path: Path, names: Mapping[str, str], dtype: torch.dtype) -> None:
-    """Puts the file's tensors into a module without data. names: of its tensors, by the file's."""
+def as_trained(module: nn.Module, dtype: torch.dtype, trains: Callable[[str], bool]) -> None:
+    """Brings a module without data to the precision that its weights will have: what trains, by
+    name, is float32, since an update is smaller than bfloat16's rounding."""
+    for name, p in list(module.named_parameters()):
+        to = torch.float32 if trains(name) else dtype
+        owner, _, own = name.rpartition(".")
+        made = nn.Parameter(torch.empty_like(p, dtype=to), p.requires_grad)
+        setattr(module.get_submodule(owner), own, made)
+
+
+def _fill(
+    module: nn.Module, path: Path, names: Mapping[str, str], dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Puts the file's tensors into a module without data. names: of its tensors, by the file's;
+    dtypes: by its own."""
     own, state = module.state_dict(), {}
     with ExitStack() as stack:
         with reading(path):
             file = stack.enter_context(safe_open(path, "pt"))
         for theirs, ours in names.items():
-            tensor = file.get_tensor(theirs).to(dtype)
+            tensor = file.get_tensor(theirs).to(dtypes[ours])
             if tensor.shape != own[ours].shape:  # patches as a matrix: row, column, channel
                 out, channels, high, wide = own[ours].shape
                 tensor = tensor.view(out, high, wide, channels).permute(0, 3, 1, 2).contiguous()
@@ -242,4 +261,4 @@ def _fill(module: nn.Module, path: Path, names: Mapping[str, str], dtype: torch.
         p.requires_grad_(name not in frozen)
 
 
-__all__ = ["FILES", "Published", "new_sight", "read_published", "sight_names"]
+__all__ = ["FILES", "Published", "as_trained", "new_sight", "read_published", "sight_names"]

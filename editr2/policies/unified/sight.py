@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from editr2.policies.unified.codecs import bring
+from editr2.policies.placing import at_work
 
 MOST_PIXELS = 14 * 14 * 9 * 1024
 
@@ -65,7 +65,10 @@ def brought_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 class Sight(nn.Module):
     """See the module docstring. vit: transformers' `SiglipVisionModel` without its head. width: of
-    the model that looks. rule: of the images that it is shown."""
+    the model that looks. rule: of the images that it is shown. lent: it comes to the device for
+    as long as it works; else it stays there."""
+
+    lent = False
 
     def __init__(self, vit: Any, width: int, rule: SizeRule = SIGHT_RULE) -> None:
         super().__init__()
@@ -91,9 +94,11 @@ class Sight(nn.Module):
     def forward(self, images: np.ndarray, device: torch.device) -> Tensor:
         """uint8 [B, H, W, 3] -> tokens [B, M, width], in the weights' precision; one image after
         the other, so that no image's numbers depend on its neighbours."""
-        bring(self, device)
         size = self.rule(*images.shape[1:3])
-        with torch.autocast(device.type, enabled=False):
+        with (
+            at_work([self], device, lent=self.lent),
+            torch.autocast(device.type, enabled=False),
+        ):
             return torch.cat([self._seen(brought_to(image, size), device) for image in images])
 
     def _seen(self, image: np.ndarray, device: torch.device) -> Tensor:
