@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from editr2.check.meter import Cost, Meter, at_depth
 from editr2.config import PolicyConfig
-from editr2.policies.base import PackedPolicy, SizedPolicy
+from editr2.policies.base import PackedPolicy, SizedPolicy, ThinkingPolicy
 from editr2.policies.blocks import recomputed
 from editr2.policies.blueprint import (
     Blueprint,
@@ -80,8 +80,9 @@ class Editor:
     """What the estimate asks. Turns count from 0.
 
     own: the noise schedule, None where the policy has none. cannot_pack: the policy's name, where
-    it has no packed replay. writes_text: whether intents are written. prompt_per_output: whether
-    siblings' instructions are read apart. shares, mix: see `see`; empty where there is one size.
+    it has no packed replay. writes_text, thinks: whether intents, and thoughts, are written.
+    prompt_per_output: whether siblings' instructions are read apart. shares, mix: see `see`; empty
+    where there is one size.
     """
 
     def __init__(self, config: PolicyConfig, blueprint: Blueprint) -> None:
@@ -92,6 +93,7 @@ class Editor:
         packs = isinstance(self.policy, PackedPolicy)
         self.cannot_pack = None if packs else type(self.policy).__name__
         self.writes_text = bool(self.policy.writes_text and config.intent)
+        self.thinks = isinstance(self.policy, ThinkingPolicy) and self.policy.thinks
         self.prompt_per_output = blueprint.prompt_per_output
         self._found: dict[Hashable, list[dict[str, Any]]] = {}
         self._costs: dict[Hashable, Cost] = {}
@@ -180,10 +182,10 @@ class Editor:
         turn: int,
         checkpointing: int | str | None = None,
     ) -> Cost:
-        """Of encode, instruct, intend, velocity, train (forward and backward of velocity), answer
-        (the same of an intent), score (its forward alone, which keeps what the backward pass will
-        read) or decode; checkpointing: as `policy.gradient_checkpointing`, None: the configured
-        one."""
+        """Of encode, instruct, intend, think, velocity, train (forward and backward of velocity),
+        answer (the same of an intent), score (its forward alone, which keeps what the backward pass
+        will read), answer thought, score thought or decode; checkpointing: as
+        `policy.gradient_checkpointing`, None: the configured one."""
         how = self.config.gradient_checkpointing if checkpointing is None else checkpointing
         again = recomputed(how, self.blueprint.blocks) if step in TRAINS else 0
         key = (step, batch, turn, again)
@@ -277,7 +279,7 @@ def _affine(measure: Callable[[int], Cost], at: int, first: int) -> Cost:
     return Cost(**at_depth([asdict(measure(first)), asdict(measure(first + 1))], [at - first]))
 
 
-TRAINS = ("train", "answer", "score")
+TRAINS = ("train", "answer", "answer thought", "score", "score thought")
 """Steps with gradient."""
 NOTHING = Cost({}, 0, 0, 0, 0, 0)
 
