@@ -1,4 +1,5 @@
-"""python -m bench report | compare BASE | full_size CONFIG | real_peer CHECKOUT."""
+"""python -m bench report | compare BASE | full_size CONFIG | full_layer CONFIG |
+real_peer CHECKOUT."""
 
 from __future__ import annotations
 
@@ -19,11 +20,18 @@ def main() -> int:
         from bench import full_size
 
         return full_size.main(arguments)
+    if command == "full_layer":
+        from bench import full_layer
+
+        return full_layer.main(arguments)
     if command == "real_peer":
         from bench import real_peer
 
         return real_peer.main(arguments)
-    usage = "report [...] | compare BASE [...] | full_size CONFIG [...] | real_peer CHECKOUT [...]"
+    usage = (
+        "report [...] | compare BASE [...] | full_size CONFIG [...] | full_layer CONFIG [...] | "
+        "real_peer CHECKOUT [...]"
+    )
     print(f"usage: python -m bench {usage}; got {command!r}", file=sys.stderr)
     return 2
 

@@ -241,8 +241,7 @@ class PeerPlan:
                 TurnRecord(
                     torch.arange(self.whole.rollouts),
                     [text for part in parts for text in part.text],
-                    None,
-                    None,
+                    {},
                     x,
                     x_next,
                     step_index,

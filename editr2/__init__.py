@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Config",
+    "Editor",
     "Intent",
     "Policy",
     "Reward",
     "Score",
     "Session",
+    "Step",
     "Turn",
     "UnifiedPolicy",
     "UserError",
     "WorldReward",
     "build_report",
+    "edit",
     "load_sessions",
     "preset_config",
     "replace_nested",
@@ -29,6 +32,7 @@ __all__ = [
 
 if TYPE_CHECKING:  # the names with their types; below is how they come
     from editr2.config import Config, preset_config, replace_nested
+    from editr2.editing import Editor, Step, edit
     from editr2.errors import UserError
     from editr2.policies.base import Intent, Policy
     from editr2.policies.unified.policy import UnifiedPolicy
@@ -40,6 +44,7 @@ if TYPE_CHECKING:  # the names with their types; below is how they come
 else:
     _HOMES = {
         "editr2.config": ("Config", "preset_config", "replace_nested"),
+        "editr2.editing": ("Editor", "Step", "edit"),
         "editr2.errors": ("UserError",),
         "editr2.policies.base": ("Intent", "Policy"),
         "editr2.policies.unified.policy": ("UnifiedPolicy",),

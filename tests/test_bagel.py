@@ -9,20 +9,24 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from editr2.check.editors import open_editor
-from editr2.config import Config, PolicyConfig, replace_nested
-from editr2.config.yaml import dump_yaml
+from editr2.config import Config, PolicyConfig, preset_config, replace_nested
+from editr2.config.fields import leaves
+from editr2.config.yaml import check_keys, dump_yaml, load_yaml, to_dataclass
 from editr2.errors import UserError
 from editr2.export.export import export
 from editr2.policies.base import Questions, TurnTask
 from editr2.policies.blocks import may_run_plainly
 from editr2.policies.fp8 import Float8Linear
 from editr2.policies.load import load_policy
+from editr2.policies.recorded import read_settings
 from editr2.policies.rules import policy_problems
 from editr2.policies.unified.bagel import PAINTING, BagelPolicy
 from editr2.policies.unified.codecs import autoencoder_of
@@ -30,10 +34,13 @@ from editr2.policies.unified.model import Layer
 from editr2.policies.unified.published import new_sight, read_published
 from editr2.policies.unified.sight import LATENT_RULE, SIGHT_RULE, SizeRule
 from editr2.rl.loop import train
+from editr2.run.identity import loaded_weights
 from editr2.run.tracking import read_metrics
 
 SMALL = (32, 48)
+THINKS = {"thinking": True, "thinking_tokens": 4}
 GUIDED = {"guidance": 4.0, "guidance_image": 2.0, "renorm": "text_channel"}
+BRANCHES = ("v_uncond", "v_uncond_image")
 GEN = {"experts": "gen", "intent": False}
 
 
@@ -432,23 +439,39 @@ def test_experts_say_what_trains(folder, settings, trained):
 
 @pytest.mark.parametrize("context_gradient", [False, True])
 def test_a_packed_session_is_the_walk(folder, tiny, context_gradient):
-    policy = loaded(folder)
+    """Values and gradients, of all branches of guidance, with what the vision transformer sees."""
+    policy = loaded(folder, **GUIDED)
     images = tiny.pictures(2, SMALL)
-    tasks, expected, context = [], [], policy.encode(images)
+    sigma = torch.tensor([[0.9, 0.4], [0.7, 0.2]])
+    tasks, walked, context = [], [], None
     for turn in range(2):
-        x, sigma = torch.randn(2, 2, *policy.latent_shape), torch.tensor([[0.9, 0.4], [0.7, 0.2]])
+        x = torch.randn(2, 2, *policy.latent_shape)
         asked = Questions([["red"] * turn] * 2, ["blue", "green"], ["cm", "cu"])
         answers = [(5, 6, 7), (8,)]
         tasks.append(TurnTask(["darker", "a cat"], images[::-1].copy(), x, sigma, asked, answers))
-        scores = policy.answer_log_prob(context, asked, answers, temperature=0.7).log_prob
-        context = policy.instruct(context, ["darker", "a cat"])
-        v = [policy.velocity(x[:, q], sigma[:, q], context).v for q in range(2)]
-        expected.append((torch.stack(v, 1).flatten(0, 1), scores))
-        context = policy.append(context, images[::-1].copy())
-    found = policy.replay_packed(images, tasks, context_gradient=context_gradient, temperature=0.7)
-    for done, (velocity, scores) in zip(found, expected, strict=True):
-        torch.testing.assert_close(done.velocity.v, velocity, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(done.tokens.log_prob, scores, rtol=1e-4, atol=1e-5)
+        with torch.set_grad_enabled(context_gradient):
+            before = policy.append(context, images) if context else policy.encode(images)
+            context = policy.instruct(before, ["darker", "a cat"])
+        walked.append(policy.answer_log_prob(before, asked, answers, temperature=0.7).log_prob)
+        v = [policy.velocity(x[:, q], sigma[:, q], context) for q in range(2)]
+        for branch in (lambda p: p.v, *(lambda p, n=n: p.guidance[n] for n in BRANCHES)):
+            walked.append(torch.stack([branch(p) for p in v], 1).flatten(0, 1))
+        images = images[::-1].copy()
+    found = policy.replay_packed(
+        tiny.pictures(2, SMALL), tasks, context_gradient=context_gradient, temperature=0.7
+    )
+    packed = []
+    for done in found:
+        v = done.velocity
+        packed += [done.tokens.log_prob, v.v, *(v.guidance[name] for name in BRANCHES)]
+    weights = [p for p in policy.module.parameters() if p.requires_grad]
+    gradients = []
+    for ours in (packed, walked):
+        torch.testing.assert_close(ours, walked, rtol=1e-4, atol=1e-5)
+        loss = sum(((1 + torch.arange(t.numel()) % 7).view(t.shape) * t).mean() for t in ours)
+        gradients.append(torch.autograd.grad(loss, weights))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
 def configured(folder, tmp_path, tiny, name="run", **changes) -> Config:
@@ -471,12 +494,18 @@ def configured(folder, tmp_path, tiny, name="run", **changes) -> Config:
 
 
 def test_an_iteration_has_ratio_one_and_its_export_is_the_published_layout(folder, tmp_path, tiny):
-    config = configured(folder, tmp_path, tiny)
-    train(config)
+    (tmp_path / "asked.json").write_text(json.dumps({"cm": "{history} / {current}"}))
+    asked = {"policy": {"questions": str(tmp_path / "asked.json")}}
+    train(configured(folder, tmp_path, tiny, **asked))
     rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
     row = next(row for row in rows if "ratio_error" in row)
     assert row["ratio_error"] < 1e-6 and row["text_ratio_error"] < 1e-4 and row["grad_norm"] > 0
+    assert "asked.json" not in (questions := rows[0]["identity"]["depends"]["questions"])
     export(tmp_path / "run", tmp_path / "out", merge=True)  # proven to reload to the last bit
+    kept = read_settings(tmp_path / "out" / "editr2.yaml")["policy"]["questions"]
+    assert kept == str(tmp_path / "out" / "questions.json")
+    now = loaded_weights(PolicyConfig(model="bagel", weights=str(folder), questions=kept))
+    assert now["questions"].split()[-1] == questions.split()[-1]  # the digest
     ours, theirs = (load_file(f / "ema.safetensors") for f in (tmp_path / "out", folder))
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     assert {t.dtype for t in ours.values()} == {torch.bfloat16}
@@ -484,6 +513,42 @@ def test_an_iteration_has_ratio_one_and_its_export_is_the_published_layout(folde
     assert changed and all("_proj" in n and n.startswith("language_model.") for n in changed)
     for file in ("ae.safetensors", "llm_config.json", "vit_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes()
+
+
+def recipe() -> Config:
+    path = Path(__file__).parent.parent / "configs" / "bagel-edit-r2-8gpu.yaml"
+    values, lines = load_yaml(path)
+    check_keys(values, lines, Config, path)
+    return to_dataclass(values, Config)
+
+
+def test_the_recipe_is_the_preset_and_what_is_bagels_or_the_machines():
+    preset, ours = preset_config("edit-r2-released"), recipe()
+    differs = {key for key, _ in leaves(Config) if attrgetter(key)(preset) != attrgetter(key)(ours)}
+    assert differs == {
+        *("out", "data.path", "data.resize", "reward.name", "credit.weights"),
+        *("policy.model", "policy.dtype", "policy.rounding", "policy.shard"),
+        *("rollout.groups_per_batch", "train.iterations", "train.micro_batch"),
+        *("train.ratio_tolerance", "train.text_ratio_tolerance"),
+        *("eval.sessions", "eval.strips", "eval.every", "checkpoint.every"),
+    }
+
+
+def test_the_recipe_runs_on_other_weights_data_and_sizes(folder, tmp_path, tiny):
+    """Stretched to the size, in bfloat16, with intents, guidance and KL, two optimiser steps."""
+    changes = {
+        "out": str(tmp_path / "run"),
+        "data": {"path": str(tiny.sessions(tmp_path / "data", (2, 2), (48, 64)))},
+        "policy": {"weights": str(folder), "resolution": SMALL, "intent_tokens": 8},
+        "rollout": {"sessions": 2, "siblings": 2},
+        "train": {"iterations": 1},
+        "eval": {"sessions": 0, "strips": 0, "every": 0},
+    }
+    train(replace_nested(recipe(), changes))
+    rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (row,) = [row for row in rows if "ratio_error" in row]
+    assert row["ratio_error"] < 1e-3 and row["text_ratio_error"] < 5e-2 and row["grad_norm"] > 0
+    assert row["intent_tokens"] > 0 and row["kl"] > 0  # behind the first step
 
 
 @pytest.mark.parametrize(
@@ -504,8 +569,8 @@ def test_check_knows_what_is_held_and_what_trains(folder, tiny, policy):
     sizes, module = editor.sizes(), policy.module
     assert sizes.parameters == sum(p.numel() for p in module.parameters())
     assert sizes.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
-    parts = (policy.images.vae, policy.sight)
-    assert sizes.vae == sum(p.nbytes for part in parts for p in part.parameters())
+    for part, held in ((policy.images.vae, sizes.vae), (policy.sight, sizes.sight)):
+        assert held == sum(p.nbytes for p in part.parameters())
     frozen = [p for p in module.parameters() if not p.requires_grad]
     assert sizes.weights == sum(p.nbytes for p in frozen)
     blueprint = editor.blueprint
@@ -535,16 +600,29 @@ def test_check_knows_the_published_weights_without_them():
     "policy, train, off",
     [
         ({}, {"iterations": 2}, 0),
+        ({}, {"iterations": 2, "packed": "on"}, 0),
+        (THINKS, {"iterations": 2}, 0),
+        (THINKS, {"iterations": 2, "packed": "on"}, 0),
         # AdamW makes of the rounding of another order of sums as much as of anything.
         ({"lora_rank": 0}, {"iterations": 2, "lr": 1e-3}, 1e-4),
         ({"lora_rank": 0, "gradient_checkpointing": 1}, {"context_gradient": True}, 1e-6),
+        ({"lora_rank": 0, "gradient_checkpointing": 1}, {"packed": "on", "micro_batch": 2}, 1e-6),
         ({"lora_rank": 0, "dtype": "bfloat16", **GEN}, {"ratio_tolerance": 0.02}, 1e-6),
     ],
-    ids=["lora", "all weights", "through the context", "one expert"],
+    ids=[
+        "lora",
+        "packed",
+        "thoughts",
+        "thoughts packed",
+        "all weights",
+        "through the context",
+        "all weights packed, session by session",
+        "one expert",
+    ],
 )
 def test_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny, policy, train, off):
-    """Two processes, sessions of other lengths, guidance and intents; off: relative, of a
-    tensor."""
+    """Two processes, sessions of other lengths, guidance and texts of any length; off: relative, of
+    a tensor."""
     made = {}
     for name, shard in (("whole", False), ("shared", True)):
         layout = {"shard": shard, "branches": "apart", **policy}
@@ -570,12 +648,21 @@ def test_weights_that_are_shared_out_give_the_same_run(folder, tmp_path, tiny, p
     "policy",
     [
         *({}, {"dtype": "bfloat16"}, {"lora_rank": 0}, {"branches": "together"}),
+        {"lora_weights": "lora"},
         {"quantize": "fp8", "dtype": "bfloat16", "gradient_checkpointing": "all"},
         {"lora_rank": 0, **GEN},
+        THINKS,
     ],
     ids=lambda p: " ".join(p) or "lora",
 )
 def test_a_run_that_is_resumed_is_the_run(folder, tmp_path, tiny, policy):
+    if "lora_weights" in policy:
+        start = loaded(folder, lora_rank=2)
+        for p in start.module.parameters():
+            p.data += 0.1 * p.requires_grad
+        policy = {"lora_weights": str(tmp_path / "lora")}
+        (tmp_path / "lora").mkdir()
+        BagelPolicy.form(start.config, "lora").write(start, tmp_path / "lora")
     loose = {"ratio_tolerance": 0.01, "text_ratio_tolerance": 0.05}
     whole, half = (
         configured(folder, tmp_path, tiny, name, policy=policy, train=loose | {"iterations": n})

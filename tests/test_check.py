@@ -41,6 +41,7 @@ from editr2.check.meter import Cost, Meter, Speed
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, RewardConfig, replace_nested
 from editr2.errors import ConfigError
+from editr2.policies.base import TurnTask
 from editr2.policies.blocks import recompute_blocks
 from editr2.policies.blueprint import simulated
 from editr2.policies.configured import policy_class
@@ -290,6 +291,60 @@ def test_flops_of_the_unified_policy_are_those_of_a_walk():
         )
     backward = counted(lambda: policy.velocity(x, sigma, context).v.sum().backward())
     assert editor.cost("train", 4, 1).total_flops == backward
+
+
+@pytest.mark.parametrize(
+    "rows, sessions", [(None, [6]), (1, [1] * 6), (11, [1] * 6), (12, [2] * 3), (25, [4, 2])]
+)
+def test_packed_sessions_go_whole_as_many_as_there_are_rows_for(rows, sessions):
+    """Two groups of three, of which one has a third turn; two places a turn, questions from the
+    second turn on."""
+    values = {
+        "rollout": {"sessions": 2, "siblings": 3, "window": 2, "groups_per_batch": 2},
+        "train": {"packed": "on", "micro_batch": rows},
+    }
+    config = replace_nested(Config(), values)
+    calls = plan(config, open_editor(config.policy), rollout_sampler(config.rollout), [3, 2], 1)
+    expected = [(t, max(1, round(n * (0.5 if t == 2 else 1)))) for n in sessions for t in range(3)]
+    for step, places, first in (("train", 2, 0), ("answer", 1, 1)):
+        found = [(c.turn, c.batch) for c in calls if c.step == step]
+        assert found == [(t, n * places) for t, n in expected if t >= first]
+
+
+@pytest.mark.exhaustive
+def test_a_packed_forward_keeps_what_it_has_of_all_turns():
+    """Of two guided rollouts of three turns, or of one of them, beside what torch keeps."""
+    values = {
+        "policy": {"intent": False, "guidance": 4.0, "guidance_image": 2.0},
+        "rollout": {"sessions": 1, "siblings": 2, "window": 2, "groups_per_batch": 1},
+        "train": {"packed": "on"},
+    }
+    config = replace_nested(Config(), values)
+    policy, editor = load_policy(config.policy), open_editor(config.policy)
+    session = make_session(0, 0)
+    said = session.turns[0].instruction
+    editor.see([replace(session, turns=(session.turns[0],) * 3)])
+    samplers = (rollout_sampler(config.rollout),) * 2
+    device = Device("made up", 2**30, Speed({torch.float32: 1e12}, 1e12, 0.0, True))
+    for rollouts, rows in ((2, None), (1, 6), (1, 1)):
+        images = np.stack([session.image] * rollouts)
+        x, sigma = torch.randn(rollouts, 2, *policy.latent_shape), torch.rand(rollouts, 2)
+        turns = [TurnTask([said] * rollouts, images, x, sigma)] * 3
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            done = policy.replay_packed(images, turns, context_gradient=False, temperature=1.0)
+        for p in policy.module.parameters():
+            kept.pop(p.untyped_storage().data_ptr(), None)
+        bounded = replace_nested(config, {"train": {"micro_batch": rows}})
+        result = estimate(bounded, editor, device, samplers, ([3], [3]), 1)
+        assert result.memory["activations, train"] == pytest.approx(sum(kept.values()), rel=0.15)
+        del done
 
 
 @pytest.mark.parametrize("loss", ["grpo", "nft"])

@@ -95,6 +95,10 @@ NOT_RUN = {
         "data",
         "my_set/sessions.jsonl:7: turns[1].instruction: of",
     ): "needs klein's tokenizer; tests/test_instructions.py",
+    (
+        "data",
+        "my_set/sessions.jsonl:4: references: of session",
+    ): "needs Qwen's weights; tests/test_edit.py",
     ("methods", "1/(turns that train"): "a formula",
     ("judges", "vllm serve"): "another program",
     ("judges", "python -m sglang"): "another program",
@@ -367,12 +371,12 @@ def test_other_blocks(workspace, understood, capsys):
             continue
         if block.text.startswith('{"id"'):
             text = " ".join(line.strip() for line in block.text.splitlines())
-            image = workspace / "set" / json.loads(text)["image"]
-            image.parent.mkdir(parents=True, exist_ok=True)
-            make_session(0, 0)
             from PIL import Image
 
-            Image.fromarray(make_session(0, 0).image).save(image)
+            for name in (json.loads(text)["image"], *json.loads(text).get("references", ())):
+                image = workspace / "set" / name
+                image.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(make_session(0, 0).image).save(image)
             (workspace / "set" / "sessions.jsonl").write_text(text + "\n")
             assert not list(validate(workspace / "set")), block.name
         elif re.match(r"[a-z]+:\n", block.text):  # a configuration

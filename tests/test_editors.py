@@ -200,9 +200,13 @@ def test_klein_is_the_stock_pipeline(tiny, make, model, guidance):
     ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
     assert np.abs(ours / 255 - stock(second, first)).max() <= 0.5 / 255 + 1e-5
     assert np.abs(ours / 255 - stock(first, second)).max() > 0.005  # twice what rounding explains
+    # The third, and before it a user's own further image, behind whatever is remembered.
     context = policy.append(policy.instruct(context, PROMPTS[1:2]), third[None])
     ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
     assert np.abs(ours / 255 - stock(third, second, first)).max() <= 0.5 / 255 + 1e-5
+    context = policy.append(policy.encode(first[None], [third[None]]), second[None])
+    ours = policy.decode(denoised(policy, x, policy.instruct(context, PROMPTS[:1])))
+    assert np.abs(ours / 255 - stock(second, first, third)).max() <= 0.5 / 255 + 1e-5
 
 
 @pytest.mark.parametrize("model", ["kontext", "klein", "klein-kv", "flux2"])
@@ -241,11 +245,12 @@ def test_words_images_time_and_place_all_count(tiny, make, model):
     ],
 )
 def test_a_turn_sees_as_much_of_the_session_as_it_is_told(tiny, make, history, keep_source, seen):
+    """The last two are a user's further images, which every turn sees last."""
     policy = make("kontext", history=history, keep_source=keep_source)
-    images = tiny.pictures(4, SIZE)
+    images = tiny.pictures(6, SIZE)
     alone = [policy.encode(image[None]).conditions[0] for image in images]
-    context = policy.encode(images[:1])
-    for turn, expected in enumerate(seen):
+    context = policy.encode(images[:1], [images[4:5], images[5:]])
+    for turn, expected in enumerate(each + "45" for each in seen):
         if turn:
             context = policy.append(policy.instruct(context, PROMPTS[:1]), images[turn][None])
         assert len(context.conditions) == len(expected)

@@ -19,7 +19,7 @@ from editr2.cli.main import main
 from editr2.config import Config, replace_nested
 from editr2.config.yaml import dump_yaml
 from editr2.errors import CheckpointError, ConfigError, DataError, ExportError
-from editr2.export.export import export, probe
+from editr2.export.export import export, probe, read_run
 from editr2.policies.configured import policy_class
 from editr2.policies.forms import DiffusersLora, PeftAdapter
 from editr2.policies.load import load_policy
@@ -185,6 +185,19 @@ def test_every_loader_gets_the_lora_at_the_strength_it_was_trained_at(
         assert _largest(probe(loaded), expected) <= (0 if exact else 1e-5)
         pipe.transformer.unload_lora()
         assert _largest(probe(loaded), expected) > 0.01
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model", [*EDITORS, *SINCE, "unified"])
+def test_what_is_exported_is_a_start(model, make_run, tmp_path):
+    """For every editor; to the last bit, since alpha / rank is a power of two."""
+    run, trained = make_run(model, lora_rank=3, lora_alpha=12.0)
+    config, expected = read_run(run).policy, probe(trained)
+    (tmp_path / "out").mkdir()
+    policy_class(model).form(config, "lora").write(trained, tmp_path / "out")
+    started = dataclasses.replace(config, lora_weights=str(tmp_path / "out"))
+    assert _largest(probe(load_policy(started)), expected) == 0
+    assert _largest(probe(load_policy(config)), expected) > 0.01
 
 
 @pytest.mark.parametrize("model", [*EDITORS, *since()])

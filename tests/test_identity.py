@@ -345,7 +345,7 @@ def test_a_checkpoint_without_fingerprints_goes_on_and_that_is_said(begun, tmp_p
     assert "written without fingerprints" in capsys.readouterr().err
     with pytest.raises(
         ConfigError,
-        match=r"--resume-anyway: 'lr' \(accepted: sessions, heldout, weights, reward, or",
+        match=r"'lr' \(accepted: sessions, heldout, weights, reward, questions, or",
     ):
         go_on(folder, anyway=("lr",))
 

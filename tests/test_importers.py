@@ -613,10 +613,12 @@ def test_a_dataset_of_sessions(tmp_path: Path) -> None:
             "mode": "cu",
             "place": 3,
             "mask": picture(5),
+            "references": [picture(3), picture(4)],
         }
         for i in (1,)
     ]
     rows.append({**rows[0], "id": None, "image": picture(2), "mode": None, "turns": turns[:1]})
+    rows[1]["references"] = []
     for memory in (0, 1 << 20):
         first, second = load_sessions(
             saved(rows, tmp_path / f"{memory}"), memory=memory, size=(6, 8)
@@ -629,6 +631,8 @@ def test_a_dataset_of_sessions(tmp_path: Path) -> None:
         assert first.turns[1].intent == "make the cup blue" and first.turns[0].task == "add"
         assert np.array_equal(first.image, np.array(rows[0]["image"]))
         assert callable(vars(first)["image"]) == (memory == 0)
+        assert np.array_equal(first.reference_pixels(), list(map(np.array, rows[0]["references"])))
+        assert not second.references and len(first.references) == 2
     (small, _) = load_sessions(tmp_path / "0", size=(3, 4), resize="crop")
     assert small.image.shape == (3, 4, 3)
     back = taken("sessions", tmp_path / "0", tmp_path / "out")

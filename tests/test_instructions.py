@@ -383,7 +383,7 @@ def test_a_sampled_mark_or_unknown_word_is_a_counted_fallback(
     )
     record = chunk.turns[1]
     assert record.text == [session.turns[1].instruction if fallback else "paint it red"] * 2
-    assert record.intents is not None and all(intent.ids == tuple(ids) for intent in record.intents)
+    assert record.written["intent"].ids([0, 1]) == [tuple(ids)] * 2
     counted = _Intents.of([chunk])
     assert (counted.sampled, counted.failed) == (2, 2 if fallback else 0)
 

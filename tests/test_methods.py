@@ -119,7 +119,7 @@ def test_the_first_update_finds_ratios_of_one_for_images_and_intents_at_every_tu
         and seen["clipped"] == seen["text_clipped"] == 0
     )
     assert flat.abs().max() > 0
-    assert {turn for _, turn in batch.old_text} == {1, 2}
+    assert {turn for _, turn, _ in batch.old_text} == {1, 2}
     # The ratio is 1 because both sides were computed, not because one was copied: other weights are
     # told apart.
     with torch.no_grad():
@@ -467,8 +467,10 @@ class Counting:
         return latents.new_zeros(len(latents), 24, 24, 3).byte().numpy()
 
 
-def test_the_first_turn_is_denoised_once_a_group_until_its_window_opens():
-    config = replace_nested(Config(), {"rollout": {"steps": 8, "window": 2, "window_range": 0.75}})
+@pytest.mark.parametrize("schedule", ["random", "released"])
+def test_the_first_turn_is_denoised_once_a_group_until_its_window_opens(schedule):
+    window = {"window": 2, "window_range": 0.75, "window_schedule": schedule}
+    config = replace_nested(Config(), {"rollout": {"steps": 8, **window}})
     sampler, sessions = (
         rollout_sampler(config.rollout),
         [make_session(0, i, turns=2) for i in range(3)],
@@ -481,19 +483,24 @@ def test_the_first_turn_is_denoised_once_a_group_until_its_window_opens():
         )
         runs.append((policy, chunk))
     (_, alone), (policy, group) = runs
-    starts = sampler.first_start + Seeds(0, "train").start(
-        group, torch.arange(12), 0, sampler.last_start + 1
-    )
-    expected = [sum(1 if k < s else 4 for s in starts[::4].tolist()) for k in range(8)]
+    seeds, choices = Seeds(0, "train"), sampler.last_start + 1
+    drawn = seeds.start if schedule == "random" else seeds.rank_start
+    starts = drawn(group, torch.arange(12), 0, choices).view(3, 4)
+    # All siblings whose windows are open, and one that stands for the others.
+    expected = [int(((starts <= k).sum(1) + (starts > k).any(1)).sum()) for k in range(8)]
+    assert torch.equal(group.turns[0].step_index[:, 0] % 8, starts.flatten())
+    assert (starts.amin(1) == starts.amax(1)).all() == (schedule == "random")
     assert policy.asked[:8] == expected and policy.asked[8:] == [12] * 8 and min(expected) < 12
     # The first sibling of a group is what it would be alone, bit for bit.
     for name in ("x", "x_next", "log_prob", "step_index", "x0"):
         for one, all_ in zip(alone.turns, group.turns, strict=True):
             assert torch.equal(getattr(one, name), getattr(all_, name)[::4]), name
     first = group.turns[0]
-    assert torch.equal(first.x[0, 0], first.x[3, 0]) and not torch.equal(
-        first.x_next[0, 0], first.x_next[3, 0]
-    )
+    for i in range(4):  # at one start siblings have one latent, and noise of their own behind it
+        for j in range(i):
+            same = bool(starts[0, i] == starts[0, j])
+            assert torch.equal(first.x[i, 0], first.x[j, 0]) == same
+            assert not torch.equal(first.x_next[i, 0], first.x_next[j, 0])
 
 
 def test_windows_random_fixed_and_progressive():
@@ -509,6 +516,22 @@ def test_windows_random_fixed_and_progressive():
     assert [at("progressive", i)[0] for i in (0, 2, 3, 6, 12, 15)] == [0, 0, 1, 2, 4, 0]
     assert all(len(set(at("progressive", i))) == 1 for i in range(5))
     assert at("random", 7) == (0, 4) and at("fixed", 7) == (0, 0)
+
+
+def test_released_windows_start_as_the_releases_processes_do():
+    """random.seed(rank) and randint(0, 5) of ranks 0 to 23, as its rollout has them before every
+    image: of 600 rollouts these starts, this often, in every turn the same."""
+    of_ranks = [3, 1, 0, 1, 1, 4, 4, 2, 1, 3, 4, 3, 3, 2, 0, 1, 2, 4, 1, 5, 5, 1, 1, 2]
+    group = Chunk([make_session(0, i, turns=2) for i in range(100)], list(range(100)), 6)
+    seeds, everyone = Seeds(0, "train"), torch.arange(600)
+    starts = seeds.rank_start(group, everyone, 0, 6)
+    assert torch.equal(seeds.rank_start(group, everyone, 1, 6), starts)
+    drawn = torch.stack([seeds.start(group, everyone, turn, 6) for turn in range(2)])
+    assert not torch.equal(drawn[0], drawn[1])
+    for start in range(6):
+        # At least 3.5 standard deviations of a binomial.
+        assert abs(int((starts == start).sum()) - 25 * of_ranks.count(start)) < 40
+        assert abs(int((drawn == start).sum()) / 6 - 200 / 6) < 20
 
 
 # ------------------------------------------------------------------------------- reference and LoRA
@@ -632,11 +655,12 @@ def test_a_second_update_measures_against_what_sampled(tiny_unified, loss, packe
     for turn in (1, 2):
         record = chunk.turns[turn]
         asking = again_context(tiny_unified, chunk, turn)
-        ids = [i.ids for i in record.intents]
-        new = tiny_unified.answer_log_prob(asking, record.questions, ids, temperature=0.7)
+        written = record.written["intent"]
+        ids = [i.ids for i in written.samples]
+        new = tiny_unified.answer_log_prob(asking, written.questions, ids, temperature=0.7)
         with exchanged(tiny_unified.module, start), torch.no_grad():
             before = again_context(tiny_unified, chunk, turn)
-            old = tiny_unified.answer_log_prob(before, record.questions, ids, temperature=0.7)
+            old = tiny_unified.answer_log_prob(before, written.questions, ids, temperature=0.7)
         ratio = (new.log_prob - old.log_prob).exp()
         a = batch.advantage[record.rollout, turn][:, None]
         token = torch.maximum(
@@ -715,7 +739,7 @@ def test_intents_of_later_minibatches_are_compared_with_the_policy_that_wrote_th
     )
     accumulate_gradient(config.train, state, batch, 0, 0, HERE)
     known = {key: old.clone() for key, old in batch.old_text.items()}
-    assert {number for number, _ in known} == {0, 1}
+    assert {number for number, *_ in known} == {0, 1}
     with torch.no_grad():
         for p in trainable(tiny_unified.module).values():
             p.mul_(1.1)  # an optimiser step
@@ -744,9 +768,10 @@ def test_released_constants():
     )
     assert (p.lora_rank, p.lora_alpha, t.lr, t.minibatches, t.kl_weight) == (64, 128, 1e-4, 2, 0.01)
     assert r.sessions % (t.minibatches * r.groups_per_batch) == 0  # two equal optimiser steps
-    assert (t.clip_low, t.text_clip, t.text_weight, config.eval.steps) == (1e-5, 1e-5, 1.0, 50)
+    assert (t.clip_low, t.text_clip, t.text_weight, config.eval.steps) == (1e-5, 1e-5, 1.0, 49)
+    assert (t.betas, t.weight_decay, t.kl_scale) == ((0.9, 0.999), 1e-4, "diffusion")
     sampler = rollout_sampler(r)
-    assert sampler.window == 2 and sampler.last_start < 14 / 3
+    assert (sampler.window, sampler.first_start, sampler.last_start) == (2, 0, 5)
     options = credit_options(config.credit)
     assert (
         options.filter_in_statistics and options.baseline == "session" and options.std == "global"

@@ -1338,6 +1338,7 @@ def test_the_modes_of_asking(server):
         ("rational", {"url": "http://x", "scores": ["SC"]}, "overall"),
         ("pku", {"url": "http://x", "prompts": "/nowhere"}, "score.md"),
         ("imgedit", {"url": "http://x", "ask": "direct"}, "options.ask"),
+        ("verifier", {"url": "http://x", "traces": 0}, "options.traces"),
     ],
 )
 def test_a_wrong_option_is_one_line(name, options, says):

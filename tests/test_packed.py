@@ -5,11 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from editr2.policies.base import PackedPolicy, Questions, TurnTask
+from editr2.config import PolicyConfig, RolloutConfig
+from editr2.policies.base import Questions, TurnTask
+from editr2.policies.unified import packed
 from editr2.policies.unified.packed import (
+    TEXTS,
     Segment,
+    block_mask,
     by_segment,
     dense_mask,
     flex,
@@ -19,16 +23,26 @@ from editr2.policies.unified.packed import (
 )
 from editr2.policies.unified.policy import Guidance, UnifiedPolicy
 from editr2.rl.replay import Queries, ReplayOptions, can_pack
-from editr2.rl.rollout import Chunk, TurnRecord
+from editr2.rl.replay import replay as replay_chunk
+from editr2.rl.rollout import Chunk, Seeds, TurnRecord, rollout_chunk
+from editr2.rl.sampler import rollout_sampler
 from editr2.worlds.shapes import make_session
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 matrix products batched differently, two layers deep
 TEMPERATURE = 0.7
 
 
+GUIDED = Guidance(4.0, 2.0, "text_channel")
+
+
 @pytest.fixture
 def policy(tiny_unified):
     return tiny_unified
+
+
+def guided(policy, guidance):
+    """The same policy under guidance."""
+    return UnifiedPolicy(policy.module, policy.codec, guidance)
 
 
 def tasks(policy, batch=3, turns=3, places=2, text=True):
@@ -66,7 +80,7 @@ def walk(policy, images, turns, context_gradient):
                 before, turn.questions, turn.answers, temperature=TEMPERATURE
             )
         v = [
-            policy.velocity(turn.x[:, q], turn.sigma[:, q], context).v
+            branches(policy.velocity(turn.x[:, q], turn.sigma[:, q], context))
             for q in range(turn.sigma.shape[1])
         ]
         done.append((torch.stack(v, 1).flatten(0, 1) if v else None, tokens))
@@ -74,11 +88,17 @@ def walk(policy, images, turns, context_gradient):
     return done
 
 
+def branches(velocity):
+    """A velocity with those of its branches, [B, branches, N, D]; [B, N, D] without guidance."""
+    beside = [v for v in velocity.guidance.values() if isinstance(v, torch.Tensor)]
+    return torch.stack([velocity.v, *beside], 1) if beside else velocity.v
+
+
 def replay(policy, images, turns, context_gradient):
     done = policy.replay_packed(
         images, turns, context_gradient=context_gradient, temperature=TEMPERATURE
     )
-    return [(r.velocity.v, r.tokens) for r in done]
+    return [(branches(r.velocity), r.tokens) for r in done]
 
 
 def gradients(policy, done):
@@ -96,7 +116,7 @@ def gradients(policy, done):
 def assert_same(policy, found, expected):
     for (v, tokens), (v_walk, tokens_walk) in zip(found, expected, strict=True):
         if v_walk is None:
-            assert v.shape == (0, *policy.latent_shape)
+            assert v.shape == (0, *v.shape[1:-2], *policy.latent_shape)
         else:
             torch.testing.assert_close(v, v_walk, **CLOSE)
         assert (tokens is None) == (tokens_walk is None)
@@ -111,11 +131,29 @@ def assert_same(policy, found, expected):
             torch.testing.assert_close(g, h, rtol=1e-3, atol=1e-4 * size)
 
 
+@pytest.mark.parametrize(
+    "guidance",
+    [Guidance(), Guidance(text=4.0), Guidance(image=2.0), GUIDED],
+    ids=("none", "text", "image", "both"),
+)
 @pytest.mark.parametrize("context_gradient", [False, True])
-def test_packed_replay_equals_the_walk(policy, context_gradient):
+def test_packed_replay_equals_the_walk(policy, context_gradient, guidance):
+    policy = guided(policy, guidance)
     images, turns = tasks(policy)
     expected = walk(policy, images, turns, context_gradient)
     assert_same(policy, replay(policy, images, turns, context_gradient), expected)
+
+
+def test_a_packed_velocity_is_guided_as_a_walked_one(policy):
+    policy = guided(policy, GUIDED)
+    images, turns = tasks(policy, turns=1)
+    context = policy.instruct(policy.encode(images), turns[0].text)
+    walked = policy.velocity(turns[0].x[:, 0], turns[0].sigma[:, 0], context).combined(
+        turns[0].sigma[:, 0]
+    )
+    (done,) = policy.replay_packed(images, turns, context_gradient=False, temperature=1.0)
+    found = done.velocity.combined(turns[0].sigma.flatten())
+    torch.testing.assert_close(found[::2], walked, **CLOSE)
 
 
 @pytest.mark.parametrize("context_gradient", [False, True])
@@ -133,7 +171,7 @@ def test_gradients_through_the_context_are_what_the_flag_says(policy, context_gr
 
 
 @pytest.mark.parametrize("context_gradient", [False, True])
-def test_a_turn_may_ask_for_nothing(policy, context_gradient):
+def test_a_turn_may_ask_for_nothing(policy, context_gradient, monkeypatch):
     """No places in turns 1 and 3, all answers of turn 2 empty, no questions at all in turn 3."""
     images, turns = tasks(policy)
     none = {"x": turns[0].x[:, :0], "sigma": turns[0].sigma[:, :0]}
@@ -146,26 +184,31 @@ def test_a_turn_may_ask_for_nothing(policy, context_gradient):
     assert found[1][1].log_prob.shape == (3, 0)
     assert_same(policy, found, walk(policy, images, turns, context_gradient))
     nothing = [dataclasses.replace(t, questions=None, answers=None, **none) for t in turns]
+    monkeypatch.setattr(policy.module, "forward", None)  # nor is the module called for nothing
     assert all(v.shape == (0, 36, 48) for v, _ in replay(policy, images, nothing, context_gradient))
     assert not policy.packs(nothing, context_gradient=context_gradient)
 
 
 @pytest.mark.parametrize("context_gradient", [False, True])
 def test_nothing_is_computed_that_nobody_asks_for(policy, context_gradient, monkeypatch):
+    """And every call of the module goes through the layers once, as those wait for that hold parts
+    of its weights."""
     images, turns = tasks(policy)
-    tokens = []
+    tokens, calls = [], []
     run = policy.module.run
 
     def counted(x, *rest):
         tokens.append(x.shape[1])
+        calls.append("run")
         return run(x, *rest)
 
     monkeypatch.setattr(policy.module, "run", counted)
+    policy.module.register_forward_pre_hook(lambda *_: calls.append("call"))
     replay(policy, images, turns, context_gradient)
     text = [max(len(policy.text_ids(c)) for c in t.text) for t in turns]
     asked = [0, *(policy._asked(t.questions, t.answers)[0].shape[1] for t in turns[1:])]
     assert sum(tokens) == token_counts(38, text, [2] * 3, asked)["packed"].tokens
-    assert len(tokens) == (1 if context_gradient else 2)
+    assert calls == ["call", "run"] * (1 if context_gradient else 2)
     blank = [*turns[:2], dataclasses.replace(turns[2], images=np.zeros_like(images))]
     for (a, _), (b, _) in zip(
         *(replay(policy, images, t, context_gradient) for t in (turns, blank)), strict=True
@@ -183,7 +226,7 @@ def test_a_session_does_not_depend_on_its_neighbours(policy):
             images=t.images[1:2],
             x=t.x[1:2],
             sigma=t.sigma[1:2],
-            questions=t.questions and Questions(*(f[1:2] for f in vars(t.questions).values())),
+            questions=t.questions and t.questions.select([1]),
             answers=None if t.answers is None else t.answers[1:2],
         )
         for t in turns
@@ -200,45 +243,56 @@ def test_a_session_does_not_depend_on_its_neighbours(policy):
 # -------------------------------------------------------------------------------------------- masks
 
 
-def segments(policy):
+SMALL = (2, 2)
+
+
+def segments(policy, grid=SMALL, guided=True):
+    """Two turns: a noisy image in each, in the second a question; and guidance's branches."""
     marks, both = policy.marks.expand(2, -1), torch.ones(2, 2, dtype=torch.bool)
     texts = [policy.codec.pad([[2, *[9] * n, 3], [2, 9, 3]]) for n in (1, 4, 6)]
-    x = torch.randn(3, 2, 36, 48)
+    x = torch.randn(3, 2, grid[0] * grid[1], 48)
+    noisy = Segment(marks, both, x[1], torch.rand(2), private=True)
+    of_texts = dataclasses.replace(noisy, chain=TEXTS)
     return [
         Segment(marks, both, x[0]),
+        *([noisy] * guided),
         Segment(*texts[0]),
-        Segment(marks, both, x[1], torch.rand(2), private=True),
+        noisy,
+        *([Segment(*texts[0], chain=TEXTS), of_texts] * guided),
         Segment(marks, both, x[2]),
         Segment(*texts[1], private=True),
+        *([noisy] * guided),
         Segment(*texts[2]),
-        Segment(marks, both, x[1], torch.rand(2), private=True),
+        noisy,
+        *([Segment(*texts[2], chain=TEXTS), of_texts] * guided),
     ]
 
 
-def layouts(policy):
+def layouts(policy, grid=SMALL):
     """(queries, keys) of one forward, of the context alone, and of the private segments behind
     it."""
     public, private, every = (
-        pack(policy.module, segments(policy), policy.grid, p).layout for p in (False, True, None)
+        pack(policy.module, segments(policy, grid), grid, p).layout for p in (False, True, None)
     )
     return [(every, every), (public, public), (private, private.behind(public))]
 
 
 def test_the_mask_is_the_rule_token_by_token(policy):
     """The rule told once more, over lists."""
+    chains = [s.chain for s in segments(policy)]
     for queries, keys in layouts(policy):
         mask = dense_mask(queries, keys)
         described = [
             [(s, private, image, offset) for s, private, image, n in pieces for offset in range(n)]
             for pieces in (
-                [(s, p, n in (2, 36), n) for s, p, n in layout.pieces] for layout in (queries, keys)
+                [(s, p, n in (2, 4), n) for s, p, n in layout.pieces] for layout in (queries, keys)
             )
         ]
         for b in range(2):
             for i, (s, _, image, at) in enumerate(described[0]):
                 for j, (other, private, _, before) in enumerate(described[1]):
                     own = s == other and (image or before <= at)
-                    past = other < s and not private
+                    past = other < s and not private and chains[other] == chains[s]
                     itself = s == other and before == at
                     assert bool(mask[b, i, j]) == (
                         (own or past) and (bool(keys.valid[b, j]) or itself)
@@ -247,18 +301,27 @@ def test_the_mask_is_the_rule_token_by_token(policy):
 
 def test_the_block_mask_evaluates_to_the_dense_mask(policy):
     for queries, keys in layouts(policy):
-        made = create_mask(
-            mask_mod(queries, keys), 2, 1, len(queries.segment), len(keys.segment), device="cpu"
-        )
+        made = create_mask(mask_mod(queries, keys), 2, 1, len(queries), len(keys), device="cpu")
         assert torch.equal(made[:, 0], dense_mask(queries, keys))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize("form", ["by_segment", "flex"])
+def test_the_block_mask_is_the_one_that_its_library_makes(policy):
+    """Its squares: left out, looked at number by number, or taken whole. Part by part."""
+    for queries, keys in layouts(policy):
+        sizes = (2, 1, len(queries), len(keys))
+        theirs = create_block_mask(mask_mod(queries, keys), *sizes, device="cpu", BLOCK_SIZE=4)
+        ours = block_mask(queries, keys, block=4, at_once=2 * 4 * 3 * len(keys))
+        kinds = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+        for name in (*kinds, "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        assert ours.shape == theirs.shape and ours.full_kv_num_blocks.any()
+
+
+@pytest.mark.parametrize("form, kv_heads", [("by_segment", 1), ("by_segment", 4), ("flex", 1)])
 def test_every_form_of_attention_is_the_dense_one(policy, form, kv_heads):
     for queries, keys in layouts(policy):
-        q = torch.randn(2, 4, len(queries.segment), 16)
-        k, v = (torch.randn(2, kv_heads, len(keys.segment), 16) for _ in range(2))
+        q = torch.randn(2, 4, len(queries), 16)
+        k, v = (torch.randn(2, kv_heads, len(keys), 16) for _ in range(2))
         mask = dense_mask(queries, keys)[:, None]
         expected = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, enable_gqa=True
@@ -271,14 +334,40 @@ def test_every_form_of_attention_is_the_dense_one(policy, form, kv_heads):
         torch.testing.assert_close(attend(q, k, v), expected, **CLOSE)
 
 
+@torch.no_grad()
+def test_a_session_is_replayed_by_flex_attention_as_by_segments(policy, monkeypatch):
+    """Whole, in bfloat16's autocast, whose casts are made for it; uncompiled, and without gradient,
+    which it has on no CPU."""
+    policy = guided(policy, GUIDED)
+    policy.compute_dtype = torch.bfloat16
+    images, turns = tasks(policy, batch=2, turns=2, places=1)
+    expected = replay(policy, images, turns, False)
+    seen = set()
+
+    def uncompiled(*tensors, **how):
+        seen.update(x.dtype for x in tensors)
+        return flex_attention(*tensors, **how)
+
+    monkeypatch.setattr(packed, "attention", flex)
+    monkeypatch.setattr(packed, "_compiled_flex_attention", lambda: uncompiled)
+    for (v, tokens), (like, scores) in zip(
+        replay(policy, images, turns, False), expected, strict=True
+    ):
+        torch.testing.assert_close(v, like, rtol=0.02, atol=0.02)
+        if tokens is not None:
+            torch.testing.assert_close(tokens.log_prob, scores.log_prob, rtol=0.02, atol=0.02)
+    assert seen == {torch.bfloat16}
+
+
 def test_nobody_looks_at_padding_or_at_private_segments(policy):
     """By gradient: what the context's last text and a later noisy image see of earlier
     embeddings."""
-    one = pack(policy.module, segments(policy), policy.grid)
+    laid = segments(policy)
+    one = pack(policy.module, laid, SMALL)
     embedded = one.embedded.detach().requires_grad_()
     attend = by_segment(one.layout, one.layout)
     hidden, _, _ = policy.module.run(embedded, one.split, one.position, attend, None)
-    for number in (5, 6):
+    for number in (len(laid) - 4, *range(len(laid) - 2, len(laid))):
         at = one.latent_slices[number] or one.text_slices[number]
         rows = (
             hidden[:, at]
@@ -286,17 +375,17 @@ def test_nobody_looks_at_padding_or_at_private_segments(policy):
             else hidden[:, at] * one.layout.valid[:, at, None]
         )
         seen = torch.autograd.grad(rows.sum(), embedded, retain_graph=True)[0].abs().sum(-1) > 0
-        for other, segment in enumerate(segments(policy)[:number]):
+        for other, segment in enumerate(laid[:number]):
+            shown = not segment.private and segment.chain == laid[number].chain
             for part in (one.text_slices[other], one.latent_slices[other]):
                 if part is not None:
-                    assert torch.equal(
-                        seen[:, part], one.layout.valid[:, part] & (not segment.private)
-                    )
+                    assert torch.equal(seen[:, part], one.layout.valid[:, part] & shown)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("context_gradient", [False, True])
 def test_on_a_gpu_flex_attention_equals_the_cpu(policy, context_gradient):
+    policy = guided(policy, GUIDED)
     images, turns = tasks(policy)
     expected = replay(policy, images, turns, context_gradient)
     expected_gradients = gradients(policy, expected)
@@ -307,7 +396,7 @@ def test_on_a_gpu_flex_attention_equals_the_cpu(policy, context_gradient):
     )
     found = [
         (
-            r.velocity.v.cpu(),
+            branches(r.velocity).cpu(),
             r.tokens
             and dataclasses.replace(
                 r.tokens, log_prob=r.tokens.log_prob.cpu(), valid=r.tokens.valid.cpu()
@@ -327,12 +416,37 @@ def test_on_a_gpu_flex_attention_equals_the_cpu(policy, context_gradient):
 # ------------------------------------------------------------------------------ guidance and counts
 
 
-def test_guidance_is_walked(policy):
-    images, turns = tasks(policy)
-    guided = UnifiedPolicy(policy.module, policy.codec, Guidance(text=4.0))
-    assert isinstance(guided, PackedPolicy) and not guided.packs(turns, context_gradient=False)
-    with pytest.raises(ValueError, match="guidance"):
-        guided.replay_packed(images, turns, context_gradient=False, temperature=1.0)
+def test_parts_of_packed_sessions_are_the_walk(policy):
+    """A guided rollout of sessions of two lengths, with intents and an image beside the source:
+    replayed walking, whole, and in forwards of so many rows."""
+    policy = guided(policy, GUIDED)
+    made = [make_session(0, i, turns=3 - i) for i in range(2)]
+    beside = [(make_session(1, i).image,) for i in range(2)]
+    sessions = [dataclasses.replace(s, references=r) for s, r in zip(made, beside, strict=True)]
+    chunk = Chunk(sessions, [0, 1], 2)
+    config = RolloutConfig(steps=4, window=2)
+    given = (rollout_sampler(config), Seeds(0, "train"), PolicyConfig(intent_tokens=3))
+    rollout_chunk(policy, chunk, *given, rollout=config)
+    queries = Queries([r.x for r in chunk.turns], [r.sigma for r in chunk.turns])
+    needed = torch.arange(3) < chunk.lengths[:, None]
+    found = {}
+    for how, rows in ((False, None), (True, None), (True, 1), (True, 9)):
+        options = ReplayOptions(how, False, rows, TEMPERATURE, True)
+        parts = list(replay_chunk(policy, chunk, queries, options, needed))
+        of_parts = [(p.index, branches(p.velocity)) for p in parts]
+        index, v = (torch.cat(x) for x in zip(*of_parts, strict=True))
+        scores = [(a.turn, int(i)) for p in parts for a in p.answers for i in a.at]
+        logs = [log.sum() for p in parts for a in p.answers for log in a.scores.log_prob]
+        order = sorted(range(len(scores)), key=scores.__getitem__)
+        told = (v[index.argsort()], torch.stack([logs[i] for i in order]))
+        found[how, rows] = [index.sort()[0], *told, [len(p.index) for p in parts]]
+    walked = found[False, None]
+    assert walked[0].tolist() == list(range(2 * int(chunk.lengths.sum())))
+    for replayed in found.values():
+        for one, other in zip(replayed[:3], walked[:3], strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+    sizes = {rows: found[True, rows][3] for rows in (None, 1, 9)}
+    assert sizes == {None: [20], 1: [4, 4, 6, 6], 9: [8, 6, 6]}
 
 
 @pytest.mark.parametrize("turns, ratio", [(3, 1.30), (5, 1.85), (8, 2.64)])
@@ -344,17 +458,24 @@ def test_rebuilding_the_context_costs_what_is_known(turns, ratio):
     assert more["rebuild"].tokens == 2 * counts["rebuild"].tokens
 
 
-def test_counted_pairs_are_the_ones_of_the_mask(policy):
-    every = pack(policy.module, segments(policy), policy.grid).layout
+@pytest.mark.parametrize("guided", [False, True])
+def test_counted_pairs_are_the_ones_of_the_mask(policy, guided):
+    every = pack(policy.module, segments(policy, guided=guided), SMALL).layout
     whole = dataclasses.replace(every, valid=torch.ones_like(every.valid))
-    counts = token_counts(38, [3, 8], [1, 1], [0, 6])
-    assert counts["packed"].tokens == len(every.segment)
-    assert counts["packed"].pairs == counts["walk"].pairs == int(dense_mask(whole, whole)[0].sum())
-    assert (counts["walk"].forwards, counts["packed"].forwards, counts["rebuild"].forwards) == (
-        7,
-        1,
-        3,
+    counts, together = (
+        token_counts(6, [3, 8], [1, 1], [0, 6], dropped=(guided, guided), together=together)
+        for together in (False, True)
     )
+    assert counts["packed"].tokens == len(every)
+    assert counts["packed"].pairs == counts["walk"].pairs == int(dense_mask(whole, whole)[0].sum())
+    forwards = [counts[name].forwards for name in ("walk", "packed", "rebuild")]
+    assert forwards == ([7 + 6, 1, 7] if guided else [7, 1, 3])
+    # Joined branches are one forward, in which each meets as many keys as the longest.
+    assert together["packed"] == counts["packed"]
+    assert together["walk"].tokens == counts["walk"].tokens
+    assert together["walk"].forwards == counts["walk"].forwards - (4 if guided else 0)
+    padded = 6 * (3 + 6) + 6 * (8 + 12) if guided else 0
+    assert together["walk"].pairs == counts["walk"].pairs + padded
 
 
 @pytest.mark.parametrize("context_gradient", [False, True])
@@ -370,8 +491,7 @@ def test_turns_that_nobody_needs_speak_for_walking(policy):
     places = Queries([torch.zeros(4, 2, *policy.latent_shape)] * 3, [torch.zeros(4, 2)] * 3)
     nothing, images = torch.zeros(4, 0), np.zeros((4, *policy.image_size, 3), np.uint8)
     records = [
-        TurnRecord(torch.arange(4), ["red"] * 4, None, None, *[nothing] * 6, images)
-        for _ in range(3)
+        TurnRecord(torch.arange(4), ["red"] * 4, {}, *[nothing] * 6, images) for _ in range(3)
     ]
     chunk = Chunk(sessions, [0, 1], 2, records)
     options = ReplayOptions(False, False, None, TEMPERATURE, True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import ConfigError
+from editr2.policies.base import references_problem
 from editr2.policies.configured import policy_class
 from editr2.policies.contexts import MixedContext
 from editr2.policies.load import load_policy
@@ -132,9 +133,9 @@ def stock(pipe, condition, monkeypatch):
 def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
     policy, model, transformer, guidance, monkeypatch
 ):
-    """With guidance, with conditions of another size, and for Plus with the source beside the
-    previous output. The latents differ by rounding alone (a sum of eight layers' products: 1e-5 of
-    about 1)."""
+    """With guidance, with conditions of another size, and for Plus and 2.1 with the source beside
+    the previous output and a reference of the session's. The latents differ by rounding alone (a
+    sum of eight layers' products: 1e-5 of about 1)."""
     # LongCat has one size for all; the other's are multiples of 32.
     condition = {"longcat-edit": SIZE, "qwen-image-2.1": (32, 64)}.get(model, CONDITION)
     ours = policy(
@@ -145,6 +146,12 @@ def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
         keep_source=model in ("qwen-edit-plus", "qwen-image-2.1"),
     )
     (session,) = sessions(1)
+    several = ours.config.keep_source
+    if several:  # and a user's own further image, behind what the session has
+        session = dataclasses.replace(session, references=(pictures(1, seed=5)[0],))
+    else:
+        problem = "1 images beside the session's (accepted with policy.model {}: none)"
+        assert references_problem(ours, model, 1) == problem.format(model)
     sampler, seeds = make_sampler(STEPS, own=ours.sigmas), Seeds(0, "test")
     chunk = rollout_chunk(ours, Chunk([session], [0], 1), sampler, seeds, ours.config)
     theirs, image = stock(ours.pipe, condition, monkeypatch), session.image
@@ -152,7 +159,8 @@ def test_an_ode_rollout_of_two_turns_is_the_stock_pipeline_twice(
         noise = philox_normal(
             seeds.initial(chunk, record.rollout, turn), INITIAL_STEP, ours.latent_shape
         )
-        images = [image, session.image] if turn and ours.config.keep_source else [image]
+        images = [image, session.image] if turn and several else [image]
+        images += session.references
         settings = {ours.guidance_argument: guidance}
         settings["negative_prompt"] = ours.negative if guidance > 1 else None
         latents, pixels = theirs(images, session.turns[turn].instruction, latents=noise, **settings)

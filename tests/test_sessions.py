@@ -141,7 +141,7 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         ),
         (
             {"image": "a.png", "turns": TURNS, "x": 1},
-            ":1: x: unknown key (accepted: id, image, turns, mode, size, meta)",
+            ":1: x: unknown key (accepted: id, image, turns, mode, size, references, meta)",
         ),
         (
             {"image": "a.png", "turns": [{"instrution": "a"}]},

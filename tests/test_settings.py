@@ -38,6 +38,7 @@ from editr2.config.patterns import pattern_problem
 from editr2.config.settings import noise_levels, rollout_dynamics
 from editr2.errors import ConfigError, UserError
 from editr2.policies.configured import FIELDS as POLICY_FIELDS
+from editr2.policies.pipelines import PipelineModel
 from editr2.policies.rules import check_config, config_problems
 from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
@@ -369,7 +370,20 @@ TOGETHER = [
         TRAINS,
     ),
     ({"train": {"minibatches": 7}}, "train.minibatches: 7 (accepted: a divisor of 2", TRAINS),
-    ({"train": {"packed": "on"}, "policy": {"guidance": 2}}, "train.packed: on", TRAINS),
+    ({"train": {"micro_batch": 2, "context_gradient": True}}, "train.micro_batch: 2", TRAINS),
+    (
+        {"train": {"packed": "on", "micro_batch": "auto"}},
+        "train.micro_batch: auto (accepted with train.packed on: none, or a number)",
+        TRAINS,
+    ),
+    (
+        {
+            "train": {"packed": "on", "micro_batch": 2, "context_gradient": True},
+            "policy": {"guidance": 2},
+        },
+        None,
+        (),
+    ),
     ({"out": __file__}, "out: ", ("train", "check", "rollout")),
     ({"out": f"{__file__}/run"}, "out: ", ("train", "check", "rollout")),
 ]
@@ -580,10 +594,22 @@ def editor(beside, tmp_path_factory) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def bagel(beside, tmp_path_factory) -> dict[str, Any]:
+    """The same with a tiny BAGEL, for the settings that are its own."""
+    tiny, folder = beside("tiny_bagel"), tmp_path_factory.mktemp("bagel")
+    policy = {"model": "bagel", "weights": str(tiny.write(folder / "weights"))}
+    return {
+        "policy": {**policy, "resolution": (32, 32), "lora_rank": 2, "intent_tokens": 4},
+        "data": {"path": str(tiny.sessions(folder, (2, 2)))},
+    }
+
+
 NFT = {"rollout": {"window": 0, "shared_noise": False}, "train": {"loss": "nft"}}
 NEEDS: dict[str, dict[str, Any]] = {
     "policy.lora_alpha": {"policy": {"lora_rank": 2}},
     "policy.lora_targets": {"policy": {"lora_rank": 2}},
+    "policy.thinking_tokens": {"policy": {"thinking": True}},
     "policy.renorm": {"policy": {"guidance": 2.0}},
     "rollout.window_every": {"rollout": {"window_schedule": "progressive"}},
     "data.limit": {"data": {"path": str(Path(__file__).parent.parent / "examples" / "shapes")}},
@@ -649,6 +675,7 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
 
 
 EDITORS = {f"policy.{name}" for name in POLICY_FIELDS if name not in UnifiedPolicy.uses}
+BAGEL = {key for key in EDITORS if key.removeprefix("policy.") not in PipelineModel.uses}
 FIXED = {
     "seed=9223372036854775807",
     "out='no-such-choice'",
@@ -701,11 +728,15 @@ SAMPLED = {
     "policy.intent",
     "policy.temperature",
     "policy.intent_tokens",
+    "policy.questions",
     "policy.guidance",
     "policy.guidance_image",
     "policy.guidance_interval",  # what it asks for together is the editor's to say
     "policy.renorm",
     "policy.lora_rank",
+    "policy.lora_weights",
+    "policy.experts",
+    "policy.gradient_checkpointing",
     "policy.buckets",
     "policy.shard",
     "policy.shard_group",
@@ -761,7 +792,7 @@ def test_what_is_accepted_runs_and_is_used_or_refused_in_one_line(
     command, key, value, start, request, tmp_path, monkeypatch
 ):
     if key in EDITORS:
-        editor = request.getfixturevalue("editor")
+        editor = request.getfixturevalue("bagel" if key in BAGEL else "editor")
         config = assembled(key, value, {**start, **editor}, tmp_path)
     else:
         config = assembled(key, value, start, tmp_path)

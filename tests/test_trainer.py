@@ -150,8 +150,7 @@ def _part(chunk, i):
             TurnRecord(
                 r.rollout[keep] - i * chunk.siblings,
                 [r.text[j] for j in at],
-                r.questions and r.questions.select(at),
-                r.intents and [r.intents[j] for j in at],
+                {kind: written.select(at) for kind, written in r.written.items()},
                 r.x[keep],
                 r.x_next[keep],
                 r.step_index[keep],

@@ -14,9 +14,9 @@ from editr2.policies.unified.packed import Segment, pack, run_packed
 from editr2.policies.unified.policy import (
     Guidance,
     UnifiedPolicy,
-    question,
     read_intent,
 )
+from editr2.policies.unified.questions import wording_of
 from editr2.worlds.shapes import make_session
 from editr2_kernels import flow_sigmas, guided_velocity, sde_log_prob, sde_step, transition_table
 
@@ -469,6 +469,7 @@ def test_intent_is_what_follows_the_end_of_thought(answer, intent, thought):
 
 
 def test_question_lists_raw_instructions():
+    question = wording_of("embedded", None)
     assert question(["a", "b"], "c") == "earlier : a ; b ; now : c ; rewrite"
     assert question(["a"], "c", "cm").endswith("; rewrite always") and question(
         [], "c", "cu"

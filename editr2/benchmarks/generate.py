@@ -118,7 +118,8 @@ def _check_readable(policy: Policy, way: str, edited: Sequence[Edited]) -> None:
     """Of instructions that the pass put together itself: the set's own were read with it."""
     for session, turns in edited if isinstance(policy, ReadingPolicy) else ():
         told = [turn.instruction for turn in session.turns]
-        for t, problem in at_size(policy, session.image_size).unreadable(told):
+        beside = {"references": len(session.references)} if session.references else {}
+        for t, problem in at_size(policy, session.image_size).unreadable(told, **beside):
             raise DataError(f"{way}: {shown(session.id)}: turn {turns[t] + 1}: {problem}")
 
 

@@ -29,31 +29,39 @@ def sized(
     for session in sessions:
         if session.id in found:
             raise DataError(f"session {shown(repr(session.id))} is there twice (accepted: unique)")
-        one = _sized(session, size, resize, memory)
+        one, memory = _sized(session, size, resize, memory)
         _check_told(one, unreadable, several=size is not None and len(listed(size)) > 1)
-        if not callable(vars(one)["image"]):
-            memory -= one.image.nbytes
         found[one.id] = one
     return list(found.values())
 
 
-def _sized(session: Session, size: Sizes | None, resize: str, memory: int) -> Session:
-    stored: Any = vars(session)["image"]
-    if not callable(stored):
-        here = stored.shape[:2]
-        if size is not None and here not in listed(size):
-            raise DataError(
-                f"session {shown(repr(session.id))}: image: {here[0]}×{here[1]} (height×width) "
-                f"(accepted by this editor: {written(size)})"
-            )
-        return session
-    told = replace(stored, size=session.size or size, resize=resize)
-    pixels = told()
-    if pixels.nbytes <= memory:
-        return replace(session, image=pixels)
-    # The size that was seen stands: a file that is replaced meanwhile is an error.
-    later = replace(told, size=pixels.shape[:2], checksum=sum_of_pixels(pixels))
-    return replace(session, image=later)
+def _sized(session: Session, size: Sizes | None, resize: str, memory: int) -> tuple[Session, int]:
+    """The session, and the memory that is left."""
+    source: Any = vars(session)["image"]
+    images: list[Any] = []
+    for name, stored in [("image", source), *(("references", r) for r in session.references)]:
+        if images and size is not None:
+            size = images[0].size if callable(images[0]) else images[0].shape[:2]
+        if not callable(stored):
+            here = stored.shape[:2]
+            if size is not None and here not in listed(size):
+                raise DataError(
+                    f"session {shown(repr(session.id))}: {name}: {here[0]}×{here[1]} "
+                    f"(height×width) (accepted by this editor: {written(size)})"
+                )
+            images.append(stored)
+            memory -= stored.nbytes
+            continue
+        asked = size if images else session.size or size
+        told = replace(stored, size=asked, resize=resize)
+        pixels = told()
+        if pixels.nbytes <= memory:
+            images.append(pixels)
+            memory -= pixels.nbytes
+            continue
+        # The size that was seen stands: a file that is replaced meanwhile is an error.
+        images.append(replace(told, size=pixels.shape[:2], checksum=sum_of_pixels(pixels)))
+    return replace(session, image=images[0], references=tuple(images[1:])), memory
 
 
 def _check_told(session: Session, unreadable: Unreadable | None, several: bool) -> None:
@@ -61,7 +69,7 @@ def _check_told(session: Session, unreadable: Unreadable | None, several: bool) 
         return
     told = [turn.instruction for turn in session.turns]
     at = (session.image_size,) if several else ()
-    for turn, problem in unreadable(told, *at):
-        raise DataError(
-            f"session {shown(repr(session.id))}: turn {turn + 1}: instruction: {problem}"
-        )
+    more = {"references": len(session.references)} if session.references else {}
+    for turn, problem in unreadable(told, *at, **more):
+        what = "references" if turn is None else f"turn {turn + 1}: instruction"
+        raise DataError(f"session {shown(repr(session.id))}: {what}: {problem}")

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from editr2.check.devices import Device
-from editr2.check.editors import Editor, Sizes
+from editr2.check.editors import TRAINS, Editor, Sizes
 from editr2.check.judges import Judging, Measured, judging, waiting
 from editr2.check.links import MACHINE, gather_seconds, sum_seconds
 from editr2.check.meter import Cost
 from editr2.config import Config, PolicyConfig
 from editr2.policies.configured import settled_branches
 from editr2.rl.losses import LOSSES
+from editr2.rl.replay import sessions_at_once
 from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
 
@@ -75,6 +76,19 @@ def _forwards(rows: Sequence[int], places: int, micro_batch: int | None) -> list
     return [(turns[i], min(micro_batch, len(turns) - i)) for i in range(0, len(turns), micro_batch)]
 
 
+def _packed(rows: Sequence[int], places: int, micro_batch: int | None) -> list[tuple[int, int]]:
+    """(turn, batch) of what packed forwards run, turn by turn: the tokens and the attention that
+    walking would, each turn's places together."""
+    most = rows[0]
+    if micro_batch is not None:
+        most = min(most, sessions_at_once([places] * len(rows), micro_batch))
+    return [
+        (turn, max(1, round(sessions * count / rows[0])) * places)
+        for sessions in _batches(rows[0], most)
+        for turn, count in enumerate(rows)
+    ]
+
+
 def _walk(
     phase: str,
     editor: Editor,
@@ -96,8 +110,10 @@ def _walk(
         calls.append(Call(side, step, rows if turn else groups, turn))
         if turn and editor.writes_text and generates:
             calls.append(Call(phase, "intend", rows, turn))
+        if editor.thinks and generates:
+            calls.append(Call(phase, "think", rows, turn))
         if reads:
-            apart = turn and (editor.prompt_per_output or editor.writes_text)
+            apart = editor.thinks or (turn and (editor.prompt_per_output or editor.writes_text))
             calls.append(
                 Call(side, "instruct", rows if apart else max(1, round(groups * share)), turn)
             )
@@ -122,7 +138,7 @@ def _group_rollout(
         for turn, share in enumerate(shares):
             rows = max(1, round(size * r.siblings * share))
             alone = 0.0  # steps that a group's first rollout takes for its siblings
-            if not turn and r.shared_noise and sampler.window:
+            if not turn and r.shared_noise and sampler.window and not editor.thinks:
                 alone = (sampler.first_start + sampler.last_start) / 2
                 calls.append(Call(phase, "velocity", size, turn, alone))
             calls.append(Call(phase, "velocity", rows, turn, sampler.steps - alone))
@@ -158,15 +174,18 @@ def plan(
         )
         calls += [Call(c.phase, c.step, c.batch, c.turn, walks) for c in walk]
         turns_rows = [max(1, round(size * r.siblings * share)) for share in shares]
-        for turn, batch in _forwards([n * places for n in turns_rows], places, t.rows):
+        forwards = _forwards([n * places for n in turns_rows], places, t.rows)
+        answers = list(enumerate(turns_rows))
+        if t.packed == "on":
+            forwards = _packed(turns_rows, places, t.rows)
+            answers = [(turn, batch // places) for turn, batch in forwards]
+        for turn, batch in forwards:
             calls.append(Call("train", "train", batch, turn, t.updates))
             calls.append(Call("train", "velocity", batch, turn, t.updates * without + first))
         if editor.writes_text and t.text_weight != 0:
-            calls += [
-                Call("train", "answer", n, turn, t.updates)
-                for turn, n in enumerate(turns_rows)
-                if turn
-            ]
+            calls += [Call("train", "answer", n, turn, t.updates) for turn, n in answers if turn]
+        if editor.thinks and t.text_weight != 0:
+            calls += [Call("train", "answer thought", n, turn, t.updates) for turn, n in answers]
     return [c for c in calls if c.times]
 
 
@@ -274,7 +293,7 @@ class Traffic:
 
     gathering: seconds of bringing sharded weights together once; copying: of copying them out of
     their buffer, which the device does. reducing: of adding up the gradients of sharded weights
-    that train. branches: forwards of a velocity, one after the other.
+    that train. apart: whether guidance has branches that run one after the other.
     """
 
     config: Config
@@ -283,7 +302,7 @@ class Traffic:
     gathering: float
     copying: float
     reducing: float
-    branches: int
+    apart: bool
 
     @classmethod
     def of(cls, config: Config, editor: Editor, device: Device, processes: int) -> Traffic:
@@ -298,12 +317,16 @@ class Traffic:
                 reducing = gather_seconds(sizes.trained, pieces, shares, device)
                 reducing += sum_seconds(sizes.trained / shares, processes // shares, device)
         apart = settled_branches(p, processes).branches == "apart"
-        branches = 2 if p.guidance != 1 and apart else 1
-        return cls(config, editor, device, gathering, copying, reducing, branches)
+        apart = apart and p.guidance != 1
+        return cls(config, editor, device, gathering, copying, reducing, apart)
+
+    def passes(self, call: Call) -> int:
+        """Forwards of the transformer, one after the other."""
+        return self.editor.passes(call.step, self.apart)
 
     def gathers(self, call: Call) -> int:
         """How often it brings the weights together: the backward pass does once more."""
-        return {"velocity": 1, "train": 2}.get(call.step, 0) * self.branches
+        return self.passes(call) * (2 if call.step in TRAINS else 1)
 
     def seconds(self, call: Call, cost: Cost) -> tuple[float, float]:
         """Of computing, and of what moves meanwhile."""
@@ -397,6 +420,10 @@ def mixed(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
     )
 
 
+SCORES = {"answer": "score", "answer thought": "score thought"}
+"""Forward and backward of a text, and its forward alone."""
+
+
 def _memory(
     config: Config,
     editor: Editor,
@@ -416,16 +443,37 @@ def _memory(
         found = {(c.step, c.batch, c.turn) for c in calls if c.step in steps}
         return max((editor.cost(*key, checkpointing).peak for key in found), default=0)
 
+    def trained_on(checkpointing: int | str) -> int:
+        """The most of a forward and backward pass. Packed, it keeps what it has of all turns.
+        Walking, a turn's texts are scored before the first of its velocities, and one backward
+        pass goes through both."""
+        each: dict[tuple[str, int], int] = defaultdict(int)
+        scored: dict[tuple[str, int], int] = {}
+        for c in calls:
+            if c.step == "train" or c.step in SCORES:
+                peak = editor.cost(c.step, c.batch, c.turn, checkpointing).peak
+                each[c.step, c.turn] = max(each[c.step, c.turn], peak)
+            if c.step in SCORES:
+                kept = editor.cost(SCORES[c.step], c.batch, c.turn, checkpointing).kept
+                scored[c.step, c.turn] = kept
+        if t.packed == "on":
+            return sum(each.values())
+
+        def beside(turn: int) -> int:
+            return sum(kept for (_, at), kept in scored.items() if at == turn)
+
+        return max(n + (beside(turn) if step == "train" else 0) for (step, turn), n in each.items())
+
     # Compiled blocks keep less than plain ones do; by how much is not modelled.
-    trains = largest("train", "answer", checkpointing=p.gradient_checkpointing)
-    # The context of everyone who is denoised together; training in smaller batches copies theirs
-    # out of it.
-    contexts = max(
-        editor.held(c.batch, c.turn) for c in calls if c.step == "velocity" and c.phase == "rollout"
-    )
+    trains = trained_on(p.gradient_checkpointing)
+    # The context of everyone who is denoised together; walking, training in smaller batches copies
+    # theirs out of it.
+    denoised = {(c.batch, c.turn) for c in calls if (c.phase, c.step) == ("rollout", "velocity")}
+    most = max(denoised, key=lambda at: editor.held(*at))
+    contexts, branches = editor.held(*most), editor.branches(*most)
     copied = (
         max((editor.held(c.batch, c.turn) for c in calls if c.step == "train"), default=0)
-        if t.rows
+        if t.rows and t.packed != "on"
         else 0
     )
     loss = LOSSES[t.loss]
@@ -441,7 +489,7 @@ def _memory(
         # Forwards that share a backward (branches of guidance, turns in one micro-batch) add up
         # their gradients before they are reduced.
         apart = p.guidance != 1 and settled_branches(p, processes).branches == "apart"
-        several = apart or t.rows is not None
+        several = (apart or t.rows is not None) and t.packed != "on"
         gradients = trained + (sizes.trained if several else REDUCED * sizes.block + outside)
     memory = {
         "frozen weights": round(sizes.weights / shares),
@@ -452,21 +500,23 @@ def _memory(
         "copies (reference, old, average)": copies * trained,
         "text encoders": sizes.text,
         "autoencoder": sizes.vae,
+        "vision transformer": sizes.sight,
         "stored latents": round(rollouts * latent * (a_step * sampler.window + 1)),
-        "contexts": contexts + copied,
-        "activations, rollout": largest("velocity", "intend") + sizes.dequantized,
+        **({f"contexts, {name}": n for name, n in branches.items()} or {"contexts": contexts}),
+        "contexts, copied to train": copied,
+        "activations, rollout": largest("velocity", "intend", "think") + sizes.dequantized,
         "activations, encode and decode": largest("encode", "decode"),
         "activations, train": trains + sizes.dequantized,
     }
     for name, how in ((WITHOUT, "off"), (WITH_ALL, "all")) if compared else ():
-        memory[name] = largest("train", "answer", checkpointing=how) + sizes.dequantized
+        memory[name] = trained_on(how) + sizes.dequantized
     always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
     always += trained + memory["copies (reference, old, average)"] + outside + contexts
-    resident = 0 if p.offload else sizes.text + sizes.vae
+    resident = 0 if p.offload else sum(sizes.beside)
     peaks = {
         "rollout": always + resident + blocks + memory["activations, rollout"],
         "encode": always
-        + (max(sizes.text, sizes.vae) if p.offload else resident)
+        + (max(sizes.beside) if p.offload else resident)
         + largest("encode", "decode"),
         "train": always
         + resident
@@ -489,7 +539,7 @@ def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
     # what was read in policy.dtype, layer by layer.
     here = min(processes, MACHINE)
     loaders = 1 if sharded(config.policy, processes) else here
-    beside = here * (sizes.text + sizes.vae)
+    beside = here * sum(sizes.beside)
     read = sizes.weights + sizes.float8 * (1 if config.policy.dtype == "bfloat16" else 3)
     host = {
         "loading": loaders * (read + sizes.trained) + beside,

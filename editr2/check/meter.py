@@ -28,7 +28,11 @@ from torch.utils.flop_counter import (
     shape_wrapper,
 )
 
-_aten = torch.ops.aten
+from editr2_kernels import token_log_prob
+
+_aten, _ours = torch.ops.aten, torch.ops.editr2
+# torch asks it of every argument of every operation: two calls in three.
+_DEVICE = torch.ops.prim.device.default
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -42,13 +46,33 @@ def attention_backward_flops(
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
+def scoring_flops(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of ids' log-probs from hidden states [M, H], whose logits nobody holds: one product."""
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+def scoring_backward_flops(hidden: Any, weight: Any, *given: Any, **__: Any) -> int:
+    """The logits again, and one product for each gradient that is wanted."""
+    want_hidden, want_weight = given[7:9]
+    return (1 + want_hidden + want_weight) * scoring_flops(hidden, weight)
+
+
+_ = token_log_prob  # importing it registers them
+SCORING = {
+    _ours.hidden_token_log_prob: scoring_flops,
+    _ours.hidden_token_log_prob_backward: scoring_backward_flops,
+}
+
 # Fake tensors live on the CPU. Its fused attention keeps for backward what a GPU's keeps (the
 # output and one number a query), so memory is a GPU's, too.
 CPU_ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
-_FLOPS = {**flop_registry, **{op: shape_wrapper(count) for op, count in CPU_ATTENTION.items()}}
+_FLOPS = {
+    **flop_registry,
+    **{op: shape_wrapper(count) for op, count in (CPU_ATTENTION | SCORING).items()},
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +166,8 @@ class Meter(TorchDispatchMode):
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return func(*args)
         kwargs = kwargs or {}
         given = _storages(*args, *kwargs.values())
         out = func(*args, **kwargs)

@@ -79,8 +79,7 @@ def gathers(
         computing, moving = traffic.seconds(
             call, editor.cost(call.step, call.batch, call.turn, again)
         )
-        asked = traffic.gathers(call) and group > 1
-        agreed = traffic.branches * agree_seconds(group) if asked else 0.0
+        agreed = traffic.passes(call) * agree_seconds(group) if group > 1 else 0.0
         computed += call.times * computing
         waited += call.times * (max(0.0, moving - computing) + agreed)
     return computed, waited

@@ -38,6 +38,10 @@ SPLIT = (
 """Parts of the memory that `policy.shard` shares out where all weights train."""
 
 
+BESIDE = ("text encoders", "autoencoder", "vision transformer")
+"""Those that `policy.offload` keeps on the host."""
+
+
 def size(count: float) -> str:
     """Bytes in a unit that leaves two or three digits."""
     for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
@@ -128,7 +132,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
                     f"{how} checkpointing {size(n)}" for how, n in other.items() if n != count
                 ]
                 note = f"  ({', '.join(others)})" if others else ""
-            elif p.offload and name in ("text encoders", "autoencoder"):
+            elif p.offload and name in BESIDE:
                 note = "  (on the host while idle)"
             elif shares > 1 and name in split:
                 note = f"  (sharded over {shares} processes)"

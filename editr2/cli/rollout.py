@@ -57,11 +57,12 @@ def command(arguments: Arguments) -> int:
                     Image.fromarray(image).save(out / name)
                     record = chunk.turns[t]
                     at = int((record.rollout == i).nonzero()[0, 0])
-                    intent = record.intents[at] if record.intents is not None else None
+                    intent, thought = (record.sample(k, at) for k in ("intent", "thought"))
                     turns.append(
                         {
                             "instruction": session.turns[t].instruction,
                             "intent": intent.text if intent else None,
+                            **({"thought": thought.text} if thought else {}),
                             "image": name,
                         }
                     )

@@ -70,9 +70,9 @@ def schema_config(
         ]
     )
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
-    config = _as(schema, preset_config(beside.pop("preset")))
     file = beside.pop("config")
     values, lines = ({}, {}) if file is None else load_yaml(file)
+    config = _as(schema, preset_config(beside.pop("preset"), _model(values, found)))
     if file is not None:
         check_keys(values, lines, schema, file)
     if named:
@@ -92,6 +92,14 @@ def schema_config(
             value = text
         config = _with(config, option.key.split("."), value)
     return config, beside
+
+
+def _model(values: dict[str, Any], found: Sequence[tuple[Option, str]]) -> str | None:
+    """The `policy.model` that flags, else a file, ask for, whatever it is; None where none does."""
+    policy = values.get("policy")
+    model = policy.get("model") if isinstance(policy, dict) else None
+    said = {option.key: text for option, text in found}.get("policy.model", model)
+    return said if isinstance(said, str) else None
 
 
 NAMED = (

@@ -85,21 +85,25 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "dynamics": "flow-sde",
             "noise_level": 1.3,
             "window": 2,
-            "window_range": 1 / 3,
+            "window_range": 3 / 7,  # starts at steps 0 to 5
         },
         "credit": {"preset": "edit-r2-released", "baseline": None},
         "train": {
             "minibatches": 2,
             "lr": 1e-4,
             "lr_decay": 1.0,
+            "betas": (0.9, 0.999),
+            "weight_decay": 1e-4,
+            "grad_norm": 1e6,  # it clips none
             "clip_low": 1e-5,
             "clip_high": 1e-5,
             "kl_weight": 0.01,
+            "kl_scale": "diffusion",
             "text_weight": 1.0,
             "text_clip": 1e-5,
             "ema": None,
         },
-        "eval": {"sampler": "ode", "steps": 50, "intent_tokens": 300},
+        "eval": {"sampler": "ode", "steps": 49, "intent_tokens": 300},  # 50 levels of noise
     },
     "mt-editflow-grpo": _preset(
         _ONE_TEXT,
@@ -164,6 +168,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Named starting points; each changes only the fields it stands for. docs/methods.md says where the
 values are from."""
 
+ON_MODEL: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
+    # Where the policy can think, thoughts are the text of the method, and on others intents are.
+    "unigrpo": {"bagel": {"policy": {"intent": False, "thinking": True}}}
+}
+"""What a preset sets besides, by the `policy.model` that is to be trained."""
+
 
 def replace_nested(config: Any, values: dict[str, Any]) -> Any:
     """A copy of a dataclass with nested `values` put in, converted as those of a YAML file are.
@@ -184,11 +194,13 @@ def _replaced(config: Any, values: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def preset_config(name: str | None) -> Config:
-    """The configuration a preset starts from."""
+def preset_config(name: str | None, model: str | None = None) -> Config:
+    """The configuration a preset starts from. model: the `policy.model` that will be set, for which
+    some presets have values of their own (`ON_MODEL`)."""
     if name is None:
         return Config()
     if name not in PRESETS:
         raise ConfigError(f"preset: {name!r} (accepted: {', '.join(PRESETS)})")
-    made: Config = replace_nested(Config(), PRESETS[name])
+    own = ON_MODEL.get(name, {}).get(model or "", {})
+    made: Config = replace_nested(Config(), _preset(PRESETS[name], own))
     return made

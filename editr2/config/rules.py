@@ -103,15 +103,13 @@ def _units(config: Config, command: str) -> Iterator[str]:
 
 @rule(*TRAINS)
 def _replay(config: Config, command: str) -> Iterator[str]:
-    t, p = config.train, config.policy
-    guided = p.guidance != 1 or p.guidance_image != 1
-    if t.packed == "on" and guided:
-        yield "train.packed: on (accepted with policy.guidance other than 1: auto, off)"
-    if t.micro_batch is not None and (t.packed == "on" or t.context_gradient):
-        what = "train.packed on" if t.packed == "on" else "train.context_gradient"
+    t = config.train
+    if t.packed == "on" and t.micro_batch == "auto":
+        yield "train.micro_batch: auto (accepted with train.packed on: none, or a number)"
+    if t.packed != "on" and t.micro_batch is not None and t.context_gradient:
         yield (
-            f"train.micro_batch: {t.micro_batch} (accepted with {what}: none; all goes in one "
-            f"forward)"
+            f"train.micro_batch: {t.micro_batch} (accepted with train.context_gradient: none; all "
+            f"goes in one forward, unless train.packed is on)"
         )
 
 

@@ -192,8 +192,14 @@ class PolicyConfig:
             published one.
         intent: write an intent before every turn from the second on (Edit-R2); policies without
             text ignore it.
-        temperature: of sampled intents during training (evaluation is greedy).
+        temperature: of sampled intents and thoughts during training (evaluation is greedy).
         intent_tokens: at most this many tokens an intent.
+        thinking: write a thought before every image, behind its instruction (bagel, with its
+            system prompt for it in front of the session).
+        thinking_tokens: at most this many tokens a thought.
+        questions: texts that intents are asked for with, in place of the model's own (unified and
+            bagel): a folder or a YAML or JSON file with some of `cm`, `cu` and `rewrite`, or a
+            checkout of Edit-R2's release (docs/editors.md).
         guidance: weight of text guidance, in rollout, training and evaluation; 1 is none.
         guidance_image: weight of image guidance, applied to the result; 1 is none.
         guidance_interval: [low, high]; guided while low < sigma <= high (unified and bagel).
@@ -205,6 +211,9 @@ class PolicyConfig:
         lora_alpha: strength of the adapters; none is twice the rank.
         lora_targets: regular expression over the names of the layers that get adapters; none is the
             model's attention and MLP layers.
+        lora_weights: a LoRA that the adapters start from, a .safetensors file or a folder, as
+            diffusers or peft writes it, or a checkpoint of Edit-R2's release; with lora_rank 0 it
+            is merged into the weights that train (docs/editors.md).
         experts: what trains of unified and bagel, with adapters and without: all, or gen (what
             paints; the expert that reads and writes stays as it is, so it writes no intents).
         resolution: [height, width] in pixels of what is edited and written.
@@ -256,6 +265,9 @@ class PolicyConfig:
     intent: bool = True
     temperature: float = setting(0.7, Bounds(above=0, at_most=100))
     intent_tokens: int = setting(24, TOKENS)
+    thinking: bool = False
+    thinking_tokens: int = setting(256, TOKENS)
+    questions: str | None = setting(None, path=True)
     guidance: float = setting(1.0, Bounds(at_least=0, at_most=100))
     guidance_image: float = setting(1.0, Bounds(at_least=0, at_most=100))
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), Bounds(at_least=0, at_most=1))
@@ -266,6 +278,7 @@ class PolicyConfig:
     lora_targets: str | None = setting(
         None, check=pattern_problem, what="a regular expression or none"
     )
+    lora_weights: str | None = setting(None, path=True)
     resolution: tuple[int, int] = setting(
         (512, 512), PIXELS, what="height and width, such as 512x512"
     )
@@ -321,8 +334,9 @@ class RolloutConfig:
             nothing.
         window_range: the window starts within this first fraction of the steps.
         window_schedule: random (each group and turn draws its start), progressive (the start moves
-            on by one step every window_every iterations, and back to the first after the last) or
-            fixed (always the first step).
+            on by one step every window_every iterations, and back to the first after the last),
+            fixed (always the first step) or released (as a slip of Edit-R2's release has it: each
+            rollout has one start in all of its turns, that of one of 24 processes).
         window_every: iterations between two moves of a progressive window.
         shared_noise: siblings start a turn from the same initial noise and differ in the window's;
             off, each has its own (as an ODE rollout needs).
@@ -348,7 +362,7 @@ class RolloutConfig:
     noise_level: float = setting(0.7, Bounds(above=0, at_most=10))
     window: int = setting(2, Bounds(at_least=0, at_most=1_000))
     window_range: float = setting(0.5, Bounds(above=0, at_most=1))
-    window_schedule: Literal["random", "progressive", "fixed"] = "random"
+    window_schedule: Literal["random", "progressive", "fixed", "released"] = "random"
     window_every: int = setting(25, TIMES)
     shared_noise: bool = True
     store_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -420,9 +434,9 @@ class TrainConfig:
             weights.
         kl_scale: of grpo's KL (nft has velocity's): step (by 2 S^2), diffusion (2 g^2), mean (as it
             is) or velocity.
-        text_weight: weight of the intents' policy loss beside the sum of the image losses over a
-            turn's window; none is 1 / rollout.window (nft: 1 / nft_draws), 0 leaves the text
-            untrained.
+        text_weight: weight of the intents' and thoughts' policy losses beside the sum of the image
+            losses over a turn's window; none is 1 / rollout.window (nft: 1 / nft_draws), 0 leaves
+            the text untrained.
         text_clip: clip range of the tokens' ratios.
         text_lr: learning rate of the weights that write text (the understanding expert), in place
             of lr; it falls as lr does. None: the same.
@@ -435,15 +449,16 @@ class TrainConfig:
         packed: replay whole sessions in one forward where the policy can: auto (on a CPU, where it
             counts fewer operations), on or off.
         micro_batch: rows (rollout, turn and step, mixed) a training forward; none is one turn and
-            step of a chunk, as the rollout went; auto is what fits the device and is fastest, by
-            the estimate of `editr2 check`.
+            step of a chunk, as the rollout went, or the whole chunk where it is packed; auto is
+            what fits the device and is fastest, by the estimate of `editr2 check`. With packed: on
+            as many whole sessions as have no more rows, one at least.
         old_log_prob: grpo's: rollout (as sampled), replay (from the first update's own forward), or
             auto: rollout where training walks as it did in float32.
         grad_norm: gradient norm clip.
         ema: decay of averaged weights that evaluation and export use; none trains without.
         ratio_tolerance: the first update of a run stops when a ratio differs from 1 by more than
             this.
-        text_ratio_tolerance: the same for the tokens of intents, whose sampling runs token by
+        text_ratio_tolerance: the same for the tokens of text, whose sampling runs token by
             token.
         max_failed_scores: the run stops when more than this fraction of turns cannot be scored.
         stop_after: the run ends, finished, when so many evaluations (eval.every) in a row did not

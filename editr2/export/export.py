@@ -104,7 +104,9 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
         write_card(folder, seen, config, Base.of(base, config.policy.weights), done, form)
         origin = getattr(base, "base", config.policy.weights)
         told = replace(config, policy=replace(config.policy, quantize="none"))
-        write_settings(folder, told, origin, whole=kind != "lora")
+        own = getattr(base, "wording", None) if config.policy.questions else None
+        texts = None if own is None else own.prompts.texts
+        write_settings(folder, told, origin, whole=kind != "lora", questions=texts)
     return done
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from editr2.config import Config, PolicyConfig, TrainConfig
 from editr2.export.result import Exported
+from editr2.policies.configured import policy_class
 from editr2.policies.forms import Form
 from editr2.policies.recorded import EXPORT
 from editr2.report.build import evaluation_table
@@ -58,6 +59,7 @@ def write_card(
         "![Sessions before and after training](strips.png)" if pictured else "",
         f"## How to load it\n\n{_how(base, done, config.policy, form)}"
         f"{_strength(done, config.policy)}",
+        _written(config),
         f"## Proof\n\nAt export, the base weights and these files were loaded anew as above: "
         f"{done.proof}.",
         f"## Scores\n\n{_scores(seen, config.train, done)}",
@@ -98,8 +100,52 @@ def _how(base: Base, done: Exported, policy: PolicyConfig, form: Form) -> str:
     this, origin = done.folder.name, base.hub_id or policy.weights
     dtype = policy.dtype if done.kind == "lora" or policy.lora_rank else "float32"
     code = "```python\n" + "\n".join(form.code(this, origin, dtype)) + "\n```"
-    ours = f"`--policy {this}` of `editr2` edits as this run did: its settings are in `{EXPORT}`."
-    return "\n\n".join(filter(None, [code, form.also(this), ours]))
+    ours = (
+        f"`--policy {this}` of `editr2` edits as this run did: its settings are in `{EXPORT}`. "
+        f"So does, in Python,"
+    )
+    lines = [
+        "import editr2",
+        "",
+        f'steps = editr2.edit("image.png", ["one edit", "the next"], policy="{this}")',
+        'steps[-1].image.save("edited.png")',
+    ]
+    three = "```python\n" + "\n".join(lines) + "\n```"
+    return "\n\n".join(filter(None, [code, form.also(this), ours, three]))
+
+
+def _written(config: Config) -> str:
+    """What a loader that knows weights alone loses of a policy that writes intents or thoughts."""
+    parts = [part for part in (_intents(config), _thoughts(config.policy)) if part]
+    return "\n\n".join(["## What the weights alone do not do", *parts]) if parts else ""
+
+
+def _thoughts(policy: PolicyConfig) -> str:
+    if not policy.thinking:
+        return ""
+    return (
+        "Before every image this policy was trained to write a thought behind the turn's "
+        f"instruction (greedily, at most {policy.thinking_tokens} tokens), with its system prompt "
+        "for that in front of the session, and to paint behind both. The loader above asks for no "
+        "thought. `editr2.edit` and `--policy` do; `steps[-1].thought` is what was thought."
+    )
+
+
+def _intents(config: Config) -> str:
+    policy = config.policy
+    if not (policy.intent and policy_class(policy.model).writes_text):
+        return ""
+    tokens = config.eval.intent_tokens or policy.intent_tokens
+    return (
+        "From the second turn on this policy was trained to write an intent before it paints: the "
+        "instruction made self-contained, with what earlier turns have asked for and is still to "
+        f"hold, or the thing that a pronoun means. It is asked on a copy of the context (greedily, "
+        f"at most {tokens} tokens), and the text behind `</think>` takes the instruction's place. "
+        "The loader above gives the weights, which can do it, and asks for nothing: behind the raw "
+        "instruction the later turns are painted without it. `editr2.edit` and `--policy` ask as "
+        'the run did (`mode="cm"` or `"cu"` in the words of that mode); `steps[-1].intent` is what '
+        "was understood."
+    )
 
 
 def _load_pipeline(base: Base, pipeline: str, done: Exported, policy: PolicyConfig) -> list[str]:
@@ -187,6 +233,8 @@ def _made(run: RecordedRun, config: Config) -> str:
         "An iteration": f"{r.sessions} sessions x {r.siblings} siblings, {r.steps} denoising steps",
         "Seed": config.seed,
     }
+    if config.policy.lora_weights is not None:
+        facts["Start"] = f"the LoRA {Path(config.policy.lora_weights).name}"
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     settings = f"```yaml\n{(run.config_text or '').strip()}\n```"
     folded = f"<details><summary>All settings</summary>\n\n{settings}\n\n</details>"

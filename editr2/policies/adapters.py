@@ -34,7 +34,7 @@ DESCRIPTION = "policy.json"
 """In a saved policy's folder: model, base (the weights it was trained from) and, of a LoRA, rank,
 alpha and targets."""
 ALL_LINEAR = "all-linear"
-_SETTINGS = "lora_adapter_metadata"
+SETTINGS = "lora_adapter_metadata"
 """The key of the file's metadata under which diffusers keeps the adapters' settings."""
 
 
@@ -73,7 +73,7 @@ def read_description(folder: Path) -> Saved:
     if not isinstance(lora, dict):
         what = f"rank, alpha and targets; without them a {TRANSFORMER} folder stands beside it"
         raise CheckpointError(f"{path}: lora: {lora!r} (accepted: {what})")
-    rank, alpha, targets = lora.get("rank"), _above_zero(lora.get("alpha")), lora.get("targets")
+    rank, alpha, targets = lora.get("rank"), above_zero(lora.get("alpha")), lora.get("targets")
     if type(rank) is not int or rank < 1:
         raise CheckpointError(f"{path}: lora.rank: {rank!r} (accepted: a whole number, at least 1)")
     if alpha is None:
@@ -88,7 +88,7 @@ def read_description(folder: Path) -> Saved:
     return Saved(said["model"], said["base"], Lora(rank, alpha, targets))
 
 
-def _above_zero(value: object) -> float | None:
+def above_zero(value: object) -> float | None:
     """The number that JSON holds, None for another value."""
     return (
         float(value)
@@ -205,24 +205,24 @@ def check_file(path: Path, rank: int, needed: Mapping[str, Shape] | None = None)
             raise CheckpointError(
                 f"{path}: {key}: {list(shape)}, rank {own} (accepted: {rank}, by {DESCRIPTION})"
             )
-    if _SETTINGS not in metadata:
+    if SETTINGS not in metadata:
         return 1.0
     try:
-        said = json.loads(metadata[_SETTINGS])
+        said = json.loads(metadata[SETTINGS])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {_SETTINGS}: no JSON: {one_line(error)}") from error
+        raise CheckpointError(f"{path}: {SETTINGS}: no JSON: {one_line(error)}") from error
     values = said if isinstance(said, dict) else {}
     found = []
     for name in ("lora_alpha", "r"):
-        value = _above_zero(values.get(f"{TRANSFORMER}.{name}"))
+        value = above_zero(values.get(f"{TRANSFORMER}.{name}"))
         if value is None:
             what = f"{TRANSFORMER}.{name}: {values.get(f'{TRANSFORMER}.{name}')!r}"
-            raise CheckpointError(f"{path}: {_SETTINGS}: {what} (accepted: a number above 0)")
+            raise CheckpointError(f"{path}: {SETTINGS}: {what} (accepted: a number above 0)")
         found.append(value)
     for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         if value := values.get(f"{TRANSFORMER}.{name}"):
             raise CheckpointError(
-                f"{path}: {_SETTINGS}: {TRANSFORMER}.{name}: {value!r} (accepted: none)"
+                f"{path}: {SETTINGS}: {TRANSFORMER}.{name}: {value!r} (accepted: none)"
             )
     return found[0] / found[1]
 

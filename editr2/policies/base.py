@@ -27,12 +27,12 @@ from editr2_kernels import guided_velocity
 
 @dataclass(frozen=True)
 class Intent:
-    """One sampled intent.
+    """One sampled intent, or one sampled thought.
 
     text: the self-contained instruction that replaces the raw one, or None when none could be read
-    from the sample (then the raw instruction stands: a fallback). reasoning: what was written
-    before `</think>`. ids: the sampled tokens, end mark included, for the text objective. log_prob:
-    theirs while decoding, at the sampling temperature.
+    from the sample (then the raw instruction stands: a fallback); of a thought, all of it.
+    reasoning: what was written before `</think>`. ids: the sampled tokens, end mark included, for
+    the text objective. log_prob: theirs while decoding, at the sampling temperature.
     """
 
     text: str | None
@@ -62,6 +62,15 @@ class Velocity:
         }
         return Velocity(self.v.detach(), guidance)
 
+    @staticmethod
+    def join(parts: Sequence[Velocity]) -> Velocity:
+        """Predictions under one guidance as one batch, in their order."""
+        guidance = dict(parts[0].guidance)
+        for name, value in guidance.items():
+            if isinstance(value, Tensor):
+                guidance[name] = torch.cat([part.guidance[name] for part in parts])
+        return Velocity(torch.cat([part.v for part in parts]), guidance)
+
     def combined(self, sigma: Tensor) -> Tensor:
         """The guided velocity as one tensor; `v` itself without guidance."""
         return guided_velocity(self.v, sigma, **self.guidance) if self.guidance else self.v
@@ -70,17 +79,19 @@ class Velocity:
 @dataclass(frozen=True)
 class Questions:
     """What the intents of a batch answer: raw earlier and current instructions, and each session's
-    mode."""
+    mode. kind: what is to be written, `intent` or (only of a `ThinkingPolicy`) `thought`."""
 
     earlier: list[list[str]]
     current: list[str]
     modes: list[str | None]
+    kind: str = "intent"
 
     def select(self, index: Sequence[int]) -> Questions:
         return Questions(
             [self.earlier[i] for i in index],
             [self.current[i] for i in index],
             [self.modes[i] for i in index],
+            self.kind,
         )
 
 
@@ -94,6 +105,8 @@ class TurnTask:
         0).
     questions, answers: the intents' questions and the sampled ids (an empty answer counts nothing);
         None without text.
+    thoughts: what the context got behind the instruction; thinking: the sampled ids of it, where
+        they are scored.
     """
 
     text: list[str]
@@ -102,6 +115,20 @@ class TurnTask:
     sigma: Tensor
     questions: Questions | None = None
     answers: list[tuple[int, ...]] | None = None
+    thoughts: list[str] | None = None
+    thinking: list[tuple[int, ...]] | None = None
+
+    @property
+    def asked(self) -> dict[str, tuple[Questions, list[tuple[int, ...]]]]:
+        """What is scored, by kind: the questions, and the sampled ids."""
+        found = {}
+        if self.questions is not None and self.answers is not None:
+            found["intent"] = (self.questions, self.answers)
+        if self.thinking is not None:
+            n = len(self.thinking)
+            nothing = Questions([[]] * n, [""] * n, [None] * n, "thought")
+            found["thought"] = (nothing, self.thinking)
+        return found
 
 
 @dataclass(frozen=True)
@@ -115,10 +142,18 @@ class TokenScores:
 @dataclass(frozen=True)
 class TurnReplay:
     """What a turn predicts under the present weights: the velocity at every place, [B * Q,
-    *latent_shape] in the order (rollout, place), and the answers' log-probs."""
+    *latent_shape] in the order (rollout, place), and the log-probs of the intents' answers and of
+    the thoughts."""
 
     velocity: Velocity
     tokens: TokenScores | None
+    thoughts: TokenScores | None = None
+
+    @property
+    def scores(self) -> dict[str, TokenScores]:
+        """By kind, as `TurnTask.asked`."""
+        found = {"intent": self.tokens, "thought": self.thoughts}
+        return {kind: scores for kind, scores in found.items() if scores is not None}
 
 
 # By the tensors in what a module gives FSDP2 notices that its weights are wanted for a backward
@@ -208,6 +243,19 @@ class TextPolicy(Policy, Protocol):
 
 
 @runtime_checkable
+class ThinkingPolicy(TextPolicy, Protocol):
+    """A policy that can think before it paints: `intend` and `answer_log_prob` take questions of
+    kind `thought`, too, asked behind a turn's instruction and answered with nothing between."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it is to (`policy.thinking`)."""
+
+    def consider(self, context: Any, thoughts: Sequence[str]) -> Any:
+        """The context with each sample's thought, behind its instruction."""
+
+
+@runtime_checkable
 class PixelPolicy(Protocol):
     """A policy that hands its pixels over before they become bytes, which hide a NaN; then rollouts
     do not call `decode`, and check them."""
@@ -231,7 +279,8 @@ class ReadingPolicy(Protocol):
     """A policy that can tell, before anything is trained, which instructions it cannot read."""
 
     def unreadable(self, instructions: Sequence[str]) -> Iterable[tuple[int, str]]:
-        """(turn from 0, what is wrong) for those of a session's instructions."""
+        """(turn from 0, what is wrong) for those of a session's instructions. A `ReferringPolicy`
+        takes `references`, how many the session has, where it has any."""
 
 
 @runtime_checkable
@@ -271,6 +320,19 @@ class SizedPolicy(Protocol):
 
 
 @runtime_checkable
+class ReferringPolicy(Protocol):
+    """A policy that reads a user's own further images beside a session's."""
+
+    @property
+    def most_references(self) -> int | None:
+        """How many it takes; None: any number."""
+
+    def encode(self, images: np.ndarray, references: Sequence[np.ndarray] = ()) -> Any:
+        """As `Policy.encode`, of samples that have equally many references. references: uint8 [B,
+        H, W, 3] each, which every turn sees behind the session's own images."""
+
+
+@runtime_checkable
 class PackedPolicy(Protocol):
     """A policy that can replay whole sessions in one forward, equal to walking through them up to
     rounding."""
@@ -286,9 +348,11 @@ class PackedPolicy(Protocol):
         *,
         context_gradient: bool,
         temperature: float,
+        references: Sequence[np.ndarray] = (),
     ) -> list[TurnReplay]:
         """Every turn of B rollouts from their source images [B, H, W, 3]; gradients go through the
-        context (the past images and texts) only with `context_gradient`."""
+        context (the past images and texts) only with `context_gradient`. references: of a
+        `ReferringPolicy`, as its `encode` takes them."""
 
 
 def witness(x: Tensor) -> Tensor:
@@ -313,6 +377,15 @@ def at_size(policy: Any, size: tuple[int, int]) -> Any:
     """The policy as it edits images of a size. One that knows a single size is given as it is, and
     says by itself what it thinks of others."""
     return policy.at(size) if isinstance(policy, SizedPolicy) else policy
+
+
+def references_problem(policy: Any, model: str, count: int) -> str | None:
+    """What is wrong with giving a policy so many references. model: its name."""
+    most = policy.most_references if isinstance(policy, ReferringPolicy) else 0
+    if most is None or count <= most:
+        return None
+    accepted = f"up to {most}" if most else "none"
+    return f"{count} images beside the session's (accepted with policy.model {model}: {accepted})"
 
 
 def with_module(policy: Any, module: nn.Module) -> Any:

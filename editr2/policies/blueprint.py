@@ -11,7 +11,7 @@ of an intent).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -105,9 +105,9 @@ class Reading:
 class Blueprint(Protocol):
     """What `editr2 check` asks. Turns count from 0.
 
-    policy: without data; of equal blocks it may have one of each kind. text, vae: bytes of the
-    frozen text encoders and of the autoencoder beside `policy.module`. prompt_per_output: whether
-    siblings' instructions are read apart.
+    policy: without data; of equal blocks it may have one of each kind. text, vae, sight: bytes of
+    the frozen text encoders, of the autoencoder and of the vision transformer beside
+    `policy.module`. prompt_per_output: whether siblings' instructions are read apart.
     """
 
     @property
@@ -116,6 +116,8 @@ class Blueprint(Protocol):
     def text(self) -> int: ...
     @property
     def vae(self) -> int: ...
+    @property
+    def sight(self) -> int: ...
     @property
     def prompt_per_output(self) -> bool: ...
 
@@ -146,6 +148,20 @@ class Blueprint(Protocol):
         """Bytes of the context of a batch at a turn, behind its instruction; or the work whose
         result it is."""
 
+    def branches(self, batch: int, turn: int) -> Mapping[str, int]:
+        """The same part by part, where a context is made of several."""
+
+    def passes(self, step: str, apart: bool) -> int:
+        """How many passes through the transformer a step makes, one after the other: each brings
+        weights together that processes share. apart: there are branches of guidance, and they run
+        so, too."""
+
+
+def velocity_passes(step: str, apart: bool) -> int:
+    """`Blueprint.passes` of an editor whose transformer runs for velocities alone, of which
+    guidance has two."""
+    return 1 + apart if step in ("velocity", "train") else 0
+
 
 def backward(velocity: Velocity) -> Velocity:
     """The backward pass of a prediction and of its unguided branches."""
@@ -167,7 +183,7 @@ class Walk:
     policy whose methods do not look at numbers and that writes no intents."""
 
     deeper: Sequence[tuple[Any, int]] = ()
-    blocks = 0
+    blocks = sight = 0
     prompt_per_output = True
 
     def __init__(self, policy: Any, model: str) -> None:
@@ -187,11 +203,12 @@ class Walk:
         }
         self.text = sum(size for name, size in beside.items() if name.startswith("text"))
         self.vae = sum(beside.values()) - self.text
-        self._said = ""
+        self._said, self._references = "", 0
 
     def see(self, sessions: Sequence[Session]) -> None:
         texts = sorted((turn.instruction for s in sessions for turn in s.turns), key=len)
         self._said = texts[len(texts) // 2]
+        self._references = max(len(s.references) for s in sessions)
 
     def read_again(self, prompts: int) -> bool:
         return True
@@ -212,6 +229,12 @@ class Walk:
 
         return Work(("context", turn), prepare, (Size(batch, SMALL_BATCH),))
 
+    def branches(self, batch: int, turn: int) -> Mapping[str, int]:
+        return {}
+
+    def passes(self, step: str, apart: bool) -> int:
+        return velocity_passes(step, apart)
+
     def _pictures(self, policy: Any, batch: int) -> np.ndarray:
         return np.zeros((batch, *policy.image_size, 3), np.uint8)
 
@@ -223,15 +246,20 @@ class Walk:
     def _context(self, policy: Any, batch: int, turn: int, instructed: bool = True) -> Any:
         """As it is at a turn."""
         pictures, said = self._pictures(policy, batch), [self._said] * batch
-        context = policy.encode(pictures)
+        context = self._encoded(policy, pictures)
         for _ in range(turn):
             context = policy.append(policy.instruct(context, said), pictures)
         return policy.instruct(context, said) if instructed else context
 
+    def _encoded(self, policy: Any, pictures: np.ndarray) -> Any:
+        """With as many references as any session has."""
+        beside = [pictures] * self._references
+        return policy.encode(pictures, *([beside] if beside else []))
+
     def _encode(self, policy: Any, batch: int, turn: int) -> Callable[[], Any]:
         pictures = self._pictures(policy, batch)
         if not turn:
-            return lambda: policy.encode(pictures)
+            return lambda: self._encoded(policy, pictures)
         context = self._context(policy, batch, turn - 1)
         return lambda: policy.append(context, pictures)
 

@@ -90,6 +90,12 @@ class ConfiguredPolicy(ABC):
         return [config.weights] if config.weights else []
 
     @classmethod
+    def fingerprints(cls, config: PolicyConfig) -> dict[str, str]:
+        """Of files besides the weights that its numbers depend on: the name of a setting that leads
+        to some, and what they are by their content."""
+        return {}
+
+    @classmethod
     def blueprint(cls, config: PolicyConfig) -> Blueprint:
         """The policy without its weights, for `editr2 check`. Raises the `UserError` of settings or
         of a folder that `from_config` would refuse."""

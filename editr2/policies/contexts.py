@@ -30,7 +30,8 @@ class EditContext:
     (`keep_source`). images: the same as the text encoder reads them, uint8 [B, H, W, 3] on the
     host; empty where it reads words only. prompt, negative: of the last instruction, and of the
     unguided branch (empty without guidance). derived: what a model computes from its
-    conditions once, where it does (`DiffusionPolicy.derive`).
+    conditions once, where it does (`DiffusionPolicy.derive`). references: how many of the images,
+    the last, are the user's own further ones.
     """
 
     conditions: tuple[Tensor, ...]
@@ -38,6 +39,7 @@ class EditContext:
     prompt: Prompt = field(default_factory=dict)
     negative: Prompt = field(default_factory=dict)
     derived: tuple[Tensor, ...] = ()
+    references: int = 0
 
     def __len__(self) -> int:
         return len(self.conditions[0])
@@ -46,7 +48,7 @@ class EditContext:
     def kind(self) -> tuple[Any, ...]:
         """Equal for contexts that can be one batch."""
         shapes = tuple(t.shape[1:] for t in (*self.conditions, *self.images, *self.derived))
-        return shapes, bool(self.prompt), bool(self.negative)
+        return shapes, bool(self.prompt), bool(self.negative), self.references
 
     def select(self, index: Tensor) -> EditContext:
         def rows(t: Tensor) -> Tensor:
@@ -58,6 +60,7 @@ class EditContext:
             {name: rows(t) for name, t in self.prompt.items()},
             {name: rows(t) for name, t in self.negative.items()},
             tuple(map(rows, self.derived)),
+            self.references,
         )
 
     @staticmethod
@@ -76,6 +79,7 @@ class EditContext:
             padded([p.prompt for p in parts]),
             padded([p.negative for p in parts]),
             together("derived"),
+            parts[0].references,
         )
 
 

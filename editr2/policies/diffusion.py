@@ -13,6 +13,7 @@ Legend of shapes: B samples, N latent tokens, D numbers a token, L text tokens, 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import os
 from abc import abstractmethod
@@ -73,6 +74,7 @@ class DiffusionPolicy(Views, PipelineModel):
     - `predict`: the transformer's velocity for the noisy tokens, given conditions and prompt;
     - `text_length`, and `text_limit` or `text_room`, so that longer instructions are refused when
       sessions are opened;
+    - `most_images`, when it reads only so many at once;
     - `check`, when it has settings of its own to refuse, and `derive`, when it computes something
       from the conditions;
     - `prompt_length`, when prompts are not padded, and `pipeline_class`, `transformer_class`, when
@@ -99,6 +101,8 @@ class DiffusionPolicy(Views, PipelineModel):
     """The transformer's setting that is the width of a text token."""
     pools_words: ClassVar[bool] = False
     """Whether the transformer reads one vector of the prompt, `pooled`, beside its words."""
+    most_images: ClassVar[int | None] = None
+    """That it reads at once; None: any number."""
     text_limit: ClassVar[int | None] = None
     """Tokens of a prompt that the model reads, as `text_length` counts them; None: any number."""
 
@@ -345,8 +349,15 @@ class DiffusionPolicy(Views, PipelineModel):
             name: getattr(self.pipe, name) for name in ("vae", *self.text_encoders)
         }
 
-    def encode(self, images: np.ndarray) -> EditContext:
-        return self._with_conditions(images, None)
+    @property
+    def most_references(self) -> int | None:
+        """As `ReferringPolicy`: of the images that it reads, what a session's own leave."""
+        if self.most_images is None:
+            return None
+        return max(0, self.most_images - self.images_at(self.config.history))
+
+    def encode(self, images: np.ndarray, references: Sequence[np.ndarray] = ()) -> EditContext:
+        return self._with_conditions(images, None, references)
 
     def append(self, context: AnyEditContext, images: np.ndarray) -> EditContext:
         """The output is the image to edit next; of what stood there before, the settings say what
@@ -357,21 +368,32 @@ class DiffusionPolicy(Views, PipelineModel):
             )
         return self._with_conditions(images, context)
 
-    def _with_conditions(self, images: np.ndarray, earlier: EditContext | None) -> EditContext:
-        if images.shape[1:3] != self.image_size:
-            raise DataError(
-                f"images: {images.shape[1]} x {images.shape[2]} px (accepted: {self.image_size})"
-            )
-        conditions: tuple[Tensor, ...] = (self._latents_of(images, source=earlier is None),)
+    def _with_conditions(
+        self,
+        images: np.ndarray,
+        earlier: EditContext | None,
+        references: Sequence[np.ndarray] = (),
+    ) -> EditContext:
+        """references: of a session that begins."""
+        conditions: tuple[Tensor, ...] = ()
         looks: tuple[Tensor, ...] = ()
-        if self.text_sees_images:
-            looks = (torch.from_numpy(resized(images, self.text_image_size)),)
-            if earlier is None:
-                self._source_looks.update(digest_of(look.numpy()) for look in looks[0])
-        if earlier is not None:
-            conditions = self._remembered((*conditions, *earlier.conditions))
-            looks = self._remembered((*looks, *earlier.images))
-        return EditContext(conditions, looks, derived=self.derive(conditions))
+        for each in (images, *references):
+            if each.shape[1:3] != self.image_size:
+                raise DataError(
+                    f"images: {each.shape[1]} x {each.shape[2]} px (accepted: {self.image_size})"
+                )
+            conditions = (*conditions, self._latents_of(each, source=earlier is None))
+            if self.text_sees_images:
+                looks = (*looks, torch.from_numpy(resized(each, self.text_image_size)))
+        count = len(references)
+        if earlier is None:
+            self._source_looks.update(digest_of(look.numpy()) for t in looks for look in t)
+        else:
+            count = earlier.references
+            conditions = self._remembered((*conditions, *earlier.conditions), count)
+            looks = self._remembered((*looks, *earlier.images), count)
+        derived = self.derive(conditions)
+        return EditContext(conditions, looks, derived=derived, references=count)
 
     def _latents_of(self, images: np.ndarray, *, source: bool) -> Tensor:
         """float32 [B, N, D]. Every distinct image goes through the autoencoder once, and not again
@@ -413,13 +435,15 @@ class DiffusionPolicy(Views, PipelineModel):
         recent = min(turn + 1, self.config.history)
         return recent + (self.config.keep_source and turn + 1 > recent)
 
-    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def unreadable(
+        self, instructions: Sequence[str], references: int = 0
+    ) -> Iterator[tuple[int, str]]:
         """As `ReadingPolicy.unreadable`: instructions that are too long; without its tokenizer
         nobody knows."""
         if self.tokenizer is None:
             return
         for turn, text in enumerate(instructions):
-            if problem := self._too_long(text, self.images_at(turn)):
+            if problem := self._too_long(text, self.images_at(turn) + references):
                 yield turn, problem
 
     def _too_long(self, text: str, images: int) -> str | None:
@@ -440,15 +464,13 @@ class DiffusionPolicy(Views, PipelineModel):
             raise DataError(f"text {shown(repr(text))}: {problem}")
         return text
 
-    def _remembered(self, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What a turn sees of a session's images, the newest first; of earlier ones, what the turn
-        before saw."""
-        recent = images[: self.config.history]
-        return (
-            (*recent, images[-1])
-            if self.config.keep_source and len(images) > len(recent)
-            else recent
-        )
+    def _remembered(self, images: tuple[Tensor, ...], references: int) -> tuple[Tensor, ...]:
+        """What a turn sees of a session's images, the newest first, and then its references, the
+        last of these images; of earlier ones, what the turn before saw."""
+        own = images[: len(images) - references]
+        recent = own[: self.config.history]
+        source = own[-1:] if self.config.keep_source and len(own) > len(recent) else ()
+        return (*recent, *source, *images[len(own) :])
 
     def instruct(self, context: AnyEditContext, instructions: Sequence[str]) -> EditContext:
         if isinstance(context, MixedContext):
@@ -461,7 +483,7 @@ class DiffusionPolicy(Views, PipelineModel):
             else {}
         )
         prompt = self._prompts_of(instructions, context)
-        return EditContext(context.conditions, context.images, prompt, negative, context.derived)
+        return dataclasses.replace(context, prompt=prompt, negative=negative)
 
     def _prompts_of(self, texts: Sequence[str], context: EditContext) -> Prompt:
         """Every distinct prompt (and what it is about) goes through the text encoders once, and not

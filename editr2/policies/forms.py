@@ -6,6 +6,7 @@ alpha apply them as trained (`editr2.policies.adapters`).
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,9 +75,12 @@ class OwnFolder:
 @dataclass(frozen=True)
 class PeftAdapter:
     """`adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained(module,
-    folder)`. lines: of Python that make `policy`, from the base weights."""
+    folder)`. lines: of Python that make `policy`, from the base weights. around: a module of others
+    that has ours and more, in words; its layers are then named one by one, since an expression may
+    match what is beside ours there."""
 
     lines: Sequence[str]
+    around: str = ""
     library: ClassVar[str] = "peft"
 
     def write(self, policy: Any, folder: Path) -> float:
@@ -88,7 +92,10 @@ class PeftAdapter:
             f"base_model.model.{name}": p.detach().cpu().contiguous() for name, p in layers.items()
         }
         write_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        policy.module.peft_config["default"].save_pretrained(folder)
+        config = copy.copy(policy.module.peft_config["default"])
+        if self.around:
+            config.target_modules = sorted({name.partition(".lora_")[0] for name in layers})
+        config.save_pretrained(folder)
         return folding
 
     def load(self, base: Any, folder: Path) -> Policy:
@@ -104,7 +111,9 @@ class PeftAdapter:
         return ["from peft import PeftModel", *self.lines, put_on]
 
     def also(self, this: str) -> str:
-        return ""
+        if not self.around:
+            return ""
+        return f'`PeftModel.from_pretrained(model, "{this}")` puts it on {self.around}, too.'
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ def _owner(folder: Path, title: str) -> str:
 
 def _seen(folder: Path) -> str:
     """What there is in a folder that no editor takes."""
+    over = f"over an editor it is --policy EDITOR --policy.lora_weights {shown(folder)}"
     if (folder / DESCRIPTION).is_file():
         return f"{DESCRIPTION}: model: {read_json(folder / DESCRIPTION).get('model')!r}"
     if (folder / INDEX).is_file():
@@ -187,9 +188,9 @@ def _seen(folder: Path) -> str:
         known = [kind.pipeline for kind in kinds if issubclass(kind, PipelineModel)]
         return f"{INDEX}: _class_name: {said!r}, none of {', '.join(known)}"
     if (folder / LORA_FILE).is_file():
-        return f"{LORA_FILE} without {DESCRIPTION}, which says what it lies over"
+        return f"{LORA_FILE} without {DESCRIPTION}, which says what it lies over; {over}"
     if (folder / PEFT).is_file():
-        return f"{PEFT} without {EXPORT}, which says what it lies over"
+        return f"{PEFT} without {EXPORT}, which says what it lies over; {over}"
     return "no editor in it"
 
 

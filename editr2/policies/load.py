@@ -10,6 +10,7 @@ from editr2.errors import ConfigError
 from editr2.policies.base import Policy
 from editr2.policies.configured import ConfiguredPolicy, made, policy_class, settled_branches
 from editr2.policies.finite import check_weights
+from editr2.policies.lora_files import read_lora
 from editr2.policies.recorded import over_its_base
 from editr2.policies.rules import policy_problems
 from editr2.policies.sharding import place
@@ -32,6 +33,8 @@ def load_policy(config: PolicyConfig, *, trains: bool = True, empty: bool = Fals
             f"policy.weights: {adapters}: adapters of an export (accepted where policies train: "
             f"the policy/ of their run, or the export with --merge)"
         )
+    if given := read_lora(base):  # what is wrong with it is said before gigabytes are read
+        given.strengths_by(base)
     policy: Policy = made(policy_class(config.model), base, trains=trains, empty=empty)
     if adapters is not None:
         put_on(policy.module, adapters)

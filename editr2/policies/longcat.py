@@ -48,6 +48,7 @@ class LongCatEditPolicy(QwenVision, Flux1Latents):
     published = MappingProxyType({hub_id: EDIT})
     lora_targets = KontextPolicy.lora_targets
     text_limit = 512
+    most_images = 1
     processor = "text_processor"
     guidance_argument = "guidance_scale"
 

@@ -30,9 +30,11 @@ from editr2.policies.blueprint import (
     adapters_without_data,
     backward,
     simulated,
+    velocity_passes,
 )
 from editr2.policies.fp8 import quantize_linears
 from editr2.policies.libraries import no_bars
+from editr2.policies.lora_files import start_of
 from editr2.policies.pipelines import Parts, PipelineModel, load_rest, part_class, weight_sources
 from editr2.policies.tensor_files import check_shapes, read_header, read_json, reading
 from editr2.policies.trained import put_adapter, ready_autoencoder, saved_lora
@@ -49,6 +51,8 @@ TEMPLATE = 64
 
 class PipelineBlueprint:
     """`Blueprint` of a `DiffusionPolicy`."""
+
+    sight = 0
 
     def __init__(self, config: PolicyConfig, kind: type[PipelineModel]) -> None:
         """kind: the class of the policy, which also has to be one that runs."""
@@ -73,7 +77,7 @@ class PipelineBlueprint:
         self.text = sum(self.parts.text.values()) * item
         self.vae = sum(p.numel() for p in self.policy.pipe.vae.parameters()) * item
         self.prompt_per_output = kind.text_sees_images
-        self.said = 16
+        self.said, self.references = 16, 0
 
     # ------------------------------------------------------------------------ what a blueprint says
 
@@ -100,6 +104,7 @@ class PipelineBlueprint:
     def see(self, sessions: Sequence[Session]) -> None:
         words = [len(turn.instruction.split()) for s in sessions for turn in s.turns]
         self.said = round(TOKENS_A_WORD * sum(words) / len(words))
+        self.references = max(len(s.references) for s in sessions)
 
     def read_again(self, prompts: int) -> bool:
         forgets: bool = self.policy.forgets(prompts)
@@ -117,13 +122,14 @@ class PipelineBlueprint:
             return [Reading(self.dtype, sum(self.parts.text.values()), tokens, batch)]
         if step in ("encode", "decode"):
             run = self._to_latents if step == "encode" else self._to_pixels
-            images = Work(step, run, times=batch, deep=False)  # the policy slices batches
+            each = 1 + self.references * (step == "encode" and turn == 0)
+            images = Work(step, run, times=batch * each, deep=False)  # the policy slices batches
             return [images, *self._derived(batch, turn)] if step == "encode" else [images]
         if step == "derive":
             return self._derived(batch, turn)
         trains = step == "train"
         again = trains and checkpointing and self.kind.recomputes
-        key, sizes = (step, self._seen(turn), again), (Size(batch, SMALL_BATCH),)
+        key, sizes = (step, self._seen(turn)), (Size(batch, SMALL_BATCH),)
         prepare = self._forward(self._seen(turn), trains)
         return [Work(key, prepare, sizes, trains=trains, checkpointing=again)]
 
@@ -132,6 +138,12 @@ class PipelineBlueprint:
 
     def held(self, batch: int, turn: int) -> Work:
         return self._held(batch, turn)
+
+    def branches(self, batch: int, turn: int) -> Mapping[str, int]:
+        return {}
+
+    def passes(self, step: str, apart: bool) -> int:
+        return velocity_passes(step, apart)
 
     def _held(self, batch: int, turn: int) -> Work:
         seen = self._seen(turn)
@@ -147,12 +159,17 @@ class PipelineBlueprint:
 
     def text_length(self, turn: int) -> int:
         """Tokens of an instruction as the transformer sees it."""
-        length: int = self.policy.prompt_length(self.said, self.policy.images_at(turn))
+        length: int = self.policy.prompt_length(self.said, self._images(turn))
         return length
+
+    def _images(self, turn: int) -> int:
+        """That a turn sees, where sessions have as many references as any of them."""
+        own: int = self.policy.images_at(turn)
+        return own + self.references
 
     def context(self, policy: Any, batch: int, turn: int) -> Any:
         """A context of the sizes that a batch has at this turn."""
-        images, text = self.policy.images_at(turn), self.text_length(turn)
+        images, text = self._images(turn), self.text_length(turn)
         return policy.blank(batch, text, images, padded=self.kind.masks and batch > 1)
 
     def _to_latents(self, policy: Any) -> Callable[[], Tensor]:
@@ -197,9 +214,10 @@ class PipelineBlueprint:
 
     def _check_weights(self, adapter: Path | None, trained: Path | None) -> None:
         """Raises the `UserError` of a transformer's or a LoRA's files that are not all of what they
-        should hold; only their headers are read."""
+        should hold, or not for each other; only their headers are read."""
         folder = trained or self.folder
-        if adapter is None and folder is None:
+        given = self.config.lora_weights is not None
+        if adapter is None and folder is None and not given:
             return
         with torch.device("meta"):
             module = self.transformer(**self.parts.transformer)
@@ -219,6 +237,9 @@ class PipelineBlueprint:
             assert lora is not None  # the folder has one
             needed = {name: tuple(p.shape) for name, p in adapter_weights(module).items()}
             check_file(adapter / LORA_FILE, lora.rank, needed)
+        if start := start_of(self.config, module, self.kind.lora_targets):
+            put_adapter(module, self.config, self.kind, None, start)
+            start.fill(module)
 
     @cached_property
     def _arguments(self) -> Mapping[str, inspect.Parameter]:

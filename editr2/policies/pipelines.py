@@ -66,10 +66,17 @@ FLUX_SHIFT = {
 """Of their schedulers."""
 
 
+OF_UNIFIED = {
+    *("thinking", "thinking_tokens", "questions", "experts"),
+    *("guidance_interval", "rounding"),
+}
+"""Settings that the unified policies alone follow."""
+
+
 class PipelineModel(ConfiguredPolicy):
     """What a model on a diffusers pipeline says of itself without being loaded."""
 
-    uses = frozenset(FIELDS)
+    uses = frozenset(FIELDS) - OF_UNIFIED
     edits_the_world = False
     holds = f"{DESCRIPTION} (as a run saves it) or {INDEX}"
 
@@ -172,7 +179,7 @@ class PipelineModel(ConfiguredPolicy):
     @classmethod
     def settings_for(cls, config: PolicyConfig, folder: Path) -> PolicyConfig:
         if (folder / DESCRIPTION).is_file() and read_description(folder).lora is not None:
-            return dataclasses.replace(config, weights=str(folder))
+            return dataclasses.replace(config, weights=str(folder), lora_weights=None)
         return super().settings_for(config, folder)
 
     @classmethod

@@ -17,6 +17,7 @@ import dataclasses
 import math
 from functools import cached_property
 from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ class QwenEditPolicy(QwenVision, DiffusionPolicy):
     )
     masks = True
     negative_prompt = " "
+    most_images: ClassVar[int | None] = 1
     own_renorm = "token"
     tiles = False  # they are 256 pixels wide: seams at every size in use
 
@@ -185,6 +187,8 @@ class QwenEditPlusPolicy(QwenEditPolicy):
             ),
         }
     )
+
+    most_images = None
 
     def check(self, config: PolicyConfig) -> None:
         super().check(config)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class QwenImagePolicy(QwenVision, DiffusionPolicy):
     )
     negative_prompt = " "
     text_width_setting = "context_in_dim"
+    most_images: ClassVar[int] = 10
     instead_of_shard = "qwen-edit-plus; its cache is made inside of the blocks"
 
     @classmethod
@@ -112,10 +113,11 @@ class QwenImagePolicy(QwenVision, DiffusionPolicy):
 
     @cached_property
     def _places(self) -> list[int]:
-        """Tokens between what has been read and each of the first ten images."""
+        """Tokens between what has been read and each of its images."""
         if self.tokenizer is None:
-            return [7] + [6] * 9  # by the published vocabulary, where nothing is read
-        before, after = self._around(10)
+            # By the published vocabulary, where nothing is read.
+            return [7] + [6] * (self.most_images - 1)
+        before, after = self._around(self.most_images)
         ids = self._words.within(before, "", after)[self.pipe._drop_idx :]
         mark = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         at = [-1, *(i for i, token in enumerate(ids) if token == mark)]

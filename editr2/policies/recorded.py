@@ -8,6 +8,7 @@ judges, or to the machine that a run was on is nobody else's, and is left out.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ RUN, EXPORT = "config.yaml", "editr2.yaml"
 KEPT = ("best", "policy")
 """Folders of policies in a run's folder: of the best evaluation (`checkpoint.best`), and of its
 end."""
+QUESTIONS = "questions.json"
+"""In an export whose intents were asked for with other texts than ours: these."""
 PEFT = "adapter_config.json"
 """In an export of adapters that peft puts on."""
 
@@ -29,7 +32,7 @@ OF_THE_MACHINE = frozenset(
     ("gradient_checkpointing", "compile", "attention", "branches", "shard_group", "cache")
 )
 """Settings of a policy without which its numbers are the same, but for rounding."""
-OF_ADAPTERS = frozenset(("lora_rank", "lora_alpha", "lora_targets", "experts"))
+OF_ADAPTERS = frozenset(("lora_rank", "lora_alpha", "lora_targets", "lora_weights", "experts"))
 RECORDED: Mapping[str, tuple[str, ...]] = {
     "policy": tuple(
         f.name for f in dataclasses.fields(PolicyConfig) if f.name not in OF_THE_MACHINE
@@ -48,9 +51,16 @@ Settings = dict[str, dict[str, Any]]
 HEAD = "# How this policy edits, for `--policy` of `editr2`; policy.weights: what it lies over.\n"
 
 
-def write_settings(folder: Path, config: Config, base: str | None, *, whole: bool) -> None:
+def write_settings(
+    folder: Path,
+    config: Config,
+    base: str | None,
+    *,
+    whole: bool,
+    questions: Mapping[str, str] | None = None,
+) -> None:
     """Writes an export's file. config: of its run. base: the weights that it lies over (none: the
-    model's own). whole: it holds all weights."""
+    model's own). whole: it holds all weights. questions: what `policy.questions` led to."""
     values: Settings = plain(config)
     taken = {
         section: {name: values[section][name] for name in names if name not in OF_ADAPTERS}
@@ -60,6 +70,9 @@ def write_settings(folder: Path, config: Config, base: str | None, *, whole: boo
     taken["policy"]["weights"] = str(Path(base).resolve()) if base and there else base
     if whole:
         del taken["policy"]["weights"]
+    if questions is not None:
+        (folder / QUESTIONS).write_text(json.dumps(dict(questions), indent=1) + "\n", "utf-8")
+        taken["policy"]["questions"] = QUESTIONS
     (folder / EXPORT).write_text(HEAD + dump_yaml(taken), encoding="utf-8")
 
 
@@ -72,6 +85,9 @@ def read_settings(file: Path) -> Settings:
         if isinstance(given := values.get(section), dict)
     }
     check_keys(taken, lines, Config, file)
+    asked = taken.get("policy", {}).get("questions")
+    if asked == QUESTIONS and (file.parent / asked).is_file():
+        taken["policy"]["questions"] = str(file.parent / asked)
     return taken
 
 
@@ -92,6 +108,7 @@ def without_adapters(config: PolicyConfig, weights: str | None) -> PolicyConfig:
         lora_rank=0,
         lora_alpha=None,
         lora_targets=None,
+        lora_weights=None,
         experts="all",
         quantize="none",
     )
@@ -104,6 +121,11 @@ def over_its_base(config: PolicyConfig) -> tuple[PolicyConfig, Path | None]:
     if config.weights is None or not (Path(config.weights) / PEFT).is_file():
         return config, None
     folder = Path(config.weights)
+    if config.lora_weights is not None:
+        raise ConfigError(
+            f"policy.lora_weights: {config.lora_weights} (accepted with policy.weights {folder}, "
+            f"which is a LoRA: none)"
+        )
     file = folder / EXPORT
     if not file.is_file():
         raise ConfigError(

@@ -25,6 +25,7 @@ from editr2.policies.adapters import (
 from editr2.policies.attention import attend_by
 from editr2.policies.blocks import run_as_configured
 from editr2.policies.fp8 import quantize_linears
+from editr2.policies.lora_files import Start, start_of
 from editr2.policies.pipelines import PipelineModel
 from editr2.policies.tensor_files import ordinary_modes, writing
 
@@ -49,6 +50,11 @@ def asked_lora(config: PolicyConfig, kind: type[PipelineModel]) -> Lora:
 def saved_lora(config: PolicyConfig, kind: type[PipelineModel], folder: Path) -> Lora:
     """The settings of a saved LoRA. Raises `ConfigError` where others are asked for, and
     `CheckpointError` for settings or a file that are none."""
+    if config.lora_weights is not None:
+        raise ConfigError(
+            f"policy.lora_weights: {config.lora_weights} (accepted with policy.weights {folder}, "
+            f"which is a LoRA: none)"
+        )
     saved, asked = read_description(folder).lora, asked_lora(config, kind)
     assert saved is not None  # by `weight_sources`
     for name in ("rank", "alpha", "targets") if config.lora_rank else ():
@@ -68,11 +74,16 @@ def saved_lora(config: PolicyConfig, kind: type[PipelineModel], folder: Path) ->
 
 
 def put_adapter(
-    module: Any, config: PolicyConfig, kind: type[PipelineModel], adapter: Path | None
+    module: Any,
+    config: PolicyConfig,
+    kind: type[PipelineModel],
+    adapter: Path | None,
+    start: Start | None = None,
 ) -> Lora | None:
-    """Adapters as configured, or as those saved in the folder `adapter`; None where there are
-    none."""
+    """Adapters as configured, or as those saved in the folder `adapter`, or as `start` wants them;
+    None where there are none."""
     saved = None if adapter is None else saved_lora(config, kind, adapter)
+    saved = start.lora if start else saved
     lora = saved or (asked_lora(config, kind) if config.lora_rank else None)
     if lora is None:
         return None
@@ -96,7 +107,8 @@ def _adapt(policy: Any, adapter: Path | None, trains: bool) -> None:
     Trained adapters are float32 whatever the base is.
     """
     module, config = policy.module, policy.config
-    lora = put_adapter(module, config, type(policy), adapter)
+    start = start_of(config, module, policy.lora_targets)
+    lora = put_adapter(module, config, type(policy), adapter, start)
     if lora is None:
         module.requires_grad_(trains)
         return
@@ -110,6 +122,8 @@ def _adapt(policy: Any, adapter: Path | None, trains: bool) -> None:
     )  # then its adapters come from another process, too
     if adapter is not None and not empty:
         load_adapter(module, adapter / LORA_FILE, lora)
+    if start is not None:
+        start.fill(module)
     if trains and not config.lora_rank:
         module.fuse_lora()
         module.unload_lora()

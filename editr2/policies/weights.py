@@ -14,13 +14,15 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from editr2.config import PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.policies.adapters import with_fewer_copies
+from editr2.policies.lora_files import start_of
 from editr2.policies.parts import is_shared, part, rows
 from editr2.policies.tensor_files import check_shapes, read_header, read_tensors, reading
 
@@ -104,6 +106,33 @@ def add_lora(
     with_fewer_copies(module)
     for name, p in module.named_parameters():
         p.requires_grad_(".lora_" in name)
+
+
+def adapt(module: nn.Module, config: PolicyConfig, targets: str, *, trains: bool = True) -> None:
+    """Adapters as the settings have them, started from `policy.lora_weights` where they say so: in
+    float32 whatever the module is, and the one thing that trains. Without `policy.lora_rank` that
+    start is merged where weights train, and else stands beside them as it was written. targets: of
+    the model, where the settings name none.
+
+    Raises a `UserError` for targets and a start that do not fit the module."""
+    start = start_of(config, module, targets)
+    if start is None and not config.lora_rank:
+        return
+    learn = {name for name, p in module.named_parameters() if p.requires_grad}
+    if start is not None:
+        add_lora(module, start.lora.rank, start.lora.alpha, cast(str, start.lora.targets))
+    else:
+        add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets or targets)
+    for name, p in module.named_parameters():
+        if ".lora_" in name:  # an update is smaller than bfloat16's rounding
+            p.data = p.data.float()
+            p.requires_grad_(trains)
+    if start is not None:
+        start.fill(module)
+    if trains and not config.lora_rank:
+        merge_lora(module)
+        for name, p in module.named_parameters():
+            p.requires_grad_(name in learn)
 
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ class StripTurn:
     instruction: str
     intent: str | None
     reasoning: str | None
+    thought: str | None
     expected: str | None
     image: str | None
     scores: Mapping[str, float | None]
@@ -365,6 +366,7 @@ def _strip_turn(value: Mapping[str, Any]) -> StripTurn:
         instruction=_text(value.get("instruction")) or "",
         intent=_text(value.get("intent")),
         reasoning=_text(value.get("reasoning")),
+        thought=_text(value.get("thought")),
         expected=_text(value.get("expected")),
         image=_text(value.get("image")),
         scores={name: number(scores.get(name)) for name in scores or SCORES},

@@ -55,6 +55,7 @@ class Cell:
     alt: str
     intent: str | None
     reasoning: str | None
+    thought: str | None
     scores: Sequence[ScoreBar]
     reward: str | None
     change: str
@@ -193,6 +194,7 @@ def _cell(
         alt=alt,
         intent=turn.intent,
         reasoning=turn.reasoning,
+        thought=turn.thought,
         scores=[
             _score(key, value, scale, key not in turn.does_not_apply, turn.whys.get(key))
             for key, value in turn.scores.items()

@@ -31,7 +31,7 @@ from editr2.rewards.calling import (
 from editr2.rewards.record import Record, pixel_digest, request_key
 from editr2.run.generators import generators_aside
 from editr2.sessions import Session
-from editr2.sessions.session import pixel_sum
+from editr2.sessions.session import pixel_sum, reference_sums
 
 T = TypeVar("T")
 
@@ -242,7 +242,8 @@ def _item_parts(item: Item) -> Any:
     turns = [[t.instruction, t.intent, t.task, _plain_keys(t.meta)] for t in s.turns]
     images = [pixel_digest(image) for image in item.images]
     meta = _plain_keys(s.meta)
-    return [s.id, s.mode, turns, meta, pixel_sum(s), images, list(item.asked), item.seed]
+    seen = [pixel_sum(s), *reference_sums(s)]
+    return [s.id, s.mode, turns, meta, *seen, images, list(item.asked), item.seed]
 
 
 def _plain_keys(value: Any, depth: int = 0) -> Any:
@@ -397,10 +398,18 @@ def _apart(session: Session) -> Session:
         turns.append(copy.copy(turn))
         vars(turns[-1])["meta"] = _containers(turn.meta)
     mine = copy.copy(session)
+    beside = [partial(_copied, image) for image in session.references]
     vars(mine).update(
-        image=lambda: session.image.copy(), turns=tuple(turns), meta=_containers(session.meta)
+        image=lambda: session.image.copy(),
+        turns=tuple(turns),
+        references=tuple(beside),
+        meta=_containers(session.meta),
     )
     return mine
+
+
+def _copied(image: Any) -> Any:
+    return (image() if callable(image) else image).copy()
 
 
 def _containers(value: Any) -> Any:

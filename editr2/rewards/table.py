@@ -21,5 +21,6 @@ REWARDS: dict[str, str] = {
     "unifiedreward": "editr2.rewards.unifiedreward:UnifiedReward",
     "imgedit": "editr2.rewards.imgedit:ImgEdit",
     "rational": "editr2.rewards.rational:Rational",
+    "verifier": "editr2.rewards.verifier:Verifier",
 }
 """Name -> `package.module:name`."""

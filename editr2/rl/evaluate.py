@@ -275,7 +275,7 @@ def evaluate(
         for chunk in done
         for t, record in enumerate(chunk.turns)
         for j, i in enumerate(record.rollout.tolist())
-        if record.intents is not None and (turn := chunk.session_of(i).turns[t]).intent is not None
+        if "intent" in record.written and (turn := chunk.session_of(i).turns[t]).intent is not None
     ]
     drifts = _drifts(done, turns)
     drawn = [
@@ -348,11 +348,12 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The first rollout of a group: uint8 [T, H, W, 3] and, turn by turn, the intent."""
+    """The first rollout of a group: uint8 [T, H, W, 3] and, turn by turn, what was written, by
+    kind."""
 
     session: Session
     images: np.ndarray
-    intents: list[Intent | None]
+    written: list[dict[str, Intent]]
 
 
 def strips_of(found: Evaluation, folder: Path, name: str, config: CreditConfig) -> None:
@@ -407,11 +408,11 @@ def draw_strips(
 
 
 def _first_of(chunk: Chunk, place: int) -> _Drawn:
-    rollout, intents = place * chunk.siblings, []
+    rollout, written = place * chunk.siblings, []
     for record in chunk.turns[: len(chunk.sessions[place].turns)]:
         at = int((record.rollout == rollout).nonzero()[0, 0])
-        intents.append(record.intents[at] if record.intents is not None else None)
-    return _Drawn(chunk.sessions[place], chunk.images_of(rollout), intents)
+        written.append({kind: each.samples[at] for kind, each in record.written.items()})
+    return _Drawn(chunk.sessions[place], chunk.images_of(rollout), written)
 
 
 def _write_strips(
@@ -432,7 +433,8 @@ def _write_strips(
         session, row = strip.session, place * siblings
         Image.fromarray(session.image).save(folder / name / f"{place:03d}.png")
         shown = []
-        for t, (turn, intent) in enumerate(zip(session.turns, strip.intents, strict=True)):
+        for t, (turn, written) in enumerate(zip(session.turns, strip.written, strict=True)):
+            intent, thought = written.get("intent"), written.get("thought")
             file = f"{name}/{place:03d}_t{t + 1}.png"
             Image.fromarray(strip.images[t]).save(folder / file)
             values = zip(scored[row, t].tolist(), scores.values[row, t].tolist(), strict=True)
@@ -443,6 +445,7 @@ def _write_strips(
                     "instruction": turn.instruction,
                     "intent": intent.text if intent else None,
                     "reasoning": intent.reasoning if intent else None,
+                    **({"thought": thought.text} if thought else {}),
                     "expected": None,
                     "image": file,
                     "scores": {

@@ -42,10 +42,10 @@ class Batch:
     """A rollout of this process, how it was made, and its credit.
 
     advantage, mask: [rollouts, T] on the host, as the loss prefers them, in the order of the
-    chunks' `rows`. trained: turns that train,
-    over all processes. old, old_text: log-probs of the policy that sampled, by chunk and by (chunk,
-    turn), once training's own code has computed them. stale: they were computed when the rollout
-    was made (`remember_old`), since the weights have moved on meanwhile.
+    chunks' `rows`. trained: turns that train, over all processes. old, old_text: log-probs of the
+    policy that sampled, by chunk and by (chunk, turn, kind of what was written), once training's
+    own code has computed them. stale: they were computed when the rollout was made
+    (`remember_old`), since the weights have moved on meanwhile.
     """
 
     chunks: list[Chunk]
@@ -57,7 +57,7 @@ class Batch:
     policy: PolicyConfig
     rollout: RolloutConfig
     old: dict[int, Tensor] = field(default_factory=dict)
-    old_text: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    old_text: dict[tuple[int, int, str], Tensor] = field(default_factory=dict)
     stale: bool = False
 
     def credit_of(self, number: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ def remember_old(
     t: TrainConfig, state: State, batch: Batch, processes: Processes
 ) -> dict[str, float]:
     """Fills in the log-probs of the policy that sampled, which has to be the one there is now,
-    where the loss or the intents want them of training's own code. Returns `ERRORS`; raises
+    where the loss or the text want them of training's own code. Returns `ERRORS`; raises
     `RatioError` as `accumulate_gradient` does."""
     loss, errors = LOSSES[t.loss], dict.fromkeys(ERRORS, 0.0)
     if "old" in loss.weights(t):  # the old policy sampled, and is kept
@@ -167,7 +167,7 @@ def _plan(
     queries, samples = loss.ask(t, Asked(chunk, advantage, mask, sampler, batch.seeds, update))
     places = loss.places(t, sampler)
     text_weight = t.text_weight if t.text_weight is not None else 1 / places
-    asked = any(record.questions is not None for record in chunk.turns)
+    asked = any(record.written for record in chunk.turns)
     # A sample without advantage moves nothing, unless something else than the advantage pulls.
     needed = mask if loss.pulls(t) else mask & (advantage != 0)
     options = ReplayOptions(
@@ -221,7 +221,7 @@ class _Predicted(NamedTuple):
     part: Part
     samples: Samples
     beside: Beside
-    old_text: dict[tuple[int, int], Tensor]
+    old_text: dict[tuple[int, int, str], Tensor]
 
 
 def _parts(state: State, plan: _Plan) -> Iterator[_Predicted]:
@@ -245,7 +245,7 @@ class _Replayed:
         self, state: State, values: dict[str, Tensor] | None, plan: _Plan, options: ReplayOptions
     ) -> None:
         self.state, self.values = state, values
-        self.text: dict[tuple[int, int], Tensor] = {}
+        self.text: dict[tuple[int, int, str], Tensor] = {}
         if values is not None:
             self.parts = replay(state.policy, plan.chunk, plan.queries, options, plan.needed)
 
@@ -260,10 +260,10 @@ class _Replayed:
         return other.velocity.combined(samples.sigma)
 
 
-def _key(answers: Answers) -> tuple[int, int]:
+def _key(answers: Answers) -> tuple[int, int, str]:
     """Tells the answers of one part apart: packed, a turn comes once for every length of
     session."""
-    return answers.turn, int(answers.at[0])
+    return answers.turn, int(answers.at[0]), answers.kind
 
 
 # --------------------------------------------------------------------------------------- which loss
@@ -342,21 +342,20 @@ def _old_text(plan: _Plan, answers: Answers, sampled: Tensor | None) -> tuple[Te
     They come from one teacher-forced forward by training's own code: under the old policy's weights
     where it sampled (`sampled`), else of the forward that was to remember them.
     """
-    batch, key = plan.batch, (plan.number, answers.turn)
+    batch, key = plan.batch, (plan.number, answers.turn, answers.kind)
     log_prob, valid = answers.scores.log_prob, answers.scores.valid
-    intents = plan.chunk.turns[answers.turn].intents
-    assert intents is not None
+    samples = plan.chunk.turns[answers.turn].written[answers.kind].samples
     if sampled is not None:
         old = sampled
     else:
         at, length = answers.at.to(log_prob.device), log_prob.shape[1]
         if plan.remember:
-            longest = max(length, *(len(intent.ids) for intent in intents))
+            longest = max(length, *(len(sample.ids) for sample in samples))
             if key not in batch.old_text:
-                batch.old_text[key] = log_prob.new_zeros(len(intents), longest)
+                batch.old_text[key] = log_prob.new_zeros(len(samples), longest)
             batch.old_text[key][at, :length] = log_prob.detach()
         old = batch.old_text[key][at, :length]
-    rows = [intents[i].log_prob for i in answers.at.tolist()]
+    rows = [samples[i].log_prob for i in answers.at.tolist()]
     decoded = torch.tensor([[*row, *[0.0] * (old.shape[1] - len(row))] for row in rows])
     gap = torch.where(valid, old - decoded.to(old.device), 0.0).exp().sub(1).abs()
     return old, gap.max() if gap.numel() else gap.new_zeros(())
@@ -391,12 +390,13 @@ def _check_ratio(
     t: TrainConfig, state: State, batch: Batch, number: int, values: dict[str, float]
 ) -> None:
     """The on-policy sentinel of a run's first update. A loss without a ratio of images has 0 there;
-    its intents are checked."""
+    its text is checked."""
     if state.iteration:
         return
+    kinds = dict.fromkeys(kind for turn in batch.chunks[number].turns for kind in turn.written)
     for name, what, limit in (
         ("ratio_error", "ratio", t.ratio_tolerance),
-        ("text_error", "ratio of intent tokens", t.text_ratio_tolerance),
+        ("text_error", f"ratio of {' and '.join(kinds)} tokens", t.text_ratio_tolerance),
     ):
         if not values[name] <= limit:
             cause = explain_difference(
@@ -424,7 +424,7 @@ def _describe(plan: _Plan, lost: _Lost) -> str:
         "advantage": lost.samples.advantage,
     }
     texts = {
-        f"log_prob of the intents of turn {a.turn + 1}": a.scores.log_prob for a in part.answers
+        f"log_prob of the {a.kind}s of turn {a.turn + 1}": a.scores.log_prob for a in part.answers
     }
     bad = (~torch.isfinite(velocity.detach()).flatten(1).all(1)).nonzero()
     turn, place = plan.queries.where(int(part.index[int(bad[0, 0]) if len(bad) else 0]))

@@ -133,7 +133,7 @@ def train_row(
     """Metrics of all processes; means leave out turns without a score. groups: of the iteration.
     weights: `credit.weights`. totals: one entry an optimiser step. Losses and shares are those of
     the last pass over the rollout; ratio errors those of its first step."""
-    intents = _Intents.of(done)
+    intents, thoughts = _Intents.of(done), _thought(done)
     last = totals[-t.minibatches :]
     # Each step's loss is a mean over its own minibatch.
     shares, logs = {"loss", "kl", "text_loss"}, LOSSES[t.loss].logs
@@ -141,10 +141,12 @@ def train_row(
         name: sum(part[name] for part in last) / (len(last) if name in shares else 1)
         for name in (*SUMS, *logs)
     }
-    parts = processes.gather([(sums, totals[0], clock.seconds, intents)])
+    parts = processes.gather([(sums, totals[0], clock.seconds, intents, thoughts)])
     sampled, right, known, failed, tokens = (
         sum(column) for column in zip(*(p[3] for p in parts), strict=True)
     )
+    thoughts = [n for p in parts for n in p[4]]
+    wrote = bool(sampled or thoughts)
     reward = weighted_reward(scores, weights)
     flat = reward.view(groups, -1)
     spread = flat.nan_to_num(nan=-torch.inf).amax(1) - flat.nan_to_num(nan=torch.inf).amin(1)
@@ -177,11 +179,12 @@ def train_row(
         "intent_fallback": failed / sampled if sampled else None,
         "intents_right": right / known if known else None,
         "intent_tokens": tokens / sampled if sampled else None,
-        "text_loss": totals_of["text_loss"] if sampled else None,
+        "text_loss": totals_of["text_loss"] if wrote else None,
         "text_clip_fraction": totals_of["text_clipped"] / max(1.0, totals_of["tokens"])
-        if sampled
+        if wrote
         else None,
-        "text_ratio_error": max(p[1]["text_error"] for p in parts) if sampled else None,
+        "text_ratio_error": max(p[1]["text_error"] for p in parts) if wrote else None,
+        **({"thought_tokens": sum(thoughts) / len(thoughts)} if thoughts else {}),
         "seconds": {name: max(p[2][name] for p in parts) for name in clock.seconds},
     }
     more = {name: totals_of[name] / counted for name in logs if name != "clipped"}
@@ -214,9 +217,8 @@ class _Intents(NamedTuple):
             (intent, chunk.session_of(i).turns[t].intent)
             for chunk in done
             for t, record in enumerate(chunk.turns)
-            for i, intent in zip(
-                record.rollout.tolist(), record.intents or [], strict=bool(record.intents)
-            )
+            if (written := record.written.get("intent")) is not None
+            for i, intent in zip(record.rollout.tolist(), written.samples, strict=True)
         ]
         return _Intents(
             len(pairs),
@@ -225,6 +227,12 @@ class _Intents(NamedTuple):
             sum(intent.text is None for intent, _ in pairs),
             sum(len(intent.ids) for intent, _ in pairs),
         )
+
+
+def _thought(done: list[Chunk]) -> list[int]:
+    """Tokens of every thought."""
+    written = [r.written["thought"] for c in done for r in c.turns if "thought" in r.written]
+    return [len(sample.ids) for each in written for sample in each.samples]
 
 
 def evaluation_line(row: dict[str, Any], kind: str = "held-out") -> str:

@@ -1,5 +1,5 @@
 """What training computes again of a rollout: velocities where a loss asks for them, and log-probs
-of sampled intents.
+of what was written: intents and thoughts.
 
 Only for turns that are `needed`: one that is masked, or whose advantage is exactly 0 where nothing
 else pulls (half of all turns, since siblings often score alike), adds nothing to the gradient and
@@ -13,7 +13,7 @@ policy are replayed the same way under their own weights, so their parts hold th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -57,11 +57,13 @@ class Queries:
 
 @dataclass(frozen=True)
 class Answers:
-    """Token scores of one turn's intents; at: positions in the turn's record, int64 [B]."""
+    """Token scores of what was written in one turn, of one kind (`WRITINGS`); at: positions in the
+    turn's record, int64 [B]."""
 
     turn: int
     at: Tensor
     scores: TokenScores
+    kind: str = "intent"
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Part:
 @dataclass(frozen=True)
 class ReplayOptions:
     """packed: one forward a session. context_gradient: let gradients through the context.
-    micro_batch: queries a forward (None: the needed rollouts of one turn and step). temperature: of
-    the sampled intents. text: score the intents."""
+    micro_batch: queries a forward (None: the needed rollouts of one turn and step; packed: of all);
+    a session is never taken apart where it is packed. temperature: of the sampled text. text: score
+    it."""
 
     packed: bool
     context_gradient: bool
@@ -91,8 +94,8 @@ def replay(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> Iterator[Part]:
     """Parts that cover every query of the needed turns once (and perhaps others); with gradients
-    where they are enabled. With `context_gradient` there is at most one part, since its backward
-    pass goes through everything.
+    where they are enabled. Walking with `context_gradient` there is at most one part, since its
+    backward pass goes through everything.
 
     needed: bool [rollouts of the chunk, T] on the host.
     """
@@ -100,7 +103,7 @@ def replay(
         return
     policy = at_size(policy, chunk.image_size)
     if options.packed:
-        yield _packed(policy, chunk, queries, options, needed)
+        yield from _packed(policy, chunk, queries, options, needed)
     else:
         yield from _walked(policy, chunk, queries, options, needed)
 
@@ -114,7 +117,8 @@ rollouts, 0.9 with 8 (docs/measured.md)."""
 def can_pack(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
 ) -> bool:
-    """Whether the policy's packed forward is there and cheaper for this chunk, by its own count."""
+    """Whether the policy's packed forward is there and cheaper for this chunk, by its own count,
+    in which a session's further images are not: both ways read them once."""
     if not isinstance(policy, PackedPolicy):
         return False
     lengths = chunk.lengths
@@ -135,8 +139,7 @@ def _walked(
     waiting = _Waiting(policy)
     answers: list[Answers] = []
     for turn in _turns(policy, chunk, options, needed):
-        if options.text and turn.record.questions is not None:
-            answers.append(_answer(policy, turn, options.temperature))
+        answers += [_answer(policy, turn, kind, options.temperature) for kind in turn.asking]
         for place in range(queries.sigma[turn.number].shape[1]):
             waiting.add(_asked(turn, place, queries))
             # Whose gradient goes through the context goes through all of it at once, at the end.
@@ -151,14 +154,13 @@ def _walked(
 @dataclass(frozen=True)
 class _Turn:
     """A turn of the walk. at: positions in its record of the rollouts that are needed. context:
-    behind their instruction; asking: before it, where their intents are asked (None if they are
-    not)."""
+    where they paint. asking: where they wrote, by kind, of what is scored."""
 
     number: int
     record: TurnRecord
     at: Tensor
     context: Any
-    asking: Any
+    asking: dict[str, Any]
 
 
 def _turns(policy: Policy, chunk: Chunk, options: ReplayOptions, needed: Tensor) -> Iterator[_Turn]:
@@ -176,29 +178,25 @@ def _turns(policy: Policy, chunk: Chunk, options: ReplayOptions, needed: Tensor)
                 before = chunk.turns[number - 1]
                 seen = torch.searchsorted(before.rollout, walk.rollout)
                 walk.advance(number, before.images[seen.numpy()])
-            asking = walk.context
             at = torch.searchsorted(record.rollout, walk.rollout)
-            context = walk.instruct([record.text[i] for i in at.tolist()])
+            context, asking = walk.follow(record, at.tolist())
         live = needed[walk.rollout, number].nonzero()[:, 0]
         if not len(live):
             continue
-        asks = options.text and record.questions is not None
+        if not options.text:
+            asking = {}
         if len(live) < len(at):
             context = policy.select(context, live)
-            asking = policy.select(asking, live) if asks else None
-        yield _Turn(number, record, at[live], context, asking if asks else None)
+            asking = {kind: policy.select(asked, live) for kind, asked in asking.items()}
+        yield _Turn(number, record, at[live], context, asking)
 
 
-def _answer(policy: Policy, turn: _Turn, temperature: float) -> Answers:
-    record, at = turn.record, turn.at.tolist()
-    assert record.questions is not None and record.intents is not None
+def _answer(policy: Policy, turn: _Turn, kind: str, temperature: float) -> Answers:
+    written, at = turn.record.written[kind], turn.at.tolist()
     scores = cast(TextPolicy, policy).answer_log_prob(
-        turn.asking,
-        record.questions.select(at),
-        [record.intents[i].ids for i in at],
-        temperature=temperature,
+        turn.asking[kind], written.questions.select(at), written.ids(at), temperature=temperature
     )
-    return Answers(turn.number, turn.at, scores)
+    return Answers(turn.number, turn.at, scores, kind)
 
 
 @dataclass(frozen=True)
@@ -265,52 +263,83 @@ class _Waiting:
 # ------------------------------------------------------------------------------------------- packed
 
 
+def sessions_at_once(places: Sequence[int], micro_batch: int) -> int:
+    """How many sessions with so many places, turn by turn, a packed forward takes that is to hold
+    at most `micro_batch` of them: one at least."""
+    return max(1, micro_batch // max(1, sum(places)))
+
+
 def _by_length(
-    chunk: Chunk, queries: Queries, text: bool, needed: Tensor, *, counting: bool = False
+    chunk: Chunk,
+    queries: Queries,
+    text: bool,
+    needed: Tensor,
+    *,
+    micro_batch: int | None = None,
+    counting: bool = False,
 ) -> Iterator[tuple[Tensor, list[TurnTask]]]:
     """Rollouts with any needed turn that have equally many turns, and those turns.
     counting: with latents of the right shape that are anybody's, since nobody reads them."""
     lengths = chunk.lengths
     lengths = torch.where(needed.any(1), lengths, 0)
     for length in lengths[lengths > 0].unique().tolist():
-        rollouts = (lengths == length).nonzero()[:, 0]
-        tasks = []
-        for turn in range(length):
-            record = chunk.turns[turn]
-            at = torch.searchsorted(record.rollout, rollouts)
-            on: Any = slice(len(at)) if counting else at.to(queries.x[turn].device)
-            asked = text and record.questions is not None
-            picked = at.tolist()
-            tasks.append(
-                TurnTask(
-                    [record.text[i] for i in picked],
-                    record.images[at.numpy()],
-                    queries.x[turn][on],
-                    queries.sigma[turn][on],
-                    record.questions.select(picked) if asked and record.questions else None,
-                    [record.intents[i].ids for i in picked] if asked and record.intents else None,
-                )
+        together = (lengths == length).nonzero()[:, 0]
+        most = len(together)
+        if micro_batch is not None:
+            most = sessions_at_once([s.shape[1] for s in queries.sigma[:length]], micro_batch)
+        for rollouts in together.split(most):
+            yield rollouts, _tasks(chunk, queries, text, rollouts, length, counting)
+
+
+def _tasks(
+    chunk: Chunk, queries: Queries, text: bool, rollouts: Tensor, length: int, counting: bool
+) -> list[TurnTask]:
+    tasks = []
+    for turn in range(length):
+        record = chunk.turns[turn]
+        at = torch.searchsorted(record.rollout, rollouts)
+        on: Any = slice(len(at)) if counting else at.to(queries.x[turn].device)
+        picked = at.tolist()
+        written = {kind: each.select(picked) for kind, each in record.written.items()}
+        asked, thought = written.get("intent") if text else None, written.get("thought")
+        tasks.append(
+            TurnTask(
+                [record.text[i] for i in picked],
+                record.images[at.numpy()],
+                queries.x[turn][on],
+                queries.sigma[turn][on],
+                asked.questions if asked else None,
+                asked.all_ids if asked else None,
+                thought.texts if thought else None,
+                thought.all_ids if thought and text else None,
             )
-        yield rollouts, tasks
+        )
+    return tasks
 
 
 def _packed(
     policy: Policy, chunk: Chunk, queries: Queries, options: ReplayOptions, needed: Tensor
-) -> Part:
+) -> Iterator[Part]:
     index, velocities, answers = [], [], []
-    for rollouts, tasks in _by_length(chunk, queries, options.text, needed):
+    bound = options.micro_batch
+    for rollouts, tasks in _by_length(chunk, queries, options.text, needed, micro_batch=bound):
         images = np.stack([chunk.session_of(i).image for i in rollouts.tolist()])
+        beside = [each[(rollouts // chunk.siblings).numpy()] for each in chunk.references]
         done = cast(PackedPolicy, policy).replay_packed(
             images,
             tasks,
             context_gradient=options.context_gradient,
             temperature=options.temperature,
+            references=beside,
         )
         for turn, result in enumerate(done):
             at = torch.searchsorted(chunk.turns[turn].rollout, rollouts)
             q = queries.sigma[turn].shape[1]
             index.append((queries.first[turn] + at[:, None] * q + torch.arange(q)).flatten())
-            velocities.append(result.velocity.v)
-            if result.tokens is not None:
-                answers.append(Answers(turn, at, result.tokens))
-    return Part(torch.cat(index), Velocity(torch.cat(velocities)), answers)
+            velocities.append(result.velocity)
+            answers += [Answers(turn, at, scores, kind) for kind, scores in result.scores.items()]
+        if bound is not None:
+            yield Part(torch.cat(index), Velocity.join(velocities), answers)
+            index, velocities, answers = [], [], []
+    if index:
+        yield Part(torch.cat(index), Velocity.join(velocities), answers)

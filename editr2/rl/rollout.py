@@ -1,17 +1,18 @@
 """Group rollout over turns on the policy's own outputs, and the walk that rollout and training
 share.
 
-Every turn: (intent ->) instruction into the context -> denoise behind it -> decode -> the output
-into the context.
+Every turn: (intent ->) instruction into the context (-> thought, into it, too) -> denoise behind it
+-> decode -> the output into the context.
 Only the steps of the SDE window are stored. Siblings share the source encoding, the first
 instruction and, by default, each turn's initial noise; they differ in the noise of the window.
-Until its window opens a group's first turn is the same for all siblings and is denoised once.
+Until its windows open a group's first turn is the same for all siblings and is denoised once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +22,15 @@ from torch import Tensor
 
 from editr2.config import PolicyConfig, RolloutConfig
 from editr2.errors import NonFiniteError
-from editr2.policies.base import Intent, Policy, Questions, TextPolicy, at_size, device_of
+from editr2.policies.base import (
+    Intent,
+    Policy,
+    Questions,
+    TextPolicy,
+    ThinkingPolicy,
+    at_size,
+    device_of,
+)
 from editr2.policies.finite import LOOK_AT, read_turn
 from editr2.rl.compiled_step import Stepped, capture_step
 from editr2.rl.sampler import Sampler
@@ -31,12 +40,63 @@ from editr2.sessions.buckets import Size
 from editr2_kernels import INITIAL_STEP, philox_normal
 
 
+@dataclass(frozen=True)
+class Written:
+    """What M rollouts were asked for at one place of a turn, and what they wrote there."""
+
+    questions: Questions
+    samples: list[Intent]
+
+    def ids(self, at: Sequence[int]) -> list[tuple[int, ...]]:
+        """The sampled tokens of some of them."""
+        return [self.samples[i].ids for i in at]
+
+    @property
+    def all_ids(self) -> list[tuple[int, ...]]:
+        return self.ids(range(len(self.samples)))
+
+    @property
+    def texts(self) -> list[str]:
+        """What was read in the samples, nothing where nothing could be."""
+        return [sample.text or "" for sample in self.samples]
+
+    def select(self, at: Sequence[int]) -> Written:
+        return Written(self.questions.select(at), [self.samples[i] for i in at])
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Something that policies write in a turn. seed: names the randomness of its tokens. tokens:
+    at most so many. asked: whether a policy writes it at a turn (from 0)."""
+
+    seed: str
+    tokens: Callable[[PolicyConfig], int]
+    asked: Callable[[Policy, PolicyConfig, int], bool]
+
+
+WRITINGS: Mapping[str, Writing] = {
+    "intent": Writing(
+        "text",
+        lambda options: options.intent_tokens,
+        lambda policy, options, turn: bool(turn and options.intent and policy.writes_text),
+    ),
+    "thought": Writing(
+        "thought",
+        lambda options: options.thinking_tokens,
+        lambda policy, options, turn: isinstance(policy, ThinkingPolicy) and policy.thinks,
+    ),
+}
+"""By the kind of their questions, in the order of a turn: an intent is asked before the turn's
+instruction, in whose place it stands, and a thought behind it (`Walk.follow`). Sampled, scored and
+trained they are the same."""
+
+
 @dataclass
 class TurnRecord:
     """One turn of a chunk of rollouts; only rollouts whose session has this turn (M of them).
 
-    rollout: int64 [M], position in the chunk. text: what the context got. questions, intents: what
-    the intents were asked and what was sampled; None without text. x, x_next: [M, W, *latent] the
+    rollout: int64 [M], position in the chunk. text: what the context got. written: what the policy
+    wrote besides, by its kind (`WRITINGS`); nothing without text. x, x_next: [M, W, *latent] the
     window's transitions, in the storage dtype; step_index: int64 [M, W]; sigma: [M, W]; log_prob:
     [M, W]. x0: [M, *latent], the clean latents. images: uint8 [M, H, W, 3]. velocity: as x,
     combined, only when asked for. m_prev: as x, what the step before took for the clean image, only
@@ -45,8 +105,7 @@ class TurnRecord:
 
     rollout: Tensor
     text: list[str]
-    questions: Questions | None
-    intents: list[Intent] | None
+    written: Mapping[str, Written]
     x: Tensor
     x_next: Tensor
     step_index: Tensor
@@ -57,12 +116,17 @@ class TurnRecord:
     velocity: Tensor | None = None
     m_prev: Tensor | None = None
 
+    def sample(self, kind: str, at: int) -> Intent | None:
+        """What a rollout of the record wrote of a kind; None where nobody did."""
+        written = self.written.get(kind)
+        return None if written is None else written.samples[at]
+
 
 @dataclass
 class Chunk:
-    """Groups that go through the model together, all of one image size. ordinals: the sessions'
-    places in the run's stream (seed material). places: those among the sessions that were laid out
-    in chunks together, none where these are all."""
+    """Groups that go through the model together, all of one image size and with equally many
+    references. ordinals: the sessions' places in the run's stream (seed material). places: those
+    among the sessions that were laid out in chunks together, none where these are all."""
 
     sessions: list[Session]
     ordinals: list[int]
@@ -77,6 +141,12 @@ class Chunk:
     @property
     def image_size(self) -> Size:
         return self.sessions[0].image_size
+
+    @property
+    def references(self) -> list[np.ndarray]:
+        """uint8 [groups, H, W, 3] each: the first further image of every session, and so on."""
+        beside = [session.reference_pixels() for session in self.sessions]
+        return [np.stack(images) for images in zip(*beside, strict=True)]
 
     @property
     def rows(self) -> Tensor:
@@ -115,13 +185,14 @@ class Chunk:
 def chunks(
     sessions: Sequence[Session], ordinals: Sequence[int], siblings: int, groups: int
 ) -> Iterator[Chunk]:
-    """`sessions` in chunks of at most `groups` of one image size: size by size in the order in
-    which they first come. Numbers do not depend on it: seeds follow from ordinals, and whoever puts
-    chunks together goes by `Chunk.rows`."""
-    of_size: dict[Size, list[int]] = {}
+    """`sessions` in chunks of at most `groups` of one image size and with equally many references:
+    kind by kind in the order in which they first come. Numbers do not depend on it: seeds follow
+    from ordinals, and whoever puts chunks together goes by `Chunk.rows`."""
+    alike: dict[tuple[Size, int], list[int]] = {}
     for place, session in enumerate(sessions):
-        of_size.setdefault(session.image_size, []).append(place)
-    for places in of_size.values():
+        kind = (session.image_size, len(session.references))
+        alike.setdefault(kind, []).append(place)
+    for places in alike.values():
         for i in range(0, len(places), groups):
             at = places[i : i + groups]
             yield Chunk([sessions[n] for n in at], [ordinals[n] for n in at], siblings, places=at)
@@ -136,7 +207,10 @@ class Walk:
         self.policy = policy
         self.chunk = chunk
         self.rollout = torch.arange(chunk.rollouts)
-        self._context: Any = policy.encode(np.stack([s.image for s in chunk.sessions]))
+        beside = chunk.references
+        self._context: Any = policy.encode(
+            np.stack([s.image for s in chunk.sessions]), *([beside] if beside else [])
+        )
         self._expanded = False
 
     def active(self, turn: int) -> Tensor:
@@ -181,6 +255,26 @@ class Walk:
             self._context = self.policy.instruct(self._context, text)
         return self._context
 
+    def consider(self, thoughts: Written) -> Any:
+        """Adds every live rollout's thought, behind its instruction."""
+        policy = cast(ThinkingPolicy, self.policy)
+        self._context = policy.consider(self._context, thoughts.texts)
+        return self._context
+
+    def follow(self, record: TurnRecord, at: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+        """Instructs the live rollouts, which stand in a turn's record at these places, as the
+        rollout did. The context behind all of it, and those on which was written, by kind."""
+        asking = {"intent": self._context}
+        context = asking["thought"] = self.instruct([record.text[i] for i in at])
+        if (thoughts := record.written.get("thought")) is not None:
+            context = self.consider(thoughts.select(at))
+        return context, {kind: asking[kind] for kind in record.written}
+
+
+RELEASED_RANKS = 24
+"""The processes of Edit-R2's release (its config/grpo.py at 2dd266f: four machines, six GPUs
+each)."""
+
 
 @dataclass(frozen=True)
 class Seeds:
@@ -206,9 +300,11 @@ class Seeds:
             chunk, rollouts, lambda o, i: (self.run, self.purpose, "window", o, i, turn)
         )
 
-    def text(self, chunk: Chunk, rollouts: Tensor, turn: int) -> Tensor:
+    def text(self, chunk: Chunk, rollouts: Tensor, turn: int, kind: str = "intent") -> Tensor:
+        """Of the tokens of a kind of writing: each sibling its own."""
+        name = WRITINGS[kind].seed
         return self._tensor(
-            chunk, rollouts, lambda o, i: (self.run, self.purpose, "text", o, i, turn)
+            chunk, rollouts, lambda o, i: (self.run, self.purpose, name, o, i, turn)
         )
 
     def start(self, chunk: Chunk, rollouts: Tensor, turn: int, choices: int) -> Tensor:
@@ -217,6 +313,14 @@ class Seeds:
             chunk, rollouts, lambda o, _: (self.run, self.purpose, "start", o, turn)
         )
         return (seeds & 0xFFFFFFFF) % choices
+
+    def rank_start(self, chunk: Chunk, rollouts: Tensor, turn: int, choices: int) -> Tensor:
+        """The same as Edit-R2's release has them, whatever the turn. It deals the rollouts of an
+        iteration out to `RELEASED_RANKS` processes, and each of these seeds Python's generator with
+        its rank before every image, so that its starts are all one."""
+        seeds = self._tensor(chunk, rollouts, lambda o, i: (self.run, self.purpose, "rank", o, i))
+        by_rank = [random.Random(rank).randrange(choices) for rank in range(RELEASED_RANKS)]
+        return torch.tensor(by_rank)[(seeds & 0xFFFFFFFF) % RELEASED_RANKS]
 
     def noised(self, chunk: Chunk, rollouts: Tensor, turn: int, update: int) -> Tensor:
         """Noise and noise levels at which NFT compares velocities."""
@@ -248,7 +352,7 @@ def rollout_chunk(
     reads: Callable[[Chunk, int], np.ndarray] | None = None,
 ) -> Chunk:
     """Fills `chunk.turns`. rollout: shared noise and storage dtype (default: shared, fp32). greedy:
-    intents by argmax (evaluation). policy, sampler: of any size; their views at the chunk's are
+    text by argmax (evaluation). policy, sampler: of any size; their views at the chunk's are
     taken. decoded: called with the chunk and a turn once its images are
     there. goes_on: asked the same before the turn behind it, bool [rollouts]: who is rolled out
     further. reads: asked the same, then: uint8 [M, H, W, 3], what that turn reads in place of the
@@ -260,27 +364,59 @@ def rollout_chunk(
     for turn in range(max(len(s.turns) for s in chunk.sessions)):
         if turn and not _advanced(walk, turn, goes_on, reads):
             break
-        rollouts = walk.rollout
-        text, questions, intents = _said(policy, walk, turn, seeds, options, greedy)
-        path, velocity = _denoise(
-            policy,
-            chunk,
+        record = rollout_turn(
+            walk,
             turn,
-            walk.instruct(text),
             sampler,
             seeds,
-            rollouts,
-            rollout or RolloutConfig(),
-            keep_velocity,
+            options,
+            rollout=rollout,
+            greedy=greedy,
+            keep_velocity=keep_velocity,
         )
-        images, bad = read_turn(policy, path["x0"], velocity)
-        if bad is not None:
-            at, what = bad
-            raise _non_finite(chunk, turn, int(rollouts[at]), what, LOOK_AT[what])
-        chunk.turns.append(TurnRecord(rollouts, text, questions, intents, **path, images=images))
+        chunk.turns.append(record)
         if decoded is not None:
             decoded(chunk, turn)
     return chunk
+
+
+@torch.no_grad()
+def rollout_turn(
+    walk: Walk,
+    turn: int,
+    sampler: Sampler,
+    seeds: Seeds,
+    options: PolicyConfig,
+    *,
+    rollout: RolloutConfig | None = None,
+    greedy: bool = False,
+    keep_velocity: bool = False,
+) -> TurnRecord:
+    """One turn of a walk whose context has what is edited. sampler: of that size, on the device.
+    The others as for `rollout_chunk`."""
+    policy, chunk, rollouts = walk.policy, walk.chunk, walk.rollout
+    writes = _Writer(walk, turn, seeds, options, greedy)
+    text = writes.instructions()
+    context = walk.instruct(text)
+    if thoughts := writes.asked("thought", context):
+        context = walk.consider(thoughts)
+    path, velocity = _denoise(
+        policy,
+        chunk,
+        turn,
+        context,
+        sampler,
+        seeds,
+        rollouts,
+        rollout or RolloutConfig(),
+        keep_velocity,
+        alike=not turn and thoughts is None,
+    )
+    images, bad = read_turn(policy, path["x0"], velocity)
+    if bad is not None:
+        at, what = bad
+        raise _non_finite(chunk, turn, int(rollouts[at]), what, LOOK_AT[what])
+    return TurnRecord(rollouts, text, writes.written, **path, images=images)
 
 
 def _advanced(
@@ -304,32 +440,52 @@ def _advanced(
     return True
 
 
-def _said(
-    policy: Policy, walk: Walk, turn: int, seeds: Seeds, options: PolicyConfig, greedy: bool
-) -> tuple[list[str], Questions | None, list[Intent] | None]:
-    """What the context gets as this turn's instruction, and, where the policy writes intents, what
-    they were asked and what was sampled: then the intents stand in for the raw instructions."""
-    chunk, rollouts = walk.chunk, walk.rollout.tolist()
-    sessions = [chunk.session_of(i) for i in rollouts]
-    raw = [[u.instruction for u in session.turns[: turn + 1]] for session in sessions]
-    text = [instructions[-1] for instructions in raw]
-    if not (turn and options.intent and policy.writes_text):
-        return text, None, None
-    earlier = [instructions[:-1] for instructions in raw]
-    questions = Questions(earlier, text, [session.mode for session in sessions])
-    on = device_of(policy.module)
-    intents = cast(TextPolicy, policy).intend(
-        walk.context,
-        questions,
-        None if greedy else seeds.text(chunk, walk.rollout, turn).to(on),
-        temperature=options.temperature,
-        max_tokens=options.intent_tokens,
-    )
-    for i, intent in zip(rollouts, intents, strict=True):
-        if not all(map(math.isfinite, intent.log_prob)):
-            raise _non_finite(chunk, turn, i, "intent's log-probs", "look at policy.weights")
-    spoken = [intent.text or said for intent, said in zip(intents, text, strict=True)]
-    return spoken, questions, intents
+class _Writer:
+    """What a turn's live rollouts write. written: so far, by kind."""
+
+    def __init__(
+        self, walk: Walk, turn: int, seeds: Seeds, options: PolicyConfig, greedy: bool
+    ) -> None:
+        self.policy, self.walk, self.turn = walk.policy, walk, turn
+        self.seeds, self.options, self.greedy = seeds, options, greedy
+        self.sessions = [walk.chunk.session_of(i) for i in walk.rollout.tolist()]
+        self.written: dict[str, Written] = {}
+
+    def instructions(self) -> list[str]:
+        """What the context gets as this turn's instruction: the raw one, or the intent that stands
+        in for it."""
+        raw = [session.turns[self.turn].instruction for session in self.sessions]
+        intents = self.asked("intent", self.walk.context)
+        if intents is None:
+            return raw
+        return [intent or said for intent, said in zip(intents.texts, raw, strict=True)]
+
+    def asked(self, kind: str, context: Any) -> Written | None:
+        """What is written on a branch of the context, None where nothing of the kind is asked for
+        at this turn."""
+        writing, turn, chunk = WRITINGS[kind], self.turn, self.walk.chunk
+        if not writing.asked(self.policy, self.options, turn):
+            return None
+        raw = [[u.instruction for u in session.turns[: turn + 1]] for session in self.sessions]
+        questions = Questions(
+            [instructions[:-1] for instructions in raw],
+            [instructions[-1] for instructions in raw],
+            [session.mode for session in self.sessions],
+            kind,
+        )
+        seeds = None if self.greedy else self.seeds.text(chunk, self.walk.rollout, turn, kind)
+        samples = cast(TextPolicy, self.policy).intend(
+            context,
+            questions,
+            seeds if seeds is None else seeds.to(device_of(self.policy.module)),
+            temperature=self.options.temperature,
+            max_tokens=writing.tokens(self.options),
+        )
+        for i, sample in zip(self.walk.rollout.tolist(), samples, strict=True):
+            if not all(map(math.isfinite, sample.log_prob)):
+                raise _non_finite(chunk, turn, i, f"{kind}'s log-probs", "look at policy.weights")
+        self.written[kind] = Written(questions, samples)
+        return self.written[kind]
 
 
 def _non_finite(chunk: Chunk, turn: int, rollout: int, what: str, advice: str) -> NonFiniteError:
@@ -347,20 +503,24 @@ def _denoise(
     rollouts: Tensor,
     options: RolloutConfig,
     keep_velocity: bool,
+    *,
+    alike: bool,
 ) -> tuple[dict[str, Any], Tensor]:
     """The fields of a `TurnRecord` that one turn's denoising gives, and the sum of its velocities'
-    `witness`, [M].
+    `witness`, [M]. alike: siblings have equal contexts.
 
-    On the first turn siblings with common initial noise agree in everything until their group's
-    window opens: up to there only each group's first rollout is denoised, and then copied to the
-    others. Who is denoised when is known before the first step, and reaches the device at once.
+    On the first turn siblings with common initial noise, unless each has a thought of its own,
+    agree in everything until their windows open: up to there only one of each group is denoised,
+    the first of those that open last, and copied to each other one when its own opens. Who is
+    denoised when is known before the first step, and reaches the device at once.
     """
     device, m = sampler.table.device, len(rollouts)
     dtype = torch.bfloat16 if options.store_dtype == "bfloat16" else torch.float32
     choices = sampler.last_start - sampler.first_start + 1
-    starts = sampler.first_start + seeds.start(chunk, rollouts, turn, choices)
-    together = turn == 0 and options.shared_noise and sampler.window > 0
-    leader = rollouts // chunk.siblings * chunk.siblings if together else rollouts
+    drawn = seeds.rank_start if sampler.by_rank else seeds.start
+    starts = sampler.first_start + drawn(chunk, rollouts, turn, choices)
+    together = alike and options.shared_noise and sampler.window > 0
+    leader = _last_to_open(starts, chunk.siblings) if together else rollouts
     plan = [_move(sampler, k, starts, leader, leader == rollouts) for k in range(sampler.steps)]
     window = seeds.window(chunk, rollouts, turn)
     initial = seeds.initial(chunk, rollouts, turn, options.shared_noise)
@@ -398,6 +558,13 @@ def _denoise(
                 clean[move.live] = step.x0
             seen[move.live] += step.witness
     return {"x0": x, **kept.fields(sampler)}, seen
+
+
+def _last_to_open(starts: Tensor, siblings: int) -> Tensor:
+    """int64 [M]: of each rollout, the first of its group whose window opens last; of a first
+    turn."""
+    latest = starts.view(-1, siblings).argmax(1)
+    return (torch.arange(len(latest)) * siblings + latest).repeat_interleave(siblings)
 
 
 class _Window:

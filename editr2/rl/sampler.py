@@ -27,8 +27,9 @@ from editr2_kernels import COLUMNS, flow_sigmas, transition_table
 class Sampler:
     """steps: denoising steps. sigmas: float32 [steps + 1], falling. table: float32 [2 * steps, 8].
     window: SDE steps a turn (0: pure ODE). A window may start at any step from first_start to
-    last_start; `every` moves both on (see `at`). second_order: some rows read the clean prediction
-    of the step before. sizes: the same of images of other sizes, whose sigmas are others."""
+    last_start; `every` moves both on (see `at`). by_rank: starts are as Edit-R2's release has them
+    (`Seeds.rank_start`). second_order: some rows read the clean prediction of the step before.
+    sizes: the same of images of other sizes, whose sigmas are others."""
 
     steps: int
     sigmas: Tensor
@@ -37,6 +38,7 @@ class Sampler:
     last_start: int
     first_start: int = 0
     every: int | None = None
+    by_rank: bool = False
     second_order: bool = False
     sizes: Mapping[Size, Sampler] = field(default_factory=dict)
 
@@ -104,7 +106,7 @@ def rollout_sampler(
         return sampler.changed(last_start=0)
     if config.window_schedule == "progressive":
         return sampler.changed(every=config.window_every)
-    return sampler
+    return sampler.changed(by_rank=config.window_schedule == "released")
 
 
 def eval_sampler(

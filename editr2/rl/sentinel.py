@@ -33,7 +33,7 @@ def explain_difference(
     first difference.
 
     Order of comparison, turn by turn: rollout against its own repetition (text, images, x, x_next),
-    then the replay (the intents' tokens, velocity with gradients on, log_prob). The replay goes in
+    then the replay (the tokens written, velocity with gradients on, log_prob). The replay goes in
     blocks of at most `train.micro_batch`, as training does, and leaves every graph before the next.
     Its forwards with gradient have no backward: where weights are sharded nothing can be trained
     afterwards, and the caller raises.
@@ -52,7 +52,7 @@ def explain_difference(
     walk, sampler = Walk(policy, chunk), sampler.to(again.turns[0].x0.device)
     for turn, (old, new) in enumerate(zip(chunk.turns, again.turns, strict=True)):
         where = f"turn {turn + 1}"
-        if old.text != new.text:
+        if _said(old) != _said(new):
             return f"{where}: text: the rollout itself is not repeatable"
         for name in ("x", "x_next", "m_prev", "log_prob"):
             a, b = getattr(old, name), getattr(new, name)
@@ -66,17 +66,17 @@ def explain_difference(
                 before = chunk.turns[turn - 1]
                 walk.drop(~chunk.left_out(turn))
                 walk.advance(turn, before.images[torch.isin(before.rollout, walk.rollout).numpy()])
-            asking, context = walk.context, walk.instruct(old.text)
+            context, asking = walk.follow(old, range(len(old.text)))
         blocks = torch.arange(len(old.text)).split(t.rows or len(old.text))
-        if old.questions is not None and old.intents is not None:
+        for kind, written in old.written.items():
             for picked in blocks:
-                found = _answered(policy, asking, old, picked, settings.temperature)
+                found = _answered(policy, asking[kind], old, kind, picked, settings.temperature)
                 for i, log_prob in zip(picked.tolist(), found, strict=True):
-                    seen = torch.tensor(old.intents[i].log_prob)
+                    seen = torch.tensor(written.samples[i].log_prob)
                     gap = _gap(log_prob[: len(seen)], seen)
                     if gap > t.text_ratio_tolerance:
                         return (
-                            f"{where}: intent of rollout {i}: sampling and scoring its tokens "
+                            f"{where}: {kind} of rollout {i}: sampling and scoring its tokens "
                             f"differ by up to {gap:.3g}"
                         )
         assert new.velocity is not None
@@ -102,20 +102,30 @@ def explain_difference(
     )
 
 
+def _said(record: TurnRecord) -> list[list[str]]:
+    """The texts that the contexts got."""
+    thoughts = record.written.get("thought")
+    return [[*record.text], [] if thoughts is None else thoughts.texts]
+
+
 def _of(policy: Policy, context: Any, record: TurnRecord, picked: Tensor) -> Any:
     return context if len(picked) == len(record.text) else policy.select(context, picked)
 
 
 def _answered(
-    policy: Policy, context: Any, record: TurnRecord, picked: Tensor, temperature: float
+    policy: Policy,
+    context: Any,
+    record: TurnRecord,
+    kind: str,
+    picked: Tensor,
+    temperature: float,
 ) -> Tensor:
-    """Log-probs of the tokens of some rollouts' intents, as training scores them."""
-    assert record.questions is not None and record.intents is not None
-    index = picked.tolist()
+    """Log-probs of the tokens that some rollouts wrote, as training scores them."""
+    written, index = record.written[kind], picked.tolist()
     scores = cast(TextPolicy, policy).answer_log_prob(
         _of(policy, context, record, picked),
-        record.questions.select(index),
-        [record.intents[i].ids for i in index],
+        written.questions.select(index),
+        written.ids(index),
         temperature=temperature,
     )
     return scores.log_prob.detach().cpu()

@@ -7,7 +7,13 @@ from typing import Any
 
 from editr2.config import Config
 from editr2.errors import ConfigError
-from editr2.policies.base import Policy, ReadingPolicy, SizedPolicy, at_size
+from editr2.policies.base import (
+    Policy,
+    ReadingPolicy,
+    SizedPolicy,
+    at_size,
+    references_problem,
+)
 from editr2.sessions.buckets import Size
 from editr2.sessions.source import SessionSource, open_sessions
 
@@ -30,11 +36,13 @@ def demands(config: Config, policy: Policy) -> dict[str, Any]:
             f"which edits one size: []; others have the methods of SizedPolicy)"
         )
 
-    def unreadable(told: Sequence[str], size: Size | None = None) -> Iterable[tuple[int, str]]:
-        found: Iterable[tuple[int, str]] = at_size(policy, size or sizes[0]).unreadable(told)
-        return found
+    def unreadable(
+        told: Sequence[str], size: Size | None = None, references: int = 0
+    ) -> Iterable[tuple[int | None, str]]:
+        if problem := references_problem(policy, config.policy.model, references):
+            yield None, problem
+        elif isinstance(policy, ReadingPolicy):
+            beside = {"references": references} if references else {}
+            yield from at_size(policy, size or sizes[0]).unreadable(told, **beside)
 
-    return {
-        "size": sizes if len(sizes) > 1 else sizes[0],
-        "unreadable": unreadable if isinstance(policy, ReadingPolicy) else None,
-    }
+    return {"size": sizes if len(sizes) > 1 else sizes[0], "unreadable": unreadable}

@@ -7,6 +7,7 @@ fingerprint each,
                settings and version
     heldout    the same of the evaluation's sessions
     weights    the weights that training starts from and adapters lie over
+    questions  the texts that intents are asked for with, where a user's stand in place of ours
     reward     the judge's name, its source with that of its helpers (`sources`), and the settings
                that its constructor was given
     eval_reward  the same of the judges that evaluation alone asks
@@ -44,11 +45,12 @@ from editr2.config.fields import is_mapping, leaves, respelt_leaves
 from editr2.config.rules import option_defaults
 from editr2.errors import CheckpointError, ConfigError, one_line
 from editr2.policies.configured import policy_class
+from editr2.policies.lora_files import lora_sources
 from editr2.policies.recorded import over_its_base
 from editr2.policies.tensor_files import BLOCK, tensor_digest, tensors_of
 from editr2.run.sources import installed, sources
 from editr2.sessions import Session
-from editr2.sessions.session import pixel_sum
+from editr2.sessions.session import pixel_sum, reference_sums
 from editr2.sessions.source import SessionSource
 from editr2.worlds import shapes
 
@@ -77,8 +79,9 @@ no use for it, and it is the default that older runs know nothing of."""
 STANDS_FOR = {
     "sessions": ("data.path",),
     "heldout": ("data.heldout",),
-    "weights": ("policy.weights",),
+    "weights": ("policy.weights", "policy.lora_weights"),
     "reward": ("reward.name", "reward.function"),
+    "questions": ("policy.questions",),
 }
 """Fingerprints of what settings lead to: where both sides know one, another path or name may lead
 there."""
@@ -135,9 +138,8 @@ def sessions_fingerprint(sessions: Sequence[Session]) -> str:
     digest = hashlib.sha256()
     for s in sessions:
         turns = [[t.instruction, t.intent, t.task, t.meta] for t in s.turns]
-        said = json.dumps(
-            [s.id, s.mode, turns, s.meta, pixel_sum(s)], sort_keys=True, default=_described
-        )
+        parts = [s.id, s.mode, turns, s.meta, pixel_sum(s), *reference_sums(s)]
+        said = json.dumps(parts, sort_keys=True, default=_described)
         digest.update(said.encode("utf-8", "surrogatepass") + b"\n")
     return f"{len(sessions)} sessions {_short(digest)}"
 
@@ -155,7 +157,12 @@ def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
         folder_fingerprint(Path(source)) if Path(source).is_dir() else hub_revision(source)
         for source in places
     ]
-    return {"weights": " over ".join(texts) or kind.default_weights}
+    if files := lora_sources(base):
+        texts.insert(0, files_fingerprint({file.suffix: file for file in files}))
+    return {
+        "weights": " over ".join(texts) or kind.default_weights,
+        **kind.fingerprints(policy),
+    }
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -164,13 +171,21 @@ def folder_fingerprint(folder: Path) -> str:
 
     40 GB of weights take a few thousand reads of 4 KiB: one inside of every tensor, so that a
     change to any one of them is seen unless it leaves that block alone."""
-    digest, size = hashlib.sha256(), 0
+    found = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
         # policy.json names its base by a path, and that one is told apart by its own content.
         if hidden or file.suffix not in _READ or file.name == "policy.json" or not file.is_file():
             continue
+        found[name] = file
+    return files_fingerprint(found)
+
+
+def files_fingerprint(files: Mapping[str, Path]) -> str:
+    """Of files by what they are called here, as `folder_fingerprint`."""
+    digest, size = hashlib.sha256(), 0
+    for name, file in files.items():
         bytes_ = file.stat().st_size
         digest.update(f"{name} {bytes_}\n".encode())
         size += bytes_

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _MAGICBRUSH = ("img_id", "turn_index", "source_img", "instruction")
+REFERENCES = "references"
 _SESSION = ("id", "image", "turns", "instructions", "mode", "meta")
 
 
@@ -29,8 +30,9 @@ _SESSION = ("id", "image", "turns", "instructions", "mode", "meta")
 class DatasetImage:
     """Pixels that stay in a row of a dataset: called, it decodes them.
 
-    data: has the one column, undecoded. size, resize: as in `load_sessions`. contained: as in
-    `scan`; a row names files from where the program runs. checksum, where: as in `ImageFile`.
+    data: has the one column, undecoded; of lists of images, index says which. size, resize: as in
+    `load_sessions`. contained: as in `scan`; a row names files from where the program runs.
+    checksum, where: as in `ImageFile`.
     """
 
     data: Dataset
@@ -40,6 +42,7 @@ class DatasetImage:
     contained: bool
     checksum: str | None = None
     where: str = ""
+    index: int | None = None
 
     def __call__(self) -> Pixels:
         try:
@@ -52,6 +55,7 @@ class DatasetImage:
     def _pixels(self) -> Pixels:
         with _one_line():
             (cell,) = self.data[self.row].values()
+            cell = cell if self.index is None else cell[self.index]
         if cell is None:
             raise DataError("missing (accepted: an image)")
         if cell["bytes"] is None:
@@ -77,9 +81,9 @@ def dataset_entries(path: str, size: Sizes | None, resize: str, contained: bool)
     dataset's folder.
 
     Columns: image and either turns (objects as in sessions.jsonl) or instructions (strings), and if
-    they are there id, mode and meta; further columns, images apart, go to the session's meta. Or
-    MagicBrush's columns, where rows of one img_id that count up from turn_index 1 are a session.
-    Raises DataError when there is no such dataset.
+    they are there id, mode, meta and references (lists of images); further columns, images apart,
+    go to the session's meta. Or MagicBrush's columns, where rows of one img_id that count up from
+    turn_index 1 are a session. Raises DataError when there is no such dataset.
     """
     with _one_line(f"{path}: "):
         yield from _entries(path, open_dataset(path), size, resize, contained)
@@ -118,13 +122,18 @@ def _entries(
     if not len(data):
         raise DataError(f"{path}: no rows (accepted: at least one)")
     images = _undecoded(data, path, column)
+    lists = _undecoded_lists(data, REFERENCES) if column == "image" else None
     for row, record in records:
         values = record if isinstance(record, DataError) else {**record, "image": column}
+        count = 0 if lists is None else len(lists[row][REFERENCES] or ())
+        if count and isinstance(values, dict):
+            values[REFERENCES] = [REFERENCES] * count
         yield Entry(
             f"{path}: row {row}",
             f"row {row}",
             values,
             DatasetImage(images, row, size, resize, contained),
+            tuple(DatasetImage(lists, row, size, resize, contained, index=i) for i in range(count)),
         )
 
 
@@ -237,3 +246,14 @@ def _undecoded(data: Dataset, path: str, column: str) -> Dataset:
             f"{path}: {column}: a column of {feature} (accepted: of images, or of paths)"
         )
     return data.select_columns([column]).cast_column(column, Image(decode=False))
+
+
+def _undecoded_lists(data: Dataset, column: str) -> Dataset | None:
+    """The one column, whose cells are lists of images, as bytes or paths of files; None where it is
+    not there, or of something else."""
+    from datasets import Image, List
+
+    feature = data.features.get(column)
+    if not isinstance(feature, List) or not isinstance(feature.feature, Image):
+        return None
+    return data.select_columns([column]).cast_column(column, List(Image(decode=False)))

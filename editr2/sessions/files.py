@@ -7,10 +7,10 @@ names:
      "turns": [{"instruction": "add a red cup"}, {"instruction": "make it blue", "intent": "make the
          cup blue"}]}
 
-`image` is relative to the folder, or absolute. `id`, `mode`, `size` and `meta` are optional, and so
-are a turn's `intent`, `task` and `meta`; null means absent. Blank lines are allowed. A Hugging Face
-dataset whose rows are sessions is read in the same way (datasets.py). docs/data.md is the
-user's page.
+`image` is relative to the folder, or absolute. `id`, `mode`, `size`, `references` (a list of
+further images, named like it) and `meta` are optional, and so are a turn's `intent`, `task` and
+`meta`; null means absent. Blank lines are allowed. A Hugging Face dataset whose rows are sessions
+is read in the same way (datasets.py). docs/data.md is the user's page.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ __all__ = [
 
 FILE_NAME = "sessions.jsonl"
 
-Unreadable: TypeAlias = Callable[..., Iterable[tuple[int, str]]]
+Unreadable: TypeAlias = Callable[..., Iterable[tuple[int | None, str]]]
 """(turn from 0, what is wrong) for those of a session's instructions that their reader has no use
-for: too long a text, a word that its vocabulary does not have."""
+for: too long a text, a word that its vocabulary does not have; with None in place of a turn, for
+its references. Called with the instructions, with the session's size where there are several, and
+with `references`, how many, where it has any."""
 
 
 def load_sessions(
@@ -184,7 +186,8 @@ def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -
     for session in sessions:
         if session.id in lines:
             raise DataError(f"{folder / FILE_NAME}: id: {session.id!r} given twice")
-        name, image = _stored(session)
+        images = [_stored(image) for image in (vars(session)["image"], *session.references)]
+        name, *beside = [named for named, _ in images]
         turns = [
             _without_absent(instruction=t.instruction, intent=t.intent, task=t.task, meta=t.meta)
             for t in session.turns
@@ -194,6 +197,7 @@ def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -
             image=name,
             mode=session.mode,
             size=session.size,
+            references=beside or None,
             turns=turns,
             meta=session.meta,
         )
@@ -204,7 +208,9 @@ def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -
         except (TypeError, ValueError, RecursionError) as error:
             problem = f"{error} (accepted: Unicode text, and JSON values in meta)"
             raise DataError(f"session {session.id!r}: {problem}") from error
-        if name not in written:
+        for name, image in images:
+            if name in written:
+                continue
             try:
                 (folder / "images").mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -217,14 +223,14 @@ def save_sessions(sessions: Iterable[Session], folder: str | os.PathLike[str]) -
     return folder / FILE_NAME
 
 
-def _stored(session: Session) -> tuple[str, bytes]:
-    """The name, which follows from the content, and the bytes of the file of a session's image."""
-    source = vars(session)["image"]
+def _stored(source: Any) -> tuple[str, bytes]:
+    """The name, which follows from the content, and the bytes of the file of an image of a
+    session's."""
     if isinstance(source, ImageFile) and source.resize == "no":
         source()  # whoever loads the set must be able to decode it
         data = source.path.read_bytes()
         return f"images/{hashlib.sha256(data).hexdigest()[:24]}{source.path.suffix.lower()}", data
-    pixels = np.ascontiguousarray(session.image)
+    pixels = np.ascontiguousarray(source() if callable(source) else source)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
@@ -300,15 +306,22 @@ def _file_entries(file: Path, size: Sizes | None, resize: str, contained: bool) 
         except DataError as error:
             yield Entry(where, place, error, None)
             continue
-        name = record.get("image")
-        image: StoredImage | None = None
-        if is_text(name):
+        asked = _asked(record, size)
+
+        def stored(name: str, asked: Sizes | None = asked) -> StoredImage:
             try:
-                path = locate(file.parent, name, contained=contained)
-                image = ImageFile(path, _asked(record, size), resize)
+                return ImageFile(locate(file.parent, name, contained=contained), asked, resize)
             except DataError as error:
-                image = _NoImage(str(error))
-        yield Entry(where, place, record, image)
+                return _NoImage(str(error))
+
+        image, beside = record.get("image"), record.get("references")
+        yield Entry(
+            where,
+            place,
+            record,
+            stored(image) if is_text(image) else None,
+            tuple(map(stored, filter(is_text, beside if isinstance(beside, list) else ()))),
+        )
     if not lines_there:
         raise DataError(
             f"{file}: no sessions in the file (accepted: one JSON object a line, at least one)"
@@ -330,7 +343,7 @@ def _checked(
 ) -> Iterator[Session | str]:
     """accepted: the sizes that a line may name, None for any."""
     seen: dict[str, str] = {}
-    for where, place, record, stored in entries:
+    for where, place, record, stored, beside in entries:
         if isinstance(record, DataError):
             yield f"{where}: {record}"
             continue
@@ -354,14 +367,23 @@ def _checked(
                 pixels = stored()
             except DataError as error:
                 undecoded.append(("image", str(error)))
+        references = []
+        for i, reference in enumerate(beside):
+            if size is not None and pixels is not None:  # its own size, whichever is nearer to them
+                reference = replace(reference, size=pixels.shape[:2])  # type: ignore[type-var]
+            try:
+                references.append((reference, reference()))
+            except DataError as error:
+                undecoded.append((f"references[{i}]", str(error)))
         if unreadable is not None and not problems:
             of = f"of session {shown(repr(name))}: "
             told = [turn["instruction"] for turn in record["turns"]]
             several = size is not None and not is_one(size) and pixels is not None
             at = (pixels.shape[:2],) if several and pixels is not None else ()
+            more = {"references": len(beside)} if beside else {}
             problems += (
-                (f"turns[{turn}].instruction", of + problem)
-                for turn, problem in unreadable(told, *at)
+                ("references" if turn is None else f"turns[{turn}].instruction", of + problem)
+                for turn, problem in unreadable(told, *at, **more)
             )
         problems += undecoded
         yield from (f"{where}: {field}: {problem}" for field, problem in problems)
@@ -371,14 +393,18 @@ def _checked(
             Turn(t["instruction"], t.get("intent"), t.get("task"), t.get("meta") or {})
             for t in record["turns"]
         )
-        memory -= pixels.nbytes
-        # The size that was seen stands, so that a file that is replaced while a run reads it is an
-        # error.
-        later: Any = None
-        if memory < 0:
-            later = replace(stored, size=pixels.shape[:2], checksum=sum_of_pixels(pixels))  # type: ignore[type-var]
+        kept: list[Any] = []
+        for read, seen_pixels in ((stored, pixels), *references):
+            memory -= seen_pixels.nbytes
+            if memory >= 0:
+                kept.append(seen_pixels)
+                continue
+            # The size that was seen stands, so that a file that is replaced while a run reads it is
+            # an error.
+            seen_as = {"size": seen_pixels.shape[:2], "checksum": sum_of_pixels(seen_pixels)}
+            kept.append(replace(read, **seen_as))  # type: ignore[type-var]
         mode, meta = record.get("mode"), record.get("meta") or {}
-        yield Session(name, later or pixels, turns, mode, meta, named)
+        yield Session(name, kept[0], turns, mode, meta, named, tuple(kept[1:]))
 
 
 def _without_absent(**values: Any) -> dict[str, Any]:

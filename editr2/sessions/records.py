@@ -26,13 +26,15 @@ class Entry(NamedTuple):
     where: the file and line that a message starts with; place: the line or row alone, as `line 7`.
     record: the object of a line of sessions.jsonl, or what is wrong with it; its `image` is not
         looked at.
-    image: decodes the image; None: there is none to decode.
+    image: decodes the image; None: there is none to decode. references: the same of its further
+        ones.
     """
 
     where: str
     place: str
     record: Mapping[str, Any] | DataError
     image: StoredImage | None
+    references: tuple[StoredImage, ...] = ()
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -95,6 +97,11 @@ def record_problems(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "image", "missing (accepted: the path of an image, relative to this file)"
     elif not isinstance(image, str) or not image.strip():
         yield "image", f"{kind(image)} (accepted: the path of an image, relative to this file)"
+    references = record.get("references")
+    for index, name in enumerate(references if isinstance(references, list) else ()):
+        if not isinstance(name, str) or not name.strip():
+            accepted = "the path of an image, relative to this file"
+            yield f"references[{index}]", f"{kind(name)} (accepted: {accepted})"
     turns = record.get("turns")
     if turns is None:
         yield "turns", "missing (accepted: a list of one or more turns)"

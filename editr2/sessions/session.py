@@ -16,7 +16,7 @@ from editr2.sessions.images import Pixels
 
 MODES = ("cm", "cu")
 
-SESSION_KEYS = ("id", "image", "turns", "mode", "size", "meta")
+SESSION_KEYS = ("id", "image", "turns", "mode", "size", "references", "meta")
 
 LONGEST_SIDE = 8_192
 
@@ -72,7 +72,9 @@ class Session:
     mode: "cm" (a standing rule set early holds for later turns), "cu" (later turns refer back by
     pronouns) or None. meta: whatever a reward needs to judge the session; JSON values only, if it
     is to be saved. size: (height, width) that it asks to be edited at, of several that a run has
-    (`policy.buckets`); None is the nearest.
+    (`policy.buckets`); None is the nearest. references: further images of the user's, which every
+    turn sees behind its own (an editor that takes several; others refuse them); each as `image`,
+    of its height and width where an editor is to read them.
     """
 
     id: str
@@ -81,6 +83,7 @@ class Session:
     mode: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     size: Size | None = None
+    references: tuple[Pixels | Callable[[], Pixels], ...] = ()
 
     def __post_init__(self) -> None:
         for name, problem in session_problems(vars(self)):
@@ -89,24 +92,14 @@ class Session:
             raise DataError(
                 f"Session {self.id!r}: id and meta cannot be None (accepted: a string; a mapping)"
             )
-        image = vars(self)["image"]
-        array = (
-            isinstance(image, np.ndarray)
-            and image.dtype == np.uint8
-            and image.ndim == 3
-            and image.shape[2] == 3
-        )
-        if not array and not callable(image):
-            given = (
-                f"{image.dtype} {list(image.shape)}"
-                if isinstance(image, np.ndarray)
-                else type(image).__name__
-            )
+        _check_pixels(vars(self)["image"], f"Session {self.id!r}: image")
+        if not isinstance(self.references, tuple):
             raise DataError(
-                f"Session {self.id!r}: image: {given} (accepted: a uint8 array [H, W, 3])"
+                f"Session {self.id!r}: references: {kind(self.references)} (accepted: a tuple of "
+                f"images, each as `image`)"
             )
-        if array and 0 in image.shape:
-            raise DataError(f"Session {self.id!r}: image: no pixels, shape {list(image.shape)}")
+        for i, image in enumerate(self.references):
+            _check_pixels(image, f"Session {self.id!r}: references[{i}]")
         if not (
             isinstance(self.turns, tuple)
             and self.turns
@@ -115,6 +108,10 @@ class Session:
             raise DataError(
                 f"Session {self.id!r}: turns: wrong value (accepted: a tuple of one or more Turn)"
             )
+
+    def reference_pixels(self) -> list[Pixels]:
+        """Its references, uint8 [H, W, 3] each, decoded where they are functions."""
+        return [image() if callable(image) else image for image in self.references]
 
     @property
     def image_size(self) -> Size:
@@ -125,6 +122,19 @@ class Session:
             return known
         height, width = self.image.shape[:2]
         return height, width
+
+
+def _check_pixels(image: object, title: str) -> None:
+    """Raises `DataError` for what is neither pixels nor a function."""
+    if not isinstance(image, np.ndarray):
+        if not callable(image):
+            raise DataError(f"{title}: {type(image).__name__} (accepted: a uint8 array [H, W, 3])")
+    elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise DataError(
+            f"{title}: {image.dtype} {list(image.shape)} (accepted: a uint8 array [H, W, 3])"
+        )
+    elif 0 in image.shape:
+        raise DataError(f"{title}: no pixels, shape {list(image.shape)}")
 
 
 class StoredImage(Protocol):
@@ -146,8 +156,17 @@ class StoredImage(Protocol):
 def pixel_sum(session: Session) -> str:
     """A checksum of a session's pixels and their shape; what was decoded once to be checked is not
     decoded again."""
-    known: str | None = getattr(vars(session)["image"], "checksum", None)
-    return known or sum_of_pixels(session.image)
+    return _sum_of(vars(session)["image"])
+
+
+def reference_sums(session: Session) -> list[str]:
+    """The same of its references."""
+    return [_sum_of(image) for image in session.references]
+
+
+def _sum_of(image: Any) -> str:
+    known: str | None = getattr(image, "checksum", None)
+    return known or sum_of_pixels(image() if callable(image) else image)
 
 
 def sum_of_pixels(pixels: Pixels) -> str:
@@ -161,6 +180,8 @@ def session_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     mode = values.get("mode")
     if mode is not None and mode not in MODES:
         yield "mode", f"{kind(mode)} (accepted: {', '.join(map(repr, MODES))} or absent)"
+    if values.get("references") is not None and not isinstance(values["references"], list | tuple):
+        yield "references", f"{kind(values['references'])} (accepted: a list of images, or absent)"
     size = values.get("size")
     if size is not None and size_of(values) is None:
         yield "size", f"{_given(size)} (accepted: [height, width] in pixels, or absent)"

@@ -35,12 +35,12 @@ from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.table import Source
 from editr2.errors import DataError, shown
 from editr2.judge.text import Table
+from editr2.rewards.traces import read_principles
 from editr2.sessions import Turn
 from editr2.sessions.importers.foreign import Record, json_lines, json_list
 from editr2.sessions.session import is_text, kind
 
 PAIRS = "pairs.jsonl"
-KINDS = ("follow", "keep", "quality")
 
 _NEEDED = ("id", "image", "win", "lose", "instruction")
 _OPTIONAL = ("principles", "margin", "task")
@@ -176,18 +176,11 @@ def _principles(record: Record) -> dict[str, Any]:
     said = record.values.get("principles")
     if said is None:
         return {}
-    if not isinstance(said, list):
-        raise record.error("principles", f"{kind(said)} (accepted: a list of objects, or absent)")
-    for place, one in enumerate(said):
-        field = f"principles[{place}]"
-        if not isinstance(one, dict) or set(one) != {"text", "kind"}:
-            raise record.error(field, f"{kind(one)} (accepted: an object with text and kind)")
-        if not is_text(one["text"]):
-            raise record.error(f"{field}.text", f"{kind(one['text'])} (accepted: a string)")
-        if one["kind"] not in KINDS:
-            given = kind(one["kind"])
-            raise record.error(f"{field}.kind", f"{given} (accepted: {', '.join(KINDS)})")
-    return {"principles": said}
+    try:
+        return {"principles": [one.written() for one in read_principles(said)]}
+    except ValueError as error:
+        field, _, problem = str(error).partition(": ")
+        raise record.error(field, problem) from None
 
 
 # -------------------------------------------------------------------------------- contradictions

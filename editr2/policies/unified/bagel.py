@@ -25,14 +25,14 @@ from editr2.policies.base import Policy, device_of
 from editr2.policies.blocks import run_as_configured
 from editr2.policies.configured import Stock
 from editr2.policies.finite import ACCEPTED, unusable
-from editr2.policies.forms import Form, OwnFolder
+from editr2.policies.forms import Form, OwnFolder, PeftAdapter
 from editr2.policies.fp8 import quantize_linears
 from editr2.policies.recorded import without_adapters
 from editr2.policies.tensor_files import ordinary_modes, write_tensors, writing
 from editr2.policies.tokens import TextCodec
 from editr2.policies.unified.bagel_blueprint import BagelBlueprint
 from editr2.policies.unified.codecs import LatentCodec
-from editr2.policies.unified.experts import adapt, trained
+from editr2.policies.unified.experts import load_adapters, trained
 from editr2.policies.unified.model import UnifiedModel
 from editr2.policies.unified.policy import Guidance, UnifiedPolicy
 from editr2.policies.unified.published import (
@@ -67,29 +67,11 @@ ANSWERING = (
 """The two system prompts that BAGEL was trained with, letter by letter: it thinks behind no
 others."""
 
-REQUESTS = {
-    "cm": "Rewrite the current instruction so that every standing rule of the earlier ones that "
-    "still holds for it is in it.",
-    "cu": "Rewrite the current instruction so that it names the object that a pronoun in it means.",
-    None: "Rewrite the current instruction so that it can be followed without the earlier ones.",
-}
-
-
-def question(earlier: Sequence[str], current: str, mode: str | None = None) -> str:
-    """The request for an intent: earlier instructions round by round, the current one, what to do
-    by mode, and the form of the answer."""
-    rounds = "".join(f"Round {i}: {said}\n" for i, said in enumerate(earlier, 1))
-    return (
-        f"Earlier instructions:\n{rounds}Current instruction: {current}\n"
-        f"{REQUESTS.get(mode, REQUESTS[None])}\n"
-        f"Think briefly between <think> and </think>, then write the instruction and nothing else."
-    )
-
 
 class BagelPolicy(Views, UnifiedPolicy):
     """See the module docstring. Contexts hold every image twice: its latents, then what the vision
-    transformer makes of it. `begin` with `PAINTING`, `think` and `consider` are BAGEL's thinking;
-    intents are asked behind `ANSWERING`.
+    transformer makes of it. With `policy.thinking` they begin with `PAINTING`, and every image
+    follows a thought; intents are asked behind `ANSWERING`.
 
     It is a `SizedPolicy`, too: a view a size (`at`).
     """
@@ -97,10 +79,13 @@ class BagelPolicy(Views, UnifiedPolicy):
     model = "bagel"
     hub_id: ClassVar[str] = "ByteDance-Seed/BAGEL-7B-MoT"
     uses = UnifiedPolicy.uses | {
+        *("thinking", "thinking_tokens"),
         *("resolution", "buckets", "dtype", "rounding", "branches", "shard", "shard_group"),
         *("compile", "offload", "quantize"),
     }
+    asked = "bagel"
     edits_the_world = False
+    most_references = None
     default_weights = hub_id
     published = frozenset((hub_id,))
     index = WORDS
@@ -120,10 +105,13 @@ class BagelPolicy(Views, UnifiedPolicy):
         super().__init__(model, codec, guidance_of(config), images, sight, config.resolution)
         self.compute_dtype = self.computes_in(config)
         self.config, self.files = config, files
+        self.ask_with(config.questions)
         self.vae: nn.Module = images.vae
         self.sees: nn.Module = sight
         self.base = str(config.weights or self.hub_id)
         self.apart = config.branches != "together"
+        self.thinks = config.thinking
+        self.system = PAINTING if config.thinking else None
         self.sizes = self._sizes(config)
         self._take(nearest(self.sizes, *config.resolution))
         self._begin_views()
@@ -151,12 +139,7 @@ class BagelPolicy(Views, UnifiedPolicy):
             sight,
             files,
         )
-        if config.lora_rank:
-            adapt(policy.module, config)
-            for name, p in policy.module.named_parameters():
-                if ".lora_" in name:  # an update is smaller than bfloat16's rounding
-                    p.data = p.data.float()
-                    p.requires_grad_(trains)
+        load_adapters(policy.module, config, trains)
         if config.quantize == "fp8":
             quantize_linears(policy.module, LORA_TARGETS)
         run_as_configured(policy.module, config)
@@ -205,7 +188,9 @@ class BagelPolicy(Views, UnifiedPolicy):
     @classmethod
     def form(cls, config: PolicyConfig, kind: str) -> Form:
         if kind == "lora":
-            return super().form(config, kind)
+            return PeftAdapter(
+                cls.loading(config.model, config.weights), "`model` of BAGEL's own code"
+            )
         return PublishedFolder(cls.from_config, config, lambda at: cls.loading(cls.model, at))
 
     @classmethod
@@ -279,7 +264,7 @@ class BagelPolicy(Views, UnifiedPolicy):
         self, earlier: Sequence[str], current: str, mode: str | None = None
     ) -> list[int]:
         """The system prompt, the question, and the opening mark of the answer."""
-        asked = self.text_ids(question(earlier, current, mode))
+        asked = self.text_ids(self.wording(earlier, current, mode))
         return [*self.text_ids(ANSWERING), *asked, self.codec.im_start]
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -321,7 +306,7 @@ class BagelPolicy(Views, UnifiedPolicy):
             ordinary_modes([folder])
 
 
-_OURS = ("README.md", "config.yaml", "editr2.yaml", "best.json")
+_OURS = ("README.md", "config.yaml", "editr2.yaml", "best.json", "questions.json")
 """What stands beside weights in folders of ours and is not theirs."""
 
 

@@ -28,8 +28,9 @@ from editr2.policies.tensor_files import read_header
 from editr2.policies.tokens import TextCodec, word_tokenizer
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import LatentCodec, autoencoder_settings, autoencoder_sizes
-from editr2.policies.unified.experts import adapt, freeze_rest, trained
+from editr2.policies.unified.experts import adapt, check_start, freeze_rest, trained
 from editr2.policies.unified.model import UnifiedConfig, UnifiedModel
+from editr2.policies.unified.policy import KEPT_BYTES
 from editr2.policies.unified.published import (
     AUTOENCODER,
     as_trained,
@@ -92,19 +93,29 @@ class BagelBlueprint(UnifiedBlueprint):
             self.sizes, self.vit, codec = files.sizes, files.vit, files.codec
             file = folder / AUTOENCODER
             self.latents = autoencoder_sizes(file, read_header(file)[0])
+        check_start(self.sizes, config)
         self.codec = codec
         self.config = config
-        super().__init__(self._policy(min(SHALLOW, self.depth)), config)
+        super().__init__(self.built(min(SHALLOW, self.blocks)), config)
         seen = self.policy.seen_tokens
         self.image = self.policy.latent_shape[0] + 2 + seen + 2
-        parts = (self.policy.images.vae, self.policy.sight)
-        self.vae = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        self.vae, self.sight = (
+            sum(p.numel() * p.element_size() for p in part.parameters())
+            for part in (self.policy.images.vae, self.policy.sight)
+        )
 
     @property
-    def depth(self) -> int:
+    def blocks(self) -> int:
         return self.sizes.num_hidden_layers
 
-    def _policy(self, layers: int) -> Any:
+    @property
+    def answer(self) -> int:
+        """All that an intent may have: a thought goes before it, and a batch is written until its
+        longest has ended."""
+        return self.config.intent_tokens
+
+    def built(self, layers: int) -> Any:
+        """The policy without data, so deep."""
         from diffusers import AutoencoderKL
 
         config, dtype = self.config, self.kind.computes_in(self.config)
@@ -131,10 +142,10 @@ class BagelBlueprint(UnifiedBlueprint):
 
     @cached_property
     def deeper(self) -> Sequence[tuple[Any, int]]:  # type: ignore[override]
-        if self.depth <= SHALLOW:
+        if self.blocks <= SHALLOW:
             return []
-        deeper = self._policy(SHALLOW + 1)
-        return [(deeper.at(self.policy.image_size), self.depth - SHALLOW)]
+        deeper = self.built(SHALLOW + 1)
+        return [(deeper.at(self.policy.image_size), self.blocks - SHALLOW)]
 
     def at(self, size: tuple[int, int]) -> BagelBlueprint:
         """The same of the policy at one of its sizes."""
@@ -144,15 +155,31 @@ class BagelBlueprint(UnifiedBlueprint):
         view.image = view.policy.latent_shape[0] + 2 + view.policy.seen_tokens + 2
         return view
 
-    def held(self, batch: int, turn: int) -> int:
-        c, g = self.sizes, self.policy.guidance
-        said = (turn + 1) * self.said
-        full = (turn + 1) * self.image + said
-        branches = [full, *([full - self.said] * (g.text != 1)), *([said] * (g.image != 1))]
+    def _tokens(self, full: int, said: int) -> dict[str, int]:
+        g = self.policy.guidance
+        found = {"full": full}
+        if g.text != 1:
+            found["without the instruction"] = full - self.spoken
+        if g.image != 1:
+            found["texts alone"] = said
         if not self.policy.apart:
-            branches.append(len(branches) * full)  # all of them, padded to the longest
-        numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-        return self.policy.compute_dtype.itemsize * numbers * sum(branches) * batch
+            found["together"] = len(found) * full  # all of them, padded to the longest
+        return found
+
+    def encodes_again(self, turn: int, images: int) -> bool:
+        """As many as are kept are not: what came of them in the rollout is read into the context
+        again (derive), by layers that train."""
+        tokens, latents = self.policy.latent_shape
+        seen = self.policy.seen_tokens * self.sizes.hidden_size * self.policy.compute_dtype.itemsize
+        again: bool = images * (4 * tokens * latents + seen) > KEPT_BYTES
+        return again
+
+    def passes(self, step: str, apart: bool) -> int:
+        branches = 1 + (self.policy.guidance.text != 1) + (self.policy.guidance.image != 1)
+        velocity = branches if apart else 1
+        reading = 1 + bool(self.policy.seen_tokens)
+        own = {"velocity": velocity, "train": velocity, "encode": reading, "derive": reading}
+        return own.get(step) or super().passes(step, apart)
 
     def work(self, step: str, batch: int, turn: int, checkpointing: bool) -> list[Work | Reading]:
         if step == "decode":
@@ -188,13 +215,6 @@ class BagelBlueprint(UnifiedBlueprint):
             return model.append_seen(read, seen, policy.marks)
 
         return run
-
-    def _instructed(self, policy: Any, batch: int, turn: int) -> Any:
-        guided = super()._instructed(policy, batch, turn)
-        if policy.apart and policy.guidance.image != 1:
-            texts = self._context(policy, batch, (turn + 1) * self.said)
-            guided = dataclasses.replace(guided, image_dropped=texts)
-        return guided
 
 
 def _in_precision(prepare: Callable[..., Callable[[], Any]]) -> Callable[..., Callable[[], Any]]:

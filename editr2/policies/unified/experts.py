@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import nn
 
 from editr2.config import PolicyConfig
+from editr2.policies import weights
+from editr2.policies.unified.model import UnifiedConfig, UnifiedModel
 from editr2.policies.weights import LORA_TARGETS, add_lora
 
 TARGETS: Mapping[str, str] = {
@@ -40,8 +43,21 @@ def freeze_rest(module: nn.Module, config: PolicyConfig) -> None:
         p.requires_grad_(p.requires_grad and trains(name))
 
 
+def load_adapters(module: nn.Module, config: PolicyConfig, trains: bool = True) -> None:
+    """Adapters as configured with their numbers, `editr2.policies.weights.adapt`."""
+    weights.adapt(module, config, TARGETS[config.experts], trains=trains)
+
+
+def check_start(sizes: UnifiedConfig, config: PolicyConfig) -> None:
+    """Raises what `load_adapters` would of `policy.lora_weights` on a model of these sizes, but for
+    its numbers: headers are read, and no weights."""
+    if config.lora_weights is not None:
+        with torch.device("meta"):
+            load_adapters(UnifiedModel(sizes), config)
+
+
 def adapt(module: nn.Module, config: PolicyConfig) -> None:
-    """Adapters as configured. Raises `ConfigError` as `add_lora`."""
+    """Adapters as configured, B at zero. Raises `ConfigError` as `add_lora`."""
     targets = config.lora_targets or TARGETS[config.experts]
     add_lora(module, config.lora_rank, config.lora_alpha, targets)
 
@@ -55,8 +71,9 @@ def problems(config: PolicyConfig, trains: bool) -> Iterator[str]:
             f"policy.lora_targets: {config.lora_targets!r} (accepted with policy.experts gen: "
             f"none, the attention and MLP of that expert)"
         )
-    if config.intent and trains:
-        yield (
-            "policy.experts: gen (accepted with policy.intent true: all; what writes intents would "
-            "not train)"
-        )
+    for name, written in (("intent", "intents"), ("thinking", "thoughts")):
+        if getattr(config, name) and trains:
+            yield (
+                f"policy.experts: gen (accepted with policy.{name} true: all; what writes "
+                f"{written} would not train)"
+            )

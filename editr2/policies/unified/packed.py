@@ -3,9 +3,13 @@ in one forward.
 
 A session is a list of segments in logical order, public ones (images, instructions: the context)
 and private ones (noisy images, questions with their answers: what is predicted). A token sees what
-is public in earlier segments and its own segment, text only up to itself. This rule (`may_look`)
-stands once; a dense mask, the block mask of `flex_attention` and attention segment by segment are
-made from it.
+is public in earlier segments of its chain and its own segment, text only up to itself. This rule
+(`may_look`) stands once; a dense mask, the block mask of `flex_attention` and attention segment by
+segment are made from it.
+
+Guidance's branches are segments more. Without the current instruction: the same noisy image,
+private, where the instruction has not been said yet. Without images: the texts once more as a chain
+of their own, at positions of their own, and the noisy image at its end.
 
 Legend of shapes: B samples, L tokens, Q queries, K keys, N latent tokens, D numbers per latent
 token, H hidden.
@@ -17,13 +21,17 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from editr2.policies.base import autocast_dtype
 from editr2.policies.unified.model import Attend, Context, UnifiedModel
+
+SESSION, TEXTS = 0, 1
+"""The chains of a session: all of it, and its texts alone."""
 
 
 @dataclass
@@ -33,8 +41,8 @@ class Segment:
     ids: understanding tokens int64 [B, U] with `valid` bool [B, U]; latents: generation tokens [B,
     N, D] at time `t` ([B], or None for clean), whose marks are all valid; seen: understanding
     tokens of an image [B, M, H] behind such marks. A `private` segment (noisy image, question and
-    answer) sees all public segments before it; nobody else sees it and it does not advance the
-    position.
+    answer) sees all public segments of its chain before it; nobody else sees it and it does not
+    advance the position, which every chain counts for itself.
     """
 
     ids: Tensor
@@ -43,6 +51,7 @@ class Segment:
     t: Tensor | None = None
     private: bool = False
     seen: Tensor | None = None
+    chain: int = SESSION
 
     @property
     def image(self) -> bool:
@@ -50,76 +59,126 @@ class Segment:
         return self.latents is not None or self.seen is not None
 
 
+class Tokens(NamedTuple):
+    """What the mask rule asks of tokens: their segment, in logical order; their place within it,
+    one for all tokens of an image; their chain; whether their segment is private; whether they are
+    no padding."""
+
+    segment: Tensor
+    order: Tensor
+    chain: Tensor
+    private: Tensor
+    valid: Tensor
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the mask rule knows of a sequence in physical order.
 
-    segment: int64 [L], in logical order. order: int64 [L], within a segment; one for all tokens of
-    an image. private: bool [L]. valid: bool [B, L]. pieces: (segment, private, tokens) of the
-    stretches that make up the sequence.
+    segment, order, chain: int64 [L]; private: bool [L]; valid: bool [B, L], as in `Tokens`. pieces:
+    (segment, private, tokens) of the stretches that make up the sequence.
     """
 
     segment: Tensor
     order: Tensor
+    chain: Tensor
     private: Tensor
     valid: Tensor
     pieces: tuple[tuple[int, bool, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.segment)
+
+    def part(self, at: Tensor | slice, pieces: tuple[tuple[int, bool, int], ...] = ()) -> Layout:
+        """The tokens at these indices."""
+        one = (self.segment[at], self.order[at], self.chain[at], self.private[at])
+        return Layout(*one, self.valid[:, at], pieces)
 
     def take(self, kept: Sequence[int]) -> Layout:
         """The pieces at these indices as a layout."""
         parts = [torch.arange(n) for _, _, n in self.pieces]
         starts = [sum(n for _, _, n in self.pieces[:i]) for i in range(len(self.pieces))]
         at = torch.cat([parts[i] + starts[i] for i in kept]).to(self.segment.device)
-        return Layout(
-            self.segment[at],
-            self.order[at],
-            self.private[at],
-            self.valid[:, at],
-            tuple(self.pieces[i] for i in kept),
-        )
+        return self.part(at, tuple(self.pieces[i] for i in kept))
 
     def behind(self, past: Layout) -> Layout:
         """The keys that these queries meet: `past`, then themselves."""
         return Layout(
             torch.cat([past.segment, self.segment]),
             torch.cat([past.order, self.order]),
+            torch.cat([past.chain, self.chain]),
             torch.cat([past.private, self.private]),
             torch.cat([past.valid, self.valid], 1),
             past.pieces + self.pieces,
         )
 
 
-def may_look(
-    q_segment: Tensor,
-    q_order: Tensor,
-    k_segment: Tensor,
-    k_order: Tensor,
-    k_private: Tensor,
-    k_valid: Tensor,
-) -> Tensor:
+def may_look(q: Tokens, k: Tokens) -> Tensor:
     """The mask rule, bool, for tensors that broadcast."""
-    own = (q_segment == k_segment) & (q_order >= k_order)
-    past = (q_segment > k_segment) & ~k_private
+    own = (q.segment == k.segment) & (q.order >= k.order)
+    past = (q.segment > k.segment) & (q.chain == k.chain) & ~k.private
     # A padded query must look at something, else its softmax is NaN: at itself. Image tokens are
     # never padded.
-    itself = (q_segment == k_segment) & (q_order == k_order)
-    return (own | past) & (k_valid | itself)
+    itself = (q.segment == k.segment) & (q.order == k.order)
+    return (own | past) & (k.valid | itself)
 
 
 def dense_mask(queries: Layout, keys: Layout) -> Tensor:
     """bool [B, Q, K], True = may look."""
-    q = (queries.segment[:, None], queries.order[:, None])
-    return may_look(*q, keys.segment, keys.order, keys.private, keys.valid[:, None])
+    q, k = queries, keys
+    segment, order, chain, private = (x[:, None] for x in (q.segment, q.order, q.chain, q.private))
+    return may_look(
+        Tokens(segment, order, chain, private, q.valid[:, :, None]),
+        Tokens(k.segment, k.order, k.chain, k.private, k.valid[:, None]),
+    )
 
 
 def mask_mod(queries: Layout, keys: Layout) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The rule as `flex_attention` wants it, over indices (sample, head, query, key)."""
 
+    def tokens(x: Layout, b: Tensor, at: Tensor) -> Tokens:
+        return Tokens(x.segment[at], x.order[at], x.chain[at], x.private[at], x.valid[b, at])
+
     def mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        looking = (queries.segment[q], queries.order[q])
-        return may_look(*looking, keys.segment[k], keys.order[k], keys.private[k], keys.valid[b, k])
+        return may_look(tokens(queries, b, q), tokens(keys, b, k))
 
     return mod
+
+
+BLOCK = 128
+"""Side of the squares that `flex_attention` leaves out where nothing in them is seen."""
+AT_ONCE = 1 << 26
+"""Numbers of the mask that are looked at together."""
+
+
+def block_mask(queries: Layout, keys: Layout, *, block: int = BLOCK, at_once: int = AT_ONCE) -> Any:
+    """`flex_attention`'s `BlockMask` of the rule. The library's own maker holds the mask of all
+    queries and keys, which at three guided turns of 512 x 512 pixels is 0.6 GB a rollout, several
+    times over; this one looks at some queries after the others."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows = max(1, at_once // (keys.valid.numel() * block)) * block
+    counts = []
+    for first in range(0, len(queries), rows):
+        mask = dense_mask(queries.part(slice(first, first + rows)), keys)
+        mask = F.pad(mask, (0, -mask.shape[2] % block, 0, -mask.shape[1] % block))
+        counts.append(mask.unflatten(2, (-1, block)).unflatten(1, (-1, block)).sum((2, 4)))
+    seen = torch.cat(counts, 1)[:, None]  # [B, 1, blocks of queries, blocks of keys]
+
+    def listed(kind: Tensor) -> tuple[Tensor, Tensor]:
+        those_first = kind.int().argsort(dim=-1, descending=True, stable=True)
+        return kind.sum(-1).int(), those_first.int()
+
+    some, whole = listed((seen > 0) & (seen < block**2)), listed(seen == block**2)
+    return BlockMask.from_kv_blocks(
+        some[0],
+        some[1],
+        whole[0],
+        whole[1],
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod(queries, keys),
+        seq_lengths=(len(queries), len(keys)),
+    )
 
 
 @functools.cache
@@ -132,15 +191,16 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 def flex(queries: Layout, keys: Layout, compiled: bool = True) -> Attend:
     """Attention by `flex_attention` with a block mask. compiled: False is for tests without a
     GPU."""
-    from torch.nn.attention import flex_attention as lib
+    from torch.nn.attention.flex_attention import flex_attention
 
-    mod, device = mask_mod(queries, keys), queries.segment.device
-    sizes = (queries.valid.shape[0], None, len(queries.segment), len(keys.segment))
-    block_mask = lib.create_block_mask(mod, *sizes, device=str(device))
-    function: Any = _compiled_flex_attention() if compiled else lib.flex_attention
+    mask = block_mask(queries, keys)
+    function: Any = _compiled_flex_attention() if compiled else flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return function(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        # Autocast knows the dense form, not this one, which wants one precision.
+        dtype = autocast_dtype(q.device) or v.dtype
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        return function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
     return attend
 
@@ -230,15 +290,16 @@ def pack(
     """
     b = segments[0].ids.shape[0]
     device = segments[0].ids.device
-    counter = torch.zeros(b, dtype=torch.int64, device=device)
+    nothing = torch.zeros(b, dtype=torch.int64, device=device)
+    counters = dict.fromkeys((s.chain for s in segments), nothing)
     text_x, text_position, text_order, text_valid, text_pieces, text_slices = [], [], [], [], [], []
     image_x, image_position, image_pieces = [], [], []
     latent_slices: list[slice | None] = []
     text_at = image_at = 0
     for number, s in enumerate(segments):
-        start = counter
+        start = counters[s.chain]
         if not s.private:
-            counter = counter + (1 if s.image else s.valid.sum(1))
+            counters[s.chain] = start + (1 if s.image else s.valid.sum(1))
         if private is not None and s.private != private:
             continue
         words, valid = model.embed_text(s.ids), s.valid
@@ -266,10 +327,15 @@ def pack(
         image_at += n
     pieces = (*text_pieces, *image_pieces)
     widths = torch.tensor([n for _, _, n in pieces], device=device)
+
+    def spread(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=device).repeat_interleave(widths)
+
     layout = Layout(
-        torch.tensor([number for number, _, _ in pieces], device=device).repeat_interleave(widths),
+        spread([number for number, _, _ in pieces]),
         F.pad(torch.cat(text_order), (0, image_at)),
-        torch.tensor([hidden for _, hidden, _ in pieces], device=device).repeat_interleave(widths),
+        spread([segments[number].chain for number, _, _ in pieces]),
+        spread([hidden for _, hidden, _ in pieces]),
         F.pad(torch.cat(text_valid, 1), (0, image_at), value=True),
         pieces,
     )
@@ -290,44 +356,45 @@ def run_packed(model: UnifiedModel, packed: Packed) -> Tensor:
     return hidden
 
 
-def run_session(
-    model: UnifiedModel,
-    segments: Sequence[Segment],
-    grid: tuple[int, int],
-    *,
-    context_gradient: bool,
+def worth_reading(segments: Sequence[Segment]) -> list[int]:
+    """The numbers of the segments that anybody looks at: private ones, and the public ones that a
+    private one of their chain follows."""
+    last = {s.chain: number for number, s in enumerate(segments) if s.private}
+    return [number for number, s in enumerate(segments) if number <= last.get(s.chain, -1)]
+
+
+class Past(NamedTuple):
+    """The public segments of a session, as they were read."""
+
+    layout: Layout
+    context: Context
+
+
+def read_public(model: UnifiedModel, segments: Sequence[Segment], grid: tuple[int, int]) -> Past:
+    """Reads the public segments: one pass through the layers."""
+    public = pack(model, segments, grid, private=False)
+    attend = attention(public.layout, public.layout)
+    _, keys, values = model.run(public.embedded, public.split, public.position, attend, None)
+    return Past(
+        public.layout, Context(keys, values, public.layout.valid, public.position[:, -1] + 1)
+    )
+
+
+def run_private(
+    model: UnifiedModel, segments: Sequence[Segment], grid: tuple[int, int], past: Past | None
 ) -> dict[int, Tensor]:
     """Final hidden states of the private segments by their number: [B, N, H] of a noisy image, [B,
-    U, H] of text.
-
-    With `context_gradient` everything is one forward. Without, the public segments are read first,
-    without gradient, and all private segments in a second forward behind their keys and values.
-    Public segments that no private one follows are not read.
-    """
-    private = [i for i, s in enumerate(segments) if s.private]
-    if not private:
-        return {}
-    segments = segments[: private[-1] + 1]
-    if context_gradient:
-        packed = pack(model, segments, grid)
-        attend = attention(packed.layout, packed.layout)
-        hidden, _, _ = model.run(packed.embedded, packed.split, packed.position, attend, None)
-        asked = private
-    else:
-        with torch.no_grad():
-            public = pack(model, segments, grid, private=False)
-            attend = attention(public.layout, public.layout)
-            _, keys, values = model.run(
-                public.embedded, public.split, public.position, attend, None
-            )
-        packed = pack(model, segments, grid, private=True)
-        attend = attention(packed.layout, packed.layout.behind(public.layout))
-        context = Context(keys, values, public.layout.valid, public.position[:, -1] + 1)
-        hidden, _, _ = model.run(packed.embedded, packed.split, packed.position, attend, context)
-        asked = list(range(len(private)))
+    U, H] of text. One pass through the layers: over the private segments behind `past`, or, where
+    gradients shall go through the public ones, over all of them (None)."""
+    packed = pack(model, segments, grid, private=None if past is None else True)
+    keys = packed.layout if past is None else packed.layout.behind(past.layout)
+    attend, context = attention(packed.layout, keys), None if past is None else past.context
+    hidden, _, _ = model.run(packed.embedded, packed.split, packed.position, attend, context)
+    private = [number for number, s in enumerate(segments) if s.private]
+    packed_at = private if past is None else range(len(private))
     return {
-        i: hidden[:, packed.latent_slices[at] or packed.text_slices[at]]
-        for i, at in zip(private, asked)
+        number: hidden[:, packed.latent_slices[at] or packed.text_slices[at]]
+        for number, at in zip(private, packed_at, strict=True)
     }
 
 
@@ -352,6 +419,8 @@ def token_counts(
     *,
     seen: int = 0,
     last_image: bool = False,
+    dropped: tuple[bool, bool] = (False, False),
+    together: bool = False,
 ) -> dict[str, Counts]:
     """Counts of three ways to predict the same, by name:
 
@@ -365,14 +434,16 @@ def token_counts(
     understanding sees of an image, behind its block. last_image: read the last output, too, as one
     does whose packed sequence holds whole sessions; nothing needs it here. With it, and one
     noisy image a turn, rebuild / packed is 1.30, 1.85 and 2.64 at 3, 5 and 8 turns of 1026 tokens
-    an image and 64 of text.
+    an image and 64 of text. dropped: which branches guidance has, without the current instruction
+    and without images. together: the walk predicts all of them in one forward, padded to the
+    longest.
     """
 
     def pairs(tokens: int, past: int, causal: bool) -> int:
         return tokens * past + (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
 
-    context = Counts(0, 0, 0)
-    rebuild, predicted = Counts(0, 0, 0), Counts(0, 0, 0)
+    context, texts = Counts(0, 0, 0), Counts(0, 0, 0)
+    rebuild, walked, packed = Counts(0, 0, 0), Counts(0, 0, 0), Counts(0, 0, 0)
 
     def add(a: Counts, tokens: int, attended: int, forwards: int = 1) -> Counts:
         return Counts(a.tokens + tokens, a.pairs + attended, a.forwards + forwards)
@@ -386,18 +457,34 @@ def token_counts(
         context = read(context)
         if question:
             answer = pairs(question, context.tokens, True)
-            predicted = add(predicted, question, answer)
+            walked, packed = add(walked, question, answer), add(packed, question, answer)
             rebuild = add(rebuild, context.tokens + question, context.pairs + answer)
+        behind = [context] if dropped[0] else []
         context = add(context, said, pairs(said, context.tokens, True))
-        noise = pairs(image, context.tokens, False)
-        predicted = add(predicted, places * image, places * noise, places)
-        rebuild = add(
-            rebuild, places * (context.tokens + image), places * (context.pairs + noise), places
-        )
+        behind.append(context)
+        if dropped[1]:
+            texts = add(texts, said, pairs(said, texts.tokens, True))
+            behind.append(texts)
+        for past in behind:
+            noise = pairs(image, past.tokens, False)
+            packed = add(packed, places * image, places * noise)
+            rebuild = add(
+                rebuild, places * (past.tokens + image), places * (past.pairs + noise), places
+            )
+            if not together:
+                walked = add(walked, places * image, places * noise, places)
+        if together:
+            noise, n = pairs(image, context.tokens, False), places * len(behind)
+            walked = add(walked, n * image, n * noise, places)
     if last_image:
         context = read(context)
-    walk = add(context, predicted.tokens, predicted.pairs, predicted.forwards)
-    return {"rebuild": rebuild, "walk": walk, "packed": Counts(walk.tokens, walk.pairs, 1)}
+    context = add(context, texts.tokens, texts.pairs, texts.forwards)
+    walk = add(context, walked.tokens, walked.pairs, walked.forwards)
+    return {
+        "rebuild": rebuild,
+        "walk": walk,
+        "packed": Counts(context.tokens + packed.tokens, context.pairs + packed.pairs, 1),
+    }
 
 
 FORWARD_TOKENS = 100

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard, cast
+from typing import Any, ClassVar, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -53,9 +53,20 @@ from editr2.policies.tokens import THINK_END, TextCodec, word_tokenizer
 from editr2.policies.unified import experts
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import ImageCodec, PixelCodec
-from editr2.policies.unified.experts import adapt, freeze_rest
+from editr2.policies.unified.experts import adapt, check_start, freeze_rest, load_adapters
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
-from editr2.policies.unified.packed import Segment, packed_is_cheaper, run_session, token_counts
+from editr2.policies.unified.packed import (
+    SESSION,
+    TEXTS,
+    Past,
+    Segment,
+    packed_is_cheaper,
+    read_public,
+    run_private,
+    token_counts,
+    worth_reading,
+)
+from editr2.policies.unified.questions import MODES, Wording, wording_of
 from editr2.policies.unified.sight import Sight
 from editr2.policies.weights import merged_weights
 from editr2_kernels import RENORMS, philox_normal, token_log_prob
@@ -65,20 +76,9 @@ SIZES, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 """The files of a folder."""
 
 BUCKET = 64  # tokens; the embedded world's turns are about 50 long
-KEPT_BYTES = 1 << 30
-"""Of what frozen parts make of images, on the host."""
-
-
-REQUESTS = {"cm": "rewrite always", "cu": "rewrite it", None: "rewrite"}
-"""What a question asks for, by mode: fold standing rules in, replace pronouns, or simply rewrite.
-The shipped weights were pretrained on the last alone and answer the others almost as well."""
-
-
-def question(earlier: Sequence[str], current: str, mode: str | None = None) -> str:
-    """The request for an intent: raw earlier instructions, the current one, and what to do (see
-    `REQUESTS`)."""
-    said = "".join(f"{c} ; " for c in earlier)
-    return f"earlier : {said}now : {current} ; {REQUESTS.get(mode, REQUESTS[None])}"
+KEPT_BYTES = 4 << 30
+"""Of what frozen parts make of images, on the host: some 400 of 512 x 512 pixels as BAGEL sees them
+in bfloat16, more than a process reads in an iteration of the recipes."""
 
 
 def read_intent(answer: str) -> tuple[str | None, str]:
@@ -233,6 +233,34 @@ def computing(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What is written for the questions of a kind. asked: the ids behind which one is, given the
+    policy, earlier and current instructions and the mode. read: text and reasoning of what was
+    written, without its end mark."""
+
+    asked: Callable[[UnifiedPolicy, Sequence[str], str, str | None], list[int]]
+    read: Callable[[TextCodec, list[int]], tuple[str | None, str]]
+
+
+def _intent(codec: TextCodec, ids: list[int]) -> tuple[str | None, str]:
+    text, thought = read_intent(codec.decode(ids))
+    if text is not None and not codec.can_say(text):
+        text = None  # a fallback, nobody's fault: a mark or an unknown word was sampled
+    return text, thought
+
+
+def _thought(codec: TextCodec, ids: list[int]) -> tuple[str | None, str]:
+    return codec.tokenizer.decode(ids, skip_special_tokens=False), ""
+
+
+KINDS = {
+    "intent": _Kind(lambda policy, *asked: policy.question_ids(*asked), _intent),
+    "thought": _Kind(lambda policy, *_: [policy.codec.im_start], _thought),
+}
+"""By the kind of the questions. A thought answers what the context holds already."""
+
+
 class UnifiedPolicy(ConfiguredPolicy):
     """`PackedPolicy` and `TextPolicy` over a `UnifiedModel`. Latents are pixels (the embedded
     world's) or an autoencoder's, as the image codec says; what understanding sees of an image
@@ -245,12 +273,23 @@ class UnifiedPolicy(ConfiguredPolicy):
     writes_text = True
     uses = ConfiguredPolicy.uses | {
         *("guidance", "guidance_image", "guidance_interval", "renorm"),
-        *("lora_rank", "lora_alpha", "lora_targets", "experts", "gradient_checkpointing"),
+        *("lora_rank", "lora_alpha", "lora_targets", "lora_weights", "experts"),
+        *("gradient_checkpointing", "questions"),
     }
     default_weights = "the small model shipped with editr2"
     holds = f"{SIZES}, {TOKENIZER} and {WEIGHTS}"
 
+    thinks = False
+    system: str | None = None
+    """What stands before every session, if anything."""
+    most_references: int | None = 0
+    """As `ReferringPolicy`."""
     compute_dtype = torch.float32
+    wording: Wording
+    """What intents are asked for with. The shipped weights were pretrained on `rewrite` alone and
+    answer the others almost as well."""
+    asked: ClassVar[str] = "embedded"
+    """The folder of `prompts/` with its own questions."""
     apart = False
     """Whether guidance's branches run one after the other, none padded to the longest."""
 
@@ -275,6 +314,7 @@ class UnifiedPolicy(ConfiguredPolicy):
             )
         self.module = model
         self.codec = codec
+        self.wording = wording_of(self.asked, None)
         self.guidance = guidance
         self.patch = config.latent_patch_size
         self.images: ImageCodec = images or PixelCodec(self.patch)
@@ -316,9 +356,9 @@ class UnifiedPolicy(ConfiguredPolicy):
     ) -> UnifiedPolicy:
         (folder,) = cls.sources(config)
         policy = cls.load(Path(folder), Guidance.of(config))
-        if config.lora_rank:
-            adapt(policy.module, config)
-        else:
+        policy.ask_with(config.questions)
+        load_adapters(policy.module, config, trains)
+        if not config.lora_rank:
             freeze_rest(policy.module, config)
         recompute_blocks(policy.module, config.gradient_checkpointing)
         return policy
@@ -339,6 +379,13 @@ class UnifiedPolicy(ConfiguredPolicy):
         return [config.weights or str(EMBEDDED)]
 
     @classmethod
+    def fingerprints(cls, config: PolicyConfig) -> dict[str, str]:
+        if config.questions is None:
+            return {}
+        prompts = wording_of(cls.asked, config.questions).prompts
+        return {"questions": f"{prompts.origin} {prompts.digest}"}
+
+    @classmethod
     def owns(cls, folder: Path) -> bool:
         # The names alone are those of many a language model.
         named = all((folder / name).is_file() for name in (SIZES, TOKENIZER, WEIGHTS))
@@ -348,6 +395,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     def blueprint(cls, config: PolicyConfig) -> UnifiedBlueprint:
         (folder,) = cls.sources(config)
         sizes, codec = read_parts(Path(folder))
+        check_start(sizes, config)
         with simulated():
             module = UnifiedModel(sizes)
         if config.lora_rank:
@@ -357,6 +405,7 @@ class UnifiedPolicy(ConfiguredPolicy):
             freeze_rest(module, config)
         with simulated():
             policy = cls(module, codec, Guidance.of(config))
+        policy.ask_with(config.questions)
         return UnifiedBlueprint(policy, config)
 
     @classmethod
@@ -416,8 +465,11 @@ class UnifiedPolicy(ConfiguredPolicy):
         return self.guided(empty, empty, empty) if self.guidance.active else empty
 
     @computing
-    def encode(self, images: np.ndarray) -> AnyContext:
-        return self.append(self.begin(len(images)), images)
+    def encode(self, images: np.ndarray, references: Sequence[np.ndarray] = ()) -> AnyContext:
+        context = self.begin(len(images), self.system)
+        for each in (images, *references):
+            context = self.append(context, each)
+        return context
 
     def _words(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """ids and valid [B, L] on the device."""
@@ -490,16 +542,22 @@ class UnifiedPolicy(ConfiguredPolicy):
     def velocity(self, x: Tensor, sigma: Tensor, context: AnyContext) -> Velocity:
         if not isinstance(context, GuidedContext):
             return Velocity(self._predicted(context, x, sigma))
-        n, g = len(context.branches), self.guidance
+        n = len(context.branches)
         if self.apart:
             v, *dropped = (self._predicted(c, x, sigma) for c in context.branches)
         else:
             x, sigma = x.repeat(n, *(1,) * (x.dim() - 1)), sigma.repeat(n)
             v, *dropped = self._predicted(context.joined, x, sigma).chunk(n)
+        return self._beside(v, dropped)
+
+    def _beside(self, v: Tensor, dropped: Sequence[Tensor]) -> Velocity:
+        """A velocity with those of its branches, as guidance asks for them: without the current
+        instruction, without images."""
+        g = self.guidance
         options: dict[str, object] = {"guidance_interval": g.interval, "renorm": g.renorm}
-        if context.text_dropped is not None:
+        if g.text != 1:
             options |= {"v_uncond": dropped[0], "guidance": g.text}
-        if context.image_dropped is not None:
+        if g.image != 1:
             options |= {"v_uncond_image": dropped[-1], "guidance_image": g.image}
         return Velocity(v, options)
 
@@ -532,7 +590,9 @@ class UnifiedPolicy(ConfiguredPolicy):
     def writes_text_with(self, name: str) -> bool:
         return experts.writes(name)
 
-    def unreadable(self, instructions: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def unreadable(
+        self, instructions: Sequence[str], references: int = 0
+    ) -> Iterator[tuple[int, str]]:
         """As `ReadingPolicy.unreadable`: words that the vocabulary does not hold; a context has any
         length."""
         for turn, text in enumerate(instructions):
@@ -544,18 +604,27 @@ class UnifiedPolicy(ConfiguredPolicy):
     def text_ids(self, text: str) -> list[int]:
         return [self.codec.im_start, *self.codec.encode(text), self.codec.im_end]
 
+    def ask_with(self, questions: str | None) -> None:
+        """Takes the questions that `policy.questions` names. Raises `ConfigError` where they are
+        not there, or not in the policy's words."""
+        self.wording = wording_of(self.asked, questions)
+        for mode in MODES if questions is not None else ():
+            try:
+                self.text_ids(self.wording([], "", mode))
+            except DataError as error:
+                raise ConfigError(
+                    f"policy.questions: {questions}: {mode}: {error} (accepted: the policy's words)"
+                ) from None
+
     def question_ids(
         self, earlier: Sequence[str], current: str, mode: str | None = None
     ) -> list[int]:
         """The question and the opening mark of the answer."""
-        return [*self.text_ids(question(earlier, current, mode)), self.codec.im_start]
+        return [*self.text_ids(self.wording(earlier, current, mode)), self.codec.im_start]
 
     def _question_rows(self, questions: Questions) -> list[list[int]]:
-        q = questions
-        return [
-            self.question_ids(e, c, m)
-            for e, c, m in zip(q.earlier, q.current, q.modes, strict=True)
-        ]
+        q, asked = questions, KINDS[questions.kind].asked
+        return [asked(self, e, c, m) for e, c, m in zip(q.earlier, q.current, q.modes, strict=True)]
 
     @torch.no_grad()
     @computing
@@ -568,18 +637,15 @@ class UnifiedPolicy(ConfiguredPolicy):
         temperature: float,
         max_tokens: int,
     ) -> list[Intent]:
-        """As `TextPolicy.intend`. Log-probs are those under softmax(logits / temperature), of
-        greedy tokens too; temperature 0 is greedy and counts as 1 for them. Without an end mark,
-        ids are all the `max_tokens` sampled."""
-        intents = []
+        """As `TextPolicy.intend`, and of thoughts. Log-probs are those under softmax(logits /
+        temperature), of greedy tokens too; temperature 0 is greedy and counts as 1 for them.
+        Without an end mark, ids are all the `max_tokens` sampled."""
+        read, intents = KINDS[questions.kind].read, []
         for ids, log_prob in self._written(
             context, self._question_rows(questions), seeds, temperature, max_tokens
         ):
             end = ids.index(self.codec.im_end) if self.codec.im_end in ids else len(ids)
-            text, thought = read_intent(self.codec.decode(ids[:end]))
-            if text is not None and not self.codec.can_say(text):
-                text = None  # a fallback, nobody's fault: a mark or an unknown word was sampled
-            intents.append(Intent(text, thought, tuple(ids), tuple(log_prob)))
+            intents.append(Intent(*read(self.codec, ids[:end]), tuple(ids), tuple(log_prob)))
         return intents
 
     def _written(
@@ -624,8 +690,6 @@ class UnifiedPolicy(ConfiguredPolicy):
         logits: Tensor = self.module(lambda model: model.logits(model.extend_branch(*given)[:, 0]))
         return logits
 
-    @torch.no_grad()
-    @computing
     def think(
         self,
         context: AnyContext,
@@ -636,19 +700,23 @@ class UnifiedPolicy(ConfiguredPolicy):
     ) -> list[str]:
         """What each sample thinks before it paints (BAGEL's thinking, behind `begin` with a system
         prompt), at most so many tokens; `consider` takes it. seeds: as of `intend`."""
-        rows = [[self.codec.im_start]] * _full(context).batch
-        written = self._written(context, rows, seeds, temperature, max_tokens)
-        said = [[i for i in ids if i != self.codec.im_end] for ids, _ in written]
-        return [self.codec.tokenizer.decode(ids, skip_special_tokens=False) for ids in said]
+        batch = _full(context).batch
+        asked = Questions([[]] * batch, [""] * batch, [None] * batch, "thought")
+        thoughts = self.intend(
+            context, asked, seeds, temperature=temperature, max_tokens=max_tokens
+        )
+        return [thought.text or "" for thought in thoughts]
 
     @computing
     def consider(self, context: AnyContext, thoughts: Sequence[str]) -> AnyContext:
-        """The context with a thought, which guidance's other branches do not know. Marks in it are
-        marks: the model wrote them."""
-        codec = self.codec
-        rows = [[codec.im_start, *codec.encode(t, marks=True), codec.im_end] for t in thoughts]
-        full = self._read(_full(context), *self._words(rows))
+        """As `ThinkingPolicy.consider`; guidance's other branches do not know it. Marks in a
+        thought are marks: the model wrote them."""
+        full = self._read(_full(context), *self._words(self._thought_rows(thoughts)))
         return dataclasses.replace(context, full=full) if _guided(context) else full
+
+    def _thought_rows(self, thoughts: Sequence[str]) -> list[list[int]]:
+        codec = self.codec
+        return [[codec.im_start, *codec.encode(t, marks=True), codec.im_end] for t in thoughts]
 
     @computing
     def answer_log_prob(
@@ -718,29 +786,29 @@ class UnifiedPolicy(ConfiguredPolicy):
     # --------------------------------------------------------------------------------------- packed
 
     def packs(self, turns: Sequence[TurnTask], *, context_gradient: bool) -> bool:
-        """As `PackedPolicy.packs`; never under guidance, and on a CPU only: on no GPU has it been
-        measured, nor run."""
-        if (
-            self.guidance.active
-            or "lockstep" in vars(self.module)  # two passes through the layers in a call
-            or self.device.type != "cpu"
-            or not any(t.sigma.numel() or any(t.answers or ()) for t in turns)
+        """As `PackedPolicy.packs`; on a CPU only: on no GPU has it been measured, nor run."""
+        scored = [[one for one in turn.asked.values() if any(one[1])] for turn in turns]
+        if self.device.type != "cpu" or not any(
+            turn.sigma.numel() or one for turn, one in zip(turns, scored, strict=True)
         ):
             return False
+        # Thoughts and what stands before a session count as words of the instructions, of which
+        # guidance's branches have fewer.
         text = [max(len(self.text_ids(c)) for c in turn.text) for turn in turns]
-        asked = [0] * len(turns)
         for i, turn in enumerate(turns):
-            if turn.questions is not None and turn.answers is not None and any(turn.answers):
-                asked[i] = self._asked(turn.questions, turn.answers)[0].shape[1]
+            text[i] += max(map(len, self._thought_rows(turn.thoughts or [])), default=0)
+        text[0] += 0 if self.system is None else len(self.text_ids(self.system))
+        asked = [sum(self._asked(*one)[0].shape[1] for one in each) for each in scored]
         noisy = [turn.sigma.shape[1] for turn in turns]
         seen = self.seen_tokens and self.seen_tokens + len(self.marks)
         painted = self.grid[0] * self.grid[1] + len(self.marks)
-        counts = token_counts(painted, text, noisy, asked, seen=seen)
+        dropped = (self.guidance.text != 1, self.guidance.image != 1)
+        how: Any = {"seen": seen, "dropped": dropped, "together": not self.apart}
+        counts = token_counts(painted, text, noisy, asked, **how)
         return packed_is_cheaper(
             self.module, counts, len(turns[0].text), 1 if context_gradient else 2
         )
 
-    @computing
     def replay_packed(
         self,
         images: np.ndarray,
@@ -748,62 +816,117 @@ class UnifiedPolicy(ConfiguredPolicy):
         *,
         context_gradient: bool,
         temperature: float,
+        references: Sequence[np.ndarray] = (),
     ) -> list[TurnReplay]:
-        """As `PackedPolicy.replay_packed`. Raises ValueError under guidance, whose branches are
-        other sessions."""
-        if "lockstep" in vars(self.module):
-            raise ConfigError("train.packed: on (accepted with policy.shard: auto, off)")
-        if self.guidance.active:
-            raise ValueError(
-                f"guidance: {self.guidance} has no packed replay; walk through the turns instead"
-            )
-        b = len(images)
-        marks, both = (
-            self.marks.expand(b, -1),
-            torch.ones(b, 2, dtype=torch.bool, device=self.device),
-        )
-        segments: list[Segment] = []
-        questions: list[tuple[int, Tensor] | None] = []
-        places: list[list[int]] = []
-        for turn in turns:
-            latents, seen = self._looked_at(images)
-            segments.append(Segment(marks, both, latents))
-            if seen is not None:
-                segments.append(Segment(marks, both, seen=seen))
-            questions.append(None)
-            if turn.questions is not None and turn.answers is not None and any(turn.answers):
-                ids, valid, first = self._asked(turn.questions, turn.answers)
-                questions[-1] = (len(segments), first)
-                segments.append(Segment(ids, valid, private=True))
-            ids, valid = (
-                x.to(self.device) for x in self.codec.pad([self.text_ids(c) for c in turn.text])
-            )
-            segments.append(Segment(ids, valid))
-            places.append([len(segments) + q for q in range(turn.sigma.shape[1])])
-            pairs = zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True)
-            segments += [Segment(marks, both, x, sigma, private=True) for x, sigma in pairs]
-            images = turn.images
+        """As `PackedPolicy.replay_packed`. Two calls of the module, the context and what is asked
+        behind it, or one with gradient through the context; each goes through the layers once."""
+        segments, laid = self._laid_out(images, references, turns)
+        kept = worth_reading(segments)
+        if not kept:
+            return [self._nothing(turn) for turn in turns]
+        read, grid = [segments[number] for number in kept], self.grid
+        past: Past | None = None
+        if not context_gradient:
+            # An autocast of its own: one keeps its casts of weights, and these have no graph.
+            with torch.no_grad(), self.autocast():
+                past = self.module(lambda model: read_public(model, read, grid))
 
         def answered(model: UnifiedModel) -> list[TurnReplay]:
-            hidden = run_session(model, segments, self.grid, context_gradient=context_gradient)
+            found = run_private(model, read, grid, past)
+            hidden = {kept[number]: states for number, states in found.items()}
             done = []
-            for turn, question, at in zip(turns, questions, places, strict=True):
-                v = (
-                    model.llm2vae(torch.stack([hidden[i] for i in at], 1)).flatten(0, 1)
-                    if at
-                    else turn.x.flatten(0, 1)
-                )
-                tokens = None
-                if question is not None and turn.answers is not None:
-                    states, first = hidden[question[0]], question[1]
-                    tokens = self._scores(states, first, turn.answers, temperature)
-                elif turn.answers is not None:
-                    tokens = self._no_scores(len(turn.answers))
-                done.append(TurnReplay(Velocity(v), tokens))
+            for turn, (questions, places) in zip(turns, laid, strict=True):
+                none = self._nothing(turn)
+                velocity, scores = none.velocity, none.scores
+                if places[0]:
+                    v, *dropped = (
+                        model.llm2vae(torch.stack([hidden[number] for number in numbers], 1))
+                        for numbers in places
+                    )
+                    velocity = self._replayed(v.flatten(0, 1), [d.flatten(0, 1) for d in dropped])
+                for kind, (number, first) in questions.items():
+                    answers = turn.asked[kind][1]
+                    scores[kind] = self._scores(hidden[number], first, answers, temperature)
+                done.append(TurnReplay(velocity, scores.get("intent"), scores.get("thought")))
             return done
 
-        replayed: list[TurnReplay] = self.module(answered)
+        with self.autocast():
+            replayed: list[TurnReplay] = self.module(answered)
         return replayed
+
+    def _replayed(self, v: Tensor, dropped: Sequence[Tensor]) -> Velocity:
+        return self._beside(v, dropped) if self.guidance.active else Velocity(v)
+
+    def _nothing(self, turn: TurnTask) -> TurnReplay:
+        """Of a turn where nothing is asked."""
+        nothing = turn.x.flatten(0, 1)
+        dropped = [nothing] * (len(self._branches) - 1)
+        scores = {kind: self._no_scores(len(one[1])) for kind, one in turn.asked.items()}
+        velocity = self._replayed(nothing, dropped)
+        return TurnReplay(velocity, scores.get("intent"), scores.get("thought"))
+
+    @property
+    def _branches(self) -> list[str]:
+        """What a velocity is predicted behind: everything, and what guidance drops."""
+        g = self.guidance
+        weights = {"full": 0.0, "text_dropped": g.text, "image_dropped": g.image}
+        return [name for name, weight in weights.items() if weight != 1]
+
+    def _laid_out(
+        self, images: np.ndarray, references: Sequence[np.ndarray], turns: Sequence[TurnTask]
+    ) -> tuple[list[Segment], list[tuple[dict[str, tuple[int, Tensor]], list[list[int]]]]]:
+        """Sessions as segments; and of every turn the numbers of its questions with where the
+        answers start [B], by kind, and those of its noisy images, by branch."""
+        b, branches = len(images), self._branches
+        marks = self.marks.expand(b, -1)
+        both = torch.ones(b, 2, dtype=torch.bool, device=self.device)
+        segments: list[Segment] = []
+        laid: list[tuple[dict[str, tuple[int, Tensor]], list[list[int]]]] = []
+
+        def put(*more: Segment) -> list[int]:
+            segments.extend(more)
+            return list(range(len(segments) - len(more), len(segments)))
+
+        def said(rows: list[list[int]], *chains: int) -> None:
+            words = self._words(rows)
+            put(*(Segment(*words, chain=chain) for chain in chains))
+
+        def asked(turn: TurnTask, kind: str) -> dict[str, tuple[int, Tensor]]:
+            questions, answers = turn.asked.get(kind, (None, []))
+            if questions is None or not any(answers):
+                return {}
+            ids, valid, first = self._asked(questions, answers)
+            return {kind: (put(Segment(ids, valid, private=True))[0], first)}
+
+        def noisy(turn: TurnTask, chain: int = SESSION) -> list[int]:
+            pairs = zip(turn.x.unbind(1), turn.sigma.unbind(1), strict=True)
+            return put(
+                *(Segment(marks, both, x, sigma, private=True, chain=chain) for x, sigma in pairs)
+            )
+
+        texts = [TEXTS] if "image_dropped" in branches else []
+        if self.system is not None:
+            said([self.text_ids(self.system)] * b, SESSION, *texts)
+        for turn in turns:
+            for each in (images, *references):
+                latents, seen = self._looked_at(each)
+                put(Segment(marks, both, latents))
+                if seen is not None:
+                    put(Segment(marks, both, seen=seen))
+            questions = asked(turn, "intent")
+            places: dict[str, list[int]] = {}
+            if "text_dropped" in branches:
+                places["text_dropped"] = noisy(turn)
+            said([self.text_ids(c) for c in turn.text], SESSION, *texts)
+            if turn.thoughts is not None:
+                questions |= asked(turn, "thought")
+                said(self._thought_rows(turn.thoughts), SESSION)
+            places["full"] = noisy(turn)
+            if texts:
+                places["image_dropped"] = noisy(turn, TEXTS)
+            laid.append((questions, [places[name] for name in branches]))
+            images, references = turn.images, ()
+        return segments, laid
 
     def _no_scores(self, batch: int) -> TokenScores:
         nothing = torch.zeros(batch, 0, device=self.device)
