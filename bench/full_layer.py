@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import frame
-from bench.full_size import this_device
+from bench.full_size import this_device, with_random_weights
 from bench.page import number
 from editr2.check.devices import Device, find_device
 from editr2.check.editors import Editor
@@ -35,38 +35,10 @@ from editr2.cli.settings import run_config
 from editr2.config import Config
 from editr2.errors import ConfigError, UserError
 from editr2.policies.base import Questions
-from editr2.policies.blocks import run_as_configured
 from editr2.policies.blueprint import backward
 from editr2.policies.configured import policy_class
-from editr2.policies.unified.bagel_blueprint import BagelBlueprint
 
 SAID = "make the hat red and keep the rest as it is"
-
-
-def with_random_weights(blueprint: BagelBlueprint, layers: int, device: torch.device) -> Any:
-    """The policy with so many layers and random weights: matrices keep the size of what goes
-    through them; norms start as they do."""
-    policy = blueprint.built(layers)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def values(like: Tensor, name: str) -> Tensor:
-        made = torch.empty(like.shape, dtype=like.dtype, device=device)
-        if like.dim() > 1:
-            return made.normal_(0, like.shape[1:].numel() ** -0.5, generator=generator)
-        return made.fill_(float(name == "weight"))
-
-    for part in policy.parts.values():
-        for module in part.modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    module._parameters[name] = nn.Parameter(values(p, name), p.requires_grad)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-    codec = policy.codec
-    policy._marks = torch.tensor([codec.vision_start, codec.vision_end], device=device)
-    run_as_configured(policy.module, blueprint.config)
-    return policy
 
 
 @dataclass(frozen=True)
@@ -214,7 +186,10 @@ def compared(
     sizes = editor.sizes()
     parts = [p for part in policy.parts.values() for p in part.parameters()]
     held = {
-        "weights": (sizes.weights + sizes.trained + sum(sizes.beside), sum(p.nbytes for p in parts)),
+        "weights": (
+            sizes.weights + sizes.trained + sum(sizes.beside),
+            sum(p.nbytes for p in parts),
+        ),
         "contexts": (editor.held(rows, last), size_of(session.context, policy.apart)),
     }
     steps = {}
@@ -251,9 +226,7 @@ def rows_of(
     ]
 
 
-def text_of(
-    held: Mapping[str, tuple[int, int]], steps: Mapping[str, tuple[Found, Found]]
-) -> str:
+def text_of(held: Mapping[str, tuple[int, int]], steps: Mapping[str, tuple[Found, Found]]) -> str:
     lines = [f"{'':<21}{'':<8}{'estimated':>12}{'measured':>12}{'ratio':>8}"]
 
     def line(name: str, unit: str, said: float, seen: float, scale: float) -> None:

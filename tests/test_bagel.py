@@ -381,7 +381,9 @@ def test_steps_take_what_check_says(folder, settings):
     policy |= {"branches": "apart", "gradient_checkpointing": "off", "intent_tokens": 12}
     config = Config(policy=PolicyConfig(**(policy | GUIDED | settings)))
     only = () if settings else ("encode", "train behind answer")
-    held, steps = full_layer.compared(config, 2, 2, 2, torch.device("cpu"), find_device("h100"), only)
+    held, steps = full_layer.compared(
+        config, 2, 2, 2, torch.device("cpu"), find_device("h100"), only
+    )
     assert all(said == seen for said, seen in held.values()), held
     for step, (said, seen) in steps.items():
         assert said.flops == seen.flops > 0, step
