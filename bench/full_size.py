@@ -5,10 +5,10 @@ python -m bench full_size CONFIG [--gpu h100] [--iterations 3] [settings]
 
 Transformer and autoencoder have their published settings (or those of `policy.weights`, a folder)
 and random weights, made on the device; nothing is downloaded. Text encoders are left out, here and
-in the estimate: embeddings are random, of the right size. Of BAGEL everything is there, and words
-are counted. `policy.offload` and `policy.shard` are off. The trainer runs everything else. Rows: `full_size`, of the estimate and of what was measured
-(the first iteration, which warms up, is left out), by phase: rollout with encoding and decoding,
-and training.
+in the estimate: embeddings are random, of the right size. BAGEL is whole, but counts its words.
+`policy.offload` and `policy.shard` are off. The trainer runs everything else. Rows: `full_size`, of
+the estimate and of what was measured (the first iteration, which warms up, is left out), by phase:
+rollout with encoding and decoding, and training.
 """
 
 from __future__ import annotations
