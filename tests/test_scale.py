@@ -15,6 +15,7 @@ from editr2.check.links import gather_seconds
 from editr2.check.meter import Cost
 from editr2.check.scale import Limits, limits, lines, uneven
 from editr2.config import Config, replace_nested
+from editr2.policies.blueprint import velocity_passes
 from editr2.rl.sampler import make_sampler
 
 H100 = find_device("h100")
@@ -31,6 +32,7 @@ def editor(flops: float, trainable: int = 1000) -> SimpleNamespace:
         read_again=lambda prompts: False,
         encodes_again=lambda turn, images: False,
         carried=lambda step: 0,
+        passes=velocity_passes,
         sizes=lambda: sizes,
         cost=lambda step, batch, turn, again="off": cost,
     )
