@@ -45,9 +45,9 @@ class Sizes:
     """parameters, trainable: numbers of them. weights: bytes of what is frozen; block, outside: of
     what `policy.shard` shares out (all but adapters), in the largest of the repeated blocks and in
     none of them. float8: numbers of what is frozen that are float8. trained: bytes of what trains.
-    dequantized: bytes of the largest layer's weights while it is used (4-bit). text, vae, sight:
-    bytes of the text encoders, the autoencoder and the vision transformer. targets: adapted layers
-    by their name in a block."""
+    dequantized: bytes of the largest layer's weights while it is used (4-bit). text, vae:
+    bytes of the text encoders and the autoencoder. targets: adapted layers by their name in a
+    block. sight: bytes of the vision transformer."""
 
     parameters: int
     trainable: int
@@ -59,8 +59,8 @@ class Sizes:
     dequantized: int
     text: int
     vae: int
-    sight: int
     targets: Mapping[str, int]
+    sight: int = 0
 
     @property
     def beside(self) -> tuple[int, int, int]:

@@ -491,6 +491,10 @@ def _memory(
         apart = p.guidance != 1 and settled_branches(p, processes).branches == "apart"
         several = (apart or t.rows is not None) and t.packed != "on"
         gradients = trained + (sizes.trained if several else REDUCED * sizes.block + outside)
+    held = {"contexts": contexts + copied}
+    if branches:
+        held = {f"contexts, {name}": n for name, n in branches.items()}
+        held["contexts, copied to train"] = copied
     memory = {
         "frozen weights": round(sizes.weights / shares),
         "gathered blocks": blocks + outside,
@@ -502,8 +506,7 @@ def _memory(
         "autoencoder": sizes.vae,
         "vision transformer": sizes.sight,
         "stored latents": round(rollouts * latent * (a_step * sampler.window + 1)),
-        **({f"contexts, {name}": n for name, n in branches.items()} or {"contexts": contexts}),
-        "contexts, copied to train": copied,
+        **held,
         "activations, rollout": largest("velocity", "intend", "think") + sizes.dequantized,
         "activations, encode and decode": largest("encode", "decode"),
         "activations, train": trains + sizes.dequantized,
