@@ -28,6 +28,7 @@ def editor(flops: float, trainable: int = 1000) -> SimpleNamespace:
     sizes = Sizes(2 * 10**10, trainable, 4 * 10**10, 8 * 10**8, 0, 0, 4 * trainable, 0, 0, 0, 0, {})
     return SimpleNamespace(
         writes_text=False,
+        thinks=False,
         prompt_per_output=False,
         read_again=lambda prompts: False,
         encodes_again=lambda turn, images: False,
