@@ -6,17 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from editr2.cli.flags import Arguments, Flags, dispatch
+from editr2.cli.flags import SOME, Arguments, Flags, dispatch
 from editr2.config.fields import Bounds
-from editr2.errors import DataError
+from editr2.config.rules import folder_problem
+from editr2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from editr2.label.store import Store
 
+OUTPUTS = "outputs"
+"""The format that is none of others'."""
+
 
 def command(arguments: Arguments) -> int:
-    """ask people which output is better, on a local page: `editr2 label FOLDER`; `report`, `export`"""
+    """ask people which output is better, on a local page: `label FOLDER`; `import`, `report`, `export`"""
     actions: dict[str, Callable[[Arguments], int]] = {
+        "import": _import,
         "serve": _serve,
         "report": _report,
         "export": _export,
@@ -45,7 +50,9 @@ def _serve(arguments: Arguments) -> int:
         help="a question is done when so many answered; none: everybody answers all",
     )
     flags.add(
-        "--principles", action="store_true", help="also ask of each principle which output it holds for"
+        "--principles",
+        action="store_true",
+        help="also ask of each principle which output it holds for",
     )
     options = flags.parse(arguments)
     from dataclasses import replace
@@ -68,6 +75,48 @@ def _serve(arguments: Arguments) -> int:
         serve(page, listening)
     finally:
         page_of.close()
+    return 0
+
+
+def _import(arguments: Arguments) -> int:
+    """write questions.jsonl of a public set of pairs, of preference files, or of outputs"""
+    from editr2.benchmarks.rewards import PAIR_SETS
+
+    flags = Flags("editr2 label import", _import.__doc__ or "")
+    flags.add(
+        "format",
+        among=lambda: [OUTPUTS, *PAIR_SETS],
+        help="the set's; outputs: what `editr2 rollout` wrote, siblings of each turn",
+    )
+    flags.add("source", path=True, help="the set's file or folder; of outputs, the sessions")
+    flags.add(
+        "--out", path=True, check=folder_problem, what="a folder", required=True, help="to label"
+    )
+    flags.add("--outputs", path=True, action="append", help="a folder of outputs; again for more")
+    flags.add("--sources", path=True, help="folder of the images, where the release has them not")
+    flags.add("--limit", type=int, bounds=SOME, help="only the first so many")
+    options = flags.parse(arguments)
+    out, source, limit = Path(options["out"]), options["source"], options["limit"]
+    if (options["format"] == OUTPUTS) != bool(options["outputs"]):
+        raise ConfigError(f"--outputs: accepted with the format {OUTPUTS}, which needs them")
+    out.mkdir(parents=True, exist_ok=True)
+    if options["format"] == OUTPUTS:
+        from editr2.judge.asking import write_asked
+        from editr2.sessions import load_sessions
+
+        sessions = load_sessions(source, limit=limit, memory=0)
+        print(f"questions: {write_asked(options['outputs'], {s.id: s for s in sessions}, out)}")
+        return 0
+    from editr2.benchmarks.pairs.asking import write_asked as write_labelled
+    from editr2.benchmarks.table import Source
+    from editr2.config.plugins import resolve
+
+    entry = resolve("format", options["format"], PAIR_SETS, what="NAME")
+    images = None if options["sources"] is None else Path(options["sources"])
+    labelled = entry.read(Source(Path(source), images)).first(limit)
+    print(f"questions: {write_labelled(labelled, out)}")
+    for why, count in labelled.left_out.most_common():
+        print(f"  left out: {count} x {why}")
     return 0
 
 

@@ -9,7 +9,6 @@ A principle's is of what it holds for: [0, 1] the first output alone, [0, 0] bot
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.files import json_line, write_lines
-from editr2.label.questions import Question
+from editr2.label.questions import Question, relative
 from editr2.label.store import Vote
 from editr2.label.summary import KNOWN, said_of
 
@@ -60,9 +59,9 @@ def preferences(
         win, lose = (i, j) if ahead > 0 else (j, i)
         row: dict[str, Any] = {
             "id": name if len(one.outputs) == 2 else f"{name}/{i + 1}-{j + 1}",
-            "image": _relative(one.befores[win] if one.befores else one.image, file),
-            "win": _relative(one.outputs[win], file),
-            "lose": _relative(one.outputs[lose], file),
+            "image": relative(one.befores[win] if one.befores else one.image, file),
+            "win": relative(one.outputs[win], file),
+            "lose": relative(one.outputs[lose], file),
             "instruction": one.instruction,
         }
         if one.befores and one.befores[win] != one.befores[lose]:
@@ -96,8 +95,3 @@ def write_votes(file: Path, votes: Iterable[Vote]) -> None:
         for vote in votes
     )
     write_lines(file, map(json_line, rows))
-
-
-def _relative(path: Path, file: Path) -> str:
-    folder = file.parent.absolute()
-    return os.path.relpath(path, folder) if path.is_relative_to(folder) else str(path)

@@ -4,26 +4,29 @@ A folder has one of these files, looked for in this order; images are named rela
 absolutely:
 
     questions.jsonl   {"id", "image", "outputs": ["a.png", "b.png", …], "instruction", "earlier"?,
-                      "principles"?, "task"?, "known"?}
+                      "befores"?, "principles"?, "task"?, "known"?}
     pairs.jsonl       {"id", "image", "win", "lose", "instruction", "principles"?, "margin"?,
                       "task"?}: known pairs, to be labelled by others, who see none of it
     edits.jsonl       {"id", "image", "edited", "instruction", "task"?}: each pair of the outputs of
                       one image and instruction
 
-`earlier` are the instructions of the turns before. `known` is an answer that somebody gave before,
+`earlier` are the instructions of the turns before, and `befores`, in the order of the outputs, the
+images that this instruction was to edit, where they are not `image`. `known` is an answer that somebody gave before,
 as `Answer` has it. It is never shown.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError, shown
+from editr2.files import json_line, write_lines
 from editr2.sessions.images import locate
 from editr2.sessions.importers.foreign import Record, json_lines
 from editr2.sessions.session import is_text, kind
@@ -87,11 +90,40 @@ def read_questions(folder: Path) -> list[Question]:
     raise DataError(f"{folder}: nothing to label (accepted: a folder with {', '.join(READERS)})")
 
 
+def write_questions(file: Path, questions: Iterable[Question]) -> None:
+    """As `questions.jsonl`, whole or not at all."""
+    write_lines(file, (json_line(_row(file, one)) for one in questions))
+
+
+def relative(path: Path, file: Path) -> str:
+    """As a file names it: from its own folder where it lies below that, else absolutely."""
+    folder, path = file.parent.absolute(), path.absolute()
+    return os.path.relpath(path, folder) if path.is_relative_to(folder) else str(path)
+
+
+def _row(file: Path, one: Question) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": one.id,
+        "image": relative(one.image, file),
+        "outputs": [relative(path, file) for path in one.outputs],
+        "instruction": one.instruction,
+    }
+    more = {
+        "earlier": list(one.earlier),
+        "befores": [relative(path, file) for path in one.befores],
+        "principles": [dict(each) for each in one.principles],
+        "task": one.task,
+        "known": one.known,
+    }
+    return row | {name: value for name, value in more.items() if value}
+
+
 def _questions(file: Path) -> Iterator[Question]:
     seen: set[str] = set()
     for record in json_lines(file):
         record.require(
-            ("id", "image", "outputs", "instruction"), ("earlier", "principles", "task", "known")
+            ("id", "image", "outputs", "instruction"),
+            ("earlier", "befores", "principles", "task", "known"),
         )
         names = record.get("outputs", "texts")
         if not 2 <= len(names) <= MOST:
@@ -101,13 +133,16 @@ def _questions(file: Path) -> Iterator[Question]:
             known = None if known is None else read_answer(known, len(names))
         except ValueError as error:
             raise record.error("known", str(error)) from None
+        befores = record.get("befores", "texts") if "befores" in record.values else []
+        if len(befores) not in (0, len(names)):
+            raise record.error("befores", f"{len(befores)} (accepted: {len(names)}, or absent)")
         yield Question(
             _id(record, seen),
             _image(record, "image", record.get("image", "text"), file),
             tuple(_image(record, "outputs", name, file) for name in names),
             record.get("instruction", "text"),
             tuple(record.get("earlier", "texts") if "earlier" in record.values else ()),
-            (),
+            tuple(_image(record, "befores", name, file) for name in befores),
             _principles(record),
             _task(record),
             known,
@@ -147,9 +182,7 @@ def _edits(file: Path) -> Iterator[Question]:
             _principles(record),
             _task(record),
         )
-        one = Question(
-            _id(record, seen), image, (edited,), said, principles=principles, task=task
-        )
+        one = Question(_id(record, seen), image, (edited,), said, principles=principles, task=task)
         groups[image, said].append(one)
     for members in groups.values():
         for a, b in itertools.combinations(members, 2):

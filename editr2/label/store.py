@@ -151,9 +151,7 @@ class Store:
 
     def questions(self) -> list[Asked]:
         """All, in the order in which they came."""
-        return [
-            _asked(row) for row in self._rows("select n, id, content, needed from questions")
-        ]
+        return [_asked(row) for row in self._rows("select n, id, content, needed from questions")]
 
     def question(self, number: int) -> Asked | None:
         row = self._row("select n, id, content, needed from questions where n = ?", number)
@@ -177,9 +175,7 @@ class Store:
         )
         key = f"{self.fact('order')}|{person}"
         rows.sort(key=lambda row: (row[2] is None, _draw(f"{key}|{row[1]}")))
-        done = self._row(
-            "select count(*) from votes where person = ? and not replaced", person
-        )
+        done = self._row("select count(*) from votes where person = ? and not replaced", person)
         assert done is not None
         return [int(row[0]) for row in rows], int(done[0])
 
