@@ -70,7 +70,10 @@ def say(store: Store, person: str, number: int, answer, shown=(0, 1), principles
         (pair(outputs=["1.png", "../x.png"]), "leads out of"),
         (pair(known=[0, 2]), "known: a list"),
         (pair(known=[0, 0, 1]), "known: a list"),
-        (pair(known="best"), "known: 'best' (accepted: bad, skip, or 2 places from 0 on)"),
+        (
+            pair(known="best"),
+            "known: the string 'best' (accepted: bad, skip, or 2 places from 0 on)",
+        ),
         (pair(befores=["1.png"]), "befores: 1 (accepted: 2, or absent)"),
         (pair(principles=["Is it red?"]), "principles: a list"),
         (pair(winner=1), "winner: unknown field"),
@@ -199,7 +202,7 @@ def test_a_labeller_who_always_says_left_is_reported(folder):
 
 
 def test_agreement_by_hand(folder):
-    # Krippendorff (2011), nominal, two observers, ten units: 1 - 9 · 4 / (2 · …) by its own formula.
+    # Krippendorff (2011), Computing Krippendorff's Alpha-Reliability, A: two observers, ten units.
     one, other = (0, 1, 0, 0, 0, 0, 0, 0, 1, 0), (1, 1, 1, 0, 0, 1, 0, 0, 0, 0)
     answers = {0: (0, 1), 1: (1, 0)}
     store = asked(folder, 10)
@@ -209,7 +212,7 @@ def test_agreement_by_hand(folder):
     said = said_of([], store.votes())
     (both,) = agreements(said)
     assert (both.same, both.pairs) == (6, 10)
-    assert alpha(said)[0] == pytest.approx(0.095, abs=5e-4)  # as his paper's example has it
+    assert alpha(said)[0] == pytest.approx(0.095, abs=5e-4)
     low, high = alpha(said)[1:]
     assert low < 0.095 < high
     assert alpha({key: {"anna": "tie"} for key in said}) is None
@@ -345,7 +348,7 @@ def test_an_answer_by_sides_is_kept_by_outputs_and_nothing_tells_which_is_which(
         best = levels.index(2)  # anna likes 2.png, the second output
         sides[best] += 1
         answer = [int(side != best) for side in range(2)]
-        body = {"who": "anna", "number": one["number"], "name": f"vote {one['number']}x"}
+        body = {"who": "anna", "number": one["number"], "name": f"vote no. {one['number']}"}
         body |= {"answer": answer, "principles": [answer, BAD], "seconds": 0.5}
         assert ask("vote", body)[0] == 200
     assert sides[0] and sides[1]

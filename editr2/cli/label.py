@@ -19,7 +19,7 @@ OUTPUTS = "outputs"
 
 
 def command(arguments: Arguments) -> int:
-    """ask people which output is better, on a local page: `label FOLDER`; `import`, `report`, `export`"""
+    """ask people which output is better, on a local page; `import`, `report`, `export`"""
     actions: dict[str, Callable[[Arguments], int]] = {
         "import": _import,
         "serve": _serve,
@@ -52,7 +52,7 @@ def _serve(arguments: Arguments) -> int:
     flags.add(
         "--principles",
         action="store_true",
-        help="also ask of each principle which output it holds for",
+        help="also ask which output each principle holds for",
     )
     options = flags.parse(arguments)
     from dataclasses import replace

@@ -1,4 +1,4 @@
-"""From votes to `pairs.jsonl`, which the verifier's stages and `editr2 benchmark pairs` read, and to
+"""From votes to `pairs.jsonl`, which a verifier learns from and `editr2 benchmark` reads, and to
 `votes.jsonl`, every vote as it was given.
 
     votes.jsonl   {"id", "person", "answer", "principles"?, "shown", "seconds", "at"}

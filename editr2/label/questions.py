@@ -11,8 +11,8 @@ absolutely:
                       one image and instruction
 
 `earlier` are the instructions of the turns before, and `befores`, in the order of the outputs, the
-images that this instruction was to edit, where they are not `image`. `known` is an answer that somebody gave before,
-as `Answer` has it. It is never shown.
+images that this instruction was to edit, where they are not `image`. `known` is an answer that
+somebody gave before, as `Answer` has it. It is never shown.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 All of it is about pairs of outputs: a ranking says something of each. What is said of a pair is one
 of first, second, tie and bad, by the question's own order; skipped says nothing.
 
-Agreement is the share of pairs on which two people said the same, and over all of them Krippendorff's
-alpha for names (1: always the same, 0: as by chance), with a bootstrap over questions.
+Agreement is the share of pairs on which two people said the same, and over all of them
+Krippendorff's alpha for names (1: always the same, 0: as by chance), with a bootstrap over
+questions.
 """
 
 from __future__ import annotations
