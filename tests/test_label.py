@@ -20,7 +20,7 @@ from editr2.cli.main import main
 from editr2.errors import DataError
 from editr2.label.export import preferences
 from editr2.label.questions import BAD, SKIPPED, Question, read_answer, read_questions
-from editr2.label.serve import Page
+from editr2.label.serve import Page, listen
 from editr2.label.store import NAME, Store, Vote
 from editr2.label.summary import agreements, alpha, lines, people, said_of, wilson
 from editr2.verifier.files import read_preferences
@@ -277,6 +277,30 @@ def test_export_is_what_most_prefer_and_the_verifier_reads_it(folder, capsys):
 
 
 # ----------------------------------------------------------------------------------------- server
+
+
+def test_the_command_serves_a_folder_and_says_where(folder, monkeypatch, capsys):
+    pytest.importorskip("starlette")
+    seen = []
+    monkeypatch.setattr(
+        "editr2.label.serve.serve", lambda page, at: seen.append((page, at.getsockname()))
+    )
+    written(folder, [pair(id="a", principles=KINDS), pair(id="b")])
+    flags = ["--port", "0", "--people", "3", "--principles"]
+    assert main(["label", str(folder), *flags]) == 0
+    ((page, (host, port)),) = seen
+    assert host == "127.0.0.1" and page.principles
+    said = capsys.readouterr().out
+    store = Store(folder)
+    assert f"2 questions: http://127.0.0.1:{port}/{store.fact('token')}/" in said
+    assert [one.question.needed for one in store.questions()] == [3, 3]
+    taken = listen(0)
+    port = str(taken.getsockname()[1])
+    assert main(["label", str(folder), "--port", port]) == 2
+    assert (
+        f"--port: {port}: Address already in use (accepted: a free port" in capsys.readouterr().err
+    )
+    taken.close()
 
 
 def request(app, path: str, body: dict | None = None, host: str = "127.0.0.1:1"):

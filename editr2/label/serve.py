@@ -196,6 +196,7 @@ def listen(port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((HOST, port))
+        made.listen(128)  # who has the address is waited for from here on
     except OSError as error:
         made.close()
         raise ConfigError(
