@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from editr2.benchmarks.pairs.asking import write_asked
+from editr2.benchmarks.pairs.labelled import Comparison, Labelled, Pair, Picture
 from editr2.cli.main import main
 from editr2.errors import DataError
 from editr2.label.export import preferences
@@ -23,7 +25,9 @@ from editr2.label.questions import BAD, SKIPPED, Question, read_answer, read_que
 from editr2.label.serve import Page, listen
 from editr2.label.store import NAME, Store, Vote
 from editr2.label.summary import agreements, alpha, lines, people, said_of, wilson
+from editr2.sessions import ImageFile, Turn, save_sessions
 from editr2.verifier.files import read_preferences
+from editr2.worlds.shapes import make_session
 
 KINDS = [{"text": "Is it red?", "kind": "follow"}, {"text": "Is the rest kept?", "kind": "keep"}]
 
@@ -274,6 +278,66 @@ def test_export_is_what_most_prefer_and_the_verifier_reads_it(folder, capsys):
     assert Counter(row["person"] for row in lines_of) == {"anna": 6, "ben": 4, "cora": 3}
     strict = preferences([], [], file, least=0.5)
     assert strict.rows == []
+
+
+# ----------------------------------------------------------------------------------------- import
+
+
+def test_a_preference_file_is_asked_blind_and_its_label_known(folder, capsys):
+    record = {"prompt": "red", "path_src": "0.png", "path1": "1.png", "path2": "2.png"}
+    rows = [record, record | {"tie_case": True}, record | {"choice_dist": [0.2, 0.8]}]
+    (folder / "their.json").write_text(json.dumps(rows))
+    out = folder / "out"
+    assert (
+        main(["label", "import", "preferences", str(folder / "their.json"), "--out", str(out)]) == 0
+    )
+    assert "left out: 1 x" in capsys.readouterr().out
+    first, second = read_questions(out)
+    assert (first.known, second.known, first.instruction) == ((0, 1), (0, 0), "red")
+    levels = [int(np.array(Image.open(path))[0, 0, 0]) for path in (first.image, *first.outputs)]
+    assert levels == [0, 1, 2] and first.image.parent == out / "images"
+
+
+def test_a_ranked_record_is_one_question(folder):
+    def of(votes):
+        found = Labelled()
+        before, *after = (Picture(ImageFile(folder / f"{k}.png"), f"stamp {k}") for k in range(4))
+        for name, picture in zip("abc", after):
+            found.add("here", name, Turn("red"), before, picture)
+        found.comparisons.append(Comparison("r", votes, "s"))
+        (one,) = read_questions(write_asked(found, folder / "out").parent)
+        return len(one.outputs), one.known
+
+    assert of((Pair("c", "a"), Pair("c", "b"), Pair("a", "b", True))) == (3, (0, 1, 1))
+    assert of((Pair("b", "a"), Pair("b", "c"), Pair("a", "c"))) == (3, (0, 1, 2))
+    assert of((Pair("a", "b"), Pair("b", "c"))) == (3, None)  # nobody compared a and c
+    assert of((Pair("a", "b"), Pair("b", "c"), Pair("c", "a"))) == (3, None)  # a circle
+
+
+def test_outputs_of_sessions_are_asked_turn_by_turn(folder, capsys):
+    sessions = [make_session(0, n, turns=2) for n in range(2)]
+    save_sessions(sessions, folder / "set")
+    for name, shift in (("a", 10), ("b", 20)):
+        (folder / name).mkdir()
+        lines = []
+        for session in sessions if name == "a" else sessions[:1]:
+            turns = []
+            for t in range(2):
+                image = (session.image.astype(int) + shift + t).clip(0, 255).astype(np.uint8)
+                Image.fromarray(image).save(folder / name / f"{t}.png")
+                turns.append({"image": f"{t}.png"})
+            lines.append(json.dumps({"id": session.id, "turns": turns}) + "\n")
+        (folder / name / "outputs.jsonl").write_text("".join(lines))
+    given = [str(folder / "set"), "--outputs", str(folder / "a"), "--outputs", str(folder / "b")]
+    assert main(["label", "import", "outputs", *given, "--out", str(folder / "out")]) == 0
+    first, second = read_questions(folder / "out")  # the other session has one output
+    assert [path.parent.name for path in first.outputs] == ["a", "b"] and not first.befores
+    assert second.befores == first.outputs and second.earlier == (first.instruction,)
+    assert first.image == second.image and np.array_equal(
+        np.array(Image.open(first.image)), sessions[0].image
+    )
+    assert main(["label", "import", "pairs", *given, "--out", str(folder / "out")]) == 2
+    assert "--outputs: accepted with the format outputs" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- server
