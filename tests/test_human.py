@@ -115,6 +115,14 @@ def test_siblings_of_each_turn_are_ranked_by_what_is_shown(tmp_path, capsys):
     )
 
 
+def test_what_an_output_was_made_of_is_shown_where_no_earlier_turn_was_asked_about(tmp_path):
+    with Person(tmp_path, brighter) as person:
+        made(tmp_path).judge(items([(10, 50), (10, 20)], "a", 2))
+    ((question, _),) = person.seen
+    assert [int(read_image(path)[0, 0, 0]) for path in question.befores] == [10, 10]
+    assert int(read_image(question.image)[0, 0, 0]) == 0
+
+
 def test_what_nobody_need_be_asked(tmp_path):
     lone, same = items([(4,)], "a"), items([(4,), (4,)], "b")
     said = made(tmp_path).judge(lone + same)
