@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import sqlite3
 import threading
@@ -73,6 +74,9 @@ class Store:
         self.path = folder / NAME
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
+        # It holds the token: nobody else's to read from its first byte on, nor what SQLite puts
+        # beside it, which takes over its mode.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         try:
             self._base = sqlite3.connect(
                 self.path, timeout=60, isolation_level=None, check_same_thread=False
@@ -95,7 +99,6 @@ class Store:
             ) from error
         if version not in (0, VERSION):
             raise DataError(f"{self.path}: of version {version} (accepted: {VERSION})")
-        self.path.chmod(0o600)  # it holds the token
 
     def close(self) -> None:
         with self._lock:
