@@ -22,51 +22,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import frame
-from bench.full_size import this_device
+from bench.full_size import this_device, with_random_weights
 from bench.page import number
-from editr2.check.devices import find_device
+from editr2.check.devices import Device, find_device
 from editr2.check.editors import Editor
 from editr2.check.meter import CPU_ATTENTION, SCORING
 from editr2.cli.settings import run_config
 from editr2.config import Config
 from editr2.errors import ConfigError, UserError
 from editr2.policies.base import Questions
-from editr2.policies.blocks import run_as_configured
 from editr2.policies.blueprint import backward
 from editr2.policies.configured import policy_class
-from editr2.policies.unified.bagel_blueprint import BagelBlueprint
 
 SAID = "make the hat red and keep the rest as it is"
-
-
-def with_random_weights(blueprint: BagelBlueprint, layers: int, device: torch.device) -> Any:
-    """The policy with so many layers and random weights: matrices keep the size of what goes
-    through them; norms start as they do."""
-    policy = blueprint.built(layers)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def values(like: Tensor, name: str) -> Tensor:
-        made = torch.empty(like.shape, dtype=like.dtype, device=device)
-        if like.dim() > 1:
-            return made.normal_(0, like.shape[1:].numel() ** -0.5, generator=generator)
-        return made.fill_(float(name == "weight"))
-
-    for part in policy.parts.values():
-        for module in part.modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    module._parameters[name] = nn.Parameter(values(p, name), p.requires_grad)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-    codec = policy.codec
-    policy._marks = torch.tensor([codec.vision_start, codec.vision_end], device=device)
-    run_as_configured(policy.module, blueprint.config)
-    return policy
 
 
 @dataclass(frozen=True)
@@ -102,15 +74,21 @@ class Session:
         return Questions(earlier, self.texts, [None] * self.rows)
 
     def steps(self, answer: int) -> Mapping[str, Callable[[], Any]]:
-        """By the names that the estimate has. answer: tokens of an intent."""
+        """By the names that the estimate has, and a turn's first velocity behind its intents, as
+        training has them. answer: tokens of an intent."""
         policy = self.policy
         x = torch.randn(self.rows, *policy.latent_shape, device=policy.device)
         sigma = torch.full((self.rows,), 0.5, device=policy.device)
 
-        def scored() -> None:
+        def score() -> Any:
             answers = [(0,) * answer] * self.rows
-            found = policy.answer_log_prob(self.asking, self.questions(), answers, temperature=1.0)
-            found.log_prob.sum().backward()
+            asked = self.questions()
+            return policy.answer_log_prob(self.asking, asked, answers, temperature=1.0).log_prob
+
+        def both() -> None:
+            scored, v = score(), policy.velocity(x, sigma, self.context)
+            guided = [t for t in v.guidance.values() if isinstance(t, Tensor)]
+            torch.autograd.backward([t.sum() for t in (scored, v.v, *guided)])
 
         return {
             "encode": lambda: policy.append(self.before, next(self._pictures)),
@@ -118,11 +96,12 @@ class Session:
             "velocity": lambda: policy.velocity(x, sigma, self.context),
             "decode": lambda: policy.pixels(x),
             "train": lambda: backward(policy.velocity(x, sigma, self.context)),
-            "answer": scored,
+            "answer": lambda: score().sum().backward(),
+            "train behind answer": both,
         }
 
 
-TRAINS = ("train", "answer")
+TRAINS = ("train", "answer", "train behind answer")
 
 
 def measured(policy: Any, step: str, run: Callable[[], Any]) -> Found:
@@ -173,10 +152,28 @@ def size_of(context: Any, apart: bool) -> int:
     return sum(t.nbytes for c in branches for t in (*c.keys, *c.values))
 
 
+def estimated(editor: Editor, step: str, rows: int, turn: int, sheet: Device) -> Found:
+    first, _, behind = step.partition(" behind ")
+    costs = [editor.cost(name, rows, turn) for name in (first, behind) if name]
+    waiting = editor.cost("score", rows, turn).kept if behind else 0
+    return Found(
+        sum(cost.total_flops for cost in costs),
+        max(costs[0].peak + waiting, costs[-1].peak),
+        sum(cost.seconds(sheet.speed) for cost in costs),
+    )
+
+
 def compared(
-    config: Config, layers: int, rows: int, turns: int, device: torch.device, sheet: Any
+    config: Config,
+    layers: int,
+    rows: int,
+    turns: int,
+    device: torch.device,
+    sheet: Device,
+    only: Sequence[str] = (),
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[Found, Found]]]:
-    """Bytes of weights and contexts, and the steps, each as estimated and as found."""
+    """Bytes of weights and contexts, and the steps, each as estimated and as found. only: these
+    steps; all by default, but for those of intents where none are written."""
     kind: Any = policy_class(config.policy.model)
     blueprint = kind.blueprint(config.policy)
     blueprint.sizes = dataclasses.replace(blueprint.sizes, num_hidden_layers=layers)
@@ -197,8 +194,9 @@ def compared(
     }
     steps = {}
     for step, run in session.steps(blueprint.answer).items():
-        cost = editor.cost(step, rows, last)
-        said = Found(cost.total_flops, cost.peak, cost.seconds(sheet.speed))
+        if (only and step not in only) or ("answer" in step and not config.policy.intent):
+            continue
+        said = estimated(editor, step, rows, last, sheet)
         steps[step] = (said, measured(policy, step, run))
         print(f"{step}: {steps[step][1].seconds:.2f} s", flush=True)
     return held, steps
@@ -229,11 +227,11 @@ def rows_of(
 
 
 def text_of(held: Mapping[str, tuple[int, int]], steps: Mapping[str, tuple[Found, Found]]) -> str:
-    lines = [f"{'':<12}{'':<8}{'estimated':>12}{'measured':>12}{'ratio':>8}"]
+    lines = [f"{'':<21}{'':<8}{'estimated':>12}{'measured':>12}{'ratio':>8}"]
 
     def line(name: str, unit: str, said: float, seen: float, scale: float) -> None:
         ratio = number(seen / said, 4) if said else ""
-        lines.append(f"{name:<12}{unit:<8}{said / scale:>12.4g}{seen / scale:>12.4g}{ratio:>8}")
+        lines.append(f"{name:<21}{unit:<8}{said / scale:>12.4g}{seen / scale:>12.4g}{ratio:>8}")
 
     for name, (said, seen) in held.items():
         line(name, "GiB", said, seen, 2**30)

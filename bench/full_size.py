@@ -5,10 +5,10 @@ python -m bench full_size CONFIG [--gpu h100] [--iterations 3] [settings]
 
 Transformer and autoencoder have their published settings (or those of `policy.weights`, a folder)
 and random weights, made on the device; nothing is downloaded. Text encoders are left out, here and
-in the estimate: embeddings are random, of the right size. `policy.offload` and `policy.shard` are
-off. The trainer runs everything else. Rows: `full_size`, of the estimate and of what was measured
-(the first iteration, which warms up, is left out), by phase: rollout with encoding and decoding,
-and training.
+in the estimate: embeddings are random, of the right size. BAGEL is whole, but counts its words.
+`policy.offload` and `policy.shard` are off. The trainer runs everything else. Rows: `full_size`, of
+the estimate and of what was measured (the first iteration, which warms up, is left out), by phase:
+rollout with encoding and decoding, and training.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from editr2.check.devices import DEVICES, find_device
 from editr2.check.editors import Editor
 from editr2.check.estimate import Estimate, estimate
 from editr2.cli.settings import run_config
-from editr2.config import Config
+from editr2.config import Config, PolicyConfig
 from editr2.errors import ConfigError, UserError
-from editr2.policies.configured import policy_class
+from editr2.policies.blocks import run_as_configured
+from editr2.policies.configured import policy_class, settled_branches
 from editr2.policies.diffusion import DiffusionPolicy
 from editr2.policies.pipeline_blueprint import PipelineBlueprint
 from editr2.policies.trained import make_ready
+from editr2.policies.unified.bagel import BagelPolicy
+from editr2.policies.unified.bagel_blueprint import BagelBlueprint
 from editr2.rewards.load import load_reward
 from editr2.rl import iteration as trainer
 from editr2.rl.rules import check_run
@@ -48,7 +51,7 @@ PHASES = ("rollout", "train")
 
 
 def random_transformer(blueprint: PipelineBlueprint, device: torch.device) -> nn.Module:
-    """Of full size. Matrices keep the size of what goes through them; norms start as they do."""
+    """Of full size."""
     with init_empty_weights(include_buffers=False):
         module = blueprint.transformer(**blueprint.parts.transformer)
     dtype = blueprint.dtype if blueprint.config.lora_rank else torch.float32
@@ -58,12 +61,38 @@ def random_transformer(blueprint: PipelineBlueprint, device: torch.device) -> nn
             if p is None:
                 continue
             values = torch.empty(p.shape, dtype=dtype, device=device)
-            if p.dim() > 1:
-                values.normal_(0, p.shape[1:].numel() ** -0.5, generator=generator)
-            else:
-                values.fill_(float(name == "weight"))
-            part._parameters[name] = nn.Parameter(values)
+            part._parameters[name] = nn.Parameter(fill(values, name, generator))
     return module.to(device)
+
+
+def fill(values: Tensor, name: str, generator: torch.Generator) -> Tensor:
+    """Matrices keep the size of what goes through them; norms start as they do."""
+    if values.dim() > 1:
+        return values.normal_(0, values.shape[1:].numel() ** -0.5, generator=generator)
+    return values.fill_(float(name == "weight"))
+
+
+def with_random_weights(blueprint: BagelBlueprint, layers: int, device: torch.device) -> Any:
+    """BAGEL with so many layers and random weights, made on the device."""
+    policy = blueprint.built(layers)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def values(like: Tensor, name: str) -> Tensor:
+        made = torch.empty(like.shape, dtype=like.dtype, device=device)
+        return fill(made, name, generator)
+
+    for part in policy.parts.values():
+        for module in part.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = nn.Parameter(values(p, name), p.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    codec = policy.codec
+    policy._marks = torch.tensor([codec.vision_start, codec.vision_end], device=device)
+    run_as_configured(policy.module, blueprint.config)
+    return policy
 
 
 def random_policy(blueprint: PipelineBlueprint, device: torch.device) -> DiffusionPolicy:
@@ -142,12 +171,17 @@ def memory_by_phase(memory: Memory, peaks: dict[str, int]) -> Iterator[None]:
 
 
 def measure(
-    config: Config, blueprint: PipelineBlueprint, iterations: int
+    config: Config, blueprint: PipelineBlueprint | BagelBlueprint, iterations: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of every iteration after the first, and the most memory, by phase."""
     processes = Processes(Accelerator(cpu=not torch.cuda.is_available()))
     memory = Memory(processes.device)
-    policy, reward = random_policy(blueprint, processes.device), load_reward(config.reward)
+    policy: Any
+    if isinstance(blueprint, BagelBlueprint):
+        policy = with_random_weights(blueprint, blueprint.blocks, processes.device)
+    else:
+        policy = random_policy(blueprint, processes.device)
+    reward = load_reward(config.reward)
     check_run(config, reward.names, policy.sigmas, cannot_pack=type(policy).__name__, processes=1)
     source, state = sessions_for(config, policy), new_state(config.train, policy)
     sampler = rollout_sampler(config.rollout, policy.sigmas).to(processes.device)
@@ -167,7 +201,17 @@ def measure(
     return seconds, peaks
 
 
-def estimated(config: Config, blueprint: PipelineBlueprint, gpu: str) -> Estimate:
+def without_words(settings: PolicyConfig, kind: Any) -> PipelineBlueprint | BagelBlueprint:
+    """The blueprint; of an editor on diffusers, without text encoders."""
+    if issubclass(kind, BagelPolicy):
+        return kind.blueprint(settings)
+    blueprint = PipelineBlueprint(settings, kind)
+    blueprint.text = 0
+    blueprint.parts = dataclasses.replace(blueprint.parts, text={})
+    return blueprint
+
+
+def estimated(config: Config, blueprint: PipelineBlueprint | BagelBlueprint, gpu: str) -> Estimate:
     editor = Editor(config.policy, blueprint)
     source = sessions_for(config, editor.policy)
     assert source.sessions is not None
@@ -270,12 +314,12 @@ def main(arguments: Sequence[str]) -> int:
         )
         kind = policy_class(config.policy.model)
         if (
-            not issubclass(kind, DiffusionPolicy)
+            not issubclass(kind, DiffusionPolicy | BagelPolicy)
             or config.policy.quantize != "none"
             or given["iterations"] < 2
         ):
             raise ConfigError(
-                "full_size: an editor on diffusers that is not quantized, and at least two "
+                "full_size: an editor on diffusers or bagel, not quantized, and at least two "
                 "iterations"
             )
         gpu = given["gpu"] or this_device()
@@ -283,10 +327,9 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(
                 f"--gpu: {gpu} (accepted: the name of this device, cpu without a GPU)"
             )
-        settings = dataclasses.replace(config.policy, offload=False, shard=False)
-        blueprint = PipelineBlueprint(settings, kind)
-        blueprint.text = 0
-        blueprint.parts = dataclasses.replace(blueprint.parts, text={})
+        settings = settled_branches(config.policy, processes=1)
+        settings = dataclasses.replace(settings, offload=False, shard=False)
+        blueprint = without_words(settings, kind)
         config = dataclasses.replace(config, policy=settings)
         result = estimated(config, blueprint, gpu)
         seconds, peaks = measure(config, blueprint, given["iterations"])

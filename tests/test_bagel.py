@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -16,8 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench import full_layer
+from editr2.check.devices import find_device
 from editr2.check.editors import open_editor
-from editr2.config import Config, PolicyConfig, preset_config, replace_nested
+from editr2.check.estimate import plan
+from editr2.config import Config, PolicyConfig, RolloutConfig, preset_config, replace_nested
 from editr2.config.fields import leaves
 from editr2.config.yaml import check_keys, dump_yaml, load_yaml, to_dataclass
 from editr2.errors import UserError
@@ -34,6 +38,7 @@ from editr2.policies.unified.model import Layer
 from editr2.policies.unified.published import new_sight, read_published
 from editr2.policies.unified.sight import LATENT_RULE, SIGHT_RULE, SizeRule
 from editr2.rl.loop import train
+from editr2.rl.sampler import rollout_sampler
 from editr2.run.identity import loaded_weights
 from editr2.run.tracking import read_metrics
 
@@ -402,6 +407,8 @@ def test_what_depends_on_the_block_alone_is_compiled(folder, tiny, plain, monkey
     policy = loaded(folder, compile="on")
     with pytest.raises(UserError, match="^policy.compile: on .*no compiler here.*$"):
         policy.encode(tiny.pictures(1, SMALL))
+    for layer in policy.module.language_model.model.layers:  # as those that are shared out
+        layer.__class__ = type("FSDPLayer", (Layer,), {})
     may_run_plainly(policy.module)
     with pytest.warns(UserWarning, match="^policy.compile: auto: .* plainly"):
         policy.encode(tiny.pictures(1, SMALL))
@@ -567,8 +574,10 @@ def test_check_knows_what_is_held_and_what_trains(folder, tiny, policy):
     sizes, module = editor.sizes(), policy.module
     assert sizes.parameters == sum(p.numel() for p in module.parameters())
     assert sizes.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
-    for part, held in ((policy.images.vae, sizes.vae), (policy.sight, sizes.sight)):
-        assert held == sum(p.nbytes for p in part.parameters())
+    beside = [
+        sum(p.nbytes for p in part.parameters()) for part in (policy.images.vae, policy.sight)
+    ]
+    assert sizes.beside == (0, *beside)
     frozen = [p for p in module.parameters() if not p.requires_grad]
     assert sizes.weights == sum(p.nbytes for p in frozen)
     blueprint = editor.blueprint
@@ -582,6 +591,64 @@ def test_check_knows_what_is_held_and_what_trains(folder, tiny, policy):
         context = policy.append(context, pictures)
     costs = [editor.cost(step, 2, 1) for step in ("encode", "train", "decode")]
     assert all(sum(cost.flops.values()) > 0 for cost in costs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"intent_tokens": 20}, marks=pytest.mark.exhaustive),
+        pytest.param({"gradient_checkpointing": "all"}, marks=pytest.mark.exhaustive),
+        pytest.param({"lora_rank": 0, "branches": "together"}, marks=pytest.mark.exhaustive),
+        pytest.param({"experts": "gen", "intent": False}, marks=pytest.mark.exhaustive),
+    ],
+    ids=lambda settings: " ".join(settings) or "adapters",
+)
+def test_steps_take_what_check_says(folder, settings):
+    """At the last turn of a walked session: floating-point operations to the last one, memory but
+    for the workspaces of the kernels. By default the two steps that have the others in them."""
+    policy = {"model": "bagel", "weights": str(folder), "resolution": SMALL, "lora_rank": 2}
+    policy |= {"branches": "apart", "gradient_checkpointing": "off", "intent_tokens": 12}
+    config = Config(policy=PolicyConfig(**(policy | GUIDED | settings)))
+    only = () if settings else ("encode", "train behind answer")
+    held, steps = full_layer.compared(
+        config, 2, 2, 2, torch.device("cpu"), find_device("h100"), only
+    )
+    assert all(said == seen for said, seen in held.values()), held
+    for step, (said, seen) in steps.items():
+        assert said.flops == seen.flops > 0, step
+        assert said.peak == pytest.approx(seen.peak, rel=0.12), step
+
+
+def test_check_counts_gathers_and_what_is_kept(folder, tiny):
+    config = PolicyConfig(
+        model="bagel", weights=str(folder), resolution=SMALL, lora_rank=2, intent_tokens=3, **GUIDED
+    )
+    editor, policy = open_editor(replace(config, branches="apart")), load_policy(config)
+    session, passes = full_layer.Session(policy, 2, 2), []
+    policy.module.register_forward_hook(lambda *_: passes.append(1))
+    asked = {"seeds": torch.tensor([1, 2]), "temperature": 1.0, "max_tokens": 3}
+    steps = {"intend": lambda: policy.intend(session.asking, session.questions(), **asked)}
+    with torch.no_grad():
+        found = {"derive": 2}  # as encode, whose images are kept
+        for step, run in (steps | dict(session.steps(3))).items():
+            if step in ("train", "answer", "train behind answer"):
+                continue
+            passes.clear()
+            run()
+            found[step] = len(passes)
+    assert found == {step: editor.passes(step, True) for step in found}
+    assert editor.passes("train", True) == 3 and editor.passes("train", False) == 1
+    row = policy._kept._weight / len(policy._kept._held)
+    most = int(policy._kept.limit // row)
+    assert [editor.encodes_again(1, n) for n in (most, most + 1)] == [False, True]
+    sampler = rollout_sampler(RolloutConfig(steps=2, window=1, siblings=2), editor.own)
+    run = Config(policy=config, rollout=RolloutConfig(sessions=1, siblings=2))
+    calls = plan(run, editor, sampler, [2], 1)
+    assert [(c.step, c.batch) for c in calls if c.phase == "train"][:2] == [
+        ("derive", 1),
+        ("instruct", 1),
+    ]
 
 
 def test_check_knows_the_published_weights_without_them():

@@ -104,6 +104,7 @@ NOT_RUN = {
     ("judges", "python -m sglang"): "another program",
     ("judges", "transformers serve"): "tests/test_judge_served.py",
     ("rewards", '{"id": "kitchen", "turn": 1, "output"'): "labels; tests/test_judge.py",
+    ("labelling", '{"id": "k1"'): "a question; tests/test_label.py",
     ("benchmarks", "OUT/benchmark.json"): "the files of a folder; tests/test_benchmark.py",
     ("benchmarks", '{"image": "kitchen"'): "a row; tests/test_benchmark_summary.py",
 }
@@ -118,6 +119,10 @@ def workspace(tmp_path, monkeypatch):
     for name in ("examples", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "examples" / "shapes", tmp_path / "annotated")
+    labelled(tmp_path / "my_pairs")
+    their = [{"prompt": "red", "path_src": "0.png", "path1": "1.png", "path2": "2.png"}]
+    shutil.copytree(tmp_path / "my_pairs", tmp_path / "their")
+    (tmp_path / "their" / "preferences.json").write_text(json.dumps(their))
     (tmp_path / "my.yaml").write_text("train:\n  iterations: 9\n")
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "judge.py").write_text(JUDGE)
@@ -126,6 +131,24 @@ def workspace(tmp_path, monkeypatch):
     yield tmp_path
     for name in ("my_judge", "my_package", "my_package.judge"):
         sys.modules.pop(name, None)
+
+
+def labelled(folder: Path) -> None:
+    """A folder that `editr2 label` was given, with a vote."""
+    from PIL import Image
+
+    from editr2.label.questions import read_questions
+    from editr2.label.store import Store, Vote
+
+    folder.mkdir()
+    for n in range(3):
+        Image.fromarray(np.full((8, 8, 3), n, np.uint8)).save(folder / f"{n}.png")
+    row = {"id": "a", "image": "0.png", "outputs": ["1.png", "2.png"], "instruction": "red"}
+    (folder / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    store = Store(folder)
+    store.ask(read_questions(folder))
+    store.vote("a vote", 1, Vote("a", "anna", (0, 1), (0, 1)))
+    store.close()
 
 
 class Enough(Exception):
@@ -187,6 +210,8 @@ def understood(monkeypatch):
         "export.export.export",
         "reproduce.runs.reproduce",
         "judge.whole.judge",
+        "judge.asking.write_asked",
+        "label.serve.serve",
         "benchmarks.rewards.run_rewards",
         "benchmarks.compare.compare",
     ):

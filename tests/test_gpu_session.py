@@ -61,7 +61,7 @@ found = {}
 for name, arguments in json.load(sys.stdin).items():
     names = Names()
     names.found = []
-    options = ["--collect-only", "-qq", "-p", "no:cacheprovider"]
+    options = ["--collect-only", "--assert=plain", "-qq", "-p", "no:cacheprovider"]
     status = pytest.main([*arguments, *options], plugins=[names])
     found[name] = [int(status), names.found]
 print("\\n" + json.dumps(found))

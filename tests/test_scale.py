@@ -15,6 +15,7 @@ from editr2.check.links import gather_seconds
 from editr2.check.meter import Cost
 from editr2.check.scale import Limits, limits, lines, uneven
 from editr2.config import Config, replace_nested
+from editr2.policies.blueprint import velocity_passes
 from editr2.rl.sampler import make_sampler
 
 H100 = find_device("h100")
@@ -24,12 +25,14 @@ SAMPLER = make_sampler(4, dynamics="cps", noise_level=0.7, window=2)
 def editor(flops: float, trainable: int = 1000) -> SimpleNamespace:
     """One whose every step costs the same; 40 GB in 50 blocks are frozen."""
     cost = Cost({torch.bfloat16: int(flops)}, 0, 0, 1, 0, 0)
-    sizes = Sizes(2 * 10**10, trainable, 4 * 10**10, 8 * 10**8, 0, 0, 4 * trainable, 0, 0, 0, {})
+    sizes = Sizes(2 * 10**10, trainable, 4 * 10**10, 8 * 10**8, 0, 0, 4 * trainable, 0, 0, 0, 0, {})
     return SimpleNamespace(
         writes_text=False,
+        thinks=False,
         prompt_per_output=False,
         read_again=lambda prompts: False,
         encodes_again=lambda turn, images: False,
+        passes=velocity_passes,
         carried=lambda step: 0,
         sizes=lambda: sizes,
         cost=lambda step, batch, turn, again="off": cost,

@@ -38,6 +38,7 @@ from editr2.config.patterns import pattern_problem
 from editr2.config.settings import noise_levels, rollout_dynamics
 from editr2.errors import ConfigError, UserError
 from editr2.policies.configured import FIELDS as POLICY_FIELDS
+from editr2.policies.pipelines import PipelineModel
 from editr2.policies.rules import check_config, config_problems
 from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
@@ -593,10 +594,22 @@ def editor(beside, tmp_path_factory) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def bagel(beside, tmp_path_factory) -> dict[str, Any]:
+    """The same with a tiny BAGEL, for the settings that are its own."""
+    tiny, folder = beside("tiny_bagel"), tmp_path_factory.mktemp("bagel")
+    policy = {"model": "bagel", "weights": str(tiny.write(folder / "weights"))}
+    return {
+        "policy": {**policy, "resolution": (32, 32), "lora_rank": 2, "intent_tokens": 4},
+        "data": {"path": str(tiny.sessions(folder, (2, 2)))},
+    }
+
+
 NFT = {"rollout": {"window": 0, "shared_noise": False}, "train": {"loss": "nft"}}
 NEEDS: dict[str, dict[str, Any]] = {
     "policy.lora_alpha": {"policy": {"lora_rank": 2}},
     "policy.lora_targets": {"policy": {"lora_rank": 2}},
+    "policy.thinking_tokens": {"policy": {"thinking": True}},
     "policy.renorm": {"policy": {"guidance": 2.0}},
     "rollout.window_every": {"rollout": {"window_schedule": "progressive"}},
     "data.limit": {"data": {"path": str(Path(__file__).parent.parent / "examples" / "shapes")}},
@@ -662,6 +675,7 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
 
 
 EDITORS = {f"policy.{name}" for name in POLICY_FIELDS if name not in UnifiedPolicy.uses}
+BAGEL = {key for key in EDITORS if key.removeprefix("policy.") not in PipelineModel.uses}
 FIXED = {
     "seed=9223372036854775807",
     "out='no-such-choice'",
@@ -778,7 +792,7 @@ def test_what_is_accepted_runs_and_is_used_or_refused_in_one_line(
     command, key, value, start, request, tmp_path, monkeypatch
 ):
     if key in EDITORS:
-        editor = request.getfixturevalue("editor")
+        editor = request.getfixturevalue("bagel" if key in BAGEL else "editor")
         config = assembled(key, value, {**start, **editor}, tmp_path)
     else:
         config = assembled(key, value, start, tmp_path)

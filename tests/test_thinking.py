@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from editr2.check.editors import open_editor
+from editr2.check.estimate import plan
 from editr2.cli.settings import run_config
 from editr2.config import (
     Config,
@@ -29,7 +31,7 @@ from editr2.report.build import build_report
 from editr2.rl.loop import train
 from editr2.rl.replay import Queries, ReplayOptions, replay
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk
-from editr2.rl.sampler import make_sampler
+from editr2.rl.sampler import make_sampler, rollout_sampler
 from editr2.rl.sentinel import explain_difference
 from editr2.run.tracking import read_metrics
 from editr2.sessions.files import load_sessions
@@ -213,3 +215,29 @@ def test_thoughts_are_trained_with_ratio_one_and_an_export_still_thinks(folder, 
     assert "<summary>thought</summary>" in build_report(tmp_path / "run").read_text()
     export(tmp_path / "run", tmp_path / "out", merge=True)
     assert editor_of(str(tmp_path / "out"), None).settings["policy"]["thinking"] is True
+
+
+def test_check_counts_thoughts(folder, tiny):
+    """Contexts as they are held, and texts that every turn writes and training scores."""
+    policy, config = thinking(folder, lora_rank=2, branches="apart", **GUIDED)
+    editor = open_editor(config)
+    editor.blueprint.said = len(policy.text_ids("make it red"))
+    context = policy.encode(tiny.pictures(2, SIZE))
+    for turn in range(2):
+        context = policy.instruct(context, ["make it red"] * 2)
+        context = policy.consider(context, ["abcd"] * 2)  # letters are tokens
+        kept = sum(t.nbytes for c in context.branches for t in (*c.keys, *c.values))
+        assert editor.held(2, turn) == kept
+        context = policy.append(context, tiny.pictures(2, SIZE, seed=1))
+    full = replace_nested(preset_config("unigrpo", "bagel"), {"rollout": {"shared_noise": True}})
+    full = dataclasses.replace(full, policy=config)
+    calls = plan(full, editor, rollout_sampler(full.rollout), [2] * 4, 1)
+    found = {(c.phase, c.step, c.turn) for c in calls}
+    turns = {("rollout", "think", t) for t in (0, 1)} | {("train", "answer thought", 0)}
+    assert turns <= found and ("rollout", "intend", 0) not in found
+    rows = {c.batch for c in calls if (c.phase, c.step, c.turn) == ("rollout", "velocity", 0)}
+    assert len(rows) == 1  # nobody takes a step for siblings that have thoughts of their own
+    longer = open_editor(dataclasses.replace(config, thinking_tokens=8))
+    for step in ("think", "answer thought", "score thought"):
+        less, more = (e.cost(step, 2, 1).total_flops for e in (editor, longer))
+        assert 1.5 * less < more < 2.5 * less

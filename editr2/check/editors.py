@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from editr2.check.meter import Cost, Meter, at_depth
 from editr2.config import PolicyConfig
-from editr2.policies.base import PackedPolicy, SizedPolicy
+from editr2.policies.base import PackedPolicy, SizedPolicy, ThinkingPolicy
 from editr2.policies.blocks import recomputed
 from editr2.policies.blueprint import (
     Blueprint,
@@ -45,9 +45,9 @@ class Sizes:
     """parameters, trainable: numbers of them. weights: bytes of what is frozen; block, outside: of
     what `policy.shard` shares out (all but adapters), in the largest of the repeated blocks and in
     none of them. float8: numbers of what is frozen that are float8. trained: bytes of what trains.
-    dequantized: bytes of the largest layer's weights while it is used (4-bit). text, vae, sight:
-    bytes of the text encoders, the autoencoder and the vision transformer. targets: adapted layers
-    by their name in a block."""
+    dequantized: bytes of the largest layer's weights while it is used (4-bit). text, vae:
+    bytes of the text encoders and the autoencoder. targets: adapted layers by their name in a
+    block. sight: bytes of the vision transformer."""
 
     parameters: int
     trainable: int
@@ -59,8 +59,8 @@ class Sizes:
     dequantized: int
     text: int
     vae: int
-    sight: int
     targets: Mapping[str, int]
+    sight: int = 0
 
     @property
     def beside(self) -> tuple[int, int, int]:
@@ -80,8 +80,9 @@ class Editor:
     """What the estimate asks. Turns count from 0.
 
     own: the noise schedule, None where the policy has none. cannot_pack: the policy's name, where
-    it has no packed replay. writes_text: whether intents are written. prompt_per_output: whether
-    siblings' instructions are read apart. shares, mix: see `see`; empty where there is one size.
+    it has no packed replay. writes_text, thinks: whether intents, and thoughts, are written.
+    prompt_per_output: whether siblings' instructions are read apart. shares, mix: see `see`; empty
+    where there is one size.
     """
 
     def __init__(self, config: PolicyConfig, blueprint: Blueprint) -> None:
@@ -92,6 +93,7 @@ class Editor:
         packs = isinstance(self.policy, PackedPolicy)
         self.cannot_pack = None if packs else type(self.policy).__name__
         self.writes_text = bool(self.policy.writes_text and config.intent)
+        self.thinks = isinstance(self.policy, ThinkingPolicy) and self.policy.thinks
         self.prompt_per_output = blueprint.prompt_per_output
         self._found: dict[Hashable, list[dict[str, Any]]] = {}
         self._costs: dict[Hashable, Cost] = {}
@@ -180,10 +182,10 @@ class Editor:
         turn: int,
         checkpointing: int | str | None = None,
     ) -> Cost:
-        """Of encode, instruct, intend, velocity, train (forward and backward of velocity), answer
-        (the same of an intent), score (its forward alone, which keeps what the backward pass will
-        read) or decode; checkpointing: as `policy.gradient_checkpointing`, None: the configured
-        one."""
+        """Of encode, instruct, intend, think, velocity, train (forward and backward of velocity),
+        answer (the same of an intent), score (its forward alone, which keeps what the backward pass
+        will read), answer thought, score thought or decode; checkpointing: as
+        `policy.gradient_checkpointing`, None: the configured one."""
         how = self.config.gradient_checkpointing if checkpointing is None else checkpointing
         again = recomputed(how, self.blueprint.blocks) if step in TRAINS else 0
         key = (step, batch, turn, again)
@@ -277,7 +279,7 @@ def _affine(measure: Callable[[int], Cost], at: int, first: int) -> Cost:
     return Cost(**at_depth([asdict(measure(first)), asdict(measure(first + 1))], [at - first]))
 
 
-TRAINS = ("train", "answer", "score")
+TRAINS = ("train", "answer", "answer thought", "score", "score thought")
 """Steps with gradient."""
 NOTHING = Cost({}, 0, 0, 0, 0, 0)
 

@@ -110,8 +110,10 @@ def _walk(
         calls.append(Call(side, step, rows if turn else groups, turn))
         if turn and editor.writes_text and generates:
             calls.append(Call(phase, "intend", rows, turn))
+        if editor.thinks and generates:
+            calls.append(Call(phase, "think", rows, turn))
         if reads:
-            apart = turn and (editor.prompt_per_output or editor.writes_text)
+            apart = editor.thinks or (turn and (editor.prompt_per_output or editor.writes_text))
             calls.append(
                 Call(side, "instruct", rows if apart else max(1, round(groups * share)), turn)
             )
@@ -136,7 +138,7 @@ def _group_rollout(
         for turn, share in enumerate(shares):
             rows = max(1, round(size * r.siblings * share))
             alone = 0.0  # steps that a group's first rollout takes for its siblings
-            if not turn and r.shared_noise and sampler.window:
+            if not turn and r.shared_noise and sampler.window and not editor.thinks:
                 alone = (sampler.first_start + sampler.last_start) / 2
                 calls.append(Call(phase, "velocity", size, turn, alone))
             calls.append(Call(phase, "velocity", rows, turn, sampler.steps - alone))
@@ -182,6 +184,8 @@ def plan(
             calls.append(Call("train", "velocity", batch, turn, t.updates * without + first))
         if editor.writes_text and t.text_weight != 0:
             calls += [Call("train", "answer", n, turn, t.updates) for turn, n in answers if turn]
+        if editor.thinks and t.text_weight != 0:
+            calls += [Call("train", "answer thought", n, turn, t.updates) for turn, n in answers]
     return [c for c in calls if c.times]
 
 
@@ -416,6 +420,10 @@ def mixed(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
     )
 
 
+SCORES = {"answer": "score", "answer thought": "score thought"}
+"""Forward and backward of a text, and its forward alone."""
+
+
 def _memory(
     config: Config,
     editor: Editor,
@@ -437,19 +445,24 @@ def _memory(
 
     def trained_on(checkpointing: int | str) -> int:
         """The most of a forward and backward pass. Packed, it keeps what it has of all turns.
-        Walking, a turn's intents are scored before the first of its velocities, and one backward
+        Walking, a turn's texts are scored before the first of its velocities, and one backward
         pass goes through both."""
         each: dict[tuple[str, int], int] = defaultdict(int)
-        scored: dict[int, int] = defaultdict(int)
+        scored: dict[tuple[str, int], int] = {}
         for c in calls:
-            if c.step in ("train", "answer"):
+            if c.step == "train" or c.step in SCORES:
                 peak = editor.cost(c.step, c.batch, c.turn, checkpointing).peak
                 each[c.step, c.turn] = max(each[c.step, c.turn], peak)
-            if c.step == "answer":
-                scored[c.turn] = editor.cost("score", c.batch, c.turn, checkpointing).kept
+            if c.step in SCORES:
+                kept = editor.cost(SCORES[c.step], c.batch, c.turn, checkpointing).kept
+                scored[c.step, c.turn] = kept
         if t.packed == "on":
             return sum(each.values())
-        return max(n + (scored[turn] if step == "train" else 0) for (step, turn), n in each.items())
+
+        def beside(turn: int) -> int:
+            return sum(kept for (_, at), kept in scored.items() if at == turn)
+
+        return max(n + (beside(turn) if step == "train" else 0) for (step, turn), n in each.items())
 
     # Compiled blocks keep less than plain ones do; by how much is not modelled.
     trains = trained_on(p.gradient_checkpointing)
@@ -478,6 +491,10 @@ def _memory(
         apart = p.guidance != 1 and settled_branches(p, processes).branches == "apart"
         several = (apart or t.rows is not None) and t.packed != "on"
         gradients = trained + (sizes.trained if several else REDUCED * sizes.block + outside)
+    held = {"contexts": contexts + copied}
+    if branches:
+        held = {f"contexts, {name}": n for name, n in branches.items()}
+        held["contexts, copied to train"] = copied
     memory = {
         "frozen weights": round(sizes.weights / shares),
         "gathered blocks": blocks + outside,
@@ -489,9 +506,8 @@ def _memory(
         "autoencoder": sizes.vae,
         "vision transformer": sizes.sight,
         "stored latents": round(rollouts * latent * (a_step * sampler.window + 1)),
-        **({f"contexts, {name}": n for name, n in branches.items()} or {"contexts": contexts}),
-        "contexts, copied to train": copied,
-        "activations, rollout": largest("velocity", "intend") + sizes.dequantized,
+        **held,
+        "activations, rollout": largest("velocity", "intend", "think") + sizes.dequantized,
         "activations, encode and decode": largest("encode", "decode"),
         "activations, train": trains + sizes.dequantized,
     }

@@ -18,6 +18,7 @@ from editr2.cli import (
     evaluate,
     export,
     judge,
+    label,
     report,
     reproduce,
     rollout,
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "eval": evaluate.command,
     "rollout": rollout.command,
     "judge": judge.command,
+    "label": label.command,
     "benchmark": benchmark.command,
     "report": report.command,
     "export": export.command,
@@ -52,6 +54,7 @@ STOPPED = {
     "rollout": "what is in --out is not whole; the same command begins again",
     "judge": "what was answered is on the record in --out; the same command asks for the rest",
     "benchmark": "images and answers that are there stand; the same command makes the rest",
+    "label": "every vote is in the folder's labels.sqlite; the same command goes on",
     "reproduce": "finished runs stand; the same command trains the rest",
 }
 """What is true of a command that Ctrl-C ended. The trainer itself says what it saved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from editr2.run.machine import choose_waiting, starting
 
 
@@ -10,6 +12,9 @@ def main() -> int:
     the commands import it."""
     with starting():
         choose_waiting()
+        gc.disable()  # libraries stay: looking for garbage among them is a sixth of starting
         from editr2.cli.main import main as run
 
+        gc.freeze()
+        gc.enable()
     return run()

@@ -24,8 +24,9 @@ is 8, behind which it silently runs plainly."""
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """What repeats, by the class's own list (as diffusers has it), of all kinds, in the order in
     which they run."""
-    names = getattr(module, "_repeated_blocks", None) or ()
-    return [part for part in module.modules() if type(part).__name__ in names]
+    names = set(getattr(module, "_repeated_blocks", None) or ())
+    # Where weights are shared out FSDP2 has put its own name before a block's.
+    return [part for part in module.modules() if type(part).__name__.removeprefix("FSDP") in names]
 
 
 def recomputed(how: int | str, blocks: int) -> int:

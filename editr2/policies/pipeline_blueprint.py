@@ -129,7 +129,7 @@ class PipelineBlueprint:
             return self._derived(batch, turn)
         trains = step == "train"
         again = trains and checkpointing and self.kind.recomputes
-        key, sizes = (step, self._seen(turn), again), (Size(batch, SMALL_BATCH),)
+        key, sizes = (step, self._seen(turn)), (Size(batch, SMALL_BATCH),)
         prepare = self._forward(self._seen(turn), trains)
         return [Work(key, prepare, sizes, trains=trains, checkpointing=again)]
 

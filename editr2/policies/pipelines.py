@@ -66,13 +66,17 @@ FLUX_SHIFT = {
 """Of their schedulers."""
 
 
+OF_UNIFIED = {
+    *("thinking", "thinking_tokens", "questions", "experts"),
+    *("guidance_interval", "rounding"),
+}
+"""Settings that the unified policies alone follow."""
+
+
 class PipelineModel(ConfiguredPolicy):
     """What a model on a diffusers pipeline says of itself without being loaded."""
 
-    uses = frozenset(FIELDS) - {
-        *("thinking", "thinking_tokens", "questions", "experts"),  # they write no text
-        *("guidance_interval", "rounding"),
-    }
+    uses = frozenset(FIELDS) - OF_UNIFIED
     edits_the_world = False
     holds = f"{DESCRIPTION} (as a run saves it) or {INDEX}"
 

@@ -22,5 +22,6 @@ REWARDS: dict[str, str] = {
     "imgedit": "editr2.rewards.imgedit:ImgEdit",
     "rational": "editr2.rewards.rational:Rational",
     "verifier": "editr2.rewards.verifier:Verifier",
+    "human": "editr2.rewards.human:Human",
 }
 """Name -> `package.module:name`."""

@@ -8,8 +8,10 @@ imported. "cuda" is the CUDA C++ sources compiled for the CPU and run by cuda_em
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -108,20 +110,56 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreted(request):
-    """(exit status, output) of a whole test file, by its name, in Triton's interpreter.
+def language_patched_once_a_launch():
+    """Triton's interpreter patches its whole language again at every call of a device function:
+    more than half of its time, to put there what the launch has put there already."""
+    if not INTERPRETED:
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()
 
-    They run one after the other beside the tests of this process. Processes side by side all know
-    of all tests, and each runs some: there a file runs when the test that waits for it does.
+    @functools.cache
+    def sees(function):
+        """The parts of the language that a function's module names: what is patched for it."""
+        parts = [value for value in function.__globals__.values() if inspect.ismodule(value)]
+        return frozenset(part.__name__ for part in parts if part in (interpreter.tl, core))
+
+    def patch_new(function):
+        """Of a launch's own call, its first, the result: what undoes it."""
+        if sees(function) in patched:
+            return None
+        patched.add(sees(function))
+        return patch(function)
+
+    def launch_anew(self, *given, **named):
+        patched.clear()
+        return launch(self, *given, **named)
+
+    core = interpreter.tl.core
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(interpreter, "_patch_lang", patch_new)
+        changes.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted(request):
+    """(exit status, output) of whole test files, by their names, in a process of Triton's
+    interpreter.
+
+    These run one after the other beside the tests of this process. Processes side by side all know
+    of all tests, and each runs some: there files run when the test that waits for them does.
     """
-    names = [
-        item.callspec.params["name"]
+    asked = [
+        item.callspec.params["names"]
         for item in request.session.items
         if item.originalname == WAITING and not side_by_side(request.config)
     ]
     current = []
 
-    def run(name):
+    def run(names):
         command = [
             sys.executable,
             "-m",
@@ -135,7 +173,7 @@ def interpreted(request):
             "ignore",
         ]
         process = subprocess.Popen(
-            [*command, str(Path(__file__).with_name(f"test_{name}.py"))],
+            [*command, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in names)],
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -146,8 +184,8 @@ def interpreted(request):
         return process.returncode, output
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = {name: pool.submit(run, name) for name in names}
-        yield lambda name: (ahead.get(name) or pool.submit(run, name)).result()
+        ahead = {names: pool.submit(run, names) for names in asked}
+        yield lambda names: (ahead.get(names) or pool.submit(run, names)).result()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in current:
             process.kill()

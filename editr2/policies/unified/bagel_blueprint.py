@@ -159,7 +159,7 @@ class BagelBlueprint(UnifiedBlueprint):
         g = self.policy.guidance
         found = {"full": full}
         if g.text != 1:
-            found["without the instruction"] = full - self.said
+            found["without the instruction"] = full - self.spoken
         if g.image != 1:
             found["texts alone"] = said
         if not self.policy.apart:
