@@ -265,6 +265,12 @@ MIXED: dict[str, tuple[str, Change, dict[str, Any], str]] = {
         {},
         r"lora_B.bias: no part of a LoRA",
     ),
+    "two alphas": (
+        PEFT,
+        lambda w: w.update({first(w, "lora_A").replace("lora_A.weight", "alpha"): torch.ones(1)}),
+        {},
+        r"\.alpha: beside settings that say alpha, too \(accepted: one of both",
+    ),
     "rank of the run": (PEFT, lambda w: None, {"lora_rank": 4}, r"policy.lora_rank: 4 .*: 2, its"),
     "targets": (
         PEFT,

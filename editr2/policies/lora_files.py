@@ -278,6 +278,11 @@ def read_lora(config: PolicyConfig) -> LoraFile | None:
             f"{rank}, its own)"
         )
     said = _said(path, metadata, prefix)
+    if said is not None and alphas:
+        raise CheckpointError(
+            f"{path}: {next(iter(alphas.values()))}: beside settings that say alpha, too "
+            f"(accepted: one of both)"
+        )
     strengths: dict[str, float] | None = None
     if said is not None:
         where, settings = said
