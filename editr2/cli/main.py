@@ -22,6 +22,7 @@ from editr2.cli import (
     reproduce,
     rollout,
     train,
+    verifier,
     world,
 )
 from editr2.cli.flags import Arguments, dispatch
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "doctor": doctor.command,
     "data": data.command,
     "world": world.command,
+    "verifier": verifier.command,
 }
 
 
@@ -52,6 +54,8 @@ STOPPED = {
     "rollout": "what is in --out is not whole; the same command begins again",
     "judge": "what was answered is on the record in --out; the same command asks for the rest",
     "benchmark": "images and answers that are there stand; the same command makes the rest",
+    "verifier": "nothing was changed by this start; the same command begins again, or goes on from "
+    "what stands",
     "reproduce": "finished runs stand; the same command trains the rest",
 }
 """What is true of a command that Ctrl-C ended. The trainer itself says what it saved
