@@ -420,11 +420,12 @@ def load_reader(config: ReaderConfig, device: torch.device | str = "cpu") -> Rea
         module = AutoModelForImageTextToText.from_pretrained(config.weights, dtype=stored)
     if name := unusable(module.named_parameters()):
         raise ConfigError(f"{where}: {name}: NaN, infinite or too large ({ACCEPTED})")
-    module.eval()
     if config.gradient_checkpointing:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        newer = getattr(module, "activation_checkpointing_enable", None)  # its name since 5.23
+        (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
     if config.lora_rank:
         adapt(module, config)
+    module.eval()
     reader = Reader(module, processor, config, where)
     module.to(device)
     return reader

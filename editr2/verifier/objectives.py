@@ -282,7 +282,7 @@ def preferred(scores: Tensor) -> dict[str, float]:
     pairs whose outputs both have a score. score_win, score_lose: sums of those means."""
     means = scores.nanmean(2)
     judged = ~means.isnan().any(1)
-    gap = (means[:, 0] - means[:, 1])[judged]
+    gap = (means[:, 0] - means[:, 1])[judged].round(decimals=9)  # scores are tenths
     right = (gap > 0).double().sum() + 0.5 * (gap == 0).double().sum()
     kept = means[judged].sum(0)
     return {
