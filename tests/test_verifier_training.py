@@ -43,6 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, beside: Any) -> Path:
             "sft",
             "run",
             policy={"lora_rank": 0},
+            eval={"every": 0},
             train={"iterations": 24, "lr": 2e-2, "warmup": 2, "rows": 4},
         ),
     )
@@ -55,11 +56,13 @@ def configured(root: Path, name: str, out: str, **changes: Any) -> Any:
         "out": str(root / out),
         "data": {"path": str(root / "data")},
         "policy": {"weights": str(weights), "prompts": str(root / "words"), "lora_rank": 2},
-        "train": {"iterations": 4, "batch": 4, "rows": 2, "lr": 1e-2},
+        "train": {"iterations": 3, "batch": 4, "rows": 2, "lr": 1e-2},
         "checkpoint": {"every": 2},
     }
+    values["data"]["heldout"] = values["data"]["path"]
+    values["eval"] = {"traces": 2, "max_tokens": 8, "every": 2, "limit": 2}
     if name == "gcpo":
-        values["rollout"] = {"traces": 3, "max_tokens": 8}
+        values["rollout"] = {"traces": 3, "max_tokens": 8, "pairs": 2}
     for key, value in changes.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return replace_nested(SCHEMAS[name](), values)
@@ -163,6 +166,9 @@ def test_a_trace_ends_where_a_picture_would_begin(world: Path) -> None:
 def test_sft_is_the_mean_over_the_tokens_of_a_batch(world: Path) -> None:
     rows = [row for row in numbers(world / "run") if row["event"] == "train"]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    before, *_, after = (row for row in numbers(world / "run") if row["event"] == "eval")
+    assert after["nll"] < 0.5 * before["nll"] and after["unread"] < before["unread"]
+    assert (before["iteration"], after["iteration"]) == (0, 24)
     config = configured(world, "sft", "x", policy={"lora_rank": 0})
     reader = load_reader(config.policy)
     lessons, left_out = OBJECTIVES["sft"].reads(config.data.path, "data.path")
@@ -318,7 +324,7 @@ def test_adapters_are_merged_as_they_worked(world: Path) -> None:
         loop.train_verifier("sft", configured(world, "sft", run.name))
     config = configured(world, "sft", run.name)
     reader = load_reader(config.policy)
-    held = load_file(run / "checkpoints" / "step_000004" / "policy.safetensors")
+    held = load_file(run / "checkpoints" / "step_000003" / "policy.safetensors")
     assert held.keys() == trainable(reader.module).keys()
     assert all(".lora_" in name for name in held)
     edit = read_edits(world / "data" / PRINCIPLES, principles=True)[0]
@@ -337,7 +343,7 @@ def test_adapters_are_merged_as_they_worked(world: Path) -> None:
 @pytest.mark.parametrize("what", ["logits", "sampling", "scoring"])
 def test_the_sentinel_says_what_differs(world: Path, tmp_path: Path, what: str) -> None:
     """Before the first update a ratio that is not 1 ends the run; nothing was changed."""
-    config = configured(world, "gcpo", str(tmp_path / "run"))
+    config = configured(world, "gcpo", str(tmp_path / "run"), data={"heldout": None})
     said = {
         "logits": "from the model's logits",
         "sampling": "sampled again by itself, it reads otherwise",

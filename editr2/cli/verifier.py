@@ -52,5 +52,5 @@ def _train(name: str, schema: type[Any], arguments: Arguments) -> int:
     ]
     from editr2.verifier.loop import train_verifier
 
-    print(f"run: {train_verifier(name, config, resume_anyway=insisted)}")
+    train_verifier(name, config, resume_anyway=insisted)
     return 0

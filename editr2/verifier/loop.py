@@ -47,8 +47,9 @@ from editr2.run.identity import (
 from editr2.run.lock import RunLock
 from editr2.run.processes import Lost, Processes, is_lost, open_processes
 from editr2.run.stop import NAMES, Stop, Stopped
-from editr2.run.tracking import MetricsLog, Progress, read_metrics, write_whole
+from editr2.run.tracking import MetricsLog, Progress, read_metrics, rows_behind, write_whole
 from editr2.verifier.files import Edit
+from editr2.verifier.heldout import Heldout, evaluate, read_heldout
 from editr2.verifier.model import Reader, load_reader
 from editr2.verifier.objectives import OBJECTIVES, Asks, Block, Objective, Part, Row
 from editr2.verifier.saved import RESULT, read_result, write_result
@@ -78,9 +79,7 @@ def train_verifier(
         objective = OBJECTIVES[name]
         assert config.data.path is not None
         examples, left_out = objective.reads(config.data.path, "data.path")
-        heldout: list[Any] = []
-        if config.data.heldout is not None:
-            heldout = objective.reads(config.data.heldout, "data.heldout")[0][: config.eval.limit]
+        heldout = read_heldout(config)
         reader = load_reader(config.policy, "cpu")
         place(reader, config.policy.shard, processes, config.policy.shard_group)
         state = new_state(config, reader, reference=objective.reference(config))
@@ -88,7 +87,7 @@ def train_verifier(
             lambda: Identity(
                 {
                     "sessions": examples_fingerprint(examples),
-                    **({"heldout": examples_fingerprint(heldout)} if heldout else {}),
+                    **({"heldout": heldout_fingerprint(heldout)} if heldout else {}),
                     "weights": weights_fingerprint(str(config.policy.weights)),
                     "prompts": reader.prompts.digest,
                     "objective": name,
@@ -132,6 +131,14 @@ def examples_fingerprint(examples: Sequence[Any]) -> str:
             said += [_sampled(picture.path, seen) for picture in (edit.image, edit.edited)]
         digest.update(json.dumps(said).encode("utf-8", "surrogatepass") + b"\n")
     return f"{len(examples)} examples {digest.hexdigest()[:16]}"
+
+
+def heldout_fingerprint(heldout: Heldout) -> str:
+    return " and ".join(
+        examples_fingerprint(examples)
+        for examples in (heldout.lessons, heldout.pairs)
+        if examples
+    )
 
 
 def _sampled(path: Path, seen: dict[Path, str]) -> str:
@@ -181,7 +188,7 @@ class _Loop:
         state: State,
         reader: Reader,
         examples: Sequence[Any],
-        heldout: Sequence[Any],
+        heldout: Heldout,
         processes: Processes,
         identity: Identity,
     ) -> None:
@@ -231,7 +238,8 @@ class _Loop:
                         f"{metrics}: of something else (accepted: another --out)"
                     )
             write_whole(self.folder / "config.yaml", dump_yaml(self.config))
-            return read_metrics(metrics)[0] if metrics.exists() else []
+            rows = read_metrics(metrics)[0] if metrics.exists() else []
+            return rows_behind(rows, self.state.iteration)
 
         self.rows = self.processes.on_main(read)
 
@@ -301,7 +309,10 @@ class _Loop:
         if not any(row.get("event") == "start" for row in self.rows):
             self._append(self._start_row())
         stop.give_up()
-        while state.iteration < t.iterations:
+        while True:
+            self._evaluate()
+            if state.iteration >= t.iterations:
+                break
             stop.agree()
             started = time.perf_counter()
             row = self._iteration(stop)
@@ -317,6 +328,19 @@ class _Loop:
             stop.give_up()
         processes.lend()
 
+    def _evaluate(self) -> None:
+        """Of the weights that stand, where it is due and not there; leaves no trace in the run."""
+        at, e = self.state.iteration, self.config.eval
+        ends = at in (0, self.config.train.iterations)
+        if not self.heldout or not (ends or (e.every and at % e.every == 0)):
+            return
+        if any(row.get("event") == "eval" and row["iteration"] == at for row in self.rows):
+            return
+        found = evaluate(self.heldout, self.asks, self.config, self.processes)
+        self._append({"event": "eval", "iteration": at, **found})
+        shown = "  ".join(f"{k} {found[k]:.4g}" for k in ("nll", "accuracy", "unread") if k in found)
+        self.progress.note(f"iteration {at}, held out: {shown}")
+
     def _append(self, row: dict[str, Any]) -> None:
         self.log.append(row)
         self.rows.append(row)
@@ -327,7 +351,10 @@ class _Loop:
             "event": "start",
             "objective": self.name,
             "examples": len(self.examples),
-            "heldout": len(self.heldout),
+            "heldout": {
+                "traces": len(self.heldout.lessons),
+                "pairs": len(self.heldout.pairs),
+            },
             "trained_weights": sum(p.numel() for p in weights),
             "identity": dataclasses.asdict(self.identity),
         }

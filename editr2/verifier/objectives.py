@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ class Lesson:
 def read_lessons(folder: str, setting: str) -> tuple[list[Lesson], int]:
     """Of `principles.jsonl` and `traces.jsonl` there. Traces that cannot be read are left out and
     counted: nobody learns to write them."""
-    root = _folder(folder, setting)
+    root = folder_of(folder, setting)
     edits = read_edits(root / PRINCIPLES, principles=True)
     known, told = {edit.id: edit for edit in edits}, read_told(root / TRACES, edits)
     found = [Lesson(known[one.id], one) for one in told if one.trace is not None]
@@ -164,7 +164,8 @@ def read_lessons(folder: str, setting: str) -> tuple[list[Lesson], int]:
     return found, len(told) - len(found)
 
 
-def _folder(folder: str, setting: str) -> Path:
+def folder_of(folder: str, setting: str) -> Path:
+    """Raises `DataError` where there is none."""
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{setting}: {shown(folder)}: no such folder (accepted: a folder)")
@@ -201,7 +202,7 @@ def _taught_row(sums: Mapping[str, float]) -> dict[str, Any]:
 
 def read_pairs(folder: str, setting: str) -> tuple[list[Preference], int]:
     """Of `pairs.jsonl` there, each with principles."""
-    file = _folder(folder, setting) / PAIRS
+    file = folder_of(folder, setting) / PAIRS
     pairs = read_preferences(file)
     for pair in pairs:
         if not pair.win.principles:
@@ -212,31 +213,45 @@ def read_pairs(folder: str, setting: str) -> tuple[list[Preference], int]:
     return pairs, 0
 
 
+class Sampling(Protocol):
+    """How traces of a pair are sampled."""
+
+    @property
+    def traces(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def max_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class JudgedPairs:
+    """N traces of both outputs of P pairs, flat in this order, with their prompts and seeds; scores
+    float64 [P, 2, N] in [0, 1], NaN where there is none."""
+
+    flat: list[Written]
+    prompts: list[Prompt]
+    seeds: list[int]
+    scores: Tensor
+
+
 def judge_pairs(
-    asks: Asks, config: GcpoConfig, pairs: Sequence[tuple[int, Preference]], purpose: str
-) -> tuple[list[list[list[Written]]], list[Prompt], list[int], Tensor]:
-    """N traces of both outputs of each pair: as written [P, 2, N], their prompts and seeds, row by
-    row, and scores float64 [P, 2, N] in [0, 1], NaN where there is none."""
-    r, prompts, seeds = config.rollout, list[Prompt](), list[int]()
+    asks: Asks, seed: int, how: Sampling, pairs: Sequence[tuple[int, Preference]], purpose: str
+) -> JudgedPairs:
+    """What the verifier writes of pairs. Seeds follow from the run's, the purpose, and a pair's
+    ordinal."""
+    n, edits, prompts, seeds = how.traces, list[Edit](), list[Prompt](), list[int]()
     for ordinal, pair in pairs:
         for side, edit in enumerate(pair.edits):
-            prompts += [asks.prompt(edit)] * r.traces
-            seeds += [
-                derive_seed(config.seed, purpose, ordinal, side, j) for j in range(r.traces)
-            ]
+            edits += [edit] * n
+            prompts += [asks.prompt(edit)] * n
+            seeds += [derive_seed(seed, purpose, ordinal, side, j) for j in range(n)]
     flat = asks.reader.sample(
-        prompts, seeds, temperature=r.temperature, max_tokens=r.max_tokens
+        prompts, seeds, temperature=how.temperature, max_tokens=how.max_tokens
     )
-    count = iter(flat)
-    written = [[[next(count) for _ in range(r.traces)] for _ in range(2)] for _ in pairs]
-    scores = torch.tensor(
-        [
-            [[_score(edit, one) for one in group] for edit, group in zip(pair.edits, groups)]
-            for (_, pair), groups in zip(pairs, written, strict=True)
-        ],
-        dtype=torch.float64,
-    )
-    return written, prompts, seeds, scores
+    found = [_score(edit, one) for edit, one in zip(edits, flat, strict=True)]
+    scores = torch.tensor(found, dtype=torch.float64).view(len(pairs), 2, n)
+    return JudgedPairs(flat, prompts, seeds, scores)
 
 
 def _score(edit: Edit, written: Written) -> float:
@@ -249,11 +264,11 @@ def _score(edit: Edit, written: Written) -> float:
 def _contrasted(
     config: GcpoConfig, asks: Asks, pairs: Sequence[tuple[int, Preference]], purpose: str
 ) -> Block:
-    written, prompts, seeds, scores = judge_pairs(asks, config, pairs, purpose)
+    judged = judge_pairs(asks, config.seed, config.rollout, pairs, purpose)
+    scores, flat = judged.scores, judged.flat
     credit, n = gcpo_credit(scores), config.rollout.traces
     block = Block(units=float(credit.trains.sum()))
-    flat = [one for groups in written for group in groups for one in group]
-    for k, (one, prompt, seed) in enumerate(zip(flat, prompts, seeds, strict=True)):
+    for k, (one, prompt, seed) in enumerate(zip(flat, judged.prompts, judged.seeds, strict=True)):
         p, side, j = k // (2 * n), k // n % 2, k % n
         if not credit.trains[p]:
             continue

@@ -56,7 +56,8 @@ class SftDataConfig:
     Args:
         path: a folder with principles.jsonl, and traces.jsonl of traces worth learning (`editr2
             verifier select` writes one).
-        heldout: another, whose traces are only scored.
+        heldout: another, of which nothing is learnt: with traces.jsonl, of which the loss is said,
+            or pairs.jsonl, which are judged, or both.
     """
 
     path: str | None = setting(None, path=True)
@@ -69,7 +70,8 @@ class PairsDataConfig:
 
     Args:
         path: a folder with pairs.jsonl, each pair with its principles.
-        heldout: another, whose pairs are only judged.
+        heldout: another, of which nothing is learnt: with traces.jsonl, of which the loss is said,
+            or pairs.jsonl, which are judged, or both.
     """
 
     path: str | None = setting(None, path=True)
@@ -160,15 +162,23 @@ class WritingConfig:
 
 @dataclass(frozen=True)
 class HeldoutConfig:
-    """What is said of the held-out ones.
+    """What is said of the held-out ones (data.heldout).
 
     Args:
         every: iterations between evaluations; 0 is before the first and after the last alone.
-        limit: the first so many of them; none: all.
+        limit: the first so many traces and pairs of them; none: all.
+        traces: that both outputs of a pair are judged by.
+        temperature: of their tokens; 0 is greedy.
+        max_tokens: of a trace; one that is cut off has no score.
+        rows: traces at once.
     """
 
     every: int = setting(0, Bounds(at_least=0, at_most=1_000_000_000))
     limit: int | None = setting(None, COUNT)
+    traces: int = setting(1, Bounds(at_least=1, at_most=256))
+    temperature: float = setting(1.0, Bounds(at_least=0, at_most=2))
+    max_tokens: int = setting(1024, TOKENS)
+    rows: int = setting(16, COUNT)
 
 
 @dataclass(frozen=True)
