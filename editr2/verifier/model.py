@@ -111,6 +111,7 @@ class Reader:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "audio_token_id")
         places = (getattr(module.config, name, None) for name in names)
         self._pictures = frozenset(place for place in places if isinstance(place, int))
+        self._blank: Prompt | None = None
         if getattr(processor, "chat_template", None) is None:
             raise ConfigError(f"{where}: no chat template (accepted: a processor with one)")
 
@@ -131,6 +132,10 @@ class Reader:
             for picture in (edit.image, edit.edited)
         ]
         text = judge_text(self.prompts, edit.instruction, edit.principles)
+        self._known(text, edit.id)
+        return self._asked(pictures, text, edit.id)
+
+    def _asked(self, pictures: Sequence[dict[str, Any]], text: str, of: str) -> Prompt:
         message = {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
         try:
             found = self.processor.apply_chat_template(
@@ -141,13 +146,12 @@ class Reader:
                 return_tensors="pt",
             )
         except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
-            raise DataError(f"{edit.id}: cannot be asked about: {one_line(error)}") from error
+            raise DataError(f"{of}: cannot be asked about: {one_line(error)}") from error
         ids = found.pop("input_ids")
         found.pop("attention_mask", None)
         by_token = {k: v[0] for k, v in found.items() if v.shape == ids.shape}
         others = {k: v for k, v in found.items() if k not in by_token}
-        self._known(text, edit.id)
-        return Prompt(edit.id, ids[0], by_token, others)
+        return Prompt(of, ids[0], by_token, others)
 
     def answer_ids(self, text: str, of: str) -> tuple[int, ...]:
         """Of a trace, with the end mark. of: whose it is. Raises `DataError` for a word that the
@@ -253,12 +257,19 @@ class Reader:
         found: Tensor = out[0]
         return found
 
+    @property
+    def repeated_blocks(self) -> list[str]:
+        """Class names of the layers that `sharding.place` shares out one by one: those of the
+        language model. What looks at pictures is not asked at every token, so it goes with the
+        rest."""
+        return sorted({type(layer).__name__ for layer in self.module.get_decoder().layers})
+
     def idle(self) -> Tensor:
-        """A forward with the smallest input there is."""
-        one = torch.tensor([[self.tokenizer.eos_token_id]], device=self.device)
-        with self._computing(), self._recomputing():
-            out: Tensor = self.module(input_ids=one, attention_mask=torch.ones_like(one)).logits
-        return out
+        """A forward with the smallest input that goes through all of the model."""
+        if self._blank is None:
+            picture = {"type": "image", "image": Image.new("RGB", (28, 28))}
+            self._blank = self._asked([picture, picture], "", "a blank picture")
+        return self.log_probs([self._blank], [[self.tokenizer.eos_token_id]]).log_prob
 
     def _answers(self, answers: Sequence[Sequence[int]]) -> Tensor:
         """int64 [B, A], filled up on the right."""
