@@ -381,10 +381,16 @@ def _decoding(module: Any, stops: Sequence[int], fill: int) -> Iterator[None]:
 
     own = module.generation_config
     module.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=fill)
+    name = "_maybe_prepare_encoder_kwargs_for_generation"
+    if "lockstep" in vars(module):
+        # It looks at pictures outside of the model's forward, where weights that are shared out are
+        # not whole; without it they are looked at by the first forward.
+        vars(module)[name] = lambda inputs, kwargs, *_: kwargs
     try:
         yield
     finally:
         module.generation_config = own
+        vars(module).pop(name, None)
 
 
 def _scoring_head(module: Any, where: str) -> _Head:
