@@ -4,6 +4,9 @@ objectives."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 
 from editr2.cli.main import main
 from editr2.config import replace_nested
+from editr2.config.yaml import dump_yaml
 from editr2.errors import CheckpointError
 from editr2.policies.weights import exchanged, trainable
 from editr2.rewards.traces import read_trace
@@ -26,6 +30,7 @@ from editr2.verifier.model import Reader, Scored, load_reader
 from editr2.verifier.objectives import OBJECTIVES, Asks, Part, Row, preferred
 from editr2.verifier.settings import GcpoConfig, ReaderConfig, SftConfig
 
+ROOT = Path(__file__).parent.parent
 SCHEMAS: dict[str, Any] = {"sft": SftConfig, "gcpo": GcpoConfig}
 
 
@@ -410,6 +415,53 @@ def test_recomputed_layers_and_low_precision(world: Path) -> None:
     assert torch.equal(prompts_of["plain"], prompts_of["recomputed"])
     near = torch.cosine_similarity(prompts_of["plain"], prompts_of["bfloat16"], dim=0)
     assert 0.9 < float(near) < 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("sft", {}),
+        ("gcpo", {}),
+        ("gcpo", {"shard": True}),
+        ("gcpo", {"shard": True, "lora_rank": 0}),
+    ],
+)
+def test_two_processes_train_as_one(
+    world: Path, tmp_path: Path, name: str, policy: dict[str, Any]
+) -> None:
+    """Whole on each, or shared out over them (FSDP2), adapters or all weights."""
+    train = {"iterations": 2, "batch": 5, "lr": 1e-3}
+    if name == "gcpo":
+        train |= {"updates": 2, "minibatches": 2, "kl_weight": 0.1}
+    runs = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        shards = policy if processes > 1 else {k: v for k, v in policy.items() if k != "shard"}
+        config = configured(world, name, str(out), policy=shards, train=train)
+        (tmp_path / f"{processes}.yaml").write_text(dump_yaml(config))
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        subprocess.run(
+            [sys.executable, "-m", *(torchrun if processes > 1 else []), "editr2", "verifier"]
+            + [name, "--config", str(tmp_path / f"{processes}.yaml")],
+            check=True,
+            cwd=ROOT,
+            timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        runs[processes] = numbers(out)
+    assert len(runs[1]) == len(runs[2])
+    assert any(row.get("grad_norm") for row in runs[1])
+    for one, two in zip(runs[1], runs[2], strict=True):
+        for key, value in one.items():
+            if isinstance(value, float) and not key.endswith("_error"):
+                assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+            elif not key.endswith("_error"):
+                assert two[key] == value, key
+    ours, theirs = weights(tmp_path / "1"), weights(tmp_path / "2")
+    start = load_file(Path(configured(world, name, "x").policy.weights) / "model.safetensors")
+    moved = max(float((ours[key] - start[key]).abs().max()) for key in ours)
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 0.05 * moved
 
 
 # ------------------------------------------------------------------------------------ bad input
