@@ -386,6 +386,25 @@ def test_the_sentinel_says_what_differs(world: Path, tmp_path: Path, what: str) 
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_forward_that_is_made_while_another_waits_leaves_it_alone(world: Path) -> None:
+    """As where weights are shared out: an idle one, in the other's pre-hook."""
+    reader = reader_of(world, gradient_checkpointing=True)
+    edits = read_edits(world / "data" / PRINCIPLES, principles=True)
+    prompts, ids = [reader.prompt(edit) for edit in edits[:2]], [(7, 8, 2), (9, 2)]
+    exact, idle = reader.log_probs(prompts, ids), [False]
+
+    def waits(*_: Any) -> None:
+        if not idle[0]:
+            idle[0] = True
+            assert reader.idle().shape == (1, 1)
+            layer = reader.module.model.language_model.layers[0]
+            assert layer.training  # of the one that waits
+            idle[0] = False
+
+    reader.module.register_forward_pre_hook(waits)
+    assert torch.equal(reader.log_probs(prompts, ids).log_prob, exact.log_prob)
+
+
 def test_recomputed_layers_and_low_precision(world: Path) -> None:
     prompts_of: dict[str, torch.Tensor] = {}
     edits = read_edits(world / "data" / PRINCIPLES, principles=True)
@@ -452,6 +471,7 @@ def test_two_processes_train_as_one(
         runs[processes] = numbers(out)
     assert len(runs[1]) == len(runs[2])
     assert any(row.get("grad_norm") for row in runs[1])
+    assert all(row.get("sampled_error", 0) < 1e-4 for row in runs[2])
     for one, two in zip(runs[1], runs[2], strict=True):
         for key, value in one.items():
             if isinstance(value, float) and not key.endswith("_error"):

@@ -239,13 +239,13 @@ class Reader:
     ) -> Scored:
         """Of each prompt's answer, token by token, under softmax(logits / temperature);
         differentiable."""
-        ids = self._answers(answers)
+        ids, before = self._answers(answers), self._head.asked
         self._head.asked = (ids, temperature)
         try:
             with self._computing(), self._recomputing():
                 out = self.module(**self._followed(prompts, ids)).logits
         finally:
-            self._head.asked = None
+            self._head.asked = before  # of a forward that waits while this one is made (`idle`)
         valid = ids != IGNORED
         return Scored(out[..., 0], out[..., 1], valid)
 
@@ -342,13 +342,14 @@ class Reader:
             yield
             return
         layers = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)]
+        before = [layer.training for layer in layers]
         for layer in layers:
             layer.training = True
         try:
             yield
         finally:
-            for layer in layers:
-                layer.training = False
+            for layer, trained in zip(layers, before, strict=True):
+                layer.training = trained
 
 
 class _Drawn:
