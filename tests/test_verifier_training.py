@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from editr2.cli.main import main
@@ -26,7 +27,7 @@ from editr2.rl.sentinel import RatioError
 from editr2.run.tracking import read_metrics
 from editr2.verifier import loop
 from editr2.verifier.files import PAIRS, PRINCIPLES, read_edits, read_preferences
-from editr2.verifier.model import Reader, Scored, load_reader
+from editr2.verifier.model import Reader, Scored, adapt, load_reader
 from editr2.verifier.objectives import OBJECTIVES, Asks, Part, Row, preferred
 from editr2.verifier.settings import GcpoConfig, ReaderConfig, SftConfig
 
@@ -537,3 +538,34 @@ def test_what_is_wrong_is_said_in_one_line(
     lines = [n for n in capsys.readouterr().err.splitlines() if "are left out" not in n]
     assert len(lines) == 1 and said in lines[0], lines
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------------------------- other models
+
+
+def test_a_qwen_counts_its_own_places(beside: Any, tmp_path: Path) -> None:
+    """Pictures of two sizes, prompts of two lengths: what is filled up changes nothing, and scoring
+    is what was sampled."""
+    folder = beside("tiny_verifier").write_data(tmp_path / "data", 2)
+    Image.fromarray(np.full((64, 40, 3), 90, np.uint8)).save(folder / "image1.png")
+    edits = read_edits(folder / PRINCIPLES, principles=True)
+    module, processor = beside("tiny_verifier").qwen(beside)
+    config = ReaderConfig(weights="tiny", lora_rank=2)
+    adapt(module, config)
+    reader = Reader(module.eval(), processor, config, "tiny")
+    for name, p in trainable(module).items():
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    prompts = [reader.prompt(edit) for edit in edits]
+    assert len(prompts[0].ids) != len(prompts[1].ids)
+    written = reader.sample([*prompts, *prompts], range(4), temperature=1.0, max_tokens=6)
+    scored = reader.log_probs([*prompts, *prompts], [one.ids for one in written])
+    for k, one in enumerate(written):
+        alone = reader.log_probs([prompts[k % 2]], [one.ids])
+        for seen in (torch.tensor(one.log_prob), alone.log_prob[0]):
+            found = scored.log_prob[k, : len(seen)]
+            torch.testing.assert_close(found, seen, atol=2e-5, rtol=0)
+    (-scored.log_prob.sum()).backward()
+    gradients = {name: p.grad for name, p in trainable(module).items()}
+    assert len(gradients) == 2 * 7 * 2 and all("language_model" in name for name in gradients)
+    assert all(g is not None and bool(g.abs().max() > 0) for g in gradients.values())
+    assert reader.repeated_blocks == ["Qwen2_5_VLDecoderLayer"]

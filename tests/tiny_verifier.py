@@ -125,3 +125,60 @@ def write_data(folder: Path, count: int = 5) -> Path:
     for name, rows in (("principles", edits), ("traces", traces), ("pairs", pairs)):
         write_lines(folder / f"{name}.jsonl", map(json_line, rows))
     return folder
+
+
+QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen(beside: Any, seed: int = 0) -> tuple[Any, Any]:
+    """A tiny Qwen2.5-VL and its processor, whose part for videos only exists beside torchvision."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLProcessor as Processor
+
+    tiny = beside("tiny_qwen")
+    words = tiny.tokenizer()
+    words.eos_token = words.pad_token = "<|im_end|>"
+    named = {"check_argument_for_proper_class": lambda self, *given: None}
+    kind = type(Processor.__name__, (Processor,), {**named, "__module__": Processor.__module__})
+    processor = kind(tiny.image_processor(), words, None, chat_template=QWEN_TEMPLATE)
+    token = words.convert_tokens_to_ids
+    heads = {"hidden_size": 32, "intermediate_size": 48}
+    torch.manual_seed(seed)
+    module = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                **heads,
+                "vocab_size": len(words),
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [2, 3, 3],
+                },
+                "eos_token_id": token("<|im_end|>"),
+            },
+            vision_config={
+                **heads,
+                "depth": 2,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "fullatt_block_indexes": [1],
+                "window_size": 56,
+            },
+            initializer_range=0.2,
+            image_token_id=token("<|image_pad|>"),
+            video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"),
+            vision_end_token_id=token("<|vision_end|>"),
+        )
+    )
+    module.generation_config.eos_token_id = token("<|im_end|>")
+    return module.eval(), processor
