@@ -1,4 +1,4 @@
-"""Tiny verifiers with random weights and real processors, built in code, and files to train them on.
+"""Tiny verifiers with random weights and real processors, built in code, and files to learn from.
 
 One token of the vocabulary is a whole end of a trace, verdicts and score, so that what a verifier
 with random weights samples can be read about as often as not.

@@ -89,11 +89,8 @@ def evaluate(
     return row
 
 
-def _mine(
-    examples: Sequence[Any], size: int, processes: Processes
-) -> list[list[tuple[int, Any]]]:
+def _mine(examples: Sequence[Any], size: int, processes: Processes) -> list[list[tuple[int, Any]]]:
     """This process's blocks, the same blocks whatever number of processes there is."""
     numbered = list(enumerate(examples))
     blocks = [numbered[at : at + size] for at in range(0, len(numbered), size)]
     return blocks[processes.share(len(blocks))]
-

@@ -56,9 +56,7 @@ from editr2.verifier.saved import RESULT, read_result, write_result
 from editr2.verifier.settings import GcpoConfig, RunConfig, run_problems
 
 
-def train_verifier(
-    name: str, config: RunConfig, *, resume_anyway: Sequence[str] = ()
-) -> Path:
+def train_verifier(name: str, config: RunConfig, *, resume_anyway: Sequence[str] = ()) -> Path:
     """Trains a verifier by an objective (a name of `OBJECTIVES`) and returns the run's folder; an
     unfinished run there is resumed. Its `verifier/` is a folder of transformers again.
 
@@ -135,9 +133,7 @@ def examples_fingerprint(examples: Sequence[Any]) -> str:
 
 def heldout_fingerprint(heldout: Heldout) -> str:
     return " and ".join(
-        examples_fingerprint(examples)
-        for examples in (heldout.lessons, heldout.pairs)
-        if examples
+        examples_fingerprint(examples) for examples in (heldout.lessons, heldout.pairs) if examples
     )
 
 
@@ -234,9 +230,7 @@ class _Loop:
                 if (self.folder / "config.yaml").exists():
                     metrics.unlink()
                 elif metrics.stat().st_size:
-                    raise CheckpointError(
-                        f"{metrics}: of something else (accepted: another --out)"
-                    )
+                    raise CheckpointError(f"{metrics}: of something else (accepted: another --out)")
             write_whole(self.folder / "config.yaml", dump_yaml(self.config))
             rows = read_metrics(metrics)[0] if metrics.exists() else []
             return rows_behind(rows, self.state.iteration)
@@ -338,7 +332,9 @@ class _Loop:
             return
         found = evaluate(self.heldout, self.asks, self.config, self.processes)
         self._append({"event": "eval", "iteration": at, **found})
-        shown = "  ".join(f"{k} {found[k]:.4g}" for k in ("nll", "accuracy", "unread") if k in found)
+        shown = "  ".join(
+            f"{k} {found[k]:.4g}" for k in ("nll", "accuracy", "unread") if k in found
+        )
         self.progress.note(f"iteration {at}, held out: {shown}")
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -451,7 +447,10 @@ class _Loop:
         if number not in self._orders:
             noise = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", number))
             order = torch.randperm(len(self.examples), generator=noise).tolist()
-            self._orders = {number: order, **{k: v for k, v in self._orders.items() if k > number - 2}}
+            self._orders = {
+                number: order,
+                **{k: v for k, v in self._orders.items() if k > number - 2},
+            }
         return self.examples[self._orders[number][at]]
 
     def _units(self, blocks: Mapping[int, Block], minibatches: int) -> list[float]:

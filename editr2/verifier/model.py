@@ -51,9 +51,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """A sampled trace. ids: with the mark that ended it. log_prob: of each, as it was sampled. ended:
-    whether that was an end mark; a trace also ends after so many tokens, or where a picture would
-    begin."""
+    """A sampled trace. ids: with the mark that ended it. log_prob: of each, as it was sampled.
+    ended: whether that was an end mark; a trace also ends after so many tokens, or where a picture
+    would begin."""
 
     text: str
     ids: tuple[int, ...]
@@ -195,7 +195,10 @@ class Reader:
             some = wanted[at : at + rows]
             seeds = [derive_seed(seed, "trace", prompt.id, j) for prompt, j in some]
             found = self.sample(
-                [prompt for prompt, _ in some], seeds, temperature=temperature, max_tokens=max_tokens
+                [prompt for prompt, _ in some],
+                seeds,
+                temperature=temperature,
+                max_tokens=max_tokens,
             )
             texts += [one.text for one in found]
         return [texts[at : at + n] for at in range(0, len(texts), n)]
@@ -314,8 +317,8 @@ class Reader:
             values = [one.others[name] for one in prompts]
             if len({value.shape[1:] for value in values}) > 1:
                 raise DataError(
-                    f"{name}: of {list(values[0].shape[1:])} and other sizes in one batch (accepted "
-                    f"by this processor: pictures of one size, or one row at a time)"
+                    f"{name}: of {list(values[0].shape[1:])} and other sizes in one batch "
+                    f"(accepted by this processor: pictures of one size, or one row at a time)"
                 )
             value = torch.cat(values)
             if value.is_floating_point():

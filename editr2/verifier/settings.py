@@ -247,4 +247,3 @@ def run_problems(config: RunConfig) -> Iterator[str]:
         t = config.train
         if t.minibatches > t.batch:
             yield f"train.minibatches: {t.minibatches} (accepted: up to train.batch, {t.batch})"
-
