@@ -13,8 +13,8 @@ ANYWAY: tuple[str, dict[str, Any]] = (
     {
         "type": str,
         "action": "append",
-        "help": "go on although this differs from the run that is resumed: sessions (the examples), "
-        "heldout, weights, prompts, or a setting; again, or with commas, for more",
+        "help": "go on although this differs from the run that is resumed: sessions (the "
+        "examples), heldout, weights, prompts, or a setting; again, or with commas, for more",
     },
 )
 

@@ -1,5 +1,5 @@
-"""What a verifier in training makes of examples that it does not learn from: the loss on traces, and
-preference accuracy on pairs. `editr2 verifier eval` says much more of one that is done."""
+"""What a verifier in training makes of examples that it does not learn from: the loss on traces,
+and preference accuracy on pairs. `editr2 verifier eval` says much more of one that is done."""
 
 from __future__ import annotations
 

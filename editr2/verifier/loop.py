@@ -538,8 +538,8 @@ class _Work:
                 at, token = divmod(int(error.argmax()), error.shape[1])
                 cause = explain(loop.reader, cast(GcpoConfig, loop.config), part.rows[at], token)
                 return RatioError(
-                    f"ratio: differs from 1 by {float(error.max()):.3g} before any update (accepted: "
-                    f"{limit:g}); {part.rows[at].name}, token {token + 1}: {cause}"
+                    f"ratio: differs from 1 by {float(error.max()):.3g} before any update "
+                    f"(accepted: {limit:g}); {part.rows[at].name}, token {token + 1}: {cause}"
                 )
         return None
 
