@@ -131,6 +131,19 @@ def test_a_trace_follows_from_its_seed_and_is_scored_as_it_was_sampled(world: Pa
         assert not scored.log_prob[k, n:].any()
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely(world: Path) -> None:
+    reader = load_reader(
+        ReaderConfig(weights=str(world / "llava"), prompts=str(world / "words"), lora_rank=0)
+    )
+    prompt = reader.prompt(read_edits(world / "data" / PRINCIPLES, principles=True)[0])
+    written = reader.sample([prompt] * 500, range(500), temperature=1.4, max_tokens=1)
+    drawn = torch.bincount(torch.tensor([one.ids[0] for one in written]), minlength=37) / 500
+    meant = (reader.logits(prompt, (0,))[0] / 1.4).softmax(-1)
+    spread = (meant * (1 - meant) / 500).sqrt()
+    assert float(((drawn - meant).abs() / (spread + 1e-3)).max()) < 4.5
+    assert float((drawn - meant).abs().sum()) < 0.3
+
+
 def test_greedy_is_what_transformers_writes(world: Path) -> None:
     reader = reader_of(world)
     [edit] = read_edits(world / "data" / PRINCIPLES, principles=True)[:1]
@@ -242,6 +255,8 @@ def test_only_pairs_that_differ_train(world: Path) -> None:
     assert len(block.rows) == 6 * len(trained) and block.units == len(trained)
     assert 0 < len(trained) == len(pairs) - block.counts["constant"]
     for name in trained:
+        own = [row for row in block.rows if row.prompt.id.startswith(f"{name}/")]
+        assert sum(row.share * len(row.ids) for row in own) == pytest.approx(1)
         for side in ("win", "lose"):
             group = [row for row in block.rows if row.prompt.id == f"{name}/{side}"]
             assert abs(sum(row.advantage for row in group)) < 1e-6
