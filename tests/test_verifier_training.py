@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,9 +26,13 @@ from editr2.config import replace_nested
 from editr2.config.yaml import dump_yaml
 from editr2.errors import CheckpointError
 from editr2.policies.weights import exchanged, trainable
+from editr2.rewards.base import Item
 from editr2.rewards.traces import read_trace
+from editr2.rewards.verifier import Verifier, VerifierOptions
 from editr2.rl.sentinel import RatioError
 from editr2.run.tracking import read_metrics
+from editr2.sessions import Session
+from editr2.sessions.session import Turn
 from editr2.verifier import loop
 from editr2.verifier.files import PAIRS, PRINCIPLES, read_edits, read_preferences
 from editr2.verifier.model import Reader, Scored, adapt, load_reader
@@ -498,6 +506,51 @@ def test_two_processes_train_as_one(
     start = load_file(Path(configured(world, name, "x").policy.weights) / "model.safetensors")
     moved = max(float((ours[key] - start[key]).abs().max()) for key in ours)
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 0.05 * moved
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(find_spec("uvicorn") is None, reason="transformers[serving] is not there")
+def test_a_served_copy_says_the_same(world: Path, tmp_path: Path) -> None:
+    """The folder behind `transformers serve`, asked by the reward `verifier`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model, code = str(world / "run" / "verifier"), "from transformers.cli.transformers import main"
+    asked = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", f"{code}; main()", *asked],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        )
+    try:
+        deadline = time.monotonic() + 150
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                alive = server.poll() is None and time.monotonic() < deadline
+                assert alive, (tmp_path / "log").read_text()[-2000:]
+                time.sleep(0.2)
+        options = VerifierOptions(
+            url=f"http://127.0.0.1:{port}/v1",
+            model=model,
+            prompts=str(world / "words"),
+            temperature=0,
+            max_tokens=16,
+        )
+        reward, reader = Verifier(options), reader_of(world)
+        for edit in read_edits(world / "data" / PRINCIPLES, principles=True)[:3]:
+            meta = {"principles": [one.written() for one in edit.principles]}
+            session = Session(edit.id, edit.image.read(), (Turn(edit.instruction, meta=meta),))
+            found = reward.turn(Item(session, [edit.edited.read()], seed=0), 0)["score"]
+            [[text]] = reader.write([edit], 1, 0, temperature=0, max_tokens=16)
+            assert found.value == read_trace(text, 1).score, (found, text)
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 # ------------------------------------------------------------------------------------ bad input

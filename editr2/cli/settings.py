@@ -64,12 +64,7 @@ def schema_config(
     for name, options in extra:
         flags.add(name, **options)
     flags.settings(schema)
-    found = flags.given(
-        [
-            f"--data.path{w[6:]}" if w == "--data" or w.startswith("--data=") else w
-            for w in arguments
-        ]
-    )
+    found = flags.given(_data_spelt_out(arguments))
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     config = _as(schema, preset_config(beside.pop("preset")))
     file = beside.pop("config")
@@ -95,6 +90,12 @@ def schema_config(
     return config, beside
 
 
+def _data_spelt_out(arguments: Arguments) -> list[str]:
+    return [
+        f"--data.path{w[6:]}" if w == "--data" or w.startswith("--data=") else w for w in arguments
+    ]
+
+
 def file_config(
     schema: type[S],
     prog: str,
@@ -112,12 +113,7 @@ def file_config(
     for name, options in extra:
         flags.add(name, **options)
     flags.settings(schema)
-    found = flags.given(
-        [
-            f"--data.path{w[6:]}" if w == "--data" or w.startswith("--data=") else w
-            for w in arguments
-        ]
-    )
+    found = flags.given(_data_spelt_out(arguments))
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     config, file = schema(), beside.pop("config")
     if file is not None:
