@@ -273,6 +273,17 @@ def test_only_pairs_that_differ_train(world: Path) -> None:
     assert [(r.ids, r.advantage) for r in same] == [(r.ids, r.advantage) for r in alone.rows]
 
 
+def test_edits_of_two_files_may_have_one_id(world: Path, beside: Any, tmp_path: Path) -> None:
+    one = read_edits(world / "data" / PRINCIPLES, principles=True)[0]
+    other = beside("tiny_verifier").write_data(tmp_path / "data", 1)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(other / "win0.png")
+    two = read_edits(other / PRINCIPLES, principles=True)[0]
+    asks = Asks(reader_of(world))
+    pictures = [asks.prompt(edit).others["pixel_values"] for edit in (one, two, one)]
+    assert one.id == two.id and not torch.equal(pictures[0], pictures[1])
+    assert pictures[2] is pictures[0]  # made once
+
+
 def test_preferred_counts_ties_and_silence_half() -> None:
     nan = float("nan")
     scores = [[[1, nan], [0.5, 0.5]], [[0.2, 0.4], [0.3, 0.3]], [[nan, nan], [1, 1]]]

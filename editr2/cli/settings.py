@@ -108,7 +108,7 @@ def file_config(
     field does not accept, with the file's line where it is from one."""
     from editr2.config.yaml import check_keys, load_yaml, place_of
 
-    flags = Flags(prog, f"{description} `--data PATH` is short for `--data.path PATH`.")
+    flags = Flags(prog, f"{description}. `--data PATH` is short for `--data.path PATH`.")
     flags.add("--config", path=True, help="a YAML file with any of the fields below")
     for name, options in extra:
         flags.add(name, **options)

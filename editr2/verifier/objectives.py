@@ -45,16 +45,16 @@ class Asks:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self._made: dict[str, Prompt] = {}
+        self._made: dict[Edit, Prompt] = {}  # ids are a file's own, and there may be two files
         self._bytes = 0
 
     def prompt(self, edit: Edit) -> Prompt:
-        if edit.id in self._made:
-            return self._made[edit.id]
+        if edit in self._made:
+            return self._made[edit]
         made = self.reader.prompt(edit)
         size = sum(t.nbytes for t in (made.ids, *made.by_token.values(), *made.others.values()))
         if self._bytes + size <= self.MEMORY:
-            self._made[edit.id] = made
+            self._made[edit] = made
             self._bytes += size
         return made
 
