@@ -48,10 +48,9 @@ from editr2.run.lock import RunLock
 from editr2.run.processes import Lost, Processes, is_lost, open_processes
 from editr2.run.stop import NAMES, Stop, Stopped
 from editr2.run.tracking import MetricsLog, Progress, read_metrics, rows_behind, write_whole
-from editr2.verifier.files import Edit
 from editr2.verifier.heldout import Heldout, evaluate, read_heldout
 from editr2.verifier.model import Reader, load_reader
-from editr2.verifier.objectives import OBJECTIVES, Asks, Block, Objective, Part, Row
+from editr2.verifier.objectives import OBJECTIVES, Asks, Block, Lesson, Objective, Part, Row
 from editr2.verifier.saved import RESULT, read_result, write_result
 from editr2.verifier.settings import GcpoConfig, RunConfig, run_problems
 
@@ -122,9 +121,9 @@ def examples_fingerprint(examples: Sequence[Any]) -> str:
     """Of rows, and of the files of their pictures: sizes, and a block of each."""
     digest, seen = hashlib.sha256(), dict[Path, str]()
     for example in examples:
-        told = getattr(example, "told", None)
-        said: list[Any] = [example.id, None if told is None else told.text]
-        for edit in _edits(example):
+        taught = example.told.text if isinstance(example, Lesson) else None
+        said: list[Any] = [example.id, taught]
+        for edit in example.edits:
             said += [edit.instruction, [one.written() for one in edit.principles]]
             said += [_sampled(picture.path, seen) for picture in (edit.image, edit.edited)]
         digest.update(json.dumps(said).encode("utf-8", "surrogatepass") + b"\n")
@@ -371,7 +370,7 @@ class _Loop:
                 "weights": str(self.config.policy.weights),
                 "weights_fingerprint": self.identity.depends["weights"],
             }
-            prompt = self.asks.prompt(_edits(self.examples[0])[0])
+            prompt = self.asks.prompt(self.examples[0].edits[0])
             [said] = self.reader.sample([prompt], [0], temperature=0, max_tokens=16)
             with torch.no_grad():
                 scored = self.reader.log_probs([prompt], [said.ids]).log_prob[0].cpu()
@@ -574,8 +573,3 @@ def explain(reader: Reader, config: GcpoConfig, row: Row, token: int) -> str:
         f"sampling token by token gave a log-prob of {seen.log_prob[token]:.6g}, scoring the whole "
         f"{float(scored[token]):.6g}"
     )
-
-
-def _edits(example: Any) -> tuple[Edit, ...]:
-    """Of a pair both, of a lesson the one."""
-    return getattr(example, "edits", None) or (example.edit,)

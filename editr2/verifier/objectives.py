@@ -151,6 +151,11 @@ class Lesson:
     def id(self) -> str:
         return self.told.id
 
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """As a pair has two."""
+        return (self.edit,)
+
 
 def read_lessons(folder: str, setting: str) -> tuple[list[Lesson], int]:
     """Of `principles.jsonl` and `traces.jsonl` there. Traces that cannot be read are left out and
