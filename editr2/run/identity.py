@@ -236,11 +236,11 @@ def _samples(stream: Any, size: int, suffix: str) -> list[tuple[int, int]]:
     return [(size * i // SAMPLES, BLOCK) for i in range(SAMPLES)] + [(size - BLOCK, BLOCK)]
 
 
-def hub_revision(name: str) -> str:
-    """`owner/name@commit`, as the local cache has it."""
+def hub_revision(name: str, file: str = "model_index.json") -> str:
+    """`owner/name@commit`, as the local cache has it. file: one that it has."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "model_index.json")
+    found = try_to_load_from_cache(name, file)
     revision = Path(found).parent.name if isinstance(found, str) else "unknown revision"
     return f"{name}@{revision}"
 
