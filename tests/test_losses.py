@@ -407,13 +407,14 @@ def test_rounding_is_named_where_it_may_be_the_cause(dtype, gap, told, tiny_unif
     check = gradient._check_ratio
 
     def apart(t, state, batch, number, values):
+        policy = dataclasses.replace(batch.policy, dtype=dtype)
+        batch = dataclasses.replace(batch, policy=policy)
         check(t, state, batch, number, {**values, "ratio_error": gap})
 
     monkeypatch.setattr(gradient, "explain_difference", lambda *_: "none")
     monkeypatch.setattr(gradient, "_check_ratio", apart)
-    config = settings("grpo", policy={"dtype": dtype})
     with pytest.raises(RatioError, match="first difference: none") as raised:
-        one_iteration(config, tiny_unified)
+        one_iteration(settings("grpo"), tiny_unified)
     assert ("rounds otherwise" in str(raised.value)) == (told is not None)
     assert (told or "") in str(raised.value)
 
