@@ -532,7 +532,7 @@ def test_the_recipe_is_the_preset_and_what_is_bagels_or_the_machines():
     differs = {key for key, _ in leaves(Config) if attrgetter(key)(preset) != attrgetter(key)(ours)}
     assert differs == {
         *("out", "data.path", "data.resize", "reward.name", "credit.weights"),
-        *("policy.model", "policy.dtype", "policy.rounding", "policy.shard"),
+        *("policy.model", "policy.dtype", "policy.rounding", "policy.gradient_checkpointing"),
         *("rollout.groups_per_batch", "train.iterations", "train.micro_batch"),
         *("train.ratio_tolerance", "train.text_ratio_tolerance"),
         *("eval.sessions", "eval.strips", "eval.every", "checkpoint.every"),

@@ -105,6 +105,7 @@ NOT_RUN = {
     ("judges", "transformers serve"): "tests/test_judge_served.py",
     ("rewards", '{"id": "kitchen", "turn": 1, "output"'): "labels; tests/test_judge.py",
     ("labelling", '{"id": "k1"'): "a question; tests/test_label.py",
+    ("verifier", "The cup is red now"): "a trace; tests/test_traces.py",
     ("benchmarks", "OUT/benchmark.json"): "the files of a folder; tests/test_benchmark.py",
     ("benchmarks", '{"image": "kitchen"'): "a row; tests/test_benchmark_summary.py",
 }
@@ -212,6 +213,7 @@ def understood(monkeypatch):
         "judge.whole.judge",
         "judge.asking.write_asked",
         "label.serve.serve",
+        "verifier.loop.train_verifier",
         "benchmarks.rewards.run_rewards",
         "benchmarks.compare.compare",
     ):

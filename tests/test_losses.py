@@ -26,6 +26,7 @@ from editr2.policies.rules import check_config
 from editr2.policies.weights import trainable
 from editr2.rewards.adapt import adapt
 from editr2.rewards.base import Score
+from editr2.rl import gradient
 from editr2.rl.gradient import Batch, accumulate_gradient
 from editr2.rl.iteration import iteration
 from editr2.rl.losses import LOSSES, Asked, Beside, Given, Loss, Samples, Term, noised, stored
@@ -391,6 +392,31 @@ def test_the_sentinel_sees_a_rollout_that_dpo_does_not_repeat(tiny_unified, monk
     monkeypatch.setattr(_Window, "store", moved)
     with pytest.raises(RatioError, match="ratio: differs from 1 .*first difference: turn 1"):
         one_iteration(settings("dpo"), tiny_unified)
+
+
+@pytest.mark.parametrize(
+    "dtype, gap, told",
+    [
+        ("bfloat16", 3e-4, "train.ratio_tolerance 0.001"),
+        ("bfloat16", 3e-2, None),
+        ("float32", 3e-4, None),
+    ],
+)
+def test_rounding_is_named_where_it_may_be_the_cause(dtype, gap, told, tiny_unified, monkeypatch):
+    """In low precision, and only of a difference that the recipes allow."""
+    check = gradient._check_ratio
+
+    def apart(t, state, batch, number, values):
+        policy = dataclasses.replace(batch.policy, dtype=dtype)
+        batch = dataclasses.replace(batch, policy=policy)
+        check(t, state, batch, number, {**values, "ratio_error": gap})
+
+    monkeypatch.setattr(gradient, "explain_difference", lambda *_: "none")
+    monkeypatch.setattr(gradient, "_check_ratio", apart)
+    with pytest.raises(RatioError, match="first difference: none") as raised:
+        one_iteration(settings("grpo"), tiny_unified)
+    assert ("rounds otherwise" in str(raised.value)) == (told is not None)
+    assert (told or "") in str(raised.value)
 
 
 @pytest.mark.parametrize("loss", ["awm", "dpo"])

@@ -176,3 +176,13 @@ def test_an_image_that_is_not_of_the_world_gets_no_score_but_a_reason():
     session = Session("x", noise, (Turn("set the background black"),))
     (scores,) = WorldReward()(session, noise[None])
     assert all(s.value is None and "cell top left" in str(s.reason) for s in scores.values())
+    assert not any("reward.name" in str(s.reason) for s in scores.values())
+
+
+def test_a_picture_of_another_size_is_told_to_name_another_reward():
+    from editr2.rewards.world import WorldReward
+    from editr2.sessions import Session, Turn
+
+    photo = np.zeros((32, 32, 3), np.uint8)
+    (scores,) = WorldReward()(Session("x", photo, (Turn("make it blue"),)), photo[None])
+    assert all(s.value is None and "(reward.name)" in str(s.reason) for s in scores.values())

@@ -23,6 +23,7 @@ from editr2.cli import (
     reproduce,
     rollout,
     train,
+    verifier,
     world,
 )
 from editr2.cli.flags import Arguments, dispatch
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "doctor": doctor.command,
     "data": data.command,
     "world": world.command,
+    "verifier": verifier.command,
 }
 
 
@@ -55,6 +57,8 @@ STOPPED = {
     "judge": "what was answered is on the record in --out; the same command asks for the rest",
     "benchmark": "images and answers that are there stand; the same command makes the rest",
     "label": "every vote is in the folder's labels.sqlite; the same command goes on",
+    "verifier": "nothing was changed by this start; the same command begins again, or goes on from "
+    "what stands",
     "reproduce": "finished runs stand; the same command trains the rest",
 }
 """What is true of a command that Ctrl-C ended. The trainer itself says what it saved

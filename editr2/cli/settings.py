@@ -14,6 +14,7 @@ from editr2.config.settings import Config
 from editr2.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
+S = TypeVar("S")
 
 
 def run_config(
@@ -63,12 +64,7 @@ def schema_config(
     for name, options in extra:
         flags.add(name, **options)
     flags.settings(schema)
-    found = flags.given(
-        [
-            f"--data.path{w[6:]}" if w == "--data" or w.startswith("--data=") else w
-            for w in arguments
-        ]
-    )
+    found = flags.given(_data_spelt_out(arguments))
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     file = beside.pop("config")
     values, lines = ({}, {}) if file is None else load_yaml(file)
@@ -100,6 +96,47 @@ def _model(values: dict[str, Any], found: Sequence[tuple[Option, str]]) -> str |
     model = policy.get("model") if isinstance(policy, dict) else None
     said = {option.key: text for option, text in found}.get("policy.model", model)
     return said if isinstance(said, str) else None
+
+
+def _data_spelt_out(arguments: Arguments) -> list[str]:
+    return [
+        f"--data.path{w[6:]}" if w == "--data" or w.startswith("--data=") else w for w in arguments
+    ]
+
+
+def file_config(
+    schema: type[S],
+    prog: str,
+    description: str,
+    arguments: Arguments,
+    extra: Sequence[tuple[str, dict]] = (),
+) -> tuple[S, dict[str, Any]]:
+    """(settings, the values of `extra` flags) of a command whose settings are none of a run's, from
+    defaults, `--config` and flags, in this order. Raises `ConfigError` for the first value that its
+    field does not accept, with the file's line where it is from one."""
+    from editr2.config.yaml import check_keys, load_yaml, place_of
+
+    flags = Flags(prog, f"{description}. `--data PATH` is short for `--data.path PATH`.")
+    flags.add("--config", path=True, help="a YAML file with any of the fields below")
+    for name, options in extra:
+        flags.add(name, **options)
+    flags.settings(schema)
+    found = flags.given(_data_spelt_out(arguments))
+    beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
+    config, file = schema(), beside.pop("config")
+    if file is not None:
+        values, lines = load_yaml(file)
+        check_keys(values, lines, schema, file)
+        config = replace_nested(config, values)
+        for key, problem in field_problems(config):
+            raise ConfigError(f"{place_of(file, lines, key)}: {problem}")
+    for option, text in found:
+        if option.group:
+            try:
+                config = _with(config, option.key.split("."), option.read(text))
+            except Wrong as wrong:
+                raise ConfigError(wrong.problem) from None
+    return config, beside
 
 
 NAMED = (

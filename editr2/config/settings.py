@@ -175,9 +175,10 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The editor to train. From `resolution` on: only for models on diffusers (all but unified);
-    bagel takes resolution, buckets, dtype, gradient_checkpointing, compile, offload, quantize
-    (fp8), shard and branches, unified gradient_checkpointing.
+    """The editor to train. From `resolution` on mostly for models on diffusers (docs/editors.md).
+
+    Of those bagel takes resolution, buckets, dtype, gradient_checkpointing, compile, offload,
+    quantize (fp8), shard and branches, unified gradient_checkpointing.
 
     Args:
         model: unified (BAGEL's architecture; the shipped small model), bagel (its published

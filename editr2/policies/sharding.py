@@ -158,7 +158,8 @@ def place(policy: Any, shard: bool, processes: Processes, group: int | None = No
             "policy.shard: true (accepted for weights that are not shared out yet; load them anew)"
         )
     mesh = _mesh(processes, group)
-    _shard(policy.module, processes.device, mesh)
+    kinds = getattr(policy, "repeated_blocks", None) or type(policy.module)._repeated_blocks
+    _shard(policy.module, processes.device, mesh, set(kinds))
     # Gradients of weights that train are added up over all processes, so all of them go in step;
     # frozen weights are gathered within a group, and adapters' gradients wait for nobody.
     trains = any(map(is_shared, trainable(policy.module).values()))
@@ -191,12 +192,12 @@ def _host_group(mesh: DeviceMesh, *, together: bool) -> Any:
     return groups[dist.get_rank() // size]
 
 
-def _shard(module: Any, device: torch.device, mesh: DeviceMesh) -> None:
+def _shard(module: Any, device: torch.device, mesh: DeviceMesh, kinds: set[str]) -> None:
+    """kinds: class names of the blocks that are shared out one by one; the rest is one more."""
     # Views that blocks return are read only here, by the next block.
     warnings.filterwarnings(
         "ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor", UserWarning
     )
-    kinds = set(type(module)._repeated_blocks)
     blocks = [piece for piece in module.modules() if type(piece).__name__ in kinds]
     trains = any(p.requires_grad and ".lora_" not in n for n, p in module.named_parameters())
     if trains and hasattr(module, "share_out"):
@@ -234,8 +235,12 @@ def _spread(places: Sequence[tuple[dict[str, Any], str]], device: torch.device) 
         raise ConfigError(
             "policy.weights: of other shapes than process 0's (accepted: the same on all processes)"
         )
+    there, kept = dict[int, Tensor](), list[Tensor]()
     for (owner, name), (shape, dtype) in zip(places, said[0], strict=True):
         tensor = owner[name]
+        if id(tensor) in there:  # tied weights stay tied
+            owner[name] = there[id(tensor)]
+            continue
         values = (
             tensor.data.to(device)
             if dist.get_rank() == 0
@@ -243,11 +248,12 @@ def _spread(places: Sequence[tuple[dict[str, Any], str]], device: torch.device) 
         )
         # As bytes where they are single ones: gloo knows no float8.
         dist.broadcast(values.view(torch.uint8) if values.itemsize == 1 else values, 0)
-        owner[name] = (
+        owner[name] = there[id(tensor)] = (
             nn.Parameter(values, tensor.requires_grad)
             if isinstance(tensor, nn.Parameter)
             else values
         )
+        kept.append(tensor)  # or another may get its id
 
 
 @contextmanager

@@ -29,9 +29,13 @@ from editr2.rewards.reading import Unread, json_in
 from editr2.rewards.record import Record, pixel_digest
 from editr2.rewards.served import Served
 from editr2.rewards.traces import KINDS, Principle, numbered, read_principles, read_trace
+from editr2.rewards.wording import Prompts
 from editr2.sessions import Session
 
 SCORES = ("score", *KINDS)
+
+FOLDER = "verifier"
+"""Of its prompts."""
 
 PRINCIPLES_TOKENS = 2048
 """Of an answer that lists principles."""
@@ -71,12 +75,23 @@ class VerifierOptions(Server):
         )
 
 
+def judge_text(prompts: Prompts, instruction: str, principles: Sequence[Principle]) -> str:
+    """What a verifier is asked, behind the two pictures. prompts: of `prompts_of(FOLDER, ...)`."""
+    text, _ = prompts(
+        "judge",
+        instruction=instruction,
+        principles=numbered(principles),
+        count=len(principles),
+    )
+    return text
+
+
 class Verifier(Served):
     """See the module."""
 
     calls_a_turn = 1
     Options = VerifierOptions
-    FOLDER = "verifier"
+    FOLDER = FOLDER
     PLACES: ClassVar[Mapping[str, Any]] = {}
     scale = "a tenth of 0 to 10"
 
@@ -108,12 +123,8 @@ class Verifier(Served):
             principles = self.principles_of(item.session, turn)
         except (Unread, UserError, ValueError) as error:
             return dict.fromkeys(self.names, Score(None, plain(str(error))))
-        text, _ = self.prompts(
-            "judge",
-            instruction=item.session.turns[turn].instruction,
-            principles=numbered(principles),
-            count=len(principles),
-        )
+        instruction = item.session.turns[turn].instruction
+        text = judge_text(self.prompts, instruction, principles)
 
         def read(said: str) -> dict[str, float | None]:
             trace = read_trace(said, len(principles))

@@ -9,6 +9,7 @@ import numpy as np
 
 from editr2.errors import DataError
 from editr2.rewards.base import Item, Score
+from editr2.rewards.table import WORLD
 from editr2.sessions import Session
 from editr2.worlds import shapes
 
@@ -33,7 +34,12 @@ class WorldReward:
         try:
             rows = shapes.verify(session.image, instructions, images)
         except DataError as error:
-            return [{name: Score(None, str(error)) for name in self.names} for _ in instructions]
+            # It judges where no reward is named, so whoever brings photographs meets it first.
+            other = ""
+            if images.shape[1:] != (shapes.SIZE, shapes.SIZE, 3):
+                other = f"; {WORLD} reads the shapes world alone: name another reward (reward.name)"
+            reason = f"{error}{other}"
+            return [{name: Score(None, reason) for name in self.names} for _ in instructions]
         return [
             {name: Score(float(x)) for name, x in zip(self.names, row, strict=True)} for row in rows
         ]

@@ -386,6 +386,10 @@ def _seen(plan: _Plan, lost: _Lost) -> dict[str, Tensor]:
     return seen
 
 
+LOW_PRECISION = {"ratio_tolerance": 1e-3, "text_ratio_tolerance": 5e-2}
+"""The recipes' tolerances of ratios under a `policy.dtype` that rounds (configs/)."""
+
+
 def _check_ratio(
     t: TrainConfig, state: State, batch: Batch, number: int, values: dict[str, float]
 ) -> None:
@@ -394,10 +398,12 @@ def _check_ratio(
     if state.iteration:
         return
     kinds = dict.fromkeys(kind for turn in batch.chunks[number].turns for kind in turn.written)
-    for name, what, limit in (
-        ("ratio_error", "ratio", t.ratio_tolerance),
-        ("text_error", f"ratio of {' and '.join(kinds)} tokens", t.text_ratio_tolerance),
+    dtype = batch.policy.dtype
+    for setting, name, what in (
+        ("ratio_tolerance", "ratio_error", "ratio"),
+        ("text_ratio_tolerance", "text_error", f"ratio of {' and '.join(kinds)} tokens"),
     ):
+        limit = getattr(t, setting)
         if not values[name] <= limit:
             cause = explain_difference(
                 state.policy,
@@ -408,9 +414,15 @@ def _check_ratio(
                 batch.rollout,
                 t,
             )
+            rounding = ""
+            if dtype != "float32" and values[name] <= LOW_PRECISION[setting]:
+                rounding = (
+                    f"; {dtype} rounds otherwise in batches of other sizes: the recipes have "
+                    f"train.{setting} {LOW_PRECISION[setting]:g}"
+                )
             raise RatioError(
                 f"{what}: differs from 1 by {values[name]:.3g} before any update (accepted: "
-                f"{limit:g}); first difference: {cause}"
+                f"{limit:g}); first difference: {cause}{rounding}"
             )
 
 

@@ -397,7 +397,8 @@ class Progress:
         ):  # the terminal went away, or the log's disk is full: the run's own files say it all
             self._enabled = False
 
-    def line(self, row: Mapping[str, Any]) -> str:
+    def said(self, row: Mapping[str, Any]) -> list[str]:
+        """What an iteration came to, in parts of its line."""
         turns = row.get("reward_turn") or []
         reward = f"reward {_short(row.get('reward'), zero=True)}"
         if turns:
@@ -411,7 +412,7 @@ class Progress:
             if key.endswith("_turn") and key not in (*names, "reward_turn")
         }
         scores = [f"{n} {_short(_mean(row[key]))}" for key, n in names.items() if row.get(key)]
-        parts = [f"iter {self.done}/{self.iterations}", reward, " ".join(scores)]
+        parts = [reward, " ".join(scores)]
         if row.get("ratio_error") is not None:
             parts.append(f"|ratio-1| {row['ratio_error']:.0e}")
         if row.get("failed_scores"):
@@ -420,6 +421,10 @@ class Progress:
             parts.append(f"a reward does not apply to {row['not_applicable']} turns")
         if row.get("advantage_abs") == 0:
             parts.append("nothing trains: siblings tie, or their turns are left out")
+        return parts
+
+    def line(self, row: Mapping[str, Any]) -> str:
+        parts = [f"iter {self.done}/{self.iterations}", *self.said(row)]
         if self._seconds:
             typical = statistics.median(self._seconds)
             parts.append(f"{_precise(self._seconds[-1])} s/iter (typical {_precise(typical)})")

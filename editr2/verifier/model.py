@@ -1,0 +1,460 @@
+"""A verifier in this process: a folder of transformers, asked, sampled and scored.
+
+Any `AutoModelForImageTextToText` with its `AutoProcessor` and a chat template. It is asked what a
+served copy is asked by the reward `verifier`: the two pictures, then the words, as one message.
+
+Prompts of a batch are filled up on the left and answers on the right, so that all answers begin at
+one place: sampling and scoring lay a trace out alike, and the last layer sees the places of answers
+alone. There it gives log-probs of the tokens that are asked about, and logits are held for no more
+than a chunk of rows (`editr2_kernels.token_log_prob`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from editr2.errors import ConfigError, DataError, one_line, shown
+from editr2.policies.base import autocast_dtype
+from editr2.policies.finite import ACCEPTED, unusable
+from editr2.policies.tensor_files import reading
+from editr2.policies.weights import add_lora
+from editr2.rewards.verifier import FOLDER, judge_text
+from editr2.rewards.wording import prompts_of
+from editr2.rl.seeds import derive_seed, seed_tensor
+from editr2.verifier.files import Edit
+from editr2.verifier.settings import LORA_TARGETS, ReaderConfig
+from editr2_kernels import philox_normal, token_log_prob
+
+IGNORED = -100
+
+ACCEPTED_WEIGHTS = "accepted: a folder or hub id of a model that takes pictures and writes text"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked of one edit. ids: int64 [L]. by_token: further int64 [L] of the processor, 0
+    where there is none. others: what it makes of the pictures, batch first."""
+
+    id: str
+    ids: Tensor
+    by_token: Mapping[str, Tensor]
+    others: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A sampled trace. ids: with the mark that ended it. log_prob: of each, as it was sampled.
+    ended: whether that was an end mark; a trace also ends after so many tokens, or where a picture
+    would begin."""
+
+    text: str
+    ids: tuple[int, ...]
+    log_prob: tuple[float, ...]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Of B answers of at most A tokens: fp32 [B, A] log-probs and entropies in nats, 0 where
+    `valid` [B, A] is not."""
+
+    log_prob: Tensor
+    entropy: Tensor
+    valid: Tensor
+
+
+class _Head(nn.Linear):
+    """The last layer. asked: (ids [B, A], temperature), for which it gives log-prob and entropy
+    [B, A, 2] in place of logits."""
+
+    asked: tuple[Tensor, float] | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.asked is None:
+            return super().forward(hidden)
+        ids, temperature = self.asked
+        hidden = hidden.to(autocast_dtype(hidden.device) or hidden.dtype)
+        found = token_log_prob(
+            (hidden, self.weight.to(hidden.dtype)),
+            ids,
+            temperature=temperature,
+            ignore_index=IGNORED,
+        )
+        return torch.stack(found, -1)
+
+
+class Reader:
+    """A verifier's model and processor.
+
+    module: of transformers, in eval mode; what trains of it requires gradients.
+    """
+
+    def __init__(self, module: Any, processor: Any, config: ReaderConfig, where: str) -> None:
+        """where: what errors begin with. Raises `ConfigError` for a model that cannot be trained
+        here."""
+        self.module, self.processor, self.config, self.where = module, processor, config, where
+        self.prompts = prompts_of(FOLDER, config.prompts)
+        self.tokenizer = processor.tokenizer
+        self._head = _scoring_head(module, where)
+        # Where positions follow from pictures, the model counts them itself, past what is filled.
+        self._counts = hasattr(getattr(module, "model", None), "get_rope_index")
+        self._marks = _marks(module, self.tokenizer, where)
+        # As a token of an answer, a picture's place would be one; a trace ends where it comes.
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "audio_token_id")
+        places = (getattr(module.config, name, None) for name in names)
+        self._pictures = frozenset(place for place in places if isinstance(place, int))
+        self._blank: Prompt | None = None
+        if getattr(processor, "chat_template", None) is None:
+            raise ConfigError(f"{where}: no chat template (accepted: a processor with one)")
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.module.parameters()).device
+        return device
+
+    # ------------------------------------------------------------------------------------- asking
+
+    def prompt(self, edit: Edit) -> Prompt:
+        """Raises `DataError` for an edit without principles, and for words or pictures that the
+        processor does not take."""
+        if not edit.principles:
+            raise DataError(f"{edit.id}: no principles (accepted: at least one)")
+        pictures = [
+            {"type": "image", "image": Image.fromarray(picture.read())}
+            for picture in (edit.image, edit.edited)
+        ]
+        text = judge_text(self.prompts, edit.instruction, edit.principles)
+        self._known(text, edit.id)
+        return self._asked(pictures, text, edit.id)
+
+    def _asked(self, pictures: Sequence[dict[str, Any]], text: str, of: str) -> Prompt:
+        message = {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+        try:
+            found = self.processor.apply_chat_template(
+                [message],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
+            raise DataError(f"{of}: cannot be asked about: {one_line(error)}") from error
+        ids = found.pop("input_ids")
+        found.pop("attention_mask", None)
+        by_token = {k: v[0] for k, v in found.items() if v.shape == ids.shape}
+        others = {k: v for k, v in found.items() if k not in by_token}
+        return Prompt(of, ids[0], by_token, others)
+
+    def answer_ids(self, text: str, of: str) -> tuple[int, ...]:
+        """Of a trace, with the end mark. of: whose it is. Raises `DataError` for a word that the
+        vocabulary does not hold."""
+        self._known(text, of)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if found := self._pictures & set(ids):
+            mark = self.tokenizer.convert_ids_to_tokens(min(found))
+            raise DataError(f"{of}: {mark} in a trace (accepted: words)")
+        return (*ids, self.tokenizer.eos_token_id)
+
+    def _known(self, text: str, of: str) -> None:
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if unknown in found["input_ids"]:
+            start, end = found["offset_mapping"][found["input_ids"].index(unknown)]
+            raise DataError(
+                f"{of}: {shown(repr(text[start:end]))}: unknown to the verifier's vocabulary "
+                f"(accepted: its words)"
+            )
+
+    # ------------------------------------------------------------------------------------ sampling
+
+    def write(
+        self,
+        edits: Sequence[Edit],
+        n: int,
+        seed: int,
+        *,
+        temperature: float = 1.0,
+        max_tokens: int = 1024,
+        rows: int = 16,
+    ) -> list[list[str]]:
+        """n traces of each edit, as text. rows: written at once. A trace follows from the edit's
+        id, its own number and the seed; what stands beside it in the batch is rounding's matter."""
+        wanted = [(self.prompt(edit), j) for edit in edits for j in range(n)]
+        texts: list[str] = []
+        for at in range(0, len(wanted), rows):
+            some = wanted[at : at + rows]
+            seeds = [derive_seed(seed, "trace", prompt.id, j) for prompt, j in some]
+            found = self.sample(
+                [prompt for prompt, _ in some],
+                seeds,
+                temperature=temperature,
+                max_tokens=max_tokens,
+            )
+            texts += [one.text for one in found]
+        return [texts[at : at + n] for at in range(0, len(texts), n)]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        temperature: float,
+        max_tokens: int,
+    ) -> list[Written]:
+        """A trace for each prompt, by its own seed; temperature 0 is greedy."""
+        inputs = self._inputs(prompts)
+        start = inputs["input_ids"].shape[1]
+        drawn = _Drawn(seed_tensor(seeds, self.device), temperature, start)
+        stops = self._marks | self._pictures
+        with self._computing(), _decoding(self.module, sorted(stops), self._fill):
+            whole = self.module.generate(
+                **inputs,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                logits_processor=[drawn],
+                synced_gpus=False,
+            )
+        log_prob = torch.stack(drawn.log_prob, 1).tolist()
+        written = []
+        for ids, scores in zip(whole[:, start:].tolist(), log_prob, strict=True):
+            end = next((k for k, one in enumerate(ids) if one in stops), len(ids))
+            text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+            ids = ids[: end + 1]
+            ended = ids[-1] in self._marks
+            written.append(Written(text, tuple(ids), tuple(scores[: len(ids)]), ended))
+        return written
+
+    # ------------------------------------------------------------------------------------- scoring
+
+    def log_probs(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> Scored:
+        """Of each prompt's answer, token by token, under softmax(logits / temperature);
+        differentiable."""
+        ids, before = self._answers(answers), self._head.asked
+        self._head.asked = (ids, temperature)
+        try:
+            with self._computing(), self._recomputing():
+                out = self.module(**self._followed(prompts, ids)).logits
+        finally:
+            self._head.asked = before  # of a forward that waits while this one is made (`idle`)
+        valid = ids != IGNORED
+        return Scored(out[..., 0], out[..., 1], valid)
+
+    @torch.no_grad()
+    def logits(self, prompt: Prompt, answer: Sequence[int]) -> Tensor:
+        """Of one answer's tokens [A, V], by the model's own last layer."""
+        with self._computing():
+            out = self.module(**self._followed([prompt], self._answers([answer]))).logits
+        found: Tensor = out[0]
+        return found
+
+    @property
+    def repeated_blocks(self) -> list[str]:
+        """Class names of the layers that `sharding.place` shares out one by one: those of the
+        language model. What looks at pictures is not asked at every token, so it goes with the
+        rest."""
+        return sorted({type(layer).__name__ for layer in self.module.get_decoder().layers})
+
+    def idle(self) -> Tensor:
+        """A forward with the smallest input that goes through all of the model."""
+        if self._blank is None:
+            picture = {"type": "image", "image": Image.new("RGB", (28, 28))}
+            self._blank = self._asked([picture, picture], "", "a blank picture")
+        return self.log_probs([self._blank], [[self.tokenizer.eos_token_id]]).log_prob
+
+    def _answers(self, answers: Sequence[Sequence[int]]) -> Tensor:
+        """int64 [B, A], filled up on the right."""
+        ids = torch.full((len(answers), max(map(len, answers))), IGNORED)
+        for row, answer in zip(ids, answers, strict=True):
+            row[: len(answer)] = torch.tensor(answer)
+        return ids.to(self.device)
+
+    def _followed(self, prompts: Sequence[Prompt], ids: Tensor) -> dict[str, Any]:
+        """Prompts and their answers, and the places at which these are told."""
+        inputs = self._inputs(prompts)
+        start = inputs["input_ids"].shape[1]
+        # Nothing is told from an answer's last token, which may be a picture's place.
+        given, valid = ids[:, :-1], ids[:, 1:] != IGNORED
+        fill = self._fill
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], given.where(valid, fill)], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], valid.long()], 1)
+        for name in prompts[0].by_token:
+            inputs[name] = nn.functional.pad(inputs[name], (0, given.shape[1]))
+        if not self._counts:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        places = torch.arange(start - 1, start - 1 + ids.shape[1], device=self.device)
+        return {**inputs, "logits_to_keep": places, "use_cache": False}
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Prompts as one batch, filled up on the left."""
+        length = max(len(one.ids) for one in prompts)
+
+        def together(rows: Sequence[Tensor], fill: int) -> Tensor:
+            out = torch.full((len(rows), length), fill)
+            for place, row in zip(out, rows, strict=True):
+                place[length - len(row) :] = row
+            return out.to(self.device)
+
+        inputs = {
+            "input_ids": together([one.ids for one in prompts], self._fill),
+            "attention_mask": together([torch.ones_like(one.ids) for one in prompts], 0),
+        }
+        for name in prompts[0].by_token:
+            inputs[name] = together([one.by_token[name] for one in prompts], 0)
+        for name in prompts[0].others:
+            values = [one.others[name] for one in prompts]
+            if len({value.shape[1:] for value in values}) > 1:
+                raise DataError(
+                    f"{name}: of {list(values[0].shape[1:])} and other sizes in one batch "
+                    f"(accepted by this processor: pictures of one size, or one row at a time)"
+                )
+            value = torch.cat(values)
+            if value.is_floating_point():
+                value = value.to(next(self.module.parameters()).dtype)
+            inputs[name] = value.to(self.device)
+        return inputs
+
+    @property
+    def _fill(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        low = self.config.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext():
+            yield
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Layers that are to be computed again in the backward do so where they believe to train;
+        nothing below them does, so nothing is dropped out."""
+        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
+            yield
+            return
+        layers = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)]
+        before = [layer.training for layer in layers]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer, trained in zip(layers, before, strict=True):
+                layer.training = trained
+
+
+class _Drawn:
+    """Draws tokens by inverse transform, with one uniform number for each row and place, and hands
+    them to `generate` as the only ones there are; keeps their log-probs."""
+
+    def __init__(self, seeds: Tensor, temperature: float, start: int) -> None:
+        self.seeds, self.temperature, self.start = seeds, temperature, start
+        self.log_prob: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.temperature == 0:
+            token = scores.argmax(-1)
+        else:
+            normal = philox_normal(self.seeds, input_ids.shape[1] - self.start, (1,))
+            uniform = 0.5 * (1 + torch.erf(normal / 2**0.5))
+            cumulative = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
+            token = (cumulative < uniform * cumulative[:, -1:]).sum(-1)
+            token = token.clamp(max=scores.shape[1] - 1)
+        found = token_log_prob(scores, token, temperature=self.temperature or 1.0)
+        self.log_prob.append(found.log_prob)
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+
+
+@contextmanager
+def _decoding(module: Any, stops: Sequence[int], fill: int) -> Iterator[None]:
+    """Without a model's own habits of decoding (penalties, top-k): its distribution is what
+    trains."""
+    from transformers import GenerationConfig
+
+    own = module.generation_config
+    module.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=fill)
+    name = "_maybe_prepare_encoder_kwargs_for_generation"
+    if "lockstep" in vars(module):
+        # It looks at pictures outside of the model's forward, where weights that are shared out are
+        # not whole; without it they are looked at by the first forward.
+        vars(module)[name] = lambda inputs, kwargs, *_: kwargs
+    try:
+        yield
+    finally:
+        module.generation_config = own
+        vars(module).pop(name, None)
+
+
+def _scoring_head(module: Any, where: str) -> _Head:
+    head = module.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        what = type(head).__name__ + (" with a bias" if isinstance(head, nn.Linear) else "")
+        raise ConfigError(f"{where}: its last layer is a {what} (accepted: Linear without a bias)")
+    head.__class__ = _Head
+    scoring: Any = head
+    made: _Head = scoring
+    return made
+
+
+def _marks(module: Any, tokenizer: Any, where: str) -> frozenset[int]:
+    """The ids at which sampling ends. Raises `ConfigError` where that of the tokenizer, which
+    traces are taught with, is none of them."""
+    given = module.generation_config.eos_token_id
+    marks = frozenset(given if isinstance(given, list) else [given])
+    if tokenizer.eos_token_id not in marks or tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"{where}: the tokenizer ends texts with {tokenizer.eos_token_id}, generation_config "
+            f"with {sorted(x for x in marks if x is not None)} (accepted: the same)"
+        )
+    return marks
+
+
+def load_reader(config: ReaderConfig, device: torch.device | str = "cpu") -> Reader:
+    """Loads a verifier for training: adapters (fresh, B at zero) or all weights require gradients.
+
+    Of frozen weights below adapters the dtype is `config.dtype`; what trains is float32. Raises
+    `ConfigError` for what cannot be loaded, and `NonFiniteError` for weights that are none.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    assert config.weights is not None
+    where = f"policy.weights: {shown(config.weights)}"
+    if config.weights.startswith((".", "/", "~")) and not Path(config.weights).is_dir():
+        raise ConfigError(f"{where}: no such folder ({ACCEPTED_WEIGHTS})")
+    stored = torch.bfloat16 if config.dtype == "bfloat16" and config.lora_rank else torch.float32
+    with reading(f"{where} ({ACCEPTED_WEIGHTS})"):
+        processor = AutoProcessor.from_pretrained(config.weights)
+        module = AutoModelForImageTextToText.from_pretrained(config.weights, dtype=stored)
+    if name := unusable(module.named_parameters()):
+        raise ConfigError(f"{where}: {name}: NaN, infinite or too large ({ACCEPTED})")
+    if config.gradient_checkpointing:
+        newer = getattr(module, "activation_checkpointing_enable", None)  # its name since 5.23
+        (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.lora_rank:
+        adapt(module, config)
+    module.eval()
+    reader = Reader(module, processor, config, where)
+    module.to(device)
+    return reader
+
+
+def adapt(module: nn.Module, config: ReaderConfig) -> None:
+    """Puts adapters on; nothing else trains."""
+    add_lora(module, config.lora_rank, config.lora_alpha, config.lora_targets or LORA_TARGETS)
+    for p in module.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
