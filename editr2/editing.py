@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested, settings_problems
+from editr2.config import Config, PolicyConfig, replace_nested, settings_problems
 from editr2.config.fields import normalised
 from editr2.errors import ConfigError, DataError, one_line, shown
 from editr2.policies.base import Policy, at_size, device_of
 from editr2.policies.found import editor_of
 from editr2.policies.load import open_policy
-from editr2.rl.rollout import Chunk, Seeds, Walk, rollout_turn
+from editr2.rl.rollout import Chunk, Seeds, Walk, in_evaluation, rollout_turn
 from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import demands
 from editr2.run.processes import open_processes
@@ -42,6 +42,9 @@ from editr2.sessions.images import RESIZES, Pixels, decode_image, read_image
 
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 """A file, an image of Pillow, or uint8 [H, W, 3]."""
+
+_AT_WORK = frozenset(("intent", "intent_tokens", "thinking_tokens"))
+"""Settings of a policy that are read while it edits, and not when it is loaded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,15 +116,21 @@ class Editor:
                 raise ConfigError("policy.weights: given beside a policy (accepted: one of both)")
             found = editor_of(os.fspath(policy), given.get("policy", {}).get("model"))
             config, self.note = replace_nested(config, found.settings), found.note
+        elif policy is not None and (late := sorted(set(given.get("policy", {})) - _AT_WORK)):
+            raise ConfigError(
+                f"policy.{late[0]}: given beside a policy that is loaded (accepted: "
+                f"{', '.join(sorted(_AT_WORK))}; what a policy is loaded with goes with its folder "
+                f"or hub id)"
+            )
         elif isinstance(own := getattr(policy, "config", None), PolicyConfig):
             config = dataclasses.replace(config, policy=own)  # of one that is loaded already
         config = replace_nested(config, given)
         for problem in settings_problems(config, "rollout"):
             raise ConfigError(problem)
         config = normalised(config)
-        tokens = config.eval.intent_tokens or config.policy.intent_tokens
+        options, self._rollout = in_evaluation(config)
         # Of several processes each has its own images to edit.
-        mine = dataclasses.replace(config.policy, intent_tokens=tokens, shard=False)
+        mine = dataclasses.replace(options, shard=False)
         self.config = dataclasses.replace(config, policy=mine)
         if policy is None or isinstance(policy, str | os.PathLike):
             policy = open_policy(mine, open_processes(), trains=False)
@@ -188,7 +197,7 @@ class Editor:
             self._sampler.of(size).to(device_of(policy.module)),
             Seeds(past.seed, "rollout"),
             self.config.policy,
-            rollout=RolloutConfig(store_dtype=self.config.rollout.store_dtype),
+            rollout=self._rollout,
             greedy=True,
         )
         chunk.turns.append(record)

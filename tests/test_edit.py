@@ -179,9 +179,10 @@ def test_a_run_replays_them(kontext, tmp_path, beside):
 def run(tiny_unified, tmp_path):
     """A run of the unified policy with adapters, as the trainer leaves it, and a session."""
     tiny_unified.save(tmp_path / "base")
-    policy = {"weights": str(tmp_path / "base"), "lora_rank": 2, "intent_tokens": 9}
-    values = {"policy": policy, "rollout": {"steps": 4, "window": 1}, "train": {"iterations": 1}}
-    config = replace_nested(Config(), values)
+    policy = {"weights": str(tmp_path / "base"), "lora_rank": 2, "intent_tokens": 2}
+    sampler = {"steps": 4, "window": 1, "store_dtype": "bfloat16"}
+    values = {"policy": policy, "rollout": sampler, "train": {"iterations": 1}}
+    config = replace_nested(Config(), {**values, "eval": {"intent_tokens": 9}})
     trained = load_policy(config.policy)
     state = new_state(config.train, trained)
     for values in (state.ema, trainable(trained.module)):
@@ -229,6 +230,8 @@ def test_three_lines_edit_as_the_runs_rollout_does(run, tmp_path, monkeypatch):
 def test_a_step_is_a_place_to_go_on_from(tiny_unified):
     scene = make_session(20_001, 1, split="heldout", turns=3)
     first, second, third = told(scene)
+    with pytest.raises(ConfigError, match="policy.guidance: given beside a policy that is loaded"):
+        editr2.Editor(tiny_unified, {"policy": {"guidance": 4.0}})
     editor = editr2.Editor(tiny_unified, {"rollout": {"steps": 4}, "policy": {"intent_tokens": 9}})
     expected = editor.edit(scene.image, told(scene), mode=scene.mode)
     start = editor.start(scene.image, mode=scene.mode)

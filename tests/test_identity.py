@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from editr2.cli.main import main
-from editr2.config import Config, replace_nested
+from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.errors import CheckpointError, ConfigError
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
@@ -596,6 +596,11 @@ def test_a_hub_id_is_known_by_the_commit_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert hub_revision("owner/name") == "owner/name@c0ffee"
     assert hub_revision("owner/other") == "owner/other@unknown revision"
+    # By a file of the model's own, where it is on no pipeline.
+    (repository / "snapshots" / "c0ffee" / "llm_config.json").write_text("{}")
+    (repository / "snapshots" / "c0ffee" / "model_index.json").unlink()
+    bagel = PolicyConfig(model="bagel", weights="owner/name")
+    assert loaded_weights(bagel) == {"weights": "owner/name@c0ffee"}
 
 
 def linear(seed: int) -> torch.nn.Module:

@@ -265,6 +265,12 @@ MIXED: dict[str, tuple[str, Change, dict[str, Any], str]] = {
         {},
         r"lora_B.bias: no part of a LoRA",
     ),
+    "two alphas": (
+        PEFT,
+        lambda w: w.update({first(w, "lora_A").replace("lora_A.weight", "alpha"): torch.ones(1)}),
+        {},
+        r"\.alpha: beside settings that say alpha, too \(accepted: one of both",
+    ),
     "rank of the run": (PEFT, lambda w: None, {"lora_rank": 4}, r"policy.lora_rank: 4 .*: 2, its"),
     "targets": (
         PEFT,
@@ -337,6 +343,8 @@ def test_what_is_mixed_up_is_named(mixed, written, bases, tmp_path):
         ({"r": 3}, r"adapter_config.json: r: 3 \(accepted: 2, that of the tensors"),
         ({"lora_alpha": "6"}, r"adapter_config.json: lora_alpha: '6' \(accepted: a number above 0"),
         ({"alpha_pattern": {"q_proj_moe_gen": 0}}, r"lora_alpha: 0 \(accepted"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights: 'pissa_niter_4' \(accepted"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens: \[1\] \(accepted: None;"),
     ],
 )
 def test_settings_beside_it_are_read_strictly(said, message, written, bases, tmp_path):

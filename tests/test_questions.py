@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from editr2.config import Config, PolicyConfig, replace_nested
+from editr2.config.yaml import dump_yaml
 from editr2.errors import ConfigError
 from editr2.policies.load import load_policy
-from editr2.policies.recorded import EXPORT, read_settings, write_settings
+from editr2.policies.recorded import EXPORT, RUN, read_settings, write_questions, write_settings
 from editr2.policies.unified.questions import MODES, PLACES, wording_of
 from editr2.run.identity import loaded_weights
 
@@ -94,8 +97,14 @@ def test_they_are_part_of_a_runs_identity_and_of_its_export(tmp_path):
         known.append(loaded_weights(policy)["questions"])
     assert known[0] == known[1] != known[2] and "questions" not in loaded_weights(PolicyConfig())
     config = replace_nested(Config(), {"policy": {"questions": "gone.yaml"}})
+    policy = SimpleNamespace(wording=wording_of("embedded", str(tmp_path / "a.yaml")))
     out = tmp_path / "out"
-    out.mkdir()
-    write_settings(out, config, None, whole=True, questions=texts)
-    asked = read_settings(out.rename(tmp_path / "moved") / EXPORT)["policy"]["questions"]
-    assert wording_of("embedded", asked)(["a"], "b", "cm") == "a ; now : b ; rewrite"
+    (out / "run").mkdir(parents=True)
+    write_settings(out, config, None, whole=True, policy=policy)
+    # So does a run, whose configuration names the file as it was called from its folder.
+    write_questions(out / "run", policy, config.policy)
+    (out / "run" / RUN).write_text(dump_yaml(config))
+    out = out.rename(tmp_path / "moved")
+    for file in (out / EXPORT, out / "run" / RUN):
+        asked = read_settings(file)["policy"]["questions"]
+        assert wording_of("embedded", asked)(["a"], "b", "cm") == "a ; now : b ; rewrite"

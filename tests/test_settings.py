@@ -764,7 +764,7 @@ READS = {
         for field in dataclasses.fields(RewardConfig)
         if field.name != "options"
     },
-    "rollout": SAMPLED | {"out", "seed"},
+    "rollout": SAMPLED | {"rollout.store_dtype", "eval.intent_tokens", "out", "seed"},
 }
 """What the commands that do not train look at in a run of the unified policy."""
 

@@ -23,7 +23,7 @@ from editr2.config import Config
 from editr2.errors import ConfigError, DataError, shown
 from editr2.files import in_place_of
 from editr2.policies.base import Policy, ReadingPolicy, at_size
-from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
+from editr2.rl.rollout import Chunk, Seeds, chunks, in_evaluation, rollout_chunk
 from editr2.rl.sampler import Sampler
 from editr2.rl.seeds import derive_seed
 from editr2.run.processes import Processes
@@ -88,10 +88,11 @@ def generate(
     left = [plan[k] for k in processes.on_main(look)]
     seeds = Seeds(derive_seed(config.seed, "sample", sample), "benchmark")
     mine = left[processes.index :: processes.count]
+    options, how = in_evaluation(config)
     tell = _Progress(way, sum(map(outputs_of, mine)), processes)
     for chunk in mine:
         reads = _reads(exact, chunk) if rules.reads_exact and exact is not None else None
-        rollout_chunk(policy, chunk, sampler, seeds, config.policy, greedy=True, reads=reads)
+        rollout_chunk(policy, chunk, sampler, seeds, options, rollout=how, greedy=True, reads=reads)
         for i, place in enumerate(chunk.places or ()):
             images = list(chunk.images_of(i))
             if len(files[place]) > len(images):  # with the source

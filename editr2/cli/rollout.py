@@ -22,7 +22,7 @@ def command(arguments: Arguments) -> int:
     from PIL import Image
 
     from editr2.policies.load import open_policy
-    from editr2.rl.rollout import Seeds, chunks, rollout_chunk
+    from editr2.rl.rollout import Seeds, chunks, in_evaluation, rollout_chunk
     from editr2.rl.rules import check_run
     from editr2.rl.sampler import eval_sampler, own_schedule
     from editr2.rl.sessions import sessions_for
@@ -41,6 +41,7 @@ def command(arguments: Arguments) -> int:
         out / "outputs.jsonl",
         *(out / f"outputs.{i}.jsonl" for i in range(1, processes.count)),
     ]
+    options, how = in_evaluation(config)
     lines: dict[int, str] = {}  # of sessions before which another is yet to come
     written = 0
     with parts[processes.index].open("w") as file:
@@ -48,7 +49,13 @@ def command(arguments: Arguments) -> int:
             sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch
         ):
             rollout_chunk(
-                policy, chunk, sampler, Seeds(config.seed, "rollout"), config.policy, greedy=True
+                policy,
+                chunk,
+                sampler,
+                Seeds(config.seed, "rollout"),
+                options,
+                rollout=how,
+                greedy=True,
             )
             for i, session in enumerate(chunk.sessions):
                 turns = []

@@ -37,7 +37,7 @@ from editr2.policies.base import Policy, Questions, TextPolicy
 from editr2.policies.configured import policy_class
 from editr2.policies.finite import check_state
 from editr2.policies.load import load_policy
-from editr2.policies.recorded import write_settings
+from editr2.policies.recorded import QUESTIONS, write_settings
 from editr2.policies.tensor_files import ordinary_modes, writing
 from editr2.policies.weights import load_trainable, remove_lora
 from editr2.report.data import load_run
@@ -74,6 +74,8 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
     settings = replace(config.policy, compile="off", gradient_checkpointing="off")
     # What stock code loads the export runs by torch's attention.
     settings = replace(settings, attention=None, branches="apart")
+    if settings.questions is not None and (run / QUESTIONS).is_file():
+        settings = replace(settings, questions=str(run / QUESTIONS))
     form = policy_class(settings.model).form(settings, kind)
     policy = _load(settings)
     load_trainable(policy.module, values)
@@ -104,9 +106,7 @@ def export(run: Path, out: Path, *, weights: str | None = None, merge: bool = Fa
         write_card(folder, seen, config, Base.of(base, config.policy.weights), done, form)
         origin = getattr(base, "base", config.policy.weights)
         told = replace(config, policy=replace(config.policy, quantize="none"))
-        own = getattr(base, "wording", None) if config.policy.questions else None
-        texts = None if own is None else own.prompts.texts
-        write_settings(folder, told, origin, whole=kind != "lora", questions=texts)
+        write_settings(folder, told, origin, whole=kind != "lora", policy=base)
     return done
 
 

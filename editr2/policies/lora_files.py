@@ -47,6 +47,15 @@ _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _ALPHA = re.compile(r"(.+)\.alpha")
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 """Where peft keeps what single layers have of a setting."""
+_ALONE: Mapping[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
+    "layer_replication": (None,),
+}
+"""Of peft's settings that can make more of adapters than strength x B A over the base: with which
+values they do not. Other `init_lora_weights` (pissa, olora, corda, loftq) change the base, too."""
 _KEYS = "LAYER.lora_A.weight and LAYER.lora_B.weight, as diffusers and peft write them"
 
 
@@ -269,6 +278,11 @@ def read_lora(config: PolicyConfig) -> LoraFile | None:
             f"{rank}, its own)"
         )
     said = _said(path, metadata, prefix)
+    if said is not None and alphas:
+        raise CheckpointError(
+            f"{path}: {next(iter(alphas.values()))}: beside settings that say alpha, too "
+            f"(accepted: one of both)"
+        )
     strengths: dict[str, float] | None = None
     if said is not None:
         where, settings = said
@@ -335,6 +349,12 @@ def _strength(where: str, said: Mapping[str, Any], layer: str, rank: int) -> flo
             raise CheckpointError(f"{where}: {name}: {value!r} (accepted: a number above 0)")
         return found
 
+    for name, accepted in _ALONE.items():
+        if said.get(name) not in accepted:
+            raise CheckpointError(
+                f"{where}: {name}: {said[name]!r} (accepted: {', '.join(map(repr, accepted))}; "
+                f"else it is not a LoRA over policy.weights alone)"
+            )
     if number("r") != rank:
         raise CheckpointError(
             f"{where}: r: {number('r'):g} (accepted: {rank}, that of the tensors of {layer})"

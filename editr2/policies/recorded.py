@@ -24,7 +24,7 @@ KEPT = ("best", "policy")
 """Folders of policies in a run's folder: of the best evaluation (`checkpoint.best`), and of its
 end."""
 QUESTIONS = "questions.json"
-"""In an export whose intents were asked for with other texts than ours: these."""
+"""In a run and an export whose intents were asked for with other texts than ours: these."""
 PEFT = "adapter_config.json"
 """In an export of adapters that peft puts on."""
 
@@ -51,16 +51,26 @@ Settings = dict[str, dict[str, Any]]
 HEAD = "# How this policy edits, for `--policy` of `editr2`; policy.weights: what it lies over.\n"
 
 
+def write_questions(folder: Path, policy: Any, config: PolicyConfig) -> bool:
+    """Writes what `policy.questions` led to, of a policy that was loaded with it, and returns
+    whether it led to anything: the file that it names may be another one later."""
+    own = getattr(policy, "wording", None) if config.questions is not None else None
+    if own is not None:
+        said = json.dumps(dict(own.prompts.texts), indent=1) + "\n"
+        (folder / QUESTIONS).write_text(said, encoding="utf-8")
+    return own is not None
+
+
 def write_settings(
     folder: Path,
     config: Config,
     base: str | None,
     *,
     whole: bool,
-    questions: Mapping[str, str] | None = None,
+    policy: Any = None,
 ) -> None:
-    """Writes an export's file. config: of its run. base: the weights that it lies over (none: the
-    model's own). whole: it holds all weights. questions: what `policy.questions` led to."""
+    """Writes an export's file, and its questions. config: of its run. base: the weights that it
+    lies over (none: the model's own). whole: it holds all weights. policy: that was loaded."""
     values: Settings = plain(config)
     taken = {
         section: {name: values[section][name] for name in names if name not in OF_ADAPTERS}
@@ -70,8 +80,7 @@ def write_settings(
     taken["policy"]["weights"] = str(Path(base).resolve()) if base and there else base
     if whole:
         del taken["policy"]["weights"]
-    if questions is not None:
-        (folder / QUESTIONS).write_text(json.dumps(dict(questions), indent=1) + "\n", "utf-8")
+    if write_questions(folder, policy, config.policy):
         taken["policy"]["questions"] = QUESTIONS
     (folder / EXPORT).write_text(HEAD + dump_yaml(taken), encoding="utf-8")
 
@@ -85,9 +94,8 @@ def read_settings(file: Path) -> Settings:
         if isinstance(given := values.get(section), dict)
     }
     check_keys(taken, lines, Config, file)
-    asked = taken.get("policy", {}).get("questions")
-    if asked == QUESTIONS and (file.parent / asked).is_file():
-        taken["policy"]["questions"] = str(file.parent / asked)
+    if taken.get("policy", {}).get("questions") and (file.parent / QUESTIONS).is_file():
+        taken["policy"]["questions"] = str(file.parent / QUESTIONS)
     return taken
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from editr2.config import Config, CreditConfig, RolloutConfig
+from editr2.config import Config, CreditConfig
 from editr2.policies.base import Intent, Policy
 from editr2.rewards.adapt import score_batch
 from editr2.rewards.base import (
@@ -36,7 +35,7 @@ from editr2.rewards.record import asked_anew, calls_of
 from editr2.rl.credit import assign_credit, weighted_reward
 from editr2.rl.drift import MEASURES, drift
 from editr2.rl.judging import Judged, pool_of
-from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
+from editr2.rl.rollout import Chunk, Seeds, chunks, in_evaluation, rollout_chunk
 from editr2.rl.sampler import Sampler
 from editr2.run.generators import generators_aside
 from editr2.run.processes import Processes
@@ -250,9 +249,7 @@ def evaluate(
         for one in judged:
             one.decoded(chunk, turn)
 
-    tokens = config.eval.intent_tokens or config.policy.intent_tokens
-    options = dataclasses.replace(config.policy, intent_tokens=tokens)
-    rollout = RolloutConfig(store_dtype=config.rollout.store_dtype)
+    options, rollout = in_evaluation(config)
     for chunk in chunks(
         sessions[mine], range(len(sessions))[mine], 1, 4 * config.rollout.groups_per_batch
     ):

@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from editr2.config import PolicyConfig, RolloutConfig
+from editr2.config import Config, PolicyConfig, RolloutConfig
 from editr2.errors import NonFiniteError
 from editr2.policies.base import (
     Intent,
@@ -334,6 +334,14 @@ class Seeds:
         return seed_tensor(
             [derive_seed(*parts(chunk.ordinals[i // g], i % g)) for i in rollouts.tolist()]
         )
+
+
+def in_evaluation(config: Config) -> tuple[PolicyConfig, RolloutConfig]:
+    """`options` and `rollout` of `rollout_chunk` wherever a policy is at work and nothing learns:
+    noise is shared (there is one rollout a session), and intents may be longer than in training."""
+    tokens = config.eval.intent_tokens or config.policy.intent_tokens
+    options = replace(config.policy, intent_tokens=tokens)
+    return options, RolloutConfig(store_dtype=config.rollout.store_dtype)
 
 
 @torch.no_grad()

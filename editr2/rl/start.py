@@ -10,6 +10,7 @@ from typing import Any
 from editr2.config import Config
 from editr2.config.yaml import dump_yaml
 from editr2.errors import CheckpointError
+from editr2.policies.recorded import write_questions
 from editr2.rl.metrics import find_row, rows_lost
 from editr2.rl.state import Resumed, State
 from editr2.rl.watch import stop_row
@@ -47,6 +48,7 @@ def find_start(
         notes += [f"resumed from {found} at iteration {state.iteration}", *_told(seen)]
     saved = None if found is None else state.iteration
     record, more = processes.on_main(lambda: _read(run, config, identity, saved))
+    processes.on_main(lambda: write_questions(run, state.policy, config.policy))
     notes += more
     if found is not None:
         done = state.iteration >= config.train.iterations

@@ -48,6 +48,7 @@ from editr2.policies.configured import policy_class
 from editr2.policies.lora_files import lora_sources
 from editr2.policies.recorded import over_its_base
 from editr2.policies.tensor_files import BLOCK, tensor_digest, tensors_of
+from editr2.run.hub import INDEX, cached
 from editr2.run.sources import installed, sources
 from editr2.sessions import Session
 from editr2.sessions.session import pixel_sum, reference_sums
@@ -153,8 +154,9 @@ def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
     kind = policy_class(policy.model)
     base, adapters = over_its_base(policy)
     places = [*([] if adapters is None else [str(adapters)]), *kind.sources(base)]
+    index = getattr(kind, "index", INDEX)
     texts = [
-        folder_fingerprint(Path(source)) if Path(source).is_dir() else hub_revision(source)
+        folder_fingerprint(Path(source)) if Path(source).is_dir() else hub_revision(source, index)
         for source in places
     ]
     if files := lora_sources(base):
@@ -236,13 +238,11 @@ def _samples(stream: Any, size: int, suffix: str) -> list[tuple[int, int]]:
     return [(size * i // SAMPLES, BLOCK) for i in range(SAMPLES)] + [(size - BLOCK, BLOCK)]
 
 
-def hub_revision(name: str, file: str = "model_index.json") -> str:
-    """`owner/name@commit`, as the local cache has it. file: one that it has."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, file)
-    revision = Path(found).parent.name if isinstance(found, str) else "unknown revision"
-    return f"{name}@{revision}"
+def hub_revision(name: str, file: str = INDEX) -> str:
+    """`owner/name@commit`, as the local cache has it. file: of the model, by which one sees that it
+    is there."""
+    found = cached(name, file)
+    return f"{name}@{'unknown revision' if found is None else found.parent.name}"
 
 
 def given_weights(policy: Any) -> dict[str, str]:
