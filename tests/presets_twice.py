@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from editr2.config import PRESETS, Config, preset_config, replace_nested
+from editr2.policies.unified.guidance import Guidance
 from editr2.policies.unified.model import UnifiedConfig
-from editr2.policies.unified.policy import Guidance, UnifiedPolicy, new_embedded_policy
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import add_lora
 from editr2.rewards.base import Score
 from editr2.training import train

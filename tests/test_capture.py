@@ -15,8 +15,9 @@ import editr2.rl.compiled_step as capture
 from editr2.config import Config, PolicyConfig, RolloutConfig, replace_nested
 from editr2.errors import ConfigError, NonFiniteError
 from editr2.policies.base import Velocity
+from editr2.policies.unified.guidance import Guidance
 from editr2.policies.unified.model import UnifiedConfig
-from editr2.policies.unified.policy import Guidance, UnifiedPolicy, new_embedded_policy
+from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
 from editr2.policies.weights import exchanged, snapshot, trainable
 from editr2.rl.compiled_step import Graphs, GraphStep, Stepped, capture_step
 from editr2.rl.rollout import Chunk, Seeds, rollout_chunk

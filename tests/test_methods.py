@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from editr2.config import Config, CreditConfig, preset_config, replace_nested
 from editr2.errors import ConfigError
 from editr2.policies.base import Velocity
-from editr2.policies.unified.policy import Guidance
+from editr2.policies.unified.guidance import Guidance
 from editr2.policies.weights import add_lora, exchanged, merged_weights, mix, snapshot, trainable
 from editr2.rewards.base import Score, Scores, lay_out
 from editr2.rewards.world import WorldReward

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 from editr2.config import PolicyConfig, RolloutConfig
 from editr2.policies.base import Questions, TurnTask
 from editr2.policies.unified import packed
+from editr2.policies.unified.guidance import Guidance
 from editr2.policies.unified.packed import (
     TEXTS,
     Segment,
@@ -21,7 +22,7 @@ from editr2.policies.unified.packed import (
     pack,
     token_counts,
 )
-from editr2.policies.unified.policy import Guidance, UnifiedPolicy
+from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.rl.replay import Queries, ReplayOptions, can_pack
 from editr2.rl.replay import replay as replay_chunk
 from editr2.rl.rollout import Chunk, Seeds, TurnRecord, rollout_chunk

@@ -9,10 +9,10 @@ import torch
 from editr2.errors import CheckpointError, ConfigError, DataError
 from editr2.policies.base import Questions
 from editr2.policies.unified.codecs import patchify, unpatchify
+from editr2.policies.unified.guidance import Guidance
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.unified.packed import Segment, pack, run_packed
 from editr2.policies.unified.policy import (
-    Guidance,
     UnifiedPolicy,
     read_intent,
 )

@@ -33,8 +33,9 @@ from editr2.policies.tokens import TextCodec
 from editr2.policies.unified.bagel_blueprint import BagelBlueprint
 from editr2.policies.unified.codecs import LatentCodec
 from editr2.policies.unified.experts import load_adapters, trained
+from editr2.policies.unified.guidance import Guidance
 from editr2.policies.unified.model import UnifiedModel
-from editr2.policies.unified.policy import Guidance, UnifiedPolicy
+from editr2.policies.unified.policy import UnifiedPolicy
 from editr2.policies.unified.published import (
     AUTOENCODER,
     FILES,

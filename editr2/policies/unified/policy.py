@@ -18,9 +18,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, TypeGuard, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,6 +54,14 @@ from editr2.policies.unified import experts
 from editr2.policies.unified.blueprint import UnifiedBlueprint
 from editr2.policies.unified.codecs import ImageCodec, PixelCodec
 from editr2.policies.unified.experts import adapt, check_start, freeze_rest, load_adapters
+from editr2.policies.unified.guidance import (
+    NONE,
+    AnyContext,
+    Guidance,
+    GuidedContext,
+    full_of,
+    is_guided,
+)
 from editr2.policies.unified.model import Branch, Context, UnifiedConfig, UnifiedModel
 from editr2.policies.unified.packed import (
     SESSION,
@@ -69,7 +77,7 @@ from editr2.policies.unified.packed import (
 from editr2.policies.unified.questions import MODES, Wording, wording_of
 from editr2.policies.unified.sight import Sight
 from editr2.policies.weights import merged_weights
-from editr2_kernels import RENORMS, philox_normal, token_log_prob
+from editr2_kernels import philox_normal, token_log_prob
 
 EMBEDDED = Path(__file__).parent.parent.parent / "assets" / "unified-small"
 SIZES, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
@@ -86,107 +94,6 @@ def read_intent(answer: str) -> tuple[str | None, str]:
     thought, found, intent = answer.partition(THINK_END)
     intent = " ".join(intent.split())
     return (intent if found and intent else None), " ".join(thought.split())
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance of the velocity, nested: v_t = v_td + text (v - v_td), u = v_id +
-    image (v_t - v_id).
-
-    v_td is the velocity without the current instruction, v_id that without images; a weight of 1
-    needs no branch.
-
-    Args:
-        text: weight of the instruction.
-        image: weight of the images.
-        renorm: one of `editr2_kernels.RENORMS`; BAGEL edits with `text_channel`.
-        interval: guided while low < sigma <= high.
-    """
-
-    text: float = 1.0
-    image: float = 1.0
-    renorm: str = "none"
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        for name in ("text", "image"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(
-                    f"guidance.{name}: {getattr(self, name)} (accepted: a finite number)"
-                )
-        if self.renorm not in RENORMS:
-            raise ConfigError(f"guidance.renorm: {self.renorm!r} (accepted: {', '.join(RENORMS)})")
-        if len(self.interval) != 2 or not self.interval[0] < self.interval[1]:
-            raise ConfigError(
-                f"guidance.interval: {self.interval} (accepted: (low, high) with low < high)"
-            )
-
-    @property
-    def active(self) -> bool:
-        return self.text != 1 or self.image != 1
-
-    @staticmethod
-    def of(config: PolicyConfig) -> Guidance:
-        """As configured."""
-        renorm = "none" if config.renorm == "auto" else config.renorm
-        return Guidance(
-            config.guidance, config.guidance_image, cast(Any, renorm), config.guidance_interval
-        )
-
-
-@dataclass(frozen=True)
-class GuidedContext:
-    """The contexts of a guided velocity; None where its weight is 1.
-
-    text_dropped: as before the current instruction. image_dropped: the texts so far, at positions
-        of their own.
-    """
-
-    full: Context
-    text_dropped: Context | None
-    image_dropped: Context | None
-
-    @property
-    def branches(self) -> list[Context]:
-        return [c for c in (self.full, self.text_dropped, self.image_dropped) if c is not None]
-
-    @cached_property
-    def joined(self) -> Context:
-        """All branches as one batch, joined once for all the denoising steps behind them."""
-        with torch.enable_grad():  # the first to ask may be a rollout, the next one training
-            return Context.join(self.branches)
-
-    def map(self, function: Callable[[Context], Context]) -> GuidedContext:
-        dropped = (
-            None if c is None else function(c) for c in (self.text_dropped, self.image_dropped)
-        )
-        return GuidedContext(function(self.full), *dropped)
-
-    def detach(self) -> GuidedContext:
-        return self.map(Context.detach)
-
-    @staticmethod
-    def join_all(parts: Sequence[GuidedContext]) -> GuidedContext:
-        def together(name: str) -> Context | None:
-            found = [getattr(p, name) for p in parts]
-            return None if found[0] is None else Context.join(found)
-
-        return GuidedContext(
-            Context.join([p.full for p in parts]),
-            together("text_dropped"),
-            together("image_dropped"),
-        )
-
-
-AnyContext: TypeAlias = Context | GuidedContext
-
-
-def _guided(context: AnyContext) -> TypeGuard[GuidedContext]:
-    return isinstance(context, GuidedContext)
-
-
-def _full(context: AnyContext) -> Context:
-    return context.full if isinstance(context, GuidedContext) else context
 
 
 def read_parts(folder: Path) -> tuple[UnifiedConfig, TextCodec]:
@@ -297,7 +204,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         self,
         model: UnifiedModel,
         codec: TextCodec,
-        guidance: Guidance = Guidance(),
+        guidance: Guidance = NONE,
         images: ImageCodec | None = None,
         sight: Sight | None = None,
         image_size: tuple[int, int] | None = None,
@@ -337,7 +244,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         self.seen_tokens = 0 if seen is None else seen[0] * seen[1]
 
     @staticmethod
-    def load(folder: Path = EMBEDDED, guidance: Guidance = Guidance()) -> UnifiedPolicy:
+    def load(folder: Path = EMBEDDED, guidance: Guidance = NONE) -> UnifiedPolicy:
         """Weights (`model.safetensors`), `config.json` and `tokenizer.json` from a folder; fp32
         whatever is stored.
 
@@ -479,7 +386,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     @computing
     def instruct(self, context: AnyContext, instructions: Sequence[str]) -> AnyContext:
         ids, valid = self._words([self.text_ids(c) for c in instructions])
-        full = self._read(_full(context), ids, valid)
+        full = self._read(full_of(context), ids, valid)
         if not isinstance(context, GuidedContext):
             return full
         texts = context.image_dropped
@@ -487,7 +394,7 @@ class UnifiedPolicy(ConfiguredPolicy):
 
     @computing
     def append(self, context: AnyContext, images: np.ndarray) -> AnyContext:
-        full = self._append(_full(context), images)
+        full = self._append(full_of(context), images)
         if not isinstance(context, GuidedContext):
             return full
         return self.guided(full, full, context.image_dropped)
@@ -570,7 +477,9 @@ class UnifiedPolicy(ConfiguredPolicy):
     def join(self, contexts: Sequence[AnyContext]) -> AnyContext:
         guided = [c for c in contexts if isinstance(c, GuidedContext)]
         return (
-            GuidedContext.join_all(guided) if guided else Context.join([_full(c) for c in contexts])
+            GuidedContext.join_all(guided)
+            if guided
+            else Context.join([full_of(c) for c in contexts])
         )
 
     def bucket(self, context: AnyContext) -> AnyContext:
@@ -659,7 +568,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         """What is written behind these ids on a branch of each sample's context, up to the end mark
         and with it: sampled ids and their log-probs, as `intend` has them."""
         ids, valid = self._words(rows)
-        branch = Branch(_full(context), ids.shape[1] + max_tokens)
+        branch = Branch(full_of(context), ids.shape[1] + max_tokens)
         at = (torch.arange(len(rows)), valid.sum(1) - 1)
         logits: Tensor = self.module(
             lambda model: model.logits(model.extend_branch(branch, ids, valid)[at])
@@ -700,7 +609,7 @@ class UnifiedPolicy(ConfiguredPolicy):
     ) -> list[str]:
         """What each sample thinks before it paints (BAGEL's thinking, behind `begin` with a system
         prompt), at most so many tokens; `consider` takes it. seeds: as of `intend`."""
-        batch = _full(context).batch
+        batch = full_of(context).batch
         asked = Questions([[]] * batch, [""] * batch, [None] * batch, "thought")
         thoughts = self.intend(
             context, asked, seeds, temperature=temperature, max_tokens=max_tokens
@@ -711,8 +620,8 @@ class UnifiedPolicy(ConfiguredPolicy):
     def consider(self, context: AnyContext, thoughts: Sequence[str]) -> AnyContext:
         """As `ThinkingPolicy.consider`; guidance's other branches do not know it. Marks in a
         thought are marks: the model wrote them."""
-        full = self._read(_full(context), *self._words(self._thought_rows(thoughts)))
-        return dataclasses.replace(context, full=full) if _guided(context) else full
+        full = self._read(full_of(context), *self._words(self._thought_rows(thoughts)))
+        return dataclasses.replace(context, full=full) if is_guided(context) else full
 
     def _thought_rows(self, thoughts: Sequence[str]) -> list[list[int]]:
         codec = self.codec
@@ -732,7 +641,7 @@ class UnifiedPolicy(ConfiguredPolicy):
         if not any(answers):
             return self._no_scores(len(answers))
         ids, valid, first = self._asked(questions, answers)
-        seen = _full(context)
+        seen = full_of(context)
         scores: TokenScores = self.module(
             lambda model: self._scores(
                 model.text_hidden(seen, ids, valid), first, answers, temperature
