@@ -25,8 +25,7 @@ from editr2.policies.load import load_policy
 from editr2.policies.weights import trainable
 from editr2.rewards.panel import _apart
 from editr2.rewards.record import pixel_digest
-from editr2.rl.replay import can_pack
-from editr2.rl.rollout import Chunk, Seeds, chunks, rollout_chunk
+from editr2.rl.rollout import Seeds, chunks, rollout_chunk
 from editr2.rl.sampler import make_sampler
 from editr2.rl.sessions import demands
 from editr2.rl.state import new_state
@@ -306,5 +305,3 @@ def test_bagel_reads_them_behind_the_image(beside, tmp_path):
         for c in (context, walked, policy.encode(image))
     )
     assert torch.equal(found, expected) and not torch.equal(found, without)
-    # Its packed replay has no place for them.
-    assert not can_pack(policy, Chunk([session("a", image)], [0], 1), None, None, None)
