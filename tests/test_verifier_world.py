@@ -134,9 +134,7 @@ def test_it_agrees_with_the_world_reward() -> None:
             for kind in KINDS:
                 edited = synthetic(kind, request, before, rng)
                 images = np.stack([*perfect[1 : turn + 1], edited])
-                instruction_followed, _, all_right = verify(
-                    session.image, said[: turn + 1], images
-                )[-1]
+                exact = verify(session.image, said[: turn + 1], images)[-1]
                 found = look(request, before, edited)
                 if found.background and not request.background:
                     assert found.followed == exact[0]
