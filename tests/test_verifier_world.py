@@ -122,7 +122,7 @@ def test_principles_name_what_the_words_leave_to_the_session() -> None:
 def test_it_agrees_with_the_world_reward() -> None:
     """Followed is IF on the background that was there, and an edit that is right throughout is
     right to both."""
-    for index in range(24):
+    for index in range(10):
         session = make_session(5, index)
         said = [turn.instruction for turn in session.turns]
         asks = requests(session)
@@ -144,7 +144,7 @@ def test_it_agrees_with_the_world_reward() -> None:
 
 def test_synthetic_edits_are_wrong_as_named() -> None:
     """Of every kind, the shares of verdicts that hold: which way it is wrong."""
-    sessions = [make_session(1, i) for i in range(40)]
+    sessions = [make_session(1, i) for i in range(20)]
     found: dict[str, list[tuple[bool, bool, bool]]] = {kind: [] for kind in KINDS}
     for group in gather(sessions, None, requests, len(KINDS), 0):
         for kind, image in group.edits:
@@ -152,7 +152,7 @@ def test_synthetic_edits_are_wrong_as_named() -> None:
             kept = one.background or group.request.background
             found[kind].append((one.followed == 1, one.kept == 1, kept))
     shares = {kind: np.mean(rows, 0) for kind, rows in found.items()}
-    assert all(len(rows) == 120 for rows in found.values())
+    assert all(len(rows) == 60 for rows in found.values())
     assert (shares["exact"] == 1).all()
     for kind, place in {"unchanged": 0, "wrong": 0, "elsewhere": 0, "lost": 1, "turned": 1}.items():
         assert shares[kind][place] == 0, kind
@@ -202,7 +202,7 @@ def test_the_small_verifier_reads_and_writes_every_word(tmp_path: Path) -> None:
     reader = load_reader(ReaderConfig(weights=start, lora_rank=0, prompts=start))
     write_world(
         tmp_path / "data",
-        gather([make_session(3, i) for i in range(30)], None, requests, 2, 0),
+        gather([make_session(3, i) for i in range(12)], None, requests, 2, 0),
         noise=0,
         most=0,
         seed=0,
