@@ -152,7 +152,7 @@ TOLD = {"id": "k", "trace": write_trace("", (1, 0), 0.5)}
         ("told", [TOLD | {"verdicts": [1, 1]}], "verdicts: [1, 1], and the trace says [1, 0]"),
         ("told", [TOLD | {"score": 7}], "score: 7, and the trace says 5.0"),
         ("told", [TOLD | {"score": 5, "unread": "cut off"}], "score: beside unread"),
-        ("told", [TOLD | {"unread": 1}], "unread: 1"),
+        ("told", [TOLD | {"unread": 1}], "unread: "),
         ("told", [TOLD | {"trace": None}], "trace: null"),
     ],
 )
