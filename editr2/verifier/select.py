@@ -61,8 +61,8 @@ def select(edits: Sequence[Edit], told: Sequence[Told], least: float = 0.0) -> S
 
 
 def write_selection(data: str, out: str, least: float) -> list[str]:
-    """From a folder of principles.jsonl and traces.jsonl to another, of the edits that have a chosen
-    trace; returns what to print. Raises `UserError` where nothing is chosen."""
+    """From a folder of principles.jsonl and traces.jsonl to another, of the edits that have a
+    chosen trace; returns what to print. Raises `UserError` where nothing is chosen."""
     root, to = folder_of(data, "data"), Path(out)
     if to.resolve() == root.resolve():
         raise DataError(f"out: {out} is the data (accepted: another folder)")

@@ -1,0 +1,351 @@
+"""`editr2 verifier eval`: what a verifier says of pairs and of edits with gold, and what that is
+worth (`measures`), in eval.json and on a page.
+
+The verifier is asked as the reward asks it, whether it is served or a folder. What it wrote stands
+in the folder as a stage's files do, so that it can be selected from and learnt.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from editr2.errors import ConfigError, DataError
+from editr2.files import in_place_of
+from editr2.judge.text import WIDTH, Table, laid_out
+from editr2.report.dots import with_interval
+from editr2.rewards.record import Record, calls_of, pixel_digest
+from editr2.run.lock import RunLock
+from editr2.run.processes import open_processes
+from editr2.verifier import measures
+from editr2.verifier.files import (
+    PAIRS,
+    PRINCIPLES,
+    TRACES,
+    Edit,
+    Preference,
+    edits_of,
+    read_edits,
+    read_told,
+    write_edits,
+    write_told,
+)
+from editr2.verifier.measures import Against, Agreement, Bin, Judged, JudgedPair, Measure
+from editr2.verifier.objectives import folder_of, read_pairs
+from editr2.verifier.page import PAGE, write_page
+from editr2.verifier.stage_settings import EvalConfig, stage_problems
+from editr2.verifier.tracing import Count, showing
+from editr2.verifier.writers import Said, ask, open_writer, seconds_of, told_of
+
+SUMMARY = "eval.json"
+PURPOSE = "eval"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """traces: that came back. tokens: of one, where they are known. characters: of one. seconds: of
+    one, as it was waited for."""
+
+    traces: int
+    tokens: float | None
+    characters: float
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a verifier is worth."""
+
+    verifier: str
+    pairs: Sequence[JudgedPair]
+    edits: Sequence[Judged]
+    count: Count
+    cost: Cost
+    preferences: Sequence[Measure]
+    by_margin: Sequence[Bin]
+    by_score: Sequence[Bin]
+    against: Against | None
+    auc: Measure | None
+    agreement: Agreement | None
+
+    def written(self) -> dict[str, Any]:
+        """For JSON."""
+        said: dict[str, Any] = {
+            "verifier": self.verifier,
+            "pairs": len(self.pairs),
+            "pairs_judged": sum(not math.isnan(pair.difference) for pair in self.pairs),
+            "edits_with_gold": len(self.edits),
+            "traces": {
+                "asked": self.count.asked,
+                "read": self.count.read,
+                "unread": dict(self.count.unread),
+                "failed": dict(self.count.failed),
+            },
+            "cost": {
+                name: _number(value) if isinstance(value, float) else value
+                for name, value in vars(self.cost).items()
+            },
+        }
+        if self.pairs:
+            said["preference"] = _by_name(self.preferences)
+            said["by_margin"] = measures.bins_written(self.by_margin)
+            said["by_score"] = measures.bins_written(self.by_score)
+        if self.against is not None:
+            said["verdicts"] = _by_name(self.against.accuracy)
+            said["reliability"] = measures.bins_written(self.against.reliability)
+            said["brier"] = _number(self.against.brier)
+            said["calibration_error"] = _number(self.against.error)
+        if self.auc is not None:
+            said["auc"] = self.auc.written()
+        if (one := self.agreement) is not None:
+            said["agreement"] = {
+                "verdicts": one.verdicts.written(),
+                "kappa": _number(one.kappa),
+                "spread": _number(one.spread),
+                "settled": _number(one.settled),
+            }
+        return said
+
+
+def evaluate_verifier(config: EvalConfig) -> list[str]:
+    """Asks and writes; returns what to print. Raises `UserError` for bad settings and data, and a
+    verifier that cannot be asked at all."""
+    for problem in stage_problems(config):
+        raise ConfigError(problem)
+    processes, out = open_processes(), Path(config.out)
+    pairs, edits, gold = read_data(str(config.data.path), config.data.limit)
+    asked = [*edits_of(pairs), *edits]
+    with RunLock(out) as lock:
+        processes.on_main(lambda: lock.take(make=True))
+        record = Record(out, index=processes.index)
+        try:
+            ((at, use),) = config.judge.uses
+            writer = open_writer(at, use, record, processes.device)
+            with calls_of(purpose=PURPOSE):
+                said = ask(writer, asked, config.seed, processes, showing("judged"))
+            name = writer.name
+        finally:
+            record.close()
+        if not processes.main:
+            return []
+        found = evaluation(name, pairs, edits, gold, said, seconds_of(out, PURPOSE))
+        told = [
+            replace(one, gold=gold.get(one.id)) for each in everybody(found) for one in each.told
+        ]
+        write_edits(out / PRINCIPLES, asked)
+        write_told(out / TRACES, told)
+        with in_place_of(out / SUMMARY) as part:
+            part.write_text(json.dumps(found.written(), indent=1, ensure_ascii=False) + "\n")
+        tables = tables_of(found)
+        write_page(out / PAGE, found, tables)
+    said_lines = [f"verifier: {name}", f"{found.count}", cost_line(found.cost)]
+    for table in tables:
+        said_lines += ["", *laid_out(table, WIDTH)]
+    return [*said_lines, "", f"summary: {out / SUMMARY}", f"page: {out / PAGE}"]
+
+
+def read_data(
+    folder: str, limit: int | None
+) -> tuple[list[Preference], list[Edit], dict[str, tuple[int, ...]]]:
+    """Pairs, edits with gold, and their gold by id: of whichever of pairs.jsonl and traces.jsonl
+    with gold there is. Raises `DataError` where there is nothing to hold a verifier against."""
+    root, gold = folder_of(folder, "data.path"), dict[str, tuple[int, ...]]()
+    pairs = read_pairs(folder, "data.path")[0][:limit] if (root / PAIRS).is_file() else []
+    edits: list[Edit] = []
+    if (root / TRACES).is_file():
+        known = read_edits(root / PRINCIPLES, principles=True)
+        for told in read_told(root / TRACES, known):
+            if told.gold is None:
+                continue
+            if gold.setdefault(told.id, told.gold) != told.gold:
+                raise DataError(
+                    f"{root / TRACES}: {told.id}: two golds (accepted: the same in every trace)"
+                )
+        edits = [edit for edit in known if edit.id in gold][:limit]
+    if not pairs and not edits:
+        raise DataError(
+            f"data.path: {folder}: neither {PAIRS} nor {TRACES} with gold (accepted: one of them)"
+        )
+    return pairs, edits, gold
+
+
+def evaluation(
+    name: str,
+    pairs: Sequence[Preference],
+    edits: Sequence[Edit],
+    gold: Mapping[str, tuple[int, ...]],
+    said: Sequence[Sequence[Said]],
+    took: tuple[float, int],
+) -> Evaluation:
+    """said: of both outputs of every pair, then of every edit. took: seconds, and of how many
+    answers."""
+    asked, count, digests = [*edits_of(pairs), *edits], Count(), dict[Path, str]()
+    judged = []
+    for edit, row in zip(asked, said, strict=True):
+        told = told_of(edit, row, name)
+        count.add(row, told)
+        if edit.image.path not in digests:
+            digests[edit.image.path] = pixel_digest(edit.image.read())
+        source = digests[edit.image.path]
+        judged.append(Judged(edit, len(row), tuple(told), source, gold.get(edit.id)))
+    both = [JudgedPair(pair, judged[2 * n], judged[2 * n + 1]) for n, pair in enumerate(pairs)]
+    alone = judged[2 * len(pairs) :]
+    return Evaluation(
+        name,
+        both,
+        alone,
+        count,
+        _cost(said, took),
+        measures.preferences(both) if both else [],
+        measures.by_margin(both) if both else [],
+        measures.by_score(both) if both else [],
+        Against.of(alone) if alone else None,
+        measures.auc(alone),
+        measures.agreement(judged, both),
+    )
+
+
+def everybody(found: Evaluation) -> list[Judged]:
+    return [*(one for pair in found.pairs for one in (pair.win, pair.lose)), *found.edits]
+
+
+def _cost(said: Sequence[Sequence[Said]], took: tuple[float, int]) -> Cost:
+    texts = [one for row in said for one in row if one.text is not None]
+    tokens = [one.tokens for one in texts if one.tokens is not None]
+    seconds, answers = took
+    return Cost(
+        len(texts),
+        sum(tokens) / len(tokens) if tokens else None,
+        sum(len(one.text or "") for one in texts) / max(1, len(texts)),
+        seconds / answers if answers else None,
+    )
+
+
+def _by_name(found: Sequence[Measure]) -> dict[str, Any]:
+    return {one.name: one.written() for one in found}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
+
+
+# ------------------------------------------------------------------------------------------- shown
+
+
+def cost_line(cost: Cost) -> str:
+    said = [f"{cost.traces} traces", f"{cost.characters:.0f} characters"]
+    if cost.tokens is not None:
+        said.append(f"{cost.tokens:.0f} tokens")
+    if cost.seconds is not None:
+        said.append(f"{cost.seconds:.3g} s each")
+    return "cost: " + ", ".join(said)
+
+
+def tables_of(found: Evaluation) -> list[Table]:
+    """For the terminal and the page."""
+    tables = []
+    if found.preferences:
+        tables.append(
+            Table(
+                "Preferred outputs that score higher",
+                ["accuracy", "pairs", "judged", "equal"],
+                [(one.name, _preference(one)) for one in found.preferences],
+                "95 % intervals by a bootstrap over sources; half is chance, equal scores are half "
+                "right, and pairs that are not judged are left out.",
+            )
+        )
+        tables.append(
+            Table(
+                "Does it know when it knows",
+                ["accuracy", "pairs"],
+                [(_margin(one), _bin(one)) for one in found.by_margin],
+                "Pairs by how far apart the two scores are.",
+            )
+        )
+        tables.append(
+            Table(
+                "Outputs by score",
+                ["preferred", "mean score", "outputs"],
+                [(_range(one), _said(one)) for one in found.by_score],
+                "How often an output of such a score was the preferred one of its pair.",
+            )
+        )
+    if found.against is not None and len(found.against.said):
+        tables.append(
+            Table(
+                "Verdicts against gold",
+                ["right", "constant answer", "principles", "judged"],
+                [(one.name, _verdicts(one)) for one in found.against.accuracy],
+                "A verifier below the constant answer has learnt nothing of that kind."
+                + ("" if found.auc is None else f" {_auc_line(found.auc)}"),
+            )
+        )
+        tables.append(
+            Table(
+                "Reliability of verdicts",
+                ["hold", "said", "principles"],
+                [(_range(one), _said(one)) for one in found.against.reliability],
+                f"Of principles of which so many traces say yes, how many hold. Expected "
+                f"calibration error {found.against.error:.3f}, Brier {found.against.brier:.3f}.",
+            )
+        )
+    if (one := found.agreement) is not None:
+        tables.append(
+            Table(
+                "Agreement between traces",
+                ["same verdict", "kappa", "score spread", "settled pairs"],
+                [
+                    (
+                        "two traces",
+                        [
+                            with_interval(one.verdicts.of, 3),
+                            *(_plain(x) for x in (one.kappa, one.spread, one.settled)),
+                        ],
+                    )
+                ],
+                "Kappa leaves out what chance gives. Of a settled pair all traces prefer the same "
+                "output.",
+            )
+        )
+    return tables
+
+
+def _preference(one: Measure) -> list[str]:
+    ties = "-" if one.ties is None else str(one.ties)
+    return [with_interval(one.of, 3), str(one.asked), str(one.n), ties]
+
+
+def _verdicts(one: Measure) -> list[str]:
+    constant = "-" if one.against is None else f"{one.against:.3f}"
+    return [with_interval(one.of, 3), constant, str(one.asked), str(one.n)]
+
+
+def _auc_line(one: Measure) -> str:
+    return (
+        f"AUC of the score for edits of which everything holds: {with_interval(one.of, 3)} of "
+        f"{one.n}."
+    )
+
+
+def _bin(one: Bin) -> list[str]:
+    return [with_interval(one.of, 3), str(one.n)]
+
+
+def _said(one: Bin) -> list[str]:
+    return [with_interval(one.of, 3), f"{one.said:.3f}", str(one.n)]
+
+
+def _range(one: Bin) -> str:
+    return f"{one.low:g} to {one.high:g}"
+
+
+def _margin(one: Bin) -> str:
+    return _range(one) if one.high else "equal"
+
+
+def _plain(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
