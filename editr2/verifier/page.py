@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from editr2.judge.text import Table
 from editr2.report import pages
@@ -18,11 +17,9 @@ from editr2.report.numbers import decimal
 from editr2.report.paired import Estimate
 from editr2.report.pictures import Picture, picture_of
 from editr2.rewards.traces import KINDS
+from editr2.verifier.figures import Evaluation
 from editr2.verifier.files import Told
 from editr2.verifier.measures import BINS, Bin, Judged, JudgedPair
-
-if TYPE_CHECKING:
-    from editr2.verifier.evaluate import Evaluation
 
 PAGE = "verifier.html"
 
