@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from editr2.config.plugins import resolve
@@ -99,8 +100,16 @@ def teller(config: ChatConfig, record: Record) -> tuple[Tell, int]:
     calls = Calls(config.concurrency, config.timeout, config.retries)
     client, prompts = Client(options, calls, record), prompts_of(FOLDER, options.prompts)
 
+    ready = Lock()
+
     def tell(edit: Edit) -> Sequence[Principle]:
-        return ask_principles(client, prompts, edit.image.read(), [edit.instruction])
+        try:
+            return ask_principles(client, prompts, edit.image.read(), [edit.instruction])
+        except Unread:
+            with ready:  # a stage whose server is not there ends at its first question
+                if client.known is None:
+                    client.probe(images=1, logprobs=False, votes=False)
+            raise
 
     return tell, config.concurrency or CONCURRENCY
 

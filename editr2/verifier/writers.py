@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from editr2.config.fields import Wrong, built
 from editr2.config.plugins import resolve
-from editr2.errors import ConfigError, UserError, one_line
+from editr2.errors import ConfigError, UserError, one_line, shown
 from editr2.rewards.base import Calls
 from editr2.rewards.client import Answer, Client, Failure
 from editr2.rewards.record import Record, calls_of, pixel_digest, read_record, request_key
@@ -229,6 +229,11 @@ class InProcess:
         if options.url or options.url_env:
             raise ConfigError(f"{at}.options.url: beside weights (accepted: one of them)")
         assert use.weights is not None
+        if use.weights.startswith((".", "/")) and not Path(use.weights).is_dir():
+            raise ConfigError(
+                f"{at}.weights: {shown(use.weights)}: no such folder (accepted: a folder or hub id "
+                f"of a model that takes pictures and writes text)"
+            )
         self.at, self.use, self.options, self.record = at, use, options, record
         self.device, self.n = device, options.traces
         self.block = max(1, use.rows // self.n)
