@@ -15,7 +15,8 @@ from pathlib import Path
 from editr2.errors import ConfigError, DataError
 from editr2.files import in_place_of
 from editr2.judge.text import WIDTH, Table, laid_out
-from editr2.report.dots import with_interval
+from editr2.report.dots import ONE, with_interval
+from editr2.report.paired import Estimate
 from editr2.rewards.record import Record, calls_of
 from editr2.run.lock import RunLock
 from editr2.run.processes import open_processes
@@ -150,9 +151,9 @@ def tables_of(found: Evaluation) -> list[Table]:
         tables.append(
             Table(
                 "Verdicts against gold",
-                ["right", "constant answer", "principles", "judged"],
+                ["right", "constant", "asked", "judged"],
                 [(one.name, _verdicts(one)) for one in found.against.accuracy],
-                "A verifier below the constant answer has learnt nothing of that kind."
+                "Of principles. A verifier below the constant answer has learnt nothing of that kind."
                 + ("" if found.auc is None else f" {_auc_line(found.auc)}"),
             )
         )
@@ -174,7 +175,7 @@ def tables_of(found: Evaluation) -> list[Table]:
                     (
                         "two traces",
                         [
-                            with_interval(one.verdicts.of, 3),
+                            _shown(one.verdicts.of),
                             *(_plain(x) for x in (one.kappa, one.spread, one.settled)),
                         ],
                     )
@@ -188,27 +189,24 @@ def tables_of(found: Evaluation) -> list[Table]:
 
 def _preference(one: Measure) -> list[str]:
     ties = "-" if one.ties is None else str(one.ties)
-    return [with_interval(one.of, 3), str(one.asked), str(one.n), ties]
+    return [_shown(one.of), str(one.asked), str(one.n), ties]
 
 
 def _verdicts(one: Measure) -> list[str]:
     constant = "-" if one.against is None else f"{one.against:.3f}"
-    return [with_interval(one.of, 3), constant, str(one.asked), str(one.n)]
+    return [_shown(one.of), constant, str(one.asked), str(one.n)]
 
 
 def _auc_line(one: Measure) -> str:
-    return (
-        f"AUC of the score for edits of which everything holds: {with_interval(one.of, 3)} of "
-        f"{one.n}."
-    )
+    return f"AUC of the score for edits of which everything holds: {_shown(one.of)} of {one.n}."
 
 
 def _bin(one: Bin) -> list[str]:
-    return [with_interval(one.of, 3), str(one.n)]
+    return [_shown(one.of), str(one.n)]
 
 
 def _said(one: Bin) -> list[str]:
-    return [with_interval(one.of, 3), f"{one.said:.3f}", str(one.n)]
+    return [_shown(one.of), f"{one.said:.3f}", str(one.n)]
 
 
 def _range(one: Bin) -> str:
@@ -217,6 +215,10 @@ def _range(one: Bin) -> str:
 
 def _margin(one: Bin) -> str:
     return _range(one) if one.high else "equal"
+
+
+def _shown(of: Estimate) -> str:
+    return with_interval(of, 3).replace(ONE, "one source")
 
 
 def _plain(value: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -180,7 +181,7 @@ def preferences(pairs: Sequence[JudgedPair]) -> list[Measure]:
     task, where there are several."""
     found = [preference("score", pairs, lambda one: one.score), by_one_trace(pairs)]
     for kind in KINDS:
-        found.append(preference(f"{kind} alone", pairs, lambda one, kind=kind: one.share(kind)))
+        found.append(preference(f"{kind} alone", pairs, partial(Judged.share, kind=kind)))
     tasks = dict.fromkeys(pair.preference.win.task for pair in pairs)
     for task in tasks if len(tasks) > 1 else ():
         some = [pair for pair in pairs if pair.preference.win.task == task]

@@ -21,7 +21,7 @@ from editr2.config.fields import Wrong, built
 from editr2.config.plugins import resolve
 from editr2.errors import ConfigError, UserError, one_line, shown
 from editr2.rewards.base import Calls
-from editr2.rewards.client import Answer, Client, Failure
+from editr2.rewards.client import Answer, Client, Failure, Part
 from editr2.rewards.record import Record, calls_of, pixel_digest, read_record, request_key
 from editr2.rewards.verifier import FOLDER, VerifierOptions, judge_text
 from editr2.rewards.wire import CONCURRENCY
@@ -166,7 +166,7 @@ class Served:
 
     def _of(self, edit: Edit, n: int, seed: int) -> list[Said]:
         text = judge_text(self.prompts, edit.instruction, edit.principles)
-        parts = [edit.image.read(), edit.edited.read(), text]
+        parts: list[Part] = [edit.image.read(), edit.edited.read(), text]
         asked: dict[str, Any] = {
             "temperature": self.options.temperature,
             "max_tokens": self.options.max_tokens,
