@@ -16,8 +16,9 @@ import pytest
 
 from editr2.cli.main import main
 from editr2.errors import DataError
+from editr2.rewards.client import Answer
 from editr2.rewards.traces import read_principles, write_trace
-from editr2.verifier import measures
+from editr2.verifier import measures, writers
 from editr2.verifier.evaluate import read_data
 from editr2.verifier.files import (
     PAIRS,
@@ -388,16 +389,7 @@ def test_a_folder_is_evaluated_and_goes_on_after_a_kill(
     assert {"cut off"} < {row.get("unread") for row in rows} and summary["cost"]["tokens"] > 3
     assert summary["traces"]["read"] == sum("score" in row for row in rows) > 0
 
-    # By hand, from what was written.
-    def mean(name: str) -> float | None:
-        scores = [row["score"] for row in rows if row["id"] == name and "score" in row]
-        return sum(scores) / len(scores) if 2 * len(scores) >= 5 else None
-
-    sides = [(mean(f"p{k}/win"), mean(f"p{k}/lose")) for k in range(5)]
-    right = [(a > b) + 0.5 * (a == b) for a, b in sides if a is not None and b is not None]
-    assert summary["pairs_judged"] == len(right)
-    if right:
-        assert summary["preference"]["score"]["value"] == pytest.approx(np.mean(right))
+    assert len({row["trace"] for row in rows if row["id"] == "p0/win"}) > 1
     page = (tmp_path / "verifier.html").read_text()
     assert all(f"<h4>p{k}</h4>" in page for k in range(5)) and page.count('class="side"') == 10
     assert "<script" not in page and page.count("unread") > 0
@@ -429,6 +421,36 @@ def test_a_served_verifier_is_evaluated_the_same_way(
     assert summary["verdicts"]["all"]["against"] == 0.6
     assert "&lt;b&gt;So" in (tmp_path / "verifier.html").read_text()
     assert re.search(r"score +0\.500 \[0\.500, 0\.500\] +5 +5 +5", out)
+
+
+def sided(edits: Sequence[Edit], n: int, seed: int) -> list[list[str]]:
+    """Prefers the preferred output of all pairs but one."""
+    scores = {"win": 0.8, "lose": 0.5}
+    found = [scores.get(edit.id.partition("/")[2], 0.1) for edit in edits]
+    found = [0.2 if edit.id == "p3/win" else s for edit, s in zip(edits, found, strict=True)]
+    return [[write_trace("Well", (int(s > 0.5),), s)] * n for s in found]
+
+
+def test_pairs_that_it_got_wrong_are_shown_first(world: Path, tmp_path: Path, capsys: Any) -> None:
+    with mock.patch("editr2.verifier.writers.resolve", lambda key, name: sided):
+        code, out, err = run(
+            capsys, "eval", "--data", world / "data", "--out", tmp_path,
+            "--judge.function", "somewhere:sided", "--judge.options.traces", 2,
+        )  # fmt: skip
+    summary = json.loads((tmp_path / "eval.json").read_text())
+    assert code == 0 and summary["verifier"] == "sided", err
+    assert summary["preference"]["score"]["value"] == 0.8 and summary["pairs_judged"] == 5
+    assert [(one["from"], one["value"]) for one in summary["by_margin"]] == [(0.2, 0.8)]
+    assert summary["verdicts"]["all"]["value"] == 0.6 and "auc" in summary
+    page = (tmp_path / "verifier.html").read_text()
+    assert re.findall("<h4>(.*)</h4>", page) == ["p3", "p0", "p1", "p2", "p4"]
+    assert re.findall(r"([\d.]+ and [\d.]+) <b", page) == ["2.0 and 5.0"] + ["8.0 and 5.0"] * 4
+    assert "Of 1 of 5 pairs" in page
+
+
+def test_what_a_server_keeps_apart_as_reasoning_is_of_the_trace() -> None:
+    said = writers._said(Answer("the end", "stop", reasoning=" It is red.\n"))
+    assert said.text == "It is red.\nthe end" and not said.cut
 
 
 def test_two_golds_of_an_edit_are_refused(world: Path, tmp_path: Path) -> None:
