@@ -4,7 +4,10 @@ evaluation says."""
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
 from pathlib import Path
@@ -36,6 +39,7 @@ from editr2.verifier.measures import Against, Judged, JudgedPair
 from editr2.verifier.select import select
 from editr2.verifier.tracing import majority
 
+ROOT = Path(__file__).parent.parent
 ASKED = read_principles(
     [{"text": "Is it red?", "kind": "follow"}, {"text": "Is the rest kept?", "kind": "keep"}]
 )
@@ -185,6 +189,8 @@ judge:
     - name: own
       function: "somewhere:pooled"
       options: {{traces: 2}}
+    - function: "somewhere:pooled"
+    - function: "somewhere:pooled"
 gold:
   options: {{url: "{judge.url}", traces: 3, temperature: 0.5}}
 """
@@ -200,8 +206,9 @@ gold:
     assert "served: 10 of 10 traces read" in out
     assert "own: 5 of 10 traces read, 5 unread (mostly: no JSON object" in out
     told = read_told(traced / TRACES, read_edits(traced / PRINCIPLES, principles=True))
-    assert len(told) == 20 and [one.judge for one in told[:4]] == ["served"] * 2 + ["own"] * 2
-    assert [one.gold for one in told[::4]] == [(1,), (0,), (1,), (0,), (1,)]
+    assert len(told) == 30 and [one.judge for one in told[:4]] == ["served"] * 2 + ["own"] * 2
+    assert [one.judge for one in told[4:6]] == ["pooled", "pooled (2)"]
+    assert [one.gold for one in told[::6]] == [(1,), (0,), (1,), (0,), (1,)]
 
     code, out, err = run(capsys, "select", "--data", traced, "--out", chosen)
     kept = read_told(chosen / TRACES, read_edits(chosen / PRINCIPLES, principles=True))
@@ -509,3 +516,22 @@ def test_what_is_wrong_is_said_in_one_line(
     given = [one.format(data=world / "data", root=world) for one in arguments]
     code, _, err = run(capsys, *given, *out)
     assert code == 2 and says in err and err.count("\n") == 1
+
+
+@pytest.mark.exhaustive
+def test_two_processes_say_what_one_says(world: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        subprocess.run(
+            [sys.executable, "-m", *(torchrun if processes > 1 else []), "editr2", "verifier"]
+            + ["eval", "--data", str(world / "data"), "--out", str(tmp_path / str(processes))]
+            + ["--judge.weights", str(world / "llava"), "--judge.rows", "7"]
+            + ["--judge.options.prompts", str(world / "words"), "--judge.options.traces", "3"]
+            + ["--judge.options.max_tokens", "16"],
+            check=True,
+            cwd=ROOT,
+            timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+    one, two = ((tmp_path / name / TRACES).read_bytes() for name in ("1", "2"))
+    assert one == two and (tmp_path / "2" / "judges.1.jsonl").stat().st_size

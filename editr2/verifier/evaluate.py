@@ -153,8 +153,8 @@ def tables_of(found: Evaluation) -> list[Table]:
                 "Verdicts against gold",
                 ["right", "constant", "asked", "judged"],
                 [(one.name, _verdicts(one)) for one in found.against.accuracy],
-                "Of principles. A verifier below the constant answer has learnt nothing of that kind."
-                + ("" if found.auc is None else f" {_auc_line(found.auc)}"),
+                "Of principles; a verifier below the constant answer has learnt nothing of that "
+                "kind." + ("" if found.auc is None else f" {_auc_line(found.auc)}"),
             )
         )
         tables.append(

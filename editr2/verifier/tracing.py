@@ -105,11 +105,13 @@ def write_traces(config: TracesConfig) -> list[str]:
 def traces(
     edits: Sequence[Edit], writers: Sequence[Writer], seed: int, processes: Processes
 ) -> tuple[list[Told], dict[str, Count]]:
-    """Edit by edit, each judge's behind one another. Counts are by the judge's name."""
-    by_judge = [
-        (writer.name, ask(writer, edits, seed, processes, showing(writer.name)))
-        for writer in writers
-    ]
+    """Edit by edit, each judge's behind one another. Counts are by the judge's name; of several of
+    one name the later ones have a number."""
+    by_judge: list[tuple[str, list[list[Said]]]] = []
+    for writer in writers:
+        before = sum(name.partition(" (")[0] == writer.name for name, _ in by_judge)
+        name = f"{writer.name} ({before + 1})" if before else writer.name
+        by_judge.append((name, ask(writer, edits, seed, processes, showing(name))))
     found, counts = list[Told](), dict[str, Count]()
     for place, edit in enumerate(edits):
         for name, said in by_judge:
