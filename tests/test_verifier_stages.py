@@ -216,7 +216,7 @@ gold:
     assert [one.text for one in kept] == [write_trace("Seen 0", (g,), 0.3) for g in (
         1, 0, 1, 0, 1
     )]  # fmt: skip
-    assert "100.0 % of the chosen, 66.7 % of all" in out and "own: 60.0 %, 0 of 5 chosen" in out
+    assert "100.0 % of the chosen, 64.0 % of all" in out and "own: 60.0 %, 0 of 5 chosen" in out
 
 
 def test_an_answer_that_was_cut_off_is_kept_without_a_score(
