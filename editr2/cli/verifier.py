@@ -94,7 +94,7 @@ def _eval(arguments: Arguments) -> int:
 
 
 def _configured(name: str, schema: type[Any], described: str | None, arguments: Arguments) -> Any:
-    return settings.file_config(schema, f"editr2 verifier {name}", described or "", arguments)[0]
+    return settings.file_config(schema, f"editr2 verifier {name}", f"{described}.", arguments)[0]
 
 
 def _told(lines: Sequence[str]) -> None:
