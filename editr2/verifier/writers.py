@@ -34,6 +34,9 @@ from editr2.verifier.stage_settings import JudgeUse
 if TYPE_CHECKING:
     from editr2.verifier.model import Reader
 
+RESULT = "verifier"
+"""The folder of a training's result (`saved`)."""
+
 AHEAD = 4
 """Edits in a block of a server, for each call at once: the last ones of a block wait for nobody."""
 
@@ -243,7 +246,9 @@ class InProcess:
 
     @property
     def name(self) -> str:
-        return self.use.name or Path(str(self.use.weights)).name
+        path = Path(str(self.use.weights))
+        # Of a run's own folder the run's name says more.
+        return self.use.name or (f"{path.parent.name}/" * (path.name == RESULT) + path.name)
 
     @property
     def reader(self) -> Reader:
