@@ -29,13 +29,11 @@ from editr2.rewards.wording import prompts_of
 from editr2.rl.seeds import derive_seed
 from editr2.run.processes import Processes
 from editr2.verifier.files import Edit, Told
+from editr2.verifier.saved import RESULT
 from editr2.verifier.stage_settings import JudgeUse
 
 if TYPE_CHECKING:
     from editr2.verifier.model import Reader
-
-RESULT = "verifier"
-"""The folder of a training's result (`saved`)."""
 
 AHEAD = 4
 """Edits in a block of a server, for each call at once: the last ones of a block wait for nobody."""
