@@ -218,8 +218,8 @@ def gain(name: str, pairs: Sequence[JudgedPair], others: Sequence[JudgedPair]) -
     ours, theirs = (right(np.array([p.difference for p in some])) for some in (pairs, others))
     both = ~np.isnan(ours + theirs)
     clusters = Clusters([pair.win.source for pair in pairs])
-    of = compared(*(clusters.share(np.where(both, some, np.nan)) for some in (theirs, ours)))
-    return Gain(name, of, int(both.sum()), len(pairs))
+    a, b = (clusters.share(np.where(both, some, np.nan)) for some in (theirs, ours))
+    return Gain(name, compared(a, b), int(both.sum()), len(pairs))
 
 
 def by_margin(pairs: Sequence[JudgedPair]) -> list[Bin]:
