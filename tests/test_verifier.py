@@ -121,6 +121,7 @@ def test_files_round_trip(folder):
     told = [
         Told.of(edits[0], write_trace("It is.", (1, 0), 0.35), gold=(1, 1), judge="x"),
         Told.of(edits[0], "I cannot say"),
+        Told("k", write_trace("It", (1, 0), 0.5), None, "cut off"),  # and stays without a score
     ]
     assert told[0].accuracy == 0.5 and told[1].accuracy is None and told[1].trace is None
     write_told(folder / TRACES, told)
@@ -150,6 +151,8 @@ TOLD = {"id": "k", "trace": write_trace("", (1, 0), 0.5)}
         ("told", [TOLD | {"gold": [1, 2]}], "gold: "),
         ("told", [TOLD | {"verdicts": [1, 1]}], "verdicts: [1, 1], and the trace says [1, 0]"),
         ("told", [TOLD | {"score": 7}], "score: 7, and the trace says 5.0"),
+        ("told", [TOLD | {"score": 5, "unread": "cut off"}], "score: beside unread"),
+        ("told", [TOLD | {"unread": 1}], "unread: "),
         ("told", [TOLD | {"trace": None}], "trace: null"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from editr2.cli import settings
-from editr2.cli.flags import Arguments, dispatch
+from editr2.cli.flags import Arguments, Flags, dispatch
+from editr2.config.fields import Bounds
+from editr2.config.rules import folder_problem
 
 ANYWAY: tuple[str, dict[str, Any]] = (
     "--resume-anyway",
@@ -20,9 +22,85 @@ ANYWAY: tuple[str, dict[str, Any]] = (
 
 
 def command(arguments: Arguments) -> int:
-    """a reasoning verifier (Edit-R1): `sft`, `gcpo`"""
-    actions: dict[str, Callable[[Arguments], int]] = {"sft": _sft, "gcpo": _gcpo}
+    """a reasoning verifier (Edit-R1): its data, `sft`, `gcpo`, and what it is worth"""
+    actions: dict[str, Callable[[Arguments], int]] = {
+        "principles": _principles,
+        "traces": _traces,
+        "select": _select,
+        "sft": _sft,
+        "gcpo": _gcpo,
+        "eval": _eval,
+    }
     return dispatch("editr2 verifier", actions, arguments)
+
+
+def _principles(arguments: Arguments) -> int:
+    """yes/no questions for edits and pairs, by a judge or exact rules"""
+    from editr2.verifier.stage_settings import PrinciplesConfig
+
+    config = _configured("principles", PrinciplesConfig, _principles.__doc__, arguments)
+    from editr2.verifier.principles import write_principles
+
+    print("\n".join(write_principles(config)))
+    return 0
+
+
+def _traces(arguments: Arguments) -> int:
+    """what a pool of judges writes about edits, and gold by a stronger one or exact rules"""
+    from editr2.verifier.stage_settings import TracesConfig
+
+    config = _configured("traces", TracesConfig, _traces.__doc__, arguments)
+    from editr2.verifier.tracing import write_traces
+
+    _told(write_traces(config))
+    return 0
+
+
+def _select(arguments: Arguments) -> int:
+    """of the traces about an edit, the one that is right most often"""
+    flags = Flags("editr2 verifier select", _select.__doc__ or "")
+    flags.add("--data", path=True, required=True, help="a folder that `traces` wrote")
+    flags.add(
+        "--out",
+        path=True,
+        check=folder_problem,
+        what="a folder",
+        required=True,
+        help="a folder for principles.jsonl and traces.jsonl of the chosen",
+    )
+    flags.add(
+        "--least",
+        type=float,
+        default=0.0,
+        bounds=Bounds(at_least=0, at_most=1),
+        help="a trace of which a smaller share of verdicts is right is nobody's choice",
+    )
+    options = flags.parse(arguments)
+    from editr2.verifier.select import write_selection
+
+    print("\n".join(write_selection(**options)))
+    return 0
+
+
+def _eval(arguments: Arguments) -> int:
+    """preference accuracy, calibration, agreement and cost of a verifier, with a page"""
+    from editr2.verifier.stage_settings import EvalConfig
+
+    config = _configured("eval", EvalConfig, _eval.__doc__, arguments)
+    from editr2.verifier.evaluate import evaluate_verifier
+
+    _told(evaluate_verifier(config))
+    return 0
+
+
+def _configured(name: str, schema: type[Any], described: str | None, arguments: Arguments) -> Any:
+    return settings.file_config(schema, f"editr2 verifier {name}", f"{described}.", arguments)[0]
+
+
+def _told(lines: Sequence[str]) -> None:
+    """By the first of several processes; the others have nothing to say."""
+    if lines:
+        print("\n".join(lines))
 
 
 def _sft(arguments: Arguments) -> int:

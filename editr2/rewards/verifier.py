@@ -86,6 +86,34 @@ def judge_text(prompts: Prompts, instruction: str, principles: Sequence[Principl
     return text
 
 
+def ask_principles(
+    client: Client, prompts: Prompts, image: np.ndarray, said: Sequence[str], turn: int = 0
+) -> tuple[Principle, ...]:
+    """The judge's principles of an edit.
+
+    Args:
+        client: of the judge. prompts: of `prompts_of(FOLDER, ...)`.
+        image: the source, uint8 [H, W, 3].
+        said: what was asked for, turn by turn, the last being the one in question. turn: its
+            number, from 0.
+
+    Raises `Unread` where nothing comes back, or what cannot be read.
+    """
+    earlier = "".join(f"{n}. {one}\n" for n, one in enumerate(said[:-1], 1))
+    history = f"It was edited before, by these requests:\n{earlier}" if earlier else ""
+    text, _ = prompts("principles", instruction=said[-1], history=history)
+    # Greedy: no seed is in what is asked, so that the record answers every sibling.
+    [answer] = client.chat(
+        [image, text], max_tokens=PRINCIPLES_TOKENS, name="principles", turn=turn
+    )
+    if not isinstance(answer, Answer):
+        raise Unread(f"principles: {answer.reason if answer else 'no answer'}")
+    try:
+        return read_principles(json_in(answer.text).get("principles"))
+    except (Unread, ValueError) as error:
+        raise Unread(f"the judge's principles cannot be read: {error}") from None
+
+
 class Verifier(Served):
     """See the module."""
 
@@ -159,16 +187,4 @@ class Verifier(Served):
         return self._once((pixel_digest(image), said), lambda: self._asked(image, said, turn))
 
     def _asked(self, image: np.ndarray, said: Sequence[str], turn: int) -> Sequence[Principle]:
-        earlier = "".join(f"{n}. {one}\n" for n, one in enumerate(said[:-1], 1))
-        history = f"It was edited before, by these requests:\n{earlier}" if earlier else ""
-        text, _ = self.prompts("principles", instruction=said[-1], history=history)
-        # Greedy: no seed is in what is asked, so that the record answers every sibling.
-        [answer] = self.asker.client.chat(
-            [image, text], max_tokens=PRINCIPLES_TOKENS, name="principles", turn=turn
-        )
-        if not isinstance(answer, Answer):
-            raise Unread(f"principles: {answer.reason if answer else 'no answer'}")
-        try:
-            return read_principles(json_in(answer.text).get("principles"))
-        except (Unread, ValueError) as error:
-            raise Unread(f"the judge's principles cannot be read: {error}") from None
+        return ask_principles(self.asker.client, self.prompts, image, said, turn)

@@ -4,8 +4,8 @@ the file, or absolutely.
     edits.jsonl       {"id", "image", "edited", "instruction", "task"?}
     principles.jsonl  the same with "principles": [{"text", "kind"}]
     traces.jsonl      {"id", "trace", "verdicts", "score", "gold", "judge"?}; without `verdicts` and
-                      `score` where the trace cannot be read (then `unread` says why), without
-                      `gold` where nobody knows; several of an id
+                      `score` where the trace cannot be read or was cut off (then `unread` says
+                      why), without `gold` where nobody knows; several of an id
     pairs.jsonl       {"id", "image", "win", "lose", "instruction", "principles"?, "margin"?,
                       "task"?}
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,13 @@ def read_told(file: Path, edits: Sequence[Edit]) -> list[Told]:
         if not isinstance(text, str):
             raise record.error("trace", f"{kind(text)} (accepted: a string)")
         told = Told.of(known[name], text, gold=gold, judge=record.values.get("judge"))
+        if "unread" in record.values:
+            # Whoever wrote it saw more than the text, as that it was cut off: it has no score.
+            why = record.get("unread", "text")
+            told = replace(told, trace=None, unread=why)
+            for field in ("verdicts", "score"):
+                if field in record.values:
+                    raise record.error(field, "beside unread (accepted: one of them)")
         for field, now in _seen(told).items():
             if record.values.get(field) != now and field in record.values:
                 raise record.error(
