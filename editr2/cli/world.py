@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Literal
 
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
+from editr2.config.fields import Bounds
 from editr2.config.rules import folder_problem
-from editr2.config.settings import SEED, TURNS
+from editr2.config.settings import SEED, SHARE, TURNS
+from editr2.errors import ConfigError
+
+ANY = Bounds(at_least=0, at_most=256)
 
 
 def command(arguments: Arguments) -> int:
-    """the embedded world: `make` sessions on disk, `pretrain` the small policy"""
+    """the embedded world: `make` sessions on disk, `pretrain` the small policy, `edits` to learn
+    judging from, a small `verifier` before it learns"""
     actions: dict[str, Callable[[Arguments], int]] = {
         "make": _world_make,
         "pretrain": _world_pretrain,
+        "edits": _world_edits,
+        "verifier": _world_verifier,
     }
     return dispatch("editr2 world", actions, arguments)
 
@@ -37,12 +44,21 @@ def _world_make(arguments: Arguments) -> int:
         "--split", type=Literal["train", "heldout"], default="train", help="of the world's sessions"
     )
     flags.add("--seed", type=int, default=0, bounds=SEED, help="seed of the stream")
+    flags.add(
+        "--principles",
+        action="store_true",
+        help="with meta.principles of every turn, as the reward `verifier` reads them",
+    )
     options = flags.parse(arguments)
     from editr2.sessions import save_sessions
     from editr2.worlds.shapes import make_session
 
     seed, split, turns = options["seed"], options["split"], options["turns"]
     sessions = [make_session(seed, i, split=split, turns=turns) for i in range(options["count"])]
+    if options["principles"]:
+        from editr2.verifier.world import with_principles
+
+        sessions = [with_principles(session) for session in sessions]
     print(f"{len(sessions)} sessions: {save_sessions(sessions, options['out'])}")
     return 0
 
@@ -61,4 +77,87 @@ def _world_pretrain(arguments: Arguments) -> int:
     out = Path(options.pop("out"))
     pretrain(PretrainConfig(**options), out)
     print(f"policy: {out}")
+    return 0
+
+
+def _world_edits(arguments: Arguments) -> int:
+    """write edits of the world's sessions with principles, traces and pairs, by exact rules"""
+    flags = Flags("editr2 world edits", _world_edits.__doc__ or "")
+    flags.add(
+        "--out",
+        path=True,
+        check=folder_problem,
+        what="a folder",
+        required=True,
+        help="folder to write",
+    )
+    flags.add("--count", type=int, default=200, bounds=SOME, help="sessions")
+    flags.add("--turns", type=int, default=3, bounds=TURNS, help="turns a session")
+    flags.add(
+        "--split", type=Literal["train", "heldout"], default="train", help="of the world's sessions"
+    )
+    flags.add(
+        "--siblings",
+        type=int,
+        default=4,
+        bounds=ANY,
+        help="rollouts of the policy a session; 0: synthetic edits alone",
+    )
+    flags.add("--policy", path=True, help="the policy's folder; none: the embedded one")
+    flags.add(
+        "--synthetic",
+        type=int,
+        default=4,
+        bounds=ANY,
+        help="synthetic edits of a picture and request; 0: those of the policy alone",
+    )
+    flags.add("--pairs", type=int, default=2, bounds=ANY, help="pairs of a picture and request")
+    flags.add(
+        "--noise",
+        type=float,
+        default=0.0,
+        bounds=SHARE,
+        help="share of pairs whose preference is the wrong way round",
+    )
+    flags.add("--seed", type=int, default=0, bounds=SEED, help="seed of everything drawn")
+    options = flags.parse(arguments)
+    if not options["siblings"] and not options["synthetic"]:
+        raise ConfigError("--siblings, --synthetic: 0 both (accepted: at least 1 of one of them)")
+    from editr2.config import PolicyConfig
+    from editr2.verifier.candidates import gather, outputs
+    from editr2.verifier.world import requests
+    from editr2.verifier.world_files import write_world
+    from editr2.worlds.shapes import make_session
+
+    seed, split, turns = options["seed"], options["split"], options["turns"]
+    sessions = [make_session(seed, i, split=split, turns=turns) for i in range(options["count"])]
+    policy = PolicyConfig(weights=options["policy"])
+    siblings = options["siblings"]
+    rolled = outputs(sessions, siblings, policy, seed) if siblings else None
+    groups = gather(sessions, rolled, requests, options["synthetic"], seed)
+    out = Path(options["out"])
+    counts = write_world(out, groups, noise=options["noise"], most=options["pairs"], seed=seed)
+    print(
+        f"{counts.edits} edits, {counts.pairs} pairs ({counts.swapped} the wrong way round): {out}"
+    )
+    return 0
+
+
+def _world_verifier(arguments: Arguments) -> int:
+    """write a small verifier with random weights, of the world's words, for `editr2 verifier`"""
+    from editr2.verifier.small import SmallConfig, write_small
+
+    flags = Flags("editr2 world verifier", _world_verifier.__doc__ or "")
+    flags.add(
+        "--out",
+        path=True,
+        check=folder_problem,
+        what="a folder",
+        required=True,
+        help="folder for weights, processor and question",
+    )
+    flags.settings(SmallConfig)
+    options = flags.parse(arguments)
+    out = Path(options.pop("out"))
+    print(f"verifier: {out} ({write_small(out, SmallConfig(**options)):,} weights)")
     return 0
