@@ -264,7 +264,7 @@ class InProcess:
 
     def write(self, edits: Sequence[Edit], n: int, seed: int) -> list[list[Said]]:
         seeds = [[derive_seed(seed, "trace", edit.id, j) for j in range(n)] for edit in edits]
-        keys = [[self._key(edit, one) for one in row] for edit, row in zip(edits, seeds)]
+        keys = [self._keys(edit, row) for edit, row in zip(edits, seeds, strict=True)]
         known = [[self.record.find(key, _read) for key in row] for row in keys]
         if all(one is not None for row in known for one in row):
             return [[one for one in row if one is not None] for row in known]
@@ -291,22 +291,22 @@ class InProcess:
         stands = self.record.write(key, answer, seconds=seconds, tries=1, name="trace")
         return _read(stands)
 
-    def _key(self, edit: Edit, seed: int) -> str:
+    def _keys(self, edit: Edit, seeds: Sequence[int]) -> list[str]:
         if self._weights is None:
             from editr2.verifier.loop import weights_fingerprint
 
             with _named(self.at):
                 self._weights = weights_fingerprint(str(self.use.weights))
-        return request_key(
-            api="weights",
-            weights=self._weights,
-            dtype=self.use.dtype,
-            temperature=self.options.temperature,
-            max_tokens=self.options.max_tokens,
-            seed=seed,
-            text=judge_text(self.prompts, edit.instruction, edit.principles),
-            images=[pixel_digest(edit.image.read()), pixel_digest(edit.edited.read())],
-        )
+        asked = {
+            "api": "weights",
+            "weights": self._weights,
+            "dtype": self.use.dtype,
+            "temperature": self.options.temperature,
+            "max_tokens": self.options.max_tokens,
+            "text": judge_text(self.prompts, edit.instruction, edit.principles),
+            "images": [pixel_digest(edit.image.read()), pixel_digest(edit.edited.read())],
+        }
+        return [request_key(**asked, seed=seed) for seed in seeds]
 
 
 def _read(row: Any) -> Said:
