@@ -456,6 +456,7 @@ def test_a_served_verifier_is_evaluated_the_same_way(
     # Yes to everything, of which two of five hold: the constant answer is no.
     assert summary["verdicts"]["all"]["value"] == 0.4
     assert summary["verdicts"]["all"]["against"] == 0.6
+    assert "judged: 5 of 5 pairs, 5 of 5 edits with gold" in out
     assert "&lt;b&gt;So" in (tmp_path / "verifier.html").read_text()
     assert re.search(r"score +0\.500 \[0\.500, 0\.500\] +5 +5 +5", out)
 

@@ -76,6 +76,7 @@ def evaluate_verifier(config: EvalConfig) -> list[str]:
         tables = tables_of(found)
         write_page(out / PAGE, found, tables)
     said_lines = [f"verifier: {name}", f"{found.count}", cost_line(found.cost)]
+    said_lines.append(f"judged: {', '.join(found.judged)}")
     for table in tables:
         said_lines += ["", *laid_out(table, WIDTH)]
     return [*said_lines, "", f"summary: {out / SUMMARY}", f"page: {out / PAGE}"]

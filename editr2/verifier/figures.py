@@ -50,6 +50,7 @@ class Evaluation:
             "pairs": len(self.pairs),
             "pairs_judged": sum(not math.isnan(pair.difference) for pair in self.pairs),
             "edits_with_gold": len(self.edits),
+            "edits_judged": sum(one.heard for one in self.edits),
             "traces": {
                 "asked": self.count.asked,
                 "read": self.count.read,
@@ -80,6 +81,20 @@ class Evaluation:
                 "settled": _number(one.settled),
             }
         return said
+
+    @property
+    def judged(self) -> list[str]:
+        """How many of what there is are judged, in words."""
+        pairs = sum(not math.isnan(pair.difference) for pair in self.pairs)
+        edits = sum(one.heard for one in self.edits)
+        return [
+            f"{count} of {len(some)} {what}"
+            for count, some, what in (
+                (pairs, self.pairs, "pairs"),
+                (edits, self.edits, "edits with gold"),
+            )
+            if some
+        ]
 
     @property
     def everybody(self) -> list[Judged]:

@@ -99,6 +99,7 @@ def write_page(
 def facts_of(found: Evaluation) -> list[tuple[str, str]]:
     cost, count = found.cost, found.count
     facts = [
+        ("judged", ", ".join(found.judged)),
         ("traces read", f"{count.read} of {count.asked}"),
         ("unread", str(count.unread.total())),
         ("without an answer", str(count.failed.total())),

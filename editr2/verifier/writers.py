@@ -29,6 +29,7 @@ from editr2.rewards.wording import prompts_of
 from editr2.rl.seeds import derive_seed
 from editr2.run.processes import Processes
 from editr2.verifier.files import Edit, Told
+from editr2.verifier.saved import RESULT
 from editr2.verifier.stage_settings import JudgeUse
 
 if TYPE_CHECKING:
@@ -243,7 +244,9 @@ class InProcess:
 
     @property
     def name(self) -> str:
-        return self.use.name or Path(str(self.use.weights)).name
+        path = Path(str(self.use.weights))
+        # Of a run's own folder the run's name says more.
+        return self.use.name or (f"{path.parent.name}/" * (path.name == RESULT) + path.name)
 
     @property
     def reader(self) -> Reader:
