@@ -350,6 +350,29 @@ def test_preference_by_hand() -> None:
     assert score.of.low == 0 and score.of.high == 0.75 and score.of.count == 2
 
 
+def test_a_gain_is_over_the_pairs_that_both_judge() -> None:
+    high, low, none = (by_score(s, source="x") for s in (0.9, 0.1, None))
+    right, wrong, unheard = pair(high, low), pair(low, high), pair(high, none)
+    ours = [right, right, right, wrong, unheard, right]
+    theirs = [right, wrong, wrong, wrong, wrong, unheard]
+    found = measures.gain("them", ours, theirs)
+    assert [of.value for of in found.of] == [0.25, 0.75, 0.5] and (found.n, found.asked) == (4, 6)
+    # By the same draws: what both have wrong is drawn in both, and blurs no difference.
+    same = [right] * 5 + [wrong] * 3
+    several = [
+        [replace_source(one, f"s{k}") for k, one in enumerate([*same, *more])]
+        for more in ([right] * 2, [wrong] * 2)
+    ]
+    found = measures.gain("them", *several)
+    assert found.of.difference.value == pytest.approx(0.2) and found.of.difference.low >= 0
+    assert found.of.a.high > found.of.b.low
+
+
+def replace_source(of: JudgedPair, source: str) -> JudgedPair:
+    win, lose = (replace(one, source=source) for one in (of.win, of.lose))
+    return replace(of, win=win, lose=lose)
+
+
 def test_bins_by_hand() -> None:
     margins = [(one.low, one.high, one.n, one.of.value) for one in measures.by_margin(PAIRED)]
     assert margins == [(0, 0, 1, 0.5), (0, 0.1, 1, 0), (0.4, 1, 1, 1)]
@@ -484,6 +507,15 @@ def test_pairs_that_it_got_wrong_are_shown_first(world: Path, tmp_path: Path, ca
     assert re.findall("<h4>(.*)</h4>", page) == ["p3", "p0", "p1", "p2", "p4"]
     assert re.findall(r"([\d.]+ and [\d.]+) <b", page) == ["2.0 and 5.0"] + ["8.0 and 5.0"] * 4
     assert "Of 1 of 5 pairs" in page
+
+    again = ("eval", "--data", world / "data", "--out", tmp_path / "again", "--against", tmp_path)
+    with mock.patch("editr2.verifier.writers.resolve", lambda *_: pooled):
+        code, out, err = run(capsys, *again, "--judge.function", "somewhere:pooled")
+    gain = json.loads((tmp_path / "again" / "eval.json").read_text())["gain"]
+    assert code == 0 and gain["gain"][0] == pytest.approx(0.5 - 0.8), err
+    assert gain["theirs"][0] == 0.8 and gain["n"] == 5 and f"Beside {tmp_path.name}" in out
+    code, _, err = run(capsys, *again[:-1], world, "--judge.function", "somewhere:pooled")
+    assert code == 2 and "principles.jsonl" in err
 
 
 def test_what_a_server_keeps_apart_as_reasoning_is_of_the_trace() -> None:

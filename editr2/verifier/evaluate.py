@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from editr2.report.paired import Estimate
 from editr2.rewards.record import Record, calls_of
 from editr2.run.lock import RunLock
 from editr2.run.processes import open_processes
+from editr2.verifier import measures
 from editr2.verifier.figures import Cost, Evaluation, evaluation
 from editr2.verifier.files import (
     PAIRS,
@@ -27,13 +29,14 @@ from editr2.verifier.files import (
     TRACES,
     Edit,
     Preference,
+    Told,
     edits_of,
     read_edits,
     read_told,
     write_edits,
     write_told,
 )
-from editr2.verifier.measures import Bin, Measure
+from editr2.verifier.measures import Bin, Judged, JudgedPair, Measure
 from editr2.verifier.objectives import folder_of, read_pairs
 from editr2.verifier.page import PAGE, write_page
 from editr2.verifier.stage_settings import EvalConfig, stage_problems
@@ -52,6 +55,7 @@ def evaluate_verifier(config: EvalConfig) -> list[str]:
     processes, out = open_processes(), Path(config.out)
     pairs, edits, gold = read_data(str(config.data.path), config.data.limit)
     asked = [*edits_of(pairs), *edits]
+    others = None if config.against is None else read_other(config.against, pairs)
     with RunLock(out) as lock:
         processes.on_main(lambda: lock.take(make=True))
         record = Record(out, index=processes.index)
@@ -66,6 +70,9 @@ def evaluate_verifier(config: EvalConfig) -> list[str]:
         if not processes.main:
             return []
         found = evaluation(name, pairs, edits, gold, said, seconds_of(out, PURPOSE))
+        if others is not None:
+            other = Path(str(config.against)).name
+            found = replace(found, gain=measures.gain(other, found.pairs, others))
         told = [
             replace(one, gold=gold.get(one.id)) for each in found.everybody for one in each.told
         ]
@@ -107,6 +114,29 @@ def read_data(
     return pairs, edits, gold
 
 
+def read_other(folder: str, pairs: Sequence[Preference]) -> list[JudgedPair]:
+    """What another verifier said of the same pairs, from the folder of its evaluation. Raises
+    `DataError` where a pair is not there, or was asked about otherwise."""
+    root = folder_of(folder, "against")
+    edits = {edit.id: edit for edit in read_edits(root / PRINCIPLES, principles=True)}
+    told: dict[str, list[Told]] = {}
+    for one in read_told(root / TRACES, list(edits.values())):
+        told.setdefault(one.id, []).append(one)
+
+    def judged(edit: Edit) -> Judged:
+        known = edits.get(edit.id)
+        if known is None or (known.instruction, known.principles) != (
+            edit.instruction,
+            edit.principles,
+        ):
+            what = "not there" if known is None else "asked about otherwise"
+            raise DataError(f"against: {root}: {edit.id}: {what} (accepted: the same pairs)")
+        some = told.get(edit.id, [])
+        return Judged(edit, len(some), tuple(some), str(edit.image.path))
+
+    return [JudgedPair(pair, judged(pair.win), judged(pair.lose)) for pair in pairs]
+
+
 # ------------------------------------------------------------------------------------------- shown
 
 
@@ -132,6 +162,19 @@ def tables_of(found: Evaluation) -> list[Table]:
                 "right, and pairs that are not judged are left out.",
             )
         )
+        if (gain := found.gain) is not None:
+            tables.append(
+                Table(
+                    f"Beside {gain.other}",
+                    ["accuracy", "pairs"],
+                    [
+                        (gain.other, [_shown(gain.of.a), str(gain.n)]),
+                        ("this one", [_shown(gain.of.b), str(gain.n)]),
+                        ("difference", [_signed(gain.of.difference), str(gain.n)]),
+                    ],
+                    "On the pairs that both judge, by the same draws of sources.",
+                )
+            )
         tables.append(
             Table(
                 "Does it know when it knows",
@@ -220,6 +263,10 @@ def _margin(one: Bin) -> str:
 
 def _shown(of: Estimate) -> str:
     return with_interval(of, 3).replace(ONE, "one source")
+
+
+def _signed(of: Estimate) -> str:
+    return with_interval(of, 3, sign=True).replace(ONE, "one source")
 
 
 def _plain(value: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from editr2.rewards.record import pixel_digest
 from editr2.verifier import measures
 from editr2.verifier.files import Edit, Preference, edits_of
-from editr2.verifier.measures import Against, Agreement, Bin, Judged, JudgedPair, Measure
+from editr2.verifier.measures import Against, Agreement, Bin, Gain, Judged, JudgedPair, Measure
 from editr2.verifier.tracing import Count
 from editr2.verifier.writers import Said, told_of
 
@@ -42,6 +42,7 @@ class Evaluation:
     against: Against | None
     auc: Measure | None
     agreement: Agreement | None
+    gain: Gain | None = None
 
     def written(self) -> dict[str, Any]:
         """For JSON."""
@@ -66,6 +67,8 @@ class Evaluation:
             said["preference"] = _by_name(self.preferences)
             said["by_margin"] = measures.bins_written(self.by_margin)
             said["by_score"] = measures.bins_written(self.by_score)
+        if self.gain is not None:
+            said["gain"] = self.gain.written()
         if self.against is not None:
             said["verdicts"] = _by_name(self.against.accuracy)
             said["reliability"] = measures.bins_written(self.against.reliability)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from editr2.judge.agreement import TIE
-from editr2.report.paired import Estimate, Statistic, estimate, ratio
+from editr2.report.paired import Compared, Estimate, Statistic, compared, estimate, ratio
 from editr2.rewards.traces import KINDS, Kind, Trace
 from editr2.verifier.files import Edit, Preference, Told
 
@@ -128,11 +128,15 @@ class Clusters:
 
     def mean(self, values: np.ndarray, of: np.ndarray | None = None) -> Estimate:
         """Of values [n], NaN where there is none, over the sources of places `of` [n] (all)."""
+        return estimate(self.share(values, of))
+
+    def share(self, values: np.ndarray, of: np.ndarray | None = None) -> Statistic:
+        """The same, to be compared with another."""
         place = self.number if of is None else self.number[of]
         known = ~np.isnan(values)
         sums = np.bincount(place[known], values[known], self.count)
         counts = np.bincount(place[known], None, self.count)
-        return estimate(ratio(sums, counts.astype(np.float64)))
+        return ratio(sums, counts.astype(np.float64))
 
 
 # -------------------------------------------------------------------------------------- preference
@@ -187,6 +191,35 @@ def preferences(pairs: Sequence[JudgedPair]) -> list[Measure]:
         some = [pair for pair in pairs if pair.preference.win.task == task]
         found.append(preference(f"task {task or 'not told'}", some, lambda one: one.score))
     return [one for one in found if one is not None]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Of one verifier over another, on the pairs that both judge: accuracies by the same draws of
+    sources, and their difference. n: of so many pairs, of `asked`."""
+
+    other: str
+    of: Compared
+    n: int
+    asked: int
+
+    def written(self) -> dict[str, Any]:
+        """For JSON."""
+        said: dict[str, Any] = {"against": self.other, "n": self.n, "asked": self.asked}
+        for name, of in zip(("theirs", "ours", "gain"), self.of, strict=True):
+            said[name] = [
+                None if math.isnan(x) else round(x, 6) for x in (of.value, of.low, of.high)
+            ]
+        return said
+
+
+def gain(name: str, pairs: Sequence[JudgedPair], others: Sequence[JudgedPair]) -> Gain:
+    """pairs, others: the same pairs in the same order. name: the other's."""
+    ours, theirs = (right(np.array([p.difference for p in some])) for some in (pairs, others))
+    both = ~np.isnan(ours + theirs)
+    clusters = Clusters([pair.win.source for pair in pairs])
+    a, b = (clusters.share(np.where(both, some, np.nan)) for some in (theirs, ours))
+    return Gain(name, compared(a, b), int(both.sum()), len(pairs))
 
 
 def by_margin(pairs: Sequence[JudgedPair]) -> list[Bin]:

@@ -171,10 +171,12 @@ class EvalConfig:
         seed: what is sampled follows from it.
         out: a folder for eval.json, traces.jsonl, verifier.html, and judges.jsonl with every
             answer: a second start asks nothing again.
+        against: the folder of another verifier's evaluation of the same pairs, to be compared with.
     """
 
     seed: int = setting(0, SEED)
     out: str = setting("runs/verifier-eval", path=True, what="a folder", check=folder_problem)
+    against: str | None = setting(None, path=True)
     data: DataConfig = field(default_factory=DataConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
