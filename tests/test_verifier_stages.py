@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from editr2.cli.main import main
 from editr2.errors import DataError
@@ -24,6 +25,7 @@ from editr2.rewards.client import Answer
 from editr2.rewards.traces import read_principles, write_trace
 from editr2.verifier import measures, writers
 from editr2.verifier.evaluate import read_data
+from editr2.verifier.exact import world_gold
 from editr2.verifier.files import (
     PAIRS,
     PRINCIPLES,
@@ -38,7 +40,8 @@ from editr2.verifier.files import (
 )
 from editr2.verifier.measures import Against, Judged, JudgedPair
 from editr2.verifier.select import select
-from editr2.verifier.tracing import majority
+from editr2.verifier.tracing import exact_gold, majority
+from editr2.worlds import shapes
 
 ROOT = Path(__file__).parent.parent
 ASKED = read_principles(
@@ -155,13 +158,39 @@ def test_exact_rules_tell_principles(world: Path, tmp_path: Path, capsys: Any) -
         row |= {k: str(world / "data" / row[k]) for k in ("image", "win", "lose")}
     rows[1]["principles"] = [ASKED[0].written()]  # which it keeps
     (data / PAIRS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with mock.patch("editr2.verifier.principles.resolve", lambda key, name: of_colour):
+    with mock.patch("editr2.verifier.principles.resolve", lambda *_: of_colour):
         code, _, _ = run(
             capsys, "principles", "--data", data, "--out", data, "--judge.exact", "a:b"
         )
     assert code == 0
     texts = [pair.win.principles[0].text for pair in read_preferences(data / PAIRS)]
     assert texts == ["Is it red?"] * 3 + ["Is it blue?", "Is it red?"]
+
+
+def test_the_world_tells_principles_and_gold_by_its_rules(tmp_path: Path, capsys: Any) -> None:
+    scene = shapes.Scene("black", (("ring", "blue"), *[None] * 8))
+    done = scene.put(0, ("ring", "red"))
+    smeared = shapes.render(done)
+    smeared[16:, 16:] = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+    rows, pictures = [], {"image": scene, "red": done, "green": scene.put(0, ("ring", "green"))}
+    for name, one in pictures.items():
+        Image.fromarray(shapes.render(one)).save(tmp_path / f"{name}.png")
+    Image.fromarray(smeared).save(tmp_path / "smeared.png")
+    for name, edited in (("right", "red"), ("wrong", "green"), ("ruined", "smeared")):
+        row = {"id": name, "image": "image.png", "edited": f"{edited}.png"}
+        rows.append(row | {"instruction": "paint the ring top left red"})
+    rows.append(rows[0] | {"id": "vague", "instruction": "paint it red"})
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run(
+        capsys, "principles", "--data", tmp_path, "--out", tmp_path, "--judge.exact", "world"
+    )
+    assert code == 0 and "1 x instruction 'paint it red': 'it' refers to nothing yet" in out, err
+    edits = read_edits(tmp_path / PRINCIPLES, principles=True)
+    assert [one.kind for one in edits[0].principles] == ["follow", "keep", "keep", "quality"]
+    gold = exact_gold(edits, world_gold, "gold.exact")
+    assert gold == {"right": (1, 1, 1, 1), "wrong": (0, 1, 1, 1), "ruined": (1, 0, 1, 0)}
+    other = [replace(edits[0], principles=ASKED), replace(edits[0], instruction="paint it red")]
+    assert exact_gold(other, world_gold, "gold.exact") == {}
 
 
 # ---------------------------------------------------------------------------- traces and selection
@@ -198,7 +227,7 @@ gold:
     )
     traced, chosen = tmp_path / "traced", tmp_path / "chosen"
     asked = ("traces", "--config", config, "--data", world / "data", "--out", traced)
-    with mock.patch("editr2.verifier.writers.resolve", lambda key, name: pooled):
+    with mock.patch("editr2.verifier.writers.resolve", lambda *_: pooled):
         code, out, err = run(capsys, *asked)
         made = len(judge.asked)
         run(capsys, *asked)
@@ -464,7 +493,7 @@ def sided(edits: Sequence[Edit], n: int, seed: int) -> list[list[str]]:
 
 
 def test_pairs_that_it_got_wrong_are_shown_first(world: Path, tmp_path: Path, capsys: Any) -> None:
-    with mock.patch("editr2.verifier.writers.resolve", lambda key, name: sided):
+    with mock.patch("editr2.verifier.writers.resolve", lambda *_: sided):
         code, out, err = run(
             capsys, "eval", "--data", world / "data", "--out", tmp_path,
             "--judge.function", "somewhere:sided", "--judge.options.traces", 2,

@@ -37,7 +37,12 @@ from editr2.verifier.files import (
     write_preferences,
 )
 from editr2.verifier.objectives import folder_of
-from editr2.verifier.stage_settings import ChatConfig, PrinciplesConfig, stage_problems
+from editr2.verifier.stage_settings import (
+    PRINCIPLES_BY,
+    ChatConfig,
+    PrinciplesConfig,
+    stage_problems,
+)
 from editr2.verifier.writers import each, verifier_options
 
 Tell = Callable[[Edit], Sequence[Principle]]
@@ -115,7 +120,7 @@ def teller(config: ChatConfig, record: Record) -> tuple[Tell, int]:
 
 
 def _exact(name: str) -> Tell:
-    function = resolve("judge.exact", name)
+    function = resolve("judge.exact", name, PRINCIPLES_BY)
 
     def tell(edit: Edit) -> Sequence[Principle]:
         try:

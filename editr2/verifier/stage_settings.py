@@ -10,6 +10,12 @@ from editr2.config.fields import field_problems, setting
 from editr2.config.rules import folder_problem
 from editr2.config.settings import CALLS_AT_ONCE, COUNT, SEED, TIMEOUT, TRIES
 
+PRINCIPLES_BY = {"world": "editr2.verifier.exact:world_principles"}
+"""Exact rules of principles, by name."""
+
+GOLD_BY = {"world": "editr2.verifier.exact:world_gold"}
+"""The same of right verdicts."""
+
 
 @dataclass(frozen=True)
 class JudgeUse:
@@ -84,11 +90,12 @@ class GoldConfig(JudgeConfig):
         timeout: seconds that a call may take, of a server; none is 120.
         retries: further tries of a call that failed, of a server; none is 4.
         use: several, a list of these fields each; in place of them here.
-        exact: `package.module:name` of a function of an edit that returns 0 or 1 for each of its
-            principles, or None where it cannot say; in place of a judge.
+        exact: world (the shapes world's rules), or `package.module:name` of a function of an edit
+            that returns 0 or 1 for each of its principles, or None where it cannot say; in place of
+            a judge.
     """
 
-    exact: str | None = setting(None, what="package.module:name or none")
+    exact: str | None = setting(None, among=lambda: GOLD_BY, reference="package.module:name")
 
 
 @dataclass(frozen=True)
@@ -111,15 +118,15 @@ class ChatConfig:
     Args:
         options: those of the reward `verifier` (docs/rewards.md): url and model of a server, and
             prompts in place of ours.
-        exact: `package.module:name` of a function of an edit that returns its principles; in place
-            of a server.
+        exact: world (the shapes world's rules), or `package.module:name` of a function of an edit
+            that returns its principles; in place of a server.
         concurrency: calls at once, of a server; none is 16.
         timeout: seconds that a call may take; none is 120.
         retries: further tries of a call that failed; none is 4.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
-    exact: str | None = setting(None, what="package.module:name or none")
+    exact: str | None = setting(None, among=lambda: PRINCIPLES_BY, reference="package.module:name")
     concurrency: int | None = setting(None, CALLS_AT_ONCE)
     timeout: float | None = setting(None, TIMEOUT, what="seconds or none")
     retries: int | None = setting(None, TRIES)

@@ -31,7 +31,13 @@ from editr2.verifier.files import (
     write_told,
 )
 from editr2.verifier.objectives import folder_of
-from editr2.verifier.stage_settings import GoldConfig, TracesConfig, stage_problems, uses_of
+from editr2.verifier.stage_settings import (
+    GOLD_BY,
+    GoldConfig,
+    TracesConfig,
+    stage_problems,
+    uses_of,
+)
 from editr2.verifier.writers import Said, Writer, ask, open_writer, told_of
 
 Gold = Mapping[str, tuple[int, ...]]
@@ -139,7 +145,7 @@ def gold_teller(
 ) -> Callable[[Sequence[Edit]], Gold] | None:
     """None where nobody was asked for. Raises `ConfigError`."""
     if config.exact is not None:
-        function = resolve("gold.exact", config.exact)
+        function = resolve("gold.exact", config.exact, GOLD_BY)
         return lambda edits: exact_gold(edits, function, f"gold.exact: {config.exact!r}")
     uses = uses_of("gold", config)
     if not uses:
