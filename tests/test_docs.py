@@ -106,6 +106,7 @@ NOT_RUN = {
     ("rewards", '{"id": "kitchen", "turn": 1, "output"'): "labels; tests/test_judge.py",
     ("labelling", '{"id": "k1"'): "a question; tests/test_label.py",
     ("verifier", "The cup is red now"): "a trace; tests/test_traces.py",
+    ("verifier", "# pool.yaml"): "the commands below it read it",
     ("verifier", "background wants black"): "a trace; tests/test_verifier_world.py",
     ("benchmarks", "OUT/benchmark.json"): "the files of a folder; tests/test_benchmark.py",
     ("benchmarks", '{"image": "kitchen"'): "a row; tests/test_benchmark_summary.py",
@@ -126,6 +127,8 @@ def workspace(tmp_path, monkeypatch):
     shutil.copytree(tmp_path / "my_pairs", tmp_path / "their")
     (tmp_path / "their" / "preferences.json").write_text(json.dumps(their))
     (tmp_path / "my.yaml").write_text("train:\n  iterations: 9\n")
+    pool = next(block.text for block in BLOCKS if block.text.startswith("# pool.yaml"))
+    (tmp_path / "pool.yaml").write_text(pool)
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "judge.py").write_text(JUDGE)
     of_page = "\n\n".join(block.text for block in PYTHON["rewards"])
@@ -214,7 +217,11 @@ def understood(monkeypatch):
         "judge.whole.judge",
         "judge.asking.write_asked",
         "label.serve.serve",
+        "verifier.principles.write_principles",
+        "verifier.tracing.write_traces",
+        "verifier.select.write_selection",
         "verifier.loop.train_verifier",
+        "verifier.evaluate.evaluate_verifier",
         "benchmarks.rewards.run_rewards",
         "benchmarks.compare.compare",
     ):
