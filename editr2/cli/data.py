@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
 from editr2.config.fields import Bounds
-from editr2.config.rules import folder_problem
 from editr2.config.settings import CALLS_AT_ONCE, TIMEOUT, TRIES
 from editr2.errors import ConfigError, DataError
 
@@ -36,14 +35,7 @@ def _data_import(arguments: Arguments) -> int:
     flags = Flags("editr2 data import", _data_import.__doc__ or "")
     flags.add("format", among=lambda: FORMATS, help="the set's")
     flags.add("source", path=True, help="the set's file or folder, or hf:owner/name:split")
-    flags.add(
-        "--out",
-        path=True,
-        check=folder_problem,
-        what="a folder",
-        required=True,
-        help="folder to write",
-    )
+    flags.out()
     flags.add(
         "--images",
         path=True,
@@ -185,14 +177,9 @@ def _data_make(arguments: Arguments) -> int:
 
 
 def _add_out(flags: Flags) -> None:
-    flags.add(
-        "--out",
-        path=True,
-        check=folder_problem,
-        what="a folder",
-        required=True,
-        help="folder to write, with the judge's answers in judges.jsonl: a second start asks "
-        "nothing again",
+    flags.out(
+        "folder to write, with the judge's answers in judges.jsonl: a second start asks "
+        "nothing again"
     )
 
 

@@ -31,6 +31,7 @@ from editr2.config.fields import (
     out_of_bounds,
     slots,
 )
+from editr2.config.rules import folder_problem
 from editr2.config.yaml import is_misread
 from editr2.errors import ConfigError
 
@@ -132,6 +133,12 @@ class Flags:
             self.positional.append(option)
         else:
             self.options[name] = option
+
+    def out(self, help: str = "folder to write") -> None:
+        """`--out`, a folder that must be given."""
+        self.add(
+            "--out", path=True, check=folder_problem, what="a folder", required=True, help=help
+        )
 
     def settings(self, schema: type[Any]) -> None:
         """A flag for every field of a dataclass and of those nested in it, with help from the

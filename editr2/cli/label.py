@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
 from editr2.config.fields import Bounds
-from editr2.config.rules import folder_problem
 from editr2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -89,9 +88,7 @@ def _import(arguments: Arguments) -> int:
         help="the set's; outputs: what `editr2 rollout` wrote, siblings of each turn",
     )
     flags.add("source", path=True, help="the set's file or folder; of outputs, the sessions")
-    flags.add(
-        "--out", path=True, check=folder_problem, what="a folder", required=True, help="to label"
-    )
+    flags.out("to label")
     flags.add("--outputs", path=True, action="append", help="a folder of outputs; again for more")
     flags.add("--sources", path=True, help="folder of the images, where the release has them not")
     flags.add("--limit", type=int, bounds=SOME, help="only the first so many")

@@ -8,7 +8,6 @@ from typing import Any
 from editr2.cli import settings
 from editr2.cli.flags import Arguments, Flags, dispatch
 from editr2.config.fields import Bounds
-from editr2.config.rules import folder_problem
 
 ANYWAY: tuple[str, dict[str, Any]] = (
     "--resume-anyway",
@@ -60,14 +59,7 @@ def _select(arguments: Arguments) -> int:
     """of the traces about an edit, the one that is right most often"""
     flags = Flags("editr2 verifier select", _select.__doc__ or "")
     flags.add("--data", path=True, required=True, help="a folder that `traces` wrote")
-    flags.add(
-        "--out",
-        path=True,
-        check=folder_problem,
-        what="a folder",
-        required=True,
-        help="a folder for principles.jsonl and traces.jsonl of the chosen",
-    )
+    flags.out("a folder for principles.jsonl and traces.jsonl of the chosen")
     flags.add(
         "--least",
         type=float,

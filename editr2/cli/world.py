@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
 from editr2.config.fields import Bounds
-from editr2.config.rules import folder_problem
 from editr2.config.settings import SEED, SHARE, TURNS
 from editr2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from editr2.sessions import Session
 
 ANY = Bounds(at_least=0, at_most=256)
 
@@ -30,19 +32,9 @@ def command(arguments: Arguments) -> int:
 def _world_make(arguments: Arguments) -> int:
     """write sessions of the shapes world as PNG and jsonl"""
     flags = Flags("editr2 world make", _world_make.__doc__ or "")
-    flags.add(
-        "--out",
-        path=True,
-        check=folder_problem,
-        what="a folder",
-        required=True,
-        help="folder to write",
-    )
+    flags.out()
     flags.add("--count", type=int, default=24, bounds=SOME, help="sessions")
-    flags.add("--turns", type=int, default=3, bounds=TURNS, help="turns a session")
-    flags.add(
-        "--split", type=Literal["train", "heldout"], default="train", help="of the world's sessions"
-    )
+    _add_stream(flags)
     flags.add("--seed", type=int, default=0, bounds=SEED, help="seed of the stream")
     flags.add(
         "--principles",
@@ -51,10 +43,8 @@ def _world_make(arguments: Arguments) -> int:
     )
     options = flags.parse(arguments)
     from editr2.sessions import save_sessions
-    from editr2.worlds.shapes import make_session
 
-    seed, split, turns = options["seed"], options["split"], options["turns"]
-    sessions = [make_session(seed, i, split=split, turns=turns) for i in range(options["count"])]
+    sessions = _sessions(options)
     if options["principles"]:
         from editr2.verifier.world import with_principles
 
@@ -63,15 +53,28 @@ def _world_make(arguments: Arguments) -> int:
     return 0
 
 
+def _add_stream(flags: Flags) -> None:
+    """Which of the world's sessions."""
+    flags.add("--turns", type=int, default=3, bounds=TURNS, help="turns a session")
+    flags.add(
+        "--split", type=Literal["train", "heldout"], default="train", help="of the world's sessions"
+    )
+
+
+def _sessions(options: dict[str, Any]) -> list[Session]:
+    """Those that were asked for."""
+    from editr2.worlds.shapes import make_session
+
+    how = {name: options[name] for name in ("split", "turns")}
+    return [make_session(options["seed"], i, **how) for i in range(options["count"])]
+
+
 def _world_pretrain(arguments: Arguments) -> int:
     """train the embedded policy from random weights on ground-truth sessions"""
     from editr2.policies.unified.pretrain import PretrainConfig, pretrain
 
     flags = Flags("editr2 world pretrain", _world_pretrain.__doc__ or "")
-    out_help = "folder for config, tokenizer, weights and log"
-    flags.add(
-        "--out", path=True, check=folder_problem, what="a folder", required=True, help=out_help
-    )
+    flags.out("folder for config, tokenizer, weights and log")
     flags.settings(PretrainConfig)
     options = flags.parse(arguments)
     out = Path(options.pop("out"))
@@ -83,19 +86,9 @@ def _world_pretrain(arguments: Arguments) -> int:
 def _world_edits(arguments: Arguments) -> int:
     """write edits of the world's sessions with principles, traces and pairs, by exact rules"""
     flags = Flags("editr2 world edits", _world_edits.__doc__ or "")
-    flags.add(
-        "--out",
-        path=True,
-        check=folder_problem,
-        what="a folder",
-        required=True,
-        help="folder to write",
-    )
+    flags.out()
     flags.add("--count", type=int, default=200, bounds=SOME, help="sessions")
-    flags.add("--turns", type=int, default=3, bounds=TURNS, help="turns a session")
-    flags.add(
-        "--split", type=Literal["train", "heldout"], default="train", help="of the world's sessions"
-    )
+    _add_stream(flags)
     flags.add(
         "--siblings",
         type=int,
@@ -127,10 +120,8 @@ def _world_edits(arguments: Arguments) -> int:
     from editr2.verifier.candidates import gather, outputs
     from editr2.verifier.world import requests
     from editr2.verifier.world_files import write_world
-    from editr2.worlds.shapes import make_session
 
-    seed, split, turns = options["seed"], options["split"], options["turns"]
-    sessions = [make_session(seed, i, split=split, turns=turns) for i in range(options["count"])]
+    seed, sessions = options["seed"], _sessions(options)
     policy = PolicyConfig(weights=options["policy"])
     siblings = options["siblings"]
     rolled = outputs(sessions, siblings, policy, seed) if siblings else None
@@ -148,14 +139,7 @@ def _world_verifier(arguments: Arguments) -> int:
     from editr2.verifier.small import SmallConfig, write_small
 
     flags = Flags("editr2 world verifier", _world_verifier.__doc__ or "")
-    flags.add(
-        "--out",
-        path=True,
-        check=folder_problem,
-        what="a folder",
-        required=True,
-        help="folder for weights, processor and question",
-    )
+    flags.out("folder for weights, processor and question")
     flags.settings(SmallConfig)
     options = flags.parse(arguments)
     out = Path(options.pop("out"))
