@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import torch
@@ -65,8 +64,8 @@ from editr2.run.identity import (
     reward_fingerprint,
 )
 from editr2.run.lock import RunLock
-from editr2.run.processes import Lost, Processes, is_lost, open_processes
-from editr2.run.stop import NAMES, Stop, Stopped
+from editr2.run.processes import Processes, open_processes
+from editr2.run.stop import Stop, ending_told
 from editr2.run.tracking import MetricsLog, Progress, profile_table
 from editr2.sessions.source import SessionSource
 
@@ -209,7 +208,7 @@ class _Loop:
                 self.progress.note("no --data.heldout given: evaluating on the training sessions")
             if config.eval.off:
                 self.progress.note("no evaluation (eval.sessions 0): nothing says how it ended")
-            try:
+            with ending_told(self._keep, self._standing):
                 self._train(stop)
                 if profile and self.rows:
                     self.progress.note(profile_table(self.rows))
@@ -218,23 +217,14 @@ class _Loop:
                         saved.save(self.folder / "policy")
                 if processes.main and report is not None:
                     print(f"report: {report(self.folder)}")
-            except Stopped as stopped:
-                if stopped.at_once:
-                    raise
-                state.put_back()
-                if state.iteration != (self.saved or 0):
-                    self._save()
-                name = NAMES[Signals(stopped.signum)]
-                raise Stopped(stopped.signum, f"stopped by {name}; {self._standing()}") from None
-            except (RuntimeError, Lost) as error:
-                if not is_lost(error):
-                    raise
-                raise Lost(
-                    f"another process does not answer (an error of its own stands above, unless it "
-                    f"was killed); {self._standing()}"
-                ) from error
         processes.wait()
         return self.folder
+
+    def _keep(self) -> None:
+        """Of a run that is stopped: what is done."""
+        self.state.put_back()
+        if self.state.iteration != (self.saved or 0):
+            self._save()
 
     def _train(self, stop: Stop) -> None:
         """Iterations and the rows between them, until all are there."""

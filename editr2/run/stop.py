@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from editr2.run.processes import Processes
+from editr2.run.processes import Lost, Processes, is_lost
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 """SIGHUP: the terminal was closed; under nohup it is ignored, and stays so."""
@@ -113,3 +113,27 @@ class Stop:
         # A handler runs between any two instructions, perhaps inside of a print.
         with suppress(OSError):  # a terminal that went away
             os.write(2, f"\n{text}\n".encode())
+
+
+@contextmanager
+def ending_told(save: Callable[[], None], standing: Callable[[], str]) -> Iterator[None]:
+    """Around a run: one that a signal stops saves what is done, unless it is to stop at once, and
+    says where it stands; so does one that has lost another process, as `Lost`.
+
+    standing: what is on the disk, and how to go on.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        if stopped.at_once:
+            raise
+        save()
+        name = NAMES[signal.Signals(stopped.signum)]
+        raise Stopped(stopped.signum, f"stopped by {name}; {standing()}") from None
+    except (RuntimeError, Lost) as error:
+        if not is_lost(error):
+            raise
+        raise Lost(
+            f"another process does not answer (an error of its own stands above, unless it "
+            f"was killed); {standing()}"
+        ) from error

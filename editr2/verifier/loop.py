@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from signal import Signals
 from typing import Any, cast
 
 import torch
@@ -45,8 +44,8 @@ from editr2.run.identity import (
     provenance,
 )
 from editr2.run.lock import RunLock
-from editr2.run.processes import Lost, Processes, is_lost, open_processes
-from editr2.run.stop import NAMES, Stop, Stopped
+from editr2.run.processes import Processes, open_processes
+from editr2.run.stop import Stop, ending_told
 from editr2.run.tracking import MetricsLog, Progress, read_metrics, rows_behind, write_whole
 from editr2.verifier.heldout import Heldout, evaluate, read_heldout
 from editr2.verifier.model import Reader, load_reader
@@ -275,26 +274,17 @@ class _Loop:
         ):
             for note in self.notes:
                 self.progress.note(note)
-            try:
+            with ending_told(self._keep, self._standing):
                 self._train(stop)
                 self._finish()
-            except Stopped as stopped:
-                if stopped.at_once:
-                    raise
-                state.put_back()
-                if state.iteration != (self.saved or 0):
-                    self._save()
-                name = NAMES[Signals(stopped.signum)]
-                raise Stopped(stopped.signum, f"stopped by {name}; {self._standing()}") from None
-            except (RuntimeError, Lost) as error:
-                if not is_lost(error):
-                    raise
-                raise Lost(
-                    f"another process does not answer (an error of its own stands above, unless it "
-                    f"was killed); {self._standing()}"
-                ) from error
         processes.wait()
         return self.folder
+
+    def _keep(self) -> None:
+        """Of a run that is stopped: what is done."""
+        self.state.put_back()
+        if self.state.iteration != (self.saved or 0):
+            self._save()
 
     def _train(self, stop: Stop) -> None:
         config, state, processes = self.config, self.state, self.processes
