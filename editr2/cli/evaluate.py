@@ -7,17 +7,18 @@ from typing import Any
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
-from editr2.policies.rules import check_config
 
 
 def command(arguments: Arguments) -> int:
-    """score a policy on held-out sessions"""
+    """score an editor: a table, scores.jsonl and a page"""
     config, given = settings.run_config(
         "editr2 eval",
         "Score a policy on held-out sessions (see --eval.*, --data.*).",
         arguments,
         named=True,
     )
+    from editr2.policies.rules import check_config
+
     config = check_config(config, "eval")
     from editr2.policies.load import open_policy
     from editr2.rewards.base import weight_vector

@@ -48,6 +48,15 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
 }
 
 
+GROUPS = {
+    "train an editor": ("train", "check", "report", "export"),
+    "edit, and say what it is worth": ("rollout", "eval", "benchmark"),
+    "sessions and judges": ("data", "judge", "label", "verifier", "world"),
+    "this program": ("doctor", "reproduce"),
+}
+"""Under what headings `editr2 help` lists the commands."""
+
+
 STOPPED = {
     "train": "nothing was trained by this start; the same command begins again, or goes on from "
     "the newest checkpoint",
@@ -95,6 +104,16 @@ def os_problem(error: OSError) -> str:
     return f"{where}: {what}" if where else what
 
 
+def version() -> str:
+    """Of the installed distribution, where it is written once."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("editr2")
+    except metadata.PackageNotFoundError:
+        return "unknown: a source tree that is not installed"
+
+
 def main(arguments: Arguments | None = None) -> int:
     """Entry point: 0 when all went well, 2 with one line on standard error for anything the user
     can mend."""
@@ -102,7 +121,10 @@ def main(arguments: Arguments | None = None) -> int:
     warnings.filterwarnings("default", category=UserWarning, module="editr2")
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        status = dispatch("editr2", COMMANDS, given)
+        if list(given[:1]) in (["--version"], ["-V"]):
+            print(f"editr2 {version()}")
+            return 0
+        status = dispatch("editr2", COMMANDS, given, GROUPS)
         sys.stdout.flush()  # while there is somebody to say that it cannot be written
         return status
     except UserError as error:

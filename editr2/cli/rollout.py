@@ -7,17 +7,43 @@ from pathlib import Path
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
-from editr2.policies.rules import check_config
+
+EXAMPLES = [
+    ("--data examples/shapes --out runs/edited", "by the shipped small editor"),
+    ("--policy runs/demo --data examples/shapes --out runs/edited", "by one that you trained"),
+    (
+        "--policy black-forest-labs/FLUX.1-Kontext-dev --data my_sessions --data.resize crop",
+        "by a stock editor, on pictures of any size",
+    ),
+]
+
+COMMON = (
+    "out",
+    "data.path",
+    "data.limit",
+    "data.resize",
+    "policy.model",
+    "policy.intent",
+    "policy.guidance",
+    "eval.sessions",
+    "eval.sampler",
+    "eval.steps",
+)
+"""Settings that most people change of how an editor edits."""
 
 
 def command(arguments: Arguments) -> int:
-    """edit sessions and write the images, without training"""
+    """edit sessions and write the images"""
     config, given = settings.run_config(
         "editr2 rollout",
         "Edit sessions turn by turn and write images and outputs.jsonl into --out.",
         arguments,
         named=True,
+        examples=EXAMPLES,
+        common=COMMON,
     )
+    from editr2.policies.rules import check_config
+
     config = check_config(config, "rollout")
     from PIL import Image
 
