@@ -29,7 +29,7 @@ def command(arguments: Arguments) -> int:
 
 
 def _data_import(arguments: Arguments) -> int:
-    """write a public multi-turn set as sessions.jsonl and images (docs/data.md)"""
+    """write a public set as sessions.jsonl and images"""
     from editr2.sessions.importers import FORMATS, import_sessions
 
     flags = Flags(
@@ -88,7 +88,7 @@ def _data_validate(arguments: Arguments) -> int:
 
 
 def _data_annotate(arguments: Arguments) -> int:
-    """add what object-centred rewards judge by: task, form and objects of every turn"""
+    """add what rewards judge by: task, form, objects of a turn"""
     flags = Flags(
         "editr2 data annotate",
         _data_annotate.__doc__ or "",
@@ -148,7 +148,7 @@ def _data_annotate(arguments: Arguments) -> int:
 
 
 def _data_make(arguments: Arguments) -> int:
-    """build sessions from a folder of images, with everything that rewards judge by"""
+    """make sessions, and what rewards judge by, of images"""
     flags = Flags(
         "editr2 data make",
         _data_make.__doc__ or "",

@@ -78,6 +78,16 @@ class Option:
         return name if self.group else name.replace("-", "_")
 
     @property
+    def choices(self) -> list[str]:
+        """The values there are, where it is a choice; a table's are looked up."""
+        if self.slot.accepts.among is not None:
+            return list(self.slot.accepts.among())
+        kinds = _kinds(self.slot.hint)
+        if kinds == [bool]:
+            return ["true", "false"]
+        return [str(value) for kind in kinds if _is_choice(kind) for value in get_args(kind)]
+
+    @property
     def section(self) -> str:
         """Of a setting, `train` of train.lr; empty where it stands in none."""
         return self.key.partition(".")[0] if self.group and "." in self.key else ""

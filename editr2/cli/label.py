@@ -33,7 +33,7 @@ def command(arguments: Arguments) -> int:
 
 
 def _serve(arguments: Arguments) -> int:
-    """show the pairs of a folder, blind and in random order, and keep what people say"""
+    """show a folder's pairs, blind, and keep what people say"""
     flags = Flags(
         "editr2 label serve",
         _serve.__doc__ or "",
@@ -86,7 +86,7 @@ def _serve(arguments: Arguments) -> int:
 
 
 def _import(arguments: Arguments) -> int:
-    """write questions.jsonl of a public set of pairs, of preference files, or of outputs"""
+    """write questions.jsonl of pairs, preferences or outputs"""
     from editr2.benchmarks.table import PAIR_SETS
 
     flags = Flags(
@@ -139,7 +139,7 @@ def _import(arguments: Arguments) -> int:
 
 
 def _report(arguments: Arguments) -> int:
-    """how many votes there are, how people agree, and whether somebody favours a side"""
+    """how many votes, how people agree, who favours a side"""
     flags = Flags(
         "editr2 label report",
         _report.__doc__ or "",
@@ -156,7 +156,7 @@ def _report(arguments: Arguments) -> int:
 
 
 def _export(arguments: Arguments) -> int:
-    """write pairs.jsonl, what most people prefer; a verifier learns from it (docs/labelling.md)"""
+    """write pairs.jsonl: what most prefer, for a verifier to learn"""
     flags = Flags(
         "editr2 label export",
         _export.__doc__ or "",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from editr2.cli import (
     benchmark,
     check,
+    completion,
     data,
     doctor,
     evaluate,
@@ -46,13 +47,14 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "world": world.command,
     "verifier": verifier.command,
 }
+COMMANDS["completion"] = completion.command_of(COMMANDS)
 
 
 GROUPS = {
     "train an editor": ("train", "check", "report", "export"),
     "edit, and say what it is worth": ("rollout", "eval", "benchmark"),
     "sessions and judges": ("data", "judge", "label", "verifier", "world"),
-    "this program": ("doctor", "reproduce"),
+    "this program": ("doctor", "completion", "reproduce"),
 }
 """Under what headings `editr2 help` lists the commands."""
 

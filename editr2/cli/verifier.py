@@ -92,7 +92,7 @@ def _principles(arguments: Arguments) -> int:
 
 
 def _traces(arguments: Arguments) -> int:
-    """what a pool of judges writes about edits, and gold by a stronger one or exact rules"""
+    """what judges write about edits, and what is right"""
     from editr2.verifier.stage_settings import TracesConfig
 
     config = _configured("traces", TracesConfig, _traces.__doc__, arguments)
@@ -128,7 +128,7 @@ def _select(arguments: Arguments) -> int:
 
 
 def _eval(arguments: Arguments) -> int:
-    """preference accuracy, calibration, agreement and cost of a verifier, with a page"""
+    """accuracy, calibration, agreement and cost, with a page"""
     from editr2.verifier.stage_settings import EvalConfig
 
     config = _configured("eval", EvalConfig, _eval.__doc__, arguments)
@@ -156,14 +156,14 @@ def _told(lines: Sequence[str]) -> None:
 
 
 def _sft(arguments: Arguments) -> int:
-    """cold start: learn to write selected traces; run again to resume"""
+    """cold start: learn selected traces; again: resume"""
     from editr2.verifier.settings import SftConfig
 
     return _train("sft", SftConfig, arguments)
 
 
 def _gcpo(arguments: Arguments) -> int:
-    """learn from preferred outputs of pairs, by traces of its own; run again to resume"""
+    """learn from pairs, by traces of its own; again: resume"""
     from editr2.verifier.settings import GcpoConfig
 
     return _train("gcpo", GcpoConfig, arguments)

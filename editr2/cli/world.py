@@ -76,7 +76,7 @@ def _sessions(options: dict[str, Any]) -> list[Session]:
 
 
 def _world_pretrain(arguments: Arguments) -> int:
-    """train the embedded policy from random weights on ground-truth sessions"""
+    """train the embedded policy from random weights"""
     from editr2.policies.unified.settings import PretrainConfig
 
     flags = Flags(
@@ -99,7 +99,7 @@ def _world_pretrain(arguments: Arguments) -> int:
 
 
 def _world_edits(arguments: Arguments) -> int:
-    """write edits of the world's sessions with principles, traces and pairs, by exact rules"""
+    """write edits with principles, traces and pairs, by rules"""
     flags = Flags(
         "editr2 world edits",
         _world_edits.__doc__ or "",
@@ -157,7 +157,7 @@ def _world_edits(arguments: Arguments) -> int:
 
 
 def _world_verifier(arguments: Arguments) -> int:
-    """write a small verifier with random weights, of the world's words, for `editr2 verifier`"""
+    """write a small verifier with random weights"""
     from editr2.verifier.settings import SmallConfig
 
     flags = Flags(
