@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import editr2
@@ -417,8 +418,26 @@ def test_the_main_job_on_real_files(tmp_path, capfd):
         and "The same training sessions" in page
     )
     assert "always use" in page and "<svg" in page and "http" not in page.split("<body")[1]
-    said = editr2_command("eval", f"--policy.weights={run / 'policy'}", *small)
+    assert said.index("results  ") < said.index("iter 1/2") < said.index("report: ")
+    assert f"next: editr2 eval --policy {run}" in said
+    scored = tmp_path / "scored"
+    said = editr2_command(
+        "eval", f"--policy.weights={run / 'policy'}", *small, f"--out={scored}", "--eval.turns=3"
+    )
     assert "4 sessions" in said and "every turn right" in said and "marginal: " in said
+    assert f"eval: 4 sessions of {EXAMPLES}; 4 steps of cps" in said and "edited 4 sessions" in said
+    assert "held-out" not in said and "training sessions" not in said
+    lines = [json.loads(line) for line in (scored / "scores.jsonl").read_text().splitlines()]
+    sessions = load_sessions(EXAMPLES)[:4]
+    assert [(line["id"], line["turn"], line["mode"]) for line in lines] == [
+        (session.id, t, session.mode) for session in sessions for t in (1, 2, 3)
+    ]
+    of_turn = {t: [line["reward"] for line in lines if line["turn"] == t] for t in (1, 2, 3)}
+    (_, row), _ = read_metrics(scored / "metrics.jsonl")
+    for t, rewards in of_turn.items():
+        assert np.mean(rewards) == pytest.approx(row["reward_turn"][t - 1]["mean"], abs=1e-6)
+    assert sessions[0].id in (page := (scored / "report.html").read_text())
+    assert "held-out" not in page.lower().split("<details", 1)[0]
     editr2_command("rollout", f"--out={tmp_path / 'edited'}", *small)
     lines = (tmp_path / "edited" / "outputs.jsonl").read_text().splitlines()
     assert len(lines) == 4 and all(

@@ -322,8 +322,9 @@ class Flags:
         key = topic.lstrip("-")
         about = [o for o in settings if o.key == key or o.key.startswith(f"{key}.")]
         if not about:
-            near = [found.lstrip("-") for found in suggestions(key, self.options)]
             sections = dict.fromkeys(option.section for option in settings if option.section)
+            near = [] if "." in key else difflib.get_close_matches(key, [ALL, *sections], 1, 0.7)
+            near = near or [found.lstrip("-") for found in suggestions(key, self.options)]
             hint = f"; did you mean {_listed(near, 'or')}?" if near else ""
             raise ConfigError(
                 f"--help: {topic!r} (accepted: {ALL}, {', '.join(sections)}, or a setting{hint})"

@@ -63,7 +63,7 @@ STOPPED = {
     "train": "nothing was trained by this start; the same command begins again, or goes on from "
     "the newest checkpoint",
     "check": "nothing was written; start it again",
-    "eval": "nothing was written; start it again",
+    "eval": "no scores were written; the same command begins again, and a judge is not asked twice",
     "rollout": "what is in --out is not whole; the same command begins again",
     "judge": "what was answered is on the record in --out; the same command asks for the rest",
     "benchmark": "images and answers that are there stand; the same command makes the rest",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
+
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
 
@@ -65,7 +69,27 @@ def command(arguments: Arguments) -> int:
         for name in names.split(",")
         if name.strip()
     ]
+    from editr2.run.processes import open_processes
     from editr2.training import train
 
-    train(config, profile=bool(extra["profile"]), resume_anyway=insisted)
+    run = train(config, profile=bool(extra["profile"]), resume_anyway=insisted)
+    if open_processes().main:
+        print("\n".join(what_next(run)), file=sys.stderr)
     return 0
+
+
+def what_next(run: Path) -> list[str]:
+    """Where a finished run's results are, and what one does with them."""
+    best = ", best/ (the best ones)" if (run / "best").is_dir() else ""
+    named = shlex.quote(str(run))
+    commands = {
+        f"editr2 eval --policy {named}": "score it, session by session",
+        f"editr2 export {named} --out exported": "for other programs",
+    }
+    width = max(map(len, commands)) + 3
+    lines = [f"{command:<{width}}{why}" for command, why in commands.items()]
+    return [
+        f"done: {run}: report.html, policy/ (the weights){best}, metrics.jsonl",
+        f"next: {lines[0]}",
+        *(f"      {line}" for line in lines[1:]),
+    ]

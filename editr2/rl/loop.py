@@ -27,9 +27,9 @@ from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
 from editr2.rewards.record import Record
+from editr2.rl import kept
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
-from editr2.rl import kept
 from editr2.rl.evaluate import (
     FIRST_CALLS,
     comparison_row,
@@ -53,6 +53,7 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
 from editr2.rl.start import Start, find_start
 from editr2.rl.state import State, new_state
+from editr2.rl.told import opening
 from editr2.rl.watch import alarms, best_of, evaluations, new_alarms, parted, stop_row
 from editr2.run.checkpoint import replace_folder
 from editr2.run.generators import capture_rng, generators_aside, seed_generators
@@ -204,6 +205,17 @@ class _Loop:
             ) as self.progress,
             Stop(processes, self._standing) as stop,
         ):
+            for line in opening(
+                config,
+                self.source,
+                state.policy,
+                self.reward,
+                self.sampler,
+                given="start" in self.identity.depends,
+                done=state.iteration,
+                seconds=state.elapsed,
+            ):
+                self.progress.note(line)
             for note in self.start.notes:
                 self.progress.note(note)
             if self.source.heldout_is_training and not self.record:
