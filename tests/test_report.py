@@ -42,13 +42,13 @@ class Page(html.parser.HTMLParser):
         runs = [code for kind, code in self.data if kind != "application/json"]
         assert runs and all(code in own for code in runs)
         policy = re.search('script-src ([^;"]*)', html.unescape(text))[1].split()
-        assert {
-            f"'sha256-{base64.b64encode(hashlib.sha256(c.encode()).digest()).decode()}'"
-            for c in runs
-        } <= set(policy)
+        digests = [base64.b64encode(hashlib.sha256(code.encode()).digest()) for code in runs]
+        assert {f"'sha256-{digest.decode()}'" for digest in digests} <= set(policy)
         self.data = [json.loads(code) for kind, code in self.data if kind == "application/json"]
-        self.charts = {one["title"]: one for one in self.data[::-1] if isinstance(one, dict)}
-        self.charts = dict(reversed(self.charts.items()))
+        self.charts = {}
+        for one in self.data:
+            if isinstance(one, dict):
+                self.charts.setdefault(one["title"], one)
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attrs):

@@ -15,7 +15,7 @@ from PIL import Image
 from editr2.report.data import plural
 
 PNG_BYTES = 96 * 1024
-"""Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 kB as JPEG."""
+"""Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 as JPEG."""
 FEW_BYTES = 8 * 1024
 """The same of a run's page, where 48 sessions of three turns hold more than 300 images: what is
 larger becomes WebP, some 0.12 bytes a pixel of a photograph."""
