@@ -1,9 +1,9 @@
 """What the charts of pages show: plain numbers, which `templates/charts.js` draws with uPlot (MIT,
 `vendor/`) and puts into a table for whoever reads instead of looking.
 
-uPlot: 51 kB without dependencies, where Chart.js has 200 and ECharts 1,000; canvas, so that a run of
-2,000 iterations stays quick; cursors that move together. It has no stacked areas and no dots with
-bars over categories: `charts.js` draws those on its canvas.
+uPlot: 51 kB without dependencies, where Chart.js has 200 and ECharts 1,000; canvas, so that a run
+of 2,000 iterations stays quick; cursors that move together. It has no stacked areas and no dots
+with bars over categories: `charts.js` draws those on its canvas.
 
 A colour is one of the page's `--c0` to `--c8` and has one meaning on a page; what is of one meaning
 (the turns of a score) differs in shade and dash, before and after in hollow and full.
