@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -99,7 +100,7 @@ def score(config: Config, out: Path, notes: Sequence[str] = ()) -> dict[str, Any
                 small=kept.cell,
                 progress=counter.update,
             )
-        row = found.row(0, "after")
+        row = found.row(0, COMMAND)
         if raised := alarms(row, config.eval.drift):
             row["alarms"] = raised
         identity = Identity(
@@ -140,7 +141,8 @@ def _write(
     reward: Panel,
 ) -> None:
     write_lines(out / SCORES, map(json_line, scores_of(found, sessions)))
-    write_whole(out / "config.yaml", dump_yaml(config))
+    how = replace(config, out=str(out), eval=replace(config.eval, strips_from="evaluation"))
+    write_whole(out / "config.yaml", dump_yaml(how))
     write_lines(out / "metrics.jsonl", map(json_line, rows))
     kept.keep(out / "evaluations", 0, found, sessions, reward)
     strips_of(found, out / "strips", "after", config.credit, reward)

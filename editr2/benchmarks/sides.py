@@ -205,7 +205,7 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
         name=name,
         about=[(str(key), str(value)) for key, value in told.items()],
         same={
-            "held-out sessions": sessions,
+            "evaluated sessions": sessions,
             "rewards": sorted(weights),
             "judge": depends.get("reward") if not judges else None,
             **{f"judge, {key}": _content(value) for key, value in judges.items()},
@@ -261,7 +261,7 @@ EVALUATION = "evaluation"
 
 
 def place_name(n: int) -> str:
-    return f"held-out session {n + 1:04d}"
+    return f"evaluated session {n + 1:04d}"
 
 
 def _lengths(by_turn: Sequence[Sequence[Sequence[float | None]]], sessions: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Held-out evaluation (fixed seeds, greedy intents) and the film-strips of the report."""
+"""Evaluation (fixed seeds, greedy intents) and the film-strips of the report."""
 
 from __future__ import annotations
 

@@ -304,7 +304,7 @@ class _Loop:
                     notes += panel.lacking(self.source.sessions or ())
                 apart = not self.source.heldout_is_training or panel is not self.reward
                 if apart and self.source.heldout:
-                    notes += panel.lacking(self.source.heldout, "held-out sessions")
+                    notes += panel.lacking(self.source.heldout, f"{self._kind} sessions")
             said: tuple[list[str], UserError | None] = (notes, None)
         except UserError as error:
             said = ([], error)
@@ -474,8 +474,7 @@ class _Loop:
             heldout, panel = self.source.heldout, self.pool.panel
             processes.on_main(lambda: kept.keep(of, at, found, heldout, panel))
             self._append(row)
-            kind = "training" if self.source.heldout_is_training else "held-out"
-            self.progress.note(evaluation_line(row, kind))
+            self.progress.note(evaluation_line(row, self._kind))
             for text in new_alarms(row, evaluations(self.record)[:-1]):
                 self.progress.note(f"ALARM {text}")
 
@@ -485,6 +484,11 @@ class _Loop:
         seed = derive_seed(0, "eval", self.processes.index)
         with generators_aside(seed), self.state.averaged() as averaged:
             yield averaged
+
+    @property
+    def _kind(self) -> str:
+        """Of the sessions that evaluations are on."""
+        return "training" if self.source.heldout_is_training else "held-out"
 
     def _drawn(self, name: str) -> bool:
         return self.processes.on_main(lambda: (self.folder / "strips" / f"{name}.json").exists())
