@@ -114,7 +114,10 @@ def test_data_is_short_for_its_path():
             "--policy.lora-rank: unknown flag (did you mean --policy.lora_rank?)",
         ),
         (["train", "--modle", "kontext"], "--modle: unknown flag (did you mean --policy.model?)"),
-        (["train", "--zebra"], "--zebra: unknown flag (editr2 train --help lists what there is)"),
+        (
+            ["train", "--zebra"],
+            "--zebra: unknown flag (editr2 train --help all lists what there is)",
+        ),
         (
             ["train", "--checkpoint", "3"],
             "a group of settings (accepted: --checkpoint.every, --checkpoint.keep and "

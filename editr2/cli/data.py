@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
+from editr2.cli.loading import load_libraries
 from editr2.config.fields import Bounds
 from editr2.config.settings import CALLS_AT_ONCE, TIMEOUT, TRIES
 from editr2.errors import ConfigError, DataError
@@ -107,6 +108,7 @@ def _data_annotate(arguments: Arguments) -> int:
     flags.add("--page", action="store_true", help="also write annotations.html, to correct them")
     flags.add("--corrections", path=True, help="a corrections.jsonl of that page; needs no judge")
     options = flags.parse(arguments)
+    load_libraries()
     from editr2.annotate.annotate import Report, annotate
     from editr2.annotate.asking import Judge, Looker
     from editr2.annotate.corrections import corrected
@@ -171,6 +173,7 @@ def _data_make(arguments: Arguments) -> int:
     flags.add("--seed", type=int, default=0, bounds=Bounds(at_least=0), help="of what is drawn")
     _add_judge(flags)
     options = flags.parse(arguments)
+    load_libraries()
     from editr2.annotate.asking import Judge, Looker
     from editr2.annotate.make import images_of, make
     from editr2.rewards.record import Record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from editr2.cli.flags import Arguments, Flags
+from editr2.cli.loading import load_libraries
 
 
 def command(arguments: Arguments) -> int:
@@ -25,6 +26,7 @@ def command(arguments: Arguments) -> int:
         "--merge", action="store_true", help="add LoRA to the weights it adapts and write them all"
     )
     options = flags.parse(arguments)
+    load_libraries()
     from editr2.export.export import export
 
     done = export(

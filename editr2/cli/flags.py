@@ -267,10 +267,11 @@ class Flags:
         if below:
             raise ConfigError(f"{name}: a group of settings (accepted: {_listed(below, 'and')})")
         near = suggestions(name, self.options)
+        settings = any(option.group for option in self.options.values())
         hint = (
             f"did you mean {_listed(near, 'or')}?"
             if near
-            else f"{self.prog} --help lists what there is"
+            else f"{self.prog} --help{f' {ALL}' if settings else ''} lists what there is"
         )
         raise ConfigError(f"{name}: unknown flag ({hint})")
 

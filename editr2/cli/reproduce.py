@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from editr2.cli.flags import SOME, Arguments, Flags
+from editr2.cli.loading import load_libraries
 from editr2.config.rules import folder_problem
 
 
@@ -47,6 +48,7 @@ def command(arguments: Arguments) -> int:
     flags.add("--report-only", action="store_true", help="write the page from the rows there are")
     flags.settings(Settings)
     options = flags.parse(arguments)
+    load_libraries()
     out, docs, report_only = (options.pop(name) for name in ("out", "docs", "report_only"))
     out, docs = Path(out), Path(out if docs is None else docs)
     arms, seeds, jobs = find_arms(options.pop("arms")), options.pop("seeds"), options.pop("jobs")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
+from editr2.cli.loading import load_libraries
 from editr2.config.fields import Bounds
 from editr2.config.settings import SEED, SHARE, TURNS
 from editr2.errors import ConfigError
@@ -90,6 +91,7 @@ def _world_pretrain(arguments: Arguments) -> int:
     flags.out("folder for config, tokenizer, weights and log")
     flags.settings(PretrainConfig)
     options = flags.parse(arguments)
+    load_libraries()
     out = Path(options.pop("out"))
     from editr2.policies.unified.pretrain import pretrain
 
@@ -136,6 +138,7 @@ def _world_edits(arguments: Arguments) -> int:
     )
     flags.add("--seed", type=int, default=0, bounds=SEED, help="seed of everything drawn")
     options = flags.parse(arguments)
+    load_libraries()
     if not options["siblings"] and not options["synthetic"]:
         raise ConfigError("--siblings, --synthetic: 0 both (accepted: at least 1 of one of them)")
     from editr2.config import PolicyConfig
@@ -171,6 +174,7 @@ def _world_verifier(arguments: Arguments) -> int:
     flags.out("folder for weights, processor and question")
     flags.settings(SmallConfig)
     options = flags.parse(arguments)
+    load_libraries()
     out = Path(options.pop("out"))
     from editr2.verifier.small import write_small
 
