@@ -421,7 +421,7 @@ def test_the_main_job_on_real_files(tmp_path, capfd):
         and "The same training sessions" in page
     )
     assert "always use" in page and "<svg" in page and "http" not in page.split("<body")[1]
-    assert said.index("results  ") < said.index("iter 1/2") < said.index("report: ")
+    assert said.index("results  ") < said.index("iter 1/2") < said.index("done: ")
     assert f"next: editr2 eval --policy {run}" in said
     scored = tmp_path / "scored"
     said = editr2_command(
