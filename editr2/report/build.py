@@ -68,7 +68,7 @@ def build_report(
         folder / "report.html",
         "report.html.j2",
         title=folder.resolve().name,
-        facts=_facts(run),
+        facts=facts_of(run),
         cards=_cards(run),
         alarms=run.alarms,
         missing=run.missing + pictures.notes(),
@@ -127,7 +127,7 @@ class Card:
     note: str
 
 
-def _facts(run: RecordedRun) -> list[tuple[str, str]]:
+def facts_of(run: RecordedRun) -> list[tuple[str, str]]:
     seconds = run.train_seconds()
     planned = run.setting("iterations", "max_iterations", "num_iterations")
     done = str(run.train[-1].iteration + 1) if run.train else None
