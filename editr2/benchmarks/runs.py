@@ -66,7 +66,7 @@ def _paired(first: Side, other: Side) -> tuple[list[Pair], list[str]]:
         return [pair], []
     both = len(pair.parts[0].common)
     counts = " and ".join(f"{_count(side)} of {side.name}" for side in (first, other))
-    return [pair], [f"Held-out sessions differ: {counts}; the {both} that both have are compared."]
+    return [pair], [f"Evaluated sessions differ: {counts}; the {both} that both have are compared."]
 
 
 def _count(side: Side) -> int:
