@@ -220,3 +220,13 @@ def test_without_shtab_a_line_says_so(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: completion needs shtab, which is not installed: pip install shtab\n"
     )
+
+
+def test_what_trains_nothing_has_a_folder_of_its_own():
+    """`out` of a file of settings is a training's folder: nobody writes into it by that."""
+    own = {name: flags_of((name,)).options["--out"] for name in ("eval", "rollout")}
+    assert {name: option.default for name, option in own.items()} == {
+        "eval": "runs/eval",
+        "rollout": "runs/rollout",
+    }
+    assert not any(option.group for option in own.values())

@@ -7,7 +7,6 @@ from typing import Any
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
-from editr2.config.rules import folder_problem
 
 EXAMPLES = [
     ("", "the shipped small editor, on held-out sessions of its world"),
@@ -34,18 +33,6 @@ COMMON = (
     "eval.strips",
 )
 
-OUT = (
-    "--out",
-    {
-        "path": True,
-        "check": folder_problem,
-        "what": "a folder",
-        "default": "runs/eval",
-        "help": "folder of scores.jsonl, report.html and what a judge answered; what `out` of "
-        "--config names is a training's",
-    },
-)
-
 
 def command(arguments: Arguments) -> int:
     """score an editor: a table, scores.jsonl and a page"""
@@ -54,7 +41,7 @@ def command(arguments: Arguments) -> int:
         "Score an editor on sessions: a table by turn here, every score and its reason in --out. "
         "They are those of --data.heldout, else of --data, else held-out ones of the world.",
         arguments,
-        [OUT],
+        [settings.out_flag("runs/eval", "folder of scores.jsonl, report.html and judges.jsonl")],
         named=True,
         examples=EXAMPLES,
         common=COMMON,

@@ -435,7 +435,8 @@ def _row(option: Option, brief: bool = False) -> tuple[str, str]:
     if name.startswith("-"):
         name += f" {_metavar(option)}"
     if option.slot.required or option.many:
-        return name, option.help
+        limits = "" if option.slot.accepts.among is None else _limits(option)
+        return name, f"{option.help} ({limits})" if limits else option.help
     said, default = option.help.removesuffix("."), _written(option.default)
     if option.default is None and (brief or not option.group):
         default = ""

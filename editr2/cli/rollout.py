@@ -18,7 +18,6 @@ EXAMPLES = [
 ]
 
 COMMON = (
-    "out",
     "data.path",
     "data.limit",
     "data.resize",
@@ -38,6 +37,7 @@ def command(arguments: Arguments) -> int:
         "editr2 rollout",
         "Edit sessions turn by turn and write images and outputs.jsonl into --out.",
         arguments,
+        [settings.out_flag("runs/rollout", "folder of images/ and outputs.jsonl")],
         named=True,
         examples=EXAMPLES,
         common=COMMON,
@@ -61,7 +61,7 @@ def command(arguments: Arguments) -> int:
     check_run(config, None, own, processes=processes.count, command="rollout")
     sessions = sessions_for(config, policy).heldout
     sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
-    out, mine = Path(config.out), processes.share(len(sessions))
+    out, mine = Path(given["out"]), processes.share(len(sessions))
     (out / "images").mkdir(parents=True, exist_ok=True)
     parts = [
         out / "outputs.jsonl",

@@ -11,6 +11,7 @@ from editr2.cli.flags import Arguments, Flags, Option, values_of
 from editr2.cli.loading import load_libraries
 from editr2.config.fields import Wrong, field_problems
 from editr2.config.presets import PRESETS, preset_config, replace_nested
+from editr2.config.rules import folder_problem
 from editr2.config.settings import Config
 from editr2.errors import ConfigError
 
@@ -158,6 +159,12 @@ def file_config(
             except Wrong as wrong:
                 raise ConfigError(wrong.problem) from None
     return config, beside
+
+
+def out_flag(default: str, holds: str) -> tuple[str, dict[str, Any]]:
+    """`--out` of a command that trains nothing: what `out` of --config names is a training's."""
+    how = {"path": True, "check": folder_problem, "what": "a folder", "default": default}
+    return "--out", {**how, "help": f"{holds}; `out` of --config is a training's"}
 
 
 NAMED = (
