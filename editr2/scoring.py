@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from editr2.config import Config
 from editr2.config.yaml import dump_yaml
@@ -42,7 +42,7 @@ from editr2.sessions import Session
 
 SCORES = "scores.jsonl"
 
-COMMAND = "eval"
+COMMAND: Final = "eval"
 """What the first row of `metrics.jsonl` says of where it is from, in a folder of ours."""
 
 OTHERS = {
