@@ -186,7 +186,8 @@ class Counter:
         left = duration(spent / done * (self.total - done))
         line = f"edited {done}/{self.total} sessions  {spent / done:.3g} s each  left {left}"
         if done == self.total:
-            line = f"edited {done} sessions in {duration(spent)}; waiting for their scores"
+            count = f"{done} session{'' if done == 1 else 's'}"
+            line = f"edited {count} in {duration(spent)}; waiting for their scores"
         if not self._enabled:
             return
         self._open = self._stream.isatty() and done < self.total

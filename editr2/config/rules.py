@@ -173,7 +173,7 @@ def _something_to_evaluate(config: Config, command: str) -> Iterator[str]:
         yield f"eval.sessions: 0 (accepted by editr2 {command}: at least 1)"
 
 
-@rule("train", "check", "rollout", "judge")
+@rule("train", "check", "judge")
 def _out(config: Config, command: str) -> Iterator[str]:
     if problem := folder_problem(config.out):
         yield f"out: {config.out!r} (accepted: a folder; {problem})"
