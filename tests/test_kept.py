@@ -177,8 +177,8 @@ def test_of_an_older_run_the_strips_are_the_table(tmp_path, beside):
         (
             "4 sessions abc",
             4,
-            lambda session, images: [{"Beauty": 0.5} for _ in images],
-            "two is not held against one session by session: rewards: CC, GA, IF of one, Beauty "
+            lambda session, images: [{"score": 0.5} for _ in images],
+            "two is not held against one session by session: rewards: CC, GA, IF of one, score "
             "of two.",
         ),
     ],
