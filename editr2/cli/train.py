@@ -72,9 +72,9 @@ def command(arguments: Arguments) -> int:
     from editr2.run.processes import open_processes
     from editr2.training import train
 
-    run = train(config, profile=bool(extra["profile"]), resume_anyway=insisted)
+    train(config, profile=bool(extra["profile"]), resume_anyway=insisted)
     if open_processes().main:
-        print("\n".join(what_next(run)), file=sys.stderr)
+        print("\n".join(what_next(Path(config.out))), file=sys.stderr)
     return 0
 
 
