@@ -192,7 +192,12 @@ def stopped(*_: object, **__: object) -> None:
             "stopped; nothing was written; start it again",
         ),  # its run's folder is gone
         ("check", interrupted, 130, "stopped; nothing was written; start it again"),
-        ("eval", interrupted, 130, "stopped; no scores were written; the same command begins again"),
+        (
+            "eval",
+            interrupted,
+            130,
+            "stopped; no scores were written; the same command begins again",
+        ),
         (
             "rollout",
             interrupted,
