@@ -83,8 +83,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
     lines = [
         f"iteration   {r.sessions} sessions x {r.siblings} siblings; {groups} groups{each}, "
         f"{batches(r, processes)} batch(es) of up to {min(groups, r.groups_per_batch)}",
-        f"sessions    turns (sessions): {lengths}; "
-        + _evaluated(config, len(turns[1])),
+        f"sessions    turns (sessions): {lengths}; " + _evaluated(config, len(turns[1])),
         f"run         {t.iterations} iterations, {t.updates * t.minibatches} optimizer step(s) "
         f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
         f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training "
