@@ -5,6 +5,7 @@ Precedence: field defaults, then `--preset`, then `--config file.yaml`, then fla
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -21,6 +22,18 @@ from editr2.config.patterns import pattern_problem
 from editr2.policies.models import DEFAULT, MODELS
 from editr2.rewards.table import REWARDS
 from editr2_kernels import CREDIT_PRESETS, DYNAMICS
+
+
+def tracking_problem(given: Sequence[str]) -> str | None:
+    """What is wrong with `tracking`, or None. The table of trackers stands above the settings."""
+    trackers = importlib.import_module("editr2.run.trackers") if given else None
+    return trackers.tracking_problem(given) if trackers else None
+
+
+TRACKERS_LISTED = (
+    "a list of aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb, "
+    "package.module:Class"
+)
 
 
 def rollout_dynamics() -> list[str]:
@@ -594,10 +607,16 @@ class Config:
     Args:
         seed: everything random in the run follows from it.
         out: the run's folder; an unfinished run there is resumed.
+        tracking: trackers that get the run's numbers and film-strips beside metrics.jsonl: wandb,
+            trackio, tensorboard and others that accelerate has (docs/watching.md). Empty: none.
+        tracking_options: by a tracker's name, what it is begun with: project, and what its own
+            init takes.
     """
 
     seed: int = setting(0, SEED)
     out: str = setting("runs/train", path=True, what="a folder")
+    tracking: tuple[str, ...] = setting((), check=tracking_problem, what=TRACKERS_LISTED)
+    tracking_options: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
