@@ -20,7 +20,7 @@ from editr2.config.settings import TRACKERS_LISTED
 from editr2.errors import ConfigError
 from editr2.run.folder import Refreshed, write_readme
 from editr2.run.processes import open_processes
-from editr2.run.trackers import TRACKERS, Observer, open_trackers
+from editr2.run.trackers import TRACKERS, Observer, open_trackers, strip_images
 from editr2.run.tracking import MetricsLog
 
 
@@ -166,6 +166,19 @@ def test_film_strips_become_images(tmp_path):
         metrics.strips(folder / "gone.json", 9)
     assert Fake.made[0].images == {(7, "strips/s1"): (1, 256, 768, 3)}
     assert len(notes) == 1 and "FileNotFoundError" in notes[0]
+
+
+def test_sessions_of_an_evaluation_become_images(tmp_path):
+    sheet = np.zeros((32, 24, 3), np.uint8)
+    sheet[16:, 8:16] = 200
+    Image.fromarray(sheet).save(tmp_path / "000004.png")
+    place = {"top": 16, "cell": [8, 16], "outputs": 1, "expected": 1}
+    sessions = [{"id": "none kept"}, {"id": "s2", "sheet": place}]
+    lines = "".join(json.dumps(session) + "\n" for session in sessions)
+    (tmp_path / "000004.jsonl").write_text(lines)
+    ((name, image),) = strip_images(tmp_path / "000004.jsonl")
+    assert name == "s2" and image.shape == (256, 256, 3)
+    assert not image[:, :128].any() and (image[:, 128:] == 200).all()
 
 
 def test_a_tracker_that_fails_is_a_note_and_one_that_does_not_start_an_error(tmp_path):

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from editr2.rewards.pool import Pool
 from editr2.rewards.record import Record
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
+from editr2.rl import kept
 from editr2.rl.evaluate import (
     FIRST_CALLS,
     comparison_row,
@@ -474,17 +476,25 @@ class _Loop:
                     processes,
                     self.apart,
                     shown=len(shown) if apart else 0,
+                    pictured=partial(kept.is_pictured, strips=config.eval.strips),
+                    small=kept.cell,
                     iteration=self.state.iteration,
                 )
             if row is None:
                 row = self._watched(found.row(self.state.iteration, name))
         if apart and shown:
             folder = self.folder / "strips"
-            processes.on_main(lambda: strips_of(found, folder, name, config.credit))
+            reward = self.pool.panel
+            processes.on_main(lambda: strips_of(found, folder, name, config.credit, reward))
             self.log.strips(folder / f"{name}.json", self.state.iteration)
         elif name != "during" and not (apart and shown):
             self._draw(name)
         if made:
+            of, at = self.folder / "evaluations", self.state.iteration
+            heldout, panel = self.source.heldout, self.pool.panel
+            processes.on_main(lambda: kept.keep(of, at, found, heldout, panel))
+            if name == "during":  # before and after have film-strips
+                self.log.strips(of / f"{kept.file_name(at)}.jsonl", at)
             self._append(row)
             kind = "training" if self.source.heldout_is_training else "held-out"
             self.progress.note(evaluation_line(row, kind))

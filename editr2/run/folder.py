@@ -68,7 +68,7 @@ def write_readme(
     if program in ("editr2", "__main__.py"):
         first = "editr2" if many == 1 else f"torchrun --nproc_per_node {many} -m editr2"
         again = f"{first} {withheld_command(words[1:])}"
-        how = "Go on with it, in the folder it was started in: the same command"
+        how = "Go on with it, by the same command in the folder that it was started in"
     else:
         how = f"It was started from Python ({program or 'a prompt'}); the same call goes on with it"
         how += ", or, unless that brought a policy or a reward of its own"

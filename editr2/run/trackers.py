@@ -13,6 +13,7 @@ later is a note, and the run goes on.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -297,7 +298,7 @@ class TrackerSink:
             self._told(lambda: self.tracker.log(values, step=self._at))
 
     def strips(self, file: Path, iteration: int) -> None:
-        """The film-strips of a pass, as images: `strips/<session>`. file: `strips/<pass>.json`."""
+        """Sessions as images: `strips/<session>`."""
         log = self.known.pictures
         if log is None and hasattr(self.tracker, "log_images"):
             log = _log_images
@@ -371,19 +372,40 @@ def _named(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def strip_images(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Of the first sessions of a pass, the source and the outputs side by side, [H, W, 3] uint8, by
-    the session's id."""
-    sessions = json.loads(file.read_text("utf-8"))["sessions"]
-    for session in sessions[:SHOWN]:
+    """Of the first sessions of `strips/<pass>.json`, or of `evaluations/<iteration>.jsonl` with its
+    picture, the source and the outputs side by side, [H, W, 3] uint8, by the session's id."""
+    text = file.read_text("utf-8")
+    rows = _pictured(file, text) if file.suffix == ".jsonl" else _drawn(file, text)
+    for name, images in itertools.islice(rows, SHOWN):
+        if images:
+            yield name, np.concatenate([_scaled(image) for image in images], 1)
+
+
+def _drawn(file: Path, text: str) -> Iterator[tuple[str, list[Image.Image]]]:
+    for session in json.loads(text)["sessions"]:
         names = [session["image"], *(turn["image"] for turn in session["turns"])]
-        row = [_scaled(file.parent / name) for name in names if name]
-        if row:
-            yield str(session["id"]), np.concatenate(row, 1)
+        yield str(session["id"]), [_opened_image(file.parent / name) for name in names if name]
 
 
-def _scaled(path: Path) -> np.ndarray:
+def _pictured(file: Path, text: str) -> Iterator[tuple[str, list[Image.Image]]]:
+    found = [path for end in (".png", ".jpg") if (path := file.with_suffix(end)).exists()]
+    if not found:
+        return
+    sheet = _opened_image(found[0])
+    for session in map(json.loads, text.splitlines()):
+        if (place := session.get("sheet")) is not None:
+            (width, height), top = place["cell"], place["top"]
+            cells = range(1 + place["outputs"])
+            boxes = [(k * width, top, (k + 1) * width, top + height) for k in cells]
+            yield str(session["id"]), [sheet.crop(box) for box in boxes]
+
+
+def _opened_image(path: Path) -> Image.Image:
     with Image.open(path) as opened:
-        image = opened.convert("RGB")
+        return opened.convert("RGB")
+
+
+def _scaled(image: Image.Image) -> np.ndarray:
     factor = HEIGHT / image.height
     # Small images keep their pixels, large ones are averaged.
     how = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS

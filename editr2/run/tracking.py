@@ -66,7 +66,7 @@ class Sink(Protocol):
     def append(self, row: Mapping[str, Any]) -> None: ...
 
     def strips(self, file: Path, iteration: int) -> None:
-        """Film-strips were drawn: `strips/<pass>.json`."""
+        """Sessions were pictured: `strips/<pass>.json` or `evaluations/<iteration>.jsonl`."""
 
     def close(self) -> None: ...
 
@@ -153,7 +153,7 @@ class MetricsLog:
             sink.append(clean)
 
     def strips(self, file: Path, iteration: int) -> None:
-        """Film-strips that were drawn, for those who look on."""
+        """Pictures of sessions, for those who look on."""
         if self._fd is not None:
             for sink in self._sinks:
                 sink.strips(file, iteration)
