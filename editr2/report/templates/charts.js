@@ -120,7 +120,7 @@
         },
       };
     });
-    const whole = (u, at) => at.filter((v) => v === Math.round(v));
+    const whole = (u, at) => at.map((v) => (v === Math.round(v) ? v : null));
     const font = "11px ui-sans-serif, system-ui, sans-serif";
     const axis = {
       stroke: () => ink("--soft"), font, labelFont: font,
@@ -137,7 +137,7 @@
       padding: [8, 10, 0, 0],
       cursor: {
         y: false,
-        points: { show: (u, k) => lines[k - 1] && !lines[k - 1].faint && !named && undefined },
+        points: named ? { show: false } : { size: 7 },
         drag: { x: !named && x.length > 2, y: false },
         ...(named ? {} : { sync: { key: spec.axis, scales: ["x", null] } }),
       },
@@ -147,8 +147,8 @@
       },
       axes: [
         {
-          ...axis, grid: { show: false }, size: spec.small ? 22 : 34, gap: 4,
-          label: spec.small ? undefined : spec.axis, labelSize: 14, labelGap: 0,
+          ...axis, grid: { show: false }, size: 22, gap: 4,
+          label: spec.small || !spec.axis ? undefined : spec.axis, labelSize: 16, labelGap: 0,
           space: named ? 1 : 46,
           splits: named ? () => x : undefined,
           filter: named ? undefined : whole,

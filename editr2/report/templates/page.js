@@ -129,26 +129,29 @@
     const line = (name, cells) =>
       grid.append(make("div", null, { class: "row" }, [make("p", name, { class: "tag" }), ...cells]));
     const small = of.small;
-    const first = of.turns.map((turn, t) => {
-      const cell = make("div", null, { class: "step" }, [make("p", `${t + 1} ${turn.instruction}`, { dir: "auto" })]);
+    const step = (...children) => make("div", null, { class: "step" }, children);
+    const beside = (cells, first) => (of.source ? [first, ...cells] : cells);
+    const asked = of.turns.map((turn, t) => {
+      const cell = step(make("p", `${t + 1} ${turn.instruction}`, { dir: "auto" }));
       if (turn.task) cell.append(make("p", turn.task, { class: "note" }));
-      if (of.expected[t])
-        cell.append(make("p", "asked for", { class: "note" }), picture(of.expected[t], `asked for after turn ${t + 1}: ${turn.instruction}`, small));
       return cell;
     });
-    if (of.source) first.unshift(make("div", null, { class: "step" }, [make("p", "source"), picture(of.source, `source image of session ${of.id}`, small)]));
-    line("", first);
+    line("", beside(asked, step(make("p", "source"))));
+    if (of.source) {
+      const wanted = of.turns.map((turn, t) => of.expected[t]
+        ? step(picture(of.expected[t], `asked for after turn ${t + 1}: ${turn.instruction}`, small)) : step());
+      line(of.expected.length ? "asked for" : "", [step(picture(of.source, `source image of session ${of.id}`, small)), ...wanted]);
+    }
     for (const pass of of.passes) {
       const cells = pass.turns.map((turn, t) => {
-        const cell = make("div", null, { class: "step" });
+        const cell = step();
         if (turn.image) cell.append(picture(turn.image, `${pass.name}, after turn ${t + 1}: ${of.turns[t].instruction}`, small));
         cell.append(make("p", turn.said, { class: "numbers" }));
         for (const [name, why] of turn.whys) cell.append(make("p", `${name}: ${why}`, { class: "note", dir: "auto" }));
         if (turn.problem) cell.append(make("p", turn.problem, { class: "masked" }));
         return cell;
       });
-      if (of.source) cells.unshift(make("div", null, { class: "step" }));
-      line(pass.name, cells);
+      line(pass.name, beside(cells, step()));
     }
     return grid;
   };
