@@ -131,16 +131,21 @@ def test_settings_go_along_and_secrets_do_not(tmp_path):
     run(tmp_path, ["fake"], [], config=config)
     sent = Fake.made[0].config
     assert sent["reward.options.votes"] == 3 and sent["reward.options.max_tokens"] == 9
-    assert sent["reward.options.url"] == (
-        f"http://{WITHHELD}@judge/v1?api_key={WITHHELD}&n=2"
-    )
+    assert sent["reward.options.url"] == (f"http://{WITHHELD}@judge/v1?api_key={WITHHELD}&n=2")
     for name in ("api_key", "headers.Authorization", "hf-token"):
         assert sent[f"reward.options.{name}"] == WITHHELD
     assert "abc" not in json.dumps(sent)
     assert withheld({"use": [{"options": {"key": "abc"}}]}) == {
         "use": [{"options": {"key": WITHHELD}}]
     }
-    words = ["train", "--reward.options.api_key", "abc", "--x.secret=abc", "--data.path", "hf_" + 20 * "a"]
+    words = [
+        "train",
+        "--reward.options.api_key",
+        "abc",
+        "--x.secret=abc",
+        "--data.path",
+        "hf_" + 20 * "a",
+    ]
     assert "abc" not in withheld_command(words) and "aaaa" not in withheld_command(words)
     assert withheld_command(["train", "--policy.text_tokens", "9"]) == (
         "train --policy.text_tokens 9"
@@ -305,7 +310,9 @@ def test_tensorboard_has_every_iteration_of_a_resumed_run_once(tmp_path, tracker
     got = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
     assert got["train/reward"] == pytest.approx({i: i / 10 for i in range(5)})
     assert got["eval/success/mean"] == {0: 0.75}
-    assert [(one.step, one.width, one.height) for one in events.Images("strips/s1")] == [(5, 768, 256)]
+    assert [(one.step, one.width, one.height) for one in events.Images("strips/s1")] == [
+        (5, 768, 256)
+    ]
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ PARTS = ("page.html", "page.css", "page.js")
 URL = "url"
 """The fact of a store that says where its page was served last."""
 
+
 class _Refused(Exception):
     """What was sent is not accepted; the message says why."""
 

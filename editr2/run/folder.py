@@ -76,7 +76,7 @@ def write_readme(
     facts = {
         "Stands": standing,
         "Started": made["date"],
-        "editr2": f"{versions.pop('editr2', None) or 'unknown'}, commit {made['commit'] or 'unknown'}",
+        "editr2": f"{versions.pop('editr2', None)}, commit {made['commit'] or 'unknown'}",
         "With": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Device": f"{made['device']}, {many} process{'' if many == 1 else 'es'}",
     }
