@@ -15,13 +15,13 @@ from PIL import Image
 
 from editr2.cli.main import main
 from editr2.config import Config, RewardConfig
-from editr2.config.secrets import WITHHELD, withheld, withheld_command
 from editr2.config.settings import TRACKERS_LISTED
 from editr2.errors import ConfigError
 from editr2.run.folder import Refreshed, write_readme
 from editr2.run.processes import open_processes
 from editr2.run.trackers import TRACKERS, Observer, open_trackers, strip_images
 from editr2.run.tracking import MetricsLog
+from editr2.secrets import WITHHELD, withheld, withheld_command
 
 
 class Fake(GeneralTracker):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from editr2.report.data import EQUAL, MODES, RecordedRun
+from editr2.report.gallery import thin
 from editr2.report.kept import Cut, KeptEvaluation, KeptSession, KeptTurn, of_strips, read_kept
 from editr2.report.numbers import decimal, signed
-from editr2.report.gallery import thin
 
 TEXTS = 500_000
 """Characters of what judges said, in all, and of one score."""

@@ -28,9 +28,9 @@ from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
 from editr2.rewards.record import Record
+from editr2.rl import kept
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
-from editr2.rl import kept
 from editr2.rl.evaluate import (
     FIRST_CALLS,
     comparison_row,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from editr2.config.secrets import withheld_command
 from editr2.errors import one_line
 from editr2.run.tracking import write_whole
+from editr2.secrets import withheld_command
 
 README = "README.md"
 SHARE = 0.02

@@ -28,10 +28,10 @@ from editr2.config import Config
 from editr2.config.fields import is_reference, plain
 from editr2.config.plugins import resolve, told
 from editr2.config.rules import TRAINS, rule
-from editr2.config.secrets import withheld
 from editr2.errors import ConfigError, UserError, one_line
 from editr2.run.processes import Processes
 from editr2.run.tracking import Row, flatten, iteration_of, write_whole
+from editr2.secrets import withheld
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

@@ -117,8 +117,8 @@ class Followed:
             self.pace.add(row, now - self._came if single and self._came is not None else None)
         if trained:
             self._came = now if live else None
-        failed = self._look_at_judges()
-        if anew or rows or failed or self._changed():
+        failed, changed = self._look_at_judges(), self._changed()
+        if anew or rows or failed or changed:
             self.version += 1
 
     def _take(self, row: Row) -> None:

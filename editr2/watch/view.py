@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from editr2.config.secrets import withheld_text
 from editr2.report.build import HEALTH
 from editr2.report.data import MODES, mean, number
 from editr2.report.kept import read_kept
 from editr2.report.pictures import Pictures
 from editr2.run.tracking import Row, duration, precise
+from editr2.secrets import withheld_text
 from editr2.watch.follow import Followed
 
 POINTS = 1500
@@ -178,11 +178,11 @@ def _failures(run: Followed) -> list[dict[str, str]]:
     each iteration."""
     found = []
     for row in reversed(run.failures):
-        parts = [
-            f"{name} {_one_more(row[name]) if name in ('iteration', 'turn') else row[name]}"
-            for name in ("purpose", "iteration", "turn", "name")
-            if row.get(name) is not None
-        ]
+        parts = [str(row["purpose"])] if row.get("purpose") is not None else []
+        for name in ("iteration", "turn"):
+            if row.get(name) is not None:
+                parts.append(f"{name} {_one_more(row[name])}")
+        parts += [str(row["name"])] if row.get("name") is not None else []
         found.append({"at": ", ".join(parts), "why": withheld_text(str(row["failed"]))})
     for iteration in sorted(run.train, reverse=True):
         if (why := run.train[iteration].get("first_failure")) is not None:

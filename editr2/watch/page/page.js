@@ -247,9 +247,10 @@ function session(one) {
     const made = element("div", { className: "turn" });
     if (turn.image) made.append(image(turn.image, `After turn ${k + 1}: ${turn.instruction}`));
     made.append(element("div", { textContent: turn.instruction }));
-    const scores = Object.entries(turn.scores).map(([name, value]) => `${name} ${value.toFixed(2)}`);
-    if (turn.reward !== null) scores.unshift(`reward ${turn.reward.toFixed(2)}`);
-    made.append(element("div", { className: "scores", textContent: scores.join(" · ") }));
+    const scores = Object.entries(turn.scores);
+    if (turn.reward !== null) scores.unshift(["reward", turn.reward]);
+    made.append(element("div", { className: "scores" }, ...scores.map(([name, value]) =>
+      element("span", { textContent: `${name} ${value.toFixed(2)}` }))));
     if (turn.reason) made.append(element("div", { className: "why", textContent: turn.reason }));
     if (turn.asked) made.append(element("div", { className: "scores" }, image(turn.asked, "What was asked for", "asked"), "asked for"));
     made.title = Object.entries(turn.whys).map(([name, why]) => `${name}: ${why}`).join("\n");
