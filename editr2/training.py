@@ -34,8 +34,8 @@ def train(
     seconds of an iteration by phase. resume_anyway: what may differ from the run that is resumed,
     by name: settings, sections of them, or sessions, heldout, weights and reward. observer: called
     on the first process with every row of `metrics.jsonl` (docs/watching.md), those of before where
-    a run goes on included; `editr2.Live()` draws them in a notebook. One that raises is told and
-    called no more.
+    a run goes on included; `editr2.Live(config)` draws them in a notebook. One that raises is told
+    and called no more.
 
     Raises `UserError` subclasses for bad settings, data, checkpoints, a run of something else or
     one that is at work in the folder, too many failed scores, a ratio that is not 1 on-policy, or a

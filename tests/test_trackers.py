@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ class Fake(GeneralTracker):
 
     name = "fake"
     requires_logging_directory = False
-    made: list[Fake] = []
+    made: ClassVar[list[Fake]] = []
 
     def __init__(self, project, fails="", **options):
         super().__init__()

@@ -3,7 +3,6 @@ import io
 import json
 import logging
 import math
-import sys
 
 import pytest
 

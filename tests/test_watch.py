@@ -6,13 +6,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import editr2
 from editr2.cli.main import main
+from editr2.errors import UserError
 from editr2.serving import address, listen
 from editr2.watch.follow import TAIL, Followed, Tail
 from editr2.watch.serve import Watch, token_of
@@ -154,18 +158,17 @@ def test_a_run_is_shown_with_its_failures_alarms_and_curves(tmp_path):
         "success": {"mean": 0.25},
     }
     rows = [
-        {"event": "start", "device": "cpu", "identity": {"date": "2026", "resumed": [{"iteration": 3, "date": "2027"}]}},
+        {"event": "start", "identity": {"resumed": [{"iteration": 3, "date": "2027"}]}},
         evaluation,
-        train(0, reward_turn=[0.5, None], if_turn=[1.0, 0.5], ratio_error=0.0, kl=None, own_turn=[1]),
-        train(1, reward_turn=[0.75, 0.5], if_turn=[1.0, 0.0], ratio_error=1e-6, failed_scores=3,
-              first_failure="judge of http://me:pw@host is down", advantage_abs=0, non_finite=["kl"]),
+        train(0, reward_turn=[0.5, None], if_turn=[1, 0.5], ratio_error=0.0, kl=None, own_turn=[1]),
+        train(1, reward_turn=[0.75, 0.5], if_turn=[1, 0.0], ratio_error=1e-6, failed_scores=3,
+              first_failure="http://me:pw@host is down", advantage_abs=0, non_finite=["kl"]),
         evaluation | {"iteration": 2, "name": "during", "alarms": {"drift": "colours run away"}},
     ]  # fmt: skip
     write(tmp_path, *rows, torn="{")
-    (tmp_path / "judges-1.jsonl").write_text(
-        json.dumps({"purpose": "rollout", "iteration": 1, "turn": 0, "name": "IF", "failed": "HTTP 500"}) + "\n"
-        + json.dumps({"answer": 1}) + "\n"
-    )  # fmt: skip
+    where = {"purpose": "rollout", "iteration": 1, "turn": 0, "name": "IF"}
+    calls = [where | {"failed": "HTTP 500"}, where | {"answer": 1}]
+    (tmp_path / "judges-1.jsonl").write_text("".join(json.dumps(c) + "\n" for c in calls))
     state = page_state(followed(tmp_path))
     assert (state["done"], state["planned"]) == (2, 10)
     curves = {curve["title"]: curve for curve in state["curves"]}
@@ -184,20 +187,20 @@ def test_a_run_is_shown_with_its_failures_alarms_and_curves(tmp_path):
     assert any("at most 1e-06, exactly 0 in 1 of 2" in text for text in notes)
     assert state["failures"] == [
         {"at": "rollout, iteration 2, turn 1, IF", "why": "HTTP 500"},
-        {"at": "iteration 2, the first", "why": "judge of http://(withheld)@host is down"},
+        {"at": "iteration 2, the first", "why": "http://(withheld)@host is down"},
     ]
     assert state["evaluations"]["rows"][0] == ["2 (during)", "0.500 ± 0.100", "–", "25.0%"]
 
 
 def test_a_verifiers_training_is_followed_too(tmp_path):
     rows = [
-        {"event": "start", "objective": "gcpo", "identity": {"made": {"device": "cpu", "processes": 2}}},
+        {"event": "start", "objective": "gcpo", "identity": {"made": {"processes": 2}}},
         {"event": "eval", "iteration": 0, "accuracy": 0.5, "nll": 2.0},
         train(0, loss=1.0, accuracy=0.5, ratio_error=0.0),
         {"event": "eval", "iteration": 1, "accuracy": 0.75, "nll": 1.0},
     ]  # fmt: skip
     state = page_state(followed(write(tmp_path, *rows)))
-    assert dict(state["facts"]) == {"objective": "gcpo", "device": "cpu", "processes": "2"}
+    assert dict(state["facts"]) == {"objective": "gcpo", "processes": "2"}
     assert state["evaluations"] == {
         "head": ["iteration", "accuracy", "nll"],
         "rows": [["1", "0.750", "1.000"], ["0", "0.500", "2.000"]],
@@ -316,3 +319,54 @@ def test_the_command_says_where_it_is(tmp_path, monkeypatch, capsys):
     assert "a file (accepted: a run's folder" in capsys.readouterr().err
     for at in (taken, *(at for _, at in seen)):
         at.close()
+
+
+# -------------------------------------------------------------------------------------- notebooks
+
+
+class Display:
+    """IPython's, as far as it is used."""
+
+    def __init__(self):
+        self.shown = []
+
+    def __call__(self, thing, *, display_id):
+        assert display_id is True
+        self.update(thing)
+        return self
+
+    def update(self, thing):
+        self.shown.append((repr(thing), thing._repr_html_()))
+
+
+def test_a_notebook_shows_the_curves_as_rows_come():
+    import xml.etree.ElementTree as xml
+
+    now, display = [0.0], Display()
+    config = SimpleNamespace(train=SimpleNamespace(iterations=4))
+    live = editr2.Live(config, display=display, clock=lambda: now[0])
+    live({"event": "start"})
+    for i in range(4):
+        row = train(i, reward=i / 4, reward_turn=[i / 4, None], ratio_error=0.0, grad_norm=1e-3)
+        live(row | {"failed_scores": "<script>"})
+        now[0] += 4.0 if i else 0.4
+    live({"event": "eval", "iteration": 4, "alarms": {"drift": "<b>red"}})
+    # Not the first two, within a second of the last drawing; the last of all, always.
+    texts = [text for text, _ in display.shown]
+    assert [text.split(",")[0] for text in texts] == [
+        "iteration 0 of 4",
+        "iteration 3 of 4",
+        "iteration 4 of 4",
+        "iteration 4 of 4",
+    ]
+    assert "4s left" in texts[1] and "left" not in texts[-1] and "reward 0.75" in texts[-1]
+    page = xml.fromstring(display.shown[-1][1])
+    assert len(page.findall(".//svg")) == 3 and page.find(".//b").text == "<b>red"
+    (line,) = page.findall(".//svg[@aria-label='Reward by turn']/polyline")
+    assert len(line.get("points").split()) == 4
+
+
+def test_without_ipython_it_says_what_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython.display", None)
+    with pytest.raises(UserError, match="Live: needs IPython"):
+        editr2.Live()

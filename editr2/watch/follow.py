@@ -71,16 +71,45 @@ class Tail:
         return None
 
 
-class Followed:
+class Seen:
+    """The rows of a run so far. train: by iteration. others: of evaluations, comparisons and a
+    stop, in their order."""
+
+    def __init__(self) -> None:
+        self.start: Row = {}
+        self.train: dict[int, Row] = {}
+        self.others: list[Row] = []
+        self.pace = Pace()
+
+    def take(self, row: Row, gap: float | None = None) -> None:
+        """gap: of a train row, the seconds since the one before, None where nobody looked on."""
+        event, iteration = row.get("event"), iteration_of(row)
+        if event == "start":
+            self.start = row
+        elif event == "train" and iteration is not None:
+            self.train[iteration] = row
+            self.pace.add(row, gap)
+        elif event in ("eval", "comparison", "stop"):
+            self.others.append(row)
+
+    @property
+    def done(self) -> int:
+        return max(self.train, default=-1) + 1
+
+    def of(self, event: str) -> list[Row]:
+        return [row for row in self.others if row["event"] == event]
+
+
+class Followed(Seen):
     """A run's folder. `look` brings the rest up to date.
 
-    train: rows by iteration. others: rows of evaluations, comparisons and a stop, in their order.
     failures: the newest calls of judges that failed. version: another, whenever anything is.
     """
 
     def __init__(
         self, folder: Path, clock: Callable[[], float] = time.monotonic, locks: str = "/proc/locks"
     ) -> None:
+        super().__init__()
         self.folder = folder
         self._clock, self._locks = clock, locks
         self._metrics = Tail(folder / "metrics.jsonl")
@@ -90,13 +119,6 @@ class Followed:
         self._configured: tuple[int | None, dict[str, Any]] = (None, {})
         self._looked = float("-inf")
         self.failures: deque[Row] = deque(maxlen=FAILURES)
-        self._begin()
-
-    def _begin(self) -> None:
-        self.start: Row = {}
-        self.train: dict[int, Row] = {}
-        self.others: list[Row] = []
-        self.pace = Pace()
         self._came: float | None = None
 
     @property
@@ -108,27 +130,17 @@ class Followed:
         now = self._clock()
         live, self._looked = now - self._looked < FRESH and not anew, now
         if anew:
-            self._begin()
-        trained = [row for row in rows if row.get("event") == "train"]
+            super().__init__()
+            self._came = None
+        trained = sum(row.get("event") == "train" for row in rows)
+        gap = now - self._came if live and trained == 1 and self._came is not None else None
         for row in rows:
-            self._take(row)
-        for row in trained:
-            single = live and len(trained) == 1 and self._came is not None
-            self.pace.add(row, now - self._came if single and self._came is not None else None)
+            self.take(row, gap)
         if trained:
             self._came = now if live else None
         failed, changed = self._look_at_judges(), self._changed()
         if anew or rows or failed or changed:
             self.version += 1
-
-    def _take(self, row: Row) -> None:
-        event, iteration = row.get("event"), iteration_of(row)
-        if event == "start":
-            self.start = row
-        elif event == "train" and iteration is not None:
-            self.train[iteration] = row
-        elif event in ("eval", "comparison", "stop"):
-            self.others.append(row)
 
     def _look_at_judges(self) -> bool:
         found = False
@@ -198,13 +210,6 @@ class Followed:
         train = self.settings.get("train")
         planned = number(train.get("iterations")) if isinstance(train, dict) else None
         return None if planned is None else int(planned)
-
-    @property
-    def done(self) -> int:
-        return max(self.train, default=-1) + 1
-
-    def of(self, event: str) -> list[Row]:
-        return [row for row in self.others if row["event"] == event]
 
 
 def _when(path: Path) -> int | None:

@@ -14,7 +14,7 @@ from editr2.report.kept import read_kept
 from editr2.report.pictures import Pictures
 from editr2.run.tracking import Row, duration, precise
 from editr2.secrets import withheld_text
-from editr2.watch.follow import Followed
+from editr2.watch.follow import Followed, Seen
 
 POINTS = 1500
 """Of a curve; more iterations become means of neighbours."""
@@ -60,7 +60,7 @@ def page_state(run: Followed) -> dict[str, Any]:
         "speed": _speed(run),
         "facts": _facts(run),
         "notes": _notes(run),
-        "curves": _curves(run),
+        "curves": curves(run),
         "evaluations": _evaluations(run),
         "failures": _failures(run),
     }
@@ -199,7 +199,9 @@ def _one_more(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------- curves
 
 
-def _curves(run: Followed) -> list[dict[str, Any]]:
+def curves(run: Seen) -> list[dict[str, Any]]:
+    """Of what has numbers, a chart each: reward, scores and evaluations first, then whatever else a
+    row has (`small`)."""
     rows = [run.train[i] for i in sorted(run.train)]
     x = [row["iteration"] + 1 for row in rows]
     evaluated = [row for row in run.of("eval") if number(row.get("iteration")) is not None]
