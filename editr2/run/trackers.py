@@ -109,14 +109,7 @@ TRACKERS: dict[str, Known] = {
     "comet_ml": Known("comet_ml", "comet-ml"),
     "dvclive": Known("dvclive"),
     "mlflow": Known("mlflow"),
-    "swanlab": Known(
-        "swanlab",
-        options=lambda begun: {
-            "id": begun.id,
-            "experiment_name": begun.folder.resolve().name,
-            "resume": "allow",
-        },
-    ),
+    "swanlab": Known("swanlab"),
 }
 """By the name that accelerate has for it. Of those without options a run that goes on begins
 another."""
