@@ -124,6 +124,12 @@ def test_every_row_is_sent_once_to_one_run(tmp_path):
     assert Fake.made[-1].rows == [(0, {"train/reward": 0.0})]
 
 
+def test_a_tracker_that_comes_later_gets_what_was_before(tmp_path):
+    run(tmp_path, [], [BEFORE, train(0), train(1)])
+    run(tmp_path, ["fake"], [train(1), train(2)], at=1)
+    assert [step for step, names in Fake.made[0].rows if "train/reward" in names] == [0, 1, 2]
+
+
 def test_settings_go_along_and_secrets_do_not(tmp_path):
     secret = {"api_key": "abc", "url": "http://me:pw@judge/v1?api_key=abc&n=2", "votes": 3}
     given = {**secret, "headers": {"Authorization": "Bearer abc"}, "max_tokens": 9, "hf-token": "x"}
@@ -286,6 +292,11 @@ def test_a_runs_readme_says_how_to_go_on(command, processes, said, tmp_path):
     assert said in text and "    editr2 report r\n" in text
     assert "editr2: 0.1.0, commit c0ffee" in text and "- Stands: finished" in text
     assert not any(secret in text for secret in ("abc", "secret-host", "/home/me"))
+    write_readme(tmp_path, made(command), "again", "again again", others)
+    assert "- Stands: again" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    write_readme(tmp_path, made(command), "finished", "again again", others)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 @pytest.fixture

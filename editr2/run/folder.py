@@ -14,6 +14,7 @@ from editr2.run.tracking import write_whole
 from editr2.secrets import withheld_command
 
 README = "README.md"
+OURS = "A run of editr2."
 SHARE = 0.02
 """Of a run's time, what writing its page again may take."""
 
@@ -57,12 +58,16 @@ def write_readme(
     again: str,
     others: Sequence[tuple[str, str]],
 ) -> None:
-    """The folder's README.md: how it was made, and what can be done with it.
+    """The folder's README.md: how it was made, and what can be done with it; one that somebody
+    else wrote stays.
 
     made: of the run's identity (`provenance`), of which the host stays away, as do the command's
     secrets. standing: of the run, in a few words. again: the command that goes on with it, where it
     was not started from the command line. others: what else can be done, and its command.
     """
+    path = folder / README
+    if path.exists() and OURS not in path.read_text("utf-8", errors="replace"):
+        return
     words, many = shlex.split(str(made["command"])), made["processes"]
     program = PurePath(words[0]).name if words else ""
     if program in ("editr2", "__main__.py"):
@@ -80,10 +85,10 @@ def write_readme(
         "With": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Device": f"{made['device']}, {many} process{'' if many == 1 else 'es'}",
     }
-    lines = [f"# {folder.resolve().name}", "", "A run of editr2.", ""]
+    lines = [f"# {folder.resolve().name}", "", OURS, ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", "`config.yaml` has its settings, `metrics.jsonl` its numbers.", ""]
     lines += [f"{how}:", "", f"    {again}", ""]
     for what, command in others:
         lines += [f"{what}:", "", f"    {command}", ""]
-    write_whole(folder / README, "\n".join(lines).rstrip("\n") + "\n")
+    write_whole(path, "\n".join(lines).rstrip("\n") + "\n")

@@ -233,7 +233,8 @@ def _opened(
     tracker.start()
     if not begun.resumed:
         tracker.store_init_configuration(dict(settings))
-    return TrackerSink(name, tracker, known, 0 if known.purges else sent, note)
+    skipped = 0 if known.purges else sent
+    return TrackerSink(name, tracker, known, skipped, note, fresh=not begun.resumed)
 
 
 def open_sinks(
@@ -259,7 +260,8 @@ def open_sinks(
 
 
 class TrackerSink:
-    """Takes the rows of a run. skipped: so many of the first that it is given were sent before."""
+    """Takes the rows of a run. skipped: so many of its first rows were sent before. fresh: the
+    tracker has nothing of the run yet, also where that goes on."""
 
     def __init__(
         self,
@@ -268,17 +270,19 @@ class TrackerSink:
         known: Known,
         skipped: int,
         note: Callable[[str], None],
+        *,
+        fresh: bool,
     ) -> None:
-        self.name, self.tracker, self.known = name, tracker, known
+        self.name, self.tracker, self.known, self._fresh = name, tracker, known, fresh
         self._skipped, self._note, self._noted, self._at = skipped, note, False, 0
 
     def resumed(self, rows: Sequence[Row], iteration: int) -> None:
         self._skipped = max(0, self._skipped - len(rows))  # those that stand do not come again
         self._at = iteration
-        if self.known.purges:  # from here on, also the evaluation that stays
-            for row in rows:
-                if iteration_of(row) == iteration:
-                    self.append(row)
+        for row in rows:
+            # What purges does so from here on, and the evaluation that stays goes as well.
+            if self._fresh or (self.known.purges and iteration_of(row) == iteration):
+                self.append(row)
 
     def append(self, row: Mapping[str, Any]) -> None:
         iteration = iteration_of(row)
