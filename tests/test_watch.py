@@ -361,7 +361,7 @@ def test_a_notebook_shows_the_curves_as_rows_come():
     ]
     assert "4s left" in texts[1] and "left" not in texts[-1] and "reward 0.75" in texts[-1]
     page = xml.fromstring(display.shown[-1][1])
-    assert len(page.findall(".//svg")) == 3 and page.find(".//b").text == "<b>red"
+    assert len(page.findall(".//svg")) == 4 and page.find(".//b").text == "<b>red"
     (line,) = page.findall(".//svg[@aria-label='Reward by turn']/polyline")
     assert len(line.get("points").split()) == 4
 
