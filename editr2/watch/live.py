@@ -22,6 +22,8 @@ COLOURS = (
 DASHES = ("", "6 4", "2 3", "8 3 2 3")
 WIDTH, HEIGHT, LEFT, BELOW = 300, 150, 42, 18
 CHARTS = 6
+NONE = -9.0
+"""Where a logarithm has an exact zero."""
 
 
 class Live:
@@ -123,7 +125,9 @@ def _svg(chart: Mapping[str, Any]) -> str:
                 parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>')
     bottom = HEIGHT - BELOW
     for value, y in ((high, 38), (low, bottom)):
-        text = f"1e{value:.0f}" if chart["log"] else _said(value)
+        text = f"{value:.2g}"
+        if chart["log"]:
+            text = "0" if value == NONE else f"1e{value:.0f}"
         parts.append(f'<text x="{LEFT - 5}" y="{y + 4}" text-anchor="end">{text}</text>')
     parts.append(f'<line x1="{LEFT}" y1="{bottom}" x2="{WIDTH}" y2="{bottom}" stroke="#8885"/>')
     for value, x_at, anchor in ((x[0], LEFT, "start"), (x[-1], WIDTH, "end")):
@@ -135,10 +139,9 @@ def _svg(chart: Mapping[str, Any]) -> str:
 
 
 def _lifted(value: float | None, log: bool) -> float | None:
-    """Of an exact zero a logarithm stands where none would be smaller."""
     if value is None or not log:
         return value
-    return math.log10(value) if value > 0 else -9.0
+    return math.log10(value) if value > 0 else NONE
 
 
 def _pieces(
