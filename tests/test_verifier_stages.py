@@ -452,7 +452,7 @@ def test_a_folder_is_evaluated_and_goes_on_after_a_kill(
     assert len({row["trace"] for row in rows if row["id"] == "p0/win"}) > 1
     page = (tmp_path / "verifier.html").read_text()
     assert all(f"<h4>p{k}</h4>" in page for k in range(5)) and page.count('class="side"') == 10
-    assert "<script" not in page and page.count("unread") > 0
+    assert page.count("<script") == 1 and page.count("unread") > 0
 
     files = {name: (tmp_path / name).read_bytes() for name in (TRACES, "eval.json", PRINCIPLES)}
     with mock.patch("editr2.verifier.model.load_reader", side_effect=AssertionError):

@@ -51,14 +51,14 @@ def build_report(
 ) -> Path:
     """Writes `report.html` into the run folder and returns its path.
 
-    One file: images and the scripts of charts inline, nothing fetched. Works with what the folder has (metrics,
-    strips of one or both passes) and says on the page what is missing; raises DataError where it
-    has neither.
+    One file: images and the scripts of charts inline, nothing fetched. Works with what the folder
+    has (metrics, strips of one or both passes) and says on the page what is missing; raises
+    DataError where it has neither.
 
     max_sessions: more sessions than this are thinned evenly through their order from best to worst
         change.
-    max_pixels: larger images are scaled down to this long side, or to less where a page of 3 MB asks
-        for it.
+    max_pixels: larger images are scaled down to this long side, or to less where a page of 3 MB
+        asks for it.
     """
     folder = Path(run_dir)
     run = load_run(folder)
@@ -68,7 +68,7 @@ def build_report(
         folder / "report.html",
         "report.html.j2",
         title=folder.resolve().name,
-        facts=_facts(run),
+        facts=facts_of(run),
         cards=_cards(run),
         alarms=run.alarms,
         missing=run.missing + pictures.notes(),
@@ -126,7 +126,7 @@ class Card:
     note: str
 
 
-def _facts(run: RecordedRun) -> list[tuple[str, str]]:
+def facts_of(run: RecordedRun) -> list[tuple[str, str]]:
     seconds = run.train_seconds()
     planned = run.setting("iterations", "max_iterations", "num_iterations")
     done = str(run.train[-1].iteration + 1) if run.train else None

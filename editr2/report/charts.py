@@ -1,9 +1,9 @@
 """What the charts of pages show: plain numbers, which `templates/charts.js` draws with uPlot (MIT,
 `vendor/`) and puts into a table for whoever reads instead of looking.
 
-uPlot: 51 kB without dependencies, where Chart.js has 200 and ECharts 1,000; canvas, so that a run of
-2,000 iterations stays quick; cursors that move together. It has no stacked areas and no dots with
-bars over categories: `charts.js` draws those on its canvas.
+uPlot: 51 kB without dependencies, where Chart.js has 200 and ECharts 1,000; canvas, so that a run
+of 2,000 iterations stays quick; cursors that move together. It has no stacked areas and no dots
+with bars over categories: `charts.js` draws those on its canvas.
 
 A colour is one of the page's `--c0` to `--c8` and has one meaning on a page; what is of one meaning
 (the turns of a score) differs in shade and dash, before and after in hollow and full.
@@ -50,7 +50,8 @@ class Series:
 @dataclass(frozen=True)
 class Chart:
     """x: iterations, or names of categories. axis: what they are. range: of y. log: y is drawn
-    by its logarithm, an exact 0 on a floor of its own. small: one of many. note: below it."""
+    by its logarithm, an exact 0 on a floor of its own. small: one of many. spans: lines go on over
+    what is missing. note: below it."""
 
     title: str
     x: Sequence[float] | Sequence[str]
@@ -60,6 +61,7 @@ class Chart:
     note: str = ""
     log: bool = False
     small: bool = False
+    spans: bool = False
 
     @property
     def data(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Chart:
             "range": _short(self.range),
             "log": self.log,
             "small": self.small,
+            "spans": self.spans,
             "series": [
                 {
                     "label": series.label,
@@ -123,6 +126,7 @@ def line_chart(
     window: int = 1,
     note: str = "",
     small: bool = False,
+    spans: bool = False,
 ) -> Chart | None:
     """Over iterations, each smoothed over `window`. None where there is nothing to draw."""
     drawn = [one for one in series if not one.empty]
@@ -139,7 +143,7 @@ def line_chart(
     reach += [end for one in found for pair in one.ends if pair for end in pair]
     if size > 1:
         note = f"{note} A point is the mean of {size} iterations.".strip()
-    return Chart(title, at, found, value_range(reach), note=note, small=small)
+    return Chart(title, at, found, value_range(reach), note=note, small=small, spans=spans)
 
 
 def log_chart(title: str, x: Sequence[float], series: Series, note: str = "") -> Chart | None:

@@ -41,8 +41,9 @@ def script_hashes() -> str:
     return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
 
-def write_page(path: Path, template: str, folders: Sequence[Path] = (), **values: Any) -> Path:
-    """Returns its path. folders: of templates of the caller's own."""
+@functools.cache
+def _environment(folders: tuple[Path, ...]) -> jinja2.Environment:
+    """Templates are read once: a page is written anew at every checkpoint."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([*folders, TEMPLATES, VENDOR]),
         autoescape=True,
@@ -51,7 +52,12 @@ def write_page(path: Path, template: str, folders: Sequence[Path] = (), **values
         lstrip_blocks=True,
     )
     environment.globals.update(scripts=scripts(), script_hashes=script_hashes())
-    page = environment.get_template(template).render(**values)
+    return environment
+
+
+def write_page(path: Path, template: str, folders: Sequence[Path] = (), **values: Any) -> Path:
+    """Returns its path. folders: of templates of the caller's own."""
+    page = _environment(tuple(folders)).get_template(template).render(**values)
     with in_place_of(path) as part:
         # "replace": a lone surrogate in someone's instruction must not stop it.
         part.write_bytes(page.replace("\0", "\ufffd").encode("utf-8", "replace"))

@@ -15,7 +15,7 @@ from PIL import Image
 from editr2.report.data import plural
 
 PNG_BYTES = 96 * 1024
-"""Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 kB as JPEG."""
+"""Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 as JPEG."""
 FEW_BYTES = 8 * 1024
 """The same of a run's page, where 48 sessions of three turns hold more than 300 images: what is
 larger becomes WebP, some 0.12 bytes a pixel of a photograph."""
@@ -85,18 +85,21 @@ def _read(path: Path, changed: int, size: int, max_pixels: int) -> tuple[Picture
         image.load()
         shown, side = image.size, max(image.size)
         large = len(data) > FEW_BYTES and side > 96
-        reduced = side > max_pixels or image.format != "PNG" or large
-        if reduced:
-            data, kind = _webp(image, max_pixels)
+        if side > max_pixels or image.format != "PNG" or large:
+            data, kind = _few_bytes(image, max_pixels)
     return _picture(data, kind, shown), side > max_pixels or kind != "png"
 
 
-def _webp(image: Image.Image, max_pixels: int) -> tuple[bytes, str]:
+def _few_bytes(image: Image.Image, max_pixels: int) -> tuple[bytes, str]:
+    """At most `max_pixels` on the long side, as PNG where that is small (a drawing), else WebP."""
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((max_pixels, max_pixels), Image.Resampling.LANCZOS)
-    small, out = max(image.size) <= 96, io.BytesIO()
-    image.save(out, "WEBP", lossless=small, quality=100 if small else 82)
-    return out.getvalue(), "webp"
+    for kind, options in (("PNG", {}), ("WEBP", {"quality": 82, "method": 3})):
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        if len(out.getvalue()) <= FEW_BYTES:
+            break
+    return out.getvalue(), kind.lower()
 
 
 def unreadable_notes(unreadable: Mapping[str, str]) -> list[str]:

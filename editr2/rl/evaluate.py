@@ -233,9 +233,9 @@ def evaluate(
     **where: Any,
 ) -> Evaluation:
     """One deterministic rollout a session; split over processes and gathered. apart: the judges of
-    `eval.reward`. shown: of the first so many sessions images are kept (`strips_of`). pictured: of a
-    session and its place, whether its outputs are kept as `small` makes them. where: what the record
-    of judging says of it besides. Raises `RewardFailure` where a reward is
+    `eval.reward`. shown: of the first so many sessions images are kept (`strips_of`). pictured: of
+    a session and its place, whether its outputs are kept as `small` makes them. where: what the
+    record of judging says of it besides. Raises `RewardFailure` where a reward is
     down, or fails on more turns than `train.max_failed_scores` lets pass."""
     pool, limit = pool_of(reward), config.train.max_failed_scores
     first_answer(pool.panel, sessions, limit, processes)

@@ -38,9 +38,7 @@ def file_name(iteration: int) -> str:
 
 def is_pictured(session: Session, ordinal: int, strips: int) -> bool:
     """Whether the outputs of a session are kept. strips: `eval.strips`."""
-    return strips > 0 and (
-        max(session.image_size) <= SMALL or ordinal < min(strips, PICTURED)
-    )
+    return strips > 0 and (max(session.image_size) <= SMALL or ordinal < min(strips, PICTURED))
 
 
 def cell(pixels: np.ndarray) -> np.ndarray:
@@ -168,4 +166,3 @@ def _drawn(rows: Sequence[_Row]) -> np.ndarray:
         of = np.concatenate(row.cells, axis=1)
         sheet[row.top : row.top + of.shape[0], : of.shape[1]] = of
     return sheet
-

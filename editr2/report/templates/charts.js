@@ -111,7 +111,7 @@
         fill: area ? colour : undefined,
         width: drawn ? (faint || area ? 1 : 2) : 0,
         dash: faint ? undefined : SVG_DASH[one.dash],
-        spanGaps: false,
+        spanGaps: spec.spans,
         paths: drawn ? undefined : () => null,
         points: {
           show: one.kind === "points" || (drawn && !area && !faint && x.length < 2),
