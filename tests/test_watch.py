@@ -166,8 +166,10 @@ def test_a_run_is_shown_with_its_failures_alarms_and_curves(tmp_path):
         evaluation | {"iteration": 2, "name": "during", "alarms": {"drift": "colours run away"}},
     ]  # fmt: skip
     write(tmp_path, *rows, torn="{")
-    where = {"purpose": "rollout", "iteration": 1, "turn": 0, "name": "IF"}
-    calls = [where | {"failed": "HTTP 500"}, where | {"answer": 1}]
+    where = {"purpose": "train", "iteration": 1, "turn": 1, "name": "IF"}
+    several = {"purpose": "eval", "iteration": 1, "turn": [1, 2], "name": ["IF", "CC"]}
+    calls = [several | {"failed": "down"}, where | {"answer": 1}]
+    calls += [where | {"failed": "HTTP 500"}, where | {"failed": "HTTP 500"}]
     (tmp_path / "judges-1.jsonl").write_text("".join(json.dumps(c) + "\n" for c in calls))
     state = page_state(followed(tmp_path))
     assert (state["done"], state["planned"]) == (2, 10)
@@ -185,9 +187,10 @@ def test_a_run_is_shown_with_its_failures_alarms_and_curves(tmp_path):
     assert notes["went on from iteration 3, 2027"] == "note"
     assert any(text.startswith("the newest iteration trains nothing") for text in notes)
     assert any("at most 1e-06, exactly 0 in 1 of 2" in text for text in notes)
-    assert state["failures"] == [
-        {"at": "rollout, iteration 2, turn 1, IF", "why": "HTTP 500"},
-        {"at": "iteration 2, the first", "why": "http://(withheld)@host is down"},
+    assert [(one["at"], one["why"], one["times"]) for one in state["failures"]] == [
+        ("train, iteration 2, turn 1, IF", "HTTP 500", 2),
+        ("eval, iteration 1, turns 1, 2, IF, CC", "down", 1),
+        ("iteration 2, the first", "http://(withheld)@host is down", 1),
     ]
     assert state["evaluations"]["rows"][0] == ["2 (during)", "0.500 ± 0.100", "–", "25.0%"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from editr2.report.build import HEALTH
 from editr2.report.data import MODES, mean, number
 from editr2.report.kept import read_kept
-from editr2.report.pictures import Pictures
+from editr2.report.pictures import Picture, Pictures
 from editr2.run.tracking import Row, duration, precise
 from editr2.secrets import withheld_text
 from editr2.watch.follow import Followed, Seen
@@ -173,27 +173,33 @@ def _notes(run: Followed) -> list[dict[str, str]]:
     return [{"kind": kind, "text": withheld_text(text)} for kind, text in notes]
 
 
-def _failures(run: Followed) -> list[dict[str, str]]:
-    """The newest scores that failed, with their reasons: of the judges' record, and the first of
-    each iteration."""
-    found = []
+def _failures(run: Followed) -> list[dict[str, Any]]:
+    """The newest scores that failed, with their reasons: of the judges' record, equal ones once
+    with their number, and the first of each iteration."""
+    found: dict[tuple[str, str], int] = {}
     for row in reversed(run.failures):
-        parts = [str(row["purpose"])] if row.get("purpose") is not None else []
-        for name in ("iteration", "turn"):
-            if row.get(name) is not None:
-                parts.append(f"{name} {_one_more(row[name])}")
-        parts += [str(row["name"])] if row.get("name") is not None else []
-        found.append({"at": ", ".join(parts), "why": withheld_text(str(row["failed"]))})
+        at = (_where(row), withheld_text(str(row["failed"])))
+        found[at] = found.get(at, 0) + 1
     for iteration in sorted(run.train, reverse=True):
         if (why := run.train[iteration].get("first_failure")) is not None:
-            at = f"iteration {iteration + 1}, the first"
-            found.append({"at": at, "why": withheld_text(str(why))})
-    return found[:FAILURES]
+            found[f"iteration {iteration + 1}, the first", withheld_text(str(why))] = 1
+    said = [{"at": at, "why": why, "times": times} for (at, why), times in found.items()]
+    return said[:FAILURES]
 
 
-def _one_more(value: Any) -> Any:
-    """People count from 1."""
-    return value + 1 if isinstance(value, int) else value
+def _where(row: Row) -> str:
+    """Where a call of a judge belongs, as its line of the record has it."""
+    parts, iteration = [], row.get("iteration")
+    if row.get("purpose") is not None:
+        parts.append(str(row["purpose"]))
+    if isinstance(iteration, int):  # of training people count from 1; weights after k updates are k
+        parts.append(f"iteration {iteration + (row.get('purpose') == 'train')}")
+    for name, before in (("turn", "turn "), ("name", "")):
+        if (value := row.get(name)) is not None:
+            many = value if isinstance(value, list) else [value]
+            plural = "s" if before and len(many) > 1 else ""
+            parts.append(f"{before.strip()}{plural} ".lstrip() + ", ".join(map(str, many)))
+    return ", ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------- curves
@@ -243,17 +249,17 @@ def _line(rows: Sequence[Row], key: str, label: str, colour: int) -> list[dict[s
     return [_series(label, [number(row.get(key)) for row in rows], colour)]
 
 
-def _of_turn(row: Row, key: str, turn: int) -> float | None:
+def _of_turn(row: Mapping[str, Any], key: str, turn: int) -> float | None:
     values = row.get(key)
     value = values[turn] if isinstance(values, list) and turn < len(values) else None
     return number(value.get("mean") if isinstance(value, dict) else value)
 
 
-def _count(rows: Iterable[Row], key: str) -> int:
+def _count(rows: Iterable[Mapping[str, Any]], key: str) -> int:
     return max((len(v) for row in rows if isinstance(v := row.get(key), list)), default=0)
 
 
-def _turns(rows: Sequence[Row], key: str, name: str = "t") -> list[dict[str, Any]]:
+def _turns(rows: Sequence[Mapping[str, Any]], key: str, name: str = "t") -> list[dict[str, Any]]:
     return [
         _series(f"{name}{t + 1}", [_of_turn(row, key, t) for row in rows], COLOURS["reward"], t)
         for t in range(_count(rows, key))
@@ -410,17 +416,27 @@ def _of_strips(folder: Path) -> tuple[str, list[dict[str, Any]]] | None:
             for turn in strip.get("turns") or ():
                 image, asked = pictures(turn.get("image")), pictures(turn.get("expected"))
                 scores = {str(k): number(v) for k, v in (turn.get("scores") or {}).items()}
-                src = (image and image.src, asked and asked.src)
                 reward, why = number(turn.get("reward")), turn.get("why") or {}
                 turns.append(
-                    _turn(turn.get("instruction"), *src, scores, reward, turn.get("reason"), why)
+                    _turn(
+                        turn.get("instruction"),
+                        _src(image),
+                        _src(asked),
+                        scores,
+                        reward,
+                        turn.get("reason"),
+                        why,
+                    )
                 )
             small = source is not None and source.pixelated
-            shown = source and source.src
-            sessions.append(_session(strip["id"], strip.get("mode"), shown, turns, small))
+            sessions.append(_session(strip["id"], strip.get("mode"), _src(source), turns, small))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # it is being written, or somebody else's
     return f"Film-strips {files[-1].stem} training", sessions
+
+
+def _src(picture: Picture | None) -> str | None:
+    return None if picture is None else picture.src
 
 
 def _session(

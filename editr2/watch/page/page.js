@@ -83,7 +83,7 @@ function show(state) {
   table(state.evaluations);
   at("failures-of").hidden = !state.failures.length;
   at("failures").replaceChildren(...state.failures.map((one) =>
-    element("li", {}, element("span", { textContent: one.at }), one.why)));
+    element("li", {}, element("span", { textContent: one.times > 1 ? `${one.at} (${one.times} times)` : one.at }), one.why)));
 }
 
 function table(found) {
