@@ -352,7 +352,7 @@ def test_a_notebook_shows_the_curves_as_rows_come():
     for i in range(4):
         row = train(i, reward=i / 4, reward_turn=[i / 4, None], ratio_error=0.0, grad_norm=1e-3)
         live(row | {"failed_scores": "<script>"})
-        now[0] += 4.0 if i else 0.4
+        now[0] += 4.0 if i % 2 else 0.4
     live({"event": "eval", "iteration": 4, "alarms": {"drift": "<b>red"}})
     # Not the first two, within a second of the last drawing; the last of all, always.
     texts = [text for text, _ in display.shown]
