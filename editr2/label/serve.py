@@ -90,7 +90,7 @@ class Page:
             Route("/vote", answered(self._vote), methods=["POST"]),
             Route("/undo", answered(self._undo), methods=["POST"]),
         ]
-        return serving.page_app(self.store.fact("token"), routes)
+        return serving.page_app(_token(self.store), routes)
 
     # ------------------------------------------------------------------------------ what is said
 
@@ -172,7 +172,13 @@ class Page:
 
 def address(store: Store, listening: socket.socket) -> str:
     """Of the page, with its token."""
-    return serving.address(store.fact("token"), listening)
+    return serving.address(_token(store), listening)
+
+
+def _token(store: Store) -> str:
+    found = store.fact("token")
+    assert found is not None, "a store has one from its making"
+    return found
 
 
 def server_of(page: Page) -> Any:
