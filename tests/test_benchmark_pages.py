@@ -443,7 +443,7 @@ def test_runs_are_compared_by_the_sessions_of_their_evaluations(tmp_path, monkey
     assert "reward is not compared, it is of other weights." in said
     assert not any(line.startswith("  reward") for line in said)
     write_run(Path("four"), 0.5, heldout="2 sessions def", beside=beside)
-    with pytest.raises(UserError, match="held-out sessions: 2 sessions abc of one, 2 sessions def"):
+    with pytest.raises(UserError, match="evaluated sessions: 2 sessions abc of one, 2 sessions def"):
         compare(["one", "four"], "out")
 
 

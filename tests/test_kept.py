@@ -172,7 +172,7 @@ def test_of_an_older_run_the_strips_are_the_table(tmp_path, beside):
             "3 sessions def",
             3,
             None,
-            "Held-out sessions differ: 4 of one and 3 of two; the 3 that both have are compared.",
+            "Evaluated sessions differ: 4 of one and 3 of two; the 3 that both have are compared.",
         ),
         (
             "4 sessions abc",

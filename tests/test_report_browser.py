@@ -91,7 +91,7 @@ def pages(tmp_path_factory):
         write_run(root / name, report, gain)
     said = compare_runs([root / "one", root / "two"], root / "compared")
     assert said[0] == (
-        "Held-out sessions differ: 5 of one and 5 of two; the 5 that both have are compared."
+        "Evaluated sessions differ: 5 of one and 5 of two; the 5 that both have are compared."
     )
     return {"report": build_report(root / "one"), "compare": root / "compared" / "compare.html"}
 

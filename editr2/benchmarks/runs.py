@@ -66,7 +66,7 @@ def _paired(first: Side, other: Side) -> tuple[list[Pair], list[str]]:
         return [pair], []
     both = len(pair.parts[0].common)
     counts = " and ".join(f"{_count(side)} of {side.name}" for side in (first, other))
-    return [pair], [f"Held-out sessions differ: {counts}; the {both} that both have are compared."]
+    return [pair], [f"Evaluated sessions differ: {counts}; the {both} that both have are compared."]
 
 
 def _count(side: Side) -> int:
@@ -92,7 +92,7 @@ def _facts(side: Side, run: RecordedRun) -> Iterator[tuple[str, str]]:
     seconds = [sum(row.seconds.values()) for row in run.train if row.seconds]
     if seconds:
         yield "Seconds an iteration", duration(statistics.median(seconds))
-    yield "Held-out sessions", str(side.same[HELD_OUT])
+    yield "Evaluated sessions", str(side.same[HELD_OUT])
     for name in ("before", "after"):
         if (of := run.evaluation(name)) is not None:
             rewards = of.turns.get("reward_turn", ())

@@ -188,7 +188,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------- runs
 
-HELD_OUT = "held-out sessions"
+HELD_OUT = "evaluated sessions"
 WHOLE = ("success", "reward")
 """Of an evaluation's `per_session`, what has one value a session: at its last turn."""
 
@@ -304,7 +304,7 @@ EVALUATION = "evaluation"
 
 
 def place_name(n: int) -> str:
-    return f"held-out session {n + 1:04d}"
+    return f"evaluated session {n + 1:04d}"
 
 
 def _lengths(by_turn: Sequence[Sequence[Sequence[float | None]]], sessions: int) -> list[int]:

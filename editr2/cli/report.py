@@ -9,11 +9,15 @@ from editr2.config.rules import folder_problem
 
 
 def command(arguments: Arguments) -> int:
-    """write report.html of a run's folder again, or a page of several side by side"""
+    """write report.html of a run again; of several, side by side"""
     flags = Flags(
         "editr2 report",
         "Write the run's report.html; of several runs, a page of them side by side: their curves, "
         "and each held against the first, paired by session.",
+        [
+            ("runs/demo", "the page of one run, again"),
+            ("runs/a runs/b --out runs/compared", "two runs, the second held against the first"),
+        ],
     )
     flags.add("run", path=True, help="a run's folder; further ones stand beside it")
     flags.add(

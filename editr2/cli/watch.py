@@ -10,11 +10,15 @@ from editr2.errors import ConfigError
 
 
 def command(arguments: Arguments) -> int:
-    """follow a run on a local page: progress, curves, newest images, failed scores"""
+    """follow a run on a local page"""
     flags = Flags(
         "editr2 watch",
         "Follow a run, also one that has not begun, on a page of 127.0.0.1. Nothing in its folder "
         "is changed.",
+        [
+            ("runs/demo", "a run that is at work, or one that ended"),
+            ("runs/next --port 8500", "one that has not begun yet, at a port of your choice"),
+        ],
     )
     flags.add("run", path=True, help="a run's folder, of train or of a verifier's training")
     flags.add(

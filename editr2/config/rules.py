@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from editr2.config.fields import defaults, field_problems, mended, plain
 from editr2.config.settings import LOSSES, Config, RewardConfig, RewardUse, noise_levels
-from editr2_kernels.group_advantage import MAX_UNITS
 
 Command = Literal["train", "check", "eval", "rollout", "judge"]
 
@@ -108,6 +107,8 @@ def noise_problem(dynamics: str, level: float) -> str | None:
 
 @rule(*TRAINS)
 def _units(config: Config, command: str) -> Iterator[str]:
+    from editr2_kernels.group_advantage import MAX_UNITS
+
     r = config.rollout
     if (units := r.sessions * r.siblings * r.turns) > MAX_UNITS:
         yield (

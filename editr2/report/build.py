@@ -74,6 +74,7 @@ def build_report(
         missing=run.missing + pictures.notes(),
         eval_charts=_evaluation_charts(run),
         eval_sessions=_kind(run),
+        alone=run.alone,
         eval_table=evaluation_table(run),
         curves=_curves(run),
         window=charts.smoothing_window(len(run.train)),
@@ -142,6 +143,9 @@ def facts_of(run: RecordedRun) -> list[tuple[str, str]]:
         "Device": run.start.get("device"),
         "Seed": run.setting("seed"),
     }
+    if run.alone:  # nothing was trained
+        facts = {name: facts[name] for name in ("Policy", "Device", "Seed")}
+        facts["Weights"] = run.config.get("policy.weights")
     return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
@@ -373,6 +377,8 @@ def _ends(stat: Stat) -> tuple[float, float] | None:
 
 def _kind(run: RecordedRun) -> str:
     """What the sessions of its evaluations are."""
+    if run.alone:
+        return "evaluated"  # nothing says whether anybody trained on them
     return "training" if run.start.get("heldout_is_training") else "held-out"
 
 

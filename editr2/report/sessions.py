@@ -152,6 +152,8 @@ def session_table(run: RecordedRun, budget: int) -> SessionTable | None:
 
 def _names_of(kept: Sequence[KeptEvaluation], run: RecordedRun) -> list[str]:
     """What evaluations are called: by their names at the ends of a run, else by iteration."""
+    if run.alone:
+        return ["reward"]
     after = run.evaluation("after") is not None or not run.evaluations
     last = "after" if after else f"iteration {kept[-1].iteration}"
     middle = [f"iteration {one.iteration}" for one in kept[1:-1]]

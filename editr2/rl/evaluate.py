@@ -1,4 +1,4 @@
-"""Held-out evaluation (fixed seeds, greedy intents) and the film-strips of the report."""
+"""Evaluation (fixed seeds, greedy intents) and the film-strips of the report."""
 
 from __future__ import annotations
 
@@ -230,13 +230,15 @@ def evaluate(
     shown: int = 0,
     pictured: Callable[[Session, int], bool] | None = None,
     small: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
+    progress: Callable[[int], None] | None = None,
     **where: Any,
 ) -> Evaluation:
     """One deterministic rollout a session; split over processes and gathered. apart: the judges of
     `eval.reward`. shown: of the first so many sessions images are kept (`strips_of`). pictured: of
-    a session and its place, whether its outputs are kept as `small` makes them. where: what the
-    record of judging says of it besides. Raises `RewardFailure` where a reward is
-    down, or fails on more turns than `train.max_failed_scores` lets pass."""
+    a session and its place, whether its outputs are kept as `small` makes them. progress: hears,
+    after every batch, how many sessions this process has edited. where: what the record of judging
+    says of it besides. Raises `RewardFailure` where a reward is down, or fails on more turns than
+    `train.max_failed_scores` lets pass."""
     pool, limit = pool_of(reward), config.train.max_failed_scores
     first_answer(pool.panel, sessions, limit, processes)
     mine = processes.share(len(sessions))
@@ -271,6 +273,8 @@ def evaluate(
         for one in judged:
             one.done(chunk)
         done.append(chunk)
+        if progress is not None:
+            progress(sum(len(each.sessions) for each in done))
     processes.lend()
     known = [
         record.text[j] == turn.intent

@@ -54,6 +54,7 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
 from editr2.rl.start import Start, find_start
 from editr2.rl.state import State, new_state
+from editr2.rl.told import opening
 from editr2.rl.watch import alarms, best_of, evaluations, new_alarms, parted, stop_row
 from editr2.run.checkpoint import replace_folder
 from editr2.run.folder import Refreshed, write_readme
@@ -220,6 +221,17 @@ class _Loop:
         ):
             self.page = Refreshed(self.folder, report, self.progress.note)
             self._describe("at work, or stopped before its end")
+            for line in opening(
+                config,
+                self.source,
+                state.policy,
+                self.reward,
+                self.sampler,
+                given="start" in self.identity.depends,
+                done=state.iteration,
+                seconds=state.elapsed,
+            ):
+                self.progress.note(line)
             for note in self.start.notes:
                 self.progress.note(note)
             if self.source.heldout_is_training and not self.record:
@@ -311,7 +323,7 @@ class _Loop:
                     notes += panel.lacking(self.source.sessions or ())
                 apart = not self.source.heldout_is_training or panel is not self.reward
                 if apart and self.source.heldout:
-                    notes += panel.lacking(self.source.heldout, "held-out sessions")
+                    notes += panel.lacking(self.source.heldout, f"{self._kind} sessions")
             said: tuple[list[str], UserError | None] = (notes, None)
         except UserError as error:
             said = ([], error)
@@ -496,8 +508,7 @@ class _Loop:
             if name == "during":  # before and after have film-strips
                 self.log.strips(of / f"{kept.file_name(at)}.jsonl", at)
             self._append(row)
-            kind = "training" if self.source.heldout_is_training else "held-out"
-            self.progress.note(evaluation_line(row, kind))
+            self.progress.note(evaluation_line(row, self._kind))
             for text in new_alarms(row, evaluations(self.record)[:-1]):
                 self.progress.note(f"ALARM {text}")
 
@@ -507,6 +518,11 @@ class _Loop:
         seed = derive_seed(0, "eval", self.processes.index)
         with generators_aside(seed), self.state.averaged() as averaged:
             yield averaged
+
+    @property
+    def _kind(self) -> str:
+        """Of the sessions that evaluations are on."""
+        return "training" if self.source.heldout_is_training else "held-out"
 
     def _drawn(self, name: str) -> bool:
         return self.processes.on_main(lambda: (self.folder / "strips" / f"{name}.json").exists())
