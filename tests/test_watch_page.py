@@ -3,10 +3,12 @@ playwright (the extra `dev`) and an installed Chromium; nothing is downloaded.""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from editr2.rl.kept import file_name
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 SERVE = """
 import sys
+from pathlib import Path
 from pathlib import Path
 from editr2 import serving
 from editr2.watch.serve import Watch, listen, serve
@@ -139,5 +142,38 @@ def test_the_page_follows_a_run_and_its_server(browser, tmp_path):
             page.wait_for_timeout(200)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert problems == []
+    finally:
+        server.kill()
+
+
+def axe_core():
+    found = importlib.util.find_spec("axe_playwright_python")
+    if found is None:
+        pytest.skip("needs axe-playwright-python: editr2[dev]")
+    return next(Path(found.origin).parent.rglob("axe.min.js")).read_text("utf-8")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_all_of_it_can_be_read_aloud(browser, tmp_path, width, scheme):
+    axe, folder = axe_core(), tmp_path / "run"
+    add(folder, {"event": "start"}, *map(train, range(9)))
+    failed = train(10) | {"failed_scores": 1, "first_failure": "the judge is down"}
+    add(folder, evaluated(folder, 9), failed)
+    server = Server(folder)
+    try:
+        size = {"width": width, "height": 900}
+        context = browser.new_context(viewport=size, color_scheme=scheme, bypass_csp=True)
+        page = context.new_page()
+        page.goto(server.url)
+        page.locator(".session img").first.wait_for()
+        page.locator("#more > summary").click()
+        page.evaluate(axe)
+        kinds = "['wcag2a', 'wcag2aa', 'best-practice']"
+        found = page.evaluate(f"axe.run(document, {{runOnly: {kinds}}})")
+        told = [
+            f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}"
+            for one in found["violations"]
+        ]
+        assert told == [] and len(found["passes"]) > 20
     finally:
         server.kill()
