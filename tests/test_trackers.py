@@ -348,5 +348,5 @@ def test_wandb_goes_on_with_a_run(tmp_path, trackers_of_others):
     pytest.importorskip("wandb", reason="needs wandb")
     killed_and_resumed(tmp_path, ["wandb"], after=strips(tmp_path) / "after.json")
     id = json.loads((tmp_path / "tracking.json").read_text())["id"]
-    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb"))) == 3
-    assert list(tmp_path.glob(f"wandb/offline-run-*-{id}/files/media/images/strips/s1_*.png"))
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{id}*/run-{id}.wandb"))) == 3
+    assert list(tmp_path.glob(f"wandb/offline-run-*-{id}*/files/media/images/strips/s1_*.png"))
