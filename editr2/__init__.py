@@ -12,6 +12,7 @@ __all__ = [
     "Config",
     "Editor",
     "Intent",
+    "Live",
     "Policy",
     "Reward",
     "Score",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # the names with their types; below is how they come
     from editr2.rewards.world import WorldReward
     from editr2.sessions import Session, Turn, load_sessions, save_sessions
     from editr2.training import train
+    from editr2.watch.live import Live
 else:
     _HOMES = {
         "editr2.config": ("Config", "preset_config", "replace_nested"),
@@ -53,6 +55,7 @@ else:
         "editr2.rewards.world": ("WorldReward",),
         "editr2.sessions": ("Session", "Turn", "load_sessions", "save_sessions"),
         "editr2.training": ("train",),
+        "editr2.watch.live": ("Live",),
     }
 
     def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ def train(
     reward: GivenReward | None = None,
     profile: bool = False,
     resume_anyway: Sequence[str] = (),
+    observer: Callable[[dict[str, Any]], object] | None = None,
 ) -> Path:
     """Trains as configured and returns the run's folder, with its report; an unfinished run there
     is resumed.
@@ -31,7 +32,10 @@ def train(
     config: `preset_config`, `replace_nested`, or the dataclass itself. policy, reward: in place of
     the configured ones (docs/rewards.md has the forms of a reward). profile: also prints the
     seconds of an iteration by phase. resume_anyway: what may differ from the run that is resumed,
-    by name: settings, sections of them, or sessions, heldout, weights and reward.
+    by name: settings, sections of them, or sessions, heldout, weights and reward. observer: called
+    on the first process with every row of `metrics.jsonl` (docs/watching.md), those of before where
+    a run goes on included; `editr2.Live(config)` draws them in a notebook. One that raises is told
+    and called no more.
 
     Raises `UserError` subclasses for bad settings, data, checkpoints, a run of something else or
     one that is at work in the folder, too many failed scores, a ratio that is not 1 on-policy, or a
@@ -45,6 +49,7 @@ def train(
         resume_anyway=resume_anyway,
         settle=partial(_settled, insist=resume_anyway),
         report=build_report,
+        observer=observer,
     )
 
 

@@ -212,7 +212,9 @@ READERS: dict[str, Callable[[Path], dict[str, Row]]] = {
 def read_folder(folder: Path, name: str) -> Files:
     found: Files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "tensorboard" not in path.parts and path.name != ".lock":
+        told = path.name == "README.md" and (path.parent / "metrics.jsonl").exists()  # has clocks
+        left_out = told or path.name == ".lock" or "tensorboard" in path.parts
+        if path.is_file() and not left_out:
             reader = next(reader for end, reader in READERS.items() if path.name.endswith(end))
             found[f"{name}/{path.relative_to(folder)}"] = reader(path)
     return found

@@ -217,6 +217,7 @@ def understood(monkeypatch):
         "judge.whole.judge",
         "judge.asking.write_asked",
         "label.serve.serve",
+        "watch.serve.serve",
         "verifier.principles.write_principles",
         "verifier.tracing.write_traces",
         "verifier.select.write_selection",
@@ -348,7 +349,17 @@ def names_for(page: str, policy) -> dict:
     return {}
 
 
-@pytest.mark.parametrize("page", [page for page, blocks in PYTHON.items() if blocks])
+WHOLE = [pytest.mark.exhaustive, pytest.mark.slow]  # its parts are tested in tests/test_watch.py
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=WHOLE if page == "watching" else [])
+        for page, blocks in PYTHON.items()
+        if blocks
+    ],
+)
 def test_python_runs(page, workspace, tiny_unified, monkeypatch, peers):
     import editr2.rl.loop
 
@@ -369,9 +380,17 @@ def test_python_runs(page, workspace, tiny_unified, monkeypatch, peers):
         return runs[-1]
 
     monkeypatch.setattr("editr2.training.train", small)
+    shown: list = []
+    if page == "watching":
+        notebook = SimpleNamespace(update=shown.append)
+        notebook.display = lambda thing, display_id: shown.append(thing) or notebook
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=notebook))
+        monkeypatch.setitem(sys.modules, "IPython.display", notebook)
     names = names_for(page, tiny_unified)
     for block in PYTHON[page]:
         exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)
+    if page == "watching":
+        assert "iteration 1" in repr(shown[-1]) and "<svg" in shown[-1]._repr_html_()
     if page == "README":
         row = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
         assert [r["failed_scores"] for r in row if r["event"] == "train"] == [0]

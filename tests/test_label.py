@@ -22,9 +22,10 @@ from editr2.cli.main import main
 from editr2.errors import DataError
 from editr2.label.export import preferences
 from editr2.label.questions import BAD, SKIPPED, Question, read_answer, read_questions
-from editr2.label.serve import Page, listen
+from editr2.label.serve import Page
 from editr2.label.store import NAME, Store, Vote
 from editr2.label.summary import agreements, alpha, lines, people, said_of, wilson
+from editr2.serving import listen
 from editr2.sessions import ImageFile, Turn, save_sessions
 from editr2.verifier.files import read_preferences
 from editr2.worlds.shapes import make_session

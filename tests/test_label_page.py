@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from editr2.label.questions import BAD, SKIPPED, read_questions
-from editr2.label.serve import Page, address, listen, server_of
+from editr2.label.serve import Page, address, server_of
 from editr2.label.store import Store
 from editr2.label.summary import people
+from editr2.serving import listen
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 IDLE = "body:not([data-busy])"
@@ -28,8 +29,9 @@ SERVE = """
 import sys
 from pathlib import Path
 from editr2.label.questions import read_questions
-from editr2.label.serve import Page, address, listen, serve
+from editr2.label.serve import Page, address, serve
 from editr2.label.store import Store
+from editr2.serving import listen
 store, listening = Store(Path(sys.argv[1])), listen(int(sys.argv[2]))
 store.ask(read_questions(Path(sys.argv[1])))
 print(address(store, listening), flush=True)

@@ -113,6 +113,7 @@ MISTAKES = [
     M("yes for a switch that wants true", "train --policy.intent maybe", "policy.intent"),
     M("help about nothing there is", "train --help polcy", "did you mean policy?"),
     M("completion for a shell it has not", "completion ksh", "bash, zsh, tcsh, fish"),
+    M("a tracker misspelt", "train --tracking wanbd", "'wanbd' is none of them"),
     # Values.
     M("a negative learning rate", "train --train.lr=-1e-4", "train.lr"),
     M("an infinite learning rate", "train --train.lr .inf", "train.lr"),

@@ -59,10 +59,9 @@ HUGE = 10**20
 NAN, INF = float("nan"), float("inf")
 NO_CHOICE = "no-such-choice"
 # The loss says what `train.loss_options` takes (tests/test_losses.py), the reward what
-# `reward.options` does (tests/test_rewards_used.py).
-FIELDS: dict[str, Slot] = {
-    k: v for k, v in leaves(Config) if k not in ("train.loss_options", "reward.options")
-}
+# `reward.options` does (tests/test_rewards_used.py), a tracker what `tracking_options` does.
+OPTIONS = ("train.loss_options", "reward.options", "tracking_options")
+FIELDS: dict[str, Slot] = {k: v for k, v in leaves(Config) if k not in OPTIONS}
 
 ZERO = {
     "reward.retries",

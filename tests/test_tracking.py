@@ -3,7 +3,6 @@ import io
 import json
 import logging
 import math
-import sys
 
 import pytest
 
@@ -22,7 +21,7 @@ def iterations(rows, event="train"):
 def test_rows_come_back_as_written(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     rows = [train(0, note="line\u2028separator é"), train(1, reward_turn=[0.1, None])]
-    with MetricsLog(path, tensorboard=False) as metrics:
+    with MetricsLog(path) as metrics:
         for row in rows:
             metrics.append(row)
             assert path.read_bytes().endswith(b"\n")  # on disk before the next, not at close
@@ -48,7 +47,7 @@ def test_a_complete_last_line_without_its_newline_counts(tmp_path):
 
 def test_killed_and_resumed_run_has_each_iteration_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, tensorboard=False) as metrics:
+    with MetricsLog(path) as metrics:
         metrics.append({"event": "start"})
         metrics.append({"event": "eval", "name": "before", "iteration": 0})
         for i in range(4):
@@ -60,7 +59,7 @@ def test_killed_and_resumed_run_has_each_iteration_once(tmp_path):
         metrics.append({"event": "comparison", "turn": 3})
     with open(path, "ab") as file:
         file.write(b'{"event": "train", "itera')
-    with MetricsLog(path, resume_iteration=4, tensorboard=False) as metrics:
+    with MetricsLog(path, resume_iteration=4) as metrics:
         assert metrics.dropped == 1
         for i in range(4, 6):
             metrics.append(train(i, attempt=2))
@@ -76,35 +75,35 @@ def test_killed_and_resumed_run_has_each_iteration_once(tmp_path):
 
 def test_comparison_stays_with_the_evaluation_it_follows(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, tensorboard=False) as metrics:
+    with MetricsLog(path) as metrics:
         metrics.append(train(0))
         metrics.append({"event": "eval", "name": "after", "iteration": 1})
         metrics.append({"event": "comparison", "turn": 3})
-    MetricsLog(path, resume_iteration=1, tensorboard=False).close()  # a finished run, extended
+    MetricsLog(path, resume_iteration=1).close()  # a finished run, extended
     assert [row["event"] for row in read_metrics(path)[0]] == ["train", "eval", "comparison"]
 
 
 def test_a_torn_tail_never_swallows_the_next_row(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"event": "tra')
-    with MetricsLog(path, resume_iteration=0, tensorboard=False) as metrics:
+    with MetricsLog(path, resume_iteration=0) as metrics:
         metrics.append(train(0))
     assert read_metrics(path) == ([train(0)], 0)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, tensorboard=False) as metrics:
+    with MetricsLog(path) as metrics:
         metrics.append(train(0))
     with pytest.raises(CheckpointError, match="resume_iteration"):
-        MetricsLog(path, tensorboard=False)
+        MetricsLog(path)
     with pytest.raises(ValueError, match="resume_iteration is -1"):
-        MetricsLog(path, resume_iteration=-1, tensorboard=False)
+        MetricsLog(path, resume_iteration=-1)
 
 
 def test_non_finite_numbers_become_null_and_are_named(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    with caplog.at_level(logging.WARNING), MetricsLog(path, tensorboard=False) as metrics:
+    with caplog.at_level(logging.WARNING), MetricsLog(path) as metrics:
         for i in range(2):
             metrics.append(
                 train(i, loss=math.nan, seconds={"reward": math.inf}, if_turn=(1.0, -math.inf))
@@ -124,7 +123,7 @@ def test_tensors_and_arrays_are_numbers_and_other_objects_are_refused(tmp_path):
     import torch
 
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, tensorboard=False) as metrics:
+    with MetricsLog(path) as metrics:
         metrics.append(
             {
                 "a": torch.tensor(1.5),
@@ -153,43 +152,6 @@ def test_flatten_counts_turns_from_one():
         "bad": math.nan,
     }
     assert dict(flatten(row)) == {"r/1/mean": 0.5, "r/2": 2.0, "seconds/loss": 1.0}
-
-
-def scalars(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-
-
-def test_tensorboard_shows_each_iteration_of_a_resumed_run_once(tmp_path):
-    pytest.importorskip("tensorboard")
-    path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, tensorboard=True) as metrics:
-        for i in range(4):
-            metrics.append(train(i, reward_turn=[0.25, None]))
-        metrics.append({"event": "eval", "iteration": 4, "success": {"mean": 0.75, "se": 0.1}})
-        metrics.append(train(4, reward=9.0))
-        metrics.append(train(5, reward=9.0))
-    with MetricsLog(path, resume_iteration=4, tensorboard=True) as metrics:
-        metrics.append(train(4))
-        metrics.append({"event": "comparison", "turn": 3, "difference": 0.5})
-    got = scalars(tmp_path / "tensorboard")
-    assert got["train/reward"] == dict.fromkeys(range(5), 0.5)
-    assert got["train/reward_turn/1"] == dict.fromkeys(range(4), 0.25)
-    assert got["eval/success/mean"] == {4: 0.75}
-    assert got["comparison/turn3/difference"] == {4: 0.5}
-
-
-def test_without_tensorboard_the_run_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with caplog.at_level(logging.INFO), MetricsLog(tmp_path / "a" / "metrics.jsonl") as metrics:
-        metrics.append(train(0))
-        metrics.append(train(1))
-    assert len(caplog.records) == 1 and "TensorBoard" in caplog.text
-    with pytest.raises(ImportError):
-        MetricsLog(tmp_path / "b" / "metrics.jsonl", tensorboard=True)
 
 
 FULL = train(

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 
 from editr2.cli.main import main
@@ -78,14 +80,56 @@ def test_a_toy_reward_rises_and_the_run_leaves_everything_behind(tiny_unified, t
     )
 
 
-def test_learning_rate_falls_and_a_finished_run_is_left_as_it_is(tiny_unified, tmp_path):
-    config = small(tmp_path, train={"iterations": 3, "lr_decay": 0.1})
-    run = train(config, policy=tiny_unified, reward=Brightness())
+class Told(GeneralTracker):
+    """A tracker of a user's own: what it is told, of all of its kind."""
+
+    name, requires_logging_directory = "told", False
+    rows: ClassVar[list] = []
+    images: ClassVar[list] = []
+
+    def __init__(self, project):
+        super().__init__()
+
+    @property
+    def tracker(self):
+        return self
+
+    def log(self, values, step=None):
+        Told.rows.append((step, set(values)))
+
+    def log_images(self, values, step=None):
+        Told.images += [(step, name.partition("/")[0]) for name in values]
+
+
+def test_a_run_is_looked_at_and_a_finished_one_is_left_as_it_is(
+    tiny_unified, tmp_path, monkeypatch
+):
+    more = {"tracking": [f"{Told.__module__}:Told"], "checkpoint": {"every": 1}}
+    config = small(tmp_path, train={"iterations": 3, "lr_decay": 0.1}, eval={"every": 2}, **more)
+    pages, seen, again = [], [], []
+
+    def page(folder):
+        pages.append((folder / "README.md").read_text().count("Stands: at work"))
+        if len(pages) == 1:
+            raise OSError("no room for a page")
+        return folder / "report.html"
+
+    monkeypatch.setattr("editr2.training.build_report", page)
+    monkeypatch.setattr(Told, "rows", [])
+    monkeypatch.setattr(Told, "images", [])
+    run = train(config, policy=tiny_unified, reward=Brightness(), observer=seen.append)
     saved = load_checkpoint(run / "checkpoints" / "step_000003")
     assert saved.optimizer["param_groups"][0]["lr"] == pytest.approx(1e-4)
+    assert pages == [1, 1]  # at the first checkpoint, and at the end: it failed once
     before = (run / "metrics.jsonl").read_text()
-    train(config, policy=tiny_unified, reward=Brightness())
-    assert (run / "metrics.jsonl").read_text() == before
+    assert seen == read_metrics(run / "metrics.jsonl")[0]
+    assert [step for step, names in Told.rows if "train/reward" in names] == [0, 1, 2]
+    assert {step for step, _ in Told.images} == {0, 2, 3}  # before, during, after
+    told = (run / "README.md").read_text()
+    assert "- Stands: finished" in told and f"editr2 watch {run}" in told
+    train(config, policy=tiny_unified, reward=Brightness(), observer=again.append)
+    assert (run / "metrics.jsonl").read_text() == before and again == seen
+    assert len([step for step, names in Told.rows if "train/reward" in names]) == 3
 
 
 def test_a_policy_of_another_architecture_trains_through_the_same_loop(tmp_path, beside):

@@ -349,6 +349,7 @@ def test_a_run_of_something_else_is_not_resumed(world: Path, tmp_path: Path) -> 
     made = (tmp_path / "run" / "verifier" / "model.safetensors").stat().st_mtime_ns
     loop.train_verifier("sft", config)  # nothing is left to do
     assert (tmp_path / "run" / "verifier" / "model.safetensors").stat().st_mtime_ns == made
+    assert f"editr2 watch {config.out}" in (tmp_path / "run" / "README.md").read_text()
     other = replace_nested(config, {"train": {"lr": 0.5}})
     with pytest.raises(CheckpointError, match="train.lr: 0.01 saved, 0.5 given"):
         loop.train_verifier("sft", other)
@@ -577,6 +578,7 @@ def test_a_served_copy_says_the_same(world: Path, tmp_path: Path) -> None:
         ("sft", ["--policy.lora_targets", "nothing"], "policy.lora_targets: 'nothing' (accepted"),
         ("sft", ["--train.lr", "-1"], "train.lr: -1.0 (accepted: "),
         ("sft", ["--rollout.traces", "3"], "--rollout.traces: unknown flag"),
+        ("sft", ["--tracking", "[wanbd]"], "'wanbd' is none of them"),
         ("sft", ["--resume-anyway", "reward"], "--resume-anyway: 'reward' (accepted: sessions"),
         ("gcpo", ["--rollout.traces", "1"], "rollout.traces: 1 (accepted: "),
         ("gcpo", ["--train.minibatches", "9"], "train.minibatches: 9 (accepted: up to"),

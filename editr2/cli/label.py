@@ -65,8 +65,9 @@ def _serve(arguments: Arguments) -> int:
     from dataclasses import replace
 
     from editr2.label.questions import READERS, read_questions
-    from editr2.label.serve import Page, address, listen, serve
+    from editr2.label.serve import Page, address, serve
     from editr2.label.store import NAME
+    from editr2.serving import listen
 
     folder = Path(options["folder"])
     waits = (folder / NAME).is_file()  # a run asks here: there need be no file

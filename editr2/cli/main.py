@@ -25,6 +25,7 @@ from editr2.cli import (
     rollout,
     train,
     verifier,
+    watch,
     world,
 )
 from editr2.cli.flags import Arguments, dispatch
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "label": label.command,
     "benchmark": benchmark.command,
     "report": report.command,
+    "watch": watch.command,
     "export": export.command,
     "reproduce": reproduce.command,
     "doctor": doctor.command,
@@ -51,7 +53,7 @@ COMMANDS["completion"] = completion.command_of(COMMANDS)
 
 
 GROUPS = {
-    "train an editor": ("train", "check", "report", "export"),
+    "train an editor": ("train", "check", "watch", "report", "export"),
     "edit, and say what it is worth": ("rollout", "eval", "benchmark"),
     "sessions and judges": ("data", "judge", "label", "verifier", "world"),
     "this program": ("doctor", "completion", "reproduce"),
@@ -67,6 +69,7 @@ STOPPED = {
     "rollout": "what is in --out is not whole; the same command begins again",
     "judge": "what was answered is on the record in --out; the same command asks for the rest",
     "benchmark": "images and answers that are there stand; the same command makes the rest",
+    "watch": "the run is not touched",
     "label": "every vote is in the folder's labels.sqlite; the same command goes on",
     "verifier": "nothing was changed by this start; the same command begins again, or goes on from "
     "what stands",

@@ -66,6 +66,21 @@ def option_defaults(loss: str) -> dict[str, Any]:
 
 
 @rule(*TRAINS)
+def _tracker_options(config: Config, command: str) -> Iterator[str]:
+    for name, given in config.tracking_options.items():
+        yield from tracker_options_problem(name, given, config.tracking)
+
+
+def tracker_options_problem(name: str, given: object, tracking: Iterable[str]) -> Iterator[str]:
+    """What is wrong with an entry of `tracking_options`."""
+    if name not in tracking:
+        said = ", ".join(tracking) or "none, while tracking is empty"
+        yield f"tracking_options.{name}: (accepted: what tracking names: {said})"
+    elif not isinstance(given, dict):
+        yield f"tracking_options.{name}: {given!r} (accepted: names and values)"
+
+
+@rule(*TRAINS)
 def _without_a_window(config: Config, command: str) -> Iterator[str]:
     r = config.rollout
     if r.window == 0 and r.shared_noise:

@@ -5,6 +5,7 @@ Precedence: field defaults, then `--preset`, then `--config file.yaml`, then fla
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -26,6 +27,18 @@ rollout_dynamics = table("editr2_kernels:DYNAMICS", keep=lambda entry: bool(entr
 
 CREDIT_PRESETS = table("editr2_kernels:CREDIT_PRESETS")
 """Published combinations of the options of credit. The operators import torch."""
+
+
+def tracking_problem(given: Sequence[str]) -> str | None:
+    """What is wrong with `tracking`, or None. The table of trackers stands above the settings."""
+    trackers = importlib.import_module("editr2.run.trackers") if given else None
+    return trackers.tracking_problem(given) if trackers else None
+
+
+TRACKERS_LISTED = (
+    "a list of aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb, "
+    "package.module:Class"
+)
 
 
 def noise_levels(dynamics: str) -> Bounds:
@@ -596,10 +609,16 @@ class Config:
     Args:
         seed: everything random in the run follows from it.
         out: the run's folder; an unfinished run there is resumed.
+        tracking: trackers that get the run's numbers and film-strips beside metrics.jsonl: wandb,
+            trackio, tensorboard and others that accelerate has (docs/watching.md). Empty: none.
+        tracking_options: by a tracker's name, what it is begun with: project, and what its own
+            init takes.
     """
 
     seed: int = setting(0, SEED)
     out: str = setting("runs/train", path=True, what="a folder")
+    tracking: tuple[str, ...] = setting((), check=tracking_problem, what=TRACKERS_LISTED)
+    tracking_options: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

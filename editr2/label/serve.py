@@ -18,9 +18,11 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from editr2.errors import ConfigError, DataError, plain
+from editr2 import serving
+from editr2.errors import DataError, plain
 from editr2.label.questions import SKIPPED, Answer, Question, read_answer
 from editr2.label.store import LONGEST_NAME, Asked, Store, Vote
+from editr2.serving import HEADERS
 from editr2.sessions.images import read_image
 
 if TYPE_CHECKING:
@@ -28,19 +30,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-HOST = "127.0.0.1"
 FILES = Path(__file__).parent / "page"
-TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+PARTS = ("page.html", "page.css", "page.js")
 URL = "url"
 """The fact of a store that says where its page was served last."""
-
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; "
-    "script-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
 
 
 class _Refused(Exception):
@@ -58,13 +51,10 @@ class Page:
     def app(self) -> Starlette:
         """To be served. Raises ConfigError without the extra."""
         try:
-            from starlette.applications import Starlette
-            from starlette.middleware import Middleware
-            from starlette.middleware.trustedhost import TrustedHostMiddleware
             from starlette.responses import JSONResponse, Response
-            from starlette.routing import Mount, Route
+            from starlette.routing import Route
         except ImportError as error:
-            raise _without(error) from error
+            raise serving.without(error, "label") from error
 
         def answered(function: Callable[[Mapping[str, Any]], Any]) -> Callable[..., Any]:
             async def of(request: Request) -> Response:
@@ -76,14 +66,8 @@ class Page:
                         raise _Refused("no object")
                     said = await run_in_threadpool(function, given)
                 except (_Refused, ValueError) as error:
-                    return JSONResponse({"error": plain(str(error))}, 400, _HEADERS)
-                return JSONResponse(said, headers=_HEADERS)
-
-            return of
-
-        def file(name: str) -> Callable[..., Response]:
-            def of(request: Request) -> Response:
-                return Response((FILES / name).read_bytes(), 200, _HEADERS, TYPES[name])
+                    return JSONResponse({"error": plain(str(error))}, 400, HEADERS)
+                return JSONResponse(said, headers=HEADERS)
 
             return of
 
@@ -91,26 +75,22 @@ class Page:
             number, slot = request.path_params["number"], request.path_params["slot"]
             path = self._path(number, slot, request.query_params.get("who", ""))
             if path is None:
-                return Response("no such image", 404, _HEADERS)
+                return Response("no such image", 404, HEADERS)
             try:
                 data = self._picture(path, path.stat().st_mtime_ns)
             except (DataError, OSError) as error:
-                return Response(plain(str(error)), 404, _HEADERS, "text/plain")
+                return Response(plain(str(error)), 404, HEADERS, "text/plain")
             kept = {"Cache-Control": "private, max-age=3600"}
-            return Response(data, 200, _HEADERS | kept, "image/png")
+            return Response(data, 200, HEADERS | kept, "image/png")
 
-        token = self.store.fact("token")
         routes = [
-            Route("/", file("page.html")),
-            *(Route(f"/{name}", file(name)) for name in TYPES),
+            *serving.file_routes({name: FILES / name for name in PARTS}),
             Route("/image/{number:int}/{slot}", image),
             Route("/next", answered(self._next), methods=["POST"]),
             Route("/vote", answered(self._vote), methods=["POST"]),
             Route("/undo", answered(self._undo), methods=["POST"]),
         ]
-        # A page of another site that has its name lead here is refused by what it calls us.
-        ours = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-        return Starlette(routes=[Mount(f"/{token}", routes=routes)], middleware=[ours])
+        return serving.page_app(_token(self.store), routes)
 
     # ------------------------------------------------------------------------------ what is said
 
@@ -190,41 +170,20 @@ class Page:
         return files[self.store.order(asked.question, person)[int(found[2])]]
 
 
-def listen(port: int) -> socket.socket:
-    """On this machine's own address. port: 0 is any free one. Raises ConfigError."""
-    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind((HOST, port))
-        made.listen(128)  # who has the address is waited for from here on
-    except OSError as error:
-        made.close()
-        raise ConfigError(
-            f"--port: {port}: {error.strerror} (accepted: a free port; 0 takes any)"
-        ) from error
-    return made
-
-
 def address(store: Store, listening: socket.socket) -> str:
     """Of the page, with its token."""
-    return f"http://{HOST}:{listening.getsockname()[1]}/{store.fact('token')}/"
+    return serving.address(_token(store), listening)
+
+
+def _token(store: Store) -> str:
+    found = store.fact("token")
+    assert found is not None, "a store has one from its making"
+    return found
 
 
 def server_of(page: Page) -> Any:
     """uvicorn's, to be run with a socket. Raises ConfigError without the extra."""
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise _without(error) from error
-    return uvicorn.Server(
-        uvicorn.Config(
-            page.app(),
-            lifespan="off",
-            log_level="warning",
-            access_log=False,  # addresses hold the token
-            timeout_graceful_shutdown=2,
-        )
-    )
+    return serving.server_of(page.app(), "label")
 
 
 def serve(page: Page, listening: socket.socket) -> None:
@@ -232,12 +191,6 @@ def serve(page: Page, listening: socket.socket) -> None:
     server = server_of(page)
     page.store.note(URL, address(page.store, listening))
     server.run(sockets=[listening])
-
-
-def _without(error: ImportError) -> ConfigError:
-    return ConfigError(
-        f"label: the page needs {error.name} (accepted: pip install 'editr2[label]')"
-    )
 
 
 def _person(given: Mapping[str, Any]) -> str:

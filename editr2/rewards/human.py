@@ -30,10 +30,11 @@ from editr2.config.fields import Bounds, setting
 from editr2.errors import ConfigError
 from editr2.files import in_place_of
 from editr2.label.questions import BAD, MOST, SKIPPED, Answer, Question
-from editr2.label.serve import URL, Page, address, listen, server_of
+from editr2.label.serve import URL, Page, address, server_of
 from editr2.label.store import FRESH, Store, Vote
 from editr2.rewards.base import Calls, Item, Score
 from editr2.rewards.record import pixel_digest
+from editr2.serving import listen
 
 NAME = "human"
 IMAGES = "images"

@@ -4,6 +4,7 @@ iterations with the evaluations, checkpoints and rows between them."""
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ from editr2.rl.state import State, new_state
 from editr2.rl.told import opening
 from editr2.rl.watch import alarms, best_of, evaluations, new_alarms, parted, stop_row
 from editr2.run.checkpoint import replace_folder
+from editr2.run.folder import Refreshed, write_readme
 from editr2.run.generators import capture_rng, generators_aside, seed_generators
 from editr2.run.identity import (
     Identity,
@@ -69,6 +71,7 @@ from editr2.run.identity import (
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.run.stop import Stop, ending_told
+from editr2.run.trackers import open_sinks
 from editr2.run.tracking import MetricsLog, Progress, profile_table
 from editr2.sessions.source import SessionSource
 
@@ -82,6 +85,7 @@ def train(
     resume_anyway: Sequence[str] = (),
     settle: Callable[[Config, Processes, bool], tuple[Config, list[str]]] | None = None,
     report: Callable[[Path], str | Path] | None = None,
+    observer: Callable[[dict[str, Any]], object] | None = None,
 ) -> Path:
     """Trains as configured and returns the run's folder; an unfinished run there is resumed.
 
@@ -89,7 +93,9 @@ def train(
     reward). resume_anyway: what may differ from the run that is resumed, by name: settings,
     sections of them, or sessions, heldout, weights and reward. settle: given the settings and
     whether the policy is a given one, returns them without any `auto`, and lines to say; asked
-    once. report: called with the folder of a finished run, and returns what it wrote.
+    once. report: called with the run's folder at checkpoints and at the end, and returns what it
+    wrote. observer: called on the first process with every row of `metrics.jsonl`, those of before
+    where a run goes on included.
 
     Raises `UserError` subclasses for bad settings, data, checkpoints, a run of something else or
     one that is at work in the folder, too many failed scores, a ratio that is not 1 on-policy, or a
@@ -157,7 +163,7 @@ def train(
             with saveable(policy, processes) as saved:
                 processes.on_main(lambda: rehearse_save(saved, run))
         loop = _Loop(config, state, source, asked, apart, own, processes, identity, start)
-        return loop.run(profile, report)
+        return loop.run(profile, report, observer)
 
 
 def _device_name(device: torch.device) -> str:
@@ -190,21 +196,31 @@ class _Loop:
             processes.device
         )
 
-    def run(self, profile: bool, report: Callable[[Path], str | Path] | None) -> Path:
+    def run(
+        self,
+        profile: bool,
+        report: Callable[[Path], str | Path] | None,
+        observer: Callable[[dict[str, Any]], object] | None,
+    ) -> Path:
         config, state, processes = self.config, self.state, self.processes
         self.rows: list[dict[str, Any]] = []  # of the iterations of this process
         with (
+            Progress(
+                config.train.iterations, start=state.iteration, enabled=processes.main
+            ) as self.progress,
             MetricsLog(
                 self.folder / "metrics.jsonl",
                 resume_iteration=state.iteration,
                 resumed=self.start.resumed,
+                sinks=open_sinks(
+                    config, processes, observer, at=state.iteration, note=self.progress.note
+                ),
                 enabled=processes.main,
             ) as self.log,
-            Progress(
-                config.train.iterations, start=state.iteration, enabled=processes.main
-            ) as self.progress,
             Stop(processes, self._standing) as stop,
         ):
+            self.page = Refreshed(self.folder, report, self.progress.note)
+            self._describe("at work, or stopped before its end")
             for line in opening(
                 config,
                 self.source,
@@ -231,6 +247,7 @@ class _Loop:
                         saved.save(self.folder / "policy")
                 if processes.main and report is not None:
                     print(f"report: {report(self.folder)}")
+                self._describe("finished")
         processes.wait()
         return self.folder
 
@@ -280,6 +297,8 @@ class _Loop:
             state.rng = capture_rng()
             if state.iteration % config.checkpoint.every == 0 or state.iteration == t.iterations:
                 self._save()
+                if self.processes.main and state.iteration < t.iterations:  # the end has its own
+                    self.page.refresh()
             stop.agree()
             stop.give_up()
 
@@ -353,6 +372,18 @@ class _Loop:
             else "writes what is missing"
         )
         return f"{done}; the same command {what}"
+
+    def _describe(self, standing: str) -> None:
+        """The folder's README.md."""
+        made, run = self.identity.made, shlex.quote(self.config.out)
+        again = f"editr2 train --config {run}/config.yaml --out {run}"
+        others = [
+            ("Follow it in a browser, also while it is at work", f"editr2 watch {run}"),
+            ("Its page, report.html, again", f"editr2 report {run}"),
+            ("Scores by turn on held-out sessions", f"editr2 eval --policy {run}"),
+            ("Its policy for other programs", f"editr2 export {run} --out exported"),
+        ]
+        self.processes.on_main(lambda: write_readme(self.folder, made, standing, again, others))
 
     def _append(self, row: dict[str, Any]) -> None:
         self.log.append(row)
@@ -467,12 +498,15 @@ class _Loop:
             folder = self.folder / "strips"
             reward = self.pool.panel
             processes.on_main(lambda: strips_of(found, folder, name, config.credit, reward))
+            self.log.strips(folder / f"{name}.json", self.state.iteration)
         elif name != "during" and not (apart and shown):
             self._draw(name)
         if made:
             of, at = self.folder / "evaluations", self.state.iteration
             heldout, panel = self.source.heldout, self.pool.panel
             processes.on_main(lambda: kept.keep(of, at, found, heldout, panel))
+            if name == "during":  # before and after have film-strips
+                self.log.strips(of / f"{kept.file_name(at)}.jsonl", at)
             self._append(row)
             self.progress.note(evaluation_line(row, self._kind))
             for text in new_alarms(row, evaluations(self.record)[:-1]):
@@ -506,6 +540,7 @@ class _Loop:
                 self.config,
                 self.processes,
             )
+        self.log.strips(self.folder / "strips" / f"{name}.json", self.state.iteration)
 
     def _watched(self, row: dict[str, Any]) -> dict[str, Any]:
         """An evaluation's row, with what it says beside the evaluations before it."""

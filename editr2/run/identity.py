@@ -71,6 +71,8 @@ MAY_CHANGE = {
     "eval.drift.sharpness",
     "policy.shard",
     "policy.shard_group",
+    "tracking",
+    "tracking_options",
 }
 """Settings that a resumed run may have others of: no number of an iteration follows from them, or
 (where weights lie) by rounding alone, as from the number of processes."""
@@ -449,6 +451,7 @@ def named(config: Config | Mapping[str, Any], depends: Mapping[str, str] | None)
                 {k: v for k, v in use.items() if f"reward.{k}" not in MAY_CHANGE} for use in uses
             ]
             plain = {**plain, section: {**plain[section], name: kept}}
+    plain = {**plain, "tracking_options": {}}  # nobody's number
     return {**respelt_leaves(Config, dict(_flat(plain))), **(depends or {})}
 
 

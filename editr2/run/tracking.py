@@ -1,5 +1,5 @@
-"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard where installed, a line on the
-terminal.
+"""Where a run's numbers go: `metrics.jsonl` always, what else looks on (`editr2.run.trackers`), a
+line on the terminal.
 
 `metrics.jsonl` holds one JSON object a line, told apart by its "event": "start", "train", "eval",
 "stop" (of a run that ended early, with its reason) or "comparison". A train row of iteration i is
@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -60,13 +60,19 @@ def read_metrics(path: str | os.PathLike[str]) -> tuple[list[Row], int]:
 class Sink(Protocol):
     """Anything that takes rows after they are in the file."""
 
+    def resumed(self, rows: Sequence[Row], iteration: int) -> None:
+        """Once, before the first `append`: the rows that stand where a run goes on."""
+
     def append(self, row: Mapping[str, Any]) -> None: ...
+
+    def strips(self, file: Path, iteration: int) -> None:
+        """Sessions were pictured: `strips/<pass>.json` or `evaluations/<iteration>.jsonl`."""
 
     def close(self) -> None: ...
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`, and passes them on to TensorBoard.
+    """Appends rows to `metrics.jsonl`, and passes them on to sinks.
 
     Each row is one `write` of a whole line, so killing the process loses no finished row. The file
     is synced to the disk when it is trimmed and closed, not at every row.
@@ -78,9 +84,8 @@ class MetricsLog:
         the first append. Rows without an iteration (start, comparison) share the fate of the row
         before them.
     resumed: about the process that continues the run, for the list of that name in the start row's
-    identity. tensorboard: None writes event files when tensorboard is installed, True demands it
-    (ImportError),
-        False leaves it out. They go to the folder `tensorboard` beside the file.
+        identity.
+    sinks: get every row once it is in the file, and are closed with it.
     enabled: False (any process but the first) touches no file.
     """
 
@@ -90,13 +95,13 @@ class MetricsLog:
         *,
         resume_iteration: int | None = None,
         resumed: Mapping[str, Any] | None = None,
-        tensorboard: bool | None = None,
+        sinks: Sequence[Sink] = (),
         enabled: bool = True,
     ) -> None:
         self.path = Path(path)
         self.dropped = 0
         self._fd: int | None = None
-        self._sinks: list[Sink] = []
+        self._sinks = list(sinks)
         self._warned: set[str] = set()
         if resume_iteration is not None and resume_iteration < 0:
             raise ValueError(f"resume_iteration is {resume_iteration}; give None or a number >= 0")
@@ -111,18 +116,8 @@ class MetricsLog:
                     f"another folder"
                 )
             kept, self.dropped = _trim(self.path, resume_iteration, resumed)
-        if tensorboard is not False:
-            sink = tensorboard_sink(
-                self.path.parent / "tensorboard",
-                purge_step=resume_iteration,
-                required=tensorboard is True,
-            )
-            if sink is not None:
-                self._sinks.append(sink)
-                # purge_step hides everything from step k on, also the evaluation at k that stays.
-                for row in kept:
-                    if resume_iteration is not None and _iteration(row) == resume_iteration:
-                        sink.append(row)
+        for sink in self._sinks:
+            sink.resumed(kept, resume_iteration or 0)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -157,6 +152,12 @@ class MetricsLog:
         for sink in self._sinks:
             sink.append(clean)
 
+    def strips(self, file: Path, iteration: int) -> None:
+        """Pictures of sessions, for those who look on."""
+        if self._fd is not None:
+            for sink in self._sinks:
+                sink.strips(file, iteration)
+
     def sync(self) -> None:
         """Brings the rows to the disk: before a checkpoint, which has them behind it."""
         if self._fd is not None:
@@ -183,7 +184,8 @@ class MetricsLog:
         self.close()
 
 
-def _iteration(row: Mapping[str, Any]) -> int | None:
+def iteration_of(row: Mapping[str, Any]) -> int | None:
+    """None of a row that belongs to none."""
     value = row.get("iteration")
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -207,7 +209,7 @@ def rows_behind(rows: Iterable[Row], iteration: int) -> list[Row]:
     kept: list[Row] = []
     keep = True
     for row in rows:
-        of = _iteration(row)
+        of = iteration_of(row)
         if of is not None:
             keep = of < iteration if row.get("event") == "train" else of <= iteration
         if keep:
@@ -248,50 +250,6 @@ def _plain(value: Any, name: str, non_finite: list[str]) -> Any:
     )
 
 
-# TensorBoard
-
-
-def tensorboard_sink(
-    folder: str | os.PathLike[str], *, purge_step: int | None = None, required: bool = False
-) -> TensorBoardSink | None:
-    """A sink into `folder`, or None (said once in the log) where tensorboard is not installed.
-
-    purge_step: hide what an earlier process wrote for steps >= this, as a resumed run needs.
-    required: raise ImportError instead of returning None.
-    """
-    try:
-        return TensorBoardSink(folder, purge_step=purge_step)
-    except ImportError as error:
-        if required:
-            raise
-        log.info("no TensorBoard files: %s", error)
-        return None
-
-
-class TensorBoardSink:
-    """Every number of a row as a scalar: `train/reward`, `train/reward_turn/3`,
-    `eval/success/mean`, ..."""
-
-    def __init__(self, folder: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
-        self._step = purge_step or 0
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        iteration = _iteration(row)
-        self._step = self._step if iteration is None else iteration
-        event = str(row.get("event", "row"))
-        if event == "comparison" and "turn" in row:
-            event = f"comparison/turn{row['turn']}"
-        for name, value in flatten(row):
-            if name not in ("iteration", "turn"):
-                self._writer.add_scalar(f"{event}/{name}", value, self._step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """The numbers of a row as (slash-separated name, value); list items count from 1, as turns
     do."""
@@ -317,14 +275,42 @@ RECENT = 5
 busy or free."""
 
 
+class Pace:
+    """How fast a run goes. The time left is reckoned by the mean of the last `RECENT` iterations,
+    and of what the run spent between iterations (evaluations, checkpoints), for each that
+    remains."""
+
+    def __init__(self) -> None:
+        self.seconds: deque[float] = deque(maxlen=TYPICAL)
+        self._between, self._gaps = 0.0, 0
+
+    def add(self, row: Mapping[str, Any], gap: float | None) -> None:
+        """A train row. gap: seconds since the one before, None where nobody looked on."""
+        phases = [s for _, s in flatten({"seconds": row.get("seconds") or {}})]
+        if phases or gap is not None:
+            self.seconds.append(sum(phases) if phases else gap or 0.0)
+        if gap is not None:
+            self._between += max(gap - self.seconds[-1], 0.0)
+            self._gaps += 1
+
+    @property
+    def typical(self) -> float:
+        """Seconds of an iteration. Raises StatisticsError before the first."""
+        return statistics.median(self.seconds)
+
+    def left(self, iterations: int) -> float:
+        """Seconds that so many more take. Raises StatisticsError before the first."""
+        each = statistics.fmean(list(self.seconds)[-RECENT:]) + self._between / max(self._gaps, 1)
+        return each * max(iterations, 0)
+
+
 class Progress:
     """One line for each iteration: its seconds beside the typical ones, the time left, and whether
     the machine is busy.
 
     An iteration's seconds are those of the row's phases, or, without them, from one row to the
-    next. The time left is the mean of the last `RECENT` iterations, and of what the run spent
-    between iterations (evaluations, checkpoints), for each that remains. On a terminal the line
-    stays in place above a bar; elsewhere each iteration prints a line of its own.
+    next. On a terminal the line stays in place above a bar; elsewhere each iteration prints a line
+    of its own.
 
     iterations: how many the run has; start: how many are done already (a resumed run).
     enabled: False (any process but the first) prints nothing.
@@ -349,24 +335,16 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._busy = CoreWatch().lap if busy is None else busy
         self._clock = clock
-        self._seconds: deque[float] = deque(maxlen=TYPICAL)
-        self._between = 0.0
-        self._gaps = 0
+        self._pace = Pace()
         self._last: float | None = None
         self._live: Any = None
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Takes the train row of an iteration that has just finished."""
         now = self._clock()
-        iteration = _iteration(row)
+        iteration = iteration_of(row)
         self.done = self.done + 1 if iteration is None else iteration + 1
-        phases = [s for _, s in flatten({"seconds": row.get("seconds") or {}})]
-        gap = None if self._last is None else now - self._last
-        if phases or gap is not None:
-            self._seconds.append(sum(phases) if phases else gap or 0.0)
-        if gap is not None:
-            self._between += max(gap - self._seconds[-1], 0.0)
-            self._gaps += 1
+        self._pace.add(row, None if self._last is None else now - self._last)
         self._last = now
         if not self._enabled:
             return
@@ -425,13 +403,10 @@ class Progress:
 
     def line(self, row: Mapping[str, Any]) -> str:
         parts = [f"iter {self.done}/{self.iterations}", *self.said(row)]
-        if self._seconds:
-            typical = statistics.median(self._seconds)
-            parts.append(f"{_precise(self._seconds[-1])} s/iter (typical {_precise(typical)})")
-            each = statistics.fmean(list(self._seconds)[-RECENT:]) + self._between / max(
-                self._gaps, 1
-            )
-            parts.append(f"left {duration(each * max(self.iterations - self.done, 0))}")
+        if (pace := self._pace).seconds:
+            typical, last = precise(pace.typical), precise(pace.seconds[-1])
+            parts.append(f"{last} s/iter (typical {typical})")
+            parts.append(f"left {duration(pace.left(self.iterations - self.done))}")
         return "  ".join(part for part in parts if part)
 
     def _show(self, line: str) -> None:
@@ -479,7 +454,7 @@ def _short(value: float | None, *, zero: bool = False) -> str:
     )
 
 
-def _precise(seconds: float) -> str:
+def precise(seconds: float) -> str:
     """Three digits, all of those before the point."""
     return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
 

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sentinel import RatioError
 from editr2.rl.state import State
 from editr2.run.checkpoint import latest_checkpoint
+from editr2.run.folder import write_readme
 from editr2.run.generators import capture_rng, seed_generators
 from editr2.run.identity import (
     Identity,
@@ -46,6 +48,7 @@ from editr2.run.identity import (
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.run.stop import Stop, ending_told
+from editr2.run.trackers import open_sinks
 from editr2.run.tracking import MetricsLog, Progress, read_metrics, rows_behind, write_whole
 from editr2.verifier.heldout import Heldout, evaluate, read_heldout
 from editr2.verifier.model import Reader, load_reader
@@ -263,22 +266,34 @@ class _Loop:
         config, state, processes = self.config, self.state, self.processes
         iterations = config.train.iterations
         with (
+            _Lines(iterations, start=state.iteration, enabled=processes.main) as self.progress,
             MetricsLog(
                 self.folder / "metrics.jsonl",
                 resume_iteration=state.iteration,
                 resumed=self.resumed,
+                sinks=open_sinks(
+                    config, processes, None, at=state.iteration, note=self.progress.note
+                ),
                 enabled=processes.main,
             ) as self.log,
-            _Lines(iterations, start=state.iteration, enabled=processes.main) as self.progress,
             Stop(processes, self._standing) as stop,
         ):
             for note in self.notes:
                 self.progress.note(note)
+            self._describe("at work, or stopped before its end")
             with ending_told(self._keep, self._standing):
                 self._train(stop)
                 self._finish()
+                self._describe("finished")
         processes.wait()
         return self.folder
+
+    def _describe(self, standing: str) -> None:
+        """The folder's README.md."""
+        made, run = self.identity.made, shlex.quote(self.config.out)
+        again = f"editr2 verifier {self.name} --config {run}/config.yaml --out {run}"
+        others = [("Follow it in a browser, also while it is at work", f"editr2 watch {run}")]
+        self.processes.on_main(lambda: write_readme(self.folder, made, standing, again, others))
 
     def _keep(self) -> None:
         """Of a run that is stopped: what is done."""

@@ -5,11 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from editr2.config.fields import Bounds, field_problems, setting
-from editr2.config.rules import folder_problem
-from editr2.config.settings import COUNT, POSITIVE, SEED, SHARE, TIMES, TOKENS, WEIGHT
+from editr2.config.rules import folder_problem, tracker_options_problem
+from editr2.config.settings import (
+    COUNT,
+    POSITIVE,
+    SEED,
+    SHARE,
+    TIMES,
+    TOKENS,
+    TRACKERS_LISTED,
+    WEIGHT,
+    tracking_problem,
+)
 
 TRACES = Bounds(at_least=2, at_most=256, why="an advantage compares traces")
 
@@ -201,10 +211,16 @@ class SftConfig:
     Args:
         seed: everything random in the run follows from it.
         out: the run's folder; an unfinished run there is resumed.
+        tracking: trackers that get the run's numbers beside metrics.jsonl: wandb, trackio,
+            tensorboard and others that accelerate has (docs/watching.md). Empty: none.
+        tracking_options: by a tracker's name, what it is begun with: project, and what its own
+            init takes.
     """
 
     seed: int = setting(0, SEED)
     out: str = setting("runs/sft", path=True, what="a folder", check=folder_problem)
+    tracking: tuple[str, ...] = setting((), check=tracking_problem, what=TRACKERS_LISTED)
+    tracking_options: dict[str, Any] = field(default_factory=dict)
     data: SftDataConfig = field(default_factory=SftDataConfig)
     policy: ReaderConfig = field(default_factory=ReaderConfig)
     train: StepsConfig = field(default_factory=StepsConfig)
@@ -219,10 +235,16 @@ class GcpoConfig:
     Args:
         seed: everything random in the run follows from it.
         out: the run's folder; an unfinished run there is resumed.
+        tracking: trackers that get the run's numbers beside metrics.jsonl: wandb, trackio,
+            tensorboard and others that accelerate has (docs/watching.md). Empty: none.
+        tracking_options: by a tracker's name, what it is begun with: project, and what its own
+            init takes.
     """
 
     seed: int = setting(0, SEED)
     out: str = setting("runs/gcpo", path=True, what="a folder", check=folder_problem)
+    tracking: tuple[str, ...] = setting((), check=tracking_problem, what=TRACKERS_LISTED)
+    tracking_options: dict[str, Any] = field(default_factory=dict)
     data: PairsDataConfig = field(default_factory=PairsDataConfig)
     policy: ReaderConfig = field(default_factory=ReaderConfig)
     rollout: WritingConfig = field(default_factory=WritingConfig)
@@ -257,11 +279,16 @@ RunConfig = SftConfig | GcpoConfig
 
 def run_problems(config: RunConfig) -> Iterator[str]:
     """One line for each rule that is broken."""
+    from editr2.run.trackers import missing_trackers
+
     for _, problem in field_problems(config):
         yield problem
     for name, given in (("policy.weights", config.policy.weights), ("data.path", config.data.path)):
         if given is None:
             yield f"{name}: none (accepted: a folder)"
+    for name, options in config.tracking_options.items():
+        yield from tracker_options_problem(name, options, config.tracking)
+    yield from missing_trackers(config.tracking)
     if config.policy.shard_group is not None and not config.policy.shard:
         yield f"policy.shard_group: {config.policy.shard_group} (accepted with policy.shard: true)"
     if isinstance(config, GcpoConfig):
