@@ -52,6 +52,6 @@ def rewritten(recipe: str) -> str:
 
 if __name__ == "__main__":
     os.chdir(ROOT)  # recipes name their data from here
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
+    for path in sorted((ROOT / "editr2" / "recipes").glob("*.yaml")):
         path.write_text(rewritten(path.read_text()))
         print(path)

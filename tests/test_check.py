@@ -1057,7 +1057,7 @@ def recipes():
     [
         # Half a minute each: one of them always.
         pytest.param(path, id=path.stem, marks=[] if "kontext" in path.stem else [EXHAUSTIVE])
-        for path in sorted((ROOT / "configs").glob("*.yaml"))
+        for path in sorted((ROOT / "editr2" / "recipes").glob("*.yaml"))
     ],
 )
 def test_a_recipe_passes_and_carries_what_the_check_prints(path, recipes, monkeypatch):
