@@ -119,8 +119,7 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for name in ("examples", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copytree(ROOT / "examples" / "shapes", tmp_path / "annotated")
     labelled(tmp_path / "my_pairs")
     their = [{"prompt": "red", "path_src": "0.png", "path1": "1.png", "path2": "2.png"}]

@@ -19,6 +19,7 @@ from editr2.cli import (
     export,
     judge,
     label,
+    recipes,
     report,
     reproduce,
     rollout,
@@ -31,6 +32,7 @@ from editr2.errors import UserError, one_line
 from editr2.run.machine import open_streams
 
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
+    "recipes": recipes.command,
     "train": train.command,
     "check": check.command,
     "eval": evaluate.command,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from editr2.cli.flags import Arguments, Flags, Option, values_of
 from editr2.config.fields import Wrong, field_problems
+from editr2.config.paths import from_file
 from editr2.config.presets import PRESETS, preset_config, replace_nested
-from editr2.config.settings import Config
+from editr2.config.settings import Config, RewardConfig, RewardUse
 from editr2.errors import ConfigError
+from editr2.recipes import config_file
 
 C = TypeVar("C", bound=Config)
 S = TypeVar("S")
@@ -58,7 +60,7 @@ def schema_config(
     description += " `--data PATH` is short for `--data.path PATH`."
     flags = Flags(prog, description)
     flags.add("--preset", help=f"start from a preset: {', '.join(PRESETS)}")
-    flags.add("--config", path=True, help="a YAML file with any of the fields below")
+    flags.add("--config", path=True, help=FILE)
     if named:
         flags.add("--policy", path=True, help=NAMED)
     for name, options in extra:
@@ -67,10 +69,12 @@ def schema_config(
     found = flags.given(_data_spelt_out(arguments))
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     file = beside.pop("config")
+    file = None if file is None else config_file(file)
     values, lines = ({}, {}) if file is None else load_yaml(file)
     config = _as(schema, preset_config(beside.pop("preset"), _model(values, found)))
     if file is not None:
         check_keys(values, lines, schema, file)
+        values = from_file(values, schema, file, lines, _options_of)
     if named:
         config, beside["notes"] = _edited_by(config, beside["policy"], values, found, own)
     if file is not None:
@@ -117,7 +121,7 @@ def file_config(
     from editr2.config.yaml import check_keys, load_yaml, place_of
 
     flags = Flags(prog, f"{description}. `--data PATH` is short for `--data.path PATH`.")
-    flags.add("--config", path=True, help="a YAML file with any of the fields below")
+    flags.add("--config", path=True, help=FILE)
     for name, options in extra:
         flags.add(name, **options)
     flags.settings(schema)
@@ -125,8 +129,10 @@ def file_config(
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     config, file = schema(), beside.pop("config")
     if file is not None:
+        file = config_file(file)
         values, lines = load_yaml(file)
         check_keys(values, lines, schema, file)
+        values = from_file(values, schema, file, lines, _options_of)
         config = replace_nested(config, values)
         for key, problem in field_problems(config):
             raise ConfigError(f"{place_of(file, lines, key)}: {problem}")
@@ -138,6 +144,11 @@ def file_config(
                 raise ConfigError(wrong.problem) from None
     return config, beside
 
+
+FILE = (
+    "a YAML file with any of the fields below, or a recipe's name (editr2 recipes); paths of what "
+    "it reads are relative to it"
+)
 
 NAMED = (
     "what edits: the folder of a run, an export, a saved policy or a diffusers pipeline, or a hub "
@@ -183,6 +194,17 @@ def _edited_by(
         for section, of in editor.settings.items()
     }
     return replace_nested(config, settings), notes
+
+
+def _options_of(schema: Any, values: Mapping[str, Any]) -> type[Any] | None:
+    """Of a reward in a file, the dataclass of its options; None of one that is not in our table,
+    whose module is not imported for it."""
+    from editr2.config.plugins import resolve
+    from editr2.rewards.table import REWARDS
+
+    if not issubclass(schema, RewardConfig | RewardUse) or values.get("name") not in REWARDS:
+        return None
+    return getattr(resolve("reward.name", values["name"], REWARDS), "Options", None)
 
 
 def _as(schema: type[C], config: Config) -> C:
