@@ -17,6 +17,7 @@ from editr2.cli import (
     doctor,
     evaluate,
     export,
+    init,
     judge,
     label,
     recipes,
@@ -32,6 +33,7 @@ from editr2.errors import UserError, one_line
 from editr2.run.machine import open_streams
 
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
+    "init": init.command,
     "recipes": recipes.command,
     "train": train.command,
     "check": check.command,

@@ -91,9 +91,12 @@ def function_names(path: Path) -> list[str]:
     return ["get_config"] if "get_config" in ready else ready
 
 
-def read_python_config(path: Path, name: str) -> PythonConfig:
-    """What the function `name` of a file returns. Raises `ConfigError` where there is no such
-    function, it returns no configuration, or it does not end."""
+def read_python_config(path: Path, name: str, whole: Sequence[str] = ()) -> PythonConfig:
+    """What the function `name` of a file returns. whole: keys whose mappings are values.
+
+    Raises `ConfigError` where there is no such function, it returns no configuration, or it does
+    not end.
+    """
     made = PythonConfig()
     reader = _Reader(made)
     module = reader.module(path)
@@ -104,16 +107,19 @@ def read_python_config(path: Path, name: str) -> PythonConfig:
     found = reader.call(function, [], {})
     if not isinstance(found, _Node):
         raise ConfigError(f"{path}: {name} returns no configuration (accepted: a ConfigDict)")
-    made.values = dict(_flat(found))
+    made.values = dict(_flat(found, whole))
     return made
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(
+    node: Mapping[str, Any], whole: Sequence[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
-        if isinstance(value, _Node) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+        key = f"{prefix}{name}"
+        if isinstance(value, _Node) and value and key not in whole:
+            yield from _flat(value, whole, f"{key}.")
         else:
-            yield prefix + name, dict(value) if isinstance(value, _Node) else value
+            yield key, dict(value) if isinstance(value, _Node) else value
 
 
 def _parsed(path: Path) -> ast.Module:
