@@ -106,5 +106,6 @@ DIFFUSION_NFT = Project(
     model_of,
     rewards_of,
     gpus_of,
+    ("pretrained.model", "base_model"),
     ("its data is one instruction an image: a session of one turn here (docs/data.md)",),
 )

@@ -351,7 +351,7 @@ TABLE: dict[str, Row] = {
     "train.num_inference_steps": to("rollout.steps", default=10),
     "train.guidance_scale": Row(guidance, 3.5),
     "train.max_epochs": Row(endless, None, endless_differs),
-    "train.per_device_batch_size": Row(default=1),
+    "train.per_device_batch_size": Row(default=1, elsewhere=MACHINE),
     "train.group_size": to("rollout.siblings", default=1),
     "train.unique_sample_num_per_epoch": to("rollout.sessions", default=8),
     "train.gradient_step_per_epoch": Row(minibatches, 2),
@@ -466,5 +466,6 @@ FLOW_FACTORY = Project(
     model_of,
     rewards_of,
     gpus_of,
+    ("model.model_type", "model.model_name_or_path", "num_processes", "config_file"),
     ("its train.jsonl has one instruction an image: a session of one turn here (docs/data.md)",),
 )

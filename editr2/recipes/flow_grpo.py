@@ -379,5 +379,6 @@ FLOW_GRPO = Project(
     model_of,
     rewards_of,
     gpus_of,
+    ("pretrained.model",),
     ("its data is one instruction an image: a session of one turn here (docs/data.md)",),
 )

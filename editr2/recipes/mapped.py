@@ -89,6 +89,7 @@ class Project:
         model: our editor of all of its settings, or None where it trains no editor of ours.
         rewards: theirs.
         gpus: how many it was meant for, where the file says so.
+        asks: the keys that `model` and `gpus` look at.
         says: lines about what no key shows.
     """
 
@@ -98,22 +99,25 @@ class Project:
     model: Callable[[Mapping[str, Any]], str | None]
     rewards: Callable[[Mapping[str, Any]], list[Rewarded]]
     gpus: Callable[[Mapping[str, Any], Mapping[str, Any]], int | None]
+    asks: tuple[str, ...] = ()
     says: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Theirs:
     """Everything that a file says. given: by dotted key. model: our editor. gpus: of the run.
-    title: of the configuration."""
+    title: of the configuration. used: keys that were looked at."""
 
     given: Mapping[str, Any]
     table: Mapping[str, Row]
     model: str
     gpus: int
     title: str
+    used: set[str] = field(default_factory=set)
 
     def __getitem__(self, key: str) -> Any:
         """As given, else their default. Raises `ValueError` where it is neither known."""
+        self.used.add(key)
         row = self.table.get(key)
         value = self.given.get(key, ABSENT if row is None else row.default)
         if value is ABSENT or isinstance(value, Unread):
@@ -157,44 +161,54 @@ class Mapped:
 def mapped(project: Project, theirs: Theirs) -> Mapped:
     """Their settings as ours."""
     made = Mapped(settings=project.fixed(theirs))
+    said = set(project.asks)
     for key, row in project.table.items():
         value = theirs.given.get(key, row.default)
-        if value is not ABSENT:
-            _take(made, key, row, value, theirs)
+        if value is not ABSENT and _take(made, key, row, value, theirs):
+            said.add(key)
     for key, value in theirs.given.items():
         if key not in project.table:
             made.unknown.append(_said(key, value))
+        elif key not in said | theirs.used and value not in NO_MATTER:
+            made.elsewhere.setdefault(NO_EFFECT, []).append(key)
     made.nowhere += project.says
     return made
 
 
-def _take(made: Mapped, key: str, row: Row, value: Any, theirs: Theirs) -> None:
+NO_EFFECT = "of no effect with the others, or as it is here anyway"
+NO_MATTER: tuple[Any, ...] = (None, "", False, {}, [], "auto", "default")
+"""Values that leave a key as if it were not there."""
+
+
+def _take(made: Mapped, key: str, row: Row, value: Any, theirs: Theirs) -> bool:
+    """Puts it where it belongs; whether anything came of it, or had to."""
     said = _said(key, value)
     if isinstance(value, Unread):
         made.unread.append(f"{key}: {value}")
-        return
+        return True
     if row.elsewhere:
         if key in theirs.given:
             made.elsewhere.setdefault(row.elsewhere, []).append(key)
-        return
+        return True
     try:
         if row.nowhere:
             why = row.nowhere if isinstance(row.nowhere, str) else row.nowhere(value, theirs)
             if why and value != row.default:
                 made.nowhere.append(f"{said}: {why}")
-            return
+            return True
         ours = {} if row.make is None else row.make(value, theirs)
         differs = row.differs if isinstance(row.differs, str) else row.differs(value, theirs)
     except ValueError as error:
         made.nowhere.append(f"{said}: {error}")
-        return
+        return True
     except (ArithmeticError, AttributeError, LookupError, TypeError):
         made.unread.append(f"{said} (not of the form that is known)")
-        return
+        return True
     made.settings.update(ours)
     made.origin.update(dict.fromkeys(ours, said))
     if differs:
         made.differs.append(f"{said}: {differs}")
+    return bool(ours or differs)
 
 
 def _said(key: str, value: Any) -> str:

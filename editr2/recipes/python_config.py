@@ -393,10 +393,15 @@ class _Reader:
     def _continue(self, node: ast.Continue, names: dict, module: _Module) -> None:
         raise _Continue
 
-    def _pass(self, node: ast.stmt, names: dict, module: _Module) -> None:
-        """Nothing; nor do these change a configuration that is made at all."""
+    def _assert(self, node: ast.Assert, names: dict, module: _Module) -> None:
+        asked = self.value(node.test, names, module)
+        if not isinstance(asked, Unread) and not asked:
+            self.unread(node, module)
 
-    _assert = _global = _nonlocal = _raise = _pass
+    def _pass(self, node: ast.stmt, names: dict, module: _Module) -> None:
+        """Nothing."""
+
+    _global = _nonlocal = _pass
 
     # --------------------------------------------------------------------------------- expressions
 

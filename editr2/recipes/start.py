@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from editr2.check.devices import find_device
-from editr2.config import Config, RewardConfig, replace_nested
+from editr2.config import Config, PolicyConfig, RewardConfig, replace_nested
 from editr2.config.fields import plain
 from editr2.config.plugins import resolve
 from editr2.errors import ConfigError
 from editr2.policies.models import DEFAULT
-from editr2.policies.rules import config_problems
+from editr2.policies.rules import config_problems, policy_problems
 from editr2.recipes import find_recipe
 from editr2.recipes.mapped import Settings, flat, nested
 from editr2.rewards.load import load_reward
@@ -101,7 +101,8 @@ def starting(choices: Choices, out: str) -> Settings:
 
 def _of_model(choices: Choices) -> Settings:
     """Of its recipe, on this machine."""
-    device = find_device(choices.gpu)
+    # A name alone of this machine, which is measured where somebody wants its speed.
+    roomy = choices.gpu != "cpu" and find_device(choices.gpu).memory >= ROOMY
     if choices.model == DEFAULT:
         return dict(SMALL)
     name, own = LIKE.get(choices.model, OF_ITS_OWN)
@@ -112,9 +113,13 @@ def _of_model(choices: Choices) -> Settings:
         if not key.startswith(("data.path", "reward.")) and key not in ("out", "credit.weights")
     }
     several = choices.gpus > 1
-    roomy = device.memory >= ROOMY
     made = {**taken, "policy.model": choices.model, **own}
-    made["policy.shard"] = several and (choices.model in LARGE or not roomy)
+    shared = PolicyConfig(model=choices.model, lora_rank=made["policy.lora_rank"], shard=True)
+    made["policy.shard"] = (
+        several
+        and (choices.model in LARGE or not roomy)
+        and not any("policy.shard" in problem for problem in policy_problems(shared))
+    )
     made["policy.offload"] = bool(own.get("policy.offload")) or not roomy
     groups = made["rollout.sessions"]
     made["rollout.sessions"] = -(-groups // choices.gpus) * choices.gpus
