@@ -103,8 +103,8 @@ def written(folder: Path, given: dict[str, Any]) -> list[str]:
         out.write(text)
     lines = [f"settings: {file}", *([f"sessions: {data}"] if example else [])]
     if found is not None:
-        lines += ["", *found.lines()]
-    lines += ["", "next:", *(f"  {step}" for step in [f"cd {shlex.quote(str(folder))}", *steps])]
+        lines += found.lines()
+    lines += ["next:", *(f"  {step}" for step in [f"cd {shlex.quote(str(folder))}", *steps])]
     return lines
 
 

@@ -218,14 +218,14 @@ def accumulated(value: Any, theirs: Theirs) -> Settings:
     return {"train.minibatches": max(1, batches * places // int(value))}
 
 
-def adapters(value: Any, theirs: Theirs) -> Settings:
-    if value == "full":
-        return {"policy.lora_rank": 0}
-    rank = theirs["model.lora_rank"]
-    return {
-        "policy.lora_rank": rank,
-        "policy.lora_alpha": theirs.get("model.lora_alpha") or 2 * rank,
-    }
+def rank(value: Any, theirs: Theirs) -> Settings:
+    return {"policy.lora_rank": 0 if theirs["model.finetune_type"] == "full" else value}
+
+
+def alpha(value: Any, theirs: Theirs) -> Settings:
+    if theirs["model.finetune_type"] == "full":
+        return {}
+    return {"policy.lora_alpha": value or 2 * theirs["model.lora_rank"]}
 
 
 def targets(value: Any, _: Theirs) -> Settings:
@@ -305,9 +305,9 @@ TABLE: dict[str, Row] = {
         )
     ),
     "model.model_name_or_path": Row(weights),
-    "model.finetune_type": Row(adapters, "full"),
-    "model.lora_rank": Row(default=8),
-    "model.lora_alpha": Row(),
+    "model.finetune_type": Row(default="full"),
+    "model.lora_rank": Row(rank, 8),
+    "model.lora_alpha": Row(alpha, None),
     "model.target_modules": Row(targets, "all"),
     "model.target_components": nowhere(
         lambda value, _: (
