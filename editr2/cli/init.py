@@ -33,8 +33,8 @@ def command(arguments: Arguments) -> int:
         "DiffusionNFT (FILE.py:NAME, which is read and never run).",
     )
     flags.add("dir", path=True, check=folder_problem, what="a folder", help="the folder to write")
-    models = {"among": lambda: MODELS, "reference": "package.module:Class"}
-    judges = {"among": lambda: REWARDS, "reference": "package.module:Class"}
+    models: dict[str, Any] = {"among": lambda: MODELS, "reference": "package.module:Class"}
+    judges: dict[str, Any] = {"among": lambda: REWARDS, "reference": "package.module:Class"}
     flags.add("--model", **models, help="the editor, as policy.model (default: unified)")
     flags.add("--data", help="world, a folder with sessions.jsonl, or hf:owner/name:split")
     flags.add("--judge", **judges, help="as reward.name (default: world, of pictures pixels)")

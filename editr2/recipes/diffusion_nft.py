@@ -29,7 +29,7 @@ def draws(value: Any, theirs: Theirs) -> Settings:
 def decay(value: Any, _: Theirs) -> Settings:
     if value not in DECAYS:
         raise ValueError(f"none of {', '.join(map(str, DECAYS))}")
-    _, rate, end = DECAYS[value]
+    _flat, rate, end = DECAYS[value]
     return {"train.old_decay": rate, "train.old_decay_max": end}
 
 

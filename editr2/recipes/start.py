@@ -34,7 +34,7 @@ LIKE: Mapping[str, tuple[str, Settings]] = {
     "qwen-image-2.1": ("qwen-edit-8gpu", {}),
 }
 """The recipe that a model begins like, and what is its own."""
-OF_ITS_OWN = ("qwen-edit-8gpu", {})
+OF_ITS_OWN: tuple[str, Settings] = ("qwen-edit-8gpu", {})
 """The same of a class of a user's own."""
 SMALL: Settings = {
     "rollout.sessions": 12,
@@ -164,7 +164,7 @@ def checked(settings: Settings) -> Config:
 
 def mended(settings: Settings) -> tuple[Settings, list[str]]:
     """The settings without those that are not accepted here, and a line about each of them."""
-    left, said = dict(settings), []
+    left, said = dict(settings), list[str]()
     while True:
         try:
             checked(left)
