@@ -201,7 +201,7 @@ EXPRESSIONS = {
     "nothing + 1": UNKNOWN,
     "1 / 0": UNKNOWN,
     "9 ** 9 ** 9": UNKNOWN,
-    "'a' * 10 ** 9": UNKNOWN,
+    "'a' * 10 ** 13": UNKNOWN,
     "f'{3:>5}'": UNKNOWN,
     "().__class__.__bases__": UNKNOWN,
     "twice(*[1])": UNKNOWN,

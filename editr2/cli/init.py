@@ -35,12 +35,16 @@ def command(arguments: Arguments) -> int:
     flags.add("dir", path=True, check=folder_problem, what="a folder", help="the folder to write")
     models: dict[str, Any] = {"among": lambda: MODELS, "reference": "package.module:Class"}
     judges: dict[str, Any] = {"among": lambda: REWARDS, "reference": "package.module:Class"}
-    flags.add("--model", **models, help="the editor, as policy.model (default: unified)")
-    flags.add("--data", help="world, a folder with sessions.jsonl, or hf:owner/name:split")
-    flags.add("--judge", **judges, help="as reward.name (default: world, of pictures pixels)")
-    flags.add("--url", help="of a served judge (default: http://127.0.0.1:8000/v1)")
-    flags.add("--gpus", type=int | None, bounds=SOME, help="how many GPUs (default: 1)")
-    flags.add("--gpu", help="which, as editr2 check has them, or cpu (default: h100)")
+    flags.add("--model", **models, help="the editor, as policy.model; none: unified")
+    flags.add(
+        "--data",
+        help="world, a folder with sessions.jsonl, or hf:owner/name:split; none: an example, "
+        "of unified the world",
+    )
+    flags.add("--judge", **judges, help="as reward.name; none: world, of pictures pixels")
+    flags.add("--url", help="of a served judge; none: http://127.0.0.1:8000/v1")
+    flags.add("--gpus", type=int | None, bounds=SOME, help="how many GPUs; none: 1")
+    flags.add("--gpu", help="which, as editr2 check has them, or cpu; none: h100, of unified cpu")
     flags.add("--from", path=True, help="another trainer's configuration: FILE, or FILE.py:NAME")
     flags.add("--example", action="store_true", help="write a few sessions to train on, too")
     given = flags.parse(arguments)
