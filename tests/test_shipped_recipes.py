@@ -79,6 +79,22 @@ def test_so_is_one_in_the_options_of_a_reward(at_key, place, tmp_path, monkeypat
     assert use["options"] != one["options"]
 
 
+@pytest.mark.parametrize("schema", [TracesConfig, EvalConfig], ids=lambda s: s.__name__)
+def test_so_is_one_of_the_verifiers_judge(schema, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = {"options": {"prompts": "mine"}, "weights": "judge"}
+    own = {"options": {"prompts": "mine"}, "function": "somewhere:own"}
+    (tmp_path / "sub" / "judge").mkdir(parents=True)
+    values = {"judge": {"use": [one, own]} | one}
+    made = from_file(values, schema, "sub/my.yaml", {}, _options_of)["judge"]
+    for judge in (made, made["use"][0]):
+        assert judge == {**judge, "options": {"prompts": "sub/mine"}, "weights": "sub/judge"}
+    assert made["use"][1] == own
+    alone = {"judge": {"options": {"prompts": "mine"}}}
+    made = from_file(alone, PrinciplesConfig, "sub/my.yaml", {}, _options_of)["judge"]
+    assert made["options"] == {"prompts": "sub/mine"}
+
+
 def test_every_reward_with_a_path_among_its_options_is_in_that_table():
     from editr2.config.plugins import resolve
 

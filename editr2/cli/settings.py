@@ -202,9 +202,11 @@ def _options_of(schema: Any, values: Mapping[str, Any]) -> type[Any] | None:
     from editr2.config.plugins import resolve
     from editr2.rewards.table import REWARDS
 
-    if not issubclass(schema, RewardConfig | RewardUse) or values.get("name") not in REWARDS:
+    rewards = issubclass(schema, RewardConfig | RewardUse)
+    name = values.get("name") if rewards else getattr(schema, "OPTIONS_OF", None)
+    if name not in REWARDS or values.get("function") is not None:
         return None
-    return getattr(resolve("reward.name", values["name"], REWARDS), "Options", None)
+    return getattr(resolve("reward.name", name, REWARDS), "Options", None)
 
 
 def _as(schema: type[C], config: Config) -> C:
