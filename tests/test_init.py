@@ -124,7 +124,7 @@ def test_data_is_named_as_the_file_sees_it(data):
     Path("set/sessions.jsonl").touch()
     config, lines = made("mine", data=data)
     assert config.data.path == DATA[data] and "sessions: mine/data" not in lines
-    assert config.reward.name == ("world" if data == "world" else "pixels")
+    assert config.reward.name == "world"  # the small model knows no other words
     absolute, _ = made("more", data=str(Path("set").absolute()))
     assert absolute.data.path == str(Path("set").absolute())
 

@@ -41,7 +41,7 @@ def command(arguments: Arguments) -> int:
         help="world, a folder with sessions.jsonl, or hf:owner/name:split; none: an example, "
         "of unified the world",
     )
-    flags.add("--judge", **judges, help="as reward.name; none: world, of pictures pixels")
+    flags.add("--judge", **judges, help="as reward.name; none: pixels, of unified world")
     flags.add("--url", help="of a served judge; none: http://127.0.0.1:8000/v1")
     flags.add("--gpus", type=int | None, bounds=SOME, help="how many GPUs; none: 1")
     flags.add("--gpu", help="which, as editr2 check has them, or cpu; none: h100, of unified cpu")

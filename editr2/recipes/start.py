@@ -75,7 +75,7 @@ class Choices:
     Args:
         model: as `policy.model`.
         data: as `data.path`; None: drawn from the world.
-        judge: as `reward.name`; None: the world's verifiers or `pixels`.
+        judge: as `reward.name`; None: the world's verifiers of the small model, of others `pixels`.
         url: of a served judge.
         gpus, gpu: how many of which, or cpu.
         options: further ones of the judge.
@@ -131,7 +131,8 @@ def _of_model(choices: Choices) -> Settings:
 def judged(choices: Choices) -> Settings:
     """The judge, and a weight for each of its scores. Raises `ConfigError` where it cannot be
     made."""
-    name = choices.judge or (WORLD if choices.data is None else PICTURES)
+    # The small model knows no words but the world's.
+    name = choices.judge or (WORLD if choices.model == DEFAULT else PICTURES)
     options = dict(choices.options)
     kind = getattr(resolve("--judge", name, REWARDS, what="Class"), "Options", None)
     fields = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
