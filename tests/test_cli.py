@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import editr2
@@ -15,7 +17,6 @@ from editr2.cli.main import main
 from editr2.cli.settings import run_config
 from editr2.config import Config
 from editr2.config.fields import leaves
-from editr2.config.settings import rollout_dynamics
 from editr2.run.tracking import read_metrics
 from editr2.sessions import load_sessions
 
@@ -74,16 +75,15 @@ def test_flags_are_read_as_yaml_is(tmp_path):
 
 def test_help_has_every_field_with_what_it_accepts(capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["train", "--help"])
+        main(["train", "--help", "all"])
     said = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0 and "<class" not in said
     for key, _ in leaves(Config):
         assert f"--{key} " in said
     assert (
-        "AdamW learning rate, of the first iteration. (a number, above 0, at most 1; default: "
+        "AdamW learning rate, of the first iteration (a number, above 0, at most 1; default: "
         "0.0002)" in said
     )
-    assert f"({', '.join(rollout_dynamics())}; default: cps)" in said
 
 
 def test_data_is_short_for_its_path():
@@ -115,7 +115,10 @@ def test_data_is_short_for_its_path():
             "--policy.lora-rank: unknown flag (did you mean --policy.lora_rank?)",
         ),
         (["train", "--modle", "kontext"], "--modle: unknown flag (did you mean --policy.model?)"),
-        (["train", "--zebra"], "--zebra: unknown flag (editr2 train --help lists what there is)"),
+        (
+            ["train", "--zebra"],
+            "--zebra: unknown flag (editr2 train --help all lists what there is)",
+        ),
         (
             ["train", "--checkpoint", "3"],
             "a group of settings (accepted: --checkpoint.every, --checkpoint.keep and "
@@ -418,9 +421,27 @@ def test_the_main_job_on_real_files(tmp_path, capfd):
         "the evaluations are on the training sessions" in page
         and "The same training sessions" in page
     )
-    assert "always use" in page and "<svg" in page and "http" not in page.split("<body")[1]
-    said = editr2_command("eval", f"--policy.weights={run / 'policy'}", *small)
+    assert "always use" in page and not re.search(r'(?:src|href)="?(?:http|//)', page)
+    assert said.index("results  ") < said.index("iter 1/2") < said.index("done: ")
+    assert f"next: editr2 eval --policy {run}" in said
+    scored = tmp_path / "scored"
+    said = editr2_command(
+        "eval", f"--policy.weights={run / 'policy'}", *small, f"--out={scored}", "--eval.turns=3"
+    )
     assert "4 sessions" in said and "every turn right" in said and "marginal: " in said
+    assert f"eval: 4 sessions of {EXAMPLES}; 4 steps of cps" in said and "edited 4 sessions" in said
+    assert "held-out" not in said and "training sessions" not in said
+    lines = [json.loads(line) for line in (scored / "scores.jsonl").read_text().splitlines()]
+    sessions = load_sessions(EXAMPLES)[:4]
+    assert [(line["id"], line["turn"], line["mode"]) for line in lines] == [
+        (session.id, t, session.mode) for session in sessions for t in (1, 2, 3)
+    ]
+    of_turn = {t: [line["reward"] for line in lines if line["turn"] == t] for t in (1, 2, 3)}
+    (_, row), _ = read_metrics(scored / "metrics.jsonl")
+    for t, rewards in of_turn.items():
+        assert np.mean(rewards) == pytest.approx(row["reward_turn"][t - 1]["mean"], abs=1e-6)
+    assert sessions[0].id in (page := (scored / "report.html").read_text())
+    assert "held-out" not in page.lower().split("<details", 1)[0]
     editr2_command("rollout", f"--out={tmp_path / 'edited'}", *small)
     lines = (tmp_path / "edited" / "outputs.jsonl").read_text().splitlines()
     assert len(lines) == 4 and all(

@@ -356,7 +356,7 @@ def test_adapters_of_an_export_are_strict_and_not_for_training(exports, base, tm
 def test_eval_and_rollout_take_it(trained, tmp_path, capsys):
     few = ["--eval.sessions=1", "--eval.turns=2", "--policy.intent=false"]
     run = trained["unified"].folder
-    assert main(["eval", "--policy", str(run), *few]) == 0
+    assert main(["eval", "--policy", str(run), *few, "--out", str(tmp_path / "scored")]) == 0
     told = capsys.readouterr()
     assert (
         told.err.startswith(f"note: --policy: {run}: policy/ of the run") and "reward" in told.out

@@ -111,6 +111,8 @@ MISTAKES = [
     M("a flag without its value", "train --config", "--config: needs a value"),
     M("an unknown preset", "train --preset grpo", "flow-grpo"),
     M("yes for a switch that wants true", "train --policy.intent maybe", "policy.intent"),
+    M("help about nothing there is", "train --help polcy", "did you mean policy?"),
+    M("completion for a shell it has not", "completion ksh", "bash, zsh, tcsh, fish"),
     # Values.
     M("a negative learning rate", "train --train.lr=-1e-4", "train.lr"),
     M("an infinite learning rate", "train --train.lr .inf", "train.lr"),
@@ -328,6 +330,12 @@ MISTAKES = [
         "init mine --from my.yaml",
         "Flow-Factory",
         {"my.yaml": "train:\n  lr: 1\n"},
+    ),
+    M(
+        "scores into a run's folder",
+        "eval --out run",
+        "the folder of a run",
+        {"run": trained},
     ),
     # Other commands.
     M("a negative number of sessions", "world make --out w --count=-1", "count"),

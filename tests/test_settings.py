@@ -384,8 +384,8 @@ TOGETHER = [
         None,
         (),
     ),
-    ({"out": __file__}, "out: ", ("train", "check", "rollout")),
-    ({"out": f"{__file__}/run"}, "out: ", ("train", "check", "rollout")),
+    ({"out": __file__}, "out: ", ("train", "check")),
+    ({"out": f"{__file__}/run"}, "out: ", ("train", "check")),
 ]
 
 
@@ -665,10 +665,13 @@ def runs(command: str, monkeypatch: pytest.MonkeyPatch, reward: Any) -> Any:
 
     def run(config: Config) -> None:
         monkeypatch.setattr(
-            "editr2.cli.settings.run_config", lambda *a, **k: (config, {"notes": []})
+            "editr2.cli.settings.run_config",
+            lambda *a, **k: (config, {"notes": [], "out": "scored"}),
         )
+        monkeypatch.setattr("editr2.scoring._write", lambda *written: None)  # all of the settings
         if reward is not None:
-            monkeypatch.setattr("editr2.rewards.load.load_reward", lambda *given: panel(reward))
+            for home in ("editr2.rewards.load", "editr2.scoring"):
+                monkeypatch.setattr(f"{home}.load_reward", lambda *given: panel(reward))
         cli.COMMANDS[command]([])
 
     return run
@@ -757,14 +760,14 @@ SAMPLED = {
 READS = {
     "eval": SAMPLED
     | {"rollout.store_dtype", "eval.intent_tokens", "credit.weights", "data.limit", "seed"}
-    | {"train.max_failed_scores", "eval.reward"}
+    | {"train.max_failed_scores", "eval.reward", "eval.strips"}
     | {f"eval.drift.{name}" for name in MEASURES}
     | {
         f"reward.{field.name}"
         for field in dataclasses.fields(RewardConfig)
         if field.name != "options"
     },
-    "rollout": SAMPLED | {"rollout.store_dtype", "eval.intent_tokens", "out", "seed"},
+    "rollout": SAMPLED | {"rollout.store_dtype", "eval.intent_tokens", "seed"},
 }
 """What the commands that do not train look at in a run of the unified policy."""
 
@@ -817,6 +820,7 @@ def test_what_is_accepted_runs_and_is_used_or_refused_in_one_line(
 def test_a_command_reads_what_its_rules_are_for(command, start, tmp_path, monkeypatch):
     seen: set[str] = set()
     config = assembled("out", str(tmp_path), start, tmp_path)
+    monkeypatch.chdir(tmp_path)
     runs(command, monkeypatch, Bright())(recording(config, seen))
     assert {key for key in seen if key in FIELDS} == READS[command] - {"data.limit"}  # of files
 

@@ -192,7 +192,7 @@ def stopped(*_: object, **__: object) -> None:
             "stopped; nothing was written; start it again",
         ),  # its run's folder is gone
         ("check", interrupted, 130, "stopped; nothing was written; start it again"),
-        ("eval", interrupted, 130, "stopped; nothing was written; start it again"),
+        ("eval", interrupted, 130, "stopped; no scores were written; the same command begins again"),
         (
             "rollout",
             interrupted,
@@ -222,21 +222,25 @@ def test_what_is_said_of_a_command_that_was_stopped(
     assert error.startswith(said) and len(error.splitlines()) == 1
 
 
-def test_ctrl_c_while_the_libraries_load_is_one_line():
+@pytest.mark.parametrize(
+    "module, command",
+    [("editr2.config.fields", ["world", "--help"]), ("torch", ["train", "--eval.sessions=0"])],
+)
+def test_ctrl_c_while_the_libraries_load_is_one_line(module, command):
     """Also where an extension module would lose an exception, as torch does while it loads
     numpy."""
-    code = """
+    code = f"""
         import builtins, os, signal, sys
         real = builtins.__import__
         def load(name, *rest, **named):
-            if name == "editr2.config.fields":
+            if name == {module!r}:
                 try:
                     os.kill(os.getpid(), signal.SIGINT)
                 except KeyboardInterrupt:
                     pass
             return real(name, *rest, **named)
         builtins.__import__ = load
-        sys.argv[1:] = ["world", "--help"]
+        sys.argv[1:] = {command}
         from editr2.__main__ import main
         sys.exit(main())
     """

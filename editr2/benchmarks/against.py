@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from editr2.benchmarks.measures import Measure, group_label, label_of, measures
-from editr2.benchmarks.sides import Side, made_otherwise
+from editr2.benchmarks.sides import Side, called_alike, made_otherwise
 from editr2.benchmarks.text import decimals
 from editr2.errors import ConfigError
 from editr2.report.data import MODES, plural
@@ -53,6 +53,12 @@ class Pair:
     a: Side
     b: Side
     parts: Sequence[Part]
+
+
+def pair_of(a: Side, b: Side) -> Pair:
+    """Raises `UserError` where there is no common session."""
+    a, b = called_alike(a, b)
+    return Pair(a, b, compared_parts(a, b))
 
 
 def compared_parts(a: Side, b: Side) -> list[Part]:

@@ -18,14 +18,14 @@ from editr2.benchmarks.against import (
     Part,
     about,
     cells,
-    compared_parts,
     headline,
     label_in,
+    pair_of,
     sorted_out,
     title_of,
     verdict,
 )
-from editr2.benchmarks.compare_page import notes_on, write_page
+from editr2.benchmarks.compare_page import RunsView, notes_on, write_page
 from editr2.benchmarks.paper import PaperTable, latex, markdown, md, paper_table, tex
 from editr2.benchmarks.sides import Side, check_alike, differing, sides_of
 from editr2.errors import plain
@@ -46,11 +46,21 @@ def compare(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
     sides = sides_of(folders)
     for other in sides[1:]:
         check_alike(sides[0], other)
-    pairs = [Pair(sides[0], other, compared_parts(sides[0], other)) for other in sides[1:]]
+    pairs = [pair_of(sides[0], other) for other in sides[1:]]
+    return write_comparison(sides, pairs, out)
+
+
+def write_comparison(
+    sides: Sequence[Side],
+    pairs: Sequence[Pair],
+    out: str | os.PathLike[str],
+    runs: RunsView | None = None,
+) -> list[str]:
+    """The files of a comparison, and the lines to print. runs: what is shown of runs besides."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    paper = _paper(sides, pairs)
-    page = write_page(folder / "compare.html", sides, pairs, paper)
+    paper = _paper(sides, pairs) if pairs else []
+    page = write_page(folder / "compare.html", sides, pairs, paper, runs)
     files = {
         "compare.md": [*map(markdown, paper), *_markdown(pairs)],
         "compare.tex": [*map(latex, paper), *_latex(pairs)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +72,16 @@ class PartView:
 
 
 @dataclass(frozen=True)
+class RunsView:
+    """Runs beside one another. lines: what a reader must know of them first, as that some were not
+    evaluated on the same sessions."""
+
+    table: Table
+    charts: Sequence[Chart]
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
 class PairView:
     """groups: (verdict, heading, sessions in all, those shown)."""
 
@@ -82,6 +92,7 @@ class PairView:
     parts: Sequence[PartView]
     groups: Sequence[tuple[str, str, int, Sequence[SessionView]]]
     unchanged: int
+    colours: tuple[int, int]
 
     @property
     def views(self) -> list[SessionView]:
@@ -89,13 +100,18 @@ class PairView:
 
 
 def write_page(
-    path: Path, sides: Sequence[Side], pairs: Sequence[Pair], paper: Sequence[PaperTable]
+    path: Path,
+    sides: Sequence[Side],
+    pairs: Sequence[Pair],
+    paper: Sequence[PaperTable],
+    runs: RunsView | None = None,
 ) -> Path:
     """`compare.html`. paper: every side's own numbers, and those of others that may stand beside
-    them."""
+    them. runs: what is shown of runs besides."""
+    colours = colours_of(sides)
     pictures = Thumbnails()
     views = fitting(
-        lambda most: [_pair(n, pair, pictures, most) for n, pair in enumerate(pairs)],
+        lambda most: [_pair(n, pair, pictures, most, colours) for n, pair in enumerate(pairs)],
         lambda found: [view for pair in found for view in pair.views],
         MOST_CHANGES,
     )
@@ -119,7 +135,13 @@ def write_page(
         pairs=views,
         paper=[_beside(table) for table in paper],
         lines=lines,
+        runs=runs,
     )
+
+
+def colours_of(sides: Sequence[Side]) -> dict[str, int]:
+    """A colour a side, the same in all charts of the page."""
+    return {side.name: place % charts.COLOURS for place, side in enumerate(sides)}
 
 
 def _beside(table: PaperTable) -> Table:
@@ -140,7 +162,9 @@ def notes_on(sides: Sequence[Side]) -> list[str]:
     ]
 
 
-def _pair(n: int, pair: Pair, pictures: Thumbnails, most: int) -> PairView:
+def _pair(
+    n: int, pair: Pair, pictures: Thumbnails, most: int, colours: Mapping[str, int]
+) -> PairView:
     cards = []
     for line in headline(pair):
         a, b, difference = cells(line, pair.a)
@@ -148,11 +172,12 @@ def _pair(n: int, pair: Pair, pictures: Thumbnails, most: int) -> PairView:
         note = f"{count} {plural('session', count)}; {verdict(line.of.difference)}"
         cards.append(Card(line.measure.label, a, b, difference, note))
     groups, unchanged = _changes(pair, pictures, most)
-    parts = [_part_view(pair, part) for part in pair.parts]
-    return PairView(f"pair-{n + 1}", pair.a.name, pair.b.name, cards, parts, groups, unchanged)
+    parts = [_part_view(pair, part, colours) for part in pair.parts]
+    of = colours[pair.a.name], colours[pair.b.name]
+    return PairView(f"pair-{n + 1}", pair.a.name, pair.b.name, cards, parts, groups, unchanged, of)
 
 
-def _part_view(pair: Pair, part: Part) -> PartView:
+def _part_view(pair: Pair, part: Part, colours: Mapping[str, int]) -> PartView:
     scale = pair.a.scale
     tables = []
     for sort, title, lines in sorted_out(part):
@@ -171,7 +196,7 @@ def _part_view(pair: Pair, part: Part) -> PartView:
         if only
     ]
     title = part.way
-    return PartView(title, about(part), tables, _by_turn(pair, part), alone)
+    return PartView(title, about(part), tables, _by_turn(pair, part, colours), alone)
 
 
 def _ends(of: Estimate) -> tuple[float, float]:
@@ -183,7 +208,7 @@ def _named(ids: Sequence[str]) -> str:
     return ", ".join(ids[:LISTED]) + more
 
 
-def _by_turn(pair: Pair, part: Part) -> list[Chart]:
+def _by_turn(pair: Pair, part: Part, colours: Mapping[str, int]) -> list[Chart]:
     """Both sides of every measure that has several turns."""
     scale, panels, turns = pair.a.scale, [], set[int]()
     whole = [line for line in part.lines if line.measure.group is None]
@@ -199,7 +224,7 @@ def _by_turn(pair: Pair, part: Part) -> list[Chart]:
                 Series(
                     side.name,
                     {str(turn): scaled(of[place], scale) for turn, of in lines.items()},
-                    colour=1 - place,
+                    colour=colours[side.name],
                     hollow=not place,
                 )
                 for place, side in enumerate((pair.a, pair.b))

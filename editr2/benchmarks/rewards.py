@@ -27,7 +27,7 @@ from editr2.benchmarks.pairs.page import write_page
 from editr2.benchmarks.pairs.printed import lines
 from editr2.benchmarks.pairs.table import PairSet
 from editr2.benchmarks.settings import check_folder
-from editr2.benchmarks.table import Source
+from editr2.benchmarks.table import PAIR_SETS, Source
 from editr2.config import UNSET_WEIGHTS, Config
 from editr2.config.plugins import resolve
 from editr2.errors import ConfigError
@@ -41,14 +41,6 @@ from editr2.rewards.table import REWARDS
 from editr2.run.identity import provenance, reward_fingerprint
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
-
-PAIR_SETS: dict[str, str] = {
-    "editscore-bench": "editr2.benchmarks.pairs.editscore:EDITSCORE",
-    "tiger-bench": "editr2.benchmarks.pairs.tiger:TIGER",
-    "pairs": "editr2.benchmarks.pairs.files:PAIRS_FILE",
-    "preferences": "editr2.benchmarks.pairs.files:PREFERENCES",
-}
-"""Name -> `module:NAME` of a `PairSet`; nothing is imported before it is asked for."""
 
 SCORES, COMPARISONS, SUMMARY, PAGE = (
     "scores.jsonl",

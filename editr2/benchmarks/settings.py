@@ -15,7 +15,6 @@ from editr2.config.rules import settings_problems
 from editr2.config.settings import COUNT, TURNS
 from editr2.errors import ConfigError, shown
 from editr2.judge.settings import AgainstConfig, against_problems
-from editr2.policies.found import stock_steps
 from editr2.rewards.table import REWARDS
 
 STAGES = ("generate", "judge", "report")
@@ -108,6 +107,8 @@ def named(config: BenchmarkConfig, name: str) -> tuple[str, BenchmarkConfig]:
 def with_defaults(config: BenchmarkConfig, kind: Benchmark) -> BenchmarkConfig:
     """What the benchmark says where the user says nothing: the reward, its options below the user's
     own, how images are resized, the passes; and a stock pipeline's own number of steps."""
+    from editr2.policies.found import stock_steps
+
     reward, own = config.reward, kind.reward
     if own and not reward.use and reward.function is None and reward.name in (None, own.name):
         options = {**own.options, **reward.options}

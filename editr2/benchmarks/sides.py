@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from editr2.errors import ConfigError, DataError, shown
 from editr2.files import read_object
 from editr2.report.data import PASS_NAMES, RecordedRun, load_run, number
 from editr2.report.data import Strip as RunStrip
+from editr2.report.kept import KeptEvaluation, read_kept
 from editr2.run.tracking import read_metrics
 
 METRICS = "metrics.jsonl"
@@ -36,8 +37,9 @@ class Side:
     measures: the entry of `measures.KINDS`; headline: keys of it that come first. scale: of numbers
     shown. strips: by session id, of those that have any. judged: what strips show beside images,
     where it is not of `rows`: a run's strips may be of other rollouts than its evaluation. summary:
-    of a benchmark whose report was written. made_of: by metric, what it is of where that may
-    differ; it is compared only where it is the same.
+    of a benchmark whose report was written. by_place: the rows of a run by the places of its
+    sessions, where `rows` have their ids; places: `rows` have places. made_of: by metric,
+    what it is of where that may differ; it is compared only where it is the same.
     """
 
     name: str
@@ -53,6 +55,11 @@ class Side:
     summary: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
     made_of: Mapping[str, Any] = field(default_factory=dict)
+    by_place: Sequence[Row] | None = None
+    places: bool = False
+
+    def by_the_place(self) -> Side:
+        return self if self.by_place is None else replace(self, rows=self.by_place)
 
     @property
     def shown(self) -> Sequence[Row]:
@@ -78,6 +85,13 @@ def sides_of(folders: Sequence[str | os.PathLike[str]]) -> list[Side]:
         return [_of_run(path, f"{_last(path)} {name}", name) for name in PASS_NAMES]
     last = Counter(_last(path) for path in paths)
     return [_side(path, _last(path) if last[_last(path)] == 1 else str(path)) for path in paths]
+
+
+def called_alike(a: Side, b: Side) -> tuple[Side, Side]:
+    """The two with sessions of the same names: by their place where one of them has no ids."""
+    if a.places or b.places:
+        return a.by_the_place(), b.by_the_place()
+    return a, b
 
 
 def _last(path: Path) -> str:
@@ -174,6 +188,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------- runs
 
+HELD_OUT = "evaluated sessions"
 WHOLE = ("success", "reward")
 """Of an evaluation's `per_session`, what has one value a session: at its last turn."""
 
@@ -195,7 +210,9 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
     sessions = depends.get("heldout") or f"{chosen.get('sessions')} sessions, not on record"
     told = {"evaluation": f"{wanted}, iteration {chosen.get('iteration')}", **judges}
     try:
-        scored = list(_rows(chosen, list(weights)))
+        by_place = list(_rows(chosen, list(weights)))
+        iteration = int(chosen.get("iteration") or 0)
+        kept = read_kept(folder, [iteration], [])
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(
             f"{folder / METRICS}: per_session of evaluation “{wanted}”: {error!r} (accepted: as a "
@@ -205,13 +222,15 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
         name=name,
         about=[(str(key), str(value)) for key, value in told.items()],
         same={
-            "held-out sessions": sessions,
+            HELD_OUT: sessions,
             "rewards": sorted(weights),
             "judge": depends.get("reward") if not judges else None,
             **{f"judge, {key}": _content(value) for key, value in judges.items()},
         },
         settings={**run.config, **({"evaluation": evaluation} if evaluation else {})},
-        rows=scored,
+        rows=list(_kept_rows(kept[0])) if kept else by_place,
+        by_place=by_place if kept else None,
+        places=not kept,
         measures="turns",
         headline=("success@last", "reward@last", "GA@last", "IF@last", "CC@last"),
         made_of={"reward": {key: weights[key] for key in sorted(weights)}},
@@ -256,12 +275,36 @@ def _rows(evaluation: Mapping[str, Any], names: Sequence[str]) -> Iterator[Row]:
             yield row(n, turns, metric, number(per_session[metric][n]))
 
 
+def _kept_rows(kept: KeptEvaluation) -> Iterator[Row]:
+    """What a run keeps of an evaluation's sessions: by their ids, with modes, tasks and reasons."""
+    for session in kept.sessions.values():
+        last = len(session.turns)
+        for t, turn in enumerate(session.turns):
+            values = [*turn.scores.items(), ("reward", turn.reward)]
+            for metric, value in [*values, *[("success", session.success)] * (t + 1 == last)]:
+                silent = metric in turn.does_not_apply or turn.reason is None
+                missing: scores.State = "not_applicable" if silent else "failed"
+                yield Row(
+                    image=session.id,
+                    way=EVALUATION,
+                    turn=t + 1,
+                    asked=t + 1,
+                    metric=metric,
+                    state=missing if value is None else "judged",
+                    value=value,
+                    reason=turn.whys.get(metric) or (turn.reason if value is None else None),
+                    task=turn.task,
+                    mode=session.mode,
+                    turns=last,
+                )
+
+
 EVALUATION = "evaluation"
 """The pass that an evaluation's rows are of: as `multipass`, with greedy intents."""
 
 
 def place_name(n: int) -> str:
-    return f"held-out session {n + 1:04d}"
+    return f"evaluated session {n + 1:04d}"
 
 
 def _lengths(by_turn: Sequence[Sequence[Sequence[float | None]]], sessions: int) -> list[int]:
@@ -329,13 +372,24 @@ def _inside(folder: Path, name: str | None) -> Path | None:
 
 def check_alike(first: Side, other: Side) -> None:
     """Raises `UserError` with the first thing that must be alike and is not."""
+    for what, a, b in unlike(first, other):
+        raise ConfigError(
+            f"--compare: {what}: {a} of {first.name}, {b} of {other.name} (accepted: folders "
+            f"of one benchmark, judged alike)"
+        )
+    check_instructions(first, other)
+
+
+def unlike(first: Side, other: Side) -> Iterator[tuple[str, Any, Any]]:
+    """What must be alike and is not, with that of each."""
     for what in sorted({**first.same, **other.same}, key=lambda what: what == CODE):
         a, b = (side.same.get(what, "none") for side in (first, other))
         if a != b:
-            raise ConfigError(
-                f"--compare: {what}: {a} of {first.name}, {b} of {other.name} (accepted: folders "
-                f"of one benchmark, judged alike)"
-            )
+            yield what, a, b
+
+
+def check_instructions(first: Side, other: Side) -> None:
+    """Raises `UserError` for a session that has other instructions in each."""
     for name, strip in first.strips.items():
         told = other.strips.get(name)
         if told is not None and told.turns != strip.turns:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from editr2.benchmarks.passes import Exact
 from editr2.config import RewardUse
 from editr2.config.plugins import resolve
 from editr2.errors import ConfigError
-from editr2.sessions import Session
+
+if TYPE_CHECKING:  # they import numpy, which the names of benchmarks do not need
+    from editr2.benchmarks.passes import Exact
+    from editr2.sessions import Session
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,15 @@ BENCHMARKS: dict[str, str] = {
 }
 """Name -> `module:NAME` of a `Benchmark`; nothing is imported before it is asked for. `sessions` is
 any set that `--data` takes."""
+
+
+PAIR_SETS: dict[str, str] = {
+    "editscore-bench": "editr2.benchmarks.pairs.editscore:EDITSCORE",
+    "tiger-bench": "editr2.benchmarks.pairs.tiger:TIGER",
+    "pairs": "editr2.benchmarks.pairs.files:PAIRS_FILE",
+    "preferences": "editr2.benchmarks.pairs.files:PREFERENCES",
+}
+"""Name -> `module:NAME` of a `PairSet`: labelled pairs, of which a reward is judged."""
 
 
 def find(name: str) -> Benchmark:

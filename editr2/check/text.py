@@ -84,7 +84,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         f"iteration   {r.sessions} sessions x {r.siblings} siblings; {groups} groups{each}, "
         f"{batches(r, processes)} batch(es) of up to {min(groups, r.groups_per_batch)}",
         f"sessions    turns (sessions): {lengths}; "
-        + (f"held out {len(turns[1])}" if not config.eval.off else "no evaluation"),
+        + _evaluated(config, len(turns[1])),
         f"run         {t.iterations} iterations, {t.updates * t.minibatches} optimizer step(s) "
         f"each, {result.optimizer_steps} in all; {result.evaluations} evaluations",
         f"forwards    {result.rollout_forwards} in rollout, {result.train_forwards} in training "
@@ -188,6 +188,14 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         f"{size(device.memory)}",
     ]
     return lines
+
+
+def _evaluated(config: Config, count: int) -> str:
+    if config.eval.off:
+        return "no evaluation"
+    if config.data.path and not config.data.heldout:
+        return f"evaluated on {count} of them"
+    return f"held out {count}"
 
 
 def base_note(quantize: str, device: Device) -> str:

@@ -25,13 +25,38 @@ EXTRA: list[tuple[str, dict[str, Any]]] = [
     ),
 ]
 
+EXAMPLES = [
+    ("world --sessions 20", "to begin with: the shipped editor, exact verifiers, no download"),
+    ("world --turns 3,5,8 --policy runs/demo --out runs/trained", "an editor that you trained"),
+    ("--compare runs/start runs/trained --out runs/compared", "two that are done, paired"),
+    (
+        "edival --data EdiVal --policy.model kontext --reward.options.url http://127.0.0.1:8000/v1",
+        "a public benchmark, a stock editor, a judge behind a server",
+    ),
+]
+
+COMMON = (
+    "out",
+    "data.path",
+    "sessions",
+    "turns",
+    "passes",
+    "samples",
+    "stages",
+    "images",
+    "sources",
+    "policy.model",
+    "reward.name",
+    "reward.options",
+    "eval.steps",
+)
 
 OF_EDITORS = ("images", "passes", "turns", "samples", "stages")
 """Settings that sets of labelled pairs have no use for."""
 
 
 def command(arguments: Arguments) -> int:
-    """edit a benchmark's sessions, judge and report; or compare two that are done"""
+    """score an editor or a reward on a benchmark; compare two"""
     if any(word == "--compare" or word.startswith("--compare=") for word in arguments):
         return _compare(list(_repeated(arguments, "--compare")))
     from editr2.benchmarks.settings import BenchmarkConfig
@@ -39,15 +64,16 @@ def command(arguments: Arguments) -> int:
     config, given = settings.schema_config(
         BenchmarkConfig,
         "editr2 benchmark",
-        "Edit the sessions of a benchmark with --policy, or take --images, judge them and report. "
-        "`editr2 benchmark --compare A B` compares the folders of two that are done (`--compare "
-        "--help`). To begin with: `editr2 benchmark world --sessions 20`; docs/benchmarks.md has "
-        "the others. Of the settings below those of policy, sampler and judge count, none of "
+        "Edit the sessions of a benchmark with --policy, or take --images, judge them and report "
+        "(docs/benchmarks.md). `--compare A B` compares the folders of two that are done "
+        "(`--compare --help`). Of the settings those of policy, sampler and judge count, none of "
         "training.",
         arguments,
         EXTRA,
         named=True,
         own=("eval.sampler",),  # by an ODE, as editors are used, whatever a run evaluated by
+        examples=EXAMPLES,
+        common=COMMON,
     )
     from editr2.benchmarks.rewards import pair_set_of
     from editr2.errors import ConfigError

@@ -7,11 +7,18 @@ from dataclasses import replace
 
 from editr2.cli import settings
 from editr2.cli.flags import SOME, Arguments
+from editr2.cli.train import COMMON
 from editr2.config import Config
+
+EXAMPLES = [
+    ("run.yaml --gpu h100", "does it fit an H100, how long does it take, what would be faster"),
+    ("run.yaml --gpu rtx4090 --policy.quantize fp8", "the same of another card and setting"),
+    ("--gpu cpu --dry-run", "the demo on this machine, with two iterations really trained"),
+]
 
 
 def command(arguments: Arguments) -> int:
-    """find what is wrong with a run before it starts; what it takes in memory and time"""
+    """what is wrong with a run, its memory and time, before it starts"""
     extra: list[tuple[str, dict]] = [
         (
             "--gpu",
@@ -42,7 +49,15 @@ def command(arguments: Arguments) -> int:
         "Check the settings, data and reward of a run and estimate its memory and time; loads no "
         "weights. `editr2 check FILE` is short for `editr2 check --config FILE`."
     )
-    config, given = settings.run_config("editr2 check", description, arguments, extra, strict=False)
+    config, given = settings.run_config(
+        "editr2 check",
+        description,
+        arguments,
+        extra,
+        strict=False,
+        examples=EXAMPLES,
+        common=COMMON,
+    )
     from editr2.check import preflight
 
     report = preflight(config, given["gpu"], given["processes"])

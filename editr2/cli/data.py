@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
+from editr2.cli.loading import load_libraries
 from editr2.config.fields import Bounds
 from editr2.config.settings import CALLS_AT_ONCE, TIMEOUT, TRIES
 from editr2.errors import ConfigError, DataError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def command(arguments: Arguments) -> int:
-    """sets of sessions: `import`, `validate`, `annotate` for rewards, `make` from images"""
+    """sets of sessions: import, validate, annotate, make"""
     actions: dict[str, Callable[[Arguments], int]] = {
         "import": _data_import,
         "validate": _data_validate,
@@ -29,10 +30,21 @@ def command(arguments: Arguments) -> int:
 
 
 def _data_import(arguments: Arguments) -> int:
-    """write a public multi-turn set as sessions.jsonl and images (docs/data.md)"""
+    """write a public set as sessions.jsonl and images"""
     from editr2.sessions.importers import FORMATS, import_sessions
 
-    flags = Flags("editr2 data import", _data_import.__doc__ or "")
+    flags = Flags(
+        "editr2 data import",
+        _data_import.__doc__ or "",
+        [
+            ("magicbrush dev --out data/magic", "a release's folder"),
+            ("mice Edit-R2/dataset/cm/train_metadata.jsonl --out data/mice", "or its file"),
+            (
+                "sessions hf:owner/name:split --out data/mine",
+                "a dataset of the hub with our columns",
+            ),
+        ],
+    )
     flags.add("format", among=lambda: FORMATS, help="the set's")
     flags.add("source", path=True, help="the set's file or folder, or hf:owner/name:split")
     flags.out()
@@ -53,7 +65,13 @@ def _data_import(arguments: Arguments) -> int:
 
 def _data_validate(arguments: Arguments) -> int:
     """everything that is wrong with a set of sessions, with its line"""
-    flags = Flags("editr2 data validate", _data_validate.__doc__ or "")
+    flags = Flags(
+        "editr2 data validate",
+        _data_validate.__doc__ or "",
+        [
+            ("my_set", "a folder with sessions.jsonl, and its images"),
+        ],
+    )
     flags.add(
         "path", path=True, help="a sessions.jsonl, a folder that holds one, or hf:owner/name:split"
     )
@@ -71,8 +89,18 @@ def _data_validate(arguments: Arguments) -> int:
 
 
 def _data_annotate(arguments: Arguments) -> int:
-    """add what object-centred rewards judge by: task, form and objects of every turn"""
-    flags = Flags("editr2 data annotate", _data_annotate.__doc__ or "")
+    """add what rewards judge by: task, form, objects of a turn"""
+    flags = Flags(
+        "editr2 data annotate",
+        _data_annotate.__doc__ or "",
+        [
+            ("my_set --out annotated --url http://127.0.0.1:8000/v1 --page", "by a served judge"),
+            (
+                "annotated --out corrected --corrections corrections.jsonl",
+                "what you corrected on the page",
+            ),
+        ],
+    )
     flags.add("source", path=True, help="the sessions: anything that --data takes")
     _add_out(flags)
     _add_judge(flags)
@@ -80,6 +108,7 @@ def _data_annotate(arguments: Arguments) -> int:
     flags.add("--page", action="store_true", help="also write annotations.html, to correct them")
     flags.add("--corrections", path=True, help="a corrections.jsonl of that page; needs no judge")
     options = flags.parse(arguments)
+    load_libraries()
     from editr2.annotate.annotate import Report, annotate
     from editr2.annotate.asking import Judge, Looker
     from editr2.annotate.corrections import corrected
@@ -121,8 +150,14 @@ def _data_annotate(arguments: Arguments) -> int:
 
 
 def _data_make(arguments: Arguments) -> int:
-    """build sessions from a folder of images, with everything that rewards judge by"""
-    flags = Flags("editr2 data make", _data_make.__doc__ or "")
+    """make sessions, and what rewards judge by, of images"""
+    flags = Flags(
+        "editr2 data make",
+        _data_make.__doc__ or "",
+        [
+            ("photos --out made --count 200 --url http://127.0.0.1:8000/v1", "by a served judge"),
+        ],
+    )
     flags.add("images", path=True, help="a folder of images")
     _add_out(flags)
     flags.add("--count", type=int, required=True, bounds=SOME, help="sessions to make")
@@ -138,6 +173,7 @@ def _data_make(arguments: Arguments) -> int:
     flags.add("--seed", type=int, default=0, bounds=Bounds(at_least=0), help="of what is drawn")
     _add_judge(flags)
     options = flags.parse(arguments)
+    load_libraries()
     from editr2.annotate.asking import Judge, Looker
     from editr2.annotate.make import images_of, make
     from editr2.rewards.record import Record

@@ -20,14 +20,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from packaging.requirements import InvalidRequirement, Requirement
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from editr2.cli.flags import Arguments, Flags
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from rich.table import Table
 
 DISTRIBUTION = "editr2"
 OLDEST_PYTHON = (3, 10)
@@ -170,10 +169,14 @@ def _requirements() -> list[Requirement] | None:
         declared = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         return None
+    from packaging.requirements import Requirement
+
     return [Requirement(text) for text in declared]
 
 
 def _dependencies() -> list[Check]:
+    from packaging.requirements import InvalidRequirement
+
     try:
         requirements = _requirements()
     except InvalidRequirement as error:
@@ -304,6 +307,9 @@ def report() -> list[Check]:
 
 
 def _table(rows: Sequence[Check]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
     marks = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[red]BAD[/]"}
     table = Table(box=None, pad_edge=False)
     for title in ("", "what", "finding"):
@@ -316,6 +322,8 @@ def _table(rows: Sequence[Check]) -> Table:
 
 def render(rows: Sequence[Check], width: int = 120) -> str:
     """The rows as plain text without colour, `width` columns wide."""
+    from rich.console import Console
+
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(_table(rows))
     return out.getvalue()
@@ -323,7 +331,12 @@ def render(rows: Sequence[Check], width: int = 120) -> str:
 
 def command(arguments: Arguments) -> int:
     """what works on this machine, and why the rest does not"""
-    Flags("editr2 doctor", "What is available.").parse(arguments)
+    Flags("editr2 doctor", command.__doc__ or "", [("", "look, and change nothing")]).parse(
+        arguments
+    )
+    from rich.console import Console
+    from rich.markup import escape
+
     rows = report()
     console = Console()
     console.print(_table(rows))

@@ -2,55 +2,57 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 from typing import Any
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
-from editr2.policies.rules import check_config
+
+EXAMPLES = [
+    ("", "the shipped small editor, on held-out sessions of its world"),
+    ("--policy runs/demo --out runs/demo-eval", "one that you trained, sampled as it trained"),
+    (
+        "--policy runs/mine --data my_sessions --eval.sampler ode --eval.steps 28",
+        "on sessions of your own, by an ODE",
+    ),
+]
+
+COMMON = (
+    "data.path",
+    "data.resize",
+    "policy.model",
+    "policy.intent",
+    "policy.guidance",
+    "reward.name",
+    "reward.options",
+    "eval.sessions",
+    "eval.turns",
+    "eval.sampler",
+    "eval.steps",
+    "eval.reward",
+    "eval.strips",
+)
 
 
 def command(arguments: Arguments) -> int:
-    """score a policy on held-out sessions"""
+    """score an editor: a table, scores.jsonl and a page"""
     config, given = settings.run_config(
         "editr2 eval",
-        "Score a policy on held-out sessions (see --eval.*, --data.*).",
+        "Score an editor on sessions: a table by turn here, every score and its reason in --out. "
+        "They are those of --data.heldout, else of --data, else held-out ones of the world.",
         arguments,
+        [settings.out_flag("runs/eval", "folder of scores.jsonl, report.html and judges.jsonl")],
         named=True,
+        examples=EXAMPLES,
+        common=COMMON,
     )
-    config = check_config(config, "eval")
-    from editr2.policies.load import open_policy
-    from editr2.rewards.base import weight_vector
-    from editr2.rewards.load import load_eval_reward, load_reward
-    from editr2.rewards.record import Record
-    from editr2.rl.evaluate import evaluate
-    from editr2.rl.rules import check_run
-    from editr2.rl.sampler import eval_sampler, own_schedule
-    from editr2.rl.sessions import sessions_for
-    from editr2.rl.watch import alarms
-    from editr2.run.processes import open_processes
+    from editr2.scoring import SCORES, score
 
-    processes = open_processes()  # first: it says which device is this process's
-    settings.tell(given["notes"], processes.main)
-    cache = config.reward.cache
-    record = None if cache is None else Record(None, index=processes.index, cache=cache)
-    reward = load_reward(config.reward, record)
-    apart = load_eval_reward(config.eval, record)
-    weight_vector(reward.names, config.credit.weights)  # before weights are read, as in training
-    policy = open_policy(config.policy, processes, trains=False)
-    own = own_schedule(policy)
-    check_run(config, reward.names, own, processes=processes.count, command="eval")
-    source = sessions_for(config, policy)
-    for panel in filter(None, (reward, apart)):
-        for note in panel.probe():
-            print(f"note: {note}", file=sys.stderr)
-    sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
-    found = evaluate(policy, reward, source.heldout, sampler, config, processes, apart)
-    row = found.row(0, "eval")
-    if raised := alarms(row, config.eval.drift):
-        row["alarms"] = raised
-    if processes.main:
+    out = Path(given["out"])
+    row = score(config, out, given["notes"])
+    if row is not None:
         print(evaluation_text(row))
+        print(f"scores: {out / SCORES}\nreport: {out / 'report.html'}")
     return 0
 
 
@@ -60,11 +62,11 @@ def evaluation_text(row: dict[str, Any]) -> str:
 
     names = {key.removesuffix("_turn"): row[key] for key in row if key.endswith("_turn")}
     names |= {f"eval.{name}": values for name, values in scores_apart(row).items()}
-    head = "turn    " + "".join(f"{name:>18}" for name in names)
+    head = "turn " + "".join(f"{name:>15}" for name in names)
     lines = [f"{row['sessions']} sessions", head]
     for t in range(len(names["reward"])):
         cells = [_mean_and_error(values[t]) for values in names.values()]
-        lines.append(f"{t + 1:<8}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{t + 1:<5}" + "".join(f"{cell:>15}" for cell in cells))
     if "marginal" in names:
         lines.append("marginal: the share of turns with IF = 1, whatever came before")
     return "\n".join(lines + _below_the_table(row))

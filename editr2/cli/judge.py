@@ -40,9 +40,22 @@ EXTRA: list[tuple[str, dict[str, Any]]] = [
     ),
 ]
 
+EXAMPLES = [
+    (
+        "--data examples/shapes --outputs runs/edited --reward.name pixels",
+        "what `editr2 rollout` wrote, by a reward that needs no server",
+    ),
+    (
+        "--data examples/shapes --outputs runs/a --outputs runs/b --repeats 3",
+        "siblings of each session; and the judge's own noise",
+    ),
+]
+
+COMMON = ("out", "data.path", "reward.name", "reward.options", "against.name", "against.options")
+
 
 def command(arguments: Arguments) -> int:
-    """try a reward on sessions and their outputs, before training"""
+    """try a reward on outputs, before training"""
     from editr2.judge.settings import JudgeConfig, judge_problems
 
     config, given = settings.schema_config(
@@ -52,6 +65,8 @@ def command(arguments: Arguments) -> int:
         "the scores are worth; --against.* is another reward to compare with.",
         arguments,
         EXTRA,
+        examples=EXAMPLES,
+        common=COMMON,
     )
     for problem in judge_problems(config):
         raise ConfigError(problem)

@@ -18,7 +18,7 @@ OUTPUTS = "outputs"
 
 
 def command(arguments: Arguments) -> int:
-    """ask people which output is better, on a local page; `import`, `report`, `export`"""
+    """ask people which output is better, on a local page"""
     actions: dict[str, Callable[[Arguments], int]] = {
         "import": _import,
         "serve": _serve,
@@ -26,14 +26,22 @@ def command(arguments: Arguments) -> int:
         "export": _export,
     }
     # A folder alone is served; one of an action's name is `./report`.
-    if arguments and arguments[0] not in actions and not arguments[0].startswith("-"):
+    words = (*actions, "help")
+    if arguments and arguments[0] not in words and not arguments[0].startswith("-"):
         return _serve(arguments)
     return dispatch("editr2 label", actions, arguments)
 
 
 def _serve(arguments: Arguments) -> int:
-    """show the pairs of a folder, blind and in random order, and keep what people say"""
-    flags = Flags("editr2 label serve", _serve.__doc__ or "")
+    """show a folder's pairs, blind, and keep what people say"""
+    flags = Flags(
+        "editr2 label serve",
+        _serve.__doc__ or "",
+        [
+            ("my_pairs", "the same as `editr2 label my_pairs`"),
+            ("my_pairs --port 9000 --people 2", "two answers a question, on another port"),
+        ],
+    )
     _add_folder(flags)
     flags.add(
         "--port",
@@ -78,10 +86,23 @@ def _serve(arguments: Arguments) -> int:
 
 
 def _import(arguments: Arguments) -> int:
-    """write questions.jsonl of a public set of pairs, of preference files, or of outputs"""
-    from editr2.benchmarks.rewards import PAIR_SETS
+    """write questions.jsonl of pairs, preferences or outputs"""
+    from editr2.benchmarks.table import PAIR_SETS
 
-    flags = Flags("editr2 label import", _import.__doc__ or "")
+    flags = Flags(
+        "editr2 label import",
+        _import.__doc__ or "",
+        [
+            (
+                "outputs examples/shapes --outputs runs/a --outputs runs/b --out to_label",
+                "of each turn, its siblings",
+            ),
+            (
+                "preferences their/preferences.json --out to_label",
+                "the form of HPDv3 and EditReward-Data",
+            ),
+        ],
+    )
     flags.add(
         "format",
         among=lambda: [OUTPUTS, *PAIR_SETS],
@@ -118,8 +139,14 @@ def _import(arguments: Arguments) -> int:
 
 
 def _report(arguments: Arguments) -> int:
-    """how many votes there are, how people agree, and whether somebody favours a side"""
-    flags = Flags("editr2 label report", _report.__doc__ or "")
+    """how many votes, how people agree, who favours a side"""
+    flags = Flags(
+        "editr2 label report",
+        _report.__doc__ or "",
+        [
+            ("my_pairs", "a folder that was labelled"),
+        ],
+    )
     _add_folder(flags)
     store = _opened(Path(flags.parse(arguments)["folder"]))
     from editr2.label.summary import lines
@@ -129,8 +156,18 @@ def _report(arguments: Arguments) -> int:
 
 
 def _export(arguments: Arguments) -> int:
-    """write pairs.jsonl, what most people prefer; a verifier learns from it (docs/labelling.md)"""
-    flags = Flags("editr2 label export", _export.__doc__ or "")
+    """write pairs.jsonl: what most prefer, for a verifier to learn"""
+    flags = Flags(
+        "editr2 label export",
+        _export.__doc__ or "",
+        [
+            ("my_pairs --out pairs.jsonl", "what most prefer"),
+            (
+                "my_pairs --out pairs.jsonl --least 0.5 --votes votes.jsonl",
+                "clear ones alone; and every vote",
+            ),
+        ],
+    )
     _add_folder(flags)
     flags.add("--out", path=True, required=True, help="the file to write, pairs.jsonl")
     flags.add("--votes", path=True, help="also write every vote, to votes.jsonl")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from editr2.cli import (
     benchmark,
     check,
+    completion,
     data,
     doctor,
     evaluate,
@@ -50,13 +51,23 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "world": world.command,
     "verifier": verifier.command,
 }
+COMMANDS["completion"] = completion.command_of(COMMANDS)
+
+
+GROUPS = {
+    "train an editor": ("init", "recipes", "train", "check", "report", "export"),
+    "edit, and say what it is worth": ("rollout", "eval", "benchmark"),
+    "sessions and judges": ("data", "judge", "label", "verifier", "world"),
+    "this program": ("doctor", "completion", "reproduce"),
+}
+"""Under what headings `editr2 help` lists the commands."""
 
 
 STOPPED = {
     "train": "nothing was trained by this start; the same command begins again, or goes on from "
     "the newest checkpoint",
     "check": "nothing was written; start it again",
-    "eval": "nothing was written; start it again",
+    "eval": "no scores were written; the same command begins again, and a judge is not asked twice",
     "rollout": "what is in --out is not whole; the same command begins again",
     "judge": "what was answered is on the record in --out; the same command asks for the rest",
     "benchmark": "images and answers that are there stand; the same command makes the rest",
@@ -99,6 +110,16 @@ def os_problem(error: OSError) -> str:
     return f"{where}: {what}" if where else what
 
 
+def version() -> str:
+    """Of the installed distribution, where it is written once."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("editr2")
+    except metadata.PackageNotFoundError:
+        return "unknown: a source tree that is not installed"
+
+
 def main(arguments: Arguments | None = None) -> int:
     """Entry point: 0 when all went well, 2 with one line on standard error for anything the user
     can mend."""
@@ -106,7 +127,10 @@ def main(arguments: Arguments | None = None) -> int:
     warnings.filterwarnings("default", category=UserWarning, module="editr2")
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        status = dispatch("editr2", COMMANDS, given)
+        if list(given[:1]) in (["--version"], ["-V"]):
+            print(f"editr2 {version()}")
+            return 0
+        status = dispatch("editr2", COMMANDS, given, GROUPS)
         sys.stdout.flush()  # while there is somebody to say that it cannot be written
         return status
     except UserError as error:

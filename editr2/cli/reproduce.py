@@ -6,16 +6,24 @@ import sys
 from pathlib import Path
 
 from editr2.cli.flags import SOME, Arguments, Flags
+from editr2.cli.loading import load_libraries
 from editr2.config.rules import folder_problem
 
 
 def command(arguments: Arguments) -> int:
-    """the papers' comparisons on the world: train every arm, write tables with intervals; run again
-    to resume"""
+    """the papers' methods side by side on the world"""
     from editr2.reproduce.arms import Settings, find_arms
 
-    docs_help = "folder of reproduction.md, its plots and its rows"
-    flags = Flags("editr2 reproduce", command.__doc__ or "")
+    flags = Flags(
+        "editr2 reproduce",
+        "The papers' comparisons on the world: trains every arm and writes a page of tables with "
+        "intervals. The same command again trains what is missing.",
+        [
+            ("--arms base,edit-r2 --seeds 1 --iterations 5", "a small one, to see what it does"),
+            ("--seeds 3", "all of it: hours on two cores"),
+            ("--report-only", "the page again, from the rows there are"),
+        ],
+    )
     flags.add(
         "--out",
         path=True,
@@ -25,7 +33,12 @@ def command(arguments: Arguments) -> int:
         help="folder of the runs",
     )
     flags.add(
-        "--docs", path=True, check=folder_problem, what="a folder", default="docs", help=docs_help
+        "--docs",
+        type=str | None,
+        path=True,
+        check=folder_problem,
+        what="a folder or none",
+        help="folder of reproduction.md, its plots and its rows; none: --out",
     )
     flags.add("--arms", help="comma-separated names; all of them if not given")
     flags.add("--seeds", type=int, default=3, bounds=SOME, help="training seeds of every arm")
@@ -35,11 +48,9 @@ def command(arguments: Arguments) -> int:
     flags.add("--report-only", action="store_true", help="write the page from the rows there are")
     flags.settings(Settings)
     options = flags.parse(arguments)
-    out, docs, report_only = (
-        Path(options.pop("out")),
-        Path(options.pop("docs")),
-        options.pop("report_only"),
-    )
+    load_libraries()
+    out, docs, report_only = (options.pop(name) for name in ("out", "docs", "report_only"))
+    out, docs = Path(out), Path(out if docs is None else docs)
     arms, seeds, jobs = find_arms(options.pop("arms")), options.pop("seeds"), options.pop("jobs")
     from editr2.reproduce.page import write_page
     from editr2.reproduce.runs import reproduce

@@ -7,17 +7,43 @@ from pathlib import Path
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
-from editr2.policies.rules import check_config
+
+EXAMPLES = [
+    ("--data examples/shapes --out runs/edited", "by the shipped small editor"),
+    ("--policy runs/demo --data examples/shapes --out runs/edited", "by one that you trained"),
+    (
+        "--policy black-forest-labs/FLUX.1-Kontext-dev --data my_sessions --data.resize crop",
+        "by a stock editor, on pictures of any size",
+    ),
+]
+
+COMMON = (
+    "data.path",
+    "data.limit",
+    "data.resize",
+    "policy.model",
+    "policy.intent",
+    "policy.guidance",
+    "eval.sessions",
+    "eval.sampler",
+    "eval.steps",
+)
+"""Settings that most people change of how an editor edits."""
 
 
 def command(arguments: Arguments) -> int:
-    """edit sessions and write the images, without training"""
+    """edit sessions and write the images"""
     config, given = settings.run_config(
         "editr2 rollout",
         "Edit sessions turn by turn and write images and outputs.jsonl into --out.",
         arguments,
+        [settings.out_flag("runs/rollout", "folder of images/ and outputs.jsonl")],
         named=True,
+        examples=EXAMPLES,
+        common=COMMON,
     )
+    from editr2.policies.rules import check_config
+
     config = check_config(config, "rollout")
     from PIL import Image
 
@@ -35,7 +61,7 @@ def command(arguments: Arguments) -> int:
     check_run(config, None, own, processes=processes.count, command="rollout")
     sessions = sessions_for(config, policy).heldout
     sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
-    out, mine = Path(config.out), processes.share(len(sessions))
+    out, mine = Path(given["out"]), processes.share(len(sessions))
     (out / "images").mkdir(parents=True, exist_ok=True)
     parts = [
         out / "outputs.jsonl",

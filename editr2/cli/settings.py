@@ -8,15 +8,24 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from editr2.cli.flags import Arguments, Flags, Option, values_of
+from editr2.cli.loading import load_libraries
 from editr2.config.fields import Wrong, field_problems
 from editr2.config.paths import from_file
 from editr2.config.presets import PRESETS, preset_config, replace_nested
+from editr2.config.rules import folder_problem
 from editr2.config.settings import Config, RewardConfig, RewardUse
 from editr2.errors import ConfigError
 from editr2.recipes import config_file
 
 C = TypeVar("C", bound=Config)
 S = TypeVar("S")
+
+Examples = Sequence[tuple[str, str]]
+
+CONFIG = (
+    "a YAML file of settings, or a recipe's name (editr2 recipes); flags go before it, and paths "
+    "of what it reads are relative to it"
+)
 
 
 def run_config(
@@ -27,6 +36,8 @@ def run_config(
     *,
     strict: bool = True,
     named: bool = False,
+    examples: Examples = (),
+    common: Sequence[str] = (),
 ) -> tuple[Config, dict[str, Any]]:
     """(Config, the values of `extra` flags) from defaults, `--preset`, `--config` and flags, in
     this order.
@@ -38,8 +49,20 @@ def run_config(
     strict: raises `ConfigError` for the first value that its field does not accept, with the file's
     line where it is from one. Otherwise such values are left as they are, for `config_problems` to
     say all of them.
+
+    examples, common: as `Flags` has them.
     """
-    return schema_config(Config, prog, description, arguments, extra, strict=strict, named=named)
+    return schema_config(
+        Config,
+        prog,
+        description,
+        arguments,
+        extra,
+        strict=strict,
+        named=named,
+        examples=examples,
+        common=common,
+    )
 
 
 def schema_config(
@@ -52,21 +75,24 @@ def schema_config(
     strict: bool = True,
     named: bool = False,
     own: Sequence[str] = (),
+    examples: Examples = (),
+    common: Sequence[str] = (),
 ) -> tuple[C, dict[str, Any]]:
     """As `run_config`, of settings that have more fields. own: dotted names that the command
     decides about, whatever `--policy` comes with."""
     from editr2.config.yaml import check_keys, load_yaml, place_of
 
-    description += " `--data PATH` is short for `--data.path PATH`."
-    flags = Flags(prog, description)
-    flags.add("--preset", help=f"start from a preset: {', '.join(PRESETS)}")
-    flags.add("--config", path=True, help=FILE)
+    flags = Flags(prog, description, examples, common)
+    flags.short["--data"] = "--data.path"
+    flags.add("--config", path=True, help=CONFIG)
+    flags.add("--preset", help=f"the settings of a published method: {', '.join(PRESETS)}")
     if named:
         flags.add("--policy", path=True, help=NAMED)
     for name, options in extra:
         flags.add(name, **options)
     flags.settings(schema)
-    found = flags.given(_data_spelt_out(arguments))
+    found = flags.given(arguments)
+    load_libraries()
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     file = beside.pop("config")
     file = None if file is None else config_file(file)
@@ -102,30 +128,29 @@ def _model(values: dict[str, Any], found: Sequence[tuple[Option, str]]) -> str |
     return said if isinstance(said, str) else None
 
 
-def _data_spelt_out(arguments: Arguments) -> list[str]:
-    return [
-        f"--data.path{w[6:]}" if w == "--data" or w.startswith("--data=") else w for w in arguments
-    ]
-
-
 def file_config(
     schema: type[S],
     prog: str,
     description: str,
     arguments: Arguments,
     extra: Sequence[tuple[str, dict]] = (),
+    *,
+    examples: Examples = (),
+    common: Sequence[str] = (),
 ) -> tuple[S, dict[str, Any]]:
     """(settings, the values of `extra` flags) of a command whose settings are none of a run's, from
     defaults, `--config` and flags, in this order. Raises `ConfigError` for the first value that its
     field does not accept, with the file's line where it is from one."""
     from editr2.config.yaml import check_keys, load_yaml, place_of
 
-    flags = Flags(prog, f"{description}. `--data PATH` is short for `--data.path PATH`.")
-    flags.add("--config", path=True, help=FILE)
+    flags = Flags(prog, description, examples, common)
+    flags.short["--data"] = "--data.path"
+    flags.add("--config", path=True, help=CONFIG)
     for name, options in extra:
         flags.add(name, **options)
     flags.settings(schema)
-    found = flags.given(_data_spelt_out(arguments))
+    found = flags.given(arguments)
+    load_libraries()
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     config, file = schema(), beside.pop("config")
     if file is not None:
@@ -145,10 +170,11 @@ def file_config(
     return config, beside
 
 
-FILE = (
-    "a YAML file with any of the fields below, or a recipe's name (editr2 recipes); paths of what "
-    "it reads are relative to it"
-)
+def out_flag(default: str, holds: str) -> tuple[str, dict[str, Any]]:
+    """`--out` of a command that trains nothing: what `out` of --config names is a training's."""
+    how = {"path": True, "check": folder_problem, "what": "a folder", "default": default}
+    return "--out", {**how, "help": f"{holds}; `out` of --config is a training's"}
+
 
 NAMED = (
     "what edits: the folder of a run, an export, a saved policy or a diffusers pipeline, or a hub "

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-
-from editr2.run.machine import choose_waiting, starting
+from editr2.cli.loading import loading
+from editr2.run.machine import choose_waiting
 
 
 def main() -> int:
-    """What `editr2` runs. Threads first: how they wait has to be set before torch is loaded, and
-    the commands import it."""
-    with starting():
+    """What `editr2` runs. Threads first: how they wait has to be set before torch is loaded, which
+    commands do once they know what they are asked."""
+    with loading():
         choose_waiting()
-        gc.disable()  # libraries stay: looking for garbage among them is a sixth of starting
         from editr2.cli.main import main as run
-
-        gc.freeze()
-        gc.enable()
     return run()

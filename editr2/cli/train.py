@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
+
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
 
+EXAMPLES = [
+    ("", "the demo: the shipped small editor on endless sessions of a drawn world"),
+    ("--data examples/shapes --out runs/mine", "sessions of your own: a folder, its images in it"),
+    (
+        "--config run.yaml --preset mt-editflow-nft --train.lr 1e-5",
+        "a recipe, by another published method, with a setting changed",
+    ),
+    ("--config run.yaml --train.iterations 200", "longer than before: the run there goes on"),
+]
+
+COMMON = (
+    "out",
+    "data.path",
+    "data.heldout",
+    "policy.model",
+    "policy.weights",
+    "policy.lora_rank",
+    "policy.resolution",
+    "reward.name",
+    "rollout.sessions",
+    "rollout.siblings",
+    "rollout.steps",
+    "train.iterations",
+    "train.lr",
+    "eval.sessions",
+    "eval.every",
+    "checkpoint.every",
+)
+"""Settings that most people change, here and before a run (`editr2 check`)."""
+
 
 def command(arguments: Arguments) -> int:
-    """multi-turn RL from start to report; run again to resume"""
+    """train an editor by RL, from start to report; again: resume"""
     profile = (
         "--profile",
         {"action": "store_true", "help": "print the seconds of an iteration by phase at the end"},
@@ -21,7 +55,13 @@ def command(arguments: Arguments) -> int:
         {"type": str, "action": "append", "help": f"{told}; again, or with commas, for more"},
     )
     config, extra = settings.run_config(
-        "editr2 train", "Train an editor on multi-turn sessions.", arguments, [profile, anyway]
+        "editr2 train",
+        "Train an editor on sessions of several instructions, from its start to its report. The "
+        "same command again goes on where it stopped.",
+        arguments,
+        [profile, anyway],
+        examples=EXAMPLES,
+        common=COMMON,
     )
     insisted = [
         name.strip()
@@ -29,7 +69,27 @@ def command(arguments: Arguments) -> int:
         for name in names.split(",")
         if name.strip()
     ]
+    from editr2.run.processes import open_processes
     from editr2.training import train
 
-    train(config, profile=bool(extra["profile"]), resume_anyway=insisted)
+    run = train(config, profile=bool(extra["profile"]), resume_anyway=insisted)
+    if open_processes().main:
+        print("\n".join(what_next(run)), file=sys.stderr)
     return 0
+
+
+def what_next(run: Path) -> list[str]:
+    """Where a finished run's results are, and what one does with them."""
+    best = ", best/ (the best ones)" if (run / "best").is_dir() else ""
+    named = shlex.quote(str(run))
+    commands = {
+        f"editr2 eval --policy {named}": "score it, session by session",
+        f"editr2 export {named} --out exported": "for other programs",
+    }
+    width = max(map(len, commands)) + 3
+    lines = [f"{command:<{width}}{why}" for command, why in commands.items()]
+    return [
+        f"done: {run}: report.html, policy/ (the weights){best}, metrics.jsonl",
+        f"next: {lines[0]}",
+        *(f"      {line}" for line in lines[1:]),
+    ]

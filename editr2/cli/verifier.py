@@ -19,9 +19,56 @@ ANYWAY: tuple[str, dict[str, Any]] = (
     },
 )
 
+SERVER = "http://127.0.0.1:8000/v1"
+
+EXAMPLES: dict[str, list[tuple[str, str]]] = {
+    "principles": [
+        (f"--data edits --judge.options.url {SERVER}", "by a served model"),
+        ("--data edits --judge.exact world", "of the world's edits, by its rules"),
+    ],
+    "traces": [
+        (f"--data runs/principles --judge.options.url {SERVER}", "by a served model"),
+        ("--data runs/principles --config pool.yaml", "by several; docs/verifier.md has the file"),
+    ],
+    "eval": [
+        (
+            "--data held --judge.weights runs/sft/verifier --judge.options.traces 4",
+            "one that you trained, in this process",
+        ),
+    ],
+    "sft": [
+        (
+            "--data runs/chosen --policy.weights Qwen/Qwen2.5-VL-7B-Instruct",
+            "what `verifier select` wrote",
+        ),
+        ("--data edits --policy.weights start --policy.prompts start", "the small one, on a CPU"),
+    ],
+    "gcpo": [
+        ("--data pairs --policy.weights runs/sft/verifier", "behind the cold start"),
+    ],
+}
+
+COMMON = (
+    "out",
+    "data.path",
+    "data.heldout",
+    "judge.weights",
+    "judge.options",
+    "gold.exact",
+    "policy.weights",
+    "policy.lora_rank",
+    "policy.dtype",
+    "rollout.traces",
+    "train.iterations",
+    "train.batch",
+    "train.lr",
+    "eval.every",
+)
+"""Settings that most people change, of the commands that have them."""
+
 
 def command(arguments: Arguments) -> int:
-    """a reasoning verifier (Edit-R1): its data, `sft`, `gcpo`, and what it is worth"""
+    """a reasoning verifier (Edit-R1): data, sft, gcpo, eval"""
     actions: dict[str, Callable[[Arguments], int]] = {
         "principles": _principles,
         "traces": _traces,
@@ -45,7 +92,7 @@ def _principles(arguments: Arguments) -> int:
 
 
 def _traces(arguments: Arguments) -> int:
-    """what a pool of judges writes about edits, and gold by a stronger one or exact rules"""
+    """what judges write about edits, and what is right"""
     from editr2.verifier.stage_settings import TracesConfig
 
     config = _configured("traces", TracesConfig, _traces.__doc__, arguments)
@@ -57,7 +104,13 @@ def _traces(arguments: Arguments) -> int:
 
 def _select(arguments: Arguments) -> int:
     """of the traces about an edit, the one that is right most often"""
-    flags = Flags("editr2 verifier select", _select.__doc__ or "")
+    flags = Flags(
+        "editr2 verifier select",
+        _select.__doc__ or "",
+        [
+            ("--data runs/traces --out runs/chosen --least 0.8", "what `verifier traces` wrote"),
+        ],
+    )
     flags.add("--data", path=True, required=True, help="a folder that `traces` wrote")
     flags.out("a folder for principles.jsonl and traces.jsonl of the chosen")
     flags.add(
@@ -75,7 +128,7 @@ def _select(arguments: Arguments) -> int:
 
 
 def _eval(arguments: Arguments) -> int:
-    """preference accuracy, calibration, agreement and cost of a verifier, with a page"""
+    """accuracy, calibration, agreement and cost, with a page"""
     from editr2.verifier.stage_settings import EvalConfig
 
     config = _configured("eval", EvalConfig, _eval.__doc__, arguments)
@@ -86,7 +139,14 @@ def _eval(arguments: Arguments) -> int:
 
 
 def _configured(name: str, schema: type[Any], described: str | None, arguments: Arguments) -> Any:
-    return settings.file_config(schema, f"editr2 verifier {name}", f"{described}.", arguments)[0]
+    return settings.file_config(
+        schema,
+        f"editr2 verifier {name}",
+        f"{described}.",
+        arguments,
+        examples=EXAMPLES[name],
+        common=COMMON,
+    )[0]
 
 
 def _told(lines: Sequence[str]) -> None:
@@ -96,14 +156,14 @@ def _told(lines: Sequence[str]) -> None:
 
 
 def _sft(arguments: Arguments) -> int:
-    """cold start: learn to write selected traces; run again to resume"""
+    """cold start: learn selected traces; again: resume"""
     from editr2.verifier.settings import SftConfig
 
     return _train("sft", SftConfig, arguments)
 
 
 def _gcpo(arguments: Arguments) -> int:
-    """learn from preferred outputs of pairs, by traces of its own; run again to resume"""
+    """learn from pairs, by traces of its own; again: resume"""
     from editr2.verifier.settings import GcpoConfig
 
     return _train("gcpo", GcpoConfig, arguments)
@@ -112,7 +172,13 @@ def _gcpo(arguments: Arguments) -> int:
 def _train(name: str, schema: type[Any], arguments: Arguments) -> int:
     described = {"sft": _sft.__doc__, "gcpo": _gcpo.__doc__}[name] or ""
     config, given = settings.file_config(
-        schema, f"editr2 verifier {name}", described, arguments, [ANYWAY]
+        schema,
+        f"editr2 verifier {name}",
+        f"{described}.",
+        arguments,
+        [ANYWAY],
+        examples=EXAMPLES[name],
+        common=COMMON,
     )
     insisted = [
         text.strip()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
+from editr2.cli.loading import load_libraries
 from editr2.config.fields import Bounds
 from editr2.config.settings import SEED, SHARE, TURNS
 from editr2.errors import ConfigError
@@ -18,8 +19,7 @@ ANY = Bounds(at_least=0, at_most=256)
 
 
 def command(arguments: Arguments) -> int:
-    """the embedded world: `make` sessions on disk, `pretrain` the small policy, `edits` to learn
-    judging from, a small `verifier` before it learns"""
+    """the embedded world: sessions, its policy, edits, a verifier"""
     actions: dict[str, Callable[[Arguments], int]] = {
         "make": _world_make,
         "pretrain": _world_pretrain,
@@ -31,7 +31,14 @@ def command(arguments: Arguments) -> int:
 
 def _world_make(arguments: Arguments) -> int:
     """write sessions of the shapes world as PNG and jsonl"""
-    flags = Flags("editr2 world make", _world_make.__doc__ or "")
+    flags = Flags(
+        "editr2 world make",
+        _world_make.__doc__ or "",
+        [
+            ("--out my_set --count 24", "of the training split"),
+            ("--out my_heldout --split heldout", "whose scenes no training session has"),
+        ],
+    )
     flags.out()
     flags.add("--count", type=int, default=24, bounds=SOME, help="sessions")
     _add_stream(flags)
@@ -70,22 +77,39 @@ def _sessions(options: dict[str, Any]) -> list[Session]:
 
 
 def _world_pretrain(arguments: Arguments) -> int:
-    """train the embedded policy from random weights on ground-truth sessions"""
-    from editr2.policies.unified.pretrain import PretrainConfig, pretrain
+    """train the embedded policy from random weights"""
+    from editr2.policies.unified.settings import PretrainConfig
 
-    flags = Flags("editr2 world pretrain", _world_pretrain.__doc__ or "")
+    flags = Flags(
+        "editr2 world pretrain",
+        _world_pretrain.__doc__ or "",
+        [
+            ("--out my_policy", "as the shipped one was made"),
+            ("--out my_policy --steps 100 --compile false", "a trial of it"),
+        ],
+    )
     flags.out("folder for config, tokenizer, weights and log")
     flags.settings(PretrainConfig)
     options = flags.parse(arguments)
+    load_libraries()
     out = Path(options.pop("out"))
+    from editr2.policies.unified.pretrain import pretrain
+
     pretrain(PretrainConfig(**options), out)
     print(f"policy: {out}")
     return 0
 
 
 def _world_edits(arguments: Arguments) -> int:
-    """write edits of the world's sessions with principles, traces and pairs, by exact rules"""
-    flags = Flags("editr2 world edits", _world_edits.__doc__ or "")
+    """write edits with principles, traces and pairs, by rules"""
+    flags = Flags(
+        "editr2 world edits",
+        _world_edits.__doc__ or "",
+        [
+            ("--out edits --count 200", "by the shipped policy, and synthetic ones"),
+            ("--out edits --siblings 0", "synthetic ones alone: seconds"),
+        ],
+    )
     flags.out()
     flags.add("--count", type=int, default=200, bounds=SOME, help="sessions")
     _add_stream(flags)
@@ -114,6 +138,7 @@ def _world_edits(arguments: Arguments) -> int:
     )
     flags.add("--seed", type=int, default=0, bounds=SEED, help="seed of everything drawn")
     options = flags.parse(arguments)
+    load_libraries()
     if not options["siblings"] and not options["synthetic"]:
         raise ConfigError("--siblings, --synthetic: 0 both (accepted: at least 1 of one of them)")
     from editr2.config import PolicyConfig
@@ -135,13 +160,23 @@ def _world_edits(arguments: Arguments) -> int:
 
 
 def _world_verifier(arguments: Arguments) -> int:
-    """write a small verifier with random weights, of the world's words, for `editr2 verifier`"""
-    from editr2.verifier.small import SmallConfig, write_small
+    """write a small verifier with random weights"""
+    from editr2.verifier.settings import SmallConfig
 
-    flags = Flags("editr2 world verifier", _world_verifier.__doc__ or "")
+    flags = Flags(
+        "editr2 world verifier",
+        _world_verifier.__doc__ or "",
+        [
+            ("--out start", "of the usual size"),
+            ("--out start --hidden 80 --layers 2", "a smaller one"),
+        ],
+    )
     flags.out("folder for weights, processor and question")
     flags.settings(SmallConfig)
     options = flags.parse(arguments)
+    load_libraries()
     out = Path(options.pop("out"))
+    from editr2.verifier.small import write_small
+
     print(f"verifier: {out} ({write_small(out, SmallConfig(**options)):,} weights)")
     return 0

@@ -22,6 +22,7 @@ import math
 import numbers
 import os
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -151,16 +152,29 @@ class Accepts:
         return value
 
 
-def table(address: str) -> Callable[[], Mapping[str, Any]]:
-    """An open table that stands above the settings, `package.module:NAME`: known by
-    its address, as a user's own class is, and looked up when a value is checked."""
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """An open table that stands above the settings, `package.module:NAME`: known by its address, as
+    a user's own class is, and looked up when a value is checked. `--help` does not load it for its
+    names, so the line of such a field has them (tests/test_help.py)."""
 
-    def entries() -> Mapping[str, Any]:
-        module, _, name = address.partition(":")
+    address: str
+    keep: Callable[[Any], bool] | None = None
+
+    def __call__(self) -> Mapping[str, Any]:
+        module, _, name = self.address.partition(":")
         found: Mapping[str, Any] = getattr(importlib.import_module(module), name)
-        return found
+        keep = self.keep
+        return found if keep is None else {k: entry for k, entry in found.items() if keep(entry)}
 
-    return entries
+    @property
+    def loaded(self) -> bool:
+        return self.address.partition(":")[0] in sys.modules
+
+
+def table(address: str, keep: Callable[[Any], bool] | None = None) -> Table:
+    """keep: which entries a field takes; None: all."""
+    return Table(address, keep)
 
 
 ACCEPTS = "accepts"

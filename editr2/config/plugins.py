@@ -17,8 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from editr2.config.fields import is_reference
 from editr2.errors import ConfigError, plain
 
@@ -71,6 +69,8 @@ def process_kept() -> Iterator[None]:
     """Puts back what a user's code sets for the whole process or thread and training would follow:
     the working folder, torch's default dtype and device, the current GPU, and whether gradients are
     recorded."""
+    import torch  # `--help` asks nobody's code
+
     folder, dtype, device = _working_folder(), torch.get_default_dtype(), torch.get_default_device()
     recorded, cuda = (
         torch.is_grad_enabled(),

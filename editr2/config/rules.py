@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from editr2.config.fields import defaults, field_problems, mended, plain
 from editr2.config.settings import LOSSES, Config, RewardConfig, RewardUse, noise_levels
-from editr2_kernels.group_advantage import MAX_UNITS
 
 Command = Literal["train", "check", "eval", "rollout", "judge"]
 
@@ -93,6 +92,8 @@ def noise_problem(dynamics: str, level: float) -> str | None:
 
 @rule(*TRAINS)
 def _units(config: Config, command: str) -> Iterator[str]:
+    from editr2_kernels.group_advantage import MAX_UNITS
+
     r = config.rollout
     if (units := r.sessions * r.siblings * r.turns) > MAX_UNITS:
         yield (
@@ -172,7 +173,7 @@ def _something_to_evaluate(config: Config, command: str) -> Iterator[str]:
         yield f"eval.sessions: 0 (accepted by editr2 {command}: at least 1)"
 
 
-@rule("train", "check", "rollout", "judge")
+@rule("train", "check", "judge")
 def _out(config: Config, command: str) -> Iterator[str]:
     if problem := folder_problem(config.out):
         yield f"out: {config.out!r} (accepted: a folder; {problem})"

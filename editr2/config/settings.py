@@ -20,17 +20,19 @@ from editr2.config.fields import (
 from editr2.config.patterns import pattern_problem
 from editr2.policies.models import DEFAULT, MODELS
 from editr2.rewards.table import REWARDS
-from editr2_kernels import CREDIT_PRESETS, DYNAMICS
 
+rollout_dynamics = table("editr2_kernels:DYNAMICS", keep=lambda entry: bool(entry.stochastic))
+"""The dynamics that a rollout can sample by: those with noise."""
 
-def rollout_dynamics() -> list[str]:
-    """The dynamics that a rollout can sample by: those with noise."""
-    return [name for name, entry in DYNAMICS.items() if entry.stochastic]
+CREDIT_PRESETS = table("editr2_kernels:CREDIT_PRESETS")
+"""Published combinations of the options of credit. The operators import torch."""
 
 
 def noise_levels(dynamics: str) -> Bounds:
     """Of a dynamics that keeps the noise schedule the level is a share of the noise there is, of
     the others a factor of the diffusion, published at up to 1.3."""
+    from editr2_kernels import DYNAMICS
+
     entry = DYNAMICS[dynamics]
     if not entry.has_level:
         return Bounds(at_least=1, at_most=1)
@@ -329,7 +331,8 @@ class RolloutConfig:
         steps: denoising steps.
         shift: timestep shift of the sigma schedule; none is the policy's own schedule (unified: no
             shift).
-        dynamics: the sampler of the SDE steps.
+        dynamics: the sampler of the SDE steps: cps, flow-sde, dance-sde, wan-sde, ddim-sde
+            or dpm++sde.
         noise_level: of the dynamics.
         window: consecutive SDE steps a turn that are trained; all others are ODE steps and store
             nothing.
@@ -393,7 +396,7 @@ class CreditConfig:
         clip: bound on the advantage.
     """
 
-    preset: str = setting("edit-r2", among=lambda: CREDIT_PRESETS)
+    preset: str = setting("edit-r2", among=CREDIT_PRESETS)
     weights: dict[str, float] = field(
         default_factory=lambda: {"IF": 0.3, "CC": 0.3, "GA": 0.4},
         metadata={ACCEPTS: Accepts(Bounds(at_least=-1_000_000, at_most=1_000_000))},
@@ -532,9 +535,8 @@ class EvalConfig:
     """Evaluation: fixed seeds and greedy intents, so the same weights always score the same.
 
     Args:
-        sessions: held-out sessions; 0 trains without any evaluation (and what needs one is
-            refused).
-        turns: turns of held-out sessions drawn from the world; none is rollout.turns.
+        sessions: sessions of an evaluation; 0 trains without any (and what needs one is refused).
+        turns: turns of its sessions where they are drawn from the world; none is rollout.turns.
         sampler: rollout (as in training, window noise and all, with fixed seeds: the policy that is
             trained) or ode (no noise after the initial latent).
         steps: denoising steps; none uses rollout.steps.

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from editr2.report import charts
+from editr2.report.charts import Chart, Series
 from editr2.report.data import (
     MODES,
     PASS_NAMES,
@@ -26,10 +25,11 @@ from editr2.report.data import (
     mean,
     number,
 )
-from editr2.report.gallery import build_gallery
+from editr2.report.gallery import Gallery, build_gallery
 from editr2.report.numbers import decimal, signed, with_se
 from editr2.report.pages import write_page
 from editr2.report.pictures import Pictures
+from editr2.report.sessions import session_table
 from editr2.run.tracking import duration
 
 HEALTH = {
@@ -51,38 +51,68 @@ def build_report(
 ) -> Path:
     """Writes `report.html` into the run folder and returns its path.
 
-    One file: images inline, no script, nothing fetched. Works with what the folder has (metrics,
-    strips of one or both passes) and says on the page what is missing; raises DataError where it
-    has neither.
+    One file: images and the scripts of charts inline, nothing fetched. Works with what the folder
+    has (metrics, strips of one or both passes) and says on the page what is missing; raises
+    DataError where it has neither.
 
     max_sessions: more sessions than this are thinned evenly through their order from best to worst
         change.
-    max_pixels: larger images are scaled down to this long side, to keep the page small.
+    max_pixels: larger images are scaled down to this long side, or to less where a page of 3 MB
+        asks for it.
     """
     folder = Path(run_dir)
     run = load_run(folder)
-    pictures = Pictures(folder / "strips", max_pixels)
-    gallery = build_gallery(run, pictures, max_sessions)
+    gallery, pictures = _fitting(run, max_sessions, max_pixels)
+    table = session_table(run, IMAGES - pictures.bytes)
     return write_page(
         folder / "report.html",
         "report.html.j2",
         title=folder.resolve().name,
-        facts=_facts(run),
+        facts=facts_of(run),
         cards=_cards(run),
         alarms=run.alarms,
         missing=run.missing + pictures.notes(),
         eval_charts=_evaluation_charts(run),
-        eval_sessions="training" if run.start.get("heldout_is_training") else "held-out",
+        eval_sessions=_kind(run),
+        alone=run.alone,
         eval_table=evaluation_table(run),
         curves=_curves(run),
         window=charts.smoothing_window(len(run.train)),
         health=_health(run),
         gallery=gallery,
+        table=table,
+        colours=score_colours(run),
         strips_from=run.config.get("eval.strips_from"),
         judges=_judges(run),
         config=run.config_text,
         versions=_versions(run),
     )
+
+
+IMAGES = 2_200_000
+"""Bytes that the images of a page may take, which with the rest of it stays below 3 MB."""
+STRIPS = 1_300_000
+"""Of those, the film-strips'."""
+LEAST = 128
+"""px: smaller than this an edit is not seen, and there are fewer sessions instead."""
+
+
+def _fitting(
+    run: RecordedRun, max_sessions: int, max_pixels: int
+) -> tuple[Gallery | None, Pictures]:
+    """The film-strips, with images as large and sessions as many as fit."""
+    images = sum(1 + 2 * len(pair.either.turns) for pair in run.pairs[:max_sessions])
+    side = int(min(max_pixels, max(LEAST, (STRIPS / max(images, 1) / 0.16) ** 0.5)))
+    while True:
+        pictures = Pictures(run.folder / "strips", side)
+        gallery = build_gallery(run, pictures, max_sessions)
+        over = pictures.bytes / STRIPS
+        if over <= 1 or (side <= LEAST and max_sessions <= 1):
+            return gallery, pictures
+        if pictures.reduced and side > LEAST:
+            side = max(LEAST, int(0.95 * side / over**0.5))
+        else:
+            max_sessions = max(1, int(0.95 * min(max_sessions, len(run.pairs)) / over))
 
 
 # Headline
@@ -97,7 +127,7 @@ class Card:
     note: str
 
 
-def _facts(run: RecordedRun) -> list[tuple[str, str]]:
+def facts_of(run: RecordedRun) -> list[tuple[str, str]]:
     seconds = run.train_seconds()
     planned = run.setting("iterations", "max_iterations", "num_iterations")
     done = str(run.train[-1].iteration + 1) if run.train else None
@@ -113,6 +143,9 @@ def _facts(run: RecordedRun) -> list[tuple[str, str]]:
         "Device": run.start.get("device"),
         "Seed": run.setting("seed"),
     }
+    if run.alone:  # nothing was trained
+        facts = {name: facts[name] for name in ("Policy", "Device", "Seed")}
+        facts["Weights"] = run.config.get("policy.weights")
     return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
@@ -219,42 +252,52 @@ def _sessions(evaluation: EvaluationRow | None) -> str:
 
 # Charts
 
+REWARD, SUCCESS, PLAIN = 0, 4, 5
+"""Colours of `charts` that are not of a score: the reward, session success, and what is none."""
+SCORE_COLOURS = {"IF": 1, "CC": 2, "GA": 3}
+OWN_COLOURS = (6, 7, 8)
 
-def _curves(run: RecordedRun) -> list[charts.Chart]:
-    if not run.train:
-        return []
-    x = [row.iteration for row in run.train]
+
+def score_colours(run: RecordedRun) -> dict[str, int]:
+    """Colours by the name of a score, the same in all charts and strips of a page."""
+    own = [name for name in _score_metrics(run).values() if name not in SCORE_COLOURS]
+    return SCORE_COLOURS | {name: OWN_COLOURS[k % 3] for k, name in enumerate(own)}
+
+
+def _curves(run: RecordedRun) -> list[Chart]:
+    """Of training rows, at the iterations as the terminal counts them, which are of the weights
+    before; evaluations are at the iterations done."""
+    x = [row.iteration + 1 for row in run.train]
     window = charts.smoothing_window(len(x))
+    colours = score_colours(run)
 
-    def scalar(key: str) -> charts.Line:
-        return charts.Line("", x, [row.scalars.get(key) for row in run.train], 0)
-
-    def lines(title: str, of: Sequence[charts.Line], note: str = "") -> charts.Chart | None:
-        return _chart(title, charts.line_chart(title, of, window=window), note)
+    def line(title: str, of: Sequence[Series], note: str = "") -> Chart | None:
+        return charts.line_chart(title, x, of, window=window, note=note) if x else None
 
     scores = [
-        charts.Line(name, x, [mean(row.turns.get(key, ())) for row in run.train], colour % 6)
-        for colour, (key, name) in enumerate(_score_metrics(run).items())
+        Series(name, [mean(row.turns.get(key, ())) for row in run.train], colours[name])
+        for key, name in _score_metrics(run).items()
     ]
+    success = Series("success", _scalars(run, "success"), SUCCESS)
     found = [
-        lines("Reward by turn", _reward_lines(run, x)),
-        _chart(
+        line("Reward by turn", _reward_series(run)),
+        line(
             "Scores, mean over turns",
-            charts.line_chart("Scores", scores, window=window),
-            _in_words(line.label for line in scores if any(y is not None for y in line.y)),
+            scores,
+            _in_words(one.label for one in scores if not one.empty),
         ),
-        lines(
-            "Session success",
-            [scalar("success")],
-            "Share of training sessions with every turn right.",
-        ),
-        _ratio_chart(scalar("ratio_error")),
-        _evaluated_chart(run),
+        line("Session success", [success], "Share of training sessions with every turn right."),
+        *_evaluated_charts(run),
         _apart_chart(run),
-        lines("Gradient norm", [scalar("grad_norm")]),
+        _ratio_chart(run, x),
+        line("Gradient norm", [Series("gradient norm", _scalars(run, "grad_norm"), PLAIN)]),
         _seconds_chart(run, x),
     ]
     return [chart for chart in found if chart is not None]
+
+
+def _scalars(run: RecordedRun, key: str) -> list[float | None]:
+    return [row.scalars.get(key) for row in run.train]
 
 
 def _in_words(names: Iterable[str]) -> str:
@@ -263,77 +306,104 @@ def _in_words(names: Iterable[str]) -> str:
     return f"{', '.join(known)}." if known else ""
 
 
-def _chart(title: str, svg: Markup | None, note: str = "") -> charts.Chart | None:
-    """None where there was nothing to draw."""
-    return charts.Chart(title, svg, note=note) if svg else None
-
-
-def _reward_lines(run: RecordedRun, x: Sequence[float]) -> list[charts.Line]:
-    """A line a turn; one for all where a run recorded no turns."""
+def _reward_series(run: RecordedRun) -> list[Series]:
+    """A series a turn; one for all where a run recorded no turns."""
     by_turn = [row.turns.get("reward_turn", ()) for row in run.train]
-    turns = max(map(len, by_turn))
+    turns = max(map(len, by_turn), default=0)
     if not turns:
-        return [charts.Line("all", x, [row.scalars.get("reward") for row in run.train], 0)]
-    return [
-        charts.Line(f"t{t + 1}", x, [v[t] if t < len(v) else None for v in by_turn], t % 6)
-        for t in range(turns)
-    ]
+        return [Series("reward", _scalars(run, "reward"), REWARD)]
+    columns = [[v[t] if t < len(v) else None for v in by_turn] for t in range(turns)]
+    return charts.of_turns("turn ", REWARD, columns)
 
 
-def _ratio_chart(ratio: charts.Line) -> charts.Chart | None:
-    exact = sum(value == 0 for value in ratio.y)
-    exactly = f"; exactly 0 in {exact} of {len(ratio.x)} iterations." if exact else "."
+def _ratio_chart(run: RecordedRun, x: Sequence[float]) -> Chart | None:
+    y = _scalars(run, "ratio_error")
+    exact = sum(value == 0 for value in y)
+    exactly = f"; exactly 0 in {exact} of {len(y)} iterations." if exact else "."
     note = f"|ratio − 1| when the rollout is replayed before the update{exactly}"
-    return _chart("Ratio error", charts.log_chart("Ratio error", ratio), note)
+    return charts.log_chart("Ratio error", x, Series("|ratio − 1|", y, PLAIN), note) if x else None
 
 
-def _evaluated_chart(run: RecordedRun) -> charts.Chart | None:
+def _evaluated(run: RecordedRun) -> list[EvaluationRow]:
+    """One an iteration, in their order: the last of several."""
+    found = {e.iteration: e for e in run.evaluations if e.iteration is not None}
+    return [found[iteration] for iteration in sorted(found)]
+
+
+def _evaluated_charts(run: RecordedRun) -> list[Chart]:
     """The evaluations during training. Two are the before and after above; more make a curve."""
-    by_iteration = {
-        e.iteration: e.turns.get("reward_turn", ())
-        for e in run.evaluations
-        if e.iteration is not None
-    }
-    at = sorted(by_iteration)
-    if len(at) <= 2:
-        return None
-    stats = [by_iteration[iteration] for iteration in at]
-    lines = [
-        charts.Line(f"t{t + 1}", at, [s[t].mean if t < len(s) else None for s in stats], t % 6)
-        for t in range(max(map(len, stats)))
+    of = _evaluated(run)
+    if len(of) <= 2:
+        return []
+    at = [float(e.iteration or 0) for e in of]
+    known, colours = _score_metrics(run), score_colours(run)
+    note = f"{_kind(run).capitalize()} sessions, {len(of)} evaluations."
+
+    def last(key: str) -> list[Stat]:
+        return [e.turns[key][-1] if e.turns.get(key) else Stat() for e in of]
+
+    by_turn = [e.turns.get("reward_turn", ()) for e in of]
+    columns = [
+        [stats[t] if t < len(stats) else Stat() for stats in by_turn]
+        for t in range(max(map(len, by_turn)))
     ]
-    title = "Reward by turn, evaluated"
-    note = f"Held-out sessions, {len(at)} evaluations."
-    return _chart(title, charts.line_chart(title, lines), note)
+    rewards = charts.of_turns(
+        "turn ",
+        REWARD,
+        [[stat.mean for stat in column] for column in columns],
+        ends=[[_ends(stat) for stat in column] for column in columns],
+    )
+    scores = [
+        Series(name, [stat.mean for stat in stats], colours[name], ends=list(map(_ends, stats)))
+        for key, name in known.items()
+        for stats in (last(key),)
+    ]
+    success = [e.success for e in of]
+    right = Series("success", [s.mean for s in success], SUCCESS, ends=list(map(_ends, success)))
+    found = [
+        charts.line_chart("Reward by turn, evaluated", at, rewards, note=note),
+        charts.line_chart("Scores of the last turn, evaluated", at, scores, note=note),
+        charts.line_chart("Session success, evaluated", at, [right], note=note),
+    ]
+    return [chart for chart in found if chart is not None]
 
 
-def _apart_chart(run: RecordedRun) -> charts.Chart | None:
+def _ends(stat: Stat) -> tuple[float, float] | None:
+    """One standard error to each side."""
+    if stat.mean is None or not stat.se:
+        return None
+    return stat.mean - stat.se, stat.mean + stat.se
+
+
+def _kind(run: RecordedRun) -> str:
+    """What the sessions of its evaluations are."""
+    if run.alone:
+        return "evaluated"  # nothing says whether anybody trained on them
+    return "training" if run.start.get("heldout_is_training") else "held-out"
+
+
+def _apart_chart(run: RecordedRun) -> Chart | None:
     """The trained reward beside what the judges of `eval.reward` say, mean over turns."""
-    by_iteration = {
-        e.iteration: e.turns
-        for e in run.evaluations
-        if e.iteration is not None and "eval.reward_turn" in e.turns
-    }
-    at = sorted(by_iteration)
-    if len(at) < 2:
+    of = [e for e in _evaluated(run) if "eval.reward_turn" in e.turns]
+    if len(of) < 2:
         return None
-    names = {"trained": "reward_turn", "eval.reward": "eval.reward_turn"}
-    lines = [
-        charts.Line(name, at, [mean(s.mean for s in by_iteration[i][key]) for i in at], colour)
-        for colour, (name, key) in enumerate(names.items())
+    names = {"trained": ("reward_turn", REWARD), "eval.reward": ("eval.reward_turn", 8)}
+    series = [
+        Series(name, [mean(s.mean for s in e.turns.get(key, ())) for e in of], colour)
+        for name, (key, colour) in names.items()
     ]
-    title = "Trained reward and eval.reward"
-    note = "Mean over turns, evaluated; training never asks the judges of eval.reward."
-    return _chart(title, charts.line_chart(title, lines), note)
+    return charts.line_chart(
+        "Trained reward and eval.reward",
+        [float(e.iteration or 0) for e in of],
+        series,
+        note="Mean over turns, evaluated; training never asks the judges of eval.reward.",
+    )
 
 
-def _seconds_chart(run: RecordedRun, x: Sequence[float]) -> charts.Chart | None:
-    title = "Seconds by phase"
+def _seconds_chart(run: RecordedRun, x: Sequence[float]) -> Chart | None:
     names = list(dict.fromkeys(name for row in run.train for name in row.seconds))
     phases = [(name, [row.seconds.get(name, 0.0) for row in run.train]) for name in names]
-    svg = charts.stacked_bars(title, x, phases)
-    legend = [(name, i % 6, "bar") for i, name in enumerate(names)]
-    return charts.Chart(title, svg, legend) if svg else None
+    return charts.stacked("Seconds by phase", x, phases)
 
 
 SCORE_METRICS = {"if_turn": "IF", "cc_turn": "CC", "ga_turn": "GA"}
@@ -349,26 +419,27 @@ def _names(weights: object) -> list[str]:
     return [str(name) for name in weights] if isinstance(weights, dict) else []
 
 
-def _evaluation_charts(run: RecordedRun) -> list[charts.Chart]:
+def _evaluation_charts(run: RecordedRun) -> list[Chart]:
     present = [e for name in PASS_NAMES if (e := run.evaluation(name))]
     metrics = {"reward_turn": "Reward", **_score_metrics(run)}
     reach = _reach(present, metrics)
     if not reach:
         return []
     # One scale for all panels: reward, scores and success are read against each other.
-    y_range = charts.value_range(reach)
+    y_range, colours = charts.value_range(reach), score_colours(run)
     found = []
     for key, name in metrics.items():
         by_turn = [e.turns.get(key, ()) for e in present]
         turns = [str(t + 1) for t in range(max(map(len, by_turn)))]
-        found.append(_panel(name, present, by_turn, turns, y_range, "turn"))
+        colour = colours.get(name, REWARD)
+        found.append(_panel(name, present, by_turn, turns, y_range, "turn", colour))
     success = [(e.success,) for e in present]
-    found.append(_panel("Session success", present, success, ["all turns"], y_range, ""))
+    found.append(_panel("Session success", present, success, ["all turns"], y_range, "", SUCCESS))
     modes = list(dict.fromkeys(mode for e in present for mode in e.by_mode))
     by_mode = [[Stat(_last_reward(e, mode)) for mode in modes] for e in present]
     words = [MODES.get(mode, mode) for mode in modes]
     name = "Last-turn reward by kind of session"
-    found.append(_panel(name, present, by_mode, words, y_range, ""))
+    found.append(_panel(name, present, by_mode, words, y_range, "", REWARD))
     return [chart for chart in found if chart is not None]
 
 
@@ -394,24 +465,16 @@ def _panel(
     categories: Sequence[str],
     y_range: tuple[float, float],
     axis: str,
-) -> charts.Chart | None:
+    colour: int,
+) -> Chart | None:
     """A series an evaluation, over categories; `stats` of one may end before the categories do."""
     series = []
     for evaluation, values in zip(evaluations, stats, strict=True):
         padded = [*values, *[Stat()] * (len(categories) - len(values))]
-        first = evaluation.name == PASS_NAMES[0]
-        series.append(
-            charts.Dots(
-                evaluation.name,
-                [stat.mean for stat in padded],
-                [stat.se for stat in padded],
-                colour=1 if first else 0,
-                hollow=first,
-            )
-        )
-    svg = charts.dot_chart(name, categories, series, y_range, axis)
-    legend = [(dots.label, dots.colour, "hollow" if dots.hollow else "dot") for dots in series]
-    return charts.Chart(name, svg, legend) if svg else None
+        kind: charts.Kind = "hollow" if evaluation.name == PASS_NAMES[0] else "dot"
+        y = [stat.mean for stat in padded]
+        series.append(Series(evaluation.name, y, colour, kind, list(map(_ends, padded))))
+    return charts.dot_chart(name, categories, series, y_range, axis)
 
 
 @dataclass(frozen=True)
@@ -477,24 +540,15 @@ def _difference(stat: Stat) -> str:
     return text if text.startswith("−") else f"+{text}"
 
 
-@dataclass(frozen=True)
-class Gauge:
-    name: str
-    spark: Markup
-    last: str
-    low: str
-    high: str
-
-
-def _health(run: RecordedRun) -> list[Gauge]:
-    found = []
-    for key, name in HEALTH.items():
-        y = [row.scalars.get(key) for row in run.train]
-        present = [value for value in y if value is not None]
-        if present:
-            ends = (f"{value:.3g}" for value in (present[-1], min(present), max(present)))
-            found.append(Gauge(name, charts.sparkline(name, y), *ends))
-    return found
+def _health(run: RecordedRun) -> list[Chart]:
+    """Small charts of what says whether training is sound."""
+    x = [row.iteration + 1 for row in run.train]
+    found = [
+        charts.line_chart(name, x, [Series(name, _scalars(run, key), PLAIN)], small=True)
+        for key, name in HEALTH.items()
+        if x
+    ]
+    return [chart for chart in found if chart is not None]
 
 
 # Versions

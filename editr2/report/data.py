@@ -170,8 +170,16 @@ class RecordedRun:
     missing: list[str] = field(default_factory=list)
     """Sentences for the reader: what this report could not show, and why."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is an evaluation without a training, by `editr2 eval`: it stands where others
+        have the one after training."""
+        return self.start.get("command") == "eval"
+
     def evaluation(self, name: str) -> EvaluationRow | None:
         """The last one of that name: a resumed run may have evaluated again."""
+        if self.alone:
+            return self.evaluations[-1] if name == "after" and self.evaluations else None
         return next((e for e in reversed(self.evaluations) if e.name == name), None)
 
     def setting(self, *names: str) -> Any:
@@ -340,7 +348,7 @@ def _load_strips(run: RecordedRun, paths: Mapping[str, Path]) -> None:
     if not passes and run.config.get("eval.strips") != 0:
         run.missing.append("There are no strips: no session images to show.")
     for name in PASS_NAMES:
-        if passes and name not in passes:
+        if passes and name not in passes and not run.alone:
             run.missing.append(
                 f"The strips have no “{name}” pass: sessions are shown, not compared."
             )
@@ -422,7 +430,7 @@ def _note_absences(run: RecordedRun) -> None:
         run.missing.append(
             "Evaluation was off (eval.sessions: 0): no held-out session says how the run ended."
         )
-    elif run.train or run.evaluations:
+    elif (run.train or run.evaluations) and not run.alone:
         for name in PASS_NAMES:
             if run.evaluation(name) is None:
                 run.missing.append(f"There is no evaluation “{name}”.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from editr2.report.charts import Chart, Dots, dot_chart, value_range
+from editr2.report import charts as drawing
+from editr2.report.charts import Chart, value_range
 from editr2.report.numbers import decimal, signed
 from editr2.report.paired import Estimate
 
@@ -52,23 +53,28 @@ def dots(
     if not reach:
         return []
     low, high = value_range(end / scale for end in reach)
-    y_range, charts = (low * scale, high * scale), list[Chart]()
-    for title, series in panels:
-        drawn = [_drawn(one, categories) for one in series]
-        if svg := dot_chart(title, categories, drawn, y_range, axis):
-            legend = [(one.label, one.colour, "hollow" if one.hollow else "dot") for one in series]
-            charts.append(Chart(title, svg, legend, (notes or {}).get(title, "")))
-    return charts
+    y_range = (low * scale, high * scale)
+    found = [
+        drawing.dot_chart(
+            title,
+            categories,
+            [_drawn(one, categories) for one in series],
+            y_range,
+            axis,
+            (notes or {}).get(title, ""),
+        )
+        for title, series in panels
+    ]
+    return [chart for chart in found if chart is not None]
 
 
-def _drawn(series: Series, categories: Sequence[str]) -> Dots:
+def _drawn(series: Series, categories: Sequence[str]) -> drawing.Series:
     found = [series.values.get(name) for name in categories]
     known = [of if of is not None and of.known else None for of in found]
-    return Dots(
+    return drawing.Series(
         series.label,
         [of.value if of else None for of in known],
-        [None] * len(known),
         series.colour,
-        series.hollow,
+        "hollow" if series.hollow else "dot",
         [(of.low, of.high) if of else None for of in known],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from PIL import Image
 from editr2.report.data import plural
 
 PNG_BYTES = 96 * 1024
-"""Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 kB as JPEG,
-and 48 sessions of three turns hold more than 300 of them."""
+"""Up to here an image stays PNG. A photograph of 512 px takes some 400 kB as PNG and 80 as JPEG."""
+FEW_BYTES = 8 * 1024
+"""The same of a run's page, where 48 sessions of three turns hold more than 300 images: what is
+larger becomes WebP, some 0.12 bytes a pixel of a photograph."""
 
 THUMBNAIL_BYTES = 6 * 1024
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -40,6 +43,8 @@ class Pictures:
     unreadable: dict[str, str] = field(default_factory=dict)
     """File name → kind of error."""
     reduced: int = 0
+    bytes: int = 0
+    """Of all data URIs that it gave."""
 
     def __call__(self, name: str | None) -> Picture | None:
         if not name:
@@ -54,25 +59,47 @@ class Pictures:
             return None
 
     def _read(self, path: Path) -> Picture:
-        data = path.read_bytes()
-        kind = "png"
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            size, side = image.size, max(image.size)
-            if side > self.max_pixels or image.format != "PNG" or len(data) > PNG_BYTES:
-                data, kind = _smaller(image, self.max_pixels)
-                self.reduced += side > self.max_pixels or kind != "png"
-        return _picture(data, kind, size)
+        stat = path.stat()
+        picture, reduced = _read(path, stat.st_mtime_ns, stat.st_size, self.max_pixels)
+        self.reduced += reduced
+        self.bytes += len(picture.src)
+        return picture
 
     def notes(self) -> list[str]:
         notes = unreadable_notes(self.unreadable)
         if self.reduced:
             notes.append(
                 f"{self.reduced} large {plural('image', self.reduced)}: scaled to "
-                f"{self.max_pixels} px or stored as JPEG for this page; the originals are in "
+                f"{self.max_pixels} px or stored as WebP for this page; the originals are in "
                 "strips/."
             )
         return notes
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(path: Path, changed: int, size: int, max_pixels: int) -> tuple[Picture, bool]:
+    """Of a file as it is now, and whether it was reduced: a page that is written anew at every
+    checkpoint does not encode what it had."""
+    data, kind = path.read_bytes(), "png"
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        shown, side = image.size, max(image.size)
+        large = len(data) > FEW_BYTES and side > 96
+        if side > max_pixels or image.format != "PNG" or large:
+            data, kind = _few_bytes(image, max_pixels)
+    return _picture(data, kind, shown), side > max_pixels or kind != "png"
+
+
+def _few_bytes(image: Image.Image, max_pixels: int) -> tuple[bytes, str]:
+    """At most `max_pixels` on the long side, as PNG where that is small (a drawing), else WebP."""
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.thumbnail((max_pixels, max_pixels), Image.Resampling.LANCZOS)
+    for kind, options in (("PNG", {}), ("WEBP", {"quality": 82, "method": 3})):
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        if len(out.getvalue()) <= FEW_BYTES:
+            break
+    return out.getvalue(), kind.lower()
 
 
 def unreadable_notes(unreadable: Mapping[str, str]) -> list[str]:

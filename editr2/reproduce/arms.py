@@ -13,7 +13,6 @@ from editr2.config import Config, EvalConfig, RolloutConfig, preset_config, repl
 from editr2.config.fields import setting
 from editr2.config.settings import COUNT, SIBLINGS, TIMES
 from editr2.errors import ConfigError
-from editr2.policies.rules import check_config
 
 TURNS = 3
 """Turns of every held-out session, as in all published work."""
@@ -175,6 +174,8 @@ def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Conf
         "checkpoint": {"every": settings.iterations, "keep": 1},
     }
     config: Config = replace_nested(preset_config(arm.preset), common)
+    from editr2.policies.rules import check_config
+
     return check_config(replace_nested(config, arm.overrides))
 
 

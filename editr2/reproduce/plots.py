@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import escape
 
-from editr2.report.charts import label, ticks, value_range
+from editr2.report.charts import value_range
 from editr2.report.intervals import Interval
 
 LIGHT = ("#0067ad", "#c2500f", "#007a5a", "#9b3d86", "#6f6a00", "#5b6470")
 DARK = ("#6db6f2", "#f29a5b", "#4fc7a1", "#dd92cb", "#cfc44a", "#a9b3bf")
 WIDTH = 860
+
+
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten) inside [low, high]."""
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(step * m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
+
+
+def label(value: float) -> str:
+    """A tick's number, short."""
+    if value and not 1e-3 <= abs(value) < 1e4:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
+    return f"{round(value, 6):g}"
 
 
 def _style() -> str:

@@ -101,8 +101,8 @@ def reproduce(
     rows = read_rows(docs)
     if rows and not (shared_settings(rows, docs / FILE) == settings and _current(rows, settings)):
         raise ConfigError(
-            f"{docs / FILE}: holds rows of other settings (accepted: another --docs, or without "
-            f"the file)"
+            f"{docs / FILE}: holds rows of other settings (accepted: another --out or --docs, or "
+            f"without the file)"
         )
     for run in runs:
         _check_earlier(run)

@@ -346,6 +346,17 @@ class Panel:
             )
         ]
 
+    def expected(self, session: Session) -> Sequence[np.ndarray] | None:
+        """What was asked for, an image uint8 [H, W, 3] a turn, of the first that knows it: a
+        reward's own `expected(session)`. None where none does."""
+        for member in self.members:
+            knows = getattr(member.given, "expected", None)
+            if callable(knows):
+                said = _guarded(partial(knows, _apart(session)), f"{member.title}: expected()")
+                if said is not None:
+                    return [np.asarray(image) for image in said]
+        return None
+
     @property
     def facts(self) -> dict[str, str]:
         """What they say of themselves; of several, behind the names of whose scores it is."""

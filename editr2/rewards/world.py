@@ -43,3 +43,12 @@ class WorldReward:
         return [
             {name: Score(float(x)) for name, x in zip(self.names, row, strict=True)} for row in rows
         ]
+
+    def expected(self, session: Session) -> np.ndarray | None:
+        """What its instructions ask for, uint8 [T, 24, 24, 3]; None of a session that is not of the
+        world."""
+        try:
+            found = shapes.meanings(session.image, [turn.instruction for turn in session.turns])
+        except DataError:
+            return None
+        return np.stack([shapes.render(meaning.scene) for meaning in found[1:]])

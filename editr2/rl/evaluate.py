@@ -1,11 +1,11 @@
-"""Held-out evaluation (fixed seeds, greedy intents) and the film-strips of the report."""
+"""Evaluation (fixed seeds, greedy intents) and the film-strips of the report."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
@@ -49,7 +49,8 @@ class Evaluation:
     ones, None where none is known. drift: float64 [N, T, 3], the `MEASURES` of every output against
     its source, NaN where there is none. apart: of the judges that training never asks
     (`eval.reward`). drawn: the rollouts of the first sessions, as many as `evaluate` was asked to
-    show."""
+    show. pictured: of sessions whose outputs are kept small (`rl.kept`), their place and the images
+    [h, w, 3] of their turns."""
 
     scores: Scores
     reward: Tensor
@@ -59,6 +60,7 @@ class Evaluation:
     drift: Tensor
     apart: Scores | None = None
     drawn: Sequence[_Drawn] = ()
+    pictured: Sequence[tuple[int, list[np.ndarray]]] = ()
 
     def row(self, iteration: int, name: str) -> dict[str, Any]:
         """The metrics row: means and standard errors over sessions, by turn. `marginal_turn` is the
@@ -226,12 +228,17 @@ def evaluate(
     processes: Processes,
     apart: Panel | Pool | None = None,
     shown: int = 0,
+    pictured: Callable[[Session, int], bool] | None = None,
+    small: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
+    progress: Callable[[int], None] | None = None,
     **where: Any,
 ) -> Evaluation:
     """One deterministic rollout a session; split over processes and gathered. apart: the judges of
-    `eval.reward`. shown: of the first so many sessions images are kept (`strips_of`). where: what
-    the record of judging says of it besides. Raises `RewardFailure` where a reward is
-    down, or fails on more turns than `train.max_failed_scores` lets pass."""
+    `eval.reward`. shown: of the first so many sessions images are kept (`strips_of`). pictured: of
+    a session and its place, whether its outputs are kept as `small` makes them. progress: hears,
+    after every batch, how many sessions this process has edited. where: what the record of judging
+    says of it besides. Raises `RewardFailure` where a reward is down, or fails on more turns than
+    `train.max_failed_scores` lets pass."""
     pool, limit = pool_of(reward), config.train.max_failed_scores
     first_answer(pool.panel, sessions, limit, processes)
     mine = processes.share(len(sessions))
@@ -266,6 +273,8 @@ def evaluate(
         for one in judged:
             one.done(chunk)
         done.append(chunk)
+        if progress is not None:
+            progress(sum(len(each.sessions) for each in done))
     processes.lend()
     known = [
         record.text[j] == turn.intent
@@ -281,7 +290,13 @@ def evaluate(
         for place, ordinal in enumerate(chunk.ordinals)
         if ordinal < shown
     ]
-    parts = processes.gather([([one.scores(turns) for one in judged], known, drifts, drawn)])
+    kept = [
+        (ordinal, [small(image) for image in chunk.images_of(place)])
+        for chunk in done
+        for place, ordinal in enumerate(chunk.ordinals)
+        if pictured is not None and pictured(sessions[ordinal], ordinal)
+    ]
+    parts = processes.gather([([one.scores(turns) for one in judged], known, drifts, drawn, kept)])
     scores, *others = (merge_scores(each) for each in zip(*(p[0] for p in parts), strict=True))
     check_failures(scores, limit)
     with _said_of("eval.reward"):
@@ -297,6 +312,7 @@ def evaluate(
         torch.cat([part[2] for part in parts]),
         others[0] if others else None,
         [strip for _, strip in sorted((p for part in parts for p in part[3]), key=itemgetter(0))],
+        [one for part in parts for one in part[4]],
     )
 
 
@@ -353,10 +369,12 @@ class _Drawn:
     written: list[dict[str, Intent]]
 
 
-def strips_of(found: Evaluation, folder: Path, name: str, config: CreditConfig) -> None:
+def strips_of(
+    found: Evaluation, folder: Path, name: str, config: CreditConfig, reward: Panel
+) -> None:
     """Film-strips of the rollouts that an evaluation kept, written as `draw_strips` does. They are
-    of no group, so they have no advantages."""
-    _write_strips(folder, name, found.drawn, found.scores, config, 1)
+    of no group, so they have no advantages. reward: which may know what was asked for."""
+    _write_strips(folder, name, found.drawn, found.scores, config, 1, reward)
 
 
 def draw_strips(
@@ -381,7 +399,8 @@ def draw_strips(
     mine = processes.share(len(sessions))
     r, ordinals = config.rollout, range(len(sessions))[mine]
     done, seeds = [], Seeds(0, "strips")
-    judging = pool_of(reward).judging(purpose="strips", stage=name)
+    pool = pool_of(reward)
+    judging = pool.judging(purpose="strips", stage=name)
     judged = Judged(judging, seeds, mine.start * r.siblings)
     for chunk in chunks(sessions[mine], ordinals, r.siblings, r.groups_per_batch):
         rollout_chunk(
@@ -401,7 +420,7 @@ def draw_strips(
     if processes.main:
         scores = merge_scores([s for s, _ in parts])
         strips = [strip for _, part in parts for strip in part]
-        _write_strips(folder, name, strips, scores, config.credit, r.siblings)
+        _write_strips(folder, name, strips, scores, config.credit, r.siblings, pool.panel)
 
 
 def _first_of(chunk: Chunk, place: int) -> _Drawn:
@@ -419,6 +438,7 @@ def _write_strips(
     scores: Scores,
     config: CreditConfig,
     siblings: int,
+    reward: Panel,
 ) -> None:
     rewards, scored = weighted_reward(scores, config.weights), scores.scored
     apart = scores.of_state(NOT_APPLICABLE)
@@ -429,11 +449,15 @@ def _write_strips(
     for place, strip in enumerate(drawn):
         session, row = strip.session, place * siblings
         Image.fromarray(session.image).save(folder / name / f"{place:03d}.png")
-        shown = []
+        shown, asked = [], reward.expected(session)
         for t, (turn, written) in enumerate(zip(session.turns, strip.written, strict=True)):
             intent, thought = written.get("intent"), written.get("thought")
             file = f"{name}/{place:03d}_t{t + 1}.png"
             Image.fromarray(strip.images[t]).save(folder / file)
+            expected = None
+            if asked is not None:
+                expected = f"{name}/{place:03d}_t{t + 1}_expected.png"
+                Image.fromarray(asked[t]).save(folder / expected)
             values = zip(scored[row, t].tolist(), scores.values[row, t].tolist(), strict=True)
             value = float(rewards[row, t])
             silent = [n for n, here in zip(scores.names, apart[row, t], strict=True) if here]
@@ -443,14 +467,14 @@ def _write_strips(
                     "intent": intent.text if intent else None,
                     "reasoning": intent.reasoning if intent else None,
                     **({"thought": thought.text} if thought else {}),
-                    "expected": None,
+                    "expected": expected,
                     "image": file,
                     "scores": {
                         n: v if counts else None
                         for n, (counts, v) in zip(scores.names, values, strict=True)
                     },
                     **({"does_not_apply": silent} if silent else {}),
-                    **({"why": why} if (why := _whys(scores, row, t)) else {}),
+                    **({"why": why} if (why := whys_of(scores, row, t)) else {}),
                     "reward": None if math.isnan(value) else value,
                     "advantage": float(credit.advantage[row, t]) if credit else None,
                     "reason": scores.reasons.get((row, t))
@@ -469,7 +493,7 @@ def _write_strips(
     _write(folder, name, strips)
 
 
-def _whys(scores: Scores, row: int, turn: int) -> dict[str, str]:
+def whys_of(scores: Scores, row: int, turn: int) -> dict[str, str]:
     """What the rewards said of a turn's scores, by name, of those that said anything."""
     found = {n: scores.whys.get((row, turn, k)) for k, n in enumerate(scores.names)}
     return {name: why for name, why in found.items() if why}

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.pool import Pool
 from editr2.rewards.record import Record
+from editr2.rl import kept
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.evaluate import (
@@ -51,6 +53,7 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
 from editr2.rl.start import Start, find_start
 from editr2.rl.state import State, new_state
+from editr2.rl.told import opening
 from editr2.rl.watch import alarms, best_of, evaluations, new_alarms, parted, stop_row
 from editr2.run.checkpoint import replace_folder
 from editr2.run.generators import capture_rng, generators_aside, seed_generators
@@ -202,6 +205,17 @@ class _Loop:
             ) as self.progress,
             Stop(processes, self._standing) as stop,
         ):
+            for line in opening(
+                config,
+                self.source,
+                state.policy,
+                self.reward,
+                self.sampler,
+                given="start" in self.identity.depends,
+                done=state.iteration,
+                seconds=state.elapsed,
+            ):
+                self.progress.note(line)
             for note in self.start.notes:
                 self.progress.note(note)
             if self.source.heldout_is_training and not self.record:
@@ -290,7 +304,7 @@ class _Loop:
                     notes += panel.lacking(self.source.sessions or ())
                 apart = not self.source.heldout_is_training or panel is not self.reward
                 if apart and self.source.heldout:
-                    notes += panel.lacking(self.source.heldout, "held-out sessions")
+                    notes += panel.lacking(self.source.heldout, f"{self._kind} sessions")
             said: tuple[list[str], UserError | None] = (notes, None)
         except UserError as error:
             said = ([], error)
@@ -443,19 +457,24 @@ class _Loop:
                     processes,
                     self.apart,
                     shown=len(shown) if apart else 0,
+                    pictured=partial(kept.is_pictured, strips=config.eval.strips),
+                    small=kept.cell,
                     iteration=self.state.iteration,
                 )
             if row is None:
                 row = self._watched(found.row(self.state.iteration, name))
         if apart and shown:
             folder = self.folder / "strips"
-            processes.on_main(lambda: strips_of(found, folder, name, config.credit))
+            reward = self.pool.panel
+            processes.on_main(lambda: strips_of(found, folder, name, config.credit, reward))
         elif name != "during" and not (apart and shown):
             self._draw(name)
         if made:
+            of, at = self.folder / "evaluations", self.state.iteration
+            heldout, panel = self.source.heldout, self.pool.panel
+            processes.on_main(lambda: kept.keep(of, at, found, heldout, panel))
             self._append(row)
-            kind = "training" if self.source.heldout_is_training else "held-out"
-            self.progress.note(evaluation_line(row, kind))
+            self.progress.note(evaluation_line(row, self._kind))
             for text in new_alarms(row, evaluations(self.record)[:-1]):
                 self.progress.note(f"ALARM {text}")
 
@@ -465,6 +484,11 @@ class _Loop:
         seed = derive_seed(0, "eval", self.processes.index)
         with generators_aside(seed), self.state.averaged() as averaged:
             yield averaged
+
+    @property
+    def _kind(self) -> str:
+        """Of the sessions that evaluations are on."""
+        return "training" if self.source.heldout_is_training else "held-out"
 
     def _drawn(self, name: str) -> bool:
         return self.processes.on_main(lambda: (self.folder / "strips" / f"{name}.json").exists())

@@ -1,5 +1,5 @@
 """The settings of a verifier's training: two commands, whose objectives have settings of their own
-beside those of any run."""
+beside those of any run; and of the small one that is written before it learns."""
 
 from __future__ import annotations
 
@@ -229,6 +229,27 @@ class GcpoConfig:
     train: GcpoStepsConfig = field(default_factory=GcpoStepsConfig)
     eval: HeldoutConfig = field(default_factory=HeldoutConfig)
     checkpoint: KeepConfig = field(default_factory=KeepConfig)
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    """Settings of `editr2 world verifier`.
+
+    Args:
+        hidden: width of the language model, a multiple of twice its heads.
+        layers: of the language model.
+        heads: of its attention.
+        sight_hidden: width of what looks at pictures, a multiple of four.
+        sight_layers: of what looks at pictures.
+        seed: of the weights.
+    """
+
+    hidden: int = setting(160, COUNT)
+    layers: int = setting(4, COUNT)
+    heads: int = setting(5, Bounds(at_least=1, at_most=256))
+    sight_hidden: int = setting(128, COUNT)
+    sight_layers: int = setting(2, COUNT)
+    seed: int = setting(0, SEED)
 
 
 RunConfig = SftConfig | GcpoConfig

@@ -9,14 +9,12 @@ and `options.prompts` of the reward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editr2.config.fields import Bounds, setting
-from editr2.config.settings import COUNT, SEED
 from editr2.rewards.traces import HIGH
 from editr2.run.checkpoint import replace_folder
+from editr2.verifier.settings import SmallConfig
 from editr2.verifier.world import EMPTY, MIXED, STEPS, UNCLEAR
 from editr2.worlds.shapes import CELL, SIZE, WORDS
 
@@ -50,27 +48,6 @@ VOCABULARY = (
 
 SPLIT = r'<[^<>\s]+>|\{?"\d":|[?,}]|[^\s?,<{}"]+'
 """What a token is: a mark or tag, a verdict's key, a sign, or what stands between blanks."""
-
-
-@dataclass(frozen=True)
-class SmallConfig:
-    """Settings of `editr2 world verifier`.
-
-    Args:
-        hidden: width of the language model, a multiple of twice its heads.
-        layers: of the language model.
-        heads: of its attention.
-        sight_hidden: width of what looks at pictures, a multiple of four.
-        sight_layers: of what looks at pictures.
-        seed: of the weights.
-    """
-
-    hidden: int = setting(160, COUNT)
-    layers: int = setting(4, COUNT)
-    heads: int = setting(5, Bounds(at_least=1, at_most=256))
-    sight_hidden: int = setting(128, COUNT)
-    sight_layers: int = setting(2, COUNT)
-    seed: int = setting(0, SEED)
 
 
 def tokenizer() -> Any:

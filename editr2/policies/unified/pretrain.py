@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,59 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from editr2.config.fields import Bounds, setting
-from editr2.config.settings import COUNT, DECAY, POSITIVE, SEED, SHARE, TIMES, TURNS, WEIGHT
 from editr2.errors import NonFiniteError
 from editr2.policies.tokens import THINK_END
 from editr2.policies.unified.codecs import patchify
 from editr2.policies.unified.model import UnifiedConfig
 from editr2.policies.unified.packed import Segment, pack, run_packed
 from editr2.policies.unified.policy import UnifiedPolicy, new_embedded_policy
+from editr2.policies.unified.settings import PretrainConfig
 from editr2.sessions import Session
 from editr2.worlds import shapes
 
 TEXT_TOKENS = 10  # <|im_start|>, at most eight words, <|im_end|>
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Settings of `editr2 world pretrain`.
-
-    Args:
-        steps: optimiser steps.
-        decay_steps: the learning rate falls as a cosine to 0 here. The shipped start stops before
-            that, on purpose: most single edits are right, third turns often are not.
-        batch: sessions a step.
-        turns: turns a session.
-        lr: peak learning rate.
-        warmup: steps of linear warm-up.
-        betas: AdamW betas.
-        weight_decay: AdamW weight decay.
-        text_weight: weight of the intent cross-entropy.
-        raw_fraction: share of sessions whose context holds the raw instructions instead of the
-            intents.
-        ema: decay of the averaged weights that are saved.
-        grad_norm: gradient norm clip.
-        bf16: matrix products in bfloat16.
-        compile: `torch.compile` of the layers (needs a C++ compiler; about 1.6 times as fast).
-        seed: of weights, sessions and noise.
-    """
-
-    steps: int = setting(1250, TIMES)
-    decay_steps: int = setting(2000, TIMES)
-    batch: int = setting(24, COUNT)
-    turns: int = setting(3, TURNS)
-    lr: float = setting(2e-3, Bounds(above=0, at_most=1))
-    warmup: int = setting(200, TIMES)
-    betas: tuple[float, float] = setting((0.9, 0.99), Bounds(at_least=0, below=1))
-    weight_decay: float = setting(0.01, Bounds(at_least=0, at_most=100))
-    text_weight: float = setting(0.2, WEIGHT)
-    raw_fraction: float = setting(0.25, SHARE)
-    ema: float = setting(0.995, DECAY)
-    grad_norm: float = setting(1.0, POSITIVE)
-    bf16: bool = True
-    compile: bool = True
-    seed: int = setting(0, SEED)
 
 
 def _answer(policy: UnifiedPolicy, session: Session, turn: int) -> list[int]:

@@ -1,0 +1,202 @@
+"""An editor scored without a run: what `editr2 eval` does.
+
+Its folder has `scores.jsonl`, a line a session and turn; `report.html`, with the files that
+`editr2.report` reads of a run; `config.yaml`; and `judges.jsonl`, where a judge is asked: what it
+said stands when the same command is started again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from editr2.config import Config
+from editr2.config.yaml import dump_yaml
+from editr2.errors import ConfigError, shown
+from editr2.files import json_line, write_lines
+from editr2.policies.load import open_policy
+from editr2.policies.rules import check_config
+from editr2.report import build_report
+from editr2.rewards.base import weight_vector
+from editr2.rewards.load import load_eval_reward, load_reward
+from editr2.rewards.panel import Panel
+from editr2.rewards.record import Record
+from editr2.rl import kept
+from editr2.rl.evaluate import Evaluation, evaluate, strips_of
+from editr2.rl.metrics import start_row
+from editr2.rl.rules import check_run
+from editr2.rl.sampler import eval_sampler, own_schedule
+from editr2.rl.sessions import sessions_for
+from editr2.rl.told import judges_told, sampled_by, sessions_told
+from editr2.rl.watch import alarms
+from editr2.run.identity import Identity, identify, loaded_weights, provenance
+from editr2.run.lock import RunLock
+from editr2.run.processes import Processes, open_processes
+from editr2.run.tracking import duration, read_metrics, write_whole
+from editr2.sessions import Session
+
+SCORES = "scores.jsonl"
+
+COMMAND: Final = "eval"
+"""What the first row of `metrics.jsonl` says of where it is from, in a folder of ours."""
+
+OTHERS = {
+    "checkpoints": "a run",
+    "metrics.jsonl": "a run",
+    "benchmark.json": "a benchmark of an editor",
+    "comparisons.jsonl": "a benchmark of a reward",
+}
+"""What a folder is of that has such a file; `metrics.jsonl` may be ours."""
+
+
+def score(config: Config, out: Path, notes: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Evaluates the policy on the sessions of the settings (`eval.*`, `data.*`), writes the folder
+    and returns the row of `metrics.jsonl`; None of any process but the first. notes: lines that are
+    said before.
+
+    Raises `ConfigError` for a folder of something else, `LockedError` where somebody is at work in
+    it, and what an evaluation raises.
+    """
+    config = check_config(config, COMMAND)
+    processes = open_processes()  # first: it says which device is this process's
+    _tell(processes, *(f"note: {note}" for note in notes))
+    processes.on_main(lambda: _check_folder(out))
+    with RunLock(out) as lock:
+        processes.on_main(lambda: lock.take(make=False))
+        record = Record(out, index=processes.index, cache=config.reward.cache)
+        reward = load_reward(config.reward, record)
+        apart = load_eval_reward(config.eval, record)
+        weight_vector(reward.names, config.credit.weights)  # before weights are read, as a run does
+        policy = open_policy(config.policy, processes, trains=False)
+        own = own_schedule(policy)
+        check_run(config, reward.names, own, processes=processes.count, command=COMMAND)
+        source = sessions_for(config, policy)
+        for panel in filter(None, (reward, apart)):
+            _tell(processes, *(f"note: {note}" for note in panel.probe()))
+        processes.on_main(lambda: lock.take(make=True))
+        sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
+        sessions = source.heldout
+        _tell(
+            processes,
+            f"eval: {sessions_told(config, source)}; {sampled_by(config, sampler)}; judged by "
+            f"{judges_told(config, reward)}; into {out}",
+        )
+        with Counter(len(sessions[processes.share(len(sessions))]), processes.main) as counter:
+            found = evaluate(
+                policy,
+                reward,
+                sessions,
+                sampler,
+                config,
+                processes,
+                apart,
+                shown=config.eval.strips,
+                pictured=partial(kept.is_pictured, strips=config.eval.strips),
+                small=kept.cell,
+                progress=counter.update,
+            )
+        row = found.row(0, COMMAND)
+        if raised := alarms(row, config.eval.drift):
+            row["alarms"] = raised
+        identity = Identity(
+            identify(source, loaded_weights(config.policy), reward, apart),
+            provenance(processes.count, str(processes.device)),
+        )
+        start = start_row(
+            config.credit.weights, source, processes, policy, reward, apart, identity
+        ) | {"command": COMMAND, "heldout_is_training": False}
+        processes.on_main(lambda: _write(out, config, [start, row], found, sessions, reward))
+    return row if processes.main else None
+
+
+def _tell(processes: Processes, *lines: str) -> None:
+    for line in lines if processes.main else ():
+        print(line, file=sys.stderr)
+
+
+def _check_folder(out: Path) -> None:
+    """Raises `ConfigError` for a folder of something else, whose files have the same names."""
+    for name, owner in OTHERS.items():
+        ours = name == "metrics.jsonl" and (out / name).is_file() and _is_ours(out / name)
+        if (out / name).exists() and not ours:
+            raise ConfigError(f"--out: {shown(out)}: the folder of {owner} (accepted: another)")
+
+
+def _is_ours(metrics: Path) -> bool:
+    rows, _ = read_metrics(metrics)
+    return not rows or rows[0].get("command") == COMMAND
+
+
+def _write(
+    out: Path,
+    config: Config,
+    rows: Sequence[dict[str, Any]],
+    found: Evaluation,
+    sessions: Sequence[Session],
+    reward: Panel,
+) -> None:
+    write_lines(out / SCORES, map(json_line, scores_of(found, sessions)))
+    how = replace(config, out=str(out), eval=replace(config.eval, strips_from="evaluation"))
+    write_whole(out / "config.yaml", dump_yaml(how))
+    write_lines(out / "metrics.jsonl", map(json_line, rows))
+    kept.keep(out / "evaluations", 0, found, sessions, reward)
+    strips_of(found, out / "strips", "after", config.credit, reward)
+    build_report(out)
+
+
+def scores_of(found: Evaluation, sessions: Sequence[Session]) -> Iterator[dict[str, Any]]:
+    """A record a session and turn: which, what was asked, every score (null: there is none, and
+    `reason` or `does_not_apply` says why) with what its reward said of it, and the weighted
+    reward."""
+    for n, session in enumerate(kept.lines(found, sessions)):
+        for t, turn in enumerate(session["turns"]):
+            record = {"id": session["id"], "mode": session["mode"], "turn": t + 1, **turn}
+            yield {name: value for name, value in record.items() if value is not None} | (
+                {} if found.apart is None else {"eval.scores": _apart(found, n, t)}
+            )
+
+
+def _apart(found: Evaluation, n: int, t: int) -> dict[str, float | None]:
+    """What the judges of `eval.reward` say."""
+    apart = found.apart
+    assert apart is not None
+    return {
+        name: round(float(apart.values[n, t, k]), 6) if apart.scored[n, t, k] else None
+        for k, name in enumerate(apart.names)
+    }
+
+
+class Counter:
+    """How many sessions are edited, and how long the others take: a line that stays in place on a
+    terminal, one for every batch elsewhere. With several processes it counts those of the first."""
+
+    def __init__(self, total: int, enabled: bool, stream: TextIO | None = None) -> None:
+        self.total, self._enabled = total, enabled
+        self._stream = sys.stderr if stream is None else stream
+        self._began = time.monotonic()
+        self._open = False
+
+    def update(self, done: int) -> None:
+        spent = time.monotonic() - self._began
+        left = duration(spent / done * (self.total - done))
+        line = f"edited {done}/{self.total} sessions  {spent / done:.3g} s each  left {left}"
+        if done == self.total:
+            count = f"{done} session{'' if done == 1 else 's'}"
+            line = f"edited {count} in {duration(spent)}; waiting for their scores"
+        if not self._enabled:
+            return
+        self._open = self._stream.isatty() and done < self.total
+        start = "\r\x1b[K" if self._stream.isatty() else ""
+        print(f"{start}{line}", end="" if self._open else "\n", file=self._stream, flush=True)
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        if self._open:
+            print(file=self._stream)

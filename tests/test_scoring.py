@@ -1,0 +1,213 @@
+"""`editr2 eval`: what it writes, tells and refuses; and the lines that a run begins with."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from editr2 import scoring
+from editr2.cli.main import main
+from editr2.config import Config, PolicyConfig, replace_nested
+from editr2.policies.load import load_policy
+from editr2.rewards.base import Score
+from editr2.rl.sampler import rollout_sampler
+from editr2.rl.sessions import sessions_for
+from editr2.rl.told import opening
+from editr2.run.tracking import read_metrics
+
+FEW = ["--eval.sessions=3", "--eval.turns=2", "--rollout.steps=2", "--rollout.window=1"]
+FEW += ["--policy.intent=false", "--eval.strips=1"]
+
+
+class Judge:
+    """Says why, has nothing to say of one turn, and fails at another."""
+
+    names = ("kept",)
+    calls = 0
+
+    def __call__(self, session, images):
+        Judge.calls += 1
+        said = [{"kept": Score(0.5, "half of it")} for _ in images]
+        if session.id.endswith("-1-cu"):
+            said[0] = {"kept": Score.not_applicable()}
+        if session.id.endswith("-2-cm"):
+            said[1] = {"kept": Score(None, "no answer")}
+        return said
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "out"
+    how = [f"--reward.function={__name__}:Judge", "--credit.weights={'kept': 1.0}"]
+    how += ["--credit.preset=flow-grpo", "--train.max_failed_scores=1", f"--out={folder}"]
+    how += ["--eval.reward=[{name: brightness}]"]
+    return folder, [*FEW, *how]
+
+
+def test_every_turn_has_a_line_and_a_second_start_asks_no_judge_again(scored, capsys, monkeypatch):
+    folder, words = scored
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert main(["eval", *words]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith(
+        "eval: 3 sessions, the shapes world's held-out ones; 2 steps of cps (1 with noise); "
+        f"judged by {__name__}:Judge (kept 1); into {folder}\n"
+    )
+    assert told.err.endswith("waiting for their scores\n")
+    assert told.out.endswith(f"scores: {folder}/scores.jsonl\nreport: {folder}/report.html\n")
+    assert max(map(len, told.out.splitlines()[:4])) <= 80
+    lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    by_turn = {(line["id"][-4:], line["turn"]): line for line in lines}
+    assert len(by_turn) == len(lines) == 6
+    assert all(set(line["eval.scores"]) == {"brightness"} for line in lines)
+    whole = by_turn["0-cm", 1]
+    assert whole["scores"] == {"kept": 0.5} and whole["why"] == {"kept": "half of it"}
+    assert (
+        (whole["mode"], whole["reward"]) == ("cm", 0.5) and whole["task"] and whole["instruction"]
+    )
+    assert by_turn["1-cu", 1]["does_not_apply"] == ["kept"]
+    failed = by_turn["2-cm", 2]
+    assert failed["scores"] == {"kept": None} and "no answer" in failed["reason"]
+    assert "reward" not in failed
+    start, row = read_metrics(folder / "metrics.jsonl")[0]
+    assert start["command"] == "eval" and row["failed_scores"] == 1
+    page = (folder / "report.html").read_text()
+    assert "half of it" in page and "no answer" in page
+    asked = Judge.calls
+    assert main(["eval", *words]) == 0  # replaces what is there
+    assert Judge.calls <= asked + 2, "but for whether it is there, and what failed"
+
+
+@pytest.mark.parametrize(
+    "file, owner",
+    [
+        ("checkpoints/x", "a run"),
+        ("metrics.jsonl", "a run"),
+        ("benchmark.json", "a benchmark of an editor"),
+        ("comparisons.jsonl", "a benchmark of a reward"),
+    ],
+)
+def test_the_folder_of_something_else_is_left_alone(file, owner, tmp_path, capsys):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text('{"event": "start"}\n')
+    assert main(["eval", f"--out={tmp_path}"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --out: {tmp_path}: the folder of {owner} (accepted: another)\n"
+    )
+
+
+def test_a_file_of_settings_names_a_trainings_folder_not_ours(tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text("out: runs/training\n")
+    seen = {}
+    monkeypatch.setattr(scoring, "score", lambda config, out, notes: seen.update(out=out))
+    assert main(["eval", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert seen["out"] == Path("runs/eval")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "stream, said",
+    [
+        (
+            io.StringIO(),
+            "edited 2/6 sessions  2 s each  left 8s\nedited 4/6 sessions  2 s each  left 4s\n"
+            "edited 6 sessions in 12s; waiting for their scores\n",
+        ),
+        (
+            Terminal(),
+            "\r\x1b[Kedited 2/6 sessions  2 s each  left 8s"
+            "\r\x1b[Kedited 4/6 sessions  2 s each  left 4s"
+            "\r\x1b[Kedited 6 sessions in 12s; waiting for their scores\n",
+        ),
+    ],
+)
+def test_the_time_left_is_told(stream, said, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: now[0])
+    with scoring.Counter(6, True, stream) as counter:
+        for done in (2, 4, 6):
+            now[0] += 4.0
+            counter.update(done)
+    assert stream.getvalue() == said
+
+
+def test_a_line_that_is_open_is_closed_by_an_error():
+    stream = Terminal()
+    with pytest.raises(KeyError), scoring.Counter(6, True, stream) as counter:
+        counter.update(2)
+        raise KeyError
+    assert stream.getvalue().endswith("\n")
+
+
+class Panel:
+    names = ("IF", "CC", "GA")
+
+
+OPENINGS = [
+    (
+        {},
+        {},
+        [
+            "endless sessions of the shapes world, 3 turns",
+            "2 held-out sessions before and after",
+            "60 iterations, of",
+        ],
+    ),
+    (
+        {"data": {"path": "examples/shapes"}},
+        {},
+        ["16 sessions of examples/shapes", "2 training sessions before"],
+    ),
+    (
+        {"data": {"path": "examples/shapes", "heldout": "examples/shapes"}},
+        {},
+        ["2 held-out sessions before"],
+    ),
+    ({"eval": {"every": 5}}, {}, ["before, every 5 and after"]),
+    ({"eval": {"sessions": 0}}, {}, ["no evaluation"]),
+    ({"policy": {"lora_rank": 4}}, {}, ["LoRA of rank 4 trains, 2.64 M weights"]),
+    (
+        {"train": {"loss": "nft"}, "rollout": {"window": 0}},
+        {},
+        ["nft, credit edit-r2, 4 steps of an ODE"],
+    ),
+    ({}, {"given": True}, ["UnifiedPolicy, given ready made; "]),
+    (
+        {},
+        {"done": 20, "seconds": 100.0},
+        ["40 of 60 iterations are left (about 3m20s at 5 s each)"],
+    ),
+    ({}, {"done": 60, "seconds": 100.0}, ["all 60 iterations are done"]),
+]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(PolicyConfig())
+
+
+@pytest.mark.parametrize("values, how, said", OPENINGS)
+def test_a_run_says_first_where_its_results_go_and_what_it_does(
+    values, how, said, policy, monkeypatch
+):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    few = {"out": "runs/mine", "eval": {"sessions": 2, **values.get("eval", {})}}
+    config = replace_nested(Config(), {**values, **few})
+    lines = opening(
+        config,
+        sessions_for(config, policy),
+        policy,
+        Panel(),
+        rollout_sampler(config.rollout),
+        **how,
+    )
+    assert len(lines) == 6 and lines[0].startswith("results  runs/mine: ")
+    assert all(part in "\n".join(lines) for part in said), lines
+    assert max(map(len, lines)) <= 100
