@@ -24,7 +24,7 @@ CHOICES = ("model", "data", "judge", "url", "gpus", "gpu", "from", "example")
 
 
 def command(arguments: Arguments) -> int:
-    """write a commented configuration to begin with, also from another trainer's"""
+    """write a configuration to begin with; from another trainer's"""
     flags = Flags(
         "editr2 init",
         "Write DIR/train.yaml: a configuration with a comment for every setting. Overwrites "

@@ -10,7 +10,7 @@ from editr2.cli.flags import Arguments, Flags
 
 
 def command(arguments: Arguments) -> int:
-    """configurations that ship with the package: list them, print one, copy one"""
+    """configurations that ship: list, print or copy them"""
     flags = Flags(
         "editr2 recipes",
         "List the recipes that ship with the package: `editr2 recipes NAME` prints one, and "
