@@ -31,6 +31,12 @@ def command(arguments: Arguments) -> int:
         "nothing. On a terminal and without any of the flags below it asks. With --from the "
         "settings are those of a Flow-Factory YAML, or of a configuration of flow_grpo or "
         "DiffusionNFT (FILE.py:NAME, which is read and never run).",
+        [
+            ("first", "the shipped small model, on a CPU, without a download"),
+            ("mine --model kontext --data my_set", "an editor on sessions of your own"),
+            ("two --model qwen-edit --gpus 2 --example", "with a few sessions to try it on"),
+            ("theirs --from config/grpo.py:counting_flux_kontext", "flow_grpo's settings"),
+        ],
     )
     flags.add("dir", path=True, check=folder_problem, what="a folder", help="the folder to write")
     models: dict[str, Any] = {"among": lambda: MODELS, "reference": "package.module:Class"}

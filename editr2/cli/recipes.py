@@ -15,6 +15,11 @@ def command(arguments: Arguments) -> int:
         "editr2 recipes",
         "List the recipes that ship with the package: `editr2 recipes NAME` prints one, and "
         "`--config NAME` of any command takes it as it is.",
+        [
+            ("", "what there is: model, method, GPUs, memory, time"),
+            ("kontext-grpo-80gb", "one of them, to read"),
+            ("kontext-grpo-80gb --to mine/kontext.yaml", "a copy to change, with its pictures"),
+        ],
     )
     flags.add("--to", path=True, help="write the recipe NAME into this new file, and its pictures")
     name = None
