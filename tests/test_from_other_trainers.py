@@ -456,6 +456,22 @@ def test_what_is_not_accepted_here_is_left_out_and_said(theirs, capsys):
     assert "noise_level" not in yaml.safe_load(Path("mine/train.yaml").read_text())["rollout"]
 
 
+ODD = (None, "x", -1, [], {}, [1, 2, 3], 10**30, float("nan"))
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+def test_an_odd_value_is_said_and_ends_nothing(value, theirs):
+    """Under every key of every project."""
+    for text in ("grpo.py:bagel", "grpo.py:nft", "factory.yaml"):
+        source = read_source(text)
+        for key in source.project.table:
+            given = {**source.given, key: value}
+            made = mapped(source.project, Theirs(given, source.project.table, "kontext", 4, text))
+            assert all(isinstance(line, str) for line in made.lines())
+            source.project.model(given), source.project.rewards(given)
+            assert (source.project.gpus(given, given) or 1) > 0
+
+
 @pytest.mark.parametrize(
     "text,says",
     [

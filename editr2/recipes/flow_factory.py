@@ -30,6 +30,7 @@ from editr2.recipes.mapped import (
     elsewhere,
     nowhere,
     to,
+    weight_of,
 )
 
 WHOLE = ("rewards", "eval_rewards")
@@ -447,16 +448,18 @@ def rewards_of(given: Mapping[str, Any]) -> list[Rewarded]:
     listed = given.get("rewards") or []
     made = []
     for use in listed if isinstance(listed, list) else [listed]:
+        if not isinstance(use, Mapping):
+            continue
         kind = str(use.get("reward_model", "")).lower()
         ours, names = JUDGES.get(kind, (None, {}))
         options = {name: use[key] for key, name in names.items() if key in use}
-        made.append(Rewarded(kind or "default", ours, float(use.get("weight", 1.0)), options))
+        made.append(Rewarded(kind or "default", ours, weight_of(use.get("weight")), options))
     return made
 
 
 def gpus_of(given: Mapping[str, Any], names: Mapping[str, Any]) -> int | None:
     count = given.get("num_processes")
-    return count if isinstance(count, int) else None
+    return count if isinstance(count, int) and count > 0 else None
 
 
 FLOW_FACTORY = Project(

@@ -21,6 +21,7 @@ from editr2.recipes.mapped import (
     elsewhere,
     nowhere,
     to,
+    weight_of,
 )
 from editr2.recipes.python_config import Unread
 
@@ -356,8 +357,9 @@ def model_of(given: Mapping[str, Any]) -> str | None:
 def gpus_of(given: Mapping[str, Any], names: Mapping[str, Any]) -> int | None:
     """As the file's own variables have it."""
     for name in ("gpu_number", "n_gpus", "num_gpus"):
-        if isinstance(names.get(name), int):
-            return int(names[name])
+        count = names.get(name)
+        if isinstance(count, int) and count > 0:
+            return count
     return None
 
 
@@ -369,7 +371,7 @@ def rewards_of(given: Mapping[str, Any]) -> list[Rewarded]:
     scorers = given.get("reward_fn", ABSENT)
     if not isinstance(scorers, Mapping) or isinstance(scorers, Unread):
         return []
-    return [Rewarded(name, JUDGES.get(name), float(w), {}) for name, w in scorers.items()]
+    return [Rewarded(name, JUDGES.get(name), weight_of(w), {}) for name, w in scorers.items()]
 
 
 FLOW_GRPO = Project(

@@ -216,6 +216,12 @@ def _said(key: str, value: Any) -> str:
     return f"{key}: {text if len(text) <= 70 else text[:67] + '...'}"
 
 
+def weight_of(value: Any) -> float:
+    """Of a reward; 1 where it is no number."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if good else 1.0
+
+
 def flat(values: Mapping[str, Any], prefix: str = "", whole: tuple[str, ...] = ()) -> Settings:
     """Nested values by dotted key; those of `whole` as they stand."""
     made: Settings = {}
