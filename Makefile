@@ -60,7 +60,7 @@ bench-gpu: install  ## the benchmarks that need a CUDA device
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
 		echo "bench-gpu needs a CUDA device and a CUDA build of torch; 'editr2 doctor' tells which is missing"; exit 1; }
 	@$(BIN)/python -m pytest bench -q -m gpu --timeout 900 $(ARGS)
-	@$(BIN)/python -m bench full_size configs/kontext-grpo-80gb.yaml --rollout.sessions 1
+	@$(BIN)/python -m bench full_size kontext-grpo-80gb --rollout.sessions 1
 
 bench-compare: install  ## this tree against commit BASE, in turns: make bench-compare BASE=main ARGS="-k sde"
 	@$(BIN)/python -m bench compare $(BASE) $(ARGS)

@@ -8,7 +8,8 @@ with a little noise (`encoded_again`), as an editor's autoencoder would, so that
 equal pixels.
 
     pairs(200)           turns of all nine task types, each with a right and three wrong outputs
-    example_sessions()   what examples/photos holds; `python tests/drawn_scenes.py FOLDER` writes it
+    example_sessions()   what editr2/recipes/photos holds, and `python tests/drawn_scenes.py FOLDER`
+                         writes
 """
 
 from __future__ import annotations

@@ -521,7 +521,7 @@ def test_an_iteration_has_ratio_one_and_its_export_is_the_published_layout(folde
 
 
 def recipe() -> Config:
-    path = Path(__file__).parent.parent / "configs" / "bagel-edit-r2-8gpu.yaml"
+    path = Path(__file__).parent.parent / "editr2" / "recipes" / "bagel-edit-r2-8gpu.yaml"
     values, lines = load_yaml(path)
     check_keys(values, lines, Config, path)
     return to_dataclass(values, Config)

@@ -107,6 +107,7 @@ NOT_RUN = {
     ("labelling", '{"id": "k1"'): "a question; tests/test_label.py",
     ("verifier", "The cup is red now"): "a trace; tests/test_traces.py",
     ("verifier", "# pool.yaml"): "the commands below it read it",
+    ("recipes", "# their.yaml"): "the command below it reads it",
     ("verifier", "background wants black"): "a trace; tests/test_verifier_world.py",
     ("benchmarks", "OUT/benchmark.json"): "the files of a folder; tests/test_benchmark.py",
     ("benchmarks", '{"image": "kitchen"'): "a row; tests/test_benchmark_summary.py",
@@ -119,8 +120,7 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for name in ("examples", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copytree(ROOT / "examples" / "shapes", tmp_path / "annotated")
     labelled(tmp_path / "my_pairs")
     their = [{"prompt": "red", "path_src": "0.png", "path1": "1.png", "path2": "2.png"}]
@@ -129,6 +129,8 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "my.yaml").write_text("train:\n  iterations: 9\n")
     pool = next(block.text for block in BLOCKS if block.text.startswith("# pool.yaml"))
     (tmp_path / "pool.yaml").write_text(pool)
+    their = next(block.text for block in BLOCKS if block.text.startswith("# their.yaml"))
+    (tmp_path / "their.yaml").write_text(their)
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "judge.py").write_text(JUDGE)
     of_page = "\n\n".join(block.text for block in PYTHON["rewards"])

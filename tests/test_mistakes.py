@@ -152,6 +152,18 @@ MISTAKES = [
     ),
     M("a tab for spaces", "train --config my.yaml", "my.yaml:2", {"my.yaml": "train:\n\tlr: 1\n"}),
     M("a picture as configuration", "train --config a.png", "a.png", {"a.png": picture()}),
+    M("a recipe's name misspelt", "check --config kontext-grpo", "kontext-grpo-80gb"),
+    M(
+        "a recipe where recipes once stood",
+        "train --config configs/klein-nft-24gb.yaml",
+        "the recipe klein-nft-24gb",
+    ),
+    M(
+        "a path of the working folder in a file elsewhere",
+        "train --config sub/my.yaml",
+        "../data",
+        {"sub/my.yaml": "data:\n  path: data\n", **DATA},
+    ),
     # Paths.
     M("an output that is a file", "train --out notes", "notes", {"notes": "mine"}),
     M("an output below a file", "train --out notes/run", "notes", {"notes": "mine"}),
@@ -292,6 +304,33 @@ MISTAKES = [
         "train --out run",
         "step_000001",
         {"run": lambda p: (trained(p), next(p.glob("checkpoints/*/policy.safetensors")).unlink())},
+    ),
+    # A configuration to begin with.
+    M(
+        "a copy of a recipe over a file",
+        "recipes klein-nft-24gb --to a.yaml",
+        "a.yaml",
+        {"a.yaml": ""},
+    ),
+    M(
+        "init over a configuration",
+        "init mine",
+        "mine/train.yaml",
+        {"mine/train.yaml": "seed: 1\n"},
+    ),
+    M("init on pictures alone", "init mine --data data", "data make", {"data/a.png": picture()}),
+    M("init of an editor on the world", "init mine --model kontext --data world", "data.path"),
+    M(
+        "init from one of several configurations",
+        "init mine --from their.py",
+        "their.py:NAME; first, second",
+        {"their.py": "def first():\n    return 1\n\n\ndef second():\n    return 2\n"},
+    ),
+    M(
+        "init from a configuration of nobody known",
+        "init mine --from my.yaml",
+        "Flow-Factory",
+        {"my.yaml": "train:\n  lr: 1\n"},
     ),
     M(
         "scores into a run's folder",

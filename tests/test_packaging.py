@@ -42,7 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built in a copy, so that nothing of the checkout's own build leaks in or out, and without
     compiler warnings."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in ("csrc", "editr2", "kernels", "tests", "bench", "configs", "docs"):
+    for name in ("csrc", "editr2", "kernels", "tests", "bench", "docs"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns(*BUILT))
     for path in ROOT.iterdir():

@@ -26,7 +26,7 @@ from editr2.sessions import Session, Turn, load_sessions
 from editr2.training import train
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples" / "photos"
+EXAMPLES = ROOT / "editr2" / "recipes" / "photos"
 
 
 @pytest.fixture(scope="module")

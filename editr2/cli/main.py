@@ -18,8 +18,10 @@ from editr2.cli import (
     doctor,
     evaluate,
     export,
+    init,
     judge,
     label,
+    recipes,
     report,
     reproduce,
     rollout,
@@ -33,6 +35,8 @@ from editr2.errors import UserError, one_line
 from editr2.run.machine import open_streams
 
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
+    "init": init.command,
+    "recipes": recipes.command,
     "train": train.command,
     "check": check.command,
     "eval": evaluate.command,
@@ -53,7 +57,7 @@ COMMANDS["completion"] = completion.command_of(COMMANDS)
 
 
 GROUPS = {
-    "train an editor": ("train", "check", "watch", "report", "export"),
+    "train an editor": ("init", "recipes", "train", "check", "watch", "report", "export"),
     "edit, and say what it is worth": ("rollout", "eval", "benchmark"),
     "sessions and judges": ("data", "judge", "label", "verifier", "world"),
     "this program": ("doctor", "completion", "reproduce"),

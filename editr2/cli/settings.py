@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from editr2.cli.flags import Arguments, Flags, Option, values_of
 from editr2.cli.loading import load_libraries
 from editr2.config.fields import Wrong, field_problems
+from editr2.config.paths import from_file
 from editr2.config.presets import PRESETS, preset_config, replace_nested
 from editr2.config.rules import folder_problem
-from editr2.config.settings import Config
+from editr2.config.settings import Config, RewardConfig, RewardUse
 from editr2.errors import ConfigError
+from editr2.recipes import config_file
 
 C = TypeVar("C", bound=Config)
 S = TypeVar("S")
 
 Examples = Sequence[tuple[str, str]]
 
-CONFIG = "a YAML file of settings; flags go before it"
+CONFIG = (
+    "a YAML file of settings, or a recipe's name (editr2 recipes); flags go before it, and paths "
+    "of what it reads are relative to it"
+)
 
 
 def run_config(
@@ -90,10 +95,12 @@ def schema_config(
     load_libraries()
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     file = beside.pop("config")
+    file = None if file is None else config_file(file)
     values, lines = ({}, {}) if file is None else load_yaml(file)
     config = _as(schema, preset_config(beside.pop("preset"), _model(values, found)))
     if file is not None:
         check_keys(values, lines, schema, file)
+        values = from_file(values, schema, file, lines, _options_of)
     if named:
         config, beside["notes"] = _edited_by(config, beside["policy"], values, found, own)
     if file is not None:
@@ -147,8 +154,10 @@ def file_config(
     beside = values_of(flags.own(), [(option, text) for option, text in found if not option.group])
     config, file = schema(), beside.pop("config")
     if file is not None:
+        file = config_file(file)
         values, lines = load_yaml(file)
         check_keys(values, lines, schema, file)
+        values = from_file(values, schema, file, lines, _options_of)
         config = replace_nested(config, values)
         for key, problem in field_problems(config):
             raise ConfigError(f"{place_of(file, lines, key)}: {problem}")
@@ -211,6 +220,19 @@ def _edited_by(
         for section, of in editor.settings.items()
     }
     return replace_nested(config, settings), notes
+
+
+def _options_of(schema: Any, values: Mapping[str, Any]) -> type[Any] | None:
+    """Of a reward in a file, the dataclass of its options; None of one that is not in our table,
+    whose module is not imported for it."""
+    from editr2.config.plugins import resolve
+    from editr2.rewards.table import REWARDS
+
+    rewards = issubclass(schema, RewardConfig | RewardUse)
+    name = values.get("name") if rewards else getattr(schema, "OPTIONS_OF", None)
+    if name not in REWARDS or values.get("function") is not None:
+        return None
+    return getattr(resolve("reward.name", name, REWARDS), "Options", None)
 
 
 def _as(schema: type[C], config: Config) -> C:

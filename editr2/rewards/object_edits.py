@@ -77,7 +77,7 @@ class ObjectOptions(Server, Asking, Looking):
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
-    prompts: str | None = None
+    prompts: str | None = setting(None, path=True)
     released: bool = False
 
 

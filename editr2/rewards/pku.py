@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from editr2.config.fields import setting
 from editr2.rewards.ask import Asking
 from editr2.rewards.base import Item, Score
 from editr2.rewards.client import Server
@@ -38,7 +39,7 @@ class PkuOptions(Server, Asking):
             ours.
     """
 
-    prompts: str | None = None
+    prompts: str | None = setting(None, path=True)
 
 
 class Pku(Served):

@@ -74,7 +74,7 @@ class RationalOptions(Server, Asking):
     votes: int = setting(1, Bounds(at_least=1, at_most=64))
     temperature: float = setting(0.0, Bounds(at_least=0, at_most=2))
     max_tokens: int = setting(2048, Bounds(at_least=16, at_most=65_536))
-    prompts: str | None = None
+    prompts: str | None = setting(None, path=True)
     released: bool = False
 
 

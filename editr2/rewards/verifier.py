@@ -61,7 +61,7 @@ class VerifierOptions(Server):
     temperature: float = setting(1.0, Bounds(at_least=0, at_most=2))
     max_tokens: int = setting(2048, Bounds(at_least=16, at_most=65_536))
     principles: Literal["auto", "given", "ask"] = "auto"
-    prompts: str | None = None
+    prompts: str | None = setting(None, path=True)
 
     @property
     def asking(self) -> Asking:

@@ -52,7 +52,7 @@ class VieOptions(Server, Asking):
     answers: Literal["votes"] = "votes"
     votes: int = setting(1, Bounds(at_least=1, at_most=64))
     temperature: float = setting(0.0, Bounds(at_least=0, at_most=2))
-    prompts: str | None = None
+    prompts: str | None = setting(None, path=True)
     released: bool = False
 
 

@@ -387,7 +387,7 @@ def _seen(plan: _Plan, lost: _Lost) -> dict[str, Tensor]:
 
 
 LOW_PRECISION = {"ratio_tolerance": 1e-3, "text_ratio_tolerance": 5e-2}
-"""The recipes' tolerances of ratios under a `policy.dtype` that rounds (configs/)."""
+"""The recipes' tolerances of ratios under a `policy.dtype` that rounds (editr2/recipes)."""
 
 
 def _check_ratio(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from editr2.config.fields import field_problems, setting
 from editr2.config.rules import folder_problem
@@ -20,6 +20,9 @@ GOLD_BY = {"world": "editr2.verifier.exact:world_gold"}
 @dataclass(frozen=True)
 class JudgeUse:
     """One of several who are asked; the fields are those of `judge`."""
+
+    OPTIONS_OF: ClassVar[str] = "verifier"
+    """The reward whose options `options` are."""
 
     name: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -124,6 +127,8 @@ class ChatConfig:
         timeout: seconds that a call may take; none is 120.
         retries: further tries of a call that failed; none is 4.
     """
+
+    OPTIONS_OF: ClassVar[str] = "verifier"
 
     options: dict[str, Any] = field(default_factory=dict)
     exact: str | None = setting(None, among=lambda: PRINCIPLES_BY, reference="package.module:name")
