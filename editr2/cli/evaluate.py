@@ -40,7 +40,7 @@ def command(arguments: Arguments) -> int:
     policy = open_policy(config.policy, processes, trains=False)
     own = own_schedule(policy)
     check_run(config, reward.names, own, processes=processes.count, command="eval")
-    source = sessions_for(config, policy)
+    source = sessions_for(config, policy, wants=reward.wants | (apart.wants if apart else set()))
     for panel in filter(None, (reward, apart)):
         for note in panel.probe():
             print(f"note: {note}", file=sys.stderr)
