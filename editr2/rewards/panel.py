@@ -111,6 +111,11 @@ class CheckedReward:
         return getattr(self.given, "calls_a_turn", None)
 
     @property
+    def fills(self) -> int:
+        """Turns that a question about one takes as long as."""
+        return _whole(self.given, "fills", COUNT, self.title) or 1
+
+    @property
     def wants(self) -> tuple[str, ...]:
         """What it looks for in a turn's `meta`, where it says so."""
         return _guarded(

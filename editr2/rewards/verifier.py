@@ -185,6 +185,7 @@ class Verifier(Served):
         asker: Asker | None = None,
     ) -> None:
         self.local: Any = None
+        self.fills = 1
         own = local_options(options) if asker is None else None
         if own is not None:
             options = own
@@ -193,6 +194,7 @@ class Verifier(Served):
             self.calls_a_turn = 0
             # All that a rollout batch has to be asked is one call, on the main thread.
             vars(self).update(concurrency=None, batch=None)
+            self.fills = max(1, own.rows // (own.traces if own.temperature else 1))
         asker = asker or Asker(Client(options, calls, record), options.asking)
         super().__init__(options, calls, record, asker=asker)
         self._once = Once()
