@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -304,3 +309,73 @@ def _drawn(session: Session) -> Session:
     """By the world itself."""
     split, seed, index, _ = session.id.split("-")
     return shapes.make_session(int(seed), int(index), split=split)
+
+
+# ---------------------------------------------------------------------------------- whole runs
+
+SMALL = {
+    "train.iterations": 3,
+    "train.max_failed_scores": 1,
+    "checkpoint.every": 1,
+    "rollout.sessions": 2,
+    "rollout.siblings": 2,
+    "rollout.groups_per_batch": 1,
+    "rollout.turns": 2,
+    "eval.sessions": 2,
+    "eval.strips": 1,
+    "reward.name": "verifier",
+    "reward.options.max_tokens": MOST,
+    "reward.options.rows": 4,
+}
+
+
+def started(out: Path, folder: Path, processes: int = 1, **changes: Any) -> subprocess.Popen[bytes]:
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    given = {**SMALL, "out": out, "reward.options.weights": folder, **changes}
+    return subprocess.Popen(
+        [sys.executable, "-m", *(torchrun if processes > 1 else []), "editr2", "train"]
+        + [word for name, value in given.items() for word in (f"--{name}", str(value))],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def ended(run: subprocess.Popen[bytes]) -> None:
+    assert run.wait(400) == 0
+
+
+def answers(out: Path, **where: Any) -> dict[str, str]:
+    """By what was asked."""
+    rows = [json.loads(line) for file in out.glob("judges*.jsonl") for line in file.open()]
+    return {row["key"]: row["answer"]["text"] for row in rows if where.items() <= row.items()}
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_was_killed_judges_as_one_that_was_not(folder: Path, tmp_path: Path) -> None:
+    ended(started(tmp_path / "whole", folder))
+    weights = "policy/model.safetensors"
+    for lines in (9, 27):  # in the first evaluation's batches, and in training
+        out = tmp_path / str(lines)
+        run, record = started(out, folder), out / NAME
+        while run.poll() is None and not (
+            record.exists() and record.read_bytes().count(b"\n") >= lines
+        ):
+            time.sleep(0.02)
+        assert run.poll() is None
+        run.send_signal(signal.SIGKILL)
+        run.wait(20)
+        assert not (out / weights).exists()
+        ended(started(out, folder))
+        assert answers(out) == answers(tmp_path / "whole")
+        assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+@pytest.mark.exhaustive
+def test_two_processes_judge_as_one(folder: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        ended(started(tmp_path / str(processes), folder, processes))
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert (two / "judges.1.jsonl").stat().st_size
+    for where in ({"purpose": "eval", "iteration": 0}, {"purpose": "train", "iteration": 0}):
+        assert answers(one, **where) == answers(two, **where) != {}

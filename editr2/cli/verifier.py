@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from editr2.cli import settings
-from editr2.cli.flags import Arguments, Flags, dispatch
+from editr2.cli.flags import SOME, Arguments, Flags, dispatch
 from editr2.config.fields import Bounds
 
 ANYWAY: tuple[str, dict[str, Any]] = (
@@ -17,6 +18,29 @@ ANYWAY: tuple[str, dict[str, Any]] = (
         "help": "go on although this differs from the run that is resumed: sessions (the "
         "examples), heldout, weights, prompts, or a setting; again, or with commas, for more",
     },
+)
+
+
+CHECK: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "--check",
+        {
+            "action": "store_true",
+            "help": "only say what is wrong, and estimate memory and hours; loads no weights",
+        },
+    ),
+    (
+        "--gpu",
+        {"type": str, "default": "h100", "help": "to estimate for: h100, a100-80, ... or cpu"},
+    ),
+    (
+        "--processes",
+        {"type": int, "default": 1, "bounds": SOME, "help": "that torchrun will start"},
+    ),
+    (
+        "--tokens",
+        {"type": int, "default": 400, "bounds": SOME, "help": "of a sampled trace, to estimate"},
+    ),
 )
 
 
@@ -109,11 +133,26 @@ def _gcpo(arguments: Arguments) -> int:
     return _train("gcpo", GcpoConfig, arguments)
 
 
+def _check(name: str, config: Any, given: dict[str, Any]) -> int:
+    from editr2.verifier.estimate import preflight
+
+    problems, lines, fits = preflight(
+        name, config, given["gpu"], given["processes"], given["tokens"]
+    )
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if lines:
+        print("\n".join(lines))
+    return 0 if fits else 2
+
+
 def _train(name: str, schema: type[Any], arguments: Arguments) -> int:
     described = {"sft": _sft.__doc__, "gcpo": _gcpo.__doc__}[name] or ""
     config, given = settings.file_config(
-        schema, f"editr2 verifier {name}", described, arguments, [ANYWAY]
+        schema, f"editr2 verifier {name}", described, arguments, [ANYWAY, *CHECK]
     )
+    if given["check"]:
+        return _check(name, config, given)
     insisted = [
         text.strip()
         for texts in given["resume_anyway"] or ()
