@@ -134,7 +134,7 @@ def _gcpo(arguments: Arguments) -> int:
 
 
 def _check(name: str, config: Any, given: dict[str, Any]) -> int:
-    from editr2.verifier.estimate import preflight
+    from editr2.verifier.preflight import preflight
 
     problems, lines, fits = preflight(
         name, config, given["gpu"], given["processes"], given["tokens"]

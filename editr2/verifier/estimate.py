@@ -3,9 +3,10 @@ sft --check`.
 
 The language model runs, one layer deep and two, on tensors without data (`check.meter`), in the
 batches of the settings; what deeper ones cost follows exactly, LoRA, checkpointing and the layer
-that scores included. What looks at pictures is counted by formula: twice its weights for each patch
-forward, three times that where it trains. Memory and seconds are those of a device's data sheet
-with the assumptions that the page names. None of it was compared with a GPU run of ours.
+that scores included. What looks at pictures is counted by formula: twice its weights for each
+patch, forward, and as often again as the backward pass goes through it. Memory and seconds are
+those of a device's data sheet; `preflight` names what is assumed. None of it was compared with a
+GPU run of ours.
 """
 
 from __future__ import annotations
@@ -18,19 +19,10 @@ from typing import Any
 
 import torch
 
-from editr2.check.devices import (
-    BANDWIDTH_EFFICIENCY,
-    FRAGMENTATION,
-    LAUNCH_SECONDS,
-    MATRIX_EFFICIENCY,
-    RESERVE,
-    Device,
-    find_device,
-)
+from editr2.check.devices import Device
 from editr2.check.estimate import GATHERED, REDUCED
 from editr2.check.links import gather_seconds
 from editr2.check.meter import Cost, Meter, at_depth
-from editr2.check.text import duration, number, size
 from editr2.errors import ConfigError, shown
 from editr2.policies.blueprint import adapters_without_data, simulated
 from editr2.policies.tensor_files import reading
@@ -39,11 +31,9 @@ from editr2.rewards.wording import prompts_of
 from editr2.verifier.files import Edit
 from editr2.verifier.model import ACCEPTED_WEIGHTS, adapt
 from editr2.verifier.objectives import OBJECTIVES, Lesson
-from editr2.verifier.settings import GcpoConfig, ReaderConfig, RunConfig, run_problems
+from editr2.verifier.settings import GcpoConfig, ReaderConfig, RunConfig
 from editr2_kernels import token_log_prob
 
-TOKENS = 400
-"""Of a sampled trace, where nobody says how long they are."""
 LETTERS = 4
 """Of a token, where there is no tokenizer at hand."""
 LOOKED_AT = 32
@@ -151,7 +141,7 @@ def _built(form: Any, config: ReaderConfig) -> Any:
     """The model, on whatever device tensors are made. Only adapters train, or everything."""
     from transformers import AutoModelForImageTextToText
 
-    module = AutoModelForImageTextToText.from_config(form)
+    module = AutoModelForImageTextToText.from_config(form, dtype=_dtype(config))
     if config.gradient_checkpointing:
         newer = getattr(module, "activation_checkpointing_enable", None)
         (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -169,19 +159,14 @@ def _bytes(parameters: Any) -> int:
 
 
 def sizes_of(form: Any, config: ReaderConfig) -> Sizes:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(_dtype(config))
-    try:
-        with torch.device("meta"):
-            module = _built(form, config)
-            language = module.get_decoder()
-            words = {id(p) for p in language.parameters()}
-            words |= {id(p) for p in module.get_output_embeddings().parameters()}
-            pictures = sum(p.numel() for p in module.parameters() if id(p) not in words)
-            if config.lora_rank:
-                adapt(module, config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        module = _built(form, config)
+        language = module.get_decoder()
+        words = {id(p) for p in language.parameters()}
+        words |= {id(p) for p in module.get_output_embeddings().parameters()}
+        pictures = sum(p.numel() for p in module.parameters() if id(p) not in words)
+        if config.lora_rank:
+            adapt(module, config)
     every = list(module.parameters())
     train = [p for p in every if p.requires_grad]
     blocks = list(language.layers)
@@ -218,7 +203,7 @@ class _Language:
     def states(self, rows: int, tokens: int, cache: Any = None) -> torch.Tensor:
         """What its last layer reads [rows, tokens, width]."""
         given = torch.empty(rows, tokens, self.width)
-        given.requires_grad_(torch.is_grad_enabled() and not self.config.lora_rank)
+        given.requires_grad_(torch.is_grad_enabled() and _through_pictures(self.config))
         found: torch.Tensor = self.module.get_decoder()(
             inputs_embeds=given, past_key_values=cache, use_cache=cache is not None
         ).last_hidden_state
@@ -386,7 +371,7 @@ def estimate(
     def phase(title: str, cost: Cost, times: float, shown: int, passes: int, trains: bool) -> None:
         """shown: rows whose pictures are looked at. passes: through the weights."""
         nonlocal flops
-        sight = _sight_flops(form, sizes, lengths, shown) * (3 if trains and not p.lora_rank else 1)
+        sight = _sight_flops(form, sizes, lengths, shown) * (_sight_passes(p) if trains else 1)
         low = p.dtype == "bfloat16"
         rate = device.speed.flops[torch.bfloat16 if low else torch.float32]
         one = max(cost.seconds(device.speed) + sight / rate, passes * gather)
@@ -442,87 +427,29 @@ def _patches(form: Any, lengths: Lengths, rows: int) -> int:
 
 
 def _sight_flops(form: Any, sizes: Sizes, lengths: Lengths, rows: int) -> float:
+    """Of a forward pass."""
     return 2.0 * sizes.pictures * _patches(form, lengths, rows)
 
 
+def _through_pictures(config: ReaderConfig) -> bool:
+    """Whether the backward pass goes on into what looks at pictures: where that trains, and where
+    transformers has the first layers' inputs require gradients, for checkpointing."""
+    return not config.lora_rank or config.gradient_checkpointing
+
+
+def _sight_passes(config: ReaderConfig) -> int:
+    """Of a training step, in forward passes: the products of the backward pass, for states and
+    weights, and the forward pass again."""
+    backward = _through_pictures(config) * (1 + (not config.lora_rank))
+    return 1 + backward + config.gradient_checkpointing
+
+
 def _sight_bytes(form: Any, config: ReaderConfig, lengths: Lengths, rows: int) -> int:
-    """That what looks at pictures keeps, where it trains."""
-    if config.lora_rank:
+    """What looks at pictures keeps, where the backward pass goes through it."""
+    if not _through_pictures(config):
         return 0
     sight = form.vision_config
     kept = 2 if config.gradient_checkpointing else KEPT
     wide = 1 if config.dtype == "bfloat16" else 2
     numbers = _patches(form, lengths, rows) * sight.hidden_size * sight.num_hidden_layers
     return int(numbers * kept * wide)
-
-
-# -------------------------------------------------------------------------------------------- page
-
-
-def preflight(
-    name: str, config: RunConfig, gpu: str, processes: int, tokens: int = TOKENS
-) -> tuple[list[str], list[str], bool]:
-    """(what is wrong, the page, whether it fits). Raises `UserError` for data that cannot be
-    learnt from, weights that are none and a device that nobody knows."""
-    device = find_device(gpu)
-    if problems := list(run_problems(config)):
-        return problems, [], False
-    examples, left_out = OBJECTIVES[name].reads(str(config.data.path), "data.path")
-    found = estimate(name, config, examples, device, processes, tokens)
-    needed = device.needed(max(found.peaks.values()))
-    fits = needed <= device.memory
-    lines = _page(name, config, found, device, processes, len(examples), left_out)
-    verdict = "fits" if fits else "does not fit"
-    lines.append(f"verdict: {verdict} {device.name}: {size(needed)} of {size(device.memory)}")
-    return [], lines, fits
-
-
-def _page(
-    name: str,
-    config: RunConfig,
-    found: Estimate,
-    device: Device,
-    processes: int,
-    examples: int,
-    left_out: int,
-) -> list[str]:
-    p, t, sizes, lengths = config.policy, config.train, found.sizes, found.lengths
-    each = f" on each of {processes} processes" if processes > 1 else ""
-    what = {"sft": "traces", "gcpo": "pairs"}[name]
-    writes = ""
-    if isinstance(config, GcpoConfig):
-        writes = f", {config.rollout.traces} traces of both outputs"
-    lora = f"LoRA of rank {p.lora_rank} on {sizes.layers} layers" if p.lora_rank else "all weights"
-    kept = sizes.parameters - (sizes.trainable if p.lora_rank else 0)
-    exact = (Path(str(p.weights)) / "tokenizer.json").is_file()
-    total = sum(found.seconds.values())
-    lines = [
-        f"iteration   {t.batch} {what}{writes}; {t.iterations} iterations over {examples} {what}"
-        + (f" ({left_out} cannot be read)" if left_out else ""),
-        f"model       {shown(str(p.weights))}, {p.dtype}",
-        f"parameters  {number(kept)}; {number(sizes.trainable)} train: {lora}",
-        f"lengths     prompt {lengths.prompt} tokens, {2 * lengths.picture} of them two pictures "
-        f"of {lengths.side[0]} x {lengths.side[1]}; trace {lengths.trace}"
-        + ("" if exact else f" (texts by {LETTERS} letters a token)")
-        + (" (--tokens)" if isinstance(config, GcpoConfig) else ""),
-        "",
-        f"memory of {device.name}{each}",
-        *(f"  {part:<36}{size(n):>12}" for part, n in found.memory.items() if n),
-        *(f"  {f'alive at most in {part}':<36}{size(n):>12}" for part, n in found.peaks.items()),
-        "",
-        f"time on {device.name}{each}",
-    ]
-    for part, seconds in found.seconds.items():
-        hours = duration(seconds * t.iterations / 3600)
-        lines.append(f"  {part:<12}{seconds:>10.1f} s an iteration{hours:>14} in all")
-    lines += [
-        f"  {'run':<12}{total:>10.1f} s an iteration{duration(total * t.iterations / 3600):>14} "
-        f"in all, without evaluations; {found.flops / 1e12:.4g} TFLOP an iteration",
-        f"  assumed: {MATRIX_EFFICIENCY:.0%} of the sheet's matrix rate, "
-        f"{BANDWIDTH_EFFICIENCY:.0%} of its bandwidth, {LAUNCH_SECONDS * 1e6:g} us an operation; "
-        f"memory x {FRAGMENTATION:g} + {RESERVE / 2**30:.1f} GiB; pictures by formula; traces of "
-        f"one length; all pairs train",
-        "  an estimate: not compared with a GPU run of ours",
-        "",
-    ]
-    return lines
