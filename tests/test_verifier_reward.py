@@ -238,6 +238,7 @@ def test_a_batch_of_rollouts_is_one_call(folder: Path, drawn: list[Session]) -> 
     [
         ({"weights": "{folder}", "url": "http://x"}, "reward.options.weights: beside a url"),
         ({"weights": "./nowhere"}, "reward.options.weights: ./nowhere: no such folder (accepted"),
+        ({"weights": "runs/sft/none"}, "reward.options.weights: runs/sft/none: no such folder"),
         ({"weights": "{folder}", "model": "m"}, "reward.options.model: of a server alone"),
         ({"weights": "{folder}", "max_side": 64}, "reward.options.max_side: of a server alone"),
         ({"weights": "{folder}", "device": "gpu"}, "reward.options.device: gpu (accepted: cpu,"),

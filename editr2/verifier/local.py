@@ -33,6 +33,7 @@ from editr2.rewards.client import Answer, Failure, Part, vote_seed
 from editr2.rewards.models import DEVICES, TRAINER, device_of, known_device
 from editr2.rewards.record import Record, calls_of, pixel_digest, request_key
 from editr2.rewards.verifier import SHIPPED, VerifierOptions
+from editr2.run.hub import HUB_ID
 from editr2.verifier.model import ACCEPTED_WEIGHTS, Prompt, load_reader, weights_fingerprint
 from editr2.verifier.settings import ReaderConfig
 
@@ -118,7 +119,8 @@ class Local:
     ) -> None:
         assert options.weights is not None
         self.weights, self.options, self.record, self.at = options.weights, options, record, at
-        if self.weights.startswith((".", "/", "~")) and not Path(self.weights).is_dir():
+        here = self.weights.startswith((".", "/", "~")) or not HUB_ID.fullmatch(self.weights)
+        if here and not Path(self.weights).is_dir():
             raise ConfigError(f"{at}: {shown(self.weights)}: no such folder ({ACCEPTED_WEIGHTS})")
         if not known_device(options.device):
             raise ConfigError(f"device: {shown(options.device)} (accepted: {DEVICES})")
