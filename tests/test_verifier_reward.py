@@ -104,7 +104,7 @@ def test_who_else_is_judged_changes_no_bit(
     apart = [values(judge.judge(some))[0] for some in ([item] for item in reversed(whole))]
     assert apart[::-1] == together
     for one in batches:
-        one.pop("shape")
+        assert one.pop("shape") == (8, 64)
         assert all(bits[seed] == row for seed, row in one.items())
     read = [value for rows in together for value, _ in rows]
     assert None in read and len(set(read)) > 4  # some cannot be read, and none is made up
