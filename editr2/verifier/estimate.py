@@ -384,7 +384,7 @@ def estimate(
         phase("writing", reads, mine, block, 1, False)
         phase("writing", word, mine * lengths.trace, 0, 1, False)
         scored = score_cost(form, p, rows, lengths)
-        phase("scoring", scored, forwards * (1 + (t.kl_weight > 0)), rows, 1, False)
+        phase("scoring", scored, forwards * (1 + (config.train.kl_weight > 0)), rows, 1, False)
         text = form.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         held = 2 if p.dtype == "bfloat16" else 4

@@ -406,6 +406,8 @@ def _grown_layer() -> type[Any]:
     from transformers.cache_utils import DynamicLayer
 
     class Grown(DynamicLayer):
+        keys: Any
+        values: Any
         room: tuple[Tensor, ...] = ()
 
         def update(
