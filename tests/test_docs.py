@@ -224,6 +224,7 @@ def understood(monkeypatch):
         "verifier.tracing.write_traces",
         "verifier.select.write_selection",
         "verifier.loop.train_verifier",
+        "verifier.preflight.preflight",
         "verifier.evaluate.evaluate_verifier",
         "benchmarks.rewards.run_rewards",
         "benchmarks.compare.compare",

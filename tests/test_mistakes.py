@@ -278,6 +278,22 @@ MISTAKES = [
         "SystemExit",
         {JUDGE: "def judge(session, images):\n    raise SystemExit(0)\n"},
     ),
+    M(
+        "a verifier's folder that is not there",
+        "train --reward.name verifier --reward.options.weights ./judge",
+        "no such folder",
+    ),
+    M(
+        "a verifier in process and behind a server",
+        "train --reward.name verifier --reward.options.weights ./judge "
+        "--reward.options.url http://127.0.0.1:8000/v1",
+        "beside a url",
+    ),
+    M(
+        "a verifier in process with a server's option",
+        "train --reward.name verifier --reward.options.weights ./judge --reward.options.model ours",
+        "of a server alone",
+    ),
     M("weights of other rewards", "train --credit.weights.Beauty 1.0", "credit.weights"),
     # Folders of earlier work.
     M(

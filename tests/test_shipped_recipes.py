@@ -28,7 +28,10 @@ REWARD_WITH_PROMPTS = ("edit-r2", "edival", "pku", "editscore", "viescore", "img
 OPTIONS = {
     f"reward[{name}].options.prompts": {"name": name, "options": {"prompts": "mine"}}
     for name in (*REWARD_WITH_PROMPTS, "unifiedreward", "verifier")
-} | {"reward[human].options.folder": {"name": "human", "options": {"folder": "mine"}}}
+} | {
+    "reward[human].options.folder": {"name": "human", "options": {"folder": "mine"}},
+    "reward[verifier].options.weights": {"name": "verifier", "options": {"weights": "mine"}},
+}
 PATHS = [(schema, key) for schema in SCHEMAS for key, slot in leaves(schema) if slot.accepts.path]
 
 

@@ -457,7 +457,7 @@ def test_a_folder_is_evaluated_and_goes_on_after_a_kill(
     assert set(runs) <= set(scripts().values()) and page.count("unread") > 0
 
     files = {name: (tmp_path / name).read_bytes() for name in (TRACES, "eval.json", PRINCIPLES)}
-    with mock.patch("editr2.verifier.model.load_reader", side_effect=AssertionError):
+    with mock.patch("editr2.verifier.local.load_reader", side_effect=AssertionError):
         assert run(capsys, *asked)[0] == 0  # all is on record
     assert {name: (tmp_path / name).read_bytes() for name in files} == files
     record = tmp_path / "judges.jsonl"

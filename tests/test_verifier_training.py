@@ -375,6 +375,9 @@ def test_adapters_are_merged_as_they_worked(world: Path) -> None:
         adapted = reader.logits(prompt, ids)
     assert float((adapted - before).abs().max()) > 1e-2
     merged = load_reader(ReaderConfig(weights=str(run / "verifier"), lora_rank=0))
+    # The folder says what it is asked with, and whoever loads it asks with that.
+    assert (run / "verifier" / "judge.md").read_text() == (world / "words/judge.md").read_text()
+    assert torch.equal(merged.prompt(edit).ids, prompt.ids)
     torch.testing.assert_close(merged.logits(prompt, ids), adapted, atol=1e-4, rtol=1e-4)
     assert json.loads((run / "verifier" / "generation_config.json").read_text())[
         "repetition_penalty"

@@ -6,6 +6,7 @@ with random weights samples can be read about as often as not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ SCORES = range(11)
 ENDS = [f'{{"1": {verdict}}}<score>{score}</score>' for verdict in (0, 1) for score in SCORES]
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", "paint", "keep", "it"]
 WORDS += ["red", "blue", "1.", "seen", "wanted", *ENDS]
+SPLIT = r'\{"1": \d\}<score>\d+</score>|[^\s{]+'
 PROMPT = "{instruction}\n{principles}"
 
 TEMPLATE = (
@@ -29,14 +31,14 @@ TEMPLATE = (
 )
 
 
-def tokenizer() -> Any:
+def tokenizer(vocabulary: Sequence[str] = WORDS, pattern: str = SPLIT) -> Any:
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = Split(Regex(r'\{"1": \d\}<score>\d+</score>|[^\s{]+'), "removed", True)
+    words = Tokenizer(WordLevel({word: k for k, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    words.pre_tokenizer = Split(Regex(pattern), "removed", True)
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token="<pad>",
@@ -47,8 +49,11 @@ def tokenizer() -> Any:
     )
 
 
-def write_llava(folder: Path, seed: int = 0) -> Path:
-    """Weights, tokenizer and processor, ready for `from_pretrained`; some 20,000 numbers."""
+def write_llava(
+    folder: Path, seed: int = 0, *, words: Any = None, side: int = SIDE, likely: Sequence[str] = ()
+) -> Path:
+    """Weights, tokenizer and processor, ready for `from_pretrained`; some 20,000 numbers. likely:
+    words that come far more often than others, wherever a picture is not."""
     import torch
     from transformers import (
         CLIPImageProcessorPil,
@@ -59,10 +64,10 @@ def write_llava(folder: Path, seed: int = 0) -> Path:
         LlavaProcessor,
     )
 
-    words = tokenizer()
+    words = words or tokenizer()
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         ),
         tokenizer=words,
         patch_size=PATCH,
@@ -73,7 +78,7 @@ def write_llava(folder: Path, seed: int = 0) -> Path:
     heads = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            **heads, num_hidden_layers=1, image_size=SIDE, patch_size=PATCH, projection_dim=16
+            **heads, num_hidden_layers=1, image_size=side, patch_size=PATCH, projection_dim=16
         ),
         text_config=LlamaConfig(
             **heads,
@@ -91,6 +96,11 @@ def write_llava(folder: Path, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
+    if likely:  # the first number of every state is the same, and so a bias of the last layer
+        with torch.no_grad():
+            model.get_input_embeddings().weight[:, 0] = 8
+            model.get_output_embeddings().weight[:, 0] = -3
+            model.get_output_embeddings().weight[words.convert_tokens_to_ids([*likely]), 0] = 0
     # Habits of decoding, as published folders have them; sampling for training has none.
     model.generation_config.update(
         eos_token_id=2, pad_token_id=0, bos_token_id=1, do_sample=True, repetition_penalty=1.05
@@ -99,6 +109,22 @@ def write_llava(folder: Path, seed: int = 0) -> Path:
     prompts = folder.parent / "words"
     prompts.mkdir(exist_ok=True)
     (prompts / "judge.md").write_text(PROMPT)
+    return folder
+
+
+def write_world(folder: Path, seed: int = 0) -> Path:
+    """Of the shapes world's words, with its question (`judge.md`): it judges by whim, four
+    principles at a time."""
+    from editr2.verifier import small
+
+    ends = [
+        f'{{"1": {verdict}, "2": 1, "3": 1, "4": 1}} <score>{score}</score>'
+        for verdict in (0, 1)
+        for score in SCORES
+    ]
+    words = tokenizer((*small.VOCABULARY, *ends), small.SPLIT)
+    write_llava(folder, seed, words=words, side=24, likely=["</s>", *ends])
+    (folder / "judge.md").write_text(small.QUESTION)
     return folder
 
 

@@ -116,7 +116,8 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
         data = found(lambda: _data_problems(config, editor))
         problems += data or []
         if data == []:
-            source = found(lambda: sessions_for(config, editor.policy))
+            wants = {name for panel in (reward, apart) if panel for name in panel.wants}
+            source = found(lambda: sessions_for(config, editor.policy, wants=wants))
     from editr2.check.judges import measured
 
     judges = found(lambda: measured(reward, source[0])) if source and reward else None

@@ -43,7 +43,7 @@ def measured(panel: Panel, session: Session) -> list[Measured]:
         if failure := unscored(scores):
             setting = member.title.partition(":")[0]
             raise UserError(f"{setting}: no score for session {session.id}: {failure}")
-        found.append(Measured(member, seconds / turns, notes))
+        found.append(Measured(member, seconds / max(turns, member.fills), notes))
     return found
 
 

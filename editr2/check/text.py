@@ -57,7 +57,7 @@ def number(count: float) -> str:
     return f"{count:g}"
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
     return (
         f"{hours:.1f} h"
         if hours >= 1
@@ -156,9 +156,9 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
     for phase, seconds in result.seconds.items():
         per = {"evaluate": "an evaluation", "strips": "a drawing"}.get(phase, "an iteration")
         lines.append(
-            f"  {phase:<12}{seconds:>10.1f} s {per:<14}{_duration(hours[phase]):>10} in all"
+            f"  {phase:<12}{seconds:>10.1f} s {per:<14}{duration(hours[phase]):>10} in all"
         )
-    lines.append(f"  {'run':<38}{_duration(sum(hours.values())):>10} in all")
+    lines.append(f"  {'run':<38}{duration(sum(hours.values())):>10} in all")
     images = r.sessions * r.siblings * sum(turns[0]) / len(turns[0]) / processes
     lines.append(f"  {'images':<12}{images / option.seconds:>10.3f} a second, trained{each}")
     if device.gpu:
@@ -224,7 +224,7 @@ def levers(case: Case, given: Option) -> list[str]:
     change = flags(best.config, config)
     if not change or (best.seconds >= given.seconds and given.fits(ROOM)):
         return [*lines, f"no combination that keeps the numbers is faster {filled}", ""]
-    hours = _duration(sum(best.estimate.hours(config.train.iterations).values()))
+    hours = duration(sum(best.estimate.hours(config.train.iterations).values()))
     lines += [
         f"fastest that keeps the numbers (up to rounding) {filled}; the run takes {hours}:",
         row("together", best),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from editr2.cli import settings
-from editr2.cli.flags import Arguments, Flags, dispatch
+from editr2.cli.flags import SOME, Arguments, Flags, dispatch
 from editr2.config.fields import Bounds
 
 ANYWAY: tuple[str, dict[str, Any]] = (
@@ -65,6 +66,29 @@ COMMON = (
     "eval.every",
 )
 """Settings that most people change, of the commands that have them."""
+
+
+CHECK: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "--check",
+        {
+            "action": "store_true",
+            "help": "only say what is wrong, and estimate memory and hours; loads no weights",
+        },
+    ),
+    (
+        "--gpu",
+        {"type": str, "default": "h100", "help": "to estimate for: h100, a100-80, ... or cpu"},
+    ),
+    (
+        "--processes",
+        {"type": int, "default": 1, "bounds": SOME, "help": "that torchrun will start"},
+    ),
+    (
+        "--tokens",
+        {"type": int, "default": 400, "bounds": SOME, "help": "of a sampled trace, to estimate"},
+    ),
+)
 
 
 def command(arguments: Arguments) -> int:
@@ -169,6 +193,19 @@ def _gcpo(arguments: Arguments) -> int:
     return _train("gcpo", GcpoConfig, arguments)
 
 
+def _check(name: str, config: Any, given: dict[str, Any]) -> int:
+    from editr2.verifier.preflight import preflight
+
+    problems, lines, fits = preflight(
+        name, config, given["gpu"], given["processes"], given["tokens"]
+    )
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if lines:
+        print("\n".join(lines))
+    return 0 if fits else 2
+
+
 def _train(name: str, schema: type[Any], arguments: Arguments) -> int:
     described = {"sft": _sft.__doc__, "gcpo": _gcpo.__doc__}[name] or ""
     config, given = settings.file_config(
@@ -176,10 +213,12 @@ def _train(name: str, schema: type[Any], arguments: Arguments) -> int:
         f"editr2 verifier {name}",
         f"{described}.",
         arguments,
-        [ANYWAY],
+        [ANYWAY, *CHECK],
         examples=EXAMPLES[name],
         common=COMMON,
     )
+    if given["check"]:
+        return _check(name, config, given)
     insisted = [
         text.strip()
         for texts in given["resume_anyway"] or ()

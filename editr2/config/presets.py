@@ -164,6 +164,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     ),
     "pku": _preset(_ONE_TEXT, _NFT, {"credit": {"preset": "pku", "baseline": None}}),
     "dr-grpo": _preset(_FLOW_GRPO_FAST, {"credit": {"preset": "dr-grpo"}}),
+    "edit-r1": _preset(
+        _FLOW_GRPO, {"rollout": {"siblings": 24, "turns": 1}, "reward": {"name": "verifier"}}
+    ),
 }
 """Named starting points; each changes only the fields it stands for. docs/methods.md says where the
 values are from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +51,8 @@ def judge(
     panel = load_reward(config.reward, record)
     other = load_reward(config.against, record) if config.against.given else None
     weights = reward_weights(panel, config)
-    found = read_outputs(outputs, _sessions(config, outputs))
+    wants = panel.wants | (other.wants if other else set())
+    found = read_outputs(outputs, _sessions(config, outputs, wants))
     said_of = read_labels(labels, found, panel.names) if labels else None
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -93,7 +94,9 @@ def _asked(
     return trial
 
 
-def _sessions(config: JudgeConfig, folders: Sequence[str]) -> dict[str, Session]:
+def _sessions(
+    config: JudgeConfig, folders: Sequence[str], wants: Collection[str]
+) -> dict[str, Session]:
     """Every session that the outputs may be of, by id."""
     size = None if config.data.resize == "no" else output_sizes(folders)
     count = max(config.eval.sessions, count_outputs(folders))
@@ -104,6 +107,7 @@ def _sessions(config: JudgeConfig, folders: Sequence[str]) -> dict[str, Session]
         seed=config.seed,
         size=size,
         others=True,  # of sessions without an output
+        wants=wants,
     )
     return {s.id: s for s in [*(source.sessions or ()), *source.heldout]}
 

@@ -163,8 +163,12 @@ class Reward(Protocol):
       keeping, so its answers are not recorded;
     - `estimate(items)`: of rollouts so far, a bool each, whether what follows is not worth making;
       asked with `rollout.prune: estimate` alone, on the main thread;
+    - `fills = n`: what is asked together is filled up to so many turns, so that one takes as long
+      as n, for estimates;
     - `calls_a_turn = x`: requests to a server that a turn takes, for estimates;
     - `version`: changes with its numbers; `facts`: a dict of what a run's record says of it;
+    - `wants = ("name", ...)`: what it looks for in the `meta` of turns; sessions that a run draws
+      from the world carry of it what the world can tell (`principles`);
     - `lacks(session)`: what a session does not have, so that a score does not apply to it, or None;
       looks at no image. Said once before the run;
     - `take()` and `lend()`: called before a batch of rollouts is judged and after the last one is

@@ -28,6 +28,22 @@ TRAINER = "trainer"
 _DEVICE = re.compile(rf"cpu|cuda(:\d+)?|{TRAINER}")
 
 
+DEVICES = f"cpu, cuda:0 or the like, {TRAINER}"
+
+
+def known_device(device: str) -> bool:
+    return bool(_DEVICE.fullmatch(device))
+
+
+def device_of(device: str) -> torch.device:
+    """What the setting names; the trainer's is the current GPU of this thread, if there is one."""
+    if device != TRAINER:
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 class LookError(UserError):
     """A model could not be asked, or did not answer as it should."""
 
@@ -53,10 +69,8 @@ class LookingModel:
         device: str = "cpu",
         revision: str | None = None,
     ) -> None:
-        if not _DEVICE.fullmatch(device):
-            raise ConfigError(
-                f"{what}: device {shown(device)} (accepted: cpu, cuda:0 or the like, {TRAINER})"
-            )
+        if not known_device(device):
+            raise ConfigError(f"{what}: device {shown(device)} (accepted: {DEVICES})")
         folder = Path(name).expanduser()
         self.what, self.device, self.kinds = what, device, kinds
         self.name = str(folder) if folder.exists() else name
@@ -112,7 +126,7 @@ class LookingModel:
         """Comes back to the trainer's GPU: the current one of this thread."""
         if self.device == TRAINER:
             with self._lock:
-                self._lent, self._place = False, self._wanted()
+                self._lent, self._place = False, device_of(self.device)
                 if self._module is not None:
                     self._module.to(self._place)
 
@@ -157,13 +171,6 @@ class LookingModel:
             )
         return tokenizer
 
-    def _wanted(self) -> torch.device:
-        if self.device != TRAINER:
-            return torch.device(self.device)
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
-
     def _loaded(self) -> nn.Module:
         if self._module is None:
             with _quiet():
@@ -200,7 +207,7 @@ class LookingModel:
                 f"{self.what}: {shown(self.name)}: weights: {lacking[0]} and {len(lacking) - 1} "
                 f"more are not there (accepted: all weights of a {kind})"
             )
-        place = self._place or self._wanted()
+        place = self._place or device_of(self.device)
         try:
             module = module.eval().requires_grad_(False).to(place)
         except (RuntimeError, AssertionError) as error:

@@ -111,6 +111,19 @@ class CheckedReward:
         return getattr(self.given, "calls_a_turn", None)
 
     @property
+    def fills(self) -> int:
+        """Turns that a question about one takes as long as."""
+        return _whole(self.given, "fills", COUNT, self.title) or 1
+
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """What it looks for in a turn's `meta`, where it says so."""
+        return _guarded(
+            lambda: tuple(str(name) for name in getattr(self.given, "wants", ())),
+            f"{self.title}: wants",
+        )
+
+    @property
     def facts(self) -> dict[str, str]:
         """What a run's record says of it."""
         return _guarded(
@@ -332,6 +345,11 @@ class Panel:
             for member in self.members
             for line in _guarded(member.probe, f"{member.title}: probe()")
         ]
+
+    @property
+    def wants(self) -> set[str]:
+        """What they look for in a turn's `meta`."""
+        return {name for member in self.members for name in member.wants}
 
     def lacking(self, sessions: Sequence[Session], what: str = "sessions") -> list[str]:
         """What each says of sessions that it has nothing to judge by; raises `ConfigError` where

@@ -142,7 +142,7 @@ def train(
         )
         check_pruning(config, asked)
         check_capture(config.rollout.capture, processes.device)
-        source = sessions_for(config, policy)
+        source = sessions_for(config, policy, wants=asked.wants | (apart.wants if apart else set()))
         # Weights that are drawn have to be equal on all processes; what follows must not be, nor
         # depend on loading.
         seed_generators(derive_seed(config.seed, "rank", processes.index))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from editr2.config import Config
@@ -18,12 +18,18 @@ from editr2.sessions.buckets import Size
 from editr2.sessions.source import SessionSource, open_sessions
 
 
-def sessions_for(config: Config, policy: Policy) -> SessionSource:
+def sessions_for(config: Config, policy: Policy, *, wants: Collection[str] = ()) -> SessionSource:
     """`open_sessions` with images of the policy's sizes, and with its word on which instructions it
-    cannot read, where it has one. Raises `DataError` with file and line, and `ConfigError` where
-    there are to be sizes that the policy does not have."""
+    cannot read, where it has one. wants: of those who judge (`Panel.wants`). Raises `DataError`
+    with file and line, and `ConfigError` where there are to be sizes that the policy does not
+    have."""
     return open_sessions(
-        config.data, config.rollout, config.eval, seed=config.seed, **demands(config, policy)
+        config.data,
+        config.rollout,
+        config.eval,
+        seed=config.seed,
+        wants=wants,
+        **demands(config, policy),
     )
 
 

@@ -124,6 +124,8 @@ def identify(
     """`Identity.depends`. weights: of `loaded_weights` or `given_weights`. apart: the judges of
     `eval.reward`, if there are any."""
     endless = f"endless shapes world {shapes.VERSION}, seed {source.seed}, {source.turns} turns"
+    if source.told:
+        endless += f", with {', '.join(source.told)}"
     return {
         "sessions": endless if source.sessions is None else sessions_fingerprint(source.sessions),
         "heldout": sessions_fingerprint(source.heldout),

@@ -3,6 +3,9 @@ over."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +27,8 @@ class SessionSource:
 
     sessions: from a file, in a new order every pass; none: drawn from the world, never repeated.
     heldout: to evaluate on; none where evaluation is off. shown: whose first become film-strips,
-    the same, or where evaluation is off so many as are shown.
+    the same, or where evaluation is off so many as are shown. told: what the world's turns carry in
+    their `meta` besides, because whoever judges wants it (`shapes.TOLD`).
     """
 
     seed: int
@@ -33,10 +37,12 @@ class SessionSource:
     heldout: list[Session]
     heldout_is_training: bool
     shown: list[Session]
+    told: tuple[str, ...] = ()
 
     def __getitem__(self, ordinal: int) -> Session:
         if self.sessions is None:
-            return shapes.make_session(self.seed, ordinal, turns=self.turns)
+            drawn = shapes.make_session(self.seed, ordinal, turns=self.turns)
+            return with_meta(drawn, self.told)
         epoch, place = divmod(ordinal, len(self.sessions))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sessions))
         return self.sessions[int(order[place])]
@@ -51,12 +57,15 @@ def open_sessions(
     size: Sizes | None,
     unreadable: Unreadable | None = None,
     others: bool = False,
+    wants: Collection[str] = (),
 ) -> SessionSource:
     """Reads and checks every session file before anything is trained.
 
     size, unreadable: of the policy, its images' (height, width) or several, None for any, and what
     it cannot make of instructions. others: as for `load_sessions`, which has more on these. Images
-    are of that size from here on (`data.resize`), for the policy and for whoever judges.
+    are of that size from here on (`data.resize`), for the policy and for whoever judges. wants:
+    what whoever judges looks for in a turn's `meta`; sessions that are drawn here carry of it what
+    their world can tell, those of a file what the file says.
 
     Raises `DataError` with file and line.
     """
@@ -64,6 +73,7 @@ def open_sessions(
         load_sessions, size=size, resize=data.resize, unreadable=unreadable, others=others
     )
     train = load(data.path, limit=data.limit) if data.path else None
+    told = tuple(name for name in shapes.TOLD if name in wants)
     count = evaluation.sessions or evaluation.strips
     if not count:
         heldout = []
@@ -74,8 +84,23 @@ def open_sessions(
     else:
         turns = evaluation.turns or rollout.turns
         heldout = [
-            shapes.make_session(HELDOUT_SEED, i, split="heldout", turns=turns) for i in range(count)
+            with_meta(shapes.make_session(HELDOUT_SEED, i, split="heldout", turns=turns), told)
+            for i in range(count)
         ]
     evaluated = [] if evaluation.off else heldout
     is_training = bool(evaluated) and not data.heldout and train is not None
-    return SessionSource(seed, rollout.turns, train, evaluated, is_training, heldout)
+    return SessionSource(seed, rollout.turns, train, evaluated, is_training, heldout, told)
+
+
+def with_meta(session: Session, told: Collection[str]) -> Session:
+    """A session of the world that carries more in the `meta` of its turns (`shapes.TOLD`)."""
+    for name in told:
+        session = _teller(shapes.TOLD[name])(session)
+    return session
+
+
+@functools.cache
+def _teller(address: str) -> Callable[[Session], Session]:
+    module, _, name = address.partition(":")
+    found: Callable[[Session], Session] = getattr(importlib.import_module(module), name)
+    return found

@@ -40,8 +40,6 @@ from editr2.run.folder import write_readme
 from editr2.run.generators import capture_rng, seed_generators
 from editr2.run.identity import (
     Identity,
-    folder_fingerprint,
-    hub_revision,
     named,
     provenance,
 )
@@ -51,7 +49,7 @@ from editr2.run.stop import Stop, ending_told
 from editr2.run.trackers import open_sinks
 from editr2.run.tracking import MetricsLog, Progress, read_metrics, rows_behind, write_whole
 from editr2.verifier.heldout import Heldout, evaluate, read_heldout
-from editr2.verifier.model import Reader, load_reader
+from editr2.verifier.model import Reader, load_reader, weights_fingerprint
 from editr2.verifier.objectives import OBJECTIVES, Asks, Block, Lesson, Objective, Part, Row
 from editr2.verifier.saved import RESULT, read_result, write_result
 from editr2.verifier.settings import GcpoConfig, RunConfig, run_problems
@@ -146,11 +144,6 @@ def _sampled(path: Path, seen: dict[Path, str]) -> str:
             block = hashlib.sha256(stream.read(4096)).hexdigest()[:16]
         seen[path] = f"{size} {block}"
     return seen[path]
-
-
-def weights_fingerprint(weights: str) -> str:
-    folder = Path(weights)
-    return folder_fingerprint(folder) if folder.is_dir() else hub_revision(weights, "config.json")
 
 
 def _check_insisted(insisted: Sequence[str], config: RunConfig) -> None:

@@ -11,12 +11,14 @@ than a chunk of rows (`editr2_kernels.token_log_prob`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -26,14 +28,17 @@ from editr2.policies.base import autocast_dtype
 from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.tensor_files import reading
 from editr2.policies.weights import add_lora
-from editr2.rewards.verifier import FOLDER, judge_text
+from editr2.rewards.verifier import FOLDER, judge_text, own_prompts
 from editr2.rewards.wording import prompts_of
 from editr2.rl.seeds import derive_seed, seed_tensor
+from editr2.run.identity import folder_fingerprint, hub_revision
 from editr2.verifier.files import Edit
 from editr2.verifier.settings import LORA_TARGETS, ReaderConfig
 from editr2_kernels import philox_normal, token_log_prob
 
 IGNORED = -100
+ROOM = 64
+"""Tokens for which there is room in the cache when it is made anew."""
 
 ACCEPTED_WEIGHTS = "accepted: a folder or hub id of a model that takes pictures and writes text"
 
@@ -101,7 +106,7 @@ class Reader:
         """where: what errors begin with. Raises `ConfigError` for a model that cannot be trained
         here."""
         self.module, self.processor, self.config, self.where = module, processor, config, where
-        self.prompts = prompts_of(FOLDER, config.prompts)
+        self.prompts = prompts_of(FOLDER, config.prompts or own_prompts(str(config.weights)))
         self.tokenizer = processor.tokenizer
         self._head = _scoring_head(module, where)
         # Where positions follow from pictures, the model counts them itself, past what is filled.
@@ -127,13 +132,15 @@ class Reader:
         processor does not take."""
         if not edit.principles:
             raise DataError(f"{edit.id}: no principles (accepted: at least one)")
-        pictures = [
-            {"type": "image", "image": Image.fromarray(picture.read())}
-            for picture in (edit.image, edit.edited)
-        ]
         text = judge_text(self.prompts, edit.instruction, edit.principles)
-        self._known(text, edit.id)
-        return self._asked(pictures, text, edit.id)
+        return self.question((edit.image.read(), edit.edited.read()), text, edit.id)
+
+    def question(self, images: Sequence[np.ndarray], text: str, of: str) -> Prompt:
+        """images: uint8 [H, W, 3], in front of the text. of: what errors begin with. Raises
+        `DataError` for words or pictures that the processor does not take."""
+        self._known(text, of)
+        pictures = [{"type": "image", "image": Image.fromarray(image)} for image in images]
+        return self._asked(pictures, text, of)
 
     def _asked(self, pictures: Sequence[dict[str, Any]], text: str, of: str) -> Prompt:
         message = {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
@@ -211,9 +218,11 @@ class Reader:
         *,
         temperature: float,
         max_tokens: int,
+        length: int | None = None,
     ) -> list[Written]:
-        """A trace for each prompt, by its own seed; temperature 0 is greedy."""
-        inputs = self._inputs(prompts)
+        """A trace for each prompt, by its own seed; temperature 0 is greedy. length: that prompts
+        are filled up to, at least; none: the longest one's."""
+        inputs = self._inputs(prompts, length)
         start = inputs["input_ids"].shape[1]
         drawn = _Drawn(seed_tensor(seeds, self.device), temperature, start)
         stops = self._marks | self._pictures
@@ -223,6 +232,7 @@ class Reader:
                 max_new_tokens=max_tokens,
                 do_sample=False,
                 logits_processor=[drawn],
+                past_key_values=_grown_cache(self.module.config),
                 synced_gpus=False,
             )
         log_prob = torch.stack(drawn.log_prob, 1).tolist()
@@ -297,9 +307,9 @@ class Reader:
         places = torch.arange(start - 1, start - 1 + ids.shape[1], device=self.device)
         return {**inputs, "logits_to_keep": places, "use_cache": False}
 
-    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def _inputs(self, prompts: Sequence[Prompt], length: int | None = None) -> dict[str, Any]:
         """Prompts as one batch, filled up on the left."""
-        length = max(len(one.ids) for one in prompts)
+        length = max(length or 0, *(len(one.ids) for one in prompts))
 
         def together(rows: Sequence[Tensor], fill: int) -> Tensor:
             out = torch.full((len(rows), length), fill)
@@ -377,6 +387,53 @@ class _Drawn:
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
 
+def _grown_cache(config: Any) -> Any:
+    """Keys and values of a text that goes on token by token. Layers of another kind than the plain
+    one stay as they are."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = DynamicCache(config=config)
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = _grown_layer()
+    return cache
+
+
+@functools.cache
+def _grown_layer() -> type[Any]:
+    """With room for the next tokens: where everything is copied for each of them, that takes a
+    third of a small model's time."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Grown(DynamicLayer):
+        keys: Any
+        values: Any
+        room: tuple[Tensor, ...] = ()
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            new = (key_states, value_states)
+            if not self.is_initialized:
+                self.lazy_initialization(*new)
+            start = self.get_seq_length()
+            end = start + key_states.shape[-2]
+            if not self.room or self.room[0].shape[-2] < end:
+                before = (self.keys, self.values)
+                self.room = tuple(x.new_empty(*x.shape[:-2], end + ROOM, x.shape[-1]) for x in new)
+                if start:
+                    self._put(before, 0, start)
+            self._put(new, start, end)
+            self.keys, self.values = (room[..., :end, :] for room in self.room)
+            return self.keys, self.values
+
+        def _put(self, new: Sequence[Any], start: int, end: int) -> None:
+            for room, one in zip(self.room, new, strict=True):
+                room[..., start:end, :] = one
+
+    return Grown
+
+
 @contextmanager
 def _decoding(module: Any, stops: Sequence[int], fill: int) -> Iterator[None]:
     """Without a model's own habits of decoding (penalties, top-k): its distribution is what
@@ -421,21 +478,30 @@ def _marks(module: Any, tokenizer: Any, where: str) -> frozenset[int]:
     return marks
 
 
-def load_reader(config: ReaderConfig, device: torch.device | str = "cpu") -> Reader:
-    """Loads a verifier for training: adapters (fresh, B at zero) or all weights require gradients.
+def load_reader(
+    config: ReaderConfig,
+    device: torch.device | str = "cpu",
+    *,
+    trains: bool = True,
+    at: str = "policy.weights",
+) -> Reader:
+    """Loads a verifier for training: adapters (fresh, B at zero) or all weights require gradients;
+    or, where it does not train, for asking alone.
 
-    Of frozen weights below adapters the dtype is `config.dtype`; what trains is float32. Raises
-    `ConfigError` for what cannot be loaded, and `NonFiniteError` for weights that are none.
+    Of weights that do not train the dtype is `config.dtype`; what trains is float32. at: the
+    setting that names them. Raises `ConfigError` for what cannot be loaded, and for weights that
+    are not finite.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     assert config.weights is not None
-    where = f"policy.weights: {shown(config.weights)}"
+    where = f"{at}: {shown(config.weights)}"
     if config.weights.startswith((".", "/", "~")) and not Path(config.weights).is_dir():
         raise ConfigError(f"{where}: no such folder ({ACCEPTED_WEIGHTS})")
-    stored = torch.bfloat16 if config.dtype == "bfloat16" and config.lora_rank else torch.float32
+    frozen = config.lora_rank or not trains
+    stored = torch.bfloat16 if config.dtype == "bfloat16" and frozen else torch.float32
     with reading(f"{where} ({ACCEPTED_WEIGHTS})"):
         processor = AutoProcessor.from_pretrained(config.weights)
         module = AutoModelForImageTextToText.from_pretrained(config.weights, dtype=stored)
@@ -444,12 +510,20 @@ def load_reader(config: ReaderConfig, device: torch.device | str = "cpu") -> Rea
     if config.gradient_checkpointing:
         newer = getattr(module, "activation_checkpointing_enable", None)  # its name since 5.23
         (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
-    if config.lora_rank:
+    if not trains:
+        module.requires_grad_(False)
+    elif config.lora_rank:
         adapt(module, config)
     module.eval()
     reader = Reader(module, processor, config, where)
     module.to(device)
     return reader
+
+
+def weights_fingerprint(weights: str) -> str:
+    """Of a verifier's folder by its content, of a hub id by its commit."""
+    folder = Path(weights)
+    return folder_fingerprint(folder) if folder.is_dir() else hub_revision(weights, "config.json")
 
 
 def adapt(module: nn.Module, config: ReaderConfig) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from editr2.errors import CheckpointError
 from editr2.policies.tensor_files import writing
 from editr2.policies.weights import load_trainable
+from editr2.rewards.verifier import JUDGE
 from editr2.run.checkpoint import replace_folder
 from editr2.verifier.model import Prompt, load_reader
 from editr2.verifier.settings import ReaderConfig
@@ -46,7 +47,8 @@ def write_result(
     probe: tuple[Prompt, Sequence[int], Tensor],
     device: torch.device,
 ) -> str:
-    """Writes the folder, and returns a line about it.
+    """Writes the folder, with the words that the verifier is asked with, and returns a line about
+    it.
 
     values: what trained, whole, by name. probe: a prompt, an answer, and the log-probs of it [A]
     under the verifier that trained. device: where that computed. Raises `CheckpointError` where the
@@ -61,6 +63,7 @@ def write_result(
         with writing(folder):
             module.save_pretrained(to)
             base.processor.save_pretrained(to)
+            (to / JUDGE).write_text(base.prompts.texts["judge"], encoding="utf-8")
             (to / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
     replace_folder(folder, write)

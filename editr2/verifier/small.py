@@ -3,8 +3,8 @@ and its words, as transformers has them.
 
 A cell of the world's picture is a patch, a word of the world a token. It is asked by the request
 and the principles alone: every word of the usual question would be read with every picture and says
-the same each time. `judge.md` in the folder holds that question, for `policy.prompts` of training
-and `options.prompts` of the reward.
+the same each time. `judge.md` in the folder holds that question; training and the reward
+find it there.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from editr2.rewards.traces import HIGH
+from editr2.rewards.verifier import JUDGE
 from editr2.run.checkpoint import replace_folder
 from editr2.verifier.settings import SmallConfig
 from editr2.verifier.world import EMPTY, MIXED, STEPS, UNCLEAR
 from editr2.worlds.shapes import CELL, SIZE, WORDS
 
 QUESTION = "{instruction}\n{principles}\n"
-JUDGE = "judge.md"
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}user: {% else %}assistant: "

@@ -8,37 +8,36 @@ record of the stage's folder; a stage that was killed goes on from there, with t
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from editr2.config.fields import Wrong, built
 from editr2.config.plugins import resolve
-from editr2.errors import ConfigError, UserError, one_line, shown
+from editr2.errors import ConfigError, DataError, UserError, one_line
 from editr2.rewards.base import Calls
 from editr2.rewards.client import Answer, Client, Failure, Part
-from editr2.rewards.record import Record, calls_of, pixel_digest, read_record, request_key
-from editr2.rewards.verifier import FOLDER, VerifierOptions, judge_text
+from editr2.rewards.record import Record, calls_of, read_record
+from editr2.rewards.verifier import FOLDER, VerifierOptions, judge_text, own_prompts
 from editr2.rewards.wire import CONCURRENCY
 from editr2.rewards.wording import prompts_of
 from editr2.rl.seeds import derive_seed
 from editr2.run.processes import Processes
 from editr2.verifier.files import Edit, Told
+from editr2.verifier.local import Local, Question
 from editr2.verifier.saved import RESULT
 from editr2.verifier.stage_settings import JudgeUse
-
-if TYPE_CHECKING:
-    from editr2.verifier.model import Reader
 
 AHEAD = 4
 """Edits in a block of a server, for each call at once: the last ones of a block wait for nobody."""
 
-ALONE = ("scores", "principles")
+BATCHES = 8
+"""In a block of weights: the last ones of a block are filled up."""
+
+ALONE = ("scores", "principles", "weights", "dtype", "rows", "device")
 """Options of the reward that say nothing here."""
 
 Progress = Callable[[int, int], None]
@@ -230,17 +229,14 @@ class InProcess:
         if options.url or options.url_env:
             raise ConfigError(f"{at}.options.url: beside weights (accepted: one of them)")
         assert use.weights is not None
-        if use.weights.startswith((".", "/")) and not Path(use.weights).is_dir():
-            raise ConfigError(
-                f"{at}.weights: {shown(use.weights)}: no such folder (accepted: a folder or hub id "
-                f"of a model that takes pictures and writes text)"
-            )
-        self.at, self.use, self.options, self.record = at, use, options, record
-        self.device, self.n = device, options.traces
-        self.block = max(1, use.rows // self.n)
-        self.prompts = prompts_of(FOLDER, options.prompts)
-        self._reader: Reader | None = None
-        self._weights: str | None = None
+        prompts = options.prompts or own_prompts(use.weights)
+        options = replace(
+            options, weights=use.weights, dtype=use.dtype, rows=use.rows, prompts=prompts
+        )
+        self.use, self.options, self.n = use, options, options.traces
+        self.local = Local(options, record, device=device, at=f"{at}.weights")
+        self.block = max(1, BATCHES * use.rows // self.n)
+        self.prompts = prompts_of(FOLDER, prompts)
 
     @property
     def name(self) -> str:
@@ -248,81 +244,30 @@ class InProcess:
         # Of a run's own folder the run's name says more.
         return self.use.name or (f"{path.parent.name}/" * (path.name == RESULT) + path.name)
 
-    @property
-    def reader(self) -> Reader:
-        """Raises `ConfigError` for weights that cannot be loaded."""
-        if self._reader is None:
-            from editr2.verifier.model import load_reader
-            from editr2.verifier.settings import ReaderConfig
-
-            config = ReaderConfig(
-                weights=self.use.weights,
-                lora_rank=0,
-                dtype=self.use.dtype,
-                prompts=self.options.prompts,
-            )
-            with _named(self.at):
-                self._reader = load_reader(config, self.device)
-        return self._reader
-
     def write(self, edits: Sequence[Edit], n: int, seed: int) -> list[list[Said]]:
-        seeds = [[derive_seed(seed, "trace", edit.id, j) for j in range(n)] for edit in edits]
-        keys = [self._keys(edit, row) for edit, row in zip(edits, seeds, strict=True)]
-        known = [[self.record.find(key, _read) for key in row] for row in keys]
-        if all(one is not None for row in known for one in row):
-            return [[one for one in row if one is not None] for row in known]
-        # The whole block: who stands beside a trace in its batch is rounding's matter.
-        reader, begun = self.reader, time.monotonic()
-        prompts = [(reader.prompt(edit), k) for edit, row in zip(edits, seeds) for k in row]
-        written = []
-        for at in range(0, len(prompts), self.use.rows):
-            some = prompts[at : at + self.use.rows]
-            written += reader.sample(
-                [prompt for prompt, _ in some],
-                [k for _, k in some],
-                temperature=self.options.temperature,
-                max_tokens=self.options.max_tokens,
-            )
-        seconds, found, flat = (time.monotonic() - begun) / len(prompts), [], iter(written)
-        for edit, row in zip(edits, keys, strict=True):
-            with calls_of(id=edit.id):
-                found.append([self._kept(key, next(flat), seconds) for key in row])
-        return found
+        """Raises `ConfigError` for weights that cannot be loaded, and `DataError` for an edit that
+        cannot be asked about."""
+        found = self.local.answers([self._question(edit, n, seed) for edit in edits])
+        return [[_written(one) for one in row] for row in found]
 
-    def _kept(self, key: str, one: Any, seconds: float) -> Said:
-        answer = {"text": one.text, "tokens": len(one.ids), "ended": one.ended}
-        stands = self.record.write(key, answer, seconds=seconds, tries=1, name="trace")
-        return _read(stands)
-
-    def _keys(self, edit: Edit, seeds: Sequence[int]) -> list[str]:
-        if self._weights is None:
-            from editr2.verifier.loop import weights_fingerprint
-
-            with _named(self.at):
-                self._weights = weights_fingerprint(str(self.use.weights))
-        asked = {
-            "api": "weights",
-            "weights": self._weights,
-            "dtype": self.use.dtype,
-            "temperature": self.options.temperature,
-            "max_tokens": self.options.max_tokens,
-            "text": judge_text(self.prompts, edit.instruction, edit.principles),
-            "images": [pixel_digest(edit.image.read()), pixel_digest(edit.edited.read())],
-        }
-        return [request_key(**asked, seed=seed) for seed in seeds]
+    def _question(self, edit: Edit, n: int, seed: int) -> Question:
+        if not edit.principles:
+            raise DataError(f"{edit.id}: no principles (accepted: at least one)")
+        return Question(
+            (edit.image.read(), edit.edited.read()),
+            judge_text(self.prompts, edit.instruction, edit.principles),
+            tuple(derive_seed(seed, "trace", edit.id, j) for j in range(n)),
+            self.options.temperature,
+            self.options.max_tokens,
+            {"id": edit.id, "name": "trace"},
+            edit.id,
+        )
 
 
-def _read(row: Any) -> Said:
-    return Said(row["text"], cut=not row["ended"], tokens=int(row["tokens"]))
-
-
-@contextmanager
-def _named(at: str) -> Iterator[None]:
-    """Errors of a training's `policy.weights` are of this setting here."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("policy.weights", f"{at}.weights")) from error
+def _written(one: Any) -> Said:
+    if isinstance(one, Failure):
+        raise DataError(one.reason)
+    return Said(one.text, cut=not one.ended, tokens=one.tokens)
 
 
 # ---------------------------------------------------------------------------------------- function

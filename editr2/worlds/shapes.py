@@ -40,6 +40,10 @@ VERSION = 1
 """Of the sessions and the verifiers: raised whenever either gives anything else than before (a test
 holds sums), so that no run goes on in another world than it began in."""
 
+TOLD = {"principles": "editr2.verifier.world:with_principles"}
+"""What can be told of a session's turns beside what every one of them carries, by the key in their
+`meta`: the address of a function of a session that returns it with that."""
+
 GRID = 3
 CELL = 8
 SIZE = GRID * CELL
