@@ -207,6 +207,8 @@ def _worst(session: KeptSession) -> Value:
     if not scores:
         return Value.of(None)
     score, name, turn = min(scores)
+    if score == max(scores)[0]:
+        return Value.of(score)  # no turn is worse than another
     return Value.of(score, f"{decimal(score)} {name}, turn {turn}")
 
 
