@@ -22,7 +22,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "images"
 RUNS = ROOT / "runs" / "screenshots"
-COLOURS = 96
+COLOURS = 256
 """Of a picture's palette: a page of text and flat charts loses nothing that is seen, and takes a
 third."""
 
@@ -69,14 +69,16 @@ PAGES: dict[str, Callable[[], contextlib.AbstractContextManager[str]]] = {
 
 @dataclass(frozen=True)
 class Shot:
-    """page: of `PAGES`. width and height of the window. at: what is scrolled to. click: before."""
+    """page: of `PAGES`. width and height of the window. click: what is clicked first, in turn. at:
+    what is scrolled to. element: what is taken alone."""
 
     page: str
     width: int = 1280
     height: int = 900
     scheme: str = "light"
+    click: tuple[str, ...] = ()
     at: str = ""
-    click: str = ""
+    element: str = ""
 
 
 SHOTS = {
@@ -86,8 +88,11 @@ SHOTS = {
     "report-400-dark": Shot("report", width=400, scheme="dark"),
     "report-curves": Shot("report", at="#curves"),
     "report-sessions": Shot(
-        "report", at="form.filters", click="table.sessions button.open >> nth=1"
+        "report",
+        click=("table.sessions th:has-text('after') button", "button.open >> nth=0"),
+        at="form.filters",
     ),
+    "strip": Shot("report", element="section[aria-labelledby=strips] article.session >> nth=0"),
     "compare-1280-light": Shot("compare"),
     "compare-400-dark": Shot("compare", width=400, scheme="dark"),
 }
@@ -98,15 +103,14 @@ def take(browser: Any, address: str, shot: Shot, path: Path) -> None:
     page = browser.new_page(viewport=size, color_scheme=shot.scheme)
     page.goto(address)
     page.wait_for_timeout(500)
-    if shot.click:
-        page.click(shot.click)
+    for clicked in shot.click:
+        page.click(clicked)
     if shot.at:
         page.evaluate("at => document.querySelector(at).scrollIntoView()", shot.at)
-    page.screenshot(path=path)
+    (page.locator(shot.element) if shot.element else page).screenshot(path=path)
     page.close()
-    Image.open(path).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
+    image = Image.open(path).convert("RGB")
+    image.quantize(COLOURS, kmeans=3, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes", flush=True)
 
 

@@ -2,7 +2,7 @@
 `vendor/`) and puts into a table for whoever reads instead of looking.
 
 uPlot: 51 kB without dependencies, where Chart.js has 200 and ECharts 1,000; canvas, so that a run
-of 2,000 iterations stays quick; cursors that move together. It has no stacked areas and no dots
+of 1,000 points stays quick; cursors that move together. It has no stacked areas and no dots
 with bars over categories: `charts.js` draws those on its canvas.
 
 A colour is one of the page's `--c0` to `--c8` and has one meaning on a page; what is of one meaning
@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 
 COLOURS = 9
 """`--c0` to `--c8` of report.css."""
-POINTS = 2000
+POINTS = 1000
 """More iterations than this are drawn as means of neighbours: a screen has no more pixels, and the
 page is to stay small."""
 

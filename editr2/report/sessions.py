@@ -15,6 +15,8 @@ from editr2.report.numbers import decimal, signed
 TEXTS = 500_000
 """Characters of what judges said, in all, and of one score."""
 LONGEST = 400
+ROW = 1800
+"""Bytes of a session of three turns without its images and what judges said."""
 ROWS = 1000
 """Sessions of the table, at most; more are thinned evenly, those with problems kept."""
 THROUGH, SHOWN = 6, 8
@@ -105,7 +107,8 @@ class SessionTable:
 
 
 def session_table(run: RecordedRun, budget: int) -> SessionTable | None:
-    """None where nothing is known of any session. budget: bytes that images may take."""
+    """None where nothing is known of any session. budget: bytes that it may
+    take."""
     iterations = [e.iteration for e in run.evaluations if e.iteration is not None]
     kept = read_kept(run.folder, iterations, run.missing)
     kept = [one for one in kept if one.sessions] or of_strips(run.pairs)
@@ -116,9 +119,11 @@ def session_table(run: RecordedRun, budget: int) -> SessionTable | None:
     said = [names[0], names[-1]] if len(kept) > 1 else [names[0]]
     ids = list(dict.fromkeys(id for one in passes for id in one.sessions))
     chosen = ids if len(ids) <= ROWS else thin(ids, ROWS)
-    through, spent = _through(kept, names, budget // 3)
-    rows, details, pictured, left = list[TableRow](), list[dict[str, Any]](), 0, budget - spent
-    unsaid, room = 0, TEXTS
+    left = budget - ROW * len(chosen)
+    room = min(TEXTS, left // 3)
+    through, spent = _through(kept, names, (left - room) // 3)
+    left -= room + spent
+    rows, details, pictured, unsaid = list[TableRow](), list[dict[str, Any]](), 0, 0
     for place, id in enumerate(chosen):
         found = [one.sessions.get(id) for one in passes]
         cuts = [one.images(s) if s else Cut() for one, s in zip(passes, found, strict=True)]
@@ -204,6 +209,8 @@ def _worst(session: KeptSession) -> Value:
     if not scores:
         return Value.of(None)
     score, name, turn = min(scores)
+    if score == max(scores)[0]:
+        return Value.of(score)  # no turn is worse than another
     return Value.of(score, f"{decimal(score)} {name}, turn {turn}")
 
 

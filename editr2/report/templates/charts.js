@@ -69,7 +69,7 @@
       const px = devicePixelRatio;
       ctx.save();
       ctx.beginPath();
-      ctx.rect(u.bbox.left - 5 * px, u.bbox.top - 5 * px, u.bbox.width + 10 * px, u.bbox.height + 10 * px);
+      ctx.rect(u.bbox.left - 7 * px, u.bbox.top - 7 * px, u.bbox.width + 14 * px, u.bbox.height + 14 * px);
       ctx.clip();
       spec.series.forEach((one, k) => {
         const dotted = one.kind === "dot" || one.kind === "hollow";
