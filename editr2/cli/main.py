@@ -19,6 +19,7 @@ from editr2.cli import (
     export,
     judge,
     label,
+    quickstart,
     report,
     reproduce,
     rollout,
@@ -31,6 +32,7 @@ from editr2.errors import UserError, one_line
 from editr2.run.machine import open_streams
 
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
+    "quickstart": quickstart.command,
     "train": train.command,
     "check": check.command,
     "eval": evaluate.command,
@@ -49,6 +51,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
 
 
 STOPPED = {
+    "quickstart": "what is written stands; the same command goes on from the newest checkpoint",
     "train": "nothing was trained by this start; the same command begins again, or goes on from "
     "the newest checkpoint",
     "check": "nothing was written; start it again",
@@ -119,7 +122,7 @@ def main(arguments: Arguments | None = None) -> int:
     except KeyboardInterrupt as stopped:
         name = given[0] if given else ""
         # `check` trains, too, in a folder that is gone now.
-        said = str(stopped) if name == "train" else ""
+        said = str(stopped) if name in ("train", "quickstart") else ""
         what = STOPPED.get(
             name, "what it was writing may not be whole; the same command begins again"
         )
