@@ -213,7 +213,7 @@ def test_a_card_has_the_interval_of_what_training_changed():
 @pytest.mark.parametrize(
     ("words", "state", "said"),
     [
-        ("{out} --push mine", {}, "--push: 'mine' (accepted: OWNER/NAME; no OWNER/NAME of "),
+        ("{out} --push mine", {}, "--push: 'mine' (accepted: OWNER/NAME; each of letters"),
         ("{out} --push anna/there", {}, "--push: anna/there: is there already (accepted: a new"),
         (
             "{out} --push anna/there --update --private",

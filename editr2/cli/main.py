@@ -32,7 +32,6 @@ from editr2.errors import UserError, one_line
 from editr2.run.machine import open_streams
 
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
-    "quickstart": quickstart.command,
     "train": train.command,
     "check": check.command,
     "eval": evaluate.command,
@@ -47,11 +46,11 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "data": data.command,
     "world": world.command,
     "verifier": verifier.command,
+    "quickstart": quickstart.command,
 }
 
 
 STOPPED = {
-    "quickstart": "what is written stands; the same command goes on from the newest checkpoint",
     "train": "nothing was trained by this start; the same command begins again, or goes on from "
     "the newest checkpoint",
     "check": "nothing was written; start it again",
@@ -63,6 +62,7 @@ STOPPED = {
     "verifier": "nothing was changed by this start; the same command begins again, or goes on from "
     "what stands",
     "reproduce": "finished runs stand; the same command trains the rest",
+    "quickstart": "what is written stands; the same command goes on from the newest checkpoint",
 }
 """What is true of a command that Ctrl-C ended. The trainer itself says what it saved
 (`editr2.run.stop`)."""

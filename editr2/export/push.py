@@ -25,10 +25,8 @@ CARD, LOADING = "README.md", "## How to load it\n\n"
 
 
 def name_problem(name: str) -> str | None:
-    """Why a text is no name of a repository; None if it is."""
-    if HUB_ID.fullmatch(name):
-        return None
-    return "no OWNER/NAME of letters, digits, '-', '_' and '.'"
+    """What a text would have to be to name a repository; None if it does."""
+    return None if HUB_ID.fullmatch(name) else "each of letters, digits, '-', '_' and '.'"
 
 
 def is_export(folder: Path) -> bool:
@@ -110,7 +108,8 @@ def open_hub(name: str, *, private: bool = False, update: bool = False) -> Hub:
 
 def with_download(card: str, name: str, folder: str) -> str:
     """A card whose lines for loading begin with fetching the folder that they name. One that has
-    none of these lines, since it was rewritten by hand, stays as it is, and where it was fetched from before goes."""
+    none of these lines, since it was rewritten by hand, stays as it is; where it was fetched from
+    before goes."""
     head, heading, rest = card.partition(LOADING)
     command = f"`hf download {name} --local-dir {folder}`"
     fetch = f"{command} fetches the folder that the lines below load.\n\n"

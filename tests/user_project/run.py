@@ -25,7 +25,10 @@ def settings(out: Path) -> Config:
 
 def sessions(folder: Path) -> list[Session]:
     image: NDArray[np.uint8] = np.zeros((24, 24, 3), np.uint8)
-    turns = (Turn("add a cross top left", task="add"), Turn("paint it green", intent="a green cross"))
+    turns = (
+        Turn("add a cross top left", task="add"),
+        Turn("paint it green", intent="a green cross"),
+    )
     editr2.save_sessions([Session("a", image, turns, "cm")], folder)
     return list(editr2.load_sessions(folder))
 

@@ -6,7 +6,7 @@ from editr2 import Config, Score, edit, replace_nested, train
 from editr2_kernels import sde_step
 
 config = replace_nested(Config(), {})
-config.train.learning_rate  # error
+rate = config.train.learning_rate  # error
 lr: str = config.train.lr  # error
 train("runs/mine")  # error
 edit("kitchen.png")  # error
