@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -424,11 +425,12 @@ def readme(repository: str) -> str:
     if not repository:
         return text
 
-    def whole(link: re.Match[str]) -> str:
-        kind = "raw" if link[1].startswith("!") else "blob"
-        return f"{link[1]}({repository}/{kind}/main/{link[2]})"
+    def whole(kind: str) -> Callable[[re.Match[str]], str]:
+        return lambda link: f"{link[1]}({repository}/{kind}/main/{link[2]})"
 
-    return re.sub(r"(!?\[[^\[\]]*\])\((?![a-z]+:|#)([^\s()]+)\)", whole, text)
+    target = r"\((?![a-z]+:|#)([^\s()]+)\)"
+    text = re.sub(rf"(!\[[^\[\]]*\]){target}", whole("raw"), text)
+    return re.sub(rf"(\]){target}", whole("blob"), text)
 
 
 if __name__ == "__main__":

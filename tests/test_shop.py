@@ -70,6 +70,15 @@ def test_the_address_stands_once_and_links_follow(setup):
         assert new == old if kept else new in (f"{home}/blob/main/{old}", f"{home}/raw/main/{old}")
 
 
+def test_pictures_on_a_registrys_page_are_files_and_links_pages(setup, tmp_path, monkeypatch):
+    text = "[![a](b.png)](docs/c.md#d) [e](#f) [g](https://h) ![i](https://j)\n"
+    (tmp_path / "README.md").write_text(text)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    at = "https://k/l/m"
+    expected = text.replace("(b.png)", f"({at}/raw/main/b.png)")
+    assert setup.readme(at) == expected.replace("(docs/", f"({at}/blob/main/docs/")
+
+
 def test_a_citation_says_what_the_metadata_says():
     said = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert said["cff-version"] == "1.2.0" and said["type"] == "software" and said["message"]
