@@ -3,8 +3,9 @@
 #     docker build --target cpu --tag editr2:cpu .
 #     docker build --target cuda --tag editr2:cuda .
 #
-#     docker run --rm -v "$PWD/runs:/data/runs" editr2:cpu quickstart
-#     docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" editr2:cuda train --config my.yaml
+#     docker run --rm --user "$(id -u)" -v "$PWD:/data" editr2:cpu quickstart
+#     docker run --rm --user "$(id -u)" --gpus all --shm-size 8g -v "$PWD:/data" editr2:cuda \
+#         train --config my.yaml
 #
 # Versions are those of constraints.txt. TORCH_INDEX is pip's index of the builds of torch that are
 # wanted; without it torch comes from the same index as everything else, with its CUDA libraries.
@@ -30,8 +31,9 @@ RUN /opt/editr2/bin/pip install --no-cache-dir --constraint constraints.txt '.[j
 
 FROM python:${PYTHON_TAG} AS cpu
 COPY --from=cpu-build /opt/editr2 /opt/editr2
-ENV PATH=/opt/editr2/bin:$PATH PYTHONUNBUFFERED=1
-RUN useradd --uid 10001 --create-home editr2 && mkdir /data && chown editr2 /data
+# Whoever it runs as may write the home folder, where caches go, and the working one.
+ENV PATH=/opt/editr2/bin:$PATH PYTHONUNBUFFERED=1 HOME=/home/editr2 USER=editr2
+RUN useradd --uid 10001 --create-home editr2 && mkdir /data && chmod 1777 /data /home/editr2
 USER 10001
 WORKDIR /data
 ENTRYPOINT ["editr2"]
@@ -54,8 +56,9 @@ COPY . .
 ENV EDITR2_BUILD_CUDA=1
 RUN /opt/editr2/bin/pip install --no-cache-dir --constraint constraints.txt \
     '.[judges,label,tensorboard,quantize]'
-ENV PATH=/opt/editr2/bin:$PATH PYTHONUNBUFFERED=1
-RUN useradd --uid 10001 --create-home editr2 && mkdir /data && chown editr2 /data
+# Whoever it runs as may write the home folder, where caches go, and the working one.
+ENV PATH=/opt/editr2/bin:$PATH PYTHONUNBUFFERED=1 HOME=/home/editr2 USER=editr2
+RUN useradd --uid 10001 --create-home editr2 && mkdir /data && chmod 1777 /data /home/editr2
 USER 10001
 WORKDIR /data
 ENTRYPOINT ["editr2"]
