@@ -22,7 +22,7 @@ CELL = 144  # pixels of a picture of the sheet: six for one of the world's
 
 
 def command(arguments: Arguments) -> int:
-    """write the example sessions, edit one, train on them, edit it again: about a minute"""
+    """write the example sessions, edit one, train on them, edit it again: a minute or two"""
     flags = Flags(
         "editr2 quickstart",
         "Write the example sessions, edit one with the model that ships, train it on them for a "
