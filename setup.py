@@ -1,4 +1,5 @@
-"""The build step of the native kernels; everything else about the package stands in pyproject.toml.
+"""The build step of the native kernels, and the repository's address; everything else about the
+package stands in pyproject.toml.
 
 A ninja file with plain compiler rules, so that each instruction set gets its own flags and the
 result
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+
+REPOSITORY = ""
+"""Where this is published, as https://host/owner/editr2: the one place, filled in by a release
+(docs/releasing.md). The package's links and those of README.md on a registry's page come from it;
+without it there are none."""
+
 PACKAGE = "editr2_kernels"
 MODULE = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
 CUDA_MODULE = "_cuda" + sysconfig.get_config_var("EXT_SUFFIX")
@@ -399,8 +407,37 @@ class BuildNative(build_ext):
         }
 
 
+def project_urls(repository: str) -> dict[str, str]:
+    """The links of a registry's page."""
+    if not repository:
+        return {}
+    return {
+        "Homepage": repository,
+        "Documentation": f"{repository}/tree/main/docs",
+        "Changelog": f"{repository}/blob/main/CHANGELOG.md",
+        "Issues": f"{repository}/issues",
+    }
+
+
+def readme(repository: str) -> str:
+    """README.md for a registry's page, where the tree is not: its links lead to the repository."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    if not repository:
+        return text
+
+    def whole(kind: str) -> Callable[[re.Match[str]], str]:
+        return lambda link: f"{link[1]}({repository}/{kind}/main/{link[2]})"
+
+    target = r"\((?![a-z]+:|#)([^\s()]+)\)"
+    text = re.sub(rf"(!\[[^\[\]]*\]){target}", whole("raw"), text)
+    return re.sub(rf"(\]){target}", whole("blob"), text)
+
+
 if __name__ == "__main__":
     setup(
+        long_description=readme(REPOSITORY),
+        long_description_content_type="text/markdown",
+        project_urls=project_urls(REPOSITORY),
         ext_modules=[
             Extension(
                 f"{PACKAGE}._native",

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # the names with their types; below is how they come
+    __version__: str
     from editr2.config import Config, preset_config, replace_nested
     from editr2.editing import Editor, Step, edit
     from editr2.errors import UserError
@@ -59,6 +60,13 @@ else:
     }
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":  # of the installed package, as pyproject.toml had it
+            from importlib.metadata import PackageNotFoundError, version
+
+            try:
+                return version("editr2")
+            except PackageNotFoundError:  # a source tree on the path, which says no version
+                return "0+unknown"
         for module, names in _HOMES.items():
             if name in names:
                 return getattr(importlib.import_module(module), name)

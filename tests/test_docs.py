@@ -109,6 +109,7 @@ NOT_RUN = {
     ("verifier", "# pool.yaml"): "the commands below it read it",
     ("recipes", "# their.yaml"): "the command below it reads it",
     ("verifier", "background wants black"): "a trace; tests/test_verifier_world.py",
+    ("releasing", "python -m build"): "the workflow's; tests/test_shop.py, tests/test_packaging.py",
     ("benchmarks", "OUT/benchmark.json"): "the files of a folder; tests/test_benchmark.py",
     ("benchmarks", '{"image": "kitchen"'): "a row; tests/test_benchmark_summary.py",
 }
@@ -122,6 +123,9 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copytree(ROOT / "examples" / "shapes", tmp_path / "annotated")
+    (tmp_path / "kontext-lora").mkdir()
+    for name in ("README.md", "editr2.yaml"):  # as of an export
+        (tmp_path / "kontext-lora" / name).touch()
     labelled(tmp_path / "my_pairs")
     their = [{"prompt": "red", "path_src": "0.png", "path1": "1.png", "path2": "2.png"}]
     shutil.copytree(tmp_path / "my_pairs", tmp_path / "their")
@@ -215,6 +219,7 @@ def understood(monkeypatch):
         "annotate.corrections.corrected",
         "annotate.make.images_of",
         "export.export.export",
+        "export.push.open_hub",
         "reproduce.runs.reproduce",
         "judge.whole.judge",
         "judge.asking.write_asked",

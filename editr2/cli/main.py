@@ -21,6 +21,7 @@ from editr2.cli import (
     init,
     judge,
     label,
+    quickstart,
     recipes,
     report,
     reproduce,
@@ -52,12 +53,15 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "data": data.command,
     "world": world.command,
     "verifier": verifier.command,
+    "quickstart": quickstart.command,
 }
 COMMANDS["completion"] = completion.command_of(COMMANDS)
 
 
 GROUPS = {
-    "train an editor": ("init", "recipes", "train", "check", "watch", "report", "export"),
+    "train an editor": (
+        *("quickstart", "init", "recipes", "train", "check", "watch", "report", "export"),
+    ),
     "edit, and say what it is worth": ("rollout", "eval", "benchmark"),
     "sessions and judges": ("data", "judge", "label", "verifier", "world"),
     "this program": ("doctor", "completion", "reproduce"),
@@ -78,6 +82,7 @@ STOPPED = {
     "verifier": "nothing was changed by this start; the same command begins again, or goes on from "
     "what stands",
     "reproduce": "finished runs stand; the same command trains the rest",
+    "quickstart": "what is written stands; the same command goes on from the newest checkpoint",
 }
 """What is true of a command that Ctrl-C ended. The trainer itself says what it saved
 (`editr2.run.stop`)."""
@@ -150,7 +155,7 @@ def main(arguments: Arguments | None = None) -> int:
     except KeyboardInterrupt as stopped:
         name = given[0] if given else ""
         # `check` trains, too, in a folder that is gone now.
-        said = str(stopped) if name == "train" else ""
+        said = str(stopped) if name in ("train", "quickstart") else ""
         what = STOPPED.get(
             name, "what it was writing may not be whole; the same command begins again"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from editr2.config.fields import (
     Wrong,
@@ -11,6 +11,8 @@ from editr2.config.fields import (
 )
 from editr2.config.settings import Config, CreditConfig
 from editr2.errors import ConfigError
+
+C = TypeVar("C")
 
 _EDITFLOW_WEIGHTS = {"IF": 0.5, "CC": 0.5, "GA": 0.0}
 
@@ -178,14 +180,15 @@ ON_MODEL: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
 """What a preset sets besides, by the `policy.model` that is to be trained."""
 
 
-def replace_nested(config: Any, values: dict[str, Any]) -> Any:
+def replace_nested(config: C, values: dict[str, Any]) -> C:
     """A copy of a dataclass with nested `values` put in, converted as those of a YAML file are.
     Raises `ConfigError` for an unknown field and for a value that does not fit its field's type."""
     try:
         converted = arguments(values, type(config), "", partial=True)
     except Wrong as wrong:
         raise ConfigError(wrong.problem) from None
-    return _replaced(config, converted)
+    replaced: C = _replaced(config, converted)
+    return replaced
 
 
 def _replaced(config: Any, values: dict[str, Any]) -> Any:
@@ -205,5 +208,4 @@ def preset_config(name: str | None, model: str | None = None) -> Config:
     if name not in PRESETS:
         raise ConfigError(f"preset: {name!r} (accepted: {', '.join(PRESETS)})")
     own = ON_MODEL.get(name, {}).get(model or "", {})
-    made: Config = replace_nested(Config(), _preset(PRESETS[name], own))
-    return made
+    return replace_nested(Config(), _preset(PRESETS[name], own))

@@ -18,7 +18,7 @@ from editr2.policies.configured import policy_class
 from editr2.policies.forms import Form
 from editr2.policies.recorded import EXPORT
 from editr2.report.build import evaluation_table
-from editr2.report.data import PASS_NAMES, RecordedRun, StripTurn
+from editr2.report.data import PASS_NAMES, Comparison, RecordedRun, StripTurn
 from editr2.report.gallery import thin
 
 STRIP_SESSIONS = 3
@@ -209,6 +209,7 @@ def _about_scores(run: RecordedRun, train: TrainConfig, done: Exported) -> list[
         notes = [
             "Means and standard errors over the training sessions: no held-out ones were given."
         ]
+    notes += [_interval(compared) for compared in run.comparisons[-1:] if compared.se is not None]
     after = run.evaluation("after")
     if after is None:
         notes.append("The run was not finished, so there is no evaluation after training.")
@@ -217,6 +218,16 @@ def _about_scores(run: RecordedRun, train: TrainConfig, done: Exported) -> list[
     if done.weights == "live" and train.ema is not None:
         notes.append("They are those of the averaged weights; these are the last ones.")
     return notes
+
+
+def _interval(compared: Comparison) -> str:
+    """Of the paired difference; normal, as its standard error is all that a run keeps of it."""
+    by, half = compared.difference or 0.0, 1.96 * (compared.se or 0.0)
+    over = "" if compared.sessions is None else f" over the same {compared.sessions} sessions"
+    return (
+        f"Training changed the reward of turn {compared.turn} by {by:+.3f} "
+        f"[{by - half:+.3f}, {by + half:+.3f}] (95 %, paired{over})."
+    )
 
 
 def _made(run: RecordedRun, config: Config) -> str:
