@@ -58,9 +58,9 @@
       });
     };
 
-    /* Series side by side within a category, and the bars and dots that uPlot has not. */
+    /* Series side by side within a category (of runs beside one another, at an iteration), and the bars and dots that uPlot has not. */
     const shift = (u, k) => {
-      if (!named) return 0;
+      if (!named) return spec.spans ? (k - (spec.series.length - 1) / 2) * 6 * devicePixelRatio : 0;
       const step = Math.min(18, (0.8 * u.bbox.width) / devicePixelRatio / x.length / spec.series.length);
       return (k - (spec.series.length - 1) / 2) * step * devicePixelRatio;
     };
