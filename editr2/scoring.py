@@ -75,7 +75,8 @@ def score(config: Config, out: Path, notes: Sequence[str] = ()) -> dict[str, Any
         policy = open_policy(config.policy, processes, trains=False)
         own = own_schedule(policy)
         check_run(config, reward.names, own, processes=processes.count, command=COMMAND)
-        source = sessions_for(config, policy, wants=reward.wants | (apart.wants if apart else set()))
+        wants = reward.wants | (apart.wants if apart else set())
+        source = sessions_for(config, policy, wants=wants)
         for panel in filter(None, (reward, apart)):
             _tell(processes, *(f"note: {note}" for note in panel.probe()))
         processes.on_main(lambda: lock.take(make=True))

@@ -16,8 +16,8 @@ def command(arguments: Arguments) -> int:
     flags = Flags(
         "editr2 export",
         "Write a run's policy for other programs; what they load must answer as the policy did, or "
-        "nothing is written. With --push, and only then, it is uploaded as well; an export that was "
-        "written before is uploaded as it is.",
+        "nothing is written. With --push, and only then, it is uploaded as well; an export that "
+        "was written before is uploaded as it is.",
         [
             ("runs/demo --out exported", "adapters, or the weights where all of them train"),
             ("runs/mine --out exported --merge", "adapters added to the weights"),

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import editr2
 from editr2.cli import (
     benchmark,
     check,
@@ -118,16 +119,6 @@ def os_problem(error: OSError) -> str:
     return f"{where}: {what}" if where else what
 
 
-def version() -> str:
-    """Of the installed distribution, where it is written once."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("editr2")
-    except metadata.PackageNotFoundError:
-        return "unknown: a source tree that is not installed"
-
-
 def main(arguments: Arguments | None = None) -> int:
     """Entry point: 0 when all went well, 2 with one line on standard error for anything the user
     can mend."""
@@ -136,7 +127,7 @@ def main(arguments: Arguments | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         if list(given[:1]) in (["--version"], ["-V"]):
-            print(f"editr2 {version()}")
+            print(f"editr2 {editr2.__version__}")
             return 0
         status = dispatch("editr2", COMMANDS, given, GROUPS)
         sys.stdout.flush()  # while there is somebody to say that it cannot be written
