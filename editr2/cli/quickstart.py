@@ -52,7 +52,7 @@ def command(arguments: Arguments) -> int:
     options = flags.parse(arguments)
     out, run = Path(options["out"]), Path(options["out"]) / "run"
     load_libraries()
-    from editr2.config import Config, replace_nested
+    from editr2.config import preset_config, replace_nested
     from editr2.editing import edit
     from editr2.files import in_place_of
     from editr2.sessions import save_sessions
@@ -79,7 +79,7 @@ def command(arguments: Arguments) -> int:
         "train": {"iterations": options["iterations"]},
         "eval": {"sessions": HELDOUT, "strips": 6},
     }
-    train(replace_nested(Config(), wanted))
+    train(replace_nested(preset_config("edit-r2-nft"), wanted))
     after = edit(shown.image, told, mode=shown.mode, policy=run)
     with in_place_of(out / "edited.png") as part:
         sheet(shown, before, after).save(part, "PNG")
