@@ -184,7 +184,7 @@ def test_data_is_short_for_its_path():
         (["eval", "--data", "~/no/such"], f"{Path.home()}/no/such"),
         (["rollout", "--out", f"{__file__}/x"], "(accepted: a folder; "),
         (["report"], "run: missing (usage: editr2 report RUN [options])"),
-        (["report", "a", "b"], "'b': not understood"),
+        (["report", "a", "b"], "a: no metrics.jsonl"),
         (["export", "a"], "--out: missing (usage: editr2 export RUN --out PATH [options])"),
         (["export", "~/no/such", "--out", "x"], f"{Path.home()}/no/such: no config.yaml"),
         (["doctor", "--all"], "--all: unknown flag (editr2 doctor --help"),
@@ -222,7 +222,7 @@ def test_data_is_short_for_its_path():
         (["train", "--config"], "--config: needs a value"),
         (["train", "--data", "no/such/folder"], "no/such/folder"),
         (["train", "--policy.weights", "no/such"], "no/such"),
-        (["fly"], "accepted: train, check, eval"),
+        (["fly"], "accepted: init, recipes, train, check, eval"),
         (["report", "no/such/run"], "no/such/run"),
         (
             ["world", "make", "--out", "x", "--split", "test"],

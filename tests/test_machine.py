@@ -49,12 +49,15 @@ def test_nothing_is_set_where_torch_is_there_already():
     assert environment == {}
 
 
+TRAIN = "import sys; sys.argv[1:] = ['train']"  # help needs no torch
 SPIES = {
     # What OpenMP would read when torch is loaded: torch's place is taken by a module that tells and
     # stops.
-    "editr2": "import editr2.__main__ as m; m.main()",
-    "python -m editr2": "import runpy; runpy.run_module('editr2', run_name='__main__')",
-    "python -m editr2.cli": "import runpy; runpy.run_module('editr2.cli', run_name='__main__')",
+    "editr2": f"{TRAIN}; import editr2.__main__ as m; m.main()",
+    "python -m editr2": f"{TRAIN}; import runpy; runpy.run_module('editr2', run_name='__main__')",
+    "python -m editr2.cli": (
+        f"{TRAIN}; import runpy; runpy.run_module('editr2.cli', run_name='__main__')"
+    ),
     "a library": "import editr2, editr2.rl.loop",
 }
 

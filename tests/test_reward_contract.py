@@ -590,10 +590,12 @@ def test_every_command_says_it_in_one_line(command, name, written, capsys, tmp_p
     arguments += ["--eval.sessions", "2", "--rollout.turns", "2", "--out", str(tmp_path / "run")]
     assert main([command, *arguments]) == 2
     told = capsys.readouterr()
-    (line,) = [
-        line for line in told.err.splitlines() if not line.startswith("credit: ")
-    ]  # the filter, which is off
     start = "" if command == "check" else "error: "
+    (line,) = [  # others say what the command is about to do, and that the filter is off
+        line
+        for line in told.err.splitlines()
+        if line.startswith(start) and not line.startswith("credit: ")
+    ]
     whose = (
         "reward.function: "
         if command == "check" or name in REFUSED

@@ -225,12 +225,13 @@ def test_fast_math_asked_for_by_the_user_does_not_come_in() -> None:
 @pytest.fixture
 def source_tree(tmp_path: Path) -> Path:
     """What a build reads, apart from the repository so that nothing of it is touched."""
-    shutil.copy(ROOT / "setup.py", tmp_path)
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "kernels/editr2_kernels").mkdir(parents=True)
     (tmp_path / "kernels/editr2_kernels/__init__.py").touch()
     (tmp_path / "pyproject.toml").write_text(
-        '[project]\nname = "editr2"\nversion = "0"\n[tool.setuptools.packages.find]\nwhere = '
+        '[project]\nname = "editr2"\nversion = "0"\ndynamic = ["readme", "urls"]\n[tool.setuptools.packages.find]\nwhere = '
         '["kernels"]\n'
     )
     return tmp_path
