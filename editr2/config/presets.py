@@ -168,8 +168,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     ),
     "pku": _preset(_ONE_TEXT, _NFT, {"credit": {"preset": "pku", "baseline": None}}),
     "dr-grpo": _preset(_FLOW_GRPO_FAST, {"credit": {"preset": "dr-grpo"}}),
-    # What gained most on the shipped model in minutes of two cores (docs/measured.md): siblings with
-    # noise of their own differ, and its intents are right, so that only images are trained.
+    # What gained most on the shipped model in minutes of two cores (docs/measured.md): siblings
+    # with noise of their own differ, and its intents are right, so that only images are trained.
     "edit-r2-nft": _preset(
         _EDIT_R2,
         _NFT,

@@ -231,7 +231,8 @@ def source_tree(tmp_path: Path) -> Path:
     (tmp_path / "kernels/editr2_kernels").mkdir(parents=True)
     (tmp_path / "kernels/editr2_kernels/__init__.py").touch()
     (tmp_path / "pyproject.toml").write_text(
-        '[project]\nname = "editr2"\nversion = "0"\ndynamic = ["readme", "urls"]\n[tool.setuptools.packages.find]\nwhere = '
+        '[project]\nname = "editr2"\nversion = "0"\ndynamic = ["readme", "urls"]\n'
+        "[tool.setuptools.packages.find]\nwhere = "
         '["kernels"]\n'
     )
     return tmp_path
