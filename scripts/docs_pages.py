@@ -138,6 +138,10 @@ def _plain(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ API
 
 
+OPTIONS = {"Config": "\n    options: {show_docstring_parameters: false}"}
+"""Of a single name, for mkdocstrings: its fields are the page of settings."""
+
+
 def api_page(title: str, module: str, about: str) -> str:
     import ast
 
@@ -151,7 +155,8 @@ def api_page(title: str, module: str, about: str) -> str:
         for node in ast.parse(path.read_text("utf-8")).body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
-    parts = [f"# {title}", about, *(f"::: {module}.{name}" for name in names)]
+    parts = [f"# {title}", about]
+    parts += [f"::: {module}.{name}{OPTIONS.get(name, '')}" for name in names]
     return "\n\n".join(parts) + "\n"
 
 
