@@ -82,14 +82,15 @@ def settings_page() -> str:
     ]
     seen: dict[tuple[str, str, str, str], str] = {}
     for name, flags in commands():
-        groups: dict[str, list[Option]] = {}
+        groups: dict[tuple[str, str], list[Option]] = {}
         same: set[str] = set()
         for option in flags.options.values():
             if not option.group:
                 continue
             told = (option.key, option.help, option.accepted, repr(option.default))
             if seen.setdefault(told, name) == name:
-                groups.setdefault(option.group, []).append(option)
+                section = option.key.rpartition(".")[0]
+                groups.setdefault((section, option.group), []).append(option)
             else:
                 same.add(seen[told])
         if not groups:
@@ -98,24 +99,16 @@ def settings_page() -> str:
         if same:
             also = ", ".join(f"`{other}`" for other in sorted(same))
             parts.append(f"Beside settings that are those of {also}:")
-        for group, options in groups.items():
-            parts += [f"### {_plain(group)}", _table(options)]
+        for (section, about), options in groups.items():
+            title = f"### `{section}`" if section else "### in no section"
+            parts += [title, f"{_plain(about)}.", *map(_entry, options)]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(options: list[Option]) -> str:
-    rows = ["| setting | accepted | default | |", "|---|---|---|---|"]
-    for option in options:
-        anchor = f'<span id="{option.key}"></span>' if option.section else ""
-        default = _default(option.default)
-        cells = (
-            f"{anchor}`{option.key}`",
-            _plain(option.accepted),
-            f"`{default}`",
-            _plain(option.help),
-        )
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+def _entry(option: Option) -> str:
+    default = f"default: `{_default(option.default)}`"
+    told = _plain(option.help).removesuffix(".")
+    return f"`{option.key}`\n:   {told}.\n    *accepted: {_plain(option.accepted)}; {default}*"
 
 
 def _default(value: Any) -> str:
@@ -123,14 +116,14 @@ def _default(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    return str(list(value) if isinstance(value, tuple) else value).replace("|", "\\|")
+    return str(list(value) if isinstance(value, tuple) else value)
 
 
 def _plain(text: str) -> str:
-    """A docstring's text in a cell: its code stays code, the rest is no Markdown and no HTML."""
+    """A docstring's text: its code stays code, the rest is no Markdown and no HTML."""
     code = re.split(r"(`[^`]*`)", " ".join(text.split()))
     return "".join(
-        part.replace("|", "\\|") if n % 2 else re.sub(r"([\\*_\[\]|])", r"\\\1", html.escape(part))
+        part if n % 2 else re.sub(r"([\\*_\[\]])", r"\\\1", html.escape(part, quote=False))
         for n, part in enumerate(code)
     )
 
@@ -224,6 +217,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         name = path.relative_to(ROOT).as_posix()
         if at := config.repo_url:
             return f"[{text}]({at.rstrip('/')}/blob/main/{name}{anchor})"
-        return text if name.rpartition("/")[2] in text else f"{text} (`{name}`)"
+        return text if path.stem in text else f"{text} (`{name}`)"
 
     return LINK.sub(linked, markdown)

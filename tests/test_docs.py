@@ -171,6 +171,7 @@ class Enough(Exception):
 @pytest.fixture
 def understood(monkeypatch):
     """Runs a command up to where work would begin, and gives what it was understood as."""
+    import editr2.editing  # noqa: F401  before open_policy is another
     from editr2.benchmarks.settings import benchmark_problems, with_defaults
     from editr2.benchmarks.table import find
     from editr2.check.devices import find_device
@@ -235,6 +236,7 @@ def understood(monkeypatch):
         "verifier.evaluate.evaluate_verifier",
         "benchmarks.rewards.run_rewards",
         "benchmarks.compare.compare",
+        "benchmarks.runs.compare_runs",
     ):
         monkeypatch.setattr(f"editr2.{work}", enough)
 
@@ -247,6 +249,7 @@ def understood(monkeypatch):
     # Runs that the pages speak of are not there; tests/test_found_policies.py names real ones.
     monkeypatch.setattr("editr2.policies.found.editor_of", lambda text, _: Editor({}, text))
     monkeypatch.setattr("editr2.cli.settings.tell", lambda *_: None)
+    monkeypatch.setattr("editr2.scoring._tell", lambda *_: None)
 
     def run(words: list[str]):
         seen.clear()
