@@ -1,12 +1,12 @@
-"""What `make docs` (mkdocs.yml) has beside the Markdown files of docs/: the pages of reference/ that
-are written from the code, and links that leave docs/.
+"""What `make docs` (mkdocs.yml) has beside the Markdown files of docs/: the pages of reference/,
+which are written from the code, and links that leave docs/.
 
     settings        from the dataclasses, as every command takes them
     commands        from the help of every command
     api             the public names of `editr2` and of `editr2_kernels`, for mkdocstrings
 
-Nothing of it stands in git, and nothing is said twice: a new command, setting or public name is there
-by itself.
+Nothing of it stands in git, and nothing is said twice: a new command, setting or public name is
+there by itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLUMNS = "92"
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(((?:\.\./)+[^)#\s]*)(#[^)\s]*)?\)")
 
 
-# ------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def commands() -> Iterator[tuple[str, Flags]]:
@@ -59,16 +59,16 @@ def commands() -> Iterator[tuple[str, Flags]]:
 def commands_page() -> str:
     parts = [
         "# Commands",
-        "`editr2 COMMAND --help` as it is. The settings that a command takes beside its own options "
-        "are in [Settings](settings.md), `--help all` prints them; how to ask for less, exit codes "
-        "and completion: [The command line](../command-line.md).",
+        "`editr2 COMMAND --help` as it is. The settings that a command takes beside its own "
+        "options are in [Settings](settings.md), `--help all` prints them; how to ask for less, "
+        "exit codes and completion: [The command line](../command-line.md).",
     ]
     for name, flags in commands():
         parts += [f"## {name}", f"```text\n{flags.help().rstrip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-# ------------------------------------------------------------------------------------------ settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def settings_page() -> str:
@@ -77,8 +77,8 @@ def settings_page() -> str:
     parts = [
         "# Settings",
         "A setting is a flag (`--train.lr 1e-4`), a line of a YAML file under its section, and a "
-        "field of a dataclass (`editr2.Config().train.lr`); all three accept the same and refuse it in the "
-        "same words. `none` is no value. What stands here is what `--help` says.",
+        "field of a dataclass (`editr2.Config().train.lr`); all three accept the same and refuse "
+        "it in the same words. `none` is no value. What stands here is what `--help` says.",
     ]
     seen: dict[tuple[str, str, str, str], str] = {}
     for name, flags in commands():
@@ -128,7 +128,7 @@ def _plain(text: str) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------ API
+# ---------------------------------------------------------------------------------------------- API
 
 
 OPTIONS = {"Config": "\n    options: {show_docstring_parameters: false}"}
@@ -159,13 +159,13 @@ PAGES = {
     "reference/api.md": lambda: api_page(
         "Python: editr2",
         "editr2",
-        "`from editr2 import ...`: what is public, and stays. Every name is loaded when it is asked "
-        "for.",
+        "`from editr2 import ...`: what is public, and stays. Every name is loaded when it is "
+        "asked for.",
     ),
     "reference/operators-api.md": lambda: api_page(
         "Python: editr2_kernels",
         "editr2_kernels",
-        "The operators' public names; [Operators](../operators.md) says what they compute, and how fast.",
+        "The operators' public names; [Operators](../operators.md) says what they compute.",
     ),
 }
 
@@ -185,7 +185,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-# ---------------------------------------------------------------------------------------------- links
+# -------------------------------------------------------------------------------------------- links
 
 
 def repository() -> str:
