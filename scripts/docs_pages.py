@@ -160,7 +160,7 @@ PAGES = {
         "Python: editr2",
         "editr2",
         "`from editr2 import ...`: what is public, and stays. Every name is loaded when it is "
-        "asked for.",
+        "asked for. The fields of `Config` are the page [Settings](settings.md).",
     ),
     "reference/operators-api.md": lambda: api_page(
         "Python: editr2_kernels",
@@ -220,3 +220,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return text if path.stem in text else f"{text} (`{name}`)"
 
     return LINK.sub(linked, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """The theme's search is a dialog that has no name for a screen reader."""
+    dialog = 'data-md-component="search" role="dialog"'
+    return output.replace(dialog, f'{dialog} aria-label="Search"')
