@@ -54,7 +54,8 @@ lint: install  ## ruff (rules and format), mypy, and who may import whom
 	@$(BIN)/lint-imports --no-cache --no-logo
 
 docs: install  ## the documentation as a site, in site/; a broken link is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@# Not --quiet: a warning that is not said is none to --strict either.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "site/index.html"
 
 bench: install  ## the benchmarks that run on this machine's CPU; ARGS=--full for the whole grid
