@@ -171,7 +171,7 @@ class Enough(Exception):
 @pytest.fixture
 def understood(monkeypatch):
     """Runs a command up to where work would begin, and gives what it was understood as."""
-    import editr2.editing  # noqa: F401  before open_policy is another
+    import editr2.editing  # noqa: F401  # before what it imports is replaced
     from editr2.benchmarks.settings import benchmark_problems, with_defaults
     from editr2.benchmarks.table import find
     from editr2.check.devices import find_device
