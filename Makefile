@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench bench-gpu bench-compare bench-report clean
+.PHONY: help install demo test test-all lint docs bench bench-gpu bench-compare bench-report clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ $(STAMP): $(INPUTS)
 	@echo "[2/3] installing torch (the largest part)"
 	@$(PIP) -c constraints.txt torch
 	@echo "[3/3] installing editr2 and building its operators"
-	@$(PIP) -c constraints.txt -e '.[test,dev,tensorboard,bench,judges]'
+	@$(PIP) -c constraints.txt -e '.[test,dev,docs,tensorboard,bench,judges]'
 	@touch $@
 
 demo: install  ## train the small model that ships with the package; writes a report
@@ -53,6 +53,11 @@ lint: install  ## ruff (rules and format), mypy, and who may import whom
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache --no-logo
 
+docs: install  ## the documentation as a site, in site/; a broken link is an error
+	@# Not --quiet: a warning that is not said is none to --strict either.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "site/index.html"
+
 bench: install  ## the benchmarks that run on this machine's CPU; ARGS=--full for the whole grid
 	@$(BIN)/python -m pytest bench -q -m 'not gpu' $(ARGS)
 
@@ -69,6 +74,6 @@ bench-report: install  ## docs/performance.md and its plots, from the rows in be
 	@$(BIN)/python -m bench report $(ARGS)
 
 clean:  ## remove what was built, .venv included; runs/ stays
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f kernels/editr2_kernels/_native.* kernels/editr2_kernels/_cuda.* kernels/editr2_kernels/_build_info.json
 	@find editr2 kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

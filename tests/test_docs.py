@@ -29,7 +29,7 @@ from editr2.sessions import save_sessions, validate
 from editr2.worlds.shapes import make_session
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(r"^(\$ )?(editr2|torchrun|make) ")
 
 # A judge of a few lines, where a page has `my_reward`, `my_judge:Judge` or
@@ -139,8 +139,10 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "my_package" / "judge.py").write_text(JUDGE)
     of_page = "\n\n".join(block.text for block in PYTHON["rewards"])
     (tmp_path / "my_judge.py").write_text(of_page + JUDGE)
+    (tmp_path / "calm.py").write_text(PYTHON["own-judge"][0].text)
+    exec(PYTHON["own-pictures"][0].text, {})  # writes my_photos
     yield tmp_path
-    for name in ("my_judge", "my_package", "my_package.judge"):
+    for name in ("calm", "my_judge", "my_package", "my_package.judge"):
         sys.modules.pop(name, None)
 
 
@@ -234,6 +236,7 @@ def understood(monkeypatch):
         "verifier.evaluate.evaluate_verifier",
         "benchmarks.rewards.run_rewards",
         "benchmarks.compare.compare",
+        "benchmarks.runs.compare_runs",
     ):
         monkeypatch.setattr(f"editr2.{work}", enough)
 
@@ -246,6 +249,7 @@ def understood(monkeypatch):
     # Runs that the pages speak of are not there; tests/test_found_policies.py names real ones.
     monkeypatch.setattr("editr2.policies.found.editor_of", lambda text, _: Editor({}, text))
     monkeypatch.setattr("editr2.cli.settings.tell", lambda *_: None)
+    monkeypatch.setattr("editr2.scoring._tell", lambda *_: None)
 
     def run(words: list[str]):
         seen.clear()
@@ -279,6 +283,8 @@ def written_out(command: str) -> list[str]:
     """Words of a command; in a synopsis every option is given, its first choice, and names stand
     for what they name."""
     words = shlex.split(command, comments=True)
+    if ">" in words:  # where its output goes is the shell's
+        words = words[: words.index(">")]
     if "FORMAT" in words:
         words = [w.strip("[]").split("|")[0] for w in words]
         words = [{"FORMAT": "mice", "N": "3"}.get(w, w) for w in words]
