@@ -34,6 +34,7 @@ from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import sessions_for
 from editr2.rl.told import judges_told, sampled_by, sessions_told
 from editr2.rl.watch import alarms
+from editr2.run.folder import check_settings_are_ours
 from editr2.run.identity import Identity, identify, loaded_weights, provenance
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
@@ -126,6 +127,7 @@ def _check_folder(out: Path) -> None:
         ours = name == "metrics.jsonl" and (out / name).is_file() and _is_ours(out / name)
         if (out / name).exists() and not ours:
             raise ConfigError(f"--out: {shown(out)}: the folder of {owner} (accepted: another)")
+    check_settings_are_ours(out)
 
 
 def _is_ours(metrics: Path) -> bool:

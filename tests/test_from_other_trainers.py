@@ -456,6 +456,21 @@ def test_what_is_not_accepted_here_is_left_out_and_said(theirs, capsys):
     assert "noise_level" not in yaml.safe_load(Path("mine/train.yaml").read_text())["rollout"]
 
 
+@pytest.mark.parametrize("end", ["\\n", "\\r", "\\x85", "\\u2028", "\\0", "\\x1b[2J"])
+def test_no_text_of_theirs_ends_a_comment(end, theirs, capsys):
+    """A key or a value of theirs that holds a line would be a setting of the written file."""
+    from editr2.cli.main import main
+
+    odd = f'"a{end}seed: 12345"'
+    added = f"\n{odd}: {odd}\nunknown: {{{odd}: 1}}\n"
+    text = FACTORY.replace("black-forest-labs/FLUX.1-Kontext-dev", odd)
+    Path("factory.yaml").write_text(text + added)
+    main(["init", "mine", "--from", "factory.yaml"])
+    told = capsys.readouterr().out
+    assert "12345" in told and all(line.isprintable() for line in told.splitlines())
+    assert yaml.safe_load(Path("mine/train.yaml").read_text()).get("seed") != 12345
+
+
 ODD = (None, "x", -1, [], {}, [1, 2, 3], 10**30, float("nan"))
 
 

@@ -512,6 +512,13 @@ def test_unreadable_strips_are_said(tmp_path, text):
     assert "strips/before.json is not readable" in page_of(tmp_path).text
 
 
+@pytest.mark.parametrize("text", ["a: [", "[" * 5000, "a: 2020-13-45", "a: " + "9" * 5000])
+def test_unreadable_settings_are_said(tmp_path, text):
+    write_metrics(tmp_path, [])
+    (tmp_path / "config.yaml").write_text(text)
+    assert "config.yaml is not YAML" in page_of(tmp_path).text
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no run"):
         build_report(tmp_path)

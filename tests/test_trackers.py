@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
@@ -17,7 +18,12 @@ from editr2.cli.main import main
 from editr2.config import Config, RewardConfig
 from editr2.config.settings import TRACKERS_LISTED
 from editr2.errors import ConfigError
-from editr2.run.folder import Refreshed, write_readme
+from editr2.run.folder import (
+    Refreshed,
+    check_no_evaluation,
+    check_settings_are_ours,
+    write_readme,
+)
 from editr2.run.processes import open_processes
 from editr2.run.trackers import TRACKERS, Observer, open_trackers, strip_images
 from editr2.run.tracking import MetricsLog
@@ -266,7 +272,27 @@ def test_the_page_is_refreshed_where_it_is_cheap(tmp_path):
     page = Refreshed(tmp_path, fails, notes.append)
     page.refresh()
     page.refresh()
-    assert notes == ["report: not written: OSError: the disk is full; the run goes on"]
+    page.finish()
+    why = "report: not written: OSError: the disk is full"
+    assert notes == [f"{why}; the run goes on", f"{why}; editr2 report {tmp_path} tries again"]
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"config.yaml": "mine"}, "its config.yaml is of no run"),
+        ({"config.yaml": "ours", ".lock": ""}, None),
+        ({"config.yaml": "ours", "metrics.jsonl": '{"event": "start"}\n'}, None),
+        ({"metrics.jsonl": '{"event": "start", "command": "eval"}\n'}, "folder of an evaluation"),
+        ({}, None),
+    ],
+)
+def test_a_run_writes_over_nobodys_files(files, said, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
+        check_settings_are_ours(tmp_path)
+        check_no_evaluation(tmp_path)
 
 
 def made(command, processes=1):

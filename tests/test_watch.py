@@ -65,6 +65,28 @@ def test_a_tail_reads_what_is_new_and_waits_for_the_end_of_a_line(tmp_path):
     assert tail.read() == (True, []) and tail.read() == (False, [])
 
 
+def _lies_deep(folder):
+    folder.mkdir()
+    (folder / "config.yaml").write_text("[" * 5000)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: folder.write_text("a file"),
+        lambda folder: (folder / "metrics.jsonl").mkdir(parents=True),
+        lambda folder: (folder / "judges.jsonl").mkdir(parents=True),
+        _lies_deep,
+    ],
+    ids=["a file", "a folder of rows", "a folder of answers", "deep settings"],
+)
+def test_what_stands_where_a_run_will_be_ends_nothing(make, tmp_path):
+    make(tmp_path / "run")
+    page = client(tmp_path / "run")
+    assert page.get("/secret/state").json()["done"] == 0
+    assert page.get("/secret/strips").json()["sessions"] == []
+
+
 def test_of_a_large_record_the_end_is_read(tmp_path):
     path = tmp_path / "judges.jsonl"
     line = json.dumps({"key": "x" * 1000}) + "\n"

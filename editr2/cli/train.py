@@ -80,6 +80,7 @@ def command(arguments: Arguments) -> int:
 
 def what_next(run: Path) -> list[str]:
     """Where a finished run's results are, and what one does with them."""
+    page = "report.html, " if (run / "report.html").is_file() else ""
     best = ", best/ (the best ones)" if (run / "best").is_dir() else ""
     named = shlex.quote(str(run))
     commands = {
@@ -89,7 +90,7 @@ def what_next(run: Path) -> list[str]:
     width = max(map(len, commands)) + 3
     lines = [f"{command:<{width}}{why}" for command, why in commands.items()]
     return [
-        f"done: {run}: report.html, policy/ (the weights){best}, metrics.jsonl",
+        f"done: {run}: {page}policy/ (the weights){best}, metrics.jsonl",
         f"next: {lines[0]}",
         *(f"      {line}" for line in lines[1:]),
     ]

@@ -33,7 +33,7 @@ def commented(
         head: lines of its header.
         origin: what a setting was where it comes from.
     """
-    lines = [f"# {line}".rstrip() for line in head] + [""]
+    lines = [f"# {_kept_in(line)}".rstrip() for line in head] + [""]
     section = ""
     for key, _ in leaves(Config):
         if key not in settings:
@@ -58,10 +58,15 @@ def _opened(before: str, group: str) -> Iterator[str]:
             yield f"{'  ' * depth}{name}:"
 
 
+def _kept_in(line: str) -> str:
+    """What a comment may hold: its indent, and no character that would end it."""
+    return line if line.isprintable() else repr(line)[1:-1]
+
+
 def _comment(text: str, indent: str) -> list[str]:
     start = f"{indent}# "
     return textwrap.wrap(
-        text,
+        _kept_in(text),
         WIDTH,
         initial_indent=start,
         subsequent_indent=start,

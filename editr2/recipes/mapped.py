@@ -155,7 +155,7 @@ class Mapped:
         ):
             if found:
                 yield f"{heading}:"
-                yield from (f"  {line}" for line in found)
+                yield from (f"  {plain(line)}" for line in found)
 
 
 def mapped(project: Project, theirs: Theirs) -> Mapped:

@@ -405,8 +405,9 @@ def _load_config(run: RecordedRun, path: Path) -> None:
 
     try:
         run.config = dict(_dotted(yaml.safe_load(run.config_text)))
-    except yaml.YAMLError as error:
-        run.missing.append(f"config.yaml is not YAML: {str(error).splitlines()[0]}")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: of dates, numbers
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        run.missing.append(f"config.yaml is not YAML: {said}")
 
 
 def _dotted(value: Any, prefix: str = "") -> list[tuple[str, Any]]:

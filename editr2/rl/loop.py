@@ -57,7 +57,12 @@ from editr2.rl.state import State, new_state
 from editr2.rl.told import opening
 from editr2.rl.watch import alarms, best_of, evaluations, new_alarms, parted, stop_row
 from editr2.run.checkpoint import replace_folder
-from editr2.run.folder import Refreshed, write_readme
+from editr2.run.folder import (
+    Refreshed,
+    check_no_evaluation,
+    check_settings_are_ours,
+    write_readme,
+)
 from editr2.run.generators import capture_rng, generators_aside, seed_generators
 from editr2.run.identity import (
     Identity,
@@ -105,6 +110,8 @@ def train(
     check_insisted(resume_anyway)
     processes = open_processes()
     run = Path(config.out)
+    processes.on_main(lambda: check_settings_are_ours(run))
+    processes.on_main(lambda: check_no_evaluation(run))
     with RunLock(run) as lock:
         processes.on_main(lambda: lock.take(make=False))  # before minutes of loading
         asked_compile, said = config.policy.compile, list[str]()
@@ -245,8 +252,8 @@ class _Loop:
                 with state.averaged() as averaged, saveable(averaged, processes) as saved:
                     if processes.main:
                         saved.save(self.folder / "policy")
-                if processes.main and report is not None:
-                    print(f"report: {report(self.folder)}")
+                if processes.main:
+                    self.page.finish()
                 self._describe("finished")
         processes.wait()
         return self.folder

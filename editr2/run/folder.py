@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from editr2.errors import one_line
-from editr2.run.tracking import write_whole
+from editr2.errors import ConfigError, one_line, shown
+from editr2.run.lock import FILE as LOCK
+from editr2.run.tracking import read_metrics, write_whole
 from editr2.secrets import withheld_command
 
 README = "README.md"
@@ -19,9 +20,35 @@ SHARE = 0.02
 """Of a run's time, what writing its page again may take."""
 
 
+SETTINGS, METRICS = "config.yaml", "metrics.jsonl"
+
+
+def check_settings_are_ours(folder: Path) -> None:
+    """Raises `ConfigError` for a `config.yaml` of somebody else, over which ours would be written.
+    To be asked before the folder is locked: ours lies beside a lock, or rows."""
+    if (folder / SETTINGS).exists() and not any(
+        (folder / name).exists() for name in (LOCK, METRICS)
+    ):
+        raise ConfigError(
+            f"--out: {shown(folder)}: its {SETTINGS} is of no run and would be written over "
+            "(accepted: another folder, or that file under another name)"
+        )
+
+
+def check_no_evaluation(folder: Path) -> None:
+    """Raises `ConfigError` for the folder of `editr2 eval`, whose rows a run would take away."""
+    metrics = folder / METRICS
+    rows = read_metrics(metrics)[0] if metrics.is_file() else []
+    if rows and rows[0].get("command") == "eval":
+        raise ConfigError(
+            f"--out: {shown(folder)}: the folder of an evaluation (accepted: another)"
+        )
+
+
 class Refreshed:
     """The page of a run that is at work, written again at checkpoints: not where that would take
-    more than `SHARE` of the time since it was. An error in it is a note, and it is tried no more.
+    more than `SHARE` of the time since it was. An error in it is a note, and it is tried no more
+    until the end.
 
     write: given the folder, writes the page; None where there is none. note: takes a line. clock:
     seconds, rising.
@@ -35,20 +62,30 @@ class Refreshed:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._write, self._note, self._clock = folder, write, note, clock
-        self._not_before = float("-inf")
+        self._not_before, self._failed = float("-inf"), False
 
     def refresh(self) -> None:
         started = self._clock()
-        if self._write is None or started < self._not_before:
+        if self._write is None or self._failed or started < self._not_before:
             return
         try:
             self._write(self._folder)
         except Exception as error:  # a page is no reason to end a run
-            self._write = None
+            self._failed = True
             self._note(f"report: not written: {one_line(error, kind=True)}; the run goes on")
             return
         ended = self._clock()
         self._not_before = ended + (ended - started) / SHARE
+
+    def finish(self) -> None:
+        """Of a run that is done, whose weights are written: the page's last form."""
+        if self._write is None:
+            return
+        try:
+            print(f"report: {self._write(self._folder)}")
+        except Exception as error:
+            again = f"editr2 report {shlex.quote(str(self._folder))}"
+            self._note(f"report: not written: {one_line(error, kind=True)}; {again} tries again")
 
 
 def write_readme(

@@ -51,7 +51,7 @@ class Tail:
                         self._at += len(file.readline())
                 file.seek(self._at)
                 data = file.read()
-        except FileNotFoundError:
+        except OSError:  # not there, a folder, or not ours to read
             gone, self._place, self._at = self._place is not None, None, 0
             return gone, []
         whole = data[: data.rfind(b"\n") + 1]
@@ -168,7 +168,7 @@ class Followed(Seen):
         try:
             inode = path.stat().st_ino
             host = json.loads(path.read_text("utf-8")).get("host")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError, AttributeError):
             return None
@@ -200,7 +200,7 @@ class Followed(Seen):
         if (when := _when(path)) != self._configured[0]:
             try:
                 found = yaml.safe_load(path.read_text("utf-8"))
-            except (OSError, ValueError, yaml.YAMLError):
+            except (OSError, ValueError, RecursionError, yaml.YAMLError):
                 found = None
             self._configured = (when, found if isinstance(found, dict) else {})
         return self._configured[1]
