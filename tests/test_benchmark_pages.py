@@ -317,6 +317,7 @@ FACTS = {"judge": "qwen", "prompts": "ours (0123456789ab)"}
         (renamed, "a b", "a and b have no session of one pass in common"),
         (lambda: Path("b/scores.jsonl").unlink(), "a b", "b: no scores.jsonl yet"),
         (lambda: None, "a a", "given twice"),
+        (lambda: Path("c").symlink_to("a"), "a c", "given twice"),
         (lambda: None, "a", "a alone"),
         (lambda: None, "a none", "none: neither benchmark.json nor metrics.jsonl"),
     ],

@@ -37,7 +37,10 @@ def compare_runs(
                 f"editr2 report: {folder}: no {METRICS} (accepted: folders of runs; those of "
                 f"benchmarks are compared by editr2 benchmark --compare)"
             )
-    sides = sides_of(folders)
+    try:
+        sides = sides_of(folders)
+    except ConfigError as error:  # it names the flag of `editr2 benchmark`
+        raise ConfigError(f"editr2 report: {str(error).removeprefix('--compare: ')}") from error
     runs = [load_run(Path(folder)) for folder in folders]
     lines, pairs = list[str](), list[Pair]()
     for other in sides[1:]:

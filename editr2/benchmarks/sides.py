@@ -71,7 +71,7 @@ def sides_of(folders: Sequence[str | os.PathLike[str]]) -> list[Side]:
     """A side for each folder; of one run alone, its evaluations before and after training. Raises
     `UserError` for none, for what is no such folder, and for the same one twice."""
     paths = [Path(folder) for folder in folders]
-    for whole, count in Counter(map(os.path.abspath, paths)).items():
+    for whole, count in Counter(map(os.path.realpath, paths)).items():
         if count > 1:
             raise ConfigError(f"--compare: {whole} given twice (accepted: each folder once)")
     if len(paths) < 2:

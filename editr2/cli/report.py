@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 from editr2.cli.flags import Arguments, Flags
 from editr2.config.rules import folder_problem
+from editr2.errors import ConfigError, shown
+
+COMPARED = "runs/comparison"
 
 
 def command(arguments: Arguments) -> int:
@@ -31,16 +34,20 @@ def command(arguments: Arguments) -> int:
         path=True,
         check=folder_problem,
         what="a folder",
-        default="runs/comparison",
-        help="of several runs: folder for compare.html and the tables",
+        help=f"of several runs: folder for compare.html and the tables; none: {COMPARED}",
     )
     options = flags.parse(list(_further(arguments)))
     folders = [options["run"], *(options["beside"] or ())]
     if len(folders) > 1:
         from editr2.benchmarks.runs import compare_runs
 
-        print("\n".join(compare_runs(folders, options["out"])))
+        print("\n".join(compare_runs(folders, options["out"] or COMPARED)))
         return 0
+    if options["out"] is not None:
+        raise ConfigError(
+            f"--out: given with one run (accepted with several; its page is "
+            f"{shown(folders[0])}/report.html)"
+        )
     from editr2.report import build_report
 
     print(f"report: {build_report(folders[0])}")
