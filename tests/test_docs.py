@@ -171,7 +171,8 @@ class Enough(Exception):
 @pytest.fixture
 def understood(monkeypatch):
     """Runs a command up to where work would begin, and gives what it was understood as."""
-    import editr2.editing  # noqa: F401  # before what it imports is replaced
+    import editr2.editing
+    import editr2.scoring  # noqa: F401  # both before what they import is replaced
     from editr2.benchmarks.settings import benchmark_problems, with_defaults
     from editr2.benchmarks.table import find
     from editr2.check.devices import find_device
@@ -217,6 +218,7 @@ def understood(monkeypatch):
     monkeypatch.setattr("editr2.sessions.importers.import_sessions", imported)
     for work in (
         "policies.load.open_policy",
+        "scoring.open_policy",
         "report.build_report",
         "annotate.annotate.annotate",
         "annotate.corrections.corrected",
