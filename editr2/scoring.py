@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 from editr2.config import Config
-from editr2.config.yaml import dump_yaml
+from editr2.config.fields import leaves
+from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
 from editr2.errors import ConfigError, shown
 from editr2.files import json_line, write_lines
 from editr2.policies.load import open_policy
@@ -34,7 +36,7 @@ from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import sessions_for
 from editr2.rl.told import judges_told, sampled_by, sessions_told
 from editr2.rl.watch import alarms
-from editr2.run.folder import check_settings_are_ours
+from editr2.run.folder import SETTINGS, check_settings_are_ours
 from editr2.run.identity import Identity, identify, loaded_weights, provenance
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
@@ -54,6 +56,13 @@ OTHERS = {
 }
 """What a folder is of that has such a file; `metrics.jsonl` may be ours."""
 
+IN_ITS_STEAD = (
+    *("out", "eval.strips", "reward.concurrency", "reward.timeout", "reward.retries"),
+    *("reward.cache", "tracking", "tracking_options"),
+)
+"""Settings that change no score: with another value of these, an evaluation replaces the one
+before."""
+
 
 def score(config: Config, out: Path, notes: Sequence[str] = ()) -> dict[str, Any] | None:
     """Evaluates the policy on the sessions of the settings (`eval.*`, `data.*`), writes the folder
@@ -66,7 +75,7 @@ def score(config: Config, out: Path, notes: Sequence[str] = ()) -> dict[str, Any
     config = check_config(config, COMMAND)
     processes = open_processes()  # first: it says which device is this process's
     _tell(processes, *(f"note: {note}" for note in notes))
-    processes.on_main(lambda: _check_folder(out))
+    processes.on_main(lambda: _check_folder(out, config))
     with RunLock(out) as lock:
         processes.on_main(lambda: lock.take(make=False))
         record = Record(out, index=processes.index, cache=config.reward.cache)
@@ -121,13 +130,31 @@ def _tell(processes: Processes, *lines: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _check_folder(out: Path) -> None:
-    """Raises `ConfigError` for a folder of something else, whose files have the same names."""
+def _check_folder(out: Path, config: Config) -> None:
+    """Raises `ConfigError` for a folder of something else, whose files have the same names, and for
+    one of other settings: what was scored there is not to be lost."""
     for name, owner in OTHERS.items():
         ours = name == "metrics.jsonl" and (out / name).is_file() and _is_ours(out / name)
         if (out / name).exists() and not ours:
             raise ConfigError(f"--out: {shown(out)}: the folder of {owner} (accepted: another)")
     check_settings_are_ours(out)
+    try:
+        earlier = to_dataclass(load_yaml(out / SETTINGS)[0], Config)
+    except ConfigError:  # none is there, or another version's
+        return
+    now = _settings(out, config)
+    for key, _ in leaves(Config):
+        there, here = (attrgetter(key)(of) for of in (earlier, now))
+        if there != here and key not in IN_ITS_STEAD:
+            raise ConfigError(
+                f"--out: {shown(out)}: scores of other settings, {key} {shown(str(there))} there "
+                f"and {shown(str(here))} now (accepted: another folder, or without that one)"
+            )
+
+
+def _settings(out: Path, config: Config) -> Config:
+    """As the folder's file says them."""
+    return replace(config, out=str(out), eval=replace(config.eval, strips_from="evaluation"))
 
 
 def _is_ours(metrics: Path) -> bool:
@@ -144,8 +171,7 @@ def _write(
     reward: Panel,
 ) -> None:
     write_lines(out / SCORES, map(json_line, scores_of(found, sessions)))
-    how = replace(config, out=str(out), eval=replace(config.eval, strips_from="evaluation"))
-    write_whole(out / "config.yaml", dump_yaml(how))
+    write_whole(out / SETTINGS, dump_yaml(_settings(out, config)))
     write_lines(out / "metrics.jsonl", map(json_line, rows))
     kept.keep(out / "evaluations", 0, found, sessions, reward)
     strips_of(found, out / "strips", "after", config.credit, reward)

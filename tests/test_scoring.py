@@ -79,6 +79,14 @@ def test_every_turn_has_a_line_and_a_second_start_asks_no_judge_again(scored, ca
     asked = Judge.calls
     assert main(["eval", *words]) == 0  # replaces what is there
     assert Judge.calls <= asked + 2, "but for whether it is there, and what failed"
+    before = (folder / "scores.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(["eval", *words, "--rollout.steps=3"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --out: {folder}: scores of other settings, rollout.steps 2 there and 3 now "
+        f"(accepted: another folder, or without that one)\n"
+    )
+    assert (folder / "scores.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

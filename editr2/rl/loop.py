@@ -387,7 +387,7 @@ class _Loop:
         others = [
             ("Follow it in a browser, also while it is at work", f"editr2 watch {run}"),
             ("Its page, report.html, again", f"editr2 report {run}"),
-            ("Scores by turn on held-out sessions", f"editr2 eval --policy {run}"),
+            ("Scores, session by session", f"editr2 eval --policy {run}"),
             ("Its policy for other programs", f"editr2 export {run} --out exported"),
         ]
         self.processes.on_main(lambda: write_readme(self.folder, made, standing, again, others))
