@@ -170,7 +170,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
 
     def small(config):
         trained.append(config)
-        few = {"sessions": 2, "siblings": 2, "steps": 2, "window": 1}
+        few = {"sessions": 2, "siblings": 2, "steps": 2}
         return whole(replace_nested(config, {"rollout": few, "eval": {"steps": 2}}))
 
     monkeypatch.setattr(editr2.training, "train", small)
