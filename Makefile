@@ -39,7 +39,7 @@ $(STAMP): $(INPUTS)
 	@touch $@
 
 demo: install  ## train the small model that ships with the package; writes a report
-	@$(BIN)/editr2 train --preset edit-r2-nft --train.iterations 42 --out $(DEMO) --profile $(ARGS)
+	@$(BIN)/editr2 train --preset edit-r2-nft --train.iterations 40 --out $(DEMO) --profile $(ARGS)
 
 test: install  ## the tests, in up to four processes of one thread each
 	@$(BIN)/python -m pytest tests -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
