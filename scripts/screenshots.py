@@ -60,9 +60,23 @@ def compare() -> Iterator[str]:
     yield (out / "compare.html").as_uri()
 
 
+@contextmanager
+def watch() -> Iterator[str]:
+    words = [sys.executable, "-u", "-m", "editr2", "watch", str(trained("first")), "--port=0"]
+    with subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        try:
+            yield next(
+                word for line in server.stdout for word in line.split() if word.startswith("http")
+            )
+        finally:
+            server.terminate()
+
+
 PAGES: dict[str, Callable[[], contextlib.AbstractContextManager[str]]] = {
     "report": report,
     "compare": compare,
+    "watch": watch,
 }
 """Pages by name: what makes one, and gives its address as long as it is wanted."""
 
@@ -95,6 +109,8 @@ SHOTS = {
     "strip": Shot("report", element="section[aria-labelledby=strips] article.session >> nth=0"),
     "compare-1280-light": Shot("compare"),
     "compare-400-dark": Shot("compare", width=400, scheme="dark"),
+    "watch-1280-light": Shot("watch"),
+    "watch-400-dark": Shot("watch", width=400, scheme="dark"),
 }
 
 
