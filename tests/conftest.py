@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 
 # Before anything imports huggingface_hub or initialises CUDA: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -128,3 +129,18 @@ def tiny_unified() -> UnifiedPolicy:
         policy.module.llm2vae.weight, std=0.1, generator=torch.Generator().manual_seed(0)
     )
     return policy
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """An installed Chromium, driven by playwright: nothing is downloaded."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: editr2[dev]")
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None
+    )
+    if chromium is None:
+        pytest.skip("needs Chromium: none is installed")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from editr2.label.store import Store
 from editr2.label.summary import people
 from editr2.serving import listen
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+pytest.importorskip("uvicorn", reason="needs uvicorn: editr2[label]")
 IDLE = "body:not([data-busy])"
 SERVE = """
 import sys
@@ -37,18 +36,6 @@ store.ask(read_questions(Path(sys.argv[1])))
 print(address(store, listening), flush=True)
 serve(Page(store), listening)
 """
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: editr2[dev]")
-    pytest.importorskip("uvicorn", reason="needs uvicorn: editr2[label]")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium: none is installed")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 class Server:

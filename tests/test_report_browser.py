@@ -4,7 +4,6 @@ Needs playwright and axe-core (the extra `dev`) and an installed Chromium; nothi
 import importlib.util
 import json
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from PIL import Image
 from editr2.benchmarks.runs import compare_runs
 from editr2.report import build_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
 AXE = "axe_playwright_python"
 
@@ -25,17 +23,6 @@ def axe_core():
     if found is None:
         pytest.skip("needs axe-playwright-python: editr2[dev]")
     return next(Path(found.origin).parent.rglob("axe.min.js")).read_text("utf-8")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: editr2[dev]")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium: none is installed")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def write_evaluation(folder, iteration, gain, sessions=5):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,9 @@ from PIL import Image
 
 from editr2.rl.kept import file_name
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+pytest.importorskip("uvicorn", reason="needs uvicorn: editr2[label]")
 SERVE = """
 import sys
-from pathlib import Path
 from pathlib import Path
 from editr2 import serving
 from editr2.watch.serve import Watch, listen, serve
@@ -28,18 +26,6 @@ print(serving.address(watch.token, listening), flush=True)
 serve(watch, listening)
 """
 pytestmark = [pytest.mark.exhaustive, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: editr2[dev]")
-    pytest.importorskip("uvicorn", reason="needs uvicorn: editr2[label]")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium: none is installed")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 class Server:

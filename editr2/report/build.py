@@ -136,7 +136,7 @@ def facts_of(run: RecordedRun) -> list[tuple[str, str]]:
     planned = run.setting("iterations", "max_iterations", "num_iterations")
     done = str(run.train[-1].iteration + 1) if run.train else None
     facts = {
-        "Preset": run.setting("preset"),
+        "Credit": run.setting("preset"),
         "Policy": run.setting("policy", "policy.name", "policy.kind", "model"),
         "Objective": run.setting("objective", "objective.name", "objective.kind", "algorithm"),
         "Each iteration" if run.train else "Sessions of": _size(run),
