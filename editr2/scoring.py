@@ -36,7 +36,7 @@ from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import sessions_for
 from editr2.rl.told import judges_told, sampled_by, sessions_told
 from editr2.rl.watch import alarms
-from editr2.run.folder import SETTINGS, check_settings_are_ours
+from editr2.run.folder import SETTINGS, check_settings_are_ours, numbered
 from editr2.run.identity import Identity, identify, loaded_weights, provenance
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
@@ -64,10 +64,17 @@ IN_ITS_STEAD = (
 before."""
 
 
-def score(config: Config, out: Path, notes: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Evaluates the policy on the sessions of the settings (`eval.*`, `data.*`), writes the folder
-    and returns the row of `metrics.jsonl`; None of any process but the first. notes: lines that are
-    said before.
+FOLDER: Final = Path("runs/eval")
+"""Where nobody names one; another evaluation gets `runs/eval-2` and so on."""
+
+
+def score(
+    config: Config, out: Path | None = None, notes: Sequence[str] = ()
+) -> tuple[Path, dict[str, Any] | None]:
+    """Evaluates the policy on the sessions of the settings (`eval.*`, `data.*`), writes a folder,
+    and returns it with the row of `metrics.jsonl`; None for a row of any process but the first.
+    out: None is the first of `FOLDER`, `FOLDER`-2, ... without anything else in it. notes: lines
+    that are said before.
 
     Raises `ConfigError` for a folder of something else, `LockedError` where somebody is at work in
     it, and what an evaluation raises.
@@ -75,7 +82,7 @@ def score(config: Config, out: Path, notes: Sequence[str] = ()) -> dict[str, Any
     config = check_config(config, COMMAND)
     processes = open_processes()  # first: it says which device is this process's
     _tell(processes, *(f"note: {note}" for note in notes))
-    processes.on_main(lambda: _check_folder(out, config))
+    out = processes.on_main(lambda: _free_folder(config) if out is None else _checked(out, config))
     with RunLock(out) as lock:
         processes.on_main(lambda: lock.take(make=False))
         record = Record(out, index=processes.index, cache=config.reward.cache)
@@ -122,7 +129,7 @@ def score(config: Config, out: Path, notes: Sequence[str] = ()) -> dict[str, Any
             config.credit.weights, source, processes, policy, reward, apart, identity
         ) | {"command": COMMAND, "heldout_is_training": False}
         processes.on_main(lambda: _write(out, config, [start, row], found, sessions, reward))
-    return row if processes.main else None
+    return out, row if processes.main else None
 
 
 def _tell(processes: Processes, *lines: str) -> None:
@@ -130,8 +137,20 @@ def _tell(processes: Processes, *lines: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _check_folder(out: Path, config: Config) -> None:
-    """Raises `ConfigError` for a folder of something else, whose files have the same names, and for
+def _free_folder(config: Config) -> Path:
+    """The first of the default folders that may be written: with the same settings the one of
+    before, where what judges said stands."""
+    for folder in numbered(FOLDER):
+        try:
+            return _checked(folder, config)
+        except ConfigError:
+            if not folder.is_dir():
+                raise
+    raise AssertionError
+
+
+def _checked(out: Path, config: Config) -> Path:
+    """The folder. Raises `ConfigError` for a folder of something else, whose files have the same names, and for
     one of other settings: what was scored there is not to be lost."""
     for name, owner in OTHERS.items():
         ours = name == "metrics.jsonl" and (out / name).is_file() and _is_ours(out / name)
@@ -141,7 +160,7 @@ def _check_folder(out: Path, config: Config) -> None:
     try:
         earlier = to_dataclass(load_yaml(out / SETTINGS)[0], Config)
     except ConfigError:  # none is there, or another version's
-        return
+        return out
     now = _settings(out, config)
     for key, _ in leaves(Config):
         there, here = (attrgetter(key)(of) for of in (earlier, now))
@@ -150,6 +169,7 @@ def _check_folder(out: Path, config: Config) -> None:
                 f"--out: {shown(out)}: scores of other settings, {key} {shown(str(there))} there "
                 f"and {shown(str(here))} now (accepted: another folder, or without that one)"
             )
+    return out
 
 
 def _settings(out: Path, config: Config) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -110,9 +111,33 @@ def test_the_folder_of_something_else_is_left_alone(file, owner, tmp_path, capsy
 def test_a_file_of_settings_names_a_trainings_folder_not_ours(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text("out: runs/training\n")
     seen = {}
-    monkeypatch.setattr(scoring, "score", lambda config, out, notes: seen.update(out=out))
+
+    def score(config, out, notes):
+        seen.update(out=out)
+        return Path("runs/eval"), None
+
+    monkeypatch.setattr(scoring, "score", score)
     assert main(["eval", "--config", str(tmp_path / "run.yaml")]) == 0
-    assert seen["out"] == Path("runs/eval")
+    assert seen == {"out": None}
+
+
+@pytest.mark.parametrize("command, file", [("eval", "scores.jsonl"), ("rollout", "outputs.jsonl")])
+def test_nobody_who_names_no_folder_loses_what_is_there(
+    command, file, tmp_path, monkeypatch, capsys
+):
+    """One editor after another is what people do; the first one's outcome stays."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs", command).mkdir(parents=True)
+    Path("runs", command, "metrics.jsonl").write_text('{"event": "start"}\n')  # a run's
+    small = ["--rollout.turns=2", "--rollout.steps=2", "--rollout.window=1", "--eval.sessions=2"]
+    written = []
+    for extra in ((), ("--seed=1",), ()):
+        assert main([command, *small, *extra]) == 0
+        written.append(re.search(rf"runs/{command}[-\d]*/{file}", capsys.readouterr().out)[0])
+    first, second = (f"runs/{command}-{n}/{file}" for n in (2, 3))
+    again = first if command == "eval" else f"runs/{command}-4/{file}"  # the same settings
+    assert written == [first, second, again]
+    assert Path(first).is_file() and Path(second).is_file()
 
 
 class Terminal(io.StringIO):

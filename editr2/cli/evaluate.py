@@ -48,8 +48,8 @@ def command(arguments: Arguments) -> int:
     )
     from editr2.scoring import SCORES, score
 
-    out = Path(given["out"])
-    row = score(config, out, given["notes"])
+    asked = given["out"]
+    out, row = score(config, None if asked is None else Path(asked), given["notes"])
     if row is not None:
         print(evaluation_text(row))
         print(f"scores: {out / SCORES}\nreport: {out / 'report.html'}")

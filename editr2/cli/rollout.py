@@ -7,6 +7,7 @@ from pathlib import Path
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
+from editr2.run.folder import numbered
 
 EXAMPLES = [
     ("--data examples/shapes --out runs/edited", "by the shipped small editor"),
@@ -61,7 +62,7 @@ def command(arguments: Arguments) -> int:
     check_run(config, None, own, processes=processes.count, command="rollout")
     sessions = sessions_for(config, policy).heldout
     sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
-    out, mine = Path(given["out"]), processes.share(len(sessions))
+    out, mine = processes.on_main(lambda: _folder(given["out"])), processes.share(len(sessions))
     (out / "images").mkdir(parents=True, exist_ok=True)
     parts = [
         out / "outputs.jsonl",
@@ -112,3 +113,10 @@ def command(arguments: Arguments) -> int:
                 part.unlink()
         print(f"{len(sessions)} sessions: {parts[0]}")
     return 0
+
+
+def _folder(asked: str | None) -> Path:
+    """Where to; what an earlier call wrote is only written over where somebody says so."""
+    if asked is not None:
+        return Path(asked)
+    return next(out for out in numbered(Path("runs/rollout")) if not out.exists())

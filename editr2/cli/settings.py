@@ -171,9 +171,11 @@ def file_config(
 
 
 def out_flag(default: str, holds: str) -> tuple[str, dict[str, Any]]:
-    """`--out` of a command that trains nothing: what `out` of --config names is a training's."""
-    how = {"path": True, "check": folder_problem, "what": "a folder", "default": default}
-    return "--out", {**how, "help": f"{holds}; `out` of --config is a training's"}
+    """`--out` of a command that trains nothing: what `out` of --config names is a training's. Not
+    given it is None: the command takes the first of `default`, `default`-2, ... that is free."""
+    how = {"path": True, "check": folder_problem, "what": "a folder"}
+    text = f"{holds}; else {default}, or {default}-2, ... where that is taken"
+    return "--out", {**how, "help": text}
 
 
 NAMED = (

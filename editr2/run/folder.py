@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,6 +22,14 @@ SHARE = 0.02
 
 
 SETTINGS, METRICS = "config.yaml", "metrics.jsonl"
+
+
+def numbered(folder: Path) -> Iterator[Path]:
+    """`folder`, `folder-2`, `folder-3`, ...: for a command that was told none, and must not write
+    over what it left before."""
+    yield folder
+    for number in count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
 
 
 def check_settings_are_ours(folder: Path) -> None:
