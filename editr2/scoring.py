@@ -150,8 +150,8 @@ def _free_folder(config: Config) -> Path:
 
 
 def _checked(out: Path, config: Config) -> Path:
-    """The folder. Raises `ConfigError` for a folder of something else, whose files have the same names, and for
-    one of other settings: what was scored there is not to be lost."""
+    """The folder. Raises `ConfigError` for one of something else, whose files have the same names,
+    and for one of other settings: what was scored there is not to be lost."""
     for name, owner in OTHERS.items():
         ours = name == "metrics.jsonl" and (out / name).is_file() and _is_ours(out / name)
         if (out / name).exists() and not ours:

@@ -21,10 +21,22 @@ from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
 from editr2.errors import ConfigError
 from editr2.report.intervals import COVERAGE, Interval, interval
 from editr2.reproduce import runs
-from editr2.reproduce.arms import ARMS, TURNS, Settings, arm_config, evaluation_sampler, find_arms
-from editr2.reproduce.claims import CLAIMS, Claim, find, verdict
+from editr2.reproduce.arms import (
+    ARMS,
+    BELIEVED,
+    EVERY_ARM,
+    STUDIES,
+    TURNS,
+    Settings,
+    arm_config,
+    evaluation_sampler,
+    find_arms,
+    study_of,
+)
+from editr2.reproduce.claims import CLAIMS, STUDY_CLAIMS, Claim, find, verdict
 from editr2.reproduce.page import write_page
 from editr2.reproduce.rows import fingerprints, make_row, read_rows, results, write_rows
+from editr2.rewards.verifier import SHIPPED
 from editr2.rl.credit import credit_options
 from editr2.rl.evaluate import mean_se
 from editr2.run.tracking import read_metrics
@@ -108,12 +120,14 @@ def changed(first, second, prefix=""):
     return names
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", EVERY_ARM, ids=lambda arm: arm.name)
 def test_every_arm_is_a_valid_run_with_the_same_edits_and_the_same_evaluation(arm):
     config = arm_config(arm, Settings(), 1, "x")
     credit_options(config.credit)
     first = arm_config(ARMS[0], Settings(), 1, "x")
-    assert config.eval == first.eval and config.eval.turns == TURNS and config.train.kl_weight == 0
+    judged = {} if arm.judge is None else {"sessions": BELIEVED}
+    assert config.eval == dataclasses.replace(first.eval, **judged)
+    assert config.eval.turns == TURNS and config.train.kl_weight == 0
     assert to_dataclass(json.loads(json.dumps(dataclasses.asdict(config))), Config) == config
     r, f = config.rollout, first.rollout
     assert (
@@ -131,9 +145,16 @@ def test_every_arm_differs_from_its_neighbour_only_in_what_it_isolates():
         "mt-reward-fusion": {"credit.fusion"},
         "mt-per-turn": {"credit.aggregate", "credit.baseline"},
         "mt-editflow-nft": {"train.loss", "rollout.window", "rollout.shared_noise"},
+        "sft": {"reward.name", "reward.options", "eval.sessions"},
+        "gcpo": {"reward.options"},
+        "early": {"reward.options"},
     }
-    configs = {arm.name: arm_config(arm, Settings(), 0, "x") for arm in ARMS}
-    for arm in ARMS:
+    for judge in ("exact", "sft"):
+        expected[f"{judge}-unfiltered"] = {"credit.filter"}
+        expected[f"{judge}-broadcast"] = {"credit.aggregate"}
+        expected[f"{judge}-fusion"] = {"credit.fusion"}
+    configs = {arm.name: arm_config(arm, Settings(), 0, "x") for arm in EVERY_ARM}
+    for arm in EVERY_ARM:
         if arm.beside is not None:
             assert changed(configs[arm.beside], configs[arm.name]) == expected.pop(arm.name), (
                 arm.name
@@ -143,7 +164,10 @@ def test_every_arm_differs_from_its_neighbour_only_in_what_it_isolates():
     assert options["edit-r2"].filter_reward == 0 and options["intent"].filter_reward is None
     assert options["mt-editflow-grpo"].broadcast and not options["mt-per-turn"].broadcast
     assert {options["mt-editflow-grpo"].fusion, options["mt-per-turn"].fusion} == {"advantage"}
-    assert all({claim.above, claim.below} <= set(configs) for claim in CLAIMS)
+    assert options["sft-broadcast"].broadcast and not options["sft"].broadcast
+    for study, claims in STUDY_CLAIMS.items():
+        arms = {arm.name for arm in STUDIES[study]}
+        assert all({claim.above, claim.below} <= arms for claim in claims)
 
 
 def test_an_unknown_arm_is_named(capsys):
@@ -512,6 +536,41 @@ def test_runs_start_seed_by_seed_and_share_the_cores(tmp_path, stub, monkeypatch
     assert reproduce(tmp_path, "--arms=multi-turn,intent", "--seeds=2", "--jobs=3") == 0
     order = [(seed, arm, "2") for seed in (0, 1) for arm in ("multi-turn", "intent")]
     assert started == order
+
+
+def test_a_judged_run_is_scored_by_the_world(tmp_path, capsys):
+    """A verifier is the reward; what the page says of the editor is exact, and so is its start."""
+    verifiers = tmp_path / "verifiers"
+    (verifiers / "sft").mkdir(parents=True)
+    (verifiers / "sft" / "seed0").symlink_to(SHIPPED)
+    words = ["--study=judges", f"--verifiers={verifiers}", "--arms=sft", "--seeds=1"]
+    assert reproduce(tmp_path, *words) == 0
+    rows = read_rows(tmp_path / "docs")
+    judged, start = rows["sft", 0, "ode"], rows["base-intent", None, "ode"]
+    for row in (judged, start):
+        assert {v for turn in row["per_session"]["ga"] for v in turn} <= {0, 1}
+        assert len(row["per_session"]["ga"][0]) == SMALL.sessions
+    assert judged["judge"]["name"] == "sft" and "judge" not in start
+    assert all(0 < value < 1 for value in judged["judge"]["believed"].values())
+    page = (tmp_path / "docs" / "reproduction.md").read_text()
+    assert "What the verifiers believed" in page and "--study judges --verifiers VERIFIERS" in page
+    assert study_of(row["arm"] for row in rows.values()) == "judges"
+    # The run's folder, and its exact evaluation's, stand: nothing is done again.
+    held = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("metrics.jsonl")}
+    (tmp_path / "docs" / "reproduction.jsonl").unlink()
+    assert reproduce(tmp_path, *words) == 0 and len(held) == 2
+    assert held == {p: p.stat().st_mtime_ns for p in held}
+    assert read_rows(tmp_path / "docs") == rows
+    capsys.readouterr()
+    for more, said in (
+        (["--arms=gcpo"], f"--verifiers: {verifiers}/gcpo/seed0: no verifier"),
+        (["--seeds=2"], f"--verifiers: {verifiers}/sft/seed1: no verifier"),
+        (["--study=methods", "--arms=base"], "rows of another study"),
+    ):
+        assert reproduce(tmp_path, *words, *more) == 2
+        assert said in capsys.readouterr().err
+    assert main(["reproduce", "--study=judges", "--arms=sft"]) == 2
+    assert "--verifiers: arm sft is rewarded by one (accepted: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

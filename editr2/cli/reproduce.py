@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from editr2.cli.flags import SOME, Arguments, Flags
 from editr2.cli.loading import load_libraries
@@ -21,6 +22,10 @@ def command(arguments: Arguments) -> int:
         [
             ("--arms base,edit-r2 --seeds 1 --iterations 5", "a small one, to see what it does"),
             ("--seeds 3", "all of it: hours on two cores"),
+            (
+                "--study judges --verifiers runs/verifiers --arms exact,sft --iterations 20",
+                "rewarded by a verifier of your own, held against exact scores",
+            ),
             ("--report-only", "the page again, from the rows there are"),
         ],
     )
@@ -29,8 +34,7 @@ def command(arguments: Arguments) -> int:
         path=True,
         check=folder_problem,
         what="a folder",
-        default="runs/reproduce",
-        help="folder of the runs",
+        help="folder of the runs; else runs/reproduce, of judges runs/reproduce-judges",
     )
     flags.add(
         "--docs",
@@ -39,6 +43,17 @@ def command(arguments: Arguments) -> int:
         check=folder_problem,
         what="a folder or none",
         help="folder of reproduction.md, its plots and its rows; none: --out",
+    )
+    flags.add(
+        "--study",
+        type=Literal["methods", "judges"],
+        default="methods",
+        help="methods: the papers', under exact scores; judges: rewarded by verifiers, which err",
+    )
+    flags.add(
+        "--verifiers",
+        path=True,
+        help="of the study of judges: folder with sft/seed0, gcpo/seed0 and so on",
     )
     flags.add("--arms", help="comma-separated names; all of them if not given")
     flags.add("--seeds", type=int, default=3, bounds=SOME, help="training seeds of every arm")
@@ -50,15 +65,26 @@ def command(arguments: Arguments) -> int:
     options = flags.parse(arguments)
     load_libraries()
     out, docs, report_only = (options.pop(name) for name in ("out", "docs", "report_only"))
-    out, docs = Path(out), Path(out if docs is None else docs)
-    arms, seeds, jobs = find_arms(options.pop("arms")), options.pop("seeds"), options.pop("jobs")
+    study = options.pop("study")
+    out = Path(out or ("runs/reproduce" if study == "methods" else f"runs/reproduce-{study}"))
+    docs = out if docs is None else Path(docs)
+    arms = find_arms(options.pop("arms"), study)
+    seeds, jobs, verifiers = (options.pop(name) for name in ("seeds", "jobs", "verifiers"))
     from editr2.reproduce.page import write_page
     from editr2.reproduce.runs import reproduce
 
     failures = (
         []
         if report_only
-        else reproduce(out, docs, Settings(**options), arms=arms, seeds=seeds, jobs=jobs)
+        else reproduce(
+            out,
+            docs,
+            Settings(**options),
+            arms=arms,
+            seeds=seeds,
+            jobs=jobs,
+            verifiers=None if verifiers is None else Path(verifiers),
+        )
     )
     if failures:
         print(f"failed: {', '.join(failures)}", file=sys.stderr)

@@ -1,10 +1,13 @@
 """What is compared: every arm is a name, a preset and the fields that it changes, as data.
 
-All arms share the start, the seeds, the held-out sessions and the number of edits an iteration.
+All arms of a study share the start, the seeds, the held-out sessions and the number of edits an
+iteration. The methods are compared under the world's exact scores; the judges, and what the methods
+are worth under one that errs, by the recipe that learns fastest here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +33,8 @@ class Arm:
         overrides: fields of `Config` that it changes, nested by section; they win over `Settings`.
         beside: the arm it differs from in what it isolates, and in nothing else.
         trained: false for the start itself, which is only evaluated.
+        judge: which verifier its reward is, a folder of `--verifiers`; None is the world, which is
+            exact. Every arm is evaluated by the world.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Arm:
     overrides: dict[str, Any] = field(default_factory=dict)
     beside: str | None = None
     trained: bool = True
+    judge: str | None = None
 
 
 _NO_INTENT = {"intent": False}
@@ -120,6 +126,62 @@ ARMS: tuple[Arm, ...] = (
 )
 
 
+_FILTER_OFF = {"credit": _UNFILTERED}
+_BROADCAST = {"credit": {"aggregate": "mean"}}
+_FUSED = {"credit": {"fusion": "advantage"}}
+
+
+def _judged(
+    name: str,
+    title: str,
+    isolates: str,
+    judge: str | None,
+    overrides: dict[str, Any] | None = None,
+    beside: str | None = None,
+) -> Arm:
+    return Arm(name, title, isolates, "edit-r2-nft", overrides or {}, beside, judge=judge)
+
+
+JUDGED: tuple[Arm, ...] = (
+    ARMS[1],
+    _judged("exact", "exact scores", "rewarded by the world's exact scores", None),
+    _judged(
+        "gcpo",
+        "verifier, SFT + GCPO",
+        "rewarded by a verifier after GCPO",
+        "gcpo",
+        beside="sft",
+    ),
+    _judged("sft", "verifier, SFT", "rewarded by a verifier after SFT", "sft", beside="exact"),
+    _judged(
+        "early",
+        "verifier, early",
+        "rewarded by a verifier of early in its SFT",
+        "early",
+        beside="sft",
+    ),
+    *(
+        _judged(f"{judge or 'exact'}-{name}", f"{title}, {says}", isolates, judge, change, beside)
+        for judge, beside, says in ((None, "exact", "exact"), ("sft", "sft", "SFT verifier"))
+        for name, title, isolates, change in (
+            ("unfiltered", "no filter", "turns after a failed one train, too", _FILTER_OFF),
+            ("broadcast", "broadcast", "the mean over turns is every turn's reward", _BROADCAST),
+            ("fusion", "advantage fusion", "IF, CC and GA are each normalised, then fused", _FUSED),
+        )
+    ),
+)
+
+STUDIES: dict[str, tuple[Arm, ...]] = {"methods": ARMS, "judges": JUDGED}
+"""Each has a page of its own."""
+
+EVERY_ARM: tuple[Arm, ...] = tuple(
+    {arm.name: arm for arms in STUDIES.values() for arm in arms}.values()
+)
+
+BELIEVED = 100
+"""Held-out sessions that a judge scores, too, before and after: what it believes of the editor."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all arms of one reproduction share, and all rows of one page.
@@ -139,22 +201,42 @@ class Settings:
     sampler: Literal["rollout", "ode"] = Config().eval.sampler
 
 
-def find_arms(names: str | None) -> tuple[Arm, ...]:
-    """The arms of a comma-separated list, in the order of `ARMS`; all of them for none."""
+def find_arms(names: str | None, study: str = "methods") -> tuple[Arm, ...]:
+    """The arms of a comma-separated list, in the order of the study; all of them for none."""
+    arms = STUDIES[study]
     if names is None:
-        return ARMS
-    known = {arm.name: arm for arm in ARMS}
+        return arms
+    known = {arm.name: arm for arm in arms}
     asked = [name.strip() for name in names.split(",")]
     for name in asked:
         if name not in known:
             raise ConfigError(f"--arms: {name!r} (accepted: {', '.join(known)})")
-    return tuple(arm for arm in ARMS if arm.name in asked)
+    return tuple(arm for arm in arms if arm.name in asked)
 
 
-def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Config:
+def study_of(names: Iterable[str]) -> str | None:
+    """The first study that has all of these arms, as far as they still exist."""
+    wanted = set(names) & {arm.name for arm in EVERY_ARM}
+    return next(
+        (study for study, arms in STUDIES.items() if wanted <= {arm.name for arm in arms}), None
+    )
+
+
+def verifier_of(arm: Arm, seed: int, verifiers: Path) -> Path:
+    """The folder of the verifier that an arm is rewarded by, of a training seed of its own."""
+    return verifiers / str(arm.judge) / f"seed{seed}"
+
+
+def arm_config(
+    arm: Arm,
+    settings: Settings,
+    seed: int,
+    out: str | Path,
+    verifiers: Path = Path("verifiers"),
+) -> Config:
     """The checked configuration of one run."""
     turns = arm.overrides.get("rollout", {}).get("turns", TURNS)
-    common = {
+    common: dict[str, Any] = {
         "seed": seed,
         "out": str(Path(out)),
         "rollout": {
@@ -173,6 +255,15 @@ def arm_config(arm: Arm, settings: Settings, seed: int, out: str | Path) -> Conf
         # The last iteration always writes one.
         "checkpoint": {"every": settings.iterations, "keep": 1},
     }
+    if arm.judge is not None:
+        options = {
+            "weights": str(verifier_of(arm, seed, verifiers)),
+            "scores": ["IF", "CC", "GA"],
+            "max_tokens": 90,
+            "dtype": "bfloat16",
+        }
+        common["reward"] = {"name": "verifier", "options": options}
+        common["eval"]["sessions"] = min(settings.sessions, BELIEVED)
     config: Config = replace_nested(preset_config(arm.preset), common)
     from editr2.policies.rules import check_config
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from editr2.report.intervals import Interval, interval
 from editr2.reproduce.arms import TURNS, start_of
 from editr2.reproduce.rows import Result
 
-EDIT_R2, MT_EDITFLOW, OURS = "Edit-R2", "MT-EditFlow", "ours"
+EDIT_R1, EDIT_R2, MT_EDITFLOW, OURS = "Edit-R1", "Edit-R2", "MT-EditFlow", "ours"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,29 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("broadcast beats per-turn credit", "mt-editflow-grpo", "mt-per-turn", MT_EDITFLOW),
     Claim("NFT against GRPO", "mt-editflow-nft", "mt-editflow-grpo", MT_EDITFLOW, ordered=False),
 )
+
+
+def _judge_claims() -> Iterator[Claim]:
+    """Where a verifier is the reward; each by the exact scores of the editor that it trained."""
+    start = "base-intent"
+    yield Claim("exact scores raise the start", "exact", start, OURS, ordered=False)
+    yield Claim("an SFT verifier as reward raises the start", "sft", start, EDIT_R1)
+    yield Claim("the same after GCPO", "gcpo", start, EDIT_R1)
+    yield Claim("GCPO makes a better reward", "gcpo", "sft", EDIT_R1)
+    yield Claim("a weak verifier is a worse reward", "sft", "early", EDIT_R1)
+    yield Claim("a weak verifier against the start", "early", start, OURS, ordered=False)
+    yield Claim("what the verifier's errors cost", "exact", "gcpo", OURS, ordered=False)
+    for name, text, source in (
+        ("broadcast", "broadcast beats per-turn credit", MT_EDITFLOW),
+        ("fusion", "advantage fusion beats reward fusion", MT_EDITFLOW),
+    ):
+        yield Claim(f"{text}, under the verifier", f"sft-{name}", "sft", source)
+        yield Claim(f"{text}, under exact scores", f"exact-{name}", "exact", source)
+    yield Claim("the filter helps, under the verifier", "sft", "sft-unfiltered", EDIT_R2)
+    yield Claim("the filter helps, under exact scores", "exact", "exact-unfiltered", EDIT_R2)
+
+
+STUDY_CLAIMS: dict[str, tuple[Claim, ...]] = {"methods": CLAIMS, "judges": tuple(_judge_claims())}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from editr2.errors import ConfigError
 from editr2.report.intervals import COVERAGE, RESAMPLES, Interval, interval
-from editr2.reproduce.arms import ARMS, TURNS, Arm, Settings
-from editr2.reproduce.claims import CLAIMS, Finding, find
+from editr2.reproduce.arms import BELIEVED, STUDIES, TURNS, Arm, Settings, start_of, study_of
+from editr2.reproduce.claims import STUDY_CLAIMS, Finding, find
 from editr2.reproduce.plots import Difference, Series, forest, lines_by_turn
 from editr2.reproduce.rows import FILE, Result, read_rows, results, shared_settings
+from editr2.run.tracking import Row
 
 NOTES = "reproduction_notes.md"
 PAGE = "reproduction.md"
@@ -24,16 +25,30 @@ SUMMARY = {
     "reversed": ("is reversed", "are reversed"),
 }
 
-_PANELS = (
-    (
-        "Edit-R2, step by step",
-        ("base", "base-intent", "single-turn", "multi-turn", "intent", "edit-r2"),
+TITLES = {
+    "methods": "Reproduction on the shapes world",
+    "judges": "Rewarded by a verifier that errs, on the shapes world",
+}
+
+_PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "methods": (
+        (
+            "Edit-R2, step by step",
+            ("base", "base-intent", "single-turn", "multi-turn", "intent", "edit-r2"),
+        ),
+        (
+            "MT-EditFlow",
+            ("base", "mt-per-turn", "mt-reward-fusion", "mt-editflow-grpo", "mt-editflow-nft"),
+        ),
     ),
-    (
-        "MT-EditFlow",
-        ("base", "mt-per-turn", "mt-reward-fusion", "mt-editflow-grpo", "mt-editflow-nft"),
+    "judges": (
+        ("The reward", ("base-intent", "exact", "gcpo", "sft", "early")),
+        (
+            "Credit, under the SFT verifier",
+            ("base-intent", "sft", "sft-broadcast", "sft-fusion", "sft-unfiltered"),
+        ),
     ),
-)
+}
 
 
 def write_page(docs: Path) -> Path:
@@ -45,11 +60,14 @@ def write_page(docs: Path) -> Path:
         )
     settings = shared_settings(rows, docs / FILE)
     found = results(rows)
-    findings = [find(claim, found) for claim in CLAIMS]
+    study = study_of(r.arm.name for r in found)
+    if study is None:
+        raise ConfigError(f"{docs / FILE}: holds rows of several studies (accepted: one a folder)")
+    findings = [find(claim, found) for claim in STUDY_CLAIMS[study]]
     notes = docs / NOTES
     if not notes.exists():
         notes.write_text("")
-    panels = _panels(found)
+    panels = _panels(found, study)
     drawn = {GA_PLOT: lines_by_turn(panels, "GA")} if panels else {}
     if differences := _differences(findings):
         drawn[FOREST_PLOT] = forest(differences, f"difference, turn {TURNS}")
@@ -57,12 +75,13 @@ def write_page(docs: Path) -> Path:
         (docs / name).unlink(missing_ok=True)
         if name in drawn:
             (docs / name).write_text(drawn[name])
-    text = _page(settings, found, findings, notes.read_text().strip(), list(drawn))
+    text = _page(study, settings, found, findings, notes.read_text().strip(), list(drawn))
     (docs / PAGE).write_text(text)
     return docs / PAGE
 
 
 def _page(
+    study: str,
     settings: Settings,
     found: Sequence[Result],
     findings: Sequence[Finding],
@@ -74,13 +93,13 @@ def _page(
         FOREST_PLOT: f"![Differences between arms with intervals]({FOREST_PLOT})",
     }
     parts = [
-        "# Reproduction on the shapes world",
+        f"# {TITLES[study]}",
         _wrapped(
             f"Written by `editr2 reproduce` from [{FILE}]({FILE}); edit [{NOTES}]({NOTES}), not "
             f"this page."
         ),
         _summary(findings),
-        _circumstances(settings, found),
+        _circumstances(study, settings, found),
         *([picture[GA_PLOT]] if GA_PLOT in plots else []),
         "## Orderings",
         _orderings(findings),
@@ -89,6 +108,7 @@ def _page(
         *([notes] if notes else []),
         "## Scores",
         *_tables(found),
+        *_beliefs(found),
         "## The intervals",
         _about_intervals(found, settings),
         "## The arms",
@@ -132,11 +152,11 @@ def _range(values: Sequence[str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _circumstances(settings: Settings, found: Sequence[Result]) -> str:
+def _circumstances(study: str, settings: Settings, found: Sequence[Result]) -> str:
     """How the rows came about, as a list."""
     trained = [r for r in found if r.arm.trained]
     seeds = sorted({s for r in trained for s in r.seeds if s is not None})
-    absent = [arm for arm in ARMS if not any(r.arm is arm for r in found)]
+    absent = [arm for arm in STUDIES[study] if not any(r.arm is arm for r in found)]
     lines = [
         _training(settings, trained, len(seeds)),
         f"- **{settings.sessions} held-out sessions** of {TURNS} turns, half of them `cm` (a "
@@ -154,7 +174,7 @@ def _circumstances(settings: Settings, found: Sequence[Result]) -> str:
         gaps.append(f"- **Incomplete**: without the seeds {'; '.join(missing)}.")
     if absent:
         gaps.append(f"- **Not run**: {', '.join(arm.title for arm in absent)}.")
-    command = f"- `{_command(settings, len(seeds), absent)}`"  # a command is not wrapped
+    command = f"- `{_command(study, settings, len(seeds), absent)}`"  # a command is not wrapped
     wrapped = [_wrapped(line, "  ") for line in lines]
     return "\n".join([*wrapped, command, *(_wrapped(line, "  ") for line in gaps)])
 
@@ -185,7 +205,7 @@ def _machine(found: Sequence[Result]) -> str:
     )
 
 
-def _command(settings: Settings, seeds: int, absent: Sequence[Arm]) -> str:
+def _command(study: str, settings: Settings, seeds: int, absent: Sequence[Arm]) -> str:
     """What makes the same rows again."""
     options = {
         "seeds": seeds,
@@ -195,9 +215,12 @@ def _command(settings: Settings, seeds: int, absent: Sequence[Arm]) -> str:
         "siblings": settings.siblings,
         "sampler": settings.sampler,
     }
-    command = "editr2 reproduce " + " ".join(f"--{name} {value}" for name, value in options.items())
+    command = "editr2 reproduce "
+    if study != "methods":
+        command += f"--study {study} --verifiers VERIFIERS "
+    command += " ".join(f"--{name} {value}" for name, value in options.items())
     if absent:
-        command += " --arms " + ",".join(arm.name for arm in ARMS if arm not in absent)
+        command += " --arms " + ",".join(arm.name for arm in STUDIES[study] if arm not in absent)
     return command
 
 
@@ -299,6 +322,35 @@ def _tables(found: Sequence[Result]) -> list[str]:
     return [*out, "### Session success by mode", table(by_mode)]
 
 
+def _beliefs(found: Sequence[Result]) -> list[str]:
+    """What verifiers said of the editors that they rewarded, beside what the world says."""
+    judged = [r for r in found if r.arm.judge is not None]
+    if not judged:
+        return []
+
+    def seeds(rows: Sequence[Row], value: Callable[[Row], float]) -> str:
+        return " ".join(_number(value(row), sign=True) for row in rows)
+
+    starts = {(r.arm.name, r.sampler): r.rows[0]["ga_turn"][-1] for r in found if not r.arm.trained}
+    lines = []
+    for r in judged:
+        start = starts.get((start_of(r.arm), r.sampler))
+        believed = seeds(
+            r.rows,
+            lambda row: row["judge"]["believed"]["after"] - row["judge"]["believed"]["before"],
+        )
+        true = (
+            "–" if start is None else seeds(r.rows, lambda row, of=start: row["ga_turn"][-1] - of)
+        )
+        lines.append([_title(r, found), believed, true])
+    text = (
+        f"The gain of a turn-{TURNS} GA, seed by seed: as the verifier that was the reward scores "
+        f"the first {BELIEVED} held-out sessions, and as the world scores all of them."
+    )
+    head = ["arm", "believed by its verifier", "exact"]
+    return ["### What the verifiers believed", _table(head, lines), _wrapped(text)]
+
+
 def _by_seed(result: Result) -> str:
     i = interval(result.values("GA"))
     return "–" if i is None else " ".join(_number(v) for v in i.by_seed)
@@ -368,9 +420,9 @@ def _settings_of(result: Result) -> str:
 # -------------------------------------------------------------------------------------------- plots
 
 
-def _panels(found: Sequence[Result]) -> list[tuple[str, list[Series]]]:
+def _panels(found: Sequence[Result], study: str) -> list[tuple[str, list[Series]]]:
     panels = []
-    for title, names in _PANELS:
+    for title, names in _PANELS[study]:
         series = [_series(name, (colour + 5) % 6, found) for colour, name in enumerate(names)]
         present = [s for s in series if s is not None]
         if any(not s.dashed for s in present):  # the start alone compares nothing

@@ -20,7 +20,7 @@ import numpy as np
 from editr2.config import Config
 from editr2.errors import ConfigError
 from editr2.files import write_lines
-from editr2.reproduce.arms import ARMS, TURNS, Arm, Settings
+from editr2.reproduce.arms import EVERY_ARM, TURNS, Arm, Settings
 from editr2.run.tracking import Row, read_metrics
 from editr2.sessions.source import HELDOUT_SEED
 from editr2.worlds.shapes import make_session
@@ -59,7 +59,8 @@ def make_row(
     **facts: Any,
 ) -> Row:
     """A row from an evaluation's row of `metrics.jsonl`. facts: seconds, threads and device of the
-    run, and what `fingerprints` says."""
+    run, what `fingerprints` says, and of a judged arm `judge`: which weights judged, and what
+    they believed of the last turn before and after."""
     turns = ("if", "cc", "ga", "marginal")
     return {
         "arm": arm.name,
@@ -80,6 +81,7 @@ def make_row(
         },
         "intents_right": _rounded(evaluation["intents_right"], 6),
         "per_session": _per_session(evaluation["per_session"]),
+        **({"judge": facts["judge"]} if "judge" in facts else {}),
         "version": importlib.metadata.version("editr2"),
         "date": date.today().isoformat(),
         "machine": {
@@ -135,8 +137,8 @@ def read_rows(folder: Path) -> dict[Key, Row]:
 
 
 def write_rows(folder: Path, rows: Mapping[Key, Row]) -> None:
-    """The whole file anew, in the order of `ARMS`, or not at all."""
-    order = {arm.name: i for i, arm in enumerate(ARMS)}
+    """The whole file anew, in the order of `EVERY_ARM`, or not at all."""
+    order = {arm.name: i for i, arm in enumerate(EVERY_ARM)}
     folder.mkdir(parents=True, exist_ok=True)
     ordered = sorted(
         rows.values(), key=lambda r: (order.get(r["arm"], len(order)), r["sampler"], r["seed"] or 0)
@@ -152,6 +154,9 @@ def fingerprints(config: Config) -> dict[str, str]:
     at the value that stands for what was done before, does not make old rows another experiment.
     """
     given, default = (asdict(c) for c in (dataclasses.replace(config, seed=0, out=""), Config()))
+    judge = given["reward"]["options"].get("weights")
+    if judge is not None:  # VERIFIERS/sft/seed0: where it lies, and of which seed, is nothing of it
+        given["reward"]["options"]["weights"] = Path(judge).parent.name
     changed = {
         section: {k: v for k, v in values.items() if v != default[section][k]}
         for section, values in given.items()
@@ -230,10 +235,10 @@ def _whole(scores: np.ndarray) -> np.ndarray:
 
 
 def results(rows: Mapping[Key, Row]) -> list[Result]:
-    """The rows by arm and sampler, in the order of `ARMS`; rows of arms that no longer exist are
-    left out."""
+    """The rows by arm and sampler, in the order of `EVERY_ARM`, without those of arms that no
+    longer exist."""
     out = []
-    for arm in ARMS:
+    for arm in EVERY_ARM:
         mine = [row for row in rows.values() if row["arm"] == arm.name]
         for sampler in sorted({row["sampler"] for row in mine}):
             out.append(_result(arm, sampler, [row for row in mine if row["sampler"] == sampler]))

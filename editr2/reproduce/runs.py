@@ -15,10 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from editr2.config import Config
+from editr2.config import Config, RewardConfig
 from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
 from editr2.errors import ConfigError
-from editr2.reproduce.arms import Arm, Settings, arm_config, evaluation_sampler, find_arms, start_of
+from editr2.reproduce.arms import (
+    EVERY_ARM,
+    Arm,
+    Settings,
+    arm_config,
+    evaluation_sampler,
+    find_arms,
+    start_of,
+    study_of,
+    verifier_of,
+)
 from editr2.reproduce.rows import (
     FILE,
     Key,
@@ -38,11 +48,12 @@ TAIL = 8
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One arm under one training seed."""
+    """One arm under one training seed. sessions: held-out ones, scored exactly."""
 
     arm: Arm
     seed: int
     config: Config
+    sessions: int
 
     @property
     def folder(self) -> Path:
@@ -72,33 +83,86 @@ class ArmRun:
         path = self.folder / "metrics.jsonl"
         return read_metrics(path)[0] if path.exists() else []
 
-    def finished(self) -> bool:
+    def trained(self) -> bool:
         return any(row.get("event") == "comparison" for row in self.metrics())
 
+    @property
+    def exact(self) -> Path:
+        """Of a judged run: where the world scores what it trained."""
+        return self.folder.with_name(f"{self.folder.name}-exact")
 
-def command(config_file: Path) -> list[str]:
-    """What trains one run."""
-    return [sys.executable, "-m", "editr2.cli", "train", "--config", str(config_file)]
+    def exact_row(self) -> Row | None:
+        """That evaluation; None before it is there."""
+        path = self.exact / "metrics.jsonl"
+        rows = read_metrics(path)[0] if path.exists() else []
+        return next((row for row in rows if row.get("event") == "eval"), None)
+
+    def finished(self) -> bool:
+        return self.trained() and (self.arm.judge is None or self.exact_row() is not None)
+
+    def next_command(self) -> list[str]:
+        """What is to be done of it, its file of settings written."""
+        if not self.trained():
+            self.file.write_text(_head(self.config) + dump_yaml(self.config))
+            return command(self.file)
+        file = self.exact.with_suffix(".yaml")
+        weights = str(self.folder / "policy")
+        file.write_text(dump_yaml(exactly(self.config, self.sessions, weights)))
+        return command(file, "eval", "--out", str(self.exact))
+
+
+def command(config_file: Path, name: str = "train", *more: str) -> list[str]:
+    """What trains one run, or evaluates it."""
+    return [sys.executable, "-m", "editr2.cli", name, "--config", str(config_file), *more]
+
+
+def exactly(config: Config, sessions: int, weights: str | None = None) -> Config:
+    """The settings of an evaluation by the world. weights: of the policy; None is the start."""
+    return replace(
+        config,
+        reward=RewardConfig(),
+        eval=replace(config.eval, sessions=sessions),
+        policy=replace(config.policy, weights=weights),
+    )
 
 
 def reproduce(
-    out: Path, docs: Path, settings: Settings, *, arms: Sequence[Arm], seeds: int = 3, jobs: int = 2
+    out: Path,
+    docs: Path,
+    settings: Settings,
+    *,
+    arms: Sequence[Arm],
+    seeds: int = 3,
+    jobs: int = 2,
+    verifiers: Path | None = None,
 ) -> list[str]:
     """Trains what is missing, writes `reproduction.jsonl` after every run, and returns the labels
-    of runs that failed.
+    of runs that failed. verifiers: the folder of those that arms are rewarded by, `NAME/seed0` and
+    so on.
 
     Raises `ConfigError` before anything is trained when `out` or `docs` holds results of other
-    settings.
+    settings, or a verifier is missing.
     """
+    _check_verifiers(arms, seeds, verifiers)
+    where = {} if verifiers is None else {"verifiers": verifiers}
     # Seed by seed, so that an interrupted reproduction has whole seeds.
     runs = [
-        ArmRun(arm, seed, arm_config(arm, settings, seed, out / arm.name / f"seed{seed}"))
+        ArmRun(
+            arm,
+            seed,
+            arm_config(arm, settings, seed, out / arm.name / f"seed{seed}", **where),
+            settings.sessions,
+        )
         for seed in range(seeds)
         for arm in arms
         if arm.trained
     ]
     _check_credit(runs)
     rows = read_rows(docs)
+    if study_of([*(arm.name for arm in arms), *(row["arm"] for row in rows.values())]) is None:
+        raise ConfigError(
+            f"{docs / FILE}: holds rows of another study (accepted: another --out or --docs)"
+        )
     if rows and not (shared_settings(rows, docs / FILE) == settings and _current(rows, settings)):
         raise ConfigError(
             f"{docs / FILE}: holds rows of other settings (accepted: another --out or --docs, or "
@@ -114,7 +178,7 @@ def reproduce(
         rows.update(run_rows(run, settings, rows))
         write_rows(docs, rows)
         row = rows[run.key]
-        start = _evaluation(run, "before")["ga_turn"][-1]["mean"]
+        start = rows[start_of(run.arm), None, run.sampler]["ga_turn"][-1]
         progress = f"turn-{len(row['ga_turn'])} GA {_shown(start)} -> {_shown(row['ga_turn'][-1])}"
         print(
             f"{run.label}: {progress}, {row['seconds']:.0f} s of training ({count} of {len(runs)})",
@@ -137,10 +201,27 @@ def reproduce(
         sampler = evaluation_sampler(config.eval, config.rollout)
         if not arm.trained and (arm.name, None, sampler) not in rows:
             rows[arm.name, None, sampler] = make_row(
-                arm, None, sampler, settings, evaluate_start(config), **fingerprints(config)
+                arm, None, sampler, settings, evaluate(config), **fingerprints(config)
             )
             write_rows(docs, rows)
     return failures
+
+
+def _check_verifiers(arms: Sequence[Arm], seeds: int, verifiers: Path | None) -> None:
+    for arm in arms:
+        for seed in range(seeds) if arm.judge is not None else ():
+            if verifiers is None:
+                raise ConfigError(
+                    f"--verifiers: arm {arm.name} is rewarded by one (accepted: a folder with "
+                    f"{arm.judge}/seed0 and so on, each what `editr2 verifier sft` or `gcpo` saved)"
+                )
+            folder = verifier_of(arm, seed, verifiers)
+            if not (folder / "config.json").is_file():
+                raise ConfigError(
+                    f"--verifiers: {folder}: no verifier, which arm {arm.name} is rewarded by "
+                    f"(accepted: what `editr2 verifier sft` or `gcpo` saved; fewer --seeds; other "
+                    f"--arms)"
+                )
 
 
 def _check_credit(runs: Sequence[ArmRun]) -> None:
@@ -152,7 +233,7 @@ def _check_credit(runs: Sequence[ArmRun]) -> None:
 
 def _current(rows: Mapping[Key, Row], settings: Settings) -> bool:
     """Whether the rows are of the arms as they are now."""
-    known = {arm.name: arm for arm in find_arms(None)}
+    known = {arm.name: arm for arm in EVERY_ARM}
     for row in rows.values():
         if row["arm"] not in known:
             return False
@@ -207,30 +288,49 @@ def run_rows(run: ArmRun, settings: Settings, known: dict[Key, Row]) -> dict[Key
         **fingerprints(run.config),
     }
     key, sampler = run.key, run.sampler
-    after = _evaluation(run, "after")
+    after = _evaluation(run, "after") if run.arm.judge is None else run.exact_row()
+    assert after is not None
+    if run.arm.judge is not None:
+        facts["judge"] = _judge(run)
     row = make_row(run.arm, run.seed, sampler, settings, after, seconds=took, **facts)
     if key in known and {**known[key], "date": None} == {**row, "date": None}:
         row = known[key]  # measured then, read again today
     rows: dict[Key, Row] = {key: row}
     (base,) = find_arms(start_of(run.arm))
     if (base.name, None, sampler) not in known:
-        before = make_row(base, None, sampler, settings, _evaluation(run, "before"), **facts)
-        rows[base.name, None, sampler] = before
+        if run.arm.judge is None:
+            start_row = _evaluation(run, "before")
+        else:
+            start_row = evaluate(exactly(run.config, run.sessions))
+        facts.pop("judge", None)
+        rows[base.name, None, sampler] = make_row(base, None, sampler, settings, start_row, **facts)
     return rows
 
 
-def evaluate_start(config: Config) -> Row:
-    """The evaluation of the start, in this process."""
+def _judge(run: ArmRun) -> dict[str, Any]:
+    """Which weights judged a run, and the mean that they gave the last turn before and after."""
+    from editr2.verifier.model import weights_fingerprint
+
+    believed = {
+        name: round(_evaluation(run, name)["ga_turn"][-1]["mean"], 6)
+        for name in ("before", "after")
+    }
+    weights = weights_fingerprint(run.config.reward.options["weights"])
+    return {"name": run.arm.judge, "weights": weights[:12], "believed": believed}
+
+
+def evaluate(config: Config) -> Row:
+    """The evaluation of a policy by the world, in this process."""
     from editr2.policies.load import load_policy
     from editr2.rewards.world import WorldReward
-    from editr2.rl.evaluate import evaluate
+    from editr2.rl.evaluate import evaluate as evaluate_policy
     from editr2.rl.sampler import eval_sampler
     from editr2.rl.sessions import sessions_for
     from editr2.run.processes import open_processes
 
     policy = load_policy(config.policy)
     heldout = sessions_for(config, policy).heldout
-    return evaluate(
+    return evaluate_policy(
         policy,
         WorldReward(),
         heldout,
@@ -262,6 +362,8 @@ def _side_by_side(
                     running.remove((run, process))
                     if process.returncode == 0 and run.finished():
                         done(run)
+                    elif process.returncode == 0 and process.args != (more := run.next_command()):
+                        running.append((run, _start(run, environment, more)))
                     else:
                         failed(run, _reason(process.returncode))
                 time.sleep(0.05)
@@ -276,12 +378,13 @@ def _side_by_side(
                     process.wait()
 
 
-def _start(run: ArmRun, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    run: ArmRun, environment: dict[str, str], words: list[str] | None = None
+) -> subprocess.Popen[bytes]:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    run.file.write_text(_head(run.config) + dump_yaml(run.config))
-    with run.log.open("wb") as log:
+    with run.log.open("wb" if words is None else "ab") as log:
         return subprocess.Popen(
-            command(run.file),
+            words or run.next_command(),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

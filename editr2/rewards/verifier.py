@@ -43,6 +43,10 @@ from editr2.sessions import Session
 
 SCORES = ("score", *KINDS)
 
+AS: Mapping[str, str] = {"IF": "follow", "CC": "keep", "GA": "score"}
+"""Scores by the names that Edit-R2 and MT-EditFlow have for them: their weights, and the filter of
+turns after a failed instruction, go by these."""
+
 FOLDER = "verifier"
 """Of its prompts."""
 
@@ -68,7 +72,8 @@ class VerifierOptions(Server):
 
     Args:
         scores: which of score, the verifier's own of the whole, and follow, keep and quality, the
-            share of the principles of that kind that hold.
+            share of the principles of that kind that hold; IF, CC and GA are follow, keep and
+            score by the names that the presets edit-r2 and mt-editflow weigh and filter by.
         traces: answers, whose mean counts; at temperature 0 there is one.
         temperature: of traces.
         max_tokens: of a trace; one that is cut off is a failed vote.
@@ -85,7 +90,7 @@ class VerifierOptions(Server):
             leave while there is training.
     """
 
-    scores: tuple[str, ...] = scores_among(*SCORES, default=("score",))
+    scores: tuple[str, ...] = scores_among(*SCORES, *AS, default=("score",))
     traces: int = setting(1, Bounds(at_least=1, at_most=64))
     temperature: float = setting(1.0, Bounds(at_least=0, at_most=2))
     max_tokens: int = setting(2048, Bounds(at_least=16, at_most=65_536))
@@ -277,7 +282,7 @@ class Verifier(Served):
         said = self.asker.read(
             text, images, read, SCORES, seed=how["seed"], name=how["name"], turn=turn
         )
-        return {name: said[name] for name in self.names}
+        return {name: said[AS.get(name, name)] for name in self.names}
 
     def _question(self, item: Item, turn: int) -> tuple[Sequence[Principle], str]:
         """The principles of a turn, and what is asked of it behind the pictures. Raises as
