@@ -25,11 +25,19 @@ import torch
 from editr2.cli.main import main
 from editr2.config import Config, replace_nested
 from editr2.policies.rules import check_config
+from editr2.rewards.verifier import SHIPPED
 from editr2.sessions import save_sessions, validate
 from editr2.worlds.shapes import make_session
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    """README, rewards, tutorials/verifier: a page's own, where stems are not."""
+    return page.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/")
+
+
 COMMAND = re.compile(r"^(\$ )?(editr2|torchrun|make) ")
 
 # A judge of a few lines, where a page has `my_reward`, `my_judge:Judge` or
@@ -60,7 +68,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        return f"{self.page.stem}:{self.line}"
+        return f"{name_of(self.page)}:{self.line}"
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
@@ -84,7 +92,8 @@ def blocks_of(page: Path) -> Iterator[Block]:
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 SHELL = [b for b in BLOCKS if b.language in ("", "console", "sh", "bash") and COMMAND.match(b.text)]
 PYTHON = {
-    page.stem: [b for b in BLOCKS if b.language == "python" and b.page == page] for page in PAGES
+    name_of(page): [b for b in BLOCKS if b.language == "python" and b.page == page]
+    for page in PAGES
 }
 OTHER = [b for b in BLOCKS if b not in SHELL and b.language != "python"]
 
@@ -109,6 +118,10 @@ NOT_RUN = {
     ("verifier", "# pool.yaml"): "the commands below it read it",
     ("recipes", "# their.yaml"): "the command below it reads it",
     ("verifier", "background wants black"): "a trace; tests/test_verifier_world.py",
+    ("tutorials/verifier", "6800 edits"): "of thousands; the commands run, with fewer sessions",
+    ("tutorials/verifier", "iteration 0, held out"): "what a run prints; its numbers are its own",
+    ("tutorials/verifier", "judged: 100 of 100"): "of the shipped verifier; as above",
+    ("tutorials/verifier", "before (iteration 0"): "of a run; as above",
     ("releasing", "python -m build"): "the workflow's; tests/test_shop.py, tests/test_packaging.py",
     ("benchmarks", "OUT/benchmark.json"): "the files of a folder; tests/test_benchmark.py",
     ("benchmarks", '{"image": "kitchen"'): "a row; tests/test_benchmark_summary.py",
@@ -123,10 +136,14 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copytree(ROOT / "examples" / "shapes", tmp_path / "annotated")
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "runs" / "gcpo").mkdir(parents=True)
+    (tmp_path / "runs" / "gcpo" / "verifier").symlink_to(SHIPPED)  # as of a training
     (tmp_path / "kontext-lora").mkdir()
     for name in ("README.md", "editr2.yaml"):  # as of an export
         (tmp_path / "kontext-lora" / name).touch()
     labelled(tmp_path / "my_pairs")
+    assert main(["label", "export", "my_pairs", "--out", "pairs/pairs.jsonl"]) == 0
     their = [{"prompt": "red", "path_src": "0.png", "path1": "1.png", "path2": "2.png"}]
     shutil.copytree(tmp_path / "my_pairs", tmp_path / "their")
     (tmp_path / "their" / "preferences.json").write_text(json.dumps(their))
@@ -139,8 +156,8 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "my_package" / "judge.py").write_text(JUDGE)
     of_page = "\n\n".join(block.text for block in PYTHON["rewards"])
     (tmp_path / "my_judge.py").write_text(of_page + JUDGE)
-    (tmp_path / "calm.py").write_text(PYTHON["own-judge"][0].text)
-    exec(PYTHON["own-pictures"][0].text, {})  # writes my_photos
+    (tmp_path / "calm.py").write_text(PYTHON["tutorials/own-judge"][0].text)
+    exec(PYTHON["tutorials/own-pictures"][0].text, {})  # writes my_photos
     yield tmp_path
     for name in ("calm", "my_judge", "my_package", "my_package.judge"):
         sys.modules.pop(name, None)
@@ -176,7 +193,7 @@ def understood(monkeypatch):
     from editr2.benchmarks.settings import benchmark_problems, with_defaults
     from editr2.benchmarks.table import find
     from editr2.check.devices import find_device
-    from editr2.cli import settings
+    from editr2.cli import settings, world
     from editr2.policies.found import Editor
     from editr2.rewards.load import load_eval_reward, load_reward
     from editr2.rl.rules import check_run
@@ -248,6 +265,12 @@ def understood(monkeypatch):
         enough()
 
     monkeypatch.setattr("editr2.benchmarks.run.run_benchmark", benchmarked)
+    sessions = world._sessions
+
+    def fewer(options):  # a page's set of thousands shows no more than two do
+        return sessions(options | {"count": min(options["count"], 2)})
+
+    monkeypatch.setattr("editr2.cli.world._sessions", fewer)
     # Runs that the pages speak of are not there; tests/test_found_policies.py names real ones.
     monkeypatch.setattr("editr2.policies.found.editor_of", lambda text, _: Editor({}, text))
     monkeypatch.setattr("editr2.cli.settings.tell", lambda *_: None)
@@ -438,7 +461,7 @@ def test_other_blocks(workspace, understood, capsys):
     from editr2.rewards.load import load_reward
 
     for block in OTHER:
-        if any(p == block.page.stem and block.text.startswith(start) for p, start in NOT_RUN):
+        if any(p == name_of(block.page) and block.text.startswith(start) for p, start in NOT_RUN):
             continue
         if block.text.startswith('{"id"'):
             text = " ".join(line.strip() for line in block.text.splitlines())
@@ -469,7 +492,7 @@ def settings(config: object, prefix: str = "") -> Iterator[str]:
             yield from settings(value, f"{prefix}{field.name}.")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_settings_that_a_page_names_are_there(page):
     from editr2.verifier.settings import GcpoConfig, SftConfig
 
