@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from editr2.errors import DataError
+from editr2.errors import DataError, shown
 
 
 @contextmanager
@@ -43,3 +44,28 @@ def read_object(path: Path, accepted: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"{path}: no object (accepted: {accepted})")
     return found
+
+
+RUN_FILES = ("metrics.jsonl", "config.yaml")
+"""By either of them a folder is a run's."""
+
+
+def runs_near(folder: Path) -> str:
+    """`; did you mean A, B or C?` for a folder that is no run's: the runs in it, or, where it is
+    not there, those of a name like its own; nothing where there are none. At most three."""
+    try:
+        if folder.is_dir():
+            near = sorted(_runs_of(folder))
+        else:
+            beside = {path.name: path for path in _runs_of(folder.parent)}
+            near = [beside[name] for name in difflib.get_close_matches(folder.name, beside, 3, 0.6)]
+    except OSError:  # not ours to read
+        return ""
+    *first, last = [shown(path) for path in near[:3]] or [""]
+    return f"; did you mean {', '.join(first)}{' or ' if first else ''}{last}?" if last else ""
+
+
+def _runs_of(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if any((path / name).is_file() for name in RUN_FILES):
+            yield path

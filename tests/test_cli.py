@@ -198,7 +198,13 @@ def test_data_is_short_for_its_path():
             ["data", "import", "mice", "x", "--out", "y", "--mode=c"],
             "--mode: 'c' (accepted: cm, cu",
         ),
-        (["data", "improt"], "command: 'improt' (accepted: import, validate, annotate, make)"),
+        (
+            ["data", "improt"],
+            "command: 'improt' (accepted: import, validate, annotate, make; did you mean import?)",
+        ),
+        (["--verison"], "quickstart, completion; did you mean --version?)"),
+        (["quick"], "quickstart, completion; did you mean quickstart?)"),
+        (["data", "--verison"], "(accepted: import, validate, annotate, make)"),
         (["world", "make"], "--out: missing (usage: editr2 world make --out PATH [options])"),
         (
             ["world", "make", "--out", "x", "--count", "-3"],

@@ -316,6 +316,10 @@ def written_out(command: str) -> list[str]:
     return [w for w in words if w != "..."]
 
 
+WRITES_SETTINGS = {"init", "recipes"}
+"""Commands whose files later blocks of a page name."""
+
+
 @pytest.mark.parametrize("block", SHELL, ids=lambda b: b.name)
 def test_commands_are_understood(block, workspace, understood, capsys):
     seven = [replace(make_session(0, i), id=f"s{i}") for i in range(7)]
@@ -325,6 +329,11 @@ def test_commands_are_understood(block, workspace, understood, capsys):
     seventh = json.loads(lines[6]) | {"image": "images/7.png"}
     lines[2], lines[6] = json.dumps(third), json.dumps(seventh)
     (workspace / "my_set" / "sessions.jsonl").write_text("\n".join(lines) + "\n")
+    for earlier in SHELL[: SHELL.index(block)]:
+        for command, _ in commands(earlier) if earlier.page == block.page else ():
+            if (words := written_out(command))[1] in WRITES_SETTINGS:
+                understood(words)
+    capsys.readouterr()
     for command, output in commands(block):
         words = written_out(command)
         if words[0] == "make":
@@ -357,12 +366,12 @@ class Pipe:
         return SimpleNamespace(images=x)
 
 
-def names_for(page: str, policy) -> dict:
+def names_for(page: str) -> dict:
     """What a page's blocks take as given."""
     if page == "README":
         judge: dict = {}
         exec(JUDGE, judge)
-        return {"my_policy": policy, "my_reward": judge["reward"]}
+        return {"my_reward": judge["reward"]}
     if page == "integrations":
         from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -400,7 +409,7 @@ WHOLE = [pytest.mark.exhaustive, pytest.mark.slow]  # its parts are tested in te
         if blocks
     ],
 )
-def test_python_runs(page, workspace, tiny_unified, monkeypatch, peers):
+def test_python_runs(page, workspace, monkeypatch, peers):
     import editr2.rl.loop
 
     real, runs = editr2.rl.loop.train, []
@@ -426,7 +435,7 @@ def test_python_runs(page, workspace, tiny_unified, monkeypatch, peers):
         notebook.display = lambda thing, display_id: shown.append(thing) or notebook
         monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=notebook))
         monkeypatch.setitem(sys.modules, "IPython.display", notebook)
-    names = names_for(page, tiny_unified)
+    names = names_for(page)
     for block in PYTHON[page]:
         exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)
     if page == "watching":

@@ -180,24 +180,40 @@ def test_uninstalled_source_tree_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("there", "absent", "said", "remedy"),
     [
-        ({"httpx2"}, "text in images", "rapidocr, onnxruntime", "pip install rapidocr onnxruntime"),
-        ({"rapidocr"}, "text in images", "onnxruntime", "pip install rapidocr onnxruntime"),
+        (
+            {"httpx2"},
+            "judges: text in images",
+            "rapidocr, onnxruntime",
+            "pip install rapidocr onnxruntime",
+        ),
+        (
+            {"rapidocr"},
+            "judges: text in images",
+            "onnxruntime",
+            "pip install rapidocr onnxruntime",
+        ),
+        (
+            {"uvicorn"},
+            "pages: label and watch",
+            "starlette",
+            "pip install 'editr2[label]'",
+        ),
         (
             {"rapidocr", "onnxruntime"},
-            "a server (OpenAI-compatible)",
+            "judges: a server (OpenAI-compatible)",
             "httpx2",
             "pip install httpx2",
         ),
         (
             {"transformers"},
-            "detectors and features",
+            "judges: detectors and features",
             "transformers.models.grounding_dino, transformers.models.owlv2, "
             "transformers.models.dinov3_vit",
             "pip install -U transformers",
         ),
     ],
 )
-def test_what_judges_look_with(there, absent, said, remedy, monkeypatch, tmp_path) -> None:
+def test_what_is_not_needed_by_all(there, absent, said, remedy, monkeypatch, tmp_path) -> None:
     """Packages that are there have an empty folder each."""
 
     def find_spec(name: str) -> SimpleNamespace | None:
@@ -206,8 +222,8 @@ def test_what_judges_look_with(there, absent, said, remedy, monkeypatch, tmp_pat
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     declare(monkeypatch, [], {name: "1.2" for name in there})
-    rows = by_name(doctor._judges())
-    row = rows[f"judges: {absent}"]
+    rows = by_name(doctor._extras())
+    row = rows[absent]
     assert (row.ok, row.detail, row.remedy) == (None, f"not installed: {said} (optional)", remedy)
     for row in rows.values():
         assert row.ok is None or (
@@ -218,7 +234,7 @@ def test_what_judges_look_with(there, absent, said, remedy, monkeypatch, tmp_pat
     (tmp_path / "transformers" / "models" / "owlv2").mkdir(parents=True)
     (tmp_path / "transformers" / "models" / "grounding_dino.py").touch()
     (tmp_path / "transformers" / "models" / "dinov3_vit").mkdir()
-    found = by_name(doctor._judges())["judges: detectors and features"]
+    found = by_name(doctor._extras())["judges: detectors and features"]
     assert found.ok is (True if "transformers" in there else None)
 
 

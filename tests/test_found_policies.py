@@ -329,6 +329,17 @@ def test_what_is_none_is_one_line(trained, exports, tmp_path, capsys):
         assert said in error and error.count("\n") == 1, (name, error)
 
 
+@pytest.mark.parametrize("given", ["runs", "runs/mnie"])
+def test_the_run_that_was_meant_is_named(given, tmp_path, monkeypatch, capsys):
+    """Two names with a slash between might be of the hub, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("editr2.run.hub.offline", lambda: "there is no network")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").touch()
+    assert main(["eval", "--policy", given]) == 2
+    assert "; did you mean runs/mine?)" in capsys.readouterr().err
+
+
 def test_adapters_of_an_export_are_strict_and_not_for_training(exports, base, tmp_path):
     folder = exports / "unified-lora"
     config = PolicyConfig(weights=str(folder))

@@ -333,7 +333,10 @@ def test_the_embedded_vocabulary_has_no_word_for_a_mark(
     ):
         with pytest.raises(DataError) as error:
             opened()
-        assert str(error.value) == f"{expected}'zebra' (accepted: words of the policy's own)"
+        assert str(error.value) == (
+            f"{expected}'zebra' (accepted: words of the policy's own; an editor of another "
+            f"policy.model, such as klein, takes any)"
+        )
     assert [p for p in preflight(config).problems if p.startswith(expected)]
 
 

@@ -178,6 +178,18 @@ MISTAKES = [
     M("weights that are not there", "eval --policy.weights nowhere", "nowhere"),
     M("a run in place of its policy", "eval --policy.weights run", "run", {"run": trained}),
     M("a folder that is no run", "report data", "data", DATA),
+    M(
+        "the folder around a run",
+        "report all",
+        "did you mean all/run?",
+        {"all/run/metrics.jsonl": ""},
+    ),
+    M(
+        "a run's name misspelt",
+        "export mnie --out out",
+        "did you mean mine?",
+        {"mine/config.yaml": ""},
+    ),
     M("an export of nothing", "export data --out out", "data", DATA),
     M("an export over something", "export run --out data", "data", {"run": trained, **DATA}),
     # Sessions and images.

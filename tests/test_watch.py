@@ -330,7 +330,9 @@ def test_the_command_says_where_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("editr2.watch.serve.serve", lambda watch, at: seen.append((watch, at)))
     assert main(["watch", str(tmp_path / "run"), "--port", "0"]) == 0
     ((watch, listening),) = seen
-    assert address(watch.token, listening) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert address(watch.token, listening) in said
+    assert "no run is there yet, and the page waits for one\n" in said
     assert listening.getsockname()[0] == "127.0.0.1"
     taken = listen(0)
     port = str(taken.getsockname()[1])
@@ -339,6 +341,13 @@ def test_the_command_says_where_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("editr2.watch.serve.PORT", int(port))
     assert main(["watch", str(tmp_path)]) == 0
     assert seen[-1][1].getsockname()[1] not in (0, int(port))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    capsys.readouterr()
+    assert main(["watch", str(tmp_path / "run"), "--port", "0"]) == 0
+    assert "no run" not in capsys.readouterr().out
+    assert main(["watch", str(tmp_path / "rum"), "--port", "0"]) == 0
+    assert f"waits for one; did you mean {tmp_path / 'run'}?" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     assert main(["watch", str(tmp_path / "file")]) == 2
     assert "a file (accepted: a run's folder" in capsys.readouterr().err

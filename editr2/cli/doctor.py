@@ -217,10 +217,11 @@ def _dependency(requirement: Requirement, *, required: bool) -> Check:
     return Check(name, True, version)
 
 
-JUDGES: dict[str, tuple[tuple[str, ...], str]] = {
-    "a server (OpenAI-compatible)": (("httpx2",), "pip install httpx2"),
-    "text in images": (("rapidocr", "onnxruntime"), "pip install rapidocr onnxruntime"),
-    "detectors and features": (
+EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
+    "pages: label and watch": (("starlette", "uvicorn"), "pip install 'editr2[label]'"),
+    "judges: a server (OpenAI-compatible)": (("httpx2",), "pip install httpx2"),
+    "judges: text in images": (("rapidocr", "onnxruntime"), "pip install rapidocr onnxruntime"),
+    "judges: detectors and features": (
         (
             "transformers.models.grounding_dino",
             "transformers.models.owlv2",
@@ -229,17 +230,18 @@ JUDGES: dict[str, tuple[tuple[str, ...], str]] = {
         "pip install -U transformers",
     ),
 }
-"""What rewards look with -> the modules that it takes, and how they come."""
+"""What rewards look with and pages are served by -> the modules that it takes, and how they
+come."""
 
 
-def _judges() -> list[Check]:
+def _extras() -> list[Check]:
     """Nothing is imported: a runtime of models takes seconds."""
     rows = []
-    for what, (modules, remedy) in JUDGES.items():
+    for what, (modules, remedy) in EXTRAS.items():
         missing = [module for module in modules if not _is_there(module)]
         said = f"not installed: {', '.join(missing)} (optional)" if missing else _versions(modules)
         mend = remedy if missing else None
-        rows.append(Check(f"judges: {what}", None if missing else True, said, mend))
+        rows.append(Check(what, None if missing else True, said, mend))
     return rows
 
 
@@ -300,7 +302,7 @@ def report() -> list[Check]:
         _torch,
         _operators,
         _dependencies,
-        _judges,
+        _extras,
         lambda: [_weights(), _disk()],
     )
     return [row for check in checks for row in check()]

@@ -616,9 +616,11 @@ def dispatch(
     commands: Commands,
     arguments: Arguments,
     groups: Mapping[str, Sequence[str]] | None = None,
+    others: Sequence[str] = (),
 ) -> int:
     """Runs the command that the first word names. groups: heading -> commands, of the list that is
-    shown for `help`; others stand below."""
+    shown for `help`; others stand below. others: words in a command's place that the caller
+    answers itself, for who misspells them."""
     if list(arguments) == [DESCRIBE]:
         raise Described(commands)
     first, *rest = arguments or [""]
@@ -629,7 +631,9 @@ def dispatch(
         print(_overview(prog, commands, groups or {}))
         return 0 if arguments else 2
     if first not in commands:
-        raise ConfigError(f"command: {first!r} (accepted: {', '.join(commands)})")
+        near = suggestions(first, [*commands, *others, "--help"])
+        hint = f"; did you mean {_listed(near, 'or')}?" if near else ""
+        raise ConfigError(f"command: {first!r} (accepted: {', '.join(commands)}{hint})")
     return commands[first](rest)
 
 

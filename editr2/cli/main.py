@@ -70,6 +70,10 @@ GROUPS = {
 """Under what headings `editr2 help` lists the commands."""
 
 
+VERSION = ("--version", "-V")
+"""In a command's place."""
+
+
 STOPPED = {
     "train": "nothing was trained by this start; the same command begins again, or goes on from "
     "the newest checkpoint",
@@ -126,10 +130,10 @@ def main(arguments: Arguments | None = None) -> int:
     warnings.filterwarnings("default", category=UserWarning, module="editr2")
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        if list(given[:1]) in (["--version"], ["-V"]):
+        if given and given[0] in VERSION:
             print(f"editr2 {editr2.__version__}")
             return 0
-        status = dispatch("editr2", COMMANDS, given, GROUPS)
+        status = dispatch("editr2", COMMANDS, given, GROUPS, VERSION)
         sys.stdout.flush()  # while there is somebody to say that it cannot be written
         return status
     except UserError as error:

@@ -10,7 +10,7 @@ from editr2.cli import settings
 from editr2.cli.flags import Arguments
 
 EXAMPLES = [
-    ("", "the demo: the shipped small editor on endless sessions of a drawn world"),
+    ("", "the shipped small editor on endless sessions of a drawn world"),
     ("--data examples/shapes --out runs/mine", "sessions of your own: a folder, its images in it"),
     (
         "--config run.yaml --preset mt-editflow-nft --train.lr 1e-5",

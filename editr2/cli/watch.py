@@ -7,6 +7,7 @@ from pathlib import Path
 from editr2.cli.flags import Arguments, Flags
 from editr2.config.fields import Bounds
 from editr2.errors import ConfigError
+from editr2.files import RUN_FILES, runs_near
 
 
 def command(arguments: Arguments) -> int:
@@ -38,6 +39,8 @@ def command(arguments: Arguments) -> int:
     watch.app()  # without the extra there is nothing to open
     listening = listen(options["port"])
     print(f"{folder}: {serving.address(watch.token, listening)}", flush=True)
+    if not any((folder / name).exists() for name in RUN_FILES):
+        print(f"no run is there yet, and the page waits for one{runs_near(folder)}", flush=True)
     print("Ctrl-C ends the page; the run is not touched", flush=True)
     serve(watch, listening)
     return 0

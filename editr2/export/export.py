@@ -33,6 +33,7 @@ from editr2.config import Config, PolicyConfig
 from editr2.errors import CheckpointError, ConfigError, ExportError
 from editr2.export.model_card import Base, write_card
 from editr2.export.result import Carried, Exported, Proof
+from editr2.files import runs_near
 from editr2.policies.base import Policy, Questions, TextPolicy
 from editr2.policies.configured import policy_class
 from editr2.policies.finite import check_state
@@ -117,7 +118,7 @@ def read_run(run: Path) -> Config:
     if not (run / "config.yaml").is_file():
         raise ConfigError(
             f"{run}: no config.yaml in it (accepted: the folder of a run, `--out` of `editr2 "
-            f"train`)"
+            f"train`{runs_near(run)})"
         )
     values, lines = load_yaml(run / "config.yaml")
     check_keys(values, lines, Config, run / "config.yaml")

@@ -15,6 +15,7 @@ from pathlib import Path
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.config.fields import plain
 from editr2.errors import ConfigError, shown
+from editr2.files import runs_near
 from editr2.policies.adapters import DESCRIPTION, LORA_FILE
 from editr2.policies.configured import policy_class
 from editr2.policies.models import MODELS
@@ -67,7 +68,7 @@ def editor_of(text: str, model: str | None = None) -> Editor:
     index = getattr(policy_class(known[0]), "index", INDEX) if known else INDEX
     check_model(text, "--policy", index)
     if not known and model is None:
-        with reading(f"{title}: no folder, and no pipeline on the hub"):
+        with reading(f"{title}: no folder, and no pipeline on the hub{runs_near(folder)}"):
             found = fetch_index(text)
         known = [_owner(found.parent, title)]
     policy = PolicyConfig(model=model or known[0], weights=text)
@@ -173,7 +174,7 @@ def _owner(folder: Path, title: str) -> str:
     )
     raise ConfigError(
         f"{title}: {_seen(folder)} (accepted: a folder with {accepted}; or --policy.model, whose "
-        f"weights it has)"
+        f"weights it has{runs_near(folder)})"
     )
 
 

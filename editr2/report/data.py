@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.errors import DataError
+from editr2.files import runs_near
 from editr2.run.tracking import read_metrics
 
 SCORES = {
@@ -214,6 +215,7 @@ def load_run(folder: Path) -> RecordedRun:
     if not metrics.exists() and not any(path.exists() for path in strips.values()):
         raise DataError(
             f"{folder} holds no run: neither metrics.jsonl nor strips/before.json nor after.json"
+            f"{runs_near(folder)}"
         )
     if metrics.exists():
         _load_metrics(run, metrics)

@@ -19,6 +19,7 @@ from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from editr2.errors import ConfigError, one_line
+from editr2.files import runs_near
 
 PATIENCE = 5.0
 """Seconds for an answer of any kind. Resolving a name has no time limit of its own, hence the
@@ -78,7 +79,8 @@ def check_model(name: str, key: str, file: str = INDEX) -> None:
     if why and cached(name, file) is None:
         said = f"no folder, not downloaded before, and {why}"
         raise ConfigError(
-            f"{key}: {name}: {said} (accepted: its folder, or a machine with network)"
+            f"{key}: {name}: {said} (accepted: its folder, or a machine with network"
+            f"{runs_near(Path(name))})"
         )
 
 

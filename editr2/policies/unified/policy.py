@@ -508,7 +508,11 @@ class UnifiedPolicy(ConfiguredPolicy):
             try:
                 self.text_ids(text)
             except DataError as error:
-                yield turn, f"{error} (accepted: words of the policy's own)"
+                yield (
+                    turn,
+                    f"{error} (accepted: words of the policy's own; an editor of another "
+                    f"policy.model, such as klein, takes any)",
+                )
 
     def text_ids(self, text: str) -> list[int]:
         return [self.codec.im_start, *self.codec.encode(text), self.codec.im_end]
