@@ -178,6 +178,25 @@ def test_files_hold_what_was_seen_and_pairs_err_as_often_as_stated(tmp_path: Pat
     assert (tmp_path / PAIRS).read_bytes() == before
 
 
+def test_a_writer_that_misreads_errs_as_often_as_stated_and_gold_does_not(tmp_path: Path) -> None:
+    groups = list(gather([make_session(2, i) for i in range(20)], None, requests, 4, 0))
+    files = {}
+    for name, share in (("exact", 0.0), ("errs", 0.3)):
+        counts = write_world(tmp_path, groups, noise=0, most=3, seed=1, misread_share=share)
+        told = read_told(tmp_path / TRACES, read_edits(tmp_path / PRINCIPLES, principles=True))
+        files[name] = [(tmp_path / f).read_bytes() for f in (PRINCIPLES, PAIRS)], told
+    (exact, right), (errs, wrong) = files["exact"], files["errs"]
+    assert exact == errs and [one.gold for one in right] == [one.gold for one in wrong]
+    differ = [a.text.split() != b.text.split() for a, b in zip(right, wrong, strict=True)]
+    assert sum(differ) == counts.misread and 0.2 < counts.misread / counts.edits < 0.4
+    for a, b in zip(right, wrong, strict=True):
+        rows = zip(a.text.splitlines()[:4], b.text.splitlines()[:4], strict=True)
+        assert sum(one != other for one, other in rows) <= 1, "one cell of one row"
+    # What it writes follows from what it saw: some verdicts are wrong, and the score with them.
+    assert 0 < sum(one.accuracy < 1 for one in wrong) <= counts.misread
+    assert all(one.trace is not None for one in wrong)
+
+
 def test_siblings_share_what_came_before_on_the_first_turn_alone() -> None:
     session = make_session(0, 0)
     right = np.stack([render(one.scene) for one in requests(session)])

@@ -136,6 +136,13 @@ def _world_edits(arguments: Arguments) -> int:
         bounds=SHARE,
         help="share of pairs whose preference is the wrong way round",
     )
+    flags.add(
+        "--misread",
+        type=float,
+        default=0.0,
+        bounds=SHARE,
+        help="share of traces whose writer takes one cell for another; gold and pairs stay exact",
+    )
     flags.add("--seed", type=int, default=0, bounds=SEED, help="seed of everything drawn")
     options = flags.parse(arguments)
     load_libraries()
@@ -152,9 +159,18 @@ def _world_edits(arguments: Arguments) -> int:
     rolled = outputs(sessions, siblings, policy, seed) if siblings else None
     groups = gather(sessions, rolled, requests, options["synthetic"], seed)
     out = Path(options["out"])
-    counts = write_world(out, groups, noise=options["noise"], most=options["pairs"], seed=seed)
+    counts = write_world(
+        out,
+        groups,
+        noise=options["noise"],
+        most=options["pairs"],
+        seed=seed,
+        misread_share=options["misread"],
+    )
+    misread = f" ({counts.misread} traces misread)" if options["misread"] else ""
     print(
-        f"{counts.edits} edits, {counts.pairs} pairs ({counts.swapped} the wrong way round): {out}"
+        f"{counts.edits} edits{misread}, {counts.pairs} pairs ({counts.swapped} the wrong way "
+        f"round): {out}"
     )
     return 0
 

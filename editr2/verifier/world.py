@@ -255,6 +255,16 @@ def look(request: Request, before: np.ndarray, edited: np.ndarray) -> Look:
     return Look(request, Seen(background, tuple(cells)), seen(edited))
 
 
+def misread(one: Look, rng: np.random.Generator) -> Look:
+    """As somebody sees it who takes one cell of the edited picture, drawn, for another content,
+    drawn, too."""
+    cell = int(rng.integers(len(one.shown.cells)))
+    others = [pair for pair in map(_pair, CONTENTS) if pair != one.shown.cells[cell]]
+    cells = list(one.shown.cells)
+    cells[cell] = others[int(rng.integers(len(others)))]
+    return replace(one, shown=replace(one.shown, cells=tuple(cells)))
+
+
 RULES: Sequence[Rule] = (
     Rule("follow", lambda r: FOLLOWED[r.op.kind](r), lambda look: look.followed == 1),
     Rule(

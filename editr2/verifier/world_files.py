@@ -23,7 +23,7 @@ from editr2.verifier.files import (
     write_preferences,
     write_told,
 )
-from editr2.verifier.world import Look, look, principles
+from editr2.verifier.world import Look, look, misread, principles
 
 RULES = "rules"
 """Whose traces they are."""
@@ -31,36 +31,48 @@ RULES = "rules"
 
 @dataclass(frozen=True)
 class Judged:
-    """An edit on disk, and what is to be said of it. kind: of the candidate."""
+    """An edit on disk, and what is to be said of it. kind: of the candidate. seen: by who writes
+    the trace."""
 
     edit: Edit
     look: Look
     kind: str
+    seen: Look
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What was written. swapped: pairs whose preference is wrong on purpose."""
+    """What was written. swapped: pairs whose preference is wrong on purpose. misread: traces of
+    who took a cell for another."""
 
     edits: int
     pairs: int
     swapped: int
+    misread: int = 0
 
 
 def write_world(
-    folder: Path, groups: Iterable[Candidates], *, noise: float, most: int, seed: int
+    folder: Path,
+    groups: Iterable[Candidates],
+    *,
+    noise: float,
+    most: int,
+    seed: int,
+    misread_share: float = 0.0,
 ) -> Counts:
     """Writes `principles.jsonl`, `traces.jsonl` and `pairs.jsonl` with their pictures.
 
     Pairs are edits of one group with different exact scores, drawn; of a share `noise` of them,
-    drawn too, the preference is the other way round. most: pairs a group.
+    drawn too, the preference is the other way round. most: pairs a group. misread_share: of
+    traces in which one cell is taken for another, and what is written follows from that; gold and
+    pairs stay exact.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     judged: list[Judged] = []
     pairs: list[Preference] = []
     swapped = 0
     for number, group in enumerate(groups):
-        some = _on_disk(folder, group)
+        some = _on_disk(folder, group, misread_share, np.random.default_rng([seed, number, 1]))
         judged += some
         rng = np.random.default_rng([seed, number])
         for win, lose in _drawn(some, most, rng):
@@ -72,10 +84,13 @@ def write_world(
     write_edits(folder / PRINCIPLES, (one.edit for one in judged))
     write_told(folder / TRACES, (_told(one) for one in judged))
     write_preferences(folder / PAIRS, pairs)
-    return Counts(len(judged), len(pairs), swapped)
+    wrong = sum(one.seen is not one.look for one in judged)
+    return Counts(len(judged), len(pairs), swapped, wrong)
 
 
-def _on_disk(folder: Path, group: Candidates) -> list[Judged]:
+def _on_disk(
+    folder: Path, group: Candidates, share: float, rng: np.random.Generator
+) -> list[Judged]:
     stem = group.id.replace("/", "_")
     before = _picture(folder / "images" / f"{stem}.png", group.before)
     found = []
@@ -88,7 +103,9 @@ def _on_disk(folder: Path, group: Candidates) -> list[Judged]:
             principles(group.request),
             group.request.op.kind,
         )
-        found.append(Judged(edit, look(group.request, group.before, image), kind))
+        there = look(group.request, group.before, image)
+        told = misread(there, rng) if rng.random() < share else there
+        found.append(Judged(edit, there, kind, told))
     return found
 
 
@@ -124,4 +141,4 @@ def _pair(name: str, win: Edit, lose: Edit, margin: float) -> Preference:
 
 
 def _told(one: Judged) -> Told:
-    return Told.of(one.edit, one.look.trace, gold=one.look.verdicts, judge=RULES)
+    return Told.of(one.edit, one.seen.trace, gold=one.look.verdicts, judge=RULES)
