@@ -38,6 +38,7 @@ from editr2.config.fields import mended
 from editr2.errors import UserError
 from editr2.policies.configured import settled_branches
 from editr2.rewards.load import load_eval_reward, load_reward
+from editr2.rewards.panel import Panel
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import check_pruning, run_problems
@@ -92,8 +93,14 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
 
         return open_editor(settled_branches(config.policy, processes))
 
+    def looked_at(panel: Panel) -> bool:
+        before = len(problems)
+        found(panel.quick_look)
+        return len(problems) == before
+
     reward = found(lambda: load_reward(config.reward))
     apart = found(lambda: load_eval_reward(config.eval))
+    sound = [panel for panel in (reward, apart) if panel and looked_at(panel)]
     editor = found(opened)
     own, cannot_pack = (editor.own, editor.cannot_pack) if editor else (None, None)
     names = reward.names if reward else None
@@ -120,8 +127,8 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
             source = found(lambda: sessions_for(config, editor.policy, wants=wants))
     from editr2.check.judges import measured
 
-    judges = found(lambda: measured(reward, source[0])) if source and reward else None
-    if source and apart:
+    judges = found(lambda: measured(reward, source[0])) if source and reward in sound else None
+    if source and apart in sound:
         found(lambda: measured(apart, source[0]))
     if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])

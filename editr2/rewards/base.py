@@ -173,6 +173,8 @@ class Reward(Protocol):
       looks at no image. Said once before the run;
     - `take()` and `lend()`: called before a batch of rollouts is judged and after the last one is
       scored, for models on the trainer's GPU;
+    - `quick_look()`: called once before an editor's weights are read and anything is written; raises
+      `UserError` for what is not there, as far as that is seen in seconds;
     - `probe()`: called once before anything is judged; raises `UserError` for what cannot work and
       returns lines on what works less well.
     """

@@ -112,6 +112,11 @@ class _Local:
             name, self.kinds, what="detector", device=device, revision=revision
         )
 
+    def quick_look(self) -> None:
+        """Looks at the model's files without reading weights. Raises `ConfigError`."""
+        self.model.quick_look()
+        _ = self.model.tokenizer
+
     def load(self) -> None:
         """Loads the model and its tokenizer. Raises `ConfigError` with the remedy."""
         self.model.load()

@@ -126,6 +126,10 @@ class Eyes:
             return str(model.name) + (f" at {model.revision}" if model.revision else "")
         return "none" if thing is None else type(thing).__name__
 
+    def quick_look(self) -> None:
+        """Looks at what is local without loading it. Raises `ConfigError` with the remedy."""
+        self._each("quick_look")
+
     def load(self) -> None:
         """Loads what is local. Raises `ConfigError` with the remedy."""
         self._each("load")

@@ -72,6 +72,11 @@ class Encoder:
         self.model = LookingModel(name, kinds, what="features", device=device, revision=revision)
         self.size, self.released = size, released
 
+    def quick_look(self) -> None:
+        """Looks at the model's files without reading weights. Raises `ConfigError`."""
+        self.model.quick_look()
+        self.sides()
+
     def load(self) -> None:
         """Loads the model. Raises `ConfigError` with the remedy."""
         self.model.load()

@@ -22,11 +22,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from editr2.errors import ConfigError, UserError, one_line, shown
+from editr2.rewards.folders import check_weights_beside
 from editr2.run.hub import HUB_ID, offline
 
 TRAINER = "trainer"
 _DEVICE = re.compile(rf"cpu|cuda(:\d+)?|{TRAINER}")
 
+FOLDER = "a folder as save_pretrained writes it"
 
 DEVICES = f"cpu, cuda:0 or the like, {TRAINER}"
 
@@ -87,6 +89,22 @@ class LookingModel:
         self._lent = False
         self._place: torch.device | None = None
 
+    def quick_look(self) -> None:
+        """Looks at what is there without reading weights. Raises `ConfigError` in one line where it
+        is missing, no model of these kinds, or damaged."""
+        config = self.config
+        _ = self.settings
+        if Path(self.name).is_dir():
+            import transformers
+
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                try:
+                    module = getattr(transformers, self.kinds[config.model_type])(config)
+                except Exception as error:
+                    raise self._error("config.json", error) from error
+            where = f"{self.what}: {shown(self.name)}"
+            check_weights_beside(Path(self.name), module, where, f"accepted: {FOLDER}")
+
     def load(self) -> None:
         """Loads it, if it is not there yet. Raises `ConfigError` in one line, with the remedy."""
         with self._lock:
@@ -108,9 +126,11 @@ class LookingModel:
 
     @property
     def config(self) -> Any:
-        """Its configuration, as transformers has it. For whoever holds the model, too."""
+        """Its configuration, as transformers has it. For whoever holds the model, too. Raises
+        `ConfigError` where there is none, or that of another kind of model."""
         if self._config is None:
-            self.load()
+            with _quiet():
+                self._config = self._described()
         return self._config
 
     def lend(self) -> None:
@@ -177,7 +197,7 @@ class LookingModel:
                 self._module = self._new()
         return self._module
 
-    def _new(self) -> nn.Module:
+    def _described(self) -> Any:
         import transformers
 
         if not Path(self.name).exists():
@@ -191,6 +211,12 @@ class LookingModel:
             raise ConfigError(
                 f"{self.what}: {shown(self.name)} is a {kind} (accepted: {', '.join(self.kinds)})"
             )
+        return config
+
+    def _new(self) -> nn.Module:
+        import transformers
+
+        kind = self.config.model_type
         try:
             # Weights that a file lacks would be drawn, from the run's own numbers.
             with torch.random.fork_rng(devices=[]):
@@ -215,11 +241,11 @@ class LookingModel:
                 f"{self.what}: device {self.device}: {one_line(error)} (accepted: one with room, "
                 f"such as cpu)"
             ) from error
-        self._config, self._place = config, place
+        self._place = place
         return module
 
     def _error(self, part: str, error: Exception) -> ConfigError:
-        accepted = "a folder as save_pretrained writes it"
+        accepted = FOLDER
         if not Path(self.name).exists():
             why = offline()
             accepted = f"a folder, or an id of the hub{f'; {why}' if why else ''}"

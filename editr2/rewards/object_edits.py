@@ -145,6 +145,10 @@ class ObjectReward:
         rules = "as released" if self.released else "mended"
         return {**asked, **self.eyes.facts, **self.prompts.facts, "rules": rules}
 
+    def quick_look(self) -> None:
+        """Looks at what it looks with, without loading it."""
+        self.eyes.quick_look()
+
     def probe(self) -> list[str]:
         """Loads what it looks with, and asks the server what it does."""
         self.eyes.load()

@@ -131,6 +131,13 @@ class CheckedReward:
             f"{self.title}: facts",
         )
 
+    def quick_look(self) -> None:
+        """Its own `quick_look`; `UserError` where it cannot work at all."""
+        look = getattr(self.given, "quick_look", None)
+        with naming_options(self.given, self.options_at):
+            if callable(look):
+                look()
+
     def probe(self) -> list[str]:
         """What its own `probe` says of what works less well than it could; `UserError` where it
         cannot work at all."""
@@ -337,6 +344,12 @@ class Panel:
             function = getattr(member.given, method, None)
             if callable(function):
                 _guarded(function, f"{member.title}: {method}()")
+
+    def quick_look(self) -> None:
+        """Whether each can work, as far as that is seen in seconds, before an editor's weights are
+        read and anything is written. Raises their `UserError`."""
+        for member in self.members:
+            _guarded(member.quick_look, f"{member.title}: quick_look()")
 
     def probe(self) -> list[str]:
         """What each says of itself before anything is judged; raises its `UserError`."""

@@ -222,6 +222,11 @@ class Verifier(Served):
     def _votes(self) -> int:
         return self.options.traces if self.options.temperature else 1
 
+    def quick_look(self) -> None:
+        """Looks at the weights' folder without reading them; a server is asked later."""
+        if self.local is not None:
+            self.local.quick_look()
+
     def probe(self) -> list[str]:
         """Loads the weights, or asks the server what it does."""
         if self.local is None:

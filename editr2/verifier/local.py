@@ -34,7 +34,13 @@ from editr2.rewards.models import DEVICES, TRAINER, device_of, known_device
 from editr2.rewards.record import Record, calls_of, pixel_digest, request_key
 from editr2.rewards.verifier import SHIPPED, VerifierOptions
 from editr2.run.hub import HUB_ID
-from editr2.verifier.model import ACCEPTED_WEIGHTS, Prompt, load_reader, weights_fingerprint
+from editr2.verifier.model import (
+    ACCEPTED_WEIGHTS,
+    Prompt,
+    load_reader,
+    sketch_reader,
+    weights_fingerprint,
+)
 from editr2.verifier.settings import ReaderConfig
 
 if TYPE_CHECKING:
@@ -127,6 +133,7 @@ class Local:
         self._given = device
         self._lock, self._mine = threading.RLock(), threading.local()
         self._reader: Reader | None = None
+        self._sketch: Reader | None = None
         self._fingerprint: str | None = None
         self._lent = False
 
@@ -162,18 +169,29 @@ class Local:
 
     # --------------------------------------------------------------------------------- weights
 
+    @property
+    def _config(self) -> ReaderConfig:
+        return ReaderConfig(
+            weights=self.weights,
+            lora_rank=0,
+            dtype=self.options.dtype,
+            prompts=self.options.prompts,
+        )
+
+    def quick_look(self) -> Reader:
+        """The verifier without its weights, to ask nothing but lengths and sizes. Raises
+        `ConfigError` in one line for whatever is wrong with its files that can be seen so."""
+        with self._lock:
+            if self._sketch is None:
+                self._sketch = sketch_reader(self._config, at=self.at)
+            return self._sketch
+
     def load(self) -> Reader:
         """Loads the weights, if they are not there yet. Raises `ConfigError` in one line."""
         with self._lock:
             if self._reader is None:
-                config = ReaderConfig(
-                    weights=self.weights,
-                    lora_rank=0,
-                    dtype=self.options.dtype,
-                    prompts=self.options.prompts,
-                )
                 with torch.random.fork_rng(devices=[]):
-                    reader = load_reader(config, trains=False, at=self.at)
+                    reader = load_reader(self._config, trains=False, at=self.at)
                 try:
                     reader.module.to(self._place())
                 except (RuntimeError, AssertionError) as error:
