@@ -1,4 +1,5 @@
-"""What is wrong with a reward is said before an editor's weights are read or anything is written."""
+"""What is wrong with a reward is said before an editor is read or anything is written; and what
+its models take."""
 
 from __future__ import annotations
 
@@ -9,11 +10,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 
+from editr2.check.judges import Measured, held_by, room
 from editr2.cli.main import main
-
-pytestmark = pytest.mark.usefixtures("no_editor")
+from editr2.config import Config, RewardConfig
+from editr2.rewards.adapt import adapt
+from editr2.rewards.base import Held, Item, Score
+from editr2.rewards.load import load_reward
+from editr2.sessions import Session
+from editr2.sessions.source import open_sessions
 
 
 @pytest.fixture
@@ -158,6 +166,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("no_editor")
 @pytest.mark.parametrize(
     ("what", "command"),
     # Everything for one command, and one of it for every command.
@@ -192,6 +201,7 @@ LOOKERS: list[tuple[str, str, Callable[[Path], None], str]] = [
 ]
 
 
+@pytest.mark.usefixtures("no_editor")
 @pytest.mark.parametrize("row", LOOKERS, ids=lambda row: row[0])
 def test_something_to_look_with_that_is_none(
     row: Any, folders: dict[str, Path], here: Path, tmp_path_factory: Any, capsys: Any
@@ -225,6 +235,7 @@ NAMES: list[tuple[str, tuple[str, ...], str]] = [
 """What names no reward, or no score of one."""
 
 
+@pytest.mark.usefixtures("no_editor")
 @pytest.mark.parametrize("row", NAMES, ids=lambda row: row[0])
 def test_names_of_rewards_that_are_none(
     row: Any, folders: dict[str, Path], here: Path, capsys: Any
@@ -234,8 +245,144 @@ def test_names_of_rewards_that_are_none(
     assert says in line
 
 
+@pytest.mark.usefixtures("no_editor")
 def test_a_folder_that_is_whole_passes(folders: dict[str, Path], here: Path) -> None:
     """Up to the editor, which is read next."""
     _, words = COMMANDS["train"]
     with pytest.raises(AssertionError, match="an editor"):
         main([word.format(**folders) for word in words])
+
+
+# What models of rewards take
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    c = Config()
+    return open_sessions(c.data, c.rollout, c.eval, seed=5, size=None, wants=("principles",))[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [4, 16])
+def test_a_verifier_takes_what_it_says(
+    dtype: str, rows: int, folders: dict[str, Path], session: Session
+) -> None:
+    """Weights to the byte; what it allocates while it answers, as the profiler saw it."""
+    options = {"weights": str(folders["verifier"]), "max_tokens": 24, "rows": rows, "dtype": dtype}
+    panel = load_reward(RewardConfig(name="verifier", options=options))
+    with mock.patch("editr2.verifier.local.load_reader", side_effect=AssertionError):
+        (held,) = held_by(panel.members[0], session) or ()
+    verifier = panel.members[0].given
+    module = verifier.local.load().module
+    tensors = [*module.parameters(), *module.buffers()]
+    assert held.weights == sum(x.numel() * x.element_size() for x in tensors)
+    item = Item(session, np.stack([session.image] * len(session.turns)))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        verifier.judge([item])
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    assert held.working == pytest.approx(max(np.cumsum(changes)), rel=0.1)
+
+
+def test_what_looks_takes_its_weights(folders: dict[str, Path], session: Session) -> None:
+    options = {"scores": ["CC"], "device": "cpu"} | {
+        name: str(folders[name]) for name in ("features", "detector")
+    }
+    member = load_reward(RewardConfig(name="edit-r2", options=options)).members[0]
+    found = {held.name: held for held in held_by(member, session) or ()}
+    eyes = member.given.eyes
+    for name, model in (("features", eyes.encoder.model), ("detector", eyes.detector.model)):
+        with model.held() as (module, _):
+            tensors = [*module.parameters(), *module.buffers()]
+            assert found[name].weights == sum(x.numel() * x.element_size() for x in tensors)
+    height, width = eyes.encoder.sides()
+    assert found["features"].working > 16 * 3 * height * width * 4  # the pictures themselves
+    assert found["detector"].working is None
+
+
+class Holds:
+    """A reward with models."""
+
+    names = ("IF",)
+
+    def __init__(self, *held: Held, concurrency: int | None = None) -> None:
+        self.held, self.concurrency = held, concurrency
+
+    def models_held(self, items: Any) -> Any:
+        return self.held
+
+    def judge(self, items: Any) -> Any:
+        return [[{"IF": Score(1.0)} for _ in item.asked] for item in items]
+
+
+W, A = 100, 7
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "processes", "found"),
+    [
+        ("trainer", True, 1, {"lent": W, "after": A, "host": W}),
+        ("trainer", True, 4, {"lent": W, "after": A, "host": 4 * W}),
+        ("trainer", True, 16, {"lent": W, "after": A, "host": 8 * W}),
+        ("trainer", False, 1, {"stays": W, "after": A}),
+        ("cuda", True, 1, {"stays": W, "after": A}),
+        ("cuda:0", True, 4, {"stays": 4 * W, "after": 4 * A}),
+        ("cuda:1", True, 1, {}),
+        ("cuda:1", True, 2, {"stays": 2 * W, "after": 2 * A}),
+        ("cpu", True, 2, {"host": 2 * W, "host_working": 2 * A}),
+        ("cpu", False, 1, {"stays": W, "after": A}),
+    ],
+)
+def test_where_models_of_rewards_are(
+    device: str, gpu: bool, processes: int, found: dict[str, int], session: Session
+) -> None:
+    one = adapt(Holds(Held("eye", device, W, A)))
+    m = Measured(one, 0.0, [], held_by(one, session))
+    every = dict.fromkeys(("stays", "lent", "beside", "after", "host", "host_working"), 0)
+    said = vars(room([m], gpu, processes)).copy()
+    parts = said.pop("parts")
+    assert said == every | found
+    assert sum(parts.values()) == sum(
+        count for name, count in found.items() if not name.startswith("host")
+    )
+    # Two that answer after the rollout do so one after the other; beside it, both at once.
+    beside = adapt(Holds(Held("eye", device, W, A), concurrency=2))
+    both = room([m, m, Measured(beside, 0.0, [], held_by(beside, session))] * 2, gpu, processes)
+    assert both.after == found.get("after", 0) and both.beside == 2 * found.get("after", 0)
+
+
+def test_check_says_what_a_verifier_takes(
+    folders: dict[str, Path],
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A line of its own, and in the most that is alive; lent, not in training."""
+    monkeypatch.setattr("editr2.check.text.levers", lambda *_: [])  # which take long
+    small = ["--rollout.sessions=1", "--rollout.siblings=2", "--policy.intent=false"]
+    given = {"weights": str(folders["verifier"]), "max_tokens": 16, "rows": 2}
+    said = {}
+    for name, words in {
+        "none": [],
+        "lent": ["--reward.name=verifier", f"--reward.options={json.dumps(given)}"],
+    }.items():
+        weights = ['--credit.weights={"score": 1}'] if words else []
+        main(["check", "--gpu", "h100", *small, *words, *weights])
+        said[name] = capsys.readouterr().out.splitlines()
+    lines = [line.strip() for line in said["lent"]]
+    (line,) = [one for one in lines if one.startswith("verifier (reward), weights")]
+    assert line.endswith("MiB  (on the host while it trains)")
+    assert any(one.startswith("verifier (reward), answering") for one in lines)
+    assert any(one.startswith("models      verifier of score, on this device") for one in lines)
+    alive = {
+        name: {
+            one.split()[4]: float(one.split()[5])
+            for one in map(str.strip, lines)
+            if one.startswith("alive at most in")
+        }
+        for name, lines in said.items()
+    }
+    assert "judging" not in alive["none"] and alive["lent"]["judging"] > 0
+    assert alive["lent"]["rollout"] > alive["none"]["rollout"]
+    assert alive["lent"]["train"] == alive["none"]["train"]
+    assert not any("(reward)" in one or "models  " in one for one in said["none"])

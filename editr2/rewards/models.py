@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from editr2.errors import ConfigError, UserError, one_line, shown
+from editr2.rewards.base import Held
 from editr2.rewards.folders import check_weights_beside
 from editr2.run.hub import HUB_ID, offline
 
@@ -92,18 +93,28 @@ class LookingModel:
     def quick_look(self) -> None:
         """Looks at what is there without reading weights. Raises `ConfigError` in one line where it
         is missing, no model of these kinds, or damaged."""
-        config = self.config
-        _ = self.settings
+        _ = self.config, self.settings
         if Path(self.name).is_dir():
-            import transformers
-
-            with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                try:
-                    module = getattr(transformers, self.kinds[config.model_type])(config)
-                except Exception as error:
-                    raise self._error("config.json", error) from error
             where = f"{self.what}: {shown(self.name)}"
-            check_weights_beside(Path(self.name), module, where, f"accepted: {FOLDER}")
+            check_weights_beside(Path(self.name), self.sketch, where, f"accepted: {FOLDER}")
+
+    @functools.cached_property
+    def sketch(self) -> nn.Module:
+        """The model without its weights, on the meta device. Raises `ConfigError`."""
+        import transformers
+
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            try:
+                module: nn.Module = getattr(transformers, self.kinds[self.config.model_type])(
+                    self.config
+                )
+            except Exception as error:
+                raise self._error("config.json", error) from error
+        return module.eval().requires_grad_(False)
+
+    def takes(self, run: Callable[[], Any] | None = None) -> Held:
+        """What it takes. run: runs the sketch once as it is asked at most."""
+        return Held(self.what, self.device, bytes_of(self.sketch), run=run)
 
     def load(self) -> None:
         """Loads it, if it is not there yet. Raises `ConfigError` in one line, with the remedy."""
@@ -253,6 +264,12 @@ class LookingModel:
         return ConfigError(
             f"{self.what}: {shown(self.name)}: {part}: {told} (accepted: {accepted})"
         )
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Of its weights and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 @contextmanager

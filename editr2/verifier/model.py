@@ -498,7 +498,7 @@ def load_reader(
 
     where = _where(config, at)
     assert config.weights is not None
-    stored = _stored(config, trains)
+    stored = stored_dtype(config, trains)
     with reading(f"{where} ({ACCEPTED_WEIGHTS})"):
         processor = AutoProcessor.from_pretrained(config.weights)
         module = AutoModelForImageTextToText.from_pretrained(config.weights, dtype=stored)
@@ -540,7 +540,9 @@ def sketch_reader(config: ReaderConfig, *, at: str = "policy.weights") -> Reader
         form = AutoConfig.from_pretrained(config.weights)
         processor = AutoProcessor.from_pretrained(config.weights)
         with torch.device("meta"):
-            module = AutoModelForImageTextToText.from_config(form, dtype=_stored(config, False))
+            module = AutoModelForImageTextToText.from_config(
+                form, dtype=stored_dtype(config, False)
+            )
         if (folder / "generation_config.json").is_file():
             module.generation_config = GenerationConfig.from_pretrained(config.weights)
     if folder.is_dir():
@@ -561,8 +563,8 @@ def _where(config: ReaderConfig, at: str) -> str:
     return where
 
 
-def _stored(config: ReaderConfig, trains: bool) -> torch.dtype:
-    """Of the weights in memory."""
+def stored_dtype(config: ReaderConfig, trains: bool) -> torch.dtype:
+    """Of weights in memory: what trains is float32."""
     frozen = config.lora_rank or not trains
     return torch.bfloat16 if config.dtype == "bfloat16" and frozen else torch.float32
 
