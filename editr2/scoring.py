@@ -24,14 +24,13 @@ from editr2.files import json_line, write_lines
 from editr2.policies.load import open_policy
 from editr2.policies.rules import check_config
 from editr2.report import build_report
-from editr2.rewards.base import weight_vector
 from editr2.rewards.load import load_eval_reward, load_reward
 from editr2.rewards.panel import Panel
 from editr2.rewards.record import Record
 from editr2.rl import kept
 from editr2.rl.evaluate import Evaluation, evaluate, strips_of
 from editr2.rl.metrics import start_row
-from editr2.rl.rules import check_run
+from editr2.rl.rules import check_rewards, check_run
 from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import sessions_for
 from editr2.rl.told import judges_told, sampled_by, sessions_told
@@ -88,7 +87,7 @@ def score(
         record = Record(out, index=processes.index, cache=config.reward.cache)
         reward = load_reward(config.reward, record)
         apart = load_eval_reward(config.eval, record)
-        weight_vector(reward.names, config.credit.weights)  # before weights are read, as a run does
+        check_rewards(config, reward, apart, COMMAND)
         policy = open_policy(config.policy, processes, trains=False)
         own = own_schedule(policy)
         check_run(config, reward.names, own, processes=processes.count, command=COMMAND)

@@ -98,6 +98,7 @@ def run_rewards(
     record = CountingRecord(out, index=processes.index, cache=config.reward.cache)
     panel = load_reward(config.reward, record)
     weights, overall = _overall(panel, config)
+    panel.quick_look()
     source = Source(_path(data), _path(sources))
     labelled = entry.read(source).first(limit)
     labelled = labelled.resized(entry.stretched or config.data.resize == "stretch")

@@ -1,9 +1,9 @@
 """Before a run: is anything wrong with it, what will it do, does it fit, how long does it take.
 `editr2 check`.
 
-No weights are loaded and nothing is downloaded. The rules are the trainer's own; `editors` runs the
-policies' own code over tensors without data and `meter` counts it; `estimate` sums up, with
-`devices` for the speed.
+No weights of an editor are loaded and nothing is downloaded; rewards are asked for real. The rules
+are the trainer's own; `editors` runs the policies' own code over tensors without data and `meter`
+counts it; `estimate` sums up, with `devices` for the speed.
 
 Error seen (2026-11-21). Floating-point operations are exact (tests/test_check.py). Tensors alive in
 a training step of a tiny kontext, against the profiler: 0.03 % off, 0.5 % with checkpointing.
@@ -38,6 +38,7 @@ from editr2.config.fields import mended
 from editr2.errors import UserError
 from editr2.policies.configured import settled_branches
 from editr2.rewards.load import load_eval_reward, load_reward
+from editr2.rewards.panel import Panel
 from editr2.rl.compiled_step import check_capture
 from editr2.rl.credit import credit_notes
 from editr2.rl.rules import check_pruning, run_problems
@@ -92,8 +93,14 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
 
         return open_editor(settled_branches(config.policy, processes))
 
+    def looked_at(panel: Panel) -> bool:
+        before = len(problems)
+        found(panel.quick_look)
+        return len(problems) == before
+
     reward = found(lambda: load_reward(config.reward))
     apart = found(lambda: load_eval_reward(config.eval))
+    sound = [panel for panel in (reward, apart) if panel and looked_at(panel)]
     editor = found(opened)
     own, cannot_pack = (editor.own, editor.cannot_pack) if editor else (None, None)
     names = reward.names if reward else None
@@ -120,15 +127,14 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
             source = found(lambda: sessions_for(config, editor.policy, wants=wants))
     from editr2.check.judges import measured
 
-    judges = found(lambda: measured(reward, source[0])) if source and reward else None
-    if source and apart:
-        found(lambda: measured(apart, source[0]))
+    judges = found(lambda: measured(reward, source[0])) if source and reward in sound else None
+    evaluators = found(lambda: measured(apart, source[0])) if source and apart in sound else None
     if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
     from editr2.check.levers import settle
     from editr2.check.text import levers, render
 
-    case = _case(config, editor, source, device, processes, judges or ())
+    case = _case(config, editor, source, device, processes, judges or (), evaluators or ())
     config, settled = settle(config, device.gpu, lambda _: case, processes=processes)
     option = case.of(config, compared=True)
     lines = render(config, case, option, settled)
@@ -148,6 +154,7 @@ def _case(
     device: Device,
     processes: int,
     judges: Sequence[Measured] = (),
+    apart: Sequence[Measured] = (),
 ) -> Case:
     """What is estimated; the editor's instructions are as long as the sessions'."""
     from editr2.check.levers import Case
@@ -157,7 +164,7 @@ def _case(
     own = editor.own
     samplers = rollout_sampler(config.rollout, own), eval_sampler(config.rollout, config.eval, own)
     turns = [len(s.turns) for s in sessions], [len(s.turns) for s in source.shown]
-    return Case(editor, device, samplers, turns, processes, judges, sessions)
+    return Case(editor, device, samplers, turns, processes, judges, sessions, apart)
 
 
 def settled_for_device(
@@ -191,11 +198,16 @@ def settled_for_device(
     def case(plain: Config) -> Case:
         from editr2.check.devices import device_at_hand
         from editr2.check.editors import open_editor
+        from editr2.check.judges import unmeasured
 
         editor = open_editor(settled_branches(plain.policy, processes))
         memory = torch.cuda.get_device_properties(device).total_memory
-        source = sessions_for(plain, editor.policy)
-        return _case(plain, editor, source, device_at_hand(name, memory), processes)
+        panels = [load_reward(plain.reward), load_eval_reward(plain.eval)]
+        wants = {name for panel in panels if panel for name in panel.wants}
+        source = sessions_for(plain, editor.policy, wants=wants)
+        here = device_at_hand(name, memory)
+        judges = [unmeasured(panel, source[0]) if panel else [] for panel in panels]
+        return _case(plain, editor, source, here, processes, *judges)
 
     return settle(config, gpu, case, recorded, where, processes)
 

@@ -16,7 +16,7 @@ import torch
 
 from editr2.check.devices import Device
 from editr2.check.editors import TRAINS, Editor, Sizes
-from editr2.check.judges import Judging, Measured, judging, waiting
+from editr2.check.judges import Judging, Measured, Room, judging, room, waiting
 from editr2.check.links import MACHINE, gather_seconds, sum_seconds
 from editr2.check.meter import Cost
 from editr2.config import Config, PolicyConfig
@@ -345,15 +345,17 @@ def estimate(
     turns: tuple[Sequence[int], Sequence[int]],
     processes: int = 1,
     judges: Sequence[Measured] = (),
+    apart: Sequence[Measured] = (),
     *,
     compared: bool = False,
 ) -> Estimate:
     """samplers: of training and of evaluation. turns: of every session to train on, and of every
     held-out one (evaluation off: of those shown as strips). judges: the rewards, as they were
-    measured; of none the time is left out. compared: the memory is also that with no block computed
-    again (`WITHOUT`) and with all (`WITH_ALL`). Of sessions of several sizes: `mixed`."""
+    measured; of none the time is left out. apart: those of `eval.reward`, of which the memory alone
+    counts. compared: the memory is also that with no block computed again (`WITHOUT`) and with all
+    (`WITH_ALL`). Of sessions of several sizes: `mixed`."""
     if editor.mix:
-        given = (device, samplers, turns, processes, judges)
+        given = (device, samplers, turns, processes, judges, apart)
         return mixed(
             [(s, estimate(config, view, *given, compared=compared)) for s, view in editor.mix]
         )
@@ -393,9 +395,10 @@ def estimate(
     )
     seconds["train"] += steps * 9 * 4 * stepped / device.speed.bandwidth
     forwards = [c for c in calls if c.step in ("velocity", "train")]
+    rewards = room([*judges, *apart], device.gpu, processes)
     return Estimate(
-        *_memory(config, editor, list(costs), samplers[0], turns[0], processes, compared),
-        _host(config, sizes, processes),
+        *_memory(config, editor, list(costs), samplers[0], turns[0], processes, compared, rewards),
+        _host(config, sizes, processes, rewards),
         traffic.gathering,
         seconds,
         sum(c.times * costs[c].total_flops for c in calls),
@@ -432,6 +435,7 @@ def _memory(
     turns: Sequence[int],
     processes: int,
     compared: bool,
+    rewards: Room,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part, and alive in each phase."""
     r, t, p, sizes = config.rollout, config.train, config.policy, editor.sizes()
@@ -510,30 +514,39 @@ def _memory(
         "activations, rollout": largest("velocity", "intend", "think") + sizes.dequantized,
         "activations, encode and decode": largest("encode", "decode"),
         "activations, train": trains + sizes.dequantized,
+        **rewards.parts,
     }
     for name, how in ((WITHOUT, "off"), (WITH_ALL, "all")) if compared else ():
         memory[name] = trained_on(how) + sizes.dequantized
     always = sum(memory[k] for k in ("frozen weights", "optimizer states", "stored latents"))
     always += trained + memory["copies (reference, old, average)"] + outside + contexts
     resident = 0 if p.offload else sum(sizes.beside)
+    # Taken before a rollout and lent when it is judged; made ahead, the next one begins before.
+    judged = rewards.stays + rewards.lent + rewards.beside
     peaks = {
-        "rollout": always + resident + blocks + memory["activations, rollout"],
+        "rollout": always + resident + blocks + memory["activations, rollout"] + judged,
         "encode": always
         + (max(sizes.beside) if p.offload else resident)
-        + largest("encode", "decode"),
+        + largest("encode", "decode")
+        + judged,
         "train": always
         + resident
         + blocks
         + memory["gradients"]
         + copied
         + trains
-        + sizes.dequantized,
+        + sizes.dequantized
+        + (judged if r.ahead else rewards.stays),
     }
+    if rewards.after:
+        answering = always + resident + rewards.stays + rewards.lent + rewards.after
+        peaks = {"judging": answering, **peaks}
     return memory, {phase: round(n) for phase, n in peaks.items()}
 
 
-def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
-    """Bytes of weights that all processes of a machine together hold on the host.
+def _host(config: Config, sizes: Sizes, processes: int, rewards: Room) -> dict[str, int]:
+    """Bytes of weights that all processes of a machine together hold on the host, those of rewards
+    among them.
     At most: what is loaded in its file's own dtype is mapped and not copied (seen with safetensors
     0.8), and processes share the pages.
     """
@@ -544,10 +557,13 @@ def _host(config: Config, sizes: Sizes, processes: int) -> dict[str, int]:
     loaders = 1 if sharded(config.policy, processes) else here
     beside = here * sum(sizes.beside)
     read = sizes.weights + sizes.float8 * (1 if config.policy.dtype == "bfloat16" else 3)
+    kept = (beside if config.policy.offload else 0) + rewards.host
     host = {
-        "loading": loaders * (read + sizes.trained) + beside,
-        "training": beside if config.policy.offload else 0,
+        "loading": loaders * (read + sizes.trained) + beside + rewards.host,
+        "training": kept,
     }
+    if rewards.host_working:
+        host["judging"] = kept + rewards.host_working
     if sharded(config.policy, processes) and not config.policy.lora_rank:
         # A checkpoint is put together on the first process's host: weights, moments and copies.
         t = config.train

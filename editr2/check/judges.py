@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from editr2.check.links import MACHINE
+from editr2.check.meter import Meter
 from editr2.errors import UserError
 from editr2.rewards.adapt import score_batch
-from editr2.rewards.base import unscored
+from editr2.rewards.base import Held, Item, unscored
+from editr2.rewards.models import TRAINER
 from editr2.rewards.panel import CheckedReward, Panel
 from editr2.sessions import Session
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A reward and the seconds that a turn of one session took. notes: of its `probe`."""
+    """A reward and the seconds that a turn of one session took. notes: of its `probe`. held: the
+    models that it looks with in this process, counted; None where it does not say."""
 
     reward: CheckedReward
     turn: float
     notes: list[str]
+    held: list[Held] | None = None
 
 
 def measured(panel: Panel, session: Session) -> list[Measured]:
@@ -43,8 +49,91 @@ def measured(panel: Panel, session: Session) -> list[Measured]:
         if failure := unscored(scores):
             setting = member.title.partition(":")[0]
             raise UserError(f"{setting}: no score for session {session.id}: {failure}")
-        found.append(Measured(member, seconds / max(turns, member.fills), notes))
+        turn = seconds / max(turns, member.fills)
+        found.append(Measured(member, turn, notes, held_by(member, session)))
     return found
+
+
+def unmeasured(panel: Panel, session: Session) -> list[Measured]:
+    """The rewards with the models that they hold, none of which is asked or loaded."""
+    return [Measured(member, 0.0, [], held_by(member, session)) for member in panel.members]
+
+
+def held_by(reward: CheckedReward, session: Session) -> list[Held] | None:
+    """Its models, as if a session's own source image were the output of every turn."""
+    said = reward.models_held([Item(session, np.stack([session.image] * len(session.turns)))])
+    return None if said is None else [_counted(held) for held in said]
+
+
+def _counted(held: Held) -> Held:
+    """With the bytes that it takes while it answers."""
+    if held.run is None:
+        return held
+    try:
+        with torch.device("meta"), torch.no_grad(), Meter() as meter:
+            held.run()
+    except Exception:  # what runs is a model's own code, which may want numbers
+        return held._replace(run=None)
+    return held._replace(working=meter.cost.peak, run=None)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that models of rewards take. parts: of a process's device, by what they are. stays,
+    lent: of weights there, for good or but for training. beside, after: while they answer, beside
+    the rollout or when it is done. host: of weights on the host of a machine, at some time;
+    host_working: what answers there."""
+
+    parts: Mapping[str, int]
+    stays: int = 0
+    lent: int = 0
+    beside: int = 0
+    after: int = 0
+    host: int = 0
+    host_working: int = 0
+
+
+LENT = "(reward), weights, lent"
+"""Ends the names of parts that are on the host while there is training."""
+
+
+def room(judges: Sequence[Measured], gpu: bool, processes: int) -> Room:
+    """Of all rewards, on a GPU or a CPU that trains. Without a device of their own they are on that
+    of their process; what names `cuda:1` is there of every process of the machine."""
+    here = min(processes, MACHINE)
+    parts: dict[str, int] = {}
+    sums = dict.fromkeys(("stays", "lent", "beside", "after", "host", "host_working"), 0)
+    for m in judges:
+        working = 0
+        for held in m.held or ():
+            copies = copies_here(held, gpu, here)
+            lent = gpu and held.device == TRAINER
+            if gpu and held.device in (TRAINER, "cpu"):
+                sums["host"] += here * held.weights
+            if gpu and held.device == "cpu":
+                sums["host_working"] += here * (held.working or 0)
+            if not copies:
+                continue
+            names = (f"{held.name} {LENT if lent else '(reward), weights'}", held.weights)
+            for name, count in (names, (f"{held.name} (reward), answering", held.working or 0)):
+                parts[name] = parts.get(name, 0) + copies * count
+            sums["lent" if lent else "stays"] += copies * held.weights
+            working += copies * (held.working or 0)
+        if m.reward.concurrency:
+            sums["beside"] += working
+        else:
+            sums["after"] = max(sums["after"], working)
+    return Room(parts, **sums)
+
+
+def copies_here(held: Held, gpu: bool, here: int) -> int:
+    """How many of a model are on the device that trains, of so many processes of the machine."""
+    if not gpu:
+        return int(held.device in (TRAINER, "cpu"))
+    if held.device == TRAINER:
+        return 1
+    number = held.device.partition(":")[2] or "0"
+    return here if held.device.startswith("cuda") and int(number) < here else 0
 
 
 @dataclass(frozen=True)

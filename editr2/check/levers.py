@@ -77,6 +77,7 @@ class Case:
     processes: int = 1
     judges: Sequence[Measured] = ()
     sessions: Sequence[Session] = ()
+    apart: Sequence[Measured] = ()
 
     def of(self, config: Config, editor: Editor | None = None, *, compared: bool = False) -> Option:
         """With the editor of the case, or another. compared: as `estimate` takes it."""
@@ -88,6 +89,7 @@ class Case:
             self.turns,
             self.processes,
             self.judges,
+            self.apart,
             compared=compared,
         )
         return Option(config, found, self.device)

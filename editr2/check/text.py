@@ -18,12 +18,14 @@ from editr2.check.devices import (
 )
 from editr2.check.editors import Editor
 from editr2.check.estimate import WITH_ALL, WITHOUT, sharers
+from editr2.check.judges import LENT, Measured, copies_here
 from editr2.check.judges import lines as judge_lines
 from editr2.check.levers import OTHER_NUMBERS, ROOM, Case, Option, alone, flags, propose
 from editr2.check.links import MACHINE
 from editr2.check.scale import limits
 from editr2.check.scale import lines as scale_lines
 from editr2.config import Config, RolloutConfig, TrainConfig
+from editr2.rewards.models import TRAINER
 from editr2.rl.losses import LOSSES
 from editr2.rl.rules import batches
 from editr2.rl.sampler import Sampler
@@ -113,6 +115,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         f"trained     {_places(config.train, config.rollout, sampler)}",
         *(f"{'auto':<12}{line.removeprefix('auto: ')}" for line in settled),
         *judge_lines(result.judges),
+        *_held([*case.judges, *case.apart], device, processes),
         "",
         f"memory of {device.name}{each}",
     ]
@@ -133,6 +136,8 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
                 note = f"  ({', '.join(others)})" if others else ""
             elif p.offload and name in BESIDE:
                 note = "  (on the host while idle)"
+            elif name.endswith(LENT):
+                name, note = name.removesuffix(", lent"), "  (on the host while it trains)"
             elif shares > 1 and name in split:
                 note = f"  (sharded over {shares} processes)"
             lines.append(f"  {name:<36}{size(count):>12}{note}")
@@ -187,6 +192,31 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         f"{size(device.memory)}",
     ]
     return lines
+
+
+def _held(judges: Sequence[Measured], device: Device, processes: int) -> list[str]:
+    """What rewards hold in this process, where, and what of it is not counted."""
+    lines, here = [], min(processes, MACHINE)
+    for m in judges:
+        who = ", ".join(m.reward.names)
+        if m.held is None and m.reward.lends:
+            lines.append(
+                f"{who}: what it holds on the GPU that trains is not counted: it does not say "
+                f"(models_held)"
+            )
+        for held in m.held or ():
+            answering = (
+                "what it takes while it answers is not counted"
+                if held.working is None
+                else f"up to {size(held.working)} more while it answers"
+            )
+            place = {TRAINER: "this device, on the host while it trains"} if device.gpu else {}
+            there = place.get(held.device, held.device if device.gpu else "this device")
+            apart = "" if copies_here(held, device.gpu, here) else "; not counted below"
+            lines.append(
+                f"{held.name} of {who}, on {there}: {size(held.weights)}, {answering}{apart}"
+            )
+    return [f"{'models' if n == 0 else '':<12}{line}" for n, line in enumerate(lines)]
 
 
 def _evaluated(config: Config, count: int) -> str:

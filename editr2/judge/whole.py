@@ -51,6 +51,8 @@ def judge(
     panel = load_reward(config.reward, record)
     other = load_reward(config.against, record) if config.against.given else None
     weights = reward_weights(panel, config)
+    for one in filter(None, (panel, other)):
+        one.quick_look()
     wants = panel.wants | (other.wants if other else set())
     found = read_outputs(outputs, _sessions(config, outputs, wants))
     said_of = read_labels(labels, found, panel.names) if labels else None

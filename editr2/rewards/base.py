@@ -149,6 +149,21 @@ class Calls:
     retries: int | None = None
 
 
+class Held(NamedTuple):
+    """A model of a reward in this process, and the bytes that it takes where it is.
+
+    device: `cpu`, `cuda:1` or the like, or `trainer` (`rewards.models`). weights: of all that it
+    loads. working: beside these at most, while it answers; None where nobody knows. run: in
+    place of that, what runs it once on the meta device, for whoever counts what it allocates.
+    """
+
+    name: str
+    device: str
+    weights: int
+    working: int | None = None
+    run: Callable[[], Any] | None = None
+
+
 class Reward(Protocol):
     """Judges many sessions at once: `judge(items)` returns, for every item, a dict of a `Score` for
     each of `names` for every turn that is asked about.
@@ -173,6 +188,10 @@ class Reward(Protocol):
       looks at no image. Said once before the run;
     - `take()` and `lend()`: called before a batch of rollouts is judged and after the last one is
       scored, for models on the trainer's GPU;
+    - `quick_look()`: called once before an editor's weights are read or anything is written;
+      raises `UserError` for what is not there, as far as that is seen in seconds;
+    - `models_held(items)`: a `Held` for each model in this process that it would look at these
+      with, which are like those of the run, for estimates; loads nothing;
     - `probe()`: called once before anything is judged; raises `UserError` for what cannot work and
       returns lines on what works less well.
     """

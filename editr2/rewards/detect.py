@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from editr2.errors import ConfigError, one_line, plain
+from editr2.rewards.base import Held
 from editr2.rewards.geometry import Box, Found
 from editr2.rewards.models import (
     LookError,
@@ -111,6 +112,16 @@ class _Local:
         self.model = LookingModel(
             name, self.kinds, what="detector", device=device, revision=revision
         )
+
+    def quick_look(self) -> None:
+        """Looks at the model's files without reading weights. Raises `ConfigError`."""
+        self.model.quick_look()
+        _ = self.model.tokenizer
+
+    def takes(self) -> Held:
+        """What the model takes. What it allocates depends on the words and boxes that it finds, and
+        nothing but its weights can tell these."""
+        return self.model.takes()
 
     def load(self) -> None:
         """Loads the model and its tokenizer. Raises `ConfigError` with the remedy."""

@@ -21,6 +21,7 @@ import numpy as np
 from editr2.config.fields import Bounds, setting
 from editr2.config.plugins import resolve
 from editr2.errors import ConfigError, UserError, one_line
+from editr2.rewards.base import Held
 from editr2.rewards.detect import Detector, DetectorError, GroundingDino, Owlv2, RemoteDetector
 from editr2.rewards.features import Encoder
 from editr2.rewards.geometry import Found
@@ -125,6 +126,15 @@ class Eyes:
         if model is not None:
             return str(model.name) + (f" at {model.revision}" if model.revision else "")
         return "none" if thing is None else type(thing).__name__
+
+    def quick_look(self) -> None:
+        """Looks at what is local without loading it. Raises `ConfigError` with the remedy."""
+        self._each("quick_look")
+
+    def models_held(self) -> list[Held]:
+        """What is local takes."""
+        ours = (GroundingDino, Owlv2, Encoder)
+        return [thing.takes() for thing in (self.detector, self.encoder) if isinstance(thing, ours)]
 
     def load(self) -> None:
         """Loads what is local. Raises `ConfigError` with the remedy."""

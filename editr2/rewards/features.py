@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from editr2.errors import ConfigError, one_line
+from editr2.rewards.base import Held
 from editr2.rewards.geometry import Box
 from editr2.rewards.models import LookError, LookingModel, as_pixels, normalised, resized
 
@@ -71,6 +72,20 @@ class Encoder:
         }
         self.model = LookingModel(name, kinds, what="features", device=device, revision=revision)
         self.size, self.released = size, released
+
+    def quick_look(self) -> None:
+        """Looks at the model's files without reading weights. Raises `ConfigError`."""
+        self.model.quick_look()
+        self.sides()
+
+    def takes(self) -> Held:
+        """What the model takes, asked about as many images as a forward pass has at most."""
+        module, (height, width) = self.model.sketch, self.sides()
+
+        def look() -> Any:
+            return module(pixel_values=torch.empty(CHUNK, 3, height, width))
+
+        return self.model.takes(look)
 
     def load(self) -> None:
         """Loads the model. Raises `ConfigError` with the remedy."""

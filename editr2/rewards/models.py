@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from editr2.errors import ConfigError, UserError, one_line, shown
+from editr2.rewards.base import Held
+from editr2.rewards.folders import check_weights_beside
 from editr2.run.hub import HUB_ID, offline
 
 TRAINER = "trainer"
 _DEVICE = re.compile(rf"cpu|cuda(:\d+)?|{TRAINER}")
 
+FOLDER = "a folder as save_pretrained writes it"
 
 DEVICES = f"cpu, cuda:0 or the like, {TRAINER}"
 
@@ -87,6 +90,32 @@ class LookingModel:
         self._lent = False
         self._place: torch.device | None = None
 
+    def quick_look(self) -> None:
+        """Looks at what is there without reading weights. Raises `ConfigError` in one line where it
+        is missing, no model of these kinds, or damaged."""
+        _ = self.config, self.settings
+        if Path(self.name).is_dir():
+            where = f"{self.what}: {shown(self.name)}"
+            check_weights_beside(Path(self.name), self.sketch, where, f"accepted: {FOLDER}")
+
+    @functools.cached_property
+    def sketch(self) -> nn.Module:
+        """The model without its weights, on the meta device. Raises `ConfigError`."""
+        import transformers
+
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            try:
+                module: nn.Module = getattr(transformers, self.kinds[self.config.model_type])(
+                    self.config
+                )
+            except Exception as error:
+                raise self._error("config.json", error) from error
+        return module.eval().requires_grad_(False)
+
+    def takes(self, run: Callable[[], Any] | None = None) -> Held:
+        """What it takes. run: runs the sketch once as it is asked at most."""
+        return Held(self.what, self.device, bytes_of(self.sketch), run=run)
+
     def load(self) -> None:
         """Loads it, if it is not there yet. Raises `ConfigError` in one line, with the remedy."""
         with self._lock:
@@ -108,9 +137,11 @@ class LookingModel:
 
     @property
     def config(self) -> Any:
-        """Its configuration, as transformers has it. For whoever holds the model, too."""
+        """Its configuration, as transformers has it. For whoever holds the model, too. Raises
+        `ConfigError` where there is none, or that of another kind of model."""
         if self._config is None:
-            self.load()
+            with _quiet():
+                self._config = self._described()
         return self._config
 
     def lend(self) -> None:
@@ -177,7 +208,7 @@ class LookingModel:
                 self._module = self._new()
         return self._module
 
-    def _new(self) -> nn.Module:
+    def _described(self) -> Any:
         import transformers
 
         if not Path(self.name).exists():
@@ -191,6 +222,12 @@ class LookingModel:
             raise ConfigError(
                 f"{self.what}: {shown(self.name)} is a {kind} (accepted: {', '.join(self.kinds)})"
             )
+        return config
+
+    def _new(self) -> nn.Module:
+        import transformers
+
+        kind = self.config.model_type
         try:
             # Weights that a file lacks would be drawn, from the run's own numbers.
             with torch.random.fork_rng(devices=[]):
@@ -215,11 +252,11 @@ class LookingModel:
                 f"{self.what}: device {self.device}: {one_line(error)} (accepted: one with room, "
                 f"such as cpu)"
             ) from error
-        self._config, self._place = config, place
+        self._place = place
         return module
 
     def _error(self, part: str, error: Exception) -> ConfigError:
-        accepted = "a folder as save_pretrained writes it"
+        accepted = FOLDER
         if not Path(self.name).exists():
             why = offline()
             accepted = f"a folder, or an id of the hub{f'; {why}' if why else ''}"
@@ -227,6 +264,12 @@ class LookingModel:
         return ConfigError(
             f"{self.what}: {shown(self.name)}: {part}: {told} (accepted: {accepted})"
         )
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Of its weights and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from editr2.config.fields import Bounds, setting
 from editr2.errors import UserError, plain
 from editr2.rewards.ask import Asker, Asking
-from editr2.rewards.base import Calls, Item, Score
+from editr2.rewards.base import Calls, Held, Item, Score
 from editr2.rewards.client import Client, Server
 from editr2.rewards.eyes import Eyes, Looking
 from editr2.rewards.features import background_consistency, object_consistency
@@ -144,6 +144,14 @@ class ObjectReward:
         asked = self.asker.facts if self.asker is not None else {}
         rules = "as released" if self.released else "mended"
         return {**asked, **self.eyes.facts, **self.prompts.facts, "rules": rules}
+
+    def quick_look(self) -> None:
+        """Looks at what it looks with, without loading it."""
+        self.eyes.quick_look()
+
+    def models_held(self, items: Sequence[Item]) -> list[Held]:
+        """What it looks with."""
+        return self.eyes.models_held()
 
     def probe(self) -> list[str]:
         """Loads what it looks with, and asks the server what it does."""

@@ -18,7 +18,7 @@ from editr2.config.fields import Bounds
 from editr2.config.settings import CALLS_AT_ONCE, COUNT
 from editr2.errors import ConfigError, UserError, plain
 from editr2.rewards.answers import TurnScores, batch_scores, failed_turns, session_scores
-from editr2.rewards.base import Calls, Item, Score, described
+from editr2.rewards.base import Calls, Held, Item, Score, described
 from editr2.rewards.calling import (
     OURS,
     Caller,
@@ -130,6 +130,25 @@ class CheckedReward:
             lambda: {str(k): str(v) for k, v in getattr(self.given, "facts", {}).items()},
             f"{self.title}: facts",
         )
+
+    @property
+    def lends(self) -> bool:
+        """Whether it has something to take away from the trainer's GPU."""
+        return callable(getattr(self.given, "lend", None))
+
+    def models_held(self, items: Sequence[Item]) -> list[Held] | None:
+        """The models that it says it looks with in this process; None where it does not say."""
+        says = getattr(self.given, "models_held", None)
+        if not callable(says):
+            return None
+        return _guarded(lambda: list(says(items)), f"{self.title}: models_held()")
+
+    def quick_look(self) -> None:
+        """Its own `quick_look`; `UserError` where it cannot work at all."""
+        look = getattr(self.given, "quick_look", None)
+        with naming_options(self.given, self.options_at):
+            if callable(look):
+                look()
 
     def probe(self) -> list[str]:
         """What its own `probe` says of what works less well than it could; `UserError` where it
@@ -337,6 +356,12 @@ class Panel:
             function = getattr(member.given, method, None)
             if callable(function):
                 _guarded(function, f"{member.title}: {method}()")
+
+    def quick_look(self) -> None:
+        """Whether each can work, as far as that is seen in seconds, before an editor's weights are
+        read or anything is written. Raises their `UserError`."""
+        for member in self.members:
+            _guarded(member.quick_look, f"{member.title}: quick_look()")
 
     def probe(self) -> list[str]:
         """What each says of itself before anything is judged; raises its `UserError`."""

@@ -29,7 +29,7 @@ from editr2.config.plugins import resolve
 from editr2.config.settings import COUNT
 from editr2.errors import ConfigError, UserError, plain
 from editr2.rewards.ask import Asker, Asking
-from editr2.rewards.base import Calls, Item, Score
+from editr2.rewards.base import Calls, Held, Item, Score
 from editr2.rewards.client import Answer, Client, Server
 from editr2.rewards.eyes import Once
 from editr2.rewards.models import TRAINER
@@ -226,6 +226,29 @@ class Verifier(Served):
     @property
     def _votes(self) -> int:
         return self.options.traces if self.options.temperature else 1
+
+    def quick_look(self) -> None:
+        """Looks at the weights' folder without reading them; a server is asked later."""
+        if self.local is not None:
+            self.local.quick_look()
+
+    def models_held(self, items: Sequence[Item]) -> list[Held]:
+        """The verifier in this process, asked about the longest of these turns."""
+        if self.local is None:
+            return []
+        asked = []
+        for item in items:
+            for turn in item.asked:
+                given, more = item.session.turns[turn].meta.get(PRINCIPLES), 0
+                if self.options.principles == "ask" or given is None:
+                    given, more = [], PRINCIPLES_TOKENS  # the judge's own, which nobody knows yet
+                text = judge_text(
+                    self.prompts,
+                    item.session.turns[turn].instruction,
+                    read_principles(given) if given else (),
+                )
+                asked.append((self._parts(item, turn, text), more))
+        return [self.local.takes(asked)]
 
     def probe(self) -> list[str]:
         """Loads the weights, or asks the server what it does."""

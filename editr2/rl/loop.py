@@ -48,7 +48,7 @@ from editr2.rl.metrics import (
     start_row,
     strips_due,
 )
-from editr2.rl.rules import check_pruning, check_run
+from editr2.rl.rules import check_rewards, check_run
 from editr2.rl.sampler import Schedule, eval_sampler, own_schedule, rollout_sampler
 from editr2.rl.seeds import derive_seed
 from editr2.rl.sessions import sessions_for
@@ -128,6 +128,7 @@ def train(
         apart = load_eval_reward(config.eval, record)
         for member in (*asked.members, *(apart.members if apart else ())):
             member.identity = reward_fingerprint(member)
+        check_rewards(config, asked, apart)
         weights: dict[str, str] = {}
         if policy is None:
             policy = open_policy(config.policy, processes)
@@ -147,7 +148,6 @@ def train(
             processes=processes.count,
             apart=apart.names if apart else (),
         )
-        check_pruning(config, asked)
         check_capture(config.rollout.capture, processes.device)
         source = sessions_for(config, policy, wants=asked.wants | (apart.wants if apart else set()))
         # Weights that are drawn have to be equal on all processes; what follows must not be, nor

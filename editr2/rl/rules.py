@@ -11,7 +11,7 @@ from typing import Any
 
 from editr2.config import Config, RolloutConfig
 from editr2.config.fields import mended
-from editr2.config.rules import Command
+from editr2.config.rules import TRAINS, Command
 from editr2.errors import ConfigError, UserError
 from editr2.policies.rules import config_problems, group_problem
 from editr2.rewards.base import weight_vector
@@ -48,15 +48,12 @@ def run_problems(
     for problem in config_problems(config, command):
         said.add(problem)
         yield problem
-    config, trains = mended(config), command in ("train", "check")
+    config, trains = mended(config), command in TRAINS
     checks: list[Callable[[], Any]] = [lambda: eval_sampler(config.rollout, config.eval, own)]
     if trains:
         checks.insert(0, lambda: rollout_sampler(config.rollout, own))
     if names is not None:
-        checks.append(lambda: weight_vector(names, config.credit.weights))
-    if names is not None and trains:
-        checks.append(lambda: credit_options(config.credit, tuple(names)))
-        checks.append(lambda: check_best(config, names, apart))
+        checks += _of_scores(config, names, apart, command)
     for check in checks:
         try:
             check()
@@ -93,6 +90,31 @@ def run_problems(
             )
     if t.packed == "on" and cannot_pack:
         yield f"train.packed: on (accepted for a {cannot_pack}, which cannot: auto, off)"
+
+
+def _of_scores(
+    config: Config, names: Sequence[str], apart: Sequence[str], command: Command
+) -> list[Callable[[], Any]]:
+    """What raises where settings name scores that there are not, or leave some out."""
+    checks: list[Callable[[], Any]] = [lambda: weight_vector(names, config.credit.weights)]
+    if command in TRAINS:
+        checks.append(lambda: credit_options(config.credit, tuple(names)))
+        checks.append(lambda: check_best(config, names, apart))
+    return checks
+
+
+def check_rewards(
+    config: Config, rewards: Panel, apart: Panel | None = None, command: Command = "train"
+) -> None:
+    """What can be wrong with the rewards of a run, before the minutes in which an editor's weights
+    are read. apart: those of `eval.reward`. Raises `ConfigError`: the settings name other scores
+    than there are, `rollout.prune` has nothing to go by, or a reward's own `quick_look` says so."""
+    for check in _of_scores(config, rewards.names, apart.names if apart else (), command):
+        check()
+    if command in TRAINS:
+        check_pruning(config, rewards)
+    for panel in filter(None, (rewards, apart)):
+        panel.quick_look()
 
 
 def check_pruning(config: Config, rewards: Panel) -> None:

@@ -29,7 +29,7 @@ from editr2.policies.tensor_files import reading
 from editr2.rewards.verifier import FOLDER, judge_text, own_prompts
 from editr2.rewards.wording import prompts_of
 from editr2.verifier.files import Edit
-from editr2.verifier.model import ACCEPTED_WEIGHTS, adapt
+from editr2.verifier.model import ACCEPTED_WEIGHTS, ROOM, Prompt, Reader, adapt, stored_dtype
 from editr2.verifier.objectives import OBJECTIVES, Lesson
 from editr2.verifier.settings import GcpoConfig, ReaderConfig, RunConfig
 from editr2_kernels import token_log_prob
@@ -44,6 +44,12 @@ KEPT = 34
 """Bytes that a layer of a vision transformer keeps for the backward pass, for each number of its
 width and patch, in half precision (Korthikanti et al., arXiv 2205.05198, without dropout and with
 fused attention); twice as many in float32."""
+
+DRAWN = 6
+"""Numbers that drawing a token has at once for each word: scores, shares and their sums."""
+SEEING = 6
+"""Numbers that a layer of a vision transformer has at once without a backward pass, for each number
+of its width and patch: what goes past it, its norm, and four of its MLP."""
 
 
 def _qwen(hidden: int, between: int, layers: int, heads: int, pairs: int, words: int) -> Any:
@@ -137,21 +143,16 @@ def described(config: ReaderConfig) -> Any:
         return transformers.AutoConfig.from_pretrained(given)
 
 
-def _built(form: Any, config: ReaderConfig) -> Any:
-    """The model, on whatever device tensors are made. Only adapters train, or everything."""
+def _built(form: Any, config: ReaderConfig, trains: bool = True) -> Any:
+    """The model, on whatever device tensors are made. Only adapters train, or everything; or
+    nothing does."""
     from transformers import AutoModelForImageTextToText
 
-    module = AutoModelForImageTextToText.from_config(form, dtype=_dtype(config))
+    module = AutoModelForImageTextToText.from_config(form, dtype=stored_dtype(config, trains))
     if config.gradient_checkpointing:
         newer = getattr(module, "activation_checkpointing_enable", None)
         (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
     return module
-
-
-def _dtype(config: ReaderConfig) -> torch.dtype:
-    """Of weights that stay; what trains is float32."""
-    low = config.dtype == "bfloat16" and config.lora_rank
-    return torch.bfloat16 if low else torch.float32
 
 
 def _bytes(parameters: Any) -> int:
@@ -220,13 +221,15 @@ class _Language:
         return found
 
 
-def _measured(form: Any, config: ReaderConfig, run: Callable[[_Language], int]) -> Cost:
+def _measured(
+    form: Any, config: ReaderConfig, run: Callable[[_Language], int], trains: bool = True
+) -> Cost:
     """Of the whole language model. run: runs, and returns bytes of gradients that are none of the
     activations."""
-    found, dtype = [], _dtype(config)
+    found, dtype = [], stored_dtype(config, trains)
     for layers in (1, 2):
         with simulated(dtype):
-            module = _built(_shallow(form, layers), config)
+            module = _built(_shallow(form, layers), config, trains)
         if config.lora_rank:
             with adapters_without_data(module, dtype):
                 adapt(module, config)
@@ -264,7 +267,9 @@ def score_cost(form: Any, config: ReaderConfig, rows: int, lengths: Lengths) -> 
     return _measured(form, config, run)
 
 
-def write_cost(form: Any, config: ReaderConfig, rows: int, lengths: Lengths) -> tuple[Cost, Cost]:
+def write_cost(
+    form: Any, config: ReaderConfig, rows: int, lengths: Lengths, trains: bool = True
+) -> tuple[Cost, Cost]:
     """Of reading prompts, and of writing one token when half of a trace is there."""
     from transformers.cache_utils import DynamicCache
 
@@ -287,8 +292,8 @@ def write_cost(form: Any, config: ReaderConfig, rows: int, lengths: Lengths) -> 
     quiet = replace(config, gradient_checkpointing=False)
     middle = lengths.prompt + lengths.trace // 2
     return (
-        _measured(form, quiet, told(lengths.prompt, 0)),
-        _measured(form, quiet, told(1, middle)),
+        _measured(form, quiet, told(lengths.prompt, 0), trains),
+        _measured(form, quiet, told(1, middle), trains),
     )
 
 
@@ -385,11 +390,7 @@ def estimate(
         phase("writing", word, mine * lengths.trace, 0, 1, False)
         scored = score_cost(form, p, rows, lengths)
         phase("scoring", scored, forwards * (1 + (config.train.kl_weight > 0)), rows, 1, False)
-        text = form.get_text_config()
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        held = 2 if p.dtype == "bfloat16" else 4
-        cache = 2 * layers * text.num_key_value_heads * width * held
-        written = block * (lengths.prompt + lengths.trace) * cache
+        written = block * (lengths.prompt + lengths.trace) * _a_token(form, p)
         peak_written = written + reads.peak
     phase("training", train, forwards * updates, rows, 2, True)
     steps = updates * getattr(t, "minibatches", 1)
@@ -419,6 +420,36 @@ def estimate(
     if written:
         peaks = {"writing": always + peak_written, **peaks}
     return Estimate(sizes, lengths, memory, peaks, seconds, flops)
+
+
+def asking_bytes(reader: Reader, *, rows: int, prompt: Prompt, length: int, answer: int) -> int:
+    """Bytes that a verifier that does not train takes at most beside its weights, to answer `rows`
+    questions like one together.
+
+    reader: may be without weights (`sketch_reader`). prompt: the question; length: tokens that it
+    is filled up to; answer: most tokens of an answer, which all are taken to have.
+    """
+    form, config = reader.module.config, reader.config
+    place = getattr(form, "image_token_id", None)
+    picture = int((prompt.ids == place).sum()) // 2 if place is not None else 0
+    lengths = Lengths(length - 2 * picture, picture, answer, (0, 0))
+    reads, word = write_cost(form, config, rows, lengths, trains=False)
+    token, middle = rows * _a_token(form, config), length + answer // 2
+    sight = _patches(form, lengths, rows) * form.vision_config.hidden_size * SEEING
+    read = reads.peak + sight * (2 if config.dtype == "bfloat16" else 4)
+    seen = sum(4 * x.numel() for x in prompt.others.values() if x.is_floating_point())
+    drawn = 4 * form.get_text_config().vocab_size * DRAWN
+    # Their cache has room for the next tokens.
+    beside = rows * (seen + drawn) + token * ROOM
+    return max(read, word.peak + token * (length + answer - middle)) + beside
+
+
+def _a_token(form: Any, config: ReaderConfig) -> int:
+    """Bytes of its keys and values."""
+    text = form.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    held = 2 if config.dtype == "bfloat16" else 4
+    return int(2 * text.num_hidden_layers * text.num_key_value_heads * width * held)
 
 
 def _patches(form: Any, lengths: Lengths, rows: int) -> int:

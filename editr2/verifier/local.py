@@ -29,12 +29,20 @@ import numpy as np
 import torch
 
 from editr2.errors import ConfigError, DataError, UserError, one_line, plain, shown
+from editr2.rewards.base import Held
 from editr2.rewards.client import Answer, Failure, Part, vote_seed
-from editr2.rewards.models import DEVICES, TRAINER, device_of, known_device
+from editr2.rewards.models import DEVICES, TRAINER, bytes_of, device_of, known_device
 from editr2.rewards.record import Record, calls_of, pixel_digest, request_key
 from editr2.rewards.verifier import SHIPPED, VerifierOptions
 from editr2.run.hub import HUB_ID
-from editr2.verifier.model import ACCEPTED_WEIGHTS, Prompt, load_reader, weights_fingerprint
+from editr2.verifier.estimate import asking_bytes
+from editr2.verifier.model import (
+    ACCEPTED_WEIGHTS,
+    Prompt,
+    load_reader,
+    sketch_reader,
+    weights_fingerprint,
+)
 from editr2.verifier.settings import ReaderConfig
 
 if TYPE_CHECKING:
@@ -127,6 +135,7 @@ class Local:
         self._given = device
         self._lock, self._mine = threading.RLock(), threading.local()
         self._reader: Reader | None = None
+        self._sketch: Reader | None = None
         self._fingerprint: str | None = None
         self._lent = False
 
@@ -162,18 +171,49 @@ class Local:
 
     # --------------------------------------------------------------------------------- weights
 
+    @property
+    def _config(self) -> ReaderConfig:
+        return ReaderConfig(
+            weights=self.weights,
+            lora_rank=0,
+            dtype=self.options.dtype,
+            prompts=self.options.prompts,
+        )
+
+    def quick_look(self) -> Reader:
+        """The verifier without its weights, to ask nothing but lengths and sizes. Raises
+        `ConfigError` in one line for whatever is wrong with its files that can be seen so."""
+        with self._lock:
+            if self._sketch is None:
+                self._sketch = sketch_reader(self._config, at=self.at)
+            return self._sketch
+
+    def takes(self, asked: Sequence[tuple[Sequence[Part], int]]) -> Held:
+        """What it takes at most, asked about the longest of some questions. asked: their parts, and
+        how many tokens more they may have."""
+        sketch, longest = self.quick_look(), 0
+        question: Prompt | None = None
+        for parts, more in asked:
+            images, text = _split(parts)
+            try:
+                found = sketch.question(images, text, "an estimate")
+            except DataError:
+                continue  # what cannot be asked is a failure of its turn
+            if len(found.ids) + more > longest:
+                question, longest = found, len(found.ids) + more
+        working = None
+        if question is not None:
+            rows, most = self.options.rows, self.options.max_tokens
+            length = -(-longest // STEP) * STEP
+            working = asking_bytes(sketch, rows=rows, prompt=question, length=length, answer=most)
+        return Held("verifier", self.options.device, bytes_of(sketch.module), working)
+
     def load(self) -> Reader:
         """Loads the weights, if they are not there yet. Raises `ConfigError` in one line."""
         with self._lock:
             if self._reader is None:
-                config = ReaderConfig(
-                    weights=self.weights,
-                    lora_rank=0,
-                    dtype=self.options.dtype,
-                    prompts=self.options.prompts,
-                )
                 with torch.random.fork_rng(devices=[]):
-                    reader = load_reader(config, trains=False, at=self.at)
+                    reader = load_reader(self._config, trains=False, at=self.at)
                 try:
                     reader.module.to(self._place())
                 except (RuntimeError, AssertionError) as error:
@@ -259,8 +299,7 @@ class Local:
         turn: int,
         rollout: int | None,
     ) -> Question:
-        images = tuple(part for part in parts if not isinstance(part, str))
-        text = "\n\n".join(part for part in parts if isinstance(part, str))
+        images, text = _split(parts)
         seeds = tuple(vote_seed(seed, name, turn, v) if temperature else None for v in range(n))
         where = {"name": name, "turn": turn + 1}
         where |= {} if rollout is None else {"rollout": rollout}
@@ -364,6 +403,12 @@ class Local:
 
     def _found(self, key: str) -> Any:
         return None if self.record is None else self.record.find(key, Said.read)
+
+
+def _split(parts: Sequence[Part]) -> tuple[tuple[np.ndarray, ...], str]:
+    """Pictures, and the words behind them."""
+    images = tuple(part for part in parts if not isinstance(part, str))
+    return images, "\n\n".join(part for part in parts if isinstance(part, str))
 
 
 def _answer(said: Any) -> Answer | Failure | None:

@@ -28,9 +28,11 @@ from editr2.policies.base import autocast_dtype
 from editr2.policies.finite import ACCEPTED, unusable
 from editr2.policies.tensor_files import reading
 from editr2.policies.weights import add_lora
+from editr2.rewards.folders import check_weights_beside
 from editr2.rewards.verifier import FOLDER, judge_text, own_prompts
 from editr2.rewards.wording import prompts_of
 from editr2.rl.seeds import derive_seed, seed_tensor
+from editr2.run.hub import check_model
 from editr2.run.identity import folder_fingerprint, hub_revision
 from editr2.verifier.files import Edit
 from editr2.verifier.settings import LORA_TARGETS, ReaderConfig
@@ -493,15 +495,10 @@ def load_reader(
     are not finite.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    where = _where(config, at)
     assert config.weights is not None
-    where = f"{at}: {shown(config.weights)}"
-    if config.weights.startswith((".", "/", "~")) and not Path(config.weights).is_dir():
-        raise ConfigError(f"{where}: no such folder ({ACCEPTED_WEIGHTS})")
-    frozen = config.lora_rank or not trains
-    stored = torch.bfloat16 if config.dtype == "bfloat16" and frozen else torch.float32
+    stored = stored_dtype(config, trains)
     with reading(f"{where} ({ACCEPTED_WEIGHTS})"):
         processor = AutoProcessor.from_pretrained(config.weights)
         module = AutoModelForImageTextToText.from_pretrained(config.weights, dtype=stored)
@@ -518,6 +515,58 @@ def load_reader(
     reader = Reader(module, processor, config, where)
     module.to(device)
     return reader
+
+
+def sketch_reader(config: ReaderConfig, *, at: str = "policy.weights") -> Reader:
+    """A verifier that does not train, whole but for its weights, which lie on the meta device: it
+    makes prompts, and its module has the shapes and dtypes of what `load_reader` loads.
+
+    at: the setting that names it. Raises `ConfigError` for what `load_reader` would refuse, as far
+    as that can be seen without reading weights: a folder or hub id that is not there, another kind
+    of model, no processor or chat template, weights that are missing, cut short, or too few.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        GenerationConfig,
+    )
+
+    where = _where(config, at)
+    assert config.weights is not None
+    folder = Path(config.weights)
+    check_model(config.weights, at, "config.json")
+    with reading(f"{where} ({ACCEPTED_WEIGHTS})"), torch.random.fork_rng(devices=[]):
+        form = AutoConfig.from_pretrained(config.weights)
+        processor = AutoProcessor.from_pretrained(config.weights)
+        with torch.device("meta"):
+            module = AutoModelForImageTextToText.from_config(
+                form, dtype=stored_dtype(config, False)
+            )
+        if (folder / "generation_config.json").is_file():
+            module.generation_config = GenerationConfig.from_pretrained(config.weights)
+    if folder.is_dir():
+        check_weights_beside(folder, module, where, ACCEPTED_WEIGHTS)
+    return Reader(module.requires_grad_(False).eval(), processor, config, where)
+
+
+def _where(config: ReaderConfig, at: str) -> str:
+    """What errors about the weights begin with. Raises `ConfigError` for a folder that is not
+    there."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    where = f"{at}: {shown(config.weights)}"
+    given = str(config.weights)
+    if given.startswith((".", "/", "~")) and not Path(given).is_dir():
+        raise ConfigError(f"{where}: no such folder ({ACCEPTED_WEIGHTS})")
+    return where
+
+
+def stored_dtype(config: ReaderConfig, trains: bool) -> torch.dtype:
+    """Of weights in memory: what trains is float32."""
+    frozen = config.lora_rank or not trains
+    return torch.bfloat16 if config.dtype == "bfloat16" and frozen else torch.float32
 
 
 def weights_fingerprint(weights: str) -> str:
