@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from editr2.cli.main import main
 from editr2.config import replace_nested
 from editr2.config.yaml import dump_yaml
-from editr2.errors import CheckpointError
+from editr2.errors import CheckpointError, ConfigError
 from editr2.policies.weights import exchanged, trainable
 from editr2.rewards.base import Item
 from editr2.rewards.traces import read_trace
@@ -167,6 +168,19 @@ def test_greedy_is_what_transformers_writes(world: Path) -> None:
     )
     assert stock[0, len(prompt.ids) :].tolist() == list(one.ids)
     assert read_trace(one.text, 1).verdicts  # it was taught to
+
+
+def test_weights_of_another_name_are_not_drawn(world: Path, tmp_path: Path) -> None:
+    """As many numbers as the model has, under another name: transformers fills the gap by chance,
+    and a verifier like that would judge by it."""
+    folder = tmp_path / "renamed"
+    shutil.copytree(world / "llava", folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(key for key in sorted(tensors) if key.endswith("q_proj.weight"))
+    tensors[name.replace("q_proj", "query")] = tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="lacks 1 of the model's weights, .*q_proj.weight"):
+        load_reader(ReaderConfig(weights=str(folder), prompts=str(world / "words")))
 
 
 def test_a_trace_ends_where_a_picture_would_begin(world: Path) -> None:

@@ -501,7 +501,14 @@ def load_reader(
     stored = stored_dtype(config, trains)
     with reading(f"{where} ({ACCEPTED_WEIGHTS})"):
         processor = AutoProcessor.from_pretrained(config.weights)
-        module = AutoModelForImageTextToText.from_pretrained(config.weights, dtype=stored)
+        module, said = AutoModelForImageTextToText.from_pretrained(
+            config.weights, dtype=stored, output_loading_info=True
+        )
+    if lacking := sorted(said["missing_keys"]):  # transformers draws what is not there
+        raise ConfigError(
+            f"{where}: lacks {len(lacking)} of the model's weights, {lacking[0]} the first "
+            f"({ACCEPTED_WEIGHTS})"
+        )
     if name := unusable(module.named_parameters()):
         raise ConfigError(f"{where}: {name}: NaN, infinite or too large ({ACCEPTED})")
     if config.gradient_checkpointing:
