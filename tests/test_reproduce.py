@@ -538,9 +538,10 @@ def test_runs_start_seed_by_seed_and_share_the_cores(tmp_path, stub, monkeypatch
     assert started == order
 
 
-def test_a_judged_run_is_scored_by_the_world(tmp_path, capsys):
+def test_a_judged_run_is_scored_by_the_world(tmp_path, capsys, monkeypatch):
     """A verifier is the reward; what the page says of the editor is exact, and so is its start."""
-    verifiers = tmp_path / "verifiers"
+    monkeypatch.chdir(tmp_path)
+    verifiers = Path("verifiers")
     (verifiers / "sft").mkdir(parents=True)
     (verifiers / "sft" / "seed0").symlink_to(SHIPPED)
     words = ["--study=judges", f"--verifiers={verifiers}", "--arms=sft", "--seeds=1"]

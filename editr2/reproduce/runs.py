@@ -144,7 +144,8 @@ def reproduce(
     settings, or a verifier is missing.
     """
     _check_verifiers(arms, seeds, verifiers)
-    where = {} if verifiers is None else {"verifiers": verifiers}
+    # A run's file of settings lies elsewhere, and a path in it is from there.
+    where = {} if verifiers is None else {"verifiers": verifiers.resolve()}
     # Seed by seed, so that an interrupted reproduction has whole seeds.
     runs = [
         ArmRun(
