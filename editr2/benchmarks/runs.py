@@ -11,6 +11,7 @@ from pathlib import Path
 from editr2.benchmarks.against import Pair, pair_of
 from editr2.benchmarks.compare import write_comparison
 from editr2.benchmarks.compare_page import RunsView, colours_of
+from editr2.benchmarks.sampled import sampled_apart
 from editr2.benchmarks.sides import HELD_OUT, METRICS, Side, check_instructions, sides_of, unlike
 from editr2.errors import ConfigError, UserError
 from editr2.judge.text import Table
@@ -47,6 +48,7 @@ def compare_runs(
         pair, said = _paired(sides[0], other)
         pairs += pair
         lines += said
+    lines += sampled_apart(sides)
     view = RunsView(_table(sides, runs), _charts(sides, runs), lines)
     return [*lines, *write_comparison(sides, pairs, out, view)]
 
