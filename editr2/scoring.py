@@ -36,7 +36,7 @@ from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import sessions_for
 from editr2.rl.told import judges_told, sampled_by, sessions_told
 from editr2.rl.watch import alarms
-from editr2.run.folder import SETTINGS, check_settings_are_ours, numbered
+from editr2.run.folder import SETTINGS, check_holds_no_runs, check_settings_are_ours, numbered
 from editr2.run.identity import Identity, identify, loaded_weights, provenance
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
@@ -157,6 +157,7 @@ def _checked(out: Path, config: Config) -> Path:
         if (out / name).exists() and not ours:
             raise ConfigError(f"--out: {shown(out)}: the folder of {owner} (accepted: another)")
     check_settings_are_ours(out)
+    check_holds_no_runs(out)
     try:
         earlier = to_dataclass(load_yaml(out / SETTINGS)[0], Config)
     except ConfigError:  # none is there, or another version's

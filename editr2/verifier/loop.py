@@ -36,7 +36,7 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sentinel import RatioError
 from editr2.rl.state import State
 from editr2.run.checkpoint import latest_checkpoint
-from editr2.run.folder import check_settings_are_ours, write_readme
+from editr2.run.folder import check_holds_no_runs, check_settings_are_ours, write_readme
 from editr2.run.generators import capture_rng, seed_generators
 from editr2.run.identity import (
     Identity,
@@ -71,6 +71,7 @@ def train_verifier(name: str, config: RunConfig, *, resume_anyway: Sequence[str]
     _check_insisted(resume_anyway, config)
     processes, folder = open_processes(), Path(config.out)
     processes.on_main(lambda: check_settings_are_ours(folder))
+    processes.on_main(lambda: check_holds_no_runs(folder))
     with RunLock(folder) as lock:
         processes.on_main(lambda: lock.take(make=False))
         seed_generators(config.seed)
