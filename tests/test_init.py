@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,11 @@ def test_every_editor_has_settings_to_begin_with(model, gpu, gpus):
     config, lines = made("mine", model=model, gpu=gpu, gpus=gpus)
     assert config.policy.model == model and config.out == "runs/mine"
     assert config.rollout.sessions % gpus == 0
-    check = f"  editr2 check train.yaml --gpu {gpu}" + " --processes 3" * (gpus > 1)
+    check = f"  editr2 check mine/train.yaml --gpu {gpu}" + " --processes 3" * (gpus > 1)
     start = "torchrun --standalone --nproc_per_node 3 -m editr2" if gpus > 1 else "editr2"
-    assert lines[-3:] == ["  cd mine", check, f"  {start} train --config train.yaml"]
+    steps = [check, f"  {start} train --config mine/train.yaml"]
+    assert lines[-3:] == ["next:", *steps]
+    assert all(f"# {step}" in Path("mine/train.yaml").read_text() for step in steps)
     if model == "unified":
         assert config.data.path is None and config.reward.name == "world"
         return
@@ -100,6 +103,17 @@ def test_comments_are_the_settings_own_and_only_what_matters_is_there():
         first = told[key][1].split(". ")[0].rstrip(".")
         assert first and first in text, key
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("folder", ["mine", "deep/mine", "of two words", "."])
+def test_what_comes_next_puts_the_run_where_the_file_says_from_here(folder):
+    """`out` is of the working folder: after a `cd` it would be in mine/runs, which no page says."""
+    _, lines = made(folder)
+    *_, check, train = (shlex.split(line) for line in lines)
+    (file,) = train[train.index("--config") + 1 :]
+    assert Path(file) == Path(check[2]) == Path(folder, "train.yaml")
+    name = Path(folder).resolve().name
+    assert run_config("editr2 train", "", train[2:])[0].out == f"runs/{name}"
 
 
 def _at(values: dict, key: str) -> bool:

@@ -100,7 +100,7 @@ def written(folder: Path, given: dict[str, Any]) -> list[str]:
         if path.exists() or path.is_symlink():
             raise ConfigError(f"{path} is there already (accepted: a folder without it)")
     settings, found = _settings(folder, choices, source)
-    steps = _steps(choices)
+    steps = _steps(file, choices)
     told = {key: text for key, (_, text, _) in documented(Config).items()}
     head = [*_head(choices, source), "", *(f"  {step}" for step in steps)]
     if found is not None:
@@ -114,8 +114,7 @@ def written(folder: Path, given: dict[str, Any]) -> list[str]:
     lines = [f"settings: {file}", *([f"sessions: {data}"] if example else [])]
     if found is not None:
         lines += found.lines()
-    lines += ["next:", *(f"  {step}" for step in [f"cd {shlex.quote(str(folder))}", *steps])]
-    return lines
+    return [*lines, "next:", *(f"  {step}" for step in steps)]
 
 
 def _source(text: str | None) -> Source | None:
@@ -219,20 +218,21 @@ def _example(to: Path, model: str) -> None:
 
 def _head(choices: Choices, source: Source | None) -> list[str]:
     lines = [
-        "Written by `editr2 init`. Paths of what is read are relative to this file; every setting",
-        "that is not here is at its default (`editr2 train --help` lists them).",
+        "Written by `editr2 init`. Paths of what is read are relative to this file, `out` to the",
+        "folder that the command runs in; every setting that is not here is at its default",
+        "(`editr2 train --help` lists them).",
     ]
     if source is not None:
         lines = [f"From {source.title} of {source.project.name}.", *lines]
     return lines
 
 
-def _steps(choices: Choices) -> list[str]:
-    """The commands behind it, from inside the folder."""
-    several = choices.gpus > 1
-    check = f"editr2 check {FILE} --gpu {choices.gpu}"
+def _steps(file: Path, choices: Choices) -> list[str]:
+    """The commands behind it, from the folder that `init` ran in: `out` is relative to that."""
+    several, named = choices.gpus > 1, shlex.quote(str(file))
+    check = f"editr2 check {named} --gpu {choices.gpu}"
     check += f" --processes {choices.gpus}" if several else ""
     start = (
         f"torchrun --standalone --nproc_per_node {choices.gpus} -m editr2" if several else "editr2"
     )
-    return [check, f"{start} train --config {FILE}"]
+    return [check, f"{start} train --config {named}"]
