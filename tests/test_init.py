@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from editr2.cli.flags import documented
 from editr2.cli.init import asked, written
@@ -122,6 +126,53 @@ def _at(values: dict, key: str) -> bool:
             return False
         values = values[name]
     return True
+
+
+def test_the_comment_of_the_judge_names_every_one_of_the_table():
+    made("mine")
+    lines = Path("mine/train.yaml").read_text().splitlines()
+    at = lines.index("  name: world")
+    above = itertools.takewhile(lambda line: line.startswith("  #"), reversed(lines[:at]))
+    text = " ".join(line.strip(" #") for line in reversed(list(above)))
+    assert {*REWARDS} <= set(re.findall(r"[\w-]+", text)) and text.count("pixels") == 1
+    assert "docs/judges.md" in text and text.endswith(".")
+
+
+ANNOTATED = {
+    "formatted_instruction": "change the color of [cup] to [red]",
+    **{key: ["cup"] for key in ("unchanged_objects", "available_objects", "all_objects")},
+    "bg_consistency": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("judge", "turn", "says"),
+    [
+        (
+            "edit-r2",
+            {},
+            r"2 of 2 sessions lack .*IF does not .*`editr2 data annotate`",
+        ),
+        ("edival", {}, "2 of 2 sessions lack .*`editr2 data annotate`"),
+        (
+            "imgedit",
+            {},
+            "2 of 2 sessions lack something; a1: score fails, turn 1",
+        ),
+        ("edit-r2", {"task": "color_alter", "meta": ANNOTATED}, None),
+        ("viescore", {}, None),
+        ("pixels", {}, None),
+    ],
+)
+def test_sessions_that_lack_what_a_judge_needs_are_a_note(judge, turn, says):
+    turns = [{"instruction": "paint the cup red", **turn}]
+    Image.new("RGB", (64, 64)).save("a.png")
+    lines = [json.dumps({"id": i, "image": "a.png", "turns": turns}) + "\n" for i in ("a1", "a2")]
+    Path("sessions.jsonl").write_text("".join(lines))
+    _, said = made("mine", model="klein", data=".", judge=judge)
+    notes = [line for line in said if line.startswith("note: ")]
+    assert len(notes) == (says is not None) and said.index("next:") == 1 + len(notes)
+    assert says is None or re.match(f"note: reward.name: '{judge}': {says}", notes[0])
 
 
 DATA = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from editr2.cli.flags import SOME, Arguments, Flags, documented
 from editr2.config.rules import folder_problem
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, DataError
 from editr2.policies.models import DEFAULT, MODELS
 from editr2.rewards.table import REWARDS
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from editr2.recipes.start import Choices
 
 FILE, DATA, ITS_WORLD = "train.yaml", "data", "world"
+LOOKED_AT = 32
+"""Sessions of a set that are read, with their images."""
 CHOICES = ("model", "data", "judge", "url", "gpus", "gpu", "from", "example")
 
 
@@ -114,6 +116,7 @@ def written(folder: Path, given: dict[str, Any]) -> list[str]:
     lines = [f"settings: {file}", *([f"sessions: {data}"] if example else [])]
     if found is not None:
         lines += found.lines()
+    lines += _lacking(folder, settings)
     return [*lines, "next:", *(f"  {step}" for step in steps)]
 
 
@@ -214,6 +217,28 @@ def _example(to: Path, model: str) -> None:
     from editr2.worlds.shapes import make_session
 
     save_sessions([make_session(0, i) for i in range(16)], to)
+
+
+def _lacking(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """What the judge has nothing to judge by, of the first sessions of a folder: a note, since they
+    may be annotated yet."""
+    data = settings.get("data.path")
+    if data is None or data.startswith("hf:"):
+        return []
+    from editr2.annotate.fields import REWARDS as OF_OBJECTS
+    from editr2.config import RewardConfig
+    from editr2.rewards.load import load_reward
+    from editr2.sessions import load_sessions
+
+    name = settings["reward.name"]
+    reward = RewardConfig(name=name, options=settings.get("reward.options", {}))
+    try:
+        sessions = load_sessions(folder / data, limit=LOOKED_AT)
+    except DataError:  # `editr2 check` says where
+        return []
+    which = "sessions" if len(sessions) < LOOKED_AT else "sessions at its start"
+    more = " (`editr2 data annotate` adds it)" if name in OF_OBJECTS.split(", ") else ""
+    return [f"note: {line}{more}" for line in load_reward(reward).lacking(sessions, which)]
 
 
 def _head(choices: Choices, source: Source | None) -> list[str]:
