@@ -76,6 +76,7 @@ def _serve(arguments: Arguments) -> int:
     page_of = _store(folder)
     page_of.ask(replace(one, needed=options["people"]) for one in questions)
     page = Page(page_of, principles=options["principles"], title=folder.resolve().name)
+    page.app()  # without the extra there is nothing to open
     listening = listen(options["port"])
     print(f"{len(page_of.questions())} questions: {address(page_of, listening)}", flush=True)
     print("Ctrl-C ends it; every vote is kept", flush=True)
