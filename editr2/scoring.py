@@ -42,6 +42,7 @@ from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.run.tracking import duration, read_metrics, write_whole
 from editr2.sessions import Session
+from editr2.sessions.source import check_sessions_there
 
 SCORES = "scores.jsonl"
 
@@ -80,6 +81,7 @@ def score(
     it, and what an evaluation raises.
     """
     config = check_config(config, COMMAND)
+    check_sessions_there(config.data, config.eval)
     processes = open_processes()  # first: it says which device is this process's
     _tell(processes, *(f"note: {note}" for note in notes))
     out = processes.on_main(lambda: _free_folder(config) if out is None else _checked(out, config))

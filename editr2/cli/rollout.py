@@ -46,6 +46,9 @@ def command(arguments: Arguments) -> int:
     from editr2.policies.rules import check_config
 
     config = check_config(config, "rollout")
+    from editr2.sessions.source import check_sessions_there
+
+    check_sessions_there(config.data, config.eval)
     from PIL import Image
 
     from editr2.policies.load import open_policy

@@ -285,6 +285,13 @@ def is_dataset(path: str | os.PathLike[str]) -> bool:
     )
 
 
+def check_there(path: str | os.PathLike[str]) -> None:
+    """Raises DataError, as reading it would, where there is no set at `path`. The hub is not asked,
+    and nothing is read."""
+    if not is_dataset(path):
+        _locate(path)
+
+
 def _locate(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     file = path / FILE_NAME if os.path.isdir(path) else path
