@@ -78,6 +78,13 @@ def _mean_and_error(stat: dict[str, float | None]) -> str:
     return f"{stat['mean']:.3f}" + ("" if stat["se"] is None else f" +- {stat['se']:.3f}")
 
 
+DRIFT = (
+    "(each output beside its source; structure: edges where they were, saturation: strength of "
+    "colours, sharpness: of detail; far from 1 is drift, though edits that were asked for move "
+    "them, too: docs/rewards.md)"
+)
+
+
 def _below_the_table(row: dict[str, Any]) -> list[str]:
     """What is said of whole sessions, and of turns that have no score."""
     lines = []
@@ -89,6 +96,8 @@ def _below_the_table(row: dict[str, Any]) -> list[str]:
     for name, turns in row["drift"].items():
         said = "  ".join(_mean_and_error(stat) for stat in turns)
         lines.append(f"{name.removesuffix('_turn')} by turn, 1 as the source: {said}")
+    if row["drift"]:
+        lines.append(DRIFT)
     lines += [f"ALARM {text}" for text in row.get("alarms", {}).values()]
     if row["intents_right"] is not None:
         lines.append(f"intents equal to the known ones: {row['intents_right']:.1%}")
