@@ -19,7 +19,7 @@ from typing import Any, Final, TextIO
 from editr2.config import Config
 from editr2.config.fields import leaves
 from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
-from editr2.errors import ConfigError, shown
+from editr2.errors import ConfigError, counted, shown
 from editr2.files import json_line, write_lines
 from editr2.policies.load import open_policy
 from editr2.policies.rules import check_config
@@ -238,7 +238,7 @@ class Counter:
         left = duration(spent / done * (self.total - done))
         line = f"edited {done}/{self.total} sessions  {spent / done:.3g} s each  left {left}"
         if done == self.total:
-            count = f"{done} session{'' if done == 1 else 's'}"
+            count = counted(done, "session")
             line = f"edited {count} in {duration(spent)}; waiting for their scores"
         if not self._enabled:
             return

@@ -7,6 +7,7 @@ from typing import Any
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
+from editr2.errors import counted
 
 EXAMPLES = [
     ("", "the shipped small editor, on held-out sessions of its world"),
@@ -63,7 +64,7 @@ def evaluation_text(row: dict[str, Any]) -> str:
     names = {key.removesuffix("_turn"): row[key] for key in row if key.endswith("_turn")}
     names |= {f"eval.{name}": values for name, values in scores_apart(row).items()}
     head = "turn " + "".join(f"{name:>15}" for name in names)
-    lines = [f"{row['sessions']} sessions", head]
+    lines = [counted(row["sessions"], "session"), head]
     for t in range(len(names["reward"])):
         cells = [_mean_and_error(values[t]) for values in names.values()]
         lines.append(f"{t + 1:<5}" + "".join(f"{cell:>15}" for cell in cells))

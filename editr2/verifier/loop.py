@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from editr2.config.yaml import dump_yaml
-from editr2.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from editr2.errors import CheckpointError, ConfigError, NonFiniteError, UserError, counted
 from editr2.policies.parts import is_shared, part
 from editr2.policies.sharding import place
 from editr2.policies.weights import exchanged, snapshot, trainable
@@ -98,7 +98,8 @@ def train_verifier(name: str, config: RunConfig, *, resume_anyway: Sequence[str]
         loop = _Loop(name, config, state, reader, examples, heldout, processes, identity)
         loop.notes += [lock.problem] if lock.problem else []
         if left_out:
-            loop.notes.append(f"{left_out} traces cannot be read and are left out")
+            are = "is" if left_out == 1 else "are"
+            loop.notes.append(f"{counted(left_out, 'trace')} cannot be read and {are} left out")
         loop.find_start(resume_anyway)
         return loop.run()
 
