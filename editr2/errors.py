@@ -26,6 +26,11 @@ def shown(name: object) -> str:
     return text if len(text) <= 300 else f"{text[:80]}... ({len(text)} characters)"
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """`1 turn`, `2 turns`. many: where it is not `one` with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 class UserError(Exception):
     """Something that the user gave is wrong, and the message says what and what is accepted."""
 

@@ -19,7 +19,7 @@ from typing import Any, Final, TextIO
 from editr2.config import Config
 from editr2.config.fields import leaves
 from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
-from editr2.errors import ConfigError, shown
+from editr2.errors import ConfigError, counted, shown
 from editr2.files import json_line, write_lines
 from editr2.policies.load import open_policy
 from editr2.policies.rules import check_config
@@ -35,12 +35,13 @@ from editr2.rl.sampler import eval_sampler, own_schedule
 from editr2.rl.sessions import sessions_for
 from editr2.rl.told import judges_told, sampled_by, sessions_told
 from editr2.rl.watch import alarms
-from editr2.run.folder import SETTINGS, check_settings_are_ours, numbered
+from editr2.run.folder import SETTINGS, check_holds_no_runs, check_settings_are_ours, numbered
 from editr2.run.identity import Identity, identify, loaded_weights, provenance
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.run.tracking import duration, read_metrics, write_whole
 from editr2.sessions import Session
+from editr2.sessions.source import check_sessions_there
 
 SCORES = "scores.jsonl"
 
@@ -79,6 +80,7 @@ def score(
     it, and what an evaluation raises.
     """
     config = check_config(config, COMMAND)
+    check_sessions_there(config.data, config.eval)
     processes = open_processes()  # first: it says which device is this process's
     _tell(processes, *(f"note: {note}" for note in notes))
     out = processes.on_main(lambda: _free_folder(config) if out is None else _checked(out, config))
@@ -156,6 +158,7 @@ def _checked(out: Path, config: Config) -> Path:
         if (out / name).exists() and not ours:
             raise ConfigError(f"--out: {shown(out)}: the folder of {owner} (accepted: another)")
     check_settings_are_ours(out)
+    check_holds_no_runs(out)
     try:
         earlier = to_dataclass(load_yaml(out / SETTINGS)[0], Config)
     except ConfigError:  # none is there, or another version's
@@ -234,7 +237,7 @@ class Counter:
         left = duration(spent / done * (self.total - done))
         line = f"edited {done}/{self.total} sessions  {spent / done:.3g} s each  left {left}"
         if done == self.total:
-            count = f"{done} session{'' if done == 1 else 's'}"
+            count = counted(done, "session")
             line = f"edited {count} in {duration(spent)}; waiting for their scores"
         if not self._enabled:
             return

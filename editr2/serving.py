@@ -94,6 +94,7 @@ def server_of(app: Starlette, command: str) -> Any:
 
 def without(error: ImportError, command: str) -> ConfigError:
     """What a page's command says where the extra is not installed."""
+    package = (error.name or "starlette").partition(".")[0]  # what pip knows, of a module
     return ConfigError(
-        f"{command}: the page needs {error.name} (accepted: pip install 'editr2[label]')"
+        f"{command}: the page needs {package} (accepted: pip install 'editr2[label]')"
     )

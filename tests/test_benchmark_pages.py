@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from editr2.benchmarks import page, strips, summary
@@ -17,6 +19,7 @@ from editr2.benchmarks.compare import compare
 from editr2.benchmarks.layouts import Images, file_names, source_file, turn_file
 from editr2.benchmarks.rows import Row, read_rows, write_rows
 from editr2.benchmarks.sets.world import WORLD, exact
+from editr2.benchmarks.sides import sides_of
 from editr2.benchmarks.table import Source
 from editr2.benchmarks.text import number
 from editr2.cli.main import main
@@ -290,6 +293,11 @@ def renamed():
     Path("b/strips.jsonl").unlink()
 
 
+def of_another_pass():
+    rows = [r for r in read_rows(Path("b/scores.jsonl")) if r.way == "multipass"]
+    write_rows(Path("b/scores.jsonl"), [Row(**{**vars(r), "way": "evaluation"}) for r in rows])
+
+
 FACTS = {"judge": "qwen", "prompts": "ours (0123456789ab)"}
 
 
@@ -314,7 +322,12 @@ FACTS = {"judge": "qwen", "prompts": "ours (0123456789ab)"}
             "judge, judge: qwen of a, none of b",
         ),
         (told_otherwise, "a b", "has other instructions in a than in b"),
-        (renamed, "a b", "a and b have no session of one pass in common"),
+        (renamed, "a b", "a was scored on other sessions than b: none is in both"),
+        (
+            of_another_pass,
+            "a b",
+            "a was edited in other passes than b: multipass, exact, and evaluation",
+        ),
         (lambda: Path("b/scores.jsonl").unlink(), "a b", "b: no scores.jsonl yet"),
         (lambda: None, "a a", "given twice"),
         (lambda: Path("c").symlink_to("a"), "a c", "given twice"),
@@ -454,3 +467,86 @@ def test_bars_of_intervals_need_not_be_even():
     (series,) = chart.data["series"]
     assert series["y"] == [0.5, None] and series["ends"] == [[0.25, 0.875], None]
     assert "a: 1 0.500 [0.250, 0.875], 2 –" in chart.summary
+
+
+TWO_OF_FOUR = {
+    "eval": {"sampler": "rollout", "steps": None},
+    "rollout": {"steps": 4, "window": 2, "dynamics": "cps", "noise_level": 0.7, "shift": None},
+    "policy": {"guidance": 1.0},
+}
+
+
+def changed(**sections):
+    return {key: of | sections.get(key, {}) for key, of in TWO_OF_FOUR.items()}
+
+
+APART = [
+    # Training's window is nothing to an ODE, nor what its noise was.
+    (
+        TWO_OF_FOUR,
+        changed(eval={"sampler": "ode"}, rollout={"dynamics": "flow-sde"}),
+        "2 and 0 steps with noise (eval.sampler, rollout.window)",
+    ),
+    (
+        TWO_OF_FOUR,
+        changed(rollout={"window": 0}),
+        "2 and 0 steps with noise (eval.sampler, rollout.window)",
+    ),
+    (
+        TWO_OF_FOUR,
+        changed(eval={"steps": 8}, policy={"guidance": 4.0}),
+        "4 and 8 denoising steps (eval.steps, else rollout.steps); policy.guidance 1.0 and 4.0",
+    ),
+    (
+        TWO_OF_FOUR,
+        changed(rollout={"dynamics": "flow-sde", "shift": 3.0}),
+        "rollout.shift none and 3.0; rollout.dynamics cps and flow-sde",
+    ),
+    # Said otherwise, and the same.
+    (TWO_OF_FOUR, changed(eval={"steps": 4}), None),
+    (changed(eval={"sampler": "ode"}), changed(rollout={"window": 0, "noise_level": 0.5}), None),
+]
+
+
+@pytest.mark.parametrize(("one", "two", "said"), APART)
+@pytest.mark.parametrize("command", ["report one two", "benchmark --compare one two"])
+def test_runs_that_were_sampled_differently_are_said_to_be_before_their_numbers(
+    command, one, two, said, tmp_path, monkeypatch, beside, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name, settings in (("one", one), ("two", two)):
+        write_run(Path(name), 0.25, beside=beside)
+        Path(name, "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main([*command.split(), "--out", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [n for n, line in enumerate(lines) if "sampled differently" in line]
+    if said is None:
+        assert not told
+        return
+    (at,) = told
+    assert lines[at].endswith(f"not of the weights alone: {said}.")
+    assert lines[at].startswith("one and two were sampled differently, ")
+    assert at < next(n for n, line in enumerate(lines) if "->" in line)
+    assert lines[at] in checked(Path("out/compare.html"), beside).text
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["runs/quickstart/run", "runs/first/run"], ["quickstart/run", "first/run"]),
+        (["x/a/run", "y/a/run", "x/b"], ["x/a/run", "y/a/run", "b"]),
+        (["run", "deep/run"], ["{here}/run", "deep/run"]),
+        (["../{here}/a", "b/../a/a"], ["{here}/a", "a/a"]),
+    ],
+)
+def test_sides_are_called_by_the_shortest_ends_of_their_paths(
+    folders, names, tmp_path, monkeypatch, beside
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir(exist_ok=True)
+    folders = [Path(folder.format(here=tmp_path.name)) for folder in folders]
+    for folder in folders:
+        write_run(Path(os.path.abspath(folder)), 0.25, beside=beside)
+    found = [side.name for side in sides_of(folders)]
+    assert found == [name.format(here=tmp_path.name) for name in names]

@@ -203,7 +203,12 @@ def test_drift_in_the_row_of_an_evaluation(judged):
     for row in rows_of(judged):
         assert set(row["drift"]) == {f"{name}_turn" for name in MEASURES}
         assert all(len(turns) == 2 and turns[0]["se"] for turns in row["drift"].values())
-    assert "saturation by turn, 1 as the source: " in evaluation_text(rows_of(judged)[0])
+    lines = evaluation_text(rows_of(judged)[0]).splitlines()
+    at = [n for n, line in enumerate(lines) if " by turn, 1 as the source: " in line]
+    assert [lines[n].partition(" ")[0] for n in at] == list(MEASURES)
+    said = lines[at[-1] + 1]  # what they are, once, behind them
+    assert said.startswith("(") and "docs/rewards.md" in said
+    assert all(f"{name}: " in said for name in MEASURES)
     assert "sharpness, turn 2" in build_report(judged).read_text("utf-8")
     seen = torch.tensor([[[1.0, 2.0, 1.0]], [[0.5, 0.5, 1.0]]], dtype=torch.float64)
     zeros = torch.zeros(2, 1)

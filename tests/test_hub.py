@@ -12,9 +12,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from editr2.cli.main import main
 from editr2.config import PolicyConfig
 from editr2.errors import ConfigError
 from editr2.policies.load import load_policy
+from editr2.recipes import FOLDER
 from editr2.run import hub
 
 
@@ -95,3 +97,26 @@ def test_a_model_that_cannot_be_fetched_is_one_line_at_once(monkeypatch, tmp_pat
     hub.check_model("no hub id", "policy.weights")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name: "model_index.json")
     hub.check_model("some.one/else-1", "policy.weights")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --config klein-nft-24gb --data nowhere",
+        "train --config klein-nft-24gb --data.heldout nowhere",
+        "eval --config klein-nft-24gb --data nowhere",
+        "rollout --config klein-nft-24gb --data nowhere",
+    ],
+)
+def test_data_that_is_not_there_is_said_before_a_model_that_cannot_be_fetched(
+    command, monkeypatch, tmp_path, capsys
+):
+    """Of the two it is what one can mend at once, and a user's own slip."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(command.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: nowhere: no such file (accepted: a sessions.jsonl"), said
+    assert not list(tmp_path.iterdir())
+    assert main(command.replace("nowhere", str(FOLDER / "photos")).split()) == 2
+    assert "policy.weights: black-forest-labs/FLUX.2-klein" in capsys.readouterr().err

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from editr2.cli.flags import documented
 from editr2.cli.init import asked, written
@@ -58,9 +63,11 @@ def test_every_editor_has_settings_to_begin_with(model, gpu, gpus):
     config, lines = made("mine", model=model, gpu=gpu, gpus=gpus)
     assert config.policy.model == model and config.out == "runs/mine"
     assert config.rollout.sessions % gpus == 0
-    check = f"  editr2 check train.yaml --gpu {gpu}" + " --processes 3" * (gpus > 1)
+    check = f"  editr2 check mine/train.yaml --gpu {gpu}" + " --processes 3" * (gpus > 1)
     start = "torchrun --standalone --nproc_per_node 3 -m editr2" if gpus > 1 else "editr2"
-    assert lines[-3:] == ["  cd mine", check, f"  {start} train --config train.yaml"]
+    steps = [check, f"  {start} train --config mine/train.yaml"]
+    assert lines[-3:] == ["next:", *steps]
+    assert all(f"# {step}" in Path("mine/train.yaml").read_text() for step in steps)
     if model == "unified":
         assert config.data.path is None and config.reward.name == "world"
         return
@@ -102,12 +109,70 @@ def test_comments_are_the_settings_own_and_only_what_matters_is_there():
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.parametrize("folder", ["mine", "deep/mine", "of two words", "."])
+def test_what_comes_next_puts_the_run_where_the_file_says_from_here(folder):
+    """`out` is of the working folder: after a `cd` it would be in mine/runs, which no page says."""
+    _, lines = made(folder)
+    *_, check, train = (shlex.split(line) for line in lines)
+    (file,) = train[train.index("--config") + 1 :]
+    assert Path(file) == Path(check[2]) == Path(folder, "train.yaml")
+    name = Path(folder).resolve().name
+    assert run_config("editr2 train", "", train[2:])[0].out == f"runs/{name}"
+
+
 def _at(values: dict, key: str) -> bool:
     for name in key.split("."):
         if not isinstance(values, dict) or name not in values:
             return False
         values = values[name]
     return True
+
+
+def test_the_comment_of_the_judge_names_every_one_of_the_table():
+    made("mine")
+    lines = Path("mine/train.yaml").read_text().splitlines()
+    at = lines.index("  name: world")
+    above = itertools.takewhile(lambda line: line.startswith("  #"), reversed(lines[:at]))
+    text = " ".join(line.strip(" #") for line in reversed(list(above)))
+    assert {*REWARDS} <= set(re.findall(r"[\w-]+", text)) and text.count("pixels") == 1
+    assert "docs/judges.md" in text and text.endswith(".")
+
+
+ANNOTATED = {
+    "formatted_instruction": "change the color of [cup] to [red]",
+    **{key: ["cup"] for key in ("unchanged_objects", "available_objects", "all_objects")},
+    "bg_consistency": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("judge", "turn", "says"),
+    [
+        (
+            "edit-r2",
+            {},
+            r"2 of 2 sessions lack .*IF does not .*`editr2 data annotate`",
+        ),
+        ("edival", {}, "2 of 2 sessions lack .*`editr2 data annotate`"),
+        (
+            "imgedit",
+            {},
+            "2 of 2 sessions lack something; a1: score fails, turn 1",
+        ),
+        ("edit-r2", {"task": "color_alter", "meta": ANNOTATED}, None),
+        ("viescore", {}, None),
+        ("pixels", {}, None),
+    ],
+)
+def test_sessions_that_lack_what_a_judge_needs_are_a_note(judge, turn, says):
+    turns = [{"instruction": "paint the cup red", **turn}]
+    Image.new("RGB", (64, 64)).save("a.png")
+    lines = [json.dumps({"id": i, "image": "a.png", "turns": turns}) + "\n" for i in ("a1", "a2")]
+    Path("sessions.jsonl").write_text("".join(lines))
+    _, said = made("mine", model="klein", data=".", judge=judge)
+    notes = [line for line in said if line.startswith("note: ")]
+    assert len(notes) == (says is not None) and said.index("next:") == 1 + len(notes)
+    assert says is None or re.match(f"note: reward.name: '{judge}': {says}", notes[0])
 
 
 DATA = {

@@ -225,3 +225,5 @@ def test_what_is_no_run_is_refused_beside_one(world, tmp_path, monkeypatch, caps
     Path("none").mkdir()
     assert main(["report", "one", "none"]) == 2
     assert "none: no metrics.jsonl (accepted: folders of runs;" in capsys.readouterr().err
+    assert main(["report", "one", "."]) == 2  # the folder around it
+    assert "did you mean one?" in capsys.readouterr().err

@@ -167,6 +167,15 @@ MISTAKES = [
     # Paths.
     M("an output that is a file", "train --out notes", "notes", {"notes": "mine"}),
     M("an output below a file", "train --out notes/run", "notes", {"notes": "mine"}),
+    *(
+        M(
+            f"the folder of all runs to {command.partition(' -')[0]}",
+            f"{command} --out all",
+            "such as all/mine; did you mean all/run?",
+            {"all/run/metrics.jsonl": ""},
+        )
+        for command in ("train", "eval", "verifier sft --policy.weights judge --data traces")
+    ),
     M("a data folder that is not there", "train --data nowhere", "nowhere"),
     M("a home folder that is not there", "train --data ~/no-such-sessions", "no-such-sessions"),
     M(

@@ -218,6 +218,15 @@ OPENINGS = [
         ["40 of 60 iterations are left (about 3m20s at 5 s each)"],
     ),
     ({}, {"done": 60, "seconds": 100.0}, ["all 60 iterations are done"]),
+    # One of a kind.
+    (
+        {"train": {"iterations": 1}, "rollout": {"sessions": 1, "turns": 1}},
+        {},
+        ["1 iteration, of 1 session x", "shapes world, 1 turn each"],
+    ),
+    ({"train": {"iterations": 1}}, {"done": 1}, ["its 1 iteration is done"]),
+    ({}, {"done": 59, "seconds": 59.0}, ["1 of 60 iterations is left (about 1s at"]),
+    ({"rollout": {"steps": 1, "window": 0}}, {}, ["1 step of an ODE"]),
 ]
 
 

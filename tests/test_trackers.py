@@ -20,6 +20,7 @@ from editr2.config.settings import TRACKERS_LISTED
 from editr2.errors import ConfigError
 from editr2.run.folder import (
     Refreshed,
+    check_holds_no_runs,
     check_no_evaluation,
     check_settings_are_ours,
     write_readme,
@@ -284,15 +285,22 @@ def test_the_page_is_refreshed_where_it_is_cheap(tmp_path):
         ({"config.yaml": "ours", ".lock": ""}, None),
         ({"config.yaml": "ours", "metrics.jsonl": '{"event": "start"}\n'}, None),
         ({"metrics.jsonl": '{"event": "start", "command": "eval"}\n'}, "folder of an evaluation"),
+        ({"a/metrics.jsonl": "", ".lock": ""}, r"mine; did you mean \S*/a\?"),
+        ({"a/metrics.jsonl": "", "mine/notes": ""}, "such as .*/mine-2; did you mean .*/a"),
+        ({"a/metrics.jsonl": "", "config.yaml": "ours", ".lock": ""}, None),
+        ({"a/metrics.jsonl": "", "metrics.jsonl": ""}, None),
+        ({"a/config.yaml": "of another program"}, None),
         ({}, None),
     ],
 )
 def test_a_run_writes_over_nobodys_files(files, said, tmp_path):
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
         check_settings_are_ours(tmp_path)
         check_no_evaluation(tmp_path)
+        check_holds_no_runs(tmp_path)
 
 
 def made(command, processes=1):

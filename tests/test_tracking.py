@@ -307,3 +307,13 @@ def test_profile_table_shares_add_up_and_show_untimed_seconds():
     assert lines["untimed"] == ["1.0000", "17.6%", "1.0000"]
     assert lines["iteration"][:2] == ["5.6667", "100.0%"]
     assert profile_table([]) == "no timed iterations"
+
+
+@pytest.mark.parametrize(
+    ("count", "scores", "turns"),
+    [(1, "1 score failed", "to 1 turn"), (2, "2 scores failed", "to 2 turns")],
+)
+def test_the_line_counts_one_as_one(count, scores, turns):
+    row = {"iteration": 0, "reward": 0.5, "failed_scores": count, "not_applicable": count}
+    parts = Progress(4, enabled=False).said(row)
+    assert scores in parts and f"a reward does not apply {turns}" in parts

@@ -323,6 +323,30 @@ def test_a_folders_address_stays_and_is_nobody_elses(tmp_path, monkeypatch):
     assert token_of(tmp_path / "a", keys) != token_of(tmp_path / "a", keys)
 
 
+@pytest.mark.parametrize("gone", ["starlette", "starlette.concurrency", "uvicorn"])
+@pytest.mark.parametrize("command", ["watch", "label"])
+def test_without_the_extra_a_page_names_the_package_and_how_to_get_it(
+    command, gone, tmp_path, monkeypatch, capsys
+):
+    if gone == "uvicorn":
+        pytest.importorskip("starlette", reason="needs starlette: editr2[label]")
+    for name in [name for name in sys.modules if name.partition(".")[0] == gone.partition(".")[0]]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, gone, None)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for n in range(3):
+        Image.new("RGB", (8, 8), (n, n, n)).save(tmp_path / f"{n}.png")
+    question = {"image": "0.png", "outputs": ["1.png", "2.png"], "instruction": "red", "id": "q"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    assert main([command, str(tmp_path), "--port", "0"]) == 2
+    package = gone.partition(".")[0]
+    said = capsys.readouterr()
+    assert said.err == (
+        f"error: {command}: the page needs {package} (accepted: pip install 'editr2[label]')\n"
+    )
+    assert not said.out or gone == "uvicorn"  # no address that nobody answers at
+
+
 def test_the_command_says_where_it_is(tmp_path, monkeypatch, capsys):
     pytest.importorskip("starlette", reason="needs starlette: editr2[label]")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))

@@ -66,11 +66,18 @@ def compared_parts(a: Side, b: Side) -> list[Part]:
     ways = [way for way in _ways(a) if way in set(_ways(b))]
     parts = [part for way in ways if (part := _part(a, b, way)).common]
     if not parts:
+        ids = [{row.image for row in side.rows} for side in (a, b)]
+        apart = f"scored on other sessions than {b.name}: none is in both"
+        if not ids[0].isdisjoint(ids[1]):
+            apart = f"edited in other passes than {b.name}: {_said(a)}, and {_said(b)}"
         raise ConfigError(
-            f"--compare: {a.name} and {b.name} have no session of one pass in common (accepted: "
-            f"folders of the same sessions)"
+            f"--compare: {a.name} was {apart} (accepted: folders of the same sessions)"
         )
     return parts
+
+
+def _said(side: Side) -> str:
+    return ", ".join(_ways(side))
 
 
 def _ways(side: Side) -> list[str]:

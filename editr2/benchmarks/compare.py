@@ -27,6 +27,7 @@ from editr2.benchmarks.against import (
 )
 from editr2.benchmarks.compare_page import RunsView, notes_on, write_page
 from editr2.benchmarks.paper import PaperTable, latex, markdown, md, paper_table, tex
+from editr2.benchmarks.sampled import sampled_apart
 from editr2.benchmarks.sides import Side, check_alike, differing, sides_of
 from editr2.errors import plain
 from editr2.files import write_lines
@@ -47,7 +48,7 @@ def compare(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
     for other in sides[1:]:
         check_alike(sides[0], other)
     pairs = [pair_of(sides[0], other) for other in sides[1:]]
-    return write_comparison(sides, pairs, out)
+    return [*sampled_apart(sides), *write_comparison(sides, pairs, out)]
 
 
 def write_comparison(

@@ -24,6 +24,7 @@ from editr2.benchmarks.measures import label_of
 from editr2.benchmarks.page import TEMPLATES
 from editr2.benchmarks.paper import NONE, THEIRS, PaperTable
 from editr2.benchmarks.rows import Row
+from editr2.benchmarks.sampled import sampled_apart
 from editr2.benchmarks.sides import Side, differing, made_otherwise
 from editr2.benchmarks.strips import Lane, Thumbnails, by_session, fitting, session_score, view
 from editr2.judge.text import Table
@@ -131,7 +132,8 @@ def write_page(
         names=[side.name for side in sides],
         facts=shared,
         settings=Table("Settings", [side.name for side in sides], [*apart, *settings]),
-        notes=[*notes_on(sides), *pictures.notes()],
+        # Of runs it stands above, among what is not alike.
+        notes=[*([] if runs else sampled_apart(sides)), *notes_on(sides), *pictures.notes()],
         pairs=views,
         paper=[_beside(table) for table in paper],
         lines=lines,

@@ -20,7 +20,7 @@ from PIL import Image
 from editr2.benchmarks.layouts import file_names, generations, source_file, turn_file
 from editr2.benchmarks.passes import PASSES, Edited, Exact
 from editr2.config import Config
-from editr2.errors import ConfigError, DataError, shown
+from editr2.errors import ConfigError, DataError, counted, shown
 from editr2.files import in_place_of
 from editr2.policies.base import Policy, ReadingPolicy, at_size
 from editr2.rl.rollout import Chunk, Seeds, chunks, in_evaluation, rollout_chunk
@@ -106,7 +106,8 @@ def generate(
     if processes.main:
         made = sum(map(outputs_of, left))
         there = sum(map(outputs_of, plan)) - made
-        print(f"{way}: {made} images made, {there} were there: {into}", file=sys.stderr)
+        said = f"{counted(made, 'image')} made, {there} {'was' if there == 1 else 'were'} there"
+        print(f"{way}: {said}: {into}", file=sys.stderr)
 
 
 def _files(name: str, edited: Edited) -> list[str]:
@@ -155,5 +156,5 @@ class _Progress:
         now = time.monotonic()
         if self._main and now - self._last >= SECONDS:
             self._last = now
-            line = f"{self._way}: {self._done} of {self._count} images{self._of}"
+            line = f"{self._way}: {self._done} of {counted(self._count, 'image')}{self._of}"
             print(line, file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ import numpy as np
 from editr2.benchmarks.passes import PASSES, Exact, Question
 from editr2.benchmarks.rows import Row, read_rows
 from editr2.benchmarks.saved import Judged, Saved
-from editr2.errors import DataError, UserError
+from editr2.errors import DataError, UserError, counted
 from editr2.rewards.base import Item, Score, shortened
 from editr2.rewards.panel import CheckedReward, Panel
 from editr2.rewards.pool import Judging, Pool
@@ -113,9 +113,9 @@ def judge(
 
         def say() -> None:
             done, failed = saved.appended()
-            lost = f", {failed} scores failed" if failed else ""
+            lost = f", {counted(failed, 'score')} failed" if failed else ""
             progress(
-                f"judged {kept + done} of {len(sessions)} sessions in "
+                f"judged {kept + done} of {counted(len(sessions), 'session')} in "
                 f"{time.monotonic() - begin:.0f} s{lost}"
             )
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from editr2.benchmarks.against import Pair, pair_of
 from editr2.benchmarks.compare import write_comparison
 from editr2.benchmarks.compare_page import RunsView, colours_of
+from editr2.benchmarks.sampled import sampled_apart
 from editr2.benchmarks.sides import HELD_OUT, METRICS, Side, check_instructions, sides_of, unlike
 from editr2.errors import ConfigError, UserError
+from editr2.files import runs_near
 from editr2.judge.text import Table
 from editr2.report import charts
 from editr2.report.build import SCORE_METRICS, facts_of
@@ -35,7 +37,7 @@ def compare_runs(
         if not (Path(folder) / METRICS).is_file():
             raise ConfigError(
                 f"editr2 report: {folder}: no {METRICS} (accepted: folders of runs; those of "
-                f"benchmarks are compared by editr2 benchmark --compare)"
+                f"benchmarks are compared by editr2 benchmark --compare{runs_near(Path(folder))})"
             )
     try:
         sides = sides_of(folders)
@@ -47,6 +49,7 @@ def compare_runs(
         pair, said = _paired(sides[0], other)
         pairs += pair
         lines += said
+    lines += sampled_apart(sides)
     view = RunsView(_table(sides, runs), _charts(sides, runs), lines)
     return [*lines, *write_comparison(sides, pairs, out, view)]
 

@@ -39,7 +39,8 @@ class Side:
     where it is not of `rows`: a run's strips may be of other rollouts than its evaluation. summary:
     of a benchmark whose report was written. by_place: the rows of a run by the places of its
     sessions, where `rows` have their ids; places: `rows` have places. made_of: by metric,
-    what it is of where that may differ; it is compared only where it is the same.
+    what it is of where that may differ; it is compared only where it is the same. sampling: of a
+    run, the settings that say how its evaluation was sampled, among others.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Side:
     made_of: Mapping[str, Any] = field(default_factory=dict)
     by_place: Sequence[Row] | None = None
     places: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def by_the_place(self) -> Side:
         return self if self.by_place is None else replace(self, rows=self.by_place)
@@ -83,8 +85,7 @@ def sides_of(folders: Sequence[str | os.PathLike[str]]) -> list[Side]:
                 f"evaluations before and after training are compared)"
             )
         return [_of_run(path, f"{_last(path)} {name}", name) for name in PASS_NAMES]
-    last = Counter(_last(path) for path in paths)
-    return [_side(path, _last(path) if last[_last(path)] == 1 else str(path)) for path in paths]
+    return [_side(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
 
 def called_alike(a: Side, b: Side) -> tuple[Side, Side]:
@@ -96,6 +97,18 @@ def called_alike(a: Side, b: Side) -> tuple[Side, Side]:
 
 def _last(path: Path) -> str:
     return Path(os.path.abspath(path)).name
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Of each the end of its path, as long as it must be to be no other's."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+
+    def name(of: tuple[str, ...]) -> str:
+        lengths = range(1, len(of) + 1)
+        alone = (n for n in lengths if sum(other[-n:] == of[-n:] for other in parts) == 1)
+        return str(Path(*of[-next(alone, len(of)) :]))
+
+    return [name(of) for of in parts]
 
 
 def _side(path: Path, name: str) -> Side:
@@ -234,6 +247,7 @@ def _of_run(folder: Path, name: str, evaluation: str | None) -> Side:
         measures="turns",
         headline=("success@last", "reward@last", "GA@last", "IF@last", "CC@last"),
         made_of={"reward": {key: weights[key] for key in sorted(weights)}},
+        sampling=run.config,
         **_run_strips(folder, name, run, "before" if wanted == "before" else "after"),
     )
 

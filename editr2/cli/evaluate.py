@@ -7,6 +7,7 @@ from typing import Any
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
+from editr2.errors import counted
 
 EXAMPLES = [
     ("", "the shipped small editor, on held-out sessions of its world"),
@@ -63,7 +64,7 @@ def evaluation_text(row: dict[str, Any]) -> str:
     names = {key.removesuffix("_turn"): row[key] for key in row if key.endswith("_turn")}
     names |= {f"eval.{name}": values for name, values in scores_apart(row).items()}
     head = "turn " + "".join(f"{name:>15}" for name in names)
-    lines = [f"{row['sessions']} sessions", head]
+    lines = [counted(row["sessions"], "session"), head]
     for t in range(len(names["reward"])):
         cells = [_mean_and_error(values[t]) for values in names.values()]
         lines.append(f"{t + 1:<5}" + "".join(f"{cell:>15}" for cell in cells))
@@ -78,6 +79,13 @@ def _mean_and_error(stat: dict[str, float | None]) -> str:
     return f"{stat['mean']:.3f}" + ("" if stat["se"] is None else f" +- {stat['se']:.3f}")
 
 
+DRIFT = (
+    "(each output beside its source; structure: edges where they were, saturation: strength of "
+    "colours, sharpness: of detail; far from 1 is drift, though edits that were asked for move "
+    "them, too: docs/rewards.md)"
+)
+
+
 def _below_the_table(row: dict[str, Any]) -> list[str]:
     """What is said of whole sessions, and of turns that have no score."""
     lines = []
@@ -89,6 +97,8 @@ def _below_the_table(row: dict[str, Any]) -> list[str]:
     for name, turns in row["drift"].items():
         said = "  ".join(_mean_and_error(stat) for stat in turns)
         lines.append(f"{name.removesuffix('_turn')} by turn, 1 as the source: {said}")
+    if row["drift"]:
+        lines.append(DRIFT)
     lines += [f"ALARM {text}" for text in row.get("alarms", {}).values()]
     if row["intents_right"] is not None:
         lines.append(f"intents equal to the known ones: {row['intents_right']:.1%}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from editr2.cli.flags import SOME, Arguments, Flags, documented
 from editr2.config.rules import folder_problem
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, DataError
 from editr2.policies.models import DEFAULT, MODELS
 from editr2.rewards.table import REWARDS
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from editr2.recipes.start import Choices
 
 FILE, DATA, ITS_WORLD = "train.yaml", "data", "world"
+LOOKED_AT = 32
+"""Sessions of a set that are read, with their images."""
 CHOICES = ("model", "data", "judge", "url", "gpus", "gpu", "from", "example")
 
 
@@ -100,7 +102,7 @@ def written(folder: Path, given: dict[str, Any]) -> list[str]:
         if path.exists() or path.is_symlink():
             raise ConfigError(f"{path} is there already (accepted: a folder without it)")
     settings, found = _settings(folder, choices, source)
-    steps = _steps(choices)
+    steps = _steps(file, choices)
     told = {key: text for key, (_, text, _) in documented(Config).items()}
     head = [*_head(choices, source), "", *(f"  {step}" for step in steps)]
     if found is not None:
@@ -114,8 +116,8 @@ def written(folder: Path, given: dict[str, Any]) -> list[str]:
     lines = [f"settings: {file}", *([f"sessions: {data}"] if example else [])]
     if found is not None:
         lines += found.lines()
-    lines += ["next:", *(f"  {step}" for step in [f"cd {shlex.quote(str(folder))}", *steps])]
-    return lines
+    lines += _lacking(folder, settings)
+    return [*lines, "next:", *(f"  {step}" for step in steps)]
 
 
 def _source(text: str | None) -> Source | None:
@@ -217,22 +219,45 @@ def _example(to: Path, model: str) -> None:
     save_sessions([make_session(0, i) for i in range(16)], to)
 
 
+def _lacking(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """What the judge has nothing to judge by, of the first sessions of a folder: a note, since they
+    may be annotated yet."""
+    data = settings.get("data.path")
+    if data is None or data.startswith("hf:"):
+        return []
+    from editr2.annotate.fields import REWARDS as OF_OBJECTS
+    from editr2.config import RewardConfig
+    from editr2.rewards.load import load_reward
+    from editr2.sessions import load_sessions
+
+    name = settings["reward.name"]
+    reward = RewardConfig(name=name, options=settings.get("reward.options", {}))
+    try:
+        sessions = load_sessions(folder / data, limit=LOOKED_AT)
+    except DataError:  # `editr2 check` says where
+        return []
+    which = "sessions" if len(sessions) < LOOKED_AT else "sessions at its start"
+    more = " (`editr2 data annotate` adds it)" if name in OF_OBJECTS.split(", ") else ""
+    return [f"note: {line}{more}" for line in load_reward(reward).lacking(sessions, which)]
+
+
 def _head(choices: Choices, source: Source | None) -> list[str]:
     lines = [
-        "Written by `editr2 init`. Paths of what is read are relative to this file; every setting",
-        "that is not here is at its default (`editr2 train --help` lists them).",
+        "Written by `editr2 init`. Paths of what is read are relative to this file, `out` to the",
+        "folder that the command runs in; every setting that is not here is at its default",
+        "(`editr2 train --help` lists them).",
     ]
     if source is not None:
         lines = [f"From {source.title} of {source.project.name}.", *lines]
     return lines
 
 
-def _steps(choices: Choices) -> list[str]:
-    """The commands behind it, from inside the folder."""
-    several = choices.gpus > 1
-    check = f"editr2 check {FILE} --gpu {choices.gpu}"
+def _steps(file: Path, choices: Choices) -> list[str]:
+    """The commands behind it, from the folder that `init` ran in: `out` is relative to that."""
+    several, named = choices.gpus > 1, shlex.quote(str(file))
+    check = f"editr2 check {named} --gpu {choices.gpu}"
     check += f" --processes {choices.gpus}" if several else ""
     start = (
         f"torchrun --standalone --nproc_per_node {choices.gpus} -m editr2" if several else "editr2"
     )
-    return [check, f"{start} train --config {FILE}"]
+    return [check, f"{start} train --config {named}"]

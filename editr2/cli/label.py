@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from editr2.cli.flags import SOME, Arguments, Flags, dispatch
 from editr2.config.fields import Bounds
-from editr2.errors import ConfigError, DataError
+from editr2.errors import ConfigError, DataError, counted
 
 if TYPE_CHECKING:
     from editr2.label.store import Store
@@ -76,8 +76,10 @@ def _serve(arguments: Arguments) -> int:
     page_of = _store(folder)
     page_of.ask(replace(one, needed=options["people"]) for one in questions)
     page = Page(page_of, principles=options["principles"], title=folder.resolve().name)
+    page.app()  # without the extra there is nothing to open
     listening = listen(options["port"])
-    print(f"{len(page_of.questions())} questions: {address(page_of, listening)}", flush=True)
+    count = counted(len(page_of.questions()), "question")
+    print(f"{count}: {address(page_of, listening)}", flush=True)
     print("Ctrl-C ends it; every vote is kept", flush=True)
     try:
         serve(page, listening)
@@ -191,7 +193,7 @@ def _export(arguments: Arguments) -> int:
         said = ", ".join(f"{n} {why}" for why, n in exported.left_out.items()) or "no votes"
         raise DataError(f"{options['folder']}: no pair to write: {said}")
     write_preferences(file, exported)
-    print(f"{len(exported.rows)} pairs: {file}")
+    print(f"{counted(len(exported.rows), 'pair')}: {file}")
     for why, count in exported.left_out.most_common():
         print(f"  left out: {count} x {why}")
     if options["votes"] is not None:

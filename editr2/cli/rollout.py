@@ -7,6 +7,7 @@ from pathlib import Path
 
 from editr2.cli import settings
 from editr2.cli.flags import Arguments
+from editr2.errors import counted
 from editr2.run.folder import numbered
 
 EXAMPLES = [
@@ -46,6 +47,9 @@ def command(arguments: Arguments) -> int:
     from editr2.policies.rules import check_config
 
     config = check_config(config, "rollout")
+    from editr2.sessions.source import check_sessions_there
+
+    check_sessions_there(config.data, config.eval)
     from PIL import Image
 
     from editr2.policies.load import open_policy
@@ -111,7 +115,7 @@ def command(arguments: Arguments) -> int:
             for part in parts[1:]:
                 file.write(part.read_text())
                 part.unlink()
-        print(f"{len(sessions)} sessions: {parts[0]}")
+        print(f"{counted(len(sessions), 'session')}: {parts[0]}")
     return 0
 
 

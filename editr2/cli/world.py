@@ -10,7 +10,7 @@ from editr2.cli.flags import SOME, Arguments, Flags, dispatch
 from editr2.cli.loading import load_libraries
 from editr2.config.fields import Bounds
 from editr2.config.settings import SEED, SHARE, TURNS
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from editr2.sessions import Session
@@ -56,7 +56,7 @@ def _world_make(arguments: Arguments) -> int:
         from editr2.verifier.world import with_principles
 
         sessions = [with_principles(session) for session in sessions]
-    print(f"{len(sessions)} sessions: {save_sessions(sessions, options['out'])}")
+    print(f"{counted(len(sessions), 'session')}: {save_sessions(sessions, options['out'])}")
     return 0
 
 
@@ -169,8 +169,8 @@ def _world_edits(arguments: Arguments) -> int:
     )
     misread = f" ({counts.misread} traces misread)" if options["misread"] else ""
     print(
-        f"{counts.edits} edits{misread}, {counts.pairs} pairs ({counts.swapped} the wrong way "
-        f"round): {out}"
+        f"{counted(counts.edits, 'edit')}{misread}, {counted(counts.pairs, 'pair')} "
+        f"({counts.swapped} the wrong way round): {out}"
     )
     return 0
 

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from editr2.config import Config, PolicyConfig, TrainConfig
+from editr2.errors import counted
 from editr2.export.result import Exported
 from editr2.policies.configured import policy_class
 from editr2.policies.forms import Form
@@ -223,7 +224,9 @@ def _about_scores(run: RecordedRun, train: TrainConfig, done: Exported) -> list[
 def _interval(compared: Comparison) -> str:
     """Of the paired difference; normal, as its standard error is all that a run keeps of it."""
     by, half = compared.difference or 0.0, 1.96 * (compared.se or 0.0)
-    over = "" if compared.sessions is None else f" over the same {compared.sessions} sessions"
+    over = ""
+    if compared.sessions is not None:
+        over = f" over the same {counted(compared.sessions, 'session')}"
     return (
         f"Training changed the reward of turn {compared.turn} by {by:+.3f} "
         f"[{by - half:+.3f}, {by + half:+.3f}] (95 %, paired{over})."
@@ -241,7 +244,8 @@ def _made(run: RecordedRun, config: Config) -> str:
         "Method": f"{t.loss}, credit preset {config.credit.preset}",
         "Sessions": config.data.path or "drawn from the procedural shapes world",
         "Reward": reward,
-        "An iteration": f"{r.sessions} sessions x {r.siblings} siblings, {r.steps} denoising steps",
+        "An iteration": f"{counted(r.sessions, 'session')} x {r.siblings} siblings, "
+        f"{counted(r.steps, 'denoising step')}",
         "Seed": config.seed,
     }
     if config.policy.lora_weights is not None:

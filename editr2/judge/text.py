@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from editr2.errors import counted
 from editr2.judge.summary import REASONS, Agreement, Mean, Of
 from editr2.judge.trial import Trial
 from editr2.report.paired import Estimate
@@ -30,8 +31,8 @@ def headline(trial: Trial) -> str:
     sessions = len({output.session.id for output in trial.outputs})
     again = f", asked {trial.repeats} times" if trial.repeats > 1 else ""
     return (
-        f"{_count(sessions, 'session')}, {_count(len(trial.outputs), 'output')}, "
-        f"{_count(trial.turns, 'turn')}{again}"
+        f"{counted(sessions, 'session')}, {counted(len(trial.outputs), 'output')}, "
+        f"{counted(trial.turns, 'turn')}{again}"
     )
 
 
@@ -109,9 +110,9 @@ def call_lines(trial: Trial, price: float | None = None) -> list[str]:
     """What asking took, and what it costs."""
     c, asked = trial.calls, trial.turns * trial.repeats
     if not c.made:
-        return [f"calls: none; all {_count(c.found, 'answer')} were on the record"]
-    kept = f", {_count(c.found, 'answer')} from the record" if c.found else ""
-    again = f", {_count(c.again, 'further try', 'further tries')}" if c.again else ""
+        return [f"calls: none; all {counted(c.found, 'answer')} were on the record"]
+    kept = f", {counted(c.found, 'answer')} from the record" if c.found else ""
+    again = f", {counted(c.again, 'further try', 'further tries')}" if c.again else ""
     said = [
         f"calls: {c.made} made{kept}{again}; {c.seconds / c.made:.3g} s a call, "
         f"{trial.seconds:.3g} s in all, {trial.at_once} at once"
@@ -145,10 +146,6 @@ def _listed(reasons: Counter[str]) -> str:
 
 def cut(text: str, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _count(count: int, one: str, many: str | None = None) -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _mean(stat: Mean) -> str:

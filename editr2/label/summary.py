@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from editr2.errors import counted
 from editr2.label.questions import BAD, SKIPPED, Answer, Question
 from editr2.label.store import Vote
 
@@ -175,9 +176,10 @@ def lines(questions: Sequence[Question], votes: Sequence[Vote]) -> list[str]:
     said = said_of(questions, votes)
     ids = {one.id for one in questions}
     answered = len({vote.question for vote in votes} & ids)
-    found = [f"{answered} of {len(questions)} questions are answered, by {len(votes)} votes"]
+    of = f"{answered} of {len(questions)} questions"
+    found = [f"{of} are answered, by {counted(len(votes), 'vote')}"]
     for one in people(votes):
-        parts = [f"{one.answered} votes", f"{one.seconds:.1f} s each"]
+        parts = [counted(one.answered, "vote"), f"{one.seconds:.1f} s each"]
         counts = {"ties": one.ties, "all bad": one.bad, "skipped": one.skipped}
         parts += [f"{count} {name}" for name, count in counts.items() if count]
         if one.side is not None:

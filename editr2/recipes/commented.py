@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -35,7 +35,7 @@ def commented(
     """
     lines = [f"# {_kept_in(line)}".rstrip() for line in head] + [""]
     section = ""
-    for key, _ in leaves(Config):
+    for key, slot in leaves(Config):
         if key not in settings:
             continue
         group, _, name = key.rpartition(".")
@@ -43,10 +43,23 @@ def commented(
         section = group
         indent = "  " * (group.count(".") + bool(group))
         was = (origin or {}).get(key)
-        text = _short(told.get(key, "")) + (f" Was {was}." if was else "")
+        text = _short(told.get(key, ""))
+        text += _also(slot.accepts.among, text, key) + (f" Was {was}." if was else "")
         lines += _comment(text, indent)
         lines.append(f"{indent}{name}: {_value(settings[key])}")
     return "\n".join(lines) + "\n"
+
+
+PAGES = {"reward.name": "docs/judges.md"}
+"""Where more is said of what a table has."""
+
+
+def _also(among: Callable[[], Iterable[str]] | None, text: str, key: str) -> str:
+    """The names of a setting's table that its text leaves out."""
+    said = set(re.findall(r"[\w+.-]*\w", text))
+    others = ", ".join(name for name in (among() if among else ()) if name not in said)
+    page = f" ({PAGES[key]})" if key in PAGES else ""
+    return f" Also {others}{page}." if others else ""
 
 
 def _opened(before: str, group: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from editr2.errors import counted
 from editr2.report import charts
 from editr2.report.charts import Chart, Series
 from editr2.report.data import (
@@ -170,12 +171,12 @@ def _best(run: RecordedRun) -> str | None:
 def _size(run: RecordedRun) -> str | None:
     """Sessions × siblings × turns, as far as they are known."""
     counts = {
-        "sessions": run.setting("groups", "sessions_per_iteration", "sessions"),
-        "siblings": run.setting("siblings", "group_size", "num_generations"),
+        "session": run.setting("groups", "sessions_per_iteration", "sessions"),
+        "sibling": run.setting("siblings", "group_size", "num_generations"),
         # What was recorded first: rollout.turns is of drawn sessions, a set has its own.
-        "turns": _turns(run) or run.setting("turns", "max_turns"),
+        "turn": _turns(run) or run.setting("turns", "max_turns"),
     }
-    return " × ".join(f"{count} {name}" for name, count in counts.items() if count) or None
+    return " × ".join(counted(count, name) for name, count in counts.items() if count) or None
 
 
 def _turns(run: RecordedRun) -> int:
@@ -228,7 +229,7 @@ def _reward_card(
 def _paired(paired: Comparison) -> tuple[str, str]:
     """The difference session by session, and how sure it is."""
     assert paired.difference is not None
-    sessions = f" over {paired.sessions} sessions" if paired.sessions else ""
+    sessions = f" over {counted(paired.sessions, 'session')}" if paired.sessions else ""
     if not paired.se:
         return signed(paired.difference), f"paired{sessions}"
     ratio = abs(paired.difference) / paired.se
@@ -250,7 +251,7 @@ def _success_card(before: EvaluationRow | None, after: EvaluationRow | None) -> 
 
 def _sessions(evaluation: EvaluationRow | None) -> str:
     if evaluation and evaluation.sessions:
-        return f"{evaluation.sessions} sessions"
+        return counted(evaluation.sessions, "session")
     return "number of sessions not stated"
 
 

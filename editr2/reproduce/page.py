@@ -13,7 +13,6 @@ from editr2.reproduce.arms import BELIEVED, STUDIES, TURNS, Arm, Settings, start
 from editr2.reproduce.claims import STUDY_CLAIMS, Finding, find
 from editr2.reproduce.plots import Difference, Series, forest, lines_by_turn
 from editr2.reproduce.rows import FILE, Result, read_rows, results, shared_settings
-from editr2.run.tracking import Row
 
 NOTES = "reproduction_notes.md"
 PAGE = "reproduction.md"
@@ -328,21 +327,15 @@ def _beliefs(found: Sequence[Result]) -> list[str]:
     if not judged:
         return []
 
-    def seeds(rows: Sequence[Row], value: Callable[[Row], float]) -> str:
-        return " ".join(_number(value(row), sign=True) for row in rows)
-
     starts = {(r.arm.name, r.sampler): r.rows[0]["ga_turn"][-1] for r in found if not r.arm.trained}
     lines = []
     for r in judged:
         start = starts.get((start_of(r.arm), r.sampler))
-        believed = seeds(
-            r.rows,
-            lambda row: row["judge"]["believed"]["after"] - row["judge"]["believed"]["before"],
-        )
-        true = (
-            "–" if start is None else seeds(r.rows, lambda row, of=start: row["ga_turn"][-1] - of)
-        )
-        lines.append([_title(r, found), believed, true])
+        said = [row["judge"]["believed"] for row in r.rows]
+        believed = [one["after"] - one["before"] for one in said]
+        true = [] if start is None else [row["ga_turn"][-1] - start for row in r.rows]
+        cells = (" ".join(_number(v, sign=True) for v in values) for values in (believed, true))
+        lines.append([_title(r, found), *(cell or "–" for cell in cells)])
     text = (
         f"The gain of a turn-{TURNS} GA, seed by seed: as the verifier that was the reward scores "
         f"the first {BELIEVED} held-out sessions, and as the world scores all of them."

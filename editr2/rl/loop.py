@@ -59,6 +59,7 @@ from editr2.rl.watch import alarms, best_of, evaluations, new_alarms, parted, st
 from editr2.run.checkpoint import replace_folder
 from editr2.run.folder import (
     Refreshed,
+    check_holds_no_runs,
     check_no_evaluation,
     check_settings_are_ours,
     write_readme,
@@ -78,7 +79,7 @@ from editr2.run.processes import Processes, open_processes
 from editr2.run.stop import Stop, ending_told
 from editr2.run.trackers import open_sinks
 from editr2.run.tracking import MetricsLog, Progress, profile_table
-from editr2.sessions.source import SessionSource
+from editr2.sessions.source import SessionSource, check_sessions_there
 
 
 def train(
@@ -112,6 +113,8 @@ def train(
     run = Path(config.out)
     processes.on_main(lambda: check_settings_are_ours(run))
     processes.on_main(lambda: check_no_evaluation(run))
+    processes.on_main(lambda: check_holds_no_runs(run))
+    check_sessions_there(config.data, config.eval)
     with RunLock(run) as lock:
         processes.on_main(lambda: lock.take(make=False))  # before minutes of loading
         asked_compile, said = config.policy.compile, list[str]()

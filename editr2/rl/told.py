@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from editr2.config import Config, PolicyConfig
+from editr2.errors import counted
 from editr2.policies.base import Policy, parameter_count
 from editr2.policies.configured import policy_class
 from editr2.rewards.base import weights_of
@@ -34,15 +35,15 @@ def opening(
         "data": _sessions(config, source),
         "judges": f"{judges_told(config, reward)}; {_evaluated(config, source)}",
         "method": f"{t.loss}, credit {config.credit.preset}, {_steps(sampler, r.dynamics)}",
-        "run": f"{_iterations(t.iterations, done, seconds)}, of {r.sessions} sessions x "
-        f"{r.siblings} siblings",
+        "run": f"{_iterations(t.iterations, done, seconds)}, of "
+        f"{counted(r.sessions, 'session')} x {r.siblings} siblings",
     }
     return [f"{name:<9}{text}" for name, text in parts.items()]
 
 
 def sessions_told(config: Config, source: SessionSource) -> str:
     """Of an evaluation that belongs to no run."""
-    count = f"{len(source.heldout)} session{'' if len(source.heldout) == 1 else 's'}"
+    count = counted(len(source.heldout), "session")
     if path := config.data.heldout or config.data.path:
         return f"{count} of {path}"
     return f"{count}, the shapes world's held-out ones"
@@ -83,8 +84,8 @@ def _short(count: int) -> str:
 
 def _sessions(config: Config, source: SessionSource) -> str:
     if source.sessions is None:
-        return f"endless sessions of the shapes world, {source.turns} turns each"
-    return f"{len(source.sessions)} sessions of {config.data.path}"
+        return f"endless sessions of the shapes world, {counted(source.turns, 'turn')} each"
+    return f"{counted(len(source.sessions), 'session')} of {config.data.path}"
 
 
 def _evaluated(config: Config, source: SessionSource) -> str:
@@ -92,20 +93,21 @@ def _evaluated(config: Config, source: SessionSource) -> str:
         return "no evaluation"
     kind = "training" if source.heldout_is_training else "held-out"
     when = f", every {config.eval.every}" if config.eval.every else ""
-    return f"{len(source.heldout)} {kind} sessions before{when} and after"
+    return f"{counted(len(source.heldout), f'{kind} session')} before{when} and after"
 
 
 def _steps(sampler: Sampler, dynamics: str) -> str:
     if not sampler.window:
-        return f"{sampler.steps} steps of an ODE"
-    return f"{sampler.steps} steps of {dynamics} ({sampler.window} with noise)"
+        return f"{counted(sampler.steps, 'step')} of an ODE"
+    return f"{counted(sampler.steps, 'step')} of {dynamics} ({sampler.window} with noise)"
 
 
 def _iterations(all_: int, done: int, seconds: float) -> str:
     if done >= all_:
-        return f"all {all_} iterations are done"
+        return f"all {all_} iterations are done" if all_ > 1 else "its 1 iteration is done"
     if not done:
-        return f"{all_} iterations"
+        return counted(all_, "iteration")
     each = seconds / done
     left = f" (about {duration(each * (all_ - done))} at {each:.3g} s each)" if each else ""
-    return f"{all_ - done} of {all_} iterations are left{left}"
+    are = "is" if all_ - done == 1 else "are"
+    return f"{all_ - done} of {all_} iterations {are} left{left}"

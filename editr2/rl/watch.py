@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from editr2.config import Config, DriftConfig
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, counted
 from editr2.rl.evaluate import mean_se
 
 Row = dict[str, Any]
@@ -173,7 +173,7 @@ def stop_row(config: Config, record: Sequence[Row], iteration: int) -> Row | Non
     if best.since < patience or rows[-1]["iteration"] != iteration:
         return None
     reason = (
-        f"{metric} has not risen for {best.since} evaluations (train.stop_after: {patience}); it "
-        f"was {best.value:.4g} at iteration {best.row['iteration']}"
+        f"{metric} has not risen for {counted(best.since, 'evaluation')} (train.stop_after: "
+        f"{patience}); it was {best.value:.4g} at iteration {best.row['iteration']}"
     )
     return {"event": "stop", "iteration": iteration, "best": best.facts(metric), "reason": reason}

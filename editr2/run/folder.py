@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from editr2.errors import ConfigError, one_line, shown
+from editr2.files import RUN_FILES, runs_near
 from editr2.run.lock import FILE as LOCK
 from editr2.run.tracking import read_metrics, write_whole
 from editr2.secrets import withheld_command
@@ -41,6 +42,19 @@ def check_settings_are_ours(folder: Path) -> None:
         raise ConfigError(
             f"--out: {shown(folder)}: its {SETTINGS} is of no run and would be written over "
             "(accepted: another folder, or that file under another name)"
+        )
+
+
+def check_holds_no_runs(folder: Path) -> None:
+    """Raises `ConfigError` for a folder that is no run's and holds those of others, as `runs` does:
+    what a run leaves would lie among them. Asked before anything is written."""
+    if any((folder / name).exists() for name in RUN_FILES) or not folder.is_dir():
+        return
+    if any((path / METRICS).is_file() for path in folder.iterdir()):
+        free = next(path for path in numbered(folder / "mine") if not path.exists())
+        raise ConfigError(
+            f"--out: {shown(folder)}: other runs are in it (accepted: a folder of its own, such as "
+            f"{shown(free)}{runs_near(folder)})"
         )
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from editr2.errors import CheckpointError
+from editr2.errors import CheckpointError, counted
 from editr2.files import in_place_of
 from editr2.run.machine import CoreWatch
 
@@ -394,9 +394,9 @@ class Progress:
         if row.get("ratio_error") is not None:
             parts.append(f"|ratio-1| {row['ratio_error']:.0e}")
         if row.get("failed_scores"):
-            parts.append(f"{row['failed_scores']} scores failed")
+            parts.append(f"{counted(row['failed_scores'], 'score')} failed")
         if row.get("not_applicable"):
-            parts.append(f"a reward does not apply to {row['not_applicable']} turns")
+            parts.append(f"a reward does not apply to {counted(row['not_applicable'], 'turn')}")
         if row.get("advantage_abs") == 0:
             parts.append("nothing trains: siblings tie, or their turns are left out")
         return parts

@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from editr2.errors import DataError, UserError, shown
+from editr2.errors import DataError, UserError, counted, shown
 from editr2.sessions.buckets import Size, Sizes, is_one, listed, written
 from editr2.sessions.datasets import dataset_entries
 from editr2.sessions.images import RESIZES, ImageFile, Pixels, locate
@@ -125,9 +125,8 @@ class Survey:
             for mode, count in sorted(self.modes.items(), key=lambda item: item[0] or "")
         ]
         lists = {"turns": turns, "height×width": sizes + more, "mode": modes}
-        return "; ".join(
-            [f"{self.turns.total()} sessions", *(f"{k} {', '.join(v)}" for k, v in lists.items())]
-        )
+        count = counted(self.turns.total(), "session")
+        return "; ".join([count, *(f"{k} {', '.join(v)}" for k, v in lists.items())])
 
 
 def survey(
@@ -283,6 +282,13 @@ def is_dataset(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith("hf:") or (
         saved and not os.path.exists(Path(path) / FILE_NAME)
     )
+
+
+def check_there(path: str | os.PathLike[str]) -> None:
+    """Raises DataError, as reading it would, where there is no set at `path`. The hub is not asked,
+    and nothing is read."""
+    if not is_dataset(path):
+        _locate(path)
 
 
 def _locate(path: str | os.PathLike[str]) -> Path:

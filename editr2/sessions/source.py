@@ -13,7 +13,7 @@ import numpy as np
 
 from editr2.config import DataConfig, EvalConfig, RolloutConfig
 from editr2.sessions.buckets import Sizes
-from editr2.sessions.files import Unreadable, load_sessions
+from editr2.sessions.files import Unreadable, check_there, load_sessions
 from editr2.sessions.session import Session
 from editr2.worlds import shapes
 
@@ -46,6 +46,14 @@ class SessionSource:
         epoch, place = divmod(ordinal, len(self.sessions))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sessions))
         return self.sessions[int(order[place])]
+
+
+def check_sessions_there(data: DataConfig, evaluation: EvalConfig) -> None:
+    """Before a policy is loaded, or fetched, which takes minutes: raises `DataError` where a set
+    that `open_sessions` will read is not there."""
+    heldout = data.heldout if evaluation.sessions or evaluation.strips else None
+    for path in filter(None, (data.path, heldout)):
+        check_there(path)
 
 
 def open_sessions(

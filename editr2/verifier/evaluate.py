@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from editr2.errors import ConfigError, DataError
+from editr2.errors import ConfigError, DataError, counted
 from editr2.files import in_place_of
 from editr2.judge.text import WIDTH, Table, laid_out
 from editr2.report.dots import ONE, with_interval
@@ -141,7 +141,7 @@ def read_other(folder: str, pairs: Sequence[Preference]) -> list[JudgedPair]:
 
 
 def cost_line(cost: Cost) -> str:
-    said = [f"{cost.traces} traces", f"{cost.characters:.0f} characters"]
+    said = [counted(cost.traces, "trace"), f"{cost.characters:.0f} characters"]
     if cost.tokens is not None:
         said.append(f"{cost.tokens:.0f} tokens")
     if cost.seconds is not None:

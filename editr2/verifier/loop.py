@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from editr2.config.yaml import dump_yaml
-from editr2.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from editr2.errors import CheckpointError, ConfigError, NonFiniteError, UserError, counted
 from editr2.policies.parts import is_shared, part
 from editr2.policies.sharding import place
 from editr2.policies.weights import exchanged, snapshot, trainable
@@ -36,7 +36,7 @@ from editr2.rl.seeds import derive_seed
 from editr2.rl.sentinel import RatioError
 from editr2.rl.state import State
 from editr2.run.checkpoint import latest_checkpoint
-from editr2.run.folder import check_settings_are_ours, write_readme
+from editr2.run.folder import check_holds_no_runs, check_settings_are_ours, write_readme
 from editr2.run.generators import capture_rng, seed_generators
 from editr2.run.identity import (
     Identity,
@@ -71,6 +71,7 @@ def train_verifier(name: str, config: RunConfig, *, resume_anyway: Sequence[str]
     _check_insisted(resume_anyway, config)
     processes, folder = open_processes(), Path(config.out)
     processes.on_main(lambda: check_settings_are_ours(folder))
+    processes.on_main(lambda: check_holds_no_runs(folder))
     with RunLock(folder) as lock:
         processes.on_main(lambda: lock.take(make=False))
         seed_generators(config.seed)
@@ -97,7 +98,8 @@ def train_verifier(name: str, config: RunConfig, *, resume_anyway: Sequence[str]
         loop = _Loop(name, config, state, reader, examples, heldout, processes, identity)
         loop.notes += [lock.problem] if lock.problem else []
         if left_out:
-            loop.notes.append(f"{left_out} traces cannot be read and are left out")
+            are = "is" if left_out == 1 else "are"
+            loop.notes.append(f"{counted(left_out, 'trace')} cannot be read and {are} left out")
         loop.find_start(resume_anyway)
         return loop.run()
 

@@ -15,7 +15,7 @@ from editr2.check.devices import (
     find_device,
 )
 from editr2.check.text import duration, number, size
-from editr2.errors import shown
+from editr2.errors import counted, shown
 from editr2.verifier.estimate import LETTERS, Estimate, estimate
 from editr2.verifier.objectives import OBJECTIVES
 from editr2.verifier.settings import GcpoConfig, RunConfig, run_problems
@@ -53,14 +53,14 @@ def _page(
     what = {"sft": "traces", "gcpo": "pairs"}[name]
     writes = ""
     if isinstance(config, GcpoConfig):
-        writes = f", {config.rollout.traces} traces of both outputs"
+        writes = f", {counted(config.rollout.traces, 'trace')} of both outputs"
     lora = f"LoRA of rank {p.lora_rank} on {sizes.layers} layers" if p.lora_rank else "all weights"
     kept = sizes.parameters - (sizes.trainable if p.lora_rank else 0)
     exact = (Path(str(p.weights)) / "tokenizer.json").is_file()
     total = sum(found.seconds.values())
     lines = [
-        f"iteration   {t.batch} {what}{writes}; {t.iterations} iterations over {examples} {what}"
-        + (f" ({left_out} cannot be read)" if left_out else ""),
+        f"iteration   {t.batch} {what}{writes}; {counted(t.iterations, 'iteration')} over "
+        f"{examples} {what}" + (f" ({left_out} cannot be read)" if left_out else ""),
         f"model       {shown(str(p.weights))}, {p.dtype}",
         f"parameters  {number(kept)}; {number(sizes.trainable)} train: {lora}",
         f"lengths     prompt {lengths.prompt} tokens, {2 * lengths.picture} of them two pictures "

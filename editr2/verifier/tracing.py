@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from editr2.config.plugins import resolve
-from editr2.errors import ConfigError, UserError, one_line
+from editr2.errors import ConfigError, UserError, counted, one_line
 from editr2.rewards.record import Record, calls_of
 from editr2.run.lock import RunLock
 from editr2.run.processes import Processes, open_processes
@@ -68,7 +68,7 @@ class Count:
             return f", {reasons.total()} {word} (mostly: {why})"
 
         return (
-            f"{self.read} of {self.asked} traces read"
+            f"{self.read} of {counted(self.asked, 'trace')} read"
             f"{of('unread', self.unread)}{of('without an answer', self.failed)}"
         )
 
@@ -101,10 +101,10 @@ def write_traces(config: TracesConfig) -> list[str]:
             write_told(out / TRACES, [replace(one, gold=known.get(one.id)) for one in told])
 
         processes.on_main(write)
-    said = [f"traces: {out / TRACES} ({len(told)} of {len(edits)} edits)"]
+    said = [f"traces: {out / TRACES} ({len(told)} of {counted(len(edits), 'edit')})"]
     said += [f"  {name}: {count}" for name, count in counts.items()]
     if gold is not None:
-        said.append(f"gold: of {len(gold)} of {len(edits)} edits")
+        said.append(f"gold: of {len(gold)} of {counted(len(edits), 'edit')}")
     return said if processes.main else []
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from editr2.errors import counted
 from editr2.report.build import HEALTH
 from editr2.report.data import MODES, mean, number
 from editr2.report.kept import read_kept
@@ -153,14 +154,15 @@ def _notes(run: Followed) -> list[dict[str, str]]:
     failed = [row for row in rows if row.get("failed_scores")]
     if failed:
         count = sum(int(number(row["failed_scores"]) or 0) for row in failed)
-        notes.append(("warn", f"{count} scores failed, in {len(failed)} of {len(rows)} iterations"))
+        within = f"in {len(failed)} of {counted(len(rows), 'iteration')}"
+        notes.append(("warn", f"{counted(count, 'score')} failed, {within}"))
     errors = [e for row in rows if (e := number(row.get("ratio_error"))) is not None]
     if errors:
         exact = sum(error == 0 for error in errors)
         text = (
             f"sentinel: |ratio − 1| of the replay at most {max(errors):.1g}, exactly 0 in {exact} "
         )
-        notes.append(("note", f"{text}of {len(errors)} iterations"))
+        notes.append(("note", f"{text}of {counted(len(errors), 'iteration')}"))
     if run.start.get("heldout_is_training"):
         notes.append(("note", "no held-out sessions: evaluated on the training sessions"))
     identity = run.start.get("identity")
@@ -169,7 +171,8 @@ def _notes(run: Followed) -> list[dict[str, str]]:
             at, date = again.get("iteration"), again.get("date")
             notes.append(("note", f"went on from iteration {at}, {date}"))
     if run.torn:
-        notes.append(("note", f"{run.torn} lines of metrics.jsonl cannot be read and are left out"))
+        torn, are = counted(run.torn, "line"), "is" if run.torn == 1 else "are"
+        notes.append(("note", f"{torn} of metrics.jsonl cannot be read and {are} left out"))
     return [{"kind": kind, "text": withheld_text(text)} for kind, text in notes]
 
 

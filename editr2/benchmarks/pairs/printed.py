@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from editr2.benchmarks.pairs.accuracy import Measure
+from editr2.errors import counted
 from editr2.judge.text import WIDTH, Table, laid_out
 
 INTERVALS = "95 % intervals by a bootstrap over sources."
@@ -22,7 +23,8 @@ def cell(measure: Measure | None) -> str:
 def lines(summary: Mapping[str, Any], tables: Sequence[Table]) -> Iterator[str]:
     """All of it. summary: as `summary.json` has it."""
     pairs = summary["pairs"]
-    yield f"{summary['title']}: {summary['outputs']} outputs, {pairs['asked']} pairs"
+    outputs, asked = counted(summary["outputs"], "output"), counted(pairs["asked"], "pair")
+    yield f"{summary['title']}: {outputs}, {asked}"
     yield from (f"{name}: {text}" for name, text in summary["reward"]["facts"].items())
     if summary["left_out"]:
         left = "; ".join(f"{why} ({n})" for why, n in summary["left_out"].items())
