@@ -544,7 +544,7 @@ def test_a_judged_run_is_scored_by_the_world(tmp_path, capsys, monkeypatch):
     verifiers = Path("verifiers")
     (verifiers / "sft").mkdir(parents=True)
     (verifiers / "sft" / "seed0").symlink_to(SHIPPED)
-    words = ["--study=judges", f"--verifiers={verifiers}", "--arms=sft", "--seeds=1"]
+    words = ["--study=judges", f"--verifiers={verifiers}", "--arms=sft", "--seeds=1", "--out=runs"]
     assert reproduce(tmp_path, *words) == 0
     rows = read_rows(tmp_path / "docs")
     judged, start = rows["sft", 0, "ode"], rows["base-intent", None, "ode"]

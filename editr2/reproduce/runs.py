@@ -106,7 +106,7 @@ class ArmRun:
             self.file.write_text(_head(self.config) + dump_yaml(self.config))
             return command(self.file)
         file = self.exact.with_suffix(".yaml")
-        weights = str(self.folder / "policy")
+        weights = str((self.folder / "policy").resolve())  # a path in a file is from its folder
         file.write_text(dump_yaml(exactly(self.config, self.sessions, weights)))
         return command(file, "eval", "--out", str(self.exact))
 
