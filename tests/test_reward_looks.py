@@ -340,6 +340,16 @@ def test_a_verifier_takes_what_it_says(
     assert held.working == pytest.approx(max(np.cumsum(changes)), rel=0.1)
 
 
+def test_a_verifier_that_does_not_run_without_numbers_is_not_refused(
+    folders: dict[str, Path], session: Session
+) -> None:
+    options = {"weights": str(folders["verifier"]), "max_tokens": 24}
+    panel = load_reward(RewardConfig(name="verifier", options=options))
+    with mock.patch("editr2.verifier.local.asking_bytes", side_effect=AttributeError("width")):
+        (held,) = held_by(panel.members[0], session) or ()
+    assert held.weights > 0 and held.working is None
+
+
 def test_what_looks_takes_its_weights(folders: dict[str, Path], session: Session) -> None:
     options = {"scores": ["CC"], "device": "cpu"} | {
         name: str(folders[name]) for name in ("features", "detector")
