@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 from editr2.check.judges import Measured, held_by, room
 from editr2.cli.main import main
 from editr2.config import Config, RewardConfig
+from editr2.errors import ConfigError
 from editr2.rewards.adapt import adapt
 from editr2.rewards.base import Held, Item, Score
 from editr2.rewards.load import load_reward
@@ -254,6 +255,16 @@ def test_a_folder_that_is_whole_passes(folders: dict[str, Path], here: Path) -> 
     _, words = COMMANDS["train"]
     with pytest.raises(AssertionError, match="an editor"):
         main([word.format(**folders) for word in words])
+
+
+def test_a_benchmark_that_is_judged_needs_no_judge(here: Path, capsys: Any) -> None:
+    """Its page is made again where a judge's models are not, as on another machine."""
+    words = ["benchmark", "world", "--sessions=1", "--turns=1", "--rollout.steps=2", "--out=out"]
+    assert main(words) == 0, capsys.readouterr()
+    gone = mock.Mock(side_effect=ConfigError("a model that is not here"))
+    with mock.patch("editr2.rewards.panel.Panel.quick_look", gone):
+        assert main(words) == 0, capsys.readouterr()
+        assert main([*words[:-1], "--out=other"]) == 2
 
 
 def in_shards(folder: Path, _: Path) -> str:
