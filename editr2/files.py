@@ -67,5 +67,5 @@ def runs_near(folder: Path) -> str:
 
 def _runs_of(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if any((path / name).is_file() for name in RUN_FILES):
+        if any(os.path.isfile(path / name) for name in RUN_FILES):  # False of what is not ours
             yield path

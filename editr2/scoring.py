@@ -37,7 +37,7 @@ from editr2.rl.told import judges_told, sampled_by, sessions_told
 from editr2.rl.watch import alarms
 from editr2.run.folder import SETTINGS, check_holds_no_runs, check_settings_are_ours, numbered
 from editr2.run.identity import Identity, identify, loaded_weights, provenance
-from editr2.run.lock import RunLock
+from editr2.run.lock import LockedError, RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.run.tracking import duration, read_metrics, write_whole
 from editr2.sessions import Session
@@ -97,7 +97,9 @@ def score(
         source = sessions_for(config, policy, wants=wants)
         for panel in filter(None, (reward, apart)):
             _tell(processes, *(f"note: {note}" for note in panel.probe()))
+        # Minutes after the folder was free, where it was not there: another's scores may lie in it.
         processes.on_main(lambda: lock.take(make=True))
+        processes.on_main(lambda: _checked(out, config))
         sampler = eval_sampler(config.rollout, config.eval, own).to(processes.device)
         sessions = source.heldout
         _tell(
@@ -139,12 +141,15 @@ def _tell(processes: Processes, *lines: str) -> None:
 
 
 def _free_folder(config: Config) -> Path:
-    """The first of the default folders that may be written: with the same settings the one of
-    before, where what judges said stands."""
+    """The first of the default folders that may be written and where nobody is at work: with the
+    same settings the one of before, where what judges said stands."""
     for folder in numbered(FOLDER):
         try:
-            return _checked(folder, config)
-        except ConfigError:
+            _checked(folder, config)
+            with RunLock(folder) as lock:
+                lock.take(make=False)
+            return folder
+        except (ConfigError, LockedError):
             if not folder.is_dir():
                 raise
     raise AssertionError

@@ -530,6 +530,16 @@ def test_runs_that_were_sampled_differently_are_said_to_be_before_their_numbers(
     assert lines[at] in checked(Path("out/compare.html"), beside).text
 
 
+def test_of_a_run_without_settings_nothing_is_said(tmp_path, monkeypatch, beside, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        write_run(Path(name), 0.25, beside=beside)
+    Path("one", "config.yaml").write_text(yaml.safe_dump(changed(rollout={"steps": 4})))
+    Path("two", "config.yaml").unlink(missing_ok=True)
+    assert main(["report", "one", "two", "--out", "out"]) == 0
+    assert "sampled differently" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("folders", "names"),
     [

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -173,6 +174,17 @@ def test_sessions_that_lack_what_a_judge_needs_are_a_note(judge, turn, says):
     notes = [line for line in said if line.startswith("note: ")]
     assert len(notes) == (says is not None) and said.index("next:") == 1 + len(notes)
     assert says is None or re.match(f"note: reward.name: '{judge}': {says}", notes[0])
+
+
+def test_a_note_that_cannot_be_made_is_no_error():
+    """The files are written by then, and a second call would be refused for them."""
+    turns = [{"instruction": "paint the cup red"}]
+    Image.new("RGB", (64, 64)).save("a.png")
+    line = json.dumps({"id": "a1", "image": "a.png", "turns": turns}) + "\n"
+    Path("sessions.jsonl").write_text(line)
+    with mock.patch("editr2.rewards.panel.CheckedReward.lacking", side_effect=KeyError("task")):
+        _, said = made("mine", model="klein", data=".")
+    assert "next:" in said and not [line for line in said if line.startswith("note: ")]
 
 
 DATA = {

@@ -40,6 +40,7 @@ from editr2.rewards.verifier import SHIPPED
 from editr2.rl.credit import credit_options
 from editr2.rl.evaluate import mean_se
 from editr2.run.tracking import read_metrics
+from editr2.verifier.model import weights_fingerprint
 
 SMALL = Settings(iterations=1, sessions=4, groups=2, siblings=2)
 FLAGS = ["--iterations=1", "--sessions=4", "--groups=2", "--siblings=2"]
@@ -572,6 +573,106 @@ def test_a_judged_run_is_scored_by_the_world(tmp_path, capsys, monkeypatch):
         assert said in capsys.readouterr().err
     assert main(["reproduce", "--study=judges", "--arms=sft"]) == 2
     assert "--verifiers: arm sft is rewarded by one (accepted: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """A finished run that a verifier rewarded, without its row; gives it."""
+    ga = drawn(np.random.default_rng(3), SMALL.sessions, 0.5)
+    monkeypatch.setattr(runs, "evaluate", lambda config: evaluation(ga * 0))
+    monkeypatch.setattr(runs, "command", lambda *words: [sys.executable, "-c", "raise OSError"])
+    verifiers = tmp_path / "verifiers"
+    folder = verifiers / "sft" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"one")
+    out = tmp_path / "runs" / "sft" / "seed0"
+    (arm,) = find_arms("sft", "judges")
+    config = arm_config(arm, SMALL, 0, out, verifiers)
+    rows = [
+        {
+            **{"event": "start", "iteration": 0, "threads": 1, "device": "cpu"},
+            "judges": {"judge": f"{folder}, in process ({weights_fingerprint(str(folder))})"},
+        },
+        evaluation(ga * 0) | {"name": "before", "iteration": 0},
+        {"event": "train", "iteration": 0, "elapsed_s": 2.5},
+        evaluation(ga) | {"name": "after", "iteration": 1},
+        {"event": "comparison", "iteration": 1},
+    ]
+    run = runs.ArmRun(arm, 0, config, SMALL.sessions)
+    run.exact.mkdir(parents=True)
+    out.mkdir()
+    (out / "config.yaml").write_text(dump_yaml(config))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exact = evaluation(ga) | {"iteration": 0, "sessions": SMALL.sessions}
+    (run.exact / "metrics.jsonl").write_text(json.dumps(exact) + "\n")
+    return run
+
+
+def of_judges(tmp_path, *more, verifiers="verifiers"):
+    words = ["--study=judges", f"--verifiers={tmp_path / verifiers}", "--arms=sft", "--seeds=1"]
+    return reproduce(tmp_path, *words, *more)
+
+
+def test_a_row_says_which_weights_judged(tmp_path, judged, capsys):
+    """By more than their size, and another verifier's runs and rows are not taken for its own."""
+    assert of_judges(tmp_path) == 0, capsys.readouterr()
+    before = read_rows(tmp_path / "docs")
+    folder = tmp_path / "verifiers" / "sft" / "seed0"
+    assert before[judged.key]["judge"]["weights"] == weights_fingerprint(str(folder))
+    # Where it lies is nothing of it, of a run that is read again as little as of a row.
+    (tmp_path / "verifiers").rename(tmp_path / "elsewhere")
+    for file in ("reproduction.jsonl", "none"):
+        (tmp_path / "docs" / file).unlink(missing_ok=True)
+        assert of_judges(tmp_path, verifiers="elsewhere") == 0, capsys.readouterr()
+        assert read_rows(tmp_path / "docs") == before
+    # Of before, when a row had the beginning alone.
+    row = before[judged.key]
+    short = row | {"judge": row["judge"] | {"weights": row["judge"]["weights"][:12]}}
+    write_rows(tmp_path / "docs", {**before, judged.key: short})
+    assert of_judges(tmp_path, verifiers="elsewhere") == 0, capsys.readouterr()
+    # Trained again, to as many bytes.
+    (tmp_path / "elsewhere" / "sft" / "seed0" / "model.safetensors").write_bytes(b"two")
+    capsys.readouterr()
+    assert of_judges(tmp_path, verifiers="elsewhere") == 2
+    assert f"{judged.folder}: holds a run that other weights rewarded" in capsys.readouterr().err
+    (judged.folder / "metrics.jsonl").unlink()
+    assert of_judges(tmp_path, verifiers="elsewhere") == 2
+    said = capsys.readouterr().err
+    assert "reproduction.jsonl: sft seed 0 was rewarded by other weights than " in said
+
+
+def test_what_was_trained_by_other_settings_is_not_scored_as_if_by_these(tmp_path, judged, capsys):
+    """Where its exact evaluation is still to be made, too, and where that is of other sessions."""
+    assert of_judges(tmp_path, "--sessions=3") == 2
+    config = dataclasses.replace(
+        judged.config, eval=dataclasses.replace(judged.config.eval, sessions=BELIEVED)
+    )
+    (judged.folder / "config.yaml").write_text(dump_yaml(config))
+    capsys.readouterr()
+    assert of_judges(tmp_path, f"--sessions={BELIEVED + 1}") == 2
+    assert "holds exact scores of 4 sessions (accepted: --sessions 4" in capsys.readouterr().err
+    (judged.exact / "metrics.jsonl").unlink()
+    assert of_judges(tmp_path, f"--sessions={BELIEVED + 1}", "--iterations=2") == 2
+    assert "holds a finished run of other settings" in capsys.readouterr().err
+
+
+def test_a_verifier_none_of_whose_answers_could_be_read(tmp_path, judged, capsys):
+    rows = judged.metrics()
+    rows[1]["ga_turn"] = [{"mean": None, "se": None} for _ in range(TURNS)]
+    file = judged.folder / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert of_judges(tmp_path) == 0, capsys.readouterr()
+    assert read_rows(tmp_path / "docs")[judged.key]["judge"]["believed"]["before"] is None
+    page = (tmp_path / "docs" / "reproduction.md").read_text()
+    assert "| verifier, SFT | – | +" in page.partition("What the verifiers believed")[2]
+
+
+def test_what_training_said_stays_above_the_exact_evaluation(tmp_path, judged, capsys):
+    (judged.exact / "metrics.jsonl").unlink()
+    judged.log.write_text("it trained\n")
+    assert of_judges(tmp_path) == 1
+    assert judged.log.read_text().startswith("it trained\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -13,15 +13,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from editr2.check.judges import Measured, held_by, room
 from editr2.cli.main import main
 from editr2.config import Config, RewardConfig
+from editr2.errors import ConfigError
 from editr2.rewards.adapt import adapt
 from editr2.rewards.base import Held, Item, Score
 from editr2.rewards.load import load_reward
 from editr2.sessions import Session
 from editr2.sessions.source import open_sessions
+from editr2.verifier.model import load_reader, sketch_reader
+from editr2.verifier.settings import ReaderConfig
 
 
 @pytest.fixture
@@ -253,6 +257,69 @@ def test_a_folder_that_is_whole_passes(folders: dict[str, Path], here: Path) -> 
         main([word.format(**folders) for word in words])
 
 
+def test_a_benchmark_that_is_judged_needs_no_judge(here: Path, capsys: Any) -> None:
+    """Its page is made again where a judge's models are not, as on another machine."""
+    words = ["benchmark", "world", "--sessions=1", "--turns=1", "--rollout.steps=2", "--out=out"]
+    assert main(words) == 0, capsys.readouterr()
+    gone = mock.Mock(side_effect=ConfigError("a model that is not here"))
+    with mock.patch("editr2.rewards.panel.Panel.quick_look", gone):
+        assert main(words) == 0, capsys.readouterr()
+        assert main([*words[:-1], "--out=other"]) == 2
+
+
+def in_shards(folder: Path, _: Path) -> str:
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return str(folder)
+
+
+def pickled(folder: Path, _: Path) -> str:
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return str(folder)
+
+
+def an_adapter(folder: Path, _: Path) -> str:
+    """As peft saves one: its base lies elsewhere."""
+    peft = pytest.importorskip("peft")
+    base = shutil.copytree(folder, folder.with_name("base"))
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        (folder / name).unlink()
+    kind = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    peft.get_peft_model(model, kind).save_pretrained(folder)
+    return str(folder)
+
+
+def of_the_hub(folder: Path, hub: Path) -> str:
+    """Downloaded before; what ends a text stands in generation_config.json alone."""
+    there = hub / "models--some--verifier"
+    (there / "refs").mkdir(parents=True)
+    (there / "refs" / "main").write_text("abc")
+    kept = shutil.copytree(folder, there / "snapshots" / "abc")
+    said = json.loads((kept / "config.json").read_text())
+    said["text_config"]["eos_token_id"] = said["eos_token_id"] = 5
+    (kept / "config.json").write_text(json.dumps(said))
+    return "some/verifier"
+
+
+@pytest.mark.parametrize("form", [in_shards, pickled, an_adapter, of_the_hub])
+def test_a_verifier_that_can_be_loaded_passes(
+    form: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = shutil.copytree(folders["verifier"], tmp_path / "verifier")
+    given = ReaderConfig(weights=form(folder, tmp_path / "hub"), lora_rank=0)
+    load_reader(given, trains=False)
+    sketch_reader(given)
+
+
 # What models of rewards take
 
 
@@ -282,6 +349,16 @@ def test_a_verifier_takes_what_it_says(
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     assert held.working == pytest.approx(max(np.cumsum(changes)), rel=0.1)
+
+
+def test_a_verifier_that_does_not_run_without_numbers_is_not_refused(
+    folders: dict[str, Path], session: Session
+) -> None:
+    options = {"weights": str(folders["verifier"]), "max_tokens": 24}
+    panel = load_reward(RewardConfig(name="verifier", options=options))
+    with mock.patch("editr2.verifier.local.asking_bytes", side_effect=AttributeError("width")):
+        (held,) = held_by(panel.members[0], session) or ()
+    assert held.weights > 0 and held.working is None
 
 
 def test_what_looks_takes_its_weights(folders: dict[str, Path], session: Session) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from editr2 import scoring
+from editr2.cli import rollout
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.policies.load import load_policy
@@ -17,6 +18,7 @@ from editr2.rewards.base import Score
 from editr2.rl.sampler import rollout_sampler
 from editr2.rl.sessions import sessions_for
 from editr2.rl.told import opening
+from editr2.run.lock import RunLock
 from editr2.run.tracking import read_metrics
 
 FEW = ["--eval.sessions=3", "--eval.turns=2", "--rollout.steps=2", "--rollout.window=1"]
@@ -138,6 +140,35 @@ def test_nobody_who_names_no_folder_loses_what_is_there(
     again = first if command == "eval" else f"runs/{command}-4/{file}"  # the same settings
     assert written == [first, second, again]
     assert Path(first).is_file() and Path(second).is_file()
+
+
+def test_two_that_name_no_folder_at_once(tmp_path, monkeypatch, capsys):
+    """The second one takes the next folder; where both began before there was one, its scores are
+    not written over those of the first."""
+    monkeypatch.chdir(tmp_path)
+    small = ["eval", "--rollout.turns=2", "--rollout.steps=2", "--rollout.window=1"]
+    small += ["--eval.sessions=1"]
+    with RunLock(Path("runs/eval")) as lock:
+        lock.take(make=True)
+        assert main([*small, "--seed=1"]) == 0
+        assert "runs/eval-2/scores.jsonl" in capsys.readouterr().out
+    first = Path("runs/eval/config.yaml")
+
+    def slowly(*words, **how):  # and the other one has ended by then
+        first.write_text(Path("runs/eval-2/config.yaml").read_text())
+        Path("runs/eval/scores.jsonl").write_text("theirs")
+        return load_policy(words[0])
+
+    monkeypatch.setattr(scoring, "open_policy", slowly)
+    assert main([*small, "--seed=2"]) == 2
+    assert "runs/eval: scores of other settings, seed 1 there and 2 now" in capsys.readouterr().err
+    assert Path("runs/eval/scores.jsonl").read_text() == "theirs"
+
+
+def test_two_rollouts_at_once_share_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [rollout._folder(None) for _ in range(2)]  # before either has written
+    assert [str(folder) for folder in folders] == ["runs/rollout", "runs/rollout-2"]
 
 
 class Terminal(io.StringIO):

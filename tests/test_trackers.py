@@ -7,6 +7,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -300,6 +301,26 @@ def test_a_run_writes_over_nobodys_files(files, said, tmp_path):
     with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
         check_settings_are_ours(tmp_path)
         check_no_evaluation(tmp_path)
+        check_holds_no_runs(tmp_path)
+
+
+def test_a_folder_in_it_that_is_not_ours_to_read_is_no_run(tmp_path, monkeypatch):
+    """As lost+found of a disk, or others' folders in a shared one."""
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "mine").mkdir()
+    stat = Path.stat
+
+    def denied(path, **how):
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", denied)
+    check_holds_no_runs(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "mine" / "metrics.jsonl").touch()
+    monkeypatch.setattr(Path, "stat", denied)
+    with pytest.raises(ConfigError, match="did you mean .*/mine?"):
         check_holds_no_runs(tmp_path)
 
 

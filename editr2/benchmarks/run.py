@@ -124,8 +124,10 @@ class Run:
             asks = c.does("judge")  # before weights are read: a wrong reward is told at once
             panel = load_reward(c.reward, self.record) if asks else None
             other = load_reward(c.against, self.record) if asks and c.against.given else None
-            for one in filter(None, (panel, other)):
-                one.quick_look()
+            for one, file in ((panel, FILE_NAME), (other, AGAINST_FILE)):
+                # Where it has judged nothing may be left to ask, and its models need not be here.
+                if one is not None and not (self.out / file).is_file():
+                    one.quick_look()
             sessions, images = self._found() if c.images else self._made()
             if panel is not None:
                 self._judged(panel, "judged", FILE_NAME, sessions, images)

@@ -28,6 +28,8 @@ def sampled_apart(sides: Sequence[Side]) -> list[str]:
     """A line for each run that was evaluated by another sampler than the first: by what."""
     first, lines = sides[0], []
     for other in sides[1:]:
+        if not (first.sampling and other.sampling):
+            continue  # without its settings nobody knows
         if apart := list(_apart(first.sampling, other.sampling)):
             lines.append(
                 f"{first.name} and {other.name} were sampled differently, so that a difference is "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from editr2.cli.flags import SOME, Arguments, Flags, documented
 from editr2.config.rules import folder_problem
-from editr2.errors import ConfigError, DataError
+from editr2.errors import ConfigError, UserError
 from editr2.policies.models import DEFAULT, MODELS
 from editr2.rewards.table import REWARDS
 
@@ -234,11 +234,12 @@ def _lacking(folder: Path, settings: dict[str, Any]) -> list[str]:
     reward = RewardConfig(name=name, options=settings.get("reward.options", {}))
     try:
         sessions = load_sessions(folder / data, limit=LOOKED_AT)
-    except DataError:  # `editr2 check` says where
+        which = "sessions" if len(sessions) < LOOKED_AT else "sessions at its start"
+        said = load_reward(reward).lacking(sessions, which)
+    except UserError:  # `editr2 check` says what; all is written, and no note is worth an error
         return []
-    which = "sessions" if len(sessions) < LOOKED_AT else "sessions at its start"
     more = " (`editr2 data annotate` adds it)" if name in OF_OBJECTS.split(", ") else ""
-    return [f"note: {line}{more}" for line in load_reward(reward).lacking(sessions, which)]
+    return [f"note: {line}{more}" for line in said]
 
 
 def _head(choices: Choices, source: Source | None) -> list[str]:

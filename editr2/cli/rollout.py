@@ -123,4 +123,12 @@ def _folder(asked: str | None) -> Path:
     """Where to; what an earlier call wrote is only written over where somebody says so."""
     if asked is not None:
         return Path(asked)
-    return next(out for out in numbered(Path("runs/rollout")) if not out.exists())
+    for out in numbered(Path("runs/rollout")):
+        try:
+            out.mkdir(parents=True)  # at once: another call may look for one, too
+        except FileExistsError:
+            if not out.parent.is_dir():
+                raise
+        else:
+            return out
+    raise AssertionError

@@ -332,9 +332,12 @@ def _beliefs(found: Sequence[Result]) -> list[str]:
     for r in judged:
         start = starts.get((start_of(r.arm), r.sampler))
         said = [row["judge"]["believed"] for row in r.rows]
-        believed = [one["after"] - one["before"] for one in said]
+        believed = [None if None in one.values() else one["after"] - one["before"] for one in said]
         true = [] if start is None else [row["ga_turn"][-1] - start for row in r.rows]
-        cells = (" ".join(_number(v, sign=True) for v in values) for values in (believed, true))
+        cells = (
+            " ".join("–" if v is None else _number(v, sign=True) for v in values)
+            for values in (believed, true)
+        )
         lines.append([_title(r, found), *(cell or "–" for cell in cells)])
     text = (
         f"The gain of a turn-{TURNS} GA, seed by seed: as the verifier that was the reward scores "

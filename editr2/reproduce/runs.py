@@ -171,6 +171,7 @@ def reproduce(
         )
     for run in runs:
         _check_earlier(run)
+        _check_row(run, rows, docs / FILE)
     count = 0
 
     def done(run: ArmRun) -> None:
@@ -247,19 +248,56 @@ def _current(rows: Mapping[Key, Row], settings: Settings) -> bool:
 
 
 def _check_earlier(run: ArmRun) -> None:
-    """A finished run of other settings is neither used nor overwritten."""
+    """A run of other settings that was trained is neither used nor overwritten, nor is one that
+    another verifier rewarded."""
     file = run.folder / "config.yaml"
-    if not (run.finished() and file.exists()):
+    if not (run.trained() and file.exists()):
         return
     try:
         earlier = to_dataclass(load_yaml(file)[0], Config)
     except ConfigError:
         earlier = None
+    if earlier is not None and run.arm.judge is not None:
+        # Where its folder lies is nothing of a verifier.
+        earlier = replace(earlier, reward=_lying_at(earlier.reward, run.config.reward))
     other = run.file.exists() and not run.file.read_text().startswith(_head(run.config))
     if other or earlier is None or replace(earlier, out=run.config.out) != run.config:
         raise ConfigError(
             f"{run.folder}: holds a finished run of other settings (accepted: another --out, or "
             f"without it)"
+        )
+    if run.arm.judge is None:
+        return
+    start = next(row for row in run.metrics() if row.get("event") == "start")
+    if not str(start["judges"]["judge"]).endswith(f"({_judge_weights(run)})"):
+        raise ConfigError(
+            f"{run.folder}: holds a run that other weights rewarded than {_verifier(run)} has "
+            f"(accepted: those of then, another --out, or without it)"
+        )
+    exact = run.exact_row()
+    if exact is not None and exact["sessions"] != run.sessions:
+        raise ConfigError(
+            f"{run.exact}: holds exact scores of {exact['sessions']} sessions (accepted: "
+            f"--sessions {exact['sessions']}, another --out, or without it)"
+        )
+
+
+def _lying_at(reward: RewardConfig, now: RewardConfig) -> RewardConfig:
+    """A verifier's options with the folder of another's, which has the same name and number."""
+    there, here = (Path(str(one.options.get("weights"))) for one in (reward, now))
+    if there.parts[-2:] != here.parts[-2:]:
+        return reward
+    return replace(reward, options={**reward.options, "weights": str(here)})
+
+
+def _check_row(run: ArmRun, rows: Mapping[Key, Row], file: Path) -> None:
+    """A row stands for its run; of another verifier it does not."""
+    said = rows.get(run.key, {}).get("judge")
+    # Rows of before have the beginning alone.
+    if said is not None and not _judge_weights(run).startswith(said["weights"]):
+        raise ConfigError(
+            f"{file}: {run.label} was rewarded by other weights than {_verifier(run)} has "
+            f"(accepted: those of then, another --out or --docs, or without the file)"
         )
 
 
@@ -309,15 +347,22 @@ def run_rows(run: ArmRun, settings: Settings, known: dict[Key, Row]) -> dict[Key
 
 
 def _judge(run: ArmRun) -> dict[str, Any]:
-    """Which weights judged a run, and the mean that they gave the last turn before and after."""
+    """Which weights judged a run, and the mean that they gave the last turn before and after; None
+    where none of their answers could be read."""
+    means = {name: _evaluation(run, name)["ga_turn"][-1]["mean"] for name in ("before", "after")}
+    believed = {name: None if mean is None else round(mean, 6) for name, mean in means.items()}
+    return {"name": run.arm.judge, "weights": _judge_weights(run), "believed": believed}
+
+
+def _verifier(run: ArmRun) -> str:
+    return str(run.config.reward.options["weights"])
+
+
+def _judge_weights(run: ArmRun) -> str:
+    """The fingerprint of what rewards it."""
     from editr2.verifier.model import weights_fingerprint
 
-    believed = {
-        name: round(_evaluation(run, name)["ga_turn"][-1]["mean"], 6)
-        for name in ("before", "after")
-    }
-    weights = weights_fingerprint(run.config.reward.options["weights"])
-    return {"name": run.arm.judge, "weights": weights[:12], "believed": believed}
+    return weights_fingerprint(_verifier(run))
 
 
 def evaluate(config: Config) -> Row:
@@ -383,7 +428,8 @@ def _start(
     run: ArmRun, environment: dict[str, str], words: list[str] | None = None
 ) -> subprocess.Popen[bytes]:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with run.log.open("wb" if words is None else "ab") as log:
+    fresh = words is None and not run.trained()  # what training said stays above the evaluation
+    with run.log.open("wb" if fresh else "ab") as log:
         return subprocess.Popen(
             words or run.next_command(),
             env=environment,

@@ -3,6 +3,7 @@ checkpoints."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,12 +51,21 @@ def check_holds_no_runs(folder: Path) -> None:
     what a run leaves would lie among them. Asked before anything is written."""
     if any((folder / name).exists() for name in RUN_FILES) or not folder.is_dir():
         return
-    if any((path / METRICS).is_file() for path in folder.iterdir()):
+    # os.path says no of what is not ours to read, as lost+found of a disk; pathlib raises.
+    if any(os.path.isfile(path / METRICS) for path in _listed(folder)):
         free = next(path for path in numbered(folder / "mine") if not path.exists())
         raise ConfigError(
             f"--out: {shown(folder)}: other runs are in it (accepted: a folder of its own, such as "
             f"{shown(free)}{runs_near(folder)})"
         )
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in it; nothing where that is not ours to read, as whoever writes there is told."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def check_no_evaluation(folder: Path) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,7 +205,11 @@ class Local:
         if question is not None:
             rows, most = self.options.rows, self.options.max_tokens
             length = -(-longest // STEP) * STEP
-            working = asking_bytes(sketch, rows=rows, prompt=question, length=length, answer=most)
+            # What runs without numbers is the model's own code, and not each is made for it.
+            with suppress(Exception):
+                working = asking_bytes(
+                    sketch, rows=rows, prompt=question, length=length, answer=most
+                )
         return Held("verifier", self.options.device, bytes_of(sketch.module), working)
 
     def load(self) -> Reader:

@@ -12,8 +12,9 @@ than a chunk of rows (`editr2_kernels.token_log_prob`).
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ from editr2_kernels import philox_normal, token_log_prob
 IGNORED = -100
 ROOM = 64
 """Tokens for which there is room in the cache when it is made anew."""
+
+ADAPTER = "adapter_config.json"
+"""In a folder of peft's."""
 
 ACCEPTED_WEIGHTS = "accepted: a folder or hub id of a model that takes pictures and writes text"
 
@@ -538,23 +542,32 @@ def sketch_reader(config: ReaderConfig, *, at: str = "policy.weights") -> Reader
         AutoProcessor,
         GenerationConfig,
     )
+    from transformers.utils import is_peft_available
 
     where = _where(config, at)
     assert config.weights is not None
     folder = Path(config.weights)
     check_model(config.weights, at, "config.json")
+    alone = (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
     with reading(f"{where} ({ACCEPTED_WEIGHTS})"), torch.random.fork_rng(devices=[]):
-        form = AutoConfig.from_pretrained(config.weights)
+        model = _adapted(folder) if alone and is_peft_available() else config.weights
+        form = AutoConfig.from_pretrained(model)
         processor = AutoProcessor.from_pretrained(config.weights)
         with torch.device("meta"):
             module = AutoModelForImageTextToText.from_config(
                 form, dtype=stored_dtype(config, False)
             )
-        if (folder / "generation_config.json").is_file():
-            module.generation_config = GenerationConfig.from_pretrained(config.weights)
+        with suppress(OSError):  # without one, or a sound one, it follows from config.json
+            module.generation_config = GenerationConfig.from_pretrained(model)
     if folder.is_dir():
         check_weights_beside(folder, module, where, ACCEPTED_WEIGHTS)
     return Reader(module.requires_grad_(False).eval(), processor, config, where)
+
+
+def _adapted(folder: Path) -> str:
+    """The model that an adapter's folder is for, which transformers loads beneath it."""
+    said = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    return str(said["base_model_name_or_path"])
 
 
 def _where(config: ReaderConfig, at: str) -> str:
