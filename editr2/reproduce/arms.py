@@ -161,7 +161,7 @@ JUDGED: tuple[Arm, ...] = (
         beside="sft",
     ),
     *(
-        _judged(f"{judge or 'exact'}-{name}", f"{title}, {says}", isolates, judge, change, beside)
+        _judged(f"{judge or 'exact'}-{name}", f"{title} ({says})", isolates, judge, change, beside)
         for judge, beside, says in ((None, "exact", "exact"), ("sft", "sft", "SFT verifier"))
         for name, title, isolates, change in (
             ("unfiltered", "no filter", "turns after a failed one train, too", _FILTER_OFF),
