@@ -40,6 +40,7 @@ from editr2.reproduce.rows import (
     shared_settings,
     write_rows,
 )
+from editr2.run.identity import folder_fingerprint
 from editr2.run.tracking import read_metrics
 
 TAIL = 8
@@ -359,10 +360,8 @@ def _verifier(run: ArmRun) -> str:
 
 
 def _judge_weights(run: ArmRun) -> str:
-    """The fingerprint of what rewards it."""
-    from editr2.verifier.model import weights_fingerprint
-
-    return weights_fingerprint(_verifier(run))
+    """The fingerprint of what rewards it, by its content."""
+    return folder_fingerprint(Path(_verifier(run)))
 
 
 def evaluate(config: Config) -> Row:
