@@ -633,7 +633,7 @@ def test_what_is_wrong_is_said_in_one_line(
     given = ["--policy.weights", "llava", "--data", "data", "--policy.prompts", "words"]
     out = ["--out", str(tmp_path / "run"), "--train.batch", "4", "--policy.lora_rank", "2"]
     assert main(["verifier", name, *given, *out, *flags]) == 2
-    lines = [n for n in capsys.readouterr().err.splitlines() if "are left out" not in n]
+    lines = [n for n in capsys.readouterr().err.splitlines() if "left out" not in n]
     assert len(lines) == 1 and said in lines[0], lines
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -124,6 +124,7 @@ class Run:
             asks = c.does("judge")  # before weights are read: a wrong reward is told at once
             panel = load_reward(c.reward, self.record) if asks else None
             other = load_reward(c.against, self.record) if asks and c.against.given else None
+            next(iter(self.kind.read(self._source())), None)  # a set that is not there, likewise
             for one, file in ((panel, FILE_NAME), (other, AGAINST_FILE)):
                 # Where it has judged nothing may be left to ask, and its models need not be here.
                 if one is not None and not (self.out / file).is_file():
@@ -147,14 +148,17 @@ class Run:
 
     # ---------------------------------------------------------------------------------- generate
 
-    def _sessions(self, **how: Any) -> list[Session]:
+    def _source(self) -> Source:
         c = self.config
-        source = Source(
+        return Source(
             None if c.data.path is None else Path(c.data.path),
             None if c.sources is None else Path(c.sources),
             c.turns,
             c.sessions or 100,
         )
+
+    def _sessions(self, **how: Any) -> list[Session]:
+        c, source = self.config, self._source()
         sessions = self.kind.read(source)
         limit = None if self.kind.makes_sessions else c.sessions
         found = sized(itertools.islice(sessions, limit), resize=c.data.resize, **how)
