@@ -341,7 +341,8 @@ def _beliefs(found: Sequence[Result]) -> list[str]:
         lines.append([_title(r, found), *(cell or "–" for cell in cells)])
     text = (
         f"The gain of a turn-{TURNS} GA, seed by seed: as the verifier that was the reward scores "
-        f"the first {BELIEVED} held-out sessions, and as the world scores all of them."
+        f"the first {BELIEVED} held-out sessions (by its score of the whole, of which half is for "
+        "what was kept, where the world has 0 or 1), and as the world scores all of them."
     )
     head = ["arm", "believed by its verifier", "exact"]
     return ["### What the verifiers believed", _table(head, lines), _wrapped(text)]
