@@ -20,7 +20,7 @@ from editr2.config import Config
 from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
 from editr2.errors import ConfigError
 from editr2.report.intervals import COVERAGE, Interval, interval
-from editr2.reproduce import runs
+from editr2.reproduce import page, runs
 from editr2.reproduce.arms import (
     ARMS,
     BELIEVED,
@@ -537,6 +537,17 @@ def test_runs_start_seed_by_seed_and_share_the_cores(tmp_path, stub, monkeypatch
     assert reproduce(tmp_path, "--arms=multi-turn,intent", "--seeds=2", "--jobs=3") == 0
     order = [(seed, arm, "2") for seed in (0, 1) for arm in ("multi-turn", "intent")]
     assert started == order
+
+
+def test_the_plotted_start_is_sampled_as_the_arms_are(tmp_path):
+    """The start stands in rows of two samplers; its line is compared with theirs."""
+    for arm, sampler in (("multi-turn", "cps"), ("mt-editflow-nft", "ode")):
+        rows = synthetic({"base": 0.3, arm: 0.4})
+        [start] = [
+            one for one in results(rows) if one.arm.name == "base" and one.sampler == sampler
+        ]
+        drawn_as = page._series("base", 0, results(rows))
+        assert drawn_as.title == page._title(start, results(rows))
 
 
 def test_a_judged_run_is_scored_by_the_world(tmp_path, capsys, monkeypatch):

@@ -430,7 +430,9 @@ def _panels(found: Sequence[Result], study: str) -> list[tuple[str, list[Series]
 def _series(name: str, colour: int, found: Sequence[Result]) -> Series | None:
     """GA by turn of one arm; None where it was not run, or has no score at a turn."""
     # The start may stand in several rows; the plot takes the one sampled as most arms are.
-    results = sorted((r for r in found if r.arm.name == name), key=lambda r: r.sampler == "ode")
+    samplers = [r.sampler for r in found if r.arm.trained]
+    most = max(samplers, key=samplers.count, default="")
+    results = sorted((r for r in found if r.arm.name == name), key=lambda r: r.sampler != most)
     if not results:
         return None
     first = results[0]
