@@ -294,8 +294,7 @@ def _lying_at(reward: RewardConfig, now: RewardConfig) -> RewardConfig:
 def _check_row(run: ArmRun, rows: Mapping[Key, Row], file: Path) -> None:
     """A row stands for its run; of another verifier it does not."""
     said = rows.get(run.key, {}).get("judge")
-    # Rows of before have the beginning alone.
-    if said is not None and not _judge_weights(run).startswith(said["weights"]):
+    if said is not None and said["weights"] != _judge_weights(run):
         raise ConfigError(
             f"{file}: {run.label} was rewarded by other weights than {_verifier(run)} has "
             f"(accepted: those of then, another --out or --docs, or without the file)"
