@@ -9,6 +9,7 @@ from typing import Literal
 from editr2.cli.flags import SOME, Arguments, Flags
 from editr2.cli.loading import load_libraries
 from editr2.config.rules import folder_problem
+from editr2.errors import ConfigError
 
 
 def command(arguments: Arguments) -> int:
@@ -70,6 +71,10 @@ def command(arguments: Arguments) -> int:
     docs = out if docs is None else Path(docs)
     arms = find_arms(options.pop("arms"), study)
     seeds, jobs, verifiers = (options.pop(name) for name in ("seeds", "jobs", "verifiers"))
+    if verifiers is not None and not any(arm.judge for arm in arms):
+        raise ConfigError(
+            f"--verifiers: {verifiers}: rewards none of the arms (accepted with --study judges)"
+        )
     from editr2.reproduce.page import write_page
     from editr2.reproduce.runs import reproduce
 
