@@ -150,7 +150,9 @@ def test_every_arm_differs_from_its_neighbour_only_in_what_it_isolates():
         "gcpo": {"reward.options"},
         "early": {"reward.options"},
     }
-    for judge in ("exact", "sft"):
+    expected["shipped"], expected["direct"] = expected["sft"], {"reward.options"}
+    expected["sft-broadcast"] = {"credit.aggregate"}
+    for judge in ("exact", "shipped"):
         expected[f"{judge}-unfiltered"] = {"credit.filter"}
         expected[f"{judge}-broadcast"] = {"credit.aggregate"}
         expected[f"{judge}-fusion"] = {"credit.fusion"}
@@ -548,6 +550,19 @@ def test_the_plotted_start_is_sampled_as_the_arms_are(tmp_path):
         ]
         drawn_as = page._series("base", 0, results(rows))
         assert drawn_as.title == page._title(start, results(rows))
+
+
+def test_the_shipped_verifier_needs_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--study=judges", "--arms=shipped-broadcast", "--seeds=1", "--out=runs"]
+    assert reproduce(tmp_path, *words) == 0
+    row = read_rows(tmp_path / "docs")["shipped-broadcast", 0, "ode"]
+    assert row["judge"]["name"] == "shipped"
+    assert row["judge"]["weights"] == weights_fingerprint(str(SHIPPED))
+    # With a folder of others it is the same; alone with one, that is a mistake.
+    capsys.readouterr()
+    assert reproduce(tmp_path, *words, "--verifiers=verifiers") == 2
+    assert "rewards none of the arms" in capsys.readouterr().err
 
 
 def test_a_judged_run_is_scored_by_the_world(tmp_path, capsys, monkeypatch):

@@ -249,6 +249,16 @@ gold:
     )]  # fmt: skip
     assert "100.0 % of the chosen, 64.0 % of all" in out and "own: 60.0 %, 0 of 5 chosen" in out
 
+    direct = tmp_path / "direct"
+    assert run(capsys, "select", "--data", traced, "--out", direct, "--direct")[0] == 0
+    bare = read_told(direct / TRACES, read_edits(direct / PRINCIPLES, principles=True))
+    assert [one.text for one in bare] == [
+        f'{{"1": {one.trace.verdicts[0]}}}\n<score>3</score>' for one in kept
+    ]
+    assert [(one.trace, one.gold, one.judge) for one in bare] == [
+        (one.trace, one.gold, one.judge) for one in kept
+    ]
+
 
 def test_an_answer_that_was_cut_off_is_kept_without_a_score(
     world: Path, tmp_path: Path, server: Any, capsys: Any

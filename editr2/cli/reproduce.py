@@ -71,7 +71,7 @@ def command(arguments: Arguments) -> int:
     docs = out if docs is None else Path(docs)
     arms = find_arms(options.pop("arms"), study)
     seeds, jobs, verifiers = (options.pop(name) for name in ("seeds", "jobs", "verifiers"))
-    if verifiers is not None and not any(arm.judge for arm in arms):
+    if verifiers is not None and not any(arm.needs_verifiers for arm in arms):
         raise ConfigError(
             f"--verifiers: {verifiers}: rewards none of the arms (accepted with --study judges)"
         )

@@ -133,6 +133,7 @@ def _select(arguments: Arguments) -> int:
         _select.__doc__ or "",
         [
             ("--data runs/traces --out runs/chosen --least 0.8", "what `verifier traces` wrote"),
+            ("--data runs/traces --out runs/direct --direct", "to judge without reasoning"),
         ],
     )
     flags.add("--data", path=True, required=True, help="a folder that `traces` wrote")
@@ -143,6 +144,11 @@ def _select(arguments: Arguments) -> int:
         default=0.0,
         bounds=Bounds(at_least=0, at_most=1),
         help="a trace of which a smaller share of verdicts is right is nobody's choice",
+    )
+    flags.add(
+        "--direct",
+        action="store_true",
+        help="keep verdicts and score alone, for a verifier that answers without reasoning",
     )
     options = flags.parse(arguments)
     from editr2.verifier.select import write_selection

@@ -7,7 +7,7 @@ are worth under one that errs, by the recipe that learns fastest here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,9 @@ class Arm:
         overrides: fields of `Config` that it changes, nested by section; they win over `Settings`.
         beside: the arm it differs from in what it isolates, and in nothing else.
         trained: false for the start itself, which is only evaluated.
-        judge: which verifier its reward is, a folder of `--verifiers`; None is the world, which is
-            exact. Every arm is evaluated by the world.
+        judge: which verifier its reward is, a folder of `--verifiers`, or `OWN`; None is the world,
+            which is exact. Every arm is evaluated by the world.
+        asked: options of that reward, in which it differs from the other verifiers.
     """
 
     name: str
@@ -45,7 +46,15 @@ class Arm:
     beside: str | None = None
     trained: bool = True
     judge: str | None = None
+    asked: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def needs_verifiers(self) -> bool:
+        return self.judge not in (None, OWN)
+
+
+OWN = "shipped"
+"""The verifier that the package has, the same for every training seed; nobody has to train it."""
 
 _NO_INTENT = {"intent": False}
 _UNFILTERED = {"filter": False}
@@ -131,15 +140,25 @@ _BROADCAST = {"credit": {"aggregate": "mean"}}
 _FUSED = {"credit": {"fusion": "advantage"}}
 
 
-def _judged(
-    name: str,
-    title: str,
-    isolates: str,
-    judge: str | None,
-    overrides: dict[str, Any] | None = None,
-    beside: str | None = None,
-) -> Arm:
-    return Arm(name, title, isolates, "edit-r2-nft", overrides or {}, beside, judge=judge)
+_CREDIT = (
+    ("unfiltered", "no filter", "turns after a failed one train, too", _FILTER_OFF),
+    ("broadcast", "broadcast", "the mean over turns is every turn's reward", _BROADCAST),
+    ("fusion", "advantage fusion", "IF, CC and GA are each normalised, then fused", _FUSED),
+)
+
+
+def _judged(name: str, title: str, isolates: str, judge: str | None, **more: Any) -> Arm:
+    return Arm(name, title, isolates, "edit-r2-nft", judge=judge, **more)
+
+
+def _credited(judge: str | None, says: str, names: Sequence[str]) -> Iterator[Arm]:
+    beside = judge or "exact"
+    for name, title, isolates, change in _CREDIT:
+        if name in names:
+            given = f"{title} ({says})"
+            yield _judged(
+                f"{beside}-{name}", given, isolates, judge, overrides=change, beside=beside
+            )
 
 
 JUDGED: tuple[Arm, ...] = (
@@ -160,15 +179,24 @@ JUDGED: tuple[Arm, ...] = (
         "early",
         beside="sft",
     ),
-    *(
-        _judged(f"{judge or 'exact'}-{name}", f"{title} ({says})", isolates, judge, change, beside)
-        for judge, beside, says in ((None, "exact", "exact"), ("sft", "sft", "SFT verifier"))
-        for name, title, isolates, change in (
-            ("unfiltered", "no filter", "turns after a failed one train, too", _FILTER_OFF),
-            ("broadcast", "broadcast", "the mean over turns is every turn's reward", _BROADCAST),
-            ("fusion", "advantage fusion", "IF, CC and GA are each normalised, then fused", _FUSED),
-        )
+    _judged(
+        "shipped",
+        "shipped verifier",
+        "rewarded by the verifier that the package has",
+        OWN,
+        beside="exact",
     ),
+    _judged(
+        "direct",
+        "shipped verifier, direct",
+        "rewarded by that verifier taught to answer without reasoning, the mean of four answers",
+        "direct",
+        asked={"traces": 4},
+        beside="shipped",
+    ),
+    *_credited(None, "exact", ("unfiltered", "broadcast", "fusion")),
+    *_credited(OWN, "shipped verifier", ("unfiltered", "broadcast", "fusion")),
+    *_credited("sft", "SFT verifier", ("broadcast",)),
 )
 
 STUDIES: dict[str, tuple[Arm, ...]] = {"methods": ARMS, "judges": JUDGED}
@@ -223,7 +251,12 @@ def study_of(names: Iterable[str]) -> str | None:
 
 
 def verifier_of(arm: Arm, seed: int, verifiers: Path) -> Path:
-    """The folder of the verifier that an arm is rewarded by, of a training seed of its own."""
+    """The folder of the verifier that an arm is rewarded by, of a training seed of its own, or the
+    package's."""
+    if arm.judge == OWN:
+        from editr2.rewards.verifier import SHIPPED
+
+        return SHIPPED
     return verifiers / str(arm.judge) / f"seed{seed}"
 
 
@@ -261,6 +294,7 @@ def arm_config(
             "scores": ["IF", "CC", "GA"],
             "max_tokens": 90,
             "dtype": "bfloat16",
+            **arm.asked,
         }
         common["reward"] = {"name": "verifier", "options": options}
         common["eval"]["sessions"] = min(settings.sessions, BELIEVED)

@@ -79,14 +79,25 @@ def _judge_claims() -> Iterator[Claim]:
     yield Claim("a weak verifier is a worse reward", "sft", "early", EDIT_R1)
     yield Claim("a weak verifier against the start", "early", start, OURS, ordered=False)
     yield Claim("what the verifier's errors cost", "exact", "gcpo", OURS, ordered=False)
+    yield Claim("the shipped verifier raises the start", "shipped", start, EDIT_R1)
+    yield Claim("thinking beats direct verdicts", "shipped", "direct", MT_EDITFLOW)
+    yield Claim("direct verdicts against the start", "direct", start, OURS, ordered=False)
     for name, text, source in (
         ("broadcast", "broadcast beats per-turn credit", MT_EDITFLOW),
         ("fusion", "advantage fusion beats reward fusion", MT_EDITFLOW),
     ):
-        yield Claim(f"{text}, under the verifier", f"sft-{name}", "sft", source)
         yield Claim(f"{text}, under exact scores", f"exact-{name}", "exact", source)
-    yield Claim("the filter helps, under the verifier", "sft", "sft-unfiltered", EDIT_R2)
+        yield Claim(f"{text}, under the shipped verifier", f"shipped-{name}", "shipped", source)
+    yield Claim(
+        "broadcast beats per-turn credit, under the SFT verifier",
+        "sft-broadcast",
+        "sft",
+        MT_EDITFLOW,
+    )
     yield Claim("the filter helps, under exact scores", "exact", "exact-unfiltered", EDIT_R2)
+    yield Claim(
+        "the filter helps, under the shipped verifier", "shipped", "shipped-unfiltered", EDIT_R2
+    )
 
 
 STUDY_CLAIMS: dict[str, tuple[Claim, ...]] = {"methods": CLAIMS, "judges": tuple(_judge_claims())}

@@ -212,7 +212,7 @@ def reproduce(
 
 def _check_verifiers(arms: Sequence[Arm], seeds: int, verifiers: Path | None) -> None:
     for arm in arms:
-        for seed in range(seeds) if arm.judge is not None else ():
+        for seed in range(seeds) if arm.needs_verifiers else ():
             if verifiers is None:
                 raise ConfigError(
                     f"--verifiers: arm {arm.name} is rewarded by one (accepted: a folder with "

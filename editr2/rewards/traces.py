@@ -80,9 +80,10 @@ def read_trace(text: str, count: int) -> Trace:
 
 
 def write_trace(reasoning: str, verdicts: Sequence[int], score: float) -> str:
-    """The text of a trace, which `read_trace` reads. score: in [0, 1]."""
+    """The text of a trace, which `read_trace` reads. reasoning: may be empty. score: in [0, 1]."""
     said = ", ".join(f'"{n}": {v}' for n, v in enumerate(verdicts, 1))
-    return f"{reasoning}\n{{{said}}}\n<score>{HIGH * score:.4g}</score>"
+    parts = (reasoning, f"{{{said}}}", f"<score>{HIGH * score:.4g}</score>")
+    return "\n".join(part for part in parts if part)
 
 
 def read_principles(given: Any) -> tuple[Principle, ...]:

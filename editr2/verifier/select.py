@@ -3,16 +3,19 @@
 Of equal ones the first in the file stays, so that the same file is the same selection. A trace that
 cannot be read, or of which nobody knows what is right, is nobody's choice; neither is one that is
 right less often than `least`.
+
+What a verifier learns that is to answer directly is the same without the reasoning.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from editr2.errors import DataError, UserError
+from editr2.rewards.traces import write_trace
 from editr2.run.lock import RunLock
 from editr2.verifier.files import (
     PRINCIPLES,
@@ -60,9 +63,10 @@ def select(edits: Sequence[Edit], told: Sequence[Told], least: float = 0.0) -> S
     return Selection(chosen, untold, unknown, below)
 
 
-def write_selection(data: str, out: str, least: float) -> list[str]:
+def write_selection(data: str, out: str, least: float, direct: bool = False) -> list[str]:
     """From a folder of principles.jsonl and traces.jsonl to another, of the edits that have a
-    chosen trace; returns what to print. Raises `UserError` where nothing is chosen."""
+    chosen trace; returns what to print. direct: verdicts and score alone are kept of it. Raises
+    `UserError` where nothing is chosen."""
     root, to = folder_of(data, "data"), Path(out)
     if to.resolve() == root.resolve():
         raise DataError(f"out: {out} is the data (accepted: another folder)")
@@ -84,7 +88,7 @@ def write_selection(data: str, out: str, least: float) -> list[str]:
     with RunLock(to) as lock:
         lock.take(make=True)
         write_edits(to / PRINCIPLES, [edit for edit in edits if edit.id in names])
-        write_told(to / TRACES, found.chosen)
+        write_told(to / TRACES, map(_directly, found.chosen) if direct else found.chosen)
     said = [f"traces: {to / TRACES} ({len(found.chosen)} of {len(edits)} edits)"]
     said += [f"  {reason}" for reason in reasons]
     read = [one for one in told if one.accuracy is not None]
@@ -95,6 +99,12 @@ def write_selection(data: str, out: str, least: float) -> list[str]:
         taken = sum(one.judge == judge for one in found.chosen)
         said.append(f"  {judge}: {_mean(theirs)}, {taken} of {len(theirs)} chosen")
     return said
+
+
+def _directly(told: Told) -> Told:
+    """The same without its reasoning."""
+    assert told.trace is not None
+    return replace(told, text=write_trace("", told.trace.verdicts, told.trace.score))
 
 
 def _mean(told: Sequence[Told]) -> str:
