@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from editr2.errors import ConfigError
+from editr2.run.processes import Processes
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -49,3 +52,31 @@ def test_two_processes_train_as_one(tmp_path, beside):
     assert one["gradient"].abs().max() > 0
     error = (one["gradient"] - two["gradient"]).norm() / one["gradient"].norm()
     assert error < 1e-3
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("out: taken"), OSError(28, "No space left on device", "/there")]
+)
+def test_what_the_first_process_cannot_do_ends_all(error):
+    """A full disk, too: the others would wait for an answer until somebody stops them."""
+
+    class Gathered(Processes):
+        """One of two, told what the first had to say."""
+
+        main = True
+
+        def __init__(self, main):
+            self.main = main
+
+        def gather(self, items):
+            said.extend(items if self.main else [])
+            return said
+
+    def work():
+        raise error
+
+    said = []
+    for main in (True, False):
+        with pytest.raises(type(error)) as raised:
+            Gathered(main).on_main(work)
+        assert raised.value is error

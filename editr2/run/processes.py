@@ -92,13 +92,13 @@ class Processes:
         return list(gather_object(items))
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first process, on each of them; a UserError there is raised on
-        all."""
-        done: tuple[Any, UserError | None] = (None, None)
+        """What `work` returns on the first process, on each of them; a UserError or OSError there
+        is raised on all."""
+        done: tuple[Any, UserError | OSError | None] = (None, None)
         if self.main:
             try:
                 done = (work(), None)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 done = (None, error)
         value, problem = self.gather([done])[0]
         if problem is not None:
