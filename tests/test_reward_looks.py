@@ -356,7 +356,7 @@ def test_a_verifier_that_does_not_run_without_numbers_is_not_refused(
 ) -> None:
     options = {"weights": str(folders["verifier"]), "max_tokens": 24}
     panel = load_reward(RewardConfig(name="verifier", options=options))
-    with mock.patch("editr2.verifier.local.asking_bytes", side_effect=AttributeError("width")):
+    with mock.patch("editr2.verifier.local.answering", side_effect=AttributeError("width")):
         (held,) = held_by(panel.members[0], session) or ()
     assert held.weights > 0 and held.working is None
 
@@ -439,6 +439,8 @@ def test_check_says_what_a_verifier_takes(
     small = ["--rollout.sessions=1", "--rollout.siblings=2", "--policy.intent=false"]
     given = {"weights": str(folders["verifier"]), "max_tokens": 16, "rows": 2}
     said = {}
+    never = mock.Mock(side_effect=AssertionError("loaded"))
+    monkeypatch.setattr("editr2.verifier.local.load_reader", never)
     for name, words in {
         "none": [],
         "lent": ["--reward.name=verifier", f"--reward.options={json.dumps(given)}"],
@@ -463,3 +465,8 @@ def test_check_says_what_a_verifier_takes(
     assert alive["lent"]["rollout"] > alive["none"]["rollout"]
     assert alive["lent"]["train"] == alive["none"]["train"]
     assert not any("(reward)" in one or "models  " in one for one in said["none"])
+    # Nor is it loaded for a GPU that is not here: how long it takes is estimated.
+    (at,) = [n for n, one in enumerate(lines) if one.startswith("judges      score")]
+    assert float(lines[at + 1].partition("at once, ")[2].split()[0]) > 0
+    assert lines[at + 2] == "at most, estimated for h100: it was not loaded here"
+    assert any("time on h100 (reward: waiting, estimated)" in one for one in lines)

@@ -127,8 +127,12 @@ def preflight(config: Config, gpu: str = "h100", processes: int = 1) -> Report:
             source = found(lambda: sessions_for(config, editor.policy, wants=wants))
     from editr2.check.judges import measured
 
-    judges = found(lambda: measured(reward, source[0])) if source and reward in sound else None
-    evaluators = found(lambda: measured(apart, source[0])) if source and apart in sound else None
+    judges = (
+        found(lambda: measured(reward, source[0], device)) if source and reward in sound else None
+    )
+    evaluators = (
+        found(lambda: measured(apart, source[0], device)) if source and apart in sound else None
+    )
     if problems or not (source and editor and reward):
         return Report(list(dict.fromkeys(problems)), [])
     from editr2.check.levers import settle

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from editr2.check.devices import Device
 from editr2.check.links import MACHINE
 from editr2.check.meter import Meter
 from editr2.errors import UserError
@@ -28,20 +29,29 @@ from editr2.sessions import Session
 @dataclass(frozen=True)
 class Measured:
     """A reward and the seconds that a turn of one session took. notes: of its `probe`. held: the
-    models that it looks with in this process, counted; None where it does not say."""
+    models that it looks with in this process, counted; None where it does not say. estimated:
+    nobody was asked."""
 
     reward: CheckedReward
     turn: float
     notes: list[str]
     held: list[Held] | None = None
+    estimated: bool = False
 
 
-def measured(panel: Panel, session: Session) -> list[Measured]:
-    """Asks every reward about a session's own source image, as the output of every turn. Raises
-    `UserError`, naming the setting that named the reward, where one of its names has no score for
-    any turn, whatever it answered, and what its `probe` raises."""
+def measured(panel: Panel, session: Session, device: Device) -> list[Measured]:
+    """Asks every reward about a session's own source image, as the output of every turn; but for
+    those whose models would answer on a GPU, where none is at hand and they can tell the seconds
+    by its speed. Raises `UserError`, naming the setting that named the reward, where one of its
+    names has no score for any turn, whatever it answered, and what its `probe` raises."""
     turns, found = len(session.turns), []
     for member in panel.members:
+        held = held_by(member, session)
+        if held and device.gpu and not torch.cuda.is_available() and all(map(_told, held)):
+            seconds = sum(one.turn(device.speed) for one in held if one.turn)
+            note = f"at most, estimated for {device.name}: it was not loaded here"
+            found.append(Measured(member, seconds, [note], held, estimated=True))
+            continue
         notes = Panel([member]).probe()
         begin = time.perf_counter()
         scores = score_batch(member, [(session, np.stack([session.image] * turns))], turns)
@@ -50,8 +60,13 @@ def measured(panel: Panel, session: Session) -> list[Measured]:
             setting = member.title.partition(":")[0]
             raise UserError(f"{setting}: no score for session {session.id}: {failure}")
         turn = seconds / max(turns, member.fills)
-        found.append(Measured(member, turn, notes, held_by(member, session)))
+        found.append(Measured(member, turn, notes, held))
     return found
+
+
+def _told(held: Held) -> bool:
+    """Whether it says what it takes on the GPU where it is."""
+    return held.turn is not None and held.device != "cpu"
 
 
 def unmeasured(panel: Panel, session: Session) -> list[Measured]:

@@ -17,7 +17,7 @@ from editr2.check.devices import (
     Device,
 )
 from editr2.check.editors import Editor
-from editr2.check.estimate import WITH_ALL, WITHOUT, sharers
+from editr2.check.estimate import WITH_ALL, WITHOUT, Estimate, sharers
 from editr2.check.judges import LENT, Measured, copies_here
 from editr2.check.judges import lines as judge_lines
 from editr2.check.levers import OTHER_NUMBERS, ROOM, Case, Option, alone, flags, propose
@@ -155,7 +155,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
             for when, count in result.host.items()
             if count
         ]
-    reward = "reward: waiting, as long as it took here" if result.judges else "reward: left out"
+    reward = f"reward: {_waited(result)}"
     lines += ["", f"time on {device.name}{each} ({reward})"]
     hours = result.hours(t.iterations)
     for phase, seconds in result.seconds.items():
@@ -192,6 +192,13 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         f"{size(device.memory)}",
     ]
     return lines
+
+
+def _waited(result: Estimate) -> str:
+    """How the seconds of rewards came about."""
+    how = {True: "estimated", False: "as long as it took here"}
+    said = [how[estimated] for estimated in sorted({m.estimated for m, _ in result.judges})]
+    return f"waiting, {' or '.join(said)}" if said else "left out"
 
 
 def _held(judges: Sequence[Measured], device: Device, processes: int) -> list[str]:

@@ -154,7 +154,9 @@ class Held(NamedTuple):
 
     device: `cpu`, `cuda:1` or the like, or `trainer` (`rewards.models`). weights: of all that it
     loads. working: beside these at most, while it answers; None where nobody knows. run: in
-    place of that, what runs it once on the meta device, for whoever counts what it allocates.
+    place of that, what runs it once on the meta device, for whoever counts what it allocates. turn:
+    seconds that a turn takes at most on a device of a given speed (`check.meter.Speed`), where that
+    can be told without the weights.
     """
 
     name: str
@@ -162,6 +164,7 @@ class Held(NamedTuple):
     weights: int
     working: int | None = None
     run: Callable[[], Any] | None = None
+    turn: Callable[[Any], float] | None = None
 
 
 class Reward(Protocol):

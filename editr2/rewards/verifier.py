@@ -248,7 +248,7 @@ class Verifier(Served):
                     read_principles(given) if given else (),
                 )
                 asked.append((self._parts(item, turn, text), more))
-        return [self.local.takes(asked)]
+        return [self.local.takes(asked, self._votes)]
 
     def probe(self) -> list[str]:
         """Loads the weights, or asks the server what it does."""

@@ -22,7 +22,7 @@ import torch
 from editr2.check.devices import Device
 from editr2.check.estimate import GATHERED, REDUCED
 from editr2.check.links import gather_seconds
-from editr2.check.meter import Cost, Meter, at_depth
+from editr2.check.meter import Cost, Meter, Speed, at_depth
 from editr2.errors import ConfigError, shown
 from editr2.policies.blueprint import adapters_without_data, simulated
 from editr2.policies.tensor_files import reading
@@ -162,10 +162,7 @@ def _bytes(parameters: Any) -> int:
 def sizes_of(form: Any, config: ReaderConfig) -> Sizes:
     with torch.device("meta"):
         module = _built(form, config)
-        language = module.get_decoder()
-        words = {id(p) for p in language.parameters()}
-        words |= {id(p) for p in module.get_output_embeddings().parameters()}
-        pictures = sum(p.numel() for p in module.parameters() if id(p) not in words)
+        language, pictures = module.get_decoder(), _seeing(module)
         if config.lora_rank:
             adapt(module, config)
     every = list(module.parameters())
@@ -376,7 +373,9 @@ def estimate(
     def phase(title: str, cost: Cost, times: float, shown: int, passes: int, trains: bool) -> None:
         """shown: rows whose pictures are looked at. passes: through the weights."""
         nonlocal flops
-        sight = _sight_flops(form, sizes, lengths, shown) * (_sight_passes(p) if trains else 1)
+        sight = _sight_flops(form, sizes.pictures, lengths, shown) * (
+            _sight_passes(p) if trains else 1
+        )
         low = p.dtype == "bfloat16"
         rate = device.speed.flops[torch.bfloat16 if low else torch.float32]
         one = max(cost.seconds(device.speed) + sight / rate, passes * gather)
@@ -422,9 +421,27 @@ def estimate(
     return Estimate(sizes, lengths, memory, peaks, seconds, flops)
 
 
-def asking_bytes(reader: Reader, *, rows: int, prompt: Prompt, length: int, answer: int) -> int:
-    """Bytes that a verifier that does not train takes at most beside its weights, to answer `rows`
-    questions like one together.
+@dataclass(frozen=True)
+class Answering:
+    """What a batch of questions takes. bytes: at most, beside the weights. reads, word: of reading
+    the questions, and of a token of every answer. sight: flops of looking at the pictures. tokens:
+    of an answer."""
+
+    bytes: int
+    reads: Cost
+    word: Cost
+    sight: float
+    tokens: int
+    dtype: torch.dtype
+
+    def seconds(self, speed: Speed) -> float:
+        """On a device."""
+        looking = self.sight / speed.flops[self.dtype]
+        return self.reads.seconds(speed) + looking + self.tokens * self.word.seconds(speed)
+
+
+def answering(reader: Reader, *, rows: int, prompt: Prompt, length: int, answer: int) -> Answering:
+    """Of a verifier that does not train, asked `rows` questions like one together.
 
     reader: may be without weights (`sketch_reader`). prompt: the question; length: tokens that it
     is filled up to; answer: most tokens of an answer, which all are taken to have.
@@ -441,7 +458,15 @@ def asking_bytes(reader: Reader, *, rows: int, prompt: Prompt, length: int, answ
     drawn = 4 * form.get_text_config().vocab_size * DRAWN
     # Their cache has room for the next tokens.
     beside = rows * (seen + drawn) + token * ROOM
-    return max(read, word.peak + token * (length + answer - middle)) + beside
+    low = config.dtype == "bfloat16"
+    return Answering(
+        max(read, word.peak + token * (length + answer - middle)) + beside,
+        reads,
+        word,
+        _sight_flops(form, _seeing(reader.module), lengths, rows),
+        answer,
+        torch.bfloat16 if low else torch.float32,
+    )
 
 
 def _a_token(form: Any, config: ReaderConfig) -> int:
@@ -457,9 +482,16 @@ def _patches(form: Any, lengths: Lengths, rows: int) -> int:
     return 2 * rows * lengths.picture * merge**2
 
 
-def _sight_flops(form: Any, sizes: Sizes, lengths: Lengths, rows: int) -> float:
+def _seeing(module: Any) -> int:
+    """Numbers of what looks at pictures."""
+    words = {id(p) for p in module.get_decoder().parameters()}
+    words |= {id(p) for p in module.get_output_embeddings().parameters()}
+    return sum(p.numel() for p in module.parameters() if id(p) not in words)
+
+
+def _sight_flops(form: Any, seeing: int, lengths: Lengths, rows: int) -> float:
     """Of a forward pass."""
-    return 2.0 * sizes.pictures * _patches(form, lengths, rows)
+    return 2.0 * seeing * _patches(form, lengths, rows)
 
 
 def _through_pictures(config: ReaderConfig) -> bool:

@@ -35,7 +35,7 @@ from editr2.rewards.models import DEVICES, TRAINER, bytes_of, device_of, known_d
 from editr2.rewards.record import Record, calls_of, pixel_digest, request_key
 from editr2.rewards.verifier import SHIPPED, VerifierOptions
 from editr2.run.hub import HUB_ID
-from editr2.verifier.estimate import asking_bytes
+from editr2.verifier.estimate import answering
 from editr2.verifier.model import (
     ACCEPTED_WEIGHTS,
     Prompt,
@@ -188,29 +188,37 @@ class Local:
                 self._sketch = sketch_reader(self._config, at=self.at)
             return self._sketch
 
-    def takes(self, asked: Sequence[tuple[Sequence[Part], int]]) -> Held:
+    def takes(self, asked: Sequence[tuple[Sequence[Part], int]], votes: int = 1) -> Held:
         """What it takes at most, asked about the longest of some questions. asked: their parts, and
-        how many tokens more they may have."""
+        how many tokens more they may have. votes: answers to each."""
         sketch, longest = self.quick_look(), 0
         question: Prompt | None = None
         for parts, more in asked:
             images, text = _split(parts)
             try:
-                found = sketch.question(images, text, "an estimate")
+                one = sketch.question(images, text, "an estimate")
             except DataError:
                 continue  # what cannot be asked is a failure of its turn
-            if len(found.ids) + more > longest:
-                question, longest = found, len(found.ids) + more
-        working = None
+            if len(one.ids) + more > longest:
+                question, longest = one, len(one.ids) + more
+        found, rows = None, self.options.rows
         if question is not None:
-            rows, most = self.options.rows, self.options.max_tokens
             length = -(-longest // STEP) * STEP
             # What runs without numbers is the model's own code, and not each is made for it.
             with suppress(Exception):
-                working = asking_bytes(
-                    sketch, rows=rows, prompt=question, length=length, answer=most
+                found = answering(
+                    sketch,
+                    rows=rows,
+                    prompt=question,
+                    length=length,
+                    answer=self.options.max_tokens,
                 )
-        return Held("verifier", self.options.device, bytes_of(sketch.module), working)
+        held = Held("verifier", self.options.device, bytes_of(sketch.module))
+        if found is None:
+            return held
+        return held._replace(
+            working=found.bytes, turn=lambda speed: found.seconds(speed) * votes / rows
+        )
 
     def load(self) -> Reader:
         """Loads the weights, if they are not there yet. Raises `ConfigError` in one line."""
