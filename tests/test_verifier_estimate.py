@@ -75,7 +75,7 @@ def test_it_is_what_a_forward_and_a_backward_pass_take(root: Path, policy: dict[
     gradients = sum(p.numel() * p.element_size() for p in train)
     lengths = estimate.Lengths(length - 2 * picture, picture, TOKENS, (16, 16))
     cost = estimate.train_cost(form, config, 4, lengths)
-    sight = estimate._sight_flops(form, sizes, lengths, 4) * estimate._sight_passes(config)
+    sight = estimate._sight_flops(form, sizes.pictures, lengths, 4) * estimate._sight_passes(config)
     real = meter.cost
     # Pictures are a fourteenth of it here, and by formula.
     assert cost.total_flops + sight == pytest.approx(real.total_flops, rel=0.05)

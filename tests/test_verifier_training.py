@@ -474,11 +474,16 @@ def test_recomputed_layers_and_low_precision(world: Path) -> None:
         prompts = [reader.prompt(edit) for edit in edits[:3]]
         ids = reader.answer_ids("wanted red", "x")
         ran: list[int] = []
+        seen: list[bool] = []
+        reader.module.model.multi_modal_projector.register_forward_hook(
+            lambda *given, seen=seen: seen.append(given[-1].requires_grad)
+        )
         first = reader.module.model.language_model.layers[0].mlp
         first.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
         loss = reader.log_probs(prompts, [ids] * 3).log_prob.sum()
         loss.backward()
         assert len(ran) == (2 if name == "recomputed" else 1)
+        assert seen == [False]  # no gradient of the pictures, in which nothing trains
         prompts_of[name] = torch.cat([p.grad.flatten() for p in live.values()])
         assert not any(module.training for module in reader.module.modules())
         if name == "bfloat16":

@@ -29,7 +29,15 @@ from editr2.policies.tensor_files import reading
 from editr2.rewards.verifier import FOLDER, judge_text, own_prompts
 from editr2.rewards.wording import prompts_of
 from editr2.verifier.files import Edit
-from editr2.verifier.model import ACCEPTED_WEIGHTS, ROOM, Prompt, Reader, adapt, stored_dtype
+from editr2.verifier.model import (
+    ACCEPTED_WEIGHTS,
+    ROOM,
+    Prompt,
+    Reader,
+    adapt,
+    checkpoint_layers,
+    stored_dtype,
+)
 from editr2.verifier.objectives import OBJECTIVES, Lesson
 from editr2.verifier.settings import GcpoConfig, ReaderConfig, RunConfig
 from editr2_kernels import token_log_prob
@@ -148,11 +156,7 @@ def _built(form: Any, config: ReaderConfig, trains: bool = True) -> Any:
     nothing does."""
     from transformers import AutoModelForImageTextToText
 
-    module = AutoModelForImageTextToText.from_config(form, dtype=stored_dtype(config, trains))
-    if config.gradient_checkpointing:
-        newer = getattr(module, "activation_checkpointing_enable", None)
-        (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
-    return module
+    return AutoModelForImageTextToText.from_config(form, dtype=stored_dtype(config, trains))
 
 
 def _bytes(parameters: Any) -> int:
@@ -201,7 +205,9 @@ class _Language:
     def states(self, rows: int, tokens: int, cache: Any = None) -> torch.Tensor:
         """What its last layer reads [rows, tokens, width]."""
         given = torch.empty(rows, tokens, self.width)
-        given.requires_grad_(torch.is_grad_enabled() and _through_pictures(self.config))
+        # With checkpoints the first layer would keep less than the others, which are counted by it.
+        alike = _through_pictures(self.config) or self.config.gradient_checkpointing
+        given.requires_grad_(torch.is_grad_enabled() and alike)
         found: torch.Tensor = self.module.get_decoder()(
             inputs_embeds=given, past_key_values=cache, use_cache=cache is not None
         ).last_hidden_state
@@ -230,6 +236,8 @@ def _measured(
         if config.lora_rank:
             with adapters_without_data(module, dtype):
                 adapt(module, config)
+        if config.gradient_checkpointing:
+            checkpoint_layers(module)
         module.train(config.gradient_checkpointing)
         language = _Language(module, config, form.get_text_config().hidden_size)
         low = torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -495,16 +503,14 @@ def _sight_flops(form: Any, seeing: int, lengths: Lengths, rows: int) -> float:
 
 
 def _through_pictures(config: ReaderConfig) -> bool:
-    """Whether the backward pass goes on into what looks at pictures: where that trains, and where
-    transformers has the first layers' inputs require gradients, for checkpointing."""
-    return not config.lora_rank or config.gradient_checkpointing
+    """Whether the backward pass goes on into what looks at pictures: where that trains."""
+    return not config.lora_rank
 
 
 def _sight_passes(config: ReaderConfig) -> int:
     """Of a training step, in forward passes: the products of the backward pass, for states and
     weights, and the forward pass again."""
-    backward = _through_pictures(config) * (1 + (not config.lora_rank))
-    return 1 + backward + config.gradient_checkpointing
+    return 1 + _through_pictures(config) * (2 + config.gradient_checkpointing)
 
 
 def _sight_bytes(form: Any, config: ReaderConfig, lengths: Lengths, rows: int) -> int:

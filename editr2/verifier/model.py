@@ -515,13 +515,12 @@ def load_reader(
         )
     if name := unusable(module.named_parameters()):
         raise ConfigError(f"{where}: {name}: NaN, infinite or too large ({ACCEPTED})")
-    if config.gradient_checkpointing:
-        newer = getattr(module, "activation_checkpointing_enable", None)  # its name since 5.23
-        (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
     if not trains:
         module.requires_grad_(False)
     elif config.lora_rank:
         adapt(module, config)
+    if config.gradient_checkpointing:
+        checkpoint_layers(module)
     module.eval()
     reader = Reader(module, processor, config, where)
     module.to(device)
@@ -593,6 +592,15 @@ def weights_fingerprint(weights: str) -> str:
     """Of a verifier's folder by its content, of a hub id by its commit."""
     folder = Path(weights)
     return folder_fingerprint(folder) if folder.is_dir() else hub_revision(weights, "config.json")
+
+
+def checkpoint_layers(module: Any) -> None:
+    """Has layers computed again in the backward."""
+    newer = getattr(module, "activation_checkpointing_enable", None)  # its name since 5.23
+    (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
+    # Re-entrant checkpoints need inputs that require gradients, which transformers therefore sees
+    # to; the backward would pass through what looks at pictures, where nothing trains.
+    module.disable_input_require_grads()
 
 
 def adapt(module: nn.Module, config: ReaderConfig) -> None:
