@@ -36,7 +36,7 @@ from editr2.rl.sessions import sessions_for
 from editr2.rl.told import judges_told, sampled_by, sessions_told
 from editr2.rl.watch import alarms
 from editr2.run.folder import SETTINGS, check_holds_no_runs, check_settings_are_ours, numbered
-from editr2.run.identity import Identity, identify, loaded_weights, provenance
+from editr2.run.identity import UNKNOWN, Identity, identify, loaded_weights, provenance
 from editr2.run.lock import LockedError, RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.run.tracking import duration, read_metrics, write_whole
@@ -176,7 +176,30 @@ def _checked(out: Path, config: Config) -> Path:
                 f"--out: {shown(out)}: scores of other settings, {key} {shown(str(there))} there "
                 f"and {shown(str(here))} now (accepted: another folder, or without that one)"
             )
+    if _other_weights(out, config):
+        raise ConfigError(
+            f"--out: {shown(out)}: scores of other weights than {shown(config.policy.weights)} has "
+            f"now (accepted: another folder, or without that one)"
+        )
     return out
+
+
+def _other_weights(out: Path, config: Config) -> bool:
+    """Whether the policy that was scored there has other weights now under the same path or name,
+    as far as that can be told before they are loaded."""
+    file = out / "metrics.jsonl"
+    rows = read_metrics(file)[0] if file.is_file() else []
+    said = (row["identity"]["depends"] for row in rows if "identity" in row)
+    there: dict[str, str] = next(said, {})
+    try:
+        here = loaded_weights(config.policy)
+    except ConfigError:  # loading says it
+        return False
+    return any(
+        there[name] != now
+        for name, now in here.items()
+        if name in there and UNKNOWN not in now + there[name]
+    )
 
 
 def _settings(out: Path, config: Config) -> Config:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from editr2 import scoring
 from editr2.cli import rollout
 from editr2.cli.main import main
 from editr2.config import Config, PolicyConfig, replace_nested
 from editr2.policies.load import load_policy
+from editr2.policies.unified.policy import EMBEDDED
 from editr2.rewards.base import Score
 from editr2.rl.sampler import rollout_sampler
 from editr2.rl.sessions import sessions_for
@@ -140,6 +143,25 @@ def test_nobody_who_names_no_folder_loses_what_is_there(
     again = first if command == "eval" else f"runs/{command}-4/{file}"  # the same settings
     assert written == [first, second, again]
     assert Path(first).is_file() and Path(second).is_file()
+
+
+def test_weights_that_changed_since_are_another_editor(tmp_path, monkeypatch, capsys):
+    """A run that went on has the path that it had; what was scored before stays."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EMBEDDED, "editor")
+    small = ["eval", "--policy.weights=editor", *FEW, "--eval.sessions=1"]
+    assert main(small) == main(small) == 0
+    assert capsys.readouterr().out.count("runs/eval/scores.jsonl") == 2
+    file = Path("editor/model.safetensors")
+    tensors = load_file(file)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    save_file({**tensors, name: tensors[name] * 1.01}, file)
+    before = Path("runs/eval/scores.jsonl").read_bytes()
+    assert main(small) == 0
+    assert "runs/eval-2/scores.jsonl" in capsys.readouterr().out
+    assert main([*small, "--out=runs/eval"]) == 2
+    assert "runs/eval: scores of other weights than editor has now" in capsys.readouterr().err
+    assert Path("runs/eval/scores.jsonl").read_bytes() == before
 
 
 def test_two_that_name_no_folder_at_once(tmp_path, monkeypatch, capsys):

@@ -242,11 +242,14 @@ def _samples(stream: Any, size: int, suffix: str) -> list[tuple[int, int]]:
     return [(size * i // SAMPLES, BLOCK) for i in range(SAMPLES)] + [(size - BLOCK, BLOCK)]
 
 
+UNKNOWN = "unknown revision"
+
+
 def hub_revision(name: str, file: str = INDEX) -> str:
     """`owner/name@commit`, as the local cache has it. file: of the model, by which one sees that it
     is there."""
     found = cached(name, file)
-    return f"{name}@{'unknown revision' if found is None else found.parent.name}"
+    return f"{name}@{UNKNOWN if found is None else found.parent.name}"
 
 
 def given_weights(policy: Any) -> dict[str, str]:
