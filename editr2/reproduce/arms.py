@@ -188,15 +188,15 @@ JUDGED: tuple[Arm, ...] = (
     ),
     _judged(
         "direct",
-        "shipped verifier, direct",
+        "direct verdicts",
         "rewarded by that verifier taught to answer without reasoning, the mean of four answers",
         "direct",
         asked={"traces": 4},
         beside="shipped",
     ),
     *_credited(None, "exact", ("unfiltered", "broadcast", "fusion")),
-    *_credited(OWN, "shipped verifier", ("unfiltered", "broadcast", "fusion")),
-    *_credited("sft", "SFT verifier", ("broadcast",)),
+    *_credited(OWN, "shipped", ("unfiltered", "broadcast", "fusion")),
+    *_credited("sft", "SFT", ("broadcast",)),
 )
 
 STUDIES: dict[str, tuple[Arm, ...]] = {"methods": ARMS, "judges": JUDGED}

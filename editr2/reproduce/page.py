@@ -43,8 +43,19 @@ _PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "judges": (
         ("The reward", ("base-intent", "exact", "gcpo", "sft", "early")),
         (
-            "Credit, under the SFT verifier",
-            ("base-intent", "sft", "sft-broadcast", "sft-fusion", "sft-unfiltered"),
+            "Under the shipped verifier",
+            (
+                "base-intent",
+                "shipped",
+                "direct",
+                "shipped-broadcast",
+                "shipped-fusion",
+                "shipped-unfiltered",
+            ),
+        ),
+        (
+            "Credit, under exact scores",
+            ("base-intent", "exact", "exact-broadcast", "exact-fusion", "exact-unfiltered"),
         ),
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import escape
@@ -75,18 +75,28 @@ class Series:
     dashed: bool = False
 
 
-TOP, BOTTOM, LEFT, RIGHT, HEIGHT = 34, 300, 42, 166, 340
-"""Of the plot by turn: the ends of its y axis, a panel's space beside its x axis, and all of it."""
+TOP, BOTTOM, LEFT, BELOW = 34, 300, 42, 40
+"""Of the plot by turn: the ends of a panel's y axis, its space beside the x axis, and below it."""
+BESIDE = 2
+"""Panels in a row."""
+LETTER, BOLD = 6.7, 7.2
+"""Of most fonts, the width of a letter at most, on average."""
+
+
+def _width(texts: Iterable[str], letter: float) -> float:
+    """Room for the longest of some labels."""
+    return letter * max(map(len, texts)) + 10
 
 
 @dataclass(frozen=True)
 class _Panel:
     """Where the values of a panel lie. x: the ends of its axis; y: the values at its ends; count:
-    the turns."""
+    the turns; down: of its row."""
 
     x: tuple[float, float]
     y: tuple[float, float]
     count: int
+    down: float = 0.0
 
     def px(self, turn: int) -> float:
         left, right = self.x
@@ -94,17 +104,23 @@ class _Panel:
 
     def py(self, value: float) -> float:
         low, high = self.y
-        return BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP)
+        return self.bottom - (value - low) / (high - low) * (BOTTOM - TOP)
+
+    @property
+    def bottom(self) -> float:
+        return self.down + BOTTOM
 
     def axes(self, title: str) -> list[str]:
         left, right = self.x
-        parts = [_text(left, 18, title, "ink name")]
+        parts = [_text(left, self.down + 18, title, "ink name")]
         for tick in ticks(*self.y):
             y = self.py(tick)
             parts.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
             parts.append(_text(left - 6, y + 4, label(tick), "soft", "end"))
         for turn in range(self.count):
-            parts.append(_text(self.px(turn), BOTTOM + 18, f"turn {turn + 1}", "soft", "middle"))
+            parts.append(
+                _text(self.px(turn), self.bottom + 18, f"turn {turn + 1}", "soft", "middle")
+            )
         return parts
 
     def line(self, series: Series, shift: float) -> list[str]:
@@ -126,19 +142,23 @@ def lines_by_turn(panels: Sequence[tuple[str, Sequence[Series]]], name: str) -> 
     every = [s for _, of in panels for s in of]
     scale = value_range([y for s in every for i in s.turns for y in (i.low, i.high)])
     count = max(len(s.turns) for s in every)
-    width = WIDTH / len(panels)
+    beside = min(BESIDE, len(panels))
+    width, right = WIDTH / beside, _width((s.title for s in every), BOLD)
+    height = -(-len(panels) // beside) * (BOTTOM + BELOW)
     parts = []
     for p, (title, series) in enumerate(panels):
-        panel = _Panel((p * width + LEFT, (p + 1) * width - RIGHT), scale, count)
+        row, column = divmod(p, beside)
+        ends_at = (column * width + LEFT, (column + 1) * width - right)
+        panel = _Panel(ends_at, scale, count, row * (BOTTOM + BELOW))
         parts += panel.axes(title)
         for k, s in enumerate(series):
             parts += panel.line(s, shift=(k - (len(series) - 1) / 2) * 7)
         ends = sorted(((panel.py(s.turns[-1].mean), s) for s in series), key=lambda end: end[0])
-        parts += _end_labels(ends, panel.x[1] + 4, BOTTOM)
+        parts += _end_labels(ends, panel.x[1] + 4, panel.bottom)
     title = f"{name}, mean with its 95 % interval"
-    parts.append(_text(WIDTH / 2, HEIGHT - 6, title, "soft", "middle"))
+    parts.append(_text(WIDTH / 2, height - 6, title, "soft", "middle"))
     said = "; ".join(f"{s.title} {s.turns[-1].mean:.3f}" for s in every)
-    return _svg(parts, HEIGHT, f"{name} by turn. At the last turn: {said}.")
+    return _svg(parts, height, f"{name} by turn. At the last turn: {said}.")
 
 
 def _end_labels(ends: Sequence[tuple[float, Series]], x: float, bottom: float) -> list[str]:
@@ -168,7 +188,7 @@ class Difference:
 
 def forest(rows: Sequence[Difference], name: str) -> str:
     """Differences with their intervals, one a row; small dots are the single seeds."""
-    left, right, top, step = 310, 240, 14, 30
+    left, right, top, step = _width((row.text for row in rows), LETTER) + 12, 240, 14, 30
     bottom = top + step * len(rows)
     values = [0.0]
     for row in rows:

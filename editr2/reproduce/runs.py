@@ -202,7 +202,8 @@ def reproduce(
     for arm in arms:
         config = arm_config(arm, settings, 0, out / arm.name)
         sampler = evaluation_sampler(config.eval, config.rollout)
-        if not arm.trained and (arm.name, None, sampler) not in rows:
+        # Runs that began from it have its rows under their samplers.
+        if not (arm.trained or any(name == arm.name for name, _, _ in rows)):
             rows[arm.name, None, sampler] = make_row(
                 arm, None, sampler, settings, evaluate(config), **fingerprints(config)
             )
