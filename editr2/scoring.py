@@ -19,7 +19,7 @@ from typing import Any, Final, TextIO
 from editr2.config import Config
 from editr2.config.fields import leaves
 from editr2.config.yaml import dump_yaml, load_yaml, to_dataclass
-from editr2.errors import ConfigError, counted, shown
+from editr2.errors import ConfigError, UserError, counted, shown
 from editr2.files import json_line, write_lines
 from editr2.policies.load import open_policy
 from editr2.policies.rules import check_config
@@ -36,7 +36,7 @@ from editr2.rl.sessions import sessions_for
 from editr2.rl.told import judges_told, sampled_by, sessions_told
 from editr2.rl.watch import alarms
 from editr2.run.folder import SETTINGS, check_holds_no_runs, check_settings_are_ours, numbered
-from editr2.run.identity import UNKNOWN, Identity, identify, loaded_weights, provenance
+from editr2.run.identity import OVER, UNKNOWN, Identity, identify, loaded_weights, provenance
 from editr2.run.lock import LockedError, RunLock
 from editr2.run.processes import Processes, open_processes
 from editr2.run.tracking import duration, read_metrics, write_whole
@@ -91,6 +91,7 @@ def score(
         apart = load_eval_reward(config.eval, record)
         check_rewards(config, reward, apart, COMMAND)
         policy = open_policy(config.policy, processes, trains=False)
+        weights = loaded_weights(config.policy)  # of a run that goes on they are others soon
         own = own_schedule(policy)
         check_run(config, reward.names, own, processes=processes.count, command=COMMAND)
         wants = reward.wants | (apart.wants if apart else set())
@@ -125,7 +126,7 @@ def score(
         if raised := alarms(row, config.eval.drift):
             row["alarms"] = raised
         identity = Identity(
-            identify(source, loaded_weights(config.policy), reward, apart),
+            identify(source, weights, reward, apart),
             provenance(processes.count, str(processes.device)),
         )
         start = start_row(
@@ -177,9 +178,10 @@ def _checked(out: Path, config: Config) -> Path:
                 f"and {shown(str(here))} now (accepted: another folder, or without that one)"
             )
     if _other_weights(out, config):
+        name = shown(str(config.policy.weights or "the policy"))
         raise ConfigError(
-            f"--out: {shown(out)}: scores of other weights than {shown(config.policy.weights)} has "
-            f"now (accepted: another folder, or without that one)"
+            f"--out: {shown(out)}: scores of {name} as it was then, with other weights or texts "
+            f"than now (accepted: another folder, or without that one)"
         )
     return out
 
@@ -189,17 +191,23 @@ def _other_weights(out: Path, config: Config) -> bool:
     as far as that can be told before they are loaded."""
     file = out / "metrics.jsonl"
     rows = read_metrics(file)[0] if file.is_file() else []
-    said = (row["identity"]["depends"] for row in rows if "identity" in row)
-    there: dict[str, str] = next(said, {})
+    identity: Any = rows[0].get("identity") if rows else None
+    there = identity.get("depends") if isinstance(identity, dict) else None
+    if not isinstance(there, dict):
+        return False
     try:
         here = loaded_weights(config.policy)
-    except ConfigError:  # loading says it
+    except (UserError, OSError, ValueError):  # loading says it
         return False
-    return any(
-        there[name] != now
-        for name, now in here.items()
-        if name in there and UNKNOWN not in now + there[name]
-    )
+    return any(_differ(str(there.get(name, now)), now) for name, now in here.items())
+
+
+def _differ(there: str, here: str) -> bool:
+    """Whether two fingerprints do, as far as both know."""
+    parts = [text.split(OVER) for text in (there, here)]
+    if len(parts[0]) != len(parts[1]):
+        return True
+    return any(a != b and UNKNOWN not in a + b for a, b in zip(*parts, strict=True))
 
 
 def _settings(out: Path, config: Config) -> Config:

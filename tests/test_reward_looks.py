@@ -4,6 +4,7 @@ its models take."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,15 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from editr2.check.judges import Measured, held_by, room
+from editr2.check.devices import find_device
+from editr2.check.judges import Measured, held_by, judging, measured, room
 from editr2.cli.main import main
 from editr2.config import Config, RewardConfig
-from editr2.errors import ConfigError
+from editr2.errors import ConfigError, UserError
 from editr2.rewards.adapt import adapt
 from editr2.rewards.base import Held, Item, Score
 from editr2.rewards.load import load_reward
+from editr2.rewards.panel import Panel
 from editr2.sessions import Session
 from editr2.sessions.source import open_sessions
 from editr2.verifier.model import load_reader, sketch_reader
@@ -441,6 +444,7 @@ def test_check_says_what_a_verifier_takes(
     said = {}
     never = mock.Mock(side_effect=AssertionError("loaded"))
     monkeypatch.setattr("editr2.verifier.local.load_reader", never)
+    monkeypatch.setattr("editr2.check.judges.SMALL", 0)  # a small one is asked
     for name, words in {
         "none": [],
         "lent": ["--reward.name=verifier", f"--reward.options={json.dumps(given)}"],
@@ -468,5 +472,63 @@ def test_check_says_what_a_verifier_takes(
     # Nor is it loaded for a GPU that is not here: how long it takes is estimated.
     (at,) = [n for n, one in enumerate(lines) if one.startswith("judges      score")]
     assert float(lines[at + 1].partition("at once, ")[2].split()[0]) > 0
-    assert lines[at + 2] == "at most, estimated for h100: it was not loaded here"
+    assert lines[at + 2].startswith("estimated for h100, by traces of all their tokens; it was not")
     assert any("time on h100 (reward: waiting, estimated)" in one for one in lines)
+
+
+class Member:
+    """Of a panel, as `judging` looks at it."""
+
+    title, names, calls_a_turn, by_turn, batch = "reward.name: 'x'", ("IF",), 0, False, None
+
+    def __init__(self, fills: int = 1, concurrency: int | None = None) -> None:
+        self.fills, self.concurrency = fills, concurrency
+
+
+@pytest.mark.parametrize(
+    ("fills", "rollouts", "chunks", "turns"),
+    [
+        (1, 6, 1, 18),
+        (32, 2, 1, 32),  # a batch that is filled up takes as long as a full one
+        (32, 16, 1, 64),
+        (32, 16, 8, 8 * 32),  # and each chunk's is
+        (10, 8, 2, 2 * 20),
+    ],
+)
+def test_a_batch_that_is_filled_up_takes_as_long_as_a_full_one(
+    fills: int, rollouts: int, chunks: int, turns: int
+) -> None:
+    m: Any = Measured(Member(fills), 0.5, [])  # type: ignore[arg-type]
+    assert judging(m, rollouts, 1, 3, chunks, 10.0).seconds == 0.5 * turns
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        (lambda speed: 1 / 0, "models_held(): turn raised ZeroDivisionError"),
+        (0.5, "models_held(): turn raised TypeError"),
+        (lambda speed: None, "models_held(): turn raised TypeError"),
+        (lambda speed: float("nan"), "models_held(): turn: nan (accepted: seconds, from 0)"),
+        (lambda speed: -1.0, "models_held(): turn: -1.0 (accepted: seconds, from 0)"),
+    ],
+)
+def test_a_plug_in_that_says_nonsense_of_its_seconds(
+    turn: Any, said: str, session: Session
+) -> None:
+    panel = Panel([adapt(Holds(Held("eye", "trainer", W, A, turn=turn)))])
+    with pytest.raises(UserError, match=re.escape(said)):
+        measured(panel, session, find_device("h100"))
+    (m,) = measured(panel, session, find_device("cpu"))  # where it is asked
+    assert not m.estimated
+
+
+@pytest.mark.parametrize("device", ["trainer", "cpu"])
+def test_a_small_verifier_is_asked_and_its_seconds_estimated(
+    device: str, folders: dict[str, Path], session: Session
+) -> None:
+    options = {"weights": str(folders["verifier"]), "max_tokens": 16, "rows": 2, "device": device}
+    panel = load_reward(RewardConfig(name="verifier", options=options))
+    with mock.patch("editr2.verifier.local.load_reader", wraps=load_reader) as loading:
+        (m,) = measured(panel, session, find_device("h100"))
+    assert loading.called
+    assert m.estimated == (device == "trainer") and m.turn > 0

@@ -21,6 +21,7 @@ from editr2.rewards.base import Score
 from editr2.rl.sampler import rollout_sampler
 from editr2.rl.sessions import sessions_for
 from editr2.rl.told import opening
+from editr2.run.identity import loaded_weights
 from editr2.run.lock import RunLock
 from editr2.run.tracking import read_metrics
 
@@ -160,8 +161,74 @@ def test_weights_that_changed_since_are_another_editor(tmp_path, monkeypatch, ca
     assert main(small) == 0
     assert "runs/eval-2/scores.jsonl" in capsys.readouterr().out
     assert main([*small, "--out=runs/eval"]) == 2
-    assert "runs/eval: scores of other weights than editor has now" in capsys.readouterr().err
+    assert "runs/eval: scores of editor as it was then, with other" in capsys.readouterr().err
     assert Path("runs/eval/scores.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("there", "differs"),
+    [
+        ({"weights": "b"}, True),
+        ({"weights": "a"}, False),
+        ({"weights": "a over o/m@1"}, True),
+        ({}, False),
+        ({"weights": None}, True),
+        (None, False),
+        ("text", False),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize("depends", [True, False])
+def test_what_a_damaged_record_says_of_weights(tmp_path, monkeypatch, there, differs, depends):
+    """Never a traceback: every evaluation without --out looks at what is there."""
+    monkeypatch.setattr(scoring, "loaded_weights", lambda policy: {"weights": "a"})
+    identity = {"depends": there} if depends else there
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "start", "identity": identity}))
+    assert scoring._other_weights(tmp_path, Config()) is (differs and depends)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "differ"),
+    [
+        ("A over o/m@abc", "A over o/m@abc", False),
+        ("A over o/m@abc", "B over o/m@unknown revision", True),
+        ("A over o/m@abc", "A over o/m@unknown revision", False),
+        ("o/m@unknown revision", "o/m@abc", False),
+        ("A", "A over o/m@abc", True),
+    ],
+)
+def test_weights_differ_as_far_as_is_known(there, here, differ):
+    assert scoring._differ(there, here) is differ
+
+
+def test_weights_that_are_gone_are_said_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EMBEDDED, "editor")
+    small = ["eval", f"--policy.weights={tmp_path / 'editor'}", *FEW, "--eval.sessions=1"]
+    assert main(small) == 0
+    Path("editor").rename("gone")
+    assert main(small) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path / 'editor'}: no config.json" in err and "Traceback" not in err
+
+
+def test_weights_are_said_as_they_were_loaded(tmp_path, monkeypatch):
+    """A run may go on while its policy is evaluated."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EMBEDDED, "editor")
+
+    def evaluate(*words, **how):
+        with Path("editor/model.safetensors").open("ab") as file:
+            file.write(b"more")
+        return evaluated(*words, **how)
+
+    evaluated = scoring.evaluate
+    then = loaded_weights(PolicyConfig(weights="editor"))
+    monkeypatch.setattr(scoring, "evaluate", evaluate)
+    assert main(["eval", "--policy.weights=editor", *FEW, "--eval.sessions=1"]) == 0
+    start = read_metrics("runs/eval/metrics.jsonl")[0][0]
+    assert start["identity"]["depends"]["weights"] == then["weights"]
+    assert loaded_weights(PolicyConfig(weights="editor")) != then
 
 
 def test_two_that_name_no_folder_at_once(tmp_path, monkeypatch, capsys):

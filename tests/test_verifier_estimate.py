@@ -47,6 +47,9 @@ def chosen(root: Path, **policy: Any) -> GcpoConfig:
         {"lora_rank": 4},
         pytest.param({"lora_rank": 0}, marks=pytest.mark.exhaustive),
         pytest.param(
+            {"lora_rank": 4, "lora_targets": r".*(q|v)_proj"}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
             {"lora_rank": 4, "dtype": "bfloat16", "gradient_checkpointing": True},
             marks=pytest.mark.exhaustive,
         ),
@@ -75,12 +78,14 @@ def test_it_is_what_a_forward_and_a_backward_pass_take(root: Path, policy: dict[
     gradients = sum(p.numel() * p.element_size() for p in train)
     lengths = estimate.Lengths(length - 2 * picture, picture, TOKENS, (16, 16))
     cost = estimate.train_cost(form, config, 4, lengths)
-    sight = estimate._sight_flops(form, sizes.pictures, lengths, 4) * estimate._sight_passes(config)
+    sight = estimate._sight_flops(form, sizes.pictures, lengths, 4) * estimate._sight_passes(
+        config, sizes
+    )
     real = meter.cost
     # Pictures are a fourteenth of it here, and by formula.
     assert cost.total_flops + sight == pytest.approx(real.total_flops, rel=0.05)
     assert cost.total_flops < real.total_flops
-    kept = cost.peak + estimate._sight_bytes(form, config, lengths, 4)
+    kept = cost.peak + estimate._sight_bytes(form, config, sizes, lengths, 4)
     assert kept == pytest.approx(real.peak - gradients, rel=0.2)
 
 

@@ -1,9 +1,10 @@
 """Before a run: is anything wrong with it, what will it do, does it fit, how long does it take.
 `editr2 check`.
 
-No weights of an editor are loaded and nothing is downloaded; rewards are asked for real. The rules
-are the trainer's own; `editors` runs the policies' own code over tensors without data and `meter`
-counts it; `estimate` sums up, with `devices` for the speed.
+No weights of an editor are loaded and nothing is downloaded; rewards are asked for real, but for
+large models in process that a GPU is needed for. The rules are the trainer's own; `editors` runs
+the policies' own code over tensors without data and `meter` counts it; `estimate` sums up, with
+`devices` for the speed.
 
 Error seen (2026-11-21). Floating-point operations are exact (tests/test_check.py). Tensors alive in
 a training step of a tiny kontext, against the profiler: 0.03 % off, 0.5 % with checkpointing.

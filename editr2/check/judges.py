@@ -1,8 +1,9 @@
 """What the rewards of a run ask of their judges, and how long it waits for them.
 
 A reward is asked once, about one session's source image; from the seconds of that follow those of
-an iteration. A reward that may be called from several threads is asked while the rollout goes on,
-so what the run waits for is only what is left when it ends.
+an iteration. A model that would answer on a GPU, where none is at hand, is estimated if it can tell
+what it takes, and asked only if it is small. A reward that may be called from several threads is
+asked while the rollout goes on, so what the run waits for is only what is left when it ends.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import torch
 from editr2.check.devices import Device
 from editr2.check.links import MACHINE
 from editr2.check.meter import Meter
-from editr2.errors import UserError
+from editr2.errors import UserError, one_line
 from editr2.rewards.adapt import score_batch
 from editr2.rewards.base import Held, Item, unscored
 from editr2.rewards.models import TRAINER
 from editr2.rewards.panel import CheckedReward, Panel
 from editr2.sessions import Session
 
+SMALL = 2**30
+"""Bytes of weights that are loaded on the machine at hand to see whether they answer at all."""
+
 
 @dataclass(frozen=True)
 class Measured:
     """A reward and the seconds that a turn of one session took. notes: of its `probe`. held: the
-    models that it looks with in this process, counted; None where it does not say. estimated:
-    nobody was asked."""
+    models that it looks with in this process, counted; None where it does not say. estimated: the
+    seconds are."""
 
     reward: CheckedReward
     turn: float
@@ -40,17 +44,21 @@ class Measured:
 
 
 def measured(panel: Panel, session: Session, device: Device) -> list[Measured]:
-    """Asks every reward about a session's own source image, as the output of every turn; but for
-    those whose models would answer on a GPU, where none is at hand and they can tell the seconds
-    by its speed. Raises `UserError`, naming the setting that named the reward, where one of its
-    names has no score for any turn, whatever it answered, and what its `probe` raises."""
+    """Asks every reward about a session's own source image, as the output of every turn; not those
+    whose models would answer on a GPU where none is at hand, if they are not `SMALL` and can tell
+    the seconds by its speed. Raises `UserError`, naming the setting that named the reward, where
+    one of its names has no score for any turn, whatever it answered, and what its `probe` raises.
+    """
     turns, found = len(session.turns), []
     for member in panel.members:
         held = held_by(member, session)
-        if held and device.gpu and not torch.cuda.is_available() and all(map(_told, held)):
-            seconds = sum(one.turn(device.speed) for one in held if one.turn)
-            note = f"at most, estimated for {device.name}: it was not loaded here"
-            found.append(Measured(member, seconds, [note], held, estimated=True))
+        told = _told(member, held or (), device)
+        if told is not None and sum(one.weights for one in held or ()) > SMALL:
+            note = (
+                f"estimated for {device.name}, by traces of all their tokens; it was not loaded or "
+                f"asked: `--gpu cpu` does that"
+            )
+            found.append(Measured(member, told, [note], held, estimated=True))
             continue
         notes = Panel([member]).probe()
         begin = time.perf_counter()
@@ -60,13 +68,30 @@ def measured(panel: Panel, session: Session, device: Device) -> list[Measured]:
             setting = member.title.partition(":")[0]
             raise UserError(f"{setting}: no score for session {session.id}: {failure}")
         turn = seconds / max(turns, member.fills)
-        found.append(Measured(member, turn, notes, held))
+        if told is not None:
+            turn = told
+            notes = [f"estimated for {device.name}, by traces of all their tokens", *notes]
+        found.append(Measured(member, turn, notes, held, estimated=told is not None))
     return found
 
 
-def _told(held: Held) -> bool:
-    """Whether it says what it takes on the GPU where it is."""
-    return held.turn is not None and held.device != "cpu"
+def _told(reward: CheckedReward, held: Sequence[Held], device: Device) -> float | None:
+    """Seconds a turn, as its models say; None where they do not, or where there is something to
+    measure. Raises `UserError` for what is no number of seconds."""
+    on_gpu = device.gpu and all(one.device != "cpu" for one in held)
+    if not held or not on_gpu or torch.cuda.is_available() or None in [one.turn for one in held]:
+        return None
+    try:
+        seconds = sum(float(one.turn(device.speed)) for one in held if one.turn is not None)
+    except Exception as error:  # of a user's own
+        raise UserError(
+            f"{reward.title}: models_held(): turn raised {one_line(error, kind=True)}"
+        ) from error
+    if not 0 <= seconds < math.inf:
+        raise UserError(
+            f"{reward.title}: models_held(): turn: {seconds} (accepted: seconds, from 0)"
+        )
+    return seconds
 
 
 def unmeasured(panel: Panel, session: Session) -> list[Measured]:
@@ -174,6 +199,9 @@ def judging(
     size = reward.batch or rollouts
     calls = math.ceil(asked / size) if by_turn else math.ceil(rollouts / size)
     at_once = max(1, min(reward.concurrency or 1, calls))
+    if reward.fills > 1:
+        # What a chunk has to be asked is one call, and its last batch is filled up.
+        asked = chunks * reward.fills * math.ceil(asked / chunks / reward.fills)
     seconds = m.turn * asked / at_once
     waits = seconds
     if reward.concurrency:

@@ -115,6 +115,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
         f"trained     {_places(config.train, config.rollout, sampler)}",
         *(f"{'auto':<12}{line.removeprefix('auto: ')}" for line in settled),
         *judge_lines(result.judges),
+        *_evaluators(case.apart),
         *_held([*case.judges, *case.apart], device, processes),
         "",
         f"memory of {device.name}{each}",
@@ -155,7 +156,7 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
             for when, count in result.host.items()
             if count
         ]
-    reward = f"reward: {_waited(result)}"
+    reward = f"reward: {_waited(result, case.apart)}"
     lines += ["", f"time on {device.name}{each} ({reward})"]
     hours = result.hours(t.iterations)
     for phase, seconds in result.seconds.items():
@@ -194,10 +195,17 @@ def render(config: Config, case: Case, option: Option, settled: Sequence[str]) -
     return lines
 
 
-def _waited(result: Estimate) -> str:
+def _evaluators(apart: Sequence[Measured]) -> list[str]:
+    """What is to be said of the judges of `eval.reward`."""
+    lines = [f"{', '.join(m.reward.names)}: {note}" for m in apart for note in m.notes]
+    return [f"{'evaluators' if n == 0 else '':<12}{line}" for n, line in enumerate(lines)]
+
+
+def _waited(result: Estimate, apart: Sequence[Measured]) -> str:
     """How the seconds of rewards came about."""
     how = {True: "estimated", False: "as long as it took here"}
-    said = [how[estimated] for estimated in sorted({m.estimated for m, _ in result.judges})]
+    found = {m.estimated for m in (*(m for m, _ in result.judges), *apart)}
+    said = [how[estimated] for estimated in sorted(found)]
     return f"waiting, {' or '.join(said)}" if said else "left out"
 
 

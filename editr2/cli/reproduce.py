@@ -14,7 +14,7 @@ from editr2.errors import ConfigError
 
 def command(arguments: Arguments) -> int:
     """the papers' methods side by side on the world"""
-    from editr2.reproduce.arms import Settings, find_arms
+    from editr2.reproduce.arms import JUDGED, Settings, find_arms
 
     flags = Flags(
         "editr2 reproduce",
@@ -23,6 +23,10 @@ def command(arguments: Arguments) -> int:
         [
             ("--arms base,edit-r2 --seeds 1 --iterations 5", "a small one, to see what it does"),
             ("--seeds 3", "all of it: hours on two cores"),
+            (
+                "--study judges --arms exact,shipped --iterations 20",
+                "rewarded by the verifier that the package has, held against exact scores",
+            ),
             (
                 "--study judges --verifiers runs/verifiers --arms exact,sft --iterations 20",
                 "rewarded by a verifier of your own, held against exact scores",
@@ -54,7 +58,8 @@ def command(arguments: Arguments) -> int:
     flags.add(
         "--verifiers",
         path=True,
-        help="of the study of judges: folder with sft/seed0, gcpo/seed0 and so on",
+        help="of the study of judges: folder with sft/seed0, gcpo/seed0 and so on, a verifier each "
+        "(docs/verifier.md); arms under the world or the shipped verifier need none",
     )
     flags.add("--arms", help="comma-separated names; all of them if not given")
     flags.add("--seeds", type=int, default=3, bounds=SOME, help="training seeds of every arm")
@@ -73,7 +78,8 @@ def command(arguments: Arguments) -> int:
     seeds, jobs, verifiers = (options.pop(name) for name in ("seeds", "jobs", "verifiers"))
     if verifiers is not None and not any(arm.needs_verifiers for arm in arms):
         raise ConfigError(
-            f"--verifiers: {verifiers}: rewards none of the arms (accepted with --study judges)"
+            f"--verifiers: {verifiers}: rewards none of the arms (accepted with --study judges, "
+            f"and there with {', '.join(arm.name for arm in JUDGED if arm.needs_verifiers)})"
         )
     from editr2.reproduce.page import write_page
     from editr2.reproduce.runs import reproduce

@@ -80,7 +80,7 @@ def _judge_claims() -> Iterator[Claim]:
     yield Claim("a weak verifier against the start", "early", start, OURS, ordered=False)
     yield Claim("what the verifier's errors cost", "exact", "gcpo", OURS, ordered=False)
     yield Claim("the shipped verifier raises the start", "shipped", start, EDIT_R1)
-    yield Claim("thinking beats direct verdicts", "shipped", "direct", MT_EDITFLOW)
+    yield Claim("one trace beats four direct answers", "shipped", "direct", MT_EDITFLOW)
     yield Claim("direct verdicts against the start", "direct", start, OURS, ordered=False)
     for name, text, source in (
         ("broadcast", "broadcast beats per-turn credit", MT_EDITFLOW),

@@ -227,7 +227,9 @@ def _command(study: str, settings: Settings, seeds: int, absent: Sequence[Arm]) 
     }
     command = "editr2 reproduce "
     if study != "methods":
-        command += f"--study {study} --verifiers VERIFIERS "
+        command += f"--study {study} "
+    if any(arm.needs_verifiers for arm in STUDIES[study] if arm not in absent):
+        command += "--verifiers VERIFIERS "
     command += " ".join(f"--{name} {value}" for name, value in options.items())
     if absent:
         command += " --arms " + ",".join(arm.name for arm in STUDIES[study] if arm not in absent)

@@ -217,7 +217,8 @@ def _check_verifiers(arms: Sequence[Arm], seeds: int, verifiers: Path | None) ->
             if verifiers is None:
                 raise ConfigError(
                     f"--verifiers: arm {arm.name} is rewarded by one (accepted: a folder with "
-                    f"{arm.judge}/seed0 and so on, each what `editr2 verifier sft` or `gcpo` saved)"
+                    f"{arm.judge}/seed0 and so on, each what `editr2 verifier sft` or `gcpo` "
+                    f"saved; or --arms that need none: exact, shipped, ...)"
                 )
             folder = verifier_of(arm, seed, verifiers)
             if not (folder / "config.json").is_file():

@@ -152,6 +152,10 @@ def sessions_fingerprint(sessions: Sequence[Session]) -> str:
 # ------------------------------------------------------------------------------------------ weights
 
 
+OVER = " over "
+"""Between a policy's weights and those that they stand on."""
+
+
 def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
     """Of the weights that `load_policy` reads, by their files; of a hub id by the commit that the
     cache holds."""
@@ -166,7 +170,7 @@ def loaded_weights(policy: PolicyConfig) -> dict[str, str]:
     if files := lora_sources(base):
         texts.insert(0, files_fingerprint({file.suffix: file for file in files}))
     return {
-        "weights": " over ".join(texts) or kind.default_weights,
+        "weights": OVER.join(texts) or kind.default_weights,
         **kind.fingerprints(policy),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
-from editr2.errors import UserError
+from editr2.errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -31,6 +32,15 @@ def open_processes() -> Processes:
 
 class Lost(UserError):
     """Another process does not answer."""
+
+
+def _portable(error: UserError | OSError) -> UserError | OSError:
+    """One that arrives at the others; some libraries' do not survive the way."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return UserError(one_line(error, kind=True))
+    return error
 
 
 def is_lost(error: Exception) -> bool:
@@ -99,7 +109,7 @@ class Processes:
             try:
                 done = (work(), None)
             except (UserError, OSError) as error:
-                done = (None, error)
+                done = (None, _portable(error))
         value, problem = self.gather([done])[0]
         if problem is not None:
             raise problem

@@ -109,7 +109,9 @@ class Lengths:
 class Sizes:
     """Of the whole model. parameters, trainable: numbers, adapters among both. frozen, trained,
     block, outside: bytes of weights that stay, of what trains, of the largest repeated block, of
-    weights in none. pictures: numbers of what looks at pictures. layers: with adapters."""
+    weights in none. pictures: numbers of what looks at pictures. layers: with adapters.
+    through_pictures: whether the backward pass goes on into what looks at them, for something there
+    trains."""
 
     parameters: int
     trainable: int
@@ -119,6 +121,7 @@ class Sizes:
     outside: int
     pictures: int
     layers: int
+    through_pictures: bool
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def _bytes(parameters: Any) -> int:
 def sizes_of(form: Any, config: ReaderConfig) -> Sizes:
     with torch.device("meta"):
         module = _built(form, config)
-        language, pictures = module.get_decoder(), _seeing(module)
+        language, pictures = module.get_decoder(), sum(p.numel() for p in _seeing(module))
         if config.lora_rank:
             adapt(module, config)
     every = list(module.parameters())
@@ -181,6 +184,7 @@ def sizes_of(form: Any, config: ReaderConfig) -> Sizes:
         _bytes(every) - sum(_bytes(block.parameters()) for block in blocks),
         pictures,
         sum("lora_A" in name for name, _ in module.named_parameters()),
+        any(p.requires_grad for p in _seeing(module)),
     )
 
 
@@ -196,17 +200,19 @@ def _shallow(form: Any, layers: int) -> Any:
 
 @dataclass(frozen=True)
 class _Language:
-    """The language model without data, of few layers."""
+    """The language model without data, of few layers. through: whether its inputs have a
+    gradient."""
 
     module: Any
     config: ReaderConfig
     width: int
+    through: bool
 
     def states(self, rows: int, tokens: int, cache: Any = None) -> torch.Tensor:
         """What its last layer reads [rows, tokens, width]."""
         given = torch.empty(rows, tokens, self.width)
         # With checkpoints the first layer would keep less than the others, which are counted by it.
-        alike = _through_pictures(self.config) or self.config.gradient_checkpointing
+        alike = self.through or self.config.gradient_checkpointing
         given.requires_grad_(torch.is_grad_enabled() and alike)
         found: torch.Tensor = self.module.get_decoder()(
             inputs_embeds=given, past_key_values=cache, use_cache=cache is not None
@@ -239,7 +245,8 @@ def _measured(
         if config.gradient_checkpointing:
             checkpoint_layers(module)
         module.train(config.gradient_checkpointing)
-        language = _Language(module, config, form.get_text_config().hidden_size)
+        through = any(p.requires_grad for p in _seeing(module))
+        language = _Language(module, config, form.get_text_config().hidden_size, through)
         low = torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16")
         with simulated(dtype), Meter() as meter, low:
             apart = run(language)
@@ -382,7 +389,7 @@ def estimate(
         """shown: rows whose pictures are looked at. passes: through the weights."""
         nonlocal flops
         sight = _sight_flops(form, sizes.pictures, lengths, shown) * (
-            _sight_passes(p) if trains else 1
+            _sight_passes(p, sizes) if trains else 1
         )
         low = p.dtype == "bfloat16"
         rate = device.speed.flops[torch.bfloat16 if low else torch.float32]
@@ -411,7 +418,7 @@ def estimate(
         if not p.lora_rank:
             gradients += REDUCED * sizes.block + outside
     reference = OBJECTIVES[name].reference(config)
-    activations = train.peak + _sight_bytes(form, p, lengths, rows)
+    activations = train.peak + _sight_bytes(form, p, sizes, lengths, rows)
     memory = {
         "frozen weights": round(sizes.frozen / shares),
         "gathered blocks": blocks + outside,
@@ -471,7 +478,7 @@ def answering(reader: Reader, *, rows: int, prompt: Prompt, length: int, answer:
         max(read, word.peak + token * (length + answer - middle)) + beside,
         reads,
         word,
-        _sight_flops(form, _seeing(reader.module), lengths, rows),
+        _sight_flops(form, sum(p.numel() for p in _seeing(reader.module)), lengths, rows),
         answer,
         torch.bfloat16 if low else torch.float32,
     )
@@ -490,11 +497,11 @@ def _patches(form: Any, lengths: Lengths, rows: int) -> int:
     return 2 * rows * lengths.picture * merge**2
 
 
-def _seeing(module: Any) -> int:
-    """Numbers of what looks at pictures."""
+def _seeing(module: Any) -> list[Any]:
+    """The parameters of what looks at pictures."""
     words = {id(p) for p in module.get_decoder().parameters()}
     words |= {id(p) for p in module.get_output_embeddings().parameters()}
-    return sum(p.numel() for p in module.parameters() if id(p) not in words)
+    return [p for p in module.parameters() if id(p) not in words]
 
 
 def _sight_flops(form: Any, seeing: int, lengths: Lengths, rows: int) -> float:
@@ -502,20 +509,15 @@ def _sight_flops(form: Any, seeing: int, lengths: Lengths, rows: int) -> float:
     return 2.0 * seeing * _patches(form, lengths, rows)
 
 
-def _through_pictures(config: ReaderConfig) -> bool:
-    """Whether the backward pass goes on into what looks at pictures: where that trains."""
-    return not config.lora_rank
-
-
-def _sight_passes(config: ReaderConfig) -> int:
+def _sight_passes(config: ReaderConfig, sizes: Sizes) -> int:
     """Of a training step, in forward passes: the products of the backward pass, for states and
     weights, and the forward pass again."""
-    return 1 + _through_pictures(config) * (2 + config.gradient_checkpointing)
+    return 1 + sizes.through_pictures * (1 + (not config.lora_rank) + config.gradient_checkpointing)
 
 
-def _sight_bytes(form: Any, config: ReaderConfig, lengths: Lengths, rows: int) -> int:
+def _sight_bytes(form: Any, config: ReaderConfig, sizes: Sizes, lengths: Lengths, rows: int) -> int:
     """What looks at pictures keeps, where the backward pass goes through it."""
-    if not _through_pictures(config):
+    if not sizes.through_pictures:
         return 0
     sight = form.vision_config
     kept = 2 if config.gradient_checkpointing else KEPT
