@@ -171,9 +171,12 @@ def _asked(result: Estimate, config: Config, turns: Sequence[int], processes: in
     """What one server of all processes would have to do."""
     if not result.judges:
         return "left out"
-    at_once = max(judging.at_once for _, judging in result.judges)
+    served = [(m, judging) for m, judging in result.judges if not m.estimated]
+    if not served:
+        return "in every process, on its own device"
+    at_once = max(judging.at_once for _, judging in served)
     rollouts = config.rollout.sessions * config.rollout.siblings
-    work = max(m.turn for m, _ in result.judges) * rollouts * sum(turns) / len(turns)
+    work = max(m.turn for m, _ in served) * rollouts * sum(turns) / len(turns)
     beside = result.seconds["rollout"] + result.seconds["encode"]
     return (
         f"{processes * at_once} calls at once; {work:.3g} s of answers beside {beside:.3g} s of "
