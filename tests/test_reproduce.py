@@ -152,7 +152,7 @@ def test_every_arm_differs_from_its_neighbour_only_in_what_it_isolates():
     }
     expected["shipped"], expected["direct"] = expected["sft"], {"reward.options"}
     expected["sft-broadcast"] = {"credit.aggregate"}
-    for judge in ("exact", "shipped"):
+    for judge in ("exact", "shipped", "direct"):
         expected[f"{judge}-unfiltered"] = {"credit.filter"}
         expected[f"{judge}-broadcast"] = {"credit.aggregate"}
         expected[f"{judge}-fusion"] = {"credit.fusion"}

@@ -151,14 +151,17 @@ def _judged(name: str, title: str, isolates: str, judge: str | None, **more: Any
     return Arm(name, title, isolates, "edit-r2-nft", judge=judge, **more)
 
 
-def _credited(judge: str | None, says: str, names: Sequence[str]) -> Iterator[Arm]:
+def _credited(judge: str | None, says: str, names: Sequence[str], **more: Any) -> Iterator[Arm]:
     beside = judge or "exact"
     for name, title, isolates, change in _CREDIT:
         if name in names:
-            given = f"{title} ({says})"
-            yield _judged(
-                f"{beside}-{name}", given, isolates, judge, overrides=change, beside=beside
-            )
+            full, given = f"{beside}-{name}", f"{title} ({says})"
+            yield _judged(full, given, isolates, judge, overrides=change, beside=beside, **more)
+
+
+_EVERY_CREDIT = tuple(name for name, *_ in _CREDIT)
+_DIRECTLY = {"traces": 4}
+"""Answers without reasoning that take about as long as one with."""
 
 
 JUDGED: tuple[Arm, ...] = (
@@ -191,11 +194,12 @@ JUDGED: tuple[Arm, ...] = (
         "direct verdicts",
         "rewarded by that verifier taught to answer without reasoning, the mean of four answers",
         "direct",
-        asked={"traces": 4},
+        asked=_DIRECTLY,
         beside="shipped",
     ),
-    *_credited(None, "exact", ("unfiltered", "broadcast", "fusion")),
-    *_credited(OWN, "shipped", ("unfiltered", "broadcast", "fusion")),
+    *_credited(None, "exact", _EVERY_CREDIT),
+    *_credited(OWN, "shipped", _EVERY_CREDIT),
+    *_credited("direct", "direct", _EVERY_CREDIT, asked=_DIRECTLY),
     *_credited("sft", "SFT", ("broadcast",)),
 )
 

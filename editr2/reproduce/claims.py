@@ -69,6 +69,15 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
+_JUDGES = {
+    "exact": "exact scores",
+    "shipped": "shipped verifier",
+    "sft": "SFT verifier",
+    "direct": "direct verdicts",
+}
+"""Under which the ways of credit are compared."""
+
+
 def _judge_claims() -> Iterator[Claim]:
     """Where a verifier is the reward; each by the exact scores of the editor that it trained."""
     start = "base-intent"
@@ -82,22 +91,16 @@ def _judge_claims() -> Iterator[Claim]:
     yield Claim("the shipped verifier raises the start", "shipped", start, EDIT_R1)
     yield Claim("one trace beats four direct answers", "shipped", "direct", MT_EDITFLOW)
     yield Claim("direct verdicts against the start", "direct", start, OURS, ordered=False)
-    for name, text, source in (
-        ("broadcast", "broadcast beats per-turn credit", MT_EDITFLOW),
-        ("fusion", "advantage fusion beats reward fusion", MT_EDITFLOW),
+    for claim, name, source in (
+        ("broadcast beats per-turn credit", "broadcast", MT_EDITFLOW),
+        ("advantage fusion beats reward fusion", "fusion", MT_EDITFLOW),
     ):
-        yield Claim(f"{text}, under exact scores", f"exact-{name}", "exact", source)
-        yield Claim(f"{text}, under the shipped verifier", f"shipped-{name}", "shipped", source)
-    yield Claim(
-        "broadcast beats per-turn credit, under the SFT verifier",
-        "sft-broadcast",
-        "sft",
-        MT_EDITFLOW,
-    )
-    yield Claim("the filter helps, under exact scores", "exact", "exact-unfiltered", EDIT_R2)
-    yield Claim(
-        "the filter helps, under the shipped verifier", "shipped", "shipped-unfiltered", EDIT_R2
-    )
+        for judge, says in _JUDGES.items():
+            if (judge, name) != ("sft", "fusion"):
+                yield Claim(f"{claim}, {says}", f"{judge}-{name}", judge, source)
+    for judge, says in _JUDGES.items():
+        if judge != "sft":
+            yield Claim(f"the filter helps, {says}", judge, f"{judge}-unfiltered", EDIT_R2)
 
 
 STUDY_CLAIMS: dict[str, tuple[Claim, ...]] = {"methods": CLAIMS, "judges": tuple(_judge_claims())}

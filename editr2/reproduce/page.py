@@ -54,6 +54,10 @@ _PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
             ),
         ),
         (
+            "Credit, under direct verdicts",
+            ("base-intent", "direct", "direct-broadcast", "direct-fusion", "direct-unfiltered"),
+        ),
+        (
             "Credit, under exact scores",
             ("base-intent", "exact", "exact-broadcast", "exact-fusion", "exact-unfiltered"),
         ),
