@@ -188,8 +188,10 @@ class Enough(Exception):
 @pytest.fixture
 def understood(monkeypatch):
     """Runs a command up to where work would begin, and gives what it was understood as."""
+    import editr2.benchmarks.run
     import editr2.editing
-    import editr2.scoring  # noqa: F401  # both before what they import is replaced
+    import editr2.rl.loop
+    import editr2.scoring  # noqa: F401  # all before what they import is replaced
     from editr2.benchmarks.settings import benchmark_problems, with_defaults
     from editr2.benchmarks.table import find
     from editr2.check.devices import find_device

@@ -413,7 +413,8 @@ def test_training_starts_from_what_the_rollout_encoded(tiny, make, monkeypatch, 
     assert calls["vae"] == 5
     assert torch.equal(first.conditions[0], again.conditions[0])
     made = torch.cat([policy.to_latents(_pixels(image)) for image in outputs])
-    assert torch.equal(first.conditions[0], made.detach())
+    # Other strides are another kernel on some CPUs, and the last bit another.
+    assert (first.conditions[0] - made.detach()).abs().max() < 1e-6
     if model == "klein-kv":  # depends on what trains, and is not kept
         with torch.no_grad():
             policy.module.transformer_blocks[0].attn.to_k.weight.mul_(2)

@@ -151,7 +151,9 @@ def limits(
             "judges",
             result.seconds["reward"],
             _asked(result, config, turns, processes),
-            "more reward.concurrency and servers; rollout.ahead",
+            "more reward.concurrency and servers; rollout.ahead"
+            if any(not m.estimated for m, _ in result.judges)
+            else "fewer and shorter traces; rollout.ahead",
         ),
         Part(
             "checkpoints",
