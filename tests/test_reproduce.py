@@ -559,6 +559,8 @@ def test_the_shipped_verifier_needs_no_folder(tmp_path, capsys, monkeypatch):
     row = read_rows(tmp_path / "docs")["shipped-broadcast", 0, "ode"]
     assert row["judge"]["name"] == "shipped"
     assert row["judge"]["weights"] == weights_fingerprint(str(SHIPPED))
+    page = (tmp_path / "docs" / "reproduction.md").read_text()
+    assert "--study judges --seeds 1" in page and "--verifiers" not in page  # it would be refused
     # With a folder of others it is the same; alone with one, that is a mistake.
     capsys.readouterr()
     assert reproduce(tmp_path, *words, "--verifiers=verifiers") == 2
@@ -571,9 +573,11 @@ def test_a_judged_run_is_scored_by_the_world(tmp_path, capsys, monkeypatch):
     verifiers = Path("verifiers")
     (verifiers / "sft").mkdir(parents=True)
     (verifiers / "sft" / "seed0").symlink_to(SHIPPED)
-    words = ["--study=judges", f"--verifiers={verifiers}", "--arms=sft", "--seeds=1", "--out=runs"]
+    words = ["--study=judges", f"--verifiers={verifiers}", "--seeds=1", "--out=runs"]
+    words.append("--arms=base-intent,sft")
     assert reproduce(tmp_path, *words) == 0
     rows = read_rows(tmp_path / "docs")
+    assert set(rows) == {("sft", 0, "ode"), ("base-intent", None, "ode")}  # no sampler of no arm
     judged, start = rows["sft", 0, "ode"], rows["base-intent", None, "ode"]
     for row in (judged, start):
         assert {v for turn in row["per_session"]["ga"] for v in turn} <= {0, 1}

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from editr2.check import scale, text
 from editr2.check.devices import find_device
 from editr2.check.judges import Measured, held_by, judging, measured, room
 from editr2.cli.main import main
@@ -532,3 +534,22 @@ def test_a_small_verifier_is_asked_and_its_seconds_estimated(
         (m,) = measured(panel, session, find_device("h100"))
     assert loading.called
     assert m.estimated == (device == "trainer") and m.turn > 0
+
+
+def test_what_is_said_of_estimated_judges() -> None:
+    """Of rewards and of evaluators; one in process has no server that many would ask."""
+    here, there = (Measured(Member(), 0.5, ["a note"], estimated=e) for e in (False, True))  # type: ignore[arg-type]
+    result: Any = SimpleNamespace(seconds={"rollout": 1.0, "encode": 1.0})
+    asked = judging(here, 2, 2, 3.0, 1, 1.0)
+    for judges, waited, calls in (
+        ([], "left out", "left out"),
+        ([here], "waiting, as long as it took here", "2 calls at once"),
+        ([there], "waiting, estimated", "in every process, on its own device"),
+        ([there, here], "waiting, as long as it took here or estimated", "2 calls at once"),
+    ):
+        result.judges = [(m, asked) for m in judges]
+        assert text._waited(result, ()) == waited
+        assert scale._asked(result, Config(), [3], 2).startswith(calls)
+    result.judges = [(here, asked)]
+    assert text._waited(result, [there]) == "waiting, as long as it took here or estimated"
+    assert text._evaluators([there]) == ["evaluators  IF: a note"]

@@ -155,8 +155,8 @@ class Held(NamedTuple):
     device: `cpu`, `cuda:1` or the like, or `trainer` (`rewards.models`). weights: of all that it
     loads. working: beside these at most, while it answers; None where nobody knows. run: in
     place of that, what runs it once on the meta device, for whoever counts what it allocates. turn:
-    seconds that a turn takes at most on a device of a given speed (`check.meter.Speed`), where that
-    can be told without the weights.
+    seconds of a turn, in batches that are full, on a device of a given speed (`check.meter.Speed`),
+    where that can be told without the weights.
     """
 
     name: str
